@@ -1,0 +1,76 @@
+# Everything happens in .venv and data/, both made by `make setup`; demo, test and bench do set-up themselves.
+# PYTHON=... picks the interpreter of .venv, PIP_ARGS=... is handed to pip (an index, a proxy), ARGS=... to demo, test and bench.
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
+STAMPS := $(VENV)/.stamps
+ARGS ?=
+
+# What the extension module is made of: a change in any of these rebuilds it (ninja compiles only what changed).
+NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \
+          CMakeLists.txt setup.py pyproject.toml
+CXX_FILES := $(filter csrc/%,$(NATIVE))
+
+.PHONY: help setup demo test test-full test-gpu bench lint format clean distclean
+
+help:
+	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
+	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
+	@echo "make bench      time one adapted layer against its rivals    make test-gpu    the tests that need a GPU"
+	@echo "make setup      .venv, the build, model and data             make lint, format, clean, distclean"
+
+setup: $(STAMPS)/build $(STAMPS)/data
+
+$(STAMPS)/venv: .ci/make_venv
+	@sh .ci/make_venv $(VENV) $(PYTHON)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/deps: $(STAMPS)/venv requirements-dev.txt
+	@echo "setup: installing requirements-dev.txt into $(VENV) (minutes the first time)"
+	@$(PIP) install --quiet $(PIP_ARGS) -r requirements-dev.txt \
+	  || { echo "make setup: pip could not install requirements-dev.txt (see above); set PIP_ARGS for another index" >&2; exit 1; }
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/deps $(NATIVE)
+	@echo "setup: building the extension module"
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(STAMPS)/data: $(STAMPS)/deps examples/data.py
+	@$(PY) examples/data.py $(PIP_ARGS)
+	@touch $@
+
+demo: setup
+	@$(PY) examples/finetune_text.py $(ARGS)
+
+test: setup lint
+	@$(PY) -m pytest $(ARGS)
+
+test-full: setup lint
+	@$(PY) -m pytest -m "full or not full" $(ARGS)
+
+test-gpu: setup
+	@$(PY) -m pytest -m cuda $(ARGS)
+
+bench: setup
+	@$(PY) -m bench.layer $(ARGS)
+
+lint: $(STAMPS)/deps
+	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
+	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null \
+	  && echo "lint: clean" || { echo "lint: see above; make format mends the layout" >&2; exit 1; }
+
+format: $(STAMPS)/deps
+	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet . && $(CLANG_FORMAT) -i $(CXX_FILES) </dev/null
+
+clean:
+	rm -rf build* dist *.egg-info lotr_ext/*.so $(STAMPS)/build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) data
