@@ -1,0 +1,27 @@
+"""lotr_ext: LoTR (Low Tensor Rank adaptation, arXiv 2402.01376) as PyTorch layers with kernels of their own.
+
+    y = x W^T + bias + s ((x A) G_l) B^T
+
+A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A and B shared by all layers of a group, and a
+small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
+"""
+
+from .factors import LoTRFactors
+from .function import LoTRAdd, LoTRExpand, LoTRFunction, LoTRShrink
+from .functional import explain, lotr_linear
+from .linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
+
+__all__ = [
+    "LoTRAdd",
+    "LoTRConv1D",
+    "LoTRExpand",
+    "LoTRFactors",
+    "LoTRFunction",
+    "LoTRLinear",
+    "LoTRShrink",
+    "LoTRWrapped",
+    "adapt",
+    "explain",
+    "lotr_linear",
+]
+__version__ = "0.1.0"

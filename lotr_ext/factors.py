@@ -1,0 +1,85 @@
+"""LoTRFactors: the pair A, B that a group of layers shares, and the hub of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .init import fill_factor_
+from .siblings import Group
+
+
+def check_dimension(name: str, value: object) -> int:
+    """value, if it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def check_rank(rank: object) -> tuple[int, int]:
+    """(r_in, r_out) of rank, an int or a pair."""
+    pair = rank if isinstance(rank, (tuple, list)) else (rank, rank)
+    if len(pair) != 2:
+        raise ValueError(f"rank: expected an int or a pair (r_in, r_out), got {rank!r}")
+    return check_dimension("rank", pair[0]), check_dimension("rank", pair[1])
+
+
+class LoTRFactors(nn.Module):
+    """A [in_features, r_in] and B [out_features, r_out], one pair for a whole group of layers (arXiv 2402.01376).
+
+    rank: an int, or (r_in, r_out). init: "orthonormal" (orthonormal columns; rows when the rank exceeds the width), "normal"
+    (N(0, 1), the paper's) or "kaiming"; see `lotr_ext.init`. dtype: a floating dtype, torch's default if None.
+    Every layer's gradient of A and B is added into one accumulator each, in float32 (float64 for float64), and autograd sees
+    one gradient a backward (`lotr_ext.hub`). Raises TypeError or ValueError naming the argument.
+
+    State: `A`, `B`; with an init that changed the base weights also the buffers `start_A`, `start_B`, which are not part of
+    state_dict (`save_adapter` keeps them).
+    """
+
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | tuple[int, int],
+        *,
+        init: str = "orthonormal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_dimension("in_features", in_features)
+        check_dimension("out_features", out_features)
+        r_in, r_out = check_rank(rank)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        super().__init__()
+        self.in_features, self.out_features, self.r_in, self.r_out = in_features, out_features, r_in, r_out
+        self.A = nn.Parameter(torch.empty(in_features, r_in, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(out_features, r_out, device=device, dtype=dtype))
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+        self._group = Group()
+        fill_factor_(self.A, init)
+        fill_factor_(self.B, init)
+
+    @property
+    def rank(self) -> int | tuple[int, int]:
+        """The rank as it was given: an int where r_in = r_out."""
+        return self.r_in if self.r_in == self.r_out else (self.r_in, self.r_out)
+
+    def forward(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """operation(A, B): the only way to read A and B, so that sharded training gathers them around this call.
+
+        The operation brings its tensors along unseen. As arguments, FSDP2 would cast and re-wrap each x, so that no sibling
+        knew it again, and would gather, free and reduce A around each layer's backward, before the hub has its gradient.
+        """
+        return operation(self.A, self.B)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

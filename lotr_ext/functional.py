@@ -1,0 +1,123 @@
+"""lotr_linear, the functional form of an adapted layer, and explain, which says what a layer would run."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layer import LoTRLayer
+from .layer_call import Adapter, call_linear, compute_dtype, decide
+from .linear import LoTRWrapped
+
+_NODES = (
+    "the differentiable composite of library products",
+    "one autograd node (LoTRFunction)",
+    "two autograd nodes (LoTRShrink, LoTRExpand)",
+)
+
+
+def _check_matrix(name: str, tensor: object, shape: tuple[int | None, int | None], meaning: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    want = tuple(size if size is not None else got for size, got in zip(shape, tensor.shape))
+    if tensor.dim() != 2 or tuple(tensor.shape) != want:
+        raise ValueError(f"{name}: expected {meaning}, got shape {tuple(tensor.shape)}")
+
+
+def lotr_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    strategy: str | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scaling ((drop(x) A) core) B^T  (arXiv 2402.01376).
+
+    x [..., k], weight [n, k], bias [n] or None, A [k, r_in], B [n, r_out], core [r_in, r_out] -> [..., n] in x's dtype
+    (autocast's under autocast). x, weight and bias share a dtype, the adapter may be float32 beside a half-precision x.
+    Differentiable in x, A, B and core, and in weight and bias if they require grad (library products).
+    dropout_p in [0, 1) drops elements of x on the adapter's way when training. strategy forces one of
+    `planner.STRATEGIES`. Raises TypeError or ValueError that says name, expected and got, before anything runs.
+    """
+    _check_matrix("weight", weight, (None, None), "[out_features, in_features]")
+    n, k = weight.shape
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x: expected a last dimension of in_features = {k}, got shape {tuple(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias: expected shape ({n},) or None, got {tuple(bias.shape)}")
+    _check_matrix("A", A, (k, None), f"[in_features = {k}, r_in]")
+    _check_matrix("B", B, (n, None), f"[out_features = {n}, r_out]")
+    _check_matrix("core", core, (A.shape[1], B.shape[1]), f"[r_in, r_out] = [{A.shape[1]}, {B.shape[1]}]")
+    if compute_dtype(x) is None:
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+        raise ValueError(f"scaling: expected a finite number, got {scaling!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    adapter = Adapter(core, float(scaling), dropout_p if training else 0.0, strategy=strategy)
+    return call_linear(x, weight, bias, A, B, adapter)
+
+
+class Explanation(NamedTuple):
+    """What a call of a layer on x runs. str() gives it in words.
+
+    strategy: one of planner.STRATEGIES, or "base" where no adapter runs; kernels: whether our kernels run; nodes: how many
+    autograd nodes of ours (0: the composite); reason, why: what decided the strategy and the nodes.
+    """
+
+    strategy: str
+    kernels: bool
+    nodes: int
+    reason: str
+    why: str
+
+    def __str__(self) -> str:
+        if self.strategy == "base":
+            return f"base layer only: {self.reason}"
+        if not self.kernels:
+            return f"{_NODES[0]}: {self.why}"
+        return f"strategy {self.strategy} ({self.reason}); {_NODES[self.nodes]} ({self.why})"
+
+
+def explain(layer: LoTRLayer, x: Tensor) -> Explanation:
+    """Which path layer(x) takes and why, decided by the code that runs it; nothing is computed. x [..., in_features]."""
+    if not isinstance(layer, LoTRLayer):
+        raise TypeError(f"layer: expected an adapted layer (LoTRLinear, ...), got {type(layer).__name__}")
+    if x.shape[-1:] != (layer.in_features,):
+        raise ValueError(f"x: expected a last dimension of in_features = {layer.in_features}, got shape {tuple(x.shape)}")
+    if layer.merged:
+        return Explanation("base", False, 0, "the adapter is merged into the weight", "")
+    if layer.disabled and layer.start_core is None:
+        return Explanation("base", False, 0, "the adapter is disabled", "")
+    adapter = Adapter(layer.core, layer.scaling, layer.dropout if layer.training else 0.0, strategy=layer.strategy)
+    wrapped = isinstance(layer, LoTRWrapped)
+    trained = (
+        torch.is_grad_enabled() and not wrapped and any(p.requires_grad for p in (layer.weight, layer.bias) if p is not None)
+    )
+    found: list[Explanation] = []
+
+    def look(A: Tensor, B: Tensor) -> Tensor:
+        nodes, plan, why = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, base_linear=not wrapped)
+        found.append(Explanation(plan.strategy if nodes else "composite", nodes > 0, nodes, plan.reason, why))
+        return x
+
+    layer.factors(look)
+    return found[0]

@@ -1,0 +1,190 @@
+"""What all adapted layers have in common: settings, the forward pass, merging."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .factors import LoTRFactors
+from .layer_call import Adapter, call_linear, delta_weight
+from .ops import accumulate_dtype
+
+
+class Settings(NamedTuple):
+    """Checked arguments of a layer."""
+
+    alpha: float | None
+    rslora: bool
+    scaling: float | None
+    dropout: float
+
+    def resolve(self, rank: int) -> float:
+        """s: scaling if given, else alpha / r or alpha / sqrt(r); 1 without alpha."""
+        if self.scaling is not None:
+            return float(self.scaling)
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_settings(*, alpha: float | None, rslora: bool, scaling: float | None, dropout: float) -> Settings:
+    """The arguments, checked: TypeError or ValueError says name, expected and got."""
+    for name, value in (("alpha", alpha), ("scaling", scaling)):
+        if value is not None:
+            _check_number(name, value)
+    _check_number("dropout", dropout)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    if not isinstance(rslora, bool):
+        raise TypeError(f"rslora: expected a bool, got {type(rslora).__name__} {rslora!r}")
+    return Settings(alpha, rslora, scaling, float(dropout))
+
+
+class LoTRLayer(nn.Module):
+    """Base class of adapted layers. Subclasses give `_base` (the plain forward), `_matrix` (W [n, k], a view) and `to_base`.
+
+    core [r_in, r_out]: the layer's own parameter. factors: the shared pair. scaling: s. disabled: whether the adapter is off.
+    start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
+    """
+
+    in_features: int
+    out_features: int
+    core: nn.Parameter
+    start_core: Tensor | None
+    weight_backup: Tensor | None
+
+    @staticmethod
+    def _check_factors(factors: object, in_features: int, out_features: int) -> None:
+        if not isinstance(factors, LoTRFactors):
+            raise TypeError(f"factors: expected LoTRFactors, got {type(factors).__name__}")
+        want, got = (in_features, out_features), (factors.in_features, factors.out_features)
+        if want != got:
+            raise ValueError(f"factors: expected (in_features, out_features) = {want}, got {got}")
+
+    def _attach(self, factors: LoTRFactors, like: Tensor, settings: Settings) -> None:
+        """Adds the adapter to a layer that has its base parameters; like gives the core's device."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self.scaling = settings.resolve(max(factors.r_in, factors.r_out))
+        self.dropout, self.disabled, self.merged = settings.dropout, False, False
+        self.strategy: str | None = None
+        self.core = nn.Parameter(torch.zeros(factors.r_in, factors.r_out, device=like.device, dtype=factors.A.dtype))
+        self.register_buffer("start_core", None, persistent=False)
+        self.register_buffer("weight_backup", None, persistent=False)
+        self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
+
+    def leave_factors_to_owner(self) -> None:
+        """Only refers to the factors from now on; another module registers them. So state_dict names them once, and a block
+        can be sharded by itself."""
+        if "factors" in self._modules:
+            self.__dict__["factors"] = self._modules.pop("factors")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(x.shape)}")
+        if self.merged or (self.disabled and self.start_core is None):
+            return self._base(x)
+        if self.disabled:
+            adapter = Adapter(self.start_core, self.scaling)
+            return self._call(x, self.factors.start_A, self.factors.start_B, adapter)
+        p = self.dropout if self.training else 0.0
+        adapter = Adapter(self.core, self.scaling, p, self.factors._group, id(self), self.strategy)
+        return self.factors(lambda A, B: self._call(x, A, B, adapter))
+
+    def _call(self, x: Tensor, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
+        return call_linear(x, self._matrix(), self.bias, A, B, adapter)
+
+    def _base(self, x: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define _base")
+
+    def _matrix(self) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define _matrix")
+
+    # ---- merging -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """s B G^T A^T [out_features, in_features] in float32 (float64 for float64 factors), what merge adds to W."""
+        return self.factors(lambda A, B: delta_weight(A, B, self.core, self.scaling))
+
+    @torch.no_grad()
+    def _merged_weight(self) -> Tensor:
+        """W + s B G^T A^T, summed in float32 (or wider) and cast once, W if merged already."""
+        weight = self._matrix().detach()
+        if self.merged:
+            return weight
+        return self._plus(weight, self.delta_weight(), 1)
+
+    @staticmethod
+    def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
+        wide = torch.promote_types(accumulate_dtype(weight.dtype), delta.dtype)
+        return (weight.to(wide) + sign * delta.to(weight.device, wide)).to(weight.dtype)
+
+    @torch.no_grad()
+    def merge(self, safe: bool = False, keep_backup: bool = True) -> None:
+        """Adds the adapter into the weight: delta and sum in float32, cast once. The layer then runs as a plain linear one.
+
+        safe: refuse (ValueError, nothing changed) if the result has a non-finite element. keep_backup: keep a copy of W, so
+        that unmerge restores its very bits; without, unmerge subtracts.
+        RuntimeError if merged already; TypeError over a base that cannot be merged into.
+        """
+        if self.merged:
+            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
+        weight, merged = self._matrix(), self._merged_weight()
+        if safe and not bool(torch.isfinite(merged).all()):
+            raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
+        self.weight_backup = weight.detach().clone() if keep_backup else None
+        weight.data.copy_(merged)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the adapter out of the weight again. RuntimeError if it is not merged."""
+        if not self.merged:
+            raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
+        weight = self._matrix()
+        restored = self._plus(weight, self.delta_weight(), -1) if self.weight_backup is None else self.weight_backup
+        weight.data.copy_(restored)
+        self.weight_backup, self.merged = None, False
+
+    @torch.no_grad()
+    def _give_start_back(self, weight: Tensor) -> None:
+        """Returns to W what an init moved into the start adapter, before the adapter goes."""
+        if self.start_core is None or self.merged:
+            return
+        start = delta_weight(self.factors.start_A, self.factors.start_B, self.start_core, self.scaling)
+        matrix = self._matrix()
+        matrix.data.copy_(self._plus(matrix, start, 1))
+        self.start_core = None
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            raise RuntimeError(f"load_state_dict: expected an unmerged layer at {prefix!r}, got a merged one; unmerge it first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        if self.merged:
+            raise RuntimeError(
+                f"state_dict: expected an unmerged layer at {prefix!r}, got a merged one, whose weight has the adapter in it "
+                "beside its core; unmerge it, or take the adapter off with unload(model, merge=True)"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def extra_repr(self) -> str:
+        parts = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.factors.rank}"
+        parts += f", scaling={self.scaling:g}"
+        if self.dropout:
+            parts += f", dropout={self.dropout}"
+        return parts + (", merged" if self.merged else "") + (", disabled" if self.disabled else "")

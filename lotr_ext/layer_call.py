@@ -1,0 +1,169 @@
+"""One call of one adapted layer: which nodes run (`decide`), and running them (`call_linear`, `call_wrapped`)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as nnf
+
+from . import ops
+from .function import (
+    FEW_TOKENS,
+    LoTRAdd,
+    LoTRExpand,
+    LoTRFunction,
+    LoTRShrink,
+    adapter_differentiable,
+    base_linear,
+    fold_differentiable,
+    forward_with_base,
+    rows,
+    to,
+)
+from .planner import Plan, plan
+from .siblings import Group, SharedInput
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Decision(NamedTuple):
+    """nodes: 0 the differentiable composite, 1 LoTRFunction, 2 LoTRShrink and LoTRExpand; why: for people."""
+
+    nodes: int
+    plan: Plan
+    why: str
+
+
+class Adapter(NamedTuple):
+    """What a layer brings to a call beside x, A and B. p: dropout in force; group: None outside of one; user: the layer's id."""
+
+    core: Tensor
+    scaling: float
+    p: float = 0.0
+    group: Group | None = None
+    user: int = 0
+    strategy: str | None = None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype | None:
+    """autocast's dtype for x, None where it does not apply."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def decide(
+    x: Tensor, A: Tensor, adapter: Adapter, dtype: torch.dtype, base_trained: bool, base_linear: bool = True
+) -> Decision:
+    """Which nodes a call takes. `explain` prints it, so it cannot say anything else than what runs."""
+    tokens = x.numel() // max(x.shape[-1], 1)
+    chosen = plan(tokens, max(adapter.core.shape), dtype, x.device, adapter.strategy)
+    if chosen.strategy == "composite":
+        return Decision(0, chosen, chosen.reason)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return Decision(0, chosen, "traced: the compiler sees and fuses the composite's products")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return Decision(0, chosen, "under a functorch transform or forward AD: the composite is differentiable by any of them")
+    if type(x) not in _PLAIN or type(A) not in _PLAIN:
+        return Decision(0, chosen, f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels")
+    if base_linear and base_trained:
+        return Decision(1, chosen, "the base weight or bias is trained: one node returns its gradient too")
+    if base_linear and tokens < FEW_TOKENS and not adapter.p and (A.requires_grad or not x.requires_grad):
+        return Decision(1, chosen, f"fewer than {FEW_TOKENS} tokens: the unfolded form as one node costs least")
+    return Decision(2, chosen, "siblings on the same x share one u = x A")
+
+
+def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
+    """y = x W^T + bias + s ((drop(x) A) G) B^T."""
+    dtype = compute_dtype(x)
+    if dtype is None:
+        return _linear(x, weight, bias, A, B, adapter, None)
+    with torch.autocast(x.device.type, enabled=False):  # every cast from here on is explicit
+        return _linear(x, weight, bias, A, B, adapter, dtype)
+
+
+def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
+    compute = dtype or x.dtype
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    nodes, chosen, _ = decide(x, A, adapter, compute, trained)
+    core, scaling, p, group, user, _ = adapter
+    if nodes == 0 or (nodes == 1 and p):
+        dropped = nnf.dropout(x, p) if p else x
+        y = base_linear(x, weight, bias, dtype)
+        return y + adapter_differentiable(dropped, *_on(y.device, A, B, core), scaling, y.dtype)
+    shared_A, shared_B = (None, None) if group is None else (group.A, group.B)
+    if nodes == 1:
+        hub_A, hub_B = (A, B) if group is None else (shared_A.view(A, user), shared_B.view(B, user))
+        return LoTRFunction.apply(x, weight, bias, hub_A, hub_B, core, scaling, dtype, shared_A, shared_B)
+    shared_input = _shrink(x, A, adapter, compute, dtype is not None)
+    if not _in_graph(x, A, B, core):
+        F = ops.fold(B.to(x.device), core.to(x.device)[None], scaling, compute)[0]
+        return forward_with_base(x, weight, bias, shared_input.u, F, dtype, chosen.strategy)
+    hub_B = B if group is None else shared_B.view(B, user)
+    base = (x, weight, bias)
+    return LoTRExpand.apply(
+        shared_input.route, shared_input.u, hub_B, core, base, scaling, dtype, chosen.strategy, shared_B, shared_input
+    )
+
+
+def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
+    """base(x) + s ((drop(x) A) G) B^T for a base module of any kind, in the base's own dtype."""
+    y, dtype = base(x), compute_dtype(x)
+    if dtype is None:
+        return _wrapped(x, y, A, B, adapter, None)
+    with torch.autocast(x.device.type, enabled=False):
+        return _wrapped(x, y, A, B, adapter, dtype)
+
+
+def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
+    compute = dtype or x.dtype
+    core, scaling, p, group, user, _ = adapter
+    if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
+        dropped = nnf.dropout(x, p) if p else x
+        return y + to(adapter_differentiable(dropped, *_on(x.device, A, B, core), scaling, compute), y.dtype)
+    shared_input = _shrink(x, A, adapter, compute, dtype is not None)
+    shared_B = None if group is None else group.B
+    hub_B = B if group is None else shared_B.view(B, user)
+    return LoTRAdd.apply(y, shared_input.u, hub_B, core, scaling, shared_B, shared_input)
+
+
+def _shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> SharedInput:
+    """u and route for a call: a sibling's where one has been here with this very x, else new."""
+    group, p = adapter.group, adapter.p
+    hub = A if group is None else group.A.view(A, adapter.user)
+    if group is None:
+        found, share = SharedInput(x, None, None), False
+    else:
+        found, share = group.find(x, A, adapter.user, (compute, autocast, p))
+    if found.u is not None:
+        return found
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p else None
+    in_graph = _in_graph(x, A)
+    if in_graph:
+        shared = None if group is None else group.A
+        found.u, found.route = LoTRShrink.apply(x, hub, compute, p, seed, shared, weakref.ref(found))
+    else:
+        found.u = ops.shrink(rows(to(x.detach(), compute)), A.detach().to(x.device), p=p, seed=seed)
+    if share:
+        group.offer(found, in_graph)
+    return found
+
+
+def _in_graph(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.to(device) for t in tensors)
+
+
+def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
+    """s B G^T A^T [n, k] in float32 (float64 for float64 factors)."""
+    wide = ops.accumulate_dtype(A.dtype)
+    return fold_differentiable(B, core, scaling, wide) @ to(A, wide).mT
