@@ -1,0 +1,52 @@
+// The CPU kernels' interface: plain pointers and sizes, no torch types, so that the files compiled once for
+// each instruction set include nothing that could be shared (and miscompiled for an older CPU) between them.
+//
+// m tokens, k in, n out, r rank, l layer. Strides count elements. T is the activations' type; sums are float
+// (double for f64).
+#pragma once
+
+#include <cstdint>
+
+namespace lotr::cpu {
+
+enum class Dtype : uint8_t { f32, f64, bf16, f16 };
+
+// A matrix [rows, cols] with any strides. Kernels that only read one do not write it.
+struct Mat {
+  void* data = nullptr;  // null: the optional argument is not given
+  int64_t rows = 0, cols = 0;
+  int64_t rs = 0, cs = 0;  // row and column stride
+  Dtype dtype = Dtype::f32;
+};
+
+// Dropout of a matrix: element e = i * cols + j is kept iff philox(seed, e / 4)[e % 4] >= threshold, and
+// scaled.
+struct Drop {
+  bool on = false;
+  uint32_t threshold = 0;  // p * 2^32
+  double scale = 1.0;      // 1 / (1 - p)
+  uint64_t seed = 0;
+};
+
+struct SmallBackward {
+  Mat dx, g, x, u, A, core, B, dA, dB, dcore;
+  double scaling = 1.0;
+};
+
+// The operators. Equations and shapes are those of the schemas in ops.cpp.
+void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop);
+void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop);
+void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop);
+void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u);
+// F, cores, Q and dcores hold l matrices, each at `data` plus its index times the layer stride.
+void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
+          double scaling);
+void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls, const Mat& B,
+               const Mat& cores, int64_t cores_ls, int64_t l, double scaling);
+void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
+                   double scaling);
+void small_backward(const SmallBackward& s);
+
+const char* isa_name();
+
+}  // namespace lotr::cpu

@@ -1,0 +1,101 @@
+"""Packaging entry: metadata is in pyproject.toml, CMakeLists.txt does the building.
+
+Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (CUDA architectures), LOTR_SIMT (ON, OFF), MAX_JOBS
+(parallel compilations), CXX (the compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder).
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MIN_TORCH = (2, 10)
+MIN_CMAKE = (3, 26)
+
+
+def stop(message: str) -> None:
+    """End with one line that says what to do, instead of a traceback."""
+    sys.exit(f"lotr_ext: {message}")
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(2, 10) of "2.10.0+cpu"."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+
+
+def find_tool(name: str) -> str | None:
+    """A tool beside this Python (a virtual environment need not be activated), then one on PATH."""
+    beside = shutil.which(name, path=str(Path(sys.executable).parent))
+    return beside or shutil.which(name)
+
+
+def check_requirements() -> str:
+    """Return the cmake to use, or stop with a friendly line."""
+    if importlib.util.find_spec("torch") is None:
+        stop(
+            "expected torch >= 2.10 in this Python, got none. Install it first (pip install torch), "
+            "then: pip install --no-build-isolation ."
+        )
+    torch = importlib.metadata.version("torch")
+    if numbers(torch) < MIN_TORCH:
+        stop(f"expected torch >= 2.10 in this Python, got {torch}. Upgrade it: pip install -U torch")
+    compiler = os.environ.get("CXX", "").split()
+    if not any(shutil.which(name) for name in (compiler[:1] or ["c++", "g++", "clang++"])):
+        stop(
+            f"expected a C++17 compiler, got {' '.join(compiler) or 'none'}. "
+            "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or set CXX."
+        )
+    cmake = find_tool("cmake")
+    if cmake is None:
+        stop("expected cmake >= 3.26, got none. Install it: pip install cmake ninja")
+    first_line = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+    if numbers(first_line.split()[-1]) < MIN_CMAKE:
+        stop(f"expected cmake >= 3.26, got {first_line} at {cmake}. Upgrade it: pip install -U cmake")
+    return cmake
+
+
+class CMakeBuild(build_ext):
+    """Build lotr_ext/_C.abi3.so with CMake in build/cmake-*, which is kept: a second build compiles what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake = check_requirements()
+        folder = Path(os.environ.get("LOTR_BUILD_DIR") or ROOT / "build" / f"cmake-{sys.implementation.cache_tag}")
+        configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+        if ninja := find_tool("ninja"):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        # Every option is given every time: a value of an earlier build would live on in CMake's cache.
+        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "80;90a-real", "LOTR_SIMT": "OFF"}
+        configure += [f"-D{name}={os.environ.get(name, default)}" for name, default in options.items()]
+        configure += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
+        jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            step = "building" if "--build" in error.cmd else "configuring"
+            stop(f"{step} with CMake failed, see the first error above (build folder: {folder})")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / "_C.abi3.so", target)
+
+    def copy_extensions_to_source(self) -> None:
+        """In place: never write into the old module, a running Python may have it mapped."""
+        (ROOT / "lotr_ext" / "_C.abi3.so").unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+
+if sys.version_info < (3, 10):
+    stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
+
+setup(
+    ext_modules=[Extension("lotr_ext._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
