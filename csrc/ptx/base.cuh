@@ -1,0 +1,103 @@
+// What every wrapper needs: the spelling of a function that is PTX under nvcc and C++ under the SIMT
+// executor, the kernel's shared memory, and bit casts.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define LOTR_DEVICE __device__ __forceinline__
+// Under the executor the last argument of a wrapper is its caller's file and line, for reports; on the
+// device, nothing.
+#define LOTR_SITE
+#define LOTR_SITE_ONLY
+#else
+#include "../simt/device.h"
+#define LOTR_DEVICE inline
+#define LOTR_SITE_ONLY ::lotr::simt::Site site = ::lotr::simt::Site::here()
+#define LOTR_SITE , LOTR_SITE_ONLY
+// To the host compiler __shared__ would mean nothing and every thread would own a copy: make it an error.
+#undef __shared__
+#define __shared__ no_static_shared_memory_use_lotr_ptx_shared_storage
+#endif
+
+namespace lotr::ptx {
+
+// The block's dynamic shared memory as the kernel's one named struct.
+template <class T>
+LOTR_DEVICE T& shared_storage() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(1024) unsigned char lotr_shared_memory[];
+  return *reinterpret_cast<T*>(lotr_shared_memory);
+#else
+  static_assert(std::is_trivially_destructible_v<T>, "shared memory is raw bytes");
+  return *static_cast<T*>(simt::shared_memory(sizeof(T)));
+#endif
+}
+
+// The 32-bit shared-window address that PTX instructions take.
+LOTR_DEVICE uint32_t shared_address(const void* p) {
+#ifdef __CUDACC__
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#else
+  return simt::shared_offset(p);
+#endif
+}
+
+template <class To, class From>
+LOTR_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+LOTR_DEVICE uint32_t as_bits(float x) {
+  return bit_cast<uint32_t>(x);
+}
+LOTR_DEVICE float as_float(uint32_t x) {
+  return bit_cast<float>(x);
+}
+
+LOTR_DEVICE float to_float(float x) {
+  return x;
+}
+LOTR_DEVICE float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+LOTR_DEVICE float to_float(__half x) {
+  return __half2float(x);
+}
+
+// Rounds to nearest even.
+template <class T>
+LOTR_DEVICE T from_float(float x) {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
+                "T is float, __nv_bfloat16 or __half");
+  if constexpr (std::is_same_v<T, float>)
+    return x;
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else
+    return __float2half_rn(x);
+}
+
+// The high 32 bits of a product of two 32-bit numbers (Philox).
+LOTR_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) {
+  return uint32_t(uint64_t(a) * b >> 32);
+}
+
+// Ends the launch: on the device by a trap, under the executor with `message` and the caller's file and line.
+LOTR_DEVICE void trap(const char* message LOTR_SITE) {
+#ifdef __CUDACC__
+  (void)message;
+  __trap();
+#else
+  simt::trap(message, site);
+#endif
+}
+
+}  // namespace lotr::ptx

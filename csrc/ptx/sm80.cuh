@@ -1,0 +1,269 @@
+// The device primitives that kernels are written in, for sm_80 and later (sm90.cuh: what only sm_90a has).
+//
+// Under nvcc a wrapper is one PTX instruction.  Under a host compiler the same kernel source runs in the SIMT
+// executor (csrc/simt, test builds only), one fiber for each GPU thread, and the wrapper does what the PTX
+// manual says.
+//
+// Writing a kernel:
+//   struct Smem { alignas(16) T tile[...]; ... };                    // all of the block's shared memory
+//   __global__ void __launch_bounds__(128) kernel(Params p) {
+//     Smem& s = ptx::shared_storage<Smem>();                         // never __shared__
+//     ptx::cp_async16(&s.tile[i], p.x + i, bytes);  ptx::cp_async_commit();  ptx::cp_async_wait<0>();
+//     __syncthreads();                                               // threadIdx, blockIdx, __syncwarp as in
+//     CUDA ptx::ldmatrix_x4(a, row);  ptx::mma_m16n8k16<T>(d, a, b);  ptx::store(p.y + j, value);
+//   }
+//   ptx::launch({grid, block, sizeof(Smem), stream, cluster, "name"}, kernel, params);
+//
+// Global and shared memory are best touched through the wrappers of memory.cuh (load, load_nc, load_cg,
+// store, load_shared, store_shared, store_shared2, atomic_add) and cp_async: only these are counted.  A plain
+// *p works and is checked by the sanitizers, but is missing from the counts (the race build reports it as
+// `unwrapped`).
+//
+// Counting, from the host: simt::register_array("x", pointer, bytes) gives a range of global memory a name,
+// simt::set_options turns counting on, simt::counters() then holds bytes and sectors read and written for
+// each name (csrc/simt/api.h).  Lanes of a warp that execute one call site together count as one instruction,
+// so coalescing is seen as it is on the device.  What lies in no registered array is listed as
+// "(unregistered)".
+//
+// The executor throws simt::Error, with file and line, on: a barrier or warp collective that not all threads
+// reach, or reach at different lines; lanes missing from a mask; misaligned or out-of-range shared addresses;
+// a thread that exits with a copy in flight; a launch that a GPU would refuse.  cp.async data does not exist
+// before the wait: until then the destination reads as NaN.  Shared memory starts as NaN.
+#pragma once
+#include "base.cuh"
+#include "launch.cuh"
+#include "memory.cuh"
+
+namespace lotr::ptx {
+
+// ---- asynchronous copies, global to shared
+// -----------------------------------------------------------------------
+
+// 16 bytes, past L1; the first src_bytes are copied, the rest become zero.  Both addresses 16-byte aligned.
+LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes = 16 LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(src_bytes)
+               : "memory");
+#else
+  simt::cp_async(shared, global, 16, src_bytes, site);
+#endif
+}
+
+// 8 and 4 bytes, for rows whose start is not 16-byte aligned.
+LOTR_DEVICE void cp_async8(void* shared, const void* global, int src_bytes = 8 LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(src_bytes)
+               : "memory");
+#else
+  simt::cp_async(shared, global, 8, src_bytes, site);
+#endif
+}
+
+LOTR_DEVICE void cp_async4(void* shared, const void* global, int src_bytes = 4 LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(src_bytes)
+               : "memory");
+#else
+  simt::cp_async(shared, global, 4, src_bytes, site);
+#endif
+}
+
+// Closes a group of this thread's copies; an empty group counts too.
+LOTR_DEVICE void cp_async_commit(LOTR_SITE_ONLY) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  simt::cp_async_commit(site);
+#endif
+}
+
+// Until at most N of this thread's latest groups are in flight.  Other threads' copies need a barrier after
+// it.
+template <int N>
+LOTR_DEVICE void cp_async_wait(LOTR_SITE_ONLY) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#else
+  simt::cp_async_wait(N, site);
+#endif
+}
+
+// Until all of this thread's copies have landed, committed or not.
+LOTR_DEVICE void cp_async_wait_all(LOTR_SITE_ONLY) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  simt::cp_async_wait(-1, site);
+#endif
+}
+
+// ---- matrices in registers
+// ---------------------------------------------------------------------------------------
+
+// ldmatrix: 8 x 8 tiles of 16-bit elements.  Lane 8 t + i gives the address of row i of tile t (16 bytes,
+// aligned); lane l receives elements 2 (l % 4) and + 1 of row l / 4 of each tile.  Trans: of the transposed
+// tiles.
+LOTR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+#else
+  simt::ldmatrix(r, row, 4, false, site);
+#endif
+}
+
+LOTR_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+#else
+  simt::ldmatrix(r, row, 4, true, site);
+#endif
+}
+
+LOTR_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+#else
+  simt::ldmatrix(r, row, 2, false, site);
+#endif
+}
+
+LOTR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+#else
+  simt::ldmatrix(r, row, 2, true, site);
+#endif
+}
+
+// d [16 x 8] += a [16 x 16] b [16 x 8], float accumulators.  With g = lane / 4, q = 2 (lane % 4):
+//   a: (g, q) (g + 8, q) (g, q + 8) (g + 8, q + 8), each register two neighbours along k
+//   b: (q, g) (q + 8, g), each register two neighbours along k
+//   d: (g, q) (g, q + 1) (g + 8, q) (g + 8, q + 1)
+template <class T>
+LOTR_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] LOTR_SITE) {
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
+                "T is __nv_bfloat16 or __half");
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    simt::mma_m16n8k16_bf16(d, a, b, site);
+  else
+    simt::mma_m16n8k16_fp16(d, a, b, site);
+#endif
+}
+
+// d [16 x 8] += a [16 x 8] b [8 x 8] in tf32.  With g = lane / 4, q = lane % 4:
+//   a: (g, q) (g + 8, q) (g, q + 4) (g + 8, q + 4)     b: (q, g) (q + 4, g)     d as above
+LOTR_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  simt::mma_m16n8k8_tf32(d, a, b, site);
+#endif
+}
+
+// cvt.rna.tf32.f32: to nearest with 10 bits of mantissa, ties away from zero.  mma reads only those bits.
+LOTR_DEVICE uint32_t to_tf32(float x) {
+#ifdef __CUDACC__
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+  return r;
+#else
+  return simt::to_tf32(x);
+#endif
+}
+
+// ---- within a warp and a block
+// -----------------------------------------------------------------------------------
+
+// The value of lane (own lane ^ mask); every lane of the warp takes part.
+template <class T>
+LOTR_DEVICE T shfl_xor(T value, int mask LOTR_SITE) {
+#ifdef __CUDACC__
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+#else
+  return __shfl_xor_sync(0xffffffffu, value, mask, 32, site);
+#endif
+}
+
+template <class T>
+LOTR_DEVICE T shfl(T value, int lane LOTR_SITE) {
+#ifdef __CUDACC__
+  return __shfl_sync(0xffffffffu, value, lane);
+#else
+  return __shfl_sync(0xffffffffu, value, lane, 32, site);
+#endif
+}
+
+// Sum over the warp, in every lane, by a butterfly: always the same order.
+LOTR_DEVICE float warp_sum(float value LOTR_SITE) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2)
+#ifdef __CUDACC__
+    value += shfl_xor(value, mask);
+#else
+    value += shfl_xor(value, mask, site);
+#endif
+  return value;
+}
+
+LOTR_DEVICE float warp_max(float value LOTR_SITE) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2)
+#ifdef __CUDACC__
+    value = fmaxf(value, shfl_xor(value, mask));
+#else
+    value = fmaxf(value, shfl_xor(value, mask, site));
+#endif
+  return value;
+}
+
+// Named barriers 1 to 15: `threads` (a multiple of 32) of the block meet, or announce themselves and go on.
+LOTR_DEVICE void barrier_sync(int id, int threads LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  simt::barrier_sync(id, threads, site);
+#endif
+}
+
+LOTR_DEVICE void barrier_arrive(int id, int threads LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  simt::barrier_arrive(id, threads, site);
+#endif
+}
+
+}  // namespace lotr::ptx

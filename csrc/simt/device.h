@@ -1,0 +1,122 @@
+// What a kernel sees when a host compiler compiles it: the executor's side of every wrapper in csrc/ptx, and
+// the CUDA built-ins.  Everything is out of line, in files that are never compiled with -fsanitize=thread, so
+// that the race detector sees the kernel's accesses and not the executor's own.
+#pragma once
+#ifdef __CUDACC__
+#error "csrc/simt is for host compilers; nvcc must not see it"
+#endif
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "site.h"
+
+#define __launch_bounds__(...)
+
+// Real objects, set at every switch of threads: macros of these names would break CUDA's own headers.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+namespace lotr::simt {
+
+struct Launch {
+  const char* name;
+  dim3 grid, block, cluster;
+  size_t smem;
+};
+void run_grid(const Launch& launch, void (*thread)(void*), void* context);
+
+void* shared_memory(size_t bytes);  // checks that the launch gave as much
+uint32_t shared_offset(const void* p);
+[[noreturn]] void trap(const char* message, Site site);
+
+void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Site site);
+void store_global(void* p, const void* value, uint32_t bytes, Site site);
+void load_shared(void* value, const void* p, uint32_t bytes, Site site);
+void store_shared(void* p, const void* value, uint32_t bytes, Site site);
+void fence_device(Site site);
+int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site);
+float atomic_add(float* p, float value, Site site);
+
+void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, Site site);
+void cp_async_commit(Site site);
+void cp_async_wait(int keep, Site site);  // keep < 0: everything, committed or not
+
+void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site);
+void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, Site site);
+void mma_m16n8k16_fp16(float* d, const uint32_t* a, const uint32_t* b, Site site);
+void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site);
+uint32_t to_tf32(float x);
+
+void sync_threads(Site site);
+void sync_warp(uint32_t mask, Site site);
+void barrier_sync(int id, int threads, Site site);
+void barrier_arrive(int id, int threads, Site site);
+uint32_t ballot(uint32_t mask, bool predicate, Site site);
+
+enum class Shuffle { index, up, down, exclusive_or };
+uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int width, Site site);
+
+template <class T>
+T shuffle_value(Shuffle kind, uint32_t mask, T value, int operand, int width, Site site) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8, "at most 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = shuffle(kind, mask, bits, operand, width, site);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace lotr::simt
+
+// ---- CUDA built-ins
+// ----------------------------------------------------------------------------------------------
+
+#define LOTR_SIMT_SITE ::lotr::simt::Site site = ::lotr::simt::Site::here()
+
+inline void __syncthreads(LOTR_SIMT_SITE) {
+  ::lotr::simt::sync_threads(site);
+}
+inline void __syncwarp(unsigned mask = ~0u, LOTR_SIMT_SITE) {
+  ::lotr::simt::sync_warp(mask, site);
+}
+inline void __threadfence(LOTR_SIMT_SITE) {
+  ::lotr::simt::fence_device(site);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, LOTR_SIMT_SITE) {
+  return ::lotr::simt::ballot(mask, predicate != 0, site);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32, LOTR_SIMT_SITE) {
+  return ::lotr::simt::shuffle_value(::lotr::simt::Shuffle::index, mask, value, lane, width, site);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, LOTR_SIMT_SITE) {
+  return ::lotr::simt::shuffle_value(::lotr::simt::Shuffle::exclusive_or, mask, value, lanes, width, site);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, LOTR_SIMT_SITE) {
+  return ::lotr::simt::shuffle_value(::lotr::simt::Shuffle::up, mask, value, int(delta), width, site);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, LOTR_SIMT_SITE) {
+  return ::lotr::simt::shuffle_value(::lotr::simt::Shuffle::down, mask, value, int(delta), width, site);
+}
+inline int atomicAdd(int* p, int value, LOTR_SIMT_SITE) {
+  return ::lotr::simt::atomic_add(p, value, false, site);
+}
+inline float atomicAdd(float* p, float value, LOTR_SIMT_SITE) {
+  return ::lotr::simt::atomic_add(p, value, site);
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return unsigned(uint64_t(a) * b >> 32);
+}
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
