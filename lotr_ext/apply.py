@@ -1,0 +1,323 @@
+"""Adapters into whole models and out of them: apply_lotr, disabled, merge, unmerge, unload.
+
+After `apply_lotr(model, config)` every targeted layer is a `LoTRLayer` in its old place, with its old state_dict keys and
+`core`; the factors of all groups are registered once, as `model.lotr_factors[group]`, and the layers only refer to them. So
+state_dict has `lotr_factors.<group>.A`, `lotr_factors.<group>.B` and `<layer>.core` beside the base model's own keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoTRConfig
+from .factors import LoTRFactors
+from .init import fill_core_, tucker2
+from .layer import LoTRLayer, check_settings
+from .layer_call import delta_weight
+from .linear import LoTRWrapped, adapt
+from .scope import attach_scope, detach_scope
+from .targets import Selection, Target, select, tied_names
+
+__all__ = ["SharedFactors", "adapted_layers", "apply_lotr", "disabled", "lotr_parameters", "merge", "unload", "unmerge"]
+
+Model = TypeVar("Model", bound=nn.Module)
+Start = tuple[Tensor, Tensor, Tensor]  # A, B, cores
+
+
+class SharedFactors(nn.ModuleDict):
+    """The factors of a model's groups, by group name. Called, it returns its input: nn.Sequential calls all it registers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def apply_lotr(model: Model, config: LoTRConfig) -> Model:
+    """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T for each targeted layer l (arXiv 2402.01376).
+
+    The layers' weights and all other parameters are frozen, except for modules_to_save. One pair A [K, r_in], B [N, r_out] a
+    group and a core [r_in, r_out] a layer are added in config.adapter_dtype. At first the model's function is unchanged (with
+    init "svd": but for one rounding of each weight).
+
+    Args:
+        model: any nn.Module with nn.Linear layers, transformers' Conv1D, or named modules that have in_features and
+            out_features (those are wrapped, and their own forward is called). Layers with hooks or parametrizations are
+            wrapped too. A layer that is registered in several places stays one layer.
+        config: what to adapt and how.
+
+    Returns:
+        The same model, for chaining.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a model that is adapted already, wrapped or compiled; targets, exclusions or
+            modules_to_save that match nothing; a target that is not linear, that shares its weight with another module, or
+            whose weight is read without it being called (nn.MultiheadAttention.out_proj); groups of mixed shapes; "svd" on
+            weights that cannot be read. All of it before anything is changed.
+    """
+    selection = select(model, config)
+    starts = _svd_starts(selection, config) if config.init == "svd" else None
+    return install(model, config, selection, starts)
+
+
+def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict[str, Start] | None) -> Model:
+    """Does what `select` has found possible. starts: with init "svd", what to subtract from the weights and begin with."""
+    model.requires_grad_(False)
+    for module in selection.saved.values():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    shared = SharedFactors()
+    for group, targets in selection.groups.items():
+        factors = shared[group] = _new_factors(targets[0], config)
+        layers = [_replace(model, target, factors, config) for target in targets]
+        if starts is not None:
+            set_start(layers, starts[group])
+            for parameter, value in ((factors.A, factors.start_A), (factors.B, factors.start_B)):
+                parameter.data.copy_(value)
+            for layer in layers:
+                layer.core.data.copy_(layer.start_core)
+    model.lotr_factors = shared
+    if callable(config.group_by):  # a callable can be neither pickled nor saved; what it decided can
+        config = replace(config, group_by={t.name: t.group for t in selection.targets})
+    model.lotr_config = config
+    _set_fast_paths(model, off=True)
+    attach_scope(model)
+    return model
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _new_factors(target: Target, config: LoTRConfig) -> LoTRFactors:
+    factors = LoTRFactors(
+        target.in_features,
+        target.out_features,
+        config.rank,
+        init="kaiming" if config.init == "svd" else config.init,
+        device=_device(target.module),
+        dtype=config.adapter_dtype,
+    )
+    if config.core_init == "identity":  # B = 0 keeps the start unchanged, as in LoRA
+        nn.init.zeros_(factors.B)
+    factors.A.requires_grad_("A" in config.train)
+    factors.B.requires_grad_("B" in config.train)
+    return factors
+
+
+def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:
+    make = LoTRWrapped.from_linear if target.wrap else adapt
+    settings = {name: getattr(config, name) for name in ("alpha", "rslora", "scaling", "dropout")}
+    layer = make(target.module, factors, **settings)
+    layer.leave_factors_to_owner()
+    fill_core_(layer.core, config.core_init)
+    layer.core.requires_grad_("core" in config.train)
+    for name in target.names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return layer
+
+
+@torch.no_grad()
+def set_start(layers: Sequence[LoTRLayer], start: Start | None) -> None:
+    """Makes `start` what the layers of one group started with: takes its delta out of their weights, and what was their start
+    before back in, in fp32, cast once. All layers of the group come at once, for they share start_A and start_B."""
+    factors, weights, new = layers[0].factors, [], None
+    if start is not None:  # as rounded and placed as the parameters are, so that a reload subtracts the very same numbers
+        A, B = start[0].to(factors.A), start[1].to(factors.B)
+        new = [core.to(layer.core) for core, layer in zip(start[2], layers, strict=True)]
+    for i, layer in enumerate(layers):
+        change = 0.0
+        if layer.start_core is not None:
+            change = change + delta_weight(factors.start_A, factors.start_B, layer.start_core, layer.scaling)
+        if new is not None:
+            change = change - delta_weight(A, B, new[i], layer.scaling)
+        matrix = layer._matrix()
+        weights.append(matrix if isinstance(change, float) else layer._plus(matrix, change, 1))
+    for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+        layer._matrix().data.copy_(weight)
+        layer.start_core = None if new is None else new[i]
+    factors.start_A, factors.start_B = (None, None) if new is None else (A, B)
+
+
+def _svd_starts(selection: Selection, config: LoTRConfig) -> dict[str, Start]:
+    settings = check_settings(alpha=config.alpha, rslora=config.rslora, scaling=config.scaling, dropout=config.dropout)
+    scaling = settings.resolve(max(config.ranks))
+    if scaling == 0.0:
+        raise ValueError('init: expected a scaling other than 0 with "svd", got 0')
+    starts = {}
+    for group, targets in selection.groups.items():
+        weights = [t.module.weight if isinstance(t.module, nn.Linear) else t.module.weight.T for t in targets]
+        for target, weight in zip(targets, weights, strict=True):
+            if not torch.isfinite(weight).all():
+                raise ValueError(f'init: expected finite weights for "svd", got NaN or infinity in {target.name!r}')
+        A, B, cores = tucker2(weights, config.ranks)
+        starts[group] = (A, B, cores / scaling)
+    return starts
+
+
+def _set_fast_paths(model: nn.Module, *, off: bool) -> None:
+    """nn.TransformerEncoderLayer's fast path reads its linears' weights without calling them, and nn.TransformerEncoder makes
+    nested tensors for it. Both go by attributes that nothing else reads, which are set aside while an adapter is in them."""
+    for module in model.modules():
+        attribute = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+        for cls, name in attribute.items():
+            if not isinstance(module, cls) or not hasattr(module, name):
+                continue
+            if off and any(isinstance(m, LoTRLayer) for m in module.modules()):
+                module._lotr_fast_path = getattr(module, name)
+                setattr(module, name, 0 if cls is nn.TransformerEncoderLayer else False)
+            elif not off and hasattr(module, "_lotr_fast_path"):
+                setattr(module, name, module._lotr_fast_path)
+                del module._lotr_fast_path
+
+
+# ---- adapted models --------------------------------------------------------------------------------------------------
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
+    """The adapted layers of a model by name, each once, whether it comes from `apply_lotr` or was built by hand.
+
+    Raises:
+        TypeError: not an nn.Module. RuntimeError: a model with no adapter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoTRLayer)}
+    if not layers:
+        raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without; apply_lotr comes first")
+    return layers
+
+
+def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The adapter's trained parameters, for an optimizer: each A, B and core once, those that require grad.
+
+    modules_to_save are not among them: `[p for p in model.parameters() if p.requires_grad]` has both.
+
+    Raises:
+        TypeError, RuntimeError: as `adapted_layers`.
+    """
+    seen: dict[int, nn.Parameter] = {}
+    for layer in adapted_layers(model).values():
+        for parameter in (layer.factors.A, layer.factors.B, layer.core):
+            if parameter.requires_grad:
+                seen.setdefault(id(parameter), parameter)
+    return iter(seen.values())
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Inside the context the model computes what it did without the adapter (modules_to_save stay as they are now).
+
+    Raises:
+        TypeError, RuntimeError: no adapter, or a merged one (unmerge it first).
+    """
+    layers = adapted_layers(model)
+    _expect_merged(layers, False, "disabled")
+    before = {name: layer.disabled for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.disabled = True
+        yield model
+    finally:
+        for name, layer in layers.items():
+            layer.disabled = before[name]
+
+
+def _expect_merged(layers: dict[str, LoTRLayer], merged: bool, name: str) -> None:
+    for layer_name, layer in layers.items():
+        if layer.merged != merged:
+            states = ("unmerged", "merged")
+            raise RuntimeError(f"{name}: expected {states[merged]} layers, got {layer_name!r}, which is {states[layer.merged]}")
+
+
+def _check_mergeable(model: nn.Module, layers: dict[str, LoTRLayer], safe: bool) -> None:
+    tied = tied_names(model)
+    for name, layer in layers.items():
+        if isinstance(layer, LoTRWrapped):
+            base = type(layer.base_layer).__name__
+            raise TypeError(f"merge: expected an nn.Linear or Conv1D base, got {name!r} over {base}, which keeps its weight its own way")
+        if id(layer) in tied:
+            raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(tied[id(layer)])}")
+        if layer.weight.is_meta or layer.core.is_meta:
+            raise RuntimeError(f"merge: expected tensors with values, got {name!r} on the meta device")
+        if safe and not layer.merged and not torch.isfinite(layer._merged_weight()).all():
+            raise ValueError(f"merge: expected finite weights (safe=True), got NaN or infinity in {name!r}")
+
+
+def merge(model: Model, *, safe: bool = False, keep_backup: bool = True) -> Model:
+    """Adds every layer's s B G^T A^T into its weight (sum in fp32, cast once): all layers, or none on an error.
+
+    safe: refuse results that are not finite. keep_backup: keep the weights, so that `unmerge` restores the very bits; else it
+    subtracts, which is exact only up to rounding.
+
+    Raises:
+        TypeError: no nn.Module, or a base that cannot be merged into. ValueError: safe, and a result is not finite.
+        RuntimeError: no adapter, one that is merged already, on the meta device, or a weight tied to another module.
+    """
+    layers = adapted_layers(model)
+    _expect_merged(layers, False, "merge")
+    _check_mergeable(model, layers, safe)
+    done = []
+    try:
+        for layer in layers.values():
+            layer.merge(safe=safe, keep_backup=keep_backup)
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge(model: Model) -> Model:
+    """Takes the adapter out of the weights again.
+
+    Raises:
+        TypeError, RuntimeError: no adapter, or one that is not merged.
+    """
+    layers = adapted_layers(model)
+    _expect_merged(layers, True, "unmerge")
+    for layer in layers.values():
+        layer.unmerge()
+    return model
+
+
+def unload(model: Model, *, merge: bool) -> Model:
+    """Takes the adapter off: plain layers in their old places, no factors, no cores. Parameters stay frozen as they are.
+
+    merge: True leaves the adapter in the weights, False leaves the base weights (those of before "svd", up to one rounding).
+    modules_to_save stay as they are now.
+
+    Raises:
+        As `merge` and `unmerge`; nothing is changed then.
+    """
+    if not isinstance(merge, bool):
+        raise TypeError(f"merge: expected True or False, got {merge!r}")
+    layers = adapted_layers(model)
+    if merge:
+        _check_mergeable(model, layers, safe=False)
+    elif any(layer.start_core is not None for layer in layers.values()):
+        _check_mergeable(model, layers, safe=False)  # the start goes back into the weight
+    for layer in layers.values():
+        if merge and not layer.merged:
+            layer.merge(keep_backup=False)
+        elif not merge and layer.merged:
+            layer.unmerge()
+    _set_fast_paths(model, off=False)
+    bases: dict[int, nn.Module] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, LoTRLayer):
+            if id(layer) not in bases:
+                bases[id(layer)] = layer.to_base()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, bases[id(layer)])
+    if isinstance(getattr(model, "lotr_factors", None), SharedFactors):
+        del model.lotr_factors, model.lotr_config
+        detach_scope(model)
+    return model

@@ -1,0 +1,193 @@
+"""What to adapt and how: LoTRConfig, checked when it is made, and its JSON form."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from .init import CORE_INITS, FACTOR_INITS
+
+__all__ = ["GroupBy", "LoTRConfig"]
+
+GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
+
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+_PARTS = ("A", "B", "core")
+
+
+def _names(value: object, name: str) -> tuple[str, ...] | None:
+    """A list of name endings as a tuple."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        raise TypeError(f"{name}: expected a list of name endings or None, got {value!r}")
+    for ending in value:
+        if not isinstance(ending, str) or not ending:
+            raise TypeError(f"{name}: expected non-empty strings, got {ending!r}")
+    if not value:
+        raise ValueError(f"{name}: expected at least one name ending or None, got an empty list")
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+
+
+def _number(value: object, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number or None, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class LoTRConfig:
+    """How `apply_lotr` adapts a model. Frozen, and checked when it is made.
+
+    Attributes:
+        rank: r, or (r_in, r_out) for A [K, r_in], B [N, r_out] and cores [r_in, r_out].
+        alpha: the adapter is scaled by alpha / r (alpha / sqrt(r) with rslora), r = max(r_in, r_out). None: alpha = r.
+        rslora: divide by sqrt(r) instead of r (arXiv 2312.03732).
+        scaling: s itself, instead of alpha.
+        dropout: on the adapter's x, in [0, 1).
+        target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
+            name, or "all-linear" (also for None): every linear layer but those that no adapter can reach or that share their
+            weight with another module.
+        exclude_modules: name endings, or a regular expression, to leave out.
+        modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
+        group_by: which layers share one pair of factors. "shape": one pair for each (K, N), the paper's; "name": one for
+            each last part of the name and shape (q and v apart); a mapping from layer name to group; or a callable
+            (name, module) -> group.
+        init: "orthonormal", "normal", "kaiming" or "svd" (lotr_ext.init).
+        train: which of "A", "B" and "core" are trained; the rest stays as it starts.
+        adapter_dtype: of A, B and the cores: float32, float64, bfloat16 or float16.
+        core_init: "zero", or "identity" (then B starts at zero).
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type or value; the message says which, what was expected, what came.
+    """
+
+    rank: int | tuple[int, int] = 16
+    alpha: float | None = None
+    rslora: bool = False
+    scaling: float | None = None
+    dropout: float = 0.0
+    target_modules: Sequence[str] | str | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    modules_to_save: Sequence[str] | None = None
+    group_by: GroupBy = "shape"
+    init: str = "orthonormal"
+    train: Sequence[str] = _PARTS
+    adapter_dtype: torch.dtype = torch.float32
+    core_init: str = "zero"
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("rank", self._checked_rank())
+        put("alpha", _number(self.alpha, "alpha"))
+        put("scaling", _number(self.scaling, "scaling"))
+        if not isinstance(self.rslora, bool):
+            raise TypeError(f"rslora: expected True or False, got {self.rslora!r}")
+        if self.scaling is not None and (self.alpha is not None or self.rslora):
+            raise ValueError(f"scaling: expected it alone, got scaling={self.scaling} with alpha={self.alpha}, rslora={self.rslora}")
+        dropout = _number(self.dropout, "dropout")
+        if dropout is None or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout!r}")
+        put("dropout", dropout)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name}: expected a regular expression, got {value!r} ({error})") from None
+            else:
+                put(name, _names(value, name))
+        put("modules_to_save", _names(self.modules_to_save, "modules_to_save"))
+        self._check_group_by()
+        if self.init not in (*FACTOR_INITS, "svd"):
+            raise ValueError(f"init: expected one of {', '.join((*FACTOR_INITS, 'svd'))}, got {self.init!r}")
+        if self.core_init not in CORE_INITS:
+            raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {self.core_init!r}")
+        if self.adapter_dtype not in _DTYPES.values():
+            raise TypeError(f"adapter_dtype: expected one of {', '.join(_DTYPES)}, got {self.adapter_dtype!r}")
+        self._check_train()
+
+    def _checked_rank(self) -> int | tuple[int, int]:
+        ranks = self.rank if isinstance(self.rank, tuple | list) else (self.rank,)
+        if len(ranks) not in (1, 2) or (len(ranks) == 1 and isinstance(self.rank, tuple | list)):
+            raise ValueError(f"rank: expected r or (r_in, r_out), got {self.rank!r}")
+        for r in ranks:
+            if isinstance(r, bool) or not isinstance(r, int):
+                raise TypeError(f"rank: expected an int or two, got {self.rank!r}")
+            if r < 1:
+                raise ValueError(f"rank: expected at least 1, got {self.rank!r}")
+        return self.rank if isinstance(self.rank, int) else (ranks[0], ranks[1])
+
+    def _check_group_by(self) -> None:
+        if isinstance(self.group_by, str):
+            if self.group_by not in ("shape", "name"):
+                raise ValueError(f'group_by: expected "shape", "name", a mapping or a callable, got {self.group_by!r}')
+        elif isinstance(self.group_by, Mapping):
+            for name, group in self.group_by.items():
+                if not (isinstance(name, str) and isinstance(group, str)):
+                    raise TypeError(f"group_by: expected layer names to group names, got {name!r}: {group!r}")
+            object.__setattr__(self, "group_by", dict(self.group_by))
+        elif not callable(self.group_by):
+            raise TypeError(f'group_by: expected "shape", "name", a mapping or a callable, got {self.group_by!r}')
+
+    def _check_train(self) -> None:
+        train = _names(self.train, "train")
+        if train is None or len(set(train)) != len(train) or not set(train) <= set(_PARTS):
+            raise ValueError(f"train: expected some of {_PARTS}, each once, got {self.train!r}")
+        object.__setattr__(self, "train", tuple(part for part in _PARTS if part in train))
+        if self.init == "svd":
+            if self.core_init != "zero":
+                raise ValueError(f'core_init: expected "zero" with init "svd", which sets the cores, got {self.core_init!r}')
+            return
+        moves = "core" if self.core_init == "zero" else "B"  # the one part that has a gradient at the start
+        if moves not in self.train:
+            raise ValueError(
+                f"train: expected {moves!r} among the trained parts with core_init {self.core_init!r} (all other gradients are "
+                f"zero while it is), got {self.train!r}"
+            )
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(r_in, r_out)."""
+        return (self.rank, self.rank) if isinstance(self.rank, int) else self.rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that json can write. A callable group_by cannot be written (ValueError): give the mapping instead."""
+        if callable(self.group_by):
+            raise ValueError('group_by: expected "shape", "name" or a mapping for JSON, got a callable')
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoTRConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            TypeError, ValueError: not a mapping, an unknown field, or a value that the constructor refuses.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"config: expected a mapping, got {type(values).__name__}")
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"config: expected fields {', '.join(f.name for f in fields(cls))}, got unknown {', '.join(unknown)}")
+        values = dict(values)
+        if "adapter_dtype" in values:
+            name = values["adapter_dtype"]
+            if name not in _DTYPES:
+                raise ValueError(f"adapter_dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
+            values["adapter_dtype"] = _DTYPES[name]
+        return cls(**values)

@@ -1,0 +1,287 @@
+"""Which layers of a model an adapter goes into: everything `apply_lotr` has to know and refuse before it changes anything."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .config import LoTRConfig
+from .layer import LoTRLayer
+from .linear import is_conv1d
+
+__all__ = ["Selection", "Target", "name_ends_with", "select", "tied_names"]
+
+# Classes that hand a child's weight to a kernel without calling the child, so that an adapter in it would be ignored in silence.
+_READERS = {
+    "MultiheadAttention": {"out_proj"},
+    **dict.fromkeys(
+        (
+            *("MambaMixer", "Mamba2Mixer", "FalconMambaMixer", "FalconH1Mixer", "BambaMixer", "JambaMambaMixer"),
+            *("ZambaMambaMixer", "Zamba2MambaMixer", "NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"),
+        ),
+        {"x_proj", "dt_proj", "out_proj"},
+    ),
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to be adapted. names: all its places in the model, the first one names it. wrap: keep the module and call it."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    in_features: int
+    out_features: int
+    group: str
+    wrap: bool
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """targets in the model's order; saved: modules to be trained whole, by name."""
+
+    targets: tuple[Target, ...]
+    saved: dict[str, nn.Module]
+
+    @property
+    def groups(self) -> dict[str, list[Target]]:
+        groups: dict[str, list[Target]] = {}
+        for target in self.targets:
+            groups.setdefault(target.group, []).append(target)
+        return groups
+
+
+def name_ends_with(name: str, ending: str) -> bool:
+    """Whether `ending` is the name's last dotted part or parts: "query" matches "layer.0.query", not "layer.0.my_query"."""
+    return f".{name}".endswith(f".{ending}")
+
+
+def _matches(name: str, pattern: Sequence[str] | str) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name_ends_with(name, ending) for ending in pattern)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features), or None for a module that cannot be adapted."""
+    if is_conv1d(module):
+        return tuple(module.weight.shape)
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return found if all(isinstance(n, int) for n in found) else None
+
+
+def _identity(parameter: Tensor) -> object:
+    """Equal for parameters that share memory, also as different objects. Meta tensors and subclasses go by object."""
+    plain = type(parameter) in (Tensor, nn.Parameter) and not parameter.is_meta and parameter.numel() > 0
+    return ("memory", parameter.device, parameter.data_ptr()) if plain else id(parameter)
+
+
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """For each module that shares a parameter with another one, by id(module): the other owners' parameter names."""
+    owners: dict[object, list[tuple[nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(_identity(parameter), []).append((module, f"{name}.{own}" if name else own))
+    tied: dict[int, list[str]] = {}
+    for shared in owners.values():
+        for module, _ in shared:
+            others = [name for other, name in shared if other is not module]
+            if others:
+                tied.setdefault(id(module), []).extend(others)
+    return tied
+
+
+def _parents(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str]]:
+    return [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+
+
+def _reader(parent: nn.Module, child: str) -> str | None:
+    """The class by which `parent` reads its child's weight without calling it, if it is one of those known to."""
+    return next((cls.__name__ for cls in type(parent).__mro__ if child in _READERS.get(cls.__name__, ())), None)
+
+
+@functools.cache
+def _weights_read(cls: type) -> frozenset[str]:
+    """Children whose `.weight` the class's own code passes on, by its source: a hint for a warning, no proof."""
+    try:
+        source = "".join(
+            inspect.getsource(f)
+            for name, f in vars(cls).items()
+            if inspect.isfunction(f) and not re.search("init|reset|load|save|convert", name)
+        )
+    except (OSError, TypeError):
+        return frozenset()
+    reads = re.findall(r"(isinstance\(\s*)?self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim|size|requires_grad)|\s*=[^=])", source)
+    return frozenset(child for checked, child in reads if not checked)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {type(model).__name__}")
+    adapted = next((name for name, m in model.named_modules() if isinstance(m, LoTRLayer)), None)
+    if adapted is not None or hasattr(model, "lotr_factors"):
+        raise RuntimeError(f"model: expected one with no LoTR adapter, got one at {adapted or 'lotr_factors'!r}; unload it first")
+
+
+def _saved(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
+    saved: dict[str, nn.Module] = {}
+    for ending in config.modules_to_save or ():
+        found = {name: m for name, m in model.named_modules() if name and name_ends_with(name, ending)}
+        if not found:
+            raise ValueError(f"modules_to_save: expected names of modules, got {ending!r}, which matches none")
+        for name, module in found.items():
+            if next(module.parameters(), None) is None:
+                raise ValueError(f"modules_to_save: expected modules with parameters, got {name!r} ({type(module).__name__})")
+        saved.update(found)
+    return saved
+
+
+def select(model: nn.Module, config: LoTRConfig) -> Selection:
+    """The layers of `model` that `config` adapts, grouped, and the modules it saves. Changes nothing.
+
+    Raises TypeError, ValueError or RuntimeError for all that `apply_lotr` refuses.
+    """
+    _check_model(model)
+    if not isinstance(config, LoTRConfig):
+        raise TypeError(f"config: expected LoTRConfig, got {type(config).__name__}")
+    saved = _saved(model, config)
+    inside_saved = {id(m) for top in saved.values() for m in top.modules()}
+    places: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            places.setdefault(id(module), (module, []))[1].append(name)
+    everything = config.target_modules is None or config.target_modules == "all-linear"
+    _check_endings(config, places.values())
+
+    tied, hidden, targets = tied_names(model), [], []
+    for module, names in places.values():
+        if id(module) in inside_saved or (config.exclude_modules and any(_matches(n, config.exclude_modules) for n in names)):
+            continue
+        if not (_is_linear(module) if everything else any(_matches(n, config.target_modules) for n in names)):
+            continue
+        features = _features(module)
+        if features is None:
+            if isinstance(config.target_modules, str):
+                continue  # a regular expression is a filter over the layers that can be adapted
+            raise TypeError(
+                f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {names[0]!r} "
+                f"({type(module).__name__})"
+            )
+        if min(features) < 1:
+            raise ValueError(f"target_modules: expected layers with known sizes, got {names[0]!r} with {features}; run it once first")
+        parents = _parents(model, names)
+        readers = [r for parent, child in parents if (r := _reader(parent, child))]
+        if everything and (id(module) in tied or readers):
+            hidden += [names[0]] if readers else []
+            continue
+        if readers:
+            raise ValueError(
+                f"target_modules: expected layers that are called, got {names[0]!r}, whose weight {readers[0]} reads without "
+                "calling it: an adapter there would be ignored"
+            )
+        if id(module) in tied:
+            raise ValueError(
+                f"target_modules: expected layers with a weight of their own, got {names[0]!r}, tied to "
+                f"{', '.join(tied[id(module)])}"
+            )
+        _warn_of_readers(names[0], parents)
+        targets.append(Target(tuple(names), module, *features, _group(names[0], module, features, config), _needs_wrap(module)))
+    if hidden:
+        warnings.warn(f"lotr_ext: left out {', '.join(hidden)}: their parents read the weight without calling it", stacklevel=3)
+    _check_targets(targets, config)
+    return Selection(tuple(targets), saved)
+
+
+def _check_endings(config: LoTRConfig, places: Iterable[tuple[nn.Module, list[str]]]) -> None:
+    """Each single ending has to match something: a misspelt one would otherwise go unnoticed."""
+    names = [name for _, several in places for name in several]
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if field == "target_modules" and pattern == "all-linear":
+            continue
+        for one in (pattern,) if isinstance(pattern, str) else pattern or ():
+            if not any(_matches(name, one if isinstance(pattern, str) else (one,)) for name in names):
+                raise ValueError(f"{field}: expected names of modules, got {one!r}, which matches none")
+
+
+def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
+    if not targets:
+        raise ValueError(
+            f"target_modules: expected to match a linear layer, got {config.target_modules!r}, which matches none outside of "
+            "exclude_modules and modules_to_save"
+        )
+    if isinstance(config.group_by, dict):
+        unknown = sorted(set(config.group_by) - {t.name for t in targets})
+        if unknown:
+            raise ValueError(f"group_by: expected names of adapted layers, got {', '.join(unknown)}")
+    first: dict[str, Target] = {}
+    for t in targets:
+        want = first.setdefault(t.group, t)
+        if (t.in_features, t.out_features) != (want.in_features, want.out_features):
+            raise ValueError(
+                f"group_by: expected layers of one shape in group {t.group!r}, got {want.name!r} "
+                f"({want.in_features}, {want.out_features}) and {t.name!r} ({t.in_features}, {t.out_features})"
+            )
+    if config.init == "svd":
+        for t in targets:
+            if t.wrap or not _is_linear(t.module) or not t.module.weight.is_floating_point():
+                raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({type(t.module).__name__})')
+            if t.module.weight.is_meta:
+                raise ValueError(f'init: expected weights with values for "svd", got {t.name!r} on the meta device')
+
+
+def _group(name: str, module: nn.Module, features: tuple[int, int], config: LoTRConfig) -> str:
+    shape = f"{features[0]}x{features[1]}"
+    if config.group_by == "shape":
+        return shape
+    if config.group_by == "name":
+        return f"{name.rpartition('.')[2]}_{shape}"
+    if isinstance(config.group_by, dict):
+        if name not in config.group_by:
+            raise ValueError(f"group_by: expected a group for each adapted layer, got none for {name!r}")
+        group = config.group_by[name]
+    else:
+        group = config.group_by(name, module)
+    if not isinstance(group, str):
+        raise TypeError(f"group_by: expected a string for {name!r}, got {type(group).__name__} {group!r}")
+    if not group or "." in group or hasattr(nn.ModuleDict, group):
+        raise ValueError(f"group_by: expected a name that can be a module's, without dots, for {name!r}, got {group!r}")
+    return group
+
+
+def _needs_wrap(module: nn.Module) -> bool:
+    """Whether replacing the module would lose what is attached to it: hooks, parametrizations, a forward of its own."""
+    hooked = any(getattr(module, hooks, None) for hooks in _HOOKS)
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return hooked or own_forward or "forward" in vars(module) or parametrize.is_parametrized(module)
+
+
+def _warn_of_readers(name: str, parents: list[tuple[nn.Module, str]]) -> None:
+    for parent, child in parents:
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            continue  # apply_lotr turns its fast path off
+        reads = next((c.__name__ for c in type(parent).__mro__ if c is not nn.Module and child in _weights_read(c)), None)
+        if reads is not None:
+            warnings.warn(
+                f"lotr_ext: {reads}'s code reads {name}.weight; where it does so without calling {child}, the adapter is ignored",
+                stacklevel=5,
+            )
