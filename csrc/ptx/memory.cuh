@@ -54,8 +54,7 @@ template <class T>
 constexpr bool is_word = std::is_trivially_copyable_v<T> &&
                          (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 
-// ---- global memory
-// ---------------------------------------------------------------------------------------------
+// ---- global memory ----
 
 #define LOTR_PTX_ADDRESS(p) "l"(p)
 
@@ -135,8 +134,7 @@ LOTR_DEVICE void store_stream(T* p, std::common_type_t<T> value LOTR_SITE) {
 
 #undef LOTR_PTX_ADDRESS
 
-// ---- shared memory
-// ---------------------------------------------------------------------------------------------
+// ---- shared memory ----
 
 #define LOTR_PTX_ADDRESS(p) "r"(shared_address(p))
 
@@ -183,8 +181,7 @@ LOTR_DEVICE void store_shared2(T* p, std::common_type_t<T> first, std::common_ty
 #undef LOTR_PTX_STORE
 #endif
 
-// ---- between blocks
-// ----------------------------------------------------------------------------------------------
+// ---- between blocks ----
 
 // fence.acq_rel.gpu: this thread's accesses before it, and those it has seen through barriers, come before
 // what follows it, for every block.  To hand sums from block to block: barrier; one thread: fence,

@@ -36,8 +36,7 @@
 
 namespace lotr::ptx {
 
-// ---- asynchronous copies, global to shared
-// -----------------------------------------------------------------------
+// ---- asynchronous copies, global to shared ----
 
 // 16 bytes, past L1; the first src_bytes are copied, the rest become zero.  Both addresses 16-byte aligned.
 LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes = 16 LOTR_SITE) {
@@ -100,8 +99,7 @@ LOTR_DEVICE void cp_async_wait_all(LOTR_SITE_ONLY) {
 #endif
 }
 
-// ---- matrices in registers
-// ---------------------------------------------------------------------------------------
+// ---- matrices in registers ----
 
 // ldmatrix: 8 x 8 tiles of 16-bit elements.  Lane 8 t + i gives the address of row i of tile t (16 bytes,
 // aligned); lane l receives elements 2 (l % 4) and + 1 of row l / 4 of each tile.  Trans: of the transposed
@@ -204,8 +202,7 @@ LOTR_DEVICE uint32_t to_tf32(float x) {
 #endif
 }
 
-// ---- within a warp and a block
-// -----------------------------------------------------------------------------------
+// ---- within a warp and a block ----
 
 // The value of lane (own lane ^ mask); every lane of the warp takes part.
 template <class T>

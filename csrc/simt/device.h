@@ -75,8 +75,7 @@ T shuffle_value(Shuffle kind, uint32_t mask, T value, int operand, int width, Si
 
 }  // namespace lotr::simt
 
-// ---- CUDA built-ins
-// ----------------------------------------------------------------------------------------------
+// ---- CUDA built-ins ----
 
 #define LOTR_SIMT_SITE ::lotr::simt::Site site = ::lotr::simt::Site::here()
 

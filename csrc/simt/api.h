@@ -1,0 +1,78 @@
+// What a host program (a test, the Python module) asks of the executor.  Not thread-safe: one thread
+// launches.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "site.h"
+
+namespace lotr::simt {
+
+// Which of the threads that could go on runs next, and which block after the last.
+enum class Order { forward, reverse, random };
+
+struct Options {
+  Order order = Order::forward;
+  uint64_t seed = 1;             // of the random order; the same seed gives the same schedule
+  unsigned preempt = 0;          // random order: chance in 256 to switch away at a memory access
+  bool count_memory = false;     // bytes, sectors and bank conflicts (about twice as slow)
+  size_t shared_limit = 232448;  // bytes a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
+};
+void set_options(const Options& options);  // throws std::invalid_argument
+const Options& options();
+// LOTR_SIMT_ORDER=forward|reverse|random, LOTR_SIMT_SEED=n, LOTR_SIMT_PREEMPT=0..255 over `options`.
+Options options_from_environment(Options options = {});
+
+// Traffic between a block and one registered array.  Lanes that execute a call site together are one
+// instruction; a byte that several of its lanes touch counts once.
+struct Traffic {
+  std::string name;
+  uint64_t size = 0;  // bytes of the array
+  uint64_t read_bytes = 0, read_sectors = 0;
+  uint64_t written_bytes = 0, written_sectors = 0;
+  uint64_t atomics = 0;    // lanes; their bytes count as written too
+  uint64_t unwrapped = 0;  // race build: bytes touched by plain loads and stores, which nothing else counts
+};
+
+struct LaunchRecord {
+  std::string name;
+  unsigned grid[3], block[3], cluster[3];
+  size_t shared_bytes;
+};
+
+struct Counters {
+  uint64_t blocks = 0, threads = 0, switches = 0;
+  uint64_t barriers = 0;          // completed __syncthreads and named barriers
+  uint64_t warp_collectives = 0;  // shuffles, __syncwarp, ldmatrix, mma, ...
+  uint64_t mma = 0, wgmma = 0;    // per warp, per warpgroup
+  uint64_t ldmatrix = 0;          // per warp
+  uint64_t async_copies = 0;      // cp.async, per lane
+  uint64_t bulk_copies = 0;       // TMA tiles
+  uint64_t atomics = 0;           // per lane
+  // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
+  // conflicts; wavefronts / phases is the bank-conflict degree.
+  uint64_t shared_phases = 0, shared_wavefronts = 0;
+  uint64_t shared_unwrapped = 0;  // race build: bytes
+  std::vector<LaunchRecord> launches;
+  std::vector<Traffic> arrays;  // in the order of registration; last "(unregistered)"
+};
+Counters counters();
+void reset_counters();  // registered arrays stay
+
+// Names [base, base + bytes).  Throws std::invalid_argument if it overlaps another array.
+void register_array(const std::string& name, const void* base, size_t bytes);
+void clear_arrays();
+
+// Zero pages that take memory only once touched: arrays beyond 2^31 elements.
+void* map_sparse(size_t bytes);  // throws std::bad_alloc
+void unmap_sparse(void* p, size_t bytes);
+size_t resident_bytes(const void* p, size_t bytes);
+
+// The coverage build: writes the line counts of this process now (they are written at exit anyway).
+void write_coverage();
+// "plain", "asan", "race" or "coverage": how this executor was built.
+const char* build_mode();
+
+}  // namespace lotr::simt

@@ -1,0 +1,211 @@
+// Where threads meet: block barriers, named barriers, and warp collectives that need no data but the lanes'
+// own.
+#include <cstring>
+
+#include "state.h"
+
+namespace lotr::simt {
+namespace {
+
+bool same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file));
+}
+
+void expect(Barrier& b, int id, uint32_t threads, const char* op, Site site) {
+  if (!b.arrived) {
+    b.site = site;
+    b.op = op;
+    b.expected = threads;
+  } else if (b.expected != threads) {
+    fail("barrier %d: %s at %s:%d gives %u threads, %s at %s:%d gave %u", id, op, site.file, site.line,
+         threads, b.op, b.site.file, b.site.line, b.expected);
+  }
+}
+
+void open_barrier(Block& block, int id) {
+  Barrier& b = block.barriers[id];
+  b.arrived = 0;
+  ++b.generation;
+  ++totals.barriers;
+  for (Warp& warp : block.warps) {
+    uint32_t lanes = 0;
+    for (uint32_t i = 0; i < 32 && (warp.present >> i & 1); ++i)
+      if (warp.thread[i].state == State::at_barrier && warp.thread[i].barrier == id) lanes |= 1u << i;
+    if (lanes) set_ready(warp, lanes);
+    if (id == 0) flush_log(warp);
+  }
+  progress();
+}
+
+// Part of a warp waits in a collective: a barrier is for whole warps.
+void check_converged(const Thread& t, const char* op, Site site) {
+  if (!t.warp->arrived) return;
+  const Thread& other = t.warp->thread[__builtin_ctz(t.warp->arrived)];
+  fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, op, site.file,
+       site.line, other.lane, other.op, other.site.file, other.site.line);
+}
+
+void meet(int id, uint32_t threads, const char* op, Site site) {
+  Thread& t = enter(op, site);
+  Block& block = *t.block;
+  Barrier& b = block.barriers[id];
+  check_converged(t, op, site);
+  expect(b, id, threads, op, site);
+  if (id == 0 && !same(b.site, site))
+    fail("divergent barrier: thread %u reached %s at %s:%d while others wait at %s:%d", t.linear, op,
+         site.file, site.line, b.site.file, b.site.line);
+  race::Sync& sync = b.sync[b.generation % 2];
+  race::release(sync);
+  t.barrier = id;
+  if (++b.arrived == threads)
+    open_barrier(block, id);
+  else
+    wait_here(State::at_barrier, op, site);
+  race::acquire(sync);
+  maybe_preempt();
+}
+
+void check_named(int id, int threads, const char* op, Site site) {
+  if (id < 0 || id > 15) fail("%s at %s:%d: barrier is %d, expected 0 to 15", op, site.file, site.line, id);
+  if (threads <= 0 || threads % 32 || uint32_t(threads) > self().block->thread_count)
+    fail("%s at %s:%d: %d threads, expected a multiple of 32 up to the block's %u", op, site.file, site.line,
+         threads, self().block->thread_count);
+}
+
+struct Exchange {
+  uint64_t in, out;
+  int source;  // lane, or negative: keep the own value
+  bool predicate;
+};
+
+void exchange(Warp& warp, uint32_t mask, void* op) {
+  for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) {
+    auto& own = *static_cast<Exchange*>(warp.thread[__builtin_ctz(lanes)].operand);
+    own.out = own.in;
+    if (own.source < 0) continue;
+    if (!(mask >> own.source & 1))
+      fail("%s: lane %d reads lane %d, which is not in mask %08x", static_cast<const char*>(op),
+           __builtin_ctz(lanes), own.source, mask);
+    own.out = static_cast<Exchange*>(warp.thread[own.source].operand)->in;
+  }
+}
+
+void vote(Warp& warp, uint32_t mask, void*) {
+  uint32_t result = 0;
+  for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    if (static_cast<Exchange*>(warp.thread[lane].operand)->predicate) result |= 1u << lane;
+  }
+  for (uint32_t lanes = mask; lanes; lanes &= lanes - 1)
+    static_cast<Exchange*>(warp.thread[__builtin_ctz(lanes)].operand)->out = result;
+}
+
+void nothing(Warp&, uint32_t, void*) {}
+
+}  // namespace
+
+void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader, void* context,
+                     bool orders_memory) {
+  Thread& t = enter(op, site);
+  Warp& warp = *t.warp;
+  const uint32_t me = 1u << t.lane;
+  mask &= warp.present;
+  if (!(mask & me))
+    fail("%s at %s:%d: lane %u is not in its own mask %08x", op, site.file, site.line, t.lane, mask);
+  if (mask & ~warp.alive)
+    fail("%s at %s:%d: mask %08x names lanes that have exited: %08x", op, site.file, site.line, mask,
+         mask & ~warp.alive);
+  t.mask = mask;
+  t.operand = operand;
+  if (const uint32_t met = warp.arrived & mask) {  // those were compared with each other when they came
+    const Thread& other = warp.thread[__builtin_ctz(met)];
+    if (other.op != op || other.mask != mask || !same(other.site, site))
+      fail("divergent warp: lane %u is at %s mask %08x, %s:%d, while lane %u is at %s mask %08x, %s:%d",
+           t.lane, op, mask, site.file, site.line, other.lane, other.op, other.mask, other.site.file,
+           other.site.line);
+  }
+  if (!(warp.arrived & mask))
+    for (uint32_t lanes = mask & ~me; lanes; lanes &= lanes - 1) {
+      const Thread& other = warp.thread[__builtin_ctz(lanes)];
+      if (other.state == State::at_barrier)
+        fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, op, site.file,
+             site.line, other.lane, other.op, other.site.file, other.site.line);
+    }
+  warp.arrived |= me;
+  race::Sync& sync = warp.sync[warp.generation % 2];
+  if (orders_memory) race::release(sync);
+  if ((warp.arrived & mask) == mask) {
+    leader(warp, mask, context);
+    warp.arrived &= ~mask;
+    ++warp.generation;
+    ++totals.warp_collectives;
+    set_ready(warp, mask);
+    if (mask == warp.alive) flush_log(warp);
+    progress();
+  } else {
+    wait_here(State::in_warp, op, site);
+  }
+  if (orders_memory) race::acquire(sync);
+}
+
+void sync_threads(Site site) {
+  race::ExecutorScope scope;
+  meet(0, self().block->thread_count, "__syncthreads", site);
+}
+
+void barrier_sync(int id, int threads, Site site) {
+  race::ExecutorScope scope;
+  check_named(id, threads, "bar.sync", site);
+  meet(id, uint32_t(threads), "bar.sync", site);
+}
+
+void barrier_arrive(int id, int threads, Site site) {
+  race::ExecutorScope scope;
+  Thread& t = enter("bar.arrive", site);
+  check_named(id, threads, t.op, site);
+  Barrier& b = t.block->barriers[id];
+  expect(b, id, uint32_t(threads), t.op, site);
+  race::release(b.sync[b.generation % 2]);
+  if (++b.arrived == uint32_t(threads)) open_barrier(*t.block, id);
+}
+
+void sync_warp(uint32_t mask, Site site) {
+  race::ExecutorScope scope;
+  warp_collective("__syncwarp", mask, site, nullptr, nothing, nullptr, true);
+}
+
+uint32_t ballot(uint32_t mask, bool predicate, Site site) {
+  race::ExecutorScope scope;
+  Exchange e{0, 0, -1, predicate};
+  warp_collective("__ballot_sync", mask, site, &e, vote, nullptr, false);
+  return uint32_t(e.out);
+}
+
+uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t bits, int operand, int width, Site site) {
+  race::ExecutorScope scope;
+  static const char* const names[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+  const char* op = names[int(kind)];
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    fail("%s at %s:%d: width is %d, expected a power of two up to 32", op, site.file, site.line, width);
+  const int lane = int(self().lane), first = lane / width * width, last = first + width - 1;
+  int source = -1;
+  switch (kind) {
+    case Shuffle::index:
+      source = first + (operand & (width - 1));
+      break;
+    case Shuffle::up:
+      source = lane - operand >= first ? lane - operand : -1;
+      break;
+    case Shuffle::down:
+      source = lane + operand <= last ? lane + operand : -1;
+      break;
+    case Shuffle::exclusive_or:
+      source = (lane ^ operand) <= last ? lane ^ operand : -1;
+      break;
+  }
+  Exchange e{bits, bits, source, false};
+  warp_collective(op, mask, site, &e, exchange, const_cast<char*>(op), false);
+  return e.out;
+}
+
+}  // namespace lotr::simt

@@ -1,0 +1,318 @@
+// What a launch moves.  Each lane logs its accesses; when the lanes of a warp are at one point again, the log
+// is cut into instructions: the n-th time that each lane passed a call site belongs together.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+#include "state.h"
+
+#if LOTR_SIMT_COVERAGE
+extern "C" void __gcov_dump();
+extern "C" void __gcov_reset();
+#endif
+
+namespace lotr::simt {
+
+Counters totals;
+
+namespace {
+
+constexpr uint32_t SECTOR = 32;
+
+struct Array {
+  uintptr_t base = 0;
+  size_t bytes = 0;
+  size_t order = 0;  // of registration
+  Traffic traffic;
+};
+std::vector<Array> arrays;  // by address
+Array unregistered;
+
+Array& array_of(uintptr_t address) {
+  static size_t latest = 0;
+  if (latest < arrays.size() && address - arrays[latest].base < arrays[latest].bytes) return arrays[latest];
+  const auto after = std::upper_bound(arrays.begin(), arrays.end(), address,
+                                      [](uintptr_t a, const Array& array) { return a < array.base; });
+  if (after == arrays.begin()) return unregistered;
+  Array& array = *(after - 1);
+  if (address - array.base >= array.bytes) return unregistered;
+  latest = size_t(&array - arrays.data());
+  return array;
+}
+
+void add(Traffic& traffic, Space space, uint64_t bytes, uint64_t sectors) {
+  if (space == Space::global_read) {
+    traffic.read_bytes += bytes;
+    traffic.read_sectors += sectors;
+  } else {
+    traffic.written_bytes += bytes;
+    traffic.written_sectors += sectors;
+  }
+}
+
+// Bytes and sectors of one instruction; an aligned access of at most 16 bytes lies in one sector.
+void count_global_instruction(const Access* const* lanes, size_t count) {
+  struct Touched {
+    uintptr_t sector;
+    uint32_t bytes;  // bits
+  } touched[32];
+  size_t n = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Access& access = *lanes[i];
+    const uintptr_t sector = access.address / SECTOR;
+    const uint32_t bits = ((uint32_t(1) << access.bytes) - 1) << access.address % SECTOR;
+    size_t at = n;
+    while (at > 0 && touched[at - 1].sector != sector) --at;
+    if (at > 0)
+      touched[at - 1].bytes |= bits;
+    else
+      touched[n++] = {sector, bits};
+  }
+  for (size_t i = 0; i < n; ++i)
+    add(array_of(touched[i].sector * SECTOR + __builtin_ctz(touched[i].bytes)).traffic, lanes[0]->space,
+        __builtin_popcount(touched[i].bytes), 1);
+  if (lanes[0]->space == Space::global_atomic)
+    for (size_t i = 0; i < count; ++i) ++array_of(lanes[i]->address).traffic.atomics;
+}
+
+// 32 banks of 4 bytes.  A cycle serves 128 bytes: a whole warp of 4-byte accesses, half a warp of 8, a
+// quarter of 16. Lanes that touch the same word share it; different words in one bank take turns.
+void count_shared_instruction(const Access* const* lanes, const int* lane_numbers, size_t count) {
+  const uint32_t bytes = lanes[0]->bytes;
+  const int lanes_a_phase = bytes <= 4 ? 32 : 128 / int(bytes);
+  for (int first = 0; first < 32; first += lanes_a_phase) {
+    uintptr_t words[32];
+    int in_bank[32] = {}, worst = 0;
+    size_t n = 0;
+    for (size_t i = 0; i < count; ++i) {
+      if (lane_numbers[i] < first || lane_numbers[i] >= first + lanes_a_phase) continue;
+      for (uintptr_t word = lanes[i]->address / 4; word * 4 < lanes[i]->address + bytes; ++word) {
+        if (std::find(words, words + n, word) != words + n) continue;
+        words[n++] = word;
+        worst = std::max(worst, ++in_bank[word % 32]);
+      }
+    }
+    if (worst) count_shared_phase(worst);
+  }
+}
+
+void count_instruction(const Access* const* lanes, const int* lane_numbers, size_t count) {
+  if (lanes[0]->space == Space::shared)
+    count_shared_instruction(lanes, lane_numbers, count);
+  else
+    count_global_instruction(lanes, count);
+}
+
+bool same_instruction(const Access& a, const Access& b) {
+  return a.line == b.line && a.file == b.file && a.space == b.space &&
+         (a.space != Space::shared || a.bytes == b.bytes);
+}
+
+// All lanes passed the same call sites: the usual case.
+bool flush_in_step(Warp& warp) {
+  const Thread* members[32];
+  int numbers[32], count = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (warp.present >> lane & 1 && !warp.thread[lane].log.empty()) {
+      numbers[count] = lane;
+      members[count++] = &warp.thread[lane];
+    }
+  const std::vector<Access>& first = members[0]->log;
+  for (int i = 1; i < count; ++i) {
+    if (members[i]->log.size() != first.size()) return false;
+    for (size_t k = 0; k < first.size(); ++k)
+      if (!same_instruction(first[k], members[i]->log[k])) return false;
+  }
+  for (size_t k = 0; k < first.size(); ++k) {
+    const Access* lanes[32];
+    for (int i = 0; i < count; ++i) lanes[i] = &members[i]->log[k];
+    count_instruction(lanes, numbers, size_t(count));
+  }
+  return true;
+}
+
+void flush_diverged(Warp& warp) {
+  struct Entry {
+    const Access* access;
+    size_t time;  // how often the lane had been here before
+    int lane;
+  };
+  std::vector<Entry> entries;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(warp.present >> lane & 1)) continue;
+    for (const Access& access : warp.thread[lane].log) entries.push_back({&access, 0, lane});
+  }
+  const auto key = [](const Access& a) {
+    return std::make_tuple(a.file, a.line, int(a.space), a.space == Space::shared ? a.bytes : 0);
+  };
+  std::stable_sort(entries.begin(), entries.end(), [&](const Entry& a, const Entry& b) {
+    const auto ka = key(*a.access), kb = key(*b.access);
+    return ka != kb ? ka < kb : a.lane < b.lane;
+  });
+  for (size_t i = 1; i < entries.size(); ++i)
+    if (same_instruction(*entries[i - 1].access, *entries[i].access) &&
+        entries[i - 1].lane == entries[i].lane)
+      entries[i].time = entries[i - 1].time + 1;
+  std::stable_sort(entries.begin(), entries.end(), [&](const Entry& a, const Entry& b) {
+    const auto ka = key(*a.access), kb = key(*b.access);
+    return ka != kb ? ka < kb : a.time < b.time;
+  });
+  for (size_t i = 0; i < entries.size();) {
+    const Access* lanes[32];
+    int numbers[32];
+    size_t count = 0;
+    const Entry& head = entries[i];
+    for (; i < entries.size() && entries[i].time == head.time &&
+           same_instruction(*entries[i].access, *head.access);
+         ++i) {
+      lanes[count] = entries[i].access;
+      numbers[count++] = entries[i].lane;
+    }
+    count_instruction(lanes, numbers, count);
+  }
+}
+
+}  // namespace
+
+void record(Space space, const void* address, uint32_t bytes, Site site) {
+  if (!machine.options.count_memory) return;
+  Thread& t = self();
+  const uintptr_t at = space == Space::shared ? shared_offset(address) : reinterpret_cast<uintptr_t>(address);
+  t.log.push_back({at, site.file, site.line, bytes, space});
+  t.warp->logged = true;
+}
+
+void flush_log(Warp& warp) {
+  if (!warp.logged) return;
+  warp.logged = false;
+  if (!flush_in_step(warp)) flush_diverged(warp);
+  for (int lane = 0; lane < 32; ++lane)
+    if (warp.present >> lane & 1) warp.thread[lane].log.clear();
+}
+
+void count_shared_phase(int wavefronts) {
+  ++totals.shared_phases;
+  totals.shared_wavefronts += uint64_t(wavefronts);
+}
+
+void count_global(Space space, uintptr_t address, uint64_t bytes) {
+  if (!machine.options.count_memory || !bytes) return;
+  const uint64_t sectors = (address + bytes - 1) / SECTOR - address / SECTOR + 1;
+  add(array_of(address).traffic, space, bytes, sectors);
+}
+
+void count_unwrapped(uintptr_t address, size_t bytes) {
+  const Block& block = *self().block;
+  if (address - reinterpret_cast<uintptr_t>(block.shared) < block.shared_bytes)
+    totals.shared_unwrapped += bytes;
+  else
+    array_of(address).traffic.unwrapped += bytes;
+}
+
+Counters counters() {
+  Counters result = totals;
+  result.arrays.resize(arrays.size());
+  for (const Array& array : arrays) result.arrays[array.order] = array.traffic;
+  result.arrays.push_back(unregistered.traffic);
+  result.arrays.back().name = "(unregistered)";
+  return result;
+}
+
+void reset_counters() {
+  totals = Counters{};
+  for (Array& array : arrays) {
+    const Traffic zero{array.traffic.name, array.traffic.size};
+    array.traffic = zero;
+  }
+  unregistered.traffic = Traffic{};
+}
+
+void register_array(const std::string& name, const void* base, size_t bytes) {
+  if (!bytes) return;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(base);
+  for (const Array& array : arrays)
+    if (from < array.base + array.bytes && array.base < from + bytes)
+      throw std::invalid_argument("register_array: " + name + " overlaps " + array.traffic.name);
+  Array array;
+  array.base = from;
+  array.bytes = bytes;
+  array.order = arrays.size();
+  array.traffic.name = name;
+  array.traffic.size = bytes;
+  arrays.insert(std::upper_bound(arrays.begin(), arrays.end(), array,
+                                 [](const Array& a, const Array& b) { return a.base < b.base; }),
+                array);
+}
+
+void clear_arrays() {
+  arrays.clear();
+}
+
+void set_options(const Options& options) {
+  if (options.preempt > 255)
+    throw std::invalid_argument("set_options: preempt is " + std::to_string(options.preempt) +
+                                ", expected 0 to 255");
+  machine.options = options;
+}
+
+const Options& options() {
+  return machine.options;
+}
+
+Options options_from_environment(Options options) {
+  if (const char* order = getenv("LOTR_SIMT_ORDER")) {
+    const std::string name = order;
+    if (name == "forward")
+      options.order = Order::forward;
+    else if (name == "reverse")
+      options.order = Order::reverse;
+    else if (name == "random")
+      options.order = Order::random;
+    else
+      throw std::invalid_argument("LOTR_SIMT_ORDER is " + name + ", expected forward, reverse or random");
+  }
+  if (const char* seed = getenv("LOTR_SIMT_SEED")) options.seed = strtoull(seed, nullptr, 10);
+  if (const char* preempt = getenv("LOTR_SIMT_PREEMPT"))
+    options.preempt = unsigned(strtoul(preempt, nullptr, 10));
+  return options;
+}
+
+void* map_sparse(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return p;
+}
+
+void unmap_sparse(void* p, size_t bytes) {
+  munmap(p, bytes);
+}
+
+size_t resident_bytes(const void* p, size_t bytes) {
+  const size_t page = size_t(sysconf(_SC_PAGESIZE)), pages = (bytes + page - 1) / page, step = 1 << 20;
+  std::vector<unsigned char> in_core(step);
+  size_t count = 0;
+  for (size_t i = 0; i < pages; i += step) {
+    const size_t n = std::min(step, pages - i);
+    if (mincore(static_cast<char*>(const_cast<void*>(p)) + i * page, n * page, in_core.data()))
+      throw std::bad_alloc();
+    for (size_t k = 0; k < n; ++k) count += in_core[k] & 1;
+  }
+  return count * page;
+}
+
+void write_coverage() {
+#if LOTR_SIMT_COVERAGE
+  __gcov_dump();
+  __gcov_reset();
+#endif
+}
+
+const char* build_mode() {
+  return LOTR_SIMT_RACE ? "race" : LOTR_SIMT_ASAN ? "asan" : LOTR_SIMT_COVERAGE ? "coverage" : "plain";
+}
+
+}  // namespace lotr::simt

@@ -1,0 +1,82 @@
+// The race detector: vector clocks over the kernel's own loads and stores, judged by CUDA's rules.
+//
+// The kernel's file is compiled with -fsanitize=thread and linked without it, so that the compiler calls a
+// __tsan_* hook for every load and store; race_hooks.cpp supplies the hooks.  The executor's files are
+// compiled without the flag and report the wrappers' accesses themselves.  In other builds all of this is
+// empty.
+//
+// What orders two accesses:
+//   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp; mbarriers.
+//                             Not: shuffles, ldmatrix, mma.
+//   between blocks            a fence, then an atomic; and in the thread of a later atomic on the same word,
+//   a fence
+//                             after it; carried on inside the blocks by the above.  Not handed on to a third
+//                             word.
+//   launches                  one after the other
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#ifndef LOTR_SIMT_RACE
+#define LOTR_SIMT_RACE 0
+#endif
+
+namespace lotr::simt::race {
+
+enum class Use { read, read_only, write, atomic };
+
+#if LOTR_SIMT_RACE
+
+struct Sync {
+  std::vector<uint32_t> clock;  // the latest time of each thread that was released here
+};
+
+void begin_launch();
+void begin_cluster(uint32_t threads);
+void release(Sync& sync);  // by the running thread
+void acquire(const Sync& sync);
+void access(const void* p, size_t bytes, Use use);  // by the running thread's wrapper, at its op and site
+void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc);
+void fence();
+void atomic(const void* p, bool acq_rel);
+std::string report();  // of the launch so far, empty if clean
+
+// True while instrumented kernel code runs, false inside the executor.
+extern bool kernel_code;
+struct ExecutorScope {
+  ExecutorScope() : before(kernel_code) { kernel_code = false; }
+  ~ExecutorScope() { kernel_code = before; }
+  bool before;
+};
+struct KernelScope {
+  KernelScope() { kernel_code = true; }
+  ~KernelScope() { kernel_code = false; }
+};
+inline void leave_kernel() {
+  kernel_code = false;
+}  // a failed thread does not unwind its scopes
+
+#else
+
+struct Sync {};
+inline void begin_launch() {}
+inline void begin_cluster(uint32_t) {}
+inline void release(Sync&) {}
+inline void acquire(const Sync&) {}
+inline void access(const void*, size_t, Use) {}
+inline void fence() {}
+inline void atomic(const void*, bool) {}
+inline std::string report() {
+  return {};
+}
+struct ExecutorScope {
+  ExecutorScope() {}  // not trivial: no warning about an unused object
+};
+using KernelScope = ExecutorScope;
+inline void leave_kernel() {}
+
+#endif
+
+}  // namespace lotr::simt::race

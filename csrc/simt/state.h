@@ -1,0 +1,172 @@
+// The executor's state: one Machine, the blocks of the cluster that runs now, their warps and threads.
+#pragma once
+#include <deque>
+#include <functional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "api.h"
+#include "device.h"
+#include "fiber.h"
+#include "race.h"
+
+namespace lotr::simt {
+
+enum class State : uint8_t { ready, in_warp, at_barrier, at_cluster_barrier, spinning, exited };
+
+struct Block;
+struct Warp;
+
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  uint32_t bytes, source_bytes;
+  bool commit;  // not a copy but the end of a group
+};
+
+struct WarpgroupProduct {
+  float* d;
+  uint64_t a, b;  // descriptors
+  int n;
+  bool overwrite;
+  bool commit;              // not a product but the end of a group
+  std::vector<float> held;  // the accumulators before, unless an earlier product in flight owns them
+};
+
+enum class Space : uint8_t { global_read, global_write, global_atomic, shared };
+struct Access {
+  uintptr_t address;  // in shared memory: the offset
+  const char* file;
+  int line;
+  uint32_t bytes;
+  Space space;
+};
+
+struct Thread {
+  Fiber fiber;
+  uint3 index{};  // threadIdx
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  uint32_t lane = 0, linear = 0;  // in the warp, in the block
+  uint32_t id = 0;                // in the cluster
+  State state = State::ready;
+  const char* op = "";  // what it waits for, or did last, and where
+  Site site{"", 0};
+  uint32_t mask = 0;        // of the warp collective it is in
+  int barrier = 0;          // that it waits at
+  void* operand = nullptr;  // of the warp collective
+  std::vector<AsyncCopy> copies;
+  std::vector<WarpgroupProduct> products;
+  std::vector<Access> log;
+};
+
+struct Warp {
+  Thread* thread = nullptr;  // lane 0
+  Block* block = nullptr;
+  size_t number = 0;  // in the cluster
+  uint32_t index = 0;
+  uint32_t present = 0, alive = 0, ready = 0;  // lanes
+  uint32_t arrived = 0;                        // lanes inside a collective
+  uint32_t generation = 0;
+  bool logged = false;
+  race::Sync sync[2];  // by parity of the generation
+};
+
+struct Barrier {
+  uint32_t arrived = 0, expected = 0, generation = 0;
+  Site site{"", 0};
+  const char* op = "";
+  race::Sync sync[2];
+};
+
+struct MemoryBarrier {  // an mbarrier
+  uint32_t expected = 0, pending = 0;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  race::Sync sync;
+};
+
+struct Block {
+  uint3 index{};  // blockIdx
+  uint32_t rank = 0, thread_count = 0;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  Barrier barriers[16];
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+};
+
+struct Machine {
+  Options options;
+  Launch launch{};
+  void (*entry)(void*) = nullptr;
+  void* entry_context = nullptr;
+
+  std::vector<Block> blocks;  // of the cluster
+  Barrier cluster_barrier;
+  std::vector<Warp*> warps;
+  std::vector<uint64_t> ready_warps;  // bits
+  size_t current_warp = 0, threads_left = 0;
+  Thread* current = nullptr;
+  Fiber process;
+  FiberStacks stacks;
+  std::vector<void*> shared_pool;
+  size_t shared_pool_bytes = 0;
+
+  uint64_t random = 1;
+  int idle_rounds = 0;  // times that only spinning threads were left, since anything happened
+  std::string error;
+
+  std::deque<std::function<void()>> engine;  // asynchronous work: done when nothing else can, or at random
+  std::unordered_map<const void*, MemoryBarrier> memory_barriers;
+};
+extern Machine machine;
+
+// ---- scheduler.cpp ----
+uint64_t next_random();
+void set_ready(Warp& warp, uint32_t lanes);
+void clear_ready(Warp& warp, uint32_t lanes);
+void wait_here(State state, const char* op, Site site);  // until someone calls set_ready
+void wake_spinners();
+void maybe_preempt();
+inline void progress() {
+  machine.idle_rounds = 0;
+}
+// Ends the launch with an Error: the message, then the running thread.
+[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
+
+inline Thread& self() {
+  return *machine.current;
+}
+inline Thread& enter(const char* op, Site site) {
+  Thread& t = self();
+  t.op = op;
+  t.site = site;
+  return t;
+}
+
+// ---- barrier.cpp ----
+// Every lane named in mask must come with the same op from the same place; the last to come runs `leader`,
+// which finds the others' operands in warp.thread[lane].operand.
+using Leader = void (*)(Warp& warp, uint32_t mask, void* context);
+void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader, void* context,
+                     bool orders_memory);
+
+// ---- memory.cpp ----
+void check_shared(const void* p, size_t bytes, size_t align, const char* op, Site site);
+void touch_copy(void* to, const void* from, size_t bytes);  // as accesses of the running thread
+void touch_fill(void* to, int value, size_t bytes);
+void touch_read(const void* from, size_t bytes);
+void poison(void* p, size_t bytes);  // AddressSanitizer only
+void unpoison(void* p, size_t bytes);
+
+// ---- counters.cpp ----
+extern Counters totals;  // without arrays
+void record(Space space, const void* address, uint32_t bytes, Site site);
+void flush_log(Warp& warp);  // the warp's lanes are at one point again
+void count_shared_phase(int wavefronts);
+void count_global(Space space, uintptr_t address, uint64_t bytes);  // a contiguous run
+void count_unwrapped(uintptr_t address, size_t bytes);
+
+}  // namespace lotr::simt
