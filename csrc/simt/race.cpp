@@ -1,0 +1,304 @@
+#include "race.h"
+
+#if LOTR_SIMT_RACE
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <unordered_map>
+
+#include "state.h"
+
+namespace lotr::simt::race {
+
+bool kernel_code = false;
+
+namespace {
+
+constexpr int MOST_REPORTS = 4, READERS = 4;
+constexpr uintptr_t GRANULE = 2;  // bytes: the smallest element a kernel touches
+constexpr uintptr_t PAGE = 4096;
+
+// A place in the source: a wrapper's op and site, or the address of an instruction.
+struct Place {
+  void* pc;
+  const char* op;
+  Site site;
+};
+
+struct Event {
+  uint32_t clock = 0;  // of the thread, 0: nothing has happened here
+  uint16_t thread = 0;
+  uint16_t atomic = 0;
+  uint32_t block = 0;  // number of its cluster in the launch
+  uint32_t place = 0;
+};
+
+struct Cell {  // what a granule of memory remembers
+  Event write;
+  Event reads[READERS];
+  uint32_t read_count = 0;
+};
+using Page = std::unique_ptr<Cell[]>;
+
+// What a thread of this block got to know of others by an atomic and a fence.
+struct Acquisition {
+  uint32_t thread, clock;
+  uintptr_t address;
+};
+
+struct Detector {
+  std::unordered_map<uintptr_t, Page> pages;
+  std::vector<Cell> shared;  // of all blocks of the cluster, one after the other
+  uint32_t threads = 0, block = 0;
+  std::vector<uint32_t> clocks;  // [t][u]: the latest time of u that t has seen
+
+  std::vector<std::vector<uint32_t>> fenced;            // by thread: its clocks at its latest fence
+  std::vector<std::vector<uintptr_t>> unfenced_atomics;  // by thread: since its latest fence
+  std::unordered_map<uintptr_t, std::unordered_map<uint32_t, std::vector<uint32_t>>> released;  // address, block
+  std::vector<Acquisition> acquired;
+
+  std::vector<Place> places;
+  std::unordered_map<uint64_t, uint32_t> place_numbers;
+  std::vector<std::string> reports;
+} d;
+
+uint32_t* clocks_of(uint32_t thread) { return d.clocks.data() + size_t(thread) * d.threads; }
+
+void join(uint32_t* to, const uint32_t* from) {
+  for (uint32_t i = 0, n = d.threads; i < n; ++i) to[i] = std::max(to[i], from[i]);
+}
+
+uint32_t place_number(void* pc) {
+  const Thread& t = self();
+  const Place place = pc ? Place{pc, nullptr, {"", 0}} : Place{nullptr, t.op, t.site};
+  const uint64_t key = pc ? reinterpret_cast<uint64_t>(pc)
+                          : (reinterpret_cast<uint64_t>(place.op) * 31 + reinterpret_cast<uint64_t>(place.site.file)) * 8191 +
+                                uint64_t(place.site.line);
+  static uint64_t latest_key = 0;
+  static uint32_t latest = 0;
+  if (key == latest_key && !d.places.empty()) return latest;
+  const auto [found, fresh] = d.place_numbers.emplace(key, uint32_t(d.places.size()));
+  if (fresh) d.places.push_back(place);
+  latest_key = key;
+  return latest = found->second;
+}
+
+// Base name of the innermost source line at pc that is not the executor's, the wrappers' or CUDA's own.
+std::string line_of(void* pc) {
+  Dl_info info;
+  if (!dladdr(pc, &info)) return "?";
+  char command[800], line[800];
+  snprintf(command, sizeof command, "addr2line -ie '%s' %#zx 2>/dev/null", info.dli_fname,
+           size_t(static_cast<char*>(pc) - static_cast<char*>(info.dli_fbase) - 1));
+  std::string result = "?";
+  if (FILE* pipe = popen(command, "r")) {
+    while (fgets(line, sizeof line, pipe)) {
+      line[strcspn(line, "\n(")] = 0;
+      if (strstr(line, "csrc/simt/") || strstr(line, "csrc/ptx/") || strstr(line, "??") || strstr(line, "/include/"))
+        continue;
+      const char* slash = strrchr(line, '/');
+      result = slash ? slash + 1 : line;
+      break;
+    }
+    pclose(pipe);
+  }
+  while (!result.empty() && result.back() == ' ') result.pop_back();
+  return result;
+}
+
+std::string describe(uint32_t place) {
+  const Place& p = d.places[place];
+  if (p.pc) return line_of(p.pc);
+  const char* slash = strrchr(p.site.file, '/');
+  return std::string(slash ? slash + 1 : p.site.file) + ":" + std::to_string(p.site.line) + " (" + p.op + ")";
+}
+
+// The offset in the cluster's shared memory, or -1.
+std::ptrdiff_t shared_place(uintptr_t address) {
+  for (const Block& block : machine.blocks) {
+    const uintptr_t at = address - reinterpret_cast<uintptr_t>(block.shared);
+    if (at < block.shared_bytes) return std::ptrdiff_t(block.rank * block.shared_bytes + at);
+  }
+  return -1;
+}
+
+void add_report(const char* kind, uintptr_t address, const Event& before, bool wrote, uint32_t place, Use use) {
+  const Thread& t = self();
+  const std::ptrdiff_t shared = shared_place(address);
+  char where[80], text[1200];
+  if (shared >= 0)
+    snprintf(where, sizeof where, "shared memory, offset %td", shared % std::ptrdiff_t(machine.launch.smem));
+  else
+    snprintf(where, sizeof where, "global memory %#zx", size_t(address));
+  snprintf(text, sizeof text,
+           "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s block had %s at %s; nothing "
+           "orders the two",
+           kind, where, t.block->index.x, t.block->index.y, t.block->index.z, t.id,
+           use == Use::write    ? "writes"
+           : use == Use::atomic ? "adds"
+                                : "reads",
+           describe(place).c_str(), unsigned(before.thread), before.block == d.block ? "the same" : "an earlier",
+           before.atomic ? "added"
+           : wrote       ? "written"
+                         : "read",
+           describe(before.place).c_str());
+  d.reports.push_back(text);
+}
+
+// Does `before` come before what the running thread does now?
+bool ordered(const Event& before, uint32_t me, const uint32_t* clocks, uintptr_t address) {
+  if (!before.clock) return true;
+  if (before.block == d.block) return before.thread == me || clocks[before.thread] >= before.clock;
+  for (const Acquisition& a : d.acquired) {
+    if (clocks[a.thread] < a.clock) continue;
+    if (before.atomic && a.address / GRANULE == address / GRANULE) return true;  // its chain of atomics
+    const auto word = d.released.find(a.address);
+    if (word == d.released.end()) continue;
+    const auto block = word->second.find(before.block);
+    if (block != word->second.end() && block->second[before.thread] >= before.clock) return true;
+  }
+  return false;
+}
+
+Cell* cell_of(uintptr_t address) {
+  const std::ptrdiff_t shared = shared_place(address);
+  if (shared >= 0) {
+    Cell& cell = d.shared[size_t(shared) / GRANULE];
+    if (cell.write.block != d.block) cell.write = Event{};
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < cell.read_count; ++i)
+      if (cell.reads[i].block == d.block) cell.reads[kept++] = cell.reads[i];
+    cell.read_count = kept;
+    return &cell;
+  }
+  static uintptr_t latest_page = ~uintptr_t(0);
+  static Cell* latest = nullptr;
+  const uintptr_t page = address / PAGE;
+  Page& cells = d.pages[page];
+  if (!cells) cells.reset(new Cell[PAGE / GRANULE]);
+  latest_page = page;
+  latest = cells.get();
+  return latest + address % PAGE / GRANULE;
+}
+
+void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks, uintptr_t address) {
+  for (uint32_t i = 0; i < cell.read_count; ++i)
+    if (ordered(cell.reads[i], me, clocks, address)) {  // implied by this one
+      cell.reads[i] = now;
+      return;
+    }
+  const uint32_t i = cell.read_count < READERS ? cell.read_count++ : uint32_t(next_random() % READERS);
+  cell.reads[i] = now;
+}
+
+void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
+  if (int(d.reports.size()) >= MOST_REPORTS || !bytes) return;
+  const uint32_t me = self().id;
+  const uint32_t* clocks = clocks_of(me);
+  const uint32_t place = place_number(pc);
+  const bool writes = use == Use::write || use == Use::atomic, atomic = use == Use::atomic;
+  const Event now{clocks[me], uint16_t(me), uint16_t(atomic), d.block, place};
+  for (uintptr_t a = address / GRANULE * GRANULE; a < address + bytes; a += GRANULE) {
+    Cell& cell = *cell_of(a);
+    const auto clash = [&](const Event& before) {
+      return !(atomic && before.atomic) && !ordered(before, me, clocks, a);
+    };
+    if (clash(cell.write)) {
+      add_report(writes ? "write after write" : "read after write", a, cell.write, true, place, use);
+      return;
+    }
+    if (use == Use::read_only && cell.write.clock) {
+      add_report("ld.global.nc of memory that this launch has written", a, cell.write, true, place, use);
+      return;
+    }
+    if (!writes) {
+      note_read(cell, now, me, clocks, a);
+      continue;
+    }
+    for (uint32_t i = 0; i < cell.read_count; ++i)
+      if (clash(cell.reads[i])) {
+        add_report("write after read", a, cell.reads[i], false, place, use);
+        return;
+      }
+    cell.write = now;
+    cell.read_count = 0;
+  }
+}
+
+}  // namespace
+
+void begin_launch() {
+  d.pages.clear();
+  d.shared.clear();
+  d.released.clear();
+  d.reports.clear();
+  d.block = 0;
+}
+
+void begin_cluster(uint32_t threads) {
+  ++d.block;
+  d.threads = threads;
+  d.clocks.assign(size_t(threads) * threads, 0);
+  for (uint32_t t = 0; t < threads; ++t) clocks_of(t)[t] = 1;
+  d.fenced.assign(threads, {});
+  d.unfenced_atomics.assign(threads, {});
+  d.acquired.clear();
+  d.shared.resize(machine.launch.smem * machine.blocks.size() / GRANULE + 1);
+}
+
+void release(Sync& sync) {
+  const uint32_t me = self().id;
+  uint32_t* mine = clocks_of(me);
+  if (sync.clock.empty()) sync.clock.assign(d.threads, 0);
+  join(sync.clock.data(), mine);
+  ++mine[me];
+}
+
+void acquire(const Sync& sync) {
+  if (!sync.clock.empty()) join(clocks_of(self().id), sync.clock.data());
+}
+
+void fence() {
+  const uint32_t me = self().id;
+  uint32_t* mine = clocks_of(me);
+  for (uintptr_t address : d.unfenced_atomics[me]) d.acquired.push_back({me, mine[me], address});
+  d.unfenced_atomics[me].clear();
+  d.fenced[me].assign(mine, mine + d.threads);
+  ++mine[me];
+}
+
+void atomic(const void* p, bool acq_rel) {
+  const uint32_t me = self().id;
+  if (acq_rel) fence();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (!d.fenced[me].empty()) {
+    std::vector<uint32_t>& clocks = d.released[address][d.block];
+    if (clocks.empty()) clocks.assign(d.threads, 0);
+    join(clocks.data(), d.fenced[me].data());
+  }
+  d.unfenced_atomics[me].push_back(address);
+  if (acq_rel) fence();
+}
+
+void access(const void* p, size_t bytes, Use use) { judge(reinterpret_cast<uintptr_t>(p), bytes, use, nullptr); }
+
+void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
+  ExecutorScope scope;
+  if (machine.stacks.contains(reinterpret_cast<void*>(p))) return;  // a thread's own variables
+  count_unwrapped(p, bytes);
+  judge(p, bytes, use, pc);
+}
+
+std::string report() {
+  std::string text;
+  for (const std::string& one : d.reports) text += (text.empty() ? "" : "\n") + one;
+  return text;
+}
+
+}  // namespace lotr::simt::race
+
+#endif

@@ -1,0 +1,215 @@
+"""Builds what runs under the SIMT executor: the kernels' Python module and small test programs, in four modes.
+
+plain      the numbers and the counters
+asan       AddressSanitizer and UBSan: a module must be loaded in a process of its own, see `environment`
+race       the executor's race detector: kernels with -fsanitize=thread, linked without it
+coverage   line counts of the kernels (gcov)
+
+Objects go to build-simt/<mode> and are compiled again only if a file they include, or the command, has changed; two
+compilers run at a time. From the command line: python python_tests/simt/build.py [mode ...] builds the module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build-simt"
+MODES = ("plain", "asan", "race", "coverage")
+JOBS = 2
+MODULE = "lotr_simt"
+
+_SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# flags of the executor, of code that contains kernels, of linking
+_FLAGS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "plain": (["-O2"], ["-O2"], []),
+    "asan": (["-O1", *_SANITIZE], ["-O1", *_SANITIZE], _SANITIZE),
+    "race": (["-O2", "-DLOTR_SIMT_RACE=1"], ["-O1", "-DLOTR_SIMT_RACE=1", "-fsanitize=thread"], ["-ldl"]),
+    "coverage": (["-O2", "-DLOTR_SIMT_COVERAGE=1"], ["-O1", "--coverage"], ["--coverage"]),
+}
+_COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+
+
+class BuildError(RuntimeError):
+    """A compiler failed; the message is its own."""
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def cuda_include() -> Path:
+    """The folder of cuda_bf16.h: a CUDA toolkit's, or that of the wheels nvidia-cuda-runtime, -crt and -cccl."""
+    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] + [Path("/usr/local/cuda")]
+    candidates = [root / "include" for root in roots]
+    for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        candidates += sorted(Path(base).glob("nvidia/cu*/include"), reverse=True) if base else []
+    for include in candidates:
+        if (include / "cuda_bf16.h").is_file() and (include / "crt" / "host_defines.h").is_file():
+            return include
+    raise BuildError(
+        "no cuda_bf16.h: expected a CUDA toolkit (set CUDA_HOME) or: pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
+    )
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    if done.stderr:
+        sys.stderr.write(done.stderr)
+
+
+def _stale(output: Path, command: list[str]) -> bool:
+    """Whether the command changed, or a file that it read is newer than its output."""
+    note, depends = output.with_suffix(".cmd"), output.with_suffix(".d")
+    if not output.exists() or not note.exists() or note.read_text() != "\n".join(command):
+        return True
+    made = output.stat().st_mtime
+    words = depends.read_text().replace("\\\n", " ").split()[1:] if depends.exists() else []
+    return any(not Path(name).exists() or Path(name).stat().st_mtime > made for name in words)
+
+
+def _make(output: Path, command: list[str]) -> bool:
+    if not _stale(output, command):
+        return False
+    output.with_suffix(".cmd").unlink(missing_ok=True)
+    _run(command)
+    output.with_suffix(".cmd").write_text("\n".join(command))
+    return True
+
+
+def _compile(mode: str, source: Path, has_kernels: bool, includes: list[Path], defines: list[str]) -> tuple[Path, list[str]]:
+    executor, kernels, _ = _FLAGS[mode]
+    key = hashlib.sha1("\n".join([str(source), *defines]).encode()).hexdigest()[:8]
+    output = BUILD / mode / f"{source.stem}-{key}.o"
+    command = [compiler(), *_COMMON, *(kernels if has_kernels else executor), *defines, f"-I{CSRC}"]
+    for folder in [cuda_include(), *includes]:
+        command += ["-isystem", str(folder)]
+    command += ["-MMD", "-x", "c++", "-c", str(source), "-o", str(output)]
+    return output, command
+
+
+@contextlib.contextmanager
+def _locked(mode: str) -> Iterator[None]:
+    folder = BUILD / mode
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(mode: str, sources: list[Path], output: Path, link: list[str], includes: list[Path], defines: list[str]) -> Path:
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
+    executor = sorted(path for path in (CSRC / "simt").glob("*.cpp") if path.stem != "module")
+    global_defines = [d for d in defines if d.startswith("-DLOTR_SIMT_")]  # those the executor must see too
+    with _locked(mode):
+        steps = [_compile(mode, source, False, [], global_defines) for source in executor]
+        steps += [_compile(mode, source, True, includes, defines) for source in sources]
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(lambda step: _make(*step), sorted(steps, key=lambda step: -Path(step[1][-3]).stat().st_size)))
+        objects = [str(step[0]) for step in steps]
+        output.with_suffix(".d").write_text("out: " + " ".join(objects))
+        _make(output, [compiler(), *link, *objects, *_FLAGS[mode][2], "-o", str(output)])
+    return output
+
+
+def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
+    """An executable of one source file with a main(), the executor linked in."""
+    name = "-".join([source.stem, *(d.removeprefix("-D").replace("=", "") for d in defines)])
+    return _build(mode, [source], BUILD / mode / name, [], [], list(defines))
+
+
+def module(mode: str = "plain") -> Path:
+    """The Python module: csrc/simt/module.cpp and the launchers of csrc/cuda."""
+    import pybind11
+
+    sources = [CSRC / "simt" / "module.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return _build(mode, sources, BUILD / mode / f"{MODULE}{suffix}", ["-shared"], includes, [])
+
+
+def load(mode: str = "plain") -> ModuleType:
+    """Builds and imports the module. One mode a process; asan only in a process started with `environment("asan")`."""
+    path = module(mode)
+    loaded = sys.modules.get(MODULE)
+    if loaded is not None:
+        if Path(loaded.__file__) != path:
+            raise RuntimeError(f"{MODULE} is already loaded from {loaded.__file__}, expected {path}: use another process")
+        return loaded
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[MODULE] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def environment(mode: str) -> dict[str, str]:
+    """Variables for a process that runs a program of this mode, or imports its module into Python."""
+    env = dict(os.environ)
+    if mode == "asan":
+        env["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0"
+        env["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    return env
+
+
+def python_environment(mode: str) -> dict[str, str]:
+    """The same for Python: AddressSanitizer must be there before Python starts."""
+    env = environment(mode)
+    if mode == "asan":
+        libraries = [
+            subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+            for name in ("libasan.so", "libstdc++.so")  # with libstdc++, so that exceptions can be intercepted
+        ]
+        env["LD_PRELOAD"] = " ".join(str(Path(name).resolve()) for name in libraries)
+    return env
+
+
+def coverage(under: Path = CSRC / "kernels") -> dict[str, tuple[int, int, list[int]]]:
+    """Per file below `under`: lines run, lines in all, and the lines not run, over all programs run in coverage mode."""
+    counts: dict[Path, dict[int, int]] = {}
+    for data in (BUILD / "coverage").glob("*.gcda"):
+        done = subprocess.run(["gcov", "--json-format", "--stdout", str(data)], capture_output=True, text=True, cwd=data.parent)
+        for text in done.stdout.splitlines():
+            for file in json.loads(text)["files"]:
+                path = Path(data.parent, file["file"]).resolve()
+                if under not in path.parents:
+                    continue
+                lines = counts.setdefault(path, {})
+                for line in file["lines"]:
+                    number = line["line_number"]
+                    lines[number] = lines.get(number, 0) + line["count"]
+    return {
+        str(path.relative_to(under)): (
+            sum(c > 0 for c in lines.values()),
+            len(lines),
+            sorted(n for n, c in lines.items() if not c),
+        )
+        for path, lines in sorted(counts.items())
+    }
+
+
+def reset_coverage() -> None:
+    """Forgets earlier runs."""
+    for data in (BUILD / "coverage").glob("*.gcda"):
+        data.unlink()
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or ["plain"]:
+        print(module(chosen))
