@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as nnf
 
-from . import ops
+from . import ops, planner
 from .hub import SharedGradient
 from .ops import accumulate_dtype
 from .siblings import SharedInput
-
-FEW_TOKENS = 128  # below, the Python of a second node costs more than sharing saves, and the unfolded form less than folding
 
 _private_write = torch._C._AutoDispatchBelowADInplaceOrView  # for writes into tensors that no one else holds
 
@@ -54,7 +52,7 @@ def adapter_differentiable(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scalin
     """s ((x A) G) B^T in torch products, unfolded or folded as costs less: the `composite` strategy. x is already dropped."""
     flat = rows(to(x, dtype))
     u = flat @ to(A, dtype)
-    if flat.shape[0] < FEW_TOKENS:
+    if flat.shape[0] < planner.FEW_TOKENS:
         delta = (u @ to(core, dtype)) @ (to(B, dtype) * scaling).mT
     else:
         delta = u @ fold_differentiable(B, core, scaling, dtype).mT
@@ -121,7 +119,7 @@ class LoTRFunction(Function):
             y = y.clone(memory_format=torch.contiguous_format)
         F = None
         with _private_write():
-            if flat.shape[0] < FEW_TOKENS:
+            if flat.shape[0] < planner.FEW_TOKENS:
                 u = ops.small_forward_(rows(y), flat, A_here, core_here, B_here, scaling)
             else:
                 u = ops.shrink(flat, A_here)
@@ -134,7 +132,7 @@ class LoTRFunction(Function):
             F if need_x or need_A else None,
         )
         ctx.scaling, ctx.dtype, ctx.shared_A, ctx.shared_B, ctx.x_shape = scaling, dtype, shared_A, shared_B, x.shape
-        ctx.few = flat.shape[0] < FEW_TOKENS
+        ctx.few = flat.shape[0] < planner.FEW_TOKENS
         return y
 
     @staticmethod
@@ -176,13 +174,16 @@ class LoTRFunction(Function):
     def _differentiable_backward(ctx, g, x, weight, bias, A, B, core):
         if x is None:
             raise RuntimeError("LoTRFunction: double backward: expected x to be saved, got a graph in which only core needs it")
-        inputs = (x, weight, bias, A, B, core)
-        wanted = [t for t, need in zip(inputs, ctx.needs_input_grad) if need]
+        needs = ctx.needs_input_grad[:6]
         with torch.enable_grad():
+            # aliases, so that autograd.grad stops at them: x itself may depend on A through earlier layers
+            inputs = [t.view_as(t) if need else t for t, need in zip((x, weight, bias, A, B, core), needs)]
+            wanted = [t for t, need in zip(inputs, needs) if need]
+            x, weight, bias, A, B, core = inputs
             y = base_linear(x, weight, bias, ctx.dtype)
             y = y + adapter_differentiable(x, A.to(y.device), B.to(y.device), core.to(y.device), ctx.scaling, y.dtype)
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-        return *(next(found) if need else None for need in ctx.needs_input_grad[:6]), None, None, None, None
+        return *(next(found) if need else None for need in needs), None, None, None, None
 
 
 def _expand_backward(g, F, u, B, core, scaling, total_B: Tensor | None, need_core: bool) -> tuple[Tensor | None, Tensor | None]:

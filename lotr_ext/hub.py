@@ -22,7 +22,7 @@ from .ops import accumulate_dtype
 class _Sum:
     """An accumulator, and the CUDA stream that wrote it last."""
 
-    __slots__ = ("value", "stream", "__weakref__")
+    __slots__ = ("__weakref__", "stream", "value")
 
     def __init__(self, value: Tensor):
         self.value, self.stream = value, None

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as nnf
 
-from . import ops
+from . import ops, planner
 from .function import (
-    FEW_TOKENS,
     LoTRAdd,
     LoTRExpand,
     LoTRFunction,
@@ -40,7 +39,10 @@ class Decision(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What a layer brings to a call beside x, A and B. p: dropout in force; group: None outside of one; user: the layer's id."""
+    """What a layer brings to a call beside x, A and B.
+
+    p: the dropout in force; group: None for a layer by itself; user: the layer's id in its group.
+    """
 
     core: Tensor
     scaling: float
@@ -74,8 +76,8 @@ def decide(
         return Decision(0, chosen, f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels")
     if base_linear and base_trained:
         return Decision(1, chosen, "the base weight or bias is trained: one node returns its gradient too")
-    if base_linear and tokens < FEW_TOKENS and not adapter.p and (A.requires_grad or not x.requires_grad):
-        return Decision(1, chosen, f"fewer than {FEW_TOKENS} tokens: the unfolded form as one node costs least")
+    if base_linear and tokens < planner.FEW_TOKENS and not adapter.p and (A.requires_grad or not x.requires_grad):
+        return Decision(1, chosen, f"fewer than {planner.FEW_TOKENS} tokens: the unfolded form as one node costs least")
     return Decision(2, chosen, "siblings on the same x share one u = x A")
 
 

@@ -199,7 +199,8 @@ class LoTRWrapped(LoTRLayer):
 
     def _matrix(self) -> Tensor:
         raise TypeError(
-            f"merge: expected an nn.Linear or Conv1D base, got {type(self.base_layer).__name__}, whose stored weight is its own affair"
+            f"merge: expected an nn.Linear or Conv1D base, got {type(self.base_layer).__name__}, "
+            "whose stored weight is its own affair"
         )
 
     def to_base(self) -> nn.Module:

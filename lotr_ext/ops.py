@@ -42,17 +42,17 @@ def shrink(x: Tensor, A: Tensor, *, p: float = 0.0, seed: Tensor | None = None) 
 
     p, seed: dropout by Philox from a seed tensor (int64, one element, on x's device); see `reference.dropout_mask`.
     """
-    return _lotr.shrink.default(x, A, p=p, seed=seed)
+    return _lotr.shrink.default(x, A, p, seed)
 
 
 def expand_add_(y: Tensor, u: Tensor, F: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> None:
     """y [m, n] += drop(u [m, r] F [n, r]^T), in place."""
-    _lotr.expand_add_.default(y, u, F, p=p, seed=seed)
+    _lotr.expand_add_.default(y, u, F, p, seed)
 
 
 def factor_grad_(acc: Tensor, x: Tensor, k: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> None:
     """acc [k, r] += drop(x) [m, k]^T k [m, r], in place, in a fixed order; acc is float32 (float64 for float64)."""
-    _lotr.factor_grad_.default(acc, x, k, p=p, seed=seed)
+    _lotr.factor_grad_.default(acc, x, k, p, seed)
 
 
 def shrink_grad(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
 
 
 @torch.library.register_fake("lotr::shrink")
-def _(x: Tensor, A: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+def _(x: Tensor, A: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     torch._check(x.dim() == 2 and A.dim() == 2, lambda: f"shrink: expected x and A of 2 dimensions, got {x.dim()}, {A.dim()}")
     torch._check(x.shape[1] == A.shape[0], lambda: f"shrink: A: expected {x.shape[1]} rows, got {A.shape[0]}")
     return x.new_empty(x.shape[0], A.shape[1])
@@ -133,12 +133,12 @@ def _(Q: Tensor, B: Tensor, cores: Tensor, scaling: float, dB: Tensor | None) ->
 
 
 @torch.library.register_fake("lotr::expand_add_")
-def _(y: Tensor, u: Tensor, F: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> None:
+def _(y: Tensor, u: Tensor, F: Tensor, p: float = 0.0, seed: Tensor | None = None) -> None:
     torch._check(y.shape[0] == u.shape[0], lambda: f"expand_add_: u: expected {y.shape[0]} rows, got {u.shape[0]}")
 
 
 @torch.library.register_fake("lotr::factor_grad_")
-def _(acc: Tensor, x: Tensor, k: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> None:
+def _(acc: Tensor, x: Tensor, k: Tensor, p: float = 0.0, seed: Tensor | None = None) -> None:
     torch._check(x.shape[0] == k.shape[0], lambda: f"factor_grad_: k: expected {x.shape[0]} rows, got {k.shape[0]}")
 
 
@@ -164,7 +164,7 @@ def _shrink_backward(ctx, k: Tensor):
         dx = dx if mask is None else dx * mask
     if ctx.needs_input_grad[1]:
         dA = ((x if mask is None else x * mask).mT @ k).to(A.dtype)
-    return dx, dA
+    return dx, dA, None, None
 
 
 def _shrink_grad_backward(ctx, dk: Tensor, dQ: Tensor):
@@ -192,9 +192,9 @@ def _fold_backward(ctx, dF: Tensor):
     return dB, dcores, None, None
 
 
-def _setup_shrink(ctx, inputs, keyword_only_inputs, output) -> None:
-    ctx.save_for_backward(*inputs, keyword_only_inputs["seed"])
-    ctx.p = keyword_only_inputs["p"]
+def _setup_shrink(ctx, inputs, output) -> None:
+    x, A, ctx.p, seed = inputs
+    ctx.save_for_backward(x, A, seed)
 
 
 def _setup_shrink_grad(ctx, inputs, output) -> None:
@@ -230,9 +230,10 @@ def _bump_versions(name: str) -> None:
         if torch.is_grad_enabled():
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             if any(t.requires_grad for t in tensors):
+                labels = ", ".join(label for label, _ in values)
                 raise RuntimeError(
-                    f"lotr::{name}: expected tensors that need no gradient (it writes {', '.join(label for label, _ in values)} "
-                    "in place), got one that requires grad; call it under torch.no_grad() or inside an autograd Function"
+                    f"lotr::{name}: expected tensors that need no gradient (it writes {labels} in place), got one that "
+                    "requires grad; call it under torch.no_grad() or inside an autograd Function"
                 )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)

@@ -21,6 +21,7 @@ import torch
 
 STRATEGIES = ("composite", "two_pass", "beta")
 BETA_TOKENS = 1024
+FEW_TOKENS = 128  # below, a second autograd node costs more than sharing saves, and the unfolded form less than folding
 CUDA_MAX_RANK = 256
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)

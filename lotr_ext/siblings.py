@@ -31,11 +31,13 @@ class SharedInput:
     and their group only sees it; and it empties itself when x dies, which inside a checkpoint is long before its nodes do.
     """
 
-    __slots__ = ("x", "key", "region", "users", "spent", "u", "route", "__weakref__")
+    __slots__ = ("__weakref__", "key", "region", "route", "spent", "u", "users", "x")
 
     def __init__(self, x: Tensor, key: tuple | None, region: Callable | None):
-        def forget(_, self=weakref.ref(self)):
-            if (alive := self()) is not None:
+        own = weakref.ref(self)
+
+        def forget(_) -> None:
+            if (alive := own()) is not None:
                 alive.forget()
 
         self.x, self.key, self.region = weakref.ref(x, forget), key, None if region is None else weakref.ref(region)

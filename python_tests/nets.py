@@ -1,0 +1,135 @@
+"""A small attention-like network for the tests, and the same network in float64 by plain autograd: the truth."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lotr_ext
+from lotr_ext import ops
+
+
+class Block(nn.Module):
+    """q, k and v read the same x, as in a transformer; o reads another."""
+
+    def __init__(self, d: int, factors: lotr_ext.LoTRFactors, dtype: torch.dtype, **settings):
+        super().__init__()
+        for name in "qkvo":
+            setattr(self, name, lotr_ext.LoTRLinear.from_linear(nn.Linear(d, d, dtype=dtype), factors, **settings))
+        self.norm = nn.LayerNorm(d, dtype=dtype).requires_grad_(False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = self.norm(h)
+        return h + torch.tanh(self.o(torch.sigmoid(self.q(x)) * torch.tanh(self.k(x)) + self.v(x)))
+
+
+class Net(nn.Module):
+    """n blocks over one pair of factors. reentrant: None without checkpointing, else checkpoint's use_reentrant."""
+
+    def __init__(self, d: int = 24, rank: int = 4, n: int = 3, dtype: torch.dtype = torch.float32, **settings):
+        super().__init__()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.factors = lotr_ext.LoTRFactors(d, d, rank, dtype=wide)
+        self.blocks = nn.ModuleList(Block(d, self.factors, dtype, **settings) for _ in range(n))
+        self.reentrant: bool | None = None
+        with torch.no_grad():
+            for layer in self.layers():
+                layer.core.normal_(0, 0.3)
+
+    def layers(self) -> list[lotr_ext.LoTRLinear]:
+        return [getattr(block, name) for block in self.blocks for name in "qkvo"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+    def step(self, x: Tensor) -> Tensor:
+        """One backward of sum(y^2) into fresh gradients; returns y."""
+        self.zero_grad(set_to_none=True)
+        y = self(x)
+        y.square().sum().backward()
+        return y
+
+    def pending(self) -> int:
+        """Sums of the shared gradient that are still alive."""
+        return self.factors._group.A.pending() + self.factors._group.B.pending()
+
+
+class Truth:
+    """y and all gradients of sum(y^2) of a Net at x, in float64 by plain autograd."""
+
+    def __init__(self, net: Net, x: Tensor):
+        self.A, self.B = (t.detach().double().requires_grad_() for t in (net.factors.A, net.factors.B))
+        self.cores = [layer.core.detach().double().requires_grad_() for layer in net.layers()]
+        self.x = x.detach().double().requires_grad_()
+        core = dict(zip(net.layers(), self.cores))
+        h = self.x
+        for block in net.blocks:
+            z = nn.functional.layer_norm(h, h.shape[-1:])
+            q, k, v = (plain(layer, self.A, self.B, core[layer], z) for layer in (block.q, block.k, block.v))
+            h = h + torch.tanh(plain(block.o, self.A, self.B, core[block.o], torch.sigmoid(q) * torch.tanh(k) + v))
+        self.y = h.detach()
+        h.square().sum().backward()
+
+    def error(self, net: Net) -> float:
+        """The worst relative error of the gradients that net holds now."""
+        pairs = [(net.factors.A.grad, self.A.grad), (net.factors.B.grad, self.B.grad)]
+        pairs += [(layer.core.grad, core.grad) for layer, core in zip(net.layers(), self.cores)]
+        return max(relative(got, want) for got, want in pairs)
+
+
+def plain(layer: lotr_ext.LoTRLinear, A: Tensor, B: Tensor, core: Tensor, x: Tensor) -> Tensor:
+    """The definition of one layer in float64, with the factors given."""
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    return nn.functional.linear(x, layer.weight.detach().double(), bias) + layer.scaling * (x @ A @ core @ B.mT)
+
+
+def right(net: Net, layer: lotr_ext.LoTRLinear, x: Tensor, y: Tensor | None = None, tolerance: float = 1e-5) -> bool:
+    """Whether layer(x), or y, is what the present values of A, B, core and x say."""
+    y = layer(x) if y is None else y
+    A, B = net.factors.A.detach().double(), net.factors.B.detach().double()
+    return relative(y, plain(layer, A, B, layer.core.detach().double(), x.detach().double())) < tolerance
+
+
+def relative(got: Tensor | None, want: Tensor) -> float:
+    """|got - want| / |want|, infinite for a missing one."""
+    if got is None:
+        return float("inf")
+    return ((got.detach().double() - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
+class OpCounter(Counter):
+    """Counts the calls of our operators by name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        super().__init__()
+        names = (
+            "shrink",
+            "expand_add_",
+            "factor_grad_",
+            "shrink_grad",
+            "fold",
+            "fold_grad",
+            "small_forward_",
+            "small_backward_",
+        )
+        for name in names:
+            monkeypatch.setattr(ops, name, self._counted(name, getattr(ops, name)))
+
+    def _counted(self, name: str, function):
+        def call(*args, **kwargs):
+            self[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def take(self) -> dict[str, int]:
+        """The counts since the last take."""
+        counts = dict(self)
+        self.clear()
+        return counts

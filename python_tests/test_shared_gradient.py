@@ -1,0 +1,504 @@
+"""The hub: many layers, one accumulator a factor, one gradient for autograd. Truth: plain autograd in float64."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+import threading
+
+import pytest
+import torch
+from nets import Net, Truth, plain, relative
+from torch import nn
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+import lotr_ext
+from lotr_ext import hub
+
+CLOSE = 5e-6  # relative, float32 against float64
+CHECKPOINTS = pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpoint", "reentrant"])
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 7, 24)
+
+
+class Boom(Function):
+    """Identity whose backward fails."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("boom")
+
+
+def test_equals_plain_autograd_in_float64(either_path, x):
+    net = Net(dtype=torch.float64)
+    x = x.double().requires_grad_()
+    truth = Truth(net, x)
+    y = net.step(x)
+    assert relative(y, truth.y) < 1e-13
+    assert relative(x.grad, truth.x.grad) < 1e-12
+    assert truth.error(net) < 1e-12
+
+
+@CHECKPOINTS
+def test_float32_gradients(either_path, net, x, reentrant):
+    truth = Truth(net, x)
+    net.reentrant = reentrant
+    x.requires_grad_()
+    net.step(x)
+    assert relative(x.grad, truth.x.grad) < CLOSE
+    assert truth.error(net) < CLOSE
+    assert net.pending() == 0
+
+
+def test_hooks_fire_once_a_backward(either_path, net, x):
+    seen = []
+    for factor in (net.factors.A, net.factors.B):
+        factor.register_hook(lambda g: seen.append("hook"))
+        factor.register_post_accumulate_grad_hook(lambda p: seen.append("post"))
+    net.step(x)
+    assert sorted(seen) == ["hook", "hook", "post", "post"]
+
+
+def test_error_in_bfloat16_is_below_plain_autograd(two_nodes):
+    """32 layers: one float32 sum rounds once, autograd's bfloat16 sum 31 times."""
+    net = Net(d=32, rank=8, n=8, dtype=torch.bfloat16)
+    net.factors.to(torch.bfloat16)
+    x = torch.randn(64, 32).bfloat16()
+    truth = Truth(net, x)
+    net.step(x)
+    ours = relative(net.factors.A.grad, truth.A.grad), relative(net.factors.B.grad, truth.B.grad)
+    net.zero_grad(set_to_none=True)
+    A, B = net.factors.A, net.factors.B
+    h = x
+    for block in net.blocks:
+        z = block.norm(h)
+        q, k, v, o = (
+            lambda t, l=layer: l._base(t) + l.scaling * (t @ A @ l.core.to(A.dtype) @ B.mT)
+            for layer in (block.q, block.k, block.v, block.o)
+        )
+        h = h + torch.tanh(o(torch.sigmoid(q(z)) * torch.tanh(k(z)) + v(z)))
+    h.square().sum().backward()
+    eager = relative(A.grad, truth.A.grad), relative(B.grad, truth.B.grad)
+    assert ours[0] < eager[0] and ours[1] < eager[1], (ours, eager)
+
+
+def test_same_bits_twice(either_path, net, x):
+    grads = []
+    for _ in range(2):
+        net.step(x)
+        grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_two_forwards_before_two_backwards(either_path, net, x):
+    other = torch.randn_like(x)
+    truths = Truth(net, x), Truth(net, other)
+    first, second = net(x), net(other)
+    second.square().sum().backward()
+    first.square().sum().backward()
+    assert relative(net.factors.A.grad, truths[0].A.grad + truths[1].A.grad) < CLOSE
+    assert relative(net.factors.B.grad, truths[0].B.grad + truths[1].B.grad) < CLOSE
+
+
+def test_micro_batches_accumulate(either_path, net, x):
+    truth = Truth(net, x)
+    for part in x.split(2):
+        net(part).square().sum().backward()
+    assert truth.error(net) < CLOSE
+
+
+def test_retain_graph(either_path, net, x):
+    truth = Truth(net, x)
+    loss = net(x).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert relative(net.factors.A.grad, 2 * truth.A.grad) < CLOSE
+    assert relative(net.factors.B.grad, 2 * truth.B.grad) < CLOSE
+
+
+def test_grad_of_a_subset(either_path, net, x):
+    truth = Truth(net, x)
+    x.requires_grad_()
+    for tensor, want in ((x, truth.x), (net.factors.A, truth.A), (net.factors.B, truth.B)):
+        (got,) = torch.autograd.grad(net(x).square().sum(), [tensor])
+        assert relative(got, want.grad) < CLOSE
+        assert net.pending() == 0 and net.factors.A.grad is None
+    net(x).square().sum().backward(inputs=[net.factors.A])
+    assert relative(net.factors.A.grad, truth.A.grad) < CLOSE and net.factors.B.grad is None and net.pending() == 0
+
+
+def test_two_partial_backwards_on_one_graph(either_path, net, x):
+    truth = Truth(net, x)
+    loss = net(x).square().sum()
+    (first,) = torch.autograd.grad(loss, [net.factors.A], retain_graph=True)
+    second, _ = torch.autograd.grad(loss, [net.factors.A, net.blocks[1].k.core])
+    assert relative(first, truth.A.grad) < CLOSE and relative(second, truth.A.grad) < CLOSE and net.pending() == 0
+
+
+@CHECKPOINTS
+def test_an_exception_in_backward_leaves_no_trace(either_path, net, x, reentrant):
+    truth = Truth(net, x)
+    h = x.clone().requires_grad_()
+    for i, block in enumerate(net.blocks):
+        h = block(h) if reentrant is None else checkpoint(block, h, use_reentrant=reentrant)
+        h = Boom.apply(h) if i == 0 else h
+    with pytest.raises(RuntimeError, match="boom"):
+        h.square().sum().backward()
+    assert net.pending() == 0
+    net.reentrant = reentrant
+    net.step(x.clone().requires_grad_())
+    assert truth.error(net) < CLOSE
+
+
+def test_a_raising_hook_leaves_no_trace(either_path, net, x):
+    truth = Truth(net, x)
+
+    def fail(gradient):
+        raise ValueError("hook")
+
+    handle = net.factors.B.register_hook(fail)
+    with pytest.raises(ValueError, match="hook"):
+        net(x).sum().backward()
+    handle.remove()
+    assert net.pending() == 0
+    net.step(x)
+    assert truth.error(net) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "trained",
+    list(itertools.product((False, True), repeat=3)),
+    ids=lambda trained: "".join(name for name, on in zip("ABG", trained) if on) or "nothing",
+)
+def test_frozen_in_all_combinations(either_path, net, x, trained, monkeypatch):
+    """And nothing is allocated for a frozen factor: its accumulator is never asked for."""
+    truth = Truth(net, x)
+    asked = []
+    accumulator = hub.SharedGradient.accumulator
+    monkeypatch.setattr(hub.SharedGradient, "accumulator", lambda self, *a: asked.append(self) or accumulator(self, *a))
+    A, B, core = trained
+    net.factors.A.requires_grad_(A)
+    net.factors.B.requires_grad_(B)
+    for layer in net.layers():
+        layer.core.requires_grad_(core)
+    x.requires_grad_()
+    net.step(x)
+    assert relative(x.grad, truth.x.grad) < CLOSE
+    for factor, want, on in ((net.factors.A, truth.A, A), (net.factors.B, truth.B, B)):
+        assert relative(factor.grad, want.grad) < CLOSE if on else factor.grad is None
+    for layer, want in zip(net.layers(), truth.cores):
+        assert relative(layer.core.grad, want.grad) < CLOSE if core else layer.core.grad is None
+    assert (net.factors._group.A in asked) == A and (net.factors._group.B in asked) == B
+
+
+def test_x_is_not_kept_when_A_is_frozen(either_path, net):
+    saved: list[torch.Tensor] = []
+    layer = net.blocks[0].q
+    net.factors.A.requires_grad_(False)
+    x = torch.randn(40, 24, requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert saved and all(t.data_ptr() != x.data_ptr() for t in saved)
+    net.factors.A.requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert any(t.data_ptr() == x.data_ptr() for t in saved)
+
+
+def test_a_32_layer_backward_makes_one_accumulator_a_factor(two_nodes, x, monkeypatch):
+    net = Net(n=8)
+    made = []
+    zeros = torch.zeros
+    monkeypatch.setattr(hub.torch, "zeros", lambda *a, **k: made.append(a) or zeros(*a, **k))
+    loss = net(x).square().sum()
+    made.clear()
+    loss.backward()
+    assert [a[0] for a in made] == [net.factors.B.shape, net.factors.A.shape]
+
+
+def test_two_models_in_two_threads(either_path, x):
+    nets = Net(), Net()
+    alone = [copy.deepcopy(net) for net in nets]
+    inputs = [torch.randn(5, 24) for _ in range(30)]
+    failures: list[BaseException] = []
+
+    def train(net: Net) -> None:
+        try:
+            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-3)
+            for t in inputs:
+                net.zero_grad(set_to_none=True)
+                net(t).square().mean().backward()
+                optimizer.step()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=train, args=(net,)) for net in nets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for net in alone:
+        train(net)
+    assert not failures
+    for net, one in zip(nets, alone):
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), one.state_dict().values()))
+
+
+def test_one_model_in_two_threads(either_path, net):
+    errors: list[float] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(15):
+            t = torch.randn(5, 24, generator=generator, requires_grad=True)
+            got = torch.autograd.grad(net(t).square().sum(), [t, net.factors.A, net.factors.B])
+            truth = Truth(net, t)
+            errors.append(max(relative(a, b.grad) for a, b in zip(got, (truth.x, truth.A, truth.B))))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 30 and max(errors) < 1e-5 and net.pending() == 0
+
+
+def test_a_group_over_two_devices(two_nodes, net, x, monkeypatch):
+    """Simulated: every second addition to a factor goes to the sum of another device."""
+    truth = Truth(net, x)
+    accumulator = hub.SharedGradient.accumulator
+    turns = {net.factors._group.A: itertools.count(), net.factors._group.B: itertools.count()}
+
+    def other_device(self, param, device):
+        return accumulator(self, param, torch.device("cpu", next(turns[self]) % 2))
+
+    monkeypatch.setattr(hub.SharedGradient, "accumulator", other_device)
+    counts = []
+    take = hub.SharedGradient.take
+    monkeypatch.setattr(hub.SharedGradient, "take", lambda self, device: counts.append(self.pending()) or take(self, device))
+    net.step(x)
+    assert counts == [2, 2]
+    assert truth.error(net) < CLOSE and net.pending() == 0
+
+
+def test_double_backward(either_path):
+    net = Net(8, 3, 2, torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    names = ("factors.A", "factors.B", "blocks.0.q.core")
+    for layer in net.layers():
+        layer.leave_factors_to_owner()
+    values = [dict(net.named_parameters())[name].detach().clone().requires_grad_() for name in names]
+
+    def function(t, *parameters):
+        return torch.func.functional_call(net, dict(zip(names, parameters)), (t,))
+
+    assert torch.autograd.gradcheck(function, (x, *values))
+    assert torch.autograd.gradgradcheck(function, (x, *values))
+
+
+def test_gradients_of_a_recorded_backward(either_path, net, x):
+    """create_graph=True takes torch products instead of kernels: the same gradients."""
+    truth = Truth(net, x)
+    x.requires_grad_()
+    wanted = [x, net.factors.A, net.factors.B, net.blocks[1].v.core]
+    got = torch.autograd.grad(net(x).square().sum(), wanted, create_graph=True)
+    for gradient, want in zip(got, (truth.x, truth.A, truth.B, truth.cores[6])):
+        assert relative(gradient, want.grad) < CLOSE
+
+
+def test_gradient_penalty_reaches_every_parameter(either_path, net):
+    x = torch.randn(6, 24, requires_grad=True)
+    (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert all(p.grad is not None for p in (net.factors.A, net.factors.B, net.blocks[2].v.core))
+    assert relative(gradient, Truth(net, x).x.grad) < CLOSE
+
+
+def test_vmap_of_grad_and_forward_mode(net):
+    for layer in net.layers():  # functional_call wants each module under one name
+        layer.leave_factors_to_owner()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    call = torch.func.functional_call
+    per_sample = torch.vmap(torch.func.grad(lambda p, t: call(net, p, (t,)).square().sum()), (None, 0))
+    x = torch.randn(4, 3, 24)
+    got = per_sample(parameters, x)["factors.A"]
+    assert got.shape == (4, 24, 4)
+    assert relative(got[1], Truth(net, x[1]).A.grad) < CLOSE
+    _, tangent = torch.func.jvp(lambda t: net(t), (x,), (torch.ones_like(x),))
+    wide = copy.deepcopy(net).double()
+    step = 1e-6
+    numeric = (wide(x.double() + step) - wide(x.double() - step)) / (2 * step)
+    assert relative(tangent, numeric.detach()) < 1e-4
+
+
+def test_copies_keep_the_sharing(either_path, net, x):
+    truth = Truth(net, x)
+    graph = net(x)  # copying must not mind a graph that is alive
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(buffer, weights_only=False)):
+        assert copied.factors.A is not net.factors.A and copied.factors._group is not net.factors._group
+        assert all(layer.factors is copied.factors for layer in copied.layers())
+        copied.step(x)
+        assert truth.error(copied) < CLOSE
+    graph.square().sum().backward()
+    assert truth.error(net) < CLOSE
+
+
+def test_to_dtype_and_back(either_path, net, x):
+    truth = Truth(net, x)
+    net.step(x)
+    net.double()
+    net.step(x.double())
+    assert net.factors.A.grad.dtype == torch.float64
+    assert Truth(net, x.double()).error(net) < 1e-12
+    net.float()
+    assert all(layer.factors is net.factors for layer in net.layers())
+    net.step(x)
+    assert truth.error(net) < CLOSE
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_round_trip(either_path, net, x, assign):
+    truth = Truth(net, x)
+    for layer in net.layers():
+        layer.leave_factors_to_owner()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    assert [key for key in state if key.endswith((".A", ".B"))] == ["factors.A", "factors.B"]
+    other = Net()
+    for layer in other.layers():
+        layer.leave_factors_to_owner()
+    other.step(x)
+    other.load_state_dict(state, assign=assign)
+    for name, parameter in other.named_parameters():
+        parameter.requires_grad_(name.endswith(("core", ".A", ".B")))
+    other.step(x)
+    assert truth.error(other) < CLOSE
+    assert all(layer.factors is other.factors for layer in other.layers())
+
+
+def test_parameters_come_once_in_a_model_built_by_hand(net):
+    names = [name for name, _ in net.named_parameters() if name.endswith((".A", ".B"))]
+    assert names == ["factors.A", "factors.B"]
+    alone = nn.Sequential(*(layer for layer in net.layers()))  # the factors not registered by their owner
+    assert sum(p is net.factors.A for p in alone.parameters()) == 1
+    other = copy.deepcopy(alone)
+    other.load_state_dict(alone.state_dict())
+
+
+FRESH = {
+    "optimizer": lambda net, p: torch.optim.AdamW([p], lr=0.1).step(),
+    "fused optimizer": lambda net, p: torch.optim.AdamW([p], lr=0.1, fused=True).step(),
+    "no_grad in place": lambda net, p: _no_grad(lambda: p.mul_(1.5)),
+    ".data in place": lambda net, p: p.data.mul_(1.5),
+    ".data assigned": lambda net, p: setattr(p, "data", p.data * 1.5),
+    "load_state_dict": lambda net, p: net.load_state_dict({k: v * 1.5 for k, v in net.state_dict().items()}),
+}
+
+
+def _no_grad(function) -> None:
+    with torch.no_grad():
+        function()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("change", FRESH)
+def test_a_change_of_any_kind_is_seen_by_the_next_forward(either_path, net, change, training):
+    net.train(training)
+    x = torch.randn(6, 24)
+    layer = net.blocks[0].q
+    for parameter in (net.factors.A, net.factors.B, layer.core):
+        net.zero_grad(set_to_none=True)
+        layer(x).square().sum().backward()
+        FRESH[change](net, parameter)
+        y = layer(x)
+        A, B, core = (t.detach().double() for t in (net.factors.A, net.factors.B, layer.core))
+        assert relative(y, plain(layer, A, B, core, x.double())) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["A", "B", "core"])
+def test_a_new_parameter_is_seen_by_the_next_forward(either_path, net, name):
+    x = torch.randn(6, 24)
+    layer = net.blocks[0].q
+    layer(x)
+    owner = layer if name == "core" else net.factors
+    setattr(owner, name, nn.Parameter(torch.randn_like(getattr(owner, name))))
+    y = layer(x)
+    A, B, core = (t.detach().double() for t in (net.factors.A, net.factors.B, layer.core))
+    assert relative(y, plain(layer, A, B, core, x.double())) < 1e-5
+    net.step(x)
+    assert Truth(net, x).error(net) < CLOSE
+
+
+def test_a_change_between_forward_and_backward_is_noticed(either_path, net, x):
+    y = net(x)
+    with torch.no_grad():
+        net.factors.A.mul_(1.01)
+    with pytest.raises(RuntimeError, match=r"inplace|in-place"):
+        y.sum().backward()
+
+
+def test_a_layer_used_several_times(either_path, x):
+    net = Net(n=1)
+    block = net.blocks[0]
+    repeated = Net(n=1)
+    repeated.load_state_dict(net.state_dict())
+    repeated.blocks = nn.ModuleList([repeated.blocks[0]] * 3)
+    repeated.step(x)
+    truth = Truth(repeated, x)
+    assert relative(repeated.factors.A.grad, truth.A.grad) < CLOSE
+    assert relative(repeated.factors.B.grad, truth.B.grad) < CLOSE
+    assert block.q.core.grad is None
+
+
+@pytest.mark.parametrize("kind", ["forward only", "training", "partial", "failed", "double backward"])
+def test_memory_does_not_grow(either_path, net, kind):
+    import gc
+
+    x = torch.randn(5, 24, requires_grad=True)
+
+    def once() -> None:
+        if kind == "forward only":
+            net(x)
+        elif kind == "training":
+            net.step(x)
+        elif kind == "partial":
+            torch.autograd.grad(net(x).sum(), [net.blocks[0].q.core])
+        elif kind == "failed":
+            with pytest.raises(RuntimeError, match="boom"):
+                net.blocks[1](Boom.apply(net.blocks[0](x))).sum().backward()
+        else:
+            (g,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            net.zero_grad(set_to_none=True)
+            g.sum().backward()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    for _ in range(3):
+        once()
+    before = tensors()
+    for _ in range(10):
+        once()
+    assert tensors() <= before and net.pending() == 0
+
+
+def test_public_functions_are_exported():
+    assert issubclass(lotr_ext.LoTRFunction, Function) and issubclass(lotr_ext.LoTRShrink, Function)
