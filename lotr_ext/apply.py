@@ -124,10 +124,14 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
 
 
 @torch.no_grad()
-def set_start(layers: Sequence[LoTRLayer], start: Start | None) -> None:
+def set_start(layers: Sequence[LoTRLayer], start: Start | None, scalings: Sequence[float] | None = None) -> None:
     """Makes `start` what the layers of one group started with: takes its delta out of their weights, and what was their start
-    before back in, in fp32, cast once. All layers of the group come at once, for they share start_A and start_B."""
+    before back in, in fp32, cast once. All layers of the group come at once, for they share start_A and start_B.
+
+    scalings: the layers' new scalings where they are not those of before; they are left to the caller to set.
+    """
     factors, weights, new = layers[0].factors, [], None
+    scalings = scalings or [layer.scaling for layer in layers]
     if start is not None:  # as rounded and placed as the parameters are, so that a reload subtracts the very same numbers
         A, B = start[0].to(factors.A), start[1].to(factors.B)
         new = [core.to(layer.core) for core, layer in zip(start[2], layers, strict=True)]
@@ -136,7 +140,7 @@ def set_start(layers: Sequence[LoTRLayer], start: Start | None) -> None:
         if layer.start_core is not None:
             change = change + delta_weight(factors.start_A, factors.start_B, layer.start_core, layer.scaling)
         if new is not None:
-            change = change - delta_weight(A, B, new[i], layer.scaling)
+            change = change - delta_weight(A, B, new[i], scalings[i])
         matrix = layer._matrix()
         weights.append(matrix if isinstance(change, float) else layer._plus(matrix, change, 1))
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
@@ -190,7 +194,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoTRLayer)}
     if not layers:
-        raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without; apply_lotr comes first")
+        raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without; apply_lotr adds one")
     return layers
 
 
@@ -241,7 +245,9 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoTRLayer], safe: bool)
     for name, layer in layers.items():
         if isinstance(layer, LoTRWrapped):
             base = type(layer.base_layer).__name__
-            raise TypeError(f"merge: expected an nn.Linear or Conv1D base, got {name!r} over {base}, which keeps its weight its own way")
+            raise TypeError(
+                f"merge: expected an nn.Linear or Conv1D base, got {name!r} over {base}, whose weight is its own affair"
+            )
         if id(layer) in tied:
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(tied[id(layer)])}")
         if layer.weight.is_meta or layer.core.is_meta:

@@ -96,7 +96,7 @@ class LoTRConfig:
         if not isinstance(self.rslora, bool):
             raise TypeError(f"rslora: expected True or False, got {self.rslora!r}")
         if self.scaling is not None and (self.alpha is not None or self.rslora):
-            raise ValueError(f"scaling: expected it alone, got scaling={self.scaling} with alpha={self.alpha}, rslora={self.rslora}")
+            raise ValueError(f"scaling: expected it alone, got {self.scaling} with alpha={self.alpha}, rslora={self.rslora}")
         dropout = _number(self.dropout, "dropout")
         if dropout is None or not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout!r}")
@@ -183,7 +183,8 @@ class LoTRConfig:
             raise TypeError(f"config: expected a mapping, got {type(values).__name__}")
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"config: expected fields {', '.join(f.name for f in fields(cls))}, got unknown {', '.join(unknown)}")
+            known = ", ".join(f.name for f in fields(cls))
+            raise ValueError(f"config: expected fields among {known}, got {', '.join(unknown)}")
         values = dict(values)
         if "adapter_dtype" in values:
             name = values["adapter_dtype"]

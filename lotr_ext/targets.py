@@ -19,17 +19,12 @@ from .linear import is_conv1d
 
 __all__ = ["Selection", "Target", "name_ends_with", "select", "tied_names"]
 
-# Classes that hand a child's weight to a kernel without calling the child, so that an adapter in it would be ignored in silence.
-_READERS = {
-    "MultiheadAttention": {"out_proj"},
-    **dict.fromkeys(
-        (
-            *("MambaMixer", "Mamba2Mixer", "FalconMambaMixer", "FalconH1Mixer", "BambaMixer", "JambaMambaMixer"),
-            *("ZambaMambaMixer", "Zamba2MambaMixer", "NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"),
-        ),
-        {"x_proj", "dt_proj", "out_proj"},
-    ),
-}
+# Classes that hand a child's weight to a kernel without calling the child: an adapter in it would be ignored in silence.
+_MAMBAS = (
+    *("MambaMixer", "Mamba2Mixer", "FalconMambaMixer", "FalconH1Mixer", "BambaMixer", "JambaMambaMixer"),
+    *("ZambaMambaMixer", "Zamba2MambaMixer", "NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"),
+)
+_READERS = {"MultiheadAttention": {"out_proj"}, **{name: {"x_proj", "dt_proj", "out_proj"} for name in _MAMBAS}}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -79,7 +74,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _features(module: nn.Module) -> tuple[int, int] | None:
+def features(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features), or None for a module that cannot be adapted."""
     if is_conv1d(module):
         return tuple(module.weight.shape)
@@ -128,7 +123,8 @@ def _weights_read(cls: type) -> frozenset[str]:
         )
     except (OSError, TypeError):
         return frozenset()
-    reads = re.findall(r"(isinstance\(\s*)?self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim|size|requires_grad)|\s*=[^=])", source)
+    harmless = r"\.(?:dtype|device|shape|ndim|size|requires_grad)|\s*=[^=]"
+    reads = re.findall(rf"(isinstance\(\s*)?self\.(\w+)\.weight\b(?!{harmless})", source)
     return frozenset(child for checked, child in reads if not checked)
 
 
@@ -139,7 +135,9 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {type(model).__name__}")
     adapted = next((name for name, m in model.named_modules() if isinstance(m, LoTRLayer)), None)
     if adapted is not None or hasattr(model, "lotr_factors"):
-        raise RuntimeError(f"model: expected one with no LoTR adapter, got one at {adapted or 'lotr_factors'!r}; unload it first")
+        raise RuntimeError(
+            f"model: expected one with no adapter, got a LoTR one at {adapted or 'lotr_factors'!r}; unload it first"
+        )
 
 
 def _saved(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
@@ -178,16 +176,18 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             continue
         if not (_is_linear(module) if everything else any(_matches(n, config.target_modules) for n in names)):
             continue
-        features = _features(module)
-        if features is None:
+        sizes = features(module)
+        if sizes is None:
             if isinstance(config.target_modules, str):
                 continue  # a regular expression is a filter over the layers that can be adapted
             raise TypeError(
                 f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {names[0]!r} "
                 f"({type(module).__name__})"
             )
-        if min(features) < 1:
-            raise ValueError(f"target_modules: expected layers with known sizes, got {names[0]!r} with {features}; run it once first")
+        if min(sizes) < 1:
+            raise ValueError(
+                f"target_modules: expected layers with known sizes, got {names[0]!r} with {sizes}; run it once first"
+            )
         parents = _parents(model, names)
         readers = [r for parent, child in parents if (r := _reader(parent, child))]
         if everything and (id(module) in tied or readers):
@@ -204,7 +204,8 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
                 f"{', '.join(tied[id(module)])}"
             )
         _warn_of_readers(names[0], parents)
-        targets.append(Target(tuple(names), module, *features, _group(names[0], module, features, config), _needs_wrap(module)))
+        group = _group(names[0], module, sizes, config)
+        targets.append(Target(tuple(names), module, *sizes, group, _needs_wrap(module)))
     if hidden:
         warnings.warn(f"lotr_ext: left out {', '.join(hidden)}: their parents read the weight without calling it", stacklevel=3)
     _check_targets(targets, config)
@@ -244,13 +245,14 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
     if config.init == "svd":
         for t in targets:
             if t.wrap or not _is_linear(t.module) or not t.module.weight.is_floating_point():
-                raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({type(t.module).__name__})')
+                kind = type(t.module).__name__
+                raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})')
             if t.module.weight.is_meta:
                 raise ValueError(f'init: expected weights with values for "svd", got {t.name!r} on the meta device')
 
 
-def _group(name: str, module: nn.Module, features: tuple[int, int], config: LoTRConfig) -> str:
-    shape = f"{features[0]}x{features[1]}"
+def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRConfig) -> str:
+    shape = f"{sizes[0]}x{sizes[1]}"
     if config.group_by == "shape":
         return shape
     if config.group_by == "name":
@@ -282,6 +284,6 @@ def _warn_of_readers(name: str, parents: list[tuple[nn.Module, str]]) -> None:
         reads = next((c.__name__ for c in type(parent).__mro__ if c is not nn.Module and child in _weights_read(c)), None)
         if reads is not None:
             warnings.warn(
-                f"lotr_ext: {reads}'s code reads {name}.weight; where it does so without calling {child}, the adapter is ignored",
+                f"lotr_ext: {reads} reads {name}.weight; where it does so without calling {child}, the adapter is ignored",
                 stacklevel=5,
             )

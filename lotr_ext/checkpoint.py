@@ -1,0 +1,269 @@
+"""save_adapter and load_adapter: everything that was trained, once, as safetensors and JSON in one directory.
+
+Tensors are named as in the adapted model's state_dict: `lotr_factors.<group>.A` and `.B` once per group, `<layer>.core` per
+layer, the parameters and buffers of modules_to_save, and, where init "svd" moved part of the weights into the adapter,
+`lotr_factors.<group>.start_A`, `.start_B` and `<layer>.start_core`. Format and writing: `lotr_ext.adapter_files`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import adapter_files as files
+from .adapter_files import LayerEntry, Manifest, describe, empty
+from .apply import adapted_layers, install, set_start
+from .config import LoTRConfig
+from .factors import LoTRFactors
+from .layer import LoTRLayer
+from .targets import Selection, features, name_ends_with, select
+
+__all__ = ["load_adapter", "save_adapter"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile, whose names go without their prefixes."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def _prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
+    """The name of each LoTRFactors in the model, by id."""
+    found = {id(m): name for name, m in model.named_modules() if isinstance(m, LoTRFactors)}
+    for name, layer in layers.items():
+        if id(layer.factors) not in found:
+            raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
+    return found
+
+
+def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    config = getattr(model, "lotr_config", None)
+    endings = config.modules_to_save if isinstance(config, LoTRConfig) and config.modules_to_save else ()
+    named = ((name, m) for name, m in model.named_modules() if not name.startswith("lotr_factors"))
+    return {name: m for name, m in named if name and any(name_ends_with(name, e) for e in endings)}
+
+
+def _saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers by full name; tied ones under their first name only."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in modules.items():
+        for key, value in module.state_dict(keep_vars=True).items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"modules_to_save: expected tensors in state_dict, got {name}.{key} ({type(value).__name__})")
+            if id(value) not in seen:
+                seen.add(id(value))
+                tensors[f"{name}.{key}"] = value
+    return tensors
+
+
+def _groups(entries: dict[str, LayerEntry]) -> dict[str, list[str]]:
+    """Layer names by the prefix of their factors."""
+    groups: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(entry.factors, []).append(name)
+    return groups
+
+
+def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
+    """Writes the model's adapter and its modules_to_save into a directory, in place of an adapter that is there already.
+
+    A kill at any moment leaves the old or the new adapter, whole. Models from `apply_lotr` and models built by hand alike;
+    DistributedDataParallel and compiled models are unwrapped. A merged adapter is saved as if it were not merged.
+
+    Raises:
+        TypeError: no nn.Module. RuntimeError: no adapter, or one on the meta device. ValueError: directory is a file.
+    """
+    model = _unwrapped(model)
+    layers = adapted_layers(model)
+    prefixes, saved = _prefixes(model, layers), _saved_modules(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        factors, prefix = layer.factors, prefixes[id(layer.factors)]
+        parts = {f"{prefix}.{part}": getattr(factors, part) for part in ("A", "B", "start_A", "start_B")}
+        parts |= {f"{name}.{part}": getattr(layer, part) for part in ("core", "start_core")}
+        tensors |= {key: value for key, value in parts.items() if value is not None}
+    tensors |= _saved_tensors(saved)
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
+    entries = {
+        name: LayerEntry(prefixes[id(m.factors)], m.in_features, m.out_features, float(m.scaling), m.dropout)
+        for name, m in layers.items()
+    }
+    config = getattr(model, "lotr_config", None)
+    files.write(Path(directory), Manifest(config if isinstance(config, LoTRConfig) else None, entries, tuple(saved)), tensors)
+
+
+def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = False) -> Model:
+    """Loads a saved adapter into a model, which is adapted first if it is not yet.
+
+    A plain base model becomes what `apply_lotr` made of it when the adapter was saved. A model that is adapted already, by
+    `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes; its values are replaced in place (and with
+    init "svd" its weights moved to what the loaded start leaves of them).
+
+    Args:
+        model: the base model, on any device.
+        directory: what `save_adapter` wrote.
+        cast: accept tensors of another dtype than the model's, and cast them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: no such adapter; a truncated, foreign or newer file; layers, shapes or dtypes that
+            do not fit the model; a merged model. All of it before the model is touched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    target = _unwrapped(model)
+    manifest, tensors = files.read(Path(directory))
+    if any(isinstance(m, LoTRLayer) for m in target.modules()):
+        _check_adapted(target, manifest, tensors, cast)
+    else:
+        _install(target, manifest.config, _check_plain(target, manifest, tensors, cast))
+    _fill(target, manifest, tensors)
+    return model
+
+
+def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], cast: bool) -> None:
+    missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or foreign:
+        raise ValueError(
+            f"adapter: expected the model's {len(expected)} tensors, got {len(tensors)}: missing "
+            f"{', '.join(missing[:5]) or 'none'}; not in the model {', '.join(foreign[:5]) or 'none'}"
+        )
+    for key, want in expected.items():
+        got = tensors[key]
+        if want.shape != got.shape or (want.dtype != got.dtype and not cast):
+            raise ValueError(f"{key}: expected {describe(want)} as in the model, got {describe(got)} in the adapter")
+
+
+def _expected(
+    manifest: Manifest, like: Callable[[str], tuple[Tensor, Tensor, Tensor]], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the file has to hold. like: a layer's A, B and core, or their forms. A group has all start factors, or none."""
+    expected: dict[str, Tensor] = {}
+    for prefix, names in _groups(manifest.layers).items():
+        start = any(key in tensors for key in (f"{prefix}.start_A", f"{prefix}.start_B", *(f"{n}.start_core" for n in names)))
+        for name in names:
+            A, B, core = like(name)
+            for part in ("", "start_") if start else ("",):
+                expected |= {f"{prefix}.{part}A": A, f"{prefix}.{part}B": B, f"{name}.{part}core": core}
+    return expected
+
+
+def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
+    layers = adapted_layers(model)
+    prefixes = _prefixes(model, layers)
+    _check_names(set(layers), set(manifest.layers))
+    for name, entry in manifest.layers.items():
+        layer = layers[name]
+        if layer.merged:
+            raise RuntimeError(f"load_adapter: expected unmerged layers, got {name!r}, which is merged")
+        _check_not_meta(name, layer)
+        want, got = prefixes[id(layer.factors)], entry.factors
+        if want != got:
+            raise ValueError(f"{name}: expected factors {want!r} as in the model, got {got!r} in the adapter")
+    saved = _saved_modules(model)
+    if set(saved) != set(manifest.modules_to_save):
+        raise ValueError(f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(manifest.modules_to_save)}")
+    expected = _expected(manifest, lambda n: (layers[n].factors.A, layers[n].factors.B, layers[n].core), tensors)
+    _check_tensors(expected | _saved_tensors(saved), tensors, cast)
+    for prefix, names in _groups(manifest.layers).items():
+        if f"{prefix}.start_A" in tensors or layers[names[0]].start_core is not None:
+            for name in names:
+                layers[name]._matrix()  # a base whose weight cannot be read says so
+
+
+def _check_not_meta(name: str, module: nn.Module) -> None:
+    if any(t.is_meta for t in module.parameters()):
+        raise RuntimeError(f"load_adapter: expected a model with values, got {name!r} on the meta device; materialise it first")
+
+
+def _check_names(have: set[str], want: set[str]) -> None:
+    if have != want:
+        missing, extra = sorted(want - have), sorted(have - want)
+        raise ValueError(
+            f"layers: expected the adapter's {len(want)} layers to be the model's, got {len(have)}: not in the model "
+            f"{', '.join(missing[:5]) or 'none'}; not in the adapter {', '.join(extra[:5]) or 'none'}"
+        )
+
+
+def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> Selection:
+    config = manifest.config
+    if config is None:
+        raise ValueError(
+            "adapter: expected a model with LoTR layers, like the hand-built one it was saved from, got one without"
+        )
+    modules = dict(model.named_modules())
+    _check_names(set(modules) & set(manifest.layers), set(manifest.layers))
+    groups = {}
+    for name, entry in manifest.layers.items():
+        module, want = modules[name], (entry.in_features, entry.out_features)
+        found = features(module)
+        if found != want:
+            raise ValueError(f"{name}: expected (in_features, out_features) {want} as in the adapter, got {found} in the model")
+        _check_not_meta(name, module)
+        owner, _, groups[name] = entry.factors.rpartition(".")
+        if owner != "lotr_factors":
+            raise ValueError(f"{name}: expected factors under lotr_factors, got {entry.factors!r}")
+    selection = select(
+        model,
+        replace(config, target_modules="|".join(map(re.escape, manifest.layers)), exclude_modules=None, group_by=groups),
+    )
+    _check_names({t.name for t in selection.targets}, set(manifest.layers))
+    if set(selection.saved) != set(manifest.modules_to_save):
+        want, got = sorted(manifest.modules_to_save), sorted(selection.saved)
+        raise ValueError(f"modules_to_save: expected {want} in the model, got {got}")
+    r_in, r_out = config.ranks
+
+    def like(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        entry = manifest.layers[name]
+        shapes = (entry.in_features, r_in), (entry.out_features, r_out), (r_in, r_out)
+        return tuple(empty(shape, config.adapter_dtype) for shape in shapes)
+
+    expected = _expected(manifest, like, tensors)
+    _check_tensors(expected | _saved_tensors(selection.saved), tensors, cast)
+    return selection
+
+
+def _install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
+    install(model, replace(config, init="kaiming", core_init="zero", train=("A", "B", "core")), selection, None)
+    model.lotr_config = config
+    for factors in model.lotr_factors.values():
+        factors.A.requires_grad_("A" in config.train)
+        factors.B.requires_grad_("B" in config.train)
+    for layer in adapted_layers(model).values():
+        layer.core.requires_grad_("core" in config.train)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+    layers = adapted_layers(model)
+    for prefix, names in _groups(manifest.layers).items():
+        group = [layers[name] for name in names]
+        start = None
+        if f"{prefix}.start_A" in tensors:
+            cores = torch.stack([tensors[f"{name}.start_core"] for name in names])
+            start = tensors[f"{prefix}.start_A"], tensors[f"{prefix}.start_B"], cores
+        scalings = [manifest.layers[name].scaling for name in names]
+        if start is not None or group[0].start_core is not None:
+            set_start(group, start, scalings)
+        for layer, name, scaling in zip(group, names, scalings, strict=True):
+            layer.scaling, layer.dropout = scaling, manifest.layers[name].dropout
+            layer.core.copy_(tensors[f"{name}.core"])
+        group[0].factors.A.copy_(tensors[f"{prefix}.A"])
+        group[0].factors.B.copy_(tensors[f"{prefix}.B"])
+    for key, value in _saved_tensors(_saved_modules(model)).items():
+        value.copy_(tensors[key])

@@ -1,0 +1,77 @@
+"""`python -m lotr_ext.info [--json]`: versions, what was built, what runs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__
+from .planner import build_info, plan
+
+__all__ = ["collect", "main"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LIBRARIES = ("safetensors", "transformers", "peft", "accelerate")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def collect() -> dict[str, Any]:
+    """All that the command prints, as a dictionary that json can write."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    runs = {}
+    for device in devices:
+        name = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
+        chosen = {str(t).removeprefix("torch."): plan(4096, 16, t, device) for t in _DTYPES}
+        runs[str(device)] = {"name": name, "paths": {t: {"strategy": p.strategy, "why": p.reason} for t, p in chosen.items()}}
+    return {
+        "lotr_ext": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "built": build_info(),
+        "runs": runs,
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    built = facts["built"]
+    cpu, cuda = built["cpu"], built["cuda"]
+    lines = [
+        f"lotr_ext   {facts['lotr_ext']} (extension {built['version']}, for torch >= {built['torch_target']})",
+        f"python     {facts['python']} on {facts['platform']}",
+        f"torch      {facts['torch']}, CUDA {facts['torch_cuda'] or 'not in this build'}, {facts['threads']} threads",
+        "libraries  " + ", ".join(f"{name} {version or '-'}" for name, version in facts["libraries"].items()),
+        f"CPU        kernels for {cpu['isa']}",
+        "CUDA       " + (f"kernels for {', '.join(map(str, cuda['archs']))}" if cuda["built"] else "no kernels built"),
+        "runs (4096 tokens, rank 16)",
+    ]
+    for device, found in facts["runs"].items():
+        lines.append(f"  {device}: {found['name']}")
+        lines += [f"    {dtype:9} {path['strategy']}: {path['why']}" for dtype, path in found["paths"].items()]
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m lotr_ext.info", description="Versions, what was built, what runs.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    facts = collect()
+    print(json.dumps(facts, indent=2) if parser.parse_args(arguments).json else "\n".join(_lines(facts)))
+
+
+if __name__ == "__main__":
+    main()
