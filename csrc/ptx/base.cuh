@@ -52,7 +52,7 @@ template <class To, class From>
 LOTR_DEVICE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
   To to;
-  memcpy(&to, &from, sizeof(To));
+  memcpy(static_cast<void*>(&to), static_cast<const void*>(&from), sizeof(To));
   return to;
 }
 LOTR_DEVICE uint32_t as_bits(float x) {

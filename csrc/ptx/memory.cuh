@@ -50,8 +50,9 @@ namespace lotr::ptx {
   }
 #endif
 
+// CUDA's pair types are not trivially copyable by C++'s rules, only in fact.
 template <class T>
-constexpr bool is_word = std::is_trivially_copyable_v<T> &&
+constexpr bool is_word = std::is_trivially_destructible_v<T> &&
                          (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 
 // ---- global memory ----

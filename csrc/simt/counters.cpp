@@ -10,6 +10,9 @@
 
 #include "state.h"
 
+#ifndef LOTR_SIMT_COVERAGE
+#define LOTR_SIMT_COVERAGE 0
+#endif
 #if LOTR_SIMT_COVERAGE
 extern "C" void __gcov_dump();
 extern "C" void __gcov_reset();

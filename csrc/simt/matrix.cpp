@@ -1,5 +1,6 @@
 // ldmatrix and mma.sync.  Layouts: PTX ISA, "Warp-level matrix instructions", figures of ldmatrix and of the
 // fragments of m16n8k16 (16-bit types) and m16n8k8 (tf32).
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 

@@ -3,6 +3,7 @@
 #if LOTR_SIMT_RACE
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -52,6 +53,8 @@ struct Acquisition {
 
 struct Detector {
   std::unordered_map<uintptr_t, Page> pages;
+  uintptr_t latest_page = 0;
+  Cell* latest = nullptr;
   std::vector<Cell> shared;  // of all blocks of the cluster, one after the other
   uint32_t threads = 0, block = 0;
   std::vector<uint32_t> clocks;  // [t][u]: the latest time of u that t has seen
@@ -175,14 +178,14 @@ Cell* cell_of(uintptr_t address) {
     cell.read_count = kept;
     return &cell;
   }
-  static uintptr_t latest_page = ~uintptr_t(0);
-  static Cell* latest = nullptr;
   const uintptr_t page = address / PAGE;
-  Page& cells = d.pages[page];
-  if (!cells) cells.reset(new Cell[PAGE / GRANULE]);
-  latest_page = page;
-  latest = cells.get();
-  return latest + address % PAGE / GRANULE;
+  if (!d.latest || d.latest_page != page) {
+    Page& cells = d.pages[page];
+    if (!cells) cells.reset(new Cell[PAGE / GRANULE]);
+    d.latest_page = page;
+    d.latest = cells.get();
+  }
+  return d.latest + address % PAGE / GRANULE;
 }
 
 void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks, uintptr_t address) {
@@ -233,6 +236,7 @@ void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
 
 void begin_launch() {
   d.pages.clear();
+  d.latest = nullptr;
   d.shared.clear();
   d.released.clear();
   d.reports.clear();
@@ -284,11 +288,27 @@ void atomic(const void* p, bool acq_rel) {
   if (acq_rel) fence();
 }
 
+// A thread's own variables lie on its fiber's stack; its parameters are copied from the launching stack.
+static bool on_process_stack(uintptr_t p) {
+  static uintptr_t base = 0;
+  static size_t bytes = 0;
+  if (!base) {
+    pthread_attr_t attributes;
+    void* address = nullptr;
+    if (pthread_getattr_np(pthread_self(), &attributes) == 0) {
+      pthread_attr_getstack(&attributes, &address, &bytes);
+      pthread_attr_destroy(&attributes);
+    }
+    base = reinterpret_cast<uintptr_t>(address);
+  }
+  return p - base < bytes;
+}
+
 void access(const void* p, size_t bytes, Use use) { judge(reinterpret_cast<uintptr_t>(p), bytes, use, nullptr); }
 
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
   ExecutorScope scope;
-  if (machine.stacks.contains(reinterpret_cast<void*>(p))) return;  // a thread's own variables
+  if (machine.stacks.contains(reinterpret_cast<void*>(p)) || on_process_stack(p)) return;
   count_unwrapped(p, bytes);
   judge(p, bytes, use, pc);
 }

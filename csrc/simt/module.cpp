@@ -1,0 +1,317 @@
+// Python's view of the executor: the CUDA launchers of csrc/launch.h on numpy arrays, and the executor's own controls.
+// bfloat16 travels as uint16.  Outputs are the caller's arrays, so that a test may poison, pad or stride them.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../kernels/plan.h"
+#include "../launch.h"
+#include "api.h"
+
+namespace py = pybind11;
+
+namespace lotr::simt {
+namespace {
+
+struct Settings {
+  int multiprocessors = 132;
+  Float32 float32 = Float32::exact;
+} settings;
+
+DType dtype_of(const char* name, const py::array& a) {
+  if (a.itemsize() == 4 && a.dtype().kind() == 'f') return DType::float32;
+  if (a.itemsize() == 2) return a.dtype().kind() == 'f' ? DType::float16 : DType::bfloat16;
+  throw py::type_error(std::string(name) + ": expected float32, float16 or uint16 (bfloat16), got " +
+                       std::string(py::str(a.dtype())));
+}
+
+// Registers the array under its name, so that traffic is counted for it.
+void name_array(const char* name, const py::array& a) {
+  if (!options().count_memory || a.size() == 0) return;
+  size_t bytes = a.itemsize();
+  for (int i = 0; i < a.ndim(); ++i) bytes += size_t(a.shape(i) - 1) * size_t(a.strides(i));
+  register_array(name, a.data(), bytes);
+}
+
+void expect_shape(const char* name, const py::array& a, std::vector<int64_t> shape) {
+  std::vector<int64_t> got(a.shape(), a.shape() + a.ndim());
+  if (got != shape)
+    throw py::value_error(std::string(name) + ": expected shape " + std::string(py::str(py::cast(shape))) + ", got " +
+                          std::string(py::str(py::cast(got))));
+}
+
+int64_t stride(const py::array& a, int dim) { return a.strides(dim) / a.itemsize(); }
+
+Matrix input(const char* name, const py::array& a, DType type, int64_t rows, int64_t cols) {
+  expect_shape(name, a, {rows, cols});
+  name_array(name, a);
+  const int64_t row = stride(a, 0), col = stride(a, 1);
+  return {a.data(), row, col, cuda::access_of(a.data(), row, col, rows, dtype_of(name, a), type)};
+}
+
+MutableMatrix output(const char* name, py::array& a, DType type, int64_t rows, int64_t cols) {
+  if (dtype_of(name, a) != type) throw py::type_error(std::string(name) + ": expected the element type of the input");
+  const Matrix m = input(name, a, type, rows, cols);
+  return {a.mutable_data(), m.row, m.col, m.access};
+}
+
+float* floats(const char* name, py::array& a) {
+  if (dtype_of(name, a) != DType::float32) throw py::type_error(std::string(name) + ": expected float32");
+  name_array(name, a);
+  return static_cast<float*>(a.mutable_data());
+}
+
+Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
+  if (p == 0) return {nullptr, 0, 1.f};
+  return {seed.value().data(), uint32_t(p * 4294967296.0), float(1 / (1 - p))};
+}
+
+cuda::Call call(DType type) { return {type, settings.float32, settings.multiprocessors, nullptr}; }
+
+// What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : memory_(bytes / 4 + 64, 0xFFFFFFFFu) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    base_ = reinterpret_cast<void*>((address + 255) / 256 * 256 - (bytes ? 0 : 0));
+    if (options().count_memory && bytes) register_array("workspace", base_, bytes);
+  }
+  void* get() { return base_; }
+
+ private:
+  std::vector<uint32_t> memory_;
+  void* base_;
+};
+
+// One operator call: its arrays keep their names until it ends.
+struct Scope {
+  Scope() { clear_arrays(); }
+};
+
+void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py::array_t<int64_t>> seed, double scale,
+               std::optional<py::array> core, std::optional<py::array> h, double core_scale) {
+  Scope scope;
+  const DType type = dtype_of("x", x);
+  ShrinkParams params{};
+  params.M = x.shape(0);
+  params.K = x.shape(1);
+  params.r = int32_t(A.shape(1));
+  params.x = input("x", x, type, params.M, params.K);
+  params.A = input("A", A, type, params.K, params.r);
+  params.u = output("u", u, type, params.M, params.r);
+  params.scale = float(scale);
+  params.dropout = dropout(p, seed);
+  if (core) {
+    params.r_core = int32_t(core->shape(1));
+    params.core = input("core", *core, type, params.r, params.r_core);
+    params.h = output("h", h.value(), type, params.M, params.r_core);
+    params.core_scale = float(core_scale);
+  }
+  Workspace workspace(cuda::shrink_workspace(call(type), params));
+  cuda::shrink(call(type), params, workspace.get());
+}
+
+void py_expand_add(py::array y, py::array u, py::array F, double p, std::optional<py::array_t<int64_t>> seed) {
+  Scope scope;
+  const DType type = dtype_of("y", y);
+  ExpandParams params{};
+  params.M = y.shape(0);
+  params.N = y.shape(1);
+  params.r = int32_t(F.shape(1));
+  params.y = output("y", y, type, params.M, params.N);
+  params.u = input("u", u, type, params.M, params.r);
+  params.F = input("F", F, type, params.N, params.r);
+  params.dropout = dropout(p, seed);
+  cuda::expand_add(call(type), params);
+}
+
+void py_factor_grad(py::array D, py::array x, py::array k, double p, std::optional<py::array_t<int64_t>> seed) {
+  Scope scope;
+  const DType type = dtype_of("x", x);
+  FactorGradParams params{};
+  params.M = x.shape(0);
+  params.K = x.shape(1);
+  params.r = int32_t(k.shape(1));
+  params.x = input("x", x, type, params.M, params.K);
+  params.v = input("k", k, type, params.M, params.r);
+  expect_shape("acc", D, {params.K, params.r});
+  params.D = floats("acc", D);
+  params.D_row = stride(D, 0);
+  params.D_col = stride(D, 1);
+  params.accumulate = 1;
+  params.dropout = dropout(p, seed);
+  Workspace workspace(cuda::factor_grad_workspace(call(type), params));
+  cuda::factor_grad(call(type), params, workspace.get());
+}
+
+void py_shrink_grad(py::array g, py::array F, py::array u, py::array k, py::array Q) {
+  Scope scope;
+  const DType type = dtype_of("g", g);
+  ShrinkGradParams params{};
+  params.M = g.shape(0);
+  params.N = g.shape(1);
+  params.r = int32_t(F.shape(1));
+  params.g = input("g", g, type, params.M, params.N);
+  params.F = input("F", F, type, params.N, params.r);
+  params.u = input("u", u, type, params.M, params.r);
+  params.k = output("k", k, type, params.M, params.r);
+  expect_shape("Q", Q, {params.N, params.r});
+  params.Q = floats("Q", Q);
+  Workspace workspace(cuda::shrink_grad_workspace(call(type), params));
+  cuda::shrink_grad(call(type), params, workspace.get());
+}
+
+void py_fold(py::array B, py::array cores, double scaling, py::array F) {
+  Scope scope;
+  FoldParams params{};
+  params.N = B.shape(0);
+  params.r_out = int32_t(B.shape(1));
+  params.L = int32_t(cores.shape(0));
+  params.r_in = int32_t(cores.shape(1));
+  params.B_type = dtype_of("B", B);
+  params.core_type = dtype_of("cores", cores);
+  params.F_type = dtype_of("F", F);
+  params.B = input("B", B, params.B_type, params.N, params.r_out);
+  expect_shape("cores", cores, {params.L, params.r_in, params.r_out});
+  name_array("cores", cores);
+  params.cores = {cores.data(), stride(cores, 1), stride(cores, 2), Access::element};
+  params.core_stride = stride(cores, 0);
+  expect_shape("F", F, {params.L, params.N, params.r_in});
+  name_array("F", F);
+  params.F = F.mutable_data();
+  params.scale = float(scaling);
+  cuda::fold(call(params.F_type), params);
+}
+
+void py_fold_grad(py::array Q, py::array B, py::array cores, double scaling, std::optional<py::array> dB,
+                  py::array dcores) {
+  Scope scope;
+  FoldGradParams params{};
+  params.N = B.shape(0);
+  params.r_out = int32_t(B.shape(1));
+  params.L = int32_t(cores.shape(0));
+  params.r_in = int32_t(cores.shape(1));
+  params.B_type = dtype_of("B", B);
+  params.core_type = dtype_of("cores", cores);
+  expect_shape("Q", Q, {params.L, params.N, params.r_in});
+  params.Q = floats("Q", Q);
+  params.B = input("B", B, params.B_type, params.N, params.r_out);
+  name_array("cores", cores);
+  params.cores = {cores.data(), stride(cores, 1), stride(cores, 2), Access::element};
+  params.core_stride = stride(cores, 0);
+  if (dB) {
+    expect_shape("dB", *dB, {params.N, params.r_out});
+    params.dB = floats("dB", *dB);
+    params.dB_row = stride(*dB, 0);
+    params.dB_col = stride(*dB, 1);
+  }
+  expect_shape("dcores", dcores, {params.L, params.r_in, params.r_out});
+  params.dcores = floats("dcores", dcores);
+  params.scale = float(scaling);
+  const auto c = call(DType::float32);
+  Workspace workspace(cuda::fold_grad_workspace(c, params));
+  cuda::fold_grad(c, params, workspace.get());
+}
+
+py::dict counters_dict() {
+  const Counters c = counters();
+  py::dict arrays;
+  for (const Traffic& t : c.arrays) {
+    py::dict a;
+    a["size"] = t.size, a["read_bytes"] = t.read_bytes, a["read_sectors"] = t.read_sectors;
+    a["written_bytes"] = t.written_bytes, a["written_sectors"] = t.written_sectors;
+    a["atomics"] = t.atomics, a["unwrapped"] = t.unwrapped;
+    arrays[py::str(t.name)] = a;
+  }
+  py::list launches;
+  for (const LaunchRecord& l : c.launches) {
+    py::dict d;
+    d["name"] = l.name, d["shared_bytes"] = l.shared_bytes;
+    d["grid"] = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]);
+    d["block"] = py::make_tuple(l.block[0], l.block[1], l.block[2]);
+    launches.append(d);
+  }
+  py::dict d;
+  d["blocks"] = c.blocks, d["threads"] = c.threads, d["switches"] = c.switches, d["barriers"] = c.barriers;
+  d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["ldmatrix"] = c.ldmatrix;
+  d["async_copies"] = c.async_copies, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
+  d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
+  d["launches"] = launches, d["arrays"] = arrays;
+  return d;
+}
+
+void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory, size_t shared_limit) {
+  Options o;
+  if (order != "forward" && order != "reverse" && order != "random")
+    throw py::value_error("order: expected forward, reverse or random, got " + order);
+  o.order = order == "forward" ? Order::forward : order == "reverse" ? Order::reverse : Order::random;
+  o.seed = seed, o.preempt = preempt, o.count_memory = count_memory, o.shared_limit = shared_limit;
+  set_options(o);
+}
+
+py::array sparse_array(std::vector<py::ssize_t> shape, const py::dtype& dtype) {
+  size_t bytes = size_t(dtype.itemsize());
+  for (const py::ssize_t n : shape) bytes *= size_t(n);
+  void* memory = map_sparse(bytes);
+  struct Map {
+    void* memory;
+    size_t bytes;
+  };
+  py::capsule owner(new Map{memory, bytes}, [](void* p) {
+    std::unique_ptr<Map> map(static_cast<Map*>(p));
+    unmap_sparse(map->memory, map->bytes);
+  });
+  return py::array(dtype, shape, memory, owner);
+}
+
+}  // namespace
+}  // namespace lotr::simt
+
+PYBIND11_MODULE(lotr_simt, m) {
+  using namespace lotr;
+  using namespace lotr::simt;
+  using namespace pybind11::literals;
+  m.doc() = "The CUDA kernels of lotr_ext, run on the CPU by the SIMT executor.  Test builds only.";
+  py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
+  m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(), "scale"_a = 1.0,
+        "core"_a = py::none(), "h"_a = py::none(), "core_scale"_a = 1.0);
+  m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none());
+  m.def("factor_grad_", &py_factor_grad, "acc"_a, "x"_a, "k"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none());
+  m.def("shrink_grad", &py_shrink_grad, "g"_a, "F"_a, "u"_a, "k"_a, "Q"_a);
+  m.def("fold", &py_fold, "B"_a, "cores"_a, "scaling"_a, "F"_a);
+  m.def("fold_grad", &py_fold_grad, "Q"_a, "B"_a, "cores"_a, "scaling"_a, "dB"_a, "dcores"_a);
+  m.def(
+      "set_device",
+      [](int multiprocessors, const std::string& float32) {
+        if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
+        if (float32 != "exact" && float32 != "tf32") throw py::value_error("float32: expected exact or tf32, got " + float32);
+        settings = {multiprocessors, float32 == "tf32" ? Float32::tf32 : Float32::exact};
+      },
+      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact");
+  m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
+        "count_memory"_a = false, "shared_limit"_a = 101376);
+  m.def("counters", &counters_dict);
+  m.def("reset_counters", &reset_counters);
+  m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a);
+  m.def("write_coverage", &write_coverage);
+  m.def("build_mode", [] { return std::string(build_mode()); });
+  m.def(
+      "plan",
+      [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
+        if (kernel == "shrink") {
+          const auto p = plan::shrink(M, N, r, element, multiprocessors);
+          return py::dict("m_blocks"_a = p.m_tiles, "n_blocks"_a = p.splits, "extra_bytes"_a = p.extra_bytes);
+        }
+        const auto p = kernel == "expand_add"    ? plan::expand_add(M, N, r, element, multiprocessors)
+                       : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, multiprocessors)
+                       : kernel == "shrink_grad" ? plan::shrink_grad(M, N, r, element, multiprocessors)
+                                                 : throw py::value_error("kernel: got " + kernel);
+        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "extra_bytes"_a = p.extra_bytes);
+      },
+      "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
+      "How a kernel would cut the large matrix [M, N], and the bytes it moves besides that matrix.");
+}
