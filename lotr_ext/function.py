@@ -49,10 +49,10 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
 
 
 def adapter_differentiable(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s ((x A) G) B^T in torch products, unfolded or folded as costs less: the `composite` strategy. x is already dropped."""
+    """s ((x A) G) B^T in torch products, unfolded for few tokens, else folded: the `composite` strategy. x is already dropped."""
     flat = rows(to(x, dtype))
     u = flat @ to(A, dtype)
-    if flat.shape[0] < planner.FEW_TOKENS:
+    if not torch.compiler.is_compiling() and flat.shape[0] < planner.FEW_TOKENS:
         delta = (u @ to(core, dtype)) @ (to(B, dtype) * scaling).mT
     else:
         delta = u @ fold_differentiable(B, core, scaling, dtype).mT

@@ -64,12 +64,13 @@ def decide(
     x: Tensor, A: Tensor, adapter: Adapter, dtype: torch.dtype, base_trained: bool, base_linear: bool = True
 ) -> Decision:
     """Which nodes a call takes. `explain` prints it, so it cannot say anything else than what runs."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        traced = "traced: the compiler sees and fuses the composite's products"
+        return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
     tokens = x.numel() // max(x.shape[-1], 1)
     chosen = plan(tokens, max(adapter.core.shape), dtype, x.device, adapter.strategy)
     if chosen.strategy == "composite":
         return Decision(0, chosen, chosen.reason)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return Decision(0, chosen, "traced: the compiler sees and fuses the composite's products")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Decision(0, chosen, "under a functorch transform or forward AD: the composite is differentiable by any of them")
     if type(x) not in _PLAIN or type(A) not in _PLAIN:
