@@ -91,7 +91,7 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
 
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036  (setup.py run by hand checks no requires-python)
     stop(f"expected Python >= 3.10, got {sys.version.split()[0]}")
 
 setup(

@@ -215,9 +215,9 @@ std::string info() {
 
 STABLE_TORCH_LIBRARY(lotr, m)
 {
-  m.def("shrink(Tensor x, Tensor A, *, float p=0.0, Tensor? seed=None) -> Tensor");
-  m.def("expand_add_(Tensor(a!) y, Tensor u, Tensor F, *, float p=0.0, Tensor? seed=None) -> ()");
-  m.def("factor_grad_(Tensor(a!) acc, Tensor x, Tensor k, *, float p=0.0, Tensor? seed=None) -> ()");
+  m.def("shrink(Tensor x, Tensor A, float p=0.0, Tensor? seed=None) -> Tensor");
+  m.def("expand_add_(Tensor(a!) y, Tensor u, Tensor F, float p=0.0, Tensor? seed=None) -> ()");
+  m.def("factor_grad_(Tensor(a!) acc, Tensor x, Tensor k, float p=0.0, Tensor? seed=None) -> ()");
   m.def("shrink_grad(Tensor g, Tensor F, Tensor u) -> (Tensor k, Tensor Q)");
   m.def("fold(Tensor B, Tensor cores, float scaling, ScalarType dtype) -> Tensor");
   m.def("fold_grad(Tensor Q, Tensor B, Tensor cores, float scaling, Tensor(a!)? dB) -> Tensor");

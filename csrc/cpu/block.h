@@ -1,0 +1,176 @@
+// The one inner loop of every product here: a register block c[rows][vectors] += sum over units of a
+// broadcast times b.
+//
+//   c[i][v] += sum_t a(i, t) * b[t * ldb + v]          a(i, t) broadcast to all lanes, b a vector along the
+//   rank or n
+//
+//   shrink        a = x rows (units along the row)       b = packed A             sums over k
+//   expand_add    a = u rows                             b = packed F^T panel     sums over r
+//   factor_grad   a = x columns (units down a column)    b = packed k             sums over m
+//
+// Each loaded b is used by all rows and each broadcast by all vectors, so a block of MR x RV does MR * RV
+// multiplications for RV + MR loads. Rows are few enough that rows whose distance is a multiple of 4 KiB stay
+// within the ways of L1.
+#pragma once
+
+#include "cpu/tiles.h"
+
+namespace lotr::cpu::LOTR_ISA {
+
+// Vectors of a block at most, and its rows: what 32 (AVX-512, SVE..) or 16 vector registers hold with the
+// operands.
+#if LOTR_VB == 64
+constexpr int kMaxVectors = 4;
+constexpr int kRows[] = {0, 8, 8, 8, 6};
+constexpr int kColumnRows[] = {0, 16, 12, 8, 6};
+#else
+constexpr int kMaxVectors = 2;
+constexpr int kRows[] = {0, 8, 6};
+constexpr int kColumnRows[] = {0, 8, 6};
+#endif
+
+template <typename F>
+LOTR_INLINE void by_vectors(int64_t vectors, F&& f) {
+  if (vectors == 1) return f(Int<1>{});
+  if constexpr (kMaxVectors == 2) return f(Int<2>{});
+  if (vectors == 2) return f(Int<2>{});
+  if (vectors == 3) return f(Int<3 <= kMaxVectors ? 3 : 1>{});
+  return f(Int<kMaxVectors>{});
+}
+
+// Elements may sit at any address a tensor view has.
+template <typename U>
+struct Loose {
+  typedef U type __attribute__((aligned(sizeof(U) / 2), may_alias));
+};
+
+// acc += the product over n units. `step` is the distance of a's rows (kAlongRow) or of its units (else), in
+// bytes because a row of bf16 may start at half a unit; the other distance is one unit.
+template <typename K, int MR, int RV, bool kAlongRow>
+LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t step,
+                          const typename K::Unit* b, int64_t ldb, int64_t n) {
+  constexpr int64_t kUnit = sizeof(typename K::Unit);
+  using Loaded = typename Loose<typename K::Unit>::type;
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < n; ++t) {
+    decltype(load(b)) bv[RV];
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) bv[v] = load(b + t * ldb + v * K::kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const typename K::Unit s =
+          *reinterpret_cast<const Loaded*>(kAlongRow ? a + i * step + t * kUnit : a + t * step + i * kUnit);
+#pragma GCC unroll 8
+      for (int v = 0; v < RV; ++v) acc[i][v] = K::madd(acc[i][v], bv[v], s);
+    }
+  }
+}
+
+// Into a tile of sums, which is started (fresh) or added to. The n products are summed by themselves first: a
+// long sum made of short ones rounds less.
+template <typename K, int MR, int RV, bool kAlongRow>
+inline void sum_block(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step,
+                      const typename K::Unit* b, int64_t ldb, int64_t n) {
+  typename K::Vec acc[MR][RV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
+  }
+  multiply<K, MR, RV, kAlongRow>(acc, a, step, b, ldb, n);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) {
+      typename K::Acc* at = c + i * ldc + v * K::kLanes;
+      store(at, fresh ? acc[i][v] : load(at) + acc[i][v]);
+    }
+  }
+}
+
+// Calls f.operator()<MR>(row) for blocks of kMost rows, then 8, 4, 2, 1 for what is left.
+template <int kMost, typename F>
+LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
+  int64_t i = 0;
+  for (; i + kMost <= rows; i += kMost) f(Int<kMost>{}, i);
+  if constexpr (kMost > 8) {
+    if (i + 8 <= rows) f(Int<8>{}, i), i += 8;
+  }
+  if constexpr (kMost > 4) {
+    if (i + 4 <= rows) f(Int<4>{}, i), i += 4;
+  }
+  if (i + 2 <= rows) f(Int<2>{}, i), i += 2;
+  if (i < rows) f(Int<1>{}, i);
+}
+
+// c[rows][rank vectors] (+)= product, in groups of at most kMaxVectors vectors. `b` holds all vectors of the
+// rank in a row of ldb units. a's row i starts i * step bytes (kAlongRow) or i units after a.
+template <typename K, bool kAlongRow>
+inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step, int64_t rows,
+                     const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t n) {
+  for (int64_t v = 0; v < vectors;) {
+    // Groups of even size: 5 vectors are 3 + 2, not 4 + 1.
+    const int64_t left = vectors - v, groups = (left + kMaxVectors - 1) / kMaxVectors,
+                  group = (left + groups - 1) / groups;
+    by_vectors(group, [&](auto rv) {
+      constexpr int RV = decltype(rv)::value;
+      constexpr int kMost = kAlongRow ? kRows[RV] : kColumnRows[RV];
+      row_blocks<kMost>(rows, [&](auto mr, int64_t i) {
+        constexpr int MR = decltype(mr)::value;
+        sum_block<K, MR, RV, kAlongRow>(c + i * ldc + v * K::kLanes, ldc, fresh,
+                                        a + i * (kAlongRow ? step : int64_t(sizeof(typename K::Unit))), step,
+                                        b + v * K::kLanes, ldb, n);
+      });
+    });
+    v += group;
+  }
+}
+
+// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n. Rows of y are `ldy`
+// apart and its columns `cs`; `keep` (row stride RV vectors) is null without dropout.
+template <typename K, typename T, int MR, int RV>
+inline void expand_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
+                         const typename K::Unit* f, int64_t n, const uint32_t* keep, typename K::Acc scale) {
+  constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
+  typename K::Vec acc[MR][RV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    // The next rows' y, while this block is multiplied: the rows are too far apart for the hardware to guess
+    // them.
+    if (cs == 1) {
+      for (int v = 0; v < kPanel * int(sizeof(T)); v += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(y + (MR + i) * ldy) + v, 1);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
+  }
+  multiply<K, MR, RV, true>(acc, u, u_step, f, kPanel, n);
+  if (cs == 1 && cols == kPanel && !keep) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < RV; ++v) {
+        T* at = y + i * ldy + v * kLanes;
+        store(at, load(at) + acc[i][v]);
+      }
+    }
+    return;
+  }
+  typename K::Acc sums[kPanel];
+  for (int i = 0; i < MR; ++i) {
+    for (int v = 0; v < RV; ++v) store(sums + v * kLanes, acc[i][v]);
+    T* row = y + i * ldy;
+    if (keep) {
+      for (int64_t j = 0; j < cols; ++j)
+        sums[j] = keep[i * kPanel + j] ? sums[j] * scale : typename K::Acc(0);
+    }
+    if (cs == 1) {
+      for (int64_t j = 0; j < cols; ++j) row[j] = Narrow<T>::from(to_float(row[j]) + sums[j]);
+    } else {
+      for (int64_t j = 0; j < cols; ++j) row[j * cs] = Narrow<T>::from(to_float(row[j * cs]) + sums[j]);
+    }
+  }
+}
+
+}  // namespace lotr::cpu::LOTR_ISA

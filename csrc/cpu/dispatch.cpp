@@ -1,0 +1,80 @@
+// Picks the instruction set once, when an operator first runs: the best one this CPU has, or a lower one that
+// LOTR_CPU_ISA names (generic, avx2, avx512, avx512_bf16; for tests).
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/table.h"
+
+namespace lotr::cpu {
+
+extern const Table table_generic;
+#ifdef LOTR_X86
+extern const Table table_avx2, table_avx512, table_avx512_bf16;
+#endif
+
+namespace {
+
+const Table* choose() {
+  const Table* supported[4] = {&table_generic};
+  int count = 1;
+#ifdef LOTR_X86
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) supported[count++] = &table_avx2;
+  if (avx512) supported[count++] = &table_avx512;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) supported[count++] = &table_avx512_bf16;
+#endif
+  const char* forced = std::getenv("LOTR_CPU_ISA");
+  if (!forced || !*forced) return supported[count - 1];
+  std::string names;
+  for (int i = 0; i < count; ++i) {
+    if (std::string(forced) == supported[i]->name) return supported[i];
+    names += (i ? ", " : "") + std::string(supported[i]->name);
+  }
+  throw std::runtime_error("LOTR_CPU_ISA: expected one of " + names + " (what this CPU runs), got " + forced);
+}
+
+const Table& table() {
+  static const Table* chosen = choose();
+  return *chosen;
+}
+
+}  // namespace
+
+void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop) {
+  table().shrink(u, x, A, drop);
+}
+void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop) {
+  table().expand_add(y, u, F, drop);
+}
+void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop) {
+  table().factor_grad(acc, x, k, drop);
+}
+void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u) {
+  table().shrink_grad(k, Q, g, F, u);
+}
+void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
+          double scaling) {
+  table().fold(F, F_ls, B, cores, cores_ls, l, scaling);
+}
+void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls, const Mat& B,
+               const Mat& cores, int64_t cores_ls, int64_t l, double scaling) {
+  table().fold_grad(dB, dcores, dcores_ls, Q, Q_ls, B, cores, cores_ls, l, scaling);
+}
+void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
+                   double scaling) {
+  table().small_forward(u, y, x, A, core, B, scaling);
+}
+void small_backward(const SmallBackward& s) {
+  table().small_backward(s);
+}
+
+const char* isa_name() {
+  return table().name;
+}
+
+}  // namespace lotr::cpu

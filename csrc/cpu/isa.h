@@ -1,0 +1,59 @@
+// Instantiates every operator for one instruction set. Included by the isa_*.cpp files only.
+#pragma once
+
+#include "cpu/small.h"
+#include "cpu/table.h"
+
+namespace lotr::cpu::LOTR_ISA {
+
+// f(T) for the storage type of a dtype.
+template <typename F>
+inline void typed(Dtype t, F&& f) {
+  by_dtype(t, [&](auto* tag) { f(typename Pointee<decltype(tag)>::type{}); });
+}
+
+inline void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop) {
+  typed(x.dtype, [&](auto t) { Operators<decltype(t)>::shrink(u, x, A, drop); });
+}
+inline void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop) {
+  typed(y.dtype, [&](auto t) { Operators<decltype(t)>::expand_add(y, u, F, drop); });
+}
+inline void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop) {
+  typed(x.dtype, [&](auto t) { Operators<decltype(t)>::factor_grad(acc, x, k, drop); });
+}
+inline void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u) {
+  typed(g.dtype, [&](auto t) { Operators<decltype(t)>::shrink_grad(k, Q, g, F, u); });
+}
+inline void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
+                 double scaling) {
+  const auto run = F.dtype == Dtype::f64 ? &CoreProducts<F64>::fold : &CoreProducts<F32>::fold;
+  run(F, F_ls, B, cores, cores_ls, l, scaling);
+}
+inline void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls,
+                      const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l, double scaling) {
+  const auto run = Q.dtype == Dtype::f64 ? &CoreProducts<F64>::fold_grad : &CoreProducts<F32>::fold_grad;
+  run(dB, dcores, dcores_ls, Q, Q_ls, B, cores, cores_ls, l, scaling);
+}
+inline void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core,
+                          const Mat& B, double scaling) {
+  typed(x.dtype, [&](auto t) { Small<decltype(t)>::forward(u, y, x, A, core, B, scaling); });
+}
+inline void small_backward(const SmallBackward& s) {
+  typed(s.g.dtype, [&](auto t) { Small<decltype(t)>::backward(s); });
+}
+
+}  // namespace lotr::cpu::LOTR_ISA
+
+#define LOTR_TEXT_(x) #x
+#define LOTR_TEXT(x) LOTR_TEXT_(x)
+#define LOTR_TABLE_(isa) table_##isa
+#define LOTR_TABLE(isa) LOTR_TABLE_(isa)
+
+namespace lotr::cpu {
+extern const Table LOTR_TABLE(LOTR_ISA);
+const Table LOTR_TABLE(LOTR_ISA) = {
+    LOTR_TEXT(LOTR_ISA),    &LOTR_ISA::shrink,        &LOTR_ISA::expand_add,
+    &LOTR_ISA::factor_grad, &LOTR_ISA::shrink_grad,   &LOTR_ISA::fold,
+    &LOTR_ISA::fold_grad,   &LOTR_ISA::small_forward, &LOTR_ISA::small_backward,
+};
+}  // namespace lotr::cpu

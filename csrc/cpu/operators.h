@@ -1,0 +1,191 @@
+// The operators for one element type T: how the work is cut into tasks. Equations are in ops.cpp.
+#pragma once
+
+#include "cpu/products.h"
+
+namespace lotr::cpu::LOTR_ISA {
+
+// Multiplications below which waking other threads costs more than it saves.
+constexpr int64_t kSerial = 1 << 18;
+
+template <typename F>
+inline void run_tasks(int64_t tasks, int64_t work, F&& body) {
+  if (work < kSerial || tasks <= 1) {
+    if (tasks > 0) body(int64_t(0), tasks);
+    return;
+  }
+  parallel_for(
+      tasks,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
+      },
+      &body);
+}
+
+// Rows of a matrix in blocks of kTileRows / 4; a thread walks its blocks in tiles of up to kTileRows.
+template <typename F>
+inline void run_rows(int64_t rows, int64_t work, F&& body) {
+  constexpr int64_t kBlock = kTileRows / 4;
+  run_tasks((rows + kBlock - 1) / kBlock, work,
+            [&](int64_t begin, int64_t end) { body(begin * kBlock, smaller(end * kBlock, rows)); });
+}
+
+// Chunks of rows whose sums are kept apart and added in order: a function of the size alone, never of the
+// threads.
+struct Chunks {
+  int64_t count, rows;
+  explicit Chunks(int64_t m) {
+    const int64_t wanted = m <= 1024 ? (m + 127) / 128 : smaller(64, larger(8, m / 256));
+    rows = round_up((m + larger(1, wanted) - 1) / larger(1, wanted), 2 * kTileUnits);
+    count = (m + larger(1, rows) - 1) / larger(1, rows);
+  }
+};
+
+template <typename T>
+struct Operators {
+  using K = typename KindOf<T>::type;
+  using Unit = typename K::Unit;
+  using Acc = typename K::Acc;
+
+  // Rows of x times a packed factor, written to out as (add to) scale * sum.
+  static void shrink(const Mat& out, const Mat& x, const Mat& A, const Drop& drop) {
+    const PackedFactor<K, T> b(A);
+    const int64_t vectors = vectors_of<K>(A.cols), ldc = vectors * K::kLanes;
+    run_rows(x.rows, x.rows * x.cols * A.cols, [&](int64_t i0, int64_t i1) {
+      const size_t sums = size_t(kTileRows * ldc) * sizeof(Acc);
+      Scratch memory(sums + tile_space<K>(A.cols));
+      for (int64_t i = i0; i < i1; i += kTileRows) {
+        const int64_t rows = smaller(kTileRows, i1 - i);
+        shrink_tile<K, T>(memory.get<Acc>(), ldc, true, x, drop, b.data, b.ld, vectors, i, rows,
+                          memory.get<char>() + sums);
+        write_rows(out, i, rows, memory.get<Acc>(), ldc, drop.scale, false);
+      }
+    });
+  }
+
+  static void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop) {
+    constexpr int64_t kLine = kPanel<K>;
+    const int64_t units = units_of<K>(u.cols), panels = (y.cols + kLine - 1) / kLine,
+                  padded = round_up(units, K::kLanes);
+    const int64_t work = y.rows * y.cols * u.cols;
+    Scratch packed(size_t(panels * units * kLine) * sizeof(Unit));
+    run_tasks(panels, panels * units * kLine, [&](int64_t begin, int64_t end) {
+      Scratch buffer(size_t(K::kLanes * padded) * sizeof(Unit));
+      for (int64_t p = begin; p < end; ++p) {
+        pack_panel<K, T>(packed.get<Unit>() + p * units * kLine, kLine, F, p * kLine, buffer.get<Unit>());
+      }
+    });
+    const bool u_in_place = native<K, T>(u) && u.cols % K::kPair == 0;
+    run_rows(y.rows, work, [&](int64_t i0, int64_t i1) {
+      const size_t u_bytes = u_in_place ? 0 : size_t(kTileRows * units) * sizeof(Unit);
+      Scratch memory(u_bytes + size_t((kExpandRows + 1) * kLine + kMaskSlack) * sizeof(uint32_t));
+      auto* mask = reinterpret_cast<uint32_t*>(memory.get<char>() + u_bytes);
+      for (int64_t i = i0; i < i1; i += kTileRows) {
+        const int64_t rows = smaller(kTileRows, i1 - i);
+        const char* a = memory.get<char>();
+        int64_t step = units * int64_t(sizeof(Unit));
+        if (u_in_place) {
+          a = reinterpret_cast<const char*>(static_cast<const Part<K>*>(u.data) + i * u.rs),
+          step = u.rs * int64_t(sizeof(Part<K>));
+        } else {
+          tile_along_row<K, T>(memory.get<Unit>(), units, u, i, rows, 0, u.cols, Drop{}, nullptr);
+        }
+        for (int64_t p = 0; p < panels; ++p) {
+          expand_panel<K, T>(y, p * kLine, a, step, units, packed.get<Unit>() + p * units * kLine, i,
+                             i + rows, drop, mask);
+        }
+      }
+    });
+  }
+
+  // out (+)= scale * the sum of `count` partial sums [rows][ldp], in order.
+  static void add_partials(const Mat& out, const Acc* partials, int64_t count, int64_t ldp, double scale,
+                           bool add) {
+    const Acc s = Acc(scale);
+    run_rows(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; ++i) {
+        Acc* row = static_cast<Acc*>(out.data) + i * out.rs;
+        for (int64_t j0 = 0; j0 < out.cols; j0 += kTileStep) {
+          const int64_t n = smaller(kTileStep, out.cols - j0);
+          Acc sum[kTileStep];
+          for (int64_t j = 0; j < n; ++j) sum[j] = 0;
+          for (int64_t p = 0; p < count; ++p) {
+            const Acc* from = partials + (p * out.rows + i) * ldp + j0;
+            for (int64_t j = 0; j < n; ++j) sum[j] += from[j];
+          }
+          if (out.cs == 1) {
+            for (int64_t j = 0; j < n; ++j) row[j0 + j] = s * sum[j] + (add ? row[j0 + j] : Acc(0));
+          } else {
+            for (int64_t j = 0; j < n; ++j)
+              row[(j0 + j) * out.cs] = s * sum[j] + (add ? row[(j0 + j) * out.cs] : Acc(0));
+          }
+        }
+      }
+    });
+  }
+
+  // out (+)= scale * drop(x)^T k.
+  static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale, bool add) {
+    const Chunks chunks(x.rows);
+    const int64_t ldp = vectors_of<K>(k.cols) * K::kLanes, work = x.rows * x.cols * k.cols;
+    // One chunk may add to the output where it lies: few tokens then touch it once.
+    if (chunks.count == 1 && add && scale == 1.0 && out.cs == 1 && k.cols % K::kLanes == 0) {
+      const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
+      run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
+        Scratch memory(tile_space<K>(k.cols));
+        const int64_t c0 = begin * kTileColumns, c1 = smaller(end * kTileColumns, x.cols);
+        outer_rows<K, T>(static_cast<Acc*>(out.data) + c0 * out.rs, out.rs, false, x, drop, k, 0, x.rows, c0,
+                         c1, memory.get<char>());
+      });
+      return;
+    }
+    Scratch partials(size_t(chunks.count * x.cols * ldp) * sizeof(Acc));
+    // Wide x is cut by columns too, which changes no sum.
+    const int64_t width = round_up(larger(4 * kTileColumns, (x.cols + 7) / 8), kTileColumns);
+    const int64_t across = (x.cols + width - 1) / width;
+    run_tasks(chunks.count * across, work, [&](int64_t begin, int64_t end) {
+      Scratch memory(tile_space<K>(k.cols));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t chunk = task / across, c0 = task % across * width, i0 = chunk * chunks.rows;
+        outer_rows<K, T>(partials.get<Acc>() + (chunk * x.cols + c0) * ldp, ldp, true, x, drop, k, i0,
+                         smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
+                         memory.get<char>());
+      }
+    });
+    add_partials(out, partials.get<Acc>(), chunks.count, ldp, scale, add);
+  }
+
+  static void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop) {
+    outer(acc, x, k, drop, drop.scale, true);
+  }
+
+  // A tile of g is read once from memory and used twice in cache.
+  static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u) {
+    const Chunks chunks(g.rows);
+    const PackedFactor<K, T> b(F);
+    const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = kTileUnits * K::kPair;
+    Scratch partials(size_t(chunks.count * g.cols * ld) * sizeof(Acc));
+    run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
+      const size_t sums = size_t(tile_m * ld) * sizeof(Acc);
+      Scratch memory(sums + tile_space<K>(F.cols));
+      char* space = memory.get<char>() + sums;
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * chunks.rows, last = smaller(first + chunks.rows, g.rows);
+        Acc* P = partials.get<Acc>() + chunk * g.cols * ld;
+        for (int64_t i = first; i < last; i += tile_m) {
+          const int64_t rows = smaller(tile_m, last - i);
+          for (int64_t part = 0; part < rows; part += kTileRows) {
+            const int64_t n = smaller(kTileRows, rows - part);
+            shrink_tile<K, T>(memory.get<Acc>(), ld, true, g, Drop{}, b.data, b.ld, vectors, i + part, n,
+                              space);
+            write_rows(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
+          }
+          outer_rows<K, T>(P, ld, i == first, g, Drop{}, u, i, i + rows, 0, g.cols, space);
+        }
+      }
+    });
+    add_partials(Q, partials.get<Acc>(), chunks.count, ld, 1.0, false);
+  }
+};
+
+}  // namespace lotr::cpu::LOTR_ISA

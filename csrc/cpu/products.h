@@ -1,0 +1,186 @@
+// The two shapes of product, for a range of rows of one thread:
+//
+//   shrink_rows   out[i0 .. i1, r]   = x[i0 .. i1, K] b          b packed: [units of K][vectors of r]
+//   outer_rows    P[c0 .. c1, r]    += x[i0 .. i1, c0 .. c1]^T k[i0 .. i1, r]
+//
+// Both walk x in tiles that stay in cache and read it where it lies when its layout allows (native), else
+// through a copy of the tile that converts, masks, pairs and pads. Every sum runs over its dimension in
+// ascending order in one accumulator, so a result does not depend on how rows are shared out to threads.
+#pragma once
+
+#include "cpu/block.h"
+#include "cpu/runtime.h"
+
+namespace lotr::cpu::LOTR_ISA {
+
+constexpr int64_t kTileRows = 96;      // rows of a shrink tile: a multiple of every block's rows
+constexpr int64_t kTileUnits = 64;     // units of a factor_grad tile
+constexpr int64_t kTileColumns = 96;   // columns of a factor_grad tile
+constexpr int64_t kTileStep = 256;     // units of a shrink tile at most
+constexpr int64_t kTileBytes = 16384;  // of the packed factor that a shrink tile multiplies: half of L1
+
+template <typename K>
+constexpr int64_t units_of(int64_t n) {
+  return (n + K::kPair - 1) / K::kPair;
+}
+// The rank in vectors.
+template <typename K>
+constexpr int64_t vectors_of(int64_t r) {
+  return (r + K::kLanes - 1) / K::kLanes;
+}
+
+// A factor [K, r] as units of pairs of rows: [units of K][vectors], zero padded. May be the factor itself.
+template <typename K, typename T>
+struct PackedFactor {
+  Scratch memory;
+  const typename K::Unit* data;
+  int64_t ld;
+
+  static bool in_place(const Mat& A) { return !pairs<K> && native<K, T>(A) && A.cols % K::kLanes == 0; }
+  static size_t packed_bytes(const Mat& A) {
+    return size_t(units_of<K>(A.rows) * vectors_of<K>(A.cols) * K::kLanes) * sizeof(typename K::Unit);
+  }
+  explicit PackedFactor(const Mat& A) : memory(in_place(A) ? 0 : packed_bytes(A) + size_t(A.cols) * 4) {
+    if (in_place(A)) {
+      data = static_cast<const typename K::Unit*>(A.data), ld = A.rs;
+      return;
+    }
+    ld = vectors_of<K>(A.cols) * K::kLanes;
+    auto* row = reinterpret_cast<uint16_t*>(memory.template get<char>() + packed_bytes(A));
+    tile_down_columns<K, T>(memory.template get<typename K::Unit>(), ld, A, 0, A.rows, 0, A.cols, Drop{},
+                            nullptr, row);
+    data = memory.template get<typename K::Unit>();
+  }
+};
+
+// out[i0 + i, j] (= or +=) scale * c[i][j], rounded once.
+template <typename Acc>
+inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const Acc* c, int64_t ldc, double scale,
+                       bool add) {
+  by_dtype(out.dtype, [&](auto* tag) {
+    using T = typename Pointee<decltype(tag)>::type;
+    const Acc s = Acc(scale);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* row = static_cast<T*>(out.data) + (i0 + i) * out.rs;
+      if (add) {
+        for (int64_t j = 0; j < out.cols; ++j)
+          row[j * out.cs] = Narrow<T>::from(to_float(row[j * out.cs]) + s * c[i * ldc + j]);
+      } else if (out.cs == 1) {
+        for (int64_t j = 0; j < out.cols; ++j) row[j] = Narrow<T>::from(s * c[i * ldc + j]);
+      } else {
+        for (int64_t j = 0; j < out.cols; ++j) row[j * out.cs] = Narrow<T>::from(s * c[i * ldc + j]);
+      }
+    }
+  });
+}
+
+// Bytes a thread needs for its copies of tiles, at rank r.
+template <typename K>
+inline size_t tile_space(int64_t r) {
+  const int64_t shrink = kTileRows * kTileStep,
+                outer = kTileUnits * (kTileColumns + vectors_of<K>(r) * K::kLanes);
+  return size_t(larger(shrink, outer)) * sizeof(typename K::Unit) +
+         size_t(kTileStep * K::kPair + kMaskSlack + larger(kTileColumns, r)) * sizeof(uint32_t);
+}
+
+// Sums of a tile of rows: c[rows][ldc] = drop(x)[i0 .. i0 + rows, :] b, added to c unless fresh, unscaled.
+template <typename K, typename T>
+inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& x, const Drop& drop,
+                        const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t i0, int64_t rows,
+                        char* space) {
+  using Unit = typename K::Unit;
+  const int64_t group = smaller(vectors, kMaxVectors);
+  // Units summed at a time, so that their part of b stays in L1.
+  const int64_t step =
+      smaller(kTileStep, larger(64, kTileBytes / int64_t(sizeof(Unit)) / (group * K::kLanes)));
+  const bool in_place = native<K, T>(x) && !drop.on;
+  auto* tile = reinterpret_cast<Unit*>(space);
+  auto* mask = reinterpret_cast<uint32_t*>(tile + kTileRows * step);
+  const int64_t units = units_of<K>(x.cols);
+  for (int64_t t = 0; t < units; t += step) {
+    const int64_t n = smaller(step, units - t), c0 = t * K::kPair;
+    // A last half pair is copied: the other half lies beyond the row.
+    const int64_t whole = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
+    if (whole > 0) {
+      const auto* a = static_cast<const Part<K>*>(x.data) + i0 * x.rs + c0;
+      sum_rows<K, true>(c, ldc, fresh && t == 0, reinterpret_cast<const char*>(a), x.rs * int64_t(sizeof(*a)),
+                        rows, b + t * ldb, ldb, vectors, whole);
+    }
+    if (whole < n) {
+      const int64_t from = c0 + whole * K::kPair, left = n - whole;
+      tile_along_row<K, T>(tile, left, x, i0, rows, from, smaller(x.cols - from, left * K::kPair), drop,
+                           mask);
+      sum_rows<K, true>(c, ldc, fresh && t + whole == 0, reinterpret_cast<const char*>(tile),
+                        left * int64_t(sizeof(Unit)), rows, b + (t + whole) * ldb, ldb, vectors, left);
+    }
+  }
+}
+
+// P[c - c0][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to P unless fresh.
+// P's rows are ldp apart and hold whole vectors.
+template <typename K, typename T>
+inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x, const Drop& drop,
+                       const Mat& k, int64_t i0, int64_t i1, int64_t c0, int64_t c1, char* space) {
+  using Unit = typename K::Unit;
+  const int64_t vectors = vectors_of<K>(k.cols), tile_m = kTileUnits * K::kPair;
+  const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
+  const bool x_in_place = !pairs<K> && native<K, T>(x) && !drop.on;
+  auto* x_tile = reinterpret_cast<Unit*>(space);
+  auto* k_tile = x_tile + kTileUnits * kTileColumns;
+  auto* mask = reinterpret_cast<uint32_t*>(k_tile + kTileUnits * vectors * K::kLanes);
+  auto* row = reinterpret_cast<uint16_t*>(mask + kTileColumns + kMaskSlack);
+  for (int64_t i = i0; i < i1; i += tile_m) {
+    const int64_t rows = smaller(tile_m, i1 - i), units = units_of<K>(rows);
+    const Unit* b = k_tile;
+    int64_t ldb = vectors * K::kLanes;
+    if (k_in_place) {
+      b = static_cast<const Unit*>(k.data) + i * k.rs, ldb = k.rs;
+    } else {
+      tile_down_columns<K, T>(k_tile, ldb, k, i, rows, 0, k.cols, Drop{}, nullptr, row);
+    }
+    for (int64_t c = c0; c < c1; c += kTileColumns) {
+      const int64_t cols = smaller(kTileColumns, c1 - c);
+      const char* a = reinterpret_cast<const char*>(x_tile);
+      int64_t step = kTileColumns * int64_t(sizeof(Unit));
+      if (x_in_place) {
+        a = reinterpret_cast<const char*>(static_cast<const Unit*>(x.data) + i * x.rs + c),
+        step = x.rs * int64_t(sizeof(Unit));
+      } else {
+        tile_down_columns<K, T>(x_tile, kTileColumns, x, i, rows, c, cols, drop, mask, row);
+      }
+      sum_rows<K, false>(P + (c - c0) * ldp, ldp, fresh && i == i0, a, step, cols, b, ldb, vectors, units);
+    }
+  }
+}
+
+// Rows [i0, i1) of y += scale * mask(u F^T), or without a scale: y += u F^T. `panels` holds F transposed, in
+// panels of kPanel columns; u_units is u's rows as units, u_step bytes apart. `mask` is a buffer for a
+// block's rows.
+template <typename K>
+constexpr int64_t kPanel = kMaxVectors * K::kLanes;
+constexpr int64_t kExpandRows = kRows[kMaxVectors];
+
+template <typename K, typename T>
+inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step, int64_t units,
+                         const typename K::Unit* panel, int64_t i0, int64_t i1, const Drop& drop,
+                         uint32_t* mask) {
+  const int64_t cols = smaller(kPanel<K>, y.cols - n0);
+  row_blocks<kExpandRows>(i1 - i0, [&](auto mr, int64_t i) {
+    constexpr int MR = decltype(mr)::value;
+    const uint32_t* keep = nullptr;
+    if (drop.on) {
+      uint32_t* line = mask + kExpandRows * kPanel<K>;
+      for (int64_t row = 0; row < MR; ++row) {
+        const uint64_t e = uint64_t(i0 + i + row) * uint64_t(y.cols) + uint64_t(n0);
+        const uint32_t* at = keep_mask(line, e, cols, drop.seed, drop.threshold);
+        std::memcpy(mask + row * kPanel<K>, at, size_t(cols) * 4);
+      }
+      keep = mask;
+    }
+    expand_block<K, T, MR, kMaxVectors>(static_cast<T*>(y.data) + (i0 + i) * y.rs + n0 * y.cs, y.rs, y.cs,
+                                        cols, u + i * u_step, u_step, panel, units, keep,
+                                        typename K::Acc(drop.scale));
+  });
+}
+
+}  // namespace lotr::cpu::LOTR_ISA

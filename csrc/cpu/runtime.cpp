@@ -1,0 +1,62 @@
+#include "cpu/runtime.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <new>
+
+namespace lotr::cpu {
+namespace {
+
+// Freed blocks are kept for the next call: a fresh block of this size would be mapped, and its pages faulted
+// in, on every call. Two, because a call holds packed factors and partial sums at once.
+constexpr size_t kKeep = size_t(16) << 20;
+struct Cache {
+  struct Block {
+    void* data = nullptr;
+    size_t bytes = 0;
+  } blocks[4];
+  ~Cache() {
+    for (Block& b : blocks) ::operator delete(b.data, std::align_val_t(64));
+  }
+};
+thread_local Cache cache;
+
+}  // namespace
+
+Scratch::Scratch(size_t bytes) : bytes_(bytes) {
+  Cache::Block* best = nullptr;
+  for (Cache::Block& b : cache.blocks) {
+    if (b.data && b.bytes >= bytes && (!best || b.bytes < best->bytes)) best = &b;
+  }
+  if (best) {
+    data_ = best->data, bytes_ = best->bytes;
+    *best = {};
+  } else {
+    data_ = ::operator new(bytes, std::align_val_t(64));
+  }
+}
+
+Scratch::~Scratch() {
+  if (bytes_ <= kKeep) {
+    Cache::Block* smallest = &cache.blocks[0];
+    for (Cache::Block& b : cache.blocks) {
+      if (b.bytes < smallest->bytes) smallest = &b;
+    }
+    if (smallest->bytes < bytes_) {
+      ::operator delete(smallest->data, std::align_val_t(64));
+      *smallest = {data_, bytes_};
+      return;
+    }
+  }
+  ::operator delete(data_, std::align_val_t(64));
+}
+
+void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (tasks <= 1) {
+    if (tasks == 1) body(0, 1, context);
+    return;
+  }
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+}  // namespace lotr::cpu

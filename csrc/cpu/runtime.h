@@ -1,0 +1,31 @@
+// What the kernels need from outside: torch's thread pool and scratch memory, without torch headers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lotr::cpu {
+
+// Runs body(begin, end, context) over [0, tasks) on torch's own threads; in line when it is one thread or one
+// task.
+void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
+
+// 64-byte aligned memory of the calling thread, reused from call to call up to a cap. Throws std::bad_alloc
+// (the thread pool hands an exception of a body on to the caller).
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <typename T>
+  T* get() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
+}  // namespace lotr::cpu

@@ -1,0 +1,186 @@
+// The products around the core: fold, fold_grad, and the unfolded form for few tokens.
+#pragma once
+
+#include "cpu/operators.h"
+
+namespace lotr::cpu::LOTR_ISA {
+
+inline int64_t element_size(Dtype t) {
+  return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2;
+}
+inline Mat layer_of(const Mat& a, int64_t layer_stride, int64_t l) {
+  Mat b = a;
+  b.data = static_cast<char*>(a.data) + l * layer_stride * element_size(a.dtype);
+  return b;
+}
+
+// K is F32 or F64 (no pairs: the core's products are summed from unrounded operands) and Acc its type, so T =
+// Acc: factors of any dtype are widened, never rounded.
+template <typename K>
+struct CoreProducts {
+  using Acc = typename K::Acc;
+
+  // F_l = scaling B G_l^T. Layers are independent: they are the tasks, or with one layer its rows are.
+  static void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
+                   double scaling) {
+    const int64_t r_in = cores.rows, vectors = vectors_of<K>(r_in), ldc = vectors * K::kLanes;
+    const auto rows_of_layer = [&](int64_t layer, const PackedFactor<K, Acc>& b, int64_t i0, int64_t i1) {
+      const size_t sums = size_t(kTileRows * ldc) * sizeof(Acc);
+      Scratch memory(sums + tile_space<K>(r_in));
+      for (int64_t i = i0; i < i1; i += kTileRows) {
+        const int64_t rows = smaller(kTileRows, i1 - i);
+        shrink_tile<K, Acc>(memory.get<Acc>(), ldc, true, B, Drop{}, b.data, b.ld, vectors, i, rows,
+                            memory.get<char>() + sums);
+        write_rows(layer_of(F, F_ls, layer), i, rows, memory.get<Acc>(), ldc, scaling, false);
+      }
+    };
+    const int64_t work = B.rows * B.cols * r_in;
+    if (l == 1) {
+      const PackedFactor<K, Acc> b(transposed(cores));
+      run_rows(B.rows, work, [&](int64_t i0, int64_t i1) { rows_of_layer(0, b, i0, i1); });
+      return;
+    }
+    run_tasks(l, l * work, [&](int64_t begin, int64_t end) {
+      for (int64_t layer = begin; layer < end; ++layer) {
+        const PackedFactor<K, Acc> b(transposed(layer_of(cores, cores_ls, layer)));
+        rows_of_layer(layer, b, 0, B.rows);
+      }
+    });
+  }
+
+  // dG_l = scaling Q_l^T B; dB += scaling sum_l Q_l G_l, summed l = 0 .. L-1 in one accumulator.
+  static void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls,
+                        const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l, double scaling) {
+    using Ops = Operators<Acc>;
+    if (l == 1) {
+      Ops::outer(dcores, Q, B, Drop{}, scaling, false);
+    } else {
+      // Inside a task the pool runs nested calls in line.
+      run_tasks(l, l * B.rows * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
+        for (int64_t layer = begin; layer < end; ++layer) {
+          Ops::outer(layer_of(dcores, dcores_ls, layer), layer_of(Q, Q_ls, layer), B, Drop{}, scaling, false);
+        }
+      });
+    }
+    if (!dB.data) return;
+    const int64_t r_in = cores.rows, r_out = cores.cols, vectors = vectors_of<K>(r_out),
+                  ld = vectors * K::kLanes;
+    Scratch packed(size_t(l * r_in * ld) * sizeof(Acc));
+    for (int64_t layer = 0; layer < l; ++layer) {
+      tile_down_columns<K, Acc>(packed.get<Acc>() + layer * r_in * ld, ld, layer_of(cores, cores_ls, layer),
+                                0, r_in, 0, r_out, Drop{}, nullptr, nullptr);
+    }
+    run_rows(B.rows, l * B.rows * r_in * r_out, [&](int64_t i0, int64_t i1) {
+      const size_t sums = size_t(kTileRows * ld) * sizeof(Acc);
+      Scratch memory(sums + tile_space<K>(r_out));
+      for (int64_t i = i0; i < i1; i += kTileRows) {
+        const int64_t rows = smaller(kTileRows, i1 - i);
+        for (int64_t layer = 0; layer < l; ++layer) {
+          shrink_tile<K, Acc>(memory.get<Acc>(), ld, layer == 0, layer_of(Q, Q_ls, layer), Drop{},
+                              packed.get<Acc>() + layer * r_in * ld, ld, vectors, i, rows,
+                              memory.get<char>() + sums);
+        }
+        write_rows(dB, i, rows, memory.get<Acc>(), ld, scaling, true);
+      }
+    });
+  }
+};
+
+// Few tokens: the core is multiplied with the tokens instead of being folded into B, whose N r_in r_out
+// multiplications would outweigh the layer's own. Between products a token's r numbers are kept in Acc, and
+// rounded to T where they are multiplied with T.
+template <typename T>
+struct Small {
+  using Ops = Operators<T>;
+  using K = typename KindOf<T>::type;
+  using Acc = typename K::Acc;
+
+  static Mat dense(void* data, int64_t rows, int64_t cols, Dtype t) { return {data, rows, cols, cols, 1, t}; }
+
+  // out[M, to] = scale * in[M, from] core, element (a, b) of core at a * sa + b * sb; core is rounded to T.
+  static void times_core(Acc* out, const Acc* in, int64_t m, int64_t from, int64_t to, const Mat& core,
+                         int64_t sa, int64_t sb, Acc scale) {
+    for (int64_t i = 0; i < m * to; ++i) out[i] = 0;
+    by_dtype(core.dtype, [&](auto* tag) {
+      using S = typename Pointee<decltype(tag)>::type;
+      Scratch line(size_t(to) * sizeof(Acc));
+      Acc* row = line.get<Acc>();
+      for (int64_t a = 0; a < from; ++a) {
+        const S* src = static_cast<const S*>(core.data) + a * sa;
+        using Plain = typename KindOf<Acc>::type;
+        parts<Plain, T>(row, src, sb, to, nullptr);
+        for (int64_t i = 0; i < m; ++i) {
+          const Acc v = in[i * from + a] * scale;
+          for (int64_t b = 0; b < to; ++b) out[i * to + b] += v * row[b];
+        }
+      }
+    });
+  }
+
+  static void widen(Acc* out, const Mat& a) {
+    by_dtype(a.dtype, [&](auto* tag) {
+      using S = typename Pointee<decltype(tag)>::type;
+      for (int64_t i = 0; i < a.rows; ++i)
+        for (int64_t j = 0; j < a.cols; ++j)
+          out[i * a.cols + j] = Acc(to_float(static_cast<const S*>(a.data)[i * a.rs + j * a.cs]));
+    });
+  }
+  static void narrow(T* out, const Acc* in, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) out[i] = Narrow<T>::from(in[i]);
+  }
+
+  static void forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
+                      double scaling) {
+    const int64_t m = x.rows, r_in = core.rows, r_out = core.cols;
+    Ops::shrink(u, x, A, Drop{});
+    Scratch memory(size_t(m * (r_in + r_out)) * sizeof(Acc) + size_t(m * r_out) * sizeof(T));
+    Acc* wide = memory.get<Acc>();
+    Acc* h = wide + m * r_in;
+    T* h_t = reinterpret_cast<T*>(h + m * r_out);
+    widen(wide, u);
+    times_core(h, wide, m, r_in, r_out, core, core.rs, core.cs, Acc(scaling));
+    narrow(h_t, h, m * r_out);
+    Ops::expand_add(y, dense(h_t, m, r_out, x.dtype), B, Drop{});
+  }
+
+  static void backward(const SmallBackward& s) {
+    const int64_t m = s.g.rows, r_in = s.core.rows, r_out = s.core.cols;
+    const Dtype t = s.g.dtype, acc = t == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+    Scratch memory(size_t(2 * m * (r_in + r_out)) * sizeof(Acc) + size_t(m * (r_in + r_out)) * sizeof(T));
+    Acc* h = memory.get<Acc>();  // scaling g B, never rounded
+    Acc* k = h + m * r_out;      // h core^T
+    Acc* u = k + m * r_in;       // the given u
+    Acc* uc = u + m * r_in;      // scaling u core
+    T* k_t = reinterpret_cast<T*>(uc + m * r_out);
+    T* uc_t = k_t + m * r_in;
+    if (s.dx.data || s.dA.data || s.dcore.data) {
+      Drop scaled;
+      scaled.scale = s.scaling;
+      Ops::shrink(dense(h, m, r_out, acc), s.g, s.B, scaled);
+    }
+    if (s.dx.data || s.dA.data) {
+      times_core(k, h, m, r_out, r_in, s.core, s.core.cs, s.core.rs, Acc(1));
+      narrow(k_t, k, m * r_in);
+      const Mat k_mat = dense(k_t, m, r_in, t);
+      if (s.dx.data) Ops::expand_add(s.dx, k_mat, s.A, Drop{});
+      if (s.dA.data) Ops::factor_grad(s.dA, s.x, k_mat, Drop{});
+    }
+    if (s.dB.data || s.dcore.data) widen(u, s.u);
+    if (s.dB.data) {
+      times_core(uc, u, m, r_in, r_out, s.core, s.core.rs, s.core.cs, Acc(s.scaling));
+      narrow(uc_t, uc, m * r_out);
+      Ops::factor_grad(s.dB, s.g, dense(uc_t, m, r_out, t), Drop{});
+    }
+    if (s.dcore.data) {
+      Acc* out = static_cast<Acc*>(s.dcore.data);
+      for (int64_t i = 0; i < r_in * r_out; ++i) out[i] = 0;
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t a = 0; a < r_in; ++a) {
+          const Acc v = u[i * r_in + a];
+          for (int64_t b = 0; b < r_out; ++b) out[a * r_out + b] += v * h[i * r_out + b];
+        }
+    }
+  }
+};
+
+}  // namespace lotr::cpu::LOTR_ISA

@@ -1,0 +1,20 @@
+// The operators of one instruction set, as function pointers.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace lotr::cpu {
+
+struct Table {
+  const char* name;
+  decltype(&cpu::shrink) shrink;
+  decltype(&cpu::expand_add) expand_add;
+  decltype(&cpu::factor_grad) factor_grad;
+  decltype(&cpu::shrink_grad) shrink_grad;
+  decltype(&cpu::fold) fold;
+  decltype(&cpu::fold_grad) fold_grad;
+  decltype(&cpu::small_forward) small_forward;
+  decltype(&cpu::small_backward) small_backward;
+};
+
+}  // namespace lotr::cpu

@@ -1,0 +1,189 @@
+// Copies of matrix pieces as units (see vec.h), zero padded: what the block kernel reads when it cannot read
+// the tensor.
+//
+// Two layouts, for a summed dimension that runs along a row of the matrix or down its columns:
+//   along_row     tile[i][c / pair]   = elements (i, c .. c + pair)       x of shrink, u of expand_add
+//   down_columns  tile[i / pair][c]   = elements (i .. i + pair, c)       x and k of factor_grad, the factors
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/philox.h"
+#include "cpu/vec.h"
+
+namespace lotr::cpu::LOTR_ISA {
+
+// Calls f with a null pointer to the storage type of a runtime dtype.
+template <typename F>
+LOTR_INLINE void by_dtype(Dtype t, F&& f) {
+  switch (t) {
+    case Dtype::f32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::f64:
+      return f(static_cast<double*>(nullptr));
+    case Dtype::bf16:
+      return f(static_cast<bf16*>(nullptr));
+    case Dtype::f16:
+      return f(static_cast<f16*>(nullptr));
+  }
+}
+template <typename P>
+struct Pointee;
+template <typename S>
+struct Pointee<S*> {
+  using type = S;
+};
+template <typename A, typename B>
+constexpr bool same = __is_same(A, B);
+
+template <typename K>
+constexpr bool pairs = K::kPair == 2;
+
+// What one element becomes in a tile: its bits in a pair, else its value in the arithmetic type, rounded to T
+// on the way.
+template <typename K>
+struct PartOf {
+  using type = typename K::Acc;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct PartOf<BF2> {
+  using type = uint16_t;
+};
+#endif
+template <typename K>
+using Part = typename PartOf<K>::type;
+
+template <typename K, typename T, typename S>
+LOTR_INLINE Part<K> part(S s) {
+  if constexpr (pairs<K>) {
+    if constexpr (same<S, bf16>) {
+      return s.bits;
+    } else {
+      return Narrow<bf16>::from(float(to_float(s))).bits;
+    }
+  } else if constexpr (same<S, T>) {
+    return to_float(s);
+  } else {
+    return typename K::Acc(to_float(Narrow<T>::from(to_float(s))));
+  }
+}
+
+// n elements, cs apart, as parts; those whose mask is 0 become 0 (also when they are NaN).
+template <typename K, typename T, typename S>
+inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint32_t* keep) {
+  int64_t j = 0;
+  if (cs == 1 && !keep) {
+    if constexpr (!pairs<K> && same<S, T> && !same<S, double>) {
+      for (; j + K::kLanes <= n; j += K::kLanes) store(dst + j, load(src + j));
+    }
+    for (; j < n; ++j) dst[j] = part<K, T>(src[j]);
+  } else if (!keep) {
+    for (; j < n; ++j) dst[j] = part<K, T>(src[j * cs]);
+  } else if (cs == 1) {
+    for (; j < n; ++j) dst[j] = keep[j] ? part<K, T>(src[j]) : Part<K>(0);
+  } else {
+    for (; j < n; ++j) dst[j] = keep[j] ? part<K, T>(src[j * cs]) : Part<K>(0);
+  }
+}
+
+// Rows [i0, i0 + rows) and columns [c0, c0 + cols) of `a`. A tile row has `ld` units; what is beyond is
+// zeroed. `mask` is a buffer of cols + kMaskSlack, used with dropout.
+template <typename K, typename T>
+inline void tile_along_row(typename K::Unit* tile, int64_t ld, const Mat& a, int64_t i0, int64_t rows,
+                           int64_t c0, int64_t cols, const Drop& drop, uint32_t* mask) {
+  by_dtype(a.dtype, [&](auto* tag) {
+    using S = typename Pointee<decltype(tag)>::type;
+    for (int64_t i = 0; i < rows; ++i) {
+      const S* src = static_cast<const S*>(a.data) + (i0 + i) * a.rs + c0 * a.cs;
+      const uint32_t* keep = drop.on ? keep_mask(mask, uint64_t(i0 + i) * uint64_t(a.cols) + uint64_t(c0),
+                                                 cols, drop.seed, drop.threshold)
+                                     : nullptr;
+      Part<K>* dst = reinterpret_cast<Part<K>*>(tile + i * ld);
+      parts<K, T>(dst, src, a.cs, cols, keep);
+      for (int64_t j = cols; j < ld * K::kPair; ++j) dst[j] = Part<K>(0);
+    }
+  });
+}
+
+// The same piece with units down the columns: ceil(rows / pair) tile rows of `ld` units. `row` is a buffer
+// for two rows of cols parts, used for pairs.
+template <typename K, typename T>
+inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, int64_t i0, int64_t rows,
+                              int64_t c0, int64_t cols, const Drop& drop, uint32_t* mask, uint16_t* row) {
+  by_dtype(a.dtype, [&](auto* tag) {
+    using S = typename Pointee<decltype(tag)>::type;
+    for (int64_t i = 0; i < rows; i += K::kPair) {
+      typename K::Unit* dst = tile + i / K::kPair * ld;
+      const uint16_t* half[2] = {row, row + cols};
+      for (int p = 0; p < K::kPair; ++p) {
+        const bool inside = i + p < rows;
+        const S* src = static_cast<const S*>(a.data) + (i0 + i + p) * a.rs + c0 * a.cs;
+        if constexpr (!pairs<K>) {
+          const uint64_t e = uint64_t(i0 + i) * uint64_t(a.cols) + uint64_t(c0);
+          parts<K, T>(dst, src, a.cs, cols,
+                      drop.on ? keep_mask(mask, e, cols, drop.seed, drop.threshold) : nullptr);
+        } else if (same<S, bf16> && inside && a.cs == 1 && !drop.on) {
+          half[p] = reinterpret_cast<const uint16_t*>(src);
+        } else if (inside) {
+          const uint64_t e = uint64_t(i0 + i + p) * uint64_t(a.cols) + uint64_t(c0);
+          parts<K, T>(row + p * cols, src, a.cs, cols,
+                      drop.on ? keep_mask(mask, e, cols, drop.seed, drop.threshold) : nullptr);
+        } else {
+          for (int64_t j = 0; j < cols; ++j) row[p * cols + j] = 0;
+        }
+      }
+      if constexpr (pairs<K>) {
+        for (int64_t j = 0; j < cols; ++j) dst[j] = uint32_t(half[0][j]) | uint32_t(half[1][j]) << 16;
+      }
+      for (int64_t j = cols; j < ld; ++j) dst[j] = 0;
+    }
+  });
+}
+
+// Whether the tensor's own memory already is the tile.
+template <typename K, typename T>
+inline bool native(const Mat& a) {
+  if (a.cs != 1) return false;
+  if constexpr (pairs<K>) return a.dtype == Dtype::bf16;
+  if constexpr (same<K, F64>) return a.dtype == Dtype::f64;
+  return same<T, float> && a.dtype == Dtype::f32;
+}
+
+// Rows [n0, n0 + width) of F [N, r], transposed: panel[unit of r][width], zero beyond the last row. `width`
+// is a multiple of the lanes; `buffer` has room for kLanes rows of r rounded up to kLanes units.
+template <typename K, typename T>
+inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int64_t n0,
+                       typename K::Unit* buffer) {
+  using Unit = typename K::Unit;
+  constexpr int kLanes = K::kLanes;
+  const int64_t units = (F.cols + K::kPair - 1) / K::kPair, padded = round_up(units, kLanes);
+  const bool in_place = native<K, T>(F) && units % kLanes == 0 && F.cols % K::kPair == 0;
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const int64_t rows = larger(0, smaller(kLanes, F.rows - n0 - j));
+    const bool direct = in_place && rows == kLanes;
+    const char* src = reinterpret_cast<const char*>(buffer);
+    int64_t step = padded * int64_t(sizeof(Unit));
+    if (direct) {
+      src = reinterpret_cast<const char*>(static_cast<const Part<K>*>(F.data) + (n0 + j) * F.rs);
+      step = F.rs * int64_t(sizeof(Part<K>));
+    } else {
+      tile_along_row<K, T>(buffer, padded, F, n0 + j, rows, 0, F.cols, Drop{}, nullptr);
+      for (int64_t i = rows * padded; i < kLanes * padded; ++i) buffer[i] = 0;
+    }
+    for (int64_t t = 0; t < units; t += kLanes) {
+      decltype(load(panel)) block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = load(reinterpret_cast<const Unit*>(src + i * step) + t);
+      transpose<kLanes>(block);
+      const int64_t stored = smaller(kLanes, units - t);
+      for (int64_t i = 0; i < stored; ++i) store(panel + (t + i) * width + j, block[i]);
+    }
+  }
+}
+
+inline Mat transposed(const Mat& a) {
+  Mat t = a;
+  t.rows = a.cols, t.cols = a.rows, t.rs = a.cs, t.cs = a.rs;
+  return t;
+}
+
+}  // namespace lotr::cpu::LOTR_ISA

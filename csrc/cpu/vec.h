@@ -1,0 +1,227 @@
+// Vectors of one instruction set. A file that includes this defines LOTR_ISA (the namespace everything lands
+// in, so that no inline function compiled for a newer CPU can be linked into an older one's path) and LOTR_VB
+// (vector bytes).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define LOTR_INLINE inline __attribute__((always_inline))
+
+namespace lotr::cpu::LOTR_ISA {
+
+// Loads and stores go through types that may be unaligned and alias anything.
+template <typename T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(LOTR_VB)));
+  typedef T memory __attribute__((vector_size(LOTR_VB), aligned(sizeof(T)), may_alias));
+};
+using vf = VecOf<float>::type;
+using vd = VecOf<double>::type;
+using vi = VecOf<uint32_t>::type;
+typedef uint16_t vh __attribute__((vector_size(LOTR_VB / 2)));
+typedef uint16_t vh_memory __attribute__((vector_size(LOTR_VB / 2), aligned(2), may_alias));
+typedef _Float16 v16 __attribute__((vector_size(LOTR_VB / 2)));
+
+// Storage types of tensor elements.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+LOTR_INLINE float to_float(bf16 h) {
+  const uint32_t b = uint32_t(h.bits) << 16;
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+LOTR_INLINE float to_float(f16 h) {
+  _Float16 v;
+  std::memcpy(&v, &h, 2);
+  return float(v);
+}
+LOTR_INLINE float to_float(float f) {
+  return f;
+}
+LOTR_INLINE double to_float(double d) {
+  return d;
+}
+
+template <typename T>
+struct Narrow {  // to<T>(wide): round to nearest even
+  static LOTR_INLINE T from(double v) { return T(v); }
+};
+template <>
+struct Narrow<bf16> {
+  static LOTR_INLINE bf16 from(float f) {
+    uint32_t b;
+    std::memcpy(&b, &f, 4);
+    if ((b & 0x7fffffffu) > 0x7f800000u) return {uint16_t((b >> 16) | 0x40u)};  // NaN stays NaN
+    return {uint16_t((b + 0x7fffu + ((b >> 16) & 1u)) >> 16)};
+  }
+};
+template <>
+struct Narrow<f16> {
+  static LOTR_INLINE f16 from(float f) {
+    const _Float16 v = _Float16(f);
+    f16 h;
+    std::memcpy(&h, &v, 2);
+    return h;
+  }
+};
+
+// Vector loads that widen, and stores that round.
+LOTR_INLINE vf load(const float* p) {
+  return *reinterpret_cast<const VecOf<float>::memory*>(p);
+}
+LOTR_INLINE vd load(const double* p) {
+  return *reinterpret_cast<const VecOf<double>::memory*>(p);
+}
+LOTR_INLINE vi load(const uint32_t* p) {
+  return *reinterpret_cast<const VecOf<uint32_t>::memory*>(p);
+}
+LOTR_INLINE vf load(const bf16* p) {
+  const vh h = *reinterpret_cast<const vh_memory*>(p);
+  return reinterpret_cast<vf>(__builtin_convertvector(h, vi) << 16);
+}
+LOTR_INLINE vf load(const f16* p) {
+#if LOTR_VB == 64 && defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif LOTR_VB == 32 && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf v;
+  for (int i = 0; i < int(LOTR_VB / 4); ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+LOTR_INLINE void store(float* p, vf v) {
+  *reinterpret_cast<VecOf<float>::memory*>(p) = v;
+}
+LOTR_INLINE void store(double* p, vd v) {
+  *reinterpret_cast<VecOf<double>::memory*>(p) = v;
+}
+LOTR_INLINE void store(uint32_t* p, vi v) {
+  *reinterpret_cast<VecOf<uint32_t>::memory*>(p) = v;
+}
+LOTR_INLINE void store(bf16* p, vf v) {
+#if LOTR_VB == 64 && defined(__AVX512BF16__)
+  const vh h = (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const vi b = reinterpret_cast<vi>(v);
+  const vi rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  const vi nan = (b >> 16) | 0x40u;
+  const vi is_nan = reinterpret_cast<vi>((b & 0x7fffffffu) > 0x7f800000u);
+  const vh h = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vh);
+#endif
+  *reinterpret_cast<vh_memory*>(p) = h;
+}
+LOTR_INLINE void store(f16* p, vf v) {
+#if LOTR_VB == 64 && defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif LOTR_VB == 32 && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < int(LOTR_VB / 4); ++i) p[i] = Narrow<f16>::from(v[i]);
+#endif
+}
+
+// Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16 neighbours
+// along the summed dimension, whose two products one instruction adds.
+struct F32 {
+  using Unit = float;
+  using Acc = float;
+  using Vec = vf;
+  static constexpr int kPair = 1;
+  static constexpr int kLanes = LOTR_VB / 4;
+  static LOTR_INLINE Vec madd(Vec acc, vf b, float a) { return acc + b * a; }
+};
+struct F64 {
+  using Unit = double;
+  using Acc = double;
+  using Vec = vd;
+  static constexpr int kPair = 1;
+  static constexpr int kLanes = LOTR_VB / 8;
+  static LOTR_INLINE Vec madd(Vec acc, vd b, double a) { return acc + b * a; }
+};
+#if defined(__AVX512BF16__)
+struct BF2 {
+  using Unit = uint32_t;
+  using Acc = float;
+  using Vec = vf;
+  static constexpr int kPair = 2;
+  static constexpr int kLanes = LOTR_VB / 4;
+  static LOTR_INLINE Vec madd(Vec acc, vi b, uint32_t a) {
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)b, (__m512bh)_mm512_set1_epi32(int(a)));
+  }
+};
+#endif
+
+// The kind an element type is computed in.
+template <typename T>
+struct KindOf {
+  using type = F32;
+};
+template <>
+struct KindOf<double> {
+  using type = F64;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct KindOf<bf16> {
+  using type = BF2;
+};
+#endif
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Lanes 0, n, 1, n + 1, .. of the first (half = 0) or second (half = 1) halves of a and b.
+template <int half, typename V, int... I>
+LOTR_INLINE V zip_lanes(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, ((I % 2) * n + I / 2 + half * n / 2)...);
+}
+template <int half, int n, typename V>
+LOTR_INLINE V zip(V a, V b) {
+  return zip_lanes<half>(a, b, std::make_integer_sequence<int, n>{});
+}
+
+// Transposes n vectors of n lanes in registers: log2(n) perfect shuffles.
+template <int n, typename V>
+LOTR_INLINE void transpose(V (&a)[n]) {
+#pragma GCC unroll 4
+  for (int stage = 1; stage < n; stage *= 2) {
+    V b[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) {
+      b[2 * i] = zip<0, n>(a[i], a[i + n / 2]);
+      b[2 * i + 1] = zip<1, n>(a[i], a[i + n / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) a[i] = b[i];
+  }
+}
+
+constexpr int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+constexpr int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+constexpr int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+}  // namespace lotr::cpu::LOTR_ISA
