@@ -1,5 +1,6 @@
-// Python's view of the executor: the CUDA launchers of csrc/launch.h on numpy arrays, and the executor's own controls.
-// bfloat16 travels as uint16.  Outputs are the caller's arrays, so that a test may poison, pad or stride them.
+// Python's view of the executor: the CUDA launchers of csrc/launch.h on numpy arrays, and the executor's own
+// controls. bfloat16 travels as uint16.  Outputs are the caller's arrays, so that a test may poison, pad or
+// stride them.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -40,11 +41,13 @@ void name_array(const char* name, const py::array& a) {
 void expect_shape(const char* name, const py::array& a, std::vector<int64_t> shape) {
   std::vector<int64_t> got(a.shape(), a.shape() + a.ndim());
   if (got != shape)
-    throw py::value_error(std::string(name) + ": expected shape " + std::string(py::str(py::cast(shape))) + ", got " +
-                          std::string(py::str(py::cast(got))));
+    throw py::value_error(std::string(name) + ": expected shape " + std::string(py::str(py::cast(shape))) +
+                          ", got " + std::string(py::str(py::cast(got))));
 }
 
-int64_t stride(const py::array& a, int dim) { return a.strides(dim) / a.itemsize(); }
+int64_t stride(const py::array& a, int dim) {
+  return a.strides(dim) / a.itemsize();
+}
 
 Matrix input(const char* name, const py::array& a, DType type, int64_t rows, int64_t cols) {
   expect_shape(name, a, {rows, cols});
@@ -54,7 +57,8 @@ Matrix input(const char* name, const py::array& a, DType type, int64_t rows, int
 }
 
 MutableMatrix output(const char* name, py::array& a, DType type, int64_t rows, int64_t cols) {
-  if (dtype_of(name, a) != type) throw py::type_error(std::string(name) + ": expected the element type of the input");
+  if (dtype_of(name, a) != type)
+    throw py::type_error(std::string(name) + ": expected the element type of the input");
   const Matrix m = input(name, a, type, rows, cols);
   return {a.mutable_data(), m.row, m.col, m.access};
 }
@@ -70,7 +74,9 @@ Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
   return {seed.value().data(), uint32_t(p * 4294967296.0), float(1 / (1 - p))};
 }
 
-cuda::Call call(DType type) { return {type, settings.float32, settings.multiprocessors, nullptr}; }
+cuda::Call call(DType type) {
+  return {type, settings.float32, settings.multiprocessors, nullptr};
+}
 
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
 class Workspace {
@@ -92,8 +98,8 @@ struct Scope {
   Scope() { clear_arrays(); }
 };
 
-void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py::array_t<int64_t>> seed, double scale,
-               std::optional<py::array> core, std::optional<py::array> h, double core_scale) {
+void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py::array_t<int64_t>> seed,
+               double scale, std::optional<py::array> core, std::optional<py::array> h, double core_scale) {
   Scope scope;
   const DType type = dtype_of("x", x);
   ShrinkParams params{};
@@ -115,7 +121,8 @@ void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py
   cuda::shrink(call(type), params, workspace.get());
 }
 
-void py_expand_add(py::array y, py::array u, py::array F, double p, std::optional<py::array_t<int64_t>> seed) {
+void py_expand_add(py::array y, py::array u, py::array F, double p,
+                   std::optional<py::array_t<int64_t>> seed) {
   Scope scope;
   const DType type = dtype_of("y", y);
   ExpandParams params{};
@@ -129,7 +136,8 @@ void py_expand_add(py::array y, py::array u, py::array F, double p, std::optiona
   cuda::expand_add(call(type), params);
 }
 
-void py_factor_grad(py::array D, py::array x, py::array k, double p, std::optional<py::array_t<int64_t>> seed) {
+void py_factor_grad(py::array D, py::array x, py::array k, double p,
+                    std::optional<py::array_t<int64_t>> seed) {
   Scope scope;
   const DType type = dtype_of("x", x);
   FactorGradParams params{};
@@ -244,7 +252,8 @@ py::dict counters_dict() {
   return d;
 }
 
-void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory, size_t shared_limit) {
+void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
+                    size_t shared_limit) {
   Options o;
   if (order != "forward" && order != "reverse" && order != "random")
     throw py::value_error("order: expected forward, reverse or random, got " + order);
@@ -277,10 +286,12 @@ PYBIND11_MODULE(lotr_simt, m) {
   using namespace pybind11::literals;
   m.doc() = "The CUDA kernels of lotr_ext, run on the CPU by the SIMT executor.  Test builds only.";
   py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
-  m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(), "scale"_a = 1.0,
-        "core"_a = py::none(), "h"_a = py::none(), "core_scale"_a = 1.0);
-  m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none());
-  m.def("factor_grad_", &py_factor_grad, "acc"_a, "x"_a, "k"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none());
+  m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
+        "scale"_a = 1.0, "core"_a = py::none(), "h"_a = py::none(), "core_scale"_a = 1.0);
+  m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0,
+        "seed"_a = py::none());
+  m.def("factor_grad_", &py_factor_grad, "acc"_a, "x"_a, "k"_a, py::kw_only(), "p"_a = 0.0,
+        "seed"_a = py::none());
   m.def("shrink_grad", &py_shrink_grad, "g"_a, "F"_a, "u"_a, "k"_a, "Q"_a);
   m.def("fold", &py_fold, "B"_a, "cores"_a, "scaling"_a, "F"_a);
   m.def("fold_grad", &py_fold_grad, "Q"_a, "B"_a, "cores"_a, "scaling"_a, "dB"_a, "dcores"_a);
@@ -288,7 +299,8 @@ PYBIND11_MODULE(lotr_simt, m) {
       "set_device",
       [](int multiprocessors, const std::string& float32) {
         if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
-        if (float32 != "exact" && float32 != "tf32") throw py::value_error("float32: expected exact or tf32, got " + float32);
+        if (float32 != "exact" && float32 != "tf32")
+          throw py::value_error("float32: expected exact or tf32, got " + float32);
         settings = {multiprocessors, float32 == "tf32" ? Float32::tf32 : Float32::exact};
       },
       py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact");
@@ -310,7 +322,8 @@ PYBIND11_MODULE(lotr_simt, m) {
                        : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, multiprocessors)
                        : kernel == "shrink_grad" ? plan::shrink_grad(M, N, r, element, multiprocessors)
                                                  : throw py::value_error("kernel: got " + kernel);
-        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "extra_bytes"_a = p.extra_bytes);
+        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks,
+                        "extra_bytes"_a = p.extra_bytes);
       },
       "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
       "How a kernel would cut the large matrix [M, N], and the bytes it moves besides that matrix.");

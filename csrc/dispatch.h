@@ -1,0 +1,43 @@
+// From run-time values to compile-time ones, by lambda; a value that no kernel exists for throws.
+#pragma once
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "params.h"
+
+namespace lotr {
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// f(Int<R>) with the smallest compiled rank that holds r, at most MAX.
+template <int MAX, class F>
+void dispatch_rank(int64_t r, F f) {
+  static_assert(MAX == 64 || MAX == 128 || MAX == 256);
+  if (r < 1 || r > MAX)
+    throw std::invalid_argument("rank: expected 1 to " + std::to_string(MAX) + ", got " + std::to_string(r));
+  if (r <= 16) return f(Int<16>{});
+  if (r <= 32) return f(Int<32>{});
+  if (r <= 64) return f(Int<64>{});
+  if constexpr (MAX >= 128)
+    if (r <= 128) return f(Int<128>{});
+  if constexpr (MAX >= 256) f(Int<256>{});
+}
+
+// f(Int<type>) for the element types the kernels take.
+template <class F>
+void dispatch_type(DType type, F f) {
+  switch (type) {
+    case DType::float32:
+      return f(Int<int(DType::float32)>{});
+    case DType::bfloat16:
+      return f(Int<int(DType::bfloat16)>{});
+    case DType::float16:
+      return f(Int<int(DType::float16)>{});
+  }
+  throw std::invalid_argument("dtype: expected float32 (0), bfloat16 (1) or float16 (2), got " +
+                              std::to_string(int(type)));
+}
+
+}  // namespace lotr

@@ -1,0 +1,131 @@
+// What a kernel is told: POD structs passed by value, with no CUDA or torch type in them.
+// m tokens, k in, n out, r rank, l layer.  Strides count elements, not bytes.
+#pragma once
+#include <cstdint>
+
+namespace lotr {
+
+// Element types the kernels take, and how products of float32 are formed.
+enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class Float32 : int32_t { exact = 0, tf32 = 1 };  // torch's float32 matmul precision
+
+// How a matrix is read: 16 bytes at a time, one element at a time, or one float32 at a time, rounded to the
+// kernel's type.
+enum class Access : int32_t { vector = 0, element = 1, float32_element = 2 };
+
+struct Matrix {
+  const void* data;  // [rows, cols], extents are the kernel's own
+  int64_t row, col;  // strides
+  Access access;
+};
+
+// Output, or a matrix updated in place.  vector: its rows allow 16-byte stores.
+struct MutableMatrix {
+  void* data;  // [rows, cols]
+  int64_t row, col;
+  Access access;
+};
+
+// Element e = i * cols + j of a matrix is kept iff its Philox word is >= threshold (see tile/dropout.cuh).
+struct Dropout {
+  const int64_t* seed;  // [1] on the device, or null: no dropout
+  uint32_t threshold;   // p * 2^32
+  float scale;          // 1 / (1 - p)
+};
+
+// Partial sums of the blocks that share an output tile, added in a fixed order by the last to arrive.
+struct Reduction {
+  float* partial;    // kernel's own layout, see its file
+  int32_t* arrived;  // [tiles], zero at launch
+};
+
+// u = scale * drop(x) A, and for few tokens h = core_scale * u core in the same launch.
+struct ShrinkParams {
+  Matrix x;         // [M, K]
+  Matrix A;         // [K, r]
+  MutableMatrix u;  // [M, r]
+  int64_t M, K;
+  int64_t k_per_split;  // columns of x that one block reads
+  int32_t splits;       // blocks that share a tile of u
+  int32_t r;
+  float scale;
+  Dropout dropout;
+  Reduction sum;    // partial [m tiles, splits, ROWS, R]
+  Matrix core;      // [r, r_core], data null: no second product
+  MutableMatrix h;  // [M, r_core]
+  int32_t r_core;
+  float core_scale;
+};
+
+// y += drop(u F^T)
+struct ExpandParams {
+  MutableMatrix y;  // [M, N]
+  Matrix u;         // [M, r]
+  Matrix F;         // [N, r]
+  int64_t M, N;
+  int64_t m_per_block, n_per_block;
+  int32_t r;
+  Dropout dropout;
+};
+
+// D += drop(x)^T v
+struct FactorGradParams {
+  Matrix x;  // [M, K]
+  Matrix v;  // [M, r]
+  float* D;  // [K, r]
+  int64_t D_row, D_col;
+  int64_t M, K;
+  int64_t m_per_block, k_per_block;
+  int32_t splits;  // blocks along M that share a tile of D
+  int32_t r;
+  int32_t accumulate;  // 0: D = instead of D +=
+  Dropout dropout;
+  Reduction sum;  // partial [k blocks, splits, k_per_block, R]
+};
+
+// k = g F and Q = g^T u from one read of g
+struct ShrinkGradParams {
+  Matrix g;         // [M, N]
+  Matrix F;         // [N, r]
+  Matrix u;         // [M, r]
+  MutableMatrix k;  // [M, r]
+  float* Q;         // [N, r], contiguous
+  int64_t M, N;
+  int64_t m_per_block, n_per_block;
+  int32_t m_splits, n_splits;
+  int32_t r;
+  Reduction sum_k;  // partial [m blocks, n_splits, m_per_block, R]
+  Reduction sum_Q;  // partial [n blocks, m_splits, n_per_block, R]
+};
+
+// F_l = s B G_l^T for every layer
+struct FoldParams {
+  Matrix B;             // [N, r_out]
+  Matrix cores;         // [L, r_in, r_out], row and col strides of one core
+  int64_t core_stride;  // from layer to layer
+  void* F;              // [L, N, r_in], contiguous
+  DType B_type, core_type, F_type;
+  int64_t N;
+  int32_t L, r_in, r_out;
+  float scale;
+};
+
+// dB += s sum_l Q_l G_l (l = 0 .. L-1) and dG_l = s Q_l^T B
+struct FoldGradParams {
+  const float* Q;  // [L, N, r_in], contiguous
+  Matrix B;        // [N, r_out]
+  Matrix cores;    // [L, r_in, r_out]
+  int64_t core_stride;
+  float* dB;  // [N, r_out] or null
+  int64_t dB_row, dB_col;
+  float* dcores;  // [L, r_in, r_out], contiguous
+  DType B_type, core_type;
+  int64_t N;
+  int64_t n_per_split;  // rows of Q and B that one block of dG reads
+  int32_t L, r_in, r_out;
+  int32_t splits;
+  float scale;
+  Reduction sum;  // partial [L, tiles of a core, splits, tile]
+};
+
+}  // namespace lotr

@@ -1,0 +1,154 @@
+// Matrix products of a warp on shared tiles.
+//
+// A policy is an element type and a way to multiply.  All of them leave the accumulator of a 16 x 8 tile as
+// mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).  Fragments of the
+// operands are loaded by two functions each, named after the way the reduction index runs in memory:
+//   a<false>: tile [i][k]   a<true>: tile [k][i]      (16 rows i)
+//   b<false>: tile [j][k]   b<true>: tile [k][j]      (8 columns j)
+#pragma once
+#include "shared.cuh"
+
+namespace lotr::tile {
+
+// bf16 and fp16: mma.m16n8k16, operands by ldmatrix.
+template <class T_>
+struct Half {
+  using T = T_;
+  static constexpr int K = 16, A_REGS = 4, B_REGS = 2;
+
+  template <bool KMajor, class Tile>
+  static LOTR_DEVICE void a(uint32_t (&f)[4], Tile& t, int i0, int k0) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (KMajor)
+      ptx::ldmatrix_x4_trans(f, t.chunk(k0 + lane / 16 * 8 + lane % 8, i0 / 8 + lane / 8 % 2));
+    else
+      ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, k0 / 8 + lane / 16));
+  }
+  template <bool KMajor, int NJ, class Tile>
+  static LOTR_DEVICE void b(uint32_t (&f)[NJ][2], Tile& t, int j0, int k0) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (NJ == 1) {
+      if constexpr (KMajor)
+        ptx::ldmatrix_x2_trans(f[0], t.chunk(k0 + lane % 16, j0 / 8));
+      else
+        ptx::ldmatrix_x2(f[0], t.chunk(j0 + lane % 8, k0 / 8 + lane / 8 % 2));
+    } else {
+#pragma unroll
+      for (int j = 0; j < NJ; j += 2) {
+        uint32_t r[4];
+        if constexpr (KMajor)
+          ptx::ldmatrix_x4_trans(r, t.chunk(k0 + lane % 16, j0 / 8 + j + lane / 16));
+        else
+          ptx::ldmatrix_x4(r, t.chunk(j0 + 8 * j + lane / 16 * 8 + lane % 8, k0 / 8 + lane / 8 % 2));
+        f[j][0] = r[0], f[j][1] = r[1], f[j + 1][0] = r[2], f[j + 1][1] = r[3];
+      }
+    }
+  }
+  static LOTR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    ptx::mma_m16n8k16<T>(d, a, b);
+  }
+};
+
+// float32 rounded to tf32: mma.m16n8k8.  ldmatrix moves 32-bit elements too, but cannot transpose them.
+struct Tf32 {
+  using T = float;
+  static constexpr int K = 8, A_REGS = 4, B_REGS = 2;
+
+  template <int N>
+  static LOTR_DEVICE void round(uint32_t (&f)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) f[i] = ptx::to_tf32(ptx::as_float(f[i]));
+  }
+  template <bool KMajor, class Tile>
+  static LOTR_DEVICE void a(uint32_t (&f)[4], Tile& t, int i0, int k0) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    if constexpr (KMajor) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        f[r] = ptx::as_bits(ptx::load_shared(t.at(k0 + q + r / 2 * 4, i0 + g + r % 2 * 8)));
+    } else {
+      ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, k0 / 4 + lane / 16));
+    }
+    round(f);
+  }
+  template <bool KMajor, int NJ, class Tile>
+  static LOTR_DEVICE void b(uint32_t (&f)[NJ][2], Tile& t, int j0, int k0) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int j = 0; j < NJ; ++j) {
+      if constexpr (KMajor) {
+        f[j][0] = ptx::as_bits(ptx::load_shared(t.at(k0 + q, j0 + 8 * j + g)));
+        f[j][1] = ptx::as_bits(ptx::load_shared(t.at(k0 + q + 4, j0 + 8 * j + g)));
+      } else {
+        ptx::ldmatrix_x2(f[j], t.chunk(j0 + 8 * j + lane % 8, k0 / 4 + lane / 8 % 2));
+      }
+      round(f[j]);
+    }
+  }
+  static LOTR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    ptx::mma_m16n8k8_tf32(d, a, b);
+  }
+};
+
+// float32 exactly: each lane forms its own four sums with fused multiply-adds, four k at a time.
+struct Exact {
+  using T = float;
+  static constexpr int K = 4, A_REGS = 8, B_REGS = 8;  // [i half or j half][k]
+
+  // f[8 values] = t at two rows (or columns) and four k
+  template <bool KMajor, class Tile>
+  static LOTR_DEVICE void pair(uint32_t* f, Tile& t, int i, int step, int k0) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (KMajor) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) f[4 * h + k] = ptx::as_bits(ptx::load_shared(t.at(k0 + k, i + h * step)));
+      } else {
+        const uint4 v = ptx::load_shared(reinterpret_cast<const uint4*>(t.chunk(i + h * step, k0 / 4)));
+        f[4 * h] = v.x, f[4 * h + 1] = v.y, f[4 * h + 2] = v.z, f[4 * h + 3] = v.w;
+      }
+    }
+  }
+  template <bool KMajor, class Tile>
+  static LOTR_DEVICE void a(uint32_t (&f)[8], Tile& t, int i0, int k0) {
+    pair<KMajor>(f, t, i0 + int(threadIdx.x) % 32 / 4, 8, k0);
+  }
+  template <bool KMajor, int NJ, class Tile>
+  static LOTR_DEVICE void b(uint32_t (&f)[NJ][8], Tile& t, int j0, int k0) {
+#pragma unroll
+    for (int j = 0; j < NJ; ++j) pair<KMajor>(f[j], t, j0 + 8 * j + int(threadIdx.x) % 4 * 2, 1, k0);
+  }
+  static LOTR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[8], const uint32_t (&b)[8]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        d[e] = fmaf(ptx::as_float(a[e / 2 * 4 + k]), ptx::as_float(b[e % 2 * 4 + k]), d[e]);
+  }
+};
+
+// d[MI][NJ] += A[i0 + i_step * mi ..][.. K_TOTAL] B[.. K_TOTAL][j0 ..]
+// The columns go in groups whose fragments take 32 registers at most; a long product is not unrolled
+// entirely.
+template <class P, int K_TOTAL, bool A_KMajor, bool B_KMajor, int MI, int NJ, class TileA, class TileB>
+LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B, int j0) {
+  constexpr int GROUP = NJ * P::B_REGS > 32 ? 32 / P::B_REGS : NJ;
+  [[maybe_unused]] constexpr int UNROLL = P::K == 16 ? K_TOTAL / 16 : P::K / 4;
+#pragma unroll UNROLL
+  for (int k = 0; k < K_TOTAL; k += P::K) {
+#pragma unroll
+    for (int group = 0; group < NJ; group += GROUP) {
+      uint32_t b[GROUP][P::B_REGS];
+      P::template b<B_KMajor, GROUP>(b, B, j0 + 8 * group, k);
+#pragma unroll
+      for (int mi = 0; mi < MI; ++mi) {
+        uint32_t a[P::A_REGS];
+        P::template a<A_KMajor>(a, A, i0 + mi * i_step, k);
+#pragma unroll
+        for (int nj = 0; nj < GROUP; ++nj) P::mma(d[mi][group + nj], a, b[nj]);
+      }
+    }
+  }
+}
+
+}  // namespace lotr::tile

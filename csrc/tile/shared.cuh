@@ -1,0 +1,42 @@
+// A matrix tile in shared memory, swizzled so that every access the kernels make is free of bank conflicts.
+//
+// A row is cut into 16-byte chunks; chunk c of row i lies at chunk c ^ rev3(i), rev3 the three low bits of i
+// reversed:
+//   eight rows, one chunk      -> eight different bank groups          (ldmatrix, plain and transposed)
+//   four rows, two chunks      -> eight different bank groups          (32-bit reads down a column, for tf32)
+//   one row, all its chunks    -> a permutation of them                (cp.async, 16-byte loads and stores)
+// Rows shorter than 128 bytes share a 128-byte line with their neighbours; then the mask drops the bits that
+// the position in the line already provides.
+#pragma once
+#include "../params.h"
+#include "../ptx/sm80.cuh"
+
+namespace lotr::tile {
+
+// 16 bytes of elements, as one value.
+template <class T>
+struct alignas(16) Chunk {
+  T v[16 / sizeof(T)];
+};
+
+template <class T_, int ROWS_, int COLS_>
+struct Shared {
+  using T = T_;
+  static constexpr int ROWS = ROWS_, COLS = COLS_;
+  static constexpr int CHUNK = 16 / sizeof(T);  // elements
+  static constexpr int CHUNKS = COLS / CHUNK;   // in a row
+  static_assert(COLS % CHUNK == 0 && (CHUNKS & (CHUNKS - 1)) == 0,
+                "a row must be a power of two of 16-byte chunks");
+
+  alignas(128) T data[ROWS * COLS];
+
+  static LOTR_DEVICE int swizzle(int row) {
+    const int reversed = (row & 1) << 2 | (row & 2) | (row >> 2 & 1);
+    return reversed & (CHUNKS < 8 ? CHUNKS - 1 : 7);
+  }
+  LOTR_DEVICE T* chunk(int row, int c) { return data + row * COLS + (c ^ swizzle(row)) * CHUNK; }
+  LOTR_DEVICE Chunk<T>* whole(int row, int c) { return reinterpret_cast<Chunk<T>*>(chunk(row, c)); }
+  LOTR_DEVICE T* at(int row, int col) { return chunk(row, col / CHUNK) + col % CHUNK; }
+};
+
+}  // namespace lotr::tile

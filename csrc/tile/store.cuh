@@ -1,0 +1,65 @@
+// Accumulators to global memory: by way of a shared tile in the output type, so that rows leave in 16-byte
+// pieces, or straight to a float32 matrix, where two neighbouring values of a lane make whole sectors.
+#pragma once
+#include "shared.cuh"
+
+namespace lotr::tile {
+
+// The four values of a 16 x 8 accumulator tile to tile[i0 ..][j0 ..], scaled and rounded.
+template <class Tile>
+LOTR_DEVICE void put(Tile& tile, int i0, int j0, const float (&d)[4], float scale) {
+  using T = typename Tile::T;
+  const int lane = threadIdx.x % 32, i = i0 + lane / 4, j = j0 + lane % 4 * 2;
+  ptx::store_shared2(tile.at(i, j), ptx::from_float<T>(d[0] * scale), ptx::from_float<T>(d[1] * scale));
+  ptx::store_shared2(tile.at(i + 8, j), ptx::from_float<T>(d[2] * scale), ptx::from_float<T>(d[3] * scale));
+}
+
+// to[row0 + i][col0 + j] = tile[i][j] inside [rows, cols]
+template <int THREADS, class Tile>
+LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_t rows, int64_t col0,
+                       int64_t cols) {
+  using T = typename Tile::T;
+  for (int index = threadIdx.x; index < Tile::ROWS * Tile::CHUNKS; index += THREADS) {
+    const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
+    const int64_t row = row0 + r, col = col0 + c * Tile::CHUNK;
+    if (row >= rows || col >= cols) continue;
+    T* out = static_cast<T*>(to.data) + row * to.row + col * to.col;
+    const Chunk<T> value = ptx::load_shared(tile.whole(r, c));
+    if (to.access == Access::vector && cols - col >= Tile::CHUNK) {
+      ptx::store(reinterpret_cast<Chunk<T>*>(out), value);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Tile::CHUNK; ++j)
+        if (col + j < cols) ptx::store(out + j * to.col, value.v[j]);
+    }
+  }
+}
+
+// to[i][j] = d * scale, or += with `accumulate`, for the lane's part of a 16 x 8 tile at [i0, j0] inside
+// [rows, cols]
+LOTR_DEVICE void store_float(float* to, int64_t row_stride, int64_t col_stride, int64_t i0, int64_t rows,
+                             int j0, int cols, const float (&d)[4], float scale, bool accumulate) {
+  const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
+  const bool pairs = col_stride == 1 && row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t i = i0 + lane / 4 + 8 * h;
+    if (i >= rows) continue;
+    float* out = to + i * row_stride + j * col_stride;
+    if (pairs && j + 1 < cols) {
+      float2 v = accumulate ? ptx::load(reinterpret_cast<const float2*>(out)) : float2{0.f, 0.f};
+      v.x += d[2 * h] * scale;
+      v.y += d[2 * h + 1] * scale;
+      ptx::store(reinterpret_cast<float2*>(out), v);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (j + e < cols) {
+          float* o = out + e * col_stride;
+          ptx::store(o, (accumulate ? ptx::load(o) : 0.f) + d[2 * h + e] * scale);
+        }
+    }
+  }
+}
+
+}  // namespace lotr::tile
