@@ -1,0 +1,242 @@
+"""apply_lotr on layers that need care, its precision, and the faults of the original implementation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import IDS, Toy, adapted, loss, plain, randomize, target_names, toy
+
+from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped
+from lotr_ext.apply import adapted_layers, apply_lotr, lotr_parameters, merge, unload
+from lotr_ext.config import LoTRConfig
+from lotr_ext.layer import LoTRLayer
+from lotr_ext.summary import trainable_summary
+
+# ---- weights that are shared, or read without a call -----------------------------------------------------------------
+
+
+class Tied(Toy):
+    """The output layer's weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__(classes=29)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_output_layer_is_left_out_and_never_merged_into() -> None:
+    assert "head" not in target_names(Tied()) and len(target_names(Tied())) == 12
+    with pytest.raises(ValueError, match=r"head.*tied to embed.weight"):
+        target_names(Tied(), target_modules=["q", "head"])
+    model = Toy(classes=29)
+    apply_lotr(model, LoTRConfig(rank=2))
+    randomize(model)
+    model.head.weight = model.embed.weight  # tied after the fact, as tie_weights() may do
+    before = model.embed.weight.detach().clone()
+    for call in (merge, lambda m: unload(m, merge=True)):
+        with pytest.raises(RuntimeError, match=r"head.*tied to embed.weight"):
+            call(model)
+    assert torch.equal(model.embed.weight, before) and not model.blocks[0].q.merged
+
+
+def test_weights_tied_through_memory_are_noticed() -> None:
+    model = Toy(classes=29)
+    model.head.weight = nn.Parameter(model.embed.weight.data)
+    assert "head" not in target_names(model)
+
+
+def test_multihead_attention_out_proj_is_refused_by_name() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    with pytest.raises(ValueError, match=r"self_attn.out_proj.*MultiheadAttention reads"):
+        apply_lotr(model, LoTRConfig(rank=2, target_modules=["out_proj"]))
+    with pytest.warns(UserWarning, match="left out self_attn.out_proj"):
+        assert target_names(model) == ["linear1", "linear2"]
+
+
+@pytest.mark.filterwarnings("ignore:lotr_ext. left out", "ignore:.*nested tensors")
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_encoder_calls_its_adapted_layers(norm_first: bool) -> None:
+    def encoder() -> nn.TransformerEncoder:
+        torch.manual_seed(3)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first)
+        return nn.TransformerEncoder(layer, 2).eval()
+
+    x = torch.randn(3, 5, 16)
+    mask = torch.arange(5) >= torch.tensor([5, 3, 4])[:, None]
+    model = apply_lotr(encoder(), LoTRConfig(rank=4))
+    randomize(model)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        want = plain(copy.deepcopy(model))(x, src_key_padding_mask=mask)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    with torch.no_grad():
+        got = model(x, src_key_padding_mask=mask)
+        assert torch.allclose(got[~mask], want[~mask], atol=1e-5)
+        assert (got - encoder()(x, src_key_padding_mask=mask))[~mask].abs().max() > 0.1
+    unload(model, merge=False)
+    fresh = encoder()
+    assert {k: v for k, v in vars(model).items() if not k.startswith("_")} == {
+        k: v for k, v in vars(fresh).items() if not k.startswith("_")
+    }
+    assert model.layers[0].activation_relu_or_gelu == fresh.layers[0].activation_relu_or_gelu == 1
+
+
+class Bypass(nn.Module):
+    """Reads a linear layer's weight on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x).to(self.called.weight.dtype), self.read.weight)
+
+
+def test_code_that_reads_a_weight_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    assert target_names(Bypass()) == ["called", "read"]
+    assert [str(w.message).split(";")[0] for w in recwarn] == ["lotr_ext: Bypass reads read.weight"]
+
+
+# ---- other kinds of layers -------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """Stands in for a quantised layer: its stored weight is not W."""
+
+    def __init__(self, n: int, k: int):
+        super().__init__()
+        self.in_features, self.out_features = k, n
+        self.register_buffer("packed", torch.randint(-8, 8, (n, k), dtype=torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed.to(x.dtype) * 0.05)
+
+
+def test_foreign_linear_modules_are_wrapped_and_called() -> None:
+    model = toy()
+    for block in model.blocks:
+        block.q = Doubled(16, 16)
+    base = model(IDS)
+    assert not any(n.endswith("q") for n in target_names(model))  # "all-linear" takes no module that it does not know
+    apply_lotr(model, LoTRConfig(rank=4, target_modules=["q", "v"]))
+    assert torch.equal(model(IDS), base) and isinstance(model.blocks[0].q, LoTRWrapped)
+    randomize(model)
+    assert torch.allclose(model(IDS), plain(copy.deepcopy(model))(IDS), atol=1e-5)
+    with pytest.raises(TypeError, match=r"blocks.0.q.*Doubled"):
+        merge(model)
+    assert not model.blocks[0].v.merged
+    unload(model, merge=False)
+    assert isinstance(model.blocks[0].q, Doubled) and torch.equal(model(IDS), base)
+
+
+def test_hooks_and_parametrizations_of_a_layer_are_kept() -> None:
+    model, calls = toy(), []
+    model.blocks[0].q.register_forward_hook(lambda module, args, y: calls.append(1))
+    parametrizations.weight_norm(model.blocks[1].q)
+    base = model(IDS)
+    apply_lotr(model, LoTRConfig(rank=2, target_modules=["q", "v"]))
+    assert torch.equal(model(IDS), base) and len(calls) == 2
+    assert [type(model.blocks[i].q) for i in range(2)] == [LoTRWrapped] * 2
+    loss(model).backward()
+    assert model.blocks[1].q.core.grad.abs().max() > 0
+
+
+# ---- precision, dropout, devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapter_on_a_half_precision_base(dtype: torch.dtype) -> None:
+    model = apply_lotr(toy().to(dtype), LoTRConfig(rank=4, modules_to_save=["head"]))
+    randomize(model)
+    y = model(IDS)
+    assert y.dtype == dtype
+    loss(model).backward()
+    assert {p.grad.dtype for p in lotr_parameters(model)} == {torch.float32}
+
+
+def test_under_autocast() -> None:
+    model = adapted()
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(3, 16)
+        assert model.blocks[0].q(x).dtype == torch.bfloat16
+        loss(model).backward()
+    assert {p.grad.dtype for p in lotr_parameters(model)} == {torch.float32}
+
+
+def test_settings_reach_the_layers() -> None:
+    model = adapted(rank=(2, 8), alpha=4.0, rslora=True, dropout=0.25)
+    assert {(layer.scaling, layer.dropout) for layer in adapted_layers(model).values()} == {(4.0 / 8**0.5, 0.25)}
+    assert {layer.scaling for layer in adapted_layers(adapted(scaling=0.7)).values()} == {0.7}
+    assert not torch.equal(model.train()(IDS), model(IDS)) and torch.equal(model.eval()(IDS), model(IDS))
+    assert all(layer.training == (i < 1) for i, layer in enumerate([adapted().train().blocks[0].q, model.blocks[0].q]))
+
+
+def test_meta_model_is_adapted_without_memory() -> None:
+    with torch.device("meta"):
+        model = apply_lotr(Toy(), LoTRConfig(rank=4))
+    assert all(p.is_meta for p in model.parameters())
+    assert trainable_summary(model).adapter == sum(p.numel() for p in lotr_parameters(model))
+
+
+# ---- what the original implementation gets wrong (each a fault there) ------------------------------------------------
+
+
+def test_original_fault_to_linear_is_missing() -> None:
+    layer = adapted().blocks[0].q
+    x = torch.randn(5, 16)
+    linear = layer.to_linear()
+    assert type(linear) is nn.Linear and torch.allclose(linear(x), layer(x), atol=1e-5)
+
+
+def test_original_fault_initialised_adapters_are_frozen() -> None:
+    for init in ("orthonormal", "normal", "kaiming", "svd"):
+        model = adapted(random=False, init=init)
+        assert all(p.requires_grad for f in model.lotr_factors.values() for p in f.parameters())
+        assert all(layer.core.requires_grad for layer in adapted_layers(model).values())
+
+
+def test_original_fault_direct_construction_trains_the_bias_and_not_the_adapter() -> None:
+    layer = LoTRLinear(6, 5, 2)
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"core", "factors.A", "factors.B"}
+
+
+def test_original_fault_mismatched_shapes_pass_until_forward() -> None:
+    with pytest.raises(ValueError, match=r"expected.*\(6, 5\).*got \(5, 6\)"):
+        LoTRLinear(6, 5, factors=LoTRFactors(5, 6, 2))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and not t.is_meta:
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+def test_original_fault_from_linear_allocates_a_dense_layer() -> None:
+    linear, factors = nn.Linear(64, 64), LoTRFactors(64, 64, 2)
+    with Largest() as seen:
+        layer = LoTRLinear.from_linear(linear, factors)
+        kept = layer.to_base()
+    assert layer.weight is linear.weight is kept.weight and layer.bias is linear.bias
+    assert seen.elements < 64 * 64
+
+
+def test_original_fault_state_dict_repeats_the_factors() -> None:
+    state = adapted(target_modules="all-linear", exclude_modules=["head"]).state_dict()
+    assert len([name for name in state if name.endswith((".A", ".B"))]) == 2 * 3  # pairs for 16x16, 16x32 and 32x16
+
+
+def test_layers_are_lotr_layers_for_isinstance_and_linear_too() -> None:
+    layer = adapted().blocks[0].q
+    assert isinstance(layer, LoTRLayer) and isinstance(layer, nn.Linear)

@@ -1,0 +1,124 @@
+"""Small models for the tests of whole-model tools, and LoTR as three lines of plain torch: what they are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lotr_ext.apply import apply_lotr
+from lotr_ext.config import LoTRConfig
+from lotr_ext.layer import LoTRLayer
+from lotr_ext.targets import select
+
+
+class ToyBlock(nn.Module):
+    """Names and shapes as in a small transformer: q, k, v, o [d, d], up [2d, d], down [d, 2d]."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d, bias=False)
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = x + self.o(torch.sigmoid(self.q(h)) * torch.tanh(self.k(h)) + self.v(h))
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Toy(nn.Module):
+    """Token ids [b, t] -> logits [b, classes]."""
+
+    def __init__(self, d: int = 16, layers: int = 2, classes: int = 3):
+        super().__init__()
+        self.embed = nn.Embedding(29, d)
+        self.blocks = nn.ModuleList(ToyBlock(d) for _ in range(layers))
+        self.head = nn.Linear(d, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+IDS = torch.randint(0, 29, (4, 6), generator=torch.Generator().manual_seed(5))
+
+
+def toy(seed: int = 0, **settings) -> Toy:
+    """The same weights for the same seed."""
+    torch.manual_seed(seed)
+    return Toy(**settings)
+
+
+def randomize(model: nn.Module, std: float = 0.3, seed: int = 7) -> None:
+    """Gives every A, B and core values that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".core", ".A", ".B")):
+                values = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * std
+                parameter.copy_(values.to(parameter.dtype))
+
+
+def adapted(seed: int = 0, random: bool = True, **settings) -> Toy:
+    """A toy with adapters, by default rank 4 on q and v and with values that matter."""
+    settings = {"rank": 4, "target_modules": ["q", "v"], **settings}
+    model = apply_lotr(toy(seed), LoTRConfig(**settings))
+    if random:
+        randomize(model)
+    return model
+
+
+def target_names(model: nn.Module, **settings) -> list[str]:
+    """The layers that a configuration adapts."""
+    return [t.name for t in select(model, LoTRConfig(**settings)).targets]
+
+
+class PlainLoTR(nn.Module):
+    """y = x W^T + bias + s ((x A) G) B^T by autograd alone."""
+
+    def __init__(self, layer: LoTRLayer):
+        super().__init__()
+        self.base, self.core, self.scaling, self.pair = layer.to_base(), layer.core, layer.scaling, (layer.factors,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = self.pair[0]
+        return self.base(x) + self.scaling * (((x @ factors.A) @ self.core) @ factors.B.T)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model with every adapted layer replaced by PlainLoTR, in place."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoTRLayer)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, PlainLoTR(layer))
+    return model
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """All that must not change when something is refused: modules, tensors, flags, hooks."""
+    return {
+        "modules": {name: (type(m), id(m), m.training) for name, m in model.named_modules()},
+        "tensors": {name: t.clone() for name, t in model.state_dict(keep_vars=True).items()},
+        "grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "attributes": {name: sorted(vars(m)) for name, m in model.named_modules()},
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
+        "settings": {
+            n: (m.scaling, m.dropout, m.merged, m.disabled) for n, m in model.named_modules() if isinstance(m, LoTRLayer)
+        },
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
+    now = snapshot(model)
+    tensors, old = now.pop("tensors"), {k: v for k, v in before.items() if k != "tensors"}
+    assert now == old
+    assert tensors.keys() == before["tensors"].keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before["tensors"][name]) or tensor.isnan().any(), name
+
+
+def loss(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    """A cross entropy whose labels are fixed."""
+    return F.cross_entropy(model(ids), torch.arange(len(ids)) % 3)
