@@ -155,6 +155,10 @@ void mma(const char* op, Leader leader, float* d, const uint32_t* a, const uint3
 
 }  // namespace
 
+float half_to_float(uint32_t bits, bool is_bf16) {
+  return is_bf16 ? from_bf16(bits) : from_fp16(bits);
+}
+
 void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter(trans ? "ldmatrix.trans" : "ldmatrix", site);

@@ -59,9 +59,10 @@ struct Detector {
   uint32_t threads = 0, block = 0;
   std::vector<uint32_t> clocks;  // [t][u]: the latest time of u that t has seen
 
-  std::vector<std::vector<uint32_t>> fenced;            // by thread: its clocks at its latest fence
+  std::vector<std::vector<uint32_t>> fenced;             // by thread: its clocks at its latest fence
   std::vector<std::vector<uintptr_t>> unfenced_atomics;  // by thread: since its latest fence
-  std::unordered_map<uintptr_t, std::unordered_map<uint32_t, std::vector<uint32_t>>> released;  // address, block
+  std::unordered_map<uintptr_t, std::unordered_map<uint32_t, std::vector<uint32_t>>>
+      released;  // address, block
   std::vector<Acquisition> acquired;
 
   std::vector<Place> places;
@@ -69,7 +70,9 @@ struct Detector {
   std::vector<std::string> reports;
 } d;
 
-uint32_t* clocks_of(uint32_t thread) { return d.clocks.data() + size_t(thread) * d.threads; }
+uint32_t* clocks_of(uint32_t thread) {
+  return d.clocks.data() + size_t(thread) * d.threads;
+}
 
 void join(uint32_t* to, const uint32_t* from) {
   for (uint32_t i = 0, n = d.threads; i < n; ++i) to[i] = std::max(to[i], from[i]);
@@ -78,9 +81,10 @@ void join(uint32_t* to, const uint32_t* from) {
 uint32_t place_number(void* pc) {
   const Thread& t = self();
   const Place place = pc ? Place{pc, nullptr, {"", 0}} : Place{nullptr, t.op, t.site};
-  const uint64_t key = pc ? reinterpret_cast<uint64_t>(pc)
-                          : (reinterpret_cast<uint64_t>(place.op) * 31 + reinterpret_cast<uint64_t>(place.site.file)) * 8191 +
-                                uint64_t(place.site.line);
+  const uint64_t key =
+      pc ? reinterpret_cast<uint64_t>(pc)
+         : (reinterpret_cast<uint64_t>(place.op) * 31 + reinterpret_cast<uint64_t>(place.site.file)) * 8191 +
+               uint64_t(place.site.line);
   static uint64_t latest_key = 0;
   static uint32_t latest = 0;
   if (key == latest_key && !d.places.empty()) return latest;
@@ -101,7 +105,8 @@ std::string line_of(void* pc) {
   if (FILE* pipe = popen(command, "r")) {
     while (fgets(line, sizeof line, pipe)) {
       line[strcspn(line, "\n(")] = 0;
-      if (strstr(line, "csrc/simt/") || strstr(line, "csrc/ptx/") || strstr(line, "??") || strstr(line, "/include/"))
+      if (strstr(line, "csrc/simt/") || strstr(line, "csrc/ptx/") || strstr(line, "??") ||
+          strstr(line, "/include/"))
         continue;
       const char* slash = strrchr(line, '/');
       result = slash ? slash + 1 : line;
@@ -129,7 +134,8 @@ std::ptrdiff_t shared_place(uintptr_t address) {
   return -1;
 }
 
-void add_report(const char* kind, uintptr_t address, const Event& before, bool wrote, uint32_t place, Use use) {
+void add_report(const char* kind, uintptr_t address, const Event& before, bool wrote, uint32_t place,
+                Use use) {
   const Thread& t = self();
   const std::ptrdiff_t shared = shared_place(address);
   char where[80], text[1200];
@@ -138,13 +144,15 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
   else
     snprintf(where, sizeof where, "global memory %#zx", size_t(address));
   snprintf(text, sizeof text,
-           "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s block had %s at %s; nothing "
+           "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s block had %s at %s; "
+           "nothing "
            "orders the two",
            kind, where, t.block->index.x, t.block->index.y, t.block->index.z, t.id,
            use == Use::write    ? "writes"
            : use == Use::atomic ? "adds"
                                 : "reads",
-           describe(place).c_str(), unsigned(before.thread), before.block == d.block ? "the same" : "an earlier",
+           describe(place).c_str(), unsigned(before.thread),
+           before.block == d.block ? "the same" : "an earlier",
            before.atomic ? "added"
            : wrote       ? "written"
                          : "read",
@@ -304,7 +312,9 @@ static bool on_process_stack(uintptr_t p) {
   return p - base < bytes;
 }
 
-void access(const void* p, size_t bytes, Use use) { judge(reinterpret_cast<uintptr_t>(p), bytes, use, nullptr); }
+void access(const void* p, size_t bytes, Use use) {
+  judge(reinterpret_cast<uintptr_t>(p), bytes, use, nullptr);
+}
 
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
   ExecutorScope scope;

@@ -19,41 +19,55 @@ inline void seen(const volatile void* p, size_t bytes, Use use, void* pc) {
 #define HOOK __attribute__((used, visibility("default")))
 #define CALLER __builtin_return_address(0)
 
-#define PLAIN(N)                                                                        \
-  HOOK void __tsan_read##N(void* p) { seen(p, N, Use::read, CALLER); }                  \
-  HOOK void __tsan_write##N(void* p) { seen(p, N, Use::write, CALLER); }                \
-  HOOK void __tsan_unaligned_read##N(void* p) { seen(p, N, Use::read, CALLER); }        \
-  HOOK void __tsan_unaligned_write##N(void* p) { seen(p, N, Use::write, CALLER); }      \
-  HOOK void __tsan_volatile_read##N(void* p) { seen(p, N, Use::read, CALLER); }         \
-  HOOK void __tsan_volatile_write##N(void* p) { seen(p, N, Use::write, CALLER); }       \
-  HOOK void __tsan_read_write##N(void* p) { seen(p, N, Use::write, CALLER); }
+#define PLAIN(N)                                 \
+  HOOK void __tsan_read##N(void* p) {            \
+    seen(p, N, Use::read, CALLER);               \
+  }                                              \
+  HOOK void __tsan_write##N(void* p) {           \
+    seen(p, N, Use::write, CALLER);              \
+  }                                              \
+  HOOK void __tsan_unaligned_read##N(void* p) {  \
+    seen(p, N, Use::read, CALLER);               \
+  }                                              \
+  HOOK void __tsan_unaligned_write##N(void* p) { \
+    seen(p, N, Use::write, CALLER);              \
+  }                                              \
+  HOOK void __tsan_volatile_read##N(void* p) {   \
+    seen(p, N, Use::read, CALLER);               \
+  }                                              \
+  HOOK void __tsan_volatile_write##N(void* p) {  \
+    seen(p, N, Use::write, CALLER);              \
+  }                                              \
+  HOOK void __tsan_read_write##N(void* p) {      \
+    seen(p, N, Use::write, CALLER);              \
+  }
 
 // One process thread runs everything, so that a plain read and write is atomic.
-#define ATOMIC(BITS, T)                                                                                  \
-  HOOK T __tsan_atomic##BITS##_load(const volatile T* p, int) {                                          \
-    seen(p, sizeof(T), Use::atomic, CALLER);                                                             \
-    return *p;                                                                                           \
-  }                                                                                                      \
-  HOOK void __tsan_atomic##BITS##_store(volatile T* p, T value, int) {                                   \
-    seen(p, sizeof(T), Use::atomic, CALLER);                                                             \
-    *p = value;                                                                                          \
-  }                                                                                                      \
-  HOOK T __tsan_atomic##BITS##_fetch_add(volatile T* p, T value, int) {                                  \
-    seen(p, sizeof(T), Use::atomic, CALLER);                                                             \
-    const T old = *p;                                                                                    \
-    *p = T(old + value);                                                                                 \
-    return old;                                                                                          \
-  }                                                                                                      \
+#define ATOMIC(BITS, T)                                                                                   \
+  HOOK T __tsan_atomic##BITS##_load(const volatile T* p, int) {                                           \
+    seen(p, sizeof(T), Use::atomic, CALLER);                                                              \
+    return *p;                                                                                            \
+  }                                                                                                       \
+  HOOK void __tsan_atomic##BITS##_store(volatile T* p, T value, int) {                                    \
+    seen(p, sizeof(T), Use::atomic, CALLER);                                                              \
+    *p = value;                                                                                           \
+  }                                                                                                       \
+  HOOK T __tsan_atomic##BITS##_fetch_add(volatile T* p, T value, int) {                                   \
+    seen(p, sizeof(T), Use::atomic, CALLER);                                                              \
+    const T old = *p;                                                                                     \
+    *p = T(old + value);                                                                                  \
+    return old;                                                                                           \
+  }                                                                                                       \
   HOOK int __tsan_atomic##BITS##_compare_exchange_strong(volatile T* p, T* expected, T value, int, int) { \
-    seen(p, sizeof(T), Use::atomic, CALLER);                                                             \
-    if (*p != *expected) return *expected = *p, 0;                                                       \
-    return *p = value, 1;                                                                                \
-  }                                                                                                      \
-  HOOK T __tsan_atomic##BITS##_compare_exchange_val(volatile T* p, T expected, T value, int, int) {      \
-    seen(p, sizeof(T), Use::atomic, CALLER);                                                             \
-    const T old = *p;                                                                                    \
-    if (old == expected) *p = value;                                                                     \
-    return old;                                                                                          \
+    seen(p, sizeof(T), Use::atomic, CALLER);                                                              \
+    if (*p != *expected) return *expected = *p, 0;                                                        \
+    return *p = value, 1;                                                                                 \
+  }                                                                                                       \
+  HOOK T __tsan_atomic##BITS##_compare_exchange_val(volatile T* p, T expected, T value, int, int) {       \
+    seen(p, sizeof(T), Use::atomic, CALLER);                                                              \
+    const T old = *p;                                                                                     \
+    if (old == expected) *p = value;                                                                      \
+    return old;                                                                                           \
   }
 
 extern "C" {
@@ -71,8 +85,12 @@ HOOK void __tsan_func_entry(void*) {}
 HOOK void __tsan_func_exit() {}
 HOOK void __tsan_vptr_update(void**, void*) {}
 HOOK void __tsan_vptr_read(void**) {}
-HOOK void __tsan_read_range(void* p, unsigned long bytes) { seen(p, bytes, Use::read, CALLER); }
-HOOK void __tsan_write_range(void* p, unsigned long bytes) { seen(p, bytes, Use::write, CALLER); }
+HOOK void __tsan_read_range(void* p, unsigned long bytes) {
+  seen(p, bytes, Use::read, CALLER);
+}
+HOOK void __tsan_write_range(void* p, unsigned long bytes) {
+  seen(p, bytes, Use::write, CALLER);
+}
 HOOK void* __tsan_memset(void* to, int value, size_t bytes) {
   seen(to, bytes, Use::write, CALLER);
   return memset(to, value, bytes);

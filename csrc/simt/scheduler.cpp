@@ -246,6 +246,7 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
     t.site = Site{machine.launch.name, 0};
     t.copies.clear();
     t.products.clear();
+    t.wgmma_fenced = false;
     t.log.clear();
     fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);
   }

@@ -29,7 +29,7 @@ struct WarpgroupProduct {
   float* d;
   uint64_t a, b;  // descriptors
   int n;
-  bool overwrite;
+  bool overwrite, is_bf16;
   bool commit;              // not a product but the end of a group
   std::vector<float> held;  // the accumulators before, unless an earlier product in flight owns them
 };
@@ -58,6 +58,7 @@ struct Thread {
   void* operand = nullptr;  // of the warp collective
   std::vector<AsyncCopy> copies;
   std::vector<WarpgroupProduct> products;
+  bool wgmma_fenced = false;
   std::vector<Access> log;
 };
 
@@ -160,6 +161,9 @@ void touch_fill(void* to, int value, size_t bytes);
 void touch_read(const void* from, size_t bytes);
 void poison(void* p, size_t bytes);  // AddressSanitizer only
 void unpoison(void* p, size_t bytes);
+
+// ---- matrix.cpp ----
+float half_to_float(uint32_t bits, bool is_bf16);
 
 // ---- counters.cpp ----
 extern Counters totals;  // without arrays

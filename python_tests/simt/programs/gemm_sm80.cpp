@@ -18,7 +18,8 @@ bool right(int M, int N, int K, int bug) {
     for (int n = 0; n < N; ++n) {
       double sum = 0, size = 0;
       for (int k = 0; k < K; ++k) {
-        const double x = double(__bfloat162float(A[size_t(m) * K + k])) * __bfloat162float(B[size_t(k) * N + n]);
+        const double x =
+            double(__bfloat162float(A[size_t(m) * K + k])) * __bfloat162float(B[size_t(k) * N + n]);
         sum += x;
         size += std::fabs(x);
       }
@@ -31,5 +32,6 @@ bool right(int M, int N, int K, int bug) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return harness::main(argc, argv, [](int bug) { return right(64, 64, 160, bug) && right(72, 136, 104, bug); });
+  return harness::main(argc, argv,
+                       [](int bug) { return right(64, 64, 160, bug) && right(72, 136, 104, bug); });
 }

@@ -1,5 +1,5 @@
-// C [M, N] = A [M, K] B [K, N], bf16, row-major; K and N multiples of 8.  A kernel with most of what sm_80 offers, and
-// the bugs that a person writes into such a kernel.
+// C [M, N] = A [M, K] B [K, N], bf16, row-major; K and N multiples of 8.  A kernel with most of what sm_80
+// offers, and the bugs that a person writes into such a kernel.
 //
 //   64 x 64 output tile a block, 128 threads, each warp 32 x 32; K in steps of 32 through three stages:
 //   copy    0 1 2 | 3   4   5  ...
@@ -13,20 +13,20 @@ using bf16 = __nv_bfloat16;
 
 enum Bug : int {
   none,
-  no_barrier,           // nobody waits for the others' copies, or frees a stage
-  no_wait,              // cp.async.wait_group deleted
-  wait_off_by_one,      // one group too few
-  no_commit,            // copies in no group
-  barrier_in_branch,    // one warp meets the others at another line
-  barrier_skipped,      // one warp does not come
-  shared_out_of_bounds, // the stage after the last
-  global_out_of_bounds, // no zero-fill at the edge
-  store_out_of_bounds,  // rows beyond M
-  uninitialised,        // the padding of the tile is read
-  exit_in_flight,       // no wait before the end
-  misaligned_copy,      // source of cp.async not at 16 bytes
-  partial_warp_mma,     // some lanes skip the product
-  shared_too_small,     // the launch gives less than the struct
+  no_barrier,            // nobody waits for the others' copies, or frees a stage
+  no_wait,               // cp.async.wait_group deleted
+  wait_off_by_one,       // one group too few
+  no_commit,             // copies in no group
+  barrier_in_branch,     // one warp meets the others at another line
+  barrier_skipped,       // one warp does not come
+  shared_out_of_bounds,  // the stage after the last
+  global_out_of_bounds,  // no zero-fill at the edge
+  store_out_of_bounds,   // rows beyond M
+  uninitialised,         // the padding of the tile is read
+  exit_in_flight,        // no wait before the end
+  misaligned_copy,       // source of cp.async not at 16 bytes
+  partial_warp_mma,      // some lanes skip the product
+  shared_too_small,      // the launch gives less than the struct
 };
 
 constexpr int BM = 64, BN = 64, BK = 32, PAD = 8, STAGES = 3, THREADS = 128;
@@ -50,7 +50,8 @@ LOTR_DEVICE void copy(Smem& s, int stage, const Params& p, int m0, int n0, int k
   for (int i = 0; i < 2; ++i) {  // A: 64 rows of 4 x 16 bytes
     const int chunk = t + i * THREADS, m = chunk / 4, k = chunk % 4 * 8;
     const bool inside = m0 + m < p.M && k0 + k < p.K;
-    ptx::cp_async16(&s.a[stage][m][k], p.A + (inside ? size_t(m0 + m) * p.K + k0 + k + shift : 0), inside ? 16 : 0);
+    ptx::cp_async16(&s.a[stage][m][k], p.A + (inside ? size_t(m0 + m) * p.K + k0 + k + shift : 0),
+                    inside ? 16 : 0);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {  // B: 32 rows of 8 x 16 bytes
@@ -68,7 +69,8 @@ LOTR_DEVICE void multiply(float (&acc)[2][4][4], Smem& s, int stage, const Param
     uint32_t a[2][4], b[4][2];
     const int ka = p.bug == uninitialised ? k + PAD : k;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) ptx::ldmatrix_x4(a[i], &s.a[stage][wm + i * 16 + lane % 16][ka + lane / 16 * 8]);
+    for (int i = 0; i < 2; ++i)
+      ptx::ldmatrix_x4(a[i], &s.a[stage][wm + i * 16 + lane % 16][ka + lane / 16 * 8]);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       uint32_t r[4];

@@ -1,4 +1,5 @@
-// A test program runs one kernel, with or without a planted bug, under several schedules and prints a verdict for each:
+// A test program runs one kernel, with or without a planted bug, under several schedules and prints a verdict
+// for each:
 //   program [bug] [schedules]
 // schedules: "one" (forward; for the sanitizers) or "all" (forward, reverse, 20 random ones with preemption).
 // A verdict is "ok", "wrong" or "caught: <message>"; the program goes on after it.

@@ -1,6 +1,6 @@
 // y [M] = sums of squares of the rows of x [M, K] plus the number of elements above 1, a block for each row;
-// total [1] = the sum of y, by the block that arrives last, in the order of the rows.  Plain shared memory, shuffles,
-// named barriers, shared and global atomics, and the bugs that go with them.
+// total [1] = the sum of y, by the block that arrives last, in the order of the rows.  Plain shared memory,
+// shuffles, named barriers, shared and global atomics, and the bugs that go with them.
 #pragma once
 #include "ptx/sm80.cuh"
 
@@ -51,7 +51,8 @@ struct Params {
 LOTR_DEVICE float warp_total(Smem& s, float v, const Params& p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* mine = s.exchange[warp];
-  ptx::store_shared(mine + (p.bug == shared_bounds && warp == WARPS - 1 ? lane + int(sizeof(Smem) / 4) : lane), v);
+  ptx::store_shared(
+      mine + (p.bug == shared_bounds && warp == WARPS - 1 ? lane + int(sizeof(Smem) / 4) : lane), v);
   if (p.bug != no_syncwarp) __syncwarp();
   v = 0.5f * (v + ptx::load_shared(&mine[lane ^ 1]));
   if (p.bug == divergent_shuffle) {
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(THREADS) kernel(Params p) {
   float v = 0;
   for (int k = 4 * t; k < p.K; k += 4 * THREADS) {
     const int shift = p.bug == misaligned_load ? 1 : 0;
-    const float4 f = ptx::load_nc(reinterpret_cast<const float4*>(p.x + size_t(blockIdx.x) * p.K + k + shift));
+    const float4 f =
+        ptx::load_nc(reinterpret_cast<const float4*>(p.x + size_t(blockIdx.x) * p.K + k + shift));
     for (float e : {f.x, f.y, f.z, f.w}) {
       v += e * e;
       if (e > 1.f && p.bug == plain_shared_counter) s.count[lane & 7] += 1;

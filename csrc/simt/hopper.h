@@ -1,0 +1,30 @@
+// The executor's side of csrc/ptx/sm90.cuh.
+#pragma once
+#include "device.h"
+
+namespace lotr::simt {
+
+// A row-major matrix of 2-byte elements and the box that a copy moves: 64 columns (128 bytes) of box_rows
+// rows.
+struct alignas(64) TensorMap {
+  const unsigned char* base;
+  uint32_t rows, cols, row_stride, box_rows;  // stride in elements
+};
+TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t row_stride,
+                        uint32_t box_rows);
+
+void mbarrier_init(void* barrier, uint32_t arrivals, Site site);
+void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);  // bytes: more that the phase will wait for
+void mbarrier_wait(void* barrier, uint32_t parity, Site site);
+void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, Site site);
+
+void wgmma_fence(Site site);
+void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool is_bf16, Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int keep, Site site);
+
+void cluster_sync(Site site);
+uint32_t cluster_rank();
+void* cluster_map(const void* shared, uint32_t rank, Site site);
+
+}  // namespace lotr::simt
