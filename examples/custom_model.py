@@ -1,0 +1,84 @@
+"""A model of your own with LoTR: its nn.Linear layers become LoTRLinear, which share two factors.
+
+A small network is trained on one task, frozen, and adapted to a second one: only the factors A and B and a core a layer
+are trained. Runs in seconds.
+
+    python examples/custom_model.py
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lotr_ext import LoTRFactors, LoTRLinear
+
+WIDTH, DEPTH, RANK = 64, 6, 4
+
+
+class Net(nn.Module):
+    """A residual network [m, 8] -> [m, 1]; linear makes its WIDTH x WIDTH layers."""
+
+    def __init__(self, linear=lambda: nn.Linear(WIDTH, WIDTH)):
+        super().__init__()
+        self.first = nn.Linear(8, WIDTH)
+        self.layers = nn.ModuleList(linear() for _ in range(DEPTH))
+        self.last = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h))
+        return self.last(h)
+
+
+def task(x: Tensor, shift: float) -> Tensor:
+    return torch.sin(x.sum(1, keepdim=True) + shift) * x[:, :1]
+
+
+def train(model: nn.Module, shift: float, steps: int, lr: float) -> tuple[float, float]:
+    """(first, last) loss of a few AdamW steps over what requires grad."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(256, 8)
+        loss = F.mse_loss(model(x), task(x, shift))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    pretrained = Net()
+    train(pretrained, shift=0.0, steps=300, lr=3e-3)
+
+    # The same model, its layers adapted: one pair of factors for all of them. A LoTRLinear holds `weight` and `bias` under
+    # nn.Linear's names, frozen, so the pretrained state loads as it is (the adapter's own tensors are what is missing).
+    factors = LoTRFactors(WIDTH, WIDTH, RANK)
+    model = Net(lambda: LoTRLinear(WIDTH, WIDTH, factors=factors, alpha=2 * RANK))
+    missing, unexpected = model.load_state_dict(pretrained.state_dict(), strict=False)
+    assert not unexpected and all(name.split(".")[-1] in ("core", "A", "B") for name in missing)
+    for layer in (model.first, model.last):
+        layer.requires_grad_(False)
+
+    x = torch.randn(5, 8)
+    assert torch.allclose(model(x), pretrained(x), atol=1e-5)  # cores start at zero: the function has not changed
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{sum(trained.values())} of {total} parameters are trained: A, B once, {DEPTH} cores")
+    first, last = train(model, shift=1.0, steps=200, lr=1e-2)
+    print(f"loss on the new task: {first:.4f} before, {last:.4f} after 200 steps")
+
+    adapted = model(x)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = layer.to_linear()  # a plain nn.Linear with the adapter in its weight
+    assert torch.allclose(model(x), adapted, atol=1e-4)
+    print("merged into plain nn.Linear layers: the same outputs")
+
+
+if __name__ == "__main__":
+    main()
