@@ -36,6 +36,13 @@ void fold(const Call& call, const FoldParams& p);
 size_t fold_grad_workspace(const Call& call, const FoldGradParams& p);
 void fold_grad(const Call& call, const FoldGradParams& p, void* workspace);
 
+// The unfolded form, for few tokens, made of the operators above.
+size_t small_forward_workspace(const Call& call, const SmallForwardParams& p);
+void small_forward(const Call& call, const SmallForwardParams& p, void* workspace);
+
+size_t small_backward_workspace(const Call& call, const SmallBackwardParams& p);
+void small_backward(const Call& call, const SmallBackwardParams& p, void* workspace);
+
 // How a kernel of element type `type` may read a matrix stored as `stored`.
 inline Access access_of(const void* data, int64_t row, int64_t col, int64_t rows, DType stored, DType type) {
   if (stored != type) return Access::float32_element;

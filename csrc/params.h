@@ -112,9 +112,10 @@ struct FoldParams {
 
 // dB += s sum_l Q_l G_l (l = 0 .. L-1) and dG_l = s Q_l^T B
 struct FoldGradParams {
-  const float* Q;  // [L, N, r_in], contiguous
-  Matrix B;        // [N, r_out]
-  Matrix cores;    // [L, r_in, r_out]
+  Matrix Q;  // [L, N, r_in] float32, strides of one layer's
+  int64_t Q_stride;
+  Matrix B;      // [N, r_out]
+  Matrix cores;  // [L, r_in, r_out]
   int64_t core_stride;
   float* dB;  // [N, r_out] or null
   int64_t dB_row, dB_col;
@@ -126,6 +127,38 @@ struct FoldGradParams {
   int32_t splits;
   float scale;
   Reduction sum;  // partial [L, tiles of a core, splits, tile]
+};
+
+// u = x A, y += (scale u core) B^T
+struct SmallForwardParams {
+  MutableMatrix y;  // [M, N]
+  Matrix x;         // [M, K]
+  Matrix A;         // [K, r_in]
+  Matrix core;      // [r_in, r_out]
+  Matrix B;         // [N, r_out]
+  MutableMatrix u;  // [M, r_in]
+  int64_t M, K, N;
+  int32_t r_in, r_out;
+  float scale;
+};
+
+// h = scale g B, k = h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = u^T h
+struct SmallBackwardParams {
+  MutableMatrix dx;  // [M, K], data null: not wanted
+  Matrix g;          // [M, N]
+  Matrix x;          // [M, K], read for dA only
+  Matrix u;          // [M, r_in]
+  Matrix A;          // [K, r_in]
+  Matrix core;       // [r_in, r_out]
+  Matrix B;          // [N, r_out]
+  float* dA;         // [K, r_in] or null
+  int64_t dA_row, dA_col;
+  float* dB;  // [N, r_out] or null
+  int64_t dB_row, dB_col;
+  float* dcore;  // [r_in, r_out], contiguous, or null
+  int64_t M, K, N;
+  int32_t r_in, r_out;
+  float scale;
 };
 
 }  // namespace lotr

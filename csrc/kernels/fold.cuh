@@ -105,7 +105,9 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS) fold_grad(const Fo
   auto& sm = ptx::shared_storage<FoldTraits::Smem>();
   const int tiles_out = (p.r_out + COLS - 1) / COLS, tiles_in = (p.r_in + ROWS - 1) / ROWS;
   const int64_t dB_blocks = p.dB ? (p.N + ROWS - 1) / ROWS * tiles_out : 0;
-  const auto Q = [&](int64_t l, int64_t n, int i) { return ptx::load(p.Q + (l * p.N + n) * p.r_in + i); };
+  const auto Q = [&](int64_t l, int64_t n, int i) {
+    return read_float(p.Q, DType::float32, l * p.Q_stride, n, i);
+  };
   float d[FoldTraits::PER_THREAD] = {};
 
   if (blockIdx.x < dB_blocks) {

@@ -81,9 +81,9 @@ cuda::Call call(DType type) {
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) : memory_(bytes / 4 + 64, 0xFFFFFFFFu) {
+  explicit Workspace(size_t bytes) : memory_(bytes / 4 + 65, 0xFFFFFFFFu) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    base_ = reinterpret_cast<void*>((address + 255) / 256 * 256 - (bytes ? 0 : 0));
+    base_ = reinterpret_cast<void*>((address + 255) / 256 * 256);
     if (options().count_memory && bytes) register_array("workspace", base_, bytes);
   }
   void* get() { return base_; }
@@ -206,7 +206,8 @@ void py_fold_grad(py::array Q, py::array B, py::array cores, double scaling, std
   params.B_type = dtype_of("B", B);
   params.core_type = dtype_of("cores", cores);
   expect_shape("Q", Q, {params.L, params.N, params.r_in});
-  params.Q = floats("Q", Q);
+  params.Q = {floats("Q", Q), stride(Q, 1), stride(Q, 2), Access::element};
+  params.Q_stride = stride(Q, 0);
   params.B = input("B", B, params.B_type, params.N, params.r_out);
   name_array("cores", cores);
   params.cores = {cores.data(), stride(cores, 1), stride(cores, 2), Access::element};
@@ -223,6 +224,47 @@ void py_fold_grad(py::array Q, py::array B, py::array cores, double scaling, std
   const auto c = call(DType::float32);
   Workspace workspace(cuda::fold_grad_workspace(c, params));
   cuda::fold_grad(c, params, workspace.get());
+}
+
+void py_small_forward(py::array y, py::array x, py::array A, py::array core, py::array B, double scaling,
+                      py::array u) {
+  Scope scope;
+  const DType type = dtype_of("x", x);
+  SmallForwardParams p{};
+  p.M = x.shape(0), p.K = A.shape(0), p.N = B.shape(0);
+  p.r_in = int32_t(A.shape(1)), p.r_out = int32_t(B.shape(1));
+  p.y = output("y", y, type, p.M, p.N);
+  p.x = input("x", x, type, p.M, p.K);
+  p.A = input("A", A, type, p.K, p.r_in);
+  p.core = input("core", core, type, p.r_in, p.r_out);
+  p.B = input("B", B, type, p.N, p.r_out);
+  p.u = output("u", u, type, p.M, p.r_in);
+  p.scale = float(scaling);
+  Workspace workspace(cuda::small_forward_workspace(call(type), p));
+  cuda::small_forward(call(type), p, workspace.get());
+}
+
+void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<py::array> x, py::array u,
+                       py::array A, py::array core, py::array B, double scaling, std::optional<py::array> dA,
+                       std::optional<py::array> dB, std::optional<py::array> dcore) {
+  Scope scope;
+  const DType type = dtype_of("g", g);
+  SmallBackwardParams p{};
+  p.M = g.shape(0), p.K = A.shape(0), p.N = B.shape(0);
+  p.r_in = int32_t(A.shape(1)), p.r_out = int32_t(B.shape(1));
+  if (dx) p.dx = output("dx", *dx, type, p.M, p.K);
+  p.g = input("g", g, type, p.M, p.N);
+  if (x) p.x = input("x", *x, type, p.M, p.K);
+  p.u = input("u", u, type, p.M, p.r_in);
+  p.A = input("A", A, type, p.K, p.r_in);
+  p.core = input("core", core, type, p.r_in, p.r_out);
+  p.B = input("B", B, type, p.N, p.r_out);
+  if (dA) p.dA = floats("dA", *dA), p.dA_row = stride(*dA, 0), p.dA_col = stride(*dA, 1);
+  if (dB) p.dB = floats("dB", *dB), p.dB_row = stride(*dB, 0), p.dB_col = stride(*dB, 1);
+  if (dcore) p.dcore = floats("dcore", *dcore);
+  p.scale = float(scaling);
+  Workspace workspace(cuda::small_backward_workspace(call(type), p));
+  cuda::small_backward(call(type), p, workspace.get());
 }
 
 py::dict counters_dict() {
@@ -295,6 +337,9 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("shrink_grad", &py_shrink_grad, "g"_a, "F"_a, "u"_a, "k"_a, "Q"_a);
   m.def("fold", &py_fold, "B"_a, "cores"_a, "scaling"_a, "F"_a);
   m.def("fold_grad", &py_fold_grad, "Q"_a, "B"_a, "cores"_a, "scaling"_a, "dB"_a, "dcores"_a);
+  m.def("small_forward_", &py_small_forward, "y"_a, "x"_a, "A"_a, "core"_a, "B"_a, "scaling"_a, "u"_a);
+  m.def("small_backward_", &py_small_backward, "dx"_a, "g"_a, "x"_a, "u"_a, "A"_a, "core"_a, "B"_a,
+        "scaling"_a, "dA"_a, "dB"_a, "dcore"_a);
   m.def(
       "set_device",
       [](int multiprocessors, const std::string& float32) {

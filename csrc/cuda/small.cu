@@ -1,0 +1,126 @@
+// The unfolded form for few tokens.  Forward: two launches, h = scale u core comes from shrink's last block.
+#include <algorithm>
+
+#include "launchers.h"
+
+namespace lotr::cuda {
+namespace {
+
+// A contiguous [M, r] matrix of the call's type at the start of the workspace, which it shortens.
+MutableMatrix take_matrix(const Call& call, char*& workspace, int64_t M, int64_t r) {
+  void* data = workspace;
+  workspace += aligned(size_t(M * r) * (call.type == DType::float32 ? 4 : 2));
+  return {data, r, 1, access_of(data, r, 1, M, call.type, call.type)};
+}
+Matrix read_only(const MutableMatrix& m) {
+  return {m.data, m.row, m.col, m.access};
+}
+Matrix transposed(const Matrix& m) {
+  return {m.data, m.col, m.row, m.access == Access::float32_element ? m.access : Access::element};
+}
+
+ShrinkParams shrink_params(const Matrix& x, const Matrix& A, const MutableMatrix& u, int64_t M, int64_t K,
+                           int32_t r, float scale) {
+  ShrinkParams p{};
+  p.x = x, p.A = A, p.u = u;
+  p.M = M, p.K = K, p.r = r;
+  p.scale = scale, p.dropout.scale = 1.f;
+  return p;
+}
+
+void add_core(ShrinkParams& p, const Matrix& core, const MutableMatrix& h, int32_t r_core, float scale) {
+  p.core = core, p.h = h;
+  p.r_core = r_core, p.core_scale = scale;
+}
+
+ExpandParams expand_params(const MutableMatrix& y, const Matrix& u, const Matrix& F, int64_t M, int64_t N,
+                           int32_t r) {
+  ExpandParams p{};
+  p.y = y, p.u = u, p.F = F;
+  p.M = M, p.N = N, p.r = r;
+  p.dropout.scale = 1.f;
+  return p;
+}
+
+FactorGradParams grad_params(const Matrix& x, const Matrix& v, float* D, int64_t row, int64_t col, int64_t M,
+                             int64_t K, int32_t r, bool accumulate) {
+  FactorGradParams p{};
+  p.x = x, p.v = v, p.D = D, p.D_row = row, p.D_col = col;
+  p.M = M, p.K = K, p.r = r;
+  p.accumulate = accumulate;
+  p.dropout.scale = 1.f;
+  return p;
+}
+
+// The products of the backward pass, in order, with their intermediate matrices taken off the workspace.
+struct Backward {
+  ShrinkParams h, uc;  // h = scale g B (and k); uc = scale u core
+  ExpandParams dx;
+  FactorGradParams dA, dB, dcore;
+  bool need_h;
+  char* rest;  // workspace of whichever runs
+
+  Backward(const Call& call, const SmallBackwardParams& p, void* workspace)
+      : rest(static_cast<char*>(workspace)) {
+    const MutableMatrix mh = take_matrix(call, rest, p.M, p.r_out), mk = take_matrix(call, rest, p.M, p.r_in),
+                        muc = take_matrix(call, rest, p.M, p.r_out);
+    need_h = p.dx.data || p.dA || p.dcore;
+    h = shrink_params(p.g, p.B, mh, p.M, p.N, p.r_out, p.scale);
+    if (p.dx.data || p.dA) add_core(h, transposed(p.core), mk, p.r_in, 1.f);
+    uc = shrink_params(p.u, p.core, muc, p.M, p.r_in, p.r_out, p.scale);
+    dx = expand_params(p.dx, read_only(mk), p.A, p.M, p.K, p.r_in);
+    dA = grad_params(p.x, read_only(mk), p.dA, p.dA_row, p.dA_col, p.M, p.K, p.r_in, true);
+    dB = grad_params(p.g, read_only(muc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, true);
+    dcore = grad_params(p.u, read_only(mh), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, false);
+  }
+};
+
+struct Forward {
+  ShrinkParams u;
+  ExpandParams y;
+  char* rest;
+
+  Forward(const Call& call, const SmallForwardParams& p, void* workspace)
+      : rest(static_cast<char*>(workspace)) {
+    const MutableMatrix h = take_matrix(call, rest, p.M, p.r_out);
+    u = shrink_params(p.x, p.A, p.u, p.M, p.K, p.r_in, 1.f);
+    add_core(u, p.core, h, p.r_out, p.scale);
+    y = expand_params(p.y, read_only(h), p.B, p.M, p.N, p.r_out);
+  }
+};
+
+}  // namespace
+
+size_t small_forward_workspace(const Call& call, const SmallForwardParams& p) {
+  const Forward f(call, p, nullptr);
+  return reinterpret_cast<size_t>(f.rest) + shrink_workspace(call, f.u);
+}
+
+void small_forward(const Call& call, const SmallForwardParams& p, void* workspace) {
+  const Forward f(call, p, workspace);
+  shrink(call, f.u, f.rest);
+  expand_add(call, f.y);
+}
+
+size_t small_backward_workspace(const Call& call, const SmallBackwardParams& p) {
+  const Backward b(call, p, nullptr);
+  size_t most = shrink_workspace(call, b.h);
+  if (p.dA) most = std::max(most, factor_grad_workspace(call, b.dA));
+  if (p.dB) most = std::max({most, shrink_workspace(call, b.uc), factor_grad_workspace(call, b.dB)});
+  if (p.dcore) most = std::max(most, factor_grad_workspace(call, b.dcore));
+  return reinterpret_cast<size_t>(b.rest) + most;
+}
+
+void small_backward(const Call& call, const SmallBackwardParams& p, void* workspace) {
+  const Backward b(call, p, workspace);
+  if (b.need_h) shrink(call, b.h, b.rest);
+  if (p.dx.data) expand_add(call, b.dx);
+  if (p.dA) factor_grad(call, b.dA, b.rest);
+  if (p.dB) {
+    shrink(call, b.uc, b.rest);
+    factor_grad(call, b.dB, b.rest);
+  }
+  if (p.dcore) factor_grad(call, b.dcore, b.rest);
+}
+
+}  // namespace lotr::cuda
