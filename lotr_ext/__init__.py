@@ -6,13 +6,18 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
+from .apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from .checkpoint import load_adapter, save_adapter
+from .config import LoTRConfig
 from .factors import LoTRFactors
 from .function import LoTRAdd, LoTRExpand, LoTRFunction, LoTRShrink
 from .functional import explain, lotr_linear
 from .linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
+from .summary import trainable_summary
 
 __all__ = [
     "LoTRAdd",
+    "LoTRConfig",
     "LoTRConv1D",
     "LoTRExpand",
     "LoTRFactors",
@@ -21,7 +26,16 @@ __all__ = [
     "LoTRShrink",
     "LoTRWrapped",
     "adapt",
+    "apply_lotr",
+    "disabled",
     "explain",
+    "load_adapter",
     "lotr_linear",
+    "lotr_parameters",
+    "merge",
+    "save_adapter",
+    "trainable_summary",
+    "unload",
+    "unmerge",
 ]
 __version__ = "0.1.0"

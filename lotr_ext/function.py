@@ -49,7 +49,7 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
 
 
 def adapter_differentiable(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s ((x A) G) B^T in torch products, unfolded for few tokens, else folded: the `composite` strategy. x is already dropped."""
+    """s ((x A) G) B^T in torch products, unfolded for few tokens: the `composite` strategy. x has been through dropout."""
     flat = rows(to(x, dtype))
     u = flat @ to(A, dtype)
     if not torch.compiler.is_compiling() and flat.shape[0] < planner.FEW_TOKENS:
@@ -66,9 +66,10 @@ def _recorded() -> bool:
 
 def _accumulator(shared: SharedGradient | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
     """Where to add factor's gradient, and what to return to autograd for it: None where the hub returns the sum."""
+    wide = accumulate_dtype(factor.dtype)
     if shared is not None and torch._C._current_graph_task_id() >= 0:
-        return shared.accumulator(factor, factor.device), None
-    total = torch.zeros(factor.shape, dtype=accumulate_dtype(factor.dtype), device=factor.device)
+        return shared.accumulator(factor.shape, wide, factor.device), None
+    total = torch.zeros(factor.shape, dtype=wide, device=factor.device)
     return total, total
 
 
@@ -188,18 +189,19 @@ class LoTRFunction(Function):
 
 def _expand_backward(g, F, u, B, core, scaling, total_B: Tensor | None, need_core: bool) -> tuple[Tensor | None, Tensor | None]:
     """k = g F (with F), and from Q = g^T u (with u): total_B += s Q G, dG = s Q^T B."""
-    Q = k = dcore = None
-    need_Q = total_B is not None or need_core
-    if F is not None and need_Q:
-        k, Q = ops.shrink_grad(g, F, u)
-    elif F is not None:
-        k = ops.shrink(g, F)
-    elif need_Q:
-        Q = torch.zeros(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype), device=g.device)
+    if total_B is None and not need_core:
+        return (None if F is None else ops.shrink(g, F)), None
+    Q = torch.zeros(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype), device=g.device)
+    k = _add_Q(Q, g, F, u)
+    return k, ops.fold_grad(Q[None], B, core[None], scaling, total_B)[0]
+
+
+def _add_Q(Q: Tensor, g: Tensor, F: Tensor | None, u: Tensor) -> Tensor | None:
+    """Q += g^T u, and k = g F from the same read of g, with F."""
+    if F is None:
         ops.factor_grad_(Q, g, u)
-    if Q is not None:
-        dcore = ops.fold_grad(Q[None], B, core[None], scaling, total_B)[0]
-    return k, dcore
+        return None
+    return ops.shrink_grad_(Q, g, F, u)
 
 
 class LoTRShrink(Function):
@@ -267,16 +269,17 @@ def _flat_shape(shape: torch.Size) -> tuple[int, int]:
 class LoTRExpand(Function):
     """y = x W^T + bias + u F^T, F = s B G^T.   backward: dx = g W,  k = g F,  Q = g^T u,  dB += s Q G,  dG = s Q^T B.
 
-    apply(route, u, B, core, base, scaling, dtype, strategy, shared, shared_input): base is (x, weight, bias) in a tuple, where
-    autograd does not see them: route stands for x, and the rest is frozen.
+    apply(route, u, B, core, base, scaling, dtype, strategy, shared, shared_input, slot, token): base is (x, weight, bias) in a
+    tuple, where autograd does not see them: route stands for x, and the rest is frozen. In a forward scope slot brings F, and
+    takes Q, and token is its place in the graph (`scope.py`).
     """
 
     @staticmethod
-    def forward(ctx, route, u, B, core, base, scaling, dtype, strategy, shared, shared_input: SharedInput):
+    def forward(
+        ctx, route, u, B, core, base, scaling, dtype, strategy, shared, shared_input: SharedInput, slot=None, token=None
+    ):
         x, weight, bias = base
-        B_here, core_here = B.to(u.device), core.to(u.device)
-        with _private_write():
-            F = ops.fold(B_here, core_here[None], scaling, u.dtype)[0]
+        F = _folded(ctx, u, B, core, scaling, slot)
         y = forward_with_base(x, weight, bias, u, F, dtype, strategy)
         _save_for_expand(ctx, weight if ctx.needs_input_grad[0] else None, u, F, B, core)
         ctx.scaling, ctx.x_shape, ctx.shared, ctx.input, ctx.hub = scaling, x.shape, shared, shared_input, B
@@ -287,19 +290,19 @@ class LoTRExpand(Function):
         ctx.input.forget()
         weight, *saved = ctx.saved_tensors
         dx = (rows(g) @ to(weight, g.dtype)).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
-        return dx, *_backward_of_expand(ctx, g, *saved), None, None, None, None, None, None
+        return dx, *_backward_of_expand(ctx, g, *saved), *(None,) * 8
 
 
 class LoTRAdd(Function):
     """y + u F^T over any base module's output y [..., n].   backward: dy = g, and the rest as LoTRExpand.
 
-    apply(y, u, B, core, scaling, shared, shared_input); y is left alone, since its maker may need it for its own backward.
+    apply(y, u, B, core, scaling, shared, shared_input, slot, token); y is left alone, since its maker may need it for its own
+    backward.
     """
 
     @staticmethod
-    def forward(ctx, y, u, B, core, scaling, shared, shared_input: SharedInput):
-        with _private_write():
-            F = ops.fold(B.to(u.device), core.to(u.device)[None], scaling, u.dtype)[0]
+    def forward(ctx, y, u, B, core, scaling, shared, shared_input: SharedInput, slot=None, token=None):
+        F = _folded(ctx, u, B, core, scaling, slot)
         _save_for_expand(ctx, None, u, F, B, core)
         ctx.scaling, ctx.shared, ctx.input, ctx.hub, ctx.dtype = scaling, shared, shared_input, B, u.dtype
         if y.dtype == u.dtype:
@@ -311,7 +314,16 @@ class LoTRAdd(Function):
     def backward(ctx, g):
         ctx.input.forget()
         _, *saved = ctx.saved_tensors
-        return g, *_backward_of_expand(ctx, to(g, ctx.dtype), *saved), None, None, None
+        return g, *_backward_of_expand(ctx, to(g, ctx.dtype), *saved), *(None,) * 5
+
+
+def _folded(ctx, u: Tensor, B: Tensor, core: Tensor, scaling: float, slot) -> Tensor:
+    """F, from the forward scope if one serves."""
+    ctx.bank, ctx.index = (None, 0) if slot is None else slot
+    if slot is not None:
+        return slot.F
+    with _private_write():
+        return ops.fold(B.to(u.device), core.to(u.device)[None], scaling, u.dtype)[0]
 
 
 def _save_for_expand(ctx, weight: Tensor | None, u: Tensor, F: Tensor, B: Tensor, core: Tensor) -> None:
@@ -334,6 +346,9 @@ def _backward_of_expand(ctx, g, F, u, B, core) -> tuple[Tensor | None, Tensor | 
             dB = _hand_over(ctx.shared, ctx.hub, Q @ to(core_here, wide)) if need_B else None
             dcore = to(Q.mT @ to(B_here, wide), core.dtype) if need_core else None
         return k, dB, dcore
+    if ctx.bank is not None and (need_B or need_core):
+        with _private_write():
+            return _add_Q(ctx.bank.accumulator(ctx.index), g, F, u), None, None
     total, dB = _accumulator(ctx.shared, B_here) if need_B else (None, None)
     with _private_write():
         k, dcore = _expand_backward(g, F, u, B_here, core_here, ctx.scaling, total, need_core)

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, Variable
 
-from .ops import accumulate_dtype
-
 
 class _Sum:
     """An accumulator, and the CUDA stream that wrote it last."""
@@ -74,13 +72,13 @@ class SharedGradient:
         self._users.add(user)
         return view
 
-    def accumulator(self, param: Tensor, device: torch.device) -> Tensor:
-        """The running backward's sum on device, of param's shape, zero when new: to be added to in place at once."""
+    def accumulator(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The running backward's sum on device, zero when new: to be added to in place at once."""
         key = (torch._C._current_graph_task_id(), device)
         with self._lock:
             total = self._sums.get(key)
             if total is None:
-                total = _Sum(torch.zeros(param.shape, dtype=accumulate_dtype(param.dtype), device=device))
+                total = _Sum(torch.zeros(shape, dtype=dtype, device=device))
                 self._sums[key] = total
                 Variable._execution_engine.queue_callback(total.keep)
         total.follow_stream()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .factors import LoTRFactors
 from .layer_call import Adapter, call_linear, delta_weight
 from .ops import accumulate_dtype
+from .scope import Slot, current_slot
 
 
 class Settings(NamedTuple):
@@ -98,8 +99,11 @@ class LoTRLayer(nn.Module):
             adapter = Adapter(self.start_core, self.scaling)
             return self._call(x, self.factors.start_A, self.factors.start_B, adapter)
         p = self.dropout if self.training else 0.0
-        adapter = Adapter(self.core, self.scaling, p, self.factors._group, id(self), self.strategy)
+        adapter = Adapter(self.core, self.scaling, p, self.factors._group, id(self), self.strategy, self._slot)
         return self.factors(lambda A, B: self._call(x, A, B, adapter))
+
+    def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:
+        return current_slot(self, B, dtype)
 
     def _call(self, x: Tensor, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
         return call_linear(x, self._matrix(), self.bias, A, B, adapter)

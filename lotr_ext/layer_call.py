@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from .function import (
 from .planner import Plan, plan
 from .siblings import Group, SharedInput
 
+if TYPE_CHECKING:
+    from .scope import Slot
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -41,7 +44,8 @@ class Decision(NamedTuple):
 class Adapter(NamedTuple):
     """What a layer brings to a call beside x, A and B.
 
-    p: the dropout in force; group: None for a layer by itself; user: the layer's id in its group.
+    p: the dropout in force; group: None for a layer by itself; user: the layer's id in its group; slot: gives the layer's
+    place in the forward scope for (B, dtype), if there is one.
     """
 
     core: Tensor
@@ -50,6 +54,7 @@ class Adapter(NamedTuple):
     group: Group | None = None
     user: int = 0
     strategy: str | None = None
+    slot: Callable[[Tensor, torch.dtype], Slot | None] = lambda B, dtype: None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
@@ -95,7 +100,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
     compute = dtype or x.dtype
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     nodes, chosen, _ = decide(x, A, adapter, compute, trained)
-    core, scaling, p, group, user, _ = adapter
+    core, scaling, p, group, user, *_ = adapter
     if nodes == 0 or (nodes == 1 and p):
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
@@ -105,14 +110,21 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
         hub_A, hub_B = (A, B) if group is None else (shared_A.view(A, user), shared_B.view(B, user))
         return LoTRFunction.apply(x, weight, bias, hub_A, hub_B, core, scaling, dtype, shared_A, shared_B)
     shared_input = _shrink(x, A, adapter, compute, dtype is not None)
+    slot = adapter.slot(B, compute)
     if not _in_graph(x, A, B, core):
-        F = ops.fold(B.to(x.device), core.to(x.device)[None], scaling, compute)[0]
+        F = ops.fold(B.to(x.device), core.to(x.device)[None], scaling, compute)[0] if slot is None else slot.F
         return forward_with_base(x, weight, bias, shared_input.u, F, dtype, chosen.strategy)
-    hub_B = B if group is None else shared_B.view(B, user)
-    base = (x, weight, bias)
-    return LoTRExpand.apply(
-        shared_input.route, shared_input.u, hub_B, core, base, scaling, dtype, chosen.strategy, shared_B, shared_input
-    )
+    hub_B, token = _hub_or_token(B, adapter, slot)
+    base, route = (x, weight, bias), shared_input.route
+    settings = (scaling, dtype, chosen.strategy, shared_B, shared_input, slot, token)
+    return LoTRExpand.apply(route, shared_input.u, hub_B, core, base, *settings)
+
+
+def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tensor, Tensor | None]:
+    """How a layer hangs on B in the graph: by the group's hub, or by B itself and its bank's token in a forward scope."""
+    if slot is not None:
+        return B, slot.bank.token
+    return (B if adapter.group is None else adapter.group.B.view(B, adapter.user)), None
 
 
 def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
@@ -126,14 +138,15 @@ def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tens
 
 def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     compute = dtype or x.dtype
-    core, scaling, p, group, user, _ = adapter
+    core, scaling, p, group, *_ = adapter
     if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
         dropped = nnf.dropout(x, p) if p else x
         return y + to(adapter_differentiable(dropped, *_on(x.device, A, B, core), scaling, compute), y.dtype)
     shared_input = _shrink(x, A, adapter, compute, dtype is not None)
     shared_B = None if group is None else group.B
-    hub_B = B if group is None else shared_B.view(B, user)
-    return LoTRAdd.apply(y, shared_input.u, hub_B, core, scaling, shared_B, shared_input)
+    slot = adapter.slot(B, compute)
+    hub_B, token = _hub_or_token(B, adapter, slot)
+    return LoTRAdd.apply(y, shared_input.u, hub_B, core, scaling, shared_B, shared_input, slot, token)
 
 
 def _shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> SharedInput:

@@ -60,6 +60,13 @@ def shrink_grad(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return _lotr.shrink_grad.default(g, F, u)
 
 
+def shrink_grad_(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
+    """`shrink_grad` that adds: Q [n, r_in] += g^T u in place; returns k = g F [m, r_in]."""
+    k, part = _lotr.shrink_grad.default(g, F, u)
+    Q.add_(part)
+    return k
+
+
 def fold(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """F_l = s B G_l^T: [n, r_out] and [l, r_in, r_out] -> [l, n, r_in] in dtype, rounded once. Differentiable."""
     return _lotr.fold.default(B, cores, scaling, dtype)

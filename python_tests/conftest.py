@@ -7,7 +7,6 @@ import torch
 
 from lotr_ext import planner
 
-
 torch.set_num_threads(1)  # tiny inputs: a second thread only waits
 
 

@@ -112,7 +112,7 @@ class OpCounter(Counter):
             "shrink",
             "expand_add_",
             "factor_grad_",
-            "shrink_grad",
+            "shrink_grad_",
             "fold",
             "fold_grad",
             "small_forward_",

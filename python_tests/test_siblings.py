@@ -51,7 +51,7 @@ def test_q_k_v_share_one_shrink_and_one_backward(net, x, counter):
     y = net(x)
     assert counter.take() == {"shrink": 6, "fold": 12, "expand_add_": 12}
     y.square().sum().backward()
-    assert counter.take() == {"shrink_grad": 12, "fold_grad": 12, "expand_add_": 6, "factor_grad_": 6}
+    assert counter.take() == {"shrink_grad_": 12, "fold_grad": 12, "expand_add_": 6, "factor_grad_": 6}
     assert relative(y, truth.y) < 1e-6 and relative(x.grad, truth.x.grad) < CLOSE and truth.error(net) < CLOSE
 
 
