@@ -172,6 +172,9 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
         if layer.merged:
             raise RuntimeError(f"load_adapter: expected unmerged layers, got {name!r}, which is merged")
         _check_not_meta(name, layer)
+        want, got = (layer.in_features, layer.out_features), (entry.in_features, entry.out_features)
+        if want != got:
+            raise ValueError(f"{name}: expected (in_features, out_features) {want} as in the model, got {got} in the adapter")
         want, got = prefixes[id(layer.factors)], entry.factors
         if want != got:
             raise ValueError(f"{name}: expected factors {want!r} as in the model, got {got!r} in the adapter")
