@@ -1,0 +1,130 @@
+"""Matrix instructions of the executor against the register and memory layouts of the PTX manual, written down here
+a second time: which row and column a lane's register holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simt import build
+
+LANES = range(32)
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict:
+    program = build.program("plain", Path(__file__).parent / "programs" / "layouts.cpp")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+# Fragments as the manual defines them: for element i of a lane's fragment, its row and column.
+def a_m16n8k16(lane: int, i: int) -> tuple[int, int]:
+    group, in_group = lane >> 2, lane % 4
+    row = group if i < 2 or 4 <= i < 6 else group + 8
+    return row, in_group * 2 + (i & 1) + (8 if i >= 4 else 0)
+
+
+def b_m16n8k16(lane: int, i: int) -> tuple[int, int]:
+    group, in_group = lane >> 2, lane % 4
+    return in_group * 2 + (i & 1) + (8 if i >= 2 else 0), group
+
+
+def a_m16n8k8(lane: int, i: int) -> tuple[int, int]:
+    group, in_group = lane >> 2, lane % 4
+    return group + (0 if i in (0, 2) else 8), in_group + (0 if i in (0, 1) else 4)
+
+
+def b_m16n8k8(lane: int, i: int) -> tuple[int, int]:
+    return lane % 4 + (0 if i == 0 else 4), lane >> 2
+
+
+def c_m16n8(lane: int, i: int) -> tuple[int, int]:
+    return (lane >> 2) + (0 if i < 2 else 8), (lane % 4) * 2 + (i & 1)
+
+
+def gather(values: list[float], place, shape: tuple[int, int]) -> np.ndarray:
+    """The matrix whose elements the lanes hold, lane after lane."""
+    per_lane = np.asarray(values).reshape(32, -1)
+    matrix = np.full(shape, np.nan)
+    for lane in LANES:
+        for i, value in enumerate(per_lane[lane]):
+            matrix[place(lane, i)] = value
+    assert not np.isnan(matrix).any()  # every element is held by someone
+    return matrix
+
+
+def round_tf32(x: np.ndarray) -> np.ndarray:
+    return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(float)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32_mma"])
+def test_mma(printed: dict, kind: str) -> None:
+    registers = printed[kind]
+    if kind == "tf32_mma":
+        a = round_tf32(gather(registers["a"], a_m16n8k8, (16, 8)))
+        b = round_tf32(gather(registers["b"], b_m16n8k8, (8, 8)))
+    else:
+        a, b = gather(registers["a"], a_m16n8k16, (16, 16)), gather(registers["b"], b_m16n8k16, (16, 8))
+    c, d = gather(registers["c"], c_m16n8, (16, 8)), gather(registers["d"], c_m16n8, (16, 8))
+    bound = 2.0**-22 * (np.abs(a) @ np.abs(b) + np.abs(c))
+    assert (np.abs(d - (a @ b + c)) <= bound).all()
+
+
+@pytest.mark.parametrize("kind, tiles, trans", [(0, 4, False), (1, 4, True), (2, 2, False), (3, 2, True)])
+def test_ldmatrix(printed: dict, kind: int, tiles: int, trans: bool) -> None:
+    registers = np.asarray(printed["ldmatrix"]["r"], np.uint32).reshape(4, 32, 4)[kind]
+    memory = np.arange(256).reshape(4, 8, 8)  # tile, row, column, as the program filled it
+    for lane in LANES:
+        for tile in range(tiles):
+            matrix = memory[tile].T if trans else memory[tile]
+            low, high = matrix[lane // 4, 2 * (lane % 4)], matrix[lane // 4, 2 * (lane % 4) + 1]
+            assert registers[lane, tile] == low | high << 16
+
+
+def test_half_precision_values(printed: dict) -> None:
+    bits = np.asarray(printed["halves"]["bits"], np.uint16)
+    assert printed["halves"]["value"] == bits.view(np.float16).astype(float).tolist()
+
+
+def test_tf32_rounds_to_nearest_ties_away(printed: dict) -> None:
+    x = np.asarray(printed["tf32"]["x"], np.float32)
+    fraction, exponent = np.frexp(x.astype(float))
+    expected = np.ldexp(np.copysign(np.floor(np.abs(fraction) * 2**11 + 0.5), x), exponent - 11)
+    subnormal = np.abs(x) < 2.0**-126
+    assert (np.asarray(printed["tf32"]["y"])[~subnormal] == expected[~subnormal]).all()
+    assert (np.abs(np.asarray(printed["tf32"]["y"]) - x)[subnormal] <= 2.0**-137).all()
+
+
+def swizzle_128(offset: int) -> int:
+    """CuTe's Swizzle<3, 4, 3> on byte offsets."""
+    return offset ^ ((offset & 0x380) >> 3)
+
+
+def d_wgmma(thread: int, i: int) -> tuple[int, int]:
+    warp, lane = divmod(thread, 32)
+    return 16 * warp + (lane >> 2) + 8 * ((i >> 1) & 1), (lane % 4) * 2 + 8 * (i >> 2) + (i & 1)
+
+
+def test_bulk_copy_swizzles_and_fills_with_zero(printed: dict) -> None:
+    a = np.asarray(printed["wgmma"]["a"]).reshape(70, 136)[:, :132]  # the map leaves out 4 columns
+    box = np.zeros((64, 64))
+    box[:, :64] = np.pad(a, ((0, 0), (0, 64)))[3:67, 64:128]
+    memory = np.asarray(printed["wgmma"]["shared"])
+    for row in range(64):
+        for col in range(64):
+            assert memory[swizzle_128(row * 128 + col * 2) // 2] == box[row, col]
+
+
+def test_wgmma(printed: dict) -> None:
+    a = np.pad(np.asarray(printed["wgmma"]["a"]).reshape(70, 136)[:, :132], ((0, 0), (0, 64)))[3:67, 64:128]
+    b = np.asarray(printed["wgmma"]["b"]).reshape(64, 64)
+    d = np.asarray(printed["wgmma"]["d"]).reshape(128, 32)
+    product = a @ b.T
+    for thread in range(128):
+        for i in range(32):
+            assert d[thread, i] == pytest.approx(product[d_wgmma(thread, i)] + i, abs=1e-4)
