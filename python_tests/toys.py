@@ -96,11 +96,17 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """Its values; none of a tensor without (meta, or a lazy module's)."""
+    has_values = not nn.parameter.is_lazy(tensor) and not tensor.is_meta
+    return tensor.detach().clone() if has_values else torch.empty(0)
+
+
 def snapshot(model: nn.Module) -> dict[str, object]:
     """All that must not change when something is refused: modules, tensors, flags, hooks."""
     return {
         "modules": {name: (type(m), id(m), m.training) for name, m in model.named_modules()},
-        "tensors": {name: t.clone() for name, t in model.state_dict(keep_vars=True).items()},
+        "tensors": {name: copied(t) for name, t in model.state_dict(keep_vars=True).items()},
         "grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "attributes": {name: sorted(vars(m)) for name, m in model.named_modules()},
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
@@ -116,7 +122,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
     assert now == old
     assert tensors.keys() == before["tensors"].keys()
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, before["tensors"][name]) or tensor.isnan().any(), name
+        assert torch.equal(tensor.nan_to_num(1e30), before["tensors"][name].nan_to_num(1e30)), name
 
 
 def loss(model: nn.Module, ids: Tensor = IDS) -> Tensor:

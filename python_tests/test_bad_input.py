@@ -1,0 +1,286 @@
+"""Bad input of every kind: an error of a plain type that says name, expected and got, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
+
+import lotr_ext
+from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
+from lotr_ext.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from lotr_ext.checkpoint import load_adapter, save_adapter
+from lotr_ext.config import LoTRConfig
+from lotr_ext.init import fill_core_, fill_factor_, tucker2
+from lotr_ext.summary import trainable_summary
+
+NAN = math.nan
+
+
+def call(**changed) -> Callable[[], object]:
+    """lotr_linear with one argument replaced."""
+    x, w, b, A, B, G = (
+        torch.randn(5, 6),
+        torch.randn(4, 6),
+        torch.randn(4),
+        torch.randn(6, 2),
+        torch.randn(4, 2),
+        torch.randn(2, 2),
+    )
+    arguments = {"x": x, "weight": w, "bias": b, "A": A, "B": B, "core": G, "scaling": 1.0, **changed}
+    return lambda: lotr_linear(**arguments)
+
+
+# name: (what is done, the argument that the message names). All raise one of the three kinds, and say expected and got.
+ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
+    "rank 0": (lambda: LoTRConfig(rank=0), "rank"),
+    "rank negative": (lambda: LoTRFactors(6, 4, -1), "rank"),
+    "rank a float": (lambda: LoTRConfig(rank=4.0), "rank"),
+    "rank a bool": (lambda: LoTRConfig(rank=True), "rank"),
+    "rank of three": (lambda: LoTRConfig(rank=(1, 2, 3)), "rank"),
+    "rank of one": (lambda: LoTRConfig(rank=(3,)), "rank"),
+    "rank in a string": (lambda: LoTRFactors(6, 4, "4"), "rank"),
+    "rank unlike the factors'": (lambda: LoTRLinear(6, 4, 3, factors=LoTRFactors(6, 4, 2)), "rank"),
+    "features 0": (lambda: LoTRFactors(0, 4, 2), "in_features"),
+    "features a float": (lambda: LoTRFactors(6, 4.5, 2), "out_features"),
+    "factors of another shape": (lambda: LoTRLinear(6, 4, factors=LoTRFactors(4, 6, 2)), "factors"),
+    "factors of another shape, from_linear": (lambda: LoTRLinear.from_linear(nn.Linear(6, 4), LoTRFactors(6, 5, 2)), "factors"),
+    "factors that are none": (lambda: LoTRLinear.from_linear(nn.Linear(6, 4), nn.Linear(6, 2)), "factors"),
+    "a layer that is no linear": (lambda: LoTRLinear.from_linear(nn.Conv2d(1, 1, 1), LoTRFactors(1, 1, 1)), "linear"),
+    "a layer adapted twice": (lambda: LoTRLinear.from_linear(LoTRLinear(6, 4, 2), LoTRFactors(6, 4, 2)), "linear"),
+    "a wrapped layer without sizes": (lambda: LoTRWrapped.from_linear(nn.ReLU(), LoTRFactors(6, 4, 2)), "linear"),
+    "factors of an integer dtype": (lambda: LoTRFactors(6, 4, 2, dtype=torch.int32), "dtype"),
+    "adapter_dtype an integer": (lambda: LoTRConfig(adapter_dtype=torch.int8), "adapter_dtype"),
+    "adapter_dtype a string": (lambda: LoTRConfig(adapter_dtype="float32"), "adapter_dtype"),
+    "scaling NaN": (lambda: LoTRConfig(scaling=NAN), "scaling"),
+    "scaling NaN in a layer": (lambda: LoTRLinear(6, 4, 2, scaling=NAN), "scaling"),
+    "scaling infinite": (lambda: LoTRConfig(scaling=math.inf), "scaling"),
+    "scaling with alpha": (lambda: LoTRConfig(scaling=1.0, alpha=2.0), "scaling"),
+    "scaling a string": (lambda: LoTRLinear(6, 4, 2, scaling="1"), "scaling"),
+    "alpha NaN": (lambda: LoTRConfig(alpha=NAN), "alpha"),
+    "alpha a string": (lambda: LoTRConfig(alpha="8"), "alpha"),
+    "rslora a number": (lambda: LoTRConfig(rslora=1), "rslora"),
+    "dropout 1": (lambda: LoTRConfig(dropout=1.0), "dropout"),
+    "dropout negative": (lambda: LoTRLinear(6, 4, 2, dropout=-0.1), "dropout"),
+    "dropout NaN": (lambda: LoTRConfig(dropout=NAN), "dropout"),
+    "dropout None": (lambda: LoTRConfig(dropout=None), "dropout"),
+    "init unknown": (lambda: LoTRConfig(init="ones"), "init"),
+    "init unknown in factors": (lambda: LoTRFactors(6, 4, 2, init="ones"), "init"),
+    "core_init unknown": (lambda: LoTRConfig(core_init="ones"), "core_init"),
+    "core_init with svd": (lambda: LoTRConfig(core_init="identity", init="svd"), "core_init"),
+    "train nothing": (lambda: LoTRConfig(train=()), "train"),
+    "train something unknown": (lambda: LoTRConfig(train=("A", "G")), "train"),
+    "train what cannot move": (lambda: LoTRConfig(train=("A", "B")), "train"),
+    "train what cannot move, identity": (lambda: LoTRConfig(train=("A", "core"), core_init="identity"), "train"),
+    "group_by unknown": (lambda: LoTRConfig(group_by="layer"), "group_by"),
+    "group_by a number": (lambda: LoTRConfig(group_by=3), "group_by"),
+    "group_by to numbers": (lambda: LoTRConfig(group_by={"q": 1}), "group_by"),
+    "group_by callable in JSON": (lambda: LoTRConfig(group_by=lambda n, m: n).to_dict(), "group_by"),
+    "target_modules an empty list": (lambda: LoTRConfig(target_modules=[]), "target_modules"),
+    "target_modules of numbers": (lambda: LoTRConfig(target_modules=[1]), "target_modules"),
+    "target_modules a bad regex": (lambda: LoTRConfig(target_modules="("), "target_modules"),
+    "exclude_modules a number": (lambda: LoTRConfig(exclude_modules=1), "exclude_modules"),
+    "modules_to_save a string": (lambda: LoTRConfig(modules_to_save="head"), "modules_to_save"),
+    "a field unknown": (lambda: LoTRConfig.from_dict({"r": 4}), "config"),
+    "no mapping": (lambda: LoTRConfig.from_dict([4]), "config"),
+    "adapter_dtype unknown in JSON": (lambda: LoTRConfig.from_dict({"adapter_dtype": "int4"}), "adapter_dtype"),
+    "fill a vector": (lambda: fill_factor_(torch.empty(3), "normal"), "tensor"),
+    "fill integers": (lambda: fill_factor_(torch.empty(3, 2, dtype=torch.int64), "normal"), "tensor"),
+    "fill a core by an unknown init": (lambda: fill_core_(torch.empty(3, 2), "ones"), "core_init"),
+    "fill a core that is a vector": (lambda: fill_core_(torch.empty(3), "zero"), "tensor"),
+    "factorise nothing": (lambda: tucker2([], (2, 2)), "weights"),
+    "factorise two shapes": (lambda: tucker2([torch.ones(3, 2), torch.ones(2, 3)], (2, 2)), "weights"),
+    "factorise a vector": (lambda: tucker2([torch.ones(3)], (2, 2)), "weights"),
+    "factorise NaN": (lambda: tucker2([torch.full((3, 2), NAN)], (2, 2)), "weights"),
+    "factorise meta": (lambda: tucker2([torch.ones(3, 2, device="meta")], (2, 2)), "weights"),
+    "factorise at rank 0": (lambda: tucker2([torch.ones(3, 2)], (0, 2)), "rank"),
+    "x too narrow": (call(x=torch.randn(5, 5)), "x"),
+    "x too narrow for a layer": (lambda: LoTRLinear(6, 4, 2)(torch.randn(5, 5)), "x"),
+    "A of another shape": (call(A=torch.randn(5, 2)), "A"),
+    "B of another shape": (call(B=torch.randn(5, 2)), "B"),
+    "core of another shape": (call(core=torch.randn(3, 2)), "core"),
+    "weight a vector": (call(weight=torch.randn(6)), "weight"),
+    "bias of another shape": (call(bias=torch.randn(3)), "bias"),
+    "x of integers": (call(x=torch.ones(5, 6, dtype=torch.int64)), "x"),
+    "A of integers": (call(A=torch.ones(6, 2, dtype=torch.int64)), "A"),
+    "A on another device": (call(A=torch.randn(6, 2, device="meta")), "A"),
+    "scaling NaN in a call": (call(scaling=NAN), "scaling"),
+    "dropout 1 in a call": (call(dropout_p=1.0, training=True), "dropout_p"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments(case: str) -> None:
+    action, name = ARGUMENTS[case]
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+        action()
+    assert_says(caught.value, name)
+
+
+def assert_says(error: BaseException, name: str) -> None:
+    text = str(error)
+    assert type(error) in (TypeError, ValueError, RuntimeError)
+    assert name in text and "expected" in text and "got" in text, text
+
+
+class Untouched(nn.Module):
+    """Has no linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 1)
+
+
+def with_relu() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+
+
+def tied() -> Toy:
+    model = Toy(classes=29)
+    model.head.weight = model.embed.weight
+    return model
+
+
+def with_nan() -> Toy:
+    model = toy()
+    model.blocks[1].v.weight.data[0, 0] = NAN
+    return model
+
+
+def lazy() -> nn.Module:
+    return nn.ModuleDict({"q": nn.LazyLinear(4)})
+
+
+def attention() -> nn.Module:
+    return nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)})
+
+
+def apply(**settings) -> Callable[[nn.Module], object]:
+    return lambda model: apply_lotr(model, LoTRConfig(**{"rank": 2, **settings}))
+
+
+def merged() -> Toy:
+    return merge(adapted())
+
+
+def with_infinite_core() -> Toy:
+    model = adapted()
+    model.blocks[1].v.core.data[0, 0] = math.inf
+    return model
+
+
+def at_two_shapes(name: str, module: nn.Module) -> str:
+    return "all"
+
+
+def loads(model: nn.Module, directory: Path) -> object:
+    return load_adapter(model, directory)
+
+
+# name: (a model, what is done to it, what the message names)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]] = {
+    "a target that matches nothing": (toy, apply(target_modules=["query"]), "target_modules"),
+    "one target of two that matches nothing": (toy, apply(target_modules=["q", "valeu"]), "'valeu'"),
+    "a part of a name": (toy, apply(target_modules=["own"]), "target_modules"),
+    "a regex that matches nothing": (toy, apply(target_modules="q"), "target_modules"),
+    "a target that is no linear layer": (toy, apply(target_modules=["norm"]), "LayerNorm"),
+    "a target that is a container": (toy, apply(target_modules=["blocks"]), "ModuleList"),
+    "a regex for what is no linear layer": (toy, apply(target_modules=r".*norm"), "target_modules"),
+    "a model without linear layers": (Untouched, apply(), "target_modules"),
+    "a model that is a linear layer": (lambda: nn.Linear(3, 3), apply(), "target_modules"),
+    "an exclusion that matches nothing": (toy, apply(exclude_modules=["hed"]), "exclude_modules"),
+    "an exclusion of everything": (toy, apply(exclude_modules=r".*"), "target_modules"),
+    "modules_to_save that match nothing": (toy, apply(modules_to_save=["clasifier"]), "modules_to_save"),
+    "modules_to_save without parameters": (with_relu, apply(modules_to_save=["1"]), "ReLU"),
+    "modules_to_save that hold all targets": (toy, apply(target_modules=["q"], modules_to_save=["blocks"]), "target_modules"),
+    "groups of two shapes": (toy, apply(group_by=at_two_shapes), "(16, 32)"),
+    "a group without a name": (toy, apply(group_by=lambda n, m: ""), "group_by"),
+    "a group with a dot": (toy, apply(group_by=lambda n, m: "a.b"), "group_by"),
+    "a group named like a method": (toy, apply(group_by=lambda n, m: "items"), "group_by"),
+    "a group that is a number": (toy, apply(group_by=lambda n, m: 3), "group_by"),
+    "a mapping without a layer": (toy, apply(target_modules=["q"], group_by={"blocks.0.q": "a"}), "blocks.1.q"),
+    "a mapping with a layer too many": (toy, apply(target_modules=["0.q"], group_by={"blocks.0.q": "a", "x": "a"}), "group_by"),
+    "a tied output layer": (tied, apply(target_modules=["head"]), "embed.weight"),
+    "attention's output projection": (attention, apply(target_modules=["out_proj"]), "MultiheadAttention"),
+    "a lazy layer": (lazy, apply(target_modules=["q"]), "'q'"),
+    "svd of NaN": (with_nan, apply(init="svd"), "blocks.1.v"),
+    "svd at scaling 0": (toy, apply(init="svd", scaling=0.0), "scaling"),
+    "svd on the meta device": (lambda: Toy().to("meta"), apply(init="svd"), "meta"),
+    "a configuration that is none": (toy, lambda m: apply_lotr(m, {"rank": 4}), "config"),
+    "adapting twice": (adapted, apply(), "model"),
+    "adapting a compiled model": (lambda: torch.compile(toy()), apply(), "OptimizedModule"),
+    "merging without an adapter": (toy, merge, "model"),
+    "merging twice": (merged, merge, "merge"),
+    "merging one layer twice": (merged, lambda m: m.blocks[0].q.merge(), "merge"),
+    "merging infinity, safe": (with_infinite_core, lambda m: merge(m, safe=True), "blocks.1.v"),
+    "merging infinity in one layer, safe": (with_infinite_core, lambda m: m.blocks[1].v.merge(safe=True), "merge"),
+    "merging on the meta device": (lambda: adapted().to("meta"), merge, "meta"),
+    "unmerging what is not merged": (adapted, unmerge, "unmerge"),
+    "unmerging one layer that is not merged": (adapted, lambda m: m.blocks[0].q.unmerge(), "unmerge"),
+    "unloading without an adapter": (toy, lambda m: unload(m, merge=True), "model"),
+    "unloading with an unclear wish": (adapted, lambda m: unload(m, merge="yes"), "merge"),
+    "disabling without an adapter": (toy, lambda m: disabled(m).__enter__(), "model"),
+    "disabling while merged": (merged, lambda m: disabled(m).__enter__(), "disabled"),
+    "parameters without an adapter": (toy, lotr_parameters, "model"),
+    "a summary without an adapter": (toy, trainable_summary, "model"),
+    "state_dict of a merged model": (merged, lambda m: m.blocks[0].q.state_dict(), "state_dict"),
+    "saving without an adapter": (toy, lambda m: save_adapter(m, "nowhere"), "model"),
+    "loading from nowhere": (toy, lambda m: load_adapter(m, "nowhere/at/all"), "directory"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models_are_refused_and_not_changed(case: str) -> None:
+    make, action, name = MODELS[case]
+    model = make()
+    merged_state = any(getattr(m, "merged", False) for m in model.modules())
+    before = None if merged_state else snapshot(model)
+    want = model(IDS).detach() if merged_state else None
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+        action(model)
+    assert_says(caught.value, name)
+    if before is None:
+        assert torch.equal(model(IDS), want) and all(m.merged for m in model.modules() if hasattr(m, "merged"))
+    else:
+        assert_unchanged(model, before)
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("call_it", [merge, unmerge, lotr_parameters, trainable_summary, apply()])
+def test_what_is_no_model(call_it: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError) as caught:
+        call_it([nn.Linear(3, 3)])
+    assert_says(caught.value, "model")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "mismatched"])
+def test_adapter_files(tmp_path: Path, damage: str) -> None:
+    """One of each kind; all of them are in test_checkpoint_refusals.py."""
+    save_adapter(adapted(), tmp_path)
+    file = next(tmp_path.glob("*.safetensors"))
+    model = toy(d=32) if damage == "mismatched" else toy()
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "foreign":
+        file.write_bytes(b"PK\x03\x04 not a safetensors file")
+    before = snapshot(model)
+    with pytest.raises(ValueError) as caught:
+        loads(model, tmp_path)
+    assert_says(caught.value, "")
+    assert_unchanged(model, before)
+
+
+def test_a_safe_merge_of_nan_changes_no_layer_at_all() -> None:
+    model = adapted()
+    randomize(model)
+    model.lotr_factors["16x16"].B.data[3, 0] = NAN
+    weights = [layer.weight.detach().clone() for layer in (model.blocks[0].q, model.blocks[1].v)]
+    with pytest.raises(ValueError, match="safe=True"):
+        merge(model, safe=True)
+    assert torch.equal(weights[0], model.blocks[0].q.weight) and torch.equal(weights[1], model.blocks[1].v.weight)
+    assert lotr_ext.__version__
