@@ -7,6 +7,7 @@
 //   expand_add_   y += drop(u F^T)                         dx += k A^T too
 //   factor_grad_  acc += drop(x)^T k                       over all tokens
 //   shrink_grad   k = g F, Q = g^T u                       one read of g
+//   shrink_grad_  k = g F, Q += g^T u
 //   fold          F_l = scaling B G_l^T
 //   fold_grad     dB += scaling sum_l Q_l G_l, l = 0 .. L-1 in this order; dG_l = scaling Q_l^T B
 //   small_*       the unfolded form, for few tokens
@@ -132,8 +133,16 @@ std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const T
   const Arg ag("g", g), aF("F", F), au("u", u);
   const Sizes s = check_shrink_grad(ag, aF, au);
   Tensor k = empty<2>({s.m, s.r}, ag.dtype), Q = empty<2>({s.n, s.r}, acc_dtype(ag.dtype));
-  cpu::shrink_grad(written(Arg("k", k)), written(Arg("Q", Q)), read(ag), read(aF), read(au));
+  cpu::shrink_grad(written(Arg("k", k)), written(Arg("Q", Q)), read(ag), read(aF), read(au), false);
   return {k, Q};
+}
+
+Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Tensor& u) {
+  const Arg aQ("Q", Q), ag("g", g), aF("F", F), au("u", u);
+  const Sizes s = check_shrink_grad_add(aQ, ag, aF, au);
+  Tensor k = empty<2>({s.m, s.r}, ag.dtype);
+  cpu::shrink_grad(written(Arg("k", k)), written(aQ), read(ag), read(aF), read(au), true);
+  return k;
 }
 
 Tensor fold(const Tensor& B, const Tensor& cores, double scaling, ScalarType dtype) {
@@ -189,7 +198,7 @@ Tensor small_backward_(const OptionalTensor& dx, const Tensor& g, const Optional
 std::string quoted_list(const std::string& list) {
   std::string out;
   for (size_t at = 0; at < list.size();) {
-    const size_t end = std::min(list.find(';', at), list.size());
+    const size_t end = std::min(list.find(',', at), list.size());
     out += (out.empty() ? "\"" : ", \"") + list.substr(at, end - at) + "\"";
     at = end + 1;
   }
@@ -219,6 +228,7 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def("expand_add_(Tensor(a!) y, Tensor u, Tensor F, float p=0.0, Tensor? seed=None) -> ()");
   m.def("factor_grad_(Tensor(a!) acc, Tensor x, Tensor k, float p=0.0, Tensor? seed=None) -> ()");
   m.def("shrink_grad(Tensor g, Tensor F, Tensor u) -> (Tensor k, Tensor Q)");
+  m.def("shrink_grad_(Tensor(a!) Q, Tensor g, Tensor F, Tensor u) -> Tensor");
   m.def("fold(Tensor B, Tensor cores, float scaling, ScalarType dtype) -> Tensor");
   m.def("fold_grad(Tensor Q, Tensor B, Tensor cores, float scaling, Tensor(a!)? dB) -> Tensor");
   m.def("small_forward_(Tensor(a!) y, Tensor x, Tensor A, Tensor core, Tensor B, float scaling) -> Tensor");
@@ -235,6 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
   m.impl("expand_add_", TORCH_BOX(&lotr::expand_add_));
   m.impl("factor_grad_", TORCH_BOX(&lotr::factor_grad_));
   m.impl("shrink_grad", TORCH_BOX(&lotr::shrink_grad));
+  m.impl("shrink_grad_", TORCH_BOX(&lotr::shrink_grad_));
   m.impl("fold", TORCH_BOX(&lotr::fold));
   m.impl("fold_grad", TORCH_BOX(&lotr::fold_grad));
   m.impl("small_forward_", TORCH_BOX(&lotr::small_forward_));
