@@ -20,6 +20,23 @@ struct Options {
   bool count_memory = false;     // bytes, sectors and bank conflicts (about twice as slow)
   size_t shared_limit = 232448;  // bytes a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
 };
+// Mutation without a compiler: calls of barriers, warp synchronisation, commits, waits and fences at this
+// line do nothing, as if the line were deleted.  file: the end of its path, as "tile/reduce.cuh"; empty:
+// nowhere.
+struct Skip {
+  std::string file;
+  int line = 0;
+};
+void skip_synchronisation(const Skip& at);
+
+// Every such call that has run since reset_counters.
+struct SynchronisationSite {
+  std::string op, file;
+  int line;
+  uint64_t calls;  // of threads
+};
+std::vector<SynchronisationSite> synchronisation_sites();
+
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
 // LOTR_SIMT_ORDER=forward|reverse|random, LOTR_SIMT_SEED=n, LOTR_SIMT_PREEMPT=0..255 over `options`.

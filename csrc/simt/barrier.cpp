@@ -150,12 +150,14 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
 
 void sync_threads(Site site) {
   race::ExecutorScope scope;
+  if (left_out("__syncthreads", site)) return;
   meet(0, self().block->thread_count, "__syncthreads", site);
 }
 
 void barrier_sync(int id, int threads, Site site) {
   race::ExecutorScope scope;
   check_named(id, threads, "bar.sync", site);
+  if (left_out("bar.sync", site)) return;
   meet(id, uint32_t(threads), "bar.sync", site);
 }
 
@@ -163,6 +165,7 @@ void barrier_arrive(int id, int threads, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("bar.arrive", site);
   check_named(id, threads, t.op, site);
+  if (left_out(t.op, site)) return;
   Barrier& b = t.block->barriers[id];
   expect(b, id, uint32_t(threads), t.op, site);
   race::release(b.sync[b.generation % 2]);
@@ -171,6 +174,7 @@ void barrier_arrive(int id, int threads, Site site) {
 
 void sync_warp(uint32_t mask, Site site) {
   race::ExecutorScope scope;
+  if (left_out("__syncwarp", site)) return;
   warp_collective("__syncwarp", mask, site, nullptr, nothing, nullptr, true);
 }
 

@@ -227,6 +227,7 @@ Counters counters() {
 
 void reset_counters() {
   totals = Counters{};
+  forget_sites();
   for (Array& array : arrays) {
     const Traffic zero{array.traffic.name, array.traffic.size};
     array.traffic = zero;

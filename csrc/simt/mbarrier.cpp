@@ -87,6 +87,7 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
   enter(bytes ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive", site);
+  if (left_out(self().op, site)) return;
   MemoryBarrier& b = find(barrier, site);
   race::release(b.sync);
   if (!b.pending)
@@ -100,6 +101,7 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
 void mbarrier_wait(void* barrier, uint32_t parity, Site site) {
   race::ExecutorScope scope;
   enter("mbarrier.try_wait", site);
+  if (left_out(self().op, site)) return;
   while ((find(barrier, site).phase & 1) == (parity & 1))
     wait_here(State::spinning, "mbarrier.try_wait", site);
   progress();
@@ -136,6 +138,7 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
 void cluster_sync(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("barrier.cluster", site);
+  if (left_out(t.op, site)) return;
   Barrier& b = machine.cluster_barrier;
   const uint32_t all = uint32_t(machine.blocks.size()) * t.block->thread_count;
   race::Sync& sync = b.sync[b.generation % 2];

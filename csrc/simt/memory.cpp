@@ -156,6 +156,7 @@ void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
 void fence_device(Site site) {
   race::ExecutorScope scope;
   enter("fence", site);
+  if (left_out("fence", site)) return;
   race::fence();
 }
 
@@ -192,12 +193,14 @@ void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, S
 
 void cp_async_commit(Site site) {
   race::ExecutorScope scope;
+  if (left_out("cp.async.commit_group", site)) return;
   enter("cp.async.commit_group", site).copies.push_back({nullptr, nullptr, 0, 0, true});
 }
 
 void cp_async_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter(keep < 0 ? "cp.async.wait_all" : "cp.async.wait_group", site);
+  if (left_out(t.op, site)) return;
   size_t landing = keep < 0 ? t.copies.size() : 0;
   int groups = 0;
   for (size_t i = t.copies.size(); keep >= 0 && i-- > 0;)

@@ -156,7 +156,7 @@ void py_factor_grad(py::array D, py::array x, py::array k, double p,
   cuda::factor_grad(call(type), params, workspace.get());
 }
 
-void py_shrink_grad(py::array g, py::array F, py::array u, py::array k, py::array Q) {
+void py_shrink_grad(py::array g, py::array F, py::array u, py::array k, py::array Q, bool accumulate) {
   Scope scope;
   const DType type = dtype_of("g", g);
   ShrinkGradParams params{};
@@ -169,6 +169,9 @@ void py_shrink_grad(py::array g, py::array F, py::array u, py::array k, py::arra
   params.k = output("k", k, type, params.M, params.r);
   expect_shape("Q", Q, {params.N, params.r});
   params.Q = floats("Q", Q);
+  params.Q_row = stride(Q, 0);
+  params.Q_col = stride(Q, 1);
+  params.accumulate = accumulate;
   Workspace workspace(cuda::shrink_grad_workspace(call(type), params));
   cuda::shrink_grad(call(type), params, workspace.get());
 }
@@ -304,6 +307,15 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
   set_options(o);
 }
 
+// For mutate_kernels.py: where threads synchronise, so that each place can be left out without compiling
+// again.
+py::list synchronisation_sites_py() {
+  py::list sites;
+  for (const SynchronisationSite& s : synchronisation_sites())
+    sites.append(py::make_tuple(s.op, s.file, s.line, s.calls));
+  return sites;
+}
+
 py::array sparse_array(std::vector<py::ssize_t> shape, const py::dtype& dtype) {
   size_t bytes = size_t(dtype.itemsize());
   for (const py::ssize_t n : shape) bytes *= size_t(n);
@@ -328,13 +340,19 @@ PYBIND11_MODULE(lotr_simt, m) {
   using namespace pybind11::literals;
   m.doc() = "The CUDA kernels of lotr_ext, run on the CPU by the SIMT executor.  Test builds only.";
   py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
+  m.def("synchronisation_sites", &synchronisation_sites_py,
+        "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
+  m.def(
+      "skip_synchronisation", [](const std::string& file, int line) { skip_synchronisation({file, line}); },
+      "file"_a, "line"_a,
+      "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
         "scale"_a = 1.0, "core"_a = py::none(), "h"_a = py::none(), "core_scale"_a = 1.0);
   m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0,
         "seed"_a = py::none());
   m.def("factor_grad_", &py_factor_grad, "acc"_a, "x"_a, "k"_a, py::kw_only(), "p"_a = 0.0,
         "seed"_a = py::none());
-  m.def("shrink_grad", &py_shrink_grad, "g"_a, "F"_a, "u"_a, "k"_a, "Q"_a);
+  m.def("shrink_grad", &py_shrink_grad, "g"_a, "F"_a, "u"_a, "k"_a, "Q"_a, "accumulate"_a = false);
   m.def("fold", &py_fold, "B"_a, "cores"_a, "scaling"_a, "F"_a);
   m.def("fold_grad", &py_fold_grad, "Q"_a, "B"_a, "cores"_a, "scaling"_a, "dB"_a, "dcores"_a);
   m.def("small_forward_", &py_small_forward, "y"_a, "x"_a, "A"_a, "core"_a, "B"_a, "scaling"_a, "u"_a);

@@ -162,6 +162,11 @@ void touch_read(const void* from, size_t bytes);
 void poison(void* p, size_t bytes);  // AddressSanitizer only
 void unpoison(void* p, size_t bytes);
 
+// ---- sites.cpp ----
+// Notes the call; true: it is to be left out.
+bool left_out(const char* op, Site site);
+void forget_sites();
+
 // ---- matrix.cpp ----
 float half_to_float(uint32_t bits, bool is_bf16);
 

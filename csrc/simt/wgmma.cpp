@@ -57,6 +57,7 @@ void nothing(Warp&, uint32_t, void*) {}
 
 void wgmma_fence(Site site) {
   race::ExecutorScope scope;
+  if (left_out("wgmma.fence", site)) return;
   enter("wgmma.fence", site).wgmma_fenced = true;
 }
 
@@ -83,6 +84,7 @@ void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool is_bf1
 
 void wgmma_commit(Site site) {
   race::ExecutorScope scope;
+  if (left_out("wgmma.commit_group", site)) return;
   WarpgroupProduct end{};
   end.commit = true;
   enter("wgmma.commit_group", site).products.push_back(end);
@@ -91,6 +93,7 @@ void wgmma_commit(Site site) {
 void wgmma_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("wgmma.wait_group", site);
+  if (left_out(t.op, site)) return;
   size_t done = 0;
   int groups = 0;
   for (size_t i = t.products.size(); i-- > 0;)

@@ -1,0 +1,57 @@
+// The places in kernels where threads synchronise, and leaving one of them out.
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "state.h"
+
+namespace lotr::simt {
+namespace {
+
+Skip skip;
+struct Calls {
+  const char* op;
+  uint64_t count;
+};
+std::map<std::pair<const char*, int>, Calls>
+    sites;  // by address of the file's name: one file may have several
+
+bool ends_with(const char* text, const std::string& end) {
+  const size_t length = strlen(text);
+  return length >= end.size() && !strcmp(text + length - end.size(), end.c_str());
+}
+
+}  // namespace
+
+bool left_out(const char* op, Site site) {
+  static Calls* latest = nullptr;
+  static Site where{nullptr, 0};
+  if (where.line != site.line || where.file != site.file || sites.empty()) {  // not where it was last time
+    where = site;
+    latest = &sites[{site.file, site.line}];
+    latest->op = op;
+  }
+  ++latest->count;
+  return skip.line == site.line && !skip.file.empty() && ends_with(site.file, skip.file);
+}
+
+void forget_sites() {
+  sites.clear();
+}
+
+void skip_synchronisation(const Skip& at) {
+  skip = at;
+}
+
+std::vector<SynchronisationSite> synchronisation_sites() {
+  std::map<std::pair<std::string, int>, SynchronisationSite> by_name;
+  for (const auto& [where, calls] : sites) {
+    SynchronisationSite& site = by_name[{where.first, where.second}];
+    site = {calls.op, where.first, where.second, site.calls + calls.count};
+  }
+  std::vector<SynchronisationSite> result;
+  for (auto& entry : by_name) result.push_back(entry.second);
+  return result;
+}
+
+}  // namespace lotr::simt
