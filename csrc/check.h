@@ -211,6 +211,14 @@ inline Sizes check_shrink_grad(const Arg& g, const Arg& F, const Arg& u) {
   return s;
 }
 
+inline Sizes check_shrink_grad_add(const Arg& Q, const Arg& g, const Arg& F, const Arg& u) {
+  const Sizes s = check_shrink_grad(g, F, u);
+  Check c{"lotr::shrink_grad_"};
+  c.dims(Q, 2, "[N, r_in]"), c.dtype(Q, acc_dtype(g.dtype)), c.device(Q, g), c.writable(Q);
+  c.size(Q, 0, g.size[1], "N, as in g"), c.size(Q, 1, F.size[1], "r_in, as in F");
+  return s;
+}
+
 inline Sizes check_fold(const Arg& B, const Arg& cores, double scaling, ScalarType dtype) {
   Check c{"lotr::fold"};
   c.dims(B, 2, "[N, r_out]"), c.dims(cores, 3, "[L, r_in, r_out]");

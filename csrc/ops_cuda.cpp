@@ -253,11 +253,27 @@ std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const T
   Tensor k = c.empty<2>({s.m, s.r}), Q = c.empty_float<2>({s.n, s.r});
   ShrinkGradParams q{};
   q.g = c.read(ag), q.F = c.read(aF), q.u = c.read(au), q.k = c.written(Arg("k", k)),
-  q.Q = c.written_floats(Arg("Q", Q));
+  q.Q = c.written_floats(Arg("Q", Q)), q.Q_row = s.r, q.Q_col = 1;
   q.M = s.m, q.N = s.n, q.r = int32_t(s.r);
   c.with_workspace(cuda::shrink_grad_workspace(c.call(), q),
                    [&](void* w) { cuda::shrink_grad(c.call(), q, w); });
   return {k, Q};
+}
+
+Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Tensor& u) {
+  const Arg aQ("Q", Q), ag("g", g), aF("F", F), au("u", u);
+  const Sizes s = check_shrink_grad_add(aQ, ag, aF, au);
+  check_rank("lotr::shrink_grad_", aF, 1);
+  const Context c("lotr::shrink_grad_", ag);
+  for (const Arg* a : {&ag, &aF, &au}) apart(c.op(), aQ, *a);
+  Tensor k = c.empty<2>({s.m, s.r});
+  ShrinkGradParams q{};
+  q.g = c.read(ag), q.F = c.read(aF), q.u = c.read(au), q.k = c.written(Arg("k", k)),
+  q.Q = c.written_floats(aQ), q.Q_row = aQ.stride[0], q.Q_col = aQ.stride[1], q.accumulate = 1;
+  q.M = s.m, q.N = s.n, q.r = int32_t(s.r);
+  c.with_workspace(cuda::shrink_grad_workspace(c.call(), q),
+                   [&](void* w) { cuda::shrink_grad(c.call(), q, w); });
+  return k;
 }
 
 Tensor fold(const Tensor& B, const Tensor& cores, double scaling, ScalarType dtype) {
@@ -362,6 +378,7 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
   m.impl("expand_add_", TORCH_BOX(&lotr::expand_add_));
   m.impl("factor_grad_", TORCH_BOX(&lotr::factor_grad_));
   m.impl("shrink_grad", TORCH_BOX(&lotr::shrink_grad));
+  m.impl("shrink_grad_", TORCH_BOX(&lotr::shrink_grad_));
   m.impl("fold", TORCH_BOX(&lotr::fold));
   m.impl("fold_grad", TORCH_BOX(&lotr::fold_grad));
   m.impl("small_forward_", TORCH_BOX(&lotr::small_forward_));

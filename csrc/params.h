@@ -89,11 +89,13 @@ struct ShrinkGradParams {
   Matrix F;         // [N, r]
   Matrix u;         // [M, r]
   MutableMatrix k;  // [M, r]
-  float* Q;         // [N, r], contiguous
+  float* Q;         // [N, r]
+  int64_t Q_row, Q_col;
   int64_t M, N;
   int64_t m_per_block, n_per_block;
   int32_t m_splits, n_splits;
   int32_t r;
+  int32_t accumulate;  // 0: Q = instead of Q +=
   Reduction sum_k;  // partial [m blocks, n_splits, m_per_block, R]
   Reduction sum_Q;  // partial [n blocks, m_splits, n_per_block, R]
 };

@@ -62,9 +62,7 @@ def shrink_grad(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def shrink_grad_(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
     """`shrink_grad` that adds: Q [n, r_in] += g^T u in place; returns k = g F [m, r_in]."""
-    k, part = _lotr.shrink_grad.default(g, F, u)
-    Q.add_(part)
-    return k
+    return _lotr.shrink_grad_.default(Q, g, F, u)
 
 
 def fold(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -126,6 +124,12 @@ def _(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     torch._check(g.shape[0] == u.shape[0], lambda: f"shrink_grad: u: expected {g.shape[0]} rows, got {u.shape[0]}")
     k = g.new_empty(g.shape[0], F.shape[1])
     return k, g.new_empty(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype))
+
+
+@torch.library.register_fake("lotr::shrink_grad_")
+def _(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
+    torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad_: F: expected {g.shape[1]} rows, got {F.shape[0]}")
+    return g.new_empty(g.shape[0], F.shape[1])
 
 
 @torch.library.register_fake("lotr::fold")
@@ -251,5 +255,5 @@ def _bump_versions(name: str) -> None:
     _registrations.impl(name, in_place, "ADInplaceOrView", with_keyset=True)
 
 
-for _name in ("expand_add_", "factor_grad_", "fold_grad", "small_forward_", "small_backward_"):
+for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_"):
     _bump_versions(_name)

@@ -34,6 +34,7 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
             (w(0, n), w(0, 4), w(n, 4)),
         ],
         "factor_grad_": [(a(k, r_in), w(m, k), w(m, r_in)), (a(k, r_in), w(m, k), w(m, r_in), 0.5, seed)],
+        "shrink_grad_": [(a(n, r_in), w(m, n), w(n, r_in), w(m, r_in)), (a(n, 4), w(0, n), w(n, 4), w(0, 4))],
         "fold_grad": [
             (a(2, n, r_in), w(n, r_out), w(2, r_in, r_out), 0.7, a(n, r_out)),
             (a(2, n, r_in), w(n, r_out), w(2, r_in, r_out), 0.7, None),
@@ -59,7 +60,7 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
 
 
 FUNCTIONAL = ("shrink", "shrink_grad", "fold")
-WRITING = ("expand_add_", "factor_grad_", "fold_grad", "small_forward_", "small_backward_")
+WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -129,6 +130,8 @@ def test_wrappers_are_the_reference():
     ops.expand_add_(y, u, F)
     assert torch.allclose(y, reference.forward(x, W, None, A, B, core, s, mask), atol=1e-12)
     K, Q = ops.shrink_grad(g, F, u)
+    twice = Q.clone()
+    assert torch.equal(ops.shrink_grad_(twice, g, F, u), K) and torch.allclose(twice, 2 * Q, atol=1e-12)
     dx = g @ W
     ops.expand_add_(dx, K, A, p=p, seed=seed)
     dA, dB = torch.zeros_like(A), torch.zeros_like(B)

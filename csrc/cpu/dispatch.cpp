@@ -54,8 +54,8 @@ void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop) {
 void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop) {
   table().factor_grad(acc, x, k, drop);
 }
-void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u) {
-  table().shrink_grad(k, Q, g, F, u);
+void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
+  table().shrink_grad(k, Q, g, F, u, add);
 }
 void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
           double scaling) {

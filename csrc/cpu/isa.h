@@ -21,8 +21,8 @@ inline void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& dro
 inline void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop) {
   typed(x.dtype, [&](auto t) { Operators<decltype(t)>::factor_grad(acc, x, k, drop); });
 }
-inline void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u) {
-  typed(g.dtype, [&](auto t) { Operators<decltype(t)>::shrink_grad(k, Q, g, F, u); });
+inline void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
+  typed(g.dtype, [&](auto t) { Operators<decltype(t)>::shrink_grad(k, Q, g, F, u, add); });
 }
 inline void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
                  double scaling) {

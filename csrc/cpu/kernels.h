@@ -37,7 +37,7 @@ struct SmallBackward {
 void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop);
 void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop);
 void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop);
-void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u);
+void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add);
 // F, cores, Q and dcores hold l matrices, each at `data` plus its index times the layer stride.
 void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
           double scaling);

@@ -58,7 +58,7 @@ struct Operators {
         const int64_t rows = smaller(kTileRows, i1 - i);
         shrink_tile<K, T>(memory.get<Acc>(), ldc, true, x, drop, b.data, b.ld, vectors, i, rows,
                           memory.get<char>() + sums);
-        write_rows(out, i, rows, memory.get<Acc>(), ldc, drop.scale, false);
+        write_rows<K>(out, i, rows, memory.get<Acc>(), ldc, drop.scale, false);
       }
     });
   }
@@ -160,7 +160,7 @@ struct Operators {
   }
 
   // A tile of g is read once from memory and used twice in cache.
-  static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u) {
+  static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
     const Chunks chunks(g.rows);
     const PackedFactor<K, T> b(F);
     const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = kTileUnits * K::kPair;
@@ -178,13 +178,13 @@ struct Operators {
             const int64_t n = smaller(kTileRows, rows - part);
             shrink_tile<K, T>(memory.get<Acc>(), ld, true, g, Drop{}, b.data, b.ld, vectors, i + part, n,
                               space);
-            write_rows(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
+            write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
           outer_rows<K, T>(P, ld, i == first, g, Drop{}, u, i, i + rows, 0, g.cols, space);
         }
       }
     });
-    add_partials(Q, partials.get<Acc>(), chunks.count, ld, 1.0, false);
+    add_partials(Q, partials.get<Acc>(), chunks.count, ld, 1.0, add);
   }
 };
 

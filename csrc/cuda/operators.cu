@@ -175,8 +175,9 @@ void two_reads(const ShrinkGradParams& p, ShrinkParams& k, FactorGradParams& Q) 
   Q.x = p.g;
   Q.v = p.u;
   Q.D = p.Q;
-  Q.D_row = p.r;
-  Q.D_col = 1;
+  Q.D_row = p.Q_row;
+  Q.D_col = p.Q_col;
+  Q.accumulate = p.accumulate;
   Q.M = p.M;
   Q.K = p.N;
   Q.r = p.r;
@@ -204,6 +205,7 @@ size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& p) {
 
 void shrink_grad(const Call& call, const ShrinkGradParams& p, void* workspace) {
   check_rank("shrink_grad", "F", p.r);
+  if (p.M == 0 && p.accumulate) return;
   if (p.M == 0) return clear(p.Q, size_t(p.N * p.r) * sizeof(float), call.stream);
   if (p.r > SHRINK_GRAD_MAX_RANK) {
     ShrinkParams k;

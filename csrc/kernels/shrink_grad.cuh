@@ -1,4 +1,4 @@
-// shrink_grad:  k = g F,  Q = g^T u          g [M, N], F [N, r], u [M, r], k [M, r], Q [N, r] float32
+// shrink_grad:  k = g F,  Q (+)= g^T u          g [M, N], F [N, r], u [M, r], k [M, r], Q [N, r] float32
 //
 // Grid     x: blocks of n_per_block columns (up to SUBS tiles of 64), y: blocks of m_per_block tokens.
 //          A block reads its rectangle of g once, tile by tile, and uses each tile from both sides: its rows
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   }
 
   if (Q.reduce(p.sum_Q, int(blockIdx.x), int(blockIdx.y), p.m_splits, n_begin, n_end, p.r, sm.last))
-    Q.store(p.Q, p.r, 1, n_begin, n_end, p.r, 1.f, false);
+    Q.store(p.Q, p.Q_row, p.Q_col, n_begin, n_end, p.r, 1.f, p.accumulate != 0);
 
   if (tile::arrive_last(p.sum_k.arrived + blockIdx.y, p.n_splits, sm.last)) {
     for (int m = 0; m < walk.m_tiles; ++m) {
