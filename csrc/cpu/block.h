@@ -44,15 +44,40 @@ struct Loose {
   typedef U type __attribute__((aligned(sizeof(U) / 2), may_alias));
 };
 
+// The next tile of a tensor, asked for line by line while the current one is multiplied: tile rows are too short and too far
+// apart for the hardware to guess, and a burst of requests would stall the loads it competes with.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t step = 0;                // bytes between rows
+  int64_t rows = 0, bytes = 0;     // what is left, and a row's length
+  int64_t at = 0;
+
+  Ahead() = default;
+  // A piece of `a`, cut at its end.
+  Ahead(const Mat& a, int64_t i0, int64_t wanted_rows, int64_t c0, int64_t cols) {
+    if (a.cs != 1 || i0 >= a.rows || c0 >= a.cols) return;
+    const int64_t size = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
+    row = static_cast<const char*>(a.data) + (i0 * a.rs + c0) * size;
+    step = a.rs * size, bytes = smaller(cols, a.cols - c0) * size, rows = smaller(wanted_rows, a.rows - i0);
+  }
+  LOTR_INLINE void next() {
+    if (rows <= 0) return;
+    __builtin_prefetch(row + at, 0, 2);
+    at += 64;
+    if (at >= bytes) at = 0, row += step, --rows;
+  }
+};
+
 // acc += the product over n units. `step` is the distance of a's rows (kAlongRow) or of its units (else), in
 // bytes because a row of bf16 may start at half a unit; the other distance is one unit.
 template <typename K, int MR, int RV, bool kAlongRow>
 LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t step,
-                          const typename K::Unit* b, int64_t ldb, int64_t n) {
+                          const typename K::Unit* b, int64_t ldb, int64_t n, Ahead* ahead = nullptr) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   using Loaded = typename Loose<typename K::Unit>::type;
 #pragma GCC unroll 4
   for (int64_t t = 0; t < n; ++t) {
+    if (ahead) ahead->next();
     decltype(load(b)) bv[RV];
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) bv[v] = load(b + t * ldb + v * K::kLanes);
@@ -70,14 +95,20 @@ LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t
 // long sum made of short ones rounds less.
 template <typename K, int MR, int RV, bool kAlongRow>
 inline void sum_block(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step,
-                      const typename K::Unit* b, int64_t ldb, int64_t n) {
+                      const typename K::Unit* b, int64_t ldb, int64_t n, Ahead& ahead) {
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
   }
-  multiply<K, MR, RV, kAlongRow>(acc, a, step, b, ldb, n);
+  if constexpr (kAlongRow) {
+    multiply<K, MR, RV, true>(acc, a, step, b, ldb, n);
+  } else {
+    Ahead local = ahead;  // in registers
+    multiply<K, MR, RV, false>(acc, a, step, b, ldb, n, &local);
+    ahead = local;
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
@@ -107,7 +138,7 @@ LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
 // rank in a row of ldb units. a's row i starts i * step bytes (kAlongRow) or i units after a.
 template <typename K, bool kAlongRow>
 inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step, int64_t rows,
-                     const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t n) {
+                     const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t n, Ahead ahead = {}) {
   for (int64_t v = 0; v < vectors;) {
     // Groups of even size: 5 vectors are 3 + 2, not 4 + 1.
     const int64_t left = vectors - v, groups = (left + kMaxVectors - 1) / kMaxVectors,
@@ -119,7 +150,7 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
         constexpr int MR = decltype(mr)::value;
         sum_block<K, MR, RV, kAlongRow>(c + i * ldc + v * K::kLanes, ldc, fresh,
                                         a + i * (kAlongRow ? step : int64_t(sizeof(typename K::Unit))), step,
-                                        b + v * K::kLanes, ldb, n);
+                                        b + v * K::kLanes, ldb, n, ahead);
       });
     });
     v += group;
@@ -135,8 +166,7 @@ inline void expand_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    // The next rows' y, while this block is multiplied: the rows are too far apart for the hardware to guess
-    // them.
+    // The next rows' y, while this block is multiplied: the rows are too far apart for the hardware to guess.
     if (cs == 1) {
       for (int v = 0; v < kPanel * int(sizeof(T)); v += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(y + (MR + i) * ldy) + v, 1);

@@ -54,21 +54,24 @@ struct PackedFactor {
 };
 
 // out[i0 + i, j] (= or +=) scale * c[i][j], rounded once.
-template <typename Acc>
-inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const Acc* c, int64_t ldc, double scale,
-                       bool add) {
+template <typename K>
+inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename K::Acc* c, int64_t ldc, double scale, bool add) {
+  using Acc = typename K::Acc;
   by_dtype(out.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
     const Acc s = Acc(scale);
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < rows; ++i, c += ldc) {
       T* row = static_cast<T*>(out.data) + (i0 + i) * out.rs;
-      if (add) {
-        for (int64_t j = 0; j < out.cols; ++j)
-          row[j * out.cs] = Narrow<T>::from(to_float(row[j * out.cs]) + s * c[i * ldc + j]);
-      } else if (out.cs == 1) {
-        for (int64_t j = 0; j < out.cols; ++j) row[j] = Narrow<T>::from(s * c[i * ldc + j]);
-      } else {
-        for (int64_t j = 0; j < out.cols; ++j) row[j * out.cs] = Narrow<T>::from(s * c[i * ldc + j]);
+      int64_t j = 0;
+      if constexpr (same<Acc, double> == same<T, double>) {
+        for (; out.cs == 1 && j + K::kLanes <= out.cols; j += K::kLanes) {
+          const auto sum = s * load(c + j);
+          store(row + j, add ? load(row + j) + sum : sum);
+        }
+      }
+      for (; j < out.cols; ++j) {
+        T* at = row + j * out.cs;
+        *at = Narrow<T>::from((add ? to_float(*at) : 0) + s * c[j]);
       }
     }
   });
@@ -140,6 +143,8 @@ inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x
     }
     for (int64_t c = c0; c < c1; c += kTileColumns) {
       const int64_t cols = smaller(kTileColumns, c1 - c);
+      const bool last = c + kTileColumns >= c1;
+      const Ahead ahead(x, last ? i + tile_m : i, tile_m, last ? c0 : c + kTileColumns, smaller(kTileColumns, c1 - c0));
       const char* a = reinterpret_cast<const char*>(x_tile);
       int64_t step = kTileColumns * int64_t(sizeof(Unit));
       if (x_in_place) {
@@ -148,7 +153,7 @@ inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x
       } else {
         tile_down_columns<K, T>(x_tile, kTileColumns, x, i, rows, c, cols, drop, mask, row);
       }
-      sum_rows<K, false>(P + (c - c0) * ldp, ldp, fresh && i == i0, a, step, cols, b, ldb, vectors, units);
+      sum_rows<K, false>(P + (c - c0) * ldp, ldp, fresh && i == i0, a, step, cols, b, ldb, vectors, units, ahead);
     }
   }
 }

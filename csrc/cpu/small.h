@@ -31,7 +31,7 @@ struct CoreProducts {
         const int64_t rows = smaller(kTileRows, i1 - i);
         shrink_tile<K, Acc>(memory.get<Acc>(), ldc, true, B, Drop{}, b.data, b.ld, vectors, i, rows,
                             memory.get<char>() + sums);
-        write_rows(layer_of(F, F_ls, layer), i, rows, memory.get<Acc>(), ldc, scaling, false);
+        write_rows<K>(layer_of(F, F_ls, layer), i, rows, memory.get<Acc>(), ldc, scaling, false);
       }
     };
     const int64_t work = B.rows * B.cols * r_in;
@@ -80,7 +80,7 @@ struct CoreProducts {
                               packed.get<Acc>() + layer * r_in * ld, ld, vectors, i, rows,
                               memory.get<char>() + sums);
         }
-        write_rows(dB, i, rows, memory.get<Acc>(), ld, scaling, true);
+        write_rows<K>(dB, i, rows, memory.get<Acc>(), ld, scaling, true);
       }
     });
   }

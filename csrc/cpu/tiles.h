@@ -133,7 +133,14 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
         }
       }
       if constexpr (pairs<K>) {
-        for (int64_t j = 0; j < cols; ++j) dst[j] = uint32_t(half[0][j]) | uint32_t(half[1][j]) << 16;
+        constexpr int kHalves = LOTR_VB / 2;
+        int64_t j = 0;
+        for (; j + kHalves <= cols; j += kHalves) {
+          const auto a = load(half[0] + j), b = load(half[1] + j);
+          store(dst + j, reinterpret_cast<vi>(zip<0, kHalves>(a, b)));
+          store(dst + j + K::kLanes, reinterpret_cast<vi>(zip<1, kHalves>(a, b)));
+        }
+        for (; j < cols; ++j) dst[j] = uint32_t(half[0][j]) | uint32_t(half[1][j]) << 16;
       }
       for (int64_t j = cols; j < ld; ++j) dst[j] = 0;
     }
