@@ -261,7 +261,10 @@ void run_cluster(uint3 corner) {
   machine.blocks.resize(count);
   machine.warps.clear();
   machine.ready_warps.assign((warps + 63) / 64, 0);
-  machine.current_warp = 0;
+  const Order order = machine.options.order;
+  machine.current_warp = order == Order::forward   ? 0
+                         : order == Order::reverse ? warps - 1
+                                                   : next_random() % warps;
   machine.threads_left = size_t(count) * threads;
   machine.memory_barriers.clear();
   machine.engine.clear();

@@ -1,0 +1,150 @@
+"""What the executor promises: schedules, deadlock reports, late copies, sparse arrays, builds, coverage."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from simt import build
+
+PROGRAMS = Path(__file__).parent / "programs"
+SOURCE = PROGRAMS / "behaviour.cpp"
+UCONTEXT = ("-DLOTR_SIMT_UCONTEXT=1",)
+
+
+def line_of(mark: str) -> int:
+    return next(i for i, line in enumerate(SOURCE.read_text().splitlines(), 1) if mark in line)
+
+
+def run(*arguments: str, mode: str = "plain", defines: tuple[str, ...] = (), **schedule: object) -> str:
+    env = build.environment(mode) | {f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()}
+    program = build.program(mode, SOURCE, defines)
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=env, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.rstrip("\n")
+
+
+def threads(text: str) -> list[int]:
+    return [int(word) for word in text.split()]
+
+
+def test_schedules() -> None:
+    in_order = list(range(192))
+    assert threads(run("schedule", order="forward")) == in_order
+    assert threads(run("schedule", order="reverse")) == in_order[::-1]
+    some = [run("schedule", order="random", seed=seed, preempt=16) for seed in (1, 2, 1)]
+    assert some[0] == some[2] != some[1]
+    assert sorted(threads(some[0])) == in_order
+    assert threads(some[0])[:64] not in (in_order[:64], in_order[:127:-1])
+
+
+@pytest.mark.parametrize("mode, defines", [("plain", ()), ("plain", UCONTEXT), ("asan", ())])
+def test_deadlock_names_the_line(mode: str, defines: tuple[str, ...]) -> None:
+    report = run("deadlock", mode=mode, defines=defines)
+    place = f"behaviour.cpp:{line_of('DEADLOCK LINE')}"
+    assert report.startswith("error: kernel half: deadlock: no thread can go on")
+    assert re.search(rf"block \(0,0,0\): 64 threads from 0 on are at __syncthreads, .*{place}", report)
+    assert "block (0,0,0): 64 threads from 64 on have exited" in report
+
+
+@pytest.mark.parametrize("mode", ["plain", "asan"])
+def test_a_failed_launch_leaves_nothing_behind(mode: str) -> None:
+    assert threads(run("again", mode=mode)) == list(range(192))
+
+
+def test_ucontext_fibers_run_the_same_schedule() -> None:
+    schedule = {"order": "random", "seed": 5, "preempt": 32}
+    assert run("schedule", defines=UCONTEXT, **schedule) == run("schedule", **schedule)
+
+
+def test_shared_memory_starts_as_nan() -> None:
+    assert run("poison") == "128"
+
+
+def test_copies_land_at_the_wait() -> None:
+    assert run("copies") in ("nan 7", "-nan 7")
+
+
+def test_sparse_arrays_reach_beyond_31_bits() -> None:
+    assert run("sparse") == "7 1"
+
+
+def test_trap_and_exception() -> None:
+    assert re.match(rf"error: kernel trapped: trap: r is 300, expected at most 256 at .*:{line_of('TRAP LINE')} ", run("trap"))
+    assert "exception in a kernel: from a kernel" in run("throw")
+
+
+def test_launches_that_a_gpu_would_refuse() -> None:
+    assert run("no_grid") == "error: empty: a GPU would refuse this launch: gridDim.x is 0, expected 1 to 2147483647"
+    assert "shared memory in bytes is 300000, expected 1 to 232448" in run("shared")
+
+
+def test_launches_are_listed() -> None:
+    assert run("launches") == "first 2 3 32 2 64\nsecond 2 3 32 2 64"
+
+
+def test_thousands_of_blocks() -> None:
+    assert run("blocks") == "8000"
+
+
+def test_bad_options() -> None:
+    assert run("schedule", preempt=256) == "error: set_options: preempt is 256, expected 0 to 255"
+    assert "LOTR_SIMT_ORDER is sideways, expected forward, reverse or random" in run("schedule", order="sideways")
+
+
+def test_leaving_out_a_barrier() -> None:
+    first, second = line_of("FIRST BARRIER"), line_of("SECOND BARRIER")
+    verdict, *sites = run("skip", "0").splitlines()
+    assert verdict == "right"
+    assert sites[:2] == [f"__syncthreads {first} 256", f"__syncthreads {second} 256"]
+    assert run("skip", str(first)).startswith("wrong")
+    assert run("skip", str(second)).startswith("wrong")
+
+
+def test_coverage() -> None:
+    """Lines are counted although threads leave functions in the middle and come back on another stack."""
+    program = build.program("coverage", PROGRAMS / "sum.cpp")
+    build.reset_coverage()
+    assert subprocess.run([program, "0", "all"], capture_output=True, text=True).stdout.split() == ["ok"] * 22
+    files = build.coverage(PROGRAMS)
+    ran, total, missed = files["sum.cuh"]
+    source = (PROGRAMS / "sum.cuh").read_text().splitlines()
+    assert 0.8 <= ran / total < 1 and len(missed) == total - ran
+
+    def covered(text: str) -> bool:
+        return not any(text in source[number - 1] for number in missed)
+
+    assert not covered("ptx::store(p.arrived, before + 1)")  # only with a planted bug
+    assert covered("before = ptx::atomic_add(p.arrived, 1)") and covered("ptx::store(p.total, sum)")
+    assert covered("ptx::barrier_sync(1, threads)") and covered("return ptx::warp_sum(v)")
+
+
+NVCC = shutil.which("nvcc", path=os.pathsep.join([str(build.cuda_include().parent / "bin"), os.environ.get("PATH", "")]))
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize(
+    "kernel, target, instructions",
+    [
+        (
+            "gemm_sm80",
+            "sm_80",
+            ["cp.async.cg.shared.global", "ldmatrix.sync.aligned.m8n8.x4.trans", "mma.sync.aligned"],
+        ),
+        ("sum", "sm_80", ["fence.acq_rel.gpu", "atom.relaxed.gpu.global.add.s32", "bar.arrive", "ld.global.nc.v4.u32"]),
+        ("gemm_sm90", "sm_90a", ["wgmma.mma_async", "mbarrier.try_wait", "cp.async.bulk.tensor.2d", "barrier.cluster.arrive"]),
+    ],
+)
+def test_nvcc_compiles_the_same_kernels(kernel: str, target: str, instructions: list[str], tmp_path: Path) -> None:
+    source = tmp_path / f"{kernel}.cu"
+    source.write_text(f'#include "{kernel}.cuh"\n')
+    ptx = tmp_path / "kernel.ptx"
+    command = [NVCC, "-std=c++17", f"-arch={target}", f"-I{build.CSRC}", f"-I{PROGRAMS}", "-ptx", str(source), "-o", str(ptx)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = ptx.read_text()
+    assert [name for name in instructions if name not in text] == []
