@@ -1,0 +1,322 @@
+"""Every kernel as a problem: inputs in poisoned memory, a way to run it, and the float64 truth it is checked against."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+from arrays import ALIGNED, COLUMNS, DTYPE, ODD, PACKED, Layout, Output, check_close, narrow, operand, philox_keep, place, wide
+
+SEED = -0x123456789ABCDEF  # negative: all 64 bits matter
+
+
+@dataclass(frozen=True)
+class Shape:
+    """m tokens, k columns of the large matrix, r and r2 ranks; the device is played with `sms` multiprocessors."""
+
+    m: int
+    k: int
+    r: int
+    layout: Layout = ALIGNED
+    p: float = 0.0
+    sms: int = 132
+    r2: int = 0  # rank of the other factor; 0: the same
+    layers: int = 1
+    float_factors: bool = False
+
+    @property
+    def other(self) -> int:
+        return self.r2 or self.r
+
+    def __str__(self) -> str:
+        place = {PACKED: "packed", ALIGNED: "aligned", ODD: "odd", COLUMNS: "columns"}[self.layout]
+        extra = f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors
+        return f"{self.m}x{self.k}-r{self.r}-{place}-sm{self.sms}{extra}"
+
+
+# Odd, ragged, strided, unaligned, transposed; ranks 1 to 256; no token and one; fewer tiles than splits and more.
+SHAPES = [
+    Shape(0, 64, 16),
+    Shape(0, 1, 1, ODD),
+    Shape(1, 1, 1),
+    Shape(1, 1, 1, ODD, 0.5),
+    Shape(1, 64, 16, PACKED),
+    Shape(1, 1000, 8, sms=8),
+    Shape(2, 333, 5, ODD, 0.1),
+    Shape(3, 129, 17, COLUMNS),
+    Shape(5, 7, 3, COLUMNS, 0.3),
+    Shape(16, 256, 16, PACKED, layers=3),
+    Shape(16, 512, 64, sms=4, r2=32),
+    Shape(17, 65, 33, ODD, sms=1),
+    Shape(31, 255, 31, sms=3, float_factors=True),
+    Shape(33, 31, 256),
+    Shape(48, 200, 128, p=0.25),
+    Shape(63, 64, 16, sms=2),
+    Shape(64, 64, 16, PACKED, sms=1),
+    Shape(64, 128, 32, PACKED, 0.5, 4, layers=2),
+    Shape(65, 63, 15, sms=7),
+    Shape(65, 200, 12, ODD, 0.1, 6, r2=20),
+    Shape(96, 96, 96, sms=2),
+    Shape(100, 100, 100, COLUMNS, sms=5),
+    Shape(127, 129, 16, sms=12, layers=4),
+    Shape(128, 64, 8, PACKED, sms=9, float_factors=True),
+    Shape(128, 136, 200, sms=3),
+    Shape(129, 257, 1, p=0.9, sms=20),
+    Shape(130, 520, 16, sms=10),
+    Shape(150, 70, 60, ODD, sms=2, r2=7),
+    Shape(192, 192, 64, sms=6),
+    Shape(200, 40, 129, sms=4),
+    Shape(200, 330, 24, PACKED, sms=16),
+    Shape(255, 65, 2, ODD, 0.2, 5),
+    Shape(256, 256, 16, PACKED, sms=3, layers=2),
+    Shape(256, 320, 32, p=0.1, sms=2),
+    Shape(257, 100, 250, sms=2),
+    Shape(300, 72, 48, COLUMNS, sms=3),
+    Shape(320, 640, 16, sms=12),
+    Shape(385, 130, 10, ODD, sms=8, float_factors=True),
+    Shape(400, 24, 4, PACKED, 0.4, 11),
+    Shape(512, 64, 64, sms=4),
+    Shape(520, 132, 16, sms=1),
+    Shape(600, 90, 36, sms=2, r2=50, layers=5),
+    Shape(777, 33, 7, ODD, sms=132),
+    Shape(1030, 8, 16, PACKED, sms=40),
+]
+
+
+class Problem:
+    """Inputs and truth of one call. `run` makes fresh poisoned outputs, calls the kernel and returns them by name."""
+
+    def __init__(self, run: Callable[[ModuleType], dict[str, np.ndarray]], check: Callable[[dict[str, np.ndarray]], None]):
+        self.run, self.check = run, check
+
+
+class _Maker:
+    def __init__(self, shape: Shape, kind: str, name: str):
+        self.shape, self.kind, self.name = shape, kind, name
+        self.rng = np.random.default_rng(zlib.crc32(f"{shape}{kind}{name}".encode()))
+        self.dtype = DTYPE[kind]
+        self.seed = np.array([SEED], np.int64) if shape.p else None
+
+    def values(self, rows: int, cols: int, scale: float = 1.0) -> np.ndarray:
+        return self.rng.standard_normal((rows, cols)) * scale
+
+    def large(self, rows: int, cols: int) -> np.ndarray:
+        return place(narrow(self.values(rows, cols), self.kind), self.dtype, self.shape.layout)
+
+    def factor(self, rows: int, cols: int) -> np.ndarray:
+        values = self.values(rows, cols)
+        if self.shape.float_factors:
+            return place(values.astype(np.float32), np.float32, self.shape.layout)
+        return place(narrow(values, self.kind), self.dtype, self.shape.layout)
+
+    def mask(self, rows: int, cols: int) -> np.ndarray | float:
+        """What drop() multiplies by."""
+        return philox_keep(SEED, rows, cols, self.shape.p) / (1 - self.shape.p) if self.shape.p else 1.0
+
+    def prepare(self, lib: ModuleType) -> dict:
+        lib.set_device(multiprocessors=self.shape.sms, float32="tf32" if self.kind == "tf32" else "exact")
+        return {"p": self.shape.p, "seed": self.seed}
+
+    def close(self, got, left, right, what, add=0.0, mask=1.0, kind=None, scale=1.0) -> None:
+        """got = add + mask * scale * left right, in float64 and as float32 arithmetic has it."""
+        kind = kind or self.kind
+        truth = add + mask * scale * (left @ right)
+        eager = add + mask * scale * (left.astype(np.float32) @ right.astype(np.float32))
+        size = np.abs(add) + np.abs(mask * scale) * (np.abs(left) @ np.abs(right))
+        check_close(got, truth, narrow(eager, kind), size, kind, f"{self.name} {kind} {self.shape}: {what}")
+
+    def op(self, a: np.ndarray) -> np.ndarray:
+        return operand(a, self.kind)
+
+
+def _finish(**outputs: Output) -> dict[str, np.ndarray]:
+    for output in outputs.values():
+        output.check_outside()
+    return {name: output.view for name, output in outputs.items()}
+
+
+def shrink(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "shrink")
+    x, A = t.large(shape.m, shape.k), t.factor(shape.k, shape.r)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        u = Output((shape.m, shape.r), t.dtype, shape.layout)
+        lib.shrink(x, A, u.view, **t.prepare(lib))
+        return _finish(u=u)
+
+    return Problem(run, lambda out: t.close(out["u"], t.op(x) * t.mask(shape.m, shape.k), t.op(A), "u"))
+
+
+def shrink_core(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "shrink_core")
+    x, A, core = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.factor(shape.r, shape.other)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        u = Output((shape.m, shape.r), t.dtype, shape.layout)
+        h = Output((shape.m, shape.other), t.dtype, shape.layout)
+        lib.shrink(x, A, u.view, scale=0.5, core=core, h=h.view, core_scale=3.0, **{**t.prepare(lib), "p": 0.0})
+        return _finish(u=u, h=h)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        t.close(out["u"], t.op(x), t.op(A), "u", scale=0.5)
+        # u in memory is u as the second product reads it; outside tf32's own kernel that product is in float32
+        u, c = (t.op(out["u"]), t.op(core)) if kind != "tf32" or shape.r > 128 else (wide(out["u"]), wide(core))
+        t.close(out["h"], u, c, "h", scale=3.0)
+
+    return Problem(run, check)
+
+
+def expand_add(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "expand_add")
+    u, F = t.large(shape.m, shape.r), t.factor(shape.k, shape.r)
+    y0 = narrow(t.values(shape.m, shape.k), kind)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        y = Output((shape.m, shape.k), t.dtype, shape.layout, y0)
+        lib.expand_add_(y.view, u, F, **t.prepare(lib))
+        return _finish(y=y)
+
+    return Problem(run, lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", wide(y0), t.mask(shape.m, shape.k)))
+
+
+def factor_grad(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "factor_grad")
+    x, k = t.large(shape.m, shape.k), t.large(shape.m, shape.r)
+    D0 = t.values(shape.k, shape.r).astype(np.float32)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        D = Output((shape.k, shape.r), np.float32, shape.layout, D0)
+        lib.factor_grad_(D.view, x, k, **t.prepare(lib))
+        return _finish(D=D)
+
+    left = (t.op(x) * t.mask(shape.m, shape.k)).T
+    return Problem(run, lambda out: t.close(out["D"], left, t.op(k), "D", wide(D0), kind="fp32"))
+
+
+def shrink_grad(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "shrink_grad")
+    g, F, u = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.large(shape.m, shape.r)
+    Q0 = t.values(shape.k, shape.r).astype(np.float32) if shape.p else None  # some of the shapes accumulate
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        k = Output((shape.m, shape.r), t.dtype, shape.layout)
+        Q = Output((shape.k, shape.r), np.float32, shape.layout if shape.p else PACKED, Q0)
+        t.prepare(lib)
+        lib.shrink_grad(g, F, u, k.view, Q.view, accumulate=bool(shape.p))
+        return _finish(k=k, Q=Q)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        t.close(out["k"], t.op(g), t.op(F), "k")
+        t.close(out["Q"], t.op(g).T, t.op(u), "Q", 0.0 if Q0 is None else wide(Q0), kind="fp32")
+
+    return Problem(run, check)
+
+
+def _cores(t: _Maker) -> np.ndarray:
+    return np.stack([t.factor(t.shape.r, t.shape.other) for _ in range(t.shape.layers)])
+
+
+def fold(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "fold")
+    B, cores = t.factor(shape.k, shape.other), _cores(t)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        t.prepare(lib)
+        out = Output((shape.layers * shape.k, shape.r), t.dtype, PACKED)
+        lib.fold(B, cores, 0.25, out.view.reshape(shape.layers, shape.k, shape.r))
+        return _finish(F=out)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        F = out["F"].reshape(shape.layers, shape.k, shape.r)
+        for layer in range(shape.layers):
+            t.close(F[layer], wide(B), wide(cores[layer]).T, f"F[{layer}]", scale=0.25)
+
+    return Problem(run, check)
+
+
+def fold_grad(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "fold_grad")
+    B, cores = t.factor(shape.k, shape.other), _cores(t)
+    Q = np.stack([t.values(shape.k, shape.r).astype(np.float32) for _ in range(shape.layers)])
+    dB0 = t.values(shape.k, shape.other).astype(np.float32)
+    with_dB = shape.p == 0
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        t.prepare(lib)
+        dB = Output((shape.k, shape.other), np.float32, shape.layout, dB0)
+        dcores = Output((shape.layers * shape.r, shape.other), np.float32, PACKED)
+        lib.fold_grad(Q, B, cores, 0.25, dB.view if with_dB else None, dcores.view.reshape(-1, shape.r, shape.other))
+        return _finish(dB=dB, dcores=dcores)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        dcores = out["dcores"].reshape(shape.layers, shape.r, shape.other)
+        for layer in range(shape.layers):
+            t.close(dcores[layer], wide(Q[layer]).T, wide(B), f"dcores[{layer}]", scale=0.25, kind="fp32")
+        if with_dB:
+            left = np.concatenate([wide(q) for q in Q], 1)
+            t.close(out["dB"], left, np.concatenate([wide(c) for c in cores]), "dB", wide(dB0), scale=0.25, kind="fp32")
+
+    return Problem(run, check)
+
+
+def small(shape: Shape, kind: str) -> Problem:
+    """The unfolded form, forward and backward, against the layer's own formulas."""
+    t = _Maker(shape, kind, "small")
+    m, k, n, r, q, s = shape.m, shape.k, max(1, shape.k // 2), shape.r, shape.other, 0.125
+    x, g, A = t.large(m, k), t.large(m, n), t.factor(k, r)
+    core, B = t.factor(r, q), t.factor(n, q)
+    y0, dx0 = narrow(t.values(m, n), kind), narrow(t.values(m, k), kind)
+    dA0, dB0 = t.values(k, r).astype(np.float32), t.values(n, q).astype(np.float32)
+    wanted = shape.p == 0  # else the gradients of the core and of B alone
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        t.prepare(lib)
+        y, u = Output((m, n), t.dtype, shape.layout, y0), Output((m, r), t.dtype, shape.layout)
+        lib.small_forward_(y.view, x, A, core, B, s, u.view)
+        dx, dA = Output((m, k), t.dtype, shape.layout, dx0), Output((k, r), np.float32, shape.layout, dA0)
+        dB, dcore = Output((n, q), np.float32, shape.layout, dB0), Output((r, q), np.float32, PACKED)
+        some = {"dx": dx.view, "x": x, "dA": dA.view} if wanted else {"dx": None, "x": None, "dA": None}
+        lib.small_backward_(g=g, u=u.view, A=A, core=core, B=B, scaling=s, dB=dB.view, dcore=dcore.view, **some)
+        return _finish(y=y, u=u, dx=dx, dA=dA, dB=dB, dcore=dcore)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        t.close(out["u"], t.op(x), t.op(A), "u")
+        u, c, b, wide_g = t.op(out["u"]), t.op(core), t.op(B), t.op(g)
+
+        def through(left: np.ndarray, right: np.ndarray, scale: float = 1.0) -> np.ndarray:
+            return t.op(narrow(scale * (left @ right), kind))  # a product that is stored in between
+
+        h_u, h = through(u, c, s), through(wide_g, b, s)
+        k = through(h, c.T)
+        unit = 2.0 ** {"bf16": -8, "fp16": -11, "tf32": -10, "fp32": -20}[kind]
+        # A stored value may differ by a unit from what it is here.  What that does to a sum: the root mean square of its
+        # terms.  k's own error is that of its terms, not of its value, which may have cancelled.
+        k_error = np.sqrt(np.square(h) @ np.square(c.T))
+        products = [
+            ("dB", wide_g.T, h_u, dB0, "fp32", np.square(wide_g.T) @ np.square(h_u)),
+            ("dcore", u.T, h, np.zeros((r, q), np.float32), "fp32", np.square(u.T) @ np.square(h)),
+            ("y", h_u, b.T, y0, kind, np.square(h_u) @ np.square(b.T)),
+        ]
+        if wanted:
+            products += [
+                ("dx", k, t.op(A).T, dx0, kind, np.square(k_error) @ np.square(t.op(A).T)),
+                ("dA", t.op(x).T, k, dA0, "fp32", np.square(t.op(x).T) @ np.square(k_error)),
+            ]
+        for name, left, right, add, out_kind, square in products:
+            truth, size = wide(add) + left @ right, np.abs(wide(add)) + np.abs(left) @ np.abs(right)
+            error = np.abs(wide(out[name]) - truth)
+            rounding = np.abs(truth) * (unit if out_kind == kind else 2.0**-22)
+            allowed = 4 * unit * np.sqrt(square) + rounding + 1e-6 * size + 1e-30
+            assert np.isfinite(error).all() and (error <= allowed).all(), (
+                f"small {kind} {shape}: {name} is off by {error.max():.3g}"
+            )
+
+    return Problem(run, check)
+
+
+KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
+    f.__name__: f for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small)
+}
