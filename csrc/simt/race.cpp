@@ -68,14 +68,14 @@ struct Detector {
   std::vector<Place> places;
   std::unordered_map<uint64_t, uint32_t> place_numbers;
   std::vector<std::string> reports;
-} d;
+} detector;
 
 uint32_t* clocks_of(uint32_t thread) {
-  return d.clocks.data() + size_t(thread) * d.threads;
+  return detector.clocks.data() + size_t(thread) * detector.threads;
 }
 
 void join(uint32_t* to, const uint32_t* from) {
-  for (uint32_t i = 0, n = d.threads; i < n; ++i) to[i] = std::max(to[i], from[i]);
+  for (uint32_t i = 0, n = detector.threads; i < n; ++i) to[i] = std::max(to[i], from[i]);
 }
 
 uint32_t place_number(void* pc) {
@@ -87,9 +87,9 @@ uint32_t place_number(void* pc) {
                uint64_t(place.site.line);
   static uint64_t latest_key = 0;
   static uint32_t latest = 0;
-  if (key == latest_key && !d.places.empty()) return latest;
-  const auto [found, fresh] = d.place_numbers.emplace(key, uint32_t(d.places.size()));
-  if (fresh) d.places.push_back(place);
+  if (key == latest_key && !detector.places.empty()) return latest;
+  const auto [found, fresh] = detector.place_numbers.emplace(key, uint32_t(detector.places.size()));
+  if (fresh) detector.places.push_back(place);
   latest_key = key;
   return latest = found->second;
 }
@@ -119,7 +119,7 @@ std::string line_of(void* pc) {
 }
 
 std::string describe(uint32_t place) {
-  const Place& p = d.places[place];
+  const Place& p = detector.places[place];
   if (p.pc) return line_of(p.pc);
   const char* slash = strrchr(p.site.file, '/');
   return std::string(slash ? slash + 1 : p.site.file) + ":" + std::to_string(p.site.line) + " (" + p.op + ")";
@@ -152,23 +152,23 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
            : use == Use::atomic ? "adds"
                                 : "reads",
            describe(place).c_str(), unsigned(before.thread),
-           before.block == d.block ? "the same" : "an earlier",
+           before.block == detector.block ? "the same" : "an earlier",
            before.atomic ? "added"
            : wrote       ? "written"
                          : "read",
            describe(before.place).c_str());
-  d.reports.push_back(text);
+  detector.reports.push_back(text);
 }
 
 // Does `before` come before what the running thread does now?
 bool ordered(const Event& before, uint32_t me, const uint32_t* clocks, uintptr_t address) {
   if (!before.clock) return true;
-  if (before.block == d.block) return before.thread == me || clocks[before.thread] >= before.clock;
-  for (const Acquisition& a : d.acquired) {
+  if (before.block == detector.block) return before.thread == me || clocks[before.thread] >= before.clock;
+  for (const Acquisition& a : detector.acquired) {
     if (clocks[a.thread] < a.clock) continue;
     if (before.atomic && a.address / GRANULE == address / GRANULE) return true;  // its chain of atomics
-    const auto word = d.released.find(a.address);
-    if (word == d.released.end()) continue;
+    const auto word = detector.released.find(a.address);
+    if (word == detector.released.end()) continue;
     const auto block = word->second.find(before.block);
     if (block != word->second.end() && block->second[before.thread] >= before.clock) return true;
   }
@@ -178,22 +178,22 @@ bool ordered(const Event& before, uint32_t me, const uint32_t* clocks, uintptr_t
 Cell* cell_of(uintptr_t address) {
   const std::ptrdiff_t shared = shared_place(address);
   if (shared >= 0) {
-    Cell& cell = d.shared[size_t(shared) / GRANULE];
-    if (cell.write.block != d.block) cell.write = Event{};
+    Cell& cell = detector.shared[size_t(shared) / GRANULE];
+    if (cell.write.block != detector.block) cell.write = Event{};
     uint32_t kept = 0;
     for (uint32_t i = 0; i < cell.read_count; ++i)
-      if (cell.reads[i].block == d.block) cell.reads[kept++] = cell.reads[i];
+      if (cell.reads[i].block == detector.block) cell.reads[kept++] = cell.reads[i];
     cell.read_count = kept;
     return &cell;
   }
   const uintptr_t page = address / PAGE;
-  if (!d.latest || d.latest_page != page) {
-    Page& cells = d.pages[page];
+  if (!detector.latest || detector.latest_page != page) {
+    Page& cells = detector.pages[page];
     if (!cells) cells.reset(new Cell[PAGE / GRANULE]);
-    d.latest_page = page;
-    d.latest = cells.get();
+    detector.latest_page = page;
+    detector.latest = cells.get();
   }
-  return d.latest + address % PAGE / GRANULE;
+  return detector.latest + address % PAGE / GRANULE;
 }
 
 void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks, uintptr_t address) {
@@ -207,12 +207,12 @@ void note_read(Cell& cell, const Event& now, uint32_t me, const uint32_t* clocks
 }
 
 void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
-  if (int(d.reports.size()) >= MOST_REPORTS || !bytes) return;
+  if (int(detector.reports.size()) >= MOST_REPORTS || !bytes) return;
   const uint32_t me = self().id;
   const uint32_t* clocks = clocks_of(me);
   const uint32_t place = place_number(pc);
   const bool writes = use == Use::write || use == Use::atomic, atomic = use == Use::atomic;
-  const Event now{clocks[me], uint16_t(me), uint16_t(atomic), d.block, place};
+  const Event now{clocks[me], uint16_t(me), uint16_t(atomic), detector.block, place};
   for (uintptr_t a = address / GRANULE * GRANULE; a < address + bytes; a += GRANULE) {
     Cell& cell = *cell_of(a);
     const auto clash = [&](const Event& before) {
@@ -240,64 +240,8 @@ void judge(uintptr_t address, size_t bytes, Use use, void* pc) {
   }
 }
 
-}  // namespace
-
-void begin_launch() {
-  d.pages.clear();
-  d.latest = nullptr;
-  d.shared.clear();
-  d.released.clear();
-  d.reports.clear();
-  d.block = 0;
-}
-
-void begin_cluster(uint32_t threads) {
-  ++d.block;
-  d.threads = threads;
-  d.clocks.assign(size_t(threads) * threads, 0);
-  for (uint32_t t = 0; t < threads; ++t) clocks_of(t)[t] = 1;
-  d.fenced.assign(threads, {});
-  d.unfenced_atomics.assign(threads, {});
-  d.acquired.clear();
-  d.shared.resize(machine.launch.smem * machine.blocks.size() / GRANULE + 1);
-}
-
-void release(Sync& sync) {
-  const uint32_t me = self().id;
-  uint32_t* mine = clocks_of(me);
-  if (sync.clock.empty()) sync.clock.assign(d.threads, 0);
-  join(sync.clock.data(), mine);
-  ++mine[me];
-}
-
-void acquire(const Sync& sync) {
-  if (!sync.clock.empty()) join(clocks_of(self().id), sync.clock.data());
-}
-
-void fence() {
-  const uint32_t me = self().id;
-  uint32_t* mine = clocks_of(me);
-  for (uintptr_t address : d.unfenced_atomics[me]) d.acquired.push_back({me, mine[me], address});
-  d.unfenced_atomics[me].clear();
-  d.fenced[me].assign(mine, mine + d.threads);
-  ++mine[me];
-}
-
-void atomic(const void* p, bool acq_rel) {
-  const uint32_t me = self().id;
-  if (acq_rel) fence();
-  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-  if (!d.fenced[me].empty()) {
-    std::vector<uint32_t>& clocks = d.released[address][d.block];
-    if (clocks.empty()) clocks.assign(d.threads, 0);
-    join(clocks.data(), d.fenced[me].data());
-  }
-  d.unfenced_atomics[me].push_back(address);
-  if (acq_rel) fence();
-}
-
 // A thread's own variables lie on its fiber's stack; its parameters are copied from the launching stack.
-static bool on_process_stack(uintptr_t p) {
+bool on_process_stack(uintptr_t p) {
   static uintptr_t base = 0;
   static size_t bytes = 0;
   if (!base) {
@@ -312,20 +256,85 @@ static bool on_process_stack(uintptr_t p) {
   return p - base < bytes;
 }
 
+// threadIdx and the like are globals here, registers on a GPU.
+bool is_builtin(uintptr_t p) {
+  const auto within = [p](const auto& object) {
+    return p - reinterpret_cast<uintptr_t>(&object) < sizeof object;
+  };
+  return within(threadIdx) || within(blockIdx) || within(blockDim) || within(gridDim);
+}
+
+}  // namespace
+
+void begin_launch() {
+  detector.pages.clear();
+  detector.latest = nullptr;
+  detector.shared.clear();
+  detector.released.clear();
+  detector.reports.clear();
+  detector.block = 0;
+}
+
+void begin_cluster(uint32_t threads) {
+  ++detector.block;
+  detector.threads = threads;
+  detector.clocks.assign(size_t(threads) * threads, 0);
+  for (uint32_t t = 0; t < threads; ++t) clocks_of(t)[t] = 1;
+  detector.fenced.assign(threads, {});
+  detector.unfenced_atomics.assign(threads, {});
+  detector.acquired.clear();
+  detector.shared.resize(machine.launch.smem * machine.blocks.size() / GRANULE + 1);
+}
+
+void release(Sync& sync) {
+  const uint32_t me = self().id;
+  uint32_t* mine = clocks_of(me);
+  if (sync.clock.empty()) sync.clock.assign(detector.threads, 0);
+  join(sync.clock.data(), mine);
+  ++mine[me];
+}
+
+void acquire(const Sync& sync) {
+  if (!sync.clock.empty()) join(clocks_of(self().id), sync.clock.data());
+}
+
+void fence() {
+  const uint32_t me = self().id;
+  uint32_t* mine = clocks_of(me);
+  for (uintptr_t address : detector.unfenced_atomics[me])
+    detector.acquired.push_back({me, mine[me], address});
+  detector.unfenced_atomics[me].clear();
+  detector.fenced[me].assign(mine, mine + detector.threads);
+  ++mine[me];
+}
+
+void atomic(const void* p, bool acq_rel) {
+  const uint32_t me = self().id;
+  if (acq_rel) fence();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (!detector.fenced[me].empty()) {
+    std::vector<uint32_t>& clocks = detector.released[address][detector.block];
+    if (clocks.empty()) clocks.assign(detector.threads, 0);
+    join(clocks.data(), detector.fenced[me].data());
+  }
+  detector.unfenced_atomics[me].push_back(address);
+  if (acq_rel) fence();
+}
+
 void access(const void* p, size_t bytes, Use use) {
   judge(reinterpret_cast<uintptr_t>(p), bytes, use, nullptr);
 }
 
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc) {
   ExecutorScope scope;
-  if (machine.stacks.contains(reinterpret_cast<void*>(p)) || on_process_stack(p)) return;
+  if (machine.stacks.contains(reinterpret_cast<void*>(p)) || on_process_stack(p) || is_builtin(p)) return;
   count_unwrapped(p, bytes);
   judge(p, bytes, use, pc);
 }
 
 std::string report() {
   std::string text;
-  for (const std::string& one : d.reports) text += (text.empty() ? "" : "\n") + one;
+  for (const std::string& one : detector.reports) text += (text.empty() ? "" : "\n") + one;
   return text;
 }
 
