@@ -1,8 +1,9 @@
 """The shared gradient: one accumulator for a factor that many layers use, one gradient for autograd to see.
 
-    A --> [hub: identity, one a forward] --> layer 1 .. layer L
-    backward: layer L .. layer 1 add into one accumulator (float32; float64 for float64) and return None for A;
-    autograd runs the hub's backward once all its users have run; it returns the sum, cast once.
+    A --+-> layer 1
+        +-> [hub: identity, one a forward] --> layer 2 .. layer L
+    backward: layer L .. layer 2 add into one accumulator (float32; float64 for float64) and return None for A;
+    autograd runs the hub's backward once all its users have run; it returns the sum, cast once. Layer 1 returns its own part.
 
 So hooks, DDP's buckets and optimizers see one ordinary gradient per backward, and no layer makes a temporary of A's size.
 """
@@ -54,23 +55,29 @@ class SharedGradient:
         """The next use starts a new hub."""
         self._hub: weakref.ref[Tensor] | None = None
         self._param: Tensor | None = None
+        self._data = 0
         self._users: set[int] = set()
 
-    def view(self, param: Tensor, user: int) -> Tensor:
-        """param for a layer: an alias that hangs on the hub. Only graphs keep it alive, so nothing of it outlives them.
+    def view(self, param: Tensor, user: int) -> tuple[Tensor, SharedGradient | None]:
+        """param for a layer, and where its gradient goes: with self, param hangs on the hub and the sum is here; with None,
+        param is itself and the gradient goes back to autograd.
 
-        A user that comes again begins a new forward, with a hub of its own: an older hub would flush after the last reduction
-        of a sharded forward.
+        The first user of a round gets param itself, since a layer alone has nothing to share and would only pay for a hub; all
+        others share one. A user that comes again begins a new forward and a new round: an older hub would flush after the last
+        reduction of a sharded forward. Only graphs keep a hub alive, so nothing of it outlives them.
         """
         if not (param.requires_grad and torch.is_grad_enabled()):
-            return param
-        view = None if self._hub is None else self._hub()
-        if view is None or self._param is not param or user in self._users or view.data_ptr() != param.data_ptr():
-            view = _Hub.apply(param, self)
+            return param, None
+        if self._param is not param or user in self._users or self._data != param.data_ptr():
             # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
-            self._hub, self._param, self._users = weakref.ref(view), param, set()
+            self._hub, self._param, self._data, self._users = None, param, param.data_ptr(), {user}
+            return param, None
         self._users.add(user)
-        return view
+        view = None if self._hub is None else self._hub()
+        if view is None:
+            view = _Hub.apply(param, self)
+            self._hub = weakref.ref(view)
+        return view, self
 
     def accumulator(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The running backward's sum on device, zero when new: to be added to in place at once."""

@@ -28,6 +28,7 @@ from .planner import Plan, plan
 from .siblings import Group, SharedInput
 
 if TYPE_CHECKING:
+    from .hub import SharedGradient
     from .scope import Slot
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -105,26 +106,29 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
         return y + adapter_differentiable(dropped, *_on(y.device, A, B, core), scaling, y.dtype)
-    shared_A, shared_B = (None, None) if group is None else (group.A, group.B)
     if nodes == 1:
-        hub_A, hub_B = (A, B) if group is None else (shared_A.view(A, user), shared_B.view(B, user))
+        (hub_A, shared_A), (hub_B, shared_B) = _hubs(group, A, B, user)
         return LoTRFunction.apply(x, weight, bias, hub_A, hub_B, core, scaling, dtype, shared_A, shared_B)
     shared_input = _shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
     if not _in_graph(x, A, B, core):
         F = ops.fold(B.to(x.device), core.to(x.device)[None], scaling, compute)[0] if slot is None else slot.F
         return forward_with_base(x, weight, bias, shared_input.u, F, dtype, chosen.strategy)
-    hub_B, token = _hub_or_token(B, adapter, slot)
+    hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     base, route = (x, weight, bias), shared_input.route
     settings = (scaling, dtype, chosen.strategy, shared_B, shared_input, slot, token)
     return LoTRExpand.apply(route, shared_input.u, hub_B, core, base, *settings)
 
 
-def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tensor, Tensor | None]:
+def _hub_or_token(
+    B: Tensor, adapter: Adapter, slot: Slot | None
+) -> tuple[Tensor, SharedGradient | None, Tensor | None]:
     """How a layer hangs on B in the graph: by the group's hub, or by B itself and its bank's token in a forward scope."""
     if slot is not None:
-        return B, slot.bank.token
-    return (B if adapter.group is None else adapter.group.B.view(B, adapter.user)), None
+        return B, None, slot.bank.token
+    if adapter.group is None:
+        return B, None, None
+    return *adapter.group.B.view(B, adapter.user), None
 
 
 def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
@@ -138,21 +142,20 @@ def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tens
 
 def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     compute = dtype or x.dtype
-    core, scaling, p, group, *_ = adapter
+    core, scaling, p, *_ = adapter
     if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
         dropped = nnf.dropout(x, p) if p else x
         return y + to(adapter_differentiable(dropped, *_on(x.device, A, B, core), scaling, compute), y.dtype)
     shared_input = _shrink(x, A, adapter, compute, dtype is not None)
-    shared_B = None if group is None else group.B
     slot = adapter.slot(B, compute)
-    hub_B, token = _hub_or_token(B, adapter, slot)
+    hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     return LoTRAdd.apply(y, shared_input.u, hub_B, core, scaling, shared_B, shared_input, slot, token)
 
 
 def _shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> SharedInput:
     """u and route for a call: a sibling's where one has been here with this very x, else new."""
     group, p = adapter.group, adapter.p
-    hub = A if group is None else group.A.view(A, adapter.user)
+    hub, shared = (A, None) if group is None else group.A.view(A, adapter.user)
     if group is None:
         found, share = SharedInput(x, None, None), False
     else:
@@ -162,13 +165,16 @@ def _shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autoca
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p else None
     in_graph = _in_graph(x, A)
     if in_graph:
-        shared = None if group is None else group.A
         found.u, found.route = LoTRShrink.apply(x, hub, compute, p, seed, shared, weakref.ref(found))
     else:
         found.u = ops.shrink(rows(to(x.detach(), compute)), A.detach().to(x.device), p=p, seed=seed)
     if share:
         group.offer(found, in_graph)
     return found
+
+
+def _hubs(group: Group | None, A: Tensor, B: Tensor, user: int) -> tuple[tuple, tuple]:
+    return ((A, None), (B, None)) if group is None else (group.A.view(A, user), group.B.view(B, user))
 
 
 def _in_graph(*tensors: Tensor) -> bool:
