@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -48,7 +49,8 @@ class BuildError(RuntimeError):
 
 
 def compiler() -> str:
-    return os.environ.get("CXX", "g++")
+    """g++ where there is one: the sanitizers' run-time libraries are named as gcc names them."""
+    return "g++" if shutil.which("g++") else os.environ.get("CXX", "c++")
 
 
 def cuda_include() -> Path:
