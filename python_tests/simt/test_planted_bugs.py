@@ -84,7 +84,7 @@ def test_no_false_alarm(program: str, mode: str) -> None:
     assert verdicts(program, "none", mode, "all") == ["ok"] * 22
 
 
-@pytest.mark.parametrize("program, bug, mode", CHECKS, ids="-".join)
+@pytest.mark.parametrize("program, bug, mode", CHECKS, ids=["-".join(check) for check in CHECKS])
 def test_noticed(program: str, bug: str, mode: str) -> None:
     found = verdicts(program, bug, mode, "all" if mode == "plain" else "one")
     assert any(re.search(BUGS[program, bug][mode], verdict) for verdict in found), found
