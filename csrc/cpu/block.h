@@ -44,12 +44,13 @@ struct Loose {
   typedef U type __attribute__((aligned(sizeof(U) / 2), may_alias));
 };
 
-// The next tile of a tensor, asked for line by line while the current one is multiplied: tile rows are too short and too far
-// apart for the hardware to guess, and a burst of requests would stall the loads it competes with.
+// The next tile of a tensor, asked for line by line while the current one is multiplied: tile rows are too
+// short and too far apart for the hardware to guess, and a burst of requests would stall the loads it
+// competes with.
 struct Ahead {
   const char* row = nullptr;
-  int64_t step = 0;                // bytes between rows
-  int64_t rows = 0, bytes = 0;     // what is left, and a row's length
+  int64_t step = 0;             // bytes between rows
+  int64_t rows = 0, bytes = 0;  // what is left, and a row's length
   int64_t at = 0;
 
   Ahead() = default;
@@ -138,7 +139,7 @@ LOTR_INLINE void row_blocks(int64_t rows, F&& f) {
 // rank in a row of ldb units. a's row i starts i * step bytes (kAlongRow) or i units after a.
 template <typename K, bool kAlongRow>
 inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a, int64_t step, int64_t rows,
-                     const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t n, Ahead ahead = {}) {
+                     const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t n, Ahead& ahead) {
   for (int64_t v = 0; v < vectors;) {
     // Groups of even size: 5 vectors are 3 + 2, not 4 + 1.
     const int64_t left = vectors - v, groups = (left + kMaxVectors - 1) / kMaxVectors,

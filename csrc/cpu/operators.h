@@ -140,8 +140,10 @@ struct Operators {
       return;
     }
     Scratch partials(size_t(chunks.count * x.cols * ldp) * sizeof(Acc));
-    // Wide x is cut by columns too, which changes no sum.
-    const int64_t width = round_up(larger(4 * kTileColumns, (x.cols + 7) / 8), kTileColumns);
+    // With fewer chunks than threads x is cut by columns too, which changes no sum.
+    const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;
+    const int64_t width = round_up(
+        larger(2 * kTileColumns, threads() == 1 ? x.cols : (x.cols + wanted - 1) / wanted), kTileColumns);
     const int64_t across = (x.cols + width - 1) / width;
     run_tasks(chunks.count * across, work, [&](int64_t begin, int64_t end) {
       Scratch memory(tile_space<K>(k.cols));
@@ -163,7 +165,7 @@ struct Operators {
   static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
     const Chunks chunks(g.rows);
     const PackedFactor<K, T> b(F);
-    const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = kTileUnits * K::kPair;
+    const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = tile_rows<K>(g);
     Scratch partials(size_t(chunks.count * g.cols * ld) * sizeof(Acc));
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
       const size_t sums = size_t(tile_m * ld) * sizeof(Acc);

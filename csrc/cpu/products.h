@@ -13,12 +13,20 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-constexpr int64_t kTileRows = 96;      // rows of a shrink tile: a multiple of every block's rows
-constexpr int64_t kTileUnits = 64;     // units of a factor_grad tile
-constexpr int64_t kTileColumns = 96;   // columns of a factor_grad tile
-constexpr int64_t kTileStep = 256;     // units of a shrink tile at most
+constexpr int64_t kTileRows = 96;     // rows of a shrink tile: a multiple of every block's rows
+constexpr int64_t kTileUnits = 64;    // units of a factor_grad tile
+constexpr int64_t kTileColumns = 96;  // columns of a factor_grad tile
+constexpr int64_t kTileStep = 256;    // units of a shrink tile at most
+constexpr int64_t kTileL2 = 1 << 18;
 constexpr int64_t kTileBytes = 16384;  // of the packed factor that a shrink tile multiplies: half of L1
 
+// Rows of a factor_grad tile: whole rows of x, and those of the tile asked for next, have to stay in L2. Of
+// the full width, so that cutting x by columns changes no sum.
+template <typename K>
+inline int64_t tile_rows(const Mat& x) {
+  const int64_t row = x.cols * (x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2) * K::kPair;
+  return (row * kTileUnits > kTileL2 ? kTileUnits / 2 : kTileUnits) * K::kPair;
+}
 template <typename K>
 constexpr int64_t units_of(int64_t n) {
   return (n + K::kPair - 1) / K::kPair;
@@ -55,7 +63,8 @@ struct PackedFactor {
 
 // out[i0 + i, j] (= or +=) scale * c[i][j], rounded once.
 template <typename K>
-inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename K::Acc* c, int64_t ldc, double scale, bool add) {
+inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename K::Acc* c, int64_t ldc,
+                       double scale, bool add) {
   using Acc = typename K::Acc;
   by_dtype(out.dtype, [&](auto* tag) {
     using T = typename Pointee<decltype(tag)>::type;
@@ -100,6 +109,7 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
   auto* tile = reinterpret_cast<Unit*>(space);
   auto* mask = reinterpret_cast<uint32_t*>(tile + kTileRows * step);
   const int64_t units = units_of<K>(x.cols);
+  Ahead none;
   for (int64_t t = 0; t < units; t += step) {
     const int64_t n = smaller(step, units - t), c0 = t * K::kPair;
     // A last half pair is copied: the other half lies beyond the row.
@@ -107,14 +117,14 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
     if (whole > 0) {
       const auto* a = static_cast<const Part<K>*>(x.data) + i0 * x.rs + c0;
       sum_rows<K, true>(c, ldc, fresh && t == 0, reinterpret_cast<const char*>(a), x.rs * int64_t(sizeof(*a)),
-                        rows, b + t * ldb, ldb, vectors, whole);
+                        rows, b + t * ldb, ldb, vectors, whole, none);
     }
     if (whole < n) {
       const int64_t from = c0 + whole * K::kPair, left = n - whole;
       tile_along_row<K, T>(tile, left, x, i0, rows, from, smaller(x.cols - from, left * K::kPair), drop,
                            mask);
       sum_rows<K, true>(c, ldc, fresh && t + whole == 0, reinterpret_cast<const char*>(tile),
-                        left * int64_t(sizeof(Unit)), rows, b + (t + whole) * ldb, ldb, vectors, left);
+                        left * int64_t(sizeof(Unit)), rows, b + (t + whole) * ldb, ldb, vectors, left, none);
     }
   }
 }
@@ -125,7 +135,7 @@ template <typename K, typename T>
 inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x, const Drop& drop,
                        const Mat& k, int64_t i0, int64_t i1, int64_t c0, int64_t c1, char* space) {
   using Unit = typename K::Unit;
-  const int64_t vectors = vectors_of<K>(k.cols), tile_m = kTileUnits * K::kPair;
+  const int64_t vectors = vectors_of<K>(k.cols), tile_m = tile_rows<K>(x);
   const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
   const bool x_in_place = !pairs<K> && native<K, T>(x) && !drop.on;
   auto* x_tile = reinterpret_cast<Unit*>(space);
@@ -141,10 +151,9 @@ inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x
     } else {
       tile_down_columns<K, T>(k_tile, ldb, k, i, rows, 0, k.cols, Drop{}, nullptr, row);
     }
+    Ahead ahead(x, i + tile_m, tile_m, c0, c1 - c0);
     for (int64_t c = c0; c < c1; c += kTileColumns) {
       const int64_t cols = smaller(kTileColumns, c1 - c);
-      const bool last = c + kTileColumns >= c1;
-      const Ahead ahead(x, last ? i + tile_m : i, tile_m, last ? c0 : c + kTileColumns, smaller(kTileColumns, c1 - c0));
       const char* a = reinterpret_cast<const char*>(x_tile);
       int64_t step = kTileColumns * int64_t(sizeof(Unit));
       if (x_in_place) {
@@ -153,7 +162,8 @@ inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x
       } else {
         tile_down_columns<K, T>(x_tile, kTileColumns, x, i, rows, c, cols, drop, mask, row);
       }
-      sum_rows<K, false>(P + (c - c0) * ldp, ldp, fresh && i == i0, a, step, cols, b, ldb, vectors, units, ahead);
+      sum_rows<K, false>(P + (c - c0) * ldp, ldp, fresh && i == i0, a, step, cols, b, ldb, vectors, units,
+                         ahead);
     }
   }
 }

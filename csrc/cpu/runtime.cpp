@@ -51,6 +51,10 @@ Scratch::~Scratch() {
   ::operator delete(data_, std::align_val_t(64));
 }
 
+int64_t threads() {
+  return int64_t(torch::stable::get_num_threads());
+}
+
 void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
   if (tasks <= 1) {
     if (tasks == 1) body(0, 1, context);

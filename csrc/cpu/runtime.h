@@ -10,6 +10,9 @@ namespace lotr::cpu {
 // task.
 void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
 
+// Threads of that pool.
+int64_t threads();
+
 // 64-byte aligned memory of the calling thread, reused from call to call up to a cap. Throws std::bad_alloc
 // (the thread pool hands an exception of a body on to the caller).
 class Scratch {

@@ -88,7 +88,9 @@ LOTR_INLINE vd load(const double* p) {
 LOTR_INLINE vi load(const uint32_t* p) {
   return *reinterpret_cast<const VecOf<uint32_t>::memory*>(p);
 }
-LOTR_INLINE VecOf<uint16_t>::type load(const uint16_t* p) { return *reinterpret_cast<const VecOf<uint16_t>::memory*>(p); }
+LOTR_INLINE VecOf<uint16_t>::type load(const uint16_t* p) {
+  return *reinterpret_cast<const VecOf<uint16_t>::memory*>(p);
+}
 LOTR_INLINE vf load(const bf16* p) {
   const vh h = *reinterpret_cast<const vh_memory*>(p);
   return reinterpret_cast<vf>(__builtin_convertvector(h, vi) << 16);
