@@ -170,6 +170,8 @@ __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
     ptx::wgmma_m64n64k16<__nv_bfloat16>(d, ptx::swizzled_descriptor(&s.a[0][k]),
                                         ptx::swizzled_descriptor(&s.b[0][k]), true);
   ptx::wgmma_commit();
+  const float early = d[5];
+  out[128 * 32 + t] = early != early;
   ptx::wgmma_wait<0>();
   for (int i = 0; i < 32; ++i) out[t * 32 + i] = d[i];
 }
@@ -177,7 +179,7 @@ __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
 void wgmma() {
   constexpr uint32_t ROWS = 70, COLS = 136;  // the box at (row 3, col 64) is inside, but for its last columns
   alignas(16) static __nv_bfloat16 A[ROWS * COLS], B[64 * 64];
-  std::vector<float> a, b, d(128 * 32);
+  std::vector<float> a, b, d(128 * 33);
   std::vector<uint16_t> shared(64 * 64);
   harness::Numbers number{5};
   for (__nv_bfloat16& x : A) a.push_back(__bfloat162float(x = __float2bfloat16(number())));
