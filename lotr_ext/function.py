@@ -30,9 +30,19 @@ def rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
+def shaped(t: Tensor, shape: torch.Size) -> Tensor:
+    """t [m, last] as shape; t itself if it is."""
+    return t if len(shape) == 2 else t.view(shape)
+
+
 def to(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in dtype; t itself if it is."""
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def here(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """tensors on device: those of a group over several devices are copied."""
+    return tensors if tensors[0].device == device else tuple(t.to(device) for t in tensors)
 
 
 def fold_differentiable(B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -114,7 +124,7 @@ class LoTRFunction(Function):
         need_x, need_weight, _, need_A, need_B, need_core = ctx.needs_input_grad[:6]
         y = base_linear(x, weight, bias, dtype)
         flat = rows(to(x, y.dtype))
-        A_here, B_here, core_here = (t.to(y.device) for t in (A, B, core))
+        A_here, B_here, core_here = here(y.device, A, B, core)
         private = not torch._C._len_torch_dispatch_stack()
         if not (private and y.is_contiguous()):
             y = y.clone(memory_format=torch.contiguous_format)
@@ -143,16 +153,15 @@ class LoTRFunction(Function):
         if _recorded():
             return LoTRFunction._differentiable_backward(ctx, g, x, weight, bias, A, B, core)
         flat_g = rows(g)
-        here = g.device
-        A_here, B_here, core_here = (t.to(here) for t in (A, B, core))
-        dx = dweight = dbias = dA = dB = dcore = None
+        A_here, B_here, core_here = here(g.device, A, B, core)
+        dx = flat_dx = dweight = dbias = dA = dB = dcore = None
         if need_x:
-            dx = (flat_g @ to(weight, g.dtype)).view(ctx.x_shape)
+            flat_dx = flat_g @ to(weight, g.dtype)
+            dx = shaped(flat_dx, ctx.x_shape)
         if need_weight:
             dweight = flat_g.mT @ rows(to(x, g.dtype))
         if need_bias:
             dbias = flat_g.sum(0)
-        flat_dx = None if dx is None else rows(dx)
         flat_x = rows(to(x, g.dtype)) if need_A else None
         total_A, dA = _accumulator(ctx.shared_A, A_here) if need_A else (None, None)
         total_B, dB = _accumulator(ctx.shared_B, B_here) if need_B else (None, None)
@@ -182,7 +191,7 @@ class LoTRFunction(Function):
             wanted = [t for t, need in zip(inputs, needs) if need]
             x, weight, bias, A, B, core = inputs
             y = base_linear(x, weight, bias, ctx.dtype)
-            y = y + adapter_differentiable(x, A.to(y.device), B.to(y.device), core.to(y.device), ctx.scaling, y.dtype)
+            y = y + adapter_differentiable(x, *here(y.device, A, B, core), ctx.scaling, y.dtype)
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
         return *(next(found) if need else None for need in needs), None, None, None, None
 
@@ -202,6 +211,9 @@ def _add_Q(Q: Tensor, g: Tensor, F: Tensor | None, u: Tensor) -> Tensor | None:
         ops.factor_grad_(Q, g, u)
         return None
     return ops.shrink_grad_(Q, g, F, u)
+
+
+apply_one_node = super(Function, LoTRFunction).apply  # Function.apply without its look for functorch, which `decide` has had
 
 
 class LoTRShrink(Function):
@@ -240,11 +252,11 @@ class LoTRShrink(Function):
             shared_input.spent = True  # an optimizer may follow, and a fused one changes A without a trace
         if k is None:
             return dx, None, None, None, None, None, None
-        here = k.device
+        device = k.device
         if recorded:
             mask = None if seed is None else ops.dropout_mask(*_flat_shape(ctx.x_shape), ctx.p, seed, k.dtype)
             if A is not None:
-                part = k @ to(A, k.dtype).to(here).mT
+                part = k @ to(A, k.dtype).to(device).mT
                 part = (part if mask is None else part * mask).view(ctx.x_shape)
                 dx = part if dx is None else dx + part
             if x is not None:
@@ -253,10 +265,10 @@ class LoTRShrink(Function):
             return dx, dA, None, None, None, None, None
         if A is not None:
             private |= dx is None or dx.dtype != k.dtype
-            dx = torch.zeros(ctx.x_shape, dtype=k.dtype, device=here) if dx is None else to(dx, k.dtype)
-            dx = add_expand(dx, k, A.to(here), private, ctx.p, seed)
+            dx = torch.zeros(ctx.x_shape, dtype=k.dtype, device=device) if dx is None else to(dx, k.dtype)
+            dx = add_expand(dx, k, A.to(device), private, ctx.p, seed)
         if x is not None:
-            total, dA = _accumulator(ctx.shared, ctx.hub.to(here))
+            total, dA = _accumulator(ctx.shared, ctx.hub.to(device))
             with _private_write():
                 ops.factor_grad_(total, rows(to(x, k.dtype)), k, p=ctx.p, seed=seed)
         return dx, dA, None, None, None, None, None
@@ -289,7 +301,7 @@ class LoTRExpand(Function):
     def backward(ctx, g):
         ctx.input.forget()
         weight, *saved = ctx.saved_tensors
-        dx = (rows(g) @ to(weight, g.dtype)).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        dx = shaped(rows(g) @ to(weight, g.dtype), ctx.x_shape) if ctx.needs_input_grad[0] else None
         return dx, *_backward_of_expand(ctx, g, *saved), *(None,) * 8
 
 
@@ -323,7 +335,8 @@ def _folded(ctx, u: Tensor, B: Tensor, core: Tensor, scaling: float, slot) -> Te
     if slot is not None:
         return slot.F
     with _private_write():
-        return ops.fold(B.to(u.device), core.to(u.device)[None], scaling, u.dtype)[0]
+        B, core = here(u.device, B, core)
+        return ops.fold(B, core[None], scaling, u.dtype)[0]
 
 
 def _save_for_expand(ctx, weight: Tensor | None, u: Tensor, F: Tensor, B: Tensor, core: Tensor) -> None:
@@ -335,7 +348,7 @@ def _backward_of_expand(ctx, g, F, u, B, core) -> tuple[Tensor | None, Tensor | 
     """Gradients of u, B and core."""
     _, need_u, need_B, need_core = ctx.needs_input_grad[:4]
     g = rows(g)
-    B_here, core_here = B.to(g.device), core.to(g.device)
+    B_here, core_here = here(g.device, B, core)
     if _recorded():
         k = dB = dcore = None
         if need_u:

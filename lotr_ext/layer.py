@@ -99,8 +99,9 @@ class LoTRLayer(nn.Module):
             adapter = Adapter(self.start_core, self.scaling)
             return self._call(x, self.factors.start_A, self.factors.start_B, adapter)
         p = self.dropout if self.training else 0.0
-        adapter = Adapter(self.core, self.scaling, p, self.factors._group, id(self), self.strategy, self._slot)
-        return self.factors(lambda A, B: self._call(x, A, B, adapter))
+        factors = self.factors
+        adapter = Adapter(self.core, self.scaling, p, factors._group, id(self), self.strategy, self._slot)
+        return factors(lambda A, B: self._call(x, A, B, adapter))
 
     def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:
         return current_slot(self, B, dtype)

@@ -15,12 +15,13 @@ from . import ops, planner
 from .function import (
     LoTRAdd,
     LoTRExpand,
-    LoTRFunction,
     LoTRShrink,
     adapter_differentiable,
+    apply_one_node,
     base_linear,
     fold_differentiable,
     forward_with_base,
+    here,
     rows,
     to,
 )
@@ -61,19 +62,17 @@ class Adapter(NamedTuple):
 def compute_dtype(x: Tensor) -> torch.dtype | None:
     """autocast's dtype for x, None where it does not apply."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
 
 
 def decide(
     x: Tensor, A: Tensor, adapter: Adapter, dtype: torch.dtype, base_trained: bool, base_linear: bool = True
 ) -> Decision:
     """Which nodes a call takes. `explain` prints it, so it cannot say anything else than what runs."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
-    tokens = x.numel() // max(x.shape[-1], 1)
+    tokens = x.numel() // x.shape[-1]
     chosen = plan(tokens, max(adapter.core.shape), dtype, x.device, adapter.strategy)
     if chosen.strategy == "composite":
         return Decision(0, chosen, chosen.reason)
@@ -84,7 +83,7 @@ def decide(
     if base_linear and base_trained:
         return Decision(1, chosen, "the base weight or bias is trained: one node returns its gradient too")
     if base_linear and tokens < planner.FEW_TOKENS and not adapter.p and (A.requires_grad or not x.requires_grad):
-        return Decision(1, chosen, f"fewer than {planner.FEW_TOKENS} tokens: the unfolded form as one node costs least")
+        return Decision(1, chosen, "few tokens: the unfolded form as one node costs least")
     return Decision(2, chosen, "siblings on the same x share one u = x A")
 
 
@@ -105,10 +104,10 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
     if nodes == 0 or (nodes == 1 and p):
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
-        return y + adapter_differentiable(dropped, *_on(y.device, A, B, core), scaling, y.dtype)
+        return y + adapter_differentiable(dropped, *here(y.device, A, B, core), scaling, y.dtype)
     if nodes == 1:
         (hub_A, shared_A), (hub_B, shared_B) = _hubs(group, A, B, user)
-        return LoTRFunction.apply(x, weight, bias, hub_A, hub_B, core, scaling, dtype, shared_A, shared_B)
+        return apply_one_node(x, weight, bias, hub_A, hub_B, core, scaling, dtype, shared_A, shared_B)
     shared_input = _shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
     if not _in_graph(x, A, B, core):
@@ -120,9 +119,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
     return LoTRExpand.apply(route, shared_input.u, hub_B, core, base, *settings)
 
 
-def _hub_or_token(
-    B: Tensor, adapter: Adapter, slot: Slot | None
-) -> tuple[Tensor, SharedGradient | None, Tensor | None]:
+def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tensor, SharedGradient | None, Tensor | None]:
     """How a layer hangs on B in the graph: by the group's hub, or by B itself and its bank's token in a forward scope."""
     if slot is not None:
         return B, None, slot.bank.token
@@ -145,7 +142,7 @@ def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     core, scaling, p, *_ = adapter
     if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
         dropped = nnf.dropout(x, p) if p else x
-        return y + to(adapter_differentiable(dropped, *_on(x.device, A, B, core), scaling, compute), y.dtype)
+        return y + to(adapter_differentiable(dropped, *here(x.device, A, B, core), scaling, compute), y.dtype)
     shared_input = _shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
@@ -179,10 +176,6 @@ def _hubs(group: Group | None, A: Tensor, B: Tensor, user: int) -> tuple[tuple, 
 
 def _in_graph(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.to(device) for t in tensors)
 
 
 def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:

@@ -61,8 +61,10 @@ def plan(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, strat
 
     Raises ValueError for an unknown strategy or one that cannot run, forced by argument or by LOTR_STRATEGY.
     """
-    forced = strategy if strategy is not None else os.environ.get("LOTR_STRATEGY") or None
-    return _plan(tokens >= BETA_TOKENS, rank, dtype, device, forced, "strategy" if strategy is not None else "LOTR_STRATEGY")
+    if strategy is not None:
+        return _plan(tokens >= BETA_TOKENS, rank, dtype, device, strategy, "strategy")
+    forced = os.environb.get(b"LOTR_STRATEGY")  # bytes: this runs in every call, and os.environ decodes
+    return _plan(tokens >= BETA_TOKENS, rank, dtype, device, forced.decode() if forced else None, "LOTR_STRATEGY")
 
 
 @functools.lru_cache(maxsize=1024)
