@@ -40,6 +40,8 @@ BUGS: dict[tuple[str, str], dict[str, str]] = {
     ("sum", "plain_counter"): {"race": "data race.*an earlier block"},
     ("sum", "no_fence_before"): {"race": r"read after write\) on global memory .*an earlier block"},
     ("sum", "no_fence_after"): {"race": r"read after write\) on global memory .*an earlier block"},
+    ("sum", "fence_after_barrier"): {"race": r"read after write\) on global memory .*an earlier block"},
+    ("sum", "store_after_ticket"): {"race": r"read after write\) on global memory .*an earlier block"},
     ("sum", "ticket_before_barrier"): {"plain": WRONG, "race": "data race"},
     ("sum", "read_only_partials"): {"race": "ld.global.nc of memory that this launch has written"},
     ("sum", "no_named_arrive"): {"plain": r"deadlock: .*32 threads from 0 on are at bar.sync, .*sum.cuh:\d+.*__syncthreads"},

@@ -20,7 +20,9 @@ enum Bug : int {
   plain_counter,           // no atomic on the blocks' counter
   no_fence_before,         // the partial sum is not published
   no_fence_after,          // the last block may read old sums
+  fence_after_barrier,     // the readers fence, but not the thread that took the ticket
   ticket_before_barrier,   // the block arrives before its threads have stored
+  store_after_ticket,      // the same, in all blocks but the last
   read_only_partials,      // ld.global.nc of what other blocks store
   no_named_arrive,         // the consumers wait for ever
   named_count,             // producers and consumers disagree on the number
@@ -76,10 +78,11 @@ LOTR_DEVICE bool arrive_last(Smem& s, const Params& p) {
     } else {
       before = ptx::atomic_add(p.arrived, 1);
     }
-    if (p.bug != no_fence_after) ptx::fence_device();
+    if (p.bug != no_fence_after && p.bug != fence_after_barrier) ptx::fence_device();
     s.last = before == p.M - 1;
   }
   __syncthreads();
+  if (p.bug == fence_after_barrier) ptx::fence_device();
   return s.last;
 }
 
@@ -118,10 +121,12 @@ __global__ void __launch_bounds__(THREADS) kernel(Params p) {
     ptx::store(p.y + blockIdx.x, r + float(n));
   };
   // the storing thread is not the one that arrives: the barrier between them counts
-  if (t == 1 && p.bug != ticket_before_barrier) store_row();
+  const bool late =
+      p.bug == ticket_before_barrier || (p.bug == store_after_ticket && int(blockIdx.x) < p.M - 1);
+  if (t == 1 && !late) store_row();
   if (!(p.bug == barrier_skipped && warp == 3)) __syncthreads();
   const bool last = arrive_last(s, p);
-  if (t == 1 && p.bug == ticket_before_barrier) store_row();
+  if (t == 1 && late) store_row();
   if (last && t == 2) {
     float sum = 0;
     for (int m = 0; m < p.M; ++m)
