@@ -25,7 +25,7 @@ from torch import Tensor
 from .config import LoTRConfig
 from .layer import check_settings
 
-__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "read", "write"]
+__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "put_file", "read", "write"]
 
 FORMAT, FORMAT_VERSION = "lotr", 1
 JSON_NAME = "lotr_adapter.json"
@@ -69,7 +69,7 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _put(directory: Path, name: str, data: bytes) -> None:
+def put_file(directory: Path, name: str, data: bytes) -> None:
     """data in directory/name, whole or not at all."""
     temporary = directory / f"{name}.{os.getpid()}.tmp"
     try:
@@ -112,8 +112,8 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
     }
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    _put(directory, tensors_name, data)
-    _put(directory, JSON_NAME, text.encode())
+    put_file(directory, tensors_name, data)
+    put_file(directory, JSON_NAME, text.encode())
     for old in directory.iterdir():
         if old.name != tensors_name and (_TENSORS_NAME.fullmatch(old.name) or _LEFTOVER.fullmatch(old.name)):
             old.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ __all__ = ["load_adapter", "save_adapter"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and torch.compile, whose names go without their prefixes."""
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
@@ -46,14 +46,14 @@ def _prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
     return found
 
 
-def _saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     config = getattr(model, "lotr_config", None)
     endings = config.modules_to_save if isinstance(config, LoTRConfig) and config.modules_to_save else ()
     named = ((name, m) for name, m in model.named_modules() if not name.startswith("lotr_factors"))
     return {name: m for name, m in named if name and any(name_ends_with(name, e) for e in endings)}
 
 
-def _saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Parameters and buffers by full name; tied ones under their first name only."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -84,16 +84,16 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     Raises:
         TypeError: no nn.Module. RuntimeError: no adapter, or one on the meta device. ValueError: directory is a file.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = adapted_layers(model)
-    prefixes, saved = _prefixes(model, layers), _saved_modules(model)
+    prefixes, saved = _prefixes(model, layers), saved_modules(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         factors, prefix = layer.factors, prefixes[id(layer.factors)]
         parts = {f"{prefix}.{part}": getattr(factors, part) for part in ("A", "B", "start_A", "start_B")}
         parts |= {f"{name}.{part}": getattr(layer, part) for part in ("core", "start_core")}
         tensors |= {key: value for key, value in parts.items() if value is not None}
-    tensors |= _saved_tensors(saved)
+    tensors |= saved_tensors(saved)
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
@@ -126,7 +126,7 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    target = _unwrapped(model)
+    target = unwrapped(model)
     manifest, tensors = files.read(Path(directory))
     if any(isinstance(m, LoTRLayer) for m in target.modules()):
         _check_adapted(target, manifest, tensors, cast)
@@ -178,11 +178,11 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
         want, got = prefixes[id(layer.factors)], entry.factors
         if want != got:
             raise ValueError(f"{name}: expected factors {want!r} as in the model, got {got!r} in the adapter")
-    saved = _saved_modules(model)
+    saved = saved_modules(model)
     if set(saved) != set(manifest.modules_to_save):
         raise ValueError(f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(manifest.modules_to_save)}")
     expected = _expected(manifest, lambda n: (layers[n].factors.A, layers[n].factors.B, layers[n].core), tensors)
-    _check_tensors(expected | _saved_tensors(saved), tensors, cast)
+    _check_tensors(expected | saved_tensors(saved), tensors, cast)
     for prefix, names in _groups(manifest.layers).items():
         if f"{prefix}.start_A" in tensors or layers[names[0]].start_core is not None:
             for name in names:
@@ -237,7 +237,7 @@ def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor
         return tuple(empty(shape, config.adapter_dtype) for shape in shapes)
 
     expected = _expected(manifest, like, tensors)
-    _check_tensors(expected | _saved_tensors(selection.saved), tensors, cast)
+    _check_tensors(expected | saved_tensors(selection.saved), tensors, cast)
     return selection
 
 
@@ -268,5 +268,5 @@ def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> N
             layer.core.copy_(tensors[f"{name}.core"])
         group[0].factors.A.copy_(tensors[f"{prefix}.A"])
         group[0].factors.B.copy_(tensors[f"{prefix}.B"])
-    for key, value in _saved_tensors(_saved_modules(model)).items():
+    for key, value in saved_tensors(saved_modules(model)).items():
         value.copy_(tensors[key])

@@ -79,11 +79,18 @@ def test_tucker2_is_exact_on_low_rank_stacks(n: int, k: int, ranks: tuple[int, i
     assert error(weights, *tucker2(weights, ranks)) < 1e-6
 
 
+def leading(matrix: Tensor, r: int) -> Tensor:
+    return torch.linalg.svd(matrix)[0][:, :r]
+
+
 def test_tucker2_beats_its_start_and_no_random_pair_beats_it() -> None:
     weights = [torch.randn(14, 18, dtype=torch.float64) for _ in range(5)]
     best = error(weights, *tucker2(weights, (4, 4)))
-    assert best <= error(weights, *tucker2(weights, (4, 4), max_iterations=1))
-    A, B, _ = tucker2(weights, (4, 4))
+    P, Q = leading(torch.cat([w.T for w in weights], 1), 4), leading(torch.cat(weights, 1), 4)
+    assert best < 0.999 * error(weights, P, Q, torch.stack([P.T @ w.T @ Q for w in weights]))  # HOSVD alone
+    A, B, cores = tucker2(weights, (4, 4), max_iterations=500, tolerance=0.0)
+    P = leading(torch.cat([w.T @ B for w in weights], 1), 4)  # the best A for this B is this A, and no other
+    assert error(weights, P, B, torch.stack([P.T @ w.T @ B for w in weights])) > (1 - 1e-9) * error(weights, A, B, cores)
     for _ in range(20):
         P = torch.linalg.qr(A + 0.05 * torch.randn_like(A))[0]
         Q = torch.linalg.qr(B + 0.05 * torch.randn_like(B))[0]
@@ -93,6 +100,13 @@ def test_tucker2_beats_its_start_and_no_random_pair_beats_it() -> None:
     assert error(weights[:1], *tucker2(weights[:1], (4, 4))) == pytest.approx(
         math.sqrt(s[4:].square().sum() / s.square().sum())
     )
+
+
+def test_tucker2_by_subspace_iteration_is_nearly_optimal() -> None:
+    u, v = (torch.linalg.qr(torch.randn(n, 530, dtype=torch.float64))[0] for n in (560, 530))
+    s = torch.arange(1, 531, dtype=torch.float64) ** -0.5  # slow decay
+    optimum = math.sqrt(s[4:].square().sum() / s.square().sum())
+    assert error([u * s @ v.T], *tucker2([u * s @ v.T], (4, 4))) < 1.0002 * optimum
 
 
 def test_tucker2_beyond_full_rank_is_exact_and_can_still_learn() -> None:
