@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from toys import IDS, adapted, loss, plain, randomize, target_names, toy
 
-from lotr_ext import LoTRLinear
+from lotr_ext import LoTRLinear, ops, planner
 from lotr_ext.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from lotr_ext.config import LoTRConfig
 from lotr_ext.summary import trainable_summary
@@ -80,6 +80,7 @@ def test_equals_the_plain_definition_in_float64() -> None:
         ({"target_modules": r".*1.*", "exclude_modules": ["up", "down"]}, [f"blocks.1.{n}" for n in "qkvo"]),
         ({"target_modules": ["q", "head"], "modules_to_save": ["head"]}, ["blocks.0.q", "blocks.1.q"]),
         ({"exclude_modules": r"blocks.*"}, ["head"]),
+        ({"target_modules": r"blocks\.0\.[a-z]"}, [f"blocks.0.{n}" for n in "qkvo"]),
         ({"exclude_modules": r".*(1|head).*"}, [f"blocks.0.{n}" for n in ("q", "k", "v", "o", "up", "down")]),
     ],
 )
@@ -161,6 +162,18 @@ def test_sequential_root_runs() -> None:
     x = torch.randn(3, 6)
     base = model(x)
     assert torch.equal(apply_lotr(model, LoTRConfig(rank=2))(x), base)
+
+
+def test_a_forward_folds_once_per_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a model with a forward scope does; unload takes the scope off again."""
+    folds, fold = [], ops.fold
+    monkeypatch.setattr(planner, "FEW_TOKENS", 0)
+    monkeypatch.setattr(ops, "fold", lambda B, cores, *rest: folds.append(len(cores)) or fold(B, cores, *rest))
+    model = adapted(target_modules=["q", "k", "v", "up"])
+    loss(model).backward()
+    assert folds == [6, 2]
+    unload(model, merge=False)
+    assert not model._forward_pre_hooks and not model._forward_hooks
 
 
 def test_parameters_and_summary(capsys: pytest.CaptureFixture[str]) -> None:

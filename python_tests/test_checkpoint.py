@@ -18,8 +18,9 @@ from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear
 from lotr_ext.adapter_files import JSON_NAME
-from lotr_ext.apply import adapted_layers, disabled, merge, unload, unmerge
+from lotr_ext.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
 from lotr_ext.checkpoint import load_adapter, save_adapter
+from lotr_ext.config import LoTRConfig
 
 SETTINGS = [
     {},
@@ -32,6 +33,7 @@ SETTINGS = [
     {"adapter_dtype": torch.bfloat16, "scaling": 0.3, "exclude_modules": ["down"], "target_modules": None},
     {"init": "svd", "alpha": 2.0, "modules_to_save": ["1.norm"]},
     {"core_init": "identity"},
+    {"init": "svd", "train": ("A", "B"), "group_by": "name"},
 ]
 
 
@@ -73,6 +75,25 @@ def test_round_trip(tmp_path: Path, settings: dict, onto: str) -> None:
     with disabled(fresh), disabled(model):
         assert torch.equal(fresh(IDS), model(IDS))
     merge(fresh), unmerge(fresh), unload(fresh, merge=True)
+
+
+class Tied(Toy):
+    """The output layer's weight is the embedding's."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(classes=29)
+        self.head.weight = self.embed.weight
+
+
+def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
+    model = apply_lotr(Tied(), LoTRConfig(rank=2, modules_to_save=["embed", "head"]))
+    model.embed.weight.data.normal_()
+    save_adapter(model, tmp_path)
+    stored = load_file(tensors_file(tmp_path))
+    assert "embed.weight" in stored and "head.weight" not in stored and "head.bias" in stored
+    fresh = load_adapter(Tied(), tmp_path)
+    assert torch.equal(fresh(IDS), model(IDS)) and fresh.head.weight is fresh.embed.weight
 
 
 def test_every_tensor_is_stored_once_and_nothing_else(tmp_path: Path) -> None:
