@@ -79,7 +79,7 @@ def run(job: Job) -> dict:
     optimizer, schedule = tm.optimizer_for(model, recipe, job.steps)
     batches = tm.Batches(train_ids, [c for _, c in train], job.batch, job.seed)
 
-    losses, seconds = [], []
+    losses, seconds, parent = [], [], os.getppid()
     with Bar(recipe.name, job.steps, job.show) as bar:
         for _ in range(job.steps):
             start = time.perf_counter()
@@ -94,6 +94,8 @@ def run(job: Job) -> dict:
             if not losses[-1] < float("inf"):
                 raise ValueError(f"{recipe.name}: loss is {losses[-1]} at step {len(losses)}; lower --lr or --scaling")
             bar.step(losses)
+            if os.getppid() != parent:  # ended from outside: nobody waits for this run any more
+                sys.exit(1)
     peak = tm.peak_memory()
 
     logits = tm.predict(model, test_ids)
