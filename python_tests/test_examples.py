@@ -238,3 +238,16 @@ def test_compare_flags_what_left_the_spread():
 
 def test_flop_floor_is_three_r_over_k():
     assert shapes.Case(2048, 768, 768, 16, "fp32", 1).flop_floor() == pytest.approx(3 * 16 / 768)
+
+
+def test_shared_gradient_bench_counts_what_the_hub_saves():
+    from bench import shared
+
+    clock = timing.Clock(torch.device("cpu"), "wall")
+    counts = {}
+    for layers in (2, 6):
+        for result in shared.measure(layers, torch.float32, 1, clock):
+            counts[result["summing"], layers] = result["tensors"]
+            assert result["error"] < 1e-5
+    assert counts["autograd", 6] - counts["autograd", 2] >= 4 * 3  # a dA, a dB and their sums a layer
+    assert counts["hub", 6] - counts["hub", 2] <= 4  # Q alone
