@@ -1,0 +1,78 @@
+"""Runs kernels in one build of the executor, in a process of its own: what the sanitizer, race, coverage and mutation tests start.
+
+python sweep.py --mode race --shapes pipeline --kinds bf16,fp32 --schedules forward,reverse,1,2
+Prints one line for each failure and exits with 1 if there was one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+
+from arrays import ALIGNED, ODD, PACKED  # noqa: E402
+from cases import KERNELS, SHAPES, Shape  # noqa: E402
+
+# Two blocks or more in each dimension of every grid, and walks of more tiles than there are stages, so that every stage
+# is filled a second time; with and without dropout, aligned and not.
+PIPELINE = [
+    Shape(700, 560, 16, ALIGNED, sms=5),
+    Shape(330, 700, 40, ALIGNED, 0.25, 6, r2=20, layers=2),
+    Shape(520, 264, 16, ODD, 0.1, 4),
+    Shape(200, 400, 100, PACKED, sms=5, layers=2),
+    Shape(150, 300, 200, PACKED, 0.5, 6),
+]
+SMALL = [s for s in SHAPES if s.m * s.k * s.r < 700_000]
+SETS = {"pipeline": PIPELINE, "small": SMALL, "all": SHAPES + PIPELINE}
+
+
+def schedule(name: str) -> dict:
+    """forward, reverse, or the seed of a random order; seeds above 100 also switch threads at memory accesses."""
+    if name in ("forward", "reverse"):
+        return {"order": name}
+    return {"order": "random", "seed": int(name), "preempt": 24 if int(name) > 100 else 0}
+
+
+def failures(lib: ModuleType, shapes: list[Shape], kinds: list[str], schedules: list[str], kernels: list[str], first: bool) -> list[str]:
+    """What went wrong, one line each; with `first` the search ends there."""
+    found: list[str] = []
+    for shape in shapes:
+        for kernel in kernels:
+            for kind in kinds:
+                problem = KERNELS[kernel](shape, kind)
+                for name in schedules:
+                    lib.set_options(**schedule(name))
+                    try:
+                        problem.check(problem.run(lib))
+                    except (AssertionError, RuntimeError) as error:
+                        found.append(f"{kernel} {kind} {shape} {name}: {str(error).splitlines()[0]}")
+                        if first:
+                            return found
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", default="plain")
+    parser.add_argument("--shapes", default="small", choices=SETS)
+    parser.add_argument("--kinds", default="bf16,fp32")
+    parser.add_argument("--schedules", default="forward,reverse,1")
+    parser.add_argument("--kernels", default=",".join(KERNELS))
+    options = parser.parse_args(arguments)
+    import build
+
+    lib = build.load(options.mode)
+    found = failures(lib, SETS[options.shapes], options.kinds.split(","), options.schedules.split(","), options.kernels.split(","), False)
+    print(*found, sep="\n")
+    if options.mode == "coverage":
+        lib.write_coverage()
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
