@@ -219,22 +219,23 @@ apply_one_node = super(Function, LoTRFunction).apply  # Function.apply without i
 class LoTRShrink(Function):
     """u = drop(x) A and route.   backward: dx += drop(k A^T),  dA += drop(x)^T k,  k = du as autograd summed it over siblings.
 
-    apply(x [..., k], A [k, r_in], dtype, p, seed, shared, shared_input) -> u [m, r_in], route [..., k] in dtype. route has one
-    element of memory and is never read.
+    apply(x [..., k], A [k, r_in], dtype, p, seed, shared, shared_input, values) -> u [m, r_in], route [..., k] in dtype. route
+    has one element of memory and is never read. values: A as a forward scope cast it, or A.
     """
 
     @staticmethod
-    def forward(ctx, x, A, dtype, p, seed, shared: SharedGradient | None, shared_input):
+    def forward(ctx, x, A, dtype, p, seed, shared: SharedGradient | None, shared_input, values: Tensor):
         ctx.set_materialize_grads(False)
         need_x, need_A = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_A else None, A if need_x else None, seed)
         ctx.dtype, ctx.p, ctx.x_shape, ctx.shared, ctx.input = A.dtype, p, x.shape, shared, shared_input
+        ctx.values = None if values is A else values
         ctx.hub = A  # else a forward's next layers might find it gone
         route = x.new_empty((), dtype=dtype).expand(x.shape)
         if not need_x:
             ctx.mark_non_differentiable(route)
         with _private_write():
-            return ops.shrink(rows(to(x, dtype)), A.to(x.device), p=p, seed=seed), route
+            return ops.shrink(rows(to(x, dtype)), values.to(x.device), p=p, seed=seed), route
 
     @staticmethod
     def backward(ctx, k, dx):
@@ -251,7 +252,7 @@ class LoTRShrink(Function):
         if shared_input is not None:
             shared_input.spent = True  # an optimizer may follow, and a fused one changes A without a trace
         if k is None:
-            return dx, None, None, None, None, None, None
+            return dx, *(None,) * 7
         device = k.device
         if recorded:
             mask = None if seed is None else ops.dropout_mask(*_flat_shape(ctx.x_shape), ctx.p, seed, k.dtype)
@@ -262,16 +263,16 @@ class LoTRShrink(Function):
             if x is not None:
                 dropped = rows(to(x, k.dtype))
                 dA = _hand_over(ctx.shared, ctx.hub, (dropped if mask is None else dropped * mask).mT @ k)
-            return dx, dA, None, None, None, None, None
+            return dx, dA, *(None,) * 6
         if A is not None:
             private |= dx is None or dx.dtype != k.dtype
             dx = torch.zeros(ctx.x_shape, dtype=k.dtype, device=device) if dx is None else to(dx, k.dtype)
-            dx = add_expand(dx, k, A.to(device), private, ctx.p, seed)
+            dx = add_expand(dx, k, (A if ctx.values is None else ctx.values).to(device), private, ctx.p, seed)
         if x is not None:
             total, dA = _accumulator(ctx.shared, ctx.hub.to(device))
             with _private_write():
                 ops.factor_grad_(total, rows(to(x, k.dtype)), k, p=ctx.p, seed=seed)
-        return dx, dA, None, None, None, None, None
+        return dx, dA, *(None,) * 6
 
 
 def _flat_shape(shape: torch.Size) -> tuple[int, int]:

@@ -68,6 +68,9 @@ def lotr_linear(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    for name, tensor in (("A", A), ("B", B), ("core", core)):
+        if tensor.is_meta != x.is_meta:
+            raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling!r}")
     if not 0.0 <= dropout_p < 1.0:
@@ -97,8 +100,11 @@ class Explanation(NamedTuple):
         return f"strategy {self.strategy} ({self.reason}); {_NODES[self.nodes]} ({self.why})"
 
 
-def explain(layer: LoTRLayer, x: Tensor) -> Explanation:
-    """Which path layer(x) takes and why, decided by the code that runs it; nothing is computed. x [..., in_features]."""
+def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = None) -> Explanation:
+    """Which path layer(x) takes and why, decided by the code that runs it; nothing is computed. x [..., in_features].
+
+    device: as if layer and x were there ("cuda", say), instead of where they are.
+    """
     if not isinstance(layer, LoTRLayer):
         raise TypeError(f"layer: expected an adapted layer (LoTRLinear, ...), got {type(layer).__name__}")
     if x.shape[-1:] != (layer.in_features,):
@@ -113,9 +119,10 @@ def explain(layer: LoTRLayer, x: Tensor) -> Explanation:
         torch.is_grad_enabled() and not wrapped and any(p.requires_grad for p in (layer.weight, layer.bias) if p is not None)
     )
     found: list[Explanation] = []
+    where = None if device is None else torch.device(device)
 
     def look(A: Tensor, B: Tensor) -> Tensor:
-        nodes, plan, why = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, base_linear=not wrapped)
+        nodes, plan, why = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, not wrapped, where)
         found.append(Explanation(plan.strategy if nodes else "composite", nodes > 0, nodes, plan.reason, why))
         return x
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .factors import LoTRFactors
 from .layer_call import Adapter, call_linear, delta_weight
 from .ops import accumulate_dtype
-from .scope import Slot, current_slot
+from .scope import Slot, cast_in_scope, current_slot
 
 
 class Settings(NamedTuple):
@@ -100,7 +100,7 @@ class LoTRLayer(nn.Module):
             return self._call(x, self.factors.start_A, self.factors.start_B, adapter)
         p = self.dropout if self.training else 0.0
         factors = self.factors
-        adapter = Adapter(self.core, self.scaling, p, factors._group, id(self), self.strategy, self._slot)
+        adapter = Adapter(self.core, self.scaling, p, factors._group, id(self), self.strategy, self._slot, cast_in_scope)
         return factors(lambda A, B: self._call(x, A, B, adapter))
 
     def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:

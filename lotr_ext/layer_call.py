@@ -47,7 +47,7 @@ class Adapter(NamedTuple):
     """What a layer brings to a call beside x, A and B.
 
     p: the dropout in force; group: None for a layer by itself; user: the layer's id in its group; slot: gives the layer's
-    place in the forward scope for (B, dtype), if there is one.
+    place in the forward scope for (B, dtype), if there is one; cast: A in a dtype, once a scope.
     """
 
     core: Tensor
@@ -57,6 +57,7 @@ class Adapter(NamedTuple):
     user: int = 0
     strategy: str | None = None
     slot: Callable[[Tensor, torch.dtype], Slot | None] = lambda B, dtype: None
+    cast: Callable[[Tensor, torch.dtype], Tensor] = lambda A, dtype: A
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
@@ -66,16 +67,27 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def decide(
-    x: Tensor, A: Tensor, adapter: Adapter, dtype: torch.dtype, base_trained: bool, base_linear: bool = True
+    x: Tensor,
+    A: Tensor,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    base_trained: bool,
+    base_linear: bool = True,
+    device: torch.device | None = None,
 ) -> Decision:
     """Which nodes a call takes. `explain` prints it, so it cannot say anything else than what runs."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
     tokens = x.numel() // x.shape[-1]
-    chosen = plan(tokens, max(adapter.core.shape), dtype, x.device, adapter.strategy)
+    chosen = plan(tokens, max(adapter.core.shape), dtype, device or x.device, adapter.strategy)
     if chosen.strategy == "composite":
         return Decision(0, chosen, chosen.reason)
+    if A.dtype != dtype and (A.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16)):
+        names = (str(t).removeprefix("torch.") for t in (A.dtype, dtype))
+        return Decision(
+            0, chosen, "factors in {} beside x in {}: kernels take x's dtype, or float32 beside half".format(*names)
+        )
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Decision(0, chosen, "under a functorch transform or forward AD: the composite is differentiable by any of them")
     if type(x) not in _PLAIN or type(A) not in _PLAIN:
@@ -160,11 +172,11 @@ def _shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autoca
     if found.u is not None:
         return found
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p else None
-    in_graph = _in_graph(x, A)
+    in_graph, values = _in_graph(x, A), adapter.cast(A, compute)
     if in_graph:
-        found.u, found.route = LoTRShrink.apply(x, hub, compute, p, seed, shared, weakref.ref(found))
+        found.u, found.route = LoTRShrink.apply(x, hub, compute, p, seed, shared, weakref.ref(found), values)
     else:
-        found.u = ops.shrink(rows(to(x.detach(), compute)), A.detach().to(x.device), p=p, seed=seed)
+        found.u = ops.shrink(rows(to(x.detach(), compute)), values.detach().to(x.device), p=p, seed=seed)
     if share:
         group.offer(found, in_graph)
     return found

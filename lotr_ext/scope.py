@@ -1,7 +1,7 @@
 """The forward scope of an adapted model: what is done once for all layers of a group while one forward runs.
 
-Within it, F_l = s B G_l^T of all layers of a group is one product, and in backward dB and all dG_l are one product of the
-bank of Q_l [l, n, r_in]:
+Within it, A is cast to the compute dtype once, F_l = s B G_l^T of all layers of a group is one product, and in backward dB and
+all dG_l are one product of the bank of Q_l [l, n, r_in]:
 
     B, G_1 .. G_L --> [LoTRFold: one token, one a forward] --> LoTRExpand 1 .. L, which read F_l
     backward: LoTRExpand l adds Q_l = g^T u to the bank and returns None for B, G_l and the token;
@@ -92,6 +92,7 @@ class Scope:
     def __init__(self, model: nn.Module, layers: dict[int, list[LoTRLayer]]):
         self.model, self.layers = weakref.ref(model), layers
         self.banks: dict[tuple[int, torch.dtype], Bank | None] = {}
+        self.casts: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
 
     def slot(self, layer: LoTRLayer, B: Tensor, dtype: torch.dtype) -> Slot | None:
         """layer's place in its group's bank in dtype, made at the first call; None where there can be none."""
@@ -108,6 +109,13 @@ class Scope:
         if torch.is_grad_enabled() and bank.token is None and (B.requires_grad or layer.core.requires_grad):
             return None  # the bank was made under no_grad
         return Slot(bank, index)
+
+    def cast(self, A: Tensor, dtype: torch.dtype) -> Tensor:
+        """A in dtype, cast once a forward."""
+        found = self.casts.get((id(A), dtype))
+        if found is None or found[0] != A._version:
+            found = self.casts[id(A), dtype] = (A._version, A.detach().to(dtype))
+        return found[1]
 
     @staticmethod
     def _bank(members: list[LoTRLayer], B: Tensor, dtype: torch.dtype) -> Bank | None:
@@ -153,6 +161,13 @@ _open = _Open()
 def current_slot(layer: LoTRLayer, B: Tensor, dtype: torch.dtype) -> Slot | None:
     """layer's slot in the innermost open scope."""
     return _open.stack[-1].slot(layer, B, dtype) if _open.stack else None
+
+
+def cast_in_scope(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """A in dtype, once a forward where a scope is open; else A itself, which the operators round as they read it."""
+    if A.dtype == dtype or not _open.stack or type(A) not in _PLAIN:
+        return A
+    return _open.stack[-1].cast(A, dtype)
 
 
 def _enter(model: nn.Module, args) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lotr_ext
-from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, explain, lotr_linear, reference
+from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, explain, lotr_linear, planner, reference
 from nets import relative
 
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -218,6 +218,36 @@ def test_explain():
     assert explain(layer_of(dtype=torch.float64), many.double()).kernels
     strange = many.as_subclass(type("Odd", (torch.Tensor,), {}))
     assert explain(layer_of(), strange).nodes == 0 and "Odd" in str(explain(layer_of(), strange))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_cuda_our_kernels_are_the_default(dtype, monkeypatch):
+    """Asked of the code that decides, as if the layer were on a GPU."""
+    monkeypatch.setattr(planner, "cuda_obstacle", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    planner._plan.cache_clear()
+    for rank in (1, 16, 256):
+        layer = layer_of(rank=rank, dtype=dtype)
+        for tokens, strategy, nodes in ((1, "two_pass", 1), (512, "two_pass", 2), (8192, "beta", 2)):
+            explanation = explain(layer, torch.empty(tokens, 20, dtype=dtype), device="cuda")
+            assert explanation.kernels and explanation.strategy == strategy and explanation.nodes == nodes
+    too_high = explain(layer_of(rank=257, dtype=dtype), torch.empty(512, 20, dtype=dtype), device="cuda")
+    assert not too_high.kernels and "257" in too_high.reason
+    wide = explain(layer_of(dtype=torch.float64), torch.empty(512, 20, dtype=torch.float64), device="cuda")
+    assert not wide.kernels and "float64" in wide.reason
+    planner._plan.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "works"), [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
+def test_an_older_gpu_takes_the_composite(capability, works, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(planner, "build_info", lambda: {"cuda": {"built": True}})
+    planner.cuda_obstacle.cache_clear()
+    planner._plan.cache_clear()
+    explanation = explain(layer_of(dtype=torch.bfloat16), torch.empty(512, 20, dtype=torch.bfloat16), device="cuda:0")
+    assert explanation.kernels == works and (works or "7.5" in explanation.reason)
+    planner.cuda_obstacle.cache_clear()
+    planner._plan.cache_clear()
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

@@ -275,6 +275,17 @@ def test_a_checkpointed_whole_model(net, x):
     assert truth.error(net) < CLOSE
 
 
+def test_A_is_cast_once_a_forward(x, monkeypatch):
+    """float32 factors beside a bfloat16 base."""
+    net = Net(dtype=torch.bfloat16)
+    attach_scope(net)
+    dtypes = []
+    shrink = ops.shrink
+    monkeypatch.setattr(ops, "shrink", lambda x, A, **k: dtypes.append((A.dtype, A.data_ptr())) or shrink(x, A, **k))
+    net(x.bfloat16())
+    assert len(dtypes) == 6 and len(set(dtypes)) == 1 and dtypes[0][0] == torch.bfloat16
+
+
 def test_autocast_and_half(x):
     net = Net(dtype=torch.bfloat16)
     attach_scope(net)
