@@ -125,6 +125,9 @@ struct Machine {
 extern Machine machine;
 
 // ---- scheduler.cpp ----
+Thread* choose_thread();  // that runs next; null when all have exited, or after an error
+void make_current(Thread& thread);
+void run_thread();  // where a thread's fiber starts
 uint64_t next_random();
 void set_ready(Warp& warp, uint32_t lanes);
 void clear_ready(Warp& warp, uint32_t lanes);

@@ -1,0 +1,104 @@
+// Every wrapper of csrc/ptx once; test_wrappers.py compiles it and looks for the instructions meant.  Never
+// run.
+#pragma once
+#include "ptx/sm80.cuh"
+
+#if defined(LOTR_EVERY_SM90)
+#include "ptx/sm90.cuh"
+#endif
+
+namespace every {
+using namespace lotr;
+
+struct Smem {
+  alignas(1024) __nv_bfloat16 tile[64][64];
+  float f[64];
+  uint64_t barrier;
+};
+
+struct Params {
+  const __nv_bfloat16* x;
+  float* y;
+  int32_t* n;
+};
+
+template <class Word>
+LOTR_DEVICE void copy_words(Smem& s, const Params& p) {
+  const auto* x = reinterpret_cast<const Word*>(p.x);
+  auto* y = reinterpret_cast<Word*>(p.y);
+  ptx::store(y, ptx::load(x + 1));
+  ptx::store_stream(y + 2, ptx::load_nc(x + 3));
+  ptx::store(y + 4, ptx::load_nc_stream(x + 5));
+  ptx::store(y + 6, ptx::load_cg(x + 7));
+  auto* shared = reinterpret_cast<Word*>(s.f);
+  ptx::store_shared(shared, ptx::load(x + 8));
+  ptx::store(y + 9, ptx::load_shared(shared + 1));
+}
+
+__global__ void __launch_bounds__(128) sm80(Params p) {
+  Smem& s = ptx::shared_storage<Smem>();
+  copy_words<uint16_t>(s, p);
+  copy_words<uint32_t>(s, p);
+  copy_words<uint2>(s, p);
+  copy_words<uint4>(s, p);
+  ptx::store_shared2(&s.tile[1][2], p.x[0], p.x[1]);
+
+  ptx::cp_async16(&s.tile[threadIdx.x / 8][threadIdx.x % 8 * 8], p.x + threadIdx.x * 8);
+  ptx::cp_async8(&s.tile[0], p.x, 4);
+  ptx::cp_async4(&s.tile[0], p.x);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<1>();
+  ptx::cp_async_wait_all();
+  __syncthreads();
+  ptx::barrier_sync(1, 64);
+  ptx::barrier_arrive(2, 64);
+
+  uint32_t a[4], b[2];
+  float d[4] = {};
+  ptx::ldmatrix_x4(a, &s.tile[threadIdx.x % 16][0]);
+  ptx::ldmatrix_x2(b, &s.tile[threadIdx.x % 16][8]);
+  ptx::mma_m16n8k16<__nv_bfloat16>(d, a, b);
+  ptx::ldmatrix_x4_trans(a, &s.tile[threadIdx.x % 16][0]);
+  ptx::ldmatrix_x2_trans(b, &s.tile[threadIdx.x % 16][8]);
+  ptx::mma_m16n8k16<__half>(d, a, b);
+  ptx::mma_m16n8k8_tf32(d, a, b);
+  d[0] += ptx::warp_sum(d[1]) + ptx::warp_max(d[2]) + ptx::as_float(ptx::to_tf32(d[3])) + ptx::shfl(d[1], 3);
+
+  ptx::fence_device();
+  ptx::store(p.y, d[0] + float(ptx::atomic_add(p.n, 1)) + ptx::atomic_add(p.y + 1, 1.f) +
+                      float(ptx::atomic_add_acq_rel(p.n, 1)) + float(ptx::mul_hi(a[0], a[1])));
+  if (d[0] > 1e30f) ptx::trap("never");
+}
+
+inline void run(const Params& p, ptx::stream_t stream) {
+  ptx::launch({dim3(1), dim3(128), sizeof(Smem), stream, dim3(1, 1, 1), "every"}, sm80, p);
+}
+
+#if defined(LOTR_EVERY_SM90)
+__global__ void __launch_bounds__(128) sm90(const __grid_constant__ ptx::TensorMap map, Params p) {
+  Smem& s = ptx::shared_storage<Smem>();
+  ptx::mbarrier_init(&s.barrier, 2);
+  ptx::fence_mbarrier_init();
+  ptx::fence_proxy_async();
+  ptx::cluster_sync();
+  ptx::mbarrier_arrive(&s.barrier);
+  ptx::mbarrier_arrive_expect_tx(&s.barrier, sizeof s.tile);
+  ptx::tma_load_2d(s.tile, &map, 0, 0, &s.barrier);
+  ptx::mbarrier_wait(&s.barrier, 0);
+  float d[32] = {};
+  const uint64_t tile = ptx::swizzled_descriptor(s.tile);
+  ptx::wgmma_fence();
+  ptx::wgmma_m64n64k16<__nv_bfloat16>(d, tile, tile, true);
+  ptx::wgmma_m64n64k16<__half>(d, tile, tile, true);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  for (float v : d) ptx::store(p.y + threadIdx.x, v + *ptx::cluster_map(&s.f[0], ptx::cluster_rank() ^ 1));
+}
+
+inline void run90(const Params& p, ptx::stream_t stream) {
+  ptx::launch({dim3(2), dim3(128), sizeof(Smem), stream, dim3(2, 1, 1), "every"}, sm90,
+              ptx::tensor_map_2d(p.x, 64, 64, 64, 64), p);
+}
+#endif
+
+}  // namespace every

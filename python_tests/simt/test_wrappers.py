@@ -1,0 +1,131 @@
+"""csrc/ptx by its two compilers: nvcc makes of each wrapper the one instruction meant, a host compiler refuses what
+would silently mean something else there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from simt import build
+
+PROGRAMS = Path(__file__).parent / "programs"
+FOLDERS = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", "/usr/local/cuda/bin", os.environ.get("PATH", "")]
+NVCC = shutil.which("nvcc", path=os.pathsep.join(FOLDERS))
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+
+MEMORY = ("ld.global", "ld.global.nc", "ld.global.nc.L1::no_allocate", "ld.global.cg", "ld.shared")
+MEMORY += ("st.global", "st.global.cs", "st.shared")
+WORDS = ("u16", "u32", "v2.u32", "v4.u32")
+SM80 = {
+    **{f"{op}.{word}": 1 for op in MEMORY for word in WORDS},
+    "cp.async.cg.shared.global [%r], [%rd], 16, %r": 1,
+    "cp.async.ca.shared.global [%r], [%rd], 8, %r": 1,
+    "cp.async.ca.shared.global [%r], [%rd], 4, %r": 1,
+    "cp.async.commit_group": 1,
+    "cp.async.wait_group 1": 1,
+    "cp.async.wait_all": 1,
+    "bar.sync": 2,  # __syncthreads is barrier 0
+    "bar.arrive": 1,
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16": 1,
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": 1,
+    "ldmatrix.sync.aligned.m8n8.x2.shared.b16": 1,
+    "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16": 1,
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 1,
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": 1,
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": 1,
+    "cvt.rna.tf32.f32": 1,
+    "shfl.sync.bfly.b32": 10,
+    "shfl.sync.idx.b32": 1,
+    "fence.acq_rel.gpu": 1,
+    "atom.relaxed.gpu.global.add.s32": 1,
+    "atom.relaxed.gpu.global.add.f32": 1,
+    "atom.acq_rel.gpu.global.add.s32": 1,
+}
+SM90 = {
+    "mbarrier.init.shared::cta.b64": 1,
+    "fence.mbarrier_init.release.cluster": 1,
+    "fence.proxy.async.shared::cta": 1,
+    "barrier.cluster.arrive.aligned": 1,
+    "barrier.cluster.wait.aligned": 1,
+    "mbarrier.arrive.shared::cta.b64": 1,
+    "mbarrier.arrive.expect_tx.shared::cta.b64": 1,
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes": 1,
+    "mbarrier.try_wait.parity.shared::cta.b64": 1,
+    "wgmma.fence.sync.aligned": 1,
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16": 1,
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16": 1,
+    "wgmma.commit_group.sync.aligned": 1,
+    "wgmma.wait_group.sync.aligned 0": 1,
+    "mapa.u64": 1,
+}
+
+
+def compile_ptx(text: str, target: str, folder: Path) -> str:
+    source, ptx = folder / "kernel.cu", folder / "kernel.ptx"
+    source.write_text(text)
+    command = [NVCC, "-std=c++17", f"-arch={target}", f"-I{build.CSRC}", f"-I{PROGRAMS}", "-ptx", str(source), "-o", str(ptx)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return ptx.read_text()
+
+
+def instructions(ptx: str) -> list[str]:
+    """Opcodes and operands, registers without their numbers, one an entry."""
+    found = []
+    for line in ptx.splitlines():
+        line = re.sub(r"%(r|rd|f|h|p|rs)\d+", r"%\1", line.strip())
+        if line and not line.startswith((".", "//", "{", "}", "$")):
+            found.append(re.sub(r"\s+", " ", line.rstrip(";")))
+    return found
+
+
+def missing(expected: dict[str, int], ptx: str) -> dict[str, int]:
+    """How often those were found that were found too seldom. An entry with operands may go on after them."""
+    lines = instructions(ptx)
+
+    def count(op: str) -> int:
+        return sum(line.startswith(op) if " " in op else line.split(" ")[0] == op for line in lines)
+
+    return {op: count(op) for op, least in expected.items() if count(op) < least}
+
+
+@needs_nvcc
+def test_every_wrapper_is_its_instruction(tmp_path: Path) -> None:
+    ptx = compile_ptx('#include "every_wrapper.cuh"\n', "sm_80", tmp_path)
+    assert missing(SM80, ptx) == {}
+
+
+@needs_nvcc
+def test_every_wrapper_of_hopper_is_its_instruction(tmp_path: Path) -> None:
+    ptx = compile_ptx('#define LOTR_EVERY_SM90 1\n#include "every_wrapper.cuh"\n', "sm_90a", tmp_path)
+    assert missing(SM80 | SM90, ptx) == {}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel, target", [("gemm_sm80", "sm_80"), ("sum", "sm_80"), ("gemm_sm90", "sm_90a")])
+def test_nvcc_compiles_the_executors_kernels(kernel: str, target: str, tmp_path: Path) -> None:
+    assert ".entry" in compile_ptx(f'#include "{kernel}.cuh"\n', target, tmp_path)
+
+
+def host_compiler(text: str, folder: Path) -> subprocess.CompletedProcess:
+    source = folder / "kernel.cpp"
+    source.write_text(text)
+    command = [build.compiler(), "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [f"-I{build.CSRC}", f"-I{PROGRAMS}", "-isystem", str(build.cuda_include()), str(source)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_every_wrapper_compiles_on_the_host_without_warnings(tmp_path: Path) -> None:
+    done = host_compiler('#define LOTR_EVERY_SM90 1\n#include "every_wrapper.cuh"\n', tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_static_shared_memory_does_not_compile(tmp_path: Path) -> None:
+    """On the host each thread would silently have its own copy."""
+    text = '#include "ptx/sm80.cuh"\n__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n'
+    done = host_compiler(text, tmp_path)
+    assert done.returncode != 0 and "no_static_shared_memory_use_lotr_ptx_shared_storage" in done.stderr
