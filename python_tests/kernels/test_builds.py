@@ -1,0 +1,66 @@
+"""The kernels in the executor's other builds: sanitizers, race detector, coverage, and with one synchronisation left out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+def sweep(mode: str, *arguments: str) -> None:
+    import build
+
+    build.module(mode)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "sweep.py"), "--mode", mode, *arguments],
+        capture_output=True,
+        text=True,
+        env=build.python_environment(mode),
+        timeout=1500,
+    )
+    assert done.returncode == 0, f"{mode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+
+
+def test_no_race() -> None:
+    sweep("race", "--shapes", "pipeline", "--kinds", "bf16", "--schedules", "forward")
+
+
+def test_no_bad_access() -> None:
+    """AddressSanitizer and UBSan, shapes of every layout."""
+    sweep("asan", "--shapes", "small", "--kinds", "bf16,fp32", "--schedules", "forward")
+
+
+@pytest.mark.full
+def test_no_race_anywhere() -> None:
+    sweep("race", "--shapes", "all", "--kinds", "bf16,fp16,tf32,fp32", "--schedules", "reverse,1,2")
+
+
+@pytest.mark.full
+def test_no_bad_access_anywhere() -> None:
+    sweep("asan", "--shapes", "all", "--kinds", "bf16,fp16,tf32,fp32", "--schedules", "reverse,1")
+
+
+@pytest.mark.full
+def test_every_line_of_the_kernels_runs() -> None:
+    import build
+
+    build.reset_coverage()
+    sweep("coverage", "--shapes", "all", "--kinds", "bf16,tf32,fp32", "--schedules", "forward")
+    kernels = {name: c for name, c in build.coverage().items() if name.endswith(".cuh")}
+    assert {"shrink.cuh", "expand_add.cuh", "factor_grad.cuh", "shrink_grad.cuh", "fold.cuh", "rectangle.cuh"} <= set(kernels)
+    run, total = (sum(c[i] for c in kernels.values()) for i in (0, 1))
+    for name, (lines_run, lines, missed) in kernels.items():
+        print(f"{name:<20}{lines_run:>5} of {lines:>4} lines, not run: {missed or 'none'}")
+    print(f"{'csrc/kernels':<20}{run:>5} of {total:>4} lines, {run / total:.1%}")
+    assert run / total >= 0.98
+
+
+def test_each_synchronisation_left_out_is_noticed() -> None:
+    done = subprocess.run([sys.executable, str(HERE.parent / "mutate_kernels.py")], capture_output=True, text=True, timeout=1500)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 survived" in done.stdout

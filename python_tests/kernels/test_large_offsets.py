@@ -1,0 +1,48 @@
+"""Matrices of more than 2^31 elements, as sparse maps: only the touched pages take memory.
+
+The rows are far apart, so a few tiles at the end of the matrix reach offsets beyond 31 bits without running the rest.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from arrays import narrow, wide
+
+ROW = 1 << 27  # elements from row to row
+M, K, R = 20, 72, 16  # the last row starts at 19 * 2^27 > 2^31
+
+
+def far_rows(lib, cols: int, dtype: type = np.uint16) -> np.ndarray:
+    return lib.sparse_array([M, ROW], np.dtype(dtype))[:, :cols]
+
+
+@pytest.fixture
+def values() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.integers(-4, 5, shape).astype(np.float64) for name, shape in {"x": (M, K), "A": (K, R), "u": (M, R)}.items()}
+
+
+def test_rows_beyond_31_bits(lib, values: dict[str, np.ndarray]) -> None:
+    """Small integers, so that every product is exact and equality is the check."""
+    lib.set_device(multiprocessors=4)
+    lib.set_options()
+    x, A, u = values["x"], values["A"], values["u"]
+    big, narrow_A, narrow_u = far_rows(lib, K), narrow(A, "bf16"), narrow(u, "bf16")
+    big[...] = narrow(x, "bf16")
+    out = far_rows(lib, R)
+    lib.shrink(big, narrow_A, out)
+    assert (wide(out) == wide(narrow(x @ A, "bf16"))).all()
+
+    acc = np.ones((K, R), np.float32)
+    lib.factor_grad_(acc, big, narrow_u)
+    assert (acc == 1 + x.T @ u).all()
+
+    k, Q = far_rows(lib, R), np.zeros((K, R), np.float32)
+    lib.shrink_grad(big, narrow_A, narrow_u, k, Q)
+    assert (wide(k) == wide(narrow(x @ A, "bf16"))).all() and (Q == x.T @ u).all()
+
+    y = far_rows(lib, K)
+    lib.expand_add_(y, narrow_u, narrow_A)
+    assert (wide(y) == wide(narrow(u @ A.T, "bf16"))).all()
+

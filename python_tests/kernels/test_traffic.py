@@ -1,0 +1,103 @@
+"""What the kernels move, counted: every large matrix exactly once, the rest near the least that any split could have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bench import traffic
+
+BLOCKS = 120  # of 132 multiprocessors
+
+
+@pytest.mark.parametrize("m, n, r", [(1024, 1024, 64), (1024, 2048, 64), (2048, 1024, 16), (4096, 512, 32)])
+@pytest.mark.parametrize("kernel", traffic.KERNELS)
+def test_bytes(lib, kernel: str, m: int, n: int, r: int) -> None:
+    row = traffic.count(lib, kernel, m, n, r)
+    assert row.once <= 1.02, f"the large matrix moves {row.once:.3f} times"
+    assert row.blocks >= BLOCKS
+    assert row.over_least <= 1.25
+    assert row.sector_efficiency >= 0.95
+    assert row.bank_conflicts <= 1.05
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "kernel, most", [("shrink", 0.15), ("factor_grad", 0.15), ("expand_add", 0.15), ("shrink_grad", 0.35)]
+)
+def test_bytes_of_a_large_layer(lib, kernel: str, most: float) -> None:
+    row = traffic.count(lib, kernel, 8192, 4096, 16)
+    assert row.once <= 1.02 and row.blocks >= BLOCKS
+    assert row.extra < most
+    assert row.sector_efficiency >= 0.95 and row.bank_conflicts <= 1.05
+
+
+@pytest.mark.parametrize("kernel, most", [("shrink", 0.15), ("factor_grad", 0.15), ("expand_add", 0.15), ("shrink_grad", 0.35)])
+def test_plan_of_a_large_layer(lib, kernel: str, most: float) -> None:
+    """The same from the plan alone, which test_bytes ties to what is counted."""
+    plan = lib.plan(kernel, 8192, 4096, 16)
+    assert plan["m_blocks"] * plan["n_blocks"] >= BLOCKS
+    assert plan["extra_bytes"] < most * 8192 * 4096 * 2 * (2 if kernel == "expand_add" else 1)
+
+
+@pytest.mark.parametrize("kernel", traffic.KERNELS)
+def test_plan_is_what_is_counted(lib, kernel: str) -> None:
+    row = traffic.count(lib, kernel, 1024, 512, 32)
+    plan = lib.plan(kernel, 1024, 512, 32)
+    assert plan["m_blocks"] * plan["n_blocks"] == row.blocks
+    assert plan["extra_bytes"] == pytest.approx(row.factors + row.partials, rel=0.01)  # and the counters of arrival
+
+
+def test_a_decoding_step_fills_the_gpu(lib) -> None:
+    for m in (1, 16):
+        for r, blocks in ((16, 32), (64, 64), (256, 120)):
+            plan = lib.plan("shrink", m, 8192, r)
+            assert plan["m_blocks"] * plan["n_blocks"] >= blocks, (m, r, plan)
+
+
+def bf16(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.uint16)
+
+
+def fp32(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def test_launches(lib) -> None:
+    """Of a layer, besides the base product: forward 2, backward 3; fold and fold_grad one for a whole group."""
+    m, k, n, r, layers = 96, 64, 80, 16, 5
+
+    def launches(call) -> list[str]:
+        lib.set_device(multiprocessors=132)
+        lib.reset_counters()
+        call()
+        return [launch["name"] for launch in lib.counters()["launches"]]
+
+    def forward() -> None:
+        lib.shrink(bf16(m, k), bf16(k, r), bf16(m, r))
+        lib.expand_add_(bf16(m, n), bf16(m, r), bf16(n, r))
+
+    def backward() -> None:
+        lib.shrink_grad(bf16(m, n), bf16(n, r), bf16(m, r), bf16(m, r), fp32(n, r))
+        lib.expand_add_(bf16(m, k), bf16(m, r), bf16(k, r))
+        lib.factor_grad_(fp32(k, r), bf16(m, k), bf16(m, r))
+
+    assert launches(forward) == ["shrink", "expand_add"]
+    assert launches(backward) == ["shrink_grad", "expand_add", "factor_grad"]
+    cores = bf16(layers, r, r)
+    assert launches(lambda: lib.fold(bf16(n, r), cores, 1.0, bf16(layers, n, r))) == ["fold"]
+    assert launches(
+        lambda: lib.fold_grad(fp32(layers, n, r), bf16(n, r), cores, 1.0, fp32(n, r), fp32(layers, r, r))
+    ) == ["fold_grad"]
+    assert launches(
+        lambda: lib.small_forward_(bf16(4, n), bf16(4, k), bf16(k, r), bf16(r, r), bf16(n, r), 1.0, bf16(4, r))
+    ) == ["shrink", "expand_add"]
+    assert not launches(lambda: lib.shrink(bf16(0, k), bf16(k, r), bf16(0, r)))
+
+
+def test_bad_ranks_are_named(lib) -> None:
+    with pytest.raises(ValueError, match=r"shrink: A: expected a rank from 1 to 256, got 257"):
+        lib.shrink(bf16(2, 8), bf16(8, 257), bf16(2, 257))
+    with pytest.raises(ValueError, match=r"expand_add: F: expected a rank from 1 to 256, got 300"):
+        lib.expand_add_(bf16(2, 8), bf16(2, 300), bf16(8, 300))
+    with pytest.raises(ValueError, match=r"fold: B: expected a rank from 1 to 256, got 257"):
+        lib.fold(bf16(8, 257), bf16(1, 4, 257), 1.0, bf16(1, 8, 4))
