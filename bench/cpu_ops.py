@@ -122,7 +122,7 @@ def main() -> None:
     for dtype in args.dtypes:
         if not args.ops:
             print(
-                f"\n{dtype:9} {'M,K,N,r':>20} {'base us':>9} {'LoRA':>8} {'LoTR':>8} {'LoTR/LoRA':>10} {'floor':>7} {'LoTR/floor':>11}"
+                f"\n{dtype:9} {'M,K,N,r':>20} {'base us':>9} {'LoRA':>8} {'LoTR':>8} {'of LoRA':>8} {'floor':>7} {'of floor':>8}"
             )
         for text in args.shapes:
             m, k, n, r = (int(part) for part in text.split(","))
@@ -141,9 +141,8 @@ def main() -> None:
             times = interleaved({"base": layer.base, "LoRA": layer.lora, "LoTR": layer.lotr}, args.seconds, clock)
             base, lora, lotr = (statistics.median(times[name]) for name in ("base", "LoRA", "LoTR"))
             lora, lotr, floor = lora / base - 1, lotr / base - 1, 1.5 * r * (k + n) / (k * n)
-            print(
-                f"{'':9} {text:>20} {base * 1e6:9.1f} {lora:8.1%} {lotr:8.1%} {lotr / lora:9.2f}x {floor:7.2%} {lotr / floor:10.2f}x"
-            )
+            row = f"{lora:8.1%} {lotr:8.1%} {lotr / lora:7.2f}x {floor:7.2%} {lotr / floor:7.2f}x"
+            print(f"{'':9} {text:>20} {base * 1e6:9.1f} {row}")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,14 @@ inline const char* dtype_name(ScalarType t) {
       return "torch.bfloat16";
     case ScalarType::Half:
       return "torch.float16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Bool:
+      return "torch.bool";
     default:
-      return torch::headeronly::toString(t);
+      return torch::headeronly::toString(t);  // its own name: Short, Byte, ComplexFloat
   }
 }
 

@@ -1,0 +1,354 @@
+"""The CPU operators against float64: every operator, dtype and instruction set, odd sizes, strides, NaN beside the operands.
+
+Tolerance: our error against float64 is at most twice that of the same formula in plain torch with the same rounded operands,
+plus EPS times the sum of absolute products (what rounding can reach when torch happens to be exact).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lotr_ext import _C  # noqa: F401  (registers the operators)
+
+Shape = tuple[int, int, int, int]
+ops = torch.ops.lotr
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Of the result's dtype: half a unit in the last place of results, some of a long sum in fp32.
+EPS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2e-15}
+# M, K, N, r: every kernel's full blocks, their remainders, and panels cut short.
+SHAPES = [
+    (0, 5, 3, 2),
+    (1, 1, 1, 1),
+    (1, 64, 48, 16),
+    (5, 7, 9, 3),
+    (7, 129, 31, 8),
+    (16, 64, 64, 16),
+    (97, 77, 130, 17),
+    (130, 200, 96, 64),
+    (257, 65, 67, 33),
+    (29, 31, 70, 100),
+    (33, 300, 129, 256),
+    (3, 600, 5, 5),
+]
+LAYOUTS = ["contiguous", "rows apart", "columns apart", "transposed"]
+ONE_ISA = "LOTR_CPU_ISA" in os.environ  # a run for one instruction set, started by test_each_instruction_set
+# Every shape contiguous and in one other layout, in turn; in one of the two for the lower instruction sets.
+SHAPES_AND_LAYOUTS = [(s, layout) for i, s in enumerate(SHAPES) for layout in (LAYOUTS[0], LAYOUTS[1 + i % 3])]
+SHAPES_AND_LAYOUTS = [s for i, s in enumerate(SHAPES_AND_LAYOUTS) if not ONE_ISA or i % 4 in (0, 3)]
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]
+SCALING = 0.37
+
+
+def acc_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """The same values as a view with other strides, NaN in every element of the storage that is not its own."""
+    *lead, rows, cols = t.shape
+    if layout == "contiguous":
+        return t.clone()
+    if layout == "rows apart":
+        view = torch.full((*lead, rows + 2, cols + 5), float("nan"), dtype=t.dtype)[..., 1 : rows + 1, 3 : cols + 3]
+    elif layout == "columns apart":
+        view = torch.full((*lead, rows, 3 * cols + 1), float("nan"), dtype=t.dtype)[..., 1 : 3 * cols + 1 : 3]
+    else:
+        view = torch.full((*lead, cols, rows + 3), float("nan"), dtype=t.dtype)[..., 1 : rows + 1].transpose(-1, -2)
+    return view.copy_(t)
+
+
+def untouched(view: Tensor) -> bool:
+    """Whether the storage beside the view still is NaN."""
+    base = view if view._base is None else view._base
+    if base is view:
+        return True
+    beside = base.clone()
+    beside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(float("nan"))
+    return bool(beside.isnan().all())
+
+
+def close(got: Tensor, truth: Tensor, eager: Tensor, size: Tensor) -> None:
+    """`size` is the sum of absolute products of each element."""
+    assert got.shape == truth.shape
+    if truth.numel() == 0:
+        return
+    error = (got.double() - truth).abs().max().item()
+    allowed = 2 * (eager.double() - truth).abs().max().item() + EPS[got.dtype] * size.max().item()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+class Case:
+    """Operands of one shape, dtype and layout; factors scaled so that results are near 1."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, layout: str, factor_dtype: torch.dtype | None = None):
+        torch.manual_seed(sum(shape))
+        self.m, self.k, self.n, self.r = shape
+        self.r_out = self.r + 1
+        self.dtype, self.layout, self.acc = dtype, layout, acc_of(dtype)
+        factors = factor_dtype or dtype
+        self.x, self.g = self.make(self.m, self.k), self.make(self.m, self.n)
+        self.u = self.make(self.m, self.r)
+        self.A, self.F = self.make(self.k, self.r, dtype=factors), self.make(self.n, self.r, dtype=factors)
+        self.B = self.make(self.n, self.r_out, dtype=factors)
+        self.cores = self.make(2, self.r, self.r_out, dtype=factors)
+
+    def make(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return laid_out((torch.randn(*size) / size[-1] ** 0.25).to(dtype or self.dtype), self.layout)
+
+    def sums(self, *size: int) -> Tensor:
+        return self.make(*size, dtype=self.acc)
+
+    def rounded(self, *factors: Tensor) -> list[Tensor]:
+        """Factors as the products see them: rounded to the activations' dtype."""
+        return [f.to(self.dtype) for f in factors]
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
+def check_product(got: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, plus: Tensor | None = None) -> None:
+    """got = scale * a b (+ plus)."""
+    start = torch.zeros((), dtype=torch.float64) if plus is None else plus.double()
+    eager = (scale * (a @ b)).to(got.dtype) + (0 if plus is None else plus)
+    close(
+        got, start + scale * (a.double() @ b.double()), eager, start.abs() + abs(scale) * (a.double().abs() @ b.double().abs())
+    )
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d)[6:])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=SHAPES_AND_LAYOUTS, ids=lambda s: "x".join(map(str, s[0])) + " " + s[1])
+def case(request: pytest.FixtureRequest, dtype: torch.dtype) -> Case:
+    shape, layout = request.param
+    return Case(shape, dtype, layout)
+
+
+def test_shrink(case: Case) -> None:
+    check_product(ops.shrink(case.x, case.A), case.x, case.A)
+
+
+def test_expand_add(case: Case) -> None:
+    y = laid_out(case.g, case.layout)
+    ops.expand_add_(y, case.u, case.F)
+    check_product(y, case.u, case.F.t(), plus=case.g)
+    assert untouched(y)
+
+
+def test_factor_grad(case: Case) -> None:
+    acc = case.sums(case.k, case.r)
+    before = acc.clone()
+    ops.factor_grad_(acc, case.x, case.u)
+    check_product(acc, case.x.t().to(case.acc), case.u.to(case.acc), plus=before)
+    assert untouched(acc)
+
+
+def test_shrink_grad(case: Case) -> None:
+    k, Q = ops.shrink_grad(case.g, case.F, case.u)
+    check_product(k, case.g, case.F)
+    check_product(Q, case.g.t().to(case.acc), case.u.to(case.acc))
+    acc = case.sums(case.n, case.r)
+    before = acc.clone()
+    assert torch.equal(ops.shrink_grad_(acc, case.g, case.F, case.u), k)
+    check_product(acc, case.g.t().to(case.acc), case.u.to(case.acc), plus=before)
+    assert untouched(acc)
+
+
+def test_fold(case: Case) -> None:
+    F = ops.fold(case.B, case.cores, SCALING, case.dtype)
+    assert F.dtype == case.dtype
+    for l in range(2):
+        check_product(F[l], case.B.to(case.acc), case.cores[l].t().to(case.acc), SCALING)
+    one = ops.fold(case.B, case.cores[:1], SCALING, case.dtype)
+    assert torch.equal(one[0], F[0])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_fold_grad(case: Case, layers: int) -> None:
+    Q, dB, cores = case.sums(layers, case.n, case.r), case.sums(case.n, case.r_out), case.cores[:layers]
+    before = dB.clone()
+    dcores = ops.fold_grad(Q, case.B, cores, SCALING, dB)
+    for l in range(layers):
+        check_product(dcores[l], Q[l].t(), case.B.to(case.acc), SCALING)
+    stacked = cores.reshape(layers * case.r, case.r_out).to(case.acc)
+    check_product(dB, Q.transpose(0, 1).reshape(case.n, layers * case.r), stacked, SCALING, plus=before)
+    assert untouched(dB)
+    assert torch.equal(ops.fold_grad(Q, case.B, cores, SCALING, None), dcores)
+
+
+def test_small_forward(case: Case) -> None:
+    y = laid_out(case.g, case.layout)
+    core = case.cores[0]
+    u = ops.small_forward_(y, case.x, case.A, core, case.B, SCALING)
+    check_product(u, case.x, case.A)
+    uw, corew, Bw, gw = wide(u, core, case.B, case.g)
+    eager = case.g + (SCALING * (u @ core)) @ case.B.t()
+    close(y, gw + (SCALING * uw @ corew) @ Bw.t(), eager, gw.abs() + SCALING * (uw.abs() @ corew.abs()) @ Bw.t().abs())
+    assert untouched(y)
+
+
+def test_small_backward(case: Case) -> None:
+    core = case.cores[0]
+    dx, dA, dB = laid_out(case.x, case.layout), case.sums(case.k, case.r), case.sums(case.n, case.r_out)
+    dA0, dB0 = dA.clone(), dB.clone()
+    dcore = ops.small_backward_(dx, case.g, case.x, case.u, case.A, core, case.B, SCALING, dA, dB, True)
+    # The eager form rounds h and k to T between the products.
+    h_t = SCALING * (case.g @ case.B)
+    k_t, uc_t = h_t @ core.t(), SCALING * (case.u @ core)
+    x, g, u, A, corew, B = wide(case.x, case.g, case.u, case.A, core, case.B)
+    h = SCALING * g @ B
+    k, uc = h @ corew.t(), SCALING * u @ corew
+    size_h = SCALING * g.abs() @ B.abs()
+    size_k, size_uc = size_h @ corew.abs().t(), SCALING * u.abs() @ corew.abs()
+    close(dx, x + k @ A.t(), case.x + k_t @ case.A.t(), x.abs() + size_k @ A.abs().t())
+    close_to_rounded_operand(dA, dA0, x.t(), k, k_t, size_k)
+    close_to_rounded_operand(dB, dB0, g.t(), uc, uc_t, size_uc)
+    close_to_rounded_operand(dcore, None, u.t(), h, h_t, size_h)
+    assert untouched(dx) and untouched(dA) and untouched(dB)
+    nothing = ops.small_backward_(None, case.g, None, case.u, case.A, core, case.B, SCALING, None, None, False)
+    assert nothing.numel() == 0
+
+
+def close_to_rounded_operand(got: Tensor, before: Tensor | None, a: Tensor, b: Tensor, b_rounded: Tensor, size: Tensor) -> None:
+    """got = before + a b, where the right operand was rounded to T on the way, here as in the eager form."""
+    start = torch.zeros((), dtype=torch.float64) if before is None else before.double()
+    allowed = 2 * (a @ (b_rounded.double() - b)).abs() + (EPS[got.dtype] + EPS[b_rounded.dtype]) * (
+        start.abs() + a.abs() @ size
+    )
+    assert ((got.double() - start - a @ b).abs() <= allowed.max() if allowed.numel() else torch.tensor(True)).all()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_float32_factors_beside_half_activations_are_rounded(half: torch.dtype) -> None:
+    c = Case((37, 70, 41, 19), half, "rows apart", factor_dtype=torch.float32)
+    A, F, B, core = c.rounded(c.A, c.F, c.B, c.cores[0])
+    assert torch.equal(ops.shrink(c.x, c.A), ops.shrink(c.x, A))
+    ys = [laid_out(c.g, c.layout) for _ in range(4)]
+    ops.expand_add_(ys[0], c.u, c.F), ops.expand_add_(ys[1], c.u, F)
+    assert torch.equal(ys[0], ys[1])
+    k, Q = ops.shrink_grad(c.g, c.F, c.u)
+    k_rounded, Q_rounded = ops.shrink_grad(c.g, F, c.u)
+    assert torch.equal(k, k_rounded) and torch.equal(Q, Q_rounded)
+    ops.small_forward_(ys[2], c.x, c.A, c.cores[0], c.B, SCALING), ops.small_forward_(ys[3], c.x, A, core, B, SCALING)
+    assert torch.equal(ys[2], ys[3])
+    # fold multiplies before it rounds.
+    check_product(ops.fold(c.B, c.cores, SCALING, half)[1], c.B, c.cores[1].t(), SCALING)
+
+
+def every_operator(c: Case) -> Iterator[Tensor]:
+    """All results of one case, with and without dropout."""
+    seed = torch.tensor([77])
+    for p in (0.0, 0.4):
+        y, acc = c.g.clone(), c.sums(c.k, c.r)
+        yield ops.shrink(c.x, c.A, p, seed)
+        ops.expand_add_(y, c.u, c.F, p, seed), ops.factor_grad_(acc, c.x, c.u, p, seed)
+        yield from (y, acc)
+    yield from ops.shrink_grad(c.g, c.F, c.u)
+    yield ops.fold(c.B, c.cores, SCALING, c.dtype)
+    dB = c.sums(c.n, c.r_out)
+    yield from (ops.fold_grad(c.sums(2, c.n, c.r), c.B, c.cores, SCALING, dB), dB)
+    y, dx, dA, dB = c.g.clone(), c.x.clone(), c.sums(c.k, c.r), c.sums(c.n, c.r_out)
+    u = ops.small_forward_(y, c.x, c.A, c.cores[0], c.B, SCALING)
+    yield from (y, u, ops.small_backward_(dx, c.g, c.x, u, c.A, c.cores[0], c.B, SCALING, dA, dB, True), dx, dA, dB)
+
+
+@pytest.mark.parametrize("shape", [(1100, 300, 200, 16), (300, 700, 130, 40)], ids=str)
+def test_same_bits_at_any_thread_count(shape: Shape, dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            runs.append(list(every_operator(Case(shape, dtype, "contiguous"))))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for first, again in zip(runs[0], run):
+            assert torch.equal(first, again)
+
+
+def philox(counters: np.ndarray, seed: int) -> np.ndarray:
+    """philox4x32-10 of Salmon et al. 2011 (Random123): [n, 4] numbers for n counters below 2^64 and a 64-bit key."""
+    c = [counters & 0xFFFFFFFF, counters >> np.uint64(32), np.zeros_like(counters), np.zeros_like(counters)]
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ key[0], p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ key[1], p0 & low]
+        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
+    return np.stack(c, axis=1)
+
+
+def keep_mask(rows: int, cols: int, p: float, seed: int) -> Tensor:
+    count = rows * cols
+    numbers = philox(np.arange((count + 3) // 4, dtype=np.uint64), seed).reshape(-1)[:count]
+    return torch.from_numpy(numbers >= np.uint64(int(p * 2**32))).reshape(rows, cols)
+
+
+def test_philox_known_answer() -> None:
+    assert [hex(n) for n in philox(np.zeros(1, np.uint64), 0)[0]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (13, 67, 35, 5), (120, 130, 131, 16)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "columns apart"])
+def test_dropout(shape: Shape, p: float, layout: str, dtype: torch.dtype) -> None:
+    c, seed = Case(shape, dtype, layout), -(2**61) + 12345678901
+    mask_x, mask_y = (keep_mask(c.m, cols, p, seed & (2**64 - 1)) for cols in (c.k, c.n))
+    # What is dropped is 0 even where it is NaN; scaling comes after the sum, so kept values are not rounded again.
+    x = c.x.masked_fill(~mask_x, 0)
+    c.x.masked_fill_(~mask_x, float("nan"))
+    seed_tensor = torch.tensor([seed])
+    check_product(ops.shrink(c.x, c.A, p, seed_tensor), x, c.A, 1 / (1 - p))
+    acc = torch.zeros(c.k, c.r, dtype=c.acc)
+    ops.factor_grad_(acc, c.x, c.u, p, seed_tensor)
+    check_product(acc, x.t().to(c.acc), c.u.to(c.acc), 1 / (1 - p))
+    y = laid_out(c.g, layout)
+    ops.expand_add_(y, c.u, c.F, p, seed_tensor)
+    full = c.u.double() @ c.F.double().t() / (1 - p)
+    size = c.g.double().abs() + c.u.double().abs() @ c.F.double().abs().t() / (1 - p)
+    close(y, c.g + full * mask_y, c.g + ((c.u @ c.F.t()) / (1 - p)) * mask_y, size)
+    assert torch.equal(y[~mask_y], c.g[~mask_y])
+
+
+def test_bfloat16_infinity_and_nan_survive() -> None:
+    x = torch.tensor([[float("inf"), 1.0, 2.0], [float("nan"), 1.0, 1.0], [1.0, 2.0, 3.0]], dtype=torch.bfloat16)
+    u = ops.shrink(x, torch.ones(3, 2, dtype=torch.bfloat16))
+    assert u[0].isinf().all() and u[1].isnan().all() and torch.equal(u[2], torch.tensor([6.0, 6.0]).bfloat16())
+
+
+def supported(isa: str) -> bool:
+    probe = "import torch; from lotr_ext import _C; torch.ops.lotr.shrink(torch.ones(1, 1), torch.ones(1, 1))"
+    environment = dict(os.environ, LOTR_CPU_ISA=isa)
+    return subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(ONE_ISA, reason="this run tests one instruction set")
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_instruction_set(isa: str) -> None:
+    """All of this file again with each lower instruction set of this CPU."""
+    if json.loads(ops.info())["cpu"]["isa"] == isa:
+        return
+    if not supported(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=dict(os.environ, LOTR_CPU_ISA=isa), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    command = [sys.executable, "-c", "import torch; from lotr_ext import _C; print(torch.ops.lotr.info())"]
+    run = subprocess.run(command, env=dict(os.environ, LOTR_CPU_ISA="mmx"), capture_output=True, text=True)
+    assert run.returncode != 0 and "LOTR_CPU_ISA: expected one of generic" in run.stderr and "got mmx" in run.stderr
