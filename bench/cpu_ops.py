@@ -121,9 +121,8 @@ def main() -> None:
     print(ops.info(), f"torch {torch.__version__}, {args.threads} thread(s)")
     for dtype in args.dtypes:
         if not args.ops:
-            print(
-                f"\n{dtype:9} {'M,K,N,r':>20} {'base us':>9} {'LoRA':>8} {'LoTR':>8} {'of LoRA':>8} {'floor':>7} {'of floor':>8}"
-            )
+            header = f"{'LoRA':>8} {'LoTR':>8} {'of LoRA':>8} {'floor':>7} {'of floor':>8}"
+            print(f"\n{dtype:9} {'M,K,N,r':>20} {'base us':>9} {header}")
         for text in args.shapes:
             m, k, n, r = (int(part) for part in text.split(","))
             layer = Layer(m, k, n, r, getattr(torch, dtype))
