@@ -66,36 +66,65 @@ struct Operators {
   static void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop) {
     constexpr int64_t kLine = kPanel<K>;
     const int64_t units = units_of<K>(u.cols), panels = (y.cols + kLine - 1) / kLine,
-                  padded = round_up(units, K::kLanes);
+                  line_units = units * kLine;
     const int64_t work = y.rows * y.cols * u.cols;
-    Scratch packed(size_t(panels * units * kLine) * sizeof(Unit));
-    run_tasks(panels, panels * units * kLine, [&](int64_t begin, int64_t end) {
-      Scratch buffer(size_t(K::kLanes * padded) * sizeof(Unit));
+    const size_t row_bytes = size_t(K::kLanes * round_up(units, K::kLanes)) * sizeof(Unit);
+    const size_t mask_bytes = size_t((kExpandRows + 1) * kLine + kMaskSlack) * sizeof(uint32_t);
+    if (y.rows <= kTileRows) {
+      // Few tokens: each panel is packed where it is used, so that F passes through L1 and no packed copy is
+      // written.
+      Scratch u_memory(u_bytes(u));
+      const Rows a = u_rows(u, 0, y.rows, u_memory.get<Unit>());
+      run_tasks(panels, work, [&](int64_t begin, int64_t end) {
+        Scratch memory(size_t(line_units) * sizeof(Unit) + row_bytes + mask_bytes);
+        Unit* panel = memory.get<Unit>();
+        auto* buffer = panel + line_units;
+        auto* mask =
+            reinterpret_cast<uint32_t*>(memory.get<char>() + size_t(line_units) * sizeof(Unit) + row_bytes);
+        for (int64_t p = begin; p < end; ++p) {
+          pack_panel<K, T>(panel, kLine, F, p * kLine, buffer);
+          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, panel, 0, y.rows, drop, mask);
+        }
+      });
+      return;
+    }
+    Scratch packed(size_t(panels * line_units) * sizeof(Unit));
+    run_tasks(panels, panels * line_units, [&](int64_t begin, int64_t end) {
+      Scratch buffer(row_bytes);
       for (int64_t p = begin; p < end; ++p) {
-        pack_panel<K, T>(packed.get<Unit>() + p * units * kLine, kLine, F, p * kLine, buffer.get<Unit>());
+        pack_panel<K, T>(packed.get<Unit>() + p * line_units, kLine, F, p * kLine, buffer.get<Unit>());
       }
     });
-    const bool u_in_place = native<K, T>(u) && u.cols % K::kPair == 0;
     run_rows(y.rows, work, [&](int64_t i0, int64_t i1) {
-      const size_t u_bytes = u_in_place ? 0 : size_t(kTileRows * units) * sizeof(Unit);
-      Scratch memory(u_bytes + size_t((kExpandRows + 1) * kLine + kMaskSlack) * sizeof(uint32_t));
-      auto* mask = reinterpret_cast<uint32_t*>(memory.get<char>() + u_bytes);
+      Scratch u_memory(u_bytes(u)), mask(mask_bytes);
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
-        const char* a = memory.get<char>();
-        int64_t step = units * int64_t(sizeof(Unit));
-        if (u_in_place) {
-          a = reinterpret_cast<const char*>(static_cast<const Part<K>*>(u.data) + i * u.rs),
-          step = u.rs * int64_t(sizeof(Part<K>));
-        } else {
-          tile_along_row<K, T>(memory.get<Unit>(), units, u, i, rows, 0, u.cols, Drop{}, nullptr);
-        }
+        const Rows a = u_rows(u, i, rows, u_memory.get<Unit>());
         for (int64_t p = 0; p < panels; ++p) {
-          expand_panel<K, T>(y, p * kLine, a, step, units, packed.get<Unit>() + p * units * kLine, i,
-                             i + rows, drop, mask);
+          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, packed.get<Unit>() + p * line_units, i,
+                             i + rows, drop, mask.get<uint32_t>());
         }
       }
     });
+  }
+
+  // Rows of u as units: where they lie, or copied.
+  struct Rows {
+    const char* data;
+    int64_t step;  // bytes
+  };
+  static bool u_in_place(const Mat& u) { return native<K, T>(u) && u.cols % K::kPair == 0; }
+  static size_t u_bytes(const Mat& u) {
+    return u_in_place(u) ? 0 : size_t(kTileRows * units_of<K>(u.cols)) * sizeof(Unit);
+  }
+  static Rows u_rows(const Mat& u, int64_t i, int64_t rows, Unit* memory) {
+    if (u_in_place(u)) {
+      return {reinterpret_cast<const char*>(static_cast<const Part<K>*>(u.data) + i * u.rs),
+              u.rs * int64_t(sizeof(Part<K>))};
+    }
+    const int64_t units = units_of<K>(u.cols);
+    tile_along_row<K, T>(memory, units, u, i, rows, 0, u.cols, Drop{}, nullptr);
+    return {reinterpret_cast<const char*>(memory), units * int64_t(sizeof(Unit))};
   }
 
   // out (+)= scale * the sum of `count` partial sums [rows][ldp], in order.
