@@ -1,5 +1,18 @@
-// What a host program (a test, the Python module) asks of the executor.  Not thread-safe: one thread
-// launches.
+// The SIMT executor: runs CUDA kernels, compiled by a host compiler, on the CPU, so that they can be tested
+// without a GPU.  Test builds only.  This header is what a host program (a test, the Python module) asks of
+// it.
+//
+//   site.h device.h hopper.h  what kernels see of it, through csrc/ptx: every wrapper is one call
+//   grid.cpp scheduler.cpp    blocks one after another; one fiber a GPU thread, switched where threads wait
+//   fiber.cpp                 stacks and the switch itself
+//   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp wgmma.cpp     the instructions
+//   counters.cpp              bytes, sectors, bank conflicts, by array
+//   race.cpp race_hooks.cpp   the race detector (a build of its own)
+//   sites.cpp                 leaving out one barrier, for mutation tests
+//
+// What it cannot show: the PTX inside the wrappers, speed, and what the hardware's memory model allows beyond
+// what the race detector knows.  Sums of mma are in float32 in a fixed order: bound errors, do not compare
+// bits with a GPU. Not thread-safe: one thread launches.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -69,7 +82,7 @@ struct Counters {
   uint64_t bulk_copies = 0;       // TMA tiles
   uint64_t atomics = 0;           // per lane
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
-  // conflicts; wavefronts / phases is the bank-conflict degree.
+  // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.
   uint64_t shared_phases = 0, shared_wavefronts = 0;
   uint64_t shared_unwrapped = 0;  // race build: bytes
   std::vector<LaunchRecord> launches;

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -214,6 +215,14 @@ void count_unwrapped(uintptr_t address, size_t bytes) {
     totals.shared_unwrapped += bytes;
   else
     array_of(address).traffic.unwrapped += bytes;
+}
+
+std::string global_name(uintptr_t address) {
+  const Array& array = array_of(address);
+  if (&array != &unregistered) return array.traffic.name + " + " + std::to_string(address - array.base);
+  char text[24];
+  snprintf(text, sizeof text, "%#zx", size_t(address));
+  return text;
 }
 
 Counters counters() {

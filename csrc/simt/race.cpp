@@ -138,25 +138,19 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
                 Use use) {
   const Thread& t = self();
   const std::ptrdiff_t shared = shared_place(address);
-  char where[80], text[1200];
-  if (shared >= 0)
-    snprintf(where, sizeof where, "shared memory, offset %td", shared % std::ptrdiff_t(machine.launch.smem));
-  else
-    snprintf(where, sizeof where, "global memory %#zx", size_t(address));
+  const std::string where =
+      shared >= 0 ? "shared memory, offset " + std::to_string(shared % std::ptrdiff_t(machine.launch.smem))
+                  : "global memory " + global_name(address);
+  const char* now = use == Use::write ? "writes" : use == Use::atomic ? "adds" : "reads";
+  const char* then = before.atomic ? "added" : wrote ? "written" : "read";
+  char text[1200];
   snprintf(text, sizeof text,
            "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s block had %s at %s; "
-           "nothing "
-           "orders the two",
-           kind, where, t.block->index.x, t.block->index.y, t.block->index.z, t.id,
-           use == Use::write    ? "writes"
-           : use == Use::atomic ? "adds"
-                                : "reads",
+           "nothing orders "
+           "the two",
+           kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.id, now,
            describe(place).c_str(), unsigned(before.thread),
-           before.block == detector.block ? "the same" : "an earlier",
-           before.atomic ? "added"
-           : wrote       ? "written"
-                         : "read",
-           describe(before.place).c_str());
+           before.block == detector.block ? "the same" : "an earlier", then, describe(before.place).c_str());
   detector.reports.push_back(text);
 }
 

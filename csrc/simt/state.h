@@ -180,5 +180,6 @@ void flush_log(Warp& warp);  // the warp's lanes are at one point again
 void count_shared_phase(int wavefronts);
 void count_global(Space space, uintptr_t address, uint64_t bytes);  // a contiguous run
 void count_unwrapped(uintptr_t address, size_t bytes);
+std::string global_name(uintptr_t address);  // "x + 128" in a registered array, else hexadecimal
 
 }  // namespace lotr::simt

@@ -63,7 +63,8 @@ def cuda_include() -> Path:
         if (include / "cuda_bf16.h").is_file() and (include / "crt" / "host_defines.h").is_file():
             return include
     raise BuildError(
-        "no cuda_bf16.h: expected a CUDA toolkit (set CUDA_HOME) or: pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
+        "no cuda_bf16.h: expected a CUDA toolkit (set CUDA_HOME), or the wheels of its headers: "
+        "pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
     )
 
 

@@ -38,7 +38,7 @@ BUGS: dict[tuple[str, str], dict[str, str]] = {
     ("sum", "early_return"): {"plain": r"lane \d+ exits while lane \d+ waits for it in __syncwarp"},
     ("sum", "barrier_skipped"): {"plain": "divergent barrier"},
     ("sum", "plain_counter"): {"race": "data race.*an earlier block"},
-    ("sum", "no_fence_before"): {"race": r"read after write\) on global memory .*an earlier block"},
+    ("sum", "no_fence_before"): {"race": r"read after write\) on global memory y \+ 0: .*an earlier block"},
     ("sum", "no_fence_after"): {"race": r"read after write\) on global memory .*an earlier block"},
     ("sum", "fence_after_barrier"): {"race": r"read after write\) on global memory .*an earlier block"},
     ("sum", "store_after_ticket"): {"race": r"read after write\) on global memory .*an earlier block"},

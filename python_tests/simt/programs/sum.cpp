@@ -11,6 +11,8 @@ bool right(int M, int K, int bug) {
   std::vector<int32_t> arrived(1, 0);
   harness::Numbers number{3};
   for (float& v : x) v = number();
+  lotr::simt::clear_arrays();
+  lotr::simt::register_array("y", y.data(), y.size() * sizeof(float));
   sum::run({y.data(), total.data(), arrived.data(), x.data(), M, K, bug});
   double all = 0;
   bool ok = arrived[0] == M;
