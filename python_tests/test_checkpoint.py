@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -183,41 +182,48 @@ def test_saving_over_an_adapter_replaces_it_and_leaves_other_files(tmp_path: Pat
 
 # ---- killed in the middle --------------------------------------------------------------------------------------------
 
-_SAVES = """
+_SAVER = f"""
 import os, signal, sys
-sys.path[:0] = {paths!r}
-import torch
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
 from toys import adapted, randomize
-from lotr_ext import adapter_files
 from lotr_ext.checkpoint import save_adapter
-point, steps = {point!r}, 0
-def die_at(name):
-    real = getattr(os, name)
-    def call(*args, **kwargs):
-        global steps
-        steps += 1
-        if steps == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(os, name, call)
-if point is not None:
-    die_at("replace"), die_at("fsync")
 model = adapted(target_modules="all-linear", rank=64)
+def save(directory, seed):
+    randomize(model, seed=seed)
+    save_adapter(model, directory)
+def die_at(point):
+    count = 0
+    def dying(real):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        return call
+    os.replace, os.fsync = dying(os.replace), dying(os.fsync)
+"""
+# Each point is a process of its own, forked from one that has imported everything.
+_AT_POINTS = """
+for point in range(1, 8):
+    pid = os.fork()
+    if pid == 0:
+        die_at(point)
+        save(f"{sys.argv[1]}/{point}", 2)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+_FOREVER = """
 seed = 2
 while True:
-    randomize(model, seed=seed)
-    save_adapter(model, {directory!r})
+    save(sys.argv[1], seed)
     print(seed, flush=True)
-    if point is not None:
-        break
     seed += 1
 """
 
 
-def killed_saver(directory: Path, point: int | None) -> subprocess.Popen[str]:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    code = _SAVES.format(paths=paths, point=point, directory=str(directory))
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+def saver(program: str, directory: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", _SAVER + program, str(directory)], stdout=subprocess.PIPE, text=True)
 
 
 def outputs(*seeds: int) -> dict[int, torch.Tensor]:
@@ -234,30 +240,27 @@ def loaded_seed(directory: Path, seeds: range) -> int:
     return next(seed for seed, want in outputs(*seeds).items() if torch.equal(got, want))
 
 
-# fsync and replace of the tensors, fsync of the directory, then the same of the JSON: the second replace is the moment
-@pytest.mark.parametrize(("points", "want"), [((1, 2, 3, 4, 5), 1), ((6,), 2)])
-def test_a_kill_at_each_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path, points: tuple[int, ...], want: int) -> None:
-    for point in points:
-        model = adapted(target_modules="all-linear", rank=64)
-        randomize(model, seed=1)
+def test_a_kill_at_each_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
+    """The steps: fsync, replace and the directory's fsync of the tensors, then of the JSON, whose replace is the moment."""
+    model = adapted(target_modules="all-linear", rank=64)
+    randomize(model, seed=1)
+    for point in range(1, 8):
         save_adapter(model, tmp_path / str(point))
-    for point in points:
-        saver = killed_saver(tmp_path / str(point), point)
-        saver.communicate(timeout=60)
-        assert saver.returncode == -signal.SIGKILL
-        assert loaded_seed(tmp_path / str(point), range(1, 3)) == want, point
+    codes = saver(_AT_POINTS, tmp_path).communicate(timeout=120)[0].split()
+    assert codes == [str(-signal.SIGKILL)] * 6 + ["0"]
+    for point in range(1, 8):
+        assert loaded_seed(tmp_path / str(point), range(1, 3)) == (1 if point <= 5 else 2), point
         save_adapter(model, tmp_path / str(point))
         assert len(list((tmp_path / str(point)).iterdir())) == 2  # what the kill left is gone
 
 
 def test_a_kill_at_any_time_leaves_a_whole_adapter(tmp_path: Path) -> None:
-    saver = killed_saver(tmp_path, None)
-    seed = 2
+    process, seed = saver(_FOREVER, tmp_path), 2
     for _ in range(8):  # at least so many saves, then kill wherever it is
-        seed = int(saver.stdout.readline())
+        seed = int(process.stdout.readline())
     time.sleep(0.003)
-    os.kill(saver.pid, signal.SIGKILL)
-    rest = saver.communicate(timeout=60)[0].split()
+    process.send_signal(signal.SIGKILL)
+    rest = process.communicate(timeout=60)[0].split()
     last = int(rest[-1]) if rest else seed
-    assert saver.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL
     assert loaded_seed(tmp_path, range(last, last + 2)) >= last
