@@ -65,7 +65,11 @@ def try_sites(mode: str, todo: list[list], timeout: float = 900) -> dict[int, st
     verdicts: dict[int, str | None] = {}
     while todo:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [sys.executable, __file__, "--worker", mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         process.stdin.write(json.dumps(todo))
         process.stdin.close()

@@ -286,14 +286,11 @@ def small(shape: Shape, kind: str) -> Problem:
         t.close(out["u"], t.op(x), t.op(A), "u")
         u, c, b, wide_g = t.op(out["u"]), t.op(core), t.op(B), t.op(g)
 
-        def through(left: np.ndarray, right: np.ndarray, scale: float = 1.0) -> np.ndarray:
-            return t.op(narrow(scale * (left @ right), kind))  # a product that is stored in between
-
-        h_u, h = through(u, c, s), through(wide_g, b, s)
-        k = through(h, c.T)
+        h_u, h = s * (u @ c), s * (wide_g @ b)
+        k = h @ c.T
         unit = 2.0 ** {"bf16": -8, "fp16": -11, "tf32": -10, "fp32": -20}[kind]
-        # A stored value may differ by a unit from what it is here.  What that does to a sum: the root mean square of its
-        # terms.  k's own error is that of its terms, not of its value, which may have cancelled.
+        # h and k may be stored rounded or not (the CPU keeps them in float32).  What that does to a sum: the root mean
+        # square of its terms.  k's own error is that of its terms, not of its value, which may have cancelled.
         k_error = np.sqrt(np.square(h) @ np.square(c.T))
         products = [
             ("dB", wide_g.T, h_u, dB0, "fp32", np.square(wide_g.T) @ np.square(h_u)),

@@ -37,7 +37,9 @@ def schedule(name: str) -> dict:
     return {"order": "random", "seed": int(name), "preempt": 24 if int(name) > 100 else 0}
 
 
-def failures(lib: ModuleType, shapes: list[Shape], kinds: list[str], schedules: list[str], kernels: list[str], first: bool) -> list[str]:
+def failures(
+    lib: ModuleType, shapes: list[Shape], kinds: list[str], schedules: list[str], kernels: list[str], first: bool
+) -> list[str]:
     """What went wrong, one line each; with `first` the search ends there."""
     found: list[str] = []
     for shape in shapes:
@@ -67,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     import build
 
     lib = build.load(options.mode)
-    found = failures(lib, SETS[options.shapes], options.kinds.split(","), options.schedules.split(","), options.kernels.split(","), False)
+    found = failures(
+        lib, SETS[options.shapes], options.kinds.split(","), options.schedules.split(","), options.kernels.split(","), False
+    )
     print(*found, sep="\n")
     if options.mode == "coverage":
         lib.write_coverage()

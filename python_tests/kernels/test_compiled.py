@@ -19,7 +19,9 @@ KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 
 
 def tool(name: str) -> str | None:
-    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ] + [Path("/usr/local/cuda/bin")]
+    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ] + [
+        Path("/usr/local/cuda/bin")
+    ]
     for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
         folders += sorted(Path(base).glob("nvidia/cu*/bin"), reverse=True) if base else []
     found = next((folder / name for folder in folders if (folder / name).is_file()), None)
@@ -41,7 +43,17 @@ def more_architectures() -> list[tuple[str, str]]:
 def compile_kernels(source: Path, pair: tuple[str, str], folder: Path) -> tuple[Path, str]:
     """The cubin, and what ptxas says of it."""
     cubin = folder / f"{source.stem}.{pair[1]}.cubin"
-    command = [NVCC, "-std=c++17", "-cubin", f"-gencode=arch={pair[0]},code={pair[1]}", "-Xptxas", "-v", str(source), "-o", str(cubin)]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-cubin",
+        f"-gencode=arch={pair[0]},code={pair[1]}",
+        "-Xptxas",
+        "-v",
+        str(source),
+        "-o",
+        str(cubin),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return cubin, done.stderr
@@ -51,13 +63,17 @@ def functions(report: str) -> dict[str, tuple[int, int, int]]:
     """Registers, spilled bytes and stack bytes of each kernel, from ptxas."""
     found = {}
     for name, rest in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", report, re.S):
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", rest).groups())
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", rest).groups()
+        )
         found[name] = (int(re.search(r"Used (\d+) registers", rest).group(1)), stores + loads, stack)
     return found
 
 
 def kernel_of(mangled: str) -> str:
-    return next(k for k in ("shrink_grad", "factor_grad", "expand_add", "fold_grad", "shrink", "fold") if f"{len(k)}{k}" in mangled)
+    return next(
+        k for k in ("shrink_grad", "factor_grad", "expand_add", "fold_grad", "shrink", "fold") if f"{len(k)}{k}" in mangled
+    )
 
 
 def check(source: Path, pair: tuple[str, str], folder: Path) -> None:

@@ -20,7 +20,9 @@ def far_rows(lib, cols: int, dtype: type = np.uint16) -> np.ndarray:
 @pytest.fixture
 def values() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {name: rng.integers(-4, 5, shape).astype(np.float64) for name, shape in {"x": (M, K), "A": (K, R), "u": (M, R)}.items()}
+    return {
+        name: rng.integers(-4, 5, shape).astype(np.float64) for name, shape in {"x": (M, K), "A": (K, R), "u": (M, R)}.items()
+    }
 
 
 def test_rows_beyond_31_bits(lib, values: dict[str, np.ndarray]) -> None:
@@ -45,4 +47,3 @@ def test_rows_beyond_31_bits(lib, values: dict[str, np.ndarray]) -> None:
     y = far_rows(lib, K)
     lib.expand_add_(y, narrow_u, narrow_A)
     assert (wide(y) == wide(narrow(u @ A.T, "bf16"))).all()
-

@@ -21,9 +21,7 @@ def test_bytes(lib, kernel: str, m: int, n: int, r: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "kernel, most", [("shrink", 0.15), ("factor_grad", 0.15), ("expand_add", 0.15), ("shrink_grad", 0.35)]
-)
+@pytest.mark.parametrize("kernel, most", [("shrink", 0.15), ("factor_grad", 0.15), ("expand_add", 0.15), ("shrink_grad", 0.35)])
 def test_bytes_of_a_large_layer(lib, kernel: str, most: float) -> None:
     row = traffic.count(lib, kernel, 8192, 4096, 16)
     assert row.once <= 1.02 and row.blocks >= BLOCKS
@@ -85,9 +83,9 @@ def test_launches(lib) -> None:
     assert launches(backward) == ["shrink_grad", "expand_add", "factor_grad"]
     cores = bf16(layers, r, r)
     assert launches(lambda: lib.fold(bf16(n, r), cores, 1.0, bf16(layers, n, r))) == ["fold"]
-    assert launches(
-        lambda: lib.fold_grad(fp32(layers, n, r), bf16(n, r), cores, 1.0, fp32(n, r), fp32(layers, r, r))
-    ) == ["fold_grad"]
+    assert launches(lambda: lib.fold_grad(fp32(layers, n, r), bf16(n, r), cores, 1.0, fp32(n, r), fp32(layers, r, r))) == [
+        "fold_grad"
+    ]
     assert launches(
         lambda: lib.small_forward_(bf16(4, n), bf16(4, k), bf16(k, r), bf16(r, r), bf16(n, r), 1.0, bf16(4, r))
     ) == ["shrink", "expand_add"]

@@ -1,0 +1,28 @@
+"""A short run of every kernel, ragged, for compute-sanitizer: compute-sanitizer --tool racecheck python sanitize.py"""
+
+from __future__ import annotations
+
+import torch
+from test_device import layer, lotr, step
+
+
+def main() -> None:
+    """Every operator in every element type; ranks of every compiled size."""
+    seed = torch.tensor([3], device="cuda")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for m, k, n, r in ((333, 200, 136, 16), (130, 72, 264, 40), (65, 129, 77, 9), (100, 64, 64, 100), (70, 96, 64, 200)):
+            t = layer(m, k, n, r, dtype)
+            step(t)
+            step(t, 0.2, seed)
+            cores = torch.randn(3, r, r, device="cuda")
+            lotr.fold(t["F"], cores.to(dtype), 0.5, dtype)
+            lotr.fold_grad(torch.randn(3, n, r, device="cuda"), t["F"], cores.to(dtype), 0.5, torch.zeros(n, r, device="cuda"))
+            core = cores[0].to(dtype)
+            u = lotr.small_forward_(t["y"], t["x"], t["A"], core, t["F"], 0.5)
+            dA, dB = torch.zeros(k, r, device="cuda"), torch.zeros(n, r, device="cuda")
+            lotr.small_backward_(t["dx"], t["g"], t["x"], u, t["A"], core, t["F"], 0.5, dA, dB, True)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What only a GPU shows: graphs, streams, several devices, tensors of more than 2^31 elements, the sanitizer's tools."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lotr_ext import ops  # noqa: F401  registers torch.ops.lotr
+
+lotr = torch.ops.lotr
+HERE = Path(__file__).resolve().parent
+
+
+def layer(m: int, k: int, n: int, r: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
+
+    return {"x": random(m, k), "g": random(m, n), "A": random(k, r), "F": random(n, r), "y": random(m, n), "dx": random(m, k)}
+
+
+def step(t: dict[str, torch.Tensor], p: float = 0.0, seed: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Forward and backward of the adapter alone, on fresh copies of what it adds to."""
+    y, dx = t["y"].clone(), t["dx"].clone()
+    dA = torch.zeros(t["A"].shape, device=y.device)
+    u = lotr.shrink(t["x"], t["A"], p, seed)
+    lotr.expand_add_(y, u, t["F"])
+    k, Q = lotr.shrink_grad(t["g"], t["F"], u)
+    lotr.expand_add_(dx, k, t["A"], p, seed)
+    lotr.factor_grad_(dA, t["x"], k, p, seed)
+    return [u, y, k, Q, dx, dA]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_same_bits_twenty_times(dtype: torch.dtype) -> None:
+    t = layer(4099, 1000, 1208, 24, dtype)
+    first = step(t)
+    assert all(torch.isfinite(a).all() for a in first)
+    assert all(same(first, step(t)) for _ in range(20))
+
+
+def test_graph_replays_with_new_inputs_and_a_new_seed() -> None:
+    t, seed = layer(1000, 512, 768, 16), torch.zeros(1, dtype=torch.int64, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # as torch asks: warm up off the default stream
+        step(t, 0.1, seed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(t, 0.1, seed)
+    for number in range(3):
+        t["x"].normal_()
+        seed.fill_(number)
+        graph.replay()
+        assert same([a.clone() for a in captured], step(t, 0.1, seed)), f"replay {number}"
+
+
+def test_many_streams_at_once() -> None:
+    layers = [layer(2048 + 64 * i, 768, 768, 16) for i in range(8)]
+    expected = [step(t) for t in layers]
+    streams = [torch.cuda.Stream() for _ in layers]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(5):
+        for stream, t in zip(streams, layers, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step(t))
+    torch.cuda.synchronize()
+    assert all(same(result, expected[i % len(layers)]) for i, result in enumerate(results))
+
+
+def test_nothing_synchronises() -> None:
+    t = layer(512, 256, 256, 16)
+    step(t)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_than_31_bits_of_elements() -> None:
+    m, k, r = 40_000, 65_536, 16  # 2.6e9 elements
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GB of free GPU memory")
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    A = torch.randn(k, r, device="cuda", dtype=torch.bfloat16) / 256
+    u = lotr.shrink(x, A)
+    tail = slice(m - 100, m)
+    assert torch.allclose(u[tail].double(), x[tail].double() @ A.double(), rtol=2**-7, atol=2e-2)
+    before = x[tail].double()
+    lotr.expand_add_(x, u, A)
+    assert torch.allclose(x[tail].double(), before + u[tail].double() @ A.double().T, rtol=2**-7, atol=2e-2)
+    acc = torch.zeros(k, r, device="cuda")
+    only_last = torch.zeros(m, r, device="cuda", dtype=torch.bfloat16)
+    only_last[-1] = 1
+    lotr.factor_grad_(acc, x, only_last)
+    assert torch.equal(acc[:, 0], x[-1].float())
+    # dropout's index passes 32 bits: seed and place alone decide, so a mask of ones must repeat in expand_add_
+    seed = torch.tensor([5], device="cuda")
+    y = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
+    lotr.expand_add_(y, torch.ones(m, 1, device="cuda").bfloat16(), torch.ones(k, 1, device="cuda").bfloat16(), 0.5, seed)
+    kept = (y[tail] != 0).double().mean().item()
+    assert 0.49 < kept < 0.51
+
+
+def test_wrong_devices_overlap_and_rank_are_named() -> None:
+    t = layer(8, 16, 16, 4)
+    with pytest.raises(RuntimeError, match="lotr::shrink: A: expected the device of x"):
+        lotr.shrink(t["x"], t["A"].cpu())
+    with pytest.raises(RuntimeError, match=r"expected a rank of at most 256 .* got shape \[16, 300\]"):
+        lotr.shrink(t["x"], torch.zeros(16, 300, device="cuda", dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="y: expected memory of its own"):
+        lotr.expand_add_(t["y"], t["y"][:, :4], t["F"])
+    with pytest.raises(RuntimeError, match="expected dtype torch.float32, torch.bfloat16 or torch.float16 on CUDA"):
+        lotr.shrink(t["x"].double(), t["A"].double())
+    halves = torch.zeros(8, 32, device="cuda", dtype=torch.bfloat16)  # two column ranges of one buffer are apart
+    lotr.expand_add_(halves[:, :16], halves[:, 16:20], t["F"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device_while_the_first_is_current() -> None:
+    t = layer(300, 128, 192, 16)
+    there = {name: a.to("cuda:1") for name, a in t.items()}
+    for a, b in zip(step(t), step(there), strict=True):
+        assert b.device.index == 1 and torch.allclose(a.float(), b.cpu().to(a.device).float(), rtol=2**-6, atol=1e-2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).exists():
+        pytest.skip("no compute-sanitizer")
+    # initcheck also reports what torch's allocator left in reused blocks: only our kernels are looked at
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--kernel-regex",
+        "kns=lotr",
+        sys.executable,
+        str(HERE / "sanitize.py"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,33 @@
+"""The kernel tests of python_tests/kernels on a GPU: same shapes, poison and float64 truth; and once on the CPU operators."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from arrays import TYPES
+from cases import KERNELS, SHAPES
+from torch_backend import TorchLibrary
+
+OPERATORS = [name for name in KERNELS if name != "shrink_core"]  # which is small_forward_'s inner part
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kernel", OPERATORS)
+def test_operator(backend: TorchLibrary, kernel: str, kind: str) -> None:
+    for shape in SHAPES:
+        problem = KERNELS[kernel](shape, kind)
+        first = problem.run(backend)
+        problem.check(first)
+        for name, a in problem.run(backend).items():
+            assert np.array_equal(a.view(np.uint8) if a.flags.c_contiguous else np.ascontiguousarray(a).view(np.uint8),
+                                  np.ascontiguousarray(first[name]).view(np.uint8)), f"{name}: other bits the second time"  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", OPERATORS)
+def test_operator_cpu(kernel: str, kind: str) -> None:
+    """The same on the CPU operators: what runs here without a GPU, and proof that the tests can pass and fail."""
+    backend = TorchLibrary("cpu")
+    for shape in SHAPES[::3]:
+        problem = KERNELS[kernel](shape, kind)
+        problem.check(problem.run(backend))
