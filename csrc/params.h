@@ -96,8 +96,8 @@ struct ShrinkGradParams {
   int32_t m_splits, n_splits;
   int32_t r;
   int32_t accumulate;  // 0: Q = instead of Q +=
-  Reduction sum_k;  // partial [m blocks, n_splits, m_per_block, R]
-  Reduction sum_Q;  // partial [n blocks, m_splits, n_per_block, R]
+  Reduction sum_k;     // partial [m blocks, n_splits, m_per_block, R]
+  Reduction sum_Q;     // partial [n blocks, m_splits, n_per_block, R]
 };
 
 // F_l = s B G_l^T for every layer
