@@ -45,8 +45,9 @@ def find_sites(lib) -> dict[tuple[str, str, int], list[str]]:
 
 def worker(mode: str, todo: list[list]) -> None:
     """Prints a JSON line for each site: its number and what noticed, or null."""
-    import build
     from sweep import PIPELINE, failures
+
+    import build
 
     lib = build.load(mode)
     for number, file, line, kernels in todo:

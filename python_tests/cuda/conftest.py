@@ -21,12 +21,13 @@ def obstacle() -> str | None:
     return planner.cuda_obstacle(torch.cuda.current_device())
 
 
+@pytest.hookimpl(tryfirst=True)  # before the selection by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = [item for item in items if HERE in item.path.parents]
+    here = [item for item in items if HERE in item.path.parents and "_cpu" not in item.name]
     reason = obstacle() if here else None
     for item in here:
         item.add_marker(pytest.mark.cuda)
-        if reason and "cpu" not in item.name:
+        if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -1,4 +1,4 @@
-"""Runs kernels in one build of the executor, in a process of its own: what the sanitizer, race, coverage and mutation tests start.
+"""Runs kernels in one build of the executor, in a process of its own: for the sanitizer, race and coverage tests.
 
 python sweep.py --mode race --shapes pipeline --kinds bf16,fp32 --schedules forward,reverse,1,2
 Prints one line for each failure and exits with 1 if there was one.

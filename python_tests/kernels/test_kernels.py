@@ -11,7 +11,6 @@ from cases import KERNELS, SHAPES, Problem, Shape
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-
 LAYOUTS = [PACKED, ALIGNED, ODD, COLUMNS]
 SCHEDULES = [{"order": "forward"}, {"order": "reverse"}, *({"order": "random", "seed": s} for s in range(1, 6))]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from bench import traffic
 
 BLOCKS = 120  # of 132 multiprocessors
