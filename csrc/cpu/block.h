@@ -162,15 +162,16 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
 // apart and its columns `cs`; `keep` (row stride RV vectors) is null without dropout.
 template <typename K, typename T, int MR, int RV>
 inline void expand_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
-                         const typename K::Unit* f, int64_t n, const uint32_t* keep, typename K::Acc scale) {
+                         const typename K::Unit* f, int64_t n, const uint32_t* keep, typename K::Acc scale,
+                         const T* ahead) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    // The next rows' y, while this block is multiplied: the rows are too far apart for the hardware to guess.
-    if (cs == 1) {
+    // y of a later block: a row of this one is too short for the hardware to see where it is going.
+    if (ahead) {
       for (int v = 0; v < kPanel * int(sizeof(T)); v += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(y + (MR + i) * ldy) + v, 1);
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * ldy) + v, 1);
       }
     }
 #pragma GCC unroll 8

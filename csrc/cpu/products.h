@@ -180,6 +180,8 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
                          const typename K::Unit* panel, int64_t i0, int64_t i1, const Drop& drop,
                          uint32_t* mask) {
   const int64_t cols = smaller(kPanel<K>, y.cols - n0);
+  // About 1000 cycles, which memory takes to answer.
+  const int64_t blocks_ahead = larger(1, smaller(4, 1024 / (kExpandRows * kMaxVectors * units)));
   row_blocks<kExpandRows>(i1 - i0, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;
     const uint32_t* keep = nullptr;
@@ -192,9 +194,16 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
       }
       keep = mask;
     }
-    expand_block<K, T, MR, kMaxVectors>(static_cast<T*>(y.data) + (i0 + i) * y.rs + n0 * y.cs, y.rs, y.cs,
-                                        cols, u + i * u_step, u_step, panel, units, keep,
-                                        typename K::Acc(drop.scale));
+    T* at = static_cast<T*>(y.data) + (i0 + i) * y.rs + n0 * y.cs;
+    const T* later = nullptr;
+    if (y.cs == 1) {
+      // Down this panel, then from the top of the next one.
+      const int64_t to = i + kExpandRows * blocks_ahead;
+      later = to < i1 - i0 ? at + kExpandRows * blocks_ahead * y.rs
+                           : at + (to - (i1 - i0) - i) * y.rs + kPanel<K>;
+    }
+    expand_block<K, T, MR, kMaxVectors>(at, y.rs, y.cs, cols, u + i * u_step, u_step, panel, units, keep,
+                                        typename K::Acc(drop.scale), later);
   });
 }
 
