@@ -199,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
                     peaks[key] = ceilings(device, DTYPES[case.dtype], clock)
                 results = measure(case, options.rivals, options, clock)
                 shared = {"case": case._asdict(), **settings, "machine": facts, "ceilings": peaks[key], "when": time.time()}
+                shared["load"] = os.getloadavg()[0]  # above the thread count, other programs ran too
                 for result in results:
                     store.append(shared | result)
                 show(case, results, peaks[key], console)

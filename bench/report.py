@@ -1,7 +1,7 @@
 """Rebuilds README's tables from the results that are kept in bench/results/, so that no number there is typed by hand.
 
 python -m bench.report                              rewrite README.md's tables
-python -m bench.report --keep-demo demo_results     first keep a demo run's table as bench/results/<machine>/demo.json
+python -m bench.report --keep-demo demo_results     first keep a demo run's table in bench/results/<machine>/
 python -m bench.report --check                      change nothing; exit 1 if README differs
 """
 
@@ -26,8 +26,9 @@ def layer_table(cells: list[dict]) -> str:
     """Excess over the frozen layer, forward + backward, a row a case."""
     facts, clock = cells[-1]["machine"], cells[-1]["clock"]
     seconds = "wall seconds" if clock == "wall" else "CPU seconds"
+    busy = _busy(max(c["load"] for c in cells), max(c["case"]["threads"] for c in cells))
     lines = [
-        f"{facts['name']}, torch {facts['torch']}, {seconds}, medians of {cells[-1]['rounds']} interleaved rounds:",
+        f"{facts['name']}, torch {facts['torch']}, {seconds}, medians of {cells[-1]['rounds']} interleaved rounds{busy}:",
         "",
         "| M x K x N, r | dtype, threads | FLOP floor | " + " | ".join(HEADS) + " | lotr_ext / LoRA eager |",
         "|---|---|---:|" + "---:|" * (len(HEADS) + 1),
@@ -45,10 +46,27 @@ def layer_table(cells: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _busy(load: float, threads: int) -> str:
+    """A warning where other programs ran beside the measurement."""
+    return f"; load average {load:.1f}: the machine was busy, so read times with care" if load > threads + 1 else ""
+
+
+def demo_command(demo: dict) -> str:
+    """What reproduces a demo run."""
+    settings = [run["settings"] for run in demo["runs"]]
+    methods, seeds = dict.fromkeys(s["method"] for s in settings), {s["seed"] for s in settings}
+    flags = [] if len(methods) == 3 else [f"--methods {','.join(methods)}"]
+    flags += [f"--seeds {len(seeds)}"] if len(seeds) > 1 else []
+    flags += [f"--threads {settings[0]['threads']}"]
+    return f'make demo ARGS="{" ".join(flags)}"'
+
+
 def demo_table(demo: dict) -> str:
     """The fine-tuning run, a row a method."""
+    row = demo["rows"][-1]
+    busy = _busy(demo["load"], demo["runs"][0]["settings"]["threads"])
     lines = [
-        f"{demo['machine']}; {demo['data']}; rank {demo['rows'][-1]['rank']}, {demo['rows'][-1]['runs']} seed(s):",
+        f"`{demo_command(demo)}`: {demo['data']}, rank {row['rank']}, {row['runs']} seed(s); {demo['machine']}{busy}:",
         "",
         "| method | trained parameters | adapter on disk | held-out accuracy | s/step | peak memory of the process |",
         "|---|---:|---:|---:|---:|---:|",
@@ -73,7 +91,7 @@ def _replace(text: str, name: str, tables: list[str]) -> str:
 def rebuild(text: str, results: Path = RESULTS) -> str:
     """README's text with its tables made anew from the results of every machine."""
     layers = [layer_table(cells) for path in sorted(results.glob("*/layer.jsonl")) if (cells := latest(Store(path).read()))]
-    demos = [demo_table(json.loads(path.read_text())) for path in sorted(results.glob("*/demo.json"))]
+    demos = [demo_table(json.loads(path.read_text())) for path in sorted(results.glob("*/demo-*.json"))]
     return _replace(_replace(text, "layer", layers), "demo", demos)
 
 
@@ -87,7 +105,8 @@ def keep_demo(folder: Path) -> Path:
         run.pop("losses", None)
         for name in ("model", "out", "text"):  # paths of the machine it ran on
             run["settings"].pop(name, None)
-    target = RESULTS / slug(demo["machine"].rsplit(",", 1)[0]) / "demo.json"
+    name = f"demo-{len({run['settings']['method'] for run in demo['runs']})}-methods-{demo['rows'][-1]['runs']}-seeds.json"
+    target = RESULTS / slug(demo["machine"].rsplit(",", 1)[0]) / name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(demo, indent=1) + "\n")
     return target

@@ -234,7 +234,7 @@ def plot(results: list[dict], rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colours = dict(zip((row["method"] for row in rows), ("0.55", "tab:blue", "tab:orange")))
+    colours = {"head only": "0.55", "LoTR": "tab:blue", "LoRA (PEFT)": "tab:orange"}
     for i, result in enumerate(results):
         losses, window = result["losses"], 15
         smooth = [statistics.fmean(losses[max(0, j - window) : j + 1]) for j in range(len(losses))]
@@ -329,7 +329,8 @@ def main(argv: list[str] | None = None) -> int:
             results.append(pool.submit(run, job).result())
         rows = summarise(results)
         title = f"{Path(options.text).name if options.text else 'movie snippets'}, {options.steps} steps of {options.batch}"
-        table = {"machine": machine(options.threads), "data": title, "rows": rows, "runs": results}
+        load = os.getloadavg()[0]  # above the thread count, other programs ran too and times are no measure
+        table = {"machine": machine(options.threads), "load": load, "data": title, "rows": rows, "runs": results}
         write_json(out / "table.json", table)
     print_table(rows, title)
     for result in results:
