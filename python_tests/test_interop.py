@@ -105,6 +105,7 @@ def test_gpt2_conv1d_and_bert_heads(tmp_path: Path) -> None:
         config = json.loads((tmp_path / str(i) / "adapter_config.json").read_text())
         assert (config["fan_in_fan_out"], config["r"], config["lora_alpha"]) == (make is gpt2, 4, 8)
         assert sorted(config["target_modules"]) == sorted(settings["target_modules"])
+        assert config["modules_to_save"] == settings.get("modules_to_save")
         other = loaded(make(), tmp_path / str(i)).eval()
         assert torch.allclose(other(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=2e-5)
 
