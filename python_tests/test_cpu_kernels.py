@@ -323,6 +323,12 @@ def test_dropout(shape: Shape, p: float, layout: str, dtype: torch.dtype) -> Non
     assert torch.equal(y[~mask_y], c.g[~mask_y])
 
 
+def test_a_number_equal_to_the_threshold_is_kept() -> None:
+    number = int(philox(np.zeros(1, np.uint64), 5)[0, 1])  # of element 1
+    u = ops.shrink(torch.ones(1, 4), torch.eye(4), number / 2**32, torch.tensor([5]))
+    assert u[0, 1] > 0
+
+
 def test_bfloat16_infinity_and_nan_survive() -> None:
     x = torch.tensor([[float("inf"), 1.0, 2.0], [float("nan"), 1.0, 1.0], [1.0, 2.0, 3.0]], dtype=torch.bfloat16)
     u = ops.shrink(x, torch.ones(3, 2, dtype=torch.bfloat16))
