@@ -21,6 +21,7 @@ namespace lotr::kernels {
 
 struct FoldTraits {
   static constexpr int THREADS = 128, ROWS = FOLD_ROWS, COLS = FOLD_COLS, STEP = 32;
+  static constexpr int BLOCKS = 4;  // an SM, at least: left alone, ptxas aims at 12 on sm_120, and spills
   static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
   struct Smem {
     float a[STEP][ROWS + 1], b[STEP][COLS + 1];
@@ -81,7 +82,7 @@ LOTR_DEVICE void write_float(void* data, DType type, int64_t i, float value) {
     ptx::store(static_cast<float*>(data) + i, value);
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS) fold(const FoldParams p) {
+static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) fold(const FoldParams p) {
   auto& sm = ptx::shared_storage<FoldTraits::Smem>();
   const int64_t n0 = int64_t(blockIdx.x) * FoldTraits::ROWS;
   const int i0 = blockIdx.y * FoldTraits::COLS;
@@ -100,7 +101,8 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS) fold(const FoldPar
   });
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS) fold_grad(const FoldGradParams p) {
+static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
+    fold_grad(const FoldGradParams p) {
   constexpr int ROWS = FoldTraits::ROWS, COLS = FoldTraits::COLS;
   auto& sm = ptx::shared_storage<FoldTraits::Smem>();
   const int tiles_out = (p.r_out + COLS - 1) / COLS, tiles_in = (p.r_in + ROWS - 1) / ROWS;
@@ -127,9 +129,12 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS) fold_grad(const Fo
       }
     });
   } else {
-    const int64_t block = blockIdx.x - dB_blocks, group = block / p.splits;  // group = (layer, tile of G)
-    const int split = int(block % p.splits), core_tile = int(group % (tiles_in * tiles_out));
-    const int64_t layer = group / (tiles_in * tiles_out);
+    // in 32 bits: a 64-bit division is a call of some hundred instructions
+    const unsigned tiles = unsigned(tiles_in * tiles_out), splits = unsigned(p.splits);
+    const unsigned block = blockIdx.x - unsigned(dB_blocks),
+                   group = block / splits;  // group = (layer, tile of G)
+    const int split = int(block % splits), core_tile = int(group % tiles);
+    const int64_t layer = group / tiles;
     const int i0 = core_tile / tiles_out * ROWS, j0 = core_tile % tiles_out * COLS;
     const int64_t n0 = split * p.n_per_split, left = p.N - n0,
                   rows = left < p.n_per_split ? left : p.n_per_split;
@@ -140,7 +145,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS) fold_grad(const Fo
         });
     bool finish = true;
     if (p.splits > 1) {
-      float* mine = p.sum.partial + group * p.splits * int64_t(ROWS * COLS) + threadIdx.x;
+      float* mine = p.sum.partial + int64_t(group) * p.splits * (ROWS * COLS) + threadIdx.x;
       each_output(
           [&](int i, int, int) { ptx::store(mine + split * ROWS * COLS + i * FoldTraits::THREADS, d[i]); });
       finish = tile::arrive_last(p.sum.arrived + group, p.splits, sm.last);
