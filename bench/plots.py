@@ -47,6 +47,7 @@ def _bars(plt, cells: list[dict], panels: list[tuple[int, str]], machine: str):
             axis.plot([j - 0.42, j + 0.42], [level, level], "k--", lw=1, label="FLOP floor" if j == 0 else None)
         axis.set_xticks(range(len(names)), names, fontsize=8)
         axis.set(title=f"{dtype}, {threads} thread(s)", ylabel="excess, %")
+        axis.margins(y=0.3)  # room for the legend
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(fontsize=8, ncols=4)
     figure.suptitle(f"Forward + backward of one adapted layer: time over the frozen layer ({machine})")
