@@ -65,8 +65,9 @@ def demo_table(demo: dict) -> str:
     """The fine-tuning run, a row a method."""
     row = demo["rows"][-1]
     busy = _busy(demo["load"], demo["runs"][0]["settings"]["threads"])
+    where = demo["machine"] + ("; the machine was busy, so no times" if busy else "")
     lines = [
-        f"`{demo_command(demo)}`: {demo['data']}, rank {row['rank']}, {row['runs']} seed(s); {demo['machine']}{busy and '; the machine was busy, so no times'}:",
+        f"`{demo_command(demo)}`: {demo['data']}, rank {row['rank']}, {row['runs']} seed(s); {where}:",
         "",
         "| method | trained parameters | adapter on disk | held-out accuracy | s/step | peak memory of the process |",
         "|---|---:|---:|---:|---:|---:|",
