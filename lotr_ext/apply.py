@@ -85,7 +85,7 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
     if callable(config.group_by):  # a callable can be neither pickled nor saved; what it decided can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config = config
-    _set_fast_paths(model, off=True)
+    set_fast_paths(model, off=True)
     attach_scope(model)
     return model
 
@@ -165,16 +165,17 @@ def _svd_starts(selection: Selection, config: LoTRConfig) -> dict[str, Start]:
     return starts
 
 
-def _set_fast_paths(model: nn.Module, *, off: bool) -> None:
+def set_fast_paths(model: nn.Module, *, off: bool, adapted: type[nn.Module] = LoTRLayer) -> None:
     """nn.TransformerEncoderLayer's fast path reads its linears' weights without calling them, and nn.TransformerEncoder makes
-    nested tensors for it. Both go by attributes that nothing else reads, which are set aside while an adapter is in them."""
+    nested tensors for it. Both go by attributes that nothing else reads, which are set aside while an adapted layer is in them.
+    """
     for module in model.modules():
         attribute = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
         for cls, name in attribute.items():
             if not isinstance(module, cls) or not hasattr(module, name):
                 continue
-            if off and any(isinstance(m, LoTRLayer) for m in module.modules()):
-                module._lotr_fast_path = getattr(module, name)
+            if off and any(isinstance(m, adapted) for m in module.modules()):
+                module._lotr_fast_path = getattr(module, "_lotr_fast_path", getattr(module, name))
                 setattr(module, name, 0 if cls is nn.TransformerEncoderLayer else False)
             elif not off and hasattr(module, "_lotr_fast_path"):
                 setattr(module, name, module._lotr_fast_path)
@@ -315,7 +316,7 @@ def unload(model: Model, *, merge: bool) -> Model:
             layer.merge(keep_backup=False)
         elif not merge and layer.merged:
             layer.unmerge()
-    _set_fast_paths(model, off=False)
+    set_fast_paths(model, off=False)
     bases: dict[int, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoTRLayer):

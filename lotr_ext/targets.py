@@ -205,7 +205,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             )
         _warn_of_readers(names[0], parents)
         group = _group(names[0], module, sizes, config)
-        targets.append(Target(tuple(names), module, *sizes, group, _needs_wrap(module)))
+        targets.append(Target(tuple(names), module, *sizes, group, needs_wrap(module)))
     if hidden:
         warnings.warn(f"lotr_ext: left out {', '.join(hidden)}: their parents read the weight without calling it", stacklevel=3)
     _check_targets(targets, config)
@@ -270,7 +270,7 @@ def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRCon
     return group
 
 
-def _needs_wrap(module: nn.Module) -> bool:
+def needs_wrap(module: nn.Module) -> bool:
     """Whether replacing the module would lose what is attached to it: hooks, parametrizations, a forward of its own."""
     hooked = any(getattr(module, hooks, None) for hooks in _HOOKS)
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward

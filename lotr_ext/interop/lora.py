@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_files import put_file
-from .apply import adapted_layers
-from .checkpoint import saved_modules, saved_tensors, unwrapped
-from .layer import LoTRLayer
-from .linear import LoTRConv1D
-from .ops import accumulate_dtype
+from ..adapter_files import put_file
+from ..apply import adapted_layers
+from ..checkpoint import saved_modules, saved_tensors, unwrapped
+from ..layer import LoTRLayer
+from ..linear import LoTRConv1D
+from ..ops import accumulate_dtype
 
 __all__ = ["export_lora", "lora_factors"]
 

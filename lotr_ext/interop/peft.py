@@ -1,0 +1,52 @@
+"""LoTR as a method of PEFT. Importing this module registers it:
+
+    from lotr_ext.interop.peft import LoTRPeftConfig
+    model = peft.get_peft_model(model, LoTRPeftConfig(rank=16, target_modules=["query", "value"]))
+
+and get_peft_model, save_pretrained, from_pretrained, add_adapter, set_adapter, disable_adapter, merge_adapter,
+merge_and_unload, modules_to_save and get_model_status work as for PEFT's own methods, on this package's operators: the shared
+gradient, one u = x A for siblings, the kernels. A and B are saved once for each group. A process that loads such an adapter
+has to import this module first. docs/peft.md says what is checked and what PEFT cannot do here.
+
+PEFT's registry is a closed enum, so `register_peft_method` refuses "lotr"; the mappings behind it take any string.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["MINIMUM_PEFT", "LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
+
+MINIMUM_PEFT = (0, 21)  # the first whose tuners say how their tensors are named on disk
+
+
+def _check_version() -> None:
+    want = f"expected PEFT {'.'.join(map(str, MINIMUM_PEFT))} or later"
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"lotr_ext.interop.peft: {want}, got none that can be imported ({error})") from error
+    found = re.match(r"(\d+)\.(\d+)", peft.__version__)
+    if found is None or tuple(map(int, found.groups())) < MINIMUM_PEFT:
+        raise ImportError(f"lotr_ext.interop.peft: {want}, got {peft.__version__}")
+
+
+_check_version()
+
+from .peft_config import LOTR, LoTRPeftConfig  # noqa: E402
+from .peft_layer import LoTRPeftLinear  # noqa: E402
+from .peft_model import LoTRPeftModel  # noqa: E402
+
+
+def _register() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(LOTR)
+    if found is not None and found is not LoTRPeftConfig:
+        raise RuntimeError(f"lotr_ext.interop.peft: expected PEFT without a method LOTR, got one by {found.__module__}")
+    PEFT_TYPE_TO_CONFIG_MAPPING[LOTR] = LoTRPeftConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[LOTR] = LoTRPeftModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[LOTR] = LoTRPeftModel.prefix
+
+
+_register()

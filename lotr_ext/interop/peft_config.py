@@ -1,0 +1,85 @@
+"""LoTRPeftConfig: a LoTRConfig in the form that PEFT stores and reads. Imported by `lotr_ext.interop.peft`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from ..config import LoTRConfig
+
+_BIASES = ("none", "all", "lotr_only")
+
+
+class _PeftType(str):
+    """A string in a place where PEFT has members of an enum: it is printed as one, and has a value."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+
+LOTR = _PeftType("LOTR")
+
+
+@dataclass
+class LoTRPeftConfig(PeftConfig):
+    """What to adapt and how, for `peft.get_peft_model`. Checked when it is made.
+
+    Attributes:
+        rank, alpha, rslora, scaling, dropout, group_by, init, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
+            "shape", "name" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base weights, which
+            other adapters share).
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
+            for target_modules: what PEFT has for LoRA and the model's type.
+        bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type or value.
+    """
+
+    rank: int | tuple[int, int] = field(default=16, metadata={"help": "r, or (r_in, r_out)"})
+    alpha: float | None = field(default=None, metadata={"help": "the adapter is scaled by alpha / r; None: alpha = r"})
+    rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r)"})
+    scaling: float | None = field(default=None, metadata={"help": "the scaling itself, instead of alpha"})
+    dropout: float = field(default=0.0, metadata={"help": "on the adapter's x"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regular expression"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regular expression"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of layers to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "the name before a layer's index"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules to be trained whole and saved"})
+    bias: str = field(default="none", metadata={"help": "none, all or lotr_only"})
+    group_by: str | dict[str, str] = field(default="shape", metadata={"help": "which layers share A and B"})
+    init: str = field(default="orthonormal", metadata={"help": "how A and B start"})
+    core_init: str = field(default="zero", metadata={"help": "how the cores start"})
+    train: list[str] = field(default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LOTR
+        if self.init == "svd":
+            raise ValueError('init: expected one that leaves the base weights as they are, got "svd"; apply_lotr has it')
+        if callable(self.group_by):
+            raise ValueError('group_by: expected "shape", "name" or a mapping, got a callable, which cannot be saved')
+        if self.bias not in _BIASES:
+            raise ValueError(f"bias: expected one of {', '.join(_BIASES)}, got {self.bias!r}")
+        checked = self.to_lotr()
+        self.rank, self.train = checked.rank, list(checked.train)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform: expected None where target_modules is a regular expression, got "
+                             f"{self.layers_to_transform!r}")  # fmt: skip
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern: expected it with layers_to_transform, got {self.layers_pattern!r} alone")
+
+    def to_lotr(self, target_modules: str | None = None) -> LoTRConfig:
+        """The same settings for `apply_lotr`, with target_modules as given and without modules_to_save."""
+        same = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "train")
+        return LoTRConfig(target_modules=target_modules, **{name: getattr(self, name) for name in same})

@@ -1,0 +1,197 @@
+"""A layer that PEFT's tuners know, on lotr_ext's operators. Imported by `lotr_ext.interop.peft`.
+
+    y = base(x) + sum over active adapters a of  s_a ((drop(x) A_a) G_a) B_a^T
+
+The layer owns a core for each adapter; A and B of a group are owned once by the tuner, and a core refers to its pair. The first
+active adapter runs with the base product (`layer_call.call_linear`) where the base is a plain nn.Linear or Conv1D; more adapters,
+and other bases, are added to the base's output (`layer_call.call_wrapped`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..factors import LoTRFactors
+from ..init import fill_core_
+from ..layer import LoTRLayer, check_settings
+from ..layer_call import Adapter, call_linear, call_wrapped, delta_weight
+from ..linear import is_conv1d
+from ..scope import Slot, cast_in_scope, current_slot
+from ..targets import features, needs_wrap
+from .peft_config import LoTRPeftConfig
+
+
+class LoTRCore(nn.Module):
+    """One adapter in one layer: its core [r_in, r_out], and what the core goes with. `scope.py` tells it by start_core."""
+
+    start_core = None
+
+    def __init__(self, factors: LoTRFactors, config: LoTRPeftConfig):
+        super().__init__()
+        settings = {name: getattr(config, name) for name in ("alpha", "rslora", "scaling", "dropout")}
+        self.scaling = check_settings(**settings).resolve(max(factors.r_in, factors.r_out))
+        self.dropout, self.trained = config.dropout, tuple(config.train)
+        self.core = nn.Parameter(torch.empty(factors.r_in, factors.r_out, device=factors.A.device, dtype=factors.A.dtype))
+        fill_core_(self.core, config.core_init)
+        self.__dict__["factors"] = factors  # the tuner registers it
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        """All that the adapter has here, the shared factors among it."""
+        return {"A": self.factors.A, "B": self.factors.B, "core": self.core}
+
+    def adapter(self) -> Adapter:
+        """What a call of the layer needs."""
+        p = self.dropout if self.training else 0.0
+        return Adapter(self.core, self.scaling, p, self.factors._group, id(self), None, self._slot, cast_in_scope)
+
+    def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:
+        return current_slot(self, B, dtype)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """s B G^T A^T [n, k] in float32 (float64 for float64)."""
+        return self.factors(lambda A, B: delta_weight(A, B, self.core, self.scaling))
+
+    def extra_repr(self) -> str:
+        parts = f"rank={self.factors.rank}, scaling={self.scaling:g}"
+        return parts + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+def own_weight(base: nn.Module) -> Tensor | None:
+    """W [n, k] of a base that computes x W^T + bias and nothing else; None where its weight is its own affair."""
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or parametrize.is_parametrized(base):
+        return None
+    if isinstance(base, nn.Linear):
+        return weight if type(base).forward is nn.Linear.forward else None
+    return weight.mT if is_conv1d(base) else None
+
+
+class LoTRPeftLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with LoTR adapters by name: x [..., in_features] -> [..., out_features].
+
+    state_dict: the base's keys under `base_layer.`, and `lotr_adapter.<name>.core`. Merging sums in fp32 and casts once, from the
+    weight as it was before the first merge, which is kept so that unmerge gives its very bits back.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
+    lotr_backup: Tensor | None
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = features(base_layer)
+        self.lotr_adapter = nn.ModuleDict()
+        self._disable_adapters, self._active_adapter = False, []
+        self.merged_adapters: list[str] = []
+        self.register_buffer("lotr_backup", None, persistent=False)
+
+    def add(self, adapter_name: str, factors: LoTRFactors, config: LoTRPeftConfig) -> None:
+        """Puts a new adapter of that name into the layer."""
+        self.lotr_adapter[adapter_name] = LoTRCore(factors, config).train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapter_names: expected None (LoTR has no batches of mixed adapters), got a list of names")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        cores = [self.lotr_adapter[name] for name in self.active_adapters if name in self.lotr_adapter]
+        base, y = self.base_layer, None
+        plain = bool(cores) and not (args or kwargs) and not needs_wrap(base)
+        if plain and (weight := own_weight(base)) is not None:
+            core = cores.pop(0)
+            y = core.factors(lambda A, B: call_linear(x, weight, base.bias, A, B, core.adapter()))
+        else:
+            y = base(x, *args, **kwargs)
+        for core in cores:
+            y = core.factors(lambda A, B, y=y, core=core: call_wrapped(x, lambda _: y, A, B, core.adapter()))
+        return y
+
+    # ---- which adapters are active and trained -----------------------------------------------------------------------
+
+    def _train_only(self, names: Sequence[str]) -> None:
+        for name, core in self.lotr_adapter.items():
+            for part, parameter in core.parts().items():
+                parameter.requires_grad_(name in names and part in core.trained)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._train_only([] if inference_mode else names)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
+            self._train_only([])
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            if name in self.lotr_adapter:
+                core = self.lotr_adapter[name]
+                for part, parameter in core.parts().items():
+                    parameter.requires_grad_(requires_grad and part in core.trained)
+
+    # ---- merging -----------------------------------------------------------------------------------------------------
+
+    def mergeable_weight(self) -> Tensor:
+        """The base's W [n, k], a view. TypeError if it cannot be merged into."""
+        weight, base = own_weight(self.base_layer), type(self.base_layer).__name__
+        if weight is None:
+            raise TypeError(f"merge: expected a plain nn.Linear or Conv1D base, got {base}, whose weight is its own affair")
+        return weight.detach()
+
+    @torch.no_grad()
+    def merged_weight(self, names: Sequence[str], safe: bool) -> Tensor:
+        """W [n, k] with the adapters of these names in it. safe: ValueError if that is not finite."""
+        start = self.mergeable_weight() if self.lotr_backup is None else self.lotr_backup
+        delta, merged = 0.0, start
+        for name in names:
+            delta = delta + self.lotr_adapter[name].delta()
+            merged = LoTRLayer._plus(start, delta, 1)
+            if safe and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return merged
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotr_adapter]
+        if not names:
+            return
+        weight, merged = self.mergeable_weight(), self.merged_weight([*self.merged_adapters, *names], safe_merge)
+        if self.lotr_backup is None:
+            self.lotr_backup = weight.clone()
+        weight.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.mergeable_weight().copy_(self.lotr_backup)
+        self.lotr_backup = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """s B G^T A^T in the layout and dtype of the base's weight: [n, k], or [k, n] for Conv1D."""
+        delta = self.lotr_adapter[adapter_name].delta().to(self.weight.dtype)
+        return delta.mT.contiguous() if is_conv1d(self.base_layer) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "lotr." + super().__repr__()

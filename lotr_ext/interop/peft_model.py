@@ -1,0 +1,220 @@
+"""The tuner that PEFT makes for a LoTRPeftConfig. Imported by `lotr_ext.interop.peft`.
+
+    lotr_factors.<adapter>.<group>.A, .B       owned here, once a group
+    model.<layer>.lotr_adapter.<adapter>.core  owned by the layers (`peft_layer.py`)
+
+On disk the adapter's name is left out, as PEFT does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from ..apply import set_fast_paths
+from ..factors import LoTRFactors
+from ..scope import attach_scope, detach_scope
+from ..targets import features, select
+from .peft_config import LoTRPeftConfig
+from .peft_layer import LoTRPeftLinear
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class LoTRPeftModel(BaseTuner):
+    """PEFT's tuner for LoTR. All that `apply_lotr` refuses in a model is refused here too, before the model is changed."""
+
+    uses_shared_state: bool = True
+    prefix: str = "lotr_"
+    tuner_layer_cls = LoTRPeftLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _adapted(self) -> dict[str, LoTRPeftLinear]:
+        """The adapted layers by their name in the base model. Private, for other attributes are looked up in the model."""
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, LoTRPeftLinear)}
+
+    # ---- putting an adapter in ---------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.lotr_factors = nn.ModuleDict()
+        self._groups: dict[str, str] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As BaseTuner's; the factors of other adapters keep their requires_grad, as their cores do."""
+        before = [(p, p.requires_grad) for p in self.lotr_factors.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            if adapter_name in self.lotr_factors:
+                del self.lotr_factors[adapter_name]
+            raise
+        finally:
+            self._groups = {}
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        set_fast_paths(self.model, off=True, adapted=LoTRPeftLinear)
+        attach_scope(self.model)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Finds the targets' groups and refuses what cannot be adapted: PEFT has not touched the model yet."""
+        if not isinstance(peft_config, LoTRPeftConfig):
+            raise TypeError(f"peft_config: expected LoTRPeftConfig, got {type(peft_config).__name__}")
+        config = _maybe_include_all_linear_layers(peft_config, model)
+        modules = dict(model.named_modules())
+        inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
+        names = [
+            name
+            for name in modules
+            if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
+        ]
+        for name in names:
+            module, kind = modules[name], type(modules[name]).__name__
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRPeftLinear):
+                raise TypeError(f"target_modules: expected layers without adapters of other methods, got {name!r} ({kind})")
+            if features(module) is None:
+                raise TypeError(
+                    "target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got "
+                    f"{name!r} ({kind})"
+                )
+        if not names:
+            return  # PEFT says so in detail
+        targets = select(model, config.to_lotr("|".join(map(re.escape, names)))).targets
+        for target in targets:
+            if len(target.names) > 1:
+                raise ValueError(f"target_modules: expected layers in one place each, got one at {', '.join(target.names)}")
+        self._groups = {target.name: target.group for target in targets}
+
+    def _create_and_replace(
+        self,
+        peft_config: LoTRPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        known = isinstance(target, LoTRPeftLinear)
+        layer = target if known else LoTRPeftLinear(target).train(target.training)
+        factors = self._factors(adapter_name, self._groups[current_key], layer, peft_config)
+        layer.add(adapter_name, factors, peft_config)
+        if not known:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _factors(self, adapter_name: str, group: str, layer: LoTRPeftLinear, config: LoTRPeftConfig) -> LoTRFactors:
+        """The adapter's pair for a group, made for its first layer in that layer's dtype."""
+        if adapter_name not in self.lotr_factors:
+            self.lotr_factors[adapter_name] = nn.ModuleDict()
+        pairs = self.lotr_factors[adapter_name]
+        if group not in pairs:
+            device, dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)
+            sizes = layer.in_features, layer.out_features, config.rank
+            dtype = dtype if dtype in _FLOATS else torch.float32
+            pairs[group] = LoTRFactors(*sizes, init=config.init, device=device, dtype=dtype)
+            if config.core_init == "identity":  # B = 0 keeps the start unchanged
+                nn.init.zeros_(pairs[group].B)
+        return pairs[group]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for factors in self.lotr_factors[adapter_name].values() if autocast_adapter_dtype else ():
+            for name in ("A", "B"):
+                old = getattr(factors, name)
+                if old.dtype in _HALVES:
+                    setattr(factors, name, nn.Parameter(old.detach().float(), requires_grad=old.requires_grad))
+
+    # ---- taking it out -----------------------------------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        del self.lotr_factors[adapter_name]
+        attach_scope(self.model)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, layer in self._adapted().items():
+            try:
+                layer.mergeable_weight()
+            except TypeError as error:
+                raise TypeError(f"{error} ({name})") from None
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges all layers, or none on an error."""
+        before = {layer: list(layer.merged_adapters) for layer in self._adapted().values()}
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, names in before.items():
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+            for layer in self._adapted().values() if safe_merge else ():  # all of them before the first is taken out
+                wanted = layer.active_adapters if adapter_names is None else adapter_names
+                names = [name for name in wanted if name in layer.lotr_adapter and name not in layer.merged_adapters]
+                layer.merged_weight([*layer.merged_adapters, *names], safe=True)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        detach_scope(model)
+        set_fast_paths(model, off=False)
+        return model
+
+    # ---- what PEFT's LoRA has and LoTR has not -----------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: expected None (LoTR has no batches of mixed adapters), got a list of names")
+        yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: adapters have factors of their own, so a weighted sum of cores or factors is no sum of adapters."""
+        raise NotImplementedError(
+            "add_weighted_adapter: expected adapters of a method whose parameters add up, got LoTR; activate several at once "
+            "(model.base_model.set_adapter([...])), or convert them to LoRA (peft.convert_to_lora) and combine those"
+        )
+
+    # ---- names on disk -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        head, found, tail = key.partition(f"lotr_factors.{adapter_name}.")
+        if found and head in ("", "base_model."):
+            return f"{head}lotr_factors.{tail}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """BaseTuner's renaming; besides, PEFT only warns of an adapter for other layers, which here is an error."""
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        ours = re.compile(rf"lotr_factors\.{re.escape(adapter_name)}\.|\.lotr_adapter\.{re.escape(adapter_name)}\.core$")
+        want = {key for key in model.state_dict() if ours.search(key)}
+        got = {key for key in renamed if ours.search(key) or ".lotr_adapter." in key or "lotr_factors." in key}
+        if want != got:
+            missing, foreign = sorted(want - got), sorted(got - want)
+            raise ValueError(
+                f"adapter: expected the model's {len(want)} LoTR tensors, got {len(got)}: missing "
+                f"{', '.join(missing[:3]) or 'none'}; not in the model {', '.join(foreign[:3]) or 'none'}"
+            )
+        return renamed
