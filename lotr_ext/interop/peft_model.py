@@ -72,9 +72,7 @@ class LoTRPeftModel(BaseTuner):
         modules = dict(model.named_modules())
         inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
         names = [
-            name
-            for name in modules
-            if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
+            name for name in modules if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
         ]
         for name in names:
             module, kind = modules[name], type(modules[name]).__name__
