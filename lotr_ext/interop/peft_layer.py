@@ -2,9 +2,9 @@
 
     y = base(x) + sum over active adapters a of  s_a ((drop(x) A_a) G_a) B_a^T
 
-The layer owns a core for each adapter; A and B of a group are owned once by the tuner, and a core refers to its pair. The first
-active adapter runs with the base product (`layer_call.call_linear`) where the base is a plain nn.Linear or Conv1D; more adapters,
-and other bases, are added to the base's output (`layer_call.call_wrapped`).
+The layer owns a core for each adapter; A and B of a group are owned once by the tuner, and a core refers to its pair. The
+first active adapter runs with the base product (`layer_call.call_linear`) where the base is a plain nn.Linear or Conv1D; more
+adapters, and adapters over other bases, are added to the base's output (`layer_call.call_wrapped`).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def own_weight(base: nn.Module) -> Tensor | None:
 class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     """A linear layer with LoTR adapters by name: x [..., in_features] -> [..., out_features].
 
-    state_dict: the base's keys under `base_layer.`, and `lotr_adapter.<name>.core`. Merging sums in fp32 and casts once, from the
-    weight as it was before the first merge, which is kept so that unmerge gives its very bits back.
+    state_dict: the base's keys under `base_layer.`, and `lotr_adapter.<name>.core`. Merging sums in fp32 and casts once, from
+    the weight as it was before the first merge, which is kept so that unmerge gives its very bits back.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
