@@ -22,6 +22,7 @@ from .layer import LoTRLayer, check_settings
 from .layer_call import delta_weight
 from .linear import LoTRWrapped, adapt
 from .scope import attach_scope, detach_scope
+from .sharded import in_parts
 from .targets import Selection, Target, select, tied_names
 
 __all__ = ["SharedFactors", "adapted_layers", "apply_lotr", "disabled", "lotr_parameters", "merge", "unload", "unmerge"]
@@ -251,6 +252,10 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoTRLayer], safe: bool)
             )
         if id(layer) in tied:
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(tied[id(layer)])}")
+        if in_parts(layer.weight) or in_parts(layer.core):
+            raise RuntimeError(
+                f"merge: expected whole tensors, got {name!r} held in parts; save_adapter, then load and merge in one process"
+            )
         if layer.weight.is_meta or layer.core.is_meta:
             raise RuntimeError(f"merge: expected tensors with values, got {name!r} on the meta device")
         if safe and not layer.merged and not torch.isfinite(layer._merged_weight()).all():

@@ -23,6 +23,7 @@ from .apply import adapted_layers, install, set_start
 from .config import LoTRConfig
 from .factors import LoTRFactors
 from .layer import LoTRLayer
+from .sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
 from .targets import Selection, features, name_ends_with, select
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -79,13 +80,20 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Writes the model's adapter and its modules_to_save into a directory, in place of an adapter that is there already.
 
     A kill at any moment leaves the old or the new adapter, whole. Models from `apply_lotr` and models built by hand alike;
-    DistributedDataParallel and compiled models are unwrapped. A merged adapter is saved as if it were not merged.
+    compiled models are unwrapped. A merged adapter is saved as if it were not merged.
+
+    DistributedDataParallel models are unwrapped too; called in several processes, only process 0 writes. A model that FSDP2 or
+    tensor parallelism holds in parts must be saved by all processes together: they gather its tensors, process 0 writes, and
+    all wait for it.
 
     Raises:
-        TypeError: no nn.Module. RuntimeError: no adapter, or one on the meta device. ValueError: directory is a file.
+        TypeError: no nn.Module. RuntimeError: no adapter, or one on the meta device; process 0 could not write. ValueError:
+            directory is a file.
     """
-    model = unwrapped(model)
+    writes, model = writing_rank(model), unwrapped(model)
     layers = adapted_layers(model)
+    if sharded := holds_parts(model):
+        reshard(model)
     prefixes, saved = _prefixes(model, layers), saved_modules(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -102,11 +110,19 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
         for name, m in layers.items()
     }
     config = getattr(model, "lotr_config", None)
-    files.write(Path(directory), Manifest(config if isinstance(config, LoTRConfig) else None, entries, tuple(saved)), tensors)
+    manifest = Manifest(config if isinstance(config, LoTRConfig) else None, entries, tuple(saved))
+    if sharded:
+        whole = gathered(tensors)
+        written_by_rank_0(lambda: files.write(Path(directory), manifest, whole))
+    elif writes:
+        files.write(Path(directory), manifest, tensors)
 
 
 def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = False) -> Model:
     """Loads a saved adapter into a model, which is adapted first if it is not yet.
+
+    A model that FSDP2 or tensor parallelism holds in parts must be adapted already; every process reads the files and keeps its
+    own parts.
 
     A plain base model becomes what `apply_lotr` made of it when the adapter was saved. A model that is adapted already, by
     `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes; its values are replaced in place (and with
@@ -128,6 +144,8 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     target = unwrapped(model)
     manifest, tensors = files.read(Path(directory))
+    if holds_parts(target):
+        reshard(target)
     if any(isinstance(m, LoTRLayer) for m in target.modules()):
         _check_adapted(target, manifest, tensors, cast)
     else:
@@ -186,7 +204,11 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
     for prefix, names in _groups(manifest.layers).items():
         if f"{prefix}.start_A" in tensors or layers[names[0]].start_core is not None:
             for name in names:
-                layers[name]._matrix()  # a base whose weight cannot be read says so
+                if in_parts(layers[name]._matrix()):  # a base whose weight cannot be read says so
+                    raise RuntimeError(
+                        f'load_adapter: expected whole weights, for init "svd" changes them, got {name!r} held in parts; load '
+                        "the adapter first, then shard the model"
+                    )
 
 
 def _check_not_meta(name: str, module: nn.Module) -> None:
@@ -265,8 +287,8 @@ def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> N
             set_start(group, start, scalings)
         for layer, name, scaling in zip(group, names, scalings, strict=True):
             layer.scaling, layer.dropout = scaling, manifest.layers[name].dropout
-            layer.core.copy_(tensors[f"{name}.core"])
-        group[0].factors.A.copy_(tensors[f"{prefix}.A"])
-        group[0].factors.B.copy_(tensors[f"{prefix}.B"])
+            copy_whole_(layer.core, tensors[f"{name}.core"])
+        copy_whole_(group[0].factors.A, tensors[f"{prefix}.A"])
+        copy_whole_(group[0].factors.B, tensors[f"{prefix}.B"])
     for key, value in saved_tensors(saved_modules(model)).items():
-        value.copy_(tensors[key])
+        copy_whole_(value, tensors[key])

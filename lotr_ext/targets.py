@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from .config import LoTRConfig
 from .layer import LoTRLayer
 from .linear import is_conv1d
+from .sharded import holds_parts
 
 __all__ = ["Selection", "Target", "name_ends_with", "select", "tied_names"]
 
@@ -133,6 +134,10 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {type(model).__name__}")
+    if holds_parts(model):
+        raise TypeError(
+            f"model: expected whole tensors, got {type(model).__name__} held in parts by FSDP2 or as DTensors; adapt it first"
+        )
     adapted = next((name for name, m in model.named_modules() if isinstance(m, LoTRLayer)), None)
     if adapted is not None or hasattr(model, "lotr_factors"):
         raise RuntimeError(

@@ -1,0 +1,59 @@
+"""Runs checks of `gloo_checks` in two processes joined by gloo: one start for all of them, since a start costs seconds."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+WORLD = 2
+COLLECTIVE_S = 30  # a collective that a failed partner never joins ends after so long
+
+
+def _worker(rank: int, folder: str, names: Sequence[str]) -> None:
+    """One process: each check's result, or its traceback, into a file of its own."""
+    import gloo_checks
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    wait = datetime.timedelta(seconds=COLLECTIVE_S)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=wait)
+    for name in names:
+        try:
+            started = time.perf_counter()
+            result = {"value": getattr(gloo_checks, name)(rank, Path(folder)), "seconds": time.perf_counter() - started}
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        Path(folder, f"{name}.{rank}.json").write_text(json.dumps(result))
+        if "error" in result:
+            break  # the partner is somewhere else now: nothing after this could be trusted
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads abort now and then when the interpreter takes them down
+
+
+def run_pair(names: Sequence[str], folder: Path, timeout: float = 240) -> dict[str, list[dict]]:
+    """{check: [of rank 0, of rank 1]}, each {"value": what it returned}, {"error": traceback}, or {} if it never ran."""
+    import torch.multiprocessing as mp
+
+    context = mp.start_processes(_worker, (str(folder), list(names)), nprocs=WORLD, join=False, start_method="spawn")
+    deadline = time.monotonic() + timeout
+    try:
+        while not context.join(timeout=5):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"processes: expected an end within {timeout:.0f} s, got none; see {folder}")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    found: dict[str, list[dict]] = {}
+    for name in names:
+        files = [folder / f"{name}.{rank}.json" for rank in range(WORLD)]
+        found[name] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    return found

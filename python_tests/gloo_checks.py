@@ -1,0 +1,488 @@
+"""What two processes check together, each with half of the batch, against one process with all of it in float64.
+
+Every check takes (rank, folder), is called in both processes in the same order, and returns what JSON can hold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from toys import plain, randomize
+
+from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, ops, planner, save_adapter
+from lotr_ext.apply import adapted_layers
+from nets import relative
+
+D = 16
+Grads = dict[str, Tensor]
+
+
+class SmoothBlock(nn.Module):
+    """q, k, v of one input, up of another shape; smooth, so that rounding moves gradients by no more than rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.up = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 2 * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x)
+        a, b = self.up(torch.sigmoid(self.q(h)) * torch.tanh(self.k(h)) + self.v(h)).chunk(2, -1)
+        return x + torch.tanh(a) * torch.sigmoid(b)
+
+
+class Stack(nn.Module):
+    """[m, D] -> [m, D], and a head to be trained whole. reentrant: None without checkpointing, else its use_reentrant."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(SmoothBlock() for _ in range(layers))
+        self.head = nn.Linear(D, 5)
+        self.reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def base(layers: int = 3) -> Stack:
+    torch.manual_seed(0)
+    return Stack(layers)
+
+
+def make(layers: int = 3, *, reentrant: bool | None = None) -> Stack:
+    """The same adapted model in every process; two groups, 16x16 and 16x32."""
+    model = apply_lotr(base(layers), LoTRConfig(rank=4, target_modules=["q", "k", "v", "up"], modules_to_save=["head"]))
+    randomize(model)
+    model.reentrant = reentrant
+    return model
+
+
+def batch(rank: int, step: int = 0) -> Tensor:
+    return torch.randn(6, D, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).float().square().mean()
+
+
+def truth(steps: int = 1) -> Grads:
+    """The gradients of the mean over both halves, summed over steps: float64, plain autograd, one process."""
+    model = plain(make().double())
+    for step in range(steps):
+        (sum(model(batch(rank, step).double()).square().mean() for rank in range(2)) / 2).backward()
+    return {n.replace(".base.", "."): p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(tensor: Tensor | None) -> Tensor | None:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def error(model: nn.Module, want: Grads) -> float:
+    """The worst relative error of the trained parameters' gradients; infinite where one is missing."""
+    trained = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == want.keys(), trained.keys() ^ want.keys()
+    return max(relative(whole(p.grad), want[n]) for n, p in trained.items())
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.calls[function.__name__.split(".")[0].strip("_")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def few_tokens(below: int) -> Iterator[None]:
+    """The few tokens of a test take one node (128) or two (0), as many tokens do."""
+    before, planner.FEW_TOKENS = planner.FEW_TOKENS, below
+    try:
+        yield
+    finally:
+        planner.FEW_TOKENS = before
+
+
+def on_both_paths(check: Callable[[], float]) -> dict[str, float]:
+    found = {}
+    for below, name in ((0, "two nodes"), (128, "one node")):
+        with few_tokens(below):
+            found[name] = check()
+    return found
+
+
+def step(model: nn.Module, *inputs: Tensor) -> None:
+    """Two optimizer-less steps, so that whatever a first step leaves behind meets a second."""
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = None
+        for x in inputs:
+            loss(model, x).backward()
+
+
+# ---- DistributedDataParallel -----------------------------------------------------------------------------------------
+
+
+def ddp(rank: int, folder: Path) -> dict:
+    """Relative errors by case and path."""
+    one, two, x = truth(), truth(2), batch(rank)
+    found = {}
+
+    def case(name: str, reentrant: bool | None = None, **options) -> None:
+        def check() -> float:
+            model = DistributedDataParallel(make(reentrant=reentrant), **options)
+            step(model, x.clone().requires_grad_(reentrant is not None))
+            return error(model, one)
+
+        found[name] = on_both_paths(check)
+
+    case("plain")
+    case("find_unused_parameters", find_unused_parameters=True)
+    case("static_graph", static_graph=True)
+    case("non-reentrant checkpointing", reentrant=False)
+    case("non-reentrant checkpointing, find_unused_parameters", reentrant=False, find_unused_parameters=True)
+    case("reentrant checkpointing, static_graph", reentrant=True, static_graph=True)
+    case("gradients as views of buckets", gradient_as_bucket_view=True)
+
+    def accumulated() -> float:
+        model = DistributedDataParallel(make())
+        with model.no_sync():
+            loss(model, x).backward()
+        loss(model, batch(rank, 1)).backward()
+        return error(model, two)
+
+    found["no_sync accumulation"] = on_both_paths(accumulated)
+
+    def compiled() -> float:
+        torch.compiler.reset()
+        model = torch.compile(DistributedDataParallel(make()), backend="aot_eager")
+        step(model, x)
+        return error(model._orig_mod, one)
+
+    found["torch.compile around DDP"] = {"composite": compiled()}
+
+    def compiled_inside() -> float:
+        torch.compiler.reset()
+        model = DistributedDataParallel(torch.compile(make(), fullgraph=True, backend="aot_eager"))
+        step(model, x)
+        return error(model.module._orig_mod, one)
+
+    found["DDP around torch.compile"] = {"composite": compiled_inside()}
+    return found
+
+
+def ddp_reductions(rank: int, folder: Path) -> dict:
+    """How often A of the larger group came into a bucket that was reduced in one step, by number of layers."""
+    found = {}
+    for layers in (1, 4):
+        for below in (0, 128):
+            model = DistributedDataParallel(make(layers), bucket_cap_mb=1e-4)  # a bucket for each parameter
+            seen: list[int] = []
+
+            def hook(state, bucket, seen=seen):
+                seen += [id(p) for p in bucket.parameters()]
+                work = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+                return work.then(lambda future: future.value()[0])
+
+            model.register_comm_hook(None, hook)
+            with few_tokens(below), Collectives() as collectives:
+                loss(model, batch(rank)).backward()
+            factors = model.module.lotr_factors["16x16"]
+            trained = sum(p.requires_grad for p in model.parameters())
+            counts = [seen.count(id(factors.A)), seen.count(id(factors.B)), len(seen) - trained]
+            found[f"{layers} blocks, {below}"] = [*counts, collectives.calls["allreduce"] <= trained]
+    return found
+
+
+def ddp_saves_once(rank: int, folder: Path) -> bool:
+    """Only process 0 writes, whether the model is compiled around DDP or not; each may call."""
+    model = DistributedDataParallel(make())
+    own = folder / f"ddp-{rank}"
+    save_adapter(model, own)
+    save_adapter(torch.compile(model), own)
+    return own.exists()
+
+
+# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def shard(model: Stack, *, by: str = "block", **options) -> Stack:
+    """by: "block" then root (factors with the root), "factors" by themselves too, or the "root" alone."""
+    options = {"mesh": init_device_mesh("cpu", (2,)), **options}
+    if by == "factors":
+        for factors in model.lotr_factors.values():
+            fully_shard(factors, reshard_after_forward=False, **options)
+    if by != "root":
+        for block in model.blocks:
+            fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def fsdp(rank: int, folder: Path) -> dict:
+    """Relative errors by case and path."""
+    one, two, x, later = truth(), truth(2), batch(rank), batch(rank, 1)
+    found = {}
+
+    def case(name: str, run: Callable[[Stack], None], want: Grads = one, reentrant: bool | None = None, **options) -> None:
+        def check() -> float:
+            model = shard(make(reentrant=reentrant), **options)
+            run(model)
+            return error(model, want)
+
+        found[name] = on_both_paths(check)
+
+    def one_step(model: Stack) -> None:
+        step(model, x)
+
+    def with_input_gradient(model: Stack) -> None:
+        step(model, x.clone().requires_grad_())
+
+    def two_forwards_first(model: Stack) -> None:
+        losses = [loss(model, t.clone().requires_grad_()) for t in (x, later)]
+        for one_loss in losses:
+            one_loss.backward()
+
+    def accumulated(model: Stack) -> None:
+        model.set_requires_gradient_sync(False)
+        loss(model, x).backward()
+        model.set_requires_gradient_sync(True)
+        loss(model, later).backward()
+
+    for by in ("block", "factors", "root"):
+        case(f"by {by}", one_step, by=by)
+        case(f"by {by}, input gradient, two forwards", two_forwards_first, two, by=by)
+    for by in ("block", "factors"):
+        case(f"by {by}, input gradient", with_input_gradient, by=by)
+        case(f"by {by}, accumulation", accumulated, two, by=by)
+        case(f"by {by}, non-reentrant checkpointing", one_step, by=by, reentrant=False)
+        case(f"by {by}, reentrant checkpointing", with_input_gradient, by=by, reentrant=True)
+    return found
+
+
+def fsdp_mixed_precision(rank: int, folder: Path) -> dict:
+    """Errors of bfloat16 parameters with float32 reduction; and of plain autograd in bfloat16 in one process."""
+    want, found = truth(), {}
+    reference = plain(make().bfloat16())
+    (sum(loss(reference, batch(r).bfloat16()) for r in range(2)) / 2).backward()
+    grads = {n.replace(".base.", "."): p.grad for n, p in reference.named_parameters() if p.requires_grad}
+    found["eager bfloat16"] = {"one process": max(relative(grads[n], want[n]) for n in want)}
+    for reentrant in (None, False):
+        for by in ("block", "factors"):
+
+            def check(reentrant=reentrant, by=by) -> float:
+                policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+                model = shard(make(reentrant=reentrant), by=by, mp_policy=policy)
+                step(model, batch(rank))
+                assert model.lotr_factors["16x16"].A.grad.dtype == torch.float32
+                return error(model, want)
+
+            found[f"by {by}, checkpointing {reentrant}"] = on_both_paths(check)
+    return found
+
+
+def fsdp_shares(rank: int, folder: Path) -> dict:
+    """Calls of our operators in a step of 3 blocks: q, k and v share one u = x A under FSDP2 too."""
+    found = {}
+    for by in ("block", "factors"):
+        model, calls = shard(make(), by=by), Counter()
+        with few_tokens(0), counted(calls):
+            loss(model, batch(rank)).backward()
+        found[by] = calls
+    return found
+
+
+@contextmanager
+def counted(calls: Counter[str]) -> Iterator[None]:
+    names = ("shrink", "expand_add_", "factor_grad_")
+    before = {name: getattr(ops, name) for name in names}
+
+    def counting(name: str) -> Callable:
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return before[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(ops, name, counting(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(ops, name, before[name])
+
+
+def fsdp_reductions(rank: int, folder: Path) -> dict:
+    """Reduce-scatters of one step: one a block, and one for the root's share, where A and B of all groups are."""
+    found = {}
+    for layers in (1, 4):
+        for below in (0, 128):
+            model = shard(make(layers))
+            with few_tokens(below), Collectives() as collectives:
+                loss(model, batch(rank)).backward()
+            found[f"{layers} blocks, {below}"] = collectives.calls["reduce_scatter_base"] - layers
+    return found
+
+
+def train(model: Stack, optimizer: torch.optim.Optimizer, rank: int, steps: range) -> list[float]:
+    """Losses of the whole batch."""
+    losses = []
+    for i in steps:
+        optimizer.zero_grad()
+        mine = loss(model, batch(rank, i))
+        mine.backward()
+        optimizer.step()
+        dist.all_reduce(mean := mine.detach() / 2)
+        losses.append(mean.item())
+    return losses
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def fsdp_saves(rank: int, folder: Path) -> dict:
+    """Three steps, then everything saved in both ways, then two steps more. The parent goes on from the files by itself."""
+    model = shard(make())
+    optimizer = adam(model)
+    found = {"before": train(model, optimizer, rank, range(3))}
+    only_trained = StateDictOptions(ignore_frozen_params=True)
+    state, moments = get_state_dict(model, optimizer, options=only_trained)
+    dcp.save({"model": state, "optimizer": moments}, checkpoint_id=folder / "dcp")
+    found["saved"] = sorted(state)
+    with torch.no_grad():
+        model(batch(rank))  # the root's parameters are gathered now
+    save_adapter(model, folder / "adapter")
+    found["there"] = (folder / "adapter" / "lotr_adapter.json").is_file()
+    found["after"] = train(model, optimizer, rank, range(3, 5))
+    return found
+
+
+def fsdp_resumes(rank: int, folder: Path) -> dict:
+    """What one process saved (the parent, before it started these two), in two."""
+    model = shard(make())
+    randomize_parts(model)
+    optimizer = adam(model)
+    options = StateDictOptions(ignore_frozen_params=True)
+    state, moments = get_state_dict(model, optimizer, options=options)
+    dcp.load({"model": state, "optimizer": moments}, checkpoint_id=folder / "single")
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state,
+        optim_state_dict=moments,
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
+    found = {"dcp": train(model, optimizer, rank, range(3, 5))}
+    loaded = shard(make())
+    randomize_parts(loaded)
+    assert load_adapter(loaded, folder / "single-adapter") is loaded
+    with torch.no_grad():
+        found["adapter"] = loaded(batch(0)).sum().item()
+    return found
+
+
+def randomize_parts(model: nn.Module) -> None:
+    """Other values than those to be loaded."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+
+
+def fsdp_refuses(rank: int, folder: Path) -> dict:
+    """Messages of what cannot be done with parts of tensors."""
+    (folder / "file").touch()
+    sharded, cores = shard(make()), {}
+    plain_base = fully_shard(base(), mesh=init_device_mesh("cpu", (2,)))
+    cores = {n: p.to_local().clone() for n, p in sharded.named_parameters()}
+    attempts = {
+        "merge": lambda: merge(sharded),
+        "apply": lambda: apply_lotr(plain_base, LoTRConfig(rank=2)),
+        "a file in the way": lambda: save_adapter(sharded, folder / "file"),
+        "svd": lambda: load_adapter(sharded, folder / "svd-adapter"),
+        "other rank": lambda: load_adapter(sharded, folder / "rank-2-adapter"),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = "nothing"
+        except (TypeError, ValueError, RuntimeError) as refusal:
+            found[name] = f"{type(refusal).__name__}: {refusal}"
+    assert all(torch.equal(p.to_local(), cores[n]) for n, p in sharded.named_parameters())
+    assert not any(layer.merged for layer in adapted_layers(sharded).values()) and not hasattr(plain_base, "lotr_factors")
+    return found
+
+
+# ---- tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+class Pairs(nn.Module):
+    """Layers that are split by columns, then by rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(D, 2 * D) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.ups, self.downs):
+            x = x + down(torch.tanh(up(x)))
+        return x
+
+
+def pairs() -> Pairs:
+    torch.manual_seed(0)
+    return Pairs()
+
+
+def tensor_parallel(rank: int, folder: Path) -> dict:
+    """The recipe of docs/distributed.md: gradients, a step of AdamW, and a saved adapter, against one process."""
+    mesh, config, x = init_device_mesh("cpu", (2,)), LoTRConfig(rank=4), batch(0)
+    alone, model = apply_lotr(pairs(), config), apply_lotr(pairs(), config)
+    randomize(alone)
+    randomize(model)
+    parallelize_module(model, mesh, {"ups.*": ColwiseParallel(), "downs.*": RowwiseParallel()})
+    for factors in model.lotr_factors.values():
+        distribute_module(factors, mesh)
+    for layer in adapted_layers(model).values():
+        core = layer.core
+        here = core.redistribute(mesh, [Replicate()]) if isinstance(core, DTensor) else distribute_tensor(core, mesh)
+        layer.core = nn.Parameter(here.detach())
+    reference = plain(copy.deepcopy(alone).double())
+    loss(reference, x.double()).backward()
+    want = {n.replace(".base.", "."): p.grad for n, p in reference.named_parameters() if p.requires_grad}
+    steps = {}
+    for name, net in (("alone", alone), ("parallel", model)):
+        optimizer = adam(net)
+        loss(net, x).backward()
+        if net is model:
+            found = {"error": error(net, want)}
+        optimizer.step()
+        steps[name] = loss(net, x).item()
+    save_adapter(model, folder / "parallel")
+    with torch.no_grad():
+        steps["loaded"] = loss(load_adapter(pairs(), folder / "parallel"), x).item()
+    return found | steps
