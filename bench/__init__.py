@@ -1,3 +1,17 @@
-"""Benchmarks. `python -m bench.layer` times one adapted layer against its rivals (make bench), `python -m bench.shared` the
-shared gradient against autograd's own sums; `python -m bench.report` rebuilds README's tables from the results that are
-kept, `python -m bench.compare` finds regressions between two result files."""
+"""Benchmarks: what does LoTR cost over the frozen layer, and against what is used today?
+
+python -m bench            all of it, sized to this machine (make bench); --quick in two minutes
+python -m bench.layer      one adapted layer against its rivals
+python -m bench.shared     the shared gradient against autograd's own sums
+python -m bench.model      a transformer trained with each method
+python -m bench.kernels    each CUDA kernel alone against the library's product (needs a GPU)
+python -m bench.traffic    bytes counted without a GPU, and what they would cost on one
+python -m bench.profile    where an adapted layer's time over the frozen layer goes
+python -m bench.report     README's tables and pictures from the results that are kept
+python -m bench.targets    which of the targets on a CPU the kept results meet
+python -m bench.compare    regressions between two result files
+"""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler counts allocations for us and would print as it starts

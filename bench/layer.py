@@ -1,222 +1,214 @@
-"""One adapted layer, forward and forward + backward, against its rivals: what does the adapter cost over the frozen layer?
+"""One adapted layer, forward and backward, against its rivals: what does the adapter cost over the frozen layer?
 
-    python -m bench.layer                     the default shapes, fp32 and bf16, one thread and all of them
-    python -m bench.layer --quick             two shapes, about two minutes
+    python -m bench.layer                     shapes of known models, as many as fit --minutes; fp32 and bf16; 1 and all threads
+    python -m bench.layer --quick             two shapes, under a minute
+    python -m bench.layer --all               every model, token count and rank (hours)
     python -m bench.layer --shapes 512x768x768x16,roberta-large:2048:64 --dtypes fp32 --threads 1
     python -m bench.layer --rivals lora-eager,lora-compiled,lotr_ext
 
-Every rival is checked against float64 before it is timed. All rivals of a case are interleaved; a time is the median over
-rounds, an excess is the median of per-round ratios to the frozen layer. Results are appended to
-bench/results/<machine>/layer.jsonl; cells measured before with the same build and settings are not measured again
-(--fresh does). The adapters are kept in the layer's own dtype for every rival, so that all do the same arithmetic.
+The machine's ceilings (a large product, a large addition) are measured first. Every rival is checked against float64 before
+it is timed; one that fails is named and left out. All rivals of a case are interleaved; a time is the median over rounds, an
+excess is the median of per-round ratios to the frozen layer. Results are appended to bench/results/<machine>/layer.jsonl; cells
+measured before with the same build and settings are not measured again (--fresh does). The adapters are kept in the layer's own
+dtype for every rival, so that all do the same arithmetic.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+import math
 
+import psutil
 import torch
 
 from . import rivals as rv
-from .shapes import DEFAULT, DTYPES, GPU_TOKENS, QUICK, Case, parse_shapes
-from .store import RESULTS, Store, build_id, latest
-from .timing import Clock, ceilings, interleave, machine, quartiles, slug
+from .bounds import DIRECTIONS, work
+from .counted import peak_bytes
+from .rivals_base import Rival, Tensors
+from .rivals_library import obstacle
+from .session import Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
+from .store import latest
+from .timing import Timed, against, interleave
+from .truth import Truth, check, saved_bytes
+
+MINUTES = 10.0
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.layer", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
-    parser.add_argument("--shapes", help="MxKxNxR or MODEL:TOKENS:RANK, comma-separated")
-    parser.add_argument("--dtypes", default="fp32,bf16", help="fp32, bf16, fp16 (fp32,bf16)")
-    parser.add_argument("--threads", help="CPU thread counts, comma-separated (1 and all)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="two shapes, few rounds")
+    which.add_argument("--shapes", help="MxKxNxR or MODEL:TOKENS:RANK, comma-separated")
+    which.add_argument("--all", action="store_true", help="every model, token count and rank")
+    add_options(parser)
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"about how long the default shapes may take ({MINUTES})"
+    )
     parser.add_argument("--rivals", help=f"some of {', '.join(rv.RIVALS)}")
-    parser.add_argument("--rounds", type=int, help="rounds a case (21, quick 9)")
     parser.add_argument("--slice", type=float, default=0.03, help="seconds a measurement of one rival takes (0.03)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU seconds, for one thread only")
-    parser.add_argument("--results", help="folder for the results (bench/results/<machine>)")
-    parser.add_argument("--fresh", action="store_true", help="measure again what was measured with this build")
     options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a GPU for cuda, found none (torch.cuda.is_available() is False)")
-    if options.device not in ("cuda", "cpu"):
-        raise ValueError(f"device: expected cpu or cuda, got {options.device!r}")
-    options.dtypes = options.dtypes.split(",")
-    for dtype in options.dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtypes: expected some of {', '.join(DTYPES)}, got {dtype!r}")
-    count = os.cpu_count() or 1
-    text = options.threads or ("1" if options.device == "cuda" else f"1,{count}")
-    if not all(part.isdigit() and 1 <= int(part) <= count for part in text.split(",")):
-        raise ValueError(f"threads: expected numbers from 1 to {count}, got {text!r}")
-    options.threads = sorted({int(part) for part in text.split(",")})
-    if options.clock == "cpu" and (options.threads != [1] or options.device == "cuda"):
-        raise ValueError("clock: cpu seconds mean something on one CPU thread only; add --threads 1 --device cpu")
-    options.rounds = (9 if options.quick else 21) if options.rounds is None else options.rounds
-    if options.rounds < 1 or options.slice <= 0:
-        raise ValueError(f"rounds, slice: expected positive numbers, got {options.rounds}, {options.slice}")
-    options.rivals = rv.available(options.rivals.split(",") if options.rivals else rv.DEFAULT)
+    check_options(options, rounds=9 if options.quick else 21)
+    if not (math.isfinite(options.slice) and options.slice > 0 and math.isfinite(options.minutes) and options.minutes > 0):
+        raise ValueError(f"slice, minutes: expected positive numbers, got {options.slice}, {options.minutes}")
+    options.chosen = options.rivals is not None
+    options.rivals = rv.available(options.rivals.split(",")) if options.chosen else list(rv.DEFAULT)
     if rv.FLOOR not in options.rivals:
         options.rivals.insert(0, rv.FLOOR)
-    if options.shapes:
-        options.shapes = parse_shapes(options.shapes)
-    elif options.device == "cuda":
-        tokens = (8192,) if options.quick else GPU_TOKENS
-        options.shapes = [(m, 4096, 4096, r) for m in tokens for r in ((16,) if options.quick else (4, 16, 64, 256))]
-    else:
-        options.shapes = QUICK if options.quick else DEFAULT
+    options.shapes = parse_shapes(options.shapes) if options.shapes else None
     return options
 
 
-def calls_of(rival: rv.Rival, x: torch.Tensor, g: torch.Tensor) -> dict[str, Callable[[], None]]:
-    """What is timed. x requires grad, as inside a model; gradients of parameters are dropped between steps."""
+def rivals_of(case: Case, options: argparse.Namespace) -> list[str]:
+    """The rivals of a case: those asked for, or the default ones, and at the targets (on a GPU everywhere) all that can run."""
+    names = list(options.rivals)
+    if not options.chosen and not options.quick and (options.device == "cuda" or case[:4] in TARGETS):
+        names += rv.EXTRA
+    names = [name for name in rv.RIVALS if name in names]
+    return [name for name in rv.installed(names)[0] if obstacle(name, case, torch.device(options.device)) is None]
+
+
+def cost_seconds(case: Case, options: argparse.Namespace, ceilings: dict[str, float]) -> float:
+    """About how long measuring a case takes: the rounds, and float64 at half the speed of float32."""
+    step = max(work(case, "step", True).least_seconds(ceilings), 50e-6)
+    count = len(rivals_of(case, options))
+    return (options.rounds + 4) * count * max(options.slice, 1.3 * step) + count * 4 * step + 8 * step
+
+
+def fits(case: Case, device: torch.device) -> bool:
+    """Whether a case and its float64 check take less than half of the memory that is free."""
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    m, k, n, r, element = *case[:4], DTYPES[case.dtype].itemsize
+    return (m * (k + n) * (4 * 8 + 4 * element) + n * k * (8 + 2 * element) + 20 * r * (k + n) * 8) < free / 2
+
+
+def choose(options: argparse.Namespace, session: Session) -> list[Case]:
+    """What to measure: the shapes asked for, or in the order of `candidates` what fits the time and the memory."""
+    groups = [(dtype, threads) for threads in options.threads for dtype in options.dtypes]
+    given = options.shapes or (QUICK[options.device] if options.quick else None)
+    shapes = given or candidates(options.device)
+    chosen: list[Case] = []
+    for dtype, threads in groups:
+        ceilings = session.ceilings(dtype, threads)
+        cases = [case for shape in shapes if fits(case := Case(*shape, dtype, threads), session.device) or given]
+        if given is None and not options.all:
+            budget = 60 * options.minutes / len(groups)
+            cases = list(within(cases, budget, lambda case, c=ceilings: cost_seconds(case, options, c)))
+        chosen += cases
+    if given is None and len(chosen) < len(shapes) * len(groups):
+        session.say(
+            f"{len(chosen)} of {len(shapes) * len(groups)} cases, as many as fit {options.minutes:g} minutes and the memory"
+        )
+    return chosen
+
+
+def timed(rival: Rival, x: torch.Tensor, g: torch.Tensor) -> Timed:
+    """Forward and backward as inside a model: x requires grad; gradients are dropped between steps."""
     parameters = [p for p, _ in rival.parameters.values()]
 
-    def forward() -> None:
-        rival.forward(x)
-
-    def step() -> None:
+    def drop_gradients() -> None:
         x.grad = None
         for p in parameters:
             p.grad = None
-        rival.forward(x).backward(g)
 
-    return {"forward": forward, "step": step}
+    return Timed((lambda _: rival.forward(x), lambda y: y.backward(g)), drop_gradients)
 
 
-def measure(case: Case, names: list[str], options: argparse.Namespace, clock: Clock) -> list[dict]:
-    """One result a rival."""
-    device, dtype = torch.device(options.device), DTYPES[case.dtype]
-    tensors = rv.Tensors.random(case, device)
+def build(case: Case, names: list[str], session: Session, x: torch.Tensor, g: torch.Tensor) -> list[tuple[dict, Rival]]:
+    """The rivals that pass their check, each with its first result; the others are named."""
+    tensors = Tensors.random(case, session.device)
+    truth = Truth(tensors, case, x, g)
+    found = []
+    for name in names:
+        try:
+            rival = rv.RIVALS[name](tensors, case)
+            result = {"rival": name, "label": rival.name, "error": check(rival, truth)}
+            result["saved_bytes"] = saved_bytes(rival, tensors, x)
+        except Exception as error:  # other packages raise what they like; the rest of the case is still worth measuring
+            first = (str(error).strip() or "no message").splitlines()[0]
+            session.fail(f"{name}, {case.name()}: {type(error).__name__}: {first[:200]}")
+            continue
+        found.append((result, rival))
+    return found
+
+
+def measure(case: Case, names: list[str], session: Session) -> list[dict]:
+    """One result a rival: forward, backward, and both ("step")."""
+    options, device, dtype = session.options, session.device, DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(case.m, case.k, generator=generator).to(device, dtype)
     g = torch.randn(case.m, case.n, generator=generator).to(device, dtype)
-    group = [rv.RIVALS[name](tensors, case) for name in names]
-    results = []
-    for name, rival in zip(names, group):
-        result = {"rival": name, "label": rival.name, "error": rv.check(rival, tensors, case, x, g)}
-        result["saved_bytes"] = rv.saved_bytes(rival, tensors, x)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            calls_of(rival, x.clone().requires_grad_(), g)["step"]()
-            result["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        results.append(result)
-    calls = [calls_of(rival, x.clone().requires_grad_(), g) for rival in group]
-    for direction in ("forward", "step"):
-        times = interleave([c[direction] for c in calls], clock, options.rounds, options.slice)
-        floor = times[names.index(rv.FLOOR)]
-        for result, own in zip(results, times):
-            ratios = [t / f - 1 for t, f in zip(own, floor)]
-            result[direction] = {"seconds": quartiles(own), "excess": quartiles(ratios)}
-    return results
+    group = build(case, names, session, x, g)
+    if not any(result["rival"] == rv.FLOOR for result, _ in group):
+        return []
+    calls = [timed(rival, x.clone().requires_grad_(), g) for _, rival in group]
+    for (result, _), call in zip(group, calls):
+        call.prepare()
+        result["peak_bytes"] = peak_bytes(lambda call=call: call.stages[1](call.stages[0](None)), device)
+    times = interleave(calls, session.clock, options.rounds, options.slice)
+    floor = next(own for (result, _), own in zip(group, times) if result["rival"] == rv.FLOOR)
+    ceilings = session.ceilings(case.dtype, case.threads)
+    for (result, rival), own in zip(group, times):
+        both = [[*stages, [sum(t) for t in zip(*stages)]] for stages in (own, floor)]
+        result["ceilings"] = ceilings
+        for i, direction in enumerate(DIRECTIONS):
+            least = work(case, direction, adapted=bool(rival.parameters))
+            stage = against(both[0][i], both[1][i])
+            seconds = stage["seconds"][1]
+            rates = {"flops_per_s": least.flops / seconds, "bytes_per_s": least.bytes / seconds}
+            result[direction] = stage | rates | {"of_bound": least.least_seconds(ceilings) / seconds}
+    return [result for result, _ in group]
 
 
-def show(case: Case, results: list[dict], ceiling: dict[str, float], console) -> None:
+def show(case: Case, results: list[dict], session: Session) -> None:
     """A table of one case."""
-    from rich.table import Table
-
     eager = next((r for r in results if r["rival"] == rv.LORA_EAGER), None)
-    table = Table(title=f"{case.name()}   FLOP floor {case.flop_floor():.1%}")
-    columns = [
-        "",
-        "forward",
-        "excess",
-        "fwd + bwd",
-        "excess (quartiles)",
-        "x eager LoRA",
-        "x floor",
-        "of peak",
-        "saved",
-        "error",
-    ]
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    name = layer_name(case.k, case.n)
+    title = f"{case.name()}{f', {name}' if name else ''}   FLOP floor {case.flop_floor():.1%}"
+    table = new_table(title, "", "forward", "excess", "backward", "excess", "both", "excess", "(quartiles)", "x eager LoRA")
+    for head in ("GFLOP/s", "GB/s", "of bound", "saved", "peak", "error"):
+        table.add_column(head, justify="right", no_wrap=True)
     for result in results:
-        low, excess, high = result["step"]["excess"]
-        seconds = result["step"]["seconds"][1]
-        flops = case.base_flops() * (1 if result["rival"] == rv.FLOOR else 1 + case.flop_floor())
-        is_floor = result["rival"] == rv.FLOOR
-        versus = f"{excess / eager['step']['excess'][1]:.2f}" if eager and not is_floor else ""
+        step, is_floor = result["step"], result["rival"] == rv.FLOOR
+        low, excess, high = step["excess"]
+        times = []
+        for direction in DIRECTIONS:
+            stage = result[direction]
+            times += [time_text(stage["seconds"][1]), "" if is_floor else f"{stage['excess'][1]:.1%}"]
         table.add_row(
-            result["label"],
-            _time(result["forward"]["seconds"][1]),
-            "" if is_floor else f"{result['forward']['excess'][1]:.1%}",
-            _time(seconds),
-            "" if is_floor else f"{excess:.1%} ({low:.1%} to {high:.1%})",
-            versus,
-            "" if is_floor else f"{excess / case.flop_floor():.2f}",
-            f"{flops / seconds / ceiling['flops_per_s']:.0%}",
-            f"{result['saved_bytes'] / 2**20:.2f} MiB",
-            f"{result['error']:.0e}",
-        )
-    console.print(table)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 0.01 else f"{seconds * 1e3:.2f} ms"
+            result["label"], *times, "" if is_floor else f"{low:.1%}, {high:.1%}",
+            f"{excess / eager['step']['excess'][1]:.2f}" if eager and not is_floor else "",
+            f"{step['flops_per_s'] / 1e9:.4g}", f"{step['bytes_per_s'] / 1e9:.3g}", f"{step['of_bound']:.0%}",
+            bytes_text(result["saved_bytes"]), bytes_text(result["peak_bytes"]), f"{result['error']:.0e}",
+        )  # fmt: skip
+    session.console.print(table)
 
 
 def main(argv: list[str] | None = None) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     options = arguments(argv)
-    device = torch.device(options.device)
-    facts = machine(device)
-    folder = Path(options.results) if options.results else RESULTS / slug(facts["name"])
-    store, build, clock = Store(folder / "layer.jsonl"), build_id(), Clock(device, options.clock)
-    settings = {"build": build, "rounds": options.rounds, "slice": options.slice, "clock": options.clock}
-    cases = [Case(*shape, dtype, t) for t in options.threads for dtype in options.dtypes for shape in options.shapes]
-    known = {tuple(c["case"].values()): set() for c in store.read()}
-    for cell in store.read():
-        if all(cell[key] == value for key, value in settings.items()):
-            known[tuple(cell["case"].values())].add(cell["rival"])
-    todo = [case for case in cases if options.fresh or not set(options.rivals) <= known.get(tuple(case), set())]
-
-    wide = None if sys.stdout.isatty() else 140
-    console, threads = Console(width=wide), torch.get_num_threads()
-    console.print(", ".join(f"{k} {v}" for k, v in facts.items()) + f", build {build}", highlight=False)
-    if len(todo) < len(cases):
-        console.print(
-            f"{len(cases) - len(todo)} of {len(cases)} cases are in {store.path} already (--fresh measures them again)"
-        )
-    peaks: dict[tuple, dict[str, float]] = {}
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("", total=len(todo))
-            for case in todo:
-                progress.update(task, description=case.name())
-                torch.set_num_threads(case.threads)
-                key = (case.dtype, case.threads)
-                if key not in peaks:
-                    peaks[key] = ceilings(device, DTYPES[case.dtype], clock)
-                results = measure(case, options.rivals, options, clock)
-                shared = {"case": case._asdict(), **settings, "machine": facts, "ceilings": peaks[key], "when": time.time()}
-                shared["load"] = os.getloadavg()[0]  # above the thread count, other programs ran too
-                for result in results:
-                    store.append(shared | result)
-                show(case, results, peaks[key], console)
-                progress.advance(task)
-    finally:
-        torch.set_num_threads(threads)
+    session = Session(options, "layer.jsonl", slice=options.slice)
+    session.introduce()
+    if not options.chosen:
+        for line in rv.installed(list(rv.RIVALS))[1]:
+            session.say(line)
+    cases = session.todo(choose(options, session), lambda case: rivals_of(case, options))
+    with session.progress(len(cases)) as begin:
+        for case in cases:
+            begin(case.name())
+            torch.set_num_threads(case.threads)
+            try:
+                results = measure(case, rivals_of(case, options), session)
+            except torch.OutOfMemoryError as error:
+                session.fail(f"{case.name()}: out of memory: {str(error).splitlines()[0][:120]}")
+                continue
+            session.keep(case, results)
+            show(case, results, session)
     from .plots import draw
 
-    pictures = draw(latest(store.read()), folder)
-    console.print(f"results in {store.path}, pictures: {', '.join(p.name for p in pictures)}", highlight=False)
-    return 0
+    pictures = draw(latest(session.store.read()), session.folder)
+    session.say(f"pictures: {', '.join(p.name for p in pictures)}")
+    return session.finish()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.layer: {error}")
-    except KeyboardInterrupt:
-        sys.exit("bench.layer: interrupted; what was measured is kept, the same command goes on from there")
+    start("bench.layer", main)

@@ -1,130 +1,189 @@
 """The cost of the shared gradient: L layers on one A and B, autograd's own summing against the hub.
 
-    python -m bench.shared                    L = 4, 16, 64 at M x K x N, r = 256 x 768 x 768, 16
-    python -m bench.shared --dtype bf16 --layers 8,32
+    python -m bench.shared                    L = 4, 16, 64 at M x K x N, r = 256 x 768 x 768, 16 (GPU: 4096 x 4096 x 4096)
+    python -m bench.shared --dtypes bf16 --layers 8,32
 
-For each L: time of a backward through the stack, bytes allocated in it for gradients of A and B (counted, not sampled), and
-the error of dA against float64. Both models have the same tensors; "autograd" computes the three-line formula in torch
-operations, so that autograd sums A's and B's gradients itself.
+For each L and way of summing: time of forward, backward and both through the stack; in a backward, new tensors of A's or B's
+shape and their bytes, all bytes allocated, and operators (GPU: kernels) launched, all counted; and the error of dA against
+float64. All have the same tensors. "autograd" computes the three-line formula in torch operations, so that autograd sums A's
+and B's gradients itself; "lotr_ext" is layers built by hand, "lotr_ext-scope" the same with apply_lotr's forward scope.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from .bounds import DIRECTIONS
+from .counted import allocated_bytes, launches
+from .session import Session, add_options, bytes_text, check_options, new_table, start, time_text
 from .shapes import DTYPES
-from .timing import Clock, interleave, quartiles
+from .timing import Timed, against, interleave
 
-K, R, TOKENS, SCALING = 768, 16, 256, 1.0
+FLOOR = "autograd"
+LABELS = {FLOOR: "autograd's own sums", "lotr_ext": "hub", "lotr_ext-scope": "hub, in a forward scope"}
+LAYERS = (4, 16, 64)
+
+
+class SharedCase(NamedTuple):
+    """L layers of one shape on one pair of factors."""
+
+    layers: int
+    m: int
+    k: int
+    r: int
+    dtype: str
+    threads: int
+
+    def name(self) -> str:
+        return f"{self.layers} layers {self.m}x{self.k}x{self.k} r{self.r} {self.dtype} t{self.threads}"
 
 
 class Stack(nn.Module):
-    """x_{l+1} = layer_l(x_l): L adapted layers on one pair of factors, by the hub or by plain formulas."""
+    """x_{l+1} = layer_l(x_l): adapted layers on one pair of factors, summed as `rival` says."""
 
-    def __init__(self, layers: int, dtype: torch.dtype, hub: bool):
+    def __init__(self, case: SharedCase, dtype: torch.dtype, device: torch.device, rival: str):
         super().__init__()
         from lotr_ext import LoTRFactors, LoTRLinear
+        from lotr_ext.scope import attach_scope
 
-        torch.manual_seed(0)
-        self.hub = hub
-        self.factors = LoTRFactors(K, K, R, dtype=dtype)
-        self.layers = nn.ModuleList(LoTRLinear(K, K, factors=self.factors, dtype=dtype) for _ in range(layers))
-        with torch.no_grad():
-            for layer in self.layers:
-                layer.core.copy_(torch.randn(R, R) * 0.1)
+        self.plain = rival == FLOOR
+        self.factors = LoTRFactors(case.k, case.k, case.r, dtype=dtype, device=device)
+        made = (LoTRLinear(case.k, case.k, factors=self.factors, dtype=dtype, device=device) for _ in range(case.layers))
+        self.layers = nn.ModuleList(made)
+        if rival == "lotr_ext-scope":
+            attach_scope(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.hub:
+        if not self.plain:
             for layer in self.layers:
                 x = layer(x)
             return x
-        A, B = dict(self.factors.named_parameters())["A"], dict(self.factors.named_parameters())["B"]
+        A, B = self.factor_parameters()
         for layer in self.layers:
-            x = F.linear(x, layer.weight, layer.bias) + SCALING * (((x @ A) @ layer.core.to(x.dtype)) @ B.T)
+            x = F.linear(x, layer.weight, layer.bias) + ((x @ A) @ layer.core.to(x.dtype)) @ B.T
         return x
 
+    def factor_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        named = dict(self.factors.named_parameters())
+        return named["A"], named["B"]
 
-class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the new tensors of a factor's shape that a backward makes."""
+
+class NewTensors(TorchDispatchMode):
+    """Counts the new tensors of a factor's shape that run through the dispatcher."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
-        self.shape, self.count, self.bytes = shape, 0, 0
+        self.shape, self.count, self.bytes = sorted(shape), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
         for t in out if isinstance(out, tuple) else (out,):
             fresh = isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in inputs
-            if fresh and tuple(sorted(t.shape)) == self.shape and t.untyped_storage().nbytes() == t.nbytes:
+            if fresh and sorted(t.shape) == self.shape and t.untyped_storage().nbytes() == t.nbytes:
                 self.count += 1
                 self.bytes += t.nbytes
         return out
 
 
-def gradient(stack: Stack, x: Tensor, g: Tensor) -> Tensor:
-    stack.zero_grad(set_to_none=True)
-    stack(x).backward(g)
-    return dict(stack.factors.named_parameters())["A"].grad
+def stacks(case: SharedCase, device: torch.device) -> tuple[dict[str, Stack], Stack]:
+    """One stack a rival, and one in float64, all with the same values."""
+    torch.manual_seed(0)
+    first = Stack(case, DTYPES[case.dtype], device, FLOOR)
+    with torch.no_grad():
+        for layer in first.layers:
+            layer.core.normal_(std=0.1)
+    made = {FLOOR: first} | {rival: Stack(case, DTYPES[case.dtype], device, rival) for rival in LABELS if rival != FLOOR}
+    truth = Stack(case, torch.float64, device, FLOOR)
+    for stack in (*made.values(), truth):
+        for mine, value in zip(stack.parameters(), first.parameters()):
+            mine.data.copy_(value.data)
+    return made, truth
 
 
-def measure(layers: int, dtype: torch.dtype, rounds: int, clock: Clock) -> list[dict]:
-    """One result for autograd's summing and one for the hub."""
+def measure(case: SharedCase, session: Session) -> list[dict]:
+    """One result a way of summing."""
+    device, dtype = session.device, DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(1)
-    x, g = (torch.randn(TOKENS, K, generator=generator).to(dtype) for _ in range(2))
-    truth = Stack(layers, torch.float64, hub=False)
-    stacks = {name: Stack(layers, dtype, hub=name == "hub") for name in ("autograd", "hub")}
-    for stack in stacks.values():
-        stack.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in truth.state_dict().items()})
-    truth.load_state_dict({k: v.double() for k, v in stacks["hub"].state_dict().items()})
-    expected = gradient(truth, x.double(), g.double())
-    results = []
-    for name, stack in stacks.items():
-        error = ((gradient(stack, x, g).double() - expected).norm() / expected.norm()).item()
-        stack.zero_grad(set_to_none=True)
-        y = stack(x)
-        with Allocations(tuple(sorted((K, R)))) as made:
-            y.backward(g)
-        results.append({"summing": name, "layers": layers, "error": error, "tensors": made.count, "bytes": made.bytes})
-    calls = [lambda stack=stack: gradient(stack, x, g) for stack in stacks.values()]
-    for result, times in zip(results, interleave(calls, clock, rounds, 0.0)):
-        result["seconds"] = quartiles(times)
+    x, g = (torch.randn(case.m, case.k, generator=generator).to(device, dtype) for _ in range(2))
+    made, truth = stacks(case, device)
+    truth(x.double()).backward(g.double())
+    expected = truth.factor_parameters()[0].grad
+    results, calls = [], []
+    for rival, stack in made.items():
+        timed = Timed((lambda _, stack=stack: stack(x), lambda y: y.backward(g)), lambda stack=stack: stack.zero_grad())
+        result = {"rival": rival, "label": LABELS[rival]}
+        timed.stages[1](timed.stages[0](None))
+        grad = stack.factor_parameters()[0].grad
+        result["error"] = ((grad.double() - expected).norm() / expected.norm()).item()
+        for name, count in (("allocated_bytes", allocated_bytes), ("launches", launches)):
+            timed.prepare()
+            step = count(lambda timed=timed: timed.stages[1](timed.stages[0](None)), device)
+            result[name] = step - count(lambda timed=timed: timed.stages[0](None), device)
+        timed.prepare()
+        y = timed.stages[0](None)
+        with NewTensors((case.k, case.r)) as new:
+            timed.stages[1](y)
+        del y
+        results.append(result | {"tensors": new.count, "tensor_bytes": new.bytes})
+        calls.append(timed)
+    times = interleave(calls, session.clock, session.options.rounds, 0.0)
+    totals = [[*stages, [sum(t) for t in zip(*stages)]] for stages in times]
+    for result, own in zip(results, totals):
+        result |= {direction: against(own[i], totals[0][i]) for i, direction in enumerate(DIRECTIONS)}
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.shared", description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", default="4,16,64", help="how many layers share the factors (4,16,64)")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    add_options(parser, dtypes="fp32")
+    parser.add_argument("--quick", action="store_true", help="few layers, few rounds")
+    parser.add_argument("--layers", help="how many layers share the factors (4,16,64; quick 4,16)")
+    parser.add_argument("--shape", help="MxKxR (256x768x16; on a GPU 4096x4096x16)")
     options = parser.parse_args(argv)
-    counts = options.layers.split(",")
-    if not all(c.isdigit() and int(c) > 0 for c in counts) or options.rounds < 1 or options.threads < 1:
-        raise ValueError("layers, rounds, threads: expected positive numbers, got " + " ".join(sys.argv[1:]))
-    from rich.console import Console
-    from rich.table import Table
+    check_options(options, rounds=5 if options.quick else 9)
+    counts = (options.layers or ("4,16" if options.quick else ",".join(map(str, LAYERS)))).split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in counts):
+        raise ValueError(f"layers: expected positive numbers, got {options.layers!r}")
+    shape = (options.shape or ("4096x4096x16" if options.device == "cuda" else "256x768x16")).split("x")
+    if len(shape) != 3 or not all(part.isdigit() and int(part) > 0 for part in shape):
+        raise ValueError(f"shape: expected MxKxR, got {options.shape!r}")
+    options.layers, options.shape = [int(count) for count in counts], [int(part) for part in shape]
+    return options
 
-    torch.set_num_threads(options.threads)
-    clock = Clock(torch.device("cpu"), "wall")
-    table = Table(title=f"{TOKENS} x {K} x {K}, r = {R}, {options.dtype}, {options.threads} thread(s), forward + backward")
-    for column in ("layers", "summing", "time", "tensors of A's or B's shape made in backward", "their bytes", "error of dA"):
-        table.add_column(column, justify="left" if column == "summing" else "right")
-    for count in counts:
-        for r in measure(int(count), DTYPES[options.dtype], options.rounds, clock):
-            time = f"{r['seconds'][1] * 1e3:.2f} ms"
-            table.add_row(count, r["summing"], time, str(r["tensors"]), f"{r['bytes'] / 2**20:.2f} MiB", f"{r['error']:.1e}")
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
-    return 0
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    session = Session(options, "shared.jsonl")
+    session.introduce()
+    cases = [
+        SharedCase(count, *options.shape, d, t) for t in options.threads for d in options.dtypes for count in options.layers
+    ]
+    cases = session.todo(cases, lambda case: LABELS)
+    launched = "kernels" if session.device.type == "cuda" else "operators"
+    with session.progress(len(cases)) as begin:
+        for case in cases:
+            begin(case.name())
+            torch.set_num_threads(case.threads)
+            results = measure(case, session)
+            session.keep(case, results)
+            heads = ["A's and B's gradients summed by", *DIRECTIONS, "backward, less", f"{launched} in backward"]
+            table = new_table(case.name(), *heads, "allocated", "tensors like A", "their bytes", "error of dA")
+            for result in results:
+                times = [time_text(result[direction]["seconds"][1]) for direction in DIRECTIONS]
+                less = "" if result["rival"] == FLOOR else f"{-result['backward']['excess'][1]:.1%}"
+                counts = [str(result["launches"]), bytes_text(result["allocated_bytes"]), str(result["tensors"])]
+                sizes = [bytes_text(result["tensor_bytes"]), f"{result['error']:.1e}"]
+                table.add_row(result["label"], *times, less, *counts, *sizes)
+            session.console.print(table)
+    return session.finish()
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.shared: {error}")
+    start("bench.shared", main)

@@ -1,4 +1,9 @@
-"""Results as JSON Lines: one cell a line, appended as soon as it is measured, so that an interrupted run keeps what it has."""
+"""Results as JSON Lines: one cell a line, appended as soon as it is measured, so that an interrupted run keeps what it has.
+
+A cell has `case` (what was measured, a flat dictionary), `rival`, `label`, the settings it was measured with (`build`,
+`rounds`, `slice`, `clock`), `machine`, `when`, `load`, and a stage a direction: {"step": {"seconds": [25 %, median, 75 %],
+"excess": the same of the per-round ratio to the floor, less one}}.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def build_id() -> str:
-    """Of the measured code: the compiled module and the Python around it. Another build is measured anew."""
+    """Of the measured code: the compiled module, the Python around it, and the rivals. Another build is measured anew."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "lotr_ext").glob("*.py")) + sorted((ROOT / "lotr_ext").glob("*.so")):
+    package, bench = ROOT / "lotr_ext", ROOT / "bench"
+    for path in [*sorted(package.rglob("*.py")), *sorted(package.glob("*.so")), *sorted(bench.glob("*rivals*.py"))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -25,36 +31,52 @@ class Store:
 
     def __init__(self, path: Path):
         self.path = path
+
+    def prepare(self) -> Store:
+        """Makes the file, before anything is measured for it. OSError where it cannot be written."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8"):
                 pass
         except OSError as error:
-            raise OSError(f"results: cannot write {path}: {error.strerror}") from None
+            raise OSError(f"results: cannot write {self.path}: {error.strerror}") from None
+        return self
 
     def read(self) -> list[dict]:
-        """All whole lines; a line cut off by a kill is named and left out."""
-        cells = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        """All whole lines; a line cut off by a kill is named and left out. No file: no cells."""
+        cells: list[dict] = []
+        if not self.path.exists():
+            return cells
+        for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
-                cells.append(json.loads(line))
-            except json.JSONDecodeError:
-                print(f"results: {self.path}, line {number}: not a whole JSON object, left out", file=sys.stderr)
+                cell = json.loads(line)
+                if not isinstance(cell, dict) or "case" not in cell or "rival" not in cell:
+                    raise ValueError
+                cells.append(cell)
+            except ValueError:  # json.JSONDecodeError is one
+                print(f"results: {self.path}, line {number}: no whole result, left out", file=sys.stderr)
         return cells
 
     def append(self, cell: dict) -> None:
-        text = self.path.read_bytes()
-        with open(self.path, "a", encoding="utf-8") as file:
-            if text and not text.endswith(b"\n"):
-                file.write("\n")  # after a line that was cut off
-            file.write(json.dumps(cell) + "\n")
+        text = json.dumps(cell, allow_nan=False)
+        with open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")  # after a line that was cut off
+            file.write(text.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def key_of(cell: dict) -> tuple:
+    """Equal for two measurements of the same thing."""
+    return tuple(cell["case"].values()), cell["rival"]
 
 
 def latest(cells: list[dict]) -> list[dict]:
     """The last measurement of each case and rival, in the order of first appearance."""
     newest: dict[tuple, dict] = {}
     for cell in cells:
-        newest[tuple(cell["case"].values()), cell["rival"]] = cell
+        newest[key_of(cell)] = cell
     return list(newest.values())

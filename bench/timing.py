@@ -2,57 +2,119 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import platform
 import re
+import shutil
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+CLOCKS = ("wall", "cpu", "events")
+FLUSH_BYTES = 256 << 20  # more than any L2
+QUEUE_CYCLES = 6_000_000  # a few milliseconds of waiting on the GPU, in which the CPU queues a whole step
+
+
+@dataclass
+class Timed:
+    """What is timed: stages run one after the other, each given what the one before returned; prepare runs before, untimed."""
+
+    stages: Sequence[Callable[[object], object]]
+    prepare: Callable[[], None] = lambda: None
+
 
 class Clock:
-    """wall seconds (CUDA: events, so launches do not count twice) or, for one thread on a busy machine, CPU seconds."""
+    """Seconds of each stage of a Timed.
+
+    wall     the time that passes; on a GPU from an idle device to an idle device, so Python and launches count
+    cpu      CPU seconds, for one thread on a busy machine
+    events   GPU only: the device's own time. L2 is flushed first, then the device waits while the CPU queues the stages, so
+             that launches are hidden and nothing synchronises between them
+    """
 
     def __init__(self, device: torch.device, kind: str):
+        if kind not in CLOCKS or (kind == "events") > (device.type == "cuda") or (kind == "cpu") > (device.type == "cpu"):
+            raise ValueError(f"clock: expected wall, cpu (on a CPU) or events (on a GPU), got {kind!r} on {device.type}")
         self.device, self.kind = device, kind
         self.read = time.process_time if kind == "cpu" else time.perf_counter
-        # a cold L2 for every measurement: a real layer comes after other layers
-        self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
 
-    def seconds(self, call: Callable[[], None], repeats: int) -> float:
-        """Of one call, averaged over repeats made back to back."""
-        if self.device.type != "cuda":
-            start = self.read()
-            for _ in range(repeats):
-                call()
-            return (self.read() - start) / repeats
-        total = 0.0
+    def seconds(self, timed: Timed, repeats: int) -> list[float]:
+        """Of each stage, averaged over repeats made back to back."""
+        return self._events(timed, repeats) if self.kind == "events" else self._read(timed, repeats)
+
+    def _read(self, timed: Timed, repeats: int) -> list[float]:
+        totals, cuda = [0.0] * len(timed.stages), self.device.type == "cuda"
         for _ in range(repeats):
+            timed.prepare()
+            state = None
+            if cuda:
+                self.flush.zero_()
+                torch.cuda.synchronize(self.device)
+            last = self.read()
+            for i, stage in enumerate(timed.stages):
+                state = stage(state)
+                if cuda:
+                    torch.cuda.synchronize(self.device)
+                now = self.read()
+                totals[i] += now - last
+                last = now
+        return [total / repeats for total in totals]
+
+    def _events(self, timed: Timed, repeats: int) -> list[float]:
+        marks = []
+        for _ in range(repeats):
+            timed.prepare()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(len(timed.stages) + 1)]
             self.flush.zero_()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            total += begin.elapsed_time(end) / 1e3
-        return total / repeats
+            torch.cuda._sleep(QUEUE_CYCLES)
+            state = None
+            events[0].record()
+            for stage, event in zip(timed.stages, events[1:]):
+                state = stage(state)
+                event.record()
+            marks.append(events)
+        torch.cuda.synchronize(self.device)
+        return [
+            sum(events[i].elapsed_time(events[i + 1]) for events in marks) / repeats / 1e3 for i in range(len(timed.stages))
+        ]
 
 
-def interleave(calls: list[Callable[[], None]], clock: Clock, rounds: int, slice_s: float) -> list[list[float]]:
-    """times[call][round] in seconds. slice_s: about how long one measurement of a call takes."""
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection in the timed loop."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def interleave(calls: Sequence[Timed], clock: Clock, rounds: int, slice_s: float) -> list[list[list[float]]]:
+    """times[call][stage][round] in seconds. slice_s: about how long one measurement of a call takes."""
     repeats = []
     for call in calls:
-        call()
-        once = clock.seconds(call, 1)
+        clock.seconds(call, 1)
+        once = sum(clock.seconds(call, 1))
         repeats.append(max(1, min(1000, round(slice_s / max(once, 1e-7)))))
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds):
-        for step in range(len(calls)):
-            i = (step + turn) % len(calls)
-            times[i].append(clock.seconds(calls[i], repeats[i]))
+    times: list[list[list[float]]] = [[[] for _ in call.stages] for call in calls]
+    with no_collection():
+        for turn in range(rounds):
+            for step in range(len(calls)):
+                i = (step + turn) % len(calls)
+                for stage, seconds in zip(times[i], clock.seconds(calls[i], repeats[i])):
+                    stage.append(seconds)
     return times
 
 
@@ -65,34 +127,70 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def against(times: Sequence[float], floor: Sequence[float]) -> dict[str, tuple[float, float, float]]:
+    """A stage of a rival as it is kept: quartiles of its seconds, and of its per-round ratio to the floor, less one."""
+    return {"seconds": quartiles(times), "excess": quartiles(t / f - 1 for t, f in zip(times, floor))}
+
+
 def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock) -> dict[str, float]:
     """What this machine does at its best at the present thread count: a large product and a large addition."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
-    product = min(clock.seconds(lambda: torch.mm(a, b, out=out), 1) for _ in range(5))
     long = torch.zeros(1 << (24 if device.type == "cpu" else 28), device=device)
-    stream = min(clock.seconds(lambda: long.add_(1.0), 1) for _ in range(5))
-    return {"flops_per_s": 2 * size**3 / product, "bytes_per_s": 2 * long.nbytes / stream}
+
+    def best(call: Callable[[object], object]) -> float:
+        timed = Timed([call])
+        clock.seconds(timed, 1)
+        return min(clock.seconds(timed, 1)[0] for _ in range(7))
+
+    return {
+        "flops_per_s": 2 * size**3 / best(lambda _: torch.mm(a, b, out=out)),
+        "bytes_per_s": 2 * long.nbytes / best(lambda _: long.add_(1.0)),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of torch and of what the rivals come from, those that are installed."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("peft", "transformers", "triton", "unsloth", "lorafusion"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Names and versions of what runs here."""
-    facts = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(terse=True)}
+    """Names, clocks and versions of what runs here."""
+    facts = versions() | {"system": f"{platform.system()} {platform.machine()}"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {
             "name": properties.name,
             "cuda": str(torch.version.cuda),
+            "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": str(properties.multi_processor_count),
+            "memory": f"{properties.total_memory / 2**30:.0f} GiB",
         }
-        return facts
+        return facts | _nvidia_smi(device.index or 0)
     model = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        text = cpuinfo.read_text()
+        found, clock = re.search(r"model name\s*:\s*(.+)", text), re.search(r"cpu MHz\s*:\s*([\d.]+)", text)
         model = found[1].strip() if found else model
+        facts |= {"clock": f"{float(clock[1]):.0f} MHz"} if clock else {}
     return facts | {"name": f"{model}, {os.cpu_count()} cores", "isa": torch.backends.cpu.get_cpu_capability()}
+
+
+def _nvidia_smi(index: int) -> dict[str, str]:
+    """Driver and clocks as they are now, where the tool is there to tell."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return dict(zip(names, values)) if done.returncode == 0 and len(values) == len(names) else {}
 
 
 def slug(name: str) -> str:

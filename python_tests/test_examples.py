@@ -1,4 +1,4 @@
-"""The examples and the bench run, short and on small inputs, and refuse bad input with one line."""
+"""The examples run, short and on small inputs, and refuse bad input with one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import text_model as tm  # noqa: E402
-from bench import compare, layer, rivals, shapes, store, timing  # noqa: E402
 
 MODEL = ROOT / "data" / "all-minilm-l6-v2"
 needs_data = pytest.mark.skipif(not MODEL.is_dir(), reason="data/ is missing: run make setup")
@@ -146,108 +145,3 @@ def test_predictions_keep_the_order():
 
     ids = [[0] * n for n in (3, 1, 2, 5, 4)]
     assert tm.predict(Length(), ids, batch=2).flatten().tolist() == [3, 1, 2, 5, 4]
-
-
-# ---- bench -----------------------------------------------------------------------------------------------------------
-
-CASE = shapes.Case(24, 16, 12, 3, "fp32", 1)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", rivals.DEFAULT)
-def test_every_rival_equals_the_formula(name, dtype):
-    case = CASE._replace(dtype=dtype)
-    if dtype == "bf16" and name == "lora-peft":
-        case = CASE._replace(dtype=dtype, k=12)
-    tensors = rivals.Tensors.random(case, torch.device("cpu"))
-    x, g = torch.randn(case.m, case.k).to(tensors.A.dtype), torch.randn(case.m, case.n).to(tensors.A.dtype)
-    rival = rivals.RIVALS[name](tensors, case)
-    assert set(rival.parameters) in (set(), set(rivals.LORA), set(rivals.LOTR))
-    assert rivals.check(rival, tensors, case, x, g) <= rivals.TOLERANCE[dtype]
-    if name != rivals.FLOOR:
-        wrong = rivals.Rival("wrong", lambda x: rival.forward(x) * 1.1, rival.parameters)
-        with pytest.raises(ValueError, match=r"wrong, .*relative error expected"):
-            rivals.check(wrong, tensors, case, x, g)
-
-
-def test_bench_measures_keeps_and_resumes(tmp_path, capsys):
-    arguments = ["--shapes", "8x16x16x2", "--dtypes", "fp32", "--threads", "1", "--rounds", "2", "--slice", "0.0005"]
-    arguments += ["--device", "cpu", "--results", str(tmp_path)]
-    names = "lora-eager,lora-in-place,lora-in-place-beta,lora-peft,lotr_ext"
-    assert layer.main([*arguments, "--rivals", names]) == 0
-    assert "8x16x16 r2 fp32 t1" in capsys.readouterr().out
-    path = tmp_path / "layer.jsonl"
-    lines = path.read_text().splitlines()
-    assert [json.loads(line)["rival"] for line in lines] == ["frozen", *names.split(",")]
-    assert not (tmp_path / "excess.png").exists()  # drawn from 128 tokens on
-
-    path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # killed in the middle of the last line
-    assert layer.main([*arguments, "--rivals", names]) == 0
-    assert len(store.Store(path).read()) == 2 * len(lines) - 1
-    capsys.readouterr()
-    assert layer.main([*arguments, "--rivals", names]) == 0
-    assert "1 of 1 cases are in" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shapes", "7x7"], "shapes: expected MxKxNxR"),
-        (["--shapes", "gpt-9:1:1"], "shapes: expected .*roberta-base"),
-        (["--shapes", "0x1x1x1"], "shapes: expected sizes of at least 1"),
-        (["--dtypes", "int8"], "dtypes: expected some of fp32"),
-        (["--threads", "0"], "threads: expected numbers"),
-        (["--rivals", "magic"], "rivals: expected some of"),
-        (["--device", "tpu"], "device: expected cpu or cuda"),
-        (["--clock", "cpu", "--device", "cpu", "--threads", f"{os.cpu_count()}"], "clock: cpu seconds"),
-        (["--rounds", "0"], "rounds, slice"),
-    ],
-)
-def test_bench_refuses(arguments, message):
-    if "--clock" in arguments and os.cpu_count() == 1:
-        pytest.skip("one core")
-    with pytest.raises(ValueError, match=message):
-        layer.arguments(arguments)
-
-
-def test_unwritable_results_are_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="results: cannot write"):
-        store.Store(tmp_path / "file" / "layer.jsonl")
-
-
-def test_interleaving_turns_the_order_and_counts_rounds():
-    seen = []
-    calls = [lambda i=i: seen.append(i) for i in range(3)]
-    clock = timing.Clock(torch.device("cpu"), "wall")
-    times = timing.interleave(calls, clock, rounds=4, slice_s=0.0)
-    assert [len(t) for t in times] == [4, 4, 4]
-    rounds = [seen[6 + 3 * i : 9 + 3 * i] for i in range(4)]  # after one call to warm up and one to size each
-    assert rounds == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
-
-
-def test_compare_flags_what_left_the_spread():
-    def cell(rival: str, low: float, middle: float, high: float) -> dict:
-        return {"case": CASE._asdict(), "rival": rival, "step": {"excess": [low, middle, high]}}
-
-    old = [cell("lotr_ext", 0.10, 0.11, 0.12), cell("lora-eager", 0.20, 0.21, 0.22), cell("frozen", 0, 0, 0)]
-    new = [cell("lotr_ext", 0.13, 0.14, 0.15), cell("lora-eager", 0.21, 0.23, 0.24), cell("frozen", 0, 0, 0)]
-    assert [row[4] for row in compare.compare(old, new)] == ["slower", ""]
-    assert [row[4] for row in compare.compare(new, old)] == ["faster", ""]
-
-
-def test_flop_floor_is_three_r_over_k():
-    assert shapes.Case(2048, 768, 768, 16, "fp32", 1).flop_floor() == pytest.approx(3 * 16 / 768)
-
-
-def test_shared_gradient_bench_counts_what_the_hub_saves():
-    from bench import shared
-
-    clock = timing.Clock(torch.device("cpu"), "wall")
-    counts = {}
-    for layers in (2, 6):
-        for result in shared.measure(layers, torch.float32, 1, clock):
-            counts[result["summing"], layers] = result["tensors"]
-            assert result["error"] < 1e-5
-    assert counts["autograd", 6] - counts["autograd", 2] >= 4 * 3  # a dA, a dB and their sums a layer
-    assert counts["hub", 6] - counts["hub", 2] <= 4  # Q alone

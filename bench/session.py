@@ -1,0 +1,175 @@
+"""What all measuring programs share: options, the machine, a result file that is gone on with, progress, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .shapes import DTYPES
+from .store import RESULTS, Store, build_id
+from .timing import CLOCKS, Clock, ceilings, machine, slug
+
+T = TypeVar("T")
+
+
+def add_options(parser: argparse.ArgumentParser, dtypes: str = "fp32,bf16") -> None:
+    """Those that every program has."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (a GPU if any)")
+    parser.add_argument("--dtypes", default=dtypes, help=f"some of fp32, bf16, fp16 ({dtypes})")
+    parser.add_argument("--threads", help="CPU thread counts, comma-separated (1 and all; 1 beside a GPU)")
+    parser.add_argument("--rounds", type=int, help="rounds of all rivals a case")
+    parser.add_argument("--clock", choices=CLOCKS, help="wall; cpu: CPU seconds of one thread; events (a GPU's default)")
+    parser.add_argument("--results", help="folder for the results (bench/results/<machine>)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what was measured with this build")
+
+
+def check_options(options: argparse.Namespace, rounds: int) -> argparse.Namespace:
+    """options with lists for text. Raises ValueError that says which, expected and got."""
+    if options.device not in ("cuda", "cpu"):
+        raise ValueError(f"device: expected cpu or cuda, got {options.device!r}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a GPU for cuda, found none (torch.cuda.is_available() is False)")
+    if isinstance(options.dtypes, str):
+        options.dtypes = options.dtypes.split(",")
+    for dtype in options.dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtypes: expected some of {', '.join(DTYPES)}, got {dtype!r}")
+    count = os.cpu_count() or 1
+    text = options.threads or ("1" if options.device == "cuda" else f"1,{count}")
+    if not all(part.isdigit() and 1 <= int(part) <= count for part in text.split(",")):
+        raise ValueError(f"threads: expected numbers from 1 to {count}, got {text!r}")
+    options.threads = sorted({int(part) for part in text.split(",")})
+    options.clock = options.clock or ("events" if options.device == "cuda" else "wall")
+    if options.clock == "cpu" and (options.threads != [1] or options.device == "cuda"):
+        raise ValueError("clock: cpu seconds mean something on one CPU thread only; add --threads 1 --device cpu")
+    if options.clock == "events" and options.device == "cpu":
+        raise ValueError("clock: events are a GPU's; expected wall or cpu on a CPU")
+    options.rounds = rounds if options.rounds is None else options.rounds
+    if options.rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {options.rounds}")
+    return options
+
+
+class Session:
+    """One run of a program that measures into <results>/<file>."""
+
+    def __init__(self, options: argparse.Namespace, file: str, **settings: object):
+        self.options, self.device = options, torch.device(options.device)
+        self.facts = machine(self.device)
+        self.folder = Path(options.results) if options.results else RESULTS / slug(self.facts["name"])
+        self.store = Store(self.folder / file).prepare()
+        self.settings = {"build": build_id(), "rounds": options.rounds, "clock": options.clock, **settings}
+        self.clock = Clock(self.device, options.clock)
+        self.console = Console(width=None if sys.stdout.isatty() else 170)
+        self.failures: list[str] = []
+        self._ceilings: dict[tuple[str, int], dict[str, float]] = {}
+        self._known: dict[tuple, set[str]] = {}
+        if not options.fresh:
+            for cell in self.store.read():
+                if all(cell.get(name) == value for name, value in self.settings.items()):
+                    self._known.setdefault(tuple(cell["case"].values()), set()).add(cell["rival"])
+
+    def introduce(self) -> None:
+        """Prints what runs where."""
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        self.console.print(f"{facts}, build {self.settings['build']}, clock {self.settings['clock']}", highlight=False)
+        load = os.getloadavg()[0]
+        if load > 0.5 * (os.cpu_count() or 1):
+            self.say(f"load average {load:.1f}: other programs run here, so times will spread")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def fail(self, text: str) -> None:
+        """One line on what could not be measured; the run goes on."""
+        self.failures.append(text)
+        self.say(f"not measured: {text}")
+
+    def done(self, case: tuple, rivals: Iterable[str]) -> bool:
+        """Whether case is in the result file already, with these settings."""
+        return set(rivals) <= self._known.get(tuple(case), set())
+
+    def todo(self, cases: list[T], rivals: Callable[[T], Iterable[str]]) -> list[T]:
+        """The cases that are still to be measured."""
+        left = [case for case in cases if not self.done(case, rivals(case))]
+        if len(left) < len(cases):
+            self.say(f"{len(cases) - len(left)} of {len(cases)} cases are in {self.store.path} already (--fresh: again)")
+        return left
+
+    def ceilings(self, dtype: str, threads: int) -> dict[str, float]:
+        """This machine's own, measured once a run for each dtype and thread count."""
+        key = (dtype, threads)
+        if key not in self._ceilings:
+            torch.set_num_threads(threads)
+            self._ceilings[key] = ceilings(self.device, DTYPES[dtype], self.clock)
+        return self._ceilings[key]
+
+    def keep(self, case, results: list[dict]) -> None:
+        """Appends one cell a rival; from here on an interruption cannot lose them."""
+        shared = {"case": case._asdict(), **self.settings, "machine": self.facts, "when": time.time()}
+        shared["load"] = os.getloadavg()[0]  # above the thread count, other programs ran too
+        for result in results:
+            self.store.append(shared | result)
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[str], None]]:
+        """A bar on stderr; what it yields names the case that begins, which ends the one before. Restores the thread count."""
+        threads = torch.get_num_threads()
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        try:
+            with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+                task, begun = bar.add_task("", total=total), 0
+
+                def begin(name: str) -> None:
+                    nonlocal begun
+                    bar.update(task, description=name, completed=begun)
+                    begun += 1
+
+                yield begin
+        finally:
+            torch.set_num_threads(threads)
+
+    def finish(self) -> int:
+        """Says where the results are. 1 if something could not be measured."""
+        self.say(f"results in {self.store.path}")
+        if self.failures:
+            self.say(f"not measured, {len(self.failures)}: " + "; ".join(self.failures))
+        return int(bool(self.failures))
+
+
+def start(program: str, main: Callable[[], int]) -> None:
+    """Runs main and exits: its status, or one line on an error that a user can mend."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"{program}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: interrupted; what was measured is kept, the same command goes on from there")
+
+
+def new_table(title: str, *heads: str) -> Table:
+    """A table whose first column is text and whose other columns are numbers."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def time_text(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us" if seconds < 0.01 else f"{seconds * 1e3:.2f} ms"
+
+
+def bytes_text(count: float) -> str:
+    return f"{count / 2**10:.0f} KiB" if abs(count) < 2**20 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,45 @@
+"""The benchmark of the shared gradient counts what the hub saves, and its ways of summing agree."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import shared
+from bench.store import Store
+
+QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "1"]
+
+
+def test_it_counts_what_the_hub_saves(tmp_path, capsys):
+    arguments = [*QUICK, "--layers", "2,6", "--shape", "128x96x4", "--results", str(tmp_path)]
+    assert shared.main(arguments) == 0
+    cells = {(c["rival"], c["case"]["layers"]): c for c in Store(tmp_path / "shared.jsonl").read()}
+    assert set(cells) == {(rival, layers) for rival in shared.LABELS for layers in (2, 6)}
+
+    def more(rival: str, field: str) -> int:
+        return cells[rival, 6][field] - cells[rival, 2][field]
+
+    assert more("autograd", "tensors") >= 4 * 3  # a dA, a dB and their sums a layer
+    assert more("lotr_ext", "tensors") <= 4  # Q alone
+    assert more("lotr_ext-scope", "tensors") == 0  # Q goes into the bank
+    assert more("lotr_ext", "launches") < more("autograd", "launches")
+    for rival in ("lotr_ext", "lotr_ext-scope"):
+        assert more(rival, "allocated_bytes") < more("autograd", "allocated_bytes")
+    for cell in cells.values():
+        assert cell["error"] < 1e-5
+        assert cell["forward"]["seconds"][1] + cell["backward"]["seconds"][1] == pytest.approx(cell["step"]["seconds"][1])
+    capsys.readouterr()
+    assert shared.main(arguments) == 0 and "2 of 2 cases are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "4,x"], "layers: expected positive"),
+        (["--shape", "3x4"], "shape: expected MxKxR"),
+        (["--rounds", "0"], "rounds"),
+    ],
+)
+def test_it_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        shared.arguments([*QUICK, *arguments])
