@@ -90,6 +90,18 @@ class LoTRPeftModel(BaseTuner):
             if len(target.names) > 1:
                 raise ValueError(f"target_modules: expected layers in one place each, got one at {', '.join(target.names)}")
         self._groups = {target.name: target.group for target in targets}
+        self._check_adapter_names(config)
+
+    def _check_adapter_names(self, config: LoTRPeftConfig) -> None:
+        """When PEFT saves an adapter it drops all keys that have another adapter's name among their parts."""
+        if len(self.peft_config) < 2:
+            return
+        names = {*self._groups, *self._adapted(), *(config.modules_to_save or ())}
+        parts = {part for name in names for part in name.split(".")} | set(self._groups.values())
+        parts |= {group for pairs in self.lotr_factors.values() for group in pairs}
+        for name in self.peft_config:
+            if name in parts:
+                raise ValueError(f"adapter_name: expected a name that no adapted module or group has, got {name!r}")
 
     def _create_and_replace(
         self,

@@ -1,0 +1,316 @@
+"""LoTR as a PEFT method: the real PEFT on our operators, against plain torch; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft_toys import CASES, ConvToy, base, config, gradients, ours, peft, plain, randomize, trained, tuned, with_two
+from torch import nn
+from toys import IDS, assert_unchanged, snapshot, toy
+
+from lotr_ext import apply_lotr
+from lotr_ext.config import LoTRConfig
+from nets import OpCounter
+
+
+@pytest.fixture
+def counter(monkeypatch) -> OpCounter:
+    return OpCounter(monkeypatch)
+
+
+def close(y: torch.Tensor, want: torch.Tensor) -> bool:
+    return bool((y - want).abs().max() < 1e-5)
+
+
+# ---- our operators ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_plain_torch(case, either_path):
+    kind, settings = CASES[case]
+    model = tuned(kind, **settings)
+    truth = plain(model, ["default"])
+    assert (model(IDS) - truth(IDS)).abs().max() < 1e-5 and (truth(IDS) - base(kind)(IDS)).abs().max() > 0.01
+    ours, theirs = gradients(model), gradients(truth)
+    assert ours.keys() == theirs.keys() and len(ours) == len(trained(model))
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_siblings_share_one_shrink_and_a_step_has_one_fold(counter, two_nodes):
+    """q, k and v of 2 blocks in one group: one u a block, one fold a forward, one gradient of A and of B."""
+    model = tuned(target_modules=["q", "k", "v"])
+    counter.take()
+    y = model(IDS)
+    assert counter.take() == {"shrink": 2, "fold": 1, "expand_add_": 6}
+    arrived = []
+    for name, parameter in model.base_model.lotr_factors["default"]["16x16"].named_parameters():
+        parameter.register_hook(lambda gradient, name=name: arrived.append(name))
+    y.square().sum().backward()
+    taken = counter.take()
+    assert taken["factor_grad_"] == 2 and taken["fold_grad"] == 1 and taken["shrink_grad_"] == 6
+    assert sorted(arrived) == ["A", "B"]
+
+
+def test_a_deleted_and_an_added_adapter_renew_the_scope(counter, two_nodes):
+    model = with_two()
+    model(IDS)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("third", config(target_modules=["q", "k"]))
+    randomize(model, "third")
+    model.set_adapter("third")
+    counter.take()
+    assert close(model(IDS), plain(model, ["third"])(IDS))
+    assert counter["fold"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["toy", "conv"])
+def test_half_precision_bases_and_autocast(kind, dtype, counter, two_nodes):
+    targets = {"target_modules": ["q", "v"] if kind == "toy" else ["up", "down"]}
+    truth = tuned(kind, **targets)
+    want, plain_base = truth(IDS), base(kind)(IDS)
+    half = peft.get_peft_model(base(kind).to(dtype), config(**targets)).eval()
+    factors = half.base_model.lotr_factors["default"]
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    half.load_state_dict({k: v for k, v in truth.state_dict().items() if "lotr_" in k}, strict=False)
+    counter.take()
+    y = half(IDS)
+    assert counter["shrink"] > 0 and y.dtype == dtype and (y - want).abs().max() < 0.2 * (want - plain_base).abs().max()
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in factors.parameters())
+    if dtype == torch.bfloat16:
+        counter.take()
+        with torch.autocast("cpu", dtype):
+            y = truth(IDS)
+        assert counter["shrink"] > 0 and y.dtype == dtype and (y - want).abs().max() < 0.2 * (want - plain_base).abs().max()
+
+
+def test_several_active_adapters_add_up(either_path):
+    model = with_two()
+    model.base_model.set_adapter(["default", "other"])
+    assert close(model(IDS), plain(model, ["default", "other"])(IDS))
+    y = model(IDS)
+    y.sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(trained(model))
+
+
+def test_a_base_of_its_own_kind_is_called_and_not_merged_into():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).clamp(-1, 1)
+
+    net = toy()
+    for block in net.blocks:
+        block.q = Odd(16, 16)
+    model = peft.get_peft_model(net.eval(), config())
+    randomize(model)
+    y = model(IDS)
+    assert close(y, plain(model, ["default"])(IDS))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TypeError, match=r"merge: expected a plain nn.Linear or Conv1D base, got Odd.*\(blocks.0.q\)"):
+            merge()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and torch.equal(model(IDS), y)
+
+
+def test_the_encoder_layers_fast_path_does_not_skip_an_adapter():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x, names = torch.randn(2, 5, 16), ["linear1", "linear2"]
+    with torch.no_grad():
+        before = encoder(x)
+        model = peft.get_peft_model(encoder, config(target_modules=names))
+        model.add_adapter("other", config(target_modules=names))
+        randomize(model)
+        assert (model(x) - before).abs().max() > 0.01
+        assert torch.allclose(model.unload()(x), before, atol=1e-6) and encoder.activation_relu_or_gelu == 1
+
+
+def test_dropout_only_in_training(two_nodes):
+    model = tuned(dropout=0.5)
+    assert torch.equal(model(IDS), model(IDS)) and close(model(IDS), plain(model, ["default"])(IDS))
+    model.train()
+    assert not torch.equal(model(IDS), model(IDS))
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_factors_are_stored_once_and_a_fresh_process_loads_them(tmp_path):
+    from safetensors.torch import load_file
+
+    model = tuned(target_modules=r".*\.(q|k|up)", modules_to_save=["head"])
+    model.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert {n for n in names if n.endswith((".A", ".B"))} == {
+        f"base_model.lotr_factors.{g}.{p}" for g in ("16x16", "16x32") for p in "AB"
+    }
+    assert sum(n.endswith(".lotr_adapter.core") for n in names) == 6 and len(names) == 12
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (stored["peft_type"], stored["rank"], stored["group_by"]) == ("LOTR", 4, "shape")
+    torch.save(model(IDS), tmp_path / "y.pt")
+    code = (
+        "import sys, torch; sys.path[:0] = ['python_tests', '.']; torch.set_num_threads(1)\n"
+        "import peft, lotr_ext.interop.peft; from toys import IDS, toy\n"
+        "model = peft.PeftModel.from_pretrained(toy(), sys.argv[1])\n"
+        "assert torch.allclose(model(IDS), torch.load(sys.argv[1] + '/y.pt'), atol=1e-6)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_import_of_the_package_does_not_import_peft():
+    code = "import sys, lotr_ext, lotr_ext.interop; assert 'peft' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0.14.0", "0.20.9", "unknown"])
+def test_a_peft_too_old_is_named(version, monkeypatch):
+    monkeypatch.setattr(peft, "__version__", version)
+    want = f"expected PEFT {ours.MINIMUM_PEFT[0]}.{ours.MINIMUM_PEFT[1]} or later, got {version}"
+    with pytest.raises(ImportError, match=re.escape(want)):
+        ours._check_version()
+
+
+def test_a_missing_peft_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"expected PEFT 0.21 or later, got none that can be imported"):
+        ours._check_version()
+
+
+def test_another_method_of_that_name_is_not_overwritten(monkeypatch):
+    monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "LOTR", peft.LoraConfig)
+    with pytest.raises(RuntimeError, match=r"expected PEFT without a method LOTR, got one by peft\.tuners\.lora"):
+        ours._register()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"rank": 0}, ValueError, "rank: expected at least 1"),
+        ({"rank": 2.5}, TypeError, "rank: expected an int"),
+        ({"init": "svd"}, ValueError, "init: expected one that leaves the base weights"),
+        ({"init": "zeros"}, ValueError, "init: expected one of"),
+        ({"alpha": 2, "scaling": 1.0}, ValueError, "scaling: expected it alone"),
+        ({"dropout": 1.0}, ValueError, "dropout: expected a number"),
+        ({"train": []}, ValueError, "train: expected at least one"),
+        ({"bias": "lora_only"}, ValueError, "bias: expected one of none, all, lotr_only"),
+        ({"group_by": lambda name, module: "g"}, ValueError, "group_by: expected .* got a callable"),
+        ({"target_modules": "q", "layers_to_transform": [0]}, ValueError, "layers_to_transform: expected None"),
+        ({"layers_pattern": "blocks"}, ValueError, "layers_pattern: expected it with layers_to_transform"),
+        ({"task_type": "NONSENSE"}, ValueError, "Invalid task type"),
+    ],
+)
+def test_configurations_that_cannot_be(settings, kind, message):
+    with pytest.raises(kind, match=message):
+        config(**settings)
+
+
+def tied() -> nn.Module:
+    net = toy()
+    net.blocks[1].q.weight = net.blocks[0].q.weight
+    return net
+
+
+def in_two_places() -> nn.Module:
+    net = toy()
+    net.blocks[1].q = net.blocks[0].q
+    return net
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "kind", "message"),
+    [
+        (toy, {"target_modules": ["norm"]}, TypeError, r"expected nn.Linear, .* got 'blocks.0.norm' \(LayerNorm\)"),
+        (toy, {"target_modules": ["embed"]}, TypeError, r"got 'embed' \(Embedding\)"),
+        (toy, {"target_modules": ["query"]}, ValueError, "not found in the base model"),
+        (toy, {"target_modules": None}, ValueError, "Please specify `target_modules`"),
+        (tied, {}, ValueError, "expected layers with a weight of their own, got 'blocks.0.q', tied to blocks.1.q.weight"),
+        (in_two_places, {}, ValueError, "expected layers in one place each, got one at blocks.0.q, blocks.1.q"),
+        (Attention, {"target_modules": ["out_proj"]}, ValueError, "MultiheadAttention reads without calling it"),
+        (
+            toy,
+            {"target_modules": ["q", "up"], "group_by": {f"blocks.{i}.{n}": "one" for i in (0, 1) for n in ("q", "up")}},
+            ValueError,
+            "group_by: expected layers of one shape in group 'one'",
+        ),
+        (toy, {"group_by": {"blocks.0.q": "g"}}, ValueError, "expected a group for each adapted layer, got none for"),
+        (
+            lambda: apply_lotr(toy(), LoTRConfig(rank=2, target_modules=["k"])),
+            {},
+            RuntimeError,
+            "model: expected one with no adapter",
+        ),
+        (
+            lambda: peft.get_peft_model(toy(), peft.LoraConfig(r=2, target_modules=["q"])).base_model.model,
+            {},
+            TypeError,
+            "expected layers without adapters of other methods, got 'blocks.0.q'",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found a")
+def test_models_that_cannot_be_adapted_stay_as_they_are(make, settings, kind, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(kind, match=message):
+        peft.get_peft_model(model, config(**settings))
+    assert_unchanged(model, before)
+
+
+def test_a_second_adapter_that_is_refused_leaves_the_first():
+    model = tuned()
+    y = model(IDS)
+    before = snapshot(model)
+    for settings, kind in (({"target_modules": ["norm"]}, TypeError), ({"target_modules": ["none"]}, ValueError)):
+        with pytest.raises(kind):
+            model.add_adapter("bad", config(**settings))
+    for name in ("q", "16x32"):  # parts of the names of its tensors: PEFT would leave them out of a saved "default"
+        with pytest.raises(
+            ValueError, match=f"adapter_name: expected a name that no adapted module or group has, got '{name}'"
+        ):
+            model.add_adapter(name, config(target_modules=["q", "up"]))
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("bad", peft.LoraConfig(target_modules=["q"]))
+    assert_unchanged(model, before)
+    assert list(model.peft_config) == ["default"] and torch.equal(model(IDS), y)
+
+
+def test_loading_on_a_model_of_other_sizes(tmp_path):
+    tuned().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected the model's 6 LoTR tensors, got .* missing .*24x24\.A"):
+        peft.PeftModel.from_pretrained(toy(d=24), tmp_path)
+    with pytest.raises(ValueError, match=r"not found in the base model"):
+        peft.PeftModel.from_pretrained(ConvToy(), tmp_path)
+    with pytest.raises(ValueError, match=r"expected the model's 8 LoTR tensors, got 6"):
+        peft.PeftModel.from_pretrained(toy(layers=3), tmp_path)
+
+
+def test_what_lora_has_and_lotr_has_not():
+    model = with_two()
+    with pytest.raises(ValueError, match="adapter_names: expected None"):
+        model(ids=IDS, adapter_names=["default"] * 4)
+    with pytest.raises(NotImplementedError, match="add_weighted_adapter: expected adapters of a method whose parameters add"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match=r"does not support PeftType\.LOTR because it uses shared state"):
+        peft.inject_adapter_in_model(config(), toy())
+    with pytest.raises(ValueError, match="LOTR"):
+        peft.get_peft_model(toy(), config(), mixed=True)
+    for refused in (model.set_adapter, model.delete_adapter):
+        with pytest.raises(ValueError, match="unknown"):
+            refused("unknown")
