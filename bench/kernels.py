@@ -1,0 +1,125 @@
+"""Each of our kernels alone against the library's product: time, bandwidth, share of the machine's bound.
+
+    python -m bench.kernels                                  every kernel at the shapes of Llama-3-8B; needs a GPU
+    python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
+    python -m bench.kernels --device cpu                     the CPU operators instead
+
+A shape is tokens x width x rank (fold and fold_grad: layers x width x rank). Both sides are checked against float64 first; ours
+may have at most twice the library's error, plus a rounding. Results go to bench/results/<machine>/kernels.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import torch
+
+from . import operators as op
+from .session import Session, add_options, check_options, new_table, start, time_text
+from .shapes import DTYPES
+from .timing import Timed, against, interleave
+
+FLOOR, OURS = "library", "lotr_ext"
+FEW = 128  # tokens below which the unfolded kernels run
+SHAPES = {
+    "cuda": [(m, n, r) for m in (1, 16, 512, 2048, 8192, 16384) for n in (1024, 4096, 14336) for r in (16, 64)],
+    "cpu": [(m, n, r) for m in (1, 16, 512, 2048) for n in (768, 2048) for r in (16, 64)],
+}
+QUICK = {"cuda": [(16, 4096, 16), (8192, 4096, 16)], "cpu": [(16, 768, 16), (2048, 768, 16)]}
+LAYERS = 32  # folded together, as in Llama-3-8B
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n")[0])
+    add_options(parser, dtypes="bf16")
+    parser.set_defaults(device="cuda")
+    parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
+    parser.add_argument("--kernels", help=f"some of {', '.join(op.KERNELS)}")
+    parser.add_argument("--shapes", help="MxNxR, comma-separated: tokens (layers for fold), width, rank")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
+    check_options(options, rounds=9 if options.quick else 21)
+    options.kernels = options.kernels.split(",") if options.kernels else list(op.KERNELS)
+    for name in options.kernels:
+        if name not in op.KERNELS:
+            raise ValueError(f"kernels: expected some of {', '.join(op.KERNELS)}, got {name!r}")
+    options.given = options.shapes is not None
+    if options.given:
+        found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", part) for part in options.shapes.split(",")]
+        if not all(found):
+            raise ValueError(f"shapes: expected MxNxR, comma-separated, got {options.shapes!r}")
+        options.shapes = [tuple(int(part) for part in match.groups()) for match in found]
+    else:
+        options.shapes = (QUICK if options.quick else SHAPES)[options.device]
+    return options
+
+
+def cases_of(options: argparse.Namespace) -> list[op.KernelCase]:
+    """Each kernel where it runs: the unfolded ones on few tokens, the others on many, fold and fold_grad over LAYERS layers."""
+    cases = []
+    for threads in options.threads:
+        for dtype in options.dtypes:
+            for m, n, r in options.shapes:
+                for kernel in options.kernels:
+                    if options.given:
+                        cases.append(op.KernelCase(kernel, m, n, r, dtype, threads))
+                    elif kernel.startswith("fold"):
+                        cases.append(op.KernelCase(kernel, LAYERS, n, r, dtype, threads))
+                    elif (m < FEW) == kernel.startswith("small"):
+                        cases.append(op.KernelCase(kernel, m, n, r, dtype, threads))
+    return sorted(dict.fromkeys(cases), key=lambda case: (case.threads, case.dtype, options.kernels.index(case.kernel)))
+
+
+def measure(case: op.KernelCase, session: Session) -> list[dict]:
+    """The library's product and our kernel."""
+    operator = op.make(case, session.device)
+    errors = op.errors(operator)
+    limit = 2 * errors["library"] + torch.finfo(DTYPES[case.dtype]).eps
+    if not errors["ours"] <= limit:
+        raise ValueError(f"relative error expected <= {limit:.1e}, got {errors['ours']:.1e}")
+    calls = [Timed([lambda _, call=call: call()]) for call in (operator.library, operator.ours)]
+    times = interleave(calls, session.clock, session.options.rounds, 0.01)
+    ceilings = session.ceilings(case.dtype, case.threads)
+    results = []
+    for rival, label, side, (own,) in zip((FLOOR, OURS), ("library products", "our kernel"), ("library", "ours"), times):
+        step = against(own, times[0][0])
+        seconds = step["seconds"][1]
+        step |= {"flops_per_s": operator.work.flops / seconds, "bytes_per_s": operator.work.bytes / seconds}
+        step["of_bound"] = operator.work.least_seconds(ceilings) / seconds
+        results.append({"rival": rival, "label": label, "error": errors[side], "ceilings": ceilings, "step": step})
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    session = Session(options, "kernels.jsonl")
+    session.introduce()
+    cases = session.todo(cases_of(options), lambda case: (FLOOR, OURS))
+    heads = ("kernel", "M x N, r", "dtype, threads", "library", "ours", "x library (quartiles)", "TFLOP/s", "GB/s", "of bound")
+    table = new_table("Our kernels alone", *heads, "error", "library's")
+    with session.progress(len(cases)) as begin:
+        for case in cases:
+            begin(case.name())
+            torch.set_num_threads(case.threads)
+            try:
+                results = measure(case, session)
+            except (ValueError, RuntimeError) as error:
+                session.fail(f"{case.name()}: {(str(error) or 'no message').splitlines()[0][:200]}")
+                continue
+            session.keep(case, results)
+            library, ours = results
+            low, middle, high = (1 + value for value in ours["step"]["excess"])
+            times = [time_text(result["step"]["seconds"][1]) for result in results]
+            rates = [f"{ours['step']['flops_per_s'] / 1e12:.3g}", f"{ours['step']['bytes_per_s'] / 1e9:.4g}"]
+            size, kind = f"{case.m} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}"
+            ratio = f"{middle:.2f} ({low:.2f}, {high:.2f})"
+            last = [f"{ours['step']['of_bound']:.0%}", f"{ours['error']:.0e}", f"{library['error']:.0e}"]
+            table.add_row(case.kernel, size, kind, *times, ratio, *rates, *last)
+    session.console.print(table)
+    return session.finish()
+
+
+if __name__ == "__main__":
+    start("bench.kernels", main)

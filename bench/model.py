@@ -1,0 +1,220 @@
+"""A transformer trained with each method, at equal rank and at equal size: step time, tokens a second, memory, adapter bytes.
+
+    python -m bench.model                     MiniLM's shape on a CPU, eight layers of Llama-3's on a GPU; rank 16, q and v
+    python -m bench.model --quick             fewer tokens, few rounds
+    python -m bench.model --model minilm --rank 8 --targets query,key,value --batch 16 --sequence 64
+
+Weights are random: times do not depend on them. One step is forward, a loss (the mean square of the last hidden states less a
+fixed random target), backward, AdamW. All methods share the frozen weights and take their steps in turn, one a round; a time is
+the median over rounds, an excess the median of per-round ratios to the frozen model, which goes forward and backward too. The
+gradient of our cores is compared with the eager formula's first. Adapters have the dtype that their users get: PEFT's and ours
+float32, the original's the model's own. Results go to bench/results/<machine>/model.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import model_rivals as mr
+from .counted import peak_bytes
+from .session import Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .shapes import DTYPES
+from .timing import Timed, against, interleave
+
+STAGES = ("forward", "backward", "optimizer", "step")
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # of our cores' gradients against the eager formula's, through all layers
+
+
+class ModelCase(NamedTuple):
+    """One model and batch, trained by all methods side by side."""
+
+    model: str
+    targets: str
+    batch: int
+    sequence: int
+    r: int
+    dtype: str
+    threads: int
+
+    def name(self) -> str:
+        return f"{self.model} ({self.targets}) {self.batch}x{self.sequence} r{self.r} {self.dtype} t{self.threads}"
+
+
+class Training:
+    """One method's model, its optimizer and its steps on one fixed batch."""
+
+    def __init__(self, case: ModelCase, base: nn.Module, method: mr.Method, rank: int, ids: Tensor, target: Tensor):
+        torch.manual_seed(1)
+        self.model = method.make(mr.twin(base), tuple(case.targets.split(",")), rank)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3) if self.parameters else None
+        self.ids, self.target = ids, target
+        self.loss: Tensor | None = None
+
+    def forward(self, _: object = None) -> Tensor:
+        return nn.functional.mse_loss(self.model(input_ids=self.ids).last_hidden_state.float(), self.target)
+
+    def backward(self, loss: Tensor) -> Tensor:
+        loss.backward()
+        return loss
+
+    def update(self, loss: Tensor) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.loss = loss.detach()
+
+    def timed(self) -> Timed:
+        return Timed((self.forward, self.backward, self.update), self.drop_gradients)
+
+    def drop_gradients(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self) -> None:
+        self.drop_gradients()
+        self.update(self.backward(self.forward()))
+
+    def state_bytes(self) -> int:
+        """Trained parameters, their gradients and the optimizer's state."""
+        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        kept = [t for values in state for t in values.values() if isinstance(t, Tensor) and t.dim()]
+        return sum(p.nbytes * 2 for p in self.parameters) + sum(t.nbytes for t in kept)
+
+
+def gradient_error(eager: Training, ours: Training) -> float:
+    """Relative error of our cores' gradients against the eager formula's, at the same factors and cores. Changes eager's and
+    ours' values, so they are trained from there on."""
+    from lotr_ext.apply import adapted_layers
+
+    wrapped = [m for m in eager.model.modules() if isinstance(m, mr.EagerLoTR)]
+    layers = list(adapted_layers(ours.model).values())
+    with torch.no_grad():
+        for theirs, layer in zip(wrapped, layers):
+            factors = dict(layer.factors.named_parameters())
+            theirs.core.normal_(std=0.1)
+            for mine, value in ((factors["A"], theirs.A), (factors["B"], theirs.B), (layer.core, theirs.core)):
+                mine.copy_(value)
+    for training in (eager, ours):
+        training.drop_gradients()
+        training.backward(training.forward())
+    expected = torch.cat([theirs.core.grad.double().flatten() for theirs in wrapped])
+    found = torch.cat([layer.core.grad.double().flatten() for layer in layers])
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
+    """One result a method."""
+    device, dtype = session.device, DTYPES[case.dtype]
+    base = mr.base_model(case.model, dtype, device)
+    widths = mr.adapted_widths(base, tuple(case.targets.split(",")))
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, base.config.vocab_size, (case.batch, case.sequence), generator=generator).to(device)
+    target = torch.randn(case.batch, case.sequence, base.config.hidden_size, generator=generator).to(device)
+    group = {}
+    for name in names:
+        rank = mr.METHODS[name].rank(widths, case.r)
+        group[name] = Training(case, base, mr.METHODS[name], rank, ids, target), rank
+    error = None
+    if mr.OURS in group and "lotr-eager" in group:
+        error = gradient_error(group["lotr-eager"][0], group[mr.OURS][0])
+        if not error <= TOLERANCE[case.dtype]:
+            limit = TOLERANCE[case.dtype]
+            raise ValueError(
+                f"lotr_ext, {case.name()}: gradient of the cores: relative error expected <= {limit}, got {error:.1e}"
+            )
+    results = []
+    for name, (training, rank) in group.items():
+        training.step()
+        first = training.loss.item()
+        count = sum(p.numel() for p in training.parameters)
+        result = {"rival": name, "label": mr.METHODS[name].label, "rank": rank, "parameters": count, "first_loss": first}
+        result |= {"adapter_bytes": sum(p.nbytes for p in training.parameters), "state_bytes": training.state_bytes()}
+        result["peak_bytes"] = peak_bytes(training.step, device)
+        results.append(result | ({"error": error} if name == mr.OURS else {}))
+    trainings = [training for training, _ in group.values()]
+    times = interleave([t.timed() for t in trainings], session.clock, session.options.rounds, 0.0)
+    totals = [[*stages, [sum(t) for t in zip(*stages)]] for stages in times]
+    floor = totals[names.index(mr.FLOOR)]
+    for result, own, training in zip(results, totals, trainings):
+        result |= {"last_loss": training.loss.item(), "optimizer_seconds": sorted(own[2])[len(own[2]) // 2]}
+        result |= {stage: against(own[i], floor[i]) for i, stage in enumerate(STAGES) if stage != "optimizer"}
+        result["tokens_per_s"] = case.batch * case.sequence / result["step"]["seconds"][1]
+    return results
+
+
+def show(case: ModelCase, results: list[dict], session: Session) -> None:
+    lora = next((r for r in results if r["rival"] == mr.LORA), None)
+    heads = ["", "rank", "parameters", "adapter", "forward", "backward", "optimizer", "step", "over frozen", "x LoRA's step"]
+    table = new_table(case.name(), *heads, "tokens/s", "peak", "x LoRA's peak", "state")
+    for r in results:
+        times = [time_text(r[s]["seconds"][1]) for s in ("forward", "backward")] + [time_text(r["optimizer_seconds"])]
+        step = r["step"]["seconds"][1]
+        over = "" if r["rival"] == mr.FLOOR else f"{r['step']['excess'][1]:.1%}"
+        ratio = f"{step / lora['step']['seconds'][1]:.3f}" if lora else ""
+        peak = f"{r['peak_bytes'] / lora['peak_bytes']:.3f}" if lora else ""
+        sizes = [str(r["rank"] or ""), f"{r['parameters']:,}", bytes_text(r["adapter_bytes"])]
+        memory = [bytes_text(r["peak_bytes"]), peak, bytes_text(r["state_bytes"])]
+        table.add_row(r["label"], *sizes, *times, time_text(step), over, ratio, f"{r['tokens_per_s']:,.0f}", *memory)
+    session.console.print(table)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.split("\n")[0])
+    add_options(parser)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens, few rounds")
+    parser.add_argument("--model", help=f"one of {', '.join(mr.SHAPES)}")
+    parser.add_argument("--targets", help="names of the adapted layers, comma-separated (q and v)")
+    parser.add_argument("--batch", type=int, help="sequences a step")
+    parser.add_argument("--sequence", type=int, help="tokens a sequence")
+    parser.add_argument("--rank", type=int, default=16, help="of every method at equal rank (16)")
+    parser.add_argument("--methods", help=f"some of {', '.join(mr.METHODS)}")
+    options = parser.parse_args(argv)
+    if options.quick and options.device == "cpu" and options.dtypes == "fp32,bf16":
+        options.dtypes = "fp32"
+    if options.device == "cuda" and options.dtypes == "fp32,bf16":
+        options.dtypes = "bf16"
+    check_options(options, rounds=3 if options.quick else 7)
+    if options.model is None:
+        large = options.device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 60 * 2**30
+        options.model = "minilm" if options.device == "cpu" else "llama-8x4096" if large else "llama-8x2048"
+    if options.model not in mr.SHAPES:
+        raise ValueError(f"model: expected one of {', '.join(mr.SHAPES)}, got {options.model!r}")
+    shape = mr.SHAPES[options.model]
+    options.batch = options.batch if options.batch is not None else max(1, shape.batch // (2 if options.quick else 1))
+    options.sequence = options.sequence if options.sequence is not None else shape.sequence
+    if min(options.batch, options.sequence, options.rank) < 1:
+        sizes = f"{options.batch}, {options.sequence}, {options.rank}"
+        raise ValueError(f"batch, sequence, rank: expected at least 1, got {sizes}")
+    options.targets = options.targets or ",".join(shape.targets)
+    names = options.methods.split(",") if options.methods else list(mr.METHODS)
+    for name in names:
+        if name not in mr.METHODS:
+            raise ValueError(f"methods: expected some of {', '.join(mr.METHODS)}, got {name!r}")
+    options.methods = [name for name in mr.METHODS if name in names or name == mr.FLOOR]
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    session = Session(options, "model.jsonl")
+    session.introduce()
+    sizes = (options.batch, options.sequence, options.rank)
+    groups = [(dtype, threads) for threads in options.threads for dtype in options.dtypes]
+    cases = [ModelCase(options.model, options.targets, *sizes, *group) for group in groups]
+    cases = session.todo(cases, lambda case: options.methods)
+    with session.progress(len(cases)) as begin:
+        for case in cases:
+            begin(case.name())
+            torch.set_num_threads(case.threads)
+            results = measure(case, options.methods, session)
+            session.keep(case, results)
+            show(case, results, session)
+    return session.finish()
+
+
+if __name__ == "__main__":
+    start("bench.model", main)

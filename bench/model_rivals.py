@@ -1,0 +1,194 @@
+"""A transformer, and every way to adapt it that the model benchmark compares. All copies share the frozen weights.
+
+"equal rank": every method at rank r. "equal size": LoRA and VeRA at the rank whose parameters come nearest to those of LoTR at
+rank r (LoRA has a floor: rank 1), and LoTR at the rank whose parameters come nearest to those of LoRA at rank r.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+FLOOR, LORA, OURS = "frozen", "lora-peft", "lotr_ext"
+Widths = list[tuple[int, int]]  # (in, out) of each adapted layer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformers configuration: family, its arguments, which layers are adapted, and the default batch x sequence."""
+
+    family: str
+    settings: dict = field(hash=False)
+    targets: tuple[str, ...]
+    batch: int
+    sequence: int
+
+
+def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
+    return sizes | {"vocab_size": vocabulary, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def _llama(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: int) -> dict:
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
+    }
+    return sizes | {"num_key_value_heads": heads // 4, "vocab_size": vocabulary, "use_cache": False}
+
+
+_QV, _LLAMA_QV = ("query", "value"), ("q_proj", "v_proj")
+SHAPES = {
+    "minilm": Shape("bert", _bert(384, 6, 12, 30522), _QV, 16, 64),
+    "llama-8x4096": Shape("llama", _llama(4096, 8, 32, 14336, 32000), _LLAMA_QV, 4, 2048),
+    "llama-8x2048": Shape("llama", _llama(2048, 8, 32, 5632, 32000), _LLAMA_QV, 4, 2048),
+    "tiny-bert": Shape("bert", _bert(32, 2, 2, 100), _QV, 2, 8),
+    "tiny-llama": Shape("llama", _llama(32, 2, 4, 64, 100), _LLAMA_QV, 2, 8),
+}
+
+
+def base_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model of SHAPES[name] with random weights, frozen. Its embeddings' output asks for a gradient, so that every method,
+    and the frozen model too, goes backward through all layers."""
+    import transformers
+
+    shape = SHAPES[name]
+    config, model = {
+        "bert": (transformers.BertConfig, transformers.BertModel),
+        "llama": (transformers.LlamaConfig, transformers.LlamaModel),
+    }[shape.family]
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = model(config(**shape.settings), **({"add_pooling_layer": False} if shape.family == "bert" else {}))
+    made = made.to(dtype).requires_grad_(False).train()
+    made.get_input_embeddings().register_forward_hook(_ask_for_gradient)
+    return made
+
+
+def _ask_for_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return output.requires_grad_()
+
+
+def twin(base: nn.Module) -> nn.Module:
+    """A copy of base's modules on the very same parameters and buffers."""
+    shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    return copy.deepcopy(base, shared)
+
+
+def adapted_widths(base: nn.Module, targets: tuple[str, ...]) -> Widths:
+    """(in, out) of each layer whose name ends in one of targets."""
+    found = [(m.in_features, m.out_features) for n, m in base.named_modules() if n.rsplit(".", 1)[-1] in targets]
+    if not found:
+        raise ValueError(f"targets: expected names of linear layers in the model, got {', '.join(targets)}")
+    return found
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+def lora_parameters(widths: Widths, r: int) -> int:
+    return sum(r * (k + n) for k, n in widths)
+
+
+def lotr_parameters(widths: Widths, r: int) -> int:
+    """S r^2 + r (k + n) for S layers of one shape, summed over shapes."""
+    return sum(r * (k + n) for k, n in set(widths)) + r * r * len(widths)
+
+
+def vera_parameters(widths: Widths, r: int) -> int:
+    """d [r] and b [n] a layer; A and B are frozen and drawn from a seed."""
+    return sum(r + n for _, n in widths)
+
+
+def nearest_rank(count: Callable[[Widths, int], int], widths: Widths, budget: int) -> int:
+    """The rank of at least 1 whose parameters come nearest to budget."""
+    r = 1
+    while count(widths, r + 1) <= budget:
+        r += 1
+    return r + 1 if count(widths, r + 1) - budget < budget - count(widths, r) else r
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+class EagerLoTR(nn.Module):
+    """y = x W^T + bias + ((x A) G) B^T as the original implementation computes it; A and B belong to all layers of a shape."""
+
+    def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter):
+        super().__init__()
+        self.base, self.A, self.B = base, A, B
+        self.core = nn.Parameter(torch.zeros(A.shape[1], B.shape[1], dtype=A.dtype, device=A.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + ((x @ self.A) @ self.core) @ self.B.T
+
+
+def eager_lotr(model: nn.Module, targets: tuple[str, ...], r: int, core_only: bool = False) -> nn.Module:
+    """model with EagerLoTR around its targets, in the weights' dtype: the original cannot mix dtypes."""
+    factors: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+    for name, module in list(model.named_modules()):
+        if name.rsplit(".", 1)[-1] not in targets:
+            continue
+        width = (module.in_features, module.out_features)
+        if width not in factors:
+            like = module.weight
+            factors[width] = tuple(
+                nn.Parameter(torch.randn(size, r, dtype=like.dtype, device=like.device) * size**-0.5, not core_only)
+                for size in width
+            )
+        model.set_submodule(name, EagerLoTR(module, *factors[width]))
+    return model
+
+
+def our_lotr(model: nn.Module, targets: tuple[str, ...], r: int, core_only: bool = False) -> nn.Module:
+    from lotr_ext import LoTRConfig, apply_lotr
+
+    train = ("core",) if core_only else ("A", "B", "core")
+    return apply_lotr(model, LoTRConfig(rank=r, target_modules=list(targets), train=train))
+
+
+def peft_lora(model: nn.Module, targets: tuple[str, ...], r: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=list(targets)))
+
+
+def peft_vera(model: nn.Module, targets: tuple[str, ...], r: int) -> nn.Module:
+    from peft import VeraConfig, get_peft_model
+
+    return get_peft_model(model, VeraConfig(r=r, target_modules=list(targets)))
+
+
+@dataclass(frozen=True)
+class Method:
+    """label for people; make(model, targets, rank) -> model; rank(widths, r) -> the method's own rank."""
+
+    label: str
+    make: Callable[[nn.Module, tuple[str, ...], int], nn.Module]
+    rank: Callable[[Widths, int], int] = lambda widths, r: r
+
+
+def _size_of_lotr(count: Callable[[Widths, int], int]) -> Callable[[Widths, int], int]:
+    return lambda widths, r: nearest_rank(count, widths, lotr_parameters(widths, r))
+
+
+METHODS = {
+    FLOOR: Method("frozen model", lambda model, targets, r: model, lambda widths, r: 0),
+    LORA: Method("LoRA (PEFT)", peft_lora),
+    "vera-peft": Method("VeRA (PEFT)", peft_vera),
+    "lotr-eager": Method("LoTR as the original", eager_lotr),
+    OURS: Method("lotr_ext", our_lotr),
+    "lora-peft-as-lotr": Method("LoRA (PEFT), size of LoTR", peft_lora, _size_of_lotr(lora_parameters)),
+    "vera-peft-as-lotr": Method("VeRA (PEFT), size of LoTR", peft_vera, _size_of_lotr(vera_parameters)),
+    "lotr_ext-as-lora": Method(
+        "lotr_ext, size of LoRA", our_lotr, lambda widths, r: nearest_rank(lotr_parameters, widths, lora_parameters(widths, r))
+    ),
+    "lotr-eager-core": Method("original, cores only", lambda model, targets, r: eager_lotr(model, targets, r, core_only=True)),
+    "lotr_ext-core": Method("lotr_ext, cores only", lambda model, targets, r: our_lotr(model, targets, r, core_only=True)),
+}

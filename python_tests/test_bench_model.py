@@ -1,0 +1,95 @@
+"""The model benchmark: sizes as the formulas say, our model's gradients equal to the eager formula's, results kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import model
+from bench import model_rivals as mr
+from bench.store import Store
+
+QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "1", "--dtypes", "fp32", "--rank", "4"]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-llama"])
+def test_every_method_has_the_parameters_of_its_formula(name):
+    base = mr.base_model(name, torch.float32, CPU)
+    targets, r = mr.SHAPES[name].targets, 4
+    widths = mr.adapted_widths(base, targets)
+    count = {"lora-peft": mr.lora_parameters, "vera-peft": mr.vera_parameters, "lotr": mr.lotr_parameters}
+    for method, how in mr.METHODS.items():
+        rank = how.rank(widths, r)
+        made = how.make(mr.twin(base), targets, rank)
+        got = sum(p.numel() for p in made.parameters() if p.requires_grad)
+        if method == mr.FLOOR:
+            assert got == 0
+        elif method.endswith("-core"):
+            assert got == len(widths) * r * r
+        else:
+            assert got == next(f for prefix, f in count.items() if method.startswith(prefix))(widths, rank), method
+        if "-as-" in method:
+            budget = (mr.lotr_parameters if method.endswith("lotr") else mr.lora_parameters)(widths, r)
+            assert abs(got - budget) < 0.5 * budget, (method, got, budget)
+    assert not any(p.requires_grad for p in base.parameters())
+    shared = {p.data_ptr() for p in base.parameters()}
+    kept = [p for p in made.parameters() if not p.requires_grad and p.dim() == 2 and p.shape[0] >= 32 and p.shape[1] >= 32]
+    assert kept and all(p.data_ptr() in shared for p in kept)  # the copies hold the frozen weights together
+
+
+def test_nearest_rank_is_nearest():
+    widths = [(8, 8)] * 3
+    for budget in (1, 100, 333):
+        rank = mr.nearest_rank(mr.lotr_parameters, widths, budget)
+        best = min(range(1, 40), key=lambda r: abs(mr.lotr_parameters(widths, r) - budget))
+        assert rank == best
+    # 12 x 16^2 + 2 x 16 x 384 parameters of LoTR are fewer than twice LoRA's rank-1 floor
+    assert mr.lotr_parameters([(384, 384)] * 12, 16) == 15360 and mr.lora_parameters([(384, 384)] * 12, 1) == 9216
+
+
+def test_it_measures_keeps_and_resumes(tmp_path, capsys):
+    arguments = [*QUICK, "--model", "tiny-bert", "--results", str(tmp_path)]
+    assert model.main(arguments) == 0
+    cells = Store(tmp_path / "model.jsonl").read()
+    assert [cell["rival"] for cell in cells] == list(mr.METHODS)
+    by = {cell["rival"]: cell for cell in cells}
+    for cell in cells:
+        parts = sum(cell[stage]["seconds"][1] for stage in ("forward", "backward")) + cell["optimizer_seconds"]
+        assert parts == pytest.approx(cell["step"]["seconds"][1])
+        assert cell["tokens_per_s"] == pytest.approx(16 / cell["step"]["seconds"][1])
+        if cell["rival"] != mr.FLOOR:
+            assert cell["last_loss"] < cell["first_loss"], cell["rival"]
+            assert cell["adapter_bytes"] == 4 * cell["parameters"]
+            assert cell["state_bytes"] == 4 * cell["adapter_bytes"]  # value, gradient, two moments
+    assert by["frozen"]["last_loss"] == by["frozen"]["first_loss"]
+    assert by["lotr_ext"]["error"] < 1e-5
+    assert by["lotr_ext"]["peak_bytes"] < by["lotr-eager"]["peak_bytes"]
+    capsys.readouterr()
+    assert model.main(arguments) == 0 and "1 of 1 cases are in" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_noticed(tmp_path, monkeypatch):
+    right = mr.EagerLoTR.forward
+    monkeypatch.setattr(mr.EagerLoTR, "forward", lambda self, x: right(self, x) + 0.1 * x @ self.A @ self.core @ self.B.T)
+    with pytest.raises(ValueError, match="gradient of the cores: relative error expected"):
+        model.main([*QUICK, "--model", "tiny-bert", "--methods", "lotr-eager,lotr_ext", "--results", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt-9"], "model: expected one of minilm"),
+        (["--methods", "magic"], "methods: expected some of frozen"),
+        (["--batch", "0"], "batch, sequence, rank: expected at least 1"),
+        (["--rank", "0"], "batch, sequence, rank: expected at least 1"),
+    ],
+)
+def test_it_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.arguments([*QUICK, *arguments])
+
+
+def test_unknown_targets_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="targets: expected names of linear layers in the model, got magic"):
+        model.main([*QUICK, "--model", "tiny-bert", "--targets", "magic", "--results", str(tmp_path)])
