@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from stacks import D, Stack, base, make, trained_grads
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,56 +23,13 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_module, dist
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from toys import plain, randomize
 
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, ops, planner, save_adapter
 from lotr_ext.apply import adapted_layers
 from nets import relative
 
-D = 16
 Grads = dict[str, Tensor]
-
-
-class SmoothBlock(nn.Module):
-    """q, k, v of one input, up of another shape; smooth, so that rounding moves gradients by no more than rounding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.up = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 2 * D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(x)
-        a, b = self.up(torch.sigmoid(self.q(h)) * torch.tanh(self.k(h)) + self.v(h)).chunk(2, -1)
-        return x + torch.tanh(a) * torch.sigmoid(b)
-
-
-class Stack(nn.Module):
-    """[m, D] -> [m, D], and a head to be trained whole. reentrant: None without checkpointing, else its use_reentrant."""
-
-    def __init__(self, layers: int = 3) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(SmoothBlock() for _ in range(layers))
-        self.head = nn.Linear(D, 5)
-        self.reentrant: bool | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return self.head(x)
-
-
-def base(layers: int = 3) -> Stack:
-    torch.manual_seed(0)
-    return Stack(layers)
-
-
-def make(layers: int = 3, *, reentrant: bool | None = None) -> Stack:
-    """The same adapted model in every process; two groups, 16x16 and 16x32."""
-    model = apply_lotr(base(layers), LoTRConfig(rank=4, target_modules=["q", "k", "v", "up"], modules_to_save=["head"]))
-    randomize(model)
-    model.reentrant = reentrant
-    return model
 
 
 def batch(rank: int, step: int = 0) -> Tensor:
@@ -87,7 +45,7 @@ def truth(steps: int = 1) -> Grads:
     model = plain(make().double())
     for step in range(steps):
         (sum(model(batch(rank, step).double()).square().mean() for rank in range(2)) / 2).backward()
-    return {n.replace(".base.", "."): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return trained_grads(model)
 
 
 def whole(tensor: Tensor | None) -> Tensor | None:
@@ -285,7 +243,7 @@ def fsdp_mixed_precision(rank: int, folder: Path) -> dict:
     want, found = truth(), {}
     reference = plain(make().bfloat16())
     (sum(loss(reference, batch(r).bfloat16()) for r in range(2)) / 2).backward()
-    grads = {n.replace(".base.", "."): p.grad for n, p in reference.named_parameters() if p.requires_grad}
+    grads = trained_grads(reference)
     found["eager bfloat16"] = {"one process": max(relative(grads[n], want[n]) for n in want)}
     for reentrant in (None, False):
         for by in ("block", "factors"):
@@ -473,7 +431,7 @@ def tensor_parallel(rank: int, folder: Path) -> dict:
         layer.core = nn.Parameter(here.detach())
     reference = plain(copy.deepcopy(alone).double())
     loss(reference, x.double()).backward()
-    want = {n.replace(".base.", "."): p.grad for n, p in reference.named_parameters() if p.requires_grad}
+    want = trained_grads(reference)
     steps = {}
     for name, net in (("alone", alone), ("parallel", model)):
         optimizer = adam(net)
