@@ -158,13 +158,13 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
   }
 }
 
-// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n. Rows of y are `ldy`
-// apart and its columns `cs`; `keep` (row stride RV vectors) is null without dropout.
+// y[MR][RV vectors] += u f, all of it there and side by side. Rows of y are `ldy` apart.
 template <typename K, typename T, int MR, int RV>
-inline void expand_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
-                         const typename K::Unit* f, int64_t n, const uint32_t* keep, typename K::Acc scale,
-                         const T* ahead) {
+inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step, const typename K::Unit* f,
+                               int64_t n, const T* ahead) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
+  // Sums may start at a half-precision y, whose own rounding is far above theirs; a wide y is added at the end.
+  constexpr bool kStartsAtY = sizeof(T) < sizeof(typename K::Acc);
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -175,20 +175,43 @@ inline void expand_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char
       }
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
+    for (int v = 0; v < RV; ++v) {
+      if constexpr (kStartsAtY) {
+        acc[i][v] = load(y + i * ldy + v * kLanes);
+      } else {
+        acc[i][v] = typename K::Vec{};
+      }
+    }
   }
   multiply<K, MR, RV, true>(acc, u, u_step, f, kPanel, n);
-  if (cs == 1 && cols == kPanel && !keep) {
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-      for (int v = 0; v < RV; ++v) {
-        T* at = y + i * ldy + v * kLanes;
+    for (int v = 0; v < RV; ++v) {
+      T* at = y + i * ldy + v * kLanes;
+      if constexpr (kStartsAtY) {
+        store(at, acc[i][v]);
+      } else {
         store(at, load(at) + acc[i][v]);
       }
     }
-    return;
   }
+}
+
+// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short, a
+// strided y or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null without dropout.
+template <typename K, typename T, int MR, int RV>
+inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
+                                const typename K::Unit* f, int64_t n, const uint32_t* keep,
+                                typename K::Acc scale) {
+  constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
+  typename K::Vec acc[MR][RV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
+  }
+  multiply<K, MR, RV, true>(acc, u, u_step, f, kPanel, n);
   typename K::Acc sums[kPanel];
   for (int i = 0; i < MR; ++i) {
     for (int v = 0; v < RV; ++v) store(sums + v * kLanes, acc[i][v]);

@@ -195,15 +195,17 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
       keep = mask;
     }
     T* at = static_cast<T*>(y.data) + (i0 + i) * y.rs + n0 * y.cs;
-    const T* later = nullptr;
-    if (y.cs == 1) {
-      // Down this panel, then from the top of the next one.
-      const int64_t to = i + kExpandRows * blocks_ahead;
-      later = to < i1 - i0 ? at + kExpandRows * blocks_ahead * y.rs
-                           : at + (to - (i1 - i0) - i) * y.rs + kPanel<K>;
+    const char* from = u + i * u_step;
+    if (y.cs != 1 || cols < kPanel<K> || keep) {
+      expand_ragged_block<K, T, MR, kMaxVectors>(at, y.rs, y.cs, cols, from, u_step, panel, units, keep,
+                                                 typename K::Acc(drop.scale));
+      return;
     }
-    expand_block<K, T, MR, kMaxVectors>(at, y.rs, y.cs, cols, u + i * u_step, u_step, panel, units, keep,
-                                        typename K::Acc(drop.scale), later);
+    // Down this panel, then from the top of the next one.
+    const int64_t to = i + kExpandRows * blocks_ahead;
+    const T* later = to < i1 - i0 ? at + kExpandRows * blocks_ahead * y.rs
+                                  : at + (to - (i1 - i0) - i) * y.rs + kPanel<K>;
+    expand_whole_block<K, T, MR, kMaxVectors>(at, y.rs, from, u_step, panel, units, later);
   });
 }
 

@@ -92,8 +92,15 @@ LOTR_INLINE VecOf<uint16_t>::type load(const uint16_t* p) {
   return *reinterpret_cast<const VecOf<uint16_t>::memory*>(p);
 }
 LOTR_INLINE vf load(const bf16* p) {
-  const vh h = *reinterpret_cast<const vh_memory*>(p);
-  return reinterpret_cast<vf>(__builtin_convertvector(h, vi) << 16);
+  // Intrinsics where there are some: GCC converts a vector in halves.
+#if LOTR_VB == 64 && defined(__AVX512F__)
+  const vi wide = (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif LOTR_VB == 32 && defined(__AVX2__)
+  const vi wide = (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  const vi wide = __builtin_convertvector(*reinterpret_cast<const vh_memory*>(p), vi);
+#endif
+  return reinterpret_cast<vf>(wide << 16);
 }
 LOTR_INLINE vf load(const f16* p) {
 #if LOTR_VB == 64 && defined(__AVX512F__)
