@@ -103,13 +103,9 @@ inline void sum_block(typename K::Acc* c, int64_t ldc, bool fresh, const char* a
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
   }
-  if constexpr (kAlongRow) {
-    multiply<K, MR, RV, true>(acc, a, step, b, ldb, n);
-  } else {
-    Ahead local = ahead;  // in registers
-    multiply<K, MR, RV, false>(acc, a, step, b, ldb, n, &local);
-    ahead = local;
-  }
+  Ahead local = ahead;  // in registers
+  multiply<K, MR, RV, kAlongRow>(acc, a, step, b, ldb, n, &local);
+  ahead = local;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
@@ -171,7 +167,7 @@ inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
     // y of a later block: a row of this one is too short for the hardware to see where it is going.
     if (ahead) {
       for (int v = 0; v < kPanel * int(sizeof(T)); v += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * ldy) + v, 1);
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * ldy) + v, 1, 2);
       }
     }
 #pragma GCC unroll 8

@@ -109,22 +109,24 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
   auto* tile = reinterpret_cast<Unit*>(space);
   auto* mask = reinterpret_cast<uint32_t*>(tile + kTileRows * step);
   const int64_t units = units_of<K>(x.cols);
-  Ahead none;
   for (int64_t t = 0; t < units; t += step) {
     const int64_t n = smaller(step, units - t), c0 = t * K::kPair;
+    // Further along these rows, then from the start of the rows below.
+    const bool last = t + step >= units;
+    Ahead ahead(x, last ? i0 + rows : i0, last ? kTileRows : rows, last ? 0 : c0 + step * K::kPair, step * K::kPair);
     // A last half pair is copied: the other half lies beyond the row.
     const int64_t whole = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
     if (whole > 0) {
       const auto* a = static_cast<const Part<K>*>(x.data) + i0 * x.rs + c0;
       sum_rows<K, true>(c, ldc, fresh && t == 0, reinterpret_cast<const char*>(a), x.rs * int64_t(sizeof(*a)),
-                        rows, b + t * ldb, ldb, vectors, whole, none);
+                        rows, b + t * ldb, ldb, vectors, whole, ahead);
     }
     if (whole < n) {
       const int64_t from = c0 + whole * K::kPair, left = n - whole;
       tile_along_row<K, T>(tile, left, x, i0, rows, from, smaller(x.cols - from, left * K::kPair), drop,
                            mask);
       sum_rows<K, true>(c, ldc, fresh && t + whole == 0, reinterpret_cast<const char*>(tile),
-                        left * int64_t(sizeof(Unit)), rows, b + (t + whole) * ldb, ldb, vectors, left, none);
+                        left * int64_t(sizeof(Unit)), rows, b + (t + whole) * ldb, ldb, vectors, left, ahead);
     }
   }
 }
