@@ -127,30 +127,31 @@ struct Operators {
     return {reinterpret_cast<const char*>(memory), units * int64_t(sizeof(Unit))};
   }
 
-  // out (+)= scale * the sum of `count` partial sums [rows][ldp], in order.
+  // out (+)= scale * the sum of `count` partial sums [rows][ldp], in order. ldp is whole vectors.
   static void add_partials(const Mat& out, const Acc* partials, int64_t count, int64_t ldp, double scale,
                            bool add) {
     const Acc s = Acc(scale);
     run_rows(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
       for (int64_t i = i0; i < i1; ++i) {
         Acc* row = static_cast<Acc*>(out.data) + i * out.rs;
-        for (int64_t j0 = 0; j0 < out.cols; j0 += kTileStep) {
-          const int64_t n = smaller(kTileStep, out.cols - j0);
-          Acc sum[kTileStep];
-          for (int64_t j = 0; j < n; ++j) sum[j] = 0;
-          for (int64_t p = 0; p < count; ++p) {
-            const Acc* from = partials + (p * out.rows + i) * ldp + j0;
-            for (int64_t j = 0; j < n; ++j) sum[j] += from[j];
+        for (int64_t j = 0; j < out.cols; j += K::kLanes) {
+          auto sum = s * sum_partials(partials + i * ldp + j, count, out.rows * ldp);
+          if (out.cs == 1 && j + K::kLanes <= out.cols) {
+            store(row + j, add ? load(row + j) + sum : sum);
+            continue;
           }
-          if (out.cs == 1) {
-            for (int64_t j = 0; j < n; ++j) row[j0 + j] = s * sum[j] + (add ? row[j0 + j] : Acc(0));
-          } else {
-            for (int64_t j = 0; j < n; ++j)
-              row[(j0 + j) * out.cs] = s * sum[j] + (add ? row[(j0 + j) * out.cs] : Acc(0));
+          for (int64_t v = 0; v < smaller(K::kLanes, out.cols - j); ++v) {
+            Acc* at = row + (j + v) * out.cs;
+            *at = sum[v] + (add ? *at : Acc(0));
           }
         }
       }
     });
+  }
+  static LOTR_INLINE auto sum_partials(const Acc* partials, int64_t count, int64_t step) {
+    auto sum = decltype(load(partials)){};
+    for (int64_t p = 0; p < count; ++p) sum += load(partials + p * step);
+    return sum;
   }
 
   // out (+)= scale * drop(x)^T k.
