@@ -140,6 +140,7 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
           store(dst + j, reinterpret_cast<vi>(zip<0, kHalves>(a, b)));
           store(dst + j + K::kLanes, reinterpret_cast<vi>(zip<1, kHalves>(a, b)));
         }
+        for (; j + K::kLanes <= cols; j += K::kLanes) store(dst + j, K::pair_up(half[0] + j, half[1] + j));
         for (; j < cols; ++j) dst[j] = uint32_t(half[0][j]) | uint32_t(half[1][j]) << 16;
       }
       for (int64_t j = cols; j < ld; ++j) dst[j] = 0;

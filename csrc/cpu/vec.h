@@ -173,6 +173,12 @@ struct BF2 {
   static LOTR_INLINE Vec madd(Vec acc, vi b, uint32_t a) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512i)b, (__m512bh)_mm512_set1_epi32(int(a)));
   }
+  // The units of two rows: low[i] | high[i] << 16.
+  static LOTR_INLINE vi pair_up(const uint16_t* low, const uint16_t* high) {
+    const vi a = (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    const vi b = (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
+    return a | b << 16;
+  }
 };
 #endif
 
