@@ -5,7 +5,9 @@
     backward: layer L .. layer 2 add into one accumulator (float32; float64 for float64) and return None for A;
     autograd runs the hub's backward once all its users have run; it returns the sum, cast once. Layer 1 returns its own part.
 
-So hooks, DDP's buckets and optimizers see one ordinary gradient per backward, and no layer makes a temporary of A's size.
+So hooks, DDP's buckets and optimizers see one ordinary gradient per backward, and a backward makes at most two temporaries of
+A's size, layer 1's and the sum, however many layers there are. Layer 1 is left alone because a layer by itself has nothing to
+share and would only pay for a hub.
 """
 
 from __future__ import annotations
@@ -66,18 +68,24 @@ class SharedGradient:
         others share one. A user that comes again begins a new forward and a new round: an older hub would flush after the last
         reduction of a sharded forward. Only graphs keep a hub alive, so nothing of it outlives them.
         """
-        if not (param.requires_grad and torch.is_grad_enabled()):
+        if not self.join(param, user):
             return param, None
-        if self._param is not param or user in self._users or self._data != param.data_ptr():
-            # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
-            self._hub, self._param, self._data, self._users = None, param, param.data_ptr(), {user}
-            return param, None
-        self._users.add(user)
         view = None if self._hub is None else self._hub()
         if view is None:
             view = _Hub.apply(param, self)
             self._hub = weakref.ref(view)
         return view, self
+
+    def join(self, param: Tensor, user: int) -> bool:
+        """Records that a layer uses param, by itself or through a sibling's u; whether it may share this round's hub."""
+        if not (param.requires_grad and torch.is_grad_enabled()):
+            return False
+        if self._param is not param or user in self._users or self._data != param.data_ptr():
+            # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
+            self._hub, self._param, self._data, self._users = None, param, param.data_ptr(), {user}
+            return False
+        self._users.add(user)
+        return True
 
     def accumulator(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The running backward's sum on device, zero when new: to be added to in place at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,6 +63,8 @@ class Adapter(NamedTuple):
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
     """autocast's dtype for x, None where it does not apply."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
 
@@ -83,18 +86,24 @@ def decide(
     chosen = plan(tokens, max(adapter.core.shape), dtype, device or x.device, adapter.strategy)
     if chosen.strategy == "composite":
         return Decision(0, chosen, chosen.reason)
-    if A.dtype != dtype and (A.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16)):
-        names = (str(t).removeprefix("torch.") for t in (A.dtype, dtype))
-        return Decision(
-            0, chosen, "factors in {} beside x in {}: kernels take x's dtype, or float32 beside half".format(*names)
-        )
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Decision(0, chosen, "under a functorch transform or forward AD: the composite is differentiable by any of them")
     if type(x) not in _PLAIN or type(A) not in _PLAIN:
         return Decision(0, chosen, f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels")
-    if base_linear and base_trained:
+    one_node = tokens < planner.FEW_TOKENS and not adapter.p and (A.requires_grad or not x.requires_grad)
+    return _nodes(chosen, A.dtype, dtype, base_linear and base_trained, base_linear and one_node)
+
+
+@functools.lru_cache(maxsize=1024)  # these few answers come again in every call
+def _nodes(chosen: Plan, A_dtype: torch.dtype, dtype: torch.dtype, trained: bool, few: bool) -> Decision:
+    if A_dtype != dtype and (A_dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16)):
+        names = (str(t).removeprefix("torch.") for t in (A_dtype, dtype))
+        return Decision(
+            0, chosen, "factors in {} beside x in {}: kernels take x's dtype, or float32 beside half".format(*names)
+        )
+    if trained:
         return Decision(1, chosen, "the base weight or bias is trained: one node returns its gradient too")
-    if base_linear and tokens < planner.FEW_TOKENS and not adapter.p and (A.requires_grad or not x.requires_grad):
+    if few:
         return Decision(1, chosen, "few tokens: the unfolded form as one node costs least")
     return Decision(2, chosen, "siblings on the same x share one u = x A")
 
@@ -118,7 +127,9 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
         y = base_linear(x, weight, bias, dtype)
         return y + adapter_differentiable(dropped, *here(y.device, A, B, core), scaling, y.dtype)
     if nodes == 1:
-        (hub_A, shared_A), (hub_B, shared_B) = _hubs(group, A, B, user)
+        (hub_A, shared_A), (hub_B, shared_B) = (
+            ((A, None), (B, None)) if group is None else (group.A.view(A, user), group.B.view(B, user))
+        )
         return apply_one_node(x, weight, bias, hub_A, hub_B, core, scaling, dtype, shared_A, shared_B)
     shared_input = _shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
@@ -135,9 +146,7 @@ def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tenso
     """How a layer hangs on B in the graph: by the group's hub, or by B itself and its bank's token in a forward scope."""
     if slot is not None:
         return B, None, slot.bank.token
-    if adapter.group is None:
-        return B, None, None
-    return *adapter.group.B.view(B, adapter.user), None
+    return (B, None, None) if adapter.group is None else (*adapter.group.B.view(B, adapter.user), None)
 
 
 def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
@@ -163,14 +172,15 @@ def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
 
 def _shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> SharedInput:
     """u and route for a call: a sibling's where one has been here with this very x, else new."""
-    group, p = adapter.group, adapter.p
-    hub, shared = (A, None) if group is None else group.A.view(A, adapter.user)
+    group, user, p = adapter.group, adapter.user, adapter.p
     if group is None:
         found, share = SharedInput(x, None, None), False
     else:
-        found, share = group.find(x, A, adapter.user, (compute, autocast, p))
+        found, share = group.find(x, A, user, (compute, autocast, p))
     if found.u is not None:
+        group.A.join(A, user)
         return found
+    hub, shared = (A, None) if group is None else group.A.view(A, user)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p else None
     in_graph, values = _in_graph(x, A), adapter.cast(A, compute)
     if in_graph:
@@ -180,10 +190,6 @@ def _shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autoca
     if share:
         group.offer(found, in_graph)
     return found
-
-
-def _hubs(group: Group | None, A: Tensor, B: Tensor, user: int) -> tuple[tuple, tuple]:
-    return ((A, None), (B, None)) if group is None else (group.A.view(A, user), group.B.view(B, user))
 
 
 def _in_graph(*tensors: Tensor) -> bool:
