@@ -129,8 +129,10 @@ class LoTRFunction(Function):
         if not (private and y.is_contiguous()):
             y = y.clone(memory_format=torch.contiguous_format)
         F = None
+        # the unfolded backward takes six launches on a GPU, the folded one three and fold_grad
+        few = flat.shape[0] < planner.FEW_TOKENS and not (y.is_cuda and any(ctx.needs_input_grad))
         with _private_write():
-            if flat.shape[0] < planner.FEW_TOKENS:
+            if few:
                 u = ops.small_forward_(rows(y), flat, A_here, core_here, B_here, scaling)
             else:
                 u = ops.shrink(flat, A_here)
@@ -143,7 +145,7 @@ class LoTRFunction(Function):
             F if need_x or need_A else None,
         )
         ctx.scaling, ctx.dtype, ctx.shared_A, ctx.shared_B, ctx.x_shape = scaling, dtype, shared_A, shared_B, x.shape
-        ctx.few = flat.shape[0] < planner.FEW_TOKENS
+        ctx.few = few
         return y
 
     @staticmethod

@@ -83,7 +83,8 @@ def decide(
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
     tokens = x.numel() // x.shape[-1]
-    chosen = plan(tokens, max(adapter.core.shape), dtype, device or x.device, adapter.strategy)
+    device = device or x.device
+    chosen = plan(tokens, max(adapter.core.shape), dtype, device, adapter.strategy)
     if chosen.strategy == "composite":
         return Decision(0, chosen, chosen.reason)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -91,6 +92,8 @@ def decide(
     if type(x) not in _PLAIN or type(A) not in _PLAIN:
         return Decision(0, chosen, f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels")
     one_node = tokens < planner.FEW_TOKENS and not adapter.p and (A.requires_grad or not x.requires_grad)
+    if one_node and device.type == "cuda":  # where the unfolded backward is six launches, and the folded one three
+        one_node = not torch.is_grad_enabled()
     return _nodes(chosen, A.dtype, dtype, base_linear and base_trained, base_linear and one_node)
 
 

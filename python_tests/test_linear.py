@@ -228,9 +228,15 @@ def test_on_cuda_our_kernels_are_the_default(dtype, monkeypatch):
     planner._plan.cache_clear()
     for rank in (1, 16, 256):
         layer = layer_of(rank=rank, dtype=dtype)
-        for tokens, strategy, nodes in ((1, "two_pass", 1), (512, "two_pass", 2), (8192, "beta", 2)):
+        for tokens, strategy, nodes in ((1, "two_pass", 2), (512, "two_pass", 2), (8192, "beta", 2)):
             explanation = explain(layer, torch.empty(tokens, 20, dtype=dtype), device="cuda")
             assert explanation.kernels and explanation.strategy == strategy and explanation.nodes == nodes
+    one = torch.empty(1, 20, dtype=dtype)
+    assert (
+        explain(layer, one, device="cuda").nodes == 2
+    )  # in training three launches backward, where the unfolded form takes six
+    with torch.no_grad():
+        assert explain(layer, one, device="cuda").nodes == 1
     too_high = explain(layer_of(rank=257, dtype=dtype), torch.empty(512, 20, dtype=dtype), device="cuda")
     assert not too_high.kernels and "257" in too_high.reason
     wide = explain(layer_of(dtype=torch.float64), torch.empty(512, 20, dtype=torch.float64), device="cuda")
