@@ -21,6 +21,7 @@ from .init import fill_core_, tucker2
 from .layer import LoTRLayer, check_settings
 from .layer_call import delta_weight
 from .linear import LoTRWrapped, adapt
+from .quantized import has_plain_weight
 from .scope import attach_scope, detach_scope
 from .sharded import in_parts
 from .targets import Selection, Target, select, tied_names
@@ -242,14 +243,21 @@ def _expect_merged(layers: dict[str, LoTRLayer], merged: bool, name: str) -> Non
             raise RuntimeError(f"{name}: expected {states[merged]} layers, got {layer_name!r}, which is {states[layer.merged]}")
 
 
-def _check_mergeable(model: nn.Module, layers: dict[str, LoTRLayer], safe: bool) -> None:
+def _check_mergeable(
+    model: nn.Module, layers: dict[str, LoTRLayer], safe: bool, dequantize: bool | torch.dtype = False
+) -> None:
+    if not isinstance(dequantize, bool) and not (isinstance(dequantize, torch.dtype) and dequantize.is_floating_point):
+        raise TypeError(f"dequantize: expected True, False or a floating dtype, got {dequantize!r}")
     tied = tied_names(model)
     for name, layer in layers.items():
         if isinstance(layer, LoTRWrapped):
-            base = type(layer.base_layer).__name__
-            raise TypeError(
-                f"merge: expected an nn.Linear or Conv1D base, got {name!r} over {base}, whose weight is its own affair"
-            )
+            why = None if layer.merged else layer.why_not_mergeable(dequantize, repr(name))
+            if why is not None:
+                raise TypeError(why)
+            if safe and not layer.merged:
+                dtype = None if isinstance(dequantize, bool) else dequantize
+                _check_finite(name, layer.merged_linear(dtype).weight)
+            continue
         if id(layer) in tied:
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(tied[id(layer)])}")
         if in_parts(layer.weight) or in_parts(layer.core):
@@ -258,32 +266,57 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoTRLayer], safe: bool)
             )
         if layer.weight.is_meta or layer.core.is_meta:
             raise RuntimeError(f"merge: expected tensors with values, got {name!r} on the meta device")
-        if safe and not layer.merged and not torch.isfinite(layer._merged_weight()).all():
-            raise ValueError(f"merge: expected finite weights (safe=True), got NaN or infinity in {name!r}")
+        if not has_plain_weight(layer):
+            kind = type(layer.weight).__name__
+            raise TypeError(f"merge: expected a plain weight, got {kind} in {name!r}; quantise a model before apply_lotr")
+        if safe and not layer.merged:
+            _check_finite(name, layer._merged_weight())
 
 
-def merge(model: Model, *, safe: bool = False, keep_backup: bool = True) -> Model:
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"merge: expected finite weights (safe=True), got NaN or infinity in {name!r}")
+
+
+def _check_unmergeable(layers: dict[str, LoTRLayer]) -> None:
+    for name, layer in layers.items():
+        if layer.merged and isinstance(layer, LoTRWrapped) and layer.quantized_base is None:
+            raise RuntimeError(f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False")
+
+
+def _merge_layer(layer: LoTRLayer, safe: bool, keep_backup: bool, dequantize: bool | torch.dtype) -> None:
+    if isinstance(layer, LoTRWrapped):
+        layer.merge(safe=safe, keep_backup=keep_backup, dequantize=dequantize)
+    else:
+        layer.merge(safe=safe, keep_backup=keep_backup)
+
+
+def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> Model:
     """Adds every layer's s B G^T A^T into its weight (sum in fp32, cast once): all layers, or none on an error.
 
     safe: refuse results that are not finite. keep_backup: keep the weights, so that `unmerge` restores the very bits; else it
-    subtracts, which is exact only up to rounding.
+    subtracts, which is exact only up to rounding. dequantize: put a plain nn.Linear, of this dtype if one is given, in the
+    place of each quantised layer (`lotr_ext.quantized`), which is refused otherwise; `unmerge` puts back what was backed up.
 
     Raises:
         TypeError: no nn.Module, or a base that cannot be merged into. ValueError: safe, and a result is not finite.
-        RuntimeError: no adapter, one that is merged already, on the meta device, or a weight tied to another module.
+        RuntimeError: no adapter, one that is merged already, on the meta device, in parts, or a weight tied to another module.
     """
     layers = adapted_layers(model)
     _expect_merged(layers, False, "merge")
-    _check_mergeable(model, layers, safe)
+    _check_mergeable(model, layers, safe, dequantize)
     done = []
     try:
         for layer in layers.values():
-            layer.merge(safe=safe, keep_backup=keep_backup)
+            _merge_layer(layer, safe, keep_backup or isinstance(layer, LoTRWrapped), dequantize)
             done.append(layer)
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
+    for layer in done:
+        if isinstance(layer, LoTRWrapped) and not keep_backup:  # kept so far for the way back
+            layer.quantized_base = None
     return model
 
 
@@ -291,20 +324,21 @@ def unmerge(model: Model) -> Model:
     """Takes the adapter out of the weights again.
 
     Raises:
-        TypeError, RuntimeError: no adapter, or one that is not merged.
+        TypeError, RuntimeError: no adapter, one that is not merged, or a dequantised one without a backup.
     """
     layers = adapted_layers(model)
     _expect_merged(layers, True, "unmerge")
+    _check_unmergeable(layers)
     for layer in layers.values():
         layer.unmerge()
     return model
 
 
-def unload(model: Model, *, merge: bool) -> Model:
+def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False) -> Model:
     """Takes the adapter off: plain layers in their old places, no factors, no cores. Parameters stay frozen as they are.
 
     merge: True leaves the adapter in the weights, False leaves the base weights (those of before "svd", up to one rounding).
-    modules_to_save stay as they are now.
+    modules_to_save stay as they are now. dequantize: as in `merge`.
 
     Raises:
         As `merge` and `unmerge`; nothing is changed then.
@@ -313,12 +347,14 @@ def unload(model: Model, *, merge: bool) -> Model:
         raise TypeError(f"merge: expected True or False, got {merge!r}")
     layers = adapted_layers(model)
     if merge:
-        _check_mergeable(model, layers, safe=False)
-    elif any(layer.start_core is not None for layer in layers.values()):
+        _check_mergeable(model, layers, False, dequantize)
+    else:
+        _check_unmergeable(layers)
+    if not merge and any(layer.start_core is not None for layer in layers.values()):
         _check_mergeable(model, layers, safe=False)  # the start goes back into the weight
     for layer in layers.values():
         if merge and not layer.merged:
-            layer.merge(keep_backup=False)
+            _merge_layer(layer, False, False, dequantize)
         elif not merge and layer.merged:
             layer.unmerge()
     set_fast_paths(model, off=False)

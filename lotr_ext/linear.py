@@ -10,6 +10,7 @@ from .factors import LoTRFactors, check_rank
 from .layer import LoTRLayer, check_settings
 from .layer_call import call_wrapped
 from .ops import accumulate_dtype
+from .quantized import dense_weight, dequantizer, has_plain_weight
 
 DEFAULT_RANK = 8
 
@@ -152,8 +153,11 @@ class LoTRConv1D(LoTRLayer):
 class LoTRWrapped(LoTRLayer):
     """Any module with in_features and out_features, adapted: its own forward is called, its weight never read.
 
-    For quantised and other special linear layers. state_dict: the base's keys under `base_layer.`, and `core`.
+    For quantised and other special linear layers (`lotr_ext.quantized`). state_dict: the base's keys under `base_layer.`, and
+    `core`.
     """
+
+    quantized_base: nn.Module | None
 
     @classmethod
     def from_linear(
@@ -177,6 +181,7 @@ class LoTRWrapped(LoTRLayer):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.base_layer = linear.requires_grad_(False)
+        layer.__dict__["quantized_base"] = None  # the base while it is merged: no child, so it is in no state_dict
         like = next((t for t in (*linear.parameters(), *linear.buffers())), factors.A)
         layer._attach(factors, like, settings)
         return layer.train(linear.training)
@@ -198,13 +203,66 @@ class LoTRWrapped(LoTRLayer):
         return call_wrapped(x, self.base_layer, A, B, adapter)
 
     def _matrix(self) -> Tensor:
-        raise TypeError(
-            f"merge: expected an nn.Linear or Conv1D base, got {type(self.base_layer).__name__}, "
-            "whose stored weight is its own affair"
-        )
+        if self.merged:
+            return self.base_layer.weight
+        raise TypeError(self.why_not_mergeable(False))
+
+    # ---- merging: only through a dense layer in the base's place --------------------------------------------------------
+
+    def why_not_mergeable(self, dequantize: bool | torch.dtype, name: str = "a layer") -> str | None:
+        """What stands in the way of a merge, None if nothing does."""
+        got = f"merge: expected an nn.Linear or Conv1D base, got {name} over {type(self.base_layer).__name__}, whose weight is "
+        if dequantizer(self.base_layer) is None:
+            return got + "its own affair"
+        if dequantize is False:
+            return got + "quantised and would round the adapter away; dequantize=True puts a plain nn.Linear in its place"
+        return None
+
+    @torch.no_grad()
+    def merged_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain frozen nn.Linear: the base's dequantised weight plus the adapter, summed in float32 and cast once.
+
+        dtype: of weight and bias; None for the bias's dtype, or without a bias that in which the quantiser gives W.
+        """
+        weight, bias = dense_weight(self.base_layer, self.in_features, self.out_features), self.bias
+        dtype = dtype or (weight if bias is None else bias).dtype
+        merged = self._plus(weight.to(accumulate_dtype(weight.dtype)), self.delta_weight(), 1).to(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(merged, requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def merge(self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> None:
+        """Puts a plain nn.Linear of the dequantised weight and the adapter in the base's place, where `dequantize` asks for it.
+
+        dequantize: True, or the dtype of the nn.Linear. keep_backup: keep the quantised base, which unmerge puts back.
+        RuntimeError if merged already; TypeError without dequantize, or over a base that cannot be made dense; ValueError with
+        safe, if the result has a non-finite element. Nothing is changed then.
+        """
+        if self.merged:
+            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
+        why = self.why_not_mergeable(dequantize)
+        if why is not None:
+            raise TypeError(why)
+        linear = self.merged_linear(None if dequantize is True else dequantize)
+        if safe and not bool(torch.isfinite(linear.weight).all()):
+            raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
+        self.__dict__["quantized_base"] = self.base_layer if keep_backup else None
+        self.base_layer, self.merged = linear, True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the quantised base back. RuntimeError if it is not merged, or was merged without a backup."""
+        if not self.merged:
+            raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
+        if self.quantized_base is None:
+            raise RuntimeError("unmerge: expected the quantised base, got a layer merged with keep_backup=False")
+        self.base_layer, self.merged = self.quantized_base, False
+        self.quantized_base = None
 
     def to_base(self) -> nn.Module:
-        """The wrapped module."""
+        """The wrapped module; merged, the plain nn.Linear in its place."""
         return self.base_layer
 
 
@@ -222,8 +280,9 @@ def adapt(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> LoTRLayer:
-    """module as an adapted layer of the class that fits it. A subclass of nn.Linear with a forward of its own is wrapped."""
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    floating = getattr(getattr(module, "weight", None), "is_floating_point", bool)()
-    kind = LoTRLinear if plain and floating else LoTRConv1D if is_conv1d(module) else LoTRWrapped
+    """module as an adapted layer of the class that fits it. A subclass of nn.Linear with a forward of its own is wrapped, as is
+    a layer with a quantised weight."""
+    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    known = LoTRLinear if linear else LoTRConv1D if is_conv1d(module) else None
+    kind = LoTRWrapped if known is None or not has_plain_weight(module) else known
     return kind.from_linear(module, factors, alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from .config import LoTRConfig
 from .layer import LoTRLayer
 from .linear import is_conv1d
+from .quantized import has_plain_weight
 from .sharded import holds_parts
 
 __all__ = ["Selection", "Target", "name_ends_with", "select", "tied_names"]
@@ -276,10 +277,12 @@ def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRCon
 
 
 def needs_wrap(module: nn.Module) -> bool:
-    """Whether replacing the module would lose what is attached to it: hooks, parametrizations, a forward of its own."""
+    """Whether replacing the module would lose what is attached to it: hooks, parametrizations, a forward of its own, a
+    quantised weight."""
     hooked = any(getattr(module, hooks, None) for hooks in _HOOKS)
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    return hooked or own_forward or "forward" in vars(module) or parametrize.is_parametrized(module)
+    quantized = _is_linear(module) and not has_plain_weight(module)
+    return hooked or own_forward or quantized or "forward" in vars(module) or parametrize.is_parametrized(module)
 
 
 def _warn_of_readers(name: str, parents: list[tuple[nn.Module, str]]) -> None:

@@ -1,0 +1,78 @@
+"""Layers whose weight is not a plain tensor: told apart, and made dense again by the quantiser's own code.
+
+torchao, optimum-quanto   nn.Linear whose weight is a tensor subclass with dequantize()
+bitsandbytes              Linear4bit, Linear8bitLt: its functional.dequantize_4bit, functional.int8_vectorwise_dequant
+HQQ and others            a module with a dequantize() of its own, which returns W [out_features, in_features]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from .sharded import in_parts
+
+__all__ = ["dense_weight", "dequantizer", "has_plain_weight"]
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether products may read module.weight: floating, and no tensor subclass that stands for something else."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    kinds = (FakeTensor, nn.parameter.UninitializedTensorMixin)
+    plain = type(weight) in (Tensor, nn.Parameter) or isinstance(weight, kinds) or in_parts(weight)
+    return plain and weight.is_floating_point()
+
+
+def _from_bitsandbytes(module: nn.Module) -> Callable[[], Tensor] | None:
+    weight = getattr(module, "weight", None)
+    if not type(weight).__module__.startswith("bitsandbytes"):
+        return None
+    kind = type(weight).__name__
+    if kind == "Params4bit" and weight.quant_state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        def dense() -> Tensor:
+            module.state_dict()  # evaluation on a CPU packs the codes for its kernels; this brings them back in order
+            return dequantize_4bit(weight.data, weight.quant_state)
+
+        return dense
+    if kind == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = weight.SCB if weight.SCB is not None else module.state.SCB
+        return None if scales is None else lambda: int8_vectorwise_dequant(weight.data, scales)
+    return None
+
+
+def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
+    """What makes W [out_features, in_features] of a quantised module, None where nothing does."""
+    found = _from_bitsandbytes(module)
+    if found is not None:
+        return found
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and not has_plain_weight(module) and type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize
+    own = getattr(module, "dequantize", None)
+    return own if callable(own) else None
+
+
+def dense_weight(module: nn.Module, in_features: int, out_features: int) -> Tensor:
+    """W [out_features, in_features] of a quantised module, in the dtype in which the quantiser gives it.
+
+    Raises:
+        TypeError: nothing dequantises the module. ValueError: it gave another shape, or no floating tensor.
+    """
+    make, kind = dequantizer(module), type(module).__name__
+    if make is None:
+        raise TypeError(f"dequantize: expected a quantised layer whose weight can be made dense, got {kind}")
+    with torch.no_grad():
+        weight = make()
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != (out_features, in_features) or not weight.is_floating_point():
+        got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"dequantize: expected floating [{out_features}, {in_features}] of {kind}, got {got}")
+    return weight.detach()
