@@ -52,7 +52,7 @@ test: setup lint
 	@$(PY) -m pytest $(ARGS)
 
 test-full: setup lint
-	@$(PY) -m pytest -m "full or not full" $(ARGS)
+	@$(PY) -m pytest -m "full or not full" -o faulthandler_timeout=3600 $(ARGS)
 
 test-gpu: setup
 	@$(PY) -m pytest -m cuda $(ARGS)

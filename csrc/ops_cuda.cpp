@@ -245,18 +245,24 @@ void factor_grad_(const Tensor& acc, const Tensor& x, const Tensor& k, double p,
                    [&](void* w) { cuda::factor_grad(c.call(), q, w); });
 }
 
+// k = g F and Q (+)= g^T u.
+void run_shrink_grad(const Context& c, const Sizes& s, const Arg& k, const Arg& Q, const Arg& g, const Arg& F,
+                     const Arg& u, bool accumulate) {
+  ShrinkGradParams q{};
+  q.g = c.read(g), q.F = c.read(F), q.u = c.read(u), q.k = c.written(k);
+  q.Q = c.written_floats(Q), q.Q_row = Q.stride[0], q.Q_col = Q.stride[1], q.accumulate = accumulate;
+  q.M = s.m, q.N = s.n, q.r = int32_t(s.r);
+  c.with_workspace(cuda::shrink_grad_workspace(c.call(), q),
+                   [&](void* w) { cuda::shrink_grad(c.call(), q, w); });
+}
+
 std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const Tensor& u) {
   const Arg ag("g", g), aF("F", F), au("u", u);
   const Sizes s = check_shrink_grad(ag, aF, au);
   check_rank("lotr::shrink_grad", aF, 1);
   const Context c("lotr::shrink_grad", ag);
   Tensor k = c.empty<2>({s.m, s.r}), Q = c.empty_float<2>({s.n, s.r});
-  ShrinkGradParams q{};
-  q.g = c.read(ag), q.F = c.read(aF), q.u = c.read(au), q.k = c.written(Arg("k", k)),
-  q.Q = c.written_floats(Arg("Q", Q)), q.Q_row = s.r, q.Q_col = 1;
-  q.M = s.m, q.N = s.n, q.r = int32_t(s.r);
-  c.with_workspace(cuda::shrink_grad_workspace(c.call(), q),
-                   [&](void* w) { cuda::shrink_grad(c.call(), q, w); });
+  run_shrink_grad(c, s, Arg("k", k), Arg("Q", Q), ag, aF, au, false);
   return {k, Q};
 }
 
@@ -267,12 +273,7 @@ Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Ten
   const Context c("lotr::shrink_grad_", ag);
   for (const Arg* a : {&ag, &aF, &au}) apart(c.op(), aQ, *a);
   Tensor k = c.empty<2>({s.m, s.r});
-  ShrinkGradParams q{};
-  q.g = c.read(ag), q.F = c.read(aF), q.u = c.read(au), q.k = c.written(Arg("k", k)),
-  q.Q = c.written_floats(aQ), q.Q_row = aQ.stride[0], q.Q_col = aQ.stride[1], q.accumulate = 1;
-  q.M = s.m, q.N = s.n, q.r = int32_t(s.r);
-  c.with_workspace(cuda::shrink_grad_workspace(c.call(), q),
-                   [&](void* w) { cuda::shrink_grad(c.call(), q, w); });
+  run_shrink_grad(c, s, Arg("k", k), aQ, ag, aF, au, true);
   return k;
 }
 

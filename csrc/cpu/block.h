@@ -159,7 +159,8 @@ template <typename K, typename T, int MR, int RV>
 inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step, const typename K::Unit* f,
                                int64_t n, const T* ahead) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
-  // Sums may start at a half-precision y, whose own rounding is far above theirs; a wide y is added at the end.
+  // Sums may start at a half-precision y, whose own rounding is far above theirs; a wide y is added at the
+  // end.
   constexpr bool kStartsAtY = sizeof(T) < sizeof(typename K::Acc);
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
@@ -194,8 +195,9 @@ inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
   }
 }
 
-// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short, a
-// strided y or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null without dropout.
+// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short,
+// a strided y or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null without
+// dropout.
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
                                 const typename K::Unit* f, int64_t n, const uint32_t* keep,

@@ -113,7 +113,8 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
     const int64_t n = smaller(step, units - t), c0 = t * K::kPair;
     // Further along these rows, then from the start of the rows below.
     const bool last = t + step >= units;
-    Ahead ahead(x, last ? i0 + rows : i0, last ? kTileRows : rows, last ? 0 : c0 + step * K::kPair, step * K::kPair);
+    Ahead ahead(x, last ? i0 + rows : i0, last ? kTileRows : rows, last ? 0 : c0 + step * K::kPair,
+                step * K::kPair);
     // A last half pair is copied: the other half lies beyond the row.
     const int64_t whole = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
     if (whole > 0) {
@@ -205,8 +206,8 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
     }
     // Down this panel, then from the top of the next one.
     const int64_t to = i + kExpandRows * blocks_ahead;
-    const T* later = to < i1 - i0 ? at + kExpandRows * blocks_ahead * y.rs
-                                  : at + (to - (i1 - i0) - i) * y.rs + kPanel<K>;
+    const T* later =
+        to < i1 - i0 ? at + kExpandRows * blocks_ahead * y.rs : at + (to - (i1 - i0) - i) * y.rs + kPanel<K>;
     expand_whole_block<K, T, MR, kMaxVectors>(at, y.rs, from, u_step, panel, units, later);
   });
 }
