@@ -42,7 +42,7 @@ def to(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def here(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     """tensors on device: those of a group over several devices are copied."""
-    return tensors if tensors[0].device == device else tuple(t.to(device) for t in tensors)
+    return tensors if all(t.device == device for t in tensors) else tuple(t.to(device) for t in tensors)
 
 
 def fold_differentiable(B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
