@@ -21,6 +21,7 @@ from .init import fill_core_, tucker2
 from .layer import LoTRLayer, check_settings
 from .layer_call import delta_weight
 from .linear import LoTRWrapped, adapt
+from .placement import home
 from .quantized import has_plain_weight
 from .scope import attach_scope, detach_scope
 from .sharded import in_parts
@@ -92,17 +93,13 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
     return model
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-
-
 def _new_factors(target: Target, config: LoTRConfig) -> LoTRFactors:
     factors = LoTRFactors(
         target.in_features,
         target.out_features,
         config.rank,
         init="kaiming" if config.init == "svd" else config.init,
-        device=_device(target.module),
+        device=home(target.module),
         dtype=config.adapter_dtype,
     )
     if config.core_init == "identity":  # B = 0 keeps the start unchanged, as in LoRA

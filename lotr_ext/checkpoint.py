@@ -23,6 +23,7 @@ from .apply import adapted_layers, install, set_start
 from .config import LoTRConfig
 from .factors import LoTRFactors
 from .layer import LoTRLayer
+from .placement import home
 from .sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
 from .targets import Selection, features, name_ends_with, select
 
@@ -212,7 +213,7 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
 
 
 def _check_not_meta(name: str, module: nn.Module) -> None:
-    if any(t.is_meta for t in module.parameters()):
+    if any(t.is_meta for t in module.parameters()) and home(module).type == "meta":
         raise RuntimeError(f"load_adapter: expected a model with values, got {name!r} on the meta device; materialise it first")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .init import fill_factor_
+from .sharded import in_parts
 from .siblings import Group
 
 
@@ -65,6 +66,7 @@ class LoTRFactors(nn.Module):
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
         self._group = Group()
+        self._load: tuple[list[str], str] | None = None
         fill_factor_(self.A, init)
         fill_factor_(self.B, init)
 
@@ -80,6 +82,27 @@ class LoTRFactors(nn.Module):
         knew it again, and would gather, free and reduce A around each layer's backward, before the hub has its gradient.
         """
         return operation(self.A, self.B)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoTRFactors:
+        if self.start_A is not None and not self.start_A.is_meta and fn(self.start_A).is_meta:
+            raise RuntimeError(
+                'to: expected a device with values, got meta for factors of init "svd": their start, which the base weights '
+                "lack and no state_dict holds, would be lost; save_adapter, and load it onto the new model"
+            )
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        # a model built by hand has these factors under many names: one tensor, so all names must bring the same values
+        if self._load is not None and self._load[0] is errors:
+            for part in ("A", "B"):
+                new, have = state_dict.get(f"{prefix}{part}"), getattr(self, part).detach()
+                if new is None or new.is_meta or have.is_meta or in_parts(new) or in_parts(have) or new.shape != have.shape:
+                    continue
+                if not torch.equal(new.to(have), have):
+                    other = self._load[1]
+                    errors.append(f"{prefix}{part}: expected the values of {other}{part}, with which it is shared, got others")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self._load = errors, prefix
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

@@ -72,14 +72,14 @@ class LoTRLayer(nn.Module):
         if want != got:
             raise ValueError(f"factors: expected (in_features, out_features) = {want}, got {got}")
 
-    def _attach(self, factors: LoTRFactors, like: Tensor, settings: Settings) -> None:
-        """Adds the adapter to a layer that has its base parameters; like gives the core's device."""
+    def _attach(self, factors: LoTRFactors, device: torch.device, settings: Settings) -> None:
+        """Adds the adapter to a layer that has its base parameters; device is the core's."""
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self.scaling = settings.resolve(max(factors.r_in, factors.r_out))
         self.dropout, self.disabled, self.merged = settings.dropout, False, False
         self.strategy: str | None = None
-        self.core = nn.Parameter(torch.zeros(factors.r_in, factors.r_out, device=like.device, dtype=factors.A.dtype))
+        self.core = nn.Parameter(torch.zeros(factors.r_in, factors.r_out, device=device, dtype=factors.A.dtype))
         self.register_buffer("start_core", None, persistent=False)
         self.register_buffer("weight_backup", None, persistent=False)
         self.factors = factors  # registered: a model built by hand owns A and B through any of its layers

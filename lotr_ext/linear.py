@@ -10,6 +10,7 @@ from .factors import LoTRFactors, check_rank
 from .layer import LoTRLayer, check_settings
 from .layer_call import call_wrapped
 from .ops import accumulate_dtype
+from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
 
 DEFAULT_RANK = 8
@@ -51,7 +52,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
             raise ValueError(f"rank: expected that of factors, {factors.rank}, or None, got {rank}")
         self._check_factors(factors, in_features, out_features)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self._attach(factors, self.weight, settings)
+        self._attach(factors, self.weight.device, settings)
 
     @classmethod
     def from_linear(
@@ -75,7 +76,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer._attach(factors, linear.weight, settings)
+        layer._attach(factors, linear.weight.device, settings)
         return layer.train(linear.training)
 
     def _base(self, x: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class LoTRConv1D(LoTRLayer):
         layer.in_features, layer.out_features, layer.nx, layer.nf = nx, nf, nx, nf
         layer.weight, layer.bias = linear.weight, linear.bias
         layer._base_class = type(linear)
-        layer._attach(factors, linear.weight, settings)
+        layer._attach(factors, linear.weight.device, settings)
         return layer.train(linear.training)
 
     def _base(self, x: Tensor) -> Tensor:
@@ -182,8 +183,8 @@ class LoTRWrapped(LoTRLayer):
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.base_layer = linear.requires_grad_(False)
         layer.__dict__["quantized_base"] = None  # the base while it is merged: no child, so it is in no state_dict
-        like = next((t for t in (*linear.parameters(), *linear.buffers())), factors.A)
-        layer._attach(factors, like, settings)
+        bare = next(iter((*linear.parameters(), *linear.buffers())), None) is None
+        layer._attach(factors, factors.A.device if bare else home(linear), settings)
         return layer.train(linear.training)
 
     @property

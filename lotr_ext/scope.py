@@ -24,6 +24,7 @@ from torch.autograd import Function
 
 from . import ops
 from .hub import SharedGradient
+from .placement import check_not_offloaded
 
 if TYPE_CHECKING:
     from .layer import LoTRLayer
@@ -145,6 +146,9 @@ class _Layers:
             for module in model.modules():
                 if hasattr(module, "start_core"):  # an adapted layer, whose module imports this one
                     self.by_factors.setdefault(id(module.factors), []).append(module)
+        if torch.is_grad_enabled():
+            for layers in self.by_factors.values():
+                check_not_offloaded(layers[0].factors, layers)
         return self.by_factors
 
 

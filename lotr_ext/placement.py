@@ -1,0 +1,43 @@
+"""Where a layer's tensors belong: their own device, or with accelerate's offloading the one that they are brought to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+__all__ = ["check_not_offloaded", "home"]
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    """accelerate's hooks of a module: it keeps one, which may be a sequence."""
+    hook = getattr(module, "_hf_hook", None)
+    yield from () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def home(module: nn.Module) -> torch.device:
+    """The device of a module's first tensor; of one whose tensors accelerate holds back, the device they are brought to."""
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    if device.type == "meta":
+        brought_to = (getattr(hook, "execution_device", None) for hook in _hooks(module))
+        device = next((torch.device(found) for found in brought_to if found is not None), device)
+    return device
+
+
+def check_not_offloaded(factors: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Refuses to train what accelerate holds back: each forward makes new parameters, and their gradients would be lost.
+
+    Raises:
+        RuntimeError: a trained parameter on the meta device in a module with accelerate's offloading hook.
+    """
+    if not factors._parameters["A"].is_meta and not any(layer._parameters["core"].is_meta for layer in layers):
+        return  # each forward comes here: without nn.Module's slow attributes
+    for module in (factors, *layers):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and parameter.requires_grad and any(getattr(h, "offload", False) for h in _hooks(module)):
+                raise RuntimeError(
+                    f"{type(module).__name__}.{name}: expected a trained parameter in memory, got one that accelerate offloads "
+                    "and whose gradient would be lost; dispatch the base model first and call apply_lotr after that, or keep "
+                    "lotr_factors and the adapted layers out of the offloaded part of device_map"
+                )
