@@ -41,3 +41,25 @@ def work(case: Case, direction: str, adapted: bool) -> Work:
         flops += (4 if backward else 2) * m * r * (k + n)
         elements += (2 * r * (k + n) + m * k) if backward else r * (k + n)
     return Work(flops, element * elements)
+
+
+def kernel_work(kernel: str, m: int, n: int, r: int, element: int) -> Work:
+    """Least work of one of our kernels: every operand moved once, sums in float32.
+
+    m tokens (fold, fold_grad: layers), n columns of the large matrix, rank r; element: bytes of x's dtype.
+    """
+    narrow, factor, core, sums = element * m * r, element * n * r, element * r * r, 8 * n * r  # sums: read and written
+    large = element * m * n
+    works = {
+        "shrink": Work(2 * m * n * r, large + factor + narrow),
+        "expand_add": Work(2 * m * n * r, 2 * large + factor + narrow),
+        "factor_grad": Work(2 * m * n * r, large + narrow + sums),
+        "shrink_grad": Work(4 * m * n * r, large + factor + 2 * narrow + sums),
+        "fold": Work(2 * m * n * r * r, factor + m * core + m * factor),
+        "fold_grad": Work(4 * m * n * r * r, 4 * m * (n * r + r * r) + factor + m * core + sums),
+        "small_forward": Work(2 * m * r * (2 * n + r), 3 * large + 2 * factor + core + narrow),
+        "small_backward": Work(2 * m * r * (4 * n + 3 * r), 4 * large + 2 * factor + core + narrow + 4 * r * r + 2 * sums),
+    }
+    if kernel not in works:
+        raise ValueError(f"kernel: expected one of {', '.join(works)}, got {kernel!r}")
+    return works[kernel]

@@ -16,8 +16,9 @@ import re
 import torch
 
 from . import operators as op
-from .session import Session, add_options, check_options, new_table, start, time_text
+from .session import Session, add_options, check_options, new_table, progress, start, time_text
 from .shapes import DTYPES
+from .store import latest
 from .timing import Timed, against, interleave
 
 FLOOR, OURS = "library", "lotr_ext"
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = session.todo(cases_of(options), lambda case: (FLOOR, OURS))
     heads = ("kernel", "M x N, r", "dtype, threads", "library", "ours", "x library (quartiles)", "TFLOP/s", "GB/s", "of bound")
     table = new_table("Our kernels alone", *heads, "error", "library's")
-    with session.progress(len(cases)) as begin:
+    with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
             torch.set_num_threads(case.threads)
@@ -118,6 +119,9 @@ def main(argv: list[str] | None = None) -> int:
             last = [f"{ours['step']['of_bound']:.0%}", f"{ours['error']:.0e}", f"{library['error']:.0e}"]
             table.add_row(case.kernel, size, kind, *times, ratio, *rates, *last)
     session.console.print(table)
+    from .plots_more import draw_kernels
+
+    draw_kernels(latest(session.store.read()), session.folder)
     return session.finish()
 
 

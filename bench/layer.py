@@ -26,7 +26,7 @@ from .bounds import DIRECTIONS, work
 from .counted import peak_bytes
 from .rivals_base import Rival, Tensors
 from .rivals_library import obstacle
-from .session import Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .session import Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
 from .shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
 from .store import latest
 from .timing import Timed, against, interleave
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in rv.installed(list(rv.RIVALS))[1]:
             session.say(line)
     cases = session.todo(choose(options, session), lambda case: rivals_of(case, options))
-    with session.progress(len(cases)) as begin:
+    with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
             torch.set_num_threads(case.threads)

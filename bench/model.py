@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from . import model_rivals as mr
 from .counted import peak_bytes
-from .session import Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .session import Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
 from .shapes import DTYPES
+from .store import latest
 from .timing import Timed, against, interleave
 
 STAGES = ("forward", "backward", "optimizer", "step")
@@ -206,13 +207,16 @@ def main(argv: list[str] | None = None) -> int:
     groups = [(dtype, threads) for threads in options.threads for dtype in options.dtypes]
     cases = [ModelCase(options.model, options.targets, *sizes, *group) for group in groups]
     cases = session.todo(cases, lambda case: options.methods)
-    with session.progress(len(cases)) as begin:
+    with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
             torch.set_num_threads(case.threads)
             results = measure(case, options.methods, session)
             session.keep(case, results)
             show(case, results, session)
+    from .plots_more import draw_model
+
+    draw_model(latest(session.store.read()), session.folder)
     return session.finish()
 
 

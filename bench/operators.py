@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lotr_ext import ops
 
-from .bounds import Work
+from .bounds import Work, kernel_work
 from .shapes import DTYPES
 
 SCALING = 0.5
@@ -49,7 +49,7 @@ class Inputs:
     def __init__(self, case: KernelCase, device: torch.device):
         self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
         self.generator = torch.Generator().manual_seed(3)
-        self.element = self.dtype.itemsize
+        self.work = kernel_work(case.kernel, case.m, case.n, case.r, self.dtype.itemsize)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, dtype or self.dtype)
@@ -68,9 +68,8 @@ def _shrink(i: Inputs) -> Operator:
     m, n, r = i.case[1:4]
     x, A = i.normal(m, n), i.normal(n, r, scale=n**-0.5)
     ours, library = lambda: ops.shrink(x, A), lambda: x @ A
-    work = Work(2 * m * n * r, i.element * (m * n + n * r + m * r))
     return Operator(
-        ours, library, _pair(lambda: {"u": ours()}, lambda: {"u": library()}), lambda: {"u": x.double() @ A.double()}, work
+        ours, library, _pair(lambda: {"u": ours()}, lambda: {"u": library()}), lambda: {"u": x.double() @ A.double()}, i.work
     )
 
 
@@ -86,13 +85,12 @@ def _expand_add(i: Inputs) -> Operator:
         return {"y": target}
 
     ours, library = lambda: ops.expand_add_(y, u, F), lambda: z.addmm_(u, F.T)
-    work = Work(2 * m * n * r, i.element * (2 * m * n + n * r + m * r))
     return Operator(
         ours,
         library,
         _pair(lambda: once(ours, y), lambda: once(library, z)),
         lambda: {"y": start.double() + u.double() @ F.double().T},
-        work,
+        i.work,
     )
 
 
@@ -108,9 +106,8 @@ def _factor_grad(i: Inputs) -> Operator:
         return {"D": target}
 
     ours, library = lambda: ops.factor_grad_(ours_sum, x, k), lambda: library_sum.add_(x.T @ k)
-    work = Work(2 * m * n * r, i.element * (m * n + m * r) + 8 * n * r)
     results = _pair(lambda: once(ours, ours_sum), lambda: once(library, library_sum))
-    return Operator(ours, library, results, lambda: {"D": x.double().T @ k.double()}, work)
+    return Operator(ours, library, results, lambda: {"D": x.double().T @ k.double()}, i.work)
 
 
 def _shrink_grad(i: Inputs) -> Operator:
@@ -131,9 +128,8 @@ def _shrink_grad(i: Inputs) -> Operator:
     def ours() -> Tensor:
         return ops.shrink_grad_(ours_Q, g, F, u)
 
-    work = Work(4 * m * n * r, i.element * (m * n + n * r + 2 * m * r) + 8 * n * r)
     results = _pair(lambda: once(ours, ours_Q), lambda: once(products, library_Q))
-    return Operator(ours, products, results, lambda: {"k": g.double() @ F.double(), "Q": g.double().T @ u.double()}, work)
+    return Operator(ours, products, results, lambda: {"k": g.double() @ F.double(), "Q": g.double().T @ u.double()}, i.work)
 
 
 def _fold(i: Inputs) -> Operator:
@@ -141,9 +137,8 @@ def _fold(i: Inputs) -> Operator:
     layers, n, r = i.case[1:4]
     B, cores = i.normal(n, r, scale=r**-0.5), i.normal(layers, r, r)
     ours, library = lambda: ops.fold(B, cores, SCALING, i.dtype), lambda: (B * SCALING) @ cores.mT
-    work = Work(2 * layers * n * r * r, i.element * (n * r + layers * r * r + layers * n * r))
     results = _pair(lambda: {"F": ours()}, lambda: {"F": library()})
-    return Operator(ours, library, results, lambda: {"F": SCALING * (B.double() @ cores.double().mT)}, work)
+    return Operator(ours, library, results, lambda: {"F": SCALING * (B.double() @ cores.double().mT)}, i.work)
 
 
 def _fold_grad(i: Inputs) -> Operator:
@@ -169,8 +164,7 @@ def _fold_grad(i: Inputs) -> Operator:
             "dB": SCALING * (Q.double() @ cores.double()).sum(0),
         }
 
-    work = Work(4 * layers * n * r * r, 4 * layers * (n * r + r * r) + i.element * (n * r + layers * r * r) + 8 * n * r)
-    return Operator(ours, products, _pair(lambda: once(ours, ours_dB), lambda: once(products, library_dB)), truth, work)
+    return Operator(ours, products, _pair(lambda: once(ours, ours_dB), lambda: once(products, library_dB)), truth, i.work)
 
 
 def _small_forward(i: Inputs) -> Operator:
@@ -191,12 +185,10 @@ def _small_forward(i: Inputs) -> Operator:
     def library() -> Tensor:
         return z.addmm_((x @ A) @ core, B.T, alpha=SCALING)
 
-    work = Work(2 * m * r * (2 * n + r), i.element * (3 * m * n + 2 * n * r + r * r))
-
     def truth() -> Results:
         return {"y": start.double() + SCALING * ((x.double() @ A.double()) @ core.double()) @ B.double().T}
 
-    return Operator(ours, library, _pair(lambda: once(ours, y), lambda: once(library, z)), truth, work)
+    return Operator(ours, library, _pair(lambda: once(ours, y), lambda: once(library, z)), truth, i.work)
 
 
 def _small_backward(i: Inputs) -> Operator:
@@ -233,8 +225,7 @@ def _small_backward(i: Inputs) -> Operator:
         dB = SCALING * g.double().T @ (u.double() @ core.double())
         return {"dx": start.double() + k @ A.double().T, "dA": x.double().T @ k, "dB": dB, "dG": u.double().T @ h}
 
-    work = Work(2 * m * r * (4 * n + 3 * r), i.element * (4 * m * n + 2 * n * r + r * r + m * r) + 16 * n * r)
-    return Operator(ours, library, once, truth, work)
+    return Operator(ours, library, once, truth, i.work)
 
 
 KERNELS: dict[str, Callable[[Inputs], Operator]] = {

@@ -1,6 +1,6 @@
-"""Rebuilds README's tables from the results that are kept in bench/results/, so that no number there is typed by hand.
+"""Rebuilds README's tables and the pictures from the results kept in bench/results/, so that no number is typed by hand.
 
-python -m bench.report                              rewrite README.md's tables
+python -m bench.report                              redraw the pictures, rewrite README.md's tables
 python -m bench.report --keep-demo demo_results     first keep a demo run's table in bench/results/<machine>/
 python -m bench.report --check                      change nothing; exit 1 if README differs
 """
@@ -13,42 +13,28 @@ import re
 import sys
 from pathlib import Path
 
-from .shapes import Case
+from . import report_tables as tables
+from .session import start
 from .store import RESULTS, ROOT, Store, latest
 from .timing import slug
 
 README = ROOT / "README.md"
-SHOWN = ("lora-eager", "lora-in-place", "lora-in-place-beta", "lora-peft", "lotr_ext")
-HEADS = ("LoRA eager", "LoRA in-place", "LoRA in-place, beta", "LoRA PEFT", "**lotr_ext**")
+REQUIRED, OPTIONAL = ("demo", "layer"), ("shared", "model", "kernels", "traffic")  # README's sections
 
 
-def layer_table(cells: list[dict]) -> str:
-    """Excess over the frozen layer, forward + backward, a row a case."""
-    facts, clock = cells[-1]["machine"], cells[-1]["clock"]
-    seconds = "wall seconds" if clock == "wall" else "CPU seconds"
-    busy = _busy(max(c["load"] for c in cells), max(c["case"]["threads"] for c in cells))
-    lines = [
-        f"{facts['name']}, torch {facts['torch']}, {seconds}, medians of {cells[-1]['rounds']} interleaved rounds{busy}:",
-        "",
-        "| M x K x N, r | dtype, threads | FLOP floor | " + " | ".join(HEADS) + " | lotr_ext / LoRA eager |",
-        "|---|---|---:|" + "---:|" * (len(HEADS) + 1),
-    ]
-    cases: dict[Case, dict[str, float]] = {}
-    for cell in cells:
-        cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell["step"]["excess"][1]
-    for case, excess in sorted(cases.items(), key=lambda item: (item[0].threads, item[0].dtype != "fp32", item[0])):
-        if not set(SHOWN) <= set(excess):
-            continue
-        numbers = " | ".join(f"{excess[rival]:.1%}" for rival in SHOWN)
-        ratio = f"{excess['lotr_ext'] / excess['lora-eager']:.2f}" if excess["lora-eager"] > 0 else "-"
-        name = f"{case.m} x {case.k} x {case.n}, {case.r}"
-        lines.append(f"| {name} | {case.dtype}, {case.threads} | {case.flop_floor():.1%} | {numbers} | {ratio} |")
-    return "\n".join(lines)
+def newest_build(cells: list[dict]) -> list[dict]:
+    """The last measurement of each case and rival with the newest cell's build and clock: one table, one setting."""
+    if not cells:
+        return []
+    last = cells[-1]
+    return latest([c for c in cells if all(c.get(key) == last.get(key) for key in ("build", "clock"))])
 
 
-def _busy(load: float, threads: int) -> str:
-    """A warning where other programs ran beside the measurement."""
-    return f"; load average {load:.1f}: the machine was busy, so read times with care" if load > threads + 1 else ""
+def _read(path: Path) -> list[dict]:
+    return newest_build(Store(path).read())
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
 
 
 def demo_command(demo: dict) -> str:
@@ -64,7 +50,7 @@ def demo_command(demo: dict) -> str:
 def demo_table(demo: dict) -> str:
     """The fine-tuning run, a row a method."""
     row = demo["rows"][-1]
-    busy = _busy(demo["load"], demo["runs"][0]["settings"]["threads"])
+    busy = tables.busy(demo["load"], demo["runs"][0]["settings"]["threads"])
     where = demo["machine"] + ("; the machine was busy, so no times" if busy else "")
     lines = [
         f"`{demo_command(demo)}`: {demo['data']}, rank {row['rank']}, {row['runs']} seed(s); {where}:",
@@ -82,21 +68,6 @@ def demo_table(demo: dict) -> str:
     return "\n".join(lines)
 
 
-def _replace(text: str, name: str, tables: list[str]) -> str:
-    pattern = re.compile(rf"(<!-- {name}:begin [^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"README.md: expected the markers {name}:begin and {name}:end, found none")
-    body = "\n\n".join(tables) + "\n" if tables else ""
-    return pattern.sub(lambda m: m[1] + body + m[2], text)
-
-
-def rebuild(text: str, results: Path = RESULTS) -> str:
-    """README's text with its tables made anew from the results of every machine."""
-    layers = [layer_table(cells) for path in sorted(results.glob("*/layer.jsonl")) if (cells := latest(Store(path).read()))]
-    demos = [demo_table(json.loads(path.read_text())) for path in sorted(results.glob("*/demo-*.json"))]
-    return _replace(_replace(text, "layer", layers), "demo", demos)
-
-
 def keep_demo(folder: Path) -> Path:
     """Copies a demo run's table, without its loss curves."""
     source = folder / "table.json"
@@ -110,8 +81,62 @@ def keep_demo(folder: Path) -> Path:
     name = f"demo-{len({run['settings']['method'] for run in demo['runs']})}-methods-{demo['rows'][-1]['runs']}-seeds.json"
     target = RESULTS / slug(demo["machine"].rsplit(",", 1)[0]) / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(demo, indent=1) + "\n")
-    return target
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps(demo, indent=1) + "\n")
+    return temporary.replace(target)
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def _replace(text: str, name: str, parts: list[str]) -> str:
+    pattern = re.compile(rf"(<!-- {name}:begin [^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not pattern.search(text):
+        if name in OPTIONAL:
+            return text
+        raise ValueError(f"README.md: expected the markers {name}:begin and {name}:end, found none")
+    body = "\n\n".join(parts) + "\n" if parts else ""
+    return pattern.sub(lambda m: m[1] + body + m[2], text)
+
+
+def sections(results: Path = RESULTS) -> dict[str, list[str]]:
+    """The generated text of each section, from the results of every machine."""
+    found: dict[str, list[str]] = {name: [] for name in (*REQUIRED, *OPTIONAL)}
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        found["demo"] += [demo_table(json.loads(path.read_text())) for path in sorted(folder.glob("demo-*.json"))]
+        for name in ("layer", "shared", "model", "kernels"):
+            cells = _read(folder / f"{name}.jsonl")
+            if cells:
+                link = f"bench/results/{folder.name}"
+                pictures = {path.stem: f"{link}/{path.name}" for path in folder.glob("*.png")}
+                found[name].append(tables.TABLES[name](cells, pictures))
+    rows = tables.traffic_rows(results)
+    if rows:
+        found["traffic"].append(tables.traffic_table(rows, (results / "simt-executor" / "projection.png").exists()))
+    return found
+
+
+def rebuild(text: str, results: Path = RESULTS) -> str:
+    """README's text with its tables made anew."""
+    for name, parts in sections(results).items():
+        text = _replace(text, name, parts)
+    return text
+
+
+def draw(results: Path = RESULTS) -> list[Path]:
+    """All pictures, from the same cells as the tables."""
+    from . import plots, plots_more
+
+    written = []
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        written += plots.draw(_read(folder / "layer.jsonl"), folder)
+        written += plots_more.draw_model(_read(folder / "model.jsonl"), folder)
+        written += plots_more.draw_shared(_read(folder / "shared.jsonl"), folder)
+        written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
+    rows = tables.traffic_rows(results)
+    if rows:
+        written += plots_more.draw_projection(tables.README_PROJECTION, rows, results / "simt-executor")
+    return written
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.keep_demo:
         print(f"kept {keep_demo(options.keep_demo)}")
     old = README.read_text(encoding="utf-8")
+    if not options.check:
+        for path in draw():
+            print(f"drew {path.relative_to(ROOT)}")
     new = rebuild(old)
     if options.check:
         if old != new:
@@ -134,7 +162,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.report: {error}")
+    start("bench.report", main)

@@ -123,30 +123,31 @@ class Session:
         for result in results:
             self.store.append(shared | result)
 
-    @contextlib.contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """A bar on stderr; what it yields names the case that begins, which ends the one before. Restores the thread count."""
-        threads = torch.get_num_threads()
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        try:
-            with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-                task, begun = bar.add_task("", total=total), 0
-
-                def begin(name: str) -> None:
-                    nonlocal begun
-                    bar.update(task, description=name, completed=begun)
-                    begun += 1
-
-                yield begin
-        finally:
-            torch.set_num_threads(threads)
-
     def finish(self) -> int:
         """Says where the results are. 1 if something could not be measured."""
         self.say(f"results in {self.store.path}")
         if self.failures:
             self.say(f"not measured, {len(self.failures)}: " + "; ".join(self.failures))
         return int(bool(self.failures))
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; what it yields names the case that begins, which ends the one before. Restores torch's thread count."""
+    threads = torch.get_num_threads()
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task, begun = bar.add_task("", total=total), 0
+
+            def begin(name: str) -> None:
+                nonlocal begun
+                bar.update(task, description=name, completed=begun)
+                begun += 1
+
+            yield begin
+    finally:
+        torch.set_num_threads(threads)
 
 
 def start(program: str, main: Callable[[], int]) -> None:

@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bounds import DIRECTIONS
 from .counted import allocated_bytes, launches
-from .session import Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .session import Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
 from .shapes import DTYPES
+from .store import latest
 from .timing import Timed, against, interleave
 
 FLOOR = "autograd"
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     cases = session.todo(cases, lambda case: LABELS)
     launched = "kernels" if session.device.type == "cuda" else "operators"
-    with session.progress(len(cases)) as begin:
+    with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
             torch.set_num_threads(case.threads)
@@ -182,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
                 sizes = [bytes_text(result["tensor_bytes"]), f"{result['error']:.1e}"]
                 table.add_row(result["label"], *times, less, *counts, *sizes)
             session.console.print(table)
+    from .plots_more import draw_shared
+
+    draw_shared(latest(session.store.read()), session.folder)
     return session.finish()
 
 

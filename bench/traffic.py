@@ -1,31 +1,44 @@
-"""Bytes that each CUDA kernel moves, counted by the SIMT executor, over the least it could: python -m bench.traffic
+"""Bytes that each CUDA kernel moves, counted by the SIMT executor, over the least it could: no GPU needed.
 
-The kernels run on the CPU with the split that the planner chooses for a GPU of 132 multiprocessors (H100). The counts are
-exact and the same every time: what a warp's instruction touches in global memory, per array, and in 32-byte sectors.
-"large" is what the kernel is about: x, g, or y in and out. Factors and partial sums are listed apart; most of what is
-read again comes from L2.
+    python -m bench.traffic                           kernels, whole layers, and a projection for known GPUs
+    python -m bench.traffic --shapes 8192x4096x4096x16 --gpus h100
+
+The kernels run on the CPU with the split that the planner chooses for a GPU of so many multiprocessors. The counts are exact
+and the same every time: what a warp's instruction touches in global memory, per array, and in 32-byte sectors. "large" is what
+the kernel is about: x, g, or y in and out. Factors and partial sums are listed apart; most of what is read again comes from L2.
+A whole layer is its kernels and the base product, against the operators that eager LoRA runs (`layer_traffic`); what that would
+take on a GPU is a projection (`projection`), no measurement. Counts are kept in bench/results/simt-executor/traffic.jsonl and
+not made again while the kernels' sources stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-SHAPES = [(8192, 4096, 16), (1024, 1024, 64), (1024, 2048, 64)]
+from .bounds import kernel_work
+from .shapes import Shape, parse_shapes
+from .store import RESULTS, ROOT, Store, latest
+
+FOLDER = RESULTS / "simt-executor"
+LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (2048, 4096, 1024, 16)]
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
-LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g"}
+SMALL = ("fold", "fold_grad")
+LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
+ELEMENT = 2  # bfloat16
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel at one shape: m tokens, n columns of the large matrix, rank r."""
+    """One kernel at one shape: m tokens (fold, fold_grad: layers), n columns of the large matrix, rank r."""
 
     kernel: str
     m: int
@@ -36,6 +49,7 @@ class Row:
     moved: int  # of which moved, in fact
     factors: int
     partials: int
+    total: int  # all bytes read and written
     sector_efficiency: float
     bank_conflicts: float  # wavefronts over phases
     launches: int
@@ -55,8 +69,13 @@ class Row:
         """Those bytes over the least that any split into so many blocks could have."""
         return (self.factors + self.partials) / least_extra(self.kernel, self.m, self.n, self.r, self.blocks)
 
+    @property
+    def over_once(self) -> float:
+        """All bytes over every operand moved once."""
+        return self.total / kernel_work(self.kernel, self.m, self.n, self.r, ELEMENT).bytes
 
-def least_extra(kernel: str, m: int, n: int, r: int, blocks: int, element: int = 2) -> float:
+
+def least_extra(kernel: str, m: int, n: int, r: int, blocks: int, element: int = ELEMENT) -> float:
     """Least bytes of factors and partial sums for s x t = `blocks` blocks, s along the tokens and t along the columns.
 
     The factor of the columns is read s times and that of the tokens t times; a partial sum is 4 bytes, written and read.
@@ -67,41 +86,72 @@ def least_extra(kernel: str, m: int, n: int, r: int, blocks: int, element: int =
 
 
 def executor() -> ModuleType:
-    """The test module that runs the kernels on the CPU, built if need be."""
+    """The test module that runs the kernels on the CPU, built if need be (a minute)."""
     path = ROOT / "python_tests" / "simt" / "build.py"
     if not path.exists():
-        raise SystemExit(f"bench.traffic needs the repository's tests: expected {path}")
+        raise FileNotFoundError(f"the executor: expected the repository's tests at {path}, found none")
     spec = importlib.util.spec_from_file_location("build", path)
     build = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("build", build)
     spec.loader.exec_module(build)
-    return build.load("plain")
+    try:
+        return build.load("plain")
+    except build.BuildError as error:
+        raise OSError(f"the executor cannot be built: {str(error).strip().splitlines()[0]}") from None
 
 
-def aligned(shape: tuple[int, int], dtype: type) -> np.ndarray:
+def sources_id() -> str:
+    """Of the kernels and the executor: counts of other sources are made anew."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp") and "cpu" not in path.parts:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Zeros from an address divisible by 256, as torch's allocator gives."""
-    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 256, np.uint8)
     start = -raw.ctypes.data % 256
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int) -> tuple[Callable[[], None], np.ndarray]:
+    """A run of one kernel in bfloat16, and its large matrix."""
+
+    def bf16(*shape: int) -> np.ndarray:
+        return aligned(shape, np.uint16)
+
+    def fp32(*shape: int) -> np.ndarray:
+        return aligned(shape, np.float32)
+
+    if kernel in SMALL:
+        B, cores = bf16(n, r), bf16(m, r, r)
+        if kernel == "fold":
+            F = bf16(m, n, r)
+            return lambda: lib.fold(B, cores, 1.0, F), F
+        Q, dB, dcores = fp32(m, n, r), fp32(n, r), fp32(m, r, r)
+        return lambda: lib.fold_grad(Q, B, cores, 1.0, dB, dcores), Q
+    large, factor, narrow = bf16(m, n), bf16(n, r), bf16(m, r)
+    calls = {
+        "shrink": lambda: lib.shrink(large, factor, narrow),
+        "expand_add": lambda: lib.expand_add_(large, narrow, factor),
+        "factor_grad": lambda: lib.factor_grad_(fp32(n, r), large, narrow),
+        "shrink_grad": lambda: lib.shrink_grad(large, factor, narrow, bf16(m, r), fp32(n, r)),
+    }
+    if kernel not in calls:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS + SMALL)}, got {kernel}")
+    return calls[kernel], large
+
+
 def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors: int = 132) -> Row:
     """Runs one kernel in bfloat16 and counts."""
+    call, large = _call(lib, kernel, m, n, r)
     lib.set_device(multiprocessors=multiprocessors)
     lib.set_options(count_memory=True)
     lib.reset_counters()
-    large, factor, narrow = aligned((m, n), np.uint16), aligned((n, r), np.uint16), aligned((m, r), np.uint16)
-    if kernel == "shrink":
-        lib.shrink(large, factor, narrow)
-    elif kernel == "expand_add":
-        lib.expand_add_(large, narrow, factor)
-    elif kernel == "factor_grad":
-        lib.factor_grad_(aligned((n, r), np.float32), large, narrow)
-    elif kernel == "shrink_grad":
-        lib.shrink_grad(large, factor, narrow, aligned((m, r), np.uint16), aligned((n, r), np.float32))
-    else:
-        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel}")
+    call()
     counters = lib.counters()
     lib.set_options()
     arrays = {name: a for name, a in counters["arrays"].items() if a["read_bytes"] + a["written_bytes"]}
@@ -120,40 +170,114 @@ def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors:
         # what is written once at the end is neither: u, k, Q and the accumulator
         factors=sum(a["read_bytes"] for name, a in arrays.items() if name not in (main, "workspace", "acc", "Q")),
         partials=total.get("workspace", 0),
+        total=sum(total.values()),
         sector_efficiency=sum(total.values()) / (32 * sectors),
         bank_conflicts=counters["shared_wavefronts"] / max(1, counters["shared_phases"]),
         launches=len(counters["launches"]),
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the table."""
-    from rich.console import Console
-    from rich.table import Table
+# ---- counts that are kept --------------------------------------------------------------------------------------------
 
-    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
-    parser.add_argument("--multiprocessors", type=int, default=132, help="of the GPU that is planned for (default 132)")
-    options = parser.parse_args(arguments)
-    if options.multiprocessors < 1:
-        parser.error(f"--multiprocessors: expected at least 1, got {options.multiprocessors}")
-    lib = executor()
-    table = Table(title=f"Counted traffic, bf16, planned for {options.multiprocessors} multiprocessors (SIMT executor, no GPU)")
-    for name in ("kernel", "M x N", "r", "blocks", "large, x its size", "factors", "partial sums", "x large", "x least"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
-    for name in ("sectors used", "bank conflicts"):
-        table.add_column(name, justify="right")
-    for m, n, r in SHAPES:
-        for kernel in KERNELS:
-            row = count(lib, kernel, m, n, r, options.multiprocessors)
-            table.add_row(
-                kernel, f"{m} x {n}", str(r), str(row.blocks), f"{row.once:.4f}", f"{row.factors / 1e6:.2f} MB",
-                f"{row.partials / 1e6:.2f} MB", f"{row.extra:.3f}", f"{row.over_least:.2f}",
-                f"{row.sector_efficiency:.1%}", f"{row.bank_conflicts:.3f}",
-            )  # fmt: skip
-        table.add_section()
-    Console(width=132).print(table)
+Key = tuple[str, int, int, int, int]  # kernel, m, n, r, multiprocessors
+
+
+def needed(shapes: list[Shape], multiprocessors: list[int]) -> list[Key]:
+    """The kernels of whole layers at shapes (m, k, n, r), for GPUs of so many multiprocessors."""
+    keys: list[Key] = []
+    for sm in multiprocessors:
+        for m, k, n, r in shapes:
+            keys += [("shrink", m, k, r, sm), ("expand_add", m, n, r, sm), ("shrink_grad", m, n, r, sm)]
+            keys += [
+                ("expand_add", m, k, r, sm),
+                ("factor_grad", m, k, r, sm),
+                ("fold", 1, n, r, sm),
+                ("fold_grad", 1, n, r, sm),
+            ]
+    return list(dict.fromkeys(keys))
+
+
+def kept(store: Store, build: str) -> dict[Key, Row]:
+    """The counts that were made of these sources."""
+    cells = [cell for cell in latest(store.read()) if cell["build"] == build]
+    return {tuple(cell["case"].values()): Row(**cell["row"]) for cell in cells}
+
+
+def keep(store: Store, build: str, key: Key, row: Row) -> None:
+    case = dict(zip(("kernel", "m", "n", "r", "multiprocessors"), key))
+    store.append({"case": case, "rival": "lotr_ext", "build": build, "row": asdict(row)})
+
+
+def count_all(keys: list[Key], store: Store, begin: Callable[[str], None], again: bool = False) -> dict[Key, Row]:
+    """The rows of keys, counted where they are not kept."""
+    build = sources_id()
+    rows = {} if again else kept(store, build)
+    lib = None
+    for key in keys:
+        begin(f"{key[0]} {key[1]}x{key[2]} r{key[3]}, {key[4]} multiprocessors")
+        if key not in rows:
+            lib = lib or executor()
+            rows[key] = count(lib, *key)
+            keep(store, build, key, rows[key])
+    return {key: rows[key] for key in keys}
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    from .projection import GPUS
+
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", help="MxKxNxR or MODEL:TOKENS:RANK of layers, comma-separated")
+    parser.add_argument("--gpus", default=",".join(GPUS), help=f"to project for, some of {', '.join(GPUS)} (all)")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the counts (bench/results/simt-executor)")
+    parser.add_argument("--fresh", action="store_true", help="count again what was counted of these sources")
+    options = parser.parse_args(argv)
+    options.shapes = parse_shapes(options.shapes) if options.shapes else LAYER_SHAPES
+    for shape in options.shapes:
+        if shape[3] > 256:
+            raise ValueError(f"shapes: expected ranks up to 256, what the CUDA kernels take, got {shape[3]}")
+    options.gpus = options.gpus.split(",")
+    for gpu in options.gpus:
+        if gpu not in GPUS:
+            raise ValueError(f"gpus: expected some of {', '.join(GPUS)}, got {gpu!r}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    from rich.console import Console
+
+    from . import layer_traffic, projection
+    from .session import new_table, progress
+
+    options = arguments(argv)
+    store = Store(options.results / "traffic.jsonl").prepare()
+    multiprocessors = list(dict.fromkeys(projection.GPUS[gpu].multiprocessors for gpu in options.gpus))
+    keys = needed(options.shapes, multiprocessors)
+    with progress(len(keys)) as begin:
+        rows = count_all(keys, store, begin, options.fresh)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    heads = ("kernel", "M x N", "r", "blocks", "large, x its size", "factors", "partial sums", "all, x each operand once")
+    for sm in multiprocessors:
+        table = new_table(f"Counted bytes, bf16, planned for {sm} multiprocessors (SIMT executor, no GPU)", *heads)
+        for head in ("sectors used", "bank conflicts"):
+            table.add_column(head, justify="right")
+        for key, row in rows.items():
+            if key[4] == sm:
+                sizes = [f"{row.factors / 1e6:.2f} MB", f"{row.partials / 1e6:.2f} MB", f"{row.over_once:.3f}"]
+                rates = [f"{row.sector_efficiency:.1%}", f"{row.bank_conflicts:.3f}"]
+                numbers = [f"{row.m} x {row.n}", str(row.r), str(row.blocks), f"{row.once:.4f}"]
+                table.add_row(row.kernel, *numbers, *sizes, *rates)
+        console.print(table)
+    for shape in options.shapes:
+        console.print(layer_traffic.table(shape, rows, multiprocessors[0]))
+        console.print(projection.table(shape, rows, options.gpus))
+    console.print(f"counts in {store.path}", highlight=False)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .session import start
+
+    start("bench.traffic", main)

@@ -61,7 +61,7 @@ def test_every_command_exists(command):
         assert subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True).returncode == 0
         arguments = [shlex.split(word[5:]) for word in words if word.startswith("ARGS=")]
         for flags in arguments:
-            program = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench.layer"]}[words[1]]
+            program = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench"]}[words[1]]
             text = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
             assert all(flag in text for flag in flags if flag.startswith("--"))
     else:

@@ -1,0 +1,95 @@
+"""All benchmarks of this machine, one after another: python -m bench (make bench); --quick in about two minutes.
+
+    layer     one adapted layer against its rivals                    bench/layer.py
+    shared    the shared gradient against autograd's own sums         bench/shared.py
+    model     a transformer trained with each method                  bench/model.py
+    profile   where the layer's time goes (not with --quick)          bench/profile.py
+    kernels   each CUDA kernel alone (with a GPU)                     bench/kernels.py
+    traffic   counted bytes and a projection (not with --quick)       bench/traffic.py
+
+Results, tables and pictures go to bench/results/<machine>/. What is interrupted is gone on with by the same command; a part
+that fails is named and the others run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from . import kernels, layer, model, profile, shared, targets, traffic
+from .session import add_options, check_options, start
+from .store import RESULTS
+
+PARTS = ("layer", "shared", "model", "profile", "kernels", "traffic")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
+    add_options(parser)
+    parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, about two minutes")
+    parser.add_argument("--minutes", type=float, default=layer.MINUTES, help="about how long the layer's shapes may take")
+    parser.add_argument("--parts", help=f"some of {', '.join(PARTS)} (all that this machine can run)")
+    options = parser.parse_args(argv)
+    options.given = {
+        n: getattr(options, n) for n in ("threads", "rounds", "clock", "results") if getattr(options, n) is not None
+    }
+    options.chosen_dtypes = options.dtypes if options.dtypes != parser.get_default("dtypes") else None
+    check_options(options, rounds=1)
+    parts = options.parts.split(",") if options.parts else default_parts(options)
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {part!r}")
+    options.parts = parts
+    return options
+
+
+def default_parts(options: argparse.Namespace) -> list[str]:
+    """With --quick the three that answer what LoTR costs; kernels where there is a GPU."""
+    quick = ("layer", "shared", "model") if options.quick else PARTS
+    return [part for part in quick if part != "kernels" or options.device == "cuda"]
+
+
+def commands(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The arguments of each part."""
+    common = ["--device", options.device]
+    for name, value in options.given.items():
+        common += [f"--{name}", str(value)]
+    common += ["--dtypes", options.chosen_dtypes] if options.chosen_dtypes else []
+    common += ["--fresh"] if options.fresh else []
+    quick = ["--quick"] if options.quick else []
+    found = {part: [*common, *quick] for part in PARTS}
+    found["layer"] += [] if options.quick else ["--minutes", str(options.minutes)]
+    found["profile"] = common
+    found["traffic"] = ["--fresh"] if options.fresh else []
+    found["traffic"] += ["--results", str(Path(options.results) / "simt-executor")] if options.results else []
+    return {part: found[part] for part in options.parts}
+
+
+def run(parts: dict[str, Callable[[], int]]) -> int:
+    """Runs each; one that fails is named and the others run. 0 if all went well."""
+    worst = 0
+    for name, part in parts.items():
+        print(f"\n==== {name} ====", flush=True)
+        try:
+            worst = max(worst, part())
+        except (ValueError, OSError) as error:
+            print(f"bench.{name}: {error}", flush=True)
+            worst = 1
+    return worst
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    programs = {"layer": layer, "shared": shared, "model": model, "profile": profile, "kernels": kernels, "traffic": traffic}
+    own = commands(options)
+    status = run({name: lambda name=name: programs[name].main(own[name]) for name in own})
+    if options.device == "cpu" and {"layer", "model"} <= set(own):
+        print("\n==== targets ====", flush=True)
+        targets.main([options.results] if options.results else [])
+    print(f"\nresults under {options.results or RESULTS}; python -m bench.report puts them into README.md", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    start("bench", main)

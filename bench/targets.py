@@ -1,0 +1,105 @@
+"""Which of the targets on a CPU the kept results meet: python -m bench.targets [folder of results]
+
+On one and all threads, fp32 and bf16: at the target shapes one adapted layer costs less over the frozen layer, forward +
+backward, than every form of LoRA made of library products (eager, in-place in both orders, compiled, PEFT's); and a step of the
+model bench at equal rank takes no longer than PEFT LoRA's and allocates less at its peak. "within the spread": the medians
+differ by less than the quartile ranges overlap. Exit 1 unless all that was measured is met.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from .report import newest_build
+from .rivals import LIBRARY_ONLY, OURS
+from .session import new_table, start
+from .shapes import TARGETS, Case
+from .store import RESULTS, Store
+
+
+class Verdict(NamedTuple):
+    """what: the case; ours, best: the numbers compared; rival: whose best; met: "yes", "within the spread" or "no"."""
+
+    what: str
+    ours: str
+    best: str
+    rival: str
+    met: str
+
+
+def _met(ours: list[float], best: list[float], equal_is_met: bool) -> str:
+    """Of two (25 %, median, 75 %)."""
+    if ours[1] < best[1] or (equal_is_met and ours[1] == best[1]):
+        return "yes" if ours[2] < best[0] or equal_is_met else "yes, within the spread"
+    return "within the spread" if ours[0] <= best[2] else "no"
+
+
+def layer_verdicts(cells: list[dict]) -> list[Verdict]:
+    """One a target shape, dtype and thread count."""
+    cases: dict[Case, dict[str, dict]] = {}
+    for cell in cells:
+        if tuple(cell["case"].values())[:4] in TARGETS:
+            cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell
+    found = []
+    for case, own in sorted(cases.items(), key=lambda item: (item[0].threads, item[0].dtype != "fp32")):
+        rivals = [own[rival] for rival in LIBRARY_ONLY if rival in own]
+        if OURS not in own or not rivals:
+            continue
+        best = min(rivals, key=lambda c: c["step"]["excess"][1])
+        ours, theirs = own[OURS]["step"]["excess"], best["step"]["excess"]
+        numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (ours, theirs)]
+        found.append(Verdict(f"layer {case.name()}", *numbers, best["label"], _met(ours, theirs, False)))
+    return found
+
+
+def model_verdicts(cells: list[dict]) -> list[Verdict]:
+    """Two a case: step time, and peak memory."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for cell in cells:
+        cases.setdefault(tuple(cell["case"].values()), {})[cell["rival"]] = cell
+    found = []
+    for own in cases.values():
+        if not {OURS, "lora-peft"} <= set(own):
+            continue
+        ours, lora = own[OURS], own["lora-peft"]
+        c = ours["case"]
+        name = f"{c['model']} {c['batch']}x{c['sequence']} r{c['r']} {c['dtype']} t{c['threads']}"
+        steps = [cell["step"]["seconds"] for cell in (ours, lora)]
+        numbers = [f"{1e3 * s[1]:.1f} ms ({1e3 * s[0]:.1f}, {1e3 * s[2]:.1f})" for s in steps]
+        found.append(Verdict(f"step {name}", *numbers, lora["label"], _met(*steps, True)))
+        peaks = [cell["peak_bytes"] for cell in (ours, lora)]
+        sizes = [f"{p / 2**20:.1f} MiB" for p in peaks]
+        found.append(Verdict(f"peak {name}", *sizes, lora["label"], "yes" if peaks[0] < peaks[1] else "no"))
+    return found
+
+
+def verdicts(folder: Path) -> list[Verdict]:
+    """All that the results in a folder say."""
+    read = {name: newest_build(Store(folder / f"{name}.jsonl").read()) for name in ("layer", "model")}
+    return layer_verdicts(read["layer"]) + model_verdicts(read["model"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    folders = [Path(name) for name in argv] or sorted(p for p in RESULTS.glob("*") if (p / "layer.jsonl").exists())
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: expected a folder of results, found none")
+    from rich.console import Console
+
+    found = [verdict for folder in folders for verdict in verdicts(folder)]
+    if not found:
+        raise ValueError("no kept result is of a target: run python -m bench.layer and python -m bench.model first")
+    table = new_table(
+        "Targets on a CPU: lotr_ext against the best of library products", "", "lotr_ext", "best rival", "", "met"
+    )
+    for verdict in found:
+        table.add_row(*verdict)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    return int(not all(verdict.met.startswith("yes") for verdict in found))
+
+
+if __name__ == "__main__":
+    start("bench.targets", main)
