@@ -1,4 +1,4 @@
-"""LoTR adapters in other tools: export as a PEFT LoRA adapter, exact.
+"""LoTR adapters as PEFT LoRA adapters, exact: from a model (`export_lora`) or from a saved adapter (`lotr_to_lora`).
 
     s B G_l^T A^T = s lora_B lora_A    with lora_A = (A G_l)^T [r_out, K], lora_B = B [N, r_out]
                                        or   lora_A = A^T [r_in, K],        lora_B = B G_l^T [N, r_in], whichever is smaller
@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_files import put_file
+from ..adapter_files import put_file, read
 from ..apply import adapted_layers
 from ..checkpoint import saved_modules, saved_tensors, unwrapped
 from ..layer import LoTRLayer
 from ..linear import LoTRConv1D
 from ..ops import accumulate_dtype
+from .lora_files import LoRALayer
 
-__all__ = ["export_lora", "lora_factors"]
+__all__ = ["export_lora", "lora_factors", "lotr_to_lora"]
 
 _PREFIX = "base_model.model."
 
@@ -37,6 +38,16 @@ def _pair(A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
     """(lora_A [r, K], lora_B [N, r]) of the smaller of the two ranks."""
     r_in, r_out = core.shape
     return ((A @ core).T, B) if r_out <= r_in else (A.T, B @ core.T)
+
+
+def _lora_pair(A: Tensor, B: Tensor, core: Tensor, start: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B of a layer, contiguous, in core's dtype and on its device. start: A, B and core that it began with."""
+    wide = accumulate_dtype(core.dtype)
+    lora_A, lora_B = _pair(*(t.detach().to(core.device, wide) for t in (A, B, core)))
+    if start is not None:
+        start_A, start_B = _pair(*(t.to(core.device, wide) for t in start))
+        lora_A, lora_B = torch.cat([lora_A, start_A]), torch.cat([lora_B, -start_B], 1)
+    return lora_A.to(core.dtype).contiguous(), lora_B.to(core.dtype).contiguous()
 
 
 @torch.no_grad()
@@ -54,14 +65,9 @@ def lora_factors(layer: LoTRLayer) -> tuple[Tensor, Tensor]:
         raise TypeError(f"layer: expected a LoTRLayer, got {type(layer).__name__}")
     if layer.core.is_meta:
         raise RuntimeError("layer: expected tensors with values, got a layer on the meta device")
-    dtype = layer.core.dtype
-    wide, factors = accumulate_dtype(dtype), layer.factors
-    lora_A, lora_B = _pair(*(t.to(layer.core.device, wide) for t in (factors.A, factors.B, layer.core)))
-    if layer.start_core is not None:
-        start = (t.to(layer.core.device, wide) for t in (factors.start_A, factors.start_B, layer.start_core))
-        start_A, start_B = _pair(*start)
-        lora_A, lora_B = torch.cat([lora_A, start_A]), torch.cat([lora_B, -start_B], 1)
-    return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
+    factors = layer.factors
+    start = None if layer.start_core is None else (factors.start_A, factors.start_B, layer.start_core)
+    return _lora_pair(factors.A, factors.B, layer.core.detach(), start)
 
 
 def _exact_targets(names: Iterable[str], model: nn.Module) -> list[str] | str:
@@ -81,9 +87,15 @@ def _outermost(names: Iterable[str]) -> list[str]:
 
 
 def _patterns(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and by full name the layers with another."""
+    """The commonest value, and the layers with another, by full name: as PEFT matches them, that is any name ending so, and
+    where this would take in a layer with another value, a pattern for the one layer."""
     common = Counter(values.values()).most_common(1)[0][0]
-    return common, {name: value for name, value in values.items() if value != common}
+    patterns = {}
+    for name, value in values.items():
+        if value != common:
+            alone = all(v == value or not re.match(rf"(.*\.)?({name})$", other) for other, v in values.items())
+            patterns[name if alone else f"^{re.escape(name)}"] = value
+    return common, patterns
 
 
 def export_lora(model: nn.Module, directory: str | PathLike[str], *, task_type: str | None = None) -> None:
@@ -100,35 +112,83 @@ def export_lora(model: nn.Module, directory: str | PathLike[str], *, task_type: 
     Raises:
         TypeError: no nn.Module. RuntimeError: no adapter, or one on the meta device. ValueError: directory is a file.
     """
-    from safetensors.torch import save
-
     model, directory = unwrapped(model), Path(directory)
     layers, saved = adapted_layers(model), saved_modules(model)
+    entries = {name: LoRALayer(*lora_factors(layer), layer.scaling) for name, layer in layers.items()}
+    config: dict[str, Any] = {
+        "task_type": task_type,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "lora_dropout": max(layer.dropout for layer in layers.values()),
+        "fan_in_fan_out": all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
+        "target_modules": _exact_targets(layers, model),
+        "modules_to_save": _outermost(saved) or None,
+    }
+    _write(directory, entries, saved_tensors(saved), config)
+
+
+def lotr_to_lora(
+    source: str | PathLike[str],
+    directory: str | PathLike[str],
+    *,
+    task_type: str | None = None,
+    fan_in_fan_out: bool = False,
+) -> dict[str, LoRALayer]:
+    """Writes the LoTR adapter that `save_adapter` left in `source` as a PEFT LoRA adapter; no model is needed.
+
+    Args:
+        source: a directory with a LoTR adapter.
+        directory: made if need be.
+        task_type: as in `export_lora`.
+        fan_in_fan_out: what the LoRA's configuration says of the weights; PEFT corrects it where it is wrong, with a warning.
+
+    Returns:
+        The LoRA layers, by name.
+
+    Raises:
+        ValueError: no such adapter, or directory is a file.
+    """
+    manifest, tensors = read(Path(source))
+    entries = {}
+    for name, entry in manifest.layers.items():
+        parts = [tensors[key] for key in (f"{entry.factors}.A", f"{entry.factors}.B", f"{name}.core")]
+        start = [tensors.get(k) for k in (f"{entry.factors}.start_A", f"{entry.factors}.start_B", f"{name}.start_core")]
+        pair = _lora_pair(*parts, None if start[0] is None else tuple(start))
+        entries[name] = LoRALayer(*pair, entry.scaling)
+    known = {key for name, e in manifest.layers.items() for key in (f"{name}.core", f"{name}.start_core")}
+    own = {f"{e.factors}." for e in manifest.layers.values()}
+    saved = {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
+    config: dict[str, Any] = {
+        "task_type": task_type,
+        "base_model_name_or_path": None,
+        "lora_dropout": max(entry.dropout for entry in manifest.layers.values()),
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": "|".join(map(re.escape, sorted(entries))),  # full names, whatever else the model has
+        "modules_to_save": _outermost(manifest.modules_to_save) or None,
+    }
+    _write(Path(directory), entries, saved, config)
+    return entries
+
+
+def _write(directory: Path, layers: dict[str, LoRALayer], saved: dict[str, Tensor], config: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, float] = {}
     for name, layer in layers.items():
-        lora_A, lora_B = lora_factors(layer)
-        tensors |= {f"{_PREFIX}{name}.lora_A.weight": lora_A, f"{_PREFIX}{name}.lora_B.weight": lora_B.clone()}
-        ranks[name] = lora_A.shape[0]
-    tensors |= {f"{_PREFIX}{key}": value for key, value in saved_tensors(saved).items()}
-    r, rank_pattern = _patterns(ranks)
-    alpha, alpha_pattern = _patterns({name: _number(layer.scaling * ranks[name]) for name, layer in layers.items()})
-    config: dict[str, Any] = {
+        tensors |= {f"{_PREFIX}{name}.lora_A.weight": layer.A, f"{_PREFIX}{name}.lora_B.weight": layer.B.clone()}
+    tensors |= {f"{_PREFIX}{key}": value for key, value in saved.items()}
+    r, rank_pattern = _patterns({name: layer.rank for name, layer in layers.items()})
+    alpha, alpha_pattern = _patterns({name: _number(layer.scaling * layer.rank) for name, layer in layers.items()})
+    config = {
         "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
         "bias": "none",
-        "fan_in_fan_out": all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
-        "target_modules": _exact_targets(layers, model),
-        "modules_to_save": _outermost(saved) or None,
+        **config,
     }
     directory.mkdir(parents=True, exist_ok=True)
     stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}

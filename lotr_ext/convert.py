@@ -1,0 +1,155 @@
+"""`python -m lotr_ext.convert`: adapters of LoRA and of the original LoTR implementation to this package's, and back.
+
+lora-to-lotr SOURCE DESTINATION --rank 16        a PEFT LoRA adapter, by Tucker-2; or --error 0.1, or --parameters 100000
+lotr-to-lora SOURCE DESTINATION                  for PEFT and whatever else reads LoRA, exact
+original-to-lotr FILE DESTINATION                a state dict of github.com/daskol/lotr
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .interop import Conversion, LoTRAdapter, lora_to_lotr, lotr_to_lora, original_to_lotr
+from .interop.lora_files import LoRALayer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["main"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def _rank(text: str) -> int | tuple[int, int]:
+    try:
+        parts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        parts = ()
+    if len(parts) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"expected R or R_IN,R_OUT, got {text!r}")
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, source: str, text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.add_argument("source", help=source)
+        one.add_argument("destination", help="directory for the new adapter, made if need be")
+        return one
+
+    one = command("lora-to-lotr", "directory of a PEFT LoRA adapter", "LoRA to LoTR by Tucker-2, with each layer's error.")
+    size = one.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", type=_rank, help="R, or R_IN,R_OUT")
+    size.add_argument("--error", type=float, help="smallest rank with at most this relative error in each group")
+    size.add_argument("--parameters", type=int, help="largest rank with at most so many parameters")
+    one.add_argument("--group-by", choices=("shape", "name"), default="shape", help="which layers share A and B")
+    one.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the new adapter")
+    one = command("lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "LoTR to a PEFT LoRA adapter, exact.")
+    one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
+    one.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
+    one = command("original-to-lotr", "checkpoint of the original LoTR implementation", "A state dict of daskol/lotr to LoTR.")
+    one.add_argument("--scale", type=float, default=1.0, help="what its layers were made with (default 1)")
+    one.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that were trained whole, such as classifier")
+    return parser
+
+
+def _table(console: Console, rows: Sequence[tuple[str, ...]], heads: Sequence[str], title: str) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(*heads[:1], title=title, box=SIMPLE_HEAD)
+    for head in heads[1:]:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _sizes(adapter: LoTRAdapter, name: str) -> str:
+    entry = adapter.layers[name]
+    return f"{entry.in_features} x {entry.out_features}"
+
+
+def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading", total=1.0)
+        found: Conversion = lora_to_lotr(
+            arguments.source,
+            rank=arguments.rank,
+            error=arguments.error,
+            parameters=arguments.parameters,
+            group_by=arguments.group_by,
+            dtype=_DTYPES[arguments.dtype],
+            report=lambda what, done: progress.update(task, description=what, completed=done),
+        )
+    rows = [
+        (name, group, _sizes(found, name), f"{found.errors[name]:.2e}")
+        for group, names in found.groups.items()
+        for name in names
+    ]
+    _table(console, rows, ("layer", "group", "in x out", "relative error"), "|D - s B G^T A^T| / |D|, D the LoRA's delta")
+    groups = ", ".join(f"{group} {error:.2e}" for group, error in found.group_errors.items())
+    found.save(arguments.destination)
+    return (
+        f"{len(found.layers)} layers at rank {found.rank}; error over each group: {groups}; {found.parameters:,} parameters, "
+        f"the LoRA has {found.lora_parameters:,}"
+    )
+
+
+def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
+    options = {"task_type": arguments.task_type, "fan_in_fan_out": arguments.fan_in_fan_out}
+    layers: dict[str, LoRALayer] = lotr_to_lora(arguments.source, arguments.destination, **options)
+    rows = [
+        (name, "{} x {}".format(*layer.sizes), str(layer.rank), f"{layer.scaling:g}", f"{layer.A.numel() + layer.B.numel():,}")
+        for name, layer in layers.items()
+    ]
+    _table(console, rows, ("layer", "in x out", "rank", "scaling", "parameters"), "exact")
+    return f"{len(layers)} layers; {sum(layer.A.numel() + layer.B.numel() for layer in layers.values()):,} parameters"
+
+
+def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
+    options = {"scale": arguments.scale, "modules_to_save": arguments.modules_to_save}
+    found = original_to_lotr(arguments.source, **options)
+    rows = [(name, group, _sizes(found, name)) for group, names in found.groups.items() for name in names]
+    _table(console, rows, ("layer", "group", "in x out"), "exact")
+    found.save(arguments.destination)
+    scaling = found.config.scaling
+    return f"{len(found.layers)} layers at rank {found.config.rank}, scaling {scaling:g}; {found.parameters:,} parameters"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns 0, or 2 with a message on stderr where something cannot be converted; then nothing was written."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(
+            "error: expected the package rich for the table and the progress bar, got none: pip install rich", file=sys.stderr
+        )
+        return 2
+    run = {"lora-to-lotr": _lora_to_lotr, "lotr-to-lora": _lotr_to_lora, "original-to-lotr": _original_to_lotr}
+    console = Console()
+    try:
+        console.print(run[parsed.command](parsed, console), f"-> {parsed.destination}", highlight=False, markup=False)
+    except (TypeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""A LoTR adapter made from something else: what `save_adapter` would write, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter_files import LayerEntry, Manifest, write
+from ..config import LoTRConfig
+from .lora_files import modules_holding
+
+__all__ = ["LoTRAdapter", "group_names"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LoTRAdapter:
+    """config, layers and tensors as in a saved adapter. `save` it, then `lotr_ext.load_adapter(model, directory)`."""
+
+    config: LoTRConfig
+    layers: dict[str, LayerEntry]
+    tensors: dict[str, Tensor]
+    saved: dict[str, Tensor]
+
+    @property
+    def parameters(self) -> int:
+        """The adapter's own parameters, without modules_to_save."""
+        return sum(t.numel() for t in self.tensors.values())
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Layer names by group."""
+        groups: dict[str, list[str]] = {}
+        for name, entry in self.layers.items():
+            groups.setdefault(entry.factors.removeprefix("lotr_factors."), []).append(name)
+        return groups
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Writes the adapter where `load_adapter` finds it, in place of one that is there already.
+
+        Raises:
+            ValueError: directory is a file. OSError: the disk.
+        """
+        endings = self.config.modules_to_save or ()
+        modules = {name: None for key in self.saved for name in modules_holding(key, endings)}
+        write(Path(directory), Manifest(self.config, self.layers, tuple(modules)), {**self.tensors, **self.saved})
+
+
+def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[str, str]) -> dict[str, str]:
+    """Each layer's group, as `apply_lotr` makes them. sizes: (in_features, out_features) by layer.
+
+    Raises:
+        TypeError, ValueError: group_by is no "shape", "name" or mapping of exactly these layers to names that modules can
+            have, or it puts layers of different shapes into one group.
+    """
+    group_by = LoTRConfig(group_by=group_by).group_by
+    if callable(group_by):
+        raise TypeError('group_by: expected "shape", "name" or a mapping, got a callable, which needs a model')
+    if isinstance(group_by, dict) and set(group_by) != set(sizes):
+        missing, unknown = sorted(set(sizes) - set(group_by)), sorted(set(group_by) - set(sizes))
+        raise ValueError(
+            "group_by: expected a group for each adapted layer and no other, got none for "
+            f"{', '.join(missing[:3]) or 'no layer'} and one for {', '.join(unknown[:3]) or 'no other'}"
+        )
+    groups, first = {}, {}
+    for name, (k, n) in sizes.items():
+        shape = f"{k}x{n}"
+        by = {"shape": shape, "name": f"{name.rpartition('.')[2]}_{shape}"}
+        group = groups[name] = group_by[name] if isinstance(group_by, dict) else by[group_by]
+        if not group or "." in group or hasattr(nn.ModuleDict, group):
+            raise ValueError(f"group_by: expected a name that can be a module's, without dots, for {name!r}, got {group!r}")
+        other = first.setdefault(group, name)
+        if sizes[other] != (k, n):
+            raise ValueError(
+                f"group_by: expected layers of one shape in group {group!r}, got {other!r} {sizes[other]} and {name!r} {k, n}"
+            )
+    return groups
+
+
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype, if an adapter can have it."""
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+    return dtype

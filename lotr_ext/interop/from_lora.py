@@ -1,0 +1,171 @@
+"""LoRA adapters as LoTR: the layers' deltas s_l lora_B lora_A, stacked by group, factorised by Tucker-2 (`tucker.py`).
+
+S adapters of rank r in a group are exact at rank S r (arXiv 2402.01376 calls LoTR a generalisation of LoRA in this sense);
+below that the result is the least-squares approximation that HOOI finds. No delta is ever formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter_files import LayerEntry
+from ..config import LoTRConfig
+from ..factors import check_rank
+from .adapter import LoTRAdapter, check_dtype, group_names
+from .lora_files import LoRAAdapter, LoRALayer, read_lora
+from .tucker import LowRankStack, Tucker2
+
+__all__ = ["Conversion", "lora_to_lotr"]
+
+Report = Callable[[str, float], None]
+_SEARCH_TOLERANCE = 1e-5  # a rank is given up when an iteration gains less
+
+
+@dataclass(frozen=True)
+class Conversion(LoTRAdapter):
+    """A LoTR adapter, and how far it is from the LoRA: relative errors in the Frobenius norm.
+
+    errors: |D_l - s B G_l^T A^T| / |D_l| by layer; group_errors: the same over each group's stack; lora_parameters: those of
+    the LoRA factors.
+    """
+
+    errors: dict[str, float]
+    group_errors: dict[str, float]
+    lora_parameters: int
+
+    @property
+    def rank(self) -> int | tuple[int, int]:
+        return self.config.rank
+
+
+@torch.no_grad()
+def lora_to_lotr(
+    source: str | PathLike[str] | Mapping[str, Tensor] | LoRAAdapter,
+    *,
+    rank: int | tuple[int, int] | None = None,
+    error: float | None = None,
+    parameters: int | None = None,
+    group_by: str | Mapping[str, str] = "shape",
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    report: Report = lambda what, done: None,
+) -> Conversion:
+    """A PEFT LoRA adapter as a LoTR adapter. Exactly one of rank, error and parameters says how large it gets.
+
+    Args:
+        source: a directory, a state dict (with config), or what `read_lora` gave. modules_to_save go along.
+        rank: r, or (r_in, r_out), for all groups.
+        error: the smallest rank at which each group's relative error is at most this, in (0, 1).
+        parameters: the largest rank with which the adapter has at most so many (A, B and cores; not modules_to_save).
+        group_by: "shape", "name" or a mapping from layer names, as in LoTRConfig.
+        config: see `read_lora`.
+        dtype: of the result. The work is done in float64.
+        report: called with what is being done and the fraction of all that is done.
+
+    Returns:
+        The adapter: `.save(directory)`, then `lotr_ext.load_adapter(model, directory)`. Scaling 1: the LoRA's own scalings are
+        in the cores.
+
+    Raises:
+        TypeError, ValueError: a source that `read_lora` refuses; not exactly one size; a rank, error or budget that cannot
+            be; groups of mixed shapes.
+    """
+    check_dtype(dtype)
+    given = {"rank": rank, "error": error, "parameters": parameters}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"rank, error, parameters: expected exactly one of them, got {given}")
+    if rank is not None:
+        check_rank(rank)
+    if error is not None and not 0.0 < error < 1.0:
+        raise ValueError(f"error: expected a number between 0 and 1, got {error!r}")
+    adapter = source if isinstance(source, LoRAAdapter) else read_lora(source, config)
+    groups: dict[str, list[str]] = {}
+    for name, group in group_names({name: layer.sizes for name, layer in adapter.layers.items()}, group_by).items():
+        groups.setdefault(group, []).append(name)
+    if parameters is not None:
+        rank = _rank_for(parameters, {group: adapter.layers[names[0]].sizes for group, names in groups.items()}, groups)
+    stacks = {}
+    for i, (group, names) in enumerate(groups.items()):
+        report(f"QR of {group}", 0.1 * i / len(groups))
+        stacks[group] = LowRankStack([_pair(adapter.layers[name]) for name in names])
+    share = 0.4 / len(stacks)
+    if error is not None:
+        rank = 1
+        for i, (group, stack) in enumerate(stacks.items()):
+            rank = _smallest_rank(stack, error, rank, lambda r, i=i, g=group: report(f"rank of {g}: {r}?", 0.1 + i * share))
+    found = {}
+    for i, (group, stack) in enumerate(stacks.items()):
+        tell = lambda done, i=i, g=group: report(f"HOOI of {g}", 0.6 + (i + done) * share)  # noqa: E731
+        found[group] = stack.factorise(check_rank(rank), report=tell)
+    report("done", 1.0)
+    return _conversion(adapter, groups, found, rank, group_by, dtype)
+
+
+def _pair(layer: LoRALayer) -> tuple[Tensor, Tensor]:
+    """U = s lora_B and V = lora_A^T, so that U V^T is what the layer adds to W."""
+    return layer.scaling * layer.B.double(), layer.A.double().T
+
+
+def _count(r: int, sizes: Mapping[str, tuple[int, int]], groups: Mapping[str, list[str]]) -> int:
+    return sum(sum(sizes[group]) * r + len(names) * r * r for group, names in groups.items())
+
+
+def _rank_for(budget: int, sizes: Mapping[str, tuple[int, int]], groups: Mapping[str, list[str]]) -> int:
+    """The largest r with sum over groups of (K + N) r + L r^2 <= budget: the root of a quadratic."""
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"parameters: expected an int, got {budget!r}")
+    linear, square = sum(map(sum, sizes.values())), sum(map(len, groups.values()))
+    r = (math.isqrt(linear * linear + 4 * square * max(budget, 0)) - linear) // (2 * square)
+    if r < 1:
+        raise ValueError(f"parameters: expected at least {_count(1, sizes, groups)}, what rank 1 needs, got {budget}")
+    return r
+
+
+def _smallest_rank(stack: LowRankStack, error: float, at_least: int, report: Callable[[int], None]) -> int:
+    """By bisection between the bounds that the unfoldings' singular values give; at_least: what another group needs."""
+    low, high = stack.rank_bounds(error)
+    while max(low, at_least) < high:
+        middle = (max(low, at_least) + high) // 2
+        report(middle)
+        if stack.factorise((middle, middle), tolerance=_SEARCH_TOLERANCE, enough=error).error <= error:
+            high = middle
+        else:
+            low = middle + 1
+    return max(high, at_least)
+
+
+def _conversion(
+    adapter: LoRAAdapter,
+    groups: dict[str, list[str]],
+    found: dict[str, Tucker2],
+    rank: int | tuple[int, int],
+    group_by: str | Mapping[str, str],
+    dtype: torch.dtype,
+) -> Conversion:
+    layers, tensors, errors = {}, {}, {}
+    for group, names in groups.items():
+        result, prefix = found[group], f"lotr_factors.{group}"
+        tensors |= {f"{prefix}.A": result.A.to(dtype), f"{prefix}.B": result.B.to(dtype)}
+        for name, core, error in zip(names, result.cores, result.errors, strict=True):
+            layers[name] = LayerEntry(prefix, *adapter.layers[name].sizes, 1.0, adapter.dropout)
+            tensors[f"{name}.core"] = core.to(dtype)
+            errors[name] = error
+    config = LoTRConfig(
+        rank=rank,
+        scaling=1.0,
+        dropout=adapter.dropout,
+        target_modules=sorted(layers),
+        modules_to_save=adapter.modules_to_save or None,
+        group_by=group_by,
+        adapter_dtype=dtype,
+    )
+    count = sum(layer.A.numel() + layer.B.numel() for layer in adapter.layers.values())
+    overall = {group: result.error for group, result in found.items()}
+    return Conversion(config, layers, tensors, adapter.saved, errors, overall, count)

@@ -1,0 +1,201 @@
+"""LoRA adapters as PEFT saves them, read: the two factors and the scaling of each layer, and what was trained beside them.
+
+y = x W^T + scaling (x A^T) B^T      A [r, K], B [N, r], scaling = lora_alpha / r  (or / sqrt(r) with use_rslora)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..targets import name_ends_with
+
+__all__ = ["LoRAAdapter", "LoRALayer", "read_lora"]
+
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+# What makes a LoRA more than the sum of x W^T and the two factors: nothing that LoTR could hold.
+_NOT_PLAIN = {
+    "use_dora": "a norm for each output feature (DoRA)",
+    "lora_bias": "a trained bias in lora_B",
+    "target_parameters": "adapters on bare parameters",
+    "trainable_token_indices": "trained rows of the embedding",
+    "layer_replication": "layers that the base model has not",
+    "alora_invocation_tokens": "an adapter that is on for some tokens only",
+}
+_MOVED_WEIGHTS = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class LoRALayer:
+    """One layer's factors: A [r, K], B [N, r]; scaling * B @ A is added to W [N, K]."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(in_features, out_features)."""
+        return self.A.shape[1], self.B.shape[0]
+
+
+@dataclass(frozen=True)
+class LoRAAdapter:
+    """A whole adapter. saved: parameters of modules_to_save by full name; modules_to_save: name endings, as configured."""
+
+    layers: dict[str, LoRALayer]
+    saved: dict[str, Tensor]
+    modules_to_save: tuple[str, ...]
+    dropout: float
+
+
+def read_lora(source: str | PathLike[str] | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> LoRAAdapter:
+    """A PEFT LoRA adapter, checked.
+
+    Args:
+        source: a directory with adapter_config.json and adapter_model.safetensors (or .bin), or the tensors themselves, as
+            `peft.get_peft_model_state_dict` gives them.
+        config: the content of adapter_config.json; needed with tensors (r, lora_alpha and what else is not the default).
+
+    Raises:
+        ValueError: no such adapter; another method than LoRA; a LoRA with more than its two factors (DoRA, biases, embeddings,
+            weights moved by its init); factors missing, of shapes that do not fit, or not finite.
+    """
+    if isinstance(source, Mapping):
+        if config is None:
+            raise ValueError("config: expected r, lora_alpha, ... with a state dict, got None")
+        tensors = dict(source)
+    else:
+        directory = Path(source)
+        if config is None:
+            config = _read_config(directory)
+        _check_config(config)
+        tensors = _read_tensors(directory)
+    _check_config(config)
+    endings = tuple(config.get("modules_to_save") or ())
+    factors: dict[str, dict[str, Tensor]] = {}
+    saved, foreign = {}, []
+    for key, tensor in tensors.items():
+        found = _KEY.fullmatch(key)
+        name = key.removeprefix("base_model.model.")
+        if found is not None:
+            factors.setdefault(found["name"], {})[found["part"]] = tensor
+        elif modules_holding(name, endings):
+            saved[name] = tensor
+        else:
+            foreign.append(key)
+    if foreign:
+        raise ValueError(f"adapter: expected lora_A, lora_B and modules_to_save, got also {', '.join(sorted(foreign)[:3])}")
+    if not factors:
+        raise ValueError(f"adapter: expected tensors <layer>.lora_A.weight and .lora_B.weight, got {len(tensors)} others")
+    layers = {name: _layer(name, parts, config) for name, parts in factors.items()}
+    return LoRAAdapter(layers, saved, endings, float(config.get("lora_dropout", 0.0)))
+
+
+def modules_holding(key: str, endings: tuple[str, ...]) -> list[str]:
+    """The modules around a tensor of that name that are named by one of the endings."""
+    parts = key.split(".")
+    names = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return [name for name in names if any(name_ends_with(name, ending) for ending in endings)]
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"source: expected a directory with {path.name}, got {directory}")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got something else ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    path = next((directory / name for name in _FILES if (directory / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"source: expected {' or '.join(_FILES)} in {directory}, got neither")
+    return read_tensors(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name in a .safetensors file or one of torch.save; nothing in it is executed.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"source: expected a file that can be read, got {path} ({error.strerror})") from None
+    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: expected tensors by safetensors or torch.save, got something else ({first})") from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(tensors).__name__}")
+    return dict(tensors)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    if str(config.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
+        raise ValueError(f"peft_type: expected LORA, got {config['peft_type']!r}")
+    for field, meaning in _NOT_PLAIN.items():
+        if config.get(field):
+            raise ValueError(f"{field}: expected a LoRA of two factors a layer, got {meaning}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"bias: expected 'none', got {config['bias']!r}: LoTR trains no biases")
+    init = str(config.get("init_lora_weights", True))
+    if init.startswith(_MOVED_WEIGHTS):
+        raise ValueError(
+            f"init_lora_weights: expected an init that leaves the base weights as they are, got {init!r}; save the adapter "
+            "with PEFT's path_initial_model_for_weight_conversion first"
+        )
+
+
+def _layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoRALayer:
+    if set(parts) != {"A", "B"}:
+        raise ValueError(f"{name}: expected lora_A and lora_B, got only lora_{next(iter(parts))}")
+    A, B = parts["A"], parts["B"]
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or not A.shape[0]:
+        raise ValueError(f"{name}: expected lora_A [r, K] and lora_B [N, r], got {tuple(A.shape)} and {tuple(B.shape)}")
+    for part, tensor in parts.items():
+        if tensor.is_meta or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: expected finite floating values in lora_{part}, got {tensor.dtype} without")
+    rank = _setting(name, "r", "rank_pattern", config)
+    if rank is not None and rank != A.shape[0]:
+        raise ValueError(f"{name}: expected rank {rank:g} as configured, got lora_A {tuple(A.shape)}")
+    alpha = _setting(name, "lora_alpha", "alpha_pattern", config)
+    if alpha is None:
+        raise ValueError("lora_alpha: expected a number in the configuration, got None")
+    return LoRALayer(A, B, alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0]))
+
+
+def _setting(name: str, field: str, patterns: str, config: Mapping[str, Any]) -> float | None:
+    """A layer's value: that of the first pattern that matches the end of its name, else the common one."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return float(value)
+    value = config.get(field)
+    return None if value is None else float(value)

@@ -1,0 +1,162 @@
+"""Tucker-2 of a stack of low-rank matrices, without ever forming one of them.
+
+    D_l = U_l V_l^T [n, k], U_l [n, r_l], V_l [k, r_l]      D_l ~= B G_l^T A^T, least squares over all l at once
+
+Every V_l lies in the span of [V_1 .. V_L], so one QR of these (and one of the U_l) leaves the same problem in R = sum r_l
+dimensions instead of k and n, still in factored form: what HOSVD and HOOI (De Lathauwer et al., 2000a, 2000b) need of D_l are
+its products with a thin matrix. General Tucker routines (tensorly's partial_tucker) want a dense core tensor [L, R, R], which
+would have 2.9e9 elements for 224 layers of rank 16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["LowRankStack", "Tucker2"]
+
+_EXACT = 640  # up to this size a dense decomposition takes a fraction of a second
+_OVERSAMPLE, _POWERS = 10, 3
+_MAX_ITERATIONS, _TOLERANCE = 100, 1e-7
+
+
+class Tucker2:
+    """A [k, r_in] and B [n, r_out] with orthonormal columns (rows beyond the width), cores [L, r_in, r_out], float64.
+
+    errors: |D_l - B G_l^T A^T| / |D_l| for each l (0 where both are 0); error: the same over the stack; iterations: of HOOI.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, cores: Tensor, residuals: Tensor, norms: Tensor, iterations: int):
+        self.A, self.B, self.cores, self.iterations = A, B, cores, iterations
+        self.errors = [float(r / n) if n > 0 else 0.0 for r, n in zip(residuals, norms)]
+        total = norms.square().sum().sqrt()
+        self.error = float(residuals.square().sum().sqrt() / total) if total > 0 else 0.0
+
+
+class LowRankStack:
+    """L matrices U_l V_l^T of one shape. pairs: (U_l [n, r_l], V_l [k, r_l]), any floating dtype; the work is in float64."""
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]):
+        self.U, self._left = _reduced([u.double() for u, _ in pairs])
+        self.V, self._right = _reduced([v.double() for _, v in pairs])
+        self.n, self.k = pairs[0][0].shape[0], pairs[0][1].shape[0]
+        grams = zip(self.U, self.V)
+        self.norms = torch.stack([((u.T @ u) * (v.T @ v)).sum().clamp(min=0).sqrt() for u, v in grams])
+
+    @property
+    def full_rank(self) -> int:
+        """A rank at which the factorisation is exact."""
+        return max(self.U[0].shape[0], self.V[0].shape[0])
+
+    def rank_bounds(self, error: float) -> tuple[int, int]:
+        """(low, high): no rank below low reaches this relative error, and high does: the tails of the two unfoldings' singular
+        values bound the error of the best factorisation from both sides."""
+        total = float(self.norms.square().sum())
+        tails = []
+        for left, right in ((self.U, self.V), (self.V, self.U)):
+            side = [_compressed(a, b.T) for a, b in zip(left, right)]
+            values = torch.linalg.eigvalsh(_gram(side)).clamp(min=0)  # ascending
+            lost = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)  # by number of vectors kept: 0, 1, ..
+            tails.append(torch.cat([lost, lost.new_zeros(self.full_rank + 1 - len(lost))]))
+        allowed = error**2 * total
+        low = int((torch.maximum(*tails) > allowed).sum())
+        high = int(((tails[0] + tails[1]) > allowed).sum())
+        return max(1, low), max(1, min(high, self.full_rank))
+
+    @torch.no_grad()
+    def factorise(
+        self,
+        rank: tuple[int, int],
+        *,
+        tolerance: float = _TOLERANCE,
+        enough: float = 0.0,
+        report: Callable[[float], None] = lambda done: None,
+    ) -> Tucker2:
+        """The factorisation at rank (r_in, r_out). Starts from HOSVD; A and B are improved in turn until the captured share of
+        the squared norm grows by less than tolerance, or leaves no more than the relative error `enough`. report: called with
+        the fraction of the most iterations that there can be."""
+        p, q = self.V[0].shape[0], self.U[0].shape[0]
+        r_in, r_out = min(rank[0], p), min(rank[1], q)
+        total, captured, iterations = float(self.norms.square().sum()), -math.inf, 0
+        A = _leading([_compressed(v, u.T) for u, v in zip(self.U, self.V)], r_in, None)
+        B = None
+        while iterations < _MAX_ITERATIONS:
+            iterations += 1
+            B = _leading([_compressed(u, v.T @ A) for u, v in zip(self.U, self.V)], r_out, B)
+            halves = [_compressed(v, u.T @ B) for u, v in zip(self.U, self.V)]
+            A = _leading(halves, r_in, A)
+            now = sum(float((A.T @ h).square().sum()) for h in halves)
+            report(iterations / _MAX_ITERATIONS)
+            if now - captured <= tolerance * total or total - now < enough**2 * total:
+                break
+            captured = now
+        cores = torch.zeros(len(self.U), *rank, dtype=torch.float64, device=A.device)
+        residuals = []
+        for core, u, v in zip(cores, self.U, self.V):
+            inner_u, inner_v = B.T @ u, A.T @ v
+            core[:r_in, :r_out] = inner_v @ inner_u.T
+            # |D - P D Q|^2 = |(1 - P) D|^2 + |P D (1 - Q)|^2: no difference of large numbers
+            rest_u, rest_v = u - B @ inner_u, v - A @ inner_v
+            lost = ((rest_u.T @ rest_u) * (v.T @ v)).sum() + ((inner_u.T @ inner_u) * (rest_v.T @ rest_v)).sum()
+            residuals.append(lost.clamp(min=0).sqrt())
+        A, B = _lifted(self._right, A, self.k, rank[0]), _lifted(self._left, B, self.n, rank[1])
+        return Tucker2(A, B, cores, torch.stack(residuals), self.norms, iterations)
+
+
+def _reduced(parts: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    """The parts [d, r_l] in an orthonormal basis of all their columns, and the basis; as they are where that is no smaller."""
+    widths = [t.shape[1] for t in parts]
+    if sum(widths) >= parts[0].shape[0]:
+        return parts, None
+    basis, upper = torch.linalg.qr(torch.cat(parts, 1))
+    return list(upper.split(widths, 1)), basis
+
+
+def _compressed(a: Tensor, b: Tensor) -> Tensor:
+    """[d, <= min] with the same columns' Gram matrix as a b: a [d, r] times the triangle of b [r, c]'s LQ."""
+    return a @ (b if b.shape[1] <= b.shape[0] else torch.linalg.qr(b.T, mode="r")[1].T)
+
+
+def _gram(side: Sequence[Tensor]) -> Tensor:
+    stacked = torch.cat(list(side), 1)
+    return stacked @ stacked.T
+
+
+def _leading(side: Sequence[Tensor], r: int, start: Tensor | None) -> Tensor:
+    """The r leading left singular vectors [d, r] of all of `side` ([d, c_l] each) next to each other.
+
+    Dense where one dimension is small, else subspace iteration from start, or from a fixed random block.
+    """
+    stacked = torch.cat(list(side), 1)
+    d, columns = stacked.shape
+    if d <= _EXACT:
+        return torch.linalg.eigh(stacked @ stacked.T)[1].flip(1)[:, :r].contiguous()
+    if r <= columns <= _EXACT:
+        basis, upper = torch.linalg.qr(stacked)
+        return basis @ torch.linalg.svd(upper)[0][:, :r]
+    if 8 * (r + _OVERSAMPLE) >= d:  # iterating on so wide a block would cost more
+        return torch.linalg.eigh(stacked @ stacked.T)[1].flip(1)[:, :r].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    extra = torch.randn(d, r + _OVERSAMPLE - (0 if start is None else r), dtype=torch.float64, generator=generator)
+    block = extra.to(stacked.device) if start is None else torch.cat([start, extra.to(stacked.device)], 1)
+    for _ in range(_POWERS if start is not None else 3 * _POWERS):
+        block = torch.linalg.qr(stacked @ (stacked.T @ block))[0]
+    small = block.T @ stacked
+    return block @ torch.linalg.eigh(small @ small.T)[1].flip(1)[:, :r]
+
+
+def _lifted(basis: Tensor | None, vectors: Tensor, d: int, r: int) -> Tensor:
+    """The vectors in the full space, [d, r]. Columns that the stack cannot fill are orthonormal to the rest (their core rows
+    are zero, and can learn); beyond d they are unit vectors."""
+    full = vectors if basis is None else basis @ vectors
+    have = full.shape[1]
+    if have < min(r, d):
+        fresh = torch.randn(d, min(r, d) - have, dtype=full.dtype, generator=torch.Generator().manual_seed(0)).to(full.device)
+        fresh -= full @ (full.T @ fresh)
+        full = torch.cat([full, torch.linalg.qr(fresh)[0]], 1)
+    if r > d:
+        full = torch.cat([full, torch.eye(d, dtype=full.dtype, device=full.device)[:, torch.arange(r - d) % d]], 1)
+    return full

@@ -1,0 +1,419 @@
+"""Conversion to LoTR and back: against the real PEFT, against dense deltas, against the original's three lines."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft_toys import Conv1D, ConvToy, peft
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import IDS, adapted, assert_unchanged, randomize, snapshot, toy
+
+from lotr_ext import load_adapter, save_adapter
+from lotr_ext.adapter_files import read
+from lotr_ext.apply import adapted_layers
+from lotr_ext.convert import main
+from lotr_ext.init import tucker2
+from lotr_ext.interop import export_lora, lora_to_lotr, lotr_to_lora, original_to_lotr, read_lora
+from lotr_ext.interop.tucker import LowRankStack
+
+MAKE = {"toy": toy, "conv": ConvToy}
+LORAS = {
+    "q and v": ("toy", {"target_modules": ["q", "v"]}),
+    "two groups": ("toy", {"target_modules": ["q", "k", "up"], "lora_alpha": 5, "use_rslora": True}),
+    "patterns": (
+        "toy",
+        {
+            "target_modules": ["q", "v"],
+            "rank_pattern": {"v": 3, r"^blocks\.0\.q": 1},
+            "alpha_pattern": {"blocks.1.v": 9, "q": 0.5},
+        },
+    ),
+    "modules_to_save": ("toy", {"target_modules": ["q"], "modules_to_save": ["head"]}),
+    "conv1d": ("conv", {"target_modules": ["up", "down"], "fan_in_fan_out": True}),
+}
+
+
+def lora(directory: Path, kind: str = "toy", **settings) -> nn.Module:
+    """A PEFT LoRA adapter of rank 2 with values that matter, saved; returns the model with it."""
+    model = peft.get_peft_model(MAKE[kind]().eval(), peft.LoraConfig(**{"r": 2, **settings})).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    model.save_pretrained(directory)
+    return model
+
+
+def deltas(source: Path) -> dict[str, Tensor]:
+    """What a saved LoTR adapter adds to each weight, dense in float64."""
+    manifest, tensors = read(source)
+    return {
+        name: e.scaling
+        * tensors[f"{e.factors}.B"].double()
+        @ tensors[f"{name}.core"].double().T
+        @ tensors[f"{e.factors}.A"].double().T
+        for name, e in manifest.layers.items()
+    }
+
+
+def lora_deltas(model: nn.Module) -> dict[str, Tensor]:
+    """The same of a PEFT LoRA model, by PEFT itself."""
+    found = {}
+    for name, m in model.base_model.model.named_modules():
+        if isinstance(m, peft.tuners.lora.LoraLayer):
+            delta = m.get_delta_weight("default").detach().double()
+            found[name] = delta.T if isinstance(m.get_base_layer(), Conv1D) else delta
+    return found
+
+
+# ---- LoRA to LoTR ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", LORAS)
+def test_s_adapters_of_rank_r_are_exact_at_rank_s_r(case, tmp_path):
+    kind, settings = LORAS[case]
+    truth = lora(tmp_path / "lora", kind, **settings)
+    count = max(sum(layer.rank for layer in read_lora(tmp_path / "lora").layers.values()), 8)
+    found = lora_to_lotr(tmp_path / "lora", rank=count)
+    assert max(found.errors.values()) < 1e-12 and max(found.group_errors.values()) < 1e-12
+    found.save(tmp_path / "lotr")
+    model = load_adapter(MAKE[kind]().eval(), tmp_path / "lotr").eval()
+    assert torch.allclose(model(IDS), truth(IDS), atol=2e-5) and (truth(IDS) - MAKE[kind]()(IDS)).abs().max() > 0.01
+    assert set(adapted_layers(model)) == set(found.layers) == set(lora_deltas(truth))
+    assert model.lotr_config.modules_to_save == (("head",) if case == "modules_to_save" else None)
+
+
+@pytest.mark.parametrize("size", [{"rank": 3}, {"rank": (5, 2)}, {"error": 0.4}, {"parameters": 300}, {"rank": 20}])
+@pytest.mark.parametrize("case", ["q and v", "two groups", "patterns"])
+def test_errors_are_those_of_the_dense_deltas_and_no_worse_than_dense_tucker(case, size, tmp_path):
+    want = lora_deltas(lora(tmp_path / "lora", **LORAS[case][1]))
+    found = lora_to_lotr(tmp_path / "lora", **size, dtype=torch.float64)
+    found.save(tmp_path / "lotr")
+    got = deltas(tmp_path / "lotr")
+    for name, delta in want.items():
+        assert abs(float((got[name] - delta).norm() / delta.norm()) - found.errors[name]) < 2e-6
+    rank = found.rank if isinstance(found.rank, tuple) else (found.rank, found.rank)
+    for group, names in found.groups.items():
+        stack = [want[name] for name in names]
+        A, B, cores = tucker2(stack, rank, max_iterations=100, tolerance=1e-9)
+        dense = sum(float((w - B @ core.T @ A.T).square().sum()) for w, core in zip(stack, cores, strict=True))
+        norm = sum(float(w.square().sum()) for w in stack)
+        assert found.group_errors[group] < (dense / norm) ** 0.5 + 1e-4
+    sizes = found.tensors[f"lotr_factors.{next(iter(found.groups))}.A"].shape
+    assert sizes == (16, rank[0]) and found.parameters == sum(t.numel() for t in found.tensors.values())
+
+
+def test_the_rank_for_an_error_is_the_smallest_and_for_a_budget_the_largest(tmp_path):
+    lora(tmp_path, target_modules=["q", "k", "v", "up"])
+    for error in (0.05, 0.3, 0.7):
+        found = lora_to_lotr(tmp_path, error=error)
+        assert max(found.group_errors.values()) <= error
+        smaller = lora_to_lotr(tmp_path, rank=found.rank - 1) if found.rank > 1 else None
+        assert smaller is None or max(smaller.group_errors.values()) > error
+    for budget in (88, 500, 501, 4000):
+        found = lora_to_lotr(tmp_path, parameters=budget)
+        larger = lora_to_lotr(tmp_path, rank=found.rank + 1)
+        assert found.parameters <= budget < larger.parameters
+    assert lora_to_lotr(tmp_path, parameters=88).parameters == 88  # (16 + 16) + (16 + 32) + 8
+
+
+def test_bounds_of_the_rank_hold_for_any_stack():
+    for seed in range(12):
+        torch.manual_seed(seed)
+        pairs = [(torch.randn(9, r), torch.randn(7, r) * 10.0**-seed) for r in (1, 2, 3)]
+        stack = LowRankStack(pairs[: 1 + seed % 3])
+        for error in (1e-3, 0.2, 0.6):
+            low, high = stack.rank_bounds(error)
+            assert 1 <= low <= high <= stack.full_rank and stack.factorise((high, high)).error <= error + 1e-9
+            assert low == 1 or stack.factorise((low - 1, low - 1)).error > error
+
+
+def test_a_zero_adapter_and_ranks_beyond_the_width(tmp_path):
+    state = {f"{n}.lora_{p}.weight": torch.zeros(2, 5) if p == "A" else torch.zeros(4, 2) for n in "xy" for p in "AB"}
+    for rank in (1, 7):
+        found = lora_to_lotr(state, config={"r": 2, "lora_alpha": 2}, rank=rank)
+        assert set(found.errors.values()) == {0.0} and all(t.isfinite().all() for t in found.tensors.values())
+        A = found.tensors["lotr_factors.5x4.A"]
+        assert A.shape == (5, rank) and torch.allclose(A[:, :5].T @ A[:, :5], torch.eye(min(5, rank)), atol=1e-6)
+
+
+def test_groups_by_name_and_by_mapping(tmp_path):
+    truth = lora(tmp_path, target_modules=["q", "v"])
+    mapping = {name: f"block{name.split('.')[1]}" for name in lora_deltas(truth)}
+    for group_by, groups in (("name", {"q_16x16", "v_16x16"}), (mapping, {"block0", "block1"})):
+        found = lora_to_lotr(tmp_path, rank=4, group_by=group_by)
+        assert set(found.groups) == groups and max(found.errors.values()) < 1e-12
+        found.save(tmp_path / "lotr")
+        assert torch.allclose(load_adapter(toy().eval(), tmp_path / "lotr")(IDS), truth(IDS), atol=2e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that anything makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, Tensor):
+                self.elements = max(self.elements, t.numel())
+        return result
+
+
+def test_no_dense_delta_is_ever_formed():
+    """32 layers of 2048 x 2048, r = 8: the largest tensor is that of all factors of one side, an eighth of one delta."""
+    width, count, r = 2048, 32, 8
+    basis = torch.randn(2, width, 2 * r)
+    state = {}
+    for i in range(count):
+        state[f"l.{i}.lora_A.weight"] = (basis[0] @ torch.randn(2 * r, r) + 0.01 * torch.randn(width, r)).T
+        state[f"l.{i}.lora_B.weight"] = basis[1] @ torch.randn(2 * r, r) + 0.01 * torch.randn(width, r)
+    with Largest() as largest:
+        found = lora_to_lotr(state, config={"r": r, "lora_alpha": 16}, rank=16)
+    assert largest.elements == width * count * r == width * width // 8
+    assert found.group_errors["2048x2048"] < 0.02 and found.parameters < 0.1 * found.lora_parameters
+
+
+# ---- LoTR to LoRA ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rank": (3, 5), "target_modules": ["q", "up"], "alpha": 3.0, "modules_to_save": ["head", "0.norm"]},
+        {"init": "svd", "alpha": 2.0},
+    ],
+)
+def test_a_saved_lotr_adapter_becomes_a_lora(settings, tmp_path):
+    model = adapted(**settings).eval()
+    save_adapter(model, tmp_path / "lotr")
+    layers = lotr_to_lora(tmp_path / "lotr", tmp_path / "lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        other = peft.PeftModel.from_pretrained(toy(), str(tmp_path / "lora")).eval()
+    assert torch.allclose(other(IDS), model(IDS), atol=2e-5) and set(layers) == set(adapted_layers(model))
+    rank = settings.get("rank", max(layer.rank for layer in layers.values()))
+    back = lora_to_lotr(tmp_path / "lora", rank=rank)
+    back.save(tmp_path / "back")
+    assert torch.allclose(load_adapter(toy().eval(), tmp_path / "back")(IDS), model(IDS), atol=2e-5)
+
+
+def test_patterns_tell_a_name_from_one_that_ends_with_it(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.inner = nn.Linear(6, 6), nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
+
+        def forward(self, x):
+            return self.inner["b"](torch.tanh(self.inner["a"](torch.tanh(self.a(x)))))
+
+    ranks = {"a": 1, "inner.a": 2, "inner.b": 2}
+    state = {}
+    for name, r in ranks.items():
+        state |= {f"{name}.lora_A.weight": torch.randn(r, 6), f"{name}.lora_B.weight": torch.randn(6, r)}
+    pattern = {"r": 2, "lora_alpha": 4, "rank_pattern": {"^a": 1}, "alpha_pattern": {"^a": 3}}
+    lora_to_lotr(state, config=pattern, rank=5).save(tmp_path / "lotr")
+    model = load_adapter(Nested(), tmp_path / "lotr")
+    for layer, scaling in zip(adapted_layers(model).values(), (3.0, 0.5, 0.5), strict=True):
+        layer.scaling = scaling
+    x = torch.randn(4, 6)
+    export_lora(model, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["alpha_pattern"] == {"^a": 15}
+    assert torch.allclose(peft.PeftModel.from_pretrained(Nested(), str(tmp_path / "lora"))(x), model(x), atol=1e-5)
+
+
+# ---- the original implementation -------------------------------------------------------------------------------------
+
+
+class Original(nn.Module):
+    """A layer with the names and the equation of the original implementation's LoTRLinear."""
+
+    def __init__(self, linear: nn.Linear, shared: tuple[nn.Parameter, nn.Parameter], scale: float):
+        super().__init__()
+        self.linear, self.lotr, r = linear, nn.Module(), shared[0].shape[0]
+        self.lotr.lhs, self.lotr.rhs = shared
+        self.lotr.mid, self.scale = nn.Parameter(torch.randn(r, r)), scale / r
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.scale * (x @ self.lotr.rhs @ self.lotr.mid @ self.lotr.lhs)
+
+
+def original(scale: float, groups: dict[str, str]) -> nn.Module:
+    """A toy with such layers. groups: containers by name ending."""
+    model, containers = toy(), {}
+    torch.manual_seed(5)
+    for block in model.blocks:
+        for name, container in groups.items():
+            linear = getattr(block, name)
+            shapes = (3, linear.out_features), (linear.in_features, 3)
+            shared = containers.setdefault(container, tuple(nn.Parameter(0.3 * torch.randn(s)) for s in shapes))
+            setattr(block, name, Original(linear, shared, scale))
+    with torch.no_grad():
+        model.head.bias += 1.0
+    return model.eval()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [({"q": "one", "v": "one"}, {"16x16"}), ({"q": "one", "v": "two", "up": "three"}, {"16x16", "16x16_2", "16x32"})],
+)
+def test_an_original_checkpoint(groups, names, suffix, tmp_path):
+    truth, path = original(2.0, groups), tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save(truth.state_dict(), path)
+    else:
+        save_file({key: value.clone() for key, value in truth.state_dict().items()}, path)
+    found = original_to_lotr(path, scale=2.0, modules_to_save=["head"])
+    assert set(found.groups) == names
+    found.save(tmp_path / "lotr")
+    model = load_adapter(toy().eval(), tmp_path / "lotr")
+    assert torch.allclose(model(IDS), truth(IDS), atol=1e-5) and (truth(IDS) - toy()(IDS)).abs().max() > 0.1
+    assert sum(name.endswith((".A", ".B")) for name, _ in model.named_parameters()) == 2 * len(names)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    truth = lora(tmp_path / "lora", target_modules=["q", "v"])
+    paths = [str(tmp_path / name) for name in ("lora", "lotr", "again")]
+    for size in (["--rank", "8"], ["--rank", "8,8"], ["--error", "1e-6", "--group-by", "name"], ["--parameters", "512"]):
+        assert main(["lora-to-lotr", *paths[:2], *size]) == 0
+        text = capsys.readouterr().out
+        assert all(name in text for name in lora_deltas(truth)) and len(re.findall(r"\d\.\d\de-\d\d *$", text, re.M)) == 4
+        assert torch.allclose(load_adapter(toy().eval(), paths[1])(IDS), truth(IDS), atol=2e-5)
+    assert main(["lotr-to-lora", *paths[1:], "--task-type", "SEQ_CLS"]) == 0
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    torch.save(original(1.0, {"q": "one"}).state_dict(), tmp_path / "model.pt")
+    assert main(["original-to-lotr", str(tmp_path / "model.pt"), paths[1], "--modules-to-save", "head"]) == 0
+    assert "2 layers at rank 3, scaling 0.333333" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["lora-to-lotr", *paths[:2], "--rank", "1,2,3"])
+    with pytest.raises(SystemExit):
+        main(["lora-to-lotr", *paths[:2]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lora-to-lotr", "none", "new", "--rank", "4"], "source: expected a directory with adapter_config.json"),
+        (["lora-to-lotr", "lora", "new", "--rank", "0"], "rank: expected at least 1, got 0"),
+        (["lora-to-lotr", "lora", "new", "--error", "1.5"], "error: expected a number between 0 and 1, got 1.5"),
+        (["lora-to-lotr", "lora", "new", "--parameters", "35"], "parameters: expected at least 36, what rank 1 needs, got 35"),
+        (["lora-to-lotr", "lora", "file", "--rank", "4"], "directory: expected a directory or a new path"),
+        (["lotr-to-lora", "lora", "new"], "expected a LoTR adapter with lotr_adapter.json"),
+        (["original-to-lotr", "none.pt", "new"], "source: expected a file that can be read"),
+        (["original-to-lotr", "file", "new"], "expected tensors by safetensors or torch.save"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_writes_nothing(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lora(tmp_path / "lora", target_modules=["q", "v"])
+    (tmp_path / "file").write_text("no tensors")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err.replace("\n", " ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+GOOD = {"x.lora_A.weight": torch.ones(2, 5), "x.lora_B.weight": torch.ones(4, 2)}
+PLAIN = {"r": 2, "lora_alpha": 2}
+
+
+@pytest.mark.parametrize(
+    ("state", "config", "options", "message"),
+    [
+        (GOOD, None, {}, "config: expected r, lora_alpha"),
+        (GOOD, {"r": 2}, {}, "lora_alpha: expected a number"),
+        (GOOD, {**PLAIN, "r": 3}, {}, "x: expected rank 3 as configured, got lora_A (2, 5)"),
+        (GOOD, {**PLAIN, "peft_type": "LOHA"}, {}, "peft_type: expected LORA, got 'LOHA'"),
+        (GOOD, {**PLAIN, "use_dora": True}, {}, "use_dora: expected a LoRA of two factors a layer, got a norm"),
+        (GOOD, {**PLAIN, "lora_bias": True}, {}, "lora_bias: expected"),
+        (GOOD, {**PLAIN, "bias": "all"}, {}, "bias: expected 'none'"),
+        (GOOD, {**PLAIN, "init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights: expected an init that leaves"),
+        ({}, PLAIN, {}, "adapter: expected tensors <layer>.lora_A.weight"),
+        ({"x.lora_A.weight": torch.ones(2, 5)}, PLAIN, {}, "x: expected lora_A and lora_B, got only lora_A"),
+        ({**GOOD, "x.lora_B.weight": torch.ones(4, 3)}, PLAIN, {}, "x: expected lora_A [r, K] and lora_B [N, r], got (2, 5)"),
+        ({**GOOD, "x.lora_A.weight": torch.full((2, 5), torch.nan)}, PLAIN, {}, "x: expected finite floating values in lora_A"),
+        ({**GOOD, "x.lora_magnitude_vector": torch.ones(4)}, PLAIN, {}, "got also x.lora_magnitude_vector"),
+        ({**GOOD, "e.lora_embedding_A": torch.ones(4)}, PLAIN, {}, "got also e.lora_embedding_A"),
+        (GOOD, PLAIN, {"error": 0.1, "rank": 2}, "rank, error, parameters: expected exactly one"),
+        (GOOD, PLAIN, {"rank": None}, "rank, error, parameters: expected exactly one"),
+        (GOOD, PLAIN, {"error": 0.0, "rank": None}, "error: expected a number between 0 and 1"),
+        (GOOD, PLAIN, {"parameters": 2.5, "rank": None}, "parameters: expected an int"),
+        (GOOD, PLAIN, {"rank": 1.5}, "rank: expected an int"),
+        (GOOD, PLAIN, {"dtype": torch.int8}, "dtype: expected one of"),
+        (GOOD, PLAIN, {"group_by": "layer"}, "group_by: expected"),
+        (GOOD, PLAIN, {"group_by": lambda name, module: "g"}, "group_by: expected"),
+        (GOOD, PLAIN, {"group_by": {"x": "g.h"}}, "group_by: expected a name that can be a module's"),
+        (
+            GOOD,
+            PLAIN,
+            {"group_by": {"y": "g"}},
+            "group_by: expected a group for each adapted layer and no other, got none for x",
+        ),
+        (
+            {**GOOD, "y.lora_A.weight": torch.ones(2, 6), "y.lora_B.weight": torch.ones(4, 2)},
+            PLAIN,
+            {"group_by": {"x": "g", "y": "g"}},
+            "group_by: expected layers of one shape in group 'g', got 'x' (5, 4) and 'y' (6, 4)",
+        ),
+    ],
+)
+def test_loras_that_cannot_be_converted(state, config, options, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        lora_to_lotr(state, config=config, **{"rank": 2, **options})
+
+
+LAYER = {"x.lotr.lhs": torch.ones(2, 4), "x.lotr.mid": torch.ones(2, 2), "x.lotr.rhs": torch.ones(5, 2)}
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "message"),
+    [
+        ({"x.weight": torch.ones(2)}, {}, "source: expected tensors <layer>.lotr.lhs, .mid and .rhs, got 1 others"),
+        ({k: v for k, v in LAYER.items() if "mid" not in k}, {}, "x: expected lotr.lhs, .mid and .rhs, got none of mid"),
+        ({**LAYER, "x.lotr.rhs": torch.ones(5, 3)}, {}, "x: expected lhs [r, out], mid [r, r], rhs [in, r], got lhs (2, 4)"),
+        ({**LAYER, "x.lotr.mid": torch.ones(2, 2).half()}, {}, "expected adapter tensors of one dtype"),
+        (
+            LAYER | {"y.lotr.lhs": torch.ones(1, 4), "y.lotr.mid": torch.ones(1, 1), "y.lotr.rhs": torch.ones(5, 1)},
+            {},
+            "source: expected layers of one rank, got [1, 2]",
+        ),
+        (LAYER, {"scale": float("inf")}, "scale: expected a finite number"),
+        (LAYER, {"modules_to_save": ["head"]}, "modules_to_save: expected names of modules in the checkpoint, got 'head'"),
+    ],
+)
+def test_original_checkpoints_that_cannot_be_converted(state, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        original_to_lotr(state, **options)
+
+
+def test_a_converted_adapter_on_the_wrong_model_changes_nothing(tmp_path):
+    lora(tmp_path / "lora", target_modules=["q", "v"])
+    lora_to_lotr(tmp_path / "lora", rank=4).save(tmp_path / "lotr")
+    adapted_already = adapted(rank=3)
+    randomize(adapted_already)
+    for model in (toy(d=24), toy(layers=1), ConvToy(), adapted_already):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="expected"):
+            load_adapter(model, tmp_path / "lotr")
+        assert_unchanged(model, before)
