@@ -33,6 +33,8 @@ from .timing import Timed, against, interleave
 from .truth import Truth, check, saved_bytes
 
 MINUTES = 10.0
+COMPILE_S = 15.0  # of torch.compile, a case
+AROUND_S = 0.005  # of a call that is timed by events: the queue ahead of it, the flush of L2
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -69,17 +71,22 @@ def rivals_of(case: Case, options: argparse.Namespace) -> list[str]:
 
 
 def cost_seconds(case: Case, options: argparse.Namespace, ceilings: dict[str, float]) -> float:
-    """About how long measuring a case takes: the rounds, and float64 at half the speed of float32."""
+    """About how long measuring a case takes: the rounds, the checks, and compiling where it is a rival."""
     step = max(work(case, "step", True).least_seconds(ceilings), 50e-6)
-    count = len(rivals_of(case, options))
-    return (options.rounds + 4) * count * max(options.slice, 1.3 * step) + count * 4 * step + 8 * step
+    names = rivals_of(case, options)
+    once = 1.3 * step + (AROUND_S if options.clock == "events" else 0.0)
+    rounds = (options.rounds + 4) * len(names) * max(options.slice, once)
+    return rounds + (4 * len(names) + 8) * step + (COMPILE_S if "lora-compiled" in names else 0.0)
 
 
-def fits(case: Case, device: torch.device) -> bool:
-    """Whether a case and its float64 check take less than half of the memory that is free."""
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+def needed_bytes(case: Case) -> int:
+    """About what a case and its float64 check take."""
     m, k, n, r, element = *case[:4], DTYPES[case.dtype].itemsize
-    return (m * (k + n) * (4 * 8 + 4 * element) + n * k * (8 + 2 * element) + 20 * r * (k + n) * 8) < free / 2
+    return m * (k + n) * (4 * 8 + 4 * element) + n * k * (8 + 2 * element) + 20 * r * (k + n) * 8
+
+
+def free_bytes(device: torch.device) -> int:
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def choose(options: argparse.Namespace, session: Session) -> list[Case]:
@@ -90,7 +97,13 @@ def choose(options: argparse.Namespace, session: Session) -> list[Case]:
     chosen: list[Case] = []
     for dtype, threads in groups:
         ceilings = session.ceilings(dtype, threads)
-        cases = [case for shape in shapes if fits(case := Case(*shape, dtype, threads), session.device) or given]
+        cases, free = [Case(*shape, dtype, threads) for shape in shapes], free_bytes(session.device)
+        for case in cases if given else ():
+            if needed_bytes(case) > free:
+                session.fail(
+                    f"{case.name()}: needs about {needed_bytes(case) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+                )
+        cases = [case for case in cases if needed_bytes(case) <= (free if given else free / 2)]
         if given is None and not options.all:
             budget = 60 * options.minutes / len(groups)
             cases = list(within(cases, budget, lambda case, c=ceilings: cost_seconds(case, options, c)))

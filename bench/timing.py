@@ -102,12 +102,13 @@ def no_collection() -> Iterator[None]:
 
 
 def interleave(calls: Sequence[Timed], clock: Clock, rounds: int, slice_s: float) -> list[list[list[float]]]:
-    """times[call][stage][round] in seconds. slice_s: about how long one measurement of a call takes."""
+    """times[call][stage][round] in seconds. slice_s: about how long one measurement of a call takes, with all around it."""
     repeats = []
     for call in calls:
         clock.seconds(call, 1)
-        once = sum(clock.seconds(call, 1))
-        repeats.append(max(1, min(1000, round(slice_s / max(once, 1e-7)))))
+        begin = time.perf_counter()
+        clock.seconds(call, 1)
+        repeats.append(max(1, min(1000, round(slice_s / max(time.perf_counter() - begin, 1e-7)))))
     times: list[list[list[float]]] = [[[] for _ in call.stages] for call in calls]
     with no_collection():
         for turn in range(rounds):

@@ -181,6 +181,85 @@ def test_stages_hand_over_and_are_timed_apart(monkeypatch):
     assert seen == ["prepare", None, "y"] * 2
 
 
+def test_events_are_recorded_without_synchronising_between_stages(monkeypatch):
+    """The GPU clock against a GPU that only writes down what it is told."""
+    log: list[str] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1000.0 * (other.number - self.number) * (2 if self.number % 3 == 2 else 1)
+
+    class Flush:
+        def zero_(self) -> None:
+            log.append("flush")
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("queue"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronise"))
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: Flush())
+    clock = timing.Clock(gpu, "events")
+    timed = timing.Timed((lambda _: log.append("forward"), lambda _: log.append("backward")), lambda: log.append("prepare"))
+    assert clock.seconds(timed, 2) == [1.0, 2.0]
+    once = ["prepare", "flush", "queue", "event", "forward", "event", "backward", "event"]
+    assert log == [*once, *once, "synchronise"]
+    log.clear()
+    timing.Clock(gpu, "wall").seconds(timed, 1)
+    assert log == ["prepare", "flush", "synchronise", "forward", "synchronise", "backward", "synchronise"]
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path, monkeypatch, capsys):
+    arguments = [*QUICK, "--rivals", "lotr_ext", "--results", str(tmp_path)]
+    arguments[1] = "8x16x16x2,9x16x16x2,10x16x16x2"
+    measure, begun = layer.measure, []
+
+    def interrupted(case, names, session):
+        begun.append(case.m)
+        if case.m == 9:
+            raise KeyboardInterrupt
+        return measure(case, names, session)
+
+    monkeypatch.setattr(layer, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        layer.main(arguments)
+    assert [cell["case"]["m"] for cell in store.Store(tmp_path / "layer.jsonl").read()] == [8, 8]
+    monkeypatch.setattr(layer, "measure", lambda case, names, session: begun.append(case.m) or measure(case, names, session))
+    assert layer.main(arguments) == 0 and begun == [8, 9, 9, 10]
+    assert "1 of 3 cases are in" in capsys.readouterr().out
+
+
+def test_memory_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layer, "free_bytes", lambda device: 60000)
+    arguments = [*QUICK, "--rivals", "lotr_ext", "--results", str(tmp_path)]
+    arguments[1] = "8x16x16x2,9999x16x16x2"
+    assert layer.main(arguments) == 1
+    assert "not measured: 9999x16x16 r2 fp32 t1: needs about" in capsys.readouterr().out
+    assert {cell["case"]["m"] for cell in store.Store(tmp_path / "layer.jsonl").read()} == {8}
+
+    def exhausted(case, names, session):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmuch")
+
+    monkeypatch.setattr(layer, "measure", exhausted)
+    assert layer.main([*arguments, "--fresh"]) == 1
+    assert "8x16x16 r2 fp32 t1: out of memory: CUDA out of memory. Tried" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_the_compiled_rival_equals_the_formula():
+    rival, expected = made("lora-compiled", CASE)
+    assert truth.check(rival, expected) <= truth.TOLERANCE["fp32"]
+
+
 def test_peak_memory_is_counted():
     def call() -> None:
         a = torch.empty(1000)
