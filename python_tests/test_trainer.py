@@ -1,0 +1,312 @@
+"""transformers' Trainer and accelerate on adapted models of five kinds: train, stop, resume, as if never stopped."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import IDS as TOY_IDS
+from toys import adapted, loss, plain, randomize
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+transformers.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*torch.jit.*")
+
+from lotr_ext import LoTRConfig, LoTRLinear, apply_lotr, disabled, load_adapter, merge, save_adapter, unload, unmerge  # noqa: E402
+from lotr_ext.apply import adapted_layers, lotr_parameters  # noqa: E402
+from lotr_ext.trainer import AdapterCheckpoint  # noqa: E402
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+Make = Callable[[], nn.Module]
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(vocab_size=67, **SIZE, num_labels=3)
+    model = transformers.BertForSequenceClassification(config)
+    return apply_lotr(model, LoTRConfig(**ADAPTER, target_modules=["query", "value"], modules_to_save=["classifier"]))
+
+
+def roberta() -> nn.Module:
+    config = transformers.RobertaConfig(vocab_size=67, **SIZE, num_labels=3, pad_token_id=1)
+    model = transformers.RobertaForSequenceClassification(config)
+    return apply_lotr(model, LoTRConfig(**ADAPTER, target_modules=["query", "value"], modules_to_save=["classifier"]))
+
+
+def gpt2() -> nn.Module:
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=67, n_positions=32, n_embd=32, n_layer=2, n_head=4, **ids)
+    return apply_lotr(transformers.GPT2LMHeadModel(config), LoTRConfig(**ADAPTER, target_modules=["c_attn", "c_proj"]))
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(vocab_size=67, **SIZE, num_key_value_heads=2, bos_token_id=0, eos_token_id=0)
+    model = transformers.LlamaForCausalLM(config)
+    return apply_lotr(model, LoTRConfig(**ADAPTER, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+
+
+def vit_base() -> nn.Module:
+    config = transformers.ViTConfig(**SIZE, image_size=8, patch_size=4, num_channels=1, num_labels=3)
+    return transformers.ViTForImageClassification(config)
+
+
+VIT = LoTRConfig(**ADAPTER, target_modules="all-linear", exclude_modules=["classifier"], modules_to_save=["classifier"])
+
+
+def vit() -> nn.Module:
+    return apply_lotr(vit_base(), VIT)
+
+
+class Examples(torch.utils.data.Dataset):
+    """24 examples that can be learnt: the class of the first token or of the mean pixel, or the text itself."""
+
+    def __init__(self, kind: str):
+        generator = torch.Generator().manual_seed(0)
+        if kind == "pixels":
+            x = torch.randn(24, 1, 8, 8, generator=generator) + torch.arange(24)[:, None, None, None] % 3 - 1
+            self.rows = [{"pixel_values": x[i], "labels": i % 3} for i in range(24)]
+        else:
+            ids = torch.randint(3, 67, (24, 10), generator=generator)
+            ids[:, 0] = 10 + torch.arange(24) % 3
+            self.rows = [{"input_ids": ids[i], "labels": ids[i] if kind == "text" else i % 3} for i in range(24)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.rows[i]
+
+
+REENTRANT, NON_REENTRANT = (
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": r}} for r in (True, False)
+)
+RUNS: dict[str, tuple[Make, str, dict]] = {
+    "bert": (bert, "class", {"bf16": True}),
+    "roberta": (roberta, "class", {"gradient_accumulation_steps": 2}),
+    "gpt2, non-reentrant checkpointing": (gpt2, "text", NON_REENTRANT),
+    "llama, reentrant checkpointing, bf16": (llama, "text", {**REENTRANT, "bf16": True}),
+    "vit": (vit, "pixels", {}),
+}
+
+
+def trainer(
+    make: Make, kind: str, folder: Path, callback: transformers.TrainerCallback | None = None, **options
+) -> transformers.Trainer:
+    transformers.set_seed(0)
+    model = make()
+    if options.get("gradient_checkpointing"):
+        model.enable_input_require_grads()
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    pace = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 2e-2}
+    arguments = transformers.TrainingArguments(str(folder), **quiet, **pace, **options)
+    callbacks = [] if callback is None else [callback]
+    return transformers.Trainer(
+        model, arguments, train_dataset=Examples(kind), eval_dataset=Examples(kind), callbacks=callbacks
+    )
+
+
+def losses(of: transformers.Trainer) -> list[float]:
+    return [entry["loss"] for entry in of.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trainer_resumes_to_the_same_losses(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, kind, options = RUNS[name]
+    if name == "vit":  # the names in Trainer's checkpoints are not those of the modules
+        options = {"callback": AdapterCheckpoint()}
+    whole = trainer(make, kind, tmp_path, **options)
+    whole.train()
+    curve = losses(whole)
+    assert len(curve) == 6 and min(curve[3:]) < curve[0]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+    again = trainer(make, kind, tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses(again) == curve
+    want = dict(whole.model.named_parameters())
+    assert all(torch.equal(p, want[n]) for n, p in again.model.named_parameters())
+    frozen = dict(make_again(make).named_parameters())
+    for n, p in again.model.named_parameters():
+        assert torch.equal(p, frozen[n]) != p.requires_grad, n  # what is trained moved, and nothing else did
+    capsys.readouterr()
+
+
+def make_again(make: Make) -> nn.Module:
+    transformers.set_seed(0)
+    return make()
+
+
+def test_the_callback_brings_the_best_adapter_back_and_refuses_a_checkpoint_without(tmp_path: Path, capsys) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "eval_loss"}
+    done = trainer(vit, "pixels", tmp_path, AdapterCheckpoint(), **best, greater_is_better=True)  # the first, surely
+    done.train()
+    assert done.state.best_model_checkpoint.endswith("checkpoint-3")
+    saved = load_adapter(make_again(vit), tmp_path / "checkpoint-3" / "lotr_adapter")
+    want = dict(saved.named_parameters())
+    assert all(torch.equal(p, want[n]) for n, p in done.model.named_parameters())
+    moved = tmp_path / "moved"
+    (tmp_path / "checkpoint-3").rename(moved)
+    elsewhere = trainer(vit, "pixels", tmp_path / "new", AdapterCheckpoint(moved))
+    elsewhere.train(resume_from_checkpoint=str(moved))
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-3: expected a folder lotr_adapter.*give resume_from"):
+        trainer(vit, "pixels", tmp_path / "other", AdapterCheckpoint()).train(resume_from_checkpoint=str(moved))
+    capsys.readouterr()
+
+
+@pytest.mark.full
+def test_trainer_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.compiler.reset()
+    plainly = trainer(vit, "pixels", tmp_path / "eager", weight_decay=0.01)
+    for layer in adapted_layers(plainly.model).values():
+        layer.dropout = 0.0
+    compiled = trainer(vit, "pixels", tmp_path / "compiled", weight_decay=0.01, torch_compile_backend="aot_eager")
+    for layer in adapted_layers(compiled.model).values():
+        layer.dropout = 0.0
+    for of in (plainly, compiled):
+        of.model.config.hidden_dropout_prob = of.model.config.attention_probs_dropout_prob = 0.0
+        of.train()
+    assert losses(compiled) == pytest.approx(losses(plainly), rel=1e-4)
+    torch.compiler.reset()
+    capsys.readouterr()
+
+
+# ---- ViT, which the other tests of transformers' models lack -----------------------------------------------------------
+
+
+def test_vit_equals_the_definition_saves_merges_and_unloads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LoTRConfig(rank=4, target_modules="all-linear", exclude_modules=["classifier"], adapter_dtype=torch.float64)
+    model = apply_lotr(vit_base().double(), config)
+    torch.manual_seed(0)
+    base = vit_base().double().eval()
+    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    assert torch.equal(model.eval()(x).logits, base(x).logits)
+    randomize(model)
+    definition = plain(copy.deepcopy(model))
+    for net in (model, definition):
+        net(x).logits.square().sum().backward()
+    want = {n.replace(".base.", "."): p.grad for n, p in definition.named_parameters() if p.requires_grad}
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, want[n], rtol=1e-8, atol=1e-12, msg=n)
+    y = model(x).logits.detach()
+    assert len(model.lotr_factors) == 3 and sum(isinstance(m, LoTRLinear) for m in model.modules()) == 12
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x).logits, y, rtol=0, atol=0)
+    with disabled(model):
+        assert torch.equal(model(x).logits, base(x).logits)
+    torch.testing.assert_close(merge(model)(x).logits, y, rtol=1e-9, atol=1e-9)
+    assert torch.equal(unmerge(model)(x).logits, y)
+    assert [type(m) for m in unload(model, merge=False).modules()] == [type(m) for m in base.modules()]
+
+
+def test_generate_samples_with_a_cache_under_checkpointing_and_autocast() -> None:
+    """generate() as it is called between training steps: with the adapter, merged, disabled."""
+    for make in (gpt2, llama):
+        torch.manual_seed(0)
+        model = make().eval()
+        randomize(model, std=0.5)
+        prompt = torch.randint(3, 67, (2, 4), generator=torch.Generator().manual_seed(2))
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+        tokens = model.generate(prompt, **options)
+        assert torch.equal(model.generate(prompt, use_cache=False, **options), tokens)
+        beams = model.generate(prompt, num_beams=2, **options)
+        model.gradient_checkpointing_enable()
+        assert torch.equal(model.generate(prompt, **options), tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.generate(prompt, **options).shape[0] == 2
+        merge(model)
+        assert torch.equal(model.generate(prompt, **options), tokens)
+        assert torch.equal(model.generate(prompt, num_beams=2, **options), beams)
+        unmerge(model)
+        with disabled(model):
+            assert not torch.equal(model.generate(prompt, **options), tokens)
+
+
+# ---- accelerate and mixed precision -----------------------------------------------------------------------------------
+
+
+def stepped(net: nn.Module, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None], steps: range) -> list[float]:
+    found = []
+    for _ in steps:
+        optimizer.zero_grad()
+        value = loss(net)
+        backward(value)
+        optimizer.step()
+        found.append(value.item())
+    return found
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(lotr_parameters(model)), lr=1e-2)
+
+
+@pytest.fixture
+def one_accelerator() -> Iterator[None]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_accelerate_trains_saves_its_state_and_goes_on(tmp_path: Path, one_accelerator: None) -> None:
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = adapted()
+    reference = adapted()
+    net, optimizer = accelerator.prepare(model, adam(model))
+    with_plain = adam(reference)
+    for _ in range(2):
+        with accelerator.accumulate(net):
+            accelerator.backward(loss(net))
+            optimizer.step()
+            optimizer.zero_grad()
+    loss(reference).backward()  # twice half of it
+    with_plain.step()
+    for got, want in zip(lotr_parameters(model), lotr_parameters(reference), strict=True):
+        torch.testing.assert_close(got, want)
+    accelerator.save_state(str(tmp_path))
+    accelerator.gradient_accumulation_steps = 1
+    after = stepped(net, optimizer, accelerator.backward, range(3))
+    accelerator.load_state(str(tmp_path))
+    assert stepped(net, optimizer, accelerator.backward, range(3)) == after
+    save_adapter(accelerator.unwrap_model(net), tmp_path / "adapter")
+
+
+def test_accelerate_in_bfloat16(one_accelerator: None) -> None:
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = adapted()
+    net, optimizer = accelerator.prepare(model, adam(model))
+    curve = stepped(net, optimizer, accelerator.backward, range(8))
+    assert curve[-1] < curve[0] and {p.grad.dtype for p in lotr_parameters(model)} == {torch.float32}
+    assert net(TOY_IDS).dtype == torch.float32  # accelerate casts what it returns
+
+
+def test_a_grad_scaler_skips_a_step_that_meets_infinity_and_goes_on(either_path: str) -> None:
+    model, reference = adapted(), adapted()
+    optimizer, alone = adam(model), adam(reference)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    for i in range(4):
+        before = [p.detach().clone() for p in lotr_parameters(model)]
+        optimizer.zero_grad()
+        value = loss(model)
+        scaler.scale(value * (float("inf") if i == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        same = [torch.equal(p, q) for p, q in zip(lotr_parameters(model), before, strict=True)]
+        assert all(same) if i == 1 else not any(same)
+        if i != 1:
+            alone.zero_grad()
+            loss(reference).backward()
+            alone.step()
+    assert scaler.get_scale() == 2.0**9
+    for got, want in zip(lotr_parameters(model), lotr_parameters(reference), strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
