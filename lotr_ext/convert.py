@@ -35,9 +35,10 @@ def _rank(text: str) -> int | tuple[int, int]:
     return parts[0] if len(parts) == 1 else parts
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back.")
+    commands = top.add_subparsers(dest="command", required=True)
 
     def command(name: str, source: str, text: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     one = command("original-to-lotr", "checkpoint of the original LoTR implementation", "A state dict of daskol/lotr to LoTR.")
     one.add_argument("--scale", type=float, default=1.0, help="what its layers were made with (default 1)")
     one.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that were trained whole, such as classifier")
-    return parser
+    return top
 
 
 def _table(console: Console, rows: Sequence[tuple[str, ...]], heads: Sequence[str], title: str) -> None:
@@ -130,12 +131,12 @@ def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns 0, or 2 with a message on stderr where something cannot be converted; then nothing was written."""
-    parsed = _parser().parse_args(arguments)
+    parsed = parser().parse_args(arguments)
     try:
         from rich.console import Console
     except ImportError:
         print(
-            "error: expected the package rich for the table and the progress bar, got none: pip install rich", file=sys.stderr
+            "error: expected the package rich for the table and the progress bar, got none: pip install 'lotr_ext[convert]'", file=sys.stderr
         )
         return 2
     run = {"lora-to-lotr": _lora_to_lotr, "lotr-to-lora": _lotr_to_lora, "original-to-lotr": _original_to_lotr}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .layer_call import Adapter, call_linear, compute_dtype, decide
 from .linear import LoTRWrapped
@@ -114,17 +115,26 @@ def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = 
     if layer.disabled and layer.start_core is None:
         return Explanation("base", False, 0, "the adapter is disabled", "")
     adapter = Adapter(layer.core, layer.scaling, layer.dropout if layer.training else 0.0, strategy=layer.strategy)
-    wrapped = isinstance(layer, LoTRWrapped)
-    trained = (
-        torch.is_grad_enabled() and not wrapped and any(p.requires_grad for p in (layer.weight, layer.bias) if p is not None)
-    )
+    base = None if isinstance(layer, LoTRWrapped) else (layer.weight, layer.bias)
+    return explain_call(x, layer.factors, adapter, base, device)
+
+
+def explain_call(
+    x: Tensor,
+    factors: LoTRFactors,
+    adapter: Adapter,
+    base: tuple[Tensor, Tensor | None] | None,
+    device: torch.device | str | None,
+) -> Explanation:
+    """The Explanation of one adapter's call on x. base: weight and bias of a base product of ours, None for a wrapped base."""
+    trained = torch.is_grad_enabled() and base is not None and any(p.requires_grad for p in base if p is not None)
     found: list[Explanation] = []
     where = None if device is None else torch.device(device)
 
     def look(A: Tensor, B: Tensor) -> Tensor:
-        nodes, plan, why = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, not wrapped, where)
+        nodes, plan, why = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, base is not None, where)
         found.append(Explanation(plan.strategy if nodes else "composite", nodes > 0, nodes, plan.reason, why))
         return x
 
-    layer.factors(look)
+    factors(look)
     return found[0]

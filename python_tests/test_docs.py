@@ -64,6 +64,10 @@ def test_every_command_exists(command):
             program = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench"]}[words[1]]
             text = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
             assert all(flag in text for flag in flags if flag.startswith("--"))
+    elif words[:3] == ["python", "-m", "lotr_ext.convert"]:
+        from lotr_ext.convert import parser
+
+        assert parser().parse_args(words[3:]).command == words[3]
     else:
         assert command in ("pip install torch", "pip install --no-build-isolation .")  # test_packaging builds and installs
 

@@ -120,6 +120,45 @@ def test_a_base_of_its_own_kind_is_called_and_not_merged_into():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and torch.equal(model(IDS), y)
 
 
+def test_a_quantised_base_is_called_and_not_merged_into():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    net = toy().eval()
+    quantization.quantize_(net.blocks, quantization.Int8WeightOnlyConfig())
+    before = net(IDS)
+    model = peft.get_peft_model(net, config())
+    assert torch.equal(model(IDS), before)
+    randomize(model)
+    y = model(IDS)
+    y.sum().backward()
+    assert (y - before).abs().max() > 0.01 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(TypeError, match=r"merge: expected a plain nn\.Linear or Conv1D base"):
+        model.merge_adapter()
+    assert torch.equal(model.unload()(IDS), before)
+
+
+def test_explain_says_what_runs(monkeypatch):
+    model = with_two()
+    model.base_model.set_adapter(["default", "other"])
+    layer = model.base_model.model.blocks[0].v
+    found = layer.explain(torch.randn(200, 16))
+    assert list(found) == ["default", "other"] and [e.nodes for e in found.values()] == [2, 2]
+    assert [e.nodes for e in layer.explain(torch.randn(3, 16)).values()] == [1, 2]  # few tokens; and added to what is there
+    monkeypatch.setenv("LOTR_STRATEGY", "composite")
+    assert {e.strategy for e in layer.explain(torch.randn(200, 16)).values()} == {"composite"}
+    with model.disable_adapter():
+        assert layer.explain(torch.randn(3, 16)) == {}
+
+
+def test_compiled_in_one_graph():
+    model = tuned(target_modules=["q", "k", "v"])
+    want = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    compiled(IDS).square().sum().backward()
+    got = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(got) == len(want) and all((g - w).norm() < 1e-5 * w.norm() for g, w in zip(got, want.values(), strict=True))
+
+
 def test_the_encoder_layers_fast_path_does_not_skip_an_adapter():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
@@ -155,6 +194,7 @@ def test_factors_are_stored_once_and_a_fresh_process_loads_them(tmp_path):
     assert sum(n.endswith(".lotr_adapter.core") for n in names) == 6 and len(names) == 12
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (stored["peft_type"], stored["rank"], stored["group_by"]) == ("LOTR", 4, "shape")
+    assert type(peft.PeftConfig.from_pretrained(tmp_path)) is ours.LoTRPeftConfig
     torch.save(model(IDS), tmp_path / "y.pt")
     code = (
         "import sys, torch; sys.path[:0] = ['python_tests', '.']; torch.set_num_threads(1)\n"

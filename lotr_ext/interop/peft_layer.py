@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..factors import LoTRFactors
+from ..functional import Explanation, explain_call
 from ..init import fill_core_
 from ..layer import LoTRLayer, check_settings
 from ..layer_call import Adapter, call_linear, call_wrapped, delta_weight
 from ..linear import is_conv1d
+from ..quantized import has_plain_weight
 from ..scope import Slot, cast_in_scope, current_slot
 from ..targets import features, needs_wrap
 from .peft_config import LoTRPeftConfig
@@ -66,12 +68,11 @@ class LoTRCore(nn.Module):
 
 def own_weight(base: nn.Module) -> Tensor | None:
     """W [n, k] of a base that computes x W^T + bias and nothing else; None where its weight is its own affair."""
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or parametrize.is_parametrized(base):
+    if not has_plain_weight(base) or parametrize.is_parametrized(base):
         return None
     if isinstance(base, nn.Linear):
-        return weight if type(base).forward is nn.Linear.forward else None
-    return weight.mT if is_conv1d(base) else None
+        return base.weight if type(base).forward is nn.Linear.forward else None
+    return base.weight.mT if is_conv1d(base) else None
 
 
 class LoTRPeftLinear(nn.Module, BaseTunerLayer):
@@ -116,6 +117,17 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         for core in cores:
             y = core.factors(lambda A, B, y=y, core=core: call_wrapped(x, lambda _: y, A, B, core.adapter()))
         return y
+
+    def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Explanation]:
+        """What each active adapter runs for x and why, in order: as `lotr_ext.explain`. Empty where only the base runs."""
+        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lotr_adapter]
+        weight = None if needs_wrap(self.base_layer) else own_weight(self.base_layer)
+        base = None if weight is None else (weight, self.base_layer.bias)
+        found = {}
+        for name in names:
+            core = self.lotr_adapter[name]
+            found[name] = explain_call(x, core.factors, core.adapter(), None if found else base, device)
+        return found
 
     # ---- which adapters are active and trained -----------------------------------------------------------------------
 
