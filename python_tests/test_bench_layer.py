@@ -28,7 +28,7 @@ def made(name: str, case: shapes.Case) -> tuple[Rival, truth.Truth]:
 def test_every_rival_equals_the_formula(name, case):
     rival, expected = made(name, case)
     assert set(rival.parameters) in (set(), set(LORA), set(LOTR), set(VERA))
-    assert truth.check(rival, expected) <= truth.TOLERANCE[case.dtype]
+    assert 0 < truth.check(rival, expected) <= truth.TOLERANCE[case.dtype]
     wrong = Rival("wrong", lambda x: rival.forward(x) * 1.1, rival.parameters)
     with pytest.raises(ValueError, match=r"wrong, .*relative error expected"):
         truth.check(wrong, expected)

@@ -103,6 +103,7 @@ def test_targets(tmp_path, capsys):
     write(tmp_path, "layer.jsonl", [*cells, layer_cell("vera-peft", 0.01)])  # VeRA is no form of LoRA
     write(tmp_path, "model.jsonl", [model_cell("lora-peft", 0.1, 2**21), model_cell("lotr_ext", 0.1, 2**22)])
     assert [verdict.met for verdict in targets.verdicts(tmp_path)] == ["yes", "no", "yes", "no"]
+    assert targets.verdicts(tmp_path)[0].rival == "lora-eager"  # the best of them, not PEFT's
     assert targets.main([str(tmp_path)]) == 1 and "lora-eager" in capsys.readouterr().out
     near = [layer_cell("lora-eager", 0.2), layer_cell("lotr_ext", 0.21)]
     assert [verdict.met for verdict in targets.layer_verdicts(near)] == ["within the spread"]

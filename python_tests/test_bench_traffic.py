@@ -59,6 +59,8 @@ def test_our_layer_is_its_kernels_and_the_base_products():
     assert [step.name for step in two_pass["forward"]] == ["shrink", "fold", "base product", "expand_add"]
     worst = layer_traffic.our_steps("lotr_ext beta, L2 of no use", SHAPE, found, 132)
     like = layer_traffic.our_steps("lotr_ext beta", SHAPE, found, 132)
+    assert layer_traffic.total_bytes(like, "forward") == layer_traffic.total_bytes(two_pass, "forward")  # y is written twice
+    assert layer_traffic.base_step(M, K, N, accumulate=True).work.bytes == 2 * (M * K + N * K + 2 * M * N)
     assert layer_traffic.total_bytes(worst, "backward") - layer_traffic.total_bytes(like, "backward") == 4 * 1000
     with pytest.raises(ValueError, match="strategy: expected one of"):
         layer_traffic.our_steps("magic", SHAPE, found, 132)
