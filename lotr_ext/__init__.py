@@ -6,6 +6,7 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
+from .adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
 from .apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from .checkpoint import load_adapter, save_adapter
 from .config import LoTRConfig
@@ -25,15 +26,21 @@ __all__ = [
     "LoTRLinear",
     "LoTRShrink",
     "LoTRWrapped",
+    "active_adapter",
     "adapt",
+    "adapter_names",
+    "add_adapter",
     "apply_lotr",
+    "delete_adapter",
     "disabled",
     "explain",
     "load_adapter",
     "lotr_linear",
     "lotr_parameters",
     "merge",
+    "mixed",
     "save_adapter",
+    "set_adapter",
     "trainable_summary",
     "unload",
     "unmerge",

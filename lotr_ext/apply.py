@@ -332,9 +332,9 @@ def unmerge(model: Model) -> Model:
 
 
 def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False) -> Model:
-    """Takes the adapter off: plain layers in their old places, no factors, no cores. Parameters stay frozen as they are.
+    """Takes all adapters off: plain layers in their old places, no factors, no cores. Parameters stay frozen as they are.
 
-    merge: True leaves the adapter in the weights, False leaves the base weights (those of before "svd", up to one rounding).
+    merge: True leaves the active one in the weights, False leaves the base weights (those of before "svd", up to one rounding).
     modules_to_save stay as they are now. dequantize: as in `merge`.
 
     Raises:
@@ -364,5 +364,7 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
             setattr(model.get_submodule(parent), child, bases[id(layer)])
     if isinstance(getattr(model, "lotr_factors", None), SharedFactors):
         del model.lotr_factors, model.lotr_config
+        if hasattr(model, "lotr_parked"):
+            del model.lotr_parked
         detach_scope(model)
     return model

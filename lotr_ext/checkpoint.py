@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from . import adapter_files as files
+from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import adapted_layers, install, set_start
 from .config import LoTRConfig
 from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .placement import home
+from .saved import saved_modules, saved_tensors
 from .sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
-from .targets import Selection, features, name_ends_with, select
+from .targets import Selection, features, select
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -48,27 +50,6 @@ def _prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
     return found
 
 
-def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    config = getattr(model, "lotr_config", None)
-    endings = config.modules_to_save if isinstance(config, LoTRConfig) and config.modules_to_save else ()
-    named = ((name, m) for name, m in model.named_modules() if not name.startswith("lotr_factors"))
-    return {name: m for name, m in named if name and any(name_ends_with(name, e) for e in endings)}
-
-
-def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers by full name; tied ones under their first name only."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, module in modules.items():
-        for key, value in module.state_dict(keep_vars=True).items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"modules_to_save: expected tensors in state_dict, got {name}.{key} ({type(value).__name__})")
-            if id(value) not in seen:
-                seen.add(id(value))
-                tensors[f"{name}.{key}"] = value
-    return tensors
-
-
 def _groups(entries: dict[str, LayerEntry]) -> dict[str, list[str]]:
     """Layer names by the prefix of their factors."""
     groups: dict[str, list[str]] = {}
@@ -77,8 +58,10 @@ def _groups(entries: dict[str, LayerEntry]) -> dict[str, list[str]]:
     return groups
 
 
-def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
+def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str | None = None) -> None:
     """Writes the model's adapter and its modules_to_save into a directory, in place of an adapter that is there already.
+
+    name: which of several adapters (`lotr_ext.adapters`), the active one by default.
 
     A kill at any moment leaves the old or the new adapter, whole. Models from `apply_lotr` and models built by hand alike;
     compiled models are unwrapped. A merged adapter is saved as if it were not merged.
@@ -92,6 +75,9 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
             directory is a file.
     """
     writes, model = writing_rank(model), unwrapped(model)
+    if name is not None and name != adapters.active_adapter(model):
+        with adapters.in_use(model, name):
+            return save_adapter(model, directory)
     layers = adapted_layers(model)
     if sharded := holds_parts(model):
         reshard(model)
@@ -119,7 +105,14 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str]) -> None:
         files.write(Path(directory), manifest, tensors)
 
 
-def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = False) -> Model:
+def load_adapter(
+    model: Model,
+    directory: str | PathLike[str],
+    *,
+    cast: bool = False,
+    name: str | None = None,
+    share_factors: str | None = None,
+) -> Model:
     """Loads a saved adapter into a model, which is adapted first if it is not yet.
 
     A model that FSDP2 or tensor parallelism holds in parts must be adapted already; every process reads the files and keeps its
@@ -133,6 +126,9 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
         model: the base model, on any device.
         directory: what `save_adapter` wrote.
         cast: accept tensors of another dtype than the model's, and cast them.
+        name: which of several adapters (`lotr_ext.adapters`) to load into, added if there is none of that name; the active
+            one by default. A plain model's first adapter gets this name.
+        share_factors: for a name that is added, the adapter whose A and B it shares; the file must hold those very values.
 
     Returns:
         The same model.
@@ -145,6 +141,12 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     target = unwrapped(model)
     manifest, tensors = files.read(Path(directory))
+    if name is not None and any(isinstance(m, LoTRLayer) for m in target.modules()):
+        if name != adapters.active_adapter(target):
+            _load_parked(target, directory, manifest, tensors, cast, name, share_factors)
+            return model
+    if share_factors is not None:
+        raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
     if holds_parts(target):
         reshard(target)
     if any(isinstance(m, LoTRLayer) for m in target.modules()):
@@ -152,7 +154,48 @@ def load_adapter(model: Model, directory: str | PathLike[str], *, cast: bool = F
     else:
         _install(target, manifest.config, _check_plain(target, manifest, tensors, cast))
     _fill(target, manifest, tensors)
+    if name is not None:
+        adapters.rename_active(target, name)
     return model
+
+
+def _load_parked(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    manifest: Manifest,
+    tensors: dict[str, Tensor],
+    cast: bool,
+    name: str,
+    share_factors: str | None,
+) -> None:
+    new = name not in adapters.adapter_names(model)
+    if new:
+        if manifest.config is None:
+            raise ValueError(
+                f"adapter: expected one saved from an apply_lotr model, to be added as {name!r}, got a hand-built one"
+            )
+        fields = ("target_modules", "exclude_modules", "modules_to_save", "group_by")
+        config = replace(manifest.config, **{field: getattr(model.lotr_config, field) for field in fields})
+        adapters.add_adapter(model, name, config, share_factors=share_factors)
+    elif share_factors is not None:
+        raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
+    try:
+        with adapters.in_use(model, name):
+            if share_factors is not None:
+                _check_same_factors(model, tensors, share_factors)
+            load_adapter(model, directory, cast=cast)
+    except BaseException:
+        if new:
+            adapters.delete_adapter(model, name)
+        raise
+
+
+def _check_same_factors(model: nn.Module, tensors: dict[str, Tensor], share_factors: str) -> None:
+    for group, factors in model.lotr_factors.items():
+        for part in ("A", "B"):
+            key = f"lotr_factors.{group}.{part}"
+            if key not in tensors or not torch.equal(tensors[key], getattr(factors, part).detach().cpu()):
+                raise ValueError(f"share_factors: expected the values of {key} to be those of {share_factors!r}, got others")
 
 
 def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], cast: bool) -> None:

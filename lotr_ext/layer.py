@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .factors import LoTRFactors
 from .layer_call import Adapter, call_linear, delta_weight
+from .mixture import Mixture, call_mixed, cores_of
 from .ops import accumulate_dtype
 from .scope import Slot, cast_in_scope, current_slot
 
@@ -56,6 +57,7 @@ class LoTRLayer(nn.Module):
 
     core [r_in, r_out]: the layer's own parameter. factors: the shared pair. scaling: s. disabled: whether the adapter is off.
     start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
+    mixture: while `mixed` is on, the cores of several adapters, one a row.
     """
 
     in_features: int
@@ -63,6 +65,7 @@ class LoTRLayer(nn.Module):
     core: nn.Parameter
     start_core: Tensor | None
     weight_backup: Tensor | None
+    mixture: Mixture | None = None
 
     @staticmethod
     def _check_factors(factors: object, in_features: int, out_features: int) -> None:
@@ -101,6 +104,9 @@ class LoTRLayer(nn.Module):
         p = self.dropout if self.training else 0.0
         factors = self.factors
         adapter = Adapter(self.core, self.scaling, p, factors._group, id(self), self.strategy, self._slot, cast_in_scope)
+        if self.mixture is not None:
+            cores = cores_of(self.mixture, self.core)
+            return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, adapter))
         return factors(lambda A, B: self._call(x, A, B, adapter))
 
     def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:

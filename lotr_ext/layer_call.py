@@ -134,7 +134,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
             ((A, None), (B, None)) if group is None else (group.A.view(A, user), group.B.view(B, user))
         )
         return apply_one_node(x, weight, bias, hub_A, hub_B, core, scaling, dtype, shared_A, shared_B)
-    shared_input = _shrink(x, A, adapter, compute, dtype is not None)
+    shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
     if not _in_graph(x, A, B, core):
         F = ops.fold(B.to(x.device), core.to(x.device)[None], scaling, compute)[0] if slot is None else slot.F
@@ -167,13 +167,13 @@ def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
         dropped = nnf.dropout(x, p) if p else x
         return y + to(adapter_differentiable(dropped, *here(x.device, A, B, core), scaling, compute), y.dtype)
-    shared_input = _shrink(x, A, adapter, compute, dtype is not None)
+    shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     return LoTRAdd.apply(y, shared_input.u, hub_B, core, scaling, shared_B, shared_input, slot, token)
 
 
-def _shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> SharedInput:
+def shared_shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> SharedInput:
     """u and route for a call: a sibling's where one has been here with this very x, else new."""
     group, user, p = adapter.group, adapter.user, adapter.p
     if group is None:
