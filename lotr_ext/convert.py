@@ -136,7 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         from rich.console import Console
     except ImportError:
         print(
-            "error: expected the package rich for the table and the progress bar, got none: pip install 'lotr_ext[convert]'", file=sys.stderr
+            "error: expected the package rich for the table and the progress bar, got none: pip install 'lotr_ext[convert]'",
+            file=sys.stderr,
         )
         return 2
     run = {"lora-to-lotr": _lora_to_lotr, "lotr-to-lora": _lotr_to_lora, "original-to-lotr": _original_to_lotr}

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .layer_call import Adapter, call_linear, compute_dtype, decide
 from .linear import LoTRWrapped
+from .mixture import call_mixed
 
 _NODES = (
     "the differentiable composite of library products",
@@ -42,6 +44,7 @@ def lotr_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     strategy: str | None = None,
+    core_index: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias + scaling ((drop(x) A) core) B^T  (arXiv 2402.01376).
 
@@ -49,7 +52,9 @@ def lotr_linear(
     (autocast's under autocast). x, weight and bias share a dtype, the adapter may be float32 beside a half-precision x.
     Differentiable in x, A, B and core, and in weight and bias if they require grad (library products).
     dropout_p in [0, 1) drops elements of x on the adapter's way when training. strategy forces one of
-    `planner.STRATEGIES`. Raises TypeError or ValueError that says name, expected and got, before anything runs.
+    `planner.STRATEGIES`. core_index [b] (int64) picks a core for each row of x [b, ..., k] from core [t, r_in, r_out]: one
+    batch for several tasks, with one product with A and one with B for all of it.
+    Raises TypeError or ValueError that says name, expected and got, before anything runs.
     """
     _check_matrix("weight", weight, (None, None), "[out_features, in_features]")
     n, k = weight.shape
@@ -61,7 +66,10 @@ def lotr_linear(
         raise ValueError(f"bias: expected shape ({n},) or None, got {tuple(bias.shape)}")
     _check_matrix("A", A, (k, None), f"[in_features = {k}, r_in]")
     _check_matrix("B", B, (n, None), f"[out_features = {n}, r_out]")
-    _check_matrix("core", core, (A.shape[1], B.shape[1]), f"[r_in, r_out] = [{A.shape[1]}, {B.shape[1]}]")
+    if core_index is None:
+        _check_matrix("core", core, (A.shape[1], B.shape[1]), f"[r_in, r_out] = [{A.shape[1]}, {B.shape[1]}]")
+    else:
+        _check_cores(x, core, core_index, (A.shape[1], B.shape[1]))
     if compute_dtype(x) is None:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != x.dtype:
@@ -76,8 +84,29 @@ def lotr_linear(
         raise ValueError(f"scaling: expected a finite number, got {scaling!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
-    adapter = Adapter(core, float(scaling), dropout_p if training else 0.0, strategy=strategy)
-    return call_linear(x, weight, bias, A, B, adapter)
+    p = dropout_p if training else 0.0
+    if core_index is not None:
+        cores = (core * float(scaling))[core_index]
+        adapter = Adapter(core[0], 1.0, p, strategy=strategy)
+        return call_mixed(x, lambda x: nnf.linear(x, weight, bias), A, B, cores, adapter)
+    return call_linear(x, weight, bias, A, B, Adapter(core, float(scaling), p, strategy=strategy))
+
+
+def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, int]) -> None:
+    if not isinstance(core, Tensor) or core.dim() != 3 or tuple(core.shape[1:]) != ranks or core.shape[0] < 1:
+        got = tuple(core.shape) if isinstance(core, Tensor) else type(core).__name__
+        raise ValueError(f"core: expected shape (t, {ranks[0]}, {ranks[1]}) with core_index, got {got}")
+    if not isinstance(core_index, Tensor) or core_index.dtype != torch.int64:
+        got = core_index.dtype if isinstance(core_index, Tensor) else type(core_index).__name__
+        raise TypeError(f"core_index: expected an int64 tensor, got {got}")
+    if x.dim() < 2 or tuple(core_index.shape) != (x.shape[0],):
+        raise ValueError(f"core_index: expected one index a row of x {tuple(x.shape)}, got shape {tuple(core_index.shape)}")
+    if (
+        core_index.device.type == "cpu"
+        and core_index.numel()
+        and not 0 <= int(core_index.min()) <= int(core_index.max()) < len(core)
+    ):
+        raise ValueError(f"core_index: expected indices in [0, {len(core)}), got {core_index.tolist()}")
 
 
 class Explanation(NamedTuple):

@@ -240,10 +240,39 @@ def test_a_mixed_batch_shares_one_shrink_among_siblings(monkeypatch) -> None:
     assert len(calls) == 2 * 2  # in each of two blocks one for q, k and v, and one for up
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_core_index_of_lotr_linear(dtype: torch.dtype) -> None:
+    """Against plain torch in float64, with gradients; no row, and rows of no tokens too."""
+    torch.manual_seed(0)
+    x, W, bias = torch.randn(5, 3, 12), torch.randn(7, 12), torch.randn(7)
+    A, B, core = torch.randn(12, 4), torch.randn(7, 2), torch.randn(3, 4, 2)
+    index = torch.tensor([2, 0, 2, 2, 0])
+    given = [t.to(dtype).requires_grad_(t is not W and t is not bias) for t in (x, W, bias, A, B, core)]
+    y = lotr_ext.lotr_linear(*given, 0.7, core_index=index)
+    y.double().sin().sum().backward()
+    x, W, bias, A, B, core = (t.detach().double().requires_grad_() for t in given)
+    want = nn.functional.linear(x, W, bias) + 0.7 * ((x @ A) @ core[index]) @ B.T
+    want.sin().sum().backward()
+    tol = 1e-10 if dtype == torch.float64 else 0.15
+    torch.testing.assert_close(y.double(), want, atol=tol, rtol=tol)
+    for got, plain in zip(given, (x, W, bias, A, B, core), strict=True):
+        if got.requires_grad:
+            torch.testing.assert_close(got.grad.double(), plain.grad, atol=4 * tol, rtol=tol)
+    assert not core.grad[1].any() and not given[5].grad[1].any()
+    for shape in ((0, 3, 12), (5, 0, 12)):
+        empty = lotr_ext.lotr_linear(torch.zeros(shape, dtype=dtype), *given[1:], 0.7, core_index=index[: shape[0]])
+        assert empty.shape == (*shape[:2], 7)
+
+
 def test_bad_input() -> None:
     model, bare = model_with(shared=False), toy()
     by_hand = nn.Sequential(lotr_ext.LoTRLinear(4, 4))
     svd = apply_lotr(toy(), LoTRConfig(rank=2, init="svd", target_modules=["q"]))
+
+    def linear(core, index):
+        x, W, A, B = torch.zeros(3, 5), torch.zeros(6, 5), torch.zeros(5, 2), torch.zeros(6, 2)
+        return lotr_ext.lotr_linear(x, W, None, A, B, core, 1.0, core_index=index)
+
     cases = [
         (RuntimeError, "without; apply_lotr", lambda: add_adapter(bare, "a")),
         (RuntimeError, "built by hand", lambda: add_adapter(by_hand, "a")),
@@ -265,6 +294,14 @@ def test_bad_input() -> None:
         (TypeError, "names: expected a sequence", lambda: mixed(model, []).__enter__()),
         (ValueError, "names: expected one of default, fr, got 'b'", lambda: mixed(model, ["b"]).__enter__()),
         (ValueError, "'fr', which has others", lambda: mixed(model, ["default", "fr"]).__enter__()),
+        (ValueError, r"core: expected shape \(t, 2, 2\)", lambda: linear(torch.zeros(2, 2), torch.zeros(3).long())),
+        (
+            TypeError,
+            "core_index: expected an int64 tensor, got torch.float32",
+            lambda: linear(torch.zeros(4, 2, 2), torch.zeros(3)),
+        ),
+        (ValueError, r"one index a row of x \(3, 5\)", lambda: linear(torch.zeros(4, 2, 2), torch.zeros(2).long())),
+        (ValueError, r"indices in \[0, 4\)", lambda: linear(torch.zeros(4, 2, 2), torch.tensor([0, 4, 1]))),
     ]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for kind, message, call in cases:
