@@ -47,16 +47,16 @@ def call_mixed(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor
 
 def _mixed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     compute = dtype or x.dtype
-    b, (r_in, r_out) = x.shape[0], cores.shape[1:]
+    b, tokens = x.shape[0], x.shape[1:-1].numel()  # a row's tokens, which lie side by side and all take its core
+    r_in, r_out = cores.shape[1:]
     if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
         dropped = nnf.dropout(x, adapter.p) if adapter.p else x
         u = to(dropped, compute) @ to(A, compute).to(x.device)
-        h = u.reshape(b, -1, r_in) @ to(cores, compute).to(x.device)
+        h = u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)
         delta = h @ to(B, compute).to(x.device).mT
         return y + to(delta.view(y.shape), y.dtype)
     shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
-    # the tokens of a row lie side by side in u, and all take the row's core
-    h = (shared_input.u.view(b, -1, r_in) @ to(cores, compute).to(x.device)).view(-1, r_out)
+    h = (shared_input.u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)).view(b * tokens, r_out)
     hub_B, shared_B = (B, None) if adapter.group is None else adapter.group.B.view(B, adapter.user)
     identity = torch.eye(r_out, dtype=B.dtype, device=B.device)
     return LoTRAdd.apply(y, h, hub_B, identity, 1.0, shared_B, shared_input)
