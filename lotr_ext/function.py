@@ -215,9 +215,6 @@ def _add_Q(Q: Tensor, g: Tensor, F: Tensor | None, u: Tensor) -> Tensor | None:
     return ops.shrink_grad_(Q, g, F, u)
 
 
-apply_one_node = super(Function, LoTRFunction).apply  # Function.apply without its look for functorch, which `decide` has had
-
-
 class LoTRShrink(Function):
     """u = drop(x) A and route.   backward: dx += drop(k A^T),  dA += drop(x)^T k,  k = du as autograd summed it over siblings.
 
@@ -369,6 +366,12 @@ def _backward_of_expand(ctx, g, F, u, B, core) -> tuple[Tensor | None, Tensor | 
     with _private_write():
         k, dcore = _expand_backward(g, F, u, B_here, core_here, ctx.scaling, total, need_core)
     return k, dB, to(dcore, core.dtype) if need_core else None
+
+
+# Function.apply without its look for functorch's wrappers, which `layer_call.decide` has had
+apply_one_node, apply_shrink, apply_expand, apply_add = (
+    super(Function, node).apply for node in (LoTRFunction, LoTRShrink, LoTRExpand, LoTRAdd)
+)
 
 
 class _Probe(Function):

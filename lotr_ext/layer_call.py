@@ -14,11 +14,11 @@ from torch.nn import functional as nnf
 
 from . import ops, planner
 from .function import (
-    LoTRAdd,
-    LoTRExpand,
-    LoTRShrink,
     adapter_differentiable,
+    apply_add,
+    apply_expand,
     apply_one_node,
+    apply_shrink,
     base_linear,
     fold_differentiable,
     forward_with_base,
@@ -142,7 +142,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     base, route = (x, weight, bias), shared_input.route
     settings = (scaling, dtype, chosen.strategy, shared_B, shared_input, slot, token)
-    return LoTRExpand.apply(route, shared_input.u, hub_B, core, base, *settings)
+    return apply_expand(route, shared_input.u, hub_B, core, base, *settings)
 
 
 def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tensor, SharedGradient | None, Tensor | None]:
@@ -170,7 +170,7 @@ def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
-    return LoTRAdd.apply(y, shared_input.u, hub_B, core, scaling, shared_B, shared_input, slot, token)
+    return apply_add(y, shared_input.u, hub_B, core, scaling, shared_B, shared_input, slot, token)
 
 
 def shared_shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> SharedInput:
@@ -187,7 +187,7 @@ def shared_shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, 
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p else None
     in_graph, values = _in_graph(x, A), adapter.cast(A, compute)
     if in_graph:
-        found.u, found.route = LoTRShrink.apply(x, hub, compute, p, seed, shared, weakref.ref(found), values)
+        found.u, found.route = apply_shrink(x, hub, compute, p, seed, shared, weakref.ref(found), values)
     else:
         found.u = ops.shrink(rows(to(x.detach(), compute)), values.detach().to(x.device), p=p, seed=seed)
     if share:
