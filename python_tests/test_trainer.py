@@ -250,11 +250,14 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 @pytest.fixture
 def one_accelerator() -> Iterator[None]:
-    from accelerate.state import AcceleratorState
+    """accelerate's state is one for the process, and Trainer's runs leave theirs."""
+    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(True)
+    for state in (AcceleratorState._reset_state, GradientState._reset_state):
+        state()
     yield
-    AcceleratorState._reset_state(True)
+    for state in (AcceleratorState._reset_state, GradientState._reset_state):
+        state()
 
 
 def test_accelerate_trains_saves_its_state_and_goes_on(tmp_path: Path, one_accelerator: None) -> None:
