@@ -53,6 +53,41 @@ class Dense(Rounded):
         return self.answer(self.codes.float() * self.scale)
 
 
+class Codes(Tensor):
+    """A weight as torchao makes it: a tensor subclass of floating dtype that holds codes, known to F.linear alone."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Codes:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes: Tensor, scale: Tensor):
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self) -> Tensor:
+        return self.codes.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, bias = args
+            return nn.functional.linear(x, weight.dequantize(), bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].codes.clone(), args[0].scale.clone())
+        raise NotImplementedError(f"{function} of a quantised weight")
+
+
+def codes(model: Toy) -> Toy:
+    for block in model.blocks:
+        for name in TARGETS:
+            rounded = Rounded(getattr(block, name))
+            getattr(block, name).weight = nn.Parameter(Codes(rounded.codes, rounded.scale), requires_grad=False)
+    return model
+
+
 def with_layers(kind: Callable[[nn.Linear], nn.Module], model: Toy | None = None) -> Toy:
     model = toy() if model is None else model
     for block in model.blocks:
@@ -62,14 +97,14 @@ def with_layers(kind: Callable[[nn.Linear], nn.Module], model: Toy | None = None
 
 
 def torchao_int8(model: Toy) -> Toy:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
     quantization.quantize_(model.blocks, quantization.Int8WeightOnlyConfig())
     return model
 
 
 def torchao_int4(model: Toy) -> Toy:
     """4-bit codes in groups of 8, the form that torchao runs on a CPU."""
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
     config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.granularity.PerGroup(8))
     quantization.quantize_(model.blocks, config)
     return model
@@ -85,17 +120,18 @@ def bitsandbytes_layers(model: Toy, make: Callable[..., nn.Module]) -> Toy:
 
 
 def bitsandbytes_4bit(model: Toy) -> Toy:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (43 MB)")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
     return bitsandbytes_layers(model, lambda *a, **k: bnb.nn.Linear4bit(*a, **k, compute_dtype=torch.float32, quant_type="nf4"))
 
 
 def bitsandbytes_8bit(model: Toy) -> Toy:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (43 MB)")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
     return bitsandbytes_layers(model, lambda *a, **k: bnb.nn.Linear8bitLt(*a, **k, has_fp16_weights=False))
 
 
 QUANTISED: dict[str, Callable[[Toy], Toy]] = {
     "stand-in": lambda model: with_layers(Dense, model),
+    "tensor subclass": codes,
     "torchao int8": torchao_int8,
     "torchao int4": torchao_int4,
     "bitsandbytes 4 bit": bitsandbytes_4bit,
@@ -220,14 +256,14 @@ def test_safe_refuses_what_is_not_finite() -> None:
 
 
 def test_svd_cannot_change_a_quantised_weight() -> None:
-    model = torchao_int8(toy())
+    model = codes(toy())
     with pytest.raises(ValueError, match=r'"svd" can read and write, got \'blocks.0.q\''):
         apply_lotr(model, LoTRConfig(rank=2, init="svd", target_modules=TARGETS))
     assert not hasattr(model, "lotr_factors")
 
 
 def test_quantising_after_the_adapter_is_refused_at_merge() -> None:
-    model = torchao_int8(adapted())
+    model = codes(adapted())
     assert type(model.blocks[0].q) is LoTRLinear
     with pytest.raises(TypeError, match=r"'blocks.0.q'; quantise a model before apply_lotr"):
         merge(model)
