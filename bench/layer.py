@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rivals", help=f"some of {', '.join(rv.RIVALS)}")
     parser.add_argument("--slice", type=float, default=0.03, help="seconds a measurement of one rival takes (0.03)")
     options = parser.parse_args(argv)
-    check_options(options, rounds=9 if options.quick else 21)
+    check_options(options, rounds=7 if options.quick else 21)
     if not (math.isfinite(options.slice) and options.slice > 0 and math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"slice, minutes: expected positive numbers, got {options.slice}, {options.minutes}")
     options.chosen = options.rivals is not None
@@ -180,7 +180,7 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     title = f"{case.name()}{f', {name}' if name else ''}   FLOP floor {case.flop_floor():.1%}"
     table = new_table(title, "", "forward", "excess", "backward", "excess", "both", "excess", "(quartiles)", "x eager LoRA")
     for head in ("GFLOP/s", "GB/s", "of bound", "saved", "peak", "error"):
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right", overflow="fold")
     for result in results:
         step, is_floor = result["step"], result["rival"] == rv.FLOOR
         low, excess, high = step["excess"]

@@ -1,7 +1,7 @@
 """A transformer trained with each method, at equal rank and at equal size: step time, tokens a second, memory, adapter bytes.
 
     python -m bench.model                     MiniLM's shape on a CPU, eight layers of Llama-3's on a GPU; rank 16, q and v
-    python -m bench.model --quick             fewer tokens, few rounds
+    python -m bench.model --quick             the main methods, few rounds
     python -m bench.model --model minilm --rank 8 --targets query,key,value --batch 16 --sequence 64
 
 Weights are random: times do not depend on them. One step is forward, a loss (the mean square of the last hidden states less a
@@ -134,6 +134,8 @@ def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
         count = sum(p.numel() for p in training.parameters)
         result = {"rival": name, "label": mr.METHODS[name].label, "rank": rank, "parameters": count, "first_loss": first}
         result |= {"adapter_bytes": sum(p.nbytes for p in training.parameters), "state_bytes": training.state_bytes()}
+        training.drop_gradients()
+        training.loss = None
         result["peak_bytes"] = peak_bytes(training.step, device)
         results.append(result | ({"error": error} if name == mr.OURS else {}))
     trainings = [training for training, _ in group.values()]
@@ -166,7 +168,7 @@ def show(case: ModelCase, results: list[dict], session: Session) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.split("\n")[0])
     add_options(parser)
-    parser.add_argument("--quick", action="store_true", help="fewer tokens, few rounds")
+    parser.add_argument("--quick", action="store_true", help="the main methods, few rounds")
     parser.add_argument("--model", help=f"one of {', '.join(mr.SHAPES)}")
     parser.add_argument("--targets", help="names of the adapted layers, comma-separated (q and v)")
     parser.add_argument("--batch", type=int, help="sequences a step")
@@ -185,13 +187,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if options.model not in mr.SHAPES:
         raise ValueError(f"model: expected one of {', '.join(mr.SHAPES)}, got {options.model!r}")
     shape = mr.SHAPES[options.model]
-    options.batch = options.batch if options.batch is not None else max(1, shape.batch // (2 if options.quick else 1))
+    options.batch = options.batch if options.batch is not None else shape.batch
     options.sequence = options.sequence if options.sequence is not None else shape.sequence
     if min(options.batch, options.sequence, options.rank) < 1:
         sizes = f"{options.batch}, {options.sequence}, {options.rank}"
         raise ValueError(f"batch, sequence, rank: expected at least 1, got {sizes}")
     options.targets = options.targets or ",".join(shape.targets)
-    names = options.methods.split(",") if options.methods else list(mr.METHODS)
+    default = mr.QUICK if options.quick else tuple(mr.METHODS)
+    names = options.methods.split(",") if options.methods else default
     for name in names:
         if name not in mr.METHODS:
             raise ValueError(f"methods: expected some of {', '.join(mr.METHODS)}, got {name!r}")

@@ -192,3 +192,4 @@ METHODS = {
     "lotr-eager-core": Method("original, cores only", lambda model, targets, r: eager_lotr(model, targets, r, core_only=True)),
     "lotr_ext-core": Method("lotr_ext, cores only", lambda model, targets, r: our_lotr(model, targets, r, core_only=True)),
 }
+QUICK = (FLOOR, LORA, "vera-peft", "lotr-eager", OURS, "lora-peft-as-lotr", "lotr_ext-as-lora")

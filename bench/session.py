@@ -72,7 +72,7 @@ class Session:
         self.store = Store(self.folder / file).prepare()
         self.settings = {"build": build_id(), "rounds": options.rounds, "clock": options.clock, **settings}
         self.clock = Clock(self.device, options.clock)
-        self.console = Console(width=None if sys.stdout.isatty() else 170)
+        self.console = Console(width=None if sys.stdout.isatty() else 190)
         self.failures: list[str] = []
         self._ceilings: dict[tuple[str, int], dict[str, float]] = {}
         self._known: dict[tuple, set[str]] = {}
@@ -164,7 +164,7 @@ def new_table(title: str, *heads: str) -> Table:
     """A table whose first column is text and whose other columns are numbers."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", no_wrap=True)
+        table.add_column(head, justify="right" if i else "left", overflow="fold")  # narrow: wrapped, never cut off
     return table
 
 
