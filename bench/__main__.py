@@ -73,7 +73,7 @@ def run(parts: dict[str, Callable[[], int]]) -> int:
         print(f"\n==== {name} ====", flush=True)
         try:
             worst = max(worst, part())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             print(f"bench.{name}: {error}", flush=True)
             worst = 1
     return worst

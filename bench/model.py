@@ -14,6 +14,7 @@ float32, the original's the model's own. Results go to bench/results/<machine>/m
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -198,7 +199,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in names:
         if name not in mr.METHODS:
             raise ValueError(f"methods: expected some of {', '.join(mr.METHODS)}, got {name!r}")
-    options.methods = [name for name in mr.METHODS if name in names or name == mr.FLOOR]
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("model: needs the package transformers, which is not installed (pip install transformers)")
+    options.left_out = [name for name in names if name in mr.PEFTS] if importlib.util.find_spec("peft") is None else []
+    if options.methods and options.left_out:
+        raise ValueError(f"methods: {options.left_out[0]} needs the package peft, which is not installed (pip install peft)")
+    options.methods = [n for n in mr.METHODS if (n in names or n == mr.FLOOR) and n not in options.left_out]
     return options
 
 
@@ -206,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "model.jsonl")
     session.introduce()
+    for name in options.left_out:
+        session.say(f"{name}: left out, the package peft is not installed")
     sizes = (options.batch, options.sequence, options.rank)
     groups = [(dtype, threads) for threads in options.threads for dtype in options.dtypes]
     cases = [ModelCase(options.model, options.targets, *sizes, *group) for group in groups]

@@ -192,4 +192,5 @@ METHODS = {
     "lotr-eager-core": Method("original, cores only", lambda model, targets, r: eager_lotr(model, targets, r, core_only=True)),
     "lotr_ext-core": Method("lotr_ext, cores only", lambda model, targets, r: our_lotr(model, targets, r, core_only=True)),
 }
+PEFTS = tuple(name for name, method in METHODS.items() if method.make in (peft_lora, peft_vera))
 QUICK = (FLOOR, LORA, "vera-peft", "lotr-eager", OURS, "lora-peft-as-lotr", "lotr_ext-as-lora")

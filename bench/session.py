@@ -156,6 +156,8 @@ def start(program: str, main: Callable[[], int]) -> None:
         sys.exit(main())
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"{program}: needs the package {error.name}, which is not installed (pip install {error.name})")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; what was measured is kept, the same command goes on from there")
 

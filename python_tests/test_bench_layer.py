@@ -137,6 +137,8 @@ def test_an_error_is_one_line(monkeypatch, capsys):
 
     with pytest.raises(SystemExit, match=r"^bench.x: shapes: no$"):
         session.start("bench.x", raises(ValueError("shapes: no")))
+    with pytest.raises(SystemExit, match=r"^bench.x: needs the package zzz, which is not installed \(pip install zzz\)$"):
+        session.start("bench.x", raises(ModuleNotFoundError("No module", name="zzz")))
     with pytest.raises(SystemExit, match="interrupted; what was measured is kept"):
         session.start("bench.x", raises(KeyboardInterrupt()))
 

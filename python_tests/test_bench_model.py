@@ -90,6 +90,19 @@ def test_it_refuses(arguments, message):
         model.arguments([*QUICK, *arguments])
 
 
+def test_without_peft_the_rest_is_measured(monkeypatch):
+    real = model.importlib.util.find_spec
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
+    options = model.arguments(QUICK)
+    assert not set(options.methods) & set(mr.PEFTS) and {mr.FLOOR, mr.OURS, "lotr-eager"} <= set(options.methods)
+    assert set(options.left_out) == {"lora-peft", "vera-peft", "lora-peft-as-lotr", "vera-peft-as-lotr"}
+    with pytest.raises(ValueError, match="methods: lora-peft needs the package peft, which is not installed"):
+        model.arguments([*QUICK, "--methods", "lora-peft,lotr_ext"])
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="model: needs the package transformers"):
+        model.arguments(QUICK)
+
+
 def test_unknown_targets_are_refused(tmp_path):
     with pytest.raises(ValueError, match="targets: expected names of linear layers in the model, got magic"):
         model.main([*QUICK, "--model", "tiny-bert", "--targets", "magic", "--results", str(tmp_path)])
