@@ -111,6 +111,33 @@ def forward_with_base(x, weight, bias, u, F, dtype, strategy: str) -> Tensor:
     return add_expand(base_linear(x, weight, bias, dtype), u, F, private)
 
 
+def one_pass(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    dtype: torch.dtype | None,
+    recorded: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y = x W^T + bias + s ((x A) G) B^T, u = x A and the folded factor, or None for few tokens: those take the unfolded form,
+    but not in a graph on a GPU, where its backward is six launches and the folded one three."""
+    y = base_linear(x, weight, bias, dtype)
+    flat = rows(to(x, y.dtype))
+    A, B, core = here(y.device, A, B, core)
+    if torch._C._len_torch_dispatch_stack() or not y.is_contiguous():  # a mode may hold y: selective checkpointing does
+        y = y.clone(memory_format=torch.contiguous_format)
+    with _private_write():
+        if flat.shape[0] < planner.FEW_TOKENS and not (recorded and y.is_cuda):
+            return y, ops.small_forward_(rows(y), flat, A, core, B, scaling), None
+        u = ops.shrink(flat, A)
+        F = ops.fold(B, core[None], scaling, y.dtype)[0]
+        ops.expand_add_(rows(y), u, F)
+    return y, u, F
+
+
 class LoTRFunction(Function):
     """y = x W^T + bias + s ((x A) G) B^T as one node; the form for few tokens, and for a base weight that is trained.
 
@@ -122,22 +149,7 @@ class LoTRFunction(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, core, scaling, dtype=None, shared_A=None, shared_B=None):
         need_x, need_weight, _, need_A, need_B, need_core = ctx.needs_input_grad[:6]
-        y = base_linear(x, weight, bias, dtype)
-        flat = rows(to(x, y.dtype))
-        A_here, B_here, core_here = here(y.device, A, B, core)
-        private = not torch._C._len_torch_dispatch_stack()
-        if not (private and y.is_contiguous()):
-            y = y.clone(memory_format=torch.contiguous_format)
-        F = None
-        # the unfolded backward takes six launches on a GPU, the folded one three and fold_grad
-        few = flat.shape[0] < planner.FEW_TOKENS and not (y.is_cuda and any(ctx.needs_input_grad))
-        with _private_write():
-            if few:
-                u = ops.small_forward_(rows(y), flat, A_here, core_here, B_here, scaling)
-            else:
-                u = ops.shrink(flat, A_here)
-                F = ops.fold(B_here, core_here[None], scaling, y.dtype)[0]
-                ops.expand_add_(rows(y), u, F)
+        y, u, F = one_pass(x, weight, bias, A, B, core, scaling, dtype, any(ctx.needs_input_grad))
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: double backward, which the layers avoid by LoTRShrink
             *(weight, bias, A, B, core),
@@ -145,7 +157,7 @@ class LoTRFunction(Function):
             F if need_x or need_A else None,
         )
         ctx.scaling, ctx.dtype, ctx.shared_A, ctx.shared_B, ctx.x_shape = scaling, dtype, shared_A, shared_B, x.shape
-        ctx.few = few
+        ctx.few = F is None
         return y
 
     @staticmethod

@@ -23,6 +23,7 @@ from .function import (
     fold_differentiable,
     forward_with_base,
     here,
+    one_pass,
     rows,
     to,
 )
@@ -129,6 +130,8 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
         return y + adapter_differentiable(dropped, *here(y.device, A, B, core), scaling, y.dtype)
+    if nodes == 1 and not (trained or _in_graph(x, A, B, core)):
+        return one_pass(x, weight, bias, A, B, core, scaling, dtype, False)[0]
     if nodes == 1:
         (hub_A, shared_A), (hub_B, shared_B) = (
             ((A, None), (B, None)) if group is None else (group.A.view(A, user), group.B.view(B, user))
