@@ -32,7 +32,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", help=f"some of {', '.join(PARTS)} (all that this machine can run)")
     options = parser.parse_args(argv)
     options.given = {
-        n: getattr(options, n) for n in ("threads", "rounds", "clock", "results") if getattr(options, n) is not None
+        n: getattr(options, n)
+        for n in ("threads", "rounds", "clock", "results", "allocator")
+        if getattr(options, n) is not None
     }
     options.chosen_dtypes = options.dtypes if options.dtypes != parser.get_default("dtypes") else None
     check_options(options, rounds=1)

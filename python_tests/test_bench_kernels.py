@@ -10,7 +10,7 @@ from bench.session import start
 from bench.store import Store
 
 CPU = torch.device("cpu")
-QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "1", "--dtypes", "fp32"]
+QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1", "--dtypes", "fp32"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

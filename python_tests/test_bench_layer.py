@@ -14,7 +14,22 @@ from bench.rivals_base import LORA, LOTR, VERA, Rival, Tensors
 CPU = torch.device("cpu")
 CASE = shapes.Case(24, 16, 12, 3, "fp32", 1)
 NO_BIAS = CASE._replace(k=576, n=192)
-QUICK = ["--shapes", "8x16x16x2", "--dtypes", "fp32", "--threads", "1", "--rounds", "2", "--slice", "0.0005", "--device", "cpu"]
+QUICK = [
+    "--shapes",
+    "8x16x16x2",
+    "--dtypes",
+    "fp32",
+    "--threads",
+    "1",
+    "--rounds",
+    "2",
+    "--slice",
+    "0.0005",
+    "--device",
+    "cpu",
+    "--allocator",
+    "system",
+]
 
 
 def made(name: str, case: shapes.Case) -> tuple[Rival, truth.Truth]:

@@ -9,7 +9,7 @@ from bench import model
 from bench import model_rivals as mr
 from bench.store import Store
 
-QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "1", "--dtypes", "fp32", "--rank", "4"]
+QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1", "--dtypes", "fp32", "--rank", "4"]
 CPU = torch.device("cpu")
 
 

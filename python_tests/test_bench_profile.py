@@ -8,7 +8,7 @@ import torch
 from bench import profile
 from bench.store import Store
 
-QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "1", "--slice", "0.0001"]
+QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1", "--slice", "0.0001"]
 MANY = ["shrink", "fold", "expand_add_", "shrink_grad_", "fold_grad", "expand_add_", "factor_grad_"]
 
 

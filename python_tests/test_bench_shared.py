@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from bench import shared
-from bench.store import Store
+from bench.store import ROOT, Store
 
-QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "1"]
+QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1"]
 
 
 def test_it_counts_what_the_hub_saves(tmp_path, capsys):
@@ -43,3 +46,26 @@ def test_it_counts_what_the_hub_saves(tmp_path, capsys):
 def test_it_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         shared.arguments([*QUICK, *arguments])
+
+
+PROGRAM = """
+import resource, torch
+from bench.session import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(4 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.set_num_threads(1)
+faults(); first = faults()
+kept = keep_memory()
+faults(); print(kept, first, faults())
+"""
+
+
+def test_the_allocator_keeps_memory_between_calls():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept, before, after = done.stdout.split()
+    if kept == "False":
+        pytest.skip("this C library's malloc is not glibc's")
+    assert int(after) < int(before) / 4
