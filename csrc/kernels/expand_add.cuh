@@ -3,12 +3,13 @@
 // Grid     x: blocks of n_per_block columns (up to SUBS tiles), y: blocks of m_per_block tokens.
 //          A block walks its rectangle of y row tile by row tile; F's rows stay in shared memory.
 // Bytes    y once in and once out; with s_M x s_N blocks, F s_M times and u s_N times.  kernels/plan.h
-// balances them. Sums     float32, y added last, rounded once.
+//          balances them.
+// Sums     float32, y added last, rounded once.
 //
-// Timeline (tile t = row tile m, column tile n; L copies in flight, P product and sum in place, S rows to
-// memory):
-//   y  stage t % STAGES   L L L P|S |          one barrier before P (copies landed, stage t - 1 is free), one
-//   before S u  slot  m % STAGES   L L L P P P P |      (the tile's sums come from all warps)
+// Timeline (tile t = row tile m, column tile n; L copies in flight, P product and sum in place,
+// S rows to memory):
+//   y  stage t % STAGES   L L L P|S |       one barrier before P (copies landed, stage t - 1 is free),
+//   u  slot  m % STAGES   L L L P P P P |   one before S (the tile's sums come from all warps)
 #pragma once
 #include "rectangle.cuh"
 

@@ -1,17 +1,15 @@
 // fold:       F_l = s B G_l^T                          B [N, r_out], G_l [r_in, r_out], F_l [N, r_in]
-// fold_grad:  dB += s sum_l Q_l G_l,  dG_l = s Q_l^T B   Q_l [N, r_in] float32, dB [N, r_out], dG_l [r_in,
-// r_out]
+// fold_grad:  dB += s sum_l Q_l G_l,  dG_l = s Q_l^T B   Q_l [N, r_in] float32, dB [N, r_out],
+//                                                      dG_l [r_in, r_out]
 //
 // A few hundred kilobytes a layer and N r^2 multiply-adds, so plain float32 fused multiply-adds on tiles of
 // 32 x 16: the result is cast once, and sums keep float32 operands where the adapter has them.
 //
 // Grid     fold       x: tiles of N, y: tiles of r_in, z: layers
 //          fold_grad  one launch for both: first the tiles of dB (all layers, l = 0 .. L - 1 in one sum),
-//          then, for each
-//                     layer, tile of G and split of N, a block of dG
-// Bytes    fold: B r_in / 16 times a layer, F out; fold_grad: Q r_out / 16 times for each of the two, B r_in
-// / 32 times a
-//          layer.  What is read again comes from L2.
+//                     then, for each layer, tile of G and split of N, a block of dG
+// Bytes    fold: B r_in / 16 times a layer, F out; fold_grad: Q r_out / 16 times for each of the two, B
+//          r_in / 32 times a layer.  What is read again comes from L2.
 #pragma once
 #include "../tile/load.cuh"
 #include "../tile/reduce.cuh"

@@ -9,10 +9,12 @@
 // Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh).
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at |):
-//   g  stage t % STAGES   L L L P |            u is copied with the first column tile of its row tile and
-//   stays for the u  slot  m % STAGES   L L L P P P P |      others; F [n_per_block, r] comes with the first
-//   stage and stays to the end. k                     . . . + + + w        w: partial sum of k to memory; all
-//   are added once, after the last tile
+//   g  stage t % STAGES   L L L P |
+//   u  slot  m % STAGES   L L L P P P P |
+//   k                     . . . + + + w     w: partial sum of k to memory; all are added once, after the
+//                                           last tile
+// u is copied with the first column tile of its row tile and stays for the others; F [n_per_block, r] comes
+// with the first stage and stays to the end.
 #pragma once
 #include "rectangle.cuh"
 
