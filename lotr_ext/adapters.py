@@ -83,7 +83,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters, the active one first.
 
     Raises:
-        As `active_adapter`.
+        TypeError, RuntimeError: as `active_adapter`.
     """
     parked = _of(model, "adapter_names")
     return [parked.active, *parked]

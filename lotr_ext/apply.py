@@ -338,7 +338,7 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     modules_to_save stay as they are now. dequantize: as in `merge`.
 
     Raises:
-        As `merge` and `unmerge`; nothing is changed then.
+        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`; nothing is changed then.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
