@@ -1,75 +1,151 @@
-"""Every code block of README and docs runs, every command named there exists, and README's tables are those of the results."""
+"""Every code block of README and docs runs, every command named there exists, README's tables are those of the results, and the
+site builds without a warning, with all pages in its navigation and nothing fetched from elsewhere."""
 
 from __future__ import annotations
 
+import functools
+import html
+import importlib
+import os
 import re
 import shlex
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+SITE_PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = [ROOT / "README.md", *SITE_PAGES]
+INSTALLS = ("pip install torch", "pip install --no-build-isolation .")  # test_packaging builds and installs
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+# ---- code ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_fence_has_a_language_that_is_tested(page):
-    fences = re.findall(r"^```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    fences = re.findall(r"^\s*(?:```|~~~)(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(fences[::2]) <= {"python", "sh"} and set(fences[1::2]) <= {""}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if not (ROOT / "data").is_dir():
         pytest.skip("data/ is missing: run make setup")
     (tmp_path / "data").symlink_to(ROOT / "data")
+    # Inductor's C++ compiler would take a minute here; test_compile.py runs it
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
-    m, k, n, r, layers = 5, 7, 6, 2, 3
-    names = {"torch": torch, "F": torch.nn.functional, "x": torch.randn(m, k), "A": torch.randn(k, r), "B": torch.randn(n, r)}
-    names |= {"G": torch.randn(layers, r, r), "W": torch.randn(layers, n, k), "bias": torch.randn(layers, n), "s": 0.5, "l": 1}
-    for block in blocks(page, "python"):
+    names: dict[str, object] = {}
+    if page.name == "README.md":  # what its three lines of plain PyTorch are about
+        m, k, n, r, layers = 5, 7, 6, 2, 3
+        names |= {"F": torch.nn.functional, "x": torch.randn(m, k), "A": torch.randn(k, r), "B": torch.randn(n, r)}
+        names |= {"G": torch.randn(layers, r, r), "W": torch.randn(layers, n, k), "bias": torch.randn(layers, n)}
+        names |= {"s": 0.5, "l": 1}
+        first, *others = blocks(page, "python")
+        exec(compile(first, str(page), "exec"), names)
+        check_the_three_lines(names)
+    else:
+        others = blocks(page, "python")
+    for block in others:
         exec(compile(block, str(page), "exec"), names)
     capsys.readouterr()
-    if page.name == "README.md":  # the three lines are what the function computes
-        from lotr_ext import lotr_linear
-
-        layer = names["l"]
-        expected = lotr_linear(
-            names["x"], names["W"][layer], names["bias"][layer], names["A"], names["B"], names["G"][layer], names["s"]
-        )
-        torch.testing.assert_close(names["y"], expected)
+    if page.name == "README.md":
         assert type(names["plain"].encoder.layer[0].attention.self.query) is torch.nn.Linear
+
+
+def check_the_three_lines(names: dict[str, object]) -> None:
+    """They are what the function computes."""
+    from lotr_ext import lotr_linear
+
+    l = names["l"]
+    expected = lotr_linear(names["x"], names["W"][l], names["bias"][l], names["A"], names["B"], names["G"][l], names["s"])
+    torch.testing.assert_close(names["y"], expected)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def commands() -> list[str]:
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
-    return sorted(set(lines))
+    return sorted(set(lines) - set(INSTALLS))
+
+
+def check_flags(program: list[str], words: list[str], capsys) -> None:
+    """That the program's --help names every flag among words; program: ["-m", module] or [a script of examples/]."""
+    if program[0] == "-m" and not program[1].startswith("pytest"):
+        name = {"bench": "bench.__main__"}.get(program[1], program[1])
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(name).main(["--help"])
+        text, status = capsys.readouterr().out, end.value.code
+    else:
+        done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
+        text, status = done.stdout, done.returncode
+    assert status in (0, None), text
+    for flag in (word for word in words if word.startswith("-")):
+        assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), f"{shlex.join(program)} --help does not name {flag}"
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_exists(command):
+def test_every_command_exists(command, capsys):
     words = shlex.split(command)
     if words[0] == "make":
         assert subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True).returncode == 0
-        arguments = [shlex.split(word[5:]) for word in words if word.startswith("ARGS=")]
-        for flags in arguments:
-            program = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench"]}[words[1]]
-            text = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-            assert all(flag in text for flag in flags if flag.startswith("--"))
-    elif words[:3] == ["python", "-m", "lotr_ext.convert"]:
+        for word in words[2:]:
+            assert word.startswith("ARGS="), command
+            check_flags({"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench"]}[words[1]], shlex.split(word[5:]), capsys)
+    elif words[0] == "torchrun":
+        (script,) = [word for word in words if word.endswith(".py")]
+        launcher, own = words[1 : words.index(script)], words[words.index(script) + 1 :]
+        known = {option for action in torchrun_parser()._actions for option in action.option_strings}
+        assert {word.split("=")[0] for word in launcher if word.startswith("-")} <= known, command
+        check_flags([script], own, capsys)
+    elif words[:2] == ["python", "-m"]:
+        check_module(words[2], words[3:], capsys)
+    else:
+        assert words[0] == "python" and (ROOT / words[1]).is_file(), command
+        check_flags([words[1]], words[2:], capsys)
+
+
+def torchrun_parser():
+    from torch.distributed.run import get_args_parser
+
+    return get_args_parser()
+
+
+def check_module(name: str, arguments: list[str], capsys) -> None:
+    if name == "pytest":
+        assert arguments and all((ROOT / path).exists() for path in arguments), arguments
+    elif name == "lotr_ext.convert":
         from lotr_ext.convert import parser
 
-        assert parser().parse_args(words[3:]).command == words[3]
+        assert parser().parse_args(arguments).command == arguments[0]
+    elif name in ("bench.targets", "bench.compare"):  # they take files and nothing else
+        assert callable(importlib.import_module(name).main) and not any(word.startswith("-") for word in arguments)
+    elif name.startswith("bench.") and hasattr(module := importlib.import_module(name), "arguments"):
+        if name == "bench.kernels" and not torch.cuda.is_available():
+            arguments = [*arguments, "--device", "cpu"]
+        module.arguments(arguments)  # shapes, rivals and GPUs exist too
     else:
-        assert command in ("pip install torch", "pip install --no-build-isolation .")  # test_packaging builds and installs
+        check_flags(["-m", name], arguments, capsys)
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
 
 
 def test_tables_are_those_of_the_results():
@@ -77,13 +153,130 @@ def test_tables_are_those_of_the_results():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert rebuild(text) == text, "run python -m bench.report"
-    assert (
-        rebuild(text.replace("made by python -m bench.report -->\n", "made by python -m bench.report -->\n| 99.9 % |\n"))
-        == text
-    )
+    begun = "made by python -m bench.report -->\n"
+    assert rebuild(text.replace(begun, f"{begun}| 99.9 % |\n")) == text
 
 
 def test_links_and_pictures_exist():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page_name(page)}: {target}"
+
+
+def test_no_address_on_the_machine_where_it_was_written():
+    for page in PAGES:
+        assert not re.search(r"/(work|home|root|tmp)/", page.read_text(encoding="utf-8")), page_name(page)
+
+
+# ---- the site --------------------------------------------------------------------------------------------------------
+
+
+class _Site(yaml.SafeLoader):
+    """mkdocs.yml may have tags that name Python objects."""
+
+
+def navigation(entry: object = None) -> list[str]:
+    """The pages that mkdocs.yml has in its nav, in order."""
+    if entry is None:
+        entry = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Site)["nav"]
+    if isinstance(entry, str):
+        return [entry]
+    inner = entry.values() if isinstance(entry, dict) else entry
+    return [page for value in inner for page in navigation(value)]
+
+
+def test_every_page_is_in_the_navigation():
+    have, want = navigation(), [page.relative_to(DOCS).as_posix() for page in SITE_PAGES]
+    assert len(set(have)) == len(have)
+    missing, gone = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+    assert not missing, f"add to nav in mkdocs.yml: {', '.join(missing)}"
+    assert not gone, f"nav in mkdocs.yml names pages that docs/ does not have: {', '.join(gone)}"
+
+
+@pytest.mark.parametrize("page", SITE_PAGES, ids=page_name)
+def test_a_page_has_one_title_and_no_heading_skips_a_level(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    assert text.startswith("# ") and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:])), levels
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    # no proxy is there: whatever tried to reach another machine would fail
+    environment |= {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+class Fetched(HTMLParser):
+    """What a browser loads to show a page, and the page's text."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.addresses, self.text = [], ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag != "a" and not (tag == "link" and values.get("rel") == "canonical"):
+            self.addresses += [values[name] for name in ("src", "href", "srcset", "data") if values.get(name)]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_site_fetches_nothing(site):
+    pages = sorted(site.rglob("*.html"))
+    assert {page.relative_to(site).with_suffix(".md").as_posix() for page in pages} - {"404.md"} == set(navigation())
+    for page in pages:
+        for address in Fetched(page).addresses:
+            assert not re.match(r"(?:https?:)?//", address), f"{page.name} loads {address}"
+            local = site / address.lstrip("/") if page.name == "404.html" else page.parent / address.split("?")[0]
+            assert address.startswith(("data:", "#")) or local.exists(), f"{page.name} loads {address}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(?:https?:)?//|@import", style.read_text(encoding="utf-8")), style.name
+
+
+def test_the_site_shows_the_code_itself(site):
+    """Signatures, kernel heads, --help, counted bytes: nothing of it is in the pages' sources."""
+    import lotr_ext
+
+    reference = "".join((site / "api" / f"{name}.html").read_text(encoding="utf-8") for name in ("lotr_ext", "adapters"))
+    missing = [name for name in lotr_ext.__all__ if not re.search(rf'id="lotr_ext\.(\w+\.)?{name}"', reference)]
+    assert not missing, f"add to docs/api: {', '.join(missing)}"
+    kernels = Fetched(site / "kernels.html").text
+    for source in sorted((ROOT / "csrc" / "kernels").glob("*.cuh")):
+        opening = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("// ")
+        if "__global__" in source.read_text(encoding="utf-8"):
+            assert opening in kernels, f"{source.name} is not on docs/kernels.md"
+    assert re.search(r"shrink_grad\s+8192 x 4096, 16", kernels)
+    assert "usage: python -m bench.layer" in Fetched(site / "api" / "commands.html").text
+    rebuilt = html.unescape((site / "benchmarks.html").read_text(encoding="utf-8"))
+    assert "LoRA in-place, beta" in rebuilt and "<!-- insert" not in rebuilt
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("<!-- insert: tables layer -->", ["x.md", "expected one of head, help", "got tables"]),
+        ("<!-- insert: head nothing -->", ["x.md", "head nothing", "nothing.cuh"]),
+        ("<!-- insert: help bench.nothing -->", ["x.md", "help bench.nothing", "No module named"]),
+        ("<!-- insert: results nothing -->", ["x.md", "results nothing"]),
+    ],
+)
+def test_an_insertion_that_cannot_be_made_ends_the_build(line, words, monkeypatch):
+    from mkdocs.exceptions import PluginError
+
+    monkeypatch.syspath_prepend(str(DOCS))
+    from types import SimpleNamespace
+
+    insertions = importlib.import_module("insertions")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="x.md"))
+    with pytest.raises(PluginError) as caught:
+        insertions.on_page_markdown(f"# Title\n\n{line}\n", page=page, config=None, files=None)
+    assert all(word in str(caught.value) for word in words), caught.value
