@@ -8,6 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
+SITE := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 STAMPS := $(VENV)/.stamps
 ARGS ?=
 
@@ -16,13 +17,14 @@ NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.
           CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: help setup demo test test-full test-gpu bench lint format clean distclean
+.PHONY: help setup demo test test-full test-gpu bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
 	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
-	@echo "make bench      time one adapted layer against its rivals    make test-gpu    the tests that need a GPU"
-	@echo "make setup      .venv, the build, model and data             make lint, format, clean, distclean"
+	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
+	@echo "make docs       the documentation, to read in a browser      make lint, format, clean, distclean"
+	@echo "make setup      .venv, the build, model and data"
 
 setup: $(STAMPS)/build $(STAMPS)/data
 
@@ -58,11 +60,16 @@ test-gpu: setup
 	@$(PY) -m pytest -m cuda $(ARGS)
 
 bench: setup
-	@$(PY) -m bench.layer $(ARGS)
+	@$(PY) -m bench $(ARGS)
 
-lint: $(STAMPS)/deps
+docs: $(STAMPS)/build
+	@$(SITE) && echo "docs: open build-docs/index.html"
+
+# The site too: a page outside of its navigation, a broken link or a docstring that cannot be read is an error. It shows what the
+# programs print for --help, so it needs the built package.
+lint: $(STAMPS)/build
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
-	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null \
+	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(SITE) \
 	  && echo "lint: clean" || { echo "lint: see above; make format mends the layout" >&2; exit 1; }
 
 format: $(STAMPS)/deps

@@ -12,7 +12,9 @@ import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,10 +107,11 @@ def check_flags(program: list[str], words: list[str], capsys) -> None:
 def test_every_command_exists(command, capsys):
     words = shlex.split(command)
     if words[0] == "make":
+        programs = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench"]}
         assert subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True).returncode == 0
         for word in words[2:]:
             assert word.startswith("ARGS="), command
-            check_flags({"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench"]}[words[1]], shlex.split(word[5:]), capsys)
+            check_flags(programs[words[1]], shlex.split(word[5:]), capsys)
     elif words[0] == "torchrun":
         (script,) = [word for word in words if word.endswith(".py")]
         launcher, own = words[1 : words.index(script)], words[words.index(script) + 1 :]
@@ -171,14 +174,10 @@ def test_no_address_on_the_machine_where_it_was_written():
 # ---- the site --------------------------------------------------------------------------------------------------------
 
 
-class _Site(yaml.SafeLoader):
-    """mkdocs.yml may have tags that name Python objects."""
-
-
 def navigation(entry: object = None) -> list[str]:
     """The pages that mkdocs.yml has in its nav, in order."""
     if entry is None:
-        entry = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Site)["nav"]
+        entry = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     if isinstance(entry, str):
         return [entry]
     inner = entry.values() if isinstance(entry, dict) else entry
@@ -198,16 +197,17 @@ def test_a_page_has_one_title_and_no_heading_skips_a_level(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
     assert text.startswith("# ") and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:])), levels
+    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs", reason="mkdocs is missing: pip install -r requirements-dev.txt")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
-    # no proxy is there: whatever tried to reach another machine would fail
-    environment |= {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    # no proxy is there: what tries to reach another machine fails
+    environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
@@ -270,11 +270,8 @@ def test_the_site_shows_the_code_itself(site):
     ],
 )
 def test_an_insertion_that_cannot_be_made_ends_the_build(line, words, monkeypatch):
-    from mkdocs.exceptions import PluginError
-
+    PluginError = pytest.importorskip("mkdocs.exceptions", reason="mkdocs is missing").PluginError
     monkeypatch.syspath_prepend(str(DOCS))
-    from types import SimpleNamespace
-
     insertions = importlib.import_module("insertions")
     page = SimpleNamespace(file=SimpleNamespace(src_uri="x.md"))
     with pytest.raises(PluginError) as caught:
