@@ -119,12 +119,12 @@ def test_targets(tmp_path, capsys):
 def test_everything_hands_its_options_on(tmp_path):
     options = everything.arguments(["--device", "cpu", "--threads", "1", "--quick", "--results", str(tmp_path)])
     assert options.parts == ["layer", "shared", "model"]
-    common = ["--device", "cpu", "--threads", "1", "--results", str(tmp_path), "--quick"]
+    common = ["--device", "cpu", "--threads", "1", "--results", str(tmp_path), "--allocator", "keep", "--quick"]
     assert everything.commands(options) == dict.fromkeys(options.parts, common)
     options = everything.arguments(["--device", "cpu", "--dtypes", "bf16", "--minutes", "3", "--fresh"])
     assert options.parts == ["layer", "shared", "model", "profile", "traffic"]
     own = everything.commands(options)
-    assert own["layer"] == ["--device", "cpu", "--dtypes", "bf16", "--fresh", "--minutes", "3.0"]
+    assert own["layer"] == ["--device", "cpu", "--allocator", "keep", "--dtypes", "bf16", "--fresh", "--minutes", "3.0"]
     assert own["traffic"] == ["--fresh"]
     with pytest.raises(ValueError, match="parts: expected some of layer"):
         everything.arguments(["--parts", "magic"])
