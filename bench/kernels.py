@@ -41,7 +41,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
-    check_options(options, rounds=9 if options.quick else 21)
+    check_options(options, rounds=7 if options.quick else 15)
     options.kernels = options.kernels.split(",") if options.kernels else list(op.KERNELS)
     for name in options.kernels:
         if name not in op.KERNELS:

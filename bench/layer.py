@@ -32,8 +32,8 @@ from .store import latest
 from .timing import Timed, against, interleave
 from .truth import Truth, check, saved_bytes
 
-MINUTES = 10.0
-COMPILE_S = 15.0  # of torch.compile, a case
+MINUTES = 12.0
+COMPILE_S = 6.0  # of torch.compile, a case
 AROUND_S = 0.005  # of a call that is timed by events: the queue ahead of it, the flush of L2
 
 
@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rivals", help=f"some of {', '.join(rv.RIVALS)}")
     parser.add_argument("--slice", type=float, default=0.03, help="seconds a measurement of one rival takes (0.03)")
     options = parser.parse_args(argv)
-    check_options(options, rounds=7 if options.quick else 21)
+    check_options(options, rounds=7 if options.quick else 11)
     if not (math.isfinite(options.slice) and options.slice > 0 and math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"slice, minutes: expected positive numbers, got {options.slice}, {options.minutes}")
     options.chosen = options.rivals is not None

@@ -20,7 +20,7 @@ from .shapes import Case, Shape
 from .traffic import ELEMENT, Key, Row
 
 RIVALS = ("frozen", "lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")
-OURS = ("lotr_ext two_pass", "lotr_ext beta", "lotr_ext beta, L2 of no use")
+OURS = ("lotr_ext two_pass", "lotr_ext beta", "lotr_ext beta, nothing from L2")
 LEAST = "least possible"
 
 

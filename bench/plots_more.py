@@ -19,7 +19,7 @@ PROJECTED = {
     "lora-in-place-beta": "tab:olive",
     "lotr_ext two_pass": "tab:cyan",
     "lotr_ext beta": "tab:blue",
-    "lotr_ext beta, L2 of no use": "tab:purple",
+    "lotr_ext beta, nothing from L2": "tab:purple",
     "least possible": "0.85",
 }
 

@@ -121,7 +121,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", help="MxKxNxR or MODEL:TOKENS:RANK, comma-separated (the targets)")
     parser.add_argument("--slice", type=float, default=0.02, help="seconds a measurement takes (0.02)")
     options = parser.parse_args(argv)
-    check_options(options, rounds=15)
+    check_options(options, rounds=11)
     if not options.slice > 0:
         raise ValueError(f"slice: expected a positive number, got {options.slice}")
     given = parse_shapes(options.shapes) if options.shapes else None

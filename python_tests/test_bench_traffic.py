@@ -57,7 +57,7 @@ def test_our_layer_is_its_kernels_and_the_base_products():
     assert base == [layer_traffic.base_step(M, N, K)]
     two_pass = layer_traffic.our_steps("lotr_ext two_pass", SHAPE, found, 132)
     assert [step.name for step in two_pass["forward"]] == ["shrink", "fold", "base product", "expand_add"]
-    worst = layer_traffic.our_steps("lotr_ext beta, L2 of no use", SHAPE, found, 132)
+    worst = layer_traffic.our_steps("lotr_ext beta, nothing from L2", SHAPE, found, 132)
     like = layer_traffic.our_steps("lotr_ext beta", SHAPE, found, 132)
     assert layer_traffic.total_bytes(like, "forward") == layer_traffic.total_bytes(two_pass, "forward")  # y is written twice
     assert layer_traffic.base_step(M, K, N, accumulate=True).work.bytes == 2 * (M * K + N * K + 2 * M * N)
