@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -60,8 +62,11 @@ def test_siblings_share_one_shrink_and_a_step_has_one_fold(counter, two_nodes):
 def test_a_deleted_and_an_added_adapter_renew_the_scope(counter, two_nodes):
     model = with_two()
     model(IDS)
+    core = weakref.ref(model.base_model.model.blocks[0].q.lotr_adapter["default"])
     model.set_adapter("other")
     model.delete_adapter("default")
+    gc.collect()
+    assert core() is None
     model.add_adapter("third", config(target_modules=["q", "k"]))
     randomize(model, "third")
     model.set_adapter("third")
@@ -120,6 +125,28 @@ def test_a_base_of_its_own_kind_is_called_and_not_merged_into():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and torch.equal(model(IDS), y)
 
 
+def test_hooks_of_a_base_layer_still_run():
+    net, seen = toy().eval(), []
+    net.blocks[0].q.register_forward_hook(lambda module, args, output: seen.append(output) or output * 2)
+    model = peft.get_peft_model(net, config())
+    randomize(model)
+    assert close(model(IDS), plain(model, ["default"])(IDS)) and len(seen) == 2
+    q, x = model.base_model.model.blocks[1].q, torch.randn(3, 16)
+    q.base_layer = Positional(q.base_layer)
+    assert torch.allclose(q(x, 3.0), q(x, factor=3.0)) and torch.allclose(q(x, 3.0) - q(x), 2 * q.base_layer(x), atol=1e-5)
+
+
+class Positional(nn.Module):
+    """A base with an argument beside x."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
+
+    def forward(self, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        return self.linear(x) * factor
+
+
 def test_a_quantised_base_is_called_and_not_merged_into():
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     net = toy().eval()
@@ -161,7 +188,7 @@ def test_compiled_in_one_graph():
 
 def test_the_encoder_layers_fast_path_does_not_skip_an_adapter():
     torch.manual_seed(0)
-    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
     x, names = torch.randn(2, 5, 16), ["linear1", "linear2"]
     with torch.no_grad():
         before = encoder(x)
@@ -169,7 +196,7 @@ def test_the_encoder_layers_fast_path_does_not_skip_an_adapter():
         model.add_adapter("other", config(target_modules=names))
         randomize(model)
         assert (model(x) - before).abs().max() > 0.01
-        assert torch.allclose(model.unload()(x), before, atol=1e-6) and encoder.activation_relu_or_gelu == 1
+        assert torch.allclose(model.unload()(x), before, atol=1e-6) and encoder[0].activation_relu_or_gelu == 1
 
 
 def test_dropout_only_in_training(two_nodes):
@@ -329,6 +356,25 @@ def test_a_second_adapter_that_is_refused_leaves_the_first():
         model.add_adapter("bad", peft.LoraConfig(target_modules=["q"]))
     assert_unchanged(model, before)
     assert list(model.peft_config) == ["default"] and torch.equal(model(IDS), y)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_injection_that_fails_half_way_is_taken_back(first, monkeypatch):
+    model = toy() if first else tuned()
+    before = snapshot(model)
+    add, calls = ours.LoTRPeftLinear.add, []
+
+    def fails(self, *args):
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError
+        add(self, *args)
+
+    monkeypatch.setattr(ours.LoTRPeftLinear, "add", fails)
+    with pytest.raises(MemoryError):
+        both = config(target_modules=["q", "up"])
+        peft.get_peft_model(model, both) if first else model.add_adapter("bad", both)
+    assert_unchanged(model, before)
 
 
 def test_loading_on_a_model_of_other_sizes(tmp_path):

@@ -87,6 +87,7 @@ def test_only_the_parts_asked_for_are_trained(train):
     model.set_requires_grad("default", False)
     assert trained(model) == []
     model.set_requires_grad("default")
+    assert {n.rpartition(".")[2] for n in trained(model)} == set(train)
     with model.disable_adapter():
         assert trained(model) == []
     model.set_adapter("default")

@@ -51,11 +51,11 @@ class LoTRPeftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As BaseTuner's; the factors of other adapters keep their requires_grad, as their cores do."""
         before = [(p, p.requires_grad) for p in self.lotr_factors.parameters()]
+        layers = set(self._adapted())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            if adapter_name in self.lotr_factors:
-                del self.lotr_factors[adapter_name]
+            self._take_back(adapter_name, layers)
             raise
         finally:
             self._groups = {}
@@ -63,6 +63,17 @@ class LoTRPeftModel(BaseTuner):
             parameter.requires_grad_(requires_grad)
         set_fast_paths(self.model, off=True, adapted=LoTRPeftLinear)
         attach_scope(self.model)
+
+    def _take_back(self, adapter_name: str, layers: set[str]) -> None:
+        """Undoes an injection that failed half-way. layers: those that were adapted before it."""
+        if adapter_name in self.lotr_factors:
+            del self.lotr_factors[adapter_name]
+        for name, layer in self._adapted().items():
+            if name not in layers:
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, layer.base_layer)
+            elif adapter_name in layer.lotr_adapter:
+                del layer.lotr_adapter[adapter_name]
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Finds the targets' groups and refuses what cannot be adapted: PEFT has not touched the model yet."""
