@@ -8,9 +8,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
-SITE := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+# mkdocs's own --quiet would hide warnings from --strict too
+SITE = { log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS) 2>&1) \
+  || { echo "$$log" | grep -v '^INFO' >&2; false; }; }
 STAMPS := $(VENV)/.stamps
 ARGS ?=
+DOCS_ARGS ?=
 
 # What the extension module is made of: a change in any of these rebuilds it (ninja compiles only what changed).
 NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \

@@ -204,7 +204,7 @@ def test_a_page_has_one_title_and_no_heading_skips_a_level(page):
 def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs", reason="mkdocs is missing: pip install -r requirements-dev.txt")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
     # no proxy is there: what tries to reach another machine fails
     environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -258,6 +258,33 @@ def test_the_site_shows_the_code_itself(site):
     assert "usage: python -m bench.layer" in Fetched(site / "api" / "commands.html").text
     rebuilt = html.unescape((site / "benchmarks.html").read_text(encoding="utf-8"))
     assert "LoRA in-place, beta" in rebuilt and "<!-- insert" not in rebuilt
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("# Title\n", []),
+        ("# Title\n\n[gone](gone.md)\n", ["gone.md"]),
+        ("# Title\n\n[gone](#gone)\n", ["#gone"]),
+        ("# Title\n", ["not included in the", "other.md"]),
+    ],
+)
+def test_make_docs_fails_on_a_warning(text, words, tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is missing: pip install -r requirements-dev.txt")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(text)
+    if "other.md" in words:
+        (tmp_path / "docs" / "other.md").write_text(text)
+    checks = re.search(r"^validation:\n(?: .*\n)+", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: x\ntheme: mkdocs\nsite_dir: site\nnav: [index.md]\n{checks}")
+    built_package = Path(".venv", ".stamps", "build")  # taken as it is
+    command = ["make", "-C", str(ROOT), "-o", str(built_package), "docs", f"PY={sys.executable}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    made = subprocess.run(
+        [*command, f"DOCS_ARGS=-f {tmp_path / 'mkdocs.yml'}"], env=environment, capture_output=True, text=True
+    )
+    assert (made.returncode != 0) == bool(words), made.stdout + made.stderr
+    assert all(word in made.stderr for word in words), made.stderr
 
 
 @pytest.mark.parametrize(
