@@ -111,6 +111,33 @@ def test_finetune_text_refuses_what_only_the_model_can_tell(tiny, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+# ---- train_ddp -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["", pytest.param("--shard", marks=pytest.mark.full)])
+def test_train_ddp_in_two_processes(tiny, tmp_path, how):
+    model, text = tiny
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1", "examples/train_ddp.py")
+    options = ("--model", str(model), "--text", str(text), "--steps", "3", "--batch", "4", "--rank", "2", "--out")
+    result = run(*command, *options, str(tmp_path), *([how] if how else []))
+    assert result.returncode == 0, result.stderr
+    reached, loaded = re.findall(r": ([\d.]+)%|accuracy ([\d.]+)%", result.stdout)
+    assert "".join(reached) == "".join(loaded) and "3 steps of 2 x 4" in result.stdout
+    assert result.stdout.count("LoTR: 2 layers") == 1 and (tmp_path / "lotr_adapter.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--batch", "0"], "batch: expected at least 1"), (["--targets", ","], "targets: "), ([], "started by torchrun")],
+)
+def test_train_ddp_refuses(arguments, words, monkeypatch):
+    import train_ddp
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=words):
+        train_ddp.main(arguments)
+
+
 # ---- causal_lm -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,157 @@
+"""Fine-tune the demo's text encoder with LoTR in several processes, by DistributedDataParallel or sharded by FSDP2.
+
+    torchrun --nproc-per-node 2 examples/train_ddp.py                 a replica in each process, on the CPU
+    torchrun --nproc-per-node 2 examples/train_ddp.py --shard         FSDP2: each process holds a part of every tensor
+    torchrun --nproc-per-node 2 examples/train_ddp.py --text mine.tsv --model folder --targets q_proj,v_proj
+
+All layers' gradients of A and B arrive as one gradient each, so a step reduces them once, however many layers there are.
+Process 0 writes the adapter, and every process loads it into a fresh model, which has to be as accurate. No network is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DistributedDataParallel")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (16)")
+    parser.add_argument("--targets", default="query,value", help="names of the adapted layers (query,value)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps (100)")
+    parser.add_argument("--batch", type=int, default=16, help="examples a step and process (16)")
+    parser.add_argument("--seed", type=int, default=0, help="seed (0)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a process (1)")
+    parser.add_argument("--model", default=str(ROOT / "data" / "all-minilm-l6-v2"), help="a Hugging Face model folder")
+    parser.add_argument("--text", help="a .tsv or .csv file of label and text, instead of the movie snippets")
+    parser.add_argument("--held-out", type=int, default=1000, help="held-out examples (1000, with --text a fifth at most)")
+    parser.add_argument("--out", default=str(ROOT / "demo_results" / "ddp"), help="folder for the adapter")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    options = parser.parse_args(argv)
+    for name in ("rank", "steps", "batch", "threads", "held_out"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    options.targets = [t for t in options.targets.split(",") if t]
+    if not options.targets:
+        raise ValueError("targets: expected names of layers, got none")
+    if "RANK" not in os.environ:
+        raise ValueError("processes: expected to be started by torchrun: torchrun --nproc-per-node 2 examples/train_ddp.py")
+    return options
+
+
+def build(options: argparse.Namespace, classes: int, seed: int):
+    """(a plain model with a new head, text -> token ids)"""
+    import text_model as tm
+
+    encoder, tokenize = tm.load_encoder(Path(options.model))
+    return tm.build(encoder, classes, seed), tokenize
+
+
+def distribute(model, shard: bool):
+    """The adapted model over all processes, by torch.distributed's own means."""
+    from torch import nn
+
+    if not shard:
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    for blocks in [m for m in model.modules() if type(m) is nn.ModuleList]:
+        for block in blocks:
+            fully_shard(block)
+    return fully_shard(model)  # the rest, in which the factors are: gathered once a forward
+
+
+def accuracy(model, ids: list, labels, total: int) -> float:
+    """Over the examples of all processes: each brings its part."""
+    import torch
+    import torch.distributed as dist
+
+    import text_model as tm
+
+    right = (tm.predict(model, ids).argmax(1) == labels).sum().to(torch.float64)
+    dist.all_reduce(right)
+    return right.item() / total
+
+
+def run(options: argparse.Namespace) -> None:
+    """What each process does."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from finetune_text import Bar
+
+    import data
+    import text_model as tm
+    from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, trainable_summary
+
+    torch.set_num_threads(options.threads)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    examples, names = tm.read_labelled(Path(options.text)) if options.text else tm.movie_snippets(data.SNIPPETS)
+    wanted = min(options.held_out, len(examples) // 5) if options.text else options.held_out
+    train, test = tm.split(examples, max(world, wanted // world * world))  # as many in each process: FSDP2 goes in step
+    model, tokenize = build(options, len(names), options.seed)
+    recipe = tm.RECIPES["lotr"]
+    config = LoTRConfig(rank=options.rank, scaling=recipe.scaling, target_modules=options.targets, modules_to_save=["head"])
+    apply_lotr(model, config)
+    if rank == 0:
+        trainable_summary(model)
+    net = distribute(model, options.shard)
+    optimizer, schedule = tm.optimizer_for(net, recipe, options.steps)
+    mine = train[rank::world]
+    batches = tm.Batches(tokenize([t for t, _ in mine]), [c for _, c in mine], options.batch, options.seed)
+
+    losses, start = [], time.perf_counter()
+    with Bar("LoTR", options.steps, rank == 0 and not options.quiet) as bar:
+        for _ in range(options.steps):
+            ids, target = batches.next()
+            loss = F.cross_entropy(net(ids), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule()
+            dist.all_reduce(mean := loss.detach() / world)
+            losses.append(mean.item())
+            bar.step(losses)
+    seconds = (time.perf_counter() - start) / options.steps
+
+    own = test[rank::world]
+    ids, labels = tokenize([t for t, _ in own]), torch.tensor([c for _, c in own])
+    reached = accuracy(net, ids, labels, len(test))
+    save_adapter(net, options.out)  # all processes call it: the parts are gathered, process 0 writes
+    dist.barrier()
+    fresh, _ = build(options, len(names), options.seed + 1)
+    loaded = accuracy(load_adapter(fresh, options.out), ids, labels, len(test))
+    if rank == 0:
+        how = "FSDP2" if options.shard else "DistributedDataParallel"
+        print(f"{how}, {world} processes, {options.steps} steps of {world} x {options.batch}: {seconds:.3f} s a step")
+        print(f"held-out accuracy {reached:.2%}; a fresh model with the saved adapter: {loaded:.2%}; wrote {options.out}")
+    if abs(loaded - reached) > 2 / len(test):
+        raise RuntimeError(f"saved adapter: expected an accuracy of {reached}, got {loaded}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")  # the model stays on the CPU
+    try:
+        run(options)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"train_ddp: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except KeyboardInterrupt:
+        sys.exit("train_ddp: interrupted; nothing was saved")
