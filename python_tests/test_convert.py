@@ -21,6 +21,7 @@ from lotr_ext.apply import adapted_layers
 from lotr_ext.convert import main
 from lotr_ext.init import tucker2
 from lotr_ext.interop import export_lora, lora_to_lotr, lotr_to_lora, original_to_lotr, read_lora
+from lotr_ext.interop.from_lora import _smallest_rank
 from lotr_ext.interop.tucker import LowRankStack
 
 MAKE = {"toy": toy, "conv": ConvToy}
@@ -136,6 +137,17 @@ def test_bounds_of_the_rank_hold_for_any_stack():
             assert low == 1 or stack.factorise((low - 1, low - 1)).error > error
     one = LowRankStack([(torch.randn(9, 3), torch.randn(7, 3))])
     assert one.rank_bounds(1e-6) == (3, 3) and one.full_rank == 3
+
+
+def test_bisection_finds_what_a_scan_of_all_ranks_finds():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        stack = LowRankStack([(torch.randn(24, 3), torch.randn(20, 3)) for _ in range(5)])
+        errors = [stack.factorise((r, r)).error for r in range(1, stack.full_rank + 1)]
+        for error in (0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            scan = 1 + next(i for i, e in enumerate(errors) if e <= error)
+            assert _smallest_rank(stack, error, 1, lambda r: None) == scan
+            assert _smallest_rank(stack, error, scan + 2, lambda r: None) == scan + 2
 
 
 def test_a_zero_adapter_and_ranks_beyond_the_width(tmp_path):
@@ -334,81 +346,6 @@ def test_the_command_says_what_is_wrong_and_writes_nothing(arguments, message, t
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err.replace("\n", " ")
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# ---- what is refused -------------------------------------------------------------------------------------------------
-
-GOOD = {"x.lora_A.weight": torch.ones(2, 5), "x.lora_B.weight": torch.ones(4, 2)}
-PLAIN = {"r": 2, "lora_alpha": 2}
-
-
-@pytest.mark.parametrize(
-    ("state", "config", "options", "message"),
-    [
-        (GOOD, None, {}, "config: expected r, lora_alpha"),
-        (GOOD, {"r": 2}, {}, "lora_alpha: expected a number"),
-        (GOOD, {**PLAIN, "r": 3}, {}, "x: expected rank 3 as configured, got lora_A (2, 5)"),
-        (GOOD, {**PLAIN, "peft_type": "LOHA"}, {}, "peft_type: expected LORA, got 'LOHA'"),
-        (GOOD, {**PLAIN, "use_dora": True}, {}, "use_dora: expected a LoRA of two factors a layer, got a norm"),
-        (GOOD, {**PLAIN, "lora_bias": True}, {}, "lora_bias: expected"),
-        (GOOD, {**PLAIN, "bias": "all"}, {}, "bias: expected 'none'"),
-        (GOOD, {**PLAIN, "init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights: expected an init that leaves"),
-        ({}, PLAIN, {}, "adapter: expected tensors <layer>.lora_A.weight"),
-        ({"x.lora_A.weight": torch.ones(2, 5)}, PLAIN, {}, "x: expected lora_A and lora_B, got only lora_A"),
-        ({**GOOD, "x.lora_B.weight": torch.ones(4, 3)}, PLAIN, {}, "x: expected lora_A [r, K] and lora_B [N, r], got (2, 5)"),
-        ({**GOOD, "x.lora_A.weight": torch.full((2, 5), torch.nan)}, PLAIN, {}, "x: expected finite floating values in lora_A"),
-        ({**GOOD, "x.lora_magnitude_vector": torch.ones(4)}, PLAIN, {}, "got also x.lora_magnitude_vector"),
-        ({**GOOD, "e.lora_embedding_A": torch.ones(4)}, PLAIN, {}, "got also e.lora_embedding_A"),
-        (GOOD, PLAIN, {"error": 0.1, "rank": 2}, "rank, error, parameters: expected exactly one"),
-        (GOOD, PLAIN, {"rank": None}, "rank, error, parameters: expected exactly one"),
-        (GOOD, PLAIN, {"error": 0.0, "rank": None}, "error: expected a number between 0 and 1"),
-        (GOOD, PLAIN, {"parameters": 2.5, "rank": None}, "parameters: expected an int"),
-        (GOOD, PLAIN, {"rank": 1.5}, "rank: expected an int"),
-        (GOOD, PLAIN, {"dtype": torch.int8}, "dtype: expected one of"),
-        (GOOD, PLAIN, {"group_by": "layer"}, "group_by: expected"),
-        (GOOD, PLAIN, {"group_by": lambda name, module: "g"}, "group_by: expected"),
-        (GOOD, PLAIN, {"group_by": {"x": "g.h"}}, "group_by: expected a name that can be a module's"),
-        (
-            GOOD,
-            PLAIN,
-            {"group_by": {"y": "g"}},
-            "group_by: expected a group for each adapted layer and no other, got none for x",
-        ),
-        (
-            {**GOOD, "y.lora_A.weight": torch.ones(2, 6), "y.lora_B.weight": torch.ones(4, 2)},
-            PLAIN,
-            {"group_by": {"x": "g", "y": "g"}},
-            "group_by: expected layers of one shape in group 'g', got 'x' (5, 4) and 'y' (6, 4)",
-        ),
-    ],
-)
-def test_loras_that_cannot_be_converted(state, config, options, message):
-    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        lora_to_lotr(state, config=config, **{"rank": 2, **options})
-
-
-LAYER = {"x.lotr.lhs": torch.ones(2, 4), "x.lotr.mid": torch.ones(2, 2), "x.lotr.rhs": torch.ones(5, 2)}
-
-
-@pytest.mark.parametrize(
-    ("state", "options", "message"),
-    [
-        ({"x.weight": torch.ones(2)}, {}, "source: expected tensors <layer>.lotr.lhs, .mid and .rhs, got 1 others"),
-        ({k: v for k, v in LAYER.items() if "mid" not in k}, {}, "x: expected lotr.lhs, .mid and .rhs, got none of mid"),
-        ({**LAYER, "x.lotr.rhs": torch.ones(5, 3)}, {}, "x: expected lhs [r, out], mid [r, r], rhs [in, r], got lhs (2, 4)"),
-        ({**LAYER, "x.lotr.mid": torch.ones(2, 2).half()}, {}, "expected adapter tensors of one dtype"),
-        (
-            LAYER | {"y.lotr.lhs": torch.ones(1, 4), "y.lotr.mid": torch.ones(1, 1), "y.lotr.rhs": torch.ones(5, 1)},
-            {},
-            "source: expected layers of one rank, got [1, 2]",
-        ),
-        (LAYER, {"scale": float("inf")}, "scale: expected a finite number"),
-        (LAYER, {"modules_to_save": ["head"]}, "modules_to_save: expected names of modules in the checkpoint, got 'head'"),
-    ],
-)
-def test_original_checkpoints_that_cannot_be_converted(state, options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        original_to_lotr(state, **options)
 
 
 def test_a_converted_adapter_on_the_wrong_model_changes_nothing(tmp_path):
