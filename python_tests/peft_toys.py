@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import IDS, toy
+from toys import IDS, loss, toy
 
 peft = pytest.importorskip("peft", minversion="0.21", reason="expected PEFT 0.21 or later")
 ours = pytest.importorskip("lotr_ext.interop.peft")
@@ -120,3 +122,43 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def trained(model: nn.Module) -> list[str]:
     """Names of the parameters that require grad."""
     return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def made(case: str, **more) -> peft.PeftModel:
+    """A model with the adapter of a case."""
+    kind, settings = CASES[case]
+    return tuned(kind, **{**settings, **more})
+
+
+def base_of(case: str) -> nn.Module:
+    """The base model of a case."""
+    return base(CASES[case][0])
+
+
+def layers(model: nn.Module) -> list[LoTRPeftLinear]:
+    """The adapted layers."""
+    return [m for m in model.modules() if isinstance(m, LoTRPeftLinear)]
+
+
+def close(y: Tensor, want: Tensor, atol: float = 1e-5) -> bool:
+    """Equal up to rounding."""
+    return torch.allclose(y, want.to(y.dtype), atol=atol)
+
+
+def step(model: nn.Module, count: int = 3) -> None:
+    """count steps of training; the model is left in eval mode."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    model.eval()
+
+
+def loaded(directory: Path, kind: str = "toy", **settings) -> peft.PeftModel:
+    """A saved adapter on a fresh base model; PEFT's warnings are errors."""
+    torch.manual_seed(99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing keys
+        return peft.PeftModel.from_pretrained(base(kind), directory, **settings)
