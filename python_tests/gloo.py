@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WORLD = 2
-COLLECTIVE_S = 30  # a collective that a failed partner never joins ends after so long
+COLLECTIVE_S = 90  # a collective that a failed partner never joins ends after so long
 
 
 def _worker(rank: int, folder: str, names: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def _worker(rank: int, folder: str, names: Sequence[str]) -> None:
     os._exit(0)  # gloo's threads abort now and then when the interpreter takes them down
 
 
-def run_pair(names: Sequence[str], folder: Path, timeout: float = 240) -> dict[str, list[dict]]:
+def run_pair(names: Sequence[str], folder: Path, timeout: float = 400) -> dict[str, list[dict]]:
     """{check: [of rank 0, of rank 1]}, each {"value": what it returned}, {"error": traceback}, or {} if it never ran."""
     import torch.multiprocessing as mp
 
