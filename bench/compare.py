@@ -10,6 +10,7 @@ Exit 1 if any cell of lotr_ext is slower.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def case_name(case: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", metavar="FILE", help="old.jsonl new.jsonl")
+    argv = parser.parse_args(argv).files
     if len(argv) != 2:
         raise ValueError(f"expected two result files, got {len(argv)} argument(s): python -m bench.compare old.jsonl new.jsonl")
     for name in argv:

@@ -8,6 +8,7 @@ differ by less than the quartile ranges overlap. Exit 1 unless all that was meas
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -82,8 +83,9 @@ def verdicts(folder: Path) -> list[Verdict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    folders = [Path(name) for name in argv] or sorted(p for p in RESULTS.glob("*") if (p / "layer.jsonl").exists())
+    parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="of results (those in bench/results)")
+    folders = parser.parse_args(argv).folders or sorted(p for p in RESULTS.glob("*") if (p / "layer.jsonl").exists())
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: expected a folder of results, found none")
