@@ -159,6 +159,17 @@ def test_a_zero_adapter_and_ranks_beyond_the_width(tmp_path):
         assert A.shape == (5, rank) and torch.allclose(A[:, :5].T @ A[:, :5], torch.eye(min(5, rank)), atol=1e-6)
 
 
+def test_a_lora_in_a_pickle_and_one_in_half_precision(tmp_path):
+    model = lora(tmp_path / "lora", target_modules=["q", "v"])
+    model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert (tmp_path / "bin" / "adapter_model.bin").is_file()
+    model.half().save_pretrained(tmp_path / "half")
+    want, pickled, half = (lora_to_lotr(tmp_path / name, rank=3) for name in ("lora", "bin", "half"))
+    assert all(torch.equal(want.tensors[key], value) for key, value in pickled.tensors.items())
+    assert {t.dtype for t in half.tensors.values()} == {torch.float32}
+    assert all(abs(half.errors[name] - error) < 1e-2 for name, error in want.errors.items())
+
+
 def test_groups_by_name_and_by_mapping(tmp_path):
     truth = lora(tmp_path, target_modules=["q", "v"])
     mapping = {name: f"block{name.split('.')[1]}" for name in lora_deltas(truth)}
