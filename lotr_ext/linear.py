@@ -254,12 +254,15 @@ class LoTRWrapped(LoTRLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the quantised base back. RuntimeError if it is not merged, or was merged without a backup."""
+        """Puts the quantised base back, where and in the mode in which the layer is now. RuntimeError if it is not merged, or was merged without a backup."""
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
         if self.quantized_base is None:
             raise RuntimeError("unmerge: expected the quantised base, got a layer merged with keep_backup=False")
-        self.base_layer, self.merged = self.quantized_base, False
+        base, device = self.quantized_base, self.base_layer.weight.device
+        if home(base) != device:  # the model has moved since
+            base = base.to(device)
+        self.base_layer, self.merged = base.train(self.training), False
         self.quantized_base = None
 
     def to_base(self) -> nn.Module:

@@ -240,6 +240,14 @@ def test_without_a_backup_there_is_no_way_back() -> None:
     assert type(model.blocks[0].q) is nn.Linear
 
 
+def test_the_base_comes_back_where_and_as_the_model_is_now() -> None:
+    model = adapted_over(Dense)
+    merge(model, dequantize=True)
+    model.train().to("meta")
+    unmerge(model)
+    assert all(layer.base_layer.training and layer.base_layer.codes.is_meta for layer in adapted_layers(model).values())
+
+
 @pytest.mark.parametrize("request_", ["yes", 1, torch.int8])
 def test_dequantize_is_checked(request_: object) -> None:
     model = adapted()
