@@ -254,7 +254,10 @@ class LoTRWrapped(LoTRLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the quantised base back, where and in the mode in which the layer is now. RuntimeError if it is not merged, or was merged without a backup."""
+        """Puts the quantised base back, on the device and in the mode in which the layer is now.
+
+        RuntimeError if it is not merged, or was merged without a backup.
+        """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
         if self.quantized_base is None:
