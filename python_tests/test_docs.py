@@ -93,11 +93,15 @@ def commands() -> list[str]:
 
 
 def check_flags(program: list[str], words: list[str], capsys) -> None:
-    """That the program's --help names every flag among words; program: ["-m", module] or [a script of examples/]."""
-    if program[0] == "-m" and not program[1].startswith("pytest"):
-        name = {"bench": "bench.__main__"}.get(program[1], program[1])
+    """That the program's --help names every flag among words; program: ["-m", module] or [a script]."""
+    if program[0] == "-m" or program[0].startswith("examples/"):
+        name = {"bench": "bench.__main__"}.get(program[-1], Path(program[-1]).stem if program[0] != "-m" else program[-1])
+        module = importlib.import_module(name)
+        if program[0] != "-m" and not hasattr(module, "arguments"):  # it takes none of its own
+            assert callable(module.main) and not words, words
+            return
         with pytest.raises(SystemExit) as end:
-            importlib.import_module(name).main(["--help"])
+            module.main(["--help"])
         text, status = capsys.readouterr().out, end.value.code
     else:
         done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
@@ -175,6 +179,15 @@ def test_no_address_on_the_machine_where_it_was_written():
         assert not re.search(r"/(work|home|root|tmp)/", page.read_text(encoding="utf-8")), page_name(page)
 
 
+def test_tests_that_docs_peft_names_exist():
+    rows = re.findall(r"^\|[^|]+\|([^|]+)\|$", (DOCS / "peft.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cells = [re.sub(r"\([^)]*\)", "", part).strip() for row in rows for part in re.split("[,;]", row)]
+    names = [cell for cell in cells if re.fullmatch(r"[a-z]+(_[a-z]+)*", cell) and cell != "ours"]
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "python_tests").glob("test_peft*.py"))
+    gone = [name for name in names if f"def test_{name}(" not in tests]
+    assert len(names) > 20 and not gone, gone
+
+
 # ---- the site --------------------------------------------------------------------------------------------------------
 
 
@@ -249,9 +262,11 @@ def test_the_site_fetches_nothing(site):
 def test_the_site_shows_the_code_itself(site):
     """Signatures, kernel heads, --help, counted bytes: nothing of it is in the pages' sources."""
     import lotr_ext
+    import lotr_ext.interop
 
-    reference = "".join((site / "api" / f"{name}.html").read_text(encoding="utf-8") for name in ("lotr_ext", "adapters"))
-    missing = [name for name in lotr_ext.__all__ if not re.search(rf'id="lotr_ext\.(\w+\.)?{name}"', reference)]
+    reference = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
+    public = (*lotr_ext.__all__, *lotr_ext.interop.__all__)
+    missing = [name for name in public if not re.search(rf'id="lotr_ext\.(\w+\.)*{name}"', reference)]
     assert not missing, f"add to docs/api: {', '.join(missing)}"
     kernels = Fetched(site / "kernels.html").text
     for source in sorted((ROOT / "csrc" / "kernels").glob("*.cuh")):
