@@ -15,17 +15,19 @@ from torch._subclasses import FakeTensor
 
 from .sharded import in_parts
 
-__all__ = ["dense_weight", "dequantizer", "has_plain_weight"]
+__all__ = ["dense_weight", "dequantizer", "has_plain_weight", "is_plain"]
 
 
 def has_plain_weight(module: nn.Module) -> bool:
     """Whether products may read module.weight: floating, and no tensor subclass that stands for something else."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return False
+    return isinstance(weight, Tensor) and is_plain(weight) and weight.is_floating_point()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds its own values: of no subclass but torch's own for parts, for tracing and for lazy modules."""
     kinds = (FakeTensor, nn.parameter.UninitializedTensorMixin)
-    plain = type(weight) in (Tensor, nn.Parameter) or isinstance(weight, kinds) or in_parts(weight)
-    return plain and weight.is_floating_point()
+    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, kinds) or in_parts(tensor)
 
 
 def _from_bitsandbytes(module: nn.Module) -> Callable[[], Tensor] | None:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from .config import LoTRConfig
 from .layer import LoTRLayer
 from .linear import is_conv1d
-from .quantized import has_plain_weight
+from .quantized import has_plain_weight, is_plain
 from .sharded import holds_parts
 
 __all__ = ["Selection", "Target", "name_ends_with", "select", "tied_names"]
@@ -155,6 +155,9 @@ def _saved(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
         for name, module in found.items():
             if next(module.parameters(), None) is None:
                 raise ValueError(f"modules_to_save: expected modules with parameters, got {name!r} ({type(module).__name__})")
+            quantised = next((n for n, p in module.named_parameters() if not is_plain(p)), None)
+            if quantised is not None:
+                raise ValueError(f"modules_to_save: expected parameters that can be trained, got {name}.{quantised}, quantised")
         saved.update(found)
     return saved
 

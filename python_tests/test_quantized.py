@@ -263,6 +263,14 @@ def test_safe_refuses_what_is_not_finite() -> None:
     assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
+def test_a_quantised_module_cannot_be_trained_whole() -> None:
+    model = codes(toy())
+    config = LoTRConfig(rank=2, target_modules=["q", "v"], modules_to_save=["blocks.1.down"])
+    with pytest.raises(ValueError, match=r"can be trained, got blocks.1.down.weight, quantised"):
+        apply_lotr(model, config)
+    assert not hasattr(model, "lotr_factors") and type(model.blocks[0].q) is nn.Linear
+
+
 def test_svd_cannot_change_a_quantised_weight() -> None:
     model = codes(toy())
     with pytest.raises(ValueError, match=r'"svd" can read and write, got \'blocks.0.q\''):
