@@ -70,6 +70,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     finally:
         if torch.distributed.is_initialized():  # a block that failed before the page's last
             torch.distributed.destroy_process_group()
+        torch.compiler.reset()
     capsys.readouterr()
     if page.name == "README.md":
         assert type(names["plain"].encoder.layer[0].attention.self.query) is torch.nn.Linear
