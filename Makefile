@@ -66,7 +66,7 @@ bench: setup
 	@$(PY) -m bench $(ARGS)
 
 docs: $(STAMPS)/build
-	@$(SITE) && echo "docs: open build-docs/index.html"
+	@$(SITE) && echo "docs: open build-docs/index.html; its search needs a server: python3 -m http.server -d build-docs"
 
 # The site too: a page outside of its navigation, a broken link or a docstring that cannot be read is an error. It shows what the
 # programs print for --help, so it needs the built package.
