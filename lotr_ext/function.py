@@ -133,7 +133,7 @@ def one_pass(
         if flat.shape[0] < planner.FEW_TOKENS and not (recorded and y.is_cuda):
             return y, ops.small_forward_(rows(y), flat, A, core, B, scaling), None
         u = ops.shrink(flat, A)
-        F = ops.fold(B, core[None], scaling, y.dtype)[0]
+        F = ops.fold(B, core.unsqueeze(0), scaling, y.dtype).squeeze(0)
         ops.expand_add_(rows(y), u, F)
     return y, u, F
 
@@ -216,7 +216,7 @@ def _expand_backward(g, F, u, B, core, scaling, total_B: Tensor | None, need_cor
         return (None if F is None else ops.shrink(g, F)), None
     Q = torch.zeros(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype), device=g.device)
     k = _add_Q(Q, g, F, u)
-    return k, ops.fold_grad(Q[None], B, core[None], scaling, total_B)[0]
+    return k, ops.fold_grad(Q.unsqueeze(0), B, core.unsqueeze(0), scaling, total_B).squeeze(0)
 
 
 def _add_Q(Q: Tensor, g: Tensor, F: Tensor | None, u: Tensor) -> Tensor | None:
@@ -242,11 +242,11 @@ class LoTRShrink(Function):
         ctx.dtype, ctx.p, ctx.x_shape, ctx.shared, ctx.input = A.dtype, p, x.shape, shared, shared_input
         ctx.values = None if values is A else values
         ctx.hub = A  # else a forward's next layers might find it gone
-        route = x.new_empty((), dtype=dtype).expand(x.shape)
+        route = torch.empty_strided(x.shape, (0,) * x.dim(), dtype=dtype, device=x.device)
         if not need_x:
             ctx.mark_non_differentiable(route)
         with _private_write():
-            return ops.shrink(rows(to(x, dtype)), values.to(x.device), p=p, seed=seed), route
+            return ops.shrink(rows(to(x, dtype)), *here(x.device, values), p=p, seed=seed), route
 
     @staticmethod
     def backward(ctx, k, dx):
@@ -278,7 +278,8 @@ class LoTRShrink(Function):
         if A is not None:
             private |= dx is None or dx.dtype != k.dtype
             dx = torch.zeros(ctx.x_shape, dtype=k.dtype, device=device) if dx is None else to(dx, k.dtype)
-            dx = add_expand(dx, k, (A if ctx.values is None else ctx.values).to(device), private, ctx.p, seed)
+            (values,) = here(device, A if ctx.values is None else ctx.values)
+            dx = add_expand(dx, k, values, private, ctx.p, seed)
         if x is not None:
             total, dA = _accumulator(ctx.shared, ctx.hub.to(device))
             with _private_write():
@@ -348,7 +349,7 @@ def _folded(ctx, u: Tensor, B: Tensor, core: Tensor, scaling: float, slot) -> Te
         return slot.F
     with _private_write():
         B, core = here(u.device, B, core)
-        return ops.fold(B, core[None], scaling, u.dtype)[0]
+        return ops.fold(B, core.unsqueeze(0), scaling, u.dtype).squeeze(0)
 
 
 def _save_for_expand(ctx, weight: Tensor | None, u: Tensor, F: Tensor, B: Tensor, core: Tensor) -> None:

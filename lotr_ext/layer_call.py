@@ -199,7 +199,11 @@ def shared_shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, 
 
 
 def _in_graph(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # any() would make a generator, in each call of each layer
+            if t.requires_grad:
+                return True
+    return False
 
 
 def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
