@@ -66,14 +66,14 @@ def written_by_rank_0(write: Callable[[], None]) -> None:
     """Calls write in process 0 and waits for it in all: every process must call this, and each learns of a failure.
 
     Raises:
-        OSError, ValueError: in process 0, what write raised. RuntimeError: in the others, with its message.
+        In process 0 what write raised, whatever it is; RuntimeError in the others, with its message.
     """
     failed: list[str | None] = [None]
-    error: BaseException | None = None
+    error: Exception | None = None
     if dist.get_rank() == 0:
         try:
             write()
-        except (OSError, ValueError) as caught:
+        except Exception as caught:  # of any kind: the others are waiting
             error, failed[0] = caught, f"{type(caught).__name__}: {caught}"
     dist.broadcast_object_list(failed, src=0)
     if error is not None:

@@ -27,6 +27,7 @@ from toys import plain, randomize
 
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, ops, planner, save_adapter
 from lotr_ext.apply import adapted_layers
+from lotr_ext.sharded import written_by_rank_0
 from nets import relative
 
 Grads = dict[str, Tensor]
@@ -355,6 +356,8 @@ def fsdp_resumes(rank: int, folder: Path) -> dict:
     found = {"dcp": train(model, optimizer, rank, range(3, 5))}
     loaded = shard(make())
     randomize_parts(loaded)
+    with torch.no_grad():
+        loaded(batch(0))  # the root's parameters are gathered now: what is loaded must reach the parts
     assert load_adapter(loaded, folder / "single-adapter") is loaded
     with torch.no_grad():
         found["adapter"] = loaded(batch(0)).sum().item()
@@ -379,6 +382,7 @@ def fsdp_refuses(rank: int, folder: Path) -> dict:
         "merge": lambda: merge(sharded),
         "apply": lambda: apply_lotr(plain_base, LoTRConfig(rank=2)),
         "a file in the way": lambda: save_adapter(sharded, folder / "file"),
+        "an error of another kind": lambda: written_by_rank_0(lambda: [][rank]),
         "svd": lambda: load_adapter(sharded, folder / "svd-adapter"),
         "other rank": lambda: load_adapter(sharded, folder / "rank-2-adapter"),
     }
@@ -387,7 +391,7 @@ def fsdp_refuses(rank: int, folder: Path) -> dict:
         try:
             attempt()
             found[name] = "nothing"
-        except (TypeError, ValueError, RuntimeError) as refusal:
+        except (TypeError, ValueError, RuntimeError, IndexError) as refusal:
             found[name] = f"{type(refusal).__name__}: {refusal}"
     assert all(torch.equal(p.to_local(), cores[n]) for n, p in sharded.named_parameters())
     assert not any(layer.merged for layer in adapted_layers(sharded).values()) and not hasattr(plain_base, "lotr_factors")

@@ -148,6 +148,8 @@ def test_what_needs_whole_tensors_is_refused(found: dict) -> None:
         assert "ValueError" in refused["other rank"] and "expected float32 [16, 4]" in refused["other rank"]
     assert first["a file in the way"].startswith("ValueError: directory: expected a directory")
     assert "expected process 0 to write the files, got ValueError: directory" in second["a file in the way"]
+    assert first["an error of another kind"].startswith("IndexError")
+    assert second["an error of another kind"].startswith("RuntimeError: save_adapter: expected process 0 to write the files")
 
 
 def test_tensor_parallel_replicas(found: dict) -> None:
