@@ -359,6 +359,7 @@ def fsdp_resumes(rank: int, folder: Path) -> dict:
     with torch.no_grad():
         loaded(batch(0))  # the root's parameters are gathered now: what is loaded must reach the parts
     assert load_adapter(loaded, folder / "single-adapter") is loaded
+    loaded.reshard()
     with torch.no_grad():
         found["adapter"] = loaded(batch(0)).sum().item()
     return found
