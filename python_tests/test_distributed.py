@@ -53,9 +53,10 @@ def alone(folder: Path) -> dict[str, list[float] | float]:
     found = {"before": train_alone(model, optimizer, range(3))}
     state, moments = get_state_dict(model, optimizer, options=TRAINED)
     dcp.save({"model": state, "optimizer": moments}, checkpoint_id=folder / "single", no_dist=True)
-    save_adapter(model, folder / "single-adapter")
+    bare = gloo_checks.make(saved=None)
+    save_adapter(bare, folder / "bare-adapter")
     with torch.no_grad():
-        found["adapter"] = model(gloo_checks.batch(0)).sum().item()
+        found["adapter"] = bare(gloo_checks.batch(0)).sum().item()
     found["after"] = train_alone(model, optimizer, range(3, 5))
     settings = {"target_modules": ["q", "k", "v", "up"], "modules_to_save": ["head"]}
     save_adapter(apply_lotr(gloo_checks.base(), LoTRConfig(rank=4, init="svd", **settings)), folder / "svd-adapter")
