@@ -290,12 +290,14 @@ def small(shape: Shape, kind: str) -> Problem:
         k = h @ c.T
         unit = 2.0 ** {"bf16": -8, "fp16": -11, "tf32": -10, "fp32": -20}[kind]
         # h and k may be stored rounded or not (the CPU keeps them in float32).  What that does to a sum: the root mean
-        # square of its terms.  k's own error is that of its terms, not of its value, which may have cancelled.
-        k_error = np.sqrt(np.square(h) @ np.square(c.T))
+        # square of its terms.  Their own errors are those of their terms, not of their values, which may have cancelled.
+        h_u_error = np.sqrt(np.maximum(np.square(h_u), s**2 * (np.square(u) @ np.square(c))))
+        h_error = np.sqrt(np.maximum(np.square(h), s**2 * (np.square(wide_g) @ np.square(b))))
+        k_error = np.sqrt(np.square(h_error) @ np.square(c.T))
         products = [
-            ("dB", wide_g.T, h_u, dB0, "fp32", np.square(wide_g.T) @ np.square(h_u)),
-            ("dcore", u.T, h, np.zeros((r, q), np.float32), "fp32", np.square(u.T) @ np.square(h)),
-            ("y", h_u, b.T, y0, kind, np.square(h_u) @ np.square(b.T)),
+            ("dB", wide_g.T, h_u, dB0, "fp32", np.square(wide_g.T) @ np.square(h_u_error)),
+            ("dcore", u.T, h, np.zeros((r, q), np.float32), "fp32", np.square(u.T) @ np.square(h_error)),
+            ("y", h_u, b.T, y0, kind, np.square(h_u_error) @ np.square(b.T)),
         ]
         if wanted:
             products += [
