@@ -1,5 +1,5 @@
 # Everything happens in .venv and data/, both made by `make setup`; demo, test and bench do set-up themselves.
-# PYTHON=... picks the interpreter of .venv, PIP_ARGS=... is handed to pip (an index, a proxy), ARGS=... to demo, test and bench.
+# PYTHON=... picks the interpreter of .venv, PIP_ARGS=... is handed to pip (an index, a proxy), ARGS=... to what a target runs.
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -20,14 +20,14 @@ NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.
           CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: help setup demo test test-full test-gpu bench docs lint format clean distclean
+.PHONY: help setup demo causal-lm test test-full test-gpu bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
 	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
 	@echo "make docs       the documentation, to read in a browser      make lint, format, clean, distclean"
-	@echo "make setup      .venv, the build, model and data"
+	@echo "make setup      .venv, the build, model and data             make causal-lm   the same for a small language model"
 
 setup: $(STAMPS)/build $(STAMPS)/data
 
@@ -52,6 +52,9 @@ $(STAMPS)/data: $(STAMPS)/deps examples/data.py
 
 demo: setup
 	@$(PY) examples/finetune_text.py $(ARGS)
+
+causal-lm: setup
+	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/causal_lm.py $(ARGS)
 
 test: setup lint
 	@$(PY) -m pytest $(ARGS)
