@@ -29,7 +29,7 @@ help:
 	@echo "make docs       the documentation, to read in a browser      make lint, format, clean, distclean"
 	@echo "make setup      .venv, the build, model and data             make causal-lm   the same for a small language model"
 
-setup: $(STAMPS)/build $(STAMPS)/data
+setup: $(STAMPS)/build $(STAMPS)/data $(STAMPS)/quantized
 
 $(STAMPS)/venv: .ci/make_venv
 	@sh .ci/make_venv $(VENV) $(PYTHON)
@@ -39,6 +39,12 @@ $(STAMPS)/deps: $(STAMPS)/venv requirements-dev.txt
 	@echo "setup: installing requirements-dev.txt into $(VENV) (minutes the first time)"
 	@$(PIP) install --quiet $(PIP_ARGS) -r requirements-dev.txt \
 	  || { echo "make setup: pip could not install requirements-dev.txt (see above); set PIP_ARGS for another index" >&2; exit 1; }
+	@touch $@
+
+# For the tests of quantised bases alone, in a folder of their own: transformers imports torchao, loudly, wherever it finds it.
+$(STAMPS)/quantized: $(STAMPS)/deps
+	@$(PIP) install --quiet $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/quantized "torchao>=0.18" "bitsandbytes>=0.45" \
+	  || { rm -rf $(VENV)/quantized; echo "setup: pip could not install torchao and bitsandbytes: their tests will be skipped" >&2; }
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/deps $(NATIVE)

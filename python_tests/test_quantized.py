@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from lotr_ext.apply import adapted_layers, apply_lotr
 from nets import relative
 
 TARGETS = ["q", "v", "down"]
+LIBRARIES = Path(sys.prefix) / "quantized"  # where make setup puts torchao and bitsandbytes
 
 
 class Forbidden(Tensor):
@@ -97,14 +103,16 @@ def with_layers(kind: Callable[[nn.Linear], nn.Module], model: Toy | None = None
 
 
 def torchao_int8(model: Toy) -> Toy:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
+    from torchao import quantization
+
     quantization.quantize_(model.blocks, quantization.Int8WeightOnlyConfig())
     return model
 
 
 def torchao_int4(model: Toy) -> Toy:
     """4-bit codes in groups of 8, the form that torchao runs on a CPU."""
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
+    from torchao import quantization
+
     config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.granularity.PerGroup(8))
     quantization.quantize_(model.blocks, config)
     return model
@@ -120,23 +128,41 @@ def bitsandbytes_layers(model: Toy, make: Callable[..., nn.Module]) -> Toy:
 
 
 def bitsandbytes_4bit(model: Toy) -> Toy:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    import bitsandbytes as bnb
+
     return bitsandbytes_layers(model, lambda *a, **k: bnb.nn.Linear4bit(*a, **k, compute_dtype=torch.float32, quant_type="nf4"))
 
 
 def bitsandbytes_8bit(model: Toy) -> Toy:
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    import bitsandbytes as bnb
+
     return bitsandbytes_layers(model, lambda *a, **k: bnb.nn.Linear8bitLt(*a, **k, has_fp16_weights=False))
 
 
-QUANTISED: dict[str, Callable[[Toy], Toy]] = {
-    "stand-in": lambda model: with_layers(Dense, model),
-    "tensor subclass": codes,
-    "torchao int8": torchao_int8,
-    "torchao int4": torchao_int4,
-    "bitsandbytes 4 bit": bitsandbytes_4bit,
-    "bitsandbytes 8 bit": bitsandbytes_8bit,
-}
+QUANTISED: dict[str, Callable[[Toy], Toy]] = {"stand-in": lambda model: with_layers(Dense, model), "tensor subclass": codes}
+if importlib.util.find_spec("torchao"):
+    QUANTISED |= {"torchao int8": torchao_int8, "torchao int4": torchao_int4}
+if importlib.util.find_spec("bitsandbytes"):
+    QUANTISED |= {"bitsandbytes 4 bit": bitsandbytes_4bit, "bitsandbytes 8 bit": bitsandbytes_8bit}
+
+
+@pytest.mark.skipif(not LIBRARIES.is_dir(), reason="torchao and bitsandbytes are missing: run make setup")
+def test_with_the_real_libraries() -> None:
+    """In a process of its own: wherever transformers finds torchao it imports it, loudly, at each from_pretrained."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(filter(None, [str(here.parent), str(LIBRARIES), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "torchao or bitsandbytes"]
+    run = subprocess.run(
+        [*command, __file__, str(here / "test_peft.py")],
+        env=dict(os.environ, PYTHONPATH=path),
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout.splitlines()[-1]
+    for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao_base"):
+        assert any(name in line and "PASSED" in line for line in run.stdout.splitlines()), name
 
 
 @pytest.mark.parametrize("name", QUANTISED)
