@@ -143,7 +143,7 @@ def load_adapter(
     manifest, tensors = files.read(Path(directory))
     if name is not None and any(isinstance(m, LoTRLayer) for m in target.modules()):
         if name != adapters.active_adapter(target):
-            _load_parked(target, directory, manifest, tensors, cast, name, share_factors)
+            _load_parked(target, manifest, tensors, cast, name, share_factors)
             return model
     if share_factors is not None:
         raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
@@ -161,7 +161,6 @@ def load_adapter(
 
 def _load_parked(
     model: nn.Module,
-    directory: str | PathLike[str],
     manifest: Manifest,
     tensors: dict[str, Tensor],
     cast: bool,
@@ -183,7 +182,8 @@ def _load_parked(
         with adapters.in_use(model, name):
             if share_factors is not None:
                 _check_same_factors(model, tensors, share_factors)
-            load_adapter(model, directory, cast=cast)
+            _check_adapted(model, manifest, tensors, cast)
+            _fill(model, manifest, tensors)
     except BaseException:
         if new:
             adapters.delete_adapter(model, name)
