@@ -17,11 +17,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <tuple>
 
-#include "check.h"
-#include "cpu/kernels.h"
+#include "cpu_args.h"
 
 #ifndef LOTR_VERSION
 #define LOTR_VERSION "unknown"
@@ -40,75 +38,6 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
 namespace lotr {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-cpu::Dtype cpu_dtype(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return cpu::Dtype::f32;
-    case ScalarType::Double:
-      return cpu::Dtype::f64;
-    case ScalarType::BFloat16:
-      return cpu::Dtype::bf16;
-    case ScalarType::Half:
-      return cpu::Dtype::f16;
-    default:
-      fail("lotr: dtype ", dtype_name(t), " has no CPU kernel");
-  }
-}
-
-// A view of the last two dimensions of a checked argument.
-cpu::Mat read(const Arg& a) {
-  const void* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
-  const int64_t* size = a.size + a.dim - 2;
-  const int64_t* stride = a.stride + a.dim - 2;
-  return {const_cast<void*>(data), size[0], size[1], stride[0], stride[1], cpu_dtype(a.dtype)};
-}
-
-cpu::Mat written(const Arg& a) {
-  cpu::Mat m = read(a);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(a.handle, &m.data));
-  return m;
-}
-
-// A contiguous CPU tensor, not initialised. The C function underneath torch::stable::empty, without its pass
-// through the dispatcher.
-template <size_t dim>
-Tensor empty(const std::array<int64_t, dim>& size, ScalarType dtype) {
-  std::array<int64_t, dim> stride;
-  int64_t step = 1;
-  for (size_t i = dim; i-- > 0; step *= size[i]) stride[i] = step;
-  const int32_t code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::Double   ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                       : aoti_torch_dtype_float16();
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dim), size.data(), stride.data(), code,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-cpu::Drop drop(double p, const OptionalTensor& seed) {
-  cpu::Drop d;
-  if (p == 0.0) return d;
-  d.on = true;
-  d.threshold = uint32_t(p * 4294967296.0);
-  d.scale = 1.0 / (1.0 - p);
-  d.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  return d;
-}
-
-std::optional<Arg> optional_arg(const char* name, const OptionalTensor& t) {
-  return t ? std::optional<Arg>(std::in_place, name, *t) : std::nullopt;
-}
-const Arg* pointer(const std::optional<Arg>& a) {
-  return a ? &*a : nullptr;
-}
-cpu::Mat written(const std::optional<Arg>& a) {
-  return a ? written(*a) : cpu::Mat{};
-}
-
 Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& seed) {
   const Arg ax("x", x), aA("A", A);
   const Sizes s = check_shrink(ax, aA, p, seed);
@@ -120,13 +49,13 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& 
 void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p, const OptionalTensor& seed) {
   const Arg ay("y", y), au("u", u), aF("F", F);
   check_expand_add(ay, au, aF, p, seed);
-  cpu::expand_add(written(ay), read(au), read(aF), drop(p, seed));
+  cpu::expand_add(written(ay), read(au), read(aF), drop(p, seed), {});
 }
 
 void factor_grad_(const Tensor& acc, const Tensor& x, const Tensor& k, double p, const OptionalTensor& seed) {
   const Arg aacc("acc", acc), ax("x", x), ak("k", k);
   check_factor_grad(aacc, ax, ak, p, seed);
-  cpu::factor_grad(written(aacc), read(ax), read(ak), drop(p, seed));
+  cpu::factor_grad(written(aacc), read(ax), read(ak), drop(p, seed), true);
 }
 
 std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const Tensor& u) {
@@ -162,7 +91,7 @@ Tensor fold_grad(const Tensor& Q, const Tensor& B, const Tensor& cores, double s
   Tensor dcores = empty<3>({s.l, s.r_in, s.r_out}, aQ.dtype);
   const Arg adcores("dcores", dcores);
   cpu::fold_grad(written(adB), written(adcores), adcores.stride[0], read(aQ), aQ.stride[0], read(aB),
-                 read(acores), acores.stride[0], s.l, scaling);
+                 read(acores), acores.stride[0], s.l, scaling, true);
   return dcores;
 }
 
@@ -171,7 +100,7 @@ Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const T
   const Arg ay("y", y), ax("x", x), aA("A", A), acore("core", core), aB("B", B);
   const Sizes s = check_small_forward(ay, ax, aA, acore, aB, scaling);
   Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
-  cpu::small_forward(written(Arg("u", u)), written(ay), read(ax), read(aA), read(acore), read(aB), scaling);
+  cpu::small_forward(written(Arg("u", u)), written(ay), read(ax), read(aA), read(acore), read(aB), scaling, {});
   return u;
 }
 

@@ -154,10 +154,11 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
   }
 }
 
-// y[MR][RV vectors] += u f, all of it there and side by side. Rows of y are `ldy` apart.
+// y[MR][RV vectors] += u f, all of it there and side by side. Rows of y are `ldy` apart. With `first` y is
+// written: first[RV vectors] + u f.
 template <typename K, typename T, int MR, int RV>
 inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step, const typename K::Unit* f,
-                               int64_t n, const T* ahead) {
+                               int64_t n, const T* ahead, const typename K::Acc* first) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   // Sums may start at a half-precision y, whose own rounding is far above theirs; a wide y is added at the
   // end.
@@ -174,7 +175,7 @@ inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       if constexpr (kStartsAtY) {
-        acc[i][v] = load(y + i * ldy + v * kLanes);
+        acc[i][v] = first ? load(first + v * kLanes) : load(y + i * ldy + v * kLanes);
       } else {
         acc[i][v] = typename K::Vec{};
       }
@@ -189,7 +190,7 @@ inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
       if constexpr (kStartsAtY) {
         store(at, acc[i][v]);
       } else {
-        store(at, load(at) + acc[i][v]);
+        store(at, (first ? load(first + v * kLanes) : load(at)) + acc[i][v]);
       }
     }
   }
@@ -201,7 +202,7 @@ inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
                                 const typename K::Unit* f, int64_t n, const uint32_t* keep,
-                                typename K::Acc scale) {
+                                typename K::Acc scale, const typename K::Acc* first) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
@@ -218,7 +219,9 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, con
       for (int64_t j = 0; j < cols; ++j)
         sums[j] = keep[i * kPanel + j] ? sums[j] * scale : typename K::Acc(0);
     }
-    if (cs == 1) {
+    if (first) {
+      for (int64_t j = 0; j < cols; ++j) row[j * cs] = Narrow<T>::from(first[j] + sums[j]);
+    } else if (cs == 1) {
       for (int64_t j = 0; j < cols; ++j) row[j] = Narrow<T>::from(to_float(row[j]) + sums[j]);
     } else {
       for (int64_t j = 0; j < cols; ++j) row[j * cs] = Narrow<T>::from(to_float(row[j * cs]) + sums[j]);

@@ -48,11 +48,11 @@ const Table& table() {
 void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop) {
   table().shrink(u, x, A, drop);
 }
-void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop) {
-  table().expand_add(y, u, F, drop);
+void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop, const Start& start) {
+  table().expand_add(y, u, F, drop, start);
 }
-void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop) {
-  table().factor_grad(acc, x, k, drop);
+void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add) {
+  table().factor_grad(acc, x, k, drop, add);
 }
 void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
   table().shrink_grad(k, Q, g, F, u, add);
@@ -62,12 +62,15 @@ void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t co
   table().fold(F, F_ls, B, cores, cores_ls, l, scaling);
 }
 void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls, const Mat& B,
-               const Mat& cores, int64_t cores_ls, int64_t l, double scaling) {
-  table().fold_grad(dB, dcores, dcores_ls, Q, Q_ls, B, cores, cores_ls, l, scaling);
+               const Mat& cores, int64_t cores_ls, int64_t l, double scaling, bool add) {
+  table().fold_grad(dB, dcores, dcores_ls, Q, Q_ls, B, cores, cores_ls, l, scaling, add);
+}
+void add(const Mat& out, const Mat& a) {
+  table().add(out, a);
 }
 void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
-                   double scaling) {
-  table().small_forward(u, y, x, A, core, B, scaling);
+                   double scaling, const Start& start) {
+  table().small_forward(u, y, x, A, core, B, scaling, start);
 }
 void small_backward(const SmallBackward& s) {
   table().small_backward(s);

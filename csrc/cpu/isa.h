@@ -15,11 +15,11 @@ inline void typed(Dtype t, F&& f) {
 inline void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop) {
   typed(x.dtype, [&](auto t) { Operators<decltype(t)>::shrink(u, x, A, drop); });
 }
-inline void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop) {
-  typed(y.dtype, [&](auto t) { Operators<decltype(t)>::expand_add(y, u, F, drop); });
+inline void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop, const Start& start) {
+  typed(y.dtype, [&](auto t) { Operators<decltype(t)>::expand_add(y, u, F, drop, start); });
 }
-inline void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop) {
-  typed(x.dtype, [&](auto t) { Operators<decltype(t)>::factor_grad(acc, x, k, drop); });
+inline void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add) {
+  typed(x.dtype, [&](auto t) { Operators<decltype(t)>::factor_grad(acc, x, k, drop, add); });
 }
 inline void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
   typed(g.dtype, [&](auto t) { Operators<decltype(t)>::shrink_grad(k, Q, g, F, u, add); });
@@ -30,13 +30,16 @@ inline void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int
   run(F, F_ls, B, cores, cores_ls, l, scaling);
 }
 inline void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls,
-                      const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l, double scaling) {
+                      const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l, double scaling, bool add) {
   const auto run = Q.dtype == Dtype::f64 ? &CoreProducts<F64>::fold_grad : &CoreProducts<F32>::fold_grad;
-  run(dB, dcores, dcores_ls, Q, Q_ls, B, cores, cores_ls, l, scaling);
+  run(dB, dcores, dcores_ls, Q, Q_ls, B, cores, cores_ls, l, scaling, add);
+}
+inline void add(const Mat& out, const Mat& a) {
+  typed(out.dtype, [&](auto t) { Operators<decltype(t)>::add(out, a); });
 }
 inline void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core,
-                          const Mat& B, double scaling) {
-  typed(x.dtype, [&](auto t) { Small<decltype(t)>::forward(u, y, x, A, core, B, scaling); });
+                          const Mat& B, double scaling, const Start& start) {
+  typed(x.dtype, [&](auto t) { Small<decltype(t)>::forward(u, y, x, A, core, B, scaling, start); });
 }
 inline void small_backward(const SmallBackward& s) {
   typed(s.g.dtype, [&](auto t) { Small<decltype(t)>::backward(s); });
@@ -54,6 +57,6 @@ extern const Table LOTR_TABLE(LOTR_ISA);
 const Table LOTR_TABLE(LOTR_ISA) = {
     LOTR_TEXT(LOTR_ISA),    &LOTR_ISA::shrink,        &LOTR_ISA::expand_add,
     &LOTR_ISA::factor_grad, &LOTR_ISA::shrink_grad,   &LOTR_ISA::fold,
-    &LOTR_ISA::fold_grad,   &LOTR_ISA::small_forward, &LOTR_ISA::small_backward,
+    &LOTR_ISA::fold_grad,   &LOTR_ISA::add, &LOTR_ISA::small_forward, &LOTR_ISA::small_backward,
 };
 }  // namespace lotr::cpu

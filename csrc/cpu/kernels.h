@@ -28,23 +28,33 @@ struct Drop {
   uint64_t seed = 0;
 };
 
+// What an expand adds to: y as it lies there, or (fresh) bias [1, n] in every row, zeros without one, whatever y
+// holds.
+struct Start {
+  bool fresh = false;
+  Mat bias;
+};
+
 struct SmallBackward {
   Mat dx, g, x, u, A, core, B, dA, dB, dcore;
   double scaling = 1.0;
+  bool fresh_dx = false, fresh_dA = false, fresh_dB = false;  // written, not added to
 };
 
 // The operators. Equations and shapes are those of the schemas in ops.cpp.
 void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop);
-void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop);
-void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop);
+void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop, const Start& start);
+void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add);
 void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add);
 // F, cores, Q and dcores hold l matrices, each at `data` plus its index times the layer stride.
 void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
           double scaling);
 void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls, const Mat& B,
-               const Mat& cores, int64_t cores_ls, int64_t l, double scaling);
+               const Mat& cores, int64_t cores_ls, int64_t l, double scaling, bool add);
+// out += a, of one dtype.
+void add(const Mat& out, const Mat& a);
 void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
-                   double scaling);
+                   double scaling, const Start& start);
 void small_backward(const SmallBackward& s);
 
 const char* isa_name();

@@ -63,7 +63,7 @@ struct Operators {
     });
   }
 
-  static void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop) {
+  static void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop, const Start& start) {
     constexpr int64_t kLine = kPanel<K>;
     const int64_t units = units_of<K>(u.cols), panels = (y.cols + kLine - 1) / kLine,
                   line_units = units * kLine;
@@ -83,7 +83,7 @@ struct Operators {
             reinterpret_cast<uint32_t*>(memory.get<char>() + size_t(line_units) * sizeof(Unit) + row_bytes);
         for (int64_t p = begin; p < end; ++p) {
           pack_panel<K, T>(panel, kLine, F, p * kLine, buffer);
-          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, panel, 0, y.rows, drop, mask);
+          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, panel, 0, y.rows, drop, start, mask);
         }
       });
       return;
@@ -102,7 +102,7 @@ struct Operators {
         const Rows a = u_rows(u, i, rows, u_memory.get<Unit>());
         for (int64_t p = 0; p < panels; ++p) {
           expand_panel<K, T>(y, p * kLine, a.data, a.step, units, packed.get<Unit>() + p * line_units, i,
-                             i + rows, drop, mask.get<uint32_t>());
+                             i + rows, drop, start, mask.get<uint32_t>());
         }
       }
     });
@@ -158,13 +158,13 @@ struct Operators {
   static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
     const int64_t ldp = vectors_of<K>(k.cols) * K::kLanes, work = x.rows * x.cols * k.cols;
-    // One chunk may add to the output where it lies: few tokens then touch it once.
-    if (chunks.count == 1 && add && scale == 1.0 && out.cs == 1 && k.cols % K::kLanes == 0) {
+    // One chunk may go to the output where it lies: few tokens then touch it once.
+    if (chunks.count == 1 && scale == 1.0 && out.cs == 1 && k.cols % K::kLanes == 0) {
       const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
       run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
         Scratch memory(tile_space<K>(k.cols));
         const int64_t c0 = begin * kTileColumns, c1 = smaller(end * kTileColumns, x.cols);
-        outer_rows<K, T>(static_cast<Acc*>(out.data) + c0 * out.rs, out.rs, false, x, drop, k, 0, x.rows, c0,
+        outer_rows<K, T>(static_cast<Acc*>(out.data) + c0 * out.rs, out.rs, !add, x, drop, k, 0, x.rows, c0,
                          c1, memory.get<char>());
       });
       return;
@@ -187,8 +187,18 @@ struct Operators {
     add_partials(out, partials.get<Acc>(), chunks.count, ldp, scale, add);
   }
 
-  static void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop) {
-    outer(acc, x, k, drop, drop.scale, true);
+  static void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add) {
+    outer(acc, x, k, drop, drop.scale, add);
+  }
+
+  static void add(const Mat& out, const Mat& a) {
+    for (int64_t i = 0; i < out.rows; ++i) {
+      T* to = static_cast<T*>(out.data) + i * out.rs;
+      const T* from = static_cast<const T*>(a.data) + i * a.rs;
+      for (int64_t j = 0; j < out.cols; ++j) {
+        to[j * out.cs] = Narrow<T>::from(to_float(to[j * out.cs]) + to_float(from[j * a.cs]));
+      }
+    }
   }
 
   // A tile of g is read once from memory and used twice in cache.

@@ -48,13 +48,14 @@ struct CoreProducts {
     });
   }
 
-  // dG_l = scaling Q_l^T B; dB += scaling sum_l Q_l G_l, summed l = 0 .. L-1 in one accumulator.
+  // dG_l = scaling Q_l^T B; dB (+)= scaling sum_l Q_l G_l, summed l = 0 .. L-1 in one accumulator.
   static void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls,
-                        const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l, double scaling) {
+                        const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l, double scaling,
+                        bool add) {
     using Ops = Operators<Acc>;
     if (l == 1) {
-      Ops::outer(dcores, Q, B, Drop{}, scaling, false);
-    } else {
+      if (dcores.data) Ops::outer(dcores, Q, B, Drop{}, scaling, false);
+    } else if (dcores.data) {
       // Inside a task the pool runs nested calls in line.
       run_tasks(l, l * B.rows * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
         for (int64_t layer = begin; layer < end; ++layer) {
@@ -80,7 +81,7 @@ struct CoreProducts {
                               packed.get<Acc>() + layer * r_in * ld, ld, vectors, i, rows,
                               memory.get<char>() + sums);
         }
-        write_rows<K>(dB, i, rows, memory.get<Acc>(), ld, scaling, true);
+        write_rows<K>(dB, i, rows, memory.get<Acc>(), ld, scaling, add);
       }
     });
   }
@@ -130,7 +131,7 @@ struct Small {
   }
 
   static void forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
-                      double scaling) {
+                      double scaling, const Start& start) {
     const int64_t m = x.rows, r_in = core.rows, r_out = core.cols;
     Ops::shrink(u, x, A, Drop{});
     Scratch memory(size_t(m * (r_in + r_out)) * sizeof(Acc) + size_t(m * r_out) * sizeof(T));
@@ -140,7 +141,7 @@ struct Small {
     widen(wide, u);
     times_core(h, wide, m, r_in, r_out, core, core.rs, core.cs, Acc(scaling));
     narrow(h_t, h, m * r_out);
-    Ops::expand_add(y, dense(h_t, m, r_out, x.dtype), B, Drop{});
+    Ops::expand_add(y, dense(h_t, m, r_out, x.dtype), B, Drop{}, start);
   }
 
   static void backward(const SmallBackward& s) {
@@ -162,14 +163,14 @@ struct Small {
       times_core(k, h, m, r_out, r_in, s.core, s.core.cs, s.core.rs, Acc(1));
       narrow(k_t, k, m * r_in);
       const Mat k_mat = dense(k_t, m, r_in, t);
-      if (s.dx.data) Ops::expand_add(s.dx, k_mat, s.A, Drop{});
-      if (s.dA.data) Ops::factor_grad(s.dA, s.x, k_mat, Drop{});
+      if (s.dx.data) Ops::expand_add(s.dx, k_mat, s.A, Drop{}, {s.fresh_dx, {}});
+      if (s.dA.data) Ops::factor_grad(s.dA, s.x, k_mat, Drop{}, !s.fresh_dA);
     }
     if (s.dB.data || s.dcore.data) widen(u, s.u);
     if (s.dB.data) {
       times_core(uc, u, m, r_in, r_out, s.core, s.core.rs, s.core.cs, Acc(s.scaling));
       narrow(uc_t, uc, m * r_out);
-      Ops::factor_grad(s.dB, s.g, dense(uc_t, m, r_out, t), Drop{});
+      Ops::factor_grad(s.dB, s.g, dense(uc_t, m, r_out, t), Drop{}, !s.fresh_dB);
     }
     if (s.dcore.data) {
       Acc* out = static_cast<Acc*>(s.dcore.data);

@@ -13,6 +13,7 @@ struct Table {
   decltype(&cpu::shrink_grad) shrink_grad;
   decltype(&cpu::fold) fold;
   decltype(&cpu::fold_grad) fold_grad;
+  decltype(&cpu::add) add;
   decltype(&cpu::small_forward) small_forward;
   decltype(&cpu::small_backward) small_backward;
 };

@@ -1,0 +1,138 @@
+// Checks of the operators that run one direction of a whole layer (ops_layer.cpp), in the manner of check.h.
+#pragma once
+
+#include "check.h"
+
+namespace lotr {
+
+// A tensor [..., cols] seen as a matrix [rows, cols]: what its leading dimensions amount to.
+struct Flat {
+  int64_t rows = 1, cols = 0, row_stride = 0, col_stride = 1;
+};
+
+// Fails where the leading dimensions do not lie in memory as one would.
+inline Flat check_flat(const Check& c, const Arg& a, const char* what) {
+  if (a.dim < 2) fail(c.op, ": ", a.name, ": expected a tensor ", what, ", got shape ", a.shape());
+  Flat f;
+  f.cols = a.size[a.dim - 1], f.col_stride = a.stride[a.dim - 1];
+  int64_t next = -1;  // the stride that a further dimension has to have, once one is there
+  for (int64_t i = a.dim - 2; i >= 0; f.rows *= a.size[i--]) {
+    if (a.size[i] == 1) continue;
+    if (next < 0) {
+      f.row_stride = a.stride[i];
+    } else if (a.stride[i] != next && a.size[i] != 0) {
+      fail(c.op, ": ", a.name, ": expected leading dimensions that lie as one (call contiguous()), got stride ",
+           a.stride[i], " in dimension ", i, " of shape ", a.shape());
+    }
+    next = a.stride[i] * a.size[i];
+  }
+  if (f.row_stride == 0 && f.rows <= 1) f.row_stride = f.cols;
+  return f;
+}
+
+// What both directions of a layer know: the frozen weight [N, K] against the activations x [.., K] or g [.., N].
+inline void check_weight(const Check& c, const Arg& weight, const Arg& like, int64_t n, int64_t k) {
+  c.dims(weight, 2, "[N, K]"), c.dtype(weight, like.dtype), c.device(weight, like);
+  c.size(weight, 0, n, "N, as in B"), c.size(weight, 1, k, "K, as in A");
+}
+
+// An output of a product that is added to: [rows, cols], in acc(T).
+inline void check_sum(const Check& c, const Arg* sum, const Arg& like, int64_t rows, int64_t cols,
+                      const char* what, const char* rows_what, const char* cols_what) {
+  if (!sum) return;
+  c.dims(*sum, 2, what), c.dtype(*sum, acc_dtype(like.dtype)), c.device(*sum, like), c.writable(*sum);
+  c.size(*sum, 0, rows, rows_what), c.size(*sum, 1, cols, cols_what);
+}
+
+inline void check_rows(const Check& c, const Arg& a, const Arg& like, int64_t m, int64_t cols, const char* what,
+                       const char* cols_what) {
+  c.dims(a, 2, what), c.dtype(a, like.dtype), c.device(a, like);
+  c.size(a, 0, m, "M, the tokens"), c.size(a, 1, cols, cols_what);
+}
+
+inline Sizes check_layer_forward(const Check& c, const Arg& x, const Arg& weight, const Arg* bias, const Arg& A,
+                                 const Arg& B, const Arg& core, double scaling, const Arg* u, const Arg* F,
+                                 double p, const std::optional<Tensor>& seed) {
+  c.supported(x);
+  Sizes s = check_unfolded(c, x, A, core, B, scaling);
+  const Flat f = check_flat(c, x, "[.., K]");
+  s.m = f.rows;
+  c.size(x, x.dim - 1, s.k, "K, as in A");
+  check_weight(c, weight, x, s.n, s.k);
+  if (bias) {
+    c.dims(*bias, 1, "[N]"), c.dtype(*bias, x.dtype), c.device(*bias, x), c.size(*bias, 0, s.n, "N, as in B");
+  }
+  if (u) check_rows(c, *u, x, s.m, s.r_in, "[M, r_in]", "r_in, as in A");
+  if (F) {
+    c.dims(*F, 2, "[N, r_in]"), c.factor(*F, x.dtype), c.device(*F, x);
+    c.size(*F, 0, s.n, "N, as in B"), c.size(*F, 1, s.r_in, "r_in, as in A");
+  }
+  c.dropout(p, seed, x);
+  return s;
+}
+
+// x or dx [.., K] beside g [.., N].
+inline void check_activations(const Check& c, const Arg& a, const Arg& g, int64_t m, int64_t k) {
+  const Flat f = check_flat(c, a, "[.., K]");
+  c.dtype(a, g.dtype), c.device(a, g), c.size(a, a.dim - 1, k, "K, as in A");
+  if (f.rows != m) fail(c.op, ": ", a.name, ": expected ", m, " tokens, as in g, got shape ", a.shape());
+}
+
+// The arguments of a backward that may be absent.
+struct BackwardArgs {
+  const Arg *weight = nullptr, *x = nullptr, *u = nullptr, *A = nullptr, *F = nullptr, *k = nullptr, *dx = nullptr,
+            *Q = nullptr, *dA = nullptr, *dB = nullptr;
+};
+
+inline Sizes check_layer_backward(const Check& c, const Arg& g, const BackwardArgs& b, const Arg& B, const Arg& core,
+                                  double scaling, double p, const std::optional<Tensor>& seed) {
+  Sizes s;
+  c.supported(g);
+  c.dims(core, 2, "[r_in, r_out]"), c.dims(B, 2, "[N, r_out]");
+  for (const Arg* a : {&core, &B}) c.factor(*a, g.dtype), c.device(*a, g);
+  c.positive(B, 0, "N"), c.positive(B, 1, "r_out"), c.positive(core, 0, "r_in");
+  c.size(core, 1, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
+  s.m = check_flat(c, g, "[.., N]").rows;
+  s.n = B.size[0], s.r_in = core.size[0], s.r_out = B.size[1];
+  c.size(g, g.dim - 1, s.n, "N, as in B");
+  if (b.A) {
+    c.dims(*b.A, 2, "[K, r_in]"), c.factor(*b.A, g.dtype), c.device(*b.A, g), c.positive(*b.A, 0, "K");
+    c.size(*b.A, 1, s.r_in, "r_in, as in core");
+    s.k = b.A->size[0];
+  }
+  if (b.weight) {
+    if (!b.A && b.weight->dim == 2) s.k = b.weight->size[1];
+    check_weight(c, *b.weight, g, s.n, s.k);
+  }
+  if (b.x && !(b.A && b.F)) fail(c.op, ": x: expected None without A and F, got a tensor");
+  if (b.dx && !b.weight) fail(c.op, ": weight: expected a tensor because dx is given, got None");
+  if (b.dA && !b.x) fail(c.op, ": x: expected a tensor because dA is given, got None");
+  if ((b.Q || b.dB) && !b.u) fail(c.op, ": u: expected a tensor because Q or dB is given, got None");
+  if (b.x) check_activations(c, *b.x, g, s.m, s.k);
+  if (b.dx) check_activations(c, *b.dx, g, s.m, s.k), c.writable(*b.dx);
+  if (b.u) check_rows(c, *b.u, g, s.m, s.r_in, "[M, r_in]", "r_in, as in core");
+  if (b.k) check_rows(c, *b.k, g, s.m, s.r_in, "[M, r_in]", "r_in, as in core");
+  if (b.F) {
+    c.dims(*b.F, 2, "[N, r_in]"), c.factor(*b.F, g.dtype), c.device(*b.F, g);
+    c.size(*b.F, 0, s.n, "N, as in B"), c.size(*b.F, 1, s.r_in, "r_in, as in core");
+  }
+  check_sum(c, b.Q, g, s.n, s.r_in, "[N, r_in]", "N, as in B", "r_in, as in core");
+  check_sum(c, b.dA, g, s.k, s.r_in, "[K, r_in]", "K, as in A", "r_in, as in core");
+  check_sum(c, b.dB, g, s.n, s.r_out, "[N, r_out]", "N, as in B", "r_out, as in B");
+  c.dropout(p, seed, g);
+  return s;
+}
+
+inline Sizes check_small_layer_backward(const Check& c, const Arg& g, const BackwardArgs& b, const Arg& B,
+                                        const Arg& core, double scaling, bool need_u) {
+  BackwardArgs folded = b;
+  folded.x = folded.dA = nullptr;  // which there need F; here they are checked below
+  const Sizes s = check_layer_backward(c, g, folded, B, core, scaling, 0.0, std::nullopt);
+  if (need_u && !b.u) fail(c.op, ": u: expected a tensor because need_B or need_core is set, got None");
+  if (b.dA && !b.x) fail(c.op, ": x: expected a tensor because dA is given, got None");
+  if (b.x) check_activations(c, *b.x, g, s.m, s.k);
+  check_sum(c, b.dA, g, s.k, s.r_in, "[K, r_in]", "K, as in A", "r_in, as in core");
+  return s;
+}
+
+}  // namespace lotr

@@ -1,0 +1,308 @@
+// One direction of a whole layer in one call, on a CPU: the base product by the library, the rest by the kernels.
+//
+//   layer_forward          u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
+//   layer_backward_        k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T k,
+//                                                         dB += s Q G,  dG = s Q^T B
+//   small_layer_forward    the same with nothing folded, for few tokens: h = s u G;  y = x W^T + bias + h B^T
+//   small_layer_backward_  h = s g B,  k = h G^T;         dx = g W + k A^T,  dA += x^T k,  dB += s g^T (u G),  dG = u^T h
+//
+// Why one call: a base product of a few milliseconds leaves nothing in cache of what Python, the dispatcher and autograd
+// run between two operators, and every entry costs tens of microseconds then instead of two.
+//
+// And float32 and float64 write the adapter's part first, on which the base product then accumulates (beta = 1): torch's
+// own linear starts in just this way from a copy of the bias, so the expand's pass over y replaces that copy, and nothing
+// runs cold after the product. Half types are rounded where they are accumulated onto, so there the product comes first.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+#include <vector>
+
+#include "check_layer.h"
+#include "cpu_args.h"
+
+namespace lotr {
+namespace {
+
+// [.., cols] as [rows, cols], for the kernels and (view) for the library.
+struct Matrix {
+  const Arg& arg;
+  Flat flat;
+  Matrix(const Check& c, const Arg& a) : arg(a), flat(check_flat(c, a, "of 2 or more dimensions")) {}
+
+  cpu::Mat mat() const {
+    cpu::Mat m = read(arg);
+    m.rows = flat.rows, m.cols = flat.cols, m.rs = flat.row_stride, m.cs = flat.col_stride;
+    return m;
+  }
+  cpu::Mat written_mat() const {
+    cpu::Mat m = mat();
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(arg.handle, &m.data));
+    return m;
+  }
+};
+
+Tensor view(AtenTensorHandle of, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  const int64_t size[] = {rows, cols}, stride[] = {row_stride, col_stride};
+  int64_t offset = 0;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(of, &offset));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of, 2, size, stride, offset, &handle));
+  return Tensor(handle);
+}
+Tensor view(const Matrix& a) {
+  return view(a.arg.handle, a.flat.rows, a.flat.cols, a.flat.row_stride, a.flat.col_stride);
+}
+Tensor transposed_view(const Arg& weight) {
+  return view(weight.handle, weight.size[1], weight.size[0], weight.stride[1], weight.stride[0]);
+}
+
+// out = a b, out = bias + a b, or out += a b, by the library that torch's own linear layers use.
+void product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+void product_onto(const Tensor& out, const Tensor& start, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+// A new tensor of like's leading dimensions and `cols` columns.
+Tensor like_rows(const Arg& like, int64_t cols) {
+  std::vector<int64_t> size(like.size, like.size + like.dim - 1), stride(like.dim);
+  size.push_back(cols);
+  int64_t step = 1;
+  for (int64_t i = like.dim; i-- > 0; step *= size[i]) stride[i] = step;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim, size.data(), stride.data(), dtype_code(like.dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+cpu::Mat row_of(const Arg* bias) {
+  return bias ? cpu::Mat{read_data(*bias), 1, bias->size[0], 0, bias->stride[0], cpu_dtype(bias->dtype)} : cpu::Mat{};
+}
+
+// y = x W^T + bias + what expand(start) adds.
+template <typename Expand>
+Tensor with_base(const Check& c, const Arg& ax, const Arg& aweight, const std::optional<Arg>& bias,
+                 const OptionalTensor& bias_tensor, int64_t n, Expand&& expand) {
+  Tensor y = like_rows(ax, n);
+  const Arg ay("y", y);
+  const Matrix out(c, ay), x(c, ax);
+  const Tensor y2 = view(out), x2 = view(x), w = transposed_view(aweight);
+  if (is_half(ax.dtype)) {
+    if (bias_tensor) {
+      product_onto(y2, *bias_tensor, x2, w);
+    } else {
+      product(y2, x2, w);
+    }
+    expand(out.written_mat(), cpu::Start{});
+  } else {
+    expand(out.written_mat(), cpu::Start{true, row_of(pointer(bias))});
+    product_onto(y2, y2, x2, w);
+  }
+  return y;
+}
+
+// dx (+)= g W + what expand(dx, fresh) adds; expand may be without effect (adds = false).
+template <typename Expand>
+void onto_dx(const Tensor& dx, bool fresh, const Tensor& g, const Tensor& weight, ScalarType dtype, bool adds,
+             Expand&& expand) {
+  const bool base_first = is_half(dtype) || !adds;
+  if (!base_first) expand(fresh), fresh = false;
+  if (fresh) {
+    product(dx, g, weight);
+  } else {
+    product_onto(dx, dx, g, weight);
+  }
+  if (base_first && adds) expand(false);
+}
+
+using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
+
+Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& A,
+                      const Tensor& B, const Tensor& core, double scaling, const OptionalTensor& u,
+                      const OptionalTensor& F, double p, const OptionalTensor& seed) {
+  const Check c{"lotr::layer_forward"};
+  const Arg ax("x", x), aweight("weight", weight), aA("A", A), aB("B", B), acore("core", core);
+  const auto abias = optional_arg("bias", bias), au = optional_arg("u", u), aF = optional_arg("F", F);
+  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), aA, aB, acore, scaling, pointer(au),
+                                      pointer(aF), p, seed);
+  OptionalTensor new_u, new_F;
+  cpu::Mat u_mat, F_mat;
+  if (au) {
+    u_mat = read(*au);
+  } else {
+    new_u = empty<2>({s.m, s.r_in}, ax.dtype);
+    u_mat = written(Arg("u", *new_u));
+    cpu::shrink(u_mat, Matrix(c, ax).mat(), read(aA), drop(p, seed));
+  }
+  if (aF) {
+    F_mat = read(*aF);
+  } else {
+    new_F = empty<2>({s.n, s.r_in}, ax.dtype);
+    F_mat = written(Arg("F", *new_F));
+    cpu::fold(F_mat, 0, read(aB), read(acore), 0, 1, scaling);
+  }
+  Tensor y = with_base(c, ax, aweight, abias, bias, s.n, [&](const cpu::Mat& out, const cpu::Start& start) {
+    cpu::expand_add(out, u_mat, F_mat, {}, start);
+  });
+  return {y, new_u, new_F};
+}
+
+using Backward = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
+                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F, const Tensor& B,
+                         const Tensor& core, double scaling, const OptionalTensor& k, const OptionalTensor& dx,
+                         const OptionalTensor& Q, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
+                         bool need_core, double p, const OptionalTensor& seed) {
+  const Check c{"lotr::layer_backward_"};
+  const Arg ag("g", g), aB("B", B), acore("core", core);
+  const auto aweight = optional_arg("weight", weight), ax = optional_arg("x", x), au = optional_arg("u", u),
+             aA = optional_arg("A", A), aF = optional_arg("F", F), ak = optional_arg("k", k),
+             adx = optional_arg("dx", dx), aQ = optional_arg("Q", Q), adA = optional_arg("dA", dA),
+             adB = optional_arg("dB", dB);
+  const BackwardArgs args{pointer(aweight), pointer(ax),  pointer(au), pointer(aA),  pointer(aF),
+                          pointer(ak),      pointer(adx), pointer(aQ), pointer(adA), pointer(adB)};
+  const Sizes s = check_layer_backward(c, ag, args, aB, acore, scaling, p, seed);
+  const ScalarType wide = acc_dtype(ag.dtype);
+  const Matrix g_matrix(c, ag);
+  const cpu::Mat g_mat = g_matrix.mat();
+  OptionalTensor new_k, new_dx, new_dA, new_dB, new_core, new_Q;
+
+  // k = g F and Q (+)= g^T u, from one read of g
+  cpu::Mat k_mat, Q_mat;
+  if (aF) {
+    new_k = empty<2>({s.m, s.r_in}, ag.dtype);
+    k_mat = written(Arg("k", *new_k));
+  }
+  if (au) {
+    if (!aQ) new_Q = empty<2>({s.n, s.r_in}, wide);
+    Q_mat = aQ ? written(*aQ) : written(Arg("Q", *new_Q));
+  }
+  if (aF && au) {
+    cpu::shrink_grad(k_mat, Q_mat, g_mat, read(*aF), read(*au), bool(aQ));
+  } else if (aF) {
+    cpu::shrink(k_mat, g_mat, read(*aF), {});
+  } else if (au) {
+    cpu::factor_grad(Q_mat, g_mat, read(*au), {}, bool(aQ));
+  }
+  if (aF && ak) cpu::add(k_mat, read(*ak));
+  if (au && !aQ && (need_B || need_core || adB)) {
+    if (need_core) new_core = empty<2>({s.r_in, s.r_out}, wide);
+    if (need_B && !adB) new_dB = empty<2>({s.n, s.r_out}, wide);
+    const cpu::Mat dB_mat = adB ? written(*adB) : new_dB ? written(Arg("dB", *new_dB)) : cpu::Mat{};
+    const cpu::Mat core_mat = new_core ? written(Arg("dcore", *new_core)) : cpu::Mat{};
+    cpu::fold_grad(dB_mat, core_mat, 0, Q_mat, 0, read(aB), read(acore), 0, 1, scaling, bool(adB));
+  }
+  if (ax) {
+    if (!adA) new_dA = empty<2>({s.k, s.r_in}, wide);
+    cpu::factor_grad(adA ? written(*adA) : written(Arg("dA", *new_dA)), Matrix(c, *ax).mat(), k_mat, drop(p, seed),
+                     bool(adA));
+  }
+  if (aweight) {
+    if (!adx) new_dx = like_rows(ag, s.k);
+    const Arg out("dx", adx ? *dx : *new_dx);
+    const Matrix dx_matrix(c, out);
+    onto_dx(view(dx_matrix), !adx, view(g_matrix), *weight, ag.dtype, aA && aF, [&](bool fresh) {
+      cpu::expand_add(dx_matrix.written_mat(), k_mat, read(*aA), drop(p, seed), {fresh, {}});
+    });
+  }
+  if (aA) new_k.reset();
+  return {new_dx, new_k, new_dA, new_dB, new_core};
+}
+
+std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                               const Tensor& A, const Tensor& B, const Tensor& core, double scaling) {
+  const Check c{"lotr::small_layer_forward"};
+  const Arg ax("x", x), aweight("weight", weight), aA("A", A), aB("B", B), acore("core", core);
+  const auto abias = optional_arg("bias", bias);
+  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), aA, aB, acore, scaling, nullptr, nullptr, 0.0,
+                                      std::nullopt);
+  Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
+  const cpu::Mat u_mat = written(Arg("u", u)), x_mat = Matrix(c, ax).mat();
+  Tensor y = with_base(c, ax, aweight, abias, bias, s.n, [&](const cpu::Mat& out, const cpu::Start& start) {
+    cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
+  });
+  return {y, u};
+}
+
+using SmallBackward = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
+                                    const OptionalTensor& u, const Tensor& A, const Tensor& B, const Tensor& core,
+                                    double scaling, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
+                                    bool need_core) {
+  const Check c{"lotr::small_layer_backward_"};
+  const Arg ag("g", g), aA("A", A), aB("B", B), acore("core", core);
+  const auto aweight = optional_arg("weight", weight), ax = optional_arg("x", x), au = optional_arg("u", u),
+             adA = optional_arg("dA", dA), adB = optional_arg("dB", dB);
+  BackwardArgs args;
+  args.weight = pointer(aweight), args.x = pointer(ax), args.u = pointer(au), args.A = &aA, args.F = nullptr;
+  args.dA = pointer(adA), args.dB = pointer(adB);
+  const Sizes s = check_small_layer_backward(c, ag, args, aB, acore, scaling, need_B || need_core);
+  const ScalarType wide = acc_dtype(ag.dtype);
+  const Matrix g_matrix(c, ag);
+  OptionalTensor new_dx, new_dA, new_dB, new_core;
+  cpu::SmallBackward b;
+  b.g = g_matrix.mat(), b.A = read(aA), b.core = read(acore), b.B = read(aB), b.scaling = scaling;
+  if (au) b.u = read(*au);
+  if (ax) {
+    if (!adA) new_dA = empty<2>({s.k, s.r_in}, wide);
+    b.x = Matrix(c, *ax).mat(), b.fresh_dA = !adA;
+    b.dA = adA ? written(*adA) : written(Arg("dA", *new_dA));
+  }
+  if (need_B) {
+    if (!adB) new_dB = empty<2>({s.n, s.r_out}, wide);
+    b.fresh_dB = !adB;
+    b.dB = adB ? written(*adB) : written(Arg("dB", *new_dB));
+  }
+  if (need_core) {
+    new_core = empty<2>({s.r_in, s.r_out}, wide);
+    b.dcore = written(Arg("dcore", *new_core));
+  }
+  if (aweight) {
+    new_dx = like_rows(ag, s.k);
+    const Arg out("dx", *new_dx);
+    const Matrix dx_matrix(c, out);
+    const Tensor dx2 = view(dx_matrix), g2 = view(g_matrix);
+    const bool base_first = is_half(ag.dtype);
+    if (base_first) product(dx2, g2, *weight);
+    b.dx = dx_matrix.written_mat(), b.fresh_dx = !base_first;
+    cpu::small_backward(b);
+    if (!base_first) product_onto(dx2, dx2, g2, *weight);
+  } else {
+    cpu::small_backward(b);
+  }
+  return {new_dx, new_dA, new_dB, new_core};
+}
+
+}  // namespace
+}  // namespace lotr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m)
+{
+  m.def(
+      "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling, "
+      "Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) -> (Tensor y, Tensor? u, Tensor? F)");
+  m.def(
+      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor core, "
+      "float scaling, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? dB, bool need_B, bool "
+      "need_core, float p=0.0, Tensor? seed=None) -> (Tensor? dx, Tensor? k, Tensor? dA, Tensor? dB, Tensor? dcore)");
+  m.def(
+      "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling) -> "
+      "(Tensor y, Tensor u)");
+  m.def(
+      "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, Tensor core, float "
+      "scaling, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) -> (Tensor? dx, Tensor? dA, Tensor? dB, "
+      "Tensor? dcore)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
+{
+  m.impl("layer_forward", TORCH_BOX(&lotr::layer_forward));
+  m.impl("layer_backward_", TORCH_BOX(&lotr::layer_backward_));
+  m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward));
+  m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_));
+}
