@@ -15,12 +15,13 @@ inline Flat check_flat(const Check& c, const Arg& a, const char* what) {
   if (a.dim < 2) fail(c.op, ": ", a.name, ": expected a tensor ", what, ", got shape ", a.shape());
   Flat f;
   f.cols = a.size[a.dim - 1], f.col_stride = a.stride[a.dim - 1];
+  for (int64_t i = 0; i < a.dim - 1; ++i) f.rows *= a.size[i];
   int64_t next = -1;  // the stride that a further dimension has to have, once one is there
-  for (int64_t i = a.dim - 2; i >= 0; f.rows *= a.size[i--]) {
+  for (int64_t i = a.dim - 2; i >= 0 && f.rows; --i) {
     if (a.size[i] == 1) continue;
     if (next < 0) {
       f.row_stride = a.stride[i];
-    } else if (a.stride[i] != next && a.size[i] != 0) {
+    } else if (a.stride[i] != next) {
       fail(c.op, ": ", a.name, ": expected leading dimensions that lie as one (call contiguous()), got stride ",
            a.stride[i], " in dimension ", i, " of shape ", a.shape());
     }
@@ -33,7 +34,22 @@ inline Flat check_flat(const Check& c, const Arg& a, const char* what) {
 // What both directions of a layer know: the frozen weight [N, K] against the activations x [.., K] or g [.., N].
 inline void check_weight(const Check& c, const Arg& weight, const Arg& like, int64_t n, int64_t k) {
   c.dims(weight, 2, "[N, K]"), c.dtype(weight, like.dtype), c.device(weight, like);
-  c.size(weight, 0, n, "N, as in B"), c.size(weight, 1, k, "K, as in A");
+  c.size(weight, 0, n, "N, as in B"), c.size(weight, 1, k, "K");
+}
+
+inline void check_A(const Check& c, const Arg& A, const Arg& like, int64_t r_in) {
+  c.dims(A, 2, "[K, r_in]"), c.factor(A, like.dtype), c.device(A, like), c.positive(A, 0, "K");
+  c.size(A, 1, r_in, "r_in, as in core");
+}
+
+inline Sizes check_core(const Check& c, const Arg& like, const Arg& core, const Arg& B, double scaling) {
+  c.dims(core, 2, "[r_in, r_out]"), c.dims(B, 2, "[N, r_out]");
+  for (const Arg* a : {&core, &B}) c.factor(*a, like.dtype), c.device(*a, like);
+  c.positive(B, 0, "N"), c.positive(B, 1, "r_out"), c.positive(core, 0, "r_in");
+  c.size(core, 1, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
+  Sizes s;
+  s.n = B.size[0], s.r_in = core.size[0], s.r_out = B.size[1];
+  return s;
 }
 
 // An output of a product that is added to: [rows, cols], in acc(T).
@@ -44,29 +60,33 @@ inline void check_sum(const Check& c, const Arg* sum, const Arg& like, int64_t r
   c.size(*sum, 0, rows, rows_what), c.size(*sum, 1, cols, cols_what);
 }
 
+inline void check_folded(const Check& c, const Arg& F, const Arg& like, const Sizes& s) {
+  c.dims(F, 2, "[N, r_in]"), c.factor(F, like.dtype), c.device(F, like);
+  c.size(F, 0, s.n, "N, as in B"), c.size(F, 1, s.r_in, "r_in, as in core");
+}
+
 inline void check_rows(const Check& c, const Arg& a, const Arg& like, int64_t m, int64_t cols, const char* what,
                        const char* cols_what) {
   c.dims(a, 2, what), c.dtype(a, like.dtype), c.device(a, like);
   c.size(a, 0, m, "M, the tokens"), c.size(a, 1, cols, cols_what);
 }
 
-inline Sizes check_layer_forward(const Check& c, const Arg& x, const Arg& weight, const Arg* bias, const Arg& A,
+// A is there unless u is.
+inline Sizes check_layer_forward(const Check& c, const Arg& x, const Arg& weight, const Arg* bias, const Arg* A,
                                  const Arg& B, const Arg& core, double scaling, const Arg* u, const Arg* F,
                                  double p, const std::optional<Tensor>& seed) {
   c.supported(x);
-  Sizes s = check_unfolded(c, x, A, core, B, scaling);
+  if (!A == !u) fail(c.op, ": A: expected a tensor or None, with u the other, got ", A ? "both" : "neither");
+  Sizes s = check_core(c, x, core, B, scaling);
   const Flat f = check_flat(c, x, "[.., K]");
-  s.m = f.rows;
-  c.size(x, x.dim - 1, s.k, "K, as in A");
+  s.m = f.rows, s.k = x.size[x.dim - 1];
+  if (A) check_A(c, *A, x, s.r_in), c.size(x, x.dim - 1, A->size[0], "K, as in A");
   check_weight(c, weight, x, s.n, s.k);
   if (bias) {
     c.dims(*bias, 1, "[N]"), c.dtype(*bias, x.dtype), c.device(*bias, x), c.size(*bias, 0, s.n, "N, as in B");
   }
-  if (u) check_rows(c, *u, x, s.m, s.r_in, "[M, r_in]", "r_in, as in A");
-  if (F) {
-    c.dims(*F, 2, "[N, r_in]"), c.factor(*F, x.dtype), c.device(*F, x);
-    c.size(*F, 0, s.n, "N, as in B"), c.size(*F, 1, s.r_in, "r_in, as in A");
-  }
+  if (u) check_rows(c, *u, x, s.m, s.r_in, "[M, r_in]", "r_in, as in core");
+  if (F) check_folded(c, *F, x, s);
   c.dropout(p, seed, x);
   return s;
 }
@@ -86,20 +106,11 @@ struct BackwardArgs {
 
 inline Sizes check_layer_backward(const Check& c, const Arg& g, const BackwardArgs& b, const Arg& B, const Arg& core,
                                   double scaling, double p, const std::optional<Tensor>& seed) {
-  Sizes s;
   c.supported(g);
-  c.dims(core, 2, "[r_in, r_out]"), c.dims(B, 2, "[N, r_out]");
-  for (const Arg* a : {&core, &B}) c.factor(*a, g.dtype), c.device(*a, g);
-  c.positive(B, 0, "N"), c.positive(B, 1, "r_out"), c.positive(core, 0, "r_in");
-  c.size(core, 1, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
+  Sizes s = check_core(c, g, core, B, scaling);
   s.m = check_flat(c, g, "[.., N]").rows;
-  s.n = B.size[0], s.r_in = core.size[0], s.r_out = B.size[1];
   c.size(g, g.dim - 1, s.n, "N, as in B");
-  if (b.A) {
-    c.dims(*b.A, 2, "[K, r_in]"), c.factor(*b.A, g.dtype), c.device(*b.A, g), c.positive(*b.A, 0, "K");
-    c.size(*b.A, 1, s.r_in, "r_in, as in core");
-    s.k = b.A->size[0];
-  }
+  if (b.A) check_A(c, *b.A, g, s.r_in), s.k = b.A->size[0];
   if (b.weight) {
     if (!b.A && b.weight->dim == 2) s.k = b.weight->size[1];
     check_weight(c, *b.weight, g, s.n, s.k);
@@ -112,10 +123,7 @@ inline Sizes check_layer_backward(const Check& c, const Arg& g, const BackwardAr
   if (b.dx) check_activations(c, *b.dx, g, s.m, s.k), c.writable(*b.dx);
   if (b.u) check_rows(c, *b.u, g, s.m, s.r_in, "[M, r_in]", "r_in, as in core");
   if (b.k) check_rows(c, *b.k, g, s.m, s.r_in, "[M, r_in]", "r_in, as in core");
-  if (b.F) {
-    c.dims(*b.F, 2, "[N, r_in]"), c.factor(*b.F, g.dtype), c.device(*b.F, g);
-    c.size(*b.F, 0, s.n, "N, as in B"), c.size(*b.F, 1, s.r_in, "r_in, as in core");
-  }
+  if (b.F) check_folded(c, *b.F, g, s);
   check_sum(c, b.Q, g, s.n, s.r_in, "[N, r_in]", "N, as in B", "r_in, as in core");
   check_sum(c, b.dA, g, s.k, s.r_in, "[K, r_in]", "K, as in A", "r_in, as in core");
   check_sum(c, b.dB, g, s.n, s.r_out, "[N, r_out]", "N, as in B", "r_out, as in B");

@@ -9,9 +9,9 @@
 // Why one call: a base product of a few milliseconds leaves nothing in cache of what Python, the dispatcher and autograd
 // run between two operators, and every entry costs tens of microseconds then instead of two.
 //
-// And float32 and float64 write the adapter's part first, on which the base product then accumulates (beta = 1): torch's
-// own linear starts in just this way from a copy of the bias, so the expand's pass over y replaces that copy, and nothing
-// runs cold after the product. Half types are rounded where they are accumulated onto, so there the product comes first.
+// beta: the adapter's part is written first, and the base product accumulates onto it (its beta = 1). torch's own linear
+// starts in just this way from a copy of the bias, so the expand's pass over y replaces that copy, and nothing runs cold
+// after the product. Without: the product first, then the adapter's part added to it.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -85,48 +85,44 @@ cpu::Mat row_of(const Arg* bias) {
 // y = x W^T + bias + what expand(start) adds.
 template <typename Expand>
 Tensor with_base(const Check& c, const Arg& ax, const Arg& aweight, const std::optional<Arg>& bias,
-                 const OptionalTensor& bias_tensor, int64_t n, Expand&& expand) {
+                 const OptionalTensor& bias_tensor, int64_t n, bool beta, Expand&& expand) {
   Tensor y = like_rows(ax, n);
   const Arg ay("y", y);
   const Matrix out(c, ay), x(c, ax);
   const Tensor y2 = view(out), x2 = view(x), w = transposed_view(aweight);
-  if (is_half(ax.dtype)) {
-    if (bias_tensor) {
-      product_onto(y2, *bias_tensor, x2, w);
-    } else {
-      product(y2, x2, w);
-    }
-    expand(out.written_mat(), cpu::Start{});
-  } else {
+  if (beta) {
     expand(out.written_mat(), cpu::Start{true, row_of(pointer(bias))});
     product_onto(y2, y2, x2, w);
+    return y;
   }
+  if (bias_tensor) {
+    product_onto(y2, *bias_tensor, x2, w);
+  } else {
+    product(y2, x2, w);
+  }
+  expand(out.written_mat(), cpu::Start{});
   return y;
 }
 
-// dx (+)= g W + what expand(dx, fresh) adds; expand may be without effect (adds = false).
-template <typename Expand>
-void onto_dx(const Tensor& dx, bool fresh, const Tensor& g, const Tensor& weight, ScalarType dtype, bool adds,
-             Expand&& expand) {
-  const bool base_first = is_half(dtype) || !adds;
-  if (!base_first) expand(fresh), fresh = false;
+// dx (+)= g W; (+)= where dx is not fresh.
+void base_backward(const Tensor& dx, bool fresh, const Tensor& g, const Tensor& weight) {
   if (fresh) {
     product(dx, g, weight);
   } else {
     product_onto(dx, dx, g, weight);
   }
-  if (base_first && adds) expand(false);
 }
 
 using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
 
-Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& A,
-                      const Tensor& B, const Tensor& core, double scaling, const OptionalTensor& u,
+Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& A,
+                      const Tensor& B, const Tensor& core, double scaling, bool beta, const OptionalTensor& u,
                       const OptionalTensor& F, double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_forward"};
-  const Arg ax("x", x), aweight("weight", weight), aA("A", A), aB("B", B), acore("core", core);
-  const auto abias = optional_arg("bias", bias), au = optional_arg("u", u), aF = optional_arg("F", F);
-  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), aA, aB, acore, scaling, pointer(au),
+  const Arg ax("x", x), aweight("weight", weight), aB("B", B), acore("core", core);
+  const auto abias = optional_arg("bias", bias), aA = optional_arg("A", A), au = optional_arg("u", u),
+             aF = optional_arg("F", F);
+  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), pointer(aA), aB, acore, scaling, pointer(au),
                                       pointer(aF), p, seed);
   OptionalTensor new_u, new_F;
   cpu::Mat u_mat, F_mat;
@@ -135,7 +131,7 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   } else {
     new_u = empty<2>({s.m, s.r_in}, ax.dtype);
     u_mat = written(Arg("u", *new_u));
-    cpu::shrink(u_mat, Matrix(c, ax).mat(), read(aA), drop(p, seed));
+    cpu::shrink(u_mat, Matrix(c, ax).mat(), read(*aA), drop(p, seed));
   }
   if (aF) {
     F_mat = read(*aF);
@@ -144,7 +140,7 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
     F_mat = written(Arg("F", *new_F));
     cpu::fold(F_mat, 0, read(aB), read(acore), 0, 1, scaling);
   }
-  Tensor y = with_base(c, ax, aweight, abias, bias, s.n, [&](const cpu::Mat& out, const cpu::Start& start) {
+  Tensor y = with_base(c, ax, aweight, abias, bias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
     cpu::expand_add(out, u_mat, F_mat, {}, start);
   });
   return {y, new_u, new_F};
@@ -154,7 +150,7 @@ using Backward = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, Opti
 
 Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
                          const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F, const Tensor& B,
-                         const Tensor& core, double scaling, const OptionalTensor& k, const OptionalTensor& dx,
+                         const Tensor& core, double scaling, bool beta, const OptionalTensor& k, const OptionalTensor& dx,
                          const OptionalTensor& Q, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
                          bool need_core, double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_backward_"};
@@ -205,24 +201,29 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     if (!adx) new_dx = like_rows(ag, s.k);
     const Arg out("dx", adx ? *dx : *new_dx);
     const Matrix dx_matrix(c, out);
-    onto_dx(view(dx_matrix), !adx, view(g_matrix), *weight, ag.dtype, aA && aF, [&](bool fresh) {
+    const bool expands = aA && aF, expand_first = expands && beta;
+    const auto expand = [&](bool fresh) {
       cpu::expand_add(dx_matrix.written_mat(), k_mat, read(*aA), drop(p, seed), {fresh, {}});
-    });
+    };
+    if (expand_first) expand(!adx);
+    base_backward(view(dx_matrix), !adx && !expand_first, view(g_matrix), *weight);
+    if (expands && !beta) expand(false);
   }
   if (aA) new_k.reset();
   return {new_dx, new_k, new_dA, new_dB, new_core};
 }
 
 std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                               const Tensor& A, const Tensor& B, const Tensor& core, double scaling) {
+                                               const Tensor& A, const Tensor& B, const Tensor& core, double scaling,
+                                               bool beta) {
   const Check c{"lotr::small_layer_forward"};
   const Arg ax("x", x), aweight("weight", weight), aA("A", A), aB("B", B), acore("core", core);
   const auto abias = optional_arg("bias", bias);
-  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), aA, aB, acore, scaling, nullptr, nullptr, 0.0,
+  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), &aA, aB, acore, scaling, nullptr, nullptr, 0.0,
                                       std::nullopt);
   Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
   const cpu::Mat u_mat = written(Arg("u", u)), x_mat = Matrix(c, ax).mat();
-  Tensor y = with_base(c, ax, aweight, abias, bias, s.n, [&](const cpu::Mat& out, const cpu::Start& start) {
+  Tensor y = with_base(c, ax, aweight, abias, bias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
     cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
   });
   return {y, u};
@@ -232,7 +233,7 @@ using SmallBackward = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor,
 
 SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
                                     const OptionalTensor& u, const Tensor& A, const Tensor& B, const Tensor& core,
-                                    double scaling, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
+                                    double scaling, bool beta, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
                                     bool need_core) {
   const Check c{"lotr::small_layer_backward_"};
   const Arg ag("g", g), aA("A", A), aB("B", B), acore("core", core);
@@ -267,11 +268,10 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
     const Arg out("dx", *new_dx);
     const Matrix dx_matrix(c, out);
     const Tensor dx2 = view(dx_matrix), g2 = view(g_matrix);
-    const bool base_first = is_half(ag.dtype);
-    if (base_first) product(dx2, g2, *weight);
-    b.dx = dx_matrix.written_mat(), b.fresh_dx = !base_first;
+    if (!beta) product(dx2, g2, *weight);
+    b.dx = dx_matrix.written_mat(), b.fresh_dx = beta;
     cpu::small_backward(b);
-    if (!base_first) product_onto(dx2, dx2, g2, *weight);
+    if (beta) product_onto(dx2, dx2, g2, *weight);
   } else {
     cpu::small_backward(b);
   }
@@ -284,18 +284,18 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
 STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m)
 {
   m.def(
-      "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling, "
-      "Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) -> (Tensor y, Tensor? u, Tensor? F)");
+      "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
+      "bool beta, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) -> (Tensor y, Tensor? u, Tensor? F)");
   m.def(
       "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor core, "
-      "float scaling, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? dB, bool need_B, bool "
+      "float scaling, bool beta, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? dB, bool need_B, bool "
       "need_core, float p=0.0, Tensor? seed=None) -> (Tensor? dx, Tensor? k, Tensor? dA, Tensor? dB, Tensor? dcore)");
   m.def(
-      "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling) -> "
-      "(Tensor y, Tensor u)");
+      "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling, bool "
+      "beta) -> (Tensor y, Tensor u)");
   m.def(
       "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, Tensor core, float "
-      "scaling, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) -> (Tensor? dx, Tensor? dA, Tensor? dB, "
+      "scaling, bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) -> (Tensor? dx, Tensor? dA, Tensor? dB, "
       "Tensor? dcore)");
 }
 

@@ -11,9 +11,10 @@ from .apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from .checkpoint import load_adapter, save_adapter
 from .config import LoTRConfig
 from .factors import LoTRFactors
-from .function import LoTRAdd, LoTRExpand, LoTRFunction, LoTRShrink
+from .function import LoTRFunction
 from .functional import explain, lotr_linear
 from .linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
+from .nodes import LoTRAdd, LoTRExpand, LoTRLead, LoTRShrink
 from .summary import trainable_summary
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LoTRExpand",
     "LoTRFactors",
     "LoTRFunction",
+    "LoTRLead",
     "LoTRLinear",
     "LoTRShrink",
     "LoTRWrapped",

@@ -18,7 +18,7 @@ from .mixture import call_mixed
 _NODES = (
     "the differentiable composite of library products",
     "one autograd node (LoTRFunction)",
-    "two autograd nodes (LoTRShrink, LoTRExpand)",
+    "nodes shared with the siblings on x (LoTRLead, LoTRExpand)",
 )
 
 

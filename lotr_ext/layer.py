@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -94,26 +95,33 @@ class LoTRLayer(nn.Module):
             self.__dict__["factors"] = self._modules.pop("factors")
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(x.shape)}")
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(shape)}")
         if self.merged or (self.disabled and self.start_core is None):
             return self._base(x)
         if self.disabled:
             adapter = Adapter(self.start_core, self.scaling)
-            return self._call(x, self.factors.start_A, self.factors.start_B, adapter)
+            return self._call(x, adapter, self.factors.start_A, self.factors.start_B)
         p = self.dropout if self.training else 0.0
-        factors = self.factors
-        adapter = Adapter(self.core, self.scaling, p, factors._group, id(self), self.strategy, self._slot, cast_in_scope)
+        factors, core = self._modules.get("factors") or self.factors, self._own("core")
+        adapter = Adapter(core, self.scaling, p, factors._group, id(self), self.strategy, self._slot, cast_in_scope)
         if self.mixture is not None:
-            cores = cores_of(self.mixture, self.core)
+            cores = cores_of(self.mixture, core)
             return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, adapter))
-        return factors(lambda A, B: self._call(x, A, B, adapter))
+        return factors.read(partial(self._call, x, adapter))
 
     def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:
         return current_slot(self, B, dtype)
 
-    def _call(self, x: Tensor, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
-        return call_linear(x, self._matrix(), self.bias, A, B, adapter)
+    def _own(self, name: str) -> Tensor:
+        """The parameter of that name. nn.Module's own way to it fails once on every class of the layer first, which costs as
+        much as an operator where nothing is in cache; a parametrization is no parameter, and takes that way."""
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
+
+    def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
+        return call_linear(x, self._matrix(), self._own("bias"), A, B, adapter)
 
     def _base(self, x: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _base")

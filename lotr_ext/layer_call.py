@@ -12,33 +12,24 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as nnf
 
-from . import ops, planner
-from .function import (
-    adapter_differentiable,
-    apply_add,
-    apply_expand,
-    apply_one_node,
-    apply_shrink,
-    base_linear,
-    fold_differentiable,
-    forward_with_base,
-    here,
-    one_pass,
-    rows,
-    to,
-)
-from .planner import Plan, plan
-from .siblings import Group, SharedInput
+from . import direction, ops, planner
+from .direction import KEEP, Dropout
+from .function import apply_one_node, one_pass
+from .nodes import Base, apply_add, apply_expand, apply_lead, apply_shrink
+from .planner import Plan
+from .products import adapter_differentiable, base_linear, fold_differentiable, here, rows, to, tokens_of
+from .siblings import Group, SharedInput, owned_by
 
 if TYPE_CHECKING:
     from .hub import SharedGradient
     from .scope import Slot
 
 _PLAIN = (Tensor, nn.Parameter)
+_CPU = torch.device("cpu")
 
 
 class Decision(NamedTuple):
-    """nodes: 0 the differentiable composite, 1 LoTRFunction, 2 LoTRShrink and LoTRExpand; why: for people."""
+    """nodes: 0 the differentiable composite, 1 LoTRFunction, 2 nodes that siblings share; why: for people."""
 
     nodes: int
     plan: Plan
@@ -83,23 +74,40 @@ def decide(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
-    tokens = x.numel() // x.shape[-1]
-    device = device or x.device
-    chosen = plan(tokens, max(adapter.core.shape), dtype, device, adapter.strategy)
-    if chosen.strategy == "composite":
-        return Decision(0, chosen, chosen.reason)
+    tokens = tokens_of(x)
+    few = tokens < planner.FEW_TOKENS and base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
+    if device is None and x.is_cpu:
+        device, rank = _CPU, 0  # any rank runs there
+    else:
+        device, rank = device or x.device, max(adapter.core.shape)
+        if few and device.type == "cuda":  # where the unfolded backward is six launches, and the folded one three
+            few = not torch.is_grad_enabled()
+    forced = (adapter.strategy, "strategy") if adapter.strategy is not None else planner.forced_strategy()
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return Decision(0, chosen, "under a functorch transform or forward AD: the composite is differentiable by any of them")
+        why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
+        return Decision(0, planner.plan_of(tokens >= planner.BETA_TOKENS, rank, dtype, device, *forced), why)
     if type(x) not in _PLAIN or type(A) not in _PLAIN:
-        return Decision(0, chosen, f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels")
-    one_node = tokens < planner.FEW_TOKENS and not adapter.p and (A.requires_grad or not x.requires_grad)
-    if one_node and device.type == "cuda":  # where the unfolded backward is six launches, and the folded one three
-        one_node = not torch.is_grad_enabled()
-    return _nodes(chosen, A.dtype, dtype, base_linear and base_trained, base_linear and one_node)
+        why = f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels"
+        return Decision(0, planner.plan_of(tokens >= planner.BETA_TOKENS, rank, dtype, device, *forced), why)
+    many, trained = tokens >= planner.BETA_TOKENS, base_linear and base_trained
+    return _decision(many, few, trained, rank, A.dtype, dtype, device, *forced)
 
 
 @functools.lru_cache(maxsize=1024)  # these few answers come again in every call
-def _nodes(chosen: Plan, A_dtype: torch.dtype, dtype: torch.dtype, trained: bool, few: bool) -> Decision:
+def _decision(
+    many: bool,
+    few: bool,
+    trained: bool,
+    rank: int,
+    A_dtype: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+    forced: str | None,
+    where: str,
+) -> Decision:
+    chosen = planner.plan_of(many, rank, dtype, device, forced, where)
+    if chosen.strategy == "composite":
+        return Decision(0, chosen, chosen.reason)
     if A_dtype != dtype and (A_dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16)):
         names = (str(t).removeprefix("torch.") for t in (A_dtype, dtype))
         return Decision(
@@ -114,7 +122,7 @@ def _nodes(chosen: Plan, A_dtype: torch.dtype, dtype: torch.dtype, trained: bool
 
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
     """y = x W^T + bias + s ((drop(x) A) G) B^T."""
-    dtype = compute_dtype(x)
+    dtype = compute_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if dtype is None:
         return _linear(x, weight, bias, A, B, adapter, None)
     with torch.autocast(x.device.type, enabled=False):  # every cast from here on is explicit
@@ -130,22 +138,57 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
         return y + adapter_differentiable(dropped, *here(y.device, A, B, core), scaling, y.dtype)
-    if nodes == 1 and not (trained or _in_graph(x, A, B, core)):
-        return one_pass(x, weight, bias, A, B, core, scaling, dtype, False)[0]
+    in_graph = torch.is_grad_enabled() and (
+        x.requires_grad or A.requires_grad or B.requires_grad or core.requires_grad
+    )
     if nodes == 1:
-        (hub_A, shared_A), (hub_B, shared_B) = (
-            ((A, None), (B, None)) if group is None else (group.A.view(A, user), group.B.view(B, user))
-        )
-        return apply_one_node(x, weight, bias, hub_A, hub_B, core, scaling, dtype, shared_A, shared_B)
-    shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
-    slot = adapter.slot(B, compute)
-    if not _in_graph(x, A, B, core):
-        F = ops.fold(B.to(x.device), core.to(x.device)[None], scaling, compute)[0] if slot is None else slot.F
-        return forward_with_base(x, weight, bias, shared_input.u, F, dtype, chosen.strategy)
+        if not (trained or in_graph):
+            return one_pass(x, weight, bias, A, B, core, scaling, dtype, chosen.strategy, False)[0]
+        shared_A = shared_B = None
+        if group is not None:
+            (A, shared_A), (B, shared_B) = group.A.view(A, user), group.B.view(B, user)
+        return apply_one_node(x, weight, bias, A, B, core, scaling, dtype, shared_A, shared_B, chosen.strategy)
+    base, slot = Base(weight, bias, dtype, chosen.strategy), adapter.slot(B, compute)
+    found, share = _find(x, A, adapter, compute, dtype is not None)
+    if found.u is None and in_graph and (x.requires_grad or A.requires_grad):
+        return _lead(x, A, B, adapter, base, slot, found, share)
+    new, values = found.u is None, None
+    if new:
+        (values,) = here(x.device, adapter.cast(A, compute).detach())
+    else:
+        group.A.join(A, user)
+    if not in_graph:
+        F, dropout = None if slot is None else slot.F, _dropout(p, x.device) if new else KEEP
+        settings = (*here(x.device, B, core), scaling, dtype, chosen.strategy, found.u, F, dropout)
+        y, found.u, _ = direction.forward(x, weight, bias, values, *settings)
+        if new and share:
+            group.offer(found, False)
+        return y
+    if new:  # neither x nor A is in the graph
+        found.u = ops.shrink(rows(to(x, compute)), values, p=p, seed=_dropout(p, x.device).seed)
+        if share:
+            group.offer(found, False)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
-    base, route = (x, weight, bias), shared_input.route
-    settings = (scaling, dtype, chosen.strategy, shared_B, shared_input, slot, token)
-    return apply_expand(route, shared_input.u, hub_B, core, base, *settings)
+    return apply_expand(found.route, found.u, hub_B, core, token, (x,), base, scaling, shared_B, found, slot)
+
+
+def _lead(x, A, B, adapter: Adapter, base: Base, slot: Slot | None, found: SharedInput, share: bool) -> Tensor:
+    """The first layer on x, which leaves u and route to its siblings."""
+    core, scaling, p, group, user, *_ = adapter
+    hub_A, shared_A = (A, None) if group is None else group.A.view(A, user)
+    hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
+    values = adapter.cast(A, x.dtype if base.dtype is None else base.dtype)
+    settings = (scaling, _dropout(p, x.device), shared_A, shared_B, weakref.ref(found), slot, values)
+    y, u, route = apply_lead(x, hub_A, hub_B, core, token, base, *settings)
+    if share:
+        found.u, found.route = u, route
+        y = owned_by(y, found)
+        group.offer(found, True)
+    return y
+
+
+def _dropout(p: float, device: torch.device) -> Dropout:
+    return Dropout(p, torch.randint(-(2**63), 2**63 - 1, (1,), device=device)) if p else KEEP
 
 
 def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tensor, SharedGradient | None, Tensor | None]:
@@ -173,29 +216,32 @@ def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
-    return apply_add(y, shared_input.u, hub_B, core, scaling, shared_B, shared_input, slot, token)
+    return apply_add(y, shared_input.u, hub_B, core, token, scaling, shared_B, shared_input, slot)
 
 
 def shared_shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> SharedInput:
-    """u and route for a call: a sibling's where one has been here with this very x, else new."""
+    """u and route for a call over a base of any kind: a sibling's where one has been here with this very x, else new."""
     group, user, p = adapter.group, adapter.user, adapter.p
-    if group is None:
-        found, share = SharedInput(x, None, None), False
-    else:
-        found, share = group.find(x, A, user, (compute, autocast, p))
+    found, share = _find(x, A, adapter, compute, autocast)
     if found.u is not None:
         group.A.join(A, user)
         return found
     hub, shared = (A, None) if group is None else group.A.view(A, user)
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) if p else None
-    in_graph, values = _in_graph(x, A), adapter.cast(A, compute)
+    dropout, in_graph, values = _dropout(p, x.device), _in_graph(x, A), adapter.cast(A, compute)
     if in_graph:
-        found.u, found.route = apply_shrink(x, hub, compute, p, seed, shared, weakref.ref(found), values)
+        found.u, found.route = apply_shrink(x, hub, compute, dropout, shared, weakref.ref(found), values)
     else:
-        found.u = ops.shrink(rows(to(x.detach(), compute)), values.detach().to(x.device), p=p, seed=seed)
+        found.u = ops.shrink(rows(to(x.detach(), compute)), values.detach().to(x.device), p=p, seed=dropout.seed)
     if share:
         group.offer(found, in_graph)
     return found
+
+
+def _find(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> tuple[SharedInput, bool]:
+    """What a sibling left for this very x (then u is set), or a new one; and whether it is to be offered to siblings."""
+    if adapter.group is None:
+        return SharedInput(x, None, None), False
+    return adapter.group.find(x, A, adapter.user, (compute, autocast, adapter.p))
 
 
 def _in_graph(*tensors: Tensor) -> bool:

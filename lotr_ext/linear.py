@@ -8,7 +8,7 @@ from torch.nn import functional as nnf
 
 from .factors import LoTRFactors, check_rank
 from .layer import LoTRLayer, check_settings
-from .layer_call import call_wrapped
+from .layer_call import Adapter, call_wrapped
 from .ops import accumulate_dtype
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
@@ -83,7 +83,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         return nnf.linear(x, self.weight, self.bias)
 
     def _matrix(self) -> Tensor:
-        return self.weight
+        return self._own("weight")
 
     def to_base(self) -> nn.Linear:
         """A plain nn.Linear of the base weight and bias as they stand (with the adapter in them if merged)."""
@@ -133,7 +133,7 @@ class LoTRConv1D(LoTRLayer):
         return nnf.linear(x, self.weight.mT, self.bias)
 
     def _matrix(self) -> Tensor:
-        return self.weight.mT
+        return self._own("weight").mT
 
     def to_base(self) -> nn.Module:
         """The plain Conv1D again, of the base weight and bias as they stand."""
@@ -200,7 +200,7 @@ class LoTRWrapped(LoTRLayer):
     def _base(self, x: Tensor) -> Tensor:
         return self.base_layer(x)
 
-    def _call(self, x: Tensor, A: Tensor, B: Tensor, adapter) -> Tensor:
+    def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
         return call_wrapped(x, self.base_layer, A, B, adapter)
 
     def _matrix(self) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from .function import apply_add, to
 from .layer_call import Adapter, compute_dtype, decide, shared_shrink
+from .nodes import apply_add
+from .products import to
 
 
 class Mixture(NamedTuple):
@@ -59,4 +60,4 @@ def _mixed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, adapter: A
     h = (shared_input.u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)).view(b * tokens, r_out)
     hub_B, shared_B = (B, None) if adapter.group is None else adapter.group.B.view(B, adapter.user)
     identity = torch.eye(r_out, dtype=B.dtype, device=B.device)
-    return apply_add(y, h, hub_B, identity, 1.0, shared_B, shared_input)
+    return apply_add(y, h, hub_B, identity, None, 1.0, shared_B, shared_input, None)

@@ -100,6 +100,97 @@ def small_backward_(
     return _lotr.small_backward_.default(dx, g, x, u, A, core, B, scaling, dA, dB, need_core)
 
 
+# The whole-layer operators run once or twice a layer and step, so nothing is looked up and no frame is made on the way to them.
+_layer_forward, _layer_backward = _lotr.layer_forward.default._op, _lotr.layer_backward_.default._op
+_small_layer_forward, _small_layer_backward = (
+    _lotr.small_layer_forward.default._op,
+    _lotr.small_layer_backward_.default._op,
+)
+
+
+def layer_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    beta: bool,
+    u: Tensor | None = None,
+    F: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = x W^T + bias + u F^T [..., n] with u = drop(x) A [m, r_in] and F = s B G^T [n, r_in], each new unless given. CPU.
+
+    A is None where u is given. x [..., k], its leading dimensions lying as one. beta: write bias + u F^T first and let the base product accumulate onto it.
+    Returns (y, u or None, F or None), None for what was given.
+    """
+    return _layer_forward(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
+
+
+def layer_backward_(
+    g: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    A: Tensor | None,
+    F: Tensor | None,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    beta: bool,
+    k: Tensor | None,
+    dx: Tensor | None,
+    Q: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    need_B: bool,
+    need_core: bool,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of `layer_forward` for g [..., n]: (dx, k, dA, dB, dG), None for what is not asked for or is added to a sum. CPU.
+
+    k = g F + k (with F; returned where A is None);  Q += g^T u (with u);  dB += s Q G, dG = s Q^T B, unless a Q is given;
+    dx += g W + drop(k A^T) (with weight; the k A^T with A);  dA += drop(x)^T k (with x). dx, Q, dA, dB are added to in place
+    where given, else new.
+    """
+    return _layer_backward(
+        g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed
+    )
+
+
+def small_layer_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, core: Tensor, scaling: float, beta: bool
+) -> tuple[Tensor, Tensor]:
+    """`layer_forward` unfolded, for few tokens: y = x W^T + bias + s (u core) B^T [..., n] and u = x A [m, r_in]. CPU."""
+    return _small_layer_forward(x, weight, bias, A, B, core, scaling, beta)
+
+
+def small_layer_backward_(
+    g: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    beta: bool,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    need_B: bool,
+    need_core: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of `small_layer_forward`: (dx, dA, dB, dG), None for what is not asked for or is added to a sum. CPU.
+
+    h = s g B, k = h core^T;  dx = g W + k A^T (with weight);  dA += x^T k (with x);  dB += s g^T (u core);  dG = u^T h.
+    """
+    return _small_layer_backward(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core)
+
+
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask [rows, cols] that shrink, expand_add_ and factor_grad_ draw from (p, seed): 0, or 1 / (1 - p) where kept."""
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
@@ -163,6 +254,41 @@ def _(dx, g, x, u, A, core, B, scaling, dA, dB, need_core) -> Tensor:
     return g.new_empty(core.shape if need_core else (0,), dtype=accumulate_dtype(g.dtype))
 
 
+@torch.library.register_fake("lotr::layer_forward")
+def _(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=None):
+    torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected width {weight.shape[1]}, got {x.shape[-1]}")
+    new_u = x.new_empty(x.numel() // x.shape[-1], core.shape[0]) if u is None else None
+    return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, x.new_empty(B.shape[0], core.shape[0]) if F is None else None
+
+
+@torch.library.register_fake("lotr::layer_backward_")
+def _(g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
+    wide, m, fold = accumulate_dtype(g.dtype), g.numel() // g.shape[-1], u is not None and Q is None
+    return (
+        g.new_empty(*g.shape[:-1], weight.shape[1]) if weight is not None and dx is None else None,
+        g.new_empty(m, F.shape[1]) if F is not None and A is None else None,
+        g.new_empty(A.shape, dtype=wide) if x is not None and dA is None else None,
+        g.new_empty(B.shape, dtype=wide) if fold and need_B and dB is None else None,
+        g.new_empty(core.shape, dtype=wide) if fold and need_core else None,
+    )
+
+
+@torch.library.register_fake("lotr::small_layer_forward")
+def _(x, weight, bias, A, B, core, scaling, beta):
+    return x.new_empty(*x.shape[:-1], B.shape[0]), x.new_empty(x.numel() // x.shape[-1], A.shape[1])
+
+
+@torch.library.register_fake("lotr::small_layer_backward_")
+def _(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core):
+    wide = accumulate_dtype(g.dtype)
+    return (
+        g.new_empty(*g.shape[:-1], weight.shape[1]) if weight is not None else None,
+        g.new_empty(A.shape, dtype=wide) if x is not None and dA is None else None,
+        g.new_empty(B.shape, dtype=wide) if need_B and dB is None else None,
+        g.new_empty(core.shape, dtype=wide) if need_core else None,
+    )
+
+
 # ---- autograd of the operators that only return ------------------------------------------------------------------------
 
 
@@ -222,13 +348,13 @@ torch.library.register_autograd("lotr::shrink_grad", _shrink_grad_backward, setu
 torch.library.register_autograd("lotr::fold", _fold_backward, setup_context=_setup_fold)
 
 
-# ---- version counters of the operators that write ------------------------------------------------------------------------
+# ---- version counters of the operators that write; no gradient through those that have no formula ------------------------------------------------------------------------
 
 _registrations = torch.library.Library("lotr", "IMPL")
 
 
 def _bump_versions(name: str) -> None:
-    """Registers the layer that autograd expects of an in-place operator.
+    """Registers the layer that autograd expects of an in-place operator, or of one that has no formula of its own.
 
     The stable ABI does not bump the version of an argument that a kernel writes; without this, a tensor saved for backward
     and then written through one of these operators would give a wrong gradient in silence.
@@ -242,9 +368,10 @@ def _bump_versions(name: str) -> None:
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             if any(t.requires_grad for t in tensors):
                 labels = ", ".join(label for label, _ in values)
+                why = f" (it writes {labels} in place)" if labels else ""
                 raise RuntimeError(
-                    f"lotr::{name}: expected tensors that need no gradient (it writes {labels} in place), got one that "
-                    "requires grad; call it under torch.no_grad() or inside an autograd Function"
+                    f"lotr::{name}: expected tensors that need no gradient{why}, got one that requires grad; call it under "
+                    "torch.no_grad() or inside an autograd Function"
                 )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
@@ -255,5 +382,7 @@ def _bump_versions(name: str) -> None:
     _registrations.impl(name, in_place, "ADInplaceOrView", with_keyset=True)
 
 
-for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_"):
+_WITHOUT_FORMULA = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
+_WHOLE_LAYER = ("layer_forward", "layer_backward_", "small_layer_forward", "small_layer_backward_")
+for _name in (*_WITHOUT_FORMULA, *_WHOLE_LAYER):
     _bump_versions(_name)

@@ -5,8 +5,9 @@
     beta        expand first, then the base product accumulates onto it with beta = 1, hiding the second pass over y
 
 Heuristic: our kernels run wherever they exist (CPU: all four dtypes; CUDA: float16, bfloat16 and float32 from sm_80 on, rank
-at most 256). On a CPU two_pass; on CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs
-a less favourable start (derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100).
+at most 256). On a CPU beta for float32 and float64, whose base product starts from a copy of the bias anyway; two_pass for half
+types, which are rounded where they are accumulated onto. On CUDA beta from 1,024 tokens on, where the read of y that it saves
+outweighs a less favourable start (derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100).
 LOTR_STRATEGY in the environment, or the argument `strategy` of `lotr_linear`, forces one.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,14 +63,23 @@ def plan(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, strat
 
     Raises ValueError for an unknown strategy or one that cannot run, forced by argument or by LOTR_STRATEGY.
     """
-    if strategy is not None:
-        return _plan(tokens >= BETA_TOKENS, rank, dtype, device, strategy, "strategy")
-    forced = os.environb.get(b"LOTR_STRATEGY")  # bytes: this runs in every call, and os.environ decodes
-    return _plan(tokens >= BETA_TOKENS, rank, dtype, device, forced.decode() if forced else None, "LOTR_STRATEGY")
+    forced = forced_strategy() if strategy is None else (strategy, "strategy")
+    return plan_of(tokens >= BETA_TOKENS, rank, dtype, device, *forced)
+
+
+def forced_strategy() -> tuple[str | None, str]:
+    """(the strategy that LOTR_STRATEGY in the environment forces, or None; its name)."""
+    forced = _ENVIRONMENT.get(b"LOTR_STRATEGY")
+    return forced.decode() if forced else None, "LOTR_STRATEGY"
+
+
+# Without os.environ's own encoding and decoding, which a call of every layer would pay for.
+_ENVIRONMENT: Mapping[bytes, bytes] = getattr(os.environb, "_data", os.environb)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(many: bool, rank: int, dtype: torch.dtype, device: torch.device, forced: str | None, where: str) -> Plan:
+def plan_of(many: bool, rank: int, dtype: torch.dtype, device: torch.device, forced: str | None, where: str) -> Plan:
+    """`plan`, remembered: these few answers come again in every call."""
     obstacle = _obstacle(rank, dtype, device)
     if forced is not None:
         check_strategy(forced, where)
@@ -79,7 +90,10 @@ def _plan(many: bool, rank: int, dtype: torch.dtype, device: torch.device, force
         return Plan("composite", obstacle)
     if device.type == "cuda" and many:
         return Plan("beta", f"at least {BETA_TOKENS} tokens on CUDA: the base product's epilogue hides the read of y")
-    return Plan("two_pass", f"our kernels for {device.type} and {str(dtype).removeprefix('torch.')}")
+    ours = f"our kernels for {device.type} and {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        return Plan("beta", f"{ours}; the base product accumulates onto what they wrote, as it would onto the bias")
+    return Plan("two_pass", ours)
 
 
 def _obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:

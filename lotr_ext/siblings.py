@@ -1,10 +1,10 @@
 """One u = x A for all layers of a group that are called on the same x, as q, k and v of a block are.
 
-    A --> hub --> LoTRShrink (x, A -> u, route) --+--> LoTRExpand (route, u, B, G_q, W_q -> y_q)
-                                                  +--> LoTRExpand (route, u, B, G_k, W_k -> y_k)
+    x, A --> LoTRLead (the first layer: G_q, W_q -> y_q; u, route) --+--> LoTRExpand (route, u, B, G_k, W_k -> y_k)
+                                                                     +--> LoTRExpand (route, u, B, G_v, W_v -> y_v)
 
-`route` is x's place in the graph without its data: the layers' gradients of x meet there, already summed, and LoTRShrink's
-backward adds k A^T to them in one pass and makes one pass over x for dA.
+`route` is x's place in the graph without its data: the siblings' gradients of x meet there, already summed, and LoTRLead's
+backward, which autograd runs after theirs, adds its own and k A^T to them and makes one pass over x for dA.
 
 A u is shared only by calls on the very same x object, unchanged, in the same grad mode, dtype, autocast state, dropout and
 checkpoint region, and only once by each layer: a layer that comes again starts a new round, which is what makes changes of A
@@ -27,8 +27,9 @@ from .hub import SharedGradient
 class SharedInput:
     """One x of a group, and its u, for the siblings that will be called on it.
 
-    u must neither be stale nor keep x alive. u's graph can hold x, so in a graph the siblings' expand nodes own this object
-    and their group only sees it; and it empties itself when x dies, which inside a checkpoint is long before its nodes do.
+    u must neither be stale nor keep x alive. u's graph can hold x, so in a graph only nodes that come after LoTRLead own this
+    object (`owned_by`; LoTRLead itself would be a cycle) and their group only sees it; and it empties itself when x dies, which
+    inside a checkpoint is long before its nodes do.
     """
 
     __slots__ = ("__weakref__", "key", "region", "route", "spent", "u", "users", "x")
@@ -50,6 +51,11 @@ class SharedInput:
         self.u: Tensor | None = None
         self.route: Tensor | None = None
 
+    def spend(self) -> None:
+        """Its backward has begun: no more siblings, for an optimizer may follow, and a fused one changes A without a trace."""
+        self.spent = True
+        self.forget()
+
     def serves(self, x: Tensor, key: tuple, region: Callable | None, user: int) -> bool:
         """Whether user, called on x, may take u."""
         if self.u is None or self.x() is not x or self.key != key or self.spent or user in self.users:
@@ -60,6 +66,13 @@ class SharedInput:
         """Whether x and A are still those of a first backward, for a second one through another sibling."""
         x = self.x()
         return self.spent and x is not None and self.key is not None and (x._version, A._version) == self.key[:2]
+
+
+def owned_by(y: Tensor, shared_input: SharedInput) -> Tensor:
+    """y, through a node of its own that owns shared_input until y's graph goes. Not a view: users may write into it."""
+    y = torch.ops.aten._unsafe_view.default(y, y.shape)
+    y.grad_fn.metadata[SharedInput] = shared_input
+    return y
 
 
 class _Newest(threading.local):
