@@ -86,6 +86,7 @@ class LoTRLayer(nn.Module):
         self.core = nn.Parameter(torch.zeros(factors.r_in, factors.r_out, device=device, dtype=factors.A.dtype))
         self.register_buffer("start_core", None, persistent=False)
         self.register_buffer("weight_backup", None, persistent=False)
+        factors._group.layers += 1
         self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
 
     def leave_factors_to_owner(self) -> None:

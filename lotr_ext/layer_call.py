@@ -75,7 +75,9 @@ def decide(
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
     tokens = tokens_of(x)
-    few = tokens < planner.FEW_TOKENS and base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
+    # where A is frozen, one node would keep x for a double backward
+    one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
+    few, alone = one and tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
     if device is None and x.is_cpu:
         device, rank = _CPU, 0  # any rank runs there
     else:
@@ -90,13 +92,14 @@ def decide(
         why = f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels"
         return Decision(0, planner.plan_of(tokens >= planner.BETA_TOKENS, rank, dtype, device, *forced), why)
     many, trained = tokens >= planner.BETA_TOKENS, base_linear and base_trained
-    return _decision(many, few, trained, rank, A.dtype, dtype, device, *forced)
+    return _decision(many, few, alone, trained, rank, A.dtype, dtype, device, *forced)
 
 
 @functools.lru_cache(maxsize=1024)  # these few answers come again in every call
 def _decision(
     many: bool,
     few: bool,
+    alone: bool,
     trained: bool,
     rank: int,
     A_dtype: torch.dtype,
@@ -117,6 +120,8 @@ def _decision(
         return Decision(1, chosen, "the base weight or bias is trained: one node returns its gradient too")
     if few:
         return Decision(1, chosen, "few tokens: the unfolded form as one node costs least")
+    if alone:
+        return Decision(1, chosen, "no other layer has these factors: nothing to share")
     return Decision(2, chosen, "siblings on the same x share one u = x A")
 
 

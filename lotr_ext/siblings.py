@@ -82,10 +82,14 @@ class _Newest(threading.local):
 
 
 class Group:
-    """What the layers of one LoTRFactors share while they run. Copies and pickles of it start empty."""
+    """What the layers of one LoTRFactors share while they run. Copies and pickles of it start empty.
+
+    layers: how many were made over the factors; 0 where nobody counted.
+    """
 
     def __init__(self) -> None:
         self.A, self.B = SharedGradient(), SharedGradient()
+        self.layers = 0
         self._newest = _Newest()
 
     def __reduce__(self):
