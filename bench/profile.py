@@ -1,11 +1,12 @@
-"""Where an adapted layer's time over the frozen layer goes: each operator alone, and what is left for Python, autograd, memory.
+"""Where an adapted layer's time over the frozen layer goes: each product alone, and what is left for Python, autograd, memory.
 
     python -m bench.profile                                   the targets on a CPU; GPU: 8192 x 4096 x 4096, r = 16
     python -m bench.profile --shapes 16x768x768x16 --dtypes fp32 --threads 1
 
-In turns, in one process: the frozen layer and lotr_ext's layer (forward + backward, under autograd), and each operator that
-the layer runs, called by itself on the same tensors. The rest is the layer's time less the frozen layer's and the operators'.
-A rest below zero means that operators run faster inside the layer, where they find their operands in cache. Results go to
+In turns, in one process: the frozen layer and lotr_ext's layer (forward + backward, under autograd), and each product that the
+layer makes, by the operator that makes only that one, on the same tensors. The rest is the layer's time less the frozen layer's
+and the products'. A rest below zero means that products cost less inside the layer: on a CPU they are parts of one operator a
+direction, and the expand writes what the base product starts from instead of adding to what it left. Results go to
 bench/results/<machine>/profile.jsonl.
 """
 
@@ -30,8 +31,8 @@ from .timing import Timed, against, interleave
 Part = tuple[str, Work, Callable[[], object]]
 
 
-def parts(case: Case, t: Tensors, x: Tensor, g: Tensor, nodes: int) -> list[Part]:
-    """The operators that a layer by itself runs, forward and backward, each with its least work."""
+def parts(case: Case, t: Tensors, x: Tensor, g: Tensor, few: bool) -> list[Part]:
+    """The products that a layer by itself makes, forward and backward, each with its least work."""
     m, k, n, r = case[:4]
     element = x.element_size()
 
@@ -42,7 +43,7 @@ def parts(case: Case, t: Tensors, x: Tensor, g: Tensor, nodes: int) -> list[Part
     dA, dB, Q = (torch.zeros(rows, r, dtype=wide, device=x.device) for rows in (k, n, n))
     y, dx, cores = g.clone(), x.clone(), t.core[None]
     u, F = ops.shrink(x, t.A), ops.fold(t.B, cores, SCALING, x.dtype)[0]
-    if nodes == 1:
+    if few:
         forward, backward = (kernel_work(f"small_{name}", m, (k + n) // 2, r, element) for name in ("forward", "backward"))
         return [
             ("small_forward_", forward, lambda: ops.small_forward_(y, x, t.A, t.core, t.B, SCALING)),
@@ -72,7 +73,7 @@ def measure(case: Case, session: Session) -> list[dict]:
     g = torch.randn(case.m, case.n, generator=generator).to(device, dtype)
     layers = [rv.RIVALS[name](tensors, case) for name in (rv.FLOOR, rv.OURS)]
     how = explain(layers[1].forward, x.clone().requires_grad_())
-    found = parts(case, tensors, x, g, how.nodes)
+    found = parts(case, tensors, x, g, "unfolded" in how.why)
     calls = [timed(layer, x.clone().requires_grad_(), g) for layer in layers]
     calls += [Timed([lambda _, call=call: call()]) for _, _, call in found]
     times = interleave(calls, session.clock, session.options.rounds, session.options.slice)
@@ -81,7 +82,7 @@ def measure(case: Case, session: Session) -> list[dict]:
     ceilings = session.ceilings(case.dtype, case.threads)
     results = [
         {"rival": rv.FLOOR, "label": "frozen layer", "step": against(floor, floor)},
-        {"rival": rv.OURS, "label": f"lotr_ext ({how.nodes} nodes)", "step": against(ours, floor)},
+        {"rival": rv.OURS, "label": "lotr_ext", "step": against(ours, floor)},
     ]
     for (name, work, _), own in zip(found, alone):
         step = against([f + t for f, t in zip(floor, own)], floor)

@@ -1,23 +1,36 @@
 """Which of the targets on a CPU the kept results meet: python -m bench.targets [folder of results]
 
-On one and all threads, fp32 and bf16: at the target shapes one adapted layer costs less over the frozen layer, forward +
-backward, than every form of LoRA made of library products (eager, in-place in both orders, compiled, PEFT's); and a step of the
-model bench at equal rank takes no longer than PEFT LoRA's and allocates less at its peak. "within the spread": the medians
-differ by less than the quartile ranges overlap. Exit 1 unless all that was measured is met.
+On one and all threads, fp32 and bf16, one adapted layer's time over the frozen layer, forward + backward: at most half of eager
+LoRA's at (512, 768, 768, 16), (2048, 768, 768, 16) and (1024, 2048, 2048, 16), at most all of it at 1 and 16 tokens, at most
+1.25 x the FLOP floor at (2048, 768, 768, 64); and at the target shapes less than every form of LoRA made of library products
+(eager, in-place in both orders, compiled, PEFT's). A step of the model bench at equal rank takes no longer than PEFT LoRA's and
+allocates less at its peak. "within the spread": the medians differ by less than the quartile ranges overlap. Exit 1 unless all
+that was measured is met.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from .report import newest_build
-from .rivals import LIBRARY_ONLY, OURS
+from .rivals import LIBRARY_ONLY, LORA_EAGER, OURS
 from .session import new_table, start
-from .shapes import TARGETS, Case
+from .shapes import TARGETS, Case, Shape
 from .store import RESULTS, Store
+
+# Our excess over eager LoRA's at most, and over the FLOP floor.
+OF_EAGER: dict[Shape, float] = {
+    (512, 768, 768, 16): 0.5,
+    (2048, 768, 768, 16): 0.5,
+    (1024, 2048, 2048, 16): 0.5,
+    (1, 768, 768, 16): 1.0,
+    (16, 768, 768, 16): 1.0,
+}
+OF_FLOOR: dict[Shape, float] = {(2048, 768, 768, 64): 1.25}
 
 
 class Verdict(NamedTuple):
@@ -37,14 +50,37 @@ def _met(ours: list[float], best: list[float], equal_is_met: bool) -> str:
     return "within the spread" if ours[0] <= best[2] else "no"
 
 
-def layer_verdicts(cells: list[dict]) -> list[Verdict]:
-    """One a target shape, dtype and thread count."""
+def _by_case(cells: list[dict], shapes: Iterable[Shape]) -> list[tuple[Case, dict[str, dict]]]:
     cases: dict[Case, dict[str, dict]] = {}
     for cell in cells:
-        if tuple(cell["case"].values())[:4] in TARGETS:
+        if tuple(cell["case"].values())[:4] in shapes:
             cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell
+    return sorted(cases.items(), key=lambda item: (item[0].threads, item[0].dtype != "fp32"))
+
+
+def limit_verdicts(cells: list[dict]) -> list[Verdict]:
+    """Against eager LoRA's excess, or the FLOP floor, times what the shape allows."""
     found = []
-    for case, own in sorted(cases.items(), key=lambda item: (item[0].threads, item[0].dtype != "fp32")):
+    for case, own in _by_case(cells, {**OF_EAGER, **OF_FLOOR}):
+        if OURS not in own:
+            continue
+        ours, shape = own[OURS]["step"]["excess"], case[:4]
+        if shape in OF_FLOOR:
+            limit, most = f"FLOP floor x {OF_FLOOR[shape]:g}", 3 * [case.flop_floor() * OF_FLOOR[shape]]
+        elif LORA_EAGER in own:
+            limit = f"{own[LORA_EAGER]['label']} x {OF_EAGER[shape]:g}"
+            most = [OF_EAGER[shape] * e for e in own[LORA_EAGER]["step"]["excess"]]
+        else:
+            continue
+        numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (ours, most)]
+        found.append(Verdict(f"limit {case.name()}", *numbers, limit, _met(ours, most, False)))
+    return found
+
+
+def layer_verdicts(cells: list[dict]) -> list[Verdict]:
+    """One a target shape, dtype and thread count."""
+    found = []
+    for case, own in _by_case(cells, TARGETS):
         rivals = [own[rival] for rival in LIBRARY_ONLY if rival in own]
         if OURS not in own or not rivals:
             continue
@@ -79,7 +115,7 @@ def model_verdicts(cells: list[dict]) -> list[Verdict]:
 def verdicts(folder: Path) -> list[Verdict]:
     """All that the results in a folder say."""
     read = {name: newest_build(Store(folder / f"{name}.jsonl").read()) for name in ("layer", "model")}
-    return layer_verdicts(read["layer"]) + model_verdicts(read["model"])
+    return limit_verdicts(read["layer"]) + layer_verdicts(read["layer"]) + model_verdicts(read["model"])
 
 
 def main(argv: list[str] | None = None) -> int:

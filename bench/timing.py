@@ -180,7 +180,8 @@ def machine(device: torch.device) -> dict[str, str]:
         found, clock = re.search(r"model name\s*:\s*(.+)", text), re.search(r"cpu MHz\s*:\s*([\d.]+)", text)
         model = found[1].strip() if found else model
         facts |= {"clock": f"{float(clock[1]):.0f} MHz"} if clock else {}
-    return facts | {"name": f"{model}, {os.cpu_count()} cores", "isa": torch.backends.cpu.get_cpu_capability()}
+    isa = torch.backends.cpu.get_cpu_capability()  # in the name: machines of one name may have different instruction sets
+    return facts | {"name": f"{model} with {isa}, {os.cpu_count()} cores", "isa": isa}
 
 
 def _nvidia_smi(index: int) -> dict[str, str]:

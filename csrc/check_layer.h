@@ -22,8 +22,9 @@ inline Flat check_flat(const Check& c, const Arg& a, const char* what) {
     if (next < 0) {
       f.row_stride = a.stride[i];
     } else if (a.stride[i] != next) {
-      fail(c.op, ": ", a.name, ": expected leading dimensions that lie as one (call contiguous()), got stride ",
-           a.stride[i], " in dimension ", i, " of shape ", a.shape());
+      fail(c.op, ": ", a.name,
+           ": expected leading dimensions that lie as one (call contiguous()), got stride ", a.stride[i],
+           " in dimension ", i, " of shape ", a.shape());
     }
     next = a.stride[i] * a.size[i];
   }
@@ -31,7 +32,8 @@ inline Flat check_flat(const Check& c, const Arg& a, const char* what) {
   return f;
 }
 
-// What both directions of a layer know: the frozen weight [N, K] against the activations x [.., K] or g [.., N].
+// What both directions of a layer know: the frozen weight [N, K] against the activations x [.., K] or g [..,
+// N].
 inline void check_weight(const Check& c, const Arg& weight, const Arg& like, int64_t n, int64_t k) {
   c.dims(weight, 2, "[N, K]"), c.dtype(weight, like.dtype), c.device(weight, like);
   c.size(weight, 0, n, "N, as in B"), c.size(weight, 1, k, "K");
@@ -65,16 +67,16 @@ inline void check_folded(const Check& c, const Arg& F, const Arg& like, const Si
   c.size(F, 0, s.n, "N, as in B"), c.size(F, 1, s.r_in, "r_in, as in core");
 }
 
-inline void check_rows(const Check& c, const Arg& a, const Arg& like, int64_t m, int64_t cols, const char* what,
-                       const char* cols_what) {
+inline void check_rows(const Check& c, const Arg& a, const Arg& like, int64_t m, int64_t cols,
+                       const char* what, const char* cols_what) {
   c.dims(a, 2, what), c.dtype(a, like.dtype), c.device(a, like);
   c.size(a, 0, m, "M, the tokens"), c.size(a, 1, cols, cols_what);
 }
 
 // A is there unless u is.
-inline Sizes check_layer_forward(const Check& c, const Arg& x, const Arg& weight, const Arg* bias, const Arg* A,
-                                 const Arg& B, const Arg& core, double scaling, const Arg* u, const Arg* F,
-                                 double p, const std::optional<Tensor>& seed) {
+inline Sizes check_layer_forward(const Check& c, const Arg& x, const Arg& weight, const Arg* bias,
+                                 const Arg* A, const Arg& B, const Arg& core, double scaling, const Arg* u,
+                                 const Arg* F, double p, const std::optional<Tensor>& seed) {
   c.supported(x);
   if (!A == !u) fail(c.op, ": A: expected a tensor or None, with u the other, got ", A ? "both" : "neither");
   Sizes s = check_core(c, x, core, B, scaling);
@@ -100,12 +102,13 @@ inline void check_activations(const Check& c, const Arg& a, const Arg& g, int64_
 
 // The arguments of a backward that may be absent.
 struct BackwardArgs {
-  const Arg *weight = nullptr, *x = nullptr, *u = nullptr, *A = nullptr, *F = nullptr, *k = nullptr, *dx = nullptr,
-            *Q = nullptr, *dA = nullptr, *dB = nullptr;
+  const Arg *weight = nullptr, *x = nullptr, *u = nullptr, *A = nullptr, *F = nullptr, *k = nullptr,
+            *dx = nullptr, *Q = nullptr, *dA = nullptr, *dB = nullptr;
 };
 
-inline Sizes check_layer_backward(const Check& c, const Arg& g, const BackwardArgs& b, const Arg& B, const Arg& core,
-                                  double scaling, double p, const std::optional<Tensor>& seed) {
+inline Sizes check_layer_backward(const Check& c, const Arg& g, const BackwardArgs& b, const Arg& B,
+                                  const Arg& core, double scaling, double p,
+                                  const std::optional<Tensor>& seed) {
   c.supported(g);
   Sizes s = check_core(c, g, core, B, scaling);
   s.m = check_flat(c, g, "[.., N]").rows;

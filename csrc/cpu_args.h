@@ -59,9 +59,8 @@ Tensor empty(const std::array<int64_t, dim>& size, ScalarType dtype) {
   int64_t step = 1;
   for (size_t i = dim; i-- > 0; step *= size[i]) stride[i] = step;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dim), size.data(), stride.data(),
-                                                         dtype_code(dtype), aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(dim), size.data(), stride.data(), dtype_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -100,7 +100,8 @@ Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const T
   const Arg ay("y", y), ax("x", x), aA("A", A), acore("core", core), aB("B", B);
   const Sizes s = check_small_forward(ay, ax, aA, acore, aB, scaling);
   Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
-  cpu::small_forward(written(Arg("u", u)), written(ay), read(ax), read(aA), read(acore), read(aB), scaling, {});
+  cpu::small_forward(written(Arg("u", u)), written(ay), read(ax), read(aA), read(acore), read(aB), scaling,
+                     {});
   return u;
 }
 

@@ -1,17 +1,19 @@
-// One direction of a whole layer in one call, on a CPU: the base product by the library, the rest by the kernels.
+// One direction of a whole layer in one call, on a CPU: the base product by the library, the rest by the
+// kernels.
 //
 //   layer_forward          u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
 //   layer_backward_        k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T k,
 //                                                         dB += s Q G,  dG = s Q^T B
 //   small_layer_forward    the same with nothing folded, for few tokens: h = s u G;  y = x W^T + bias + h B^T
-//   small_layer_backward_  h = s g B,  k = h G^T;         dx = g W + k A^T,  dA += x^T k,  dB += s g^T (u G),  dG = u^T h
+//   small_layer_backward_  h = s g B,  k = h G^T;         dx = g W + k A^T,  dA += x^T k,  dB += s g^T (u G),
+//   dG = u^T h
 //
-// Why one call: a base product of a few milliseconds leaves nothing in cache of what Python, the dispatcher and autograd
-// run between two operators, and every entry costs tens of microseconds then instead of two.
+// Why one call: a base product of a few milliseconds leaves nothing in cache of what Python, the dispatcher
+// and autograd run between two operators, and every entry costs tens of microseconds then instead of two.
 //
-// beta: the adapter's part is written first, and the base product accumulates onto it (its beta = 1). torch's own linear
-// starts in just this way from a copy of the bias, so the expand's pass over y replaces that copy, and nothing runs cold
-// after the product. Without: the product first, then the adapter's part added to it.
+// beta: the adapter's part is written first, and the base product accumulates onto it (its beta = 1). torch's
+// own linear starts in just this way from a copy of the bias, so the expand's pass over y replaces that copy,
+// and nothing runs cold after the product. Without: the product first, then the adapter's part added to it.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,10 +47,9 @@ struct Matrix {
 
 Tensor view(AtenTensorHandle of, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
   const int64_t size[] = {rows, cols}, stride[] = {row_stride, col_stride};
-  int64_t offset = 0;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(of, &offset));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of, 2, size, stride, offset, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(of, 2, size, stride, 0, &handle));  // from of's own offset
   return Tensor(handle);
 }
 Tensor view(const Matrix& a) {
@@ -73,13 +74,15 @@ Tensor like_rows(const Arg& like, int64_t cols) {
   int64_t step = 1;
   for (int64_t i = like.dim; i-- > 0; step *= size[i]) stride[i] = step;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim, size.data(), stride.data(), dtype_code(like.dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim, size.data(), stride.data(),
+                                                         dtype_code(like.dtype), aoti_torch_device_type_cpu(),
+                                                         0, &handle));
   return Tensor(handle);
 }
 
 cpu::Mat row_of(const Arg* bias) {
-  return bias ? cpu::Mat{read_data(*bias), 1, bias->size[0], 0, bias->stride[0], cpu_dtype(bias->dtype)} : cpu::Mat{};
+  return bias ? cpu::Mat{read_data(*bias), 1, bias->size[0], 0, bias->stride[0], cpu_dtype(bias->dtype)}
+              : cpu::Mat{};
 }
 
 // y = x W^T + bias + what expand(start) adds.
@@ -115,15 +118,16 @@ void base_backward(const Tensor& dx, bool fresh, const Tensor& g, const Tensor& 
 
 using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
 
-Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& A,
-                      const Tensor& B, const Tensor& core, double scaling, bool beta, const OptionalTensor& u,
-                      const OptionalTensor& F, double p, const OptionalTensor& seed) {
+Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling, bool beta,
+                      const OptionalTensor& u, const OptionalTensor& F, double p,
+                      const OptionalTensor& seed) {
   const Check c{"lotr::layer_forward"};
   const Arg ax("x", x), aweight("weight", weight), aB("B", B), acore("core", core);
   const auto abias = optional_arg("bias", bias), aA = optional_arg("A", A), au = optional_arg("u", u),
              aF = optional_arg("F", F);
-  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), pointer(aA), aB, acore, scaling, pointer(au),
-                                      pointer(aF), p, seed);
+  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), pointer(aA), aB, acore, scaling,
+                                      pointer(au), pointer(aF), p, seed);
   OptionalTensor new_u, new_F;
   cpu::Mat u_mat, F_mat;
   if (au) {
@@ -140,19 +144,26 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
     F_mat = written(Arg("F", *new_F));
     cpu::fold(F_mat, 0, read(aB), read(acore), 0, 1, scaling);
   }
-  Tensor y = with_base(c, ax, aweight, abias, bias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
-    cpu::expand_add(out, u_mat, F_mat, {}, start);
-  });
+  Tensor y = with_base(
+      c, ax, aweight, abias, bias, s.n, beta,
+      [&](const cpu::Mat& out, const cpu::Start& start) { cpu::expand_add(out, u_mat, F_mat, {}, start); });
   return {y, new_u, new_F};
 }
 
-using Backward = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+// What was not asked for comes back with no element: torch.compile takes no operator that writes and returns
+// "Tensor?".
+Tensor or_nothing(const OptionalTensor& t, ScalarType dtype) {
+  return t ? *t : empty<1>({0}, dtype);
+}
+
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
-                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F, const Tensor& B,
-                         const Tensor& core, double scaling, bool beta, const OptionalTensor& k, const OptionalTensor& dx,
-                         const OptionalTensor& Q, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
-                         bool need_core, double p, const OptionalTensor& seed) {
+                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
+                         const Tensor& B, const Tensor& core, double scaling, bool beta,
+                         const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
+                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
+                         double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_backward_"};
   const Arg ag("g", g), aB("B", B), acore("core", core);
   const auto aweight = optional_arg("weight", weight), ax = optional_arg("x", x), au = optional_arg("u", u),
@@ -194,8 +205,8 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   }
   if (ax) {
     if (!adA) new_dA = empty<2>({s.k, s.r_in}, wide);
-    cpu::factor_grad(adA ? written(*adA) : written(Arg("dA", *new_dA)), Matrix(c, *ax).mat(), k_mat, drop(p, seed),
-                     bool(adA));
+    cpu::factor_grad(adA ? written(*adA) : written(Arg("dA", *new_dA)), Matrix(c, *ax).mat(), k_mat,
+                     drop(p, seed), bool(adA));
   }
   if (aweight) {
     if (!adx) new_dx = like_rows(ag, s.k);
@@ -210,31 +221,33 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     if (expands && !beta) expand(false);
   }
   if (aA) new_k.reset();
-  return {new_dx, new_k, new_dA, new_dB, new_core};
+  return {or_nothing(new_dx, ag.dtype), or_nothing(new_k, ag.dtype), or_nothing(new_dA, wide),
+          or_nothing(new_dB, wide), or_nothing(new_core, wide)};
 }
 
-std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                               const Tensor& A, const Tensor& B, const Tensor& core, double scaling,
-                                               bool beta) {
+std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& weight,
+                                               const OptionalTensor& bias, const Tensor& A, const Tensor& B,
+                                               const Tensor& core, double scaling, bool beta) {
   const Check c{"lotr::small_layer_forward"};
   const Arg ax("x", x), aweight("weight", weight), aA("A", A), aB("B", B), acore("core", core);
   const auto abias = optional_arg("bias", bias);
-  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), &aA, aB, acore, scaling, nullptr, nullptr, 0.0,
-                                      std::nullopt);
+  const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), &aA, aB, acore, scaling, nullptr,
+                                      nullptr, 0.0, std::nullopt);
   Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
   const cpu::Mat u_mat = written(Arg("u", u)), x_mat = Matrix(c, ax).mat();
-  Tensor y = with_base(c, ax, aweight, abias, bias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
-    cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
-  });
+  Tensor y =
+      with_base(c, ax, aweight, abias, bias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
+        cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
+      });
   return {y, u};
 }
 
-using SmallBackward = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+using SmallBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
-                                    const OptionalTensor& u, const Tensor& A, const Tensor& B, const Tensor& core,
-                                    double scaling, bool beta, const OptionalTensor& dA, const OptionalTensor& dB, bool need_B,
-                                    bool need_core) {
+                                    const OptionalTensor& u, const Tensor& A, const Tensor& B,
+                                    const Tensor& core, double scaling, bool beta, const OptionalTensor& dA,
+                                    const OptionalTensor& dB, bool need_B, bool need_core) {
   const Check c{"lotr::small_layer_backward_"};
   const Arg ag("g", g), aA("A", A), aB("B", B), acore("core", core);
   const auto aweight = optional_arg("weight", weight), ax = optional_arg("x", x), au = optional_arg("u", u),
@@ -275,28 +288,35 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
   } else {
     cpu::small_backward(b);
   }
-  return {new_dx, new_dA, new_dB, new_core};
+  return {or_nothing(new_dx, ag.dtype), or_nothing(new_dA, wide), or_nothing(new_dB, wide),
+          or_nothing(new_core, wide)};
 }
 
 }  // namespace
 }  // namespace lotr
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m)
-{
+STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
   m.def(
       "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
-      "bool beta, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) -> (Tensor y, Tensor? u, Tensor? F)");
+      "bool beta, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) -> (Tensor y, Tensor? u, "
+      "Tensor? F)");
   m.def(
-      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor core, "
-      "float scaling, bool beta, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? dB, bool need_B, bool "
-      "need_core, float p=0.0, Tensor? seed=None) -> (Tensor? dx, Tensor? k, Tensor? dA, Tensor? dB, Tensor? dcore)");
+      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
+      "Tensor core, "
+      "float scaling, bool beta, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? dB, "
+      "bool need_B, bool "
+      "need_core, float p=0.0, Tensor? seed=None) -> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor "
+      "dcore)");
   m.def(
-      "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling, bool "
+      "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float "
+      "scaling, bool "
       "beta) -> (Tensor y, Tensor u)");
   m.def(
-      "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, Tensor core, float "
-      "scaling, bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) -> (Tensor? dx, Tensor? dA, Tensor? dB, "
-      "Tensor? dcore)");
+      "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, Tensor "
+      "core, float "
+      "scaling, bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) -> (Tensor dx, "
+      "Tensor dA, Tensor dB, "
+      "Tensor dcore)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)

@@ -77,17 +77,16 @@ def forward(
     """
     if dtype is not None:
         x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
+    if one_operator(x):
+        with private_write():
+            found = ops.layer_forward(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta", u, F, *dropout)
+        return found[0], found[1] if u is None else u, found[2] if F is None else F
     with private_write():
-        if one_operator(x):
-            found = ops.layer_forward(
-                as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta", u, F, *dropout
-            )
-            return found[0], found[1] if u is None else u, found[2] if F is None else F
         if u is None:
             u = ops.shrink(rows(x), A, p=dropout.p, seed=dropout.seed)
         if F is None:
             F = ops.fold(B, core.unsqueeze(0), scaling, x.dtype).squeeze(0)
-        return forward_with_base(x, weight, bias, u, F, strategy), u, F
+    return forward_with_base(x, weight, bias, u, F, strategy), u, F
 
 
 def forward_with_base(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, F: Tensor, strategy: str) -> Tensor:
@@ -122,35 +121,39 @@ def backward(
 ) -> Gradients:
     """The gradients of g [..., n]: of x with weight, of A with x, of B and core as needed; with F but no A, k is returned.
 
-    k [m, r_in], dx [..., k]: what siblings bring; dx is added to in place. Q [n, r_in], dA, dB: sums to add to in place; with Q,
-    dB and dG are left to whoever folds it.
+    k [m, r_in], dx [..., k]: what siblings bring; dx is added to in place. Q [n, r_in], dA, dB: sums to add to in place; with
+    Q, dB and dG are left to whoever folds it.
     """
     g, dtype = as_rows(g), g.dtype
     weight, x = None if weight is None else to(weight, dtype), None if x is None else to(x, dtype)
+    if not one_operator(g):
+        return _backward_by_parts(g, weight, x, u, A, F, B, core, scaling, k, dx, Q, dA, dB, need_B, need_core, dropout)
+    factors = (weight, None if x is None else as_rows(x), u, A, F, B, core)
     with private_write():
-        if one_operator(g):
-            x = None if x is None else as_rows(x)
-            factors = (weight, x, u, A, F, B, core)
-            found = ops.layer_backward_(
-                g, *factors, scaling, strategy == "beta", k, dx, Q, dA, dB, need_B, need_core, *dropout
-            )
-            return Gradients(*found) if dx is None else Gradients(dx, *found[1:])
-        return _backward_by_parts(
-            g, weight, x, u, A, F, B, core, scaling, k, dx, Q, dA, dB, need_B, need_core, dropout
-        )
+        found = ops.layer_backward_(g, *factors, scaling, strategy == "beta", k, dx, Q, dA, dB, need_B, need_core, *dropout)
+    return Gradients(*found) if dx is None else Gradients(dx, *found[1:])
 
 
 def _backward_by_parts(
     g, weight, x, u, A, F, B, core, scaling, k, dx, Q, dA, dB, need_B, need_core, dropout: Dropout
 ) -> Gradients:
-    flat, wide = rows(g), accumulate_dtype(g.dtype)
+    flat = rows(g)
     if weight is not None:
         product = shaped(flat @ weight, g.shape[:-1] + weight.shape[-1:])
         dx = product if dx is None else dx.add_(product)
+    with private_write():
+        return _gradients_by_parts(flat, weight, x, u, A, F, B, core, scaling, k, dx, Q, dA, dB, need_B, need_core, dropout)
+
+
+def _gradients_by_parts(
+    flat, weight, x, u, A, F, B, core, scaling, k, dx, Q, dA, dB, need_B, need_core, dropout: Dropout
+) -> Gradients:
+    """All but g W, which dx has in it already."""
+    wide = accumulate_dtype(flat.dtype)
     new_k = new_dA = new_dB = dcore = None
     fold = u is not None and Q is None and (need_B or need_core)
     if fold:
-        Q = torch.zeros(flat.shape[1], u.shape[1], dtype=wide, device=g.device)
+        Q = torch.zeros(flat.shape[1], u.shape[1], dtype=wide, device=flat.device)
     if F is not None:
         new_k = ops.shrink(flat, F) if Q is None else ops.shrink_grad_(Q, flat, F, u)
         k = new_k if k is None else new_k + k
@@ -158,7 +161,7 @@ def _backward_by_parts(
         ops.factor_grad_(Q, flat, u)
     if fold:
         if need_B and dB is None:
-            dB = new_dB = torch.zeros(B.shape, dtype=wide, device=g.device)
+            dB = new_dB = torch.zeros(B.shape, dtype=wide, device=flat.device)
         dcore = ops.fold_grad(Q.unsqueeze(0), B, core.unsqueeze(0), scaling, dB if need_B else None).squeeze(0)
     if A is None or F is None:
         return Gradients(dx, k, None, new_dB, dcore if need_core else None)
@@ -166,6 +169,6 @@ def _backward_by_parts(
         ops.expand_add_(rows(dx), k, A, p=dropout.p, seed=dropout.seed)
     if x is not None:
         if dA is None:
-            dA = new_dA = torch.zeros(A.shape, dtype=wide, device=g.device)
+            dA = new_dA = torch.zeros(A.shape, dtype=wide, device=flat.device)
         ops.factor_grad_(dA, rows(x), k, p=dropout.p, seed=dropout.seed)
     return Gradients(dx, None, new_dA, new_dB, dcore if need_core else None)

@@ -42,17 +42,19 @@ def one_pass(
     but not in a graph on a GPU, where its backward is six launches and the folded one three."""
     if dtype is not None:
         x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
-    if not (x.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu):
+    on_cpu, shape = x.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu, x.shape
+    if not on_cpu:
         A, B, core = here(x.device, A, B, core)
-    if tokens_of(x) >= planner.FEW_TOKENS or (in_graph and x.is_cuda):
+    if (shape[0] if len(shape) == 2 else tokens_of(x)) >= planner.FEW_TOKENS or (in_graph and x.is_cuda):
         return direction.forward(x, weight, bias, A, B, core, scaling, None, strategy)
-    with private_write():
-        if one_operator(x):
-            x = x if x.dim() == 2 else as_rows(x)
+    if on_cpu and one_operator(x):
+        x = x if len(shape) == 2 else as_rows(x)
+        with private_write():
             return *ops.small_layer_forward(x, weight, bias, A, B, core, scaling, strategy == "beta"), None
-        y = base_linear(x, weight, bias, None)
-        if torch._C._len_torch_dispatch_stack() or not y.is_contiguous():  # a mode may hold y: selective checkpointing does
-            y = y.clone(memory_format=torch.contiguous_format)
+    y = base_linear(x, weight, bias, None)
+    if torch._C._len_torch_dispatch_stack() or not y.is_contiguous():  # a mode may hold y: selective checkpointing does
+        y = y.clone(memory_format=torch.contiguous_format)
+    with private_write():
         return y, ops.small_forward_(rows(y), rows(x), A, core, B, scaling), None
 
 
@@ -90,7 +92,7 @@ class LoTRFunction(Function):
     def backward(ctx, g):
         x, weight, bias, A, B, core, u, F = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, need_core = ctx.needs_input_grad[:6]
-        scaling, dtype, shared_A, shared_B, strategy, few = ctx.settings
+        scaling, _, shared_A, shared_B, strategy, few = ctx.settings
         if recorded():
             return LoTRFunction._differentiable_backward(ctx, g, x, weight, bias, A, B, core)
         core_here = core
@@ -139,20 +141,20 @@ def _few_backward(
     if x is not None:
         x = to(as_rows(x), dtype)
     g = as_rows(g)
+    if one_operator(g):
+        with private_write():
+            return ops.small_layer_backward_(
+                g, weight, x, u, A, B, core, scaling, strategy == "beta", dA, dB, need_B, need_core
+            )
+    flat, wide = rows(g), ops.accumulate_dtype(dtype)
+    flat_dx = None if weight is None else flat @ weight
     with private_write():
-        if one_operator(g):
-            beta = strategy == "beta"
-            return ops.small_layer_backward_(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core)
-        flat, wide = rows(g), ops.accumulate_dtype(dtype)
-        flat_dx = None if weight is None else flat @ weight
         new_A = torch.zeros(A.shape, dtype=wide, device=g.device) if x is not None and dA is None else None
         new_B = torch.zeros(B.shape, dtype=wide, device=g.device) if need_B and dB is None else None
         if u is None:
             u = flat.new_empty(flat.shape[0], A.shape[1])
         sums = (new_A if dA is None else dA, new_B if dB is None else dB)
-        dcore = ops.small_backward_(
-            flat_dx, flat, None if x is None else rows(x), u, A, core, B, scaling, *sums, need_core
-        )
+        dcore = ops.small_backward_(flat_dx, flat, None if x is None else rows(x), u, A, core, B, scaling, *sums, need_core)
         dx = None if flat_dx is None else shaped(flat_dx, g.shape[:-1] + flat_dx.shape[-1:])
         return dx, new_A, new_B, dcore
 

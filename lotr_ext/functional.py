@@ -143,7 +143,8 @@ def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = 
         return Explanation("base", False, 0, "the adapter is merged into the weight", "")
     if layer.disabled and layer.start_core is None:
         return Explanation("base", False, 0, "the adapter is disabled", "")
-    adapter = Adapter(layer.core, layer.scaling, layer.dropout if layer.training else 0.0, strategy=layer.strategy)
+    p = layer.dropout if layer.training else 0.0
+    adapter = Adapter(layer.core, layer.scaling, p, layer.factors._group, strategy=layer.strategy)
     base = None if isinstance(layer, LoTRWrapped) else (layer.weight, layer.bias)
     return explain_call(x, layer.factors, adapter, base, device)
 

@@ -105,7 +105,9 @@ class LoTRLayer(nn.Module):
             adapter = Adapter(self.start_core, self.scaling)
             return self._call(x, adapter, self.factors.start_A, self.factors.start_B)
         p = self.dropout if self.training else 0.0
-        factors, core = self._modules.get("factors") or self.factors, self._own("core")
+        parameters = self._parameters
+        core = parameters["core"] if "core" in parameters else self.core
+        factors = self._modules["factors"] if "factors" in self._modules else self.factors
         adapter = Adapter(core, self.scaling, p, factors._group, id(self), self.strategy, self._slot, cast_in_scope)
         if self.mixture is not None:
             cores = cores_of(self.mixture, core)

@@ -74,7 +74,8 @@ def decide(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
-    tokens = tokens_of(x)
+    shape = x.shape
+    tokens = shape[0] if len(shape) == 2 else tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
     one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
     few, alone = one and tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
@@ -143,9 +144,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
         return y + adapter_differentiable(dropped, *here(y.device, A, B, core), scaling, y.dtype)
-    in_graph = torch.is_grad_enabled() and (
-        x.requires_grad or A.requires_grad or B.requires_grad or core.requires_grad
-    )
+    in_graph = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or core.requires_grad)
     if nodes == 1:
         if not (trained or in_graph):
             return one_pass(x, weight, bias, A, B, core, scaling, dtype, chosen.strategy, False)[0]

@@ -147,8 +147,9 @@ class LoTRLead(Function):
 class LoTRExpand(Function):
     """y = x W^T + bias + u F^T, F = s B G^T.   backward: dx = g W,  k = g F,  Q = g^T u,  dB += s Q G,  dG = s Q^T B.
 
-    apply(route, u, B, core, token, x, base, scaling, shared_B, shared_input, slot): route stands for x, whose data autograd does
-    not see here. In a forward scope slot brings F, and takes Q, and token is its place in the graph (`scope.py`).
+    apply(route, u, B, core, token, (x,), base, scaling, shared_B, shared_input, slot): route stands for x, which comes in a
+    tuple so that autograd does not see it. In a forward scope slot brings F, and takes Q, and token is its place in the graph
+    (`scope.py`).
     """
 
     @staticmethod
@@ -160,9 +161,7 @@ class LoTRExpand(Function):
         F = None if slot is None else slot.F
         u_here, *factors = here(x.device, u, B, core)
         y, _, F = direction.forward(x, weight, bias, None, *factors, scaling, dtype, strategy, u_here, F)
-        ctx.save_for_backward(
-            weight if need_x else None, F if need_u else None, u if need_B or need_core else None, B, core
-        )
+        ctx.save_for_backward(weight if need_x else None, F if need_u else None, u if need_B or need_core else None, B, core)
         ctx.scaling, ctx.strategy, ctx.slot = scaling, strategy, slot
         ctx.shared_B, ctx.hub_B, ctx.input = shared_B, B, shared_input
         return y
@@ -183,8 +182,8 @@ class LoTRExpand(Function):
 class LoTRShrink(Function):
     """u = drop(x) A and route.   backward: dx += drop(k A^T),  dA += drop(x)^T k,  k = du as autograd summed it over siblings.
 
-    apply(x [..., k], A [k, r_in], dtype, dropout, shared, shared_input, values) -> u [m, r_in], route [..., k] in dtype. values:
-    A as a forward scope cast it, or A.
+    apply(x [..., k], A [k, r_in], dtype, dropout, shared, shared_input, values) -> u [m, r_in], route [..., k] in dtype.
+    values: A as a forward scope cast it, or A.
     """
 
     @staticmethod
@@ -290,7 +289,7 @@ def _bank_or_sum(ctx, B: Tensor, need_B: bool, need_core: bool) -> tuple[Tensor 
 def _recall(ctx, shared_input: SharedInput | None) -> tuple[Tensor | None, Tensor | None]:
     """x and A of a node whose saved tensors a first backward has freed, if they are still what they were; else raises."""
     if ctx.p > 0.0 or shared_input is None or not shared_input.recalls(ctx.hub):
-        raise  # noqa: PLE0704  (autograd's own error, which is being handled)
+        raise
     need_x, need_A = ctx.needs_input_grad[:2]
     return shared_input.x() if need_A else None, ctx.hub if need_x else None
 

@@ -124,7 +124,8 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y = x W^T + bias + u F^T [..., n] with u = drop(x) A [m, r_in] and F = s B G^T [n, r_in], each new unless given. CPU.
 
-    A is None where u is given. x [..., k], its leading dimensions lying as one. beta: write bias + u F^T first and let the base product accumulate onto it.
+    A is None where u is given. x [..., k], its leading dimensions lying as one. beta: write bias + u F^T first and let the base
+    product accumulate onto it.
     Returns (y, u or None, F or None), None for what was given.
     """
     return _layer_forward(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
@@ -151,14 +152,22 @@ def layer_backward_(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Backward of `layer_forward` for g [..., n]: (dx, k, dA, dB, dG), None for what is not asked for or is added to a sum. CPU.
+    """Backward of `layer_forward` for g [..., n]: (dx, k, dA, dB, dG), None for what is not asked for or goes to a sum. CPU.
 
     k = g F + k (with F; returned where A is None);  Q += g^T u (with u);  dB += s Q G, dG = s Q^T B, unless a Q is given;
     dx += g W + drop(k A^T) (with weight; the k A^T with A);  dA += drop(x)^T k (with x). dx, Q, dA, dB are added to in place
     where given, else new.
     """
-    return _layer_backward(
+    found_dx, found_k, found_dA, found_dB, dcore = _layer_backward(
         g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed
+    )
+    fold = u is not None and Q is None
+    return (
+        found_dx if weight is not None and dx is None else None,
+        found_k if A is None and F is not None else None,
+        found_dA if x is not None and dA is None else None,
+        found_dB if fold and need_B and dB is None else None,
+        dcore if fold and need_core else None,
     )
 
 
@@ -188,7 +197,13 @@ def small_layer_backward_(
 
     h = s g B, k = h core^T;  dx = g W + k A^T (with weight);  dA += x^T k (with x);  dB += s g^T (u core);  dG = u^T h.
     """
-    return _small_layer_backward(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core)
+    dx, found_dA, found_dB, dcore = _small_layer_backward(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core)
+    return (
+        None if weight is None else dx,
+        found_dA if x is not None and dA is None else None,
+        found_dB if need_B and dB is None else None,
+        dcore if need_core else None,
+    )
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -256,7 +271,9 @@ def _(dx, g, x, u, A, core, B, scaling, dA, dB, need_core) -> Tensor:
 
 @torch.library.register_fake("lotr::layer_forward")
 def _(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=None):
-    torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected width {weight.shape[1]}, got {x.shape[-1]}")
+    torch._check(
+        x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected width {weight.shape[1]}, got {x.shape[-1]}"
+    )
     new_u = x.new_empty(x.numel() // x.shape[-1], core.shape[0]) if u is None else None
     return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, x.new_empty(B.shape[0], core.shape[0]) if F is None else None
 
@@ -265,11 +282,11 @@ def _(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=No
 def _(g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
     wide, m, fold = accumulate_dtype(g.dtype), g.numel() // g.shape[-1], u is not None and Q is None
     return (
-        g.new_empty(*g.shape[:-1], weight.shape[1]) if weight is not None and dx is None else None,
-        g.new_empty(m, F.shape[1]) if F is not None and A is None else None,
-        g.new_empty(A.shape, dtype=wide) if x is not None and dA is None else None,
-        g.new_empty(B.shape, dtype=wide) if fold and need_B and dB is None else None,
-        g.new_empty(core.shape, dtype=wide) if fold and need_core else None,
+        g.new_empty((*g.shape[:-1], weight.shape[1]) if weight is not None and dx is None else (0,)),
+        g.new_empty((m, F.shape[1]) if F is not None and A is None else (0,)),
+        g.new_empty(A.shape if x is not None and dA is None else (0,), dtype=wide),
+        g.new_empty(B.shape if fold and need_B and dB is None else (0,), dtype=wide),
+        g.new_empty(core.shape if fold and need_core else (0,), dtype=wide),
     )
 
 
@@ -282,10 +299,10 @@ def _(x, weight, bias, A, B, core, scaling, beta):
 def _(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core):
     wide = accumulate_dtype(g.dtype)
     return (
-        g.new_empty(*g.shape[:-1], weight.shape[1]) if weight is not None else None,
-        g.new_empty(A.shape, dtype=wide) if x is not None and dA is None else None,
-        g.new_empty(B.shape, dtype=wide) if need_B and dB is None else None,
-        g.new_empty(core.shape, dtype=wide) if need_core else None,
+        g.new_empty((0,) if weight is None else (*g.shape[:-1], weight.shape[1])),
+        g.new_empty(A.shape if x is not None and dA is None else (0,), dtype=wide),
+        g.new_empty(B.shape if need_B and dB is None else (0,), dtype=wide),
+        g.new_empty(core.shape if need_core else (0,), dtype=wide),
     )
 
 
@@ -348,7 +365,7 @@ torch.library.register_autograd("lotr::shrink_grad", _shrink_grad_backward, setu
 torch.library.register_autograd("lotr::fold", _fold_backward, setup_context=_setup_fold)
 
 
-# ---- version counters of the operators that write; no gradient through those that have no formula ------------------------------------------------------------------------
+# ---- version counters of the operators that write, and a refusal by those that have no formula ------------------------------
 
 _registrations = torch.library.Library("lotr", "IMPL")
 

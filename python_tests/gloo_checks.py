@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import plain, randomize
 
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, ops, planner, save_adapter
+from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, planner, save_adapter
 from lotr_ext.apply import adapted_layers
 from lotr_ext.sharded import written_by_rank_0
-from nets import relative
+from nets import OpCounter, relative
 
 Grads = dict[str, Tensor]
 
@@ -264,32 +265,12 @@ def fsdp_shares(rank: int, folder: Path) -> dict:
     """Calls of our operators in a step of 3 blocks: q, k and v share one u = x A under FSDP2 too."""
     found = {}
     for by in ("block", "factors"):
-        model, calls = shard(make(), by=by), Counter()
-        with few_tokens(0), counted(calls):
+        model = shard(make(), by=by)
+        with few_tokens(0), pytest.MonkeyPatch.context() as patch:
+            calls = OpCounter(patch)
             loss(model, batch(rank)).backward()
-        found[by] = calls
+        found[by] = calls.take()
     return found
-
-
-@contextmanager
-def counted(calls: Counter[str]) -> Iterator[None]:
-    names = ("shrink", "expand_add_", "factor_grad_")
-    before = {name: getattr(ops, name) for name in names}
-
-    def counting(name: str) -> Callable:
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return before[name](*args, **kwargs)
-
-        return call
-
-    for name in names:
-        setattr(ops, name, counting(name))
-    try:
-        yield
-    finally:
-        for name in names:
-            setattr(ops, name, before[name])
 
 
 def fsdp_reductions(rank: int, folder: Path) -> dict:

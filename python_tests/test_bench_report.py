@@ -102,13 +102,24 @@ def test_targets(tmp_path, capsys):
     cells += [layer_cell("lora-eager", 0.2, case), layer_cell("lotr_ext", 0.3, case)]
     write(tmp_path, "layer.jsonl", [*cells, layer_cell("vera-peft", 0.01)])  # VeRA is no form of LoRA
     write(tmp_path, "model.jsonl", [model_cell("lora-peft", 0.1, 2**21), model_cell("lotr_ext", 0.1, 2**22)])
-    assert [verdict.met for verdict in targets.verdicts(tmp_path)] == ["yes", "no", "yes", "no"]
-    assert targets.verdicts(tmp_path)[0].rival == "lora-eager"  # the best of them, not PEFT's
+    limits, found = targets.verdicts(tmp_path)[:2], targets.verdicts(tmp_path)[2:]
+    assert [verdict.met for verdict in found] == ["yes", "no", "yes", "no"]
+    assert found[0].rival == "lora-eager"  # the best of them, not PEFT's
+    assert [verdict.rival for verdict in limits] == 2 * ["lora-eager x 0.5"] and limits[1].met == "no"
     assert targets.main([str(tmp_path)]) == 1 and "lora-eager" in capsys.readouterr().out
     near = [layer_cell("lora-eager", 0.2), layer_cell("lotr_ext", 0.21)]
     assert [verdict.met for verdict in targets.layer_verdicts(near)] == ["within the spread"]
     near[1]["step"]["excess"] = [0.18, 0.195, 0.2]
     assert [verdict.met for verdict in targets.layer_verdicts(near)] == ["yes, within the spread"]
+    few, wide = Case(16, 768, 768, 16, "fp32", 1), Case(2048, 768, 768, 64, "fp32", 1)
+    for case, ours, eager, met in (
+        (few, 0.2, 0.3, "yes"),
+        (few, 0.4, 0.3, "no"),
+        (wide, 0.3, 0.9, "yes"),
+        (wide, 0.4, 0.9, "no"),
+    ):
+        cells = [layer_cell("lora-eager", eager, case), layer_cell("lotr_ext", ours, case)]
+        assert [verdict.met for verdict in targets.limit_verdicts(cells)] == [met], case
     with pytest.raises(FileNotFoundError, match="expected a folder of results"):
         targets.main([str(tmp_path / "none")])
     (tmp_path / "empty").mkdir()

@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 import lotr_ext
-from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, explain, lotr_linear, planner, reference
+from lotr_ext import (
+    LoTRConv1D,
+    LoTRFactors,
+    LoTRLinear,
+    LoTRWrapped,
+    adapt,
+    explain,
+    layer_call,
+    lotr_linear,
+    planner,
+    reference,
+)
 from nets import relative
 
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -21,6 +32,12 @@ def layer_of(k: int = 20, n: int = 14, rank=3, dtype: torch.dtype = torch.float3
     layer = LoTRLinear(k, n, rank, dtype=dtype, **settings)
     nn.init.normal_(layer.core, 0, 0.5)
     return layer
+
+
+def forget_plans() -> None:
+    """What was decided before a test changed the facts."""
+    planner.plan_of.cache_clear()
+    layer_call._decision.cache_clear()
 
 
 def truth(layer, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -208,8 +225,12 @@ def test_a_strategy_never_changes_the_result(strategy, dtype, monkeypatch):
 def test_explain():
     layer = layer_of()
     few, many = torch.randn(2, 20), torch.randn(400, 20)
-    assert explain(layer, few).nodes == 1 and explain(layer, many).nodes == 2 and explain(layer, many).kernels
-    assert "two_pass" in str(explain(layer, many)) and "unfolded" in str(explain(layer, few))
+    assert explain(layer, few).nodes == 1 and explain(layer, many).kernels
+    assert explain(layer, many).nodes == 1 and "nothing to share" in str(explain(layer, many))
+    two = [layer_of(), layer_of()]
+    two[1] = LoTRLinear.from_linear(two[1].to_linear(), two[0].factors)
+    assert [explain(one, many).nodes for one in two] == [2, 2] and [explain(one, few).nodes for one in two] == [1, 1]
+    assert "beta" in str(explain(layer, many)) and "unfolded" in str(explain(layer, few))
     layer.disabled = True
     assert explain(layer, many).strategy == "base" and "disabled" in str(explain(layer, many))
     layer.disabled = False
@@ -225,9 +246,10 @@ def test_on_cuda_our_kernels_are_the_default(dtype, monkeypatch):
     """Asked of the code that decides, as if the layer were on a GPU."""
     monkeypatch.setattr(planner, "cuda_obstacle", lambda index: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    planner._plan.cache_clear()
+    forget_plans()
     for rank in (1, 16, 256):
         layer = layer_of(rank=rank, dtype=dtype)
+        LoTRLinear.from_linear(layer.to_linear(), layer.factors)
         for tokens, strategy, nodes in ((1, "two_pass", 2), (512, "two_pass", 2), (8192, "beta", 2)):
             explanation = explain(layer, torch.empty(tokens, 20, dtype=dtype), device="cuda")
             assert explanation.kernels and explanation.strategy == strategy and explanation.nodes == nodes
@@ -241,7 +263,7 @@ def test_on_cuda_our_kernels_are_the_default(dtype, monkeypatch):
     assert not too_high.kernels and "257" in too_high.reason
     wide = explain(layer_of(dtype=torch.float64), torch.empty(512, 20, dtype=torch.float64), device="cuda")
     assert not wide.kernels and "float64" in wide.reason
-    planner._plan.cache_clear()
+    forget_plans()
 
 
 @pytest.mark.parametrize(("capability", "works"), [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
@@ -249,11 +271,11 @@ def test_an_older_gpu_takes_the_composite(capability, works, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(planner, "build_info", lambda: {"cuda": {"built": True}})
     planner.cuda_obstacle.cache_clear()
-    planner._plan.cache_clear()
+    forget_plans()
     explanation = explain(layer_of(dtype=torch.bfloat16), torch.empty(512, 20, dtype=torch.bfloat16), device="cuda:0")
     assert explanation.kernels == works and (works or "7.5" in explanation.reason)
     planner.cuda_obstacle.cache_clear()
-    planner._plan.cache_clear()
+    forget_plans()
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

@@ -56,15 +56,49 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
             ),
             (None, w(m, n), None, w(m, r_in), w(k, r_in), w(r_in, r_out), w(n, r_out), 0.7, None, None, True),
         ],
+        "layer_forward": [
+            (w(3, 3, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True, None, None, 0.5, seed),
+            (w(m, k), w(n, k), None, None, w(n, r_out), w(r_in, r_out), 0.7, False, w(m, r_in), w(n, r_in)),
+            (w(0, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
+        ],
+        "layer_backward_": [
+            (
+                *(w(m, n), w(n, k), w(m, k), w(m, r_in), w(k, r_in), w(n, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
+                *(w(m, r_in), w(m, k), None, a(k, r_in), a(n, r_out), True, True),
+            ),
+            (
+                *(w(3, 3, n), w(n, k), None, w(m, r_in), None, w(n, r_in), w(n, r_out), w(r_in, r_out), 0.7, False),
+                *(None, w(3, 3, k), a(n, r_in), None, None, False, False),
+            ),
+        ],
+        "small_layer_forward": [
+            (w(m, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
+            (w(3, 3, k), w(n, k), None, w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, False),
+        ],
+        "small_layer_backward_": [
+            (
+                *(w(m, n), w(n, k), w(m, k), w(m, r_in), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
+                *(a(k, r_in), a(n, r_out), True, True),
+            ),
+            (
+                *(w(m, n), None, w(m, k), w(m, r_in), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, False),
+                *(a(k, r_in), a(n, r_out), True, False),
+            ),
+        ],
     }[name]
 
 
 FUNCTIONAL = ("shrink", "shrink_grad", "fold")
-WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
+WRITING = (
+    *("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_"),
+    *("layer_backward_", "small_layer_backward_"),
+)
+WITHOUT_FORMULA = ("layer_forward", "small_layer_forward")
+ALL = FUNCTIONAL + WRITING + WITHOUT_FORMULA
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FUNCTIONAL + WRITING)
+@pytest.mark.parametrize("name", ALL)
 def test_opcheck(name, dtype):
     for grad in (False, True) if name in FUNCTIONAL else (False,):
         for arguments in samples(name, dtype, grad):
@@ -72,7 +106,7 @@ def test_opcheck(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FUNCTIONAL + WRITING)
+@pytest.mark.parametrize("name", ALL)
 def test_fake_kernels_agree_with_real_ones(name, dtype):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -86,10 +120,11 @@ def test_fake_kernels_agree_with_real_ones(name, dtype):
 
 
 def _tensors(value) -> list[torch.Tensor]:
-    return [] if value is None else list(value) if isinstance(value, tuple) else [value]
+    values = value if isinstance(value, tuple) else (value,)
+    return [t for t in values if t is not None]
 
 
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("name", WRITING + WITHOUT_FORMULA)
 def test_writing_operators_bump_versions_and_refuse_gradients(name):
     for arguments in samples(name, torch.float32, False):
         schema = getattr(lotr, name).default._schema.arguments

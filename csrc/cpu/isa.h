@@ -55,8 +55,8 @@ inline void small_backward(const SmallBackward& s) {
 namespace lotr::cpu {
 extern const Table LOTR_TABLE(LOTR_ISA);
 const Table LOTR_TABLE(LOTR_ISA) = {
-    LOTR_TEXT(LOTR_ISA),    &LOTR_ISA::shrink,        &LOTR_ISA::expand_add,
-    &LOTR_ISA::factor_grad, &LOTR_ISA::shrink_grad,   &LOTR_ISA::fold,
-    &LOTR_ISA::fold_grad,   &LOTR_ISA::add, &LOTR_ISA::small_forward, &LOTR_ISA::small_backward,
+    LOTR_TEXT(LOTR_ISA),      &LOTR_ISA::shrink,         &LOTR_ISA::expand_add, &LOTR_ISA::factor_grad,
+    &LOTR_ISA::shrink_grad,   &LOTR_ISA::fold,           &LOTR_ISA::fold_grad,  &LOTR_ISA::add,
+    &LOTR_ISA::small_forward, &LOTR_ISA::small_backward,
 };
 }  // namespace lotr::cpu

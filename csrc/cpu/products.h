@@ -171,9 +171,9 @@ inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x
   }
 }
 
-// Rows [i0, i1) of y += scale * mask(u F^T), or without a scale: y += u F^T; y as `start` says. `panels` holds F
-// transposed, in panels of kPanel columns; u_units is u's rows as units, u_step bytes apart. `mask` is a buffer
-// for a block's rows.
+// Rows [i0, i1) of y += scale * mask(u F^T), or without a scale: y += u F^T; y as `start` says. `panels`
+// holds F transposed, in panels of kPanel columns; u_units is u's rows as units, u_step bytes apart. `mask`
+// is a buffer for a block's rows.
 template <typename K>
 constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 constexpr int64_t kExpandRows = kRows[kMaxVectors];

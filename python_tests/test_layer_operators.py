@@ -1,0 +1,269 @@
+"""The operators that run one direction of a whole layer on a CPU (csrc/ops_layer.cpp), against `reference` in float64, and
+against the single operators that they are made of."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lotr_ext import direction, ops, reference
+from lotr_ext.direction import Dropout
+from nets import relative
+
+# Of |got - truth| / |truth|: each operand is rounded to the dtype once (the eager formula does no better), sums are wider.
+CLOSE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
+SHAPES = [(7, 24, 17, 4, 3), (1, 33, 8, 1, 5), (130, 64, 48, 16, 16), (300, 50, 70, 33, 20), (3, 768, 96, 16, 16)]
+S = 0.7
+
+
+class Layer:
+    """Tensors of one layer, its truth in float64, and what the operators take besides."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, leading: tuple[int, ...] | None = None, p: float = 0.0):
+        m, k, n, r_in, r_out = shape
+        leading = leading or (m,)
+        make = lambda *size, scale=1.0: (torch.randn(*size, dtype=torch.float64) * scale).to(dtype)  # noqa: E731
+        self.x, self.g = make(*leading, k), make(*leading, n)
+        self.weight, self.bias = make(n, k, scale=k**-0.5), make(n)
+        self.A, self.B, self.core = make(k, r_in, scale=k**-0.5), make(n, r_out), make(r_in, r_out)
+        self.dropout = Dropout(p, torch.tensor([11]) if p else None)
+        self.mask = reference.dropout_mask(m, k, p, 11) if p else None
+
+    def wide(self) -> list[Tensor]:
+        n, k = self.weight.shape
+        flat = [self.g.reshape(-1, n), self.x.reshape(-1, k), self.weight, self.A, self.B, self.core]
+        return [t.double() for t in flat]
+
+    def truth(self, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        _, x, weight, A, B, core = self.wide()
+        dropped = x if self.mask is None else x * self.mask
+        y = reference.forward(x, weight, self.bias.double() if bias else None, A, B, core, S, self.mask)
+        return y.view(*self.x.shape[:-1], len(weight)), dropped @ A, S * B @ core.T
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx, dA, dB, dcore = reference.backward(*self.wide(), S, self.mask)[:4]
+        return dx.view(self.x.shape), dA, dB, dcore
+
+    def forward(self, beta: bool, *, bias: bool = True, u: Tensor | None = None, F: Tensor | None = None):
+        A, b = None if u is not None else self.A, self.bias if bias else None
+        return ops.layer_forward(self.x, self.weight, b, A, self.B, self.core, S, beta, u, F, *self.dropout)
+
+
+@pytest.fixture(params=CLOSE, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What is not written comes out as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(shape, beta, p, dtype):
+    layer = Layer(shape, dtype, p=p)
+    for bias in (True, False):
+        y, u, F = layer.forward(beta, bias=bias)
+        for got, want in zip((y, u, F), layer.truth(bias)):
+            assert got.dtype == dtype and got.shape == want.shape and relative(got, want) < CLOSE[dtype]
+        again, no_u, no_F = layer.forward(beta, bias=bias, u=u, F=F)
+        assert torch.equal(again, y) and no_u is None and no_F is None
+
+
+@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] < 130], ids=str)
+def test_small(shape, beta, dtype):
+    layer = Layer(shape, dtype)
+    factors = (layer.A, layer.B, layer.core)
+    y, u = ops.small_layer_forward(layer.x, layer.weight, layer.bias, *factors, S, beta)
+    assert relative(y, layer.truth()[0]) < CLOSE[dtype] and relative(u, layer.truth()[1]) < CLOSE[dtype]
+    want, wide = layer.gradients(), ops.accumulate_dtype(dtype)
+    got = ops.small_layer_backward_(layer.g, layer.weight, layer.x, u, *factors, S, beta, None, None, True, True)
+    for gradient, truth in zip(got, want):
+        assert relative(gradient, truth) < 2 * CLOSE[dtype]
+    assert got[0].dtype == dtype and all(t.dtype == wide for t in got[1:])
+    sums = torch.ones(layer.A.shape, dtype=wide), torch.ones(layer.B.shape, dtype=wide)
+    added = ops.small_layer_backward_(layer.g, layer.weight, layer.x, u, *factors, S, beta, *sums, True, True)
+    assert added[1] is None and added[2] is None and torch.equal(added[0], got[0])
+    for total, fresh in zip(sums, got[1:3]):
+        assert relative(total - 1, fresh.double()) < 1e-5
+    for weight, x, need_B, need_core in itertools.product((layer.weight, None), (layer.x, None), (True, False), (True, False)):
+        part = ops.small_layer_backward_(layer.g, weight, x, u, *factors, S, beta, None, None, need_B, need_core)
+        asked = (weight is not None, x is not None, need_B, need_core)
+        assert [t is not None for t in part] == list(asked)
+        assert all(torch.equal(t, whole) for t, whole in zip(part, got) if t is not None)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backward_of_a_layer_by_itself(shape, beta, p, dtype):
+    layer = Layer(shape, dtype, p=p)
+    _, u, F = layer.forward(beta)
+    factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core)
+    got = ops.layer_backward_(layer.g, *factors, S, beta, *[None] * 5, True, True, *layer.dropout)
+    dx, k, dA, dB, dcore = got
+    assert k is None and dx.dtype == dtype
+    for gradient, truth in zip((dx, dA, dB, dcore), layer.gradients()):
+        assert gradient.shape == truth.shape and relative(gradient, truth) < 2 * CLOSE[dtype]
+
+
+@pytest.mark.parametrize("beta", [False, True])
+def test_backward_adds_to_what_is_given(beta, dtype):
+    """What siblings bring (k, dx), and sums (Q, dA, dB), against the same in float64."""
+    layer, wide = Layer((130, 64, 48, 16, 5), dtype), ops.accumulate_dtype(dtype)
+    _, u, F = layer.forward(beta)
+    g, x, weight, A, B, core = layer.wide()
+    k, dx = torch.randn(130, 16, dtype=torch.float64).to(dtype), torch.randn(130, 64, dtype=torch.float64).to(dtype)
+    whole_k = g @ F.double() + k.double()
+    want_dx, want_dA = dx.double() + g @ weight + whole_k @ A.T, 1 + x.T @ whole_k
+    Q_own = g.T @ u.double()
+    for bank in (False, True):
+        sums = [torch.ones(size, dtype=wide) for size in ((48, 16), layer.A.shape, layer.B.shape)]
+        Q, dA, dB = sums if bank else (None, *sums[1:])
+        given_dx = dx.clone()
+        factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core)
+        needs = (False, False) if bank else (True, True)
+        found = ops.layer_backward_(layer.g, *factors, S, beta, k, given_dx, Q, dA, None if bank else dB, *needs)
+        assert [t is None for t in found] == [True, True, True, True, bank]
+        assert relative(given_dx, want_dx) < 2 * CLOSE[dtype] and relative(dA, want_dA) < 2 * CLOSE[dtype]
+        if bank:
+            assert relative(Q, 1 + Q_own) < CLOSE[dtype]
+        else:
+            assert relative(dB, 1 + S * Q_own @ core) < CLOSE[dtype] and relative(found[4], S * Q_own.T @ B) < CLOSE[dtype]
+
+
+def test_backward_of_a_sibling_returns_k(dtype):
+    layer = Layer((130, 64, 48, 16, 5), dtype)
+    _, u, F = layer.forward(False)
+    g, _, weight, *_ = layer.wide()
+    factors = (layer.weight, None, u, None, F, layer.B, layer.core)
+    dx, k, dA, dB, dcore = ops.layer_backward_(layer.g, *factors, S, False, *[None] * 5, True, False)
+    assert relative(dx, g @ weight) < CLOSE[dtype] and relative(k, g @ F.double()) < CLOSE[dtype]
+    assert dA is None and dcore is None and relative(dB, layer.gradients()[2]) < 2 * CLOSE[dtype]
+
+
+@pytest.mark.parametrize("layout", ["3-D", "transposed", "every other", "expanded", "offset", "empty"])
+def test_layouts(layout):
+    """Strides, offsets and leading dimensions of x and g; the base product sees the same tensors as the kernels."""
+    x, g = {
+        "3-D": lambda: (torch.randn(4, 5, 24), torch.randn(4, 5, 18)),
+        "transposed": lambda: (torch.randn(24, 20).t(), torch.randn(18, 20).t()),
+        "every other": lambda: (torch.randn(40, 60)[::2, 3:51:2], torch.randn(40, 40)[::2, 1:37:2]),
+        "expanded": lambda: (torch.randn(24).expand(20, 24), torch.randn(()).expand(20, 18)),
+        "offset": lambda: (torch.randn(4, 5, 3, 24)[:, :, 1], torch.randn(4, 5, 40)[..., 7:25]),
+        "empty": lambda: (torch.randn(3, 0, 24), torch.randn(3, 0, 18)),
+    }[layout]()
+    layer = Layer((20, 24, 18, 4, 4), torch.float32)
+    layer.x, layer.g = x, g
+    for beta in (False, True):
+        y, u, F = layer.forward(beta)
+        factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core)
+        dx, _, *rest = ops.layer_backward_(layer.g, *factors, S, beta, *[None] * 5, True, True)
+        small_y, small_u = ops.small_layer_forward(x, layer.weight, layer.bias, layer.A, layer.B, layer.core, S, beta)
+        small = ops.small_layer_backward_(
+            g, layer.weight, x, small_u, layer.A, layer.B, layer.core, S, beta, None, None, True, True
+        )
+        for got, want in zip((y, small_y), 2 * [layer.truth()[0]]):
+            assert got.shape == want.shape and got.is_contiguous() and (not want.numel() or relative(got, want) < 2e-6)
+        for found in ((dx, *rest), small):
+            for got, want in zip(found, layer.gradients()):
+                assert got.shape == want.shape
+                assert (got - want).norm() <= 4e-6 * want.norm().clamp_min(1e-30)
+
+
+def test_same_bits_at_any_thread_count(dtype):
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(5)
+        layer = Layer((700, 96, 130, 16, 16), dtype)
+        u, F = ops.shrink(layer.x, layer.A), ops.fold(layer.B, layer.core[None], S, dtype)[0]
+        factors = (None, layer.x, u, layer.A, F, layer.B, layer.core)  # without the library's product, whose bits are its own
+        results.append(ops.layer_backward_(layer.g, *factors, S, True, *[None] * 5, True, True)[2:])
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+class Seen(TorchDispatchMode):
+    """The operators that a dispatch mode is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("strategy", ["two_pass", "beta"])
+def test_a_dispatch_mode_sees_the_parts(strategy, dtype):
+    """Selective checkpointing and counters of operators need the products; the numbers are those of the one operator."""
+    layer = Layer((130, 64, 48, 16, 5), dtype, leading=(2, 65), p=0.3)
+    tensors = (layer.weight, layer.bias, layer.A, layer.B, layer.core, S, None, strategy)
+    y, u, F = direction.forward(layer.x, *tensors, dropout=layer.dropout)
+    with Seen() as seen:
+        parts = direction.forward(layer.x, *tensors, dropout=layer.dropout)
+    assert {"shrink", "fold", "expand_add_"} <= set(seen.names) and "layer_forward" not in seen.names
+    for got, want in zip(parts, (y, u, F)):
+        assert relative(got, want.double()) < CLOSE[dtype]
+    factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core, S, strategy)
+    settings = {"need_B": True, "need_core": True, "dropout": layer.dropout}
+    whole = direction.backward(layer.g, *factors, **settings)
+    with Seen() as seen:
+        single = direction.backward(layer.g, *factors, **settings)
+    assert {"mm", "shrink_grad_", "fold_grad", "expand_add_", "factor_grad_"} <= set(seen.names)
+    for got, want in zip(single, whole):
+        assert (got is None) == (want is None) and (got is None or relative(got, want.double()) < CLOSE[dtype])
+
+
+def test_bad_input_is_named_before_anything_runs():
+    layer = Layer((6, 8, 5, 3, 2), torch.float32)
+    _, u, F = layer.forward(True)
+    forward = [layer.x, layer.weight, layer.bias, layer.A, layer.B, layer.core, S, True, None, None]
+    backward = [layer.g, layer.weight, layer.x, u, layer.A, F, layer.B, layer.core, S, True, None, None, None]
+    backward += [torch.zeros(8, 3), torch.zeros(5, 2), True, True]
+    small = [layer.g, layer.weight, layer.x, u, layer.A, layer.B, layer.core, S, True, None, None, True, True]
+    cases = [
+        (ops.layer_forward, forward, 0, torch.randn(8), "x: expected a tensor [.., K]"),
+        (ops.layer_forward, forward, 0, torch.randn(2, 3, 16)[..., ::2].transpose(0, 1), "x: expected leading dimensions"),
+        (ops.layer_forward, forward, 1, torch.randn(5, 9), "weight: expected size 8"),
+        (ops.layer_forward, forward, 1, torch.randn(5, 8).double(), "weight: expected dtype torch.float32"),
+        (ops.layer_forward, forward, 2, torch.randn(4), "bias: expected size 5"),
+        (ops.layer_forward, forward, 3, None, "A: expected a tensor"),
+        (ops.layer_forward, forward, 3, torch.randn(8, 4), "A: expected size 3"),
+        (ops.layer_forward, forward, 5, torch.randn(3, 3), "core: expected size 2"),
+        (ops.layer_forward, forward, 6, float("nan"), "scaling: expected a finite number"),
+        (ops.layer_forward, forward, 8, torch.randn(6, 3), "A: expected a tensor or None"),
+        (ops.layer_forward, forward, 9, torch.randn(5, 4), "F: expected size 3"),
+        (ops.layer_backward_, backward, 0, torch.randn(6, 4), "g: expected size 5"),
+        (ops.layer_backward_, backward, 2, torch.randn(5, 8), "x: expected 6 tokens"),
+        (ops.layer_backward_, backward, 3, None, "u: expected a tensor because Q or dB is given"),
+        (ops.layer_backward_, backward, 4, None, "x: expected None without A and F"),
+        (ops.layer_backward_, backward, 10, torch.randn(6, 4), "k: expected size 3"),
+        (ops.layer_backward_, backward, 11, torch.randn(1, 8).expand(6, 8), "dx: expected a tensor without repeated"),
+        (ops.layer_backward_, backward, 13, torch.zeros(8, 3).double(), "dA: expected dtype torch.float32"),
+        (ops.layer_backward_, backward, 14, torch.zeros(5, 3), "dB: expected size 2"),
+        (ops.small_layer_backward_, small, 3, None, "u: expected a tensor because need_B or need_core"),
+        (ops.small_layer_backward_, small, 2, torch.randn(6, 9), "x: expected size 8"),
+        (ops.small_layer_backward_, small, 9, torch.zeros(8, 4), "dA: expected size 3"),
+    ]
+    for function, good, index, bad, message in cases:
+        arguments = [*good[:index], bad, *good[index + 1 :]]
+        sums = [t.clone() for t in backward[13:15]]
+        with pytest.raises(RuntimeError) as raised:
+            function(*arguments)
+        assert message in str(raised.value), (message, str(raised.value))
+        assert all(torch.equal(a, b) for a, b in zip(sums, backward[13:15]))
