@@ -78,8 +78,7 @@ def forward(
     if dtype is not None:
         x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
     if one_operator(x):
-        with private_write():
-            found = ops.layer_forward(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta", u, F, *dropout)
+        found = ops.layer_forward(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta", u, F, *dropout)
         return found[0], found[1] if u is None else u, found[2] if F is None else F
     with private_write():
         if u is None:
@@ -138,9 +137,10 @@ def _backward_by_parts(
     g, weight, x, u, A, F, B, core, scaling, k, dx, Q, dA, dB, need_B, need_core, dropout: Dropout
 ) -> Gradients:
     flat = rows(g)
-    if weight is not None:
-        product = shaped(flat @ weight, g.shape[:-1] + weight.shape[-1:])
-        dx = product if dx is None else dx.add_(product)
+    if weight is not None and dx is None:
+        dx = shaped(flat @ weight, g.shape[:-1] + weight.shape[-1:])
+    elif weight is not None:
+        rows(dx).addmm_(flat, weight)
     with private_write():
         return _gradients_by_parts(flat, weight, x, u, A, F, B, core, scaling, k, dx, Q, dA, dB, need_B, need_core, dropout)
 

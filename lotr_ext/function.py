@@ -49,8 +49,7 @@ def one_pass(
         return direction.forward(x, weight, bias, A, B, core, scaling, None, strategy)
     if on_cpu and one_operator(x):
         x = x if len(shape) == 2 else as_rows(x)
-        with private_write():
-            return *ops.small_layer_forward(x, weight, bias, A, B, core, scaling, strategy == "beta"), None
+        return *ops.small_layer_forward(x, weight, bias, A, B, core, scaling, strategy == "beta"), None
     y = base_linear(x, weight, bias, None)
     if torch._C._len_torch_dispatch_stack() or not y.is_contiguous():  # a mode may hold y: selective checkpointing does
         y = y.clone(memory_format=torch.contiguous_format)

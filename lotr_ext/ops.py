@@ -108,6 +108,15 @@ _small_layer_forward, _small_layer_backward = (
 )
 
 
+def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+    """Of operators that return what autograd has no formula for."""
+    if any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"lotr::{name}: expected tensors that need no gradient, got one that requires grad; call it under "
+            "torch.no_grad() or inside an autograd Function"
+        )
+
+
 def layer_forward(
     x: Tensor,
     weight: Tensor,
@@ -128,6 +137,8 @@ def layer_forward(
     product accumulate onto it.
     Returns (y, u or None, F or None), None for what was given.
     """
+    if torch.is_grad_enabled():
+        _refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
     return _layer_forward(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
 
 
@@ -175,6 +186,8 @@ def small_layer_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, core: Tensor, scaling: float, beta: bool
 ) -> tuple[Tensor, Tensor]:
     """`layer_forward` unfolded, for few tokens: y = x W^T + bias + s (u core) B^T [..., n] and u = x A [m, r_in]. CPU."""
+    if torch.is_grad_enabled():
+        _refuse_gradients("small_layer_forward", x, weight, bias, A, B, core)
     return _small_layer_forward(x, weight, bias, A, B, core, scaling, beta)
 
 
@@ -365,13 +378,13 @@ torch.library.register_autograd("lotr::shrink_grad", _shrink_grad_backward, setu
 torch.library.register_autograd("lotr::fold", _fold_backward, setup_context=_setup_fold)
 
 
-# ---- version counters of the operators that write, and a refusal by those that have no formula ------------------------------
+# ---- version counters of the operators that write ------------------------------------------------------------------------
 
 _registrations = torch.library.Library("lotr", "IMPL")
 
 
 def _bump_versions(name: str) -> None:
-    """Registers the layer that autograd expects of an in-place operator, or of one that has no formula of its own.
+    """Registers the layer that autograd expects of an in-place operator.
 
     The stable ABI does not bump the version of an argument that a kernel writes; without this, a tensor saved for backward
     and then written through one of these operators would give a wrong gradient in silence.
@@ -385,10 +398,9 @@ def _bump_versions(name: str) -> None:
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             if any(t.requires_grad for t in tensors):
                 labels = ", ".join(label for label, _ in values)
-                why = f" (it writes {labels} in place)" if labels else ""
                 raise RuntimeError(
-                    f"lotr::{name}: expected tensors that need no gradient{why}, got one that requires grad; call it under "
-                    "torch.no_grad() or inside an autograd Function"
+                    f"lotr::{name}: expected tensors that need no gradient (it writes {labels} in place), got one that "
+                    "requires grad; call it under torch.no_grad() or inside an autograd Function"
                 )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
@@ -399,7 +411,6 @@ def _bump_versions(name: str) -> None:
     _registrations.impl(name, in_place, "ADInplaceOrView", with_keyset=True)
 
 
-_WITHOUT_FORMULA = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
-_WHOLE_LAYER = ("layer_forward", "layer_backward_", "small_layer_forward", "small_layer_backward_")
-for _name in (*_WITHOUT_FORMULA, *_WHOLE_LAYER):
+_PARTS = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
+for _name in (*_PARTS, "layer_backward_", "small_layer_backward_"):
     _bump_versions(_name)
