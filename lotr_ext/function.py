@@ -42,14 +42,11 @@ def one_pass(
     but not in a graph on a GPU, where its backward is six launches and the folded one three."""
     if dtype is not None:
         x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
-    on_cpu, shape = x.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu, x.shape
-    if not on_cpu:
-        A, B, core = here(x.device, A, B, core)
-    if (shape[0] if len(shape) == 2 else tokens_of(x)) >= planner.FEW_TOKENS or (in_graph and x.is_cuda):
+    A, B, core = here(x.device, A, B, core)
+    if tokens_of(x) >= planner.FEW_TOKENS or (in_graph and x.is_cuda):
         return direction.forward(x, weight, bias, A, B, core, scaling, None, strategy)
-    if on_cpu and one_operator(x):
-        x = x if len(shape) == 2 else as_rows(x)
-        return *ops.small_layer_forward(x, weight, bias, A, B, core, scaling, strategy == "beta"), None
+    if one_operator(x):
+        return *ops.small_layer_forward(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta"), None
     y = base_linear(x, weight, bias, None)
     if torch._C._len_torch_dispatch_stack() or not y.is_contiguous():  # a mode may hold y: selective checkpointing does
         y = y.clone(memory_format=torch.contiguous_format)
@@ -94,11 +91,8 @@ class LoTRFunction(Function):
         scaling, _, shared_A, shared_B, strategy, few = ctx.settings
         if recorded():
             return LoTRFunction._differentiable_backward(ctx, g, x, weight, bias, A, B, core)
-        core_here = core
-        if not (g.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu):
-            A, B, core_here = here(g.device, A, B, core)
-        sum_A = None if shared_A is None or not need_A else shared_sum(shared_A, A)
-        sum_B = None if shared_B is None or not need_B else shared_sum(shared_B, B)
+        A, B, core_here = here(g.device, A, B, core)
+        sum_A, sum_B = shared_sum(shared_A, A) if need_A else None, shared_sum(shared_B, B) if need_B else None
         base, frozen_x = weight if need_x else None, x if need_A else None
         if few:
             dx, dA, dB, dcore = _few_backward(

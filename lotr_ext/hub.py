@@ -68,26 +68,24 @@ class SharedGradient:
         others share one. A user that comes again begins a new forward and a new round: an older hub would flush after the last
         reduction of a sharded forward. Only graphs keep a hub alive, so nothing of it outlives them.
         """
-        if not (param.requires_grad and torch.is_grad_enabled()):
+        if not self.join(param, user):
             return param, None
-        if self._param is not param or user in self._users or self._data != param.data_ptr():
-            # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
-            self._hub, self._param, self._data, self._users = None, param, param.data_ptr(), {user}
-            return param, None
-        self._users.add(user)
         view = None if self._hub is None else self._hub()
         if view is None:
             view = _Hub.apply(param, self)
             self._hub = weakref.ref(view)
         return view, self
 
-    def join(self, param: Tensor, user: int) -> None:
-        """Records that a layer uses param through a sibling's u."""
+    def join(self, param: Tensor, user: int) -> bool:
+        """Records that a layer uses param, by itself or through a sibling's u; whether it may share this round's hub."""
         if not (param.requires_grad and torch.is_grad_enabled()):
-            return
+            return False
         if self._param is not param or user in self._users or self._data != param.data_ptr():
+            # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
             self._hub, self._param, self._data, self._users = None, param, param.data_ptr(), {user}
+            return False
         self._users.add(user)
+        return True
 
     def accumulator(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The running backward's sum on device, zero when new: to be added to in place at once."""

@@ -105,8 +105,7 @@ class LoTRLayer(nn.Module):
             adapter = Adapter(self.start_core, self.scaling)
             return self._call(x, adapter, self.factors.start_A, self.factors.start_B)
         p = self.dropout if self.training else 0.0
-        parameters = self._parameters
-        core = parameters["core"] if "core" in parameters else self.core
+        core = self._own("core")
         factors = self._modules["factors"] if "factors" in self._modules else self.factors
         adapter = Adapter(core, self.scaling, p, factors._group, id(self), self.strategy, self._slot, cast_in_scope)
         if self.mixture is not None:

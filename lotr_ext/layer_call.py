@@ -74,8 +74,7 @@ def decide(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
-    shape = x.shape
-    tokens = shape[0] if len(shape) == 2 else tokens_of(x)
+    tokens = tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
     one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
     few, alone = one and tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
@@ -85,15 +84,14 @@ def decide(
         device, rank = device or x.device, max(adapter.core.shape)
         if few and device.type == "cuda":  # where the unfolded backward is six launches, and the folded one three
             few = not torch.is_grad_enabled()
-    forced = (adapter.strategy, "strategy") if adapter.strategy is not None else planner.forced_strategy()
+    many, forced = tokens >= planner.BETA_TOKENS, planner.forced_strategy(adapter.strategy)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
-        return Decision(0, planner.plan_of(tokens >= planner.BETA_TOKENS, rank, dtype, device, *forced), why)
-    if type(x) not in _PLAIN or type(A) not in _PLAIN:
+    elif type(x) not in _PLAIN or type(A) not in _PLAIN:
         why = f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels"
-        return Decision(0, planner.plan_of(tokens >= planner.BETA_TOKENS, rank, dtype, device, *forced), why)
-    many, trained = tokens >= planner.BETA_TOKENS, base_linear and base_trained
-    return _decision(many, few, alone, trained, rank, A.dtype, dtype, device, *forced)
+    else:
+        return _decision(many, few, alone, base_linear and base_trained, rank, A.dtype, dtype, device, *forced)
+    return Decision(0, planner.plan_of(many, rank, dtype, device, *forced), why)
 
 
 @functools.lru_cache(maxsize=1024)  # these few answers come again in every call
@@ -128,7 +126,7 @@ def _decision(
 
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
     """y = x W^T + bias + s ((drop(x) A) G) B^T."""
-    dtype = compute_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    dtype = compute_dtype(x)
     if dtype is None:
         return _linear(x, weight, bias, A, B, adapter, None)
     with torch.autocast(x.device.type, enabled=False):  # every cast from here on is explicit

@@ -8,7 +8,7 @@ from torch.nn import functional as nnf
 
 from .factors import LoTRFactors, check_rank
 from .layer import LoTRLayer, check_settings
-from .layer_call import Adapter, call_linear, call_wrapped
+from .layer_call import Adapter, call_wrapped
 from .ops import accumulate_dtype
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
@@ -81,12 +81,6 @@ class LoTRLinear(LoTRLayer, nn.Linear):
 
     def _base(self, x: Tensor) -> Tensor:
         return nnf.linear(x, self.weight, self.bias)
-
-    def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
-        parameters = self._parameters  # as _own, in one look for both
-        if "weight" in parameters and "bias" in parameters:
-            return call_linear(x, parameters["weight"], parameters["bias"], A, B, adapter)
-        return super()._call(x, adapter, A, B)
 
     def _matrix(self) -> Tensor:
         return self._own("weight")

@@ -63,12 +63,13 @@ def plan(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, strat
 
     Raises ValueError for an unknown strategy or one that cannot run, forced by argument or by LOTR_STRATEGY.
     """
-    forced = forced_strategy() if strategy is None else (strategy, "strategy")
-    return plan_of(tokens >= BETA_TOKENS, rank, dtype, device, *forced)
+    return plan_of(tokens >= BETA_TOKENS, rank, dtype, device, *forced_strategy(strategy))
 
 
-def forced_strategy() -> tuple[str | None, str]:
-    """(the strategy that LOTR_STRATEGY in the environment forces, or None; its name)."""
+def forced_strategy(strategy: str | None) -> tuple[str | None, str]:
+    """(the strategy that is forced, or None; by whom): by an argument, else by LOTR_STRATEGY in the environment."""
+    if strategy is not None:
+        return strategy, "strategy"
     forced = _ENVIRONMENT.get(b"LOTR_STRATEGY")
     return forced.decode() if forced else None, "LOTR_STRATEGY"
 
