@@ -28,8 +28,8 @@ struct Drop {
   uint64_t seed = 0;
 };
 
-// What an expand adds to: y as it lies there, or (fresh) bias [1, n] in every row, zeros without one,
-// whatever y holds.
+// What an expand adds to: y as it lies there, or (fresh) nothing, whatever y holds; and bias [1, n] in every
+// row, where there is one.
 struct Start {
   bool fresh = false;
   Mat bias;

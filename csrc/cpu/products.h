@@ -183,14 +183,14 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
                          const typename K::Unit* panel, int64_t i0, int64_t i1, const Drop& drop,
                          const Start& start, uint32_t* mask) {
   const int64_t cols = smaller(kPanel<K>, y.cols - n0);
-  // A fresh y's row: the bias, widened once a panel.
-  typename K::Acc first[kPanel<K>];
-  if (start.fresh) {
-    const T* bias = static_cast<const T*>(start.bias.data);
+  // The bias, widened once a panel.
+  typename K::Acc bias[kPanel<K>];
+  const T* given = static_cast<const T*>(start.bias.data);
+  if (given || start.fresh) {
     for (int64_t j = 0; j < kPanel<K>; ++j)
-      first[j] = bias && j < cols ? to_float(bias[(n0 + j) * start.bias.cs]) : typename K::Acc(0);
+      bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.cs]) : typename K::Acc(0);
   }
-  const typename K::Acc* row = start.fresh ? first : nullptr;
+  const From<K> base{!start.fresh, given || start.fresh ? bias : nullptr};
   // About 1000 cycles, which memory takes to answer.
   const int64_t blocks_ahead = larger(1, smaller(4, 1024 / (kExpandRows * kMaxVectors * units)));
   row_blocks<kExpandRows>(i1 - i0, [&](auto mr, int64_t i) {
@@ -209,14 +209,14 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
     const char* from = u + i * u_step;
     if (y.cs != 1 || cols < kPanel<K> || keep) {
       expand_ragged_block<K, T, MR, kMaxVectors>(at, y.rs, y.cs, cols, from, u_step, panel, units, keep,
-                                                 typename K::Acc(drop.scale), row);
+                                                 typename K::Acc(drop.scale), base);
       return;
     }
     // Down this panel, then from the top of the next one.
     const int64_t to = i + kExpandRows * blocks_ahead;
     const T* later =
         to < i1 - i0 ? at + kExpandRows * blocks_ahead * y.rs : at + (to - (i1 - i0) - i) * y.rs + kPanel<K>;
-    expand_whole_block<K, T, MR, kMaxVectors>(at, y.rs, from, u_step, panel, units, later, row);
+    expand_whole_block<K, T, MR, kMaxVectors>(at, y.rs, from, u_step, panel, units, later, base);
   });
 }
 
