@@ -14,8 +14,8 @@
 // beta: the adapter's part is written first, and the base product accumulates onto it (its beta = 1). torch's
 // own linear starts in just this way from a copy of the bias, so the expand's pass over y replaces that copy,
 // and nothing runs cold after the product. Without: the product first, then the adapter's part added to it,
-// and the bias with it: the expand's pass over y adds it at no cost, where the library's bfloat16 product with
-// a bias takes up to 7 % longer than the one without.
+// and the bias with it: the expand's pass over y adds it at no cost, where the library's bfloat16 product
+// with a bias takes up to 7 % longer than the one without.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -89,8 +89,8 @@ cpu::Mat row_of(const Arg* bias) {
 
 // y = x W^T + bias + what expand(start) adds.
 template <typename Expand>
-Tensor with_base(const Check& c, const Arg& ax, const Arg& aweight, const std::optional<Arg>& bias,
-                 int64_t n, bool beta, Expand&& expand) {
+Tensor with_base(const Check& c, const Arg& ax, const Arg& aweight, const std::optional<Arg>& bias, int64_t n,
+                 bool beta, Expand&& expand) {
   Tensor y = like_rows(ax, n);
   const Arg ay("y", y);
   const Matrix out(c, ay), x(c, ax);
@@ -142,9 +142,9 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
     F_mat = written(Arg("F", *new_F));
     cpu::fold(F_mat, 0, read(aB), read(acore), 0, 1, scaling);
   }
-  Tensor y = with_base(
-      c, ax, aweight, abias, s.n, beta,
-      [&](const cpu::Mat& out, const cpu::Start& start) { cpu::expand_add(out, u_mat, F_mat, {}, start); });
+  Tensor y = with_base(c, ax, aweight, abias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
+    cpu::expand_add(out, u_mat, F_mat, {}, start);
+  });
   return {y, new_u, new_F};
 }
 
@@ -233,10 +233,9 @@ std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& we
                                       nullptr, 0.0, std::nullopt);
   Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
   const cpu::Mat u_mat = written(Arg("u", u)), x_mat = Matrix(c, ax).mat();
-  Tensor y =
-      with_base(c, ax, aweight, abias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
-        cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
-      });
+  Tensor y = with_base(c, ax, aweight, abias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
+    cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
+  });
   return {y, u};
 }
 

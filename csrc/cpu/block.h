@@ -154,24 +154,18 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
   }
 }
 
-// What u f is added to: y's own elements (onto), and a row of biases that all rows share. One of the two is
-// there.
-template <typename K>
-struct From {
-  bool onto;
-  const typename K::Acc* bias;
-};
-
-template <typename K, typename T>
-LOTR_INLINE auto start_of(const T* y, int64_t column, const From<K>& from) {
-  if (!from.bias) return load(y);
-  return from.onto ? load(y) + load(from.bias + column) : load(from.bias + column);
+// What u f is added to: y's own elements (kOnto), and a row of biases that all rows share (kBias).
+template <bool kOnto, bool kBias, typename A, typename T>
+LOTR_INLINE auto start_of(const T* y, const A* bias) {
+  if constexpr (!kBias) return load(y);
+  if constexpr (!kOnto) return load(bias);
+  return load(y) + load(bias);
 }
 
-// y[MR][RV vectors] = u f plus what `from` says, all of it there and side by side. Rows of y are `ldy` apart.
-template <typename K, typename T, int MR, int RV>
+// y[MR][RV vectors] = u f plus start_of, all of it there and side by side. Rows of y are `ldy` apart.
+template <typename K, typename T, int MR, int RV, bool kOnto, bool kBias>
 inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step, const typename K::Unit* f,
-                               int64_t n, const T* ahead, const From<K>& from) {
+                               int64_t n, const T* ahead, const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   // Sums may start at a half-precision y, whose own rounding is far above theirs; a wide y is added at the
   // end.
@@ -188,7 +182,7 @@ inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       if constexpr (kStartsAtY) {
-        acc[i][v] = start_of<K>(y + i * ldy + v * kLanes, v * kLanes, from);
+        acc[i][v] = start_of<kOnto, kBias>(y + i * ldy + v * kLanes, bias + v * kLanes);
       } else {
         acc[i][v] = typename K::Vec{};
       }
@@ -200,10 +194,12 @@ inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       T* at = y + i * ldy + v * kLanes;
-      if constexpr (kStartsAtY) {
+      if constexpr (kStartsAtY && RV % 2 == 0) {
+        if (v % 2 == 0) store(at, acc[i][v], acc[i][v + 1]);
+      } else if constexpr (kStartsAtY) {
         store(at, acc[i][v]);
       } else {
-        store(at, start_of<K>(at, v * kLanes, from) + acc[i][v]);
+        store(at, start_of<kOnto, kBias>(at, bias + v * kLanes) + acc[i][v]);
       }
     }
   }
@@ -215,7 +211,7 @@ inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
                                 const typename K::Unit* f, int64_t n, const uint32_t* keep,
-                                typename K::Acc scale, const From<K>& from) {
+                                typename K::Acc scale, bool onto, const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
@@ -232,10 +228,10 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, con
       for (int64_t j = 0; j < cols; ++j)
         sums[j] = keep[i * kPanel + j] ? sums[j] * scale : typename K::Acc(0);
     }
-    if (from.bias) {
-      for (int64_t j = 0; j < cols; ++j) sums[j] += from.bias[j];
+    if (bias) {
+      for (int64_t j = 0; j < cols; ++j) sums[j] += bias[j];
     }
-    if (!from.onto) {
+    if (!onto) {
       for (int64_t j = 0; j < cols; ++j) row[j * cs] = Narrow<T>::from(sums[j]);
     } else if (cs == 1) {
       for (int64_t j = 0; j < cols; ++j) row[j] = Narrow<T>::from(to_float(row[j]) + sums[j]);

@@ -22,10 +22,9 @@ inline void run_tasks(int64_t tasks, int64_t work, F&& body) {
       &body);
 }
 
-// Rows of a matrix in blocks of kTileRows / 4; a thread walks its blocks in tiles of up to kTileRows.
-template <typename F>
+// Rows of a matrix in blocks; a thread walks its blocks in tiles of up to kTileRows.
+template <int64_t kBlock = kTileRows / 4, typename F>
 inline void run_rows(int64_t rows, int64_t work, F&& body) {
-  constexpr int64_t kBlock = kTileRows / 4;
   run_tasks((rows + kBlock - 1) / kBlock, work,
             [&](int64_t begin, int64_t end) { body(begin * kBlock, smaller(end * kBlock, rows)); });
 }
@@ -127,49 +126,66 @@ struct Operators {
     return {reinterpret_cast<const char*>(memory), units * int64_t(sizeof(Unit))};
   }
 
-  // out (+)= scale * the sum of `count` partial sums [rows][ldp], in order. ldp is whole vectors.
-  static void add_partials(const Mat& out, const Acc* partials, int64_t count, int64_t ldp, double scale,
+  // out (+)= scale * the sum of `count` blocks of sums, in order; the first `whole` rows of out are
+  // transposed.
+  static void add_partials(const Mat& out, Acc* partials, int64_t count, int64_t whole, double scale,
                            bool add) {
-    const Acc s = Acc(scale);
-    run_rows(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
-      for (int64_t i = i0; i < i1; ++i) {
-        Acc* row = static_cast<Acc*>(out.data) + i * out.rs;
-        for (int64_t j = 0; j < out.cols; j += K::kLanes) {
-          auto sum = s * sum_partials(partials + i * ldp + j, count, out.rows * ldp);
-          if (out.cs == 1 && j + K::kLanes <= out.cols) {
-            store(row + j, add ? load(row + j) + sum : sum);
-            continue;
-          }
-          for (int64_t v = 0; v < smaller(K::kLanes, out.cols - j); ++v) {
-            Acc* at = row + (j + v) * out.cs;
-            *at = sum[v] + (add ? *at : Acc(0));
-          }
+    constexpr int kLanes = K::kLanes;
+    const int64_t size = OuterSums<K>::size(out.rows, whole, out.cols);
+    const OuterSums<K> first(partials, whole, out.cols);
+    run_rows<kPairColumns<K>>(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
+      int64_t i = i0;
+      for (; i < smaller(i1, whole); i += kLanes) {  // a multiple of the lanes, as a task's rows are
+        for (int64_t j = 0; j < out.cols; j += kLanes) {
+          const int64_t r = smaller(kLanes, out.cols - j);
+          decltype(load(partials)) square[kLanes] = {};
+          for (int64_t v = 0; v < r; ++v) square[v] = sum_of(first.S + (j + v) * whole + i, count, size);
+          transpose<kLanes>(square);
+          for (int64_t v = 0; v < kLanes; ++v) add_sum(out, i + v, j, square[v], Acc(scale), add);
         }
+      }
+      for (; i < i1; ++i) {
+        for (int64_t j = 0; j < out.cols; j += kLanes)
+          add_sum(out, i, j, sum_of(first.P + (i - whole) * first.ld + j, count, size), Acc(scale), add);
       }
     });
   }
-  static LOTR_INLINE auto sum_partials(const Acc* partials, int64_t count, int64_t step) {
+  static LOTR_INLINE auto sum_of(const Acc* partials, int64_t count, int64_t step) {
     auto sum = decltype(load(partials)){};
     for (int64_t p = 0; p < count; ++p) sum += load(partials + p * step);
     return sum;
+  }
+  // out[i][j ..] (+)= scale * sum, as far as the row goes.
+  static LOTR_INLINE void add_sum(const Mat& out, int64_t i, int64_t j, typename K::Vec sum, Acc scale,
+                                  bool add) {
+    Acc* at = static_cast<Acc*>(out.data) + i * out.rs + j * out.cs;
+    sum *= scale;
+    if (out.cs == 1 && j + K::kLanes <= out.cols) {
+      store(at, add ? load(at) + sum : sum);
+      return;
+    }
+    for (int64_t v = 0; v < smaller(K::kLanes, out.cols - j); ++v, at += out.cs)
+      *at = sum[v] + (add ? *at : Acc(0));
   }
 
   // out (+)= scale * drop(x)^T k.
   static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
-    const int64_t ldp = vectors_of<K>(k.cols) * K::kLanes, work = x.rows * x.cols * k.cols;
+    const int64_t work = x.rows * x.cols * k.cols;
     // One chunk may go to the output where it lies: few tokens then touch it once.
     if (chunks.count == 1 && scale == 1.0 && out.cs == 1 && k.cols % K::kLanes == 0) {
       const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
       run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
         Scratch memory(tile_space<K>(k.cols));
         const int64_t c0 = begin * kTileColumns, c1 = smaller(end * kTileColumns, x.cols);
-        outer_rows<K, T>(static_cast<Acc*>(out.data) + c0 * out.rs, out.rs, !add, x, drop, k, 0, x.rows, c0,
+        outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.rs), !add, x, drop, k, 0, x.rows, c0,
                          c1, memory.get<char>());
       });
       return;
     }
-    Scratch partials(size_t(chunks.count * x.cols * ldp) * sizeof(Acc));
+    const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop),
+                  size = OuterSums<K>::size(x.cols, whole, k.cols);
+    Scratch partials(size_t(chunks.count * size) * sizeof(Acc));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
     const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;
     const int64_t width = round_up(
@@ -179,12 +195,12 @@ struct Operators {
       Scratch memory(tile_space<K>(k.cols));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t chunk = task / across, c0 = task % across * width, i0 = chunk * chunks.rows;
-        outer_rows<K, T>(partials.get<Acc>() + (chunk * x.cols + c0) * ldp, ldp, true, x, drop, k, i0,
-                         smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
+        outer_rows<K, T>(OuterSums<K>(partials.get<Acc>() + chunk * size, whole, k.cols), true, x, drop, k,
+                         i0, smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
                          memory.get<char>());
       }
     });
-    add_partials(out, partials.get<Acc>(), chunks.count, ldp, scale, add);
+    add_partials(out, partials.get<Acc>(), chunks.count, whole, scale, add);
   }
 
   static void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add) {
@@ -206,14 +222,16 @@ struct Operators {
     const Chunks chunks(g.rows);
     const PackedFactor<K, T> b(F);
     const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = tile_rows<K>(g);
-    Scratch partials(size_t(chunks.count * g.cols * ld) * sizeof(Acc));
+    const int64_t whole = OuterSums<K>::template whole_columns<T>(g, Drop{}),
+                  size = OuterSums<K>::size(g.cols, whole, F.cols);
+    Scratch partials(size_t(chunks.count * size) * sizeof(Acc));
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
       const size_t sums = size_t(tile_m * ld) * sizeof(Acc);
       Scratch memory(sums + tile_space<K>(F.cols));
       char* space = memory.get<char>() + sums;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * chunks.rows, last = smaller(first + chunks.rows, g.rows);
-        Acc* P = partials.get<Acc>() + chunk * g.cols * ld;
+        const OuterSums<K> sums_of_chunk(partials.get<Acc>() + chunk * size, whole, F.cols);
         for (int64_t i = first; i < last; i += tile_m) {
           const int64_t rows = smaller(tile_m, last - i);
           for (int64_t part = 0; part < rows; part += kTileRows) {
@@ -222,11 +240,11 @@ struct Operators {
                               space);
             write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
-          outer_rows<K, T>(P, ld, i == first, g, Drop{}, u, i, i + rows, 0, g.cols, space);
+          outer_rows<K, T>(sums_of_chunk, i == first, g, Drop{}, u, i, i + rows, 0, g.cols, space);
         }
       }
     });
-    add_partials(Q, partials.get<Acc>(), chunks.count, ld, 1.0, add);
+    add_partials(Q, partials.get<Acc>(), chunks.count, whole, 1.0, add);
   }
 };
 

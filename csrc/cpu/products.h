@@ -8,7 +8,7 @@
 // ascending order in one accumulator, so a result does not depend on how rows are shared out to threads.
 #pragma once
 
-#include "cpu/block.h"
+#include "cpu/outer_pairs.h"
 #include "cpu/runtime.h"
 
 namespace lotr::cpu::LOTR_ISA {
@@ -132,11 +132,36 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
   }
 }
 
-// P[c - c0][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to P unless fresh.
-// P's rows are ldp apart and hold whole vectors.
+// Where outer_rows sums: the first `whole` columns of x transposed, S[r][whole] (outer_pairs.h), the others
+// in P, whose rows are `ld` apart and hold whole vectors.
+template <typename K>
+struct OuterSums {
+  using Acc = typename K::Acc;
+  Acc* S;
+  int64_t whole;
+  Acc* P;
+  int64_t ld;
+
+  // In a block of size(..) numbers.
+  OuterSums(Acc* block, int64_t whole, int64_t r)
+      : S(block), whole(whole), P(block + r * whole), ld(vectors_of<K>(r) * K::kLanes) {}
+  // In [cols, r] as it lies.
+  OuterSums(Acc* out, int64_t ld) : S(nullptr), whole(0), P(out), ld(ld) {}
+
+  static int64_t size(int64_t cols, int64_t whole, int64_t r) {
+    return r * whole + (cols - whole) * vectors_of<K>(r) * K::kLanes;
+  }
+  // Of columns that are pairs where they lie.
+  template <typename T>
+  static int64_t whole_columns(const Mat& x, const Drop& drop) {
+    return pairs<K> && native<K, T>(x) && !drop.on ? x.cols / kPairColumns<K> * kPairColumns<K> : 0;
+  }
+};
+
+// sums[c][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to it unless fresh.
 template <typename K, typename T>
-inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x, const Drop& drop,
-                       const Mat& k, int64_t i0, int64_t i1, int64_t c0, int64_t c1, char* space) {
+inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const Drop& drop, const Mat& k,
+                       int64_t i0, int64_t i1, int64_t c0, int64_t c1, char* space) {
   using Unit = typename K::Unit;
   const int64_t vectors = vectors_of<K>(k.cols), tile_m = tile_rows<K>(x);
   const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
@@ -155,7 +180,12 @@ inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x
       tile_down_columns<K, T>(k_tile, ldb, k, i, rows, 0, k.cols, Drop{}, nullptr, row);
     }
     Ahead ahead(x, i + tile_m, tile_m, c0, c1 - c0);
-    for (int64_t c = c0; c < c1; c += kTileColumns) {
+    int64_t c = c0;
+    if constexpr (pairs<K>) {
+      for (; c < smaller(c1, sums.whole); c += kPairColumns<K>)
+        outer_columns<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, b, ldb, k.cols, x_tile, ahead);
+    }
+    for (; c < c1; c += kTileColumns) {
       const int64_t cols = smaller(kTileColumns, c1 - c);
       const char* a = reinterpret_cast<const char*>(x_tile);
       int64_t step = kTileColumns * int64_t(sizeof(Unit));
@@ -165,8 +195,8 @@ inline void outer_rows(typename K::Acc* P, int64_t ldp, bool fresh, const Mat& x
       } else {
         tile_down_columns<K, T>(x_tile, kTileColumns, x, i, rows, c, cols, drop, mask, row);
       }
-      sum_rows<K, false>(P + (c - c0) * ldp, ldp, fresh && i == i0, a, step, cols, b, ldb, vectors, units,
-                         ahead);
+      sum_rows<K, false>(sums.P + (c - sums.whole) * sums.ld, sums.ld, fresh && i == i0, a, step, cols, b,
+                         ldb, vectors, units, ahead);
     }
   }
 }
@@ -190,7 +220,7 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
     for (int64_t j = 0; j < kPanel<K>; ++j)
       bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.cs]) : typename K::Acc(0);
   }
-  const From<K> base{!start.fresh, given || start.fresh ? bias : nullptr};
+  const bool add_bias = given || start.fresh;
   // About 1000 cycles, which memory takes to answer.
   const int64_t blocks_ahead = larger(1, smaller(4, 1024 / (kExpandRows * kMaxVectors * units)));
   row_blocks<kExpandRows>(i1 - i0, [&](auto mr, int64_t i) {
@@ -209,14 +239,18 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
     const char* from = u + i * u_step;
     if (y.cs != 1 || cols < kPanel<K> || keep) {
       expand_ragged_block<K, T, MR, kMaxVectors>(at, y.rs, y.cs, cols, from, u_step, panel, units, keep,
-                                                 typename K::Acc(drop.scale), base);
+                                                 typename K::Acc(drop.scale), !start.fresh,
+                                                 add_bias ? bias : nullptr);
       return;
     }
     // Down this panel, then from the top of the next one.
     const int64_t to = i + kExpandRows * blocks_ahead;
     const T* later =
         to < i1 - i0 ? at + kExpandRows * blocks_ahead * y.rs : at + (to - (i1 - i0) - i) * y.rs + kPanel<K>;
-    expand_whole_block<K, T, MR, kMaxVectors>(at, y.rs, from, u_step, panel, units, later, base);
+    const auto block = !add_bias     ? &expand_whole_block<K, T, MR, kMaxVectors, true, false>
+                       : start.fresh ? &expand_whole_block<K, T, MR, kMaxVectors, false, true>
+                                     : &expand_whole_block<K, T, MR, kMaxVectors, true, true>;
+    block(at, y.rs, from, u_step, panel, units, later, bias);
   });
 }
 

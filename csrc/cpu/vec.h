@@ -145,6 +145,18 @@ LOTR_INLINE void store(f16* p, vf v) {
 #endif
 }
 
+// Two vectors side by side.
+template <typename T>
+LOTR_INLINE void store(T* p, vf a, vf b) {
+#if LOTR_VB == 64 && defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    return;
+  }
+#endif
+  store(p, a), store(p + LOTR_VB / 4, b);
+}
+
 // Kinds of arithmetic. A unit is what one lane multiplies at once: one number, or a pair of bf16 neighbours
 // along the summed dimension, whose two products one instruction adds.
 struct F32 {
