@@ -154,6 +154,21 @@ Tensor or_nothing(const OptionalTensor& t, ScalarType dtype) {
   return t ? *t : empty<1>({0}, dtype);
 }
 
+// Where a gradient goes: to the given sum, or to a new tensor.
+cpu::Mat sum_or_new(const std::optional<Arg>& given, OptionalTensor& made, const std::array<int64_t, 2>& size,
+                    ScalarType dtype) {
+  if (given) return written(*given);
+  made = empty<2>(size, dtype);
+  return written(Arg("new", *made));
+}
+
+// What new gradients of the factors are rounded to: the factors' own dtype where they have one, else that of
+// sums.
+ScalarType gradient_dtype(const std::optional<Arg>& A, const Arg& B, const Arg& core) {
+  const bool one = B.dtype == core.dtype && (!A || A->dtype == B.dtype);
+  return one ? B.dtype : acc_dtype(B.dtype);
+}
+
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
@@ -171,7 +186,7 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   const BackwardArgs args{pointer(aweight), pointer(ax),  pointer(au), pointer(aA),  pointer(aF),
                           pointer(ak),      pointer(adx), pointer(aQ), pointer(adA), pointer(adB)};
   const Sizes s = check_layer_backward(c, ag, args, aB, acore, scaling, p, seed);
-  const ScalarType wide = acc_dtype(ag.dtype);
+  const ScalarType wide = acc_dtype(ag.dtype), narrow = gradient_dtype(aA, aB, acore);
   const Matrix g_matrix(c, ag);
   const cpu::Mat g_mat = g_matrix.mat();
   OptionalTensor new_k, new_dx, new_dA, new_dB, new_core, new_Q;
@@ -182,10 +197,7 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     new_k = empty<2>({s.m, s.r_in}, ag.dtype);
     k_mat = written(Arg("k", *new_k));
   }
-  if (au) {
-    if (!aQ) new_Q = empty<2>({s.n, s.r_in}, wide);
-    Q_mat = aQ ? written(*aQ) : written(Arg("Q", *new_Q));
-  }
+  if (au) Q_mat = sum_or_new(aQ, new_Q, {s.n, s.r_in}, wide);
   if (aF && au) {
     cpu::shrink_grad(k_mat, Q_mat, g_mat, read(*aF), read(*au), bool(aQ));
   } else if (aF) {
@@ -195,15 +207,13 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   }
   if (aF && ak) cpu::add(k_mat, read(*ak));
   if (au && !aQ && (need_B || need_core || adB)) {
-    if (need_core) new_core = empty<2>({s.r_in, s.r_out}, wide);
-    if (need_B && !adB) new_dB = empty<2>({s.n, s.r_out}, wide);
-    const cpu::Mat dB_mat = adB ? written(*adB) : new_dB ? written(Arg("dB", *new_dB)) : cpu::Mat{};
-    const cpu::Mat core_mat = new_core ? written(Arg("dcore", *new_core)) : cpu::Mat{};
+    cpu::Mat dB_mat, core_mat;
+    if (need_B || adB) dB_mat = sum_or_new(adB, new_dB, {s.n, s.r_out}, narrow);
+    if (need_core) core_mat = sum_or_new(std::nullopt, new_core, {s.r_in, s.r_out}, narrow);
     cpu::fold_grad(dB_mat, core_mat, 0, Q_mat, 0, read(aB), read(acore), 0, 1, scaling, bool(adB));
   }
   if (ax) {
-    if (!adA) new_dA = empty<2>({s.k, s.r_in}, wide);
-    cpu::factor_grad(adA ? written(*adA) : written(Arg("dA", *new_dA)), Matrix(c, *ax).mat(), k_mat,
+    cpu::factor_grad(sum_or_new(adA, new_dA, {s.k, s.r_in}, narrow), Matrix(c, *ax).mat(), k_mat,
                      drop(p, seed), bool(adA));
   }
   if (aweight) {
@@ -219,8 +229,8 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     if (expands && !beta) expand(false);
   }
   if (aA) new_k.reset();
-  return {or_nothing(new_dx, ag.dtype), or_nothing(new_k, ag.dtype), or_nothing(new_dA, wide),
-          or_nothing(new_dB, wide), or_nothing(new_core, wide)};
+  return {or_nothing(new_dx, ag.dtype), or_nothing(new_k, ag.dtype), or_nothing(new_dA, narrow),
+          or_nothing(new_dB, narrow), or_nothing(new_core, narrow)};
 }
 
 std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& weight,
@@ -253,26 +263,18 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
   args.weight = pointer(aweight), args.x = pointer(ax), args.u = pointer(au), args.A = &aA, args.F = nullptr;
   args.dA = pointer(adA), args.dB = pointer(adB);
   const Sizes s = check_small_layer_backward(c, ag, args, aB, acore, scaling, need_B || need_core);
-  const ScalarType wide = acc_dtype(ag.dtype);
+  const ScalarType narrow = gradient_dtype(aA, aB, acore);
   const Matrix g_matrix(c, ag);
   OptionalTensor new_dx, new_dA, new_dB, new_core;
   cpu::SmallBackward b;
   b.g = g_matrix.mat(), b.A = read(aA), b.core = read(acore), b.B = read(aB), b.scaling = scaling;
   if (au) b.u = read(*au);
   if (ax) {
-    if (!adA) new_dA = empty<2>({s.k, s.r_in}, wide);
     b.x = Matrix(c, *ax).mat(), b.fresh_dA = !adA;
-    b.dA = adA ? written(*adA) : written(Arg("dA", *new_dA));
+    b.dA = sum_or_new(adA, new_dA, {s.k, s.r_in}, narrow);
   }
-  if (need_B) {
-    if (!adB) new_dB = empty<2>({s.n, s.r_out}, wide);
-    b.fresh_dB = !adB;
-    b.dB = adB ? written(*adB) : written(Arg("dB", *new_dB));
-  }
-  if (need_core) {
-    new_core = empty<2>({s.r_in, s.r_out}, wide);
-    b.dcore = written(Arg("dcore", *new_core));
-  }
+  if (need_B) b.fresh_dB = !adB, b.dB = sum_or_new(adB, new_dB, {s.n, s.r_out}, narrow);
+  if (need_core) b.dcore = sum_or_new(std::nullopt, new_core, {s.r_in, s.r_out}, narrow);
   if (aweight) {
     new_dx = like_rows(ag, s.k);
     const Arg out("dx", *new_dx);
@@ -285,8 +287,8 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
   } else {
     cpu::small_backward(b);
   }
-  return {or_nothing(new_dx, ag.dtype), or_nothing(new_dA, wide), or_nothing(new_dB, wide),
-          or_nothing(new_core, wide)};
+  return {or_nothing(new_dx, ag.dtype), or_nothing(new_dA, narrow), or_nothing(new_dB, narrow),
+          or_nothing(new_core, narrow)};
 }
 
 }  // namespace

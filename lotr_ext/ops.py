@@ -167,7 +167,7 @@ def layer_backward_(
 
     k = g F + k (with F; returned where A is None);  Q += g^T u (with u);  dB += s Q G, dG = s Q^T B, unless a Q is given;
     dx += g W + drop(k A^T) (with weight; the k A^T with A);  dA += drop(x)^T k (with x). dx, Q, dA, dB are added to in place
-    where given, else new.
+    where given, else new; new dA, dB and dG are in the factors' dtype if they have one in common, else in float32 (float64).
     """
     found_dx, found_k, found_dA, found_dB, dcore = _layer_backward(
         g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed
@@ -291,15 +291,20 @@ def _(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=No
     return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, x.new_empty(B.shape[0], core.shape[0]) if F is None else None
 
 
+def _gradient_dtype(A: Tensor | None, B: Tensor, core: Tensor) -> torch.dtype:
+    one = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
+    return B.dtype if one else accumulate_dtype(B.dtype)
+
+
 @torch.library.register_fake("lotr::layer_backward_")
 def _(g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
-    wide, m, fold = accumulate_dtype(g.dtype), g.numel() // g.shape[-1], u is not None and Q is None
+    narrow, m, fold = _gradient_dtype(A, B, core), g.numel() // g.shape[-1], u is not None and Q is None
     return (
         g.new_empty((*g.shape[:-1], weight.shape[1]) if weight is not None and dx is None else (0,)),
         g.new_empty((m, F.shape[1]) if F is not None and A is None else (0,)),
-        g.new_empty(A.shape if x is not None and dA is None else (0,), dtype=wide),
-        g.new_empty(B.shape if fold and need_B and dB is None else (0,), dtype=wide),
-        g.new_empty(core.shape if fold and need_core else (0,), dtype=wide),
+        g.new_empty((x.shape[-1], core.shape[0]) if x is not None and dA is None else (0,), dtype=narrow),
+        g.new_empty(B.shape if fold and need_B and dB is None else (0,), dtype=narrow),
+        g.new_empty(core.shape if fold and need_core else (0,), dtype=narrow),
     )
 
 
@@ -310,12 +315,12 @@ def _(x, weight, bias, A, B, core, scaling, beta):
 
 @torch.library.register_fake("lotr::small_layer_backward_")
 def _(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core):
-    wide = accumulate_dtype(g.dtype)
+    narrow = _gradient_dtype(A, B, core)
     return (
         g.new_empty((0,) if weight is None else (*g.shape[:-1], weight.shape[1])),
-        g.new_empty(A.shape if x is not None and dA is None else (0,), dtype=wide),
-        g.new_empty(B.shape if need_B and dB is None else (0,), dtype=wide),
-        g.new_empty(core.shape if need_core else (0,), dtype=wide),
+        g.new_empty(A.shape if x is not None and dA is None else (0,), dtype=narrow),
+        g.new_empty(B.shape if need_B and dB is None else (0,), dtype=narrow),
+        g.new_empty(core.shape if need_core else (0,), dtype=narrow),
     )
 
 

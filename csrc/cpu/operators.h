@@ -155,17 +155,22 @@ struct Operators {
     for (int64_t p = 0; p < count; ++p) sum += load(partials + p * step);
     return sum;
   }
-  // out[i][j ..] (+)= scale * sum, as far as the row goes.
+  // out[i][j ..] (+)= scale * sum, as far as the row goes, rounded once.
   static LOTR_INLINE void add_sum(const Mat& out, int64_t i, int64_t j, typename K::Vec sum, Acc scale,
                                   bool add) {
-    Acc* at = static_cast<Acc*>(out.data) + i * out.rs + j * out.cs;
     sum *= scale;
-    if (out.cs == 1 && j + K::kLanes <= out.cols) {
-      store(at, add ? load(at) + sum : sum);
-      return;
-    }
-    for (int64_t v = 0; v < smaller(K::kLanes, out.cols - j); ++v, at += out.cs)
-      *at = sum[v] + (add ? *at : Acc(0));
+    by_dtype(out.dtype, [&](auto* tag) {
+      using S = typename Pointee<decltype(tag)>::type;
+      S* at = static_cast<S*>(out.data) + i * out.rs + j * out.cs;
+      if constexpr (same<Acc, double> == same<S, double>) {
+        if (out.cs == 1 && j + K::kLanes <= out.cols) {
+          store(at, add ? load(at) + sum : sum);
+          return;
+        }
+      }
+      for (int64_t v = 0; v < smaller(K::kLanes, out.cols - j); ++v, at += out.cs)
+        *at = Narrow<S>::from(sum[v] + (add ? to_float(*at) : 0));
+    });
   }
 
   // out (+)= scale * drop(x)^T k.
@@ -173,7 +178,8 @@ struct Operators {
     const Chunks chunks(x.rows);
     const int64_t work = x.rows * x.cols * k.cols;
     // One chunk may go to the output where it lies: few tokens then touch it once.
-    if (chunks.count == 1 && scale == 1.0 && out.cs == 1 && k.cols % K::kLanes == 0) {
+    const bool wide = out.dtype == (same<Acc, double> ? Dtype::f64 : Dtype::f32);
+    if (chunks.count == 1 && scale == 1.0 && wide && out.cs == 1 && k.cols % K::kLanes == 0) {
       const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
       run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
         Scratch memory(tile_space<K>(k.cols));

@@ -173,13 +173,18 @@ struct Small {
       Ops::factor_grad(s.dB, s.g, dense(uc_t, m, r_out, t), Drop{}, !s.fresh_dB);
     }
     if (s.dcore.data) {
-      Acc* out = static_cast<Acc*>(s.dcore.data);
+      Scratch sums(size_t(r_in * r_out) * sizeof(Acc));
+      Acc* out = sums.get<Acc>();
       for (int64_t i = 0; i < r_in * r_out; ++i) out[i] = 0;
       for (int64_t i = 0; i < m; ++i)
         for (int64_t a = 0; a < r_in; ++a) {
           const Acc v = u[i * r_in + a];
           for (int64_t b = 0; b < r_out; ++b) out[a * r_out + b] += v * h[i * r_out + b];
         }
+      by_dtype(s.dcore.dtype, [&](auto* tag) {
+        using S = typename Pointee<decltype(tag)>::type;
+        for (int64_t i = 0; i < r_in * r_out; ++i) static_cast<S*>(s.dcore.data)[i] = Narrow<S>::from(out[i]);
+      });
     }
   }
 };
