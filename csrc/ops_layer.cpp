@@ -228,7 +228,6 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     base_backward(view(dx_matrix), !adx && !expand_first, view(g_matrix), *weight);
     if (expands && !beta) expand(false);
   }
-  if (aA) new_k.reset();
   return {or_nothing(new_dx, ag.dtype), or_nothing(new_k, ag.dtype), or_nothing(new_dA, narrow),
           or_nothing(new_dB, narrow), or_nothing(new_core, narrow)};
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops import accumulate_dtype
+from .ops import Gradients, accumulate_dtype
 from .products import add_expand, base_linear, private_write, rows, shaped, to
 
 
@@ -28,16 +28,6 @@ class Dropout(NamedTuple):
 
 
 KEEP = Dropout()
-
-
-class Gradients(NamedTuple):
-    """What a backward returns: None where it was not asked for, or was added to a sum that was given. k [m, r_in]."""
-
-    dx: Tensor | None = None
-    k: Tensor | None = None
-    dA: Tensor | None = None
-    dB: Tensor | None = None
-    dcore: Tensor | None = None
 
 
 def one_operator(t: Tensor) -> bool:
@@ -78,7 +68,7 @@ def forward(
     if dtype is not None:
         x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
     if one_operator(x):
-        found = ops.layer_forward(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta", u, F, *dropout)
+        found = ops.layer_forward_unrecorded(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta", u, F, *dropout)
         return found[0], found[1] if u is None else u, found[2] if F is None else F
     with private_write():
         if u is None:
@@ -130,7 +120,7 @@ def backward(
     factors = (weight, None if x is None else as_rows(x), u, A, F, B, core)
     with private_write():
         found = ops.layer_backward_(g, *factors, scaling, strategy == "beta", k, dx, Q, dA, dB, need_B, need_core, *dropout)
-    return Gradients(*found) if dx is None else Gradients(dx, *found[1:])
+    return found if dx is None else found._replace(dx=dx)
 
 
 def _backward_by_parts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +85,9 @@ class LoTRFactors(nn.Module):
         """
         return operation(self.A, self.B)
 
-    def read(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """self(operation), without nn.Module's way to it where nothing hangs on this module: no hook, no wrapper, no subclass.
+    def read(self, operation: Callable[..., Tensor], *args) -> Tensor:
+        """operation(*args, A, B): by self(..), or without nn.Module's way to it where nothing hangs on this module, no hook, no
+        wrapper, no subclass.
 
         Right after a base product, when nothing of that way is in cache, it costs as much as a small operator.
         """
@@ -97,8 +99,8 @@ class LoTRFactors(nn.Module):
             and not (_global_forward_pre_hooks or _global_forward_hooks)
         ):
             parameters = own["_parameters"]
-            return operation(parameters["A"], parameters["B"])
-        return self(operation)
+            return operation(*args, parameters["A"], parameters["B"])
+        return self(partial(operation, *args))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoTRFactors:
         if self.start_A is not None and not self.start_A.is_meta and fn(self.start_A).is_meta:

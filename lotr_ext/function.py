@@ -46,7 +46,7 @@ def one_pass(
     if tokens_of(x) >= planner.FEW_TOKENS or (in_graph and x.is_cuda):
         return direction.forward(x, weight, bias, A, B, core, scaling, None, strategy)
     if one_operator(x):
-        return *ops.small_layer_forward(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta"), None
+        return *ops.small_layer_forward_unrecorded(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta"), None
     y = base_linear(x, weight, bias, None)
     if torch._C._len_torch_dispatch_stack() or not y.is_contiguous():  # a mode may hold y: selective checkpointing does
         y = y.clone(memory_format=torch.contiguous_format)
@@ -73,8 +73,8 @@ class LoTRFunction(Function):
         y, u, F = one_pass(x, weight, bias, A, B, core, scaling, dtype, strategy, in_graph)
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: double backward, which the layers avoid by LoTRLead
-            weight,
-            bias,
+            weight if need_x or need_weight else None,
+            bias if need_bias else None,
             A,
             B,
             core,
@@ -118,8 +118,11 @@ class LoTRFunction(Function):
             inputs = [t.view_as(t) if need else t for t, need in zip((x, weight, bias, A, B, core), needs)]
             wanted = [t for t, need in zip(inputs, needs) if need]
             x, weight, bias, A, B, core = inputs
-            y = base_linear(x, weight, bias, dtype)
-            y = y + adapter_differentiable(x, *here(y.device, A, B, core), scaling, y.dtype)
+            y = adapter_differentiable(x, *here(x.device, A, B, core), scaling, g.dtype)
+            if weight is not None:
+                y = y + base_linear(x, weight, None, dtype)
+            if bias is not None:
+                y = y + to(bias, y.dtype)
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
         return *(next(found) if need else None for need in needs), None, None, None, None, None
 

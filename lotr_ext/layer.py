@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -105,25 +104,23 @@ class LoTRLayer(nn.Module):
             adapter = Adapter(self.start_core, self.scaling)
             return self._call(x, adapter, self.factors.start_A, self.factors.start_B)
         p = self.dropout if self.training else 0.0
-        core = self._own("core")
+        # by attribute, nn.Module fails once on every class of the layer before it finds a parameter, which costs as much as an
+        # operator where nothing is in cache; a parametrization is no parameter, and takes that way
+        own = self._parameters
+        core = own["core"] if "core" in own else self.core
         factors = self._modules["factors"] if "factors" in self._modules else self.factors
         adapter = Adapter(core, self.scaling, p, factors._group, id(self), self.strategy, self._slot, cast_in_scope)
         if self.mixture is not None:
             cores = cores_of(self.mixture, core)
             return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, adapter))
-        return factors.read(partial(self._call, x, adapter))
+        return factors.read(self._call, x, adapter)
 
     def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:
         return current_slot(self, B, dtype)
 
-    def _own(self, name: str) -> Tensor:
-        """The parameter of that name. nn.Module's own way to it fails once on every class of the layer first, which costs as
-        much as an operator where nothing is in cache; a parametrization is no parameter, and takes that way."""
-        parameters = self._parameters
-        return parameters[name] if name in parameters else getattr(self, name)
-
     def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
-        return call_linear(x, self._matrix(), self._own("bias"), A, B, adapter)
+        own = self._parameters
+        return call_linear(x, self._matrix(), own["bias"] if "bias" in own else self.bias, A, B, adapter)
 
     def _base(self, x: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _base")

@@ -74,7 +74,7 @@ def decide(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
-    tokens = tokens_of(x)
+    tokens = x.shape[0] if x.dim() == 2 else tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
     one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
     few, alone = one and tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
@@ -126,7 +126,7 @@ def _decision(
 
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
     """y = x W^T + bias + s ((drop(x) A) G) B^T."""
-    dtype = compute_dtype(x)
+    dtype = compute_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if dtype is None:
         return _linear(x, weight, bias, A, B, adapter, None)
     with torch.autocast(x.device.type, enabled=False):  # every cast from here on is explicit
@@ -147,7 +147,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
         if not (trained or in_graph):
             return one_pass(x, weight, bias, A, B, core, scaling, dtype, chosen.strategy, False)[0]
         shared_A = shared_B = None
-        if group is not None:
+        if group is not None and group.layers != 1:
             (A, shared_A), (B, shared_B) = group.A.view(A, user), group.B.view(B, user)
         return apply_one_node(x, weight, bias, A, B, core, scaling, dtype, shared_A, shared_B, chosen.strategy)
     base, slot = Base(weight, bias, dtype, chosen.strategy), adapter.slot(B, compute)

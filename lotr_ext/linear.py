@@ -83,7 +83,8 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         return nnf.linear(x, self.weight, self.bias)
 
     def _matrix(self) -> Tensor:
-        return self._own("weight")
+        own = self._parameters
+        return own["weight"] if "weight" in own else self.weight
 
     def to_base(self) -> nn.Linear:
         """A plain nn.Linear of the base weight and bias as they stand (with the adapter in them if merged)."""
@@ -133,7 +134,7 @@ class LoTRConv1D(LoTRLayer):
         return nnf.linear(x, self.weight.mT, self.bias)
 
     def _matrix(self) -> Tensor:
-        return self._own("weight").mT
+        return self.weight.mT
 
     def to_base(self) -> nn.Module:
         """The plain Conv1D again, of the base weight and bias as they stand."""

@@ -10,6 +10,7 @@ Factors may be float32 beside a half-precision x: they are rounded to T first, a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,11 +102,22 @@ def small_backward_(
 
 
 # The whole-layer operators run once or twice a layer and step, so nothing is looked up and no frame is made on the way to them.
-_layer_forward, _layer_backward = _lotr.layer_forward.default._op, _lotr.layer_backward_.default._op
-_small_layer_forward, _small_layer_backward = (
+# Those without an underscore are for callers under which nothing is recorded.
+layer_forward_unrecorded, _layer_backward = _lotr.layer_forward.default._op, _lotr.layer_backward_.default._op
+small_layer_forward_unrecorded, _small_layer_backward = (
     _lotr.small_layer_forward.default._op,
     _lotr.small_layer_backward_.default._op,
 )
+
+
+class Gradients(NamedTuple):
+    """What a backward returns: None where it was not asked for, or was added to a sum that was given. k [m, r_in]."""
+
+    dx: Tensor | None = None
+    k: Tensor | None = None
+    dA: Tensor | None = None
+    dB: Tensor | None = None
+    dcore: Tensor | None = None
 
 
 def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
@@ -139,7 +151,7 @@ def layer_forward(
     """
     if torch.is_grad_enabled():
         _refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
-    return _layer_forward(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
+    return layer_forward_unrecorded(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
 
 
 def layer_backward_(
@@ -162,8 +174,8 @@ def layer_backward_(
     need_core: bool,
     p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Backward of `layer_forward` for g [..., n]: (dx, k, dA, dB, dG), None for what is not asked for or goes to a sum. CPU.
+) -> Gradients:
+    """Backward of `layer_forward` for g [..., n]. CPU.
 
     k = g F + k (with F; returned where A is None);  Q += g^T u (with u);  dB += s Q G, dG = s Q^T B, unless a Q is given;
     dx += g W + drop(k A^T) (with weight; the k A^T with A);  dA += drop(x)^T k (with x). dx, Q, dA, dB are added to in place
@@ -173,7 +185,7 @@ def layer_backward_(
         g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed
     )
     fold = u is not None and Q is None
-    return (
+    return Gradients(
         found_dx if weight is not None and dx is None else None,
         found_k if A is None and F is not None else None,
         found_dA if x is not None and dA is None else None,
@@ -188,7 +200,7 @@ def small_layer_forward(
     """`layer_forward` unfolded, for few tokens: y = x W^T + bias + s (u core) B^T [..., n] and u = x A [m, r_in]. CPU."""
     if torch.is_grad_enabled():
         _refuse_gradients("small_layer_forward", x, weight, bias, A, B, core)
-    return _small_layer_forward(x, weight, bias, A, B, core, scaling, beta)
+    return small_layer_forward_unrecorded(x, weight, bias, A, B, core, scaling, beta)
 
 
 def small_layer_backward_(
@@ -301,7 +313,7 @@ def _(g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, n
     narrow, m, fold = _gradient_dtype(A, B, core), g.numel() // g.shape[-1], u is not None and Q is None
     return (
         g.new_empty((*g.shape[:-1], weight.shape[1]) if weight is not None and dx is None else (0,)),
-        g.new_empty((m, F.shape[1]) if F is not None and A is None else (0,)),
+        g.new_empty((m, F.shape[1]) if F is not None else (0,)),
         g.new_empty((x.shape[-1], core.shape[0]) if x is not None and dA is None else (0,), dtype=narrow),
         g.new_empty(B.shape if fold and need_B and dB is None else (0,), dtype=narrow),
         g.new_empty(core.shape if fold and need_core else (0,), dtype=narrow),
