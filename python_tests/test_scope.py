@@ -280,14 +280,14 @@ def test_A_is_cast_once_a_forward(x, monkeypatch):
     net = Net(dtype=torch.bfloat16)
     attach_scope(net)
     dtypes = []
-    layer_forward = ops.layer_forward
+    layer_forward = ops.layer_forward_unrecorded
 
     def spy(x, weight, bias, A, *rest):
         if A is not None:  # else a sibling, which takes the u of another
             dtypes.append((A.dtype, A.data_ptr()))
         return layer_forward(x, weight, bias, A, *rest)
 
-    monkeypatch.setattr(ops, "layer_forward", spy)
+    monkeypatch.setattr(ops, "layer_forward_unrecorded", spy)
     net(x.bfloat16())
     assert len(dtypes) == 6 and len(set(dtypes)) == 1 and dtypes[0][0] == torch.bfloat16
 
