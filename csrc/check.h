@@ -267,17 +267,25 @@ inline Sizes check_fold_grad(const Arg& Q, const Arg& B, const Arg& cores, doubl
   return s;
 }
 
-// The three factors of the unfolded form against the activations' dtype and widths (k < 0 or n < 0: not
-// given).
+// The factors against the activations' dtype.
+inline void check_A(const Check& c, const Arg& A, const Arg& like) {
+  c.dims(A, 2, "[K, r_in]"), c.factor(A, like.dtype), c.device(A, like), c.positive(A, 0, "K");
+}
+
+inline Sizes check_core(const Check& c, const Arg& like, const Arg& core, const Arg& B, double scaling) {
+  c.dims(core, 2, "[r_in, r_out]"), c.dims(B, 2, "[N, r_out]");
+  for (const Arg* a : {&core, &B}) c.factor(*a, like.dtype), c.device(*a, like);
+  c.positive(B, 0, "N"), c.positive(B, 1, "r_out"), c.positive(core, 0, "r_in");
+  c.size(core, 1, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
+  Sizes s;
+  s.n = B.size[0], s.r_in = core.size[0], s.r_out = B.size[1];
+  return s;
+}
+
 inline Sizes check_unfolded(const Check& c, const Arg& like, const Arg& A, const Arg& core, const Arg& B,
                             double scaling) {
-  c.dims(A, 2, "[K, r_in]"), c.dims(core, 2, "[r_in, r_out]"), c.dims(B, 2, "[N, r_out]");
-  for (const Arg* a : {&A, &core, &B}) c.factor(*a, like.dtype), c.device(*a, like);
-  c.positive(A, 0, "K"), c.positive(A, 1, "r_in"), c.positive(B, 0, "N"), c.positive(B, 1, "r_out");
-  c.size(core, 0, A.size[1], "r_in, as in A"), c.size(core, 1, B.size[1], "r_out, as in B");
-  c.finite("scaling", scaling);
-  Sizes s;
-  s.k = A.size[0], s.n = B.size[0], s.r_in = A.size[1], s.r_out = B.size[1];
+  Sizes s = check_core(c, like, core, B, scaling);
+  check_A(c, A, like), c.size(core, 0, A.size[1], "r_in, as in A"), s.k = A.size[0];
   return s;
 }
 

@@ -39,21 +39,6 @@ inline void check_weight(const Check& c, const Arg& weight, const Arg& like, int
   c.size(weight, 0, n, "N, as in B"), c.size(weight, 1, k, "K");
 }
 
-inline void check_A(const Check& c, const Arg& A, const Arg& like, int64_t r_in) {
-  c.dims(A, 2, "[K, r_in]"), c.factor(A, like.dtype), c.device(A, like), c.positive(A, 0, "K");
-  c.size(A, 1, r_in, "r_in, as in core");
-}
-
-inline Sizes check_core(const Check& c, const Arg& like, const Arg& core, const Arg& B, double scaling) {
-  c.dims(core, 2, "[r_in, r_out]"), c.dims(B, 2, "[N, r_out]");
-  for (const Arg* a : {&core, &B}) c.factor(*a, like.dtype), c.device(*a, like);
-  c.positive(B, 0, "N"), c.positive(B, 1, "r_out"), c.positive(core, 0, "r_in");
-  c.size(core, 1, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
-  Sizes s;
-  s.n = B.size[0], s.r_in = core.size[0], s.r_out = B.size[1];
-  return s;
-}
-
 // An output of a product that is added to: [rows, cols], in acc(T).
 inline void check_sum(const Check& c, const Arg* sum, const Arg& like, int64_t rows, int64_t cols,
                       const char* what, const char* rows_what, const char* cols_what) {
@@ -82,7 +67,10 @@ inline Sizes check_layer_forward(const Check& c, const Arg& x, const Arg& weight
   Sizes s = check_core(c, x, core, B, scaling);
   const Flat f = check_flat(c, x, "[.., K]");
   s.m = f.rows, s.k = x.size[x.dim - 1];
-  if (A) check_A(c, *A, x, s.r_in), c.size(x, x.dim - 1, A->size[0], "K, as in A");
+  if (A) {
+    check_A(c, *A, x), c.size(*A, 1, s.r_in, "r_in, as in core");
+    c.size(x, x.dim - 1, A->size[0], "K, as in A");
+  }
   check_weight(c, weight, x, s.n, s.k);
   if (bias) {
     c.dims(*bias, 1, "[N]"), c.dtype(*bias, x.dtype), c.device(*bias, x), c.size(*bias, 0, s.n, "N, as in B");
@@ -113,7 +101,7 @@ inline Sizes check_layer_backward(const Check& c, const Arg& g, const BackwardAr
   Sizes s = check_core(c, g, core, B, scaling);
   s.m = check_flat(c, g, "[.., N]").rows;
   c.size(g, g.dim - 1, s.n, "N, as in B");
-  if (b.A) check_A(c, *b.A, g, s.r_in), s.k = b.A->size[0];
+  if (b.A) check_A(c, *b.A, g), c.size(*b.A, 1, s.r_in, "r_in, as in core"), s.k = b.A->size[0];
   if (b.weight) {
     if (!b.A && b.weight->dim == 2) s.k = b.weight->size[1];
     check_weight(c, *b.weight, g, s.n, s.k);

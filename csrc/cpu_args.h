@@ -52,16 +52,21 @@ inline cpu::Mat written(const Arg& a) {
 }
 
 // A contiguous CPU tensor, not initialised. The C function underneath torch::stable::empty, without its pass
-// through the dispatcher.
+// through the dispatcher. Sizes: a std::array or std::vector of int64_t.
+template <typename Sizes>
+Tensor empty_of(const Sizes& size, ScalarType dtype) {
+  Sizes stride = size;
+  int64_t step = 1;
+  for (size_t i = size.size(); i-- > 0; step *= size[i]) stride[i] = step;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(),
+                                                         dtype_code(dtype), aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
 template <size_t dim>
 Tensor empty(const std::array<int64_t, dim>& size, ScalarType dtype) {
-  std::array<int64_t, dim> stride;
-  int64_t step = 1;
-  for (size_t i = dim; i-- > 0; step *= size[i]) stride[i] = step;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(dim), size.data(), stride.data(), dtype_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_of(size, dtype);
 }
 
 inline cpu::Drop drop(double p, const OptionalTensor& seed) {

@@ -71,15 +71,9 @@ void product_onto(const Tensor& out, const Tensor& start, const Tensor& a, const
 
 // A new tensor of like's leading dimensions and `cols` columns.
 Tensor like_rows(const Arg& like, int64_t cols) {
-  std::vector<int64_t> size(like.size, like.size + like.dim - 1), stride(like.dim);
+  std::vector<int64_t> size(like.size, like.size + like.dim - 1);
   size.push_back(cols);
-  int64_t step = 1;
-  for (int64_t i = like.dim; i-- > 0; step *= size[i]) stride[i] = step;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim, size.data(), stride.data(),
-                                                         dtype_code(like.dtype), aoti_torch_device_type_cpu(),
-                                                         0, &handle));
-  return Tensor(handle);
+  return empty_of(size, like.dtype);
 }
 
 cpu::Mat row_of(const Arg* bias) {

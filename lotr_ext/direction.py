@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import Gradients, accumulate_dtype
-from .products import add_expand, base_linear, private_write, rows, shaped, to
+from .products import add_expand, base_linear, cast_base, private_write, rows, shaped, to
 
 
 class Dropout(NamedTuple):
@@ -66,7 +66,7 @@ def forward(
     product accumulate onto the adapter's part.
     """
     if dtype is not None:
-        x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
+        x, weight, bias = cast_base(x, weight, bias, dtype)
     if one_operator(x):
         found = ops.layer_forward_unrecorded(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta", u, F, *dropout)
         return found[0], found[1] if u is None else u, found[2] if F is None else F

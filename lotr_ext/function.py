@@ -15,6 +15,7 @@ from .direction import as_rows, one_operator
 from .products import (
     adapter_differentiable,
     base_linear,
+    cast_base,
     here,
     private_write,
     recorded,
@@ -41,7 +42,7 @@ def one_pass(
     """y = x W^T + bias + s ((x A) G) B^T, u = x A and the folded factor, or None for few tokens: those take the unfolded form,
     but not in a graph on a GPU, where its backward is six launches and the folded one three."""
     if dtype is not None:
-        x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
+        x, weight, bias = cast_base(x, weight, bias, dtype)
     A, B, core = here(x.device, A, B, core)
     if tokens_of(x) >= planner.FEW_TOKENS or (in_graph and x.is_cuda):
         return direction.forward(x, weight, bias, A, B, core, scaling, None, strategy)

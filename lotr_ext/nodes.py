@@ -20,6 +20,7 @@ from torch.autograd import Function
 from . import direction, ops
 from .direction import KEEP, Dropout
 from .hub import SharedGradient
+from .ops import Gradients
 from .products import (
     accumulate_dtype,
     add_expand,
@@ -91,10 +92,7 @@ class LoTRLead(Function):
         ctx.scaling, ctx.strategy, ctx.p, ctx.slot, ctx.x_shape = scaling, strategy, dropout.p, slot, x.shape
         ctx.shared, ctx.shared_B, ctx.hub_B, ctx.input = shared_A, shared_B, B, shared_input
         ctx.hub, ctx.values = A, None if values is A else values  # hub: else a forward's next layers might find it gone
-        route = torch.empty_strided(x.shape, (0,) * x.dim(), dtype=y.dtype, device=x.device)
-        if not need_x:
-            ctx.mark_non_differentiable(route)
-        return y, u, route
+        return y, u, _route_of(ctx, x, y.dtype)
 
     @staticmethod
     def backward(ctx, g, k, dx):
@@ -121,27 +119,15 @@ class LoTRLead(Function):
                 dx = own_dx if dx is None else own_dx + dx
             dx, dA = _shrink_backward(ctx, k, dx, x, A, Dropout(ctx.p, seed), False)
             return dx, dA, dB, dcore, *(None,) * 9
-        B_here, core_here, hub = here(g.device, B, core, ctx.hub)
-        Q, sum_B = _bank_or_sum(ctx, B_here, need_B, need_core)
-        own = Q is None
-        if dx is not None:
-            dx = _own(dx, g.dtype, private)
-        if k is not None:
-            k = to(k, g.dtype)
-        found = direction.backward(
-            *(g, weight, x, u, hub if ctx.values is None else ctx.values.to(g.device), F, B_here, core_here),
-            *(ctx.scaling, ctx.strategy),
-            k=k,
-            dx=dx,
-            Q=Q,
-            dA=shared_sum(ctx.shared, hub) if need_A else None,
-            dB=sum_B,
-            need_B=need_B and own,
-            need_core=need_core and own,
-            dropout=Dropout(ctx.p, seed) if ctx.p else KEEP,
-        )
-        dcore = found.dcore
-        return found.dx, found.dA, found.dB, None if dcore is None else to(dcore, core.dtype), *(None,) * 9
+        hub, values = here(g.device, ctx.hub, ctx.hub if ctx.values is None else ctx.values)
+        theirs = {
+            "k": None if k is None else to(k, g.dtype),
+            "dx": None if dx is None else _own(dx, g.dtype, private),
+            "dA": shared_sum(ctx.shared, hub) if need_A else None,
+            "dropout": Dropout(ctx.p, seed) if ctx.p else KEEP,
+        }
+        dx, _, dA, dB, dcore = _backward(ctx, g, weight, x, u, values, F, B, core, **theirs)
+        return dx, dA, dB, dcore, *(None,) * 9
 
 
 class LoTRExpand(Function):
@@ -176,7 +162,8 @@ class LoTRExpand(Function):
         if recorded():
             dx = g @ to(weight, g.dtype) if need_x else None
             return dx, *_expand_recorded(ctx, g, u, B, core, need_u, need_B, need_core), *(None,) * 7
-        return *_expand_backward(ctx, g, weight, u, F, B, core), *(None,) * 7
+        dx, k, _, dB, dcore = _backward(ctx, g, weight, None, u, None, F, B, core)
+        return dx, k, dB, dcore, *(None,) * 7
 
 
 class LoTRShrink(Function):
@@ -193,11 +180,9 @@ class LoTRShrink(Function):
         ctx.save_for_backward(x if need_A else None, A if need_x else None, dropout.seed)
         ctx.p, ctx.x_shape, ctx.shared, ctx.input = dropout.p, x.shape, shared, shared_input
         ctx.hub, ctx.values = A, None if values is A else values
-        route = torch.empty_strided(x.shape, (0,) * x.dim(), dtype=dtype, device=x.device)
-        if not need_x:
-            ctx.mark_non_differentiable(route)
         with private_write():
-            return ops.shrink(rows(to(x, dtype)), *here(x.device, values), p=dropout.p, seed=dropout.seed), route
+            u = ops.shrink(rows(to(x, dtype)), *here(x.device, values), p=dropout.p, seed=dropout.seed)
+        return u, _route_of(ctx, x, dtype)
 
     @staticmethod
     def backward(ctx, k, dx):
@@ -231,7 +216,7 @@ class LoTRAdd(Function):
             with private_write():
                 F = ops.fold(B_here, core_here.unsqueeze(0), scaling, u.dtype).squeeze(0)
         ctx.save_for_backward(F if need_u else None, u if need_B or need_core else None, B, core)
-        ctx.scaling, ctx.slot, ctx.dtype = scaling, slot, u.dtype
+        ctx.scaling, ctx.strategy, ctx.slot, ctx.dtype = scaling, "two_pass", slot, u.dtype
         ctx.shared_B, ctx.hub_B, ctx.input = shared_B, B, shared_input
         if y.dtype == u.dtype:
             return add_expand(y, u, F, private=False)
@@ -247,20 +232,30 @@ class LoTRAdd(Function):
         _, need_u, need_B, need_core = ctx.needs_input_grad[:4]
         if recorded():
             return g, *_expand_recorded(ctx, to(g, ctx.dtype), u, B, core, need_u, need_B, need_core), *(None,) * 5
-        k, dB, dcore = _expand_backward(ctx, to(g, ctx.dtype), None, u, F, B, core)[1:]
+        _, k, _, dB, dcore = _backward(ctx, to(g, ctx.dtype), None, None, u, None, F, B, core)
         return g, k, dB, dcore, *(None,) * 5
 
 
-def _expand_backward(ctx, g, weight, u, F, B, core) -> tuple[Tensor | None, ...]:
-    """(dx = g W, k, dB, dG) of a layer that leaves A to another node."""
+def _route_of(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x's place in the graph: x's shape over one element of memory."""
+    route = torch.empty_strided(x.shape, (0,) * x.dim(), dtype=dtype, device=x.device)
+    if not ctx.needs_input_grad[0]:
+        ctx.mark_non_differentiable(route)
+    return route
+
+
+def _backward(ctx, g, weight, x, u, A, F, B, core, **theirs) -> Gradients:
+    """`direction.backward` of a node whose inputs are (x's place, u or A, B, core, ..). Q goes to the bank in a forward scope,
+    dB to the shared sum where there is one. x, A, theirs: of a node that makes the pass over x for its siblings too."""
     _, _, need_B, need_core = ctx.needs_input_grad[:4]
     B_here, core_here = here(g.device, B, core)
-    Q, sum_B = _bank_or_sum(ctx, B_here, need_B, need_core)
+    Q = ctx.slot.bank.accumulator(ctx.slot.index) if ctx.slot is not None and (need_B or need_core) else None
     own = Q is None
-    strategy = getattr(ctx, "strategy", "two_pass")
-    sums = {"Q": Q, "dB": sum_B, "need_B": need_B and own, "need_core": need_core and own}
-    dx, k, _, dB, dcore = direction.backward(g, weight, None, u, None, F, B_here, core_here, ctx.scaling, strategy, **sums)
-    return dx, k, dB, None if dcore is None else to(dcore, core.dtype)
+    sums = {"Q": Q, "dB": shared_sum(ctx.shared_B, B_here) if own and need_B else None}
+    needs = {"need_B": own and need_B, "need_core": own and need_core}
+    factors = (A, F, B_here, core_here, ctx.scaling, ctx.strategy)
+    found = direction.backward(g, weight, x, u, *factors, **sums, **needs, **theirs)
+    return found if found.dcore is None else found._replace(dcore=to(found.dcore, core.dtype))
 
 
 def _expand_recorded(
@@ -277,13 +272,6 @@ def _expand_recorded(
         dB = hand_over(ctx.shared_B, ctx.hub_B, Q @ to(core_here, wide)) if need_B else None
         dcore = to(Q.mT @ to(B_here, wide), core.dtype) if need_core else None
     return k, dB, dcore
-
-
-def _bank_or_sum(ctx, B: Tensor, need_B: bool, need_core: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Where Q goes in a forward scope, else where dB goes if it is shared."""
-    if ctx.slot is not None and (need_B or need_core):
-        return ctx.slot.bank.accumulator(ctx.slot.index), None
-    return None, shared_sum(ctx.shared_B, B) if need_B else None
 
 
 def _recall(ctx, shared_input: SharedInput | None) -> tuple[Tensor | None, Tensor | None]:

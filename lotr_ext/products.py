@@ -48,10 +48,15 @@ def fold_differentiable(B: Tensor, core: Tensor, scaling: float, dtype: torch.dt
     return to((to(B, wide) @ to(core, wide).mT) * scaling, dtype)
 
 
+def cast_base(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias in dtype, as autocast casts the operands of a linear layer."""
+    return to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
+
+
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """x W^T + bias, cast to dtype under autocast. Without (None) nothing is cast, so a mismatch fails as in nn.Linear."""
     if dtype is not None:
-        x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
+        x, weight, bias = cast_base(x, weight, bias, dtype)
     return nnf.linear(x, weight, bias)
 
 
