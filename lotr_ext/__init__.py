@@ -6,6 +6,7 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
+from . import registrations as registrations  # shapes, gradients and version counters of the operators
 from .adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
 from .apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from .checkpoint import load_adapter, save_adapter

@@ -1,7 +1,6 @@
-"""The operators of `csrc/ops.cpp` for Python: typed wrappers, fake kernels, autograd formulas, version counters.
+"""The operators of `csrc/ops.cpp` and `csrc/ops_layer.cpp` for Python, as typed functions.
 
-Schemas, argument checks and kernels are C++ (one schema for CPU and CUDA). What LibTorch's stable ABI has no call for is
-registered here: shapes for FakeTensor (torch.compile, torch.export), gradients, and the version bump of mutated arguments.
+Schemas, argument checks and kernels are C++ (one schema for CPU and CUDA); `registrations.py` adds what has to be Python.
 
 T is float32, bfloat16, float16 or float64, the dtype of x and of what comes back; sums are float32 (float64 for float64).
 Factors may be float32 beside a half-precision x: they are rounded to T first, as autocast would.
@@ -120,11 +119,11 @@ class Gradients(NamedTuple):
     dcore: Tensor | None = None
 
 
-def _refuse_gradients(name: str, *tensors: Tensor | None) -> None:
-    """Of operators that return what autograd has no formula for."""
-    if any(t is not None and t.requires_grad for t in tensors):
+def refuse_gradients(name: str, *arguments, why: str = "") -> None:
+    """Of operators that autograd has no formula for."""
+    if any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         raise RuntimeError(
-            f"lotr::{name}: expected tensors that need no gradient, got one that requires grad; call it under "
+            f"lotr::{name}: expected tensors that need no gradient{why}, got one that requires grad; call it under "
             "torch.no_grad() or inside an autograd Function"
         )
 
@@ -150,7 +149,7 @@ def layer_forward(
     Returns (y, u or None, F or None), None for what was given.
     """
     if torch.is_grad_enabled():
-        _refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
+        refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
     return layer_forward_unrecorded(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
 
 
@@ -199,7 +198,7 @@ def small_layer_forward(
 ) -> tuple[Tensor, Tensor]:
     """`layer_forward` unfolded, for few tokens: y = x W^T + bias + s (u core) B^T [..., n] and u = x A [m, r_in]. CPU."""
     if torch.is_grad_enabled():
-        _refuse_gradients("small_layer_forward", x, weight, bias, A, B, core)
+        refuse_gradients("small_layer_forward", x, weight, bias, A, B, core)
     return small_layer_forward_unrecorded(x, weight, bias, A, B, core, scaling, beta)
 
 
@@ -237,197 +236,3 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
     one = torch.ones(1, 1, dtype=dtype, device=seed.device)
     expand_add_(mask, one.expand(rows, 1), one.expand(cols, 1), p=p, seed=seed)
     return mask
-
-
-# ---- fake kernels ----------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("lotr::shrink")
-def _(x: Tensor, A: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    torch._check(x.dim() == 2 and A.dim() == 2, lambda: f"shrink: expected x and A of 2 dimensions, got {x.dim()}, {A.dim()}")
-    torch._check(x.shape[1] == A.shape[0], lambda: f"shrink: A: expected {x.shape[1]} rows, got {A.shape[0]}")
-    return x.new_empty(x.shape[0], A.shape[1])
-
-
-@torch.library.register_fake("lotr::shrink_grad")
-def _(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad: F: expected {g.shape[1]} rows, got {F.shape[0]}")
-    torch._check(g.shape[0] == u.shape[0], lambda: f"shrink_grad: u: expected {g.shape[0]} rows, got {u.shape[0]}")
-    k = g.new_empty(g.shape[0], F.shape[1])
-    return k, g.new_empty(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype))
-
-
-@torch.library.register_fake("lotr::shrink_grad_")
-def _(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
-    torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad_: F: expected {g.shape[1]} rows, got {F.shape[0]}")
-    return g.new_empty(g.shape[0], F.shape[1])
-
-
-@torch.library.register_fake("lotr::fold")
-def _(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    torch._check(B.shape[1] == cores.shape[2], lambda: f"fold: cores: expected r_out {B.shape[1]}, got {cores.shape[2]}")
-    return B.new_empty(cores.shape[0], B.shape[0], cores.shape[1], dtype=dtype)
-
-
-@torch.library.register_fake("lotr::fold_grad")
-def _(Q: Tensor, B: Tensor, cores: Tensor, scaling: float, dB: Tensor | None) -> Tensor:
-    return Q.new_empty(cores.shape)
-
-
-@torch.library.register_fake("lotr::expand_add_")
-def _(y: Tensor, u: Tensor, F: Tensor, p: float = 0.0, seed: Tensor | None = None) -> None:
-    torch._check(y.shape[0] == u.shape[0], lambda: f"expand_add_: u: expected {y.shape[0]} rows, got {u.shape[0]}")
-
-
-@torch.library.register_fake("lotr::factor_grad_")
-def _(acc: Tensor, x: Tensor, k: Tensor, p: float = 0.0, seed: Tensor | None = None) -> None:
-    torch._check(x.shape[0] == k.shape[0], lambda: f"factor_grad_: k: expected {x.shape[0]} rows, got {k.shape[0]}")
-
-
-@torch.library.register_fake("lotr::small_forward_")
-def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return x.new_empty(x.shape[0], A.shape[1])
-
-
-@torch.library.register_fake("lotr::small_backward_")
-def _(dx, g, x, u, A, core, B, scaling, dA, dB, need_core) -> Tensor:
-    return g.new_empty(core.shape if need_core else (0,), dtype=accumulate_dtype(g.dtype))
-
-
-@torch.library.register_fake("lotr::layer_forward")
-def _(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=None):
-    torch._check(
-        x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected width {weight.shape[1]}, got {x.shape[-1]}"
-    )
-    new_u = x.new_empty(x.numel() // x.shape[-1], core.shape[0]) if u is None else None
-    return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, x.new_empty(B.shape[0], core.shape[0]) if F is None else None
-
-
-def _gradient_dtype(A: Tensor | None, B: Tensor, core: Tensor) -> torch.dtype:
-    one = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
-    return B.dtype if one else accumulate_dtype(B.dtype)
-
-
-@torch.library.register_fake("lotr::layer_backward_")
-def _(g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
-    narrow, m, fold = _gradient_dtype(A, B, core), g.numel() // g.shape[-1], u is not None and Q is None
-    return (
-        g.new_empty((*g.shape[:-1], weight.shape[1]) if weight is not None and dx is None else (0,)),
-        g.new_empty((m, F.shape[1]) if F is not None else (0,)),
-        g.new_empty((x.shape[-1], core.shape[0]) if x is not None and dA is None else (0,), dtype=narrow),
-        g.new_empty(B.shape if fold and need_B and dB is None else (0,), dtype=narrow),
-        g.new_empty(core.shape if fold and need_core else (0,), dtype=narrow),
-    )
-
-
-@torch.library.register_fake("lotr::small_layer_forward")
-def _(x, weight, bias, A, B, core, scaling, beta):
-    return x.new_empty(*x.shape[:-1], B.shape[0]), x.new_empty(x.numel() // x.shape[-1], A.shape[1])
-
-
-@torch.library.register_fake("lotr::small_layer_backward_")
-def _(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core):
-    narrow = _gradient_dtype(A, B, core)
-    return (
-        g.new_empty((0,) if weight is None else (*g.shape[:-1], weight.shape[1])),
-        g.new_empty(A.shape if x is not None and dA is None else (0,), dtype=narrow),
-        g.new_empty(B.shape if need_B and dB is None else (0,), dtype=narrow),
-        g.new_empty(core.shape if need_core else (0,), dtype=narrow),
-    )
-
-
-# ---- autograd of the operators that only return ------------------------------------------------------------------------
-
-
-def _shrink_backward(ctx, k: Tensor):
-    x, A, seed = ctx.saved_tensors
-    mask = dropout_mask(x.shape[0], x.shape[1], ctx.p, seed, x.dtype) if ctx.p > 0.0 else None
-    dx = dA = None
-    if ctx.needs_input_grad[0]:
-        dx = k @ A.to(k.dtype).mT
-        dx = dx if mask is None else dx * mask
-    if ctx.needs_input_grad[1]:
-        dA = ((x if mask is None else x * mask).mT @ k).to(A.dtype)
-    return dx, dA, None, None
-
-
-def _shrink_grad_backward(ctx, dk: Tensor, dQ: Tensor):
-    g, F, u = ctx.saved_tensors
-    dQ = dQ.to(g.dtype)
-    dg = dF = du = None
-    if ctx.needs_input_grad[0]:
-        dg = dk @ F.to(g.dtype).mT + u @ dQ.mT
-    if ctx.needs_input_grad[1]:
-        dF = (g.mT @ dk).to(F.dtype)
-    if ctx.needs_input_grad[2]:
-        du = g @ dQ
-    return dg, dF, du
-
-
-def _fold_backward(ctx, dF: Tensor):
-    B, cores = ctx.saved_tensors
-    wide, scaling = accumulate_dtype(B.dtype), ctx.scaling
-    dF = dF.to(wide)
-    dB = dcores = None
-    if ctx.needs_input_grad[0]:
-        dB = (scaling * (dF @ cores.to(wide)).sum(0)).to(B.dtype)
-    if ctx.needs_input_grad[1]:
-        dcores = (scaling * (dF.mT @ B.to(wide))).to(cores.dtype)
-    return dB, dcores, None, None
-
-
-def _setup_shrink(ctx, inputs, output) -> None:
-    x, A, ctx.p, seed = inputs
-    ctx.save_for_backward(x, A, seed)
-
-
-def _setup_shrink_grad(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _setup_fold(ctx, inputs, output) -> None:
-    B, cores, ctx.scaling, _ = inputs
-    ctx.save_for_backward(B, cores)
-
-
-torch.library.register_autograd("lotr::shrink", _shrink_backward, setup_context=_setup_shrink)
-torch.library.register_autograd("lotr::shrink_grad", _shrink_grad_backward, setup_context=_setup_shrink_grad)
-torch.library.register_autograd("lotr::fold", _fold_backward, setup_context=_setup_fold)
-
-
-# ---- version counters of the operators that write ------------------------------------------------------------------------
-
-_registrations = torch.library.Library("lotr", "IMPL")
-
-
-def _bump_versions(name: str) -> None:
-    """Registers the layer that autograd expects of an in-place operator.
-
-    The stable ABI does not bump the version of an argument that a kernel writes; without this, a tensor saved for backward
-    and then written through one of these operators would give a wrong gradient in silence.
-    """
-    op = getattr(_lotr, name).default
-    written = [(i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-
-    def in_place(keyset, *args, **kwargs):
-        values = [(label, args[i]) for i, label in written if i < len(args) and args[i] is not None]
-        if torch.is_grad_enabled():
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            if any(t.requires_grad for t in tensors):
-                labels = ", ".join(label for label, _ in values)
-                raise RuntimeError(
-                    f"lotr::{name}: expected tensors that need no gradient (it writes {labels} in place), got one that "
-                    "requires grad; call it under torch.no_grad() or inside an autograd Function"
-                )
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-        for _, value in values:
-            torch.autograd.graph.increment_version(value)
-        return result
-
-    _registrations.impl(name, in_place, "ADInplaceOrView", with_keyset=True)
-
-
-_PARTS = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
-for _name in (*_PARTS, "layer_backward_", "small_layer_backward_"):
-    _bump_versions(_name)

@@ -3,8 +3,8 @@
 Within it, A is cast to the compute dtype once, F_l = s B G_l^T of all layers of a group is one product, and in backward dB and
 all dG_l are one product of the bank of Q_l [l, n, r_in]:
 
-    B, G_1 .. G_L --> [LoTRFold: one token, one a forward] --> layer nodes 1 .. L (LoTRLead, LoTRExpand, LoTRAdd), which read F_l
-    backward: layer l adds Q_l = g^T u to the bank and returns None for B, G_l and the token;
+    B, G_1 .. G_L --> [LoTRFold: one token, one a forward] --> nodes of layers 1 .. L (`nodes.py`), which read F_l
+    backward: that of layer l adds Q_l = g^T u to the bank and returns None for B, G_l and the token;
     autograd runs LoTRFold's backward once all its users have run: dB = s sum_l Q_l G_l, dG_l = s Q_l^T B.
 
 The scope is opened by a hook before the model's forward and closed by one that always runs after it. No folded value outlives
