@@ -5,17 +5,17 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-// Multiplications below which waking other threads costs more than it saves.
-constexpr int64_t kSerial = 1 << 18;
+// Multiplications that are worth a thread: fewer cost less than waking one.
+constexpr int64_t kThreadWork = 3 << 15;
 
 template <typename F>
 inline void run_tasks(int64_t tasks, int64_t work, F&& body) {
-  if (work < kSerial || tasks <= 1) {
+  if (work < 2 * kThreadWork || tasks <= 1) {
     if (tasks > 0) body(int64_t(0), tasks);
     return;
   }
   parallel_for(
-      tasks,
+      tasks, larger(1, tasks * kThreadWork / work),
       [](int64_t begin, int64_t end, void* context) {
         (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
       },

@@ -55,12 +55,13 @@ int64_t threads() {
   return int64_t(torch::stable::get_num_threads());
 }
 
-void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
+void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   if (tasks <= 1) {
     if (tasks == 1) body(0, 1, context);
     return;
   }
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+  torch::stable::parallel_for(0, tasks, grain,
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 }  // namespace lotr::cpu

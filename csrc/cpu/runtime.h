@@ -6,9 +6,9 @@
 
 namespace lotr::cpu {
 
-// Runs body(begin, end, context) over [0, tasks) on torch's own threads; in line when it is one thread or one
-// task.
-void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context);
+// Runs body(begin, end, context) over [0, tasks) on torch's own threads, at least `grain` tasks on each; in
+// line when it is one thread or one task.
+void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
 // Threads of that pool.
 int64_t threads();
