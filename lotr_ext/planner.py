@@ -5,10 +5,10 @@
     beta        expand first, then the base product accumulates onto it with beta = 1, hiding the second pass over y
 
 Heuristic: our kernels run wherever they exist (CPU: all four dtypes; CUDA: float16, bfloat16 and float32 from sm_80 on, rank
-at most 256). On a CPU beta for float32 and float64, whose base product starts from a copy of the bias anyway; two_pass for half
-types, which are rounded where they are accumulated onto, and whose base product takes longer with a bias than without, so that our
-expand adds it. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start (derived from
-bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100).
+at most 256). On a CPU beta for float32 and float64, whose base product starts from a copy of the bias anyway; two_pass for
+half types, which are rounded where they are accumulated onto, and whose base product takes longer with a bias than without, so
+that our expand adds it. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start
+(derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100).
 LOTR_STRATEGY in the environment, or the argument `strategy` of `lotr_linear`, forces one.
 """
 
