@@ -81,7 +81,7 @@ def measure(case: op.KernelCase, session: Session) -> list[dict]:
     if not errors["ours"] <= limit:
         raise ValueError(f"relative error expected <= {limit:.1e}, got {errors['ours']:.1e}")
     calls = [Timed([lambda _, call=call: call()]) for call in (operator.library, operator.ours)]
-    times = interleave(calls, session.clock, session.options.rounds, 0.01)
+    times = interleave(calls, session.clock, session.options.rounds, 0.01, settle=True)
     ceilings = session.ceilings(case.dtype, case.threads)
     results = []
     for rival, label, side, (own,) in zip((FLOOR, OURS), ("library products", "our kernel"), ("library", "ours"), times):

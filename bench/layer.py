@@ -75,7 +75,7 @@ def cost_seconds(case: Case, options: argparse.Namespace, ceilings: dict[str, fl
     step = max(work(case, "step", True).least_seconds(ceilings), 50e-6)
     names = rivals_of(case, options)
     once = 1.3 * step + (AROUND_S if options.clock == "events" else 0.0)
-    rounds = (options.rounds + 4) * len(names) * max(options.slice, once)
+    rounds = (options.rounds + 4) * len(names) * (once + max(options.slice, once))
     return rounds + (4 * len(names) + 8) * step + (COMPILE_S if "lora-compiled" in names else 0.0)
 
 
@@ -158,7 +158,7 @@ def measure(case: Case, names: list[str], session: Session) -> list[dict]:
     for (result, _), call in zip(group, calls):
         call.prepare()
         result["peak_bytes"] = peak_bytes(lambda call=call: call.stages[1](call.stages[0](None)), device)
-    times = interleave(calls, session.clock, options.rounds, options.slice)
+    times = interleave(calls, session.clock, options.rounds, options.slice, settle=True)
     floor = next(own for (result, _), own in zip(group, times) if result["rival"] == rv.FLOOR)
     ceilings = session.ceilings(case.dtype, case.threads)
     for (result, rival), own in zip(group, times):

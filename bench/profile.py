@@ -76,7 +76,7 @@ def measure(case: Case, session: Session) -> list[dict]:
     found = parts(case, tensors, x, g, "unfolded" in how.why)
     calls = [timed(layer, x.clone().requires_grad_(), g) for layer in layers]
     calls += [Timed([lambda _, call=call: call()]) for _, _, call in found]
-    times = interleave(calls, session.clock, session.options.rounds, session.options.slice)
+    times = interleave(calls, session.clock, session.options.rounds, session.options.slice, settle=True)
     totals = [[sum(t) for t in zip(*stages)] for stages in times]
     floor, ours, *alone = totals
     ceilings = session.ceilings(case.dtype, case.threads)

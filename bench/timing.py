@@ -1,4 +1,4 @@
-"""Interleaved timing: every rival once a round, the order turned each round, so that drift hits all alike."""
+"""Interleaved timing: every rival once a round, in an order drawn for each, so that drift and neighbours hit all alike."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -101,8 +102,14 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def interleave(calls: Sequence[Timed], clock: Clock, rounds: int, slice_s: float) -> list[list[list[float]]]:
-    """times[call][stage][round] in seconds. slice_s: about how long one measurement of a call takes, with all around it."""
+def interleave(
+    calls: Sequence[Timed], clock: Clock, rounds: int, slice_s: float, settle: bool = False
+) -> list[list[list[float]]]:
+    """times[call][stage][round] in seconds. slice_s: about how long one measurement of a call takes, with all around it.
+
+    settle: each measurement is of a call that has just run, as a layer in training has, not of one that finds the allocator and
+    the caches as another rival left them. The order is the same in every run, and no rival always follows the same one.
+    """
     repeats = []
     for call in calls:
         clock.seconds(call, 1)
@@ -112,8 +119,9 @@ def interleave(calls: Sequence[Timed], clock: Clock, rounds: int, slice_s: float
     times: list[list[list[float]]] = [[[] for _ in call.stages] for call in calls]
     with no_collection():
         for turn in range(rounds):
-            for step in range(len(calls)):
-                i = (step + turn) % len(calls)
+            for i in random.Random(turn).sample(range(len(calls)), len(calls)):
+                if settle:
+                    clock.seconds(calls[i], 1)
                 for stage, seconds in zip(times[i], clock.seconds(calls[i], repeats[i])):
                     stage.append(seconds)
     return times

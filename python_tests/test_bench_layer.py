@@ -179,14 +179,21 @@ def test_kernels_that_need_a_gpu_are_left_out_with_a_reason():
     assert layer.rivals_of(CASE, options) == rivals.DEFAULT
 
 
-def test_interleaving_turns_the_order_and_counts_rounds():
+@pytest.mark.parametrize("settle", [False, True])
+def test_interleaving_draws_the_order_and_counts_rounds(settle):
     seen = []
     calls = [timing.Timed([lambda _, i=i: seen.append(i)]) for i in range(3)]
     clock = timing.Clock(CPU, "wall")
-    times = timing.interleave(calls, clock, rounds=4, slice_s=0.0)
-    assert [[len(stage) for stage in stages] for stages in times] == [[4], [4], [4]]
-    rounds = [seen[6 + 3 * i : 9 + 3 * i] for i in range(4)]  # after one call to warm up and one to size each
-    assert rounds == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
+    times = timing.interleave(calls, clock, rounds=8, slice_s=0.0, settle=settle)
+    assert [[len(stage) for stage in stages] for stages in times] == [[8], [8], [8]]
+    seen = seen[6:]  # after one call to warm up and one to size each
+    if settle:
+        assert seen[::2] == seen[1::2]
+        seen = seen[::2]
+    rounds = [tuple(seen[3 * i : 3 * i + 3]) for i in range(8)]
+    assert all(set(order) == {0, 1, 2} for order in rounds) and len(set(rounds)) > 3
+    followers = {order[order.index(0) + 1] for order in rounds if order[-1] != 0}
+    assert followers == {1, 2}
 
 
 def test_stages_hand_over_and_are_timed_apart(monkeypatch):
