@@ -54,7 +54,9 @@ Tensor view(AtenTensorHandle of, int64_t rows, int64_t cols, int64_t row_stride,
       aoti_torch__reinterpret_tensor(of, 2, size, stride, 0, &handle));  // from of's own offset
   return Tensor(handle);
 }
-Tensor view(const Matrix& a) {
+// t, which `a` is of, as the library's products take it.
+Tensor view(const Tensor& t, const Matrix& a) {
+  if (a.arg.dim == 2) return t;
   return view(a.arg.handle, a.flat.rows, a.flat.cols, a.flat.row_stride, a.flat.col_stride);
 }
 Tensor transposed_view(const Arg& weight) {
@@ -83,12 +85,12 @@ cpu::Mat row_of(const Arg* bias) {
 
 // y = x W^T + bias + what expand(start) adds.
 template <typename Expand>
-Tensor with_base(const Check& c, const Arg& ax, const Arg& aweight, const std::optional<Arg>& bias, int64_t n,
-                 bool beta, Expand&& expand) {
+Tensor with_base(const Check& c, const Tensor& x, const Arg& ax, const Arg& aweight,
+                 const std::optional<Arg>& bias, int64_t n, bool beta, Expand&& expand) {
   Tensor y = like_rows(ax, n);
   const Arg ay("y", y);
-  const Matrix out(c, ay), x(c, ax);
-  const Tensor y2 = view(out), x2 = view(x), w = transposed_view(aweight);
+  const Matrix out(c, ay);
+  const Tensor y2 = view(y, out), x2 = view(x, Matrix(c, ax)), w = transposed_view(aweight);
   if (beta) {
     expand(out.written_mat(), cpu::Start{true, row_of(pointer(bias))});
     product_onto(y2, y2, x2, w);
@@ -136,9 +138,9 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
     F_mat = written(Arg("F", *new_F));
     cpu::fold(F_mat, 0, read(aB), read(acore), 0, 1, scaling);
   }
-  Tensor y = with_base(c, ax, aweight, abias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
-    cpu::expand_add(out, u_mat, F_mat, {}, start);
-  });
+  Tensor y = with_base(
+      c, x, ax, aweight, abias, s.n, beta,
+      [&](const cpu::Mat& out, const cpu::Start& start) { cpu::expand_add(out, u_mat, F_mat, {}, start); });
   return {y, new_u, new_F};
 }
 
@@ -212,14 +214,15 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   }
   if (aweight) {
     if (!adx) new_dx = like_rows(ag, s.k);
-    const Arg out("dx", adx ? *dx : *new_dx);
+    const Tensor& dx_tensor = adx ? *dx : *new_dx;
+    const Arg out("dx", dx_tensor);
     const Matrix dx_matrix(c, out);
     const bool expands = aA && aF, expand_first = expands && beta;
     const auto expand = [&](bool fresh) {
       cpu::expand_add(dx_matrix.written_mat(), k_mat, read(*aA), drop(p, seed), {fresh, {}});
     };
     if (expand_first) expand(!adx);
-    base_backward(view(dx_matrix), !adx && !expand_first, view(g_matrix), *weight);
+    base_backward(view(dx_tensor, dx_matrix), !adx && !expand_first, view(g, g_matrix), *weight);
     if (expands && !beta) expand(false);
   }
   return {or_nothing(new_dx, ag.dtype), or_nothing(new_k, ag.dtype), or_nothing(new_dA, narrow),
@@ -236,9 +239,10 @@ std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& we
                                       nullptr, 0.0, std::nullopt);
   Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
   const cpu::Mat u_mat = written(Arg("u", u)), x_mat = Matrix(c, ax).mat();
-  Tensor y = with_base(c, ax, aweight, abias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
-    cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
-  });
+  Tensor y =
+      with_base(c, x, ax, aweight, abias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
+        cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
+      });
   return {y, u};
 }
 
@@ -272,7 +276,7 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
     new_dx = like_rows(ag, s.k);
     const Arg out("dx", *new_dx);
     const Matrix dx_matrix(c, out);
-    const Tensor dx2 = view(dx_matrix), g2 = view(g_matrix);
+    const Tensor dx2 = view(*new_dx, dx_matrix), g2 = view(g, g_matrix);
     if (!beta) product(dx2, g2, *weight);
     b.dx = dx_matrix.written_mat(), b.fresh_dx = beta;
     cpu::small_backward(b);

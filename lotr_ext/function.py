@@ -105,7 +105,6 @@ class LoTRFunction(Function):
             dx, dA, dB, dcore = found.dx, found.dA, found.dB, found.dcore
         dweight = rows(g).mT @ rows(to(x, g.dtype)) if need_weight else None
         dbias = rows(g).sum(0) if need_bias else None
-        dcore = to(dcore, core.dtype) if need_core else None
         return dx, dweight, dbias, dA, dB, dcore, None, None, None, None, None
 
     @staticmethod
@@ -153,7 +152,7 @@ def _few_backward(
         sums = (new_A if dA is None else dA, new_B if dB is None else dB)
         dcore = ops.small_backward_(flat_dx, flat, None if x is None else rows(x), u, A, core, B, scaling, *sums, need_core)
         dx = None if flat_dx is None else shaped(flat_dx, g.shape[:-1] + flat_dx.shape[-1:])
-        return dx, new_A, new_B, dcore
+        return dx, new_A, new_B, dcore if need_core else None
 
 
 # Function.apply without its look for functorch's wrappers, which `layer_call.decide` has had

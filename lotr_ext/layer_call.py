@@ -137,7 +137,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
     compute = dtype or x.dtype
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     nodes, chosen, _ = decide(x, A, adapter, compute, trained)
-    core, scaling, p, group, user, *_ = adapter
+    core, scaling, p, group, user = adapter[:5]
     if nodes == 0 or (nodes == 1 and p):
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
@@ -176,7 +176,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
 
 def _lead(x, A, B, adapter: Adapter, base: Base, slot: Slot | None, found: SharedInput, share: bool) -> Tensor:
     """The first layer on x, which leaves u and route to its siblings."""
-    core, scaling, p, group, user, *_ = adapter
+    core, scaling, p, group, user = adapter[:5]
     hub_A, shared_A = (A, None) if group is None else group.A.view(A, user)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     values = adapter.cast(A, x.dtype if base.dtype is None else base.dtype)
@@ -211,7 +211,7 @@ def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tens
 
 def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     compute = dtype or x.dtype
-    core, scaling, p, *_ = adapter
+    core, scaling, p = adapter[:3]
     if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
         dropped = nnf.dropout(x, p) if p else x
         return y + to(adapter_differentiable(dropped, *here(x.device, A, B, core), scaling, compute), y.dtype)

@@ -254,8 +254,7 @@ def _backward(ctx, g, weight, x, u, A, F, B, core, **theirs) -> Gradients:
     sums = {"Q": Q, "dB": shared_sum(ctx.shared_B, B_here) if own and need_B else None}
     needs = {"need_B": own and need_B, "need_core": own and need_core}
     factors = (A, F, B_here, core_here, ctx.scaling, ctx.strategy)
-    found = direction.backward(g, weight, x, u, *factors, **sums, **needs, **theirs)
-    return found if found.dcore is None else found._replace(dcore=to(found.dcore, core.dtype))
+    return direction.backward(g, weight, x, u, *factors, **sums, **needs, **theirs)
 
 
 def _expand_recorded(
