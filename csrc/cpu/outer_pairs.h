@@ -2,8 +2,7 @@
 // two rows of x become pairs in registers. The general form (products.h) broadcasts x, and has to copy each
 // tile into pairs first, which takes a quarter of its time.
 //
-//   S[j][c] (+)= sum over i of k[i, j] x[i, c]          S = P^T, transposed back where the chunks are added
-//   up
+//   S[j][c] (+)= sum over i of k[i, j] x[i, c]          S = P^T, transposed back when chunks are added up
 #pragma once
 
 #include "cpu/block.h"
