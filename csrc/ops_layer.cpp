@@ -63,12 +63,12 @@ Tensor transposed_view(const Arg& weight) {
   return view(weight.handle, weight.size[1], weight.size[0], weight.stride[1], weight.stride[0]);
 }
 
-// out = a b, out = bias + a b, or out += a b, by the library that torch's own linear layers use.
+// out = a b, or out += a b, by the library that torch's own linear layers use.
 void product(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
-void product_onto(const Tensor& out, const Tensor& start, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.get(), 1.0, 1.0));
+void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 // A new tensor of like's leading dimensions and `cols` columns.
@@ -91,13 +91,9 @@ Tensor with_base(const Check& c, const Tensor& x, const Arg& ax, const Arg& awei
   const Arg ay("y", y);
   const Matrix out(c, ay);
   const Tensor y2 = view(y, out), x2 = view(x, Matrix(c, ax)), w = transposed_view(aweight);
-  if (beta) {
-    expand(out.written_mat(), cpu::Start{true, row_of(pointer(bias))});
-    product_onto(y2, y2, x2, w);
-  } else {
-    product(y2, x2, w);
-    expand(out.written_mat(), cpu::Start{false, row_of(pointer(bias))});
-  }
+  if (!beta) product(y2, x2, w);
+  expand(out.written_mat(), cpu::Start{beta, row_of(pointer(bias))});
+  if (beta) product_onto(y2, x2, w);
   return y;
 }
 
@@ -106,7 +102,7 @@ void base_backward(const Tensor& dx, bool fresh, const Tensor& g, const Tensor& 
   if (fresh) {
     product(dx, g, weight);
   } else {
-    product_onto(dx, dx, g, weight);
+    product_onto(dx, g, weight);
   }
 }
 
@@ -280,7 +276,7 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
     if (!beta) product(dx2, g2, *weight);
     b.dx = dx_matrix.written_mat(), b.fresh_dx = beta;
     cpu::small_backward(b);
-    if (beta) product_onto(dx2, dx2, g2, *weight);
+    if (beta) product_onto(dx2, g2, *weight);
   } else {
     cpu::small_backward(b);
   }
@@ -294,25 +290,20 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
 STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
   m.def(
       "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
-      "bool beta, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) -> (Tensor y, Tensor? u, "
-      "Tensor? F)");
+      "bool beta, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
+      "-> (Tensor y, Tensor? u, Tensor? F)");
   m.def(
       "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
-      "Tensor core, "
-      "float scaling, bool beta, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? dB, "
-      "bool need_B, bool "
-      "need_core, float p=0.0, Tensor? seed=None) -> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor "
-      "dcore)");
+      "Tensor core, float scaling, bool beta, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
+      "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
+      "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)");
   m.def(
-      "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float "
-      "scaling, bool "
-      "beta) -> (Tensor y, Tensor u)");
+      "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, "
+      "float scaling, bool beta) -> (Tensor y, Tensor u)");
   m.def(
-      "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, Tensor "
-      "core, float "
-      "scaling, bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) -> (Tensor dx, "
-      "Tensor dA, Tensor dB, "
-      "Tensor dcore)");
+      "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, "
+      "Tensor core, float scaling, bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) "
+      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dcore)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)

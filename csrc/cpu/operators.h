@@ -130,23 +130,29 @@ struct Operators {
   // transposed.
   static void add_partials(const Mat& out, Acc* partials, int64_t count, int64_t whole, double scale,
                            bool add) {
-    constexpr int kLanes = K::kLanes;
+    constexpr int kLanes = K::kLanes, kRowsAtOnce = kPairColumns<K>;  // which divides `whole`
     const int64_t size = OuterSums<K>::size(out.rows, whole, out.cols);
     const OuterSums<K> first(partials, whole, out.cols);
-    run_rows<kPairColumns<K>>(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
-      int64_t i = i0;
-      for (; i < smaller(i1, whole); i += kLanes) {  // a multiple of the lanes, as a task's rows are
+    run_rows<kRowsAtOnce>(out.rows, count * out.rows * out.cols * 4, [&](int64_t i0, int64_t i1) {
+      Scratch memory(size_t(kRowsAtOnce * first.ld) * sizeof(Acc));
+      Acc* tile = memory.get<Acc>();
+      for (int64_t i = i0; i < i1; i += kRowsAtOnce) {
+        const int64_t rows = smaller(kRowsAtOnce, i1 - i);
         for (int64_t j = 0; j < out.cols; j += kLanes) {
-          const int64_t r = smaller(kLanes, out.cols - j);
-          decltype(load(partials)) square[kLanes] = {};
-          for (int64_t v = 0; v < r; ++v) square[v] = sum_of(first.S + (j + v) * whole + i, count, size);
-          transpose<kLanes>(square);
-          for (int64_t v = 0; v < kLanes; ++v) add_sum(out, i + v, j, square[v], Acc(scale), add);
+          if (i >= whole) {
+            for (int64_t v = 0; v < rows; ++v)
+              store(tile + v * first.ld + j, sum_of(first.P + (i - whole + v) * first.ld + j, count, size));
+            continue;
+          }
+          for (int64_t part = 0; part < kRowsAtOnce; part += kLanes) {
+            decltype(load(partials)) square[kLanes] = {};
+            for (int64_t v = 0; v < smaller(kLanes, out.cols - j); ++v)
+              square[v] = sum_of(first.S + (j + v) * whole + i + part, count, size);
+            transpose<kLanes>(square);
+            for (int64_t v = 0; v < kLanes; ++v) store(tile + (part + v) * first.ld + j, square[v]);
+          }
         }
-      }
-      for (; i < i1; ++i) {
-        for (int64_t j = 0; j < out.cols; j += kLanes)
-          add_sum(out, i, j, sum_of(first.P + (i - whole) * first.ld + j, count, size), Acc(scale), add);
+        write_rows<K>(out, i, rows, tile, first.ld, scale, add);
       }
     });
   }
@@ -154,23 +160,6 @@ struct Operators {
     auto sum = decltype(load(partials)){};
     for (int64_t p = 0; p < count; ++p) sum += load(partials + p * step);
     return sum;
-  }
-  // out[i][j ..] (+)= scale * sum, as far as the row goes, rounded once.
-  static LOTR_INLINE void add_sum(const Mat& out, int64_t i, int64_t j, typename K::Vec sum, Acc scale,
-                                  bool add) {
-    sum *= scale;
-    by_dtype(out.dtype, [&](auto* tag) {
-      using S = typename Pointee<decltype(tag)>::type;
-      S* at = static_cast<S*>(out.data) + i * out.rs + j * out.cs;
-      if constexpr (same<Acc, double> == same<S, double>) {
-        if (out.cs == 1 && j + K::kLanes <= out.cols) {
-          store(at, add ? load(at) + sum : sum);
-          return;
-        }
-      }
-      for (int64_t v = 0; v < smaller(K::kLanes, out.cols - j); ++v, at += out.cs)
-        *at = Narrow<S>::from(sum[v] + (add ? to_float(*at) : 0));
-    });
   }
 
   // out (+)= scale * drop(x)^T k.

@@ -181,10 +181,7 @@ struct Small {
           const Acc v = u[i * r_in + a];
           for (int64_t b = 0; b < r_out; ++b) out[a * r_out + b] += v * h[i * r_out + b];
         }
-      by_dtype(s.dcore.dtype, [&](auto* tag) {
-        using S = typename Pointee<decltype(tag)>::type;
-        for (int64_t i = 0; i < r_in * r_out; ++i) static_cast<S*>(s.dcore.data)[i] = Narrow<S>::from(out[i]);
-      });
+      write_rows<K>(s.dcore, 0, r_in, out, r_out, 1.0, false);
     }
   }
 };
