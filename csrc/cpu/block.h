@@ -164,8 +164,9 @@ LOTR_INLINE auto start_of(const T* y, const A* bias) {
 
 // y[MR][RV vectors] = u f plus start_of, all of it there and side by side. Rows of y are `ldy` apart.
 template <typename K, typename T, int MR, int RV, bool kOnto, bool kBias>
-inline void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step, const typename K::Unit* f,
-                               int64_t n, const T* ahead, const typename K::Acc* bias) {
+LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
+                                    const typename K::Unit* f, int64_t n, const T* ahead,
+                                    const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   // Sums may start at a half-precision y, whose own rounding is far above theirs; a wide y is added at the
   // end.

@@ -48,9 +48,9 @@ struct Operators {
 
   // Rows of x times a packed factor, written to out as (add to) scale * sum.
   static void shrink(const Mat& out, const Mat& x, const Mat& A, const Drop& drop) {
-    const PackedFactor<K, T> b(A);
     const int64_t vectors = vectors_of<K>(A.cols), ldc = vectors * K::kLanes;
     run_rows(x.rows, x.rows * x.cols * A.cols, [&](int64_t i0, int64_t i1) {
+      const PackedFactor<K, T> b(A);  // each thread its own: lines come slowly from another core
       const size_t sums = size_t(kTileRows * ldc) * sizeof(Acc);
       Scratch memory(sums + tile_space<K>(A.cols));
       for (int64_t i = i0; i < i1; i += kTileRows) {
@@ -87,21 +87,27 @@ struct Operators {
       });
       return;
     }
-    Scratch packed(size_t(panels * line_units) * sizeof(Unit));
-    run_tasks(panels, panels * line_units, [&](int64_t begin, int64_t end) {
+    const auto pack = [&](Unit* to, int64_t begin, int64_t end) {
       Scratch buffer(row_bytes);
-      for (int64_t p = begin; p < end; ++p) {
-        pack_panel<K, T>(packed.get<Unit>() + p * line_units, kLine, F, p * kLine, buffer.get<Unit>());
-      }
-    });
+      for (int64_t p = begin; p < end; ++p)
+        pack_panel<K, T>(to + p * line_units, kLine, F, p * kLine, buffer.get<Unit>());
+    };
+    // Packing that is worth more than one thread is shared out; else each thread packs for itself.
+    const int64_t pack_work = panels * line_units;
+    const bool shared = pack_work >= 2 * kThreadWork;
+    Scratch packed(shared ? size_t(pack_work) * sizeof(Unit) : 0);
+    if (shared)
+      run_tasks(panels, pack_work, [&](int64_t begin, int64_t end) { pack(packed.get<Unit>(), begin, end); });
     run_rows(y.rows, work, [&](int64_t i0, int64_t i1) {
-      Scratch u_memory(u_bytes(u)), mask(mask_bytes);
+      Scratch u_memory(u_bytes(u)), mask(mask_bytes), own(shared ? 0 : size_t(pack_work) * sizeof(Unit));
+      if (!shared) pack(own.get<Unit>(), 0, panels);
+      const Unit* const ready = (shared ? packed : own).template get<Unit>();
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
         const Rows a = u_rows(u, i, rows, u_memory.get<Unit>());
         for (int64_t p = 0; p < panels; ++p) {
-          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, packed.get<Unit>() + p * line_units, i,
-                             i + rows, drop, start, mask.get<uint32_t>());
+          expand_panel<K, T>(y, p * kLine, a.data, a.step, units, ready + p * line_units, i, i + rows, drop,
+                             start, mask.get<uint32_t>());
         }
       }
     });
@@ -162,6 +168,12 @@ struct Operators {
     return sum;
   }
 
+  // Blocks of sums: one a chunk; but one thread whose chunks are single tiles adds each onto those before it,
+  // which is the same sum, and neither writes partial sums nor reads them back.
+  static int64_t blocks_of(const Chunks& chunks, const Mat& x) {
+    return threads() == 1 && chunks.rows == tile_rows<K>(x) ? smaller(1, chunks.count) : chunks.count;
+  }
+
   // out (+)= scale * drop(x)^T k.
   static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
@@ -179,8 +191,8 @@ struct Operators {
       return;
     }
     const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop),
-                  size = OuterSums<K>::size(x.cols, whole, k.cols);
-    Scratch partials(size_t(chunks.count * size) * sizeof(Acc));
+                  size = OuterSums<K>::size(x.cols, whole, k.cols), blocks = blocks_of(chunks, x);
+    Scratch partials(size_t(blocks * size) * sizeof(Acc));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
     const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;
     const int64_t width = round_up(
@@ -190,12 +202,13 @@ struct Operators {
       Scratch memory(tile_space<K>(k.cols));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t chunk = task / across, c0 = task % across * width, i0 = chunk * chunks.rows;
-        outer_rows<K, T>(OuterSums<K>(partials.get<Acc>() + chunk * size, whole, k.cols), true, x, drop, k,
-                         i0, smaller(i0 + chunks.rows, x.rows), c0, smaller(c0 + width, x.cols),
-                         memory.get<char>());
+        const bool onto = chunk >= blocks;
+        const OuterSums<K> sums(partials.get<Acc>() + (onto ? 0 : chunk * size), whole, k.cols);
+        outer_rows<K, T>(sums, !onto, x, drop, k, i0, smaller(i0 + chunks.rows, x.rows), c0,
+                         smaller(c0 + width, x.cols), memory.get<char>());
       }
     });
-    add_partials(out, partials.get<Acc>(), chunks.count, whole, scale, add);
+    add_partials(out, partials.get<Acc>(), blocks, whole, scale, add);
   }
 
   static void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add) {
@@ -215,18 +228,19 @@ struct Operators {
   // A tile of g is read once from memory and used twice in cache.
   static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
     const Chunks chunks(g.rows);
-    const PackedFactor<K, T> b(F);
     const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = tile_rows<K>(g);
     const int64_t whole = OuterSums<K>::template whole_columns<T>(g, Drop{}),
-                  size = OuterSums<K>::size(g.cols, whole, F.cols);
-    Scratch partials(size_t(chunks.count * size) * sizeof(Acc));
+                  size = OuterSums<K>::size(g.cols, whole, F.cols), blocks = blocks_of(chunks, g);
+    Scratch partials(size_t(blocks * size) * sizeof(Acc));
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
+      const PackedFactor<K, T> b(F);
       const size_t sums = size_t(tile_m * ld) * sizeof(Acc);
       Scratch memory(sums + tile_space<K>(F.cols));
       char* space = memory.get<char>() + sums;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * chunks.rows, last = smaller(first + chunks.rows, g.rows);
-        const OuterSums<K> sums_of_chunk(partials.get<Acc>() + chunk * size, whole, F.cols);
+        const bool onto = chunk >= blocks;
+        const OuterSums<K> sums_of_chunk(partials.get<Acc>() + (onto ? 0 : chunk * size), whole, F.cols);
         for (int64_t i = first; i < last; i += tile_m) {
           const int64_t rows = smaller(tile_m, last - i);
           for (int64_t part = 0; part < rows; part += kTileRows) {
@@ -235,11 +249,11 @@ struct Operators {
                               space);
             write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
-          outer_rows<K, T>(sums_of_chunk, i == first, g, Drop{}, u, i, i + rows, 0, g.cols, space);
+          outer_rows<K, T>(sums_of_chunk, !onto && i == first, g, Drop{}, u, i, i + rows, 0, g.cols, space);
         }
       }
     });
-    add_partials(Q, partials.get<Acc>(), chunks.count, whole, 1.0, add);
+    add_partials(Q, partials.get<Acc>(), blocks, whole, 1.0, add);
   }
 };
 

@@ -17,7 +17,7 @@ constexpr int64_t kTileRows = 96;     // rows of a shrink tile: a multiple of ev
 constexpr int64_t kTileUnits = 64;    // units of a factor_grad tile
 constexpr int64_t kTileColumns = 96;  // columns of a factor_grad tile
 constexpr int64_t kTileStep = 256;    // units of a shrink tile at most
-constexpr int64_t kTileL2 = 1 << 18;
+constexpr int64_t kTileL2 = LOTR_VB == 64 ? 1 << 19 : 1 << 18;  // half of an L2 of such CPUs
 constexpr int64_t kTileBytes = 16384;  // of the packed factor that a shrink tile multiplies: half of L1
 
 // Rows of a factor_grad tile: whole rows of x, and those of the tile asked for next, have to stay in L2. Of
@@ -206,7 +206,26 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
 // is a buffer for a block's rows.
 template <typename K>
 constexpr int64_t kPanel = kMaxVectors * K::kLanes;
-constexpr int64_t kExpandRows = kRows[kMaxVectors];
+// Few rows where there are registers to spare: out-of-order execution then sees the next block's loads and
+// this one's stores beside the multiplications, and rows a power of two apart do not push each other out of
+// L1.
+constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
+
+// All of a panel's columns are there, side by side, and none is masked. `y` is at the first of `rows` rows.
+template <typename K, typename T, bool kOnto, bool kBias>
+inline void expand_whole_rows(T* y, int64_t ldy, int64_t rows, const char* u, int64_t u_step,
+                              const typename K::Unit* panel, int64_t units, const typename K::Acc* bias) {
+  // About 1000 cycles, which memory takes to answer.
+  const int64_t blocks_ahead = larger(1, smaller(16, 1024 / (kExpandRows * kMaxVectors * units)));
+  row_blocks<kExpandRows>(rows, [&](auto mr, int64_t i) {
+    constexpr int MR = decltype(mr)::value;
+    // Down this panel, then from the top of the next one.
+    const int64_t to = i + kExpandRows * blocks_ahead;
+    const T* later = y + (to < rows ? to * ldy : (to - rows) * ldy + kPanel<K>);
+    expand_whole_block<K, T, MR, kMaxVectors, kOnto, kBias>(y + i * ldy, ldy, u + i * u_step, u_step, panel,
+                                                            units, later, bias);
+  });
+}
 
 template <typename K, typename T>
 inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step, int64_t units,
@@ -221,8 +240,14 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
       bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.cs]) : typename K::Acc(0);
   }
   const bool add_bias = given || start.fresh;
-  // About 1000 cycles, which memory takes to answer.
-  const int64_t blocks_ahead = larger(1, smaller(4, 1024 / (kExpandRows * kMaxVectors * units)));
+  T* const top = static_cast<T*>(y.data) + i0 * y.rs + n0 * y.cs;
+  if (y.cs == 1 && cols == kPanel<K> && !drop.on) {
+    const auto whole = !add_bias     ? &expand_whole_rows<K, T, true, false>
+                       : start.fresh ? &expand_whole_rows<K, T, false, true>
+                                     : &expand_whole_rows<K, T, true, true>;
+    whole(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
+    return;
+  }
   row_blocks<kExpandRows>(i1 - i0, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;
     const uint32_t* keep = nullptr;
@@ -235,22 +260,9 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
       }
       keep = mask;
     }
-    T* at = static_cast<T*>(y.data) + (i0 + i) * y.rs + n0 * y.cs;
-    const char* from = u + i * u_step;
-    if (y.cs != 1 || cols < kPanel<K> || keep) {
-      expand_ragged_block<K, T, MR, kMaxVectors>(at, y.rs, y.cs, cols, from, u_step, panel, units, keep,
-                                                 typename K::Acc(drop.scale), !start.fresh,
-                                                 add_bias ? bias : nullptr);
-      return;
-    }
-    // Down this panel, then from the top of the next one.
-    const int64_t to = i + kExpandRows * blocks_ahead;
-    const T* later =
-        to < i1 - i0 ? at + kExpandRows * blocks_ahead * y.rs : at + (to - (i1 - i0) - i) * y.rs + kPanel<K>;
-    const auto block = !add_bias     ? &expand_whole_block<K, T, MR, kMaxVectors, true, false>
-                       : start.fresh ? &expand_whole_block<K, T, MR, kMaxVectors, false, true>
-                                     : &expand_whole_block<K, T, MR, kMaxVectors, true, true>;
-    block(at, y.rs, from, u_step, panel, units, later, bias);
+    expand_ragged_block<K, T, MR, kMaxVectors>(top + i * y.rs, y.rs, y.cs, cols, u + i * u_step, u_step,
+                                               panel, units, keep, typename K::Acc(drop.scale), !start.fresh,
+                                               add_bias ? bias : nullptr);
   });
 }
 

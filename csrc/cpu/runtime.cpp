@@ -8,7 +8,7 @@ namespace lotr::cpu {
 namespace {
 
 // Freed blocks are kept for the next call: a fresh block of this size would be mapped, and its pages faulted
-// in, on every call. Two, because a call holds packed factors and partial sums at once.
+// in, on every call. Four, because a call holds packed factors, partial sums and copies of tiles at once.
 constexpr size_t kKeep = size_t(16) << 20;
 struct Cache {
   struct Block {
@@ -23,7 +23,8 @@ thread_local Cache cache;
 
 }  // namespace
 
-Scratch::Scratch(size_t bytes) : bytes_(bytes) {
+Scratch::Scratch(size_t bytes) : data_(nullptr), bytes_(bytes) {
+  if (bytes == 0) return;
   Cache::Block* best = nullptr;
   for (Cache::Block& b : cache.blocks) {
     if (b.data && b.bytes >= bytes && (!best || b.bytes < best->bytes)) best = &b;
@@ -37,6 +38,7 @@ Scratch::Scratch(size_t bytes) : bytes_(bytes) {
 }
 
 Scratch::~Scratch() {
+  if (!data_) return;
   if (bytes_ <= kKeep) {
     Cache::Block* smallest = &cache.blocks[0];
     for (Cache::Block& b : cache.blocks) {

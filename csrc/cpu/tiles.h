@@ -73,7 +73,7 @@ template <typename K, typename T, typename S>
 inline void parts(Part<K>* dst, const S* src, int64_t cs, int64_t n, const uint32_t* keep) {
   int64_t j = 0;
   if (cs == 1 && !keep) {
-    if constexpr (!pairs<K> && same<S, T> && !same<S, double>) {
+    if constexpr (!pairs<K> && !same<S, double> && (same<S, T> || same<T, float>)) {  // exact
       for (; j + K::kLanes <= n; j += K::kLanes) store(dst + j, load(src + j));
     }
     for (; j < n; ++j) dst[j] = part<K, T>(src[j]);
