@@ -214,7 +214,7 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
         yield model
     finally:
         for layer in layers.values():
-            layer.mixture = None
+            del layer.mixture  # the class has None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from . import ops
 from .ops import Gradients, accumulate_dtype
@@ -32,7 +33,7 @@ KEEP = Dropout()
 
 def one_operator(t: Tensor) -> bool:
     """Whether a direction with t for its x or g runs as one operator."""
-    return t.is_cpu and t.dim() > 1 and not torch._C._len_torch_dispatch_stack()
+    return t.is_cpu and t.dim() > 1 and not _len_torch_dispatch_stack()
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def forward(
 
 def forward_with_base(x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, F: Tensor, strategy: str) -> Tensor:
     """y = x W^T + bias + u F^T by single operators."""
-    private = not torch._C._len_torch_dispatch_stack()  # selective checkpointing keeps the product and forbids a write
+    private = not _len_torch_dispatch_stack()  # selective checkpointing keeps the product and forbids a write
     if strategy == "beta" and private:
         y = u @ F.mT if bias is None else torch.addmm(bias, u, F.mT)
         return y.addmm_(rows(x), weight.mT).view(*x.shape[:-1], y.shape[1])

@@ -85,23 +85,6 @@ class LoTRFactors(nn.Module):
         """
         return operation(self.A, self.B)
 
-    def read(self, operation: Callable[..., Tensor], *args) -> Tensor:
-        """operation(*args, A, B): by self(..), or without nn.Module's way to it where nothing hangs on this module, no hook, no
-        wrapper, no subclass.
-
-        Right after a base product, when nothing of that way is in cache, it costs as much as a small operator.
-        """
-        own = self.__dict__
-        if (
-            type(self) is LoTRFactors
-            and "forward" not in own
-            and not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"])
-            and not (_global_forward_pre_hooks or _global_forward_hooks)
-        ):
-            parameters = own["_parameters"]
-            return operation(*args, parameters["A"], parameters["B"])
-        return self(partial(operation, *args))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoTRFactors:
         if self.start_A is not None and not self.start_A.is_meta and fn(self.start_A).is_meta:
             raise RuntimeError(
@@ -125,3 +108,21 @@ class LoTRFactors(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def read(factors: LoTRFactors, operation: Callable[..., Tensor], *args) -> Tensor:
+    """operation(*args, A, B): by factors(..), or without nn.Module's way to it where nothing hangs on that module, no hook, no
+    wrapper, no subclass.
+
+    Right after a base product, when nothing of that way is in cache, it costs as much as a small operator.
+    """
+    own = factors.__dict__
+    if (
+        type(factors) is LoTRFactors
+        and "forward" not in own
+        and not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"])
+        and not (_global_forward_pre_hooks or _global_forward_hooks)
+    ):
+        parameters = own["_parameters"]
+        return operation(*args, parameters["A"], parameters["B"])
+    return factors(partial(operation, *args))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch.autograd import Function
 
 from . import direction, ops, planner
@@ -49,7 +50,7 @@ def one_pass(
     if one_operator(x):
         return *ops.small_layer_forward_unrecorded(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta"), None
     y = base_linear(x, weight, bias, None)
-    if torch._C._len_torch_dispatch_stack() or not y.is_contiguous():  # a mode may hold y: selective checkpointing does
+    if _len_torch_dispatch_stack() or not y.is_contiguous():  # a mode may hold y: selective checkpointing does
         y = y.clone(memory_format=torch.contiguous_format)
     with private_write():
         return y, ops.small_forward_(rows(y), rows(x), A, core, B, scaling), None

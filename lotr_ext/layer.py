@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .factors import LoTRFactors
+from .factors import LoTRFactors, read
 from .layer_call import Adapter, call_linear, delta_weight
 from .mixture import Mixture, call_mixed, cores_of
 from .ops import accumulate_dtype
-from .scope import Slot, cast_in_scope, current_slot
 
 
 class Settings(NamedTuple):
@@ -95,32 +94,31 @@ class LoTRLayer(nn.Module):
             self.__dict__["factors"] = self._modules.pop("factors")
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        if not shape or shape[-1] != self.in_features:
-            raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(shape)}")
-        if self.merged or (self.disabled and self.start_core is None):
+        # an attribute of an nn.Module is looked up on every class of the layer first, and a parameter fails there, which costs
+        # as much as an operator where nothing is in cache; a parametrization is no parameter, and takes that way
+        own = self.__dict__
+        if not x.dim() or x.size(-1) != own["in_features"]:
+            raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(x.shape)}")
+        if own["merged"] or (own["disabled"] and self.start_core is None):
             return self._base(x)
-        if self.disabled:
+        if own["disabled"]:
             adapter = Adapter(self.start_core, self.scaling)
             return self._call(x, adapter, self.factors.start_A, self.factors.start_B)
-        p = self.dropout if self.training else 0.0
-        # by attribute, nn.Module fails once on every class of the layer before it finds a parameter, which costs as much as an
-        # operator where nothing is in cache; a parametrization is no parameter, and takes that way
-        own = self._parameters
-        core = own["core"] if "core" in own else self.core
-        factors = self._modules["factors"] if "factors" in self._modules else self.factors
-        adapter = Adapter(core, self.scaling, p, factors._group, id(self), self.strategy, self._slot, cast_in_scope)
-        if self.mixture is not None:
-            cores = cores_of(self.mixture, core)
-            return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, adapter))
-        return factors.read(self._call, x, adapter)
-
-    def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:
-        return current_slot(self, B, dtype)
+        parameters, modules = own["_parameters"], own["_modules"]
+        core = parameters["core"] if "core" in parameters else self.core
+        factors = modules["factors"] if "factors" in modules else self.factors
+        p = own["dropout"] if own["training"] else 0.0
+        adapter = Adapter(core, own["scaling"], p, factors.__dict__["_group"], self, own["strategy"])
+        if "mixture" in own:
+            return self._mixed(x, factors, adapter)
+        return read(factors, self._call, x, adapter)
 
     def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
-        own = self._parameters
-        return call_linear(x, self._matrix(), own["bias"] if "bias" in own else self.bias, A, B, adapter)
+        return call_linear(x, self._matrix(), self.bias, A, B, adapter)
+
+    def _mixed(self, x: Tensor, factors: LoTRFactors, adapter: Adapter) -> Tensor:
+        cores = cores_of(self.mixture, adapter.core)
+        return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, adapter))
 
     def _base(self, x: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _base")

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _is_any_autocast_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from . import direction, ops, planner
@@ -18,14 +20,15 @@ from .function import apply_one_node, one_pass
 from .nodes import Base, apply_add, apply_expand, apply_lead, apply_shrink
 from .planner import Plan
 from .products import adapter_differentiable, base_linear, fold_differentiable, here, rows, to, tokens_of
+from .scope import Slot, cast_in_scope, current_slot
 from .siblings import Group, SharedInput, owned_by
 
 if TYPE_CHECKING:
     from .hub import SharedGradient
-    from .scope import Slot
 
 _PLAIN = (Tensor, nn.Parameter)
 _CPU = torch.device("cpu")
+_UNFORCED = (None, "")
 
 
 class Decision(NamedTuple):
@@ -39,23 +42,34 @@ class Decision(NamedTuple):
 class Adapter(NamedTuple):
     """What a layer brings to a call beside x, A and B.
 
-    p: the dropout in force; group: None for a layer by itself; user: the layer's id in its group; slot: gives the layer's
-    place in the forward scope for (B, dtype), if there is one; cast: A in a dtype, once a scope.
+    p: the dropout in force; group: None for a layer by itself; owner: what has the core and the group's factors, and a place
+    in a forward scope.
     """
 
     core: Tensor
     scaling: float
     p: float = 0.0
     group: Group | None = None
-    user: int = 0
+    owner: nn.Module | None = None
     strategy: str | None = None
-    slot: Callable[[Tensor, torch.dtype], Slot | None] = lambda B, dtype: None
-    cast: Callable[[Tensor, torch.dtype], Tensor] = lambda A, dtype: A
+
+    @property
+    def user(self) -> int:
+        """Whom the group takes it for."""
+        return id(self.owner)
+
+    def slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:
+        """Its place in the forward scope, if there is one."""
+        return None if self.owner is None else current_slot(self.owner, B, dtype)
+
+    def cast(self, A: Tensor, dtype: torch.dtype) -> Tensor:
+        """A in dtype, once a scope; A itself outside of one."""
+        return A if self.owner is None else cast_in_scope(A, dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
     """autocast's dtype for x, None where it does not apply."""
-    if not torch._C._is_any_autocast_enabled():
+    if not _is_any_autocast_enabled():
         return None
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
@@ -71,10 +85,10 @@ def decide(
     device: torch.device | None = None,
 ) -> Decision:
     """Which nodes a call takes. `explain` prints it, so it cannot say anything else than what runs."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if is_compiling() or _get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
-    tokens = x.shape[0] if x.dim() == 2 else tokens_of(x)
+    tokens = x.size(0) if x.dim() == 2 else tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
     one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
     few, alone = one and tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
@@ -83,9 +97,11 @@ def decide(
     else:
         device, rank = device or x.device, max(adapter.core.shape)
         if few and device.type == "cuda":  # where the unfolded backward is six launches, and the folded one three
-            few = not torch.is_grad_enabled()
-    many, forced = tokens >= planner.BETA_TOKENS, planner.forced_strategy(adapter.strategy)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            few = not is_grad_enabled()
+    many, forced = tokens >= planner.BETA_TOKENS, _UNFORCED
+    if adapter.strategy is not None or planner.VARIABLE in planner.ENVIRONMENT:
+        forced = planner.forced_strategy(adapter.strategy)
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
     elif type(x) not in _PLAIN or type(A) not in _PLAIN:
         why = f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels"
@@ -124,31 +140,34 @@ def _decision(
     return Decision(2, chosen, "siblings on the same x share one u = x A")
 
 
-def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
-    """y = x W^T + bias + s ((drop(x) A) G) B^T."""
-    dtype = compute_dtype(x) if torch._C._is_any_autocast_enabled() else None
-    if dtype is None:
-        return _linear(x, weight, bias, A, B, adapter, None)
-    with torch.autocast(x.device.type, enabled=False):  # every cast from here on is explicit
-        return _linear(x, weight, bias, A, B, adapter, dtype)
-
-
-def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
-    compute = dtype or x.dtype
-    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+def call_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    adapter: Adapter,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = x W^T + bias + s ((drop(x) A) G) B^T. dtype: what to compute in, where autocast is not to be asked."""
+    if dtype is None and _is_any_autocast_enabled() and (dtype := compute_dtype(x)) is not None:
+        with torch.autocast(x.device.type, enabled=False):  # every cast from here on is explicit
+            return call_linear(x, weight, bias, A, B, adapter, dtype)
+    compute, recorded = dtype or x.dtype, is_grad_enabled()
+    trained = recorded and (weight.requires_grad or (bias is not None and bias.requires_grad))
     nodes, chosen, _ = decide(x, A, adapter, compute, trained)
-    core, scaling, p, group, user = adapter[:5]
+    core, scaling, p, group, owner, _ = adapter
     if nodes == 0 or (nodes == 1 and p):
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
         return y + adapter_differentiable(dropped, *here(y.device, A, B, core), scaling, y.dtype)
-    in_graph = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad or core.requires_grad)
+    in_graph = recorded and (x.requires_grad or A.requires_grad or B.requires_grad or core.requires_grad)
     if nodes == 1:
         if not (trained or in_graph):
             return one_pass(x, weight, bias, A, B, core, scaling, dtype, chosen.strategy, False)[0]
         shared_A = shared_B = None
         if group is not None and group.layers != 1:
-            (A, shared_A), (B, shared_B) = group.A.view(A, user), group.B.view(B, user)
+            (A, shared_A), (B, shared_B) = group.A.view(A, id(owner)), group.B.view(B, id(owner))
         return apply_one_node(x, weight, bias, A, B, core, scaling, dtype, shared_A, shared_B, chosen.strategy)
     base, slot = Base(weight, bias, dtype, chosen.strategy), adapter.slot(B, compute)
     found, share = _find(x, A, adapter, compute, dtype is not None)
@@ -158,7 +177,7 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
     if new:
         (values,) = here(x.device, adapter.cast(A, compute).detach())
     else:
-        group.A.join(A, user)
+        group.A.join(A, id(owner))
     if not in_graph:
         F, dropout = None if slot is None else slot.F, _dropout(p, x.device) if new else KEEP
         settings = (*here(x.device, B, core), scaling, dtype, chosen.strategy, found.u, F, dropout)
@@ -176,8 +195,8 @@ def _linear(x, weight, bias, A, B, adapter: Adapter, dtype: torch.dtype | None) 
 
 def _lead(x, A, B, adapter: Adapter, base: Base, slot: Slot | None, found: SharedInput, share: bool) -> Tensor:
     """The first layer on x, which leaves u and route to its siblings."""
-    core, scaling, p, group, user = adapter[:5]
-    hub_A, shared_A = (A, None) if group is None else group.A.view(A, user)
+    core, scaling, p, group, owner, _ = adapter
+    hub_A, shared_A = (A, None) if group is None else group.A.view(A, id(owner))
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     values = adapter.cast(A, x.dtype if base.dtype is None else base.dtype)
     settings = (scaling, _dropout(p, x.device), shared_A, shared_B, weakref.ref(found), slot, values)
@@ -247,7 +266,7 @@ def _find(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast
 
 
 def _in_graph(*tensors: Tensor) -> bool:
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         for t in tensors:  # any() would make a generator, in each call of each layer
             if t.requires_grad:
                 return True

@@ -8,7 +8,7 @@ from torch.nn import functional as nnf
 
 from .factors import LoTRFactors, check_rank
 from .layer import LoTRLayer, check_settings
-from .layer_call import Adapter, call_wrapped
+from .layer_call import Adapter, call_linear, call_wrapped
 from .ops import accumulate_dtype
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
@@ -82,9 +82,13 @@ class LoTRLinear(LoTRLayer, nn.Linear):
     def _base(self, x: Tensor) -> Tensor:
         return nnf.linear(x, self.weight, self.bias)
 
+    def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
+        parameters = self.__dict__["_parameters"]  # as in LoTRLayer.forward
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        return call_linear(x, weight, parameters["bias"] if "bias" in parameters else self.bias, A, B, adapter)
+
     def _matrix(self) -> Tensor:
-        own = self._parameters
-        return own["weight"] if "weight" in own else self.weight
+        return self.weight
 
     def to_base(self) -> nn.Linear:
         """A plain nn.Linear of the base weight and bias as they stand (with the adapter in them if merged)."""

@@ -71,12 +71,13 @@ def forced_strategy(strategy: str | None) -> tuple[str | None, str]:
     """(the strategy that is forced, or None; by whom): by an argument, else by LOTR_STRATEGY in the environment."""
     if strategy is not None:
         return strategy, "strategy"
-    forced = _ENVIRONMENT.get(b"LOTR_STRATEGY")
+    forced = ENVIRONMENT.get(VARIABLE)
     return forced.decode() if forced else None, "LOTR_STRATEGY"
 
 
 # Without os.environ's own encoding and decoding, which a call of every layer would pay for.
-_ENVIRONMENT: Mapping[bytes, bytes] = getattr(os.environb, "_data", os.environb)
+ENVIRONMENT: Mapping[bytes, bytes] = getattr(os.environb, "_data", os.environb)
+VARIABLE = b"LOTR_STRATEGY"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from . import ops, planner
@@ -64,7 +65,7 @@ def adapter_differentiable(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scalin
     """s ((x A) G) B^T in torch products, unfolded for few tokens: the `composite` strategy. x has been through dropout."""
     flat = rows(to(x, dtype))
     u = flat @ to(A, dtype)
-    if not torch.compiler.is_compiling() and flat.shape[0] < planner.FEW_TOKENS:
+    if not is_compiling() and flat.shape[0] < planner.FEW_TOKENS:
         delta = (u @ to(core, dtype)) @ (to(B, dtype) * scaling).mT
     else:
         delta = u @ fold_differentiable(B, core, scaling, dtype).mT
@@ -73,7 +74,7 @@ def adapter_differentiable(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scalin
 
 def recorded() -> bool:
     """Whether the running backward is itself being recorded: for double backward, or by compiled autograd."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return is_grad_enabled() or is_compiling()
 
 
 def shared_sum(shared: SharedGradient | None, factor: Tensor) -> Tensor | None:

@@ -25,7 +25,6 @@ from ..layer import LoTRLayer, check_settings
 from ..layer_call import Adapter, call_linear, call_wrapped, delta_weight
 from ..linear import is_conv1d
 from ..quantized import has_plain_weight
-from ..scope import Slot, cast_in_scope, current_slot
 from ..targets import features, needs_wrap
 from .peft_config import LoTRPeftConfig
 
@@ -51,10 +50,7 @@ class LoTRCore(nn.Module):
     def adapter(self) -> Adapter:
         """What a call of the layer needs."""
         p = self.dropout if self.training else 0.0
-        return Adapter(self.core, self.scaling, p, self.factors._group, id(self), None, self._slot, cast_in_scope)
-
-    def _slot(self, B: Tensor, dtype: torch.dtype) -> Slot | None:
-        return current_slot(self, B, dtype)
+        return Adapter(self.core, self.scaling, p, self.factors._group, self)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
