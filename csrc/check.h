@@ -117,6 +117,17 @@ struct Check {
       fail(op, ": ", a.name, ": expected the device of ", like.name, " (type ", like.device_type, ", index ",
            like.device_index, "), got type ", a.device_type, ", index ", a.device_index);
     }
+    memory(a);
+  }
+  // Operators may be called past the dispatcher, which would have turned down a subclass of a tensor or a
+  // fake one.
+  void memory(const Arg& a) const {
+    const void* data = nullptr;
+    const bool known = torch_get_const_data_ptr(a.handle, &data) == 0;
+    int64_t elements = 1;
+    for (int64_t i = 0; i < a.dim; ++i) elements *= a.size[i];
+    if (!known || (!data && elements > 0))
+      fail(op, ": ", a.name, ": expected a plain tensor, got one without memory of shape ", a.shape());
   }
   void dims(const Arg& a, int64_t dim, const char* what) const {
     if (a.dim != dim)

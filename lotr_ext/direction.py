@@ -119,8 +119,8 @@ def backward(
     if not one_operator(g):
         return _backward_by_parts(g, weight, x, u, A, F, B, core, scaling, k, dx, Q, dA, dB, need_B, need_core, dropout)
     factors = (weight, None if x is None else as_rows(x), u, A, F, B, core)
-    with private_write():
-        found = ops.layer_backward_(g, *factors, scaling, strategy == "beta", k, dx, Q, dA, dB, need_B, need_core, *dropout)
+    sums = (k, dx, Q, dA, dB, need_B, need_core)
+    found = ops.layer_backward_unrecorded(g, *factors, scaling, strategy == "beta", *sums, *dropout)
     return found if dx is None else found._replace(dx=dx)
 
 

@@ -139,10 +139,8 @@ def _few_backward(
         x = to(as_rows(x), dtype)
     g = as_rows(g)
     if one_operator(g):
-        with private_write():
-            return ops.small_layer_backward_(
-                g, weight, x, u, A, B, core, scaling, strategy == "beta", dA, dB, need_B, need_core
-            )
+        sums = (dA, dB, need_B, need_core)
+        return ops.small_layer_backward_unrecorded(g, weight, x, u, A, B, core, scaling, strategy == "beta", *sums)
     flat, wide = rows(g), ops.accumulate_dtype(dtype)
     flat_dx = None if weight is None else flat @ weight
     with private_write():

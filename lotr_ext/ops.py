@@ -8,6 +8,8 @@ Factors may be float32 beside a half-precision x: they are rounded to T first, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,15 +102,6 @@ def small_backward_(
     return _lotr.small_backward_.default(dx, g, x, u, A, core, B, scaling, dA, dB, need_core)
 
 
-# The whole-layer operators run once or twice a layer and step, so nothing is looked up and no frame is made on the way to them.
-# Those without an underscore are for callers under which nothing is recorded.
-layer_forward_unrecorded, _layer_backward = _lotr.layer_forward.default._op, _lotr.layer_backward_.default._op
-small_layer_forward_unrecorded, _small_layer_backward = (
-    _lotr.small_layer_forward.default._op,
-    _lotr.small_layer_backward_.default._op,
-)
-
-
 class Gradients(NamedTuple):
     """What a backward returns: None where it was not asked for, or was added to a sum that was given. k [m, r_in]."""
 
@@ -150,7 +143,7 @@ def layer_forward(
     """
     if torch.is_grad_enabled():
         refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
-    return layer_forward_unrecorded(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
+    return _lotr.layer_forward.default(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
 
 
 def layer_backward_(
@@ -180,7 +173,14 @@ def layer_backward_(
     dx += g W + drop(k A^T) (with weight; the k A^T with A);  dA += drop(x)^T k (with x). dx, Q, dA, dB are added to in place
     where given, else new; new dA, dB and dG are in the factors' dtype if they have one in common, else in float32 (float64).
     """
-    found_dx, found_k, found_dA, found_dB, dcore = _layer_backward(
+    sums = (k, dx, Q, dA, dB, need_B, need_core, p, seed)
+    return _layer_backward(_lotr.layer_backward_.default, g, weight, x, u, A, F, B, core, scaling, beta, *sums)
+
+
+def _layer_backward(
+    operator, g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None
+) -> Gradients:
+    found_dx, found_k, found_dA, found_dB, dcore = operator(
         g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed
     )
     fold = u is not None and Q is None
@@ -199,7 +199,7 @@ def small_layer_forward(
     """`layer_forward` unfolded, for few tokens: y = x W^T + bias + s (u core) B^T [..., n] and u = x A [m, r_in]. CPU."""
     if torch.is_grad_enabled():
         refuse_gradients("small_layer_forward", x, weight, bias, A, B, core)
-    return small_layer_forward_unrecorded(x, weight, bias, A, B, core, scaling, beta)
+    return _lotr.small_layer_forward.default(x, weight, bias, A, B, core, scaling, beta)
 
 
 def small_layer_backward_(
@@ -221,13 +221,39 @@ def small_layer_backward_(
 
     h = s g B, k = h core^T;  dx = g W + k A^T (with weight);  dA += x^T k (with x);  dB += s g^T (u core);  dG = u^T h.
     """
-    dx, found_dA, found_dB, dcore = _small_layer_backward(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core)
+    sums = (dA, dB, need_B, need_core)
+    return _small_layer_backward(_lotr.small_layer_backward_.default, g, weight, x, u, A, B, core, scaling, beta, *sums)
+
+
+def _small_layer_backward(
+    operator, g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    dx, found_dA, found_dB, dcore = operator(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core)
     return (
         None if weight is None else dx,
         found_dA if x is not None and dA is None else None,
         found_dB if need_B and dB is None else None,
         dcore if need_core else None,
     )
+
+
+# ---- the whole-layer operators once more, where nothing is recorded and no one else holds what is written --------------------
+#
+# They run once or twice a layer and step, right after a base product, when little that the dispatcher needs is in cache. So
+# these go straight to the CPU kernels, past what it keeps in front of them for autograd: with no dispatch mode on, and on plain
+# CPU tensors (their checks turn down others).
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def _kernel(operator: torch._ops.OpOverload) -> Callable[..., tuple[Tensor, ...]]:
+    return partial(operator._handle.redispatch_boxed, _CPU)
+
+
+layer_forward_unrecorded = _kernel(_lotr.layer_forward.default)
+layer_backward_unrecorded = partial(_layer_backward, _kernel(_lotr.layer_backward_.default))
+small_layer_forward_unrecorded = _kernel(_lotr.small_layer_forward.default)
+small_layer_backward_unrecorded = partial(_small_layer_backward, _kernel(_lotr.small_layer_backward_.default))
 
 
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:

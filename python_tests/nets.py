@@ -128,9 +128,9 @@ class OpCounter(Counter):
         super().__init__()
         parts = {
             "layer_forward_unrecorded": _parts_forward,
-            "layer_backward_": _parts_backward,
+            "layer_backward_unrecorded": _parts_backward,
             "small_layer_forward_unrecorded": lambda *_: ["small_forward_"],
-            "small_layer_backward_": lambda *_: ["small_backward_"],
+            "small_layer_backward_unrecorded": lambda *_: ["small_backward_"],
         }
         for name, of in parts.items():
             monkeypatch.setattr(ops, name, self._counted_parts(of, getattr(ops, name)))

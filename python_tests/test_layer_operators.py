@@ -288,3 +288,24 @@ def test_bad_input_is_named_before_anything_runs():
             function(*arguments)
         assert message in str(raised.value), (message, str(raised.value))
         assert all(torch.equal(a, b) for a, b in zip(sums, backward[13:15]))
+
+
+class Elsewhere(Tensor):
+    """A subclass that keeps no memory where a kernel looks for it, as quantised and distributed tensors do."""
+
+    @staticmethod
+    def __new__(cls, t: Tensor):
+        return Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype, device=t.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise TypeError("Elsewhere: no operator")
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "A", "B", "core"])
+def test_a_tensor_without_memory_is_named(name):
+    """The layers call the operators past the dispatcher, which would have turned it down."""
+    layer = Layer((200, 8, 5, 3, 2), torch.float32)
+    setattr(layer, name, Elsewhere(getattr(layer, name)))
+    with pytest.raises(RuntimeError, match=f"{name}: expected a plain tensor"):
+        direction.forward(layer.x, layer.weight, layer.bias, layer.A, layer.B, layer.core, S, None, "beta")

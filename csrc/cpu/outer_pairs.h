@@ -17,15 +17,15 @@ constexpr int kPairRows = 8;  // of S: 16 sums and what they are made from stay 
 // S[MR][32] (+)= sum over n units. low, high: the rows of the first pair; `step` elements to the next pair's.
 // Or (kAgain) the units that a first block has left in `made`: rows of x that are a power of two apart fall
 // into the same few places of L1 and would not stay there.
-template <typename K, int MR, bool kAgain>
+template <typename K, int MR, bool kAgain, bool kAsk>
 inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint16_t* low,
                         const uint16_t* high, int64_t step, typename K::Unit* made, const typename K::Unit* k,
-                        int64_t ldk, int64_t n, Ahead* ahead) {
+                        int64_t ldk, int64_t n, Ahead& ahead) {
   constexpr int kHalves = 2 * K::kLanes;
   typename K::Vec acc[MR][2];
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) acc[j][0] = acc[j][1] = typename K::Vec{};
-  Ahead local = ahead ? *ahead : Ahead();
+  Ahead local = ahead;
 #pragma GCC unroll 2
   for (int64_t t = 0; t < n; ++t) {
     typename K::Unit* units = made + t * kPairColumns<K>;
@@ -36,8 +36,8 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
       const auto a = load(low + t * step), b = load(high + t * step);
       left = reinterpret_cast<vi>(zip<0, kHalves>(a, b)), right = reinterpret_cast<vi>(zip<1, kHalves>(a, b));
       store(units, left), store(units + K::kLanes, right);
-      local.next(), local.next();
     }
+    if constexpr (kAsk) local.next(), local.next();
 #pragma GCC unroll 8
     for (int j = 0; j < MR; ++j) {
       const typename K::Unit s = k[t * ldk + j];
@@ -45,7 +45,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
       acc[j][1] = K::madd(acc[j][1], right, s);
     }
   }
-  if (ahead) *ahead = local;
+  if constexpr (kAsk) ahead = local;
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) {
     for (int v = 0; v < 2; ++v) {
@@ -56,7 +56,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
 }
 
 // S[r][c .. c + 32] (+)= k^T x for a tile of rows of x. k: the tile's units, [units][ldk]; made: room for the
-// units of these columns.
+// units of these columns. The last block asks for the next tile: those before it have more else to do.
 template <typename K>
 inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat& x, int64_t i0, int64_t rows,
                           int64_t c, const typename K::Unit* k, int64_t ldk, int64_t r,
@@ -67,12 +67,13 @@ inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat
   row_blocks<kPairRows>(r, [&](auto mr, int64_t j) {
     constexpr int MR = decltype(mr)::value;
     typename K::Acc* at = S + j * lds + c;
-    const auto block = j == 0 ? &outer_block<K, MR, false> : &outer_block<K, MR, true>;
-    if (units > 0)
-      block(at, lds, fresh, low, low + x.rs, 2 * x.rs, made, k + j, ldk, units, j == 0 ? &ahead : nullptr);
+    const bool again = j > 0, asks = j + MR == r;
+    const auto block = again ? (asks ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>)
+                             : (asks ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>);
+    if (units > 0) block(at, lds, fresh, low, low + x.rs, 2 * x.rs, made, k + j, ldk, units, ahead);
     if (rows % 2)
       block(at, lds, fresh && units == 0, low + 2 * units * x.rs, kZeros, 0, made + units * kPairColumns<K>,
-            k + units * ldk + j, ldk, 1, nullptr);
+            k + units * ldk + j, ldk, 1, ahead);
   });
 }
 
