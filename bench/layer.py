@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
+from functools import partial
 
 import psutil
 import torch
@@ -115,16 +117,32 @@ def choose(options: argparse.Namespace, session: Session) -> list[Case]:
     return chosen
 
 
-def timed(rival: Rival, x: torch.Tensor, g: torch.Tensor) -> Timed:
-    """Forward and backward as inside a model: x requires grad; gradients are dropped between steps."""
-    parameters = [p for p, _ in rival.parameters.values()]
+class Inputs:
+    """Copies of an x, one a rival, dealt anew each round: in which memory an x lies is worth up to 2 % of a layer on a CPU."""
 
-    def drop_gradients() -> None:
-        x.grad = None
+    def __init__(self, x: torch.Tensor, count: int):
+        self.copies = [x.clone().requires_grad_() for _ in range(count)]
+
+    def deal(self, draw: random.Random) -> None:
+        for x in self.copies:
+            x.grad = None
+        draw.shuffle(self.copies)
+
+
+def timed(rivals: list[Rival], x: torch.Tensor, g: torch.Tensor) -> tuple[list[Timed], Inputs]:
+    """Forward and backward of each as inside a model: x requires grad; gradients are dropped between steps."""
+    inputs = Inputs(x, len(rivals))
+
+    def drop_gradients(i: int, parameters: list[torch.Tensor]) -> None:
+        inputs.copies[i].grad = None
         for p in parameters:
             p.grad = None
 
-    return Timed((lambda _: rival.forward(x), lambda y: y.backward(g)), drop_gradients)
+    def call(i: int, rival: Rival) -> Timed:
+        stages = (lambda _: rival.forward(inputs.copies[i]), lambda y: y.backward(g))
+        return Timed(stages, partial(drop_gradients, i, [p for p, _ in rival.parameters.values()]))
+
+    return [call(i, rival) for i, rival in enumerate(rivals)], inputs
 
 
 def build(case: Case, names: list[str], session: Session, x: torch.Tensor, g: torch.Tensor) -> list[tuple[dict, Rival]]:
@@ -154,11 +172,11 @@ def measure(case: Case, names: list[str], session: Session) -> list[dict]:
     group = build(case, names, session, x, g)
     if not any(result["rival"] == rv.FLOOR for result, _ in group):
         return []
-    calls = [timed(rival, x.clone().requires_grad_(), g) for _, rival in group]
+    calls, inputs = timed([rival for _, rival in group], x, g)
     for (result, _), call in zip(group, calls):
         call.prepare()
         result["peak_bytes"] = peak_bytes(lambda call=call: call.stages[1](call.stages[0](None)), device)
-    times = interleave(calls, session.clock, options.rounds, options.slice, settle=True)
+    times = interleave(calls, session.clock, options.rounds, options.slice, True, inputs.deal)
     floor = next(own for (result, _), own in zip(group, times) if result["rival"] == rv.FLOOR)
     ceilings = session.ceilings(case.dtype, case.threads)
     for (result, rival), own in zip(group, times):

@@ -74,9 +74,9 @@ def measure(case: Case, session: Session) -> list[dict]:
     layers = [rv.RIVALS[name](tensors, case) for name in (rv.FLOOR, rv.OURS)]
     how = explain(layers[1].forward, x.clone().requires_grad_())
     found = parts(case, tensors, x, g, "unfolded" in how.why)
-    calls = [timed(layer, x.clone().requires_grad_(), g) for layer in layers]
+    calls, inputs = timed(layers, x, g)
     calls += [Timed([lambda _, call=call: call()]) for _, _, call in found]
-    times = interleave(calls, session.clock, session.options.rounds, session.options.slice, settle=True)
+    times = interleave(calls, session.clock, session.options.rounds, session.options.slice, True, inputs.deal)
     totals = [[sum(t) for t in zip(*stages)] for stages in times]
     floor, ours, *alone = totals
     ceilings = session.ceilings(case.dtype, case.threads)

@@ -103,10 +103,16 @@ def no_collection() -> Iterator[None]:
 
 
 def interleave(
-    calls: Sequence[Timed], clock: Clock, rounds: int, slice_s: float, settle: bool = False
+    calls: Sequence[Timed],
+    clock: Clock,
+    rounds: int,
+    slice_s: float,
+    settle: bool = False,
+    deal: Callable[[random.Random], None] = lambda draw: None,
 ) -> list[list[list[float]]]:
     """times[call][stage][round] in seconds. slice_s: about how long one measurement of a call takes, with all around it.
 
+    deal: called before each round, to draw what the calls are given in it.
     settle: each measurement is of a call that has just run, as a layer in training has, not of one that finds the allocator and
     the caches as another rival left them. The order is the same in every run, and no rival always follows the same one.
     """
@@ -119,7 +125,9 @@ def interleave(
     times: list[list[list[float]]] = [[[] for _ in call.stages] for call in calls]
     with no_collection():
         for turn in range(rounds):
-            for i in random.Random(turn).sample(range(len(calls)), len(calls)):
+            draw = random.Random(turn)
+            deal(draw)
+            for i in draw.sample(range(len(calls)), len(calls)):
                 if settle:
                     clock.seconds(calls[i], 1)
                 for stage, seconds in zip(times[i], clock.seconds(calls[i], repeats[i])):
