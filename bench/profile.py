@@ -73,7 +73,7 @@ def measure(case: Case, session: Session) -> list[dict]:
     g = torch.randn(case.m, case.n, generator=generator).to(device, dtype)
     layers = [rv.RIVALS[name](tensors, case) for name in (rv.FLOOR, rv.OURS)]
     how = explain(layers[1].forward, x.clone().requires_grad_())
-    found = parts(case, tensors, x, g, "unfolded" in how.why)
+    found = parts(case, tensors, x, g, how.unfolded)
     calls, inputs = timed(layers, x, g)
     calls += [Timed([lambda _, call=call: call()]) for _, _, call in found]
     times = interleave(calls, session.clock, session.options.rounds, session.options.slice, True, inputs.deal)

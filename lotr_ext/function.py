@@ -38,14 +38,13 @@ def one_pass(
     scaling: float,
     dtype: torch.dtype | None,
     strategy: str,
-    in_graph: bool,
+    unfolded: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y = x W^T + bias + s ((x A) G) B^T, u = x A and the folded factor, or None for few tokens: those take the unfolded form,
-    but not in a graph on a GPU, where its backward is six launches and the folded one three."""
+    """y = x W^T + bias + s ((x A) G) B^T, u = x A and the folded factor, or None in the unfolded form."""
     if dtype is not None:
         x, weight, bias = cast_base(x, weight, bias, dtype)
     A, B, core = here(x.device, A, B, core)
-    if tokens_of(x) >= planner.FEW_TOKENS or (in_graph and x.is_cuda):
+    if not unfolded:
         return direction.forward(x, weight, bias, A, B, core, scaling, None, strategy)
     if one_operator(x):
         return *ops.small_layer_forward_unrecorded(as_rows(x), weight, bias, A, B, core, scaling, strategy == "beta"), None
@@ -61,18 +60,32 @@ class LoTRFunction(Function):
 
     apply(x [..., k], weight [n, k], bias [n] or None, A [k, r_in], B [n, r_out], core [r_in, r_out], scaling) -> [..., n].
     Differentiable, also twice, in all six tensors. dtype: what to compute in under autocast, None without; A and B may come
-    with the SharedGradient that their gradients are added to; strategy: `two_pass` or `beta`, None for the planner's choice.
+    with the SharedGradient that their gradients are added to; strategy: `two_pass` or `beta`, None for the planner's choice;
+    unfolded: whether the core is multiplied with the tokens instead of being folded into B, None for where they are few.
     """
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, A, B, core, scaling, dtype=None, shared_A=None, shared_B=None, strategy: str | None = None
+        ctx,
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        core,
+        scaling,
+        dtype=None,
+        shared_A=None,
+        shared_B=None,
+        strategy: str | None = None,
+        unfolded: bool | None = None,
     ):
         need_x, need_weight, need_bias, need_A, need_B, need_core = ctx.needs_input_grad[:6]
-        in_graph = need_x or need_weight or need_bias or need_A or need_B or need_core
         if strategy is None:
             strategy = planner.plan(tokens_of(x), max(core.shape), dtype or x.dtype, x.device).strategy
-        y, u, F = one_pass(x, weight, bias, A, B, core, scaling, dtype, strategy, in_graph)
+        if unfolded is None:  # on a GPU its backward is six launches, and the folded one three
+            unfolded = tokens_of(x) < planner.FEW_TOKENS and not (x.is_cuda and any(ctx.needs_input_grad))
+        y, u, F = one_pass(x, weight, bias, A, B, core, scaling, dtype, strategy, unfolded)
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: double backward, which the layers avoid by LoTRLead
             weight if need_x or need_weight else None,
@@ -83,20 +96,20 @@ class LoTRFunction(Function):
             u if need_B or need_core else None,
             F if need_x or need_A else None,
         )
-        ctx.settings = scaling, dtype, shared_A, shared_B, strategy, F is None
+        ctx.settings = scaling, dtype, shared_A, shared_B, strategy, unfolded
         return y
 
     @staticmethod
     def backward(ctx, g):
         x, weight, bias, A, B, core, u, F = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, need_core = ctx.needs_input_grad[:6]
-        scaling, _, shared_A, shared_B, strategy, few = ctx.settings
+        scaling, _, shared_A, shared_B, strategy, unfolded = ctx.settings
         if recorded():
             return LoTRFunction._differentiable_backward(ctx, g, x, weight, bias, A, B, core)
         A, B, core_here = here(g.device, A, B, core)
         sum_A, sum_B = shared_sum(shared_A, A) if need_A else None, shared_sum(shared_B, B) if need_B else None
         base, frozen_x = weight if need_x else None, x if need_A else None
-        if few:
+        if unfolded:
             dx, dA, dB, dcore = _few_backward(
                 g, base, frozen_x, u, A, B, core_here, scaling, strategy, sum_A, sum_B, need_B, need_core
             )
@@ -106,7 +119,7 @@ class LoTRFunction(Function):
             dx, dA, dB, dcore = found.dx, found.dA, found.dB, found.dcore
         dweight = rows(g).mT @ rows(to(x, g.dtype)) if need_weight else None
         dbias = rows(g).sum(0) if need_bias else None
-        return dx, dweight, dbias, dA, dB, dcore, None, None, None, None, None
+        return dx, dweight, dbias, dA, dB, dcore, *(None,) * 6
 
     @staticmethod
     def _differentiable_backward(ctx, g, x, weight, bias, A, B, core):
@@ -125,7 +138,7 @@ class LoTRFunction(Function):
             if bias is not None:
                 y = y + to(bias, y.dtype)
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-        return *(next(found) if need else None for need in needs), None, None, None, None, None
+        return *(next(found) if need else None for need in needs), *(None,) * 6
 
 
 def _few_backward(

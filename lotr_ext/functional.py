@@ -113,7 +113,8 @@ class Explanation(NamedTuple):
     """What a call of a layer on x runs. str() gives it in words.
 
     strategy: one of planner.STRATEGIES, or "base" where no adapter runs; kernels: whether our kernels run; nodes: how many
-    autograd nodes of ours (0: the composite); reason, why: what decided the strategy and the nodes.
+    autograd nodes of ours (0: the composite); reason, why: what decided the strategy and the nodes; unfolded: whether the core
+    is multiplied with the tokens, being too few to fold it into B.
     """
 
     strategy: str
@@ -121,6 +122,7 @@ class Explanation(NamedTuple):
     nodes: int
     reason: str
     why: str
+    unfolded: bool = False
 
     def __str__(self) -> str:
         if self.strategy == "base":
@@ -162,8 +164,8 @@ def explain_call(
     where = None if device is None else torch.device(device)
 
     def look(A: Tensor, B: Tensor) -> Tensor:
-        nodes, plan, why = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, base is not None, where)
-        found.append(Explanation(plan.strategy if nodes else "composite", nodes > 0, nodes, plan.reason, why))
+        nodes, plan, why, unfolded = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, base is not None, where)
+        found.append(Explanation(plan.strategy if nodes else "composite", nodes > 0, nodes, plan.reason, why, unfolded))
         return x
 
     factors(look)

@@ -97,8 +97,9 @@ class LoTRLayer(nn.Module):
         # an attribute of an nn.Module is looked up on every class of the layer first, and a parameter fails there, which costs
         # as much as an operator where nothing is in cache; a parametrization is no parameter, and takes that way
         own = self.__dict__
-        if not x.dim() or x.size(-1) != own["in_features"]:
-            raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(x.shape)}")
+        shape = x.shape
+        if not shape or shape[-1] != own["in_features"]:
+            raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(shape)}")
         if own["merged"] or (own["disabled"] and self.start_core is None):
             return self._base(x)
         if own["disabled"]:

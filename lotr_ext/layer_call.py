@@ -32,11 +32,13 @@ _UNFORCED = (None, "")
 
 
 class Decision(NamedTuple):
-    """nodes: 0 the differentiable composite, 1 LoTRFunction, 2 nodes that siblings share; why: for people."""
+    """nodes: 0 the differentiable composite, 1 LoTRFunction, 2 nodes that siblings share; unfolded: whether the core is
+    multiplied with the tokens, being too few to fold it into B; why: for people."""
 
     nodes: int
     plan: Plan
     why: str
+    unfolded: bool = False
 
 
 class Adapter(NamedTuple):
@@ -88,7 +90,7 @@ def decide(
     if is_compiling() or _get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
-    tokens = x.size(0) if x.dim() == 2 else tokens_of(x)
+    tokens = len(x) if x.dim() == 2 else tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
     one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
     few, alone = one and tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
@@ -132,9 +134,9 @@ def _decision(
             0, chosen, "factors in {} beside x in {}: kernels take x's dtype, or float32 beside half".format(*names)
         )
     if trained:
-        return Decision(1, chosen, "the base weight or bias is trained: one node returns its gradient too")
+        return Decision(1, chosen, "the base weight or bias is trained: one node returns its gradient too", few)
     if few:
-        return Decision(1, chosen, "few tokens: the unfolded form as one node costs least")
+        return Decision(1, chosen, "few tokens: the unfolded form as one node costs least", True)
     if alone:
         return Decision(1, chosen, "no other layer has these factors: nothing to share")
     return Decision(2, chosen, "siblings on the same x share one u = x A")
@@ -155,7 +157,7 @@ def call_linear(
             return call_linear(x, weight, bias, A, B, adapter, dtype)
     compute, recorded = dtype or x.dtype, is_grad_enabled()
     trained = recorded and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    nodes, chosen, _ = decide(x, A, adapter, compute, trained)
+    nodes, chosen, _, unfolded = decide(x, A, adapter, compute, trained)
     core, scaling, p, group, owner, _ = adapter
     if nodes == 0 or (nodes == 1 and p):
         dropped = nnf.dropout(x, p) if p else x
@@ -164,11 +166,12 @@ def call_linear(
     in_graph = recorded and (x.requires_grad or A.requires_grad or B.requires_grad or core.requires_grad)
     if nodes == 1:
         if not (trained or in_graph):
-            return one_pass(x, weight, bias, A, B, core, scaling, dtype, chosen.strategy, False)[0]
+            return one_pass(x, weight, bias, A, B, core, scaling, dtype, chosen.strategy, unfolded)[0]
         shared_A = shared_B = None
         if group is not None and group.layers != 1:
             (A, shared_A), (B, shared_B) = group.A.view(A, id(owner)), group.B.view(B, id(owner))
-        return apply_one_node(x, weight, bias, A, B, core, scaling, dtype, shared_A, shared_B, chosen.strategy)
+        settings = (scaling, dtype, shared_A, shared_B, chosen.strategy, unfolded)
+        return apply_one_node(x, weight, bias, A, B, core, *settings)
     base, slot = Base(weight, bias, dtype, chosen.strategy), adapter.slot(B, compute)
     found, share = _find(x, A, adapter, compute, dtype is not None)
     if found.u is None and in_graph and (x.requires_grad or A.requires_grad):

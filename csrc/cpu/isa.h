@@ -26,6 +26,10 @@ inline void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, 
 }
 inline void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
                  double scaling) {
+  if (B.dtype == F.dtype && cores.dtype == F.dtype) {
+    typed(F.dtype, [&](auto t) { fold_alike<decltype(t)>(F, F_ls, B, cores, cores_ls, l, scaling); });
+    return;
+  }
   const auto run = F.dtype == Dtype::f64 ? &CoreProducts<F64>::fold : &CoreProducts<F32>::fold;
   run(F, F_ls, B, cores, cores_ls, l, scaling);
 }

@@ -14,6 +14,20 @@ inline Mat layer_of(const Mat& a, int64_t layer_stride, int64_t l) {
   return b;
 }
 
+// F_l = scaling B G_l^T of one dtype: a shrink of B, for which nothing has to be rounded.
+template <typename T>
+inline void fold_alike(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls,
+                       int64_t l, double scaling) {
+  Drop scaled;
+  scaled.scale = scaling;
+  auto layers = [&](int64_t begin, int64_t end) {
+    for (int64_t layer = begin; layer < end; ++layer)
+      Operators<T>::shrink(layer_of(F, F_ls, layer), B, transposed(layer_of(cores, cores_ls, layer)), scaled);
+  };
+  if (l == 1) return layers(0, 1);
+  run_tasks(l, l * B.rows * B.cols * cores.rows, layers);  // inside a task the pool runs nested calls in line
+}
+
 // K is F32 or F64 (no pairs: the core's products are summed from unrounded operands) and Acc its type, so T =
 // Acc: factors of any dtype are widened, never rounded.
 template <typename K>
