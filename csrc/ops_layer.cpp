@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "check_layer.h"
+#include "cpu/runtime.h"
 #include "cpu_args.h"
 
 namespace lotr {
@@ -181,7 +182,7 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   const ScalarType wide = acc_dtype(ag.dtype), narrow = gradient_dtype(aA, aB, acore);
   const Matrix g_matrix(c, ag);
   const cpu::Mat g_mat = g_matrix.mat();
-  OptionalTensor new_k, new_dx, new_dA, new_dB, new_core, new_Q;
+  OptionalTensor new_k, new_dx, new_dA, new_dB, new_core;
 
   // k = g F and Q (+)= g^T u, from one read of g
   cpu::Mat k_mat, Q_mat;
@@ -189,7 +190,10 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     new_k = empty<2>({s.m, s.r_in}, ag.dtype);
     k_mat = written(Arg("k", *new_k));
   }
-  if (au) Q_mat = sum_or_new(aQ, new_Q, {s.n, s.r_in}, wide);
+  const bool own_Q = au && !aQ;
+  const cpu::Scratch Q_memory(own_Q ? size_t(s.n * s.r_in) * (wide == ScalarType::Double ? 8 : 4) : 0);
+  if (au && aQ) Q_mat = written(*aQ);
+  if (own_Q) Q_mat = {Q_memory.get<void>(), s.n, s.r_in, s.r_in, 1, cpu_dtype(wide)};
   if (aF && au) {
     cpu::shrink_grad(k_mat, Q_mat, g_mat, read(*aF), read(*au), bool(aQ));
   } else if (aF) {
@@ -198,7 +202,7 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     cpu::factor_grad(Q_mat, g_mat, read(*au), {}, bool(aQ));
   }
   if (aF && ak) cpu::add(k_mat, read(*ak));
-  if (au && !aQ && (need_B || need_core || adB)) {
+  if (own_Q && (need_B || need_core || adB)) {
     cpu::Mat dB_mat, core_mat;
     if (need_B || adB) dB_mat = sum_or_new(adB, new_dB, {s.n, s.r_out}, narrow);
     if (need_core) core_mat = sum_or_new(std::nullopt, new_core, {s.r_in, s.r_out}, narrow);

@@ -235,7 +235,9 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
   // The bias, widened once a panel.
   typename K::Acc bias[kPanel<K>];
   const T* given = static_cast<const T*>(start.bias.data);
-  if (given || start.fresh) {
+  if (given && start.bias.cs == 1 && cols == kPanel<K>) {
+    for (int64_t j = 0; j < kPanel<K>; j += K::kLanes) store(bias + j, load(given + n0 + j));
+  } else if (given || start.fresh) {
     for (int64_t j = 0; j < kPanel<K>; ++j)
       bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.cs]) : typename K::Acc(0);
   }

@@ -112,8 +112,18 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
                               int64_t c0, int64_t cols, const Drop& drop, uint32_t* mask, uint16_t* row) {
   by_dtype(a.dtype, [&](auto* tag) {
     using S = typename Pointee<decltype(tag)>::type;
-    for (int64_t i = 0; i < rows; i += K::kPair) {
-      typename K::Unit* dst = tile + i / K::kPair * ld;
+    int64_t i = 0;
+    if constexpr (pairs<K> && same<S, bf16>) {
+      // Whole vectors of pairs that lie side by side, as those of a factor of rank 16.
+      const bool whole = a.cs == 1 && !drop.on && cols == ld && cols % K::kLanes == 0;
+      const auto* src = reinterpret_cast<const uint16_t*>(static_cast<const S*>(a.data) + i0 * a.rs + c0);
+      for (; whole && i + 2 <= rows; i += 2, tile += ld) {
+        for (int64_t j = 0; j < cols; j += K::kLanes)
+          store(tile + j, K::pair_up(src + i * a.rs + j, src + (i + 1) * a.rs + j));
+      }
+    }
+    for (; i < rows; i += K::kPair, tile += ld) {
+      typename K::Unit* dst = tile;
       const uint16_t* half[2] = {row, row + cols};
       for (int p = 0; p < K::kPair; ++p) {
         const bool inside = i + p < rows;
@@ -165,10 +175,12 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int
   using Unit = typename K::Unit;
   constexpr int kLanes = K::kLanes;
   const int64_t units = (F.cols + K::kPair - 1) / K::kPair, padded = round_up(units, kLanes);
-  const bool in_place = native<K, T>(F) && units % kLanes == 0 && F.cols % K::kPair == 0;
+  const bool in_place = native<K, T>(F) && F.cols % K::kPair == 0;
+  const int64_t end = (F.rows - 1) * F.rs + F.cols;
   for (int64_t j = 0; j < width; j += kLanes) {
     const int64_t rows = larger(0, smaller(kLanes, F.rows - n0 - j));
-    const bool direct = in_place && rows == kLanes;
+    // Whole vectors are loaded, so that a short row is read on into the next ones, as far as there are some.
+    const bool direct = in_place && rows == kLanes && (n0 + j + kLanes - 1) * F.rs + padded * K::kPair <= end;
     const char* src = reinterpret_cast<const char*>(buffer);
     int64_t step = padded * int64_t(sizeof(Unit));
     if (direct) {
