@@ -93,7 +93,7 @@ def decide(
     tokens = len(x) if x.dim() == 2 else tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
     one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
-    few, alone = one and tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
+    few, alone = tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
     if device is None and x.is_cpu:
         device, rank = _CPU, 0  # any rank runs there
     else:
@@ -108,7 +108,7 @@ def decide(
     elif type(x) not in _PLAIN or type(A) not in _PLAIN:
         why = f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels"
     else:
-        return _decision(many, few, alone, base_linear and base_trained, rank, A.dtype, dtype, device, *forced)
+        return _decision(many, few, one, alone, base_linear and base_trained, rank, A.dtype, dtype, device, *forced)
     return Decision(0, planner.plan_of(many, rank, dtype, device, *forced), why)
 
 
@@ -116,6 +116,7 @@ def decide(
 def _decision(
     many: bool,
     few: bool,
+    one: bool,
     alone: bool,
     trained: bool,
     rank: int,
@@ -135,7 +136,7 @@ def _decision(
         )
     if trained:
         return Decision(1, chosen, "the base weight or bias is trained: one node returns its gradient too", few)
-    if few:
+    if few and one:
         return Decision(1, chosen, "few tokens: the unfolded form as one node costs least", True)
     if alone:
         return Decision(1, chosen, "no other layer has these factors: nothing to share")
