@@ -159,7 +159,7 @@ def call_linear(
     compute, recorded = dtype or x.dtype, is_grad_enabled()
     trained = recorded and (weight.requires_grad or (bias is not None and bias.requires_grad))
     nodes, chosen, _, unfolded = decide(x, A, adapter, compute, trained)
-    core, scaling, p, group, owner, _ = adapter
+    core, scaling, p, group = adapter[:4]
     if nodes == 0 or (nodes == 1 and p):
         dropped = nnf.dropout(x, p) if p else x
         y = base_linear(x, weight, bias, dtype)
@@ -170,7 +170,7 @@ def call_linear(
             return one_pass(x, weight, bias, A, B, core, scaling, dtype, chosen.strategy, unfolded)[0]
         shared_A = shared_B = None
         if group is not None and group.layers != 1:
-            (A, shared_A), (B, shared_B) = group.A.view(A, id(owner)), group.B.view(B, id(owner))
+            (A, shared_A), (B, shared_B) = group.A.view(A, adapter.user), group.B.view(B, adapter.user)
         settings = (scaling, dtype, shared_A, shared_B, chosen.strategy, unfolded)
         return apply_one_node(x, weight, bias, A, B, core, *settings)
     base, slot = Base(weight, bias, dtype, chosen.strategy), adapter.slot(B, compute)
@@ -181,7 +181,7 @@ def call_linear(
     if new:
         (values,) = here(x.device, adapter.cast(A, compute).detach())
     else:
-        group.A.join(A, id(owner))
+        group.A.join(A, adapter.user)
     if not in_graph:
         F, dropout = None if slot is None else slot.F, _dropout(p, x.device) if new else KEEP
         settings = (*here(x.device, B, core), scaling, dtype, chosen.strategy, found.u, F, dropout)
@@ -199,8 +199,8 @@ def call_linear(
 
 def _lead(x, A, B, adapter: Adapter, base: Base, slot: Slot | None, found: SharedInput, share: bool) -> Tensor:
     """The first layer on x, which leaves u and route to its siblings."""
-    core, scaling, p, group, owner, _ = adapter
-    hub_A, shared_A = (A, None) if group is None else group.A.view(A, id(owner))
+    core, scaling, p, group = adapter[:4]
+    hub_A, shared_A = (A, None) if group is None else group.A.view(A, adapter.user)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     values = adapter.cast(A, x.dtype if base.dtype is None else base.dtype)
     settings = (scaling, _dropout(p, x.device), shared_A, shared_B, weakref.ref(found), slot, values)

@@ -26,12 +26,9 @@ inline void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, 
 }
 inline void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
                  double scaling) {
-  if (B.dtype == F.dtype && cores.dtype == F.dtype) {
-    typed(F.dtype, [&](auto t) { fold_alike<decltype(t)>(F, F_ls, B, cores, cores_ls, l, scaling); });
-    return;
-  }
-  const auto run = F.dtype == Dtype::f64 ? &CoreProducts<F64>::fold : &CoreProducts<F32>::fold;
-  run(F, F_ls, B, cores, cores_ls, l, scaling);
+  const bool alike = B.dtype == F.dtype && cores.dtype == F.dtype;
+  const Dtype as = alike || F.dtype == Dtype::f64 ? F.dtype : Dtype::f32;
+  typed(as, [&](auto t) { fold_as<decltype(t)>(F, F_ls, B, cores, cores_ls, l, scaling); });
 }
 inline void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls,
                       const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l, double scaling, bool add) {

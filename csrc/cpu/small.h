@@ -14,10 +14,11 @@ inline Mat layer_of(const Mat& a, int64_t layer_stride, int64_t l) {
   return b;
 }
 
-// F_l = scaling B G_l^T of one dtype: a shrink of B, for which nothing has to be rounded.
+// F_l = scaling B G_l^T, a shrink of B. T is the operands' dtype where they have one in common with F, else
+// the type of sums: factors are widened, never rounded.
 template <typename T>
-inline void fold_alike(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls,
-                       int64_t l, double scaling) {
+inline void fold_as(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
+                    double scaling) {
   Drop scaled;
   scaled.scale = scaling;
   auto layers = [&](int64_t begin, int64_t end) {
@@ -33,34 +34,6 @@ inline void fold_alike(const Mat& F, int64_t F_ls, const Mat& B, const Mat& core
 template <typename K>
 struct CoreProducts {
   using Acc = typename K::Acc;
-
-  // F_l = scaling B G_l^T. Layers are independent: they are the tasks, or with one layer its rows are.
-  static void fold(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, int64_t cores_ls, int64_t l,
-                   double scaling) {
-    const int64_t r_in = cores.rows, vectors = vectors_of<K>(r_in), ldc = vectors * K::kLanes;
-    const auto rows_of_layer = [&](int64_t layer, const PackedFactor<K, Acc>& b, int64_t i0, int64_t i1) {
-      const size_t sums = size_t(kTileRows * ldc) * sizeof(Acc);
-      Scratch memory(sums + tile_space<K>(r_in));
-      for (int64_t i = i0; i < i1; i += kTileRows) {
-        const int64_t rows = smaller(kTileRows, i1 - i);
-        shrink_tile<K, Acc>(memory.get<Acc>(), ldc, true, B, Drop{}, b.data, b.ld, vectors, i, rows,
-                            memory.get<char>() + sums);
-        write_rows<K>(layer_of(F, F_ls, layer), i, rows, memory.get<Acc>(), ldc, scaling, false);
-      }
-    };
-    const int64_t work = B.rows * B.cols * r_in;
-    if (l == 1) {
-      const PackedFactor<K, Acc> b(transposed(cores));
-      run_rows(B.rows, work, [&](int64_t i0, int64_t i1) { rows_of_layer(0, b, i0, i1); });
-      return;
-    }
-    run_tasks(l, l * work, [&](int64_t begin, int64_t end) {
-      for (int64_t layer = begin; layer < end; ++layer) {
-        const PackedFactor<K, Acc> b(transposed(layer_of(cores, cores_ls, layer)));
-        rows_of_layer(layer, b, 0, B.rows);
-      }
-    });
-  }
 
   // dG_l = scaling Q_l^T B; dB (+)= scaling sum_l Q_l G_l, summed l = 0 .. L-1 in one accumulator.
   static void fold_grad(const Mat& dB, const Mat& dcores, int64_t dcores_ls, const Mat& Q, int64_t Q_ls,
