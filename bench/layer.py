@@ -139,7 +139,7 @@ def timed(rivals: list[Rival], x: torch.Tensor, g: torch.Tensor) -> tuple[list[T
             p.grad = None
 
     def call(i: int, rival: Rival) -> Timed:
-        stages = (lambda _: rival.forward(inputs.copies[i]), lambda y: y.backward(g))
+        stages = (lambda _: rival.layer(inputs.copies[i]), lambda y: y.backward(g))
         return Timed(stages, partial(drop_gradients, i, [p for p, _ in rival.parameters.values()]))
 
     return [call(i, rival) for i, rival in enumerate(rivals)], inputs

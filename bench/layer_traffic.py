@@ -74,7 +74,7 @@ def library_steps(rival: str, case: Case) -> Steps:
     made: Rival = MAKE[rival](tensors, case)
     x = torch.empty(case.m, case.k, dtype=tensors.A.dtype, device=meta, requires_grad=True)
     with CountedOperators() as forward:
-        y = made.forward(x)
+        y = made.layer(x)
     g = torch.empty_like(y)
     with CountedOperators() as backward:
         y.backward(g)

@@ -72,7 +72,7 @@ def measure(case: Case, session: Session) -> list[dict]:
     x = torch.randn(case.m, case.k, generator=generator).to(device, dtype)
     g = torch.randn(case.m, case.n, generator=generator).to(device, dtype)
     layers = [rv.RIVALS[name](tensors, case) for name in (rv.FLOOR, rv.OURS)]
-    how = explain(layers[1].forward, x.clone().requires_grad_())
+    how = explain(layers[1].layer, x.clone().requires_grad_())
     found = parts(case, tensors, x, g, how.unfolded)
     calls, inputs = timed(layers, x, g)
     calls += [Timed([lambda _, call=call: call()]) for _, _, call in found]

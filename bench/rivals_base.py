@@ -15,15 +15,28 @@ SCALING = 2.0
 LORA, LOTR, VERA = ("A", "B"), ("A", "B", "core"), ("b", "d")
 
 
+class Written(nn.Module):
+    """A formula as the layer that it is in a model: calling a module costs 5 to 15 us, and every rival pays for that."""
+
+    def __init__(self, formula: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.forward = formula
+
+
 @dataclass
 class Rival:
-    """forward(x [m, k]) -> y [m, n]; parameters: the trained tensors by their name in the formula, each with whether it
-    is stored transposed (LoRA's modules keep A and B as nn.Linear weights); frozen: tensors of its own that are not trained."""
+    """layer(x [m, k]) -> y [m, n], a module or a formula; parameters: the trained tensors by their name in the formula, each
+    with whether it is stored transposed (LoRA's modules keep A and B as nn.Linear weights); frozen: tensors of its own that are
+    not trained."""
 
     name: str
-    forward: Callable[[Tensor], Tensor]
+    layer: Callable[[Tensor], Tensor]
     parameters: dict[str, tuple[Tensor, bool]]
     frozen: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, nn.Module):
+            self.layer = Written(self.layer)
 
 
 @dataclass

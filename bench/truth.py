@@ -57,7 +57,7 @@ def check(rival: Rival, truth: Truth) -> float:
     leaf = truth.x.detach().clone().requires_grad_()
     for parameter, _ in rival.parameters.values():
         parameter.grad = None
-    y = rival.forward(leaf)
+    y = rival.layer(leaf)
     y.backward(truth.g)
     found = {"y": y.detach(), "dx": leaf.grad}
     for name, (parameter, transposed) in rival.parameters.items():
@@ -84,6 +84,6 @@ def saved_bytes(rival: Rival, t: Tensors, x: Tensor) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        y = rival.forward(x.detach().requires_grad_())
+        y = rival.layer(x.detach().requires_grad_())
     del y
     return sum(kept.values())

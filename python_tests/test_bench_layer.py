@@ -44,7 +44,7 @@ def test_every_rival_equals_the_formula(name, case):
     rival, expected = made(name, case)
     assert set(rival.parameters) in (set(), set(LORA), set(LOTR), set(VERA))
     assert 0 < truth.check(rival, expected) <= truth.TOLERANCE[case.dtype]
-    wrong = Rival("wrong", lambda x: rival.forward(x) * 1.1, rival.parameters)
+    wrong = Rival("wrong", lambda x: rival.layer(x) * 1.1, rival.parameters)
     with pytest.raises(ValueError, match=r"wrong, .*relative error expected"):
         truth.check(wrong, expected)
 
@@ -98,7 +98,7 @@ def test_it_measures_keeps_and_resumes(tmp_path, capsys):
 def test_a_rival_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     def broken(tensors, case):
         rival = rivals.RIVALS["lora-eager"](tensors, case)
-        return Rival("broken", lambda x: rival.forward(x) + 1, rival.parameters)
+        return Rival("broken", lambda x: rival.layer(x) + 1, rival.parameters)
 
     monkeypatch.setitem(rivals.RIVALS, "broken", broken)
     assert layer.main([*QUICK, "--results", str(tmp_path), "--rivals", "broken,lotr_ext"]) == 1
