@@ -90,7 +90,7 @@ def decide(
     if is_compiling() or _get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
-    tokens = len(x) if x.dim() == 2 else tokens_of(x)
+    tokens = tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
     one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
     few, alone = tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
