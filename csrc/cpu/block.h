@@ -44,18 +44,18 @@ struct Loose {
   typedef U type __attribute__((aligned(sizeof(U) / 2), may_alias));
 };
 
-// The next tile of a tensor, asked for line by line while the current one is multiplied: tile rows are too
-// short and too far apart for the hardware to guess, and a burst of requests would stall the loads it
+// A piece of a tensor that is multiplied soon, asked for line by line while something else is: its rows are
+// too short and too far apart for the hardware to guess, and a burst of requests would stall the loads it
 // competes with.
-struct Ahead {
+struct Piece {
   const char* row = nullptr;
   int64_t step = 0;             // bytes between rows
   int64_t rows = 0, bytes = 0;  // what is left, and a row's length
   int64_t at = 0;
 
-  Ahead() = default;
-  // A piece of `a`, cut at its end.
-  Ahead(const Mat& a, int64_t i0, int64_t wanted_rows, int64_t c0, int64_t cols) {
+  Piece() = default;
+  // Of `a`, cut at its end.
+  Piece(const Mat& a, int64_t i0, int64_t wanted_rows, int64_t c0, int64_t cols) {
     if (a.cs != 1 || i0 >= a.rows || c0 >= a.cols) return;
     const int64_t size = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
     row = static_cast<const char*>(a.data) + (i0 * a.rs + c0) * size;
@@ -68,12 +68,22 @@ struct Ahead {
     if (at >= bytes) at = 0, row += step, --rows;
   }
 };
+// Two pieces, one after the other.
+struct Ahead {
+  Piece now, later;
+
+  // The current one, in registers.
+  LOTR_INLINE Piece take() {
+    if (now.rows <= 0) now = later, later.rows = 0;
+    return now;
+  }
+};
 
 // acc += the product over n units. `step` is the distance of a's rows (kAlongRow) or of its units (else), in
 // bytes because a row of bf16 may start at half a unit; the other distance is one unit.
 template <typename K, int MR, int RV, bool kAlongRow>
 LOTR_INLINE void multiply(typename K::Vec (&acc)[MR][RV], const char* a, int64_t step,
-                          const typename K::Unit* b, int64_t ldb, int64_t n, Ahead* ahead = nullptr) {
+                          const typename K::Unit* b, int64_t ldb, int64_t n, Piece* ahead = nullptr) {
   constexpr int64_t kUnit = sizeof(typename K::Unit);
   using Loaded = typename Loose<typename K::Unit>::type;
 #pragma GCC unroll 4
@@ -103,9 +113,9 @@ inline void sum_block(typename K::Acc* c, int64_t ldc, bool fresh, const char* a
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) acc[i][v] = typename K::Vec{};
   }
-  Ahead local = ahead;  // in registers
-  multiply<K, MR, RV, kAlongRow>(acc, a, step, b, ldb, n, &local);
-  ahead = local;
+  Piece piece = ahead.take();
+  multiply<K, MR, RV, kAlongRow>(acc, a, step, b, ldb, n, &piece);
+  ahead.now = piece;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8

@@ -55,8 +55,8 @@ struct Operators {
       Scratch memory(sums + tile_space<K>(A.cols));
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = smaller(kTileRows, i1 - i);
-        shrink_tile<K, T>(memory.get<Acc>(), ldc, true, x, drop, b.data, b.ld, vectors, i, rows,
-                          memory.get<char>() + sums);
+        shrink_tile<K, T>(memory.get<Acc>(), ldc, true, x, drop, b.data, b.ld, vectors, i, rows, i == i0,
+                          true, memory.get<char>() + sums);
         write_rows<K>(out, i, rows, memory.get<Acc>(), ldc, drop.scale, false);
       }
     });
@@ -186,7 +186,7 @@ struct Operators {
         Scratch memory(tile_space<K>(k.cols));
         const int64_t c0 = begin * kTileColumns, c1 = smaller(end * kTileColumns, x.cols);
         outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.rs), !add, x, drop, k, 0, x.rows, c0,
-                         c1, memory.get<char>());
+                         c1, false, memory.get<char>());
       });
       return;
     }
@@ -205,7 +205,7 @@ struct Operators {
         const bool onto = chunk >= blocks;
         const OuterSums<K> sums(partials.get<Acc>() + (onto ? 0 : chunk * size), whole, k.cols);
         outer_rows<K, T>(sums, !onto, x, drop, k, i0, smaller(i0 + chunks.rows, x.rows), c0,
-                         smaller(c0 + width, x.cols), memory.get<char>());
+                         smaller(c0 + width, x.cols), false, memory.get<char>());
       }
     });
     add_partials(out, partials.get<Acc>(), blocks, whole, scale, add);
@@ -245,11 +245,13 @@ struct Operators {
           const int64_t rows = smaller(tile_m, last - i);
           for (int64_t part = 0; part < rows; part += kTileRows) {
             const int64_t n = smaller(kTileRows, rows - part);
+            // outer_rows asks for the tile below; of pairs in bursts, so that half is asked for here.
             shrink_tile<K, T>(memory.get<Acc>(), ld, true, g, Drop{}, b.data, b.ld, vectors, i + part, n,
-                              space);
+                              chunk == begin && i == first, pairs<K>, space);
             write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
-          outer_rows<K, T>(sums_of_chunk, !onto && i == first, g, Drop{}, u, i, i + rows, 0, g.cols, space);
+          outer_rows<K, T>(sums_of_chunk, !onto && i == first, g, Drop{}, u, i, i + rows, 0, g.cols, true,
+                           space);
         }
       }
     });

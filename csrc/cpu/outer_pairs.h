@@ -25,7 +25,8 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
   typename K::Vec acc[MR][2];
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) acc[j][0] = acc[j][1] = typename K::Vec{};
-  Ahead local = ahead;
+  Piece piece;
+  if constexpr (kAsk) piece = ahead.take();
 #pragma GCC unroll 2
   for (int64_t t = 0; t < n; ++t) {
     typename K::Unit* units = made + t * kPairColumns<K>;
@@ -37,7 +38,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
       left = reinterpret_cast<vi>(zip<0, kHalves>(a, b)), right = reinterpret_cast<vi>(zip<1, kHalves>(a, b));
       store(units, left), store(units + K::kLanes, right);
     }
-    if constexpr (kAsk) local.next(), local.next();
+    if constexpr (kAsk) piece.next(), piece.next();
 #pragma GCC unroll 8
     for (int j = 0; j < MR; ++j) {
       const typename K::Unit s = k[t * ldk + j];
@@ -45,7 +46,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
       acc[j][1] = K::madd(acc[j][1], right, s);
     }
   }
-  if constexpr (kAsk) ahead = local;
+  if constexpr (kAsk) ahead.now = piece;
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) {
     for (int v = 0; v < 2; ++v) {
@@ -61,7 +62,7 @@ template <typename K>
 inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat& x, int64_t i0, int64_t rows,
                           int64_t c, const typename K::Unit* k, int64_t ldk, int64_t r,
                           typename K::Unit* made, Ahead& ahead) {
-  static const uint16_t kZeros[kPairColumns<K>] = {};
+  [[maybe_unused]] static const uint16_t kZeros[kPairColumns<K>] = {};
   const auto* low = static_cast<const uint16_t*>(x.data) + i0 * x.rs + c;
   const int64_t units = rows / 2;
   row_blocks<kPairRows>(r, [&](auto mr, int64_t j) {

@@ -14,6 +14,7 @@
 namespace lotr::cpu::LOTR_ISA {
 
 constexpr int64_t kTileRows = 96;     // rows of a shrink tile: a multiple of every block's rows
+constexpr int64_t kBlockRows = 8;     // of a block of it, at most
 constexpr int64_t kTileUnits = 64;    // units of a factor_grad tile
 constexpr int64_t kTileColumns = 96;  // columns of a factor_grad tile
 constexpr int64_t kTileStep = 256;    // units of a shrink tile at most
@@ -96,10 +97,11 @@ inline size_t tile_space(int64_t r) {
 }
 
 // Sums of a tile of rows: c[rows][ldc] = drop(x)[i0 .. i0 + rows, :] b, added to c unless fresh, unscaled.
+// cold: no one has asked for these rows yet. below: the rows below are to be asked for.
 template <typename K, typename T>
 inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& x, const Drop& drop,
                         const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t i0, int64_t rows,
-                        char* space) {
+                        bool cold, bool below, char* space) {
   using Unit = typename K::Unit;
   const int64_t group = smaller(vectors, kMaxVectors);
   // Units summed at a time, so that their part of b stays in L1.
@@ -111,10 +113,13 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
   const int64_t units = units_of<K>(x.cols);
   for (int64_t t = 0; t < units; t += step) {
     const int64_t n = smaller(step, units - t), c0 = t * K::kPair;
-    // Further along these rows, then from the start of the rows below.
+    // First what is cold itself, then further along these rows, then the start of the rows below.
     const bool last = t + step >= units;
-    Ahead ahead(x, last ? i0 + rows : i0, last ? kTileRows : rows, last ? 0 : c0 + step * K::kPair,
-                step * K::kPair);
+    Piece next;
+    if (!last && (cold || below)) next = {x, i0, rows, c0 + step * K::kPair, step * K::kPair};
+    if (last && below) next = {x, i0 + rows, kTileRows, 0, step * K::kPair};
+    Ahead ahead{next, {}};
+    if (cold && t == 0) ahead = {{x, i0 + kBlockRows, rows - kBlockRows, c0, n * K::kPair}, next};
     // A last half pair is copied: the other half lies beyond the row.
     const int64_t whole = in_place ? smaller(n, (x.cols - c0) / K::kPair) : 0;
     if (whole > 0) {
@@ -159,9 +164,10 @@ struct OuterSums {
 };
 
 // sums[c][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to it unless fresh.
+// warm: whether these rows of x are in cache already.
 template <typename K, typename T>
 inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const Drop& drop, const Mat& k,
-                       int64_t i0, int64_t i1, int64_t c0, int64_t c1, char* space) {
+                       int64_t i0, int64_t i1, int64_t c0, int64_t c1, bool warm, char* space) {
   using Unit = typename K::Unit;
   const int64_t vectors = vectors_of<K>(k.cols), tile_m = tile_rows<K>(x);
   const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
@@ -179,14 +185,24 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
     } else {
       tile_down_columns<K, T>(k_tile, ldb, k, i, rows, 0, k.cols, Drop{}, nullptr, row);
     }
-    Ahead ahead(x, i + tile_m, tile_m, c0, c1 - c0);
     int64_t c = c0;
+    // Where this tile is in cache, the rows below; else the columns to the right, and the first ones of those
+    // rows.
+    Ahead ahead{{x, i + tile_m, tile_m, c0, c1 - c0}, {}};
+    const auto ask = [&](int64_t width) {
+      if (warm) return;
+      const bool right = c + width < c1;
+      ahead.now = {x, right ? i : i + tile_m, right ? rows : tile_m, right ? c + width : c0, width};
+    };
     if constexpr (pairs<K>) {
-      for (; c < smaller(c1, sums.whole); c += kPairColumns<K>)
+      for (; c < smaller(c1, sums.whole); c += kPairColumns<K>) {
+        ask(kPairColumns<K>);
         outer_columns<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, b, ldb, k.cols, x_tile, ahead);
+      }
     }
     for (; c < c1; c += kTileColumns) {
       const int64_t cols = smaller(kTileColumns, c1 - c);
+      ask(kTileColumns);
       const char* a = reinterpret_cast<const char*>(x_tile);
       int64_t step = kTileColumns * int64_t(sizeof(Unit));
       if (x_in_place) {

@@ -65,7 +65,7 @@ struct CoreProducts {
         const int64_t rows = smaller(kTileRows, i1 - i);
         for (int64_t layer = 0; layer < l; ++layer) {
           shrink_tile<K, Acc>(memory.get<Acc>(), ld, layer == 0, layer_of(Q, Q_ls, layer), Drop{},
-                              packed.get<Acc>() + layer * r_in * ld, ld, vectors, i, rows,
+                              packed.get<Acc>() + layer * r_in * ld, ld, vectors, i, rows, i == i0, true,
                               memory.get<char>() + sums);
         }
         write_rows<K>(dB, i, rows, memory.get<Acc>(), ld, scaling, add);
