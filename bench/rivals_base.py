@@ -16,7 +16,7 @@ LORA, LOTR, VERA = ("A", "B"), ("A", "B", "core"), ("b", "d")
 
 
 class Written(nn.Module):
-    """A formula as the layer that it is in a model: calling a module costs 5 to 15 us, and every rival pays for that."""
+    """A formula as the layer that it is in a model, so that every rival pays for the call of a module."""
 
     def __init__(self, formula: Callable[[Tensor], Tensor]):
         super().__init__()
