@@ -168,11 +168,35 @@ struct Operators {
     return sum;
   }
 
-  // Blocks of sums: one a chunk; but one thread whose chunks are single tiles adds each onto those before it,
-  // which is the same sum, and neither writes partial sums nor reads them back.
-  static int64_t blocks_of(const Chunks& chunks, const Mat& x) {
-    return threads() == 1 && chunks.rows == tile_rows<K>(x) ? smaller(1, chunks.count) : chunks.count;
-  }
+  // Where chunks' sums are kept: a block each, added in order when all are there. One thread keeps two at
+  // most and adds each chunk onto the first as soon as it is summed, a chunk that is a single tile by summing
+  // it there. That is the same sum, and none of it leaves the cache.
+  struct Blocks {
+    int64_t size, count;
+    bool at_once;
+    Scratch memory;
+
+    Blocks(const Chunks& chunks, const Mat& x, int64_t size)
+        : size(size),
+          count(smaller(chunks.count, most(chunks, x))),
+          at_once(threads() == 1),
+          memory(size_t(count * size) * sizeof(Acc)) {}
+    static int64_t most(const Chunks& chunks, const Mat& x) {
+      if (threads() > 1) return chunks.count;
+      return chunks.rows == tile_rows<K>(x) ? 1 : 2;
+    }
+    Acc* of(int64_t chunk) const {
+      return memory.template get<Acc>() + larger(0, smaller(chunk, count - 1)) * size;
+    }
+    // Whether a chunk's sums start anew.
+    bool fresh(int64_t chunk) const { return chunk < count || count > 1; }
+    void done(int64_t chunk) const {
+      if (!at_once || chunk == 0 || count == 1) return;
+      Acc *first = of(0), *own = of(chunk);
+      for (int64_t j = 0; j < size; j += K::kLanes) store(first + j, load(first + j) + load(own + j));
+    }
+    int64_t left() const { return at_once ? smaller(1, count) : count; }
+  };
 
   // out (+)= scale * drop(x)^T k.
   static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale, bool add) {
@@ -190,9 +214,8 @@ struct Operators {
       });
       return;
     }
-    const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop),
-                  size = OuterSums<K>::size(x.cols, whole, k.cols), blocks = blocks_of(chunks, x);
-    Scratch partials(size_t(blocks * size) * sizeof(Acc));
+    const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop);
+    const Blocks blocks(chunks, x, OuterSums<K>::size(x.cols, whole, k.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
     const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;
     const int64_t width = round_up(
@@ -202,13 +225,13 @@ struct Operators {
       Scratch memory(tile_space<K>(k.cols));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t chunk = task / across, c0 = task % across * width, i0 = chunk * chunks.rows;
-        const bool onto = chunk >= blocks;
-        const OuterSums<K> sums(partials.get<Acc>() + (onto ? 0 : chunk * size), whole, k.cols);
-        outer_rows<K, T>(sums, !onto, x, drop, k, i0, smaller(i0 + chunks.rows, x.rows), c0,
+        const OuterSums<K> sums(blocks.of(chunk), whole, k.cols);
+        outer_rows<K, T>(sums, blocks.fresh(chunk), x, drop, k, i0, smaller(i0 + chunks.rows, x.rows), c0,
                          smaller(c0 + width, x.cols), false, memory.get<char>());
+        blocks.done(chunk);
       }
     });
-    add_partials(out, partials.get<Acc>(), blocks, whole, scale, add);
+    add_partials(out, blocks.of(0), blocks.left(), whole, scale, add);
   }
 
   static void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add) {
@@ -229,9 +252,8 @@ struct Operators {
   static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
     const Chunks chunks(g.rows);
     const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = tile_rows<K>(g);
-    const int64_t whole = OuterSums<K>::template whole_columns<T>(g, Drop{}),
-                  size = OuterSums<K>::size(g.cols, whole, F.cols), blocks = blocks_of(chunks, g);
-    Scratch partials(size_t(blocks * size) * sizeof(Acc));
+    const int64_t whole = OuterSums<K>::template whole_columns<T>(g, Drop{});
+    const Blocks blocks(chunks, g, OuterSums<K>::size(g.cols, whole, F.cols));
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
       const PackedFactor<K, T> b(F);
       const size_t sums = size_t(tile_m * ld) * sizeof(Acc);
@@ -239,8 +261,7 @@ struct Operators {
       char* space = memory.get<char>() + sums;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * chunks.rows, last = smaller(first + chunks.rows, g.rows);
-        const bool onto = chunk >= blocks;
-        const OuterSums<K> sums_of_chunk(partials.get<Acc>() + (onto ? 0 : chunk * size), whole, F.cols);
+        const OuterSums<K> sums_of_chunk(blocks.of(chunk), whole, F.cols);
         for (int64_t i = first; i < last; i += tile_m) {
           const int64_t rows = smaller(tile_m, last - i);
           for (int64_t part = 0; part < rows; part += kTileRows) {
@@ -250,12 +271,13 @@ struct Operators {
                               chunk == begin && i == first, pairs<K>, space);
             write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
-          outer_rows<K, T>(sums_of_chunk, !onto && i == first, g, Drop{}, u, i, i + rows, 0, g.cols, true,
-                           space);
+          outer_rows<K, T>(sums_of_chunk, blocks.fresh(chunk) && i == first, g, Drop{}, u, i, i + rows, 0,
+                           g.cols, true, space);
         }
+        blocks.done(chunk);
       }
     });
-    add_partials(Q, partials.get<Acc>(), blocks, whole, 1.0, add);
+    add_partials(Q, blocks.of(0), blocks.left(), whole, 1.0, add);
   }
 };
 
