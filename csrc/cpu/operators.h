@@ -176,20 +176,20 @@ struct Operators {
     bool at_once;
     Scratch memory;
 
-    Blocks(const Chunks& chunks, const Mat& x, int64_t size)
+    Blocks(const Chunks& chunks, int64_t tile_m, int64_t size)
         : size(size),
-          count(smaller(chunks.count, most(chunks, x))),
+          count(smaller(chunks.count, most(chunks, tile_m))),
           at_once(threads() == 1),
           memory(size_t(count * size) * sizeof(Acc)) {}
-    static int64_t most(const Chunks& chunks, const Mat& x) {
+    static int64_t most(const Chunks& chunks, int64_t tile_m) {
       if (threads() > 1) return chunks.count;
-      return chunks.rows == tile_rows<K>(x) ? 1 : 2;
+      return chunks.rows <= tile_m ? 1 : 2;
     }
     Acc* of(int64_t chunk) const {
       return memory.template get<Acc>() + larger(0, smaller(chunk, count - 1)) * size;
     }
     // Whether a chunk's sums start anew.
-    bool fresh(int64_t chunk) const { return chunk < count || count > 1; }
+    bool fresh(int64_t chunk) const { return chunk == 0 || count > 1; }
     void done(int64_t chunk) const {
       if (!at_once || chunk == 0 || count == 1) return;
       Acc *first = of(0), *own = of(chunk);
@@ -201,7 +201,7 @@ struct Operators {
   // out (+)= scale * drop(x)^T k.
   static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
-    const int64_t work = x.rows * x.cols * k.cols;
+    const int64_t work = x.rows * x.cols * k.cols, tile_m = tile_rows_once<K, T>(x, drop, k.cols);
     // One chunk may go to the output where it lies: few tokens then touch it once.
     const bool wide = out.dtype == (same<Acc, double> ? Dtype::f64 : Dtype::f32);
     if (chunks.count == 1 && scale == 1.0 && wide && out.cs == 1 && k.cols % K::kLanes == 0) {
@@ -210,12 +210,12 @@ struct Operators {
         Scratch memory(tile_space<K>(k.cols));
         const int64_t c0 = begin * kTileColumns, c1 = smaller(end * kTileColumns, x.cols);
         outer_rows<K, T>(OuterSums<K>(static_cast<Acc*>(out.data), out.rs), !add, x, drop, k, 0, x.rows, c0,
-                         c1, false, memory.get<char>());
+                         c1, tile_m, false, memory.get<char>());
       });
       return;
     }
     const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop);
-    const Blocks blocks(chunks, x, OuterSums<K>::size(x.cols, whole, k.cols));
+    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, whole, k.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
     const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;
     const int64_t width = round_up(
@@ -227,7 +227,7 @@ struct Operators {
         const int64_t chunk = task / across, c0 = task % across * width, i0 = chunk * chunks.rows;
         const OuterSums<K> sums(blocks.of(chunk), whole, k.cols);
         outer_rows<K, T>(sums, blocks.fresh(chunk), x, drop, k, i0, smaller(i0 + chunks.rows, x.rows), c0,
-                         smaller(c0 + width, x.cols), false, memory.get<char>());
+                         smaller(c0 + width, x.cols), tile_m, false, memory.get<char>());
         blocks.done(chunk);
       }
     });
@@ -253,7 +253,7 @@ struct Operators {
     const Chunks chunks(g.rows);
     const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = tile_rows<K>(g);
     const int64_t whole = OuterSums<K>::template whole_columns<T>(g, Drop{});
-    const Blocks blocks(chunks, g, OuterSums<K>::size(g.cols, whole, F.cols));
+    const Blocks blocks(chunks, tile_m, OuterSums<K>::size(g.cols, whole, F.cols));
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {
       const PackedFactor<K, T> b(F);
       const size_t sums = size_t(tile_m * ld) * sizeof(Acc);
@@ -272,7 +272,7 @@ struct Operators {
             write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);
           }
           outer_rows<K, T>(sums_of_chunk, blocks.fresh(chunk) && i == first, g, Drop{}, u, i, i + rows, 0,
-                           g.cols, true, space);
+                           g.cols, tile_m, true, space);
         }
         blocks.done(chunk);
       }

@@ -21,8 +21,8 @@ constexpr int64_t kTileStep = 256;    // units of a shrink tile at most
 constexpr int64_t kTileL2 = LOTR_VB == 64 ? 1 << 19 : 1 << 18;  // half of an L2 of such CPUs
 constexpr int64_t kTileBytes = 16384;  // of the packed factor that a shrink tile multiplies: half of L1
 
-// Rows of a factor_grad tile: whole rows of x, and those of the tile asked for next, have to stay in L2. Of
-// the full width, so that cutting x by columns changes no sum.
+// Rows of a tile that shrink_grad reads twice: whole rows, and those of the tile asked for next, have to stay
+// in L2.
 template <typename K>
 inline int64_t tile_rows(const Mat& x) {
   const int64_t row = x.cols * (x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2) * K::kPair;
@@ -87,11 +87,20 @@ inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename 
   });
 }
 
+// Rows of a factor_grad tile, which is read once: of an x that is read where it lies as many as keep their
+// part of k in L1. (Pairs take no more: the units made of x are kept in L1 too.)
+template <typename K, typename T>
+inline int64_t tile_rows_once(const Mat& x, const Drop& drop, int64_t r) {
+  const int64_t k_bytes = kTileUnits * vectors_of<K>(r) * K::kLanes * int64_t(sizeof(typename K::Unit));
+  const bool deep = !pairs<K> && native<K, T>(x) && !drop.on && 2 * k_bytes <= kTileBytes;
+  return (deep ? 2 : 1) * kTileUnits * K::kPair;
+}
+
 // Bytes a thread needs for its copies of tiles, at rank r.
 template <typename K>
 inline size_t tile_space(int64_t r) {
   const int64_t shrink = kTileRows * kTileStep,
-                outer = kTileUnits * (kTileColumns + vectors_of<K>(r) * K::kLanes);
+                outer = 2 * kTileUnits * (kTileColumns + vectors_of<K>(r) * K::kLanes);
   return size_t(larger(shrink, outer)) * sizeof(typename K::Unit) +
          size_t(kTileStep * K::kPair + kMaskSlack + larger(kTileColumns, r)) * sizeof(uint32_t);
 }
@@ -164,17 +173,18 @@ struct OuterSums {
 };
 
 // sums[c][j] = sum over i0 <= i < i1 of drop(x)[i, c] k[i, j] for c0 <= c < c1, added to it unless fresh.
-// warm: whether these rows of x are in cache already.
+// tile_m: rows to sum at a time; warm: whether these rows of x are in cache already.
 template <typename K, typename T>
 inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const Drop& drop, const Mat& k,
-                       int64_t i0, int64_t i1, int64_t c0, int64_t c1, bool warm, char* space) {
+                       int64_t i0, int64_t i1, int64_t c0, int64_t c1, int64_t tile_m, bool warm,
+                       char* space) {
   using Unit = typename K::Unit;
-  const int64_t vectors = vectors_of<K>(k.cols), tile_m = tile_rows<K>(x);
+  const int64_t vectors = vectors_of<K>(k.cols);
   const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
   const bool x_in_place = !pairs<K> && native<K, T>(x) && !drop.on;
   auto* x_tile = reinterpret_cast<Unit*>(space);
-  auto* k_tile = x_tile + kTileUnits * kTileColumns;
-  auto* mask = reinterpret_cast<uint32_t*>(k_tile + kTileUnits * vectors * K::kLanes);
+  auto* k_tile = x_tile + 2 * kTileUnits * kTileColumns;
+  auto* mask = reinterpret_cast<uint32_t*>(k_tile + 2 * kTileUnits * vectors * K::kLanes);
   auto* row = reinterpret_cast<uint16_t*>(mask + kTileColumns + kMaskSlack);
   for (int64_t i = i0; i < i1; i += tile_m) {
     const int64_t rows = smaller(tile_m, i1 - i), units = units_of<K>(rows);
