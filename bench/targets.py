@@ -4,8 +4,9 @@ On one and all threads, fp32 and bf16, one adapted layer's time over the frozen 
 LoRA's at (512, 768, 768, 16), (2048, 768, 768, 16) and (1024, 2048, 2048, 16), at most all of it at 1 and 16 tokens, at most
 1.25 x the FLOP floor at (2048, 768, 768, 64); and at the target shapes less than every form of LoRA made of library products
 (eager, in-place in both orders, compiled, PEFT's). A step of the model bench at equal rank takes no longer than PEFT LoRA's and
-allocates less at its peak. "within the spread": the medians differ by less than the quartile ranges overlap. Exit 1 unless all
-that was measured is met.
+allocates less at its peak. "within the spread": the medians differ by less than the quartile ranges overlap. "under floor": the
+limit is less than the adapter's own multiplications take at the frozen layer's rate (3 r / K), so that only who multiplies
+faster than the base product meets it. Exit 1 unless all that was measured is met.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def limit_verdicts(cells: list[dict]) -> list[Verdict]:
         elif LORA_EAGER in own:
             limit = f"{own[LORA_EAGER]['label']} x {OF_EAGER[shape]:g}"
             most = [OF_EAGER[shape] * e for e in own[LORA_EAGER]["step"]["excess"]]
+            limit += ", under floor" if most[1] < case.flop_floor() else ""
         else:
             continue
         numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (ours, most)]

@@ -120,6 +120,10 @@ def test_targets(tmp_path, capsys):
     ):
         cells = [layer_cell("lora-eager", eager, case), layer_cell("lotr_ext", ours, case)]
         assert [verdict.met for verdict in targets.limit_verdicts(cells)] == [met], case
+    # The floor at r = 16 and K = 768 is 6.25 %.
+    for eager, said in ((0.12, "lora-eager x 0.5, under floor"), (0.13, "lora-eager x 0.5")):
+        cells = [layer_cell("lora-eager", eager), layer_cell("lotr_ext", 0.1)]
+        assert [verdict.rival for verdict in targets.limit_verdicts(cells)] == [said]
     with pytest.raises(FileNotFoundError, match="expected a folder of results"):
         targets.main([str(tmp_path / "none")])
     (tmp_path / "empty").mkdir()
