@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from .factors import LoTRFactors
-from .layer import LoTRLayer
+from .layer import LoTRLayer, check_probability
 from .layer_call import Adapter, call_linear, compute_dtype, decide
 from .linear import LoTRWrapped
 from .mixture import call_mixed
@@ -60,8 +60,12 @@ def lotr_linear(
     n, k = weight.shape
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(f"x: expected a last dimension of in_features = {k}, got shape {tuple(x.shape)}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a tensor or None, got {type(bias).__name__}")
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias: expected shape ({n},) or None, got {tuple(bias.shape)}")
     _check_matrix("A", A, (k, None), f"[in_features = {k}, r_in]")
@@ -82,8 +86,7 @@ def lotr_linear(
             raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling!r}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    check_probability("dropout_p", dropout_p)
     p = dropout_p if training else 0.0
     if core_index is not None:
         cores = (core * float(scaling))[core_index]
@@ -164,7 +167,7 @@ def explain_call(
     where = None if device is None else torch.device(device)
 
     def look(A: Tensor, B: Tensor) -> Tensor:
-        nodes, plan, why, unfolded = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, base is not None, where)
+        nodes, plan, why, unfolded = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, base and base[0], where)
         found.append(Explanation(plan.strategy if nodes else "composite", nodes > 0, nodes, plan.reason, why, unfolded))
         return x
 

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from .hub import SharedGradient
 
 _PLAIN = (Tensor, nn.Parameter)
+_WEIGHTS = (nn.Parameter, Tensor, type(None))
 _CPU = torch.device("cpu")
 _UNFORCED = (None, "")
+_INTEGERS_AND_COMPLEX = (t for t in vars(torch).values() if isinstance(t, torch.dtype) and not t.is_floating_point)
+_NOT_CAST = frozenset((torch.float64, *_INTEGERS_AND_COMPLEX))  # by autocast
 
 
 class Decision(NamedTuple):
@@ -74,7 +77,7 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
     if not _is_any_autocast_enabled():
         return None
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype not in _NOT_CAST else None
 
 
 def decide(
@@ -83,16 +86,17 @@ def decide(
     adapter: Adapter,
     dtype: torch.dtype,
     base_trained: bool,
-    base_linear: bool = True,
+    weight: Tensor | None,
     device: torch.device | None = None,
 ) -> Decision:
-    """Which nodes a call takes. `explain` prints it, so it cannot say anything else than what runs."""
+    """Which nodes a call takes; weight: of a base product of ours, None over a base module of any kind. `explain` prints it, so
+    it cannot say anything else than what runs."""
     if is_compiling() or _get_tracing_state() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Decision(0, Plan("composite", traced), traced)  # before any look at sizes, which would become guards
     tokens = tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
-    one = base_linear and not adapter.p and (A.requires_grad or not x.requires_grad)
+    one = weight is not None and not adapter.p and (A.requires_grad or not x.requires_grad)
     few, alone = tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
     if device is None and x.is_cpu:
         device, rank = _CPU, 0  # any rank runs there
@@ -103,12 +107,14 @@ def decide(
     many, forced = tokens >= planner.BETA_TOKENS, _UNFORCED
     if adapter.strategy is not None or planner.VARIABLE in planner.ENVIRONMENT:
         forced = planner.forced_strategy(adapter.strategy)
-    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _transformed():
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
-    elif type(x) not in _PLAIN or type(A) not in _PLAIN:
-        why = f"x is a {type(x).__name__} and A a {type(A).__name__}: only plain tensors go to kernels"
+    elif type(x) not in _PLAIN or type(A) not in _PLAIN or type(weight) not in _WEIGHTS:
+        names = {"x": x, "A": A, "weight": weight}
+        others = (f"{name} is a {type(t).__name__}" for name, t in names.items() if type(t) not in _WEIGHTS)
+        why = f"{', '.join(others)}: only plain tensors go to kernels"
     else:
-        return _decision(many, few, one, alone, base_linear and base_trained, rank, A.dtype, dtype, device, *forced)
+        return _decision(many, few, one, alone, base_trained, rank, A.dtype, dtype, device, *forced)
     return Decision(0, planner.plan_of(many, rank, dtype, device, *forced), why)
 
 
@@ -158,10 +164,12 @@ def call_linear(
             return call_linear(x, weight, bias, A, B, adapter, dtype)
     compute, recorded = dtype or x.dtype, is_grad_enabled()
     trained = recorded and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    nodes, chosen, _, unfolded = decide(x, A, adapter, compute, trained)
+    nodes, chosen, _, unfolded = decide(x, A, adapter, compute, trained, weight)
     core, scaling, p, group = adapter[:4]
     if nodes == 0 or (nodes == 1 and p):
-        dropped = nnf.dropout(x, p) if p else x
+        if dtype is None and x.dtype != weight.dtype:
+            raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
+        dropped = dropped_input(x, A, adapter, compute, dtype is not None) if p else x
         y = base_linear(x, weight, bias, dtype)
         return y + adapter_differentiable(dropped, *here(y.device, A, B, core), scaling, y.dtype)
     in_graph = recorded and (x.requires_grad or A.requires_grad or B.requires_grad or core.requires_grad)
@@ -183,14 +191,14 @@ def call_linear(
     else:
         group.A.join(A, adapter.user)
     if not in_graph:
-        F, dropout = None if slot is None else slot.F, _dropout(p, x.device) if new else KEEP
+        F, dropout = None if slot is None else slot.F, _dropout(p, found, x.device) if new else KEEP
         settings = (*here(x.device, B, core), scaling, dtype, chosen.strategy, found.u, F, dropout)
         y, found.u, _ = direction.forward(x, weight, bias, values, *settings)
         if new and share:
             group.offer(found, False)
         return y
     if new:  # neither x nor A is in the graph
-        found.u = ops.shrink(rows(to(x, compute)), values, p=p, seed=_dropout(p, x.device).seed)
+        found.u = ops.shrink(rows(to(x, compute)), values, p=p, seed=_dropout(p, found, x.device).seed)
         if share:
             group.offer(found, False)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
@@ -203,7 +211,7 @@ def _lead(x, A, B, adapter: Adapter, base: Base, slot: Slot | None, found: Share
     hub_A, shared_A = (A, None) if group is None else group.A.view(A, adapter.user)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     values = adapter.cast(A, x.dtype if base.dtype is None else base.dtype)
-    settings = (scaling, _dropout(p, x.device), shared_A, shared_B, weakref.ref(found), slot, values)
+    settings = (scaling, _dropout(p, found, x.device), shared_A, shared_B, weakref.ref(found), slot, values)
     y, u, route = apply_lead(x, hub_A, hub_B, core, token, base, *settings)
     if share:
         found.u, found.route = u, route
@@ -212,8 +220,24 @@ def _lead(x, A, B, adapter: Adapter, base: Base, slot: Slot | None, found: Share
     return y
 
 
-def _dropout(p: float, device: torch.device) -> Dropout:
-    return Dropout(p, torch.randint(-(2**63), 2**63 - 1, (1,), device=device)) if p else KEEP
+def _dropout(p: float, found: SharedInput, device: torch.device) -> Dropout:
+    return Dropout(p, found.drawn(device)) if p else KEEP
+
+
+def dropped_input(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> Tensor:
+    """drop(x) in torch's products, p > 0, by the mask of all siblings on x where our kernel can draw it from the seed."""
+    eager = not (is_compiling() or _get_tracing_state() is not None or _transformed()) and type(x) in _PLAIN
+    if not eager or planner.obstacle_to_kernels(0, x.dtype, x.device) is not None:
+        return nnf.dropout(x, adapter.p)
+    found, share = _find(x, A, adapter, compute, autocast)
+    keep = ops.dropout_mask(tokens_of(x), x.shape[-1], adapter.p, found.drawn(x.device), torch.float32) > 0
+    if share and found.u is None:
+        adapter.group.offer(found, False)
+    return torch.where(keep.view(x.shape), x * (1 / (1 - adapter.p)), 0)
+
+
+def _transformed() -> bool:
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tensor, SharedGradient | None, Tensor | None]:
@@ -235,8 +259,8 @@ def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tens
 def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     compute = dtype or x.dtype
     core, scaling, p = adapter[:3]
-    if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
-        dropped = nnf.dropout(x, p) if p else x
+    if decide(x, A, adapter, compute, False, None).nodes == 0:
+        dropped = dropped_input(x, A, adapter, compute, dtype is not None) if p else x
         return y + to(adapter_differentiable(dropped, *here(x.device, A, B, core), scaling, compute), y.dtype)
     shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
@@ -252,7 +276,7 @@ def shared_shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, 
         group.A.join(A, user)
         return found
     hub, shared = (A, None) if group is None else group.A.view(A, user)
-    dropout, in_graph, values = _dropout(p, x.device), _in_graph(x, A), adapter.cast(A, compute)
+    dropout, in_graph, values = _dropout(p, found, x.device), _in_graph(x, A), adapter.cast(A, compute)
     if in_graph:
         found.u, found.route = apply_shrink(x, hub, compute, dropout, shared, weakref.ref(found), values)
     else:

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
 
-from .layer_call import Adapter, compute_dtype, decide, shared_shrink
+from .layer_call import Adapter, compute_dtype, decide, dropped_input, shared_shrink
 from .nodes import apply_add
 from .products import to
 
@@ -50,8 +49,8 @@ def _mixed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, adapter: A
     compute = dtype or x.dtype
     b, tokens = x.shape[0], x.shape[1:-1].numel()  # a row's tokens, which lie side by side and all take its core
     r_in, r_out = cores.shape[1:]
-    if decide(x, A, adapter, compute, False, base_linear=False).nodes == 0:
-        dropped = nnf.dropout(x, adapter.p) if adapter.p else x
+    if decide(x, A, adapter, compute, False, None).nodes == 0:
+        dropped = dropped_input(x, A, adapter, compute, dtype is not None) if adapter.p else x
         u = to(dropped, compute) @ to(A, compute).to(x.device)
         h = u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)
         delta = h @ to(B, compute).to(x.device).mT

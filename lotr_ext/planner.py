@@ -83,7 +83,7 @@ VARIABLE = b"LOTR_STRATEGY"
 @functools.lru_cache(maxsize=1024)
 def plan_of(many: bool, rank: int, dtype: torch.dtype, device: torch.device, forced: str | None, where: str) -> Plan:
     """`plan`, remembered: these few answers come again in every call."""
-    obstacle = _obstacle(rank, dtype, device)
+    obstacle = obstacle_to_kernels(rank, dtype, device)
     if forced is not None:
         check_strategy(forced, where)
         if forced != "composite" and obstacle is not None:
@@ -99,7 +99,8 @@ def plan_of(many: bool, rank: int, dtype: torch.dtype, device: torch.device, for
     return Plan("two_pass", ours)
 
 
-def _obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why none of our kernels runs there; None if they do."""
     if device.type == "cpu":
         return None if dtype in _CPU_DTYPES else f"no CPU kernels for {dtype}"
     if device.type != "cuda":

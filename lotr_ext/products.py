@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active, _dispatch_key_parse
+from torch._C import _dispatch_tls_is_dispatch_key_included as _in_old_vmap
 from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
@@ -11,6 +13,7 @@ from . import ops, planner
 from .hub import SharedGradient
 from .ops import accumulate_dtype
 
+_VMAP = _dispatch_key_parse("VmapMode")
 private_write = torch._C._AutoDispatchBelowADInplaceOrView  # for writes into tensors that no one else holds
 
 
@@ -73,8 +76,9 @@ def adapter_differentiable(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scalin
 
 
 def recorded() -> bool:
-    """Whether the running backward is itself being recorded: for double backward, or by compiled autograd."""
-    return is_grad_enabled() or is_compiling()
+    """Whether the running backward takes torch's own products: it is being recorded, for double backward or by compiled
+    autograd, or batched, by is_grads_batched (whose vmap is an older one) or vmap."""
+    return is_grad_enabled() or is_compiling() or _in_old_vmap(_VMAP) or _are_functorch_transforms_active()
 
 
 def shared_sum(shared: SharedGradient | None, factor: Tensor) -> Tensor | None:

@@ -7,8 +7,9 @@
 backward, which autograd runs after theirs, adds its own and k A^T to them and makes one pass over x for dA.
 
 A u is shared only by calls on the very same x object, unchanged, in the same grad mode, dtype, autocast state, dropout and
-checkpoint region, and only once by each layer: a layer that comes again starts a new round, which is what makes changes of A
-that leave no trace (`.data`, fused optimizers) safe. Nothing here keeps an activation alive.
+checkpoint region, with no optimizer step between, and only once by each layer: a layer that comes again starts a new round. So
+of all changes only one is missed that leaves no trace and falls between two siblings' calls on one x: `.data` and NumPy's views
+of x or A. Nothing here keeps an activation alive.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .hub import SharedGradient
 
@@ -32,7 +34,7 @@ class SharedInput:
     inside a checkpoint is long before its nodes do.
     """
 
-    __slots__ = ("__weakref__", "key", "region", "route", "spent", "u", "users", "x")
+    __slots__ = ("__weakref__", "key", "region", "route", "seed", "spent", "u", "users", "x")
 
     def __init__(self, x: Tensor, key: tuple | None, region: Callable | None):
         own = weakref.ref(self)
@@ -47,9 +49,16 @@ class SharedInput:
         self.forget()
 
     def forget(self) -> None:
-        """Drops u and route: no more siblings."""
+        """Drops u, route and seed: no more siblings."""
         self.u: Tensor | None = None
         self.route: Tensor | None = None
+        self.seed: Tensor | None = None
+
+    def drawn(self, device: torch.device) -> Tensor:
+        """What the dropout mask of all siblings is drawn from (int64, one element)."""
+        if self.seed is None:
+            self.seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+        return self.seed
 
     def spend(self) -> None:
         """Its backward has begun: no more siblings, for an optimizer may follow, and a fused one changes A without a trace."""
@@ -57,8 +66,8 @@ class SharedInput:
         self.forget()
 
     def serves(self, x: Tensor, key: tuple, region: Callable | None, user: int) -> bool:
-        """Whether user, called on x, may take u."""
-        if self.u is None or self.x() is not x or self.key != key or self.spent or user in self.users:
+        """Whether user, called on x, may take u, or the seed that is there before it."""
+        if (self.u is None and self.seed is None) or self.x() is not x or self.key != key or self.spent or user in self.users:
             return False
         return self.region is None if region is None else self.region is not None and self.region() is region
 
@@ -73,6 +82,19 @@ def owned_by(y: Tensor, shared_input: SharedInput) -> Tensor:
     y = torch.ops.aten._unsafe_view.default(y, y.shape)
     y.grad_fn.metadata[SharedInput] = shared_input
     return y
+
+
+class _Steps:
+    """taken: by all optimizers of this process. A fused one changes A without a trace."""
+
+    taken = 0
+
+    def take(self, *_: object) -> None:
+        self.taken += 1
+
+
+_steps = _Steps()
+register_optimizer_step_post_hook(_steps.take)
 
 
 class _Newest(threading.local):
@@ -98,7 +120,8 @@ class Group:
     def find(self, x: Tensor, A: Tensor, user: int, settings: tuple) -> tuple[SharedInput, bool]:
         """The SharedInput for user's call on x, and whether this group may offer a new one to siblings.
 
-        A found one has u set; in a new one the caller sets u (and route, in a graph) and then calls `offer`.
+        Where one is found u or seed is set; else the caller sets u (and route, in a graph), or draws the seed, and then calls
+        `offer`.
         """
         # the innermost saved-tensor hook tells a checkpoint's forward, its recomputation and the code around apart: they must
         # save the same tensors, so they must decide alike and never share with each other
@@ -110,7 +133,7 @@ class Group:
             *(x._version, A._version, x.data_ptr(), x.shape, x.requires_grad, x.is_leaf),
             *(torch.is_grad_enabled(), A.requires_grad),
             A.untyped_storage()._cdata,  # sharded training moves A's memory, not its storage
-            settings,
+            *(_steps.taken, settings),
         )
         found = self._newest.input()
         if found is None or not found.serves(x, key, region, user):

@@ -140,6 +140,22 @@ def test_a_changed_A_never_reuses_u(net, grad):
         assert right(net, block.q, x) and right(net, block.k, x)
 
 
+@GRAD_MODES
+def test_a_fused_optimizers_step_between_siblings_is_seen(net, grad):
+    """It bumps no version."""
+    block, A = net.blocks[0], net.factors.A
+    optimizer = torch.optim.AdamW([A], lr=0.5, fused=True)
+    A.grad = torch.randn_like(A)
+    with torch.set_grad_enabled(grad):
+        x = torch.randn(6, 24)
+        keep = block.q(x)
+        version = A._version
+        optimizer.step()
+        assert A._version == version
+        assert right(net, block.k, x)
+    del keep
+
+
 def test_the_same_layer_called_twice_starts_anew(net, counter):
     q, k = net.blocks[0].q, net.blocks[0].k
     x = torch.randn(6, 24)
@@ -203,6 +219,30 @@ def test_dropout_is_shared_by_siblings_of_one_p(net, counter):
     keep = [q(x), k(x), v(x)]
     assert counter.take()["shrink"] == 1
     del keep
+
+
+@GRAD_MODES
+def test_dropout_is_shared_on_the_composite_path_too(net, grad):
+    """q and k by torch's products, v by kernels: all see the same drop(x), which an identity for an adapter shows."""
+    q, k, v = net.blocks[0].q, net.blocks[0].k, net.blocks[0].v
+    for layer in (q, k, v):
+        layer.dropout = 0.5
+        layer.core.data.copy_(q.core)
+        layer.weight.data.zero_(), layer.bias.data.zero_()
+    q.strategy = "composite"
+    k.weight.requires_grad_()  # the base is trained: with dropout torch's products too
+    net.train()
+    with torch.set_grad_enabled(grad):
+        for order in ((q, k, v), (v, k, q)):
+            x = torch.randn(40, 24)
+            first, *others = (layer(x) for layer in order)
+            assert first.abs().max() > 1e-3 and all(relative(y, first.double()) < CLOSE for y in others)
+            assert relative(q(torch.randn(40, 24)), first.double()) > 0.1
+    eye = torch.eye(24)
+    adapter = Adapter(eye, 1.0, 0.25, strategy="composite")
+    kept = call_linear(torch.ones(4000, 24), torch.zeros(24, 24), None, eye, eye, adapter)
+    torch.testing.assert_close(kept.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert abs((kept > 0).float().mean() - 0.75) < 0.01
 
 
 def test_dropout_gradients(net, monkeypatch):

@@ -1,0 +1,111 @@
+"""Tensors that are not what their memory says, and gradients that come in batches: each computes what the formula computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lotr_ext import LoTRFactors, LoTRLinear, explain, lotr_linear
+
+K = 12
+TOKENS = pytest.mark.parametrize("tokens", [5, 200], ids=["unfolded", "folded"])
+ALONE = pytest.mark.parametrize("alone", [True, False], ids=["alone", "siblings"])
+
+
+def layers_of(count: int) -> list[LoTRLinear]:
+    torch.manual_seed(0)
+    factors = LoTRFactors(K, K, 3)
+    layers = [LoTRLinear(K, K, factors=factors) for _ in range(count)]
+    for layer in layers:
+        nn.init.normal_(layer.core)
+    return layers
+
+
+def formula(layer: LoTRLinear, x: Tensor) -> Tensor:
+    named = dict(layer.factors.named_parameters())
+    return nn.functional.linear(x, layer.weight, layer.bias) + layer.scaling * ((x @ named["A"]) @ layer.core) @ named["B"].T
+
+
+def both(layers: list[LoTRLinear], x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The layers' outputs on x summed, the same by the formula, and what to take gradients of."""
+    wanted = [x, *layers[0].factors.parameters(), *(layer.core for layer in layers)]
+    return sum(layer(x) for layer in layers), sum(formula(layer, x) for layer in layers), wanted
+
+
+def close(found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@TOKENS
+@ALONE
+def test_an_x_that_is_negated_only_by_a_mark(tokens, alone):
+    x = torch.randn(tokens, K, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    layers = layers_of(1 if alone else 2)
+    y, expected, _ = both(layers, x)
+    close(y, expected)
+    with torch.no_grad():
+        close(both(layers, x)[0], expected)
+    named = dict(layers[0].factors.named_parameters())
+    y = lotr_linear(x, layers[0].weight, layers[0].bias, named["A"], named["B"], layers[0].core, scaling=layers[0].scaling)
+    close(y, formula(layers[0], x))
+
+
+GRADIENTS: dict[str, Callable[[int], Tensor]] = {
+    "negated": lambda tokens: torch._neg_view(torch.randn(tokens, K)),
+    "zero without memory": lambda tokens: torch._efficientzerotensor((tokens, K)),
+}
+
+
+@TOKENS
+@ALONE
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_a_gradient_that_is_so_only_by_a_mark(tokens, alone, kind):
+    y, expected, wanted = both(layers_of(1 if alone else 2), torch.randn(tokens, K, requires_grad=True))
+    g = GRADIENTS[kind](tokens)
+    close(torch.autograd.grad(y, wanted, g), torch.autograd.grad(expected, wanted, g))
+
+
+@TOKENS
+@ALONE
+def test_batched_gradients(tokens, alone):
+    y, expected, wanted = both(layers_of(1 if alone else 2), torch.randn(tokens, K, requires_grad=True))
+    G = torch.randn(3, tokens, K)
+    right = [torch.autograd.grad(expected, wanted, g, retain_graph=True) for g in G]
+    right = tuple(torch.stack(parts) for parts in zip(*right))
+    close(torch.autograd.grad(y, wanted, G, is_grads_batched=True, retain_graph=True), right)
+    close(torch.vmap(lambda g: torch.autograd.grad(y, wanted, g, retain_graph=True))(G), right)
+
+
+def test_a_vectorised_jacobian():
+    (layer,) = layers_of(1)
+    x = torch.randn(4, K)
+    found = torch.autograd.functional.jacobian(layer, x, vectorize=True)
+    close(found, torch.autograd.functional.jacobian(lambda t: formula(layer, t), x))
+
+
+class Doubled(Tensor):
+    """A weight whose linear layer is not what its memory says, as a quantised one's."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight, *rest = args
+            return func(x, 2 * weight.as_subclass(Tensor), *rest)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@TOKENS
+def test_a_weight_of_another_type_is_asked_for_its_own_product(tokens):
+    (layer,) = layers_of(1)
+    x, expected = torch.randn(tokens, K), 0
+    with torch.no_grad():
+        expected = formula(layer, x) + x @ layer.weight.T
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled), requires_grad=False)
+    assert isinstance(layer.weight, Doubled)
+    told = explain(layer, x)
+    assert told.strategy == "composite" and "weight is a Doubled" in told.why
+    close(layer(x).as_subclass(Tensor), expected)
