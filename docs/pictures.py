@@ -27,15 +27,8 @@ def box(axis: Axes, x: float, y: float, w: float, h: float, text: str, colour: s
     axis.text(x, y, text, ha="center", va="center")
 
 
-def arrow(
-    axis: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, style: str = "-", bend: float = 0.0
-) -> None:
-    curve = f"arc3,rad={bend}"
-    axis.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=11, color=colour, linestyle=style, lw=1.3, connectionstyle=curve
-        )
-    )
+def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, style: str = "-") -> None:
+    axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color=colour, linestyle=style, lw=1.3))
 
 
 def frame(axis: Axes, title: str) -> None:
@@ -59,7 +52,7 @@ def draw(path: Path) -> None:
     left.text(3.1, 1.7, "...", ha="center", fontsize=14)
     left.text(1.6, 0.15, "each dA is a tensor of its own, rounded and summed one by one", fontsize=9, color="#555555")
 
-    frame(right, "lotr_ext: one fp32 sum for all but the first layer, one gradient")
+    frame(right, "lotr_ext: one fp32 sum for all layers, one gradient")
     box(right, 0.7, 2.6, 0.9, 0.6, "A [K, r]", BLUE)
     box(right, 2.6, 2.6, 1.0, 0.6, "hub", BLUE)
     box(right, 2.6, 0.9, 1.3, 0.7, "sum of dA\n[K, r] fp32", ORANGE)
@@ -68,12 +61,8 @@ def draw(path: Path) -> None:
     arrow(right, (2.6, 1.3), (2.6, 2.28), "#c04000")
     for name, y in zip(LAYERS, heights):
         box(right, 5.2, y, 1.2, 0.6, name, GREY)
-        if name == LAYERS[0]:  # it takes A itself, and returns its own part
-            arrow(right, (1.0, 2.95), (4.55, y + 0.12), "#2060a0", bend=-0.12)
-            arrow(right, (4.55, y - 0.08), (1.15, 2.88), "#c04000", bend=0.1)
-        else:
-            arrow(right, (3.15, 2.65), (4.55, y + 0.1), "#2060a0")
-            arrow(right, (4.55, y - 0.1), (3.32, 0.9 + (y - 0.9) * 0.12), "#c04000", "--")
+        arrow(right, (3.15, 2.65), (4.55, y + 0.1), "#2060a0")
+        arrow(right, (4.55, y - 0.1), (3.32, 0.9 + (y - 0.9) * 0.12), "#c04000", "--")
     right.text(5.2, 1.65, "...", ha="center", fontsize=14)
     right.text(
         0.1,

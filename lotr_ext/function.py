@@ -97,6 +97,7 @@ class LoTRFunction(Function):
             F if need_x or need_A else None,
         )
         ctx.settings = scaling, dtype, shared_A, shared_B, strategy, unfolded
+        ctx.hubs = A, B  # else the next layers of a checkpoint's forward, which saves no tensor, would find them gone
         return y
 
     @staticmethod

@@ -1,13 +1,11 @@
 """The shared gradient: one accumulator for a factor that many layers use, one gradient for autograd to see.
 
-    A --+-> layer 1
-        +-> [hub: identity, one a forward] --> layer 2 .. layer L
-    backward: layer L .. layer 2 add into one accumulator (float32; float64 for float64) and return None for A;
-    autograd runs the hub's backward once all its users have run; it returns the sum, cast once. Layer 1 returns its own part.
+    A --> [hub: identity, one a forward] --> layer 1 .. layer L
+    backward: layer L .. layer 1 add into one accumulator (float32; float64 for float64) and return None for A;
+    autograd runs the hub's backward once all its users have run; it returns the sum, cast once.
 
-So hooks, DDP's buckets and optimizers see one ordinary gradient per backward, and a backward makes at most two temporaries of
-A's size, layer 1's and the sum, however many layers there are. Layer 1 is left alone because a layer by itself has nothing to
-share and would only pay for a hub.
+So autograd, hooks, DDP's buckets and optimizers see one ordinary gradient per backward, and a backward makes one temporary of
+A's size, however many layers there are. A layer whose factors no other layer has does without.
 """
 
 from __future__ import annotations
@@ -64,9 +62,8 @@ class SharedGradient:
         """param for a layer, and where its gradient goes: with self, param hangs on the hub and the sum is here; with None,
         param is itself and the gradient goes back to autograd.
 
-        The first user of a round gets param itself, since a layer alone has nothing to share and would only pay for a hub; all
-        others share one. A user that comes again begins a new forward and a new round: an older hub would flush after the last
-        reduction of a sharded forward. Only graphs keep a hub alive, so nothing of it outlives them.
+        All users of a round share one hub. A user that comes again begins a new forward and a new round: an older hub would
+        flush after the last reduction of a sharded forward. Only graphs keep a hub alive, so nothing of it outlives them.
         """
         if not self.join(param, user):
             return param, None
@@ -77,14 +74,14 @@ class SharedGradient:
         return view, self
 
     def join(self, param: Tensor, user: int) -> bool:
-        """Records that a layer uses param, by itself or through a sibling's u; whether it may share this round's hub."""
+        """Records that a layer uses param, by itself or through a sibling's u; whether param gets a gradient."""
         if not (param.requires_grad and torch.is_grad_enabled()):
             return False
         if self._param is not param or user in self._users or self._data != param.data_ptr():
             # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
             self._hub, self._param, self._data, self._users = None, param, param.data_ptr(), {user}
-            return False
-        self._users.add(user)
+        else:
+            self._users.add(user)
         return True
 
     def accumulator(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

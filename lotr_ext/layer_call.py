@@ -59,6 +59,11 @@ class Adapter(NamedTuple):
     strategy: str | None = None
 
     @property
+    def alone(self) -> bool:
+        """Whether no other layer has its factors."""
+        return self.group is None or self.group.layers == 1
+
+    @property
     def user(self) -> int:
         """Whom the group takes it for."""
         return id(self.owner)
@@ -208,7 +213,7 @@ def call_linear(
 def _lead(x, A, B, adapter: Adapter, base: Base, slot: Slot | None, found: SharedInput, share: bool) -> Tensor:
     """The first layer on x, which leaves u and route to its siblings."""
     core, scaling, p, group = adapter[:4]
-    hub_A, shared_A = (A, None) if group is None else group.A.view(A, adapter.user)
+    hub_A, shared_A = (A, None) if adapter.alone else group.A.view(A, adapter.user)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     values = adapter.cast(A, x.dtype if base.dtype is None else base.dtype)
     settings = (scaling, _dropout(p, found, x.device), shared_A, shared_B, weakref.ref(found), slot, values)
@@ -244,7 +249,7 @@ def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tenso
     """How a layer hangs on B in the graph: by the group's hub, or by B itself and its bank's token in a forward scope."""
     if slot is not None:
         return B, None, slot.bank.token
-    return (B, None, None) if adapter.group is None else (*adapter.group.B.view(B, adapter.user), None)
+    return (B, None, None) if adapter.alone else (*adapter.group.B.view(B, adapter.user), None)
 
 
 def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
@@ -275,7 +280,7 @@ def shared_shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, 
     if found.u is not None:
         group.A.join(A, user)
         return found
-    hub, shared = (A, None) if group is None else group.A.view(A, user)
+    hub, shared = (A, None) if adapter.alone else group.A.view(A, user)
     dropout, in_graph, values = _dropout(p, found, x.device), _in_graph(x, A), adapter.cast(A, compute)
     if in_graph:
         found.u, found.route = apply_shrink(x, hub, compute, dropout, shared, weakref.ref(found), values)

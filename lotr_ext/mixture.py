@@ -57,6 +57,6 @@ def _mixed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, adapter: A
         return y + to(delta.view(y.shape), y.dtype)
     shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     h = (shared_input.u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)).view(b * tokens, r_out)
-    hub_B, shared_B = (B, None) if adapter.group is None else adapter.group.B.view(B, adapter.user)
+    hub_B, shared_B = (B, None) if adapter.alone else adapter.group.B.view(B, adapter.user)
     identity = torch.eye(r_out, dtype=B.dtype, device=B.device)
     return apply_add(y, h, hub_B, identity, None, 1.0, shared_B, shared_input, None)

@@ -84,8 +84,9 @@ def owned_by(y: Tensor, shared_input: SharedInput) -> Tensor:
     return y
 
 
-class _Steps:
-    """taken: by all optimizers of this process. A fused one changes A without a trace."""
+class _Steps(threading.local):
+    """taken: by all optimizers, per thread, so that what a model trained in one shares does not depend on others. A fused
+    optimizer changes A without a trace."""
 
     taken = 0
 

@@ -234,6 +234,53 @@ def test_a_32_layer_backward_makes_one_accumulator_a_factor(two_nodes, x, monkey
     assert made == [net.factors.B.shape, net.factors.A.shape]
 
 
+@CHECKPOINTS
+def test_autograd_sees_one_gradient_a_factor(either_path, net, x, reentrant):
+    """Of all nodes that lead to a factor, one hands it a gradient."""
+    net.reentrant = reentrant
+    x.requires_grad_()
+    y = net(x)
+    given: list[torch.Tensor] = []
+
+    def watch(node, i: int, leaf: torch.Tensor) -> None:
+        node.register_hook(lambda inputs, outputs: given.append(leaf) if inputs[i] is not None else None)
+
+    seen, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for i, (following, _) in enumerate(node.next_functions):
+            if following is not None:
+                todo.append(following)
+                if hasattr(following, "variable"):
+                    watch(node, i, following.variable)
+    y.square().sum().backward()
+    for factor in (net.factors.A, net.factors.B):
+        assert factor.grad is not None
+        if not reentrant:  # whose backwards run inside of one another, on graphs made on the way
+            assert sum(leaf is factor for leaf in given) == 1
+
+
+def test_parts_that_cancel_in_bfloat16_factors(either_path):
+    """The first layer's part and the last one's are 64 times the others' and cancel: rounded by themselves, they would leave
+    their rounding behind."""
+    net = Net(n=1)
+    net.factors.to(torch.bfloat16)
+    layers, scales = net.layers(), (64, 1, 1, -64)
+    layers[3].core.data.copy_(layers[0].core)
+    x, g = torch.randn(200, 24, dtype=torch.bfloat16), torch.randn(200, 24, dtype=torch.bfloat16)
+    net.to(torch.bfloat16)
+    total = sum(scale * layer(x * 1) for scale, layer in zip(scales, layers))
+    (found,) = torch.autograd.grad(total, net.factors.A, g)
+    A, B = (t.detach().double().requires_grad_() for t in (net.factors.A, net.factors.B))
+    cores = [layer.core.detach().double() for layer in layers]
+    parts = (plain(layer, A, B, core, x.double()) for layer, core in zip(layers, cores))
+    (expected,) = torch.autograd.grad(sum(s * part for s, part in zip(scales, parts)), A, g.double())
+    assert relative(found, expected) < 0.02
+
+
 def test_two_models_in_two_threads(either_path, x):
     nets = Net(), Net()
     alone = [copy.deepcopy(net) for net in nets]
