@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from causal_data import MODEL, TEXT
-from finetune_text import Bar, machine
+from finetune_text import Bar, check_folder, check_seed, machine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -167,6 +167,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("lr", "scaling"):
         if not 0 < getattr(options, name) < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {getattr(options, name)}")
+    check_seed(options.seed)
+    check_folder(options.out)
     options.targets = [t for t in options.targets.split(",") if t]
     if not options.targets:
         raise ValueError("targets: expected names of layers, got none")

@@ -272,6 +272,20 @@ def write_json(path: Path, content: dict) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that a random generator does not take."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
+
+
+def check_folder(out: str) -> None:
+    """ValueError where no folder for the results can be, before anything is trained for them."""
+    path = Path(out)
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"out: expected a folder or a new path, got {out}, where {nearest} is a file")
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rank", type=int, default=16, help="rank of LoTR and of LoRA (16)")
@@ -297,6 +311,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {value}")
+    check_seed(options.seed)
+    check_folder(options.out)
     options.methods = tuple(options.methods.split(","))
     unknown = [m for m in options.methods if m not in METHODS]
     if unknown:
@@ -349,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         sys.exit(f"finetune_text: {error}")
     except KeyboardInterrupt:
         sys.exit("finetune_text: interrupted; the methods that had finished are in table.json")

@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from finetune_text import Bar, check_folder, check_seed
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -37,6 +39,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("rank", "steps", "batch", "threads", "held_out"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    check_seed(options.seed)
+    check_folder(options.out)
     options.targets = [t for t in options.targets.split(",") if t]
     if not options.targets:
         raise ValueError("targets: expected names of layers, got none")
@@ -84,7 +88,6 @@ def run(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
-    from finetune_text import Bar
 
     import data
     import text_model as tm

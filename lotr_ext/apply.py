@@ -335,7 +335,8 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     """Takes all adapters off: plain layers in their old places, no factors, no cores. Parameters stay frozen as they are.
 
     merge: True leaves the active one in the weights, False leaves the base weights (those of before "svd", up to one rounding).
-    modules_to_save stay as they are now. dequantize: as in `merge`.
+    modules_to_save stay as they are now. dequantize: as in `merge`. Returns the same model; where the model is itself an
+    adapted layer, the plain layer of its very weight and bias.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `merge` and `unmerge`; nothing is changed then.
@@ -360,6 +361,8 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
         if isinstance(layer, LoTRLayer):
             if id(layer) not in bases:
                 bases[id(layer)] = layer.to_base()
+            if not name:  # the model is this layer: there is no place to put the plain one
+                return bases[id(layer)]
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, bases[id(layer)])
     if isinstance(getattr(model, "lotr_factors", None), SharedFactors):

@@ -22,7 +22,7 @@ from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import adapted_layers, install, set_start
 from .config import LoTRConfig
-from .factors import LoTRFactors
+from .factors import LoTRFactors, same_values
 from .layer import LoTRLayer
 from .placement import home
 from .saved import saved_modules, saved_tensors
@@ -39,6 +39,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
     return model
+
+
+def _path(directory: object) -> Path:
+    if not isinstance(directory, (str, PathLike)):
+        raise TypeError(f"directory: expected a path, got {type(directory).__name__} {directory!r}")
+    return Path(directory)
 
 
 def _prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
@@ -71,9 +77,10 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
     all wait for it.
 
     Raises:
-        TypeError: no nn.Module. RuntimeError: no adapter, or one on the meta device; process 0 could not write. ValueError:
-            directory is a file.
+        TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; process 0 could not write.
+            ValueError: directory is a file.
     """
+    path = _path(directory)
     writes, model = writing_rank(model), unwrapped(model)
     if name is not None and name != adapters.active_adapter(model):
         with adapters.in_use(model, name):
@@ -100,9 +107,9 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
     manifest = Manifest(config if isinstance(config, LoTRConfig) else None, entries, tuple(saved))
     if sharded:
         whole = gathered(tensors)
-        written_by_rank_0(lambda: files.write(Path(directory), manifest, whole))
+        written_by_rank_0(lambda: files.write(path, manifest, whole))
     elif writes:
-        files.write(Path(directory), manifest, tensors)
+        files.write(path, manifest, tensors)
 
 
 def load_adapter(
@@ -140,7 +147,7 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     target = unwrapped(model)
-    manifest, tensors = files.read(Path(directory))
+    manifest, tensors = files.read(_path(directory))
     if name is not None and any(isinstance(m, LoTRLayer) for m in target.modules()):
         if name != adapters.active_adapter(target):
             _load_parked(target, manifest, tensors, cast, name, share_factors)
@@ -193,8 +200,9 @@ def _load_parked(
 def _check_same_factors(model: nn.Module, tensors: dict[str, Tensor], share_factors: str) -> None:
     for group, factors in model.lotr_factors.items():
         for part in ("A", "B"):
-            key = f"lotr_factors.{group}.{part}"
-            if key not in tensors or not torch.equal(tensors[key], getattr(factors, part).detach().cpu()):
+            key, have = f"lotr_factors.{group}.{part}", getattr(factors, part).detach().cpu()
+            saved = tensors.get(key)
+            if saved is None or not same_values(saved, have):
                 raise ValueError(f"share_factors: expected the values of {key} to be those of {share_factors!r}, got others")
 
 

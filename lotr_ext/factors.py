@@ -13,6 +13,8 @@ from .init import fill_factor_
 from .sharded import in_parts
 from .siblings import Group
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def check_dimension(name: str, value: object) -> int:
     """value, if it is an int of at least 1."""
@@ -31,11 +33,24 @@ def check_rank(rank: object) -> tuple[int, int]:
     return check_dimension("rank", pair[0]), check_dimension("rank", pair[1])
 
 
+def check_dtype(dtype: object) -> None:
+    """TypeError unless dtype is None or one in which layers compute."""
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise TypeError(f"dtype: expected one of {names} or None, got {dtype!r}")
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN being the same as NaN: what a diverged run saved can be loaded too."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
 class LoTRFactors(nn.Module):
     """A [in_features, r_in] and B [out_features, r_out], one pair for a whole group of layers (arXiv 2402.01376).
 
     rank: an int, or (r_in, r_out). init: "orthonormal" (orthonormal columns; rows when the rank exceeds the width), "normal"
-    (N(0, 1), the paper's) or "kaiming"; see `lotr_ext.init`. dtype: a floating dtype, torch's default if None.
+    (N(0, 1), the paper's) or "kaiming"; see `lotr_ext.init`. dtype: float32, float64, bfloat16 or float16, torch's default if
+    None.
     Every layer's gradient of A and B is added into one accumulator each, in float32 (float64 for float64), and autograd sees
     one gradient a backward (`lotr_ext.hub`). Raises TypeError or ValueError naming the argument.
 
@@ -59,8 +74,7 @@ class LoTRFactors(nn.Module):
         check_dimension("in_features", in_features)
         check_dimension("out_features", out_features)
         r_in, r_out = check_rank(rank)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        check_dtype(dtype)
         super().__init__()
         self.in_features, self.out_features, self.r_in, self.r_out = in_features, out_features, r_in, r_out
         self.A = nn.Parameter(torch.empty(in_features, r_in, device=device, dtype=dtype))
@@ -100,7 +114,7 @@ class LoTRFactors(nn.Module):
                 new, have = state_dict.get(f"{prefix}{part}"), getattr(self, part).detach()
                 if new is None or new.is_meta or have.is_meta or in_parts(new) or in_parts(have) or new.shape != have.shape:
                     continue
-                if not torch.equal(new.to(have), have):
+                if not same_values(new.to(have), have):
                     other = self._load[1]
                     errors.append(f"{prefix}{part}: expected the values of {other}{part}, with which it is shared, got others")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -23,31 +23,37 @@ class Settings(NamedTuple):
     dropout: float
 
     def resolve(self, rank: int) -> float:
-        """s: scaling if given, else alpha / r or alpha / sqrt(r); 1 without alpha."""
+        """s: scaling if given, else alpha / r or alpha / sqrt(r), with alpha = r where it is None."""
         if self.scaling is not None:
             return float(self.scaling)
-        if self.alpha is None:
-            return 1.0
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        return (rank if self.alpha is None else self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """TypeError or ValueError unless value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
+def check_probability(name: str, value: object) -> None:
+    """TypeError or ValueError unless value is a number in [0, 1)."""
+    check_number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
+
+
 def check_settings(*, alpha: float | None, rslora: bool, scaling: float | None, dropout: float) -> Settings:
     """The arguments, checked: TypeError or ValueError says name, expected and got."""
     for name, value in (("alpha", alpha), ("scaling", scaling)):
         if value is not None:
-            _check_number(name, value)
-    _check_number("dropout", dropout)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+            check_number(name, value)
+    check_probability("dropout", dropout)
     if not isinstance(rslora, bool):
         raise TypeError(f"rslora: expected a bool, got {type(rslora).__name__} {rslora!r}")
+    if scaling is not None and (alpha is not None or rslora):
+        raise ValueError(f"scaling: expected it alone, got {scaling} with alpha={alpha}, rslora={rslora}")
     return Settings(alpha, rslora, scaling, float(dropout))
 
 
@@ -67,12 +73,27 @@ class LoTRLayer(nn.Module):
     mixture: Mixture | None = None
 
     @staticmethod
+    def _check_unadapted(linear: object) -> None:
+        """To adapt a layer freezes all that it has: an adapter inside would stop being trained, and so would its group."""
+        if not isinstance(linear, nn.Module):
+            raise TypeError(f"linear: expected an nn.Module, got {type(linear).__name__}")
+        for module in linear.modules():
+            if isinstance(module, LoTRFactors) or hasattr(module, "start_core"):  # which PEFT's cores have too
+                raise TypeError(f"linear: expected a plain layer, got {type(linear).__name__}, which is adapted already")
+
+    @staticmethod
     def _check_factors(factors: object, in_features: int, out_features: int) -> None:
         if not isinstance(factors, LoTRFactors):
             raise TypeError(f"factors: expected LoTRFactors, got {type(factors).__name__}")
         want, got = (in_features, out_features), (factors.in_features, factors.out_features)
         if want != got:
             raise ValueError(f"factors: expected (in_features, out_features) = {want}, got {got}")
+
+    @staticmethod
+    def _check_device(factors: LoTRFactors, device: torch.device) -> None:
+        """The factors may be on another device than a layer with values, but not on meta."""
+        if factors.A.is_meta and device.type != "meta":
+            raise ValueError(f"factors: expected values, as the layer has on {device}, got factors on the meta device")
 
     def _attach(self, factors: LoTRFactors, device: torch.device, settings: Settings) -> None:
         """Adds the adapter to a layer that has its base parameters; device is the core's."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .factors import LoTRFactors, check_rank
+from .factors import LoTRFactors, check_dtype, check_rank
 from .layer import LoTRLayer, check_settings
 from .layer_call import Adapter, call_linear, call_wrapped
 from .ops import accumulate_dtype
@@ -20,9 +20,10 @@ class LoTRLinear(LoTRLayer, nn.Linear):
     """y = x W^T + bias + s ((drop(x) A) G) B^T with W and bias frozen: x [..., in_features] -> [..., out_features].
 
     rank: that of the factors, or of a new pair (8 by default) where factors is None. alpha, rslora, scaling: s is scaling if
-    given, else alpha / r, with rslora alpha / sqrt(r); alpha = None means s = 1. r is max(r_in, r_out). dropout: the
+    given, else alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. r is max(r_in, r_out). dropout: the
     probability of dropping an element of x on the adapter's way, in [0, 1), in training.
-    dtype: that of weight and bias; a new pair of factors and the core are float32 (float64 beside float64 weights).
+    dtype: that of weight and bias, float32, float64, bfloat16 or float16, torch's default if None; a new pair of factors and
+    the core are float32 (float64 beside float64 weights).
     The core starts at zero, so the layer starts as the plain linear layer. Equation and shapes: arXiv 2402.01376, section 3.
     Raises TypeError or ValueError naming the argument, expected and got.
 
@@ -45,6 +46,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         dtype: torch.dtype | None = None,
     ):
         settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+        check_dtype(dtype)
         if factors is None:
             wide = accumulate_dtype(dtype or torch.get_default_dtype())
             factors = LoTRFactors(in_features, out_features, DEFAULT_RANK if rank is None else rank, device=device, dtype=wide)
@@ -52,6 +54,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
             raise ValueError(f"rank: expected that of factors, {factors.rank}, or None, got {rank}")
         self._check_factors(factors, in_features, out_features)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._check_device(factors, self.weight.device)
         self._attach(factors, self.weight.device, settings)
 
     @classmethod
@@ -68,10 +71,10 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         """Adapts linear: takes over its weight and bias, the very tensors, and freezes them."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        if isinstance(linear, LoTRLayer):
-            raise TypeError("linear: expected a plain nn.Linear, got a layer that is adapted already")
+        cls._check_unadapted(linear)
         settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
         cls._check_factors(factors, linear.in_features, linear.out_features)
+        cls._check_device(factors, linear.weight.device)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -123,9 +126,13 @@ class LoTRConv1D(LoTRLayer):
         dropout: float = 0.0,
     ) -> LoTRConv1D:
         """Adapts a Conv1D: takes over its weight and bias, the very tensors, and freezes them."""
+        if not is_conv1d(linear):
+            raise TypeError(f"linear: expected transformers' Conv1D, got {type(linear).__name__}")
+        cls._check_unadapted(linear)
         settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
         nx, nf = linear.weight.shape
         cls._check_factors(factors, nx, nf)
+        cls._check_device(factors, linear.weight.device)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features, layer.nx, layer.nf = nx, nf, nx, nf
@@ -177,19 +184,22 @@ class LoTRWrapped(LoTRLayer):
         dropout: float = 0.0,
     ) -> LoTRWrapped:
         """Adapts linear, which becomes `base_layer`, frozen."""
+        cls._check_unadapted(linear)
         settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
         for name in ("in_features", "out_features"):
             if not isinstance(getattr(linear, name, None), int):
                 got = getattr(linear, name, None)
                 raise TypeError(f"linear: expected a module with an int {name}, got {type(linear).__name__} with {got!r}")
         cls._check_factors(factors, linear.in_features, linear.out_features)
+        bare = next(iter((*linear.parameters(), *linear.buffers())), None) is None
+        device = factors.A.device if bare else home(linear)
+        cls._check_device(factors, device)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.base_layer = linear.requires_grad_(False)
         layer.__dict__["quantized_base"] = None  # the base while it is merged: no child, so it is in no state_dict
-        bare = next(iter((*linear.parameters(), *linear.buffers())), None) is None
-        layer._attach(factors, factors.A.device if bare else home(linear), settings)
+        layer._attach(factors, device, settings)
         return layer.train(linear.training)
 
     @property

@@ -153,6 +153,15 @@ def test_a_failed_load_adds_nothing(tmp_path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
 
 
+def test_factors_with_nan_are_the_same_factors(tmp_path) -> None:
+    model = model_with(shared=True)
+    with torch.no_grad():
+        model.lotr_factors["16x16"].A[0, 0] = torch.nan
+    save_adapter(model, tmp_path / "fr", name="fr")
+    load_adapter(model, tmp_path / "fr", name="two", share_factors="default")
+    assert model.lotr_parked["two"].factors["16x16"] is model.lotr_factors["16x16"]
+
+
 def test_merged_adapters_cannot_be_deleted_switched_or_mixed() -> None:
     model = model_with(shared=True)
     want = outputs(copy.deepcopy(model))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from toys import IDS, adapted, loss, plain, randomize, target_names, toy
 
-from lotr_ext import LoTRLinear, ops, planner
+from lotr_ext import LoTRFactors, LoTRLinear, adapt, ops, planner
 from lotr_ext.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from lotr_ext.config import LoTRConfig
 from lotr_ext.summary import trainable_summary
@@ -244,6 +244,32 @@ def test_unload(init: str, merged_before: bool, keep: bool) -> None:
     if not keep and init != "svd":
         assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     apply_lotr(model, LoTRConfig(rank=2))  # it is a plain model again
+
+
+class Own(nn.Linear):
+    """Wrapped, for its forward, and mergeable on request."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.weight
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own])
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_unload_of_a_layer_by_itself_returns_the_plain_layer(kind: type[nn.Linear], merged_before: bool, keep: bool) -> None:
+    base, how = kind(6, 4), {"dequantize": kind is Own}
+    layer, x = adapt(base, LoTRFactors(6, 4, 2)), torch.randn(5, 6)
+    nn.init.normal_(layer.core)
+    want, children = (layer(x) if keep else base(x)).detach(), list(layer._modules)
+    if merged_before:
+        merge(layer, **how)
+    found = unload(layer, merge=keep, **how)
+    assert type(found) is (nn.Linear if keep else kind) and list(found.state_dict()) == ["weight", "bias"]
+    assert found.weight is layer.weight and found.bias is layer.bias and list(layer._modules) == children
+    torch.testing.assert_close(found(x), want)
 
 
 def test_disabled_gives_the_base_model_and_ends_with_its_block() -> None:

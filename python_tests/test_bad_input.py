@@ -12,7 +12,7 @@ from torch import nn
 from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
 
 import lotr_ext
-from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped, lotr_linear
+from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, lotr_linear
 from lotr_ext.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from lotr_ext.checkpoint import load_adapter, save_adapter
 from lotr_ext.config import LoTRConfig
@@ -36,6 +36,16 @@ def call(**changed) -> Callable[[], object]:
     return lambda: lotr_linear(**arguments)
 
 
+def of(dtype: torch.dtype, **settings) -> Callable[[], object]:
+    """A call of a float32 layer on x in dtype."""
+    return lambda: LoTRLinear(6, 4, 2, **settings)(torch.ones(5, 6, dtype=dtype))
+
+
+def under_autocast(action: Callable[[], object]) -> object:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return action()
+
+
 # name: (what is done, the argument that the message names). All raise one of the three kinds, and say expected and got.
 ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
     "rank 0": (lambda: LoTRConfig(rank=0), "rank"),
@@ -53,14 +63,31 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
     "factors that are none": (lambda: LoTRLinear.from_linear(nn.Linear(6, 4), nn.Linear(6, 2)), "factors"),
     "a layer that is no linear": (lambda: LoTRLinear.from_linear(nn.Conv2d(1, 1, 1), LoTRFactors(1, 1, 1)), "linear"),
     "a layer adapted twice": (lambda: LoTRLinear.from_linear(LoTRLinear(6, 4, 2), LoTRFactors(6, 4, 2)), "linear"),
+    "a layer wrapped twice": (lambda: LoTRWrapped.from_linear(LoTRLinear(6, 4, 2), LoTRFactors(6, 4, 2)), "linear"),
+    "factors in a layer's place": (lambda: adapt(LoTRFactors(6, 4, 2), LoTRFactors(6, 4, 2)), "linear"),
+    "a layer that is no module": (lambda: adapt("linear", LoTRFactors(6, 4, 2)), "linear"),
+    "a linear as a Conv1D": (lambda: LoTRConv1D.from_linear(nn.Linear(6, 6), LoTRFactors(6, 6, 2)), "linear"),
+    "a module without a weight as a Conv1D": (lambda: LoTRConv1D.from_linear(nn.ReLU(), LoTRFactors(6, 6, 2)), "linear"),
+    "factors on meta": (lambda: LoTRLinear.from_linear(nn.Linear(6, 4), LoTRFactors(6, 4, 2, device="meta")), "factors"),
+    "factors on meta for a new layer": (lambda: LoTRLinear(6, 4, factors=LoTRFactors(6, 4, 2, device="meta")), "factors"),
+    "factors on meta, wrapped": (
+        lambda: LoTRWrapped.from_linear(nn.Linear(6, 4), LoTRFactors(6, 4, 2, device="meta")),
+        "factors",
+    ),
     "a wrapped layer without sizes": (lambda: LoTRWrapped.from_linear(nn.ReLU(), LoTRFactors(6, 4, 2)), "linear"),
     "factors of an integer dtype": (lambda: LoTRFactors(6, 4, 2, dtype=torch.int32), "dtype"),
+    "factors of a dtype in a string": (lambda: LoTRFactors(6, 4, 2, dtype="float32"), "dtype"),
+    "a layer of an integer dtype": (lambda: LoTRLinear(6, 4, dtype=torch.int64), "dtype"),
+    "a layer of a complex dtype": (lambda: LoTRLinear(6, 4, dtype=torch.complex64), "dtype"),
+    "a layer of a dtype in which nothing computes": (lambda: LoTRLinear(6, 4, dtype=torch.float8_e4m3fn), "dtype"),
     "adapter_dtype an integer": (lambda: LoTRConfig(adapter_dtype=torch.int8), "adapter_dtype"),
     "adapter_dtype a string": (lambda: LoTRConfig(adapter_dtype="float32"), "adapter_dtype"),
     "scaling NaN": (lambda: LoTRConfig(scaling=NAN), "scaling"),
     "scaling NaN in a layer": (lambda: LoTRLinear(6, 4, 2, scaling=NAN), "scaling"),
     "scaling infinite": (lambda: LoTRConfig(scaling=math.inf), "scaling"),
     "scaling with alpha": (lambda: LoTRConfig(scaling=1.0, alpha=2.0), "scaling"),
+    "scaling with alpha in a layer": (lambda: LoTRLinear(6, 4, 2, scaling=2, alpha=8), "scaling"),
+    "scaling with rslora in a layer": (lambda: LoTRLinear(6, 4, 2, scaling=2, rslora=True), "scaling"),
     "scaling a string": (lambda: LoTRLinear(6, 4, 2, scaling="1"), "scaling"),
     "alpha NaN": (lambda: LoTRConfig(alpha=NAN), "alpha"),
     "alpha a string": (lambda: LoTRConfig(alpha="8"), "alpha"),
@@ -111,6 +138,14 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
     "A on another device": (call(A=torch.randn(6, 2, device="meta")), "A"),
     "scaling NaN in a call": (call(scaling=NAN), "scaling"),
     "dropout 1 in a call": (call(dropout_p=1.0, training=True), "dropout_p"),
+    "dropout None in a call": (call(dropout_p=None), "dropout_p"),
+    "bias a list": (call(bias=[0.0] * 4), "bias"),
+    "x of integers for a layer": (of(torch.int64), "x: expected dtype torch.float32"),
+    "x of bools for a layer": (of(torch.bool), "x: expected dtype torch.float32"),
+    "x in float64 for a layer in float32": (of(torch.float64), "x: expected dtype torch.float32"),
+    "x in float64, dropout": (of(torch.float64, dropout=0.5), "x: expected dtype torch.float32"),
+    "x of integers under autocast": (lambda: under_autocast(of(torch.int64)), "x: expected dtype torch.float32"),
+    "x in float64 under autocast": (lambda: under_autocast(of(torch.float64)), "x: expected dtype torch.float32"),
 }
 
 
@@ -126,6 +161,35 @@ def assert_says(error: BaseException, name: str) -> None:
     text = str(error)
     assert type(error) in (TypeError, ValueError, RuntimeError)
     assert name in text and "expected" in text and "got" in text, text
+
+
+class Nested(nn.Module):
+    """A linear layer that is adapted inside."""
+
+    in_features, out_features = 6, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = LoTRLinear(6, 4, 2)
+
+
+OWNED = {
+    "by itself": lambda: LoTRLinear(6, 4, 2),
+    "made by adapt": lambda: adapt(nn.Linear(6, 4), LoTRFactors(6, 4, 2)),
+    "with factors that another module registers": lambda: adapted().blocks[0].q,
+    "inside of another module": Nested,
+}
+
+
+@pytest.mark.parametrize("make", OWNED.values(), ids=OWNED)
+@pytest.mark.parametrize("again", [adapt, LoTRWrapped.from_linear])
+def test_a_layer_is_adapted_once_and_goes_on_being_trained(make: Callable[[], nn.Module], again: Callable) -> None:
+    layer = make()
+    before = snapshot(layer)
+    with pytest.raises(TypeError) as caught:
+        again(layer, LoTRFactors(6, 4, 2))
+    assert_says(caught.value, "linear")
+    assert_unchanged(layer, before)
 
 
 class Untouched(nn.Module):
@@ -230,6 +294,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], 
     "a summary without an adapter": (toy, trainable_summary, "model"),
     "state_dict of a merged model": (merged, lambda m: m.blocks[0].q.state_dict(), "state_dict"),
     "saving without an adapter": (toy, lambda m: save_adapter(m, "nowhere"), "model"),
+    "saving to no path": (adapted, lambda m: save_adapter(m, None), "directory"),
+    "loading from no path": (toy, lambda m: load_adapter(m, None), "directory"),
+    "loading from no path into an adapted model": (adapted, lambda m: load_adapter(m, 3), "directory"),
     "loading from nowhere": (toy, lambda m: load_adapter(m, "nowhere/at/all"), "directory"),
 }
 

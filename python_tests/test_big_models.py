@@ -81,6 +81,19 @@ def test_a_model_from_the_meta_device_shares_its_factors(make, way: str) -> None
 
 
 @pytest.mark.parametrize("assign", [False, True])
+def test_what_a_diverged_run_left_is_loaded(assign: bool) -> None:
+    source = with_values(ByHand)
+    with torch.no_grad():
+        source.first.factors.A[0, 0], source.first.factors.B[1, 0] = torch.nan, torch.inf
+    state, model = copy.deepcopy(source.state_dict()), ByHand()
+    model.load_state_dict(state, assign=assign)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0, equal_nan=True)
+    state["second.factors.A"] = state["second.factors.A"].nan_to_num(0.0)
+    with pytest.raises(RuntimeError, match=r"second.factors.A: expected the values of first.factors.A.*shared, got others"):
+        ByHand().load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("assign", [False, True])
 def test_values_that_were_untied_are_refused(assign: bool) -> None:
     state = copy.deepcopy(with_values(ByHand).state_dict())
     state["second.factors.B"] = state["second.factors.B"] + 1e-3

@@ -92,6 +92,9 @@ def test_finetune_text_trains_on_the_snippets(tmp_path):
         (["--targets", ","], ["targets", "none"]),
         (["--text", "nowhere.tsv"], ["text", "nowhere.tsv", "no file"]),
         (["--held-out", "9000"], ["held-out", "9000"]),
+        (["--seed", "9" * 23], ["seed", "0 to 4294967295", "9" * 23]),
+        (["--out", "Makefile"], ["out", "expected a folder", "Makefile is a file"]),
+        (["--out", "Makefile/results"], ["out", "expected a folder", "Makefile is a file"]),
     ],
 )
 def test_finetune_text_refuses(arguments, words, tmp_path):
@@ -106,9 +109,10 @@ def test_finetune_text_refuses_what_only_the_model_can_tell(tiny, tmp_path):
     options = ("--text", str(text), "--steps", "1", "--threads", "1", "--methods", "lotr", "--out", str(tmp_path))
     result = run("examples/finetune_text.py", "--model", str(tmp_path), *options)
     assert result.returncode == 1 and result.stderr.startswith("finetune_text: model: expected a Hugging Face model folder")
-    result = run("examples/finetune_text.py", "--model", str(tiny[0]), "--targets", "absent", *options)
-    assert result.returncode == 1 and "finetune_text: " in result.stderr and "absent" in result.stderr
-    assert "Traceback" not in result.stderr
+    for target, message in (("absent", "absent"), ("LayerNorm", "target_modules: expected nn.Linear")):
+        result = run("examples/finetune_text.py", "--model", str(tiny[0]), "--targets", target, *options)
+        assert result.returncode == 1 and "finetune_text: " in result.stderr and message in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 # ---- train_ddp -------------------------------------------------------------------------------------------------------
@@ -128,7 +132,13 @@ def test_train_ddp_in_two_processes(tiny, tmp_path, how):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--batch", "0"], "batch: expected at least 1"), (["--targets", ","], "targets: "), ([], "started by torchrun")],
+    [
+        (["--batch", "0"], "batch: expected at least 1"),
+        (["--targets", ","], "targets: "),
+        (["--seed", "-1"], "seed: expected 0 to 4294967295, got -1"),
+        (["--out", __file__], "out: expected a folder or a new path"),
+        ([], "started by torchrun"),
+    ],
 )
 def test_train_ddp_refuses(arguments, words, monkeypatch):
     import train_ddp
@@ -180,6 +190,8 @@ def test_causal_lm_on_another_model_and_text(tiny_lm, tmp_path):
         (["--lr", "-1"], ["lr", "positive", "-1"]),
         (["--targets", ","], ["targets", "none"]),
         (["--prompt", " "], ["prompt", "some text"]),
+        (["--seed", "9" * 23], ["seed", "0 to 4294967295"]),
+        (["--out", __file__], ["out", "expected a folder", "is a file"]),
         (["--text", "nowhere.txt"], ["text", "nowhere.txt", "causal_data.py"]),
     ],
 )

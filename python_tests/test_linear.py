@@ -147,7 +147,8 @@ def test_scaling():
     assert LoTRLinear(4, 4, 2, alpha=8).scaling == 4.0
     assert LoTRLinear(4, 4, 4, alpha=8, rslora=True).scaling == 8 / math.sqrt(4)
     assert LoTRLinear(4, 4, (2, 4), alpha=8).scaling == 2.0
-    assert LoTRLinear(4, 4, 2, alpha=8, scaling=0.25).scaling == 0.25
+    assert LoTRLinear(4, 4, 2, scaling=0.25).scaling == 0.25
+    assert LoTRLinear(4, 4, (2, 9), rslora=True).scaling == 3.0  # alpha = r by default
     assert LoTRLinear(4, 4).factors.rank == 8
 
 
