@@ -102,7 +102,7 @@ def decide(
     tokens = tokens_of(x)
     # where A is frozen, one node would keep x for a double backward
     one = weight is not None and not adapter.p and (A.requires_grad or not x.requires_grad)
-    few, alone = tokens < planner.FEW_TOKENS, one and (adapter.group is None or adapter.group.layers == 1)
+    few, alone = tokens < planner.FEW_TOKENS, one and adapter.alone
     if device is None and x.is_cpu:
         device, rank = _CPU, 0  # any rank runs there
     else:
@@ -182,7 +182,7 @@ def call_linear(
         if not (trained or in_graph):
             return one_pass(x, weight, bias, A, B, core, scaling, dtype, chosen.strategy, unfolded)[0]
         shared_A = shared_B = None
-        if group is not None and group.layers != 1:
+        if not adapter.alone:
             (A, shared_A), (B, shared_B) = group.A.view(A, adapter.user), group.B.view(B, adapter.user)
         settings = (scaling, dtype, shared_A, shared_B, chosen.strategy, unfolded)
         return apply_one_node(x, weight, bias, A, B, core, *settings)
