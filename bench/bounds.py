@@ -23,14 +23,17 @@ class Work(NamedTuple):
         return max(self.flops / ceilings["flops_per_s"], self.bytes / ceilings["bytes_per_s"])
 
 
-def work(case: Case, direction: str, adapted: bool) -> Work:
+def work(case: Case, direction: str, adapted: bool, trained: bool = True) -> Work:
     """Least work of the frozen layer, or of the adapted one, in "forward", "backward" or both ("step").
 
     forward   read x, W (and A, B), write y                     2 m k n  (+ 2 m r (k + n)) operations
     backward  read g, W (and x, A, B), write dx (and dA, dB)    2 m k n  (+ 4 m r (k + n))
+
+    trained: whether A and B are. Where they are frozen, as VeRA's, backward has no dA and dB, and reads u = x A instead of x:
+    2 m k n + 2 m r (k + n).
     """
     if direction == "step":
-        return work(case, "forward", adapted) + work(case, "backward", adapted)
+        return work(case, "forward", adapted, trained) + work(case, "backward", adapted, trained)
     if direction not in DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
     m, k, n, r = case[:4]
@@ -38,8 +41,10 @@ def work(case: Case, direction: str, adapted: bool) -> Work:
     backward = direction == "backward"
     flops, elements = 2 * m * k * n, m * k + n * k + m * n
     if adapted:
-        flops += (4 if backward else 2) * m * r * (k + n)
-        elements += (2 * r * (k + n) + m * k) if backward else r * (k + n)
+        flops += (4 if backward and trained else 2) * m * r * (k + n)
+        elements += r * (k + n)
+        if backward:
+            elements += r * (k + n) + m * k if trained else m * r
     return Work(flops, element * elements)
 
 

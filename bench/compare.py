@@ -5,18 +5,18 @@
 Of any of the programs: layer.jsonl, model.jsonl, shared.jsonl, kernels.jsonl. A cell is slower (faster) when its excess over
 the floor moved, and the quartile ranges of the two do not meet. The floor (the frozen layer or model, autograd's own sums, the
 library's product) is part of every excess, so two machines, or a busy and an idle hour, compare better than by seconds.
-Exit 1 if any cell of lotr_ext is slower.
+Cells that only one of the files has are counted. Exit 1 if any cell of lotr_ext is slower.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from .session import new_table, start
+from .session import new_table, start, wide_console
 from .store import Store, key_of, latest
 
+OURS = "lotr_ext"  # and its strategies, lotr_ext-...
 FLOORS = ("frozen", "autograd", "library")
 STAGES = ("forward", "backward", "step")
 
@@ -37,6 +37,12 @@ def compare(old: list[dict], new: list[dict]) -> list[tuple[str, str, str, float
     return rows
 
 
+def only(cells: list[dict], others: list[dict]) -> str:
+    """How many cells the others do not have."""
+    found = {key_of(c) for c in cells} - {key_of(c) for c in others}
+    return f"{len(found)} cells, {sum(rival.startswith(OURS) for _, rival in found)} of {OURS}"
+
+
 def case_name(case: dict) -> str:
     """A case of any program in words."""
     return " ".join(f"{name} {value}" if isinstance(value, int) else str(value) for name, value in case.items())
@@ -51,17 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     for name in argv:
         if not Path(name).is_file():
             raise FileNotFoundError(f"{name}: expected a result file (layer.jsonl), found none")
-    from rich.console import Console
-
-    rows = compare(Store(Path(argv[0])).read(), Store(Path(argv[1])).read())
-    if not rows:
-        raise ValueError("the two files have no case and rival in common")
+    old_cells, new_cells = (Store(Path(name)).read() for name in argv)
+    rows = compare(old_cells, new_cells)
+    if not any(rival.startswith(OURS) for _, rival, *_ in rows):
+        raise ValueError(f"{argv[0]}, {argv[1]}: expected a case of {OURS} that both have, found none")
     table = new_table("Excess over the floor", "case", "rival", "stage", "old", "new", "beyond the spread")
     for case, rival, stage, old, new, verdict in rows:
         table.add_row(case, rival, stage, f"{old:.1%}", f"{new:.1%}", verdict)
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
-    slower = sum(verdict == "slower" and rival.startswith("lotr_ext") for _, rival, *_, verdict in rows)
-    print(f"{slower} of {sum(rival.startswith('lotr_ext') for _, rival, *_ in rows)} measurements of lotr_ext are slower")
+    wide_console().print(table)
+    print(f"only in {argv[0]}: {only(old_cells, new_cells)}; only in {argv[1]}: {only(new_cells, old_cells)}")
+    slower = sum(verdict == "slower" and rival.startswith(OURS) for _, rival, *_, verdict in rows)
+    print(f"{slower} of {sum(rival.startswith(OURS) for _, rival, *_ in rows)} measurements of {OURS} are slower")
     return int(slower > 0)
 
 

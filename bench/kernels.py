@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from functools import partial
 
 import torch
+from rich.table import Table
 
 from . import operators as op
-from .session import Session, add_options, check_options, new_table, progress, start, time_text
+from .session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
 from .shapes import DTYPES
-from .store import latest
+from .store import newest
 from .timing import Timed, against, interleave
 
 FLOOR, OURS = "library", "lotr_ext"
@@ -41,8 +43,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
-    check_options(options, rounds=7 if options.quick else 15)
-    options.kernels = options.kernels.split(",") if options.kernels else list(op.KERNELS)
+    check_options(options, rounds=7 if options.quick else ROUNDS["kernels"], dtypes="bf16")
+    options.kernels = options.kernels.split(",") if options.kernels is not None else list(op.KERNELS)
     for name in options.kernels:
         if name not in op.KERNELS:
             raise ValueError(f"kernels: expected some of {', '.join(op.KERNELS)}, got {name!r}")
@@ -79,7 +81,7 @@ def measure(case: op.KernelCase, session: Session) -> list[dict]:
     errors = op.errors(operator)
     limit = 2 * errors["library"] + torch.finfo(DTYPES[case.dtype]).eps
     if not errors["ours"] <= limit:
-        raise ValueError(f"relative error expected <= {limit:.1e}, got {errors['ours']:.1e}")
+        raise ArithmeticError(f"relative error expected <= {limit:.1e}, got {errors['ours']:.1e}")
     calls = [Timed([lambda _, call=call: call()]) for call in (operator.library, operator.ours)]
     times = interleave(calls, session.clock, session.options.rounds, 0.01, settle=True)
     ceilings = session.ceilings(case.dtype, case.threads)
@@ -93,35 +95,36 @@ def measure(case: op.KernelCase, session: Session) -> list[dict]:
     return results
 
 
+def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Session) -> None:
+    library, ours = results
+    low, middle, high = (1 + value for value in ours["step"]["excess"])
+    times = [time_text(result["step"]["seconds"][1]) for result in results]
+    rates = [f"{ours['step']['flops_per_s'] / 1e12:.3g}", f"{ours['step']['bytes_per_s'] / 1e9:.4g}"]
+    size, kind = f"{case.m} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}"
+    ratio = f"{middle:.2f} ({low:.2f}, {high:.2f})"
+    last = [f"{ours['step']['of_bound']:.0%}", f"{ours['error']:.0e}", f"{library['error']:.0e}"]
+    table.add_row(case.kernel, size, kind, *times, ratio, *rates, *last)
+
+
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "kernels.jsonl")
     session.introduce()
-    cases = session.todo(cases_of(options), lambda case: (FLOOR, OURS))
     heads = ("kernel", "M x N, r", "dtype, threads", "library", "ours", "x library (quartiles)", "TFLOP/s", "GB/s", "of bound")
     table = new_table("Our kernels alone", *heads, "error", "library's")
+    cases = session.todo(cases_of(options), lambda case: (FLOOR, OURS), partial(add_row, table))
     with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
             torch.set_num_threads(case.threads)
-            try:
+            with session.attempt(case.name()):
                 results = measure(case, session)
-            except (ValueError, RuntimeError) as error:
-                session.fail(f"{case.name()}: {(str(error) or 'no message').splitlines()[0][:200]}")
-                continue
-            session.keep(case, results)
-            library, ours = results
-            low, middle, high = (1 + value for value in ours["step"]["excess"])
-            times = [time_text(result["step"]["seconds"][1]) for result in results]
-            rates = [f"{ours['step']['flops_per_s'] / 1e12:.3g}", f"{ours['step']['bytes_per_s'] / 1e9:.4g}"]
-            size, kind = f"{case.m} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}"
-            ratio = f"{middle:.2f} ({low:.2f}, {high:.2f})"
-            last = [f"{ours['step']['of_bound']:.0%}", f"{ours['error']:.0e}", f"{library['error']:.0e}"]
-            table.add_row(case.kernel, size, kind, *times, ratio, *rates, *last)
+                session.keep(case, results)
+                add_row(table, case, results, session)
     session.console.print(table)
     from .plots_more import draw_kernels
 
-    draw_kernels(latest(session.store.read()), session.folder)
+    draw_kernels(newest(session.store.read()), session.folder)
     return session.finish()
 
 

@@ -9,8 +9,8 @@
 The machine's ceilings (a large product, a large addition) are measured first. Every rival is checked against float64 before
 it is timed; one that fails is named and left out. All rivals of a case are interleaved; a time is the median over rounds, an
 excess is the median of per-round ratios to the frozen layer. Results are appended to bench/results/<machine>/layer.jsonl; cells
-measured before with the same build and settings are not measured again (--fresh does). The adapters are kept in the layer's own
-dtype for every rival, so that all do the same arithmetic.
+measured before with the same build and settings are shown and not measured again (--fresh does). The adapters are kept in the
+layer's own dtype for every rival, so that all do the same arithmetic.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .bounds import DIRECTIONS, work
 from .counted import peak_bytes
 from .rivals_base import Rival, Tensors
 from .rivals_library import obstacle
-from .session import Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
+from .session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
 from .shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
-from .store import latest
+from .store import newest
 from .timing import Timed, against, interleave
 from .truth import Truth, check, saved_bytes
 
-MINUTES = 12.0
+MINUTES, SLICE = 12.0, 0.03
 COMPILE_S = 6.0  # of torch.compile, a case
 AROUND_S = 0.005  # of a call that is timed by events: the queue ahead of it, the flush of L2
 
@@ -50,16 +50,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=MINUTES, help=f"about how long the default shapes may take ({MINUTES})"
     )
     parser.add_argument("--rivals", help=f"some of {', '.join(rv.RIVALS)}")
-    parser.add_argument("--slice", type=float, default=0.03, help="seconds a measurement of one rival takes (0.03)")
+    parser.add_argument("--slice", type=float, default=SLICE, help=f"seconds a measurement of one rival takes ({SLICE})")
     options = parser.parse_args(argv)
-    check_options(options, rounds=7 if options.quick else 11)
+    check_options(options, rounds=7 if options.quick else ROUNDS["layer"])
     if not (math.isfinite(options.slice) and options.slice > 0 and math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"slice, minutes: expected positive numbers, got {options.slice}, {options.minutes}")
     options.chosen = options.rivals is not None
     options.rivals = rv.available(options.rivals.split(",")) if options.chosen else list(rv.DEFAULT)
     if rv.FLOOR not in options.rivals:
         options.rivals.insert(0, rv.FLOOR)
-    options.shapes = parse_shapes(options.shapes) if options.shapes else None
+    options.shapes = parse_shapes(options.shapes) if options.shapes is not None else None
     return options
 
 
@@ -70,6 +70,13 @@ def rivals_of(case: Case, options: argparse.Namespace) -> list[str]:
         names += rv.EXTRA
     names = [name for name in rv.RIVALS if name in names]
     return [name for name in rv.installed(names)[0] if obstacle(name, case, torch.device(options.device)) is None]
+
+
+def refused(cases: list[Case], options: argparse.Namespace) -> list[str]:
+    """A line on each rival that was asked for by name and cannot run a case, once a reason."""
+    device, names = torch.device(options.device), options.rivals if options.chosen else ()
+    found = [(name, obstacle(name, case, device)) for case in cases for name in names]
+    return list(dict.fromkeys(f"{name}: {reason}" for name, reason in found if reason is not None))
 
 
 def cost_seconds(case: Case, options: argparse.Namespace, ceilings: dict[str, float]) -> float:
@@ -98,7 +105,7 @@ def choose(options: argparse.Namespace, session: Session) -> list[Case]:
     shapes = given or candidates(options.device)
     chosen: list[Case] = []
     for dtype, threads in groups:
-        ceilings = session.ceilings(dtype, threads)
+        ceilings = session.first_ceilings(dtype, threads)
         cases, free = [Case(*shape, dtype, threads) for shape in shapes], free_bytes(session.device)
         for case in cases if given else ():
             if needed_bytes(case) > free:
@@ -151,15 +158,11 @@ def build(case: Case, names: list[str], session: Session, x: torch.Tensor, g: to
     truth = Truth(tensors, case, x, g)
     found = []
     for name in names:
-        try:
+        with session.attempt(f"{name}, {case.name()}", ends=()):  # a package's ValueError is no bad input of ours
             rival = rv.RIVALS[name](tensors, case)
             result = {"rival": name, "label": rival.name, "error": check(rival, truth)}
             result["saved_bytes"] = saved_bytes(rival, tensors, x)
-        except Exception as error:  # other packages raise what they like; the rest of the case is still worth measuring
-            first = (str(error).strip() or "no message").splitlines()[0]
-            session.fail(f"{name}, {case.name()}: {type(error).__name__}: {first[:200]}")
-            continue
-        found.append((result, rival))
+            found.append((result, rival))
     return found
 
 
@@ -183,7 +186,7 @@ def measure(case: Case, names: list[str], session: Session) -> list[dict]:
         both = [[*stages, [sum(t) for t in zip(*stages)]] for stages in (own, floor)]
         result["ceilings"] = ceilings
         for i, direction in enumerate(DIRECTIONS):
-            least = work(case, direction, adapted=bool(rival.parameters))
+            least = work(case, direction, adapted=bool(rival.parameters), trained="A" in rival.parameters)
             stage = against(both[0][i], both[1][i])
             seconds = stage["seconds"][1]
             rates = {"flops_per_s": least.flops / seconds, "bytes_per_s": least.bytes / seconds}
@@ -222,21 +225,21 @@ def main(argv: list[str] | None = None) -> int:
     if not options.chosen:
         for line in rv.installed(list(rv.RIVALS))[1]:
             session.say(line)
-    cases = session.todo(choose(options, session), lambda case: rivals_of(case, options))
+    chosen = choose(options, session)
+    for line in refused(chosen, options):
+        session.fail(line)
+    cases = session.todo(chosen, lambda case: rivals_of(case, options), show)
     with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
             torch.set_num_threads(case.threads)
-            try:
+            with session.attempt(case.name()):
                 results = measure(case, rivals_of(case, options), session)
-            except torch.OutOfMemoryError as error:
-                session.fail(f"{case.name()}: out of memory: {str(error).splitlines()[0][:120]}")
-                continue
-            session.keep(case, results)
-            show(case, results, session)
+                session.keep(case, results)
+                show(case, results, session)
     from .plots import draw
 
-    pictures = draw(latest(session.store.read()), session.folder)
+    pictures = draw(newest(session.store.read()), session.folder)
     session.say(f"pictures: {', '.join(p.name for p in pictures)}")
     return session.finish()
 

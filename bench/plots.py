@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-from .bounds import work
 from .shapes import Case
 
 COLOURS = {
@@ -28,6 +28,7 @@ COLOURS = {
     "lora-lorafusion": "tab:purple",
 }
 FEW = 128  # tokens; below, an excess is several hundred per cent, which would dwarf every other bar
+LEAST_INCHES, AROUND_INCHES = 8.0, 0.9  # width of a title, or of a legend of five columns; height of the two
 Panel = tuple[int, str]  # threads, dtype
 
 
@@ -52,7 +53,8 @@ def _place(cell: dict) -> str:
 def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
+    size = max(width * columns, LEAST_INCHES), height * rows + AROUND_INCHES
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat[count:]:
         axis.axis("off")
     return figure, list(axes.flat[:count])
@@ -137,8 +139,11 @@ def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
         axis.plot(list(floors), list(floors.values()), "k--", lw=1, label="FLOP floor")
         axis.set(xscale="log", yscale="log", ylabel="excess, %", title=_title(panel, cells))
         axis.set_xlabel("tokens M" if axis_of == "m" else "rank r")
-        axis.set_xticks(list(floors), [str(v) for v in floors], fontsize=8)
+        axis.set_xticks(list(floors), [str(v) for v in floors], fontsize=8, rotation=45)  # neighbours are a factor of 2 apart
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # most are within one decade
+        axis.tick_params(axis="y", labelsize=8)
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.grid(alpha=0.3, which="both")
     where = f"{k} x {n}, " + (f"r = {fixed}" if other == "r" else f"M = {fixed}")
     return _finish(figure, axes, f"{title}: {where}, forward + backward", cells)
@@ -154,13 +159,13 @@ def _roofline(cells: list[dict]) -> Figure | None:
     for axis, panel in zip(axes, panels):
         shown = _of(cells, panel)
         top, band = shown[-1]["ceilings"]["flops_per_s"], shown[-1]["ceilings"]["bytes_per_s"]
-        works = {id(c): work(Case(**c["case"]), "step", True) for c in shown}
-        places = [w.flops / w.bytes for w in works.values()]
+        intensities = {id(c): c["step"]["flops_per_s"] / c["step"]["bytes_per_s"] for c in shown}
+        places = intensities.values()
         low, high = min(min(places) / 2, top / band / 4), max(max(places) * 2, 2 * top / band)
         axis.plot([low, top / band, high], [low * band / 1e9, top / 1e9, top / 1e9], "k-", lw=1.2, label="measured ceilings")
         for rival, colour in COLOURS.items():
             own = [c for c in shown if c["rival"] == rival]
-            intensity = [works[id(c)].flops / works[id(c)].bytes for c in own]
+            intensity = [intensities[id(c)] for c in own]
             speed = [c["step"]["flops_per_s"] / 1e9 for c in own]
             if own:
                 style = {"ms": 6, "zorder": 5} if rival == "lotr_ext" else {"ms": 4, "alpha": 0.7}

@@ -24,7 +24,7 @@ from . import rivals as rv
 from .bounds import Work, kernel_work
 from .layer import timed
 from .rivals_base import SCALING, Tensors
-from .session import Session, add_options, check_options, new_table, progress, start, time_text
+from .session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
 from .shapes import DTYPES, QUICK, TARGETS, Case, parse_shapes
 from .timing import Timed, against, interleave
 
@@ -122,10 +122,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", help="MxKxNxR or MODEL:TOKENS:RANK, comma-separated (the targets)")
     parser.add_argument("--slice", type=float, default=0.02, help="seconds a measurement takes (0.02)")
     options = parser.parse_args(argv)
-    check_options(options, rounds=11)
+    check_options(options, rounds=ROUNDS["profile"])
     if not options.slice > 0:
         raise ValueError(f"slice: expected a positive number, got {options.slice}")
-    given = parse_shapes(options.shapes) if options.shapes else None
+    given = parse_shapes(options.shapes) if options.shapes is not None else None
     options.shapes = given or (TARGETS if options.device == "cpu" else QUICK["cuda"])
     return options
 
@@ -135,14 +135,15 @@ def main(argv: list[str] | None = None) -> int:
     session = Session(options, "profile.jsonl", slice=options.slice)
     session.introduce()
     cases = [Case(*shape, dtype, t) for t in options.threads for dtype in options.dtypes for shape in options.shapes]
-    cases = session.todo(cases, lambda case: (rv.FLOOR, rv.OURS, "rest"))
+    cases = session.todo(cases, lambda case: (rv.FLOOR, rv.OURS, "rest"), show)
     with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
             torch.set_num_threads(case.threads)
-            results = measure(case, session)
-            session.keep(case, results)
-            show(case, results, session)
+            with session.attempt(case.name()):
+                results = measure(case, session)
+                session.keep(case, results)
+                show(case, results, session)
     return session.finish()
 
 

@@ -14,24 +14,16 @@ import sys
 from pathlib import Path
 
 from . import report_tables as tables
-from .session import start
-from .store import RESULTS, ROOT, Store, latest
+from .session import brief, start
+from .store import RESULTS, ROOT, Store, newest
 from .timing import slug
 
 README = ROOT / "README.md"
 REQUIRED, OPTIONAL = ("demo", "layer"), ("shared", "model", "kernels", "traffic")  # README's sections
 
 
-def newest_build(cells: list[dict]) -> list[dict]:
-    """The last measurement of each case and rival with the newest cell's build and clock: one table, one setting."""
-    if not cells:
-        return []
-    last = cells[-1]
-    return latest([c for c in cells if all(c.get(key) == last.get(key) for key in ("build", "clock"))])
-
-
 def _read(path: Path) -> list[dict]:
-    return newest_build(Store(path).read())
+    return newest(Store(path).read())
 
 
 # ---- the demo --------------------------------------------------------------------------------------------------------
@@ -69,11 +61,15 @@ def demo_table(demo: dict) -> str:
 
 
 def keep_demo(folder: Path) -> Path:
-    """Copies a demo run's table, without its loss curves."""
+    """Copies a demo run's table, without its loss curves. ValueError where it is none."""
     source = folder / "table.json"
     if not source.is_file():
         raise FileNotFoundError(f"keep-demo: expected {source}, found none; run make demo first")
-    demo = json.loads(source.read_text())
+    try:
+        demo = json.loads(source.read_text(encoding="utf-8"))
+        demo_table(demo)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"keep-demo: expected the table of a demo run in {source}, got {brief(error)}") from None
     for run in demo["runs"]:
         run.pop("losses", None)
         for name in ("model", "out", "text"):  # paths of the machine it ran on
@@ -144,6 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep-demo", type=Path, metavar="FOLDER", help="keep the table of a demo run")
     parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not what the results give")
     options = parser.parse_args(argv)
+    if options.keep_demo and options.check:
+        raise ValueError("check: it changes nothing; expected no --keep-demo beside it, got one")
     if options.keep_demo:
         print(f"kept {keep_demo(options.keep_demo)}")
     old = README.read_text(encoding="utf-8")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from . import layer, model, shared, targets
 from .layer_traffic import LEAST, all_steps, total_bytes
+from .model_rivals import SHAPES as MODELS
 from .projection import GPUS, assumptions, excess
-from .session import bytes_text, time_text
+from .session import ROUNDS, bytes_text, time_text
 from .shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from .store import Store
 from .traffic import Key, Row, kept
@@ -29,6 +31,7 @@ RIVALS = {
     "lotr-eager": "LoTR eager",
     "lotr_ext": "**lotr_ext**",
 }
+MOST_SHAPES = 8  # that a table's command names
 README_PROJECTION: Shape = (8192, 4096, 4096, 16)
 Pictures = dict[str, str]  # name -> link
 
@@ -43,8 +46,31 @@ def where(cells: list[dict]) -> str:
     facts, clock = cells[-1]["machine"], cells[-1]["clock"]
     clocks = {"wall": "wall seconds", "cpu": "CPU seconds", "events": "GPU events, L2 flushed"}
     loaded = busy(max(c["load"] for c in cells), max(c["case"]["threads"] for c in cells))
-    rounds = f"medians of {cells[-1]['rounds']} interleaved rounds"
-    return f"{facts['name']}, torch {facts['torch']}, {clocks[clock]}, {rounds}{loaded}"
+    least, most = min(c["rounds"] for c in cells), max(c["rounds"] for c in cells)
+    rounds = f"{least} to {most}" if least < most else f"{most}"
+    return f"{facts['name']}, torch {facts['torch']}, {clocks[clock]}, medians of {rounds} interleaved rounds{loaded}"
+
+
+def command(program: str, cells: list[dict], options: dict[str, object], usual: dict[str, object]) -> str:
+    """What measures the cells again: options by name, less those that are as usual, and how the times are taken."""
+    last = cells[-1]
+    options = options | {"clock": last["clock"], "allocator": last.get("allocator", "keep")}
+    usual = usual | {"clock": "events" if on_gpu(cells) else "wall", "allocator": "keep"}
+    flags = [f"--{name} {value}" for name, value in options.items() if value != usual.get(name)]
+    return f"`{' '.join(['python -m', f'bench.{program}', *flags])}`"
+
+
+def on_gpu(cells: list[dict]) -> bool:
+    return "cuda" in cells[-1]["machine"]
+
+
+def _all(cells: list[dict], field: str) -> str:
+    """The values of a case's field in their first order, comma-separated."""
+    return ",".join(dict.fromkeys(str(c["case"][field]) for c in cells))
+
+
+def _rounds(cells: list[dict]) -> int:
+    return max(c["rounds"] for c in cells)
 
 
 def markdown(heads: list[str], rows: list[list[str]], text_columns: int = 1) -> list[str]:
@@ -83,7 +109,18 @@ def layer_table(cells: list[dict], pictures: Pictures) -> str:
     heads += ["lotr_ext, of the machine's bound"] if bounds else []
     shown_pictures = {"excess": "time over the frozen layer by rival"}
     links = {"tokens": "against tokens", "rank": "against rank", "roofline": "roofline", "memory": "memory"}
-    return "\n".join([f"{where(cells)}:", "", *markdown(heads, rows, 2), *_images(pictures, shown_pictures, links)])
+    lines = [f"{layer_command(cells)}; {where(cells)}:", "", *markdown(heads, rows, 2)]
+    verdicts = [] if on_gpu(cells) else targets.limit_verdicts(cells) + targets.layer_verdicts(cells)
+    lines += ["", targets.summary(verdicts)] if verdicts else []
+    return "\n".join([*lines, *_images(pictures, shown_pictures, links)])
+
+
+def layer_command(cells: list[dict]) -> str:
+    """Names the shapes where they are few; otherwise they are as many as the program measures by itself."""
+    shapes = list(dict.fromkeys("x".join(str(c["case"][size]) for size in "mknr") for c in cells))
+    options = {"shapes": ",".join(shapes)} if len(shapes) <= MOST_SHAPES else {}
+    options |= {"dtypes": _all(cells, "dtype"), "threads": _all(cells, "threads"), "rounds": _rounds(cells)}
+    return command("layer", cells, options | {"slice": cells[-1].get("slice", layer.SLICE)}, {"slice": layer.SLICE})
 
 
 def shared_table(cells: list[dict], pictures: Pictures) -> str:
@@ -97,9 +134,17 @@ def shared_table(cells: list[dict], pictures: Pictures) -> str:
     launched = "kernels" if "cuda" in cells[-1]["machine"] else "operators"
     heads = ["layers", "dtype, threads", "A's and B's gradients summed by", "backward", "allocated in it", f"{launched} in it"]
     c = cells[-1]["case"]
-    title = f"`python -m bench.shared`, {c['m']} x {c['k']} x {c['k']}, r = {c['r']}; {where(cells)}:"
+    title = f"{shared_command(cells)}, {c['m']} x {c['k']} x {c['k']}, r = {c['r']}; {where(cells)}:"
     table = markdown([*heads, "new tensors of A's shape", "error of dA"], rows, 3)
     return "\n".join([title, "", *table, *_images(pictures, {}, {"shared": "against the number of layers"})])
+
+
+def shared_command(cells: list[dict]) -> str:
+    case = cells[-1]["case"]
+    options = {"layers": _all(cells, "layers"), "shape": f"{case['m']}x{case['k']}x{case['r']}", "dtypes": _all(cells, "dtype")}
+    usual = {"layers": ",".join(map(str, shared.LAYERS)), "shape": shared.SHAPES["cuda" if on_gpu(cells) else "cpu"]}
+    usual |= {"dtypes": "fp32", "rounds": ROUNDS["shared"]}
+    return command("shared", cells, options | {"rounds": _rounds(cells)}, usual)
 
 
 def model_table(cells: list[dict], pictures: Pictures) -> str:
@@ -111,7 +156,7 @@ def model_table(cells: list[dict], pictures: Pictures) -> str:
             c["dtype"], c["threads"]
         ] = cell
     lines = []
-    for (model, batch, sequence, r), methods in groups.items():
+    for (name, batch, sequence, r), methods in groups.items():
         columns = sorted({key for own in methods.values() for key in own}, key=lambda key: (key[1], key[0] != "fp32"))
         heads = ["", "rank", "parameters", "adapter"]
         for dtype, threads in columns:
@@ -124,9 +169,22 @@ def model_table(cells: list[dict], pictures: Pictures) -> str:
                 lora = methods.get("lora-peft", {}).get(key)
                 row += _against_lora(own.get(key), lora)
             rows.append(row)
-        title = f"{model}, {batch} x {sequence} tokens a step, rank {r}; x of LoRA (PEFT), whose own numbers are in its row; "
-        lines += [f"`python -m bench.model`: {title}{where(cells)}:", "", *markdown(heads, rows)]
+        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of LoRA (PEFT), whose own numbers are in its row; "
+        own = [cell for method in methods.values() for cell in method.values()]
+        lines += [f"{model_command(own)}: {title}{where(own)}:", "", *markdown(heads, rows)]
     return "\n".join([*lines, *_images(pictures, {"model": "step time and memory of every method"}, {})])
+
+
+def model_command(cells: list[dict]) -> str:
+    """Of one model, batch and rank."""
+    case, usual = cells[-1]["case"], {"rank": model.RANK, "rounds": ROUNDS["model"]}
+    names = ("model", "targets", "batch", "sequence")
+    if case["model"] in MODELS:
+        shape = MODELS[case["model"]]
+        usual |= {"targets": ",".join(shape.targets), "batch": shape.batch, "sequence": shape.sequence}
+    usual |= {} if on_gpu(cells) else {"model": "minilm"}  # a GPU's memory decides which is usual
+    options = {name: case[name] for name in names} | {"rank": case["r"], "rounds": _rounds(cells)}
+    return command("model", cells, options, usual)
 
 
 def _against_lora(cell: dict | None, lora: dict | None) -> list[str]:
@@ -151,7 +209,8 @@ def kernels_table(cells: list[dict], pictures: Pictures) -> str:
         times = [time_text(theirs), time_text(step["seconds"][1]), f"{1 + step['excess'][1]:.2f}"]
         rows.append(size + times + [f"{step['bytes_per_s'] / 1e9:.0f}", f"{step['of_bound']:.0%}"])
     heads = ["kernel", "M x N, r", "dtype, threads", "library", "ours", "ours / library", "GB/s", "of the machine's bound"]
-    title = f"`python -m bench.kernels`, each kernel alone; {where(cells)}:"
+    again = command("kernels", cells, {"rounds": _rounds(cells)}, {"rounds": ROUNDS["kernels"]})
+    title = f"{again}, each kernel alone; {where(cells)}:"
     return "\n".join([title, "", *markdown(heads, rows, 3), *_images(pictures, {}, {"kernels": "every shape"})])
 
 

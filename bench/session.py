@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,18 +20,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .shapes import DTYPES
-from .store import RESULTS, Store, build_id
+from .store import RESULTS, Store, build_id, case_of, runs, setting_of
 from .timing import CLOCKS, Clock, ceilings, machine, slug
 
 T = TypeVar("T")
+Show = Callable[[T, list[dict], "Session"], None]  # of a program: prints the results of one case
 ALLOCATORS = ("keep", "system")
+ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15}  # of each program by default
+WIDTH = 210  # of the widest table; on a narrower terminal the lines wrap as wholes, which can be read, and columns do not
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def add_options(parser: argparse.ArgumentParser, dtypes: str = "fp32,bf16") -> None:
-    """Those that every program has."""
+    """Those that every program has; dtypes: the default, for --help (`check_options` fills it in)."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (a GPU if any)")
-    parser.add_argument("--dtypes", default=dtypes, help=f"some of fp32, bf16, fp16 ({dtypes})")
+    parser.add_argument("--dtypes", help=f"some of fp32, bf16, fp16 ({dtypes})")
     parser.add_argument("--threads", help="CPU thread counts, comma-separated (1 and all; 1 beside a GPU)")
     parser.add_argument("--rounds", type=int, help="rounds of all rivals a case")
     parser.add_argument("--clock", choices=CLOCKS, help="wall; cpu: CPU seconds of one thread; events (a GPU's default)")
@@ -54,19 +58,18 @@ def keep_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def check_options(options: argparse.Namespace, rounds: int) -> argparse.Namespace:
-    """options with lists for text. Raises ValueError that says which, expected and got."""
+def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,bf16") -> argparse.Namespace:
+    """options with lists for text; rounds, dtypes: the defaults. Raises ValueError that says which, expected and got."""
     if options.device not in ("cuda", "cpu"):
         raise ValueError(f"device: expected cpu or cuda, got {options.device!r}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for cuda, found none (torch.cuda.is_available() is False)")
-    if isinstance(options.dtypes, str):
-        options.dtypes = options.dtypes.split(",")
+    options.dtypes = (dtypes if options.dtypes is None else options.dtypes).split(",")
     for dtype in options.dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtypes: expected some of {', '.join(DTYPES)}, got {dtype!r}")
     count = os.cpu_count() or 1
-    text = options.threads or ("1" if options.device == "cuda" else f"1,{count}")
+    text = options.threads if options.threads is not None else "1" if options.device == "cuda" else f"1,{count}"
     if not all(part.isdigit() and 1 <= int(part) <= count for part in text.split(",")):
         raise ValueError(f"threads: expected numbers from 1 to {count}, got {text!r}")
     options.threads = sorted({int(part) for part in text.split(",")})
@@ -78,7 +81,20 @@ def check_options(options: argparse.Namespace, rounds: int) -> argparse.Namespac
     options.rounds = rounds if options.rounds is None else options.rounds
     if options.rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {options.rounds}")
+    if options.results == "":
+        raise ValueError("results: expected a folder, got ''")
     return options
+
+
+def wide_console() -> Console:
+    """As wide as the widest table, also where the terminal is not."""
+    return Console(width=max(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH)
+
+
+def brief(error: BaseException) -> str:
+    """Its type and the first line of what it says."""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
 
 
 class Session:
@@ -93,44 +109,65 @@ class Session:
         self.settings = {"build": build_id(), "rounds": options.rounds, "clock": options.clock, **settings}
         self.settings["allocator"] = "keep" if kept else "system"
         self.clock = Clock(self.device, options.clock)
-        self.console = Console(width=None if sys.stdout.isatty() else 190)
+        self.console = wide_console()
         self.failures: list[str] = []
         self._ceilings: dict[tuple[str, int], dict[str, float]] = {}
-        self._known: dict[tuple, set[str]] = {}
-        if not options.fresh:
-            for cell in self.store.read():
-                if all(cell.get(name) == value for name, value in self.settings.items()):
-                    self._known.setdefault(tuple(cell["case"].values()), set()).add(cell["rival"])
+        here = setting_of(self.settings | {"machine": self.facts})
+        self._of_setting = [cell for cell in self.store.read() if setting_of(cell) == here]
+        same = [c for c in self._of_setting if all(c.get(name) == value for name, value in self.settings.items())]
+        self._kept = [] if options.fresh else runs(same)
 
     def introduce(self) -> None:
         """Prints what runs where."""
         facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
-        self.console.print(
-            f"{facts}, build {self.settings['build']}, clock {self.settings['clock']}, allocator {self.settings['allocator']}",
-            highlight=False,
-        )
+        build, clock, allocator = (self.settings[name] for name in ("build", "clock", "allocator"))
+        self.say(f"{facts}, build {build}, clock {clock}, allocator {allocator}")
         load = os.getloadavg()[0]
         if load > 0.5 * (os.cpu_count() or 1):
             self.say(f"load average {load:.1f}: other programs run here, so times will spread")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def fail(self, text: str) -> None:
         """One line on what could not be measured; the run goes on."""
         self.failures.append(text)
         self.say(f"not measured: {text}")
 
-    def done(self, case: tuple, rivals: Iterable[str]) -> bool:
-        """Whether case is in the result file already, with these settings."""
-        return set(rivals) <= self._known.get(tuple(case), set())
+    @contextlib.contextmanager
+    def attempt(self, name: str, ends: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+        """Of one case or rival: an error in it is one line and the run goes on, unless it is bad input or a full disk, which end it."""
+        try:
+            yield
+        except ends:
+            raise
+        except Exception as error:  # other packages raise what they like; the rest is still worth measuring
+            self.fail(f"{name}: {brief(error)}")
 
-    def todo(self, cases: list[T], rivals: Callable[[T], Iterable[str]]) -> list[T]:
-        """The cases that are still to be measured."""
-        left = [case for case in cases if not self.done(case, rivals(case))]
+    def kept(self, case: tuple, rivals: Iterable[str]) -> list[dict]:
+        """The last run of a case in the result file that has all rivals and these settings; none: []."""
+        for run in reversed(self._kept):
+            if case_of(run[0]) == tuple(case) and set(rivals) <= {cell["rival"] for cell in run}:
+                return run
+        return []
+
+    def todo(self, cases: list[T], rivals: Callable[[T], Iterable[str]], show: Show) -> list[T]:
+        """The cases that are still to be measured; what is kept of the others is shown."""
+        found = [(case, self.kept(case, rivals(case))) for case in cases]
+        left = [case for case, results in found if not results]
         if len(left) < len(cases):
             self.say(f"{len(cases) - len(left)} of {len(cases)} cases are in {self.store.path} already (--fresh: again)")
+        for case, results in found:
+            if results:
+                show(case, results, self)
         return left
+
+    def first_ceilings(self, dtype: str, threads: int) -> dict[str, float]:
+        """Of the first kept cell, so that a run that goes on chooses what the one before chose; none kept: measured now."""
+        for cell in self._of_setting:
+            if (cell["case"].get("dtype"), cell["case"].get("threads")) == (dtype, threads) and "ceilings" in cell:
+                return cell["ceilings"]
+        return self.ceilings(dtype, threads)
 
     def ceilings(self, dtype: str, threads: int) -> dict[str, float]:
         """This machine's own, measured once a run for each dtype and thread count."""

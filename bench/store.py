@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+MACHINE = ("name", "torch", "peft", "transformers")  # another one of these makes other numbers
 
 
 def build_id() -> str:
@@ -43,14 +44,14 @@ class Store:
         return self
 
     def read(self) -> list[dict]:
-        """All whole lines; a line cut off by a kill is named and left out. No file: no cells."""
+        """All whole lines; one that is no cell, such as one cut off by a kill, is named and left out. No file: no cells."""
         cells: list[dict] = []
         if not self.path.exists():
             return cells
         for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 cell = json.loads(line)
-                if not isinstance(cell, dict) or "case" not in cell or "rival" not in cell:
+                if not (isinstance(cell, dict) and isinstance(cell.get("case"), dict) and isinstance(cell.get("rival"), str)):
                     raise ValueError
                 cells.append(cell)
             except ValueError:  # json.JSONDecodeError is one
@@ -69,9 +70,27 @@ class Store:
             os.fsync(file.fileno())
 
 
+def case_of(cell: dict) -> tuple:
+    return tuple(cell["case"].values())
+
+
 def key_of(cell: dict) -> tuple:
     """Equal for two measurements of the same thing."""
-    return tuple(cell["case"].values()), cell["rival"]
+    return case_of(cell), cell["rival"]
+
+
+def setting_of(cell: dict) -> tuple:
+    """Equal for two cells that belong in one table: build, clock, allocator, the machine's name and versions."""
+    facts = cell.get("machine", {})
+    return (*(cell.get(name) for name in ("build", "clock", "allocator")), *(facts.get(name) for name in MACHINE))
+
+
+def runs(cells: list[dict]) -> list[list[dict]]:
+    """The cells that were measured together, a list a case and run: those of one run have one `when`."""
+    found: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        found.setdefault((case_of(cell), cell.get("when", 0)), []).append(cell)
+    return list(found.values())
 
 
 def latest(cells: list[dict]) -> list[dict]:
@@ -80,3 +99,18 @@ def latest(cells: list[dict]) -> list[dict]:
     for cell in cells:
         newest[key_of(cell)] = cell
     return list(newest.values())
+
+
+def newest(cells: list[dict]) -> list[dict]:
+    """What tables and pictures show: the cells of the last one's setting, and of each case those of one run only, since numbers
+    of two runs are of two moments. It is the run with the most rivals, then the most rounds, then the latest."""
+    best: dict[tuple, list[dict]] = {}
+    for run in runs([cell for cell in cells if setting_of(cell) == setting_of(cells[-1])]):
+        own, case = latest(run), case_of(run[0])
+        if case not in best or _worth(own) > _worth(best[case]):
+            best[case] = own
+    return [cell for own in best.values() for cell in own]
+
+
+def _worth(run: list[dict]) -> tuple:
+    return len(run), run[-1].get("rounds", 0), run[-1].get("when", 0)

@@ -12,16 +12,14 @@ faster than the base product meets it. Exit 1 unless all that was measured is me
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .report import newest_build
 from .rivals import LIBRARY_ONLY, LORA_EAGER, OURS
-from .session import new_table, start
+from .session import new_table, start, wide_console
 from .shapes import TARGETS, Case, Shape
-from .store import RESULTS, Store
+from .store import RESULTS, Store, newest
 
 # Our excess over eager LoRA's at most, and over the FLOP floor.
 OF_EAGER: dict[Shape, float] = {
@@ -31,6 +29,7 @@ OF_EAGER: dict[Shape, float] = {
     (1, 768, 768, 16): 1.0,
     (16, 768, 768, 16): 1.0,
 }
+UNDER = ", under floor"
 OF_FLOOR: dict[Shape, float] = {(2048, 768, 768, 64): 1.25}
 
 
@@ -71,7 +70,7 @@ def limit_verdicts(cells: list[dict]) -> list[Verdict]:
         elif LORA_EAGER in own:
             limit = f"{own[LORA_EAGER]['label']} x {OF_EAGER[shape]:g}"
             most = [OF_EAGER[shape] * e for e in own[LORA_EAGER]["step"]["excess"]]
-            limit += ", under floor" if most[1] < case.flop_floor() else ""
+            limit += UNDER if most[1] < case.flop_floor() else ""
         else:
             continue
         numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (ours, most)]
@@ -116,8 +115,22 @@ def model_verdicts(cells: list[dict]) -> list[Verdict]:
 
 def verdicts(folder: Path) -> list[Verdict]:
     """All that the results in a folder say."""
-    read = {name: newest_build(Store(folder / f"{name}.jsonl").read()) for name in ("layer", "model")}
+    read = {name: newest(Store(folder / f"{name}.jsonl").read()) for name in ("layer", "model")}
     return limit_verdicts(read["layer"]) + layer_verdicts(read["layer"]) + model_verdicts(read["model"])
+
+
+def summary(found: list[Verdict]) -> str:
+    """A sentence: how many are met by their medians, and each that is not."""
+    missed = [verdict for verdict in found if not verdict.met.startswith("yes")]
+    text = (
+        f"{len(found) - len(missed)} of the {len(found)} limits and comparisons of `python -m bench.targets` are met by medians"
+    )
+    lines = []
+    for verdict in missed:
+        line = f"{verdict.what}: {verdict.ours} against {verdict.best} ({verdict.rival.removesuffix(UNDER)}), "
+        line += "not met" if verdict.met == "no" else verdict.met
+        lines.append(line + (", and that limit is under the FLOP floor" if verdict.rival.endswith(UNDER) else ""))
+    return text + (", all but (quartiles in brackets): " + "; ".join(lines) if lines else "") + "."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,8 +140,6 @@ def main(argv: list[str] | None = None) -> int:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: expected a folder of results, found none")
-    from rich.console import Console
-
     found = [verdict for folder in folders for verdict in verdicts(folder)]
     if not found:
         raise ValueError("no kept result is of a target: run python -m bench.layer and python -m bench.model first")
@@ -137,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for verdict in found:
         table.add_row(*verdict)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    wide_console().print(table)
     return int(not all(verdict.met.startswith("yes") for verdict in found))
 
 

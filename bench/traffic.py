@@ -234,7 +234,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the counts (bench/results/simt-executor)")
     parser.add_argument("--fresh", action="store_true", help="count again what was counted of these sources")
     options = parser.parse_args(argv)
-    options.shapes = parse_shapes(options.shapes) if options.shapes else LAYER_SHAPES
+    options.shapes = LAYER_SHAPES if options.shapes is None else parse_shapes(options.shapes)
     for shape in options.shapes:
         if shape[3] > 256:
             raise ValueError(f"shapes: expected ranks up to 256, what the CUDA kernels take, got {shape[3]}")
@@ -246,10 +246,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from rich.console import Console
-
     from . import layer_traffic, projection
-    from .session import new_table, progress
+    from .session import new_table, progress, wide_console
 
     options = arguments(argv)
     store = Store(options.results / "traffic.jsonl").prepare()
@@ -257,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     keys = needed(options.shapes, multiprocessors)
     with progress(len(keys)) as begin:
         rows = count_all(keys, store, begin, options.fresh)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = wide_console()
     heads = ("kernel", "M x N", "r", "blocks", "large, x its size", "factors", "partial sums", "all, x each operand once")
     for sm in multiprocessors:
         table = new_table(f"Counted bytes, bf16, planned for {sm} multiprocessors (SIMT executor, no GPU)", *heads)

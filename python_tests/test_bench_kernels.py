@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -44,10 +46,14 @@ def test_it_measures_keeps_resumes_and_names_what_fails(tmp_path, monkeypatch, c
     ]
     assert all(cell["step"]["of_bound"] > 0 for cell in cells)
     capsys.readouterr()
-    assert kernels.main(arguments) == 0 and "2 of 2 cases are in" in capsys.readouterr().out
+    assert kernels.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 cases are in" in out and re.search(r"^ *shrink +8 x 16, 2", out, re.MULTILINE)  # and shown
     monkeypatch.setattr(operators, "errors", lambda operator: {"ours": 1.0, "library": 0.0})
     assert kernels.main([*arguments, "--fresh"]) == 1
-    assert "not measured: shrink 8x16 r2 fp32 t1: relative error expected" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for kernel in ("shrink", "fold"):
+        assert f"not measured: {kernel} 8x16 r2 fp32 t1: ArithmeticError: relative error expected" in out
     assert len(Store(tmp_path / "kernels.jsonl").read()) == len(cells)
 
 
@@ -71,7 +77,12 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--kernels", "magic"], "kernels: expected some of shrink"), (["--shapes", "0x2x3"], "shapes: expected MxNxR")],
+    [
+        (["--kernels", "magic"], "kernels: expected some of shrink"),
+        (["--kernels", ""], "kernels: expected some of shrink"),
+        (["--shapes", "0x2x3"], "shapes: expected MxNxR"),
+        (["--shapes", ""], "shapes: expected MxNxR"),
+    ],
 )
 def test_it_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from bench import bounds, compare, counted, layer, plots, rivals, rivals_library, session, shapes, store, timing, truth
+from bench import bounds, compare, counted, layer, rivals, rivals_library, session, shapes, store, timing, truth
 from bench.rivals_base import LORA, LOTR, VERA, Rival, Tensors
 
 CPU = torch.device("cpu")
@@ -83,6 +83,8 @@ def test_it_measures_keeps_and_resumes(tmp_path, capsys):
         assert max(middle["forward"], middle["backward"]) < middle["step"]
         assert cell["peak_bytes"] >= 4 * 8 * 16 * 2  # y and dx
         assert cell["step"]["of_bound"] > 0 and cell["ceilings"]["bytes_per_s"] > 0
+        work = bounds.work(shapes.Case(**cell["case"]), "step", cell["rival"] != "frozen", cell["rival"] != "vera-peft")
+        assert cell["step"]["flops_per_s"] * middle["step"] == pytest.approx(work.flops)
     assert all(cell["step"]["excess"] == [0, 0, 0] for cell in cells if cell["rival"] == "frozen")
     assert not (tmp_path / "excess.png").exists()  # drawn from 128 tokens on
 
@@ -91,7 +93,8 @@ def test_it_measures_keeps_and_resumes(tmp_path, capsys):
     assert len(store.Store(path).read()) == 2 * len(lines) - 1
     capsys.readouterr()
     assert layer.main(arguments) == 0
-    assert "1 of 1 cases are in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 1 cases are in" in out and "8x16x16 r2 fp32 t1" in out and "LoRA in-place, beta" in out  # kept and shown
     assert len(store.Store(path).read()) == 2 * len(lines) - 1
 
 
@@ -275,7 +278,7 @@ def test_memory_that_is_not_there(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(layer, "measure", exhausted)
     assert layer.main([*arguments, "--fresh"]) == 1
-    assert "8x16x16 r2 fp32 t1: out of memory: CUDA out of memory. Tried" in capsys.readouterr().out
+    assert "8x16x16 r2 fp32 t1: OutOfMemoryError: CUDA out of memory. Tried\n" in capsys.readouterr().out
 
 
 @pytest.mark.full
@@ -311,6 +314,11 @@ def test_least_work():
     step, frozen = bounds.work(case, "step", True), bounds.work(case, "step", False)
     assert step.flops / frozen.flops == pytest.approx(1 + case.flop_floor())
     assert step.least_seconds({"flops_per_s": 1.0, "bytes_per_s": 1e9}) == step.flops
+    # A and B frozen: no dA and dB, and u instead of x
+    assert bounds.work(case, "forward", True, trained=False) == bounds.work(case, "forward", True)
+    frozen = bounds.work(case, "backward", True, trained=False)
+    assert frozen == (2 * 4 * 8 * 6 + 2 * 4 * 2 * 14, 2 * (4 * 6 + 8 * 6 + 4 * 8 + 2 * 14 + 4 * 2))
+    assert bounds.work(case, "step", True, trained=False) == frozen + bounds.work(case, "forward", True)
     with pytest.raises(ValueError, match="direction: expected one of"):
         bounds.work(case, "sideways", True)
 
@@ -349,27 +357,15 @@ def test_compare_as_a_program(tmp_path, capsys):
         compare.main([str(old), str(tmp_path / "none")])
     with pytest.raises(ValueError, match="expected two result files, got 1"):
         compare.main([str(old)])
-    new.write_text("")
-    with pytest.raises(ValueError, match="no case and rival in common"):
-        compare.main([str(old), str(new)])
-
-
-def test_pictures(tmp_path):
-    ceilings = {"flops_per_s": 1e11, "bytes_per_s": 1e10}
-    stage = {"seconds": [1, 1, 1], "excess": [0.1, 0.2, 0.3], "flops_per_s": 5e10, "of_bound": 0.5}
-    cells = []
-    for m, r in ((128, 4), (512, 4), (128, 8)):
-        for rival in ("frozen", "lora-eager", "lotr_ext"):
-            case = CASE._replace(m=m, r=r)._asdict()
-            shared = {"machine": {"name": "a machine"}, "ceilings": ceilings, "peak_bytes": 9, "saved_bytes": 7}
-            cells.append({"case": case, "rival": rival, "label": rival, "step": stage, **shared})
-    assert [p.name for p in plots.draw(cells, tmp_path)] == [
-        "excess.png",
-        "tokens.png",
-        "rank.png",
-        "roofline.png",
-        "memory.png",
-    ]
-    assert plots.draw([], tmp_path) == []
-    few = [cell for cell in cells if cell["case"]["m"] == 512]
-    assert [p.name for p in plots.draw(few, tmp_path)] == ["excess.png", "roofline.png", "memory.png"]
+    step = {"step": {"excess": [0, 0, 0]}}
+    cells = [{"case": CASE._asdict() | {"m": m}, "rival": r} | step for m in (1, 2) for r in ("lora-eager", "lotr_ext-beta")]
+    with open(old, "a") as file:
+        file.writelines(json.dumps(cell) + "\n" for cell in cells)
+    capsys.readouterr()
+    assert compare.main([str(new), str(old)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"only in {new}: 0 cells, 0 of lotr_ext; only in {old}: 4 cells, 2 of lotr_ext" in out
+    for other in ([], cells[:1]):  # none at all, and one of eager LoRA alone
+        new.write_text("".join(json.dumps(cell) + "\n" for cell in other))
+        with pytest.raises(ValueError, match=r"new\.jsonl: expected a case of lotr_ext that both have, found none"):
+            compare.main([str(old), str(new)])

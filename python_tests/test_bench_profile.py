@@ -28,10 +28,31 @@ def test_its_operators_are_those_that_the_layer_runs(tokens, operators, tmp_path
 
     case, made = Case(tokens, 24, 16, 3, "fp32", 1), OpCounter(monkeypatch)
     layer = rivals.RIVALS["lotr_ext"](Tensors.random(case, torch.device("cpu")), case)
-    layer.forward(torch.randn(tokens, 24, requires_grad=True)).sum().backward()
+    layer.layer(torch.randn(tokens, 24, requires_grad=True)).sum().backward()
     assert sorted(made.elements()) == sorted(operators)
 
 
-def test_it_refuses_a_slice_of_nothing():
-    with pytest.raises(ValueError, match="slice: expected a positive number, got 0"):
-        profile.arguments([*QUICK, "--slice", "0"])
+def test_a_case_that_fails_is_named_and_what_is_kept_is_shown(tmp_path, capsys, monkeypatch):
+    arguments = [*QUICK, "--dtypes", "fp32", "--shapes", "8x16x16x2,9x16x16x2", "--results", str(tmp_path)]
+    right = profile.measure
+
+    def fails(case, session):
+        if case.m == 8:
+            raise RuntimeError("no\nmore")
+        return right(case, session)
+
+    monkeypatch.setattr(profile, "measure", fails)
+    assert profile.main(arguments) == 1
+    assert "not measured: 8x16x16 r2 fp32 t1: RuntimeError: no\n" in capsys.readouterr().out
+    assert {cell["case"]["m"] for cell in Store(tmp_path / "profile.jsonl").read()} == {9}
+    assert profile.main(arguments) == 1
+    assert "9x16x16 r2 fp32 t1: FLOP floor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--slice", "0"], "slice: expected a positive number, got 0"), (["--shapes", ""], "shapes: expected MxKxNxR")],
+)
+def test_it_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        profile.arguments([*QUICK, *arguments])

@@ -32,14 +32,36 @@ def test_it_counts_what_the_hub_saves(tmp_path, capsys):
         assert cell["error"] < 1e-5
         assert cell["forward"]["seconds"][1] + cell["backward"]["seconds"][1] == pytest.approx(cell["step"]["seconds"][1])
     capsys.readouterr()
-    assert shared.main(arguments) == 0 and "2 of 2 cases are in" in capsys.readouterr().out
+    assert shared.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 cases are in" in out
+    for layers in (2, 6):
+        low, _, high = (f"{1e6 * s:.0f} us" for s in cells["lotr_ext", layers]["step"]["seconds"])
+        assert f"{layers} layers 128x96x96 r4 fp32 t1" in out and f"{low}, {high}" in out
+
+
+def test_a_wrong_gradient_loses_its_case_alone(tmp_path, monkeypatch, capsys):
+    right = shared.Stack.forward
+
+    def wrong(self, x):
+        if len(self.layers) == 2 and not self.plain:
+            self.factors.A.register_hook(lambda grad: 1.01 * grad)
+        return right(self, x)
+
+    monkeypatch.setattr(shared.Stack, "forward", wrong)
+    assert shared.main([*QUICK, "--layers", "2,3", "--shape", "32x16x4", "--results", str(tmp_path)]) == 1
+    line = "ArithmeticError: lotr_ext: dA: relative error expected <= 2e-05, got 1.0e-02"
+    assert f"not measured: 2 layers 32x16x16 r4 fp32 t1: {line}" in capsys.readouterr().out
+    assert {cell["case"]["layers"] for cell in Store(tmp_path / "shared.jsonl").read()} == {3}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--layers", "4,x"], "layers: expected positive"),
+        (["--layers", ""], "layers: expected positive"),
         (["--shape", "3x4"], "shape: expected MxKxR"),
+        (["--shape", ""], "shape: expected MxKxR"),
         (["--rounds", "0"], "rounds"),
     ],
 )

@@ -117,6 +117,7 @@ def test_counts_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--shapes", ""], "shapes: expected MxKxNxR"),
         (["--gpus", "h100,z80"], "gpus: expected some of a100, .*got 'z80'"),
         (["--shapes", "1x2"], "shapes: expected MxKxNxR"),
         (["--shapes", "8x8x8x300"], "shapes: expected ranks up to 256"),
