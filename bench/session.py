@@ -136,7 +136,7 @@ class Session:
 
     @contextlib.contextmanager
     def attempt(self, name: str, ends: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-        """Of one case or rival: an error in it is one line and the run goes on, unless it is bad input or a full disk, which end it."""
+        """Of one case or rival: an error in it is one line and the run goes on, unless it is bad input or a full disk."""
         try:
             yield
         except ends:
