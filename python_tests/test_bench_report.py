@@ -139,10 +139,8 @@ def test_readme_says_of_few_tokens_what_its_table_says():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     ours, ratio = rows[0].index("**lotr_ext**"), rows[0].index("lotr_ext / LoRA eager")
     few = [row for row in rows if row[0].startswith(("1 x ", "16 x "))]
-    ratios, excess = sorted(row[ratio] for row in few), sorted(round(float(row[ours].rstrip("%"))) for row in few)
-    said = re.sub(r"\s+", " ", text[text.index("- On few tokens") :])
-    assert f"adds {ratios[0]} to {ratios[-1]} of what eager LoRA's adds" in said
-    assert f"still {excess[0]} to {excess[-1]} % of the frozen layer's time" in said
+    assert "an adapted layer adds less than eager LoRA's does, but still a large part" in re.sub(r"\s+", " ", text)
+    assert few and all(float(row[ratio]) < 1 and float(row[ours].rstrip("%")) > 10 for row in few)
 
 
 def test_check_changes_nothing_and_a_table_of_no_demo_is_refused(tmp_path):
