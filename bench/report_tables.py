@@ -131,7 +131,7 @@ def shared_table(cells: list[dict], pictures: Pictures) -> str:
         sizes = [f"{case['layers']}", f"{case['dtype']}, {case['threads']}", label]
         counts = [bytes_text(c["allocated_bytes"]), str(c["launches"]), str(c["tensors"]), f"{c['error']:.0e}"]
         rows.append([*sizes, time_text(c["backward"]["seconds"][1]), *counts])
-    launched = "kernels" if "cuda" in cells[-1]["machine"] else "operators"
+    launched = "kernels" if on_gpu(cells) else "operators"
     heads = ["layers", "dtype, threads", "A's and B's gradients summed by", "backward", "allocated in it", f"{launched} in it"]
     c = cells[-1]["case"]
     title = f"{shared_command(cells)}, {c['m']} x {c['k']} x {c['k']}, r = {c['r']}; {where(cells)}:"

@@ -164,10 +164,11 @@ def explain_call(
     """The Explanation of one adapter's call on x. base: weight and bias of a base product of ours, None for a wrapped base."""
     trained = torch.is_grad_enabled() and base is not None and any(p.requires_grad for p in base if p is not None)
     found: list[Explanation] = []
+    weight = None if base is None else base[0]
     where = None if device is None else torch.device(device)
 
     def look(A: Tensor, B: Tensor) -> Tensor:
-        nodes, plan, why, unfolded = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, base and base[0], where)
+        nodes, plan, why, unfolded = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, weight, where)
         found.append(Explanation(plan.strategy if nodes else "composite", nodes > 0, nodes, plan.reason, why, unfolded))
         return x
 

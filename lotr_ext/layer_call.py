@@ -63,6 +63,10 @@ class Adapter(NamedTuple):
         """Whether no other layer has its factors."""
         return self.group is None or self.group.layers == 1
 
+    def hang(self, name: str, factor: Tensor) -> tuple[Tensor, SharedGradient | None]:
+        """factor, the group's "A" or "B", as this layer takes it: on the hub, and where its gradient goes; alone, as it is."""
+        return (factor, None) if self.alone else getattr(self.group, name).view(factor, self.user)
+
     @property
     def user(self) -> int:
         """Whom the group takes it for."""
@@ -174,7 +178,7 @@ def call_linear(
     if nodes == 0 or (nodes == 1 and p):
         if dtype is None and x.dtype != weight.dtype:
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
-        dropped = dropped_input(x, A, adapter, compute, dtype is not None) if p else x
+        dropped = dropped_input(x, A, adapter, compute, dtype is not None)
         y = base_linear(x, weight, bias, dtype)
         return y + adapter_differentiable(dropped, *here(y.device, A, B, core), scaling, y.dtype)
     in_graph = recorded and (x.requires_grad or A.requires_grad or B.requires_grad or core.requires_grad)
@@ -213,7 +217,7 @@ def call_linear(
 def _lead(x, A, B, adapter: Adapter, base: Base, slot: Slot | None, found: SharedInput, share: bool) -> Tensor:
     """The first layer on x, which leaves u and route to its siblings."""
     core, scaling, p, group = adapter[:4]
-    hub_A, shared_A = (A, None) if adapter.alone else group.A.view(A, adapter.user)
+    hub_A, shared_A = adapter.hang("A", A)
     hub_B, shared_B, token = _hub_or_token(B, adapter, slot)
     values = adapter.cast(A, x.dtype if base.dtype is None else base.dtype)
     settings = (scaling, _dropout(p, found, x.device), shared_A, shared_B, weakref.ref(found), slot, values)
@@ -230,7 +234,9 @@ def _dropout(p: float, found: SharedInput, device: torch.device) -> Dropout:
 
 
 def dropped_input(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, autocast: bool) -> Tensor:
-    """drop(x) in torch's products, p > 0, by the mask of all siblings on x where our kernel can draw it from the seed."""
+    """drop(x) in torch's products, by the mask of all siblings on x where our kernel can draw it from the seed."""
+    if not adapter.p:
+        return x
     eager = not (is_compiling() or _get_tracing_state() is not None or _transformed()) and type(x) in _PLAIN
     if not eager or planner.obstacle_to_kernels(0, x.dtype, x.device) is not None:
         return nnf.dropout(x, adapter.p)
@@ -249,7 +255,7 @@ def _hub_or_token(B: Tensor, adapter: Adapter, slot: Slot | None) -> tuple[Tenso
     """How a layer hangs on B in the graph: by the group's hub, or by B itself and its bank's token in a forward scope."""
     if slot is not None:
         return B, None, slot.bank.token
-    return (B, None, None) if adapter.alone else (*adapter.group.B.view(B, adapter.user), None)
+    return *adapter.hang("B", B), None
 
 
 def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, adapter: Adapter) -> Tensor:
@@ -263,9 +269,9 @@ def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tens
 
 def _wrapped(x, y, A, B, adapter: Adapter, dtype: torch.dtype | None) -> Tensor:
     compute = dtype or x.dtype
-    core, scaling, p = adapter[:3]
+    core, scaling = adapter[:2]
     if decide(x, A, adapter, compute, False, None).nodes == 0:
-        dropped = dropped_input(x, A, adapter, compute, dtype is not None) if p else x
+        dropped = dropped_input(x, A, adapter, compute, dtype is not None)
         return y + to(adapter_differentiable(dropped, *here(x.device, A, B, core), scaling, compute), y.dtype)
     shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     slot = adapter.slot(B, compute)
@@ -280,7 +286,7 @@ def shared_shrink(x: Tensor, A: Tensor, adapter: Adapter, compute: torch.dtype, 
     if found.u is not None:
         group.A.join(A, user)
         return found
-    hub, shared = (A, None) if adapter.alone else group.A.view(A, user)
+    hub, shared = adapter.hang("A", A)
     dropout, in_graph, values = _dropout(p, found, x.device), _in_graph(x, A), adapter.cast(A, compute)
     if in_graph:
         found.u, found.route = apply_shrink(x, hub, compute, dropout, shared, weakref.ref(found), values)

@@ -50,13 +50,13 @@ def _mixed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, adapter: A
     b, tokens = x.shape[0], x.shape[1:-1].numel()  # a row's tokens, which lie side by side and all take its core
     r_in, r_out = cores.shape[1:]
     if decide(x, A, adapter, compute, False, None).nodes == 0:
-        dropped = dropped_input(x, A, adapter, compute, dtype is not None) if adapter.p else x
+        dropped = dropped_input(x, A, adapter, compute, dtype is not None)
         u = to(dropped, compute) @ to(A, compute).to(x.device)
         h = u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)
         delta = h @ to(B, compute).to(x.device).mT
         return y + to(delta.view(y.shape), y.dtype)
     shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     h = (shared_input.u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)).view(b * tokens, r_out)
-    hub_B, shared_B = (B, None) if adapter.alone else adapter.group.B.view(B, adapter.user)
+    hub_B, shared_B = adapter.hang("B", B)
     identity = torch.eye(r_out, dtype=B.dtype, device=B.device)
     return apply_add(y, h, hub_B, identity, None, 1.0, shared_B, shared_input, None)

@@ -13,11 +13,12 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-constexpr int64_t kTileRows = 96;     // rows of a shrink tile: a multiple of every block's rows
-constexpr int64_t kBlockRows = 8;     // of a block of it, at most
-constexpr int64_t kTileUnits = 64;    // units of a factor_grad tile
-constexpr int64_t kTileColumns = 96;  // columns of a factor_grad tile
-constexpr int64_t kTileStep = 256;    // units of a shrink tile at most
+constexpr int64_t kTileRows = 96;               // rows of a shrink tile: a multiple of every block's rows
+constexpr int64_t kBlockRows = 8;               // of a block of it, at most
+constexpr int64_t kTileUnits = 64;              // units of a factor_grad tile
+constexpr int64_t kTileColumns = 96;            // columns of a factor_grad tile
+constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of one that is read where it lies
+constexpr int64_t kTileStep = 256;              // units of a shrink tile at most
 constexpr int64_t kTileL2 = LOTR_VB == 64 ? 1 << 19 : 1 << 18;  // half of an L2 of such CPUs
 constexpr int64_t kTileBytes = 16384;  // of the packed factor that a shrink tile multiplies: half of L1
 
@@ -93,14 +94,14 @@ template <typename K, typename T>
 inline int64_t tile_rows_once(const Mat& x, const Drop& drop, int64_t r) {
   const int64_t k_bytes = kTileUnits * vectors_of<K>(r) * K::kLanes * int64_t(sizeof(typename K::Unit));
   const bool deep = !pairs<K> && native<K, T>(x) && !drop.on && 2 * k_bytes <= kTileBytes;
-  return (deep ? 2 : 1) * kTileUnits * K::kPair;
+  return (deep ? kDeepUnits : kTileUnits) * K::kPair;
 }
 
 // Bytes a thread needs for its copies of tiles, at rank r.
 template <typename K>
 inline size_t tile_space(int64_t r) {
   const int64_t shrink = kTileRows * kTileStep,
-                outer = 2 * kTileUnits * (kTileColumns + vectors_of<K>(r) * K::kLanes);
+                outer = kDeepUnits * (kTileColumns + vectors_of<K>(r) * K::kLanes);
   return size_t(larger(shrink, outer)) * sizeof(typename K::Unit) +
          size_t(kTileStep * K::kPair + kMaskSlack + larger(kTileColumns, r)) * sizeof(uint32_t);
 }
@@ -183,8 +184,8 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
   const bool k_in_place = !pairs<K> && native<K, T>(k) && k.cols % K::kLanes == 0;
   const bool x_in_place = !pairs<K> && native<K, T>(x) && !drop.on;
   auto* x_tile = reinterpret_cast<Unit*>(space);
-  auto* k_tile = x_tile + 2 * kTileUnits * kTileColumns;
-  auto* mask = reinterpret_cast<uint32_t*>(k_tile + 2 * kTileUnits * vectors * K::kLanes);
+  auto* k_tile = x_tile + kDeepUnits * kTileColumns;
+  auto* mask = reinterpret_cast<uint32_t*>(k_tile + kDeepUnits * vectors * K::kLanes);
   auto* row = reinterpret_cast<uint16_t*>(mask + kTileColumns + kMaskSlack);
   for (int64_t i = i0; i < i1; i += tile_m) {
     const int64_t rows = smaller(tile_m, i1 - i), units = units_of<K>(rows);
