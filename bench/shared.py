@@ -55,7 +55,7 @@ class Stack(nn.Module):
     def __init__(self, case: SharedCase, dtype: torch.dtype, device: torch.device, rival: str):
         super().__init__()
         from lotr_ext import LoTRFactors, LoTRLinear
-        from lotr_ext.scope import attach_scope
+        from lotr_ext.model.scope import attach_scope
 
         self.plain = rival == FLOOR
         self.factors = LoTRFactors(case.k, case.k, case.r, dtype=dtype, device=device)

@@ -6,17 +6,17 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
-from . import registrations as registrations  # shapes, gradients and version counters of the operators
-from .adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
-from .apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
-from .checkpoint import load_adapter, save_adapter
-from .config import LoTRConfig
-from .factors import LoTRFactors
-from .function import LoTRFunction
-from .functional import explain, lotr_linear
-from .linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
-from .nodes import LoTRAdd, LoTRExpand, LoTRLead, LoTRShrink
-from .summary import trainable_summary
+from .autograd.function import LoTRFunction
+from .autograd.nodes import LoTRAdd, LoTRExpand, LoTRLead, LoTRShrink
+from .layers.factors import LoTRFactors
+from .layers.functional import explain, lotr_linear
+from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
+from .model.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
+from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from .model.checkpoint import load_adapter, save_adapter
+from .model.config import LoTRConfig
+from .model.summary import trainable_summary
+from .ops import registrations as registrations  # shapes, gradients and version counters of the operators
 
 __all__ = [
     "LoTRAdd",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .planner import build_info, plan
+from .ops.planner import build_info, plan
 
 __all__ = ["collect", "main"]
 

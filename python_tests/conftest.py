@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lotr_ext import planner
+from lotr_ext.ops import planner
 
 torch.set_num_threads(1)  # tiny inputs: a second thread only waits
 

@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import plain, randomize
 
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, planner, save_adapter
-from lotr_ext.apply import adapted_layers
-from lotr_ext.sharded import written_by_rank_0
+from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, save_adapter
+from lotr_ext.layers.sharded import written_by_rank_0
+from lotr_ext.model.apply import adapted_layers
+from lotr_ext.ops import planner
 from nets import OpCounter, relative
 
 Grads = dict[str, Tensor]

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from toys import IDS, adapted, loss, plain, randomize, target_names, toy
 
-from lotr_ext import LoTRFactors, LoTRLinear, adapt, ops, planner
-from lotr_ext.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
-from lotr_ext.config import LoTRConfig
-from lotr_ext.summary import trainable_summary
+from lotr_ext import LoTRFactors, LoTRLinear, adapt, ops
+from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.summary import trainable_summary
+from lotr_ext.ops import planner
 
 # ---- the start -------------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import IDS, Toy, adapted, loss, plain, randomize, target_names, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear, LoTRWrapped
-from lotr_ext.apply import adapted_layers, apply_lotr, lotr_parameters, merge, unload
-from lotr_ext.config import LoTRConfig
-from lotr_ext.layer import LoTRLayer
-from lotr_ext.summary import trainable_summary
+from lotr_ext.layers.layer import LoTRLayer
+from lotr_ext.model.apply import adapted_layers, apply_lotr, lotr_parameters, merge, unload
+from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.summary import trainable_summary
 
 # ---- weights that are shared, or read without a call -----------------------------------------------------------------
 

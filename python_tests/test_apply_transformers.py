@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from toys import plain, randomize
 
 from lotr_ext import LoTRConv1D, LoTRLinear
-from lotr_ext.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
-from lotr_ext.checkpoint import load_adapter, save_adapter
-from lotr_ext.config import LoTRConfig
-from lotr_ext.summary import trainable_summary
-from lotr_ext.targets import select
+from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from lotr_ext.model.checkpoint import load_adapter, save_adapter
+from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.summary import trainable_summary
+from lotr_ext.model.targets import select
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 transformers.logging.set_verbosity_error()

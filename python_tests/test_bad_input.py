@@ -13,11 +13,11 @@ from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
 
 import lotr_ext
 from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, lotr_linear
-from lotr_ext.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
-from lotr_ext.checkpoint import load_adapter, save_adapter
-from lotr_ext.config import LoTRConfig
-from lotr_ext.init import fill_core_, fill_factor_, tucker2
-from lotr_ext.summary import trainable_summary
+from lotr_ext.layers.init import fill_core_, fill_factor_, tucker2
+from lotr_ext.model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from lotr_ext.model.checkpoint import load_adapter, save_adapter
+from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.summary import trainable_summary
 
 NAN = math.nan
 

@@ -16,10 +16,10 @@ from torch import nn
 from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear
-from lotr_ext.adapter_files import JSON_NAME
-from lotr_ext.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
-from lotr_ext.checkpoint import load_adapter, save_adapter
-from lotr_ext.config import LoTRConfig
+from lotr_ext.model.adapter_files import JSON_NAME
+from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
+from lotr_ext.model.checkpoint import load_adapter, save_adapter
+from lotr_ext.model.config import LoTRConfig
 
 SETTINGS = [
     {},
@@ -186,7 +186,7 @@ _SAVER = f"""
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
 from toys import adapted, randomize
-from lotr_ext.checkpoint import save_adapter
+from lotr_ext.model.checkpoint import save_adapter
 model = adapted(target_modules="all-linear", rank=64)
 def save(directory, seed):
     randomize(model, seed=seed)

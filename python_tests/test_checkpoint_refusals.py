@@ -15,10 +15,10 @@ from test_checkpoint import tensors_file, trained
 from torch import nn
 from toys import Toy, adapted, assert_unchanged, snapshot, toy
 
-from lotr_ext.adapter_files import JSON_NAME
-from lotr_ext.apply import adapted_layers, apply_lotr, merge
-from lotr_ext.checkpoint import load_adapter, save_adapter
-from lotr_ext.config import LoTRConfig
+from lotr_ext.model.adapter_files import JSON_NAME
+from lotr_ext.model.apply import adapted_layers, apply_lotr, merge
+from lotr_ext.model.checkpoint import load_adapter, save_adapter
+from lotr_ext.model.config import LoTRConfig
 
 
 def edit_json(change: Callable[[dict], object]) -> Callable[[Path], None]:

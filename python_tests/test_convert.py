@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import IDS, adapted, assert_unchanged, randomize, snapshot, toy
 
 from lotr_ext import load_adapter, save_adapter
-from lotr_ext.adapter_files import read
-from lotr_ext.apply import adapted_layers
 from lotr_ext.convert import main
-from lotr_ext.init import tucker2
 from lotr_ext.interop import export_lora, lora_to_lotr, lotr_to_lora, original_to_lotr, read_lora
 from lotr_ext.interop.from_lora import _smallest_rank
 from lotr_ext.interop.tucker import LowRankStack
+from lotr_ext.layers.init import tucker2
+from lotr_ext.model.adapter_files import read
+from lotr_ext.model.apply import adapted_layers
 
 MAKE = {"toy": toy, "conv": ConvToy}
 LORAS = {

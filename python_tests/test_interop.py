@@ -12,9 +12,9 @@ from torch import nn
 from toys import IDS, Toy, adapted, randomize, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear
-from lotr_ext.apply import adapted_layers, apply_lotr, merge
-from lotr_ext.config import LoTRConfig
 from lotr_ext.interop import export_lora, lora_factors
+from lotr_ext.model.apply import adapted_layers, apply_lotr, merge
+from lotr_ext.model.config import LoTRConfig
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

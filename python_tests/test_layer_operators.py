@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lotr_ext import direction, ops, reference
-from lotr_ext.direction import Dropout
+from lotr_ext import ops, reference
+from lotr_ext.autograd import direction
+from lotr_ext.autograd.direction import Dropout
 from nets import relative
 
 # Of |got - truth| / |truth|: each operand is rounded to the dtype once (the eager formula does no better), sums are wider.

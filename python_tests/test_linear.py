@@ -11,18 +11,9 @@ import torch
 from torch import nn
 
 import lotr_ext
-from lotr_ext import (
-    LoTRConv1D,
-    LoTRFactors,
-    LoTRLinear,
-    LoTRWrapped,
-    adapt,
-    explain,
-    layer_call,
-    lotr_linear,
-    planner,
-    reference,
-)
+from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, explain, lotr_linear, reference
+from lotr_ext.autograd import call as layer_call
+from lotr_ext.ops import planner
 from nets import relative
 
 EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}

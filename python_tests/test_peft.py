@@ -17,7 +17,7 @@ from torch import nn
 from toys import IDS, assert_unchanged, snapshot, toy
 
 from lotr_ext import apply_lotr
-from lotr_ext.config import LoTRConfig
+from lotr_ext.model.config import LoTRConfig
 from nets import OpCounter
 
 

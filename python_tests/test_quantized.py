@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toys import IDS, Toy, adapted, loss, plain, randomize, toy
 
 from lotr_ext import LoTRConfig, LoTRLinear, LoTRWrapped, load_adapter, merge, save_adapter, unload, unmerge
-from lotr_ext.apply import adapted_layers, apply_lotr
+from lotr_ext.model.apply import adapted_layers, apply_lotr
 from nets import relative
 
 TARGETS = ["q", "v", "down"]

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lotr_ext import hub, ops, scope
-from lotr_ext.scope import attach_scope, detach_scope
+from lotr_ext import ops
+from lotr_ext.autograd import shared_gradient as hub
+from lotr_ext.model import scope
+from lotr_ext.model.scope import attach_scope, detach_scope
 from nets import Net, OpCounter, Truth, plain, relative
 
 pytestmark = pytest.mark.usefixtures("two_nodes")

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 import lotr_ext
-from lotr_ext import hub
+from lotr_ext.autograd import shared_gradient as hub
 from nets import Net, Truth, plain, relative
 
 CLOSE = 5e-6  # relative, float32 against float64

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 from lotr_ext import reference
-from lotr_ext.layer_call import Adapter, call_linear
+from lotr_ext.autograd.call import Adapter, call_linear
 from nets import Net, OpCounter, Truth, plain, relative, right
 
 pytestmark = pytest.mark.usefixtures("two_nodes")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lotr_ext.apply import apply_lotr
-from lotr_ext.config import LoTRConfig
-from lotr_ext.layer import LoTRLayer
-from lotr_ext.targets import select
+from lotr_ext.layers.layer import LoTRLayer
+from lotr_ext.model.apply import apply_lotr
+from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.targets import select
 
 
 class ToyBlock(nn.Module):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter_files import LayerEntry, Manifest, write
-from ..config import LoTRConfig
+from ..model.adapter_files import LayerEntry, Manifest, write
+from ..model.config import LoTRConfig
 from .lora_files import modules_holding
 
 __all__ = ["LoTRAdapter", "group_names"]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter_files import LayerEntry
-from ..config import LoTRConfig
-from ..factors import check_rank
+from ..layers.factors import check_rank
+from ..model.adapter_files import LayerEntry
+from ..model.config import LoTRConfig
 from .adapter import LoTRAdapter, check_dtype, group_names
 from .lora_files import LoRAAdapter, LoRALayer, read_lora
 from .tucker import LowRankStack, Tucker2

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_files import put_file, read
-from ..apply import adapted_layers
-from ..checkpoint import saved_modules, saved_tensors, unwrapped
-from ..layer import LoTRLayer
-from ..linear import LoTRConv1D
+from ..layers.layer import LoTRLayer
+from ..layers.linear import LoTRConv1D
+from ..model.adapter_files import put_file, read
+from ..model.apply import adapted_layers
+from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
 from ..ops import accumulate_dtype
 from .lora_files import LoRALayer
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..targets import name_ends_with
+from ..model.targets import name_ends_with
 
 __all__ = ["LoRAAdapter", "LoRALayer", "read_lora"]
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter_files import LayerEntry
-from ..config import LoTRConfig
+from ..model.adapter_files import LayerEntry
+from ..model.config import LoTRConfig
 from .adapter import LoTRAdapter
 from .lora_files import modules_holding, read_tensors
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 
-from ..config import LoTRConfig
+from ..model.config import LoTRConfig
 
 _BIASES = ("none", "all", "lotr_only")
 

@@ -18,14 +18,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..factors import LoTRFactors
-from ..functional import Explanation, explain_call
-from ..init import fill_core_
-from ..layer import LoTRLayer, check_settings
-from ..layer_call import Adapter, call_linear, call_wrapped, delta_weight
-from ..linear import is_conv1d
-from ..quantized import has_plain_weight
-from ..targets import features, needs_wrap
+from ..autograd.call import Adapter, call_linear, call_wrapped, delta_weight
+from ..layers.factors import LoTRFactors
+from ..layers.functional import Explanation, explain_call
+from ..layers.init import fill_core_
+from ..layers.layer import LoTRLayer, check_settings
+from ..layers.linear import is_conv1d
+from ..layers.quantized import has_plain_weight
+from ..model.targets import features, needs_wrap
 from .peft_config import LoTRPeftConfig
 
 

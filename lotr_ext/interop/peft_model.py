@@ -19,10 +19,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..apply import set_fast_paths
-from ..factors import LoTRFactors
-from ..scope import attach_scope, detach_scope
-from ..targets import features, select
+from ..layers.factors import LoTRFactors
+from ..model.apply import set_fast_paths
+from ..model.scope import attach_scope, detach_scope
+from ..model.targets import features, select
 from .peft_config import LoTRPeftConfig
 from .peft_layer import LoTRPeftLinear
 

@@ -16,7 +16,7 @@ def obstacle() -> str | None:
     """Why these tests cannot run here."""
     if not torch.cuda.is_available():
         return f"no GPU (torch {torch.__version__}, CUDA {torch.version.cuda})"
-    from lotr_ext import planner
+    from lotr_ext.ops import planner
 
     return planner.cuda_obstacle(torch.cuda.current_device())
 

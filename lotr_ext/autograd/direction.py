@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
-from . import ops
-from .ops import Gradients, accumulate_dtype
-from .products import add_expand, base_linear, cast_base, private_write, rows, shaped, to
+from .. import ops
+from ..ops import Gradients, accumulate_dtype
+from ..ops.products import add_expand, base_linear, cast_base, private_write, rows, shaped, to
 
 
 class Dropout(NamedTuple):

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import direction, ops
-from .direction import KEEP, Dropout
-from .hub import SharedGradient
-from .ops import Gradients
-from .products import (
+from .. import ops
+from ..ops import Gradients
+from ..ops.products import (
     accumulate_dtype,
     add_expand,
     fold_differentiable,
@@ -33,10 +31,13 @@ from .products import (
     shared_sum,
     to,
 )
-from .siblings import SharedInput
+from . import direction
+from .direction import KEEP, Dropout
+from .shared_gradient import SharedGradient
+from .shared_input import SharedInput
 
 if TYPE_CHECKING:
-    from .scope import Slot
+    from ..model.scope import Slot
 
 
 class Base(NamedTuple):

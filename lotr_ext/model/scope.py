@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from . import ops
-from .hub import SharedGradient
-from .placement import check_not_offloaded
+from .. import ops
+from ..autograd.shared_gradient import SharedGradient
+from ..layers.placement import check_not_offloaded
 
 if TYPE_CHECKING:
-    from .layer import LoTRLayer
+    from ..layers.layer import LoTRLayer
 
 _PLAIN = (Tensor, nn.Parameter)
 

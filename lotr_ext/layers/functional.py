@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from ..autograd.call import Adapter, call_linear, compute_dtype, decide
 from .factors import LoTRFactors
 from .layer import LoTRLayer, check_probability
-from .layer_call import Adapter, call_linear, compute_dtype, decide
 from .linear import LoTRWrapped
 from .mixture import call_mixed
 

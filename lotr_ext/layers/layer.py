@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autograd.call import Adapter, call_linear, delta_weight
+from ..ops import accumulate_dtype
 from .factors import LoTRFactors, read
-from .layer_call import Adapter, call_linear, delta_weight
 from .mixture import Mixture, call_mixed, cores_of
-from .ops import accumulate_dtype
 
 
 class Settings(NamedTuple):

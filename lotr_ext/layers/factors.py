@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from ..autograd.shared_input import Group
 from .init import fill_factor_
 from .sharded import in_parts
-from .siblings import Group
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

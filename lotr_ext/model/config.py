@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .init import CORE_INITS, FACTOR_INITS
+from ..layers.init import CORE_INITS, FACTOR_INITS
 
 __all__ = ["GroupBy", "LoTRConfig"]
 

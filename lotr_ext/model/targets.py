@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..layers.layer import LoTRLayer
+from ..layers.linear import is_conv1d
+from ..layers.quantized import has_plain_weight, is_plain
+from ..layers.sharded import holds_parts
 from .config import LoTRConfig
-from .layer import LoTRLayer
-from .linear import is_conv1d
-from .quantized import has_plain_weight, is_plain
-from .sharded import holds_parts
 
 __all__ = ["Selection", "Target", "name_ends_with", "select", "tied_names"]
 

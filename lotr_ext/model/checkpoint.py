@@ -17,16 +17,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.factors import LoTRFactors, same_values
+from ..layers.layer import LoTRLayer
+from ..layers.placement import home
+from ..layers.sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
 from . import adapter_files as files
 from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import adapted_layers, install, set_start
 from .config import LoTRConfig
-from .factors import LoTRFactors, same_values
-from .layer import LoTRLayer
-from .placement import home
 from .saved import saved_modules, saved_tensors
-from .sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
 from .targets import Selection, features, select
 
 __all__ = ["load_adapter", "save_adapter"]

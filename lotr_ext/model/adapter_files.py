@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers.layer import check_settings
 from .config import LoTRConfig
-from .layer import check_settings
 
 __all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "put_file", "read", "write"]
 
@@ -92,7 +92,7 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
     """
     from safetensors.torch import save
 
-    from . import __version__
+    from .. import __version__
 
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")

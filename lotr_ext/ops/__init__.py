@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 def _load() -> None:
-    library = Path(__file__).with_name("_C.abi3.so")
+    library = Path(__file__).parent.with_name("_C.abi3.so")
     if not library.is_file():
         raise ImportError(
-            f"lotr_ext: expected the compiled extension {library.name} beside {Path(__file__).name}, got none; build it with "
+            f"lotr_ext: expected the compiled extension {library}, got none; build it with "
             "`pip install --no-build-isolation -e .` (or `make setup`) in the project's folder"
         )
     torch.ops.load_library(str(library))

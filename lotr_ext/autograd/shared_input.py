@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .hub import SharedGradient
+from .shared_gradient import SharedGradient
 
 
 class SharedInput:

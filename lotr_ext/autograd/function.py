@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.autograd import Function
 
-from . import direction, ops, planner
-from .direction import as_rows, one_operator
-from .products import (
+from .. import ops
+from ..ops import planner
+from ..ops.products import (
     adapter_differentiable,
     base_linear,
     cast_base,
@@ -26,6 +26,8 @@ from .products import (
     to,
     tokens_of,
 )
+from . import direction
+from .direction import as_rows, one_operator
 
 
 def one_pass(

@@ -9,9 +9,9 @@ from torch._C import _dispatch_tls_is_dispatch_key_included as _in_old_vmap
 from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
-from . import ops, planner
-from .hub import SharedGradient
-from .ops import accumulate_dtype
+from .. import ops
+from ..autograd.shared_gradient import SharedGradient
+from . import accumulate_dtype, planner
 
 _VMAP = _dispatch_key_parse("VmapMode")
 private_write = torch._C._AutoDispatchBelowADInplaceOrView  # for writes into tensors that no one else holds

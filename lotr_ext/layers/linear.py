@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from ..autograd.call import Adapter, call_linear, call_wrapped
+from ..ops import accumulate_dtype
 from .factors import LoTRFactors, check_dtype, check_rank
 from .layer import LoTRLayer, check_settings
-from .layer_call import Adapter, call_linear, call_wrapped
-from .ops import accumulate_dtype
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
 

@@ -15,16 +15,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..autograd.call import delta_weight
+from ..layers.factors import LoTRFactors
+from ..layers.init import fill_core_, tucker2
+from ..layers.layer import LoTRLayer, check_settings
+from ..layers.linear import LoTRWrapped, adapt
+from ..layers.placement import home
+from ..layers.quantized import has_plain_weight
+from ..layers.sharded import in_parts
 from .config import LoTRConfig
-from .factors import LoTRFactors
-from .init import fill_core_, tucker2
-from .layer import LoTRLayer, check_settings
-from .layer_call import delta_weight
-from .linear import LoTRWrapped, adapt
-from .placement import home
-from .quantized import has_plain_weight
 from .scope import attach_scope, detach_scope
-from .sharded import in_parts
 from .targets import Selection, Target, select, tied_names
 
 __all__ = ["SharedFactors", "adapted_layers", "apply_lotr", "disabled", "lotr_parameters", "merge", "unload", "unmerge"]

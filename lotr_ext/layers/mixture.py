@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layer_call import Adapter, compute_dtype, decide, dropped_input, shared_shrink
-from .nodes import apply_add
-from .products import to
+from ..autograd.call import Adapter, compute_dtype, decide, dropped_input, shared_shrink
+from ..autograd.nodes import apply_add
+from ..ops.products import to
 
 
 class Mixture(NamedTuple):

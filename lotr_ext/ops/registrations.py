@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import accumulate_dtype, dropout_mask, refuse_gradients
+from . import accumulate_dtype, dropout_mask, refuse_gradients
 
 _lotr = torch.ops.lotr
 

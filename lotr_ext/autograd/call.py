@@ -14,17 +14,19 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
-from . import direction, ops, planner
+from .. import ops
+from ..model.scope import Slot, cast_in_scope, current_slot
+from ..ops import planner
+from ..ops.planner import Plan
+from ..ops.products import adapter_differentiable, base_linear, fold_differentiable, here, rows, to, tokens_of
+from . import direction
 from .direction import KEEP, Dropout
 from .function import apply_one_node, one_pass
 from .nodes import Base, apply_add, apply_expand, apply_lead, apply_shrink
-from .planner import Plan
-from .products import adapter_differentiable, base_linear, fold_differentiable, here, rows, to, tokens_of
-from .scope import Slot, cast_in_scope, current_slot
-from .siblings import Group, SharedInput, owned_by
+from .shared_input import Group, SharedInput, owned_by
 
 if TYPE_CHECKING:
-    from .hub import SharedGradient
+    from .shared_gradient import SharedGradient
 
 _PLAIN = (Tensor, nn.Parameter)
 _WEIGHTS = (nn.Parameter, Tensor, type(None))

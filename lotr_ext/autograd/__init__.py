@@ -1,0 +1,1 @@
+"""The autograd nodes of an adapted layer, the gradient that layers share and the input that siblings share."""

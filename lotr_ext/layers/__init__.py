@@ -1,0 +1,1 @@
+"""Adapted layers and the factors that they share, for models built by hand."""

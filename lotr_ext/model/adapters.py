@@ -1,0 +1,328 @@
+"""Several named adapters on one model: add_adapter, set_adapter, delete_adapter, adapter_names, active_adapter, mixed.
+
+One adapter is active: its factors are `model.lotr_factors`, its cores the layers' `core`. The others are parked, as
+`model.lotr_parked.<name>`, with everything they are made of, so that .to() and state_dict reach them. All adapt the same layers
+in the same groups. An adapter has factors of its own, or shares another's and has only cores (r_in r_out numbers a layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.factors import LoTRFactors
+from ..layers.init import fill_core_
+from ..layers.layer import LoTRLayer, check_settings
+from ..layers.mixture import Mixture
+from ..layers.sharded import holds_parts
+from .apply import SharedFactors, adapted_layers
+from .config import LoTRConfig
+from .saved import saved_modules, saved_tensors
+from .scope import attach_scope
+
+__all__ = ["DEFAULT", "active_adapter", "adapter_names", "add_adapter", "delete_adapter", "mixed", "set_adapter"]
+
+Model = TypeVar("Model", bound=nn.Module)
+DEFAULT = "default"  # the name of the adapter that apply_lotr made
+
+
+class ParkedAdapter(nn.Module):
+    """An adapter that is not active. cores, settings: by layer, in the model's order. saved: its modules_to_save, by tensor."""
+
+    def __init__(
+        self,
+        config: LoTRConfig,
+        factors: dict[str, LoTRFactors],
+        cores: Sequence[nn.Parameter],
+        settings: Sequence[tuple[float, float]],
+        saved: Sequence[Tensor],
+    ):
+        super().__init__()
+        self.config, self.settings = config, list(settings)
+        self.__dict__["factors"] = factors  # registered by `_register_once`, here or where they are shared from
+        self.cores = nn.ParameterList(cores)
+        self.saved = nn.ParameterList(nn.Parameter(t.detach(), requires_grad=False) for t in saved)
+        self.requires_grad_(False)
+
+
+class ParkedAdapters(nn.ModuleDict):
+    """The parked adapters by name. Called, it returns its input: nn.Sequential calls all it registers."""
+
+    active = DEFAULT
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _of(model: nn.Module, name: str) -> ParkedAdapters:
+    """The model's parked adapters, none at first; name is the caller's, for the message."""
+    adapted_layers(model)
+    if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
+        raise RuntimeError(f"{name}: expected a model from apply_lotr, got one whose layers were built by hand")
+    if holds_parts(model):
+        raise RuntimeError(f"{name}: expected whole tensors, got a model held in parts; shard it with one adapter")
+    parked = getattr(model, "lotr_parked", None)
+    return parked if isinstance(parked, ParkedAdapters) else ParkedAdapters()
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the adapter in use; "default" is the one that `apply_lotr` made.
+
+    Raises:
+        TypeError, RuntimeError: no nn.Module, no adapter, or layers built by hand.
+    """
+    return _of(model, "active_adapter").active
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters, the active one first.
+
+    Raises:
+        TypeError, RuntimeError: as `active_adapter`.
+    """
+    parked = _of(model, "adapter_names")
+    return [parked.active, *parked]
+
+
+def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, share_factors: str | None = None) -> Model:
+    """Adds an adapter, parked, on the same layers and in the same groups as the active one: the model's function stays.
+
+    Args:
+        model: from `apply_lotr`.
+        name: a new name, without dots.
+        config: its rank, scaling, dropout, init, train, adapter_dtype and core_init; what it says of targets, groups and
+            modules_to_save must be as in the active adapter's or left out. None: as the active adapter.
+        share_factors: the adapter whose A and B it uses; it then has only cores of its own, which alone are trained
+            unless config.train says otherwise. None: factors of its own.
+
+    Its modules_to_save start as they are now and are its own from then on.
+
+    Raises:
+        TypeError, ValueError: a name that is taken, an adapter that does not exist, a config that does not fit.
+        RuntimeError: no adapter, layers built by hand, a merged adapter, init "svd" (whose start is part of the weights).
+    """
+    parked = _of(model, "add_adapter")
+    layers = adapted_layers(model)
+    _check_new_name(parked, name)
+    _check_unmerged(layers, "add_adapter")
+    owner = None if share_factors is None else _find(parked, share_factors, "share_factors")
+    config = _fitting_config(model, config, shared=owner is not None)
+    if config.init == "svd" or any(layer.start_core is not None for layer in layers.values()):
+        raise RuntimeError('add_adapter: expected another init than "svd", whose start is part of the base weights, got "svd"')
+    if owner is None:
+        factors = {group: _like(old, config) for group, old in model.lotr_factors.items()}
+    else:
+        factors = dict(model.lotr_factors.items() if owner == parked.active else parked[owner].factors.items())
+        for group, shared in factors.items():
+            if (shared.r_in, shared.r_out) != config.ranks:
+                got = (shared.r_in, shared.r_out)
+                raise ValueError(f"config: expected rank {got} as in the shared factors of {group!r}, got {config.ranks}")
+    groups = {id(old): group for group, old in model.lotr_factors.items()}
+    settings = check_settings(alpha=config.alpha, rslora=config.rslora, scaling=config.scaling, dropout=config.dropout)
+    scaling = settings.resolve(max(config.ranks))
+    cores = []
+    for layer in layers.values():
+        like = factors[groups[id(layer.factors)]].A
+        core = nn.Parameter(torch.empty(config.ranks, device=layer.core.device, dtype=like.dtype))
+        fill_core_(core, config.core_init)
+        cores.append(core)
+    saved = [t.detach().clone() for t in saved_tensors(saved_modules(model)).values()]
+    parked[name] = ParkedAdapter(config, factors, cores, [(scaling, settings.dropout)] * len(cores), saved)
+    model.lotr_parked = parked
+    _register_once(model)
+    return model
+
+
+def set_adapter(model: Model, name: str) -> Model:
+    """Makes the adapter `name` the active one, trained as its config says; the one before is parked, with no gradients.
+
+    Make the optimizer after it: the parameters of the layers are others now.
+
+    Raises:
+        TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, or a merged adapter.
+    """
+    parked = _of(model, "set_adapter")
+    name = _find(parked, name, "name")
+    _check_unmerged(adapted_layers(model), "set_adapter")
+    if name != parked.active:
+        _swap(model, parked, name)
+    return model
+
+
+def delete_adapter(model: Model, name: str) -> Model:
+    """Removes a parked adapter. Factors that others share stay with them.
+
+    Raises:
+        TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`; the active adapter, merged or not (make
+            another one active first, or take it off with `unload`).
+    """
+    parked = _of(model, "delete_adapter")
+    name = _find(parked, name, "name")
+    if name == parked.active:
+        merged = any(layer.merged for layer in adapted_layers(model).values())
+        state = "merged into the weights" if merged else "active"
+        advice = "unmerge it" if merged else "set_adapter another one first, or unload the model"
+        raise RuntimeError(f"delete_adapter: expected a parked adapter, got {name!r}, which is {state}; {advice}")
+    del parked[name]
+    _register_once(model)
+    return model
+
+
+@contextmanager
+def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
+    """Inside the context, row i of a batch is adapted by the adapter names[i]; None leaves a row to the base model.
+
+    One forward serves them all: x A and the product with B are taken once for the whole batch, and only the cores are picked by
+    row, y_i = x_i W^T + bias + s_i ((x_i A) G_names[i]) B^T. The adapters must share the active one's factors. Each input of an
+    adapted layer must have the batch as its first dimension. Differentiable; cores that require grad get theirs, parked ones by
+    default do not.
+
+    Raises:
+        TypeError, ValueError: no names, an unknown adapter, or one with other factors. RuntimeError: as `set_adapter`.
+            In a layer, ValueError: an input whose first dimension is not len(names).
+    """
+    parked = _of(model, "mixed")
+    layers = adapted_layers(model)
+    _check_unmerged(layers, "mixed")
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise TypeError(f"names: expected a sequence of adapter names, one a row, got {names!r}")
+    kinds = list(dict.fromkeys(names))
+    for name in kinds:
+        if name is not None and _find(parked, name, "names") != parked.active:
+            for group, factors in parked[name].factors.items():
+                if factors is not model.lotr_factors[group]:
+                    raise ValueError(
+                        f"names: expected adapters that share the factors of {parked.active!r}, got {name!r}, which has others"
+                    )
+    rows = torch.tensor([kinds.index(name) for name in names])
+    for i, layer in enumerate(layers.values()):
+        parts = []
+        for name in kinds:
+            if name is None:
+                parts.append((None, 0.0))
+            elif name == parked.active:
+                parts.append((layer.core, layer.scaling))
+            else:
+                parts.append((parked[name].cores[i], parked[name].settings[i][0]))
+        layer.mixture = Mixture(tuple(parts), rows)
+    try:
+        yield model
+    finally:
+        for layer in layers.values():
+            del layer.mixture  # the class has None
+
+
+@contextmanager
+def in_use(model: Model, name: str) -> Iterator[Model]:
+    """Inside the context the adapter `name` is the active one. Raises as `set_adapter`."""
+    before = active_adapter(model)
+    set_adapter(model, name)
+    try:
+        yield model
+    finally:
+        set_adapter(model, before)
+
+
+def rename_active(model: nn.Module, name: str) -> None:
+    """Another name for the active adapter."""
+    parked = _of(model, "name")
+    if name != parked.active:
+        _check_new_name(parked, name)
+    parked.active, model.lotr_parked = name, parked
+
+
+# ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def _check_new_name(parked: ParkedAdapters, name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__} {name!r}")
+    if not name or "." in name or hasattr(ParkedAdapters, name):
+        raise ValueError(f"name: expected a name without dots that nn.ModuleDict does not use itself, got {name!r}")
+    if name == parked.active or name in parked:
+        raise ValueError(f"name: expected a new name, got {name!r}, which exists")
+
+
+def _find(parked: ParkedAdapters, name: object, argument: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected the name of an adapter, got {type(name).__name__} {name!r}")
+    if name != parked.active and name not in parked:
+        raise ValueError(f"{argument}: expected one of {', '.join([parked.active, *parked])}, got {name!r}")
+    return name
+
+
+def _check_unmerged(layers: dict[str, LoTRLayer], where: str) -> None:
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"{where}: expected unmerged layers, got {name!r}, which is merged")
+
+
+def _fitting_config(model: nn.Module, config: LoTRConfig | None, *, shared: bool) -> LoTRConfig:
+    """config with the active adapter's targets, groups and modules_to_save, which it must not contradict."""
+    active: LoTRConfig = model.lotr_config
+    if config is None:
+        config = replace(active, train=("core",), core_init="zero", init="orthonormal") if shared else active
+    if not isinstance(config, LoTRConfig):
+        raise TypeError(f"config: expected a LoTRConfig, got {type(config).__name__}")
+    default = LoTRConfig()
+    kept = {}
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "group_by"):
+        got, want = getattr(config, field), getattr(active, field)
+        if got not in (want, getattr(default, field)):
+            raise ValueError(f"config: expected {field} {want!r} as in the active adapter, got {got!r}")
+        kept[field] = want
+    return replace(config, **kept)
+
+
+def _like(old: LoTRFactors, config: LoTRConfig) -> LoTRFactors:
+    new = LoTRFactors(
+        old.in_features, old.out_features, config.rank, init=config.init, device=old.A.device, dtype=config.adapter_dtype
+    )
+    if config.core_init == "identity":
+        nn.init.zeros_(new.B)
+    return new
+
+
+def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
+    layers = adapted_layers(model)
+    new = parked[name]
+    groups = {id(old): group for group, old in model.lotr_factors.items()}
+    live = saved_tensors(saved_modules(model))
+    old = ParkedAdapter(
+        model.lotr_config,
+        dict(model.lotr_factors.items()),
+        [layer.core for layer in layers.values()],
+        [(layer.scaling, layer.dropout) for layer in layers.values()],
+        [t.data for t in live.values()],
+    )
+    for factors in old.factors.values():
+        factors.requires_grad_(False)
+    for layer, core, (scaling, dropout) in zip(layers.values(), new.cores, new.settings, strict=True):
+        layer.__dict__["factors"] = new.factors[groups[id(layer.factors)]]
+        layer.core, layer.scaling, layer.dropout = core, scaling, dropout
+        core.requires_grad_("core" in new.config.train)
+    for group in list(model.lotr_factors):
+        factors = model.lotr_factors[group] = new.factors[group]
+        factors.A.requires_grad_("A" in new.config.train)
+        factors.B.requires_grad_("B" in new.config.train)
+    for tensor, value in zip(live.values(), new.saved, strict=True):
+        tensor.data = value.data
+    del parked[name]
+    parked[parked.active], parked.active = old, name
+    model.lotr_config = new.config
+    _register_once(model)
+
+
+def _register_once(model: nn.Module) -> None:
+    """Registers each LoTRFactors once: in lotr_factors if it is active, else with the first adapter it belongs to."""
+    seen = {id(factors) for factors in model.lotr_factors.values()}
+    for adapter in model.lotr_parked.values():
+        own = {group: f for group, f in adapter.factors.items() if id(f) not in seen}
+        adapter.own_factors = SharedFactors(own).requires_grad_(False)
+        seen.update(id(f) for f in own.values())
+    attach_scope(model)  # finds the layers of each group anew

@@ -1,0 +1,112 @@
+"""Which strategy an adapted layer runs, and why. The choice never changes a result beyond rounding.
+
+    composite   library products only, differentiable by autograd itself: any dtype, any device
+    two_pass    our shrink, the base product by the library, our expand_add_ onto it
+    beta        expand first, then the base product accumulates onto it with beta = 1, hiding the second pass over y
+
+Heuristic: our kernels run wherever they exist (CPU: all four dtypes; CUDA: float16, bfloat16 and float32 from sm_80 on, rank
+at most 256). On a CPU beta for float32 and float64, whose base product starts from a copy of the bias anyway; two_pass for
+half types, which are rounded where they are accumulated onto, and whose base product takes longer with a bias than without, so
+that our expand adds it. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start
+(derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100).
+LOTR_STRATEGY in the environment, or the argument `strategy` of `lotr_linear`, forces one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+STRATEGIES = ("composite", "two_pass", "beta")
+BETA_TOKENS = 1024
+FEW_TOKENS = 128  # below, a second autograd node costs more than sharing saves, and the unfolded form less than folding
+CUDA_MAX_RANK = 256
+_CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
+
+
+class Plan(NamedTuple):
+    """strategy: one of STRATEGIES; reason: for people."""
+
+    strategy: str
+    reason: str
+
+
+@functools.cache
+def build_info() -> dict:
+    """What the compiled extension says of itself: `torch.ops.lotr.info()`, parsed."""
+    return json.loads(torch.ops.lotr.info())
+
+
+@functools.cache
+def cuda_obstacle(index: int) -> str | None:
+    """Why our CUDA kernels cannot run on device index; None if they can."""
+    if not build_info()["cuda"]["built"]:
+        return "lotr_ext was built without CUDA kernels (no nvcc at build time, or LOTR_CUDA=OFF)"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"expected compute capability 8.0 or later, got {major}.{minor}"
+
+
+def check_strategy(strategy: str, where: str) -> str:
+    """strategy, if it is one."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"{where}: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    return strategy
+
+
+def plan(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, strategy: str | None = None) -> Plan:
+    """The Plan for a call on tokens rows in dtype on device, rank the larger of (r_in, r_out).
+
+    Raises ValueError for an unknown strategy or one that cannot run, forced by argument or by LOTR_STRATEGY.
+    """
+    return plan_of(tokens >= BETA_TOKENS, rank, dtype, device, *forced_strategy(strategy))
+
+
+def forced_strategy(strategy: str | None) -> tuple[str | None, str]:
+    """(the strategy that is forced, or None; by whom): by an argument, else by LOTR_STRATEGY in the environment."""
+    if strategy is not None:
+        return strategy, "strategy"
+    forced = ENVIRONMENT.get(VARIABLE)
+    return forced.decode() if forced else None, "LOTR_STRATEGY"
+
+
+# Without os.environ's own encoding and decoding, which a call of every layer would pay for.
+ENVIRONMENT: Mapping[bytes, bytes] = getattr(os.environb, "_data", os.environb)
+VARIABLE = b"LOTR_STRATEGY"
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(many: bool, rank: int, dtype: torch.dtype, device: torch.device, forced: str | None, where: str) -> Plan:
+    """`plan`, remembered: these few answers come again in every call."""
+    obstacle = obstacle_to_kernels(rank, dtype, device)
+    if forced is not None:
+        check_strategy(forced, where)
+        if forced != "composite" and obstacle is not None:
+            raise ValueError(f"{where}: expected composite, the only strategy here ({obstacle}), got {forced!r}")
+        return Plan(forced, f"forced by {where}")
+    if obstacle is not None:
+        return Plan("composite", obstacle)
+    if device.type == "cuda" and many:
+        return Plan("beta", f"at least {BETA_TOKENS} tokens on CUDA: the base product's epilogue hides the read of y")
+    ours = f"our kernels for {device.type} and {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        return Plan("beta", f"{ours}; the base product accumulates onto what they wrote, as it would onto the bias")
+    return Plan("two_pass", ours)
+
+
+def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why none of our kernels runs there; None if they do."""
+    if device.type == "cpu":
+        return None if dtype in _CPU_DTYPES else f"no CPU kernels for {dtype}"
+    if device.type != "cuda":
+        return f"no kernels for device type {device.type}"
+    if dtype not in _CUDA_DTYPES:
+        return f"no CUDA kernels for {dtype}"
+    if rank > CUDA_MAX_RANK:
+        return f"rank {rank} is above {CUDA_MAX_RANK}, the largest of our CUDA kernels"
+    return cuda_obstacle(torch.cuda.current_device() if device.index is None else device.index)
