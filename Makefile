@@ -18,7 +18,7 @@ DOCS_ARGS ?=
 # What the extension module is made of: a change in any of these rebuilds it (ninja compiles only what changed).
 NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \
           CMakeLists.txt setup.py pyproject.toml
-CXX_FILES := $(filter csrc/%,$(NATIVE))
+CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard python_tests/simt/executor/*.h python_tests/simt/executor/*.cpp)
 
 .PHONY: help setup demo causal-lm test test-full test-gpu bench docs lint format clean distclean
 

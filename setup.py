@@ -1,6 +1,6 @@
 """Packaging entry: metadata is in pyproject.toml, CMakeLists.txt does the building.
 
-Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (CUDA architectures), LOTR_SIMT (ON, OFF), MAX_JOBS
+Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (CUDA architectures), MAX_JOBS
 (parallel compilations), CXX (the compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder).
 """
 
@@ -71,7 +71,7 @@ class CMakeBuild(build_ext):
         if ninja := find_tool("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # Every option is given every time: a value of an earlier build would live on in CMake's cache.
-        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "80;90a-real", "LOTR_SIMT": "OFF"}
+        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "80;90a-real"}
         configure += [f"-D{name}={os.environ.get(name, default)}" for name, default in options.items()]
         configure += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
         jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))

@@ -103,8 +103,8 @@ def executor() -> ModuleType:
 def sources_id() -> str:
     """Of the kernels and the executor: counts of other sources are made anew."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.suffix in (".h", ".cuh", ".cu", ".cpp") and "cpu" not in path.parts and not path.name.startswith("ops"):
+    for path in sorted(p for folder in ("csrc/cuda", "python_tests/simt/executor") for p in (ROOT / folder).rglob("*")):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

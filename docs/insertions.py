@@ -2,7 +2,7 @@
 
 A line `<!-- insert: KIND NAME -->` in a page under docs/ becomes
 
-    head shrink         the comment that opens csrc/kernels/shrink.cuh
+    head shrink         the comment that opens csrc/cuda/kernels/shrink.cuh
     help bench.layer    what `python -m bench.layer --help` prints
     results layer       README's table of that name, as bench.report makes it, with its pictures
     traffic kernels     what each kernel moves, counted by the SIMT executor
@@ -38,7 +38,7 @@ if str(ROOT) not in sys.path:  # bench is a program beside the package, not part
 
 def head(name: str) -> str:
     """The comment that opens a kernel's file."""
-    lines = (ROOT / "csrc" / "kernels" / f"{name}.cuh").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "csrc" / "cuda" / "kernels" / f"{name}.cuh").read_text(encoding="utf-8").splitlines()
     comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("//"))]
     return "\n".join(["```text", *(line.removeprefix("//").removeprefix(" ") for line in comment), "```"])
 

@@ -3,8 +3,8 @@
 python python_tests/mutate_kernels.py            all of them (make test-full)
 python python_tests/mutate_kernels.py --one      the first of them, for a short run
 
-The executor skips the operation at one source line of csrc/kernels or csrc/tile, so nothing is compiled again. Tried in
-this order until something fails: the plain build in several orders of threads and blocks, then the race detector. The
+The executor skips the operation at one source line of csrc/cuda/kernels or csrc/cuda/tile, so nothing is compiled again. Tried
+in this order until something fails: the plain build in several orders of threads and blocks, then the race detector. The
 shapes fill every pipeline stage more than once and have at least two blocks in each dimension of the grid.
 A line that nothing notices is either not needed or not tested: the exit status is 1.
 """
@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE / "kernels"), str(HERE / "simt")]
 
 SCHEDULES = {"plain": ["forward", "reverse", "1", "101"], "race": ["forward", "1"]}
 KIND = "bf16"
-FOLDERS = ("csrc/kernels/", "csrc/tile/")
+FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/")
 
 
 def find_sites(lib) -> dict[tuple[str, str, int], list[str]]:
@@ -52,7 +52,7 @@ def worker(mode: str, todo: list[list]) -> None:
     lib = build.load(mode)
     for number, file, line, kernels in todo:
         print(json.dumps(["start", number]), flush=True)
-        lib.skip_synchronisation(file.removeprefix("csrc"), line)  # compilers spell the rest of the path differently
+        lib.skip_synchronisation(file.removeprefix("csrc/cuda"), line)  # compilers spell the rest of the path differently
         found = []
         for name in SCHEDULES[mode]:
             found = failures(lib, PIPELINE, [KIND], [name], kernels, first=True)
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'operation':<24}{'place':<40}{'build':<8}noticed by")
     for n, ((op, file, line), _) in chosen:
         mode, text = verdicts.get(n, ("-", "NOTHING"))
-        print(f"{op:<24}{file.removeprefix('csrc/') + ':' + str(line):<40}{mode:<8}{text[:110]}")
+        print(f"{op:<24}{file.removeprefix('csrc/cuda/') + ':' + str(line):<40}{mode:<8}{text[:110]}")
     survivors = len(chosen) - len(verdicts)
     print(f"{len(chosen)} of {len(sites)} places left out, {survivors} survived")
     return int(survivors > 0)

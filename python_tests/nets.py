@@ -120,8 +120,8 @@ def _parts_backward(
 class OpCounter(Counter):
     """Counts the products that our operators make, by the name of the operator that makes only that one.
 
-    A whole-layer operator counts as what its arguments ask of it (`csrc/ops_layer.cpp`): test_layer_operators.py holds each of
-    them to the results of just those products.
+    A whole-layer operator counts as what its arguments ask of it (`csrc/torch/cpu_layer.cpp`): test_layer_operators.py holds
+    each of them to the results of just those products.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):

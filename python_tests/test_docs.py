@@ -270,7 +270,7 @@ def test_the_site_shows_the_code_itself(site):
     missing = [name for name in public if not re.search(rf'id="lotr_ext\.([a-z_]+\.)*{name}"', reference)]
     assert not missing, f"add to docs/api: {', '.join(missing)}"
     kernels = Fetched(site / "kernels.html").text
-    for source in sorted((ROOT / "csrc" / "kernels").glob("*.cuh")):
+    for source in sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cuh")):
         opening = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("// ")
         if "__global__" in source.read_text(encoding="utf-8"):
             assert opening in kernels, f"{source.name} is not on docs/kernels.md"

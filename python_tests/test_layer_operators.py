@@ -1,5 +1,5 @@
-"""The operators that run one direction of a whole layer on a CPU (csrc/ops_layer.cpp), against `reference` in float64, and
-against the single operators that they are made of."""
+"""The operators that run one direction of a whole layer on a CPU (csrc/torch/cpu_layer.cpp), against `reference` in float64,
+and against the single operators that they are made of."""
 
 from __future__ import annotations
 

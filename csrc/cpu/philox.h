@@ -1,5 +1,5 @@
 // Dropout masks: philox4x32-10, a vector of counters at once. The same bits as on a GPU
-// (csrc/tile/philox.cuh).
+// (csrc/cuda/tile/philox.cuh).
 //
 //   element e = i * cols + j is kept iff philox(key = seed, counter = (e / 4 low, e / 4 high, 0, 0))[e % 4]
 //   >= threshold

@@ -1,12 +1,12 @@
 // Definitions of launchers.h: plan, workspace, grid.
 #pragma once
-#include "../dispatch.h"
-#include "../kernels/expand_add.cuh"
-#include "../kernels/factor_grad.cuh"
-#include "../kernels/plan.h"
-#include "../kernels/shrink.cuh"
-#include "../kernels/shrink_grad.cuh"
+#include "dispatch.h"
+#include "kernels/expand_add.cuh"
+#include "kernels/factor_grad.cuh"
+#include "kernels/shrink.cuh"
+#include "kernels/shrink_grad.cuh"
 #include "launchers.h"
+#include "plan.h"
 
 namespace lotr::cuda {
 

@@ -1,7 +1,7 @@
 // The kernels of one element type, as host functions.  Each .cu file beside this compiles them for one type.
 #pragma once
-#include "../launch.h"
-#include "../tile/mma.cuh"
+#include "launch.h"
+#include "tile/mma.cuh"
 
 namespace lotr::cuda {
 

@@ -1,13 +1,13 @@
-// csrc/launch.h: choice of the element type, ranks beyond one launch, workspaces; and fold, which needs no
-// choice.
+// csrc/cuda/launch.h: choice of the element type, ranks beyond one launch, workspaces; and fold, which needs
+// no choice.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "../dispatch.h"
-#include "../kernels/fold.cuh"
-#include "../kernels/plan.h"
+#include "dispatch.h"
+#include "kernels/fold.cuh"
 #include "launchers.h"
+#include "plan.h"
 
 namespace lotr::cuda {
 namespace {

@@ -1,4 +1,4 @@
-"""The operators of `csrc/ops.cpp` and `csrc/ops_layer.cpp` for Python, as typed functions.
+"""The operators of `csrc/torch/cpu_operators.cpp` and `csrc/torch/cpu_layer.cpp` for Python, as typed functions.
 
 Schemas, argument checks and kernels are C++ (one schema for CPU and CUDA); `registrations.py` adds what has to be Python.
 

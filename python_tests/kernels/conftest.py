@@ -13,7 +13,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
 
 @pytest.fixture(scope="session")
 def lib():
-    """csrc/simt/module.cpp: the launchers of csrc/launch.h on numpy arrays."""
+    """python_tests/simt/executor/module.cpp: the launchers of csrc/cuda/launch.h on numpy arrays."""
     import build
 
     return build.load("plain")

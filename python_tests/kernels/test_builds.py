@@ -65,7 +65,7 @@ def test_every_line_of_the_kernels_runs() -> None:
     run, total = (sum(c[i] for c in kernels.values()) for i in (0, 1))
     for name, (lines_run, lines, missed) in kernels.items():
         print(f"{name:<20}{lines_run:>5} of {lines:>4} lines, not run: {missed or 'none'}")
-    print(f"{'csrc/kernels':<20}{run:>5} of {total:>4} lines, {run / total:.1%}")
+    print(f"{'csrc/cuda/kernels':<20}{run:>5} of {total:>4} lines, {run / total:.1%}")
     assert run / total >= 0.98
 
 

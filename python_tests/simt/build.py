@@ -28,6 +28,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+SIMT = ROOT / "python_tests" / "simt"
+EXECUTOR = SIMT / "executor"
 BUILD = ROOT / "build-simt"
 MODES = ("plain", "asan", "race", "coverage")
 JOBS = 2
@@ -99,7 +101,7 @@ def _compile(mode: str, source: Path, has_kernels: bool, includes: list[Path], d
     executor, kernels, _ = _FLAGS[mode]
     key = hashlib.sha1("\n".join([str(source), *defines]).encode()).hexdigest()[:8]
     output = BUILD / mode / f"{source.stem}-{key}.o"
-    command = [compiler(), *_COMMON, *(kernels if has_kernels else executor), *defines, f"-I{CSRC}"]
+    command = [compiler(), *_COMMON, *(kernels if has_kernels else executor), *defines, f"-I{CSRC}", f"-I{SIMT}"]
     for folder in [cuda_include(), *includes]:
         command += ["-isystem", str(folder)]
     command += ["-MMD", "-x", "c++", "-c", str(source), "-o", str(output)]
@@ -118,7 +120,7 @@ def _locked(mode: str) -> Iterator[None]:
 def _build(mode: str, sources: list[Path], output: Path, link: list[str], includes: list[Path], defines: list[str]) -> Path:
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
-    executor = sorted(path for path in (CSRC / "simt").glob("*.cpp") if path.stem != "module")
+    executor = sorted(path for path in EXECUTOR.glob("*.cpp") if path.stem != "module")
     global_defines = [d for d in defines if d.startswith("-DLOTR_SIMT_")]  # those the executor must see too
     with _locked(mode):
         steps = [_compile(mode, source, False, [], global_defines) for source in executor]
@@ -138,10 +140,10 @@ def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
 
 
 def module(mode: str = "plain") -> Path:
-    """The Python module: csrc/simt/module.cpp and the launchers of csrc/cuda."""
+    """The Python module: python_tests/simt/executor/module.cpp and the launchers of csrc/cuda."""
     import pybind11
 
-    sources = [CSRC / "simt" / "module.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    sources = [EXECUTOR / "module.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return _build(mode, sources, BUILD / mode / f"{MODULE}{suffix}", ["-shared"], includes, [])
@@ -183,7 +185,7 @@ def python_environment(mode: str) -> dict[str, str]:
     return env
 
 
-def coverage(under: Path = CSRC / "kernels") -> dict[str, tuple[int, int, list[int]]]:
+def coverage(under: Path = CSRC / "cuda" / "kernels") -> dict[str, tuple[int, int, list[int]]]:
     """Per file below `under`: lines run, lines in all, and the lines not run, over all programs run in coverage mode."""
     counts: dict[Path, dict[int, int]] = {}
     for data in (BUILD / "coverage").glob("*.gcda"):

@@ -1,4 +1,4 @@
-"""csrc/ptx by its two compilers: nvcc makes of each wrapper the one instruction meant, a host compiler refuses what
+"""csrc/cuda/ptx by its two compilers: nvcc makes of each wrapper the one instruction meant, a host compiler refuses what
 would silently mean something else there."""
 
 from __future__ import annotations
@@ -67,7 +67,18 @@ SM90 = {
 def compile_ptx(text: str, target: str, folder: Path) -> str:
     source, ptx = folder / "kernel.cu", folder / "kernel.ptx"
     source.write_text(text)
-    command = [NVCC, "-std=c++17", f"-arch={target}", f"-I{build.CSRC}", f"-I{PROGRAMS}", "-ptx", str(source), "-o", str(ptx)]
+    command = [
+        NVCC,
+        "-std=c++17",
+        f"-arch={target}",
+        f"-I{build.CSRC}",
+        f"-I{build.SIMT}",
+        f"-I{PROGRAMS}",
+        "-ptx",
+        str(source),
+        "-o",
+        str(ptx),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return ptx.read_text()
@@ -115,7 +126,7 @@ def host_compiler(text: str, folder: Path) -> subprocess.CompletedProcess:
     source = folder / "kernel.cpp"
     source.write_text(text)
     command = [build.compiler(), "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [f"-I{build.CSRC}", f"-I{PROGRAMS}", "-isystem", str(build.cuda_include()), str(source)]
+    command += [f"-I{build.CSRC}", f"-I{build.SIMT}", f"-I{PROGRAMS}", "-isystem", str(build.cuda_include()), str(source)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -126,6 +137,6 @@ def test_every_wrapper_compiles_on_the_host_without_warnings(tmp_path: Path) -> 
 
 def test_static_shared_memory_does_not_compile(tmp_path: Path) -> None:
     """On the host each thread would silently have its own copy."""
-    text = '#include "ptx/sm80.cuh"\n__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n'
+    text = '#include "cuda/ptx/sm80.cuh"\n__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n'
     done = host_compiler(text, tmp_path)
     assert done.returncode != 0 and "no_static_shared_memory_use_lotr_ptx_shared_storage" in done.stderr

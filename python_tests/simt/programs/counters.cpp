@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "ptx/sm80.cuh"
-#include "simt/api.h"
+#include "cuda/ptx/sm80.cuh"
+#include "executor/api.h"
 
 namespace {
 using namespace lotr;

@@ -1,10 +1,10 @@
-// Every wrapper of csrc/ptx once; test_wrappers.py compiles it and looks for the instructions meant.  Never
+// Every wrapper of csrc/cuda/ptx once; test_wrappers.py compiles it and looks for the instructions meant.  Never
 // run.
 #pragma once
-#include "ptx/sm80.cuh"
+#include "cuda/ptx/sm80.cuh"
 
 #if defined(LOTR_EVERY_SM90)
-#include "ptx/sm90.cuh"
+#include "cuda/ptx/sm90.cuh"
 #endif
 
 namespace every {

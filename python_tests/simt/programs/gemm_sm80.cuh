@@ -5,7 +5,7 @@
 //   copy    0 1 2 | 3   4   5  ...
 //   compute       | 0   1   2  ...      the barrier between the two frees the stage that the next copy writes
 #pragma once
-#include "ptx/sm80.cuh"
+#include "cuda/ptx/sm80.cuh"
 
 namespace gemm80 {
 using namespace lotr;

@@ -2,7 +2,7 @@
 // multiplies, mbarriers hand three stages of 64 x 64 tiles to and fro.  And `ring`: blocks of a cluster read
 // each other's memory.
 #pragma once
-#include "ptx/sm90.cuh"
+#include "cuda/ptx/sm90.cuh"
 
 namespace gemm90 {
 using namespace lotr;

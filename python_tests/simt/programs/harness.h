@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "simt/api.h"
+#include "executor/api.h"
 
 namespace harness {
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "harness.h"
-#include "ptx/sm90.cuh"
+#include "cuda/ptx/sm90.cuh"
 
 namespace {
 using namespace lotr;

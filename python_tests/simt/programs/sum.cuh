@@ -2,7 +2,7 @@
 // total [1] = the sum of y, by the block that arrives last, in the order of the rows.  Plain shared memory,
 // shuffles, named barriers, shared and global atomics, and the bugs that go with them.
 #pragma once
-#include "ptx/sm80.cuh"
+#include "cuda/ptx/sm80.cuh"
 
 namespace sum {
 using namespace lotr;

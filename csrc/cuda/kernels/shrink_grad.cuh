@@ -5,7 +5,7 @@
 //          for k, its columns for Q.  F's rows stay in shared memory, Q's sums in registers; k's are written
 //          after each row tile.
 // Bytes    g once; with s_M x s_N blocks, F s_M times, u s_N times, and as partial sums, written and read,
-//          8 R (s_N M + s_M N).  kernels/plan.h balances s_M N = s_N M.
+//          8 R (s_N M + s_M N).  plan.h balances s_M N = s_N M.
 // Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh).
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at |):

@@ -1,6 +1,6 @@
-// Python's view of the executor: the CUDA launchers of csrc/launch.h on numpy arrays, and the executor's own
-// controls. bfloat16 travels as uint16.  Outputs are the caller's arrays, so that a test may poison, pad or
-// stride them.
+// Python's view of the executor: the CUDA launchers of csrc/cuda/launch.h on numpy arrays, and the executor's
+// own controls. bfloat16 travels as uint16.  Outputs are the caller's arrays, so that a test may poison, pad
+// or stride them.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,9 +9,9 @@
 #include <optional>
 #include <vector>
 
-#include "../kernels/plan.h"
-#include "../launch.h"
 #include "api.h"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 

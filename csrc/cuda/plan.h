@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "traits.h"
+#include "kernels/traits.h"
 
 namespace lotr::plan {
 

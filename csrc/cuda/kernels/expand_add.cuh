@@ -2,7 +2,7 @@
 //
 // Grid     x: blocks of n_per_block columns (up to SUBS tiles), y: blocks of m_per_block tokens.
 //          A block walks its rectangle of y row tile by row tile; F's rows stay in shared memory.
-// Bytes    y once in and once out; with s_M x s_N blocks, F s_M times and u s_N times.  kernels/plan.h
+// Bytes    y once in and once out; with s_M x s_N blocks, F s_M times and u s_N times.  plan.h
 //          balances them.
 // Sums     float32, y added last, rounded once.
 //

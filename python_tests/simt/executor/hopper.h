@@ -1,4 +1,4 @@
-// The executor's side of csrc/ptx/sm90.cuh.
+// The executor's side of csrc/cuda/ptx/sm90.cuh.
 #pragma once
 #include "device.h"
 

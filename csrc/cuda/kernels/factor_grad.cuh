@@ -3,7 +3,7 @@
 // Grid     x: blocks of k_per_block columns of x (up to SUBS tiles of 64), y: splits of M.
 //          A block walks its rectangle of x row tile by row tile, its sums stay in registers.
 // Bytes    x once; v once for each block of columns; D in and out; with s splits, 4 K R written and read
-//          s times.  kernels/plan.h balances the number of column blocks against s.
+//          s times.  plan.h balances the number of column blocks against s.
 // Sums     float32; over m in the block's order, then over the splits in order (tile/reduce.cuh).
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P product; a barrier at |):

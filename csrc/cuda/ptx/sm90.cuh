@@ -10,7 +10,7 @@
 #ifdef __CUDACC__
 #include <cuda.h>
 #else
-#include "../simt/hopper.h"
+#include "executor/hopper.h"
 #endif
 
 namespace lotr::ptx {

@@ -2,7 +2,7 @@
 // without a GPU.  Test builds only.  This header is what a host program (a test, the Python module) asks of
 // it.
 //
-//   site.h device.h hopper.h  what kernels see of it, through csrc/ptx: every wrapper is one call
+//   site.h device.h hopper.h  what kernels see of it, through csrc/cuda/ptx: every wrapper is one call
 //   grid.cpp scheduler.cpp    blocks one after another; one fiber a GPU thread, switched where threads wait
 //   fiber.cpp                 stacks and the switch itself
 //   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp wgmma.cpp     the instructions

@@ -17,7 +17,7 @@
 #include <tuple>
 
 #include "check.h"
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace lotr {
 namespace {

@@ -16,7 +16,7 @@
 #define LOTR_SITE
 #define LOTR_SITE_ONLY
 #else
-#include "../simt/device.h"
+#include "executor/device.h"
 #define LOTR_DEVICE inline
 #define LOTR_SITE_ONLY ::lotr::simt::Site site = ::lotr::simt::Site::here()
 #define LOTR_SITE , LOTR_SITE_ONLY

@@ -3,7 +3,7 @@
 //
 // Grid     x: tiles of ROWS tokens, y: splits of K.  A block reads its rectangle of x once and its rows of A.
 // Bytes    x once; A once for each tile of tokens; with s splits, 4 M R written and read s times as partial
-//          sums.  kernels/plan.h chooses ROWS and s.
+//          sums.  plan.h chooses ROWS and s.
 // Sums     float32; over k in the block's order, then over the splits in order (tile/reduce.cuh).
 //
 // Timeline of a block, STAGES = 4 (L copies in flight, P product; one barrier a step, at |):

@@ -1,9 +1,9 @@
-// What a kernel sees when a host compiler compiles it: the executor's side of every wrapper in csrc/ptx, and
-// the CUDA built-ins.  Everything is out of line, in files that are never compiled with -fsanitize=thread, so
-// that the race detector sees the kernel's accesses and not the executor's own.
+// What a kernel sees when a host compiler compiles it: the executor's side of every wrapper in csrc/cuda/ptx,
+// and the CUDA built-ins.  Everything is out of line, in files that are never compiled with
+// -fsanitize=thread, so that the race detector sees the kernel's accesses and not the executor's own.
 #pragma once
 #ifdef __CUDACC__
-#error "csrc/simt is for host compilers; nvcc must not see it"
+#error "python_tests/simt/executor is for host compilers; nvcc must not see it"
 #endif
 #include <vector_functions.h>
 #include <vector_types.h>
