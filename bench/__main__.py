@@ -5,7 +5,7 @@
     model     a transformer trained with each method                  bench/model.py
     profile   where the layer's time goes (not with --quick)          bench/profile.py
     kernels   each CUDA kernel alone (with a GPU)                     bench/kernels.py
-    traffic   counted bytes and a projection (not with --quick)       bench/traffic.py
+    traffic   counted bytes and a projection (not with --quick)       bench/traffic
 
 Results, tables and pictures go to bench/results/<machine>/. What is interrupted is gone on with by the same command; a part
 that fails is named and the others run.
@@ -18,9 +18,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from . import kernels, layer, model, profile, shared, targets, traffic
-from .session import add_options, brief, check_options, start
-from .store import RESULTS
+from . import kernels, layer, model, profile, shared, targets
+from .measure.session import add_options, brief, check_options, start
+from .measure.store import RESULTS
+from .traffic import __main__ as traffic
 
 PARTS = ("layer", "shared", "model", "profile", "kernels", "traffic")
 

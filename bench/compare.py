@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .session import new_table, start, wide_console
-from .store import Store, key_of, latest
+from .measure.session import new_table, start, wide_console
+from .measure.store import Store, key_of, latest
 
 OURS = "lotr_ext"  # and its strategies, lotr_ext-...
 FLOORS = ("frozen", "autograd", "library")

@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from rich.table import Table
 
-from . import operators as op
-from .session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
-from .shapes import DTYPES
-from .store import newest
-from .timing import Timed, against, interleave
+from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
+from .measure.shapes import DTYPES
+from .measure.store import newest
+from .measure.timing import Timed, against, interleave
+from .rivals import operators as op
 
 FLOOR, OURS = "library", "lotr_ext"
 FEW = 128  # tokens below which the unfolded kernels run
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
                 session.keep(case, results)
                 add_row(table, case, results, session)
     session.console.print(table)
-    from .plots_more import draw_kernels
+    from .report.plots_more import draw_kernels
 
     draw_kernels(newest(session.store.read()), session.folder)
     return session.finish()

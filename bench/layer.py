@@ -23,16 +23,16 @@ from functools import partial
 import psutil
 import torch
 
-from . import rivals as rv
-from .bounds import DIRECTIONS, work
-from .counted import peak_bytes
-from .rivals_base import Rival, Tensors
-from .rivals_library import obstacle
-from .session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
-from .shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
-from .store import newest
-from .timing import Timed, against, interleave
-from .truth import Truth, check, saved_bytes
+from .measure.bounds import DIRECTIONS, work
+from .measure.counted import peak_bytes
+from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
+from .measure.shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
+from .measure.store import newest
+from .measure.timing import Timed, against, interleave
+from .measure.truth import Truth, check, saved_bytes
+from .rivals import registry as rv
+from .rivals.base import Rival, Tensors
+from .rivals.library import obstacle
 
 MINUTES, SLICE = 12.0, 0.03
 COMPILE_S = 6.0  # of torch.compile, a case
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
                 results = measure(case, rivals_of(case, options), session)
                 session.keep(case, results)
                 show(case, results, session)
-    from .plots import draw
+    from .report.plots import draw
 
     pictures = draw(newest(session.store.read()), session.folder)
     session.say(f"pictures: {', '.join(p.name for p in pictures)}")

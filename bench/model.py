@@ -22,12 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import model_rivals as mr
-from .counted import peak_bytes
-from .session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
-from .shapes import DTYPES
-from .store import newest
-from .timing import Timed, against, interleave
+from .measure.counted import peak_bytes
+from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
+from .measure.shapes import DTYPES
+from .measure.store import newest
+from .measure.timing import Timed, against, interleave
+from .rivals import model as mr
 
 RANK = 16
 STAGES = ("forward", "backward", "optimizer", "step")
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
                 results = measure(case, options.methods, session)
                 session.keep(case, results)
                 show(case, results, session)
-    from .plots_more import draw_model
+    from .report.plots_more import draw_model
 
     draw_model(newest(session.store.read()), session.folder)
     return session.finish()

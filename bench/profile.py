@@ -20,13 +20,13 @@ from torch import Tensor
 
 from lotr_ext import explain, ops
 
-from . import rivals as rv
-from .bounds import Work, kernel_work
 from .layer import timed
-from .rivals_base import SCALING, Tensors
-from .session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
-from .shapes import DTYPES, QUICK, TARGETS, Case, parse_shapes
-from .timing import Timed, against, interleave
+from .measure.bounds import Work, kernel_work
+from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
+from .measure.shapes import DTYPES, QUICK, TARGETS, Case, parse_shapes
+from .measure.timing import Timed, against, interleave
+from .rivals import registry as rv
+from .rivals.base import SCALING, Tensors
 
 Part = tuple[str, Work, Callable[[], object]]
 

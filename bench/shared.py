@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .bounds import DIRECTIONS
-from .counted import allocated_bytes, launches
-from .session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
-from .shapes import DTYPES
-from .store import newest
-from .timing import Timed, against, interleave
+from .measure.bounds import DIRECTIONS
+from .measure.counted import allocated_bytes, launches
+from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
+from .measure.shapes import DTYPES
+from .measure.store import newest
+from .measure.timing import Timed, against, interleave
 
 FLOOR = "autograd"
 LABELS = {FLOOR: "autograd's own sums", "lotr_ext": "hub", "lotr_ext-scope": "hub, in a forward scope"}
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
                 results = measure(case, session)
                 session.keep(case, results)
                 show(case, results, session)
-    from .plots_more import draw_shared
+    from .report.plots_more import draw_shared
 
     draw_shared(newest(session.store.read()), session.folder)
     return session.finish()

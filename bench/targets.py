@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .rivals import LIBRARY_ONLY, LORA_EAGER, OURS
-from .session import new_table, start, wide_console
-from .shapes import TARGETS, Case, Shape
-from .store import RESULTS, Store, newest
+from .measure.session import new_table, start, wide_console
+from .measure.shapes import TARGETS, Case, Shape
+from .measure.store import RESULTS, Store, newest
+from .rivals.registry import LIBRARY_ONLY, LORA_EAGER, OURS
 
 # Our excess over eager LoRA's at most, and over the FLOP floor.
 OF_EAGER: dict[Shape, float] = {

@@ -45,12 +45,14 @@ def head(name: str) -> str:
 
 def command_help(name: str) -> str:
     """What a program prints for --help."""
-    program = "bench.__main__" if name == "bench" else name
+    program = importlib.import_module(name)
+    if hasattr(program, "__path__"):
+        program = importlib.import_module(f"{name}.__main__")
     printed, before = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = HELP_COLUMNS
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            importlib.import_module(program).main(["--help"])
+            program.main(["--help"])
     finally:
         os.environ.pop("COLUMNS")
         if before is not None:
@@ -62,7 +64,7 @@ def command_help(name: str) -> str:
 
 def results(name: str) -> str:
     """A table of README's, with the site's addresses of its pictures."""
-    from bench.report import sections
+    from bench.report.rebuild import sections
 
     parts = sections()[name]
     if not parts:
@@ -72,8 +74,8 @@ def results(name: str) -> str:
 
 def traffic(name: str) -> str:
     """Bytes that each kernel moves in a layer, a row a kernel."""
-    from bench.report_tables import markdown, traffic_rows
-    from bench.traffic import needed
+    from bench.report.tables import markdown, traffic_rows
+    from bench.traffic.counts import needed
 
     if name != "kernels":
         raise ValueError(f"traffic: expected kernels, got {name}")

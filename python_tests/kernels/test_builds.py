@@ -70,9 +70,7 @@ def test_every_line_of_the_kernels_runs() -> None:
 
 
 def test_each_synchronisation_left_out_is_noticed() -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE.parent / "mutate_kernels.py")], capture_output=True, text=True, timeout=1500
-    )
+    done = subprocess.run([sys.executable, str(HERE / "mutate_kernels.py")], capture_output=True, text=True, timeout=1500)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 survived" in done.stdout

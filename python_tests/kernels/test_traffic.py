@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench import traffic
+from bench.traffic import counts as traffic
 
 BLOCKS = 120  # of 132 multiprocessors
 

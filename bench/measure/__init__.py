@@ -1,0 +1,1 @@
+"""What measuring programs share: cases, interleaved timing, the truth, results that are kept."""

@@ -1,0 +1,116 @@
+"""Results as JSON Lines: one cell a line, appended as soon as it is measured, so that an interrupted run keeps what it has.
+
+A cell has `case` (what was measured, a flat dictionary), `rival`, `label`, the settings it was measured with (`build`,
+`rounds`, `slice`, `clock`), `machine`, `when`, `load`, and a stage a direction: {"step": {"seconds": [25 %, median, 75 %],
+"excess": the same of the per-round ratio to the floor, less one}}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+MACHINE = ("name", "torch", "peft", "transformers")  # another one of these makes other numbers
+
+
+def build_id() -> str:
+    """Of the measured code: the compiled module, the Python around it, and the rivals. Another build is measured anew."""
+    digest = hashlib.sha256()
+    package, bench = ROOT / "lotr_ext", ROOT / "bench"
+    for path in [*sorted(package.rglob("*.py")), *sorted(package.glob("*.so")), *sorted(bench.glob("*rivals*.py"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Store:
+    """The cells of one result file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def prepare(self) -> Store:
+        """Makes the file, before anything is measured for it. OSError where it cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8"):
+                pass
+        except OSError as error:
+            raise OSError(f"results: cannot write {self.path}: {error.strerror}") from None
+        return self
+
+    def read(self) -> list[dict]:
+        """All whole lines; one that is no cell, such as one cut off by a kill, is named and left out. No file: no cells."""
+        cells: list[dict] = []
+        if not self.path.exists():
+            return cells
+        for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                cell = json.loads(line)
+                if not (isinstance(cell, dict) and isinstance(cell.get("case"), dict) and isinstance(cell.get("rival"), str)):
+                    raise ValueError
+                cells.append(cell)
+            except ValueError:  # json.JSONDecodeError is one
+                print(f"results: {self.path}, line {number}: no whole result, left out", file=sys.stderr)
+        return cells
+
+    def append(self, cell: dict) -> None:
+        text = json.dumps(cell, allow_nan=False)
+        with open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")  # after a line that was cut off
+            file.write(text.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def case_of(cell: dict) -> tuple:
+    return tuple(cell["case"].values())
+
+
+def key_of(cell: dict) -> tuple:
+    """Equal for two measurements of the same thing."""
+    return case_of(cell), cell["rival"]
+
+
+def setting_of(cell: dict) -> tuple:
+    """Equal for two cells that belong in one table: build, clock, allocator, the machine's name and versions."""
+    facts = cell.get("machine", {})
+    return (*(cell.get(name) for name in ("build", "clock", "allocator")), *(facts.get(name) for name in MACHINE))
+
+
+def runs(cells: list[dict]) -> list[list[dict]]:
+    """The cells that were measured together, a list a case and run: those of one run have one `when`."""
+    found: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        found.setdefault((case_of(cell), cell.get("when", 0)), []).append(cell)
+    return list(found.values())
+
+
+def latest(cells: list[dict]) -> list[dict]:
+    """The last measurement of each case and rival, in the order of first appearance."""
+    newest: dict[tuple, dict] = {}
+    for cell in cells:
+        newest[key_of(cell)] = cell
+    return list(newest.values())
+
+
+def newest(cells: list[dict]) -> list[dict]:
+    """What tables and pictures show: the cells of the last one's setting, and of each case those of one run only, since numbers
+    of two runs are of two moments. It is the run with the most rivals, then the most rounds, then the latest."""
+    best: dict[tuple, list[dict]] = {}
+    for run in runs([cell for cell in cells if setting_of(cell) == setting_of(cells[-1])]):
+        own, case = latest(run), case_of(run[0])
+        if case not in best or _worth(own) > _worth(best[case]):
+            best[case] = own
+    return [cell for own in best.values() for cell in own]
+
+
+def _worth(run: list[dict]) -> tuple:
+    return len(run), run[-1].get("rounds", 0), run[-1].get("when", 0)

@@ -1,0 +1,217 @@
+"""Pictures of the layer results: bars against rivals, excess against tokens and against rank, the roofline, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
+
+from ..measure.shapes import Case
+
+COLOURS = {
+    "lotr_ext": "tab:blue",
+    "lora-eager": "tab:orange",
+    "lora-in-place": "tab:green",
+    "lora-in-place-beta": "tab:olive",
+    "lora-compiled": "tab:cyan",
+    "lora-peft": "tab:red",
+    "vera-peft": "tab:pink",
+    "lotr-eager": "0.55",
+    "lora-unsloth": "tab:brown",
+    "lora-lorafusion": "tab:purple",
+}
+FEW = 128  # tokens; below, an excess is several hundred per cent, which would dwarf every other bar
+LEAST_INCHES, AROUND_INCHES = 8.0, 0.9  # width of a title, or of a legend of five columns; height of the two
+Panel = tuple[int, str]  # threads, dtype
+
+
+def _panels(cells: list[dict]) -> list[Panel]:
+    return sorted({(c["case"]["threads"], c["case"]["dtype"]) for c in cells})
+
+
+def _of(cells: list[dict], panel: Panel) -> list[dict]:
+    return [c for c in cells if (c["case"]["threads"], c["case"]["dtype"]) == panel]
+
+
+def _title(panel: Panel, cells: list[dict]) -> str:
+    on_gpu = "cuda" in cells[0]["machine"]
+    return panel[1] if on_gpu else f"{panel[1]}, {panel[0]} thread{'s' * (panel[0] > 1)}"
+
+
+def _place(cell: dict) -> str:
+    c = cell["case"]
+    return f"{c['m']}x{c['k']}x{c['n']}\nr = {c['r']}"
+
+
+def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = max(width * columns, LEAST_INCHES), height * rows + AROUND_INCHES
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def _finish(figure: Figure, axes: list[Axes], title: str, cells: list[dict], columns: int = 5) -> Figure:
+    """A legend below, of every label once, and a title that names the machine."""
+    handles: dict[str, object] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    figure.suptitle(f"{title}\n{cells[-1]['machine']['name']}", fontsize=10)
+    return figure
+
+
+def _bars(axis: Axes, cells: list[dict], value: Callable[[dict], tuple[float, float, float]]) -> list[str]:
+    """Groups of bars, a group a shape and a bar a rival, with quartiles; returns the groups' names."""
+    names = list(dict.fromkeys(_place(c) for c in cells))
+    rivals = [r for r in COLOURS if any(c["rival"] == r for c in cells)]
+    for i, rival in enumerate(rivals):
+        own = {_place(c): c for c in cells if c["rival"] == rival}
+        places, values = [], []
+        for j, name in enumerate(names):
+            if name in own:
+                places.append(j + (i - (len(rivals) - 1) / 2) * 0.8 / len(rivals))
+                values.append(value(own[name]))
+        low, middle, high = zip(*values)
+        spread = [[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]]
+        label = next(iter(own.values()))["label"]
+        style = {"color": COLOURS[rival], "label": label, "error_kw": {"lw": 0.8}}
+        axis.bar(places, middle, 0.8 / len(rivals), yerr=spread, **style)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
+    return names
+
+
+def _excess(cells: list[dict]) -> Figure | None:
+    """Bars: what every rival adds to the frozen layer at the shapes where most of them were measured."""
+    counts: dict[str, int] = {}
+    for c in cells:
+        counts[_place(c)] = counts.get(_place(c), 0) + 1
+    many = [c for c in cells if c["case"]["m"] >= FEW]
+    first = sorted({_place(c) for c in many}, key=lambda p: -counts[p])[:7]
+    many = [c for c in many if _place(c) in first]
+    if not many:
+        return None
+    panels = _panels(many)
+    figure, axes = _grid(len(panels), 1, 11, 2.7)
+    for axis, panel in zip(axes, panels):
+        shown = _of(many, panel)
+        names = _bars(axis, shown, lambda c: tuple(100 * v for v in c["step"]["excess"]))
+        for j, name in enumerate(names):
+            level = 100 * Case(**next(c["case"] for c in shown if _place(c) == name)).flop_floor()
+            axis.plot([j - 0.42, j + 0.42], [level, level], "k--", lw=1, label="FLOP floor" if j == 0 else None)
+        axis.set(title=_title(panel, cells), ylabel="excess, %")
+    return _finish(figure, axes, "Forward + backward of one adapted layer: time over the frozen layer", cells)
+
+
+def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
+    """Lines of excess against tokens ("m") or rank ("r"), at the (K, N) and the other that were measured at most points."""
+    other = {"m": "r", "r": "m"}[axis_of]
+    points: dict[tuple, set[int]] = {}
+    for c in cells:
+        points.setdefault((c["case"]["k"], c["case"]["n"], c["case"][other]), set()).add(c["case"][axis_of])
+    if not points:
+        return None
+    k, n, fixed = max(points, key=lambda p: len(points[p]))
+    if len(points[k, n, fixed]) < 2:
+        return None
+    cells = [c for c in cells if (c["case"]["k"], c["case"]["n"], c["case"][other]) == (k, n, fixed)]
+    panels = _panels(cells)
+    figure, axes = _grid(len(panels), 2, 4.6, 3.2)
+    for axis, panel in zip(axes, panels):
+        shown = sorted(_of(cells, panel), key=lambda c: c["case"][axis_of])
+        for rival, colour in COLOURS.items():
+            own = [c for c in shown if c["rival"] == rival and c["step"]["excess"][1] > 0]
+            if own:
+                percent = [100 * c["step"]["excess"][1] for c in own]
+                axis.plot([c["case"][axis_of] for c in own], percent, "o-", color=colour, label=own[0]["label"], ms=4, lw=1.2)
+        floors = {c["case"][axis_of]: 100 * Case(**c["case"]).flop_floor() for c in shown}
+        axis.plot(list(floors), list(floors.values()), "k--", lw=1, label="FLOP floor")
+        axis.set(xscale="log", yscale="log", ylabel="excess, %", title=_title(panel, cells))
+        axis.set_xlabel("tokens M" if axis_of == "m" else "rank r")
+        axis.set_xticks(list(floors), [str(v) for v in floors], fontsize=8, rotation=45)  # neighbours are a factor of 2 apart
+        axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # most are within one decade
+        axis.tick_params(axis="y", labelsize=8)
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.grid(alpha=0.3, which="both")
+    where = f"{k} x {n}, " + (f"r = {fixed}" if other == "r" else f"M = {fixed}")
+    return _finish(figure, axes, f"{title}: {where}, forward + backward", cells)
+
+
+def _roofline(cells: list[dict]) -> Figure | None:
+    """Useful operations a second against operations per least byte, under the machine's own measured ceilings."""
+    cells = [c for c in cells if "flops_per_s" in c["step"]]
+    if not cells:
+        return None
+    panels = _panels(cells)
+    figure, axes = _grid(len(panels), 2, 4.8, 3.4)
+    for axis, panel in zip(axes, panels):
+        shown = _of(cells, panel)
+        top, band = shown[-1]["ceilings"]["flops_per_s"], shown[-1]["ceilings"]["bytes_per_s"]
+        intensities = {id(c): c["step"]["flops_per_s"] / c["step"]["bytes_per_s"] for c in shown}
+        places = intensities.values()
+        low, high = min(min(places) / 2, top / band / 4), max(max(places) * 2, 2 * top / band)
+        axis.plot([low, top / band, high], [low * band / 1e9, top / 1e9, top / 1e9], "k-", lw=1.2, label="measured ceilings")
+        for rival, colour in COLOURS.items():
+            own = [c for c in shown if c["rival"] == rival]
+            intensity = [intensities[id(c)] for c in own]
+            speed = [c["step"]["flops_per_s"] / 1e9 for c in own]
+            if own:
+                style = {"ms": 6, "zorder": 5} if rival == "lotr_ext" else {"ms": 4, "alpha": 0.7}
+                axis.plot(intensity, speed, "o", color=colour, label=own[0]["label"], **style)
+        axis.set(xscale="log", yscale="log", xlabel="operations per least byte", ylabel="GFLOP/s", title=_title(panel, cells))
+        axis.grid(alpha=0.3, which="both")
+    return _finish(figure, axes, "Forward + backward under this machine's own measured ceilings", cells)
+
+
+def _memory(cells: list[dict]) -> Figure | None:
+    """Bars of the bytes kept for backward and of the peak; the same at any thread count."""
+    cells = [c for c in cells if "peak_bytes" in c and c["case"]["m"] >= FEW]
+    if not cells:
+        return None
+    dtype = cells[0]["case"]["dtype"]
+    first = list(dict.fromkeys(_place(c) for c in cells))[:6]
+    threads = min(c["case"]["threads"] for c in cells)
+    cells = [c for c in cells if _place(c) in first and c["case"]["dtype"] == dtype and c["case"]["threads"] == threads]
+    figure, axes = _grid(2, 1, 11, 2.7)
+    titles = {"saved_bytes": "kept for backward", "peak_bytes": "most allocated during forward + backward"}
+    for axis, (field, title) in zip(axes, titles.items()):
+        _bars(axis, cells, lambda c, field=field: (c[field] / 2**20,) * 3)
+        axis.set(title=f"{title}, {dtype}", ylabel="MiB")
+    return _finish(figure, axes, "Memory of one adapted layer", cells)
+
+
+def save(figures: dict[str, Figure | None], folder: Path) -> list[Path]:
+    """Writes <name>.png of each figure that is one, by way of a temporary name."""
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            temporary = folder / f"{name}.tmp.png"
+            figure.savefig(temporary, dpi=100)
+            plt.close(figure)
+            written.append(temporary.replace(folder / f"{name}.png"))
+    return written
+
+
+def draw(cells: list[dict], folder: Path) -> list[Path]:
+    """The pictures of layer.jsonl; what cannot be drawn from the cells is left out."""
+    cells = [c for c in cells if c["rival"] in COLOURS]
+    figures = {
+        "excess": _excess(cells),
+        "tokens": _sweep(cells, "m", "Excess over the frozen layer against tokens"),
+        "rank": _sweep(cells, "r", "Excess over the frozen layer against rank"),
+        "roofline": _roofline(cells),
+        "memory": _memory(cells),
+    }
+    return save(figures, folder)

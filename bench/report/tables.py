@@ -1,0 +1,253 @@
+"""README's tables in Markdown, each from the cells of one result file of one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import layer, model, shared, targets
+from ..measure.session import ROUNDS, bytes_text, time_text
+from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
+from ..measure.store import Store
+from ..rivals.model import SHAPES as MODELS
+from ..traffic.counts import Key, Row, kept
+from ..traffic.layer import LEAST, all_steps, total_bytes
+from ..traffic.projection import GPUS, assumptions, excess
+
+# README shows these shapes of those that were measured; all are in the result files and pictures.
+README_SHAPES = [(1, 768, 768, 16), (16, 768, 768, 16), *TARGETS, *((m, 4096, 4096, 16) for m in TOKENS)]
+README_SHAPES += [(8192, 4096, 4096, r) for r in RANKS] + [
+    (8192, k, n, 16) for k, n in ((4096, 14336), (14336, 4096), (4096, 1024))
+]
+RIVALS = {
+    "lora-eager": "LoRA eager",
+    "lora-in-place": "LoRA in-place",
+    "lora-in-place-beta": "LoRA in-place, beta",
+    "lora-compiled": "LoRA compiled",
+    "lora-peft": "LoRA PEFT",
+    "lora-unsloth": "LoRA Unsloth",
+    "lora-lorafusion": "LoRA LoRAFusion",
+    "vera-peft": "VeRA PEFT",
+    "lotr-eager": "LoTR eager",
+    "lotr_ext": "**lotr_ext**",
+}
+MOST_SHAPES = 8  # that a table's command names
+README_PROJECTION: Shape = (8192, 4096, 4096, 16)
+Pictures = dict[str, str]  # name -> link
+
+
+def busy(load: float, threads: int) -> str:
+    """A warning where other programs ran beside the measurement."""
+    return f"; load average {load:.1f}: the machine was busy, so read times with care" if load > threads + 1 else ""
+
+
+def where(cells: list[dict]) -> str:
+    """Machine, version, clock, rounds, load."""
+    facts, clock = cells[-1]["machine"], cells[-1]["clock"]
+    clocks = {"wall": "wall seconds", "cpu": "CPU seconds", "events": "GPU events, L2 flushed"}
+    loaded = busy(max(c["load"] for c in cells), max(c["case"]["threads"] for c in cells))
+    least, most = min(c["rounds"] for c in cells), max(c["rounds"] for c in cells)
+    rounds = f"{least} to {most}" if least < most else f"{most}"
+    return f"{facts['name']}, torch {facts['torch']}, {clocks[clock]}, medians of {rounds} interleaved rounds{loaded}"
+
+
+def command(program: str, cells: list[dict], options: dict[str, object], usual: dict[str, object]) -> str:
+    """What measures the cells again: options by name, less those that are as usual, and how the times are taken."""
+    last = cells[-1]
+    options = options | {"clock": last["clock"], "allocator": last.get("allocator", "keep")}
+    usual = usual | {"clock": "events" if on_gpu(cells) else "wall", "allocator": "keep"}
+    flags = [f"--{name} {value}" for name, value in options.items() if value != usual.get(name)]
+    return f"`{' '.join(['python -m', f'bench.{program}', *flags])}`"
+
+
+def on_gpu(cells: list[dict]) -> bool:
+    return "cuda" in cells[-1]["machine"]
+
+
+def _all(cells: list[dict], field: str) -> str:
+    """The values of a case's field in their first order, comma-separated."""
+    return ",".join(dict.fromkeys(str(c["case"][field]) for c in cells))
+
+
+def _rounds(cells: list[dict]) -> int:
+    return max(c["rounds"] for c in cells)
+
+
+def markdown(heads: list[str], rows: list[list[str]], text_columns: int = 1) -> list[str]:
+    """Lines of a table; the first text_columns columns are text, the others numbers."""
+    rule = "|" + "---|" * text_columns + "---:|" * (len(heads) - text_columns)
+    return ["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _images(pictures: Pictures, shown: dict[str, str], linked: dict[str, str]) -> list[str]:
+    lines = [line for name, text in shown.items() if name in pictures for line in ("", f"![{text}]({pictures[name]})")]
+    links = [f"[{text}]({pictures[name]})" for name, text in linked.items() if name in pictures]
+    return lines + (["", "Pictures: " + ", ".join(links) + "."] if links else [])
+
+
+def layer_table(cells: list[dict], pictures: Pictures) -> str:
+    """Excess over the frozen layer, forward + backward, a row a case."""
+    cases: dict[Case, dict[str, dict]] = {}
+    for cell in cells:
+        cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell
+    shown = {case: own for case, own in cases.items() if case[:4] in README_SHAPES} or cases
+    rivals = [rival for rival in RIVALS if any(rival in own for own in shown.values())]
+    bounds = any("of_bound" in own.get("lotr_ext", {"step": {}})["step"] for own in shown.values())
+    rows = []
+    for case, own in sorted(shown.items(), key=lambda item: (item[0].threads, item[0].dtype != "fp32", item[0])):
+        excess = {rival: own[rival]["step"]["excess"][1] for rival in rivals if rival in own}
+        ratio = "-"
+        if "lotr_ext" in excess and excess.get("lora-eager", 0) > 0:
+            ratio = f"{excess['lotr_ext'] / excess['lora-eager']:.2f}"
+        row = [f"{case.m} x {case.k} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}", f"{case.flop_floor():.1%}"]
+        row += [f"{excess[rival]:.1%}" if rival in excess else "-" for rival in rivals] + [ratio]
+        if bounds:
+            share = own.get("lotr_ext", {"step": {}})["step"].get("of_bound")
+            row.append(f"{share:.0%}" if share is not None else "-")
+        rows.append(row)
+    heads = ["M x K x N, r", "dtype, threads", "FLOP floor", *(RIVALS[rival] for rival in rivals), "lotr_ext / LoRA eager"]
+    heads += ["lotr_ext, of the machine's bound"] if bounds else []
+    shown_pictures = {"excess": "time over the frozen layer by rival"}
+    links = {"tokens": "against tokens", "rank": "against rank", "roofline": "roofline", "memory": "memory"}
+    lines = [f"{layer_command(cells)}; {where(cells)}:", "", *markdown(heads, rows, 2)]
+    verdicts = [] if on_gpu(cells) else targets.limit_verdicts(cells) + targets.layer_verdicts(cells)
+    lines += ["", targets.summary(verdicts)] if verdicts else []
+    return "\n".join([*lines, *_images(pictures, shown_pictures, links)])
+
+
+def layer_command(cells: list[dict]) -> str:
+    """Names the shapes where they are few; otherwise they are as many as the program measures by itself."""
+    shapes = list(dict.fromkeys("x".join(str(c["case"][size]) for size in "mknr") for c in cells))
+    options = {"shapes": ",".join(shapes)} if len(shapes) <= MOST_SHAPES else {}
+    options |= {"dtypes": _all(cells, "dtype"), "threads": _all(cells, "threads"), "rounds": _rounds(cells)}
+    return command("layer", cells, options | {"slice": cells[-1].get("slice", layer.SLICE)}, {"slice": layer.SLICE})
+
+
+def shared_table(cells: list[dict], pictures: Pictures) -> str:
+    """L layers on one A and B, a row a way of summing."""
+    rows = []
+    for c in cells:
+        case, label = c["case"], "**lotr_ext**, in a model" if c["rival"] == "lotr_ext-scope" else c["label"]
+        sizes = [f"{case['layers']}", f"{case['dtype']}, {case['threads']}", label]
+        counts = [bytes_text(c["allocated_bytes"]), str(c["launches"]), str(c["tensors"]), f"{c['error']:.0e}"]
+        rows.append([*sizes, time_text(c["backward"]["seconds"][1]), *counts])
+    launched = "kernels" if on_gpu(cells) else "operators"
+    heads = ["layers", "dtype, threads", "A's and B's gradients summed by", "backward", "allocated in it", f"{launched} in it"]
+    c = cells[-1]["case"]
+    title = f"{shared_command(cells)}, {c['m']} x {c['k']} x {c['k']}, r = {c['r']}; {where(cells)}:"
+    table = markdown([*heads, "new tensors of A's shape", "error of dA"], rows, 3)
+    return "\n".join([title, "", *table, *_images(pictures, {}, {"shared": "against the number of layers"})])
+
+
+def shared_command(cells: list[dict]) -> str:
+    case = cells[-1]["case"]
+    options = {"layers": _all(cells, "layers"), "shape": f"{case['m']}x{case['k']}x{case['r']}", "dtypes": _all(cells, "dtype")}
+    usual = {"layers": ",".join(map(str, shared.LAYERS)), "shape": shared.SHAPES["cuda" if on_gpu(cells) else "cpu"]}
+    usual |= {"dtypes": "fp32", "rounds": ROUNDS["shared"]}
+    return command("shared", cells, options | {"rounds": _rounds(cells)}, usual)
+
+
+def model_table(cells: list[dict], pictures: Pictures) -> str:
+    """A row a method; a pair of columns a (dtype, threads): step and peak memory over PEFT LoRA's."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for cell in cells:
+        c = cell["case"]
+        groups.setdefault((c["model"], c["batch"], c["sequence"], c["r"]), {}).setdefault(cell["rival"], {})[
+            c["dtype"], c["threads"]
+        ] = cell
+    lines = []
+    for (name, batch, sequence, r), methods in groups.items():
+        columns = sorted({key for own in methods.values() for key in own}, key=lambda key: (key[1], key[0] != "fp32"))
+        heads = ["", "rank", "parameters", "adapter"]
+        for dtype, threads in columns:
+            heads += [f"step, {dtype}, {threads}", "peak"]
+        rows = []
+        for own in methods.values():
+            first = next(iter(own.values()))
+            row = [first["label"], str(first["rank"] or ""), f"{first['parameters']:,}", bytes_text(first["adapter_bytes"])]
+            for key in columns:
+                lora = methods.get("lora-peft", {}).get(key)
+                row += _against_lora(own.get(key), lora)
+            rows.append(row)
+        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of LoRA (PEFT), whose own numbers are in its row; "
+        own = [cell for method in methods.values() for cell in method.values()]
+        lines += [f"{model_command(own)}: {title}{where(own)}:", "", *markdown(heads, rows)]
+    return "\n".join([*lines, *_images(pictures, {"model": "step time and memory of every method"}, {})])
+
+
+def model_command(cells: list[dict]) -> str:
+    """Of one model, batch and rank."""
+    case, usual = cells[-1]["case"], {"rank": model.RANK, "rounds": ROUNDS["model"]}
+    names = ("model", "targets", "batch", "sequence")
+    if case["model"] in MODELS:
+        shape = MODELS[case["model"]]
+        usual |= {"targets": ",".join(shape.targets), "batch": shape.batch, "sequence": shape.sequence}
+    usual |= {} if on_gpu(cells) else {"model": "minilm"}  # a GPU's memory decides which is usual
+    options = {name: case[name] for name in names} | {"rank": case["r"], "rounds": _rounds(cells)}
+    return command("model", cells, options, usual)
+
+
+def _against_lora(cell: dict | None, lora: dict | None) -> list[str]:
+    if cell is None:
+        return ["-", "-"]
+    step, peak = cell["step"]["seconds"][1], cell["peak_bytes"]
+    if lora is None or cell["rival"] == "lora-peft":
+        return [time_text(step), bytes_text(peak)]
+    return [f"{step / lora['step']['seconds'][1]:.2f}", f"{peak / lora['peak_bytes']:.2f}"]
+
+
+def kernels_table(cells: list[dict], pictures: Pictures) -> str:
+    """Each kernel alone, a row a shape, all of a GPU's that were measured at 16 tokens and from 8,192 on."""
+    ours = [c for c in cells if c["rival"] == "lotr_ext"]
+    library = {tuple(c["case"].values()): c for c in cells if c["rival"] == "library"}
+    main = [c for c in ours if c["case"]["m"] in (16, 32, 8192) and c["case"]["n"] == 4096] or ours
+    rows = []
+    for c in main:
+        case, step = c["case"], c["step"]
+        theirs = library[tuple(case.values())]["step"]["seconds"][1]
+        size = [case["kernel"], f"{case['m']} x {case['n']}, {case['r']}", f"{case['dtype']}, {case['threads']}"]
+        times = [time_text(theirs), time_text(step["seconds"][1]), f"{1 + step['excess'][1]:.2f}"]
+        rows.append(size + times + [f"{step['bytes_per_s'] / 1e9:.0f}", f"{step['of_bound']:.0%}"])
+    heads = ["kernel", "M x N, r", "dtype, threads", "library", "ours", "ours / library", "GB/s", "of the machine's bound"]
+    again = command("kernels", cells, {"rounds": _rounds(cells)}, {"rounds": ROUNDS["kernels"]})
+    title = f"{again}, each kernel alone; {where(cells)}:"
+    return "\n".join([title, "", *markdown(heads, rows, 3), *_images(pictures, {}, {"kernels": "every shape"})])
+
+
+TABLES: dict[str, Callable[[list[dict], Pictures], str]] = {
+    "layer": layer_table,
+    "shared": shared_table,
+    "model": model_table,
+    "kernels": kernels_table,
+}
+
+
+def traffic_rows(results: Path) -> dict[Key, Row]:
+    """The kept counts of the newest sources that were counted."""
+    store = Store(results / "simt-executor" / "traffic.jsonl")
+    cells = store.read()
+    return kept(store, cells[-1]["build"]) if cells else {}
+
+
+def traffic_table(rows: dict[Key, Row], picture: bool) -> str:
+    """Counted bytes of a whole layer beyond the frozen one's, and what they would cost: a projection."""
+    m, k, n, r = shape = README_PROJECTION
+    gpus = [gpu for gpu in GPUS.values() if ("shrink", m, k, r, gpu.multiprocessors) in rows]
+    if not gpus:
+        return ""
+    steps = all_steps(shape, rows, gpus[-1].multiprocessors)
+    frozen = total_bytes(steps["frozen"], "step")
+    projected = [excess(shape, rows, gpu) for gpu in gpus]
+    names = [name for name in steps if name != "frozen"]
+    lines = []
+    for name in names:
+        label = RIVALS.get(name, f"**{name}**" if name.startswith("lotr_ext") else name)
+        sizes = [f"{(total_bytes(steps[name], 'step') - frozen) / 1e6:.0f} MB"]
+        lines.append([label if name != LEAST else LEAST, *sizes, *(f"{column[name]['step']:.1%}" for column in projected)])
+    heads = ["", "counted bytes over the frozen layer's", *(f"{gpu.name}, projected" for gpu in gpus)]
+    title = (
+        f"`python -m bench.traffic`, no GPU: one layer, {m} x {k} x {n}, r = {r}, bf16, forward + backward. Bytes: our "
+        f"kernels' counted by the executor, library operators' at their least. Times over the frozen layer: a {assumptions()}."
+    )
+    link = ["", f"![{GPUS['h100'].name} and others, projected](bench/results/simt-executor/projection.png)"] if picture else []
+    return "\n".join([title, "", *markdown(heads, lines), *link])

@@ -1,0 +1,89 @@
+"""Rivals from other packages: torch.compile, PEFT's LoRA and VeRA, and where installed Unsloth's and LoRAFusion's kernels."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+from torch import nn
+
+from ..measure.shapes import Case
+from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, parameter
+
+_PACKAGES = {"lora-peft": "peft", "vera-peft": "peft", "lora-unsloth": "unsloth", "lora-lorafusion": "lorafusion"}
+
+
+def missing_package(rival: str) -> str | None:
+    """The package that a rival needs and that is not installed."""
+    package = _PACKAGES.get(rival)
+    return package if package is not None and importlib.util.find_spec(package) is None else None
+
+
+def obstacle(rival: str, case: Case, device: torch.device) -> str | None:
+    """Why a rival cannot run a case, None if it can."""
+    if rival in ("lora-unsloth", "lora-lorafusion") and device.type != "cuda":
+        return "its kernels need a GPU"
+    if rival == "lora-unsloth" and case.has_bias():
+        return "its kernel has no bias"
+    if rival == "lora-lorafusion" and case.dtype == "fp32":
+        return "its kernels take bf16 and fp16"
+    return None
+
+
+def lora_compiled(t: Tensors, case: Case) -> Rival:
+    """LoRA as one writes it, by torch.compile for this very shape."""
+    A, B = parameter(t.A.T), parameter(t.B)
+    torch._dynamo.reset()  # else the compiler generalises over the cases before
+    return Rival("LoRA compiled", torch.compile(lora_forward(t, A, B), dynamic=False), {"A": (A, True), "B": (B, False)})
+
+
+def _with_peft(t: Tensors, config) -> nn.Module:
+    from peft import get_peft_model
+
+    model = nn.Sequential()
+    model.add_module("layer", frozen_linear(t))
+    return get_peft_model(model, config).base_model.model.layer
+
+
+def lora_peft(t: Tensors, case: Case) -> Rival:
+    from peft import LoraConfig
+
+    layer = _with_peft(t, LoraConfig(r=case.r, lora_alpha=SCALING * case.r, target_modules=["layer"]))
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    A.data, B.data = t.A.T.contiguous().clone(), t.B.clone()
+    return Rival("LoRA PEFT", layer, {"A": (A, True), "B": (B, False)})
+
+
+def vera_peft(t: Tensors, case: Case) -> Rival:
+    """y = x W^T + bias + b * (((x A) * d) B^T) with A and B frozen: d [r] and b [n] are trained."""
+    from peft import VeraConfig
+
+    layer = _with_peft(t, VeraConfig(r=case.r, target_modules=["layer"]))
+    A, B = t.A.T.contiguous(), t.B.clone()
+    layer.vera_A["default"], layer.vera_B["default"] = A, B
+    d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
+    d.data, b.data = t.d.clone(), t.b.clone()
+    return Rival("VeRA PEFT", layer, {"d": (d, False), "b": (b, False)}, frozen=(A, B))
+
+
+def lora_unsloth(t: Tensors, case: Case) -> Rival:
+    """LoRA_W of unsloth.kernels.fast_lora: library products with a backward written by hand, no bias."""
+    LoRA_W = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
+    A, B = parameter(t.A.T), parameter(t.B)
+    return Rival(
+        "LoRA Unsloth",
+        lambda x: LoRA_W.apply(x[None], t.weight, None, A, B, SCALING)[0],
+        {"A": (A, True), "B": (B, False)},
+    )
+
+
+def lora_lorafusion(t: Tensors, case: Case) -> Rival:
+    """fused_linear_lora of lorafusion.ops.lora_v1: the rank fused into a Triton product."""
+    fused = importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
+    A, B = parameter(t.A.T), parameter(t.B)
+    return Rival(
+        "LoRA LoRAFusion",
+        lambda x: fused(x, t.weight, A, B, SCALING, linear_bias=t.bias),
+        {"A": (A, True), "B": (B, False)},
+    )

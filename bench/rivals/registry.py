@@ -1,0 +1,132 @@
+"""The rivals: one frozen linear layer, adapted in every way one might. Each is built from the same tensors.
+
+A rival is made by `RIVALS[name](tensors, case)`: a callable x -> y and its trained parameters. `truth.check` compares it with
+its formula in float64 before it is timed. Those that come from other packages are in `rivals_library.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ..measure.shapes import Case
+from . import library
+from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, parameter
+
+Make = Callable[[Tensors, Case], Rival]
+
+
+def _frozen(t: Tensors, case: Case) -> Rival:
+    return Rival("frozen", lambda x: F.linear(x, t.weight, t.bias), {})
+
+
+def _lotr_eager(t: Tensors, case: Case) -> Rival:
+    """As the original implementation computes it."""
+    A, B, core = parameter(t.A), parameter(t.B), parameter(t.core)
+    return Rival(
+        "LoTR eager",
+        lambda x: F.linear(x, t.weight, t.bias) + SCALING * (((x @ A) @ core) @ B.T),
+        {"A": (A, False), "B": (B, False), "core": (core, False)},
+    )
+
+
+def _lora_eager(t: Tensors, case: Case) -> Rival:
+    """Two linear layers, a scaling and a sum in torch operations: on a GPU, cuBLAS's LoRA."""
+    A, B = parameter(t.A.T), parameter(t.B)
+    return Rival("LoRA eager", lora_forward(t, A, B), {"A": (A, True), "B": (B, False)})
+
+
+class _InPlaceLoRA(torch.autograd.Function):
+    """LoRA from library products alone, as few passes as they allow. A [r, k], B [n, r]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, expand_first):
+        u = F.linear(x, A)
+        if expand_first:  # the base product accumulates onto the adapter's output (beta = 1)
+            y = (u * SCALING) @ B.T if bias is None else torch.addmm(bias, u, B.T, alpha=SCALING)
+            y.addmm_(x, weight.T)
+        else:
+            y = F.linear(x, weight, bias)
+            y.addmm_(u, B.T, alpha=SCALING)
+        ctx.save_for_backward(x, weight, A, B, u)
+        ctx.expand_first = expand_first
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, A, B, u = ctx.saved_tensors
+        k = (g @ B).mul_(SCALING)
+        if ctx.expand_first:
+            dx = k @ A
+            dx.addmm_(g, weight)
+        else:
+            dx = g @ weight
+            dx.addmm_(k, A)
+        return dx, None, None, k.T @ x, (g.T @ u).mul_(SCALING), None
+
+
+def _lora_in_place(name: str, expand_first: bool) -> Make:
+    def make(t: Tensors, case: Case) -> Rival:
+        A, B = parameter(t.A.T), parameter(t.B)
+        forward = _InPlaceLoRA.apply
+        return Rival(name, lambda x: forward(x, t.weight, t.bias, A, B, expand_first), {"A": (A, True), "B": (B, False)})
+
+    return make
+
+
+def _ours(strategy: str | None) -> Make:
+    def make(t: Tensors, case: Case) -> Rival:
+        from lotr_ext import LoTRFactors, LoTRLinear
+
+        factors = LoTRFactors(case.k, case.n, case.r, dtype=t.A.dtype, device=t.A.device)
+        layer = LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING)
+        layer.strategy = strategy
+        parameters = {"core": layer.core, **{name: dict(factors.named_parameters())[name] for name in ("A", "B")}}
+        for name, value in parameters.items():
+            value.data = getattr(t, name).clone()
+        name = f"lotr_ext {strategy}" if strategy else "lotr_ext"
+        return Rival(name, layer, {n: (p, False) for n, p in parameters.items()})
+
+    return make
+
+
+FLOOR, LORA_EAGER, OURS = "frozen", "lora-eager", "lotr_ext"
+RIVALS: dict[str, Make] = {
+    FLOOR: _frozen,
+    "lotr-eager": _lotr_eager,
+    LORA_EAGER: _lora_eager,
+    "lora-in-place": _lora_in_place("LoRA in-place", False),
+    "lora-in-place-beta": _lora_in_place("LoRA in-place, beta", True),
+    "lora-compiled": library.lora_compiled,
+    "lora-peft": library.lora_peft,
+    "vera-peft": library.vera_peft,
+    "lora-unsloth": library.lora_unsloth,
+    "lora-lorafusion": library.lora_lorafusion,
+    OURS: _ours(None),
+    "lotr_ext-two_pass": _ours("two_pass"),
+    "lotr_ext-beta": _ours("beta"),
+    "lotr_ext-composite": _ours("composite"),
+}
+# What a library's own products can do for LoRA, without a kernel written for it.
+LIBRARY_ONLY = (LORA_EAGER, "lora-in-place", "lora-in-place-beta", "lora-peft", "lora-compiled")
+EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion")  # compiling takes seconds a case; the others need a GPU
+DEFAULT = [name for name in RIVALS if name not in EXTRA]
+
+
+def available(names: list[str]) -> list[str]:
+    """names, checked. Raises ValueError for an unknown rival or one whose package is not installed."""
+    for name in names:
+        if name not in RIVALS:
+            raise ValueError(f"rivals: expected some of {', '.join(RIVALS)}, got {name!r}")
+        missing = library.missing_package(name)
+        if missing is not None:
+            raise ValueError(f"rivals: {name} needs the package {missing}, which is not installed (pip install {missing})")
+    return names
+
+
+def installed(names: list[str]) -> tuple[list[str], list[str]]:
+    """(those of names whose packages are there, a line on each of the others)."""
+    there = [name for name in names if library.missing_package(name) is None]
+    return there, [f"{n}: left out, the package {library.missing_package(n)} is not installed" for n in names if n not in there]

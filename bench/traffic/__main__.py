@@ -1,0 +1,64 @@
+"""python -m bench.traffic: counted bytes of the kernels and of whole layers, and what they would take on known GPUs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..measure.session import new_table, progress, start, wide_console
+from ..measure.shapes import parse_shapes
+from ..measure.store import Store
+from . import layer as layer_traffic
+from . import projection
+from .counts import FOLDER, LAYER_SHAPES, count_all, needed
+from .counts import __doc__ as about
+from .projection import GPUS
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=about.split("\n")[0])
+    parser.add_argument("--shapes", help="MxKxNxR or MODEL:TOKENS:RANK of layers, comma-separated")
+    parser.add_argument("--gpus", default=",".join(GPUS), help=f"to project for, some of {', '.join(GPUS)} (all)")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the counts (bench/results/simt-executor)")
+    parser.add_argument("--fresh", action="store_true", help="count again what was counted of these sources")
+    options = parser.parse_args(argv)
+    options.shapes = LAYER_SHAPES if options.shapes is None else parse_shapes(options.shapes)
+    for shape in options.shapes:
+        if shape[3] > 256:
+            raise ValueError(f"shapes: expected ranks up to 256, what the CUDA kernels take, got {shape[3]}")
+    options.gpus = options.gpus.split(",")
+    for gpu in options.gpus:
+        if gpu not in GPUS:
+            raise ValueError(f"gpus: expected some of {', '.join(GPUS)}, got {gpu!r}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    store = Store(options.results / "traffic.jsonl").prepare()
+    multiprocessors = list(dict.fromkeys(projection.GPUS[gpu].multiprocessors for gpu in options.gpus))
+    keys = needed(options.shapes, multiprocessors)
+    with progress(len(keys)) as begin:
+        rows = count_all(keys, store, begin, options.fresh)
+    console = wide_console()
+    heads = ("kernel", "M x N", "r", "blocks", "large, x its size", "factors", "partial sums", "all, x each operand once")
+    for sm in multiprocessors:
+        table = new_table(f"Counted bytes, bf16, planned for {sm} multiprocessors (SIMT executor, no GPU)", *heads)
+        for head in ("sectors used", "bank conflicts"):
+            table.add_column(head, justify="right")
+        for key, row in rows.items():
+            if key[4] == sm:
+                sizes = [f"{row.factors / 1e6:.2f} MB", f"{row.partials / 1e6:.2f} MB", f"{row.over_once:.3f}"]
+                rates = [f"{row.sector_efficiency:.1%}", f"{row.bank_conflicts:.3f}"]
+                numbers = [f"{row.m} x {row.n}", str(row.r), str(row.blocks), f"{row.once:.4f}"]
+                table.add_row(row.kernel, *numbers, *sizes, *rates)
+        console.print(table)
+    for shape in options.shapes:
+        console.print(layer_traffic.table(shape, rows, multiprocessors[0]))
+        console.print(projection.table(shape, rows, options.gpus))
+    console.print(f"counts in {store.path}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    start("bench.traffic", main)

@@ -1,0 +1,220 @@
+"""Bytes that each CUDA kernel moves, counted by the SIMT executor, over the least it could: no GPU needed.
+
+    python -m bench.traffic                           kernels, whole layers, and a projection for known GPUs
+    python -m bench.traffic --shapes 8192x4096x4096x16 --gpus h100
+
+The kernels run on the CPU with the split that the planner chooses for a GPU of so many multiprocessors. The counts are exact
+and the same every time: what a warp's instruction touches in global memory, per array, and in 32-byte sectors. "large" is what
+the kernel is about: x, g, or y in and out. Factors and partial sums are listed apart; most of what is read again comes from L2.
+A whole layer is its kernels and the base product, against the operators that eager LoRA runs (`layer_traffic`); what that would
+take on a GPU is a projection (`projection`), no measurement. Counts are kept in bench/results/simt-executor/traffic.jsonl and
+not made again while the kernels' sources stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from types import ModuleType
+
+import numpy as np
+
+from ..measure.bounds import kernel_work
+from ..measure.shapes import Shape
+from ..measure.store import RESULTS, ROOT, Store, latest
+
+FOLDER = RESULTS / "simt-executor"
+LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (2048, 4096, 1024, 16)]
+KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
+SMALL = ("fold", "fold_grad")
+LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
+ELEMENT = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one shape: m tokens (fold, fold_grad: layers), n columns of the large matrix, rank r."""
+
+    kernel: str
+    m: int
+    n: int
+    r: int
+    blocks: int
+    large: int  # bytes of the large matrix, in and out
+    moved: int  # of which moved, in fact
+    factors: int
+    partials: int
+    total: int  # all bytes read and written
+    sector_efficiency: float
+    bank_conflicts: float  # wavefronts over phases
+    launches: int
+
+    @property
+    def once(self) -> float:
+        """How often the large matrix moves; 1 is the least."""
+        return self.moved / self.large
+
+    @property
+    def extra(self) -> float:
+        """Factors and partial sums over the large matrix."""
+        return (self.factors + self.partials) / self.large
+
+    @property
+    def over_least(self) -> float:
+        """Those bytes over the least that any split into so many blocks could have."""
+        return (self.factors + self.partials) / least_extra(self.kernel, self.m, self.n, self.r, self.blocks)
+
+    @property
+    def over_once(self) -> float:
+        """All bytes over every operand moved once."""
+        return self.total / kernel_work(self.kernel, self.m, self.n, self.r, ELEMENT).bytes
+
+
+def least_extra(kernel: str, m: int, n: int, r: int, blocks: int, element: int = ELEMENT) -> float:
+    """Least bytes of factors and partial sums for s x t = `blocks` blocks, s along the tokens and t along the columns.
+
+    The factor of the columns is read s times and that of the tokens t times; a partial sum is 4 bytes, written and read.
+    """
+    along_m = r * n * {"shrink": element, "expand_add": element, "factor_grad": 8, "shrink_grad": element + 8}[kernel]
+    along_n = r * m * {"shrink": 8, "expand_add": element, "factor_grad": element, "shrink_grad": element + 8}[kernel]
+    return 2 * (along_m * along_n * blocks) ** 0.5  # s along_m + t along_n is least where the two are equal
+
+
+def executor() -> ModuleType:
+    """The test module that runs the kernels on the CPU, built if need be (a minute)."""
+    path = ROOT / "python_tests" / "simt" / "build.py"
+    if not path.exists():
+        raise FileNotFoundError(f"the executor: expected the repository's tests at {path}, found none")
+    spec = importlib.util.spec_from_file_location("build", path)
+    build = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("build", build)
+    spec.loader.exec_module(build)
+    try:
+        return build.load("plain")
+    except build.BuildError as error:
+        raise OSError(f"the executor cannot be built: {str(error).strip().splitlines()[0]}") from None
+
+
+def sources_id() -> str:
+    """Of the kernels and the executor: counts of other sources are made anew."""
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in ("csrc/cuda", "python_tests/simt/executor") for p in (ROOT / folder).rglob("*")):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros from an address divisible by 256, as torch's allocator gives."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 256, np.uint8)
+    start = -raw.ctypes.data % 256
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int) -> tuple[Callable[[], None], np.ndarray]:
+    """A run of one kernel in bfloat16, and its large matrix."""
+
+    def bf16(*shape: int) -> np.ndarray:
+        return aligned(shape, np.uint16)
+
+    def fp32(*shape: int) -> np.ndarray:
+        return aligned(shape, np.float32)
+
+    if kernel in SMALL:
+        B, cores = bf16(n, r), bf16(m, r, r)
+        if kernel == "fold":
+            F = bf16(m, n, r)
+            return lambda: lib.fold(B, cores, 1.0, F), F
+        Q, dB, dcores = fp32(m, n, r), fp32(n, r), fp32(m, r, r)
+        return lambda: lib.fold_grad(Q, B, cores, 1.0, dB, dcores), Q
+    large, factor, narrow = bf16(m, n), bf16(n, r), bf16(m, r)
+    calls = {
+        "shrink": lambda: lib.shrink(large, factor, narrow),
+        "expand_add": lambda: lib.expand_add_(large, narrow, factor),
+        "factor_grad": lambda: lib.factor_grad_(fp32(n, r), large, narrow),
+        "shrink_grad": lambda: lib.shrink_grad(large, factor, narrow, bf16(m, r), fp32(n, r)),
+    }
+    if kernel not in calls:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS + SMALL)}, got {kernel}")
+    return calls[kernel], large
+
+
+def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors: int = 132) -> Row:
+    """Runs one kernel in bfloat16 and counts."""
+    call, large = _call(lib, kernel, m, n, r)
+    lib.set_device(multiprocessors=multiprocessors)
+    lib.set_options(count_memory=True)
+    lib.reset_counters()
+    call()
+    counters = lib.counters()
+    lib.set_options()
+    arrays = {name: a for name, a in counters["arrays"].items() if a["read_bytes"] + a["written_bytes"]}
+    total = {name: a["read_bytes"] + a["written_bytes"] for name, a in arrays.items()}
+    sectors = sum(a["read_sectors"] + a["written_sectors"] for a in arrays.values())
+    grid = counters["launches"][0]["grid"]
+    main = LARGE[kernel]
+    return Row(
+        kernel=kernel,
+        m=m,
+        n=n,
+        r=r,
+        blocks=grid[0] * grid[1] * grid[2],
+        large=large.nbytes * (2 if kernel == "expand_add" else 1),
+        moved=total[main],
+        # what is written once at the end is neither: u, k, Q and the accumulator
+        factors=sum(a["read_bytes"] for name, a in arrays.items() if name not in (main, "workspace", "acc", "Q")),
+        partials=total.get("workspace", 0),
+        total=sum(total.values()),
+        sector_efficiency=sum(total.values()) / (32 * sectors),
+        bank_conflicts=counters["shared_wavefronts"] / max(1, counters["shared_phases"]),
+        launches=len(counters["launches"]),
+    )
+
+
+# ---- counts that are kept --------------------------------------------------------------------------------------------
+
+Key = tuple[str, int, int, int, int]  # kernel, m, n, r, multiprocessors
+
+
+def needed(shapes: list[Shape], multiprocessors: list[int]) -> list[Key]:
+    """The kernels of whole layers at shapes (m, k, n, r), for GPUs of so many multiprocessors."""
+    keys: list[Key] = []
+    for sm in multiprocessors:
+        for m, k, n, r in shapes:
+            keys += [("shrink", m, k, r, sm), ("expand_add", m, n, r, sm), ("shrink_grad", m, n, r, sm)]
+            keys += [
+                ("expand_add", m, k, r, sm),
+                ("factor_grad", m, k, r, sm),
+                ("fold", 1, n, r, sm),
+                ("fold_grad", 1, n, r, sm),
+            ]
+    return list(dict.fromkeys(keys))
+
+
+def kept(store: Store, build: str) -> dict[Key, Row]:
+    """The counts that were made of these sources."""
+    cells = [cell for cell in latest(store.read()) if cell["build"] == build]
+    return {tuple(cell["case"].values()): Row(**cell["row"]) for cell in cells}
+
+
+def keep(store: Store, build: str, key: Key, row: Row) -> None:
+    case = dict(zip(("kernel", "m", "n", "r", "multiprocessors"), key))
+    store.append({"case": case, "rival": "lotr_ext", "build": build, "row": asdict(row)})
+
+
+def count_all(keys: list[Key], store: Store, begin: Callable[[str], None], again: bool = False) -> dict[Key, Row]:
+    """The rows of keys, counted where they are not kept."""
+    build = sources_id()
+    rows = {} if again else kept(store, build)
+    lib = None
+    for key in keys:
+        begin(f"{key[0]} {key[1]}x{key[2]} r{key[3]}, {key[4]} multiprocessors")
+        if key not in rows:
+            lib = lib or executor()
+            rows[key] = count(lib, *key)
+            keep(store, build, key, rows[key])
+    return {key: rows[key] for key in keys}

@@ -1,0 +1,148 @@
+"""Bytes of a whole layer: our kernels as counted, and the operators that torch runs for the rivals, counted by a dispatch mode.
+
+A library operator is taken to move each of its operands once, which is its least. Our kernels are shown twice: with the large
+matrices as counted and everything else once (like for like: what is read again, and partial sums, fit in L2 and stay there),
+and with every counted byte from DRAM (the worst case).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..measure.bounds import DIRECTIONS, Work, kernel_work, work
+from ..measure.shapes import Case, Shape
+from ..rivals.base import Rival, Tensors
+from .counts import ELEMENT, Key, Row
+
+RIVALS = ("frozen", "lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")
+OURS = ("lotr_ext two_pass", "lotr_ext beta", "lotr_ext beta, nothing from L2")
+LEAST = "least possible"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator or kernel."""
+
+    name: str
+    work: Work
+
+
+Steps = dict[str, list[Step]]  # by direction: forward, backward
+_PRODUCTS = {"mm", "addmm", "addmm_"}
+
+
+class CountedOperators(TorchDispatchMode):
+    """The operators that move data, each with its bytes: operands read, results written; views and empty tensors are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        schema = func._schema
+        name = schema.name.split("::")[1]
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        if is_view or name.startswith("empty") or name in ("detach", "alias"):
+            return out
+        inputs = [a for a in args if isinstance(a, Tensor)]
+        results = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
+        flops = 0
+        if name in _PRODUCTS:
+            left, right = inputs[-2:]
+            flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        self.steps.append(Step(name, Work(flops, sum(map(_bytes, inputs)) + sum(map(_bytes, results)))))
+        return out
+
+
+def _bytes(t: Tensor) -> int:
+    """Of what a tensor touches: an expanded one reads its storage once."""
+    return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
+
+
+def library_steps(rival: str, case: Case) -> Steps:
+    """What torch runs for a rival, recorded on tensors without data."""
+    from ..rivals.registry import RIVALS as MAKE
+
+    meta = torch.device("meta")
+    tensors = Tensors.random(case, meta)
+    made: Rival = MAKE[rival](tensors, case)
+    x = torch.empty(case.m, case.k, dtype=tensors.A.dtype, device=meta, requires_grad=True)
+    with CountedOperators() as forward:
+        y = made.layer(x)
+    g = torch.empty_like(y)
+    with CountedOperators() as backward:
+        y.backward(g)
+    return {"forward": forward.steps, "backward": backward.steps}
+
+
+def base_step(m: int, k: int, n: int, accumulate: bool = False) -> Step:
+    """The base product y = x W^T (+ y, with beta = 1)."""
+    return Step("base product", Work(2 * m * k * n, ELEMENT * (m * k + n * k + (2 if accumulate else 1) * m * n)))
+
+
+def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors: int) -> Steps:
+    """A layer by itself: its kernels as counted for a GPU of so many multiprocessors, and the base products."""
+    m, k, n, r = shape
+    if strategy not in OURS:
+        raise ValueError(f"strategy: expected one of {', '.join(OURS)}, got {strategy!r}")
+
+    def kernel(name: str, rows_of: int, width: int) -> Step:
+        row, least = rows[name, rows_of, width, r, multiprocessors], kernel_work(name, rows_of, width, r, ELEMENT)
+        once = least.bytes + row.moved - row.large
+        return Step(name, Work(least.flops, row.total if strategy == OURS[2] else once))
+
+    if strategy.startswith("lotr_ext beta"):  # the library's product writes u F^T, and the base product adds onto it
+        expand = Step("expand", Work(2 * m * n * r, ELEMENT * (m * n + m * r + n * r)))
+        forward = [kernel("shrink", m, k), kernel("fold", 1, n), expand, base_step(m, k, n, accumulate=True)]
+    else:
+        forward = [kernel("shrink", m, k), kernel("fold", 1, n), base_step(m, k, n), kernel("expand_add", m, n)]
+    backward = [base_step(m, n, k), kernel("shrink_grad", m, n), kernel("fold_grad", 1, n)]
+    return {"forward": forward, "backward": [*backward, kernel("expand_add", m, k), kernel("factor_grad", m, k)]}
+
+
+def least_steps(case: Case) -> Steps:
+    """Everything in one pass over each operand."""
+    return {direction: [Step("all", work(case, direction, adapted=True))] for direction in ("forward", "backward")}
+
+
+def all_steps(shape: Shape, rows: dict[Key, Row], multiprocessors: int) -> dict[str, Steps]:
+    """Every rival and every strategy of ours, by name."""
+    case = Case(*shape, "bf16", 1)
+    found = {rival: library_steps(rival, case) for rival in RIVALS}
+    found |= {strategy: our_steps(strategy, shape, rows, multiprocessors) for strategy in OURS}
+    return found | {LEAST: least_steps(case)}
+
+
+def total_bytes(steps: Steps, direction: str) -> int:
+    """In "forward", "backward", or both ("step")."""
+    names: Iterable[str] = ("forward", "backward") if direction == "step" else (direction,)
+    return sum(step.work.bytes for name in names for step in steps[name])
+
+
+def table(shape: Shape, rows: dict[Key, Row], multiprocessors: int):
+    """Bytes beyond the frozen layer's, of every rival, against the least."""
+    from ..measure.session import new_table
+
+    m, k, n, r = shape
+    found = all_steps(shape, rows, multiprocessors)
+    title = (
+        f"Counted bytes beyond the frozen layer's, {m} x {k} x {n}, r = {r}, bf16, {multiprocessors} multiprocessors (no GPU)"
+    )
+    result = new_table(title, "", *DIRECTIONS, "x least", "x LoRA eager")
+    frozen = {direction: total_bytes(found["frozen"], direction) for direction in DIRECTIONS}
+
+    def beyond(name: str, direction: str) -> int:
+        return total_bytes(found[name], direction) - frozen[direction]
+
+    for name in found:
+        if name != "frozen":
+            both = beyond(name, "step")
+            ratios = [f"{both / beyond(other, 'step'):.2f}" for other in (LEAST, "lora-eager")]
+            result.add_row(name, *(f"{beyond(name, direction) / 1e6:.1f} MB" for direction in DIRECTIONS), *ratios)
+    return result

@@ -1,0 +1,90 @@
+"""The benchmark of single kernels: both sides are checked, the bounds are the work's, and without a GPU it says so."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from bench import kernels
+from bench.measure.session import start
+from bench.measure.store import Store
+from bench.rivals import operators
+
+CPU = torch.device("cpu")
+QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1", "--dtypes", "fp32"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", operators.KERNELS)
+def test_both_sides_compute_the_same(kernel, dtype):
+    case = operators.KernelCase(kernel, 10, 24, 3, dtype, 1)
+    errors = operators.errors(operators.make(case, CPU))
+    assert max(errors.values()) < {"fp32": 1e-6, "bf16": 2e-2}[dtype]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flops", "elements", "sums"),
+    [
+        ("shrink", 2 * 10 * 24 * 3, 10 * 24 + 24 * 3 + 10 * 3, 0),
+        ("expand_add", 2 * 10 * 24 * 3, 2 * 10 * 24 + 24 * 3 + 10 * 3, 0),
+        ("factor_grad", 2 * 10 * 24 * 3, 10 * 24 + 10 * 3, 2 * 24 * 3),
+        ("shrink_grad", 4 * 10 * 24 * 3, 10 * 24 + 24 * 3 + 2 * 10 * 3, 2 * 24 * 3),
+    ],
+)
+def test_least_work(kernel, flops, elements, sums):
+    work = operators.make(operators.KernelCase(kernel, 10, 24, 3, "bf16", 1), CPU).work
+    assert work == (flops, 2 * elements + 4 * sums)
+
+
+def test_it_measures_keeps_resumes_and_names_what_fails(tmp_path, monkeypatch, capsys):
+    arguments = [*QUICK, "--shapes", "8x16x2", "--kernels", "shrink,fold", "--results", str(tmp_path)]
+    assert kernels.main(arguments) == 0
+    cells = Store(tmp_path / "kernels.jsonl").read()
+    assert [(cell["case"]["kernel"], cell["rival"]) for cell in cells] == [
+        (kernel, rival) for kernel in ("shrink", "fold") for rival in ("library", "lotr_ext")
+    ]
+    assert all(cell["step"]["of_bound"] > 0 for cell in cells)
+    capsys.readouterr()
+    assert kernels.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 cases are in" in out and re.search(r"^ *shrink +8 x 16, 2", out, re.MULTILINE)  # and shown
+    monkeypatch.setattr(operators, "errors", lambda operator: {"ours": 1.0, "library": 0.0})
+    assert kernels.main([*arguments, "--fresh"]) == 1
+    out = capsys.readouterr().out
+    for kernel in ("shrink", "fold"):
+        assert f"not measured: {kernel} 8x16 r2 fp32 t1: ArithmeticError: relative error expected" in out
+    assert len(Store(tmp_path / "kernels.jsonl").read()) == len(cells)
+
+
+def test_default_cases_are_where_each_kernel_runs():
+    cases = kernels.cases_of(kernels.arguments(QUICK))
+    assert {case.kernel for case in cases} == set(operators.KERNELS)
+    for case in cases:
+        if case.kernel.startswith("fold"):
+            assert case.m == kernels.LAYERS
+        else:
+            assert (case.m < kernels.FEW) == case.kernel.startswith("small")
+
+
+def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        SystemExit, match=r"^bench.kernels: device: expected a GPU for the CUDA kernels, found none; --device cpu"
+    ):
+        start("bench.kernels", lambda: kernels.main([]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernels", "magic"], "kernels: expected some of shrink"),
+        (["--kernels", ""], "kernels: expected some of shrink"),
+        (["--shapes", "0x2x3"], "shapes: expected MxNxR"),
+        (["--shapes", ""], "shapes: expected MxNxR"),
+    ],
+)
+def test_it_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.arguments([*QUICK, *arguments])

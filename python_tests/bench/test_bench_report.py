@@ -1,0 +1,272 @@
+"""README's generated sections from result files, the verdicts on the targets, and `python -m bench` as a whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+import bench.__main__ as everything
+from bench import targets
+from bench.measure.shapes import QUICK, TARGETS, Case
+from bench.measure.store import ROOT, Store, newest
+from bench.report import rebuild as report
+from bench.report import tables as report_tables
+
+MACHINE = {"name": "a machine", "torch": "2.13"}
+SHARED = {"machine": MACHINE, "clock": "wall", "rounds": 7, "load": 0.5, "build": "new"}
+
+
+def stage(middle: float, seconds: float = 1e-3) -> dict:
+    return {"seconds": [seconds, seconds, seconds], "excess": [middle - 0.01, middle, middle + 0.01]}
+
+
+def layer_cell(rival: str, excess: float, case: Case | None = None, **changes: object) -> dict:
+    case = case or Case(*TARGETS[0], "fp32", 1)
+    return {"case": case._asdict(), "rival": rival, "label": rival, "step": stage(excess)} | SHARED | changes
+
+
+def model_cell(rival: str, seconds: float, peak: int) -> dict:
+    case = {"model": "minilm", "targets": "query", "batch": 2, "sequence": 8, "r": 4, "dtype": "fp32", "threads": 1}
+    sizes = {"rank": 4, "parameters": 1000, "adapter_bytes": 4096, "peak_bytes": peak, "optimizer_seconds": 1e-4}
+    stages = {name: stage(0.1, seconds) for name in ("forward", "backward", "step")}
+    return {"case": case, "rival": rival, "label": rival} | sizes | stages | SHARED
+
+
+def write(folder, name: str, cells: list[dict]) -> None:
+    store = Store(folder / name).prepare()
+    for cell in cells:
+        store.append(cell)
+
+
+def test_sections_are_filled_from_the_files_and_only_from_them(tmp_path):
+    folder = tmp_path / "a-machine"
+    write(folder, "layer.jsonl", [layer_cell("frozen", 0), layer_cell("lora-eager", 0.2), layer_cell("lotr_ext", 0.1)])
+    write(folder, "model.jsonl", [model_cell("lora-peft", 0.1, 2**21), model_cell("lotr_ext", 0.09, 2**20)])
+    write(folder, "shared.jsonl", [shared_cell("autograd"), shared_cell("lotr_ext-scope")])
+    write(folder, "kernels.jsonl", [kernel_cell("library", 0), kernel_cell("lotr_ext", -0.5)])
+    written = report.draw(tmp_path)
+    assert {path.name for path in written} == {"excess.png", "model.png", "shared.png", "kernels.png"}
+    marks = [f"<!-- {name}:begin made -->\nold\n<!-- {name}:end -->" for name in (*report.REQUIRED, *report.OPTIONAL)]
+    text = report.rebuild("\n".join(marks), tmp_path)
+    assert "old" not in text and text.count("a machine") >= 4
+    assert "| 512 x 768 x 768, 16 | fp32, 1 | 6.2% | 20.0% | 10.0% | 0.50 |" in text
+    assert "| lotr_ext | 4 | 1,000 | 4 KiB | 0.90 | 0.50 |" in text
+    assert "| 8 | fp32, 1 | **lotr_ext**, in a model | 1000 us | 3 KiB | 7 | 2 | 1e-07 |" in text
+    assert "| shrink | 4 x 8, 2 | fp32, 1 | 1000 us | 1000 us | 0.50 | 5 | 40% |" in text
+    assert "(bench/results/a-machine/excess.png)" in text
+    assert report.rebuild(text, tmp_path) == text
+
+
+def shared_cell(rival: str) -> dict:
+    case = {"layers": 8, "m": 4, "k": 8, "r": 2, "dtype": "fp32", "threads": 1}
+    counts = {"allocated_bytes": 3000, "launches": 7, "tensors": 2, "error": 1e-7}
+    return {"case": case, "rival": rival, "label": rival, "backward": stage(0), "step": stage(0)} | counts | SHARED
+
+
+def kernel_cell(rival: str, excess: float) -> dict:
+    case = {"kernel": "shrink", "m": 4, "n": 8, "r": 2, "dtype": "fp32", "threads": 1}
+    return {"case": case, "rival": rival, "step": stage(excess) | {"bytes_per_s": 5e9, "of_bound": 0.4}} | SHARED
+
+
+def test_a_table_shows_one_build_and_the_shapes_for_readme(tmp_path):
+    old = [layer_cell("lora-eager", 0.9, build="old"), layer_cell("lotr_ext", 0.9, build="old")]
+    odd = Case(3, 5, 7, 2, "fp32", 1)
+    cells = [*old, layer_cell("lotr_ext", 0.1), layer_cell("lotr_ext", 0.3, odd)]
+    shown = newest(cells)
+    assert [cell["step"]["excess"][1] for cell in shown] == [0.1, 0.3]
+    text = report_tables.layer_table(shown, {})
+    assert "LoRA eager |" not in text.replace("/ LoRA eager", "") and "3 x 5 x 7" not in text
+    assert "3 x 5 x 7" in report_tables.layer_table(shown[1:], {})  # nothing else to show
+    write(tmp_path / "a-machine", "layer.jsonl", cells)
+    assert "90.0%" not in report.sections(tmp_path)["layer"][0]
+
+
+def test_a_range_of_rounds_is_said():
+    cells = [layer_cell("lotr_ext", 0.1, rounds=7), layer_cell("lotr_ext", 0.1, Case(*TARGETS[1], "fp32", 1), rounds=41)]
+    text = report_tables.layer_table([*cells, layer_cell("lotr_ext", 0.1, Case(*TARGETS[2], "fp32", 1))], {})
+    assert "medians of 7 to 41 interleaved rounds" in text and "--rounds 41`" in text
+    assert "medians of 7 interleaved rounds" in report_tables.layer_table(cells[:1], {})
+
+
+def test_a_table_says_the_command_that_makes_it():
+    cells = [layer_cell("lotr_ext", 0.1, Case(m, 8, 6, 2, dtype, 1)) for m in range(1, 9) for dtype in ("fp32", "bf16")]
+    shapes = ",".join(f"{m}x8x6x2" for m in range(1, 9))
+    assert report_tables.layer_command(cells) == (
+        f"`python -m bench.layer --shapes {shapes} --dtypes fp32,bf16 --threads 1 --rounds 7`"
+    )
+    assert report_tables.layer_table(cells, {}).startswith(report_tables.layer_command(cells))
+    many = [*cells, layer_cell("lotr_ext", 0.1, Case(9, 8, 6, 2, "fp32", 1), clock="cpu", slice=0.1, allocator="system")]
+    assert report_tables.layer_command(many) == (
+        "`python -m bench.layer --dtypes fp32,bf16 --threads 1 --rounds 7 --slice 0.1 --clock cpu --allocator system`"
+    )
+    ours = model_cell("lotr_ext", 0.1, 1)
+    own = {"model": "minilm", "targets": "query,value", "batch": 16, "sequence": 64, "r": 16}
+    usual = ours | {"case": ours["case"] | own}
+    assert report_tables.model_table([usual], {}).startswith("`python -m bench.model`: ")
+    assert report_tables.model_table([usual | {"rounds": 15}], {}).startswith("`python -m bench.model --rounds 15`: ")
+    other = "`python -m bench.model --targets query --batch 2 --sequence 8 --rank 4`: "
+    assert report_tables.model_table([ours], {}).startswith(other)
+    stack = shared_cell("autograd") | {"rounds": 9}
+    small = "`python -m bench.shared --layers 8 --shape 4x8x2"
+    assert report_tables.shared_table([stack], {}).startswith(f"{small}`, ")
+    assert report_tables.shared_table([stack | {"rounds": 3}], {}).startswith(f"{small} --rounds 3`, ")
+    kernel = [kernel_cell("library", 0), kernel_cell("lotr_ext", -0.5)]
+    assert report_tables.kernels_table(kernel, {}).startswith("`python -m bench.kernels --rounds 7`, ")
+
+
+def test_the_layer_table_says_which_targets_are_met():
+    cells = [layer_cell("lora-eager", 0.12), layer_cell("lotr_ext", 0.07)]
+    text = report_tables.layer_table(cells, {})
+    missed = "limit 512x768x768 r16 fp32 t1: 7.0% (6.0%, 8.0%) against 6.0% (5.5%, 6.5%) (lora-eager x 0.5), within the spread"
+    assert "\n\n1 of the 2 limits and comparisons of `python -m bench.targets` are met by medians, all but" in text
+    assert f"{missed}, and that limit is under the FLOP floor.\n" in f"{text}\n"
+    cells[1] = layer_cell("lotr_ext", 0.01)
+    assert (
+        "\n\n2 of the 2 limits and comparisons of `python -m bench.targets` are met by medians."
+        in report_tables.layer_table(cells, {})
+    )
+    cells[1] = layer_cell("lotr_ext", 0.3)
+    assert "(lora-eager), not met." in report_tables.layer_table(cells, {})
+    on_gpu = [cell | {"machine": MACHINE | {"cuda": "13"}, "clock": "events"} for cell in cells]
+    other = [layer_cell(rival, 0.1, Case(*QUICK["cuda"][0], "fp32", 1)) for rival in ("lora-eager", "lotr_ext")]
+    assert "bench.targets" not in report_tables.layer_table(on_gpu, {}) + report_tables.layer_table(other, {})
+
+
+def test_readme_says_of_few_tokens_what_its_table_says():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("<!-- layer:begin") : text.index("<!-- layer:end")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    ours, ratio = rows[0].index("**lotr_ext**"), rows[0].index("lotr_ext / LoRA eager")
+    few = [row for row in rows if row[0].startswith(("1 x ", "16 x "))]
+    assert "an adapted layer adds less than eager LoRA's does, but still a large part" in re.sub(r"\s+", " ", text)
+    assert few and all(float(row[ratio]) < 1 and float(row[ours].rstrip("%")) > 10 for row in few)
+
+
+def test_check_changes_nothing_and_a_table_of_no_demo_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="check: it changes nothing; expected no --keep-demo"):
+        report.main(["--check", "--keep-demo", str(tmp_path)])
+    for text in ("{}", "[]", "{", '{"runs": [], "rows": []}'):
+        (tmp_path / "table.json").write_text(text)
+        with pytest.raises(ValueError, match=r"^keep-demo: expected the table of a demo run in .*table\.json, got \w+Error: "):
+            report.keep_demo(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"keep-demo: expected .*none/table\.json, found none"):
+        report.keep_demo(tmp_path / "none")
+
+
+def test_a_demo_is_kept_without_its_curves(tmp_path, monkeypatch):
+    (source,) = report.RESULTS.glob("*/demo-3-methods-1-seeds.json")
+    demo = json.loads(source.read_text())
+    demo["runs"][0]["losses"] = [1.0]
+    demo["runs"][0]["settings"]["out"] = "/somewhere"
+    (tmp_path / "table.json").write_text(json.dumps(demo))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.keep_demo(tmp_path).read_text() == source.read_text()
+
+
+def test_a_busy_machine_is_said():
+    assert "busy" in report_tables.layer_table([layer_cell("lotr_ext", 0.1, load=9.0)], {})
+    assert "busy" not in report_tables.layer_table([layer_cell("lotr_ext", 0.1)], {})
+
+
+def test_missing_markers_are_refused_where_they_must_be(tmp_path):
+    with pytest.raises(ValueError, match="expected the markers demo:begin and demo:end"):
+        report.rebuild("no markers", tmp_path)
+    both = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in report.REQUIRED)
+    assert report.rebuild(both, tmp_path) == both
+
+
+def test_the_projection_of_kept_counts_is_labelled():
+    rows = report_tables.traffic_rows(report.RESULTS)
+    text = report_tables.traffic_table(rows, picture=False)
+    assert "a projection, not measured" in text and text.count("projected |") == 4
+    assert "**lotr_ext beta**" in text and "LoRA eager" in text
+
+
+def test_targets(tmp_path, capsys):
+    case = Case(*TARGETS[1], "bf16", 2)
+    cells = [layer_cell("lora-eager", 0.2), layer_cell("lora-peft", 0.3), layer_cell("lotr_ext", 0.1)]
+    cells += [layer_cell("lora-eager", 0.2, case), layer_cell("lotr_ext", 0.3, case)]
+    write(tmp_path, "layer.jsonl", [*cells, layer_cell("vera-peft", 0.01)])  # VeRA is no form of LoRA
+    write(tmp_path, "model.jsonl", [model_cell("lora-peft", 0.1, 2**21), model_cell("lotr_ext", 0.1, 2**22)])
+    limits, found = targets.verdicts(tmp_path)[:2], targets.verdicts(tmp_path)[2:]
+    assert [verdict.met for verdict in found] == ["yes", "no", "yes", "no"]
+    assert found[0].rival == "lora-eager"  # the best of them, not PEFT's
+    assert [verdict.rival for verdict in limits] == 2 * ["lora-eager x 0.5"] and limits[1].met == "no"
+    assert targets.main([str(tmp_path)]) == 1 and "lora-eager" in capsys.readouterr().out
+    near = [layer_cell("lora-eager", 0.2), layer_cell("lotr_ext", 0.21)]
+    assert [verdict.met for verdict in targets.layer_verdicts(near)] == ["within the spread"]
+    near[1]["step"]["excess"] = [0.18, 0.195, 0.2]
+    assert [verdict.met for verdict in targets.layer_verdicts(near)] == ["yes, within the spread"]
+    few, wide = Case(16, 768, 768, 16, "fp32", 1), Case(2048, 768, 768, 64, "fp32", 1)
+    for case, ours, eager, met in (
+        (few, 0.2, 0.3, "yes"),
+        (few, 0.4, 0.3, "no"),
+        (wide, 0.3, 0.9, "yes"),
+        (wide, 0.4, 0.9, "no"),
+    ):
+        cells = [layer_cell("lora-eager", eager, case), layer_cell("lotr_ext", ours, case)]
+        assert [verdict.met for verdict in targets.limit_verdicts(cells)] == [met], case
+    # The floor at r = 16 and K = 768 is 6.25 %.
+    for eager, said in ((0.12, "lora-eager x 0.5, under floor"), (0.13, "lora-eager x 0.5")):
+        cells = [layer_cell("lora-eager", eager), layer_cell("lotr_ext", 0.1)]
+        assert [verdict.rival for verdict in targets.limit_verdicts(cells)] == [said]
+    with pytest.raises(FileNotFoundError, match="expected a folder of results"):
+        targets.main([str(tmp_path / "none")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"run python -m bench\.layer"):
+        targets.main([str(tmp_path / "empty")])
+
+
+def test_everything_hands_its_options_on(tmp_path):
+    options = everything.arguments(["--device", "cpu", "--threads", "1", "--quick", "--results", str(tmp_path)])
+    assert options.parts == ["layer", "shared", "model"]
+    common = ["--device", "cpu", "--threads", "1", "--results", str(tmp_path), "--allocator", "keep", "--quick"]
+    assert everything.commands(options) == dict.fromkeys(options.parts, common)
+    options = everything.arguments(["--device", "cpu", "--quick", "--dtypes", "fp32,bf16"])
+    assert ["--dtypes", "fp32,bf16"] == everything.commands(options)["model"][4:6]  # also where it is the others' default
+    options = everything.arguments(["--device", "cpu", "--dtypes", "bf16", "--minutes", "3", "--fresh"])
+    assert options.parts == ["layer", "shared", "model", "profile", "traffic"]
+    own = everything.commands(options)
+    assert own["layer"] == ["--device", "cpu", "--allocator", "keep", "--dtypes", "bf16", "--fresh", "--minutes", "3.0"]
+    assert own["traffic"] == ["--fresh"]
+    with pytest.raises(ValueError, match="parts: expected some of layer"):
+        everything.arguments(["--parts", "magic"])
+
+
+def test_every_part_takes_what_it_is_handed():
+    options = everything.arguments(["--device", "cpu", "--parts", ",".join(everything.PARTS), "--quick"])
+    own = everything.commands(options)
+    for name in everything.PARTS:
+        module = getattr(everything, name)
+        module.arguments(own[name])
+
+
+def test_a_part_that_fails_is_named_and_the_others_run(capsys):
+    ran = []
+
+    def fails() -> int:
+        raise ValueError("no such thing")
+
+    def has_a_bug() -> int:
+        return {}["a key"]
+
+    assert everything.run({"one": fails, "bug": has_a_bug, "two": lambda: ran.append("two") or 0}) == 1
+    out, err = capsys.readouterr()
+    assert ran == ["two"] and "bench.one: no such thing" in out and "bench.bug: KeyError: 'a key'" in out
+    assert 'return {}["a key"]' in err and "no such thing" not in err  # where a bug is; bad input needs no traceback
+
+
+def test_only_the_default_folder_is_what_readme_is_made_of(tmp_path, monkeypatch, capsys):
+    part, ran = SimpleNamespace(main=lambda argv: 0, MINUTES=1.0), []
+    for name in ("layer", "model"):
+        monkeypatch.setattr(everything, name, part)
+    monkeypatch.setattr(everything.targets, "main", lambda argv: ran.append(argv) or 1)
+    arguments = ["--device", "cpu", "--parts", "layer,model"]
+    assert everything.main([*arguments, "--results", str(tmp_path)]) == 0  # a target that is missed is no failure
+    out = capsys.readouterr().out
+    assert f"results under {tmp_path}\n" in out and "bench.report" not in out
+    assert everything.main(arguments) == 0 and ran == [[str(tmp_path)], []]
+    assert "python -m bench.report puts them into README.md" in capsys.readouterr().out

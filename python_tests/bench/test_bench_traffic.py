@@ -1,0 +1,131 @@
+"""Bytes of whole layers: library operators as counted by hand, ours from the executor's rows, and the projection's sums."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.measure.bounds import Work, kernel_work, work
+from bench.measure.shapes import Case
+from bench.measure.store import Store
+from bench.traffic import __main__ as program
+from bench.traffic import counts as traffic
+from bench.traffic import layer as layer_traffic
+from bench.traffic import projection
+
+SHAPE = (64, 32, 48, 4)
+M, K, N, R = SHAPE
+CASE = Case(*SHAPE, "bf16", 1)
+LARGE = (8192, 4096, 4096, 16)
+
+
+def row(kernel: str, m: int, n: int, r: int, extra: int = 0) -> traffic.Row:
+    """A kernel that moves each operand once, and extra bytes of partial sums."""
+    least = kernel_work(kernel, m, n, r, 2).bytes
+    large = m * n * (4 if kernel == "expand_add" else 2)
+    return traffic.Row(kernel, m, n, r, 1, large, large, 0, extra, least + extra, 1.0, 1.0, 1)
+
+
+def rows(shape: tuple[int, int, int, int], extra: int = 0) -> dict[traffic.Key, traffic.Row]:
+    keys = traffic.needed([shape], [108, 132, 148])
+    return {key: row(*key[:4], extra) for key in keys}
+
+
+def test_eager_lora_by_hand():
+    steps = layer_traffic.library_steps("lora-eager", CASE)
+    x, y, u = 2 * M * K, 2 * M * N, 2 * M * R
+    W, A, B = 2 * K * N, 2 * R * K, 2 * R * N
+    bias = 2 * N  # these widths are of no known model
+    forward = (bias + x + W + y) + (x + A + u) + (u + B + y) + 2 * y + 3 * y  # two products, scaling, sum
+    assert layer_traffic.total_bytes(steps, "forward") == forward
+    assert sum(step.work.flops for step in steps["forward"]) == 2 * M * (K * N + R * (K + N))
+    # g s; dB = g^T u; du = g B; dA = du^T x; du A; g W; their sum
+    backward = 2 * y + (y + u + B) + (y + B + u) + (u + x + A) + (u + A + x) + (y + W + x) + 3 * x
+    assert layer_traffic.total_bytes(steps, "backward") == backward
+    assert sum(step.work.flops for step in steps["backward"]) == 2 * M * (K * N + 2 * R * (K + N))
+    assert layer_traffic.total_bytes(steps, "step") == forward + backward
+
+
+@pytest.mark.parametrize("rival", layer_traffic.RIVALS)
+def test_no_rival_moves_less_than_the_least(rival):
+    steps = layer_traffic.library_steps(rival, CASE)
+    for direction in ("forward", "backward"):
+        assert layer_traffic.total_bytes(steps, direction) >= work(CASE, direction, rival != "frozen").bytes
+
+
+def test_our_layer_is_its_kernels_and_the_base_products():
+    found = rows(SHAPE, extra=1000)
+    base = [
+        step for step in layer_traffic.our_steps("lotr_ext two_pass", SHAPE, found, 132)["backward"] if step.name[:4] == "base"
+    ]
+    assert base == [layer_traffic.base_step(M, N, K)]
+    two_pass = layer_traffic.our_steps("lotr_ext two_pass", SHAPE, found, 132)
+    assert [step.name for step in two_pass["forward"]] == ["shrink", "fold", "base product", "expand_add"]
+    worst = layer_traffic.our_steps("lotr_ext beta, nothing from L2", SHAPE, found, 132)
+    like = layer_traffic.our_steps("lotr_ext beta", SHAPE, found, 132)
+    assert layer_traffic.total_bytes(like, "forward") == layer_traffic.total_bytes(two_pass, "forward")  # y is written twice
+    assert layer_traffic.base_step(M, K, N, accumulate=True).work.bytes == 2 * (M * K + N * K + 2 * M * N)
+    assert layer_traffic.total_bytes(worst, "backward") - layer_traffic.total_bytes(like, "backward") == 4 * 1000
+    with pytest.raises(ValueError, match="strategy: expected one of"):
+        layer_traffic.our_steps("magic", SHAPE, found, 132)
+
+
+def test_the_projection_agrees_with_sums_made_by_hand(monkeypatch):
+    """An H100 at 800 TFLOP/s and its whole bandwidth: what each form adds to the base product, worked out on paper."""
+    monkeypatch.setattr(projection, "FLOPS_REACHED", 800 / 989)
+    monkeypatch.setattr(projection, "BANDWIDTH_REACHED", 1.0)
+    excess = projection.excess(LARGE, rows(LARGE), projection.GPUS["h100"])
+    by_hand = {
+        "lora-eager": (0.41, 0.53, 0.47),
+        "lora-in-place": (0.18, 0.295, 0.24),
+        "lora-in-place-beta": (0.117, 0.235, 0.18),
+        "lotr_ext two_pass": (0.175, 0.235, 0.205),
+        "lotr_ext beta": (0.117, 0.235, 0.18),
+    }
+    for name, expected in by_hand.items():
+        assert tuple(excess[name].values()) == pytest.approx(expected, abs=0.012), name
+    assert "not measured" in projection.assumptions() and "not measured" in projection.table(LARGE, rows(LARGE), ["h100"]).title
+
+
+def test_a_slower_memory_or_a_faster_product_raises_the_excess():
+    slow = projection.Gpu("slow", 1e12, 1e12, 132)
+    assert slow.seconds(Work(8 * 10**11, 0)) == pytest.approx(1.0) and slow.seconds(Work(0, 9 * 10**11)) == pytest.approx(1.0)
+    excess = {name: projection.excess(LARGE, rows(LARGE), gpu)["lora-eager"]["step"] for name, gpu in projection.GPUS.items()}
+    assert excess["a100"] < excess["h200"] < excess["h100"]
+
+
+def test_counts_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
+    lib = traffic.executor()
+    monkeypatch.setattr(traffic, "executor", lambda: lib)
+    arguments = ["--shapes", "64x32x48x4", "--gpus", "h100", "--results", str(tmp_path)]
+    assert program.main(arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "projection, not measured" in out and "lotr_ext beta" in out
+    cells = Store(tmp_path / "traffic.jsonl").read()
+    assert [tuple(cell["case"].values()) for cell in cells] == traffic.needed([SHAPE], [132])
+    for cell in cells:
+        counted = traffic.Row(**cell["row"])
+        if counted.kernel in traffic.KERNELS:
+            assert counted.once == pytest.approx(1) and counted.over_once >= 1
+
+    def never() -> None:
+        raise AssertionError("counted again")
+
+    monkeypatch.setattr(traffic, "executor", never)
+    assert program.main(arguments) == 0 and len(Store(tmp_path / "traffic.jsonl").read()) == len(cells)
+    monkeypatch.setattr(traffic, "sources_id", lambda: "other sources")
+    with pytest.raises(AssertionError, match="counted again"):
+        program.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", ""], "shapes: expected MxKxNxR"),
+        (["--gpus", "h100,z80"], "gpus: expected some of a100, .*got 'z80'"),
+        (["--shapes", "1x2"], "shapes: expected MxKxNxR"),
+        (["--shapes", "8x8x8x300"], "shapes: expected ranks up to 256"),
+    ],
+)
+def test_it_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        program.arguments(arguments)

@@ -1,0 +1,123 @@
+"""Leaves out, one at a time, every barrier, commit, wait and fence of the kernels, and reports whether a test would notice.
+
+python python_tests/kernels/mutate_kernels.py            all of them (make test-full)
+python python_tests/kernels/mutate_kernels.py --one      the first of them, for a short run
+
+The executor skips the operation at one source line of csrc/cuda/kernels or csrc/cuda/tile, so nothing is compiled again. Tried
+in this order until something fails: the plain build in several orders of threads and blocks, then the race detector. The
+shapes fill every pipeline stage more than once and have at least two blocks in each dimension of the grid.
+A line that nothing notices is either not needed or not tested: the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+
+SCHEDULES = {"plain": ["forward", "reverse", "1", "101"], "race": ["forward", "1"]}
+KIND = "bf16"
+FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/")
+
+
+def find_sites(lib) -> dict[tuple[str, str, int], list[str]]:
+    """(operation, file, line) of each place that the kernels reach, and the kernels that reach it."""
+    from sweep import KERNELS, PIPELINE
+
+    lib.set_options()
+    sites: dict[tuple[str, str, int], list[str]] = {}
+    for name, make in KERNELS.items():
+        lib.reset_counters()
+        for shape in PIPELINE:
+            make(shape, KIND).run(lib)
+        for op, file, line, calls in lib.synchronisation_sites():
+            path = Path(file).resolve().as_posix()
+            short = next((path[path.index(folder) :] for folder in FOLDERS if folder in path), None)
+            if short and calls:
+                sites.setdefault((op, short, line), []).append(name)
+    return sites
+
+
+def worker(mode: str, todo: list[list]) -> None:
+    """Prints a JSON line for each site: its number and what noticed, or null."""
+    from sweep import PIPELINE, failures
+
+    import build
+
+    lib = build.load(mode)
+    for number, file, line, kernels in todo:
+        print(json.dumps(["start", number]), flush=True)
+        lib.skip_synchronisation(file.removeprefix("csrc/cuda"), line)  # compilers spell the rest of the path differently
+        found = []
+        for name in SCHEDULES[mode]:
+            found = failures(lib, PIPELINE, [KIND], [name], kernels, first=True)
+            if found:
+                break
+        print(json.dumps(["done", number, found[0] if found else None]), flush=True)
+
+
+def try_sites(mode: str, todo: list[list], timeout: float = 900) -> dict[int, str | None]:
+    """What noticed each site in this build. A worker that dies has noticed; the next one goes on after it."""
+    verdicts: dict[int, str | None] = {}
+    while todo:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        process.stdin.write(json.dumps(todo))
+        process.stdin.close()
+        running = None
+        for text in process.stdout:
+            message = json.loads(text) if text.startswith('["') else [None]
+            if message[0] == "start":
+                running = message[1]
+            elif message[0] == "done":
+                verdicts[message[1]], running = message[2], None
+        status = process.wait(timeout=timeout)
+        if running is None and status:
+            raise RuntimeError(f"the {mode} worker failed before its first site, status {status}")
+        if running is not None:
+            verdicts[running] = f"the process died with status {status}"
+        todo = [t for t in todo if t[0] not in verdicts]
+    return verdicts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; 1 if a mutation survives."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", action="store_true", help="the first place only")
+    parser.add_argument("--worker", choices=SCHEDULES, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        worker(options.worker, json.load(sys.stdin))
+        return 0
+
+    import build
+
+    sites = sorted(find_sites(build.load("plain")).items(), key=lambda item: item[0][1:])
+    chosen = list(enumerate(sites))[: 1 if options.one else None]
+    verdicts: dict[int, tuple[str, str]] = {}
+    for mode in SCHEDULES:
+        todo = [[n, file, line, kernels] for n, ((_, file, line), kernels) in chosen if n not in verdicts]
+        if todo:
+            build.module(mode)
+        verdicts |= {n: (mode, text) for n, text in try_sites(mode, todo).items() if text}
+    print(f"{'operation':<24}{'place':<40}{'build':<8}noticed by")
+    for n, ((op, file, line), _) in chosen:
+        mode, text = verdicts.get(n, ("-", "NOTHING"))
+        print(f"{op:<24}{file.removeprefix('csrc/cuda/') + ':' + str(line):<40}{mode:<8}{text[:110]}")
+    survivors = len(chosen) - len(verdicts)
+    print(f"{len(chosen)} of {len(sites)} places left out, {survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""Adapters over quantised layers: the base's own forward runs, its weight is never read, merges are made on request only."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import IDS, Toy, adapted, loss, plain, randomize, toy
+
+from lotr_ext import LoTRConfig, LoTRLinear, LoTRWrapped, load_adapter, merge, save_adapter, unload, unmerge
+from lotr_ext.model.apply import adapted_layers, apply_lotr
+from nets import relative
+
+TARGETS = ["q", "v", "down"]
+LIBRARIES = Path(sys.prefix) / "quantized"  # where make setup puts torchao and bitsandbytes
+
+
+class Forbidden(Tensor):
+    """A weight of which only the class may be looked at."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("the weight of a quantised layer was read")
+
+
+class Rounded(nn.Module):
+    """A quantised layer as others build them: codes and a scale a row, and a weight that must not be touched."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return Forbidden(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+class Dense(Rounded):
+    """One that can be made dense again."""
+
+    answer: Callable[[Tensor], object] = staticmethod(lambda weight: weight)
+
+    def dequantize(self) -> object:
+        return self.answer(self.codes.float() * self.scale)
+
+
+class Codes(Tensor):
+    """A weight as torchao makes it: a tensor subclass of floating dtype that holds codes, known to F.linear alone."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Codes:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes: Tensor, scale: Tensor):
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self) -> Tensor:
+        return self.codes.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, bias = args
+            return nn.functional.linear(x, weight.dequantize(), bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].codes.clone(), args[0].scale.clone())
+        raise NotImplementedError(f"{function} of a quantised weight")
+
+
+def codes(model: Toy) -> Toy:
+    for block in model.blocks:
+        for name in TARGETS:
+            rounded = Rounded(getattr(block, name))
+            getattr(block, name).weight = nn.Parameter(Codes(rounded.codes, rounded.scale), requires_grad=False)
+    return model
+
+
+def with_layers(kind: Callable[[nn.Linear], nn.Module], model: Toy | None = None) -> Toy:
+    model = toy() if model is None else model
+    for block in model.blocks:
+        for name in TARGETS:
+            setattr(block, name, kind(getattr(block, name)))
+    return model
+
+
+def torchao_int8(model: Toy) -> Toy:
+    from torchao import quantization
+
+    quantization.quantize_(model.blocks, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+def torchao_int4(model: Toy) -> Toy:
+    """4-bit codes in groups of 8, the form that torchao runs on a CPU."""
+    from torchao import quantization
+
+    config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.granularity.PerGroup(8))
+    quantization.quantize_(model.blocks, config)
+    return model
+
+
+def bitsandbytes_layers(model: Toy, make: Callable[..., nn.Module]) -> Toy:
+    def converted(linear: nn.Linear) -> nn.Module:
+        layer = make(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.load_state_dict(linear.state_dict())
+        return layer.to("cpu")
+
+    return with_layers(converted, model)
+
+
+def bitsandbytes_4bit(model: Toy) -> Toy:
+    import bitsandbytes as bnb
+
+    return bitsandbytes_layers(model, lambda *a, **k: bnb.nn.Linear4bit(*a, **k, compute_dtype=torch.float32, quant_type="nf4"))
+
+
+def bitsandbytes_8bit(model: Toy) -> Toy:
+    import bitsandbytes as bnb
+
+    return bitsandbytes_layers(model, lambda *a, **k: bnb.nn.Linear8bitLt(*a, **k, has_fp16_weights=False))
+
+
+QUANTISED: dict[str, Callable[[Toy], Toy]] = {"stand-in": lambda model: with_layers(Dense, model), "tensor subclass": codes}
+if importlib.util.find_spec("torchao"):
+    QUANTISED |= {"torchao int8": torchao_int8, "torchao int4": torchao_int4}
+if importlib.util.find_spec("bitsandbytes"):
+    QUANTISED |= {"bitsandbytes 4 bit": bitsandbytes_4bit, "bitsandbytes 8 bit": bitsandbytes_8bit}
+
+
+@pytest.mark.skipif(not LIBRARIES.is_dir(), reason="torchao and bitsandbytes are missing: run make setup")
+def test_with_the_real_libraries() -> None:
+    """In a process of its own: wherever transformers finds torchao it imports it, loudly, at each from_pretrained."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(filter(None, [str(here.parent), str(LIBRARIES), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "torchao or bitsandbytes"]
+    run = subprocess.run(
+        [*command, __file__, str(here.parent / "interop" / "test_peft.py")],
+        env=dict(os.environ, PYTHONPATH=path),
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout.splitlines()[-1]
+    for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao_base"):
+        assert any(name in line and "PASSED" in line for line in run.stdout.splitlines()), name
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_trains_saves_and_merges_on_request(name: str, either_path: str, tmp_path) -> None:
+    base = QUANTISED[name](toy(d=64))  # bitsandbytes' kernels want multiples of 32
+    want = base(IDS).detach()
+    model = apply_lotr(copy.deepcopy(base), LoTRConfig(rank=4, target_modules=TARGETS))
+    assert {type(layer) for layer in adapted_layers(model).values()} == {LoTRWrapped}
+    assert torch.equal(model(IDS), want)
+
+    randomize(model)
+    definition = plain(copy.deepcopy(model))
+    for net in (model, definition):
+        loss(net).backward()
+    truth = dict(definition.named_parameters())
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert relative(parameter.grad, truth[key].grad.double()) < 2e-5, key
+
+    save_adapter(model, tmp_path)
+    trained = model(IDS).detach()
+    assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path)(IDS), trained)
+
+    with torch.no_grad():
+        model.eval()(IDS)  # here bitsandbytes moves its 4-bit codes, and rounds their scales to bfloat16 for good
+    model.train()
+    before = parts_of(model)
+    with pytest.raises(TypeError, match=r"'blocks.0.q'.*quantised.*dequantize=True"):
+        merge(model)
+    assert parts_of(model) == before
+    merge(model, dequantize=True)
+    assert {type(layer.base_layer) for layer in adapted_layers(model).values()} == {nn.Linear}
+    tolerance = 0.02 if "bitsandbytes" in name else 2e-5  # its 8 bits round x too, which a dense layer does not
+    assert relative(model(IDS), trained.double()) < tolerance
+    unmerge(model)
+    assert relative(model(IDS), trained.double()) < tolerance and parts_of(model) == before
+
+    unload(model, merge=True, dequantize=True)
+    assert type(model.blocks[0].q) is nn.Linear and relative(model(IDS), trained.double()) < tolerance
+
+
+def test_the_dense_layer_takes_the_dtype_that_is_asked_for() -> None:
+    model = adapted_over(Dense)
+    merge(model, dequantize=torch.bfloat16)
+    layer = model.blocks[0].q.base_layer
+    assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
+    unmerge(model)
+    delta, dense = model.blocks[0].q.delta_weight(), model.blocks[0].q.base_layer.dequantize()
+    assert torch.equal(layer.weight, (dense + delta).bfloat16())  # summed in float32, cast once
+
+
+def adapted_over(kind: type[nn.Module]) -> Toy:
+    model = apply_lotr(with_layers(kind), LoTRConfig(rank=4, target_modules=TARGETS)).eval()
+    randomize(model)
+    return model
+
+
+def test_a_base_that_nothing_dequantises_is_refused_with_and_without_the_request() -> None:
+    model = adapted_over(Rounded)
+    before = parts_of(model)
+    for request in (False, True):
+        with pytest.raises(TypeError, match=r"'blocks.0.q' over Rounded, whose weight is its own affair"):
+            merge(model, dequantize=request)
+    with pytest.raises(TypeError, match="its own affair"):
+        unload(model, merge=True, dequantize=True)
+    assert parts_of(model) == before
+
+
+def parts_of(model: Toy) -> list[tuple[str, int, bool]]:
+    """Which modules stand where, and which of them are merged."""
+    return [(name, id(m), getattr(m, "merged", False)) for name, m in model.named_modules()]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda w: w.T[:3], r"expected floating \[16, 16\] of Dense, got torch.float32 \(3, 16\)"),
+        (lambda w: w.to(torch.int8), "got torch.int8"),
+        (lambda w: "W", "got str"),
+    ],
+)
+def test_what_a_dequantiser_gives_is_checked_and_nothing_is_half_merged(answer, message, monkeypatch) -> None:
+    model = adapted_over(Dense)
+    model.blocks[1].v.base_layer.answer = answer  # an instance's own: called with the weight alone
+    x, parts = model(IDS).detach(), parts_of(model)
+    with pytest.raises(ValueError, match=message):
+        merge(model, dequantize=True)
+    assert parts_of(model) == parts and torch.equal(model(IDS), x)
+    assert not any(layer.merged for layer in adapted_layers(model).values())
+
+
+def test_without_a_backup_there_is_no_way_back() -> None:
+    model = adapted_over(Dense)
+    trained = model(IDS).detach()
+    merge(model, dequantize=True, keep_backup=False)
+    for call in (unmerge, lambda m: unload(m, merge=False)):
+        with pytest.raises(RuntimeError, match=r"quantised base of 'blocks.0.q'.*keep_backup=False"):
+            call(model)
+    assert relative(model(IDS), trained.double()) < 2e-5
+    unload(model, merge=True)
+    assert type(model.blocks[0].q) is nn.Linear
+
+
+def test_the_base_comes_back_where_and_as_the_model_is_now() -> None:
+    model = adapted_over(Dense)
+    merge(model, dequantize=True)
+    model.train().to("meta")
+    unmerge(model)
+    assert all(layer.base_layer.training and layer.base_layer.codes.is_meta for layer in adapted_layers(model).values())
+
+
+@pytest.mark.parametrize("request_", ["yes", 1, torch.int8])
+def test_dequantize_is_checked(request_: object) -> None:
+    model = adapted()
+    with pytest.raises(TypeError, match="dequantize: expected True, False or a floating dtype"):
+        merge(model, dequantize=request_)
+
+
+def test_safe_refuses_what_is_not_finite() -> None:
+    model = adapted_over(Dense)
+    model.blocks[1].q.base_layer.scale[0] = float("inf")
+    with pytest.raises(ValueError, match=r"merge: expected finite weights.*'blocks.1.q'"):
+        merge(model, safe=True, dequantize=True)
+    assert not any(layer.merged for layer in adapted_layers(model).values())
+
+
+def test_a_quantised_module_cannot_be_trained_whole() -> None:
+    model = codes(toy())
+    config = LoTRConfig(rank=2, target_modules=["q", "v"], modules_to_save=["blocks.1.down"])
+    with pytest.raises(ValueError, match=r"can be trained, got blocks.1.down.weight, quantised"):
+        apply_lotr(model, config)
+    assert not hasattr(model, "lotr_factors") and type(model.blocks[0].q) is nn.Linear
+
+
+def test_svd_cannot_change_a_quantised_weight() -> None:
+    model = codes(toy())
+    with pytest.raises(ValueError, match=r'"svd" can read and write, got \'blocks.0.q\''):
+        apply_lotr(model, LoTRConfig(rank=2, init="svd", target_modules=TARGETS))
+    assert not hasattr(model, "lotr_factors")
+
+
+def test_quantising_after_the_adapter_is_refused_at_merge() -> None:
+    model = codes(adapted())
+    assert type(model.blocks[0].q) is LoTRLinear
+    with pytest.raises(TypeError, match=r"'blocks.0.q'; quantise a model before apply_lotr"):
+        merge(model)

@@ -1,0 +1,266 @@
+"""save_adapter and load_adapter: round trips, kills in the middle, files that must be refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
+
+from lotr_ext import LoTRFactors, LoTRLinear
+from lotr_ext.model.adapter_files import JSON_NAME
+from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
+from lotr_ext.model.checkpoint import load_adapter, save_adapter
+from lotr_ext.model.config import LoTRConfig
+
+SETTINGS = [
+    {},
+    {"rank": (2, 5), "alpha": 3.0, "dropout": 0.25, "group_by": "name", "train": ("core",), "target_modules": "all-linear"},
+    {
+        "modules_to_save": ["head", "embed"],
+        "group_by": lambda name, module: f"g{module.out_features}",
+        "target_modules": r".*\.(q|up)",
+    },
+    {"adapter_dtype": torch.bfloat16, "scaling": 0.3, "exclude_modules": ["down"], "target_modules": None},
+    {"init": "svd", "alpha": 2.0, "modules_to_save": ["1.norm"]},
+    {"core_init": "identity"},
+    {"init": "svd", "train": ("A", "B"), "group_by": "name"},
+]
+
+
+def trained(**settings) -> Toy:
+    model = adapted(**settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def tensors_file(directory: Path) -> Path:
+    return directory / json.loads((directory / JSON_NAME).read_text())["tensors_file"]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("onto", ["base", "adapted"])
+def test_round_trip(tmp_path: Path, settings: dict, onto: str) -> None:
+    model = trained(**settings)
+    save_adapter(model, tmp_path / "a" / "b")
+    fresh = toy() if onto == "base" else adapted(**settings)
+    if onto == "adapted":
+        randomize(fresh, seed=9)
+    assert load_adapter(fresh.eval(), tmp_path / "a" / "b") is fresh
+    assert torch.equal(fresh(IDS), model(IDS))
+    want, got = model.state_dict(), fresh.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    assert {n: p.requires_grad for n, p in fresh.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    assert fresh.lotr_config == (model.lotr_config if onto == "base" else fresh.lotr_config)
+    for name, layer in adapted_layers(model).items():
+        assert adapted_layers(fresh)[name].dropout == layer.dropout and adapted_layers(fresh)[name].scaling == layer.scaling
+    with disabled(fresh), disabled(model):
+        assert torch.equal(fresh(IDS), model(IDS))
+    merge(fresh), unmerge(fresh), unload(fresh, merge=True)
+
+
+class Tied(Toy):
+    """The output layer's weight is the embedding's."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(classes=29)
+        self.head.weight = self.embed.weight
+
+
+def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
+    model = apply_lotr(Tied(), LoTRConfig(rank=2, modules_to_save=["embed", "head"]))
+    model.embed.weight.data.normal_()
+    save_adapter(model, tmp_path)
+    stored = load_file(tensors_file(tmp_path))
+    assert "embed.weight" in stored and "head.weight" not in stored and "head.bias" in stored
+    fresh = load_adapter(Tied(), tmp_path)
+    assert torch.equal(fresh(IDS), model(IDS)) and fresh.head.weight is fresh.embed.weight
+
+
+def test_every_tensor_is_stored_once_and_nothing_else(tmp_path: Path) -> None:
+    model = trained(modules_to_save=["head"], init="svd", target_modules=["q", "k", "v", "o"])
+    save_adapter(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([JSON_NAME, tensors_file(tmp_path).name])
+    stored = load_file(tensors_file(tmp_path))
+    factors = {f"lotr_factors.16x16.{start}{part}" for start in ("", "start_") for part in "AB"}
+    cores = {f"blocks.{i}.{n}.{start}core" for i in range(2) for n in "qkvo" for start in ("", "start_")}
+    assert set(stored) == factors | cores | {"head.weight", "head.bias"}
+    elements = sum(t.numel() for t in stored.values())
+    assert elements == 2 * (2 * 16 * 4 + 8 * 16) + 16 * 3 + 3
+
+
+def test_svd_moves_the_weights_of_an_adapted_model_to_the_loaded_start(tmp_path: Path) -> None:
+    model = trained(init="svd", alpha=2.0)
+    save_adapter(model, tmp_path / "svd")
+    other = trained(alpha=1.0)
+    save_adapter(other, tmp_path / "zero")
+    switched = adapted(init="svd", rank=4, alpha=5.0, group_by=lambda name, module: "16x16")
+    for directory, want in (("svd", model), ("zero", other), ("svd", model)):
+        load_adapter(switched, tmp_path / directory)
+        assert torch.allclose(switched(IDS), want(IDS), atol=1e-5)
+        with disabled(switched):
+            assert torch.allclose(switched(IDS), toy()(IDS), atol=1e-5)
+
+
+class ByHand(nn.Module):
+    """Two layers over one pair of factors, built by hand."""
+
+    def __init__(self, owner: bool) -> None:
+        super().__init__()
+        factors = LoTRFactors(8, 8, 3)
+        if owner:
+            self.shared = factors
+        self.first, self.second = LoTRLinear(8, 8, factors=factors), LoTRLinear(8, 8, factors=factors)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("owner", [True, False])
+def test_models_built_by_hand(tmp_path: Path, owner: bool) -> None:
+    model, other, x = ByHand(owner), ByHand(owner), torch.randn(5, 8)
+    randomize(model)
+    save_adapter(model, tmp_path)
+    assert len(load_file(tensors_file(tmp_path))) == 4
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if k.endswith(("weight", "bias"))}, strict=False)
+    load_adapter(other, tmp_path)
+    assert torch.equal(other(x), model(x))
+    with pytest.raises(ValueError, match="model with LoTR layers"):
+        load_adapter(nn.ModuleDict({"first": nn.Linear(8, 8), "second": nn.Linear(8, 8)}), tmp_path)
+
+
+def test_wrapped_models_and_merged_ones(tmp_path: Path) -> None:
+    model = trained()
+    save_adapter(torch.compile(model), tmp_path / "compiled")
+    want = model(IDS)
+    merge(model)
+    save_adapter(model, tmp_path / "merged")
+    for directory in ("compiled", "merged"):
+        assert torch.equal(load_adapter(toy().eval(), tmp_path / directory)(IDS), want)
+
+
+def test_cast(tmp_path: Path) -> None:
+    model = trained(modules_to_save=["head"])
+    save_adapter(model, tmp_path)
+    base = toy().to(torch.bfloat16)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"head.weight: expected bfloat16 \[3, 16\].*got float32"):
+        load_adapter(base, tmp_path)
+    assert_unchanged(base, before)
+    load_adapter(base, tmp_path, cast=True)
+    assert base.head.weight.dtype == torch.bfloat16 and torch.equal(base.head.weight, model.head.weight.bfloat16())
+
+
+def test_saving_over_an_adapter_replaces_it_and_leaves_other_files(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "lotr_adapter.json.77.tmp").write_text("left by a kill")
+    for seed in (1, 2):
+        model = adapted()
+        randomize(model, seed=seed)
+        save_adapter(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["notes.txt", JSON_NAME, tensors_file(tmp_path).name])
+    assert torch.equal(load_adapter(toy(), tmp_path)(IDS), model(IDS))
+
+
+# ---- killed in the middle --------------------------------------------------------------------------------------------
+
+_SAVER = f"""
+import os, signal, sys
+sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}
+from toys import adapted, randomize
+from lotr_ext.model.checkpoint import save_adapter
+model = adapted(target_modules="all-linear", rank=64)
+def save(directory, seed):
+    randomize(model, seed=seed)
+    save_adapter(model, directory)
+def die_at(point):
+    count = 0
+    def dying(real):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        return call
+    os.replace, os.fsync = dying(os.replace), dying(os.fsync)
+"""
+# Each point is a process of its own, forked from one that has imported everything.
+_AT_POINTS = """
+for point in range(1, 8):
+    pid = os.fork()
+    if pid == 0:
+        die_at(point)
+        save(f"{sys.argv[1]}/{point}", 2)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+_FOREVER = """
+seed = 2
+while True:
+    save(sys.argv[1], seed)
+    print(seed, flush=True)
+    seed += 1
+"""
+
+
+def saver(program: str, directory: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", _SAVER + program, str(directory)], stdout=subprocess.PIPE, text=True)
+
+
+def outputs(*seeds: int) -> dict[int, torch.Tensor]:
+    model = adapted(target_modules="all-linear", rank=64)
+    found = {}
+    for seed in seeds:
+        randomize(model, seed=seed)
+        found[seed] = model(IDS)
+    return found
+
+
+def loaded_seed(directory: Path, seeds: range) -> int:
+    got = load_adapter(toy(), directory)(IDS)
+    return next(seed for seed, want in outputs(*seeds).items() if torch.equal(got, want))
+
+
+def test_a_kill_at_each_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
+    """The steps: fsync, replace and the directory's fsync of the tensors, then of the JSON, whose replace is the moment."""
+    model = adapted(target_modules="all-linear", rank=64)
+    randomize(model, seed=1)
+    for point in range(1, 8):
+        save_adapter(model, tmp_path / str(point))
+    codes = saver(_AT_POINTS, tmp_path).communicate(timeout=120)[0].split()
+    assert codes == [str(-signal.SIGKILL)] * 6 + ["0"]
+    for point in range(1, 8):
+        assert loaded_seed(tmp_path / str(point), range(1, 3)) == (1 if point <= 5 else 2), point
+        save_adapter(model, tmp_path / str(point))
+        assert len(list((tmp_path / str(point)).iterdir())) == 2  # what the kill left is gone
+
+
+def test_a_kill_at_any_time_leaves_a_whole_adapter(tmp_path: Path) -> None:
+    process, seed = saver(_FOREVER, tmp_path), 2
+    for _ in range(8):  # at least so many saves, then kill wherever it is
+        seed = int(process.stdout.readline())
+    time.sleep(0.003)
+    process.send_signal(signal.SIGKILL)
+    rest = process.communicate(timeout=60)[0].split()
+    last = int(rest[-1]) if rest else seed
+    assert process.returncode == -signal.SIGKILL
+    assert loaded_seed(tmp_path, range(last, last + 2)) >= last

@@ -1,0 +1,331 @@
+"""Every code block of README and docs runs, every command named there exists, README's tables are those of the results, and the
+site builds without a warning, with all pages in its navigation and nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import html
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+SITE_PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = [ROOT / "README.md", *SITE_PAGES]
+INSTALLS = ("pip install torch", "pip install --no-build-isolation .")  # test_packaging builds and installs
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+# ---- code ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_fence_has_a_language_that_is_tested(page):
+    fences = re.findall(r"^\s*(?:```|~~~)(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "sh"} and set(fences[1::2]) <= {""}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if not (ROOT / "data").is_dir():
+        pytest.skip("data/ is missing: run make setup")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    # Inductor's C++ compiler would take a minute here; test_compile.py runs it
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    if page.name == "README.md":  # what its three lines of plain PyTorch are about
+        m, k, n, r, layers = 5, 7, 6, 2, 3
+        names |= {"F": torch.nn.functional, "x": torch.randn(m, k), "A": torch.randn(k, r), "B": torch.randn(n, r)}
+        names |= {"G": torch.randn(layers, r, r), "W": torch.randn(layers, n, k), "bias": torch.randn(layers, n)}
+        names |= {"s": 0.5, "l": 1}
+        first, *others = blocks(page, "python")
+        exec(compile(first, str(page), "exec"), names)
+        check_the_three_lines(names)
+    else:
+        others = blocks(page, "python")
+    try:
+        for block in others:
+            exec(compile(block, str(page), "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():  # a block that failed before the page's last
+            torch.distributed.destroy_process_group()
+        torch.compiler.reset()
+    capsys.readouterr()
+    if page.name == "README.md":
+        assert type(names["plain"].encoder.layer[0].attention.self.query) is torch.nn.Linear
+
+
+def check_the_three_lines(names: dict[str, object]) -> None:
+    """They are what the function computes."""
+    from lotr_ext import lotr_linear
+
+    l = names["l"]
+    expected = lotr_linear(names["x"], names["W"][l], names["bias"][l], names["A"], names["B"], names["G"][l], names["s"])
+    torch.testing.assert_close(names["y"], expected)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
+    return sorted(set(lines) - set(INSTALLS))
+
+
+def program_module(name: str) -> ModuleType:
+    """What python -m name runs."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+
+
+def check_flags(program: list[str], words: list[str], capsys) -> None:
+    """That the program's --help names every flag among words; program: ["-m", module] or [a script]."""
+    if program[0] == "-m" or program[0].startswith("examples/"):
+        module = program_module(program[-1] if program[0] == "-m" else Path(program[-1]).stem)
+        if program[0] != "-m" and not hasattr(module, "arguments"):  # it takes none of its own
+            assert callable(module.main) and not words, words
+            return
+        with pytest.raises(SystemExit) as end:
+            module.main(["--help"])
+        text, status = capsys.readouterr().out, end.value.code
+    else:
+        done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
+        text, status = done.stdout, done.returncode
+    assert status in (0, None), text
+    for flag in (word for word in words if word.startswith("-")):
+        assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), f"{shlex.join(program)} --help does not name {flag}"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_exists(command, capsys):
+    words = shlex.split(command)
+    if words[0] == "make":
+        programs = {"demo": ["examples/finetune_text.py"], "bench": ["-m", "bench"]}
+        assert subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True).returncode == 0
+        for word in words[2:]:
+            assert word.startswith("ARGS="), command
+            check_flags(programs[words[1]], shlex.split(word[5:]), capsys)
+    elif words[0] == "torchrun":
+        (script,) = [word for word in words if word.endswith(".py")]
+        launcher, own = words[1 : words.index(script)], words[words.index(script) + 1 :]
+        known = {option for action in torchrun_parser()._actions for option in action.option_strings}
+        assert {word.split("=")[0] for word in launcher if word.startswith("-")} <= known, command
+        check_flags([script], own, capsys)
+    elif words[:2] == ["python", "-m"]:
+        check_module(words[2], words[3:], capsys)
+    else:
+        assert words[0] == "python" and (ROOT / words[1]).is_file(), command
+        check_flags([words[1]], words[2:], capsys)
+
+
+def torchrun_parser():
+    from torch.distributed.run import get_args_parser
+
+    return get_args_parser()
+
+
+def check_module(name: str, arguments: list[str], capsys) -> None:
+    if name == "pytest":
+        assert arguments and all((ROOT / path).exists() for path in arguments), arguments
+    elif name == "lotr_ext.convert":
+        from lotr_ext.convert import parser
+
+        assert parser().parse_args(arguments).command == arguments[0]
+    elif name in ("bench.targets", "bench.compare"):  # they take files and nothing else
+        assert callable(importlib.import_module(name).main) and not any(word.startswith("-") for word in arguments)
+    elif name.startswith("bench.") and hasattr(module := program_module(name), "arguments"):
+        if name == "bench.kernels" and not torch.cuda.is_available():
+            arguments = [*arguments, "--device", "cpu"]
+        module.arguments(arguments)  # shapes, rivals and GPUs exist too
+    else:
+        check_flags(["-m", name], arguments, capsys)
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_those_of_the_results():
+    from bench.report.rebuild import rebuild
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rebuild(text) == text, "run python -m bench.report"
+    begun = "made by python -m bench.report -->\n"
+    assert rebuild(text.replace(begun, f"{begun}| 99.9 % |\n")) == text
+
+
+def test_links_and_pictures_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page_name(page)}: {target}"
+
+
+def test_no_address_on_the_machine_where_it_was_written():
+    for page in PAGES:
+        assert not re.search(r"/(work|home|root|tmp)/", page.read_text(encoding="utf-8")), page_name(page)
+
+
+def test_tests_that_docs_peft_names_exist():
+    rows = re.findall(r"^\|[^|]+\|([^|]+)\|$", (DOCS / "peft.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cells = [re.sub(r"\([^)]*\)", "", part).strip() for row in rows for part in re.split("[,;]", row)]
+    names = [cell for cell in cells if re.fullmatch(r"[a-z]+(_[a-z]+)*", cell) and cell != "ours"]
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "python_tests" / "interop").glob("test_peft*.py"))
+    gone = [name for name in names if f"def test_{name}(" not in tests]
+    assert len(names) > 20 and not gone, gone
+
+
+# ---- the site --------------------------------------------------------------------------------------------------------
+
+
+def navigation(entry: object = None) -> list[str]:
+    """The pages that mkdocs.yml has in its nav, in order."""
+    if entry is None:
+        entry = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    if isinstance(entry, str):
+        return [entry]
+    inner = entry.values() if isinstance(entry, dict) else entry
+    return [page for value in inner for page in navigation(value)]
+
+
+def test_every_page_is_in_the_navigation():
+    have, want = navigation(), [page.relative_to(DOCS).as_posix() for page in SITE_PAGES]
+    assert len(set(have)) == len(have)
+    missing, gone = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+    assert not missing, f"add to nav in mkdocs.yml: {', '.join(missing)}"
+    assert not gone, f"nav in mkdocs.yml names pages that docs/ does not have: {', '.join(gone)}"
+
+
+@pytest.mark.parametrize("page", SITE_PAGES, ids=page_name)
+def test_a_page_has_one_title_and_no_heading_skips_a_level(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    assert text.startswith("# ") and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs", reason="mkdocs is missing: pip install -r requirements-dev.txt")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    # no proxy is there: what tries to reach another machine fails
+    environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+class Fetched(HTMLParser):
+    """What a browser loads to show a page, and the page's text."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.addresses, self.text = [], ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag != "a" and not (tag == "link" and values.get("rel") == "canonical"):
+            self.addresses += [values[name] for name in ("src", "href", "srcset", "data") if values.get(name)]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_site_fetches_nothing(site):
+    pages = sorted(site.rglob("*.html"))
+    assert {page.relative_to(site).with_suffix(".md").as_posix() for page in pages} - {"404.md"} == set(navigation())
+    for page in pages:
+        for address in Fetched(page).addresses:
+            assert not re.match(r"(?:https?:)?//", address), f"{page.name} loads {address}"
+            local = site / address.lstrip("/") if page.name == "404.html" else page.parent / address.split("?")[0]
+            assert address.startswith(("data:", "#")) or local.exists(), f"{page.name} loads {address}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(?:https?:)?//|@import", style.read_text(encoding="utf-8")), style.name
+
+
+def test_the_site_shows_the_code_itself(site):
+    """Signatures, kernel heads, --help, counted bytes: nothing of it is in the pages' sources."""
+    import lotr_ext
+    import lotr_ext.interop
+
+    reference = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
+    public = (*lotr_ext.__all__, *lotr_ext.interop.__all__)
+    missing = [name for name in public if not re.search(rf'id="lotr_ext\.([a-z_]+\.)*{name}"', reference)]
+    assert not missing, f"add to docs/api: {', '.join(missing)}"
+    kernels = Fetched(site / "kernels.html").text
+    for source in sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cuh")):
+        opening = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("// ")
+        if "__global__" in source.read_text(encoding="utf-8"):
+            assert opening in kernels, f"{source.name} is not on docs/kernels.md"
+    assert re.search(r"shrink_grad\s+8192 x 4096, 16", kernels)
+    assert "usage: python -m bench.layer" in Fetched(site / "api" / "commands.html").text
+    rebuilt = html.unescape((site / "benchmarks.html").read_text(encoding="utf-8"))
+    assert "LoRA in-place, beta" in rebuilt and "<!-- insert" not in rebuilt
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("# Title\n", []),
+        ("# Title\n\n[gone](gone.md)\n", ["gone.md"]),
+        ("# Title\n\n[gone](#gone)\n", ["#gone"]),
+        ("# Title\n", ["not included in the", "other.md"]),
+    ],
+)
+def test_make_docs_fails_on_a_warning(text, words, tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is missing: pip install -r requirements-dev.txt")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(text)
+    if "other.md" in words:
+        (tmp_path / "docs" / "other.md").write_text(text)
+    checks = re.search(r"^validation:\n(?: .*\n)+", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: x\ntheme: mkdocs\nsite_dir: site\nnav: [index.md]\n{checks}")
+    built_package = Path(".venv", ".stamps", "build")  # taken as it is
+    command = ["make", "-C", str(ROOT), "-o", str(built_package), "docs", f"PY={sys.executable}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    made = subprocess.run(
+        [*command, f"DOCS_ARGS=-f {tmp_path / 'mkdocs.yml'}"], env=environment, capture_output=True, text=True
+    )
+    assert (made.returncode != 0) == bool(words), made.stdout + made.stderr
+    assert all(word in made.stderr for word in words), made.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("<!-- insert: tables layer -->", ["x.md", "expected one of head, help", "got tables"]),
+        ("<!-- insert: head nothing -->", ["x.md", "head nothing", "nothing.cuh"]),
+        ("<!-- insert: help bench.nothing -->", ["x.md", "help bench.nothing", "No module named"]),
+        ("<!-- insert: results nothing -->", ["x.md", "results nothing"]),
+    ],
+)
+def test_an_insertion_that_cannot_be_made_ends_the_build(line, words, monkeypatch):
+    PluginError = pytest.importorskip("mkdocs.exceptions", reason="mkdocs is missing").PluginError
+    monkeypatch.syspath_prepend(str(DOCS))
+    insertions = importlib.import_module("insertions")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="x.md"))
+    with pytest.raises(PluginError) as caught:
+        insertions.on_page_markdown(f"# Title\n\n{line}\n", page=page, config=None, files=None)
+    assert all(word in str(caught.value) for word in words), caught.value

@@ -1,0 +1,145 @@
+"""Wheel, set-up and their messages: what a new user meets before the first line of Python runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+OLD_PYTHON = '#!/bin/sh\ncase "$1" in -V) echo Python 3.9.2;; *) exit 1;; esac\n'
+NO_VENV = f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n'
+COMPILER, OLD_COMPILER = "#!/bin/sh\nexit 0\n", "#!/bin/sh\nexit 1\n"
+
+
+# ---- the wheel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
+    built = subprocess.run([*command, str(ROOT)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_serves_every_python_from_3_10_on(wheel):
+    assert re.fullmatch(r"lotr_ext-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert "lotr_ext/_C.abi3.so" in names and "lotr_ext/__init__.py" in names
+    assert all(name.startswith(("lotr_ext/", "lotr_ext-")) for name in names)
+    assert any(name.endswith("LICENSE") for name in names)
+    assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.10" in metadata
+
+
+def test_module_links_to_no_one_torch_cuda_or_python(wheel, tmp_path):
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is missing (binutils)")
+    with zipfile.ZipFile(wheel) as archive:
+        module = archive.extract("lotr_ext/_C.abi3.so", tmp_path)
+    dynamic = subprocess.run(["readelf", "-d", module], capture_output=True, text=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
+    allowed = r"libtorch_cpu|libc10|libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|librt|ld-linux"
+    assert needed and all(re.match(rf"({allowed})[.-]", name) for name in needed), needed
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    symbols = subprocess.run(["readelf", "-V", module], capture_output=True, text=True).stdout
+    newest = max(tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_(\d+\.\d+)", symbols))
+    assert newest <= (2, 34), f"expected a module that runs from GLIBC 2.34 on, got one that needs {newest}"
+
+
+# ---- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def make_venv(tmp_path: Path, programs: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    """.ci/make_venv on a machine that has only these programs (and the shell's own)."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name in ("sh", "mktemp", "rm", "cat"):
+        (path / name).symlink_to(shutil.which(name))
+    for name, text in programs.items():
+        (path / name).write_text(text)
+        (path / name).chmod(0o755)
+    environment = {"PATH": str(path), "HOME": str(tmp_path)}
+    command = ["sh", str(ROOT / ".ci" / "make_venv"), str(tmp_path / "venv"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("programs", "arguments", "words"),
+    [
+        ({}, [], ["no Python 3.10 or later", "install"]),
+        ({"python3": OLD_PYTHON, "c++": COMPILER}, [], ["no Python 3.10 or later"]),
+        ({"python3": PYTHON, "old": OLD_PYTHON, "c++": COMPILER}, ["old"], ["PYTHON=old is Python 3.9.2", "3.10"]),
+        ({"python3": PYTHON, "c++": COMPILER}, ["absent"], ["PYTHON=absent is not a command"]),
+        ({"python3": NO_VENV, "c++": COMPILER}, [], ["no venv module", "python3-venv"]),
+        ({"python3": PYTHON}, [], ["no C++ compiler", "g++"]),
+        ({"python3": PYTHON, "c++": OLD_COMPILER}, [], ["does not compile C++17"]),
+    ],
+)
+def test_missing_tools_get_one_line(tmp_path, programs, arguments, words):
+    result = make_venv(tmp_path, programs, *arguments)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("make setup: ") and all(word in result.stderr for word in words), result.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_later_python_is_found_and_a_broken_environment_is_made_anew(tmp_path):
+    fake = f"""#!/bin/sh
+if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit 0; fi
+exec {sys.executable} "$@"
+"""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "left-over").write_text("")
+    programs = {"python3": OLD_PYTHON, "python3.11": fake, "c++": COMPILER}
+    programs |= {name: f'#!/bin/sh\nexec {shutil.which(name)} "$@"\n' for name in ("mkdir", "cp")}
+    result = make_venv(tmp_path, programs)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "venv" / "bin" / "python").exists() and not (tmp_path / "venv" / "left-over").exists()
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        (
+            "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)",
+            ["torch >= 2.10", "got none"],
+        ),
+        (
+            "m.version = lambda name: '2.9.1' if name == 'torch' else version(name)",
+            ["torch >= 2.10", "got 2.9.1"],
+        ),
+        ("s.which = lambda name, **k: None", ["C++17 compiler", "got none"]),
+        ("s.which = lambda name, **k: None if name == 'cmake' else which(name, **k)", ["cmake >= 3.26", "pip install cmake"]),
+    ],
+)
+def test_setup_says_what_is_missing(tmp_path, patch, words):
+    program = f"""
+import importlib.metadata as m, importlib.util as u, runpy, shutil as s, sys
+find, version, which = u.find_spec, m.version, s.which
+{patch}
+sys.argv = ["setup.py", "--quiet", "build_ext", "--build-lib", {str(tmp_path)!r}, "--build-temp", {str(tmp_path)!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"LOTR_BUILD_DIR": str(tmp_path / "build")}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("lotr_ext: ")]
+    assert all(word in line for word in words), line
+
+
+def test_setup_has_nothing_to_do_twice():
+    if Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
+        pytest.skip("these tests do not run in .venv: make test")
+    again = subprocess.run(["make", "-q", "-C", str(ROOT), "setup"], capture_output=True, text=True)
+    assert again.returncode == 0, "make setup would do something again"
