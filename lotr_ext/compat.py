@@ -37,9 +37,9 @@ graph_task = torch._C._current_graph_task_id  # of the running backward; below z
 at_end_of_backward = Variable._execution_engine.queue_callback  # called once the running backward has ended; never if it fails
 
 
-def saved_but(ctx, unwanted: int) -> tuple[Tensor | None, ...]:
-    """ctx.saved_tensors without number `unwanted`, which is not looked at, so that nobody minds that it was changed."""
-    return tuple(None if i == unwanted else saved.unpack() for i, saved in enumerate(ctx._raw_saved_tensors))
+def saved_but(ctx, unwanted: list[int]) -> tuple[Tensor | None, ...]:
+    """ctx.saved_tensors without those numbered, which are not looked at, so that nobody minds that they were changed."""
+    return tuple(None if i in unwanted else saved.unpack() for i, saved in enumerate(ctx._raw_saved_tensors))
 
 
 def wants(ctx, i: int) -> bool:

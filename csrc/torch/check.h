@@ -160,6 +160,8 @@ struct Check {
   // dimension has to step over all that the ones with smaller strides reach.
   void writable(const Arg& a) const {
     int64_t reach = 0, last = 0;
+    for (int64_t i = 0; i < a.dim; ++i)
+      if (a.size[i] == 0) return;
     for (int64_t done = 0; done < a.dim; ++done) {
       int64_t next = -1;  // the smallest stride that is left; a handful of dimensions
       for (int64_t i = 0; i < a.dim; ++i) {

@@ -2,8 +2,8 @@
 // uses:
 //
 //   CUDA        what layer_forward and its kind run there: our operators around the library's products
-//   decomposed  what a dispatch mode is shown (OpOverload.decompose): each product by the dispatcher, and no
-//               write into one, for selective checkpointing keeps them
+//   decomposed  what a dispatch mode is shown (OpOverload.decompose): each product by the dispatcher. Forward
+//               nothing is written that an operator gave, for selective checkpointing keeps what it likes
 //
 // Calls go through the dispatcher, one or two microseconds each; the products on CUDA by the C functions
 // underneath, since the dispatcher's stable interface takes no alpha and beta.
@@ -90,13 +90,7 @@ void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(addmm(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
-// Whether a product may be written into: not where a dispatch mode may hold it.
 enum class Use { cuda, decomposed };
-
-template <Use use>
-Tensor mine(const Tensor& t) {
-  return use == Use::cuda ? t : torch::stable::clone(t);
-}
 
 struct Named {
   const char* name;
@@ -142,8 +136,12 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
     product_onto(y, flat, torch::stable::transpose(weight, 0, 1));
     return {shaped(y, x), u, F};
   }
-  Tensor y = mine<use>(linear(flat, weight, bias));
-  expand_add(y, u_in, F_in);
+  Tensor y = linear(flat, weight, bias);
+  if (use == Use::decomposed) {
+    y = one("lotr::expand", y, u_in, F_in);
+  } else {
+    expand_add(y, u_in, F_in);
+  }
   return {shaped(y, x), u, F};
 }
 
@@ -196,7 +194,7 @@ Tensor input_gradient(const Tensor& g, const Tensor& weight, const OptionalTenso
     dx = rows(*given);
     product_onto(dx, g, weight);
   } else {
-    dx = mine<use>(product(g, weight));
+    dx = product(g, weight);
     if (given) {
       Tensor total = rows(*given);
       dx = torch::stable::copy_(total, sum(total, dx));
@@ -223,7 +221,8 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   const bool fold = u && !Q && (need_B || need_core || dB);
   ReadOfG found = read_g(flat, F, Q || fold ? u : std::nullopt, Q, wide);
   if (found.k && k) found.k = sum(*found.k, *k);
-  Tensor new_dx = nothing(g, type), new_dA = nothing(g, narrow), new_dB = new_dA, new_core = new_dA;
+  Tensor new_dx = nothing(g, type), new_dA = nothing(g, narrow), new_dB = nothing(g, narrow),
+         new_core = nothing(g, narrow);
   if (fold) {
     OptionalTensor total = dB;
     if (need_B && !dB) total = zeros(B, {B.size(0), B.size(1)}, wide);
@@ -251,9 +250,13 @@ std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& we
   check_devices("lotr::small_layer_forward", {named("x", x), named("weight", weight), named("bias", bias),
                                               named("A", A), named("B", B), named("core", core)});
   const Tensor flat = rows(x);
-  const Tensor y = mine<use>(linear(flat, weight, bias));
-  const Tensor u = one("lotr::small_forward_", y, flat, A, core, B, scaling);
-  return {shaped(y, x), u};
+  const Tensor y = linear(flat, weight, bias);
+  if (use == Use::decomposed) {
+    const auto found = dispatch<2>("lotr::small_forward", y, flat, A, core, B, scaling);
+    return {shaped(torch::stable::detail::to<Tensor>(found[0]), x),
+            torch::stable::detail::to<Tensor>(found[1])};
+  }
+  return {shaped(y, x), one("lotr::small_forward_", y, flat, A, core, B, scaling)};
 }
 
 template <Use use>
@@ -267,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_layer_backward_(
   const ScalarType type = g.scalar_type(), wide = acc_dtype(type), narrow = gradient_dtype(A, B, core);
   const Tensor flat = rows(g);
   OptionalTensor out, flat_x, sum_A = dA, sum_B = dB;
-  if (weight) out = mine<use>(product(flat, *weight));
+  if (weight) out = product(flat, *weight);
   if (x) flat_x = rows(*x);
   if (x && !dA) sum_A = zeros(A, {A.size(0), A.size(1)}, wide);
   if (need_B && !dB) sum_B = zeros(B, {B.size(0), B.size(1)}, wide);
@@ -291,8 +294,38 @@ Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const Optiona
   return x && !dA ? total : nothing(k, wide);
 }
 
+// The operators that add to y, onto a new tensor: y's maker may need y, and users may write into what comes
+// out.
+Tensor own_copy(const Tensor& y) {
+  Tensor out = torch::stable::empty_like(torch::stable::contiguous(y));
+  return torch::stable::copy_(out, y);
+}
+Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
+  const Tensor out = own_copy(y);
+  expand_add(rows(out), u, F);
+  return out;
+}
+std::tuple<Tensor, Tensor> small_forward(const Tensor& y, const Tensor& x, const Tensor& A,
+                                         const Tensor& core, const Tensor& B, double scaling) {
+  const Tensor out = own_copy(y);
+  return {out, one("lotr::small_forward_", out, x, A, core, B, scaling)};
+}
+
 }  // namespace
 }  // namespace lotr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
+  m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor");
+  m.def(
+      "small_forward(Tensor y, Tensor x, Tensor A, Tensor core, Tensor B, float scaling) "
+      "-> (Tensor y, Tensor u)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
+{
+  m.impl("expand", TORCH_BOX(&lotr::expand));
+  m.impl("small_forward", TORCH_BOX(&lotr::small_forward));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
 {
@@ -302,6 +335,8 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
   m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward<Use::cuda>));
   m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_<Use::cuda>));
   m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_));
+  m.impl("expand", TORCH_BOX(&lotr::expand));
+  m.impl("small_forward", TORCH_BOX(&lotr::small_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeImplicitAutograd, m)

@@ -49,14 +49,16 @@ class LoTRFunction(Function):
             x if need_x or need_weight or need_A else None,  # with x: double backward, which layers avoid where A is frozen
             weight if need_x or need_weight else None,
             bias if need_bias else None,
-            A,
-            B,
-            core,
+            A if need_x or need_A else None,
+            B if need_x or need_A or need_core else None,
+            core if need_x or need_A or need_B else None,
             u if need_B or need_core else None,
             F if need_x or need_A else None,
         )
         ctx.call = call
-        ctx.views = A, B  # else the next layers of a checkpoint's forward, which saves no tensor, would find them gone
+        # the values of what is not saved, whose change nobody minds; and A and B as the next layers of a checkpoint's forward,
+        # which saves no tensor, must find them
+        ctx.factors = A, B, core
         return y
 
     @staticmethod
@@ -65,11 +67,12 @@ class LoTRFunction(Function):
         call = ctx.call
         try:
             x, weight, bias, A, B, core, u, F = ctx.saved_tensors
-        except RuntimeError:  # freed, or changed: x is needed for A's and W's gradient alone, if for anything
-            if need_weight or recorded() or not need_A or wants(ctx, 3):
+        except RuntimeError:  # freed, or changed: x and A are needed for each other's gradient alone, if for anything
+            if need_weight or recorded():
                 raise
-            x, weight, bias, A, B, core, u, F = saved_but(ctx, 0)
-            need_A = False
+            need_x, need_A = need_x and wants(ctx, 0), need_A and wants(ctx, 3)
+            x, weight, bias, A, B, core, u, F = saved_but(ctx, [0] * (not need_A) + [3] * (not need_x))
+        A, B, core = (given if t is None else t for t, given in zip((A, B, core), ctx.factors))
         if recorded():
             return *LoTRFunction._recorded(ctx, g, x, weight, bias, A, B, core, u), None
         A, B, core = here(g.device, A, B, core)
@@ -115,7 +118,8 @@ class LoTRShrink(Function):
         need_x, need_A = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_A else None, A if need_x else None, seed)
         ctx.call, ctx.input, ctx.view, ctx.A_cast, ctx.shape, ctx.device = call, shared_input, A, A_cast, x.shape, x.device
-        u = ops.shrink(rows(to(x, call.compute)), *here(x.device, A_cast), p=call.p, seed=seed)
+        with private_write():
+            u = ops.shrink(rows(to(x, call.compute)), *here(x.device, A_cast), p=call.p, seed=seed)
         route = torch.empty_strided(x.shape, (0,) * x.dim(), dtype=call.compute, device=x.device)  # one element of memory
         if not need_x:
             ctx.mark_non_differentiable(route)
@@ -186,16 +190,18 @@ class LoTRExpand(Function):
             y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, call.beta, False, u=u, F=F_l)
         else:
             if F_l is None:
-                F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
+                with private_write():
+                    F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
             y = add_expand(y, u, F_l)
         ctx.save_for_backward(
             weight if need_x else None,
             F_l if need_u else None,
             u if need_B or need_core else None,
-            B,
-            core,
+            B if need_u or need_core else None,
+            core if need_u or need_B else None,
         )
-        ctx.call, ctx.input, ctx.F, ctx.view = call, shared_input, F, B
+        ctx.call, ctx.input, ctx.F, ctx.factors = call, shared_input, F, (B, core)
+        ctx.summed = shared_input.route is not None  # in LoTRShrink's stead; else k goes back the way that u came
         shared_input.await_backward(ctx)
         return y
 
@@ -206,6 +212,7 @@ class LoTRExpand(Function):
         if g is None:
             return (None,) * 9
         weight, F_l, u, B, core = ctx.saved_tensors
+        B, core = (given if t is None else t for t, given in zip((B, core), ctx.factors))
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
         if ctx.F is not None:  # which has them behind it
             need_B = need_core = False
@@ -214,7 +221,8 @@ class LoTRExpand(Function):
         if recorded():
             return *LoTRExpand._recorded(ctx, g, weight, u, B, core), dy, *nothing
         values = here(g.device, B, core)
-        total = shared_input.sum(g.device) if need_x or need_u else None
+        need_x = need_x and weight is not None
+        total = shared_input.sum(g.device) if ctx.summed and (need_x or need_u) else None
         k, dx = (None, None) if total is None or total.value is None else total.value
         Q = call.bank.Q(call.l) if need_F else None
         sum_B = call.sum("B", values[0]) if need_B else None
@@ -224,7 +232,8 @@ class LoTRExpand(Function):
         )
         if total is not None:
             total.value = (new_k if need_u else k, new_dx if need_x and dx is None else dx)
-        return None, None, dB, dcore, None, dy, *nothing
+            new_k = None
+        return None, new_k, dB, dcore, None, dy, *nothing
 
     @staticmethod
     def _recorded(ctx, g, weight, u, B, core):
@@ -232,7 +241,7 @@ class LoTRExpand(Function):
         if ctx.F is not None:
             need_B = need_core = False
         call, (B_here, core_here) = ctx.call, here(g.device, B, core)
-        dx = g @ to(weight, g.dtype) if need_x else None
+        dx = None if weight is None or not need_x else g @ to(weight, g.dtype)
         g, dB, dcore, dF = rows(g), None, None, None
         F = composite.fold(B_here, core_here, call.scaling, g.dtype) if ctx.F is None else ctx.F[call.l]
         k = g @ F if need_u else None
@@ -248,8 +257,7 @@ class LoTRExpand(Function):
 
 
 def add_expand(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
-    """y [..., n] + u F^T in memory of its own: y's maker may need y, and users may write into what comes out."""
-    out = y.clone(memory_format=torch.contiguous_format) if y.dtype == u.dtype else u.new_zeros(y.shape)
-    with private_write():
-        ops.expand_add_(rows(out), u, F)
-    return out if y.dtype == u.dtype else y + to(out, y.dtype)
+    """y [..., n] + u F^T in memory of its own, in y's dtype."""
+    if y.dtype == u.dtype:
+        return ops.expand(y, u, F)
+    return y + to(ops.expand(u.new_zeros(y.shape), u, F), y.dtype)

@@ -4,6 +4,7 @@ from .layer import layer_backward, layer_forward, shrink_backward
 from .library import accumulate_dtype
 from .operators import (
     dropout_mask,
+    expand,
     expand_add_,
     factor_grad_,
     fold,
@@ -18,6 +19,7 @@ from .operators import (
 __all__ = [
     "accumulate_dtype",
     "dropout_mask",
+    "expand",
     "expand_add_",
     "factor_grad_",
     "fold",

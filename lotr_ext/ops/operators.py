@@ -61,6 +61,16 @@ def _(y: Tensor, u: Tensor, F: Tensor, p: float = 0.0, seed: Tensor | None = Non
     torch._check(y.shape[0] == u.shape[0], lambda: f"expand_add_: u: expected {y.shape[0]} rows, got {u.shape[0]}")
 
 
+def expand(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
+    """y [..., n] + u [m, r] F [n, r]^T as a new tensor."""
+    return _lotr.expand.default(y, u, F)
+
+
+@torch.library.register_fake("lotr::expand")
+def _(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
+
+
 def factor_grad_(acc: Tensor, x: Tensor, k: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> None:
     """acc [k, r] += drop(x) [m, k]^T k [m, r], in place, in a fixed order; acc is float32 (float64 for float64)."""
     _lotr.factor_grad_.default(acc, x, k, p, seed)
@@ -164,6 +174,11 @@ def small_forward_(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, sca
 @torch.library.register_fake("lotr::small_forward_")
 def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
     return x.new_empty(x.shape[0], A.shape[1])
+
+
+@torch.library.register_fake("lotr::small_forward")
+def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), x.new_empty(x.shape[0], A.shape[1])
 
 
 def small_backward_(
