@@ -1,0 +1,146 @@
+"""What a program is written with: choices, names, lines. A program is source text, a function of a world (`worlds.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from hypothesis import strategies as st
+from programs.script import dtype_name
+
+T = TypeVar("T")
+
+HALVES = (torch.bfloat16, torch.float16)
+KINDS = ("strided", "offset", "transposed", "padded", "expanded", "neg", "conj")
+
+
+class Value(NamedTuple):
+    """A tensor of a program: its name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        return self.shape[-1]
+
+
+class Layer(NamedTuple):
+    """An adapted layer: the expression that it is reached by, its group's, and its sizes."""
+
+    name: str
+    factors: str
+    k: int
+    n: int
+    wrapped: bool = False
+
+
+class Builder:
+    """A program in the making. compute: the dtype of x, weights and products; adapter: of A, B and the cores."""
+
+    def __init__(self, draw):
+        self.draw = draw
+        self.lines: list[str] = []
+        self.indent = 1
+        self.names = 0
+        self.layers: list[Layer] = []
+        self.values: list[Value] = []  # inputs and what was made of them, the newest last
+        self.fresh: list[Value] = []  # with no backward through them yet
+        self.compute = self.one_of(torch.float32, torch.float32, torch.float64, *HALVES)
+        self.autocast = self.one_of(*HALVES) if self.compute == torch.float32 and self.chance(0.2) else None
+        self.adapter = torch.float32 if self.compute in HALVES and self.chance(0.5) else self.compute
+        self.widths = [self.small(1, 40) for _ in range(self.small(1, 3))]
+        self.many = self.chance(0.4)  # at least 128 tokens, where other paths are taken
+        self.dropout = self.one_of(0.3, 0.5) if self.chance(0.15) else 0.0
+        self.large = self.compute == torch.float16 and self.chance(0.3)  # a scaling and cores whose product leaves float16
+        self.net: str | None = None
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        used = [t for t in (self.compute, self.autocast, self.adapter) if t is not None]
+        return max(used, key=lambda t: torch.finfo(t).eps)
+
+    # ---- choices -----------------------------------------------------------------------------------------------------
+
+    def one_of(self, *options: T) -> T:
+        return self.draw(st.sampled_from(options))
+
+    def chance(self, p: float) -> bool:
+        """True with about this probability; False is the simpler choice."""
+        return self.draw(st.integers(0, 99)) >= 100 - round(100 * p)
+
+    def number(self, low: int, high: int) -> int:
+        return self.draw(st.integers(low, high))
+
+    def small(self, low: int, high: int) -> int:
+        """Mostly near low."""
+        return self.number(low, min(high, low + 6)) if self.chance(0.7) else self.number(low, high)
+
+    def some(self, options: Sequence[T], least: int = 1) -> list[T]:
+        """At least `least` of them, in any order."""
+        options = list(options)
+        chosen = self.draw(st.lists(st.sampled_from(range(len(options))), min_size=least, max_size=4, unique=True))
+        return [options[i] for i in chosen]
+
+    # ---- text --------------------------------------------------------------------------------------------------------
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.indent + text)
+
+    def name(self, letter: str) -> str:
+        self.names += 1
+        return f"{letter}{self.names}"
+
+    def seed(self) -> int:
+        """No choice: values do not matter, only that they differ."""
+        self.names += 1
+        return 100 * self.names
+
+    def dtype(self, dtype: torch.dtype | None = None) -> str:
+        return f"torch.{dtype_name(dtype or self.compute)}"
+
+    # ---- inputs ------------------------------------------------------------------------------------------------------
+
+    def tokens(self) -> tuple[int, ...]:
+        """The leading dimensions of an input."""
+        if self.many:
+            return self.one_of((128,), (130,), (2, 65), (200,))
+        return self.one_of((3,), (2,), (1,), (2, 3), (), (5,), (0,), (2, 0), (127,), (17,))
+
+    def kind(self, p: float = 0.25) -> str:
+        return self.one_of(*KINDS) if self.chance(p) else "plain"
+
+    def input(self, width: int, tokens: tuple[int, ...] | None = None) -> Value:
+        """A new leaf."""
+        shape = (*(self.tokens() if tokens is None else tokens), width)
+        grad, kind = not self.chance(0.25), self.kind()
+        scale = ", scale=1e-3" if self.large else ""
+        extra = ("" if grad else ", grad=False") + ("" if kind == "plain" else f', kind="{kind}"') + scale
+        value = Value(self.name("x"), shape)
+        sizes = ", ".join(map(str, shape))
+        self.line(f"{value.name} = w.tensor({sizes}, seed={self.seed()}, dtype={self.dtype()}{extra})")
+        self.values.append(value)
+        return value
+
+    def input_for(self, width: int) -> Value:
+        """A value of this width, often the one last used, or a new leaf."""
+        fitting = [value for value in self.values if value.width == width]
+        if fitting and self.chance(0.8):
+            return fitting[-1] if self.chance(0.6) else self.one_of(*fitting)
+        return self.input(width)
+
+    def made(self, shape: tuple[int, ...], letter: str = "y") -> Value:
+        value = Value(self.name(letter), shape)
+        self.values.append(value)
+        self.fresh.append(value)
+        return value
+
+    def forget(self) -> None:
+        """No more backwards through what there is: its graph is gone, or would raise."""
+        self.fresh.clear()
+        self.values = [value for value in self.values if value.name.startswith("x")]
+
+    def source(self) -> str:
+        head = "import copy\n\nimport torch\nfrom programs.worlds import Planned\nfrom torch import nn\nfrom torch.nn.utils import parametrize\n\n\n"
+        return head + "def program(w):\n" + "\n".join(self.lines or ["    pass"]) + "\n"
