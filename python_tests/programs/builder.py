@@ -12,6 +12,13 @@ from programs.script import dtype_name
 T = TypeVar("T")
 
 HALVES = (torch.bfloat16, torch.float16)
+HEAD = """import torch
+from programs.worlds import Doubled, Planned
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+
+
+"""
 KINDS = ("strided", "offset", "transposed", "padded", "expanded", "neg", "conj")
 
 
@@ -55,6 +62,9 @@ class Builder:
         self.dropout = self.one_of(0.3, 0.5) if self.chance(0.15) else 0.0
         self.large = self.compute == torch.float16 and self.chance(0.3)  # a scaling and cores whose product leaves float16
         self.net: str | None = None
+        self.net_recomputes = False  # whether the model's forward checkpoints some of its layers
+        self.recomputes = False  # whether something waits for its recomputation
+        self.frozen = not self.dropout and self.chance(0.03)  # made under inference_mode, never trained
 
     @property
     def coarsest(self) -> torch.dtype:
@@ -114,7 +124,7 @@ class Builder:
     def input(self, width: int, tokens: tuple[int, ...] | None = None) -> Value:
         """A new leaf."""
         shape = (*(self.tokens() if tokens is None else tokens), width)
-        grad, kind = not self.chance(0.25), self.kind()
+        grad, kind = not (self.frozen or self.chance(0.25)), self.kind()
         scale = ", scale=1e-3" if self.large else ""
         extra = ("" if grad else ", grad=False") + ("" if kind == "plain" else f', kind="{kind}"') + scale
         value = Value(self.name("x"), shape)
@@ -139,8 +149,13 @@ class Builder:
     def forget(self) -> None:
         """No more backwards through what there is: its graph is gone, or would raise."""
         self.fresh.clear()
+        self.recomputes = self.net_recomputes
         self.values = [value for value in self.values if value.name.startswith("x")]
 
+    def changed(self) -> None:
+        """A layer computes something else from now on: a recomputation would."""
+        if self.recomputes:
+            self.forget()
+
     def source(self) -> str:
-        head = "import copy\n\nimport torch\nfrom programs.worlds import Planned\nfrom torch import nn\nfrom torch.nn.utils import parametrize\n\n\n"
-        return head + "def program(w):\n" + "\n".join(self.lines or ["    pass"]) + "\n"
+        return HEAD + "def program(w):\n" + "\n".join(self.lines or ["    pass"]) + "\n"

@@ -25,20 +25,24 @@ def rank(b: Builder) -> tuple[int, int]:
 
 def make_layers(b: Builder) -> None:
     """One to three groups with one to three layers each, built by hand."""
+    if b.frozen:
+        b.line("with torch.inference_mode():")
+        b.indent += 1
     for _ in range(b.one_of(1, 1, 2, 3)):
         k, n = b.one_of(*b.widths), b.one_of(*b.widths)
-        factors, train = b.name("f"), b.one_of(*TRAIN)
+        factors, train = b.name("f"), "" if b.frozen else b.one_of(*TRAIN)
         adapter = b.dtype(b.adapter)
         b.line(f'{factors} = w.factors({k}, {n}, {rank(b)}, seed={b.seed()}, dtype={adapter}, train="{train}")')
         for _ in range(b.one_of(1, 2, 3)):
             layer = Layer(b.name("l"), factors, k, n, b.chance(0.2))
             extra = ", wrapped=True" if layer.wrapped else ""
             extra += "" if b.chance(0.7) else ", bias=False"
-            extra += ", train=False" if b.chance(0.15) else ""
+            extra += ", train=False" if b.frozen or b.chance(0.15) else ""
             kind = b.kind(0.1)
             extra += "" if kind in ("plain", "expanded") else f', weight_kind="{kind}"'
             b.line(f"{layer.name} = w.layer({factors}, seed={b.seed()}, dtype={b.dtype()}, {settings(b)}{extra})")
             b.layers.append(layer)
+    b.indent = 1
 
 
 def make_net(b: Builder) -> None:
@@ -66,6 +70,8 @@ def make_net(b: Builder) -> None:
     r, adapter = rank(b), b.dtype(b.adapter)
     b.line(f"net = w.apply(Net(), {groups}, {r}, seed={b.seed()}, dtype={b.dtype()}, adapter_dtype={adapter},")
     b.line(f'              {settings(b)}, train="{train}")')
+    if b.frozen:
+        b.line("net.requires_grad_(False)")
     b.net = "net"
     b.outputs = len(outputs)
     b.layers += [Layer(f"net.{name}", groups[name], k, n) for name, (k, n) in zip(names, sizes)]
@@ -84,6 +90,7 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
         value = Value(b.name("h"), (-1, layer.n))
         call = f"{layer.name}({source.name})"
         kind = b.one_of(*(["plain"] * 6), "checkpoint", "selective", "core", "scaling", "replaced", "no_grad")
+        b.net_recomputes = b.recomputes = b.recomputes or kind in ("checkpoint", "selective")
         if kind == "checkpoint":
             call = f"w.checkpoint({layer.name}, {source.name})"
         elif kind == "selective":
@@ -96,7 +103,8 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
         elif kind == "replaced":
             b.line(f"{layer.name}.core = nn.Parameter({layer.name}.core.detach() * -0.5)")
         if kind == "no_grad":
-            b.line(f"with torch.{b.one_of('no_grad', 'inference_mode')}():")
+            unrecorded = "no_grad" if b.dropout else b.one_of("no_grad", "inference_mode")
+            b.line(f"with torch.{unrecorded}():")
             b.line(f"    {value.name} = {call}")
         else:
             b.line(f"{value.name} = {call}")

@@ -70,6 +70,7 @@ def forward_net(b: Builder, call: str = "net({0}, w)") -> None:
 
 
 def checkpointed(b: Builder) -> None:
+    b.recomputes = True
     if b.net is not None and b.chance(0.5):
         policy = f', policy="{b.one_of(*POLICIES)}"' if b.chance(0.5) else ""
         return forward_net(b, f"w.checkpoint(net, {{0}}, w{policy})")
@@ -89,16 +90,23 @@ def checkpointed(b: Builder) -> None:
 
 def unrecorded(b: Builder) -> None:
     """A part of a forward without a graph."""
-    layer = b.one_of(*b.layers)
-    x = b.input_for(layer.k)
-    y = b.made((*x.shape[:-1], layer.n))
-    b.line(f"with torch.{b.one_of('no_grad', 'inference_mode')}():")
+    mode = "no_grad" if b.dropout else b.one_of("no_grad", "inference_mode")
+    b.line(f"with torch.{mode}():")
     b.indent += 1
-    run_line(b, f"{y.name} = {layer.name}({x.name})")
-    if b.chance(0.3):
-        b.line(f"{layer.name}({x.name})")
+    if b.net is not None and b.chance(0.5):
+        x = b.input_for(b.widths[0])
+        names = [b.name("y") for _ in range(b.outputs)]
+        run_line(b, f"{', '.join(names)}, = net({x.name}, w)")
+    else:
+        layer = b.one_of(*b.layers)
+        x = b.input_for(layer.k)
+        names = [b.name("y")]
+        run_line(b, f"{names[0]} = {layer.name}({x.name})")
+        if mode == "no_grad":
+            b.values.append(Value(names[0], (*x.shape[:-1], layer.n)))
     b.indent -= 1
-    show(b, y)
+    for name in names:
+        show(b, Value(name, ()))
 
 
 def functional(b: Builder) -> None:
@@ -142,7 +150,10 @@ def threaded(b: Builder) -> None:
     seed = b.seed()
     wanted = f"{x.name}, {layer.name}.core, {parameter(b, layer, 'A')}"
     b.line("def work():")
-    b.line(f"    return w.loss({seed}, {layer.name}({x.name}), {layer.name}({x.name} * 0.5))")
+    b.indent += 1
+    run_line(b, f"ys = {layer.name}({x.name}), {layer.name}({x.name} * 0.5)")
+    b.line(f"return w.loss({seed}, *ys)")
+    b.indent -= 1
     b.line(f'for loss in w.threads(work, work): w.grad("threads", loss, [{wanted}])')
 
 
@@ -185,7 +196,7 @@ def backward(b: Builder) -> None:
 def separate(b: Builder) -> None:
     """A backward through each of the last outputs, in any order."""
     chosen = b.some(b.fresh[-4:]) if b.fresh else []
-    for i, value in enumerate(chosen):
+    for value in chosen:
         retain = b.chance(0.5)
         b.line(f'w.backward("{b.name("b")}", w.loss({b.seed()}, {value.name}){", retain=True" if retain else ""})')
     if chosen:
@@ -223,7 +234,7 @@ def in_place(b: Builder) -> None:
         b.line(f"with torch.no_grad(): {value.name}.{change}")
     else:
         b.line(f"{value.name}.{change}")
-    if b.chance(0.7):  # else plain torch mostly raises in the backward
+    if b.dropout or b.chance(0.7):  # else plain torch mostly raises in the backward; dropped copies would hide it there
         b.forget()
 
 
@@ -236,6 +247,7 @@ def change_parameter(b: Builder) -> None:
 
 
 def replace(b: Builder) -> None:
+    b.changed()
     layer = b.one_of(*b.layers)
     if b.chance(0.5):
         b.line(f"{layer.name}.scaling = {b.one_of(0.25, -2.0)}")
@@ -244,6 +256,7 @@ def replace(b: Builder) -> None:
 
 
 def freeze(b: Builder) -> None:
+    b.changed()
     layer = b.one_of(*b.layers)
     name = parameter(b, layer, b.one_of("A", "B", "core"))
     b.line(f"{name}.requires_grad_(not {name}.requires_grad)")
@@ -258,31 +271,70 @@ def optimizer_step(b: Builder) -> None:
 
 
 def turn_off(b: Builder) -> None:
+    b.changed()
     layer = b.one_of(*b.layers)
     b.line(f"{layer.name}.disabled = not {layer.name}.disabled")
 
 
 def mode(b: Builder) -> None:
+    b.changed()
     layer = b.one_of(*b.layers)
     b.line(f"{layer.name}.train(not {layer.name}.training)")
 
 
+def merging(b: Builder) -> str | None:
+    """What to merge: the model or a layer."""
+    plain = [layer.name for layer in b.layers if not layer.wrapped]
+    if b.net is not None and b.chance(0.5):
+        return b.net
+    return b.one_of(*plain) if plain else None
+
+
+def is_merged(b: Builder, what: str) -> str:
+    return "net.l0.merged" if what == b.net else f"{what}.merged"
+
+
 def merged(b: Builder) -> None:
-    """A merge, a forward without a graph, and perhaps the way back."""
+    """A merge, forwards without a graph, or backwards through what was before, and the way back."""
+    what = merging(b)
+    if what is None:
+        return
+    b.line(f"w.may_refuse(lambda: w.merge({what}))")
+    if b.fresh and b.chance(0.5):
+        backward(b)
+    else:
+        unrecorded(b)
+    b.line(f"if {is_merged(b, what)}: w.unmerge({what})")
+    b.forget()
+
+
+def merged_training(b: Builder) -> None:
+    """To train what is merged is no silent affair."""
+    what = merging(b)
+    if what is None:
+        return
+    x = b.input_for(b.widths[0] if what == b.net else next(layer.k for layer in b.layers if layer.name == what))
+    call = f"{what}({x.name}, w)" if what == b.net else f"{what}({x.name})"
+    b.line(f"w.may_refuse(lambda: w.merge({what}))")
+    b.line(f"if {is_merged(b, what)} and any(p.requires_grad for p in {what}.parameters()): w.train_merged(lambda: {call})")
+    b.line(f"if {is_merged(b, what)}: w.unmerge({what})")
+    b.forget()
+
+
+def reparametrized(b: Builder) -> None:
+    """A weight that is made of others after the layer was adapted, and then a merge."""
     plain = [layer for layer in b.layers if not layer.wrapped]
     if not plain:
         return
     layer = b.one_of(*plain)
-    x = b.input_for(layer.k)
-    y = b.name("y")
-    b.line(f"w.may_refuse(lambda: w.merge({layer.name}))")
-    b.line("with torch.no_grad():")
-    b.line(f"    {y} = {layer.name}({x.name})")
-    show(b, Value(y, ()))
-    b.line(f"if {layer.name}.merged: w.unmerge({layer.name})")
+    how = b.one_of("parametrizations.weight_norm({0})", "weight_norm({0})", "prune.identity({0}, 'weight')")
+    b.line(f"if 'weight' in {layer.name}._parameters: {how.format(layer.name)}")
+    b.forget()
+    merged(b)
 
 
 def hook(b: Builder) -> None:
+    b.changed()
     layer = b.one_of(*b.layers)
     kind = b.one_of("tensor", "forward", "backward", "parameter")
     if kind == "tensor" and b.fresh:
@@ -303,6 +355,9 @@ def failing(b: Builder) -> None:
     name = b.name("fail")
     b.line(f"def {name}():")
     b.line("    def stop(*_): raise Planned")
+    if b.autocast is not None:
+        b.line(f"    with w.autocast({b.dtype(b.autocast)}):")
+        b.indent += 1
     where = b.one_of("forward", "x", "A", "B", "core")
     if where == "forward":
         b.line(f"    handle = {layer.name}.register_forward_hook(stop)")
@@ -314,16 +369,18 @@ def failing(b: Builder) -> None:
         b.line("    handle = t.register_hook(stop)")
         b.line(f"    try: w.loss({b.seed()}, {layer.name}({'t' if where == 'x' else x.name})).backward()")
     b.line("    finally: handle.remove()")
+    b.indent = 1
     b.line(f"w.planned({name})")
 
 
 def parametrized(b: Builder) -> None:
     """A, B or a core that is made of another parameter, as for orthogonal or bounded factors."""
     layer = b.one_of(*b.layers)
+    b.changed()
     part = b.one_of("A", "B", "core")
     owner = layer.name if part == "core" else f"{layer.name}.factors"
     b.line(f'if not parametrize.is_parametrized({owner}, "{part}"):')
-    b.line(f'    parametrize.register_parametrization({owner}, "{part}", {b.one_of("nn.Tanh()", "nn.Softsign()")})')
+    b.line(f'    parametrize.register_parametrization({owner}, "{part}", {b.one_of("nn.Tanh()", "Doubled()")})')
 
 
 def state(b: Builder) -> None:
@@ -333,6 +390,7 @@ def state(b: Builder) -> None:
     if b.chance(0.5):
         change_parameter(b)
     b.line(f"{what}.load_state_dict(state)")
+    b.changed()
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------
@@ -348,9 +406,16 @@ def saved(b: Builder) -> None:
 def switched(b: Builder) -> None:
     """Another adapter is added, or made the active one."""
     name = b.one_of("default", "one", "training", "_modules")
-    if name != "default":
-        b.line(f'if "{name}" not in w.adapters: w.add_adapter(net, "{name}", shared={b.one_of(True, False)})')
-    b.line(f'if "{name}" in w.adapters: w.set_adapter(net, "{name}")')
+    if name == "default":
+        b.line('w.set_adapter(net, "default")')
+    else:
+        b.line(f'if "{name}" in w.adapters: w.set_adapter(net, "{name}")')
+        b.line("else:")
+        b.line(f'    w.may_refuse(lambda: w.add_adapter(net, "{name}", shared={b.one_of(True, False)}))')
+        b.line(f'    if "{name}" in w.adapters:')
+        b.line(f'        w.set_adapter(net, "{name}")')
+        b.line(f"        w.fill(net, {b.seed()}, {b.dtype()})")
+    b.forget()
 
 
 def off(b: Builder) -> None:
@@ -358,24 +423,16 @@ def off(b: Builder) -> None:
     b.indent += 1
     forward_net(b)
     b.indent -= 1
-
-
-def merged_net(b: Builder) -> None:
-    b.line("w.may_refuse(lambda: w.merge(net))")
-    b.line("with torch.no_grad():")
-    b.indent += 1
-    forward_net(b)
-    b.indent -= 1
-    b.line("if net.l0.merged: w.unmerge(net)")
+    b.changed()
 
 
 FORWARDS = (forward, forward, siblings, siblings, checkpointed, functional, bare, unrecorded)
 BACKWARDS = (backward, backward, separate, partial, double)
 CHANGES = (
-    *(in_place, in_place, change_parameter, replace, freeze, optimizer_step, turn_off, mode, merged, hook, failing),
-    *(parametrized, parametrized, state, threaded),
+    *(in_place, in_place, change_parameter, replace, freeze, optimizer_step, turn_off, mode, hook, failing),
+    *(merged, merged_training, reparametrized, parametrized, parametrized, state, threaded),
 )
-WHOLE = (saved, switched, off, merged_net)
+WHOLE = (saved, switched, off)
 
 
 @st.composite

@@ -82,13 +82,17 @@ class LoTRLinear(nn.Module):
         else:
             y = nnf.linear(x, own(self.weight), None if self.bias is None else own(self.bias))
         if self.merged or self.disabled:
-            return y
+            return y + self.delta(x).detach() if self.merged and self.backup is None else y
         if self.mixture is not None:
             return y + self._mixed(x).to(y.dtype)
         if self.dropout and self.training:
             x = x * self.next_mask(self, x).to(x.dtype)
+        return y + self.delta(x, own).to(y.dtype)
+
+    def delta(self, x: Tensor, own: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
+        """s ((x A) G) B^T in x's dtype."""
         A, B, core = (own(t).to(x.dtype) for t in (self.factors.A, self.factors.B, self.core))
-        return y + (((x @ A) @ core) @ B.mT * self.scaling).to(y.dtype)
+        return ((x @ A) @ core) @ B.mT * self.scaling
 
     def _mixed(self, x: Tensor) -> Tensor:
         rows = []
@@ -100,15 +104,19 @@ class LoTRLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W += s B G^T A^T, seen by autograd as any change in place."""
-        self.backup, self.merged = self.weight.clone(), True
+        """W += s B G^T A^T, seen by autograd as any change in place; a weight that is made of others is left as it is."""
+        self.merged = True
+        if "weight" not in self._parameters:
+            return
+        self.backup = self.weight.clone()
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         A, B, core = (t.to(wide) for t in (self.factors.A, self.factors.B, self.core))
         self.weight.copy_((self.weight.to(wide) + self.scaling * B @ core.mT @ A.mT).to(self.weight.dtype))
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        self.weight.copy_(self.backup)
+        if self.backup is not None:
+            self.weight.copy_(self.backup)
         self.backup, self.merged = None, False
 
 
@@ -142,7 +150,7 @@ def apply_lotr(model: nn.Module, groups: dict[str, str], rank: Ranks, *, dtype, 
 
 
 class Adapters:
-    """A model's adapters by name, of which one is active. An adapter: what is trained, and of each layer its factors and core."""
+    """A model's adapters by name, of which one is active: what is trained, and each layer's factors, core and scaling."""
 
     def __init__(self, model: nn.Module, name: str, train: Sequence[str]):
         self.active, self.parked = name, {name: (tuple(train), self._present(model))}
@@ -150,6 +158,10 @@ class Adapters:
     @staticmethod
     def _present(model: nn.Module) -> list[tuple[LoTRFactors, nn.Parameter, float]]:
         return [(layer.factors, layer.core, layer.scaling) for layer in layers_of(model)]
+
+    def refresh(self, model: nn.Module) -> None:
+        """Notes what the active one is now: cores and scalings may have been replaced."""
+        self.parked[self.active] = self.parked[self.active][0], self._present(model)
 
     def add(self, model: nn.Module, name: str, *, shared: bool) -> None:
         """As the active one, with cores at zero; shared: over its factors, which the new one does not train."""
@@ -160,8 +172,10 @@ class Adapters:
 
     def use(self, model: nn.Module, name: str) -> None:
         """Makes an adapter the active one, trained as it says; what it replaces is parked, frozen and without gradients."""
+        if name == self.active:
+            return
+        self.refresh(model)
         groups = {id(factors): group for group, factors in model.lotr_factors.items()}
-        self.parked[self.active] = self.parked[self.active][0], self._present(model)
         for factors, core, _ in self.parked[self.active][1]:
             for parameter in (factors.A, factors.B, core):
                 parameter.requires_grad_(False).grad = None
@@ -191,7 +205,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Row i of a batch takes the core of the adapter names[i], None takes none. The adapters share their factors."""
-    model.adapters.use(model, model.adapters.active)  # notes what the active one is now
+    model.adapters.refresh(model)
     parts = {name: None if name is None else model.adapters.parked[name][1] for name in names}
     try:
         for i, layer in enumerate(layers_of(model)):

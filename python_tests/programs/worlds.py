@@ -31,13 +31,22 @@ class Undecided(Exception):
     """Raised in the other worlds where lotr_ext has not run and so has decided nothing."""
 
 
+class Doubled(nn.Module):
+    """A parametrization that can be undone."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return t * 2
+
+    def right_inverse(self, t: Tensor) -> Tensor:
+        return t / 2
+
+
 class Decisions:
     """seeds: of the dropout mask of each layer call, in order; refused: whether each call that may be refused was."""
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
         self.refused: list[bool] = []
-        self.dropout = False
 
 
 def in_backward() -> bool:
@@ -123,7 +132,8 @@ class World:
     def fill(self, module: nn.Module, seed: int, dtype: torch.dtype, core_scale: float = 1.0) -> None:
         """Gives every parameter a value that matters; keeps its strides."""
         with torch.no_grad():
-            for i, (name, p) in enumerate(sorted(module.named_parameters())):
+            active = (item for item in module.named_parameters() if "lotr_parked" not in item[0])
+            for i, (name, p) in enumerate(sorted(active, key=lambda item: item[0])):
                 scale = 0.5 if p.dim() < 2 else (p.shape[1] if name.endswith("B") or "weight" in name else p.shape[0]) ** -0.5
                 scale *= core_scale if name.endswith("core") else 1.0
                 store = dtype if name.endswith(("weight", "bias")) else p.dtype
@@ -172,9 +182,19 @@ class World:
         return layer
 
     def apply(
-        self, model: nn.Module, groups: dict[str, str], rank: tuple[int, int], *, seed: int, dtype: torch.dtype,
-        adapter_dtype: torch.dtype, scaling: float = 1.0, dropout: float = 0.0, train: str = "A B core", core_scale: float = 1.0,
-    ) -> nn.Module:  # fmt: skip
+        self,
+        model: nn.Module,
+        groups: dict[str, str],
+        rank: tuple[int, int],
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        adapter_dtype: torch.dtype,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        train: str = "A B core",
+        core_scale: float = 1.0,
+    ) -> nn.Module:
         """The model adapted as a whole, with a forward scope."""
         model.to(self.dtype(dtype))
         settings = {"dtype": self.dtype(adapter_dtype), "scaling": scaling, "dropout": dropout, "train": train.split()}
@@ -195,7 +215,7 @@ class World:
         met: set[int] = set()
         for name, what in self.known:
             for part, p in [("", what)] if isinstance(what, Tensor) else list(what.named_parameters()):
-                if id(p) not in met:
+                if id(p) not in met and "lotr_parked" not in part:
                     met.add(id(p))
                     self.seen.append((f"{label}: {name}.{part}.grad", None if p.grad is None else p.grad.clone(), False))
 
@@ -234,12 +254,23 @@ class World:
     # ---- ways to run -------------------------------------------------------------------------------------------------
 
     def checkpoint(self, function: Callable, *args, reentrant: bool = False, policy: str | None = None):
-        if self.decisions.dropout and not self.ours:
-            return function(*args)  # a recomputation would ask for masks once more
+        first: list[int] = []
+
+        def again(*args):
+            """function; in a recomputation with the masks of the first time."""
+            if not first:
+                first.append(self.calls)
+                return function(*args)
+            calls, self.calls = self.calls, first[0]
+            try:
+                return function(*args)
+            finally:
+                self.calls = calls
+
         if policy is None:
-            return checkpoint(function, *args, use_reentrant=reentrant)
+            return checkpoint(again, *args, use_reentrant=reentrant)
         make = lambda: create_selective_checkpoint_contexts(save_policy(policy))  # noqa: E731
-        return checkpoint(function, *args, use_reentrant=False, context_fn=make)
+        return checkpoint(again, *args, use_reentrant=False, context_fn=make)
 
     def planned(self, function: Callable) -> None:
         """Runs what may raise Planned. Gradients it has left are dropped."""
@@ -332,10 +363,14 @@ class Plain(World):
     def set_adapter(self, model, name: str) -> None:
         model.adapters.use(model, name)
 
+    def train_merged(self, function: Callable) -> None:
+        pass
+
     @contextmanager
     def saved(self, model):
         """Inside, the adapter may change; after it, it is what it was."""
-        parts = [p for layer in twin.layers_of(model) for p in (layer.factors.A, layer.factors.B, layer.core)]
+        named = [item for part in (model.lotr_factors, *twin.layers_of(model)) for item in part.named_parameters()]
+        parts = [p for name, p in named if name.split(".")[-1] in ("A", "B", "core", "original")]
         before = [p.detach().clone() for p in parts]
         yield
         with torch.no_grad():
@@ -364,7 +399,7 @@ class Ours(World):
         """Notes which mask each call with dropout takes: a new one if torch's generator moves, else its group's last."""
         if not layer.dropout:
             return
-        self.decisions.dropout, states = True, []
+        states: list[Tensor] = []
 
         def before(module, args) -> None:
             states.append(torch.get_rng_state())
@@ -403,6 +438,17 @@ class Ours(World):
 
     def set_adapter(self, model, name: str) -> None:
         lotr_ext.set_adapter(model, name)
+
+    def train_merged(self, function: Callable) -> None:
+        """A forward with grad enabled over a merged adapter that is to be trained: an error or a warning says so."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                function()
+            except RuntimeError as error:
+                said.append(error)
+        if not any("merge" in str(getattr(word, "message", word)) for word in said):
+            raise AssertionError("training while merged: expected an error or a warning, got none")
 
     @contextmanager
     def saved(self, model):
