@@ -64,6 +64,7 @@ class Builder:
         self.net: str | None = None
         self.net_recomputes = False  # whether the model's forward checkpoints some of its layers
         self.recomputes = False  # whether something waits for its recomputation
+        self.flipped = False  # whether what requires grad has changed since the forward
         self.frozen = not self.dropout and self.chance(0.03)  # made under inference_mode, never trained
 
     @property
@@ -149,7 +150,7 @@ class Builder:
     def forget(self) -> None:
         """No more backwards through what there is: its graph is gone, or would raise."""
         self.fresh.clear()
-        self.recomputes = self.net_recomputes
+        self.recomputes, self.flipped = self.net_recomputes, False
         self.values = [value for value in self.values if value.name.startswith("x")]
 
     def changed(self) -> None:

@@ -12,7 +12,9 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from programs.worlds import Decisions, Ours, Plain, Undecided, World
+from programs.our_world import Ours
+from programs.plain_world import Plain
+from programs.worlds import Decisions, Undecided, World
 from torch import Tensor
 
 TIMES, EPSILONS, NOISE = 4.0, 16.0, 4.0  # of plain torch's error, of the largest element, of what rounded inputs do

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from programs.builder import Builder
 from programs.checking import Fault, check
 from programs.script import compiled, standalone
 from programs.steps import programs
 
 BATCH = 50
+SHRINKS = 400  # programs that one search for a smaller one may run
 
 
 class Batch(NamedTuple):
@@ -21,7 +24,7 @@ class Batch(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A fault, and the program that shows it."""
+    """A fault, and the program that shows it; dtype: the coarsest in which it computes."""
 
     batch: Batch
     source: str
@@ -33,60 +36,97 @@ class Found(NamedTuple):
 
 
 class Result(NamedTuple):
+    """Of a batch: how many programs ran, and what was wrong."""
+
     programs: int
     faults: list[Found]
+
+
+class Shown(Exception):
+    """The program at hand has the fault that is being shrunk."""
 
 
 def batches(count: int, first_seed: int) -> list[Batch]:
     return [Batch(min(BATCH, count - i), first_seed * 1_000_000 + i // BATCH) for i in range(0, count, BATCH)]
 
 
-def search(batch: Batch, test, phases: tuple[Phase, ...]) -> None:
-    """Runs test on the programs of a batch."""
+def search(batch: Batch, test: Callable[[Builder], None], *phases: Phase) -> None:
+    """Runs test on the programs of a batch: always the same ones, for nothing is kept from run to run."""
     options = settings(
         max_examples=batch.programs,
         phases=phases,
         database=None,
         deadline=None,
         report_multiple_bugs=False,
+        print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
-    seed(batch.seed)(options(given(programs())(test)))()
+
+    def quiet(b: Builder) -> None:
+        test(b)
+
+    seed(batch.seed)(options(given(programs())(quiet)))()
 
 
 def run_batch(batch: Batch) -> Result:
+    """Runs all programs of a batch, whatever is wrong with them."""
     torch.set_num_threads(1)
     faults: list[Found] = []
     count = 0
 
-    def test(b) -> None:
+    def test(b: Builder) -> None:
         nonlocal count
         count += 1
-        source = b.source()
-        fault = check(compiled(source), b.coarsest)
-        if fault is not None:
-            faults.append(Found(batch, source, b.coarsest, fault))
+        found = look(batch, b.source(), b.coarsest)
+        if found is not None:
+            faults.append(found)
 
-    search(batch, test, (Phase.generate,))
+    search(batch, test, Phase.generate)
     return Result(count, faults)
 
 
+def look(batch: Batch, source: str, dtype: torch.dtype) -> Found | None:
+    fault = check(compiled(source), dtype)
+    return None if fault is None else Found(batch, source, dtype, fault)
+
+
 def shrunk(found: Found) -> Found:
-    """The least program of its batch with a fault of this kind."""
-    last = [found]
+    """A small program with a fault of the same kind: the least that hypothesis finds in the batch, less the lines it can do
+    without."""
+    last, runs = found, 0
 
-    class Shown(Exception):
-        pass
-
-    def test(b) -> None:
-        source = b.source()
-        fault = check(compiled(source), b.coarsest)
-        if fault is not None and fault.kind == found.fault.kind:
-            last[0] = Found(found.batch, source, b.coarsest, fault)
+    def test(b: Builder) -> None:
+        nonlocal last, runs
+        runs += last is not found  # those before the first fault do not count
+        if runs > SHRINKS:  # from here on only the least so far fails, and hypothesis soon gives up
+            if b.source() == last.source:
+                raise Shown
+            return
+        other = look(found.batch, b.source(), b.coarsest)
+        if other is not None and other.fault.kind == found.fault.kind:
+            last = other
             raise Shown
 
     try:
-        search(found.batch, test, (Phase.generate, Phase.shrink))
+        search(found.batch, test, Phase.generate, Phase.shrink)
     except Shown:
         pass
-    return last[0]
+    return without_lines(last)
+
+
+def without_lines(found: Found) -> Found:
+    """found without each line, or block, whose absence leaves a fault of the same kind."""
+    lines = found.source.splitlines()
+    i = len(lines) - 1
+    while i > 0 and not lines[i].startswith("def program"):
+        depth = len(lines[i]) - len(lines[i].lstrip())
+        end = next((j for j in range(i + 1, len(lines)) if len(lines[j]) - len(lines[j].lstrip()) <= depth), len(lines))
+        source = "\n".join(lines[:i] + lines[end:]) + "\n"
+        try:
+            other = look(found.batch, source, found.dtype)
+        except SyntaxError:
+            other = None
+        if other is not None and other.fault.kind == found.fault.kind:
+            found, lines = other, source.splitlines()
+        i = min(i, len(lines)) - 1
+    return found

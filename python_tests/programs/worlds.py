@@ -1,4 +1,5 @@
-"""The worlds in which one program runs: lotr_ext, plain torch in the program's dtype, and plain torch in float64, the truth.
+"""A world is what a program runs in: lotr_ext (`our_world.py`), plain torch in the program's dtype or in float64, the truth
+(`plain_world.py`).
 
 A program is a function of a world. What it makes it makes through the world; what is to be compared it shows to `see`, `grads`
 and `grad`. Ours runs first and leaves in `Decisions` what no specification fixes: the seeds of dropout masks, and which merges
@@ -7,20 +8,13 @@ were refused.
 
 from __future__ import annotations
 
-import copy
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from programs import twin
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-import lotr_ext
 
 
 class Planned(Exception):
@@ -299,171 +293,3 @@ class World:
         if errors:
             raise errors[0]
         return results
-
-    def may_refuse(self, function: Callable) -> None:
-        """What lotr_ext may refuse by an error, having changed nothing; the other worlds then leave it out."""
-        if self.choices == len(self.decisions.refused):
-            raise Undecided
-        refused = self.decisions.refused[self.choices]
-        self.choices += 1
-        if not refused:
-            function()
-
-
-class Plain(World):
-    """Plain torch: the twin. keep: nothing changed in place can change a gradient."""
-
-    def __init__(self, decisions: Decisions, *, exact: bool = False, keep: bool = False, **noise):
-        super().__init__(decisions, **noise)
-        self.exact, self.keep, self.name = exact, keep, "float64" if exact else "plain"
-
-    def _factors(self, k, n, rank, dtype):
-        return twin.LoTRFactors(k, n, rank, dtype=dtype)
-
-    def _layer(self, base, factors, scaling, dropout, wrapped):
-        return twin.LoTRLinear(base, factors, scaling=scaling, dropout=dropout, wrapped=wrapped)
-
-    def _apply(self, model, groups, rank, settings):
-        twin.apply_lotr(model, groups, rank, **settings)
-
-    def watch(self, layer) -> None:
-        layer.next_mask, layer.keep = self._mask, self.keep
-
-    def _mask(self, layer, x: Tensor) -> Tensor:
-        if self.calls == len(self.decisions.seeds):
-            raise Undecided
-        seed = self.decisions.seeds[self.calls]
-        self.calls += 1
-        return twin.dropout_mask(x.shape, layer.dropout, seed)
-
-    def linear(self, x, weight, bias, A, B, core, scaling):
-        own = (lambda t: t.clone()) if self.keep else (lambda t: t)
-        x, weight, A, B, core = (own(t) for t in (x, weight, A, B, core))
-        y = nnf.linear(x, weight, None if bias is None else own(bias))
-        return y + ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
-
-    def merge(self, what) -> None:
-        for layer in [what] if isinstance(what, twin.LoTRLinear) else twin.layers_of(what):
-            layer.merge()
-
-    def unmerge(self, what) -> None:
-        for layer in [what] if isinstance(what, twin.LoTRLinear) else twin.layers_of(what):
-            layer.unmerge()
-
-    def disabled(self, model):
-        return twin.disabled(model)
-
-    def mixed(self, model, names):
-        return twin.mixed(model, names)
-
-    def add_adapter(self, model, name: str, *, shared: bool) -> None:
-        model.adapters.add(model, name, shared=shared)
-        self.adapters.append(name)
-
-    def set_adapter(self, model, name: str) -> None:
-        model.adapters.use(model, name)
-
-    def train_merged(self, function: Callable) -> None:
-        pass
-
-    @contextmanager
-    def saved(self, model):
-        """Inside, the adapter may change; after it, it is what it was."""
-        named = [item for part in (model.lotr_factors, *twin.layers_of(model)) for item in part.named_parameters()]
-        parts = [p for name, p in named if name.split(".")[-1] in ("A", "B", "core", "original")]
-        before = [p.detach().clone() for p in parts]
-        yield
-        with torch.no_grad():
-            for p, value in zip(parts, before):
-                p.copy_(value)
-
-
-class Ours(World):
-    """lotr_ext."""
-
-    name, ours = "lotr_ext", True
-
-    def _factors(self, k, n, rank, dtype):
-        return lotr_ext.LoTRFactors(k, n, rank, dtype=dtype)
-
-    def _layer(self, base, factors, scaling, dropout, wrapped):
-        make = lotr_ext.LoTRWrapped if wrapped else lotr_ext.LoTRLinear
-        return make.from_linear(base, factors, scaling=scaling, dropout=dropout)
-
-    def _apply(self, model, groups, rank, settings):
-        dtype = settings.pop("dtype")
-        config = lotr_ext.LoTRConfig(rank=rank, target_modules=list(groups), group_by=groups, adapter_dtype=dtype, **settings)
-        lotr_ext.apply_lotr(model, config)
-
-    def watch(self, layer) -> None:
-        """Notes which mask each call with dropout takes: a new one if torch's generator moves, else its group's last."""
-        if not layer.dropout:
-            return
-        states: list[Tensor] = []
-
-        def before(module, args) -> None:
-            states.append(torch.get_rng_state())
-
-        def after(module, args, output) -> None:
-            state, factors = states.pop(), module.factors
-            if in_backward() or not (module.training and module.dropout) or module.disabled or module.merged:
-                return
-            if not torch.equal(state, torch.get_rng_state()):
-                drawn = torch.randint(-(2**63), 2**63 - 1, (1,), generator=torch.Generator().set_state(state))
-                self.masks[id(factors)] = int(drawn)
-            self.decisions.seeds.append(self.masks[id(factors)])
-
-        layer.register_forward_pre_hook(before)
-        layer.register_forward_hook(after)
-
-    def linear(self, x, weight, bias, A, B, core, scaling):
-        return lotr_ext.lotr_linear(x, weight, bias, A, B, core, scaling)
-
-    def merge(self, what) -> None:
-        what.merge() if isinstance(what, lotr_ext.LoTRLinear) else lotr_ext.merge(what)
-
-    def unmerge(self, what) -> None:
-        what.unmerge() if isinstance(what, lotr_ext.LoTRLinear) else lotr_ext.unmerge(what)
-
-    def disabled(self, model):
-        return lotr_ext.disabled(model)
-
-    def mixed(self, model, names):
-        return lotr_ext.mixed(model, names)
-
-    def add_adapter(self, model, name: str, *, shared: bool) -> None:
-        factors_of = lotr_ext.active_adapter(model) if shared else None
-        lotr_ext.add_adapter(model, name, share_factors=factors_of)
-        self.adapters.append(name)
-
-    def set_adapter(self, model, name: str) -> None:
-        lotr_ext.set_adapter(model, name)
-
-    def train_merged(self, function: Callable) -> None:
-        """A forward with grad enabled over a merged adapter that is to be trained: an error or a warning says so."""
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                function()
-            except RuntimeError as error:
-                said.append(error)
-        if not any("merge" in str(getattr(word, "message", word)) for word in said):
-            raise AssertionError("training while merged: expected an error or a warning, got none")
-
-    @contextmanager
-    def saved(self, model):
-        with tempfile.TemporaryDirectory() as folder:
-            lotr_ext.save_adapter(model, folder)
-            yield
-            lotr_ext.load_adapter(model, folder)
-
-    def may_refuse(self, function: Callable) -> None:
-        try:
-            function()
-        except (TypeError, ValueError, RuntimeError):
-            self.decisions.refused.append(True)
-        else:
-            self.decisions.refused.append(False)
-
-
-__all__ = ["Decisions", "Ours", "Plain", "Planned", "Undecided", "World", "copy", "nn", "torch", "warnings"]
