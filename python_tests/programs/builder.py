@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -20,6 +21,9 @@ from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 """
 KINDS = ("strided", "offset", "transposed", "padded", "expanded", "neg", "conj")
+
+
+integers = functools.cache(st.integers)  # to make and check a strategy costs more than to draw from it
 
 
 class Value(NamedTuple):
@@ -75,14 +79,14 @@ class Builder:
     # ---- choices -----------------------------------------------------------------------------------------------------
 
     def one_of(self, *options: T) -> T:
-        return self.draw(st.sampled_from(options))
+        return options[self.number(0, len(options) - 1)]
 
     def chance(self, p: float) -> bool:
         """True with about this probability; False is the simpler choice."""
-        return self.draw(st.integers(0, 99)) >= 100 - round(100 * p)
+        return self.number(0, 99) >= 100 - round(100 * p)
 
     def number(self, low: int, high: int) -> int:
-        return self.draw(st.integers(low, high))
+        return self.draw(integers(low, high))
 
     def small(self, low: int, high: int) -> int:
         """Mostly near low."""
@@ -90,9 +94,8 @@ class Builder:
 
     def some(self, options: Sequence[T], least: int = 1) -> list[T]:
         """At least `least` of them, in any order."""
-        options = list(options)
-        chosen = self.draw(st.lists(st.sampled_from(range(len(options))), min_size=least, max_size=4, unique=True))
-        return [options[i] for i in chosen]
+        left = list(options)
+        return [left.pop(self.number(0, len(left) - 1)) for _ in range(self.number(least, min(4, len(left))))]
 
     # ---- text --------------------------------------------------------------------------------------------------------
 
