@@ -66,6 +66,9 @@ class Builder:
         self.dropout = self.one_of(0.3, 0.5) if self.chance(0.15) else 0.0
         self.large = self.compute == torch.float16 and self.chance(0.3)  # a scaling and cores whose product leaves float16
         self.net: str | None = None
+        self.outputs = 0  # of the model
+        self.net_replaces = False  # whether its forward makes parameters
+        self.shared: list[str] = []  # adapters that share the first one's factors
         self.net_recomputes = False  # whether the model's forward checkpoints some of its layers
         self.recomputes = False  # whether something waits for its recomputation
         self.flipped = False  # whether what requires grad has changed since the forward

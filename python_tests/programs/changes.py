@@ -23,6 +23,11 @@ def in_place(b: Builder) -> None:
 def change_parameter(b: Builder) -> None:
     layer = b.one_of(*b.layers)
     part = b.one_of("A", "B", "core")
+    if b.chance(0.25):  # without a trace: plain torch goes wrong in a backward through what was before, and so may we
+        b.line(f"{parameter(b, layer, part)}.data.mul_({b.one_of(0.5, -1.25)})")
+        b.forget()
+        b.values.clear()
+        return
     b.line(f"with torch.no_grad(): {parameter(b, layer, part)}.mul_({b.one_of(0.5, -1.25)})")
     if b.chance(0.7):
         b.forget()
@@ -48,7 +53,8 @@ def freeze(b: Builder) -> None:
 def optimizer_step(b: Builder) -> None:
     layer = b.one_of(*b.layers)
     b.line(f"trained = [p for p in (*{layer.name}.parameters(), *{layer.name}.factors.parameters()) if p.requires_grad]")
-    b.line("if trained: torch.optim.SGD(list(dict.fromkeys(trained)), lr=0.1).step()")
+    fused = b.one_of("", ", fused=True")
+    b.line(f"if trained: torch.optim.SGD(list(dict.fromkeys(trained)), lr=0.1{fused}).step()")
     b.line("w.zero()")
     b.forget()
 
@@ -134,15 +140,19 @@ def hook(b: Builder) -> None:
 def failing(b: Builder) -> None:
     """An exception in the middle of a forward or a backward."""
     layer = b.one_of(*b.layers)
-    x = b.input_for(layer.k)
+    whole = b.net is not None and b.chance(0.5)
+    x = b.input_for(b.widths[0] if whole else layer.k)
     name = b.name("fail")
     b.line(f"def {name}():")
     b.line("    def stop(*_): raise Planned")
     if b.autocast is not None:
         b.line(f"    with w.autocast({b.dtype(b.autocast)}):")
         b.indent += 1
-    where = b.one_of("forward", "x", "A", "B", "core")
-    if where == "forward":
+    where = "forward" if whole else b.one_of("forward", "x", "A", "B", "core")
+    if whole:
+        b.line(f"    handle = {layer.name}.register_forward_hook(stop)")
+        b.line(f"    try: net({x.name}, w)")
+    elif where == "forward":
         b.line(f"    handle = {layer.name}.register_forward_hook(stop)")
         b.line(f"    try: {layer.name}({x.name})")
     else:
@@ -188,13 +198,15 @@ def saved(b: Builder) -> None:
 
 def switched(b: Builder) -> None:
     """Another adapter is added, or made the active one."""
-    name = b.one_of("default", "one", "training", "_modules")
+    name = b.one_of("default", "one", "one", "training", "_modules")
+    shared = b.one_of(True, False)
     if name == "default":
         b.line('w.set_adapter(net, "default")')
     else:
         b.line(f'if "{name}" in w.adapters: w.set_adapter(net, "{name}")')
         b.line("else:")
-        b.line(f'    w.may_refuse(lambda: w.add_adapter(net, "{name}", shared={b.one_of(True, False)}))')
+        b.line(f'    w.may_refuse(lambda: w.add_adapter(net, "{name}", shared={shared}))')
+        b.shared += [name] if shared and not b.shared else []
         b.line(f'    if "{name}" in w.adapters:')
         b.line(f'        w.set_adapter(net, "{name}")')
         b.line(f"        w.fill(net, {b.seed()}, {b.dtype()})")
@@ -208,3 +220,18 @@ def off(b: Builder) -> None:
     forward_net(b)
     b.indent -= 1
     b.changed()
+
+
+def copied(b: Builder) -> None:
+    names = ", ".join(layer.name for layer in b.layers) if b.net is None else b.net
+    b.line(f"{names}, = w.copied({names})")
+    b.forget()
+
+
+def unloaded(b: Builder) -> None:
+    """The adapter for good in the weights, between a forward and its backward: the last step of a program."""
+    forward_net(b)
+    b.line("w.may_refuse(lambda: w.unload(net))")
+    backward(b)
+    b.line("w.zero()")
+    unrecorded(b)

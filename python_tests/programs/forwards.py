@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from programs.builder import Builder, Layer, Value
 from programs.making import rank
 
@@ -64,6 +66,36 @@ def forward_net(b: Builder, call: str = "net({0}, w)") -> None:
         show(b, value)
 
 
+def view(b: Builder) -> None:
+    """Another tensor over the same memory, and a layer on it."""
+    fitting = [value for value in b.values if len(value.shape) > 1 and -1 not in value.shape]
+    if not fitting:
+        return
+    x = b.one_of(*fitting)
+    how = b.one_of("view_as({0})", "unsqueeze(0)", "flatten(0, -2)", "expand(2, *{0}.shape)", "flip(-1)")
+    rows = {"unsqueeze(0)": (1, *x.shape[:-1]), "expand(2, *{0}.shape)": (2, *x.shape[:-1])}.get(how, x.shape[:-1])
+    if how == "flatten(0, -2)":
+        rows = (math.prod(x.shape[:-1]),)
+    v = Value(b.name("v"), (*rows, x.width))
+    b.line(f"{v.name} = {x.name}.{how.format(x.name)}")
+    b.values.append(v)
+
+
+def mixed(b: Builder) -> None:
+    """Rows of one batch for several adapters that share their factors."""
+    x = b.input_for(b.widths[0])
+    if not b.shared or b.dropout or len(x.shape) < 2 or not 0 < x.shape[0] < 9:
+        return forward(b)
+    names = [b.one_of("default", *b.shared, None) for _ in range(x.shape[0])]
+    b.line(f"if all(name is None or name in w.adapters for name in {names}):")
+    b.indent += 1
+    b.line(f"with w.mixed(net, {names}):")
+    b.indent += 1
+    forward_net(b)
+    b.indent -= 2
+    b.forget()
+
+
 def checkpointed(b: Builder) -> None:
     b.recomputes = True
     if b.net is not None and b.chance(0.5):
@@ -85,7 +117,7 @@ def checkpointed(b: Builder) -> None:
 
 def unrecorded(b: Builder) -> None:
     """A part of a forward without a graph."""
-    mode = "no_grad" if b.dropout else b.one_of("no_grad", "inference_mode")
+    mode = "no_grad" if b.dropout or b.net_replaces else b.one_of("no_grad", "inference_mode")
     whole = b.net is not None and b.chance(0.5)
     layer = b.one_of(*b.layers)
     x = b.input_for(b.widths[0] if whole else layer.k)

@@ -50,12 +50,17 @@ def make_net(b: Builder) -> None:
     sizes = [(b.one_of(*b.widths), b.one_of(*b.widths)) for _ in range(b.number(1, 5))]
     sizes[0] = (b.widths[0], sizes[0][1])
     names = [f"l{i}" for i in range(len(sizes))]
+    wrapped: list[str] = []
     b.line("class Net(nn.Module):")
     b.indent += 1
     b.line("def __init__(self):")
     b.line("    super().__init__()")
     for name, (k, n) in zip(names, sizes):
-        b.line(f"    self.{name} = nn.Linear({k}, {n}{'' if b.chance(0.7) else ', bias=False'})")
+        linear = f"nn.Linear({k}, {n}{'' if b.chance(0.7) else ', bias=False'})"
+        if b.chance(0.1):  # no plain weight: apply_lotr wraps it
+            linear = f"parametrizations.weight_norm({linear})"
+            wrapped.append(name)
+        b.line(f"    self.{name} = {linear}")
     b.line("def forward(self, x, w):")
     b.indent += 1
     layers = [Layer(f"self.{name}", "", k, n) for name, (k, n) in zip(names, sizes)]
@@ -74,7 +79,7 @@ def make_net(b: Builder) -> None:
         b.line("net.requires_grad_(False)")
     b.net = "net"
     b.outputs = len(outputs)
-    b.layers += [Layer(f"net.{name}", groups[name], k, n) for name, (k, n) in zip(names, sizes)]
+    b.layers += [Layer(f"net.{name}", groups[name], k, n, name in wrapped) for name, (k, n) in zip(names, sizes)]
 
 
 def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
@@ -101,6 +106,7 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
         elif kind == "scaling":
             b.line(f"{layer.name}.scaling = {b.one_of(0.25, 2.0)}")
         elif kind == "replaced":
+            b.net_replaces = True
             b.line(f"{layer.name}.core = nn.Parameter({layer.name}.core.detach() * -0.5)")
         if kind == "no_grad":
             unrecorded = "no_grad" if b.dropout else b.one_of("no_grad", "inference_mode")

@@ -61,6 +61,9 @@ class Ours(World):
     def unmerge(self, what) -> None:
         what.unmerge() if isinstance(what, lotr_ext.LoTRLinear) else lotr_ext.unmerge(what)
 
+    def unload(self, model) -> None:
+        lotr_ext.unload(model, merge=True)
+
     def disabled(self, model):
         return lotr_ext.disabled(model)
 

@@ -29,7 +29,7 @@ class Plain(World):
         apply_lotr(model, groups, rank, **settings)
 
     def watch(self, layer) -> None:
-        layer.next_mask, layer.keep = self._mask, self.keep
+        layer.next_mask, layer.keep = lambda layer, x: self._mask(layer, x), self.keep  # a copy of layer copies no world
 
     def _mask(self, layer, x: Tensor) -> Tensor:
         if self.calls == len(self.decisions.seeds):
@@ -51,6 +51,10 @@ class Plain(World):
     def unmerge(self, what) -> None:
         for layer in [what] if isinstance(what, LoTRLinear) else layers_of(what):
             layer.unmerge()
+
+    def unload(self, model) -> None:
+        """For good: the adapter stays in the weights."""
+        self.merge(model)
 
     def disabled(self, model):
         return disabled(model)

@@ -9,6 +9,7 @@ from programs.backwards import backward, double, partial, separate
 from programs.builder import Builder
 from programs.changes import (
     change_parameter,
+    copied,
     failing,
     freeze,
     hook,
@@ -25,17 +26,18 @@ from programs.changes import (
     state,
     switched,
     turn_off,
+    unloaded,
 )
-from programs.forwards import bare, checkpointed, forward, functional, siblings, threaded, unrecorded
+from programs.forwards import bare, checkpointed, forward, functional, mixed, siblings, threaded, unrecorded, view
 from programs.making import make_layers, make_net
 
-FORWARDS = (forward, forward, siblings, siblings, checkpointed, functional, bare, unrecorded)
+FORWARDS = (forward, forward, siblings, siblings, checkpointed, functional, bare, unrecorded, view)
 BACKWARDS = (backward, backward, separate, partial, double)
 CHANGES = (
     *(in_place, in_place, change_parameter, replace, freeze, optimizer_step, turn_off, mode, hook, failing),
-    *(merged, merged_training, reparametrized, parametrized, parametrized, state, threaded),
+    *(merged, merged_training, reparametrized, parametrized, parametrized, state, threaded, copied),
 )
-WHOLE = (saved, switched, off)
+WHOLE = (saved, switched, switched, off, mixed)
 
 
 @st.composite
@@ -47,6 +49,8 @@ def programs(draw) -> Builder:
     for _ in range(b.number(1, 6)):
         for step in steps_of_a_round(b):
             step(b)
+    if b.net is not None and b.chance(0.1):
+        unloaded(b)
     return b
 
 

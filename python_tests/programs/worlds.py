@@ -8,6 +8,7 @@ were refused.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -130,7 +131,8 @@ class World:
             for i, (name, p) in enumerate(sorted(active, key=lambda item: item[0])):
                 scale = 0.5 if p.dim() < 2 else (p.shape[1] if name.endswith("B") or "weight" in name else p.shape[0]) ** -0.5
                 scale *= core_scale if name.endswith("core") else 1.0
-                store = dtype if name.endswith(("weight", "bias")) else p.dtype
+                base = name.endswith(("weight", "bias")) or ".weight." in name
+                store = dtype if base else p.dtype
                 p.copy_(self.values(p.shape, seed * 1000 + i, store, scale))
 
     def factors(self, k: int, n: int, rank: tuple[int, int], *, seed: int, dtype: torch.dtype, train: str = "AB") -> nn.Module:
@@ -198,6 +200,13 @@ class World:
         for name in groups:
             self.watch(model.get_submodule(name))
         return model
+
+    def copied(self, *modules: nn.Module) -> tuple[nn.Module, ...]:
+        """Copies in the place of modules, which share what these share."""
+        memo: dict[int, object] = {}
+        copies = copy.deepcopy(modules, memo)
+        self.known = [(name, memo.get(id(what), what) if isinstance(what, nn.Module) else what) for name, what in self.known]
+        return copies
 
     # ---- what is compared --------------------------------------------------------------------------------------------
 
