@@ -61,6 +61,8 @@ def _check(program, eps: float) -> Fault | None:
     for world in (plain, truth):
         if world.error is not None and not isinstance(world.error, (RuntimeError, Undecided)):
             return Fault(f"bad program: {world.error!r}"[:100], f"line {world.line}: no world can run it: {world.error!r}")
+        if isinstance(world.error, Undecided) and (ours.line is None or ours.line > world.line):
+            return Fault("another path", f"line {world.line}: plain torch drops there, or may be refused, ours does neither")
     # casts copy, so in half precision plain torch may work where in one dtype throughout it raises
     stops = [world.line for world in (plain, truth) if isinstance(world.error, RuntimeError)]
     if ours.line is not None and (not stops or ours.line < min(stops)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,11 +15,11 @@ from programs.script import compiled, standalone
 from programs.steps import programs
 
 BATCH = 50
-SHRINKS = 400  # programs that one search for a smaller one may run
+SHRINKS = 200  # programs that one search for a smaller one may run
 
 
 class Batch(NamedTuple):
-    """programs: how many; seed: of the search."""
+    """programs: how many different ones; seed: of the search."""
 
     programs: int
     seed: int
@@ -50,10 +52,10 @@ def batches(count: int, first_seed: int) -> list[Batch]:
     return [Batch(min(BATCH, count - i), first_seed * 1_000_000 + i // BATCH) for i in range(0, count, BATCH)]
 
 
-def search(batch: Batch, test: Callable[[Builder], None], *phases: Phase) -> None:
+def search(batch: Batch, test: Callable[[str, torch.dtype], None], *phases: Phase) -> None:
     """Runs test on the programs of a batch: always the same ones, for nothing is kept from run to run."""
     options = settings(
-        max_examples=batch.programs,
+        max_examples=2 * batch.programs,  # hypothesis tries some twice
         phases=phases,
         database=None,
         deadline=None,
@@ -62,22 +64,30 @@ def search(batch: Batch, test: Callable[[Builder], None], *phases: Phase) -> Non
         suppress_health_check=list(HealthCheck),
     )
 
-    def quiet(b: Builder) -> None:
-        test(b)
+    seen: set[str] = set()
 
-    seed(batch.seed)(options(given(programs())(quiet)))()
+    def once(b: Builder) -> None:
+        source = b.source()
+        if phases == (Phase.generate,) and (source in seen or len(seen) == batch.programs):
+            return
+        seen.add(source)
+        test(source, b.coarsest)
+
+    seed(batch.seed)(options(given(programs())(once)))()
 
 
-def run_batch(batch: Batch) -> Result:
-    """Runs all programs of a batch, whatever is wrong with them."""
+def run_batch(batch: Batch, notes: Path | None = None) -> Result:
+    """Runs all programs of a batch, whatever is wrong with them. notes: a folder for the program at hand, should it kill us."""
     torch.set_num_threads(1)
     faults: list[Found] = []
     count = 0
 
-    def test(b: Builder) -> None:
+    def test(source: str, dtype: torch.dtype) -> None:
         nonlocal count
         count += 1
-        found = look(batch, b.source(), b.coarsest)
+        if notes is not None:
+            (notes / f"running-{os.getpid()}.py").write_text(source)
+        found = look(batch, source, dtype)
         if found is not None:
             faults.append(found)
 
@@ -95,14 +105,14 @@ def shrunk(found: Found) -> Found:
     without."""
     last, runs = found, 0
 
-    def test(b: Builder) -> None:
+    def test(source: str, dtype: torch.dtype) -> None:
         nonlocal last, runs
         runs += last is not found  # those before the first fault do not count
         if runs > SHRINKS:  # from here on only the least so far fails, and hypothesis soon gives up
-            if b.source() == last.source:
+            if source == last.source:
                 raise Shown
             return
-        other = look(found.batch, b.source(), b.coarsest)
+        other = look(found.batch, source, dtype)
         if other is not None and other.fault.kind == found.fault.kind:
             last = other
             raise Shown
