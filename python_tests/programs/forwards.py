@@ -150,7 +150,12 @@ def bare(b: Builder) -> None:
     r_in, r_out = rank(b)
     x = b.input_for(k)
     parts = [("W", (n, k), b.compute), ("v", (n,), b.compute)]
-    parts += [("A", (k, r_in), b.adapter), ("B", (n, r_out), b.adapter), ("G", (r_in, r_out), b.adapter)]
+    cores: tuple[int, ...] = ()
+    rows = ""
+    if len(x.shape) > 1 and 0 < x.shape[0] < 9 and b.chance(0.3):  # a core for each row
+        cores = (b.number(1, 3),)
+        rows = f", {[b.number(0, cores[0] - 1) for _ in range(x.shape[0])]}"
+    parts += [("A", (k, r_in), b.adapter), ("B", (n, r_out), b.adapter), ("G", (*cores, r_in, r_out), b.adapter)]
     names = []
     for letter, shape, dtype in parts:
         grad = b.chance(0.15) if letter in "Wv" else b.chance(0.8)
@@ -160,7 +165,7 @@ def bare(b: Builder) -> None:
         b.line(f"{name} = w.tensor({sizes}, seed={b.seed()}, dtype={b.dtype(dtype)}, grad={grad}, kind={kind!r}, scale=0.4)")
         names.append(name)
     y = b.made((*x.shape[:-1], n))
-    run_line(b, f"{y.name} = w.linear({x.name}, {', '.join(names)}, {b.one_of(1.0, -0.5)})")
+    run_line(b, f"{y.name} = w.linear({x.name}, {', '.join(names)}, {b.one_of(1.0, -0.5)}{rows})")
     show(b, y)
 
 
@@ -179,6 +184,19 @@ def threaded(b: Builder) -> None:
     b.line("def work():")
     b.indent += 1
     run_line(b, f"ys = {layer.name}({x.name}), {layer.name}({x.name} * 0.5)")
-    b.line(f"return w.loss({seed}, *ys)")
+    b.line(f"return gradients(w.loss({seed}, *ys), [{wanted}])")
     b.indent -= 1
-    b.line(f'for loss in w.threads(work, work): w.grad("threads", loss, [{wanted}])')
+    b.line("for found in w.threads(work, work):")
+    b.line('    for t in found: w.see("threads", t)')
+
+
+def kept_elsewhere(b: Builder) -> None:
+    """Saved tensors are copied away, as to save memory."""
+    layer = b.one_of(*b.layers)
+    x = b.input_for(layer.k)
+    y = b.made((*x.shape[:-1], layer.n))
+    b.line("with torch.autograd.graph.save_on_cpu():")
+    b.indent += 1
+    run_line(b, f"{y.name} = {layer.name}({x.name})")
+    b.indent -= 1
+    show(b, y)

@@ -52,8 +52,9 @@ class Ours(World):
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
 
-    def linear(self, x, weight, bias, A, B, core, scaling):
-        return lotr_ext.lotr_linear(x, weight, bias, A, B, core, scaling)
+    def linear(self, x, weight, bias, A, B, core, scaling, rows=None):
+        index = None if rows is None else torch.tensor(rows)
+        return lotr_ext.lotr_linear(x, weight, bias, A, B, core, scaling, core_index=index)
 
     def merge(self, what) -> None:
         what.merge() if isinstance(what, lotr_ext.LoTRLinear) else lotr_ext.merge(what)

@@ -38,11 +38,15 @@ class Plain(World):
         self.calls += 1
         return dropout_mask(x.shape, layer.dropout, seed)
 
-    def linear(self, x, weight, bias, A, B, core, scaling):
+    def linear(self, x, weight, bias, A, B, core, scaling, rows=None):
         own = (lambda t: t.clone()) if self.keep else (lambda t: t)
         x, weight, A, B, core = (own(t) for t in (x, weight, A, B, core))
         y = nnf.linear(x, weight, None if bias is None else own(bias))
-        return y + ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
+        if rows is not None:  # a core for each row of x
+            core = core[torch.tensor(rows)].view(len(rows), *(1,) * (x.dim() - 3), *core.shape[1:])
+            x = x.unsqueeze(1) if x.dim() == 2 else x
+        delta = ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
+        return y + delta.view(y.shape)
 
     def merge(self, what) -> None:
         for layer in [what] if isinstance(what, LoTRLinear) else layers_of(what):

@@ -61,7 +61,8 @@ def run_all(count: int, processes: int, seed: int, scripts: Path) -> list[runnin
                 done, found = done + result.programs, found + result.faults
                 bar = "#" * (40 * done // count)
                 seconds = time.time() - start
-                text = f"\r[{bar:.<40}] {done}/{count} programs, {len(found)} wrong, {seconds:.0f} of {seconds / done * count:.0f} s"
+                left = seconds / done * (count - done)
+                text = f"\r[{bar:.<40}] {done}/{count} programs, {len(found)} wrong, {seconds:.0f} s, {left:.0f} s to go "
                 print(text, end="", file=sys.stderr, flush=True)
         except BrokenProcessPool:
             raise SystemExit(f"\na process died; what each was running: {scripts}/running-*.py") from None

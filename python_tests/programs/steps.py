@@ -28,10 +28,21 @@ from programs.changes import (
     turn_off,
     unloaded,
 )
-from programs.forwards import bare, checkpointed, forward, functional, mixed, siblings, threaded, unrecorded, view
+from programs.forwards import (
+    bare,
+    checkpointed,
+    forward,
+    functional,
+    kept_elsewhere,
+    mixed,
+    siblings,
+    threaded,
+    unrecorded,
+    view,
+)
 from programs.making import make_layers, make_net
 
-FORWARDS = (forward, forward, siblings, siblings, checkpointed, functional, bare, unrecorded, view)
+FORWARDS = (forward, forward, siblings, siblings, checkpointed, functional, bare, unrecorded, view, kept_elsewhere)
 BACKWARDS = (backward, backward, separate, partial, double)
 CHANGES = (
     *(in_place, in_place, change_parameter, replace, freeze, optimizer_step, turn_off, mode, hook, failing),

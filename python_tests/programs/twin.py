@@ -146,13 +146,14 @@ def apply_lotr(model: nn.Module, groups: dict[str, str], rank: Ranks, *, dtype, 
         factors.A.requires_grad_("A" in train)
         factors.B.requires_grad_("B" in train)
     model.lotr_factors = shared
-    model.adapters = Adapters(model, "default", train)
+    model.adapters = Adapters(model, "default", train, scaling)
 
 
 class Adapters:
     """A model's adapters by name, of which one is active: what is trained, and each layer's factors, core and scaling."""
 
-    def __init__(self, model: nn.Module, name: str, train: Sequence[str]):
+    def __init__(self, model: nn.Module, name: str, train: Sequence[str], scaling: float):
+        self.scaling = scaling  # as configured; a layer's may be set to another
         self.active, self.parked = name, {name: (tuple(train), self._present(model))}
 
     @staticmethod
@@ -167,7 +168,7 @@ class Adapters:
         """As the active one, with cores at zero; shared: over its factors, which the new one does not train."""
         train, layers = self.parked[self.active][0], self._present(model)
         new = {id(factors): factors if shared else copy.deepcopy(factors) for factors, _, _ in layers}
-        cores = [(new[id(f)], nn.Parameter(torch.zeros_like(core), requires_grad=False), s) for f, core, s in layers]
+        cores = [(new[id(f)], nn.Parameter(torch.zeros_like(core), requires_grad=False), self.scaling) for f, core, _ in layers]
         self.parked[name] = (("core",) if shared else train), cores
 
     def use(self, model: nn.Module, name: str) -> None:

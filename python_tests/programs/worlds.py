@@ -69,6 +69,12 @@ def layout(t: Tensor, kind: str) -> Tensor:
     return t
 
 
+def gradients(loss: Tensor, inputs: list[Tensor], **options: bool) -> Sequence[Tensor | None]:
+    """autograd.grad of those inputs that have one; nothing where the loss has none."""
+    inputs = [t for t in inputs if t.requires_grad]
+    return torch.autograd.grad(loss, inputs, allow_unused=True, **options) if loss.requires_grad and inputs else []
+
+
 def save_policy(name: str) -> Callable:
     """A policy of selective checkpointing."""
     keep = {
@@ -245,11 +251,8 @@ class World:
     def grad(
         self, label: str, loss: Tensor, inputs: list[Tensor], *, retain: bool = False, create: bool = False
     ) -> list[Tensor]:
-        """autograd.grad of what can be had."""
-        inputs = [t for t in inputs if t.requires_grad]
-        if not (loss.requires_grad and inputs):
-            return []
-        found = torch.autograd.grad(loss, inputs, retain_graph=retain or create, create_graph=create, allow_unused=True)
+        """Shows autograd.grad of what can be had; returns what can be differentiated again."""
+        found = gradients(loss, inputs, retain_graph=retain or create, create_graph=create)
         for i, t in enumerate(found):
             self.seen.append((f"{label}[{i}]", None if t is None else t.detach().clone(), False))
         return [t for t in found if t is not None and t.requires_grad]
