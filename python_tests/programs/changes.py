@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from programs.backwards import backward
+from programs.backwards import backward, losses
 from programs.builder import Builder
 from programs.forwards import forward_net, parameter, unrecorded
 
@@ -88,6 +88,7 @@ def merged(b: Builder) -> None:
     what = merging(b)
     if what is None:
         return
+    b.changed()
     b.line(f"w.may_refuse(lambda: w.merge({what}))")
     if b.fresh and b.chance(0.5):
         backward(b)
@@ -168,12 +169,19 @@ def failing(b: Builder) -> None:
 
 def parametrized(b: Builder) -> None:
     """A, B or a core that is made of another parameter, as for orthogonal or bounded factors."""
-    layer = b.one_of(*b.layers)
     b.changed()
-    part = b.one_of("A", "B", "core")
-    owner = layer.name if part == "core" else f"{layer.name}.factors"
-    b.line(f'if not parametrize.is_parametrized({owner}, "{part}"):')
-    b.line(f'    parametrize.register_parametrization({owner}, "{part}", {b.one_of("nn.Tanh()", "Doubled()")})')
+    part, how = b.one_of("A", "B", "core"), b.one_of("nn.Tanh()", "nn.Tanh()", "Doubled()")
+    if b.net is not None and part != "core" and b.chance(0.5):
+        b.line("for factors in net.lotr_factors.values():")
+        b.line(f'    if not parametrize.is_parametrized(factors, "{part}"):')
+        b.line(f'        parametrize.register_parametrization(factors, "{part}", {how})')
+    else:
+        layer = b.one_of(*b.layers)
+        owner = layer.name if part == "core" else f"{layer.name}.factors"
+        b.line(f'if not parametrize.is_parametrized({owner}, "{part}"):')
+        b.line(f'    parametrize.register_parametrization({owner}, "{part}", {how})')
+    if b.chance(0.5):
+        unrecorded(b)
 
 
 def state(b: Builder) -> None:
@@ -231,7 +239,9 @@ def copied(b: Builder) -> None:
 def unloaded(b: Builder) -> None:
     """The adapter for good in the weights, between a forward and its backward: the last step of a program."""
     forward_net(b)
+    b.changed()
     b.line("w.may_refuse(lambda: w.unload(net))")
-    backward(b)
-    b.line("w.zero()")
+    inputs = [value.name for value in b.values if value.name.startswith("x")]
+    if b.fresh:
+        b.line(f'w.grad("{b.name("p")}", {losses(b)}, [{", ".join(inputs)}])')
     unrecorded(b)

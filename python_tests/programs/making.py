@@ -73,10 +73,14 @@ def make_net(b: Builder) -> None:
     if train in ("A", "B"):
         train += " core"
     r, adapter = rank(b), b.dtype(b.adapter)
+    if b.frozen:
+        b.line("with torch.inference_mode():")
+        b.indent += 1
     b.line(f"net = w.apply(Net(), {groups}, {r}, seed={b.seed()}, dtype={b.dtype()}, adapter_dtype={adapter},")
     b.line(f'              {settings(b)}, train="{train}")')
     if b.frozen:
         b.line("net.requires_grad_(False)")
+        b.indent -= 1
     b.net = "net"
     b.outputs = len(outputs)
     b.layers += [Layer(f"net.{name}", groups[name], k, n, name in wrapped) for name, (k, n) in zip(names, sizes)]
