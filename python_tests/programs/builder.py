@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 HALVES = (torch.bfloat16, torch.float16)
 HEAD = """import torch
-from programs.worlds import Doubled, Planned, gradients
+from programs.worlds import Doubled, Planned, another, gradients
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 

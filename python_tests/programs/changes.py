@@ -39,7 +39,7 @@ def replace(b: Builder) -> None:
     if b.chance(0.5):
         b.line(f"{layer.name}.scaling = {b.one_of(0.25, -2.0)}")
     else:
-        b.line(f"{layer.name}.core = nn.Parameter({layer.name}.core.detach() * -0.5)")
+        b.line(f"{layer.name}.core = another({layer.name}.core, -0.5)")
 
 
 def freeze(b: Builder) -> None:

@@ -74,23 +74,28 @@ def _check(program, eps: float) -> Fault | None:
     fault = _compare_all(program, decisions, ours, plain, right, eps)
     if fault is None and ours.line is None:
         loose = [(label, t if t is None else t.detach(), False) for label, t, _ in right.seen]
-        fault = _compare_all(program, decisions, ours, right._replace(seen=loose), right, eps, after=len(plain.seen))
+        fault = _compare_all(
+            program, decisions, ours, right._replace(seen=loose), right, eps, after=len(plain.seen), loose=True
+        )
         if fault is not None:
             text = f"line {min(stops)}: plain torch raises there, ours gives another number: {fault.text}"
             return Fault("wrong where plain torch raises", text)
     return fault
 
 
-def _compare_all(program, decisions: Decisions, ours: Run, plain: Run, truth: Run, eps: float, after: int = 0) -> Fault | None:
-    """The first number that is not as it should be. after: how many were compared with plain torch already."""
+def _compare_all(
+    program, decisions: Decisions, ours: Run, plain: Run, truth: Run, eps: float, after: int = 0, loose: bool = False
+) -> Fault | None:
+    """The first number that is not as it should be. after: how many were compared with plain torch already.
+    loose: whatever their dtypes."""
     allowed: list[float] = []
     for i, seen in enumerate(zip(ours.seen, plain.seen, truth.seen)):
         if i < after:
             continue
-        fault = _compare(*seen, eps, 0.0, loose=after > 0)
+        fault = _compare(*seen, eps, 0.0, loose)
         if fault is not None and fault.kind.startswith("wrong number"):
             allowed = allowed or _noise(program, decisions, truth, eps)
-            fault = _compare(*seen, eps, allowed[i], loose=after > 0)
+            fault = _compare(*seen, eps, allowed[i], loose)
         if fault is not None:
             return fault
     if ours.line is None and plain.line is None and len(ours.seen) != len(plain.seen):
@@ -113,7 +118,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
 
 
-def _compare(ours, plain, truth, eps: float, noise: float, loose: bool = False) -> Fault | None:
+def _compare(ours, plain, truth, eps: float, noise: float, loose: bool) -> Fault | None:
     (label, got, got_grad), (plain_label, same, same_grad), (truth_label, want, _) = ours, plain, truth
     part = "grad" if "grad" in label else "value"
     if not label == plain_label == truth_label:

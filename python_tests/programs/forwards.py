@@ -138,7 +138,7 @@ def functional(b: Builder) -> None:
     x = b.input_for(layer.k)
     y = b.made((*x.shape[:-1], layer.n))
     core = b.name("c")
-    b.line(f"{core} = ({layer.name}.core.detach() * 0.5).requires_grad_({b.one_of(True, False)})")
+    b.line(f"{core} = another({layer.name}.core, 0.5).requires_grad_({b.one_of(True, False)})")
     run_line(b, f'{y.name} = torch.func.functional_call({layer.name}, {{"core": {core}}}, ({x.name},))')
     show(b, y)
     b.line(f"w.known.append(({core!r}, {core}))")

@@ -6,9 +6,10 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from programs.worlds import World, in_backward
+from programs.worlds import World, in_backward, invertible
 from torch import Tensor
 
 import lotr_ext
@@ -95,7 +96,8 @@ class Ours(World):
         with tempfile.TemporaryDirectory() as folder:
             lotr_ext.save_adapter(model, folder)
             yield
-            lotr_ext.load_adapter(model, folder)
+            load = partial(lotr_ext.load_adapter, model, folder)
+            load() if invertible(model) else self.may_refuse(load)
 
     def may_refuse(self, function: Callable) -> None:
         try:

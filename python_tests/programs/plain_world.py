@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from programs.twin import LoTRFactors, LoTRLinear, apply_lotr, disabled, dropout_mask, layers_of, mixed
-from programs.worlds import Decisions, Undecided, World
+from programs.worlds import Decisions, Undecided, World, invertible
 from torch import Tensor
 from torch.nn import functional as nnf
 
@@ -83,9 +83,13 @@ class Plain(World):
         parts = [p for name, p in named if name.split(".")[-1] in ("A", "B", "core", "original")]
         before = [p.detach().clone() for p in parts]
         yield
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def restore() -> None:
             for p, value in zip(parts, before):
                 p.copy_(value)
+
+        restore() if invertible(model) else self.may_refuse(restore)
 
     def may_refuse(self, function: Callable) -> None:
         """What lotr_ext may refuse by an error, having changed nothing; the other worlds then leave it out."""

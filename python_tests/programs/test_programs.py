@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import running, twin
+
+pytest.importorskip("hypothesis")  # before what needs it: `-m cuda` collects this file without it too
+
+from programs import once_wrong, running, twin
 from programs.checking import check
 from programs.running import Batch
 from programs.script import compiled, standalone
@@ -44,6 +47,12 @@ def report(faults: list[running.Found]) -> str:
 def test_400_programs() -> None:
     faults = [found for batch in running.batches(400, 0) for found in running.run_batch(batch).faults]
     assert not faults, report(faults)
+
+
+@pytest.mark.parametrize("name", once_wrong.PROGRAMS)
+def test_what_was_wrong_once(name: str) -> None:
+    fault = check(compiled(once_wrong.source(name)), once_wrong.dtype(name))
+    assert fault is None, f"{fault.text}\n\n{once_wrong.source(name)}"
 
 
 @pytest.mark.full

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
@@ -42,6 +43,21 @@ class Decisions:
     def __init__(self) -> None:
         self.seeds: list[int] = []
         self.refused: list[bool] = []
+
+
+def invertible(model: nn.Module) -> bool:
+    """Whether what is made by parametrizations can be set."""
+    lists = (module for module in model.modules() if isinstance(module, ParametrizationList))
+    return all(hasattr(step, "right_inverse") for steps in lists for step in steps)
+
+
+def another(t: Tensor, factor: float) -> nn.Parameter:
+    """t * factor, changed in place as often as t was: nobody may tell them apart by that."""
+    new = nn.Parameter(t.detach() * factor)
+    with torch.no_grad():
+        while not t.is_inference() and not new.is_inference() and new._version < t._version:
+            new.mul_(1)
+    return new
 
 
 def in_backward() -> bool:
@@ -277,6 +293,10 @@ class World:
             return checkpoint(again, *args, use_reentrant=reentrant)
         make = lambda: create_selective_checkpoint_contexts(save_policy(policy))  # noqa: E731
         return checkpoint(again, *args, use_reentrant=False, context_fn=make)
+
+    def inference(self, function: Callable[[], Tensor]) -> Tensor:
+        with torch.inference_mode():
+            return function()
 
     def planned(self, function: Callable) -> None:
         """Runs what may raise Planned. Gradients it has left are dropped."""
