@@ -26,7 +26,7 @@ from .timing import CLOCKS, Clock, ceilings, machine, slug
 T = TypeVar("T")
 Show = Callable[[T, list[dict], "Session"], None]  # of a program: prints the results of one case
 ALLOCATORS = ("keep", "system")
-ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15}  # of each program by default
+ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15, "host": 61}  # of each program by default
 WIDTH = 210  # of the widest table; on a narrower terminal the lines wrap as wholes, which can be read, and columns do not
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
