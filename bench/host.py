@@ -1,15 +1,16 @@
 """Host time: what calling an adapted layer costs where its products cost nothing, forward and backward, in us a layer.
 
     python -m bench.host                      24 layers of width 32; 1, 16, 160 tokens; chained and as q, k, v; fp32, 1 thread
-    python -m bench.host --tokens 1,2048 --layers 96 --clock cpu
+    python -m bench.host --tokens 1,2048 --layers 96 --clock wall
 
 At this width the time is Python's, the dispatcher's and autograd's, as it is around every layer of a small model or a short
 batch. chained: x of a layer is y of the one before. siblings: three layers on one x, as q, k and v of a block. Every rival has
 the same weights; the LoTR ones are compared with the formula in float64 first. All of a case are interleaved; a time is the
 median over rounds, a ratio the median of per-round ratios to the formula in three lines of torch on as many factors.
 
-Beside the times stand counts a layer, which no load on the machine moves: Python calls (sys.setprofile), those in lotr_ext's
-files, and operators (a TorchDispatchMode, to which a fused operator of ours shows the products it is made of). Results go to
+Beside the times stand counts a layer, which no load on the machine moves: Python calls in lotr_ext's files (sys.setprofile),
+operators that Python and autograd dispatch, and the products that a dispatch mode is shown, of which a fused operator is made.
+The same counts of the path on CUDA are of tensors that only look like CUDA tensors, so they need no GPU. Results go to
 bench/results/<machine>/host.jsonl.
 """
 
@@ -21,8 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lotr_ext import planner
+
+from .measure.as_cuda import META, as_cuda
 from .measure.bounds import DIRECTIONS
-from .measure.host_calls import count_step
+from .measure.host_calls import count_step, count_text
 from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
 from .measure.shapes import DTYPES, Case
 from .measure.store import newest
@@ -87,6 +91,21 @@ def check(stacks: dict[str, nn.Module], truth: nn.Module, x: Tensor, g: Tensor, 
     return errors
 
 
+def counts_on_cuda(case: HostCase, names: list[str]) -> dict[str, dict]:
+    """`count_step` of each rival on what looks like a GPU; none without our CUDA kernels in the build."""
+    if not planner.build_info()["cuda"]["built"]:
+        return {}
+    found, layer, dtype = {}, case.layer(), DTYPES[case.dtype]
+    tensors = rh.values(layer, case.layers, META)
+    x, g = (torch.empty(case.m, case.k, dtype=dtype, device=META, requires_grad=needs) for needs in (True, False))
+    for name in names:
+        call = step_of(rh.stack(name, tensors, layer, case.form), x, g)
+        with as_cuda():
+            call.stages[1](call.stages[0](None))
+            found[name] = count_step(call, case.layers)
+    return found
+
+
 def measure(case: HostCase, names: list[str], session: Session) -> list[dict]:
     """One result a rival; seconds are a layer's."""
     device, dtype = session.device, DTYPES[case.dtype]
@@ -97,9 +116,11 @@ def measure(case: HostCase, names: list[str], session: Session) -> list[dict]:
     stacks = {name: rh.stack(name, tensors, layer, case.form) for name in names}
     errors = check(stacks, rh.stack(rh.LOTR, rh.wide(tensors), layer, case.form), x, g, case.dtype)
     results, calls = [], [step_of(stack, x, g) for stack in stacks.values()]
+    on_cuda = counts_on_cuda(case, names)
     for name, call in zip(stacks, calls):
         result = {"rival": name, "label": rh.RIVALS[name].label, "error": errors.get(name)}
-        results.append(result | {"counts": count_step(call, case.layers)})
+        counts = {"counts": count_step(call, case.layers), "counts_on_cuda": on_cuda.get(name)}
+        results.append(result | counts)
     times = interleave(calls, session.clock, session.options.rounds, 0.0, settle=True)
     seconds = {
         name: {d: [t / case.layers for t in own] for d, own in zip(DIRECTIONS, [*stages, [sum(t) for t in zip(*stages)]])}
@@ -118,20 +139,19 @@ def measure(case: HostCase, names: list[str], session: Session) -> list[dict]:
 
 def show(case: HostCase, results: list[dict], session: Session) -> None:
     heads = ["", "forward", "backward", "both", "(quartiles)", "x three lines", "(quartiles)", "x eager LoRA's excess"]
-    table = new_table(f"{case.name()}, a layer", *heads, "Python calls", "of lotr_ext", "operators")
+    table = new_table(
+        f"{case.name()}, a layer", *heads, "calls in lotr_ext", "operators", "products", "CUDA: calls", "operators"
+    )
     for r in results:
         times = [time_text(r[d]["seconds"][1]) for d in DIRECTIONS]
         low, _, high = r["step"]["seconds"]
         below, ratio, above = r["step"]["of_lotr"]
         extra = "" if r["rival"] == rh.FLOOR else f"{r['step']['of_lora_excess'][1]:.2f}"
-        counts = [_count_text(r["counts"], what) for what in ("calls", "own", "operators")]
+        counts = [count_text(r["counts"], what) for what in ("own", "dispatched", "operators")]
+        counts += [count_text(r["counts_on_cuda"], what) for what in ("own", "dispatched")]
         spread = f"{time_text(low)}, {time_text(high)}"
         table.add_row(r["label"], *times, spread, f"{ratio:.2f}", f"{below:.2f}, {above:.2f}", extra, *counts)
     session.console.print(table)
-
-
-def _count_text(counts: dict, what: str) -> str:
-    return " + ".join(f"{counts[direction][what]:.1f}" for direction in ("forward", "backward"))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -145,7 +165,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rivals", help=f"some of {', '.join(rh.RIVALS)}")
     options = parser.parse_args(argv)
     options.threads = options.threads or "1"
-    options.clock = options.clock or "wall"  # on a GPU too: here the launches are what is measured
+    # a thread's own seconds, which no other program's load is in; on a GPU the wall's, for launches are what is measured here
+    options.clock = options.clock or ("cpu" if (options.device, options.threads) == ("cpu", "1") else "wall")
     check_options(options, rounds=9 if options.quick else ROUNDS["host"], dtypes="fp32")
     tokens = (options.tokens if options.tokens is not None else ",".join(map(str, TOKENS))).split(",")
     if not all(part.isdigit() and int(part) > 0 for part in tokens):

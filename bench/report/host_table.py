@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from ..measure.host_calls import count_text
 from ..measure.session import time_text
 from ..rivals import host as rh
 from .plots import save
@@ -55,16 +56,17 @@ def host_rows(cells: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def count_rows(cells: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """(heads, rows): a row a rival of the case with most tokens: calls and operators a layer, forward + backward."""
+    """(heads, rows): a row a rival of the chained case with most tokens: calls and operators a layer, forward + backward, and
+    the same of the path on CUDA."""
     case, own = max(by_case(cells), key=lambda item: (item[0]["form"] == "chained", item[0]["m"]))
     rows = []
     for name in (name for name in rh.RIVALS if name in own):
-        counts = own[name]["counts"]
         row = [own[name]["label"]]
-        for what in ("calls", "own", "operators"):
-            row.append(" + ".join(f"{counts[direction][what]:.0f}" for direction in ("forward", "backward")))
+        for field in ("counts", "counts_on_cuda"):
+            row += [count_text(own[name][field], what) for what in ("own", "dispatched")]
         rows.append(row)
-    return [place(case), "Python calls", "of those in lotr_ext", "operators"], rows
+    heads = ["calls of Python functions of lotr_ext", "operators"]
+    return [place(case), *heads, *(f"{head} on CUDA" for head in heads)], rows
 
 
 def draw_host(cells: list[dict], folder: Path) -> list[Path]:

@@ -7,10 +7,12 @@ import torch
 
 from bench import host, targets
 from bench.measure import host_calls
+from bench.measure.as_cuda import META, as_cuda
 from bench.measure.store import Store
 from bench.measure.timing import Timed
 from bench.report import host_table
 from bench.rivals import host as rh
+from lotr_ext import explain
 
 QUICK = ["--device", "cpu", "--allocator", "system", "--rounds", "2", "--layers", "3", "--tokens", "2"]
 
@@ -43,7 +45,7 @@ def test_it_measures_every_way_of_ours(tmp_path, capsys):
         f"**{r.label}**" if name.startswith("lotr_ext") else r.label for name, r in rh.RIVALS.items()
     ]
     heads, rows = host_table.count_rows(cells)
-    assert heads[0] == "2 tokens, chained" and rows[0] == ["frozen", "5 + 6", "0 + 0", "2 + 2"]
+    assert heads[0] == "2 tokens, chained" and rows[0] == ["frozen", "0 + 0", "1 + 2", "0 + 0", "1 + 2"]
 
 
 def test_a_wrong_layer_loses_its_case(tmp_path, monkeypatch, capsys):
@@ -83,8 +85,46 @@ def test_calls_are_counted():
         return torch.ones(2) + 1 if state is None else None
 
     counts = host_calls.count_step(Timed((stage, stage)), 2)
-    assert counts["forward"] == {"calls": 1.5, "own": 0, "operators": 1}  # stage, inner, inner; ones, add
-    assert counts["backward"] == {"calls": 1.5, "own": 0, "operators": 0}
+    assert counts["forward"] == {"calls": 1.5, "own": 0, "operators": 1, "dispatched": 1}  # stage, inner, inner; ones, add
+    assert counts["backward"] == {"calls": 1.5, "own": 0, "operators": 0, "dispatched": 0}
+
+
+def test_what_looks_like_cuda_takes_the_path_on_cuda():
+    case = host.HostCase("chained", 3, 160, 32, 8, "fp32", 1)
+    found = host.counts_on_cuda(case, list(rh.RIVALS))
+    for name, rival in rh.RIVALS.items():
+        assert (found[name]["forward"]["own"] > 0) == name.startswith("lotr_ext"), rival.label
+    assert found["frozen"]["forward"]["dispatched"] == 1 and found[rh.LOTR]["forward"]["dispatched"] == 7
+    x, meta = torch.empty(160, 32, device="meta"), rh.values(case.layer(), 3, META)
+    layer = rh.stack(rh.SHARED, meta, case.layer(), "chained").layers[0]
+    assert not explain(layer, x).kernels
+    with as_cuda():
+        assert x.device == torch.device("cuda", 0) and x.is_cuda and not x.is_meta and not x.is_cpu
+        assert torch.zeros(2, device=x.device).is_cuda and torch.zeros(2).device.type == "cpu"
+        assert explain(layer, x).kernels and "cuda" in explain(layer, x).reason
+    assert x.device == META and not explain(layer, x).kernels
+    with as_cuda((7, 5)):
+        assert not explain(layer, x).kernels and "got 7.5" in explain(layer, x).reason
+
+
+def test_backward_runs_on_what_looks_like_cuda():
+    seen = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append((g.device, torch.zeros(1, device=g.device).is_cuda))
+            return g
+
+    x = torch.empty(2, device="meta", requires_grad=True)
+    with as_cuda():
+        Node.apply(x).backward(torch.empty(2, device="meta"))
+        assert x.grad.is_cuda
+    assert seen == [(torch.device("cuda", 0), True)]
 
 
 def _cell(rival: str, m: int, of_lotr: float, of_lora: float) -> dict:
