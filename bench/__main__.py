@@ -36,7 +36,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.given = {
         n: getattr(options, n)
-        for n in ("threads", "rounds", "clock", "results", "allocator")
+        for n in ("threads", "rounds", "clock", "results", "allocator", "isa")
         if getattr(options, n) is not None
     }
     options.chosen_dtypes = options.dtypes
