@@ -18,12 +18,8 @@ functorch_active = torch._C._are_functorch_transforms_active  # vmap, grad, jvp 
 jit_tracing = torch._C._get_tracing_state  # None outside of torch.jit.trace and the older ONNX export
 saved_tensor_hook = torch._C._autograd._top_saved_tensors_default_hooks  # (False): the innermost (pack, unpack), or None
 
-_VMAP = _dispatch_key_parse("VmapMode")
-
-
-def in_old_vmap() -> bool:
-    """Whether gradients come in batches, by is_grads_batched, whose vmap is an older one than torch.func's."""
-    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
+dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in batches, by is_grads_batched
 
 
 def forward_mode() -> bool:

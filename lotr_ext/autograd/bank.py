@@ -62,8 +62,8 @@ class Bank:
     """A in one dtype, and F of a group's layers, for one forward. It holds what it was made of."""
 
     def __init__(self, A: Tensor, B: Tensor, dtype: torch.dtype):
-        self.A, self.A_version = A, _version(A)
-        self.A_cast = A if A.dtype == dtype else A.detach().to(dtype)
+        self.A, self.A_cast = A, A.detach().to(dtype)
+        self.A_version = 0 if A.is_inference() else A._version
         self.B, self.F, self.index = B, None, {}
 
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
@@ -78,31 +78,26 @@ class Bank:
         with torch.no_grad():
             F = ops.fold(self.B, torch.stack(cores), scaling, dtype)
         self.gradient = FoldedGradient(scaling)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (self.B, *cores)):
+        if torch.is_grad_enabled() and True in [t.requires_grad for t in (self.B, *cores)]:
             F = LoTRShared.apply(self.gradient, F, self.B, *cores)
         self.F, self.cores, self.scaling = F, cores, scaling
         self.index = {layer: l for l, layer in enumerate(layers)}
-        self.versions = [_version(t) for t in cores]
-        self.B_version = _version(self.B)
+        self.marked = True not in [t.is_inference() for t in (self.B, *cores)]  # inference tensors have no version
+        self.versions = [core._version for core in cores] if self.marked else []
+        self.B_version = self.B._version if self.marked else 0
 
     def serves(self, call: Call, B: Tensor) -> int | None:
         """l of the F_l that a call can take; None where what it brings is not what F was made of."""
         l = self.index.get(call.owner)
         if l is None or self.cores[l] is not call.core or self.B is not B or self.scaling != call.scaling:
             return None
-        return l if self.versions[l] == _version(call.core) and self.B_version == _version(B) else None
-
-    def Q(self, l: int) -> Tensor:
-        """The running backward's Q_l [n, r_in], zero when new, to be added to."""
-        return self.gradient.accumulator(self.F.shape, ops.accumulate_dtype(self.F.dtype), self.F.device)[l]
+        if self.marked and (self.versions[l] != call.core._version or self.B_version != B._version):
+            return None
+        return l
 
     def cast(self, A: Tensor) -> Tensor:
         """A in the bank's dtype where it is what was cast, else A, which the operators round as they read it."""
-        return self.A_cast if self.A is A and self.A_version == _version(A) else A
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
+        return self.A_cast if self.A is A and (A.is_inference() or self.A_version == A._version) else A
 
 
 class Scope:

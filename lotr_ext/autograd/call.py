@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
@@ -42,7 +44,7 @@ def plan_call(x: Tensor, A: Tensor, call: Call, weight: Tensor | None, device: t
     if is_compiling() or jit_tracing() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Plan("composite", traced, why=traced)  # before any look at sizes, which would become guards
-    if functorch_active() or forward_mode():
+    if functorch_active() or forward_ad._current_level >= 0:
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
     elif type(x) not in _PLAIN or type(A) not in _PLAIN or type(weight) not in _WEIGHTS:
         names = {"x": x, "A": A, "weight": weight}
@@ -50,12 +52,13 @@ def plan_call(x: Tensor, A: Tensor, call: Call, weight: Tensor | None, device: t
         why = f"{', '.join(others)}: only plain tensors go to kernels"
     else:
         why = None
-    tokens = x.numel() // x.shape[-1]
+    tokens, alone = x.numel() // x.shape[-1], not call.shares
     # where A is frozen, one node would keep x for a double backward
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
+    forced = (call.strategy, "strategy") if call.strategy else (os.environ.get("LOTR_STRATEGY") or None, "LOTR_STRATEGY")
     return _plan(
-        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, call.alone, is_grad_enabled(), max(call.core.shape)),
-        *(A.dtype, call.compute, device or x.device, why, *planner.forced_strategy(call.strategy)),
+        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, alone, is_grad_enabled(), max(call.core.shape)),
+        *(A.dtype, call.compute, device or x.device, why, *forced),
     )
 
 
@@ -94,30 +97,17 @@ def _plan(
 # ---- running it ------------------------------------------------------------------------------------------------------
 
 
-def _explicit_casts(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """run(x, .., call) with what to compute in; every cast is explicit from there on."""
-
-    @functools.wraps(run)
-    def explicit(x: Tensor, *rest) -> Tensor:
-        call = rest[-1]
-        call.dtype = compute_dtype(x)
-        call.compute = call.dtype or x.dtype
-        if call.dtype is None:
-            return run(x, *rest)
-        with torch.autocast(x.device.type, enabled=False):
-            return run(x, *rest)
-
-    return explicit
-
-
-@_explicit_casts
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, call: Call) -> Tensor:
     """y = x W^T + bias + s ((drop(x) A) G) B^T. A base that is trained is one of any kind: autograd differentiates it."""
-    if call.dtype is None and x.dtype != weight.dtype and type(weight) in _PLAIN:
-        raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
+    if call.dtype is None:
+        if torch.is_autocast_enabled(x.device.type) and x.dtype not in _NOT_CAST:
+            return _explicitly_cast(call_linear, x, weight, bias, A, B, call)
+        call.compute = x.dtype
+        if x.dtype != weight.dtype and type(weight) in _PLAIN:
+            raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
     grad = is_grad_enabled()
     if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _add_adapter(x, base_linear(x, weight, bias, call.dtype), A, B, call)
+        return add_adapter(x, base_linear(x, weight, bias, call.dtype), A, B, call)
     plan = call.plan = plan_call(x, A, call, weight)
     if plan.nodes == 0:
         return _composite(x, base_linear(x, weight, bias, call.dtype), A, B, call)
@@ -126,9 +116,19 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         found = _shared_u(x, A, B, call)
         return _expand(found, None, (x, weight, bias), B, call, in_graph)
     if in_graph:
-        return LoTRFunction.apply(x, weight, bias, call.view("A", A), call.view("B", B), call.core, call)
+        if call.shares:
+            A, B = call.group.A.view(A, call.owner), call.group.B.view(B, call.owner)
+        return LoTRFunction.apply(x, weight, bias, A, B, call.core, call)
     factors = here(x.device, A, B, call.core)
-    return ops.layer_forward(*call.cast(x, weight, bias), *factors, call.scaling, call.beta, call.unfolded)[0]
+    operands = call.cast(x, weight, bias)
+    return ops.layer_forward(*operands, *factors, call.scaling, plan.strategy == "beta", plan.unfolded)[0]
+
+
+def _explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
+    """run(x, .., call) under autocast: every cast is explicit from there on."""
+    rest[-1].dtype = rest[-1].compute = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, *rest)
 
 
 def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, call: Call) -> Tensor:
@@ -136,7 +136,12 @@ def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tens
     return add_adapter(x, base(x), A, B, call)
 
 
-def _add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
+def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
+    """y + s ((drop(x) A) G) B^T."""
+    if call.dtype is None:
+        if compute_dtype(x) is not None:
+            return _explicitly_cast(add_adapter, x, y, A, B, call)
+        call.compute = x.dtype
     call.plan = plan_call(x, A, call, None)
     if call.plan.nodes == 0:
         return _composite(x, y, A, B, call)
@@ -145,12 +150,12 @@ def _add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tens
     return _expand(found, y, (None, None, None), B, call, in_graph)
 
 
-add_adapter = _explicit_casts(_add_adapter)
-
-
-@_explicit_casts
 def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, call: Call) -> Tensor:
     """y + ((drop(x) A) cores[i]) B^T for row i of x [b, ..., k]: its tokens, which lie side by side, all take its core."""
+    if call.dtype is None:
+        if compute_dtype(x) is not None:
+            return _explicitly_cast(add_rows, x, y, A, B, cores, call)
+        call.compute = x.dtype
     call.plan = plan_call(x, A, call, None)
     b, (_, r_in, r_out), compute = x.shape[0], cores.shape, call.compute
     tokens = x.shape[1:-1].numel()
@@ -163,7 +168,7 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, call: Ca
     h = (found.u.reshape(b, tokens, r_in) @ cores).view(b * tokens, r_out)
     rows_call = call.with_core(torch.eye(r_out, dtype=B.dtype, device=B.device), 1.0)
     grad = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
-    return _expand(SharedInput.of(h), y, (None, None, None), B, rows_call, grad)
+    return _expand(found, y, (None, None, None), B, rows_call, grad, h)
 
 
 def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
@@ -173,45 +178,48 @@ def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor
 
 def _shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
     """u and route for a call: a sibling's where one has been here with this very x, else new."""
-    call.bank = current_bank(call, A, B)
-    found = _find(x, A, call)
-    needs_A = A.requires_grad and is_grad_enabled()
+    call.bank, group, graph = current_bank(call, A, B), call.group, is_grad_enabled()
+    settings = (call.compute, call.dtype, call.p)
+    found = SharedInput(x, A, None, None) if group is None else group.find(x, A, call.owner, settings)
     if found.u is not None:
-        if needs_A and not call.alone:
-            call.group.A.join(A, call.owner)
+        if call.shares:
+            group.A.view(A, call.owner)  # that the owner has been here, as a new round begins when it comes again
         return found
     seed = found.drawn(x.device) if call.p else None
     values = A if call.bank is None else call.bank.cast(A)
-    if needs_A or (x.requires_grad and is_grad_enabled()):
-        view = call.view("A", A)
+    if graph and (A.requires_grad or x.requires_grad):
+        view = group.A.view(A, call.owner) if call.shares else A
         values = view if values is A else values
         found.u, found.route = LoTRShrink.apply(x, view, call, weakref.ref(found), values, seed)
     else:
         with torch.no_grad():
             found.u = ops.shrink(rows(to(x, call.compute)), *here(x.device, values), p=call.p, seed=seed)
-    if call.group is not None:
-        call.group.offer(found)
+    if group is not None:
+        group.offer(found)
     return found
 
 
-def _expand(found: SharedInput, y: Tensor | None, base: tuple, B: Tensor, call: Call, in_graph: bool) -> Tensor:
-    """y = x W^T + bias + u F^T, or onto a given y."""
+def _expand(
+    found: SharedInput, y: Tensor | None, base: tuple, B: Tensor, call: Call, in_graph: bool, h: Tensor | None = None
+) -> Tensor:
+    """y = x W^T + bias + u F^T, or onto a given y; h: what was made of u, in its stead."""
+    u, route = (found.u, found.route) if h is None else (h, None)
     bank, F, core = call.bank, None, call.core
     if bank is not None and bank.F is not None:
         call.l = bank.serves(call, B)
         if call.l is not None and (bank.F.requires_grad or not (in_graph and (B.requires_grad or core.requires_grad))):
             F = bank.F
     if in_graph:
-        view = B if F is not None else call.view("B", B)
-        return LoTRExpand.apply(found.route, found.u, view, core, F, y, base, call, found)
+        view = B if F is not None or not call.shares else call.group.B.view(B, call.owner)
+        return LoTRExpand.apply(route, u, view, core, F, y, base, call, found)
     F_l = None if F is None else F[call.l]
-    values = here(found.u.device, B, core)
+    values = here(u.device, B, core)
     if y is None:
-        operands = call.cast(*base)
-        return ops.layer_forward(*operands, None, *values, call.scaling, call.beta, False, u=found.u, F=F_l)[0]
+        operands, beta = call.cast(*base), call.plan.strategy == "beta"
+        return ops.layer_forward(*operands, None, *values, call.scaling, beta, False, u=u, F=F_l)[0]
     if F_l is None:
-        F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, found.u.dtype).squeeze(0)
-    return add_expand(y, found.u, F_l)
+        F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
+    return add_expand(y, u, F_l)
 
 
 def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:
@@ -221,15 +229,9 @@ def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:
     eager = not (is_compiling() or jit_tracing() is not None or functorch_active() or forward_mode()) and type(x) in _PLAIN
     if not eager or planner.obstacle_to_kernels(0, x.dtype, x.device) is not None:
         return nnf.dropout(x, call.p)
-    found = _find(x, A, call)
+    group, settings = call.group, (call.compute, call.dtype, call.p)
+    found = SharedInput(x, A, None, None) if group is None else group.find(x, A, call.owner, settings)
     keep = ops.dropout_mask(x.numel() // x.shape[-1], x.shape[-1], call.p, found.drawn(x.device), torch.float32) > 0
-    if call.group is not None and found.u is None:
-        call.group.offer(found)
+    if group is not None and found.u is None:
+        group.offer(found)
     return torch.where(keep.view(x.shape), x * (1 / (1 - call.p)), 0)
-
-
-def _find(x: Tensor, A: Tensor, call: Call) -> SharedInput:
-    """What a sibling left for this very x, or a new one."""
-    if call.group is None:
-        return SharedInput(x, A, None, None)
-    return call.group.find(x, A, call.owner, (call.compute, call.dtype, call.p))

@@ -11,13 +11,15 @@ gradients to autograd.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..compat import functorch_active, in_old_vmap, private_write, saved_but, wants
+from ..compat import OLD_VMAP, dispatch_key_included, functorch_active, private_write, saved_but, wants
 from ..ops import composite
 from ..ops.composite import here, rows, to
 from .record import Call
@@ -27,7 +29,7 @@ from .shared_input import SharedInput
 def recorded() -> bool:
     """Whether the running backward takes torch's own products: it is being recorded, for double backward or by compiled
     autograd, or batched, by is_grads_batched or vmap."""
-    return is_grad_enabled() or is_compiling() or in_old_vmap() or functorch_active()
+    return is_grad_enabled() or is_compiling() or dispatch_key_included(OLD_VMAP) or functorch_active()
 
 
 class LoTRFunction(Function):
@@ -43,8 +45,10 @@ class LoTRFunction(Function):
         need_x, need_weight, need_bias, need_A, need_B, need_core = ctx.needs_input_grad[:6]
         if not isinstance(call, Call):
             call = Call.of_function(x, core, call, any(ctx.needs_input_grad))
-        operands = call.cast(x, weight, bias)
-        y, u, F = ops.layer_forward(*operands, *here(x.device, A, B, core), call.scaling, call.beta, call.unfolded)
+        operands = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
+        values = (A, B, core) if A.device == x.device == core.device else here(x.device, A, B, core)
+        plan = call.plan
+        y, u, F = ops.layer_forward(*operands, *values, call.scaling, plan.strategy == "beta", plan.unfolded)
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: double backward, which layers avoid where A is frozen
             weight if need_x or need_weight else None,
@@ -72,14 +76,17 @@ class LoTRFunction(Function):
                 raise
             need_x, need_A = need_x and wants(ctx, 0), need_A and wants(ctx, 3)
             x, weight, bias, A, B, core, u, F = saved_but(ctx, [0] * (not need_A) + [3] * (not need_x))
-        A, B, core = (given if t is None else t for t, given in zip((A, B, core), ctx.factors))
+        given = ctx.factors
+        A, B, core = given[0] if A is None else A, given[1] if B is None else B, given[2] if core is None else core
         if recorded():
             return *LoTRFunction._recorded(ctx, g, x, weight, bias, A, B, core, u), None
-        A, B, core = here(g.device, A, B, core)
-        sum_A, sum_B = call.sum("A", A) if need_A else None, call.sum("B", B) if need_B else None
+        if not (A.device == g.device == core.device):
+            A, B, core = here(g.device, A, B, core)
+        sum_A = call.group.A.accumulator(A) if need_A and call.shares else None
+        sum_B = call.group.B.accumulator(B) if need_B and call.shares else None
         operands = (g, weight if need_x else None, x if need_A else None, u, A, F, B, core, call.scaling)
         sums = {"dA": sum_A, "dB": sum_B, "need_B": need_B, "need_core": need_core}
-        dx, _, dA, dB, dcore = ops.layer_backward(*operands, call.beta, call.unfolded, **sums)
+        dx, _, dA, dB, dcore = ops.layer_backward(*operands, call.plan.strategy == "beta", call.plan.unfolded, **sums)
         dweight = rows(g).t() @ rows(to(x, g.dtype)) if need_weight else None
         dbias = rows(g).sum(0) if need_bias else None
         return dx, dweight, dbias, dA, dB, dcore, None
@@ -118,8 +125,10 @@ class LoTRShrink(Function):
         need_x, need_A = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_A else None, A if need_x else None, seed)
         ctx.call, ctx.input, ctx.view, ctx.A_cast, ctx.shape, ctx.device = call, shared_input, A, A_cast, x.shape, x.device
-        with private_write():
-            u = ops.shrink(rows(to(x, call.compute)), *here(x.device, A_cast), p=call.p, seed=seed)
+        flat = x if x.dim() == 2 else rows(x)
+        values = A_cast if A_cast.device == x.device else A_cast.to(x.device)
+        with private_write():  # past the operator's own formula, which is Python
+            u = ops.shrink(flat if x.dtype == call.compute else flat.to(call.compute), values, p=call.p, seed=seed)
         route = torch.empty_strided(x.shape, (0,) * x.dim(), dtype=call.compute, device=x.device)  # one element of memory
         if not need_x:
             ctx.mark_non_differentiable(route)
@@ -134,20 +143,22 @@ class LoTRShrink(Function):
             if shared_input is None:
                 raise
             x, A, seed = shared_input.kept_tensors()
-        if shared_input is not None:
+        if shared_input is not None and (shared_input.waiting or shared_input.kept is not None):
             shared_input.keep(x, A, seed)
         call = ctx.call
         if recorded():
             return *LoTRShrink._recorded(ctx, k, dx, x, A, seed), None, None, None, None
-        if shared_input is not None and shared_input.gradient is not None:
+        if shared_input is not None:
             k, dx = shared_input.total(ctx.device, k, dx)
         if k is None:
             return dx, None, None, None, None, None
         if A is not None:
-            (A,) = here(k.device, A if ctx.A_cast is ctx.view else ctx.A_cast)
-        need_A, dA = x is not None, None
-        if need_A:
-            x, dA = to(x, k.dtype), call.sum("A", ctx.view.to(k.device))
+            A = ctx.A_cast if ctx.A_cast.device == k.device else ctx.A_cast.to(k.device)
+        dA = None
+        if x is not None:
+            x = x if x.dtype == k.dtype else x.to(k.dtype)
+            if call.shares:
+                dA = call.group.A.accumulator(ctx.view if ctx.view.device == k.device else ctx.view.to(k.device))
         dx, new_dA = ops.shrink_backward(k, dx, x, A, dA, ctx.shape, call.p, seed)
         return dx, new_dA, None, None, None, None
 
@@ -184,10 +195,11 @@ class LoTRExpand(Function):
         need_x, need_u, need_B, need_core, _, _ = ctx.needs_input_grad[:6]
         x, weight, bias = base
         F_l = None if F is None else F[call.l]
-        values = here(u.device, B, core)
+        values = (B, core) if B.device == u.device == core.device else here(u.device, B, core)
         if y is None:
-            operands = call.cast(x, weight, bias)
-            y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, call.beta, False, u=u, F=F_l)
+            operands = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
+            beta = call.plan.strategy == "beta"
+            y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, beta, False, u=u, F=F_l)
         else:
             if F_l is None:
                 with private_write():
@@ -201,36 +213,38 @@ class LoTRExpand(Function):
             core if need_u or need_B else None,
         )
         ctx.call, ctx.input, ctx.F, ctx.factors = call, shared_input, F, (B, core)
-        ctx.summed = shared_input.route is not None  # in LoTRShrink's stead; else k goes back the way that u came
-        shared_input.await_backward(ctx)
+        ctx.device = u.device
+        ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; else k goes back the way that u came
+        ctx.own = weakref.ref(ctx)
+        shared_input.waiting.append(ctx.own)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        shared_input, call, nothing = ctx.input, ctx.call, (None,) * 3
-        shared_input.arrived(ctx)
+        call, nothing = ctx.call, (None,) * 3
+        total = ctx.input.sum(ctx.own, ctx.device)
         if g is None:
             return (None,) * 9
         weight, F_l, u, B, core = ctx.saved_tensors
-        B, core = (given if t is None else t for t, given in zip((B, core), ctx.factors))
+        B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
         if ctx.F is not None:  # which has them behind it
             need_B = need_core = False
         dy = g if need_y else None
-        g = to(g, call.compute)
+        g = g if g.dtype == call.compute else g.to(call.compute)
         if recorded():
             return *LoTRExpand._recorded(ctx, g, weight, u, B, core), dy, *nothing
-        values = here(g.device, B, core)
+        values = (B, core) if B.device == g.device == core.device else here(g.device, B, core)
         need_x = need_x and weight is not None
-        total = shared_input.sum(g.device) if ctx.summed and (need_x or need_u) else None
-        k, dx = (None, None) if total is None or total.value is None else total.value
-        Q = call.bank.Q(call.l) if need_F else None
-        sum_B = call.sum("B", values[0]) if need_B else None
-        operands = (g, weight if need_x else None, None, u, None, F_l, *values, call.scaling, call.beta, False)
+        k, dx = total.value if ctx.summed and total.value is not None else (None, None)
+        Q = call.bank.gradient.accumulator(ctx.F)[call.l] if need_F else None
+        sum_B = call.group.B.accumulator(values[0]) if need_B and call.shares else None
+        beta = call.plan.strategy == "beta"
+        operands = (g, weight if need_x else None, None, u, None, F_l, *values, call.scaling, beta, False)
         new_dx, new_k, _, dB, dcore = ops.layer_backward(
             *operands, k=k, dx=dx, Q=Q, dB=sum_B, need_B=need_B, need_core=need_core
         )
-        if total is not None:
+        if ctx.summed:
             total.value = (new_k if need_u else k, new_dx if need_x and dx is None else dx)
             new_k = None
         return None, new_k, dB, dcore, None, dy, *nothing

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +25,10 @@ from ..ops import accumulate_dtype
 
 
 class TaskSum:
-    """What a backward has summed up on a device so far, and the CUDA stream that wrote it last."""
+    """What a backward has summed up so far, and the CUDA stream that wrote it last."""
 
-    __slots__ = ("__weakref__", "stream", "value")
-
-    def __init__(self) -> None:
-        self.value: Any = None
-        self.stream: torch.cuda.Stream | None = None
-
-    def keep(self) -> None:
-        """Queued with the engine, which so holds the only strong reference: until the backward ends or fails."""
+    value: Any = None
+    stream: torch.cuda.Stream | None = None
 
     def follow_stream(self, device: torch.device) -> None:
         """Orders this use after the last one: autograd's own stream synchronisation does not see these writes."""
@@ -46,16 +41,37 @@ class TaskSum:
         self.stream = stream
 
 
-class SharedGradient:
-    """The gradient of one tensor, summed over all that use it.
-
-    Sums are keyed by the id of the running backward and by device, so that nested (reentrant checkpointing), partial, failed
-    and concurrent backwards never meet, and each device's autograd thread adds to a sum of its own.
-    """
+class TaskSums:
+    """Sums by the id of the running backward and by what they are of, so that nested (reentrant checkpointing), partial, failed
+    and concurrent backwards never meet."""
 
     def __init__(self) -> None:
-        self._sums: weakref.WeakValueDictionary[tuple[int, torch.device], TaskSum] = weakref.WeakValueDictionary()
+        self.sums: weakref.WeakValueDictionary[tuple[int, Any], TaskSum] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
+
+    def of_task(self, of: Any, device: torch.device) -> TaskSum:
+        """The running backward's sum, whose value is None when it is new. device: where it is."""
+        key = (graph_task(), of)
+        with self._lock:
+            total = self.sums.get(key)
+            if total is None:
+                total = self.sums[key] = TaskSum()
+                # does nothing: the engine holds the only strong reference by it, until the backward ends or fails
+                at_end_of_backward(partial(id, total))
+        if device.type == "cuda":
+            total.follow_stream(device)
+        return total
+
+    def pending(self) -> int:
+        """How many sums are alive: 0 whenever no backward is running."""
+        return len(self.sums)
+
+
+class SharedGradient(TaskSums):
+    """The gradient of one tensor, summed over all that use it: a sum for each device, whose autograd thread adds to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.renew()
 
     def renew(self) -> None:
@@ -73,46 +89,32 @@ class SharedGradient:
         """
         if not (param.requires_grad and torch.is_grad_enabled()):
             return param
-        self.join(param, user)
+        if self._param is not param or id(user) in self._users or self._data != param.data_ptr():
+            # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
+            self._view, self._param, self._data, self._users = None, param, param.data_ptr(), {id(user)}
+        else:
+            self._users.add(id(user))
         view = None if self._view is None else self._view()
         if view is None:
             view = LoTRShared.apply(self, None, param)
             self._view = weakref.ref(view)
         return view
 
-    def join(self, param: Tensor, user: object) -> None:
-        """Records that user takes param, by itself or through a sibling's u."""
-        if self._param is not param or id(user) in self._users or self._data != param.data_ptr():
-            # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
-            self._view, self._param, self._data, self._users = None, param, param.data_ptr(), {id(user)}
-        else:
-            self._users.add(id(user))
-
-    def of_task(self, device: torch.device) -> TaskSum:
-        """The running backward's sum on device; a new one is None."""
-        key = (graph_task(), device)
-        with self._lock:
-            total = self._sums.get(key)
-            if total is None:
-                total = self._sums[key] = TaskSum()
-                at_end_of_backward(total.keep)
-        if device.type == "cuda":
-            total.follow_stream(device)
-        return total
-
-    def accumulator(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The running backward's sum on device as a tensor, zero when new: to be added to in place at once."""
-        total = self.of_task(device)
+    def accumulator(self, like: Tensor) -> Tensor | None:
+        """The running backward's sum on like's device, zero when new: to be added to in place at once. None outside of one."""
+        if graph_task() < 0:
+            return None
+        total = self.of_task(like.device, like.device)
         if total.value is None:
-            total.value = torch.zeros(shape, dtype=dtype, device=device)
+            total.value = torch.zeros(like.shape, dtype=accumulate_dtype(like.dtype), device=like.device)
         return total.value
 
     def take(self, device: torch.device) -> Tensor | None:
         """The running backward's whole sum on device, which is forgotten here; None if nothing was added to it."""
         task, parts = graph_task(), []
         with self._lock:
-            for key in sorted((key for key in self._sums if key[0] == task), key=lambda key: str(key[1])):
-                part = self._sums.pop(key, None)
+            for key in sorted((key for key in self.sums if key[0] == task), key=lambda key: str(key[1])):
+                part = self.sums.pop(key, None)
                 if part is not None and part.value is not None:
                     if key[1].type == "cuda":
                         part.follow_stream(key[1])
@@ -131,10 +133,6 @@ class SharedGradient:
             total = total.to(param.dtype)
             grad = total if grad is None else grad + total
         return (grad,)
-
-    def pending(self) -> int:
-        """How many sums are alive: 0 whenever no backward is running."""
-        return len(self._sums)
 
 
 class LoTRShared(Function):
@@ -157,11 +155,3 @@ class LoTRShared(Function):
     def backward(ctx, grad: Tensor | None):
         total = ctx.shared.take(ctx.params[0].device)
         return None, None, *ctx.shared.flush(total, grad, *ctx.params)
-
-
-def shared_sum(shared: SharedGradient | None, like: Tensor) -> Tensor | None:
-    """Where to add the gradient of a factor like this; None where it goes back to autograd: without a shared gradient, or
-    outside of a backward."""
-    if shared is None or graph_task() < 0:
-        return None
-    return shared.accumulator(like.shape, accumulate_dtype(like.dtype), like.device)

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..compat import same_storage, saved_tensor_hook
-from .shared_gradient import SharedGradient, TaskSum
+from ..compat import graph_task, same_storage, saved_tensor_hook
+from .shared_gradient import SharedGradient, TaskSum, TaskSums
+
+_gradients = TaskSums()  # (k, dx) of each SharedInput in a running backward
 
 
 class SharedInput:
@@ -35,50 +37,23 @@ class SharedInput:
     their group only sees it; and it empties itself when x dies, which inside a checkpoint is long before its nodes do.
     """
 
-    __slots__ = (
-        "A",
-        "__weakref__",
-        "gradient",
-        "kept",
-        "key",
-        "region",
-        "route",
-        "seed",
-        "spent",
-        "u",
-        "users",
-        "waiting",
-        "x",
-    )
+    u: Tensor | None = None
+    route: Tensor | None = None
+    seed: Tensor | None = None
+    spent = False
+    kept: tuple | None = None
 
     def __init__(self, x: Tensor, A: Tensor, key: tuple | None, region: Callable | None):
         own = weakref.ref(self)
 
         def forget(_) -> None:
             if (alive := own()) is not None:
-                alive.forget()
+                alive.u = alive.route = alive.seed = None  # no more siblings
 
         self.x, self.key, self.region = weakref.ref(x, forget), key, None if region is None else weakref.ref(region)
         self.A = None if key is None else (A, A.untyped_storage())
         self.users: set[int] = set()
-        self.spent = False
-        self.gradient: SharedGradient | None = None  # of (u, x): its sums are pairs (k, dx)
         self.waiting: list[weakref.ref] = []
-        self.kept: tuple | None = None
-        self.forget()
-
-    @classmethod
-    def of(cls, u: Tensor) -> SharedInput:
-        """A u of one call's own, for no sibling."""
-        found = cls(u, u, None, None)
-        found.u = u
-        return found
-
-    def forget(self) -> None:
-        """Drops u, route and seed: no more siblings."""
-        self.u: Tensor | None = None
-        self.route: Tensor | None = None
-        self.seed: Tensor | None = None
 
     def drawn(self, device: torch.device) -> Tensor:
         """What the dropout mask of all siblings is drawn from (int64, one element)."""
@@ -86,39 +61,36 @@ class SharedInput:
             self.seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
         return self.seed
 
-    def serves(self, x: Tensor, A: Tensor, key: tuple, region: Callable | None, user: object) -> bool:
-        """Whether user, called on x, may take u, or the seed that is there before it."""
+    def serves(self, A: Tensor, key: tuple, region: Callable | None, user: object) -> bool:
+        """Whether user, called on this x, may take u, or the seed that is there before it."""
         if (self.u is None and self.seed is None) or self.key != key or self.spent or id(user) in self.users:
             return False
-        if self.x() is not x or self.A[0] is not A or not same_storage(self.A[1], A.untyped_storage()):
+        if self.A[0] is not A or not same_storage(self.A[1], A.untyped_storage()):
             return False
         return self.region is None if region is None else self.region is not None and self.region() is region
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
-    def await_backward(self, node: object) -> None:
-        """Records a sibling's node, whose backward may come after that of LoTRShrink, in a backward of its own."""
-        self.waiting.append(weakref.ref(node))
+    def sum(self, node: weakref.ref, device: torch.device) -> TaskSum:
+        """The running backward's sum of (k, dx), for a sibling's node to add to; None in it when new.
 
-    def arrived(self, node: object) -> None:
-        """Records that a sibling's backward has run; no more siblings, for an optimizer may follow, which a fused one does
-        without a trace."""
-        self.spent = True
-        self.forget()
-        self.waiting = [reference for reference in self.waiting if reference() not in (None, node)]
-
-    def sum(self, device: torch.device) -> TaskSum:
-        """The running backward's sum of (k, dx), for a sibling to add to; None in it when new."""
-        if self.gradient is None:
-            self.gradient = SharedGradient()
-        return self.gradient.of_task(device)
+        No more siblings from now on, for an optimizer may follow, which a fused one does without a trace.
+        """
+        self.spent, self.u, self.route, self.seed = True, None, None, None
+        if node in self.waiting:
+            self.waiting.remove(node)
+        return _gradients.of_task(self, device)
 
     def total(self, device: torch.device, k: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The running backward's whole sum, which is forgotten here, with what came by autograd's own way."""
-        total = self.gradient.of_task(device)
-        found, total.value = total.value, None
-        if found is None:
+        total = _gradients.sums.get((graph_task(), self))
+        if total is None or total.value is None:
             return k, dx
+        if device.type == "cuda":
+            total.follow_stream(device)
+        found, total.value = total.value, None
+        if k is None and dx is None:
+            return found
         return tuple(b if a is None else a if b is None else a + b for a, b in zip((k, dx), found))
 
     def keep(self, *saved: Tensor | None) -> None:
@@ -189,7 +161,7 @@ class Group:
             *(_steps.taken, settings),
         )
         found = self._newest.input()
-        if found is None or not found.serves(x, A, key, region, user):
+        if found is None or found.x() is not x or not found.serves(A, key, region, user):
             found = SharedInput(x, A, key, region)
         found.users.add(id(user))
         return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..autograd.call import Call, call_linear
+from ..autograd.call import call_linear
+from ..autograd.record import Call
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
 from .factors import LoTRFactors
@@ -128,7 +130,7 @@ class LoTRLayer(nn.Module):
         if self.mixture is not None:
             cores = cores_of(self.mixture, call.core)
             return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, call))
-        return factors(lambda A, B: self._call(x, call, A, B))
+        return factors(partial(self._call, x, call))
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         return call_linear(x, self._matrix(), self.bias, A, B, call)

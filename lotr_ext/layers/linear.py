@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..autograd.call import Call, call_wrapped
+from ..autograd.call import call_linear, call_wrapped
+from ..autograd.record import Call
 from ..ops import accumulate_dtype
 from .factors import LoTRFactors, check_dtype, check_rank
 from .layer import LoTRLayer, check_settings
@@ -84,6 +85,9 @@ class LoTRLinear(LoTRLayer, nn.Linear):
 
     def _base(self, x: Tensor) -> Tensor:
         return nnf.linear(x, self.weight, self.bias)
+
+    def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
+        return call_linear(x, self.weight, self.bias, A, B, call)
 
     def _matrix(self) -> Tensor:
         return self.weight

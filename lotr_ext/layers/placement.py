@@ -31,9 +31,8 @@ def check_not_offloaded(factors: nn.Module, layers: Sequence[nn.Module]) -> None
     Raises:
         RuntimeError: a trained parameter on the meta device in a module with accelerate's offloading hook.
     """
-    if not any(
-        t is not None and t.is_meta for t in (factors._parameters.get("A"), *(l._parameters.get("core") for l in layers))
-    ):
+    trained = [factors._parameters.get("A"), *[layer._parameters.get("core") for layer in layers]]
+    if True not in [t is not None and t.is_meta for t in trained]:
         return  # each forward comes here; a generated one is no parameter, and accelerate knows none
     for module in (factors, *layers):
         for name, parameter in module.named_parameters(recurse=False):

@@ -21,8 +21,6 @@ from .library import lotr as _lotr
 
 def _as_rows(t: Tensor) -> Tensor:
     """t with leading dimensions that lie as one, t itself where they do."""
-    if t.dim() <= 2 or t.is_contiguous():
-        return t
     size, stride = t.shape, t.stride()
     for i in range(t.dim() - 2):
         if stride[i] != stride[i + 1] * size[i + 1]:
@@ -53,10 +51,12 @@ def layer_forward(
     """
     if torch.is_grad_enabled():
         refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
+    if x.dim() > 2 and not x.is_contiguous():
+        x = _as_rows(x)
     if unfolded:
-        operator, args = _lotr.small_layer_forward.default, (_as_rows(x), weight, bias, A, B, core, scaling, beta)
+        operator, args = _lotr.small_layer_forward.default, (x, weight, bias, A, B, core, scaling, beta)
         return *(operator.decompose(*args) if dispatch_modes() else operator(*args)), None
-    operator, args = _lotr.layer_forward.default, (_as_rows(x), weight, bias, A, B, core, scaling, beta, u, F, p, seed)
+    operator, args = _lotr.layer_forward.default, (x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
     y, new_u, new_F = operator.decompose(*args) if dispatch_modes() else operator(*args)
     return y, new_u if u is None else u, new_F if F is None else F
 
@@ -90,9 +90,13 @@ def layer_backward(
     [n, r_in], dA, dB are added to in place where given, by their only owner: no version counter moves. With Q, dB and dG are
     left to whoever folds it. New dA, dB and dG are in the factors' dtype if they have one in common, else in float32 (float64).
     """
-    g, dtype = _as_rows(g), g.dtype
-    weight = weight if weight is None or weight.dtype == dtype else weight.to(dtype)
-    x = None if x is None else _as_rows(x if x.dtype == dtype else x.to(dtype))
+    dtype = g.dtype
+    if g.dim() > 2 and not g.is_contiguous():
+        g = _as_rows(g)
+    if weight is not None and weight.dtype != dtype:
+        weight = weight.to(dtype)
+    if x is not None and (x.dtype != dtype or (x.dim() > 2 and not x.is_contiguous())):
+        x = _as_rows(x.to(dtype))
     with private_write():
         if unfolded:
             operator = _lotr.small_layer_backward_.default
@@ -128,7 +132,8 @@ def shrink_backward(
     """
     if A is not None and dx is None:
         dx = k.new_zeros(shape)
-    x = None if x is None else _as_rows(x)
+    if x is not None and x.dim() > 2 and not x.is_contiguous():
+        x = _as_rows(x)
     operator, args = _lotr.shrink_backward_.default, (k, dx if A is not None else None, x, A, dA, p, seed)
     with private_write():
         new_dA = operator.decompose(*args) if dispatch_modes() else operator(*args)

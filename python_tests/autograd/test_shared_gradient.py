@@ -332,13 +332,13 @@ def test_one_model_in_two_threads(either_path, net):
 def test_a_group_over_two_devices(two_nodes, net, x, monkeypatch):
     """Simulated: every second addition to a factor goes to the sum of another device."""
     truth = Truth(net, x)
-    accumulator = hub.SharedGradient.accumulator
+    of_task = hub.SharedGradient.of_task
     turns = {net.factors._group.A: itertools.count(), net.factors._group.B: itertools.count()}
 
-    def other_device(self, shape, dtype, device):
-        return accumulator(self, shape, dtype, torch.device("cpu", next(turns[self]) % 2))
+    def other_device(self, of, device):
+        return of_task(self, torch.device("cpu", next(turns[self]) % 2), device)
 
-    monkeypatch.setattr(hub.SharedGradient, "accumulator", other_device)
+    monkeypatch.setattr(hub.SharedGradient, "of_task", other_device)
     counts = []
     take = hub.SharedGradient.take
     monkeypatch.setattr(hub.SharedGradient, "take", lambda self, device: counts.append(self.pending()) or take(self, device))
