@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
@@ -312,6 +313,7 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
         factors.B.requires_grad_("B" in new.config.train)
     for tensor, value in zip(live.values(), new.saved, strict=True):
         tensor.data = value.data
+        increment_version(tensor)  # a backward through the one that was there raises
     del parked[name]
     parked[parked.active], parked.active = old, name
     model.lotr_config = new.config
