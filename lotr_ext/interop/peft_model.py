@@ -20,6 +20,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..layers.factors import LoTRFactors
+from ..layers.merging import MergeNotice
 from ..model.apply import set_fast_paths
 from ..model.scope import attach_scope, detach_scope
 from ..model.targets import features, select
@@ -180,6 +181,9 @@ class LoTRPeftModel(BaseTuner):
                     if names:
                         layer.merge(adapter_names=names)
             raise
+        notice = MergeNotice()
+        for layer in before:
+            layer.notice = notice
 
     def _unload_and_optionally_merge(
         self,

@@ -144,7 +144,7 @@ def set_start(layers: Sequence[LoTRLayer], start: Start | None, scalings: Sequen
         matrix = layer._matrix()
         weights.append(matrix if isinstance(change, float) else layer._plus(matrix, change, 1))
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-        write_(layer._weight_to_write("start"), weight)
+        write_(layer._weight_to_write("load_adapter"), weight)
         layer.start_core = None if new is None else new[i]
     factors.start_A, factors.start_B = (None, None) if new is None else (A, B)
 

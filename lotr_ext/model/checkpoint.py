@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..layers.factors import LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
+from ..layers.merging import check_is_parameter
 from ..layers.placement import home
 from ..layers.sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
 from . import adapter_files as files
@@ -256,6 +257,7 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
     for prefix, names in _groups(manifest.layers).items():
         if f"{prefix}.start_A" in tensors or layers[names[0]].start_core is not None:
             for name in names:
+                check_is_parameter(layers[name], "weight", "load_adapter", name)
                 if in_parts(layers[name]._matrix()):  # a base whose weight cannot be read says so
                     raise RuntimeError(
                         f'load_adapter: expected whole weights, for init "svd" changes them, got {name!r} held in parts; load '
