@@ -23,7 +23,7 @@ from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
 from ..model.apply import set_fast_paths
 from ..model.scope import attach_scope, detach_scope
-from ..model.targets import features, select
+from ..model.targets import can_be_child, features, select
 from .peft_config import LoTRPeftConfig
 from .peft_layer import LoTRPeftLinear
 
@@ -106,6 +106,11 @@ class LoTRPeftModel(BaseTuner):
 
     def _check_adapter_names(self, config: LoTRPeftConfig) -> None:
         """When PEFT saves an adapter it drops all keys that have another adapter's name among their parts."""
+        for name in self.peft_config:
+            if not can_be_child(name):
+                raise ValueError(
+                    f"adapter_name: expected a name without dots that nn.ModuleDict does not use itself, got {name!r}"
+                )
         if len(self.peft_config) < 2:
             return
         names = {*self._groups, *self._adapted(), *(config.modules_to_save or ())}

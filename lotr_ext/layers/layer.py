@@ -36,7 +36,11 @@ def check_number(name: str, value: object) -> None:
     """TypeError or ValueError unless value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int beyond any float
+        raise ValueError(f"{name}: expected a finite number, got an int of {value.bit_length()} bits") from None
+    if not finite:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 

@@ -25,6 +25,7 @@ from .apply import SharedFactors, adapted_layers
 from .config import LoTRConfig
 from .saved import saved_modules, saved_tensors
 from .scope import attach_scope
+from .targets import can_be_child
 
 __all__ = ["DEFAULT", "active_adapter", "adapter_names", "add_adapter", "delete_adapter", "mixed", "set_adapter"]
 
@@ -243,7 +244,7 @@ def rename_active(model: nn.Module, name: str) -> None:
 def _check_new_name(parked: ParkedAdapters, name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__} {name!r}")
-    if not name or "." in name or hasattr(ParkedAdapters, name):
+    if not can_be_child(name, ParkedAdapters):
         raise ValueError(f"name: expected a name without dots that nn.ModuleDict does not use itself, got {name!r}")
     if name == parked.active or name in parked:
         raise ValueError(f"name: expected a new name, got {name!r}, which exists")

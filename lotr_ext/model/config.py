@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.factors import check_rank
 from ..layers.init import CORE_INITS, FACTOR_INITS
+from ..layers.layer import check_number
 
 __all__ = ["GroupBy", "LoTRConfig"]
 
@@ -38,10 +39,7 @@ def _names(value: object, name: str) -> tuple[str, ...] | None:
 def _number(value: object, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number or None, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    check_number(name, value)
     return float(value)
 
 
@@ -57,7 +55,8 @@ class LoTRConfig:
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
             name, or "all-linear" (also for None): every linear layer but those that no adapter can reach or that share their
-            weight with another module.
+            weight with another module, and of a transformers model the output layer, or without one the head, as PEFT does.
+            `trainable_summary` says what was left out.
         exclude_modules: name endings, or a regular expression, to leave out.
         modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
         group_by: which layers share one pair of factors. "shape": one pair for each (K, N), the paper's; "name": one for
@@ -121,15 +120,8 @@ class LoTRConfig:
         self._check_train()
 
     def _checked_rank(self) -> int | tuple[int, int]:
-        ranks = self.rank if isinstance(self.rank, tuple | list) else (self.rank,)
-        if len(ranks) not in (1, 2) or (len(ranks) == 1 and isinstance(self.rank, tuple | list)):
-            raise ValueError(f"rank: expected r or (r_in, r_out), got {self.rank!r}")
-        for r in ranks:
-            if isinstance(r, bool) or not isinstance(r, int):
-                raise TypeError(f"rank: expected an int or two, got {self.rank!r}")
-            if r < 1:
-                raise ValueError(f"rank: expected at least 1, got {self.rank!r}")
-        return self.rank if isinstance(self.rank, int) else (ranks[0], ranks[1])
+        ranks = check_rank(self.rank)
+        return self.rank if isinstance(self.rank, int) else ranks
 
     def _check_group_by(self) -> None:
         if isinstance(self.group_by, str):

@@ -1,4 +1,4 @@
-"""Merging as autograd, reparametrisations and training see it: a changed weight is noticed, and no adapter is lost in silence."""
+"""Merging as autograd, reparametrisations and training see it: a changed weight is noticed, no adapter is lost unsaid."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_forward_with_gradients_while_merged_warns_once_a_merge():
         with torch.no_grad():
             layer(x)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="merged.*is not trained.*unmerge"):
+        with pytest.warns(UserWarning, match=r"merged.*is not trained.*unmerge"):
             layer(x)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_threads_that_save_at_once_leave_a_whole_adapter(tmp_path: Path) -> None
     models = {seed: model_of(seed) for seed in range(4)}
     for trial in range(15):
         directory = tmp_path / str(trial % 3)  # new, or with an adapter in it
-        assert run(*(lambda m=m: save_adapter(m, directory) for m in models.values())) == []
+        assert run(*(partial(save_adapter, m, directory) for m in models.values())) == []
         assert seed_in(directory, models) in models
         save_adapter(models[0], directory)
         assert seed_in(directory, models) == 0
@@ -76,8 +77,7 @@ def test_a_load_during_saves_gets_a_whole_adapter(tmp_path: Path) -> None:
 
     def load() -> None:
         while not done.is_set():
-            manifest, tensors = adapter_files.read(tmp_path)
-            core = tensors["blocks.0.q.core"]
+            core = adapter_files.read(tmp_path)[1]["blocks.0.q.core"]
             seen.append(next(seed for seed, m in models.items() if torch.equal(m.blocks[0].q.core, core)))
 
     assert run(save, load, load) == []

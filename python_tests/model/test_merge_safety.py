@@ -1,4 +1,4 @@
-"""merge, unmerge and unload of whole models: autograd sees them, they change all or nothing, and no adapter is lost in silence."""
+"""merge, unmerge and unload of whole models: autograd sees them, all or nothing changes, no adapter is lost unsaid."""
 
 from __future__ import annotations
 
