@@ -23,7 +23,7 @@ from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
 from ..model.apply import set_fast_paths
 from ..model.scope import attach_scope, detach_scope
-from ..model.targets import can_be_child, features, select
+from ..model.targets import can_be_child, features, name_ends_with, select
 from .peft_config import LoTRPeftConfig
 from .peft_layer import LoTRPeftLinear
 
@@ -76,6 +76,16 @@ class LoTRPeftModel(BaseTuner):
             elif adapter_name in layer.lotr_adapter:
                 del layer.lotr_adapter[adapter_name]
 
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        try:
+            return super()._prepare_adapter_config(peft_config, model_config)
+        except ValueError as error:
+            kind = model_config.get("model_type")
+            raise ValueError(
+                f'target_modules: expected names (["q_proj", "v_proj"]), a regular expression or "all-linear", got None for a '
+                f"model of type {kind!r}, for which PEFT knows none ({error})"
+            ) from None
+
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Finds the targets' groups and refuses what cannot be adapted: PEFT has not touched the model yet."""
         if not isinstance(peft_config, LoTRPeftConfig):
@@ -96,6 +106,12 @@ class LoTRPeftModel(BaseTuner):
                     f"{name!r} ({kind})"
                 )
         if not names:
+            wanted = config.target_modules
+            if isinstance(wanted, str) and any(name_ends_with(name, wanted) for name in modules):
+                raise ValueError(
+                    f"target_modules: expected names of modules, got {wanted!r}, which matches none; a string is a regular "
+                    f"expression for the full name: for all names that end so give [{wanted!r}]"
+                )
             return  # PEFT says so in detail
         targets = select(model, config.to_lotr("|".join(map(re.escape, names)))).targets
         for target in targets:

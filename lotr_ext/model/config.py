@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +17,40 @@ from ..layers.layer import check_number
 __all__ = ["GroupBy", "LoTRConfig"]
 
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
+
+# PEFT's names for LoRA's settings, and what they are called here
+_NAMES_HERE = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "init_lora_weights": "init",
+}
+_NOT_HERE = {
+    "rank_pattern": "the layers of a group share A and B, and with them the rank",
+    "alpha_pattern": "one scaling a configuration",
+    "use_dora": "no norms (DoRA)",
+    "lora_bias": "no biases inside of the adapter",
+    "target_parameters": "linear layers are adapted, not bare parameters",
+    "trainable_token_indices": "no trained rows of an embedding",
+    "layer_replication": "no repeated layers",
+    "fan_in_fan_out": "a Conv1D is known by its form",
+    "loftq_config": "quantise the model first",
+}
+
+
+def check_names(given: Iterable[str], of: str) -> None:
+    """Refuses settings by the names that PEFT's LoRA has for them. of: the configuration's class.
+
+    Raises:
+        TypeError: which name it was, and what to give instead.
+    """
+    for name in given:
+        if name in _NAMES_HERE:
+            raise TypeError(f"{name}: expected a field of {of}, got LoRA's name for it; here it is {_NAMES_HERE[name]!r}")
+        if name in _NOT_HERE:
+            raise TypeError(f"{name}: expected a field of {of}, got one of LoRA's that LoTR has not: {_NOT_HERE[name]}")
+
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 _PARTS = ("A", "B", "core")
@@ -68,7 +102,8 @@ class LoTRConfig:
         core_init: "zero", or "identity" (then B starts at zero).
 
     Raises:
-        TypeError, ValueError: a field of the wrong type or value; the message says which, what was expected, what came.
+        TypeError, ValueError: a field of the wrong type or value; the message says which, what was expected, what came. LoRA's
+            names for these settings (r, lora_alpha, ..) are refused with the name that they have here.
     """
 
     rank: int | tuple[int, int] = 16
@@ -84,6 +119,10 @@ class LoTRConfig:
     train: Sequence[str] = _PARTS
     adapter_dtype: torch.dtype = torch.float32
     core_init: str = "zero"
+
+    def __new__(cls, *_: Any, **given: Any) -> LoTRConfig:
+        check_names(given, "LoTRConfig")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -176,7 +215,10 @@ class LoTRConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"config: expected fields among {known}, got {', '.join(unknown)}")
+            here = ", ".join(f"{name} is {_NAMES_HERE[name]}" for name in unknown if name in _NAMES_HERE)
+            raise ValueError(
+                f"config: expected fields among {known}, got {', '.join(unknown)}{f' ({here} here)' if here else ''}"
+            )
         values = dict(values)
         if "adapter_dtype" in values:
             name = values["adapter_dtype"]

@@ -251,7 +251,7 @@ def output_layers(model: nn.Module) -> dict[int, str]:
 
 
 def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
-    """What config's "all-linear" or its regular expression reaches and no adapter is in, by name, and why. Of an adapted model."""
+    """What config's "all-linear" or regular expression reaches in an adapted model, but no adapter is in: by name, and why."""
     everything = config.target_modules is None or config.target_modules == "all-linear"
     if not everything and not isinstance(config.target_modules, str):
         return {}  # of named layers each is adapted, or was an error

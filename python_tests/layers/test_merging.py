@@ -95,7 +95,7 @@ def test_a_weight_reparametrised_after_adapting_is_refused_by_name(kind):
     layer(x)
     layer.eval()
     before, state = layer(x), {k: v.clone() for k, v in layer.state_dict().items()}
-    with pytest.raises(TypeError, match="merge: expected a weight that is a parameter, got .*reparametrisation"):
+    with pytest.raises(TypeError, match=r"merge: expected a weight that is a parameter, got .*reparametrisation"):
         layer.merge()
     assert not layer.merged and torch.equal(layer(x), before)
     assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())

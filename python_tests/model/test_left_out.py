@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from toys import adapted, target_names, toy
 from torch import nn
+from toys import adapted, target_names, toy
 
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, trainable_summary
 from lotr_ext.model.apply import adapted_layers
