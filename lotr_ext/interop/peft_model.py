@@ -246,6 +246,9 @@ class LoTRPeftModel(BaseTuner):
         head, found, tail = key.partition(f"lotr_factors.{adapter_name}.")
         if found and head in ("", "base_model."):
             return f"{head}lotr_factors.{tail}"
+        head, found, tail = key.rpartition(f".lotr_adapter.{adapter_name}.")  # a parametrized core's are further down
+        if found:
+            return f"{head}.lotr_adapter.{tail}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -254,7 +257,7 @@ class LoTRPeftModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """BaseTuner's renaming; besides, PEFT only warns of an adapter for other layers, which here is an error."""
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        ours = re.compile(rf"lotr_factors\.{re.escape(adapter_name)}\.|\.lotr_adapter\.{re.escape(adapter_name)}\.core$")
+        ours = re.compile(rf"lotr_factors\.{re.escape(adapter_name)}\.|\.lotr_adapter\.{re.escape(adapter_name)}\.")
         want = {key for key in model.state_dict() if ours.search(key)}
         got = {key for key in renamed if ours.search(key) or ".lotr_adapter." in key or "lotr_factors." in key}
         if want != got:

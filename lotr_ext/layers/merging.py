@@ -38,8 +38,8 @@ def check_is_parameter(module: nn.Module, name: str, where: str, layer: str = ""
         parts = ", ".join(sorted(own for own, _ in module.named_parameters() if name in own)) or "something else"
         raise TypeError(
             f"{where}: expected a {name} that is a parameter, got {got} computed from {parts} by a reparametrisation; "
-            "remove that first (parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove, of "
-            "torch.nn.utils)"
+            "remove that first (of torch.nn.utils: parametrize.remove_parametrizations, remove_weight_norm, "
+            "remove_spectral_norm or prune.remove)"
         )
 
 
