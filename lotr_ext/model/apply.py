@@ -25,6 +25,7 @@ from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.sharded import in_parts
 from .config import LoTRConfig
+from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
 from .targets import Selection, Target, select, tied_names
 
@@ -91,6 +92,7 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
     model.lotr_config = config
     set_fast_paths(model, off=True)
     attach_scope(model)
+    hook_saving(model)
     return model
 
 
@@ -375,6 +377,7 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
                 layer.unmerge()
     bases = {id(layer): layer.to_base() for layer in layers.values()}
     set_fast_paths(model, off=False)
+    unhook_saving(model)
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoTRLayer):
             if not name:  # the model is this layer: there is no place to put the plain one
