@@ -53,7 +53,7 @@ class Conversion(LoTRAdapter):
             worst = max(lost, key=self.errors.__getitem__)
             found.append(
                 f"{len(lost)} of {len(self.errors)} layers lose most of their adapter at rank {self.rank} (an error above "
-                f"{_MOST}; {worst} has {self.errors[worst]:.2f}): their LoRAs have little in common; give a higher rank, or an error"
+                f"{_MOST}; {worst} has {self.errors[worst]:.2f}): their LoRAs have little in common; give a higher rank"
             )
         if self.parameters > self.lora_parameters:
             found.append(
