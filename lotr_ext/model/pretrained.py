@@ -21,7 +21,8 @@ def from_pretrained(model_class: type, directory: str | PathLike[str], *args: An
     Args:
         model_class: of transformers, an Auto class too.
         directory: with the weights and the adapter.
-        args, kwargs: for model_class.from_pretrained. It reports the adapter's own tensors among the weights as unexpected.
+        *args: for model_class.from_pretrained.
+        **kwargs: the same. It reports the adapter's own tensors among the weights as unexpected.
 
     Raises:
         ValueError: no adapter there, or weights that were saved without one after it. Else as `load_adapter`, and what
