@@ -84,6 +84,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
     """
     path = _path(directory)
     writes, model = writing_rank(model), unwrapped(model)
+    adapted_layers(model)  # says so where there are none
     if sharded := holds_parts(model):
         reshard(model)
     manifest, tensors = contents(model, name)

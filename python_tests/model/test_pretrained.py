@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 transformers.logging.set_verbosity_error()
 
 from lotr_ext import LoTRConfig, add_adapter, apply_lotr, from_pretrained, load_adapter, merge, set_adapter, unload  # noqa: E402
+from lotr_ext.model import save_hook  # noqa: E402
 from lotr_ext.model.apply import adapted_layers  # noqa: E402
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -125,6 +126,23 @@ def test_only_the_main_process_writes_and_a_given_state_is_taken(tmp_path: Path)
     assert not (tmp_path / "other" / "lotr_adapter.json").exists()
     model.save_pretrained(tmp_path, True, model.state_dict())
     assert torch.equal(out(from_pretrained(type(model), tmp_path)), out(model))
+
+
+def test_a_model_held_in_parts_is_saved_from_the_whole_tensors_that_are_given(tmp_path: Path, monkeypatch) -> None:
+    """As Trainer does it under FSDP2: process 0 alone saves, with the gathered state."""
+    model = trained("BERT")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(save_hook, "in_parts", lambda tensor: tensor.shape[-1] == 4)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.core.zero_()  # a part is not what is to be saved
+    model.save_pretrained(tmp_path, state_dict=state)
+    want = {name: value for name, value in state.items() if name.endswith(".core")}
+    found = from_pretrained(type(model), tmp_path).state_dict()
+    assert want and all(torch.equal(found[name], value) for name, value in want.items())
+    del state["lotr_factors.32x32.A"]
+    with pytest.raises(RuntimeError, match=r"expected lotr_factors.32x32.A whole in state_dict"):
+        model.save_pretrained(tmp_path, state_dict=state)
 
 
 def test_copies_and_pickles_save_themselves_and_no_model_is_kept_alive(tmp_path: Path) -> None:
