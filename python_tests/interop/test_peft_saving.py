@@ -231,7 +231,7 @@ class Tanh(nn.Module):
 
 @pytest.mark.parametrize("name", ["default", "core", "parametrizations"])
 def test_parametrized_cores_and_factors_go_out_and_in(name: str, tmp_path: Path) -> None:
-    def parametrized(**settings) -> peft.PeftModel:
+    def parametrized(name: str, **settings) -> peft.PeftModel:
         model = tuned(name=name, **settings)
         for layer in layers(model):
             parametrize.register_parametrization(layer.lotr_adapter[name], "core", Tanh())
@@ -239,13 +239,13 @@ def test_parametrized_cores_and_factors_go_out_and_in(name: str, tmp_path: Path)
         model.set_adapter(name)
         return model
 
-    model = parametrized()
+    model = parametrized(name)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(names) == 4 + 2 + 1 and all("parametrizations" in n or n.endswith(".B") for n in names)
     model.save_pretrained(tmp_path)
     folder = tmp_path if name == "default" else tmp_path / name
-    other = parametrized(random=False)
-    other.load_adapter(folder, name)
+    other = parametrized("another", random=False)
+    other.load_adapter(folder, "another")
     with torch.no_grad():
         assert torch.equal(other(IDS), model(IDS))
     with pytest.raises(ValueError, match=r"missing .*core"):

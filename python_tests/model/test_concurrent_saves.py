@@ -126,13 +126,15 @@ def test_processes_that_save_at_once_leave_a_whole_adapter(tmp_path: Path) -> No
 # ---- each order of two savers' steps ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", ["same", "different"])
+@pytest.mark.parametrize("interrupting", [1, 3])
+@pytest.mark.parametrize("saving", [1, 2])
 @pytest.mark.parametrize("step", range(1, 8))
-def test_a_save_that_another_whole_one_interrupts(step: int, other: str, tmp_path: Path, monkeypatch) -> None:
-    """Before each of its steps (fsync, replace, fsync, twice), and after its rename; of the same adapter, too."""
-    models = {1: model_of(1), 2: model_of(2), 3: model_of(3)}
+def test_a_save_that_another_whole_one_interrupts(
+    step: int, saving: int, interrupting: int, tmp_path: Path, monkeypatch
+) -> None:
+    """Before each of its steps (fsync, replace, fsync, twice), and not at all; each of the adapter that is there or another."""
+    models = {seed: model_of(seed) for seed in {1, saving, interrupting}}
     save_adapter(models[1], tmp_path)
-    interrupting = 1 if other == "same" else 3
     count = 0
 
     def interrupted(real):
@@ -148,11 +150,11 @@ def test_a_save_that_another_whole_one_interrupts(step: int, other: str, tmp_pat
 
     for name in ("replace", "fsync"):
         monkeypatch.setattr(os, name, interrupted(getattr(os, name)))
-    save_adapter(models[2], tmp_path)
+    save_adapter(models[saving], tmp_path)
     monkeypatch.undo()
-    assert seed_in(tmp_path, models) == (interrupting if step == 6 else 2)
-    save_adapter(models[2], tmp_path)
-    assert seed_in(tmp_path, models) == 2 and len(list(tmp_path.iterdir())) == 2
+    assert seed_in(tmp_path, models) == (interrupting if step == 6 else saving)
+    save_adapter(models[saving], tmp_path)
+    assert seed_in(tmp_path, models) == saving and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_load_that_whole_saves_interrupt(tmp_path: Path, monkeypatch) -> None:
