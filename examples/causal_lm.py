@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{text.train.numel():,} tokens to train on, {text.held_out.numel():,} held out; {machine(options.threads)}")
     config = LoTRConfig(rank=options.rank, scaling=options.scaling, target_modules=options.targets)
     apply_lotr(model, config)
-    trainable_summary(model)
+    print(trainable_summary(model))
 
     before = held_out_loss(model, text.held_out, options.batch)
     print(

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
     config = LoTRConfig(rank=options.rank, scaling=recipe.scaling, target_modules=options.targets, modules_to_save=["head"])
     apply_lotr(model, config)
     if rank == 0:
-        trainable_summary(model)
+        print(trainable_summary(model))
     net = distribute(model, options.shard)
     optimizer, schedule = tm.optimizer_for(net, recipe, options.steps)
     mine = train[rank::world]

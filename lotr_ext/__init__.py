@@ -14,6 +14,7 @@ from .model.adapters import active_adapter, adapter_names, add_adapter, delete_a
 from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoTRConfig
+from .model.pretrained import from_pretrained
 from .model.summary import trainable_summary
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "explain",
+    "from_pretrained",
     "load_adapter",
     "lotr_linear",
     "lotr_parameters",

@@ -8,14 +8,18 @@ original-to-lotr FILE DESTINATION                a state dict of github.com/dask
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from .interop import Conversion, LoTRAdapter, lora_to_lotr, lotr_to_lora, original_to_lotr
+from .interop import Conversion, LoTRAdapter, lora_to_lotr, lotr_to_lora, original_to_lotr, read_lora
+from .interop.from_lora import exact_rank
 from .interop.lora_files import LoRALayer
+from .layers.factors import check_rank
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,6 +78,11 @@ def _table(console: Console, rows: Sequence[tuple[str, ...]], heads: Sequence[st
     console.print(table)
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts 1, 2, 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def _sizes(adapter: LoTRAdapter, name: str) -> str:
     entry = adapter.layers[name]
     return f"{entry.in_features} x {entry.out_features}"
@@ -82,12 +91,18 @@ def _sizes(adapter: LoTRAdapter, name: str) -> str:
 def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    adapter, rank = read_lora(arguments.source), arguments.rank
+    most = exact_rank(adapter, arguments.group_by)
+    if rank is not None and max(check_rank(rank)) > most:
+        raise ValueError(
+            f"rank: expected at most {most}, the sum of a group's LoRA ranks, from which on it is exact, got {rank}"
+        )
     columns = TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading", total=1.0)
         found: Conversion = lora_to_lotr(
-            arguments.source,
-            rank=arguments.rank,
+            adapter,
+            rank=rank,
             error=arguments.error,
             parameters=arguments.parameters,
             group_by=arguments.group_by,
@@ -97,7 +112,7 @@ def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     rows = [
         (name, group, _sizes(found, name), f"{found.errors[name]:.2e}")
         for group, names in found.groups.items()
-        for name in names
+        for name in sorted(names, key=_natural)
     ]
     _table(console, rows, ("layer", "group", "in x out", "relative error"), "|D - s B G^T A^T| / |D|, D the LoRA's delta")
     groups = ", ".join(f"{group} {error:.2e}" for group, error in found.group_errors.items())
@@ -113,7 +128,7 @@ def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
     layers: dict[str, LoRALayer] = lotr_to_lora(arguments.source, arguments.destination, **options)
     rows = [
         (name, "{} x {}".format(*layer.sizes), str(layer.rank), f"{layer.scaling:g}", f"{layer.A.numel() + layer.B.numel():,}")
-        for name, layer in layers.items()
+        for name, layer in sorted(layers.items(), key=lambda item: _natural(item[0]))
     ]
     _table(console, rows, ("layer", "in x out", "rank", "scaling", "parameters"), "exact")
     return f"{len(layers)} layers; {sum(layer.A.numel() + layer.B.numel() for layer in layers.values()):,} parameters"
@@ -122,7 +137,7 @@ def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
 def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     options = {"scale": arguments.scale, "modules_to_save": arguments.modules_to_save}
     found = original_to_lotr(arguments.source, **options)
-    rows = [(name, group, _sizes(found, name)) for group, names in found.groups.items() for name in names]
+    rows = [(name, group, _sizes(found, name)) for group, names in found.groups.items() for name in sorted(names, key=_natural)]
     _table(console, rows, ("layer", "group", "in x out"), "exact")
     found.save(arguments.destination)
     scaling = found.config.scaling
@@ -143,7 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     run = {"lora-to-lotr": _lora_to_lotr, "lotr-to-lora": _lotr_to_lora, "original-to-lotr": _original_to_lotr}
     console = Console()
     try:
-        console.print(run[parsed.command](parsed, console), f"-> {parsed.destination}", highlight=False, markup=False)
+        with warnings.catch_warnings(record=True) as doubts:
+            warnings.simplefilter("always", UserWarning)
+            told = run[parsed.command](parsed, console)
+        console.print(told, f"-> {parsed.destination}", highlight=False, markup=False)
+        for doubt in doubts:
+            print(f"warning: {str(doubt.message).removeprefix('lotr_ext: ')}", file=sys.stderr)
     except (TypeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from lotr_ext.ops import planner
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "lotr_ext" / "_C.abi3.so").is_file():  # not built here: the tests are of the package that is installed
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT] + [str(ROOT)]
+
+import lotr_ext  # noqa: E402
+from lotr_ext.ops import planner  # noqa: E402
 
 torch.set_num_threads(1)  # tiny inputs: a second thread only waits
+
+
+def pytest_report_header() -> str:
+    return f"lotr_ext: {Path(lotr_ext.__file__).parent}"
 
 
 @pytest.fixture(autouse=True)

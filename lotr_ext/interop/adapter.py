@@ -8,10 +8,11 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.adapter_files import LayerEntry, Manifest, write
 from ..model.config import LoTRConfig
+from ..model.targets import can_be_child
 from .lora_files import modules_holding
 
 __all__ = ["LoTRAdapter", "group_names"]
@@ -73,7 +74,7 @@ def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[st
         shape = f"{k}x{n}"
         by = {"shape": shape, "name": f"{name.rpartition('.')[2]}_{shape}"}
         group = groups[name] = group_by[name] if isinstance(group_by, dict) else by[group_by]
-        if not group or "." in group or hasattr(nn.ModuleDict, group):
+        if not can_be_child(group):
             raise ValueError(f"group_by: expected a name that can be a module's, without dots, for {name!r}, got {group!r}")
         other = first.setdefault(group, name)
         if sizes[other] != (k, n):

@@ -7,6 +7,7 @@ below that the result is the least-squares approximation that HOOI finds. No del
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -22,10 +23,11 @@ from .adapter import LoTRAdapter, check_dtype, group_names
 from .lora_files import LoRAAdapter, LoRALayer, read_lora
 from .tucker import LowRankStack, Tucker2
 
-__all__ = ["Conversion", "lora_to_lotr"]
+__all__ = ["Conversion", "exact_rank", "lora_to_lotr"]
 
 Report = Callable[[str, float], None]
-_SEARCH_TOLERANCE = 1e-5  # a rank is given up when an iteration gains less
+_MOST = 0.5  # an error beyond which a layer has lost most of its adapter
+_SEARCH_TOLERANCE = 5e-6  # a rank is given up when an iteration gains less
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,22 @@ class Conversion(LoTRAdapter):
     @property
     def rank(self) -> int | tuple[int, int]:
         return self.config.rank
+
+    def doubts(self) -> list[str]:
+        """What speaks against this conversion: layers that lose most of their adapter, a result larger than the LoRA."""
+        found = []
+        if lost := [name for name, error in self.errors.items() if error > _MOST]:
+            worst = max(lost, key=self.errors.__getitem__)
+            found.append(
+                f"{len(lost)} of {len(self.errors)} layers lose most of their adapter at rank {self.rank} (an error above "
+                f"{_MOST}; {worst} has {self.errors[worst]:.2f}): their LoRAs have little in common; give a higher rank"
+            )
+        if self.parameters > self.lora_parameters:
+            found.append(
+                f"at rank {self.rank} the LoTR adapter has {self.parameters:,} parameters, more than the "
+                f"{self.lora_parameters:,} of the LoRA that it is made from"
+            )
+        return found
 
 
 @torch.no_grad()
@@ -73,9 +91,12 @@ def lora_to_lotr(
         The adapter: `.save(directory)`, then `lotr_ext.load_adapter(model, directory)`. Scaling 1: the LoRA's own scalings are
         in the cores.
 
+    Warns of layers that keep less than half of their adapter (an error above 0.5), and of a result with more parameters than
+    the LoRA.
+
     Raises:
         TypeError, ValueError: a source that `read_lora` refuses; not exactly one size; a rank, error or budget that cannot
-            be; groups of mixed shapes.
+            be, or a rank beyond what any group can use (the sum of its LoRA ranks, or its two widths); groups of mixed shapes.
     """
     check_dtype(dtype)
     given = {"rank": rank, "error": error, "parameters": parameters}
@@ -89,8 +110,12 @@ def lora_to_lotr(
     groups: dict[str, list[str]] = {}
     for name, group in group_names({name: layer.sizes for name, layer in adapter.layers.items()}, group_by).items():
         groups.setdefault(group, []).append(name)
+    sizes = {group: adapter.layers[names[0]].sizes for group, names in groups.items()}
+    bound = max(max(sum(adapter.layers[name].rank for name in names), sum(sizes[group])) for group, names in groups.items())
     if parameters is not None:
-        rank = _rank_for(parameters, {group: adapter.layers[names[0]].sizes for group, names in groups.items()}, groups)
+        rank = min(_rank_for(parameters, sizes, groups), bound)
+    if rank is not None and max(check_rank(rank)) > bound:
+        raise ValueError(f"rank: expected at most {bound}, beyond which no group can use any, got {rank}")
     stacks = {}
     for i, (group, names) in enumerate(groups.items()):
         report(f"QR of {group}", 0.1 * i / len(groups))
@@ -105,7 +130,18 @@ def lora_to_lotr(
         tell = lambda done, i=i, g=group: report(f"HOOI of {g}", 0.6 + (i + done) * share)  # noqa: E731
         found[group] = stack.factorise(check_rank(rank), report=tell)
     report("done", 1.0)
-    return _conversion(adapter, groups, found, rank, group_by, dtype)
+    conversion = _conversion(adapter, groups, found, rank, group_by, dtype)
+    for text in conversion.doubts():
+        warnings.warn(f"lotr_ext: {text}", stacklevel=2)
+    return conversion
+
+
+def exact_rank(adapter: LoRAAdapter, group_by: str | Mapping[str, str]) -> int:
+    """The rank from which on the conversion is exact: the largest sum of LoRA ranks in a group."""
+    ranks: dict[str, int] = {}
+    for name, group in group_names({name: layer.sizes for name, layer in adapter.layers.items()}, group_by).items():
+        ranks[group] = ranks.get(group, 0) + adapter.layers[name].rank
+    return max(ranks.values())
 
 
 def _pair(layer: LoRALayer) -> tuple[Tensor, Tensor]:

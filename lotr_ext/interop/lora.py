@@ -156,6 +156,7 @@ def lotr_to_lora(
         entries[name] = LoRALayer(*pair, entry.scaling)
     known = {key for name, e in manifest.layers.items() for key in (f"{name}.core", f"{name}.start_core")}
     own = {f"{e.factors}." for e in manifest.layers.values()}
+    own |= {f"{name}.parametrizations.core." for name in manifest.layers}
     saved = {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
     config: dict[str, Any] = {
         "task_type": task_type,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers.layer import check_number
 from ..model.targets import name_ends_with
 
 __all__ = ["LoRAAdapter", "LoRALayer", "read_lora"]
@@ -105,7 +106,7 @@ def read_lora(source: str | PathLike[str] | Mapping[str, Tensor], config: Mappin
     if not factors:
         raise ValueError(f"adapter: expected tensors <layer>.lora_A.weight and .lora_B.weight, got {len(tensors)} others")
     layers = {name: _layer(name, parts, config) for name, parts in factors.items()}
-    return LoRAAdapter(layers, saved, endings, float(config.get("lora_dropout", 0.0)))
+    return LoRAAdapter(layers, saved, endings, _finite("lora_dropout", config.get("lora_dropout", 0.0)))
 
 
 def modules_holding(key: str, endings: tuple[str, ...]) -> list[str]:
@@ -196,6 +197,11 @@ def _setting(name: str, field: str, patterns: str, config: Mapping[str, Any]) ->
     """A layer's value: that of the first pattern that matches the end of its name, else the common one."""
     for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(value)
+            return _finite(pattern, value)
     value = config.get(field)
-    return None if value is None else float(value)
+    return None if value is None else _finite(field, value)
+
+
+def _finite(name: str, value: object) -> float:
+    check_number(name, value)
+    return float(value)

@@ -12,7 +12,6 @@ There an adapted layer keeps its frozen layer as `linear` and, repeated in every
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..layers.layer import check_number
 from ..model.adapter_files import LayerEntry
 from ..model.config import LoTRConfig
 from .adapter import LoTRAdapter
@@ -50,10 +50,9 @@ def original_to_lotr(
 
     Raises:
         ValueError: no such layers; parts missing or of shapes that do not fit; layers of several ranks; no such
-            modules_to_save; a scale that is not finite.
+            modules_to_save; a scale that is not finite. TypeError: a scale that is no number.
     """
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    check_number("scale", scale)
     state = dict(source) if isinstance(source, Mapping) else read_tensors(Path(source))
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():

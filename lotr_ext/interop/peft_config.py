@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from peft.config import PeftConfig
 
-from ..model.config import LoTRConfig
+from ..model.adapter_files import put_file
+from ..model.config import LoTRConfig, check_names
 
+DEFAULT_RANK = LoTRConfig().rank
 _BIASES = ("none", "all", "lotr_only")
+_LOADING = """## Loading
+
+LoTR is a method of the package lotr_ext. Import it before PEFT reads this folder; else PEFT raises `KeyError: 'LOTR'`.
+
+```python
+import lotr_ext.interop.peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
+```
+"""
 
 
 class _PeftType(str):
@@ -32,7 +47,8 @@ class LoTRPeftConfig(PeftConfig):
     """What to adapt and how, for `peft.get_peft_model`. Checked when it is made.
 
     Attributes:
-        rank, alpha, rslora, scaling, dropout, group_by, init, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
+        rank, or r as PEFT's other methods call it: 16 where neither is given; r is rank afterwards.
+        alpha, rslora, scaling, dropout, group_by, init, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
             "shape", "name" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base weights, which
             other adapters share).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
@@ -43,7 +59,7 @@ class LoTRPeftConfig(PeftConfig):
         TypeError, ValueError: a field of the wrong type or value.
     """
 
-    rank: int | tuple[int, int] = field(default=16, metadata={"help": "r, or (r_in, r_out)"})
+    rank: int | tuple[int, int] | None = field(default=None, metadata={"help": "r, or (r_in, r_out); None: r"})
     alpha: float | None = field(default=None, metadata={"help": "the adapter is scaled by alpha / r; None: alpha = r"})
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r)"})
     scaling: float | None = field(default=None, metadata={"help": "the scaling itself, instead of alpha"})
@@ -58,6 +74,11 @@ class LoTRPeftConfig(PeftConfig):
     init: str = field(default="orthonormal", metadata={"help": "how A and B start"})
     core_init: str = field(default="zero", metadata={"help": "how the cores start"})
     train: list[str] = field(default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"})
+    r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank; None: rank, 16 by default"})
+
+    def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
+        check_names((name for name in given if name != "r"), "LoTRPeftConfig")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,8 +89,13 @@ class LoTRPeftConfig(PeftConfig):
             raise ValueError('group_by: expected "shape", "name" or a mapping, got a callable, which cannot be saved')
         if self.bias not in _BIASES:
             raise ValueError(f"bias: expected one of {', '.join(_BIASES)}, got {self.bias!r}")
+        ranks = [tuple(given) if isinstance(given, list) else given for given in (self.rank, self.r) if given is not None]
+        if len(set(ranks)) > 1:
+            raise ValueError(f"r: expected rank = {self.rank!r}, or one of them alone, got {self.r!r}")
+        self.rank = ranks[0] if ranks else DEFAULT_RANK
         checked = self.to_lotr()
         self.rank, self.train = checked.rank, list(checked.train)
+        self.r = self.rank
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
@@ -78,6 +104,15 @@ class LoTRPeftConfig(PeftConfig):
                              f"{self.layers_to_transform!r}")  # fmt: skip
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern: expected it with layers_to_transform, got {self.layers_pattern!r} alone")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; the model card beside it says what to import before the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        for card in (Path(save_directory) / "README.md", Path(save_directory).parent / "README.md"):
+            if card.is_file() and "library_name: peft" in (text := card.read_text(encoding="utf-8")):
+                if _LOADING.rstrip() not in text:
+                    put_file(card.parent, card.name, f"{text.rstrip()}\n\n{_LOADING}".encode())
+                return
 
     def to_lotr(self, target_modules: str | None = None) -> LoTRConfig:
         """The same settings for `apply_lotr`, with target_modules as given and without modules_to_save."""

@@ -10,7 +10,7 @@ adapters, and adapters over other bases, are added to the base's output (`call.a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from ..layers.functional import explain_call
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings
 from ..layers.linear import is_conv1d
+from ..layers.merging import MergeNotice, check_is_parameter, write_
+from ..layers.parametrized import parameters_of
 from ..layers.quantized import has_plain_weight
 from ..model.targets import features, needs_wrap
 from ..ops.composite import delta_weight
@@ -45,9 +47,10 @@ class LoTRCore(nn.Module):
         fill_core_(self.core, config.core_init)
         self.__dict__["factors"] = factors  # the tuner registers it
 
-    def parts(self) -> dict[str, nn.Parameter]:
-        """All that the adapter has here, the shared factors among it."""
-        return {"A": self.factors.A, "B": self.factors.B, "core": self.core}
+    def parameters_by_part(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All that the adapter has here, the shared factors among it; of a parametrized part what it is computed from."""
+        for part, owner in (("A", self.factors), ("B", self.factors), ("core", self)):
+            yield from ((part, parameter) for parameter in parameters_of(owner, part))
 
     def call(self) -> Call:
         """What a call of the layer needs."""
@@ -82,6 +85,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
     lotr_backup: Tensor | None
+    notice: MergeNotice | None = None
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -102,6 +106,9 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             raise ValueError("adapter_names: expected None (LoTR has no batches of mixed adapters), got a list of names")
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.merged and self.notice is not None:
+            merged = (self.lotr_adapter[name] for name in self.merged_adapters)
+            self.notice.warn(parameter for core in merged for _, parameter in core.parameters_by_part())
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         cores = [self.lotr_adapter[name] for name in self.active_adapters if name in self.lotr_adapter]
@@ -131,7 +138,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     def _train_only(self, names: Sequence[str]) -> None:
         for name, core in self.lotr_adapter.items():
-            for part, parameter in core.parts().items():
+            for part, parameter in core.parameters_by_part():
                 parameter.requires_grad_(name in names and part in core.trained)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -151,7 +158,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         for name in names:
             if name in self.lotr_adapter:
                 core = self.lotr_adapter[name]
-                for part, parameter in core.parts().items():
+                for part, parameter in core.parameters_by_part():
                     parameter.requires_grad_(requires_grad and part in core.trained)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
@@ -161,7 +168,8 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         weight, base = own_weight(self.base_layer), type(self.base_layer).__name__
         if weight is None:
             raise TypeError(f"merge: expected a plain nn.Linear or Conv1D base, got {base}, whose weight is its own affair")
-        return weight.detach()
+        check_is_parameter(self.base_layer, "weight", "merge")
+        return weight.detach()  # which shares the parameter's count of changes, so that autograd sees them
 
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str], safe: bool) -> Tensor:
@@ -183,16 +191,17 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         weight, merged = self.mergeable_weight(), self.merged_weight([*self.merged_adapters, *names], safe_merge)
         if self.lotr_backup is None:
             self.lotr_backup = weight.clone()
-        weight.copy_(merged)
+        write_(weight, merged)
         self.merged_adapters.extend(names)
+        self.notice = MergeNotice()
 
     @torch.no_grad()
     def unmerge(self) -> None:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.mergeable_weight().copy_(self.lotr_backup)
-        self.lotr_backup = None
+        write_(self.mergeable_weight(), self.lotr_backup)
+        self.lotr_backup = self.notice = None
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

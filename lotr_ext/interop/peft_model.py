@@ -20,9 +20,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..layers.factors import LoTRFactors
+from ..layers.merging import MergeNotice
 from ..model.apply import set_fast_paths
 from ..model.scope import attach_scope, detach_scope
-from ..model.targets import features, select
+from ..model.targets import can_be_child, features, name_ends_with, select
 from .peft_config import LoTRPeftConfig
 from .peft_layer import LoTRPeftLinear
 
@@ -75,6 +76,16 @@ class LoTRPeftModel(BaseTuner):
             elif adapter_name in layer.lotr_adapter:
                 del layer.lotr_adapter[adapter_name]
 
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        try:
+            return super()._prepare_adapter_config(peft_config, model_config)
+        except ValueError as error:
+            kind = model_config.get("model_type")
+            raise ValueError(
+                f'target_modules: expected names (["q_proj", "v_proj"]), a regular expression or "all-linear", got None for a '
+                f"model of type {kind!r}, for which PEFT knows none ({error})"
+            ) from None
+
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Finds the targets' groups and refuses what cannot be adapted: PEFT has not touched the model yet."""
         if not isinstance(peft_config, LoTRPeftConfig):
@@ -95,6 +106,12 @@ class LoTRPeftModel(BaseTuner):
                     f"{name!r} ({kind})"
                 )
         if not names:
+            wanted = config.target_modules
+            if isinstance(wanted, str) and any(name_ends_with(name, wanted) for name in modules):
+                raise ValueError(
+                    f"target_modules: expected names of modules, got {wanted!r}, which matches none; a string is a regular "
+                    f"expression for the full name: for all names that end so give [{wanted!r}]"
+                )
             return  # PEFT says so in detail
         targets = select(model, config.to_lotr("|".join(map(re.escape, names)))).targets
         for target in targets:
@@ -105,6 +122,11 @@ class LoTRPeftModel(BaseTuner):
 
     def _check_adapter_names(self, config: LoTRPeftConfig) -> None:
         """When PEFT saves an adapter it drops all keys that have another adapter's name among their parts."""
+        for name in self.peft_config:
+            if not can_be_child(name):
+                raise ValueError(
+                    f"adapter_name: expected a name without dots that nn.ModuleDict does not use itself, got {name!r}"
+                )
         if len(self.peft_config) < 2:
             return
         names = {*self._groups, *self._adapted(), *(config.modules_to_save or ())}
@@ -180,6 +202,9 @@ class LoTRPeftModel(BaseTuner):
                     if names:
                         layer.merge(adapter_names=names)
             raise
+        notice = MergeNotice()
+        for layer in before:
+            layer.notice = notice
 
     def _unload_and_optionally_merge(
         self,
@@ -221,6 +246,9 @@ class LoTRPeftModel(BaseTuner):
         head, found, tail = key.partition(f"lotr_factors.{adapter_name}.")
         if found and head in ("", "base_model."):
             return f"{head}lotr_factors.{tail}"
+        head, found, tail = key.rpartition(f".lotr_adapter.{adapter_name}.")  # a parametrized core's are further down
+        if found:
+            return f"{head}.lotr_adapter.{tail}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -229,7 +257,7 @@ class LoTRPeftModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """BaseTuner's renaming; besides, PEFT only warns of an adapter for other layers, which here is an error."""
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        ours = re.compile(rf"lotr_factors\.{re.escape(adapter_name)}\.|\.lotr_adapter\.{re.escape(adapter_name)}\.core$")
+        ours = re.compile(rf"lotr_factors\.{re.escape(adapter_name)}\.|\.lotr_adapter\.{re.escape(adapter_name)}\.")
         want = {key for key in model.state_dict() if ours.search(key)}
         got = {key for key in renamed if ours.search(key) or ".lotr_adapter." in key or "lotr_factors." in key}
         if want != got:

@@ -19,8 +19,10 @@ from torch import Tensor
 __all__ = ["LowRankStack", "Tucker2"]
 
 _EXACT = 640  # up to this size a dense decomposition takes a fraction of a second
-_OVERSAMPLE, _POWERS = 10, 3
-_MAX_ITERATIONS, _TOLERANCE = 100, 1e-7
+_OVERSAMPLE = 10
+_FIRST_POWERS = 9  # of a subspace that nothing is known of; from one iteration of HOOI to the next one power is enough
+_CORE, _CORE_POWERS = 4, 3  # a start for rank r is sought within the 4 r leading vectors, which need not be exact
+_MAX_ITERATIONS, _TOLERANCE = 100, 1e-6
 
 
 class Tucker2:
@@ -75,24 +77,11 @@ class LowRankStack:
         enough: float = 0.0,
         report: Callable[[float], None] = lambda done: None,
     ) -> Tucker2:
-        """The factorisation at rank (r_in, r_out). Starts from HOSVD; A and B are improved in turn until the captured share of
-        the squared norm grows by less than tolerance, or leaves no more than the relative error `enough`. report: called with
-        the fraction of the most iterations that there can be."""
+        """The factorisation at rank (r_in, r_out). A and B are improved in turn until the relative error falls by less than
+        tolerance, or is no more than `enough`. report: called with the fraction of the most iterations that there can be."""
         p, q = self.V[0].shape[0], self.U[0].shape[0]
         r_in, r_out = min(rank[0], p), min(rank[1], q)
-        total, captured, iterations = float(self.norms.square().sum()), -math.inf, 0
-        A = _leading([_compressed(v, u.T) for u, v in zip(self.U, self.V)], r_in, None)
-        B = None
-        while iterations < _MAX_ITERATIONS:
-            iterations += 1
-            B = _leading([_compressed(u, v.T @ A) for u, v in zip(self.U, self.V)], r_out, B)
-            halves = [_compressed(v, u.T @ B) for u, v in zip(self.U, self.V)]
-            A = _leading(halves, r_in, A)
-            now = sum(float((A.T @ h).square().sum()) for h in halves)
-            report(iterations / _MAX_ITERATIONS)
-            if now - captured <= tolerance * total or total - now < enough**2 * total:
-                break
-            captured = now
+        A, B, iterations = self._improved(*self._start(r_in, r_out), r_in, r_out, tolerance, enough, report)
         cores = torch.zeros(len(self.U), *rank, dtype=torch.float64, device=A.device)
         residuals = []
         for core, u, v in zip(cores, self.U, self.V):
@@ -104,6 +93,43 @@ class LowRankStack:
             residuals.append(lost.clamp(min=0).sqrt())
         A, B = _lifted(self._right, A, self.k, rank[0]), _lifted(self._left, B, self.n, rank[1])
         return Tucker2(A, B, cores, torch.stack(residuals), self.norms, iterations)
+
+    def _start(self, r_in: int, r_out: int) -> tuple[Tensor, Tensor | None]:
+        """Where HOOI begins: at low ranks with what it finds in the core of a few leading vectors of both sides, where it costs
+        next to nothing; else with HOSVD's A."""
+        p, q, wide = self.V[0].shape[0], self.U[0].shape[0], _CORE * max(r_in, r_out)
+        right = [_compressed(v, u.T) for u, v in zip(self.U, self.V)]
+        if max(p, q) <= _EXACT or 2 * wide > min(p, q):
+            return _leading(right, r_in, None, _FIRST_POWERS), None
+        V = _leading(right, wide, None, _CORE_POWERS)
+        U = _leading([_compressed(u, v.T) for u, v in zip(self.U, self.V)], wide, None, _CORE_POWERS)
+        core = LowRankStack([(U.T @ u, V.T @ v) for u, v in zip(self.U, self.V)])
+        A, B, _ = core._improved(*core._start(r_in, r_out), r_in, r_out, _TOLERANCE, 0.0, lambda done: None)
+        return V @ _lifted(core._right, A, wide, r_in), U @ _lifted(core._left, B, wide, r_out)
+
+    def _improved(
+        self,
+        A: Tensor,
+        B: Tensor | None,
+        r_in: int,
+        r_out: int,
+        tolerance: float,
+        enough: float,
+        report: Callable[[float], None],
+    ) -> tuple[Tensor, Tensor, int]:
+        """A and B by HOOI from these on, and the number of iterations."""
+        total, error = float(self.norms.square().sum()), math.inf
+        for iteration in range(1, _MAX_ITERATIONS + 1):
+            sides = [_compressed(u, v.T @ A) for u, v in zip(self.U, self.V)]
+            B = _leading(sides, r_out, B, _FIRST_POWERS if B is None else 1)
+            halves = [_compressed(v, u.T @ B) for u, v in zip(self.U, self.V)]
+            A = _leading(halves, r_in, A, 1)
+            captured = sum(float((A.T @ h).square().sum()) for h in halves)
+            before, error = error, math.sqrt(max(0.0, 1 - captured / total)) if total > 0 else 0.0
+            report(iteration / _MAX_ITERATIONS)
+            if before - error <= tolerance or error < enough:
+                break
+        return A, B, iteration
 
 
 def _reduced(parts: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
@@ -125,10 +151,10 @@ def _gram(side: Sequence[Tensor]) -> Tensor:
     return stacked @ stacked.T
 
 
-def _leading(side: Sequence[Tensor], r: int, start: Tensor | None) -> Tensor:
+def _leading(side: Sequence[Tensor], r: int, start: Tensor | None, powers: int) -> Tensor:
     """The r leading left singular vectors [d, r] of all of `side` ([d, c_l] each) next to each other.
 
-    Dense where one dimension is small, else subspace iteration from start, or from a fixed random block.
+    Dense where one dimension is small, else `powers` steps of subspace iteration from start, or from a fixed random block.
     """
     stacked = torch.cat(list(side), 1)
     d, columns = stacked.shape
@@ -142,7 +168,7 @@ def _leading(side: Sequence[Tensor], r: int, start: Tensor | None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     extra = torch.randn(d, r + _OVERSAMPLE - (0 if start is None else r), dtype=torch.float64, generator=generator)
     block = extra.to(stacked.device) if start is None else torch.cat([start, extra.to(stacked.device)], 1)
-    for _ in range(_POWERS if start is not None else 3 * _POWERS):
+    for _ in range(powers):
         block = torch.linalg.qr(stacked @ (stacked.T @ block))[0]
     small = block.T @ stacked
     return block @ torch.linalg.eigh(small @ small.T)[1].flip(1)[:, :r]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from .init import fill_factor_
 from .sharded import in_parts
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LARGEST = 2**31 - 1  # of a dimension
 
 
 def check_dimension(name: str, value: object) -> int:
@@ -20,6 +22,8 @@ def check_dimension(name: str, value: object) -> int:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value > _LARGEST:
+        raise ValueError(f"{name}: expected at most {_LARGEST}, got an int of {value.bit_length()} bits")
     return value
 
 
@@ -50,7 +54,8 @@ class LoTRFactors(nn.Module):
     (N(0, 1), the paper's) or "kaiming"; see `lotr_ext.init`. dtype: float32, float64, bfloat16 or float16, torch's default if
     None.
     Every layer's gradient of A and B is added into one accumulator each, in float32 (float64 for float64), and autograd sees
-    one gradient a backward (`lotr_ext.autograd.shared_gradient`). Raises TypeError or ValueError naming the argument.
+    one gradient a backward (`lotr_ext.autograd.shared_gradient`). Raises TypeError or ValueError naming the argument; warns of a rank beyond the
+    widths.
 
     State: `A`, `B`; with an init that changed the base weights also the buffers `start_A`, `start_B`, which are not part of
     state_dict (`save_adapter` keeps them).
@@ -74,6 +79,12 @@ class LoTRFactors(nn.Module):
         r_in, r_out = check_rank(rank)
         check_dtype(dtype)
         super().__init__()
+        if r_in > in_features or r_out > out_features:
+            warnings.warn(
+                f"lotr_ext: rank {rank} over layers of {in_features} in and {out_features} out: beyond these widths it adds "
+                "parameters and no function that a lower rank has not",
+                stacklevel=2,
+            )
         self.in_features, self.out_features, self.r_in, self.r_out = in_features, out_features, r_in, r_out
         self.A = nn.Parameter(torch.empty(in_features, r_in, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(out_features, r_out, device=device, dtype=dtype))

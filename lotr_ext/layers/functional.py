@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
@@ -11,7 +9,7 @@ from torch.nn import functional as nnf
 from ..autograd.call import Call, call_linear, compute_dtype, plan_call
 from ..ops.planner import Plan
 from .factors import LoTRFactors
-from .layer import LoTRLayer, check_probability
+from .layer import LoTRLayer, check_number, check_probability
 from .linear import LoTRWrapped
 from .mixture import call_mixed
 
@@ -78,8 +76,7 @@ def lotr_linear(
     for name, tensor in (("A", A), ("B", B), ("core", core)):
         if tensor.is_meta != x.is_meta:
             raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-        raise ValueError(f"scaling: expected a finite number, got {scaling!r}")
+    check_number("scaling", scaling)
     check_probability("dropout_p", dropout_p)
     p = dropout_p if training else 0.0
     if core_index is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ from ..autograd.record import Call
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
 from .factors import LoTRFactors
+from .merging import MergeNotice, check_is_parameter, write_
 from .mixture import Mixture, call_mixed, cores_of
+from .parametrized import parameters_of
 
 
 class Settings(NamedTuple):
@@ -36,7 +39,11 @@ def check_number(name: str, value: object) -> None:
     """TypeError or ValueError unless value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int beyond any float
+        raise ValueError(f"{name}: expected a finite number, got an int of {value.bit_length()} bits") from None
+    if not finite:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
@@ -73,6 +80,7 @@ class LoTRLayer(nn.Module):
     core: nn.Parameter
     start_core: Tensor | None
     weight_backup: Tensor | None
+    notice: MergeNotice | None = None
     mixture: Mixture | None = None
 
     @staticmethod
@@ -121,7 +129,11 @@ class LoTRLayer(nn.Module):
         shape = x.shape
         if not shape or shape[-1] != self.in_features:
             raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(shape)}")
-        if self.merged or (self.disabled and self.start_core is None):
+        if self.merged:
+            if self.notice is not None:
+                self.notice.warn(self.adapter_parameters())
+            return self._base(x)
+        if self.disabled and self.start_core is None:
             return self._base(x)
         if self.disabled:
             return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
@@ -140,6 +152,12 @@ class LoTRLayer(nn.Module):
 
     def _matrix(self) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _matrix")
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of A, B and the core; of a parametrized one those that it is computed from."""
+        yield from parameters_of(self.factors, "A")
+        yield from parameters_of(self.factors, "B")
+        yield from parameters_of(self, "core")
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
@@ -161,41 +179,53 @@ class LoTRLayer(nn.Module):
         wide = torch.promote_types(accumulate_dtype(weight.dtype), delta.dtype)
         return (weight.to(wide) + sign * delta.to(weight.device, wide)).to(weight.dtype)
 
+    def _weight_to_write(self, where: str) -> Tensor:
+        """W [n, k], a view of the parameter that it is stored in. TypeError if it is stored in none."""
+        check_is_parameter(self, "weight", where)
+        return self._matrix()
+
+    def _check_base(self) -> None:
+        """Whether the plain layer can take over weight and bias."""
+        for name in ("weight", "bias"):
+            check_is_parameter(self, name, "to_base")
+
     @torch.no_grad()
     def merge(self, safe: bool = False, keep_backup: bool = True) -> None:
         """Adds the adapter into the weight: delta and sum in float32, cast once. The layer then runs as a plain linear one.
 
         safe: refuse (ValueError, nothing changed) if the result has a non-finite element. keep_backup: keep a copy of W, so
         that unmerge restores its very bits; without, unmerge subtracts.
-        RuntimeError if merged already; TypeError over a base that cannot be merged into.
+        RuntimeError if merged already; TypeError over a base that cannot be merged into, and for a weight that is no parameter
+        any more (weight_norm, spectral_norm, parametrizations, pruning). A backward through an earlier forward then raises.
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
-        weight, merged = self._matrix(), self._merged_weight()
+        weight, merged = self._weight_to_write("merge"), self._merged_weight()
         if safe and not bool(torch.isfinite(merged).all()):
             raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
         self.weight_backup = weight.detach().clone() if keep_backup else None
-        weight.data.copy_(merged)
-        self.merged = True
+        write_(weight, merged)
+        self.merged, self.notice = True, MergeNotice()
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the adapter out of the weight again. RuntimeError if it is not merged."""
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
-        weight = self._matrix()
+        weight = self._weight_to_write("unmerge")
         restored = self._plus(weight, self.delta_weight(), -1) if self.weight_backup is None else self.weight_backup
-        weight.data.copy_(restored)
+        write_(weight, restored)
         self.weight_backup, self.merged = None, False
+        self.__dict__.pop("notice", None)  # the class has None
 
     @torch.no_grad()
-    def _give_start_back(self, weight: Tensor) -> None:
+    def _give_start_back(self) -> None:
         """Returns to W what an init moved into the start adapter, before the adapter goes."""
         if self.start_core is None or self.merged:
             return
         start = delta_weight(self.factors.start_A, self.factors.start_B, self.start_core, self.scaling)
         matrix = self._matrix()
-        matrix.data.copy_(self._plus(matrix, start, 1))
+        write_(matrix, self._plus(matrix, start, 1))
         self.start_core = None
 
     # ---- state -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ..autograd.record import Call
 from ..ops import accumulate_dtype
 from .factors import LoTRFactors, check_dtype, check_rank
 from .layer import LoTRLayer, check_settings
+from .merging import MergeNotice
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
 
@@ -93,10 +94,14 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         return self.weight
 
     def to_base(self) -> nn.Linear:
-        """A plain nn.Linear of the base weight and bias as they stand (with the adapter in them if merged)."""
+        """A plain nn.Linear of the base weight and bias as they stand (with the adapter in them if merged).
+
+        TypeError for a weight or bias that is no parameter any more (weight_norm, spectral_norm, parametrizations, pruning).
+        """
+        self._check_base()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
-        self._give_start_back(linear.weight)
+        self._give_start_back()
         return linear.train(self.training)
 
     def to_linear(self) -> nn.Linear:
@@ -147,11 +152,12 @@ class LoTRConv1D(LoTRLayer):
         return self.weight.mT
 
     def to_base(self) -> nn.Module:
-        """The plain Conv1D again, of the base weight and bias as they stand."""
+        """The plain Conv1D again, of the base weight and bias as they stand. TypeError as `LoTRLinear.to_base`."""
+        self._check_base()
         layer = self._base_class.__new__(self._base_class)
         nn.Module.__init__(layer)
         layer.nx, layer.nf, layer.weight, layer.bias = self.nx, self.nf, self.weight, self.bias
-        self._give_start_back(layer.weight)
+        self._give_start_back()
         return layer.train(self.training)
 
     def to_linear(self) -> nn.Linear:
@@ -264,7 +270,7 @@ class LoTRWrapped(LoTRLayer):
         if safe and not bool(torch.isfinite(linear.weight).all()):
             raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
         self.__dict__["quantized_base"] = self.base_layer if keep_backup else None
-        self.base_layer, self.merged = linear, True
+        self.base_layer, self.merged, self.notice = linear, True, MergeNotice()
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -281,6 +287,7 @@ class LoTRWrapped(LoTRLayer):
             base = base.to(device)
         self.base_layer, self.merged = base.train(self.training), False
         self.quantized_base = None
+        self.__dict__.pop("notice", None)
 
     def to_base(self) -> nn.Module:
         """The wrapped module; merged, the plain nn.Linear in its place."""

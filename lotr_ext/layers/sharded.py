@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .merging import write_
+
 __all__ = ["copy_whole_", "gathered", "holds_parts", "in_parts", "reshard", "writing_rank", "written_by_rank_0"]
 
 
@@ -53,7 +55,7 @@ def copy_whole_(target: Tensor, value: Tensor) -> None:
 
         value = value.to(target.device, target.dtype)
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(value)
+    write_(target, value)
 
 
 def writing_rank(model: nn.Module) -> bool:

@@ -1,23 +1,29 @@
 """An adapter on disk: one directory with a JSON file and a safetensors file, replaced as a whole.
 
-    lotr_adapter.json                    format version, configuration, layers, tensors, and the other file's name
-    lotr_adapter.<sha256>.safetensors    the tensors, named by the first 16 digits of their checksum
+    lotr_adapter.json                   format version, configuration, layers, tensors, the other file's name and checksum
+    lotr_adapter.<digits>.safetensors   the tensors, under a name that no other save has: 16 random digits
 
-The tensors are written first, under a name that no older JSON names; then the JSON is written under a temporary name and
-renamed over the old one. That rename is the one moment at which the new adapter takes the old one's place: a kill before it
-leaves the old adapter whole, a kill after it the new one. What a kill leaves lying around, the next save removes.
+The tensors are written first; then the JSON is written under a temporary name and renamed over the old one. That rename is the
+one moment at which the new adapter takes the old one's place: a kill before it leaves the old adapter whole, a kill after it
+the new one; of several savers the last to rename wins. Who loads reads the JSON again where the tensors that it named are gone.
+
+A saver removes what is named by no JSON and written by nobody: each saver holds a lock (flock) on its files until it is done,
+and the kernel takes the lock from one that is killed. Where a file system has no locks, what a kill leaves stays.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,7 +31,7 @@ from torch import Tensor
 from ..layers.layer import check_settings
 from .config import LoTRConfig
 
-__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "put_file", "read", "write"]
+__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "placed", "put_file", "read", "write"]
 
 FORMAT, FORMAT_VERSION = "lotr", 1
 JSON_NAME = "lotr_adapter.json"
@@ -69,23 +75,71 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def put_file(directory: Path, name: str, data: bytes) -> None:
-    """data in directory/name, whole or not at all."""
-    temporary = directory / f"{name}.{os.getpid()}.tmp"
+def _lock(file: BinaryIO, *, wait: bool) -> bool:
+    """Whether this process has the file's lock now. False where another has it, or the file system has no locks."""
     try:
-        with open(temporary, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _temporary(directory: Path, name: str) -> tuple[Path, BinaryIO]:
+    """A new file of a name of its own, locked."""
+    while True:
+        path = directory / f"{name}.{secrets.token_hex(8)}.tmp"
+        file = open(path, "xb")
+        _lock(file, wait=True)
+        if path.exists():
+            return path, file
+        file.close()  # another saver took it for a leftover before it was locked
+
+
+@contextmanager
+def placed(directory: Path, name: str, data: bytes) -> Iterator[None]:
+    """Puts data into directory/name, whole or not at all. Inside the context other savers take it for that of one at work."""
+    temporary, file = _temporary(directory, name)
+    with file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, directory / name)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(directory)
+            os.replace(temporary, directory / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(directory)
+        yield
+
+
+def put_file(directory: Path, name: str, data: bytes) -> None:
+    """data in directory/name, whole or not at all."""
+    with placed(directory, name, data):
+        pass
+
+
+def _named(directory: Path) -> str | None:
+    """The tensors' file that the JSON in directory names, if there is one."""
+    try:
+        return json.loads((directory / JSON_NAME).read_bytes()).get("tensors_file")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _remove_leftovers(directory: Path, replaced: str | None) -> None:
+    """Removes what no JSON names and nobody is writing. replaced: what a JSON named that is there no longer."""
+    for path in directory.iterdir():
+        if not (_TENSORS_NAME.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name)):
+            continue
+        with suppress(OSError), open(path, "r+b") as file:
+            # its saver is done or dead once the lock is free, so a JSON that does not name it now never will
+            if (_lock(file, wait=False) or path.name == replaced) and path.name != _named(directory):
+                path.unlink()
 
 
 def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Writes an adapter into directory, which is made if need be; other files in it are left alone.
+    """Writes an adapter into directory, which is made if need be; other files in it are left alone. Others may save to it and
+    load from it meanwhile, in this process and in others.
 
     Raises:
         ValueError: directory is a file. OSError: the disk.
@@ -98,7 +152,7 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
         raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     digest = hashlib.sha256(data).hexdigest()
-    tensors_name = f"lotr_adapter.{digest[:16]}.safetensors"
+    tensors_name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # a checksum would be another's, too, who saves the same
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -112,11 +166,10 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
     }
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    put_file(directory, tensors_name, data)
-    put_file(directory, JSON_NAME, text.encode())
-    for old in directory.iterdir():
-        if old.name != tensors_name and (_TENSORS_NAME.fullmatch(old.name) or _LEFTOVER.fullmatch(old.name)):
-            old.unlink(missing_ok=True)
+    replaced = _named(directory)
+    with placed(directory, tensors_name, data), placed(directory, JSON_NAME, text.encode()):
+        pass
+    _remove_leftovers(directory, replaced)
 
 
 def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
@@ -128,6 +181,35 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    path, missing = directory / JSON_NAME, None
+    while True:
+        content = _content(directory)
+        manifest, name = _manifest(path, content), _entry(path, content, "tensors_file", str)
+        if not _TENSORS_NAME.fullmatch(name):
+            raise ValueError(f"{path}: expected tensors_file like lotr_adapter.<16 hex digits>.safetensors, got {name!r}")
+        file = directory / name
+        try:
+            data = file.read_bytes()
+            break
+        except OSError as error:
+            if name == missing or not isinstance(error, FileNotFoundError):
+                raise ValueError(f"{path}: expected {name} beside it, got {_found(directory)} ({error.strerror})") from None
+            missing = name  # unless a save has taken its place since: then the JSON names another one now
+    digest, want = hashlib.sha256(data).hexdigest(), _entry(path, content, "tensors_sha256", str)
+    if digest != want:
+        raise ValueError(f"{file}: expected sha256 {want}, got {digest} ({len(data)} bytes): truncated, or another file")
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, got something else ({error})") from None
+    described = _entry(path, content, "tensors", dict)
+    if _described(tensors) != described:
+        raise ValueError(f"{file}: expected tensors {described}, got {_described(tensors)}")
+    return manifest, tensors
+
+
+def _content(directory: Path) -> dict[str, Any]:
+    """What the JSON file says, of this format and version."""
     path = directory / JSON_NAME
     if not path.is_file():
         raise ValueError(f"directory: expected a LoTR adapter with {JSON_NAME}, got {directory}, which has {_found(directory)}")
@@ -143,25 +225,7 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
             f"{path}: expected format_version {FORMAT_VERSION}, got {content.get('format_version')!r}, written by lotr_ext "
             f"{content.get('lotr_ext_version')}"
         )
-    manifest = _manifest(path, content)
-    name = _entry(path, content, "tensors_file", str)
-    if not _TENSORS_NAME.fullmatch(name):
-        raise ValueError(f"{path}: expected tensors_file like lotr_adapter.<16 hex digits>.safetensors, got {name!r}")
-    file = directory / name
-    if not file.is_file():
-        raise ValueError(f"{path}: expected {name} beside it, got {_found(directory)}")
-    data = file.read_bytes()
-    digest, want = hashlib.sha256(data).hexdigest(), _entry(path, content, "tensors_sha256", str)
-    if digest != want:
-        raise ValueError(f"{file}: expected sha256 {want}, got {digest} ({len(data)} bytes): truncated, or another file")
-    try:
-        tensors = load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a safetensors file, got something else ({error})") from None
-    described = _entry(path, content, "tensors", dict)
-    if _described(tensors) != described:
-        raise ValueError(f"{file}: expected tensors {described}, got {_described(tensors)}")
-    return manifest, tensors
+    return content
 
 
 def _found(directory: Path) -> str:

@@ -14,16 +14,19 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings
 from ..layers.mixture import Mixture
+from ..layers.parametrized import state_of
 from ..layers.sharded import holds_parts
 from .apply import SharedFactors, adapted_layers
 from .config import LoTRConfig
 from .saved import saved_modules, saved_tensors
 from .scope import attach_scope
+from .targets import can_be_child
 
 __all__ = ["DEFAULT", "active_adapter", "adapter_names", "add_adapter", "delete_adapter", "mixed", "set_adapter"]
 
@@ -104,12 +107,14 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
 
     Raises:
         TypeError, ValueError: a name that is taken, an adapter that does not exist, a config that does not fit.
-        RuntimeError: no adapter, layers built by hand, a merged adapter, init "svd" (whose start is part of the weights).
+        RuntimeError: no adapter, layers built by hand, a merged adapter, init "svd" (whose start is part of the weights), a
+            parametrized core or factor.
     """
     parked = _of(model, "add_adapter")
     layers = adapted_layers(model)
     _check_new_name(parked, name)
     _check_unmerged(layers, "add_adapter")
+    _check_parameters(layers, "add_adapter")
     owner = None if share_factors is None else _find(parked, share_factors, "share_factors")
     config = _fitting_config(model, config, shared=owner is not None)
     if config.init == "svd" or any(layer.start_core is not None for layer in layers.values()):
@@ -144,11 +149,13 @@ def set_adapter(model: Model, name: str) -> Model:
     Make the optimizer after it: the parameters of the layers are others now.
 
     Raises:
-        TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, or a merged adapter.
+        TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, a merged adapter, or a parametrized core or
+            factor.
     """
     parked = _of(model, "set_adapter")
     name = _find(parked, name, "name")
     _check_unmerged(adapted_layers(model), "set_adapter")
+    _check_parameters(adapted_layers(model), "set_adapter")
     if name != parked.active:
         _swap(model, parked, name)
     return model
@@ -189,6 +196,7 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     parked = _of(model, "mixed")
     layers = adapted_layers(model)
     _check_unmerged(layers, "mixed")
+    _check_parameters(layers, "mixed")
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise TypeError(f"names: expected a sequence of adapter names, one a row, got {names!r}")
     kinds = list(dict.fromkeys(names))
@@ -217,6 +225,22 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
             del layer.mixture  # the class has None
 
 
+def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:
+    """The parked adapter of that name. Raises as `set_adapter`."""
+    parked = _of(model, "name")
+    return parked[_find(parked, name, "name")]
+
+
+def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, nn.Parameter, float, float]]:
+    """What each layer would have of a parked adapter, in the model's order: factors, core, scaling, dropout."""
+    groups = {id(old): group for group, old in model.lotr_factors.items()}
+    layers = adapted_layers(model).values()
+    return [
+        (parked.factors[groups[id(layer.factors)]], core, *settings)
+        for layer, core, settings in zip(layers, parked.cores, parked.settings, strict=True)
+    ]
+
+
 @contextmanager
 def in_use(model: Model, name: str) -> Iterator[Model]:
     """Inside the context the adapter `name` is the active one. Raises as `set_adapter`."""
@@ -242,7 +266,7 @@ def rename_active(model: nn.Module, name: str) -> None:
 def _check_new_name(parked: ParkedAdapters, name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__} {name!r}")
-    if not name or "." in name or hasattr(ParkedAdapters, name):
+    if not can_be_child(name, ParkedAdapters):
         raise ValueError(f"name: expected a name without dots that nn.ModuleDict does not use itself, got {name!r}")
     if name == parked.active or name in parked:
         raise ValueError(f"name: expected a new name, got {name!r}, which exists")
@@ -260,6 +284,17 @@ def _check_unmerged(layers: dict[str, LoTRLayer], where: str) -> None:
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{where}: expected unmerged layers, got {name!r}, which is merged")
+
+
+def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:
+    """A parametrization belongs to the place where it was registered; an adapter changes places."""
+    for name, layer in layers.items():
+        for owner, part in ((layer.factors, "A"), (layer.factors, "B"), (layer, "core")):
+            if state_of(owner, part):
+                raise RuntimeError(
+                    f"{where}: expected cores and factors that are parameters, got {name!r}, whose {part} has a "
+                    "parametrization; remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+                )
 
 
 def _fitting_config(model: nn.Module, config: LoTRConfig | None, *, shared: bool) -> LoTRConfig:
@@ -312,6 +347,7 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
         factors.B.requires_grad_("B" in new.config.train)
     for tensor, value in zip(live.values(), new.saved, strict=True):
         tensor.data = value.data
+        increment_version(tensor)  # a backward through the one that was there raises
     del parked[name]
     parked[parked.active], parked.active = old, name
     model.lotr_config = new.config

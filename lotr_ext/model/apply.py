@@ -7,7 +7,7 @@ state_dict has `lotr_factors.<group>.A`, `lotr_factors.<group>.B` and `<layer>.c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -19,11 +19,13 @@ from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_, tucker2
 from ..layers.layer import LoTRLayer, check_settings
 from ..layers.linear import LoTRWrapped, adapt
+from ..layers.merging import MergeNotice, check_is_parameter, write_
 from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.sharded import in_parts
 from ..ops.composite import delta_weight
 from .config import LoTRConfig
+from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
 from .targets import Selection, Target, select, tied_names
 
@@ -80,16 +82,17 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
         layers = [_replace(model, target, factors, config) for target in targets]
         if starts is not None:
             set_start(layers, starts[group])
-            for parameter, value in ((factors.A, factors.start_A), (factors.B, factors.start_B)):
-                parameter.data.copy_(value)
+            write_(factors.A, factors.start_A)
+            write_(factors.B, factors.start_B)
             for layer in layers:
-                layer.core.data.copy_(layer.start_core)
+                write_(layer.core, layer.start_core)
     model.lotr_factors = shared
     if callable(config.group_by):  # a callable can be neither pickled nor saved; what it decided can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config = config
     set_fast_paths(model, off=True)
     attach_scope(model)
+    hook_saving(model)
     return model
 
 
@@ -143,7 +146,7 @@ def set_start(layers: Sequence[LoTRLayer], start: Start | None, scalings: Sequen
         matrix = layer._matrix()
         weights.append(matrix if isinstance(change, float) else layer._plus(matrix, change, 1))
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-        layer._matrix().data.copy_(weight)
+        write_(layer._weight_to_write("load_adapter"), weight)
         layer.start_core = None if new is None else new[i]
     factors.start_A, factors.start_B = (None, None) if new is None else (A, B)
 
@@ -199,7 +202,8 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
 
 
 def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The adapter's trained parameters, for an optimizer: each A, B and core once, those that require grad.
+    """The adapter's trained parameters, for an optimizer: each A, B and core once, those that require grad; of a parametrized
+    one (torch.nn.utils.parametrize) the parameters that it is computed from.
 
     modules_to_save are not among them: `[p for p in model.parameters() if p.requires_grad]` has both.
 
@@ -208,7 +212,7 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """
     seen: dict[int, nn.Parameter] = {}
     for layer in adapted_layers(model).values():
-        for parameter in (layer.factors.A, layer.factors.B, layer.core):
+        for parameter in layer.adapter_parameters():
             if parameter.requires_grad:
                 seen.setdefault(id(parameter), parameter)
     return iter(seen.values())
@@ -255,6 +259,7 @@ def _check_mergeable(
                 dtype = None if isinstance(dequantize, bool) else dequantize
                 _check_finite(name, layer.merged_linear(dtype).weight)
             continue
+        check_is_parameter(layer, "weight", "merge", name)
         if id(layer) in tied:
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(tied[id(layer)])}")
         if in_parts(layer.weight) or in_parts(layer.core):
@@ -277,6 +282,8 @@ def _check_finite(name: str, weight: Tensor) -> None:
 
 def _check_unmergeable(layers: dict[str, LoTRLayer]) -> None:
     for name, layer in layers.items():
+        if layer.merged and not isinstance(layer, LoTRWrapped):
+            check_is_parameter(layer, "weight", "unmerge", name)
         if layer.merged and isinstance(layer, LoTRWrapped) and layer.quantized_base is None:
             raise RuntimeError(f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False")
 
@@ -296,25 +303,33 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
     place of each quantised layer (`lotr_ext.quantized`), which is refused otherwise; `unmerge` puts back what was backed up.
 
     Raises:
-        TypeError: no nn.Module, or a base that cannot be merged into. ValueError: safe, and a result is not finite.
+        TypeError: no nn.Module, a base that cannot be merged into, or a weight that is no parameter any more (weight_norm,
+            spectral_norm, parametrizations, pruning). ValueError: safe, and a result is not finite.
         RuntimeError: no adapter, one that is merged already, on the meta device, in parts, or a weight tied to another module.
     """
     layers = adapted_layers(model)
     _expect_merged(layers, False, "merge")
     _check_mergeable(model, layers, safe, dequantize)
-    done = []
+    _merge_all(layers.values(), safe, keep_backup, dequantize)
+    return model
+
+
+def _merge_all(layers: Iterable[LoTRLayer], safe: bool, keep_backup: bool, dequantize: bool | torch.dtype) -> None:
+    """Merges them all; where one fails, those before it are unmerged."""
+    done: list[LoTRLayer] = []
     try:
-        for layer in layers.values():
+        for layer in layers:
             _merge_layer(layer, safe, keep_backup or isinstance(layer, LoTRWrapped), dequantize)
             done.append(layer)
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
+    notice = MergeNotice()
     for layer in done:
+        layer.notice = notice
         if isinstance(layer, LoTRWrapped) and not keep_backup:  # kept so far for the way back
             layer.quantized_base = None
-    return model
 
 
 def unmerge(model: Model) -> Model:
@@ -339,7 +354,8 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     adapted layer, the plain layer of its very weight and bias.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`; nothing is changed then.
+        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for a bias that is no parameter; nothing is changed
+            then.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
@@ -350,17 +366,20 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
         _check_unmergeable(layers)
     if not merge and any(layer.start_core is not None for layer in layers.values()):
         _check_mergeable(model, layers, safe=False)  # the start goes back into the weight
-    for layer in layers.values():
-        if merge and not layer.merged:
-            _merge_layer(layer, False, False, dequantize)
-        elif not merge and layer.merged:
-            layer.unmerge()
+    for name, layer in layers.items():
+        for part in () if isinstance(layer, LoTRWrapped) else ("weight", "bias"):
+            check_is_parameter(layer, part, "unload", name)
+    if merge:
+        _merge_all([layer for layer in layers.values() if not layer.merged], False, False, dequantize)
+    else:
+        for layer in layers.values():
+            if layer.merged:
+                layer.unmerge()
+    bases = {id(layer): layer.to_base() for layer in layers.values()}
     set_fast_paths(model, off=False)
-    bases: dict[int, nn.Module] = {}
+    unhook_saving(model)
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoTRLayer):
-            if id(layer) not in bases:
-                bases[id(layer)] = layer.to_base()
             if not name:  # the model is this layer: there is no place to put the plain one
                 return bases[id(layer)]
             parent, _, child = name.rpartition(".")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ..layers.factors import LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
+from ..layers.merging import check_is_parameter
+from ..layers.parametrized import state_of
 from ..layers.placement import home
 from ..layers.sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
 from . import adapter_files as files
@@ -26,7 +28,7 @@ from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import adapted_layers, install, set_start
 from .config import LoTRConfig
-from .saved import saved_modules, saved_tensors
+from .saved import computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .targets import Selection, features, select
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -82,34 +84,51 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
     """
     path = _path(directory)
     writes, model = writing_rank(model), unwrapped(model)
-    if name is not None and name != adapters.active_adapter(model):
-        with adapters.in_use(model, name):
-            return save_adapter(model, directory)
-    layers = adapted_layers(model)
+    adapted_layers(model)  # says so where there are none
     if sharded := holds_parts(model):
         reshard(model)
-    prefixes, saved = _prefixes(model, layers), saved_modules(model)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        factors, prefix = layer.factors, prefixes[id(layer.factors)]
-        parts = {f"{prefix}.{part}": getattr(factors, part) for part in ("A", "B", "start_A", "start_B")}
-        parts |= {f"{name}.{part}": getattr(layer, part) for part in ("core", "start_core")}
-        tensors |= {key: value for key, value in parts.items() if value is not None}
-    tensors |= saved_tensors(saved)
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
-    entries = {
-        name: LayerEntry(prefixes[id(m.factors)], m.in_features, m.out_features, float(m.scaling), m.dropout)
-        for name, m in layers.items()
-    }
-    config = getattr(model, "lotr_config", None)
-    manifest = Manifest(config if isinstance(config, LoTRConfig) else None, entries, tuple(saved))
+    manifest, tensors = contents(model, name)
     if sharded:
         whole = gathered(tensors)
         written_by_rank_0(lambda: files.write(path, manifest, whole))
     elif writes:
         files.write(path, manifest, tensors)
+
+
+@torch.no_grad()
+def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
+    """What a file has of the model's adapter of that name, the active one by default: the very tensors, where they are.
+
+    Raises:
+        RuntimeError: no adapter, or one on the meta device. TypeError, ValueError: none of that name.
+    """
+    layers = adapted_layers(model)
+    prefixes, saved = _prefixes(model, layers), saved_modules(model)
+    config, beside = getattr(model, "lotr_config", None), saved_tensors(saved)
+    tensors: dict[str, Tensor] = {}
+    if name is None or name == adapters.active_adapter(model):
+        held = [(m.factors, m.core, m.scaling, m.dropout) for m in layers.values()]
+        tensors |= computed_tensors(layers, prefixes)
+    else:
+        parked = adapters.parked_adapter(model, name)
+        held = adapters.parked_layers(model, parked)
+        config, beside = parked.config, dict(zip(beside, parked.saved, strict=True))
+    entries = {}
+    for (at, layer), (factors, core, scaling, dropout) in zip(layers.items(), held, strict=True):
+        prefix = prefixes[id(layer.factors)]
+        if f"{prefix}.A" not in tensors:
+            start = {f"{prefix}.{part}": getattr(factors, part) for part in ("start_A", "start_B")}
+            tensors |= {f"{prefix}.A": factors.A, f"{prefix}.B": factors.B}
+            tensors |= {key: value for key, value in start.items() if value is not None}
+        tensors[f"{at}.core"] = core
+        if layer.start_core is not None:
+            tensors[f"{at}.start_core"] = layer.start_core
+        entries[at] = LayerEntry(prefix, layer.in_features, layer.out_features, float(scaling), dropout)
+    tensors |= beside
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
+    return Manifest(config if isinstance(config, LoTRConfig) else None, entries, tuple(saved)), tensors
 
 
 def load_adapter(
@@ -156,6 +175,7 @@ def load_adapter(
         raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
     if holds_parts(target):
         reshard(target)
+    tensors = _fitted(target, manifest, tensors)
     if any(isinstance(m, LoTRLayer) for m in target.modules()):
         _check_adapted(target, manifest, tensors, cast)
     else:
@@ -187,6 +207,7 @@ def _load_parked(
         raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
     try:
         with adapters.in_use(model, name):
+            tensors = _fitted(model, manifest, tensors)
             if share_factors is not None:
                 _check_same_factors(model, tensors, share_factors)
             _check_adapted(model, manifest, tensors, cast)
@@ -195,6 +216,12 @@ def _load_parked(
         if new:
             adapters.delete_adapter(model, name)
         raise
+
+
+def _fitted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors as the model's parametrizations need them."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoTRLayer)}
+    return fitted_to_parametrizations(layers, _prefixes(model, layers), manifest, tensors)
 
 
 def _check_same_factors(model: nn.Module, tensors: dict[str, Tensor], share_factors: str) -> None:
@@ -252,10 +279,11 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
     if set(saved) != set(manifest.modules_to_save):
         raise ValueError(f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(manifest.modules_to_save)}")
     expected = _expected(manifest, lambda n: (layers[n].factors.A, layers[n].factors.B, layers[n].core), tensors)
-    _check_tensors(expected | saved_tensors(saved), tensors, cast)
+    _check_tensors(expected | computed_tensors(layers, prefixes) | saved_tensors(saved), tensors, cast)
     for prefix, names in _groups(manifest.layers).items():
         if f"{prefix}.start_A" in tensors or layers[names[0]].start_core is not None:
             for name in names:
+                check_is_parameter(layers[name], "weight", "load_adapter", name)
                 if in_parts(layers[name]._matrix()):  # a base whose weight cannot be read says so
                     raise RuntimeError(
                         f'load_adapter: expected whole weights, for init "svd" changes them, got {name!r} held in parts; load '
@@ -339,8 +367,7 @@ def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> N
             set_start(group, start, scalings)
         for layer, name, scaling in zip(group, names, scalings, strict=True):
             layer.scaling, layer.dropout = scaling, manifest.layers[name].dropout
-            copy_whole_(layer.core, tensors[f"{name}.core"])
-        copy_whole_(group[0].factors.A, tensors[f"{prefix}.A"])
-        copy_whole_(group[0].factors.B, tensors[f"{prefix}.B"])
-    for key, value in saved_tensors(saved_modules(model)).items():
+    prefixes = _prefixes(model, layers)
+    plain = {f"{name}.{part}": getattr(m, part) for m, name, part in parts(layers, prefixes) if not state_of(m, part)}
+    for key, value in (plain | computed_tensors(layers, prefixes) | saved_tensors(saved_modules(model))).items():
         copy_whole_(value, tensors[key])

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..layers.factors import check_rank
 from ..layers.init import CORE_INITS, FACTOR_INITS
+from ..layers.layer import check_number
 
 __all__ = ["GroupBy", "LoTRConfig"]
 
 GroupBy = str | Mapping[str, str] | Callable[[str, nn.Module], str]
+
+# PEFT's names for LoRA's settings, and what they are called here
+_NAMES_HERE = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "init_lora_weights": "init",
+}
+_NOT_HERE = {
+    "rank_pattern": "the layers of a group share A and B, and with them the rank",
+    "alpha_pattern": "one scaling a configuration",
+    "use_dora": "no norms (DoRA)",
+    "lora_bias": "no biases inside of the adapter",
+    "target_parameters": "linear layers are adapted, not bare parameters",
+    "trainable_token_indices": "no trained rows of an embedding",
+    "layer_replication": "no repeated layers",
+    "fan_in_fan_out": "a Conv1D is known by its form",
+    "loftq_config": "quantise the model first",
+}
+
+
+def check_names(given: Iterable[str], of: str) -> None:
+    """Refuses settings by the names that PEFT's LoRA has for them. of: the configuration's class.
+
+    Raises:
+        TypeError: which name it was, and what to give instead.
+    """
+    for name in given:
+        if name in _NAMES_HERE:
+            raise TypeError(f"{name}: expected a field of {of}, got LoRA's name for it; here it is {_NAMES_HERE[name]!r}")
+        if name in _NOT_HERE:
+            raise TypeError(f"{name}: expected a field of {of}, got one of LoRA's that LoTR has not: {_NOT_HERE[name]}")
+
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 _PARTS = ("A", "B", "core")
@@ -38,10 +73,7 @@ def _names(value: object, name: str) -> tuple[str, ...] | None:
 def _number(value: object, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number or None, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    check_number(name, value)
     return float(value)
 
 
@@ -57,7 +89,8 @@ class LoTRConfig:
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
             name, or "all-linear" (also for None): every linear layer but those that no adapter can reach or that share their
-            weight with another module.
+            weight with another module, and of a transformers model the output layer, or without one the head, as PEFT does.
+            `trainable_summary` says what was left out.
         exclude_modules: name endings, or a regular expression, to leave out.
         modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
         group_by: which layers share one pair of factors. "shape": one pair for each (K, N), the paper's; "name": one for
@@ -69,7 +102,8 @@ class LoTRConfig:
         core_init: "zero", or "identity" (then B starts at zero).
 
     Raises:
-        TypeError, ValueError: a field of the wrong type or value; the message says which, what was expected, what came.
+        TypeError, ValueError: a field of the wrong type or value; the message says which, what was expected, what came. LoRA's
+            names for these settings (r, lora_alpha, ..) are refused with the name that they have here.
     """
 
     rank: int | tuple[int, int] = 16
@@ -85,6 +119,10 @@ class LoTRConfig:
     train: Sequence[str] = _PARTS
     adapter_dtype: torch.dtype = torch.float32
     core_init: str = "zero"
+
+    def __new__(cls, *_: Any, **given: Any) -> LoTRConfig:
+        check_names(given, "LoTRConfig")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -121,15 +159,8 @@ class LoTRConfig:
         self._check_train()
 
     def _checked_rank(self) -> int | tuple[int, int]:
-        ranks = self.rank if isinstance(self.rank, tuple | list) else (self.rank,)
-        if len(ranks) not in (1, 2) or (len(ranks) == 1 and isinstance(self.rank, tuple | list)):
-            raise ValueError(f"rank: expected r or (r_in, r_out), got {self.rank!r}")
-        for r in ranks:
-            if isinstance(r, bool) or not isinstance(r, int):
-                raise TypeError(f"rank: expected an int or two, got {self.rank!r}")
-            if r < 1:
-                raise ValueError(f"rank: expected at least 1, got {self.rank!r}")
-        return self.rank if isinstance(self.rank, int) else (ranks[0], ranks[1])
+        ranks = check_rank(self.rank)
+        return self.rank if isinstance(self.rank, int) else ranks
 
     def _check_group_by(self) -> None:
         if isinstance(self.group_by, str):
@@ -184,7 +215,10 @@ class LoTRConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             known = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"config: expected fields among {known}, got {', '.join(unknown)}")
+            here = ", ".join(f"{name} is {_NAMES_HERE[name]}" for name in unknown if name in _NAMES_HERE)
+            raise ValueError(
+                f"config: expected fields among {known}, got {', '.join(unknown)}{f' ({here} here)' if here else ''}"
+            )
         values = dict(values)
         if "adapter_dtype" in values:
             name = values["adapter_dtype"]

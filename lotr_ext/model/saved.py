@@ -1,13 +1,23 @@
-"""What an adapter takes along beside its own tensors: the model's modules_to_save."""
+"""What an adapter takes along: the model's modules_to_save, and what parametrized cores and factors are computed from."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
 from torch import Tensor, nn
 
+from ..layers.layer import LoTRLayer
+from ..layers.parametrized import state_for, state_of, value_with
+from .adapter_files import Manifest
 from .config import LoTRConfig
 from .targets import name_ends_with
 
-__all__ = ["saved_modules", "saved_tensors"]
+__all__ = ["computed_parts", "computed_tensors", "fitted_to_parametrizations", "saved_modules", "saved_tensors"]
+
+Layers = Mapping[str, LoTRLayer]
+Prefixes = Mapping[int, str]  # of LoTRFactors in the model's state_dict, by id
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -30,3 +40,86 @@ def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
                 seen.add(id(value))
                 tensors[f"{name}.{key}"] = value
     return tensors
+
+
+# ---- parametrized cores and factors ----------------------------------------------------------------------------------
+
+
+def parts(layers: Layers, prefixes: Prefixes) -> Iterator[tuple[nn.Module, str, str]]:
+    """Each A, B and core once: its module, the module's name and the part's."""
+    seen: set[int] = set()
+    for name, layer in layers.items():
+        if id(layer.factors) not in seen:
+            seen.add(id(layer.factors))
+            yield from ((layer.factors, prefixes[id(layer.factors)], part) for part in ("A", "B"))
+        yield layer, name, "core"
+
+
+def computed_parts(layers: Layers, prefixes: Prefixes) -> dict[str, dict[str, str]]:
+    """The parametrized ones by full name, and for each the full names of what it is computed from, by `state_of`'s keys; what
+    several share has its first name in all of them."""
+    first: dict[int, str] = {}
+    return {
+        f"{name}.{part}": {key: first.setdefault(id(t), f"{name}.{key}") for key, t in state.items()}
+        for module, name, part in parts(layers, prefixes)
+        if (state := state_of(module, part))
+    }
+
+
+def computed_tensors(layers: Layers, prefixes: Prefixes) -> dict[str, Tensor]:
+    """What parametrized cores and factors are computed from, the very tensors, by the names of `computed_parts`."""
+    names, found = computed_parts(layers, prefixes), {}
+    for module, name, part in parts(layers, prefixes):
+        found |= {names[f"{name}.{part}"][key]: t for key, t in state_of(module, part).items()}
+    return found
+
+
+def fitted_to_parametrizations(
+    layers: Layers, prefixes: Prefixes, manifest: Manifest, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A saved adapter's tensors as a model needs them: with what its parametrized parts are computed from, out of their values
+    where the file does not have it, and without what the saved model's parts were computed from where this one's are not.
+
+    layers: none for a plain model.
+
+    Raises:
+        ValueError: a part that cannot be made to have the file's value. What does not fit otherwise is left to the caller.
+    """
+    names, found = computed_parts(layers, prefixes), dict(tensors)
+    factors = {entry.factors for entry in manifest.layers.values()}
+    for full in (*(f"{f}.{part}" for f in factors for part in "AB"), *(f"{name}.core" for name in manifest.layers)):
+        owner, _, part = full.rpartition(".")
+        for key in tensors if full not in names else ():
+            if key.startswith(f"{owner}.parametrizations.{part}."):
+                del found[key]
+    if len(found) < len(tensors):
+        warnings.warn(
+            "lotr_ext: some of this adapter's parts had parametrizations where it was saved that they do not have here; their "
+            "values are loaded: register the parametrizations before loading to go on training with them",
+            stacklevel=4,
+        )
+    computed = [one for one in parts(layers, prefixes) if f"{one[1]}.{one[2]}" in names]
+    for module, name, part in computed:
+        own, value = names[f"{name}.{part}"], tensors.get(f"{name}.{part}")
+        if value is not None and value.shape == getattr(module, part).shape and not any(key in tensors for key in own.values()):
+            try:
+                found |= {own[key]: t for key, t in state_for(module, part, value).items()}
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from None
+    for module, name, part in computed:
+        own, value = names[f"{name}.{part}"], tensors.get(f"{name}.{part}")
+        state = {key: found.get(at) for key, at in own.items()}
+        have = state_of(module, part)
+        if value is not None and all(t is not None and t.shape == have[key].shape for key, t in state.items()):
+            _check_value(f"{name}.{part}", value_with(module, part, state), value)
+    return found
+
+
+def _check_value(name: str, got: Tensor, want: Tensor) -> None:
+    want = want.to(got.device, got.dtype)
+    bound = torch.finfo(got.dtype).eps ** 0.5 * float(want.abs().max())
+    if got.shape == want.shape and not float((got - want).abs().max()) <= bound:
+        raise ValueError(
+            f"{name}: expected values that the model's parametrization of it can have, got others: it makes "
+            f"{float((got - want).abs().max()):.2g} of difference"
+        )

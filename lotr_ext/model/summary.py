@@ -7,6 +7,8 @@ from typing import NamedTuple
 from torch import nn
 
 from .apply import adapted_layers
+from .config import LoTRConfig
+from .targets import left_out
 
 __all__ = ["TrainableSummary", "trainable_summary"]
 
@@ -14,7 +16,8 @@ __all__ = ["TrainableSummary", "trainable_summary"]
 class TrainableSummary(NamedTuple):
     """Counts of parameters. adapter: A, B and cores; trained: all that require grad; total: the model with its adapter.
 
-    layers: adapted layers; groups: (in_features, out_features, rank) of each pair of factors.
+    layers: adapted layers; groups: (in_features, out_features, rank) of each pair of factors; left_out: what "all-linear" or a
+    regular expression reached and left as it is, by name, and why. str() of it is the report for people.
     """
 
     adapter: int
@@ -22,17 +25,25 @@ class TrainableSummary(NamedTuple):
     total: int
     layers: int
     groups: tuple[tuple[int, int, int | tuple[int, int]], ...]
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         pairs = ", ".join(f"{k}x{n} at rank {rank}" for k, n, rank in self.groups)
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_out:
+            reasons.setdefault(reason, []).append(name)
+        lines = (
+            f"\nleft out: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
+            for reason, names in reasons.items()
+        )
         return (
             f"LoTR: {self.layers} layers, {len(self.groups)} pair{'s' * (len(self.groups) != 1)} of factors ({pairs}), "
             f"{self.adapter:,} adapter parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})"
-        )
+        ) + "".join(lines)
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Prints one line on what is adapted and trained, and returns the counts.
+    """How much is adapted and trained, and what was left out, for `print`.
 
     An adapter of S layers of width d has S r^2 + 2 r d parameters a group.
 
@@ -41,14 +52,14 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     """
     layers = adapted_layers(model).values()
     factors = {id(layer.factors): layer.factors for layer in layers}
-    adapter = sum(f.A.numel() + f.B.numel() for f in factors.values()) + sum(layer.core.numel() for layer in layers)
+    adapter = {id(p): p.numel() for layer in layers for p in layer.adapter_parameters()}
     parameters = {id(p): p for p in model.parameters()}
-    summary = TrainableSummary(
-        adapter=adapter,
+    config = getattr(model, "lotr_config", None)
+    return TrainableSummary(
+        adapter=sum(adapter.values()),
         trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
         total=sum(p.numel() for p in parameters.values()),
         layers=len(layers),
         groups=tuple((f.in_features, f.out_features, f.rank) for f in factors.values()),
+        left_out=tuple(left_out(model, config).items()) if isinstance(config, LoTRConfig) else (),
     )
-    print(summary)
-    return summary

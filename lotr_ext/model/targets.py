@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from ..layers.layer import LoTRLayer
@@ -19,7 +20,7 @@ from ..layers.quantized import has_plain_weight, is_plain
 from ..layers.sharded import holds_parts
 from .config import LoTRConfig
 
-__all__ = ["Selection", "Target", "name_ends_with", "select", "tied_names"]
+__all__ = ["Selection", "Target", "can_be_child", "features", "left_out", "name_ends_with", "select", "tied_names"]
 
 # Classes that hand a child's weight to a kernel without calling the child: an adapter in it would be ignored in silence.
 _MAMBAS = (
@@ -27,6 +28,7 @@ _MAMBAS = (
     *("ZambaMambaMixer", "Zamba2MambaMixer", "NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"),
 )
 _READERS = {"MultiheadAttention": {"out_proj"}, **{name: {"x_proj", "dt_proj", "out_proj"} for name in _MAMBAS}}
+_HEADS = ("score", "classifier", "qa_outputs")  # of transformers models without an output layer
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -64,6 +66,11 @@ class Selection:
 def name_ends_with(name: str, ending: str) -> bool:
     """Whether `ending` is the name's last dotted part or parts: "query" matches "layer.0.query", not "layer.0.my_query"."""
     return f".{name}".endswith(f".{ending}")
+
+
+def can_be_child(name: str, of: type[nn.ModuleDict] = nn.ModuleDict) -> bool:
+    """Whether a module dictionary can have a child of that name: no dots, and none of its own attributes."""
+    return bool(name) and "." not in name and not hasattr(of(), name)
 
 
 def _matches(name: str, pattern: Sequence[str] | str) -> bool:
@@ -180,6 +187,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     _check_endings(config, places.values())
 
     tied, hidden, targets = tied_names(model), [], []
+    outputs = output_layers(model) if everything else {}
     for module, names in places.values():
         if id(module) in inside_saved or (config.exclude_modules and any(_matches(n, config.exclude_modules) for n in names)):
             continue
@@ -199,7 +207,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
             )
         parents = _parents(model, names)
         readers = [r for parent, child in parents if (r := _reader(parent, child))]
-        if everything and (id(module) in tied or readers):
+        if everything and (id(module) in tied or readers or id(module) in outputs):
             hidden += [names[0]] if readers else []
             continue
         if readers:
@@ -221,6 +229,66 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     return Selection(tuple(targets), saved)
 
 
+def output_layers(model: nn.Module) -> dict[int, str]:
+    """The layers of transformers models that "all-linear" leaves out, as PEFT's does, by id(module): the output layer, or where
+    there is none the head. The texts say which."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if not callable(own := getattr(module, "get_output_embeddings", None)):
+            continue
+        try:
+            output = own()
+        except (NotImplementedError, AttributeError):  # a model without
+            output = None
+        if isinstance(output, nn.Module):
+            found[id(output)] = "the output layer: name it to adapt it"
+            continue
+        for name in _HEADS:
+            head = getattr(module, name, None)
+            for inner in head.modules() if isinstance(head, nn.Module) else ():
+                found[id(inner)] = "a head: name it to adapt it, or train it whole (modules_to_save)"
+    return found
+
+
+def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
+    """What config's "all-linear" or regular expression reaches in an adapted model, but no adapter is in: by name, and why."""
+    everything = config.target_modules is None or config.target_modules == "all-linear"
+    if not everything and not isinstance(config.target_modules, str):
+        return {}  # of named layers each is adapted, or was an error
+    tied, outputs, found = tied_names(model), output_layers(model) if everything else {}, {}
+    saved = {id(m) for top in _saved(model, config).values() for m in top.modules()}
+    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoTRLayer))
+    for name, module in model.named_modules():
+        if not name or isinstance(module, LoTRLayer) or name.startswith((*inside, "lotr_factors", "lotr_parked")):
+            continue
+        if not everything and not _matches(name, config.target_modules):
+            continue
+        reason = None
+        if id(module) in saved:
+            reason = "trained whole (modules_to_save)" if features(module) else None
+        elif config.exclude_modules and _matches(name, config.exclude_modules):
+            reason = "exclude_modules" if features(module) else None
+        elif _is_linear(module):
+            readers = [r for parent, child in _parents(model, [name]) if (r := _reader(parent, child))]
+            if readers:
+                reason = f"{readers[0]} reads its weight without calling it"
+            elif id(module) in tied:
+                reason = f"its weight is tied to {tied[id(module)][0]}"
+            else:
+                reason = outputs.get(id(module))
+        elif not isinstance(module, _ConvNd):
+            reason = next(
+                (f"{own} is a {p.dim()}-D parameter, not a linear layer"
+                 for own, p in module.named_parameters(recurse=False) if p.dim() > 2),
+                None,
+            )  # fmt: skip
+            if reason is None and everything and features(module) is not None:
+                reason = f"a {type(module).__name__}: name it to adapt it"
+        if reason is not None:
+            found[name] = reason
+    return found
+
+
 def _check_endings(config: LoTRConfig, places: Iterable[tuple[nn.Module, list[str]]]) -> None:
     """Each single ending has to match something: a misspelt one would otherwise go unnoticed."""
     names = [name for _, several in places for name in several]
@@ -230,7 +298,10 @@ def _check_endings(config: LoTRConfig, places: Iterable[tuple[nn.Module, list[st
             continue
         for one in (pattern,) if isinstance(pattern, str) else pattern or ():
             if not any(_matches(name, one if isinstance(pattern, str) else (one,)) for name in names):
-                raise ValueError(f"{field}: expected names of modules, got {one!r}, which matches none")
+                hint = ""
+                if isinstance(pattern, str) and any(name_ends_with(name, one) for name in names):
+                    hint = f"; a string is a regular expression for the full name: for all names that end so give [{one!r}]"
+                raise ValueError(f"{field}: expected names of modules, got {one!r}, which matches none{hint}")
 
 
 def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
@@ -274,7 +345,7 @@ def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRCon
         group = config.group_by(name, module)
     if not isinstance(group, str):
         raise TypeError(f"group_by: expected a string for {name!r}, got {type(group).__name__} {group!r}")
-    if not group or "." in group or hasattr(nn.ModuleDict, group):
+    if not can_be_child(group):
         raise ValueError(f"group_by: expected a name that can be a module's, without dots, for {name!r}, got {group!r}")
     return group
 

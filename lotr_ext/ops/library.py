@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +14,13 @@ from ..compat import private_write
 def _load() -> None:
     library = Path(__file__).parent.with_name("_C.abi3.so")
     if not library.is_file():
+        inside = library.relative_to(library.parents[1])
+        for folder in sys.path:  # a checkout's folder comes before the packages where Python is started in it
+            if (Path(folder) / inside).is_file():
+                raise ImportError(
+                    f"lotr_ext: expected the compiled extension {library}, got none; this source folder hides the package "
+                    f"installed in {folder}: start Python in another folder, or as `python -P`"
+                )
         raise ImportError(
             f"lotr_ext: expected the compiled extension {library}, got none; build it with "
             "`pip install --no-build-isolation -e .` (or `make setup`) in the project's folder"

@@ -13,6 +13,7 @@ from peft_toys import Conv1D, ConvToy, peft
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from toys import IDS, adapted, assert_unchanged, randomize, snapshot, toy
 
 from lotr_ext import load_adapter, save_adapter
@@ -369,3 +370,75 @@ def test_a_converted_adapter_on_the_wrong_model_changes_nothing(tmp_path):
         with pytest.raises(ValueError, match="expected"):
             load_adapter(model, tmp_path / "lotr")
         assert_unchanged(model, before)
+
+
+# ---- what speaks against a conversion --------------------------------------------------------------------------------
+
+
+def unrelated(layers: int = 12, k: int = 40, r: int = 2) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    return {
+        f"m.{i}.{part}.weight": torch.randn(r, k) if part == "lora_A" else torch.randn(k, r)
+        for i in range(layers)
+        for part in ("lora_A", "lora_B")
+    }
+
+
+PLAIN = {"r": 2, "lora_alpha": 2}
+
+
+def test_a_rank_that_loses_most_and_one_larger_than_the_lora_are_said():
+    with pytest.warns(UserWarning, match=r"12 of 12 layers lose most .* rank 2 \(an error above 0.5; m\.\d+ has"):
+        found = lora_to_lotr(unrelated(), config=PLAIN, rank=2)
+    assert min(found.errors.values()) > 0.5
+    with pytest.warns(UserWarning, match="has 8,832 parameters, more than the 1,920 of the LoRA") as caught:
+        lora_to_lotr(unrelated(), config=PLAIN, rank=24)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = unrelated(layers=1)
+        lora_to_lotr({k.replace("m.0", f"m.{i}"): t for k, t in one.items() for i in range(12)}, config=PLAIN, rank=2)
+
+
+def test_a_rank_that_nothing_can_use_is_refused_before_any_work(tmp_path, capsys):
+    with pytest.raises(ValueError, match="rank: expected at most 80, beyond which no group can use any, got 99999"):
+        lora_to_lotr(unrelated(), config=PLAIN, rank=99999)
+    with pytest.raises(ValueError, match=r"rank: expected at most 80, .*got \(3, 81\)"):
+        lora_to_lotr(unrelated(), config=PLAIN, rank=(3, 81))
+    assert lora_to_lotr(unrelated(), config=PLAIN, parameters=10**15).rank == 80
+    lora(tmp_path / "lora", target_modules=["q", "v"])
+    for rank, got in (("99999", "99999"), ("3,9", r"\(3, 9\)"), (str(10**30), "")):
+        assert main(["lora-to-lotr", str(tmp_path / "lora"), str(tmp_path / "new"), "--rank", rank]) == 2
+        assert re.search(rf"rank: expected at most .*{got}", capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_sorts_layers_and_says_what_speaks_against_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    (tmp_path / "lora").mkdir()
+    save_file(unrelated(), tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(PLAIN))
+    for command in (["lora-to-lotr", "lora", "lotr", "--rank", "2"], ["lotr-to-lora", "lotr", "back"]):
+        assert main([command[0], *(str(tmp_path / name) for name in command[1:3]), *command[3:]]) == 0
+        found = capsys.readouterr()
+        assert re.findall(r"^ *m\.(\d+)", found.out, re.M) == [str(i) for i in range(12)]
+        assert found.err.startswith("warning: 12 of 12 layers lose") == (command[0] == "lora-to-lotr")
+
+
+def test_low_ranks_cost_the_least_and_lose_nothing_by_it():
+    """Beyond the sizes where everything is dense: products counted, and the error against iterations without end."""
+    torch.manual_seed(0)
+    basis = torch.randn(2, 700, 24)
+    pairs = [[(b @ torch.randn(24, 16)) / 5 + 0.3 * torch.randn(700, 16) for b in basis] for _ in range(41)]
+    stack = LowRankStack(pairs)
+    assert stack.full_rank == 656
+    costs = {}
+    for r in (8, 24, 64):
+        with FlopCounterMode(display=False) as counter:
+            found = stack.factorise((r, r))
+        costs[r] = counter.get_total_flops()
+        assert found.iterations < 50
+        if r == 8:
+            best = stack.factorise((r, r), tolerance=-1.0)
+            assert best.iterations == 100 and found.error < best.error + 1e-4
+    assert costs[8] < costs[24] < costs[64]

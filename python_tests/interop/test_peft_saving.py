@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from peft_toys import CASES, base, close, config, layers, loaded, made, peft, plain, randomize, step, trained, tuned, with_two
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from toys import IDS
 
 each_case = pytest.mark.parametrize("case", CASES)
@@ -220,3 +222,31 @@ def test_modules_to_save_of_several_adapters(tmp_path):
     assert torch.equal(fresh(IDS), first)
     fresh.set_adapter("other")
     assert torch.equal(fresh(IDS), second)
+
+
+class Tanh(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh()
+
+
+@pytest.mark.parametrize("name", ["default", "core", "parametrizations"])
+def test_parametrized_cores_and_factors_go_out_and_in(name: str, tmp_path: Path) -> None:
+    def parametrized(name: str, **settings) -> peft.PeftModel:
+        model = tuned(name=name, **settings)
+        for layer in layers(model):
+            parametrize.register_parametrization(layer.lotr_adapter[name], "core", Tanh())
+        parametrizations.weight_norm(model.base_model.lotr_factors[name]["16x16"], "A")
+        model.set_adapter(name)
+        return model
+
+    model = parametrized(name)
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(names) == 4 + 2 + 1 and all("parametrizations" in n or n.endswith(".B") for n in names)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if name == "default" else tmp_path / name
+    other = parametrized("another", random=False)
+    other.load_adapter(folder, "another")
+    with torch.no_grad():
+        assert torch.equal(other(IDS), model(IDS))
+    with pytest.raises(ValueError, match=r"missing .*core"):
+        peft.PeftModel.from_pretrained(base(), folder)

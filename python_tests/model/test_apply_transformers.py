@@ -183,8 +183,9 @@ def test_llama_with_grouped_queries_has_several_groups() -> None:
     attention = model.model.layers[1].self_attn
     assert isinstance(attention.q_proj, LoTRLinear) and attention.q_proj.factors is attention.o_proj.factors
     assert attention.k_proj.factors is attention.v_proj.factors is not attention.q_proj.factors
-    assert "lm_head" in [t.name for t in select(llama(), LoTRConfig()).targets]
-    assert "lm_head" not in [t.name for t in select(llama(tied=True), LoTRConfig()).targets]
+    assert "lm_head" in [t.name for t in select(llama(), LoTRConfig(target_modules=["lm_head", "q_proj"])).targets]
+    for tied in (False, True):  # as PEFT's "all-linear", which leaves an output layer out, tied or not
+        assert "lm_head" not in [t.name for t in select(llama(tied=tied), LoTRConfig()).targets]
 
 
 def test_generate_with_the_adapter_and_merged() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import nn
 from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
 
 import lotr_ext
-from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, lotr_linear
+from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, add_adapter, lotr_linear
 from lotr_ext.layers.init import fill_core_, fill_factor_, tucker2
 from lotr_ext.model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from lotr_ext.model.checkpoint import load_adapter, save_adapter
@@ -351,3 +353,76 @@ def test_a_safe_merge_of_nan_changes_no_layer_at_all() -> None:
         merge(model, safe=True)
     assert torch.equal(weights[0], model.blocks[0].q.weight) and torch.equal(weights[1], model.blocks[1].v.weight)
     assert lotr_ext.__version__
+
+
+HUGE = 10**400
+NUMBERS: dict[str, tuple[Callable[[], object], str]] = {
+    "alpha": (lambda: LoTRConfig(alpha=HUGE), "alpha"),
+    "scaling": (lambda: LoTRConfig(scaling=-HUGE), "scaling"),
+    "scaling in JSON": (lambda: LoTRConfig.from_dict({"scaling": HUGE}), "scaling"),
+    "dropout": (lambda: LoTRConfig(dropout=HUGE), "dropout"),
+    "rank": (lambda: LoTRConfig(rank=HUGE), "rank"),
+    "rank of two": (lambda: LoTRConfig(rank=(2, HUGE)), "rank"),
+    "alpha of a layer": (lambda: LoTRLinear(6, 4, 2, alpha=HUGE), "alpha"),
+    "scaling of a layer": (lambda: LoTRLinear(6, 4, 2, scaling=HUGE), "scaling"),
+    "rank of factors": (lambda: LoTRFactors(6, 4, HUGE), "rank"),
+    "scaling of a call": (call(scaling=HUGE), "scaling"),
+    "dropout of a call": (call(dropout_p=HUGE, training=True), "dropout_p"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_beyond_any_float(case: str) -> None:
+    action, name = NUMBERS[case]
+    with pytest.raises(ValueError) as caught:
+        action()
+    assert_says(caught.value, name)
+
+
+@pytest.mark.parametrize("field", ["scaling", "dropout", "in_features"])
+def test_numbers_beyond_any_float_in_a_file(tmp_path: Path, field: str) -> None:
+    save_adapter(adapted(), tmp_path)
+    path = tmp_path / "lotr_adapter.json"
+    content = json.loads(path.read_text())
+    for entry in content["layers"].values():
+        entry[field] = HUGE
+    path.write_text(json.dumps(content))
+    model = toy()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="expected"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["training", "_modules", "_parameters", "forward", "pop", "active", "T_destination"])
+def test_names_that_modules_use_themselves(name: str, tmp_path: Path) -> None:
+    model = adapted()
+    before = snapshot(model)
+    for action in (
+        lambda: add_adapter(model, name),
+        lambda: load_adapter(model, tmp_path, name=name),
+        lambda: load_adapter(model, tmp_path / "one", name=name),
+    ):
+        save_adapter(adapted(), tmp_path / "one")
+        with pytest.raises(ValueError) as caught:
+            action()
+        assert "expected" in str(caught.value)
+    assert_unchanged(model, before)
+    if name == "active":
+        return  # of adapters alone
+    plain = toy()
+    before = snapshot(plain)
+    with pytest.raises(ValueError, match="group_by: expected"):
+        apply(group_by=lambda n, m: name)(plain)
+    assert_unchanged(plain, before)
+
+
+def test_a_rank_beyond_the_widths_warns_once_a_pair() -> None:
+    with pytest.warns(UserWarning, match="rank 999 over layers of 16 in and 16 out") as found:
+        apply_lotr(toy(), LoTRConfig(rank=999, target_modules=["q", "v"]))
+    assert len(found) == 1
+    with pytest.warns(UserWarning, match=r"rank \(4, 17\)"):
+        LoTRFactors(32, 16, (4, 17))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoTRFactors(32, 16, (32, 16))

@@ -143,3 +143,41 @@ def test_setup_has_nothing_to_do_twice():
         pytest.skip("these tests do not run in .venv: make test")
     again = subprocess.run(["make", "-q", "-C", str(ROOT), "setup"], capture_output=True, text=True)
     assert again.returncode == 0, "make setup would do something again"
+
+
+# ---- a checkout beside an installed package --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed_beside_a_checkout(tmp_path) -> tuple[Path, Path, dict[str, str]]:
+    """site with the built package, a checkout that was not built, and the environment in which site is among the packages."""
+    site, checkout = tmp_path / "site", tmp_path / "checkout"
+    shutil.copytree(ROOT / "lotr_ext", site / "lotr_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "lotr_ext", checkout / "lotr_ext", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    (checkout / "python_tests").mkdir()
+    shutil.copy(ROOT / "python_tests" / "conftest.py", checkout / "python_tests")
+    shutil.copy(ROOT / "pyproject.toml", checkout)
+    return site, checkout, {**os.environ, "PYTHONPATH": str(site)}
+
+
+def test_a_checkout_that_hides_the_installed_package_says_so(installed_beside_a_checkout):
+    site, checkout, environment = installed_beside_a_checkout
+    ask = [sys.executable, "-c", "import lotr_ext; print(lotr_ext.__file__)"]
+    hidden = subprocess.run(ask, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert hidden.returncode == 1 and f"hides the package installed in {site}" in hidden.stderr and "-P" in hidden.stderr
+    safe = {**environment, "PYTHONSAFEPATH": "1"}  # what -P does
+    for cwd, env in (
+        ((checkout, safe), (site.parent, environment)) if sys.version_info >= (3, 11) else ((site.parent, environment),)
+    ):
+        found = subprocess.run(ask, cwd=cwd, env=env, capture_output=True, text=True)
+        assert found.returncode == 0 and found.stdout.strip() == str(site / "lotr_ext" / "__init__.py"), found.stderr
+
+
+def test_the_tests_of_a_checkout_that_is_not_built_are_of_the_installed_package(installed_beside_a_checkout):
+    site, checkout, environment = installed_beside_a_checkout
+    (checkout / "python_tests" / "test_where.py").write_text(
+        f"import lotr_ext\n\n\ndef test_where():\n    assert lotr_ext.__file__ == {str(site / 'lotr_ext' / '__init__.py')!r}\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "python_tests/test_where.py"]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,61 @@
+"""What merging needs to be noticed: writes that autograd sees, weights that are parameters, a word to who trains meanwhile."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+__all__ = ["MergeNotice", "check_is_parameter", "write_"]
+
+
+@torch.no_grad()
+def write_(target: Tensor, value: Tensor) -> None:
+    """target <- value, counted as a change: a backward that needs the old values raises instead of using the new ones.
+
+    A tensor made under inference_mode counts no changes and is in no graph; only that mode may write to it.
+    """
+    if target.is_inference():
+        with torch.inference_mode():
+            target.copy_(value)
+    else:
+        target.copy_(value)
+
+
+def check_is_parameter(module: nn.Module, name: str, where: str, layer: str = "") -> None:
+    """Refuses a weight or bias that is computed at each forward, which would undo what is written to it, or leave it behind.
+
+    where: the caller's name; layer: the module's name in the model.
+
+    Raises:
+        TypeError: module.<name> comes from weight_norm, spectral_norm, a parametrization or pruning.
+    """
+    if module._parameters.get(name) is None and getattr(module, name, None) is not None:
+        got = repr(f"{layer}.{name}") if layer else f"a {name}"
+        parts = ", ".join(sorted(own for own, _ in module.named_parameters() if name in own)) or "something else"
+        raise TypeError(
+            f"{where}: expected a {name} that is a parameter, got {got} computed from {parts} by a reparametrisation; "
+            "remove that first (of torch.nn.utils: parametrize.remove_parametrizations, remove_weight_norm, "
+            "remove_spectral_norm or prune.remove)"
+        )
+
+
+class MergeNotice:
+    """One merge of a layer, or of all layers of a model: warns once of forwards with gradients, which train no adapter."""
+
+    def __init__(self) -> None:
+        self.given = False
+
+    def warn(self, adapter: Iterable[nn.Parameter]) -> None:
+        """Called in each forward of a merged layer. adapter: its parameters."""
+        if self.given or is_compiling() or not torch.is_grad_enabled() or not any(p.requires_grad for p in adapter):
+            return
+        self.given = True
+        warnings.warn(
+            "lotr_ext: a merged adapter is not trained by this forward with gradients; unmerge it to train, or run under "
+            "torch.no_grad() to predict",
+            stacklevel=5,
+        )

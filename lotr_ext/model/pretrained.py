@@ -1,0 +1,54 @@
+"""Adapted transformers models from what save_pretrained or Trainer wrote: the weights, and the adapter beside them."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..layers.merging import write_
+from . import adapter_files as files
+from .checkpoint import load_adapter
+
+__all__ = ["from_pretrained"]
+
+
+def from_pretrained(model_class: type, directory: str | PathLike[str], *args: Any, **kwargs: Any) -> nn.Module:
+    """An adapted model that save_pretrained or Trainer has written: model_class.from_pretrained, then the adapter beside it.
+
+    Args:
+        model_class: of transformers, an Auto class too.
+        directory: with the weights and the adapter.
+        *args: for model_class.from_pretrained.
+        **kwargs: the same. It reports the adapter's own tensors among the weights as unexpected.
+
+    Raises:
+        ValueError: no adapter there, or weights that were saved without one after it. Else as `load_adapter`, and what
+            model_class.from_pretrained raises.
+    """
+    from safetensors import safe_open
+
+    path = Path(directory)
+    manifest, tensors = files.read(path)
+    keys: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        if not file.name.startswith("lotr_adapter."):
+            with safe_open(file, "pt") as weights:
+                keys.update(weights.keys())
+    if not any(".core" in key or ".parametrizations.core." in key for key in keys):
+        raise ValueError(
+            f"directory: expected weights saved together with their adapter, got {directory}, whose weights have none of its "
+            "tensors: they were saved without it, perhaps merged; load_adapter(model, directory) puts it onto a base model"
+        )
+    if any(".base_layer." in key for key in keys):  # wrapped layers
+        kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), r"\.base_layer\.": "."}
+    model = model_class.from_pretrained(directory, *args, **kwargs)
+    layers = dict(model.named_modules())
+    started = [name for name in manifest.layers if f"{name}.start_core" in tensors]
+    kept = {name: layers[name].weight.detach().clone() for name in started if name in layers}
+    load_adapter(model, path)
+    for name, weight in kept.items():  # which had lost the start when it was saved, and need not lose it again
+        write_(model.get_submodule(name).weight, weight)
+    return model

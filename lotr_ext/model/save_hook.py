@@ -1,0 +1,104 @@
+"""save_pretrained of adapted transformers models: the adapter goes beside the weights, for `pretrained.from_pretrained`.
+
+The weights' file has all of an adapted model's tensors, so that Trainer resumes from it; transformers' own from_pretrained
+takes the base model's from it and leaves the adapter's out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..layers.layer import LoTRLayer
+from ..layers.sharded import in_parts
+
+__all__ = ["hook_saving", "unhook_saving"]
+
+_NAME = "save_pretrained"
+
+
+class SavePretrained:
+    """In the place of an adapted model's save_pretrained. owner: the whole model, which has the factors.
+
+    It keeps no model alive: in a circle of references a model and its memory would wait for the garbage collector.
+    """
+
+    def __init__(self, model: nn.Module, owner: nn.Module):
+        self.model, self.owner = weakref.ref(model), weakref.ref(owner)
+
+    def __reduce__(self):
+        return SavePretrained, (self.model(), self.owner())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
+        return SavePretrained(*(memo.get(id(m), m) for m in (self.model(), self.owner())))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """As the model's class's; then the adapter, in the same directory.
+
+        Raises:
+            RuntimeError: a part of an adapted model, whose factors the whole one has; tensors in parts that state_dict lacks.
+            ValueError: push_to_hub, which would leave the adapter behind: model.push_to_hub does not.
+        """
+        model, owner = self.model(), self.owner()
+        if model is None:
+            raise RuntimeError("save_pretrained: expected a model that is held in a variable, got one that is gone by now")
+        if model is not owner:
+            raise RuntimeError(
+                f"save_pretrained: expected the whole adapted model, got its part {type(model).__name__}, which has cores and "
+                "not their factors; save_adapter the whole one, or unload it first"
+            )
+        original = getattr(type(model), _NAME)
+        given = inspect.signature(original).bind(model, *args, **kwargs)
+        given.apply_defaults()
+        settings = given.arguments
+        if settings.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub: expected False for a model with a LoTR adapter, which would not go along, got True; call "
+                "model.push_to_hub(...), which takes it"
+            )
+        original(model, *args, **kwargs)
+        if settings.get("is_main_process", True):
+            _save_beside(model, Path(settings["save_directory"]), settings.get("state_dict"))
+
+
+def _save_beside(model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
+    from . import adapter_files, adapters  # which import apply, and that imports this module
+    from .checkpoint import contents, save_adapter
+
+    manifest, tensors = contents(model)
+    parts = [name for name, tensor in tensors.items() if in_parts(tensor)]
+    if parts and state is None:
+        save_adapter(model, directory)  # every process is here
+    elif missing := [name for name in parts if name not in state]:
+        raise RuntimeError(
+            f"save_pretrained: expected {missing[0]} whole in state_dict, got a model held in parts and a state_dict without; "
+            "call save_adapter in every process"
+        )
+    else:
+        adapter_files.write(directory, manifest, tensors | {name: state[name] for name in parts})
+    if hasattr(model, "lotr_parked") and len(names := adapters.adapter_names(model)) > 1:
+        warnings.warn(
+            f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, and not {', '.join(names[1:])}: "
+            "save_adapter(model, directory, name=...) writes each",
+            stacklevel=4,
+        )
+
+
+def hook_saving(model: nn.Module) -> None:
+    """Puts SavePretrained into an adapted model, and into its parts that hold adapted layers."""
+    for module in model.modules():
+        savable = all(callable(getattr(type(module), name, None)) for name in (_NAME, "from_pretrained"))
+        if savable and any(isinstance(m, LoTRLayer) for m in module.modules()):
+            module.__dict__[_NAME] = SavePretrained(module, model)
+
+
+def unhook_saving(model: nn.Module) -> None:
+    """Undoes hook_saving."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get(_NAME), SavePretrained):
+            del module.__dict__[_NAME]

@@ -1,0 +1,200 @@
+"""Several savers and loaders of one directory at once: threads, processes, and each order of their steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from toys import IDS, adapted, randomize, toy
+
+from lotr_ext import load_adapter, save_adapter
+from lotr_ext.model import adapter_files
+
+
+def model_of(seed: int) -> torch.nn.Module:
+    model = adapted()
+    randomize(model, seed=seed)
+    return model.eval()
+
+
+def seed_in(directory: Path, models: dict[int, torch.nn.Module]) -> int:
+    """Which of the models the directory holds, whole."""
+    got = load_adapter(toy(), directory).eval()(IDS)
+    return next(seed for seed, model in models.items() if torch.equal(model(IDS), got))
+
+
+def run(*tasks: Callable[[], object]) -> list[BaseException]:
+    """All at once, in threads; what they raised."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(tasks))
+
+    def guarded(task: Callable[[], object]) -> None:
+        start.wait()
+        try:
+            task()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_threads_that_save_at_once_leave_a_whole_adapter(tmp_path: Path) -> None:
+    models = {seed: model_of(seed) for seed in range(4)}
+    for trial in range(15):
+        directory = tmp_path / str(trial % 3)  # new, or with an adapter in it
+        assert run(*(partial(save_adapter, m, directory) for m in models.values())) == []
+        assert seed_in(directory, models) in models
+        save_adapter(models[0], directory)
+        assert seed_in(directory, models) == 0
+        assert len(list(directory.iterdir())) == 2  # of the others nothing is left
+
+
+def test_a_load_during_saves_gets_a_whole_adapter(tmp_path: Path) -> None:
+    models = {seed: model_of(seed) for seed in range(2)}
+    save_adapter(models[0], tmp_path)
+    done = threading.Event()
+    seen: list[int] = []
+
+    def save() -> None:
+        try:
+            for _ in range(20):
+                for model in models.values():
+                    save_adapter(model, tmp_path)
+        finally:
+            done.set()
+
+    def load() -> None:
+        while not done.is_set():
+            core = adapter_files.read(tmp_path)[1]["blocks.0.q.core"]
+            seen.append(next(seed for seed, m in models.items() if torch.equal(m.blocks[0].q.core, core)))
+
+    assert run(save, load, load) == []
+    assert set(seen) <= set(models) and seen
+
+
+_PROCESS = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}
+from test_concurrent_saves import model_of
+from lotr_ext import save_adapter
+models = [model_of(seed) for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 2)]
+print("ready", flush=True)
+for line in sys.stdin:
+    for model in models * 3:
+        save_adapter(model, sys.argv[1] + "/" + line.strip())
+    print("done", flush=True)
+"""
+
+
+def test_processes_that_save_at_once_leave_a_whole_adapter(tmp_path: Path) -> None:
+    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    savers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, str(tmp_path), str(2 * i)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        for i in range(3)
+    ]
+    models = {seed: model_of(seed) for seed in range(6)}
+    assert all(saver.stdout.readline() == "ready\n" for saver in savers)
+    for trial in range(5):
+        for saver in savers:
+            saver.stdin.write(f"{trial}\n")
+            saver.stdin.flush()
+        assert all(saver.stdout.readline() == "done\n" for saver in savers)
+        assert seed_in(tmp_path / str(trial), models) in (1, 3, 5)  # the last of one of them
+    for saver in savers:
+        saver.stdin.close()
+        assert saver.wait(timeout=60) == 0
+
+
+# ---- each order of two savers' steps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupting", [1, 3])
+@pytest.mark.parametrize("saving", [1, 2])
+@pytest.mark.parametrize("step", range(1, 8))
+def test_a_save_that_another_whole_one_interrupts(
+    step: int, saving: int, interrupting: int, tmp_path: Path, monkeypatch
+) -> None:
+    """Before each of its steps (fsync, replace, fsync, twice), and not at all; each of the adapter that is there or another."""
+    models = {seed: model_of(seed) for seed in {1, saving, interrupting}}
+    save_adapter(models[1], tmp_path)
+    count = 0
+
+    def interrupted(real):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == step:
+                save_adapter(models[interrupting], tmp_path)
+                assert seed_in(tmp_path, models) == interrupting
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "fsync"):
+        monkeypatch.setattr(os, name, interrupted(getattr(os, name)))
+    save_adapter(models[saving], tmp_path)
+    monkeypatch.undo()
+    assert seed_in(tmp_path, models) == (interrupting if step == 6 else saving)
+    save_adapter(models[saving], tmp_path)
+    assert seed_in(tmp_path, models) == saving and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_load_that_whole_saves_interrupt(tmp_path: Path, monkeypatch) -> None:
+    models = {seed: model_of(seed) for seed in range(3)}
+    save_adapter(models[0], tmp_path)
+    real, left = adapter_files._content, [1, 2]
+
+    def interrupted(directory: Path) -> dict:
+        content = real(directory)
+        if left:
+            save_adapter(models[left.pop(0)], tmp_path)
+        return content
+
+    monkeypatch.setattr(adapter_files, "_content", interrupted)
+    assert seed_in(tmp_path, models) == 2 and not left
+
+
+def test_a_missing_tensors_file_is_still_an_error(tmp_path: Path) -> None:
+    save_adapter(model_of(1), tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"expected lotr_adapter\.\w+\.safetensors beside it, got lotr_adapter.json"):
+        load_adapter(toy(), tmp_path)
+
+
+def test_the_leftovers_of_a_saver_that_is_alive_stay(tmp_path: Path) -> None:
+    save_adapter(model_of(1), tmp_path)
+    with adapter_files.placed(tmp_path, "lotr_adapter.0123456789abcdef.safetensors", b"of a saver that is at its next file"):
+        save_adapter(model_of(2), tmp_path)
+        assert (tmp_path / "lotr_adapter.0123456789abcdef.safetensors").exists()
+    save_adapter(model_of(2), tmp_path)
+    assert not (tmp_path / "lotr_adapter.0123456789abcdef.safetensors").exists()
+
+
+def test_without_locks_a_save_removes_what_it_replaces_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    def no_locks(*_) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(adapter_files.fcntl, "flock", no_locks)
+    (tmp_path / "lotr_adapter.json.77.tmp").write_text("of a kill, or of one that is at work")
+    for seed in (1, 2):
+        save_adapter(model_of(seed), tmp_path)
+    assert seed_in(tmp_path, {2: model_of(2)}) == 2 and len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,155 @@
+"""merge, unmerge and unload of whole models: autograd sees them, all or nothing changes, no adapter is lost unsaid."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from toys import IDS, adapted, assert_unchanged, snapshot
+
+from lotr_ext import LoTRLinear, add_adapter, merge, save_adapter, set_adapter, unload, unmerge
+from lotr_ext.model.apply import adapted_layers
+from lotr_ext.model.checkpoint import load_adapter
+
+REPARAMETRISED = {
+    "old weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "pruning": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "pruned bias": lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+}
+
+
+def modules(model: nn.Module) -> dict[str, int]:
+    return {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+# ---- between a forward and its backward ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["merge", "unmerge", "unload", "unload of a start", "load of a start"])
+def test_a_change_of_the_weights_before_backward_raises(how, tmp_path, either_path):
+    model = adapted(**({"init": "svd"} if "start" in how else {}), modules_to_save=["embed"])
+    if "load of" in how:
+        save_adapter(adapted(init="svd", seed=1, modules_to_save=["embed"]), tmp_path)
+    if how == "unmerge":
+        merge(model)
+    y = model(IDS)
+    if how == "merge":
+        merge(model)
+    elif how == "unmerge":
+        unmerge(model)
+    elif how == "load of a start":
+        weight = adapted_layers(model)["blocks.1.v"].weight
+        version = weight._version
+        load_adapter(model, tmp_path)
+        assert weight._version > version
+    else:
+        unload(model, merge=how == "unload")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_another_adapters_head_before_backward_raises():
+    model = adapted(modules_to_save=["head"])
+    add_adapter(model, "other")
+    x = torch.randn(3, 16, requires_grad=True)
+    y = model.head(x)
+    set_adapter(model, "other")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_what_leaves_the_weights_alone_leaves_the_backward_alone():
+    model = adapted(modules_to_save=["embed"])
+    model(IDS).sum().backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    y = model(IDS)
+    unload(model, merge=False)
+    y.sum().backward()
+    got = dict(model.named_parameters())
+    assert all(torch.equal(got[name].grad, grad) for name, grad in want.items() if name in got)
+
+
+# ---- all or nothing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", REPARAMETRISED)
+@pytest.mark.parametrize("how", ["merge", "unload, merged", "unload"])
+def test_a_reparametrised_layer_is_refused_by_name_before_anything_changes(how, kind):
+    model = adapted().eval()
+    second = list(adapted_layers(model))[1]
+    REPARAMETRISED[kind](model.get_submodule(second))
+    before, places, y = snapshot(model), modules(model), model(IDS)
+    if how == "merge" and kind == "pruned bias":
+        merge(model)
+        torch.testing.assert_close(model(IDS), y)
+        return
+    with pytest.raises(TypeError, match=rf"expected a (weight|bias) that is a parameter, got '{second}\.(weight|bias)'"):
+        merge(model) if how == "merge" else unload(model, merge="merged" in how)
+    assert_unchanged(model, before)
+    assert modules(model) == places and torch.equal(model(IDS), y)
+    assert not any(layer.merged for layer in adapted_layers(model).values())
+
+
+def test_a_layer_reparametrised_while_merged_keeps_the_model_merged():
+    model = adapted().eval()
+    merge(model)
+    prune.random_unstructured(model.blocks[0].v, "weight", 0.5)
+    before = model.blocks[0].q.weight.clone()
+    for undo in (unmerge, lambda m: unload(m, merge=False)):
+        with pytest.raises(TypeError, match=r"expected a weight that is a parameter, got 'blocks.0.v.weight'"):
+            undo(model)
+        assert all(layer.merged for layer in adapted_layers(model).values())
+        assert torch.equal(model.blocks[0].q.weight, before)
+
+
+def test_unload_that_fails_in_the_middle_takes_the_merges_back(monkeypatch):
+    """As where memory runs out at a later layer."""
+    model = adapted().eval()
+    before, places, y = snapshot(model), modules(model), model(IDS)
+    real, calls = LoTRLinear.merge, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError("no memory left")
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoTRLinear, "merge", failing)
+    with pytest.raises(MemoryError):
+        unload(model, merge=True)
+    assert modules(model) == places
+    torch.testing.assert_close({k: t.detach() for k, t in model.state_dict().items()}, before["tensors"])
+    torch.testing.assert_close(model(IDS), y)
+    unload(model, merge=False)
+
+
+# ---- training while merged -------------------------------------------------------------------------------------------
+
+
+def test_training_while_merged_warns_once_for_the_whole_model():
+    model = adapted(modules_to_save=["head"], target_modules=["q", "v", "up"])
+    merge(model)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(IDS).sum().backward()
+    assert [str(w.message)[:8] for w in found] == ["lotr_ext"] and "not trained" in str(found[0].message)
+    assert model.head.weight.grad is not None
+
+
+def test_predicting_while_merged_warns_of_nothing():
+    model = adapted(modules_to_save=["head"])
+    merge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            model(IDS)
+        unload(model, merge=True)
+        model(IDS).sum().backward()
+    assert isinstance(model.head.weight.grad, Tensor)
