@@ -53,7 +53,7 @@ def _mixed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, adapter: A
         dropped = dropped_input(x, A, adapter, compute, dtype is not None)
         u = to(dropped, compute) @ to(A, compute).to(x.device)
         h = u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)
-        delta = h @ to(B, compute).to(x.device).mT
+        delta = h @ to(B, compute).to(x.device).t()
         return y + to(delta.view(y.shape), y.dtype)
     shared_input = shared_shrink(x, A, adapter, compute, dtype is not None)
     h = (shared_input.u.reshape(b, tokens, r_in) @ to(cores, compute).to(x.device)).view(b * tokens, r_out)

@@ -49,7 +49,7 @@ def here(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 def fold_differentiable(B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """F = s B G^T [n, r_in] in torch products, cast once."""
     wide = accumulate_dtype(B.dtype)
-    return to((to(B, wide) @ to(core, wide).mT) * scaling, dtype)
+    return to((to(B, wide) @ to(core, wide).t()) * scaling, dtype)
 
 
 def cast_base(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -69,9 +69,9 @@ def adapter_differentiable(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scalin
     flat = rows(to(x, dtype))
     u = flat @ to(A, dtype)
     if not is_compiling() and flat.shape[0] < planner.FEW_TOKENS:
-        delta = (u @ to(core, dtype)) @ (to(B, dtype) * scaling).mT
+        delta = (u @ to(core, dtype)) @ (to(B, dtype) * scaling).t()
     else:
-        delta = u @ fold_differentiable(B, core, scaling, dtype).mT
+        delta = u @ fold_differentiable(B, core, scaling, dtype).t()
     return delta.view(*x.shape[:-1], B.shape[0])
 
 
