@@ -15,11 +15,11 @@ import re
 from functools import partial
 
 import torch
-from rich.table import Table
 
 from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
+from .measure.terminal import AnyTable
 from .measure.timing import Timed, against, interleave
 from .rivals import operators as op
 
@@ -95,7 +95,7 @@ def measure(case: op.KernelCase, session: Session) -> list[dict]:
     return results
 
 
-def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Session) -> None:
+def add_row(table: AnyTable, case: op.KernelCase, results: list[dict], session: Session) -> None:
     library, ours = results
     low, middle, high = (1 + value for value in ours["step"]["excess"])
     times = [time_text(result["step"]["seconds"][1]) for result in results]
@@ -104,6 +104,12 @@ def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Ses
     ratio = f"{middle:.2f} ({low:.2f}, {high:.2f})"
     last = [f"{ours['step']['of_bound']:.0%}", f"{ours['error']:.0e}", f"{library['error']:.0e}"]
     table.add_row(case.kernel, size, kind, *times, ratio, *rates, *last)
+
+
+def draw(session: Session) -> None:
+    from .report.plots_more import draw_kernels
+
+    draw_kernels(newest(session.store.read()), session.folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,9 +128,7 @@ def main(argv: list[str] | None = None) -> int:
                 session.keep(case, results)
                 add_row(table, case, results, session)
     session.console.print(table)
-    from .report.plots_more import draw_kernels
-
-    draw_kernels(newest(session.store.read()), session.folder)
+    session.draw(lambda: draw(session))
     return session.finish()
 
 

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
+import re
 from functools import partial
+from pathlib import Path
 
-import psutil
 import torch
 
 from .measure.bounds import DIRECTIONS, work
@@ -95,7 +97,12 @@ def needed_bytes(case: Case) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    """Of memory, as the kernel estimates what a new program could take; all of it where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return 1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def choose(options: argparse.Namespace, session: Session) -> list[Case]:
@@ -218,6 +225,13 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     session.console.print(table)
 
 
+def draw(session: Session) -> None:
+    from .report import plots
+
+    pictures = plots.draw(newest(session.store.read()), session.folder)
+    session.say(f"pictures: {', '.join(p.name for p in pictures)}")
+
+
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "layer.jsonl", slice=options.slice)
@@ -237,10 +251,7 @@ def main(argv: list[str] | None = None) -> int:
                 results = measure(case, rivals_of(case, options), session)
                 session.keep(case, results)
                 show(case, results, session)
-    from .report.plots import draw
-
-    pictures = draw(newest(session.store.read()), session.folder)
-    session.say(f"pictures: {', '.join(p.name for p in pictures)}")
+    session.draw(lambda: draw(session))
     return session.finish()
 
 
