@@ -8,9 +8,11 @@
 
 The machine's ceilings (a large product, a large addition) are measured first. Every rival is checked against float64 before
 it is timed; one that fails is named and left out. All rivals of a case are interleaved; a time is the median over rounds, an
-excess is the median of per-round ratios to the frozen layer. Results are appended to bench/results/<machine>/layer.jsonl; cells
-measured before with the same build and settings are shown and not measured again (--fresh does). The adapters are kept in the
-layer's own dtype for every rival, so that all do the same arithmetic.
+excess is the median of per-round ratios to the frozen layer. On a GPU each case is measured by the device's own clock,
+eagerly from idle to idle, and as CUDA graphs, always with a cold L2; clocks and throttling before and after are kept. Results
+are appended to bench/results/<machine>/layer.jsonl; cells measured before with the same build and settings are shown and not
+measured again (--fresh does). The adapters are kept in the layer's own dtype for every rival, so that all do the same
+arithmetic.
 """
 
 from __future__ import annotations
@@ -27,17 +29,19 @@ import torch
 
 from .measure.bounds import DIRECTIONS, work
 from .measure.counted import peak_bytes
+from .measure.forms import FORMS, more_forms, stages
 from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
-from .measure.shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
+from .measure.shapes import AUTOTUNED, DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
 from .measure.store import newest
-from .measure.timing import Timed, against, interleave
-from .measure.truth import Truth, check, saved_bytes
+from .measure.timing import Timed, interleave
 from .rivals import registry as rv
 from .rivals.base import Rival, Tensors
 from .rivals.library import obstacle
+from .rivals.truth import Truth, check, saved_bytes
 
 MINUTES, SLICE = 12.0, 0.03
 COMPILE_S = 6.0  # of torch.compile, a case
+AUTOTUNE_S = 40.0  # of its search for the fastest product, a case and rival
 AROUND_S = 0.005  # of a call that is timed by events: the queue ahead of it, the flush of L2
 
 
@@ -69,7 +73,7 @@ def rivals_of(case: Case, options: argparse.Namespace) -> list[str]:
     """The rivals of a case: those asked for, or the default ones, and at the targets (on a GPU everywhere) all that can run."""
     names = list(options.rivals)
     if not options.chosen and not options.quick and (options.device == "cuda" or case[:4] in TARGETS):
-        names += rv.EXTRA
+        names += [name for name in rv.EXTRA if name not in rv.AUTOTUNED or case[:4] in AUTOTUNED]
     names = [name for name in rv.RIVALS if name in names]
     return [name for name in rv.installed(names)[0] if obstacle(name, case, torch.device(options.device)) is None]
 
@@ -87,7 +91,9 @@ def cost_seconds(case: Case, options: argparse.Namespace, ceilings: dict[str, fl
     names = rivals_of(case, options)
     once = 1.3 * step + (AROUND_S if options.clock == "events" else 0.0)
     rounds = (options.rounds + 4) * len(names) * (once + max(options.slice, once))
-    return rounds + (4 * len(names) + 8) * step + (COMPILE_S if "lora-compiled" in names else 0.0)
+    forms = 1 + (len(FORMS) if options.clock == "events" else 0)
+    compiled = COMPILE_S * ("lora-compiled" in names) + AUTOTUNE_S * len(set(names) & set(rv.AUTOTUNED))
+    return forms * rounds + (4 * len(names) + 8) * step + compiled
 
 
 def needed_bytes(case: Case) -> int:
@@ -186,15 +192,16 @@ def measure(case: Case, names: list[str], session: Session) -> list[dict]:
     for (result, _), call in zip(group, calls):
         call.prepare()
         result["peak_bytes"] = peak_bytes(lambda call=call: call.stages[1](call.stages[0](None)), device)
-    times = interleave(calls, session.clock, options.rounds, options.slice, True, inputs.deal)
-    floor = next(own for (result, _), own in zip(group, times) if result["rival"] == rv.FLOOR)
+    kept = [result["rival"] for result, _ in group]
+    with session.watched(case.name()) as state:
+        times = interleave(calls, session.clock, options.rounds, options.slice, True, inputs.deal)
+        forms = more_forms(session, kept, calls, rv.FLOOR, options.slice, inputs.deal)
+    floor = times[kept.index(rv.FLOOR)]
     ceilings = session.ceilings(case.dtype, case.threads)
     for (result, rival), own in zip(group, times):
-        both = [[*stages, [sum(t) for t in zip(*stages)]] for stages in (own, floor)]
-        result["ceilings"] = ceilings
-        for i, direction in enumerate(DIRECTIONS):
+        result |= {"ceilings": ceilings, "gpu": state, **forms[result["rival"]]}
+        for direction, stage in stages(own, floor).items():
             least = work(case, direction, adapted=bool(rival.parameters), trained="A" in rival.parameters)
-            stage = against(both[0][i], both[1][i])
             seconds = stage["seconds"][1]
             rates = {"flops_per_s": least.flops / seconds, "bytes_per_s": least.bytes / seconds}
             result[direction] = stage | rates | {"of_bound": least.least_seconds(ceilings) / seconds}
@@ -207,7 +214,9 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     name = layer_name(case.k, case.n)
     title = f"{case.name()}{f', {name}' if name else ''}   FLOP floor {case.flop_floor():.1%}"
     table = new_table(title, "", "forward", "excess", "backward", "excess", "both", "excess", "(quartiles)", "x eager LoRA")
-    for head in ("GFLOP/s", "GB/s", "of bound", "saved", "peak", "error"):
+    forms = [form for form in FORMS if any(form in result for result in results)]
+    more = [head for form in forms for head in (form, "excess")]
+    for head in (*more, "GFLOP/s", "GB/s", "forward, backward", "of bound", "saved", "peak", "error"):
         table.add_column(head, justify="right", overflow="fold")
     for result in results:
         step, is_floor = result["step"], result["rival"] == rv.FLOOR
@@ -216,10 +225,15 @@ def show(case: Case, results: list[dict], session: Session) -> None:
         for direction in DIRECTIONS:
             stage = result[direction]
             times += [time_text(stage["seconds"][1]), "" if is_floor else f"{stage['excess'][1]:.1%}"]
+        in_forms = []
+        for form in forms:
+            stage = result.get(form, {}).get("step")
+            in_forms += ["-", "-"] if stage is None else [time_text(stage["seconds"][1]), f"{stage['excess'][1]:.1%}"]
+        rates = ", ".join(f"{result[direction]['bytes_per_s'] / 1e9:.3g}" for direction in ("forward", "backward"))
         table.add_row(
             result["label"], *times, "" if is_floor else f"{low:.1%}, {high:.1%}",
             f"{excess / eager['step']['excess'][1]:.2f}" if eager and not is_floor else "",
-            f"{step['flops_per_s'] / 1e9:.4g}", f"{step['bytes_per_s'] / 1e9:.3g}", f"{step['of_bound']:.0%}",
+            *in_forms, f"{step['flops_per_s'] / 1e9:.4g}", f"{step['bytes_per_s'] / 1e9:.3g}", rates, f"{step['of_bound']:.0%}",
             bytes_text(result["saved_bytes"]), bytes_text(result["peak_bytes"]), f"{result['error']:.0e}",
         )  # fmt: skip
     session.console.print(table)

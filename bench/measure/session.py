@@ -18,7 +18,7 @@ from .shapes import DTYPES
 from .store import RESULTS, Store, build_id, case_of, runs, setting_of
 from .terminal import bar, wide_console
 from .terminal import new_table as new_table
-from .timing import CLOCKS, Clock, ceilings, machine, slug
+from .timing import CLOCKS, Clock, ceilings, gpu_state, machine, slug, throttled
 
 T = TypeVar("T")
 Show = Callable[[T, list[dict], "Session"], None]  # of a program: prints the results of one case
@@ -174,6 +174,17 @@ class Session:
         shared["load"] = os.getloadavg()[0]  # above the thread count, other programs ran too
         for result in results:
             self.store.append(shared | result)
+
+    @contextlib.contextmanager
+    def watched(self, name: str) -> Iterator[dict[str, dict[str, str]]]:
+        """Yields {"before", "after"}, the GPU's clocks and what held them down around a case; says so where something did."""
+        state = {"before": gpu_state(self.device)}
+        yield state
+        state["after"] = gpu_state(self.device)
+        for when, found in state.items():
+            if throttled(found):
+                facts = ", ".join(f"{key} {value}" for key, value in found.items())
+                self.say(f"{name}: the GPU was throttled {when} it: {facts}")
 
     def draw(self, pictures: Callable[[], object]) -> None:
         """Pictures of what is kept; without matplotlib a line that says so."""

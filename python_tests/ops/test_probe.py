@@ -1,4 +1,4 @@
-"""What the probe finds on a machine, faked: a driver too old, none, a card without code. The composite runs, and it is said why."""
+"""What the probe finds, faked: a driver too old, none, a card without code. The composite runs, and it is said why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a machine that has little more than torch and pytest: the tests for a GPU are collected, the benchmarks measure and print."""
+"""With little more than torch and pytest: the tests for a GPU are collected, the benchmarks measure and print."""
 
 from __future__ import annotations
 
