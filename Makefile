@@ -11,6 +11,8 @@ CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 # mkdocs's own --quiet would hide warnings from --strict too
 SITE = { log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS) 2>&1) \
   || { echo "$$log" | grep -v '^INFO' >&2; false; }; }
+# the contracts in pyproject.toml; only what is broken is worth reading
+ROOMS = { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; }
 STAMPS := $(VENV)/.stamps
 ARGS ?=
 DOCS_ARGS ?=
@@ -91,7 +93,7 @@ docs: $(STAMPS)/build
 # programs print for --help, so it needs the built package.
 lint: $(STAMPS)/build
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
-	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(SITE) \
+	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py && $(ROOMS) && $(SITE) \
 	  && echo "lint: clean" || { echo "lint: see above; make format mends the layout" >&2; exit 1; }
 
 format: $(STAMPS)/deps
