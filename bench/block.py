@@ -1,8 +1,7 @@
 """A transformer's block with all its linear layers adapted: what do the adapters cost together, and what does sharing save?
 
-    python -m bench.block                                     Llama-3-8B's and Qwen3-8B's block, r 16 and 64; a GPU's shapes
+    python -m bench.block                                     Llama-3-8B's and Qwen3-8B's block; on a CPU SmolLM2-135M's
     python -m bench.block --models qwen3-0.6b --tokens 512,2048 --ranks 8,16 --dtypes bf16
-    python -m bench.block --device cpu                        a small block
 
 Only in a block do siblings show: k and v, and gate and up, read one input and have one A, so that u = x A is made once.
 Rivals: the frozen block (q, k, v apart and stacked), LoRA a layer (eager, in place, PEFT), LoRA with q, k, v and gate, up
@@ -27,10 +26,9 @@ from .measure.timing import Timed, interleave
 from .rivals import block as rb
 from .rivals.library import missing_package
 
-MODELS = {"cuda": ("llama-3-8b", "qwen3-8b"), "cpu": ("tiny",)}
-TOKENS = {"cuda": (16, 512, 2048, 8192), "cpu": (16, 512)}
-QUICK = {"cuda": (2048,), "cpu": (512,)}
-RANKS = (16, 64)
+MODELS = {"cuda": ("llama-3-8b", "qwen3-8b"), "cpu": ("smollm2-135m",)}
+TOKENS = {"cuda": (2048, 8192, 512, 16), "cpu": (512,)}
+RANKS = {"cuda": (16, 64, 8, 128), "cpu": (16,)}
 CHECKED = 2048  # tokens of the check: all paths begin below, and float64 takes its time
 SLICE = 0.03
 
@@ -41,7 +39,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one model, one token count, one rank, few rounds")
     parser.add_argument("--models", help=f"some of {', '.join(rb.MODELS)}")
     parser.add_argument("--tokens", help=f"comma-separated; above {rb.SEQUENCE} a multiple of it")
-    parser.add_argument("--ranks", help=f"comma-separated ({','.join(map(str, RANKS))})")
+    parser.add_argument("--ranks", help=f"comma-separated ({','.join(map(str, RANKS['cuda']))}; on a CPU 16)")
     parser.add_argument("--rivals", help=f"some of {', '.join(rb.RIVALS)}")
     options = parser.parse_args(argv)
     check_options(options, rounds=5 if options.quick else ROUNDS["layer"], dtypes="bf16")
@@ -50,12 +48,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for model in options.models:
         if model not in rb.MODELS:
             raise ValueError(f"models: expected some of {', '.join(rb.MODELS)}, got {model!r}")
-    usual = (QUICK if options.quick else TOKENS)[options.device]
-    options.tokens = numbers("tokens", options.tokens, usual)
+    few = 1 if options.quick else None
+    options.tokens = numbers("tokens", options.tokens, TOKENS[options.device][:few])
     for m in options.tokens:
         if m > rb.SEQUENCE and m % rb.SEQUENCE:
             raise ValueError(f"tokens: expected a multiple of {rb.SEQUENCE} above it, got {m}")
-    options.ranks = numbers("ranks", options.ranks, RANKS[:1] if options.quick else RANKS)
+    options.ranks = numbers("ranks", options.ranks, RANKS[options.device][:few])
     options.chosen = options.rivals is not None
     options.rivals = options.rivals.split(",") if options.chosen else list(rb.RIVALS)
     for rival in options.rivals:

@@ -19,6 +19,8 @@ import importlib.util
 import json
 import math
 import os
+import platform
+import re
 import shlex
 import shutil
 import signal
@@ -37,6 +39,7 @@ COPIED = ("csrc", "lotr_ext", "bench", "python_tests")
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 NEEDED = ("torch", "numpy", "safetensors")
 OPTIONAL = ("rich", "matplotlib", "peft", "transformers", "hypothesis")
+MODULE = "lotr_ext/_C.abi3.so"
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
 GRACE_S = 10  # a part that is told to stop writes what it has
 
@@ -140,14 +143,26 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not (math.isfinite(options.budget) and options.budget >= 1):
         raise ValueError(f"budget: expected seconds of at least 1, got {options.budget}")
-    if options.wheel is not None and not (options.wheel.is_file() and zipfile.is_zipfile(options.wheel)):
-        raise ValueError(f"wheel: expected a wheel of lotr_ext, got {options.wheel}")
+    if options.wheel is not None:
+        check_wheel(options.wheel)
     names = [part.name for part in plan(options)]
     options.parts = names if options.parts is None else options.parts.split(",")
     for name in options.parts:
         if name not in names:
             raise ValueError(f"parts: expected some of {', '.join(names)}, got {name!r}")
     return options
+
+
+def check_wheel(wheel: Path) -> None:
+    """Raises ValueError where it is none of ours, or one for another platform."""
+    if not (wheel.is_file() and zipfile.is_zipfile(wheel)):
+        raise ValueError(f"wheel: expected a wheel of lotr_ext, got {wheel}")
+    with zipfile.ZipFile(wheel) as archive:
+        if MODULE not in archive.namelist():
+            raise ValueError(f"wheel: expected {MODULE} in {wheel}, found none")
+    tag = f"linux.*_{platform.machine()}"
+    if not re.search(tag + "$", wheel.stem):
+        raise ValueError(f"wheel: expected one for this platform (linux, {platform.machine()}), got {wheel.name}")
 
 
 def missing(part: Part, found: dict[str, str | None]) -> list[str]:
@@ -203,14 +218,10 @@ def keep_results(folder: Path) -> None:
             shutil.copytree(measured, folder / "results" / measured.name, dirs_exist_ok=True)
 
 
-def take_wheel(wheel: Path, tree: Path) -> int:
-    """The compiled module out of a wheel. 1 and a line where there is none in it."""
+def take_wheel(wheel: Path, tree: Path) -> None:
+    """The compiled module out of a wheel that `check_wheel` has seen."""
     with zipfile.ZipFile(wheel) as archive:
-        if "lotr_ext/_C.abi3.so" not in archive.namelist():
-            print(f"wheel: expected lotr_ext/_C.abi3.so in {wheel}, found none")
-            return 1
-        (tree / "lotr_ext" / "_C.abi3.so").write_bytes(archive.read("lotr_ext/_C.abi3.so"))
-    return 0
+        (tree / MODULE).write_bytes(archive.read(MODULE))
 
 
 def run_part(part: Part, tree: Path, log: Path, limit: float) -> tuple[str, float]:
@@ -261,15 +272,18 @@ def write(path: Path, value: object) -> None:
 
 def work(options: argparse.Namespace, found: dict[str, str | None], run: Callable = run_part) -> int:
     """Runs what can run, in order. 1 if a part failed or the build could not be made."""
-    end = time.monotonic() + options.budget
+    end = time.monotonic() + options.budget - min(GRACE_S, 0.1 * options.budget)
     results = options.folder / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    tree = copy_sources(options.folder)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        tree = copy_sources(options.folder)
+    except OSError as error:
+        raise OSError(f"folder: cannot write {options.folder}: {error.strerror or error}") from None
     built = options.folder / "_C.abi3.so"
     if "build" not in options.parts:
         if not built.exists():
             raise ValueError(f"parts: expected build among them, {built} is not there yet; got {', '.join(options.parts)}")
-        shutil.copy2(built, tree / "lotr_ext" / built.name)
+        shutil.copy2(built, tree / MODULE)
     outcome: dict[str, dict] = {}
     left = [part for part in plan(options) if part.name in options.parts]
     while left:
@@ -284,7 +298,8 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
         elif remaining < 1:
             status, seconds = "left out: no time left", 0.0
         elif not part.command:
-            status, seconds = ("done" if take_wheel(options.wheel, tree) == 0 else "failed (1)"), 0.0
+            take_wheel(options.wheel, tree)
+            status, seconds = "done", 0.0
         else:
             print(f"{part.name} ({part.about}): at most {limit:.0f} s, log {results / part.name}.log", flush=True)
             status, seconds = run(part, tree, results / f"{part.name}.log", limit)
@@ -298,7 +313,7 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
             if status != "done":
                 print("bench.gpu: without a build nothing else can run")
                 return 1
-            shutil.copy2(tree / "lotr_ext" / built.name, built)
+            shutil.copy2(tree / MODULE, built)
     for line in summary(results, outcome):
         print(line)
     return int(any(part["status"].startswith("failed") for part in outcome.values()))

@@ -12,7 +12,22 @@ from bench.measure.store import Store
 from bench.rivals import block as rb
 
 CPU = torch.device("cpu")
-QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1", "--dtypes", "fp32", "--ranks", "3"]
+QUICK = [
+    "--device",
+    "cpu",
+    "--allocator",
+    "system",
+    "--threads",
+    "1",
+    "--rounds",
+    "1",
+    "--dtypes",
+    "fp32",
+    "--ranks",
+    "3",
+    "--models",
+    "tiny",
+]
 
 
 @pytest.mark.parametrize("m", [1, 40, 4096])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -221,20 +222,48 @@ def test_no_time_left_is_said(tmp_path, parts, capsys):
     assert "next: left out: no time left" in capsys.readouterr().out
 
 
-def test_kernels_from_a_wheel(tmp_path, parts, capsys):
-    wheel = tmp_path / "lotr.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("lotr_ext/_C.abi3.so", "from the wheel")
-    chosen = options(tmp_path, "--wheel", str(wheel))
+def wheel(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "from the wheel")
+    return path
+
+
+def test_kernels_from_a_wheel(tmp_path, parts):
+    name = f"lotr_ext-0.1.0-cp310-abi3-manylinux_2_34_{platform.machine()}.whl"
+    chosen = options(tmp_path, "--wheel", str(wheel(tmp_path / name, gpu.MODULE)))
     assert gpu.plan(chosen)[0].command == () and "nvcc" not in gpu.plan(chosen)[0].needs
-    parts(gpu.Part("build", 1, ()), gpu.Part("look", 1, python("print(open('lotr_ext/_C.abi3.so').read())")))
+    parts(gpu.Part("build", 1, ()), gpu.Part("look", 1, python(f"print(open({gpu.MODULE!r}).read())")))
     chosen.parts = ["build", "look"]
     assert gpu.work(chosen, ALL) == 0
     assert (tmp_path / "work" / "results" / "look.log").read_text() == "from the wheel\n"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("other", "")
-    assert gpu.work(chosen, ALL) == 1
-    assert "wheel: expected lotr_ext/_C.abi3.so in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "message"),
+    [
+        ("lotr_ext-0.1.0-cp310-abi3-manylinux_2_34_riscv64.whl", gpu.MODULE, "for this platform .* got lotr_ext-0.1.0-cp310"),
+        (f"lotr_ext-0.1.0-cp310-abi3-win_{platform.machine()}.whl", gpu.MODULE, "for this platform"),
+        (f"lotr_ext-0.1.0-cp310-abi3-linux_{platform.machine()}.whl", "other", "expected lotr_ext/_C.abi3.so in"),
+    ],
+    ids=["machine", "system", "empty"],
+)
+def test_a_wheel_of_another_kind_is_refused(tmp_path, name, inside, message):
+    with pytest.raises(ValueError, match=f"wheel: expected.*{message}" if "expected" not in message else message):
+        options(tmp_path, "--wheel", str(wheel(tmp_path / name, inside)))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "work").write_text("a file")
+    with pytest.raises(OSError, match=r"folder: cannot write .*work"):
+        gpu.work(options(tmp_path), ALL)
+
+
+def test_make_gpu_is_this_program():
+    root = Path(gpu.__file__).parents[1]
+    command = ["make", "-C", str(root), "gpu", f"PYTHON={PYTHON}", "ARGS=--dry-run --budget 100 --parts info,tests"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "at most 100 s" in done.stdout and "bench.kernels" not in done.stdout, done.stderr
 
 
 # ---- the summary -----------------------------------------------------------------------------------------------------
