@@ -90,8 +90,8 @@ def run(parts: dict[str, Callable[[], int]]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    modules = (layer, block, shared, model, profile, kernels)
-    programs = {module.__name__.rpartition(".")[2]: module for module in modules} | {"traffic": traffic}
+    programs = {"layer": layer, "block": block, "shared": shared, "model": model}
+    programs |= {"profile": profile, "kernels": kernels, "traffic": traffic}
     own = commands(options)
     status = run({name: lambda name=name: programs[name].main(own[name]) for name in own})
     if options.device == "cpu" and {"layer", "model"} <= set(own):
