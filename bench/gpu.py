@@ -309,6 +309,9 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
             show_tail(results / f"{part.name}.log")
         keep_results(options.folder)
         write(results / "summary.json", {"gpu": found["gpu"], "budget": options.budget, "parts": outcome})
+        if part.name == "info" and (obstacle := obstacle_in(results / "info.log")) is not None:
+            print(f"bench.gpu: the kernels cannot run here, and nothing else is worth measuring: {obstacle}")
+            return 1
         if part.name == "build":
             if status != "done":
                 print("bench.gpu: without a build nothing else can run")
@@ -317,6 +320,12 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
     for line in summary(results, outcome):
         print(line)
     return int(any(part["status"].startswith("failed") for part in outcome.values()))
+
+
+def obstacle_in(log: Path) -> str | None:
+    """Why lotr_ext.info says that the kernels cannot run; None if they do."""
+    found = re.search(r"they cannot run: (.*)", log.read_text(errors="replace")) if log.exists() else None
+    return found[1] if found else None
 
 
 def show_tail(log: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from bench import gpu, gpu_summary
 from bench.measure.store import Store
+from lotr_ext import info
 
 ALL = {
     name: f"/{name}"
@@ -213,6 +214,15 @@ def test_without_a_build_nothing_else_runs(tmp_path, parts, capsys):
     assert "without a build" in out and "next:" not in out
     with pytest.raises(ValueError, match="parts: expected build among them"):
         gpu.work(options(tmp_path, "--parts", "next"), ALL)
+
+
+def test_kernels_that_cannot_run_are_not_measured(tmp_path, parts, capsys):
+    facts = {"runtime": 13000, "driver": 12080, "obstacle": "the driver serves CUDA 12.8 at most"}
+    said = info._cuda_line({"built": True, "archs": ["80"]}, facts)
+    parts(gpu.Part("build", 1, made()), gpu.Part("info", 1, python(f"print({said!r})")), gpu.Part("next", 1, python("print()")))
+    assert gpu.work(options(tmp_path), ALL) == 1
+    out = capsys.readouterr().out
+    assert "the kernels cannot run here" in out and "serves CUDA 12.8 at most" in out and "next:" not in out
 
 
 def test_no_time_left_is_said(tmp_path, parts, capsys):
