@@ -41,6 +41,7 @@ NEEDED = ("torch", "numpy", "safetensors")
 OPTIONAL = ("rich", "matplotlib", "peft", "transformers", "hypothesis")
 MODULE = "lotr_ext/_C.abi3.so"
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
+FLOOR = ("--autotune", "--shapes", "8192x4096x16", "--kernels", "shrink,expand_add,factor_grad,shrink_grad")
 GRACE_S = 10  # a part that is told to stop writes what it has
 
 
@@ -115,6 +116,16 @@ def plan(options: argparse.Namespace) -> list[Part]:
         Part("block", 2.0, (*module, "bench.block", *quick), (), "the layers of a transformer's block together"),
         Part("shared", 1.0, (*module, "bench.shared", "--dtypes", "bf16"), (), "the shared gradient against autograd's sums"),
         Part("host", 1.0, (*module, "bench.host"), ("bench.host",), "host time of a layer"),
+        Part(
+            "floor-kernels",
+            1.5,
+            (*module, "bench.kernels", *FLOOR),
+            (),
+            "the library's products after a search for the fastest",
+        ),
+        Part(
+            "floor-layer", 1.5, (*module, "bench.layer", "--quick", "--autotune", "--dtypes", "bf16"), (), "the same, a layer"
+        ),
         Part("static", 1.0, (*module, "bench.static"), ("bench.static",), "the model's times beside the measured ones"),
     ]
 

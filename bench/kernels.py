@@ -2,6 +2,7 @@
 
     python -m bench.kernels                                  every kernel at the shapes of Llama-3-8B; needs a GPU
     python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
+    python -m bench.kernels --autotune --shapes 8192x4096x16  a floor that torch.compile has searched for, too
     python -m bench.kernels --device cpu                     the CPU operators instead
 
 A shape is tokens x width x rank (fold and fold_grad: layers x width x rank). Both sides are checked against float64 first; ours
@@ -26,7 +27,6 @@ from .rivals import operators as op
 from .rivals.library import autotuned
 
 FLOOR, TUNED, OURS = "library", "autotuned", "lotr_ext"
-AUTOTUNED = (4096, 16), (4096, 64)  # (width, rank) at 8,192 tokens: a search for the fastest product takes most of a minute
 FEW = 128  # tokens below which the unfolded kernels run
 SHAPES = {
     "cuda": [(m, n, r) for m in (8192, 1, 16, 512, 2048, 16384) for n in (4096, 1024, 14336) for r in (16, 64, 8, 128)],
@@ -43,7 +43,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
     parser.add_argument("--kernels", help=f"some of {', '.join(op.KERNELS)}")
     parser.add_argument("--shapes", help="MxNxR, comma-separated: tokens (layers for fold), width, rank")
+    parser.add_argument("--autotune", action="store_true", help="a GPU's library product after a search for the fastest, too")
     options = parser.parse_args(argv)
+    if options.autotune and options.device != "cuda":
+        raise ValueError("autotune: there is no search for the fastest product but on a GPU")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
     check_options(options, rounds=7 if options.quick else ROUNDS["kernels"], dtypes="bf16")
@@ -75,18 +78,18 @@ def cases_of(options: argparse.Namespace) -> list[op.KernelCase]:
                         cases.append(op.KernelCase(kernel, LAYERS, n, r, dtype, threads))
                     elif (m < FEW) == kernel.startswith("small"):
                         cases.append(op.KernelCase(kernel, m, n, r, dtype, threads))
-    return sorted(dict.fromkeys(cases), key=lambda case: (case.threads, case.dtype, options.kernels.index(case.kernel)))
+    return list(dict.fromkeys(cases))  # all kernels at the first shape first: where time ends, each has been measured
 
 
 def measure(case: op.KernelCase, session: Session) -> list[dict]:
-    """The library's product, on a GPU at some shapes the fastest that a search finds for it, and our kernel."""
+    """The library's product, with --autotune the fastest that a search finds for it too, and our kernel."""
     operator = op.make(case, session.device)
     errors = op.errors(operator)
     limit = 2 * errors["library"] + torch.finfo(DTYPES[case.dtype]).eps
     if not errors["ours"] <= limit:
         raise ArithmeticError(f"relative error expected <= {limit:.1e}, got {errors['ours']:.1e}")
     sides = [(FLOOR, "library products", "library", operator.library), (OURS, "our kernel", "ours", operator.ours)]
-    if session.device.type == "cuda" and case.m == 8192 and (case.n, case.r) in AUTOTUNED:
+    if session.options.autotune:
         with session.attempt(f"{case.name()}, autotuned", ends=()):
             tuned = autotuned(operator.library)
             tuned()
@@ -141,7 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         "of bound",
     )
     table = new_table("Our kernels alone", *heads, "error", "library's")
-    cases = session.todo(cases_of(options), lambda case: (FLOOR, OURS), partial(add_row, table))
+    rivals = (FLOOR, TUNED, OURS) if options.autotune else (FLOOR, OURS)
+    cases = session.todo(cases_of(options), lambda case: rivals, partial(add_row, table))
     with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())

@@ -31,7 +31,7 @@ from .measure.bounds import DIRECTIONS, work
 from .measure.counted import peak_bytes
 from .measure.forms import FORMS, more_forms, stages
 from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
-from .measure.shapes import AUTOTUNED, DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
+from .measure.shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
 from .measure.store import newest
 from .measure.timing import Timed, interleave
 from .rivals import registry as rv
@@ -56,9 +56,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=MINUTES, help=f"about how long the default shapes may take ({MINUTES})"
     )
     parser.add_argument("--rivals", help=f"some of {', '.join(rv.RIVALS)}")
+    parser.add_argument(
+        "--autotune", action="store_true", help="on a GPU two more rivals, after a search for the fastest product"
+    )
     parser.add_argument("--slice", type=float, default=SLICE, help=f"seconds a measurement of one rival takes ({SLICE})")
     options = parser.parse_args(argv)
     check_options(options, rounds=7 if options.quick else ROUNDS["layer"])
+    if options.autotune and options.device != "cuda":
+        raise ValueError("autotune: there is no search for the fastest product but on a GPU")
     if not (math.isfinite(options.slice) and options.slice > 0 and math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"slice, minutes: expected positive numbers, got {options.slice}, {options.minutes}")
     options.chosen = options.rivals is not None
@@ -73,7 +78,8 @@ def rivals_of(case: Case, options: argparse.Namespace) -> list[str]:
     """The rivals of a case: those asked for, or the default ones, and at the targets (on a GPU everywhere) all that can run."""
     names = list(options.rivals)
     if not options.chosen and not options.quick and (options.device == "cuda" or case[:4] in TARGETS):
-        names += [name for name in rv.EXTRA if name not in rv.AUTOTUNED or case[:4] in AUTOTUNED]
+        names += rv.EXTRA
+    names += rv.AUTOTUNED if options.autotune else ()
     names = [name for name in rv.RIVALS if name in names]
     return [name for name in rv.installed(names)[0] if obstacle(name, case, torch.device(options.device)) is None]
 

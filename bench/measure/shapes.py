@@ -77,7 +77,6 @@ def layer_name(k: int, n: int) -> str:
 
 
 QUICK = {"cpu": [(512, 768, 768, 16), (2048, 768, 768, 16)], "cuda": [(8192, 4096, 4096, 16)]}
-AUTOTUNED = [(512, 4096, 4096, 16), (8192, 4096, 4096, 16)]  # a search takes most of a minute, so only here
 # Where lotr_ext on a CPU is to cost less than anything made of library products (bench.targets); all rivals are timed there.
 TARGETS = [(512, 768, 768, 16), (2048, 768, 768, 16), (1024, 2048, 2048, 16), (2048, 768, 768, 64)]
 

@@ -113,9 +113,9 @@ RIVALS: dict[str, Make] = {
 }
 # What a library's own products can do for LoRA, without a kernel written for it.
 LIBRARY_ONLY = (LORA_EAGER, "lora-in-place", "lora-in-place-beta", "lora-peft", "lora-compiled")
-AUTOTUNED = ("frozen-autotuned", "lora-autotuned")  # a search of most of a minute a case
-EXTRA = ("lora-compiled", *AUTOTUNED, "lora-unsloth", "lora-lorafusion")  # compiling takes seconds; the others need a GPU
-DEFAULT = [name for name in RIVALS if name not in EXTRA]
+EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion")  # compiling takes seconds a case; the others need a GPU
+AUTOTUNED = ("frozen-autotuned", "lora-autotuned")  # on request: a search of most of a minute a case
+DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED)]
 
 
 def available(names: list[str]) -> list[str]:

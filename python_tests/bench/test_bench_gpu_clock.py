@@ -182,13 +182,14 @@ def test_a_gpus_shapes_and_rivals(monkeypatch):
     assert {r for *_, r in found} == set(shapes.GPU_RANKS) and (min(shapes.GPU_RANKS), max(shapes.GPU_RANKS)) == (8, 128)
     for layer_ in shapes.LAYERS:
         assert any((k, n) == (layer_.k, layer_.n) for _, k, n, _ in found), layer_
-    options = types.SimpleNamespace(rivals=list(rv.DEFAULT), chosen=False, quick=False, device="cuda")
+    case = shapes.Case(8192, 4096, 4096, 16, "bf16", 1)
+    options = types.SimpleNamespace(rivals=list(rv.DEFAULT), chosen=False, quick=False, device="cuda", autotune=False)
     monkeypatch.setattr(rv, "installed", lambda names: (names, []))
-    here = layer.rivals_of(shapes.Case(8192, 4096, 4096, 16, "bf16", 1), options)
-    there = layer.rivals_of(shapes.Case(2048, 4096, 4096, 16, "bf16", 1), options)
-    assert set(rv.AUTOTUNED) <= set(here) and set(here) - set(there) == set(rv.AUTOTUNED)
+    without = layer.rivals_of(case, options)
+    options.autotune = True
+    assert set(layer.rivals_of(case, options)) - set(without) == set(rv.AUTOTUNED)
     for name in rv.AUTOTUNED:
-        assert "but on a GPU" in library.obstacle(name, shapes.Case(8192, 4096, 4096, 16, "bf16", 1), torch.device("cpu"))
+        assert "but on a GPU" in library.obstacle(name, case, torch.device("cpu"))
 
 
 def test_kernels_get_the_autotuned_product_as_another_floor(gpu, monkeypatch):
@@ -200,7 +201,11 @@ def test_kernels_get_the_autotuned_product_as_another_floor(gpu, monkeypatch):
     monkeypatch.setattr(kernels, "autotuned", lambda call: lambda: "tuned")
     monkeypatch.setattr(kernels, "interleave", lambda calls, *a, **k: [[[3.0 - i]] for i, _ in enumerate(calls)])
     case = operators.KernelCase("shrink", 8192, 4096, 16, "bf16", 1)
+    made.options.autotune = True
     results = kernels.measure(case, made)
     assert [r["rival"] for r in results] == ["library", "autotuned", "lotr_ext"]
     assert [r["step"]["seconds"][1] for r in results] == [3.0, 2.0, 1.0] and results[0]["gpu"].keys() == {"before", "after"}
-    assert len(kernels.measure(case._replace(m=16), made)) == 2
+    made.options.autotune = False
+    assert len(kernels.measure(case, made)) == 2
+    with pytest.raises(ValueError, match="autotune: there is no search"):
+        kernels.arguments(["--device", "cpu", "--autotune"])

@@ -130,6 +130,7 @@ def test_a_rival_that_fails_is_named_and_the_others_are_measured(tmp_path, monke
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["--slice", "nan"], "slice, minutes"),
         (["--minutes", "-1"], "slice, minutes"),
+        (["--autotune", "--device", "cpu"], "autotune: there is no search"),
     ],
 )
 def test_it_refuses(arguments, message):
