@@ -4,6 +4,7 @@
     block     a transformer's block, its linear layers together       bench/block.py
     shared    the shared gradient against autograd's own sums         bench/shared.py
     model     a transformer trained with each method                  bench/model.py
+    host      what calling an adapted layer costs the host            bench/host.py
     profile   where the layer's time goes (not with --quick)          bench/profile.py
     kernels   each CUDA kernel alone (with a GPU)                     bench/kernels.py
     traffic   counted bytes and a projection (not with --quick)       bench/traffic
@@ -19,12 +20,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from . import block, kernels, layer, model, profile, shared, targets
+from . import block, host, kernels, layer, model, profile, shared, targets
 from .measure.session import add_options, brief, check_options, start
 from .measure.store import RESULTS
 from .traffic import __main__ as traffic
 
-PARTS = ("layer", "block", "shared", "model", "profile", "kernels", "traffic")
+PARTS = ("layer", "block", "shared", "model", "host", "profile", "kernels", "traffic")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +37,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.given = {
         n: getattr(options, n)
-        for n in ("threads", "rounds", "clock", "results", "allocator")
+        for n in ("threads", "rounds", "clock", "results", "allocator", "isa")
         if getattr(options, n) is not None
     }
     options.chosen_dtypes = options.dtypes
@@ -50,8 +51,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def default_parts(options: argparse.Namespace) -> list[str]:
-    """With --quick the three that answer what LoTR costs; kernels where there is a GPU."""
-    quick = ("layer", "shared", "model") if options.quick else PARTS
+    """With --quick those that answer what LoTR costs; kernels where there is a GPU."""
+    quick = ("layer", "shared", "model", "host") if options.quick else PARTS
     return [part for part in quick if part != "kernels" or options.device == "cuda"]
 
 
@@ -90,7 +91,7 @@ def run(parts: dict[str, Callable[[], int]]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    programs = {"layer": layer, "block": block, "shared": shared, "model": model}
+    programs = {"layer": layer, "block": block, "shared": shared, "model": model, "host": host}
     programs |= {"profile": profile, "kernels": kernels, "traffic": traffic}
     own = commands(options)
     status = run({name: lambda name=name: programs[name].main(own[name]) for name in own})

@@ -1,15 +1,16 @@
 """A transformer trained with each method, at equal rank and at equal size: step time, tokens a second, memory, adapter bytes.
 
-    python -m bench.model                     MiniLM's shape on a CPU, eight layers of Llama-3's on a GPU; rank 16, q and v
-    python -m bench.model --quick             the main methods, few rounds
+    python -m bench.model                     MiniLM's shape, q and v; SmolLM2-135M's, a causal language model with all linear
+                                              layers adapted; rank 16. On a GPU eight layers of Llama-3's, both ways
+    python -m bench.model --quick             the first of them, the main methods, few rounds
     python -m bench.model --model minilm --rank 8 --targets query,key,value --batch 16 --sequence 64
 
-Weights are random: times do not depend on them. One step is forward, a loss (the mean square of the last hidden states less a
-fixed random target), backward, AdamW. All methods share the frozen weights and take their steps in turn, one a round; a time is
-the median over rounds, an excess the median of per-round ratios to the frozen model, which goes forward and backward too. The
-gradient of our cores is compared with the eager formula's first; a case where it is wrong is named and left out. Adapters have
-the dtype that their users get: PEFT's and ours float32, the original's the model's own. Results go to
-bench/results/<machine>/model.jsonl.
+Weights are random: times do not depend on them. One step is forward, a loss, backward, AdamW. The loss of a language model is
+its own, the cross-entropy of the next tokens; that of an encoder the mean square of the last hidden states less a fixed random
+target. All methods share the frozen weights and take their steps in turn, one a round; a time is the median over rounds, an
+excess the median of per-round ratios to the frozen model, which goes forward and backward too. The gradient of our cores is
+compared with the eager formula's first; a case where it is wrong is named and left out. Adapters have the dtype that their
+users get: PEFT's and ours float32, the original's the model's own. Results go to bench/results/<machine>/model.jsonl.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ class ModelCase(NamedTuple):
 
 
 class Training:
-    """One method's model, its optimizer and its steps on one fixed batch."""
+    """One method's model, its optimizer and its steps on one fixed batch. target: of the last hidden states; None where the
+    model, a language model, has a loss of its own."""
 
-    def __init__(self, case: ModelCase, base: nn.Module, method: mr.Method, rank: int, ids: Tensor, target: Tensor):
+    def __init__(self, case: ModelCase, base: nn.Module, method: mr.Method, rank: int, ids: Tensor, target: Tensor | None):
         torch.manual_seed(1)
         self.model = method.make(mr.twin(base), tuple(case.targets.split(",")), rank)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -61,6 +63,8 @@ class Training:
         self.loss: Tensor | None = None
 
     def forward(self, _: object = None) -> Tensor:
+        if self.target is None:
+            return self.model(input_ids=self.ids, labels=self.ids).loss
         return nn.functional.mse_loss(self.model(input_ids=self.ids).last_hidden_state.float(), self.target)
 
     def backward(self, loss: Tensor) -> Tensor:
@@ -118,7 +122,9 @@ def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
     widths = mr.adapted_widths(base, tuple(case.targets.split(",")))
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, base.config.vocab_size, (case.batch, case.sequence), generator=generator).to(device)
-    target = torch.randn(case.batch, case.sequence, base.config.hidden_size, generator=generator).to(device)
+    target = None
+    if case.model not in mr.CAUSAL:
+        target = torch.randn(case.batch, case.sequence, base.config.hidden_size, generator=generator).to(device)
     group = {}
     for name in names:
         rank = mr.METHODS[name].rank(widths, case.r)
@@ -182,8 +188,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.split("\n")[0])
     add_options(parser, dtypes="fp32,bf16; quick: fp32; GPU: bf16")
     parser.add_argument("--quick", action="store_true", help="the main methods, few rounds")
-    parser.add_argument("--model", help=f"one of {', '.join(mr.SHAPES)}")
-    parser.add_argument("--targets", help="names of the adapted layers, comma-separated (q and v)")
+    parser.add_argument("--model", help=f"some of {', '.join(mr.SHAPES)}")
+    parser.add_argument("--targets", help="names of the adapted layers, comma-separated (q and v; of a language model all)")
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--sequence", type=int, help="tokens a sequence")
     parser.add_argument("--rank", type=int, default=RANK, help=f"of every method at equal rank ({RANK})")
@@ -193,29 +199,30 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     check_options(options, rounds=3 if options.quick else ROUNDS["model"], dtypes=dtypes)
     if options.model is None:
         large = options.device == "cuda" and torch.cuda.get_device_properties(0).total_memory > 60 * 2**30
-        options.model = "minilm" if options.device == "cpu" else "llama-8x4096" if large else "llama-8x2048"
-    if options.model not in mr.SHAPES:
-        raise ValueError(f"model: expected one of {', '.join(mr.SHAPES)}, got {options.model!r}")
-    shape = mr.SHAPES[options.model]
-    options.batch = options.batch if options.batch is not None else shape.batch
-    options.sequence = options.sequence if options.sequence is not None else shape.sequence
-    if min(options.batch, options.sequence, options.rank) < 1:
-        sizes = f"{options.batch}, {options.sequence}, {options.rank}"
-        raise ValueError(f"batch, sequence, rank: expected at least 1, got {sizes}")
-    options.targets = ",".join(shape.targets) if options.targets is None else options.targets
-    if not all(options.targets.split(",")):
+        usual = ("minilm", "smollm2-135m")
+        if options.device == "cuda":
+            usual = ("llama-8x4096", "llama-lm-8x4096") if large else ("llama-8x2048", "llama-lm-8x2048")
+        options.model = ",".join(usual[:1] if options.quick else usual)
+    options.models = options.model.split(",")
+    for name in options.models:
+        if name not in mr.SHAPES:
+            raise ValueError(f"model: expected one of {', '.join(mr.SHAPES)}, or some, got {name!r}")
+    given = [size for size in (options.batch, options.sequence, options.rank) if size is not None]
+    if min(given) < 1:
+        raise ValueError(f"batch, sequence, rank: expected at least 1, got {', '.join(map(str, given))}")
+    if options.targets is not None and not all(options.targets.split(",")):
         raise ValueError(f"targets: expected names of layers, comma-separated, got {options.targets!r}")
-    default = mr.QUICK if options.quick else tuple(mr.METHODS)
-    names = options.methods.split(",") if options.methods is not None else default
+    names = options.methods.split(",") if options.methods is not None else ()
     for name in names:
         if name not in mr.METHODS:
             raise ValueError(f"methods: expected some of {', '.join(mr.METHODS)}, got {name!r}")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("model: needs the package transformers, which is not installed (pip install transformers)")
-    options.left_out = [name for name in names if name in mr.PEFTS] if importlib.util.find_spec("peft") is None else []
-    if options.methods and options.left_out:
-        raise ValueError(f"methods: {options.left_out[0]} needs the package peft, which is not installed (pip install peft)")
-    options.methods = [n for n in mr.METHODS if (n in names or n == mr.FLOOR) and n not in options.left_out]
+    options.without = mr.PEFTS if importlib.util.find_spec("peft") is None else ()
+    lost = [name for name in names if name in options.without]
+    if lost:
+        raise ValueError(f"methods: {lost[0]} needs the package peft, which is not installed (pip install peft)")
+    options.methods = names
     return options
 
 
@@ -225,22 +232,37 @@ def draw(session: Session) -> None:
     draw_model(newest(session.store.read()), session.folder)
 
 
+def methods_of(model: str, options: argparse.Namespace) -> list[str]:
+    """Those asked for, or a model's usual ones, that can run here; the frozen model always."""
+    usual = mr.SHAPES[model].methods or (mr.QUICK if options.quick else tuple(mr.METHODS))
+    names = options.methods or usual
+    return [name for name in mr.METHODS if (name in names or name == mr.FLOOR) and name not in options.without]
+
+
+def case_of(model: str, dtype: str, threads: int, options: argparse.Namespace) -> ModelCase:
+    """With what was asked for, and the rest as is usual for the model."""
+    shape = mr.SHAPES[model]
+    targets = ",".join(shape.targets) if options.targets is None else options.targets
+    batch = shape.batch if options.batch is None else options.batch
+    sequence = shape.sequence if options.sequence is None else options.sequence
+    return ModelCase(model, targets, batch, sequence, options.rank, dtype, threads)
+
+
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "model.jsonl")
     session.introduce()
-    for name in options.left_out:
+    for name in options.without:
         session.say(f"{name}: left out, the package peft is not installed")
-    sizes = (options.batch, options.sequence, options.rank)
     groups = [(dtype, threads) for threads in options.threads for dtype in options.dtypes]
-    cases = [ModelCase(options.model, options.targets, *sizes, *group) for group in groups]
-    cases = session.todo(cases, lambda case: options.methods, show)
+    cases = [case_of(name, *group, options) for name in options.models for group in groups]
+    cases = session.todo(cases, lambda case: methods_of(case.model, options), show)
     with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
             torch.set_num_threads(case.threads)
             with session.attempt(case.name()):
-                results = measure(case, options.methods, session)
+                results = measure(case, methods_of(case.model, options), session)
                 session.keep(case, results)
                 show(case, results, session)
     session.draw(lambda: draw(session))

@@ -6,8 +6,7 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
-from .autograd.function import LoTRFunction
-from .autograd.nodes import LoTRAdd, LoTRExpand, LoTRLead, LoTRShrink
+from .autograd.functions import LoTRExpand, LoTRFunction, LoTRShrink
 from .layers.factors import LoTRFactors
 from .layers.functional import explain, lotr_linear
 from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
@@ -16,16 +15,13 @@ from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, u
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoTRConfig
 from .model.summary import trainable_summary
-from .ops import registrations as registrations  # shapes, gradients and version counters of the operators
 
 __all__ = [
-    "LoTRAdd",
     "LoTRConfig",
     "LoTRConv1D",
     "LoTRExpand",
     "LoTRFactors",
     "LoTRFunction",
-    "LoTRLead",
     "LoTRLinear",
     "LoTRShrink",
     "LoTRWrapped",

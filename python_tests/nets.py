@@ -103,18 +103,26 @@ def relative(got: Tensor | None, want: Tensor) -> float:
     return ((got.detach().double() - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-def _parts_forward(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=None) -> list[str]:
-    return ["expand_add_"] + ["shrink"] * (u is None) + ["fold"] * (F is None)
+def _parts_forward(
+    x, weight, bias, A, B, core, scaling, beta=False, unfolded=False, *, u=None, F=None, p=0.0, seed=None
+) -> list[str]:
+    return ["small_forward_"] if unfolded else ["expand_add_"] + ["shrink"] * (u is None) + ["fold"] * (F is None)
 
 
 def _parts_backward(
-    g, weight, x, u, A, F, B, core, s, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None
-) -> list[str]:
+    g, weight, x, u, A, F, B, core, s, beta=False, unfolded=False, *,
+    k=None, dx=None, Q=None, dA=None, dB=None, need_B=False, need_core=False, p=0.0, seed=None,
+) -> list[str]:  # fmt: skip
+    if unfolded:
+        return ["small_backward_"]
     read_g = {(True, True): ["shrink_grad_"], (True, False): ["shrink"], (False, True): ["factor_grad_"], (False, False): []}
     found = read_g[F is not None, u is not None]
     found = found + ["fold_grad"] * (u is not None and Q is None and (need_B or need_core))
-    leads = A is not None and F is not None
-    return found + ["expand_add_"] * (leads and weight is not None) + ["factor_grad_"] * (leads and x is not None)
+    return found + _parts_shrink_backward(None, weight, x if F is not None else None, A if F is not None else None)
+
+
+def _parts_shrink_backward(k, dx, x, A, *_, **__) -> list[str]:
+    return ["expand_add_"] * (A is not None) + ["factor_grad_"] * (x is not None)
 
 
 class OpCounter(Counter):
@@ -127,10 +135,9 @@ class OpCounter(Counter):
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         super().__init__()
         parts = {
-            "layer_forward_unrecorded": _parts_forward,
-            "layer_backward_unrecorded": _parts_backward,
-            "small_layer_forward_unrecorded": lambda *_: ["small_forward_"],
-            "small_layer_backward_unrecorded": lambda *_: ["small_backward_"],
+            "layer_forward": _parts_forward,
+            "layer_backward": _parts_backward,
+            "shrink_backward": _parts_shrink_backward,
         }
         for name, of in parts.items():
             monkeypatch.setattr(ops, name, self._counted_parts(of, getattr(ops, name)))
@@ -155,9 +162,9 @@ class OpCounter(Counter):
         return call
 
     def _counted_parts(self, of, function):
-        def call(*args):
-            self.update(of(*args))
-            return function(*args)
+        def call(*args, **kwargs):
+            self.update(of(*args, **kwargs))
+            return function(*args, **kwargs)
 
         return call
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from .isa import add_isa_option, check_isa, restart_if_asked
 from .shapes import DTYPES
 from .store import RESULTS, Store, build_id, case_of, runs, setting_of
 from .terminal import bar, wide_console
@@ -23,7 +24,7 @@ from .timing import CLOCKS, Clock, ceilings, gpu_state, machine, slug, throttled
 T = TypeVar("T")
 Show = Callable[[T, list[dict], "Session"], None]  # of a program: prints the results of one case
 ALLOCATORS = ("keep", "system")
-ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15}  # of each program by default
+ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15, "host": 61}  # of each program by default
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -37,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser, dtypes: str = "fp32,bf16") -> N
     parser.add_argument(
         "--allocator", choices=ALLOCATORS, default="keep", help="keep: freed memory stays with the process (keep)"
     )
+    add_isa_option(parser)
     parser.add_argument("--results", help="folder for the results (bench/results/<machine>)")
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured with this build")
 
@@ -60,6 +62,7 @@ def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,
         raise ValueError(f"device: expected cpu or cuda, got {options.device!r}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for cuda, found none (torch.cuda.is_available() is False)")
+    check_isa(options.isa, options.device)
     options.dtypes = (dtypes if options.dtypes is None else options.dtypes).split(",")
     for dtype in options.dtypes:
         if dtype not in DTYPES:
@@ -97,7 +100,7 @@ class Session:
         self.facts = machine(self.device)
         self.folder = Path(options.results) if options.results else RESULTS / slug(self.facts["name"])
         self.store = Store(self.folder / file).prepare()
-        self.settings = {"build": build_id(), "rounds": options.rounds, "clock": options.clock, **settings}
+        self.settings = {"build": build_id(), "rounds": options.rounds, "clock": options.clock, "isa": options.isa, **settings}
         self.settings["allocator"] = "keep" if kept else "system"
         self.clock = Clock(self.device, options.clock)
         self.console = wide_console()
@@ -216,6 +219,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 def start(program: str, main: Callable[[], int]) -> None:
     """Runs main and exits: its status, or one line on an error that a user can mend."""
+    restart_if_asked(sys.argv[1:])
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

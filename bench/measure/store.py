@@ -22,7 +22,7 @@ def build_id() -> str:
     """Of the measured code: the compiled module, the Python around it, and the rivals. Another build is measured anew."""
     digest = hashlib.sha256()
     package, bench = ROOT / "lotr_ext", ROOT / "bench"
-    for path in [*sorted(package.rglob("*.py")), *sorted(package.glob("*.so")), *sorted((bench / "rivals").glob("*.py"))]:
+    for path in [*sorted(package.rglob("*.py")), *sorted(package.glob("*.so")), *sorted(bench.glob("rivals/*.py"))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from .isa import held_to
+
 CLOCKS = ("wall", "cpu", "events")
 FLUSH_BYTES = 256 << 20  # at least, and at least four times the L2
 QUEUE_CYCLES = 6_000_000  # a few milliseconds of waiting on the GPU, in which the CPU queues a whole step
@@ -238,7 +240,8 @@ def machine(device: torch.device) -> dict[str, str]:
         model = found[1].strip() if found else model
         facts |= {"clock": f"{float(clock[1]):.0f} MHz"} if clock else {}
     isa = torch.backends.cpu.get_cpu_capability()  # in the name: machines of one name may have different instruction sets
-    return facts | {"name": f"{model} with {isa}, {os.cpu_count()} cores", "isa": isa}
+    verb = "held to" if held_to() else "with"
+    return facts | {"name": f"{model} {verb} {isa}, {os.cpu_count()} cores", "isa": isa}
 
 
 def gpu_state(device: torch.device) -> dict[str, str]:

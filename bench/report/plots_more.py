@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from ..measure.shapes import Shape
 from ..traffic.counts import Key, Row
@@ -29,11 +30,19 @@ def _colour(rival: str) -> str:
 
 
 def draw_model(cells: list[dict], folder: Path) -> list[Path]:
-    """Step time (stacked: forward, backward, optimizer) and peak memory of every method, for the first case."""
-    if not cells:
-        return []
+    """A picture a model, of its first case; that of the first model is model.png."""
+    models = list(dict.fromkeys(c["case"]["model"] for c in cells))
+    figures = {}
+    for name in models:
+        own = [c for c in cells if c["case"]["model"] == name]
+        own = [c for c in own if c["case"] == own[0]["case"]]
+        figures["model" if name == models[0] else f"model-{name}"] = _model(own)
+    return save(figures, folder)
+
+
+def _model(cells: list[dict]) -> Figure:
+    """Step time (stacked: forward, backward, optimizer) and peak memory of every method."""
     case = cells[0]["case"]
-    cells = [c for c in cells if c["case"] == case]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.4 * len(cells) + 1.4), layout="constrained", sharey=True)
     places = list(range(len(cells)))[::-1]
     for place, c in zip(places, cells):
@@ -53,7 +62,7 @@ def draw_model(cells: list[dict], folder: Path) -> list[Path]:
         axis.grid(axis="x", alpha=0.3)
     where = f"{case['model']}, {case['batch']} x {case['sequence']} tokens, {case['dtype']}, {case['threads']} thread(s)"
     figure.suptitle(f"Training one model with each method: {where}\n{cells[-1]['machine']['name']}", fontsize=10)
-    return save({"model": figure}, folder)
+    return figure
 
 
 def draw_shared(cells: list[dict], folder: Path) -> list[Path]:

@@ -54,7 +54,7 @@ def where(cells: list[dict]) -> str:
 def command(program: str, cells: list[dict], options: dict[str, object], usual: dict[str, object]) -> str:
     """What measures the cells again: options by name, less those that are as usual, and how the times are taken."""
     last = cells[-1]
-    options = options | {"clock": last["clock"], "allocator": last.get("allocator", "keep")}
+    options = options | {"clock": last["clock"], "allocator": last.get("allocator", "keep"), "isa": last.get("isa")}
     usual = usual | {"clock": "events" if on_gpu(cells) else "wall", "allocator": "keep"}
     flags = [f"--{name} {value}" for name, value in options.items() if value != usual.get(name)]
     return f"`{' '.join(['python -m', f'bench.{program}', *flags])}`"

@@ -19,13 +19,15 @@ Widths = list[tuple[int, int]]  # (in, out) of each adapted layer
 
 @dataclass(frozen=True)
 class Shape:
-    """A transformers configuration: family, its arguments, which layers are adapted, and the default batch x sequence."""
+    """A transformers configuration: family, its arguments, which layers are adapted, the default batch x sequence, and the
+    methods it is trained with by default (none named: all)."""
 
     family: str
     settings: dict = field(hash=False)
     targets: tuple[str, ...]
     batch: int
     sequence: int
+    methods: tuple[str, ...] = ()
 
 
 def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
@@ -33,24 +35,42 @@ def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
     return sizes | {"vocab_size": vocabulary, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def _llama(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: int) -> dict:
+def _llama(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: int, groups: int = 4) -> dict:
+    """groups: how many heads share a key and a value."""
     sizes = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": intermediate,
     }
-    return sizes | {"num_key_value_heads": heads // 4, "vocab_size": vocabulary, "use_cache": False}
+    return sizes | {"num_key_value_heads": heads // groups, "vocab_size": vocabulary, "use_cache": False}
 
 
 _QV, _LLAMA_QV = ("query", "value"), ("q_proj", "v_proj")
+_LLAMA_ALL = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # not the head, tied to the embedding
+_FOUR = (FLOOR, LORA, "lotr-eager", OURS)
+_SMOLLM2 = _llama(576, 30, 9, 1536, 49152, groups=3) | {"tie_word_embeddings": True, "max_position_embeddings": 8192}
+_TIED = {"tie_word_embeddings": True}
 SHAPES = {
     "minilm": Shape("bert", _bert(384, 6, 12, 30522), _QV, 16, 64),
+    "smollm2-135m": Shape("causal-lm", _SMOLLM2, _LLAMA_ALL, 1, 128, _FOUR),
     "llama-8x4096": Shape("llama", _llama(4096, 8, 32, 14336, 32000), _LLAMA_QV, 4, 2048),
     "llama-8x2048": Shape("llama", _llama(2048, 8, 32, 5632, 32000), _LLAMA_QV, 4, 2048),
+    "llama-lm-8x4096": Shape("causal-lm", _llama(4096, 8, 32, 14336, 32000) | _TIED, _LLAMA_ALL, 4, 2048, _FOUR),
+    "llama-lm-8x2048": Shape("causal-lm", _llama(2048, 8, 32, 5632, 32000) | _TIED, _LLAMA_ALL, 2, 2048, _FOUR),
     "tiny-bert": Shape("bert", _bert(32, 2, 2, 100), _QV, 2, 8),
     "tiny-llama": Shape("llama", _llama(32, 2, 4, 64, 100), _LLAMA_QV, 2, 8),
+    "tiny-lm": Shape("causal-lm", _llama(32, 2, 4, 64, 100) | _TIED, _LLAMA_ALL, 2, 8, _FOUR),
 }
+CAUSAL = tuple(name for name, shape in SHAPES.items() if shape.family == "causal-lm")
 
 
 def base_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -62,6 +82,7 @@ def base_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module
     config, model = {
         "bert": (transformers.BertConfig, transformers.BertModel),
         "llama": (transformers.LlamaConfig, transformers.LlamaModel),
+        "causal-lm": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     }[shape.family]
     torch.manual_seed(0)
     with torch.device(device):

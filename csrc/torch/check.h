@@ -53,6 +53,12 @@ inline bool is_half(ScalarType t) {
 inline bool is_supported(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || is_half(t);
 }
+inline int64_t item_size(ScalarType t) {
+  return t == ScalarType::Float    ? 4
+         : t == ScalarType::Double ? 8
+         : is_half(t)              ? 2
+                                   : 1;  // of others only whether there is memory
+}
 // The type sums are kept in: float32, and float64 for float64.
 inline ScalarType acc_dtype(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -92,8 +98,9 @@ struct Arg {
 struct Check {
   const char* op;
 
-  // A tensor's dtype has to be one the kernels exist for.
+  // Of an operator's first argument: a dtype that the kernels exist for, and memory.
   void supported(const Arg& a) const {
+    memory(a);
     if (!is_supported(a.dtype)) {
       fail(op, ": ", a.name,
            ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
@@ -119,15 +126,18 @@ struct Check {
     }
     memory(a);
   }
-  // Operators may be called past the dispatcher, which would have turned down a subclass of a tensor or a
-  // fake one.
+  // A storage may have been freed, as sharded training does between two uses.
   void memory(const Arg& a) const {
+    int64_t elements = 1, reach = 1, offset = 0, bytes = 0;
+    for (int64_t i = 0; i < a.dim; ++i) elements *= a.size[i], reach += (a.size[i] - 1) * a.stride[i];
+    if (elements == 0) return;
     const void* data = nullptr;
-    const bool known = torch_get_const_data_ptr(a.handle, &data) == 0;
-    int64_t elements = 1;
-    for (int64_t i = 0; i < a.dim; ++i) elements *= a.size[i];
-    if (!known || (!data && elements > 0))
-      fail(op, ": ", a.name, ": expected a plain tensor, got one without memory of shape ", a.shape());
+    const bool known = torch_get_const_data_ptr(a.handle, &data) == 0 &&
+                       aoti_torch_get_storage_offset(a.handle, &offset) == 0 &&
+                       aoti_torch_get_storage_size(a.handle, &bytes) == 0;
+    if (!known || !data || bytes < (offset + reach) * item_size(a.dtype))
+      fail(op, ": ", a.name, ": expected a tensor with memory, got one whose memory is gone, of shape ",
+           a.shape());
   }
   void dims(const Arg& a, int64_t dim, const char* what) const {
     if (a.dim != dim)
@@ -146,15 +156,27 @@ struct Check {
            a.shape());
     }
   }
-  // A tensor that is written must not visit one element twice, as an expanded one does.
+  // A tensor that is written must not visit one element twice, as an expanded or overlapping one does: each
+  // dimension has to step over all that the ones with smaller strides reach.
   void writable(const Arg& a) const {
-    for (int64_t i = 0; i < a.dim; ++i) {
-      if (a.size[i] > 1 && a.stride[i] == 0) {
-        fail(op, ": ", a.name,
-             ": expected a tensor without repeated elements (it is written in place), got stride 0 in "
-             "dimension ",
-             i);
+    int64_t reach = 0, last = 0;
+    for (int64_t i = 0; i < a.dim; ++i)
+      if (a.size[i] == 0) return;
+    for (int64_t done = 0; done < a.dim; ++done) {
+      int64_t next = -1;  // the smallest stride that is left; a handful of dimensions
+      for (int64_t i = 0; i < a.dim; ++i) {
+        const bool left = a.size[i] > 1 && (a.stride[i] > last || (a.stride[i] == 0 && done == 0));
+        if (left && (next < 0 || a.stride[i] < a.stride[next])) next = i;
       }
+      if (next < 0) break;
+      int64_t same = 0;
+      for (int64_t i = 0; i < a.dim; ++i) same += a.size[i] > 1 && a.stride[i] == a.stride[next];
+      if (a.stride[next] <= reach || same > 1) {
+        fail(op, ": ", a.name,
+             ": expected a tensor without repeated elements (it is written in place), got stride ",
+             a.stride[next], " in dimension ", next, " of shape ", a.shape());
+      }
+      last = a.stride[next], reach += (a.size[next] - 1) * last;
     }
   }
   void finite(const char* name, double value) const {
@@ -243,7 +265,7 @@ inline Sizes check_fold(const Arg& B, const Arg& cores, double scaling, ScalarTy
     fail(c.op, ": dtype: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
          dtype_name(dtype));
   }
-  c.factor(B, dtype), c.factor(cores, dtype), c.device(cores, B);
+  c.memory(B), c.factor(B, dtype), c.factor(cores, dtype), c.device(cores, B);
   c.positive(B, 0, "N"), c.positive(B, 1, "r_out"), c.positive(cores, 0, "L"), c.positive(cores, 1, "r_in");
   c.size(cores, 2, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
   Sizes s;
@@ -254,6 +276,7 @@ inline Sizes check_fold(const Arg& B, const Arg& cores, double scaling, ScalarTy
 inline Sizes check_fold_grad(const Arg& Q, const Arg& B, const Arg& cores, double scaling, const Arg* dB) {
   Check c{"lotr::fold_grad"};
   c.dims(Q, 3, "[L, N, r_in]"), c.dims(B, 2, "[N, r_out]"), c.dims(cores, 3, "[L, r_in, r_out]");
+  c.memory(Q);
   if (Q.dtype != ScalarType::Float && Q.dtype != ScalarType::Double) {
     fail(c.op, ": Q: expected dtype torch.float32 or torch.float64, got ", dtype_name(Q.dtype));
   }

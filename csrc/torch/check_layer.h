@@ -12,7 +12,7 @@ struct Flat {
 
 // Fails where the leading dimensions do not lie in memory as one would.
 inline Flat check_flat(const Check& c, const Arg& a, const char* what) {
-  if (a.dim < 2) fail(c.op, ": ", a.name, ": expected a tensor ", what, ", got shape ", a.shape());
+  if (a.dim < 1) fail(c.op, ": ", a.name, ": expected a tensor ", what, ", got shape ", a.shape());
   Flat f;
   f.cols = a.size[a.dim - 1], f.col_stride = a.stride[a.dim - 1];
   for (int64_t i = 0; i < a.dim - 1; ++i) f.rows *= a.size[i];
@@ -132,6 +132,25 @@ inline Sizes check_small_layer_backward(const Check& c, const Arg& g, const Back
   if (b.x) check_activations(c, *b.x, g, s.m, s.k);
   check_sum(c, b.dA, g, s.k, s.r_in, "[K, r_in]", "K, as in A", "r_in, as in core");
   return s;
+}
+
+inline void check_shrink_backward(const Check& c, const Arg& k, const Arg* dx, const Arg* x, const Arg* A,
+                                  const Arg* dA, double p, const std::optional<Tensor>& seed) {
+  c.supported(k), c.dims(k, 2, "[M, r]");
+  if (!dx != !A) fail(c.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
+  if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");
+  const int64_t m = k.size[0], r = k.size[1];
+  if (dx) {
+    const int64_t width = dx->dim ? dx->size[dx->dim - 1] : 0;
+    check_A(c, *A, k), c.size(*A, 0, width, "K, as in dx"), c.size(*A, 1, r, "r, as in k");
+    check_activations(c, *dx, k, m, width), c.writable(*dx);
+  }
+  if (x) {
+    const int64_t width = x->dim ? x->size[x->dim - 1] : 0;
+    check_activations(c, *x, k, m, width);
+    check_sum(c, dA, k, width, r, "[K, r]", "K, as in x", "r, as in k");
+  }
+  c.dropout(p, seed, k);
 }
 
 }  // namespace lotr

@@ -34,12 +34,10 @@ namespace {
 struct Matrix {
   const Arg& arg;
   Flat flat;
-  Matrix(const Check& c, const Arg& a) : arg(a), flat(check_flat(c, a, "of 2 or more dimensions")) {}
+  Matrix(const Check& c, const Arg& a) : arg(a), flat(check_flat(c, a, "of 1 or more dimensions")) {}
 
   cpu::Mat mat() const {
-    cpu::Mat m = read(arg);
-    m.rows = flat.rows, m.cols = flat.cols, m.rs = flat.row_stride, m.cs = flat.col_stride;
-    return m;
+    return {read_data(arg), flat.rows, flat.cols, flat.row_stride, flat.col_stride, cpu_dtype(arg.dtype)};
   }
   cpu::Mat written_mat() const {
     cpu::Mat m = mat();
@@ -288,6 +286,24 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
           or_nothing(new_core, narrow)};
 }
 
+Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
+                        const OptionalTensor& A, const OptionalTensor& dA, double p,
+                        const OptionalTensor& seed) {
+  const Check c{"lotr::shrink_backward_"};
+  const Arg ak("k", k);
+  const auto adx = optional_arg("dx", dx), ax = optional_arg("x", x), aA = optional_arg("A", A),
+             adA = optional_arg("dA", dA);
+  check_shrink_backward(c, ak, pointer(adx), pointer(ax), pointer(aA), pointer(adA), p, seed);
+  OptionalTensor made;
+  if (ax) {
+    const Matrix x_matrix(c, *ax);
+    cpu::factor_grad(sum_or_new(adA, made, {x_matrix.flat.cols, ak.size[1]}, acc_dtype(ak.dtype)),
+                     x_matrix.mat(), read(ak), drop(p, seed), bool(adA));
+  }
+  if (adx) cpu::expand_add(Matrix(c, *adx).written_mat(), read(ak), read(*aA), drop(p, seed), {});
+  return or_nothing(made, acc_dtype(ak.dtype));
+}
+
 }  // namespace
 }  // namespace lotr
 
@@ -308,6 +324,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
       "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, "
       "Tensor core, float scaling, bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dcore)");
+  m.def(
+      "shrink_backward_(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, "
+      "Tensor? seed=None) -> Tensor dA");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
@@ -316,4 +335,5 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
   m.impl("layer_backward_", TORCH_BOX(&lotr::layer_backward_));
   m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward));
   m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_));
+  m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_));
 }

@@ -1,10 +1,11 @@
 """One u = x A for all layers of a group that are called on the same x, as q, k and v of a block are.
 
-    x, A --> LoTRLead (the first layer: G_q, W_q -> y_q; u, route) --+--> LoTRExpand (route, u, B, G_k, W_k -> y_k)
-                                                                     +--> LoTRExpand (route, u, B, G_v, W_v -> y_v)
+    x, A --> LoTRShrink (u, route) --+--> LoTRExpand (route, u, B, G_q, W_q -> y_q)
+                                     +--> LoTRExpand (route, u, B, G_k, W_k -> y_k)
+                                     +--> LoTRExpand (route, u, B, G_v, W_v -> y_v)
 
-`route` is x's place in the graph without its data: the siblings' gradients of x meet there, already summed, and LoTRLead's
-backward, which autograd runs after theirs, adds its own and k A^T to them and makes one pass over x for dA.
+`route` is x's place in the graph without its data. The siblings' gradients of x and u are summed here, as a factor's are in its
+shared gradient; LoTRShrink's backward, which autograd runs after theirs, adds k A^T to them and makes one pass over x for dA.
 
 A u is shared only by calls on the very same x object, unchanged, in the same grad mode, dtype, autocast state, dropout and
 checkpoint region, with no optimizer step between, and only once by each layer: a layer that comes again starts a new round. So
@@ -23,20 +24,34 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .shared_gradient import SharedGradient
+from ..compat import same_storage, saved_tensor_hook
+from .shared_gradient import SharedGradient, TaskSum
 
 
 class SharedInput:
     """One x of a group, and its u, for the siblings that will be called on it.
 
-    u must neither be stale nor keep x alive. u's graph can hold x, so in a graph only nodes that come after LoTRLead own this
-    object (`owned_by`; LoTRLead itself would be a cycle) and their group only sees it; and it empties itself when x dies, which
-    inside a checkpoint is long before its nodes do.
+    u must neither be stale nor keep x alive. u's graph can hold x, so in a graph only the siblings' nodes own this object and
+    their group only sees it; and it empties itself when x dies, which inside a checkpoint is long before its nodes do.
     """
 
-    __slots__ = ("__weakref__", "key", "region", "route", "seed", "spent", "u", "users", "x")
+    __slots__ = (
+        "A",
+        "__weakref__",
+        "gradient",
+        "kept",
+        "key",
+        "region",
+        "route",
+        "seed",
+        "spent",
+        "u",
+        "users",
+        "waiting",
+        "x",
+    )
 
-    def __init__(self, x: Tensor, key: tuple | None, region: Callable | None):
+    def __init__(self, x: Tensor, A: Tensor, key: tuple | None, region: Callable | None):
         own = weakref.ref(self)
 
         def forget(_) -> None:
@@ -44,9 +59,20 @@ class SharedInput:
                 alive.forget()
 
         self.x, self.key, self.region = weakref.ref(x, forget), key, None if region is None else weakref.ref(region)
+        self.A = None if key is None else (A, A.untyped_storage())
         self.users: set[int] = set()
         self.spent = False
+        self.gradient: SharedGradient | None = None  # of (u, x): its sums are pairs (k, dx)
+        self.waiting: list[weakref.ref] = []
+        self.kept: tuple | None = None
         self.forget()
+
+    @classmethod
+    def of(cls, u: Tensor) -> SharedInput:
+        """A u of one call's own, for no sibling."""
+        found = cls(u, u, None, None)
+        found.u = u
+        return found
 
     def forget(self) -> None:
         """Drops u, route and seed: no more siblings."""
@@ -60,28 +86,57 @@ class SharedInput:
             self.seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
         return self.seed
 
-    def spend(self) -> None:
-        """Its backward has begun: no more siblings, for an optimizer may follow, and a fused one changes A without a trace."""
-        self.spent = True
-        self.forget()
-
-    def serves(self, x: Tensor, key: tuple, region: Callable | None, user: int) -> bool:
+    def serves(self, x: Tensor, A: Tensor, key: tuple, region: Callable | None, user: object) -> bool:
         """Whether user, called on x, may take u, or the seed that is there before it."""
-        if (self.u is None and self.seed is None) or self.x() is not x or self.key != key or self.spent or user in self.users:
+        if (self.u is None and self.seed is None) or self.key != key or self.spent or id(user) in self.users:
+            return False
+        if self.x() is not x or self.A[0] is not A or not same_storage(self.A[1], A.untyped_storage()):
             return False
         return self.region is None if region is None else self.region is not None and self.region() is region
 
-    def recalls(self, A: Tensor) -> bool:
-        """Whether x and A are still those of a first backward, for a second one through another sibling."""
-        x = self.x()
-        return self.spent and x is not None and self.key is not None and (x._version, A._version) == self.key[:2]
+    # ---- backward ----------------------------------------------------------------------------------------------------
 
+    def await_backward(self, node: object) -> None:
+        """Records a sibling's node, whose backward may come after that of LoTRShrink, in a backward of its own."""
+        self.waiting.append(weakref.ref(node))
 
-def owned_by(y: Tensor, shared_input: SharedInput) -> Tensor:
-    """y, through a node of its own that owns shared_input until y's graph goes. Not a view: users may write into it."""
-    y = torch.ops.aten._unsafe_view.default(y, y.shape)
-    y.grad_fn.metadata[SharedInput] = shared_input
-    return y
+    def arrived(self, node: object) -> None:
+        """Records that a sibling's backward has run; no more siblings, for an optimizer may follow, which a fused one does
+        without a trace."""
+        self.spent = True
+        self.forget()
+        self.waiting = [reference for reference in self.waiting if reference() not in (None, node)]
+
+    def sum(self, device: torch.device) -> TaskSum:
+        """The running backward's sum of (k, dx), for a sibling to add to; None in it when new."""
+        if self.gradient is None:
+            self.gradient = SharedGradient()
+        return self.gradient.of_task(device)
+
+    def total(self, device: torch.device, k: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The running backward's whole sum, which is forgotten here, with what came by autograd's own way."""
+        total = self.gradient.of_task(device)
+        found, total.value = total.value, None
+        if found is None:
+            return k, dx
+        return tuple(b if a is None else a if b is None else a + b for a, b in zip((k, dx), found))
+
+    def keep(self, *saved: Tensor | None) -> None:
+        """What LoTRShrink saved, as long as a sibling's backward is still to come: autograd frees it after the first."""
+        waits = any(reference() is not None for reference in self.waiting)
+        self.kept = tuple((t, None if t is None else t._version) for t in saved) if waits else None
+
+    def kept_tensors(self) -> list[Tensor | None]:
+        """What was kept. Raises in the words of the error that is being handled, or of autograd, where it is not as it was."""
+        if self.kept is None:
+            raise
+        for t, version in self.kept:
+            if t is not None and t._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{tuple(t.shape)} is at version {t._version}; expected version {version}"
+                ) from None
+        return [t for t, _ in self.kept]
 
 
 class _Steps(threading.local):
@@ -118,33 +173,32 @@ class Group:
     def __reduce__(self):
         return Group, ()
 
-    def find(self, x: Tensor, A: Tensor, user: int, settings: tuple) -> tuple[SharedInput, bool]:
-        """The SharedInput for user's call on x, and whether this group may offer a new one to siblings.
+    def find(self, x: Tensor, A: Tensor, user: object, settings: tuple) -> SharedInput:
+        """The SharedInput for user's call on x: a sibling's, in which u or seed is set, or a new one.
 
-        Where one is found u or seed is set; else the caller sets u (and route, in a graph), or draws the seed, and then calls
-        `offer`.
+        With a new one the caller sets u (and route, in a graph), or draws the seed, and then calls `offer`.
         """
         # the innermost saved-tensor hook tells a checkpoint's forward, its recomputation and the code around apart: they must
         # save the same tensors, so they must decide alike and never share with each other
-        region = (torch._C._autograd._top_saved_tensors_default_hooks(False) or (None,))[0]
-        share = isinstance(region, _HOOKS) and not (x.is_inference() or A.is_inference())
-        if not share:
-            return SharedInput(x, None, None), False
+        region = (saved_tensor_hook(False) or (None,))[0]
+        if not isinstance(region, _HOOKS) or x.is_inference() or A.is_inference():
+            return SharedInput(x, A, None, None)
         key = (
-            *(x._version, A._version, x.data_ptr(), x.shape, x.requires_grad, x.is_leaf),
-            *(torch.is_grad_enabled(), A.requires_grad),
-            A.untyped_storage()._cdata,  # sharded training moves A's memory, not its storage
+            *(x._version, x.data_ptr(), x.shape, x.requires_grad, x.is_leaf),
+            *(A._version, A.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
             *(_steps.taken, settings),
         )
         found = self._newest.input()
-        if found is None or not found.serves(x, key, region, user):
-            found = SharedInput(x, key, region)
-        found.users.add(user)
-        return found, True
+        if found is None or not found.serves(x, A, key, region, user):
+            found = SharedInput(x, A, key, region)
+        found.users.add(id(user))
+        return found
 
-    def offer(self, shared_input: SharedInput, in_graph: bool) -> None:
-        """Makes shared_input the newest. Without a graph u cannot hold x, so the group may own it."""
-        self._newest.input = weakref.ref(shared_input) if in_graph else lambda: shared_input
+    def offer(self, shared_input: SharedInput) -> None:
+        """Makes shared_input the newest, if it may be shared. Without a graph u cannot hold x, so the group may own it."""
+        if shared_input.key is not None:
+            in_graph = shared_input.route is not None
+            self._newest.input = weakref.ref(shared_input) if in_graph else lambda: shared_input
 
 
 _HOOKS = (types.FunctionType, types.NoneType)  # what a weak reference can tell apart

@@ -3,8 +3,8 @@
     y = base(x) + sum over active adapters a of  s_a ((drop(x) A_a) G_a) B_a^T
 
 The layer owns a core for each adapter; A and B of a group are owned once by the tuner, and a core refers to its pair. The
-first active adapter runs with the base product (`layer_call.call_linear`) where the base is a plain nn.Linear or Conv1D; more
-adapters, and adapters over other bases, are added to the base's output (`layer_call.call_wrapped`).
+first active adapter runs with the base product (`call.call_linear`) where the base is a plain nn.Linear or Conv1D; more
+adapters, and adapters over other bases, are added to the base's output (`call.add_adapter`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..autograd.call import Adapter, call_linear, call_wrapped, delta_weight
+from ..autograd.call import Call, add_adapter, call_linear
 from ..layers.factors import LoTRFactors
-from ..layers.functional import Explanation, explain_call
+from ..layers.functional import explain_call
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings
 from ..layers.linear import is_conv1d
 from ..layers.quantized import has_plain_weight
 from ..model.targets import features, needs_wrap
+from ..ops.composite import delta_weight
+from ..ops.planner import Plan
 from .peft_config import LoTRPeftConfig
 
 
@@ -47,10 +49,10 @@ class LoTRCore(nn.Module):
         """All that the adapter has here, the shared factors among it."""
         return {"A": self.factors.A, "B": self.factors.B, "core": self.core}
 
-    def adapter(self) -> Adapter:
+    def call(self) -> Call:
         """What a call of the layer needs."""
         p = self.dropout if self.training else 0.0
-        return Adapter(self.core, self.scaling, p, self.factors._group, self)
+        return Call(self.core, self.scaling, p, self.factors._group, self)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -107,14 +109,14 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         plain = bool(cores) and not (args or kwargs) and not needs_wrap(base)
         if plain and (weight := own_weight(base)) is not None:
             core = cores.pop(0)
-            y = core.factors(lambda A, B: call_linear(x, weight, base.bias, A, B, core.adapter()))
+            y = core.factors(lambda A, B: call_linear(x, weight, base.bias, A, B, core.call()))
         else:
             y = base(x, *args, **kwargs)
         for core in cores:
-            y = core.factors(lambda A, B, y=y, core=core: call_wrapped(x, lambda _: y, A, B, core.adapter()))
+            y = core.factors(lambda A, B, y=y, core=core: add_adapter(x, y, A, B, core.call()))
         return y
 
-    def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Explanation]:
+    def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Plan]:
         """What each active adapter runs for x and why, in order: as `lotr_ext.explain`. Empty where only the base runs."""
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lotr_adapter]
         weight = None if needs_wrap(self.base_layer) else own_weight(self.base_layer)
@@ -122,7 +124,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         found = {}
         for name in names:
             core = self.lotr_adapter[name]
-            found[name] = explain_call(x, core.factors, core.adapter(), None if found else base, device)
+            found[name] = explain_call(x, core.factors, core.call(), None if found else base, device)
         return found
 
     # ---- which adapters are active and trained -----------------------------------------------------------------------

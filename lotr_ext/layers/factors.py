@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..autograd.shared_input import Group
 from .init import fill_factor_
@@ -52,7 +50,7 @@ class LoTRFactors(nn.Module):
     (N(0, 1), the paper's) or "kaiming"; see `lotr_ext.init`. dtype: float32, float64, bfloat16 or float16, torch's default if
     None.
     Every layer's gradient of A and B is added into one accumulator each, in float32 (float64 for float64), and autograd sees
-    one gradient a backward (`lotr_ext.hub`). Raises TypeError or ValueError naming the argument.
+    one gradient a backward (`lotr_ext.autograd.shared_gradient`). Raises TypeError or ValueError naming the argument.
 
     State: `A`, `B`; with an init that changed the base weights also the buffers `start_A`, `start_B`, which are not part of
     state_dict (`save_adapter` keeps them).
@@ -122,21 +120,3 @@ class LoTRFactors(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-def read(factors: LoTRFactors, operation: Callable[..., Tensor], *args) -> Tensor:
-    """operation(*args, A, B): by factors(..), or without nn.Module's way to it where nothing hangs on that module, no hook, no
-    wrapper, no subclass.
-
-    Right after a base product, when nothing of that way is in cache, it costs as much as a small operator.
-    """
-    own = factors.__dict__
-    if (
-        type(factors) is LoTRFactors
-        and "forward" not in own
-        and not (own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"])
-        and not (_global_forward_pre_hooks or _global_forward_hooks)
-    ):
-        parameters = own["_parameters"]
-        return operation(*args, parameters["A"], parameters["B"])
-    return factors(partial(operation, *args))

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from ..autograd.call import Adapter, call_linear, compute_dtype, decide
+from ..autograd.call import Call, call_linear, compute_dtype, plan_call
+from ..ops.planner import Plan
 from .factors import LoTRFactors
 from .layer import LoTRLayer, check_probability
 from .linear import LoTRWrapped
 from .mixture import call_mixed
-
-_NODES = (
-    "the differentiable composite of library products",
-    "one autograd node (LoTRFunction)",
-    "nodes shared with the siblings on x (LoTRLead, LoTRExpand)",
-)
 
 
 def _check_matrix(name: str, tensor: object, shape: tuple[int | None, int | None], meaning: str) -> None:
@@ -90,9 +84,9 @@ def lotr_linear(
     p = dropout_p if training else 0.0
     if core_index is not None:
         cores = (core * float(scaling))[core_index]
-        adapter = Adapter(core[0], 1.0, p, strategy=strategy)
-        return call_mixed(x, lambda x: nnf.linear(x, weight, bias), A, B, cores, adapter)
-    return call_linear(x, weight, bias, A, B, Adapter(core, float(scaling), p, strategy=strategy))
+        call = Call(core[0], 1.0, p, strategy=strategy)
+        return call_mixed(x, lambda x: nnf.linear(x, weight, bias), A, B, cores, call)
+    return call_linear(x, weight, bias, A, B, Call(core, float(scaling), p, strategy=strategy))
 
 
 def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, int]) -> None:
@@ -112,30 +106,7 @@ def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, 
         raise ValueError(f"core_index: expected indices in [0, {len(core)}), got {core_index.tolist()}")
 
 
-class Explanation(NamedTuple):
-    """What a call of a layer on x runs. str() gives it in words.
-
-    strategy: one of planner.STRATEGIES, or "base" where no adapter runs; kernels: whether our kernels run; nodes: how many
-    autograd nodes of ours (0: the composite); reason, why: what decided the strategy and the nodes; unfolded: whether the core
-    is multiplied with the tokens, being too few to fold it into B.
-    """
-
-    strategy: str
-    kernels: bool
-    nodes: int
-    reason: str
-    why: str
-    unfolded: bool = False
-
-    def __str__(self) -> str:
-        if self.strategy == "base":
-            return f"base layer only: {self.reason}"
-        if not self.kernels:
-            return f"{_NODES[0]}: {self.why}"
-        return f"strategy {self.strategy} ({self.reason}); {_NODES[self.nodes]} ({self.why})"
-
-
-def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = None) -> Explanation:
+def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = None) -> Plan:
     """Which path layer(x) takes and why, decided by the code that runs it; nothing is computed. x [..., in_features].
 
     device: as if layer and x were there ("cuda", say), instead of where they are.
@@ -145,31 +116,32 @@ def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = 
     if x.shape[-1:] != (layer.in_features,):
         raise ValueError(f"x: expected a last dimension of in_features = {layer.in_features}, got shape {tuple(x.shape)}")
     if layer.merged:
-        return Explanation("base", False, 0, "the adapter is merged into the weight", "")
+        return Plan("base", "the adapter is merged into the weight")
     if layer.disabled and layer.start_core is None:
-        return Explanation("base", False, 0, "the adapter is disabled", "")
+        return Plan("base", "the adapter is disabled")
     p = layer.dropout if layer.training else 0.0
-    adapter = Adapter(layer.core, layer.scaling, p, layer.factors._group, strategy=layer.strategy)
+    call = Call(layer.core, layer.scaling, p, layer.factors._group, strategy=layer.strategy)
     base = None if isinstance(layer, LoTRWrapped) else (layer.weight, layer.bias)
-    return explain_call(x, layer.factors, adapter, base, device)
+    return explain_call(x, layer.factors, call, base, device)
 
 
 def explain_call(
     x: Tensor,
     factors: LoTRFactors,
-    adapter: Adapter,
+    call: Call,
     base: tuple[Tensor, Tensor | None] | None,
     device: torch.device | str | None,
-) -> Explanation:
-    """The Explanation of one adapter's call on x. base: weight and bias of a base product of ours, None for a wrapped base."""
+) -> Plan:
+    """The Plan of one adapter's call on x. base: weight and bias of a base product of ours, None for a wrapped base."""
     trained = torch.is_grad_enabled() and base is not None and any(p.requires_grad for p in base if p is not None)
-    found: list[Explanation] = []
-    weight = None if base is None else base[0]
+    weight = None if base is None or trained else base[0]
     where = None if device is None else torch.device(device)
+    call.compute = compute_dtype(x) or x.dtype
+    found: list[Plan] = []
 
     def look(A: Tensor, B: Tensor) -> Tensor:
-        nodes, plan, why, unfolded = decide(x, A, adapter, compute_dtype(x) or x.dtype, trained, weight, where)
-        found.append(Explanation(plan.strategy if nodes else "composite", nodes > 0, nodes, plan.reason, why, unfolded))
+        plan = plan_call(x, A, call, weight, where)
+        found.append(plan if plan.nodes else plan._replace(strategy="composite"))
         return x
 
     factors(look)

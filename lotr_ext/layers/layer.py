@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..autograd.call import Adapter, call_linear, delta_weight
+from ..autograd.call import Call, call_linear
 from ..ops import accumulate_dtype
-from .factors import LoTRFactors, read
+from ..ops.composite import delta_weight
+from .factors import LoTRFactors
 from .mixture import Mixture, call_mixed, cores_of
 
 
@@ -115,32 +116,22 @@ class LoTRLayer(nn.Module):
             self.__dict__["factors"] = self._modules.pop("factors")
 
     def forward(self, x: Tensor) -> Tensor:
-        # an attribute of an nn.Module is looked up on every class of the layer first, and a parameter fails there, which costs
-        # as much as an operator where nothing is in cache; a parametrization is no parameter, and takes that way
-        own = self.__dict__
         shape = x.shape
-        if not shape or shape[-1] != own["in_features"]:
+        if not shape or shape[-1] != self.in_features:
             raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(shape)}")
-        if own["merged"] or (own["disabled"] and self.start_core is None):
+        if self.merged or (self.disabled and self.start_core is None):
             return self._base(x)
-        if own["disabled"]:
-            adapter = Adapter(self.start_core, self.scaling)
-            return self._call(x, adapter, self.factors.start_A, self.factors.start_B)
-        parameters, modules = own["_parameters"], own["_modules"]
-        core = parameters["core"] if "core" in parameters else self.core
-        factors = modules["factors"] if "factors" in modules else self.factors
-        p = own["dropout"] if own["training"] else 0.0
-        adapter = Adapter(core, own["scaling"], p, factors.__dict__["_group"], self, own["strategy"])
-        if "mixture" in own:
-            return self._mixed(x, factors, adapter)
-        return read(factors, self._call, x, adapter)
+        if self.disabled:
+            return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
+        factors = self.factors
+        call = Call(self.core, self.scaling, self.dropout if self.training else 0.0, factors._group, self, self.strategy)
+        if self.mixture is not None:
+            cores = cores_of(self.mixture, call.core)
+            return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, call))
+        return factors(lambda A, B: self._call(x, call, A, B))
 
-    def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
-        return call_linear(x, self._matrix(), self.bias, A, B, adapter)
-
-    def _mixed(self, x: Tensor, factors: LoTRFactors, adapter: Adapter) -> Tensor:
-        cores = cores_of(self.mixture, adapter.core)
-        return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, adapter))
+    def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
+        return call_linear(x, self._matrix(), self.bias, A, B, call)
 
     def _base(self, x: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _base")

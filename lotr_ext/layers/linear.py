@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..autograd.call import Adapter, call_linear, call_wrapped
+from ..autograd.call import Call, call_wrapped
 from ..ops import accumulate_dtype
 from .factors import LoTRFactors, check_dtype, check_rank
 from .layer import LoTRLayer, check_settings
@@ -84,11 +84,6 @@ class LoTRLinear(LoTRLayer, nn.Linear):
 
     def _base(self, x: Tensor) -> Tensor:
         return nnf.linear(x, self.weight, self.bias)
-
-    def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
-        parameters = self.__dict__["_parameters"]  # as in LoTRLayer.forward
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        return call_linear(x, weight, parameters["bias"] if "bias" in parameters else self.bias, A, B, adapter)
 
     def _matrix(self) -> Tensor:
         return self.weight
@@ -215,8 +210,8 @@ class LoTRWrapped(LoTRLayer):
     def _base(self, x: Tensor) -> Tensor:
         return self.base_layer(x)
 
-    def _call(self, x: Tensor, adapter: Adapter, A: Tensor, B: Tensor) -> Tensor:
-        return call_wrapped(x, self.base_layer, A, B, adapter)
+    def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
+        return call_wrapped(x, self.base_layer, A, B, call)
 
     def _matrix(self) -> Tensor:
         if self.merged:

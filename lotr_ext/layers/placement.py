@@ -31,8 +31,10 @@ def check_not_offloaded(factors: nn.Module, layers: Sequence[nn.Module]) -> None
     Raises:
         RuntimeError: a trained parameter on the meta device in a module with accelerate's offloading hook.
     """
-    if not factors._parameters["A"].is_meta and not any(layer._parameters["core"].is_meta for layer in layers):
-        return  # each forward comes here: without nn.Module's slow attributes
+    if not any(
+        t is not None and t.is_meta for t in (factors._parameters.get("A"), *(l._parameters.get("core") for l in layers))
+    ):
+        return  # each forward comes here; a generated one is no parameter, and accelerate knows none
     for module in (factors, *layers):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and parameter.requires_grad and any(getattr(h, "offload", False) for h in _hooks(module)):

@@ -15,7 +15,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..autograd.call import delta_weight
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_, tucker2
 from ..layers.layer import LoTRLayer, check_settings
@@ -23,6 +22,7 @@ from ..layers.linear import LoTRWrapped, adapt
 from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.sharded import in_parts
+from ..ops.composite import delta_weight
 from .config import LoTRConfig
 from .scope import attach_scope, detach_scope
 from .targets import Selection, Target, select, tied_names

@@ -17,10 +17,10 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 STRATEGIES = ("composite", "two_pass", "beta")
 BETA_TOKENS = 1024
@@ -33,10 +33,36 @@ _NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction",
 
 
 class Plan(NamedTuple):
-    """strategy: one of STRATEGIES; reason: for people."""
+    """What a call runs. str() gives it in words.
+
+    strategy: one of STRATEGIES, or "base" where no adapter runs; reason: what decided it. nodes: how many autograd nodes of
+    ours run (0: the composite), and why; unfolded: whether the core is multiplied with the tokens, not folded into B.
+    """
 
     strategy: str
     reason: str
+    nodes: int = 0
+    why: str = ""
+    unfolded: bool = False
+
+    @property
+    def kernels(self) -> bool:
+        """Whether our kernels run."""
+        return self.nodes > 0
+
+    def __str__(self) -> str:
+        if self.strategy == "base":
+            return f"base layer only: {self.reason}"
+        if not self.kernels:
+            return f"{_NODES[0]}: {self.why}"
+        return f"strategy {self.strategy} ({self.reason}); {_NODES[self.nodes]} ({self.why})"
+
+
+_NODES = (
+    "composite, torch's own products",
+    "one autograd node (LoTRFunction)",
+    "two autograd nodes (LoTRShrink, LoTRExpand)",
+)
 
 
 @functools.cache
@@ -114,15 +140,21 @@ def plan(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, strat
 
 def forced_strategy(strategy: str | None) -> tuple[str | None, str]:
     """(the strategy that is forced, or None; by whom): by an argument, else by LOTR_STRATEGY in the environment."""
-    if strategy is not None:
-        return strategy, "strategy"
-    forced = ENVIRONMENT.get(VARIABLE)
-    return forced.decode() if forced else None, "LOTR_STRATEGY"
+    return (strategy, "strategy") if strategy is not None else (os.environ.get("LOTR_STRATEGY") or None, "LOTR_STRATEGY")
 
 
-# Without os.environ's own encoding and decoding, which a call of every layer would pay for.
-ENVIRONMENT: Mapping[bytes, bytes] = getattr(os.environb, "_data", os.environb)
-VARIABLE = b"LOTR_STRATEGY"
+def plan_function(x: Tensor, core: Tensor, graph: bool) -> Plan:
+    """The Plan of a LoTRFunction by itself; graph: whether it will go backward."""
+    tokens = x.numel() // x.shape[-1]
+    return plan(tokens, max(core.shape), x.dtype, x.device)._replace(
+        nodes=1, unfolded=is_unfolded(tokens, x.dtype, x.device, graph)
+    )
+
+
+def is_unfolded(tokens: int, dtype: torch.dtype, device: torch.device, graph: bool) -> bool:
+    """Whether the core is multiplied with the tokens. Few tokens: that costs less than folding it into B; but on a GPU its
+    backward is six launches, and the folded one three. float16: F could leave its range where the layer's output does not."""
+    return dtype == torch.float16 or (tokens < FEW_TOKENS and not (graph and device.type == "cuda"))
 
 
 @functools.lru_cache(maxsize=1024)

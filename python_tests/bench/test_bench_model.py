@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import model
+from bench import model, targets
 from bench.measure.session import time_text
 from bench.measure.store import Store
 from bench.rivals import model as mr
@@ -14,7 +14,7 @@ QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["tiny-bert", "tiny-llama"])
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-llama", "tiny-lm"])
 def test_every_method_has_the_parameters_of_its_formula(name):
     base = mr.base_model(name, torch.float32, CPU)
     targets, r = mr.SHAPES[name].targets, 4
@@ -73,6 +73,51 @@ def test_it_measures_keeps_and_resumes(tmp_path, capsys):
     assert "1 of 1 cases are in" in out and "lotr_ext, size of LoRA" in out and f"{low}, {high}" in out
 
 
+def test_a_language_model_has_all_its_linear_layers_adapted(tmp_path, capsys):
+    base = mr.base_model("tiny-lm", torch.float32, CPU)
+    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert len(mr.adapted_widths(base, mr.SHAPES["tiny-lm"].targets)) == len(linear) - 1 and "lm_head" in linear
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    arguments = [*QUICK, "--model", "tiny-bert,tiny-lm", "--results", str(tmp_path)]
+    assert model.main([*arguments, "--dtypes", "fp32,bf16"]) == 0
+    cells = Store(tmp_path / "model.jsonl").read()
+    own = [cell for cell in cells if cell["case"]["model"] == "tiny-lm"]
+    assert [cell["rival"] for cell in own] == 2 * ["frozen", "lora-peft", "lotr-eager", "lotr_ext"]
+    assert {cell["rival"] for cell in cells if cell["case"]["model"] == "tiny-bert"} == set(mr.METHODS)
+    for cell in own:
+        assert cell["first_loss"] == pytest.approx(4.6, abs=0.2)  # log 100: nothing is known of 100 tokens
+        if cell["rival"] != mr.FLOOR and cell["case"]["dtype"] == "fp32":
+            assert cell["last_loss"] < cell["first_loss"], cell["rival"]
+    assert next(cell for cell in own if cell["rival"] == "lotr_ext")["error"] < 1e-4
+
+
+def test_the_model_of_the_language_model():
+    """SmolLM2-135M: 134,515,008 parameters, its head tied to the embedding."""
+    with torch.device("meta"):
+        made = mr.base_model("smollm2-135m", torch.float32, torch.device("meta"))
+    assert sum(p.numel() for p in made.parameters()) == 134515008
+    assert model.case_of("smollm2-135m", "fp32", 1, model.arguments(QUICK)).sequence == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "lora", "lines", "met"),
+    [
+        ("smollm2-135m", [9.4, 9.5, 9.6], [9.9, 10, 10.1], [9.6, 9.7, 9.8], ["yes", "yes"]),
+        ("smollm2-135m", [9.7, 9.8, 9.9], [9.9, 10, 10.1], [9.7, 9.7, 9.8], ["within the spread", "yes, within the spread"]),
+        ("smollm2-135m", [9.9, 9.9, 9.9], [9.9, 10, 10.1], [9.6, 9.7, 9.8], ["no", "no"]),
+        ("minilm", [9.9, 9.9, 9.9], [9.9, 10, 10.1], [9.6, 9.7, 9.8], ["yes"]),
+    ],
+)
+def test_the_targets_of_a_step(name, ours, lora, lines, met):
+    case = {"model": name, "batch": 1, "sequence": 8, "r": 16, "dtype": "fp32", "threads": 1}
+    cells = [
+        {"case": case, "rival": rival, "label": rival, "step": {"seconds": seconds}, "peak_bytes": 1}
+        for rival, seconds in (("lotr_ext", ours), ("lora-peft", lora), ("lotr-eager", lines))
+    ]
+    found = [verdict for verdict in targets.model_verdicts(cells) if verdict.what.startswith("step")]
+    assert [verdict.met for verdict in found] == met
+
+
 def test_a_wrong_gradient_loses_its_case_alone(tmp_path, monkeypatch, capsys):
     right = mr.EagerLoTR.forward
 
@@ -129,8 +174,9 @@ def test_without_peft_the_rest_is_measured(monkeypatch):
     real = model.importlib.util.find_spec
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
     options = model.arguments(QUICK)
-    assert not set(options.methods) & set(mr.PEFTS) and {mr.FLOOR, mr.OURS, "lotr-eager"} <= set(options.methods)
-    assert set(options.left_out) == {"lora-peft", "vera-peft", "lora-peft-as-lotr", "vera-peft-as-lotr"}
+    methods = model.methods_of("minilm", options)
+    assert not set(methods) & set(mr.PEFTS) and {mr.FLOOR, mr.OURS, "lotr-eager"} <= set(methods)
+    assert set(options.without) == {"lora-peft", "vera-peft", "lora-peft-as-lotr", "vera-peft-as-lotr"}
     with pytest.raises(ValueError, match="methods: lora-peft needs the package peft, which is not installed"):
         model.arguments([*QUICK, "--methods", "lora-peft,lotr_ext"])
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)

@@ -28,7 +28,7 @@ def layer_of(k: int = 20, n: int = 14, rank=3, dtype: torch.dtype = torch.float3
 def forget_plans() -> None:
     """What was decided before a test changed the facts."""
     planner.plan_of.cache_clear()
-    layer_call._decision.cache_clear()
+    layer_call._plan.cache_clear()
 
 
 def truth(layer, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -242,13 +242,13 @@ def test_on_cuda_our_kernels_are_the_default(dtype, monkeypatch):
     for rank in (1, 16, 256):
         layer = layer_of(rank=rank, dtype=dtype)
         LoTRLinear.from_linear(layer.to_linear(), layer.factors)
-        for tokens, strategy, nodes in ((1, "two_pass", 2), (512, "two_pass", 2), (8192, "beta", 2)):
+        for tokens, strategy in ((1, "two_pass"), (512, "two_pass"), (8192, "beta")):
             explanation = explain(layer, torch.empty(tokens, 20, dtype=dtype), device="cuda")
-            assert explanation.kernels and explanation.strategy == strategy and explanation.nodes == nodes
+            assert explanation.kernels and explanation.strategy == strategy
+            # in training three launches backward, where the unfolded form takes six; a folded float16 could leave its range
+            half = dtype == torch.float16
+            assert explanation.unfolded == half and explanation.nodes == (1 if half else 2)
     one = torch.empty(1, 20, dtype=dtype)
-    assert (
-        explain(layer, one, device="cuda").nodes == 2
-    )  # in training three launches backward, where the unfolded form takes six
     with torch.no_grad():
         assert explain(layer, one, device="cuda").nodes == 1
     too_high = explain(layer_of(rank=257, dtype=dtype), torch.empty(512, 20, dtype=dtype), device="cuda")

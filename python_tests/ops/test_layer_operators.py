@@ -11,14 +11,36 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lotr_ext import ops, reference
-from lotr_ext.autograd import direction
-from lotr_ext.autograd.direction import Dropout
 from nets import relative
 
 # Of |got - truth| / |truth|: each operand is rounded to the dtype once (the eager formula does no better), sums are wider.
 CLOSE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 SHAPES = [(7, 24, 17, 4, 3), (1, 33, 8, 1, 5), (130, 64, 48, 16, 16), (300, 50, 70, 33, 20), (3, 768, 96, 16, 16)]
 S = 0.7
+
+
+def layer_forward(x, weight, bias, A, B, core, s, beta, u=None, F=None, p=0.0, seed=None):
+    """y, and u and F where they are new."""
+    y, new_u, new_F = ops.layer_forward(x, weight, bias, A, B, core, s, beta, u=u, F=F, p=p, seed=seed)
+    return y, None if u is not None else new_u, None if F is not None else new_F
+
+
+def layer_backward_(g, weight, x, u, A, F, B, core, s, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
+    sums = {"k": k, "dx": dx, "Q": Q, "dA": dA, "dB": dB, "need_B": need_B, "need_core": need_core, "p": p, "seed": seed}
+    return ops.layer_backward(g, weight, x, u, A, F, B, core, s, beta, **sums)
+
+
+def small_layer_forward(x, weight, bias, A, B, core, s, beta):
+    y, u, F = ops.layer_forward(x, weight, bias, A, B, core, s, beta, True)
+    assert F is None
+    return y, u
+
+
+def small_layer_backward_(g, weight, x, u, A, B, core, s, beta, dA, dB, need_B, need_core):
+    sums = {"dA": dA, "dB": dB, "need_B": need_B, "need_core": need_core}
+    dx, k, *rest = ops.layer_backward(g, weight, x, u, A, None, B, core, s, beta, True, **sums)
+    assert k is None
+    return dx, *rest
 
 
 class Layer:
@@ -31,7 +53,7 @@ class Layer:
         self.x, self.g = make(*leading, k), make(*leading, n)
         self.weight, self.bias = make(n, k, scale=k**-0.5), make(n)
         self.A, self.B, self.core = make(k, r_in, scale=k**-0.5), make(n, r_out), make(r_in, r_out)
-        self.dropout = Dropout(p, torch.tensor([11]) if p else None)
+        self.dropout = (p, torch.tensor([11]) if p else None)
         self.mask = reference.dropout_mask(m, k, p, 11) if p else None
 
     def wide(self) -> list[Tensor]:
@@ -51,7 +73,7 @@ class Layer:
 
     def forward(self, beta: bool, *, bias: bool = True, u: Tensor | None = None, F: Tensor | None = None):
         A, b = None if u is not None else self.A, self.bias if bias else None
-        return ops.layer_forward(self.x, self.weight, b, A, self.B, self.core, S, beta, u, F, *self.dropout)
+        return layer_forward(self.x, self.weight, b, A, self.B, self.core, S, beta, u, F, *self.dropout)
 
 
 @pytest.fixture(params=CLOSE, ids=str)
@@ -86,21 +108,21 @@ def test_forward(shape, beta, p, dtype):
 def test_small(shape, beta, dtype):
     layer = Layer(shape, dtype)
     factors = (layer.A, layer.B, layer.core)
-    y, u = ops.small_layer_forward(layer.x, layer.weight, layer.bias, *factors, S, beta)
+    y, u = small_layer_forward(layer.x, layer.weight, layer.bias, *factors, S, beta)
     assert relative(y, layer.truth()[0]) < CLOSE[dtype] and relative(u, layer.truth()[1]) < CLOSE[dtype]
     want, wide = layer.gradients(), ops.accumulate_dtype(dtype)
-    got = ops.small_layer_backward_(layer.g, layer.weight, layer.x, u, *factors, S, beta, None, None, True, True)
+    got = small_layer_backward_(layer.g, layer.weight, layer.x, u, *factors, S, beta, None, None, True, True)
     for gradient, truth in zip(got, want):
         assert relative(gradient, truth) < 2 * CLOSE[dtype]
     assert all(t.dtype == dtype for t in got)  # that of the factors
     sums = torch.ones(layer.A.shape, dtype=wide), torch.ones(layer.B.shape, dtype=wide)
-    added = ops.small_layer_backward_(layer.g, layer.weight, layer.x, u, *factors, S, beta, *sums, True, True)
+    added = small_layer_backward_(layer.g, layer.weight, layer.x, u, *factors, S, beta, *sums, True, True)
     assert added[1] is None and added[2] is None and torch.equal(added[0], got[0])
     rounded_once = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 1e-5)
     for total, fresh in zip(sums, got[1:3]):
         assert relative(total - 1, fresh.double()) < rounded_once
     for weight, x, need_B, need_core in itertools.product((layer.weight, None), (layer.x, None), (True, False), (True, False)):
-        part = ops.small_layer_backward_(layer.g, weight, x, u, *factors, S, beta, None, None, need_B, need_core)
+        part = small_layer_backward_(layer.g, weight, x, u, *factors, S, beta, None, None, need_B, need_core)
         asked = (weight is not None, x is not None, need_B, need_core)
         assert [t is not None for t in part] == list(asked)
         assert all(torch.equal(t, whole) for t, whole in zip(part, got) if t is not None)
@@ -113,7 +135,7 @@ def test_backward_of_a_layer_by_itself(shape, beta, p, dtype):
     layer = Layer(shape, dtype, p=p)
     _, u, F = layer.forward(beta)
     factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core)
-    got = ops.layer_backward_(layer.g, *factors, S, beta, *[None] * 5, True, True, *layer.dropout)
+    got = layer_backward_(layer.g, *factors, S, beta, *[None] * 5, True, True, *layer.dropout)
     dx, k, dA, dB, dcore = got
     assert k is None and dx.dtype == dtype
     for gradient, truth in zip((dx, dA, dB, dcore), layer.gradients()):
@@ -130,10 +152,10 @@ def test_new_gradients_have_the_factors_dtype(small):
     for A, B, core in (narrow, wide, (narrow[0], *wide[1:])):
         if small:
             args = (layer.g, layer.weight, layer.x, u, A, B, core, S, False, None, None, True, True)
-            found.append(ops.small_layer_backward_(*args)[1:])
+            found.append(small_layer_backward_(*args)[1:])
         else:
             args = (layer.g, layer.weight, layer.x, u, A, F, B, core, S, False, *[None] * 5, True, True)
-            found.append(ops.layer_backward_(*args)[2:])
+            found.append(layer_backward_(*args)[2:])
     assert [t.dtype for t in found[0]] == 3 * [torch.bfloat16]
     assert [t.dtype for t in found[1] + found[2]] == 6 * [torch.float32]
     for a, b, c in zip(*found):
@@ -156,7 +178,7 @@ def test_backward_adds_to_what_is_given(beta, dtype):
         given_dx = dx.clone()
         factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core)
         needs = (False, False) if bank else (True, True)
-        found = ops.layer_backward_(layer.g, *factors, S, beta, k, given_dx, Q, dA, None if bank else dB, *needs)
+        found = layer_backward_(layer.g, *factors, S, beta, k, given_dx, Q, dA, None if bank else dB, *needs)
         assert [t is None for t in found] == [True, True, True, True, bank]
         assert relative(given_dx, want_dx) < 2 * CLOSE[dtype] and relative(dA, want_dA) < 2 * CLOSE[dtype]
         if bank:
@@ -170,7 +192,7 @@ def test_backward_of_a_sibling_returns_k(dtype):
     _, u, F = layer.forward(False)
     g, _, weight, *_ = layer.wide()
     factors = (layer.weight, None, u, None, F, layer.B, layer.core)
-    dx, k, dA, dB, dcore = ops.layer_backward_(layer.g, *factors, S, False, *[None] * 5, True, False)
+    dx, k, dA, dB, dcore = layer_backward_(layer.g, *factors, S, False, *[None] * 5, True, False)
     assert relative(dx, g @ weight) < CLOSE[dtype] and relative(k, g @ F.double()) < CLOSE[dtype]
     assert dA is None and dcore is None and relative(dB, layer.gradients()[2]) < 2 * CLOSE[dtype]
 
@@ -191,9 +213,9 @@ def test_layouts(layout):
     for beta in (False, True):
         y, u, F = layer.forward(beta)
         factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core)
-        dx, _, *rest = ops.layer_backward_(layer.g, *factors, S, beta, *[None] * 5, True, True)
-        small_y, small_u = ops.small_layer_forward(x, layer.weight, layer.bias, layer.A, layer.B, layer.core, S, beta)
-        small = ops.small_layer_backward_(
+        dx, _, *rest = layer_backward_(layer.g, *factors, S, beta, *[None] * 5, True, True)
+        small_y, small_u = small_layer_forward(x, layer.weight, layer.bias, layer.A, layer.B, layer.core, S, beta)
+        small = small_layer_backward_(
             g, layer.weight, x, small_u, layer.A, layer.B, layer.core, S, beta, None, None, True, True
         )
         for got, want in zip((y, small_y), 2 * [layer.truth()[0]]):
@@ -212,7 +234,7 @@ def test_same_bits_at_any_thread_count(dtype):
         layer = Layer((700, 96, 130, 16, 16), dtype)
         u, F = ops.shrink(layer.x, layer.A), ops.fold(layer.B, layer.core[None], S, dtype)[0]
         factors = (None, layer.x, u, layer.A, F, layer.B, layer.core)  # without the library's product, whose bits are its own
-        results.append(ops.layer_backward_(layer.g, *factors, S, True, *[None] * 5, True, True)[2:])
+        results.append(layer_backward_(layer.g, *factors, S, True, *[None] * 5, True, True)[2:])
     torch.set_num_threads(1)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
@@ -234,21 +256,37 @@ class Seen(TorchDispatchMode):
 def test_a_dispatch_mode_sees_the_parts(strategy, dtype):
     """Selective checkpointing and counters of operators need the products; the numbers are those of the one operator."""
     layer = Layer((130, 64, 48, 16, 5), dtype, leading=(2, 65), p=0.3)
-    tensors = (layer.weight, layer.bias, layer.A, layer.B, layer.core, S, None, strategy)
-    y, u, F = direction.forward(layer.x, *tensors, dropout=layer.dropout)
+    tensors, beta = (layer.weight, layer.bias, layer.A, layer.B, layer.core, S), strategy == "beta"
+    y, u, F = layer_forward(layer.x, *tensors, beta, None, None, *layer.dropout)
     with Seen() as seen:
-        parts = direction.forward(layer.x, *tensors, dropout=layer.dropout)
+        parts = layer_forward(layer.x, *tensors, beta, None, None, *layer.dropout)
     assert {"shrink", "fold", "expand_add_"} <= set(seen.names) and "layer_forward" not in seen.names
     for got, want in zip(parts, (y, u, F)):
         assert relative(got, want.double()) < CLOSE[dtype]
-    factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core, S, strategy)
-    settings = {"need_B": True, "need_core": True, "dropout": layer.dropout}
-    whole = direction.backward(layer.g, *factors, **settings)
+    wide = ops.accumulate_dtype(dtype)
+    k, dx = torch.randn(130, 16).to(dtype), torch.randn(2, 65, 64).to(dtype)
+    Q, dA, dB = (torch.ones(size, dtype=wide) for size in ((48, 16), layer.A.shape, layer.B.shape))
+    factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core, S, beta)
+    cases = [([None] * 5, (True, True)), ([k, dx, None, dA, dB], (True, True)), ([k, dx, Q, dA, None], (False, False))]
+    for sums, needs in cases:
+        given = [[None if t is None else t.clone() for t in sums] for _ in range(2)]
+        whole = layer_backward_(layer.g, *factors, *given[0], *needs, *layer.dropout)
+        with Seen() as seen:
+            single = layer_backward_(layer.g, *factors, *given[1], *needs, *layer.dropout)
+        read = "shrink_grad" if sums[2] is None else "shrink_grad_"
+        folds = set() if sums[2] is not None else {"fold_grad"}
+        assert {"mm", read, "expand_add_", "factor_grad_", *folds} <= set(seen.names) and "layer_backward_" not in seen.names
+        for got, want in zip([*single, *given[1]], [*whole, *given[0]]):
+            assert (got is None) == (want is None) and (got is None or relative(got, want.double()) < CLOSE[dtype])
+    factors = (layer.B, layer.core, S, beta)
+    y, u = small_layer_forward(layer.x, layer.weight, layer.bias, layer.A, *factors)
+    gradients = small_layer_backward_(layer.g, layer.weight, layer.x, u, layer.A, *factors, None, None, True, True)
     with Seen() as seen:
-        single = direction.backward(layer.g, *factors, **settings)
-    assert {"mm", "shrink_grad_", "fold_grad", "expand_add_", "factor_grad_"} <= set(seen.names)
-    for got, want in zip(single, whole):
-        assert (got is None) == (want is None) and (got is None or relative(got, want.double()) < CLOSE[dtype])
+        parts = small_layer_forward(layer.x, layer.weight, layer.bias, layer.A, *factors)
+        others = small_layer_backward_(layer.g, layer.weight, layer.x, u, layer.A, *factors, None, None, True, True)
+    assert {"mm", "small_forward_", "small_backward_"} <= set(seen.names) and "small_layer_forward" not in seen.names
+    for got, want in zip((*parts, *others), (y, u, *gradients)):
+        assert relative(got, want.double()) < CLOSE[dtype]
 
 
 def test_bad_input_is_named_before_anything_runs():
@@ -258,29 +296,42 @@ def test_bad_input_is_named_before_anything_runs():
     backward = [layer.g, layer.weight, layer.x, u, layer.A, F, layer.B, layer.core, S, True, None, None, None]
     backward += [torch.zeros(8, 3), torch.zeros(5, 2), True, True]
     small = [layer.g, layer.weight, layer.x, u, layer.A, layer.B, layer.core, S, True, None, None, True, True]
+    lotr = torch.ops.lotr
     cases = [
-        (ops.layer_forward, forward, 0, torch.randn(8), "x: expected a tensor [.., K]"),
-        (ops.layer_forward, forward, 0, torch.randn(2, 3, 16)[..., ::2].transpose(0, 1), "x: expected leading dimensions"),
-        (ops.layer_forward, forward, 1, torch.randn(5, 9), "weight: expected size 8"),
-        (ops.layer_forward, forward, 1, torch.randn(5, 8).double(), "weight: expected dtype torch.float32"),
-        (ops.layer_forward, forward, 2, torch.randn(4), "bias: expected size 5"),
-        (ops.layer_forward, forward, 3, None, "A: expected a tensor"),
-        (ops.layer_forward, forward, 3, torch.randn(8, 4), "A: expected size 3"),
-        (ops.layer_forward, forward, 5, torch.randn(3, 3), "core: expected size 2"),
-        (ops.layer_forward, forward, 6, float("nan"), "scaling: expected a finite number"),
-        (ops.layer_forward, forward, 8, torch.randn(6, 3), "A: expected a tensor or None"),
-        (ops.layer_forward, forward, 9, torch.randn(5, 4), "F: expected size 3"),
-        (ops.layer_backward_, backward, 0, torch.randn(6, 4), "g: expected size 5"),
-        (ops.layer_backward_, backward, 2, torch.randn(5, 8), "x: expected 6 tokens"),
-        (ops.layer_backward_, backward, 3, None, "u: expected a tensor because Q or dB is given"),
-        (ops.layer_backward_, backward, 4, None, "x: expected None without A and F"),
-        (ops.layer_backward_, backward, 10, torch.randn(6, 4), "k: expected size 3"),
-        (ops.layer_backward_, backward, 11, torch.randn(1, 8).expand(6, 8), "dx: expected a tensor without repeated"),
-        (ops.layer_backward_, backward, 13, torch.zeros(8, 3).double(), "dA: expected dtype torch.float32"),
-        (ops.layer_backward_, backward, 14, torch.zeros(5, 3), "dB: expected size 2"),
-        (ops.small_layer_backward_, small, 3, None, "u: expected a tensor because need_B or need_core"),
-        (ops.small_layer_backward_, small, 2, torch.randn(6, 9), "x: expected size 8"),
-        (ops.small_layer_backward_, small, 9, torch.zeros(8, 4), "dA: expected size 3"),
+        (lotr.layer_forward, forward, 0, torch.randn(()), "x: expected a tensor [.., K]"),
+        (
+            torch.ops.lotr.layer_forward,
+            forward,
+            0,
+            torch.randn(2, 3, 16)[..., ::2].transpose(0, 1),
+            "x: expected leading dimensions",
+        ),
+        (lotr.layer_forward, forward, 1, torch.randn(5, 9), "weight: expected size 8"),
+        (lotr.layer_forward, forward, 1, torch.randn(5, 8).double(), "weight: expected dtype torch.float32"),
+        (lotr.layer_forward, forward, 2, torch.randn(4), "bias: expected size 5"),
+        (lotr.layer_forward, forward, 3, None, "A: expected a tensor"),
+        (lotr.layer_forward, forward, 3, torch.randn(8, 4), "A: expected size 3"),
+        (lotr.layer_forward, forward, 5, torch.randn(3, 3), "core: expected size 2"),
+        (lotr.layer_forward, forward, 6, float("nan"), "scaling: expected a finite number"),
+        (lotr.layer_forward, forward, 8, torch.randn(6, 3), "A: expected a tensor or None"),
+        (lotr.layer_forward, forward, 9, torch.randn(5, 4), "F: expected size 3"),
+        (lotr.layer_backward_, backward, 0, torch.randn(6, 4), "g: expected size 5"),
+        (lotr.layer_backward_, backward, 2, torch.randn(5, 8), "x: expected 6 tokens"),
+        (lotr.layer_backward_, backward, 3, None, "u: expected a tensor because Q or dB is given"),
+        (lotr.layer_backward_, backward, 4, None, "x: expected None without A and F"),
+        (lotr.layer_backward_, backward, 10, torch.randn(6, 4), "k: expected size 3"),
+        (
+            torch.ops.lotr.layer_backward_,
+            backward,
+            11,
+            torch.randn(1, 8).expand(6, 8),
+            "dx: expected a tensor without repeated",
+        ),
+        (lotr.layer_backward_, backward, 13, torch.zeros(8, 3).double(), "dA: expected dtype torch.float32"),
+        (lotr.layer_backward_, backward, 14, torch.zeros(5, 3), "dB: expected size 2"),
+        (lotr.small_layer_backward_, small, 3, None, "u: expected a tensor because need_B or need_core"),
+        (lotr.small_layer_backward_, small, 2, torch.randn(6, 9), "x: expected size 8"),
+        (lotr.small_layer_backward_, small, 9, torch.zeros(8, 4), "dA: expected size 3"),
     ]
     for function, good, index, bad, message in cases:
         arguments = [*good[:index], bad, *good[index + 1 :]]
@@ -305,8 +356,15 @@ class Elsewhere(Tensor):
 
 @pytest.mark.parametrize("name", ["weight", "bias", "A", "B", "core"])
 def test_a_tensor_without_memory_is_named(name):
-    """The layers call the operators past the dispatcher, which would have turned it down."""
+    """A subclass is asked itself, by the dispatcher; what has lost its memory, or never had any, is turned down by name."""
     layer = Layer((200, 8, 5, 3, 2), torch.float32)
-    setattr(layer, name, Elsewhere(getattr(layer, name)))
-    with pytest.raises(RuntimeError, match=f"{name}: expected a plain tensor"):
-        direction.forward(layer.x, layer.weight, layer.bias, layer.A, layer.B, layer.core, S, None, "beta")
+    right = getattr(layer, name)
+    setattr(layer, name, Elsewhere(right))
+    with pytest.raises(TypeError, match="Elsewhere: no operator"):
+        layer.forward(True)
+    freed = right.clone()
+    freed.untyped_storage().resize_(0)
+    for gone in (freed, right.to("meta")):
+        setattr(layer, name, gone)
+        with pytest.raises(RuntimeError, match=f"{name}: expected"):
+            layer.forward(True)

@@ -1,0 +1,350 @@
+// One direction of a whole layer (cpu_layer.cpp has the equations) as the products that it is made of, in two
+// uses:
+//
+//   CUDA        what layer_forward and its kind run there: our operators around the library's products
+//   decomposed  what a dispatch mode is shown (OpOverload.decompose): each product by the dispatcher. Forward
+//               nothing is written that an operator gave, for selective checkpointing keeps what it likes
+//
+// Calls go through the dispatcher, one or two microseconds each; the products on CUDA by the C functions
+// underneath, since the dispatcher's stable interface takes no alpha and beta.
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+
+namespace lotr {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using torch::stable::detail::from;
+
+// Calls an operator; returns its results as they lie on the stack.
+template <size_t results, typename... Args>
+std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> dispatch(
+    const char* op, const Args&... args) {
+  std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> stack{from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+template <typename... Args>
+Tensor one(const char* op, const Args&... args) {
+  return torch::stable::detail::to<Tensor>(dispatch<1>(op, args...)[0]);
+}
+
+Tensor shrink(const Tensor& x, const Tensor& A, double p = 0.0, const OptionalTensor& seed = std::nullopt) {
+  return one("lotr::shrink", x, A, p, seed);
+}
+void expand_add(const Tensor& y, const Tensor& u, const Tensor& F, double p = 0.0,
+                const OptionalTensor& seed = std::nullopt) {
+  dispatch<0>("lotr::expand_add_", y, u, F, p, seed);
+}
+void factor_grad(const Tensor& acc, const Tensor& x, const Tensor& k, double p = 0.0,
+                 const OptionalTensor& seed = std::nullopt) {
+  dispatch<0>("lotr::factor_grad_", acc, x, k, p, seed);
+}
+Tensor product(const Tensor& a, const Tensor& b) {
+  return one("aten::mm", a, b);
+}
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = std::nullopt) {
+  return one("aten::linear", x, weight, bias);
+}
+Tensor zeros(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_zeros(like, size, dtype);
+}
+Tensor nothing(const Tensor& like, ScalarType dtype) {
+  return zeros(like, {0}, dtype);
+}
+Tensor rows(const Tensor& t) {
+  return t.dim() == 2 ? t : torch::stable::reshape(t, {-1, t.size(t.dim() - 1)});
+}
+// t [m, cols] in the leading dimensions of like.
+Tensor shaped(const Tensor& t, const Tensor& like) {
+  if (like.dim() == 2) return t;
+  std::vector<int64_t> size;
+  for (int64_t i = 0; i < like.dim() - 1; ++i) size.push_back(like.size(i));
+  size.push_back(t.size(1));
+  return torch::stable::view(t, size);
+}
+Tensor in(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// out += a b, by the library.
+void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
+  using Addmm = int32_t (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
+                            double);
+  static const Addmm addmm = [] {
+    // the library that torch has loaded; RTLD_DEFAULT would not see it
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Addmm>(dlsym(library, "aoti_torch_cuda_addmm_out")) : nullptr;
+  }();
+  if (!addmm) fail("lotr: expected a torch built with CUDA, got one without libtorch_cuda.so");
+  STABLE_TORCH_ERROR_CODE_CHECK(addmm(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+enum class Use { cuda, decomposed };
+
+struct Named {
+  const char* name;
+  const Tensor* tensor;
+};
+Named named(const char* name, const Tensor& t) {
+  return {name, &t};
+}
+Named named(const char* name, const OptionalTensor& t) {
+  return {name, t ? &*t : nullptr};
+}
+// All tensors are where the first is; the operators called check the rest. (Fake tensors have a device too.)
+void check_devices(const char* op, std::initializer_list<Named> all) {
+  const Arg first(all.begin()->name, *all.begin()->tensor);
+  for (const Named& n : all) {
+    if (!n.tensor) continue;
+    const Arg a(n.name, *n.tensor);
+    if (a.device_type != first.device_type || a.device_index != first.device_index)
+      fail(op, ": ", a.name, ": expected the device of ", first.name, " (type ", first.device_type,
+           ", index ", first.device_index, "), got type ", a.device_type, ", index ", a.device_index);
+  }
+}
+
+using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
+
+template <Use use>
+Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling, bool beta,
+                      const OptionalTensor& given_u, const OptionalTensor& given_F, double p,
+                      const OptionalTensor& seed) {
+  check_devices("lotr::layer_forward", {named("x", x), named("weight", weight), named("bias", bias),
+                                        named("A", A), named("B", B), named("core", core),
+                                        named("u", given_u), named("F", given_F), named("seed", seed)});
+  const Tensor flat = rows(x);
+  OptionalTensor u, F;
+  if (!given_u) u = shrink(flat, *A, p, seed);
+  if (!given_F)
+    F = torch::stable::squeeze(
+        one("lotr::fold", B, torch::stable::unsqueeze(core, 0), scaling, x.scalar_type()), 0);
+  const Tensor &u_in = u ? *u : *given_u, &F_in = F ? *F : *given_F;
+  if (use == Use::cuda && beta) {
+    Tensor y = linear(u_in, F_in, bias);
+    product_onto(y, flat, torch::stable::transpose(weight, 0, 1));
+    return {shaped(y, x), u, F};
+  }
+  Tensor y = linear(flat, weight, bias);
+  if (use == Use::decomposed) {
+    y = one("lotr::expand", y, u_in, F_in);
+  } else {
+    expand_add(y, u_in, F_in);
+  }
+  return {shaped(y, x), u, F};
+}
+
+// Q of a new tensor or added to a given one, and k, each as its operands are there.
+struct ReadOfG {
+  OptionalTensor k, Q;
+};
+ReadOfG read_g(const Tensor& g, const OptionalTensor& F, const OptionalTensor& u, const OptionalTensor& Q,
+               ScalarType wide) {
+  if (F && u && Q) return {one("lotr::shrink_grad_", *Q, g, *F, *u), Q};
+  if (F && u) {
+    const auto stack = dispatch<2>("lotr::shrink_grad", g, *F, *u);
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+  }
+  if (F) return {shrink(g, *F), std::nullopt};
+  if (!u) return {};
+  const Tensor sum = Q ? *Q : zeros(g, {g.size(1), u->size(1)}, wide);
+  factor_grad(sum, g, *u);
+  return {std::nullopt, sum};
+}
+
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What new gradients of the factors are rounded to: their own dtype where they have one in common.
+ScalarType gradient_dtype(const OptionalTensor& A, const Tensor& B, const Tensor& core) {
+  const ScalarType own = B.scalar_type();
+  return own == core.scalar_type() && (!A || A->scalar_type() == own) ? own : acc_dtype(own);
+}
+
+// a + b; the stable interface has the difference alone.
+Tensor sum(const Tensor& a, const Tensor& b) {
+  return torch::stable::subtract(a, b, -1.0);
+}
+
+// dx (+)= g W and, expanding, drop(k A^T): that first, where the base product can accumulate onto it.
+template <Use use>
+Tensor input_gradient(const Tensor& g, const Tensor& weight, const OptionalTensor& given, bool expands,
+                      bool beta, const OptionalTensor& k, const OptionalTensor& A, double p,
+                      const OptionalTensor& seed) {
+  if (use == Use::cuda && expands && beta) {
+    Tensor dx = given      ? rows(*given)
+                : p == 0.0 ? linear(*k, in(*A, g.scalar_type()))
+                           : zeros(g, {g.size(0), weight.size(1)}, g.scalar_type());
+    if (given || p != 0.0) expand_add(dx, *k, *A, p, seed);
+    product_onto(dx, g, weight);
+    return dx;
+  }
+  Tensor dx;
+  if (given && use == Use::cuda) {
+    dx = rows(*given);
+    product_onto(dx, g, weight);
+  } else {
+    dx = product(g, weight);
+    if (given) {
+      Tensor total = rows(*given);
+      dx = torch::stable::copy_(total, sum(total, dx));
+    }
+  }
+  if (expands) expand_add(dx, *k, *A, p, seed);
+  return dx;
+}
+
+template <Use use>
+Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
+                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
+                         const Tensor& B, const Tensor& core, double scaling, bool beta,
+                         const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
+                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
+                         double p, const OptionalTensor& seed) {
+  check_devices(
+      "lotr::layer_backward_",
+      {named("g", g), named("weight", weight), named("x", x), named("u", u), named("A", A), named("F", F),
+       named("B", B), named("core", core), named("k", k), named("dx", dx), named("Q", Q), named("dA", dA),
+       named("dB", dB), named("seed", seed)});
+  const ScalarType type = g.scalar_type(), wide = acc_dtype(type), narrow = gradient_dtype(A, B, core);
+  const Tensor flat = rows(g);
+  const bool fold = u && !Q && (need_B || need_core || dB);
+  ReadOfG found = read_g(flat, F, Q || fold ? u : std::nullopt, Q, wide);
+  if (found.k && k) found.k = sum(*found.k, *k);
+  Tensor new_dx = nothing(g, type), new_dA = nothing(g, narrow), new_dB = nothing(g, narrow),
+         new_core = nothing(g, narrow);
+  if (fold) {
+    OptionalTensor total = dB;
+    if (need_B && !dB) total = zeros(B, {B.size(0), B.size(1)}, wide);
+    const Tensor cores = one("lotr::fold_grad", torch::stable::unsqueeze(*found.Q, 0), B,
+                             torch::stable::unsqueeze(core, 0), scaling, total);
+    if (need_core) new_core = in(torch::stable::squeeze(cores, 0), narrow);
+    if (need_B && !dB) new_dB = in(*total, narrow);
+  }
+  if (x) {
+    const Tensor total = dA ? *dA : zeros(*A, {A->size(0), A->size(1)}, wide);
+    factor_grad(total, rows(*x), *found.k, p, seed);
+    if (!dA) new_dA = in(total, narrow);
+  }
+  if (weight) {
+    const Tensor out = input_gradient<use>(flat, *weight, dx, A && F, beta, found.k, A, p, seed);
+    if (!dx) new_dx = shaped(out, g);
+  }
+  return {new_dx, found.k ? *found.k : nothing(g, type), new_dA, new_dB, new_core};
+}
+
+template <Use use>
+std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& weight,
+                                               const OptionalTensor& bias, const Tensor& A, const Tensor& B,
+                                               const Tensor& core, double scaling, bool) {
+  check_devices("lotr::small_layer_forward", {named("x", x), named("weight", weight), named("bias", bias),
+                                              named("A", A), named("B", B), named("core", core)});
+  const Tensor flat = rows(x);
+  const Tensor y = linear(flat, weight, bias);
+  if (use == Use::decomposed) {
+    const auto found = dispatch<2>("lotr::small_forward", y, flat, A, core, B, scaling);
+    return {shaped(torch::stable::detail::to<Tensor>(found[0]), x),
+            torch::stable::detail::to<Tensor>(found[1])};
+  }
+  return {shaped(y, x), one("lotr::small_forward_", y, flat, A, core, B, scaling)};
+}
+
+template <Use use>
+std::tuple<Tensor, Tensor, Tensor, Tensor> small_layer_backward_(
+    const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x, const OptionalTensor& u,
+    const Tensor& A, const Tensor& B, const Tensor& core, double scaling, bool, const OptionalTensor& dA,
+    const OptionalTensor& dB, bool need_B, bool need_core) {
+  check_devices("lotr::small_layer_backward_",
+                {named("g", g), named("weight", weight), named("x", x), named("u", u), named("A", A),
+                 named("B", B), named("core", core), named("dA", dA), named("dB", dB)});
+  const ScalarType type = g.scalar_type(), wide = acc_dtype(type), narrow = gradient_dtype(A, B, core);
+  const Tensor flat = rows(g);
+  OptionalTensor out, flat_x, sum_A = dA, sum_B = dB;
+  if (weight) out = product(flat, *weight);
+  if (x) flat_x = rows(*x);
+  if (x && !dA) sum_A = zeros(A, {A.size(0), A.size(1)}, wide);
+  if (need_B && !dB) sum_B = zeros(B, {B.size(0), B.size(1)}, wide);
+  const Tensor u_in = u ? *u : zeros(g, {flat.size(0), A.size(1)}, type);  // which only dB and dG read
+  const Tensor dcore =
+      one("lotr::small_backward_", out, flat, flat_x, u_in, A, core, B, scaling, sum_A, sum_B, need_core);
+  return {out ? shaped(*out, g) : nothing(g, type), x && !dA ? in(*sum_A, narrow) : nothing(g, narrow),
+          need_B && !dB ? in(*sum_B, narrow) : nothing(g, narrow),
+          need_core ? in(dcore, narrow) : nothing(g, narrow)};
+}
+
+Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
+                        const OptionalTensor& A, const OptionalTensor& dA, double p,
+                        const OptionalTensor& seed) {
+  check_devices("lotr::shrink_backward_",
+                {named("k", k), named("dx", dx), named("x", x), named("A", A), named("dA", dA)});
+  const ScalarType wide = acc_dtype(k.scalar_type());
+  Tensor total = dA ? *dA : x ? zeros(*x, {x->size(x->dim() - 1), k.size(1)}, wide) : nothing(k, wide);
+  if (x) factor_grad(total, rows(*x), k, p, seed);
+  if (dx) expand_add(rows(*dx), k, *A, p, seed);
+  return x && !dA ? total : nothing(k, wide);
+}
+
+// The operators that add to y, onto a new tensor: y's maker may need y, and users may write into what comes
+// out.
+Tensor own_copy(const Tensor& y) {
+  Tensor out = torch::stable::empty_like(torch::stable::contiguous(y));
+  return torch::stable::copy_(out, y);
+}
+Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
+  const Tensor out = own_copy(y);
+  expand_add(rows(out), u, F);
+  return out;
+}
+std::tuple<Tensor, Tensor> small_forward(const Tensor& y, const Tensor& x, const Tensor& A,
+                                         const Tensor& core, const Tensor& B, double scaling) {
+  const Tensor out = own_copy(y);
+  return {out, one("lotr::small_forward_", out, x, A, core, B, scaling)};
+}
+
+}  // namespace
+}  // namespace lotr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
+  m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor");
+  m.def(
+      "small_forward(Tensor y, Tensor x, Tensor A, Tensor core, Tensor B, float scaling) "
+      "-> (Tensor y, Tensor u)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
+{
+  m.impl("expand", TORCH_BOX(&lotr::expand));
+  m.impl("small_forward", TORCH_BOX(&lotr::small_forward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
+{
+  using lotr::Use;
+  m.impl("layer_forward", TORCH_BOX(&lotr::layer_forward<Use::cuda>));
+  m.impl("layer_backward_", TORCH_BOX(&lotr::layer_backward_<Use::cuda>));
+  m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward<Use::cuda>));
+  m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_<Use::cuda>));
+  m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_));
+  m.impl("expand", TORCH_BOX(&lotr::expand));
+  m.impl("small_forward", TORCH_BOX(&lotr::small_forward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeImplicitAutograd, m)
+{
+  using lotr::Use;
+  m.impl("layer_forward", TORCH_BOX(&lotr::layer_forward<Use::decomposed>));
+  m.impl("layer_backward_", TORCH_BOX(&lotr::layer_backward_<Use::decomposed>));
+  m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward<Use::decomposed>));
+  m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_<Use::decomposed>));
+  m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_));
+}

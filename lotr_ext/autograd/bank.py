@@ -1,0 +1,140 @@
+"""What is done once for all layers of a group while one forward of a model runs.
+
+Within a forward scope A is cast to the compute dtype once, F_l = s B G_l^T of all layers of a group is one product, and in
+backward dB and all dG_l are one product of the Q_l [l, n, r_in]:
+
+    B, G_1 .. G_L --> [LoTRShared: F, one a forward] --> nodes of layers 1 .. L, which read F_l
+    backward: that of layer l adds Q_l = g^T u to the sum and returns None for F;
+    the flush of this shared gradient is fold_grad: dB = s sum_l Q_l G_l, dG_l = s Q_l^T B.
+
+No folded value outlives its scope: writes through `.data`, sharded training and swapped parameters leave no version number to
+check. Within it a layer takes F_l only for the very B, core and scaling that it was made of; else it folds for itself, as where
+a scope cannot serve (a layer called by itself, a recomputation, sharded or generated cores, different scalings).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..compat import dispatch_modes, private_write
+from .shared_gradient import LoTRShared, SharedGradient
+
+if TYPE_CHECKING:
+    from .call import Call
+    from .shared_input import Group
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class FoldedGradient(SharedGradient):
+    """The gradient of F of a whole group: the sum is Q [l, n, r_in], and becomes those of B and of all cores."""
+
+    def __init__(self, scaling: float):
+        super().__init__()
+        self.scaling = scaling
+
+    def flush(self, Q: Tensor | None, dF: Tensor | None, B: Tensor, *cores: Tensor) -> tuple[Tensor | None, ...]:
+        dB, dcores = None, [None] * len(cores)
+        if Q is not None:
+            dB = torch.zeros(B.shape, dtype=Q.dtype, device=B.device) if B.requires_grad else None
+            with torch.no_grad(), private_write():
+                dcores = ops.fold_grad(Q, B, torch.stack(cores), self.scaling, dB)
+            dB = None if dB is None else dB.to(B.dtype)
+            dcores = [d.to(core.dtype) for d, core in zip(dcores, cores)]
+        if dF is not None:  # a recorded backward
+            wide = ops.accumulate_dtype(B.dtype)
+            dF = dF.to(wide) * self.scaling
+            part = (dF @ torch.stack(cores).to(wide)).sum(0).to(B.dtype)
+            dB = part if dB is None else dB + part
+            parts = (dF.transpose(1, 2) @ B.to(wide)).to(cores[0].dtype)
+            dcores = [part if d is None else d + part for d, part in zip(dcores, parts)]
+        return dB, *dcores
+
+
+class Bank:
+    """A in one dtype, and F of a group's layers, for one forward. It holds what it was made of."""
+
+    def __init__(self, A: Tensor, B: Tensor, dtype: torch.dtype):
+        self.A, self.A_version = A, _version(A)
+        self.A_cast = A if A.dtype == dtype else A.detach().to(dtype)
+        self.B, self.F, self.index = B, None, {}
+
+    def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        """Makes F of all layers where there can be one product for them."""
+        cores, scaling = [layer._parameters.get("core") for layer in layers], layers[0].scaling
+        one = cores[0]
+        if len(layers) < 2 or type(self.B) not in _PLAIN:
+            return
+        for layer, core in zip(layers, cores):
+            if type(core) not in _PLAIN or core.device != self.B.device or core.dtype != one.dtype or layer.scaling != scaling:
+                return
+        with torch.no_grad():
+            F = ops.fold(self.B, torch.stack(cores), scaling, dtype)
+        self.gradient = FoldedGradient(scaling)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (self.B, *cores)):
+            F = LoTRShared.apply(self.gradient, F, self.B, *cores)
+        self.F, self.cores, self.scaling = F, cores, scaling
+        self.index = {layer: l for l, layer in enumerate(layers)}
+        self.versions = [_version(t) for t in cores]
+        self.B_version = _version(self.B)
+
+    def serves(self, call: Call, B: Tensor) -> int | None:
+        """l of the F_l that a call can take; None where what it brings is not what F was made of."""
+        l = self.index.get(call.owner)
+        if l is None or self.cores[l] is not call.core or self.B is not B or self.scaling != call.scaling:
+            return None
+        return l if self.versions[l] == _version(call.core) and self.B_version == _version(B) else None
+
+    def Q(self, l: int) -> Tensor:
+        """The running backward's Q_l [n, r_in], zero when new, to be added to."""
+        return self.gradient.accumulator(self.F.shape, ops.accumulate_dtype(self.F.dtype), self.F.device)[l]
+
+    def cast(self, A: Tensor) -> Tensor:
+        """A in the bank's dtype where it is what was cast, else A, which the operators round as they read it."""
+        return self.A_cast if self.A is A and self.A_version == _version(A) else A
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+class Scope:
+    """One forward of a model. layers: those of each group."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[Group, Sequence[nn.Module]]):
+        self.model, self.layers = weakref.ref(model), layers
+        self.banks: dict[tuple, Bank] = {}
+
+    def bank(self, group: Group, A: Tensor, B: Tensor, dtype: torch.dtype) -> Bank | None:
+        """The group's bank in dtype, made at the first call; one a mode: what was made without a graph has no place in one."""
+        key = (group, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        found = self.banks.get(key)
+        if found is None and type(A) in _PLAIN and group in self.layers:
+            found = self.banks[key] = Bank(A, B, dtype)
+            found.fold(self.layers[group], dtype)
+        return found
+
+
+class _Open(threading.local):
+    """The scopes that are open in a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Scope] = []
+
+
+_open = _Open()
+
+
+def current_bank(call: Call, A: Tensor, B: Tensor) -> Bank | None:
+    """The bank of the innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again
+    outside of the scope, and they must be those that ran in it."""
+    if not _open.stack or call.group is None or dispatch_modes():
+        return None
+    return _open.stack[-1].bank(call.group, A, B, call.compute)

@@ -1,0 +1,263 @@
+"""The autograd Functions of an adapted layer. Equations: `reference.py`; which runs when: `call.py`.
+
+    LoTRFunction   a layer by itself: y = x W^T + bias + s ((x A) G) B^T
+    LoTRShrink     u = drop(x) A, and x's place in the graph (route), for all layers on x
+    LoTRExpand     y = x W^T + bias + u F^T, or onto a given y, with F = s B G^T: one layer
+
+Each runs one operator a direction. A factor's gradient goes to the group's `SharedGradient` where it has one, else back to
+autograd. A backward that is itself recorded (create_graph=True) or batched runs torch's products instead, and hands all
+gradients to autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from .. import ops
+from ..compat import functorch_active, in_old_vmap, private_write, saved_but, wants
+from ..ops import composite
+from ..ops.composite import here, rows, to
+from .record import Call
+from .shared_input import SharedInput
+
+
+def recorded() -> bool:
+    """Whether the running backward takes torch's own products: it is being recorded, for double backward or by compiled
+    autograd, or batched, by is_grads_batched or vmap."""
+    return is_grad_enabled() or is_compiling() or in_old_vmap() or functorch_active()
+
+
+class LoTRFunction(Function):
+    """y = x W^T + bias + s ((x A) G) B^T as one node.
+
+    apply(x [..., k], weight [n, k], bias [n] or None, A [k, r_in], B [n, r_out], core [r_in, r_out], scaling) -> [..., n].
+    Differentiable, also twice, in all six tensors. The layers give their `Call` in scaling's place, and with it dtype, plan and
+    where A's and B's gradients are summed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, core, call: Call | float):
+        need_x, need_weight, need_bias, need_A, need_B, need_core = ctx.needs_input_grad[:6]
+        if not isinstance(call, Call):
+            call = Call.of_function(x, core, call, any(ctx.needs_input_grad))
+        operands = call.cast(x, weight, bias)
+        y, u, F = ops.layer_forward(*operands, *here(x.device, A, B, core), call.scaling, call.beta, call.unfolded)
+        ctx.save_for_backward(
+            x if need_x or need_weight or need_A else None,  # with x: double backward, which layers avoid where A is frozen
+            weight if need_x or need_weight else None,
+            bias if need_bias else None,
+            A if need_x or need_A else None,
+            B if need_x or need_A or need_core else None,
+            core if need_x or need_A or need_B else None,
+            u if need_B or need_core else None,
+            F if need_x or need_A else None,
+        )
+        ctx.call = call
+        # the values of what is not saved, whose change nobody minds; and A and B as the next layers of a checkpoint's forward,
+        # which saves no tensor, must find them
+        ctx.factors = A, B, core
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        need_x, need_weight, need_bias, need_A, need_B, need_core = ctx.needs_input_grad[:6]
+        call = ctx.call
+        try:
+            x, weight, bias, A, B, core, u, F = ctx.saved_tensors
+        except RuntimeError:  # freed, or changed: x and A are needed for each other's gradient alone, if for anything
+            if need_weight or recorded():
+                raise
+            need_x, need_A = need_x and wants(ctx, 0), need_A and wants(ctx, 3)
+            x, weight, bias, A, B, core, u, F = saved_but(ctx, [0] * (not need_A) + [3] * (not need_x))
+        A, B, core = (given if t is None else t for t, given in zip((A, B, core), ctx.factors))
+        if recorded():
+            return *LoTRFunction._recorded(ctx, g, x, weight, bias, A, B, core, u), None
+        A, B, core = here(g.device, A, B, core)
+        sum_A, sum_B = call.sum("A", A) if need_A else None, call.sum("B", B) if need_B else None
+        operands = (g, weight if need_x else None, x if need_A else None, u, A, F, B, core, call.scaling)
+        sums = {"dA": sum_A, "dB": sum_B, "need_B": need_B, "need_core": need_core}
+        dx, _, dA, dB, dcore = ops.layer_backward(*operands, call.beta, call.unfolded, **sums)
+        dweight = rows(g).t() @ rows(to(x, g.dtype)) if need_weight else None
+        dbias = rows(g).sum(0) if need_bias else None
+        return dx, dweight, dbias, dA, dB, dcore, None
+
+    @staticmethod
+    def _recorded(ctx, g, x, weight, bias, A, B, core, u):
+        needs, call = ctx.needs_input_grad[:6], ctx.call
+        with torch.enable_grad():
+            # aliases, so that autograd.grad stops at them: x itself may depend on A through earlier layers
+            inputs = [t.view_as(t) if need else t for t, need in zip((x, weight, bias, A, B, core), needs)]
+            wanted = [t for t, need in zip(inputs, needs) if need]
+            x, weight, bias, A, B, core = inputs
+            if x is None:  # only B and core need a gradient, and u depends on nothing that does
+                B_here, core_here = here(g.device, B, core)
+                y = (u @ composite.fold(B_here, core_here, call.scaling, g.dtype).t()).view(g.shape)
+            else:
+                y = composite.adapter(x, A, B, core, call.scaling, g.dtype)
+            if weight is not None:
+                y = y + composite.base_linear(x, weight, None, call.dtype)
+            if bias is not None:
+                y = y + to(bias, y.dtype)
+            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+        return (next(found) if need else None for need in needs)
+
+
+class LoTRShrink(Function):
+    """u = drop(x) A and route.   backward: dx += drop(k A^T),  dA += drop(x)^T k, with k, dx as the siblings summed them.
+
+    apply(x [..., k], A [k, r_in], call, shared_input, A_cast, seed) -> u [m, r_in], route [..., k], in the dtype to compute in.
+    A_cast: A as a forward scope cast it, or A. shared_input: a weak reference to what the siblings find.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, call: Call, shared_input, A_cast, seed):
+        ctx.set_materialize_grads(False)
+        need_x, need_A = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_A else None, A if need_x else None, seed)
+        ctx.call, ctx.input, ctx.view, ctx.A_cast, ctx.shape, ctx.device = call, shared_input, A, A_cast, x.shape, x.device
+        with private_write():
+            u = ops.shrink(rows(to(x, call.compute)), *here(x.device, A_cast), p=call.p, seed=seed)
+        route = torch.empty_strided(x.shape, (0,) * x.dim(), dtype=call.compute, device=x.device)  # one element of memory
+        if not need_x:
+            ctx.mark_non_differentiable(route)
+        return u, route
+
+    @staticmethod
+    def backward(ctx, k, dx):
+        shared_input = ctx.input()
+        try:
+            x, A, seed = ctx.saved_tensors
+        except RuntimeError:  # freed, if a sibling's backward has come before by itself
+            if shared_input is None:
+                raise
+            x, A, seed = shared_input.kept_tensors()
+        if shared_input is not None:
+            shared_input.keep(x, A, seed)
+        call = ctx.call
+        if recorded():
+            return *LoTRShrink._recorded(ctx, k, dx, x, A, seed), None, None, None, None
+        if shared_input is not None and shared_input.gradient is not None:
+            k, dx = shared_input.total(ctx.device, k, dx)
+        if k is None:
+            return dx, None, None, None, None, None
+        if A is not None:
+            (A,) = here(k.device, A if ctx.A_cast is ctx.view else ctx.A_cast)
+        need_A, dA = x is not None, None
+        if need_A:
+            x, dA = to(x, k.dtype), call.sum("A", ctx.view.to(k.device))
+        dx, new_dA = ops.shrink_backward(k, dx, x, A, dA, ctx.shape, call.p, seed)
+        return dx, new_dA, None, None, None, None
+
+    @staticmethod
+    def _recorded(ctx, k, dx, x, A, seed) -> tuple[Tensor | None, Tensor | None]:
+        if k is None:
+            return dx, None
+        dA, p, shape = None, ctx.call.p, ctx.shape
+        mask = ops.dropout_mask(shape[:-1].numel(), shape[-1], p, seed, k.dtype) if p else None
+        if A is not None:
+            part = k @ to(A, k.dtype).to(k.device).t()
+            part = (part if mask is None else part * mask).view(shape)
+            dx = part if dx is None else dx + part
+        if x is not None:
+            dropped = rows(to(x, k.dtype))
+            dA = to((dropped if mask is None else dropped * mask).t() @ k, ctx.view.dtype)
+        return dx, dA
+
+
+class LoTRExpand(Function):
+    """y = x W^T + bias + u F^T, or y + u F^T, with F = s B G^T.
+
+    backward: dx = g W,  k = g F,  Q = g^T u,  dB += s Q G,  dG = s Q^T B, where dx and k go to the siblings' sums.
+
+    apply(route, u, B, core, F, y, (x, weight, bias), call, shared_input): route stands for x, which comes in a tuple so that
+    autograd does not see it. F [l, n, r_in]: the call's bank has it in a forward scope, where its gradient is Q and stands for
+    those of B and core; else None. y is left alone, since its maker may need it for its own backward; without y the base
+    product is made here.
+    """
+
+    @staticmethod
+    def forward(ctx, route, u, B, core, F, y, base, call: Call, shared_input: SharedInput):
+        ctx.set_materialize_grads(False)
+        need_x, need_u, need_B, need_core, _, _ = ctx.needs_input_grad[:6]
+        x, weight, bias = base
+        F_l = None if F is None else F[call.l]
+        values = here(u.device, B, core)
+        if y is None:
+            operands = call.cast(x, weight, bias)
+            y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, call.beta, False, u=u, F=F_l)
+        else:
+            if F_l is None:
+                with private_write():
+                    F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
+            y = add_expand(y, u, F_l)
+        ctx.save_for_backward(
+            weight if need_x else None,
+            F_l if need_u else None,
+            u if need_B or need_core else None,
+            B if need_u or need_core else None,
+            core if need_u or need_B else None,
+        )
+        ctx.call, ctx.input, ctx.F, ctx.factors = call, shared_input, F, (B, core)
+        ctx.summed = shared_input.route is not None  # in LoTRShrink's stead; else k goes back the way that u came
+        shared_input.await_backward(ctx)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        shared_input, call, nothing = ctx.input, ctx.call, (None,) * 3
+        shared_input.arrived(ctx)
+        if g is None:
+            return (None,) * 9
+        weight, F_l, u, B, core = ctx.saved_tensors
+        B, core = (given if t is None else t for t, given in zip((B, core), ctx.factors))
+        need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
+        if ctx.F is not None:  # which has them behind it
+            need_B = need_core = False
+        dy = g if need_y else None
+        g = to(g, call.compute)
+        if recorded():
+            return *LoTRExpand._recorded(ctx, g, weight, u, B, core), dy, *nothing
+        values = here(g.device, B, core)
+        need_x = need_x and weight is not None
+        total = shared_input.sum(g.device) if ctx.summed and (need_x or need_u) else None
+        k, dx = (None, None) if total is None or total.value is None else total.value
+        Q = call.bank.Q(call.l) if need_F else None
+        sum_B = call.sum("B", values[0]) if need_B else None
+        operands = (g, weight if need_x else None, None, u, None, F_l, *values, call.scaling, call.beta, False)
+        new_dx, new_k, _, dB, dcore = ops.layer_backward(
+            *operands, k=k, dx=dx, Q=Q, dB=sum_B, need_B=need_B, need_core=need_core
+        )
+        if total is not None:
+            total.value = (new_k if need_u else k, new_dx if need_x and dx is None else dx)
+            new_k = None
+        return None, new_k, dB, dcore, None, dy, *nothing
+
+    @staticmethod
+    def _recorded(ctx, g, weight, u, B, core):
+        need_x, need_u, need_B, need_core, need_F = ctx.needs_input_grad[:5]
+        if ctx.F is not None:
+            need_B = need_core = False
+        call, (B_here, core_here) = ctx.call, here(g.device, B, core)
+        dx = None if weight is None or not need_x else g @ to(weight, g.dtype)
+        g, dB, dcore, dF = rows(g), None, None, None
+        F = composite.fold(B_here, core_here, call.scaling, g.dtype) if ctx.F is None else ctx.F[call.l]
+        k = g @ F if need_u else None
+        if need_B or need_core or need_F:
+            wide = ops.accumulate_dtype(B.dtype)
+            Q = to(g.t() @ u, wide)
+            dB = to((Q * call.scaling) @ to(core_here, wide), B.dtype) if need_B else None
+            dcore = to((Q * call.scaling).t() @ to(B_here, wide), core.dtype) if need_core else None
+            if need_F:
+                others = Q.new_zeros(len(ctx.F) - 1, *Q.shape)
+                dF = torch.cat([others[: call.l], Q.unsqueeze(0), others[call.l :]])
+        return dx, k, dB, dcore, dF
+
+
+def add_expand(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
+    """y [..., n] + u F^T in memory of its own, in y's dtype."""
+    if y.dtype == u.dtype:
+        return ops.expand(y, u, F)
+    return y + to(ops.expand(u.new_zeros(y.shape), u, F), y.dtype)

@@ -1,0 +1,59 @@
+"""Every private name of torch that the package uses, under a name that says what for.
+
+`python_tests/ops/test_compat.py` has a test for each, which shows what breaks without it: a torch that moves or drops one fails
+there first, by name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _dispatch_key_parse
+from torch.autograd import Variable, forward_ad
+
+# ---- what is going on around a call ----------------------------------------------------------------------------------
+
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many: selective checkpointing, counters of operators
+functorch_active = torch._C._are_functorch_transforms_active  # vmap, grad, jvp of torch.func
+jit_tracing = torch._C._get_tracing_state  # None outside of torch.jit.trace and the older ONNX export
+saved_tensor_hook = torch._C._autograd._top_saved_tensors_default_hooks  # (False): the innermost (pack, unpack), or None
+
+_VMAP = _dispatch_key_parse("VmapMode")
+
+
+def in_old_vmap() -> bool:
+    """Whether gradients come in batches, by is_grads_batched, whose vmap is an older one than torch.func's."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode automatic differentiation is on."""
+    return forward_ad._current_level >= 0
+
+
+# ---- the running backward --------------------------------------------------------------------------------------------
+
+graph_task = torch._C._current_graph_task_id  # of the running backward; below zero outside of one
+at_end_of_backward = Variable._execution_engine.queue_callback  # called once the running backward has ended; never if it fails
+
+
+def saved_but(ctx, unwanted: list[int]) -> tuple[Tensor | None, ...]:
+    """ctx.saved_tensors without those numbered, which are not looked at, so that nobody minds that they were changed."""
+    return tuple(None if i in unwanted else saved.unpack() for i, saved in enumerate(ctx._raw_saved_tensors))
+
+
+def wants(ctx, i: int) -> bool:
+    """Whether the running backward goes on behind input i of a node. RuntimeError at a leaf: autograd.grad cannot tell."""
+    node = ctx.next_functions[i][0]
+    return node is not None and torch._C._will_engine_execute_node(node)
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+# for writes into tensors that no one else holds: in-place operators then move no version counter
+private_write = torch._C._AutoDispatchBelowADInplaceOrView
+
+
+def same_storage(one: torch.UntypedStorage, other: torch.UntypedStorage) -> bool:
+    """Whether two storages, both held, are one: sharded training moves a storage's memory, not the storage."""
+    return one._cdata == other._cdata

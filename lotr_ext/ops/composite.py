@@ -1,0 +1,60 @@
+"""The formulas of a layer in torch's own products: the `composite` strategy, and what a recorded backward runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import functional as nnf
+
+from . import planner
+from .library import accumulate_dtype
+
+
+def rows(t: Tensor) -> Tensor:
+    """t as [m, last], a view where possible."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in dtype; t itself if it is."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def here(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """tensors on device: those of a group over several devices are copied."""
+    for t in tensors:
+        if t.device != device:
+            return tuple(t.to(device) for t in tensors)
+    return tensors
+
+
+def fold(B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """F = s B G^T [n, r_in], cast once."""
+    wide = accumulate_dtype(B.dtype)
+    return to((to(B, wide) @ to(core, wide).t()) * scaling, dtype)
+
+
+def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
+    """s B G^T A^T [n, k] in float32 (float64 for float64 factors)."""
+    wide = accumulate_dtype(A.dtype)
+    return fold(B, core, scaling, wide) @ to(A, wide).t()
+
+
+def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """x W^T + bias, cast to dtype under autocast. Without (None) nothing is cast, so a mismatch fails as in nn.Linear."""
+    if dtype is not None:
+        x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
+    return nnf.linear(x, weight, bias)
+
+
+def adapter(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """s ((x A) G) B^T, unfolded for few tokens and in float16, whose range F could leave. x has been through dropout."""
+    A, B, core = here(x.device, A, B, core)
+    flat = rows(to(x, dtype))
+    u = flat @ to(A, dtype)
+    if dtype == torch.float16 or (not is_compiling() and flat.shape[0] < planner.FEW_TOKENS):
+        delta = ((u @ to(core, dtype)) @ to(B, dtype).t()) * scaling
+    else:
+        delta = u @ fold(B, core, scaling, dtype).t()
+    return delta.reshape(*x.shape[:-1], B.shape[0])

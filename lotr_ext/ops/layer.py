@@ -1,0 +1,139 @@
+"""The operators of a whole layer, one a direction: the base product by the library, the rest by our kernels.
+
+    forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
+    backward   k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T k,  dB += s Q G,  dG = s Q^T B
+
+Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g B, k = h G^T, dB += s g^T (u G), dG = u^T h.
+
+Where a dispatch mode is on (selective checkpointing, a counter of operators), it is shown the products that an operator is made
+of: `OpOverload.decompose` runs them, in C++ as all else; their shapes are so known to FakeTensor too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..compat import dispatch_modes, private_write
+from .library import bump_versions, refuse_gradients
+from .library import lotr as _lotr
+
+
+def _as_rows(t: Tensor) -> Tensor:
+    """t with leading dimensions that lie as one, t itself where they do."""
+    if t.dim() <= 2 or t.is_contiguous():
+        return t
+    size, stride = t.shape, t.stride()
+    for i in range(t.dim() - 2):
+        if stride[i] != stride[i + 1] * size[i + 1]:
+            return t.contiguous()
+    return t
+
+
+def layer_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    beta: bool = False,
+    unfolded: bool = False,
+    *,
+    u: Tensor | None = None,
+    F: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y = x W^T + bias + u F^T [..., n] with u = drop(x) A [m, r_in] and F = s B G^T [n, r_in], each new unless given.
+
+    x [..., k]; A is None where u is given. beta: write bias + u F^T first and let the base product accumulate onto it.
+    unfolded: y = x W^T + bias + s (u G) B^T; neither u, F nor dropout then. Returns (y, u, F); F is None unfolded.
+    """
+    if torch.is_grad_enabled():
+        refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
+    if unfolded:
+        operator, args = _lotr.small_layer_forward.default, (_as_rows(x), weight, bias, A, B, core, scaling, beta)
+        return *(operator.decompose(*args) if dispatch_modes() else operator(*args)), None
+    operator, args = _lotr.layer_forward.default, (_as_rows(x), weight, bias, A, B, core, scaling, beta, u, F, p, seed)
+    y, new_u, new_F = operator.decompose(*args) if dispatch_modes() else operator(*args)
+    return y, new_u if u is None else u, new_F if F is None else F
+
+
+def layer_backward(
+    g: Tensor,
+    weight: Tensor | None,
+    x: Tensor | None,
+    u: Tensor | None,
+    A: Tensor | None,
+    F: Tensor | None,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    beta: bool = False,
+    unfolded: bool = False,
+    *,
+    k: Tensor | None = None,
+    dx: Tensor | None = None,
+    Q: Tensor | None = None,
+    dA: Tensor | None = None,
+    dB: Tensor | None = None,
+    need_B: bool = False,
+    need_core: bool = False,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of `layer_forward` for g [..., n]: (dx, k, dA, dB, dG), each new and only where it is asked for.
+
+    dx with weight; dA with x; k [m, r_in] with F but no A; dB and dG as needed. k, dx: what siblings bring; dx [..., k], Q
+    [n, r_in], dA, dB are added to in place where given, by their only owner: no version counter moves. With Q, dB and dG are
+    left to whoever folds it. New dA, dB and dG are in the factors' dtype if they have one in common, else in float32 (float64).
+    """
+    g, dtype = _as_rows(g), g.dtype
+    weight = weight if weight is None or weight.dtype == dtype else weight.to(dtype)
+    x = None if x is None else _as_rows(x if x.dtype == dtype else x.to(dtype))
+    with private_write():
+        if unfolded:
+            operator = _lotr.small_layer_backward_.default
+            args = (g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core)
+            new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if dispatch_modes() else operator(*args)
+            new_k, fold = None, True
+        else:
+            operator, fold = _lotr.layer_backward_.default, u is not None and Q is None
+            args = (g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed)
+            new_dx, new_k, new_dA, new_dB, dcore = operator.decompose(*args) if dispatch_modes() else operator(*args)
+    return (
+        None if weight is None or dx is not None else new_dx,
+        new_k if A is None and F is not None else None,
+        None if x is None or dA is not None else new_dA,
+        new_dB if fold and need_B and dB is None else None,
+        dcore if fold and need_core else None,
+    )
+
+
+def shrink_backward(
+    k: Tensor,
+    dx: Tensor | None,
+    x: Tensor | None,
+    A: Tensor | None,
+    dA: Tensor | None,
+    shape: torch.Size,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Backward of u = drop(x) A for k [m, r_in]: dx + drop(k A^T) [..., k] with A, and a new dA = drop(x)^T k with x, or None.
+
+    dx and dA are added to in place where given, by their only owner. shape: x's.
+    """
+    if A is not None and dx is None:
+        dx = k.new_zeros(shape)
+    x = None if x is None else _as_rows(x)
+    operator, args = _lotr.shrink_backward_.default, (k, dx if A is not None else None, x, A, dA, p, seed)
+    with private_write():
+        new_dA = operator.decompose(*args) if dispatch_modes() else operator(*args)
+    return dx, new_dA if x is not None and dA is None else None
+
+
+for _name in ("layer_backward_", "small_layer_backward_", "shrink_backward_"):
+    bump_versions(_name)

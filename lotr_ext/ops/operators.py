@@ -1,0 +1,218 @@
+"""The operators of `csrc/torch`, one product each, as typed functions; each with its shapes and its gradient beside it.
+
+Schemas, argument checks and kernels are C++ (one schema for CPU and CUDA). Here is what LibTorch's stable ABI has no call for:
+shapes for FakeTensor (torch.compile, torch.export), gradients, and (`library.py`) version counters.
+
+T is float32, bfloat16, float16 or float64, the dtype of x and of what comes back; sums are float32 (float64 for float64).
+Factors may be float32 beside a half-precision x: they are rounded to T first, as autocast would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .library import accumulate_dtype, bump_versions
+from .library import lotr as _lotr
+
+
+def shrink(x: Tensor, A: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """u = drop(x) A: [m, k] and [k, r] -> [m, r] in x's dtype. Differentiable.
+
+    p, seed: dropout by Philox from a seed tensor (int64, one element, on x's device); see `reference.dropout_mask`.
+    """
+    return _lotr.shrink.default(x, A, p, seed)
+
+
+@torch.library.register_fake("lotr::shrink")
+def _(x: Tensor, A: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    torch._check(x.dim() == 2 and A.dim() == 2, lambda: f"shrink: expected x and A of 2 dimensions, got {x.dim()}, {A.dim()}")
+    torch._check(x.shape[1] == A.shape[0], lambda: f"shrink: A: expected {x.shape[1]} rows, got {A.shape[0]}")
+    return x.new_empty(x.shape[0], A.shape[1])
+
+
+def _shrink_backward(ctx, k: Tensor):
+    x, A, seed = ctx.saved_tensors
+    mask = dropout_mask(x.shape[0], x.shape[1], ctx.p, seed, x.dtype) if ctx.p > 0.0 else None
+    dx = dA = None
+    if ctx.needs_input_grad[0]:
+        dx = k @ A.to(k.dtype).mT
+        dx = dx if mask is None else dx * mask
+    if ctx.needs_input_grad[1]:
+        dA = ((x if mask is None else x * mask).mT @ k).to(A.dtype)
+    return dx, dA, None, None
+
+
+def _setup_shrink(ctx, inputs, output) -> None:
+    x, A, ctx.p, seed = inputs
+    ctx.save_for_backward(x, A, seed)
+
+
+torch.library.register_autograd("lotr::shrink", _shrink_backward, setup_context=_setup_shrink)
+
+
+def expand_add_(y: Tensor, u: Tensor, F: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> None:
+    """y [m, n] += drop(u [m, r] F [n, r]^T), in place."""
+    _lotr.expand_add_.default(y, u, F, p, seed)
+
+
+@torch.library.register_fake("lotr::expand_add_")
+def _(y: Tensor, u: Tensor, F: Tensor, p: float = 0.0, seed: Tensor | None = None) -> None:
+    torch._check(y.shape[0] == u.shape[0], lambda: f"expand_add_: u: expected {y.shape[0]} rows, got {u.shape[0]}")
+
+
+def expand(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
+    """y [..., n] + u [m, r] F [n, r]^T as a new tensor."""
+    return _lotr.expand.default(y, u, F)
+
+
+@torch.library.register_fake("lotr::expand")
+def _(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def factor_grad_(acc: Tensor, x: Tensor, k: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> None:
+    """acc [k, r] += drop(x) [m, k]^T k [m, r], in place, in a fixed order; acc is float32 (float64 for float64)."""
+    _lotr.factor_grad_.default(acc, x, k, p, seed)
+
+
+@torch.library.register_fake("lotr::factor_grad_")
+def _(acc: Tensor, x: Tensor, k: Tensor, p: float = 0.0, seed: Tensor | None = None) -> None:
+    torch._check(x.shape[0] == k.shape[0], lambda: f"factor_grad_: k: expected {x.shape[0]} rows, got {k.shape[0]}")
+
+
+def shrink_grad(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """k = g F [m, r_in] in g's dtype and Q = g^T u [n, r_in] in float32 (float64), from one read of g. Differentiable."""
+    return _lotr.shrink_grad.default(g, F, u)
+
+
+@torch.library.register_fake("lotr::shrink_grad")
+def _(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad: F: expected {g.shape[1]} rows, got {F.shape[0]}")
+    torch._check(g.shape[0] == u.shape[0], lambda: f"shrink_grad: u: expected {g.shape[0]} rows, got {u.shape[0]}")
+    k = g.new_empty(g.shape[0], F.shape[1])
+    return k, g.new_empty(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype))
+
+
+def _shrink_grad_backward(ctx, dk: Tensor, dQ: Tensor):
+    g, F, u = ctx.saved_tensors
+    dQ = dQ.to(g.dtype)
+    dg = dF = du = None
+    if ctx.needs_input_grad[0]:
+        dg = dk @ F.to(g.dtype).mT + u @ dQ.mT
+    if ctx.needs_input_grad[1]:
+        dF = (g.mT @ dk).to(F.dtype)
+    if ctx.needs_input_grad[2]:
+        du = g @ dQ
+    return dg, dF, du
+
+
+def _setup_shrink_grad(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+torch.library.register_autograd("lotr::shrink_grad", _shrink_grad_backward, setup_context=_setup_shrink_grad)
+
+
+def shrink_grad_(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
+    """`shrink_grad` that adds: Q [n, r_in] += g^T u in place; returns k = g F [m, r_in]."""
+    return _lotr.shrink_grad_.default(Q, g, F, u)
+
+
+@torch.library.register_fake("lotr::shrink_grad_")
+def _(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
+    torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad_: F: expected {g.shape[1]} rows, got {F.shape[0]}")
+    return g.new_empty(g.shape[0], F.shape[1])
+
+
+def fold(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """F_l = s B G_l^T: [n, r_out] and [l, r_in, r_out] -> [l, n, r_in] in dtype, rounded once. Differentiable."""
+    return _lotr.fold.default(B, cores, scaling, dtype)
+
+
+@torch.library.register_fake("lotr::fold")
+def _(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    torch._check(B.shape[1] == cores.shape[2], lambda: f"fold: cores: expected r_out {B.shape[1]}, got {cores.shape[2]}")
+    return B.new_empty(cores.shape[0], B.shape[0], cores.shape[1], dtype=dtype)
+
+
+def _fold_backward(ctx, dF: Tensor):
+    B, cores = ctx.saved_tensors
+    wide, scaling = accumulate_dtype(B.dtype), ctx.scaling
+    dF = dF.to(wide)
+    dB = dcores = None
+    if ctx.needs_input_grad[0]:
+        dB = (scaling * (dF @ cores.to(wide)).sum(0)).to(B.dtype)
+    if ctx.needs_input_grad[1]:
+        dcores = (scaling * (dF.mT @ B.to(wide))).to(cores.dtype)
+    return dB, dcores, None, None
+
+
+def _setup_fold(ctx, inputs, output) -> None:
+    B, cores, ctx.scaling, _ = inputs
+    ctx.save_for_backward(B, cores)
+
+
+torch.library.register_autograd("lotr::fold", _fold_backward, setup_context=_setup_fold)
+
+
+def fold_grad(Q: Tensor, B: Tensor, cores: Tensor, scaling: float, dB: Tensor | None = None) -> Tensor:
+    """dB [n, r_out] += s sum_l Q_l G_l, in place where given; returns dG_l = s Q_l^T B [l, r_in, r_out]. Q [l, n, r_in]."""
+    return _lotr.fold_grad.default(Q, B, cores, scaling, dB)
+
+
+@torch.library.register_fake("lotr::fold_grad")
+def _(Q: Tensor, B: Tensor, cores: Tensor, scaling: float, dB: Tensor | None) -> Tensor:
+    return Q.new_empty(cores.shape)
+
+
+def small_forward_(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """The unfolded form, for few tokens: y [m, n] += s (x A core) B^T in place; returns u = x A [m, r_in]."""
+    return _lotr.small_forward_.default(y, x, A, core, B, scaling)
+
+
+@torch.library.register_fake("lotr::small_forward_")
+def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
+    return x.new_empty(x.shape[0], A.shape[1])
+
+
+@torch.library.register_fake("lotr::small_forward")
+def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), x.new_empty(x.shape[0], A.shape[1])
+
+
+def small_backward_(
+    dx: Tensor | None,
+    g: Tensor,
+    x: Tensor | None,
+    u: Tensor,
+    A: Tensor,
+    core: Tensor,
+    B: Tensor,
+    scaling: float,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    need_core: bool,
+) -> Tensor:
+    """Backward of `small_forward_`: adds to dx [m, k], dA [k, r_in], dB [n, r_out] where given; returns dG or an empty tensor.
+
+    h = s g B;  dx += (h core^T) A^T;  dA += x^T (h core^T);  dB += s g^T (u core);  dG = u^T h.
+    """
+    return _lotr.small_backward_.default(dx, g, x, u, A, core, B, scaling, dA, dB, need_core)
+
+
+@torch.library.register_fake("lotr::small_backward_")
+def _(dx, g, x, u, A, core, B, scaling, dA, dB, need_core) -> Tensor:
+    return g.new_empty(core.shape if need_core else (0,), dtype=accumulate_dtype(g.dtype))
+
+
+def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask [rows, cols] that shrink, expand_add_ and factor_grad_ draw from (p, seed): 0, or 1 / (1 - p) where kept."""
+    mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
+    one = torch.ones(1, 1, dtype=dtype, device=seed.device)
+    expand_add_(mask, one.expand(rows, 1), one.expand(cols, 1), p=p, seed=seed)
+    return mask
+
+
+for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_"):
+    bump_versions(_name)

@@ -1,0 +1,146 @@
+"""Programs that lotr_ext once got wrong, found by the generator and cut down: bodies of `program(w)`, by what they show."""
+
+from __future__ import annotations
+
+from textwrap import indent
+
+import torch
+from programs.builder import HEAD
+
+NET = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l0, self.l1, self.l2, self.l3 = (nn.Linear(6, 6) for _ in range(4))
+    def forward(self, x, w):
+        h = {forward}
+        return torch.tanh(self.l3(torch.tanh(h))),
+groups = {{"l0": "g0", "l1": "g1", "l2": "g0", "l3": "g1"}}
+net = w.apply(Net(), groups, (3, 2), seed=1, dtype=torch.{dtype}, adapter_dtype=torch.float32)
+x = w.tensor({tokens}, 6, seed=2, dtype=torch.{dtype})
+"""
+PAIR = """
+f = w.factors(6, 6, (3, 2), seed=1, dtype=torch.{dtype}, train="{train}")
+l0, l1 = (w.layer(f, seed=10 * i, dtype=torch.{dtype}{settings}) for i in (1, 2))
+x = w.tensor({tokens}, 6, seed=2, dtype=torch.{dtype}, grad={grad}, kind="{kind}"{scale})
+"""
+RUN_NET = "y, = net(x, w)\nw.see('y', y)\nw.backward('b', w.loss(3, y))\n"
+
+
+def net(after: str, *, forward: str = "self.l0(x) + self.l1(x) + self.l2(x)", dtype: str = "float32", tokens: int = 130) -> str:
+    return NET.format(forward=forward, dtype=dtype, tokens=tokens) + after
+
+
+def pair(
+    after: str,
+    *,
+    train: str = "AB",
+    settings: str = "",
+    tokens: str = "130",
+    grad: bool = True,
+    kind: str = "plain",
+    dtype: str = "float32",
+    scale: str = "",
+) -> str:
+    words = {"train": train, "settings": settings, "tokens": tokens, "grad": grad, "kind": kind, "dtype": dtype, "scale": scale}
+    return PAIR.format(**words) + after
+
+
+def bare(rows: bool = False, **kinds: str) -> str:
+    """lotr_linear with tensors of these layouts; rows: with a core for each of two rows."""
+    shapes = {"x": "2, 5, 6", "W": "4, 6", "v": "4", "A": "6, 3", "B": "4, 2", "G": "2, 3, 2" if rows else "3, 2"}
+    lines = [
+        f"{name} = w.tensor({shape}, seed={i}, dtype=torch.float32, grad={name not in 'Wv'}, kind={kinds.get(name, 'plain')!r})"
+        for i, (name, shape) in enumerate(shapes.items())
+    ]
+    call = f"y = w.linear(x, W, v, A, B, G, 0.5{', [1, 0]' if rows else ''})"
+    return "\n".join([*lines, call, "w.see('y', y)", "w.backward('b', w.loss(9, y))\n"])
+
+
+def parametrized(part: str, *, how: str = "nn.Tanh()", dtype: str = "float32", after: str = RUN_NET, tokens: int = 130) -> str:
+    owners = "net.lotr_factors.values()" if part != "core" else "[net.l0, net.l1]"
+    register = f"for owner in {owners}: parametrize.register_parametrization(owner, '{part}', {how})\n"
+    return net(register + after, dtype=dtype, tokens=tokens)
+
+
+CHECKPOINTED = (
+    "y = w.checkpoint(lambda t: torch.tanh(l0(t)) * l1(t), x, policy='{}')\nw.see('y', y)\nw.backward('b', w.loss(3, y))\n"
+)
+SAVED = "with w.saved(net):\n    with torch.no_grad(): [p.mul_(0.5) for p in net.parameters() if p.requires_grad]\n" + RUN_NET
+MERGED = "w.may_refuse(lambda: w.merge(l0))\n"
+UNMERGED = "if l0.merged: w.unmerge(l0)\n"
+DX = "w.grad('p', w.loss(3, y), [x])\n"
+WRAPPED = ", wrapped=True"
+SHOWN = "w.see('y', l0(x))\n"
+SMALL_LOSS = "y = l0(x)\nw.see('y', y)\nw.backward('b', w.loss(3, y, scale=0.01))\n"
+SEPARATE = "y0, y1 = l0(x), l1(x)\nw.backward('b1', w.loss(3, y1))\nw.backward('b0', w.loss(4, y0))\n"
+UNSEEN = "with torch.no_grad():\n    y, = net(x, w)\nw.see('y', y)\n"
+PARTIAL = "y = l0(x)\nwith torch.no_grad(): {}.mul_(0.5)\nw.grad('p', w.loss(3, y), [{}])\n"
+DOUBLE = "y = l0(x)\nd = w.grad('d', w.loss(3, y), [f.B, l0.core], create=True)\nw.backward('b', w.loss(4, *d))\n"
+LARGE = {"dtype": "float16", "settings": ", scaling=1000.0, core_scale=200.0", "scale": ", scale=1e-3"}
+
+PROGRAMS: dict[str, str] = {
+    "casts of parametrized factors kept by id": parametrized("A", dtype="bfloat16", after=UNSEEN * 8),
+    "parametrized A": parametrized("A"),
+    "parametrized B": parametrized("B"),
+    "parametrized core": parametrized("core"),
+    "parametrized A, few tokens": parametrized("A", tokens=5),
+    "parametrized A, saved and loaded": parametrized("A", how="Doubled()", after=SAVED),
+    "parametrized core, saved and loaded": parametrized("core", how="Doubled()", after=SAVED),
+    "core for one call, in the model's forward": net(
+        RUN_NET, forward="self.l0(x) + torch.func.functional_call(self.l2, {'core': another(self.l2.core, 0.5)}, (x,))"
+    ),
+    "scaling set in the model's forward": net(RUN_NET, forward="self.l0(x) + (setattr(self.l2, 'scaling', 2.0) or self.l2(x))"),
+    "core set in the model's forward": net(
+        RUN_NET, forward="self.l0(x) + (setattr(self.l2, 'core', another(self.l2.core, 2)) or self.l2(x))"
+    ),
+    **{f"conj().imag: {name}": bare(**{name: "conj"}) for name in "xWvABG"},
+    **{f"negative bit: {name}": bare(**{name: "neg"}) for name in "xWvABG"},
+    "merge before the backward": pair("y = l0(x)\n" + MERGED + DX),
+    "merge and unmerge before the backward": pair("y = l0(x)\n" + MERGED + UNMERGED + DX),
+    "unload before the backward": net("y, = net(x, w)\nw.may_refuse(lambda: w.unload(net))\n" + DX),
+    "merge of a weight_norm": pair("weight_norm(l0)\n" + MERGED + SHOWN),
+    "merge of a parametrized weight": pair("parametrizations.weight_norm(l0)\n" + MERGED + SHOWN),
+    "merge of a pruned weight": pair("prune.identity(l0, 'weight')\n" + MERGED + SHOWN),
+    "float16: the folded factor overflows": pair(SMALL_LOSS, **LARGE),
+    "training while merged": pair(MERGED + "if l0.merged: w.train_merged(lambda: l0(x))\n"),
+    **{
+        f"selective checkpointing, {policy}, {tokens} tokens": pair(CHECKPOINTED.format(policy), tokens=tokens)
+        for policy in ("save_all", "recompute_all", "save_products", "save_others")
+        for tokens in ("5", "130")
+    },
+    "selective checkpointing of a wrapped layer": pair(CHECKPOINTED.format("save_products"), settings=WRAPPED, tokens="5"),
+    "selective checkpointing in a model": net(RUN_NET, forward="w.checkpoint(self.l0, x, policy='save_products') + self.l2(x)"),
+    "separate backwards, the follower first": pair(SEPARATE),
+    "separate backwards with dropout": pair(SEPARATE, settings=", dropout=0.5", tokens="5"),
+    "a model made under inference_mode": "with torch.inference_mode():" + indent(net("net.requires_grad_(False)\n"), "    ")
+    + "x = w.tensor(130, 6, seed=5, dtype=torch.float32, grad=False)\ny, = net(x, w)\nw.see('y', y)\n",
+    "an inference part of a forward": net(
+        RUN_NET, forward="torch.tanh(w.inference(lambda: self.l0(x))) + self.l2(x)", dtype="bfloat16"
+    ),
+    "in place on the output of a 1-D x": pair("y = l0(x[0])\ny.mul_(0.5)\nw.backward('b', w.loss(3, y))\n", tokens="5"),
+    "double backward, A frozen, few tokens": pair(DOUBLE, train="B", tokens="5", grad=False),
+    "double backward, A frozen": pair(DOUBLE, train="B", grad=False),
+    "partial gradient after a change of x": pair(PARTIAL.format("x", "l0.core"), tokens="5"),
+    "gradient after a change of an A that is frozen": pair(PARTIAL.format("f.A", "f.B"), train="B", tokens="5", grad=False),
+    "adapters called training and _modules": net(
+        "for name in ('training', '_modules'): w.may_refuse(lambda name=name: w.add_adapter(net, name, shared=True))\n"
+    ),
+    "gradients of shared factors that are parked": net(
+        RUN_NET + "w.add_adapter(net, 'one', shared=True)\nw.set_adapter(net, 'one')\nw.grads('after')\n"
+    ),
+    "an empty x whose gradient is expanded": pair(
+        "y = torch.tanh(l0(x))\nw.backward('b', w.loss(3, l0(y), l1(y)))\n", tokens="2, 0", train=""
+    ),
+    "a core for each row": bare(rows=True),
+    "double backward of a wrapped layer": pair(DOUBLE, settings=WRAPPED, tokens="127"),
+}  # fmt: skip
+
+
+def source(name: str) -> str:
+    return HEAD + "def program(w):\n" + indent(PROGRAMS[name].strip(), "    ") + "\n"
+
+
+def dtype(name: str) -> torch.dtype:
+    """The coarsest in which it computes."""
+    return next((t for t in (torch.bfloat16, torch.float16) if str(t) in PROGRAMS[name]), torch.float32)

@@ -1,0 +1,101 @@
+"""Plain torch: the twin, in the program's own dtype or in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from programs.twin import LoTRFactors, LoTRLinear, apply_lotr, disabled, dropout_mask, layers_of, mixed
+from programs.worlds import Decisions, Undecided, World, invertible
+from torch import Tensor
+from torch.nn import functional as nnf
+
+
+class Plain(World):
+    """Plain torch: the twin. keep: nothing changed in place can change a gradient."""
+
+    def __init__(self, decisions: Decisions, *, exact: bool = False, keep: bool = False, **noise):
+        super().__init__(decisions, **noise)
+        self.exact, self.keep, self.name = exact, keep, "float64" if exact else "plain"
+
+    def _factors(self, k, n, rank, dtype):
+        return LoTRFactors(k, n, rank, dtype=dtype)
+
+    def _layer(self, base, factors, scaling, dropout, wrapped):
+        return LoTRLinear(base, factors, scaling=scaling, dropout=dropout, wrapped=wrapped)
+
+    def _apply(self, model, groups, rank, settings):
+        apply_lotr(model, groups, rank, **settings)
+
+    def watch(self, layer) -> None:
+        layer.next_mask, layer.keep = lambda layer, x: self._mask(layer, x), self.keep  # a copy of layer copies no world
+
+    def _mask(self, layer, x: Tensor) -> Tensor:
+        if self.calls == len(self.decisions.seeds):
+            raise Undecided
+        seed = self.decisions.seeds[self.calls]
+        self.calls += 1
+        return dropout_mask(x.shape, layer.dropout, seed)
+
+    def linear(self, x, weight, bias, A, B, core, scaling, rows=None):
+        own = (lambda t: t.clone()) if self.keep else (lambda t: t)
+        x, weight, A, B, core = (own(t) for t in (x, weight, A, B, core))
+        y = nnf.linear(x, weight, None if bias is None else own(bias))
+        if rows is not None:  # a core for each row of x
+            core = core[torch.tensor(rows)].view(len(rows), *(1,) * (x.dim() - 3), *core.shape[1:])
+            x = x.unsqueeze(1) if x.dim() == 2 else x
+        delta = ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
+        return y + delta.view(y.shape)
+
+    def merge(self, what) -> None:
+        for layer in [what] if isinstance(what, LoTRLinear) else layers_of(what):
+            layer.merge()
+
+    def unmerge(self, what) -> None:
+        for layer in [what] if isinstance(what, LoTRLinear) else layers_of(what):
+            layer.unmerge()
+
+    def unload(self, model) -> None:
+        """For good: the adapter stays in the weights."""
+        self.merge(model)
+
+    def disabled(self, model):
+        return disabled(model)
+
+    def mixed(self, model, names):
+        return mixed(model, names)
+
+    def add_adapter(self, model, name: str, *, shared: bool) -> None:
+        model.adapters.add(model, name, shared=shared)
+        self.adapters.append(name)
+
+    def set_adapter(self, model, name: str) -> None:
+        model.adapters.use(model, name)
+
+    def train_merged(self, function: Callable) -> None:
+        pass
+
+    @contextmanager
+    def saved(self, model):
+        """Inside, the adapter may change; after it, it is what it was."""
+        named = [item for part in (model.lotr_factors, *layers_of(model)) for item in part.named_parameters()]
+        parts = [p for name, p in named if name.split(".")[-1] in ("A", "B", "core", "original")]
+        before = [p.detach().clone() for p in parts]
+        yield
+
+        @torch.no_grad()
+        def restore() -> None:
+            for p, value in zip(parts, before):
+                p.copy_(value)
+
+        restore() if invertible(model) else self.may_refuse(restore)
+
+    def may_refuse(self, function: Callable) -> None:
+        """What lotr_ext may refuse by an error, having changed nothing; the other worlds then leave it out."""
+        if self.choices == len(self.decisions.refused):
+            raise Undecided
+        refused = self.decisions.refused[self.choices]
+        self.choices += 1
+        if not refused:
+            function()

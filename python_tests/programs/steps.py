@@ -1,0 +1,75 @@
+"""A whole program: layers, then rounds of forwards, backwards and all that users do between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from programs.backwards import backward, double, partial, separate
+from programs.builder import Builder
+from programs.changes import (
+    change_parameter,
+    copied,
+    failing,
+    freeze,
+    hook,
+    in_place,
+    merged,
+    merged_training,
+    mode,
+    off,
+    optimizer_step,
+    parametrized,
+    reparametrized,
+    replace,
+    saved,
+    state,
+    switched,
+    turn_off,
+    unloaded,
+)
+from programs.forwards import (
+    bare,
+    checkpointed,
+    forward,
+    functional,
+    kept_elsewhere,
+    mixed,
+    siblings,
+    threaded,
+    unrecorded,
+    view,
+)
+from programs.making import make_layers, make_net
+
+FORWARDS = (forward, forward, siblings, siblings, checkpointed, functional, bare, unrecorded, view, kept_elsewhere)
+BACKWARDS = (backward, backward, separate, partial, double)
+CHANGES = (
+    *(in_place, in_place, change_parameter, replace, freeze, optimizer_step, turn_off, mode, hook, failing),
+    *(merged, merged_training, reparametrized, parametrized, parametrized, state, threaded, copied),
+)
+WHOLE = (saved, switched, switched, off, mixed)
+
+
+@st.composite
+def programs(draw) -> Builder:
+    """A whole program."""
+    b = Builder(draw)
+    in_net = b.chance(0.4)
+    make_net(b) if in_net else make_layers(b)
+    for _ in range(b.number(1, 6)):
+        for step in steps_of_a_round(b):
+            step(b)
+    if b.net is not None and b.chance(0.1):
+        unloaded(b)
+    return b
+
+
+def steps_of_a_round(b: Builder) -> list[Callable[[Builder], None]]:
+    """A few changes between forwards, and then backwards, each perhaps none."""
+    changes = (*CHANGES, *WHOLE) if b.net is not None else CHANGES
+    chosen = [b.one_of(*changes)] if b.chance(0.5) else []
+    chosen += [b.one_of(*FORWARDS) for _ in range(b.number(1, 2))]
+    chosen += [b.one_of(*changes)] if b.chance(0.3) else []
+    chosen += [b.one_of(*BACKWARDS) for _ in range(b.number(0, 2))]
+    return chosen

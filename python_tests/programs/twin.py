@@ -1,0 +1,217 @@
+"""LoTR in plain torch: the specification of behaviour that random programs are compared with. Shares no code with the package.
+
+    y = x W^T + bias + s ((drop(x) A) G) B^T
+
+A few lines of autograd, run in float64 (the truth) and in the program's own dtype (what plain torch reaches). Names of classes,
+parameters and methods are those of lotr_ext, so that the same program runs on either.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+Ranks = tuple[int, int]
+
+
+def philox_words(count: int, seed: int) -> Tensor:
+    """The first `count` 32-bit words of Philox4x32-10 under a 64-bit key, counter 0, 1, ... (Salmon et al., SC 2011)."""
+    low32 = 0xFFFFFFFF
+    counter = torch.arange((count + 3) // 4)
+    a, b, c, d = counter & low32, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)
+    key0, key1 = seed & low32, (seed >> 32) & low32
+    for i in range(10):
+        # an int64 product wraps, yet its bits are those of the unsigned 64-bit product
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57
+        k0, k1 = (key0 + i * 0x9E3779B9) & low32, (key1 + i * 0xBB67AE85) & low32
+        a, b, c, d = ((second >> 32) & low32) ^ b ^ k0, second & low32, ((first >> 32) & low32) ^ d ^ k1, first & low32
+    return torch.stack((a, b, c, d), 1).flatten()[:count]
+
+
+def dropout_mask(shape: torch.Size, p: float, seed: int) -> Tensor:
+    """0, or 1 / (1 - p) where kept: element e is kept iff word e of the seed's Philox stream is at least floor(p 2^32)."""
+    kept = philox_words(shape.numel(), seed) >= math.floor(p * 2.0**32)
+    return kept.double().view(shape) / (1 - p)
+
+
+class LoTRFactors(nn.Module):
+    """A [k, r_in] and B [n, r_out]."""
+
+    def __init__(self, in_features: int, out_features: int, rank: Ranks, *, dtype: torch.dtype):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(in_features, rank[0], dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(out_features, rank[1], dtype=dtype))
+
+
+class LoTRLinear(nn.Module):
+    """A frozen linear layer (`wrapped`: any base module) with an adapter.
+
+    next_mask: asked at each call in training with dropout for the mask of this x. keep: work on copies of everything, so that
+    nothing that is changed in place afterwards can change a gradient: the right number, where plain torch would raise.
+    """
+
+    keep = False
+
+    def __init__(self, base: nn.Module, factors: LoTRFactors, *, scaling: float, dropout: float, wrapped: bool = False):
+        super().__init__()
+        if wrapped:
+            self.base_layer = base
+        else:
+            self.weight, self.bias = base.weight, base.bias
+        self.requires_grad_(False)
+        self.core = nn.Parameter(factors.A.new_zeros(factors.A.shape[1], factors.B.shape[1]))
+        self.factors = factors
+        self.wrapped, self.scaling, self.dropout = wrapped, scaling, dropout
+        self.disabled = self.merged = False
+        self.backup: Tensor | None = None
+        self.next_mask: Callable[[LoTRLinear, Tensor], Tensor] | None = None
+        self.mixture: list[tuple[Tensor, float] | None] | None = None
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = (lambda t: t.clone()) if self.keep else (lambda t: t)
+        x = own(x)
+        if self.wrapped:
+            y = self.base_layer(x)
+        else:
+            y = nnf.linear(x, own(self.weight), None if self.bias is None else own(self.bias))
+        if self.merged or self.disabled:
+            return y + self.delta(x).detach() if self.merged and self.backup is None else y
+        if self.mixture is not None:
+            return y + self._mixed(x).to(y.dtype)
+        if self.dropout and self.training:
+            x = x * self.next_mask(self, x).to(x.dtype)
+        return y + self.delta(x, own).to(y.dtype)
+
+    def delta(self, x: Tensor, own: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
+        """s ((x A) G) B^T in x's dtype."""
+        A, B, core = (own(t).to(x.dtype) for t in (self.factors.A, self.factors.B, self.core))
+        return ((x @ A) @ core) @ B.mT * self.scaling
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        rows = []
+        for row, part in zip(x, self.mixture):
+            A, B = self.factors.A.to(x.dtype), self.factors.B.to(x.dtype)
+            core, scaling = (self.core * 0, 0.0) if part is None else part
+            rows.append(row @ A @ core.to(x.dtype) @ B.mT * scaling)
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W += s B G^T A^T, seen by autograd as any change in place; a weight that is made of others is left as it is."""
+        self.merged = True
+        if "weight" not in self._parameters:
+            return
+        self.backup = self.weight.clone()
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        A, B, core = (t.to(wide) for t in (self.factors.A, self.factors.B, self.core))
+        self.weight.copy_((self.weight.to(wide) + self.scaling * B @ core.mT @ A.mT).to(self.weight.dtype))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.backup is not None:
+            self.weight.copy_(self.backup)
+        self.backup, self.merged = None, False
+
+
+# ---- whole models ------------------------------------------------------------------------------------------------------
+
+
+def layers_of(model: nn.Module) -> Iterator[LoTRLinear]:
+    return (module for module in model.modules() if isinstance(module, LoTRLinear))
+
+
+def apply_lotr(model: nn.Module, groups: dict[str, str], rank: Ranks, *, dtype, scaling: float, dropout: float, train) -> None:
+    """Adapts the layers that `groups` names, in place, with one pair of factors a group; all else is frozen.
+
+    A layer with hooks or parametrizations is wrapped: its weight is no plain tensor of its own.
+    """
+    model.requires_grad_(False)
+    shared = nn.ModuleDict()
+    for name, group in groups.items():
+        linear = model.get_submodule(name)
+        if group not in shared:
+            shared[group] = LoTRFactors(linear.in_features, linear.out_features, rank, dtype=dtype)
+        layer = LoTRLinear(linear, shared[group], scaling=scaling, dropout=dropout, wrapped=type(linear) is not nn.Linear)
+        layer.__dict__["factors"] = layer._modules.pop("factors")
+        layer.core.requires_grad_("core" in train)
+        setattr(model, name, layer)
+    for factors in shared.values():
+        factors.A.requires_grad_("A" in train)
+        factors.B.requires_grad_("B" in train)
+    model.lotr_factors = shared
+    model.adapters = Adapters(model, "default", train, scaling)
+
+
+class Adapters:
+    """A model's adapters by name, of which one is active: what is trained, and each layer's factors, core and scaling."""
+
+    def __init__(self, model: nn.Module, name: str, train: Sequence[str], scaling: float):
+        self.scaling = scaling  # as configured; a layer's may be set to another
+        self.active, self.parked = name, {name: (tuple(train), self._present(model))}
+
+    @staticmethod
+    def _present(model: nn.Module) -> list[tuple[LoTRFactors, nn.Parameter, float]]:
+        return [(layer.factors, layer.core, layer.scaling) for layer in layers_of(model)]
+
+    def refresh(self, model: nn.Module) -> None:
+        """Notes what the active one is now: cores and scalings may have been replaced."""
+        self.parked[self.active] = self.parked[self.active][0], self._present(model)
+
+    def add(self, model: nn.Module, name: str, *, shared: bool) -> None:
+        """As the active one, with cores at zero; shared: over its factors, which the new one does not train."""
+        train, layers = self.parked[self.active][0], self._present(model)
+        new = {id(factors): factors if shared else copy.deepcopy(factors) for factors, _, _ in layers}
+        cores = [(new[id(f)], nn.Parameter(torch.zeros_like(core), requires_grad=False), self.scaling) for f, core, _ in layers]
+        self.parked[name] = (("core",) if shared else train), cores
+
+    def use(self, model: nn.Module, name: str) -> None:
+        """Makes an adapter the active one, trained as it says; what it replaces is parked, frozen and without gradients."""
+        if name == self.active:
+            return
+        self.refresh(model)
+        groups = {id(factors): group for group, factors in model.lotr_factors.items()}
+        for factors, core, _ in self.parked[self.active][1]:
+            for parameter in (factors.A, factors.B, core):
+                parameter.requires_grad_(False).grad = None
+        train, layers = self.parked[name]
+        for layer, (factors, core, scaling) in zip(list(layers_of(model)), layers):
+            if id(layer.factors) in groups:
+                model.lotr_factors[groups[id(layer.factors)]] = factors
+            layer.__dict__["factors"], layer.core, layer.scaling = factors, core, scaling
+            factors.A.requires_grad_("A" in train)
+            factors.B.requires_grad_("B" in train)
+            core.requires_grad_("core" in train)
+        self.active = name
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    before = [(layer, layer.disabled) for layer in layers_of(model)]
+    try:
+        for layer, _ in before:
+            layer.disabled = True
+        yield
+    finally:
+        for layer, was in before:
+            layer.disabled = was
+
+
+@contextmanager
+def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Row i of a batch takes the core of the adapter names[i], None takes none. The adapters share their factors."""
+    model.adapters.refresh(model)
+    parts = {name: None if name is None else model.adapters.parked[name][1] for name in names}
+    try:
+        for i, layer in enumerate(layers_of(model)):
+            layer.mixture = [None if parts[name] is None else parts[name][i][1:] for name in names]
+        yield
+    finally:
+        for layer in layers_of(model):
+            layer.mixture = None

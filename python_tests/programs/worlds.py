@@ -1,0 +1,327 @@
+"""A world is what a program runs in: lotr_ext (`our_world.py`), plain torch in the program's dtype or in float64, the truth
+(`plain_world.py`).
+
+A program is a function of a world. What it makes it makes through the world; what is to be compared it shows to `see`, `grads`
+and `grad`. Ours runs first and leaves in `Decisions` what no specification fixes: the seeds of dropout masks, and which merges
+were refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+
+class Planned(Exception):
+    """Raised by programs, to see what a failure in the middle leaves behind."""
+
+
+class Undecided(Exception):
+    """Raised in the other worlds where lotr_ext has not run and so has decided nothing."""
+
+
+class Doubled(nn.Module):
+    """A parametrization that can be undone."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return t * 2
+
+    def right_inverse(self, t: Tensor) -> Tensor:
+        return t / 2
+
+
+class Decisions:
+    """seeds: of the dropout mask of each layer call, in order; refused: whether each call that may be refused was."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+        self.refused: list[bool] = []
+
+
+def invertible(model: nn.Module) -> bool:
+    """Whether what is made by parametrizations can be set."""
+    lists = (module for module in model.modules() if isinstance(module, ParametrizationList))
+    return all(hasattr(step, "right_inverse") for steps in lists for step in steps)
+
+
+def another(t: Tensor, factor: float) -> nn.Parameter:
+    """t * factor, changed in place as often as t was: nobody may tell them apart by that."""
+    new = nn.Parameter(t.detach() * factor)
+    with torch.no_grad():
+        while not t.is_inference() and not new.is_inference() and new._version < t._version:
+            new.mul_(1)
+    return new
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() >= 0
+
+
+def layout(t: Tensor, kind: str) -> Tensor:
+    """t's values in another layout; `expanded` repeats its first row."""
+    if kind == "plain" or not t.dim():
+        return t
+    if kind == "neg":
+        return torch._neg_view(-t)
+    if kind == "conj" and t.dtype in (torch.float32, torch.float64):
+        return torch.complex(torch.zeros_like(t), -t).conj().imag
+    if kind == "strided":
+        return torch.stack((t, t * 0 + 9), -1)[..., 0]
+    if kind == "offset":
+        return torch.cat((t.new_full((1,), 9), t.flatten()))[1:].view(t.shape)
+    if kind == "transposed" and t.dim() > 1:
+        return t.mT.contiguous().mT
+    if kind == "padded" and t.dim() > 1:
+        return torch.cat((t, t[..., :1] * 0 + 9), -1)[..., :-1]
+    if kind == "expanded" and t.shape[0]:
+        return t[:1].expand(t.shape)
+    return t
+
+
+def gradients(loss: Tensor, inputs: list[Tensor], **options: bool) -> Sequence[Tensor | None]:
+    """autograd.grad of those inputs that have one; nothing where the loss has none."""
+    inputs = [t for t in inputs if t.requires_grad]
+    return torch.autograd.grad(loss, inputs, allow_unused=True, **options) if loss.requires_grad and inputs else []
+
+
+def save_policy(name: str) -> Callable:
+    """A policy of selective checkpointing."""
+    keep = {
+        "save_all": lambda op: True,
+        "recompute_all": lambda op: False,
+        "save_products": lambda op: any(part in str(op) for part in ("mm", "linear", "lotr")),
+        "save_others": lambda op: not any(part in str(op) for part in ("mm", "linear", "lotr")),
+    }[name]
+    return lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if keep(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class World:
+    """What programs use beside torch itself. exact: all in float64, without autocast. jitter: relative noise on all values."""
+
+    name = "plain"
+    exact = False
+    ours = False
+
+    def __init__(self, decisions: Decisions, *, jitter: float = 0.0, jitter_seed: int = 0):
+        self.decisions, self.jitter = decisions, jitter
+        self.noise = torch.Generator().manual_seed(jitter_seed)
+        self.seen: list[tuple[str, Tensor | None, bool]] = []
+        self.known: list[tuple[str, Tensor | nn.Module]] = []
+        self.calls = self.choices = 0
+        self.masks: dict[int, int] = {}  # by group, the seed of the last mask
+        self.adapters = ["default"]
+
+    # ---- values ------------------------------------------------------------------------------------------------------
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if self.exact else dtype
+
+    def values(self, shape: Sequence[int], seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        """Normal numbers as dtype rounds them: the same in every world."""
+        t = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).mul_(scale).to(dtype)
+        if self.exact:
+            t = t.double()
+        return t * (1 + self.jitter * (2 * torch.rand(shape, dtype=t.dtype, generator=self.noise) - 1)) if self.jitter else t
+
+    def tensor(
+        self, *shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0, grad: bool = True, kind: str = "plain"
+    ) -> Tensor:
+        """A leaf with a layout of its own; its gradient is compared."""
+        t = layout(self.values(shape, seed, dtype, scale), kind).detach().requires_grad_(grad)
+        self.known.append((f"x{len(self.known)}", t))
+        return t
+
+    def cast(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return t.to(self.dtype(dtype))
+
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager:
+        return nullcontext() if self.exact else torch.autocast("cpu", dtype)
+
+    # ---- layers ------------------------------------------------------------------------------------------------------
+
+    def fill(self, module: nn.Module, seed: int, dtype: torch.dtype, core_scale: float = 1.0) -> None:
+        """Gives every parameter a value that matters; keeps its strides."""
+        with torch.no_grad():
+            active = (item for item in module.named_parameters() if "lotr_parked" not in item[0])
+            for i, (name, p) in enumerate(sorted(active, key=lambda item: item[0])):
+                scale = 0.5 if p.dim() < 2 else (p.shape[1] if name.endswith("B") or "weight" in name else p.shape[0]) ** -0.5
+                scale *= core_scale if name.endswith("core") else 1.0
+                base = name.endswith(("weight", "bias")) or ".weight." in name
+                store = dtype if base else p.dtype
+                p.copy_(self.values(p.shape, seed * 1000 + i, store, scale))
+
+    def factors(self, k: int, n: int, rank: tuple[int, int], *, seed: int, dtype: torch.dtype, train: str = "AB") -> nn.Module:
+        factors = self._factors(k, n, rank, self.dtype(dtype))
+        with torch.no_grad():
+            factors.A.copy_(self.values(factors.A.shape, seed, dtype, k**-0.5))
+            factors.B.copy_(self.values(factors.B.shape, seed + 1, dtype, rank[1] ** -0.5))
+        factors.A.requires_grad_("A" in train)
+        factors.B.requires_grad_("B" in train)
+        self.known.append((f"f{len(self.known)}", factors))
+        return factors
+
+    def _base(self, k: int, n: int, bias: bool, seed: int, dtype: torch.dtype, weight_kind: str) -> nn.Linear:
+        base = nn.Linear(k, n, bias, device="meta")
+        base.weight = nn.Parameter(layout(self.values((n, k), seed, dtype, k**-0.5), weight_kind))
+        if bias:
+            base.bias = nn.Parameter(self.values((n,), seed + 1, dtype, 0.5))
+        return base
+
+    def layer(
+        self,
+        factors: nn.Module,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        bias: bool = True,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        train: bool = True,
+        wrapped: bool = False,
+        core_scale: float = 1.0,
+        weight_kind: str = "plain",
+    ) -> nn.Module:
+        """An adapted layer over shared factors; wrapped: over a base whose weight is its own affair."""
+        base = self._base(factors.A.shape[0], factors.B.shape[0], bias, seed, dtype, weight_kind)
+        layer = self._layer(base, factors, scaling, dropout, wrapped)
+        store = torch.float32 if self.exact else layer.core.dtype
+        with torch.no_grad():
+            layer.core.copy_(self.values(layer.core.shape, seed + 2, store, core_scale * layer.core.shape[0] ** -0.5))
+        layer.core.requires_grad_(train)
+        self.known.append((f"l{len(self.known)}", layer))
+        self.watch(layer)
+        return layer
+
+    def apply(
+        self,
+        model: nn.Module,
+        groups: dict[str, str],
+        rank: tuple[int, int],
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        adapter_dtype: torch.dtype,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        train: str = "A B core",
+        core_scale: float = 1.0,
+    ) -> nn.Module:
+        """The model adapted as a whole, with a forward scope."""
+        model.to(self.dtype(dtype))
+        settings = {"dtype": self.dtype(adapter_dtype), "scaling": scaling, "dropout": dropout, "train": train.split()}
+        self._apply(model, groups, rank, settings)
+        self.fill(model, seed, dtype, core_scale)
+        self.known.append(("net", model))
+        for name in groups:
+            self.watch(model.get_submodule(name))
+        return model
+
+    def copied(self, *modules: nn.Module) -> tuple[nn.Module, ...]:
+        """Copies in the place of modules, which share what these share."""
+        memo: dict[int, object] = {}
+        copies = copy.deepcopy(modules, memo)
+        self.known = [(name, memo.get(id(what), what) if isinstance(what, nn.Module) else what) for name, what in self.known]
+        return copies
+
+    # ---- what is compared --------------------------------------------------------------------------------------------
+
+    def see(self, label: str, t: Tensor | None) -> None:
+        self.seen.append((label, None if t is None else t.detach().clone(), t is not None and t.requires_grad))
+
+    def grads(self, label: str) -> None:
+        """Shows the gradients of all leaves and parameters."""
+        met: set[int] = set()
+        for name, what in self.known:
+            for part, p in [("", what)] if isinstance(what, Tensor) else list(what.named_parameters()):
+                if id(p) not in met and "lotr_parked" not in part:
+                    met.add(id(p))
+                    self.seen.append((f"{label}: {name}.{part}.grad", None if p.grad is None else p.grad.clone(), False))
+
+    def zero(self) -> None:
+        for _, what in self.known:
+            for p in [what] if isinstance(what, Tensor) else what.parameters():
+                p.grad = None
+
+    def loss(self, seed: int, *ys: Tensor, scale: float = 1.0) -> Tensor:
+        """A smooth function of all of ys."""
+        parts = [(y.sin() * self.values(y.shape, seed + i, torch.float32, scale).to(y.dtype)).sum() for i, y in enumerate(ys)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part.to(total.dtype)
+        return total
+
+    def backward(self, label: str, loss: Tensor, *, retain: bool = False, inputs: list[Tensor] | None = None) -> None:
+        if loss.requires_grad:
+            inputs = None if inputs is None else [t for t in inputs if t.requires_grad]
+            if inputs is None or inputs:
+                loss.backward(retain_graph=retain, inputs=inputs)
+        self.grads(label)
+
+    def grad(
+        self, label: str, loss: Tensor, inputs: list[Tensor], *, retain: bool = False, create: bool = False
+    ) -> list[Tensor]:
+        """Shows autograd.grad of what can be had; returns what can be differentiated again."""
+        found = gradients(loss, inputs, retain_graph=retain or create, create_graph=create)
+        for i, t in enumerate(found):
+            self.seen.append((f"{label}[{i}]", None if t is None else t.detach().clone(), False))
+        return [t for t in found if t is not None and t.requires_grad]
+
+    # ---- ways to run -------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, function: Callable, *args, reentrant: bool = False, policy: str | None = None):
+        first: list[int] = []
+
+        def again(*args):
+            """function; in a recomputation with the masks of the first time."""
+            if not first:
+                first.append(self.calls)
+                return function(*args)
+            calls, self.calls = self.calls, first[0]
+            try:
+                return function(*args)
+            finally:
+                self.calls = calls
+
+        if policy is None:
+            return checkpoint(again, *args, use_reentrant=reentrant)
+        make = lambda: create_selective_checkpoint_contexts(save_policy(policy))  # noqa: E731
+        return checkpoint(again, *args, use_reentrant=False, context_fn=make)
+
+    def inference(self, function: Callable[[], Tensor]) -> Tensor:
+        with torch.inference_mode():
+            return function()
+
+    def planned(self, function: Callable) -> None:
+        """Runs what may raise Planned. Gradients it has left are dropped."""
+        try:
+            function()
+        except Planned:
+            pass
+        self.zero()
+
+    def threads(self, *functions: Callable) -> list:
+        """Each function's result, all run at the same time."""
+        results: list = [None] * len(functions)
+        errors: list[BaseException] = []
+
+        def run(i: int) -> None:
+            try:
+                results[i] = functions[i]()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
