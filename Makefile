@@ -11,6 +11,8 @@ CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 # mkdocs's own --quiet would hide warnings from --strict too
 SITE = { log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS) 2>&1) \
   || { echo "$$log" | grep -v '^INFO' >&2; false; }; }
+# the contracts in pyproject.toml; only what is broken is worth reading
+ROOMS = { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; }
 STAMPS := $(VENV)/.stamps
 ARGS ?=
 DOCS_ARGS ?=
@@ -20,12 +22,14 @@ NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.
           CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard python_tests/simt/executor/*.h python_tests/simt/executor/*.cpp)
 
-.PHONY: help setup demo causal-lm test test-full test-gpu bench docs lint format clean distclean
+.PHONY: help setup demo causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
 	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
+	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
+	@echo "make wheel      one wheel for every Python from 3.10 and torch from 2.10 on, CPU and GPUs, checked and tried, in dist/"
 	@echo "make docs       the documentation, to read in a browser      make lint, format, clean, distclean"
 	@echo "make setup      .venv, the build, model and data             make causal-lm   the same for a small language model"
 
@@ -71,6 +75,14 @@ test-full: setup lint
 test-gpu: setup
 	@$(PY) -m pytest -m cuda $(ARGS)
 
+# Of the machine as it is: nothing is installed, so no set-up. The Python that has torch: PYTHON, .venv's, or python3.
+gpu:
+	@$(or $(PYTHON),$(if $(wildcard $(PY)),$(PY),python3)) -m bench.gpu $(ARGS)
+
+# TORCH="2.10.* 2.13.*" names the versions it is tried with (the oldest and the newest); each gets an environment in build-wheel.
+wheel: $(STAMPS)/deps
+	@PIP_ARGS="$(PIP_ARGS)" sh .ci/make_wheel $(PY) $(TORCH)
+
 bench: setup
 	@$(PY) -m bench $(ARGS)
 
@@ -81,7 +93,7 @@ docs: $(STAMPS)/build
 # programs print for --help, so it needs the built package.
 lint: $(STAMPS)/build
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
-	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(SITE) \
+	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py && $(ROOMS) && $(SITE) \
 	  && echo "lint: clean" || { echo "lint: see above; make format mends the layout" >&2; exit 1; }
 
 format: $(STAMPS)/deps

@@ -1,15 +1,17 @@
 """Packaging entry: metadata is in pyproject.toml, CMakeLists.txt does the building.
 
-Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (CUDA architectures), MAX_JOBS
-(parallel compilations), CXX (the compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder).
+Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else all; or CMake's
+list), MAX_JOBS (parallel compilations), CXX (the compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder).
 """
 
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -61,6 +63,41 @@ def check_requirements() -> str:
     return cmake
 
 
+def progress_line(line: str, seconds: float) -> str | None:
+    """A bar for what ninja ("[7/17] Building ...") or make ("[ 41%] Building ...") says; None for any other line."""
+    found = re.match(r"\[\s*(\d+)(?:/(\d+)|%)\] (.*)", line)
+    if not found:
+        return None
+    done, total = int(found[1]), int(found[2] or 100)
+    bar = "#" * (20 * done // max(total, 1))
+    minutes, rest = divmod(int(seconds), 60)
+    return f"lotr_ext: compiling [{bar:20}] {done}/{total} {minutes}:{rest:02} {found[3].split('/')[-1][:40]}"
+
+
+def run_with_progress(command: list[str]) -> None:
+    """Runs the build. pip keeps what it prints to itself, so the bar goes to the terminal, if there is one behind it.
+
+    Raises subprocess.CalledProcessError as subprocess.run does.
+    """
+    try:
+        terminal = None if sys.stdout.isatty() else open("/dev/tty", "w")
+    except OSError:
+        terminal = None
+    if terminal is None:
+        subprocess.run(command, check=True)
+        return
+    begin = time.monotonic()
+    with terminal, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as build:
+        for line in build.stdout:
+            sys.stdout.write(line)
+            if shown := progress_line(line, time.monotonic() - begin):
+                terminal.write(f"\r\033[K{shown}")
+                terminal.flush()
+        terminal.write("\r\033[K")
+    if build.returncode:
+        raise subprocess.CalledProcessError(build.returncode, command)
+
+
 class CMakeBuild(build_ext):
     """Build lotr_ext/_C.abi3.so with CMake in build/cmake-*, which is kept: a second build compiles what changed."""
 
@@ -71,13 +108,13 @@ class CMakeBuild(build_ext):
         if ninja := find_tool("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # Every option is given every time: a value of an earlier build would live on in CMake's cache.
-        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "80;90a-real"}
+        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO"}
         configure += [f"-D{name}={os.environ.get(name, default)}" for name, default in options.items()]
         configure += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
         jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
         try:
             subprocess.run(configure, check=True)
-            subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
+            run_with_progress([cmake, "--build", str(folder), "--parallel", jobs])
         except subprocess.CalledProcessError as error:
             step = "building" if "--build" in error.cmd else "configuring"
             stop(f"{step} with CMake failed, see the first error above (build folder: {folder})")

@@ -2,10 +2,12 @@
 
 python -m bench            all of it, sized to this machine (make bench); --quick in two minutes
 python -m bench.layer      one adapted layer against its rivals
+python -m bench.block      a transformer's block, where siblings share
 python -m bench.shared     the shared gradient against autograd's own sums
 python -m bench.model      a transformer trained with each method
 python -m bench.host       host time of a layer, and its counts of calls and operators
 python -m bench.kernels    each CUDA kernel alone against the library's product (needs a GPU)
+python -m bench.gpu        all that a GPU is for, within minutes (make gpu)
 python -m bench.traffic    bytes counted without a GPU, and what they would cost on one
 python -m bench.profile    where an adapted layer's time over the frozen layer goes
 python -m bench.report     README's tables and pictures from the results that are kept

@@ -1,6 +1,7 @@
 """All benchmarks of this machine, one after another: python -m bench (make bench); --quick in about two minutes.
 
     layer     one adapted layer against its rivals                    bench/layer.py
+    block     a transformer's block, its linear layers together       bench/block.py
     shared    the shared gradient against autograd's own sums         bench/shared.py
     model     a transformer trained with each method                  bench/model.py
     host      what calling an adapted layer costs the host            bench/host.py
@@ -19,12 +20,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from . import host, kernels, layer, model, profile, shared, targets
+from . import block, host, kernels, layer, model, profile, shared, targets
 from .measure.session import add_options, brief, check_options, start
 from .measure.store import RESULTS
 from .traffic import __main__ as traffic
 
-PARTS = ("layer", "shared", "model", "host", "profile", "kernels", "traffic")
+PARTS = ("layer", "block", "shared", "model", "host", "profile", "kernels", "traffic")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -90,7 +91,7 @@ def run(parts: dict[str, Callable[[], int]]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    programs = {"layer": layer, "shared": shared, "model": model, "host": host}
+    programs = {"layer": layer, "block": block, "shared": shared, "model": model, "host": host}
     programs |= {"profile": profile, "kernels": kernels, "traffic": traffic}
     own = commands(options)
     status = run({name: lambda name=name: programs[name].main(own[name]) for name in own})

@@ -2,10 +2,12 @@
 
     python -m bench.kernels                                  every kernel at the shapes of Llama-3-8B; needs a GPU
     python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
+    python -m bench.kernels --autotune --shapes 8192x4096x16  a floor that torch.compile has searched for, too
     python -m bench.kernels --device cpu                     the CPU operators instead
 
 A shape is tokens x width x rank (fold and fold_grad: layers x width x rank). Both sides are checked against float64 first; ours
-may have at most twice the library's error, plus a rounding. Results go to bench/results/<machine>/kernels.jsonl.
+may have at most twice the library's error, plus a rounding. A GPU's times are the device's own with a cold L2, its clocks and
+throttling before and after are kept. Results go to bench/results/<machine>/kernels.jsonl.
 """
 
 from __future__ import annotations
@@ -15,18 +17,19 @@ import re
 from functools import partial
 
 import torch
-from rich.table import Table
 
 from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
+from .measure.terminal import AnyTable
 from .measure.timing import Timed, against, interleave
 from .rivals import operators as op
+from .rivals.library import autotuned
 
-FLOOR, OURS = "library", "lotr_ext"
+FLOOR, TUNED, OURS = "library", "autotuned", "lotr_ext"
 FEW = 128  # tokens below which the unfolded kernels run
 SHAPES = {
-    "cuda": [(m, n, r) for m in (1, 16, 512, 2048, 8192, 16384) for n in (1024, 4096, 14336) for r in (16, 64)],
+    "cuda": [(m, n, r) for m in (8192, 1, 16, 512, 2048, 16384) for n in (4096, 1024, 14336) for r in (16, 64, 8, 128)],
     "cpu": [(m, n, r) for m in (1, 16, 512, 2048) for n in (768, 2048) for r in (16, 64)],
 }
 QUICK = {"cuda": [(16, 4096, 16), (8192, 4096, 16)], "cpu": [(16, 768, 16), (2048, 768, 16)]}
@@ -40,7 +43,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
     parser.add_argument("--kernels", help=f"some of {', '.join(op.KERNELS)}")
     parser.add_argument("--shapes", help="MxNxR, comma-separated: tokens (layers for fold), width, rank")
+    parser.add_argument("--autotune", action="store_true", help="a GPU's library product after a search for the fastest, too")
     options = parser.parse_args(argv)
+    if options.autotune and options.device != "cuda":
+        raise ValueError("autotune: there is no search for the fastest product but on a GPU")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
     check_options(options, rounds=7 if options.quick else ROUNDS["kernels"], dtypes="bf16")
@@ -72,33 +78,42 @@ def cases_of(options: argparse.Namespace) -> list[op.KernelCase]:
                         cases.append(op.KernelCase(kernel, LAYERS, n, r, dtype, threads))
                     elif (m < FEW) == kernel.startswith("small"):
                         cases.append(op.KernelCase(kernel, m, n, r, dtype, threads))
-    return sorted(dict.fromkeys(cases), key=lambda case: (case.threads, case.dtype, options.kernels.index(case.kernel)))
+    return list(dict.fromkeys(cases))  # all kernels at the first shape first: where time ends, each has been measured
 
 
 def measure(case: op.KernelCase, session: Session) -> list[dict]:
-    """The library's product and our kernel."""
+    """The library's product, with --autotune the fastest that a search finds for it too, and our kernel."""
     operator = op.make(case, session.device)
     errors = op.errors(operator)
     limit = 2 * errors["library"] + torch.finfo(DTYPES[case.dtype]).eps
     if not errors["ours"] <= limit:
         raise ArithmeticError(f"relative error expected <= {limit:.1e}, got {errors['ours']:.1e}")
-    calls = [Timed([lambda _, call=call: call()]) for call in (operator.library, operator.ours)]
-    times = interleave(calls, session.clock, session.options.rounds, 0.01, settle=True)
+    sides = [(FLOOR, "library products", "library", operator.library), (OURS, "our kernel", "ours", operator.ours)]
+    if session.options.autotune:
+        with session.attempt(f"{case.name()}, autotuned", ends=()):
+            tuned = autotuned(operator.library)
+            tuned()
+            sides.insert(1, (TUNED, "library products, autotuned", "library", tuned))
+    calls = [Timed([lambda _, call=call: call()]) for *_, call in sides]
+    with session.watched(case.name()) as state:
+        times = interleave(calls, session.clock, session.options.rounds, 0.01, settle=True)
     ceilings = session.ceilings(case.dtype, case.threads)
     results = []
-    for rival, label, side, (own,) in zip((FLOOR, OURS), ("library products", "our kernel"), ("library", "ours"), times):
+    for (rival, label, side, _), (own,) in zip(sides, times):
         step = against(own, times[0][0])
         seconds = step["seconds"][1]
         step |= {"flops_per_s": operator.work.flops / seconds, "bytes_per_s": operator.work.bytes / seconds}
         step["of_bound"] = operator.work.least_seconds(ceilings) / seconds
-        results.append({"rival": rival, "label": label, "error": errors[side], "ceilings": ceilings, "step": step})
+        result = {"rival": rival, "label": label, "error": errors[side], "ceilings": ceilings, "step": step, "gpu": state}
+        results.append(result)
     return results
 
 
-def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Session) -> None:
-    library, ours = results
+def add_row(table: AnyTable, case: op.KernelCase, results: list[dict], session: Session) -> None:
+    library, ours = results[0], results[-1]
+    tuned = next((time_text(r["step"]["seconds"][1]) for r in results if r["rival"] == TUNED), "-")
     low, middle, high = (1 + value for value in ours["step"]["excess"])
-    times = [time_text(result["step"]["seconds"][1]) for result in results]
+    times = [time_text(library["step"]["seconds"][1]), tuned, time_text(ours["step"]["seconds"][1])]
     rates = [f"{ours['step']['flops_per_s'] / 1e12:.3g}", f"{ours['step']['bytes_per_s'] / 1e9:.4g}"]
     size, kind = f"{case.m} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}"
     ratio = f"{middle:.2f} ({low:.2f}, {high:.2f})"
@@ -106,13 +121,31 @@ def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Ses
     table.add_row(case.kernel, size, kind, *times, ratio, *rates, *last)
 
 
+def draw(session: Session) -> None:
+    from .report.plots_more import draw_kernels
+
+    draw_kernels(newest(session.store.read()), session.folder)
+
+
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "kernels.jsonl")
     session.introduce()
-    heads = ("kernel", "M x N, r", "dtype, threads", "library", "ours", "x library (quartiles)", "TFLOP/s", "GB/s", "of bound")
+    heads = (
+        "kernel",
+        "M x N, r",
+        "dtype, threads",
+        "library",
+        "autotuned",
+        "ours",
+        "x library (quartiles)",
+        "TFLOP/s",
+        "GB/s",
+        "of bound",
+    )
     table = new_table("Our kernels alone", *heads, "error", "library's")
-    cases = session.todo(cases_of(options), lambda case: (FLOOR, OURS), partial(add_row, table))
+    rivals = (FLOOR, TUNED, OURS) if options.autotune else (FLOOR, OURS)
+    cases = session.todo(cases_of(options), lambda case: rivals, partial(add_row, table))
     with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name())
@@ -122,9 +155,7 @@ def main(argv: list[str] | None = None) -> int:
                 session.keep(case, results)
                 add_row(table, case, results, session)
     session.console.print(table)
-    from .report.plots_more import draw_kernels
-
-    draw_kernels(newest(session.store.read()), session.folder)
+    session.draw(lambda: draw(session))
     return session.finish()
 
 

@@ -8,34 +8,40 @@
 
 The machine's ceilings (a large product, a large addition) are measured first. Every rival is checked against float64 before
 it is timed; one that fails is named and left out. All rivals of a case are interleaved; a time is the median over rounds, an
-excess is the median of per-round ratios to the frozen layer. Results are appended to bench/results/<machine>/layer.jsonl; cells
-measured before with the same build and settings are shown and not measured again (--fresh does). The adapters are kept in the
-layer's own dtype for every rival, so that all do the same arithmetic.
+excess is the median of per-round ratios to the frozen layer. On a GPU each case is measured by the device's own clock,
+eagerly from idle to idle, and as CUDA graphs, always with a cold L2; clocks and throttling before and after are kept. Results
+are appended to bench/results/<machine>/layer.jsonl; cells measured before with the same build and settings are shown and not
+measured again (--fresh does). The adapters are kept in the layer's own dtype for every rival, so that all do the same
+arithmetic.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
+import re
 from functools import partial
+from pathlib import Path
 
-import psutil
 import torch
 
 from .measure.bounds import DIRECTIONS, work
 from .measure.counted import peak_bytes
+from .measure.forms import FORMS, more_forms, stages
 from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
 from .measure.shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
 from .measure.store import newest
-from .measure.timing import Timed, against, interleave
-from .measure.truth import Truth, check, saved_bytes
+from .measure.timing import Timed, interleave
 from .rivals import registry as rv
 from .rivals.base import Rival, Tensors
 from .rivals.library import obstacle
+from .rivals.truth import Truth, check, saved_bytes
 
 MINUTES, SLICE = 12.0, 0.03
 COMPILE_S = 6.0  # of torch.compile, a case
+AUTOTUNE_S = 40.0  # of its search for the fastest product, a case and rival
 AROUND_S = 0.005  # of a call that is timed by events: the queue ahead of it, the flush of L2
 
 
@@ -50,9 +56,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=MINUTES, help=f"about how long the default shapes may take ({MINUTES})"
     )
     parser.add_argument("--rivals", help=f"some of {', '.join(rv.RIVALS)}")
+    parser.add_argument(
+        "--autotune", action="store_true", help="on a GPU two more rivals, after a search for the fastest product"
+    )
     parser.add_argument("--slice", type=float, default=SLICE, help=f"seconds a measurement of one rival takes ({SLICE})")
     options = parser.parse_args(argv)
     check_options(options, rounds=7 if options.quick else ROUNDS["layer"])
+    if options.autotune and options.device != "cuda":
+        raise ValueError("autotune: there is no search for the fastest product but on a GPU")
     if not (math.isfinite(options.slice) and options.slice > 0 and math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"slice, minutes: expected positive numbers, got {options.slice}, {options.minutes}")
     options.chosen = options.rivals is not None
@@ -68,6 +79,7 @@ def rivals_of(case: Case, options: argparse.Namespace) -> list[str]:
     names = list(options.rivals)
     if not options.chosen and not options.quick and (options.device == "cuda" or case[:4] in TARGETS):
         names += rv.EXTRA
+    names += rv.AUTOTUNED if options.autotune else ()
     names = [name for name in rv.RIVALS if name in names]
     return [name for name in rv.installed(names)[0] if obstacle(name, case, torch.device(options.device)) is None]
 
@@ -85,7 +97,9 @@ def cost_seconds(case: Case, options: argparse.Namespace, ceilings: dict[str, fl
     names = rivals_of(case, options)
     once = 1.3 * step + (AROUND_S if options.clock == "events" else 0.0)
     rounds = (options.rounds + 4) * len(names) * (once + max(options.slice, once))
-    return rounds + (4 * len(names) + 8) * step + (COMPILE_S if "lora-compiled" in names else 0.0)
+    forms = 1 + (len(FORMS) if options.clock == "events" else 0)
+    compiled = COMPILE_S * ("lora-compiled" in names) + AUTOTUNE_S * len(set(names) & set(rv.AUTOTUNED))
+    return forms * rounds + (4 * len(names) + 8) * step + compiled
 
 
 def needed_bytes(case: Case) -> int:
@@ -95,7 +109,12 @@ def needed_bytes(case: Case) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    return psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    """Of memory, as the kernel estimates what a new program could take; all of it where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return 1024 * int(found[1]) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def choose(options: argparse.Namespace, session: Session) -> list[Case]:
@@ -179,15 +198,16 @@ def measure(case: Case, names: list[str], session: Session) -> list[dict]:
     for (result, _), call in zip(group, calls):
         call.prepare()
         result["peak_bytes"] = peak_bytes(lambda call=call: call.stages[1](call.stages[0](None)), device)
-    times = interleave(calls, session.clock, options.rounds, options.slice, True, inputs.deal)
-    floor = next(own for (result, _), own in zip(group, times) if result["rival"] == rv.FLOOR)
+    kept = [result["rival"] for result, _ in group]
+    with session.watched(case.name()) as state:
+        times = interleave(calls, session.clock, options.rounds, options.slice, True, inputs.deal)
+        forms = more_forms(session, kept, calls, rv.FLOOR, options.slice, inputs.deal)
+    floor = times[kept.index(rv.FLOOR)]
     ceilings = session.ceilings(case.dtype, case.threads)
     for (result, rival), own in zip(group, times):
-        both = [[*stages, [sum(t) for t in zip(*stages)]] for stages in (own, floor)]
-        result["ceilings"] = ceilings
-        for i, direction in enumerate(DIRECTIONS):
+        result |= {"ceilings": ceilings, "gpu": state, **forms[result["rival"]]}
+        for direction, stage in stages(own, floor).items():
             least = work(case, direction, adapted=bool(rival.parameters), trained="A" in rival.parameters)
-            stage = against(both[0][i], both[1][i])
             seconds = stage["seconds"][1]
             rates = {"flops_per_s": least.flops / seconds, "bytes_per_s": least.bytes / seconds}
             result[direction] = stage | rates | {"of_bound": least.least_seconds(ceilings) / seconds}
@@ -200,7 +220,9 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     name = layer_name(case.k, case.n)
     title = f"{case.name()}{f', {name}' if name else ''}   FLOP floor {case.flop_floor():.1%}"
     table = new_table(title, "", "forward", "excess", "backward", "excess", "both", "excess", "(quartiles)", "x eager LoRA")
-    for head in ("GFLOP/s", "GB/s", "of bound", "saved", "peak", "error"):
+    forms = [form for form in FORMS if any(form in result for result in results)]
+    more = [head for form in forms for head in (form, "excess")]
+    for head in (*more, "GFLOP/s", "GB/s", "forward, backward", "of bound", "saved", "peak", "error"):
         table.add_column(head, justify="right", overflow="fold")
     for result in results:
         step, is_floor = result["step"], result["rival"] == rv.FLOOR
@@ -209,13 +231,25 @@ def show(case: Case, results: list[dict], session: Session) -> None:
         for direction in DIRECTIONS:
             stage = result[direction]
             times += [time_text(stage["seconds"][1]), "" if is_floor else f"{stage['excess'][1]:.1%}"]
+        in_forms = []
+        for form in forms:
+            stage = result.get(form, {}).get("step")
+            in_forms += ["-", "-"] if stage is None else [time_text(stage["seconds"][1]), f"{stage['excess'][1]:.1%}"]
+        rates = ", ".join(f"{result[direction]['bytes_per_s'] / 1e9:.3g}" for direction in ("forward", "backward"))
         table.add_row(
             result["label"], *times, "" if is_floor else f"{low:.1%}, {high:.1%}",
             f"{excess / eager['step']['excess'][1]:.2f}" if eager and not is_floor else "",
-            f"{step['flops_per_s'] / 1e9:.4g}", f"{step['bytes_per_s'] / 1e9:.3g}", f"{step['of_bound']:.0%}",
+            *in_forms, f"{step['flops_per_s'] / 1e9:.4g}", f"{step['bytes_per_s'] / 1e9:.3g}", rates, f"{step['of_bound']:.0%}",
             bytes_text(result["saved_bytes"]), bytes_text(result["peak_bytes"]), f"{result['error']:.0e}",
         )  # fmt: skip
     session.console.print(table)
+
+
+def draw(session: Session) -> None:
+    from .report import plots
+
+    pictures = plots.draw(newest(session.store.read()), session.folder)
+    session.say(f"pictures: {', '.join(p.name for p in pictures)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,10 +271,7 @@ def main(argv: list[str] | None = None) -> int:
                 results = measure(case, rivals_of(case, options), session)
                 session.keep(case, results)
                 show(case, results, session)
-    from .report.plots import draw
-
-    pictures = draw(newest(session.store.read()), session.folder)
-    session.say(f"pictures: {', '.join(p.name for p in pictures)}")
+    session.draw(lambda: draw(session))
     return session.finish()
 
 

@@ -226,6 +226,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def draw(session: Session) -> None:
+    from .report.plots_more import draw_model
+
+    draw_model(newest(session.store.read()), session.folder)
+
+
 def methods_of(model: str, options: argparse.Namespace) -> list[str]:
     """Those asked for, or a model's usual ones, that can run here; the frozen model always."""
     usual = mr.SHAPES[model].methods or (mr.QUICK if options.quick else tuple(mr.METHODS))
@@ -259,9 +265,7 @@ def main(argv: list[str] | None = None) -> int:
                 results = measure(case, methods_of(case.model, options), session)
                 session.keep(case, results)
                 show(case, results, session)
-    from .report.plots_more import draw_model
-
-    draw_model(newest(session.store.read()), session.folder)
+    session.draw(lambda: draw(session))
     return session.finish()
 
 

@@ -182,6 +182,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def draw(session: Session) -> None:
+    from .report.plots_more import draw_shared
+
+    draw_shared(newest(session.store.read()), session.folder)
+
+
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "shared.jsonl")
@@ -198,9 +204,7 @@ def main(argv: list[str] | None = None) -> int:
                 results = measure(case, session)
                 session.keep(case, results)
                 show(case, results, session)
-    from .report.plots_more import draw_shared
-
-    draw_shared(newest(session.store.read()), session.folder)
+    session.draw(lambda: draw(session))
     return session.finish()
 
 

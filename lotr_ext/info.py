@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .ops.planner import build_info, plan
+from .ops.planner import build_info, cuda_obstacle, cuda_probe, cuda_version, plan
 
 __all__ = ["collect", "main"]
 
@@ -43,20 +43,38 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "built": build_info(),
+        "cuda": _cuda(),
         "runs": runs,
     }
 
 
+def _cuda() -> dict[str, Any]:
+    """The CUDA versions of the build and of the driver (None without CUDA kernels), and why the kernels cannot run."""
+    obstacle = cuda_obstacle(0)
+    if not build_info()["cuda"]["built"]:
+        return {"runtime": None, "driver": None, "obstacle": obstacle}
+    found = cuda_probe(-1)
+    return {"runtime": found["runtime"], "driver": found["driver"], "obstacle": obstacle}
+
+
+def _cuda_line(built: dict[str, Any], cuda: dict[str, Any]) -> str:
+    if not built["built"]:
+        return "CUDA       no kernels built"
+    driver = f"driver for CUDA {cuda_version(cuda['driver'])}" if cuda["driver"] else "no driver"
+    kernels = f"kernels for {', '.join(map(str, built['archs']))}, built by CUDA {cuda_version(cuda['runtime'])}"
+    return f"CUDA       {kernels}; {driver}" + (f"\n           they cannot run: {cuda['obstacle']}" if cuda["obstacle"] else "")
+
+
 def _lines(facts: dict[str, Any]) -> list[str]:
     built = facts["built"]
-    cpu, cuda = built["cpu"], built["cuda"]
+    cpu = built["cpu"]
     lines = [
         f"lotr_ext   {facts['lotr_ext']} (extension {built['version']}, for torch >= {built['torch_target']})",
         f"python     {facts['python']} on {facts['platform']}",
         f"torch      {facts['torch']}, CUDA {facts['torch_cuda'] or 'not in this build'}, {facts['threads']} threads",
         "libraries  " + ", ".join(f"{name} {version or '-'}" for name, version in facts["libraries"].items()),
         f"CPU        kernels for {cpu['isa']}",
-        "CUDA       " + (f"kernels for {', '.join(map(str, cuda['archs']))}" if cuda["built"] else "no kernels built"),
+        _cuda_line(built["cuda"], facts["cuda"]),
         "runs (4096 tokens, rank 16)",
     ]
     for device, found in facts["runs"].items():

@@ -1,8 +1,10 @@
-"""Fixtures of all tests: a fixed seed, and the switch between one autograd node and two."""
+"""Fixtures of all tests: a fixed seed, and the switch between one autograd node and two; and where only the tests on a GPU are
+asked for, the other files need not find their packages."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,26 @@ torch.set_num_threads(1)  # tiny inputs: a second thread only waits
 
 def pytest_report_header() -> str:
     return f"lotr_ext: {Path(lotr_ext.__file__).parent}"
+
+
+class GpuMachineModule(pytest.Module):
+    """A file of tests whose import may miss a package: a machine with a GPU has few (rich, hypothesis, yaml are not there)."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            missing = error.__cause__
+            if isinstance(missing, ModuleNotFoundError):
+                pytest.skip(f"{self.path.name}: the package {missing.name} is not installed")
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """With -m cuda alone: anywhere else a package that is missing is an error, so that no test is lost in silence."""
+    if parent.config.option.markexpr != "cuda":
+        return None
+    return GpuMachineModule.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(autouse=True)

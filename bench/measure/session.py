@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import ctypes
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,21 +13,18 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from .isa import add_isa_option, check_isa, restart_if_asked
 from .shapes import DTYPES
 from .store import RESULTS, Store, build_id, case_of, runs, setting_of
-from .timing import CLOCKS, Clock, ceilings, machine, slug
+from .terminal import bar, wide_console
+from .terminal import new_table as new_table
+from .timing import CLOCKS, Clock, ceilings, gpu_state, machine, slug, throttled
 
 T = TypeVar("T")
 Show = Callable[[T, list[dict], "Session"], None]  # of a program: prints the results of one case
 ALLOCATORS = ("keep", "system")
 ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15, "host": 61}  # of each program by default
-WIDTH = 210  # of the widest table; on a narrower terminal the lines wrap as wholes, which can be read, and columns do not
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -87,11 +83,6 @@ def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,
     if options.results == "":
         raise ValueError("results: expected a folder, got ''")
     return options
-
-
-def wide_console() -> Console:
-    """As wide as the widest table, also where the terminal is not."""
-    return Console(width=max(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH)
 
 
 def brief(error: BaseException) -> str:
@@ -187,6 +178,26 @@ class Session:
         for result in results:
             self.store.append(shared | result)
 
+    @contextlib.contextmanager
+    def watched(self, name: str) -> Iterator[dict[str, dict[str, str]]]:
+        """Yields {"before", "after"}, the GPU's clocks and what held them down around a case; says so where something did."""
+        state = {"before": gpu_state(self.device)}
+        yield state
+        state["after"] = gpu_state(self.device)
+        for when, found in state.items():
+            if throttled(found):
+                facts = ", ".join(f"{key} {value}" for key, value in found.items())
+                self.say(f"{name}: the GPU was throttled {when} it: {facts}")
+
+    def draw(self, pictures: Callable[[], object]) -> None:
+        """Pictures of what is kept; without matplotlib a line that says so."""
+        try:
+            pictures()
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] != "matplotlib":
+                raise
+            self.say("no pictures: matplotlib is not installed; python -m bench.report draws them where it is")
+
     def finish(self) -> int:
         """Says where the results are. 1 if something could not be measured."""
         self.say(f"results in {self.store.path}")
@@ -197,18 +208,10 @@ class Session:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr; what it yields names the case that begins, which ends the one before. Restores torch's thread count."""
+    """A bar of as many cases; what it yields names the one that begins. Restores torch's thread count."""
     threads = torch.get_num_threads()
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task, begun = bar.add_task("", total=total), 0
-
-            def begin(name: str) -> None:
-                nonlocal begun
-                bar.update(task, description=name, completed=begun)
-                begun += 1
-
+        with bar(total) as begin:
             yield begin
     finally:
         torch.set_num_threads(threads)
@@ -225,14 +228,6 @@ def start(program: str, main: Callable[[], int]) -> None:
         sys.exit(f"{program}: needs the package {error.name}, which is not installed (pip install {error.name})")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; what was measured is kept, the same command goes on from there")
-
-
-def new_table(title: str, *heads: str) -> Table:
-    """A table whose first column is text and whose other columns are numbers."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", overflow="fold")  # narrow: wrapped, never cut off
-    return table
 
 
 def time_text(seconds: float) -> str:

@@ -11,6 +11,7 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS = (1, 16, 128, 512, 2048, 8192, 16384)
 RANKS = (4, 16, 64, 256)
+GPU_RANKS = (8, 16, 32, 64, 128)
 Shape = tuple[int, int, int, int]
 
 
@@ -35,6 +36,8 @@ LAYERS = (
     Layer("llama-3-8b", "k, v", 4096, 1024, False),
     Layer("llama-3-8b", "gate, up", 4096, 14336, False),
     Layer("llama-3-8b", "down", 14336, 4096, False),
+    Layer("qwen3-8b", "gate, up", 4096, 12288, False),  # its q, k, v, o are of llama-3-8b's sizes
+    Layer("qwen3-8b", "down", 12288, 4096, False),
 )
 MODELS = tuple(dict.fromkeys(layer.model for layer in LAYERS))
 _BY_WIDTH = {(layer.k, layer.n): layer for layer in LAYERS}
@@ -83,10 +86,11 @@ def candidates(device: str) -> list[Shape]:
     k, most, ranked = (768, 2048, (768, 768)) if device == "cpu" else (4096, 8192, (4096, 4096))
     order: list[Shape] = list(TARGETS) if device == "cpu" else list(QUICK["cuda"])
     order += [(m, k, k, 16) for m in sorted(TOKENS, key=lambda m: (m > most, m))]
-    order += [(most, *ranked, r) for r in RANKS]
+    ranks = RANKS if device == "cpu" else GPU_RANKS
+    order += [(most, *ranked, r) for r in ranks]
     models = LAYERS if device == "cpu" else LAYERS[::-1]
     order += [(m, layer.k, layer.n, 16) for m in (512, most) for layer in models]
-    rest = [(m, layer.k, layer.n, r) for layer in LAYERS for m in TOKENS for r in RANKS]
+    rest = [(m, layer.k, layer.n, r) for layer in LAYERS for m in TOKENS for r in ranks]
     order += sorted(rest, key=lambda s: s[0] * s[1] * s[2])
     return list(dict.fromkeys(order))
 

@@ -22,7 +22,7 @@ import torch
 from .isa import held_to
 
 CLOCKS = ("wall", "cpu", "events")
-FLUSH_BYTES = 256 << 20  # more than any L2
+FLUSH_BYTES = 256 << 20  # at least, and at least four times the L2
 QUEUE_CYCLES = 6_000_000  # a few milliseconds of waiting on the GPU, in which the CPU queues a whole step
 CEILING_S = 0.5  # seconds that a ceiling is measured for: another program's moment of work must not pass for the best
 
@@ -35,13 +35,43 @@ class Timed:
     prepare: Callable[[], None] = lambda: None
 
 
+def captured(timed: Timed, device: torch.device) -> Timed:
+    """The same with each stage a CUDA graph that is replayed: no Python and one launch a stage.
+
+    What the stages hold on to (inputs, gradients) is what they had when they were captured. RuntimeError where a stage
+    synchronises, which no graph can.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # as torch asks: everything is made once before, off the default stream
+        for _ in range(3):
+            timed.prepare()
+            state = None
+            for stage in timed.stages:
+                state = stage(state)
+        del state
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    timed.prepare()
+    pool, graphs, state = torch.cuda.graph_pool_handle(), [], None
+    for stage in timed.stages:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            state = stage(state)
+        graphs.append((graph, state))  # a stage's results live as long as its graph
+    return Timed([lambda _, graph=graph: graph.replay() for graph, _ in graphs])
+
+
 class Clock:
     """Seconds of each stage of a Timed.
 
     wall     the time that passes; on a GPU from an idle device to an idle device, so Python and launches count
     cpu      CPU seconds, for one thread on a busy machine
-    events   GPU only: the device's own time. L2 is flushed first, then the device waits while the CPU queues the stages, so
-             that launches are hidden and nothing synchronises between them
+    events   GPU only: the device's own time. The device waits while the CPU queues the stages, so that launches are hidden and
+             nothing synchronises between them
+
+    On a GPU what is timed finds a cold L2: a large buffer has been read before. Read, not written: lines that were written
+    would go back to memory within the time of what follows.
     """
 
     def __init__(self, device: torch.device, kind: str):
@@ -49,7 +79,14 @@ class Clock:
             raise ValueError(f"clock: expected wall, cpu (on a CPU) or events (on a GPU), got {kind!r} on {device.type}")
         self.device, self.kind = device, kind
         self.read = time.process_time if kind == "cpu" else time.perf_counter
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+        self._large = self._sum = None
+        if device.type == "cuda":
+            size = max(FLUSH_BYTES, 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+            self._large, self._sum = torch.zeros(size // 4, device=device), torch.zeros((), device=device)
+
+    def cool(self) -> None:
+        """Fills the GPU's L2 with clean lines of a buffer that nothing else reads."""
+        torch.sum(self._large, 0, out=self._sum)
 
     def seconds(self, timed: Timed, repeats: int) -> list[float]:
         """Of each stage, averaged over repeats made back to back."""
@@ -61,7 +98,7 @@ class Clock:
             timed.prepare()
             state = None
             if cuda:
-                self.flush.zero_()
+                self.cool()
                 torch.cuda.synchronize(self.device)
             last = self.read()
             for i, stage in enumerate(timed.stages):
@@ -78,7 +115,7 @@ class Clock:
         for _ in range(repeats):
             timed.prepare()
             events = [torch.cuda.Event(enable_timing=True) for _ in range(len(timed.stages) + 1)]
-            self.flush.zero_()
+            self.cool()
             torch.cuda._sleep(QUEUE_CYCLES)
             state = None
             events[0].record()
@@ -207,11 +244,30 @@ def machine(device: torch.device) -> dict[str, str]:
     return facts | {"name": f"{model} {verb} {isa}, {os.cpu_count()} cores", "isa": isa}
 
 
-def _nvidia_smi(index: int) -> dict[str, str]:
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """Clocks, heat, power and what holds the clocks down right now; {} on a CPU, or where nvidia-smi is not there to tell."""
+    if device.type != "cuda":
+        return {}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _nvidia_smi(index, ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_throttle_reasons.active"))
+
+
+def throttled(state: dict[str, str]) -> bool:
+    """Whether more than idleness or a setting of its user's holds the clocks down: power, heat, the board."""
+    reasons = state.get("clocks_throttle_reasons.active", "0")
+    return bool(int(reasons, 16) & ~_HARMLESS) if re.fullmatch(r"0[xX][0-9a-fA-F]+", reasons) else False
+
+
+# nvml.h: GPU idle 0x1, clocks set by the user 0x2, synchronised boost 0x10, display clocks 0x100
+_HARMLESS = 0x1 | 0x2 | 0x10 | 0x100
+
+
+def _nvidia_smi(
+    index: int, names: Sequence[str] = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+) -> dict[str, str]:
     """Driver and clocks as they are now, where the tool is there to tell."""
     if shutil.which("nvidia-smi") is None:
         return {}
-    names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
     command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True)
     values = [value.strip() for value in done.stdout.strip().split(",")]

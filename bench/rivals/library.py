@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..measure.shapes import Case
@@ -22,6 +24,8 @@ def missing_package(rival: str) -> str | None:
 
 def obstacle(rival: str, case: Case, device: torch.device) -> str | None:
     """Why a rival cannot run a case, None if it can."""
+    if rival in ("frozen-autotuned", "lora-autotuned") and device.type != "cuda":
+        return "there is no search for the fastest product but on a GPU"
     if rival in ("lora-unsloth", "lora-lorafusion") and device.type != "cuda":
         return "its kernels need a GPU"
     if rival == "lora-unsloth" and case.has_bias():
@@ -36,6 +40,23 @@ def lora_compiled(t: Tensors, case: Case) -> Rival:
     A, B = parameter(t.A.T), parameter(t.B)
     torch._dynamo.reset()  # else the compiler generalises over the cases before
     return Rival("LoRA compiled", torch.compile(lora_forward(t, A, B), dynamic=False), {"A": (A, True), "B": (B, False)})
+
+
+def autotuned(call: Callable) -> Callable:
+    """By torch.compile for the very shape it meets, with a search for the fastest product, fused or the library's."""
+    return torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
+def frozen_autotuned(t: Tensors, case: Case) -> Rival:
+    """The floor that a sceptic asks for: the library's own choice of a product is not always its fastest."""
+    torch._dynamo.reset()
+    return Rival("frozen autotuned", autotuned(lambda x: F.linear(x, t.weight, t.bias)), {})
+
+
+def lora_autotuned(t: Tensors, case: Case) -> Rival:
+    A, B = parameter(t.A.T), parameter(t.B)
+    torch._dynamo.reset()
+    return Rival("LoRA autotuned", autotuned(lora_forward(t, A, B)), {"A": (A, True), "B": (B, False)})
 
 
 def _with_peft(t: Tensors, config) -> nn.Module:

@@ -38,7 +38,7 @@ def _lora_eager(t: Tensors, case: Case) -> Rival:
     return Rival("LoRA eager", lora_forward(t, A, B), {"A": (A, True), "B": (B, False)})
 
 
-class _InPlaceLoRA(torch.autograd.Function):
+class InPlaceLoRA(torch.autograd.Function):
     """LoRA from library products alone, as few passes as they allow. A [r, k], B [n, r]."""
 
     @staticmethod
@@ -70,7 +70,7 @@ class _InPlaceLoRA(torch.autograd.Function):
 def _lora_in_place(name: str, expand_first: bool) -> Make:
     def make(t: Tensors, case: Case) -> Rival:
         A, B = parameter(t.A.T), parameter(t.B)
-        forward = _InPlaceLoRA.apply
+        forward = InPlaceLoRA.apply
         return Rival(name, lambda x: forward(x, t.weight, t.bias, A, B, expand_first), {"A": (A, True), "B": (B, False)})
 
     return make
@@ -95,11 +95,13 @@ def _ours(strategy: str | None) -> Make:
 FLOOR, LORA_EAGER, OURS = "frozen", "lora-eager", "lotr_ext"
 RIVALS: dict[str, Make] = {
     FLOOR: _frozen,
+    "frozen-autotuned": library.frozen_autotuned,
     "lotr-eager": _lotr_eager,
     LORA_EAGER: _lora_eager,
     "lora-in-place": _lora_in_place("LoRA in-place", False),
     "lora-in-place-beta": _lora_in_place("LoRA in-place, beta", True),
     "lora-compiled": library.lora_compiled,
+    "lora-autotuned": library.lora_autotuned,
     "lora-peft": library.lora_peft,
     "vera-peft": library.vera_peft,
     "lora-unsloth": library.lora_unsloth,
@@ -112,7 +114,8 @@ RIVALS: dict[str, Make] = {
 # What a library's own products can do for LoRA, without a kernel written for it.
 LIBRARY_ONLY = (LORA_EAGER, "lora-in-place", "lora-in-place-beta", "lora-peft", "lora-compiled")
 EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion")  # compiling takes seconds a case; the others need a GPU
-DEFAULT = [name for name in RIVALS if name not in EXTRA]
+AUTOTUNED = ("frozen-autotuned", "lora-autotuned")  # on request: a search of most of a minute a case
+DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED)]
 
 
 def available(names: list[str]) -> list[str]:

@@ -73,7 +73,7 @@ def own_weight(base: nn.Module) -> Tensor | None:
         return None
     if isinstance(base, nn.Linear):
         return base.weight if type(base).forward is nn.Linear.forward else None
-    return base.weight.mT if is_conv1d(base) else None
+    return base.weight.t() if is_conv1d(base) else None
 
 
 class LoTRPeftLinear(nn.Module, BaseTunerLayer):

@@ -54,8 +54,8 @@ class LoTRFactors(nn.Module):
     (N(0, 1), the paper's) or "kaiming"; see `lotr_ext.init`. dtype: float32, float64, bfloat16 or float16, torch's default if
     None.
     Every layer's gradient of A and B is added into one accumulator each, in float32 (float64 for float64), and autograd sees
-    one gradient a backward (`lotr_ext.autograd.shared_gradient`). Raises TypeError or ValueError naming the argument; warns of a rank beyond the
-    widths.
+    one gradient a backward (`lotr_ext.autograd.shared_gradient`).
+    Raises TypeError or ValueError naming the argument; warns of a rank beyond the widths.
 
     State: `A`, `B`; with an init that changed the base weights also the buffers `start_A`, `start_B`, which are not part of
     state_dict (`save_adapter` keeps them).

@@ -146,10 +146,10 @@ class LoTRConv1D(LoTRLayer):
         return layer.train(linear.training)
 
     def _base(self, x: Tensor) -> Tensor:
-        return nnf.linear(x, self.weight.mT, self.bias)
+        return nnf.linear(x, self.weight.t(), self.bias)
 
     def _matrix(self) -> Tensor:
-        return self.weight.mT
+        return self.weight.t()
 
     def to_base(self) -> nn.Module:
         """The plain Conv1D again, of the base weight and bias as they stand. TypeError as `LoTRLinear.to_base`."""

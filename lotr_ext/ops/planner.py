@@ -28,6 +28,8 @@ FEW_TOKENS = 128  # below, a second autograd node costs more than sharing saves,
 CUDA_MAX_RANK = 256
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
+_DRIVERS = {12: 525, 13: 580}  # the first driver of a major version of CUDA
+_NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction", "cudaErrorInvalidKernelImage")
 
 
 class Plan(NamedTuple):
@@ -69,13 +71,56 @@ def build_info() -> dict:
     return json.loads(torch.ops.lotr.info())
 
 
+def cuda_probe(device: int) -> dict:
+    """What the CUDA runtime in the extension finds, asked without a launch: {"runtime", "driver"}, versions as CUDA counts
+    them (12080 is 12.8; driver 0: none), and "error", the name of the driver's error where it cannot load a kernel of ours on
+    device ("": it can). device < 0: the versions alone. Needs an extension built with CUDA kernels.
+    """
+    return json.loads(torch.ops.lotr.cuda_probe(device))
+
+
 @functools.cache
 def cuda_obstacle(index: int) -> str | None:
-    """Why our CUDA kernels cannot run on device index; None if they can."""
-    if not build_info()["cuda"]["built"]:
+    """Why our CUDA kernels cannot run on device index; None if they can. Asked of the driver once, at the first use."""
+    built = build_info()["cuda"]
+    if not built["built"]:
         return "lotr_ext was built without CUDA kernels (no nvcc at build time, or LOTR_CUDA=OFF)"
+    if (obstacle := driver_obstacle()) is not None:
+        return obstacle
+    if index >= torch.cuda.device_count():
+        return f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here, none of index {index}"
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"expected compute capability 8.0 or later, got {major}.{minor}"
+    if major < 8:
+        return f"expected compute capability 8.0 or later, got {major}.{minor}"
+    error = cuda_probe(index)["error"]
+    if not error:
+        return None
+    mend = f"build it with LOTR_ARCHS={major}{minor}, or AUTO on this machine"
+    if error in _NO_CODE:
+        archs = ", ".join(map(str, built["archs"]))
+        return f"lotr_ext has no code for compute capability {major}.{minor}, only for {archs} ({error}): {mend}"
+    return f"the driver cannot load the kernels of lotr_ext ({error}): update the driver, or {mend}"
+
+
+def driver_obstacle() -> str | None:
+    """Why the machine's driver runs no kernel of this build: there is none, or it is of an older major version of CUDA."""
+    found = cuda_probe(-1)
+    runtime, driver = found["runtime"], found["driver"]
+    if not driver:
+        return "the machine has no NVIDIA driver, or a broken one (does nvidia-smi run?)"
+    if driver // 1000 < runtime // 1000:
+        needed = _DRIVERS.get(runtime // 1000)
+        newer = f" to {needed} or later" if needed else ""
+        return (
+            f"lotr_ext was built by CUDA {cuda_version(runtime)}, the driver serves CUDA {cuda_version(driver)} at most: "
+            f"update the driver{newer}, or build with a CUDA {driver // 1000} toolkit (CUDA_HOME)"
+        )
+    return None
+
+
+def cuda_version(number: int) -> str:
+    """ "12.8" of 12080."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def check_strategy(strategy: str, where: str) -> str:
@@ -141,4 +186,6 @@ def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> 
         return f"no CUDA kernels for {dtype}"
     if rank > CUDA_MAX_RANK:
         return f"rank {rank} is above {CUDA_MAX_RANK}, the largest of our CUDA kernels"
-    return cuda_obstacle(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is not None:
+        return cuda_obstacle(device.index)
+    return cuda_obstacle(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import types
 
 import pytest
 import torch
 
 from bench import compare, layer
-from bench.measure import bounds, counted, session, shapes, store, timing, truth
+from bench.measure import bounds, counted, session, shapes, store, timing
 from bench.rivals import library as rivals_library
 from bench.rivals import registry as rivals
+from bench.rivals import truth
 from bench.rivals.base import LORA, LOTR, VERA, Rival, Tensors
 
 CPU = torch.device("cpu")
@@ -128,6 +130,7 @@ def test_a_rival_that_fails_is_named_and_the_others_are_measured(tmp_path, monke
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["--slice", "nan"], "slice, minutes"),
         (["--minutes", "-1"], "slice, minutes"),
+        (["--autotune", "--device", "cpu"], "autotune: there is no search"),
     ],
 )
 def test_it_refuses(arguments, message):
@@ -229,15 +232,13 @@ def test_events_are_recorded_without_synchronising_between_stages(monkeypatch):
         def elapsed_time(self, other: Event) -> float:
             return 1000.0 * (other.number - self.number) * (2 if self.number % 3 == 2 else 1)
 
-    class Flush:
-        def zero_(self) -> None:
-            log.append("flush")
-
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("queue"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronise"))
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: Flush())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=1 << 20))
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: None)
+    monkeypatch.setattr(timing.Clock, "cool", lambda self: log.append("flush"))
     clock = timing.Clock(gpu, "events")
     timed = timing.Timed((lambda _: log.append("forward"), lambda _: log.append("backward")), lambda: log.append("prepare"))
     assert clock.seconds(timed, 2) == [1.0, 2.0]

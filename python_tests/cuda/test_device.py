@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,14 @@ def test_wrong_devices_overlap_and_rank_are_named() -> None:
         lotr.shrink(t["x"].double(), t["A"].double())
     halves = torch.zeros(8, 32, device="cuda", dtype=torch.bfloat16)  # two column ranges of one buffer are apart
     lotr.expand_add_(halves[:, :16], halves[:, 16:20], t["F"])
+
+
+def test_the_probe_finds_our_code_and_leaves_no_error_behind() -> None:
+    t = layer(300, 128, 192, 16)
+    expected = step(t)
+    assert json.loads(lotr.cuda_probe(torch.cuda.device_count()))["error"] == "cudaErrorInvalidDevice"
+    assert json.loads(lotr.cuda_probe(0))["error"] == ""
+    assert same(step(t), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -261,7 +261,9 @@ def test_on_cuda_our_kernels_are_the_default(dtype, monkeypatch):
 @pytest.mark.parametrize(("capability", "works"), [((7, 5), False), ((8, 0), True), ((9, 0), True)], ids=str)
 def test_an_older_gpu_takes_the_composite(capability, works, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(planner, "build_info", lambda: {"cuda": {"built": True}})
+    monkeypatch.setattr(planner, "cuda_probe", lambda device: {"runtime": 13000, "driver": 13000, "error": ""})
     planner.cuda_obstacle.cache_clear()
     forget_plans()
     explanation = explain(layer_of(dtype=torch.bfloat16), torch.empty(512, 20, dtype=torch.bfloat16), device="cuda:0")

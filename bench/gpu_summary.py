@@ -1,0 +1,80 @@
+"""What a run of bench.gpu found, in few lines: tests, sanitizer, and of each measurement the cells that win and that lose."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from pathlib import Path
+
+from .measure.store import Store, newest
+
+FLOOR, OURS = "frozen", "lotr_ext"
+
+
+def summary(results: Path, outcome: dict[str, dict]) -> list[str]:
+    """A line a part, and below it what its results say. results: the folder of logs and of the card's own folder."""
+    lines = ["", "summary"]
+    for name, part in outcome.items():
+        lines.append(f"  {name:18} {part['status']}" + (f", {part['seconds']:.0f} s" if part["seconds"] else ""))
+        log = results / f"{name}.log"
+        text = log.read_text(errors="replace") if log.exists() and part["seconds"] else ""
+        if name == "tests" and (
+            found := re.findall(r"^(?:=+ )?(\d+ (?:passed|failed|skipped).*?)(?: =+)?$", text, re.MULTILINE)
+        ):
+            lines.append(f"      {found[-1]}")
+        if name.startswith("sanitize") and (found := re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)):
+            lines.append(f"      {found[-1]}")
+    for path in sorted(results.glob("*/*.jsonl")):
+        cells = Store(path).read()
+        if cells and path.stem in TELL:
+            told = TELL[path.stem](newest(cells))
+            lines += [f"  {path.relative_to(results)}", *(f"      {line}" for line in told)]
+    return [*lines, f"results in {results}"]
+
+
+def pairs(cells: list[dict], floor: str) -> list[tuple[dict, dict]]:
+    """(our cell, the cell of `floor`) of each case that has both."""
+    theirs = {tuple(c["case"].values()): c for c in cells if c["rival"] == floor}
+    return [(c, theirs[key]) for c in cells if c["rival"] == OURS and (key := tuple(c["case"].values())) in theirs]
+
+
+def shape_of(case: dict) -> str:
+    return " ".join(str(value) for value in case.values())
+
+
+def losing(ratios: dict[str, float], floor: str) -> str:
+    """How many cells take longer than `floor`, and the worst three by name."""
+    worse = sorted((name for name in ratios if ratios[name] > 1), key=ratios.get, reverse=True)
+    named = "; ".join(f"{name} ({ratios[name]:.2f} x)" for name in worse[:3])
+    return f"{len(worse)} of {len(ratios)} cells slower than {floor}" + (f": {named}" if named else "")
+
+
+def tell_kernels(cells: list[dict]) -> list[str]:
+    lines = []
+    for kernel in dict.fromkeys(c["case"]["kernel"] for c in cells):
+        found = pairs([c for c in cells if c["case"]["kernel"] == kernel], "library")
+        if found:
+            bound = [ours["step"]["of_bound"] for ours, _ in found]
+            ratios = {shape_of(o["case"]): o["step"]["seconds"][1] / t["step"]["seconds"][1] for o, t in found}
+            share = f"{statistics.median(bound):.0%} of the machine's bound (median)"
+            lines.append(f"{kernel}: {share}; {losing(ratios, 'the library')}")
+    return lines
+
+
+def tell_layer(cells: list[dict]) -> list[str]:
+    """Against each rival that adapts: the time of a step, and the cells where ours takes longer."""
+    lines = []
+    rivals = [r for r in dict.fromkeys(c["rival"] for c in cells) if not r.startswith((FLOOR, OURS))]
+    for rival in rivals:
+        found = pairs(cells, rival)
+        if found:
+            ratios = {shape_of(o["case"]): o["step"]["seconds"][1] / t["step"]["seconds"][1] for o, t in found}
+            lines.append(f"ours / {rival}: {statistics.median(ratios.values()):.3f} (median); {losing(ratios, rival)}")
+    over = {shape_of(o["case"]): o["step"]["excess"][1] for o, _ in pairs(cells, FLOOR)}
+    if over:
+        least, most = min(over, key=over.get), max(over, key=over.get)
+        lines.append(f"over the frozen layer: {over[least]:.1%} ({least}) to {over[most]:.1%} ({most})")
+    return lines
+
+
+TELL = {"kernels": tell_kernels, "layer": tell_layer, "block": tell_layer}

@@ -1,0 +1,85 @@
+"""With little more than torch and pytest: the tests for a GPU are collected, the benchmarks measure and print."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONAL = ("rich", "psutil", "hypothesis", "yaml", "matplotlib", "transformers", "peft", "pybind11", "onnx", "mkdocs")
+BLOCKER = f"""
+import sys
+class Only:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {OPTIONAL} else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Only(finder) for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> dict[str, str]:
+    """An environment for programs that find none of OPTIONAL."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKER)
+    return os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_gpu_tests_are_collected(without):
+    done = run(without, "pytest", "-m", "cuda", "--collect-only", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "python_tests/cuda/test_device.py::" in done.stdout and "python_tests/cuda/test_operators.py::" in done.stdout
+    assert "test_docs.py: the package yaml is not installed" in done.stdout
+
+
+def test_a_missing_package_is_an_error_in_an_ordinary_run(without):
+    done = run(without, "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "python_tests/project/test_docs.py")
+    assert done.returncode != 0 and "No module named 'yaml'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "row"),
+    [
+        ("bench.kernels", ["--shapes", "8x16x2", "--kernels", "shrink"], r"^ ?shrink +8 x 16, 2 +fp32, 1 "),
+        ("bench.layer", ["--shapes", "8x16x16x2", "--rivals", "lora-eager,lotr_ext"], r"^ ?lotr_ext +\d+ us "),
+        ("bench.shared", ["--shape", "8x16x2", "--layers", "2"], r"^ ?hub +\d+ us "),
+    ],
+)
+def test_benchmarks_print_plain_tables(without, tmp_path, program, arguments, row):
+    common = ["--device", "cpu", "--threads", "1", "--rounds", "1", "--dtypes", "fp32", "--allocator", "system"]
+    done = run(without, program, *common, *arguments, "--results", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(row, done.stdout, re.MULTILINE), done.stdout
+    assert "[1/1]" in done.stderr and "no pictures: matplotlib is not installed" in done.stdout
+    assert list((tmp_path / "results").glob("*.jsonl"))
+
+
+def test_a_plain_table_is_aligned():
+    from bench.measure.terminal import PlainTable
+
+    table = PlainTable("title")
+    for head in ("name", "a", "long head"):
+        table.add_column(head)
+    table.add_row("x", "1")
+    table.add_row("longer", "22", "3")
+    assert str(table).splitlines() == [
+        "",
+        "title",
+        "name     a  long head",
+        "---------------------",
+        "x        1",
+        "longer  22          3",
+    ]

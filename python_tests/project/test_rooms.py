@@ -1,0 +1,77 @@
+"""The order of the rooms is held: each check finds what is planted, and the project itself is clean in C++."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECK = ROOT / ".ci" / "check_includes.py"
+
+
+def check(folder: Path) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, str(CHECK), str(folder)], capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_the_headers_are_in_order():
+    assert check(ROOT / "csrc") == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "words"),
+    [
+        ("cuda/params.h", '#include "plan.h"', ["cuda/params.h includes cuda/plan.h: cuda/params.h may include nothing else"]),
+        ("cuda/ptx/base.cuh", '#  include "../ptx/sm80.cuh"', ["a circle: ", "cuda/ptx/sm80.cuh -> cuda/ptx/base.cuh"]),
+        ("cuda/tile/load.cuh", '#include "../kernels/traits.h"', ["cuda/tile/load.cuh includes cuda/kernels/traits.h"]),
+        ("cuda/small.cu", '#include "torch/check.h"', ["cuda/small.cu includes torch/check.h"]),
+        ("cpu/dispatch.cpp", '#include "cuda/params.h"', ["cpu/dispatch.cpp includes cuda/params.h"]),
+        ("other/new.h", '#include "cuda/params.h"', ["other/new.h: in none of the rooms"]),
+    ],
+)
+def test_a_wrong_include_is_named(tmp_path, file, line, words):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    code, errors = check(tmp_path / "csrc")
+    assert code == 1 and all(word in errors for word in words), errors
+
+
+def lint(folder: Path) -> tuple[int, str]:
+    """import-linter's exit code, and what it says is broken."""
+    program = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("import-linter is not installed")
+    done = subprocess.run([program, "--no-cache"], cwd=folder, capture_output=True, text=True)
+    return done.returncode, "".join(done.stdout.partition("Broken contracts")[1:])
+
+
+@pytest.fixture(scope="module")
+def as_it_is() -> tuple[int, str]:
+    return lint(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("lotr_ext/ops/planner.py", "from ..layers import init"),
+        ("lotr_ext/layers/init.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .. import model"),
+        ("bench/measure/store.py", "def late():\n    from ..traffic import counts"),
+        ("bench/rivals/base.py", "from .. import layer"),
+        ("lotr_ext/stray.py", ""),
+    ],
+)
+def test_a_wrong_import_is_named(tmp_path, as_it_is, file, line):
+    for name in ("lotr_ext", "bench"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
+    shutil.copy2(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / file
+    path.write_text((path.read_text() if path.exists() else "") + f"\n{line}\n")
+    code, broken = lint(tmp_path)
+    module = file.removesuffix(".py").replace("/", ".")
+    assert code != 0 and module in broken and module not in as_it_is[1], broken
