@@ -7,7 +7,7 @@ python -m bench.model      a transformer trained with each method
 python -m bench.kernels    each CUDA kernel alone against the library's product (needs a GPU)
 python -m bench.traffic    bytes counted without a GPU, and what they would cost on one
 python -m bench.profile    where an adapted layer's time over the frozen layer goes
-python -m bench.report     README's tables and pictures from the results that are kept
+python -m bench.report     the tables of README and docs/benchmarks.md, and pictures, from the results that are kept
 python -m bench.targets    which of the targets on a CPU the kept results meet
 python -m bench.compare    regressions between two result files
 """

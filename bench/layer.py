@@ -198,7 +198,7 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     """A table of one case."""
     eager = next((r for r in results if r["rival"] == rv.LORA_EAGER), None)
     name = layer_name(case.k, case.n)
-    title = f"{case.name()}{f', {name}' if name else ''}   FLOP floor {case.flop_floor():.1%}"
+    title = f"{case.name()}{f', {name}' if name else ''}   extra FLOPs {case.extra_flops():.1%}"
     table = new_table(title, "", "forward", "excess", "backward", "excess", "both", "excess", "(quartiles)", "x eager LoRA")
     for head in ("GFLOP/s", "GB/s", "of bound", "saved", "peak", "error"):
         table.add_column(head, justify="right", overflow="fold")
