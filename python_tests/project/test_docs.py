@@ -23,8 +23,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 SITE_PAGES = sorted(DOCS.rglob("*.md"))
-PAGES = [ROOT / "README.md", *SITE_PAGES]
-INSTALLS = ("pip install torch", "pip install --no-build-isolation .")  # test_packaging builds and installs
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "csrc" / "README.md", *SITE_PAGES]
+FORMULA_COLUMNS = 45  # that a phone shows of a line of code
 
 
 def page_name(page: Path) -> str:
@@ -90,7 +91,7 @@ def check_the_three_lines(names: dict[str, object]) -> None:
 
 def commands() -> list[str]:
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
-    return sorted(set(lines) - set(INSTALLS))
+    return sorted(set(lines))
 
 
 def program_module(name: str) -> ModuleType:
@@ -101,7 +102,7 @@ def program_module(name: str) -> ModuleType:
 
 def check_flags(program: list[str], words: list[str], capsys) -> None:
     """That the program's --help names every flag among words; program: ["-m", module] or [a script]."""
-    if program[0] == "-m" or program[0].startswith("examples/"):
+    if program[1:2] != ["pip"] and (program[0] == "-m" or program[0].startswith("examples/")):
         module = program_module(program[-1] if program[0] == "-m" else Path(program[-1]).stem)
         if program[0] != "-m" and not hasattr(module, "arguments"):  # it takes none of its own
             assert callable(module.main) and not words, words
@@ -134,6 +135,9 @@ def test_every_command_exists(command, capsys):
         check_flags([script], own, capsys)
     elif words[:2] == ["python", "-m"]:
         check_module(words[2], words[3:], capsys)
+    elif words[0] == "pip":  # test_packaging builds a wheel
+        check_flags(["-m", "pip", words[1]], words[2:], capsys)
+        assert "torch" in words or "lotr_ext" in words or words[-1] in (".", ".[peft]"), command
     else:
         assert words[0] == "python" and (ROOT / words[1]).is_file(), command
         check_flags([words[1]], words[2:], capsys)
@@ -162,7 +166,44 @@ def check_module(name: str, arguments: list[str], capsys) -> None:
         check_flags(["-m", name], arguments, capsys)
 
 
-# ---- README ----------------------------------------------------------------------------------------------------------
+# ---- README and what pages say ---------------------------------------------------------------------------------------
+
+
+def test_readme_is_short_and_in_order():
+    text = README.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 200
+    first = {line: number for number, line in reversed([*enumerate(lines, 1)])}  # of its first line
+    for line in ("pip install torch", "pip install --no-build-isolation .", "from lotr_ext import LoTRFactors, LoTRLinear"):
+        assert first[line] <= 50, line
+    places = [text.index(part) for part in (
+        "    y_l = x_l W_l^T", "```python\nu = x @ A", "\n## Install", "LoTRFactors(", "apply_lotr(", "make demo\nmake test\n",
+        "<!-- summary:begin", "<!-- summary:end", "more accurate", "not been run on a GPU", "save_adapter(", "get_peft_model(",
+        "lotr_ext.convert", "\n## What runs where", "\n## Limits", "(docs/index.md)",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    assert len(re.findall(r"!\[", text)) == 1
+    table = text[text.index("<!-- summary:begin") : text.index("<!-- summary:end")]
+    assert 1 <= len(re.findall(r"^\| ", table, re.MULTILINE)) - 1 <= 8
+
+
+def test_paths_that_pages_name_exist():
+    """In backticks, from the root; * is any name, <..> what the reader fills in."""
+    folders = "|".join(("lotr_ext", "csrc", "bench", "python_tests", "examples", "docs"))
+    gone = []
+    for page in PAGES:
+        for path in re.findall(rf"`((?:{folders})/[^`\s]*)`", page.read_text(encoding="utf-8")):
+            pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
+            gone += [f"{page_name(page)}: {path}"] if not any(ROOT.glob(pattern)) else []
+    assert not gone, gone
+
+
+@pytest.mark.parametrize("page", SITE_PAGES, ids=page_name)
+def test_formulas_fit_a_phone(page):
+    """An indented block is a formula or a diagram, and is not to be scrolled."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^(?:!!!|\?\?\?|:::) .*\n(?:(?: {4}.*)?\n)*", "", text, flags=re.MULTILINE)  # admonitions, mkdocstrings
+    assert [line for line in re.findall(r"^ {4}(.*)$", text, re.MULTILINE) if len(line) > FORMULA_COLUMNS] == []
 
 
 def test_tables_are_those_of_the_results():
