@@ -26,13 +26,13 @@ ROOMS = (
     ("autograd", "Call, the Functions, SharedGradient, SharedInput, Bank"),
     ("ops", "operators, planner, composite"),
 )
-NATIVE = (("csrc/torch", "schemas, checks, outputs"), ("csrc/cpu", "CPU kernels"), ("csrc/cuda", "launchers, CUDA kernels"))
-# What a step does in each room: (forward, backward), by number, in the order in which it happens.
+NATIVE = (("csrc/torch", "schemas, checks, outputs"), ("csrc/cpu", "CPU kernels"), ("csrc/cuda", "launchers, kernels"))
+# What a step does in each room, by number, in the order in which it happens: (forward, backward).
 STEPS = (
     ("", ""),
-    ("1 opens a scope,\n5 closes it", ""),
+    ("1 opens a forward scope, 5 closes it", ""),
     ("2 makes a Call", ""),
-    ("3 picks nodes and plan", "6 each node's backward\n8 the sums are handed over"),
+    ("3 picks nodes and plan", "6 each node's backward, 8 sums handed over"),
     ("4 one operator", "7 one operator"),
 )
 
@@ -88,27 +88,27 @@ def shared_gradient(path: Path) -> None:
 
 
 def rooms(path: Path) -> None:
-    """A room may use those below it and no other; beside each what a training step does there."""
-    figure, axis = plt.subplots(figsize=(6.6, 6.6), layout="constrained")
-    axis.set(xlim=(0, 8.2), ylim=(-0.3, 8.0))
+    """A room may use those below it and no other; in each what a training step does there."""
+    figure, axis = plt.subplots(figsize=(5.2, 7.2), layout="constrained")
+    axis.set(xlim=(0, 5.2), ylim=(0, 7.2))
     axis.axis("off")
-    axis.text(6.25, 7.7, "forward", color=FORWARD, ha="left", fontsize=10)
-    axis.text(6.25, 7.42, "backward", color=BACKWARD, ha="left", fontsize=10)
-    for i, ((name, holds), (forward, backward)) in enumerate(zip(ROOMS, STEPS)):
-        y = 7.0 - 1.15 * i
-        box(axis, 3.0, y, 5.8, 0.78, "", BLUE)
-        axis.text(0.25, y + 0.13, name, fontsize=11, weight="bold", va="center")
-        axis.text(0.25, y - 0.18, holds, fontsize=8.5, va="center")
-        axis.text(6.15, y + 0.2, forward, fontsize=8.5, color=FORWARD, va="center")
-        axis.text(6.15, y - 0.14, backward, fontsize=8.5, color=BACKWARD, va="center")
+    axis.text(0.1, 7.05, "a step: forward", color=FORWARD, fontsize=9)
+    axis.text(1.75, 7.05, "backward", color=BACKWARD, fontsize=9)
+    for i, ((name, holds), steps) in enumerate(zip(ROOMS, STEPS)):
+        y = 6.42 - 1.12 * i
+        box(axis, 2.6, y, 5.0, 0.86, "", BLUE)
+        axis.text(0.2, y + 0.28, name, fontsize=10.5, weight="bold", va="center")
+        axis.text(0.2, y + 0.07, holds, fontsize=8.5, va="center")
+        for text, line, colour in zip(steps, (0.13, 0.32), (FORWARD, BACKWARD)):
+            axis.text(0.2, y - line, text, fontsize=8.5, color=colour, va="center")
         if i + 1 < len(ROOMS):
-            arrow(axis, (3.0, y - 0.41), (3.0, y - 0.74), "#444444")
+            arrow(axis, (2.6, y - 0.44), (2.6, y - 0.69), "#444444")
     (first, holds), *kernels = NATIVE
-    box(axis, 3.0, 1.05, 5.8, 0.7, f"{first}: {holds}", GREEN)
-    arrow(axis, (3.0, 2.0), (3.0, 1.42), "#444444")
-    for (name, what), x in zip(kernels, (1.5, 4.5)):
-        box(axis, x, 0.05, 2.8, 0.6, f"{name}: {what}" if len(what) < 14 else f"{name}:\n{what}", GREEN)
-        arrow(axis, (x, 0.69), (x, 0.37), "#444444")
+    box(axis, 2.6, 1.09, 5.0, 0.42, f"{first}: {holds}", GREEN)
+    arrow(axis, (2.6, 1.5), (2.6, 1.3), "#444444")
+    for (name, what), x in zip(kernels, (1.3, 3.9)):
+        box(axis, x, 0.33, 2.4, 0.5, f"{name}:\n{what}", GREEN)
+        arrow(axis, (x, 0.87), (x, 0.6), "#444444")
     save(figure, path)
 
 

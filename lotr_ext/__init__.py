@@ -7,7 +7,8 @@ small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `ap
 """
 
 from .autograd.function import LoTRFunction
-from .autograd.nodes import LoTRAdd, LoTRExpand, LoTRLead, LoTRShrink
+from .autograd.nodes import LoTRExpand as LoTRExpand  # inner nodes, for whoever reads a graph
+from .autograd.nodes import LoTRShrink as LoTRShrink
 from .layers.factors import LoTRFactors
 from .layers.functional import explain, lotr_linear
 from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
@@ -19,15 +20,11 @@ from .model.summary import trainable_summary
 from .ops import registrations as registrations  # shapes, gradients and version counters of the operators
 
 __all__ = [
-    "LoTRAdd",
     "LoTRConfig",
     "LoTRConv1D",
-    "LoTRExpand",
     "LoTRFactors",
     "LoTRFunction",
-    "LoTRLead",
     "LoTRLinear",
-    "LoTRShrink",
     "LoTRWrapped",
     "active_adapter",
     "adapt",

@@ -319,6 +319,13 @@ def test_the_site_shows_the_code_itself(site):
     public = (*lotr_ext.__all__, *lotr_ext.interop.__all__)
     missing = [name for name in public if not re.search(rf'id="lotr_ext\.([a-z_]+\.)*{name}"', reference)]
     assert not missing, f"add to docs/api: {', '.join(missing)}"
+    assert not re.findall(r'id="(lotr_ext\.[\w.]*\._\w*)"', reference)
+    signatures = re.findall(r'<div class="doc-signature highlight">(.*?)</div>', reference, re.DOTALL)
+    private = [text for part in signatures if re.search(r"\b_\w+", text := html.unescape(re.sub(r"<[^>]+>", "", part)))]
+    assert signatures and not private, f"a signature shows a private name: {private}"
+    nodes = [name for name in dir(lotr_ext) if isinstance(getattr(lotr_ext, name), type(torch.autograd.Function))]
+    shown = [name for name in nodes if re.search(rf'id="lotr_ext\.([a-z_]+\.)*{name}"', reference)]
+    assert shown == ["LoTRFunction"] and set(shown) < set(nodes)
     kernels = Fetched(site / "kernels.html").text
     for source in sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cuh")):
         opening = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("// ")
