@@ -74,26 +74,28 @@ def _images(pictures: Pictures, shown: dict[str, str]) -> list[str]:
 
 
 def layer_table(cells: list[dict], pictures: Pictures) -> str:
-    """Excess over the frozen layer, forward + backward, a row a case."""
+    """Excess over the frozen layer, forward + backward, a row a case; ours first, since a narrow page shows the first columns."""
     cases: dict[Case, dict[str, dict]] = {}
     for cell in cells:
         cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell
     shown = {case: own for case, own in cases.items() if case[:4] in SHOWN_SHAPES} or cases
-    rivals = [rival for rival in NAMES if any(rival in own for own in shown.values())]
+    rivals = [rival for rival in NAMES if rival != OURS and any(rival in own for own in shown.values())]
     bounds = any("of_bound" in own.get("lotr_ext", {"step": {}})["step"] for own in shown.values())
     rows = []
     for case, own in sorted(shown.items(), key=lambda item: (item[0].threads, item[0].dtype != "fp32", item[0])):
-        excess = {rival: own[rival]["step"]["excess"][1] for rival in rivals if rival in own}
+        excess = {rival: own[rival]["step"]["excess"][1] for rival in (OURS, *rivals) if rival in own}
         ratio = "-"
         if "lotr_ext" in excess and excess.get("lora-eager", 0) > 0:
             ratio = f"{excess['lotr_ext'] / excess['lora-eager']:.2f}"
         row = [f"{case.m} x {case.k} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}", f"{case.extra_flops():.1%}"]
-        row += [f"{excess[rival]:.1%}" if rival in excess else "-" for rival in rivals] + [ratio]
+        percent = {rival: f"{value:.1%}" for rival, value in excess.items()}
+        row += [percent.get(OURS, "-"), ratio, *(percent.get(rival, "-") for rival in rivals)]
         if bounds:
             share = own.get("lotr_ext", {"step": {}})["step"].get("of_bound")
             row.append(f"{share:.0%}" if share is not None else "-")
         rows.append(row)
-    heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, *(bold(NAMES[rival]) for rival in rivals), "lotr_ext / LoRA eager"]
+    heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, bold(NAMES[OURS]), "lotr_ext / LoRA eager"]
+    heads += [NAMES[rival] for rival in rivals]
     heads += ["lotr_ext, of the machine's bound"] if bounds else []
     images = {
         "excess": "time over the frozen layer by rival",

@@ -54,7 +54,7 @@ def test_sections_are_filled_from_the_files_and_only_from_them(tmp_path):
     assert {path.name for path in written} == {"excess.png", "model.png", "shared.png", "kernels.png"}
     text = report.rebuild(report.BENCHMARKS, marked(report.BENCHMARKS), tmp_path)
     assert "old" not in text and text.count("a machine") >= 4
-    assert "| 512 x 768 x 768, 16 | fp32, 1 | 6.2% | 20.0% | 10.0% | 0.50 |" in text
+    assert "| 512 x 768 x 768, 16 | fp32, 1 | 6.2% | 10.0% | 0.50 | 20.0% |" in text
     assert "| lotr_ext | 4 | 1,000 | 4 KiB | 0.90 | 0.50 |" in text
     assert "| 8 | fp32, 1 | **lotr_ext**, in a model | 1000 us | 3 KiB | 7 | 2 | 1e-07 |" in text
     assert "| shrink | 4 x 8, 2 | fp32, 1 | 1000 us | 1000 us | 0.50 | 5 | 40% |" in text
