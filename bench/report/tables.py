@@ -74,7 +74,7 @@ def _images(pictures: Pictures, shown: dict[str, str]) -> list[str]:
 
 
 def layer_table(cells: list[dict], pictures: Pictures) -> str:
-    """Excess over the frozen layer, forward + backward, a row a case; ours first, since a narrow page shows the first columns."""
+    """Excess over the frozen layer, forward + backward, a row a case; ours first, since a phone shows the first columns."""
     cases: dict[Case, dict[str, dict]] = {}
     for cell in cells:
         cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell
