@@ -27,6 +27,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/results"
 MARK = re.compile(r"^<!-- insert: (\w+) (\S+) -->$", re.MULTILINE)
+PICTURE = re.compile(rf"!\[([^]]*)\]\(\.\./{RESULTS}/([^)]+)\)")
 HELP_COLUMNS = "110"
 TRAFFIC_SHAPE = (8192, 4096, 4096, 16)  # m, k, n, r
 TRAFFIC_MULTIPROCESSORS = 132  # an H100's
@@ -86,7 +87,8 @@ KINDS = {"head": head, "help": command_help, "traffic": traffic}
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """A page's text with its insertions made, and the pictures of the results where the site has them."""
+    """A page's text with its insertions made, and the pictures of the results where the site has them, each a link to itself:
+    on a phone a picture is looked at by itself."""
 
     def made(mark: re.Match[str]) -> str:
         kind, name = mark.groups()
@@ -97,7 +99,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         except (ImportError, KeyError, OSError, ValueError) as error:
             raise PluginError(f"{page.file.src_uri}: insert: {kind} {name}: {type(error).__name__}: {error}") from error
 
-    return MARK.sub(made, markdown).replace(f"(../{RESULTS}/", "(results/")
+    return PICTURE.sub(r"[![\1](results/\2)](results/\2)", MARK.sub(made, markdown))
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

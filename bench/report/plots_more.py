@@ -121,6 +121,7 @@ def draw_projection(shape: Shape, rows: dict[Key, Row], folder: Path) -> list[Pa
         axis.bar(places, percent, BAR, color=colour, label=NAMES.get(rival, rival))
     for j, column in enumerate(columns):
         least, label = 100 * column[LEAST]["step"], LEAST if j == 0 else None
+        axis.plot([j - 0.42, j + 0.42], [least, least], color="white", lw=3)  # the line is seen on dark bars too
         axis.plot([j - 0.42, j + 0.42], [least, least], "k--", lw=1.4, label=label)
         axis.text(j + 0.43, least, f"{least:.1f}%", fontsize=7, va="center")
     axis.set_xticks(range(len(gpus)), [gpu.name for gpu in gpus])

@@ -270,4 +270,4 @@ def accuracy(demo: dict) -> str:
     """A sentence: what each method of a demo run reached."""
     reached = ", ".join(f"{row['method']} {row['accuracy']:.2%}" for row in demo["rows"])
     rank, runs = demo["rows"][-1]["rank"], demo["rows"][0]["runs"]
-    return f"Held-out accuracy in the demo, rank {rank}, {runs} seed(s): {reached} (`make demo`)."
+    return f"Held-out accuracy in the demo, rank {rank}, {runs} seed{'s' * (runs > 1)}: {reached} (`make demo`)."
