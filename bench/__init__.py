@@ -10,7 +10,7 @@ python -m bench.kernels    each CUDA kernel alone against the library's product 
 python -m bench.gpu        all that a GPU is for, within minutes (make gpu)
 python -m bench.traffic    bytes counted without a GPU, and what they would cost on one
 python -m bench.profile    where an adapted layer's time over the frozen layer goes
-python -m bench.report     README's tables and pictures from the results that are kept
+python -m bench.report     the tables of README and docs/benchmarks.md, and pictures, from the results that are kept
 python -m bench.targets    which of the targets on a CPU the kept results meet
 python -m bench.compare    regressions between two result files
 """

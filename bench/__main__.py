@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         status = max(status, run({"targets": lambda: show_targets(options.results)}))
     print(f"\nresults under {options.results or RESULTS}", flush=True)
     if not options.results:
-        print("python -m bench.report puts them into README.md", flush=True)
+        print("python -m bench.report puts them into README.md and docs/benchmarks.md", flush=True)
     return status
 
 

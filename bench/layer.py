@@ -218,7 +218,7 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     """A table of one case."""
     eager = next((r for r in results if r["rival"] == rv.LORA_EAGER), None)
     name = layer_name(case.k, case.n)
-    title = f"{case.name()}{f', {name}' if name else ''}   FLOP floor {case.flop_floor():.1%}"
+    title = f"{case.name()}{f', {name}' if name else ''}   extra FLOPs {case.extra_flops():.1%}"
     table = new_table(title, "", "forward", "excess", "backward", "excess", "both", "excess", "(quartiles)", "x eager LoRA")
     forms = [form for form in FORMS if any(form in result for result in results)]
     more = [head for form in forms for head in (form, "excess")]

@@ -95,7 +95,7 @@ def measure(case: Case, session: Session) -> list[dict]:
 
 def show(case: Case, results: list[dict], session: Session) -> None:
     floor, ours = results[0]["step"]["seconds"][1], results[1]["step"]["excess"][1]
-    title = f"{case.name()}: FLOP floor {case.flop_floor():.1%}"
+    title = f"{case.name()}: extra FLOPs {case.extra_flops():.1%}"
     table = new_table(title, "", "time", "of the frozen layer", "of lotr_ext's excess", "GFLOP/s", "GB/s", "of bound")
     for result in results:
         step = result["step"]

@@ -1,4 +1,4 @@
-"""The cost of the shared gradient: L layers on one A and B, autograd's own summing against the hub.
+"""The cost of the shared gradient: L layers on one A and B, autograd's own summing against one sum.
 
     python -m bench.shared                    L = 4, 16, 64 at M x K x N, r = 256 x 768 x 768, 16 (GPU: 4096 x 4096 x 4096)
     python -m bench.shared --dtypes bf16 --layers 8,32
@@ -7,7 +7,7 @@ For each L and way of summing: time of forward, backward and both through the st
 shape and their bytes, all bytes allocated, and operators (GPU: kernels) launched, all counted; and the error of dA against
 float64, which comes first: a case where it is too large is named and left out. All have the same tensors. "autograd" computes
 the three-line formula in torch operations, so that autograd sums A's and B's gradients itself; "lotr_ext" is layers built by
-hand, "lotr_ext-scope" the same with apply_lotr's forward scope.
+hand, "lotr_ext-scope" the same in a model, with apply_lotr's forward scope.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .measure.store import newest
 from .measure.timing import Timed, against, interleave
 
 FLOOR = "autograd"
-LABELS = {FLOOR: "autograd's own sums", "lotr_ext": "hub", "lotr_ext-scope": "hub, in a forward scope"}
+LABELS = {FLOOR: "autograd's own sums", "lotr_ext": "lotr_ext, layers by hand", "lotr_ext-scope": "lotr_ext, in a model"}
 LAYERS = (4, 16, 64)
 SHAPES = {"cpu": "256x768x16", "cuda": "4096x4096x16"}  # M x K x R
 # Of dA against float64, through up to 128 layers at ranks up to K: five times and more what correct ways of summing have.

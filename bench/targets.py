@@ -1,17 +1,17 @@
 """Which of the targets on a CPU the kept results meet: python -m bench.targets [folder of results]
 
 On one and all threads, fp32 and bf16, one adapted layer's time over the frozen layer, forward + backward: at most half of eager
-LoRA's at (512, 768, 768, 16), (2048, 768, 768, 16) and (1024, 2048, 2048, 16), at most 0.9 of it at 1 and 16 tokens, at most
-1.25 x the FLOP floor at (2048, 768, 768, 64); and at the target shapes less than every form of LoRA made of library products
-(eager, in-place in both orders, compiled, PEFT's). A step of the model bench at equal rank takes no longer than PEFT LoRA's and
-allocates less at its peak; that of a language model with all linear layers adapted takes at most 0.97 x of PEFT LoRA's, and no
-longer than the formula's in three lines beyond the spread. Host time (python -m bench.host): a layer in a model and on a shared
-pair takes no longer than the formula in three lines of torch, one alone at most 0.7 x of it, and with few tokens at most 0.9 x
-of what eager LoRA adds to the frozen layer.
+LoRA's at (512, 768, 768, 16), (2048, 768, 768, 16) and (1024, 2048, 2048, 16), at most 0.9 of it at 1 and 16 tokens, at
+most 1.25 x the extra FLOPs (the adapter's multiplications over the frozen layer's, 3 r / K) at (2048, 768, 768, 64); and at
+the target shapes less than every form of LoRA made of library products (eager, in-place in both orders, compiled, PEFT's).
+A step of the model bench at equal rank takes no longer than PEFT LoRA's and allocates less at its peak; that of a language
+model with all linear layers adapted takes at most 0.97 x of PEFT LoRA's, and no longer than the formula's in three lines
+beyond the spread. Host time (python -m bench.host): a layer in a model and on a shared pair takes no longer than the
+formula in three lines of torch, one alone at most 0.7 x of it, and with few tokens at most 0.9 x of what eager LoRA adds to
+the frozen layer.
 
-"within the spread": the medians differ by less than the quartile ranges overlap. "under floor": the limit is less than the
-adapter's own multiplications take at the frozen layer's rate (3 r / K), so that only who multiplies faster than the base
-product meets it. Exit 1 unless all that was measured is met.
+"within the spread": the medians differ by less than the quartile ranges overlap. "under the extra FLOPs": only who
+multiplies faster than the base product, or saves it some work, meets that limit. Exit 1 unless all that was measured is met.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .rivals import host
 from .rivals.model import CAUSAL
 from .rivals.registry import LIBRARY_ONLY, LORA_EAGER, OURS
 
-# Our excess over eager LoRA's at most, and over the FLOP floor.
+# Our excess over eager LoRA's at most, and over the extra FLOPs.
 OF_EAGER: dict[Shape, float] = {
     (512, 768, 768, 16): 0.5,
     (2048, 768, 768, 16): 0.5,
@@ -36,8 +36,8 @@ OF_EAGER: dict[Shape, float] = {
     (1, 768, 768, 16): 0.9,
     (16, 768, 768, 16): 0.9,
 }
-UNDER = ", under floor"
-OF_FLOOR: dict[Shape, float] = {(2048, 768, 768, 64): 1.25}
+UNDER = ", under the extra FLOPs"
+OF_EXTRA: dict[Shape, float] = {(2048, 768, 768, 64): 1.25}
 OF_PEFT = 0.97  # of its LoRA's step, in a language model
 # Host time over the formula in three lines, on as many factors; and with few tokens our excess over eager LoRA's.
 OF_THREE_LINES = {host.ALONE: 0.7, host.SHARED: 1.0, host.IN_MODEL: 1.0}
@@ -70,18 +70,18 @@ def _by_case(cells: list[dict], shapes: Iterable[Shape]) -> list[tuple[Case, dic
 
 
 def limit_verdicts(cells: list[dict]) -> list[Verdict]:
-    """Against eager LoRA's excess, or the FLOP floor, times what the shape allows."""
+    """Against eager LoRA's excess, or the extra FLOPs, times what the shape allows."""
     found = []
-    for case, own in _by_case(cells, {**OF_EAGER, **OF_FLOOR}):
+    for case, own in _by_case(cells, {**OF_EAGER, **OF_EXTRA}):
         if OURS not in own:
             continue
         ours, shape = own[OURS]["step"]["excess"], case[:4]
-        if shape in OF_FLOOR:
-            limit, most = f"FLOP floor x {OF_FLOOR[shape]:g}", 3 * [case.flop_floor() * OF_FLOOR[shape]]
+        if shape in OF_EXTRA:
+            limit, most = f"extra FLOPs x {OF_EXTRA[shape]:g}", 3 * [case.extra_flops() * OF_EXTRA[shape]]
         elif LORA_EAGER in own:
             limit = f"{own[LORA_EAGER]['label']} x {OF_EAGER[shape]:g}"
             most = [OF_EAGER[shape] * e for e in own[LORA_EAGER]["step"]["excess"]]
-            limit += UNDER if most[1] < case.flop_floor() else ""
+            limit += UNDER if most[1] < case.extra_flops() else ""
         else:
             continue
         numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (ours, most)]
@@ -168,7 +168,7 @@ def summary(found: list[Verdict]) -> str:
     for verdict in missed:
         line = f"{verdict.what}: {verdict.ours} against {verdict.best} ({verdict.rival.removesuffix(UNDER)}), "
         line += "not met" if verdict.met == "no" else verdict.met
-        lines.append(line + (", and that limit is under the FLOP floor" if verdict.rival.endswith(UNDER) else ""))
+        lines.append(line + (", and that limit is under the extra FLOPs" if verdict.rival.endswith(UNDER) else ""))
     return text + (", all but (quartiles in brackets): " + "; ".join(lines) if lines else "") + "."
 
 

@@ -4,7 +4,6 @@ A line `<!-- insert: KIND NAME -->` in a page under docs/ becomes
 
     head shrink         the comment that opens csrc/cuda/kernels/shrink.cuh
     help bench.layer    what `python -m bench.layer --help` prints
-    results layer       README's table of that name, as bench.report makes it, with its pictures
     traffic kernels     what each kernel moves, counted by the SIMT executor
 
 mkdocs calls the two functions below (`hooks` in mkdocs.yml). An insertion that cannot be made ends the build.
@@ -28,6 +27,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/results"
 MARK = re.compile(r"^<!-- insert: (\w+) (\S+) -->$", re.MULTILINE)
+PICTURE = re.compile(rf"!\[([^]]*)\]\(\.\./{RESULTS}/([^)]+)\)")
 HELP_COLUMNS = "110"
 TRAFFIC_SHAPE = (8192, 4096, 4096, 16)  # m, k, n, r
 TRAFFIC_MULTIPROCESSORS = 132  # an H100's
@@ -62,16 +62,6 @@ def command_help(name: str) -> str:
     return f"```text\n{printed.getvalue().rstrip()}\n```"
 
 
-def results(name: str) -> str:
-    """A table of README's, with the site's addresses of its pictures."""
-    from bench.report.rebuild import sections
-
-    parts = sections()[name]
-    if not parts:
-        return f"No result of `bench.{name}` is kept yet."
-    return "\n\n".join(parts).replace(f"({RESULTS}/", "(results/")
-
-
 def traffic(name: str) -> str:
     """Bytes that each kernel moves in a layer, a row a kernel."""
     from bench.report.tables import markdown, traffic_rows
@@ -93,11 +83,12 @@ def traffic(name: str) -> str:
     return "\n".join(markdown(heads, lines, 2))
 
 
-KINDS = {"head": head, "help": command_help, "results": results, "traffic": traffic}
+KINDS = {"head": head, "help": command_help, "traffic": traffic}
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """A page's text with its insertions made."""
+    """A page's text with its insertions made, and the pictures of the results where the site has them, each a link to itself:
+    on a phone a picture is looked at by itself."""
 
     def made(mark: re.Match[str]) -> str:
         kind, name = mark.groups()
@@ -108,7 +99,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         except (ImportError, KeyError, OSError, ValueError) as error:
             raise PluginError(f"{page.file.src_uri}: insert: {kind} {name}: {type(error).__name__}: {error}") from error
 
-    return MARK.sub(made, markdown)
+    return PICTURE.sub(r"[![\1](results/\2)](results/\2)", MARK.sub(made, markdown))
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

@@ -1,4 +1,4 @@
-"""Draws docs/shared_gradient.svg, the picture in README.
+"""Draws the pictures of docs/ that are made by hand: shared_gradient.svg and rooms.svg.
 
 python docs/pictures.py
 """
@@ -16,7 +16,25 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "lotr_ext"})
 LAYERS = ("layer 1", "layer 2", "layer L")
-BLUE, ORANGE, GREY = "#dbe9f6", "#fde3cf", "#eeeeee"
+BLUE, ORANGE, GREEN, GREY = "#dbe9f6", "#fde3cf", "#e0f0dc", "#eeeeee"
+FORWARD, BACKWARD = "#2060a0", "#c04000"
+# The rooms of lotr_ext, the topmost first, and what is in each; below them C++.
+ROOMS = (
+    ("interop", "PEFT, LoRA, the original's checkpoints"),
+    ("model", "targets, merging, adapters, files, forward scope"),
+    ("layers", "LoTRFactors, LoTRLinear and kin, lotr_linear, explain"),
+    ("autograd", "Call, the Functions, SharedGradient, SharedInput, Bank"),
+    ("ops", "operators, planner, composite"),
+)
+NATIVE = (("csrc/torch", "schemas, checks, outputs"), ("csrc/cpu", "CPU kernels"), ("csrc/cuda", "launchers, kernels"))
+# What a step does in each room, by number, in the order in which it happens: (forward, backward).
+STEPS = (
+    ("", ""),
+    ("1 opens a forward scope, 5 closes it", ""),
+    ("2 makes a Call", ""),
+    ("3 picks nodes and plan", "6 each node's backward, 8 sums handed over"),
+    ("4 one operator", "7 one operator"),
+)
 
 
 def box(axis: Axes, x: float, y: float, w: float, h: float, text: str, colour: str) -> None:
@@ -37,43 +55,69 @@ def frame(axis: Axes, title: str) -> None:
     axis.set_title(title, fontsize=11)
 
 
-def draw(path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+def shared_gradient(path: Path) -> None:
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.2, 8.6), layout="constrained")
     heights = (3.5, 2.5, 0.9)
 
-    frame(left, "plain autograd: L temporaries, L - 1 additions in A's dtype")
-    box(left, 0.7, 2.2, 0.9, 0.6, "A [K, r]", BLUE)
+    frame(upper, "plain autograd: L temporaries, L - 1 additions in A's dtype")
+    box(upper, 0.7, 2.2, 0.9, 0.6, "A [K, r]", BLUE)
     for name, y in zip(LAYERS, heights):
-        box(left, 5.2, y, 1.2, 0.6, name, GREY)
-        box(left, 3.1, y, 1.3, 0.6, f"dA of {name}", ORANGE)
-        arrow(left, (4.55, y), (3.82, y), "#c04000")
-        arrow(left, (2.38, y), (1.2, 2.2 + (y - 2.2) * 0.25), "#c04000")
-    left.text(5.2, 1.7, "...", ha="center", fontsize=14)
-    left.text(3.1, 1.7, "...", ha="center", fontsize=14)
-    left.text(1.6, 0.15, "each dA is a tensor of its own, rounded and summed one by one", fontsize=9, color="#555555")
+        box(upper, 5.2, y, 1.2, 0.6, name, GREY)
+        box(upper, 3.1, y, 1.3, 0.6, f"dA of {name}", ORANGE)
+        arrow(upper, (4.55, y), (3.82, y), BACKWARD)
+        arrow(upper, (2.38, y), (1.2, 2.2 + (y - 2.2) * 0.25), BACKWARD)
+    upper.text(5.2, 1.7, "...", ha="center", fontsize=14)
+    upper.text(3.1, 1.7, "...", ha="center", fontsize=14)
+    upper.text(0.1, 0.15, "each dA is a tensor of its own, rounded and summed one by one", fontsize=9, color="#555555")
 
-    frame(right, "lotr_ext: one fp32 sum for all layers, one gradient")
-    box(right, 0.7, 2.6, 0.9, 0.6, "A [K, r]", BLUE)
-    box(right, 2.6, 2.6, 1.0, 0.6, "hub", BLUE)
-    box(right, 2.6, 0.9, 1.3, 0.7, "sum of dA\n[K, r] fp32", ORANGE)
-    arrow(right, (1.18, 2.7), (2.06, 2.7), "#2060a0")
-    arrow(right, (2.06, 2.5), (1.18, 2.5), "#c04000")
-    arrow(right, (2.6, 1.3), (2.6, 2.28), "#c04000")
+    frame(lower, "lotr_ext: one fp32 sum for all layers, one gradient")
+    box(lower, 0.7, 2.6, 0.9, 0.6, "A [K, r]", BLUE)
+    box(lower, 2.6, 2.6, 1.1, 0.6, "LoTRShared", BLUE)
+    box(lower, 2.6, 0.9, 1.3, 0.7, "sum of dA\n[K, r] fp32", ORANGE)
+    arrow(lower, (1.18, 2.7), (2.02, 2.7), FORWARD)
+    arrow(lower, (2.02, 2.5), (1.18, 2.5), BACKWARD)
+    arrow(lower, (2.6, 1.3), (2.6, 2.28), BACKWARD)
     for name, y in zip(LAYERS, heights):
-        box(right, 5.2, y, 1.2, 0.6, name, GREY)
-        arrow(right, (3.15, 2.65), (4.55, y + 0.1), "#2060a0")
-        arrow(right, (4.55, y - 0.1), (3.32, 0.9 + (y - 0.9) * 0.12), "#c04000", "--")
-    right.text(5.2, 1.65, "...", ha="center", fontsize=14)
-    right.text(
-        0.1,
-        0.1,
-        "blue: forward.  dashed: += in place, in a fixed order.  red: backward, once each, cast once",
-        fontsize=9,
-        color="#555555",
-    )
+        box(lower, 5.2, y, 1.2, 0.6, name, GREY)
+        arrow(lower, (3.2, 2.65), (4.55, y + 0.1), FORWARD)
+        arrow(lower, (4.55, y - 0.1), (3.32, 0.9 + (y - 0.9) * 0.12), BACKWARD, "--")
+    lower.text(5.2, 1.65, "...", ha="center", fontsize=14)
+    text = "blue: forward.  dashed: += in place, in a fixed order.  red: backward, once each, cast once"
+    lower.text(0.1, 0.1, text, fontsize=9, color="#555555")
+    save(figure, path)
+
+
+def rooms(path: Path) -> None:
+    """A room may use those below it and no other; in each what a training step does there."""
+    figure, axis = plt.subplots(figsize=(5.2, 7.2), layout="constrained")
+    axis.set(xlim=(0, 5.2), ylim=(0, 7.2))
+    axis.axis("off")
+    axis.text(0.1, 7.05, "a step: forward", color=FORWARD, fontsize=9)
+    axis.text(1.75, 7.05, "backward", color=BACKWARD, fontsize=9)
+    for i, ((name, holds), steps) in enumerate(zip(ROOMS, STEPS)):
+        y = 6.42 - 1.12 * i
+        box(axis, 2.6, y, 5.0, 0.86, "", BLUE)
+        axis.text(0.2, y + 0.28, name, fontsize=10.5, weight="bold", va="center")
+        axis.text(0.2, y + 0.07, holds, fontsize=8.5, va="center")
+        for text, line, colour in zip(steps, (0.13, 0.32), (FORWARD, BACKWARD)):
+            axis.text(0.2, y - line, text, fontsize=8.5, color=colour, va="center")
+        if i + 1 < len(ROOMS):
+            arrow(axis, (2.6, y - 0.44), (2.6, y - 0.69), "#444444")
+    (first, holds), *kernels = NATIVE
+    box(axis, 2.6, 1.09, 5.0, 0.42, f"{first}: {holds}", GREEN)
+    arrow(axis, (2.6, 1.5), (2.6, 1.3), "#444444")
+    for (name, what), x in zip(kernels, (1.3, 3.9)):
+        box(axis, x, 0.33, 2.4, 0.5, f"{name}:\n{what}", GREEN)
+        arrow(axis, (x, 0.87), (x, 0.6), "#444444")
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=90)
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_name("shared_gradient.svg"))
+    folder = Path(__file__).parent
+    shared_gradient(folder / "shared_gradient.svg")
+    rooms(folder / "rooms.svg")

@@ -6,7 +6,9 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
-from .autograd.functions import LoTRExpand, LoTRFunction, LoTRShrink
+from .autograd.functions import LoTRExpand as LoTRExpand  # inner nodes, for whoever reads a graph
+from .autograd.functions import LoTRFunction
+from .autograd.functions import LoTRShrink as LoTRShrink
 from .layers.factors import LoTRFactors
 from .layers.functional import explain, lotr_linear
 from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
@@ -20,11 +22,9 @@ from .model.summary import trainable_summary
 __all__ = [
     "LoTRConfig",
     "LoTRConv1D",
-    "LoTRExpand",
     "LoTRFactors",
     "LoTRFunction",
     "LoTRLinear",
-    "LoTRShrink",
     "LoTRWrapped",
     "active_adapter",
     "adapt",

@@ -1,9 +1,14 @@
 """The specification of LoTR in plain torch: every equation once, readable, meant to be run in float64.
 
-    forward    u = drop(x) A                y  = x W^T + bias + u F^T,   F = s B G^T
-    backward   k = g F                      dx = g W + drop(k A^T)
-               Q = g^T u                    dA = drop(x)^T k
-               dB = s Q G                   dG = s Q^T B
+    forward     u = drop(x) A
+                F = s B G^T
+                y = x W^T + bias + u F^T
+    backward    k = g F
+                dx = g W + drop(k A^T)
+                Q = g^T u
+                dA = drop(x)^T k
+                dB = s Q G
+                dG = s Q^T B
 
 x [m, k] tokens, W [n, k], A [k, r_in], B [n, r_out], G [r_in, r_out], g = dL/dy [m, n]. LoTR: arXiv 2402.01376.
 Tests compare the kernels of every device with these functions; nothing at run time calls them.

@@ -65,8 +65,9 @@ class Case(NamedTuple):
         """Of the frozen layer's forward and dx: two products."""
         return 4 * self.m * self.k * self.n
 
-    def flop_floor(self) -> float:
-        """The adapter's six skinny products over the frozen layer's two: 3 r / K where K = N."""
+    def extra_flops(self) -> float:
+        """The adapter's six skinny products over the frozen layer's two: 3 r / K where K = N. What an adapter costs that
+        multiplies at the frozen layer's rate; no bound."""
         return 6 * self.m * self.r * (self.k + self.n) / self.base_flops()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of the layer results: bars against rivals, excess against tokens and against rank, the roofline, memory."""
+"""Pictures of the layer results: bars against rivals, excess against tokens and against rank, memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from ..measure.shapes import Case
+from .names import COLOURS, EXTRA_FLOPS, name_of
 
-COLOURS = {
-    "lotr_ext": "tab:blue",
-    "lora-eager": "tab:orange",
-    "lora-in-place": "tab:green",
-    "lora-in-place-beta": "tab:olive",
-    "lora-compiled": "tab:cyan",
-    "lora-peft": "tab:red",
-    "vera-peft": "tab:pink",
-    "lotr-eager": "0.55",
-    "lora-unsloth": "tab:brown",
-    "lora-lorafusion": "tab:purple",
-}
 FEW = 128  # tokens; below, an excess is several hundred per cent, which would dwarf every other bar
+LEAST_POINTS = 3  # of a line: two tell no shape
 LEAST_INCHES, AROUND_INCHES = 8.0, 0.9  # width of a title, or of a legend of five columns; height of the two
 Panel = tuple[int, str]  # threads, dtype
 
@@ -84,8 +74,7 @@ def _bars(axis: Axes, cells: list[dict], value: Callable[[dict], tuple[float, fl
                 values.append(value(own[name]))
         low, middle, high = zip(*values)
         spread = [[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]]
-        label = next(iter(own.values()))["label"]
-        style = {"color": COLOURS[rival], "label": label, "error_kw": {"lw": 0.8}}
+        style = {"color": COLOURS[rival], "label": name_of(next(iter(own.values()))), "error_kw": {"lw": 0.8}}
         axis.bar(places, middle, 0.8 / len(rivals), yerr=spread, **style)
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.grid(axis="y", alpha=0.3)
@@ -108,14 +97,15 @@ def _excess(cells: list[dict]) -> Figure | None:
         shown = _of(many, panel)
         names = _bars(axis, shown, lambda c: tuple(100 * v for v in c["step"]["excess"]))
         for j, name in enumerate(names):
-            level = 100 * Case(**next(c["case"] for c in shown if _place(c) == name)).flop_floor()
-            axis.plot([j - 0.42, j + 0.42], [level, level], "k--", lw=1, label="FLOP floor" if j == 0 else None)
-        axis.set(title=_title(panel, cells), ylabel="excess, %")
+            level = 100 * Case(**next(c["case"] for c in shown if _place(c) == name)).extra_flops()
+            axis.plot([j - 0.42, j + 0.42], [level, level], "k--", lw=1, label=EXTRA_FLOPS if j == 0 else None)
+        axis.set(title=_title(panel, cells), ylabel="over the frozen layer, %")
     return _finish(figure, axes, "Forward + backward of one adapted layer: time over the frozen layer", cells)
 
 
 def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
-    """Lines of excess against tokens ("m") or rank ("r"), at the (K, N) and the other that were measured at most points."""
+    """Lines of excess against tokens ("m") or rank ("r"), at the (K, N) and the other that were measured at most points; none
+    of fewer than LEAST_POINTS."""
     other = {"m": "r", "r": "m"}[axis_of]
     points: dict[tuple, set[int]] = {}
     for c in cells:
@@ -123,7 +113,7 @@ def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
     if not points:
         return None
     k, n, fixed = max(points, key=lambda p: len(points[p]))
-    if len(points[k, n, fixed]) < 2:
+    if len(points[k, n, fixed]) < LEAST_POINTS:
         return None
     cells = [c for c in cells if (c["case"]["k"], c["case"]["n"], c["case"][other]) == (k, n, fixed)]
     panels = _panels(cells)
@@ -134,12 +124,12 @@ def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
             own = [c for c in shown if c["rival"] == rival and c["step"]["excess"][1] > 0]
             if own:
                 percent = [100 * c["step"]["excess"][1] for c in own]
-                axis.plot([c["case"][axis_of] for c in own], percent, "o-", color=colour, label=own[0]["label"], ms=4, lw=1.2)
-        floors = {c["case"][axis_of]: 100 * Case(**c["case"]).flop_floor() for c in shown}
-        axis.plot(list(floors), list(floors.values()), "k--", lw=1, label="FLOP floor")
-        axis.set(xscale="log", yscale="log", ylabel="excess, %", title=_title(panel, cells))
-        axis.set_xlabel("tokens M" if axis_of == "m" else "rank r")
-        axis.set_xticks(list(floors), [str(v) for v in floors], fontsize=8, rotation=45)  # neighbours are a factor of 2 apart
+                axis.plot([c["case"][axis_of] for c in own], percent, "o-", color=colour, label=name_of(own[0]), ms=4, lw=1.2)
+        extra = {c["case"][axis_of]: 100 * Case(**c["case"]).extra_flops() for c in shown}
+        axis.plot(list(extra), list(extra.values()), "k--", lw=1, label=EXTRA_FLOPS)
+        axis.set(xscale="log", yscale="log", ylabel="over the frozen layer, % (log)", title=_title(panel, cells))
+        axis.set_xlabel("tokens M (log)" if axis_of == "m" else "rank r (log)")
+        axis.set_xticks(list(extra), [str(v) for v in extra], fontsize=8, rotation=45)  # neighbours are a factor of 2 apart
         axis.minorticks_off()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # most are within one decade
         axis.tick_params(axis="y", labelsize=8)
@@ -147,32 +137,6 @@ def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
         axis.grid(alpha=0.3, which="both")
     where = f"{k} x {n}, " + (f"r = {fixed}" if other == "r" else f"M = {fixed}")
     return _finish(figure, axes, f"{title}: {where}, forward + backward", cells)
-
-
-def _roofline(cells: list[dict]) -> Figure | None:
-    """Useful operations a second against operations per least byte, under the machine's own measured ceilings."""
-    cells = [c for c in cells if "flops_per_s" in c["step"]]
-    if not cells:
-        return None
-    panels = _panels(cells)
-    figure, axes = _grid(len(panels), 2, 4.8, 3.4)
-    for axis, panel in zip(axes, panels):
-        shown = _of(cells, panel)
-        top, band = shown[-1]["ceilings"]["flops_per_s"], shown[-1]["ceilings"]["bytes_per_s"]
-        intensities = {id(c): c["step"]["flops_per_s"] / c["step"]["bytes_per_s"] for c in shown}
-        places = intensities.values()
-        low, high = min(min(places) / 2, top / band / 4), max(max(places) * 2, 2 * top / band)
-        axis.plot([low, top / band, high], [low * band / 1e9, top / 1e9, top / 1e9], "k-", lw=1.2, label="measured ceilings")
-        for rival, colour in COLOURS.items():
-            own = [c for c in shown if c["rival"] == rival]
-            intensity = [intensities[id(c)] for c in own]
-            speed = [c["step"]["flops_per_s"] / 1e9 for c in own]
-            if own:
-                style = {"ms": 6, "zorder": 5} if rival == "lotr_ext" else {"ms": 4, "alpha": 0.7}
-                axis.plot(intensity, speed, "o", color=colour, label=own[0]["label"], **style)
-        axis.set(xscale="log", yscale="log", xlabel="operations per least byte", ylabel="GFLOP/s", title=_title(panel, cells))
-        axis.grid(alpha=0.3, which="both")
-    return _finish(figure, axes, "Forward + backward under this machine's own measured ceilings", cells)
 
 
 def _memory(cells: list[dict]) -> Figure | None:
@@ -193,10 +157,12 @@ def _memory(cells: list[dict]) -> Figure | None:
 
 
 def save(figures: dict[str, Figure | None], folder: Path) -> list[Path]:
-    """Writes <name>.png of each figure that is one, by way of a temporary name."""
+    """Writes <name>.png of each figure that is one, by way of a temporary name; one that is none leaves no old picture."""
     written = []
     for name, figure in figures.items():
-        if figure is not None:
+        if figure is None:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+        else:
             temporary = folder / f"{name}.tmp.png"
             figure.savefig(temporary, dpi=100)
             plt.close(figure)
@@ -209,9 +175,8 @@ def draw(cells: list[dict], folder: Path) -> list[Path]:
     cells = [c for c in cells if c["rival"] in COLOURS]
     figures = {
         "excess": _excess(cells),
-        "tokens": _sweep(cells, "m", "Excess over the frozen layer against tokens"),
-        "rank": _sweep(cells, "r", "Excess over the frozen layer against rank"),
-        "roofline": _roofline(cells),
+        "tokens": _sweep(cells, "m", "Time over the frozen layer against tokens"),
+        "rank": _sweep(cells, "r", "Time over the frozen layer against rank"),
         "memory": _memory(cells),
     }
     return save(figures, folder)

@@ -1,4 +1,4 @@
-"""Pictures of the model, shared-gradient and kernel results, and of the projection from counted bytes."""
+"""Pictures of the model, shared-gradient and kernel results, of the projection from counted bytes, and README's."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ..measure.shapes import Shape
+from ..shared import LABELS
 from ..traffic.counts import Key, Row
+from ..traffic.layer import LEAST
 from ..traffic.projection import FLOPS_REACHED, GPUS, LABEL, excess
+from .names import COLOURS, NAMES, PROJECTED_COLOURS, SHARED_COLOURS, colour_of, name_of
 from .plots import save
+from .summary import METHODS, Summary
 
-MODEL_COLOURS = {"lora": "tab:orange", "vera": "tab:pink", "lotr-eager": "0.55", "lotr_ext": "tab:blue", "frozen": "0.8"}
-PROJECTED = {
-    "lotr-eager": "0.55",
-    "lora-eager": "tab:orange",
-    "lora-in-place": "tab:green",
-    "lora-in-place-beta": "tab:olive",
-    "lotr_ext two_pass": "tab:cyan",
-    "lotr_ext beta": "tab:blue",
-    "lotr_ext beta, nothing from L2": "tab:purple",
-    "least possible": "0.85",
-}
-
-
-def _colour(rival: str) -> str:
-    return next(colour for prefix, colour in MODEL_COLOURS.items() if rival.startswith(prefix))
+BAR = 0.8 / len(PROJECTED_COLOURS)
 
 
 def draw_model(cells: list[dict], folder: Path) -> list[Path]:
@@ -49,20 +39,24 @@ def _model(cells: list[dict]) -> Figure:
         parts = [c["forward"]["seconds"][1], c["backward"]["seconds"][1], c["optimizer_seconds"]]
         begin = 0.0
         for part, alpha in zip(parts, (1.0, 0.65, 0.35)):
-            left.barh(place, 1e3 * part, left=begin, color=_colour(c["rival"]), alpha=alpha, edgecolor="white")
+            left.barh(place, 1e3 * part, left=begin, color=colour_of(c["rival"]), alpha=alpha, edgecolor="white")
             begin += 1e3 * part
         low, middle, high = (1e3 * s for s in c["step"]["seconds"])
         left.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="k", lw=1)
-        right.barh(place, c["peak_bytes"] / 2**20, color=_colour(c["rival"]))
-    names = [c["label"] + (f", r = {c['rank']}" if c["rank"] else "") for c in cells]
+        right.barh(place, c["peak_bytes"] / 2**20, color=colour_of(c["rival"]))
+    names = [name_of(c) + (f", r = {c['rank']}" if c["rank"] else "") for c in cells]
     left.set_yticks(places, names, fontsize=8)
     left.set(xlabel="ms a step: forward, backward (lighter), optimizer (lightest)")
     right.set(xlabel="MiB allocated at the peak of a step")
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.3)
-    where = f"{case['model']}, {case['batch']} x {case['sequence']} tokens, {case['dtype']}, {case['threads']} thread(s)"
+    where = f"{case['model']}, {case['batch']} x {case['sequence']} tokens, {case['dtype']}, {_threads(case['threads'])}"
     figure.suptitle(f"Training one model with each method: {where}\n{cells[-1]['machine']['name']}", fontsize=10)
     return figure
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def draw_shared(cells: list[dict], folder: Path) -> list[Path]:
@@ -72,27 +66,29 @@ def draw_shared(cells: list[dict], folder: Path) -> list[Path]:
         return []
     dtype, threads = min(groups, key=lambda g: (g[0] != "fp32", g[1]))
     cells = [c for c in cells if (c["case"]["dtype"], c["case"]["threads"]) == (dtype, threads)]
+    launched = "kernels" if "cuda" in cells[-1]["machine"] else "operators"
     values = {
         "backward, ms": lambda c: 1e3 * c["backward"]["seconds"][1],
-        "allocated in backward, MiB": lambda c: c["allocated_bytes"] / 2**20,
-        "operators or kernels in backward": lambda c: c["launches"],
-        "error of dA against float64": lambda c: c["error"],
+        "allocated in it, MiB": lambda c: c["allocated_bytes"] / 2**20,
+        f"{launched} in it": lambda c: c["launches"],
+        "error of dA, in 1e-7": lambda c: 1e7 * c["error"],
     }
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
     for axis, (name, value) in zip(axes, values.items()):
-        for rival, colour in (("autograd", "tab:orange"), ("lotr_ext", "tab:cyan"), ("lotr_ext-scope", "tab:blue")):
+        for rival, label in LABELS.items():
             own = sorted((c for c in cells if c["rival"] == rival), key=lambda c: c["case"]["layers"])
             if own:
-                style = {"color": colour, "label": own[0]["label"], "ms": 4}
+                style = {"color": SHARED_COLOURS[rival], "label": label, "ms": 4}
                 axis.plot([c["case"]["layers"] for c in own], [value(c) for c in own], "o-", **style)
         axis.set(xlabel="layers on one A and B", title=name)
+        axis.set_ylim(bottom=0)
         axis.set_xticks(sorted({c["case"]["layers"] for c in cells}))
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LABELS), fontsize=8)
     c = cells[-1]["case"]
-    where = f"{c['m']} x {c['k']} x {c['k']}, r = {c['r']}, {dtype}, {threads} thread(s)"
-    figure.suptitle(f"The shared gradient: {where}; {cells[-1]['machine']['name']}", fontsize=10)
+    where = f"{c['m']} x {c['k']} x {c['k']}, r = {c['r']}, {dtype}, {_threads(threads)}"
+    figure.suptitle(f"A's and B's gradients summed: {where}; {cells[-1]['machine']['name']}", fontsize=10)
     return save({"shared": figure}, folder)
 
 
@@ -111,7 +107,7 @@ def draw_kernels(cells: list[dict], folder: Path) -> list[Path]:
         own = [c for c in ours if c["case"]["kernel"] == kernel][:14]
         low, middle, high = zip(*((1 + v for v in c["step"]["excess"]) for c in own))
         spread = [[m - a for m, a in zip(middle, low)], [b - m for m, b in zip(middle, high)]]
-        axis.bar(range(len(own)), middle, yerr=spread, color="tab:blue", error_kw={"lw": 0.8})
+        axis.bar(range(len(own)), middle, yerr=spread, color=COLOURS["lotr_ext"], error_kw={"lw": 0.8})
         axis.axhline(1, color="k", lw=0.8, ls="--")
         names = [f"{c['case']['m']}x{c['case']['n']} r{c['case']['r']} {c['case']['dtype']}" for c in own]
         axis.set_xticks(range(len(own)), names, fontsize=6, rotation=90)
@@ -122,15 +118,21 @@ def draw_kernels(cells: list[dict], folder: Path) -> list[Path]:
 
 
 def draw_projection(shape: Shape, rows: dict[Key, Row], folder: Path) -> list[Path]:
-    """Bars: projected excess of forward + backward on every GPU that has its counts."""
+    """Bars: projected excess of forward + backward on every GPU that has its counts; lines: the least possible."""
     gpus = [gpu for gpu in GPUS.values() if ("shrink", shape[0], shape[1], shape[3], gpu.multiprocessors) in rows]
     if not gpus:
         return []
     columns = [excess(shape, rows, gpu) for gpu in gpus]
-    figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    for i, (name, colour) in enumerate(PROJECTED.items()):
-        places = [j + (i - (len(PROJECTED) - 1) / 2) * 0.8 / len(PROJECTED) for j in range(len(gpus))]
-        axis.bar(places, [100 * c[name]["step"] for c in columns], 0.8 / len(PROJECTED), color=colour, label=name)
+    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    for i, (rival, colour) in enumerate(PROJECTED_COLOURS.items()):
+        places = [j + (i - (len(PROJECTED_COLOURS) - 1) / 2) * BAR for j in range(len(gpus))]
+        percent = [100 * column[rival]["step"] for column in columns]
+        axis.bar(places, percent, BAR, color=colour, label=NAMES.get(rival, rival))
+    for j, column in enumerate(columns):
+        least, label = 100 * column[LEAST]["step"], LEAST if j == 0 else None
+        axis.plot([j - 0.42, j + 0.42], [least, least], color="white", lw=3)  # the line is seen on dark bars too
+        axis.plot([j - 0.42, j + 0.42], [least, least], "k--", lw=1.4, label=label)
+        axis.text(j + 0.43, least, f"{least:.1f}%", fontsize=7, va="center")
     axis.set_xticks(range(len(gpus)), [gpu.name for gpu in gpus])
     axis.set_ylabel("over the frozen layer, %")
     axis.grid(axis="y", alpha=0.3)
@@ -139,3 +141,23 @@ def draw_projection(shape: Shape, rows: dict[Key, Row], folder: Path) -> list[Pa
     title = f"{LABEL.capitalize()}: forward + backward of one layer, {m} x {k} x {n}, r = {r}, bf16"
     figure.suptitle(f"{title}\nfrom counted bytes and data sheets, products at {FLOPS_REACHED:.0%} of their peak", fontsize=10)
     return save({"projection": figure}, folder)
+
+
+def draw_summary(found: Summary | None, folder: Path) -> list[Path]:
+    """README's picture: size, memory and time of each method, a panel a quantity."""
+    if found is None:
+        return save({"summary": None}, folder)
+    figure, axes = plt.subplots(1, len(found.panels), figsize=(11, 2.4), layout="constrained", sharey=True)
+    for axis, (title, bars) in zip(axes, found.panels.items()):
+        for place, rival in enumerate(METHODS):
+            if rival in bars:
+                value, text = bars[rival]
+                axis.barh(place, value, color=colour_of(rival))
+                axis.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlim(0, 1.6 * max(value for value, _ in bars.values()))
+        axis.set_xticks([])
+    axes[0].set_yticks(range(len(METHODS)), [NAMES[rival] for rival in METHODS], fontsize=8)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{found.case['model']}, rank {found.case['r']}; {found.where}", fontsize=9)
+    return save({"summary": figure}, folder)

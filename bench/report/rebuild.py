@@ -1,8 +1,10 @@
-"""Rebuilds README's tables and the pictures from the results kept in bench/results/, so that no number is typed by hand.
+"""Rebuilds the tables of README and docs/benchmarks.md, and the pictures, from bench/results/: no number is typed by hand.
 
-python -m bench.report                              redraw the pictures, rewrite README.md's tables
+python -m bench.report                              redraw the pictures, rewrite the tables
 python -m bench.report --keep-demo demo_results     first keep a demo run's table in bench/results/<machine>/
-python -m bench.report --check                      change nothing; exit 1 if README differs
+python -m bench.report --check                      change nothing; exit 1 if a page differs
+
+A page shows a table between two lines, <!-- NAME:begin ... --> and <!-- NAME:end -->.
 """
 
 from __future__ import annotations
@@ -12,14 +14,31 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
 from . import tables
+from .summary import Summary, summary
 
-README = ROOT / "README.md"
-REQUIRED, OPTIONAL = ("demo", "layer"), ("shared", "model", "kernels", "traffic")  # README's sections
+
+class Page(NamedTuple):
+    """A page with tables; up: the way from its folder to the root."""
+
+    path: Path
+    sections: tuple[str, ...]
+    up: str
+
+    @property
+    def name(self) -> str:
+        return self.path.relative_to(ROOT).as_posix()
+
+
+README = Page(ROOT / "README.md", ("summary",), "")
+BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *tables.TABLES, "traffic"), "../")
+PAGES = (README, BENCHMARKS)
+PROGRAMS = {"demo": "make demo", "summary": "make bench"}  # whose results a section shows, where it is not bench.<section>
 
 
 def _read(path: Path) -> list[dict]:
@@ -82,40 +101,62 @@ def keep_demo(folder: Path) -> Path:
     return temporary.replace(target)
 
 
-# ---- README ----------------------------------------------------------------------------------------------------------
+# ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-def _replace(text: str, name: str, parts: list[str]) -> str:
-    pattern = re.compile(rf"(<!-- {name}:begin [^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    if not pattern.search(text):
-        if name in OPTIONAL:
-            return text
-        raise ValueError(f"README.md: expected the markers {name}:begin and {name}:end, found none")
-    body = "\n\n".join(parts) + "\n" if parts else ""
-    return pattern.sub(lambda m: m[1] + body + m[2], text)
+def _machines(results: Path) -> list[Path]:
+    return sorted(path for path in results.glob("*") if path.is_dir())
 
 
-def sections(results: Path = RESULTS) -> dict[str, list[str]]:
-    """The generated text of each section, from the results of every machine."""
-    found: dict[str, list[str]] = {name: [] for name in (*REQUIRED, *OPTIONAL)}
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        found["demo"] += [demo_table(json.loads(path.read_text())) for path in sorted(folder.glob("demo-*.json"))]
-        for name in ("layer", "shared", "model", "kernels"):
+def _pictures(folder: Path, up: str) -> tables.Pictures:
+    return {path.stem: f"{up}bench/results/{folder.name}/{path.name}" for path in folder.glob("*.png")}
+
+
+def _demos(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("demo-*.json"))]
+
+
+def newest_summary(results: Path) -> tuple[Summary, Path] | None:
+    """What README shows, and the folder that it is from: of several machines the one that was measured last."""
+    found = [(summary(_read(path / "layer.jsonl"), _read(path / "model.jsonl")), path) for path in _machines(results)]
+    return max((one for one in found if one[0] is not None), key=lambda one: one[0].model.get("when", 0), default=None)
+
+
+def _summary_section(results: Path, up: str) -> list[str]:
+    found = newest_summary(results)
+    if found is None:
+        return []
+    demos = [demo for folder in _machines(results) for demo in _demos(folder)]
+    several = max(demos, key=lambda demo: len(demo["rows"]), default=None)  # a run of several methods
+    return [tables.summary_table(found[0], several, _pictures(found[1], up))]
+
+
+def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
+    """The generated text of each section, from the results of every machine. up: from the page's folder to the root."""
+    found: dict[str, list[str]] = {name: [] for page in PAGES for name in page.sections}
+    for folder in _machines(results):
+        found["demo"] += [demo_table(demo) for demo in _demos(folder)]
+        for name, table in tables.TABLES.items():
             cells = _read(folder / f"{name}.jsonl")
             if cells:
-                link = f"bench/results/{folder.name}"
-                pictures = {path.stem: f"{link}/{path.name}" for path in folder.glob("*.png")}
-                found[name].append(tables.TABLES[name](cells, pictures))
+                found[name].append(table(cells, _pictures(folder, up)))
     rows = tables.traffic_rows(results)
     if rows:
-        found["traffic"].append(tables.traffic_table(rows, (results / "simt-executor" / "projection.png").exists()))
+        found["traffic"].append(tables.traffic_table(rows, _pictures(results / "simt-executor", up)))
+    found["summary"] = _summary_section(results, up)
     return found
 
 
-def rebuild(text: str, results: Path = RESULTS) -> str:
-    """README's text with its tables made anew."""
-    for name, parts in sections(results).items():
-        text = _replace(text, name, parts)
+def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
+    """A page's text with its tables made anew. ValueError where a table's two lines are missing."""
+    found = sections(results, page.up)
+    for name in page.sections:
+        pattern = re.compile(rf"(<!-- {name}:begin [^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"{page.name}: expected the markers {name}:begin and {name}:end, found none")
+        nothing = f"No result of `{PROGRAMS.get(name, f'python -m bench.{name}')}` is kept yet."
+        body = "\n\n".join(found[name] or [nothing])
+        text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
     return text
 
 
@@ -124,36 +165,38 @@ def draw(results: Path = RESULTS) -> list[Path]:
     from . import plots, plots_more
 
     written = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        written += plots.draw(_read(folder / "layer.jsonl"), folder)
-        written += plots_more.draw_model(_read(folder / "model.jsonl"), folder)
+    for folder in _machines(results):
+        layer, model = _read(folder / "layer.jsonl"), _read(folder / "model.jsonl")
+        written += plots.draw(layer, folder)
+        written += plots_more.draw_model(model, folder)
         written += plots_more.draw_shared(_read(folder / "shared.jsonl"), folder)
         written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
+        written += plots_more.draw_summary(summary(layer, model), folder)
     rows = tables.traffic_rows(results)
     if rows:
-        written += plots_more.draw_projection(tables.README_PROJECTION, rows, results / "simt-executor")
+        written += plots_more.draw_projection(tables.PROJECTED_SHAPE, rows, results / "simt-executor")
     return written
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("--keep-demo", type=Path, metavar="FOLDER", help="keep the table of a demo run")
-    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not what the results give")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page is not what the results give")
     options = parser.parse_args(argv)
     if options.keep_demo and options.check:
         raise ValueError("check: it changes nothing; expected no --keep-demo beside it, got one")
     if options.keep_demo:
         print(f"kept {keep_demo(options.keep_demo)}")
-    old = README.read_text(encoding="utf-8")
     if not options.check:
         for path in draw():
             print(f"drew {path.relative_to(ROOT)}")
-    new = rebuild(old)
-    if options.check:
-        if old != new:
-            print("README.md: its tables are not those of bench/results; run python -m bench.report", file=sys.stderr)
-        return int(old != new)
-    temporary = README.with_suffix(".tmp")
-    temporary.write_text(new, encoding="utf-8")
-    temporary.replace(README)
-    return 0
+    pages = {page: page.path.read_text(encoding="utf-8") for page in PAGES}
+    changed = {page: new for page, old in pages.items() if (new := rebuild(page, old)) != old}
+    for page, new in changed.items():
+        if options.check:
+            print(f"{page.name}: its tables are not those of bench/results; run python -m bench.report", file=sys.stderr)
+        else:
+            temporary = page.path.with_suffix(".tmp")
+            temporary.write_text(new, encoding="utf-8")
+            temporary.replace(page.path)
+    return int(options.check and bool(changed))

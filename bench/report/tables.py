@@ -1,4 +1,4 @@
-"""README's tables in Markdown, each from the cells of one result file of one machine."""
+"""The tables of docs/benchmarks.md in Markdown, each from the cells of one result file of one machine, and README's."""
 
 from __future__ import annotations
 
@@ -11,28 +11,18 @@ from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
 from ..rivals.model import SHAPES as MODELS
 from ..traffic.counts import Key, Row, kept
-from ..traffic.layer import LEAST, all_steps, total_bytes
+from ..traffic.layer import all_steps, total_bytes
 from ..traffic.projection import GPUS, assumptions, excess
+from .names import EXTRA_FLOPS, NAMES, bold, name_of
+from .summary import LORA, OURS, Summary
 
-# README shows these shapes of those that were measured; all are in the result files and pictures.
-README_SHAPES = [(1, 768, 768, 16), (16, 768, 768, 16), *TARGETS, *((m, 4096, 4096, 16) for m in TOKENS)]
-README_SHAPES += [(8192, 4096, 4096, r) for r in RANKS] + [
+# The table shows these shapes of those that were measured; all are in the result files and pictures.
+SHOWN_SHAPES = [(1, 768, 768, 16), (16, 768, 768, 16), *TARGETS, *((m, 4096, 4096, 16) for m in TOKENS)]
+SHOWN_SHAPES += [(8192, 4096, 4096, r) for r in RANKS] + [
     (8192, k, n, 16) for k, n in ((4096, 14336), (14336, 4096), (4096, 1024))
 ]
-RIVALS = {
-    "lora-eager": "LoRA eager",
-    "lora-in-place": "LoRA in-place",
-    "lora-in-place-beta": "LoRA in-place, beta",
-    "lora-compiled": "LoRA compiled",
-    "lora-peft": "LoRA PEFT",
-    "lora-unsloth": "LoRA Unsloth",
-    "lora-lorafusion": "LoRA LoRAFusion",
-    "vera-peft": "VeRA PEFT",
-    "lotr-eager": "LoTR eager",
-    "lotr_ext": "**lotr_ext**",
-}
 MOST_SHAPES = 8  # that a table's command names
-README_PROJECTION: Shape = (8192, 4096, 4096, 16)
+PROJECTED_SHAPE: Shape = (8192, 4096, 4096, 16)
 Pictures = dict[str, str]  # name -> link
 
 
@@ -79,40 +69,44 @@ def markdown(heads: list[str], rows: list[list[str]], text_columns: int = 1) -> 
     return ["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def _images(pictures: Pictures, shown: dict[str, str], linked: dict[str, str]) -> list[str]:
-    lines = [line for name, text in shown.items() if name in pictures for line in ("", f"![{text}]({pictures[name]})")]
-    links = [f"[{text}]({pictures[name]})" for name, text in linked.items() if name in pictures]
-    return lines + (["", "Pictures: " + ", ".join(links) + "."] if links else [])
+def _images(pictures: Pictures, shown: dict[str, str]) -> list[str]:
+    return [line for name, text in shown.items() if name in pictures for line in ("", f"![{text}]({pictures[name]})")]
 
 
 def layer_table(cells: list[dict], pictures: Pictures) -> str:
-    """Excess over the frozen layer, forward + backward, a row a case."""
+    """Excess over the frozen layer, forward + backward, a row a case; ours first, since a phone shows the first columns."""
     cases: dict[Case, dict[str, dict]] = {}
     for cell in cells:
         cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell
-    shown = {case: own for case, own in cases.items() if case[:4] in README_SHAPES} or cases
-    rivals = [rival for rival in RIVALS if any(rival in own for own in shown.values())]
+    shown = {case: own for case, own in cases.items() if case[:4] in SHOWN_SHAPES} or cases
+    rivals = [rival for rival in NAMES if rival != OURS and any(rival in own for own in shown.values())]
     bounds = any("of_bound" in own.get("lotr_ext", {"step": {}})["step"] for own in shown.values())
     rows = []
     for case, own in sorted(shown.items(), key=lambda item: (item[0].threads, item[0].dtype != "fp32", item[0])):
-        excess = {rival: own[rival]["step"]["excess"][1] for rival in rivals if rival in own}
+        excess = {rival: own[rival]["step"]["excess"][1] for rival in (OURS, *rivals) if rival in own}
         ratio = "-"
         if "lotr_ext" in excess and excess.get("lora-eager", 0) > 0:
             ratio = f"{excess['lotr_ext'] / excess['lora-eager']:.2f}"
-        row = [f"{case.m} x {case.k} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}", f"{case.flop_floor():.1%}"]
-        row += [f"{excess[rival]:.1%}" if rival in excess else "-" for rival in rivals] + [ratio]
+        row = [f"{case.m} x {case.k} x {case.n}, {case.r}", f"{case.dtype}, {case.threads}", f"{case.extra_flops():.1%}"]
+        percent = {rival: f"{value:.1%}" for rival, value in excess.items()}
+        row += [percent.get(OURS, "-"), ratio, *(percent.get(rival, "-") for rival in rivals)]
         if bounds:
             share = own.get("lotr_ext", {"step": {}})["step"].get("of_bound")
             row.append(f"{share:.0%}" if share is not None else "-")
         rows.append(row)
-    heads = ["M x K x N, r", "dtype, threads", "FLOP floor", *(RIVALS[rival] for rival in rivals), "lotr_ext / LoRA eager"]
+    heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, bold(NAMES[OURS]), "lotr_ext / LoRA eager"]
+    heads += [NAMES[rival] for rival in rivals]
     heads += ["lotr_ext, of the machine's bound"] if bounds else []
-    shown_pictures = {"excess": "time over the frozen layer by rival"}
-    links = {"tokens": "against tokens", "rank": "against rank", "roofline": "roofline", "memory": "memory"}
+    images = {
+        "excess": "time over the frozen layer by rival",
+        "tokens": "time over the frozen layer against tokens",
+        "rank": "time over the frozen layer against rank",
+        "memory": "memory of one adapted layer",
+    }
     lines = [f"{layer_command(cells)}; {where(cells)}:", "", *markdown(heads, rows, 2)]
     verdicts = [] if on_gpu(cells) else targets.limit_verdicts(cells) + targets.layer_verdicts(cells)
     lines += ["", targets.summary(verdicts)] if verdicts else []
-    return "\n".join([*lines, *_images(pictures, shown_pictures, links)])
+    return "\n".join([*lines, *_images(pictures, images)])
 
 
 def layer_command(cells: list[dict]) -> str:
@@ -127,7 +121,7 @@ def shared_table(cells: list[dict], pictures: Pictures) -> str:
     """L layers on one A and B, a row a way of summing."""
     rows = []
     for c in cells:
-        case, label = c["case"], "**lotr_ext**, in a model" if c["rival"] == "lotr_ext-scope" else c["label"]
+        case, label = c["case"], bold(shared.LABELS[c["rival"]])
         sizes = [f"{case['layers']}", f"{case['dtype']}, {case['threads']}", label]
         counts = [bytes_text(c["allocated_bytes"]), str(c["launches"]), str(c["tensors"]), f"{c['error']:.0e}"]
         rows.append([*sizes, time_text(c["backward"]["seconds"][1]), *counts])
@@ -136,7 +130,7 @@ def shared_table(cells: list[dict], pictures: Pictures) -> str:
     c = cells[-1]["case"]
     title = f"{shared_command(cells)}, {c['m']} x {c['k']} x {c['k']}, r = {c['r']}; {where(cells)}:"
     table = markdown([*heads, "new tensors of A's shape", "error of dA"], rows, 3)
-    return "\n".join([title, "", *table, *_images(pictures, {}, {"shared": "against the number of layers"})])
+    return "\n".join([title, "", *table, *_images(pictures, {"shared": "the same against the number of layers"})])
 
 
 def shared_command(cells: list[dict]) -> str:
@@ -164,15 +158,15 @@ def model_table(cells: list[dict], pictures: Pictures) -> str:
         rows = []
         for own in methods.values():
             first = next(iter(own.values()))
-            row = [first["label"], str(first["rank"] or ""), f"{first['parameters']:,}", bytes_text(first["adapter_bytes"])]
+            row = [name_of(first), str(first["rank"] or ""), f"{first['parameters']:,}", bytes_text(first["adapter_bytes"])]
             for key in columns:
                 lora = methods.get("lora-peft", {}).get(key)
                 row += _against_lora(own.get(key), lora)
             rows.append(row)
-        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of LoRA (PEFT), whose own numbers are in its row; "
+        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of LoRA PEFT, whose own numbers are in its row; "
         own = [cell for method in methods.values() for cell in method.values()]
         lines += [f"{model_command(own)}: {title}{where(own)}:", "", *markdown(heads, rows)]
-    return "\n".join([*lines, *_images(pictures, {"model": "step time and memory of every method"}, {})])
+    return "\n".join([*lines, *_images(pictures, {"model": "step time and memory of every method"})])
 
 
 def model_command(cells: list[dict]) -> str:
@@ -211,7 +205,14 @@ def kernels_table(cells: list[dict], pictures: Pictures) -> str:
     heads = ["kernel", "M x N, r", "dtype, threads", "library", "ours", "ours / library", "GB/s", "of the machine's bound"]
     again = command("kernels", cells, {"rounds": _rounds(cells)}, {"rounds": ROUNDS["kernels"]})
     title = f"{again}, each kernel alone; {where(cells)}:"
-    return "\n".join([title, "", *markdown(heads, rows, 3), *_images(pictures, {}, {"kernels": "every shape"})])
+    return "\n".join(
+        [
+            title,
+            "",
+            *markdown(heads, rows, 3),
+            *_images(pictures, {"kernels": "each kernel over the library"}),
+        ]
+    )
 
 
 TABLES: dict[str, Callable[[list[dict], Pictures], str]] = {
@@ -229,9 +230,9 @@ def traffic_rows(results: Path) -> dict[Key, Row]:
     return kept(store, cells[-1]["build"]) if cells else {}
 
 
-def traffic_table(rows: dict[Key, Row], picture: bool) -> str:
+def traffic_table(rows: dict[Key, Row], pictures: Pictures) -> str:
     """Counted bytes of a whole layer beyond the frozen one's, and what they would cost: a projection."""
-    m, k, n, r = shape = README_PROJECTION
+    m, k, n, r = shape = PROJECTED_SHAPE
     gpus = [gpu for gpu in GPUS.values() if ("shrink", m, k, r, gpu.multiprocessors) in rows]
     if not gpus:
         return ""
@@ -241,13 +242,32 @@ def traffic_table(rows: dict[Key, Row], picture: bool) -> str:
     names = [name for name in steps if name != "frozen"]
     lines = []
     for name in names:
-        label = RIVALS.get(name, f"**{name}**" if name.startswith("lotr_ext") else name)
         sizes = [f"{(total_bytes(steps[name], 'step') - frozen) / 1e6:.0f} MB"]
-        lines.append([label if name != LEAST else LEAST, *sizes, *(f"{column[name]['step']:.1%}" for column in projected)])
+        lines.append([bold(NAMES.get(name, name)), *sizes, *(f"{column[name]['step']:.1%}" for column in projected)])
     heads = ["", "counted bytes over the frozen layer's", *(f"{gpu.name}, projected" for gpu in gpus)]
     title = (
         f"`python -m bench.traffic`, no GPU: one layer, {m} x {k} x {n}, r = {r}, bf16, forward + backward. Bytes: our "
         f"kernels' counted by the executor, library operators' at their least. Times over the frozen layer: a {assumptions()}."
     )
-    link = ["", f"![{GPUS['h100'].name} and others, projected](bench/results/simt-executor/projection.png)"] if picture else []
-    return "\n".join([title, "", *markdown(heads, lines), *link])
+    images = {"projection": f"{GPUS['h100'].name} and others, projected"}
+    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images)])
+
+
+def summary_table(found: Summary, demo: dict | None, pictures: Pictures) -> str:
+    """README's: a row a quantity, LoRA beside ours, and what the demo says of accuracy."""
+    c = found.case
+    lines = [
+        f"{c['model']}, {c['targets'].replace(',', ' and ')} of every block, rank {c['r']}, {c['batch']} x {c['sequence']} "
+        f"tokens a step; {found.where} ({model_command([found.model])}, {layer_command(found.layers)}):",
+        "",
+        *markdown(["", bold(NAMES[LORA]), bold(NAMES[OURS])], [list(row) for row in found.rows]),
+    ]
+    lines += ["", accuracy(demo)] if demo else []
+    return "\n".join([*lines, *_images(pictures, {"summary": "size, memory and time of LoRA, VeRA and LoTR"})])
+
+
+def accuracy(demo: dict) -> str:
+    """A sentence: what each method of a demo run reached."""
+    reached = ", ".join(f"{row['method']} {row['accuracy']:.2%}" for row in demo["rows"])
+    rank, runs = demo["rows"][-1]["rank"], demo["rows"][0]["runs"]
+    return f"Held-out accuracy in the demo, rank {rank}, {runs} seed{'s' * (runs > 1)}: {reached} (`make demo`)."

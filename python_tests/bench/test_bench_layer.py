@@ -316,7 +316,7 @@ def test_least_work():
     assert bounds.work(case, "forward", False) == (2 * 4 * 8 * 6, 2 * (4 * 8 + 8 * 6 + 4 * 6))
     assert bounds.work(case, "backward", True) == (2 * 4 * 8 * 6 + 4 * 4 * 2 * 14, 2 * (4 * 6 + 8 * 6 + 4 * 8 + 4 * 8 + 4 * 14))
     step, frozen = bounds.work(case, "step", True), bounds.work(case, "step", False)
-    assert step.flops / frozen.flops == pytest.approx(1 + case.flop_floor())
+    assert step.flops / frozen.flops == pytest.approx(1 + case.extra_flops())
     assert step.least_seconds({"flops_per_s": 1.0, "bytes_per_s": 1e9}) == step.flops
     # A and B frozen: no dA and dB, and u instead of x
     assert bounds.work(case, "forward", True, trained=False) == bounds.work(case, "forward", True)
@@ -327,8 +327,8 @@ def test_least_work():
         bounds.work(case, "sideways", True)
 
 
-def test_flop_floor_is_three_r_over_k():
-    assert shapes.Case(2048, 768, 768, 16, "fp32", 1).flop_floor() == pytest.approx(3 * 16 / 768)
+def test_extra_flops_are_three_r_over_k():
+    assert shapes.Case(2048, 768, 768, 16, "fp32", 1).extra_flops() == pytest.approx(3 * 16 / 768)
 
 
 def test_default_shapes_are_those_that_fit():

@@ -46,7 +46,7 @@ def test_a_case_that_fails_is_named_and_what_is_kept_is_shown(tmp_path, capsys, 
     assert "not measured: 8x16x16 r2 fp32 t1: RuntimeError: no\n" in capsys.readouterr().out
     assert {cell["case"]["m"] for cell in Store(tmp_path / "profile.jsonl").read()} == {9}
     assert profile.main(arguments) == 1
-    assert "9x16x16 r2 fp32 t1: FLOP floor" in capsys.readouterr().out
+    assert "9x16x16 r2 fp32 t1: extra FLOPs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

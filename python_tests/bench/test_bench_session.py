@@ -87,7 +87,7 @@ def test_a_case_is_done_when_one_run_has_all_its_rivals(tmp_path, capsys):
     assert layer.main(arguments) == layer.main(both) == 0
     assert len(store.Store(tmp_path / "layer.jsonl").read()) == 2 + 2 + 3
     out = capsys.readouterr().out
-    assert out.count("1 of 1 cases are in") == 2 and out.count("FLOP floor") == 2  # and shown
+    assert out.count("1 of 1 cases are in") == 2 and out.count("extra FLOPs") == 2  # and shown
 
 
 def test_a_run_that_goes_on_chooses_by_the_kept_ceilings(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The benchmark of the shared gradient counts what the hub saves, and its ways of summing agree."""
+"""The benchmark of the shared gradient counts what one sum saves, and its ways of summing agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.measure.store import ROOT, Store
 QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1"]
 
 
-def test_it_counts_what_the_hub_saves(tmp_path, capsys):
+def test_it_counts_what_one_sum_saves(tmp_path, capsys):
     arguments = [*QUICK, "--layers", "2,6", "--shape", "128x96x4", "--results", str(tmp_path)]
     assert shared.main(arguments) == 0
     cells = {(c["rival"], c["case"]["layers"]): c for c in Store(tmp_path / "shared.jsonl").read()}

@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, every command named there exists, README's tables are those of the results, and the
+"""Every code block of README and docs runs, every command named there exists, their tables are those of the results, and the
 site builds without a warning, with all pages in its navigation and nothing fetched from elsewhere."""
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 SITE_PAGES = sorted(DOCS.rglob("*.md"))
-PAGES = [ROOT / "README.md", *SITE_PAGES]
-INSTALLS = ("pip install torch", "pip install --no-build-isolation .")  # test_packaging builds and installs
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "csrc" / "README.md", *SITE_PAGES]
+FORMULA_COLUMNS = 45  # that a phone shows of a line of code
 
 
 def page_name(page: Path) -> str:
@@ -90,7 +91,7 @@ def check_the_three_lines(names: dict[str, object]) -> None:
 
 def commands() -> list[str]:
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
-    return sorted(set(lines) - set(INSTALLS))
+    return sorted(set(lines))
 
 
 def program_module(name: str) -> ModuleType:
@@ -101,7 +102,7 @@ def program_module(name: str) -> ModuleType:
 
 def check_flags(program: list[str], words: list[str], capsys) -> None:
     """That the program's --help names every flag among words; program: ["-m", module] or [a script]."""
-    if program[0] == "-m" or program[0].startswith("examples/"):
+    if program[1:2] != ["pip"] and (program[0] == "-m" or program[0].startswith("examples/")):
         module = program_module(program[-1] if program[0] == "-m" else Path(program[-1]).stem)
         if program[0] != "-m" and not hasattr(module, "arguments"):  # it takes none of its own
             assert callable(module.main) and not words, words
@@ -134,6 +135,9 @@ def test_every_command_exists(command, capsys):
         check_flags([script], own, capsys)
     elif words[:2] == ["python", "-m"]:
         check_module(words[2], words[3:], capsys)
+    elif words[0] == "pip":  # test_packaging builds a wheel
+        check_flags(["-m", "pip", words[1]], words[2:], capsys)
+        assert "torch" in words or "lotr_ext" in words or words[-1] in (".", ".[peft]"), command
     else:
         assert words[0] == "python" and (ROOT / words[1]).is_file(), command
         check_flags([words[1]], words[2:], capsys)
@@ -162,16 +166,57 @@ def check_module(name: str, arguments: list[str], capsys) -> None:
         check_flags(["-m", name], arguments, capsys)
 
 
-# ---- README ----------------------------------------------------------------------------------------------------------
+# ---- README and what pages say ---------------------------------------------------------------------------------------
+
+
+def test_readme_is_short_and_in_order():
+    text = README.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 200
+    first = {line: number for number, line in reversed([*enumerate(lines, 1)])}  # of its first line
+    for line in ("pip install torch", "pip install --no-build-isolation .", "from lotr_ext import LoTRFactors, LoTRLinear"):
+        assert first[line] <= 50, line
+    places = [text.index(part) for part in (
+        "    y_l = x_l W_l^T", "```python\nu = x @ A", "\n## Install", "LoTRFactors(", "apply_lotr(", "make demo\nmake test\n",
+        "<!-- summary:begin", "<!-- summary:end", "more accurate", "not been run on a GPU", "save_adapter(", "get_peft_model(",
+        "lotr_ext.convert", "\n## What runs where", "\n## Limits", "(docs/index.md)",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    assert len(re.findall(r"!\[", text)) == 1
+    table = text[text.index("<!-- summary:begin") : text.index("<!-- summary:end")]
+    assert 1 <= len(re.findall(r"^\| ", table, re.MULTILINE)) - 1 <= 8
+
+
+def test_paths_that_pages_name_exist():
+    """In backticks, from the root; * is any name, <..> what the reader fills in."""
+    folders = "|".join(("lotr_ext", "csrc", "bench", "python_tests", "examples", "docs"))
+    gone = []
+    for page in PAGES:
+        for path in re.findall(rf"`((?:{folders})/[^`\s]*)`", page.read_text(encoding="utf-8")):
+            pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
+            gone += [f"{page_name(page)}: {path}"] if not any(ROOT.glob(pattern)) else []
+    assert not gone, gone
+
+
+@pytest.mark.parametrize("page", SITE_PAGES, ids=page_name)
+def test_formulas_fit_a_phone(page):
+    """An indented block is a formula or a diagram, and is not to be scrolled."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^(?:!!!|\?\?\?|:::) .*\n(?:(?: {4}.*)?\n)*", "", text, flags=re.MULTILINE)  # admonitions, mkdocstrings
+    assert [line for line in re.findall(r"^ {4}(.*)$", text, re.MULTILINE) if len(line) > FORMULA_COLUMNS] == []
 
 
 def test_tables_are_those_of_the_results():
+    from bench.report.rebuild import PAGES as TABLES
     from bench.report.rebuild import rebuild
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert rebuild(text) == text, "run python -m bench.report"
     begun = "made by python -m bench.report -->\n"
-    assert rebuild(text.replace(begun, f"{begun}| 99.9 % |\n")) == text
+    assert {page.path for page in TABLES} == {page for page in PAGES if begun in page.read_text(encoding="utf-8")}
+    for page in TABLES:
+        text = page.path.read_text(encoding="utf-8")
+        assert text.count(begun) == len(page.sections)
+        assert rebuild(page, text) == text, "run python -m bench.report"
+        assert rebuild(page, text.replace(begun, f"{begun}| 99.9 % |\n")) == text
 
 
 def test_links_and_pictures_exist():
@@ -271,9 +316,17 @@ def test_the_site_shows_the_code_itself(site):
     import lotr_ext.interop
 
     reference = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
-    public = (*lotr_ext.__all__, *lotr_ext.interop.__all__)
+    operators = ("shrink", "expand_add_", "factor_grad_", "shrink_grad", "fold", "fold_grad", "layer_forward", "dropout_mask")
+    public = (*lotr_ext.__all__, *lotr_ext.interop.__all__, *operators)
     missing = [name for name in public if not re.search(rf'id="lotr_ext\.([a-z_]+\.)*{name}"', reference)]
     assert not missing, f"add to docs/api: {', '.join(missing)}"
+    assert not re.findall(r'id="(lotr_ext\.[\w.]*\._\w*)"', reference)
+    signatures = re.findall(r'<div class="doc-signature highlight">(.*?)</div>', reference, re.DOTALL)
+    private = [text for part in signatures if re.search(r"\b_\w+", text := html.unescape(re.sub(r"<[^>]+>", "", part)))]
+    assert signatures and not private, f"a signature shows a private name: {private}"
+    nodes = [name for name in dir(lotr_ext) if isinstance(getattr(lotr_ext, name), type(torch.autograd.Function))]
+    shown = [name for name in nodes if re.search(rf'id="lotr_ext\.([a-z_]+\.)*{name}"', reference)]
+    assert shown == ["LoTRFunction"] and set(shown) < set(nodes)
     kernels = Fetched(site / "kernels.html").text
     for source in sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cuh")):
         opening = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("// ")
@@ -318,7 +371,7 @@ def test_make_docs_fails_on_a_warning(text, words, tmp_path):
         ("<!-- insert: tables layer -->", ["x.md", "expected one of head, help", "got tables"]),
         ("<!-- insert: head nothing -->", ["x.md", "head nothing", "nothing.cuh"]),
         ("<!-- insert: help bench.nothing -->", ["x.md", "help bench.nothing", "No module named"]),
-        ("<!-- insert: results nothing -->", ["x.md", "results nothing"]),
+        ("<!-- insert: traffic nothing -->", ["x.md", "traffic nothing", "expected kernels"]),
     ],
 )
 def test_an_insertion_that_cannot_be_made_ends_the_build(line, words, monkeypatch):

@@ -1,0 +1,61 @@
+"""One name and one colour for each method, in every table and picture."""
+
+from __future__ import annotations
+
+import re
+
+NAMES = {
+    "lora-eager": "LoRA eager",
+    "lora-in-place": "LoRA in-place",
+    "lora-in-place-beta": "LoRA in-place, beta",
+    "lora-compiled": "LoRA compiled",
+    "lora-peft": "LoRA PEFT",
+    "lora-unsloth": "LoRA Unsloth",
+    "lora-lorafusion": "LoRA LoRAFusion",
+    "vera-peft": "VeRA PEFT",
+    "lotr-eager": "LoTR in three lines",
+    "lotr_ext": "lotr_ext",
+}
+VARIANTS = {"-as-lotr": ", size of LoTR", "-as-lora": ", size of LoRA", "-core": ", cores only"}  # of the model benchmark
+COLOURS = {
+    "lotr_ext": "tab:blue",
+    "lora-eager": "tab:orange",
+    "lora-in-place": "tab:green",
+    "lora-in-place-beta": "tab:olive",
+    "lora-compiled": "tab:cyan",
+    "lora-peft": "tab:red",
+    "vera-peft": "tab:pink",
+    "lotr-eager": "0.55",
+    "lora-unsloth": "tab:brown",
+    "lora-lorafusion": "tab:purple",
+}
+FROZEN, LIGHT_BLUE, DARK_BLUE = "0.85", "#9ecae1", "#08306b"
+SHARED_COLOURS = {"autograd": COLOURS["lotr-eager"], "lotr_ext": LIGHT_BLUE, "lotr_ext-scope": COLOURS["lotr_ext"]}
+PROJECTED_COLOURS = {
+    **{rival: COLOURS[rival] for rival in ("lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")},
+    "lotr_ext two_pass": LIGHT_BLUE,
+    "lotr_ext beta": COLOURS["lotr_ext"],
+    "lotr_ext beta, nothing from L2": DARK_BLUE,
+}
+EXTRA_FLOPS = "extra FLOPs"  # the adapter's operations over the frozen layer's
+
+
+def _parts(rival: str) -> tuple[str, str]:
+    """A method and, in the model benchmark, what is varied of it."""
+    variant = next((end for end in VARIANTS if rival.endswith(end)), "")
+    return rival.removesuffix(variant), variant
+
+
+def name_of(cell: dict) -> str:
+    """The method of a result, by the name it has everywhere; a method that has none is called what its result calls it."""
+    method, variant = _parts(cell["rival"])
+    return NAMES[method] + VARIANTS.get(variant, "") if method in NAMES else cell["label"]
+
+
+def colour_of(rival: str) -> str:
+    return COLOURS.get(_parts(rival)[0], FROZEN)
+
+
+def bold(name: str) -> str:
+    """name in Markdown, with ours in bold up to a comma."""
+    return re.sub(r"^lotr_ext[^,]*", r"**\g<0>**", name)
