@@ -119,7 +119,12 @@ void shrink(const Call& call, const ShrinkParams& p, void* workspace) {
   }
 }
 
-void expand_add(const Call& call, const ExpandParams& p) {
+size_t expand_add_workspace(const Call&, const ExpandParams& p) {
+  check_rank("expand_add", "F", p.r);
+  return 0;
+}
+
+void expand_add(const Call& call, const ExpandParams& p, void*) {
   check_rank("expand_add", "F", p.r);
   if (p.M == 0) return;
   rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {

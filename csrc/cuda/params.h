@@ -105,7 +105,8 @@ struct FoldParams {
   Matrix B;             // [N, r_out]
   Matrix cores;         // [L, r_in, r_out], row and col strides of one core
   int64_t core_stride;  // from layer to layer
-  void* F;              // [L, N, r_in], contiguous
+  void* F;              // [L, N, r_in], last dimension contiguous
+  int64_t F_layer, F_row;
   DType B_type, core_type, F_type;
   int64_t N;
   int32_t L, r_in, r_out;

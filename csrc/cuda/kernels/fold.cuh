@@ -95,7 +95,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
       });
   each_output([&](int i, int row, int c) {
     if (n0 + row < p.N && i0 + c < p.r_in)
-      write_float(p.F, p.F_type, (layer * p.N + n0 + row) * p.r_in + i0 + c, d[i] * p.scale);
+      write_float(p.F, p.F_type, layer * p.F_layer + (n0 + row) * p.F_row + i0 + c, d[i] * p.scale);
   });
 }
 

@@ -19,7 +19,7 @@ namespace lotr::simt {
 namespace {
 
 struct Settings {
-  int multiprocessors = 132;
+  int multiprocessors = 132, shared = 233472;  // of an H100
   Float32 float32 = Float32::exact;
 } settings;
 
@@ -75,7 +75,7 @@ Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
 }
 
 cuda::Call call(DType type) {
-  return {type, settings.float32, settings.multiprocessors, nullptr};
+  return {type, settings.float32, settings.multiprocessors, settings.shared, nullptr};
 }
 
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
@@ -133,7 +133,8 @@ void py_expand_add(py::array y, py::array u, py::array F, double p,
   params.u = input("u", u, type, params.M, params.r);
   params.F = input("F", F, type, params.N, params.r);
   params.dropout = dropout(p, seed);
-  cuda::expand_add(call(type), params);
+  Workspace workspace(cuda::expand_add_workspace(call(type), params));
+  cuda::expand_add(call(type), params, workspace.get());
 }
 
 void py_factor_grad(py::array D, py::array x, py::array k, double p,
@@ -194,6 +195,7 @@ void py_fold(py::array B, py::array cores, double scaling, py::array F) {
   expect_shape("F", F, {params.L, params.N, params.r_in});
   name_array("F", F);
   params.F = F.mutable_data();
+  params.F_layer = stride(F, 0), params.F_row = stride(F, 1);
   params.scale = float(scaling);
   cuda::fold(call(params.F_type), params);
 }
@@ -360,13 +362,14 @@ PYBIND11_MODULE(lotr_simt, m) {
         "scaling"_a, "dA"_a, "dB"_a, "dcore"_a);
   m.def(
       "set_device",
-      [](int multiprocessors, const std::string& float32) {
+      [](int multiprocessors, const std::string& float32, int shared) {
         if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
+        if (shared < 101376) throw py::value_error("shared: expected at least the 101376 bytes of sm_86");
         if (float32 != "exact" && float32 != "tf32")
           throw py::value_error("float32: expected exact or tf32, got " + float32);
-        settings = {multiprocessors, float32 == "tf32" ? Float32::tf32 : Float32::exact};
+        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact};
       },
-      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact");
+      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472);
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "shared_limit"_a = 101376);
   m.def("counters", &counters_dict);
