@@ -43,6 +43,7 @@ void store_shared(void* p, const void* value, uint32_t bytes, Site site);
 void fence_device(Site site);
 int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site);
 float atomic_add(float* p, float value, Site site);
+int32_t atomic_wrap(int32_t* p, int32_t limit, Site site);  // atomicInc, relaxed
 
 void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, Site site);
 void cp_async_commit(Site site);

@@ -45,10 +45,11 @@ void move(void* to, const void* from, uint32_t bytes) {
   }
 }
 
-template <class T>
-T add(T* p, T value, bool acq_rel, Site site) {
+// *p = next(*p) in one step; returns the value before.
+template <class T, class Next>
+T update(const char* op, T* p, bool acq_rel, Site site, Next next) {
   race::ExecutorScope scope;
-  Thread& t = enter("atomicAdd", site);
+  Thread& t = enter(op, site);
   ++totals.atomics;
   const auto* byte = reinterpret_cast<const unsigned char*>(p);
   const bool shared = byte >= t.block->shared && byte < t.block->shared + t.block->shared_bytes;
@@ -62,7 +63,7 @@ T add(T* p, T value, bool acq_rel, Site site) {
   race::access(p, sizeof(T), race::Use::atomic);
   race::atomic(p, acq_rel);
   const T old = *p;
-  *p = old + value;
+  *p = next(old);
   return old;
 }
 
@@ -162,10 +163,14 @@ void fence_device(Site site) {
 }
 
 int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site) {
-  return add(p, value, acq_rel, site);
+  return update("atomicAdd", p, acq_rel, site, [&](int32_t old) { return old + value; });
 }
 float atomic_add(float* p, float value, Site site) {
-  return add(p, value, false, site);
+  return update("atomicAdd", p, false, site, [&](float old) { return old + value; });
+}
+int32_t atomic_wrap(int32_t* p, int32_t limit, Site site) {
+  return update("atomicInc", p, false, site,
+                [&](int32_t old) { return uint32_t(old) >= uint32_t(limit) ? 0 : old + 1; });
 }
 
 // At issue the destination turns to NaN (under AddressSanitizer: may not be touched); the data lands at the

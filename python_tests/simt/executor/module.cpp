@@ -380,16 +380,14 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "plan",
       [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-        if (kernel == "shrink") {
-          const auto p = plan::shrink(M, N, r, element, multiprocessors);
-          return py::dict("m_blocks"_a = p.m_tiles, "n_blocks"_a = p.splits, "extra_bytes"_a = p.extra_bytes);
-        }
-        const auto p = kernel == "expand_add"    ? plan::expand_add(M, N, r, element, multiprocessors)
-                       : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, multiprocessors)
-                       : kernel == "shrink_grad" ? plan::shrink_grad(M, N, r, element, multiprocessors)
+        const auto machine = plan::Machine::of(multiprocessors, settings.shared, r);
+        const auto p = kernel == "shrink"        ? plan::shrink(M, N, r, element, machine)
+                       : kernel == "expand_add"  ? plan::expand_add(M, N, r, element, machine)
+                       : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, machine)
+                       : kernel == "shrink_grad" ? plan::shrink_grad(M, N, r, element, machine)
                                                  : throw py::value_error("kernel: got " + kernel);
-        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks,
-                        "extra_bytes"_a = p.extra_bytes);
+        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "extra_bytes"_a = p.extra_bytes,
+                        "microseconds"_a = p.cost);
       },
       "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
       "How a kernel would cut the large matrix [M, N], and the bytes it moves besides that matrix.");
