@@ -46,7 +46,8 @@ struct Machine {
 constexpr double MEMORY = 25e3;    // bytes that a multiprocessor's share of the memory delivers in one
 constexpr double ALONE = 40e3;     // bytes that one block gets when few run
 constexpr double SUMMING = 110e3;  // bytes of partial sums that one block reads from L2
-constexpr double ARRIVING = 1.5;   // from the last store of a partial sum to the first load of it
+constexpr double EXTRA = 2;  // what a byte of a factor or of a partial sum costs: it is written back, too
+constexpr double ARRIVING = 1.5;  // from the last store of a partial sum to the first load of it
 
 struct Cost {
   double large, extra;  // bytes: of the large matrix; of factors and partial sums
@@ -58,7 +59,7 @@ inline double microseconds(const Machine& machine, const Cost& c) {
   const double blocks = double(c.blocks), slots = double(machine.slots()), wanted = double(machine.wanted());
   const double waves = blocks > slots ? double(ceil_div(c.blocks, machine.slots())) * slots / blocks : 1.0;
   const double idle = blocks < wanted ? wanted / blocks : waves;
-  const double bytes = c.large + c.extra;
+  const double bytes = c.large + EXTRA * c.extra;
   const double stream = std::max(bytes * idle * c.uneven / (MEMORY * machine.multiprocessors),
                                  bytes * c.uneven / blocks / ALONE);
   return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0);
@@ -77,28 +78,27 @@ inline double unevenness(int64_t tiles, int64_t blocks) {
   return double(ceil_div(tiles, blocks)) * double(blocks) / double(tiles);
 }
 
-// The cheapest plan of a matrix of owned x split tiles.  A block owns up to `subs` tiles along one side;
-// along the other the tiles are split.  cost(owners, splits) gives bytes and sums, without blocks and
-// unevenness. f(owners, splits, microseconds) hears of each plan that is tried.
+// Plans of a matrix of owned x split tiles.  A block owns up to `subs` tiles along one side; along the other
+// the tiles are split, just often enough to fill the GPU or once for each of its places, `least` times at
+// least. cost(owners, splits) gives bytes and sums, without blocks and unevenness; f(owners, splits,
+// microseconds, extra bytes) hears of each plan.
 template <class CostOf, class F>
-void each_plan(const Machine& machine, int64_t owned, int64_t split, int subs, int64_t least_splits,
-               CostOf cost, F f) {
+void each_plan(const Machine& machine, int64_t owned, int64_t split, int subs, int64_t least, CostOf cost,
+               F f) {
   for (int sub = 1; sub <= subs; ++sub) {
     const int64_t owners = ceil_div(owned, sub);
     if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
     const auto attempt = [&](int64_t splits) {
-      splits = std::clamp<int64_t>(splits, std::min(least_splits, split), split);
+      splits = std::clamp<int64_t>(splits, 1, split);
       Cost c = cost(owners, splits);
       c.blocks = owners * splits;
       c.uneven = unevenness(owned, owners) * unevenness(split, splits);
       f(owners, splits, microseconds(machine, c), c.extra);
     };
-    for (int64_t splits = ceil_div(machine.wanted(), owners);; splits /= 2) {
-      attempt(splits);
-      if (splits <= 1) break;
-    }
+    const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
+    attempt(fewest);
     for (const int64_t full : {int64_t(machine.multiprocessors) / owners, machine.slots() / owners})
-      if (full > 1) attempt(full);
+      if (full > fewest) attempt(full);
   }
 }
 
@@ -109,8 +109,12 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
     const int64_t tiles = ceil_div(M, rows),
                   steps = ceil_div(K, kernels::shrink_cols(size_t(element), R, rows));
     const int subs = kernels::shrink_subs(R, rows);
+    // The sum over many splits is what one waits for when the tokens are few: no more than memory needs.
+    Machine few = machine;
+    if (tiles == 1)
+      few.multiprocessors = int(std::min<int64_t>(machine.multiprocessors, std::max<int64_t>(36, R)));
     each_plan(
-        machine, tiles, steps, subs, 1,
+        few, tiles, steps, subs, 1,
         [&](int64_t blocks, int64_t splits) {
           const double partial = splits > 1 ? 8.0 * double(splits) * double(M) * double(r) : 0.0;
           return Cost{double(M) * double(K) * element,
@@ -177,8 +181,8 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, Machine ma
         return Cost{double(M) * double(N) * element,
                     double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k + Q, 0,
                     1,
-                    Q / 2 / double(n) +
-                        double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) * rows * double(n)};
+                    Q / 2 / double(n) + double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
+                                            double(std::min<int64_t>(rows, M)) * double(n)};
       },
       [&](int64_t n, int64_t m, double cost, double extra) {
         if (best.rows == 0 || cost < best.cost) best = {rows, m_tiles, n_tiles, m, n, extra, cost};

@@ -76,63 +76,66 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int n_tiles = tile::count_of(p.n_pieces, int(blockIdx.x));
   const int64_t n_begin = int64_t(tile::begin_of(p.n_pieces, int(blockIdx.x))) * COLS;
-  const int64_t strips = (p.M + STRIP - 1) / STRIP;
-  const int64_t strip_step = int64_t(gridDim.y) * Traits::WARPS;
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
-  auto* stages = sm.stage[warp];
+  auto* const stages = sm.stage[warp];
+
+  // Strips and column tiles of 16-byte rows entirely inside the matrix.
+  const bool chunks = p.y.access == Access::vector;
+  const int whole_strips = chunks ? int(p.M / STRIP) : 0, whole_n = int((p.N - n_begin) / COLS);
+  const int strips = int((p.M + STRIP - 1) / STRIP), strip_step = int(gridDim.y) * Traits::WARPS;
+  // From chunk to chunk of a lane: 8 rows down, a group to the right; from tile to tile, from strip to strip.
+  const int64_t down = 8 * p.y.row, right = GROUP * p.y.col, to_tile = COLS * p.y.col;
+  const int64_t to_strip = -int64_t(strip_step) * STRIP * p.y.row - n_tiles * to_tile;
+  const int row_of_lane = lane / 4, col_of_lane = lane % 4 * CHUNK;
 
   struct Place {
-    int tile, i, n;
-    int64_t strip;
+    int strip, n, stage, u;  // u: the stage that holds the strip's u
+    T* y;                    // the lane's first chunk
   };
   const auto advance = [&](Place& a) {
-    ++a.tile;
-    if (++a.n == n_tiles) a.n = 0, ++a.i, a.strip -= strip_step;
+    a.stage = a.stage == STAGES - 1 ? 0 : a.stage + 1;
+    a.y += to_tile;
+    if (++a.n < n_tiles) return;
+    a.n = 0, a.strip -= strip_step, a.y += to_strip;
+    a.u = a.u == STAGES - 1 ? 0 : a.u + 1;
   };
-  const int64_t first_strip = strips - 1 - (int64_t(blockIdx.y) * Traits::WARPS + warp);
-  Place ahead{0, 0, 0, first_strip}, here = ahead;
-
-  // of this lane, in its first row and group
-  const int row_of_lane = lane / 4, col_of_lane = lane % 4 * CHUNK;
-  const bool rows_of_chunks = p.y.access == Access::vector;
-  T* const y_of_lane = static_cast<T*>(p.y.data) + row_of_lane * p.y.row + (n_begin + col_of_lane) * p.y.col;
-  const auto y_at = [&](const Place& a) {
-    return y_of_lane + a.strip * STRIP * p.y.row + int64_t(a.n) * COLS * p.y.col;
-  };
-  const auto inside = [&](const Place& a) {
-    return rows_of_chunks && (a.strip + 1) * STRIP <= p.M && n_begin + int64_t(a.n + 1) * COLS <= p.N;
-  };
+  const auto inside = [&](const Place& a) { return a.strip < whole_strips && a.n < whole_n; };
+  // Elements of the lane's chunk c that are inside, and where it lies.
   const auto valid_at = [&](const Place& a, int c) {
-    return tile::valid_elements<CHUNK>(a.strip * STRIP + row_of_lane + c % 2 * 8, p.M,
+    return tile::valid_elements<CHUNK>(int64_t(a.strip) * STRIP + row_of_lane + c % 2 * 8, p.M,
                                        n_begin + int64_t(a.n) * COLS + c / 2 * GROUP + col_of_lane, p.N);
   };
+  const auto chunk_at = [&](const Place& a, int c) { return a.y + c % 2 * down + c / 2 * right; };
+
+  const int strip0 = strips - 1 - (int(blockIdx.y) * Traits::WARPS + warp);
+  Place here{strip0, 0, 0, 0,
+             static_cast<T*>(p.y.data) + (int64_t(strip0) * STRIP + row_of_lane) * p.y.row +
+                 (n_begin + col_of_lane) * p.y.col};
+  Place ahead = here;
 
   const auto fetch = [&] {
     if (ahead.strip >= 0) {
-      auto& to = stages[ahead.tile % STAGES].y;
-      const T* from = y_at(ahead);
+      auto& to = stages[ahead.stage].y;
       if (inside(ahead)) {
 #pragma unroll
         for (int c = 0; c < 2 * GROUPS; ++c)
-          ptx::cp_async16(&to[c][lane], from + c % 2 * 8 * p.y.row + c / 2 * GROUP);
+          ptx::cp_async16(&to[c][lane], ahead.y + c % 2 * down + c / 2 * GROUP);
       } else {
 #pragma unroll 1
         for (int c = 0; c < 2 * GROUPS; ++c) {
-          const T* chunk = from + c % 2 * 8 * p.y.row + c / 2 * GROUP * p.y.col;
+          const T* chunk = chunk_at(ahead, c);
           const int valid = valid_at(ahead, c);
-          if (rows_of_chunks) {
+          if (chunks) {
             ptx::cp_async16(&to[c][lane], valid ? chunk : static_cast<const T*>(p.y.data),
                             valid * int(sizeof(T)));
           } else {
-            Chunk value{};
-#pragma unroll
-            for (int e = 0; e < CHUNK; ++e)
-              if (e < valid) value.v[e] = ptx::load(chunk + e * p.y.col);
-            ptx::store_shared(&to[c][lane], value);
+            auto* element = reinterpret_cast<T*>(&to[c][lane]);
+#pragma unroll 1
+            for (int e = 0; e < valid; ++e) ptx::store_shared(element + e, ptx::load(chunk + e * p.y.col));
           }
         }
       }
-      if (ahead.n == 0) load_strip(stages[ahead.i % STAGES].u, p.u, ahead.strip * STRIP, p.M, p.r);
+      if (ahead.n == 0) load_strip(stages[ahead.u].u, p.u, int64_t(ahead.strip) * STRIP, p.M, p.r);
       advance(ahead);
     }
     ptx::cp_async_commit();
@@ -142,19 +145,20 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
     tile::load_rows<Traits::THREADS>(sm.F[n], p.F, n_begin + int64_t(n) * COLS, p.N, p.r,
                                      [](int s) { return Traits::column(s); });
   ptx::cp_async_commit();
+#pragma unroll 1
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   ptx::cp_async_wait<STAGES - 1>();
   __syncthreads();  // F is there
 
+#pragma unroll 1
   for (; here.strip >= 0; advance(here)) {
     ptx::cp_async_wait<STAGES - 2>();
     __syncwarp();
     fetch();
     float d[1][Traits::NJ][4] = {};
-    tile::warp_product<P, Traits::R, false, false>(d, stages[here.i % STAGES].u, 0, 0, sm.F[here.n], 0);
-    const auto& y = stages[here.tile % STAGES].y;
-    T* const to = y_at(here);
-    const bool whole = inside(here);
+    tile::warp_product<P, Traits::R, false, false>(d, stages[here.u].u, 0, 0, sm.F[here.n], 0);
+    auto& y = stages[here.stage].y;
+    Chunk sum[2 * GROUPS];
 #pragma unroll
     for (int c = 0; c < 2 * GROUPS; ++c) {
       const int h = c % 2, group = c / 2;
@@ -164,24 +168,34 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
         const uint64_t col = uint64_t(n_begin) + uint64_t(here.n) * COLS + group * GROUP + col_of_lane;
         keep = tile::philox_keep<CHUNK>(seed, row * uint64_t(p.N) + col, p.dropout.threshold);
       }
-      Chunk value = ptx::load_shared(&y[c][lane]);
+      sum[c] = ptx::load_shared(&y[c][lane]);
 #pragma unroll
       for (int e = 0; e < CHUNK; e += 2) {
-        float a = d[0][group * (CHUNK / 2) + e / 2][2 * h], b = d[0][group * (CHUNK / 2) + e / 2][2 * h + 1];
+        const float (&v)[4] = d[0][group * (CHUNK / 2) + e / 2];
+        float a = v[2 * h], b = v[2 * h + 1];
         if constexpr (Traits::DROPOUT) {
           a = keep >> e & 1 ? a * p.dropout.scale : 0.f;
           b = keep >> e & 2 ? b * p.dropout.scale : 0.f;
         }
-        ptx::from_floats(value.v + e, ptx::to_float(value.v[e]) + a, ptx::to_float(value.v[e + 1]) + b);
+        float y0, y1;
+        ptx::to_floats(sum[c].v + e, y0, y1);
+        ptx::from_floats(sum[c].v + e, y0 + a, y1 + b);
       }
-      if (whole) {
-        ptx::store(reinterpret_cast<Chunk*>(to + h * 8 * p.y.row + group * GROUP), value);
-      } else {
-        const int valid = valid_at(here, c);
-        T* const out = to + h * 8 * p.y.row + group * GROUP * p.y.col;
+    }
+    if (inside(here)) {
 #pragma unroll
-        for (int e = 0; e < CHUNK; ++e)
-          if (e < valid) ptx::store(out + e * p.y.col, value.v[e]);
+      for (int c = 0; c < 2 * GROUPS; ++c)
+        ptx::store(reinterpret_cast<Chunk*>(here.y + c % 2 * down + c / 2 * GROUP), sum[c]);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 2 * GROUPS; ++c) ptx::store_shared(&y[c][lane], sum[c]);
+#pragma unroll 1
+      for (int c = 0; c < 2 * GROUPS; ++c) {
+        const int valid = valid_at(here, c);
+        const auto* element = reinterpret_cast<const T*>(&y[c][lane]);
+#pragma unroll 1
+        for (int e = 0; e < valid; ++e)
+          ptx::store(chunk_at(here, c) + e * p.y.col, ptx::load_shared(element + e));
       }
     }
   }

@@ -75,12 +75,18 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
 
   const int64_t first = int64_t(walk.n_begin) * COLS, owned = int64_t(walk.n_tiles) * COLS;
   const int64_t cols = p.K - first < owned ? p.K - first : owned;
+  // D (+)= a 16 x 8 tile of the sum
+  const auto store = [&](const float (&v)[4], int col, int rank) {
+    tile::store_float(p.D + first * p.D_row, p.D_row, p.D_col, col, cols, rank, p.r, v, p.dropout.scale,
+                      p.accumulate != 0);
+  };
   if (p.splits > 1) {
     sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r);
     if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last)) return;
-    sums.sum_partials(p.sum, k_block, p.splits, cols, p.r);
+    sums.each_sum(p.sum, k_block, p.splits, cols, p.r, store);
+  } else {
+    sums.each(cols, p.r, store);
   }
-  sums.store(p.D + first * p.D_row, p.D_row, p.D_col, cols, p.r, p.dropout.scale, p.accumulate != 0);
 }
 
 }  // namespace lotr::kernels

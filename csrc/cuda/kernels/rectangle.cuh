@@ -61,8 +61,8 @@ struct ColumnSums {
       if (s == n) tile::warp_product<P, X::ROWS, true, true>(d[s], x, i0(), 16 * WARP_COLS, v, j0());
   }
 
-  // Calls f(sum of a 16 x 8 tile, its first column of the rectangle, its first rank, its index) for the tiles
-  // inside cols x r.
+  // Calls f(sum of a 16 x 8 tile, its first column of the rectangle, its first rank) for the tiles inside
+  // cols x r.
   template <class F>
   LOTR_DEVICE void each(int64_t cols, int r, F f) {
 #pragma unroll
@@ -72,31 +72,26 @@ struct ColumnSums {
 #pragma unroll
         for (int j = 0; j < NJ; ++j) {
           const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() + 8 * j;
-          if (col < cols && rank < r) f(d[s][i][j], col, rank, (s * MI + i) * NJ + j);
+          if (col < cols && rank < r) f(d[s][i][j], col, rank);
         }
   }
 
-  static LOTR_DEVICE float* partials(const Reduction& sum, int group, int splits) {
-    return sum.partial + int64_t(group) * splits * BLOCK + warp() * (COUNT * tile::FRAGMENT);
-  }
   LOTR_DEVICE void store_partials(const Reduction& sum, int group, int split, int splits, int64_t cols,
                                   int r) {
-    float* mine = partials(sum, group, splits) + split * BLOCK;
-    each(cols, r,
-         [&](float (&v)[4], int, int, int index) { tile::store_partial(mine + index * tile::FRAGMENT, v); });
-  }
-  LOTR_DEVICE void sum_partials(const Reduction& sum, int group, int splits, int64_t cols, int r) {
-    tile::sum_partials<COUNT>(partials(sum, group, splits), BLOCK, splits, [&](auto f) {
-      each(cols, r, [&](float (&v)[4], int, int, int index) { f(v, index); });
+    float* mine = sum.partial + (int64_t(group) * splits + split) * BLOCK;
+    const int ranks = (r + 7) / 8;
+    each(cols, r, [&](float (&v)[4], int col, int rank) {
+      tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
   }
-
-  // to[row][rank] (+)= scale * sum; row 0 of `to` is the rectangle's first column
-  LOTR_DEVICE void store(float* to, int64_t row_stride, int64_t col_stride, int64_t cols, int r, float scale,
-                         bool accumulate) {
-    each(cols, r, [&](float (&v)[4], int col, int rank, int) {
-      tile::store_float(to, row_stride, col_stride, col, cols, rank, r, v, scale, accumulate);
-    });
+  // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp
+  template <class F>
+  static LOTR_DEVICE void each_sum(const Reduction& sum, int group, int splits, int64_t cols, int r, F f) {
+    constexpr int FRAGMENTS = COUNT < 4 ? COUNT : 4;
+    const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
+    tile::sum_partials<8, FRAGMENTS>(
+        sum.partial + int64_t(group) * splits * BLOCK, BLOCK, splits, total,
+        [&](int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
   }
 };
 

@@ -38,7 +38,7 @@ struct ShrinkTraits {
     tile::Shared<T, ROWS, COLS> x;
     tile::Shared<T, COLS, R> A;
   };
-  using Output = tile::Shared<T, ROWS, R>;
+  using Output = tile::Shared<T, SUBS * ROWS, R>;
   static constexpr int STAGES = stages_that_fit(sizeof(Stage), 0, 4, shared_budget(BLOCKS));
   struct Smem {
     union {
@@ -50,11 +50,10 @@ struct ShrinkTraits {
   static_assert(MI >= 1 && NJ >= 1 && STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
 };
 
-// h = core_scale * u core for the tokens of one tile of u
+// h = core_scale * u core for the tokens of the block
 template <int THREADS, class Tile>
-LOTR_DEVICE void apply_core(const ShrinkParams& p, Tile& u, int64_t m0) {
+LOTR_DEVICE void apply_core(const ShrinkParams& p, Tile& u, int64_t m0, int rows) {
   using T = typename Tile::T;
-  const int rows = p.M - m0 < Tile::ROWS ? int(p.M - m0) : Tile::ROWS;
   for (int index = threadIdx.x; index < rows * p.r_core; index += THREADS) {
     const int m = index / p.r_core, j = index % p.r_core;
     float sum = 0.f;
@@ -77,7 +76,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   const int i0 = warp % Traits::WARP_ROWS * 16, j0 = warp / Traits::WARP_ROWS * (8 * NJ);
   const int m_block = int(blockIdx.x), split = int(blockIdx.y);
   const int m_tiles = tile::count_of(p.m_pieces, m_block), steps = tile::count_of(p.k_pieces, split);
-  const int64_t m0 = int64_t(tile::begin_of(p.m_pieces, m_block)) * ROWS, k0 = int64_t(tile::begin_of(p.k_pieces, split)) * COLS;
+  const int64_t m0 = int64_t(tile::begin_of(p.m_pieces, m_block)) * ROWS,
+                k0 = int64_t(tile::begin_of(p.k_pieces, split)) * COLS;
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x);
   const tile::Loader<THREADS, decltype(Stage::A)> load_A(p.A);
@@ -116,43 +116,44 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
     }
   }
 
+  // f(sum of a 16 x 8 tile, its first row in the block, its first rank) for those inside the matrix
+  const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
+  const int rows = int(left < owned ? left : owned);
+  const auto each = [&](auto f) {
+#pragma unroll
+    for (int s = 0; s < SUBS; ++s)
+#pragma unroll
+      for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+        for (int nj = 0; nj < NJ; ++nj) {
+          const int row = s * ROWS + i0 + mi * ROW_STEP, rank = j0 + 8 * nj;
+          if (row < rows && rank < p.r) f(d[s][mi][nj], row, rank);
+        }
+  };
+  const float scale = p.scale * p.dropout.scale;
+  const auto put = [&](const float (&v)[4], int row, int rank) { tile::put(sm.u, row, rank, v, scale); };
   if (p.splits > 1) {
-    constexpr int COUNT = SUBS * MI * NJ;
     constexpr int64_t BLOCK = int64_t(SUBS) * ROWS * Traits::R;
-    float* mine = p.sum.partial + int64_t(m_block) * p.splits * BLOCK + warp * (COUNT * tile::FRAGMENT);
-    // f(sum of a 16 x 8 tile, its index) for those inside the matrix
-    const auto each = [&](auto f) {
-#pragma unroll
-      for (int s = 0; s < SUBS; ++s)
-#pragma unroll
-        for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-          for (int nj = 0; nj < NJ; ++nj)
-            if (s < m_tiles && m0 + s * ROWS + i0 + mi * ROW_STEP < p.M && j0 + 8 * nj < p.r)
-              f(d[s][mi][nj], (s * MI + mi) * NJ + nj);
-    };
-    each([&](float (&v)[4], int index) {
-      tile::store_partial(mine + split * BLOCK + index * tile::FRAGMENT, v);
+    const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
+    float* partial = p.sum.partial + int64_t(m_block) * p.splits * BLOCK;
+    each([&](float (&v)[4], int row, int rank) {
+      tile::store_partial(partial + split * BLOCK + (row / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
     if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.last)) return;
-    tile::sum_partials<COUNT>(mine, BLOCK, p.splits, each);
+    const auto done = [&](int fragment, const float (&v)[4]) {
+      put(v, fragment / ranks * 16, fragment % ranks * 8);
+    };
+    if (total <= 8)  // few tokens and many splits
+      tile::sum_partials<8, 1>(partial, BLOCK, p.splits, total, done);
+    else
+      tile::sum_partials<8, 4>(partial, BLOCK, p.splits, total, done);
   } else {
     __syncthreads();  // the last stage may still be read: u takes its place
+    each(put);
   }
-
-  const float scale = p.scale * p.dropout.scale;
-#pragma unroll
-  for (int s = 0; s < SUBS; ++s) {
-    if (s == m_tiles) break;
-    if (s > 0) __syncthreads();  // the tile before has left shared memory
-#pragma unroll
-    for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-      for (int nj = 0; nj < NJ; ++nj) tile::put(sm.u, i0 + mi * ROW_STEP, j0 + 8 * nj, d[s][mi][nj], scale);
-    __syncthreads();
-    tile::store<THREADS>(p.u, sm.u, m0 + s * ROWS, p.M, 0, p.r);
-    if (p.core.data) apply_core<THREADS>(p, sm.u, m0 + s * ROWS);
-  }
+  __syncthreads();
+  tile::store<THREADS>(p.u, sm.u, m0, m0 + rows, 0, p.r);
+  if (p.core.data) apply_core<THREADS>(p, sm.u, m0, rows);
 }
 
 }  // namespace lotr::kernels

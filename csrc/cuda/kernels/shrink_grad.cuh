@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   const int warp = threadIdx.x / 32, i0 = warp % 4 * 16, j0 = warp / 4 * (R / 2);
   const int n_block = int(blockIdx.x), m_block = int(blockIdx.y);
   // 32 bits are enough: the planner gives a block at most SHRINK_GRAD_MOST_TILES row tiles
-  const int start = int(unsigned(tile::count_of(p.m_pieces, m_block)) * unsigned(n_block) / unsigned(p.n_splits));
+  const int start =
+      int(unsigned(tile::count_of(p.m_pieces, m_block)) * unsigned(n_block) / unsigned(p.n_splits));
   const Walk walk(p.m_pieces, m_block, p.n_pieces, n_block, start);
   const int64_t n_begin = int64_t(walk.n_begin) * COLS;
   const tile::Loader<THREADS, decltype(Stage::g)> load_g(p.g);
@@ -78,16 +79,9 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
     ptx::cp_async_commit();
   };
 
-  // f(sum of a 16 x 8 tile of k, its index) for those of row tile `m` that are inside the matrix
   float k[1][NJ][4] = {};
-  const auto each_k = [&](int m, auto f) {
-#pragma unroll
-    for (int j = 0; j < NJ; ++j)
-      if (int64_t(m) * ROWS + i0 < p.M && j0 + 8 * j < p.r) f(k[0][j], j);
-  };
-  const auto k_partials = [&](int m) {
-    return p.sum_k.partial + int64_t(m) * p.n_splits * TILE + warp * (NJ * tile::FRAGMENT);
-  };
+  const int ranks = (p.r + 7) / 8;  // fragments along the rank
+  const auto k_partials = [&](int m) { return p.sum_k.partial + int64_t(m) * p.n_splits * TILE; };
 
   // Thread 0: the answer to the latest count is looked at with the next one, when it has long arrived.
   int counted = -1, before = 0;
@@ -124,7 +118,10 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
     if (here.n == walk.n_tiles - 1) {
       stored = walk.row(here);
       float* to = k_partials(stored) + n_block * TILE;
-      each_k(stored, [&](float (&v)[4], int index) { tile::store_partial(to + index * tile::FRAGMENT, v); });
+#pragma unroll
+      for (int j = 0; j < NJ; ++j)
+        if (int64_t(stored) * ROWS + i0 < p.M && j0 + 8 * j < p.r)
+          tile::store_partial(to + (i0 / 16 * ranks + j0 / 8 + j) * tile::FRAGMENT, k[0][j]);
 #pragma unroll
       for (int j = 0; j < NJ; ++j) k[0][j][0] = k[0][j][1] = k[0][j][2] = k[0][j][3] = 0.f;
     }
@@ -147,17 +144,25 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   __syncthreads();
 
   if (ptx::load_shared(&sm.sum_Q)) {
-    if (p.m_splits > 1) Q.sum_partials(p.sum_Q, n_block, p.m_splits, cols, p.r);
-    Q.store(p.Q + n_begin * p.Q_row, p.Q_row, p.Q_col, cols, p.r, 1.f, p.accumulate != 0);
+    const auto store = [&](const float (&v)[4], int col, int rank) {
+      tile::store_float(p.Q + n_begin * p.Q_row, p.Q_row, p.Q_col, col, cols, rank, p.r, v, 1.f,
+                        p.accumulate != 0);
+    };
+    if (p.m_splits > 1)
+      Q.each_sum(p.sum_Q, n_block, p.m_splits, cols, p.r, store);
+    else
+      Q.each(cols, p.r, store);
   }
   for (int i = 0; i < walk.m_tiles; ++i) {
     if (!(ptx::load_shared(&sm.sum_k[i / 32]) >> i % 32 & 1)) continue;
-    const int m = walk.m_begin + i;
-    tile::sum_partials<NJ>(k_partials(m), TILE, p.n_splits, [&](auto f) { each_k(m, f); });
-#pragma unroll
-    for (int j = 0; j < NJ; ++j) tile::put(sm.k, i0, j0 + 8 * j, k[0][j], 1.f);
+    const int64_t m0 = int64_t(walk.m_begin + i) * ROWS;
+    const int rows = p.M - m0 < ROWS ? int(p.M - m0) : ROWS;
+    tile::sum_partials<8, NJ>(k_partials(walk.m_begin + i), TILE, p.n_splits, (rows + 15) / 16 * ranks,
+                              [&](int fragment, const float (&v)[4]) {
+                                tile::put(sm.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
+                              });
     __syncthreads();
-    tile::store<THREADS>(p.k, sm.k, int64_t(m) * ROWS, p.M, 0, p.r);
+    tile::store<THREADS>(p.k, sm.k, m0, p.M, 0, p.r);
     __syncthreads();
   }
 }

@@ -85,7 +85,19 @@ LOTR_DEVICE T from_float(float x) {
     return __float2half_rn(x);
 }
 
-// Two neighbours, rounded by one instruction where they make a word.
+// Two neighbours, aligned as a word where they make one.
+LOTR_DEVICE void to_floats(const float* from, float& a, float& b) {
+  a = from[0], b = from[1];
+}
+LOTR_DEVICE void to_floats(const __nv_bfloat16* from, float& a, float& b) {
+  uint32_t word;
+  memcpy(&word, from, 4);
+  a = as_float(word << 16), b = as_float(word & 0xffff0000u);
+}
+LOTR_DEVICE void to_floats(const __half* from, float& a, float& b) {
+  a = __half2float(from[0]), b = __half2float(from[1]);
+}
+// Rounded by one instruction.
 LOTR_DEVICE void from_floats(float* to, float a, float b) {
   to[0] = a, to[1] = b;
 }

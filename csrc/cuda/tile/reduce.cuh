@@ -3,8 +3,9 @@
 // same inputs always give the same bits; nobody waits, so nothing depends on which blocks run at the same
 // time.
 //
-// A partial sum is stored as the accumulators lie in registers: 32 lanes x 16 bytes for each 16 x 8 tile, so
-// that both the store and the load are whole lines whatever the rank is.
+// A partial sum is stored as the accumulators lie in registers: 32 lanes x 16 bytes for each 16 x 8 tile, a
+// fragment, so that both the store and the load are whole lines whatever the rank is.  Fragments go by rows,
+// then by the rank, as far as the matrix goes; whichever warp made one, any may sum it.
 //
 // The counter of arrivals goes back to zero with the last of them: nothing has to be cleared between
 // launches, replays of a graph included.
@@ -21,30 +22,36 @@ LOTR_DEVICE void store_partial(float* to, const float (&d)[4]) {
   ptx::store(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{d[0], d[1], d[2], d[3]});
 }
 
-LOTR_DEVICE void add_partial(float (&d)[4], const float4& v) {
-  d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
-}
-
-// v = sum over i < splits of the fragments at from + i * stride.  each(f) calls f(v, index) for the warp's
-// fragments, COUNT at most; the index is their place in a partial sum.  Splits outside and fragments inside:
-// every element is still added in the order of the splits, but the loads need not wait for one another.
-template <int COUNT, class Each>
-LOTR_DEVICE void sum_partials(const float* from, int64_t stride, int splits, Each each) {
-  constexpr int AHEAD = COUNT >= IN_FLIGHT ? 1 : IN_FLIGHT / COUNT;  // splits at a time
-  float4 in[AHEAD][COUNT];
-  each([&](float (&v)[4], int) { v[0] = v[1] = v[2] = v[3] = 0.f; });
+// done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * stride.
+// The block's WARPS warps share them, FRAGMENTS at a time.  Splits outside and fragments inside: every
+// element is added in the order of the splits, but the loads need not wait for one another.
+template <int WARPS, int FRAGMENTS, class Done>
+LOTR_DEVICE void sum_partials(const float* from, int64_t stride, int splits, int total, Done done) {
+  constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
 #pragma unroll 1
-  for (int split = 0; split < splits; split += AHEAD) {
+  for (int first = int(threadIdx.x) / 32; first < total; first += WARPS * FRAGMENTS) {
+    const float* mine = from + int64_t(first) * FRAGMENT + threadIdx.x % 32 * 4;
+    float v[FRAGMENTS][4] = {};
+#pragma unroll 1
+    for (int split = 0; split < splits; split += AHEAD) {
+      float4 in[AHEAD][FRAGMENTS];
 #pragma unroll
-    for (int a = 0; a < AHEAD; ++a)
-      if (split + a < splits)
-        each([&](float (&)[4], int index) {
-          const float* fragment = from + (split + a) * stride + index * FRAGMENT;
-          in[a][index] = ptx::load_cg(reinterpret_cast<const float4*>(fragment) + threadIdx.x % 32);
-        });
+      for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
-    for (int a = 0; a < AHEAD; ++a)
-      if (split + a < splits) each([&](float (&v)[4], int index) { add_partial(v, in[a][index]); });
+        for (int i = 0; i < FRAGMENTS; ++i)
+          if (split + a < splits && first + i * WARPS < total)
+            in[a][i] = ptx::load_cg(
+                reinterpret_cast<const float4*>(mine + (split + a) * stride + i * WARPS * FRAGMENT));
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS; ++i)
+          if (split + a < splits && first + i * WARPS < total)
+            v[i][0] += in[a][i].x, v[i][1] += in[a][i].y, v[i][2] += in[a][i].z, v[i][3] += in[a][i].w;
+    }
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; ++i)
+      if (first + i * WARPS < total) done(first + i * WARPS, v[i]);
   }
 }
 
