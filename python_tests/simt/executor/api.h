@@ -70,6 +70,7 @@ struct LaunchRecord {
   std::string name;
   unsigned grid[3], block[3], cluster[3];
   size_t shared_bytes;
+  const void* kernel;  // its address in this module
 };
 
 struct Counters {

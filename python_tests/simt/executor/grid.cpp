@@ -153,7 +153,7 @@ struct ClusterOrder {
 
 }  // namespace
 
-void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
+void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel) {
   race::ExecutorScope scope;
   if (machine.current) fail("%s: a kernel cannot launch a kernel here", launch.name);
   check_launch(launch);
@@ -166,7 +166,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   blockDim = launch.block;
   gridDim = launch.grid;
   const auto three = [](dim3 d, unsigned (&to)[3]) { to[0] = d.x, to[1] = d.y, to[2] = d.z; };
-  LaunchRecord record{launch.name, {}, {}, {}, launch.smem};
+  LaunchRecord record{launch.name, {}, {}, {}, launch.smem, kernel};
   three(launch.grid, record.grid);
   three(launch.block, record.block);
   three(launch.cluster, record.cluster);
