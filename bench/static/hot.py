@@ -1,8 +1,8 @@
 """The hot loop of a kernel, found by control flow, and the ways through it that the executor's counts ask for.
 
-The hot loop is the smallest natural loop with copies from global memory and matrix products in it (or, for a kernel without
-either, stores). Its body has branches: edges of the matrix, elements one by one, dropout. Which of them run is decided by
-what the executor counted: of all ways from the loop's head back to it, those mixes are kept whose 16-byte copies, matrix
+The hot loop is the smallest natural loop with asynchronous copies, waits for them, matrix products and stores, as far as the
+executor counted any. Its body has branches: edges of the matrix, elements one by one, dropout. Which of them run is decided by
+those counts: of all ways from the loop's head back to it, those mixes are kept whose waits, 16-byte copies, matrix
 instructions and 16-byte stores are in the counted proportion, and of these the one with the fewest instructions. So unrolling
 does not matter: a way that does two tiles is taken half as often. A branch over a few instructions that touch no memory is
 taken to run them, since the way that is checked against the matrix's edge is the usual one.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from .sass import Block, Instruction, blocks_of, loops_of
 
 MATRIX = ("HMMA", "QGMMA", "HGMMA", "IMMA")
 SKIPPED = 24  # instructions that a branch may leave out and are counted all the same
-ROUNDS = 16  # of a loop inside the hot loop
+UNEVEN = 0.02  # what a way costs more for each count that is twice the mean: of equal mixes the even one
 KINDS = {
     "copy": ("LDGSTS", "LDGDEPBAR", "DEPBAR", "UTMALDG", "UBLKCP"),
     "matrix": MATRIX,
@@ -45,26 +45,39 @@ def kind_of(instruction: Instruction) -> str:
 class Wanted:
     """Warp instructions in the whole kernel, as the executor counted them; None: not looked at."""
 
-    copies: float  # of 16 bytes a lane
+    waits: float | None  # for asynchronous copies
+    copies: float | None  # asynchronous, of 16 bytes a lane
     matrix: float | None
     stores: float | None  # of 16 bytes a lane
     narrow: bool = False  # whether it read or wrote global memory in smaller pieces, too
 
+    def _pick(self, values: tuple) -> tuple:
+        looked_at = (self.waits, self.copies, self.matrix, self.stores)
+        return tuple(value for value, asked in zip(values, looked_at) if asked is not None)
+
     def vector(self) -> tuple[float, ...]:
-        return tuple(v for v in (self.copies, self.matrix, self.stores) if v is not None)
+        return self._pick((self.waits, self.copies, self.matrix, self.stores))
 
-    def of(self, block: Block) -> tuple[int, ...]:
-        """How many a block of code has."""
-        counts = (
-            sum(_is_copy(i) for i in block.code),
-            sum(i.name in MATRIX for i in block.code),
-            sum(i.name == "STG" and i.width == 16 for i in block.code),
-        )
-        return tuple(c for c, v in zip(counts, (self.copies, self.matrix, self.stores)) if v is not None)
+    def most(self) -> tuple[float, ...]:
+        """That one way through the loop may have: of twice the mean tile, thrice unrolled."""
+        vector = self.vector()
+        return tuple(6 * v / (self.waits or min(vector)) + 1 for v in vector)
+
+    def of(self, code: Iterable[Instruction]) -> tuple[int, ...]:
+        """How many instructions of each some code has."""
+        found = Counter(_counted(i) for i in code)
+        return self._pick((found["wait"], found["copy"], found["matrix"], found["store"]))
 
 
-def _is_copy(instruction: Instruction) -> bool:
-    return instruction.name == "LDGSTS" and instruction.width == 16 and not instruction.never
+def _counted(instruction: Instruction) -> str:
+    name = instruction.name
+    if name == "DEPBAR":
+        return "wait"
+    if name == "LDGSTS" and instruction.width == 16 and not instruction.never:
+        return "copy"
+    if name == "STG" and instruction.width == 16:
+        return "store"
+    return "matrix" if name in MATRIX else ""
 
 
 def _is_narrow(instruction: Instruction) -> bool:
@@ -114,7 +127,7 @@ def hot_loop(code: list[Instruction], wanted: Wanted) -> Hot:
     best: Hot | None = None
     loops = loops_of(blocks)
     for head, body in loops.items():
-        own = [wanted.of(blocks[b]) for b in body]
+        own = [wanted.of(blocks[b].code) for b in body]
         if not all(any(counts[i] for counts in own) for i in range(len(wanted.vector()))):
             continue
         if any(other < body and _holds(other, blocks, wanted) for other in loops.values()):
@@ -130,7 +143,7 @@ def hot_loop(code: list[Instruction], wanted: Wanted) -> Hot:
 
 
 def _holds(body: set[int], blocks: dict[int, Block], wanted: Wanted) -> bool:
-    own = [wanted.of(blocks[b]) for b in body]
+    own = [wanted.of(blocks[b].code) for b in body]
     return all(any(counts[i] for counts in own) for i in range(len(wanted.vector())))
 
 
@@ -145,12 +158,14 @@ def _followers(start: int, blocks: dict[int, Block]) -> tuple[int, ...]:
     return block.next
 
 
-def _ways(head: int, body: set[int], blocks: dict[int, Block], wanted: Wanted) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _ways(
+    head: int, body: set[int], blocks: dict[int, Block], wanted: Wanted
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """For each vector of counts that a way from the head back to it can have: the vector, and the shortest such way's blocks."""
     passable = {b for b in body if wanted.narrow or not any(_is_narrow(i) for i in blocks[b].code)}
     followers = {b: [f for f in _followers(b, blocks) if f in passable] for b in body}
-    counts = {b: wanted.of(blocks[b]) for b in body}
-    most = [ROUNDS * sum(own[i] for own in counts.values()) for i in range(len(wanted.vector()))]
+    counts = {b: wanted.of(blocks[b].code) for b in body}
+    most = wanted.most()
     start = (head, counts[head])
     queue: list[tuple[int, int, tuple[int, tuple[int, ...]], tuple | None]] = [(len(blocks[head].code), 0, start, None)]
     order = itertools.count(1)
@@ -186,8 +201,10 @@ def _cheapest(ways: list[tuple[tuple[int, ...], tuple[Instruction, ...]]], wante
     size = len(wanted)
     columns = np.array([vector for vector, _ in ways] + np.eye(size).tolist(), float).T  # at last: ways that do not exist
     missing = 1e9
-    costs = np.array([len(way) for _, way in ways] + [missing] * size)
     target = np.array(wanted)
+    mean = target / target[0]
+    uneven = [1 + UNEVEN * float(np.abs(np.array(v) / mean / (v[0] or 1) - 1).sum()) for v, _ in ways]
+    costs = np.array([len(way) * more for (_, way), more in zip(ways, uneven)] + [missing] * size)
     basis = list(range(len(ways), len(ways) + size))
     for _ in range(1000):
         inverse = np.linalg.inv(columns[:, basis])

@@ -17,6 +17,7 @@ from .hot import MATRIX
 from .sass import Instruction
 
 SCHEDULERS = 4
+QUEUED = 64  # cycles of work that the queue before the shared-memory and load path holds; who issues need not wait for it
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ class Run:
         return max(self.waits, key=self.waits.__getitem__)
 
 
-def run(
-    trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latencies: Latencies, settle: int = 3
-) -> Run:
+def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latencies: Latencies, settle: int = 3) -> Run:
     """`blocks` blocks of `warps` warps, each of which runs all iterations of the trace; the first `settle` are not timed."""
     code = [i for way in trace for i in way]
     marks = []  # ends of iterations
@@ -134,22 +133,27 @@ def run(
             time, reason = issue, "issue"
         if unit:
             key = (unit, 0 if unit == "memory" else warp.scheduler)
-            if free.get(key, 0.0) > time:
-                time, reason = free[key], unit
+            backlog = QUEUED if unit == "memory" else 0
+            if free.get(key, 0.0) - backlog > time:
+                time, reason = free[key] - backlog, unit
         if time > asked:
             heapq.heappush(queue, (time, order, n))
             order += 1
             waits[reason] += time - asked
             continue
         free["issue", warp.scheduler] = time + 1
+        begins = time
         if unit:
-            free[key] = max(free.get(key, 0.0), time) + turns
+            begins = max(free.get(key, 0.0), time)
+            free[key] = begins + turns
         waits["issue"] += 1
         if stall > 1:
             waits["dependence"] += stall - 1
         for board in instruction.sets:
-            boards[n][board] = max(boards[n][board], time + latency)
-            board_reason[n][board] = "shared" if instruction.name in ("LDS", "LDSM", "STS") else "constant" if unit == "" else unit
+            boards[n][board] = max(boards[n][board], begins + latency)
+            board_reason[n][board] = (
+                "shared" if instruction.name in ("LDS", "LDSM", "STS") else "constant" if unit == "" else unit
+            )
         warp.at += 1
         warp.ready = time + stall
         if warp.at in mark_of:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_FIRST = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);\s*/\* 0x([0-9a-f]{16}) \*/")
+_FIRST = re.compile(
+    r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);\s*/\* 0x([0-9a-f]{16}) \*/"
+)
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 NONE = 7  # no scoreboard
 

@@ -70,6 +70,8 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
   }
   block.index = index;
   block.rank = rank;
+  block.arrived = false;
+  block.late_bytes = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
   give_shared_memory(block, rank);
   for (uint32_t w = 0; w < warps; ++w) {
@@ -98,6 +100,7 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
     t.copies.clear();
     t.products.clear();
     t.wgmma_fenced = false;
+    t.late_loads = 0;
     t.log.clear();
     fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);
   }
