@@ -30,7 +30,19 @@ struct Launch {
   dim3 grid, block, cluster;
   size_t smem;
 };
-void run_grid(const Launch& launch, void (*thread)(void*), void* context);
+void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel);
+
+// ptx::launch gives a closure whose captures are references, the first of them to the kernel's pointer.  Its
+// address tells which instance of a template ran; bench/static looks it up among the module's symbols.
+template <class Closure>
+void run_grid(const Launch& launch, void (*thread)(void*), Closure* closure) {
+  const void* const* reference;
+  const void* kernel;
+  static_assert(sizeof(Closure) >= sizeof(reference));
+  memcpy(&reference, static_cast<const void*>(closure), sizeof(reference));
+  memcpy(&kernel, reference, sizeof(kernel));
+  run_grid(launch, thread, closure, kernel);
+}
 
 void* shared_memory(size_t bytes);  // checks that the launch gave as much
 uint32_t shared_offset(const void* p);

@@ -70,6 +70,8 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
   }
   block.index = index;
   block.rank = rank;
+  block.arrived = false;
+  block.late_bytes = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
   give_shared_memory(block, rank);
   for (uint32_t w = 0; w < warps; ++w) {
@@ -98,6 +100,7 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
     t.copies.clear();
     t.products.clear();
     t.wgmma_fenced = false;
+    t.late_loads = 0;
     t.log.clear();
     fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);
   }
@@ -153,7 +156,7 @@ struct ClusterOrder {
 
 }  // namespace
 
-void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
+void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel) {
   race::ExecutorScope scope;
   if (machine.current) fail("%s: a kernel cannot launch a kernel here", launch.name);
   check_launch(launch);
@@ -166,7 +169,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
   blockDim = launch.block;
   gridDim = launch.grid;
   const auto three = [](dim3 d, unsigned (&to)[3]) { to[0] = d.x, to[1] = d.y, to[2] = d.z; };
-  LaunchRecord record{launch.name, {}, {}, {}, launch.smem};
+  LaunchRecord record{launch.name, {}, {}, {}, launch.smem, kernel};
   three(launch.grid, record.grid);
   three(launch.block, record.block);
   three(launch.cluster, record.cluster);

@@ -59,6 +59,7 @@ T update(const char* op, T* p, bool acq_rel, Site site, Next next) {
   } else {
     check_global(p, sizeof(T), t.op, site);
     record(Space::global_atomic, p, sizeof(T), site);
+    t.block->arrived = true;
   }
   race::access(p, sizeof(T), race::Use::atomic);
   race::atomic(p, acq_rel);
@@ -117,8 +118,12 @@ uint32_t shared_offset(const void* p) {
 
 void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Site site) {
   race::ExecutorScope scope;
-  enter(read_only ? "ld.global.nc" : "ld.global", site);
-  check_global(p, bytes, self().op, site);
+  Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
+  check_global(p, bytes, t.op, site);
+  if (t.block->arrived) {
+    totals.late_loads = std::max(totals.late_loads, ++t.late_loads);
+    totals.late_bytes = std::max(totals.late_bytes, t.block->late_bytes += bytes);
+  }
   record(Space::global_read, p, bytes, site);
   race::access(p, bytes, read_only ? race::Use::read_only : race::Use::read);
   move(value, p, bytes);
@@ -207,6 +212,7 @@ void cp_async_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter(keep < 0 ? "cp.async.wait_all" : "cp.async.wait_group", site);
   if (left_out(t.op, site)) return;
+  ++totals.async_waits;
   size_t landing = keep < 0 ? t.copies.size() : 0;
   int groups = 0;
   for (size_t i = t.copies.size(); keep >= 0 && i-- > 0;)

@@ -1,6 +1,7 @@
 // Python's view of the executor: the CUDA launchers of csrc/cuda/launch.h on numpy arrays, and the executor's
 // own controls. bfloat16 travels as uint16.  Outputs are the caller's arrays, so that a test may poison, pad
 // or stride them.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -272,6 +273,13 @@ void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<p
   cuda::small_backward(call(type), p, workspace.get());
 }
 
+// The kernel's address less the module's: what nm lists for its symbol.
+uintptr_t offset_in_module(const void* kernel) {
+  Dl_info info;
+  if (!dladdr(kernel, &info)) throw std::runtime_error("a kernel's address: expected in this module, found elsewhere");
+  return reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(info.dli_fbase);
+}
+
 py::dict counters_dict() {
   const Counters c = counters();
   py::dict arrays;
@@ -285,7 +293,7 @@ py::dict counters_dict() {
   py::list launches;
   for (const LaunchRecord& l : c.launches) {
     py::dict d;
-    d["name"] = l.name, d["shared_bytes"] = l.shared_bytes;
+    d["name"] = l.name, d["shared_bytes"] = l.shared_bytes, d["offset"] = offset_in_module(l.kernel);
     d["grid"] = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]);
     d["block"] = py::make_tuple(l.block[0], l.block[1], l.block[2]);
     launches.append(d);
@@ -293,7 +301,8 @@ py::dict counters_dict() {
   py::dict d;
   d["blocks"] = c.blocks, d["threads"] = c.threads, d["switches"] = c.switches, d["barriers"] = c.barriers;
   d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["ldmatrix"] = c.ldmatrix;
-  d["async_copies"] = c.async_copies, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
+  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits,
+  d["late_loads"] = c.late_loads, d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
   return d;
