@@ -45,7 +45,7 @@ struct ColumnSums {
   static constexpr int R = Traits::R, SUBS = Traits::SUBS, COLS = Traits::COLS;
   static constexpr int WARP_RANKS = R <= 32 && COLS == 128 ? 1 : 2, WARP_COLS = 8 / WARP_RANKS;
   static constexpr int MI = COLS / (16 * WARP_COLS), NJ = R / (8 * WARP_RANKS), COUNT = SUBS * MI * NJ;
-  static constexpr int64_t BLOCK = int64_t(SUBS) * COLS * R;  // floats of a block's partial sum
+  static constexpr int BLOCK = SUBS * COLS * R;  // floats of a block's partial sum
   static_assert(MI >= 1 && NJ >= 1 && Traits::THREADS == 256);
 
   float d[SUBS][MI][NJ][4] = {};
@@ -89,8 +89,8 @@ struct ColumnSums {
   static LOTR_DEVICE void each_sum(const Reduction& sum, int group, int splits, int64_t cols, int r, F f) {
     constexpr int FRAGMENTS = COUNT < 4 ? COUNT : 4;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    tile::sum_partials<8, FRAGMENTS>(
-        sum.partial + int64_t(group) * splits * BLOCK, BLOCK, splits, total,
+    tile::sum_partials<8, FRAGMENTS, BLOCK>(
+        sum.partial + int64_t(group) * splits * BLOCK, splits, total,
         [&](int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
   }
 };

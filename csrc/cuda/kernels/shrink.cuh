@@ -133,20 +133,21 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   const float scale = p.scale * p.dropout.scale;
   const auto put = [&](const float (&v)[4], int row, int rank) { tile::put(sm.u, row, rank, v, scale); };
   if (p.splits > 1) {
-    constexpr int64_t BLOCK = int64_t(SUBS) * ROWS * Traits::R;
+    constexpr int BLOCK = SUBS * ROWS * Traits::R;
     const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
     float* partial = p.sum.partial + int64_t(m_block) * p.splits * BLOCK;
     each([&](float (&v)[4], int row, int rank) {
-      tile::store_partial(partial + split * BLOCK + (row / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
+      tile::store_partial(partial + int64_t(split) * BLOCK + (row / 16 * ranks + rank / 8) * tile::FRAGMENT,
+                          v);
     });
     if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.last)) return;
     const auto done = [&](int fragment, const float (&v)[4]) {
       put(v, fragment / ranks * 16, fragment % ranks * 8);
     };
     if (total <= 8)  // few tokens and many splits
-      tile::sum_partials<8, 1>(partial, BLOCK, p.splits, total, done);
+      tile::sum_partials<8, 1, BLOCK>(partial, p.splits, total, done);
     else
-      tile::sum_partials<8, 4>(partial, BLOCK, p.splits, total, done);
+      tile::sum_partials<8, 4, BLOCK>(partial, p.splits, total, done);
   } else {
     __syncthreads();  // the last stage may still be read: u takes its place
     each(put);

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   using Stage = typename Traits::Stage;
   constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, R = Traits::R, ROWS = Traits::ROWS;
   constexpr int COLS = Traits::COLS, NJ = R / 16;
-  constexpr int64_t TILE = int64_t(ROWS) * R;  // floats of a row tile of k
+  constexpr int TILE = ROWS * R;  // floats of a row tile of k
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int warp = threadIdx.x / 32, i0 = warp % 4 * 16, j0 = warp / 4 * (R / 2);
   const int n_block = int(blockIdx.x), m_block = int(blockIdx.y);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
     stored = -1;
     if (here.n == walk.n_tiles - 1) {
       stored = walk.row(here);
-      float* to = k_partials(stored) + n_block * TILE;
+      float* to = k_partials(stored) + int64_t(n_block) * TILE;
 #pragma unroll
       for (int j = 0; j < NJ; ++j)
         if (int64_t(stored) * ROWS + i0 < p.M && j0 + 8 * j < p.r)
@@ -157,10 +157,10 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
     if (!(ptx::load_shared(&sm.sum_k[i / 32]) >> i % 32 & 1)) continue;
     const int64_t m0 = int64_t(walk.m_begin + i) * ROWS;
     const int rows = p.M - m0 < ROWS ? int(p.M - m0) : ROWS;
-    tile::sum_partials<8, NJ>(k_partials(walk.m_begin + i), TILE, p.n_splits, (rows + 15) / 16 * ranks,
-                              [&](int fragment, const float (&v)[4]) {
-                                tile::put(sm.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
-                              });
+    tile::sum_partials<8, NJ, TILE>(k_partials(walk.m_begin + i), p.n_splits, (rows + 15) / 16 * ranks,
+                                    [&](int fragment, const float (&v)[4]) {
+                                      tile::put(sm.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
+                                    });
     __syncthreads();
     tile::store<THREADS>(p.k, sm.k, m0, p.M, 0, p.r);
     __syncthreads();

@@ -22,32 +22,34 @@ LOTR_DEVICE void store_partial(float* to, const float (&d)[4]) {
   ptx::store(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{d[0], d[1], d[2], d[3]});
 }
 
-// done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * stride.
+// done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
 // The block's WARPS warps share them, FRAGMENTS at a time.  Splits outside and fragments inside: every
 // element is added in the order of the splits, but the loads need not wait for one another.
-template <int WARPS, int FRAGMENTS, class Done>
-LOTR_DEVICE void sum_partials(const float* from, int64_t stride, int splits, int total, Done done) {
+template <int WARPS, int FRAGMENTS, int STRIDE, class Done>
+LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
   constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
 #pragma unroll 1
   for (int first = int(threadIdx.x) / 32; first < total; first += WARPS * FRAGMENTS) {
     const float* mine = from + int64_t(first) * FRAGMENT + threadIdx.x % 32 * 4;
     float v[FRAGMENTS][4] = {};
 #pragma unroll 1
-    for (int split = 0; split < splits; split += AHEAD) {
+    for (int left = splits; left > 0; left -= AHEAD, mine += int64_t(AHEAD) * STRIDE) {
       float4 in[AHEAD][FRAGMENTS];
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
         for (int i = 0; i < FRAGMENTS; ++i)
-          if (split + a < splits && first + i * WARPS < total)
-            in[a][i] = ptx::load_cg(
-                reinterpret_cast<const float4*>(mine + (split + a) * stride + i * WARPS * FRAGMENT));
+          if (a < left && first + i * WARPS < total)
+            in[a][i] =
+                ptx::load_cg(reinterpret_cast<const float4*>(mine + a * STRIDE + i * WARPS * FRAGMENT));
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
         for (int i = 0; i < FRAGMENTS; ++i)
-          if (split + a < splits && first + i * WARPS < total)
-            v[i][0] += in[a][i].x, v[i][1] += in[a][i].y, v[i][2] += in[a][i].z, v[i][3] += in[a][i].w;
+          if (a < left && first + i * WARPS < total) {
+            v[i][0] += in[a][i].x, v[i][1] += in[a][i].y;
+            v[i][2] += in[a][i].z, v[i][3] += in[a][i].w;
+          }
     }
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i)
