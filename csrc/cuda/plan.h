@@ -50,7 +50,7 @@ constexpr double EXTRA = 2;  // what a byte of a factor or of a partial sum cost
 constexpr double ARRIVING = 1.5;  // from the last store of a partial sum to the first load of it
 
 struct Cost {
-  double large, extra;  // bytes: of the large matrix; of factors and partial sums
+  double large, extra;  // bytes: of the large matrix; of factors and partial sums, as much as they are to weigh
   int64_t blocks;
   double uneven;  // the largest block over the mean one
   double summed;  // bytes that the last block adds, 0: there is no sum
