@@ -29,10 +29,12 @@ ITERATIONS = 14  # of the hot loop that are simulated
 
 def blocks_resident(kernel: Compiled, warps: int, shared: int, card: Card) -> tuple[int, str]:
     """Blocks that fit on a multiprocessor, and what keeps another out."""
-    allocated = math.ceil(kernel.registers * 32 / 256) * 256  # registers of a warp, in units of 256
-    a_block = math.ceil((shared + kernel.static_shared + card.shared_reserved) / 128) * 128
+    unit = assumptions.REGISTER_UNIT
+    a_warp = math.ceil(kernel.registers * 32 / unit) * unit
+    asked = shared + kernel.static_shared + assumptions.SHARED_RESERVED
+    a_block = math.ceil(asked / assumptions.SHARED_UNIT) * assumptions.SHARED_UNIT
     limits = {
-        "registers": 65536 // (allocated * warps),
+        "registers": assumptions.REGISTERS // (a_warp * warps),
         "shared memory": card.shared_bytes // a_block,
         "threads": card.threads // (32 * warps),
     }
@@ -83,13 +85,21 @@ class Estimate:
     needed_in_flight: float  # bandwidth x latency, a multiprocessor
     dram: int  # bytes
     late_rounds: int  # loads after the last arrival that wait for one another
+    launches: int
+    memsets: int
+
+    @property
+    def least_seconds(self) -> float:
+        """Its bytes from DRAM at the data sheet's bandwidth."""
+        return self.share * self.seconds
 
 
 def wanted_of(row: Row, large_stores: bool) -> Wanted:
     """The executor's counts of a row as what the hot loop must do."""
     m = row.machine
-    stores = row.moved / 2 / 512 if large_stores else None
-    return Wanted(m["waits"] or None, m["copies"] or None, m["matrix"] or None, stores)
+    read = row.moved / 512 / (2 if large_stores else 1)
+    stores = read if large_stores else None
+    return Wanted(m["waits"] or None, m["copies"] or None, m["matrix"] or None, stores, read if m["copies"] else 0)
 
 
 def hot_of(row: Row, compiled: dict[str, Compiled]) -> tuple[Compiled, Hot]:
@@ -106,7 +116,7 @@ def dram_bytes(row: Row) -> int:
     return row.moved + kernel_work(row.kernel, row.m, row.n, row.r, element).bytes - row.large
 
 
-def estimate(row: Row, compiled: dict[str, Compiled], card: Card, dtype: str) -> Estimate:
+def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     """A counted kernel on a GPU."""
     kernel, hot = hot_of(row, compiled)
     m, warps = row.machine, row.machine["warps"]
@@ -118,7 +128,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card, dtype: str) ->
     full, rest = divmod(row.blocks, places)
     iterations = hot.iterations / (row.blocks * warps)  # of a warp
     trace = hot.trace(ITERATIONS)
-    latencies = card.latencies(dtype)
+    latencies = card.latencies()
     runs = {}
 
     def cycles(blocks: int) -> float:
@@ -151,7 +161,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card, dtype: str) ->
     rounds = math.ceil(m["late_loads"] / in_flight_loads)
     after = 0.0
     if m["late_loads"]:
-        a_round = max(card.l2_latency + 10 * in_flight_loads, warps * in_flight_loads * 512 / card.l2_bytes_one)
+        a_round = max(card.l2_latency + 10 * in_flight_loads, warps * in_flight_loads * 512 / assumptions.L2_ONE)
         after = (3 * card.l2_latency + rounds * a_round) / clock
     begin = assumptions.BEGIN + card.memory_latency
     parts = {"begin": begin, "waves": hot_seconds, "after": after}
@@ -185,6 +195,8 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card, dtype: str) ->
         needed_in_flight=card.bandwidth * card.memory_latency / sms,
         dram=dram,
         late_rounds=rounds,
+        launches=row.launches,
+        memsets=m["memsets"],
     )
 
 
