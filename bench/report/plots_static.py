@@ -28,7 +28,9 @@ def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
     first = next(iter(found))
     own = {key: e for key, e in found.items() if (key[1], key[2], key[4]) == (first[1], first[2], first[4])}
     gpus = list(dict.fromkeys(key[5] for key in own))
-    figure, axes = plt.subplots(1, len(gpus), figsize=(max(3.1 * len(gpus), 8), 5.2), layout="constrained", squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(gpus), figsize=(max(3.1 * len(gpus), 8), 5.2), layout="constrained", squeeze=False, sharey=True
+    )
     for axis, gpu in zip(axes.flat, gpus):
         bars = {key: e for key, e in own.items() if key[5] == gpu}
         names = [f"{key[0]}, r = {key[3]}" for key in bars]

@@ -7,16 +7,17 @@ import re
 from pathlib import Path
 
 from ..measure.session import progress, start, wide_console
+from ..measure.store import Store
 from ..traffic.counts import DTYPES, FOLDER, KERNELS
 from . import assumptions
 from .assumptions import CARDS
-from .predict import FILE, all_keys, measured, predict
+from .predict import FILE, all_keys, kept, measured, model_id, predict
 from .table import table
 
 SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
-ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed, nvcc
-is. Times are a model's, no measurement; where bench.kernels has measured, its time stands beside. Counts and estimates are kept and
-not made again while the sources stay as they are."""
+ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed,
+nvcc is. Times are a model's, no measurement; where bench.kernels has measured, its time stands beside. Counts and estimates are
+kept and not made again while the sources stay as they are."""
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -25,7 +26,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", default=",".join(KERNELS), help=f"some of {', '.join(KERNELS)} (all)")
     parser.add_argument("--dtypes", default="bf16", help=f"some of {', '.join(DTYPES)} (bf16)")
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="comma-separated (16,64,128)")
-    parser.add_argument("--shapes", default=",".join(f"{m}x{n}" for m, n in SHAPES), help="MxN of the large matrix, comma-separated")
+    parser.add_argument(
+        "--shapes", default=",".join(f"{m}x{n}" for m, n in SHAPES), help="MxN of the large matrix, comma-separated"
+    )
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder to keep them in (bench/results/simt-executor)")
     parser.add_argument("--fresh", action="store_true", help="count and estimate again what is kept")
     options = parser.parse_args(argv)
@@ -58,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)
     from ..report.plots_static import draw_static
 
-    for path in draw_static(found, options.results):
+    everything = kept(Store(options.results / FILE), model_id())
+    for path in draw_static(everything, options.results):
         console.print(f"picture in {path}", highlight=False)
     console.print(f"estimates in {options.results / FILE}", highlight=False)
     return 0

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..traffic.projection import GPUS, Gpu
+from ..traffic.projection import GPUS, LAUNCH, Gpu
 from .issue import Latencies
 
 REACHED = 0.94  # of the data sheet's bandwidth, by long streams of 16-byte copies
 BEGIN = 1.0e-6  # seconds from a kernel's start to its blocks' first copies
-LAUNCH = 2.0e-6  # seconds between two kernels of a stream, the second after the first; a memset as well
 SHARPNESS = 8  # of `together`
 REGISTERS, REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 65536, 256, 128, 1024  # of a multiprocessor, a warp, a block, a block
 L2_ONE = 64.0  # bytes a cycle that one multiprocessor gets from L2
@@ -76,7 +75,10 @@ SOURCES = [
         "CUDA programming guide, arithmetic throughput (64 and 128 results a cycle and multiprocessor); "
         "the compiler's own stalls between such instructions agree",
     ),
-    ("cycles between instructions, scoreboards", "the compiler's control fields in the machine code; their layout: arXiv 1804.06826"),
+    (
+        "cycles between instructions, scoreboards",
+        "the compiler's control fields in the machine code; their layout: arXiv 1804.06826",
+    ),
     (
         "latency of shared memory 29 cycles, of L2 262 to 273",
         "microbenchmarks of A100, H100 PCIe, RTX 4090: arXiv 2402.13499; a B200's L2 is assumed",
@@ -91,7 +93,10 @@ SOURCES = [
         "assumed: about twice the idle latency of arXiv 2402.13499",
     ),
     (f"{REACHED:.0%} of the data sheet's bandwidth is reached", "assumed: what STREAM-like programs are reported to reach"),
-    (f"L2 gives {L2_ONE:.0f} bytes a cycle to one multiprocessor, 27 to each when all read", "assumed, from A100's 5120 a cycle for all"),
+    (
+        f"L2 gives {L2_ONE:.0f} bytes a cycle to one multiprocessor, 27 to each when all read",
+        "assumed, from A100's 5120 a cycle for all",
+    ),
     (f"a kernel begins {BEGIN * 1e6:.0f} us after its start; {LAUNCH * 1e6:.0f} us between kernels of a stream", "assumed"),
     ("a barrier 20 cycles, a taken branch 8, constants and special registers 30", "assumed"),
     ("no instruction-cache misses, no throttling, L2 keeps factors and partial sums", "assumed"),

@@ -165,7 +165,7 @@ def _followers(start: int, blocks: dict[int, Block]) -> tuple[int, ...]:
 def _ways(
     head: int, body: set[int], blocks: dict[int, Block], wanted: Wanted
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For each vector of counts that a way from the head back to it can have: the vector, and the shortest such way's blocks."""
+    """For each vector of counts that a way from the head back to it can have: that, and the shortest such way's blocks."""
     passable = {b for b in body if wanted.narrow or not any(_is_narrow(i) for i in blocks[b].code)}
     followers = {b: [f for f in _followers(b, blocks) if f in passable] for b in body}
     counts = {b: wanted.of(blocks[b].code) for b in body}
@@ -201,7 +201,7 @@ def _path(done: dict, state: tuple) -> tuple[int, ...]:
 
 
 def _cheapest(ways: list[tuple[tuple[int, ...], tuple[Instruction, ...]]], wanted: Wanted) -> Hot | None:
-    """The mix of ways with exactly these counts and the fewest instructions, by the revised simplex method; None: there is none."""
+    """The mix of ways with these counts and the fewest instructions, by the revised simplex method; None: there is none."""
     target = np.array(wanted.vector())
     size, impossible = len(target), 1e9
     mean = target / target[0]

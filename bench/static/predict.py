@@ -11,7 +11,8 @@ from pathlib import Path
 from ..measure.store import RESULTS, Store, latest
 from ..traffic import counts
 from ..traffic.counts import KERNELS, Row
-from .assumptions import CARDS, LAUNCH
+from ..traffic.projection import LAUNCH, Times
+from .assumptions import CARDS
 from .compiled import compile_kernels, tools
 from .model import Estimate, estimate
 
@@ -37,7 +38,11 @@ def kept(store: Store, build: str | None = None) -> dict[Key, Estimate]:
 
 
 def all_keys(
-    shapes: Iterable[tuple[int, int]], ranks: Iterable[int], dtypes: Iterable[str], gpus: Iterable[str], kernels: Iterable[str] = KERNELS
+    shapes: Iterable[tuple[int, int]],
+    ranks: Iterable[int],
+    dtypes: Iterable[str],
+    gpus: Iterable[str],
+    kernels: Iterable[str] = KERNELS,
 ) -> list[Key]:
     """Every kernel at every size on every GPU; shapes are M x N of the large matrix."""
     return [(k, m, n, r, d, g) for g in gpus for d in dtypes for m, n in shapes for r in ranks for k in kernels]
@@ -79,7 +84,7 @@ def _row(key: Key, store: Store, again: bool) -> Row:
 
 def _estimate(key: Key, store: Store, again: bool) -> Estimate:
     """Of an operator: of its one launch, or of all of them in turn (shrink_grad beyond its ranks is shrink and factor_grad)."""
-    kernel, m, n, r, dtype, gpu = key
+    _, m, n, r, dtype, gpu = key
     row, card = _row(key, store, again), CARDS[gpu]
     names = row.machine["names"]
     compiled = compile_kernels(dtype, card.architecture)
@@ -98,6 +103,15 @@ def _estimate(key: Key, store: Store, again: bool) -> Estimate:
         launches=sum(e.launches for e in own),
         memsets=sum(e.memsets for e in own),
     )
+
+
+def layer_times(shapes: Iterable[tuple[int, int, int, int]], gpu: str, found: dict[Key, Estimate]) -> Times | None:
+    """Seconds of the kernels of layers in bf16 with their memsets, for bench.traffic; None where one is missing."""
+    keys = layer_keys(shapes, [gpu])
+    if not all(key in found for key in keys):
+        return None
+    sm = CARDS[gpu].multiprocessors
+    return {(*key[:4], sm): found[key].seconds + LAUNCH * found[key].memsets for key in keys}
 
 
 def measured(results: Path = RESULTS) -> dict[Key, float]:

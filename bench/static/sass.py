@@ -43,7 +43,7 @@ class Instruction:
     @property
     def ends(self) -> bool:
         """Whether the instruction behind it never follows."""
-        return not self.guard and (self.name in _ENDS or self.target is not None and "P" not in self.operands.split(",")[0])
+        return not self.guard and (self.name in _ENDS or (self.target is not None and "P" not in self.operands.split(",")[0]))
 
     @property
     def never(self) -> bool:

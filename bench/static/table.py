@@ -10,7 +10,19 @@ from .model import Estimate
 from .predict import Key
 
 LABEL = "model from the machine code, not measured"
-HEADS = ("kernel", "M x N, r", "registers", "shared", "blocks", "grid, waves", "idle", "instr", "a 16 B", "addr", "in flight, KB")
+HEADS = (
+    "kernel",
+    "M x N, r",
+    "registers",
+    "shared",
+    "blocks",
+    "grid, waves",
+    "idle",
+    "instr",
+    "a 16 B",
+    "addr",
+    "in flight, KB",
+)
 HEADS += ("issue", "memory", "flight", "L2", "begin", "after (rounds)", "launch, memset", "us", "of HBM", "limiter")
 
 
@@ -32,14 +44,15 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, 
         result.add_row(*row)
     result.caption_justify = "left"
     result.caption = (
-        "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix, addr of these for "
-        "addresses and bounds. in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what each alone asks for"
+        "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix, addr of these "
+        "for addresses and bounds. in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what each "
+        "alone asks for"
     )
     return result
 
 
 def markdown_rows(found: dict[Key, Estimate], measured: dict[Key, float], gpus: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows for a page: a row a kernel and size, what its code is on the first GPU, then each GPU's time and limiter."""
+    """Heads and rows for a page: a row a kernel and size; its code and limiter on the first GPU, and each GPU's time."""
     first = gpus[0]
     heads = ["kernel", "M x N, r", "registers", "blocks a multiprocessor", "instructions a 16 bytes"]
     heads += [f"{CARDS[gpu].name}: us, of bandwidth" for gpu in gpus] + [f"what limits on {CARDS[first].name}"]
@@ -55,7 +68,9 @@ def markdown_rows(found: dict[Key, Estimate], measured: dict[Key, float], gpus: 
             row.append(f"{1e6 * other.seconds:.1f}, {other.share:.0%}" if other else "-")
         row.append(e.limiter)
         if has_measured:
-            ratios = [f"{CARDS[g].name}: {measured[k] / found[k].seconds:.2f}" for g in gpus if (k := (*key[:5], g)) in measured]
+            ratios = [
+                f"{CARDS[g].name}: {measured[k] / found[k].seconds:.2f}" for g in gpus if (k := (*key[:5], g)) in measured
+            ]
             row.append("; ".join(ratios) or "-")
         rows.append(row)
     return heads, rows

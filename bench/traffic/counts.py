@@ -29,7 +29,7 @@ from ..measure.shapes import Shape
 from ..measure.store import RESULTS, ROOT, Store, latest
 
 FOLDER = RESULTS / "simt-executor"
-LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (2048, 4096, 1024, 16)]
+LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 14336, 16)]
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
