@@ -44,9 +44,9 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, 
         result.add_row(*row)
     result.caption_justify = "left"
     result.caption = (
-        "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix, addr of these "
-        "for addresses and bounds. in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what each "
-        "alone asks for"
+        "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix, addr of "
+        "these for addresses and bounds. in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what "
+        "each alone asks for"
     )
     return result
 

@@ -2,7 +2,8 @@
 
 Each library operator takes the longer of its operations at the GPU's matrix speed and its bytes at its memory bandwidth, both
 at the fractions below, and moves its least bytes. Our kernels take the times that bench.static reads off their machine code
-and their counted bytes. Operators follow one another, each a launch; fold and fold_grad are one launch for the layers of a group.
+and their counted bytes. Operators follow one another, each a launch; fold and fold_grad are one launch for the layers of a
+group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each kernel's compiled code costs, held against what was recorded: registers, blocks a multiprocessor, spills, instructions.
+"""What each kernel's compiled code costs, held against a record: registers, blocks a multiprocessor, spills, instructions.
 
     python python_tests/kernels/gates.py            what has changed
     python python_tests/kernels/gates.py --record   after kernels were improved: writes compiled.json anew
