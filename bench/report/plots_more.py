@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 
 from ..measure.shapes import Shape
 from ..traffic.counts import Key, Row
-from ..traffic.projection import FLOPS_REACHED, GPUS, LABEL, excess
+from ..traffic.projection import FLOPS_REACHED, GPUS, LABEL, Times, excess
 from .plots import save
 
 MODEL_COLOURS = {"lora": "tab:orange", "vera": "tab:pink", "lotr-eager": "0.55", "lotr_ext": "tab:blue", "frozen": "0.8"}
@@ -19,7 +19,6 @@ PROJECTED = {
     "lora-in-place-beta": "tab:olive",
     "lotr_ext two_pass": "tab:cyan",
     "lotr_ext beta": "tab:blue",
-    "lotr_ext beta, nothing from L2": "tab:purple",
     "least possible": "0.85",
 }
 
@@ -112,12 +111,10 @@ def draw_kernels(cells: list[dict], folder: Path) -> list[Path]:
     return save({"kernels": figure}, folder)
 
 
-def draw_projection(shape: Shape, rows: dict[Key, Row], folder: Path) -> list[Path]:
-    """Bars: projected excess of forward + backward on every GPU that has its counts."""
-    gpus = [gpu for gpu in GPUS.values() if ("shrink", shape[0], shape[1], shape[3], gpu.multiprocessors) in rows]
-    if not gpus:
-        return []
-    columns = [excess(shape, rows, gpu) for gpu in gpus]
+def draw_projection(shape: Shape, rows: dict[Key, Row], times: dict[str, Times], folder: Path) -> list[Path]:
+    """Bars: projected excess of forward + backward on every GPU of times."""
+    gpus = [GPUS[gpu] for gpu in times]
+    columns = [excess(shape, rows, GPUS[gpu], own) for gpu, own in times.items()]
     figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
     for i, (name, colour) in enumerate(PROJECTED.items()):
         places = [j + (i - (len(PROJECTED) - 1) / 2) * 0.8 / len(PROJECTED) for j in range(len(gpus))]
@@ -128,5 +125,7 @@ def draw_projection(shape: Shape, rows: dict[Key, Row], folder: Path) -> list[Pa
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     m, k, n, r = shape
     title = f"{LABEL.capitalize()}: forward + backward of one layer, {m} x {k} x {n}, r = {r}, bf16"
-    figure.suptitle(f"{title}\nfrom counted bytes and data sheets, products at {FLOPS_REACHED:.0%} of their peak", fontsize=10)
+    figure.suptitle(
+        f"{title}\nfrom machine code, counted bytes and data sheets; products at {FLOPS_REACHED:.0%} of their peak", fontsize=10
+    )
     return save({"projection": figure}, folder)

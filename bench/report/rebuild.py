@@ -19,7 +19,7 @@ from ..measure.timing import slug
 from . import tables
 
 README = ROOT / "README.md"
-REQUIRED, OPTIONAL = ("demo", "layer"), ("shared", "model", "kernels", "traffic")  # README's sections
+REQUIRED, OPTIONAL = ("demo", "layer"), ("shared", "model", "kernels", "traffic", "static")  # README's sections
 
 
 def _read(path: Path) -> list[dict]:
@@ -106,9 +106,11 @@ def sections(results: Path = RESULTS) -> dict[str, list[str]]:
                 link = f"bench/results/{folder.name}"
                 pictures = {path.stem: f"{link}/{path.name}" for path in folder.glob("*.png")}
                 found[name].append(tables.TABLES[name](cells, pictures))
-    rows = tables.traffic_rows(results)
+    rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if rows:
-        found["traffic"].append(tables.traffic_table(rows, (results / "simt-executor" / "projection.png").exists()))
+        found["traffic"].append(tables.traffic_table(rows, estimates, (folder / "projection.png").exists()))
+    if estimates:
+        found["static"].append(tables.static_table(estimates, (folder / "static.png").exists()))
     return found
 
 
@@ -121,7 +123,7 @@ def rebuild(text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
-    from . import plots, plots_more
+    from . import plots, plots_more, plots_static
 
     written = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
@@ -129,10 +131,11 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_more.draw_model(_read(folder / "model.jsonl"), folder)
         written += plots_more.draw_shared(_read(folder / "shared.jsonl"), folder)
         written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
-    rows = tables.traffic_rows(results)
-    if rows:
-        written += plots_more.draw_projection(tables.README_PROJECTION, rows, results / "simt-executor")
-    return written
+    rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
+    times = tables.layer_projections(tables.README_PROJECTION, rows, estimates)
+    if times:
+        written += plots_more.draw_projection(tables.README_PROJECTION, rows, times, folder)
+    return written + plots_static.draw_static(estimates, folder)
 
 
 def main(argv: list[str] | None = None) -> int:

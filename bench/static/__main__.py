@@ -6,29 +6,31 @@ import argparse
 import re
 from pathlib import Path
 
-from ..measure.session import new_table, progress, start, wide_console
+from ..measure.session import progress, start, wide_console
 from ..measure.store import Store
-from ..traffic.counts import DTYPES, FOLDER, KERNELS, count_all
-from . import __doc__ as about
+from ..traffic.counts import DTYPES, FOLDER, KERNELS
+from . import assumptions
 from .assumptions import CARDS
-from .compiled import compile_kernels, tools
-from .model import estimate
+from .predict import FILE, all_keys, kept, measured, model_id, predict
+from .table import table
 
-SHAPES = [(8192, 4096)]
-RANKS = (16, 64, 128)
+SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
+ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed,
+nvcc is. Times are a model's, no measurement; where bench.kernels has measured, its time stands beside. Counts and estimates are
+kept and not made again while the sources stay as they are."""
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=about)
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=ABOUT)
     parser.add_argument("--gpus", default=",".join(CARDS), help=f"some of {', '.join(CARDS)} (all)")
     parser.add_argument("--kernels", default=",".join(KERNELS), help=f"some of {', '.join(KERNELS)} (all)")
     parser.add_argument("--dtypes", default="bf16", help=f"some of {', '.join(DTYPES)} (bf16)")
     parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="comma-separated (16,64,128)")
-    parser.add_argument("--shapes", default="8192x4096", help="MxN of the large matrix, comma-separated (8192x4096)")
     parser.add_argument(
-        "--results", type=Path, default=FOLDER, help="folder for counts and results (bench/results/simt-executor)"
+        "--shapes", default=",".join(f"{m}x{n}" for m, n in SHAPES), help="MxN of the large matrix, comma-separated"
     )
-    parser.add_argument("--fresh", action="store_true", help="count again what was counted of these sources")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder to keep them in (bench/results/simt-executor)")
+    parser.add_argument("--fresh", action="store_true", help="count and estimate again what is kept")
     options = parser.parse_args(argv)
     for name, known in (("gpus", CARDS), ("kernels", KERNELS), ("dtypes", DTYPES)):
         chosen = getattr(options, name).split(",")
@@ -38,7 +40,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         setattr(options, name, chosen)
     ranks = options.ranks.split(",")
     if not all(r.isdigit() and 1 <= int(r) <= 256 for r in ranks):
-        raise ValueError(f"ranks: expected numbers from 1 to 256, got {options.ranks!r}")
+        raise ValueError(f"ranks: expected numbers from 1 to 256, comma-separated, got {options.ranks!r}")
     options.ranks = [int(r) for r in ranks]
     shapes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in options.shapes.split(",")]
     if not all(shapes):
@@ -49,34 +51,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    tools()
-    store = Store(options.results / "traffic.jsonl").prepare()
-    cards = {gpu: CARDS[gpu] for gpu in options.gpus}
-    console = wide_console()
-    multiprocessors = list(dict.fromkeys(card.multiprocessors for card in cards.values()))
-    keys = [
-        (k, m, n, r, sm) for sm in multiprocessors for m, n in options.shapes for r in options.ranks for k in options.kernels
-    ]
-    for dtype in options.dtypes:
-        with progress(len(keys)) as begin:
-            rows = count_all(keys, store, begin, options.fresh, dtype)
-        for gpu, card in cards.items():
-            compiled = compile_kernels(dtype, card.architecture)
-            heads = ("kernel", "M x N, r", "registers", "shared", "blocks a SM", "grid", "idle", "instr", "a 16 B")
-            heads += ("address", "in flight", "issue", "memory", "flight", "L2", "after", "total", "of bandwidth", "limiter")
-            table = new_table(f"{card.name}, {dtype}: model, not measured", *heads)
-            for key in keys:
-                if key[4] != card.multiprocessors:
-                    continue
-                e = estimate(rows[key], compiled, card, dtype)
-                b = [f"{1e6 * s:.1f}" for s in e.bound.values()]
-                table.add_row(
-                    key[0], f"{key[1]} x {key[2]}, {key[3]}", f"{e.registers}", f"{e.shared / 1024:.0f} K",
-                    f"{e.resident} ({e.resident_by})", f"{e.blocks}, {e.waves:.2f}", f"{e.idle:.0%}", f"{e.iteration:.0f}",
-                    f"{e.per_16_bytes:.0f}", f"{e.kinds['address']:.0f}", f"{e.in_flight / 1024:.0f} of {e.needed_in_flight / 1024:.0f} K",
-                    *b, f"{1e6 * e.parts['after']:.1f} ({e.late_rounds})", f"{1e6 * e.seconds:.1f} us", f"{e.share:.0%}", e.limiter,
-                )  # fmt: skip
-            console.print(table)
+    keys = all_keys(options.shapes, options.ranks, options.dtypes, options.gpus, options.kernels)
+    with progress(len(keys)) as begin:
+        found = predict(keys, options.results, begin, options.fresh)
+    console, known = wide_console(), measured()
+    for gpu in options.gpus:
+        for dtype in options.dtypes:
+            console.print(table(gpu, dtype, found, known))
+    console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)
+    from ..report.plots_static import draw_static
+
+    everything = kept(Store(options.results / FILE), model_id())
+    for path in draw_static(everything, options.results):
+        console.print(f"picture in {path}", highlight=False)
+    console.print(f"estimates in {options.results / FILE}", highlight=False)
     return 0
 
 

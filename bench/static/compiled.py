@@ -66,7 +66,8 @@ def tools() -> tuple[Path, Path]:
         )
     if cuobjdump is None:
         raise FileNotFoundError(
-            f"cuobjdump: expected beside {nvcc} or as a wheel, found none; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+            f"cuobjdump: expected beside {nvcc} or as a wheel, found none; "
+            "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
         )
     return nvcc, cuobjdump
 

@@ -3,7 +3,8 @@
 The hot loop is the smallest natural loop with asynchronous copies, waits for them, matrix products and stores, as far as the
 executor counted any. Its body has branches: edges of the matrix, elements one by one, dropout. Which of them run is decided by
 those counts: of all ways from the loop's head back to it, those mixes are kept whose waits, 16-byte copies, matrix
-instructions and 16-byte stores are in the counted proportion, and of these the one with the fewest instructions. So unrolling
+instructions and 16-byte stores are in the counted proportion, and of these the one with the fewest instructions; a few copies
+may be left over, for factors that are loaded before the loop. So unrolling
 does not matter: a way that does two tiles is taken half as often. A branch over a few instructions that touch no memory is
 taken to run them, since the way that is checked against the matrix's edge is the usual one.
 """
@@ -22,6 +23,7 @@ from .sass import Block, Instruction, blocks_of, loops_of
 
 MATRIX = ("HMMA", "QGMMA", "HGMMA", "IMMA")
 SKIPPED = 24  # instructions that a branch may leave out and are counted all the same
+OUTSIDE = 200  # instructions; what a counted copy costs that no way of the loop does: one before the loop
 UNEVEN = 0.02  # what a way costs more for each count that is twice the mean: of equal mixes the even one
 KINDS = {
     "copy": ("LDGSTS", "LDGDEPBAR", "DEPBAR", "UTMALDG", "UBLKCP"),
@@ -31,7 +33,7 @@ KINDS = {
     "global": ("LDG", "STG", "LD", "ST", "ATOMG", "RED"),
     "constant": ("LDC", "ULDC", "S2R", "S2UR", "CS2R", "LDCU"),
     "float": ("FADD", "FFMA", "FMUL", "F2FP", "FADD2", "FFMA2", "HADD2", "HFMA2", "HMUL2", "FSEL", "PRMT"),
-    "control": ("BRA", "BSSY", "BSYNC", "BAR", "WARPSYNC", "SYNCS", "NOP", "YIELD"),
+    "control": ("BRA", "CALL", "BSSY", "BSYNC", "BAR", "WARPSYNC", "SYNCS", "NOP", "YIELD"),
 }
 _KIND = {name: kind for kind, names in KINDS.items() for name in names}
 
@@ -49,14 +51,16 @@ class Wanted:
     copies: float | None  # asynchronous, of 16 bytes a lane
     matrix: float | None
     stores: float | None  # of 16 bytes a lane
+    least_copies: float = 0  # of copies, those of the large matrix, which the loop must do
     narrow: bool = False  # whether it read or wrote global memory in smaller pieces, too
 
-    def _pick(self, values: tuple) -> tuple:
+    def pick(self, values: tuple) -> tuple:
+        """Of values for waits, copies, matrix and stores, those that are looked at."""
         looked_at = (self.waits, self.copies, self.matrix, self.stores)
         return tuple(value for value, asked in zip(values, looked_at) if asked is not None)
 
     def vector(self) -> tuple[float, ...]:
-        return self._pick((self.waits, self.copies, self.matrix, self.stores))
+        return self.pick((self.waits, self.copies, self.matrix, self.stores))
 
     def most(self) -> tuple[float, ...]:
         """That one way through the loop may have: of twice the mean tile, thrice unrolled."""
@@ -66,7 +70,7 @@ class Wanted:
     def of(self, code: Iterable[Instruction]) -> tuple[int, ...]:
         """How many instructions of each some code has."""
         found = Counter(_counted(i) for i in code)
-        return self._pick((found["wait"], found["copy"], found["matrix"], found["store"]))
+        return self.pick((found["wait"], found["copy"], found["matrix"], found["store"]))
 
 
 def _counted(instruction: Instruction) -> str:
@@ -134,7 +138,7 @@ def hot_loop(code: list[Instruction], wanted: Wanted) -> Hot:
             continue  # a smaller loop inside does it all
         found = _ways(head, body, blocks, wanted)
         ways = [(vector, tuple(i for b in path for i in blocks[b].code)) for vector, path in found]
-        mix = _cheapest(ways, wanted.vector())
+        mix = _cheapest(ways, wanted)
         if mix is not None and (best is None or mix.instructions < best.instructions):
             best = mix
     if best is None:
@@ -161,7 +165,7 @@ def _followers(start: int, blocks: dict[int, Block]) -> tuple[int, ...]:
 def _ways(
     head: int, body: set[int], blocks: dict[int, Block], wanted: Wanted
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """For each vector of counts that a way from the head back to it can have: the vector, and the shortest such way's blocks."""
+    """For each vector of counts that a way from the head back to it can have: that, and the shortest such way's blocks."""
     passable = {b for b in body if wanted.narrow or not any(_is_narrow(i) for i in blocks[b].code)}
     followers = {b: [f for f in _followers(b, blocks) if f in passable] for b in body}
     counts = {b: wanted.of(blocks[b].code) for b in body}
@@ -196,15 +200,15 @@ def _path(done: dict, state: tuple) -> tuple[int, ...]:
     return tuple(reversed(path))
 
 
-def _cheapest(ways: list[tuple[tuple[int, ...], tuple[Instruction, ...]]], wanted: tuple[float, ...]) -> Hot | None:
-    """The mix of ways with exactly these counts and the fewest instructions, by the revised simplex method; None: there is none."""
-    size = len(wanted)
-    columns = np.array([vector for vector, _ in ways] + np.eye(size).tolist(), float).T  # at last: ways that do not exist
-    missing = 1e9
-    target = np.array(wanted)
+def _cheapest(ways: list[tuple[tuple[int, ...], tuple[Instruction, ...]]], wanted: Wanted) -> Hot | None:
+    """The mix of ways with these counts and the fewest instructions, by the revised simplex method; None: there is none."""
+    target = np.array(wanted.vector())
+    size, impossible = len(target), 1e9
     mean = target / target[0]
     uneven = [1 + UNEVEN * float(np.abs(np.array(v) / mean / (v[0] or 1) - 1).sum()) for v, _ in ways]
-    costs = np.array([len(way) * more for (_, way), more in zip(ways, uneven)] + [missing] * size)
+    left_over = wanted.pick((impossible, OUTSIDE, impossible, impossible))
+    columns = np.array([vector for vector, _ in ways] + np.eye(size).tolist(), float).T  # at last: what no way does
+    costs = np.array([len(way) * more for (_, way), more in zip(ways, uneven)] + list(left_over))
     basis = list(range(len(ways), len(ways) + size))
     for _ in range(1000):
         inverse = np.linalg.inv(columns[:, basis])
@@ -216,7 +220,9 @@ def _cheapest(ways: list[tuple[tuple[int, ...], tuple[Instruction, ...]]], wante
         direction = inverse @ columns[:, enters]
         ratios = np.where(direction > 1e-9, times / np.where(direction > 1e-9, direction, 1), np.inf)
         basis[int(ratios.argmin())] = enters
-    found = [(float(t), b) for t, b in zip(times, basis) if t > 1e-6 * target.max()]
-    if not found or any(b >= len(ways) for _, b in found):
+    used = [(float(t), b) for t, b in zip(times, basis) if t > 1e-6 * target.max()]
+    ours = [(t, ways[b][1]) for t, b in used if b < len(ways)]
+    copies = sum(t * sum(_counted(i) == "copy" for i in way) for t, way in ours)
+    if not ours or any(costs[b] == impossible for _, b in used) or copies < wanted.least_copies * (1 - 1e-6):
         return None
-    return Hot([(t, ways[b][1]) for t, b in found])
+    return Hot(ours)

@@ -55,7 +55,8 @@ def _unit(instruction: Instruction, latencies: Latencies) -> tuple[str, float]:
         parts = (4096 if "16816" in instruction.opcode else 2048) / 4096
         return "matrix", latencies.matrix * parts * (2 if "TF32" in instruction.opcode else 1)
     if name in _SHARED:
-        return "memory", 0 if instruction.never else max(1.0, instruction.width / 4)
+        turns = max(1.0, instruction.width / 4) * (2 if name == "LDG" else 1)  # from L2: 64 bytes a cycle
+        return "memory", 0.0 if instruction.never else turns
     if name in _MULTIPLY:
         return "multiply", 2
     if name in _FLOAT:
@@ -64,7 +65,7 @@ def _unit(instruction: Instruction, latencies: Latencies) -> tuple[str, float]:
         return "special", 8
     if name.startswith("U") and name not in ("UTMALDG", "UBLKCP"):
         return "uniform", 2
-    if name in ("BRA", "BSSY", "BSYNC", "BAR", "NOP", "DEPBAR", "LDGDEPBAR", "EXIT", "WARPSYNC", "LDC", "S2R", "CS2R"):
+    if name in ("BRA", "CALL", "BSSY", "BSYNC", "BAR", "NOP", "DEPBAR", "LDGDEPBAR", "EXIT", "WARPSYNC", "LDC", "S2R", "CS2R"):
         return "", 0
     return "integer", 2
 
@@ -106,7 +107,7 @@ def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latenci
     facts = []
     for i, after in zip(code, [*code[1:], code[0]]):
         unit, turns = _unit(i, latencies)
-        jump = latencies.taken if i.name == "BRA" and after.address != i.address + 16 else 0
+        jump = latencies.taken if i.target is not None and after.address != i.address + 16 else 0
         facts.append((i, unit, turns, max(1, i.stall, jump), _latency(i, latencies, turns)))
     everyone = [_Warp(block, (block * warps + w) % SCHEDULERS) for block in range(blocks) for w in range(warps)]
     boards = [[0.0] * 6 for _ in everyone]
@@ -115,9 +116,8 @@ def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latenci
     arrived: list[list[int]] = [[] for _ in range(blocks)]
     done_at = [[0.0] * len(everyone) for _ in marks]
     waits: Counter[str] = Counter()
-    queue = [(0.0, n, n) for n in range(len(everyone))]
+    queue = [(0.0, 0.0, n) for n in range(len(everyone))]  # at equal times the warp that has been ready longest goes first
     heapq.heapify(queue)
-    order = len(everyone)
     mark_of = {mark: i for i, mark in enumerate(marks)}
     while queue:
         asked, _, n = heapq.heappop(queue)
@@ -137,8 +137,7 @@ def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latenci
             if free.get(key, 0.0) - backlog > time:
                 time, reason = free[key] - backlog, unit
         if time > asked:
-            heapq.heappush(queue, (time, order, n))
-            order += 1
+            heapq.heappush(queue, (time, warp.ready, n))
             waits[reason] += time - asked
             continue
         free["issue", warp.scheduler] = time + 1
@@ -167,12 +166,10 @@ def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latenci
                     opens = time + latencies.barrier
                     waits["barrier"] += opens - everyone[other].ready
                     everyone[other].ready = opens
-                    heapq.heappush(queue, (opens, order, other))
-                    order += 1
+                    heapq.heappush(queue, (opens, opens, other))
                 arrived[warp.block] = []
         else:
-            heapq.heappush(queue, (warp.ready, order, n))
-            order += 1
+            heapq.heappush(queue, (warp.ready, warp.ready, n))
     ends = [sum(times) / len(times) for times in done_at]
     first = min(settle, len(ends) - 1)
     timed = len(ends) - first

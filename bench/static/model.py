@@ -1,4 +1,4 @@
-"""How long a kernel takes, and what limits it: the longest of what its blocks must do, wave by wave, and what comes before and after.
+"""How long a kernel takes, and what limits it: the longest of what its blocks must do, and what comes before and after.
 
     time = begin + sum over waves of max(issue, memory) + after the last arrival
 
@@ -13,6 +13,7 @@ after     the last block's sum over the splits: rounds of as many loads as its c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..measure.bounds import kernel_work
@@ -20,19 +21,21 @@ from ..traffic.counts import Row
 from . import assumptions
 from .assumptions import Card
 from .compiled import Compiled
-from .hot import Hot, Wanted, hot_loop
+from .hot import MATRIX, Hot, Wanted, hot_loop
 from .issue import run
-from .sass import Instruction
+from .sass import Instruction, blocks_of, loops_of
 
 ITERATIONS = 14  # of the hot loop that are simulated
 
 
 def blocks_resident(kernel: Compiled, warps: int, shared: int, card: Card) -> tuple[int, str]:
     """Blocks that fit on a multiprocessor, and what keeps another out."""
-    allocated = math.ceil(kernel.registers * 32 / 256) * 256  # registers of a warp, in units of 256
-    a_block = math.ceil((shared + kernel.static_shared + card.shared_reserved) / 128) * 128
+    unit = assumptions.REGISTER_UNIT
+    a_warp = math.ceil(kernel.registers * 32 / unit) * unit
+    asked = shared + kernel.static_shared + assumptions.SHARED_RESERVED
+    a_block = math.ceil(asked / assumptions.SHARED_UNIT) * assumptions.SHARED_UNIT
     limits = {
-        "registers": 65536 // (allocated * warps),
+        "registers": assumptions.REGISTERS // (a_warp * warps),
         "shared memory": card.shared_bytes // a_block,
         "threads": card.threads // (32 * warps),
     }
@@ -40,21 +43,45 @@ def blocks_resident(kernel: Compiled, warps: int, shared: int, card: Card) -> tu
     return limits[least], least
 
 
-def loads_in_flight(code: list[Instruction]) -> int:
-    """The most 16-byte loads that a thread issues before it waits for one of them: in the sums over the splits."""
-    most = 0
-    pending: dict[int, int] = {}
-    count = 0
+@dataclass(frozen=True)
+class Late:
+    """How the last block to arrive sums what the others stored: loads of a thread in one round, and the round's cycles."""
+
+    loads: int
+    cycles: float
+
+
+def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
+    """From the loop without copies and products that has the most 16-byte loads; where there is none, from straight code:
+    as many loads as are issued before one of them is waited for, at L2's latency."""
+    blocks = blocks_of(code)
+    best: tuple[Instruction, ...] = ()
+    for body in loops_of(blocks).values():
+        own = [i for b in sorted(body) for i in blocks[b].code]
+        if len(body) == 1 and _wide_loads(own) > _wide_loads(best) and not any(i.name in (*MATRIX, "LDGSTS") for i in own):
+            best = tuple(own)
+    straight = _together(code)
+    if _wide_loads(best) >= max(2, straight // 2):
+        loads = _wide_loads(best)
+        return Late(loads, run([best] * ITERATIONS, warps, 1, card.latencies()).cycles)
+    loads = max(1, straight)
+    return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / assumptions.L2_ONE))
+
+
+def _wide_loads(code: Iterable[Instruction]) -> int:
+    return sum(i.name == "LDG" and i.width == 16 for i in code)
+
+
+def _together(code: list[Instruction]) -> int:
+    """The most 16-byte loads that are issued before one of them is waited for."""
+    most, count, pending = 0, 0, set()
     for i in code:
-        if any(i.waits >> board & 1 for board in pending):
-            pending, count = {}, 0
+        if any(i.waits >> board & 1 for board in pending) or i.target is not None or i.name == "EXIT":
+            count, pending = 0, set()
         if i.name == "LDG" and i.width == 16:
             count += 1
             most = max(most, count)
-            for board in i.sets:
-                pending[board] = 1
-        elif i.target is not None or i.name == "EXIT":
-            pending, count = {}, 0
+            pending |= set(i.sets)
     return most
 
 
@@ -83,13 +110,21 @@ class Estimate:
     needed_in_flight: float  # bandwidth x latency, a multiprocessor
     dram: int  # bytes
     late_rounds: int  # loads after the last arrival that wait for one another
+    launches: int
+    memsets: int
+
+    @property
+    def least_seconds(self) -> float:
+        """Its bytes from DRAM at the data sheet's bandwidth."""
+        return self.share * self.seconds
 
 
 def wanted_of(row: Row, large_stores: bool) -> Wanted:
     """The executor's counts of a row as what the hot loop must do."""
     m = row.machine
-    stores = row.moved / 2 / 512 if large_stores else None
-    return Wanted(m["waits"] or None, m["copies"] or None, m["matrix"] or None, stores)
+    read = row.moved / 512 / (2 if large_stores else 1)
+    stores = read if large_stores else None
+    return Wanted(m["waits"] or None, m["copies"] or None, m["matrix"] or None, stores, read if m["copies"] else 0)
 
 
 def hot_of(row: Row, compiled: dict[str, Compiled]) -> tuple[Compiled, Hot]:
@@ -106,7 +141,7 @@ def dram_bytes(row: Row) -> int:
     return row.moved + kernel_work(row.kernel, row.m, row.n, row.r, element).bytes - row.large
 
 
-def estimate(row: Row, compiled: dict[str, Compiled], card: Card, dtype: str) -> Estimate:
+def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     """A counted kernel on a GPU."""
     kernel, hot = hot_of(row, compiled)
     m, warps = row.machine, row.machine["warps"]
@@ -118,7 +153,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card, dtype: str) ->
     full, rest = divmod(row.blocks, places)
     iterations = hot.iterations / (row.blocks * warps)  # of a warp
     trace = hot.trace(ITERATIONS)
-    latencies = card.latencies(dtype)
+    latencies = card.latencies()
     runs = {}
 
     def cycles(blocks: int) -> float:
@@ -147,12 +182,11 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card, dtype: str) ->
         for name, value in limits.items():
             bound[name] += value
         hot_seconds += assumptions.together(list(limits.values()))
-    in_flight_loads = max(1, loads_in_flight(kernel.code))
-    rounds = math.ceil(m["late_loads"] / in_flight_loads)
-    after = 0.0
+    rounds, after = 0, 0.0
     if m["late_loads"]:
-        a_round = max(card.l2_latency + 10 * in_flight_loads, warps * in_flight_loads * 512 / card.l2_bytes_one)
-        after = (3 * card.l2_latency + rounds * a_round) / clock
+        late = late_sums(kernel.code, warps, card)
+        rounds = math.ceil(m["late_loads"] / late.loads)
+        after = (3 * card.l2_latency + rounds * late.cycles) / clock  # store, arrive, store
     begin = assumptions.BEGIN + card.memory_latency
     parts = {"begin": begin, "waves": hot_seconds, "after": after}
     seconds = sum(parts.values())
@@ -185,6 +219,8 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card, dtype: str) ->
         needed_in_flight=card.bandwidth * card.memory_latency / sms,
         dram=dram,
         late_rounds=rounds,
+        launches=row.launches,
+        memsets=m["memsets"],
     )
 
 

@@ -15,6 +15,7 @@ _FIRST = re.compile(
 )
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 NONE = 7  # no scoreboard
+_ENDS = ("EXIT", "RET", "BRX", "BREAK")
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,15 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes; None for other instructions."""
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if self.name == "BRA" else None
+        """Where a branch goes; None for other instructions. A CALL that leaves no return address is a far branch."""
+        jumps = self.name == "BRA" or self.opcode == "CALL.REL.NOINC"
+        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if jumps else None
         return int(found[1], 16) if found else None
+
+    @property
+    def ends(self) -> bool:
+        """Whether the instruction behind it never follows."""
+        return not self.guard and (self.name in _ENDS or (self.target is not None and "P" not in self.operands.split(",")[0]))
 
     @property
     def never(self) -> bool:
@@ -88,11 +95,11 @@ class Block:
 
 
 def blocks_of(code: list[Instruction]) -> dict[int, Block]:
-    """Basic blocks by start. Calls return, so they end none."""
+    """Basic blocks by start."""
     known = {i.address for i in code}
     starts = {code[0].address} if code else set()
     for here, after in zip(code, [*code[1:], None]):
-        if here.target is not None or here.name in ("EXIT", "RET", "BRX", "BREAK"):
+        if here.target is not None or here.name in _ENDS:
             starts |= {a for a in (here.target, after.address if after else None) if a in known}
     blocks: dict[int, Block] = {}
     own: list[Instruction] = []
@@ -100,8 +107,7 @@ def blocks_of(code: list[Instruction]) -> dict[int, Block]:
         own.append(here)
         if after is not None and after.address not in starts:
             continue
-        ends = here.name in ("EXIT", "RET", "BRX", "BREAK", "BRA") and not here.guard and "P" not in here.operands.split(",")[0]
-        follow = [] if ends or after is None else [after.address]
+        follow = [] if here.ends or after is None else [after.address]
         if here.target in known:
             follow.append(here.target)
         blocks[own[0].address] = Block(tuple(own), tuple(dict.fromkeys(follow)))

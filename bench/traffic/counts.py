@@ -19,7 +19,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 
 import numpy as np
@@ -29,7 +29,7 @@ from ..measure.shapes import Shape
 from ..measure.store import RESULTS, ROOT, Store, latest
 
 FOLDER = RESULTS / "simt-executor"
-LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (2048, 4096, 1024, 16)]
+LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 14336, 16)]
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
@@ -54,7 +54,7 @@ class Row:
     sector_efficiency: float
     bank_conflicts: float  # wavefronts over phases
     launches: int
-    machine: dict  # what a model of the machine code needs (bench/static): see `_machine`
+    machine: dict = field(default_factory=dict)  # what a model of the machine code needs (bench/static): see `_machine`
 
     @property
     def once(self) -> float:
@@ -187,11 +187,12 @@ def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
     of the whole kernel; what the last block to arrive still reads; accesses that were not by 16-byte copies or stores."""
     launch = counters["launches"][-1]
     arrays = counters["arrays"].values()
-    warps = launch["block"][0] // 32
     return {
+        "names": [one["name"] for one in counters["launches"]],
         "symbol": symbols(lib).get(launch["offset"], ""),
         "grid": launch["grid"],
-        "warps": warps,
+        "warps": launch["block"][0] // 32,
+        "memsets": sum(one["cleared"] for one in counters["launches"]),
         "shared": launch["shared_bytes"],
         "waits": counters["async_waits"] / 32,
         "copies": counters["async_copies"] / 32,

@@ -71,6 +71,7 @@ struct LaunchRecord {
   unsigned grid[3], block[3], cluster[3];
   size_t shared_bytes;
   const void* kernel;  // its address in this module
+  bool cleared;        // the host wrote to the watched memory since the launch before: a memset on a GPU
 };
 
 struct Counters {
@@ -99,6 +100,9 @@ void reset_counters();  // registered arrays stay
 // Names [base, base + bytes).  Throws std::invalid_argument if it overlaps another array.
 void register_array(const std::string& name, const void* base, size_t bytes);
 void clear_arrays();
+
+// Memory whose changes between launches are noted; null: none.
+void watch(const void* base, size_t bytes);
 
 // Zero pages that take memory only once touched: arrays beyond 2^31 elements.
 void* map_sparse(size_t bytes);  // throws std::bad_alloc

@@ -85,8 +85,13 @@ class Workspace {
   explicit Workspace(size_t bytes) : memory_(bytes / 4 + 65, 0xFFFFFFFFu) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     base_ = reinterpret_cast<void*>((address + 255) / 256 * 256);
-    if (options().count_memory && bytes) register_array("workspace", base_, bytes);
+    if (!options().count_memory || !bytes) return;
+    register_array("workspace", base_, bytes);
+    watch(base_, bytes);
   }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { watch(nullptr, 0); }
   void* get() { return base_; }
 
  private:
@@ -294,6 +299,7 @@ py::dict counters_dict() {
   for (const LaunchRecord& l : c.launches) {
     py::dict d;
     d["name"] = l.name, d["shared_bytes"] = l.shared_bytes, d["offset"] = offset_in_module(l.kernel);
+    d["cleared"] = l.cleared;
     d["grid"] = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]);
     d["block"] = py::make_tuple(l.block[0], l.block[1], l.block[2]);
     launches.append(d);
