@@ -202,7 +202,7 @@ size_t factor_grad_workspace(const Call& call, const FactorGradParams& problem) 
   rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
     const auto plan = plan::factor_grad(p.M, p.K, ranks, element_size(call.type), machine_of(call, ranks));
     const int R = plan::padded_rank(ranks);
-    const int64_t floats = int64_t(kernels::factor_grad_subs(R)) * kernels::grad_cols(R) * R;
+    const int64_t floats = int64_t(kernels::factor_grad_subs(R)) * kernels::factor_grad_cols(R) * R;
     bytes = std::max(bytes, reduction_bytes(plan.n_blocks, plan.m_blocks, floats));
   });
   return pack.bytes() + bytes;

@@ -50,16 +50,18 @@ constexpr double EXTRA = 2;  // what a byte of a factor or of a partial sum cost
 constexpr double ARRIVING = 1.5;  // from the last store of a partial sum to the first load of it
 
 struct Cost {
-  double large, extra;  // bytes: of the large matrix; of factors and partial sums, as much as they are to weigh
+  double large,
+      extra;  // bytes: of the large matrix; of factors and partial sums
   int64_t blocks;
   double uneven;  // the largest block over the mean one
   double summed;  // bytes that the last block adds, 0: there is no sum
+  double weight = EXTRA;
 };
 inline double microseconds(const Machine& machine, const Cost& c) {
   const double blocks = double(c.blocks), slots = double(machine.slots()), wanted = double(machine.wanted());
   const double waves = blocks > slots ? double(ceil_div(c.blocks, machine.slots())) * slots / blocks : 1.0;
   const double idle = blocks < wanted ? wanted / blocks : waves;
-  const double bytes = c.large + EXTRA * c.extra;
+  const double bytes = c.large + c.weight * c.extra;
   const double stream = std::max(bytes * idle * c.uneven / (MEMORY * machine.multiprocessors),
                                  bytes * c.uneven / blocks / ALONE);
   return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0);
@@ -90,6 +92,8 @@ void each_plan(const Machine& machine, int64_t owned, int64_t split, int subs, i
     if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
     const auto attempt = [&](int64_t splits) {
       splits = std::clamp<int64_t>(splits, 1, split);
+      const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
+      if (owners * even >= machine.wanted()) splits = even;
       Cost c = cost(owners, splits);
       c.blocks = owners * splits;
       c.uneven = unevenness(owned, owners) * unevenness(split, splits);
@@ -111,8 +115,7 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
     const int subs = kernels::shrink_subs(R, rows);
     // The sum over many splits is what one waits for when the tokens are few: no more than memory needs.
     Machine few = machine;
-    if (tiles == 1)
-      few.multiprocessors = int(std::min<int64_t>(machine.multiprocessors, std::max<int64_t>(36, R)));
+    if (tiles == 1) few.multiprocessors = std::min(machine.multiprocessors, std::max(35, R + R / 8));
     each_plan(
         few, tiles, steps, subs, 1,
         [&](int64_t blocks, int64_t splits) {
@@ -148,7 +151,7 @@ inline Plan expand_add(int64_t M, int64_t N, int64_t r, int element, const Machi
 
 inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Machine& machine) {
   const int R = padded_rank(r), rows = kernels::factor_grad_rows(size_t(element), R),
-            cols = kernels::grad_cols(R);
+            cols = kernels::factor_grad_cols(R);
   const int64_t k_tiles = ceil_div(K, cols), m_tiles = ceil_div(M, rows);
   Plan best;
   each_plan(
@@ -179,10 +182,12 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, Machine ma
                      Q = m > 1 ? 8.0 * double(r) * double(m) * double(N) : 0.0;
         // of k, the row tiles that a block is the last to reach
         return Cost{double(M) * double(N) * element,
-                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k + Q, 0,
+                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k + Q,
+                    0,
                     1,
                     Q / 2 / double(n) + double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
-                                            double(std::min<int64_t>(rows, M)) * double(n)};
+                                            double(std::min<int64_t>(rows, M)) * double(n),
+                    1.5 * EXTRA};  // most of it are sums of k, which pass while g does
       },
       [&](int64_t n, int64_t m, double cost, double extra) {
         if (best.rows == 0 || cost < best.cost) best = {rows, m_tiles, n_tiles, m, n, extra, cost};

@@ -15,31 +15,44 @@ _lotr = torch.ops.lotr
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
+def _rank_rows(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An output whose last dimension is a rank: contiguous, but on CUDA a row starts at a multiple of 16 bytes."""
+    dtype = dtype or like.dtype
+    if like.device.type != "cuda":
+        return like.new_empty(size, dtype=dtype)
+    chunk = 16 // dtype.itemsize
+    strides = [1]
+    for i in range(len(size) - 1, 0, -1):
+        step = -(-size[i] // chunk) * chunk if i == len(size) - 1 else size[i]
+        strides.insert(0, strides[0] * step)
+    return like.new_empty_strided(size, strides, dtype=dtype)
+
+
 @torch.library.register_fake("lotr::shrink")
 def _(x: Tensor, A: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     torch._check(x.dim() == 2 and A.dim() == 2, lambda: f"shrink: expected x and A of 2 dimensions, got {x.dim()}, {A.dim()}")
     torch._check(x.shape[1] == A.shape[0], lambda: f"shrink: A: expected {x.shape[1]} rows, got {A.shape[0]}")
-    return x.new_empty(x.shape[0], A.shape[1])
+    return _rank_rows(x, x.shape[0], A.shape[1])
 
 
 @torch.library.register_fake("lotr::shrink_grad")
 def _(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad: F: expected {g.shape[1]} rows, got {F.shape[0]}")
     torch._check(g.shape[0] == u.shape[0], lambda: f"shrink_grad: u: expected {g.shape[0]} rows, got {u.shape[0]}")
-    k = g.new_empty(g.shape[0], F.shape[1])
+    k = _rank_rows(g, g.shape[0], F.shape[1])
     return k, g.new_empty(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype))
 
 
 @torch.library.register_fake("lotr::shrink_grad_")
 def _(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
     torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad_: F: expected {g.shape[1]} rows, got {F.shape[0]}")
-    return g.new_empty(g.shape[0], F.shape[1])
+    return _rank_rows(g, g.shape[0], F.shape[1])
 
 
 @torch.library.register_fake("lotr::fold")
 def _(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     torch._check(B.shape[1] == cores.shape[2], lambda: f"fold: cores: expected r_out {B.shape[1]}, got {cores.shape[2]}")
-    return B.new_empty(cores.shape[0], B.shape[0], cores.shape[1], dtype=dtype)
+    return _rank_rows(B, cores.shape[0], B.shape[0], cores.shape[1], dtype=dtype)
 
 
 @torch.library.register_fake("lotr::fold_grad")
@@ -59,7 +72,7 @@ def _(acc: Tensor, x: Tensor, k: Tensor, p: float = 0.0, seed: Tensor | None = N
 
 @torch.library.register_fake("lotr::small_forward_")
 def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return x.new_empty(x.shape[0], A.shape[1])
+    return _rank_rows(x, x.shape[0], A.shape[1])
 
 
 @torch.library.register_fake("lotr::small_backward_")

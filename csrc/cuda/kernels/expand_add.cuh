@@ -51,6 +51,32 @@ struct ExpandTraits {
   }
 };
 
+// Rows row0 .. of F, dealt to the products.  By plain loads: the first tiles of y are under way meanwhile,
+// and the loop waits for nothing but those.
+template <class Traits>
+LOTR_DEVICE void load_factor(typename Traits::Factor& tile, const Matrix& F, int64_t row0, int64_t rows,
+                             int r) {
+  using T = typename Traits::T;
+  using Chunk = tile::Chunk<T>;
+  constexpr int CHUNKS = Traits::Factor::CHUNKS;
+#pragma unroll 4
+  for (int index = threadIdx.x; index < Traits::COLS * CHUNKS; index += Traits::THREADS) {
+    const int s = index / CHUNKS, c = index % CHUNKS;
+    const int64_t row = row0 + Traits::column(s);
+    const int valid = tile::valid_elements<Traits::CHUNK>(row, rows, c * Traits::CHUNK, r);
+    const T* from = static_cast<const T*>(F.data) + row * F.row + c * Traits::CHUNK;
+    Chunk value{};
+    if (valid == Traits::CHUNK) {
+      value = ptx::load_nc(reinterpret_cast<const Chunk*>(from));
+    } else {
+#pragma unroll
+      for (int e = 0; e < Traits::CHUNK; ++e)
+        value.v[e] = e < valid ? ptx::load(from + e) : ptx::from_float<T>(0.f);
+    }
+    ptx::store_shared(tile.whole(s, c), value);
+  }
+}
+
 // The strip's rows of u, by one warp.
 template <class Tile>
 LOTR_DEVICE void load_strip(Tile& tile, const Matrix& u, int64_t row0, int64_t rows, int r) {
@@ -141,13 +167,9 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
     ptx::cp_async_commit();
   };
 
-  for (int n = 0; n < n_tiles; ++n)
-    tile::load_rows<Traits::THREADS>(sm.F[n], p.F, n_begin + int64_t(n) * COLS, p.N, p.r,
-                                     [](int s) { return Traits::column(s); });
-  ptx::cp_async_commit();
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; ++i) fetch();
-  ptx::cp_async_wait<STAGES - 1>();
+  for (int n = 0; n < n_tiles; ++n) load_factor<Traits>(sm.F[n], p.F, n_begin + int64_t(n) * COLS, p.N, p.r);
   __syncthreads();  // F is there
 
 #pragma unroll 1

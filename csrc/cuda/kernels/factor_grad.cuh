@@ -23,7 +23,7 @@ struct FactorGradTraits {
   using T = typename P::T;
   static constexpr int R = R_, THREADS = 256;
   static constexpr bool DROPOUT = DROPOUT_;
-  static constexpr int ROWS = factor_grad_rows(sizeof(T), R), COLS = grad_cols(R);
+  static constexpr int ROWS = factor_grad_rows(sizeof(T), R), COLS = factor_grad_cols(R);
   static constexpr int SUBS = factor_grad_subs(R), BLOCKS = blocks_together(R);
 
   struct Stage {

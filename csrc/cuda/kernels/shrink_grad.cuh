@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   if (threadIdx.x == 0)
     for (uint32_t& word : sm.sum_k) ptx::store_shared(&word, 0u);
 
-  for (int n = 0; n < walk.n_tiles; ++n)
-    tile::load_rows<THREADS>(sm.F[n], p.F, n_begin + int64_t(n) * COLS, p.N, p.r, [](int s) { return s; });
+  const tile::Loader<THREADS, typename Traits::Factor> load_F(p.F);
+  for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], n_begin + int64_t(n) * COLS, p.N, 0, p.r);
   ColumnSums<Traits> Q;
   int stored = -1;  // the row tile of k that is in memory and not counted yet
   for (int i = 0; i < STAGES - 1; ++i) fetch();

@@ -44,16 +44,17 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
-// Column tiles of factor_grad and shrink_grad, whose sums a block keeps in registers.
-constexpr int grad_cols(int R) {
-  return R <= 128 ? 128 : 64;
+// Column tiles of factor_grad, whose sums a block keeps in registers: wide where the rank is small, so that a
+// warp can own the whole rank.  A block may own several: 32 accumulators a thread where two blocks are to
+// fit, else 64.
+constexpr int factor_grad_cols(int R) {
+  return R <= 32 ? 128 : 64;
 }
-// Tiles that a block may own: 32 accumulators a thread where two blocks are to fit, else 64.
 constexpr int factor_grad_subs(int R) {
-  return R == 16 ? 4 : R == 32 ? 2 : R == 64 ? 2 : 1;
+  return R == 16 ? 4 : R == 32 ? 2 : 256 / R;
 }
 constexpr int factor_grad_rows(size_t element, int R) {
-  return R == 256 ? 32 : rows_of_16_kb(element, grad_cols(R));
+  return R == 256 ? 32 : R >= 64 ? 64 : rows_of_16_kb(element, factor_grad_cols(R));
 }
 constexpr int shrink_grad_cols(size_t element) {
   return element == 2 ? 128 : 64;

@@ -65,21 +65,6 @@ class Loader {
   }
 };
 
-// Once in a kernel, or in its edges: the same for a tile whose row i is row0 + row_of(i) of the matrix.
-template <int THREADS, class Tile, class RowOf>
-LOTR_DEVICE void load_rows(Tile& tile, const Matrix& m, int64_t row0, int64_t rows, int64_t cols,
-                           RowOf row_of) {
-  using T = typename Tile::T;
-#pragma unroll 1
-  for (int index = threadIdx.x; index < Tile::ROWS * Tile::CHUNKS; index += THREADS) {
-    const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
-    const int64_t row = row0 + row_of(r), col = c * Tile::CHUNK;
-    const int valid = valid_elements<Tile::CHUNK>(row, rows, col, cols);
-    const T* from = static_cast<const T*>(m.data);
-    ptx::cp_async16(tile.chunk(r, c), valid ? from + row * m.row + col : from, valid * int(sizeof(T)));
-  }
-}
-
 // A chunk without its dropped elements; bit j of `keep` is element j's.
 template <int CHUNK>
 LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
