@@ -11,7 +11,7 @@ from ..measure.shapes import Shape
 from ..shared import LABELS
 from ..traffic.counts import Key, Row
 from ..traffic.layer import LEAST
-from ..traffic.projection import FLOPS_REACHED, GPUS, LABEL, excess
+from ..traffic.projection import FLOPS_REACHED, GPUS, LABEL, Times, excess
 from .names import COLOURS, NAMES, PROJECTED_COLOURS, SHARED_COLOURS, colour_of, name_of
 from .plots import save
 from .summary import METHODS, Summary
@@ -117,12 +117,10 @@ def draw_kernels(cells: list[dict], folder: Path) -> list[Path]:
     return save({"kernels": figure}, folder)
 
 
-def draw_projection(shape: Shape, rows: dict[Key, Row], folder: Path) -> list[Path]:
-    """Bars: projected excess of forward + backward on every GPU that has its counts; lines: the least possible."""
-    gpus = [gpu for gpu in GPUS.values() if ("shrink", shape[0], shape[1], shape[3], gpu.multiprocessors) in rows]
-    if not gpus:
-        return []
-    columns = [excess(shape, rows, gpu) for gpu in gpus]
+def draw_projection(shape: Shape, rows: dict[Key, Row], times: dict[str, Times], folder: Path) -> list[Path]:
+    """Bars: projected excess of forward + backward on every GPU of times; lines: the least possible."""
+    gpus = [GPUS[gpu] for gpu in times]
+    columns = [excess(shape, rows, GPUS[gpu], own) for gpu, own in times.items()]
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for i, (rival, colour) in enumerate(PROJECTED_COLOURS.items()):
         places = [j + (i - (len(PROJECTED_COLOURS) - 1) / 2) * BAR for j in range(len(gpus))]
@@ -139,7 +137,9 @@ def draw_projection(shape: Shape, rows: dict[Key, Row], folder: Path) -> list[Pa
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     m, k, n, r = shape
     title = f"{LABEL.capitalize()}: forward + backward of one layer, {m} x {k} x {n}, r = {r}, bf16"
-    figure.suptitle(f"{title}\nfrom counted bytes and data sheets, products at {FLOPS_REACHED:.0%} of their peak", fontsize=10)
+    figure.suptitle(
+        f"{title}\nfrom machine code, counted bytes and data sheets; products at {FLOPS_REACHED:.0%} of their peak", fontsize=10
+    )
     return save({"projection": figure}, folder)
 
 

@@ -36,7 +36,7 @@ class Page(NamedTuple):
 
 
 README = Page(ROOT / "README.md", ("summary",), "")
-BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *tables.TABLES, "traffic"), "../")
+BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *tables.TABLES, "traffic", "static"), "../")
 PAGES = (README, BENCHMARKS)
 PROGRAMS = {"demo": "make demo", "summary": "make bench"}  # whose results a section shows, where it is not bench.<section>
 
@@ -140,9 +140,11 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
             cells = _read(folder / f"{name}.jsonl")
             if cells:
                 found[name].append(table(cells, _pictures(folder, up)))
-    rows = tables.traffic_rows(results)
+    rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if rows:
-        found["traffic"].append(tables.traffic_table(rows, _pictures(results / "simt-executor", up)))
+        found["traffic"].append(tables.traffic_table(rows, estimates, _pictures(folder, up)))
+    if estimates:
+        found["static"].append(tables.static_table(estimates, _pictures(folder, up)))
     found["summary"] = _summary_section(results, up)
     return found
 
@@ -162,7 +164,7 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
-    from . import plots, plots_more
+    from . import plots, plots_more, plots_static
 
     written = []
     for folder in _machines(results):
@@ -172,10 +174,11 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_more.draw_shared(_read(folder / "shared.jsonl"), folder)
         written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
-    rows = tables.traffic_rows(results)
-    if rows:
-        written += plots_more.draw_projection(tables.PROJECTED_SHAPE, rows, results / "simt-executor")
-    return written
+    rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
+    times = tables.layer_projections(tables.PROJECTED_SHAPE, rows, estimates)
+    if times:
+        written += plots_more.draw_projection(tables.PROJECTED_SHAPE, rows, times, folder)
+    return written + plots_static.draw_static(estimates, folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,9 +10,16 @@ from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
 from ..rivals.model import SHAPES as MODELS
-from ..traffic.counts import Key, Row, kept
-from ..traffic.layer import all_steps, total_bytes
-from ..traffic.projection import GPUS, assumptions, excess
+from ..static.model import Estimate
+from ..static.predict import FILE as STATIC_FILE
+from ..static.predict import Key as StaticKey
+from ..static.predict import kept as static_kept
+from ..static.predict import layer_times, measured
+from ..static.table import LABEL as STATIC_LABEL
+from ..static.table import markdown_rows
+from ..traffic.counts import Key, Row, kept, needed
+from ..traffic.layer import LEAST, all_steps, total_bytes
+from ..traffic.projection import GPUS, Times, assumptions, excess
 from .names import EXTRA_FLOPS, NAMES, bold, name_of
 from .summary import LORA, OURS, Summary
 
@@ -223,6 +230,32 @@ TABLES: dict[str, Callable[[list[dict], Pictures], str]] = {
 }
 
 
+def static_found(results: Path) -> dict[StaticKey, Estimate]:
+    """The kept estimates of the newest sources that were modelled."""
+    return static_kept(Store(results / "simt-executor" / STATIC_FILE))
+
+
+def static_table(found: dict[StaticKey, Estimate], picture: bool) -> str:
+    """What each kernel's machine code says of its speed: a row a kernel and size, a column a GPU."""
+    gpus = [gpu for gpu in GPUS if any(key[5] == gpu for key in found)]
+    gpus.sort(key=lambda gpu: gpu != "h100")
+    heads, rows = markdown_rows({key: e for key, e in found.items() if key[4] == "bf16"}, measured(), gpus)
+    title = f"`python -m bench.static`, no GPU, bf16: {STATIC_LABEL}. Bandwidth: of the data sheet's, begin and end included:"
+    folder = "bench/results/simt-executor"
+    link = ["", f"![where each kernel's time goes, modelled]({folder}/static.png)"] if picture else []
+    return "\n".join([title, "", *markdown(heads, rows, 2), *link])
+
+
+def layer_projections(shape: Shape, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> dict[str, Times]:
+    """Times of our kernels by GPU, for those GPUs that have all counts and estimates of a layer."""
+    times = {gpu: layer_times([shape], gpu, found) for gpu in GPUS}
+    return {
+        g: t
+        for g, t in times.items()
+        if t is not None and all(key in rows for key in needed([shape], [GPUS[g].multiprocessors]))
+    }
+
+
 def traffic_rows(results: Path) -> dict[Key, Row]:
     """The kept counts of the newest sources that were counted."""
     store = Store(results / "simt-executor" / "traffic.jsonl")
@@ -230,21 +263,23 @@ def traffic_rows(results: Path) -> dict[Key, Row]:
     return kept(store, cells[-1]["build"]) if cells else {}
 
 
-def traffic_table(rows: dict[Key, Row], pictures: Pictures) -> str:
+def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
     """Counted bytes of a whole layer beyond the frozen one's, and what they would cost: a projection."""
     m, k, n, r = shape = PROJECTED_SHAPE
-    gpus = [gpu for gpu in GPUS.values() if ("shrink", m, k, r, gpu.multiprocessors) in rows]
-    if not gpus:
+    times = layer_projections(shape, rows, found)
+    counted = [gpu for gpu in GPUS.values() if all(key in rows for key in needed([shape], [gpu.multiprocessors]))]
+    if not counted:
         return ""
-    steps = all_steps(shape, rows, gpus[-1].multiprocessors)
+    steps = all_steps(shape, rows, counted[-1].multiprocessors)
     frozen = total_bytes(steps["frozen"], "step")
-    projected = [excess(shape, rows, gpu) for gpu in gpus]
+    projected = [excess(shape, rows, GPUS[gpu], own) for gpu, own in times.items()]
     names = [name for name in steps if name != "frozen"]
     lines = []
     for name in names:
         sizes = [f"{(total_bytes(steps[name], 'step') - frozen) / 1e6:.0f} MB"]
-        lines.append([bold(NAMES.get(name, name)), *sizes, *(f"{column[name]['step']:.1%}" for column in projected)])
-    heads = ["", "counted bytes over the frozen layer's", *(f"{gpu.name}, projected" for gpu in gpus)]
+        columns = [f"{column[name]['step']:.1%}" if name in column else "-" for column in projected]
+        lines.append([bold(NAMES.get(name, name)) if name != LEAST else LEAST, *sizes, *columns])
+    heads = ["", "counted bytes over the frozen layer's", *(f"{GPUS[gpu].name}, projected" for gpu in times)]
     title = (
         f"`python -m bench.traffic`, no GPU: one layer, {m} x {k} x {n}, r = {r}, bf16, forward + backward. Bytes: our "
         f"kernels' counted by the executor, library operators' at their least. Times over the frozen layer: a {assumptions()}."

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..measure.session import new_table, progress, start, wide_console
 from ..measure.shapes import parse_shapes
 from ..measure.store import Store
+from ..static.predict import layer_keys, layer_times, predict
 from . import layer as layer_traffic
 from . import projection
 from .counts import FOLDER, LAYER_SHAPES, count_all, needed
@@ -53,9 +54,18 @@ def main(argv: list[str] | None = None) -> int:
                 numbers = [f"{row.m} x {row.n}", str(row.r), str(row.blocks), f"{row.once:.4f}"]
                 table.add_row(row.kernel, *numbers, *sizes, *rates)
         console.print(table)
+    times = {}
+    try:
+        wanted = layer_keys(options.shapes, options.gpus)
+        with progress(len(wanted)) as begin:
+            found = predict(wanted, options.results, begin, options.fresh)
+        times = {gpu: layer_times(options.shapes, gpu, found) for gpu in options.gpus}
+    except FileNotFoundError as error:  # bytes need no compiler
+        console.print(f"no projection: {error}", highlight=False, markup=False, soft_wrap=True)
     for shape in options.shapes:
         console.print(layer_traffic.table(shape, rows, multiprocessors[0]))
-        console.print(projection.table(shape, rows, options.gpus))
+        if times:
+            console.print(projection.table(shape, rows, times))
     console.print(f"counts in {store.path}", highlight=False)
     return 0
 

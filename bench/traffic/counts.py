@@ -13,11 +13,13 @@ not made again while the kernels' sources stay as they are.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 
 import numpy as np
@@ -27,11 +29,12 @@ from ..measure.shapes import Shape
 from ..measure.store import RESULTS, ROOT, Store, latest
 
 FOLDER = RESULTS / "simt-executor"
-LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (2048, 4096, 1024, 16)]
+LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 14336, 16)]
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
 ELEMENT = 2  # bfloat16
+DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Row:
     sector_efficiency: float
     bank_conflicts: float  # wavefronts over phases
     launches: int
+    machine: dict = field(default_factory=dict)  # what a model of the machine code needs (bench/static): see `_machine`
 
     @property
     def once(self) -> float:
@@ -115,38 +119,40 @@ def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int) -> tuple[Callable[[], None], np.ndarray]:
-    """A run of one kernel in bfloat16, and its large matrix."""
+def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str) -> tuple[Callable[[], None], np.ndarray]:
+    """A run of one kernel, and its large matrix."""
 
-    def bf16(*shape: int) -> np.ndarray:
-        return aligned(shape, np.uint16)
+    def elements(*shape: int) -> np.ndarray:
+        return aligned(shape, DTYPES[dtype])
 
     def fp32(*shape: int) -> np.ndarray:
         return aligned(shape, np.float32)
 
     if kernel in SMALL:
-        B, cores = bf16(n, r), bf16(m, r, r)
+        B, cores = elements(n, r), elements(m, r, r)
         if kernel == "fold":
-            F = bf16(m, n, r)
+            F = elements(m, n, r)
             return lambda: lib.fold(B, cores, 1.0, F), F
         Q, dB, dcores = fp32(m, n, r), fp32(n, r), fp32(m, r, r)
         return lambda: lib.fold_grad(Q, B, cores, 1.0, dB, dcores), Q
-    large, factor, narrow = bf16(m, n), bf16(n, r), bf16(m, r)
+    large, factor, narrow = elements(m, n), elements(n, r), elements(m, r)
     calls = {
         "shrink": lambda: lib.shrink(large, factor, narrow),
         "expand_add": lambda: lib.expand_add_(large, narrow, factor),
         "factor_grad": lambda: lib.factor_grad_(fp32(n, r), large, narrow),
-        "shrink_grad": lambda: lib.shrink_grad(large, factor, narrow, bf16(m, r), fp32(n, r)),
+        "shrink_grad": lambda: lib.shrink_grad(large, factor, narrow, elements(m, r), fp32(n, r)),
     }
     if kernel not in calls:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS + SMALL)}, got {kernel}")
     return calls[kernel], large
 
 
-def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors: int = 132) -> Row:
-    """Runs one kernel in bfloat16 and counts."""
-    call, large = _call(lib, kernel, m, n, r)
-    lib.set_device(multiprocessors=multiprocessors)
+def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors: int = 132, dtype: str = "bf16") -> Row:
+    """Runs one kernel and counts. dtype: bf16, fp16, tf32 (float32 whose products are rounded) or fp32."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    call, large = _call(lib, kernel, m, n, r, dtype)
+    lib.set_device(multiprocessors=multiprocessors, float32="tf32" if dtype == "tf32" else "exact")
     lib.set_options(count_memory=True)
     lib.reset_counters()
     call()
@@ -172,12 +178,47 @@ def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors:
         sector_efficiency=sum(total.values()) / (32 * sectors),
         bank_conflicts=counters["shared_wavefronts"] / max(1, counters["shared_phases"]),
         launches=len(counters["launches"]),
+        machine=_machine(lib, counters, total[main]),
     )
+
+
+def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
+    """What ran, for a model of the machine code: the last launch's instance, grid, threads and shared bytes; warp instructions
+    of the whole kernel; what the last block to arrive still reads; accesses that were not by 16-byte copies or stores."""
+    launch = counters["launches"][-1]
+    arrays = counters["arrays"].values()
+    return {
+        "names": [one["name"] for one in counters["launches"]],
+        "symbol": symbols(lib).get(launch["offset"], ""),
+        "grid": launch["grid"],
+        "warps": launch["block"][0] // 32,
+        "memsets": sum(one["cleared"] for one in counters["launches"]),
+        "shared": launch["shared_bytes"],
+        "waits": counters["async_waits"] / 32,
+        "copies": counters["async_copies"] / 32,
+        "matrix": counters["mma"],
+        "late_loads": counters["late_loads"],  # of 16 bytes, a thread
+        "late_bytes": counters["late_bytes"],
+        "read": sum(a["read_bytes"] for a in arrays),
+        "written": sum(a["written_bytes"] for a in arrays),
+    }
+
+
+@functools.cache
+def symbols(lib: ModuleType) -> dict[int, str]:
+    """The module's functions by address: an instance of a kernel has one mangled name on host and device."""
+    try:
+        listing = subprocess.run(["nm", lib.__file__], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise OSError(f"nm: cannot list the symbols of {lib.__file__}: {error}") from None
+    words = [line.split() for line in listing.splitlines()]
+    return {int(w[0], 16): w[2] for w in words if len(w) == 3 and w[1] in "tTwW" and "kernels" in w[2]}
 
 
 # ---- counts that are kept --------------------------------------------------------------------------------------------
 
-Key = tuple[str, int, int, int, int]  # kernel, m, n, r, multiprocessors
+CASE = ("kernel", "m", "n", "r", "multiprocessors")
+Key = tuple[str, int, int, int, int]  # of these
 
 
 def needed(shapes: list[Shape], multiprocessors: list[int]) -> list[Key]:
@@ -195,26 +236,28 @@ def needed(shapes: list[Shape], multiprocessors: list[int]) -> list[Key]:
     return list(dict.fromkeys(keys))
 
 
-def kept(store: Store, build: str) -> dict[Key, Row]:
-    """The counts that were made of these sources."""
-    cells = [cell for cell in latest(store.read()) if cell["build"] == build]
-    return {tuple(cell["case"].values()): Row(**cell["row"]) for cell in cells}
+def kept(store: Store, build: str, dtype: str = "bf16") -> dict[Key, Row]:
+    """The counts of a dtype that were made of these sources."""
+    cells = [c for c in latest(store.read()) if c["build"] == build and c["case"].get("dtype") == dtype]
+    return {tuple(cell["case"][name] for name in CASE): Row(**cell["row"]) for cell in cells}
 
 
-def keep(store: Store, build: str, key: Key, row: Row) -> None:
-    case = dict(zip(("kernel", "m", "n", "r", "multiprocessors"), key))
+def keep(store: Store, build: str, key: Key, row: Row, dtype: str = "bf16") -> None:
+    case = dict(zip(CASE, key)) | {"dtype": dtype}
     store.append({"case": case, "rival": "lotr_ext", "build": build, "row": asdict(row)})
 
 
-def count_all(keys: list[Key], store: Store, begin: Callable[[str], None], again: bool = False) -> dict[Key, Row]:
+def count_all(
+    keys: list[Key], store: Store, begin: Callable[[str], None], again: bool = False, dtype: str = "bf16"
+) -> dict[Key, Row]:
     """The rows of keys, counted where they are not kept."""
     build = sources_id()
-    rows = {} if again else kept(store, build)
+    rows = {} if again else kept(store, build, dtype)
     lib = None
     for key in keys:
-        begin(f"{key[0]} {key[1]}x{key[2]} r{key[3]}, {key[4]} multiprocessors")
+        begin(f"{key[0]} {key[1]}x{key[2]} r{key[3]} {dtype}, {key[4]} multiprocessors")
         if key not in rows:
             lib = lib or executor()
-            rows[key] = count(lib, *key)
-            keep(store, build, key, rows[key])
+            rows[key] = count(lib, *key, dtype=dtype)
+            keep(store, build, key, rows[key], dtype)
     return {key: rows[key] for key in keys}

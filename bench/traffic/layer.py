@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..measure.bounds import DIRECTIONS, Work, kernel_work, work
 from ..measure.shapes import Case, Shape
 from ..rivals.base import Rival, Tensors
-from .counts import ELEMENT, Key, Row
+from .counts import ELEMENT, SMALL, Key, Row
 
 RIVALS = ("frozen", "lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")
-OURS = ("lotr_ext two_pass", "lotr_ext beta", "lotr_ext beta, nothing from L2")
+LAYERS = 32  # of a group, as in Llama-3-8B: fold and fold_grad are one launch for all of them
+IN_DRAM = "lotr_ext beta, nothing from L2"
+OURS = ("lotr_ext two_pass", "lotr_ext beta", IN_DRAM)
 LEAST = "least possible"
 
 
@@ -30,6 +32,8 @@ class Step:
 
     name: str
     work: Work
+    kernel: Key | None = None  # of ours: whose time the model of its machine code gives (bench/static)
+    layers: int = 1  # that one launch serves
 
 
 Steps = dict[str, list[Step]]  # by direction: forward, backward
@@ -95,7 +99,9 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
     def kernel(name: str, rows_of: int, width: int) -> Step:
         row, least = rows[name, rows_of, width, r, multiprocessors], kernel_work(name, rows_of, width, r, ELEMENT)
         once = least.bytes + row.moved - row.large
-        return Step(name, Work(least.flops, row.total if strategy == OURS[2] else once))
+        small = name in SMALL
+        key = None if small else (name, rows_of, width, r, multiprocessors)
+        return Step(name, Work(least.flops, row.total if strategy == IN_DRAM else once), key, LAYERS if small else 1)
 
     if strategy.startswith("lotr_ext beta"):  # the library's product writes u F^T, and the base product adds onto it
         expand = Step("expand", Work(2 * m * n * r, ELEMENT * (m * n + m * r + n * r)))

@@ -1,8 +1,9 @@
-"""What the counted bytes would cost on a GPU: a projection, no measurement, and labelled so wherever it appears.
+"""What a layer would cost on a GPU: a projection, no measurement, and labelled so wherever it appears.
 
-Each operator takes the longer of its operations at the GPU's matrix speed and its bytes at its memory bandwidth, both at the
-fractions below; operators follow one another, and launches cost nothing. Library operators are taken at their least bytes; of
-our kernels the bytes of the large matrices are those that the executor counted, see layer_traffic.
+Each library operator takes the longer of its operations at the GPU's matrix speed and its bytes at its memory bandwidth, both
+at the fractions below, and moves its least bytes. Our kernels take the times that bench.static reads off their machine code
+and their counted bytes. Operators follow one another, each a launch; fold and fold_grad are one launch for the layers of a
+group.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from ..measure.bounds import DIRECTIONS, Work
 from ..measure.shapes import Shape
 from .counts import Key, Row
-from .layer import Steps, all_steps
+from .layer import IN_DRAM, LAYERS, Step, Steps, all_steps
 
 FLOPS_REACHED, BANDWIDTH_REACHED = 0.8, 0.9  # of the data sheet's, by large products and by long streams
+LAUNCH = 2.0e-6  # seconds between two kernels of a stream, the second after the first; a memset as well
 LABEL = "projection, not measured"
+Times = dict[Key, float]  # seconds of our kernels on one GPU, memsets included
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,29 @@ GPUS = {
     "h100": Gpu("H100 SXM", 989e12, 3.35e12, 132),
     "h200": Gpu("H200", 989e12, 4.8e12, 132),
     "b200": Gpu("B200", 2250e12, 8.0e12, 148),
+    "rtx4090": Gpu("RTX 4090", 165.2e12, 1.008e12, 128),
 }
 
 
-def seconds(steps: Steps, direction: str, gpu: Gpu) -> float:
+def step_seconds(step: Step, gpu: Gpu, times: Times) -> float:
+    """Of one operator with its launch, which several layers may share. KeyError where a kernel of ours has no time."""
+    own = gpu.seconds(step.work) if step.kernel is None else times[step.kernel]
+    return own + LAUNCH / step.layers
+
+
+def seconds(steps: Steps, direction: str, gpu: Gpu, times: Times) -> float:
     """Of "forward", "backward" or both ("step")."""
     names = ("forward", "backward") if direction == "step" else (direction,)
-    return sum(gpu.seconds(step.work) for name in names for step in steps[name])
+    return sum(step_seconds(step, gpu, times) for name in names for step in steps[name])
 
 
-def excess(shape: Shape, rows: dict[Key, Row], gpu: Gpu) -> dict[str, dict[str, float]]:
+def excess(shape: Shape, rows: dict[Key, Row], gpu: Gpu, times: Times) -> dict[str, dict[str, float]]:
     """Projected time over the frozen layer less one, by rival and direction."""
     found = all_steps(shape, rows, gpu.multiprocessors)
-    frozen = {direction: seconds(found["frozen"], direction, gpu) for direction in DIRECTIONS}
+    del found[IN_DRAM]  # a statement about bytes; the times contain what comes from L2 and what does not
+    frozen = {direction: seconds(found["frozen"], direction, gpu, times) for direction in DIRECTIONS}
     return {
-        name: {direction: seconds(steps, direction, gpu) / frozen[direction] - 1 for direction in DIRECTIONS}
+        name: {direction: seconds(steps, direction, gpu, times) / frozen[direction] - 1 for direction in DIRECTIONS}
         for name, steps in found.items()
         if name != "frozen"
     }
@@ -58,21 +69,22 @@ def excess(shape: Shape, rows: dict[Key, Row], gpu: Gpu) -> dict[str, dict[str, 
 
 def assumptions() -> str:
     return (
-        f"{LABEL}: each operator at the longer of its operations ({FLOPS_REACHED:.0%} of the data sheet's bf16 speed) and its "
-        f"bytes ({BANDWIDTH_REACHED:.0%} of its bandwidth), launches free"
+        f"{LABEL}: our kernels as bench.static models their machine code; library operators at the longer of their operations "
+        f"({FLOPS_REACHED:.0%} of the data sheet's bf16 speed) and their bytes ({BANDWIDTH_REACHED:.0%} of its bandwidth); "
+        f"a launch {LAUNCH * 1e6:.0f} us each, fold and fold_grad one for {LAYERS} layers"
     )
 
 
-def table(shape: Shape, rows: dict[Key, Row], gpus: list[str]):
-    """Forward / backward / both of every rival on every GPU."""
+def table(shape: Shape, rows: dict[Key, Row], times: dict[str, Times]):
+    """Forward / backward / both of every rival on every GPU of times."""
     from ..measure.session import new_table
 
     m, k, n, r = shape
     title = f"Time over the frozen layer, {m} x {k} x {n}, r = {r}, bf16: {LABEL}; forward, backward, both"
-    result = new_table(title, "", *(GPUS[gpu].name for gpu in gpus))
-    columns = {gpu: excess(shape, rows, GPUS[gpu]) for gpu in gpus}
-    for name in columns[gpus[0]]:
-        cells = (", ".join(f"{columns[gpu][name][direction]:.1%}" for direction in DIRECTIONS) for gpu in gpus)
+    result = new_table(title, "", *(GPUS[gpu].name for gpu in times))
+    columns = {gpu: excess(shape, rows, GPUS[gpu], own) for gpu, own in times.items()}
+    for name in next(iter(columns.values())):
+        cells = (", ".join(f"{column[name][direction]:.1%}" for direction in DIRECTIONS) for column in columns.values())
         result.add_row(name, *cells)
     result.caption, result.caption_justify = assumptions(), "left"
     return result

@@ -15,15 +15,33 @@ struct Call {
   DType type;           // of the large matrix
   Float32 float32;      // how float32 is multiplied
   int multiprocessors;  // of the device: decides how the work is split
+  int shared;           // bytes of shared memory that a multiprocessor has: how many blocks it holds
   void* stream;         // cudaStream_t
 };
 
+// Elements of 16 bytes.  A matrix whose rows start at a multiple of it, in aligned memory, is read 16 bytes
+// at a time; give u, k, h and F such rows whatever their rank is.
+constexpr int64_t row_elements(DType type) {
+  return type == DType::float32 ? 4 : 8;
+}
+
 // Each operator takes the problem (the plan's fields are its own business) and a workspace of at least
-// *_workspace bytes on the device, 16-byte aligned, whose contents do not matter.
+// *_workspace bytes on the device, 256-byte aligned, whose contents do not matter; it is free again, in
+// stream order, when the call returns.
+//
+// An input that cannot be read 16 bytes at a time (float32 factors beside half activations, strides that are
+// no multiple of 16 bytes, a transposed g) is first cast or packed into the workspace, by one launch more:
+// callers need do nothing, and pay for it once a call.  What is written may lie anywhere; rows of 16 bytes
+// are faster.
+//
+// Who writes and who adds: shrink writes u (and h), shrink_grad writes k; Q is written, not added to, where
+// accumulate is 0, so it needs no zeros.  expand_add adds to y, factor_grad to D unless its accumulate is 0,
+// and fold_grad adds to dB and writes dcores.  No launch clears anything.
 size_t shrink_workspace(const Call& call, const ShrinkParams& p);
 void shrink(const Call& call, const ShrinkParams& p, void* workspace);
 
-void expand_add(const Call& call, const ExpandParams& p);
+size_t expand_add_workspace(const Call& call, const ExpandParams& p);
+void expand_add(const Call& call, const ExpandParams& p, void* workspace);
 
 size_t factor_grad_workspace(const Call& call, const FactorGradParams& p);
 void factor_grad(const Call& call, const FactorGradParams& p, void* workspace);
@@ -31,7 +49,8 @@ void factor_grad(const Call& call, const FactorGradParams& p, void* workspace);
 size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& p);
 void shrink_grad(const Call& call, const ShrinkGradParams& p, void* workspace);
 
-// These two take the types of their operands in p, and use neither call.type nor call.float32.
+// These two take the types of their operands in p, any strides, and use neither call.type nor call.float32.
+// F [L, N, r_in]: F_layer and F_row are its strides, rows padded to row_elements(F_type).
 void fold(const Call& call, const FoldParams& p);
 
 size_t fold_grad_workspace(const Call& call, const FoldGradParams& p);

@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "kernels/expand_add.cuh"
 #include "kernels/factor_grad.cuh"
+#include "kernels/pack.cuh"
 #include "kernels/shrink.cuh"
 #include "kernels/shrink_grad.cuh"
 #include "launchers.h"
@@ -17,6 +18,10 @@ inline dim3 grid_of(int64_t x, int64_t y) {
   return dim3(unsigned(x), unsigned(y));
 }
 
+inline plan::Machine machine_of(const Call& call, int64_t r) {
+  return plan::Machine::of(call.multiprocessors, call.shared, r);
+}
+
 template <class Traits, class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, const char* name) {
   ptx::launch({grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem),
@@ -24,64 +29,63 @@ void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p
               kernel, p);
 }
 
-// Cuts a piece off the workspace for the blocks' sums: `tiles` counters, then the floats.
-inline Reduction take(char*& workspace, char*& floats, int64_t tiles, size_t count) {
-  const Reduction sum{reinterpret_cast<float*>(floats), reinterpret_cast<int32_t*>(workspace)};
-  workspace += tiles * sizeof(int32_t);
-  floats += aligned(count * sizeof(float));
-  return sum;
+// f(true or false as a type): whether there is dropout
+template <class F>
+void dispatch_dropout(const Dropout& dropout, F f) {
+  if (dropout.seed)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
 }
 
 template <class P>
 void Launchers<P>::shrink(const Call& call, ShrinkParams p, void* workspace) {
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
-    constexpr int R = decltype(rank)::value;
-    const auto plan = plan::shrink(p.M, p.K, p.r, sizeof(typename P::T), call.multiprocessors);
-    p.k_per_split = plan.k_per_split;
-    p.splits = plan.splits;
-    if (plan.splits > 1) {
-      char *counters = static_cast<char*>(workspace),
-           *floats = counters + aligned(plan.m_tiles * sizeof(int32_t));
-      clear(counters, size_t(floats - counters), call.stream);
-      p.sum = take(counters, floats, plan.m_tiles, 0);
-    }
-    const dim3 grid = grid_of(plan.m_tiles, plan.splits);
-    using Tall = kernels::ShrinkTraits<P, R, kernels::shrink_tall(R)>;
-    using Low = kernels::ShrinkTraits<P, R, kernels::SHRINK_LOW>;
-    if (plan.rows == Tall::ROWS)
-      launch<Tall>(call, kernels::shrink<Tall>, grid, p, "shrink");
-    else
-      launch<Low>(call, kernels::shrink<Low>, grid, p, "shrink");
+    dispatch_dropout(p.dropout, [&](auto dropout) {
+      constexpr int R = decltype(rank)::value;
+      constexpr bool DROPOUT = decltype(dropout)::value;
+      const auto plan = plan::shrink(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call, p.r));
+      p.m_pieces = plan.m_pieces();
+      p.k_pieces = plan.n_pieces();
+      p.splits = int(plan.n_blocks);
+      if (p.splits > 1) p.sum = Workspace(call, workspace, plan.m_blocks).take(plan.m_blocks, 0);
+      const dim3 grid = grid_of(plan.m_blocks, plan.n_blocks);
+      using Tall = kernels::ShrinkTraits<P, R, kernels::shrink_tall(R), DROPOUT>;
+      using Low = kernels::ShrinkTraits<P, R, kernels::SHRINK_LOW, DROPOUT>;
+      if (plan.rows == Tall::ROWS)
+        launch<Tall>(call, kernels::shrink<Tall>, grid, p, "shrink");
+      else
+        launch<Low>(call, kernels::shrink<Low>, grid, p, "shrink");
+    });
   });
 }
 
 template <class P>
 void Launchers<P>::expand_add(const Call& call, ExpandParams p) {
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
-    using Traits = kernels::ExpandTraits<P, decltype(rank)::value>;
-    const auto plan = plan::expand_add(p.M, p.N, p.r, sizeof(typename P::T), call.multiprocessors);
-    p.m_per_block = plan.m_per_block;
-    p.n_per_block = plan.n_per_block;
-    launch<Traits>(call, kernels::expand_add<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p, "expand_add");
+    dispatch_dropout(p.dropout, [&](auto dropout) {
+      using Traits = kernels::ExpandTraits<P, decltype(rank)::value, decltype(dropout)::value>;
+      const auto plan = plan::expand_add(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call, p.r));
+      p.n_pieces = plan.n_pieces();
+      launch<Traits>(call, kernels::expand_add<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
+                     "expand_add");
+    });
   });
 }
 
 template <class P>
 void Launchers<P>::factor_grad(const Call& call, FactorGradParams p, void* workspace) {
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
-    using Traits = kernels::FactorGradTraits<P, decltype(rank)::value>;
-    const auto plan = plan::factor_grad(p.M, p.K, p.r, sizeof(typename P::T), call.multiprocessors);
-    p.m_per_block = plan.m_per_block;
-    p.k_per_block = plan.n_per_block;
-    p.splits = int(plan.m_blocks);
-    if (p.splits > 1) {
-      char *counters = static_cast<char*>(workspace),
-           *floats = counters + aligned(plan.n_blocks * sizeof(int32_t));
-      clear(counters, size_t(floats - counters), call.stream);
-      p.sum = take(counters, floats, plan.n_blocks, 0);
-    }
-    launch<Traits>(call, kernels::factor_grad<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
-                   "factor_grad");
+    dispatch_dropout(p.dropout, [&](auto dropout) {
+      using Traits = kernels::FactorGradTraits<P, decltype(rank)::value, decltype(dropout)::value>;
+      const auto plan = plan::factor_grad(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call, p.r));
+      p.m_pieces = plan.m_pieces();
+      p.k_pieces = plan.n_pieces();
+      p.splits = int(plan.m_blocks);
+      if (p.splits > 1) p.sum = Workspace(call, workspace, plan.n_blocks).take(plan.n_blocks, 0);
+      launch<Traits>(call, kernels::factor_grad<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
+                     "factor_grad");
+    });
   });
 }
 
@@ -89,20 +93,24 @@ template <class P>
 void Launchers<P>::shrink_grad(const Call& call, ShrinkGradParams p, void* workspace) {
   dispatch_rank<SHRINK_GRAD_MAX_RANK>(p.r, [&](auto rank) {
     using Traits = kernels::ShrinkGradTraits<P, decltype(rank)::value>;
-    const auto plan = plan::shrink_grad(p.M, p.N, p.r, sizeof(typename P::T), call.multiprocessors);
-    p.m_per_block = plan.m_per_block;
-    p.n_per_block = plan.n_per_block;
+    const auto plan = plan::shrink_grad(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call, p.r));
+    p.m_pieces = plan.m_pieces();
+    p.n_pieces = plan.n_pieces();
     p.m_splits = int(plan.m_blocks);
     p.n_splits = int(plan.n_blocks);
-    char* counters = static_cast<char*>(workspace);
-    char* floats = counters + aligned((plan.m_blocks + plan.n_blocks) * sizeof(int32_t));
-    clear(counters, size_t(floats - counters), call.stream);
-    p.sum_k = take(counters, floats, plan.m_blocks,
-                   size_t(plan.m_blocks * plan.n_blocks * plan.m_per_block) * Traits::R);
-    p.sum_Q = take(counters, floats, plan.n_blocks, 0);
+    Workspace memory(call, workspace, plan.m_tiles + plan.n_blocks);
+    p.sum_k = memory.take(plan.m_tiles, plan.m_tiles * plan.n_blocks * plan.rows * Traits::R);
+    p.sum_Q = memory.take(plan.n_blocks, 0);
     launch<Traits>(call, kernels::shrink_grad<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
                    "shrink_grad");
   });
+}
+
+template <class P>
+void Launchers<P>::pack(const Call& call, const PackParams& p) {
+  using Traits = kernels::PackTraits<typename P::T>;
+  const dim3 grid = grid_of(plan::ceil_div(p.rows, Traits::ROWS), plan::ceil_div(p.to_row, Traits::COLS));
+  launch<Traits>(call, kernels::pack<Traits>, grid, p, "pack");
 }
 
 }  // namespace lotr::cuda

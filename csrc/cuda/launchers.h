@@ -13,20 +13,35 @@ constexpr int max_rank(DType type) {
 // Above this, k and Q are cheaper from two reads of g: their partial sums would outweigh one.
 constexpr int SHRINK_GRAD_MAX_RANK = 64;
 
-// Of the workspace: the counters of arrival come first, rounded up to CLEAR bytes, then the partial sums.
 constexpr size_t ALIGN = 256;
 constexpr size_t aligned(size_t bytes) {
   return (bytes + ALIGN - 1) / ALIGN * ALIGN;
 }
 
+// These take matrices that can be read 16 bytes at a time, and ranks of one launch.
 template <class P>
 struct Launchers {
   static void shrink(const Call& call, ShrinkParams p, void* workspace);
   static void expand_add(const Call& call, ExpandParams p);
   static void factor_grad(const Call& call, FactorGradParams p, void* workspace);
   static void shrink_grad(const Call& call, ShrinkGradParams p, void* workspace);
+  static void pack(const Call& call, const PackParams& p);
 };
 
-void clear(void* data, size_t bytes, void* stream);
+// Where the counters and the partial sums of a launch lie.  The counters are those of counters.h; where it
+// has no more, the first bytes of the workspace, cleared.
+class Workspace {
+ public:
+  Workspace(const Call& call, void* memory, int64_t tiles);
+  // The next `tiles` counters and `floats` partial sums.
+  Reduction take(int64_t tiles, int64_t floats);
+  static size_t bytes(int64_t tiles, int64_t floats) {
+    return aligned(size_t(tiles) * sizeof(int32_t)) + aligned(size_t(floats) * sizeof(float));
+  }
+
+ private:
+  int32_t* counters_;
+  char* floats_;
+};
 
 }  // namespace lotr::cuda

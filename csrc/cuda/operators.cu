@@ -1,9 +1,10 @@
-// csrc/cuda/launch.h: choice of the element type, ranks beyond one launch, workspaces; and fold, which needs
-// no choice.
+// csrc/cuda/launch.h: choice of the element type, ranks beyond one launch, inputs that have to be packed,
+// workspaces; and fold, which needs no choice.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "counters.h"
 #include "dispatch.h"
 #include "kernels/fold.cuh"
 #include "launchers.h"
@@ -58,44 +59,103 @@ void rank_pieces(int64_t r, int64_t most, F f) {
   for (int64_t first = 0; first < r; first += most) f(first, int32_t(std::min(most, r - first)));
 }
 
-// Workspace of a reduction: a counter for each tile, `floats` of partial sums for each block of the tile.
+plan::Machine machine_of(const Call& call, int64_t r) {
+  return plan::Machine::of(call.multiprocessors, call.shared, r);
+}
+
+// Takes packed copies of inputs off the front of the workspace, where they are needed.  Without one (null) it
+// only counts their bytes.
+class Packer {
+ public:
+  Packer(const Call& call, void* workspace) : call_(call), start_(static_cast<char*>(workspace)) {}
+
+  void operator()(Matrix& m, int64_t rows, int64_t cols) {
+    if (m.access == Access::vector) return;
+    const int64_t chunk = row_elements(call_.type), row = plan::ceil_div(cols, chunk) * chunk;
+    const Matrix packed{start_ + bytes_, row, 1, Access::vector};
+    bytes_ += aligned(size_t(rows * row) * size_t(element_size(call_.type)));
+    if (start_) {
+      const PackParams p{m, const_cast<void*>(packed.data), rows, cols, row};
+      dispatch_policy(call_, [&](auto launchers) { launchers.pack(call_, p); });
+    }
+    m = packed;
+  }
+  size_t bytes() const { return bytes_; }
+  void* rest() const { return start_ + bytes_; }
+
+ private:
+  const Call& call_;
+  char* start_;
+  size_t bytes_ = 0;
+};
+
 size_t reduction_bytes(int64_t tiles, int64_t splits, int64_t floats) {
-  return splits > 1 ? aligned(size_t(tiles) * 4) + aligned(size_t(tiles * splits * floats) * 4) : 0;
+  return splits > 1 ? Workspace::bytes(tiles, tiles * splits * floats) : 0;
+}
+
+// h = core_scale * u core as a product of its own, where no block has the whole rank of u.  In exact float32,
+// as within shrink.
+ShrinkParams core_product(const ShrinkParams& p) {
+  ShrinkParams h{};
+  h.x = read_only(p.u);
+  h.A = p.core;
+  h.u = p.h;
+  h.M = p.M;
+  h.K = p.r;
+  h.r = p.r_core;
+  h.scale = p.core_scale;
+  h.dropout.scale = 1.f;
+  return h;
+}
+Call exactly(Call call) {
+  call.float32 = Float32::exact;
+  return call;
 }
 
 }  // namespace
 
-void clear(void* data, size_t bytes, void* stream) {
-#ifdef __CUDACC__
-  const cudaError_t error = cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("clearing the workspace: ") + cudaGetErrorString(error));
-#else
-  (void)stream;
-  std::memset(data, 0, bytes);
-#endif
+Workspace::Workspace(const Call& call, void* memory, int64_t tiles)
+    : counters_(counters(call.stream, tiles)), floats_(static_cast<char*>(memory)) {
+  const size_t bytes = aligned(size_t(tiles) * sizeof(int32_t));
+  if (!counters_) {
+    counters_ = static_cast<int32_t*>(memory);
+    clear(memory, bytes, call.stream);
+  }
+  floats_ += bytes;
 }
 
-size_t shrink_workspace(const Call& call, const ShrinkParams& p) {
+Reduction Workspace::take(int64_t tiles, int64_t floats) {
+  const Reduction sum{reinterpret_cast<float*>(floats_), counters_};
+  counters_ += tiles;
+  floats_ += aligned(size_t(floats) * sizeof(float));
+  return sum;
+}
+
+size_t shrink_workspace(const Call& call, const ShrinkParams& problem) {
+  ShrinkParams p = problem;
   check_rank("shrink", "A", p.r);
   if (p.M == 0) return 0;
+  Packer pack(call, nullptr);
+  pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
   size_t bytes = 0;
-  const auto add = [&](int64_t K, int64_t r) {
-    rank_pieces(r, max_rank(call.type), [&](int64_t, int32_t ranks) {
-      const auto plan = plan::shrink(p.M, K, ranks, element_size(call.type), call.multiprocessors);
-      bytes = std::max(
-          bytes, reduction_bytes(plan.m_tiles, plan.splits, int64_t(plan.rows) * plan::padded_rank(ranks)));
-    });
-  };
-  add(p.K, p.r);
-  if (p.core.data && p.r > max_rank(call.type)) add(p.r, p.r_core);
-  return bytes;
+  rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
+    const auto plan = plan::shrink(p.M, p.K, ranks, element_size(call.type), machine_of(call, ranks));
+    const int R = plan::padded_rank(ranks);
+    const int64_t floats = int64_t(kernels::shrink_subs(R, plan.rows)) * plan.rows * R;
+    bytes = std::max(bytes, reduction_bytes(plan.m_blocks, plan.n_blocks, floats));
+  });
+  if (p.core.data && p.r > max_rank(call.type))
+    bytes = std::max(bytes, shrink_workspace(exactly(call), core_product(p)));
+  return pack.bytes() + bytes;
 }
 
-void shrink(const Call& call, const ShrinkParams& p, void* workspace) {
+void shrink(const Call& call, const ShrinkParams& problem, void* workspace) {
+  ShrinkParams p = problem;
   check_rank("shrink", "A", p.r);
   if (p.core.data) check_rank("shrink", "core", p.r_core);
   if (p.M == 0) return;
+  Packer pack(call, workspace);
+  pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
   const bool whole = p.r <= max_rank(call.type);
   rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {
     ShrinkParams piece = p;
@@ -103,25 +163,26 @@ void shrink(const Call& call, const ShrinkParams& p, void* workspace) {
     piece.A = columns(p.A, first, call.type);
     piece.u = columns(p.u, first, call.type);
     if (!whole) piece.core.data = nullptr;
-    dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, piece, workspace); });
+    dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, piece, pack.rest()); });
   });
-  if (p.core.data && !whole) {  // a block had only a part of u: h is a product of its own
-    ShrinkParams second{};
-    second.x = read_only(p.u);
-    second.A = p.core;
-    second.u = p.h;
-    second.M = p.M;
-    second.K = p.r;
-    second.r = p.r_core;
-    second.scale = p.core_scale;
-    second.dropout.scale = 1.f;
-    shrink(call, second, workspace);
-  }
+  if (p.core.data && !whole) shrink(exactly(call), core_product(p), pack.rest());
 }
 
-void expand_add(const Call& call, const ExpandParams& p) {
+size_t expand_add_workspace(const Call& call, const ExpandParams& problem) {
+  ExpandParams p = problem;
+  check_rank("expand_add", "F", p.r);
+  if (p.M == 0) return 0;
+  Packer pack(call, nullptr);
+  pack(p.u, p.M, p.r), pack(p.F, p.N, p.r);
+  return pack.bytes();
+}
+
+void expand_add(const Call& call, const ExpandParams& problem, void* workspace) {
+  ExpandParams p = problem;
   check_rank("expand_add", "F", p.r);
   if (p.M == 0) return;
+  Packer pack(call, workspace);
+  pack(p.u, p.M, p.r), pack(p.F, p.N, p.r);
   rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {
     ExpandParams piece = p;
     piece.r = ranks;
@@ -131,31 +192,37 @@ void expand_add(const Call& call, const ExpandParams& p) {
   });
 }
 
-size_t factor_grad_workspace(const Call& call, const FactorGradParams& p) {
+size_t factor_grad_workspace(const Call& call, const FactorGradParams& problem) {
+  FactorGradParams p = problem;
   check_rank("factor_grad", "k", p.r);
   if (p.M == 0) return 0;
+  Packer pack(call, nullptr);
+  pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
   size_t bytes = 0;
   rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
-    const auto plan = plan::factor_grad(p.M, p.K, ranks, element_size(call.type), call.multiprocessors);
+    const auto plan = plan::factor_grad(p.M, p.K, ranks, element_size(call.type), machine_of(call, ranks));
     const int R = plan::padded_rank(ranks);
-    bytes = std::max(
-        bytes, reduction_bytes(plan.n_blocks, plan.m_blocks, int64_t(kernels::factor_grad_subs(R)) * 64 * R));
+    const int64_t floats = int64_t(kernels::factor_grad_subs(R)) * kernels::factor_grad_cols(R) * R;
+    bytes = std::max(bytes, reduction_bytes(plan.n_blocks, plan.m_blocks, floats));
   });
-  return bytes;
+  return pack.bytes() + bytes;
 }
 
-void factor_grad(const Call& call, const FactorGradParams& p, void* workspace) {
+void factor_grad(const Call& call, const FactorGradParams& problem, void* workspace) {
+  FactorGradParams p = problem;
   check_rank("factor_grad", "k", p.r);
   if (p.M == 0) {
     if (!p.accumulate) clear(p.D, size_t(p.K * p.r) * sizeof(float), call.stream);  // then D is contiguous
     return;
   }
+  Packer pack(call, workspace);
+  pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
   rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {
     FactorGradParams piece = p;
     piece.r = ranks;
     piece.v = columns(p.v, first, call.type);
     piece.D = p.D + first * p.D_col;
-    dispatch_policy(call, [&](auto launchers) { launchers.factor_grad(call, piece, workspace); });
+    dispatch_policy(call, [&](auto launchers) { launchers.factor_grad(call, piece, pack.rest()); });
   });
 }
 
@@ -186,35 +253,42 @@ void two_reads(const ShrinkGradParams& p, ShrinkParams& k, FactorGradParams& Q) 
 
 }  // namespace
 
-size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& p) {
+size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& problem) {
+  ShrinkGradParams p = problem;
   check_rank("shrink_grad", "F", p.r);
   if (p.M == 0) return 0;
+  Packer pack(call, nullptr);
+  pack(p.g, p.M, p.N), pack(p.F, p.N, p.r), pack(p.u, p.M, p.r);
   if (p.r > SHRINK_GRAD_MAX_RANK) {
     ShrinkParams k;
     FactorGradParams Q;
     two_reads(p, k, Q);
-    return std::max(shrink_workspace(call, k), factor_grad_workspace(call, Q));
+    return pack.bytes() + std::max(shrink_workspace(call, k), factor_grad_workspace(call, Q));
   }
   const int element = element_size(call.type), R = plan::padded_rank(p.r);
-  const auto plan = plan::shrink_grad(p.M, p.N, p.r, element, call.multiprocessors);
-  const int64_t blocks = plan.m_blocks * plan.n_blocks;
-  return aligned(size_t(plan.m_blocks + plan.n_blocks) * 4) +
-         aligned(size_t(blocks * plan.m_per_block * R) * 4) +
-         aligned(size_t(blocks * kernels::shrink_grad_subs(size_t(element), R) * 64 * R) * 4);
+  const auto plan = plan::shrink_grad(p.M, p.N, p.r, element, machine_of(call, p.r));
+  const int64_t k_floats = plan.m_tiles * plan.n_blocks * plan.rows * R;
+  const int64_t Q_floats = plan.m_blocks * plan.n_blocks * kernels::shrink_grad_subs(size_t(element), R) *
+                           kernels::shrink_grad_cols(size_t(element)) * R;
+  return pack.bytes() + Workspace::bytes(plan.m_tiles + plan.n_blocks, k_floats) +
+         Workspace::bytes(0, Q_floats);
 }
 
-void shrink_grad(const Call& call, const ShrinkGradParams& p, void* workspace) {
+void shrink_grad(const Call& call, const ShrinkGradParams& problem, void* workspace) {
+  ShrinkGradParams p = problem;
   check_rank("shrink_grad", "F", p.r);
   if (p.M == 0 && p.accumulate) return;
   if (p.M == 0) return clear(p.Q, size_t(p.N * p.r) * sizeof(float), call.stream);
+  Packer pack(call, workspace);
+  pack(p.g, p.M, p.N), pack(p.F, p.N, p.r), pack(p.u, p.M, p.r);
   if (p.r > SHRINK_GRAD_MAX_RANK) {
     ShrinkParams k;
     FactorGradParams Q;
     two_reads(p, k, Q);
-    shrink(call, k, workspace);
-    return factor_grad(call, Q, workspace);
+    shrink(call, k, pack.rest());
+    return factor_grad(call, Q, pack.rest());
   }
-  dispatch_policy(call, [&](auto launchers) { launchers.shrink_grad(call, p, workspace); });
+  dispatch_policy(call, [&](auto launchers) { launchers.shrink_grad(call, p, pack.rest()); });
 }
 
 void fold(const Call& call, const FoldParams& p) {
@@ -241,12 +315,7 @@ void fold_grad(const Call& call, const FoldGradParams& problem, void* workspace)
   const auto plan = plan::fold_grad(p.N, p.L, p.r_in, p.r_out, p.dB, call.multiprocessors);
   p.n_per_split = plan.n_per_split;
   p.splits = plan.splits;
-  if (plan.splits > 1) {
-    const size_t counters = aligned(size_t(plan.core_tiles) * 4);
-    clear(workspace, counters, call.stream);
-    p.sum = {reinterpret_cast<float*>(static_cast<char*>(workspace) + counters),
-             static_cast<int32_t*>(workspace)};
-  }
+  if (plan.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
   ptx::launch({dim3(unsigned(plan.dB_blocks + plan.core_tiles * plan.splits)),
                dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
                static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold_grad"},

@@ -36,7 +36,12 @@ struct Dropout {
 // Partial sums of the blocks that share an output tile, added in a fixed order by the last to arrive.
 struct Reduction {
   float* partial;    // kernel's own layout, see its file
-  int32_t* arrived;  // [tiles], zero at launch
+  int32_t* arrived;  // [tiles], zero before the launch and after it
+};
+
+// A row of tiles cut into pieces of `whole` tiles, the first `longer` of them one tile longer.
+struct Pieces {
+  int32_t whole, longer;
 };
 
 // u = scale * drop(x) A, and for few tokens h = core_scale * u core in the same launch.
@@ -45,12 +50,12 @@ struct ShrinkParams {
   Matrix A;         // [K, r]
   MutableMatrix u;  // [M, r]
   int64_t M, K;
-  int64_t k_per_split;  // columns of x that one block reads
-  int32_t splits;       // blocks that share a tile of u
+  Pieces m_pieces, k_pieces;  // of the row tiles and of the steps along K
+  int32_t splits;             // blocks that share their rows of u
   int32_t r;
   float scale;
   Dropout dropout;
-  Reduction sum;    // partial [m tiles, splits, ROWS, R]
+  Reduction sum;    // partial [m blocks, splits, row tiles of a block, ROWS, R]
   Matrix core;      // [r, r_core], data null: no second product
   MutableMatrix h;  // [M, r_core]
   int32_t r_core;
@@ -63,7 +68,7 @@ struct ExpandParams {
   Matrix u;         // [M, r]
   Matrix F;         // [N, r]
   int64_t M, N;
-  int64_t m_per_block, n_per_block;
+  Pieces n_pieces;  // of the column tiles
   int32_t r;
   Dropout dropout;
 };
@@ -75,12 +80,12 @@ struct FactorGradParams {
   float* D;  // [K, r]
   int64_t D_row, D_col;
   int64_t M, K;
-  int64_t m_per_block, k_per_block;
-  int32_t splits;  // blocks along M that share a tile of D
+  Pieces m_pieces, k_pieces;  // of the row and column tiles
+  int32_t splits;             // blocks along M that share a tile of D
   int32_t r;
   int32_t accumulate;  // 0: D = instead of D +=
   Dropout dropout;
-  Reduction sum;  // partial [k blocks, splits, k_per_block, R]
+  Reduction sum;  // partial [k blocks, splits, column tiles of a block, COLS, R]
 };
 
 // k = g F and Q = g^T u from one read of g
@@ -92,12 +97,19 @@ struct ShrinkGradParams {
   float* Q;         // [N, r]
   int64_t Q_row, Q_col;
   int64_t M, N;
-  int64_t m_per_block, n_per_block;
+  Pieces m_pieces, n_pieces;  // of the row and column tiles
   int32_t m_splits, n_splits;
   int32_t r;
   int32_t accumulate;  // 0: Q = instead of Q +=
-  Reduction sum_k;     // partial [m blocks, n_splits, m_per_block, R]
-  Reduction sum_Q;     // partial [n blocks, m_splits, n_per_block, R]
+  Reduction sum_k;     // partial [row tiles, n_splits, ROWS, R]
+  Reduction sum_Q;     // partial [n blocks, m_splits, column tiles of a block, COLS, R]
+};
+
+// A copy with rows of whole 16 bytes, in the kernel's type.
+struct PackParams {
+  Matrix from;  // [rows, cols]
+  void* to;     // [rows, to_row], zero from column `cols` on
+  int64_t rows, cols, to_row;
 };
 
 // F_l = s B G_l^T for every layer
@@ -105,7 +117,8 @@ struct FoldParams {
   Matrix B;             // [N, r_out]
   Matrix cores;         // [L, r_in, r_out], row and col strides of one core
   int64_t core_stride;  // from layer to layer
-  void* F;              // [L, N, r_in], contiguous
+  void* F;              // [L, N, r_in], last dimension contiguous
+  int64_t F_layer, F_row;
   DType B_type, core_type, F_type;
   int64_t N;
   int32_t L, r_in, r_out;

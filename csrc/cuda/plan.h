@@ -2,15 +2,17 @@
 // same sizes give the same plan, hence the same order of summation, hence the same bits.
 //
 // A kernel reads its large matrix once whatever the plan is.  What the plan decides is the rest: factors are
-// read again by every block that needs them (from L2 mostly), partial sums are written and read.  With s
-// blocks along one side and t along the other, one of the two grows with s and the other with t, and s t must
-// fill the GPU.  Each plan takes the cheapest of a few tile sizes, split just often enough that nine in ten
-// multiprocessors have a block.
+// read again by every block that needs them (from L2 mostly), partial sums are written and read, and the
+// block that comes last adds them alone.  With s blocks along one side and t along the other, one of the two
+// grows with s and the other with t, and s t must fill the GPU.  Each plan is the cheapest of some: all
+// numbers of column tiles that a block may own, with the splits that fill the GPU once, and fewer where a
+// problem is small.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 
 #include "kernels/traits.h"
+#include "params.h"
 
 namespace lotr::plan {
 
@@ -22,94 +24,175 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 inline int padded_rank(int64_t r) {
   return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : r <= 128 ? 128 : 256;
 }
-inline int64_t blocks_wanted(int multiprocessors) {
-  return ceil_div(int64_t(multiprocessors) * 9, 10);
+
+// `tiles` in `count` pieces as equal as can be.
+inline Pieces pieces(int64_t tiles, int64_t count) {
+  return {int32_t(tiles / count), int32_t(tiles % count)};
 }
 
-// Pieces of `steps` steps: at least `pieces` of them if there are so many steps, all but the last of equal
-// length.
-inline int64_t steps_per_piece(int64_t steps, int64_t pieces) {
-  return std::max<int64_t>(1, steps / std::max<int64_t>(1, pieces));
-}
-
-// What a plan costs: bytes, more if it leaves the GPU empty.
-inline double cost(double bytes, int64_t blocks, int64_t wanted) {
-  return blocks >= wanted ? bytes : bytes * double(wanted) / double(blocks);
-}
-
-struct Shrink {
-  int rows = 0;         // tokens of a tile
-  int64_t m_tiles = 0;  // blocks along tokens
-  int64_t k_per_split = 0;
-  int splits = 0;          // blocks along k
-  double extra_bytes = 0;  // factors and partial sums
-};
-
-inline Shrink shrink(int64_t M, int64_t K, int64_t r, int element, int multiprocessors) {
-  const int R = padded_rank(r);
-  const int64_t wanted = blocks_wanted(multiprocessors);
-  Shrink best;
-  double least = 0;
-  for (const int rows : {kernels::SHRINK_LOW, kernels::shrink_tall(R)}) {
-    const int cols = kernels::shrink_cols(size_t(element), R, rows);
-    const int64_t tiles = ceil_div(M, rows), steps = ceil_div(K, cols);
-    const int64_t per = steps_per_piece(steps, ceil_div(wanted, tiles)), splits = ceil_div(steps, per);
-    const double extra = double(tiles) * K * r * element + (splits > 1 ? 8.0 * splits * M * r : 0.0);
-    const double c = cost(double(M) * K * element + extra, tiles * splits, wanted);
-    if (best.rows == 0 || c < least) best = {rows, tiles, per * cols, int(splits), extra}, least = c;
+// What a plan is made for.
+struct Machine {
+  int multiprocessors, blocks;  // and how many blocks one of them holds
+  // shared: bytes of shared memory of a multiprocessor
+  static Machine of(int multiprocessors, int shared, int64_t r) {
+    const bool two = size_t(shared) >= 2 * (kernels::SHARED_BYTES_OF_TWO + 1024);
+    return {multiprocessors, two ? kernels::blocks_together(padded_rank(r)) : 1};
   }
-  return best;
-}
-
-// Blocks of m_per_block x n_per_block of the large matrix.
-struct Rectangles {
-  int64_t m_per_block = 0, n_per_block = 0;
-  int64_t m_blocks = 0, n_blocks = 0;
-  double extra_bytes = 0;
+  int64_t wanted() const { return ceil_div(int64_t(multiprocessors) * 9, 10); }
+  int64_t slots() const { return int64_t(multiprocessors) * blocks; }
 };
 
-// subs: column tiles that a block may own.  extra(m_blocks, n_blocks): bytes besides the large matrix.
-template <class Extra>
-Rectangles rectangles(int64_t M, int64_t N, int rows, int cols, int subs, double large_bytes,
-                      int multiprocessors, Extra extra) {
-  const int64_t wanted = blocks_wanted(multiprocessors), n_tiles = ceil_div(N, cols),
-                m_tiles = ceil_div(M, rows);
-  Rectangles best;
-  double least = 0;
+// Microseconds, roughly those of an H100: only their proportions matter.
+constexpr double MEMORY = 25e3;    // bytes that a multiprocessor's share of the memory delivers in one
+constexpr double ALONE = 40e3;     // bytes that one block gets when few run
+constexpr double SUMMING = 110e3;  // bytes of partial sums that one block reads from L2
+constexpr double EXTRA = 2;  // what a byte of a factor or of a partial sum costs: it is written back, too
+constexpr double ARRIVING = 1.5;  // from the last store of a partial sum to the first load of it
+
+struct Cost {
+  double large,
+      extra;  // bytes: of the large matrix; of factors and partial sums
+  int64_t blocks;
+  double uneven;  // the largest block over the mean one
+  double summed;  // bytes that the last block adds, 0: there is no sum
+  double weight = EXTRA;
+};
+inline double microseconds(const Machine& machine, const Cost& c) {
+  const double blocks = double(c.blocks), slots = double(machine.slots()), wanted = double(machine.wanted());
+  const double waves = blocks > slots ? double(ceil_div(c.blocks, machine.slots())) * slots / blocks : 1.0;
+  const double idle = blocks < wanted ? wanted / blocks : waves;
+  const double bytes = c.large + c.weight * c.extra;
+  const double stream = std::max(bytes * idle * c.uneven / (MEMORY * machine.multiprocessors),
+                                 bytes * c.uneven / blocks / ALONE);
+  return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0);
+}
+
+// m_blocks x n_blocks blocks of the large matrix, and the pieces of its tiles that they own.
+struct Plan {
+  int rows = 0;  // of a tile
+  int64_t m_tiles = 0, n_tiles = 0, m_blocks = 0, n_blocks = 0;
+  double extra_bytes = 0, cost = 0;
+  Pieces m_pieces() const { return pieces(m_tiles, m_blocks); }
+  Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
+};
+
+inline double unevenness(int64_t tiles, int64_t blocks) {
+  return double(ceil_div(tiles, blocks)) * double(blocks) / double(tiles);
+}
+
+// Plans of a matrix of owned x split tiles.  A block owns up to `subs` tiles along one side; along the other
+// the tiles are split, just often enough to fill the GPU or once for each of its places, `least` times at
+// least. cost(owners, splits) gives bytes and sums, without blocks and unevenness; f(owners, splits,
+// microseconds, extra bytes) hears of each plan.
+template <class CostOf, class F>
+void each_plan(const Machine& machine, int64_t owned, int64_t split, int subs, int64_t least, CostOf cost,
+               F f) {
   for (int sub = 1; sub <= subs; ++sub) {
-    const int64_t n_blocks = ceil_div(n_tiles, sub),
-                  per = steps_per_piece(m_tiles, ceil_div(wanted, n_blocks));
-    const int64_t m_blocks = ceil_div(m_tiles, per);
-    const double bytes = extra(double(m_blocks), double(n_blocks));
-    const double c = cost(large_bytes + bytes, m_blocks * n_blocks, wanted);
-    if (best.m_blocks == 0 || c < least)
-      best = {per * rows, int64_t(sub) * cols, m_blocks, n_blocks, bytes}, least = c;
+    const int64_t owners = ceil_div(owned, sub);
+    if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
+    const auto attempt = [&](int64_t splits) {
+      splits = std::clamp<int64_t>(splits, 1, split);
+      const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
+      if (owners * even >= machine.wanted()) splits = even;
+      Cost c = cost(owners, splits);
+      c.blocks = owners * splits;
+      c.uneven = unevenness(owned, owners) * unevenness(split, splits);
+      f(owners, splits, microseconds(machine, c), c.extra);
+    };
+    const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
+    attempt(fewest);
+    for (const int64_t full : {int64_t(machine.multiprocessors) / owners, machine.slots() / owners})
+      if (full > fewest) attempt(full);
+  }
+}
+
+inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& machine) {
+  const int R = padded_rank(r);
+  Plan best;
+  for (const int rows : {kernels::SHRINK_LOW, kernels::shrink_tall(R)}) {
+    const int64_t tiles = ceil_div(M, rows),
+                  steps = ceil_div(K, kernels::shrink_cols(size_t(element), R, rows));
+    const int subs = kernels::shrink_subs(R, rows);
+    // The sum over many splits is what one waits for when the tokens are few: no more than memory needs.
+    Machine few = machine;
+    if (tiles == 1) few.multiprocessors = std::min(machine.multiprocessors, std::max(35, R + R / 8));
+    each_plan(
+        few, tiles, steps, subs, 1,
+        [&](int64_t blocks, int64_t splits) {
+          const double partial = splits > 1 ? 8.0 * double(splits) * double(M) * double(r) : 0.0;
+          return Cost{double(M) * double(K) * element,
+                      double(blocks) * double(K) * double(r) * element + partial, 0, 1,
+                      partial / 2 / double(blocks)};
+        },
+        [&](int64_t blocks, int64_t splits, double cost, double extra) {
+          if (best.rows == 0 || cost < best.cost) best = {rows, tiles, steps, blocks, splits, extra, cost};
+        });
+    if (rows == kernels::shrink_tall(R)) break;  // the two may be one
   }
   return best;
 }
 
-inline Rectangles expand_add(int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-  const int R = padded_rank(r);
-  return rectangles(M, N, kernels::expand_rows(R), 128 / element, kernels::expand_subs(size_t(element), R),
-                    2.0 * M * N * element, multiprocessors,
-                    [&](double m, double n) { return element * r * (n * M + m * N); });
+inline Plan expand_add(int64_t M, int64_t N, int64_t r, int element, const Machine& machine) {
+  const int R = padded_rank(r), warps = kernels::expand_threads(size_t(element), R) / 32,
+            cols = 128 / element;
+  const int64_t n_tiles = ceil_div(N, cols), strips = ceil_div(M, 16 * warps);
+  Plan best;
+  each_plan(
+      machine, n_tiles, strips, kernels::expand_subs(size_t(element), R), 1,
+      [&](int64_t n, int64_t m) {
+        return Cost{2.0 * double(M) * double(N) * element,
+                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)), 0, 1, 0};
+      },
+      [&](int64_t n, int64_t m, double cost, double extra) {
+        if (best.rows == 0 || cost < best.cost) best = {16 * warps, strips, n_tiles, m, n, extra, cost};
+      });
+  return best;
 }
 
-inline Rectangles factor_grad(int64_t M, int64_t K, int64_t r, int element, int multiprocessors) {
-  const int R = padded_rank(r);
-  return rectangles(M, K, kernels::factor_grad_rows(size_t(element), R), 64, kernels::factor_grad_subs(R),
-                    1.0 * M * K * element, multiprocessors, [&](double m, double n) {
-                      return element * r * n * M + (m > 1 ? 8.0 * r * m * K : 0.0);
-                    });
+inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Machine& machine) {
+  const int R = padded_rank(r), rows = kernels::factor_grad_rows(size_t(element), R),
+            cols = kernels::factor_grad_cols(R);
+  const int64_t k_tiles = ceil_div(K, cols), m_tiles = ceil_div(M, rows);
+  Plan best;
+  each_plan(
+      machine, k_tiles, m_tiles, kernels::factor_grad_subs(R), 1,
+      [&](int64_t n, int64_t m) {
+        const double partial = m > 1 ? 8.0 * double(r) * double(m) * double(K) : 0.0;
+        return Cost{double(M) * double(K) * element,
+                    double(element) * double(r) * double(n) * double(M) + partial, 0, 1,
+                    partial / 2 / double(n)};
+      },
+      [&](int64_t n, int64_t m, double cost, double extra) {
+        if (best.rows == 0 || cost < best.cost) best = {rows, m_tiles, k_tiles, m, n, extra, cost};
+      });
+  return best;
 }
 
-inline Rectangles shrink_grad(int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-  const int R = padded_rank(r);
-  return rectangles(M, N, 64, 64, kernels::shrink_grad_subs(size_t(element), R), 1.0 * M * N * element,
-                    multiprocessors, [&](double m, double n) {
-                      return element * r * (n * M + m * N) + 8.0 * r * n * M +
-                             (m > 1 ? 8.0 * r * m * N : 0.0);
-                    });
+inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, Machine machine) {
+  machine.blocks = 1;  // of this kernel, whose sums are many
+  const int R = padded_rank(r), rows = kernels::SHRINK_GRAD_ROWS,
+            cols = kernels::shrink_grad_cols(size_t(element));
+  const int64_t n_tiles = ceil_div(N, cols), m_tiles = ceil_div(M, rows);
+  Plan best;
+  each_plan(
+      machine, n_tiles, m_tiles, kernels::shrink_grad_subs(size_t(element), R),
+      ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
+      [&](int64_t n, int64_t m) {
+        const double k = 8.0 * double(r) * double(n) * double(M),
+                     Q = m > 1 ? 8.0 * double(r) * double(m) * double(N) : 0.0;
+        // of k, the row tiles that a block is the last to reach
+        return Cost{double(M) * double(N) * element,
+                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k + Q,
+                    0,
+                    1,
+                    Q / 2 / double(n) + double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
+                                            double(std::min<int64_t>(rows, M)) * double(n),
+                    1.5 * EXTRA};  // most of it are sums of k, which pass while g does
+      },
+      [&](int64_t n, int64_t m, double cost, double extra) {
+        if (best.rows == 0 || cost < best.cost) best = {rows, m_tiles, n_tiles, m, n, extra, cost};
+      });
+  return best;
 }
 
 struct FoldGrad {
@@ -124,9 +207,9 @@ inline FoldGrad fold_grad(int64_t N, int64_t L, int64_t r_in, int64_t r_out, boo
   FoldGrad plan;
   plan.dB_blocks = dB ? ceil_div(N, kernels::FOLD_ROWS) * out : 0;
   plan.core_tiles = L * ceil_div(r_in, kernels::FOLD_ROWS) * out;
-  const int64_t per = std::max<int64_t>(
-      8, steps_per_piece(ceil_div(N, 32), ceil_div(blocks_wanted(multiprocessors), plan.core_tiles)));
-  plan.n_per_split = per * 32;
+  const int64_t steps = ceil_div(N, 32),
+                wanted = ceil_div(Machine{multiprocessors, 1}.wanted(), plan.core_tiles);
+  plan.n_per_split = std::max<int64_t>(8, std::max<int64_t>(1, steps / wanted)) * 32;
   plan.splits = int(ceil_div(N, plan.n_per_split));
   return plan;
 }

@@ -6,11 +6,13 @@
 namespace lotr::cuda {
 namespace {
 
-// A contiguous [M, r] matrix of the call's type at the start of the workspace, which it shortens.
+// An [M, r] matrix of the call's type, rows of whole 16 bytes, at the start of the workspace, which it
+// shortens.
 MutableMatrix take_matrix(const Call& call, char*& workspace, int64_t M, int64_t r) {
   void* data = workspace;
-  workspace += aligned(size_t(M * r) * (call.type == DType::float32 ? 4 : 2));
-  return {data, r, 1, access_of(data, r, 1, M, call.type, call.type)};
+  const int64_t chunk = row_elements(call.type), row = (r + chunk - 1) / chunk * chunk;
+  workspace += aligned(size_t(M * row) * (call.type == DType::float32 ? 4 : 2));
+  return {data, row, 1, Access::vector};
 }
 Matrix read_only(const MutableMatrix& m) {
   return {m.data, m.row, m.col, m.access};
@@ -93,18 +95,20 @@ struct Forward {
 
 size_t small_forward_workspace(const Call& call, const SmallForwardParams& p) {
   const Forward f(call, p, nullptr);
-  return reinterpret_cast<size_t>(f.rest) + shrink_workspace(call, f.u);
+  return reinterpret_cast<size_t>(f.rest) +
+         std::max(shrink_workspace(call, f.u), expand_add_workspace(call, f.y));
 }
 
 void small_forward(const Call& call, const SmallForwardParams& p, void* workspace) {
   const Forward f(call, p, workspace);
   shrink(call, f.u, f.rest);
-  expand_add(call, f.y);
+  expand_add(call, f.y, f.rest);
 }
 
 size_t small_backward_workspace(const Call& call, const SmallBackwardParams& p) {
   const Backward b(call, p, nullptr);
   size_t most = shrink_workspace(call, b.h);
+  if (p.dx.data) most = std::max(most, expand_add_workspace(call, b.dx));
   if (p.dA) most = std::max(most, factor_grad_workspace(call, b.dA));
   if (p.dB) most = std::max({most, shrink_workspace(call, b.uc), factor_grad_workspace(call, b.dB)});
   if (p.dcore) most = std::max(most, factor_grad_workspace(call, b.dcore));
@@ -114,7 +118,7 @@ size_t small_backward_workspace(const Call& call, const SmallBackwardParams& p) 
 void small_backward(const Call& call, const SmallBackwardParams& p, void* workspace) {
   const Backward b(call, p, workspace);
   if (b.need_h) shrink(call, b.h, b.rest);
-  if (p.dx.data) expand_add(call, b.dx);
+  if (p.dx.data) expand_add(call, b.dx, b.rest);
   if (p.dA) factor_grad(call, b.dA, b.rest);
   if (p.dB) {
     shrink(call, b.uc, b.rest);

@@ -25,8 +25,14 @@ def row(kernel: str, m: int, n: int, r: int, extra: int = 0) -> traffic.Row:
     return traffic.Row(kernel, m, n, r, 1, large, large, 0, extra, least + extra, 1.0, 1.0, 1)
 
 
+def times(shape: tuple[int, int, int, int], gpu: projection.Gpu) -> projection.Times:
+    """Our kernels' times if bytes at bandwidth were all that counts."""
+    keys = traffic.needed([shape], [gpu.multiprocessors])
+    return {key: gpu.seconds(kernel_work(*key[:4], 2)) for key in keys if key[0] in traffic.KERNELS}
+
+
 def rows(shape: tuple[int, int, int, int], extra: int = 0) -> dict[traffic.Key, traffic.Row]:
-    keys = traffic.needed([shape], [108, 132, 148])
+    keys = traffic.needed([shape], [108, 128, 132, 148])
     return {key: row(*key[:4], extra) for key in keys}
 
 
@@ -73,7 +79,9 @@ def test_the_projection_agrees_with_sums_made_by_hand(monkeypatch):
     """An H100 at 800 TFLOP/s and its whole bandwidth: what each form adds to the base product, worked out on paper."""
     monkeypatch.setattr(projection, "FLOPS_REACHED", 800 / 989)
     monkeypatch.setattr(projection, "BANDWIDTH_REACHED", 1.0)
-    excess = projection.excess(LARGE, rows(LARGE), projection.GPUS["h100"])
+    monkeypatch.setattr(projection, "LAUNCH", 0.0)
+    h100 = projection.GPUS["h100"]
+    excess = projection.excess(LARGE, rows(LARGE), h100, times(LARGE, h100))
     by_hand = {
         "lora-eager": (0.41, 0.53, 0.47),
         "lora-in-place": (0.18, 0.295, 0.24),
@@ -83,13 +91,31 @@ def test_the_projection_agrees_with_sums_made_by_hand(monkeypatch):
     }
     for name, expected in by_hand.items():
         assert tuple(excess[name].values()) == pytest.approx(expected, abs=0.012), name
-    assert "not measured" in projection.assumptions() and "not measured" in projection.table(LARGE, rows(LARGE), ["h100"]).title
+    shown = projection.table(LARGE, rows(LARGE), {"h100": times(LARGE, h100)})
+    assert "not measured" in projection.assumptions() and "not measured" in shown.title
+
+
+def test_launches_and_the_kernels_own_times_count():
+    h100 = projection.GPUS["h100"]
+    own = times(LARGE, h100)
+    steps = layer_traffic.our_steps("lotr_ext two_pass", LARGE, rows(LARGE), 132)
+    both = projection.seconds(steps, "step", h100, own)
+    launches = 7 + 2 / layer_traffic.LAYERS  # three and four; fold and fold_grad are shared
+    roofline = sum(h100.seconds(step.work) for direction in steps.values() for step in direction)
+    assert both - roofline == pytest.approx(launches * projection.LAUNCH, rel=1e-6)
+    slower = own | {("shrink", 8192, 4096, 16, 132): own["shrink", 8192, 4096, 16, 132] + 1e-5}
+    assert projection.seconds(steps, "forward", h100, slower) - projection.seconds(
+        steps, "forward", h100, own
+    ) == pytest.approx(1e-5)
+    with pytest.raises(KeyError, match="shrink"):
+        projection.seconds(steps, "forward", h100, {})
 
 
 def test_a_slower_memory_or_a_faster_product_raises_the_excess():
     slow = projection.Gpu("slow", 1e12, 1e12, 132)
     assert slow.seconds(Work(8 * 10**11, 0)) == pytest.approx(1.0) and slow.seconds(Work(0, 9 * 10**11)) == pytest.approx(1.0)
-    excess = {name: projection.excess(LARGE, rows(LARGE), gpu)["lora-eager"]["step"] for name, gpu in projection.GPUS.items()}
+    gpus = projection.GPUS.items()
+    excess = {name: projection.excess(LARGE, rows(LARGE), gpu, times(LARGE, gpu))["lora-eager"]["step"] for name, gpu in gpus}
     assert excess["a100"] < excess["h200"] < excess["h100"]
 
 
@@ -101,7 +127,8 @@ def test_counts_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "projection, not measured" in out and "lotr_ext beta" in out
     cells = Store(tmp_path / "traffic.jsonl").read()
-    assert [tuple(cell["case"].values()) for cell in cells] == traffic.needed([SHAPE], [132])
+    keys = [tuple(cell["case"][name] for name in traffic.CASE) for cell in cells]
+    assert keys == traffic.needed([SHAPE], [132])
     for cell in cells:
         counted = traffic.Row(**cell["row"])
         if counted.kernel in traffic.KERNELS:

@@ -22,6 +22,7 @@ MEMORY += ("st.global", "st.global.cs", "st.shared")
 WORDS = ("u16", "u32", "v2.u32", "v4.u32")
 SM80 = {
     **{f"{op}.{word}": 1 for op in MEMORY for word in WORDS},
+    "cp.async.cg.shared.global [%r], [%rd], 16": 2,
     "cp.async.cg.shared.global [%r], [%rd], 16, %r": 1,
     "cp.async.ca.shared.global [%r], [%rd], 8, %r": 1,
     "cp.async.ca.shared.global [%r], [%rd], 4, %r": 1,
@@ -44,6 +45,7 @@ SM80 = {
     "atom.relaxed.gpu.global.add.s32": 1,
     "atom.relaxed.gpu.global.add.f32": 1,
     "atom.acq_rel.gpu.global.add.s32": 1,
+    "atom.relaxed.gpu.global.inc.u32": 1,
 }
 SM90 = {
     "mbarrier.init.shared::cta.b64": 1,

@@ -1,104 +1,225 @@
 // expand_add:  y += drop(u F^T)          y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
 //
-// Grid     x: blocks of n_per_block columns (up to SUBS tiles), y: blocks of m_per_block tokens.
-//          A block walks its rectangle of y row tile by row tile; F's rows stay in shared memory.
-// Bytes    y once in and once out; with s_M x s_N blocks, F s_M times and u s_N times.  plan.h
+// Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: blocks along tokens.
+//          A warp takes strips of 16 tokens, from the last to the first, since what the base product has
+//          written last is still in L2, and walks each tile by tile.  The piece's rows of F stay in shared
+//          memory.
+// Bytes    y once in and once out; F once for each block along tokens, u once for each piece of N.  plan.h
 //          balances them.
 // Sums     float32, y added last, rounded once.
 //
-// Timeline (tile t = row tile m, column tile n; L copies in flight, P product and sum in place,
-// S rows to memory):
-//   y  stage t % STAGES   L L L P|S |       one barrier before P (copies landed, stage t - 1 is free),
-//   u  slot  m % STAGES   L L L P P P P |   one before S (the tile's sums come from all warps)
+// A lane owns what it copies: of a tile it holds the accumulators (g, 2q), (g, 2q + 1), (g + 8, ..) of each
+// of the 8-column products, and the columns of F are dealt to the products so that those are 16 bytes in a
+// row of y. So a warp shares nothing but its strip of u, and no warp waits for another:
+//
+// Timeline of a warp (tile t = strip i, column tile n; L copies in flight, P product, sum and store):
+//   y  stage t % STAGES   L L P |           a __syncwarp at |, for u
+//   u  slot  i % STAGES   L L P P P P |
 #pragma once
 #include "rectangle.cuh"
 
 namespace lotr::kernels {
 
-template <class P, int R_>
+template <class P, int R_, bool DROPOUT_>
 struct ExpandTraits {
   using Policy = P;
   using T = typename P::T;
-  static constexpr int R = R_, THREADS = 256, ROWS = expand_rows(R), COLS = 128 / sizeof(T);
-  static constexpr int SUBS = expand_subs(sizeof(T), R);
-  static constexpr int WARP_ROWS = ROWS / 16, WARP_COLS = THREADS / 32 / WARP_ROWS;
-  static constexpr int NJ = COLS / (8 * WARP_COLS);  // of a warp, which owns 16 tokens
+  static constexpr int R = R_, THREADS = expand_threads(sizeof(T), R), WARPS = THREADS / 32;
+  static constexpr bool DROPOUT = DROPOUT_;
+  static constexpr int STRIP = 16, COLS = 128 / sizeof(T), SUBS = expand_subs(sizeof(T), R);
+  static constexpr int NJ = COLS / 8, BLOCKS = blocks_together(R);
+  static constexpr int CHUNK = 16 / sizeof(T), GROUP = 4 * CHUNK, GROUPS = COLS / GROUP;  // of four lanes
 
-  struct Stage {
-    tile::Shared<T, ROWS, COLS> y;
-    tile::Shared<T, ROWS, R> u;
-  };
   using Factor = tile::Shared<T, COLS, R>;
-  static constexpr int STAGES = stages_that_fit(sizeof(Stage), SUBS * sizeof(Factor), 4);
+  struct Stage {
+    tile::Shared<T, STRIP, R> u;
+    tile::Chunk<T> y[2 * GROUPS][32];  // rows g and g + 8 of each group; by lane
+  };
+  static constexpr int STAGES =
+      stages_that_fit(WARPS * sizeof(Stage), SUBS * sizeof(Factor), 3, shared_budget(BLOCKS));
   struct Smem {
     Factor F[SUBS];
-    Stage stage[STAGES];
+    Stage stage[WARPS][STAGES];
   };
-  static_assert(STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
+  static_assert(STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
+
+  // The column, in its tile, of row s of Factor: product j's columns 2q and 2q + 1 are elements 2j and 2j + 1
+  // of lane q's chunk.
+  static LOTR_DEVICE int column(int s) {
+    const int group = s / GROUP, j = s % GROUP / 8, c = s % 8;
+    return group * GROUP + c / 2 * CHUNK + 2 * j + c % 2;
+  }
 };
 
-// Adds the lane's two neighbours of an accumulator to y, in shared memory.
-template <class T>
-LOTR_DEVICE void add_pair(T* y, float a, float b) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T a, b;
-  };
-  const Pair v = ptx::load_shared(reinterpret_cast<const Pair*>(y));
-  ptx::store_shared2(y, ptx::from_float<T>(ptx::to_float(v.a) + a),
-                     ptx::from_float<T>(ptx::to_float(v.b) + b));
+// Rows row0 .. of F, dealt to the products.  By plain loads: the first tiles of y are under way meanwhile,
+// and the loop waits for nothing but those.
+template <class Traits>
+LOTR_DEVICE void load_factor(typename Traits::Factor& tile, const Matrix& F, int64_t row0, int64_t rows,
+                             int r) {
+  using T = typename Traits::T;
+  using Chunk = tile::Chunk<T>;
+  constexpr int CHUNKS = Traits::Factor::CHUNKS;
+#pragma unroll 4
+  for (int index = threadIdx.x; index < Traits::COLS * CHUNKS; index += Traits::THREADS) {
+    const int s = index / CHUNKS, c = index % CHUNKS;
+    const int64_t row = row0 + Traits::column(s);
+    const int valid = tile::valid_elements<Traits::CHUNK>(row, rows, c * Traits::CHUNK, r);
+    const T* from = static_cast<const T*>(F.data) + row * F.row + c * Traits::CHUNK;
+    Chunk value{};
+    if (valid == Traits::CHUNK) {
+      value = ptx::load_nc(reinterpret_cast<const Chunk*>(from));
+    } else {
+#pragma unroll
+      for (int e = 0; e < Traits::CHUNK; ++e)
+        value.v[e] = e < valid ? ptx::load(from + e) : ptx::from_float<T>(0.f);
+    }
+    ptx::store_shared(tile.whole(s, c), value);
+  }
+}
+
+// The strip's rows of u, by one warp.
+template <class Tile>
+LOTR_DEVICE void load_strip(Tile& tile, const Matrix& u, int64_t row0, int64_t rows, int r) {
+  using T = typename Tile::T;
+#pragma unroll
+  for (int i = 0; i < Tile::ROWS * Tile::CHUNKS / 32; ++i) {
+    const int index = i * 32 + int(threadIdx.x) % 32, row = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
+    const int valid = tile::valid_elements<Tile::CHUNK>(row0 + row, rows, c * Tile::CHUNK, r);
+    const T* from = static_cast<const T*>(u.data);
+    ptx::cp_async16(tile.chunk(row, c), valid ? from + (row0 + row) * u.row + c * Tile::CHUNK : from,
+                    valid * int(sizeof(T)));
+  }
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS, 1) expand_add(const ExpandParams p) {
+__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(const ExpandParams p) {
   using P = typename Traits::Policy;
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, NJ = Traits::NJ;
+  using T = typename Traits::T;
+  using Chunk = tile::Chunk<T>;
+  constexpr int STAGES = Traits::STAGES, COLS = Traits::COLS, CHUNK = Traits::CHUNK, GROUP = Traits::GROUP;
+  constexpr int STRIP = Traits::STRIP, GROUPS = Traits::GROUPS;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i0 = warp % Traits::WARP_ROWS * 16;
-  const int j0 = warp / Traits::WARP_ROWS * (8 * NJ);
-  const int64_t n_begin = int64_t(blockIdx.x) * p.n_per_block, m_begin = int64_t(blockIdx.y) * p.m_per_block;
-  const int64_t n_end = n_begin + p.n_per_block < p.N ? n_begin + p.n_per_block : p.N;
-  const int64_t m_end = m_begin + p.m_per_block < p.M ? m_begin + p.m_per_block : p.M;
-  const Walk walk(m_begin, m_end, Traits::ROWS, n_begin, n_end, Traits::COLS);
-  const uint64_t seed = p.dropout.seed ? uint64_t(ptx::load(p.dropout.seed)) : 0;
-  const Matrix y_in{p.y.data, p.y.row, p.y.col, p.y.access};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int n_tiles = tile::count_of(p.n_pieces, int(blockIdx.x));
+  const int64_t n_begin = int64_t(tile::begin_of(p.n_pieces, int(blockIdx.x))) * COLS;
+  const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
+  auto* const stages = sm.stage[warp];
 
-  Walk::Place ahead, here;
-  auto fetch = [&] {
-    if (walk.holds(ahead)) {
-      const int64_t m = walk.row(ahead);
-      tile::load<THREADS>(sm.stage[ahead.tile % STAGES].y, y_in, m, m_end, walk.col(ahead), n_end);
-      if (ahead.n == 0) tile::load<THREADS>(sm.stage[ahead.m % STAGES].u, p.u, m, m_end, 0, p.r);
-      walk.advance(ahead);
+  // Strips and column tiles of 16-byte rows entirely inside the matrix.
+  const bool chunks = p.y.access == Access::vector;
+  const int whole_strips = chunks ? int(p.M / STRIP) : 0, whole_n = int((p.N - n_begin) / COLS);
+  const int strips = int((p.M + STRIP - 1) / STRIP), strip_step = int(gridDim.y) * Traits::WARPS;
+  // From chunk to chunk of a lane: 8 rows down, a group to the right; from tile to tile, from strip to strip.
+  const int64_t down = 8 * p.y.row, right = GROUP * p.y.col, to_tile = COLS * p.y.col;
+  const int64_t to_strip = -int64_t(strip_step) * STRIP * p.y.row - n_tiles * to_tile;
+  const int row_of_lane = lane / 4, col_of_lane = lane % 4 * CHUNK;
+
+  struct Place {
+    int strip, n, stage, u;  // u: the stage that holds the strip's u
+    T* y;                    // the lane's first chunk
+  };
+  const auto advance = [&](Place& a) {
+    a.stage = a.stage == STAGES - 1 ? 0 : a.stage + 1;
+    a.y += to_tile;
+    if (++a.n < n_tiles) return;
+    a.n = 0, a.strip -= strip_step, a.y += to_strip;
+    a.u = a.u == STAGES - 1 ? 0 : a.u + 1;
+  };
+  const auto inside = [&](const Place& a) { return a.strip < whole_strips && a.n < whole_n; };
+  // Elements of the lane's chunk c that are inside, and where it lies.
+  const auto valid_at = [&](const Place& a, int c) {
+    return tile::valid_elements<CHUNK>(int64_t(a.strip) * STRIP + row_of_lane + c % 2 * 8, p.M,
+                                       n_begin + int64_t(a.n) * COLS + c / 2 * GROUP + col_of_lane, p.N);
+  };
+  const auto chunk_at = [&](const Place& a, int c) { return a.y + c % 2 * down + c / 2 * right; };
+
+  const int strip0 = strips - 1 - (int(blockIdx.y) * Traits::WARPS + warp);
+  Place here{strip0, 0, 0, 0,
+             static_cast<T*>(p.y.data) + (int64_t(strip0) * STRIP + row_of_lane) * p.y.row +
+                 (n_begin + col_of_lane) * p.y.col};
+  Place ahead = here;
+
+  const auto fetch = [&] {
+    if (ahead.strip >= 0) {
+      auto& to = stages[ahead.stage].y;
+      if (inside(ahead)) {
+#pragma unroll
+        for (int c = 0; c < 2 * GROUPS; ++c)
+          ptx::cp_async16(&to[c][lane], ahead.y + c % 2 * down + c / 2 * GROUP);
+      } else {
+#pragma unroll 1
+        for (int c = 0; c < 2 * GROUPS; ++c) {
+          const T* chunk = chunk_at(ahead, c);
+          const int valid = valid_at(ahead, c);
+          if (chunks) {
+            ptx::cp_async16(&to[c][lane], valid ? chunk : static_cast<const T*>(p.y.data),
+                            valid * int(sizeof(T)));
+          } else {
+            auto* element = reinterpret_cast<T*>(&to[c][lane]);
+#pragma unroll 1
+            for (int e = 0; e < valid; ++e) ptx::store_shared(element + e, ptx::load(chunk + e * p.y.col));
+          }
+        }
+      }
+      if (ahead.n == 0) load_strip(stages[ahead.u].u, p.u, int64_t(ahead.strip) * STRIP, p.M, p.r);
+      advance(ahead);
     }
     ptx::cp_async_commit();
   };
 
-  for (int n = 0; n < walk.n_tiles; ++n)
-    tile::load<THREADS>(sm.F[n], p.F, n_begin + int64_t(n) * Traits::COLS, n_end, 0, p.r);
+#pragma unroll 1
   for (int i = 0; i < STAGES - 1; ++i) fetch();
-  for (; walk.holds(here); walk.advance(here)) {
-    auto& y = sm.stage[here.tile % STAGES].y;
+  for (int n = 0; n < n_tiles; ++n) load_factor<Traits>(sm.F[n], p.F, n_begin + int64_t(n) * COLS, p.N, p.r);
+  __syncthreads();  // F is there
+
+#pragma unroll 1
+  for (; here.strip >= 0; advance(here)) {
     ptx::cp_async_wait<STAGES - 2>();
-    __syncthreads();
+    __syncwarp();
     fetch();
-    float d[1][NJ][4] = {};
-    tile::warp_product<P, Traits::R, false, false>(d, sm.stage[here.m % STAGES].u, i0, 0, sm.F[here.n], j0);
+    float d[1][Traits::NJ][4] = {};
+    tile::warp_product<P, Traits::R, false, false>(d, stages[here.u].u, 0, 0, sm.F[here.n], 0);
+    auto& y = stages[here.stage].y;
+    Chunk sum[2 * GROUPS];
 #pragma unroll
-    for (int nj = 0; nj < NJ; ++nj)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = i0 + lane / 4 + 8 * h, j = j0 + 8 * nj + lane % 4 * 2;
-        float a = d[0][nj][2 * h], b = d[0][nj][2 * h + 1];
-        if (p.dropout.seed) {
-          const uint64_t first = uint64_t(walk.row(here) + i) * uint64_t(p.N) + uint64_t(walk.col(here) + j);
-          const uint32_t keep = tile::philox_keep<2>(seed, first, p.dropout.threshold);
-          a = keep & 1 ? a * p.dropout.scale : 0.f;
-          b = keep & 2 ? b * p.dropout.scale : 0.f;
-        }
-        add_pair(y.at(i, j), a, b);
+    for (int c = 0; c < 2 * GROUPS; ++c) {
+      const int h = c % 2, group = c / 2;
+      [[maybe_unused]] uint32_t keep = 0;
+      if constexpr (Traits::DROPOUT) {
+        const uint64_t row = uint64_t(here.strip) * STRIP + row_of_lane + 8 * h;
+        const uint64_t col = uint64_t(n_begin) + uint64_t(here.n) * COLS + group * GROUP + col_of_lane;
+        keep = tile::philox_keep<CHUNK>(seed, row * uint64_t(p.N) + col, p.dropout.threshold);
       }
-    __syncthreads();
-    tile::store<THREADS>(p.y, y, walk.row(here), m_end, walk.col(here), n_end);
+      sum[c] = ptx::load_shared(&y[c][lane]);
+#pragma unroll
+      for (int e = 0; e < CHUNK; e += 2) {
+        const float (&v)[4] = d[0][group * (CHUNK / 2) + e / 2];
+        float a = v[2 * h], b = v[2 * h + 1];
+        if constexpr (Traits::DROPOUT) {
+          a = keep >> e & 1 ? a * p.dropout.scale : 0.f;
+          b = keep >> e & 2 ? b * p.dropout.scale : 0.f;
+        }
+        float y0, y1;
+        ptx::to_floats(sum[c].v + e, y0, y1);
+        ptx::from_floats(sum[c].v + e, y0 + a, y1 + b);
+      }
+    }
+    if (inside(here)) {
+#pragma unroll
+      for (int c = 0; c < 2 * GROUPS; ++c)
+        ptx::store(reinterpret_cast<Chunk*>(here.y + c % 2 * down + c / 2 * GROUP), sum[c]);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 2 * GROUPS; ++c) ptx::store_shared(&y[c][lane], sum[c]);
+#pragma unroll 1
+      for (int c = 0; c < 2 * GROUPS; ++c) {
+        const int valid = valid_at(here, c);
+        const auto* element = reinterpret_cast<const T*>(&y[c][lane]);
+#pragma unroll 1
+        for (int e = 0; e < valid; ++e)
+          ptx::store(chunk_at(here, c) + e * p.y.col, ptx::load_shared(element + e));
+      }
+    }
   }
 }
 

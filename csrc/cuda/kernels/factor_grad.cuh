@@ -1,10 +1,10 @@
 // factor_grad:  D += drop(x)^T v          x [M, K], v [M, r], D [K, r] float32;   dA += x^T k, Q = g^T u
 //
-// Grid     x: blocks of k_per_block columns of x (up to SUBS tiles of 64), y: splits of M.
+// Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M.
 //          A block walks its rectangle of x row tile by row tile, its sums stay in registers.
-// Bytes    x once; v once for each block of columns; D in and out; with s splits, 4 K R written and read
-//          s times.  plan.h balances the number of column blocks against s.
-// Sums     float32; over m in the block's order, then over the splits in order (tile/reduce.cuh).
+// Bytes    x once; v once for each piece of K; D in and out; with s pieces of M, 4 K R written and read
+//          s times.  plan.h balances the number of pieces of K against s.
+// Sums     float32; over m in the block's order, then over the pieces of M in order (tile/reduce.cuh).
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P product; a barrier at |):
 //   x  stage t % STAGES   L L L P |
@@ -17,42 +17,44 @@
 
 namespace lotr::kernels {
 
-template <class P, int R_>
+template <class P, int R_, bool DROPOUT_>
 struct FactorGradTraits {
   using Policy = P;
   using T = typename P::T;
   static constexpr int R = R_, THREADS = 256;
-  static constexpr int ROWS = factor_grad_rows(sizeof(T), R), COLS = 64;
-  static constexpr int SUBS = factor_grad_subs(R);
+  static constexpr bool DROPOUT = DROPOUT_;
+  static constexpr int ROWS = factor_grad_rows(sizeof(T), R), COLS = factor_grad_cols(R);
+  static constexpr int SUBS = factor_grad_subs(R), BLOCKS = blocks_together(R);
 
   struct Stage {
     tile::Shared<T, ROWS, COLS> x;
     tile::Shared<T, ROWS, R> v;
   };
-  static constexpr int STAGES = stages_that_fit(sizeof(Stage), 0, 6);
+  static constexpr int STAGES = stages_that_fit(sizeof(Stage), 0, 5, shared_budget(BLOCKS));
   struct Smem {
     Stage stage[STAGES];
     int last;
   };
-  static_assert(STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
+  static_assert(STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS, 1) factor_grad(const FactorGradParams p) {
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES;
+__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(const FactorGradParams p) {
+  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, ROWS = Traits::ROWS, COLS = Traits::COLS;
+  using Stage = typename Traits::Stage;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
-  const int64_t k_begin = int64_t(blockIdx.x) * p.k_per_block, m_begin = int64_t(blockIdx.y) * p.m_per_block;
-  const int64_t k_end = k_begin + p.k_per_block < p.K ? k_begin + p.k_per_block : p.K;
-  const int64_t m_end = m_begin + p.m_per_block < p.M ? m_begin + p.m_per_block : p.M;
-  const Walk walk(m_begin, m_end, Traits::ROWS, k_begin, k_end, Traits::COLS);
-  const uint64_t seed = p.dropout.seed ? uint64_t(ptx::load(p.dropout.seed)) : 0;
+  const int k_block = int(blockIdx.x), m_block = int(blockIdx.y);
+  const Walk walk(p.m_pieces, m_block, p.k_pieces, k_block);
+  const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
+  const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x);
+  const tile::Loader<THREADS, decltype(Stage::v)> load_v(p.v);
 
   Walk::Place ahead, here;
   auto fetch = [&] {
     if (walk.holds(ahead)) {
-      const int64_t m = walk.row(ahead);
-      tile::load<THREADS>(sm.stage[ahead.tile % STAGES].x, p.x, m, m_end, walk.col(ahead), k_end);
-      if (ahead.n == 0) tile::load<THREADS>(sm.stage[ahead.m % STAGES].v, p.v, m, m_end, 0, p.r);
+      const int64_t m = int64_t(walk.row(ahead)) * ROWS;
+      load_x(sm.stage[ahead.tile % STAGES].x, m, p.M, int64_t(walk.col(ahead)) * COLS, p.K);
+      if (ahead.n == 0) load_v(sm.stage[ahead.m % STAGES].v, m, p.M, 0, p.r);
       walk.advance(ahead);
     }
     ptx::cp_async_commit();
@@ -63,14 +65,28 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) factor_grad(const FactorGr
   for (; walk.holds(here); walk.advance(here)) {
     auto& x = sm.stage[here.tile % STAGES].x;
     ptx::cp_async_wait<STAGES - 2>();
-    if (p.dropout.seed) tile::drop<THREADS>(x, p.dropout, seed, walk.row(here), walk.col(here), p.K);
+    if constexpr (Traits::DROPOUT)
+      tile::drop<THREADS>(x, p.dropout, seed, int64_t(walk.row(here)) * ROWS, int64_t(walk.col(here)) * COLS,
+                          p.K);
     __syncthreads();
     fetch();
     sums.add(here.n, x, sm.stage[here.m % STAGES].v);
   }
-  const bool last =
-      sums.reduce(p.sum, int(blockIdx.x), int(blockIdx.y), p.splits, k_begin, k_end, p.r, sm.last);
-  if (last) sums.store(p.D, p.D_row, p.D_col, k_begin, k_end, p.r, p.dropout.scale, p.accumulate != 0);
+
+  const int64_t first = int64_t(walk.n_begin) * COLS, owned = int64_t(walk.n_tiles) * COLS;
+  const int64_t cols = p.K - first < owned ? p.K - first : owned;
+  // D (+)= a 16 x 8 tile of the sum
+  const auto store = [&](const float (&v)[4], int col, int rank) {
+    tile::store_float(p.D + first * p.D_row, p.D_row, p.D_col, col, cols, rank, p.r, v, p.dropout.scale,
+                      p.accumulate != 0);
+  };
+  if (p.splits > 1) {
+    sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r);
+    if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last)) return;
+    sums.each_sum(p.sum, k_block, p.splits, cols, p.r, store);
+  } else {
+    sums.each(cols, p.r, store);
+  }
 }
 
 }  // namespace lotr::kernels

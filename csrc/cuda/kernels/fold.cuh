@@ -95,7 +95,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
       });
   each_output([&](int i, int row, int c) {
     if (n0 + row < p.N && i0 + c < p.r_in)
-      write_float(p.F, p.F_type, (layer * p.N + n0 + row) * p.r_in + i0 + c, d[i] * p.scale);
+      write_float(p.F, p.F_type, layer * p.F_layer + (n0 + row) * p.F_row + i0 + c, d[i] * p.scale);
   });
 }
 
@@ -147,12 +147,23 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
       each_output(
           [&](int i, int, int) { ptx::store(mine + split * ROWS * COLS + i * FoldTraits::THREADS, d[i]); });
       finish = tile::arrive_last(p.sum.arrived + group, p.splits, sm.last);
-      if (finish)
-        each_output([&](int i, int, int) {
-          d[i] = 0.f;
-          for (int s = 0; s < p.splits; ++s)
-            d[i] += ptx::load_cg(mine + s * ROWS * COLS + i * FoldTraits::THREADS);
-        });
+      if (finish) {
+        constexpr int AHEAD = tile::IN_FLIGHT / FoldTraits::PER_THREAD;  // splits whose loads are in flight
+        each_output([&](int i, int, int) { d[i] = 0.f; });
+#pragma unroll 1
+        for (int s = 0; s < p.splits; s += AHEAD) {
+          float in[AHEAD][FoldTraits::PER_THREAD];
+#pragma unroll
+          for (int a = 0; a < AHEAD; ++a)
+            if (s + a < p.splits)
+              each_output([&](int i, int, int) {
+                in[a][i] = ptx::load_cg(mine + (s + a) * ROWS * COLS + i * FoldTraits::THREADS);
+              });
+#pragma unroll
+          for (int a = 0; a < AHEAD; ++a)
+            if (s + a < p.splits) each_output([&](int i, int, int) { d[i] += in[a][i]; });
+        }
+      }
     }
     if (finish)
       each_output([&](int i, int row, int c) {

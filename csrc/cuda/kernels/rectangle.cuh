@@ -3,91 +3,95 @@
 #pragma once
 #include "../tile/load.cuh"
 #include "../tile/mma.cuh"
+#include "../tile/pieces.cuh"
 #include "../tile/reduce.cuh"
 #include "../tile/store.cuh"
 #include "traits.h"
 
 namespace lotr::kernels {
 
-// Row tile by row tile, and in each of them column tile by column tile.
+// Row tile by row tile, and in each of them column tile by column tile.  The walk may start at any row tile
+// and comes round to those before it.
 struct Walk {
   struct Place {
     int tile = 0, m = 0, n = 0;  // in the walk, of rows, of columns
   };
-  int64_t row0, col0;
-  int rows, cols, m_tiles, n_tiles;  // of a tile; of the rectangle
+  int m_begin, n_begin, m_tiles, n_tiles, start;
 
-  LOTR_DEVICE Walk(int64_t row0, int64_t row1, int rows, int64_t col0, int64_t col1, int cols)
-      : row0(row0), col0(col0), rows(rows), cols(cols) {
-    const bool empty = row1 <= row0 || col1 <= col0;
-    m_tiles = empty ? 0 : int((row1 - row0 + rows - 1) / rows);
-    n_tiles = empty ? 0 : int((col1 - col0 + cols - 1) / cols);
-  }
+  LOTR_DEVICE Walk(const Pieces& m, int m_block, const Pieces& n, int n_block, int start = 0)
+      : m_begin(tile::begin_of(m, m_block)),
+        n_begin(tile::begin_of(n, n_block)),
+        m_tiles(tile::count_of(m, m_block)),
+        n_tiles(tile::count_of(n, n_block)),
+        start(start) {}
   LOTR_DEVICE bool holds(const Place& p) const { return p.m < m_tiles; }
-  LOTR_DEVICE int64_t row(const Place& p) const { return row0 + int64_t(p.m) * rows; }
-  LOTR_DEVICE int64_t col(const Place& p) const { return col0 + int64_t(p.n) * cols; }
+  // tiles of the whole matrix
+  LOTR_DEVICE int row(const Place& p) const {
+    const int m = p.m + start;
+    return m_begin + (m < m_tiles ? m : m - m_tiles);
+  }
+  LOTR_DEVICE int col(const Place& p) const { return n_begin + p.n; }
   LOTR_DEVICE void advance(Place& p) const {
     ++p.tile;
     if (++p.n == n_tiles) p.n = 0, ++p.m;
   }
 };
 
-// sum[n] [64, R] += x^T v for column tile n of the rectangle, in registers: a warp owns 16 columns and half
-// the rank.
+// sum[n] [COLS, R] += x^T v for column tile n of the rectangle, in registers.  A warp owns 16 MI columns, and
+// the whole rank where its sums are few, so that no two warps read the same part of x.
 template <class Traits>
 struct ColumnSums {
   using P = typename Traits::Policy;
-  static constexpr int R = Traits::R, SUBS = Traits::SUBS, NJ = R / 16;
-  static constexpr int64_t BLOCK = int64_t(SUBS) * 64 * R;  // floats of a block's partial sum
-  static_assert(Traits::COLS == 64 && Traits::THREADS == 256);
+  static constexpr int R = Traits::R, SUBS = Traits::SUBS, COLS = Traits::COLS;
+  static constexpr int WARP_RANKS = R <= 32 && COLS == 128 ? 1 : 2, WARP_COLS = 8 / WARP_RANKS;
+  static constexpr int MI = COLS / (16 * WARP_COLS), NJ = R / (8 * WARP_RANKS), COUNT = SUBS * MI * NJ;
+  static constexpr int BLOCK = SUBS * COLS * R;  // floats of a block's partial sum
+  static_assert(MI >= 1 && NJ >= 1 && Traits::THREADS == 256);
 
-  float d[SUBS][1][NJ][4] = {};
+  float d[SUBS][MI][NJ][4] = {};
 
-  static LOTR_DEVICE int i0() { return int(threadIdx.x) / 32 % 4 * 16; }
-  static LOTR_DEVICE int j0() { return int(threadIdx.x) / 128 * (R / 2); }
+  static LOTR_DEVICE int warp() { return int(threadIdx.x) / 32; }
+  static LOTR_DEVICE int i0() { return warp() % WARP_COLS * 16; }
+  static LOTR_DEVICE int j0() { return warp() / WARP_COLS * (8 * NJ); }
 
   template <class X, class V>
   LOTR_DEVICE void add(int n, X& x, V& v) {
 #pragma unroll
     for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
-      if (s == n) tile::warp_product<P, X::ROWS, true, true>(d[s], x, i0(), 0, v, j0());
+      if (s == n) tile::warp_product<P, X::ROWS, true, true>(d[s], x, i0(), 16 * WARP_COLS, v, j0());
   }
 
-  // Calls f(sum of a 16 x 8 tile, its first row, its first rank, its index) for the tiles inside [row0, row1)
-  // x r.
+  // Calls f(sum of a 16 x 8 tile, its first column of the rectangle, its first rank) for the tiles inside
+  // cols x r.
   template <class F>
-  LOTR_DEVICE void each(int64_t row0, int64_t row1, int r, F f) {
+  LOTR_DEVICE void each(int64_t cols, int r, F f) {
 #pragma unroll
     for (int s = 0; s < SUBS; ++s)
 #pragma unroll
-      for (int j = 0; j < NJ; ++j) {
-        const int64_t row = row0 + 64 * s + i0();
-        if (row < row1 && j0() + 8 * j < r) f(d[s][0][j], row, j0() + 8 * j, s * NJ + j);
-      }
+      for (int i = 0; i < MI; ++i)
+#pragma unroll
+        for (int j = 0; j < NJ; ++j) {
+          const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() + 8 * j;
+          if (col < cols && rank < r) f(d[s][i][j], col, rank);
+        }
   }
 
-  // Over the splits of the rows, for tile `group`; true where the sum is complete.
-  LOTR_DEVICE bool reduce(const Reduction& sum, int group, int split, int splits, int64_t row0, int64_t row1,
-                          int r, int& last) {
-    if (splits == 1) return true;
-    float* mine =
-        sum.partial + group * int64_t(splits) * BLOCK + int(threadIdx.x) / 32 * (SUBS * NJ * tile::FRAGMENT);
-    each(row0, row1, r, [&](float (&v)[4], int64_t, int, int index) {
-      tile::store_partial(mine + split * BLOCK + index * tile::FRAGMENT, v);
+  LOTR_DEVICE void store_partials(const Reduction& sum, int group, int split, int splits, int64_t cols,
+                                  int r) {
+    float* mine = sum.partial + (int64_t(group) * splits + split) * BLOCK;
+    const int ranks = (r + 7) / 8;
+    each(cols, r, [&](float (&v)[4], int col, int rank) {
+      tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
-    if (!tile::arrive_last(sum.arrived + group, splits, last)) return false;
-    each(row0, row1, r, [&](float (&v)[4], int64_t, int, int index) {
-      tile::sum_partials(v, mine + index * tile::FRAGMENT, BLOCK, splits);
-    });
-    return true;
   }
-
-  // to[row][rank] (+)= scale * sum
-  LOTR_DEVICE void store(float* to, int64_t row_stride, int64_t col_stride, int64_t row0, int64_t row1, int r,
-                         float scale, bool accumulate) {
-    each(row0, row1, r, [&](float (&v)[4], int64_t row, int rank, int) {
-      tile::store_float(to, row_stride, col_stride, row, row1, rank, r, v, scale, accumulate);
-    });
+  // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp
+  template <class F>
+  static LOTR_DEVICE void each_sum(const Reduction& sum, int group, int splits, int64_t cols, int r, F f) {
+    constexpr int FRAGMENTS = COUNT < 4 ? COUNT : 4;
+    const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
+    tile::sum_partials<8, FRAGMENTS, BLOCK>(
+        sum.partial + int64_t(group) * splits * BLOCK, splits, total,
+        [&](int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
   }
 };
 

@@ -1,40 +1,45 @@
 // shrink:  u = scale * drop(x) A          x [M, K], A [K, r], u [M, r];   also k = g F
 //          h = core_scale * u core        core [r, r_core], h [M, r_core]; optional, for few tokens
 //
-// Grid     x: tiles of ROWS tokens, y: splits of K.  A block reads its rectangle of x once and its rows of A.
-// Bytes    x once; A once for each tile of tokens; with s splits, 4 M R written and read s times as partial
-//          sums.  plan.h chooses ROWS and s.
-// Sums     float32; over k in the block's order, then over the splits in order (tile/reduce.cuh).
+// Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K.  A block walks its rectangle of
+// x by
+//          steps of COLS columns, in each of them row tile by row tile; its sums stay in registers.
+// Bytes    x once; A once for each piece of M; with s pieces of K, 4 M R written and read s times as partial
+//          sums.  plan.h chooses the pieces.
+// Sums     float32; over k in the block's order, then over the pieces of K in order (tile/reduce.cuh).
 //
-// Timeline of a block, STAGES = 4 (L copies in flight, P product; one barrier a step, at |):
-//   stage 0   L L L P | L L L P |
-//   stage 1     L L L | P L L L | P
-//   stage 2       L L |   P L L |   P       the barrier of step i says that all warps have done step i - 1,
-//   stage 3         L |     P L |     P     so the copy into its stage may start
+// Timeline (tile t = step k, row tile m; L copies in flight, P product; a barrier at |):
+//   x  stage t % STAGES   L L L P |         the barrier says that all warps have done tile t - 1, so the copy
+//   A  slot  k % STAGES   L L L P P P P |   into its stage may start
+// A's rows are copied with the first row tile of their step and stay for all of them.
 #pragma once
 #include "../tile/load.cuh"
 #include "../tile/mma.cuh"
+#include "../tile/pieces.cuh"
 #include "../tile/reduce.cuh"
 #include "../tile/store.cuh"
 #include "traits.h"
 
 namespace lotr::kernels {
 
-template <class P, int R_, int ROWS_>
+template <class P, int R_, int ROWS_, bool DROPOUT_>
 struct ShrinkTraits {
   using Policy = P;
   using T = typename P::T;
   static constexpr int R = R_, ROWS = ROWS_, THREADS = 256;
-  static constexpr int COLS = shrink_cols(sizeof(T), R, ROWS);
-  static constexpr int WARP_ROWS = 4, WARP_RANKS = 2;  // warps along tokens and along the rank
+  static constexpr bool DROPOUT = DROPOUT_;
+  static constexpr int COLS = shrink_cols(sizeof(T), R, ROWS), SUBS = shrink_subs(R, ROWS);
+  // Warps along the rank and along tokens: one along the rank where it is small, so that x is read once.
+  static constexpr int WARP_RANKS = R <= 32 && ROWS >= 128 ? 1 : 2, WARP_ROWS = 8 / WARP_RANKS;
   static constexpr int MI = ROWS / (16 * WARP_ROWS), NJ = R / (8 * WARP_RANKS);
+  static constexpr int BLOCKS = blocks_together(R);
 
   struct Stage {
     tile::Shared<T, ROWS, COLS> x;
     tile::Shared<T, COLS, R> A;
   };
-  using Output = tile::Shared<T, ROWS, R>;
-  static constexpr int STAGES = stages_that_fit(sizeof(Stage), 0, 4);
+  using Output = tile::Shared<T, SUBS * ROWS, R>;
+  static constexpr int STAGES = stages_that_fit(sizeof(Stage), 0, 4, shared_budget(BLOCKS));
   struct Smem {
     union {
       Stage stage[STAGES];
@@ -42,14 +47,13 @@ struct ShrinkTraits {
     };
     int last;
   };
-  static_assert(MI >= 1 && NJ >= 1 && STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
+  static_assert(MI >= 1 && NJ >= 1 && STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
 };
 
-// h = core_scale * u core for the tokens of one tile of u
+// h = core_scale * u core for the tokens of the block
 template <int THREADS, class Tile>
-LOTR_DEVICE void apply_core(const ShrinkParams& p, Tile& u, int64_t m0) {
+LOTR_DEVICE void apply_core(const ShrinkParams& p, Tile& u, int64_t m0, int rows) {
   using T = typename Tile::T;
-  const int rows = p.M - m0 < Tile::ROWS ? int(p.M - m0) : Tile::ROWS;
   for (int index = threadIdx.x; index < rows * p.r_core; index += THREADS) {
     const int m = index / p.r_core, j = index % p.r_core;
     float sum = 0.f;
@@ -62,80 +66,95 @@ LOTR_DEVICE void apply_core(const ShrinkParams& p, Tile& u, int64_t m0) {
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS, 1) shrink(const ShrinkParams p) {
+__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const ShrinkParams p) {
   using P = typename Traits::Policy;
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, COLS = Traits::COLS;
+  using Stage = typename Traits::Stage;
+  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, COLS = Traits::COLS, ROWS = Traits::ROWS;
+  constexpr int SUBS = Traits::SUBS, MI = Traits::MI, NJ = Traits::NJ, ROW_STEP = 16 * Traits::WARP_ROWS;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int warp = threadIdx.x / 32;
-  const int i0 = warp % Traits::WARP_ROWS * 16, j0 = warp / Traits::WARP_ROWS * (8 * Traits::NJ);
-  const int64_t m0 = int64_t(blockIdx.x) * Traits::ROWS;
-  const int64_t k_begin = int64_t(blockIdx.y) * p.k_per_split;
-  const int64_t k_end = k_begin + p.k_per_split < p.K ? k_begin + p.k_per_split : p.K;
-  const int steps = k_end > k_begin ? int((k_end - k_begin + COLS - 1) / COLS) : 0;
-  const uint64_t seed = p.dropout.seed ? uint64_t(ptx::load(p.dropout.seed)) : 0;
+  const int i0 = warp % Traits::WARP_ROWS * 16, j0 = warp / Traits::WARP_ROWS * (8 * NJ);
+  const int m_block = int(blockIdx.x), split = int(blockIdx.y);
+  const int m_tiles = tile::count_of(p.m_pieces, m_block), steps = tile::count_of(p.k_pieces, split);
+  const int64_t m0 = int64_t(tile::begin_of(p.m_pieces, m_block)) * ROWS,
+                k0 = int64_t(tile::begin_of(p.k_pieces, split)) * COLS;
+  const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
+  const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x);
+  const tile::Loader<THREADS, decltype(Stage::A)> load_A(p.A);
 
-  auto fetch = [&](int step) {
-    if (step < steps) {
-      auto& stage = sm.stage[step % STAGES];
-      const int64_t k = k_begin + int64_t(step) * COLS;
-      tile::load<THREADS>(stage.x, p.x, m0, p.M, k, k_end);
-      tile::load<THREADS>(stage.A, p.A, k, k_end, 0, p.r);
+  struct Place {
+    int tile = 0, m = 0, step = 0;
+    int64_t m0, k;
+  };
+  const auto advance = [&](Place& a) {
+    ++a.tile, ++a.m, a.m0 += ROWS;
+    if (a.m == m_tiles) a.m = 0, ++a.step, a.m0 = m0, a.k += COLS;
+  };
+  Place here{0, 0, 0, m0, k0}, ahead = here;
+  auto fetch = [&] {
+    if (ahead.step < steps) {
+      load_x(sm.stage[ahead.tile % STAGES].x, ahead.m0, p.M, ahead.k, p.K);
+      if (ahead.m == 0) load_A(sm.stage[ahead.step % STAGES].A, ahead.k, p.K, 0, p.r);
+      advance(ahead);
     }
     ptx::cp_async_commit();
   };
 
-  float d[Traits::MI][Traits::NJ][4] = {};
-  const bool any_rows = m0 + i0 < p.M;  // of this warp: a decoding step fills one warp in four
-  for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-  for (int step = 0; step < steps; ++step) {
-    auto& stage = sm.stage[step % STAGES];
+  float d[SUBS][MI][NJ][4] = {};
+  for (int i = 0; i < STAGES - 1; ++i) fetch();
+  for (; here.step < steps; advance(here)) {
+    auto& x = sm.stage[here.tile % STAGES].x;
     ptx::cp_async_wait<STAGES - 2>();
-    if (p.dropout.seed)
-      tile::drop<THREADS>(stage.x, p.dropout, seed, m0, k_begin + int64_t(step) * COLS, p.K);
+    if constexpr (Traits::DROPOUT) tile::drop<THREADS>(x, p.dropout, seed, here.m0, here.k, p.K);
     __syncthreads();
-    fetch(step + STAGES - 1);
-    if (any_rows)
-      tile::warp_product<P, COLS, false, true>(d, stage.x, i0, 16 * Traits::WARP_ROWS, stage.A, j0);
+    fetch();
+    if (here.m0 + i0 < p.M) {  // a decoding step fills one warp in four
+#pragma unroll
+      for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
+        if (s == here.m)
+          tile::warp_product<P, COLS, false, true>(d[s], x, i0, ROW_STEP, sm.stage[here.step % STAGES].A, j0);
+    }
   }
 
-  bool finish = true;
+  // f(sum of a 16 x 8 tile, its first row in the block, its first rank) for those inside the matrix
+  const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
+  const int rows = int(left < owned ? left : owned);
+  const auto each = [&](auto f) {
+#pragma unroll
+    for (int s = 0; s < SUBS; ++s)
+#pragma unroll
+      for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+        for (int nj = 0; nj < NJ; ++nj) {
+          const int row = s * ROWS + i0 + mi * ROW_STEP, rank = j0 + 8 * nj;
+          if (row < rows && rank < p.r) f(d[s][mi][nj], row, rank);
+        }
+  };
+  const float scale = p.scale * p.dropout.scale;
+  const auto put = [&](const float (&v)[4], int row, int rank) { tile::put(sm.u, row, rank, v, scale); };
   if (p.splits > 1) {
-    constexpr int64_t TILE = int64_t(Traits::ROWS) * Traits::R;
-    float* mine = p.sum.partial + int64_t(blockIdx.x) * p.splits * TILE +
-                  warp * (Traits::MI * Traits::NJ * tile::FRAGMENT);
-    const auto wanted = [&](int mi, int nj) {
-      return m0 + i0 + mi * 16 * Traits::WARP_ROWS < p.M && j0 + 8 * nj < p.r;
+    constexpr int BLOCK = SUBS * ROWS * Traits::R;
+    const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
+    float* partial = p.sum.partial + int64_t(m_block) * p.splits * BLOCK;
+    each([&](float (&v)[4], int row, int rank) {
+      tile::store_partial(partial + int64_t(split) * BLOCK + (row / 16 * ranks + rank / 8) * tile::FRAGMENT,
+                          v);
+    });
+    if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.last)) return;
+    const auto done = [&](int fragment, const float (&v)[4]) {
+      put(v, fragment / ranks * 16, fragment % ranks * 8);
     };
-#pragma unroll
-    for (int mi = 0; mi < Traits::MI; ++mi)
-#pragma unroll
-      for (int nj = 0; nj < Traits::NJ; ++nj)
-        if (wanted(mi, nj))
-          tile::store_partial(mine + blockIdx.y * TILE + (mi * Traits::NJ + nj) * tile::FRAGMENT, d[mi][nj]);
-    finish = tile::arrive_last(p.sum.arrived + blockIdx.x, p.splits, sm.last);
-    if (finish) {
-#pragma unroll
-      for (int mi = 0; mi < Traits::MI; ++mi)
-#pragma unroll
-        for (int nj = 0; nj < Traits::NJ; ++nj)
-          if (wanted(mi, nj))
-            tile::sum_partials(d[mi][nj], mine + (mi * Traits::NJ + nj) * tile::FRAGMENT, TILE, p.splits);
-    }
+    if (total <= 8)  // few tokens and many splits
+      tile::sum_partials<8, 1, BLOCK>(partial, p.splits, total, done);
+    else
+      tile::sum_partials<8, 4, BLOCK>(partial, p.splits, total, done);
   } else {
     __syncthreads();  // the last stage may still be read: u takes its place
+    each(put);
   }
-
-  if (finish) {
-    const float scale = p.scale * p.dropout.scale;
-#pragma unroll
-    for (int mi = 0; mi < Traits::MI; ++mi)
-#pragma unroll
-      for (int nj = 0; nj < Traits::NJ; ++nj)
-        tile::put(sm.u, i0 + mi * 16 * Traits::WARP_ROWS, j0 + 8 * nj, d[mi][nj], scale);
-    __syncthreads();
-    tile::store<THREADS>(p.u, sm.u, m0, p.M, 0, p.r);
-    if (p.core.data) apply_core<THREADS>(p, sm.u, m0);
-  }
+  __syncthreads();
+  tile::store<THREADS>(p.u, sm.u, m0, m0 + rows, 0, p.r);
+  if (p.core.data) apply_core<THREADS>(p, sm.u, m0, rows);
 }
 
 }  // namespace lotr::kernels

@@ -1,6 +1,6 @@
 // shrink_grad:  k = g F,  Q (+)= g^T u          g [M, N], F [N, r], u [M, r], k [M, r], Q [N, r] float32
 //
-// Grid     x: blocks of n_per_block columns (up to SUBS tiles of 64), y: blocks of m_per_block tokens.
+// Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: pieces of M.
 //          A block reads its rectangle of g once, tile by tile, and uses each tile from both sides: its rows
 //          for k, its columns for Q.  F's rows stay in shared memory, Q's sums in registers; k's are written
 //          after each row tile.
@@ -8,13 +8,17 @@
 //          8 R (s_N M + s_M N).  plan.h balances s_M N = s_N M.
 // Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh).
 //
+// Each row tile of k has its own counter, and the s_N blocks that share the rows start at different row
+// tiles, so that each of them is the last to reach some: the sums of k are spread over the blocks.  Which row
+// tiles it has to sum a block learns during the walk; it sums them after the last tile, with its other last
+// business, Q.
+//
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at |):
 //   g  stage t % STAGES   L L L P |
 //   u  slot  m % STAGES   L L L P P P P |
-//   k                     . . . + + + w     w: partial sum of k to memory; all are added once, after the
-//                                           last tile
-// u is copied with the first column tile of its row tile and stays for the others; F [n_per_block, r] comes
-// with the first stage and stays to the end.
+//   k                     . . . + + + w | c     w: partial sum to memory, c: one thread counts the block in
+// u is copied with the first column tile of its row tile and stays for the others; F's rows come with the
+// first stage and stay to the end.
 #pragma once
 #include "rectangle.cuh"
 
@@ -24,7 +28,7 @@ template <class P, int R_>
 struct ShrinkGradTraits {
   using Policy = P;
   using T = typename P::T;
-  static constexpr int R = R_, THREADS = 256, ROWS = 64, COLS = 64;
+  static constexpr int R = R_, THREADS = 256, ROWS = SHRINK_GRAD_ROWS, COLS = shrink_grad_cols(sizeof(T));
   static constexpr int SUBS = shrink_grad_subs(sizeof(T), R);
 
   struct Stage {
@@ -40,7 +44,8 @@ struct ShrinkGradTraits {
       Stage stage[STAGES];
       Output k;  // after the last tile
     };
-    int last;
+    uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // a bit for each row tile that this block has to sum
+    int sum_Q;
   };
   static_assert(STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
 };
@@ -48,71 +53,117 @@ struct ShrinkGradTraits {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGradParams p) {
   using P = typename Traits::Policy;
+  using Stage = typename Traits::Stage;
   constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, R = Traits::R, ROWS = Traits::ROWS;
-  constexpr int NJ = R / 16, WARP = NJ * tile::FRAGMENT;
-  constexpr int64_t TILE = int64_t(ROWS) * R;  // floats of a row tile of k
+  constexpr int COLS = Traits::COLS, NJ = R / 16;
+  constexpr int TILE = ROWS * R;  // floats of a row tile of k
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int warp = threadIdx.x / 32, i0 = warp % 4 * 16, j0 = warp / 4 * (R / 2);
-  const int64_t n_begin = int64_t(blockIdx.x) * p.n_per_block, m_begin = int64_t(blockIdx.y) * p.m_per_block;
-  const int64_t n_end = n_begin + p.n_per_block < p.N ? n_begin + p.n_per_block : p.N;
-  const int64_t m_end = m_begin + p.m_per_block < p.M ? m_begin + p.m_per_block : p.M;
-  const Walk walk(m_begin, m_end, ROWS, n_begin, n_end, Traits::COLS);
+  const int n_block = int(blockIdx.x), m_block = int(blockIdx.y);
+  // 32 bits are enough: the planner gives a block at most SHRINK_GRAD_MOST_TILES row tiles
+  const int start =
+      int(unsigned(tile::count_of(p.m_pieces, m_block)) * unsigned(n_block) / unsigned(p.n_splits));
+  const Walk walk(p.m_pieces, m_block, p.n_pieces, n_block, start);
+  const int64_t n_begin = int64_t(walk.n_begin) * COLS;
+  const tile::Loader<THREADS, decltype(Stage::g)> load_g(p.g);
+  const tile::Loader<THREADS, decltype(Stage::u)> load_u(p.u);
 
   Walk::Place ahead, here;
   auto fetch = [&] {
     if (walk.holds(ahead)) {
-      const int64_t m = walk.row(ahead);
-      tile::load<THREADS>(sm.stage[ahead.tile % STAGES].g, p.g, m, m_end, walk.col(ahead), n_end);
-      if (ahead.n == 0) tile::load<THREADS>(sm.stage[ahead.m % STAGES].u, p.u, m, m_end, 0, p.r);
+      const int64_t m = int64_t(walk.row(ahead)) * ROWS;
+      load_g(sm.stage[ahead.tile % STAGES].g, m, p.M, int64_t(walk.col(ahead)) * COLS, p.N);
+      if (ahead.n == 0) load_u(sm.stage[ahead.m % STAGES].u, m, p.M, 0, p.r);
       walk.advance(ahead);
     }
     ptx::cp_async_commit();
   };
 
-  // partial sums of k: [m blocks][n splits][row tiles of a block][warp]
-  const int64_t k_block = p.m_per_block / ROWS * TILE;
-  float* k_sums = p.sum_k.partial + int64_t(blockIdx.y) * p.n_splits * k_block + warp * WARP;
-  const auto k_wanted = [&](int m, int j) {
-    return m_begin + int64_t(m) * ROWS + i0 < m_end && j0 + 8 * j < p.r;
-  };
-
-  for (int n = 0; n < walk.n_tiles; ++n)
-    tile::load<THREADS>(sm.F[n], p.F, n_begin + int64_t(n) * Traits::COLS, n_end, 0, p.r);
-  ColumnSums<Traits> Q;
   float k[1][NJ][4] = {};
+  const int ranks = (p.r + 7) / 8;  // fragments along the rank
+  const auto k_partials = [&](int m) { return p.sum_k.partial + int64_t(m) * p.n_splits * TILE; };
+
+  // Thread 0: the answer to the latest count is looked at with the next one, when it has long arrived.
+  int counted = -1, before = 0;
+  const auto note = [&] {
+    const int m = counted - walk.m_begin;
+    if (counted >= 0 && before == p.n_splits - 1)
+      ptx::store_shared(&sm.sum_k[m / 32], ptx::load_shared(&sm.sum_k[m / 32]) | 1u << m % 32);
+  };
+  const auto count_in = [&](int m) {
+    before = ptx::atomic_wrap(p.sum_k.arrived + m, p.n_splits - 1);
+    counted = m;
+  };
+  if (threadIdx.x == 0)
+    for (uint32_t& word : sm.sum_k) ptx::store_shared(&word, 0u);
+
+  const tile::Loader<THREADS, typename Traits::Factor> load_F(p.F);
+  for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], n_begin + int64_t(n) * COLS, p.N, 0, p.r);
+  ColumnSums<Traits> Q;
+  int stored = -1;  // the row tile of k that is in memory and not counted yet
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   for (; walk.holds(here); walk.advance(here)) {
     auto& g = sm.stage[here.tile % STAGES].g;
     ptx::cp_async_wait<STAGES - 2>();
     __syncthreads();
     fetch();
-    tile::warp_product<P, Traits::COLS, false, true>(k, g, i0, 0, sm.F[here.n], j0);
+    tile::warp_product<P, COLS, false, true>(k, g, i0, 0, sm.F[here.n], j0);
     Q.add(here.n, g, sm.stage[here.m % STAGES].u);
+    if (threadIdx.x == 0 && stored >= 0) {
+      note();
+      ptx::fence_device();
+      count_in(stored);
+    }
+    stored = -1;
     if (here.n == walk.n_tiles - 1) {
+      stored = walk.row(here);
+      float* to = k_partials(stored) + int64_t(n_block) * TILE;
 #pragma unroll
-      for (int j = 0; j < NJ; ++j) {
-        if (k_wanted(here.m, j))
-          tile::store_partial(k_sums + blockIdx.x * k_block + here.m * TILE + j * tile::FRAGMENT, k[0][j]);
-        k[0][j][0] = k[0][j][1] = k[0][j][2] = k[0][j][3] = 0.f;
-      }
+      for (int j = 0; j < NJ; ++j)
+        if (int64_t(stored) * ROWS + i0 < p.M && j0 + 8 * j < p.r)
+          tile::store_partial(to + (i0 / 16 * ranks + j0 / 8 + j) * tile::FRAGMENT, k[0][j]);
+#pragma unroll
+      for (int j = 0; j < NJ; ++j) k[0][j][0] = k[0][j][1] = k[0][j][2] = k[0][j][3] = 0.f;
     }
   }
 
-  if (Q.reduce(p.sum_Q, int(blockIdx.x), int(blockIdx.y), p.m_splits, n_begin, n_end, p.r, sm.last))
-    Q.store(p.Q, p.Q_row, p.Q_col, n_begin, n_end, p.r, 1.f, p.accumulate != 0);
+  const int64_t owned = int64_t(walk.n_tiles) * COLS;
+  const int64_t cols = p.N - n_begin < owned ? p.N - n_begin : owned;
+  if (p.m_splits > 1) Q.store_partials(p.sum_Q, n_block, m_block, p.m_splits, cols, p.r);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    note();
+    ptx::fence_device();
+    count_in(stored);
+    int last = 1;
+    if (p.m_splits > 1) last = ptx::atomic_wrap(p.sum_Q.arrived + n_block, p.m_splits - 1) == p.m_splits - 1;
+    note();
+    ptx::store_shared(&sm.sum_Q, last);
+    ptx::fence_device();
+  }
+  __syncthreads();
 
-  if (tile::arrive_last(p.sum_k.arrived + blockIdx.y, p.n_splits, sm.last)) {
-    for (int m = 0; m < walk.m_tiles; ++m) {
-#pragma unroll
-      for (int j = 0; j < NJ; ++j) {
-        if (k_wanted(m, j))
-          tile::sum_partials(k[0][j], k_sums + m * TILE + j * tile::FRAGMENT, k_block, p.n_splits);
-        tile::put(sm.k, i0, j0 + 8 * j, k[0][j], 1.f);
-      }
-      __syncthreads();
-      tile::store<THREADS>(p.k, sm.k, walk.row({0, m, 0}), m_end, 0, p.r);
-      __syncthreads();
-    }
+  if (ptx::load_shared(&sm.sum_Q)) {
+    const auto store = [&](const float (&v)[4], int col, int rank) {
+      tile::store_float(p.Q + n_begin * p.Q_row, p.Q_row, p.Q_col, col, cols, rank, p.r, v, 1.f,
+                        p.accumulate != 0);
+    };
+    if (p.m_splits > 1)
+      Q.each_sum(p.sum_Q, n_block, p.m_splits, cols, p.r, store);
+    else
+      Q.each(cols, p.r, store);
+  }
+  for (int i = 0; i < walk.m_tiles; ++i) {
+    if (!(ptx::load_shared(&sm.sum_k[i / 32]) >> i % 32 & 1)) continue;
+    const int64_t m0 = int64_t(walk.m_begin + i) * ROWS;
+    const int rows = p.M - m0 < ROWS ? int(p.M - m0) : ROWS;
+    tile::sum_partials<8, NJ, TILE>(k_partials(walk.m_begin + i), p.n_splits, (rows + 15) / 16 * ranks,
+                                    [&](int fragment, const float (&v)[4]) {
+                                      tile::put(sm.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
+                                    });
+    __syncthreads();
+    tile::store<THREADS>(p.k, sm.k, m0, p.M, 0, p.r);
+    __syncthreads();
   }
 }
 

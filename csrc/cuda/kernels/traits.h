@@ -5,49 +5,79 @@
 namespace lotr::kernels {
 
 // Shared memory of a block: what the smallest of the supported GPUs (sm_86, 89, 120) grants, less the 1 KB it
-// keeps.
-constexpr size_t SHARED_BYTES = 99 * 1024;
+// keeps; and what leaves room for a second block on an A100 and on all larger ones.
+constexpr size_t SHARED_BYTES = 99 * 1024, SHARED_BYTES_OF_TWO = 80 * 1024;
 
-constexpr int stages_that_fit(size_t stage, size_t resident, int at_most) {
-  const int fit = int((SHARED_BYTES - 1024 - resident) / stage);
+// Blocks that a multiprocessor is to hold, by registers and shared memory: two where the sums are few.
+constexpr int blocks_together(int R) {
+  return R <= 32 ? 2 : 1;
+}
+constexpr size_t shared_budget(int blocks) {
+  return blocks == 2 ? SHARED_BYTES_OF_TWO : SHARED_BYTES;
+}
+constexpr int stages_that_fit(size_t stage, size_t resident, int at_most, size_t budget = SHARED_BYTES) {
+  const int fit = int((budget - 1024 - resident) / stage);
   return fit < at_most ? fit : at_most;
 }
 
+// Rows of a tile of 16 KB.
+constexpr int rows_of_16_kb(size_t element, int cols) {
+  return int(16384 / element) / cols;
+}
+
+// Row tiles of shrink: the tall one, of which a block may own several, so that A is read once for all of them
+// (32 accumulators a thread where two blocks are to fit, else 64).
+constexpr int shrink_tall(int R) {
+  return R <= 128 ? 128 : 64;
+}
+constexpr int shrink_subs(int R, int rows) {
+  return rows != shrink_tall(R) ? 1 : R == 16 ? 4 : R <= 64 ? 2 : 1;
+}
+constexpr int SHRINK_LOW = 64;
 // Columns of x in a stage of shrink: 16 KB of x at most, and 16 KB of A at most.
 constexpr int shrink_cols(size_t element, int R, int rows) {
   const int longest = rows > R ? rows : R;
   const int cols = int(16384 / element) / longest;
   return cols > 128 ? 128 : cols;
 }
-// The tall tile of shrink: A is read once for so many tokens.  As tall as 64 accumulators a thread allow.
-constexpr int shrink_tall(int R) {
-  return R <= 64 ? 256 : R == 128 ? 128 : 64;
-}
-constexpr int SHRINK_LOW = 64;
 
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
-// Tiles of 64 columns that a block of factor_grad or shrink_grad may own: 64 accumulators a thread.  In
-// shrink_grad and expand_add the rows of F that go with them stay in shared memory: 32 KB at most.
-constexpr int factor_grad_rows(size_t element, int R) {
-  return element == 2 && R == 256 ? 32 : 64;
+// Column tiles of factor_grad, whose sums a block keeps in registers: wide where the rank is small, so that a
+// warp can own the whole rank.  A block may own several: 32 accumulators a thread where two blocks are to
+// fit, else 64.
+constexpr int factor_grad_cols(int R) {
+  return R <= 32 ? 128 : 64;
 }
 constexpr int factor_grad_subs(int R) {
-  return R <= 32 ? 8 : 256 / R;
+  return R == 16 ? 4 : R == 32 ? 2 : 256 / R;
 }
+constexpr int factor_grad_rows(size_t element, int R) {
+  return R == 256 ? 32 : R >= 64 ? 64 : rows_of_16_kb(element, factor_grad_cols(R));
+}
+constexpr int shrink_grad_cols(size_t element) {
+  return element == 2 ? 128 : 64;
+}
+constexpr int SHRINK_GRAD_ROWS = 64, SHRINK_GRAD_MOST_TILES = 2048;  // row tiles of a block
+// In shrink_grad the rows of F that go with them stay in shared memory: 32 KB at most.
 constexpr int shrink_grad_subs(size_t element, int R) {
-  const int fit = int(32768 / (64 * R * element)), subs = factor_grad_subs(R);
+  const int fit = int(32768 / (shrink_grad_cols(element) * R * element)), subs = R == 16   ? 8
+                                                                                 : R == 32 ? 4
+                                                                                           : 2;
   return fit < subs ? fit : subs;
 }
-constexpr int expand_rows(int R) {
-  return R <= 128 ? 64 : 32;
+
+// Threads of expand_add: a warp keeps its own 16 rows of u, so a large rank leaves room for fewer.
+constexpr int expand_threads(size_t element, int R) {
+  const size_t row = R * element;
+  return row <= 128 ? 256 : row <= 256 ? 128 : 64;
 }
+// Column tiles of 128 bytes whose rows of F stay in shared memory.
 constexpr int expand_subs(size_t element, int R) {
-  const size_t rows = size_t(expand_rows(R)), factor = size_t(128) * R,
-               stage = rows * 128 + rows * R * element;
-  const int fit =
-      int((SHARED_BYTES - 1024 - (R <= 64 ? 3 : 2) * stage) / factor);  // a tile is 128 bytes wide
+  const size_t warps = size_t(expand_threads(element, R)) / 32, factor = size_t(128) * R,
+               stage = warps * (16 * 128 + 16 * R * element), stages = R == 16 ? 3 : 2;
+  const int fit = int((shared_budget(blocks_together(R)) - 1024 - stages * stage) / factor);
   return fit < 8 ? fit : 8;
 }
 

@@ -85,6 +85,31 @@ LOTR_DEVICE T from_float(float x) {
     return __float2half_rn(x);
 }
 
+// Two neighbours, aligned as a word where they make one.
+LOTR_DEVICE void to_floats(const float* from, float& a, float& b) {
+  a = from[0], b = from[1];
+}
+LOTR_DEVICE void to_floats(const __nv_bfloat16* from, float& a, float& b) {
+  uint32_t word;
+  memcpy(&word, from, 4);
+  a = as_float(word << 16), b = as_float(word & 0xffff0000u);
+}
+LOTR_DEVICE void to_floats(const __half* from, float& a, float& b) {
+  a = __half2float(from[0]), b = __half2float(from[1]);
+}
+// Rounded by one instruction.
+LOTR_DEVICE void from_floats(float* to, float a, float b) {
+  to[0] = a, to[1] = b;
+}
+LOTR_DEVICE void from_floats(__nv_bfloat16* to, float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  to[0] = pair.x, to[1] = pair.y;
+}
+LOTR_DEVICE void from_floats(__half* to, float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  to[0] = pair.x, to[1] = pair.y;
+}
+
 // The high 32 bits of a product of two 32-bit numbers (Philox).
 LOTR_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) {
   return uint32_t(uint64_t(a) * b >> 32);

@@ -216,6 +216,18 @@ LOTR_DEVICE float atomic_add(float* p, float value LOTR_SITE) {
 #endif
 }
 
+// Relaxed; adds one, or goes back to zero from `limit`; returns the value before.  A counter of limit + 1
+// events that is ready for the next round after the last of them.
+LOTR_DEVICE int32_t atomic_wrap(int32_t* p, int32_t limit LOTR_SITE) {
+#ifdef __CUDACC__
+  int32_t old;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(limit) : "memory");
+  return old;
+#else
+  return simt::atomic_wrap(p, limit, site);
+#endif
+}
+
 // fence, atomic_add and fence in one: publishes what came before to whoever comes after.
 LOTR_DEVICE int32_t atomic_add_acq_rel(int32_t* p, int32_t value LOTR_SITE) {
 #ifdef __CUDACC__

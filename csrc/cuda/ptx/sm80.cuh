@@ -39,8 +39,18 @@ namespace lotr::ptx {
 
 // ---- asynchronous copies, global to shared ----
 
-// 16 bytes, past L1; the first src_bytes are copied, the rest become zero.  Both addresses 16-byte aligned.
-LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes = 16 LOTR_SITE) {
+// 16 bytes, past L1.  Both addresses 16-byte aligned.
+LOTR_DEVICE void cp_async16(void* shared, const void* global LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+               : "memory");
+#else
+  simt::cp_async(shared, global, 16, 16, site);
+#endif
+}
+
+// The same; the first src_bytes are copied, the rest become zero.
+LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(src_bytes)

@@ -1,5 +1,8 @@
 // Global memory to a shared tile, and the dropout of a tile.  A thread owns the same chunks in both, so that
 // it may mask what it copied as soon as its own copies have landed, before the block's barrier.
+//
+// Matrices come with 16-byte rows (launchers pack those that do not), so every copy is asynchronous.  A tile
+// inside the matrix takes a path without bounds: the thread's address, and steps that are the same for all.
 #pragma once
 #include "philox.cuh"
 #include "shared.cuh"
@@ -21,61 +24,75 @@ LOTR_DEVICE int valid_elements(int64_t row, int64_t rows, int64_t col, int64_t c
   return left <= 0 ? 0 : left < CHUNK ? int(left) : CHUNK;
 }
 
-// tile[i][j] = m[row0 + i][col0 + j], zero outside [rows, cols].  Asynchronous where m allows 16-byte reads.
+// Copies tiles of one matrix: tile[i][j] = m[row0 + i][col0 + j], zero outside [rows, cols].
 template <int THREADS, class Tile>
-LOTR_DEVICE void load(Tile& tile, const Matrix& m, int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
+class Loader {
   using T = typename Tile::T;
-  constexpr int TOTAL = Tile::ROWS * Tile::CHUNKS, CHUNK = Tile::CHUNK;
-  if (m.access == Access::vector) {
-    const T* from = static_cast<const T*>(m.data) + row0 * m.row + col0;
+  static constexpr int TOTAL = Tile::ROWS * Tile::CHUNKS, STEP = THREADS / Tile::CHUNKS;
+  static constexpr int COUNT = (TOTAL + THREADS - 1) / THREADS;  // chunks of a thread, STEP rows apart
+  static_assert(THREADS % Tile::CHUNKS == 0 && STEP % 8 == 0, "the same swizzle in all rows of a thread");
+
+  const char* data_;
+  int64_t row_bytes_, first_;
+  int r_, c_;
+
+ public:
+  LOTR_DEVICE explicit Loader(const Matrix& m)
+      : data_(static_cast<const char*>(m.data)),
+        row_bytes_(m.row * int64_t(sizeof(T))),
+        r_(int(threadIdx.x) / Tile::CHUNKS),
+        c_(int(threadIdx.x) % Tile::CHUNKS) {
+    first_ = r_ * row_bytes_ + c_ * 16;
+  }
+
+  LOTR_DEVICE void operator()(Tile& tile, int64_t row0, int64_t rows, int64_t col0, int64_t cols) const {
+    if (TOTAL % THREADS != 0 && r_ >= Tile::ROWS) return;  // fewer chunks than threads
+    const char* from = data_ + (row0 * row_bytes_ + col0 * int64_t(sizeof(T))) + first_;
+    T* to = tile.chunk(r_, c_);
+    if (row0 + Tile::ROWS <= rows && col0 + Tile::COLS <= cols) {
 #pragma unroll
-    for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; ++i) {
-      const int index = i * THREADS + int(threadIdx.x);
-      if (TOTAL % THREADS != 0 && index >= TOTAL) break;
-      const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
-      const int valid = valid_elements<CHUNK>(row0 + r, rows, col0 + c * CHUNK, cols);
-      ptx::cp_async16(tile.chunk(r, c), valid ? from + r * m.row + c * CHUNK : m.data,
-                      valid * int(sizeof(T)));
-    }
-  } else {
+      for (int i = 0; i < COUNT; ++i)
+        ptx::cp_async16(to + i * (STEP * Tile::COLS), from + i * STEP * row_bytes_);
+    } else {
 #pragma unroll 1
-    for (int index = threadIdx.x; index < TOTAL; index += THREADS) {
-      const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
-      const int64_t row = row0 + r, col = col0 + c * CHUNK;
-      const int valid = valid_elements<CHUNK>(row, rows, col, cols);
-      Chunk<T> value;
-#pragma unroll
-      for (int j = 0; j < CHUNK; ++j)
-        value.v[j] = j < valid ? read_element<T>(m, row, col + j) : ptx::from_float<T>(0.f);
-      ptx::store_shared(tile.whole(r, c), value);
+      for (int i = 0; i < COUNT; ++i) {
+        const int valid =
+            valid_elements<Tile::CHUNK>(row0 + r_ + i * STEP, rows, col0 + c_ * Tile::CHUNK, cols);
+        ptx::cp_async16(to + i * (STEP * Tile::COLS), valid ? from + i * STEP * row_bytes_ : data_,
+                        valid * int(sizeof(T)));
+      }
     }
   }
+};
+
+// A chunk without its dropped elements; bit j of `keep` is element j's.
+template <int CHUNK>
+LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
+  uint32_t* word = &value.x;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (CHUNK == 4) {
+      word[w] = keep >> w & 1 ? word[w] : 0;
+    } else {
+      const uint32_t low = keep >> (2 * w) & 1 ? 0xffffu : 0u,
+                     high = keep >> (2 * w + 1) & 1 ? 0xffff0000u : 0u;
+      word[w] &= low | high;
+    }
+  }
+  return value;
 }
 
 // Zeroes the dropped elements of the chunks this thread loaded; cols is the width of the whole matrix.
 template <int THREADS, class Tile>
 LOTR_DEVICE void drop(Tile& tile, const Dropout& dropout, uint64_t seed, int64_t row0, int64_t col0,
                       int64_t cols) {
-  constexpr int TOTAL = Tile::ROWS * Tile::CHUNKS, PER_WORD = 4 / int(sizeof(typename Tile::T));
 #pragma unroll 1
-  for (int index = threadIdx.x; index < TOTAL; index += THREADS) {
+  for (int index = threadIdx.x; index < Tile::ROWS * Tile::CHUNKS; index += THREADS) {
     const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
     const uint64_t first = uint64_t(row0 + r) * uint64_t(cols) + uint64_t(col0 + c * Tile::CHUNK);
     const uint32_t keep = philox_keep<Tile::CHUNK>(seed, first, dropout.threshold);
     uint4* chunk = reinterpret_cast<uint4*>(tile.chunk(r, c));
-    uint4 value = ptx::load_shared(chunk);
-    uint32_t* word = &value.x;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if constexpr (PER_WORD == 1) {
-        word[w] = keep >> w & 1 ? word[w] : 0;
-      } else {
-        const uint32_t low = keep >> (2 * w) & 1 ? 0xffffu : 0u,
-                       high = keep >> (2 * w + 1) & 1 ? 0xffff0000u : 0u;
-        word[w] &= low | high;
-      }
-    }
-    ptx::store_shared(chunk, value);
+    ptx::store_shared(chunk, kept<Tile::CHUNK>(ptx::load_shared(chunk), keep));
   }
 }
 

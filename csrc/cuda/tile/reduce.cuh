@@ -3,8 +3,12 @@
 // same inputs always give the same bits; nobody waits, so nothing depends on which blocks run at the same
 // time.
 //
-// A partial sum is stored as the accumulators lie in registers: 32 lanes x 16 bytes for each 16 x 8 tile, so
-// that both the store and the load are whole lines whatever the rank is.
+// A partial sum is stored as the accumulators lie in registers: 32 lanes x 16 bytes for each 16 x 8 tile, a
+// fragment, so that both the store and the load are whole lines whatever the rank is.  Fragments go by rows,
+// then by the rank, as far as the matrix goes; whichever warp made one, any may sum it.
+//
+// The counter of arrivals goes back to zero with the last of them: nothing has to be cleared between
+// launches, replays of a graph included.
 #pragma once
 #include "../params.h"
 #include "../ptx/sm80.cuh"
@@ -12,27 +16,62 @@
 namespace lotr::tile {
 
 constexpr int FRAGMENT = 32 * 4;  // floats of a 16 x 8 accumulator tile
+constexpr int IN_FLIGHT = 16;     // loads of 16 bytes that a thread issues before it adds the first
 
 LOTR_DEVICE void store_partial(float* to, const float (&d)[4]) {
   ptx::store(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{d[0], d[1], d[2], d[3]});
 }
 
-// d = sum over i < count of the tiles at from + i * stride
-LOTR_DEVICE void sum_partials(float (&d)[4], const float* from, int64_t stride, int count) {
-  d[0] = d[1] = d[2] = d[3] = 0.f;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) {
-    const float4 v = ptx::load_cg(reinterpret_cast<const float4*>(from + i * stride) + threadIdx.x % 32);
-    d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
+// done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
+// The block's WARPS warps share them, FRAGMENTS at a time.  Splits outside and fragments inside: every
+// element is added in the order of the splits, but the loads need not wait for one another.
+template <int WARPS, int FRAGMENTS, int STRIDE, class Done>
+LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
+  constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
+#pragma unroll 1
+  for (int first = int(threadIdx.x) / 32; first < total; first += WARPS * FRAGMENTS) {
+    const float* mine = from + int64_t(first) * FRAGMENT + threadIdx.x % 32 * 4;
+    float v[FRAGMENTS][4] = {};
+#pragma unroll 1
+    for (int left = splits; left > 0; left -= AHEAD, mine += int64_t(AHEAD) * STRIDE) {
+      float4 in[AHEAD][FRAGMENTS];
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS; ++i)
+          if (a < left && first + i * WARPS < total)
+            in[a][i] =
+                ptx::load_cg(reinterpret_cast<const float4*>(mine + a * STRIDE + i * WARPS * FRAGMENT));
+#pragma unroll
+      for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS; ++i)
+          if (a < left && first + i * WARPS < total) {
+            v[i][0] += in[a][i].x, v[i][1] += in[a][i].y;
+            v[i][2] += in[a][i].z, v[i][3] += in[a][i].w;
+          }
+    }
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; ++i)
+      if (first + i * WARPS < total) done(first + i * WARPS, v[i]);
   }
+}
+
+// Counts this block in; true for the last of `count`.  By one thread, after a barrier behind the block's
+// stores; whoever reads the others' partial sums needs a fence after it, and a barrier.
+LOTR_DEVICE bool arrive(int32_t* arrived, int count) {
+  ptx::fence_device();
+  return ptx::atomic_wrap(arrived, count - 1) == count - 1;
 }
 
 // Called by the whole block after its partial stores.  True in the block that comes last of `count`, which
 // then sees the stores of all the others.  `last` is a word of shared memory for the block's use.
 LOTR_DEVICE bool arrive_last(int32_t* arrived, int count, int& last) {
   __syncthreads();
-  // releases what the block stored before the barrier, acquires what the earlier blocks stored
-  if (threadIdx.x == 0) ptx::store_shared(&last, int(ptx::atomic_add_acq_rel(arrived, 1) == count - 1));
+  if (threadIdx.x == 0) {
+    ptx::store_shared(&last, int(arrive(arrived, count)));
+    ptx::fence_device();
+  }
   __syncthreads();
   return ptx::load_shared(&last) != 0;
 }

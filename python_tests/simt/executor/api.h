@@ -70,6 +70,8 @@ struct LaunchRecord {
   std::string name;
   unsigned grid[3], block[3], cluster[3];
   size_t shared_bytes;
+  const void* kernel;  // its address in this module
+  bool cleared;        // the host wrote to the watched memory since the launch before: a memset on a GPU
 };
 
 struct Counters {
@@ -80,7 +82,11 @@ struct Counters {
   uint64_t ldmatrix = 0;          // per warp
   uint64_t async_copies = 0;      // cp.async, per lane
   uint64_t bulk_copies = 0;       // TMA tiles
+  uint64_t async_waits = 0;       // cp.async.wait_group, per lane
   uint64_t atomics = 0;           // per lane
+  // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and of
+  // any block.
+  uint64_t late_loads = 0, late_bytes = 0;
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.
   uint64_t shared_phases = 0, shared_wavefronts = 0;
@@ -94,6 +100,9 @@ void reset_counters();  // registered arrays stay
 // Names [base, base + bytes).  Throws std::invalid_argument if it overlaps another array.
 void register_array(const std::string& name, const void* base, size_t bytes);
 void clear_arrays();
+
+// Memory whose changes between launches are noted; null: none.
+void watch(const void* base, size_t bytes);
 
 // Zero pages that take memory only once touched: arrays beyond 2^31 elements.
 void* map_sparse(size_t bytes);  // throws std::bad_alloc

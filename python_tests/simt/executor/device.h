@@ -30,7 +30,19 @@ struct Launch {
   dim3 grid, block, cluster;
   size_t smem;
 };
-void run_grid(const Launch& launch, void (*thread)(void*), void* context);
+void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel);
+
+// ptx::launch gives a closure whose captures are references, the first of them to the kernel's pointer.  Its
+// address tells which instance of a template ran; bench/static looks it up among the module's symbols.
+template <class Closure>
+void run_grid(const Launch& launch, void (*thread)(void*), Closure* closure) {
+  const void* const* reference;
+  const void* kernel;
+  static_assert(sizeof(Closure) >= sizeof(reference));
+  memcpy(&reference, static_cast<const void*>(closure), sizeof(reference));
+  memcpy(&kernel, reference, sizeof(kernel));
+  run_grid(launch, thread, closure, kernel);
+}
 
 void* shared_memory(size_t bytes);  // checks that the launch gave as much
 uint32_t shared_offset(const void* p);
@@ -43,6 +55,7 @@ void store_shared(void* p, const void* value, uint32_t bytes, Site site);
 void fence_device(Site site);
 int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site);
 float atomic_add(float* p, float value, Site site);
+int32_t atomic_wrap(int32_t* p, int32_t limit, Site site);  // atomicInc, relaxed
 
 void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, Site site);
 void cp_async_commit(Site site);

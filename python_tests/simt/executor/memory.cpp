@@ -45,10 +45,11 @@ void move(void* to, const void* from, uint32_t bytes) {
   }
 }
 
-template <class T>
-T add(T* p, T value, bool acq_rel, Site site) {
+// *p = next(*p) in one step; returns the value before.
+template <class T, class Next>
+T update(const char* op, T* p, bool acq_rel, Site site, Next next) {
   race::ExecutorScope scope;
-  Thread& t = enter("atomicAdd", site);
+  Thread& t = enter(op, site);
   ++totals.atomics;
   const auto* byte = reinterpret_cast<const unsigned char*>(p);
   const bool shared = byte >= t.block->shared && byte < t.block->shared + t.block->shared_bytes;
@@ -58,11 +59,12 @@ T add(T* p, T value, bool acq_rel, Site site) {
   } else {
     check_global(p, sizeof(T), t.op, site);
     record(Space::global_atomic, p, sizeof(T), site);
+    t.block->arrived = true;
   }
   race::access(p, sizeof(T), race::Use::atomic);
   race::atomic(p, acq_rel);
   const T old = *p;
-  *p = old + value;
+  *p = next(old);
   return old;
 }
 
@@ -116,8 +118,12 @@ uint32_t shared_offset(const void* p) {
 
 void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Site site) {
   race::ExecutorScope scope;
-  enter(read_only ? "ld.global.nc" : "ld.global", site);
-  check_global(p, bytes, self().op, site);
+  Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
+  check_global(p, bytes, t.op, site);
+  if (t.block->arrived) {
+    totals.late_loads = std::max(totals.late_loads, ++t.late_loads);
+    totals.late_bytes = std::max(totals.late_bytes, t.block->late_bytes += bytes);
+  }
   record(Space::global_read, p, bytes, site);
   race::access(p, bytes, read_only ? race::Use::read_only : race::Use::read);
   move(value, p, bytes);
@@ -162,10 +168,14 @@ void fence_device(Site site) {
 }
 
 int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site) {
-  return add(p, value, acq_rel, site);
+  return update("atomicAdd", p, acq_rel, site, [&](int32_t old) { return old + value; });
 }
 float atomic_add(float* p, float value, Site site) {
-  return add(p, value, false, site);
+  return update("atomicAdd", p, false, site, [&](float old) { return old + value; });
+}
+int32_t atomic_wrap(int32_t* p, int32_t limit, Site site) {
+  return update("atomicInc", p, false, site,
+                [&](int32_t old) { return uint32_t(old) >= uint32_t(limit) ? 0 : old + 1; });
 }
 
 // At issue the destination turns to NaN (under AddressSanitizer: may not be touched); the data lands at the
@@ -202,6 +212,7 @@ void cp_async_wait(int keep, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter(keep < 0 ? "cp.async.wait_all" : "cp.async.wait_group", site);
   if (left_out(t.op, site)) return;
+  ++totals.async_waits;
   size_t landing = keep < 0 ? t.copies.size() : 0;
   int groups = 0;
   for (size_t i = t.copies.size(); keep >= 0 && i-- > 0;)

@@ -1,6 +1,7 @@
 // Python's view of the executor: the CUDA launchers of csrc/cuda/launch.h on numpy arrays, and the executor's
 // own controls. bfloat16 travels as uint16.  Outputs are the caller's arrays, so that a test may poison, pad
 // or stride them.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,7 +20,7 @@ namespace lotr::simt {
 namespace {
 
 struct Settings {
-  int multiprocessors = 132;
+  int multiprocessors = 132, shared = 233472;  // of an H100
   Float32 float32 = Float32::exact;
 } settings;
 
@@ -75,7 +76,7 @@ Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
 }
 
 cuda::Call call(DType type) {
-  return {type, settings.float32, settings.multiprocessors, nullptr};
+  return {type, settings.float32, settings.multiprocessors, settings.shared, nullptr};
 }
 
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
@@ -84,8 +85,13 @@ class Workspace {
   explicit Workspace(size_t bytes) : memory_(bytes / 4 + 65, 0xFFFFFFFFu) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     base_ = reinterpret_cast<void*>((address + 255) / 256 * 256);
-    if (options().count_memory && bytes) register_array("workspace", base_, bytes);
+    if (!options().count_memory || !bytes) return;
+    register_array("workspace", base_, bytes);
+    watch(base_, bytes);
   }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { watch(nullptr, 0); }
   void* get() { return base_; }
 
  private:
@@ -133,7 +139,8 @@ void py_expand_add(py::array y, py::array u, py::array F, double p,
   params.u = input("u", u, type, params.M, params.r);
   params.F = input("F", F, type, params.N, params.r);
   params.dropout = dropout(p, seed);
-  cuda::expand_add(call(type), params);
+  Workspace workspace(cuda::expand_add_workspace(call(type), params));
+  cuda::expand_add(call(type), params, workspace.get());
 }
 
 void py_factor_grad(py::array D, py::array x, py::array k, double p,
@@ -194,6 +201,7 @@ void py_fold(py::array B, py::array cores, double scaling, py::array F) {
   expect_shape("F", F, {params.L, params.N, params.r_in});
   name_array("F", F);
   params.F = F.mutable_data();
+  params.F_layer = stride(F, 0), params.F_row = stride(F, 1);
   params.scale = float(scaling);
   cuda::fold(call(params.F_type), params);
 }
@@ -270,6 +278,13 @@ void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<p
   cuda::small_backward(call(type), p, workspace.get());
 }
 
+// The kernel's address less the module's: what nm lists for its symbol.
+uintptr_t offset_in_module(const void* kernel) {
+  Dl_info info;
+  if (!dladdr(kernel, &info)) throw std::runtime_error("a kernel's address: expected in this module, found elsewhere");
+  return reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(info.dli_fbase);
+}
+
 py::dict counters_dict() {
   const Counters c = counters();
   py::dict arrays;
@@ -283,7 +298,8 @@ py::dict counters_dict() {
   py::list launches;
   for (const LaunchRecord& l : c.launches) {
     py::dict d;
-    d["name"] = l.name, d["shared_bytes"] = l.shared_bytes;
+    d["name"] = l.name, d["shared_bytes"] = l.shared_bytes, d["offset"] = offset_in_module(l.kernel);
+    d["cleared"] = l.cleared;
     d["grid"] = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]);
     d["block"] = py::make_tuple(l.block[0], l.block[1], l.block[2]);
     launches.append(d);
@@ -291,7 +307,8 @@ py::dict counters_dict() {
   py::dict d;
   d["blocks"] = c.blocks, d["threads"] = c.threads, d["switches"] = c.switches, d["barriers"] = c.barriers;
   d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["ldmatrix"] = c.ldmatrix;
-  d["async_copies"] = c.async_copies, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
+  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits,
+  d["late_loads"] = c.late_loads, d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
   return d;
@@ -360,13 +377,14 @@ PYBIND11_MODULE(lotr_simt, m) {
         "scaling"_a, "dA"_a, "dB"_a, "dcore"_a);
   m.def(
       "set_device",
-      [](int multiprocessors, const std::string& float32) {
+      [](int multiprocessors, const std::string& float32, int shared) {
         if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
+        if (shared < 101376) throw py::value_error("shared: expected at least the 101376 bytes of sm_86");
         if (float32 != "exact" && float32 != "tf32")
           throw py::value_error("float32: expected exact or tf32, got " + float32);
-        settings = {multiprocessors, float32 == "tf32" ? Float32::tf32 : Float32::exact};
+        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact};
       },
-      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact");
+      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472);
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "shared_limit"_a = 101376);
   m.def("counters", &counters_dict);
@@ -377,16 +395,14 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "plan",
       [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-        if (kernel == "shrink") {
-          const auto p = plan::shrink(M, N, r, element, multiprocessors);
-          return py::dict("m_blocks"_a = p.m_tiles, "n_blocks"_a = p.splits, "extra_bytes"_a = p.extra_bytes);
-        }
-        const auto p = kernel == "expand_add"    ? plan::expand_add(M, N, r, element, multiprocessors)
-                       : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, multiprocessors)
-                       : kernel == "shrink_grad" ? plan::shrink_grad(M, N, r, element, multiprocessors)
+        const auto machine = plan::Machine::of(multiprocessors, settings.shared, r);
+        const auto p = kernel == "shrink"        ? plan::shrink(M, N, r, element, machine)
+                       : kernel == "expand_add"  ? plan::expand_add(M, N, r, element, machine)
+                       : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, machine)
+                       : kernel == "shrink_grad" ? plan::shrink_grad(M, N, r, element, machine)
                                                  : throw py::value_error("kernel: got " + kernel);
-        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks,
-                        "extra_bytes"_a = p.extra_bytes);
+        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "extra_bytes"_a = p.extra_bytes,
+                        "microseconds"_a = p.cost);
       },
       "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
       "How a kernel would cut the large matrix [M, N], and the bytes it moves besides that matrix.");

@@ -59,6 +59,7 @@ struct Thread {
   std::vector<AsyncCopy> copies;
   std::vector<WarpgroupProduct> products;
   bool wgmma_fenced = false;
+  uint64_t late_loads = 0;  // global loads since the block's first atomic
   std::vector<Access> log;
 };
 
@@ -94,6 +95,8 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   Barrier barriers[16];
+  bool arrived = false;     // has done an atomic in global memory
+  uint64_t late_bytes = 0;  // read since
   std::vector<Thread> threads;
   std::vector<Warp> warps;
 };

@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(128) sm80(Params p) {
   ptx::store_shared2(&s.tile[1][2], p.x[0], p.x[1]);
 
   ptx::cp_async16(&s.tile[threadIdx.x / 8][threadIdx.x % 8 * 8], p.x + threadIdx.x * 8);
+  ptx::cp_async16(&s.tile[threadIdx.x / 8][threadIdx.x % 8 * 8], p.x + threadIdx.x * 8, 8);
   ptx::cp_async8(&s.tile[0], p.x, 4);
   ptx::cp_async4(&s.tile[0], p.x);
   ptx::cp_async_commit();
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(128) sm80(Params p) {
 
   ptx::fence_device();
   ptx::store(p.y, d[0] + float(ptx::atomic_add(p.n, 1)) + ptx::atomic_add(p.y + 1, 1.f) +
-                      float(ptx::atomic_add_acq_rel(p.n, 1)) + float(ptx::mul_hi(a[0], a[1])));
+                      float(ptx::atomic_add_acq_rel(p.n, 1)) + float(ptx::atomic_wrap(p.n, 7)) + float(ptx::mul_hi(a[0], a[1])));
   if (d[0] > 1e30f) ptx::trap("never");
 }
 

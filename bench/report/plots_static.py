@@ -1,0 +1,52 @@
+"""Picture of what the model of the machine code says: a kernel's share of bandwidth, and where its time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from ..static.assumptions import CARDS
+from ..static.model import Estimate
+from ..static.predict import Key
+from ..static.table import LABEL
+from .plots import save
+
+PARTS = {"at bandwidth": "tab:blue", "hot loop beyond it": "tab:orange", "begin": "0.75", "after the last arrival": "tab:red"}
+
+
+def _stack(e: Estimate) -> list[float]:
+    """Seconds of PARTS; together they are the estimate's."""
+    least = min(e.least_seconds, e.parts["waves"])
+    return [least, e.seconds - least - e.parts["begin"] - e.parts["after"], e.parts["begin"], e.parts["after"]]
+
+
+def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
+    """A panel a GPU, a bar a kernel and rank: shares of its time, of the first shape and dtype there is."""
+    if not found:
+        return []
+    first = next(iter(found))
+    own = {key: e for key, e in found.items() if (key[1], key[2], key[4]) == (first[1], first[2], first[4])}
+    gpus = list(dict.fromkeys(key[5] for key in own))
+    figure, axes = plt.subplots(
+        1, len(gpus), figsize=(max(3.1 * len(gpus), 8), 5.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, gpu in zip(axes.flat, gpus):
+        bars = {key: e for key, e in own.items() if key[5] == gpu}
+        names = [f"{key[0]}, r = {key[3]}" for key in bars]
+        places = list(range(len(bars)))[::-1]
+        left = [0.0] * len(bars)
+        for i, (label, colour) in enumerate(PARTS.items()):
+            widths = [1e6 * _stack(e)[i] for e in bars.values()]
+            axis.barh(places, widths, left=left, color=colour, label=label if axis is axes.flat[0] else None)
+            left = [a + b for a, b in zip(left, widths)]
+        for place, end, e in zip(places, left, bars.values()):
+            axis.text(end, place, f" {e.share:.0%}", va="center", fontsize=7)
+        axis.set_yticks(places, names, fontsize=8)
+        axis.set_xlim(0, 1.18 * max(left))
+        axis.set_title(CARDS[gpu].name, fontsize=9)
+        axis.set_xlabel("us; at the end: of bandwidth", fontsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"Kernels at {first[1]} x {first[2]}, {first[4]}: {LABEL}", fontsize=10)
+    return save({"static": figure}, folder)

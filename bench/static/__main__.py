@@ -1,0 +1,72 @@
+"""python -m bench.static: how fast each kernel would be on known GPUs, by its machine code: a model, no measurement."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from ..measure.session import progress, start, wide_console
+from ..measure.store import Store
+from ..traffic.counts import DTYPES, FOLDER, KERNELS
+from . import assumptions
+from .assumptions import CARDS
+from .predict import FILE, all_keys, kept, measured, model_id, predict
+from .table import table
+
+SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
+ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed,
+nvcc is. Times are a model's, no measurement; where bench.kernels has measured, its time stands beside. Counts and estimates are
+kept and not made again while the sources stay as they are."""
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=ABOUT)
+    parser.add_argument("--gpus", default=",".join(CARDS), help=f"some of {', '.join(CARDS)} (all)")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help=f"some of {', '.join(KERNELS)} (all)")
+    parser.add_argument("--dtypes", default="bf16", help=f"some of {', '.join(DTYPES)} (bf16)")
+    parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="comma-separated (16,64,128)")
+    parser.add_argument(
+        "--shapes", default=",".join(f"{m}x{n}" for m, n in SHAPES), help="MxN of the large matrix, comma-separated"
+    )
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder to keep them in (bench/results/simt-executor)")
+    parser.add_argument("--fresh", action="store_true", help="count and estimate again what is kept")
+    options = parser.parse_args(argv)
+    for name, known in (("gpus", CARDS), ("kernels", KERNELS), ("dtypes", DTYPES)):
+        chosen = getattr(options, name).split(",")
+        for one in chosen:
+            if one not in known:
+                raise ValueError(f"{name}: expected some of {', '.join(known)}, got {one!r}")
+        setattr(options, name, chosen)
+    ranks = options.ranks.split(",")
+    if not all(r.isdigit() and 1 <= int(r) <= 256 for r in ranks):
+        raise ValueError(f"ranks: expected numbers from 1 to 256, comma-separated, got {options.ranks!r}")
+    options.ranks = [int(r) for r in ranks]
+    shapes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in options.shapes.split(",")]
+    if not all(shapes):
+        raise ValueError(f"shapes: expected MxN, comma-separated, got {options.shapes!r}")
+    options.shapes = [tuple(int(n) for n in match.groups()) for match in shapes]
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    keys = all_keys(options.shapes, options.ranks, options.dtypes, options.gpus, options.kernels)
+    with progress(len(keys)) as begin:
+        found = predict(keys, options.results, begin, options.fresh)
+    console, known = wide_console(), measured()
+    for gpu in options.gpus:
+        for dtype in options.dtypes:
+            console.print(table(gpu, dtype, found, known))
+    console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)
+    from ..report.plots_static import draw_static
+
+    everything = kept(Store(options.results / FILE), model_id())
+    for path in draw_static(everything, options.results):
+        console.print(f"picture in {path}", highlight=False)
+    console.print(f"estimates in {options.results / FILE}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    start("bench.static", main)

@@ -1,0 +1,108 @@
+"""What the model takes as given, each with where it comes from. What has no source but experience says so."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..traffic.projection import GPUS, LAUNCH, Gpu
+from .issue import Latencies
+
+REACHED = 0.94  # of the data sheet's bandwidth, by long streams of 16-byte copies
+BEGIN = 1.0e-6  # seconds from a kernel's start to its blocks' first copies
+SHARPNESS = 8  # of `together`
+REGISTERS, REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 65536, 256, 128, 1024  # of a multiprocessor, a warp, a block, a block
+L2_ONE = 64.0  # bytes a cycle that one multiprocessor gets from L2
+
+
+def together(seconds: list[float]) -> float:
+    """Limits that overlap, but not quite where two are equal: a power mean, 9 % above either of two equal ones."""
+    most = max(seconds)
+    return most * sum((s / most) ** SHARPNESS for s in seconds) ** (1 / SHARPNESS) if most else 0.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as the model sees it."""
+
+    gpu: Gpu
+    architecture: str  # that its kernels are compiled for
+    pattern: str  # of the names that drivers give it
+    clock: float  # cycles a second
+    shared_bytes: int  # of a multiprocessor
+    threads: int
+    memory_latency: float  # seconds, under load
+    l2_latency: int  # cycles
+    l2_bytes_a_cycle: float  # of a multiprocessor, when all read
+    matrix_cycles: float  # of a scheduler for one m16n8k16 with float32 sums
+
+    @property
+    def name(self) -> str:
+        return self.gpu.name
+
+    @property
+    def bandwidth(self) -> float:
+        return self.gpu.bytes_per_s
+
+    @property
+    def multiprocessors(self) -> int:
+        return self.gpu.multiprocessors
+
+    def latencies(self) -> Latencies:
+        return Latencies(matrix=self.matrix_cycles, global_load=self.l2_latency)
+
+    def is_called(self, name: str) -> bool:
+        return re.search(self.pattern, name) is not None
+
+
+CARDS = {
+    "a100": Card(GPUS["a100"], "80", r"A100", 1.41e9, 164 << 10, 2048, 600e-9, 262, 27, 8),
+    "h100": Card(GPUS["h100"], "90a", r"H100", 1.83e9, 228 << 10, 2048, 600e-9, 263, 27, 6.4),
+    "h200": Card(GPUS["h200"], "90a", r"H200", 1.83e9, 228 << 10, 2048, 600e-9, 263, 27, 6.4),
+    "b200": Card(GPUS["b200"], "100a", r"B200", 1.86e9, 228 << 10, 2048, 700e-9, 300, 27, 8),
+    "rtx4090": Card(GPUS["rtx4090"], "89", r"RTX 4090", 2.52e9, 100 << 10, 1536, 700e-9, 273, 27, 32),
+}
+
+SOURCES = [
+    ("bandwidth, multiprocessors, matrix speed", "the vendor's data sheets, as in bench/traffic/projection.py"),
+    ("clock", "data sheet's matrix speed over multiprocessors and operations a cycle: the boost clock; a hot card runs slower"),
+    (
+        "registers, shared memory, threads of a multiprocessor",
+        "CUDA programming guide, technical specifications by compute capability",
+    ),
+    (
+        "an integer instruction takes its unit 2 cycles a warp, a multiply-add 2, float 1",
+        "CUDA programming guide, arithmetic throughput (64 and 128 results a cycle and multiprocessor); "
+        "the compiler's own stalls between such instructions agree",
+    ),
+    (
+        "cycles between instructions, scoreboards",
+        "the compiler's control fields in the machine code; their layout: arXiv 1804.06826",
+    ),
+    (
+        "latency of shared memory 29 cycles, of L2 262 to 273",
+        "microbenchmarks of A100, H100 PCIe, RTX 4090: arXiv 2402.13499; a B200's L2 is assumed",
+    ),
+    (
+        "m16n8k16 takes a scheduler 8 cycles on an A100, 32 on an RTX 4090 (data sheet), 6.4 on an H100",
+        "mma.sync reaches about 63 % of an H100's peak: arXiv 2402.13499; a B200's is assumed to be an A100's a multiprocessor",
+    ),
+    ("shared-memory and load path: 128 bytes a cycle and multiprocessor", "CUDA programming guide (32 banks of 4 bytes)"),
+    (
+        "latency of memory under load 600 ns (B200, RTX 4090: 700)",
+        "assumed: about twice the idle latency of arXiv 2402.13499",
+    ),
+    (f"{REACHED:.0%} of the data sheet's bandwidth is reached", "assumed: what STREAM-like programs are reported to reach"),
+    (
+        f"L2 gives {L2_ONE:.0f} bytes a cycle to one multiprocessor, 27 to each when all read",
+        "assumed, from A100's 5120 a cycle for all",
+    ),
+    (f"a kernel begins {BEGIN * 1e6:.0f} us after its start; {LAUNCH * 1e6:.0f} us between kernels of a stream", "assumed"),
+    ("a barrier 20 cycles, a taken branch 8, constants and special registers 30", "assumed"),
+    ("no instruction-cache misses, no throttling, L2 keeps factors and partial sums", "assumed"),
+]
+
+
+def lines() -> list[str]:
+    """The assumptions, one a line."""
+    return [f"{what}: {source}" for what, source in SOURCES]

@@ -1,0 +1,138 @@
+"""The kernels' machine code: compiled by nvcc for one architecture, disassembled, kept by the hash of the sources.
+
+Tools are looked for in CUDA_HOME/bin and /usr/local/cuda/bin before PATH, and in the wheels nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm. Resources are what ptxas reports: registers, spilled bytes, static shared memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..measure.store import ROOT
+from .sass import Instruction, parse
+
+CSRC = ROOT / "csrc" / "cuda"
+CACHE = ROOT / "build" / "static"
+SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")}
+KERNELS = ("shrink_grad", "factor_grad", "expand_add", "shrink")  # a name before one that it contains
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One instance of a kernel, as a multiprocessor gets it."""
+
+    symbol: str
+    registers: int  # a thread
+    spilled: int  # bytes
+    static_shared: int  # bytes a block, besides what the launch asks for
+    code: list[Instruction]
+
+    @property
+    def kernel(self) -> str:
+        return next(name for name in KERNELS if f"{len(name)}{name}" in self.symbol)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The template's integers: the rank class first."""
+        return tuple(int(n) for n in re.findall(r"Li(\d+)E", self.symbol))
+
+
+def tool(name: str) -> Path | None:
+    """The path of one of the toolkit's programs."""
+    folders = [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
+    folders.append(Path("/usr/local/cuda/bin"))
+    for base in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        folders += sorted(Path(base).glob("nvidia/cu*/bin"), reverse=True) if base else []
+    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    return found or (Path(path) if (path := shutil.which(name)) else None)
+
+
+def tools() -> tuple[Path, Path]:
+    """nvcc and cuobjdump. FileNotFoundError says in one line which is missing and how to get it."""
+    nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
+    if nvcc is None:
+        raise FileNotFoundError(
+            "nvcc: expected in CUDA_HOME/bin, /usr/local/cuda/bin or PATH, found none; "
+            "the model reads compiled code: install the CUDA toolkit or set CUDA_HOME"
+        )
+    if cuobjdump is None:
+        raise FileNotFoundError(
+            f"cuobjdump: expected beside {nvcc} or as a wheel, found none; "
+            "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
+    return nvcc, cuobjdump
+
+
+def sources_id() -> str:
+    """Of all that the kernels are compiled from."""
+    digest = hashlib.sha256()
+    for path in sorted(CSRC.rglob("*")):
+        if path.suffix in (".h", ".cuh", ".cu"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise OSError(f"{Path(command[0]).name}: failed with {done.returncode}: {first.strip()}")
+    return done
+
+
+def _make(dtype: str, architecture: str, target: Path) -> None:
+    nvcc, cuobjdump = tools()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        flags = ["-std=c++17", "-cubin", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
+        report = _run([str(nvcc), *flags, str(SOURCES[dtype]), "-o", str(cubin)]).stderr
+        code = _run([str(cuobjdump), "--dump-sass", str(cubin)]).stdout
+    # what the model needs of a listing: addresses, text, encodings
+    lines = [line for line in code.splitlines() if "Function : " in line or "/*" in line]
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(report + "\n=== SASS\n" + re.sub(r"[ \t]+", " ", "\n".join(lines)))
+    os.replace(temporary, target)
+
+
+def _resources(report: str) -> dict[str, tuple[int, int, int]]:
+    """Registers, spilled bytes, static shared bytes of each kernel, from ptxas -v."""
+    found = {}
+    for name, rest in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", report, re.S):
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", rest)
+        shared = re.search(r"(\d+) bytes smem", rest)
+        registers = re.search(r"Used (\d+) registers", rest)
+        if spills and registers:
+            spilled = int(spills[1]) + int(spills[2])
+            found[name] = (int(registers[1]), spilled, int(shared[1]) if shared else 0)
+    return found
+
+
+def compile_kernels(dtype: str, architecture: str, cache: Path = CACHE) -> dict[str, Compiled]:
+    """Every kernel of an element type by symbol, compiled for "80", "90a" ... unless the same sources were before."""
+    if dtype not in SOURCES:
+        raise ValueError(f"dtype: expected one of {', '.join(SOURCES)}, got {dtype!r}")
+    target = cache / f"{dtype}-sm{architecture}-{sources_id()}.txt"
+    if not target.exists():
+        _make(dtype, architecture, target)
+        for old in cache.glob(f"{dtype}-sm{architecture}-*.txt"):
+            if old != target:
+                old.unlink(missing_ok=True)
+    report, _, listing = target.read_text(encoding="utf-8").partition("\n=== SASS\n")
+    resources = _resources(report)
+    bodies = parse(listing)
+    missing = sorted(set(resources) ^ set(bodies))
+    if missing or not resources:
+        raise OSError(f"{target.name}: expected ptxas and cuobjdump to list the same kernels, got a difference: {missing[:1]}")
+    return {name: Compiled(name, *resources[name], bodies[name]) for name in resources}

@@ -1,0 +1,230 @@
+"""How long a kernel takes, and what limits it: the longest of what its blocks must do, and what comes before and after.
+
+    time = begin + sum over waves of max(issue, memory) + after the last arrival
+
+issue     the hot loop's instructions on one multiprocessor (issue.py), with as many blocks resident as registers, shared memory
+          and threads allow and the grid gives
+memory    bytes from DRAM at the bandwidth that is reached, or less where too few bytes are in flight: copies committed and
+          not yet waited for (the operand of the loop's wait), against bandwidth x latency; all bytes from L2 at its own
+after     the last block's sum over the splits: rounds of as many loads as its code keeps in flight, each an L2 latency, or the
+          bytes at what one multiprocessor gets from L2; the arrival itself, and the store
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..measure.bounds import kernel_work
+from ..traffic.counts import Row
+from . import assumptions
+from .assumptions import Card
+from .compiled import Compiled
+from .hot import MATRIX, Hot, Wanted, hot_loop
+from .issue import run
+from .sass import Instruction, blocks_of, loops_of
+
+ITERATIONS = 14  # of the hot loop that are simulated
+
+
+def blocks_resident(kernel: Compiled, warps: int, shared: int, card: Card) -> tuple[int, str]:
+    """Blocks that fit on a multiprocessor, and what keeps another out."""
+    unit = assumptions.REGISTER_UNIT
+    a_warp = math.ceil(kernel.registers * 32 / unit) * unit
+    asked = shared + kernel.static_shared + assumptions.SHARED_RESERVED
+    a_block = math.ceil(asked / assumptions.SHARED_UNIT) * assumptions.SHARED_UNIT
+    limits = {
+        "registers": assumptions.REGISTERS // (a_warp * warps),
+        "shared memory": card.shared_bytes // a_block,
+        "threads": card.threads // (32 * warps),
+    }
+    least = min(limits, key=limits.__getitem__)
+    return limits[least], least
+
+
+@dataclass(frozen=True)
+class Late:
+    """How the last block to arrive sums what the others stored: loads of a thread in one round, and the round's cycles."""
+
+    loads: int
+    cycles: float
+
+
+def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
+    """From the loop without copies and products that has the most 16-byte loads; where there is none, from straight code:
+    as many loads as are issued before one of them is waited for, at L2's latency."""
+    blocks = blocks_of(code)
+    best: tuple[Instruction, ...] = ()
+    for body in loops_of(blocks).values():
+        own = [i for b in sorted(body) for i in blocks[b].code]
+        if len(body) == 1 and _wide_loads(own) > _wide_loads(best) and not any(i.name in (*MATRIX, "LDGSTS") for i in own):
+            best = tuple(own)
+    straight = _together(code)
+    if _wide_loads(best) >= max(2, straight // 2):
+        loads = _wide_loads(best)
+        return Late(loads, run([best] * ITERATIONS, warps, 1, card.latencies()).cycles)
+    loads = max(1, straight)
+    return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / assumptions.L2_ONE))
+
+
+def _wide_loads(code: Iterable[Instruction]) -> int:
+    return sum(i.name == "LDG" and i.width == 16 for i in code)
+
+
+def _together(code: list[Instruction]) -> int:
+    """The most 16-byte loads that are issued before one of them is waited for."""
+    most, count, pending = 0, 0, set()
+    for i in code:
+        if any(i.waits >> board & 1 for board in pending) or i.target is not None or i.name == "EXIT":
+            count, pending = 0, set()
+        if i.name == "LDG" and i.width == 16:
+            count += 1
+            most = max(most, count)
+            pending |= set(i.sets)
+    return most
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One kernel on one GPU."""
+
+    seconds: float
+    parts: dict[str, float]  # seconds: begin, waves, after
+    limiter: str
+    share: float  # of the data sheet's bandwidth, of the bytes that must come from DRAM
+    bound: dict[str, float]  # seconds that each limit alone would ask for
+    registers: int
+    spilled: int
+    shared: int
+    resident: int
+    resident_by: str
+    blocks: int
+    waves: float
+    idle: float  # share of the last wave's places that are empty
+    iteration: float  # instructions a warp and iteration of the hot loop
+    per_16_bytes: float  # instructions a thread for each 16 bytes of the large matrix
+    kinds: dict[str, float]  # of those
+    waiting: dict[str, float]  # what a warp of the hot loop waits for, shares
+    in_flight: int  # bytes a multiprocessor
+    needed_in_flight: float  # bandwidth x latency, a multiprocessor
+    dram: int  # bytes
+    late_rounds: int  # loads after the last arrival that wait for one another
+    launches: int
+    memsets: int
+
+    @property
+    def least_seconds(self) -> float:
+        """Its bytes from DRAM at the data sheet's bandwidth."""
+        return self.share * self.seconds
+
+
+def wanted_of(row: Row, large_stores: bool) -> Wanted:
+    """The executor's counts of a row as what the hot loop must do."""
+    m = row.machine
+    read = row.moved / 512 / (2 if large_stores else 1)
+    stores = read if large_stores else None
+    return Wanted(m["waits"] or None, m["copies"] or None, m["matrix"] or None, stores, read if m["copies"] else 0)
+
+
+def hot_of(row: Row, compiled: dict[str, Compiled]) -> tuple[Compiled, Hot]:
+    """The instance that ran under the executor, and its hot loop."""
+    symbol = row.machine["symbol"]
+    if symbol not in compiled:
+        raise ValueError(f"{row.kernel}: expected the instance {symbol or '(none)'} among the compiled kernels, found none")
+    return compiled[symbol], hot_loop(compiled[symbol].code, wanted_of(row, row.kernel == "expand_add"))
+
+
+def dram_bytes(row: Row) -> int:
+    """The large matrix as moved, every other operand once; what is read again and partial sums stay in L2."""
+    element = row.large // (row.m * row.n * (2 if row.kernel == "expand_add" else 1))
+    return row.moved + kernel_work(row.kernel, row.m, row.n, row.r, element).bytes - row.large
+
+
+def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
+    """A counted kernel on a GPU."""
+    kernel, hot = hot_of(row, compiled)
+    m, warps = row.machine, row.machine["warps"]
+    resident, by = blocks_resident(kernel, warps, m["shared"], card)
+    if resident < 1:
+        raise ValueError(f"{row.kernel}: expected a block to fit on a multiprocessor, got {by} for none")
+    clock, sms = card.clock, card.multiprocessors
+    places = resident * sms
+    full, rest = divmod(row.blocks, places)
+    iterations = hot.iterations / (row.blocks * warps)  # of a warp
+    trace = hot.trace(ITERATIONS)
+    latencies = card.latencies()
+    runs = {}
+
+    def cycles(blocks: int) -> float:
+        if blocks not in runs:
+            runs[blocks] = run(trace, warps, blocks, latencies)
+        return runs[blocks].cycles
+
+    depth = groups_in_flight(hot)
+    a_block = depth * 512 * m["copies"] / m["waits"] * warps if m["waits"] else 0.0
+    dram = dram_bytes(row)
+    reached = card.bandwidth * assumptions.REACHED
+    l2 = card.l2_bytes_a_cycle * sms * clock
+    waves, hot_seconds = [(full, places)] if full else [], 0.0
+    bound = {"issue": 0.0, "memory bandwidth": 0.0, "bytes in flight": 0.0, "L2 bandwidth": 0.0}
+    if rest:
+        waves.append((1, rest))
+    for times, blocks in waves:
+        own = times * blocks / row.blocks  # share of the work
+        on_one = math.ceil(blocks / sms)
+        limits = {
+            "issue": times * iterations * cycles(on_one) / clock,
+            "memory bandwidth": own * dram / reached,
+            "bytes in flight": own * dram * card.memory_latency / (a_block * blocks) if a_block else 0.0,
+            "L2 bandwidth": own * row.total / l2,
+        }
+        for name, value in limits.items():
+            bound[name] += value
+        hot_seconds += assumptions.together(list(limits.values()))
+    rounds, after = 0, 0.0
+    if m["late_loads"]:
+        late = late_sums(kernel.code, warps, card)
+        rounds = math.ceil(m["late_loads"] / late.loads)
+        after = (3 * card.l2_latency + rounds * late.cycles) / clock  # store, arrive, store
+    begin = assumptions.BEGIN + card.memory_latency
+    parts = {"begin": begin, "waves": hot_seconds, "after": after}
+    seconds = sum(parts.values())
+    least = dram / card.bandwidth
+    most = max(bound, key=bound.__getitem__)
+    busiest = runs[max(runs)]
+    limiter = f"issue ({busiest.reason})" if most == "issue" else most
+    if after > 0.25 * seconds:
+        limiter += ", sum at the end"
+    large = row.moved / 16 / 32  # warps' 16-byte accesses
+    return Estimate(
+        seconds=seconds,
+        parts=parts,
+        limiter=limiter,
+        share=least / seconds,
+        bound=bound,
+        registers=kernel.registers,
+        spilled=kernel.spilled,
+        shared=m["shared"] + kernel.static_shared,
+        resident=resident,
+        resident_by=by,
+        blocks=row.blocks,
+        waves=row.blocks / places,
+        idle=1 - rest / places if rest else 0.0,
+        iteration=hot.instructions / hot.iterations,
+        per_16_bytes=hot.instructions / large,
+        kinds={kind: value / large for kind, value in hot.kinds().items()},
+        waiting=busiest.waits,
+        in_flight=int(a_block * min(resident, math.ceil(row.blocks / sms))),
+        needed_in_flight=card.bandwidth * card.memory_latency / sms,
+        dram=dram,
+        late_rounds=rounds,
+        launches=row.launches,
+        memsets=m["memsets"],
+    )
+
+
+def groups_in_flight(hot: Hot) -> int:
+    """Groups of copies under way while the loop multiplies: what its wait leaves, and the one committed after it."""
+    left = [int(i.operands.split(",")[1], 16) for _, way in hot.ways for i in way if i.name == "DEPBAR"]
+    return min(left) + 1 if left else 0

@@ -1,0 +1,127 @@
+"""Estimates of many kernels, kept in bench/results/simt-executor/static.jsonl and not made again while all that they are made
+from stays as it is: the kernels' sources, the executor and the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ..measure.store import RESULTS, Store, latest
+from ..traffic import counts
+from ..traffic.counts import KERNELS, Row
+from ..traffic.projection import LAUNCH, Times
+from .assumptions import CARDS
+from .compiled import compile_kernels, tools
+from .model import Estimate, estimate
+
+CASE = ("kernel", "m", "n", "r", "dtype", "gpu")
+Key = tuple[str, int, int, int, str, str]  # of these
+FILE, COUNTS = "static.jsonl", "traffic.jsonl"
+
+
+def model_id() -> str:
+    """Of what the estimates are made from."""
+    digest = hashlib.sha256(counts.sources_id().encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def kept(store: Store, build: str | None = None) -> dict[Key, Estimate]:
+    """The estimates of a build; None: of the last one that was kept."""
+    cells = store.read()
+    build = build or (cells[-1]["build"] if cells else "")
+    own = [cell for cell in latest(cells) if cell["build"] == build]
+    return {tuple(cell["case"][name] for name in CASE): Estimate(**cell["estimate"]) for cell in own}
+
+
+def all_keys(
+    shapes: Iterable[tuple[int, int]],
+    ranks: Iterable[int],
+    dtypes: Iterable[str],
+    gpus: Iterable[str],
+    kernels: Iterable[str] = KERNELS,
+) -> list[Key]:
+    """Every kernel at every size on every GPU; shapes are M x N of the large matrix."""
+    return [(k, m, n, r, d, g) for g in gpus for d in dtypes for m, n in shapes for r in ranks for k in kernels]
+
+
+def layer_keys(shapes: Iterable[tuple[int, int, int, int]], gpus: Iterable[str]) -> list[Key]:
+    """The large kernels of whole layers (m, k, n, r) in bf16."""
+    found = []
+    for gpu in gpus:
+        needed = counts.needed(list(shapes), [CARDS[gpu].multiprocessors])
+        found += [(k, m, n, r, "bf16", gpu) for k, m, n, r, _ in needed if k in KERNELS]
+    return found
+
+
+def predict(keys: list[Key], folder: Path, begin: Callable[[str], None], again: bool = False) -> dict[Key, Estimate]:
+    """The estimates of keys. Counts and estimates that are not in folder are made and kept there.
+
+    FileNotFoundError where something has to be compiled and there is no nvcc or no disassembler."""
+    store, rows_store = Store(folder / FILE).prepare(), Store(folder / COUNTS).prepare()
+    build = model_id()
+    found = {} if again else kept(store, build)
+    if any(key not in found for key in keys):
+        tools()
+    for key in keys:
+        kernel, m, n, r, dtype, gpu = key
+        begin(f"{kernel} {m}x{n} r{r} {dtype}, {CARDS[gpu].name}")
+        if key not in found:
+            found[key] = _estimate(key, rows_store, again)
+            case = dict(zip(CASE, key))
+            store.append({"case": case, "rival": "lotr_ext", "build": build, "estimate": asdict(found[key])})
+    return {key: found[key] for key in keys}
+
+
+def _row(key: Key, store: Store, again: bool) -> Row:
+    kernel, m, n, r, dtype, gpu = key
+    counted = (kernel, m, n, r, CARDS[gpu].multiprocessors)
+    return counts.count_all([counted], store, lambda _: None, again, dtype)[counted]
+
+
+def _estimate(key: Key, store: Store, again: bool) -> Estimate:
+    """Of an operator: of its one launch, or of all of them in turn (shrink_grad beyond its ranks is shrink and factor_grad)."""
+    _, m, n, r, dtype, gpu = key
+    row, card = _row(key, store, again), CARDS[gpu]
+    names = row.machine["names"]
+    compiled = compile_kernels(dtype, card.architecture)
+    if len(names) == 1:
+        return estimate(row, compiled, card)
+    own = [estimate(_row((name, m, n, r, dtype, gpu), store, again), compiled, card) for name in names]
+    longest = max(own, key=lambda e: e.seconds)
+    seconds = sum(e.seconds for e in own) + LAUNCH * (len(own) - 1)
+    return replace(
+        longest,
+        seconds=seconds,
+        parts={name: sum(e.parts[name] for e in own) for name in longest.parts},
+        share=longest.least_seconds / seconds,
+        bound={name: sum(e.bound[name] for e in own) for name in longest.bound},
+        limiter=f"reads it {len(own)} times; {longest.limiter}",
+        launches=sum(e.launches for e in own),
+        memsets=sum(e.memsets for e in own),
+    )
+
+
+def layer_times(shapes: Iterable[tuple[int, int, int, int]], gpu: str, found: dict[Key, Estimate]) -> Times | None:
+    """Seconds of the kernels of layers in bf16 with their memsets, for bench.traffic; None where one is missing."""
+    keys = layer_keys(shapes, [gpu])
+    if not all(key in found for key in keys):
+        return None
+    sm = CARDS[gpu].multiprocessors
+    return {(*key[:4], sm): found[key].seconds + LAUNCH * found[key].memsets for key in keys}
+
+
+def measured(results: Path = RESULTS) -> dict[Key, float]:
+    """Seconds of our kernels on the GPUs whose results are kept (bench.kernels), the latest of each."""
+    found: dict[Key, float] = {}
+    for path in sorted(results.glob("*/kernels.jsonl")):
+        for cell in latest(Store(path).read()):
+            case, name = cell["case"], cell.get("machine", {}).get("name", "")
+            gpu = next((gpu for gpu, card in CARDS.items() if card.is_called(name)), None)
+            if gpu is not None and cell["rival"] == "lotr_ext":
+                key = (case["kernel"], case["m"], case["n"], case["r"], case["dtype"], gpu)
+                found[key] = cell["step"]["seconds"][1]
+    return found

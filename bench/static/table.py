@@ -1,0 +1,76 @@
+"""The model's tables: for a terminal, a GPU at a time; and for README and the site, all of them side by side."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from ..measure.session import new_table
+from .assumptions import CARDS
+from .model import Estimate
+from .predict import Key
+
+LABEL = "model from the machine code, not measured"
+HEADS = (
+    "kernel",
+    "M x N, r",
+    "registers",
+    "shared",
+    "blocks",
+    "grid, waves",
+    "idle",
+    "instr",
+    "a 16 B",
+    "addr",
+    "in flight, KB",
+)
+HEADS += ("issue", "memory", "flight", "L2", "begin", "after (rounds)", "launch, memset", "us", "of HBM", "limiter")
+
+
+def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, float]) -> Table:
+    """One GPU and dtype, a row a kernel; times in us. Where something was measured, that and its ratio to the model."""
+    own = {key: e for key, e in found.items() if key[4:] == (dtype, gpu)}
+    heads = HEADS + (("measured", "x model") if any(key in measured for key in own) else ())
+    result = new_table(f"{CARDS[gpu].name}, {dtype}: {LABEL}", *heads)
+    for key, e in own.items():
+        row = [key[0], f"{key[1]} x {key[2]}, {key[3]}", f"{e.registers}" + (f" +{e.spilled} B" if e.spilled else "")]
+        row += [f"{e.shared / 1024:.0f} K", f"{e.resident} ({e.resident_by})", f"{e.blocks}, {e.waves:.2f}", f"{e.idle:.0%}"]
+        row += [f"{e.iteration:.0f}", f"{e.per_16_bytes:.0f}", f"{e.kinds.get('address', 0):.0f}"]
+        row += [f"{e.in_flight / 1024:.0f} / {e.needed_in_flight / 1024:.0f}"]
+        row += [f"{1e6 * seconds:.1f}" for seconds in e.bound.values()]
+        row += [f"{1e6 * e.parts['begin']:.1f}", f"{1e6 * e.parts['after']:.1f} ({e.late_rounds})"]
+        row += [f"{e.launches}, {e.memsets}", f"{1e6 * e.seconds:.1f}", f"{e.share:.0%}", e.limiter]
+        if key in measured:
+            row += [f"{1e6 * measured[key]:.1f}", f"{measured[key] / e.seconds:.2f}"]
+        result.add_row(*row)
+    result.caption_justify = "left"
+    result.caption = (
+        "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix, addr of "
+        "these for addresses and bounds. in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what "
+        "each alone asks for"
+    )
+    return result
+
+
+def markdown_rows(found: dict[Key, Estimate], measured: dict[Key, float], gpus: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows for a page: a row a kernel and size; its code and limiter on the first GPU, and each GPU's time."""
+    first = gpus[0]
+    heads = ["kernel", "M x N, r", "registers", "blocks a multiprocessor", "instructions a 16 bytes"]
+    heads += [f"{CARDS[gpu].name}: us, of bandwidth" for gpu in gpus] + [f"what limits on {CARDS[first].name}"]
+    has_measured = any(key in found for key in measured)
+    heads += ["measured, x model"] if has_measured else []
+    rows = []
+    for key, e in found.items():
+        if key[5] != first:
+            continue
+        row = [key[0], f"{key[1]} x {key[2]}, {key[3]}", str(e.registers), str(e.resident), f"{e.per_16_bytes:.0f}"]
+        for gpu in gpus:
+            other = found.get((*key[:5], gpu))
+            row.append(f"{1e6 * other.seconds:.1f}, {other.share:.0%}" if other else "-")
+        row.append(e.limiter)
+        if has_measured:
+            ratios = [
+                f"{CARDS[g].name}: {measured[k] / found[k].seconds:.2f}" for g in gpus if (k := (*key[:5], g)) in measured
+            ]
+            row.append("; ".join(ratios) or "-")
+        rows.append(row)
+    return heads, rows

@@ -1,0 +1,50 @@
+// pack:  to = from, in the kernels' type, with rows of whole 16 bytes          from [rows, cols], any strides
+//
+// For what cannot be copied 16 bytes at a time: float32 factors beside half activations, odd row strides,
+// transposed matrices.  One pass before the pipelined kernels, which then have one way to read.
+//
+// Grid     x: tiles of ROWS rows, y: tiles of COLS columns.  A tile passes through shared memory, so that
+// both
+//          sides are touched along their rows in memory, whichever way `from` lies.
+// Bytes    from once, to once.
+#pragma once
+#include "../tile/load.cuh"
+
+namespace lotr::kernels {
+
+template <class T_>
+struct PackTraits {
+  using T = T_;
+  static constexpr int THREADS = 256, ROWS = 64, COLS = 64, CHUNK = 16 / sizeof(T);
+  struct Smem {
+    T tile[ROWS][COLS + 4 / sizeof(T)];  // a word more: no bank conflicts down a column
+  };
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::THREADS) pack(const PackParams p) {
+  using T = typename Traits::T;
+  constexpr int THREADS = Traits::THREADS, ROWS = Traits::ROWS, COLS = Traits::COLS, CHUNK = Traits::CHUNK;
+  auto& sm = ptx::shared_storage<typename Traits::Smem>();
+  const int64_t row0 = int64_t(blockIdx.x) * ROWS, col0 = int64_t(blockIdx.y) * COLS;
+  const bool down = p.from.row == 1 && p.from.col != 1;  // neighbours in memory are in a column
+#pragma unroll 4
+  for (int index = threadIdx.x; index < ROWS * COLS; index += THREADS) {
+    const int r = down ? index % ROWS : index / COLS, c = down ? index / ROWS : index % COLS;
+    const bool inside = row0 + r < p.rows && col0 + c < p.cols;
+    ptx::store_shared(&sm.tile[r][c],
+                      inside ? tile::read_element<T>(p.from, row0 + r, col0 + c) : ptx::from_float<T>(0.f));
+  }
+  __syncthreads();
+  for (int index = threadIdx.x; index < ROWS * COLS / CHUNK; index += THREADS) {
+    const int r = index / (COLS / CHUNK), c = index % (COLS / CHUNK) * CHUNK;
+    if (row0 + r >= p.rows || col0 + c >= p.to_row) continue;
+    tile::Chunk<T> value;
+#pragma unroll
+    for (int e = 0; e < CHUNK; ++e) value.v[e] = ptx::load_shared(&sm.tile[r][c + e]);
+    ptx::store(reinterpret_cast<tile::Chunk<T>*>(static_cast<T*>(p.to) + (row0 + r) * p.to_row + col0 + c),
+               value);
+  }
+}
+
+}  // namespace lotr::kernels

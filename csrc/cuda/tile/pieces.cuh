@@ -1,0 +1,15 @@
+// Which tiles a block owns.
+#pragma once
+#include "../params.h"
+#include "../ptx/base.cuh"
+
+namespace lotr::tile {
+
+LOTR_DEVICE int begin_of(const Pieces& p, int piece) {
+  return piece * p.whole + (piece < p.longer ? piece : p.longer);
+}
+LOTR_DEVICE int count_of(const Pieces& p, int piece) {
+  return p.whole + (piece < p.longer);
+}
+
+}  // namespace lotr::tile

@@ -1,0 +1,228 @@
+// What a CUDA front end makes of an operator's arguments: the stream, workspaces, new outputs, matrices for
+// the launchers of cuda/launch.h.  cuda_operators.cpp (one kernel a call) and cuda_layer.cpp (a whole layer)
+// share it.
+//
+// Compiled by the host compiler and linked into the one extension module, which must import under a torch
+// without CUDA: so nothing of libtorch_cuda is linked, and the current stream is found when it is first asked
+// for.  Nothing here synchronises, and all memory comes from torch's allocator on the current stream, so a
+// call may be captured in a graph.
+#pragma once
+#include <Python.h>
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <atomic>
+
+#include "check.h"
+#include "cuda/launch.h"
+
+namespace lotr {
+
+using OptionalTensor = std::optional<Tensor>;
+constexpr int MAX_DEVICES = 64;
+
+inline void* current_stream(int32_t device) {
+  using Get = int32_t (*)(int32_t, void**);
+  static const Get get = [] {
+    // the library that torch has loaded; RTLD_DEFAULT would not see it
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  if (!get) fail("lotr: expected a torch built with CUDA, got one without libtorch_cuda.so");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
+// What plans are made from; asked for once a device.
+struct Device {
+  int multiprocessors, shared;  // bytes of shared memory a multiprocessor has
+};
+inline Device device_of(const char* op, int32_t device) {
+  static std::atomic<Device> known[MAX_DEVICES];
+  if (device < MAX_DEVICES) {
+    const Device d = known[device].load(std::memory_order_relaxed);
+    if (d.multiprocessors) return d;
+  }
+  int count = 0, shared = 0, major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (!error) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error) fail(op, ": device ", device, ": ", cudaGetErrorString(error));
+  if (major < 8) {
+    fail(op, ": device ", device, ": expected a GPU of compute capability 8.0 or later, got ", major, ".",
+         minor, "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
+  }
+  if (device < MAX_DEVICES) known[device].store({count, shared}, std::memory_order_relaxed);
+  return {count, shared};
+}
+
+// Whether torch rounds the operands of float32 products to tf32.  Python holds that setting; float32 calls
+// only.
+inline Float32 float32_products() {
+  if (!Py_IsInitialized()) return Float32::exact;
+  const PyGILState_STATE gil = PyGILState_Ensure();
+  PyObject* object = PyImport_ImportModule("torch");
+  for (const char* name : {"backends", "cuda", "matmul", "fp32_precision"}) {
+    PyObject* next = object ? PyObject_GetAttrString(object, name) : nullptr;
+    Py_XDECREF(object);
+    object = next;
+  }
+  const bool tf32 = object && PyUnicode_CompareWithASCIIString(object, "tf32") == 0;
+  Py_XDECREF(object);
+  PyErr_Clear();
+  PyGILState_Release(gil);
+  return tf32 ? Float32::tf32 : Float32::exact;
+}
+
+inline DType dtype_of(const char* op, const Arg& a) {
+  switch (a.dtype) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      fail(op, ": ", a.name, ": expected dtype torch.float32, torch.bfloat16 or torch.float16 on CUDA, got ",
+           dtype_name(a.dtype), "; the composite path takes it (LOTR_STRATEGY=composite)");
+  }
+}
+
+// Everything a call needs besides its operands.  Its device is the current one while this lives.
+class Context {
+ public:
+  Context(const char* op, const Arg& like) : op_(op), device_(like.device_index), guard_(like.device_index) {
+    const DType type = dtype_of(op, like);
+    const Device device = device_of(op, device_);
+    call_ = {type, type == DType::float32 ? float32_products() : Float32::exact, device.multiprocessors,
+             device.shared, current_stream(device_)};
+  }
+  const cuda::Call& call() const { return call_; }
+  const char* op() const { return op_; }
+
+  // Not initialised; contiguous, except that rows start at multiples of `pad` elements.
+  template <size_t dim>
+  Tensor empty(const std::array<int64_t, dim>& size, int32_t dtype, int64_t pad = 1) const {
+    std::array<int64_t, dim> stride;
+    int64_t step = 1;
+    for (size_t i = dim; i-- > 0;) {
+      stride[i] = step;
+      step *= i + 1 == dim ? (size[i] + pad - 1) / pad * pad : size[i];
+    }
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dim), size.data(), stride.data(), dtype,
+                                                           aoti_torch_device_type_cuda(), device_, &handle));
+    return Tensor(handle);
+  }
+  template <size_t dim>
+  Tensor empty(const std::array<int64_t, dim>& size) const {
+    return empty(size, code(call_.type));
+  }
+  // Of the rank (u, k, h, F): rows are padded to 16 bytes, so that kernels copy them whole whatever the rank
+  // is.
+  template <size_t dim>
+  Tensor empty_rows(const std::array<int64_t, dim>& size, DType type) const {
+    return empty(size, code(type), cuda::row_elements(type));
+  }
+  template <size_t dim>
+  Tensor empty_rows(const std::array<int64_t, dim>& size) const {
+    return empty_rows(size, call_.type);
+  }
+  template <size_t dim>
+  Tensor empty_float(const std::array<int64_t, dim>& size) const {
+    return empty(size, aoti_torch_dtype_float32());
+  }
+  static int32_t code(DType t) {
+    return t == DType::float32    ? aoti_torch_dtype_float32()
+           : t == DType::bfloat16 ? aoti_torch_dtype_bfloat16()
+                                  : aoti_torch_dtype_float16();
+  }
+
+  // Runs f(workspace) on `bytes` of memory that goes back to the allocator afterwards, in stream order.
+  template <class F>
+  void with_workspace(size_t bytes, F f) const {
+    if (bytes == 0) return f(nullptr);
+    Tensor memory = empty<1>({int64_t(bytes)}, aoti_torch_dtype_uint8());
+    f(memory.mutable_data_ptr());
+  }
+
+  Matrix read(const Arg& a) const {
+    const void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
+    const int64_t row = a.stride[a.dim - 2], col = a.stride[a.dim - 1];
+    return {data, row, col, cuda::access_of(data, row, col, a.size[a.dim - 2], dtype_of(op_, a), call_.type)};
+  }
+  MutableMatrix written(const Arg& a) const {
+    void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(a.handle, &data));
+    const Matrix m = read(a);
+    return {data, m.row, m.col, m.access};
+  }
+  float* written_floats(const Arg& a) const { return static_cast<float*>(written(a).data); }
+
+ private:
+  const char* op_;
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Call call_;
+};
+
+// First and last byte of an argument's elements, and what is needed to see that two column ranges of one
+// buffer are apart.
+struct Extent {
+  uintptr_t first, last;
+  int64_t row_bytes, width_bytes;  // of a matrix whose rows are contiguous, else 0
+};
+inline Extent extent(const Arg& a) {
+  const void* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
+  const int64_t item = a.dtype == ScalarType::Float ? 4 : a.dtype == ScalarType::Double ? 8 : 2;
+  int64_t end = item;
+  for (int64_t i = 0; i < a.dim; ++i) {
+    if (a.size[i] == 0) return {0, 0, 0, 0};
+    end += (a.size[i] - 1) * a.stride[i] * item;
+  }
+  const auto first = reinterpret_cast<uintptr_t>(data);
+  const bool rows = a.dim == 2 && a.stride[1] == 1 && a.size[0] > 1;
+  return {first, first + uintptr_t(end), rows ? a.stride[0] * item : 0, rows ? a.size[1] * item : 0};
+}
+
+// A matrix that is written must share no element with one that is read: blocks run in no order.
+inline void apart(const char* op, const Arg& written, const Arg& other) {
+  const Extent w = extent(written), o = extent(other);
+  if (w.last <= o.first || o.last <= w.first) return;
+  if (w.row_bytes && w.row_bytes == o.row_bytes) {  // columns of one buffer
+    const int64_t distance = int64_t(o.first - w.first),
+                  shift = ((distance % w.row_bytes) + w.row_bytes) % w.row_bytes;
+    if (shift >= w.width_bytes && shift + o.width_bytes <= w.row_bytes) return;
+  }
+  fail(op, ": ", written.name, ": expected memory of its own (it is written), got memory that overlaps ",
+       other.name);
+}
+
+inline void check_rank(const char* op, const Arg& a, int64_t axis) {
+  if (a.size[axis] > cuda::MAX_RANK) {
+    fail(op, ": ", a.name, ": expected a rank of at most ", cuda::MAX_RANK, " in dimension ", axis,
+         ", got shape ", a.shape(), "; the composite path takes it (LOTR_STRATEGY=composite)");
+  }
+}
+
+inline Dropout dropout(double p, const OptionalTensor& seed) {
+  if (p == 0.0) return {nullptr, 0, 1.f};
+  return {static_cast<const int64_t*>(seed->const_data_ptr()), uint32_t(p * 4294967296.0),
+          float(1.0 / (1.0 - p))};
+}
+
+inline std::optional<Arg> optional_arg(const char* name, const OptionalTensor& t) {
+  return t ? std::optional<Arg>(std::in_place, name, *t) : std::nullopt;
+}
+inline const Arg* pointer(const std::optional<Arg>& a) {
+  return a ? &*a : nullptr;
+}
+
+}  // namespace lotr

@@ -1,0 +1,263 @@
+"""The model of the machine code: listings, loops, the multiprocessor, and sums that can be made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from bench.measure.store import Store
+from bench.static import __main__ as program
+from bench.static import compiled, predict
+from bench.static.assumptions import CARDS, together
+from bench.static.compiled import Compiled
+from bench.static.hot import Wanted, hot_loop
+from bench.static.issue import Latencies, run
+from bench.static.model import blocks_resident, estimate, late_sums
+from bench.static.sass import Instruction, blocks_of, loops_of, parse
+from bench.traffic.counts import Row
+
+LISTING = """
+        Function : _ZN4lotr7kernels6shrinkE
+        /*0000*/                   S2R R0, SR_TID.X ;            /* 0x0000000000007919 */
+                                                                 /* 0x000e620000002100 */
+        /*0010*/              @!P0 BRA 0x40 ;                    /* 0x0000000000007947 */
+                                                                 /* 0x002fea0003800000 */
+        /*0020*/                   LDGSTS.E.BYPASS.128.ZFILL [R2], desc[UR8][R4.64], P3 ; /* 0x0000000000007fae */
+                                                                 /* 0x0003e20000000000 */
+        /*0030*/              @!PT LDS RZ, [RZ] ;                /* 0x0000000000007984 */
+                                                                 /* 0x000fe20000000000 */
+        /*0040*/                   EXIT ;                        /* 0x000000000000794d */
+                                                                 /* 0x000fea0003800000 */
+"""
+
+
+def code(*parts: str, start: int = 0) -> list[Instruction]:
+    """Instructions from "[@guard ]OPCODE operands [| stall [sets [waits]]]", 16 bytes each from start on."""
+    made = []
+    for i, part in enumerate(parts):
+        text, _, control = part.partition("|")
+        numbers = control.split()
+        words = text.split()
+        guard = words.pop(0)[1:] if words[0].startswith("@") else ""
+        sets = (int(numbers[1]),) if len(numbers) > 1 and numbers[1] != "-" else ()
+        stall, waits = int(numbers[0]) if numbers else 1, int(numbers[2]) if len(numbers) > 2 else 0
+        made.append(Instruction(start + 16 * i, guard, words[0], " ".join(words[1:]), stall, sets, waits))
+    return made
+
+
+def test_a_listing_is_read_with_its_scheduling_fields():
+    functions = parse(LISTING)
+    (instructions,) = functions.values()
+    assert [i.name for i in instructions] == ["S2R", "BRA", "LDGSTS", "LDS", "EXIT"]
+    special, branch, copy, never, _ = instructions
+    assert (special.stall, special.sets, special.waits) == (1, (1,), 0)
+    assert branch.guard == "!P0" and branch.target == 0x40 and branch.waits == 0b000010 and branch.stall == 5
+    assert copy.width == 16 and copy.sets == (1,)
+    assert never.never and not copy.never
+    assert {start: block.next for start, block in blocks_of(instructions).items()} == {0: (0x20, 0x40), 0x20: (0x40,), 0x40: ()}
+
+
+def test_far_branches_are_calls_that_return_nowhere():
+    far = code("@P0 CALL.REL.NOINC 0x20", "EXIT", "MOV R0, R1", "BRA 0x10")
+    assert {start: block.next for start, block in blocks_of(far).items()} == {0: (0x10, 0x20), 0x10: (), 0x20: (0x10,)}
+
+
+def loop(*, unrolled: int = 1, edge: bool = False) -> list[Instruction]:
+    """A kernel that copies and multiplies tile by tile; edge: with a way that copies element by element."""
+    body = []
+    for _ in range(unrolled):
+        body += ["DEPBAR.LE SB0, 0x2", "LDGSTS.E.BYPASS.128 [R0], [R2.64]", "LDGSTS.E.BYPASS.128 [R0], [R2.64]"]
+        body += ["HMMA.16816.F32.BF16 R8, R4, R6, R8"] * 4 + ["IADD3 R0, R0, R1, RZ"] * 5
+    start = 1
+    size = len(body)
+    if edge:  # @P1: over the fast way to the slow one, which comes back to the products
+        body.insert(1, "@P1 BRA 0x%x" % (16 * (start + size + 3)))
+    kernel = ["MOV R0, R1", *body, "@P0 BRA 0x10", "EXIT"]
+    if edge:
+        kernel += ["LDG.E.U16 R3, [R2.64]", "STS.U16 [R0], R3", "BRA 0x%x" % (16 * (start + 4))]
+    return code(*kernel)
+
+
+@pytest.mark.parametrize("unrolled", [1, 2, 3])
+def test_the_hot_loop_does_not_depend_on_unrolling(unrolled: int):
+    tiles, warps = 600, 8
+    wanted = Wanted(waits=tiles * warps, copies=2 * tiles * warps, matrix=4 * tiles * warps, stores=None)
+    found = hot_loop(loop(unrolled=unrolled), wanted)
+    assert found.instructions / (tiles * warps) == pytest.approx(12 + 1 / unrolled)  # and the branch back
+    kinds = found.kinds()
+    assert kinds["matrix"] == pytest.approx(4 * tiles * warps) and kinds["copy"] == pytest.approx(3 * tiles * warps)
+
+
+def test_ways_that_were_not_taken_are_not_counted():
+    wanted = Wanted(waits=100, copies=200, matrix=400, stores=None)
+    found = hot_loop(loop(edge=True), wanted)
+    assert all(i.name not in ("LDG", "STS") for _, way in found.ways for i in way)
+    with pytest.raises(ValueError, match="hot loop: expected one with"):
+        hot_loop(loop(), Wanted(waits=100, copies=200, matrix=400, stores=100))
+    with pytest.raises(ValueError, match="hot loop"):  # the loop leaves out copies of the large matrix
+        hot_loop(loop(), Wanted(waits=100, copies=300, matrix=400, stores=None, least_copies=300))
+    assert sum(t for t, _ in hot_loop(loop(), Wanted(100, 230, 400, None, least_copies=200)).ways) == pytest.approx(100)
+
+
+def test_a_loop_inside_is_no_loop_of_its_own_outside():
+    nested = code("MOV R0, R1", "IADD3 R0, R0, R1, RZ", "@P0 BRA 0x10", "@P1 BRA 0x0", "EXIT")
+    assert loops_of(blocks_of(nested)) == {0x0: {0x0, 0x10, 0x30}, 0x10: {0x10}}
+
+
+LATENCIES = Latencies(matrix=8)
+
+
+def cycles(way: list[Instruction], warps: int, blocks: int = 1) -> float:
+    return run([way] * 12, warps, blocks, LATENCIES).cycles
+
+
+def test_one_warp_waits_as_the_compiler_says():
+    assert cycles(code(*["FADD R0, R0, R1 | 4"] * 10), 1) == 40
+    assert cycles(code("LDS R0, [R1] | 1 0", "FADD R2, R0, R2 | 4 - 1"), 1) == pytest.approx(29 + 1 + 4, abs=1)
+
+
+def test_a_scheduler_issues_one_instruction_a_cycle():
+    way = code(*["FADD R0, R0, R1 | 4"] * 10)
+    assert cycles(way, 4) == 40  # a warp on each
+    assert cycles(way, 16) == pytest.approx(40, abs=1)  # four on each: no gaps
+    assert cycles(way, 32) == pytest.approx(80, abs=2)
+    assert cycles(way, 16, blocks=2) == pytest.approx(80, abs=2)
+
+
+def test_units_take_their_turns():
+    assert cycles(code(*["LOP3.LUT R0, R0, R1 | 1"] * 10), 8) == pytest.approx(40, abs=2)  # two warps, 2 cycles each
+    assert cycles(code(*["HMMA.16816.F32.BF16 R0, R4, R6, R0 | 1"] * 4), 8) == pytest.approx(64, abs=2)
+    wide = code(*["LDS.128 R0, [R1] | 1"] * 8)  # 512 bytes each at 128 a cycle, all warps together
+    assert cycles(wide, 8) == pytest.approx(8 * 8 * 4, rel=0.05)
+
+
+def test_a_barrier_costs_what_the_others_are_late():
+    way = code(*["FADD R0, R0, R1 | 4"] * 10)
+    with_barrier = way + code("BAR.SYNC.DEFER_BLOCKING 0x0 | 1", start=160)
+    assert cycles(with_barrier, 4) == pytest.approx(40 + 20, abs=2)
+    assert run([with_barrier] * 12, 4, 1, LATENCIES).waits["barrier"] > 0.2
+    assert cycles(with_barrier, 4, blocks=2) < 2 * cycles(with_barrier, 4)  # one block runs while the other waits
+
+
+def kernel(registers: int, instructions: list[Instruction] | None = None) -> Compiled:
+    return Compiled("_ZN4lotr7kernels6shrinkE", registers, 0, 0, instructions or loop())
+
+
+def test_blocks_resident_by_hand():
+    h100, ada = CARDS["h100"], CARDS["rtx4090"]
+    assert blocks_resident(kernel(93), 8, 69 << 10, h100) == (2, "registers")  # 96 x 32 x 8 of 65536
+    assert blocks_resident(kernel(161), 8, 69 << 10, h100) == (1, "registers")
+    assert blocks_resident(kernel(32), 8, 69 << 10, h100) == (3, "shared memory")  # 228 K
+    assert blocks_resident(kernel(32), 8, 1 << 10, h100) == (8, "registers")  # threads would do for as many
+    assert blocks_resident(kernel(24), 8, 1 << 10, ada) == (6, "threads")
+    assert blocks_resident(kernel(93), 8, 69 << 10, ada) == (1, "shared memory")
+
+
+def row(blocks: int = 132, late_loads: int = 0, tiles: int = 100) -> Row:
+    """A shrink of blocks of 8 warps that walk so many tiles, as `loop` does: 2 copies and 4 products a warp and tile."""
+    copies = blocks * 8 * tiles * 2
+    large = copies * 512
+    n, r = 4096, 16
+    m = large // (2 * n)
+    machine = {"symbol": "_ZN4lotr7kernels6shrinkE", "names": ["shrink"], "grid": [blocks, 1, 1], "warps": 8, "shared": 65536}
+    machine |= {"waits": copies / 2, "copies": copies, "matrix": 2 * copies, "late_loads": late_loads, "memsets": 0}
+    return Row("shrink", m, n, r, blocks, large, large, 0, 0, large, 1.0, 1.0, 1, machine)
+
+
+def found(**changes) -> tuple:
+    made = {"_ZN4lotr7kernels6shrinkE": kernel(64)}
+    return estimate(row(**changes), made, CARDS["h100"])
+
+
+def test_an_estimate_is_the_sum_of_its_parts():
+    e = found()
+    assert e.seconds == pytest.approx(sum(e.parts.values())) and e.share == pytest.approx(e.least_seconds / e.seconds)
+    assert e.resident == 3 and e.waves == pytest.approx(132 / (3 * 132)) and e.idle == pytest.approx(2 / 3)
+    assert e.per_16_bytes == pytest.approx(13 / 2)  # 13 instructions for two copies
+    assert e.in_flight == 3 * 2 * 512 * 8  # the wait leaves two groups, one more is committed after it
+    assert e.limiter == max(e.bound, key=e.bound.__getitem__) or e.limiter.startswith("issue")
+
+
+def test_more_blocks_than_places_take_another_wave():
+    one, two = found(blocks=3 * 132), found(blocks=3 * 132 + 1)
+    assert one.idle == 0 and two.idle == pytest.approx(1 - 1 / 396)
+    assert two.bound["issue"] > 1.2 * one.bound["issue"]
+
+
+def test_sums_after_the_last_arrival_cost_a_latency_a_round():
+    summing = code(
+        "LDG.E.128 R0, [R4.64] | 1 0", "LDG.E.128 R8, [R4.64] | 1 0", "FADD R2, R0, R2 | 4 - 1", "@P0 BRA 0x0 | 5", "EXIT"
+    )
+    late = late_sums(summing, 8, CARDS["h100"])
+    assert late.loads == 2 and 263 < late.cycles < 420
+    made = {
+        "_ZN4lotr7kernels6shrinkE": kernel(64, loop() + [dataclasses.replace(i, address=i.address + 0x1000) for i in summing])
+    }
+    short, long = (estimate(row(late_loads=n), made, CARDS["h100"]) for n in (0, 400))
+    assert short.parts["after"] == 0 and long.parts["after"] > 200 * 263 / CARDS["h100"].clock
+    assert "sum at the end" in long.limiter and "sum at the end" not in short.limiter
+
+
+def test_limits_that_are_equal_do_not_overlap_for_nothing():
+    assert together([1.0, 0.0]) == 1.0 and together([1.0, 1.0]) == pytest.approx(2 ** (1 / 8)) and together([0.0]) == 0.0
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "h100,z80"], "gpus: expected some of a100, .*got 'z80'"),
+        (["--dtypes", "fp64"], "dtypes: expected some of bf16, .*got 'fp64'"),
+        (["--kernels", "gemm"], "kernels: expected some of shrink, .*got 'gemm'"),
+        (["--ranks", "0"], "ranks: expected numbers from 1 to 256"),
+        (["--shapes", "8192"], "shapes: expected MxN"),
+    ],
+)
+def test_it_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        program.arguments(arguments)
+
+
+def test_without_tools_it_says_so_in_one_line(tmp_path, monkeypatch):
+    arguments = ["--gpus", "h100", "--ranks", "16", "--shapes", "64x64", "--results", str(tmp_path)]
+    monkeypatch.setattr(compiled, "tool", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"^nvcc: expected in CUDA_HOME/bin.*found none[^\n]*$"):
+        program.main(arguments)
+    monkeypatch.setattr(compiled, "tool", lambda name: "/bin/nvcc" if name == "nvcc" else None)
+    with pytest.raises(FileNotFoundError, match=r"^cuobjdump: expected[^\n]*pip install nvidia-cuda-cuobjdump[^\n]*$"):
+        program.main(arguments)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="results: cannot write"):
+        program.main([*arguments[:-1], str(tmp_path / "file")])
+
+
+def test_what_is_kept_is_shown_without_tools(tmp_path, monkeypatch, capsys):
+    """And beside it what was measured, with the ratio."""
+    key = ("shrink", 64, 64, 16, "bf16", "h100")
+    cell = {"case": dict(zip(predict.CASE, key)), "rival": "lotr_ext", "build": predict.model_id()}
+    Store(tmp_path / predict.FILE).append(cell | {"estimate": dataclasses.asdict(found())})
+    monkeypatch.setattr(compiled, "tool", lambda name: None)
+    monkeypatch.setattr(program, "measured", lambda: {key: 2 * found().seconds})
+    arguments = ["--gpus", "h100", "--ranks", "16", "--shapes", "64x64", "--kernels", "shrink", "--results", str(tmp_path)]
+    assert program.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "not measured" in out and "2.00" in out and "Assumed, with its source" in out
+    assert (tmp_path / "static.png").stat().st_size > 10_000
+
+
+def test_measured_times_are_found_by_the_card_s_name(tmp_path):
+    folder = tmp_path / "nvidia-h100"
+    folder.mkdir()
+    case = {"kernel": "shrink", "m": 8192, "n": 4096, "r": 16, "dtype": "bf16", "threads": 1}
+    cell = {
+        "case": case,
+        "rival": "lotr_ext",
+        "machine": {"name": "NVIDIA H100 80GB HBM3"},
+        "step": {"seconds": [1e-6, 2e-6, 3e-6]},
+    }
+    (folder / "kernels.jsonl").write_text(json.dumps(cell) + "\n" + json.dumps(cell | {"rival": "library"}) + "\n")
+    assert predict.measured(tmp_path) == {("shrink", 8192, 4096, 16, "bf16", "h100"): 2e-6}
