@@ -33,7 +33,7 @@ KINDS = {
     "global": ("LDG", "STG", "LD", "ST", "ATOMG", "RED"),
     "constant": ("LDC", "ULDC", "S2R", "S2UR", "CS2R", "LDCU"),
     "float": ("FADD", "FFMA", "FMUL", "F2FP", "FADD2", "FFMA2", "HADD2", "HFMA2", "HMUL2", "FSEL", "PRMT"),
-    "control": ("BRA", "CALL", "BSSY", "BSYNC", "BAR", "WARPSYNC", "SYNCS", "NOP", "YIELD"),
+    "control": ("BRA", "BRX", "CALL", "BSSY", "BSYNC", "BAR", "WARPSYNC", "SYNCS", "NOP", "YIELD"),
 }
 _KIND = {name: kind for kind, names in KINDS.items() for name in names}
 
@@ -154,7 +154,7 @@ def _holds(body: set[int], blocks: dict[int, Block], wanted: Wanted) -> bool:
 def _followers(start: int, blocks: dict[int, Block]) -> tuple[int, ...]:
     """A block's successors, without a jump over a little arithmetic."""
     block = blocks[start]
-    if len(block.next) == 2 and block.next[1] > block.next[0]:
+    if len(block.next) == 2 and block.next[1] > block.next[0] and block.code[-1].name != "BRX":
         between = [b for a, b in blocks.items() if block.next[0] <= a < block.next[1]]
         skipped = [i for b in between for i in b.code]
         if len(skipped) <= SKIPPED and all(kind_of(i) in ("address", "constant", "float") for i in skipped):

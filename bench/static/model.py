@@ -76,7 +76,7 @@ def _together(code: list[Instruction]) -> int:
     """The most 16-byte loads that are issued before one of them is waited for."""
     most, count, pending = 0, 0, set()
     for i in code:
-        if any(i.waits >> board & 1 for board in pending) or i.target is not None or i.name == "EXIT":
+        if any(i.waits >> board & 1 for board in pending) or i.targets or i.name == "EXIT":
             count, pending = 0, set()
         if i.name == "LDG" and i.width == 16:
             count += 1
@@ -101,7 +101,7 @@ class Estimate:
     resident_by: str
     blocks: int
     waves: float
-    idle: float  # share of the last wave's places that are empty
+    idle: float  # share of the multiprocessors that have a block less than the others in the last wave
     iteration: float  # instructions a warp and iteration of the hot loop
     per_16_bytes: float  # instructions a thread for each 16 bytes of the large matrix
     kinds: dict[str, float]  # of those
@@ -210,7 +210,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         resident_by=by,
         blocks=row.blocks,
         waves=row.blocks / places,
-        idle=1 - rest / places if rest else 0.0,
+        idle=1 - rest / (math.ceil(rest / sms) * sms) if rest else 0.0,
         iteration=hot.instructions / hot.iterations,
         per_16_bytes=hot.instructions / large,
         kinds={kind: value / large for kind, value in hot.kinds().items()},
