@@ -23,7 +23,6 @@ from .sass import LISTED, Instruction, parse
 CSRC = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "static"
 SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")}
-KERNELS = ("shrink_grad", "factor_grad", "expand_add", "shrink")  # a name before one that it contains
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Compiled:
 
     @property
     def kernel(self) -> str:
-        return next(name for name in KERNELS if f"{len(name)}{name}" in self.symbol)
+        found = re.match(r"_ZN4lotr7kernels(\d+)(\w+)", self.symbol)
+        return found[2][: int(found[1])] if found else self.symbol
 
     @property
     def numbers(self) -> tuple[int, ...]:

@@ -52,19 +52,18 @@ class Late:
 
 
 def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
-    """From the loop without copies and products that has the most 16-byte loads; where there is none, from straight code:
-    as many loads as are issued before one of them is waited for, at L2's latency."""
-    blocks = blocks_of(code)
-    best: tuple[Instruction, ...] = ()
+    """From the loop without copies and products that has the most 16-byte loads, run like the hot loop, so that loads which
+    the compiler made wait for one another do; where there is none, from straight code: as many loads as are issued before one
+    of them is waited for, at L2's latency."""
+    blocks, found = blocks_of(code), []
     for body in loops_of(blocks).values():
-        own = [i for b in sorted(body) for i in blocks[b].code]
-        if len(body) == 1 and _wide_loads(own) > _wide_loads(best) and not any(i.name in (*MATRIX, "LDGSTS") for i in own):
-            best = tuple(own)
-    straight = _together(code)
-    if _wide_loads(best) >= max(2, straight // 2):
-        loads = _wide_loads(best)
-        return Late(loads, run([best] * ITERATIONS, warps, 1, card.latencies()).cycles)
-    loads = max(1, straight)
+        own = blocks[min(body)].code if len(body) == 1 else ()
+        if _wide_loads(own) > 1 and not any(i.name in (*MATRIX, "LDGSTS") for i in own):
+            found.append(Late(_wide_loads(own), run([own] * ITERATIONS, warps, 1, card.latencies()).cycles))
+    most = max((late.loads for late in found), default=0)
+    if most:  # of alike loops the slowest
+        return max((late for late in found if 2 * late.loads > most), key=lambda late: late.cycles / late.loads)
+    loads = max(1, _together(code))
     return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / assumptions.L2_ONE))
 
 

@@ -105,7 +105,10 @@ def test_ways_that_were_not_taken_are_not_counted():
         hot_loop(loop(), Wanted(waits=100, copies=200, matrix=400, stores=100))
     with pytest.raises(ValueError, match="hot loop"):  # the loop leaves out copies of the large matrix
         hot_loop(loop(), Wanted(waits=100, copies=300, matrix=400, stores=None, least_copies=300))
-    assert sum(t for t, _ in hot_loop(loop(), Wanted(100, 230, 400, None, least_copies=200)).ways) == pytest.approx(100)
+    assert hot_loop(loop(), Wanted(100, 230, 400, None, least_copies=200)).iterations == pytest.approx(100)  # factors before it
+    assert hot_loop(loop(), Wanted(105, 200, 400, None, least_copies=200)).iterations == pytest.approx(100)  # a wait before it
+    with pytest.raises(ValueError, match="hot loop"):
+        hot_loop(loop(), Wanted(150, 200, 400, None, least_copies=200))
 
 
 def test_a_loop_inside_is_no_loop_of_its_own_outside():
@@ -200,6 +203,11 @@ def test_sums_after_the_last_arrival_cost_a_latency_a_round():
     )
     late = late_sums(summing, 8, CARDS["h100"])
     assert late.loads == 2 and 263 < late.cycles < 420
+    serial = code(
+        "LDG.E.128 R0, [R4.64] | 1 0", "FADD R2, R0, R2 | 4 - 1", "LDG.E.128 R8, [R4.64] | 1 0", "FADD R2, R8, R2 | 4 - 1"
+    )
+    serial += code("@P0 BRA 0x0 | 5", "EXIT", start=64)
+    assert late_sums(serial, 8, CARDS["h100"]).cycles > 2 * 263  # two loads, one after the other
     made = {
         "_ZN4lotr7kernels6shrinkE": kernel(64, loop() + [dataclasses.replace(i, address=i.address + 0x1000) for i in summing])
     }
