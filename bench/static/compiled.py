@@ -1,7 +1,7 @@
 """The kernels' machine code: compiled by nvcc for one architecture, disassembled, kept by the hash of the sources.
 
-Tools are looked for in CUDA_HOME/bin and /usr/local/cuda/bin before PATH, and in the wheels nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm. Resources are what ptxas reports: registers, spilled bytes, static shared memory.
+Tools are looked for in CUDA_HOME/bin and /usr/local/cuda/bin before PATH, nvdisasm also in the wheel nvidia-cuda-nvdisasm.
+Resources are what ptxas reports: registers, spilled bytes, static shared memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..measure.store import ROOT
-from .sass import Instruction, parse
+from .sass import LISTED, Instruction, parse
 
 CSRC = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "static"
 SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")}
-KERNELS = ("shrink_grad", "factor_grad", "expand_add", "shrink")  # a name before one that it contains
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Compiled:
 
     @property
     def kernel(self) -> str:
-        return next(name for name in KERNELS if f"{len(name)}{name}" in self.symbol)
+        found = re.match(r"_ZN4lotr7kernels(\d+)(\w+)", self.symbol)
+        return found[2][: int(found[1])] if found else self.symbol
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -57,19 +57,16 @@ def tool(name: str) -> Path | None:
 
 
 def tools() -> tuple[Path, Path]:
-    """nvcc and cuobjdump. FileNotFoundError says in one line which is missing and how to get it."""
-    nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
+    """nvcc and nvdisasm. FileNotFoundError says in one line which is missing and how to get it."""
+    nvcc, nvdisasm = tool("nvcc"), tool("nvdisasm")
     if nvcc is None:
         raise FileNotFoundError(
             "nvcc: expected in CUDA_HOME/bin, /usr/local/cuda/bin or PATH, found none; "
             "the model reads compiled code: install the CUDA toolkit or set CUDA_HOME"
         )
-    if cuobjdump is None:
-        raise FileNotFoundError(
-            f"cuobjdump: expected beside {nvcc} or as a wheel, found none; "
-            "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-        )
-    return nvcc, cuobjdump
+    if nvdisasm is None:
+        raise FileNotFoundError(f"nvdisasm: expected beside {nvcc} or as a wheel, found none; pip install nvidia-cuda-nvdisasm")
+    return nvcc, nvdisasm
 
 
 def sources_id() -> str:
@@ -91,18 +88,17 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _make(dtype: str, architecture: str, target: Path) -> None:
-    nvcc, cuobjdump = tools()
+    nvcc, nvdisasm = tools()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         flags = ["-std=c++17", "-cubin", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
         report = _run([str(nvcc), *flags, str(SOURCES[dtype]), "-o", str(cubin)]).stderr
-        code = _run([str(cuobjdump), "--dump-sass", str(cubin)]).stdout
-    # what the model needs of a listing: addresses, text, encodings
-    lines = [line for line in code.splitlines() if "Function : " in line or "/*" in line]
+        code = _run([str(nvdisasm), "--print-instruction-encoding", str(cubin)]).stdout
+    lines = [line for line in code.splitlines() if LISTED.match(line)]
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(report + "\n=== SASS\n" + re.sub(r"[ \t]+", " ", "\n".join(lines)))
+        file.write(report + "\n=== SASS\n" + re.sub(r"[ \t]+", " ", "\n".join(lines)) + "\n")
     os.replace(temporary, target)
 
 
@@ -123,10 +119,10 @@ def compile_kernels(dtype: str, architecture: str, cache: Path = CACHE) -> dict[
     """Every kernel of an element type by symbol, compiled for "80", "90a" ... unless the same sources were before."""
     if dtype not in SOURCES:
         raise ValueError(f"dtype: expected one of {', '.join(SOURCES)}, got {dtype!r}")
-    target = cache / f"{dtype}-sm{architecture}-{sources_id()}.txt"
+    target = cache / f"{dtype}-sm{architecture}-{sources_id()}.sass"
     if not target.exists():
         _make(dtype, architecture, target)
-        for old in cache.glob(f"{dtype}-sm{architecture}-*.txt"):
+        for old in cache.glob(f"{dtype}-sm{architecture}-*.sass"):
             if old != target:
                 old.unlink(missing_ok=True)
     report, _, listing = target.read_text(encoding="utf-8").partition("\n=== SASS\n")
@@ -134,5 +130,5 @@ def compile_kernels(dtype: str, architecture: str, cache: Path = CACHE) -> dict[
     bodies = parse(listing)
     missing = sorted(set(resources) ^ set(bodies))
     if missing or not resources:
-        raise OSError(f"{target.name}: expected ptxas and cuobjdump to list the same kernels, got a difference: {missing[:1]}")
+        raise OSError(f"{target.name}: expected ptxas and nvdisasm to list the same kernels, got a difference: {missing[:1]}")
     return {name: Compiled(name, *resources[name], bodies[name]) for name in resources}

@@ -3,10 +3,10 @@
 The hot loop is the smallest natural loop with asynchronous copies, waits for them, matrix products and stores, as far as the
 executor counted any. Its body has branches: edges of the matrix, elements one by one, dropout. Which of them run is decided by
 those counts: of all ways from the loop's head back to it, those mixes are kept whose waits, 16-byte copies, matrix
-instructions and 16-byte stores are in the counted proportion, and of these the one with the fewest instructions; a few copies
-may be left over, for factors that are loaded before the loop. So unrolling
-does not matter: a way that does two tiles is taken half as often. A branch over a few instructions that touch no memory is
-taken to run them, since the way that is checked against the matrix's edge is the usual one.
+instructions and 16-byte stores are in the counted proportion, and of these the one with the fewest instructions; copies of
+factors may be left over, and a few of the others: what is done before the loop and after it. So unrolling does not matter: a
+way that does two tiles is taken half as often. A branch over a few instructions that touch no memory is taken to run them,
+since the way that is checked against the matrix's edge is the usual one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .sass import Block, Instruction, blocks_of, loops_of
 
 MATRIX = ("HMMA", "QGMMA", "HGMMA", "IMMA")
 SKIPPED = 24  # instructions that a branch may leave out and are counted all the same
-OUTSIDE = 200  # instructions; what a counted copy costs that no way of the loop does: one before the loop
+OUTSIDE, ELSEWHERE = 200, 2000  # instructions; the cost of a counted copy, or wait, product, store that the loop does not do
+MOST_ELSEWHERE = 0.25  # of the waits, products and stores: a small problem is soon over
 UNEVEN = 0.02  # what a way costs more for each count that is twice the mean: of equal mixes the even one
 KINDS = {
     "copy": ("LDGSTS", "LDGDEPBAR", "DEPBAR", "UTMALDG", "UBLKCP"),
@@ -33,7 +34,7 @@ KINDS = {
     "global": ("LDG", "STG", "LD", "ST", "ATOMG", "RED"),
     "constant": ("LDC", "ULDC", "S2R", "S2UR", "CS2R", "LDCU"),
     "float": ("FADD", "FFMA", "FMUL", "F2FP", "FADD2", "FFMA2", "HADD2", "HFMA2", "HMUL2", "FSEL", "PRMT"),
-    "control": ("BRA", "CALL", "BSSY", "BSYNC", "BAR", "WARPSYNC", "SYNCS", "NOP", "YIELD"),
+    "control": ("BRA", "BRX", "CALL", "BSSY", "BSYNC", "BAR", "WARPSYNC", "SYNCS", "NOP", "YIELD"),
 }
 _KIND = {name: kind for kind, names in KINDS.items() for name in names}
 
@@ -154,7 +155,7 @@ def _holds(body: set[int], blocks: dict[int, Block], wanted: Wanted) -> bool:
 def _followers(start: int, blocks: dict[int, Block]) -> tuple[int, ...]:
     """A block's successors, without a jump over a little arithmetic."""
     block = blocks[start]
-    if len(block.next) == 2 and block.next[1] > block.next[0]:
+    if len(block.next) == 2 and block.next[1] > block.next[0] and block.code[-1].name != "BRX":
         between = [b for a, b in blocks.items() if block.next[0] <= a < block.next[1]]
         skipped = [i for b in between for i in b.code]
         if len(skipped) <= SKIPPED and all(kind_of(i) in ("address", "constant", "float") for i in skipped):
@@ -203,10 +204,11 @@ def _path(done: dict, state: tuple) -> tuple[int, ...]:
 def _cheapest(ways: list[tuple[tuple[int, ...], tuple[Instruction, ...]]], wanted: Wanted) -> Hot | None:
     """The mix of ways with these counts and the fewest instructions, by the revised simplex method; None: there is none."""
     target = np.array(wanted.vector())
-    size, impossible = len(target), 1e9
+    size = len(target)
     mean = target / target[0]
     uneven = [1 + UNEVEN * float(np.abs(np.array(v) / mean / (v[0] or 1) - 1).sum()) for v, _ in ways]
-    left_over = wanted.pick((impossible, OUTSIDE, impossible, impossible))
+    left_over = wanted.pick((ELSEWHERE, OUTSIDE, ELSEWHERE, ELSEWHERE))
+    most_left_over = np.array(wanted.pick((MOST_ELSEWHERE, 1.0, MOST_ELSEWHERE, MOST_ELSEWHERE))) * target
     columns = np.array([vector for vector, _ in ways] + np.eye(size).tolist(), float).T  # at last: what no way does
     costs = np.array([len(way) * more for (_, way), more in zip(ways, uneven)] + list(left_over))
     basis = list(range(len(ways), len(ways) + size))
@@ -223,6 +225,7 @@ def _cheapest(ways: list[tuple[tuple[int, ...], tuple[Instruction, ...]]], wante
     used = [(float(t), b) for t, b in zip(times, basis) if t > 1e-6 * target.max()]
     ours = [(t, ways[b][1]) for t, b in used if b < len(ways)]
     copies = sum(t * sum(_counted(i) == "copy" for i in way) for t, way in ours)
-    if not ours or any(costs[b] == impossible for _, b in used) or copies < wanted.least_copies * (1 - 1e-6):
+    too_much = any(b >= len(ways) and t > most_left_over[b - len(ways)] for t, b in used)
+    if not ours or too_much or copies < wanted.least_copies * (1 - 1e-6):
         return None
     return Hot(ours)

@@ -65,7 +65,22 @@ def _unit(instruction: Instruction, latencies: Latencies) -> tuple[str, float]:
         return "special", 8
     if name.startswith("U") and name not in ("UTMALDG", "UBLKCP"):
         return "uniform", 2
-    if name in ("BRA", "CALL", "BSSY", "BSYNC", "BAR", "NOP", "DEPBAR", "LDGDEPBAR", "EXIT", "WARPSYNC", "LDC", "S2R", "CS2R"):
+    if name in (
+        "BRA",
+        "BRX",
+        "CALL",
+        "BSSY",
+        "BSYNC",
+        "BAR",
+        "NOP",
+        "DEPBAR",
+        "LDGDEPBAR",
+        "EXIT",
+        "WARPSYNC",
+        "LDC",
+        "S2R",
+        "CS2R",
+    ):
         return "", 0
     return "integer", 2
 
@@ -107,7 +122,7 @@ def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latenci
     facts = []
     for i, after in zip(code, [*code[1:], code[0]]):
         unit, turns = _unit(i, latencies)
-        jump = latencies.taken if i.target is not None and after.address != i.address + 16 else 0
+        jump = latencies.taken if i.targets and after.address != i.address + 16 else 0
         facts.append((i, unit, turns, max(1, i.stall, jump), _latency(i, latencies, turns)))
     everyone = [_Warp(block, (block * warps + w) % SCHEDULERS) for block in range(blocks) for w in range(warps)]
     boards = [[0.0] * 6 for _ in everyone]

@@ -52,19 +52,18 @@ class Late:
 
 
 def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
-    """From the loop without copies and products that has the most 16-byte loads; where there is none, from straight code:
-    as many loads as are issued before one of them is waited for, at L2's latency."""
-    blocks = blocks_of(code)
-    best: tuple[Instruction, ...] = ()
+    """From the loop without copies and products that has the most 16-byte loads, run like the hot loop, so that loads which
+    the compiler made wait for one another do; where there is none, from straight code: as many loads as are issued before one
+    of them is waited for, at L2's latency."""
+    blocks, found = blocks_of(code), []
     for body in loops_of(blocks).values():
-        own = [i for b in sorted(body) for i in blocks[b].code]
-        if len(body) == 1 and _wide_loads(own) > _wide_loads(best) and not any(i.name in (*MATRIX, "LDGSTS") for i in own):
-            best = tuple(own)
-    straight = _together(code)
-    if _wide_loads(best) >= max(2, straight // 2):
-        loads = _wide_loads(best)
-        return Late(loads, run([best] * ITERATIONS, warps, 1, card.latencies()).cycles)
-    loads = max(1, straight)
+        own = blocks[min(body)].code if len(body) == 1 else ()
+        if _wide_loads(own) > 1 and not any(i.name in (*MATRIX, "LDGSTS") for i in own):
+            found.append(Late(_wide_loads(own), run([own] * ITERATIONS, warps, 1, card.latencies()).cycles))
+    most = max((late.loads for late in found), default=0)
+    if most:  # of alike loops the slowest
+        return max((late for late in found if 2 * late.loads > most), key=lambda late: late.cycles / late.loads)
+    loads = max(1, _together(code))
     return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / assumptions.L2_ONE))
 
 
@@ -76,7 +75,7 @@ def _together(code: list[Instruction]) -> int:
     """The most 16-byte loads that are issued before one of them is waited for."""
     most, count, pending = 0, 0, set()
     for i in code:
-        if any(i.waits >> board & 1 for board in pending) or i.target is not None or i.name == "EXIT":
+        if any(i.waits >> board & 1 for board in pending) or i.targets or i.name == "EXIT":
             count, pending = 0, set()
         if i.name == "LDG" and i.width == 16:
             count += 1
@@ -101,7 +100,7 @@ class Estimate:
     resident_by: str
     blocks: int
     waves: float
-    idle: float  # share of the last wave's places that are empty
+    idle: float  # share of the multiprocessors that have a block less than the others in the last wave
     iteration: float  # instructions a warp and iteration of the hot loop
     per_16_bytes: float  # instructions a thread for each 16 bytes of the large matrix
     kinds: dict[str, float]  # of those
@@ -210,7 +209,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         resident_by=by,
         blocks=row.blocks,
         waves=row.blocks / places,
-        idle=1 - rest / places if rest else 0.0,
+        idle=1 - rest / (math.ceil(rest / sms) * sms) if rest else 0.0,
         iteration=hot.instructions / hot.iterations,
         per_16_bytes=hot.instructions / large,
         kinds={kind: value / large for kind, value in hot.kinds().items()},

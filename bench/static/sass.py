@@ -1,4 +1,4 @@
-"""SASS listings of cuobjdump as instructions, with the scheduling fields that ptxas put into each encoding.
+"""SASS listings of nvdisasm as instructions, with the scheduling fields that ptxas put into each encoding.
 
 Since Volta the compiler decides what a warp waits for; each 16-byte instruction carries it in bits 105 to 125 (Jia, Maggioni,
 Staiger, Scarpazza, "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", arXiv 1804.06826, section 2.1): cycles
@@ -8,12 +8,15 @@ to the next issue, a scoreboard that its result or its reading of operands sets,
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+_FUNCTION = re.compile(r"^\.text\.(\S+):$")
+_LABEL = re.compile(r"^(\.L\S*):$")
 _FIRST = re.compile(
     r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);\s*/\* 0x([0-9a-f]{16}) \*/"
 )
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
+LISTED = re.compile(r"^(\.text\.\S+:|\.L\S*:|\s*/\*[0-9a-f]{4,6}\*/.*|\s*/\* 0x[0-9a-f]{16} \*/.*)$")  # lines that are read
 NONE = 7  # no scoreboard
 _ENDS = ("EXIT", "RET", "BRX", "BREAK")
 
@@ -27,6 +30,7 @@ class Instruction:
     stall: int  # cycles to the warp's next issue
     sets: tuple[int, ...]  # scoreboards held until its result is there, or its operands are read
     waits: int  # mask of scoreboards
+    targets: tuple[int, ...] = ()  # addresses where a branch may go; a CALL that leaves no return address is one
 
     @property
     def name(self) -> str:
@@ -34,16 +38,9 @@ class Instruction:
         return self.opcode.partition(".")[0]
 
     @property
-    def target(self) -> int | None:
-        """Where a branch goes; None for other instructions. A CALL that leaves no return address is a far branch."""
-        jumps = self.name == "BRA" or self.opcode == "CALL.REL.NOINC"
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if jumps else None
-        return int(found[1], 16) if found else None
-
-    @property
     def ends(self) -> bool:
         """Whether the instruction behind it never follows."""
-        return not self.guard and (self.name in _ENDS or (self.target is not None and "P" not in self.operands.split(",")[0]))
+        return not self.guard and (self.name in _ENDS or (bool(self.targets) and "P" not in self.operands.split(",")[0]))
 
     @property
     def never(self) -> bool:
@@ -61,19 +58,25 @@ class Instruction:
 
 
 def parse(listing: str) -> dict[str, list[Instruction]]:
-    """The instructions of each function of a listing."""
+    """The instructions of each function of a listing (nvdisasm --print-instruction-encoding)."""
     functions: dict[str, list[Instruction]] = {}
-    code: list[Instruction] | None = None
+    labels: dict[str, int] = {}
+    pending: list[str] = []  # labels of the next instruction
+    code: list[Instruction] = []
     first: re.Match | None = None
     for line in listing.splitlines():
-        if "Function : " in line:
-            code = functions.setdefault(line.split("Function : ")[1].strip(), [])
-        elif code is not None and (match := _FIRST.match(line)):
+        if match := _FUNCTION.match(line):
+            code = functions.setdefault(match[1], [])
+        elif match := _LABEL.match(line):
+            pending.append(match[1])
+        elif match := _FIRST.match(line):
             first = match
-        elif code is not None and first is not None and (match := _SECOND.match(line)):
+            labels |= dict.fromkeys(pending, int(match[1], 16))
+            pending = []
+        elif first is not None and (match := _SECOND.match(line)):
             code.append(_decode(first, int(match[1], 16)))
             first = None
-    return functions
+    return {name: [_aim(i, labels) for i in own] for name, own in functions.items() if own}
 
 
 def _decode(first: re.Match, high: int) -> Instruction:
@@ -81,6 +84,14 @@ def _decode(first: re.Match, high: int) -> Instruction:
     sets = tuple(board for board in (control >> 5 & 7, control >> 8 & 7) if board != NONE)
     address, guard, opcode, operands = int(first[1], 16), first[2] or "", first[3], first[4].strip()
     return Instruction(address, "" if guard == "PT" else guard, opcode, operands, control & 15, sets, control >> 11 & 63)
+
+
+def _aim(i: Instruction, labels: dict[str, int]) -> Instruction:
+    """With the addresses of its targets, where it is a branch."""
+    if i.name not in ("BRA", "BRX") and i.opcode != "CALL.REL.NOINC":
+        return i
+    named = re.findall(r"\.L\w+", i.operands)
+    return replace(i, targets=tuple(labels[name] for name in named if name in labels))
 
 
 # ---- control flow ----------------------------------------------------------------------------------------------------
@@ -99,8 +110,8 @@ def blocks_of(code: list[Instruction]) -> dict[int, Block]:
     known = {i.address for i in code}
     starts = {code[0].address} if code else set()
     for here, after in zip(code, [*code[1:], None]):
-        if here.target is not None or here.name in _ENDS:
-            starts |= {a for a in (here.target, after.address if after else None) if a in known}
+        if here.targets or here.name in _ENDS:
+            starts |= {a for a in (*here.targets, after.address if after else None) if a in known}
     blocks: dict[int, Block] = {}
     own: list[Instruction] = []
     for here, after in zip(code, [*code[1:], None]):
@@ -108,8 +119,7 @@ def blocks_of(code: list[Instruction]) -> dict[int, Block]:
         if after is not None and after.address not in starts:
             continue
         follow = [] if here.ends or after is None else [after.address]
-        if here.target in known:
-            follow.append(here.target)
+        follow += [target for target in here.targets if target in known]
         blocks[own[0].address] = Block(tuple(own), tuple(dict.fromkeys(follow)))
         own = []
     return blocks

@@ -10,20 +10,8 @@ from .model import Estimate
 from .predict import Key
 
 LABEL = "model from the machine code, not measured"
-HEADS = (
-    "kernel",
-    "M x N, r",
-    "registers",
-    "shared",
-    "blocks",
-    "grid, waves",
-    "idle",
-    "instr",
-    "a 16 B",
-    "addr",
-    "in flight, KB",
-)
-HEADS += ("issue", "memory", "flight", "L2", "begin", "after (rounds)", "launch, memset", "us", "of HBM", "limiter")
+HEADS = ("kernel", "M x N, r", "registers", "shared", "blocks", "grid, waves", "idle", "instr", "a 16 B (addr)", "KB in flight")
+HEADS += ("issue", "memory", "flight", "L2", "begin", "after (rounds)", "launches", "us", "of HBM", "limiter")
 
 
 def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, float]) -> Table:
@@ -34,19 +22,19 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, 
     for key, e in own.items():
         row = [key[0], f"{key[1]} x {key[2]}, {key[3]}", f"{e.registers}" + (f" +{e.spilled} B" if e.spilled else "")]
         row += [f"{e.shared / 1024:.0f} K", f"{e.resident} ({e.resident_by})", f"{e.blocks}, {e.waves:.2f}", f"{e.idle:.0%}"]
-        row += [f"{e.iteration:.0f}", f"{e.per_16_bytes:.0f}", f"{e.kinds.get('address', 0):.0f}"]
+        row += [f"{e.iteration:.0f}", f"{e.per_16_bytes:.0f} ({e.kinds.get('address', 0):.0f})"]
         row += [f"{e.in_flight / 1024:.0f} / {e.needed_in_flight / 1024:.0f}"]
         row += [f"{1e6 * seconds:.1f}" for seconds in e.bound.values()]
         row += [f"{1e6 * e.parts['begin']:.1f}", f"{1e6 * e.parts['after']:.1f} ({e.late_rounds})"]
-        row += [f"{e.launches}, {e.memsets}", f"{1e6 * e.seconds:.1f}", f"{e.share:.0%}", e.limiter]
+        row += [f"{e.launches} + {e.memsets}", f"{1e6 * e.seconds:.1f}", f"{e.share:.0%}", e.limiter]
         if key in measured:
             row += [f"{1e6 * measured[key]:.1f}", f"{measured[key] / e.seconds:.2f}"]
         result.add_row(*row)
     result.caption_justify = "left"
     result.caption = (
-        "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix, addr of "
-        "these for addresses and bounds. in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what "
-        "each alone asks for"
+        "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix (of these for "
+        "addresses and bounds). in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what each "
+        "alone asks for. launches + memsets. Times in us."
     )
     return result
 

@@ -19,16 +19,21 @@ from bench.static.sass import Instruction, blocks_of, loops_of, parse
 from bench.traffic.counts import Row
 
 LISTING = """
-        Function : _ZN4lotr7kernels6shrinkE
+.text._ZN4lotr7kernels6shrinkE:
         /*0000*/                   S2R R0, SR_TID.X ;            /* 0x0000000000007919 */
                                                                  /* 0x000e620000002100 */
-        /*0010*/              @!P0 BRA 0x40 ;                    /* 0x0000000000007947 */
+        /*0010*/              @!P0 BRA `(.L_x_1) ;               /* 0x0000000000007947 */
                                                                  /* 0x002fea0003800000 */
         /*0020*/                   LDGSTS.E.BYPASS.128.ZFILL [R2], desc[UR8][R4.64], P3 ; /* 0x0000000000007fae */
                                                                  /* 0x0003e20000000000 */
+.L_x_2:
         /*0030*/              @!PT LDS RZ, [RZ] ;                /* 0x0000000000007984 */
                                                                  /* 0x000fe20000000000 */
-        /*0040*/                   EXIT ;                        /* 0x000000000000794d */
+.L_x_1:
+        /*0040*/                   BRX R16 -0x50        (*"BRANCH_TARGETS .L_x_1,.L_x_2,.L_x_3"*);  /* 0x000000000000794d */
+                                                                 /* 0x000fea0003800000 */
+.L_x_3:
+        /*0050*/                   EXIT ;                        /* 0x000000000000794d */
                                                                  /* 0x000fea0003800000 */
 """
 
@@ -43,20 +48,22 @@ def code(*parts: str, start: int = 0) -> list[Instruction]:
         guard = words.pop(0)[1:] if words[0].startswith("@") else ""
         sets = (int(numbers[1]),) if len(numbers) > 1 and numbers[1] != "-" else ()
         stall, waits = int(numbers[0]) if numbers else 1, int(numbers[2]) if len(numbers) > 2 else 0
-        made.append(Instruction(start + 16 * i, guard, words[0], " ".join(words[1:]), stall, sets, waits))
+        targets = (int(words[-1], 16),) if words[0] in ("BRA", "CALL.REL.NOINC") else ()
+        made.append(Instruction(start + 16 * i, guard, words[0], " ".join(words[1:]), stall, sets, waits, targets))
     return made
 
 
 def test_a_listing_is_read_with_its_scheduling_fields():
     functions = parse(LISTING)
     (instructions,) = functions.values()
-    assert [i.name for i in instructions] == ["S2R", "BRA", "LDGSTS", "LDS", "EXIT"]
-    special, branch, copy, never, _ = instructions
+    assert [i.name for i in instructions] == ["S2R", "BRA", "LDGSTS", "LDS", "BRX", "EXIT"]
+    special, branch, copy, never, switch, _ = instructions
     assert (special.stall, special.sets, special.waits) == (1, (1,), 0)
-    assert branch.guard == "!P0" and branch.target == 0x40 and branch.waits == 0b000010 and branch.stall == 5
+    assert branch.guard == "!P0" and branch.targets == (0x40,) and branch.waits == 0b000010 and branch.stall == 5
     assert copy.width == 16 and copy.sets == (1,)
-    assert never.never and not copy.never
-    assert {start: block.next for start, block in blocks_of(instructions).items()} == {0: (0x20, 0x40), 0x20: (0x40,), 0x40: ()}
+    assert never.never and not copy.never and switch.targets == (0x40, 0x30, 0x50)
+    follow = {0: (0x20, 0x40), 0x20: (0x30,), 0x30: (0x40,), 0x40: (0x40, 0x30, 0x50), 0x50: ()}
+    assert {start: block.next for start, block in blocks_of(instructions).items()} == follow
 
 
 def test_far_branches_are_calls_that_return_nowhere():
@@ -98,7 +105,10 @@ def test_ways_that_were_not_taken_are_not_counted():
         hot_loop(loop(), Wanted(waits=100, copies=200, matrix=400, stores=100))
     with pytest.raises(ValueError, match="hot loop"):  # the loop leaves out copies of the large matrix
         hot_loop(loop(), Wanted(waits=100, copies=300, matrix=400, stores=None, least_copies=300))
-    assert sum(t for t, _ in hot_loop(loop(), Wanted(100, 230, 400, None, least_copies=200)).ways) == pytest.approx(100)
+    assert hot_loop(loop(), Wanted(100, 230, 400, None, least_copies=200)).iterations == pytest.approx(100)  # factors before it
+    assert hot_loop(loop(), Wanted(105, 200, 400, None, least_copies=200)).iterations == pytest.approx(100)  # a wait before it
+    with pytest.raises(ValueError, match="hot loop"):
+        hot_loop(loop(), Wanted(150, 200, 400, None, least_copies=200))
 
 
 def test_a_loop_inside_is_no_loop_of_its_own_outside():
@@ -174,7 +184,7 @@ def found(**changes) -> tuple:
 def test_an_estimate_is_the_sum_of_its_parts():
     e = found()
     assert e.seconds == pytest.approx(sum(e.parts.values())) and e.share == pytest.approx(e.least_seconds / e.seconds)
-    assert e.resident == 3 and e.waves == pytest.approx(132 / (3 * 132)) and e.idle == pytest.approx(2 / 3)
+    assert e.resident == 3 and e.waves == pytest.approx(132 / (3 * 132)) and e.idle == 0
     assert e.per_16_bytes == pytest.approx(13 / 2)  # 13 instructions for two copies
     assert e.in_flight == 3 * 2 * 512 * 8  # the wait leaves two groups, one more is committed after it
     assert e.limiter == max(e.bound, key=e.bound.__getitem__) or e.limiter.startswith("issue")
@@ -182,8 +192,9 @@ def test_an_estimate_is_the_sum_of_its_parts():
 
 def test_more_blocks_than_places_take_another_wave():
     one, two = found(blocks=3 * 132), found(blocks=3 * 132 + 1)
-    assert one.idle == 0 and two.idle == pytest.approx(1 - 1 / 396)
+    assert one.idle == 0 and two.idle == pytest.approx(1 - 1 / 132)
     assert two.bound["issue"] > 1.2 * one.bound["issue"]
+    assert found(blocks=200).idle == pytest.approx(64 / 264)
 
 
 def test_sums_after_the_last_arrival_cost_a_latency_a_round():
@@ -192,6 +203,11 @@ def test_sums_after_the_last_arrival_cost_a_latency_a_round():
     )
     late = late_sums(summing, 8, CARDS["h100"])
     assert late.loads == 2 and 263 < late.cycles < 420
+    serial = code(
+        "LDG.E.128 R0, [R4.64] | 1 0", "FADD R2, R0, R2 | 4 - 1", "LDG.E.128 R8, [R4.64] | 1 0", "FADD R2, R8, R2 | 4 - 1"
+    )
+    serial += code("@P0 BRA 0x0 | 5", "EXIT", start=64)
+    assert late_sums(serial, 8, CARDS["h100"]).cycles > 2 * 263  # two loads, one after the other
     made = {
         "_ZN4lotr7kernels6shrinkE": kernel(64, loop() + [dataclasses.replace(i, address=i.address + 0x1000) for i in summing])
     }
@@ -228,7 +244,7 @@ def test_without_tools_it_says_so_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"^nvcc: expected in CUDA_HOME/bin.*found none[^\n]*$"):
         program.main(arguments)
     monkeypatch.setattr(compiled, "tool", lambda name: "/bin/nvcc" if name == "nvcc" else None)
-    with pytest.raises(FileNotFoundError, match=r"^cuobjdump: expected[^\n]*pip install nvidia-cuda-cuobjdump[^\n]*$"):
+    with pytest.raises(FileNotFoundError, match=r"^nvdisasm: expected[^\n]*pip install nvidia-cuda-nvdisasm[^\n]*$"):
         program.main(arguments)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="results: cannot write"):

@@ -8,7 +8,7 @@ import pytest
 from bench.static.compiled import tool
 
 pytestmark = pytest.mark.skipif(
-    tool("nvcc") is None or tool("cuobjdump") is None, reason="no nvcc or no cuobjdump: nothing to look at"
+    tool("nvcc") is None or tool("nvdisasm") is None, reason="no nvcc or no nvdisasm: nothing to look at"
 )
 
 
