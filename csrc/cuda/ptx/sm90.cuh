@@ -198,7 +198,7 @@ LOTR_DEVICE void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool ac
     LOTR_WGMMA("f32.f16.f16");
 #undef LOTR_WGMMA
 #else
-  simt::wgmma(d, 64, a, b, accumulate, std::is_same_v<T, __nv_bfloat16>, site);
+  simt::wgmma(d, 64, {a, nullptr, b, false, false}, accumulate, std::is_same_v<T, __nv_bfloat16>, site);
 #endif
 }
 

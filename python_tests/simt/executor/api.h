@@ -28,9 +28,12 @@ enum class Order { forward, reverse, random };
 
 struct Options {
   Order order = Order::forward;
-  uint64_t seed = 1;             // of the random order; the same seed gives the same schedule
-  unsigned preempt = 0;          // random order: chance in 256 to switch away at a memory access
-  bool count_memory = false;     // bytes, sectors and bank conflicts (about twice as slow)
+  uint64_t seed = 1;          // of the random order; the same seed gives the same schedule
+  unsigned preempt = 0;       // random order: chance in 256 to switch away at a memory access
+  bool count_memory = false;  // bytes, sectors and bank conflicts (about twice as slow)
+  // Clusters that run at the same time, as on a GPU that holds so many; 1: one after another.  Blocks that
+  // wait for each other need all of those they wait for to be among them.
+  unsigned resident = 1;
   size_t shared_limit = 232448;  // bytes a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
 };
 // Mutation without a compiler: calls of barriers, warp synchronisation, commits, waits and fences at this

@@ -18,8 +18,20 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);  // bytes: more 
 void mbarrier_wait(void* barrier, uint32_t parity, Site site);
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, Site site);
 
+// To the same place in each block of the cluster named in `blocks`, counted at each one's own mbarrier.
+void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row, void* barrier,
+                           uint16_t blocks, Site site);
+void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site);
+
 void wgmma_fence(Site site);
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool is_bf16, Site site);
+// a: a descriptor, or four registers of each thread.  trans: the tile is MN-major.
+struct WgmmaOperands {
+  uint64_t a;
+  const uint32_t* a_registers;
+  uint64_t b;
+  bool trans_a, trans_b;
+};
+void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf16, Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int keep, Site site);
 

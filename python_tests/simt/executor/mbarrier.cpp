@@ -111,36 +111,77 @@ void mbarrier_wait(void* barrier, uint32_t parity, Site site) {
 
 // The tile turns to NaN at issue; the engine writes it later and then counts the bytes at the mbarrier.
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, Site site) {
+  tma_load_2d_multicast(shared, map, col, row, barrier, uint16_t(1u << self().block->rank), site);
+}
+
+void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row, void* barrier,
+                           uint16_t blocks, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
   const size_t bytes = size_t(map.box_rows) * BOX_BYTES;
   check_shared(shared, bytes, BOX_BYTES, t.op, site);
+  check_shared(barrier, 8, 8, t.op, site);
   const size_t offset = shared_offset(shared);
   if (offset % PATTERN)
     fail("%s at %s:%d: a tile with 128-byte swizzle starts at a multiple of 1024 bytes, got offset %zu", t.op,
          site.file, site.line, offset);
-  unpoison(shared, bytes);
-  touch_fill(shared, 0xFF, bytes);
-  race::release(find(barrier, site).sync);  // who waits there comes after this write
-  poison(shared, bytes);
+  if (!blocks || blocks >> machine.cluster_size)
+    fail("%s at %s:%d: blocks %#x of a cluster of %u", t.op, site.file, site.line, blocks,
+         machine.cluster_size);
+  const size_t barrier_offset = shared_offset(barrier);
+  std::vector<unsigned char*> bases;
+  for (uint32_t rank = 0; rank < machine.cluster_size; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    const Block& block = machine.blocks[t.block->first + rank];
+    for (const Thread& thread : block.threads)
+      if (thread.state != State::exited) goto alive;
+    fail("%s at %s:%d: block %u of the cluster has exited", t.op, site.file, site.line, rank);
+  alive:
+    bases.push_back(block.shared);
+    unpoison(block.shared + offset, bytes);
+    touch_fill(block.shared + offset, 0xFF, bytes);
+    race::release(find(block.shared + barrier_offset, site).sync);  // who waits there comes after this write
+    poison(block.shared + offset, bytes);
+  }
   count_box(map, col, row);
   ++totals.bulk_copies;
-  // by value: the issuing thread may be gone when it lands
-  machine.engine.push_back([base = t.block->shared, offset, bytes, map, col, row, barrier] {
-    unpoison(base + offset, bytes);
-    land(base, offset, map, col, row);
-    MemoryBarrier& b = machine.memory_barriers.at(barrier);
-    b.bytes -= int64_t(bytes);
-    complete_if_done(b);
-  });
+  // by value: the issuing thread may be gone when it lands; the blocks' copies land one by one
+  for (unsigned char* base : bases)
+    machine.engine.push_back([base, offset, bytes, map, col, row, barrier_offset] {
+      unpoison(base + offset, bytes);
+      land(base, offset, map, col, row);
+      MemoryBarrier& b = machine.memory_barriers.at(base + barrier_offset);
+      b.bytes -= int64_t(bytes);
+      complete_if_done(b);
+    });
+}
+
+void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site) {
+  race::ExecutorScope scope;
+  Thread& t = enter("mbarrier.arrive.cluster", site);
+  if (left_out(t.op, site)) return;
+  check_shared(barrier, 8, 8, t.op, site);
+  if (rank >= machine.cluster_size)
+    fail("%s at %s:%d: rank is %u, expected below %u", t.op, site.file, site.line, rank,
+         machine.cluster_size);
+  const Block& block = machine.blocks[t.block->first + rank];
+  bool alive = false;
+  for (const Thread& thread : block.threads) alive |= thread.state != State::exited;
+  if (!alive) fail("%s at %s:%d: block %u of the cluster has exited", t.op, site.file, site.line, rank);
+  MemoryBarrier& b = find(block.shared + shared_offset(barrier), site);
+  race::release(b.sync);
+  if (!b.pending)
+    fail("%s at %s:%d: more arrivals than the mbarrier expects (%u)", t.op, site.file, site.line, b.expected);
+  --b.pending;
+  complete_if_done(b);
 }
 
 void cluster_sync(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("barrier.cluster", site);
   if (left_out(t.op, site)) return;
-  Barrier& b = machine.cluster_barrier;
-  const uint32_t all = uint32_t(machine.blocks.size()) * t.block->thread_count;
+  Barrier& b = machine.cluster_barriers[t.block->first / machine.cluster_size];
+  const uint32_t all = machine.cluster_size * t.block->thread_count;
   race::Sync& sync = b.sync[b.generation % 2];
   race::release(sync);
   if (++b.arrived == all) {
@@ -149,6 +190,7 @@ void cluster_sync(Site site) {
     ++totals.barriers;
     progress();
     for (Warp* warp : machine.warps) {
+      if (warp->block->first != t.block->first) continue;
       for (uint32_t lanes = warp->alive; lanes; lanes &= lanes - 1)
         if (warp->thread[__builtin_ctz(lanes)].state == State::at_cluster_barrier)
           set_ready(*warp, lanes & -lanes);
@@ -168,9 +210,9 @@ void* cluster_map(const void* shared, uint32_t rank, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("mapa", site);
   check_shared(shared, 1, 1, t.op, site);
-  if (rank >= machine.blocks.size())
-    fail("mapa at %s:%d: rank is %u, expected below %zu", site.file, site.line, rank, machine.blocks.size());
-  return machine.blocks[rank].shared + shared_offset(shared);
+  if (rank >= machine.cluster_size)
+    fail("mapa at %s:%d: rank is %u, expected below %u", site.file, site.line, rank, machine.cluster_size);
+  return machine.blocks[t.block->first + rank].shared + shared_offset(shared);
 }
 
 }  // namespace lotr::simt

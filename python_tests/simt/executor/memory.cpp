@@ -161,6 +161,32 @@ void fence_device(Site site) {
   race::fence();
 }
 
+void store_release(int32_t* p, int32_t value, Site site) {
+  race::ExecutorScope scope;
+  enter("st.release", site);
+  check_global(p, sizeof *p, self().op, site);
+  record(Space::global_write, p, sizeof *p, site);
+  maybe_preempt();
+  race::access(p, sizeof *p, race::Use::atomic);
+  race::store_release(p);
+  *p = value;
+  progress();
+  wake_spinners();
+}
+
+void wait_equal(const int32_t* p, int32_t value, bool acquire, Site site) {
+  race::ExecutorScope scope;
+  const char* op = acquire ? "ld.acquire" : "ld.relaxed";
+  enter(op, site);
+  check_global(p, sizeof *p, self().op, site);
+  while (*p != value) wait_here(State::spinning, op, site);
+  progress();
+  record(Space::global_read, p, sizeof *p, site);
+  race::access(p, sizeof *p, race::Use::atomic);
+  if (acquire) race::load_acquire(p);
+  maybe_preempt();
+}
+
 int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site) {
   return add(p, value, acq_rel, site);
 }

@@ -61,6 +61,8 @@ struct Detector {
 
   std::vector<std::vector<uint32_t>> fenced;             // by thread: its clocks at its latest fence
   std::vector<std::vector<uintptr_t>> unfenced_atomics;  // by thread: since its latest fence
+  std::vector<std::vector<uint32_t>>
+      pending;  // by thread: clocks that those atomics of blocks running now hold
   std::unordered_map<uintptr_t, std::unordered_map<uint32_t, std::vector<uint32_t>>>
       released;  // address, block
   std::vector<Acquisition> acquired;
@@ -125,11 +127,11 @@ std::string describe(uint32_t place) {
   return std::string(slash ? slash + 1 : p.site.file) + ":" + std::to_string(p.site.line) + " (" + p.op + ")";
 }
 
-// The offset in the cluster's shared memory, or -1.
+// The offset in the shared memory of all blocks that run now, or -1.
 std::ptrdiff_t shared_place(uintptr_t address) {
   for (const Block& block : machine.blocks) {
     const uintptr_t at = address - reinterpret_cast<uintptr_t>(block.shared);
-    if (at < block.shared_bytes) return std::ptrdiff_t(block.rank * block.shared_bytes + at);
+    if (at < block.shared_bytes) return std::ptrdiff_t((block.first + block.rank) * block.shared_bytes + at);
   }
   return -1;
 }
@@ -276,6 +278,7 @@ void begin_cluster(uint32_t threads) {
   for (uint32_t t = 0; t < threads; ++t) clocks_of(t)[t] = 1;
   detector.fenced.assign(threads, {});
   detector.unfenced_atomics.assign(threads, {});
+  detector.pending.assign(threads, {});
   detector.acquired.clear();
   detector.shared.resize(machine.launch.smem * machine.blocks.size() / GRANULE + 1);
 }
@@ -292,26 +295,67 @@ void acquire(const Sync& sync) {
   if (!sync.clock.empty()) join(clocks_of(self().id), sync.clock.data());
 }
 
-void fence() {
+namespace {
+
+// What the atomics since the latest fence saw now comes before what follows.
+void take() {
   const uint32_t me = self().id;
   uint32_t* mine = clocks_of(me);
   for (uintptr_t address : detector.unfenced_atomics[me])
     detector.acquired.push_back({me, mine[me], address});
   detector.unfenced_atomics[me].clear();
+  if (!detector.pending[me].empty()) join(mine, detector.pending[me].data());
+  detector.pending[me].clear();
+}
+
+void see(uintptr_t address) {
+  const uint32_t me = self().id;
+  detector.unfenced_atomics[me].push_back(address);
+  const auto word = detector.released.find(address);
+  if (word == detector.released.end()) return;
+  const auto now = word->second.find(detector.block);
+  if (now == word->second.end()) return;
+  std::vector<uint32_t>& pending = detector.pending[me];
+  if (pending.empty()) pending.assign(detector.threads, 0);
+  join(pending.data(), now->second.data());
+}
+
+void publish(uintptr_t address) {
+  const uint32_t me = self().id;
+  if (detector.fenced[me].empty()) return;
+  std::vector<uint32_t>& clocks = detector.released[address][detector.block];
+  if (clocks.empty()) clocks.assign(detector.threads, 0);
+  join(clocks.data(), detector.fenced[me].data());
+}
+
+}  // namespace
+
+void fence() {
+  take();
+  const uint32_t me = self().id;
+  uint32_t* mine = clocks_of(me);
   detector.fenced[me].assign(mine, mine + detector.threads);
   ++mine[me];
 }
 
-void atomic(const void* p, bool acq_rel) {
+void store_release(const void* p) {
   const uint32_t me = self().id;
+  uint32_t* mine = clocks_of(me);
+  detector.fenced[me].assign(mine, mine + detector.threads);
+  ++mine[me];
+  publish(reinterpret_cast<uintptr_t>(p));
+}
+
+void load_acquire(const void* p) {
+  see(reinterpret_cast<uintptr_t>(p));
+  take();
+}
+
+void atomic(const void* p, bool acq_rel) {
   if (acq_rel) fence();
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-  if (!detector.fenced[me].empty()) {
-    std::vector<uint32_t>& clocks = detector.released[address][detector.block];
-    if (clocks.empty()) clocks.assign(detector.threads, 0);
-    join(clocks.data(), detector.fenced[me].data());
-  }
-  detector.unfenced_atomics[me].push_back(address);
+  see(address);
+  publish(address);
   if (acq_rel) fence();
 }
 

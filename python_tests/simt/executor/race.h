@@ -11,7 +11,8 @@
 //   between blocks            a fence, then an atomic; and in the thread of a later atomic on the same word,
 //   a fence
 //                             after it; carried on inside the blocks by the above.  Not handed on to a third
-//                             word.
+//                             word, except among blocks that run at the same time.  st.release and
+//                             ld.acquire are the two with their fences inside.
 //   launches                  one after the other
 #pragma once
 #include <cstddef>
@@ -41,6 +42,8 @@ void access(const void* p, size_t bytes, Use use);  // by the running thread's w
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc);
 void fence();
 void atomic(const void* p, bool acq_rel);
+void store_release(const void* p);
+void load_acquire(const void* p);
 std::string report();  // of the launch so far, empty if clean
 
 // True while instrumented kernel code runs, false inside the executor.
@@ -68,6 +71,8 @@ inline void acquire(const Sync&) {}
 inline void access(const void*, size_t, Use) {}
 inline void fence() {}
 inline void atomic(const void*, bool) {}
+inline void store_release(const void*) {}
+inline void load_acquire(const void*) {}
 inline std::string report() {
   return {};
 }

@@ -27,10 +27,12 @@ struct AsyncCopy {
 
 struct WarpgroupProduct {
   float* d;
-  uint64_t a, b;  // descriptors
+  uint64_t a, b;                // descriptors
+  const uint32_t* a_registers;  // instead of a descriptor; read when the product is waited for
   int n;
-  bool overwrite, is_bf16;
+  bool overwrite, is_bf16, trans_a, trans_b;
   bool commit;              // not a product but the end of a group
+  uint64_t number;          // of the thread's products: the same in all threads of the warpgroup
   std::vector<float> held;  // the accumulators before, unless an earlier product in flight owns them
 };
 
@@ -58,6 +60,7 @@ struct Thread {
   void* operand = nullptr;  // of the warp collective
   std::vector<AsyncCopy> copies;
   std::vector<WarpgroupProduct> products;
+  uint64_t products_issued = 0;
   bool wgmma_fenced = false;
   std::vector<Access> log;
 };
@@ -88,14 +91,24 @@ struct MemoryBarrier {  // an mbarrier
   race::Sync sync;
 };
 
+// Operands of a product that a warpgroup has in flight, as they were when a thread last waited for it.
+struct DecodedProduct {
+  std::vector<unsigned char> raw_a[4], raw_b;
+  std::vector<float> a[4], b;           // a: of each warp, [16][16]; b: [n][16]
+  const uint32_t* registers[128] = {};  // of each thread, if a is in registers
+  int users = 0;                        // threads that have taken their part
+};
+
 struct Block {
-  uint3 index{};  // blockIdx
-  uint32_t rank = 0, thread_count = 0;
+  uint3 index{};                        // blockIdx
+  uint32_t rank = 0, thread_count = 0;  // rank in its cluster
+  uint32_t first = 0;                   // its cluster's first block among machine.blocks
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   Barrier barriers[16];
   std::vector<Thread> threads;
   std::vector<Warp> warps;
+  std::unordered_map<uint64_t, DecodedProduct> products;
 };
 
 struct Machine {
@@ -104,8 +117,9 @@ struct Machine {
   void (*entry)(void*) = nullptr;
   void* entry_context = nullptr;
 
-  std::vector<Block> blocks;  // of the cluster
-  Barrier cluster_barrier;
+  std::vector<Block> blocks;  // that run now: cluster after cluster
+  uint32_t cluster_size = 1;
+  std::vector<Barrier> cluster_barriers;  // of each cluster that runs now
   std::vector<Warp*> warps;
   std::vector<uint64_t> ready_warps;  // bits
   size_t current_warp = 0, threads_left = 0;
