@@ -248,15 +248,4 @@ LOTR_DEVICE void wait_equal(const int32_t* p, int32_t value LOTR_SITE) {
 #endif
 }
 
-// The same without the acquire: for planted bugs only.
-LOTR_DEVICE void wait_equal_relaxed(const int32_t* p, int32_t value LOTR_SITE) {
-#ifdef __CUDACC__
-  int32_t now;
-  do asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
-  while (now != value);
-#else
-  simt::wait_equal(p, value, false, site);
-#endif
-}
-
 }  // namespace lotr::ptx

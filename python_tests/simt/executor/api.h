@@ -3,9 +3,10 @@
 // it.
 //
 //   site.h device.h hopper.h  what kernels see of it, through csrc/cuda/ptx: every wrapper is one call
-//   grid.cpp scheduler.cpp    blocks one after another; one fiber a GPU thread, switched where threads wait
+//   grid.cpp scheduler.cpp    blocks one after another, or several at a time; one fiber a GPU thread,
+//                             switched where threads wait
 //   fiber.cpp                 stacks and the switch itself
-//   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp wgmma.cpp     the instructions
+//   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp cluster.cpp wgmma.cpp registers.cpp     the instructions
 //   counters.cpp              bytes, sectors, bank conflicts, by array
 //   race.cpp race_hooks.cpp   the race detector (a build of its own)
 //   sites.cpp                 leaving out one barrier, for mutation tests
@@ -25,6 +26,8 @@ namespace lotr::simt {
 
 // Which of the threads that could go on runs next, and which block after the last.
 enum class Order { forward, reverse, random };
+
+constexpr unsigned MOST_RESIDENT = 64;
 
 struct Options {
   Order order = Order::forward;
@@ -55,7 +58,8 @@ std::vector<SynchronisationSite> synchronisation_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
-// LOTR_SIMT_ORDER=forward|reverse|random, LOTR_SIMT_SEED=n, LOTR_SIMT_PREEMPT=0..255 over `options`.
+// LOTR_SIMT_ORDER=forward|reverse|random, LOTR_SIMT_SEED=n, LOTR_SIMT_PREEMPT=0..255, LOTR_SIMT_RESIDENT=n
+// over `options`.
 Options options_from_environment(Options options = {});
 
 // Traffic between a block and one registered array.  Lanes that execute a call site together are one

@@ -1,5 +1,5 @@
-// Runs a grid: blocks (clusters of blocks) one after another, each from shared memory full of NaN to its last
-// thread's exit.
+// Runs a grid: blocks (clusters of blocks) one after another, or `resident` of them at a time, each from
+// shared memory full of NaN to its last thread's exit.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +30,13 @@ void check_launch(const Launch& launch) {
   check("gridDim.z", launch.grid.z, 65535);
   check("blockDim.z", launch.block.z, 64);
   check("threads in a block", 1ul * launch.block.x * launch.block.y * launch.block.z, 1024);
-  check("blocks in a cluster", 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z, 16);
+  const unsigned long cluster = 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z;
+  check("blocks in a cluster", cluster, 16);
+  const unsigned long at_once =
+      cluster * machine.options.resident * launch.block.x * launch.block.y * launch.block.z;
+  if (at_once > 65535)  // the race detector numbers them in 16 bits
+    throw Error(std::string(launch.name) + ": " + std::to_string(at_once) +
+                " threads would run at the same time, expected at most 65535: lower Options::resident");
   if (launch.smem > machine.options.shared_limit)
     refuse("shared memory in bytes", launch.smem, machine.options.shared_limit);
   if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y ||
@@ -71,6 +77,10 @@ void start_block(Block& block, uint32_t number, uint3 index) {
   block.index = index;
   block.rank = number % machine.cluster_size;
   block.first = number - block.rank;
+  block.threads_left = threads;
+  block.copies_in_flight = 0;
+  const uint32_t registers = registers_at_launch(threads);
+  block.registers_free = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
   block.products.clear();
   give_shared_memory(block, number);
@@ -80,6 +90,7 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     warp.thread = &block.threads[w * LANES];
     warp.block = &block;
     warp.index = w;
+    warp.registers = registers;
     warp.number = machine.warps.size();
     const uint32_t lanes = std::min<uint32_t>(LANES, threads - w * LANES);
     warp.present = warp.alive = lanes == LANES ? ~0u : (1u << lanes) - 1;
@@ -134,7 +145,7 @@ void run_clusters(const std::vector<uint3>& corners) {
   }
   totals.blocks += count;
   totals.threads += size_t(count) * threads;
-  race::begin_cluster(count * threads);
+  race::begin_blocks(count * threads);
   Thread* first = choose_thread();
   make_current(*first);
   fiber_switch(machine.process, first->fiber);

@@ -164,6 +164,7 @@ void fence_device(Site site) {
 void store_release(int32_t* p, int32_t value, Site site) {
   race::ExecutorScope scope;
   enter("st.release", site);
+  if (left_out("st.release", site)) return;
   check_global(p, sizeof *p, self().op, site);
   record(Space::global_write, p, sizeof *p, site);
   maybe_preempt();
@@ -178,6 +179,7 @@ void wait_equal(const int32_t* p, int32_t value, bool acquire, Site site) {
   race::ExecutorScope scope;
   const char* op = acquire ? "ld.acquire" : "ld.relaxed";
   enter(op, site);
+  if (left_out(op, site)) return;
   check_global(p, sizeof *p, self().op, site);
   while (*p != value) wait_here(State::spinning, op, site);
   progress();

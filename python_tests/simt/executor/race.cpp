@@ -34,7 +34,7 @@ struct Event {
   uint32_t clock = 0;  // of the thread, 0: nothing has happened here
   uint16_t thread = 0;
   uint16_t atomic = 0;
-  uint32_t block = 0;  // number of its cluster in the launch
+  uint32_t block = 0;  // number in the launch of the blocks that ran with it
   uint32_t place = 0;
 };
 
@@ -55,14 +55,13 @@ struct Detector {
   std::unordered_map<uintptr_t, Page> pages;
   uintptr_t latest_page = 0;
   Cell* latest = nullptr;
-  std::vector<Cell> shared;  // of all blocks of the cluster, one after the other
+  std::vector<Cell> shared;  // of all blocks that run now, one after the other
   uint32_t threads = 0, block = 0;
   std::vector<uint32_t> clocks;  // [t][u]: the latest time of u that t has seen
 
   std::vector<std::vector<uint32_t>> fenced;             // by thread: its clocks at its latest fence
   std::vector<std::vector<uintptr_t>> unfenced_atomics;  // by thread: since its latest fence
-  std::vector<std::vector<uint32_t>>
-      pending;  // by thread: clocks that those atomics of blocks running now hold
+  std::vector<std::vector<uint32_t>> pending;  // by thread: what blocks running now had released there
   std::unordered_map<uintptr_t, std::unordered_map<uint32_t, std::vector<uint32_t>>>
       released;  // address, block
   std::vector<Acquisition> acquired;
@@ -146,13 +145,22 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
   const char* now = use == Use::write ? "writes" : use == Use::atomic ? "adds" : "reads";
   const char* then = before.atomic ? "added" : wrote ? "written" : "read";
   char text[1200];
+  const uint32_t in_block = t.block->thread_count;
+  std::string other = "an earlier block";
+  if (before.block == detector.block) {
+    const uint3 at = machine.blocks[before.thread / in_block].index;
+    other = &machine.blocks[before.thread / in_block] == t.block
+                ? "the same block"
+                : "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) +
+                      ")";
+  }
   snprintf(text, sizeof text,
-           "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s block had %s at %s; "
+           "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s had %s at %s; "
            "nothing orders "
            "the two",
-           kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.id, now,
-           describe(place).c_str(), unsigned(before.thread),
-           before.block == detector.block ? "the same" : "an earlier", then, describe(before.place).c_str());
+           kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear, now,
+           describe(place).c_str(), unsigned(before.thread) % in_block, other.c_str(), then,
+           describe(before.place).c_str());
   detector.reports.push_back(text);
 }
 
@@ -271,7 +279,7 @@ void begin_launch() {
   detector.block = 0;
 }
 
-void begin_cluster(uint32_t threads) {
+void begin_blocks(uint32_t threads) {
   ++detector.block;
   detector.threads = threads;
   detector.clocks.assign(size_t(threads) * threads, 0);
@@ -338,12 +346,12 @@ void fence() {
   ++mine[me];
 }
 
+// A store ends the release sequence of the stores before it: who reads this value knows nothing of theirs.
 void store_release(const void* p) {
   const uint32_t me = self().id;
   uint32_t* mine = clocks_of(me);
-  detector.fenced[me].assign(mine, mine + detector.threads);
+  detector.released[reinterpret_cast<uintptr_t>(p)][detector.block].assign(mine, mine + detector.threads);
   ++mine[me];
-  publish(reinterpret_cast<uintptr_t>(p));
 }
 
 void load_acquire(const void* p) {

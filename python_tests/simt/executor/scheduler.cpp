@@ -27,7 +27,7 @@ int nth(uint64_t bits, size_t n) {
   return __builtin_ctzll(bits);
 }
 
-// Where every thread of the cluster is, threads at the same place together.
+// Where every thread that runs now is, threads at the same place together.
 std::string whereabouts() {
   const auto same = [](const Thread& a, const Thread& b) {
     if ((a.state == State::exited) != (b.state == State::exited)) return false;
@@ -78,6 +78,13 @@ Warp* choose_warp() {
     }
     k -= here;
   }
+}
+
+// What a block must not leave behind.
+void check_exit(const Block& block) {
+  if (block.copies_in_flight)
+    fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
+  check_registers(block);
 }
 
 void reschedule() {
@@ -150,6 +157,7 @@ void run_thread() {
   warp.alive &= ~(1u << t.lane);
   clear_ready(warp, 1u << t.lane);
   if (!warp.alive) flush_log(warp);
+  if (!--t.block->threads_left) check_exit(*t.block);
   --machine.threads_left;
   progress();
   Thread* next = choose_thread();

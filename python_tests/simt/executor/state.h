@@ -1,4 +1,4 @@
-// The executor's state: one Machine, the blocks of the cluster that runs now, their warps and threads.
+// The executor's state: one Machine, the blocks that run at the same time, their warps and threads.
 #pragma once
 #include <deque>
 #include <functional>
@@ -51,7 +51,7 @@ struct Thread {
   Block* block = nullptr;
   Warp* warp = nullptr;
   uint32_t lane = 0, linear = 0;  // in the warp, in the block
-  uint32_t id = 0;                // in the cluster
+  uint32_t id = 0;                // among all that run now
   State state = State::ready;
   const char* op = "";  // what it waits for, or did last, and where
   Site site{"", 0};
@@ -68,13 +68,14 @@ struct Thread {
 struct Warp {
   Thread* thread = nullptr;  // lane 0
   Block* block = nullptr;
-  size_t number = 0;  // in the cluster
+  size_t number = 0;  // among all that run now
   uint32_t index = 0;
   uint32_t present = 0, alive = 0, ready = 0;  // lanes
   uint32_t arrived = 0;                        // lanes inside a collective
   uint32_t generation = 0;
   bool logged = false;
-  race::Sync sync[2];  // by parity of the generation
+  uint32_t registers = 0;  // that a thread may use (setmaxnreg)
+  race::Sync sync[2];      // by parity of the generation
 };
 
 struct Barrier {
@@ -89,6 +90,7 @@ struct MemoryBarrier {  // an mbarrier
   int64_t bytes = 0;
   uint64_t phase = 0;
   race::Sync sync;
+  race::Sync remote;  // arrivals of other blocks of the cluster
 };
 
 // Operands of a product that a warpgroup has in flight, as they were when a thread last waited for it.
@@ -100,9 +102,11 @@ struct DecodedProduct {
 };
 
 struct Block {
-  uint3 index{};                        // blockIdx
-  uint32_t rank = 0, thread_count = 0;  // rank in its cluster
-  uint32_t first = 0;                   // its cluster's first block among machine.blocks
+  uint3 index{};                                    // blockIdx
+  uint32_t rank = 0, thread_count = 0;              // rank in its cluster
+  uint32_t first = 0;                               // its cluster's first block among machine.blocks
+  uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
+  uint32_t registers_free = 0;                      // given back by its warps
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   Barrier barriers[16];
@@ -183,6 +187,18 @@ void unpoison(void* p, size_t bytes);
 // Notes the call; true: it is to be left out.
 bool left_out(const char* op, Site site);
 void forget_sites();
+
+// ---- mbarrier.cpp ----
+MemoryBarrier& memory_barrier(const void* barrier, Site site);  // that was initialised there
+void arrive(MemoryBarrier& b, Site site);
+void complete_if_done(MemoryBarrier& b);
+
+// ---- cluster.cpp ----
+Block& block_of_cluster(uint32_t rank, Site site);  // of the running thread's cluster, alive
+
+// ---- registers.cpp ----
+uint32_t registers_at_launch(uint32_t threads);  // of a thread
+void check_registers(const Block& block);        // when its last thread exits
 
 // ---- matrix.cpp ----
 float half_to_float(uint32_t bits, bool is_bf16);
