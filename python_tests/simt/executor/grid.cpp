@@ -200,6 +200,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context) {
     corners.push_back(
         uint3{unsigned(k % nx) * c.x, unsigned(k / nx % ny) * c.y, unsigned(k / nx / ny) * c.z});
     if (corners.size() < machine.options.resident && i + 1 < order.count) continue;
+    if (order.reverse) std::reverse(corners.begin(), corners.end());  // the scheduler starts with the last
     run_clusters(corners);
     corners.clear();
   }

@@ -72,12 +72,15 @@ struct Operand {
   }
 };
 
+uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
+  return w.number * 8 + t.linear / WARPGROUP;
+}
+
 // The operands as the thread finds them when it waits, decoded again only if they have changed since another
 // did.  For the race detector each lane of a warp answers for a 32nd of the reads, so that a warp may give a
 // stage back once its lanes have met after the wait.
 DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
-  const uint64_t key = w.number * 8 + t.linear / WARPGROUP;
-  DecodedProduct& decoded = t.block->products[key];
+  DecodedProduct& decoded = t.block->products[key_of(t, w)];
   const uint32_t warp = t.linear % WARPGROUP / 32;
   const Operand a(w.a, w.trans_a), b(w.b, w.trans_b);
 #if LOTR_SIMT_RACE || LOTR_SIMT_ASAN
@@ -87,18 +90,26 @@ DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
                  [&](int row, int k) { touch_read(a.chunk(int(warp) * 16 + row, k), 16); });
 #endif
   b.decode(0, w.n, w.is_bf16, decoded.raw_b, decoded.b);
-  std::vector<float>& rows = decoded.a[warp];
-  if (!w.a_registers) {
-    a.decode(int(warp) * 16, 16, w.is_bf16, decoded.raw_a[warp], rows);
-    return decoded;
-  }
-  rows.resize(16 * K);
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i)
-      for (int e = 0; e < 2; ++e)
-        rows[size_t(lane / 4 + i % 2 * 8) * K + size_t(lane % 4 * 2 + i / 2 * 8 + e)] =
-            half_to_float(decoded.registers[warp * 32 + uint32_t(lane)][i] >> 16 * e & 0xffffu, w.is_bf16);
+  if (!w.a_registers) a.decode(int(warp) * 16, 16, w.is_bf16, decoded.raw_a[warp], decoded.a[warp]);
   return decoded;
+}
+
+// First operands in registers, as the lanes of a warp hold them when all have come to the wait.
+void read_registers(Warp& warp, uint32_t, void* done) {
+  const Thread& last = self();
+  const uint32_t first = warp.thread->linear % WARPGROUP;
+  for (size_t i = 0; i < *static_cast<size_t*>(done); ++i) {
+    const WarpgroupProduct& w = last.products[i];
+    if (!w.a_registers) continue;
+    DecodedProduct& decoded = last.block->products[key_of(last, w)];
+    std::vector<float>& rows = decoded.a[first / 32];
+    rows.resize(16 * K);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int word = 0; word < 4; ++word)
+        for (int e = 0; e < 2; ++e)
+          rows[size_t(lane / 4 + word % 2 * 8) * K + size_t(lane % 4 * 2 + word / 2 * 8 + e)] =
+              half_to_float(decoded.registers[first + uint32_t(lane)][word] >> 16 * e & 0xffffu, w.is_bf16);
+  }
 }
 
 void multiply(const Thread& t, const WarpgroupProduct& w) {
@@ -115,7 +126,7 @@ void multiply(const Thread& t, const WarpgroupProduct& w) {
         d = sum;
       }
     }
-  if (++decoded.users == WARPGROUP) t.block->products.erase(w.number * 8 + t.linear / WARPGROUP);
+  if (++decoded.users == WARPGROUP) t.block->products.erase(key_of(t, w));
 }
 
 // The last lane of a warp to issue a product notes where all lanes keep the first operand.
@@ -180,6 +191,7 @@ void wgmma_wait(int keep, Site site) {
       done = i + 1;
       break;
     }
+  warp_collective(t.op, ~0u, site, nullptr, read_registers, &done, false);
   for (size_t i = 0; i < done; ++i) {
     const WarpgroupProduct& product = t.products[i];
     if (product.commit) continue;
