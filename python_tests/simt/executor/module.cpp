@@ -12,6 +12,7 @@
 #include "api.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "module_gemm_lotr.h"
 
 namespace py = pybind11;
 
@@ -298,12 +299,13 @@ py::dict counters_dict() {
 }
 
 void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
-                    size_t shared_limit) {
+                    size_t shared_limit, unsigned resident) {
   Options o;
   if (order != "forward" && order != "reverse" && order != "random")
     throw py::value_error("order: expected forward, reverse or random, got " + order);
   o.order = order == "forward" ? Order::forward : order == "reverse" ? Order::reverse : Order::random;
   o.seed = seed, o.preempt = preempt, o.count_memory = count_memory, o.shared_limit = shared_limit;
+  o.resident = resident;
   set_options(o);
 }
 
@@ -368,7 +370,8 @@ PYBIND11_MODULE(lotr_simt, m) {
       },
       py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
-        "count_memory"_a = false, "shared_limit"_a = 101376);
+        "count_memory"_a = false, "shared_limit"_a = 101376, "resident"_a = 1);
+  define_gemm_lotr(m);
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a);
