@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
-from arrays import DTYPE, Layout, Output, check_close, narrow, place, wide
+from arrays import DTYPE, PACKED, Layout, Output, check_close, narrow, place, wide
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ class Inputs:
         bias = case.bias and not case.backward
         self.bias = narrow(rng.standard_normal(case.n) * 4, case.kind) if bias else None
 
-    def launch(self, lib: ModuleType, workspace: np.ndarray) -> dict[str, np.ndarray]:
-        """y and u from outputs full of NaN, after a look at what lies around them."""
+    def launch(self, lib: ModuleType, workspace: np.ndarray, packed: bool = False) -> dict[str, np.ndarray]:
+        """y and u from outputs full of NaN, after a look at what lies around them; packed: nothing does."""
         case, dtype = self.case, DTYPE[self.case.kind]
-        y = Output((case.m, case.n), dtype, Layout(3, -case.n % 8 + 5) if case.ragged_y else aligned(case.n))
-        u = Output((case.m, case.padded), dtype, aligned(case.padded))
+        layout = PACKED if packed else Layout(3, -case.n % 8 + 5) if case.ragged_y else aligned(case.n)
+        y = Output((case.m, case.n), dtype, layout)
+        u = Output((case.m, case.padded), dtype, PACKED if packed else aligned(case.padded))
         lib.gemm_lotr(
             y.view,
             self.x,
@@ -154,6 +155,7 @@ SMALL = [
     Case(300, 264, 328, 11, scouts=1, sms=3),
     Case(390, 264, 328, 16, cluster=2, sms=4),
     Case(200, 136, 136, 100, backward=True, sms=3),
+    Case(260, 264, 40, 16, sms=1),  # so few k-steps that the next pieces of work are fetched while this one runs
 ]
 
 

@@ -40,13 +40,6 @@ void cluster_sync(Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("barrier.cluster", site);
   if (left_out(t.op, site)) return;
-  for (uint32_t lanes = t.warp->alive & ~(1u << t.lane); lanes;
-       lanes &= lanes - 1) {  // the barrier is .aligned
-    const Thread& other = t.warp->thread[__builtin_ctz(lanes)];
-    if (other.state == State::ready || other.state == State::at_cluster_barrier) continue;
-    fail("divergent warp: lane %u is at barrier.cluster, %s:%d, while lane %u is at %s, %s:%d", t.lane,
-         site.file, site.line, other.lane, other.op, other.site.file, other.site.line);
-  }
   Barrier& b = machine.cluster_barriers[t.block->first / machine.cluster_size];
   const uint32_t all = machine.cluster_size * t.block->thread_count;
   race::Sync& sync = b.sync[b.generation % 2];

@@ -80,6 +80,18 @@ Warp* choose_warp() {
   }
 }
 
+// The cluster's barrier is .aligned: no lane may wait elsewhere while others of its warp are there.
+void check_aligned(const Thread& t, State state) {
+  for (uint32_t lanes = t.warp->alive & ~(1u << t.lane); lanes; lanes &= lanes - 1) {
+    const Thread& other = t.warp->thread[lowest(lanes)];
+    if (state == State::spinning ? other.state != State::at_cluster_barrier
+                                 : state != State::at_cluster_barrier || other.state != State::spinning)
+      continue;
+    fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, t.op, t.site.file,
+         t.site.line, other.lane, other.op, other.site.file, other.site.line);
+  }
+}
+
 // What a block must not leave behind.
 void check_exit(const Block& block) {
   if (block.copies_in_flight)
@@ -187,6 +199,7 @@ void clear_ready(Warp& warp, uint32_t lanes) {
 
 void wait_here(State state, const char* op, Site site) {
   Thread& t = enter(op, site);
+  check_aligned(t, state);
   t.state = state;
   clear_ready(*t.warp, 1u << t.lane);
   reschedule();
