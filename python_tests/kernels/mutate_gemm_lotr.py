@@ -31,9 +31,10 @@ def find_sites(lib) -> list[tuple[str, str, int]]:
 
 def worker(mode: str, todo: list[list]) -> None:
     """Prints a JSON line for each site: its number and what noticed, or null."""
-    import build
     import gemm_lotr_cases as gemm
     from sweep_gemm_lotr import failures
+
+    import build
 
     lib = build.load(mode)
     for number, file, line, _ in todo:
@@ -49,8 +50,9 @@ def main() -> int:
         worker(sys.argv[2], json.load(sys.stdin))
         return 0
 
-    import build
     from mutate_kernels import try_sites
+
+    import build
 
     sites = find_sites(build.load("plain"))
     verdicts: dict[int, tuple[str, str]] = {}

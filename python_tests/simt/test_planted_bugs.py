@@ -87,7 +87,9 @@ BUGS: dict[tuple[str, str], dict[str, str]] = {
     ("pair_sm90", "multicast_outside"): {"plain": "blocks 0x7 of a cluster of 2"},
     ("pair_sm90", "registers_kept"): {"plain": r"deadlock: .*are at setmaxnreg.inc, .*pair_sm90.cuh:\d+"},
     ("pair_sm90", "registers_of_one_warp"): {"plain": "setmaxnreg is for whole warpgroups: warp 9 has 168 registers a thread"},
-    ("pair_sm90", "divergent_at_the_end"): {"plain": r"divergent warp: lane \d+ is at .*(barrier.cluster.*mbarrier|mbarrier.*barrier.cluster)"},
+    ("pair_sm90", "divergent_at_the_end"): {
+        "plain": r"divergent warp: lane \d+ is at .*(barrier.cluster.*mbarrier|mbarrier.*barrier.cluster)"
+    },
     ("pair_sm90", "registers_wrong_way"): {
         "plain": r"setmaxnreg.dec at .*pair_sm90.cuh:\d+: to 232 registers, the warp has 168"
     },

@@ -1,0 +1,63 @@
+"""The compiled code of gemm_lotr for sm_90a: registers, no spills, nothing that serialises wgmma, the instructions that were meant."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, functions
+
+SOURCE = ROOT / "csrc" / "cuda" / "gemm_lotr_sm90.cu"
+KERNELS = 2 * 4 * 2 * 2  # types, ranks, directions, clusters
+REGISTERS = 168  # a thread at the launch: 65536 / 384 in steps of 8, which setmaxnreg deals out as 40, 232, 232
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: the compiled code cannot be looked at")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return compile_kernels(SOURCE, ("compute_90a", "sm_90a"), tmp_path_factory.mktemp("sm90a"))
+
+
+def traits(mangled: str) -> tuple[str, int, bool, int]:
+    """Type, rank, whether backward, blocks of a cluster."""
+    found = re.search(r"GemmLotrTraitsI(6__half|13__nv_bfloat16)Li(\d+)ELNS\d?_\w*?DirectionE(\d)ELi(\d)E", mangled)
+    assert found, mangled
+    return found[1], int(found[2]), found[3] == "1", int(found[4])
+
+
+def test_registers(compiled: tuple[Path, str]) -> None:
+    _, report = compiled
+    kernels = functions(report)
+    assert len({traits(name) for name in kernels}) == len(kernels) == KERNELS
+    for name, (registers, spilled, stack) in kernels.items():
+        assert (registers, spilled, stack) == (REGISTERS, 0, 0), (
+            f"{traits(name)}: {registers}, {spilled} spilled, {stack} of stack"
+        )
+    assert not re.findall(r"C75\d\d|arning", report)  # C75xx: wgmma that ptxas had to serialise
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+def test_instructions(compiled: tuple[Path, str]) -> None:
+    cubin, _ = compiled
+    sass = subprocess.run([CUOBJDUMP, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+    assert len(bodies) == KERNELS
+    for name, body in bodies.items():
+        kind, rank, backward, cluster = traits(name)
+        columns = 256 if rank <= 64 else 128
+        products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
+        assert all(bool(bf16) == ("bfloat16" in kind) for _, bf16 in products), name
+        count = [shape for shape, _ in products]
+        # four k-steps of a stage by W, four by A, and the rank by F
+        expected = {f"64x{columns}x16": 4 + rank // 16} if rank != columns else {f"64x{columns}x16": 8 + rank // 16}
+        if rank != columns:
+            expected[f"64x{rank}x16"] = 4
+        assert {shape: count.count(shape) for shape in set(count)} == expected, name
+        assert len(re.findall(r"\bUSETMAXREG", body)) == 2 and "UTMALDG.2D" in body, name
+        assert ("MULTICAST" in body) == (cluster == 2), name
+        assert len(re.findall(r"\bSTG\.E\.128", body)) == columns // 16, name
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
+        assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"
