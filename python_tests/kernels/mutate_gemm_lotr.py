@@ -1,8 +1,8 @@
-"""mutate_kernels.py for gemm_lotr: leaves out, one at a time, every barrier, wait, arrival, commit, fence, release and acquire of
-csrc/cuda/kernels/gemm_lotr*.cuh, and reports what noticed. Exit status 1: something survived.
+"""mutate_kernels.py for gemm_lotr: leaves out, one at a time, every barrier, wait, arrival, commit, fence, release and acquire
+of csrc/cuda/kernels/gemm_lotr*.cuh, and reports what noticed. Exit status 1: something survived.
 
-A line in the helpers of the file (`wait`, `arrive`, `release`) stands for the place that calls it. The plain build is tried first, with
-one block at a time and with several, then the race detector.
+What the helpers `wait`, `arrive` and `release` of the file do counts for the line that calls them. The plain build is tried
+first, with one block at a time and with several, then the race detector.
 """
 
 from __future__ import annotations

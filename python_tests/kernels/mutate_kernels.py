@@ -62,7 +62,7 @@ def worker(mode: str, todo: list[list]) -> None:
 
 
 def try_sites(mode: str, todo: list[list], timeout: float = 900, script: str = __file__) -> dict[int, str | None]:
-    """What noticed each site in this build, tried by `script --worker`. One that dies has noticed; the next goes on after it."""
+    """What noticed each site in this build, by `script --worker`. One that dies has noticed; the next goes on after it."""
     verdicts: dict[int, str | None] = {}
     while todo:
         process = subprocess.Popen(

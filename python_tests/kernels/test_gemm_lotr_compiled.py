@@ -1,4 +1,4 @@
-"""The compiled code of gemm_lotr for sm_90a: registers, no spills, nothing that serialises wgmma, the instructions that were meant."""
+"""The compiled code of gemm_lotr for sm_90a: registers, no spills, no serialised wgmma, the instructions that were meant."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_instructions(compiled: tuple[Path, str]) -> None:
     bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
     assert len(bodies) == KERNELS
     for name, body in bodies.items():
-        kind, rank, backward, cluster = traits(name)
+        kind, rank, _, cluster = traits(name)
         columns = 256 if rank <= 64 else 128
         products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
         assert all(bool(bf16) == ("bfloat16" in kind) for _, bf16 in products), name

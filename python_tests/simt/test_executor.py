@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_blocks_that_run_at_the_same_time() -> None:
     mixed = run("schedule", order="random", seed=3, resident=3)
     assert mixed == run("schedule", order="random", seed=3, resident=3) and sorted(threads(mixed)) == in_order
     blocks = [thread // 64 for thread in threads(mixed)]
-    assert sum(a != b for a, b in zip(blocks, blocks[1:], strict=False)) > 2  # one after another there are two changes
+    assert sum(a != b for a, b in itertools.pairwise(blocks)) > 2  # one after another there are two changes
     assert "expected at most 65535: lower Options::resident" in run("crowd", resident=64)
 
 
