@@ -43,10 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mode", default="plain")
     parser.add_argument("--cases", default="quick", choices=SETS)
     parser.add_argument("--schedules", default="forward/1")
+    parser.add_argument("--module", type=Path, help="a module that is built already")
     options = parser.parse_args(arguments)
     import build
 
-    lib = build.load(options.mode)
+    lib = build.load(options.mode, options.module)
     found = failures(lib, SETS[options.cases], options.schedules.split(","))
     print(*found, sep="\n")
     if options.mode == "coverage":

@@ -149,9 +149,22 @@ def module(mode: str = "plain") -> Path:
     return _build(mode, sources, BUILD / mode / f"{MODULE}{suffix}", ["-shared"], includes, [])
 
 
-def load(mode: str = "plain") -> ModuleType:
-    """Builds and imports the module. One mode a process; asan only in a process started with `environment("asan")`."""
-    path = module(mode)
+def changed_module(mode: str, source: Path, folder: Path) -> Path:
+    """The module with one of its sources replaced by `source`, a changed copy of the same name, built in `folder`."""
+    objects = module(mode).with_suffix(".d").read_text().split()[1:]
+    output, command = _compile(mode, source, True, [], [])
+    command[-1] = str(folder / output.name)
+    _run(command)
+    others = [name for name in objects if not Path(name).name.startswith(f"{source.stem}-")]
+    linked = folder / module(mode).name
+    _run([compiler(), "-shared", *others, command[-1], *_FLAGS[mode][2], "-o", str(linked)])
+    return linked
+
+
+def load(mode: str = "plain", path: Path | None = None) -> ModuleType:
+    """Builds and imports the module, or imports the one at `path`. One mode a process; asan only in a process started with
+    `environment("asan")`."""
+    path = path or module(mode)
     loaded = sys.modules.get(MODULE)
     if loaded is not None:
         if Path(loaded.__file__) != path:
