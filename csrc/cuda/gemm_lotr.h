@@ -36,9 +36,8 @@ inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
   const int cluster = q.M > 128 ? 2 : 1;
   const int64_t bands = (q.M + 128 * cluster - 1) / (128 * cluster),
                 clusters = call.multiprocessors / cluster;
-  // A quarter of the clusters make u, so that all bands' is there before the first tiles want it and x is not
-  // asked for by all at once.  A group of bands is about as high as it is wide: its tiles of x and W fit in
-  // L2.
+  // A quarter of the clusters make u, so that it is there before the first tiles want it and x is not asked
+  // for by all at once.  1,024 rows make a group: its x and the columns of W that it walks stay in L2.
   const int64_t scouts = bands < clusters / 4 ? bands : clusters / 4;
   return {cluster, int(scouts < 1 ? 1 : scouts), 8 / cluster};
 }
@@ -54,6 +53,7 @@ inline std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
   };
   for (const auto& text : {extent("M", 0, q.M), extent("N", 1, q.N), extent("K", 1, q.K)})
     if (!text.empty()) return text;
+  if (q.M * q.N > int64_t(1) << 44) return "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N);
   // What tensor maps demand: rows start at multiples of 16 bytes, less than 2^32 elements apart.
   const auto rows = [](const char* name, const void* data, int64_t row, int64_t col, int64_t least) {
     const std::string what = std::string(name) + ": expected ";
@@ -81,8 +81,7 @@ inline size_t gemm_lotr_workspace(int64_t M) {
   return size_t(2 + 2 * ((M + 127) / 128 + 1)) * sizeof(int32_t);
 }
 
-// Throws std::invalid_argument for what gemm_lotr_refusal names, a plan out of range, or a workspace too
-// small.
+// Throws std::invalid_argument for what gemm_lotr_refusal names, a plan out of range, too small a workspace.
 void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes);
 
 }  // namespace lotr::cuda

@@ -4,34 +4,28 @@
 //   x [M, K], W [N, K] (backward: [K, N]), A^T [r, K], F [N, r], y [M, N], u [M, r] of ranks padded to 8.
 //
 // Grid     as many clusters of CLUSTER blocks as the GPU holds, each drawing tickets until none is left:
-// first
-//          those of the scouts, which make u for bands of 128 rows, then those of the tiles of y, 128 x BN.
+//          first the scouts', which make u for bands of 128 rows, then the tiles' of y, 128 x BN.
 // Rank     is one more k-step of each tile: u is the first operand, in registers, and F comes through the
-// ring
-//          like any other stage.  u is stored once by its scout and read once by each tile of the band.
-// Bytes    x once for each column of tiles and once by the scouts, mostly from L2; W once for each band, half
-// of
-//          that by clusters of two; y written once and never read; u written once; A^T once for each band.
+//          ring like any other stage.  u is stored once, by its scout, and read once by each tile.
+// Bytes    x once for each column of tiles and once by the scouts, mostly from L2; W once for each band, or
+//          for two with clusters; y written once and never read; u written once; A^T once for each band.
 //
-// Timeline of a block (L copies in flight, P product): the next tile is fetched while this one is stored.
-//                 ..... a tile ..... | next tile
-//   stage 0       L P . . . L P . . .|L P . .
-//   stage 1       . L P . . . L P . .|. L P .         each stage has a mbarrier `full`, at which the copies'
-//   bytes stage 2       . . L P . . . L F .|. . L P         count, and a mbarrier `empty`, at which the warps
-//   arrive that stage 3       . . . L P . . . . L|P . . L         have read it u             . . . . . . . a
-//   F  |                a: flag acquired while the last product runs; F: times F^T y             . . . . . .
-//   . . . s s s             s: stores
+// Timeline of a block: a tile of six k-steps and the rank's, then the next tile.  L a copy, in flight or
+// landed; P product; F the rank's, u F^T; . the product may still run, one group being left in flight.
+//   stage 0   L P . L L P . L L L L P        each stage has a mbarrier `full`, at which the copies' bytes
+//   stage 1   L L P . L L P . L L L L P      count, and a mbarrier `empty`, at which the warps arrive that
+//   stage 2   L L L P . L L F L L L L L      have read it
+//   stage 3   L L L L P . L L L L P . L
+//   u                     a                  a: flag acquired and u loaded, while the last product runs
+//   y                         s s            s: stores, while the next tile's copies come
 //
-// No deadlock  Scouts wait for nobody; a tile waits for the scout of its band, whose ticket was drawn before,
-// by
-//          a block that runs.  A block does its tickets in order.  So of all unfinished tickets the lowest
-//          can always go on, however many blocks the GPU holds at a time.
-//          python_tests/kernels/test_gemm_lotr.py enumerates the tickets.
+// No hang  Scouts wait for nobody; a tile waits for the scout of its band, whose ticket was drawn before, by
+//          a running block.  A block does its tickets in order.  So of all unfinished tickets the lowest can
+//          always go on, however many blocks the GPU holds at a time.  A test enumerates the tickets.
 // Replay   A flag holds the number of the launch that set it (epoch).  Each cluster draws one ticket too
-// many; who
-//          draws the last of these resets the counter and stores the epoch.  So nothing is cleared between
-//          launches, and one with another M finds only flags of earlier epochs.  Launches on one workspace
-//          must follow one another.
+//          many; who draws the last of these resets the counter and stores the epoch.  So nothing is
+//          cleared between launches, and one with another M finds only flags of earlier epochs.  Launches
+//          on one workspace must follow one another.
 // Bits     Each element of u and y is summed by one thread in one order: the same whoever does it.
 #pragma once
 #include "gemm_lotr_rows.cuh"
@@ -112,8 +106,7 @@ class Producer {
         ptx::store_cluster(&s_.slot[slot], to, piece);
       arrive<Traits>(&s_.slot_full[slot], to);
     }
-    // When the last cluster has drawn its ticket too many, nobody will draw again and all have read the
-    // epoch.
+    // The last cluster has drawn its ticket too many: nobody will draw again, all have read the epoch.
     if (ticket == p_.tickets.count() + int(gridDim.x) / Traits::CLUSTER - 1) {
       ptx::store(p_.sync, 0);
       ptx::store(p_.sync + 1, int32_t(s_.epoch));

@@ -18,8 +18,7 @@ struct GemmLotrTraits {
   using T = T_;
   static constexpr int BM = 128, BN = gemm_lotr_columns(R_), BK = 64, R = R_;
   static constexpr bool W_MN_MAJOR = DIRECTION == Direction::backward;
-  // Blocks of a cluster have neighbouring bands and the same columns: each fetches its share of W's tile for
-  // all.
+  // A cluster has neighbouring bands and the same columns: each block fetches a share of W's tile for all.
   static constexpr int CLUSTER = CLUSTER_, SHARE = BN / CLUSTER;
   static constexpr int RANK_STEPS = (R + BK - 1) / BK;  // k-steps of the adapter
   // Warpgroups 0 and 1 multiply 64 rows each, warpgroup 2 fetches.

@@ -12,8 +12,7 @@
 
 namespace lotr::ptx {
 
-// ---- descriptors of tiles in shared memory: 128-byte swizzle, rows of 128 bytes, 8 rows 1024 bytes apart
-// ----
+// ---- descriptors of tiles in shared memory: rows of 128 bytes, swizzled, 8 rows 1024 bytes apart ----
 
 // K-major: a row of the tile is 64 k of one m or n.  To step along k, pass the address of the first element.
 LOTR_DEVICE uint64_t swizzled_descriptor(const void* tile) {
@@ -58,8 +57,7 @@ LOTR_DEVICE void wgmma_wait(LOTR_SITE_ONLY) {
 #endif
 }
 
-// After the wait: no read of these sums may be moved above it.  (The wait itself names no registers.)  No
-// instruction.
+// After the wait, which names no registers: no read of these sums may move above it.  Not an instruction.
 template <int COUNT>
 LOTR_DEVICE void wgmma_landed([[maybe_unused]] float (&d)[COUNT]) {
 #ifdef __CUDACC__

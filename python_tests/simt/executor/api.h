@@ -58,8 +58,7 @@ std::vector<SynchronisationSite> synchronisation_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
-// LOTR_SIMT_ORDER=forward|reverse|random, LOTR_SIMT_SEED=n, LOTR_SIMT_PREEMPT=0..255, LOTR_SIMT_RESIDENT=n
-// over `options`.
+// Over `options`: LOTR_SIMT_ORDER=forward|reverse|random, and the numbers _SEED, _PREEMPT, _RESIDENT.
 Options options_from_environment(Options options = {});
 
 // Traffic between a block and one registered array.  Lanes that execute a call site together are one

@@ -1,5 +1,4 @@
-// sm_90: what blocks of a cluster do to each other: its barrier, arrivals and stores in another's shared
-// memory.
+// sm_90: what blocks of a cluster do to each other: its barrier, arrivals and stores in other shared memory.
 #include "hopper.h"
 #include "state.h"
 

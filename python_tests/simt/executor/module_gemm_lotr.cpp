@@ -42,7 +42,8 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
                std::optional<int> band_group) {
   clear_arrays();
   const DType type = type_of(x);
-  const cuda::Call call{type, Float32::exact, multiprocessors, nullptr};
+  cuda::Call call{};
+  call.type = type, call.multiprocessors = multiprocessors;
   cuda::GemmLotr q{};
   q.backward = backward;
   q.M = x.shape(0), q.K = x.shape(1), q.N = y.shape(1), q.r = int32_t(At.shape(0));

@@ -1,9 +1,6 @@
 // Compares the layouts that csrc/cuda/ptx and the executor go by with CuTe's: tiles in shared memory, the
-// descriptor of an MN-major tile, accumulators, an operand in registers.  By hand, with the headers of
-// CUTLASS (docs/hopper.md):
-//   g++ -std=c++17 -I cutlass/include -I /usr/local/cuda/include -I /usr/local/cuda/include/cccl
-//   cute_layouts.cpp
-// Exit status 1 if anything differs.
+// descriptor of an MN-major tile, accumulators, an operand in registers.  Built by hand, with the headers of
+// CUTLASS: docs/hopper.md says how.  Exit status 1 if anything differs.
 #include <cutlass/bfloat16.h>
 
 #include <cstdio>
