@@ -76,8 +76,8 @@ BUGS: dict[str, tuple[str, str, str, str, str]] = {
     "columns_beyond_n": (ROWS, "          if (n + e < p.N)\n", "", "asan", "AddressSanitizer: heap-buffer-overflow"),
     "own_producer_only": (
         MAIN,
-        "arrive<Traits>(&s_.empty[stage], lane LOTR_PASS_SITE);",
-        "arrive<Traits>(&s_.empty[stage], uint32_t(rank_in_cluster<Traits>()) LOTR_PASS_SITE);",
+        "give_back<Traits>(&s_.empty[stage], lane LOTR_PASS_SITE);",
+        "give_back<Traits>(&s_.empty[stage], uint32_t(rank_in_cluster<Traits>()) LOTR_PASS_SITE);",
         "plain",
         "more arrivals|" + STUCK + "|" + WRONG,
     ),

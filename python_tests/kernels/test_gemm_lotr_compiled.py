@@ -39,6 +39,18 @@ def test_registers(compiled: tuple[Path, str]) -> None:
     assert not re.findall(r"C75\d\d|arning", report)  # C75xx: wgmma that ptxas had to serialise
 
 
+def product_loops(body: str) -> list[str]:
+    """The innermost loops that multiply; not the code at the end of the function where waits that fail go on."""
+    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", body)]
+    backward = [
+        (int(m[1], 16), at) for at, text in lines if (m := re.search(r"\bBRA 0x([0-9a-f]+)", text)) and int(m[1], 16) < at
+    ]
+    loops = {(start, end): "\n".join(text for at, text in lines if start <= at <= end) for start, end in backward}
+    loops = {ends: text for ends, text in loops.items() if "HGMMA" in text}
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [loops[ends] for ends in inner if "SYNCS.PHASECHK" in loops[ends] and "EXIT" not in loops[ends]]
+
+
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 def test_instructions(compiled: tuple[Path, str]) -> None:
     cubin, _ = compiled
@@ -59,5 +71,8 @@ def test_instructions(compiled: tuple[Path, str]) -> None:
         assert len(re.findall(r"\bUSETMAXREG", body)) == 2 and "UTMALDG.2D" in body, name
         assert ("MULTICAST" in body) == (cluster == 2), name
         assert len(re.findall(r"\bSTG\.E\.128", body)) == columns // 16, name
+        loops = product_loops(body)  # of a scout and of a tile: no fence in them, nor does a wait empty L1
+        assert [loop.count("HGMMA") for loop in loops] == [4, 4], name
+        assert not any(re.search(r"MEMBAR|CCTL|ERRBAR|LDG|LDS|STG", loop) for loop in loops), name
         assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
         assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"

@@ -32,6 +32,7 @@
 
 namespace lotr::kernels {
 
+// At the barriers of the slots, through which block 0 hands a number to the others.
 template <class Traits>
 LOTR_DEVICE void wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
   if constexpr (Traits::CLUSTER == 1)
@@ -46,6 +47,15 @@ LOTR_DEVICE void arrive(uint64_t* barrier, uint32_t rank LOTR_SITE) {
     ptx::mbarrier_arrive(barrier LOTR_PASS_SITE);
   else
     ptx::mbarrier_arrive_cluster(barrier, rank LOTR_PASS_SITE);
+}
+
+// That what was read here may be overwritten by block `rank`.
+template <class Traits>
+LOTR_DEVICE void give_back(uint64_t* barrier, uint32_t rank LOTR_SITE) {
+  if constexpr (Traits::CLUSTER == 1)
+    ptx::mbarrier_arrive(barrier LOTR_PASS_SITE);
+  else
+    ptx::mbarrier_give_back(barrier, rank LOTR_PASS_SITE);
 }
 
 template <class Traits>
@@ -155,7 +165,7 @@ class Producer {
   // The next stage, once all that read it have given it back; `bytes` will land there, by whomever fetched.
   LOTR_DEVICE Stage& next(uint32_t bytes, uint64_t*& full) {
     const int stage = ring_.stage;
-    wait<Traits>(&s_.empty[stage], ring_.parity ^ 1);
+    ptx::mbarrier_wait(&s_.empty[stage], ring_.parity ^ 1);
     full = &s_.full[stage];
     ptx::mbarrier_arrive_expect_tx(full, bytes);
     ring_.advance();
@@ -191,9 +201,9 @@ class Multiplier {
     for (int i = 0;; ++i) {
       const int slot = i % 2;
       wait<Traits>(&s_.slot_full[slot], i / 2 & 1);
-      const int piece = ptx::load_shared(&s_.slot[slot]);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) arrive<Traits>(&s_.slot_empty[slot], 0);
+      // Only lane 0 reads; its number has come when the lanes have it, so it may give the slot back.
+      const int piece = ptx::shfl(threadIdx.x % 32 == 0 ? ptx::load_shared(&s_.slot[slot]) : 0, 0);
+      if (threadIdx.x % 32 == 0) give_back<Traits>(&s_.slot_empty[slot], 0);
       if (piece < 0) return;
       const GemmLotrWork work = p_.tickets.work(piece);
       const int tile_row = work.band * Traits::CLUSTER + rank_in_cluster<Traits>();
@@ -230,7 +240,7 @@ class Multiplier {
     u.acquire(epoch);  // while the last products run
 #pragma unroll
     for (int step = 0; step < Traits::RANK_STEPS; ++step) {
-      wait<Traits>(&s_.full[ring_.stage], ring_.parity);
+      ptx::mbarrier_wait(&s_.full[ring_.stage], ring_.parity);
       ptx::wgmma_fence();
 #pragma unroll
       for (int c = 4 * step; c < Traits::R / 16 && c < 4 * step + 4; ++c)
@@ -256,7 +266,7 @@ class Multiplier {
     int before = 0;
     for (int k = 0; k < p_.K; k += Traits::BK) {
       const auto& stage = s_.stage[ring_.stage];
-      wait<Traits>(&s_.full[ring_.stage], ring_.parity);
+      ptx::mbarrier_wait(&s_.full[ring_.stage], ring_.parity);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < Traits::BK; kk += 16)
@@ -274,7 +284,7 @@ class Multiplier {
   LOTR_DEVICE void release(int stage LOTR_SITE) {
     __syncwarp();
     const uint32_t lane = threadIdx.x % 32;
-    if (lane < Traits::CLUSTER) arrive<Traits>(&s_.empty[stage], lane LOTR_PASS_SITE);
+    if (lane < Traits::CLUSTER) give_back<Traits>(&s_.empty[stage], lane LOTR_PASS_SITE);
   }
 
   typename Traits::Smem& s_;

@@ -173,7 +173,8 @@ LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int c
 #endif
 }
 
-// At the same mbarrier of block `rank`.
+// At the same mbarrier of block `rank`, with what this thread has done before, for a mbarrier_wait_cluster
+// there. A fence of the whole GPU: not for inner loops.
 LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
@@ -183,11 +184,26 @@ LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_S
       "r"(rank)
       : "memory");
 #else
-  simt::mbarrier_arrive_cluster(barrier, rank, site);
+  simt::mbarrier_arrive_cluster(barrier, rank, true, site);
 #endif
 }
 
-// mbarrier_wait, also for what threads of other blocks arrived with.
+// At the same mbarrier of block `rank`, to give back what products or loads that are over have read there;
+// stores of this thread are not handed over.  No fence.  (The executor takes it for a full release.)
+LOTR_DEVICE void mbarrier_give_back(uint64_t* barrier, uint32_t rank LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#else
+  simt::mbarrier_arrive_cluster(barrier, rank, false, site);
+#endif
+}
+
+// mbarrier_wait, also for what threads of other blocks arrived with.  Empties L1: not for inner loops.
 LOTR_DEVICE void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(

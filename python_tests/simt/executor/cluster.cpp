@@ -15,14 +15,14 @@ Block& block_of_cluster(uint32_t rank, Site site) {
   return block;
 }
 
-void mbarrier_arrive_cluster(void* barrier, uint32_t rank, Site site) {
+void mbarrier_arrive_cluster(void* barrier, uint32_t rank, bool release, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("mbarrier.arrive.cluster", site);
   if (left_out(t.op, site)) return;
   check_shared(barrier, 8, 8, t.op, site);
   Block& block = block_of_cluster(rank, site);
   MemoryBarrier& b = memory_barrier(block.shared + shared_offset(barrier), site);
-  race::release(&block == t.block ? b.sync : b.remote);
+  race::release(release && &block != t.block ? b.remote : b.sync);
   arrive(b, site);
 }
 

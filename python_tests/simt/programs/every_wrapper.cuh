@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(128) sm90(const __grid_constant__ ptx::TensorM
   ptx::mbarrier_wait(&s.barrier, 0);
   ptx::tma_load_2d_multicast(s.tile, &map, 0, 0, &s.barrier, 3);
   ptx::mbarrier_arrive_cluster(&s.barrier, 1);
+  ptx::mbarrier_give_back(&s.barrier, 1);
   ptx::mbarrier_wait_cluster(&s.barrier, 1);
   ptx::store_cluster(&s.word, 1, 7);
   ptx::registers_fewer<40>();
