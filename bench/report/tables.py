@@ -235,15 +235,14 @@ def static_found(results: Path) -> dict[StaticKey, Estimate]:
     return static_kept(Store(results / "simt-executor" / STATIC_FILE))
 
 
-def static_table(found: dict[StaticKey, Estimate], picture: bool) -> str:
+def static_table(found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
     """What each kernel's machine code says of its speed: a row a kernel and size, a column a GPU."""
     gpus = [gpu for gpu in GPUS if any(key[5] == gpu for key in found)]
     gpus.sort(key=lambda gpu: gpu != "h100")
     heads, rows = markdown_rows({key: e for key, e in found.items() if key[4] == "bf16"}, measured(), gpus)
     title = f"`python -m bench.static`, no GPU, bf16: {STATIC_LABEL}. Bandwidth: of the data sheet's, begin and end included:"
-    folder = "bench/results/simt-executor"
-    link = ["", f"![where each kernel's time goes, modelled]({folder}/static.png)"] if picture else []
-    return "\n".join([title, "", *markdown(heads, rows, 2), *link])
+    images = _images(pictures, {"static": "where each kernel's time goes, modelled"})
+    return "\n".join([title, "", *markdown(heads, rows, 2), *images])
 
 
 def layer_projections(shape: Shape, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> dict[str, Times]:

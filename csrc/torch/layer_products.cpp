@@ -79,8 +79,8 @@ Tensor in(const Tensor& t, ScalarType dtype) {
 
 // out += a b, by the library.
 void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
-  using Addmm = int32_t (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
-                            double);
+  using Addmm =
+      int32_t (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, double);
   static const Addmm addmm = [] {
     // the library that torch has loaded; RTLD_DEFAULT would not see it
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -121,9 +121,9 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
                       const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling, bool beta,
                       const OptionalTensor& given_u, const OptionalTensor& given_F, double p,
                       const OptionalTensor& seed) {
-  check_devices("lotr::layer_forward", {named("x", x), named("weight", weight), named("bias", bias),
-                                        named("A", A), named("B", B), named("core", core),
-                                        named("u", given_u), named("F", given_F), named("seed", seed)});
+  check_devices("lotr::layer_forward",
+                {named("x", x), named("weight", weight), named("bias", bias), named("A", A), named("B", B),
+                 named("core", core), named("u", given_u), named("F", given_F), named("seed", seed)});
   const Tensor flat = rows(x);
   OptionalTensor u, F;
   if (!given_u) u = shrink(flat, *A, p, seed);
@@ -211,11 +211,10 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
                          const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
                          const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
                          double p, const OptionalTensor& seed) {
-  check_devices(
-      "lotr::layer_backward_",
-      {named("g", g), named("weight", weight), named("x", x), named("u", u), named("A", A), named("F", F),
-       named("B", B), named("core", core), named("k", k), named("dx", dx), named("Q", Q), named("dA", dA),
-       named("dB", dB), named("seed", seed)});
+  check_devices("lotr::layer_backward_",
+                {named("g", g), named("weight", weight), named("x", x), named("u", u), named("A", A),
+                 named("F", F), named("B", B), named("core", core), named("k", k), named("dx", dx),
+                 named("Q", Q), named("dA", dA), named("dB", dB), named("seed", seed)});
   const ScalarType type = g.scalar_type(), wide = acc_dtype(type), narrow = gradient_dtype(A, B, core);
   const Tensor flat = rows(g);
   const bool fold = u && !Q && (need_B || need_core || dB);

@@ -61,12 +61,12 @@ def worker(mode: str, todo: list[list]) -> None:
         print(json.dumps(["done", number, found[0] if found else None]), flush=True)
 
 
-def try_sites(mode: str, todo: list[list], timeout: float = 900) -> dict[int, str | None]:
-    """What noticed each site in this build. A worker that dies has noticed; the next one goes on after it."""
+def try_sites(mode: str, todo: list[list], timeout: float = 900, script: str = __file__) -> dict[int, str | None]:
+    """What noticed each site in this build, by `script --worker`. One that dies has noticed; the next goes on after it."""
     verdicts: dict[int, str | None] = {}
     while todo:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", mode],
+            [sys.executable, script, "--worker", mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

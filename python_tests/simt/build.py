@@ -120,7 +120,7 @@ def _locked(mode: str) -> Iterator[None]:
 def _build(mode: str, sources: list[Path], output: Path, link: list[str], includes: list[Path], defines: list[str]) -> Path:
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
-    executor = sorted(path for path in EXECUTOR.glob("*.cpp") if path.stem != "module")
+    executor = sorted(path for path in EXECUTOR.glob("*.cpp") if not path.stem.startswith("module"))
     global_defines = [d for d in defines if d.startswith("-DLOTR_SIMT_")]  # those the executor must see too
     with _locked(mode):
         steps = [_compile(mode, source, False, [], global_defines) for source in executor]
@@ -140,18 +140,31 @@ def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
 
 
 def module(mode: str = "plain") -> Path:
-    """The Python module: python_tests/simt/executor/module.cpp and the launchers of csrc/cuda."""
+    """The Python module: python_tests/simt/executor/module*.cpp and the launchers of csrc/cuda."""
     import pybind11
 
-    sources = [EXECUTOR / "module.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    sources = [*sorted(EXECUTOR.glob("module*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return _build(mode, sources, BUILD / mode / f"{MODULE}{suffix}", ["-shared"], includes, [])
 
 
-def load(mode: str = "plain") -> ModuleType:
-    """Builds and imports the module. One mode a process; asan only in a process started with `environment("asan")`."""
-    path = module(mode)
+def changed_module(mode: str, source: Path, folder: Path) -> Path:
+    """The module with one of its sources replaced by `source`, a changed copy of the same name, built in `folder`."""
+    objects = module(mode).with_suffix(".d").read_text().split()[1:]
+    output, command = _compile(mode, source, True, [], [])
+    command[-1] = str(folder / output.name)
+    _run(command)
+    others = [name for name in objects if not Path(name).name.startswith(f"{source.stem}-")]
+    linked = folder / module(mode).name
+    _run([compiler(), "-shared", *others, command[-1], *_FLAGS[mode][2], "-o", str(linked)])
+    return linked
+
+
+def load(mode: str = "plain", path: Path | None = None) -> ModuleType:
+    """Builds and imports the module, or imports the one at `path`. One mode a process; asan only in a process started with
+    `environment("asan")`."""
+    path = path or module(mode)
     loaded = sys.modules.get(MODULE)
     if loaded is not None:
         if Path(loaded.__file__) != path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -38,6 +39,17 @@ def test_schedules() -> None:
     assert some[0] == some[2] != some[1]
     assert sorted(threads(some[0])) == in_order
     assert threads(some[0])[:64] not in (in_order[:64], in_order[:127:-1])
+
+
+def test_blocks_that_run_at_the_same_time() -> None:
+    in_order = list(range(192))
+    assert threads(run("schedule", resident=3)) == in_order
+    assert threads(run("schedule", resident=2, order="reverse")) == [*in_order[64:][::-1], *in_order[:64][::-1]]
+    mixed = run("schedule", order="random", seed=3, resident=3)
+    assert mixed == run("schedule", order="random", seed=3, resident=3) and sorted(threads(mixed)) == in_order
+    blocks = [thread // 64 for thread in threads(mixed)]
+    assert sum(a != b for a, b in itertools.pairwise(blocks)) > 2  # one after another there are two changes
+    assert "expected at most 65535: lower Options::resident" in run("crowd", resident=64)
 
 
 @pytest.mark.parametrize("mode, defines", [("plain", ()), ("plain", UCONTEXT), ("asan", ())])
@@ -91,6 +103,7 @@ def test_thousands_of_blocks() -> None:
 
 def test_bad_options() -> None:
     assert run("schedule", preempt=256) == "error: set_options: preempt is 256, expected 0 to 255"
+    assert run("schedule", resident=0) == "error: set_options: resident is 0, expected 1 to 64"
     assert "LOTR_SIMT_ORDER is sideways, expected forward, reverse or random" in run("schedule", order="sideways")
 
 

@@ -130,3 +130,26 @@ def test_wgmma(printed: dict) -> None:
     for thread in range(128):
         for i in range(32):
             assert d[thread, i] == pytest.approx(product[d_wgmma(thread, i)] + i, abs=1e-4)
+
+
+@pytest.mark.parametrize("first", ["shared", "registers"])
+@pytest.mark.parametrize("major", ["", "_mn"])
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 256])
+def test_wgmma_of_every_n(printed: dict, n: int, major: str, first: str) -> None:
+    """Two groups in flight, the first read while the second runs; b K-major or MN-major, a in shared memory or registers."""
+    case = printed[f"{first}{n}{major}"]
+    b = np.asarray(case["b"]).reshape(-1, 64)[:n]
+    if first == "shared":
+        a = np.asarray(case["a"]).reshape(64, 64)
+    else:
+        elements = np.asarray(case["registers"]).reshape(4, 32, 4, 8)  # warp, lane, step of 16 k, element
+        a = np.full((64, 64), np.nan)
+        for warp, lane, step, i in np.ndindex(elements.shape):
+            row, k = a_m16n8k16(lane, i)
+            a[16 * warp + row, 16 * step + k] = elements[warp, lane, step, i]
+    out = np.asarray(case["out"]).reshape(128, n + 1)
+    assert out[:, n].all()  # the second group's accumulators were NaN while it ran
+    whole, part = a @ b.T, a[:, :16] @ b[:, :16].T
+    rows, cols = np.array([[d_wgmma(t, i) for i in range(n // 2)] for t in range(128)]).transpose(2, 0, 1)
+    assert np.abs(out[:, : n // 2] - whole[rows, cols]).max() < 1e-3
+    assert np.abs(out[:, n // 2 : n] - part[rows, cols]).max() < 1e-3

@@ -46,6 +46,8 @@ SM80 = {
     "atom.relaxed.gpu.global.add.f32": 1,
     "atom.acq_rel.gpu.global.add.s32": 1,
     "atom.relaxed.gpu.global.inc.u32": 1,
+    "st.release.gpu.global.s32": 1,
+    "ld.acquire.gpu.global.s32": 1,
 }
 SM90 = {
     "mbarrier.init.shared::cta.b64": 1,
@@ -58,11 +60,20 @@ SM90 = {
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes": 1,
     "mbarrier.try_wait.parity.shared::cta.b64": 1,
     "wgmma.fence.sync.aligned": 1,
-    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16": 1,
-    "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16": 1,
-    "wgmma.commit_group.sync.aligned": 1,
-    "wgmma.wait_group.sync.aligned 0": 1,
+    # shared and register operands; the last word of a product says whether b is MN-major
+    **{f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t}": 3 for n in (16, 32, 64, 128, 256) for t in ("bf16", "f16")},
+    "wgmma.commit_group.sync.aligned": 10,
+    "wgmma.wait_group.sync.aligned 0": 10,
+    "wgmma.wait_group.sync.aligned 1": 10,
     "mapa.u64": 1,
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster": 1,
+    "mapa.shared::cluster.u32": 3,
+    "mbarrier.arrive.shared::cluster.b64": 1,
+    "mbarrier.arrive.release.cluster.shared::cluster.b64": 1,
+    "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64": 1,
+    "st.shared::cluster.u32": 1,
+    "setmaxnreg.dec.sync.aligned.u32 40": 1,
+    "setmaxnreg.inc.sync.aligned.u32 232": 1,
 }
 
 
@@ -116,10 +127,20 @@ def test_every_wrapper_is_its_instruction(tmp_path: Path) -> None:
 def test_every_wrapper_of_hopper_is_its_instruction(tmp_path: Path) -> None:
     ptx = compile_ptx('#define LOTR_EVERY_SM90 1\n#include "every_wrapper.cuh"\n', "sm_90a", tmp_path)
     assert missing(SM80 | SM90, ptx) == {}
+    products = [line.split("}, ", 1)[1] for line in instructions(ptx) if line.startswith("wgmma.mma_async")]
+    assert sorted(set(products)) == [
+        "%rd, %rd, p, 1, 1, 0, 0",
+        "%rd, %rd, p, 1, 1, 0, 1",
+        "{%r,%r,%r,%r}, %rd, p, 1, 1, 0",
+    ]
+    assert len(products) == 30
 
 
 @needs_nvcc
-@pytest.mark.parametrize("kernel, target", [("gemm_sm80", "sm_80"), ("sum", "sm_80"), ("gemm_sm90", "sm_90a")])
+@pytest.mark.parametrize(
+    "kernel, target",
+    [("gemm_sm80", "sm_80"), ("sum", "sm_80"), ("handoff", "sm_80"), ("gemm_sm90", "sm_90a"), ("pair_sm90", "sm_90a")],
+)
 def test_nvcc_compiles_the_executors_kernels(kernel: str, target: str, tmp_path: Path) -> None:
     assert ".entry" in compile_ptx(f'#include "{kernel}.cuh"\n', target, tmp_path)
 

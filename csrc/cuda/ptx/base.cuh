@@ -15,11 +15,14 @@
 // device, nothing.
 #define LOTR_SITE
 #define LOTR_SITE_ONLY
+#define LOTR_PASS_SITE
 #else
 #include "executor/device.h"
 #define LOTR_DEVICE inline
 #define LOTR_SITE_ONLY ::lotr::simt::Site site = ::lotr::simt::Site::here()
 #define LOTR_SITE , LOTR_SITE_ONLY
+#define LOTR_PASS_SITE \
+  , site  // from a helper to the wrapper that it calls, so that reports name the helper's caller
 // To the host compiler __shared__ would mean nothing and every thread would own a copy: make it an error.
 #undef __shared__
 #define __shared__ no_static_shared_memory_use_lotr_ptx_shared_storage

@@ -239,4 +239,25 @@ LOTR_DEVICE int32_t atomic_add_acq_rel(int32_t* p, int32_t value LOTR_SITE) {
 #endif
 }
 
+// st.release.gpu: fence_device and a store that wait_equal sees.  To hand data from block to block: all
+// write; barrier; one thread: store_release; there wait_equal; barrier; all read.
+LOTR_DEVICE void store_release(int32_t* p, int32_t value LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+#else
+  simt::store_release(p, value, site);
+#endif
+}
+
+// Until *p is value, with ld.acquire.gpu: what was written before its store_release can then be read.
+LOTR_DEVICE void wait_equal(const int32_t* p, int32_t value LOTR_SITE) {
+#ifdef __CUDACC__
+  int32_t now;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
+  while (now != value);
+#else
+  simt::wait_equal(p, value, true, site);
+#endif
+}
+
 }  // namespace lotr::ptx

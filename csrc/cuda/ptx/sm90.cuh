@@ -1,11 +1,12 @@
-// Device primitives that only sm_90a has: mbarriers, tiled bulk copies (TMA), wgmma, clusters.  See sm80.cuh
-// for how wrappers work.  Kernels that use them are compiled for sm_90a alone.
+// Device primitives that only sm_90a has: mbarriers, tiled bulk copies (TMA), clusters, registers handed from
+// warpgroup to warpgroup; and wgmma, in wgmma.cuh.  See sm80.cuh for how wrappers work.  Kernels that use
+// them are compiled for sm_90a alone.
 //
-// Under the executor a bulk copy's tile, and the accumulators of a product in flight, are NaN until the
-// mbarrier's phase completes or the product is waited for; copies land when no thread can go on, or at random
-// moments.
+// Under the executor a bulk copy's tile is NaN until the mbarrier's phase completes; copies land when no
+// thread can go on, or at random moments.
 #pragma once
 #include "sm80.cuh"
+#include "wgmma.cuh"
 
 #ifdef __CUDACC__
 #include <cuda.h>
@@ -118,7 +119,7 @@ LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
       "r"(parity)
       : "memory");
 #else
-  simt::mbarrier_wait(barrier, parity, site);
+  simt::mbarrier_wait(barrier, parity, false, site);
 #endif
 }
 
@@ -134,71 +135,6 @@ LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int ro
       : "memory");
 #else
   simt::tma_load_2d(shared, *map, col, row, barrier, site);
-#endif
-}
-
-// ---- wgmma: products of a warpgroup on tiles in shared memory ----
-
-// Describes a K-major tile of 128-byte rows with 128-byte swizzle, groups of 8 rows 1024 bytes apart.  To
-// step along k inside the row, pass the address of the first element.
-LOTR_DEVICE uint64_t swizzled_descriptor(const void* tile) {
-  const uint64_t address = shared_address(tile);
-  return (address & 0x3ffff) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
-
-// Before the first product, and after the accumulators were read or written.
-LOTR_DEVICE void wgmma_fence(LOTR_SITE_ONLY) {
-#ifdef __CUDACC__
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#else
-  simt::wgmma_fence(site);
-#endif
-}
-
-LOTR_DEVICE void wgmma_commit(LOTR_SITE_ONLY) {
-#ifdef __CUDACC__
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#else
-  simt::wgmma_commit(site);
-#endif
-}
-
-// Until at most N groups are in flight.
-template <int N>
-LOTR_DEVICE void wgmma_wait(LOTR_SITE_ONLY) {
-#ifdef __CUDACC__
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-#else
-  simt::wgmma_wait(N, site);
-#endif
-}
-
-// d [64 x 64] = a [64 x 16] b [64 x 16]^T, plus d if accumulate.  Warp w holds rows 16 w to 16 w + 15 of d,
-// columns 8 j to 8 j + 7 in d[4 j ..] as mma_m16n8k16 does.
-template <class T>
-LOTR_DEVICE void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate LOTR_SITE) {
-  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
-                "T is __nv_bfloat16 or __half");
-#ifdef __CUDACC__
-#define LOTR_WGMMA(TYPES)                                                                                    \
-  asm volatile(                                                                                              \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                           \
-      "wgmma.mma_async.sync.aligned.m64n64k16." TYPES                                                        \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
-      "%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"                                                    \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),      \
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),             \
-        "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),           \
-        "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),           \
-        "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                                \
-      : "l"(a), "l"(b), "r"(int(accumulate)))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    LOTR_WGMMA("f32.bf16.bf16");
-  else
-    LOTR_WGMMA("f32.f16.f16");
-#undef LOTR_WGMMA
-#else
-  simt::wgmma(d, 64, a, b, accumulate, std::is_same_v<T, __nv_bfloat16>, site);
 #endif
 }
 
@@ -222,6 +158,82 @@ LOTR_DEVICE uint32_t cluster_rank() {
 #endif
 }
 
+// tma_load_2d to the same place in each block of the cluster whose bit is set in `blocks`; counts at the same
+// mbarrier of each.
+LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int col, int row,
+                                       uint64_t* barrier, uint16_t blocks LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
+      : "memory");
+#else
+  simt::tma_load_2d_multicast(shared, *map, col, row, barrier, blocks, site);
+#endif
+}
+
+// At the same mbarrier of block `rank`, with what this thread has done before, for a mbarrier_wait_cluster
+// there. A fence of the whole GPU: not for inner loops.
+LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#else
+  simt::mbarrier_arrive_cluster(barrier, rank, true, site);
+#endif
+}
+
+// At the same mbarrier of block `rank`, to give back what products or loads that are over have read there;
+// stores of this thread are not handed over.  No fence.  (The executor takes it for a full release.)
+LOTR_DEVICE void mbarrier_give_back(uint64_t* barrier, uint32_t rank LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#else
+  simt::mbarrier_arrive_cluster(barrier, rank, false, site);
+#endif
+}
+
+// mbarrier_wait, also for what threads of other blocks arrived with.  Empties L1: not for inner loops.
+LOTR_DEVICE void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT_%=:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT_%=;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#else
+  simt::mbarrier_wait(barrier, parity, true, site);
+#endif
+}
+
+// A word at the same place in the shared memory of block `rank`.
+LOTR_DEVICE void store_cluster(int32_t* p, uint32_t rank, int32_t value LOTR_SITE) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.u32 [there], %2;\n}" ::"r"(shared_address(p)),
+      "r"(rank), "r"(value)
+      : "memory");
+#else
+  simt::store_cluster(p, rank, &value, sizeof value, site);
+#endif
+}
+
 // p's place in the shared memory of another block of the cluster.
 template <class T>
 LOTR_DEVICE T* cluster_map(T* p, uint32_t rank LOTR_SITE) {
@@ -231,6 +243,29 @@ LOTR_DEVICE T* cluster_map(T* p, uint32_t rank LOTR_SITE) {
   return reinterpret_cast<T*>(mapped);
 #else
   return static_cast<T*>(simt::cluster_map(p, rank, site));
+#endif
+}
+
+// ---- registers ----
+
+// All warps of a warpgroup: from here on N registers a thread, fewer or more than before.  Who asks for more
+// waits until the block's other warpgroups have given as many back.
+template <int N>
+LOTR_DEVICE void registers_fewer(LOTR_SITE_ONLY) {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256, "a multiple of 8 from 24 to 256");
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#else
+  simt::set_registers(N, false, site);
+#endif
+}
+template <int N>
+LOTR_DEVICE void registers_more(LOTR_SITE_ONLY) {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256, "a multiple of 8 from 24 to 256");
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#else
+  simt::set_registers(N, true, site);
 #endif
 }
 

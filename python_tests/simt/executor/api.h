@@ -3,9 +3,10 @@
 // it.
 //
 //   site.h device.h hopper.h  what kernels see of it, through csrc/cuda/ptx: every wrapper is one call
-//   grid.cpp scheduler.cpp    blocks one after another; one fiber a GPU thread, switched where threads wait
+//   grid.cpp scheduler.cpp    blocks one after another, or several at a time; one fiber a GPU thread,
+//                             switched where threads wait
 //   fiber.cpp                 stacks and the switch itself
-//   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp wgmma.cpp     the instructions
+//   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp cluster.cpp wgmma.cpp registers.cpp     the instructions
 //   counters.cpp              bytes, sectors, bank conflicts, by array
 //   race.cpp race_hooks.cpp   the race detector (a build of its own)
 //   sites.cpp                 leaving out one barrier, for mutation tests
@@ -26,11 +27,16 @@ namespace lotr::simt {
 // Which of the threads that could go on runs next, and which block after the last.
 enum class Order { forward, reverse, random };
 
+constexpr unsigned MOST_RESIDENT = 64;
+
 struct Options {
   Order order = Order::forward;
-  uint64_t seed = 1;             // of the random order; the same seed gives the same schedule
-  unsigned preempt = 0;          // random order: chance in 256 to switch away at a memory access
-  bool count_memory = false;     // bytes, sectors and bank conflicts (about twice as slow)
+  uint64_t seed = 1;          // of the random order; the same seed gives the same schedule
+  unsigned preempt = 0;       // random order: chance in 256 to switch away at a memory access
+  bool count_memory = false;  // bytes, sectors and bank conflicts (about twice as slow)
+  // Clusters that run at the same time, as on a GPU that holds so many; 1: one after another.  Blocks that
+  // wait for each other need all of those they wait for to be among them.
+  unsigned resident = 1;
   size_t shared_limit = 232448;  // bytes a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
 };
 // Mutation without a compiler: calls of barriers, warp synchronisation, commits, waits and fences at this
@@ -52,7 +58,7 @@ std::vector<SynchronisationSite> synchronisation_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
-// LOTR_SIMT_ORDER=forward|reverse|random, LOTR_SIMT_SEED=n, LOTR_SIMT_PREEMPT=0..255 over `options`.
+// Over `options`: LOTR_SIMT_ORDER=forward|reverse|random, and the numbers _SEED, _PREEMPT, _RESIDENT.
 Options options_from_environment(Options options = {});
 
 // Traffic between a block and one registered array.  Lanes that execute a call site together are one
@@ -84,8 +90,8 @@ struct Counters {
   uint64_t bulk_copies = 0;       // TMA tiles
   uint64_t async_waits = 0;       // cp.async.wait_group, per lane
   uint64_t atomics = 0;           // per lane
-  // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and of
-  // any block.
+  // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and
+  // of any block.
   uint64_t late_loads = 0, late_bytes = 0;
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.

@@ -269,6 +269,9 @@ void set_options(const Options& options) {
   if (options.preempt > 255)
     throw std::invalid_argument("set_options: preempt is " + std::to_string(options.preempt) +
                                 ", expected 0 to 255");
+  if (options.resident < 1 || options.resident > MOST_RESIDENT)
+    throw std::invalid_argument("set_options: resident is " + std::to_string(options.resident) +
+                                ", expected 1 to " + std::to_string(MOST_RESIDENT));
   machine.options = options;
 }
 
@@ -291,6 +294,8 @@ Options options_from_environment(Options options) {
   if (const char* seed = getenv("LOTR_SIMT_SEED")) options.seed = strtoull(seed, nullptr, 10);
   if (const char* preempt = getenv("LOTR_SIMT_PREEMPT"))
     options.preempt = unsigned(strtoul(preempt, nullptr, 10));
+  if (const char* resident = getenv("LOTR_SIMT_RESIDENT"))
+    options.resident = unsigned(strtoul(resident, nullptr, 10));
   return options;
 }
 

@@ -54,6 +54,8 @@ void load_shared(void* value, const void* p, uint32_t bytes, Site site);
 void store_shared(void* p, const void* value, uint32_t bytes, Site site);
 void fence_device(Site site);
 int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site);
+void store_release(int32_t* p, int32_t value, Site site);
+void wait_equal(const int32_t* p, int32_t value, bool acquire, Site site);
 float atomic_add(float* p, float value, Site site);
 int32_t atomic_wrap(int32_t* p, int32_t limit, Site site);  // atomicInc, relaxed
 

@@ -1,5 +1,5 @@
-// Runs a grid: blocks (clusters of blocks) one after another, each from shared memory full of NaN to its last
-// thread's exit.
+// Runs a grid: blocks (clusters of blocks) one after another, or `resident` of them at a time, each from
+// shared memory full of NaN to its last thread's exit.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +30,13 @@ void check_launch(const Launch& launch) {
   check("gridDim.z", launch.grid.z, 65535);
   check("blockDim.z", launch.block.z, 64);
   check("threads in a block", 1ul * launch.block.x * launch.block.y * launch.block.z, 1024);
-  check("blocks in a cluster", 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z, 16);
+  const unsigned long cluster = 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z;
+  check("blocks in a cluster", cluster, 16);
+  const unsigned long at_once =
+      cluster * machine.options.resident * launch.block.x * launch.block.y * launch.block.z;
+  if (at_once > 65535)  // the race detector numbers them in 16 bits
+    throw Error(std::string(launch.name) + ": " + std::to_string(at_once) +
+                " threads would run at the same time, expected at most 65535: lower Options::resident");
   if (launch.smem > machine.options.shared_limit)
     refuse("shared memory in bytes", launch.smem, machine.options.shared_limit);
   if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y ||
@@ -60,7 +66,7 @@ void give_shared_memory(Block& block, size_t i) {
   memset(block.shared, 0xFF, bytes);
 }
 
-void start_block(Block& block, uint32_t rank, uint3 index) {
+void start_block(Block& block, uint32_t number, uint3 index) {
   const dim3 shape = machine.launch.block;
   const uint32_t threads = shape.x * shape.y * shape.z, warps = (threads + LANES - 1) / LANES;
   if (block.thread_count != threads) {
@@ -69,17 +75,24 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
     block.thread_count = threads;
   }
   block.index = index;
-  block.rank = rank;
   block.arrived = false;
   block.late_bytes = 0;
+  block.rank = number % machine.cluster_size;
+  block.first = number - block.rank;
+  block.threads_left = threads;
+  block.copies_in_flight = 0;
+  const uint32_t registers = registers_at_launch(threads);
+  block.registers_free = 0;
   for (Barrier& b : block.barriers) b = Barrier{};
-  give_shared_memory(block, rank);
+  block.products.clear();
+  give_shared_memory(block, number);
   for (uint32_t w = 0; w < warps; ++w) {
     Warp& warp = block.warps[w];
     warp = Warp{};
     warp.thread = &block.threads[w * LANES];
     warp.block = &block;
     warp.index = w;
+    warp.registers = registers;
     warp.number = machine.warps.size();
     const uint32_t lanes = std::min<uint32_t>(LANES, threads - w * LANES);
     warp.present = warp.alive = lanes == LANES ? ~0u : (1u << lanes) - 1;
@@ -93,12 +106,13 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
     t.warp = &block.warps[i / LANES];
     t.lane = i % LANES;
     t.linear = i;
-    t.id = rank * threads + i;
+    t.id = number * threads + i;
     t.state = State::ready;
     t.op = "its start";
     t.site = Site{machine.launch.name, 0};
     t.copies.clear();
     t.products.clear();
+    t.products_issued = 0;
     t.wgmma_fenced = false;
     t.late_loads = 0;
     t.log.clear();
@@ -106,9 +120,10 @@ void start_block(Block& block, uint32_t rank, uint3 index) {
   }
 }
 
-void run_cluster(uint3 corner) {
+void run_clusters(const std::vector<uint3>& corners) {
   const dim3 shape = machine.launch.cluster;
-  const uint32_t count = shape.x * shape.y * shape.z;
+  machine.cluster_size = shape.x * shape.y * shape.z;
+  const uint32_t count = machine.cluster_size * uint32_t(corners.size());
   const uint32_t threads = machine.launch.block.x * machine.launch.block.y * machine.launch.block.z;
   const size_t warps = (threads + LANES - 1) / LANES * size_t(count);
   machine.stacks.reserve(size_t(count) * threads, STACK_BYTES);
@@ -122,15 +137,18 @@ void run_cluster(uint3 corner) {
   machine.threads_left = size_t(count) * threads;
   machine.memory_barriers.clear();
   machine.engine.clear();
-  machine.cluster_barrier = Barrier{};
+  machine.cluster_barriers.assign(corners.size(), Barrier{});
   machine.idle_rounds = 0;
-  for (uint32_t i = 0; i < count; ++i)
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint3 corner = corners[i / machine.cluster_size];
+    const uint32_t r = i % machine.cluster_size;
     start_block(
         machine.blocks[i], i,
-        uint3{corner.x + i % shape.x, corner.y + i / shape.x % shape.y, corner.z + i / shape.x / shape.y});
+        uint3{corner.x + r % shape.x, corner.y + r / shape.x % shape.y, corner.z + r / shape.x / shape.y});
+  }
   totals.blocks += count;
   totals.threads += size_t(count) * threads;
-  race::begin_cluster(count * threads);
+  race::begin_blocks(count * threads);
   Thread* first = choose_thread();
   make_current(*first);
   fiber_switch(machine.process, first->fiber);
@@ -200,9 +218,15 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context, const 
   const dim3 g = launch.grid, c = launch.cluster;
   const uint64_t nx = g.x / c.x, ny = g.y / c.y, nz = g.z / c.z;
   const ClusterOrder order(nx * ny * nz);
+  std::vector<uint3> corners;
   for (uint64_t i = 0; i < order.count && machine.error.empty(); ++i) {
     const uint64_t k = order[i];
-    run_cluster(uint3{unsigned(k % nx) * c.x, unsigned(k / nx % ny) * c.y, unsigned(k / nx / ny) * c.z});
+    corners.push_back(
+        uint3{unsigned(k % nx) * c.x, unsigned(k / nx % ny) * c.y, unsigned(k / nx / ny) * c.z});
+    if (corners.size() < machine.options.resident && i + 1 < order.count) continue;
+    if (order.reverse) std::reverse(corners.begin(), corners.end());  // the scheduler starts with the last
+    run_clusters(corners);
+    corners.clear();
   }
   if (!machine.error.empty()) {
     machine.stacks.forget_frames();

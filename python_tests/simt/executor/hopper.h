@@ -15,11 +15,29 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
 
 void mbarrier_init(void* barrier, uint32_t arrivals, Site site);
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);  // bytes: more that the phase will wait for
-void mbarrier_wait(void* barrier, uint32_t parity, Site site);
+// cluster: with acquire.cluster, for what threads of other blocks arrived with.
+void mbarrier_wait(void* barrier, uint32_t parity, bool cluster, Site site);
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, Site site);
 
+// To the same place in each block of the cluster named in `blocks`, counted at each one's own mbarrier.
+void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row, void* barrier,
+                           uint16_t blocks, Site site);
+// release: of cluster scope, so that the wait must be too.  Without it who waits comes after this thread all
+// the same: it stands for reads that are over.
+void mbarrier_arrive_cluster(void* barrier, uint32_t rank, bool release, Site site);
+void store_cluster(void* p, uint32_t rank, const void* value, uint32_t bytes, Site site);
+
+void set_registers(int n, bool more, Site site);  // setmaxnreg
+
 void wgmma_fence(Site site);
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool is_bf16, Site site);
+// a: a descriptor, or four registers of each thread.  trans: the tile is MN-major.
+struct WgmmaOperands {
+  uint64_t a;
+  const uint32_t* a_registers;
+  uint64_t b;
+  bool trans_a, trans_b;
+};
+void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf16, Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int keep, Site site);
 

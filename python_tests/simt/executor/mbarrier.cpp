@@ -1,4 +1,4 @@
-// sm_90: mbarriers, the copies that count at them, and what blocks of a cluster share.
+// sm_90: mbarriers and the copies that count at them.
 #include <cstring>
 
 #include "hopper.h"
@@ -9,27 +9,6 @@ namespace {
 
 constexpr char MARK[] = "mbarrier";  // its 8 bytes in shared memory: overwriting them is noticed
 constexpr uint32_t BOX_BYTES = 128, CHUNK = 16, PATTERN = 1024;
-
-MemoryBarrier& find(const void* barrier, Site site) {
-  const Thread& t = self();
-  const auto found = machine.memory_barriers.find(barrier);
-  const std::ptrdiff_t offset = static_cast<const unsigned char*>(barrier) - t.block->shared;
-  if (found == machine.memory_barriers.end())
-    fail("%s at %s:%d: the mbarrier at shared offset %td was never initialised", t.op, site.file, site.line,
-         offset);
-  if (memcmp(barrier, MARK, 8))
-    fail("%s at %s:%d: the mbarrier at shared offset %td was overwritten", t.op, site.file, site.line,
-         offset);
-  return found->second;
-}
-
-void complete_if_done(MemoryBarrier& b) {
-  if (b.pending || b.bytes) return;
-  ++b.phase;
-  b.pending = b.expected;
-  progress();
-  wake_spinners();
-}
 
 // Two bytes of a box: zero outside the matrix.
 void copy_element(unsigned char* to, const TensorMap& map, int64_t row, int64_t col) {
@@ -64,6 +43,35 @@ void count_box(const TensorMap& map, int col, int row) {
 
 }  // namespace
 
+MemoryBarrier& memory_barrier(const void* barrier, Site site) {
+  const Thread& t = self();
+  const auto found = machine.memory_barriers.find(barrier);
+  const std::ptrdiff_t offset = static_cast<const unsigned char*>(barrier) - t.block->shared;
+  if (found == machine.memory_barriers.end())
+    fail("%s at %s:%d: the mbarrier at shared offset %td was never initialised", t.op, site.file, site.line,
+         offset);
+  if (memcmp(barrier, MARK, 8))
+    fail("%s at %s:%d: the mbarrier at shared offset %td was overwritten", t.op, site.file, site.line,
+         offset);
+  return found->second;
+}
+
+void complete_if_done(MemoryBarrier& b) {
+  if (b.pending || b.bytes) return;
+  ++b.phase;
+  b.pending = b.expected;
+  progress();
+  wake_spinners();
+}
+
+void arrive(MemoryBarrier& b, Site site) {
+  if (!b.pending)
+    fail("%s at %s:%d: more arrivals than the mbarrier expects (%u)", self().op, site.file, site.line,
+         b.expected);
+  --b.pending;
+  complete_if_done(b);
+}
+
 TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t row_stride,
                         uint32_t box_rows) {
   if (reinterpret_cast<uintptr_t>(base) % 16 || row_stride % 8)
@@ -88,89 +96,67 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
   enter(bytes ? "mbarrier.arrive.expect_tx" : "mbarrier.arrive", site);
   if (left_out(self().op, site)) return;
-  MemoryBarrier& b = find(barrier, site);
+  MemoryBarrier& b = memory_barrier(barrier, site);
   race::release(b.sync);
-  if (!b.pending)
-    fail("%s at %s:%d: more arrivals than the mbarrier expects (%u)", self().op, site.file, site.line,
-         b.expected);
   b.bytes += bytes;
-  --b.pending;
-  complete_if_done(b);
+  arrive(b, site);
 }
 
-void mbarrier_wait(void* barrier, uint32_t parity, Site site) {
+void mbarrier_wait(void* barrier, uint32_t parity, bool cluster, Site site) {
   race::ExecutorScope scope;
   enter("mbarrier.try_wait", site);
   if (left_out(self().op, site)) return;
-  while ((find(barrier, site).phase & 1) == (parity & 1))
+  while ((memory_barrier(barrier, site).phase & 1) == (parity & 1))
     wait_here(State::spinning, "mbarrier.try_wait", site);
   progress();
-  race::acquire(find(barrier, site).sync);
+  const MemoryBarrier& b = memory_barrier(barrier, site);
+  race::acquire(b.sync);
+  if (cluster) race::acquire(b.remote);
   maybe_preempt();
 }
 
 // The tile turns to NaN at issue; the engine writes it later and then counts the bytes at the mbarrier.
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, Site site) {
+  tma_load_2d_multicast(shared, map, col, row, barrier, uint16_t(1u << self().block->rank), site);
+}
+
+void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row, void* barrier,
+                           uint16_t blocks, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
   const size_t bytes = size_t(map.box_rows) * BOX_BYTES;
   check_shared(shared, bytes, BOX_BYTES, t.op, site);
+  check_shared(barrier, 8, 8, t.op, site);
   const size_t offset = shared_offset(shared);
   if (offset % PATTERN)
     fail("%s at %s:%d: a tile with 128-byte swizzle starts at a multiple of 1024 bytes, got offset %zu", t.op,
          site.file, site.line, offset);
-  unpoison(shared, bytes);
-  touch_fill(shared, 0xFF, bytes);
-  race::release(find(barrier, site).sync);  // who waits there comes after this write
-  poison(shared, bytes);
+  if (!blocks || blocks >> machine.cluster_size)
+    fail("%s at %s:%d: blocks %#x of a cluster of %u", t.op, site.file, site.line, blocks,
+         machine.cluster_size);
+  const size_t barrier_offset = shared_offset(barrier);
   count_box(map, col, row);
   ++totals.bulk_copies;
-  // by value: the issuing thread may be gone when it lands
-  machine.engine.push_back([base = t.block->shared, offset, bytes, map, col, row, barrier] {
-    unpoison(base + offset, bytes);
-    land(base, offset, map, col, row);
-    MemoryBarrier& b = machine.memory_barriers.at(barrier);
-    b.bytes -= int64_t(bytes);
-    complete_if_done(b);
-  });
-}
-
-void cluster_sync(Site site) {
-  race::ExecutorScope scope;
-  Thread& t = enter("barrier.cluster", site);
-  if (left_out(t.op, site)) return;
-  Barrier& b = machine.cluster_barrier;
-  const uint32_t all = uint32_t(machine.blocks.size()) * t.block->thread_count;
-  race::Sync& sync = b.sync[b.generation % 2];
-  race::release(sync);
-  if (++b.arrived == all) {
-    b.arrived = 0;
-    ++b.generation;
-    ++totals.barriers;
-    progress();
-    for (Warp* warp : machine.warps) {
-      for (uint32_t lanes = warp->alive; lanes; lanes &= lanes - 1)
-        if (warp->thread[__builtin_ctz(lanes)].state == State::at_cluster_barrier)
-          set_ready(*warp, lanes & -lanes);
-      flush_log(*warp);
-    }
-  } else {
-    wait_here(State::at_cluster_barrier, "barrier.cluster", site);
+  for (uint32_t rank = 0; rank < machine.cluster_size; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    Block& block = block_of_cluster(rank, site);
+    unsigned char* tile = block.shared + offset;
+    unpoison(tile, bytes);
+    touch_fill(tile, 0xFF, bytes);
+    // who waits there comes after this write
+    race::release(memory_barrier(block.shared + barrier_offset, site).sync);
+    poison(tile, bytes);
+    ++block.copies_in_flight;
+    // by value: the issuing thread may be gone when it lands; the blocks' copies land one by one
+    machine.engine.push_back([&block, offset, bytes, map, col, row, barrier_offset] {
+      unpoison(block.shared + offset, bytes);
+      land(block.shared, offset, map, col, row);
+      --block.copies_in_flight;
+      MemoryBarrier& b = machine.memory_barriers.at(block.shared + barrier_offset);
+      b.bytes -= int64_t(bytes);
+      complete_if_done(b);
+    });
   }
-  race::acquire(sync);
-}
-
-uint32_t cluster_rank() {
-  return self().block->rank;
-}
-
-void* cluster_map(const void* shared, uint32_t rank, Site site) {
-  race::ExecutorScope scope;
-  Thread& t = enter("mapa", site);
-  check_shared(shared, 1, 1, t.op, site);
-  if (rank >= machine.blocks.size())
-    fail("mapa at %s:%d: rank is %u, expected below %zu", site.file, site.line, rank, machine.blocks.size());
-  return machine.blocks[rank].shared + shared_offset(shared);
 }
 
 }  // namespace lotr::simt

@@ -167,6 +167,34 @@ void fence_device(Site site) {
   race::fence();
 }
 
+void store_release(int32_t* p, int32_t value, Site site) {
+  race::ExecutorScope scope;
+  enter("st.release", site);
+  if (left_out("st.release", site)) return;
+  check_global(p, sizeof *p, self().op, site);
+  record(Space::global_write, p, sizeof *p, site);
+  maybe_preempt();
+  race::access(p, sizeof *p, race::Use::atomic);
+  race::store_release(p);
+  *p = value;
+  progress();
+  wake_spinners();
+}
+
+void wait_equal(const int32_t* p, int32_t value, bool acquire, Site site) {
+  race::ExecutorScope scope;
+  const char* op = acquire ? "ld.acquire" : "ld.relaxed";
+  enter(op, site);
+  if (left_out(op, site)) return;
+  check_global(p, sizeof *p, self().op, site);
+  while (*p != value) wait_here(State::spinning, op, site);
+  progress();
+  record(Space::global_read, p, sizeof *p, site);
+  race::access(p, sizeof *p, race::Use::atomic);
+  if (acquire) race::load_acquire(p);
+  maybe_preempt();
+}
+
 int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site) {
   return update("atomicAdd", p, acq_rel, site, [&](int32_t old) { return old + value; });
 }

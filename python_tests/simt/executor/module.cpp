@@ -13,6 +13,7 @@
 #include "api.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "module_gemm_lotr.h"
 
 namespace py = pybind11;
 
@@ -281,7 +282,8 @@ void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<p
 // The kernel's address less the module's: what nm lists for its symbol.
 uintptr_t offset_in_module(const void* kernel) {
   Dl_info info;
-  if (!dladdr(kernel, &info)) throw std::runtime_error("a kernel's address: expected in this module, found elsewhere");
+  if (!dladdr(kernel, &info))
+    throw std::runtime_error("a kernel's address: expected in this module, found elsewhere");
   return reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(info.dli_fbase);
 }
 
@@ -307,20 +309,21 @@ py::dict counters_dict() {
   py::dict d;
   d["blocks"] = c.blocks, d["threads"] = c.threads, d["switches"] = c.switches, d["barriers"] = c.barriers;
   d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["ldmatrix"] = c.ldmatrix;
-  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits,
-  d["late_loads"] = c.late_loads, d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
+  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads,
+  d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
   return d;
 }
 
 void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
-                    size_t shared_limit) {
+                    size_t shared_limit, unsigned resident) {
   Options o;
   if (order != "forward" && order != "reverse" && order != "random")
     throw py::value_error("order: expected forward, reverse or random, got " + order);
   o.order = order == "forward" ? Order::forward : order == "reverse" ? Order::reverse : Order::random;
   o.seed = seed, o.preempt = preempt, o.count_memory = count_memory, o.shared_limit = shared_limit;
+  o.resident = resident;
   set_options(o);
 }
 
@@ -386,7 +389,8 @@ PYBIND11_MODULE(lotr_simt, m) {
       },
       py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472);
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
-        "count_memory"_a = false, "shared_limit"_a = 101376);
+        "count_memory"_a = false, "shared_limit"_a = 101376, "resident"_a = 1);
+  define_gemm_lotr(m);
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a);

@@ -34,7 +34,7 @@ struct Event {
   uint32_t clock = 0;  // of the thread, 0: nothing has happened here
   uint16_t thread = 0;
   uint16_t atomic = 0;
-  uint32_t block = 0;  // number of its cluster in the launch
+  uint32_t block = 0;  // number in the launch of the blocks that ran with it
   uint32_t place = 0;
 };
 
@@ -55,12 +55,13 @@ struct Detector {
   std::unordered_map<uintptr_t, Page> pages;
   uintptr_t latest_page = 0;
   Cell* latest = nullptr;
-  std::vector<Cell> shared;  // of all blocks of the cluster, one after the other
+  std::vector<Cell> shared;  // of all blocks that run now, one after the other
   uint32_t threads = 0, block = 0;
   std::vector<uint32_t> clocks;  // [t][u]: the latest time of u that t has seen
 
   std::vector<std::vector<uint32_t>> fenced;             // by thread: its clocks at its latest fence
   std::vector<std::vector<uintptr_t>> unfenced_atomics;  // by thread: since its latest fence
+  std::vector<std::vector<uint32_t>> pending;  // by thread: what blocks running now had released there
   std::unordered_map<uintptr_t, std::unordered_map<uint32_t, std::vector<uint32_t>>>
       released;  // address, block
   std::vector<Acquisition> acquired;
@@ -125,11 +126,11 @@ std::string describe(uint32_t place) {
   return std::string(slash ? slash + 1 : p.site.file) + ":" + std::to_string(p.site.line) + " (" + p.op + ")";
 }
 
-// The offset in the cluster's shared memory, or -1.
+// The offset in the shared memory of all blocks that run now, or -1.
 std::ptrdiff_t shared_place(uintptr_t address) {
   for (const Block& block : machine.blocks) {
     const uintptr_t at = address - reinterpret_cast<uintptr_t>(block.shared);
-    if (at < block.shared_bytes) return std::ptrdiff_t(block.rank * block.shared_bytes + at);
+    if (at < block.shared_bytes) return std::ptrdiff_t((block.first + block.rank) * block.shared_bytes + at);
   }
   return -1;
 }
@@ -144,13 +145,22 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
   const char* now = use == Use::write ? "writes" : use == Use::atomic ? "adds" : "reads";
   const char* then = before.atomic ? "added" : wrote ? "written" : "read";
   char text[1200];
+  const uint32_t in_block = t.block->thread_count;
+  std::string other = "an earlier block";
+  if (before.block == detector.block) {
+    const uint3 at = machine.blocks[before.thread / in_block].index;
+    other = &machine.blocks[before.thread / in_block] == t.block
+                ? "the same block"
+                : "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) +
+                      ")";
+  }
   snprintf(text, sizeof text,
-           "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s block had %s at %s; "
+           "data race (%s) on %s: block (%u,%u,%u) thread %u %s at %s; thread %u of %s had %s at %s; "
            "nothing orders "
            "the two",
-           kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.id, now,
-           describe(place).c_str(), unsigned(before.thread),
-           before.block == detector.block ? "the same" : "an earlier", then, describe(before.place).c_str());
+           kind, where.c_str(), t.block->index.x, t.block->index.y, t.block->index.z, t.linear, now,
+           describe(place).c_str(), unsigned(before.thread) % in_block, other.c_str(), then,
+           describe(before.place).c_str());
   detector.reports.push_back(text);
 }
 
@@ -269,13 +279,14 @@ void begin_launch() {
   detector.block = 0;
 }
 
-void begin_cluster(uint32_t threads) {
+void begin_blocks(uint32_t threads) {
   ++detector.block;
   detector.threads = threads;
   detector.clocks.assign(size_t(threads) * threads, 0);
   for (uint32_t t = 0; t < threads; ++t) clocks_of(t)[t] = 1;
   detector.fenced.assign(threads, {});
   detector.unfenced_atomics.assign(threads, {});
+  detector.pending.assign(threads, {});
   detector.acquired.clear();
   detector.shared.resize(machine.launch.smem * machine.blocks.size() / GRANULE + 1);
 }
@@ -292,26 +303,67 @@ void acquire(const Sync& sync) {
   if (!sync.clock.empty()) join(clocks_of(self().id), sync.clock.data());
 }
 
-void fence() {
+namespace {
+
+// What the atomics since the latest fence saw now comes before what follows.
+void take() {
   const uint32_t me = self().id;
   uint32_t* mine = clocks_of(me);
   for (uintptr_t address : detector.unfenced_atomics[me])
     detector.acquired.push_back({me, mine[me], address});
   detector.unfenced_atomics[me].clear();
+  if (!detector.pending[me].empty()) join(mine, detector.pending[me].data());
+  detector.pending[me].clear();
+}
+
+void see(uintptr_t address) {
+  const uint32_t me = self().id;
+  detector.unfenced_atomics[me].push_back(address);
+  const auto word = detector.released.find(address);
+  if (word == detector.released.end()) return;
+  const auto now = word->second.find(detector.block);
+  if (now == word->second.end()) return;
+  std::vector<uint32_t>& pending = detector.pending[me];
+  if (pending.empty()) pending.assign(detector.threads, 0);
+  join(pending.data(), now->second.data());
+}
+
+void publish(uintptr_t address) {
+  const uint32_t me = self().id;
+  if (detector.fenced[me].empty()) return;
+  std::vector<uint32_t>& clocks = detector.released[address][detector.block];
+  if (clocks.empty()) clocks.assign(detector.threads, 0);
+  join(clocks.data(), detector.fenced[me].data());
+}
+
+}  // namespace
+
+void fence() {
+  take();
+  const uint32_t me = self().id;
+  uint32_t* mine = clocks_of(me);
   detector.fenced[me].assign(mine, mine + detector.threads);
   ++mine[me];
 }
 
-void atomic(const void* p, bool acq_rel) {
+// A store ends the release sequence of the stores before it: who reads this value knows nothing of theirs.
+void store_release(const void* p) {
   const uint32_t me = self().id;
+  uint32_t* mine = clocks_of(me);
+  detector.released[reinterpret_cast<uintptr_t>(p)][detector.block].assign(mine, mine + detector.threads);
+  ++mine[me];
+}
+
+void load_acquire(const void* p) {
+  see(reinterpret_cast<uintptr_t>(p));
+  take();
+}
+
+void atomic(const void* p, bool acq_rel) {
   if (acq_rel) fence();
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-  if (!detector.fenced[me].empty()) {
-    std::vector<uint32_t>& clocks = detector.released[address][detector.block];
-    if (clocks.empty()) clocks.assign(detector.threads, 0);
-    join(clocks.data(), detector.fenced[me].data());
-  }
-  detector.unfenced_atomics[me].push_back(address);
+  see(address);
+  publish(address);
   if (acq_rel) fence();
 }
 

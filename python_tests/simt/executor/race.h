@@ -9,9 +9,13 @@
 //   in a block (or cluster)   program order; block, named and cluster barriers; __syncwarp; mbarriers.
 //                             Not: shuffles, ldmatrix, mma.
 //   between blocks            a fence, then an atomic; and in the thread of a later atomic on the same word,
-//   a fence
-//                             after it; carried on inside the blocks by the above.  Not handed on to a third
-//                             word.
+//   a
+//                             fence after it; carried on inside the blocks by the above.  st.release and
+//                             ld.acquire are such an atomic with its fence inside; a st.release forgets what
+//                             others had released at its word.  Handed on to a third word only among blocks
+//                             that run at the same time (Options::resident).
+//   between blocks of a       mbarriers, if the wait is acquire.cluster; a bulk copy orders at any wait.
+//   cluster
 //   launches                  one after the other
 #pragma once
 #include <cstddef>
@@ -34,13 +38,15 @@ struct Sync {
 };
 
 void begin_launch();
-void begin_cluster(uint32_t threads);
-void release(Sync& sync);  // by the running thread
+void begin_blocks(uint32_t threads);  // that run at the same time
+void release(Sync& sync);             // by the running thread
 void acquire(const Sync& sync);
 void access(const void* p, size_t bytes, Use use);  // by the running thread's wrapper, at its op and site
 void access_by_code(uintptr_t p, size_t bytes, Use use, void* pc);
 void fence();
 void atomic(const void* p, bool acq_rel);
+void store_release(const void* p);
+void load_acquire(const void* p);
 std::string report();  // of the launch so far, empty if clean
 
 // True while instrumented kernel code runs, false inside the executor.
@@ -62,12 +68,14 @@ inline void leave_kernel() {
 
 struct Sync {};
 inline void begin_launch() {}
-inline void begin_cluster(uint32_t) {}
+inline void begin_blocks(uint32_t) {}
 inline void release(Sync&) {}
 inline void acquire(const Sync&) {}
 inline void access(const void*, size_t, Use) {}
 inline void fence() {}
 inline void atomic(const void*, bool) {}
+inline void store_release(const void*) {}
+inline void load_acquire(const void*) {}
 inline std::string report() {
   return {};
 }

@@ -27,7 +27,7 @@ int nth(uint64_t bits, size_t n) {
   return __builtin_ctzll(bits);
 }
 
-// Where every thread of the cluster is, threads at the same place together.
+// Where every thread that runs now is, threads at the same place together.
 std::string whereabouts() {
   const auto same = [](const Thread& a, const Thread& b) {
     if ((a.state == State::exited) != (b.state == State::exited)) return false;
@@ -78,6 +78,25 @@ Warp* choose_warp() {
     }
     k -= here;
   }
+}
+
+// The cluster's barrier is .aligned: no lane may wait elsewhere while others of its warp are there.
+void check_aligned(const Thread& t, State state) {
+  for (uint32_t lanes = t.warp->alive & ~(1u << t.lane); lanes; lanes &= lanes - 1) {
+    const Thread& other = t.warp->thread[lowest(lanes)];
+    if (state == State::spinning ? other.state != State::at_cluster_barrier
+                                 : state != State::at_cluster_barrier || other.state != State::spinning)
+      continue;
+    fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, t.op, t.site.file,
+         t.site.line, other.lane, other.op, other.site.file, other.site.line);
+  }
+}
+
+// What a block must not leave behind.
+void check_exit(const Block& block) {
+  if (block.copies_in_flight)
+    fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
+  check_registers(block);
 }
 
 void reschedule() {
@@ -150,6 +169,7 @@ void run_thread() {
   warp.alive &= ~(1u << t.lane);
   clear_ready(warp, 1u << t.lane);
   if (!warp.alive) flush_log(warp);
+  if (!--t.block->threads_left) check_exit(*t.block);
   --machine.threads_left;
   progress();
   Thread* next = choose_thread();
@@ -179,6 +199,7 @@ void clear_ready(Warp& warp, uint32_t lanes) {
 
 void wait_here(State state, const char* op, Site site) {
   Thread& t = enter(op, site);
+  check_aligned(t, state);
   t.state = state;
   clear_ready(*t.warp, 1u << t.lane);
   reschedule();

@@ -1,4 +1,4 @@
-// The executor's state: one Machine, the blocks of the cluster that runs now, their warps and threads.
+// The executor's state: one Machine, the blocks that run at the same time, their warps and threads.
 #pragma once
 #include <deque>
 #include <functional>
@@ -27,10 +27,12 @@ struct AsyncCopy {
 
 struct WarpgroupProduct {
   float* d;
-  uint64_t a, b;  // descriptors
+  uint64_t a, b;                // descriptors
+  const uint32_t* a_registers;  // instead of a descriptor; read when the product is waited for
   int n;
-  bool overwrite, is_bf16;
+  bool overwrite, is_bf16, trans_a, trans_b;
   bool commit;              // not a product but the end of a group
+  uint64_t number;          // of the thread's products: the same in all threads of the warpgroup
   std::vector<float> held;  // the accumulators before, unless an earlier product in flight owns them
 };
 
@@ -49,7 +51,7 @@ struct Thread {
   Block* block = nullptr;
   Warp* warp = nullptr;
   uint32_t lane = 0, linear = 0;  // in the warp, in the block
-  uint32_t id = 0;                // in the cluster
+  uint32_t id = 0;                // among all that run now
   State state = State::ready;
   const char* op = "";  // what it waits for, or did last, and where
   Site site{"", 0};
@@ -58,6 +60,7 @@ struct Thread {
   void* operand = nullptr;  // of the warp collective
   std::vector<AsyncCopy> copies;
   std::vector<WarpgroupProduct> products;
+  uint64_t products_issued = 0;
   bool wgmma_fenced = false;
   uint64_t late_loads = 0;  // global loads since the block's first atomic
   std::vector<Access> log;
@@ -66,13 +69,14 @@ struct Thread {
 struct Warp {
   Thread* thread = nullptr;  // lane 0
   Block* block = nullptr;
-  size_t number = 0;  // in the cluster
+  size_t number = 0;  // among all that run now
   uint32_t index = 0;
   uint32_t present = 0, alive = 0, ready = 0;  // lanes
   uint32_t arrived = 0;                        // lanes inside a collective
   uint32_t generation = 0;
   bool logged = false;
-  race::Sync sync[2];  // by parity of the generation
+  uint32_t registers = 0;  // that a thread may use (setmaxnreg)
+  race::Sync sync[2];      // by parity of the generation
 };
 
 struct Barrier {
@@ -87,11 +91,23 @@ struct MemoryBarrier {  // an mbarrier
   int64_t bytes = 0;
   uint64_t phase = 0;
   race::Sync sync;
+  race::Sync remote;  // arrivals of other blocks of the cluster
+};
+
+// Operands of a product that a warpgroup has in flight, as they were when a thread last waited for it.
+struct DecodedProduct {
+  std::vector<unsigned char> raw_a[4], raw_b;
+  std::vector<float> a[4], b;           // a: of each warp, [16][16]; b: [n][16]
+  const uint32_t* registers[128] = {};  // of each thread, if a is in registers
+  int users = 0;                        // threads that have taken their part
 };
 
 struct Block {
-  uint3 index{};  // blockIdx
-  uint32_t rank = 0, thread_count = 0;
+  uint3 index{};                                    // blockIdx
+  uint32_t rank = 0, thread_count = 0;              // rank in its cluster
+  uint32_t first = 0;                               // its cluster's first block among machine.blocks
+  uint32_t threads_left = 0, copies_in_flight = 0;  // copies: bulk ones, to its shared memory
+  uint32_t registers_free = 0;                      // given back by its warps
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   Barrier barriers[16];
@@ -99,6 +115,7 @@ struct Block {
   uint64_t late_bytes = 0;  // read since
   std::vector<Thread> threads;
   std::vector<Warp> warps;
+  std::unordered_map<uint64_t, DecodedProduct> products;
 };
 
 struct Machine {
@@ -107,8 +124,9 @@ struct Machine {
   void (*entry)(void*) = nullptr;
   void* entry_context = nullptr;
 
-  std::vector<Block> blocks;  // of the cluster
-  Barrier cluster_barrier;
+  std::vector<Block> blocks;  // that run now: cluster after cluster
+  uint32_t cluster_size = 1;
+  std::vector<Barrier> cluster_barriers;  // of each cluster that runs now
   std::vector<Warp*> warps;
   std::vector<uint64_t> ready_warps;  // bits
   size_t current_warp = 0, threads_left = 0;
@@ -172,6 +190,18 @@ void unpoison(void* p, size_t bytes);
 // Notes the call; true: it is to be left out.
 bool left_out(const char* op, Site site);
 void forget_sites();
+
+// ---- mbarrier.cpp ----
+MemoryBarrier& memory_barrier(const void* barrier, Site site);  // that was initialised there
+void arrive(MemoryBarrier& b, Site site);
+void complete_if_done(MemoryBarrier& b);
+
+// ---- cluster.cpp ----
+Block& block_of_cluster(uint32_t rank, Site site);  // of the running thread's cluster, alive
+
+// ---- registers.cpp ----
+uint32_t registers_at_launch(uint32_t threads);  // of a thread
+void check_registers(const Block& block);        // when its last thread exits
 
 // ---- matrix.cpp ----
 float half_to_float(uint32_t bits, bool is_bf16);

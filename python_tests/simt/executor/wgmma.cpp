@@ -1,4 +1,5 @@
-// sm_90a: wgmma.mma_async m64nNk16 with both operands K-major in shared memory, 128-byte swizzle.  Layouts:
+// sm_90a: wgmma.mma_async m64nNk16, operands in shared memory with 128-byte swizzle, K-major or MN-major, the
+// first also in registers.  Layouts:
 // PTX ISA, "Asynchronous warpgroup-level matrix instructions", D fragment and matrix descriptor.
 //
 // A product reads its operands and writes its accumulators only when the thread waits for it; until then the
@@ -16,42 +17,127 @@ constexpr int WARPGROUP = 128, K = 16;
 constexpr uint64_t SWIZZLE_128 = 1;  // bits 62 and 63 of a descriptor
 
 struct Operand {
-  uint32_t start, group_stride;  // bytes; from 8 rows to the next 8
-  explicit Operand(uint64_t descriptor)
-      : start(uint32_t(descriptor & 0x3fff) << 4), group_stride(uint32_t(descriptor >> 32 & 0x3fff) << 4) {}
+  uint32_t start, leading,
+      group_stride;  // bytes; group: from 8 rows (K-major) or 8 k (MN-major) to the next 8
+  bool mn_major;
+  Operand(uint64_t descriptor, bool trans)
+      : start(uint32_t(descriptor & 0x3fff) << 4),
+        leading(uint32_t(descriptor >> 16 & 0x3fff) << 4),
+        group_stride(uint32_t(descriptor >> 32 & 0x3fff) << 4),
+        mn_major(trans) {}
+
+  // Of 8 elements: along k from (row, k) on if K-major, along the rows if MN-major.
+  const unsigned char* chunk(int row, int k) const {
+    uint32_t at = start;
+    if (mn_major)  // 64 rows are 128 bytes, the next 64 are `leading` further on
+      at += uint32_t(row / 64) * leading + uint32_t(row % 64) * 2 + uint32_t(k / 8) * group_stride +
+            uint32_t(k % 8) * 128;
+    else
+      at += uint32_t(row / 8) * group_stride + uint32_t(row % 8) * 128 + uint32_t(k) * 2;
+    at ^= (at >> 7 & 7) << 4;
+    const unsigned char* p = self().block->shared + at;
+    check_shared(p, 16, 16, self().op, self().site);
+    return p;
+  }
+  template <class F>
+  void each_chunk(int rows, int first, int step, F f) const {
+    const int along_k = mn_major ? 1 : 8, along_rows = mn_major ? 8 : 1, per_row = K / along_k;
+    for (int i = first; i < rows / along_rows * per_row; i += step)
+      f(i / per_row * along_rows, i % per_row * along_k);
+  }
+  // [rows][16], unless the bytes are still those of `raw`.
+  void decode(int first_row, int rows, bool is_bf16, std::vector<unsigned char>& raw,
+              std::vector<float>& value) const {
+    bool known = !raw.empty();
+    size_t at = 0;
+    each_chunk(rows, 0, 1, [&](int row, int k) {
+      known = known && !memcmp(raw.data() + at, chunk(first_row + row, k), 16);
+      at += 16;
+    });
+    if (known) return;
+    raw.resize(at);
+    value.resize(size_t(rows) * K);
+    at = 0;
+    each_chunk(rows, 0, 1, [&](int row, int k) {
+      const unsigned char* p = chunk(first_row + row, k);
+      memcpy(raw.data() + at, p, 16);
+      at += 16;
+      for (int e = 0; e < 8; ++e) {
+        uint16_t bits;
+        memcpy(&bits, p + 2 * e, 2);
+        value[size_t(mn_major ? row + e : row) * K + size_t(mn_major ? k : k + e)] =
+            half_to_float(bits, is_bf16);
+      }
+    });
+  }
 };
 
-float element(const Operand& operand, int row, int k, bool is_bf16) {
-  uint32_t at =
-      operand.start + uint32_t(row / 8) * operand.group_stride + uint32_t(row % 8) * 128 + uint32_t(k) * 2;
-  at ^= (at >> 7 & 7) << 4;
-  const unsigned char* p = self().block->shared + at;
-  check_shared(p, 2, 2, self().op, self().site);
-  touch_read(p, 2);
-  uint16_t bits;
-  memcpy(&bits, p, 2);
-  return half_to_float(bits, is_bf16);
+uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
+  return w.number * 8 + t.linear / WARPGROUP;
+}
+
+// The operands as the thread finds them when it waits, decoded again only if they have changed since another
+// did.  For the race detector each lane of a warp answers for a 32nd of the reads, so that a warp may give a
+// stage back once its lanes have met after the wait.
+DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
+  DecodedProduct& decoded = t.block->products[key_of(t, w)];
+  const uint32_t warp = t.linear % WARPGROUP / 32;
+  const Operand a(w.a, w.trans_a), b(w.b, w.trans_b);
+#if LOTR_SIMT_RACE || LOTR_SIMT_ASAN
+  b.each_chunk(w.n, int(t.lane), 32, [&](int row, int k) { touch_read(b.chunk(row, k), 16); });
+  if (!w.a_registers)
+    a.each_chunk(16, int(t.lane), 32,
+                 [&](int row, int k) { touch_read(a.chunk(int(warp) * 16 + row, k), 16); });
+#endif
+  b.decode(0, w.n, w.is_bf16, decoded.raw_b, decoded.b);
+  if (!w.a_registers) a.decode(int(warp) * 16, 16, w.is_bf16, decoded.raw_a[warp], decoded.a[warp]);
+  return decoded;
+}
+
+// First operands in registers, as the lanes of a warp hold them when all have come to the wait.
+void read_registers(Warp& warp, uint32_t, void* done) {
+  const Thread& last = self();
+  const uint32_t first = warp.thread->linear % WARPGROUP;
+  for (size_t i = 0; i < *static_cast<size_t*>(done); ++i) {
+    const WarpgroupProduct& w = last.products[i];
+    if (!w.a_registers) continue;
+    DecodedProduct& decoded = last.block->products[key_of(last, w)];
+    std::vector<float>& rows = decoded.a[first / 32];
+    rows.resize(16 * K);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int word = 0; word < 4; ++word)
+        for (int e = 0; e < 2; ++e)
+          rows[size_t(lane / 4 + word % 2 * 8) * K + size_t(lane % 4 * 2 + word / 2 * 8 + e)] =
+              half_to_float(decoded.registers[first + uint32_t(lane)][word] >> 16 * e & 0xffffu, w.is_bf16);
+  }
 }
 
 void multiply(const Thread& t, const WarpgroupProduct& w) {
-  const int row = int(t.linear % WARPGROUP) / 32 * 16 + int(t.lane) / 4, col = int(t.lane) % 4 * 2;
-  const Operand a(w.a), b(w.b);
-  float A[2][K], B[K];
-  for (int h = 0; h < 2; ++h)
-    for (int k = 0; k < K; ++k) A[h][k] = element(a, row + 8 * h, k, w.is_bf16);
+  const int row = int(t.lane) / 4, col = int(t.lane) % 4 * 2;
+  DecodedProduct& decoded = operands(t, w);
+  const float* A = decoded.a[t.linear % WARPGROUP / 32].data() + row * K;
   for (int j = 0; j < w.n / 8; ++j)
     for (int e = 0; e < 2; ++e) {
-      for (int k = 0; k < K; ++k) B[k] = element(b, j * 8 + col + e, k, w.is_bf16);
+      const float* B = decoded.b.data() + (j * 8 + col + e) * K;
       for (int h = 0; h < 2; ++h) {
         float& d = w.d[j * 4 + h * 2 + e];
         float sum = w.overwrite ? 0.f : d;
-        for (int k = 0; k < K; ++k) sum += A[h][k] * B[k];
+        for (int k = 0; k < K; ++k) sum += A[8 * h * K + k] * B[k];
         d = sum;
       }
     }
+  if (++decoded.users == WARPGROUP) t.block->products.erase(key_of(t, w));
 }
 
-void nothing(Warp&, uint32_t, void*) {}
+// The last lane of a warp to issue a product notes where all lanes keep the first operand.
+void note_registers(Warp& warp, uint32_t, void*) {
+  const Thread& last = self();
+  if (!last.operand) return;
+  const uint32_t first = warp.thread->linear;
+  DecodedProduct& decoded = last.block->products[last.products_issued * 8 + first / WARPGROUP];
+  for (uint32_t lane = 0; lane < 32; ++lane)
+    decoded.registers[first % WARPGROUP + lane] = static_cast<const uint32_t*>(warp.thread[lane].operand);
+}
 
 }  // namespace
 
@@ -61,22 +147,26 @@ void wgmma_fence(Site site) {
   enter("wgmma.fence", site).wgmma_fenced = true;
 }
 
-void wgmma(float* d, int n, uint64_t a, uint64_t b, bool accumulate, bool is_bf16, Site site) {
+void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf16, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("wgmma.mma_async", site);
   if (t.block->thread_count % WARPGROUP && t.linear / WARPGROUP == t.block->thread_count / WARPGROUP)
     fail("wgmma at %s:%d: the warpgroup has fewer than %d threads", site.file, site.line, WARPGROUP);
   if (!t.wgmma_fenced)
     fail("wgmma at %s:%d: no wgmma.fence since the accumulators could be touched", site.file, site.line);
-  for (uint64_t descriptor : {a, b})
+  if (n < 8 || n > 256 || n % 8)
+    fail("wgmma at %s:%d: n is %d, expected 8, 16, .. 256", site.file, site.line, n);
+  for (uint64_t descriptor : {of.a_registers ? of.b : of.a, of.b})
     if (descriptor >> 62 != SWIZZLE_128)
       fail("wgmma at %s:%d: descriptor %#zx, expected 128-byte swizzle (the only one known here)", site.file,
            site.line, size_t(descriptor));
-  warp_collective("wgmma.mma_async", ~0u, site, nullptr, nothing, nullptr, false);
+  warp_collective("wgmma.mma_async", ~0u, site, const_cast<uint32_t*>(of.a_registers), note_registers,
+                  nullptr, false);
   if (t.linear % WARPGROUP == 0) ++totals.wgmma;
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });
-  WarpgroupProduct product{d, a, b, n, !accumulate, is_bf16, false, {}};
+  WarpgroupProduct product{d,          of.a,       of.b,  of.a_registers,      n, !accumulate, is_bf16,
+                           of.trans_a, of.trans_b, false, t.products_issued++, {}};
   if (!continues) product.held.assign(d, d + n / 2);
   memset(d, 0xFF, size_t(n / 2) * sizeof(float));
   t.products.push_back(std::move(product));
@@ -101,6 +191,7 @@ void wgmma_wait(int keep, Site site) {
       done = i + 1;
       break;
     }
+  warp_collective(t.op, ~0u, site, nullptr, read_registers, &done, false);
   for (size_t i = 0; i < done; ++i) {
     const WarpgroupProduct& product = t.products[i];
     if (product.commit) continue;
@@ -108,6 +199,15 @@ void wgmma_wait(int keep, Site site) {
     multiply(t, product);
   }
   t.products.erase(t.products.begin(), t.products.begin() + std::ptrdiff_t(done));
+  // sums that products still in flight go on with are theirs again
+  for (size_t i = 0; i < t.products.size() && done; ++i) {
+    WarpgroupProduct& product = t.products[i];
+    const bool first = std::none_of(t.products.begin(), t.products.begin() + std::ptrdiff_t(i),
+                                    [&](const WarpgroupProduct& other) { return other.d == product.d; });
+    if (product.commit || !first || !product.held.empty()) continue;
+    product.held.assign(product.d, product.d + product.n / 2);
+    memset(product.d, 0xFF, size_t(product.n / 2) * sizeof(float));
+  }
   t.wgmma_fenced = false;
   maybe_preempt();
 }

@@ -164,6 +164,7 @@ int main(int argc, char** argv) {
       schedule();
     }
     if (what == "no_grid") ptx::launch({dim3(0), dim3(32), 0, nullptr, dim3(1, 1, 1), "empty"}, nothing);
+    if (what == "crowd") ptx::launch({dim3(64), dim3(1024), 0, nullptr, dim3(1, 1, 1), "crowd"}, nothing);
     if (what == "shared") ptx::launch({dim3(1), dim3(32), 300000, nullptr, dim3(1, 1, 1), "large"}, nothing);
     if (what == "blocks") many_blocks();
     if (what == "launches") launches();

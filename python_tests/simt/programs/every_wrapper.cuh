@@ -1,5 +1,5 @@
-// Every wrapper of csrc/cuda/ptx once; test_wrappers.py compiles it and looks for the instructions meant.  Never
-// run.
+// Every wrapper of csrc/cuda/ptx once; test_wrappers.py compiles it and looks for the instructions meant.
+// Never run.
 #pragma once
 #include "cuda/ptx/sm80.cuh"
 
@@ -14,6 +14,7 @@ struct Smem {
   alignas(1024) __nv_bfloat16 tile[64][64];
   float f[64];
   uint64_t barrier;
+  int32_t word;
 };
 
 struct Params {
@@ -68,6 +69,8 @@ __global__ void __launch_bounds__(128) sm80(Params p) {
   ptx::fence_device();
   ptx::store(p.y, d[0] + float(ptx::atomic_add(p.n, 1)) + ptx::atomic_add(p.y + 1, 1.f) +
                       float(ptx::atomic_add_acq_rel(p.n, 1)) + float(ptx::atomic_wrap(p.n, 7)) + float(ptx::mul_hi(a[0], a[1])));
+  ptx::store_release(p.n, 2);
+  ptx::wait_equal(p.n, 2);
   if (d[0] > 1e30f) ptx::trap("never");
 }
 
@@ -76,6 +79,29 @@ inline void run(const Params& p, ptx::stream_t stream) {
 }
 
 #if defined(LOTR_EVERY_SM90)
+template <class T, int N>
+LOTR_DEVICE void products(uint64_t k_major, uint64_t mn_major, const uint32_t (&a)[4], const Params& p) {
+  float d[N / 2] = {};
+  ptx::wgmma_fence();
+  ptx::wgmma<T, N>(d, k_major, k_major, true);
+  ptx::wgmma<T, N, true>(d, k_major, mn_major, true);
+  ptx::wgmma<T, N>(d, a, k_major, true);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<1>();
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_landed(d);
+  for (float v : d) ptx::store(p.y + threadIdx.x, v);
+}
+
+template <class T>
+LOTR_DEVICE void all_products(uint64_t k_major, uint64_t mn_major, const uint32_t (&a)[4], const Params& p) {
+  products<T, 16>(k_major, mn_major, a, p);
+  products<T, 32>(k_major, mn_major, a, p);
+  products<T, 64>(k_major, mn_major, a, p);
+  products<T, 128>(k_major, mn_major, a, p);
+  products<T, 256>(k_major, mn_major, a, p);
+}
+
 __global__ void __launch_bounds__(128) sm90(const __grid_constant__ ptx::TensorMap map, Params p) {
   Smem& s = ptx::shared_storage<Smem>();
   ptx::mbarrier_init(&s.barrier, 2);
@@ -86,14 +112,19 @@ __global__ void __launch_bounds__(128) sm90(const __grid_constant__ ptx::TensorM
   ptx::mbarrier_arrive_expect_tx(&s.barrier, sizeof s.tile);
   ptx::tma_load_2d(s.tile, &map, 0, 0, &s.barrier);
   ptx::mbarrier_wait(&s.barrier, 0);
-  float d[32] = {};
-  const uint64_t tile = ptx::swizzled_descriptor(s.tile);
-  ptx::wgmma_fence();
-  ptx::wgmma_m64n64k16<__nv_bfloat16>(d, tile, tile, true);
-  ptx::wgmma_m64n64k16<__half>(d, tile, tile, true);
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  for (float v : d) ptx::store(p.y + threadIdx.x, v + *ptx::cluster_map(&s.f[0], ptx::cluster_rank() ^ 1));
+  ptx::tma_load_2d_multicast(s.tile, &map, 0, 0, &s.barrier, 3);
+  ptx::mbarrier_arrive_cluster(&s.barrier, 1);
+  ptx::mbarrier_give_back(&s.barrier, 1);
+  ptx::mbarrier_wait_cluster(&s.barrier, 1);
+  ptx::store_cluster(&s.word, 1, 7);
+  ptx::registers_fewer<40>();
+  ptx::registers_more<232>();
+  const uint32_t a[4] = {1, 2, 3, threadIdx.x};
+  const uint64_t k_major = ptx::swizzled_descriptor(s.tile),
+                 mn_major = ptx::swizzled_descriptor_mn(s.tile, 8192);
+  all_products<__nv_bfloat16>(k_major, mn_major, a, p);
+  all_products<__half>(k_major, mn_major, a, p);
+  ptx::store(p.y, *ptx::cluster_map(&s.f[0], ptx::cluster_rank() ^ 1));
 }
 
 inline void run90(const Params& p, ptx::stream_t stream) {

@@ -63,8 +63,8 @@ LOTR_DEVICE void consume(Smem& s, const Params& p, int m0, int n0) {
     if (p.bug != no_wgmma_fence) ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < BK; k += 16)
-      ptx::wgmma_m64n64k16<bf16>(acc, ptx::swizzled_descriptor(&s.a[stage][0][k]),
-                                 ptx::swizzled_descriptor(&s.b[stage][0][k]), i + k > 0);
+      ptx::wgmma<bf16, 64>(acc, ptx::swizzled_descriptor(&s.a[stage][0][k]),
+                           ptx::swizzled_descriptor(&s.b[stage][0][k]), i + k > 0);
     ptx::wgmma_commit();
     if (p.bug == released_early) release(s, stage, p);
     if (p.bug != no_wgmma_wait) ptx::wgmma_wait<0>();

@@ -16,9 +16,10 @@ namespace harness {
 using lotr::simt::Options;
 using lotr::simt::Order;
 
-// run(bug) launches and returns whether the result is right.
+// run(bug) launches and returns whether the result is right.  resident: clusters that run at the same time,
+// in three schedules of four; in the fourth one after another.
 template <class Run>
-int main(int argc, char** argv, Run run) {
+int main(int argc, char** argv, Run run, unsigned resident = 1) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
   const int bug = argc > 1 ? atoi(argv[1]) : 0;
   const bool all = argc > 2 && !strcmp(argv[2], "all");
@@ -32,8 +33,9 @@ int main(int argc, char** argv, Run run) {
       schedules[i].preempt = 16;
     }
   }
-  for (const Options& options : schedules) {
-    lotr::simt::set_options(options);
+  for (size_t i = 0; i < schedules.size(); ++i) {
+    schedules[i].resident = i % 4 == 3 ? 1 : resident;
+    lotr::simt::set_options(schedules[i]);
     try {
       printf("%s\n", run(bug) ? "ok" : "wrong");
     } catch (const lotr::simt::Error& error) {

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "harness.h"
 #include "cuda/ptx/sm90.cuh"
+#include "harness.h"
 
 namespace {
 using namespace lotr;
@@ -167,8 +167,8 @@ __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap A,
   for (int i = 0; i < 32; ++i) d[i] = float(i);
   ptx::wgmma_fence();
   for (int k = 0; k < 64; k += 16)
-    ptx::wgmma_m64n64k16<__nv_bfloat16>(d, ptx::swizzled_descriptor(&s.a[0][k]),
-                                        ptx::swizzled_descriptor(&s.b[0][k]), true);
+    ptx::wgmma<__nv_bfloat16, 64>(d, ptx::swizzled_descriptor(&s.a[0][k]),
+                                  ptx::swizzled_descriptor(&s.b[0][k]), true);
   ptx::wgmma_commit();
   const float early = d[5];
   out[128 * 32 + t] = early != early;
@@ -201,6 +201,99 @@ void wgmma() {
   printf("},\n");
 }
 
+// ---- wgmma of every n, operands in registers and MN-major ----
+
+template <int N>
+struct alignas(1024) Operands {
+  __half a[64][64];                       // K-major
+  __half b[N < 64 ? 64 : N][64];          // K-major: [n][k]
+  __half c[N < 64 ? 1 : N / 64][64][64];  // MN-major: panels of 64 n, [k][n]
+  uint64_t full;
+};
+
+// d = a b^T over all 64 k in the first group, e over the first 16 k in the second, which is still in flight
+// when d is read; early: whether e was NaN then.
+template <int N, bool B_MN, bool REGISTERS>
+__global__ void every_n_kernel(const __grid_constant__ ptx::TensorMap A,
+                               const __grid_constant__ ptx::TensorMap B,
+                               const __grid_constant__ ptx::TensorMap C, const uint32_t* registers,
+                               float* out) {
+  Operands<N>& s = ptx::shared_storage<Operands<N>>();
+  const int t = threadIdx.x;
+  if (t == 0) {
+    ptx::mbarrier_init(&s.full, 1);
+    ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect_tx(&s.full, sizeof s.a + sizeof s.b + sizeof s.c);
+    ptx::tma_load_2d(s.a, &A, 0, 0, &s.full);
+    ptx::tma_load_2d(s.b, &B, 0, 0, &s.full);
+    for (int n = 0; n < N; n += 64) ptx::tma_load_2d(s.c[n / 64], &C, n, 0, &s.full);
+  }
+  __syncthreads();
+  ptx::mbarrier_wait(&s.full, 0);
+  float d[N / 2], e[N / 2];
+  uint32_t a[4][4];
+  memcpy(a, registers + t * 16, sizeof a);
+  const auto multiply = [&](float (&sums)[N / 2], int k) {
+    const uint64_t b = B_MN ? ptx::swizzled_descriptor_mn(&s.c[0][k][0], sizeof s.c[0])
+                            : ptx::swizzled_descriptor(&s.b[0][k]);
+    if constexpr (REGISTERS)
+      ptx::wgmma<__half, N, B_MN>(sums, a[k / 16], b, k > 0);
+    else
+      ptx::wgmma<__half, N, B_MN>(sums, ptx::swizzled_descriptor(&s.a[0][k]), b, k > 0);
+  };
+  ptx::wgmma_fence();
+  for (int k = 0; k < 64; k += 16) multiply(d, k);
+  ptx::wgmma_commit();
+  multiply(e, 0);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<1>();
+  out += t * (N + 1);
+  for (int i = 0; i < N / 2; ++i) out[i] = d[i];
+  out[N] = e[N / 2 - 1] != e[N / 2 - 1];
+  ptx::wgmma_wait<0>();
+  for (int i = 0; i < N / 2; ++i) out[N / 2 + i] = e[i];
+}
+
+template <int N, bool B_MN, bool REGISTERS>
+void every_n(const char* name) {
+  constexpr int ROWS = N < 64 ? 64 : N;
+  alignas(16) static __half A[64 * 64], B[ROWS * 64], C[64 * ROWS];
+  std::vector<float> a, b, elements, out(128 * (N + 1));
+  std::vector<uint32_t> registers(128 * 16);
+  harness::Numbers number{unsigned(N) + 2 * B_MN + REGISTERS};
+  for (__half& x : A) a.push_back(__half2float(x = __float2half(number())));
+  for (int i = 0; i < ROWS * 64; ++i) {
+    b.push_back(__half2float(B[i] = __float2half(number())));
+    C[i % 64 * ROWS + i / 64] = B[i];
+  }
+  for (uint32_t& word : registers)
+    for (int h = 0; h < 2; ++h) {
+      const __half x = __float2half(number());
+      uint16_t bits;
+      memcpy(&bits, &x, 2);
+      word |= uint32_t(bits) << 16 * h;
+      elements.push_back(__half2float(x));
+    }
+  ptx::launch({dim3(1), dim3(128), sizeof(Operands<N>), nullptr, dim3(1, 1, 1), "every_n"},
+              every_n_kernel<N, B_MN, REGISTERS>, ptx::tensor_map_2d(A, 64, 64, 64, 64),
+              ptx::tensor_map_2d(B, ROWS, 64, 64, ROWS), ptx::tensor_map_2d(C, 64, ROWS, ROWS, 64),
+              registers.data(), out.data());
+  printf("\"%s%d%s\": {\n", name, N, B_MN ? "_mn" : "");
+  print("a", a);
+  print("registers", elements);
+  print("b", b);
+  print("out", out, true);
+  printf("},\n");
+}
+
+template <int N>
+void every_n() {
+  every_n<N, false, false>("shared");
+  every_n<N, true, false>("shared");
+  every_n<N, false, true>("registers");
+  every_n<N, true, true>("registers");
+}
+
 }  // namespace
 
 int main() {
@@ -214,6 +307,11 @@ int main() {
   convert();
   tf32();
   wgmma();
+  every_n<16>();
+  every_n<32>();
+  every_n<64>();
+  every_n<128>();
+  every_n<256>();
   std::vector<double> words(out.begin(), out.end());
   printf("\"ldmatrix\": {\n");
   printf("  \"r\": [");

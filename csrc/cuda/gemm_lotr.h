@@ -1,0 +1,87 @@
+// The base product with the adapter inside, for sm_90a (kernels/gemm_lotr.cuh), without torch: raw pointers,
+// a stream and a workspace that outlives the call.
+//
+//   forward   y = x W^T + bias + u F^T,  u = x A        backward   dx = g W + k A^T,  k = g F
+#pragma once
+#include <string>
+
+#include "launch.h"
+
+namespace lotr::cuda {
+
+constexpr int GEMM_LOTR_MAX_RANK = 128;
+
+// One direction; in the backward pass read x, W, A, F, y, u as g, W, F, A, dx, k.  N and K are the extents of
+// y's and x's rows, so in the backward pass N is in and K is out.
+struct GemmLotr {
+  bool backward;
+  MutableMatrix y;   // [M, N]
+  Matrix x;          // [M, K]
+  Matrix W;          // [N, K]; backward: [K, N], so the same matrix in memory
+  const void* bias;  // [N], or null
+  Matrix At;         // [r, K], the transpose of A
+  Matrix F;          // [N, r]
+  MutableMatrix u;   // [M, r], rows at least r rounded up to 8 apart; the ranks up to there become zero
+  int64_t M, N, K;
+  int32_t r;
+};
+
+// How a launch is cut; the numbers are the same bit for bit, whatever it is.
+struct GemmLotrPlan {
+  int cluster;     // 1 or 2 blocks: two share W's tiles
+  int scouts;      // tickets that the bands' scouts are dealt to
+  int band_group;  // bands that the tiles walk together
+};
+inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
+  const int cluster = q.M > 128 ? 2 : 1;
+  const int64_t bands = (q.M + 128 * cluster - 1) / (128 * cluster),
+                clusters = call.multiprocessors / cluster;
+  // A quarter of the clusters make u, so that it is there before the first tiles want it and x is not asked
+  // for by all at once.  1,024 rows make a group: its x and the columns of W that it walks stay in L2.
+  const int64_t scouts = bands < clusters / 4 ? bands : clusters / 4;
+  return {cluster, int(scouts < 1 ? 1 : scouts), 8 / cluster};
+}
+
+// Why the kernel cannot do it (name, expected, got), or nothing.
+inline std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
+  if (call.type == DType::float32) return "dtype: expected bfloat16 or float16, got float32";
+  if (q.r < 1 || q.r > GEMM_LOTR_MAX_RANK)
+    return "r: expected 1 to " + std::to_string(GEMM_LOTR_MAX_RANK) + ", got " + std::to_string(q.r);
+  const auto extent = [](const char* name, int64_t least, int64_t n) {
+    const std::string range = std::to_string(least) + " to 2^30";
+    return n < least || n > 1 << 30 ? name + (": expected " + range) + ", got " + std::to_string(n) : "";
+  };
+  for (const auto& text : {extent("M", 0, q.M), extent("N", 1, q.N), extent("K", 1, q.K)})
+    if (!text.empty()) return text;
+  if (q.M * q.N > int64_t(1) << 44) return "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N);
+  // What tensor maps demand: rows start at multiples of 16 bytes, less than 2^32 elements apart.
+  const auto rows = [](const char* name, const void* data, int64_t row, int64_t col, int64_t least) {
+    const std::string what = std::string(name) + ": expected ";
+    if (col != 1) return what + "a column stride of 1, got " + std::to_string(col);
+    if (reinterpret_cast<uintptr_t>(data) % 16) return what + "an address divisible by 16";
+    if (row % 8 || row < least || row >= int64_t(1) << 31)
+      return what + "a row stride that is a multiple of 8 and at least " + std::to_string(least) + ", got " +
+             std::to_string(row);
+    return std::string();
+  };
+  const int64_t r_padded = (q.r + 7) / 8 * 8;
+  for (const auto& text :
+       {rows("x", q.x.data, q.x.row, q.x.col, q.K),
+        rows("W", q.W.data, q.W.row, q.W.col, q.backward ? q.N : q.K),
+        rows("At", q.At.data, q.At.row, q.At.col, q.K), rows("F", q.F.data, q.F.row, q.F.col, q.r),
+        rows("u", q.u.data, q.u.row, q.u.col, r_padded)})
+    if (!text.empty()) return text;
+  if (q.y.col != 1) return "y: expected a column stride of 1, got " + std::to_string(q.y.col);
+  return {};
+}
+
+// Bytes of the workspace of calls with up to M tokens.  It is filled with zeros before the first, and then
+// belongs to the calls of one stream, of whatever shapes: each leaves in it what the next one needs.
+inline size_t gemm_lotr_workspace(int64_t M) {
+  return size_t(2 + 2 * ((M + 127) / 128 + 1)) * sizeof(int32_t);
+}
+
+// Throws std::invalid_argument for what gemm_lotr_refusal names, a plan out of range, too small a workspace.
+void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes);
+
+}  // namespace lotr::cuda

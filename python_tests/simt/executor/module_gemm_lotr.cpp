@@ -1,0 +1,83 @@
+// Python's view of csrc/cuda/gemm_lotr.h, a part of module.cpp's module: see there.
+#include "module_gemm_lotr.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+
+#include "api.h"
+#include "cuda/gemm_lotr.h"
+#include "cuda/kernels/gemm_lotr_traits.cuh"
+
+namespace py = pybind11;
+
+namespace lotr::simt {
+namespace {
+
+DType type_of(const py::array& a) {
+  if (a.itemsize() == 4) return DType::float32;
+  return a.dtype().kind() == 'f' ? DType::float16 : DType::bfloat16;
+}
+
+// Strides in elements; named, so that traffic is counted for it.
+Matrix matrix(const char* name, const py::array& a, DType type) {
+  if (a.ndim() != 2 || type_of(a) != type)
+    throw py::type_error(std::string(name) + ": expected a matrix of x's type");
+  const int64_t row = a.strides(0) / a.itemsize(), col = a.strides(1) / a.itemsize();
+  if (options().count_memory && a.size())
+    register_array(name, a.data(), size_t((a.shape(0) - 1) * a.strides(0) + a.shape(1) * a.itemsize()));
+  return {a.data(), row, col, cuda::access_of(a.data(), row, col, a.shape(0), type, type)};
+}
+
+MutableMatrix output(const char* name, py::array& a, DType type) {
+  const Matrix m = matrix(name, a, type);
+  return {a.mutable_data(), m.row, m.col, m.access};
+}
+
+void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F, py::array u,
+               py::array_t<int32_t> workspace, std::optional<py::array> bias, bool backward,
+               int multiprocessors, std::optional<int> cluster, std::optional<int> scouts,
+               std::optional<int> band_group) {
+  clear_arrays();
+  const DType type = type_of(x);
+  cuda::Call call{};
+  call.type = type, call.multiprocessors = multiprocessors;
+  cuda::GemmLotr q{};
+  q.backward = backward;
+  q.M = x.shape(0), q.K = x.shape(1), q.N = y.shape(1), q.r = int32_t(At.shape(0));
+  q.y = output("y", y, type), q.x = matrix("x", x, type), q.W = matrix("W", W, type);
+  q.At = matrix("At", At, type), q.F = matrix("F", F, type), q.u = output("u", u, type);
+  if (bias) q.bias = bias->data();
+  cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(call, q);
+  plan.cluster = cluster.value_or(plan.cluster);
+  plan.scouts = scouts.value_or(plan.scouts);
+  plan.band_group = band_group.value_or(plan.band_group);
+  cuda::gemm_lotr(call, q, plan, workspace.mutable_data(), size_t(workspace.nbytes()));
+}
+
+// The piece of work of each ticket, in order: (ticket, band, column), column -1 for a scout.
+py::list tickets(int bands, int columns, int scouts, int band_group) {
+  const kernels::GemmLotrTickets t{bands, columns, scouts, band_group};
+  py::list list;
+  for (int ticket = 0; ticket < t.count(); ++ticket)
+    for (int piece = t.first(ticket); piece >= 0; piece = t.after(piece)) {
+      const kernels::GemmLotrWork work = t.work(piece);
+      list.append(py::make_tuple(ticket, work.band, work.column));
+    }
+  return list;
+}
+
+}  // namespace
+
+void define_gemm_lotr(py::module_& m) {
+  using namespace pybind11::literals;
+  m.def("gemm_lotr", &gemm_lotr, "y"_a, "x"_a, "W"_a, "At"_a, "F"_a, "u"_a, "workspace"_a, py::kw_only(),
+        "bias"_a = py::none(), "backward"_a = false, "multiprocessors"_a = 132, "cluster"_a = py::none(),
+        "scouts"_a = py::none(), "band_group"_a = py::none());
+  m.def("gemm_lotr_workspace", &cuda::gemm_lotr_workspace, "M"_a);
+  m.def("gemm_lotr_tickets", &tickets, "bands"_a, "columns"_a, "scouts"_a, "band_group"_a);
+}
+
+}  // namespace lotr::simt
