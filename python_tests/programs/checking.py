@@ -7,6 +7,7 @@ everything would have given.
 
 from __future__ import annotations
 
+import math
 import traceback
 import warnings
 from typing import NamedTuple
@@ -141,10 +142,10 @@ def _compare(ours, plain, truth, eps: float, noise: float, loose: bool) -> Fault
     if not got.numel():
         return None
     error, plain_error, size = _distance(got, want), _distance(same, want), float(want.abs().max())
-    if plain_error != plain_error or plain_error == float("inf"):
-        return None  # beyond the dtype's range in plain torch too
+    if not math.isfinite(plain_error) or (loose and not math.isfinite(error)):
+        return None  # beyond the dtype's range in plain torch too, or for all that is known
     most = TIMES * plain_error + EPSILONS * eps * size + NOISE * noise
     if error <= most:
         return None
     what = f"{label}: error {error:.3g} where |truth| is {size:.3g} and plain torch's error {plain_error:.3g}"
-    return Fault(f"wrong number: {'not finite' if error != error or error == float('inf') else part}", what)
+    return Fault(f"wrong number: {part if math.isfinite(error) else 'not finite'}", what)

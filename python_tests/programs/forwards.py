@@ -139,7 +139,8 @@ def functional(b: Builder) -> None:
     y = b.made((*x.shape[:-1], layer.n))
     core = b.name("c")
     b.line(f"{core} = another({layer.name}.core, 0.5).requires_grad_({b.one_of(True, False)})")
-    run_line(b, f'{y.name} = torch.func.functional_call({layer.name}, {{"core": {core}}}, ({x.name},))')
+    b.line(f"own = 'core' in {layer.name}._parameters")  # else a parametrization makes it
+    run_line(b, f'{y.name} = torch.func.functional_call({layer.name}, {{"core": {core}}} if own else {{}}, ({x.name},))')
     show(b, y)
     b.line(f"w.known.append(({core!r}, {core}))")
 
