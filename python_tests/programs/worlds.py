@@ -113,6 +113,7 @@ class World:
         self.decisions, self.jitter = decisions, jitter
         self.noise = torch.Generator().manual_seed(jitter_seed)
         self.seen: list[tuple[str, Tensor | None, bool]] = []
+        self.finite: int | None = None  # how many it had seen when a layer's output left the dtype's range
         self.known: list[tuple[str, Tensor | nn.Module]] = []
         self.calls = self.choices = 0
         self.masks: dict[int, int] = {}  # by group, the seed of the last mask
