@@ -39,7 +39,7 @@ def replace(b: Builder) -> None:
     if b.chance(0.5):
         b.line(f"{layer.name}.scaling = {b.one_of(0.25, -2.0)}")
     else:
-        b.line(f"{layer.name}.core = another({layer.name}.core, -0.5)")
+        b.line(f"if 'core' in {layer.name}._parameters: {layer.name}.core = another({layer.name}.core, -0.5)")
 
 
 def freeze(b: Builder) -> None:
@@ -217,7 +217,7 @@ def switched(b: Builder) -> None:
         b.shared += [name] if shared and not b.shared else []
         b.line(f'    if "{name}" in w.adapters:')
         b.line(f'        w.set_adapter(net, "{name}")')
-        b.line(f"        w.fill(net, {b.seed()}, {b.dtype()})")
+        b.line(f"        w.fill(net, {b.seed()}, {b.dtype()}, {b.dtype(b.adapter)})")
     b.forget()
 
 

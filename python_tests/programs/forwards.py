@@ -139,7 +139,8 @@ def functional(b: Builder) -> None:
     y = b.made((*x.shape[:-1], layer.n))
     core = b.name("c")
     b.line(f"{core} = another({layer.name}.core, 0.5).requires_grad_({b.one_of(True, False)})")
-    run_line(b, f'{y.name} = torch.func.functional_call({layer.name}, {{"core": {core}}}, ({x.name},))')
+    b.line(f"own = 'core' in {layer.name}._parameters")  # else a parametrization makes it
+    run_line(b, f'{y.name} = torch.func.functional_call({layer.name}, {{"core": {core}}} if own else {{}}, ({x.name},))')
     show(b, y)
     b.line(f"w.known.append(({core!r}, {core}))")
 
@@ -158,11 +159,11 @@ def bare(b: Builder) -> None:
     parts += [("A", (k, r_in), b.adapter), ("B", (n, r_out), b.adapter), ("G", (*cores, r_in, r_out), b.adapter)]
     names = []
     for letter, shape, dtype in parts:
-        grad = b.chance(0.15) if letter in "Wv" else b.chance(0.8)
+        frozen = not b.chance(0.15) if letter in "Wv" else b.chance(0.2)
         kind = b.kind(0.2)
-        sizes = ", ".join(map(str, shape))
-        name = b.name(letter)
-        b.line(f"{name} = w.tensor({sizes}, seed={b.seed()}, dtype={b.dtype(dtype)}, grad={grad}, kind={kind!r}, scale=0.4)")
+        extra = (", grad=False" if frozen else "") + ("" if kind == "plain" else f', kind="{kind}"')
+        name, sizes = b.name(letter), ", ".join(map(str, shape))
+        b.line(f"{name} = w.tensor({sizes}, seed={b.seed()}, dtype={b.dtype(dtype)}, scale=0.4{extra})")
         names.append(name)
     y = b.made((*x.shape[:-1], n))
     run_line(b, f"{y.name} = w.linear({x.name}, {', '.join(names)}, {b.one_of(1.0, -0.5)}{rows})")

@@ -106,12 +106,13 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
             policy = b.one_of("save_all", "recompute_all", "save_products", "save_others")
             call = f'w.checkpoint({layer.name}, {source.name}, policy="{policy}")'
         elif kind == "core":  # another core for this call alone, as hypernetworks do
-            call = f'torch.func.functional_call({layer.name}, {{"core": another({layer.name}.core, 0.5)}}, ({source.name},))'
+            b.line(f'cores = {{"core": another({layer.name}.core, 0.5)}} if "core" in {layer.name}._parameters else {{}}')
+            call = f"torch.func.functional_call({layer.name}, cores, ({source.name},))"
         elif kind == "scaling":
             b.line(f"{layer.name}.scaling = {b.one_of(0.25, 2.0)}")
         elif kind == "replaced":
             b.net_replaces = True
-            b.line(f"{layer.name}.core = another({layer.name}.core, -0.5)")
+            b.line(f"if 'core' in {layer.name}._parameters: {layer.name}.core = another({layer.name}.core, -0.5)")
         if kind == "no_grad":
             unrecorded = "no_grad" if b.dropout else b.one_of("no_grad", "inference_mode")
             b.line(f"with torch.{unrecorded}():")

@@ -31,6 +31,12 @@ class Plain(World):
     def watch(self, layer) -> None:
         layer.next_mask, layer.keep = lambda layer, x: self._mask(layer, x), self.keep  # a copy of layer copies no world
 
+        layer.register_forward_hook(lambda layer, args, y: self._look(y))
+
+    def _look(self, y: Tensor) -> None:
+        if self.finite is None and y.dtype == torch.float16 and not bool(torch.isfinite(y).all()):
+            self.finite = len(self.seen)
+
     def _mask(self, layer, x: Tensor) -> Tensor:
         if self.calls == len(self.decisions.seeds):
             raise Undecided
@@ -46,7 +52,9 @@ class Plain(World):
             core = core[torch.tensor(rows)].view(len(rows), *(1,) * (x.dim() - 3), *core.shape[1:])
             x = x.unsqueeze(1) if x.dim() == 2 else x
         delta = ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
-        return y + delta.view(y.shape)
+        y = y + delta.view(y.shape)
+        self._look(y)
+        return y
 
     def merge(self, what) -> None:
         for layer in [what] if isinstance(what, LoTRLinear) else layers_of(what):

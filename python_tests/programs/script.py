@@ -33,9 +33,9 @@ def standalone(source: str, dtype: torch.dtype, fault: str) -> str:
         imports.update(IMPORTS.findall(text))
         bodies.append(IMPORTS.sub("", text).strip() + "\n")
     imports.discard("from __future__ import annotations\n")
-    head = ["# A random program on which lotr_ext and plain torch differed:\n", *(f"# {line}\n" for line in fault.splitlines())]
-    head += ["# The program itself is at the end.\n", "from __future__ import annotations\n\n", *sorted(imports), "\n"]
+    head = ["# A random program on which lotr_ext and plain torch differed:", *(f"# {line}" for line in fault.splitlines())]
+    head.append("# First the program, then plain torch's LoTR, what programs may use, and the comparison.")
     end = ["if __name__ == '__main__':", "    torch.set_num_threads(1)"]
     end.append(f"    print(check(program, torch.{dtype_name(dtype)}) or 'nothing is wrong')")
-    body = "\n\n".join(bodies[:-1])
-    return "".join(head) + f"\n\n{body}\n\n# {'-' * 120}\n\n\n{bodies[-1]}\n\n" + "\n".join(end) + "\n"
+    top = "\n".join([*head, "from __future__ import annotations\n", *(line.strip() for line in sorted(imports))])
+    return "\n\n\n".join([top, bodies[-1].strip(), *(body.strip() for body in bodies[:-1]), "\n".join(end)]) + "\n"

@@ -113,10 +113,12 @@ class World:
         self.decisions, self.jitter = decisions, jitter
         self.noise = torch.Generator().manual_seed(jitter_seed)
         self.seen: list[tuple[str, Tensor | None, bool]] = []
+        self.finite: int | None = None  # how many it had seen when a layer's output left the dtype's range
         self.known: list[tuple[str, Tensor | nn.Module]] = []
         self.calls = self.choices = 0
         self.masks: dict[int, int] = {}  # by group, the seed of the last mask
         self.adapters = ["default"]
+        self.stored: dict[nn.Module, torch.dtype] = {}  # the dtype of factors, also where all is computed in float64
 
     # ---- values ------------------------------------------------------------------------------------------------------
 
@@ -146,15 +148,17 @@ class World:
 
     # ---- layers ------------------------------------------------------------------------------------------------------
 
-    def fill(self, module: nn.Module, seed: int, dtype: torch.dtype, core_scale: float = 1.0) -> None:
-        """Gives every parameter a value that matters; keeps its strides."""
+    def fill(
+        self, module: nn.Module, seed: int, dtype: torch.dtype, adapter_dtype: torch.dtype, core_scale: float = 1.0
+    ) -> None:
+        """Gives every parameter a value that matters, rounded to the dtype that it has in the program."""
         with torch.no_grad():
             active = (item for item in module.named_parameters() if "lotr_parked" not in item[0])
             for i, (name, p) in enumerate(sorted(active, key=lambda item: item[0])):
                 scale = 0.5 if p.dim() < 2 else (p.shape[1] if name.endswith("B") or "weight" in name else p.shape[0]) ** -0.5
                 scale *= core_scale if name.endswith("core") else 1.0
                 base = name.endswith(("weight", "bias")) or ".weight." in name
-                store = dtype if base else p.dtype
+                store = dtype if base else adapter_dtype
                 p.copy_(self.values(p.shape, seed * 1000 + i, store, scale))
 
     def factors(self, k: int, n: int, rank: tuple[int, int], *, seed: int, dtype: torch.dtype, train: str = "AB") -> nn.Module:
@@ -164,6 +168,7 @@ class World:
             factors.B.copy_(self.values(factors.B.shape, seed + 1, dtype, rank[1] ** -0.5))
         factors.A.requires_grad_("A" in train)
         factors.B.requires_grad_("B" in train)
+        self.stored[factors] = dtype
         self.known.append((f"f{len(self.known)}", factors))
         return factors
 
@@ -191,9 +196,10 @@ class World:
         """An adapted layer over shared factors; wrapped: over a base whose weight is its own affair."""
         base = self._base(factors.A.shape[0], factors.B.shape[0], bias, seed, dtype, weight_kind)
         layer = self._layer(base, factors, scaling, dropout, wrapped)
-        store = torch.float32 if self.exact else layer.core.dtype
         with torch.no_grad():
-            layer.core.copy_(self.values(layer.core.shape, seed + 2, store, core_scale * layer.core.shape[0] ** -0.5))
+            layer.core.copy_(
+                self.values(layer.core.shape, seed + 2, self.stored[factors], core_scale * layer.core.shape[0] ** -0.5)
+            )
         layer.core.requires_grad_(train)
         self.known.append((f"l{len(self.known)}", layer))
         self.watch(layer)
@@ -217,7 +223,7 @@ class World:
         model.to(self.dtype(dtype))
         settings = {"dtype": self.dtype(adapter_dtype), "scaling": scaling, "dropout": dropout, "train": train.split()}
         self._apply(model, groups, rank, settings)
-        self.fill(model, seed, dtype, core_scale)
+        self.fill(model, seed, dtype, adapter_dtype, core_scale)
         self.known.append(("net", model))
         for name in groups:
             self.watch(model.get_submodule(name))
