@@ -47,6 +47,9 @@ def test_it_measures_every_way_of_ours(tmp_path, capsys):
     heads, rows = host_table.count_rows(cells)
     assert heads[0] == "2 tokens, chained" and rows[0][:3] == ["frozen", "0 + 0", "1 + 2"]
     assert rows[0][3:] == (["0 + 0", "1 + 2"] if planner.build_info()["cuda"]["built"] else ["-", "-"])
+    text = host_table.host_table(cells, {"host": "a.png"})
+    assert text.startswith("`python -m bench.host --tokens 2 --layers 3 --rounds 2") and "](a.png)" in text
+    assert "medians of 2 interleaved rounds" in text and text.count("\n| **lotr_ext, one pair** |") == 1
 
 
 def test_a_wrong_layer_loses_its_case(tmp_path, monkeypatch, capsys):
