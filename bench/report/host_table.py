@@ -6,9 +6,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from .. import host
 from ..measure.host_calls import count_text
-from ..measure.session import time_text
+from ..measure.session import ROUNDS, time_text
 from ..rivals import host as rh
+from . import tables
 from .plots import save
 
 COLOURS = {
@@ -67,6 +69,21 @@ def count_rows(cells: list[dict]) -> tuple[list[str], list[list[str]]]:
         rows.append(row)
     heads = ["calls of Python functions of lotr_ext", "operators"]
     return [place(case), *heads, *(f"{head} on CUDA" for head in heads)], rows
+
+
+def host_table(cells: list[dict], pictures: dict[str, str]) -> str:
+    """Both tables in Markdown; pictures: name -> link."""
+    case, usual = cells[-1]["case"], {"layers": host.LAYERS, "width": host.WIDTH, "rank": host.RANK, "rounds": ROUNDS["host"]}
+    tokens = ",".join(dict.fromkeys(str(c["case"]["m"]) for c in cells))
+    usual |= {"tokens": ",".join(map(str, host.TOKENS)), "clock": cells[-1]["clock"]}  # which is usual depends on the machine
+    options = {"tokens": tokens, "layers": case["layers"], "width": case["k"], "rank": case["r"]}
+    again = tables.command("host", cells, options | {"rounds": max(c["rounds"] for c in cells)}, usual)
+    what = "a layer, forward + backward; in brackets over LoTR in three lines of torch on as many factors"
+    lines = [f"{again}: {what}; {tables.where(cells)}:", "", *tables.markdown(*host_rows(cells))]
+    lines += ["", "Of one layer, forward + backward:", "", *tables.markdown(*count_rows(cells))]
+    if "host" in pictures:
+        lines += ["", f"![host time of a layer, by rival]({pictures['host']})"]
+    return "\n".join(lines)
 
 
 def draw_host(cells: list[dict], folder: Path) -> list[Path]:

@@ -248,10 +248,16 @@ struct Operators {
     }
   }
 
-  // A tile of g is read once from memory and used twice in cache.
+  // A tile of g is read once from memory and used twice in cache, where it and what it is multiplied with fit
+  // there.
   static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {
     const Chunks chunks(g.rows);
-    const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = tile_rows<K>(g);
+    const int64_t vectors = vectors_of<K>(F.cols), ld = vectors * K::kLanes, tile_m = tile_rows<K>(g, F.cols);
+    if (tile_m == 0) {
+      shrink(k, g, F, {});
+      factor_grad(Q, g, u, {}, add);
+      return;
+    }
     const int64_t whole = OuterSums<K>::template whole_columns<T>(g, Drop{});
     const Blocks blocks(chunks, tile_m, OuterSums<K>::size(g.cols, whole, F.cols));
     run_tasks(chunks.count, 2 * g.rows * g.cols * F.cols, [&](int64_t begin, int64_t end) {

@@ -19,15 +19,17 @@ constexpr int64_t kTileUnits = 64;              // units of a factor_grad tile
 constexpr int64_t kTileColumns = 96;            // columns of a factor_grad tile
 constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of one that is read where it lies
 constexpr int64_t kTileStep = 256;              // units of a shrink tile at most
-constexpr int64_t kTileL2 = LOTR_VB == 64 ? 1 << 19 : 1 << 18;  // half of an L2 of such CPUs
 constexpr int64_t kTileBytes = 16384;  // of the packed factor that a shrink tile multiplies: half of L1
 
-// Rows of a tile that shrink_grad reads twice: whole rows, and those of the tile asked for next, have to stay
-// in L2.
+// Rows of a tile of x [m, n] that shrink_grad reads twice, 0 where two passes over x cost less. The tile and
+// the one asked for next have to stay in L2. So have the factor [n, r] and the two sums of its size: they are
+// used again for each tile, and where they alone are too much for L2, what they cost is less with the taller
+// tiles of two passes.
 template <typename K>
-inline int64_t tile_rows(const Mat& x) {
+inline int64_t tile_rows(const Mat& x, int64_t r) {
+  if (3 * x.cols * r * int64_t(sizeof(typename K::Acc)) > l2_bytes()) return 0;
   const int64_t row = x.cols * (x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2) * K::kPair;
-  return (row * kTileUnits > kTileL2 ? kTileUnits / 2 : kTileUnits) * K::kPair;
+  return (2 * row * kTileUnits > l2_bytes() ? kTileUnits / 2 : kTileUnits) * K::kPair;
 }
 template <typename K>
 constexpr int64_t units_of(int64_t n) {

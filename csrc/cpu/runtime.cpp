@@ -1,6 +1,7 @@
 #include "cpu/runtime.h"
 
 #include <torch/csrc/stable/ops.h>
+#include <unistd.h>
 
 #include <new>
 
@@ -51,6 +52,17 @@ Scratch::~Scratch() {
     }
   }
   ::operator delete(data_, std::align_val_t(64));
+}
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const long told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (told > 0) return int64_t(told);
+#endif
+    return int64_t(512) << 10;
+  }();
+  return bytes;
 }
 
 int64_t threads() {

@@ -13,6 +13,10 @@ void parallel_for(int64_t tasks, int64_t grain, void (*body)(int64_t, int64_t, v
 // Threads of that pool.
 int64_t threads();
 
+// Bytes of a core's L2: 256 KiB to 2 MiB on CPUs of one instruction set. 512 KiB where the system does not
+// say.
+int64_t l2_bytes();
+
 // 64-byte aligned memory of the calling thread, reused from call to call up to a cap. Throws std::bad_alloc
 // (the thread pool hands an exception of a body on to the caller).
 class Scratch {

@@ -12,7 +12,7 @@ from bench.measure.store import Store
 from bench.measure.timing import Timed
 from bench.report import host_table
 from bench.rivals import host as rh
-from lotr_ext import explain
+from lotr_ext import explain, planner
 
 QUICK = ["--device", "cpu", "--allocator", "system", "--rounds", "2", "--layers", "3", "--tokens", "2"]
 
@@ -45,7 +45,11 @@ def test_it_measures_every_way_of_ours(tmp_path, capsys):
         f"**{r.label}**" if name.startswith("lotr_ext") else r.label for name, r in rh.RIVALS.items()
     ]
     heads, rows = host_table.count_rows(cells)
-    assert heads[0] == "2 tokens, chained" and rows[0] == ["frozen", "0 + 0", "1 + 2", "0 + 0", "1 + 2"]
+    assert heads[0] == "2 tokens, chained" and rows[0][:3] == ["frozen", "0 + 0", "1 + 2"]
+    assert rows[0][3:] == (["0 + 0", "1 + 2"] if planner.build_info()["cuda"]["built"] else ["-", "-"])
+    text = host_table.host_table(cells, {"host": "a.png"})
+    assert text.startswith("`python -m bench.host --tokens 2 --layers 3 --rounds 2") and "](a.png)" in text
+    assert "medians of 2 interleaved rounds" in text and text.count("\n| **lotr_ext, one pair** |") == 1
 
 
 def test_a_wrong_layer_loses_its_case(tmp_path, monkeypatch, capsys):
@@ -89,6 +93,7 @@ def test_calls_are_counted():
     assert counts["backward"] == {"calls": 1.5, "own": 0, "operators": 0, "dispatched": 0}
 
 
+@pytest.mark.skipif(not planner.build_info()["cuda"]["built"], reason="lotr_ext was built without CUDA kernels")
 def test_what_looks_like_cuda_takes_the_path_on_cuda():
     case = host.HostCase("chained", 3, 160, 32, 8, "fp32", 1)
     found = host.counts_on_cuda(case, list(rh.RIVALS))

@@ -166,6 +166,23 @@ def test_shrink_grad(case: Case) -> None:
     assert untouched(acc)
 
 
+@pytest.mark.parametrize("shape", [(150, 3, 6000, 3), (150, 3, 6000, 128)], ids=str)
+def test_shrink_grad_of_what_no_cache_holds(shape: Shape, dtype: torch.dtype) -> None:
+    """Rows of which few fit into a CPU's L2; and a factor and sums that are too much for it, so that g is read twice."""
+    case, threads, found = Case(shape, dtype, "contiguous"), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            acc = torch.ones(case.n, case.r, dtype=case.acc)
+            found.append((ops.shrink_grad_(acc, case.g, case.F, case.u), acc))
+    finally:
+        torch.set_num_threads(threads)
+    k, Q = found[0]
+    check_product(k, case.g, case.F)
+    check_product(Q, case.g.t().to(case.acc), case.u.to(case.acc), plus=torch.ones_like(Q))
+    assert all(torch.equal(k, other_k) and torch.equal(Q, other_Q) for other_k, other_Q in found[1:])
+
+
 def test_fold(case: Case) -> None:
     F = ops.fold(case.B, case.cores, SCALING, case.dtype)
     assert F.dtype == case.dtype
