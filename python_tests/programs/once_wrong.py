@@ -71,6 +71,11 @@ MERGED = "w.may_refuse(lambda: w.merge(l0))\n"
 UNMERGED = "if l0.merged: w.unmerge(l0)\n"
 DX = "w.grad('p', w.loss(3, y), [x])\n"
 WRAPPED = ", wrapped=True"
+MIXED = """
+l2 = w.layer(f, seed=30, dtype=torch.float32)
+h = l0(x)
+w.grad('p', w.loss(3, h, l0(h), l2(h)), [f.A])
+"""
 SHOWN = "w.see('y', l0(x))\n"
 SMALL_LOSS = "y = l0(x)\nw.see('y', y)\nw.backward('b', w.loss(3, y, scale=0.01))\n"
 SEPARATE = "y0, y1 = l0(x), l1(x)\nw.backward('b1', w.loss(3, y1))\nw.backward('b0', w.loss(4, y0))\n"
@@ -133,6 +138,7 @@ PROGRAMS: dict[str, str] = {
         "y = torch.tanh(l0(x))\nw.backward('b', w.loss(3, l0(y), l1(y)))\n", tokens="2, 0", train=""
     ),
     "a core for each row": bare(rows=True),
+    "a wrapped and a plain layer on one x": pair(MIXED, settings=WRAPPED),
     "double backward of a wrapped layer": pair(DOUBLE, settings=WRAPPED, tokens="127"),
 }  # fmt: skip
 
