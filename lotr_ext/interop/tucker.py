@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["LowRankStack", "Tucker2"]
 
@@ -42,11 +43,11 @@ class LowRankStack:
     """L matrices U_l V_l^T of one shape. pairs: (U_l [n, r_l], V_l [k, r_l]), any floating dtype; the work is in float64."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]):
+        # [L, q, r] and [L, p, r], narrower ones filled up with zeros: one product for all layers costs less than L small ones
         self.U, self._left = _reduced([u.double() for u, _ in pairs])
         self.V, self._right = _reduced([v.double() for _, v in pairs])
         self.n, self.k = pairs[0][0].shape[0], pairs[0][1].shape[0]
-        grams = zip(self.U, self.V)
-        self.norms = torch.stack([((u.T @ u) * (v.T @ v)).sum().clamp(min=0).sqrt() for u, v in grams])
+        self.norms = ((self.U.mT @ self.U) * (self.V.mT @ self.V)).sum((1, 2)).clamp(min=0).sqrt()
 
     @property
     def full_rank(self) -> int:
@@ -59,8 +60,7 @@ class LowRankStack:
         total = float(self.norms.square().sum())
         tails = []
         for left, right in ((self.U, self.V), (self.V, self.U)):
-            side = [_compressed(a, b.T) for a, b in zip(left, right)]
-            values = torch.linalg.eigvalsh(_gram(side)).clamp(min=0)  # ascending
+            values = torch.linalg.eigvalsh(_gram(_compressed(left, right.mT))).clamp(min=0)  # ascending
             lost = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)  # by number of vectors kept: 0, 1, ..
             tails.append(torch.cat([lost, lost.new_zeros(self.full_rank + 1 - len(lost))]))
         allowed = error**2 * total
@@ -83,27 +83,24 @@ class LowRankStack:
         r_in, r_out = min(rank[0], p), min(rank[1], q)
         A, B, iterations = self._improved(*self._start(r_in, r_out), r_in, r_out, tolerance, enough, report)
         cores = torch.zeros(len(self.U), *rank, dtype=torch.float64, device=A.device)
-        residuals = []
-        for core, u, v in zip(cores, self.U, self.V):
-            inner_u, inner_v = B.T @ u, A.T @ v
-            core[:r_in, :r_out] = inner_v @ inner_u.T
-            # |D - P D Q|^2 = |(1 - P) D|^2 + |P D (1 - Q)|^2: no difference of large numbers
-            rest_u, rest_v = u - B @ inner_u, v - A @ inner_v
-            lost = ((rest_u.T @ rest_u) * (v.T @ v)).sum() + ((inner_u.T @ inner_u) * (rest_v.T @ rest_v)).sum()
-            residuals.append(lost.clamp(min=0).sqrt())
+        inner_u, inner_v = B.T @ self.U, A.T @ self.V
+        cores[:, :r_in, :r_out] = inner_v @ inner_u.mT
+        # |D - P D Q|^2 = |(1 - P) D|^2 + |P D (1 - Q)|^2: no difference of large numbers
+        rest_u, rest_v = self.U - B @ inner_u, self.V - A @ inner_v
+        lost = (rest_u.mT @ rest_u) * (self.V.mT @ self.V) + (inner_u.mT @ inner_u) * (rest_v.mT @ rest_v)
         A, B = _lifted(self._right, A, self.k, rank[0]), _lifted(self._left, B, self.n, rank[1])
-        return Tucker2(A, B, cores, torch.stack(residuals), self.norms, iterations)
+        return Tucker2(A, B, cores, lost.sum((1, 2)).clamp(min=0).sqrt(), self.norms, iterations)
 
     def _start(self, r_in: int, r_out: int) -> tuple[Tensor, Tensor | None]:
         """Where HOOI begins: at low ranks with what it finds in the core of a few leading vectors of both sides, where it costs
         next to nothing; else with HOSVD's A."""
         p, q, wide = self.V[0].shape[0], self.U[0].shape[0], _CORE * max(r_in, r_out)
-        right = [_compressed(v, u.T) for u, v in zip(self.U, self.V)]
+        right = _compressed(self.V, self.U.mT)
         if max(p, q) <= _EXACT or 2 * wide > min(p, q):
             return _leading(right, r_in, None, _FIRST_POWERS), None
         V = _leading(right, wide, None, _CORE_POWERS)
-        U = _leading([_compressed(u, v.T) for u, v in zip(self.U, self.V)], wide, None, _CORE_POWERS)
-        core = LowRankStack([(U.T @ u, V.T @ v) for u, v in zip(self.U, self.V)])
+        U = _leading(_compressed(self.U, self.V.mT), wide, None, _CORE_POWERS)
+        core = LowRankStack(list(zip(U.T @ self.U, V.T @ self.V)))
         A, B, _ = core._improved(*core._start(r_in, r_out), r_in, r_out, _TOLERANCE, 0.0, lambda done: None)
         return V @ _lifted(core._right, A, wide, r_in), U @ _lifted(core._left, B, wide, r_out)
 
@@ -120,11 +117,10 @@ class LowRankStack:
         """A and B by HOOI from these on, and the number of iterations."""
         total, error = float(self.norms.square().sum()), math.inf
         for iteration in range(1, _MAX_ITERATIONS + 1):
-            sides = [_compressed(u, v.T @ A) for u, v in zip(self.U, self.V)]
-            B = _leading(sides, r_out, B, _FIRST_POWERS if B is None else 1)
-            halves = [_compressed(v, u.T @ B) for u, v in zip(self.U, self.V)]
+            B = _leading(_compressed(self.U, self.V.mT @ A), r_out, B, _FIRST_POWERS if B is None else 1)
+            halves = _compressed(self.V, self.U.mT @ B)
             A = _leading(halves, r_in, A, 1)
-            captured = sum(float((A.T @ h).square().sum()) for h in halves)
+            captured = float((A.T @ halves).square().sum())
             before, error = error, math.sqrt(max(0.0, 1 - captured / total)) if total > 0 else 0.0
             report(iteration / _MAX_ITERATIONS)
             if before - error <= tolerance or error < enough:
@@ -132,31 +128,38 @@ class LowRankStack:
         return A, B, iteration
 
 
-def _reduced(parts: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-    """The parts [d, r_l] in an orthonormal basis of all their columns, and the basis; as they are where that is no smaller."""
-    widths = [t.shape[1] for t in parts]
-    if sum(widths) >= parts[0].shape[0]:
-        return parts, None
-    basis, upper = torch.linalg.qr(torch.cat(parts, 1))
-    return list(upper.split(widths, 1)), basis
+def _reduced(parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The parts [d, r_l] in an orthonormal basis of all their columns, one after the other, and the basis; as they are where
+    that is no smaller."""
+    widths, basis = [t.shape[1] for t in parts], None
+    if sum(widths) < parts[0].shape[0]:
+        basis, upper = torch.linalg.qr(torch.cat(parts, 1))
+        parts = list(upper.split(widths, 1))
+    widest = max(widths)
+    return torch.stack([pad(t, (0, widest - t.shape[1])) for t in parts]), basis
 
 
 def _compressed(a: Tensor, b: Tensor) -> Tensor:
-    """[d, <= min] with the same columns' Gram matrix as a b: a [d, r] times the triangle of b [r, c]'s LQ."""
-    return a @ (b if b.shape[1] <= b.shape[0] else torch.linalg.qr(b.T, mode="r")[1].T)
+    """[L, d, <= min], each with the same columns' Gram matrix as a b: a [L, d, r] times the triangle of b [L, r, c]'s LQ."""
+    return a @ (b if b.shape[2] <= b.shape[1] else torch.linalg.qr(b.mT, mode="r")[1].mT)
 
 
-def _gram(side: Sequence[Tensor]) -> Tensor:
-    stacked = torch.cat(list(side), 1)
+def _side_by_side(side: Tensor) -> Tensor:
+    """[L, d, c] as [d, L c]."""
+    return side.transpose(0, 1).reshape(side.shape[1], -1)
+
+
+def _gram(side: Tensor) -> Tensor:
+    stacked = _side_by_side(side)
     return stacked @ stacked.T
 
 
-def _leading(side: Sequence[Tensor], r: int, start: Tensor | None, powers: int) -> Tensor:
-    """The r leading left singular vectors [d, r] of all of `side` ([d, c_l] each) next to each other.
+def _leading(side: Tensor, r: int, start: Tensor | None, powers: int) -> Tensor:
+    """The r leading left singular vectors [d, r] of all of `side` [L, d, c] next to each other.
 
     Dense where one dimension is small, else `powers` steps of subspace iteration from start, or from a fixed random block.
     """
-    stacked = torch.cat(list(side), 1)
+    stacked = _side_by_side(side)
     d, columns = stacked.shape
     if d <= _EXACT:
         return torch.linalg.eigh(stacked @ stacked.T)[1].flip(1)[:, :r].contiguous()
