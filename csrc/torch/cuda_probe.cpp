@@ -1,6 +1,6 @@
-// What the CUDA runtime in this module finds on this machine, asked without a launch: the driver's and its own
-// version, and whether the driver can load a kernel of ours on a device.  lotr_ext/ops/planner.py asks once a
-// device and takes the composite where the answer is no, so that no step ends in the middle of it.
+// What the CUDA runtime in this module finds on this machine, asked without a launch: the driver's and its
+// own version, and whether the driver can load a kernel of ours on a device.  lotr_ext/ops/planner.py asks
+// once a device and takes the composite where the answer is no, so that no step ends in the middle of it.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
@@ -12,8 +12,8 @@
 namespace lotr {
 namespace {
 
-// "" where the driver can load our kernel on the device, otherwise its error's name.  The current device is as
-// before.
+// "" where the driver can load our kernel on the device, otherwise its error's name.  The current device is
+// as before.
 std::string load_error(int device) {
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
@@ -43,8 +43,7 @@ std::string cuda_probe(int64_t device) {
 }  // namespace
 }  // namespace lotr
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m)
-{
+STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
   m.def("cuda_probe(int device) -> str");
 }
 
