@@ -84,8 +84,8 @@ struct Counters {
   uint64_t bulk_copies = 0;       // TMA tiles
   uint64_t async_waits = 0;       // cp.async.wait_group, per lane
   uint64_t atomics = 0;           // per lane
-  // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and of
-  // any block.
+  // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and
+  // of any block.
   uint64_t late_loads = 0, late_bytes = 0;
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.

@@ -279,7 +279,8 @@ void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<p
 // The kernel's address less the module's: what nm lists for its symbol.
 uintptr_t offset_in_module(const void* kernel) {
   Dl_info info;
-  if (!dladdr(kernel, &info)) throw std::runtime_error("a kernel's address: expected in this module, found elsewhere");
+  if (!dladdr(kernel, &info))
+    throw std::runtime_error("a kernel's address: expected in this module, found elsewhere");
   return reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(info.dli_fbase);
 }
 
@@ -305,8 +306,8 @@ py::dict counters_dict() {
   py::dict d;
   d["blocks"] = c.blocks, d["threads"] = c.threads, d["switches"] = c.switches, d["barriers"] = c.barriers;
   d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["ldmatrix"] = c.ldmatrix;
-  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits,
-  d["late_loads"] = c.late_loads, d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
+  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads,
+  d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
   return d;
