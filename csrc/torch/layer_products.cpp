@@ -26,6 +26,8 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using torch::stable::detail::from;
 
+enum class Use { cuda, decomposed };
+
 // Calls an operator; returns its results as they lie on the stack.
 template <size_t results, typename... Args>
 std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> dispatch(
@@ -66,12 +68,20 @@ Tensor rows(const Tensor& t) {
   return t.dim() == 2 ? t : torch::stable::reshape(t, {-1, t.size(t.dim() - 1)});
 }
 // t [m, cols] in the leading dimensions of like.
+template <Use use>
 Tensor shaped(const Tensor& t, const Tensor& like) {
   if (like.dim() == 2) return t;
   std::vector<int64_t> size;
   for (int64_t i = 0; i < like.dim() - 1; ++i) size.push_back(like.size(i));
   size.push_back(t.size(1));
-  return torch::stable::view(t, size);
+  if (use == Use::decomposed) return torch::stable::view(t, size);
+  // no view to autograd, which would let nobody write into a layer's output
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t i = size.size() - 1; i-- > 0;) stride[i] = stride[i + 1] * size[i + 1];
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), int64_t(size.size()), size.data(), stride.data(), 0, &handle));
+  return Tensor(handle);
 }
 Tensor in(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
@@ -90,7 +100,6 @@ void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(addmm(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
-enum class Use { cuda, decomposed };
 
 struct Named {
   const char* name;
@@ -134,15 +143,12 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   if (use == Use::cuda && beta) {
     Tensor y = linear(u_in, F_in, bias);
     product_onto(y, flat, torch::stable::transpose(weight, 0, 1));
-    return {shaped(y, x), u, F};
+    return {shaped<use>(y, x), u, F};
   }
-  Tensor y = linear(flat, weight, bias);
-  if (use == Use::decomposed) {
-    y = one("lotr::expand", y, u_in, F_in);
-  } else {
-    expand_add(y, u_in, F_in);
-  }
-  return {shaped(y, x), u, F};
+  const Tensor y = linear(flat, weight, bias);
+  if (use == Use::decomposed) return {one("lotr::expand", shaped<use>(y, x), u_in, F_in), u, F};
+  expand_add(y, u_in, F_in);
+  return {shaped<use>(y, x), u, F};
 }
 
 // Q of a new tensor or added to a given one, and k, each as its operands are there.
@@ -237,7 +243,7 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   }
   if (weight) {
     const Tensor out = input_gradient<use>(flat, *weight, dx, A && F, beta, found.k, A, p, seed);
-    if (!dx) new_dx = shaped(out, g);
+    if (!dx) new_dx = shaped<use>(out, g);
   }
   return {new_dx, found.k ? *found.k : nothing(g, type), new_dA, new_dB, new_core};
 }
@@ -251,11 +257,10 @@ std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& we
   const Tensor flat = rows(x);
   const Tensor y = linear(flat, weight, bias);
   if (use == Use::decomposed) {
-    const auto found = dispatch<2>("lotr::small_forward", y, flat, A, core, B, scaling);
-    return {shaped(torch::stable::detail::to<Tensor>(found[0]), x),
-            torch::stable::detail::to<Tensor>(found[1])};
+    const auto found = dispatch<2>("lotr::small_forward", shaped<use>(y, x), flat, A, core, B, scaling);
+    return {torch::stable::detail::to<Tensor>(found[0]), torch::stable::detail::to<Tensor>(found[1])};
   }
-  return {shaped(y, x), one("lotr::small_forward_", y, flat, A, core, B, scaling)};
+  return {shaped<use>(y, x), one("lotr::small_forward_", y, flat, A, core, B, scaling)};
 }
 
 template <Use use>
@@ -276,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_layer_backward_(
   const Tensor u_in = u ? *u : zeros(g, {flat.size(0), A.size(1)}, type);  // which only dB and dG read
   const Tensor dcore =
       one("lotr::small_backward_", out, flat, flat_x, u_in, A, core, B, scaling, sum_A, sum_B, need_core);
-  return {out ? shaped(*out, g) : nothing(g, type), x && !dA ? in(*sum_A, narrow) : nothing(g, narrow),
+  return {out ? shaped<use>(*out, g) : nothing(g, type), x && !dA ? in(*sum_A, narrow) : nothing(g, narrow),
           need_B && !dB ? in(*sum_B, narrow) : nothing(g, narrow),
           need_core ? in(dcore, narrow) : nothing(g, narrow)};
 }
@@ -307,7 +312,7 @@ Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
 std::tuple<Tensor, Tensor> small_forward(const Tensor& y, const Tensor& x, const Tensor& A,
                                          const Tensor& core, const Tensor& B, double scaling) {
   const Tensor out = own_copy(y);
-  return {out, one("lotr::small_forward_", out, x, A, core, B, scaling)};
+  return {out, one("lotr::small_forward_", rows(out), x, A, core, B, scaling)};
 }
 
 }  // namespace

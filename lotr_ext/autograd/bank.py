@@ -27,7 +27,7 @@ from ..compat import dispatch_modes, private_write
 from .shared_gradient import LoTRShared, SharedGradient
 
 if TYPE_CHECKING:
-    from .call import Call
+    from .record import Call
     from .shared_input import Group
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -242,7 +242,7 @@ class LoTRExpand(Function):
         beta = call.plan.strategy == "beta"
         operands = (g, weight if need_x else None, None, u, None, F_l, *values, call.scaling, beta, False)
         new_dx, new_k, _, dB, dcore = ops.layer_backward(
-            *operands, k=k, dx=dx, Q=Q, dB=sum_B, need_B=need_B, need_core=need_core
+            *operands, k=k, dx=dx if need_x else None, Q=Q, dB=sum_B, need_B=need_B, need_core=need_core
         )
         if ctx.summed:
             total.value = (new_k if need_u else k, new_dx if need_x and dx is None else dx)

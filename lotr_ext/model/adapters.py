@@ -345,6 +345,9 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
         factors = model.lotr_factors[group] = new.factors[group]
         factors.A.requires_grad_("A" in new.config.train)
         factors.B.requires_grad_("B" in new.config.train)
+        for parameter in (factors.A, factors.B):
+            if not parameter.requires_grad:  # shared with the adapter before, whose gradient it would go on showing
+                parameter.grad = None
     for tensor, value in zip(live.values(), new.saved, strict=True):
         tensor.data = value.data
         increment_version(tensor)  # a backward through the one that was there raises

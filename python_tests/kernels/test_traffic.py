@@ -46,6 +46,18 @@ def test_plan_is_what_is_counted(lib, kernel: str) -> None:
     assert plan["extra_bytes"] == pytest.approx(row.factors + row.partials, rel=0.01)  # and the counters of arrival
 
 
+@pytest.mark.parametrize("kernel", traffic.KERNELS)
+def test_what_the_model_of_the_machine_code_is_told(lib, kernel: str) -> None:
+    """bench/static: the instance that ran, its instructions, and that a kernel without sums clears and reads nothing late."""
+    machine = traffic.count(lib, kernel, 1024, 512, 16).machine
+    assert machine["names"] == [kernel] and f"{len(kernel)}{kernel}" in machine["symbol"] and "Li16E" in machine["symbol"]
+    assert machine["copies"] >= 1024 * 512 * 2 / 512 and machine["matrix"] > 0 and machine["waits"] > 0
+    if kernel == "expand_add":
+        assert (machine["memsets"], machine["late_loads"], machine["late_bytes"]) == (0, 0, 0)
+    elif machine["late_loads"]:  # 256 threads, 16 bytes each at most
+        assert 0 < machine["late_bytes"] <= 16 * 256 * machine["late_loads"]
+
+
 def test_a_decoding_step_fills_the_gpu(lib) -> None:
     for m in (1, 16):
         for r, blocks in ((16, 32), (64, 64), (256, 120)):

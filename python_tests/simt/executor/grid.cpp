@@ -177,7 +177,8 @@ struct Watched {
   size_t bytes = 0;
   uint64_t sum = 0;
 
-  uint64_t now() const {  // FNV-1a over whole words
+  uint64_t now() const {  // FNV-1a over whole words; nothing watched: 0, as at the start
+    if (!bytes) return 0;
     uint64_t hash = 0xcbf29ce484222325ull;
     for (size_t i = 0; i + 8 <= bytes; i += 8) {
       uint64_t word;
