@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "api.h"
+#include "cuda/counters.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 
@@ -281,7 +282,8 @@ void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<p
 // The kernel's address less the module's: what nm lists for its symbol.
 uintptr_t offset_in_module(const void* kernel) {
   Dl_info info;
-  if (!dladdr(kernel, &info)) throw std::runtime_error("a kernel's address: expected in this module, found elsewhere");
+  if (!dladdr(kernel, &info))
+    throw std::runtime_error("a kernel's address: expected in this module, found elsewhere");
   return reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(info.dli_fbase);
 }
 
@@ -307,8 +309,8 @@ py::dict counters_dict() {
   py::dict d;
   d["blocks"] = c.blocks, d["threads"] = c.threads, d["switches"] = c.switches, d["barriers"] = c.barriers;
   d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["ldmatrix"] = c.ldmatrix;
-  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits,
-  d["late_loads"] = c.late_loads, d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
+  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads,
+  d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
   return d;
@@ -360,7 +362,11 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("synchronisation_sites", &synchronisation_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
   m.def(
-      "skip_synchronisation", [](const std::string& file, int line) { skip_synchronisation({file, line}); },
+      "skip_synchronisation",
+      [](const std::string& file, int line) {
+        cuda::forget_arrivals();  // what an earlier line's absence has left
+        skip_synchronisation({file, line});
+      },
       "file"_a, "line"_a,
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
