@@ -74,6 +74,12 @@ int32_t* counters(void* stream, int64_t count) {
   return d.base + int64_t(d.used++) * PLACE;
 }
 
+#ifndef __CUDACC__
+void forget_arrivals() {
+  std::memset(places_of_device, 0, sizeof(places_of_device));
+}
+#endif
+
 void clear(void* data, size_t bytes, void* stream) {
 #ifdef __CUDACC__
   const cudaError_t error = cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream));

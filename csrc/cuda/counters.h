@@ -10,6 +10,11 @@ namespace lotr::cuda {
 // a capture, none but the graph's.  Null where there are no more of them: then clear(), in the workspace.
 int32_t* counters(void* stream, int64_t count);
 
+#ifndef __CUDACC__
+// In the executor, where a process goes on after a kernel that failed half-way: all zeros again.
+void forget_arrivals();
+#endif
+
 void clear(void* data, size_t bytes, void* stream);
 
 }  // namespace lotr::cuda

@@ -154,11 +154,12 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
         for (int s = 0; s < p.splits; s += AHEAD) {
           float in[AHEAD][FoldTraits::PER_THREAD];
 #pragma unroll
-          for (int a = 0; a < AHEAD; ++a)
-            if (s + a < p.splits)
-              each_output([&](int i, int, int) {
-                in[a][i] = ptx::load_cg(mine + (s + a) * ROWS * COLS + i * FoldTraits::THREADS);
-              });
+          for (int a = 0; a < AHEAD; ++a) {  // the last split again where there are no more
+            const int split = s + a < p.splits ? s + a : p.splits - 1;
+            each_output([&](int i, int, int) {
+              in[a][i] = ptx::load_cg(mine + split * ROWS * COLS + i * FoldTraits::THREADS);
+            });
+          }
 #pragma unroll
           for (int a = 0; a < AHEAD; ++a)
             if (s + a < p.splits) each_output([&](int i, int, int) { d[i] += in[a][i]; });

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
       ptx::store_shared(&sm.sum_k[m / 32], ptx::load_shared(&sm.sum_k[m / 32]) | 1u << m % 32);
   };
   const auto count_in = [&](int m) {
-    before = ptx::atomic_wrap(p.sum_k.arrived + m, p.n_splits - 1);
+    before = tile::arrive(p.sum_k.arrived + m, p.n_splits);
     counted = m;
   };
   if (threadIdx.x == 0)
@@ -111,7 +111,6 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
     Q.add(here.n, g, sm.stage[here.m % STAGES].u);
     if (threadIdx.x == 0 && stored >= 0) {
       note();
-      ptx::fence_device();
       count_in(stored);
     }
     stored = -1;
@@ -133,7 +132,6 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   __syncthreads();
   if (threadIdx.x == 0) {
     note();
-    ptx::fence_device();
     count_in(stored);
     int last = 1;
     if (p.m_splits > 1) last = ptx::atomic_wrap(p.sum_Q.arrived + n_block, p.m_splits - 1) == p.m_splits - 1;

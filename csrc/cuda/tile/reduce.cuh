@@ -22,6 +22,25 @@ LOTR_DEVICE void store_partial(float* to, const float (&d)[4]) {
   ptx::store(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{d[0], d[1], d[2], d[3]});
 }
 
+// v += the next AHEAD splits of the fragments, each at its own address in the split at `from`.  Without a
+// condition: the compiler would join each load with its addition under it, and wait for one after the other.
+template <int AHEAD, int STRIDE, int FRAGMENTS>
+LOTR_DEVICE void add_splits(float (&v)[FRAGMENTS][4], const float* from, const int (&at)[FRAGMENTS]) {
+  float4 in[AHEAD][FRAGMENTS];
+#pragma unroll
+  for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; ++i)
+      in[a][i] = ptx::load_cg(reinterpret_cast<const float4*>(from + at[i] + a * STRIDE));
+#pragma unroll
+  for (int a = 0; a < AHEAD; ++a)
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; ++i) {
+      v[i][0] += in[a][i].x, v[i][1] += in[a][i].y;
+      v[i][2] += in[a][i].z, v[i][3] += in[a][i].w;
+    }
+}
+
 // done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
 // The block's WARPS warps share them, FRAGMENTS at a time.  Splits outside and fragments inside: every
 // element is added in the order of the splits, but the loads need not wait for one another.
@@ -30,38 +49,36 @@ LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done don
   constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
 #pragma unroll 1
   for (int first = int(threadIdx.x) / 32; first < total; first += WARPS * FRAGMENTS) {
-    const float* mine = from + int64_t(first) * FRAGMENT + threadIdx.x % 32 * 4;
     float v[FRAGMENTS][4] = {};
-#pragma unroll 1
-    for (int left = splits; left > 0; left -= AHEAD, mine += int64_t(AHEAD) * STRIDE) {
-      float4 in[AHEAD][FRAGMENTS];
+    int at[FRAGMENTS];
 #pragma unroll
-      for (int a = 0; a < AHEAD; ++a)
-#pragma unroll
-        for (int i = 0; i < FRAGMENTS; ++i)
-          if (a < left && first + i * WARPS < total)
-            in[a][i] =
-                ptx::load_cg(reinterpret_cast<const float4*>(mine + a * STRIDE + i * WARPS * FRAGMENT));
-#pragma unroll
-      for (int a = 0; a < AHEAD; ++a)
-#pragma unroll
-        for (int i = 0; i < FRAGMENTS; ++i)
-          if (a < left && first + i * WARPS < total) {
-            v[i][0] += in[a][i].x, v[i][1] += in[a][i].y;
-            v[i][2] += in[a][i].z, v[i][3] += in[a][i].w;
-          }
+    for (int i = 0; i < FRAGMENTS; ++i) {  // the last fragment again where there are no more
+      const int fragment = first + i * WARPS;
+      at[i] = (fragment < total ? fragment : total - 1) * FRAGMENT + int(threadIdx.x) % 32 * 4;
     }
+    const float* split = from;
+    int left = splits;
+#pragma unroll 1
+    for (; left >= AHEAD; left -= AHEAD, split += int64_t(AHEAD) * STRIDE)
+      add_splits<AHEAD, STRIDE>(v, split, at);
+    if constexpr (AHEAD > 4) {
+#pragma unroll 1
+      for (; left >= 4; left -= 4, split += int64_t(4) * STRIDE) add_splits<4, STRIDE>(v, split, at);
+    }
+#pragma unroll 1
+    for (; left > 0; --left, split += STRIDE) add_splits<1, STRIDE>(v, split, at);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i)
       if (first + i * WARPS < total) done(first + i * WARPS, v[i]);
   }
 }
 
-// Counts this block in; true for the last of `count`.  By one thread, after a barrier behind the block's
-// stores; whoever reads the others' partial sums needs a fence after it, and a barrier.
-LOTR_DEVICE bool arrive(int32_t* arrived, int count) {
+// Counts this block in; the number of those before it, so count - 1 for the last.  By one thread, after a
+// barrier behind the block's stores; whoever reads the others' partial sums needs a fence after it, and a
+// barrier.
+LOTR_DEVICE int arrive(int32_t* arrived, int count) {
   ptx::fence_device();
-  return ptx::atomic_wrap(arrived, count - 1) == count - 1;
+  return ptx::atomic_wrap(arrived, count - 1);
 }
 
 // Called by the whole block after its partial stores.  True in the block that comes last of `count`, which
@@ -69,7 +86,7 @@ LOTR_DEVICE bool arrive(int32_t* arrived, int count) {
 LOTR_DEVICE bool arrive_last(int32_t* arrived, int count, int& last) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    ptx::store_shared(&last, int(arrive(arrived, count)));
+    ptx::store_shared(&last, int(arrive(arrived, count) == count - 1));
     ptx::fence_device();
   }
   __syncthreads();

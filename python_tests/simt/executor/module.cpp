@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "api.h"
+#include "cuda/counters.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "module_gemm_lotr.h"
@@ -363,7 +364,11 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("synchronisation_sites", &synchronisation_sites_py,
         "(op, file, line, calls) of every barrier, commit, wait and fence since reset_counters");
   m.def(
-      "skip_synchronisation", [](const std::string& file, int line) { skip_synchronisation({file, line}); },
+      "skip_synchronisation",
+      [](const std::string& file, int line) {
+        cuda::forget_arrivals();  // what an earlier line's absence has left
+        skip_synchronisation({file, line});
+      },
       "file"_a, "line"_a,
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
