@@ -111,13 +111,14 @@ def test_other_shapes_on_the_same_workspace(lib, schedule: str) -> None:
     lib.set_options()
 
 
-def test_the_epoch_after_the_last(lib) -> None:
+@pytest.mark.parametrize("before, epochs", [(-1, (1, 2)), (-2, (-1, 1, 2))])
+def test_the_epoch_after_the_last(lib, before: int, epochs: tuple[int, ...]) -> None:
     """0 is what flags hold that were never set, so no launch has that number."""
     lib.set_options(**gemm.schedule("3/3"))
     case = Case(260, 40, 40, 5, sms=3)
     workspace = new_workspace(lib, case.m)
-    workspace[1] = -2
-    for epoch in (-1, 1, 2):
+    workspace[1] = before
+    for epoch in epochs:
         inputs = Inputs(case, epoch)
         inputs.check(inputs.launch(lib, workspace))
         assert workspace[1] == epoch
