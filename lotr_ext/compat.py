@@ -29,6 +29,7 @@ def forward_mode() -> bool:
 
 # ---- the running backward --------------------------------------------------------------------------------------------
 
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # whether it was told retain_graph=True
 graph_task = torch._C._current_graph_task_id  # of the running backward; below zero outside of one
 at_end_of_backward = Variable._execution_engine.queue_callback  # called once the running backward has ended; never if it fails
 

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..compat import OLD_VMAP, dispatch_key_included, functorch_active, private_write, saved_but, wants
+from ..compat import OLD_VMAP, dispatch_key_included, functorch_active, private_write, saved_but, saved_tensor_hook, wants
 from ..ops import composite
 from ..ops.composite import here, rows, to
 from .record import Call
@@ -30,6 +30,20 @@ def recorded() -> bool:
     """Whether the running backward takes torch's own products: it is being recorded, for double backward or by compiled
     autograd, or batched, by is_grads_batched or vmap."""
     return is_grad_enabled() or is_compiling() or dispatch_key_included(OLD_VMAP) or functorch_active()
+
+
+def version_under_hooks(core: Tensor) -> int | None:
+    """core's version where hooks pack what is saved, and autograd no longer sees a change in place."""
+    return core._version if saved_tensor_hook(False) is not None and not core.is_inference() else None
+
+
+def check_unchanged(core: Tensor, given: Tensor, version: int) -> None:
+    """That a core which hooks have given back is what it was: dB needs it, where the unfolded formula needs u G alone."""
+    if core.data_ptr() == given.data_ptr() and given._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"core {tuple(given.shape)} is at version {given._version}; expected version {version}"
+        )
 
 
 class LoTRFunction(Function):
@@ -62,7 +76,7 @@ class LoTRFunction(Function):
         ctx.call = call
         # the values of what is not saved, whose change nobody minds; and A and B as the next layers of a checkpoint's forward,
         # which saves no tensor, must find them
-        ctx.factors = A, B, core
+        ctx.factors, ctx.version = (A, B, core), version_under_hooks(core)
         return y
 
     @staticmethod
@@ -78,6 +92,8 @@ class LoTRFunction(Function):
             x, weight, bias, A, B, core, u, F = saved_but(ctx, [0] * (not need_A) + [3] * (not need_x))
         given = ctx.factors
         A, B, core = given[0] if A is None else A, given[1] if B is None else B, given[2] if core is None else core
+        if ctx.version is not None and need_B:
+            check_unchanged(core, given[2], ctx.version)
         if recorded():
             return *LoTRFunction._recorded(ctx, g, x, weight, bias, A, B, core, u), None
         if not (A.device == g.device == core.device):
@@ -213,6 +229,7 @@ class LoTRExpand(Function):
             core if need_u or need_B else None,
         )
         ctx.call, ctx.input, ctx.F, ctx.factors = call, shared_input, F, (B, core)
+        ctx.version = version_under_hooks(core)
         ctx.device = u.device
         ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; else k goes back the way that u came
         ctx.own = weakref.ref(ctx)
@@ -228,6 +245,8 @@ class LoTRExpand(Function):
         weight, F_l, u, B, core = ctx.saved_tensors
         B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
+        if ctx.version is not None and (need_B or need_F):
+            check_unchanged(core, ctx.factors[1], ctx.version)
         if ctx.F is not None:  # which has them behind it
             need_B = need_core = False
         dy = g if need_y else None

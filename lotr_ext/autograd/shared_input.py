@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..compat import graph_task, same_storage, saved_tensor_hook
+from ..compat import graph_task, keeps_graph, same_storage, saved_tensor_hook
 from .shared_gradient import SharedGradient, TaskSum, TaskSums
 
 _gradients = TaskSums()  # (k, dx) of each SharedInput in a running backward
@@ -77,7 +77,7 @@ class SharedInput:
         No more siblings from now on, for an optimizer may follow, which a fused one does without a trace.
         """
         self.spent, self.u, self.route, self.seed = True, None, None, None
-        if node in self.waiting:
+        if node in self.waiting and not keeps_graph():
             self.waiting.remove(node)
         return _gradients.of_task(self, device)
 

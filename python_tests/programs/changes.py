@@ -106,7 +106,9 @@ def merged_training(b: Builder) -> None:
     x = b.input_for(b.widths[0] if what == b.net else next(layer.k for layer in b.layers if layer.name == what))
     call = f"{what}({x.name}, w)" if what == b.net else f"{what}({x.name})"
     b.line(f"w.may_refuse(lambda: w.merge({what}))")
-    b.line(f"if {is_merged(b, what)} and any(p.requires_grad for p in {what}.parameters()): w.train_merged(lambda: {call})")
+    b.line(
+        f"if {is_merged(b, what)} and any(p.requires_grad for p in {what}.parameters()): w.train_merged({what}, lambda: {call})"
+    )
     b.line(f"if {is_merged(b, what)}: w.unmerge({what})")
     b.forget()
 

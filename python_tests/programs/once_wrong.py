@@ -108,7 +108,7 @@ PROGRAMS: dict[str, str] = {
     "merge of a parametrized weight": pair("parametrizations.weight_norm(l0)\n" + MERGED + SHOWN),
     "merge of a pruned weight": pair("prune.identity(l0, 'weight')\n" + MERGED + SHOWN),
     "float16: the folded factor overflows": pair(SMALL_LOSS, **LARGE),
-    "training while merged": pair(MERGED + "if l0.merged: w.train_merged(lambda: l0(x))\n"),
+    "training while merged": pair(MERGED + "if l0.merged: w.train_merged(l0, lambda: l0(x))\n"),
     **{
         f"selective checkpointing, {policy}, {tokens} tokens": pair(CHECKPOINTED.format(policy), tokens=tokens)
         for policy in ("save_all", "recompute_all", "save_products", "save_others")

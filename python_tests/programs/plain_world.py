@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from programs.twin import LoTRFactors, LoTRLinear, apply_lotr, disabled, dropout_mask, layers_of, mixed
 from programs.worlds import Decisions, Undecided, World, invertible
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 
@@ -81,7 +81,7 @@ class Plain(World):
     def set_adapter(self, model, name: str) -> None:
         model.adapters.use(model, name)
 
-    def train_merged(self, function: Callable) -> None:
+    def train_merged(self, merged: nn.Module, function: Callable) -> None:
         pass
 
     @contextmanager
