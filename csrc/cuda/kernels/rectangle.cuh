@@ -44,7 +44,7 @@ struct ColumnSums {
   using P = typename Traits::Policy;
   static constexpr int R = Traits::R, SUBS = Traits::SUBS, COLS = Traits::COLS;
   static constexpr int WARP_RANKS = R <= 32 && COLS == 128 ? 1 : 2, WARP_COLS = 8 / WARP_RANKS;
-  static constexpr int MI = COLS / (16 * WARP_COLS), NJ = R / (8 * WARP_RANKS), COUNT = SUBS * MI * NJ;
+  static constexpr int MI = COLS / (16 * WARP_COLS), NJ = R / (8 * WARP_RANKS);
   static constexpr int BLOCK = SUBS * COLS * R;  // floats of a block's partial sum
   static_assert(MI >= 1 && NJ >= 1 && Traits::THREADS == 256);
 
@@ -87,9 +87,8 @@ struct ColumnSums {
   // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp
   template <class F>
   static LOTR_DEVICE void each_sum(const Reduction& sum, int group, int splits, int64_t cols, int r, F f) {
-    constexpr int FRAGMENTS = COUNT < 4 ? COUNT : 4;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    tile::sum_partials<8, FRAGMENTS, BLOCK>(
+    tile::sum_partials<8, BLOCK>(
         sum.partial + int64_t(group) * splits * BLOCK, splits, total,
         [&](int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
   }

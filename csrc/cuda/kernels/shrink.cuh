@@ -144,10 +144,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
     const auto done = [&](int fragment, const float (&v)[4]) {
       put(v, fragment / ranks * 16, fragment % ranks * 8);
     };
-    if (total <= 8)  // few tokens and many splits
-      tile::sum_partials<8, 1, BLOCK>(partial, p.splits, total, done);
-    else
-      tile::sum_partials<8, 4, BLOCK>(partial, p.splits, total, done);
+    tile::sum_partials<8, BLOCK>(partial, p.splits, total, done);
   } else {
     __syncthreads();  // the last stage may still be read: u takes its place
     each(put);

@@ -155,10 +155,10 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
     if (!(ptx::load_shared(&sm.sum_k[i / 32]) >> i % 32 & 1)) continue;
     const int64_t m0 = int64_t(walk.m_begin + i) * ROWS;
     const int rows = p.M - m0 < ROWS ? int(p.M - m0) : ROWS;
-    tile::sum_partials<8, NJ, TILE>(k_partials(walk.m_begin + i), p.n_splits, (rows + 15) / 16 * ranks,
-                                    [&](int fragment, const float (&v)[4]) {
-                                      tile::put(sm.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
-                                    });
+    tile::sum_partials<8, TILE>(k_partials(walk.m_begin + i), p.n_splits, (rows + 15) / 16 * ranks,
+                                [&](int fragment, const float (&v)[4]) {
+                                  tile::put(sm.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
+                                });
     __syncthreads();
     tile::store<THREADS>(p.k, sm.k, m0, p.M, 0, p.r);
     __syncthreads();

@@ -45,7 +45,7 @@ LOTR_DEVICE void add_splits(float (&v)[FRAGMENTS][4], const float* from, const i
 // The block's WARPS warps share them, FRAGMENTS at a time.  Splits outside and fragments inside: every
 // element is added in the order of the splits, but the loads need not wait for one another.
 template <int WARPS, int FRAGMENTS, int STRIDE, class Done>
-LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
+LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done done) {
   constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
 #pragma unroll 1
   for (int first = int(threadIdx.x) / 32; first < total; first += WARPS * FRAGMENTS) {
@@ -71,6 +71,17 @@ LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done don
     for (int i = 0; i < FRAGMENTS; ++i)
       if (first + i * WARPS < total) done(first + i * WARPS, v[i]);
   }
+}
+
+// The same, with as many fragments together as each warp has, four at most.
+template <int WARPS, int STRIDE, class Done>
+LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
+  if (total <= WARPS)
+    sum_together<WARPS, 1, STRIDE>(from, splits, total, done);
+  else if (total <= 2 * WARPS)
+    sum_together<WARPS, 2, STRIDE>(from, splits, total, done);
+  else
+    sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
 }
 
 // Counts this block in; the number of those before it, so count - 1 for the last.  By one thread, after a
