@@ -13,6 +13,7 @@ from torch.autograd import Variable, forward_ad
 
 # ---- what is going on around a call ----------------------------------------------------------------------------------
 
+any_autocast = torch._C._is_any_autocast_enabled  # on any device: torch.is_autocast_enabled raises for some, meta among them
 dispatch_modes = torch._C._len_torch_dispatch_stack  # how many: selective checkpointing, counters of operators
 functorch_active = torch._C._are_functorch_transforms_active  # vmap, grad, jvp of torch.func
 jit_tracing = torch._C._get_tracing_state  # None outside of torch.jit.trace and the older ONNX export

@@ -17,6 +17,8 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
+from lotr_ext.ops import planner
+
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 _DEVICE, _IS_CUDA, _IS_META = (getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_meta"))
 
@@ -52,7 +54,9 @@ def as_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[torch.device]:
     }
     _forget()
     try:
-        with mock.patch.multiple(torch.cuda, **answers), torch.autograd.set_multithreading_enabled(False):
+        too_old = None if capability >= (8, 0) else "expected compute capability 8.0 or later, got {}.{}".format(*capability)
+        able = mock.patch.object(planner, "cuda_obstacle", lambda index: too_old)  # whatever driver is here
+        with able, mock.patch.multiple(torch.cuda, **answers), torch.autograd.set_multithreading_enabled(False):
             with _AsCuda():
                 yield META
     finally:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
-from . import tables
+from . import host_table, tables
 from .summary import Summary, summary
 
 
@@ -35,8 +35,9 @@ class Page(NamedTuple):
         return self.path.relative_to(ROOT).as_posix()
 
 
+TABLES = tables.TABLES | {"host": host_table.host_table}
 README = Page(ROOT / "README.md", ("summary",), "")
-BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *tables.TABLES, "traffic", "static"), "../")
+BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "traffic", "static"), "../")
 PAGES = (README, BENCHMARKS)
 PROGRAMS = {"demo": "make demo", "summary": "make bench"}  # whose results a section shows, where it is not bench.<section>
 
@@ -136,7 +137,7 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
     found: dict[str, list[str]] = {name: [] for page in PAGES for name in page.sections}
     for folder in _machines(results):
         found["demo"] += [demo_table(demo) for demo in _demos(folder)]
-        for name, table in tables.TABLES.items():
+        for name, table in TABLES.items():
             cells = _read(folder / f"{name}.jsonl")
             if cells:
                 found[name].append(table(cells, _pictures(folder, up)))
@@ -173,6 +174,7 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_more.draw_model(model, folder)
         written += plots_more.draw_shared(_read(folder / "shared.jsonl"), folder)
         written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
+        written += host_table.draw_host(_read(folder / "host.jsonl"), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     times = tables.layer_projections(tables.PROJECTED_SHAPE, rows, estimates)

@@ -47,6 +47,13 @@ inline const char* dtype_name(ScalarType t) {
   }
 }
 
+inline const char* device_name(int32_t type) {
+  return type == aoti_torch_device_type_cpu()    ? "cpu"
+         : type == aoti_torch_device_type_cuda() ? "cuda"
+         : type == aoti_torch_device_type_meta() ? "meta"
+                                                 : "another device";
+}
+
 inline bool is_half(ScalarType t) {
   return t == ScalarType::BFloat16 || t == ScalarType::Half;
 }
@@ -121,8 +128,8 @@ struct Check {
   }
   void device(const Arg& a, const Arg& like) const {
     if (a.device_type != like.device_type || a.device_index != like.device_index) {
-      fail(op, ": ", a.name, ": expected the device of ", like.name, " (type ", like.device_type, ", index ",
-           like.device_index, "), got type ", a.device_type, ", index ", a.device_index);
+      fail(op, ": ", a.name, ": expected the device of ", like.name, " (", device_name(like.device_type),
+           ", index ", like.device_index, "), got ", device_name(a.device_type), ", index ", a.device_index);
     }
     memory(a);
   }

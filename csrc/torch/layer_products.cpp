@@ -100,7 +100,6 @@ void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(addmm(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
-
 struct Named {
   const char* name;
   const Tensor* tensor;
@@ -118,8 +117,8 @@ void check_devices(const char* op, std::initializer_list<Named> all) {
     if (!n.tensor) continue;
     const Arg a(n.name, *n.tensor);
     if (a.device_type != first.device_type || a.device_index != first.device_index)
-      fail(op, ": ", a.name, ": expected the device of ", first.name, " (type ", first.device_type,
-           ", index ", first.device_index, "), got type ", a.device_type, ", index ", a.device_index);
+      fail(op, ": ", a.name, ": expected the device of ", first.name, " (", device_name(first.device_type),
+           ", index ", first.device_index, "), got ", device_name(a.device_type), ", index ", a.device_index);
   }
 }
 

@@ -14,14 +14,14 @@ from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from .. import ops
-from ..compat import forward_mode, functorch_active, jit_tracing
+from ..compat import any_autocast, forward_mode, functorch_active, jit_tracing, saved_tensor_hook
 from ..ops import composite, planner
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.planner import Plan
 from .bank import current_bank
 from .functions import LoTRExpand, LoTRFunction, LoTRShrink, add_expand
 from .record import Call
-from .shared_input import SharedInput
+from .shared_input import SharedInput, keeps_all_by_itself
 
 _PLAIN = (Tensor, nn.Parameter)
 _WEIGHTS = (nn.Parameter, Tensor, type(None))
@@ -31,6 +31,8 @@ _NOT_CAST = frozenset((torch.float64, *_INTEGERS_AND_COMPLEX))  # by autocast
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
     """autocast's dtype for x, None where it does not apply."""
+    if not any_autocast():
+        return None
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype not in _NOT_CAST else None
 
@@ -100,7 +102,7 @@ def _plan(
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, call: Call) -> Tensor:
     """y = x W^T + bias + s ((drop(x) A) G) B^T. A base that is trained is one of any kind: autograd differentiates it."""
     if call.dtype is None:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype not in _NOT_CAST:
+        if any_autocast() and compute_dtype(x) is not None:
             return _explicitly_cast(call_linear, x, weight, bias, A, B, call)
         call.compute = x.dtype
         if x.dtype != weight.dtype and type(weight) in _PLAIN:
@@ -178,7 +180,9 @@ def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor
 
 def _shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
     """u and route for a call: a sibling's where one has been here with this very x, else new."""
-    call.bank, group, graph = current_bank(call, A, B), call.group, is_grad_enabled()
+    # what hooks pack, autograd does not watch: then dB and dG are made of what each node has saved
+    call.bank = current_bank(call, A, B) if saved_tensor_hook(False) is None or keeps_all_by_itself() else None
+    group, graph = call.group, is_grad_enabled()
     settings = (call.compute, call.dtype, call.p)
     found = SharedInput(x, A, None, None) if group is None else group.find(x, A, call.owner, settings)
     if found.u is not None:

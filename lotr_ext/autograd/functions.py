@@ -23,7 +23,7 @@ from ..compat import OLD_VMAP, dispatch_key_included, functorch_active, private_
 from ..ops import composite
 from ..ops.composite import here, rows, to
 from .record import Call
-from .shared_input import SharedInput
+from .shared_input import SharedInput, keeps_all_by_itself
 
 
 def recorded() -> bool:
@@ -32,18 +32,10 @@ def recorded() -> bool:
     return is_grad_enabled() or is_compiling() or dispatch_key_included(OLD_VMAP) or functorch_active()
 
 
-def version_under_hooks(core: Tensor) -> int | None:
-    """core's version where hooks pack what is saved, and autograd no longer sees a change in place."""
-    return core._version if saved_tensor_hook(False) is not None and not core.is_inference() else None
-
-
-def check_unchanged(core: Tensor, given: Tensor, version: int) -> None:
-    """That a core which hooks have given back is what it was: dB needs it, where the unfolded formula needs u G alone."""
-    if core.data_ptr() == given.data_ptr() and given._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"core {tuple(given.shape)} is at version {given._version}; expected version {version}"
-        )
+def kept_core(core: Tensor) -> Tensor:
+    """core as it is saved: a copy where hooks pack what is saved, for autograd then does not notice that core was changed in
+    place, and dB needs it, where the unfolded formula needs u G alone."""
+    return core if keeps_all_by_itself() else core.detach().clone()
 
 
 class LoTRFunction(Function):
@@ -63,20 +55,21 @@ class LoTRFunction(Function):
         values = (A, B, core) if A.device == x.device == core.device else here(x.device, A, B, core)
         plan = call.plan
         y, u, F = ops.layer_forward(*operands, *values, call.scaling, plan.strategy == "beta", plan.unfolded)
+        plainly = saved_tensor_hook(False) is None
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: double backward, which layers avoid where A is frozen
             weight if need_x or need_weight else None,
             bias if need_bias else None,
             A if need_x or need_A else None,
             B if need_x or need_A or need_core else None,
-            core if need_x or need_A or need_B else None,
+            (core if plainly else kept_core(core)) if need_x or need_A or need_B else None,
             u if need_B or need_core else None,
             F if need_x or need_A else None,
         )
         ctx.call = call
         # the values of what is not saved, whose change nobody minds; and A and B as the next layers of a checkpoint's forward,
         # which saves no tensor, must find them
-        ctx.factors, ctx.version = (A, B, core), version_under_hooks(core)
+        ctx.factors = A, B, core
         return y
 
     @staticmethod
@@ -91,11 +84,10 @@ class LoTRFunction(Function):
             need_x, need_A = need_x and wants(ctx, 0), need_A and wants(ctx, 3)
             x, weight, bias, A, B, core, u, F = saved_but(ctx, [0] * (not need_A) + [3] * (not need_x))
         given = ctx.factors
-        A, B, core = given[0] if A is None else A, given[1] if B is None else B, given[2] if core is None else core
-        if ctx.version is not None and need_B:
-            check_unchanged(core, given[2], ctx.version)
+        A, B = given[0] if A is None else A, given[1] if B is None else B
         if recorded():
-            return *LoTRFunction._recorded(ctx, g, x, weight, bias, A, B, core, u), None
+            return *LoTRFunction._recorded(ctx, g, x, weight, bias, A, B, given[2], u), None
+        core = given[2] if core is None else core
         if not (A.device == g.device == core.device):
             A, B, core = here(g.device, A, B, core)
         sum_A = call.group.A.accumulator(A) if need_A and call.shares else None
@@ -226,10 +218,9 @@ class LoTRExpand(Function):
             F_l if need_u else None,
             u if need_B or need_core else None,
             B if need_u or need_core else None,
-            core if need_u or need_B else None,
+            (core if saved_tensor_hook(False) is None else kept_core(core)) if need_u or need_B else None,
         )
         ctx.call, ctx.input, ctx.F, ctx.factors = call, shared_input, F, (B, core)
-        ctx.version = version_under_hooks(core)
         ctx.device = u.device
         ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; else k goes back the way that u came
         ctx.own = weakref.ref(ctx)
@@ -245,14 +236,12 @@ class LoTRExpand(Function):
         weight, F_l, u, B, core = ctx.saved_tensors
         B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
-        if ctx.version is not None and (need_B or need_F):
-            check_unchanged(core, ctx.factors[1], ctx.version)
         if ctx.F is not None:  # which has them behind it
             need_B = need_core = False
         dy = g if need_y else None
         g = g if g.dtype == call.compute else g.to(call.compute)
         if recorded():
-            return *LoTRExpand._recorded(ctx, g, weight, u, B, core), dy, *nothing
+            return *LoTRExpand._recorded(ctx, g, weight, u, B, ctx.factors[1]), dy, *nothing
         values = (B, core) if B.device == g.device == core.device else here(g.device, B, core)
         need_x = need_x and weight is not None
         k, dx = total.value if ctx.summed and total.value is not None else (None, None)

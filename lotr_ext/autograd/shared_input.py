@@ -30,6 +30,12 @@ from .shared_gradient import SharedGradient, TaskSum, TaskSums
 _gradients = TaskSums()  # (k, dx) of each SharedInput in a running backward
 
 
+def keeps_all_by_itself() -> bool:
+    """Whether autograd itself keeps what is saved, or a checkpoint makes it anew: no hook of another kind packs it."""
+    hooks = saved_tensor_hook(False)
+    return hooks is None or getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
 class SharedInput:
     """One x of a group, and its u, for the siblings that will be called on it.
 

@@ -61,9 +61,11 @@ class SavePretrained:
                 "push_to_hub: expected False for a model with a LoTR adapter, which would not go along, got True; call "
                 "model.push_to_hub(...), which takes it"
             )
+        state = settings.get("state_dict")
+        state = None if state is None else dict(state)  # transformers takes out what it leaves out
         original(model, *args, **kwargs)
         if settings.get("is_main_process", True):
-            _save_beside(model, Path(settings["save_directory"]), settings.get("state_dict"))
+            _save_beside(model, Path(settings["save_directory"]), state)
 
 
 def _save_beside(model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:

@@ -98,7 +98,8 @@ def mixed(b: Builder) -> None:
 
 def checkpointed(b: Builder) -> None:
     b.recomputes = True
-    if b.net is not None and b.chance(0.5):
+    # a forward that replaces its parameters is another one when it is run again, which no checkpoint bears
+    if b.net is not None and not b.net_replaces and b.chance(0.5):
         policy = f', policy="{b.one_of(*POLICIES)}"' if b.chance(0.5) else ""
         return forward_net(b, f"w.checkpoint(net, {{0}}, w{policy})")
     layer = b.one_of(*b.layers)

@@ -327,7 +327,7 @@ def test_the_site_shows_the_code_itself(site):
     nodes = [name for name in dir(lotr_ext) if isinstance(getattr(lotr_ext, name), type(torch.autograd.Function))]
     shown = [name for name in nodes if re.search(rf'id="lotr_ext\.([a-z_]+\.)*{name}"', reference)]
     assert shown == ["LoTRFunction"] and set(shown) < set(nodes)
-    kernels = Fetched(site / "kernels.html").text
+    kernels = Fetched(site / "kernels.html").text + Fetched(site / "hopper.html").text
     for source in sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cuh")):
         opening = source.read_text(encoding="utf-8").splitlines()[0].removeprefix("// ")
         if "__global__" in source.read_text(encoding="utf-8"):
