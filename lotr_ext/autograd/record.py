@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..ops.planner import Plan
-    from .bank import Bank
     from .shared_input import Group
 
 
@@ -42,7 +41,7 @@ class Call:
         self.core, self.scaling, self.p, self.group, self.owner, self.strategy = core, scaling, p, group, owner, strategy
         self.shares = group is not None and group.layers != 1
         self.dtype: torch.dtype | None = None
-        self.bank: Bank | None = None
+        self.bank: Any = None  # a Bank, whose module knows this one
         self.l: int | None = None
         self.compute: torch.dtype
         self.plan: Plan

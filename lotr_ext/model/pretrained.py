@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..layers.merging import write_
+from ..layers.sharded import in_parts
 from . import adapter_files as files
-from .checkpoint import load_adapter
+from . import adapters, save_hook
+from .checkpoint import contents, load_adapter, save_adapter
 
 __all__ = ["from_pretrained"]
 
@@ -52,3 +55,27 @@ def from_pretrained(model_class: type, directory: str | PathLike[str], *args: An
     for name, weight in kept.items():  # which had lost the start when it was saved, and need not lose it again
         write_(model.get_submodule(name).weight, weight)
     return model
+
+
+def save_beside(model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
+    """Writes an adapted model's adapter beside the weights that transformers has saved. state: the whole tensors."""
+    manifest, tensors = contents(model)
+    parts = [name for name, tensor in tensors.items() if in_parts(tensor)]
+    if parts and state is None:
+        save_adapter(model, directory)  # every process is here
+    elif missing := [name for name in parts if name not in state]:
+        raise RuntimeError(
+            f"save_pretrained: expected {missing[0]} whole in state_dict, got a model held in parts and a state_dict without; "
+            "call save_adapter in every process"
+        )
+    else:
+        files.write(directory, manifest, tensors | {name: state[name] for name in parts})
+    if hasattr(model, "lotr_parked") and len(names := adapters.adapter_names(model)) > 1:
+        warnings.warn(
+            f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, and not {', '.join(names[1:])}: "
+            "save_adapter(model, directory, name=...) writes each",
+            stacklevel=4,
+        )
+
+
+save_hook.write_beside[:] = [save_beside]

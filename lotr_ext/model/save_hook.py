@@ -7,19 +7,19 @@ takes the base model's from it and leaves the adapter's out.
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..layers.layer import LoTRLayer
-from ..layers.sharded import in_parts
 
 __all__ = ["hook_saving", "unhook_saving"]
 
 _NAME = "save_pretrained"
+write_beside: list[Callable[[nn.Module, Path, dict[str, Any] | None], None]] = []  # that of pretrained.py, above apply.py
 
 
 class SavePretrained:
@@ -65,30 +65,7 @@ class SavePretrained:
         state = None if state is None else dict(state)  # transformers takes out what it leaves out
         original(model, *args, **kwargs)
         if settings.get("is_main_process", True):
-            _save_beside(model, Path(settings["save_directory"]), state)
-
-
-def _save_beside(model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
-    from . import adapter_files, adapters  # which import apply, and that imports this module
-    from .checkpoint import contents, save_adapter
-
-    manifest, tensors = contents(model)
-    parts = [name for name, tensor in tensors.items() if in_parts(tensor)]
-    if parts and state is None:
-        save_adapter(model, directory)  # every process is here
-    elif missing := [name for name in parts if name not in state]:
-        raise RuntimeError(
-            f"save_pretrained: expected {missing[0]} whole in state_dict, got a model held in parts and a state_dict without; "
-            "call save_adapter in every process"
-        )
-    else:
-        adapter_files.write(directory, manifest, tensors | {name: state[name] for name in parts})
-    if hasattr(model, "lotr_parked") and len(names := adapters.adapter_names(model)) > 1:
-        warnings.warn(
-            f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, and not {', '.join(names[1:])}: "
-            "save_adapter(model, directory, name=...) writes each",
-            stacklevel=4,
-        )
+            write_beside[0](model, Path(settings["save_directory"]), state)
 
 
 def hook_saving(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 transformers.logging.set_verbosity_error()
 
 from lotr_ext import LoTRConfig, add_adapter, apply_lotr, from_pretrained, load_adapter, merge, set_adapter, unload  # noqa: E402
-from lotr_ext.model import save_hook  # noqa: E402
+from lotr_ext.model import pretrained  # noqa: E402
 from lotr_ext.model.apply import adapted_layers  # noqa: E402
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -132,7 +132,7 @@ def test_a_model_held_in_parts_is_saved_from_the_whole_tensors_that_are_given(tm
     """As Trainer does it under FSDP2: process 0 alone saves, with the gathered state."""
     model = trained("BERT")
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(save_hook, "in_parts", lambda tensor: tensor.shape[-1] == 4)
+    monkeypatch.setattr(pretrained, "in_parts", lambda tensor: tensor.shape[-1] == 4)
     with torch.no_grad():
         for layer in adapted_layers(model).values():
             layer.core.zero_()  # a part is not what is to be saved
