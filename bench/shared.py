@@ -26,9 +26,8 @@ from .measure.session import ROUNDS, Session, add_options, bytes_text, check_opt
 from .measure.shapes import DTYPES
 from .measure.store import newest
 from .measure.timing import Timed, against, interleave
+from .rivals.shared import FLOOR, LABELS
 
-FLOOR = "autograd"
-LABELS = {FLOOR: "autograd's own sums", "lotr_ext": "lotr_ext, layers by hand", "lotr_ext-scope": "lotr_ext, in a model"}
 LAYERS = (4, 16, 64)
 SHAPES = {"cpu": "256x768x16", "cuda": "4096x4096x16"}  # M x K x R
 # Of dA against float64, through up to 128 layers at ranks up to K: five times and more what correct ways of summing have.

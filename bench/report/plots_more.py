@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ..measure.shapes import Shape
-from ..shared import LABELS
+from ..rivals.shared import LABELS
 from ..traffic.counts import Key, Row
 from ..traffic.layer import LEAST
 from ..traffic.projection import FLOPS_REACHED, GPUS, LABEL, Times, excess
