@@ -1,6 +1,6 @@
-"""Every private name of torch that the package uses, under a name that says what for.
+"""The private names of torch that a layer's call uses, under names that say what for.
 
-`python_tests/ops/test_compat.py` has a test for each, which shows what breaks without it: a torch that moves or drops one fails
+`python_tests/ops/test_compat.py` tests each of them for what it is used for: a torch that moves or drops one fails
 there first, by name.
 """
 

@@ -1,0 +1,95 @@
+"""Each private name of torch in `lotr_ext.compat` does what it is used for: what fails here says what breaks without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import Function, forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from lotr_ext import compat
+
+
+class Probe(Function):
+    """Calls look(ctx) in its backward."""
+
+    @staticmethod
+    def forward(ctx, x, a, look):
+        ctx.save_for_backward(x, a)
+        ctx.look = look
+        return x * a
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.look(ctx)
+        return g, g, None
+
+
+def backward(look, **settings) -> None:
+    x, a = (torch.ones(2, requires_grad=True) * 1 for _ in range(2))
+    Probe.apply(x, a, look).sum().backward(**settings)
+
+
+def test_what_is_going_on_around_a_call():
+    assert not compat.dispatch_modes() and not compat.functorch_active() and compat.jit_tracing() is None
+    assert not compat.any_autocast() and not compat.forward_mode() and compat.saved_tensor_hook(False) is None
+    with FlopCounterMode(display=False):
+        assert compat.dispatch_modes() == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compat.any_autocast()
+    with forward_ad.dual_level():
+        assert compat.forward_mode()
+    seen = []
+    torch.vmap(lambda t: seen.append(compat.functorch_active()) or t)(torch.ones(2))
+    torch.jit.trace(lambda t: seen.append(compat.jit_tracing() is not None) or t + 1, torch.ones(2), check_trace=False)
+    assert seen == [True, True]
+    pack = lambda t: t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        assert compat.saved_tensor_hook(False)[0] is pack
+
+
+def test_batched_gradients_are_told():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = Probe.apply(x * 1, x * 1, lambda ctx: seen.append(compat.dispatch_key_included(compat.OLD_VMAP)))
+    torch.autograd.grad(y, x, torch.ones(3, 2), is_grads_batched=True)
+    assert seen == [True] and not compat.dispatch_key_included(compat.OLD_VMAP)
+
+
+def test_the_running_backward():
+    seen, ended = [], []
+    assert compat.graph_task() < 0
+
+    def look(ctx) -> None:
+        seen.append((compat.graph_task() >= 0, compat.keeps_graph()))
+        compat.at_end_of_backward(lambda: ended.append(len(seen)))
+
+    backward(look)
+    backward(look, retain_graph=True)
+    assert seen == [(True, False), (True, True)] and ended == [1, 2]
+
+
+def test_a_saved_tensor_that_is_not_looked_at_may_have_changed():
+    x, a = torch.ones(2, requires_grad=True) * 1, torch.ones(2, requires_grad=True) * 1
+    found = []
+
+    def look(ctx) -> None:
+        with pytest.raises(RuntimeError, match="inplace"):
+            ctx.saved_tensors  # noqa: B018
+        found.extend(compat.saved_but(ctx, [0]))
+        found.append((compat.wants(ctx, 0), compat.wants(ctx, 1)))
+
+    y = Probe.apply(x, a, look)
+    with torch.no_grad():
+        x.mul_(2)
+    torch.autograd.grad(y.sum(), a)
+    assert found[0] is None and torch.equal(found[1], a) and found[2] == (False, True)
+
+
+def test_private_writes_move_no_version_and_storages_are_told_apart():
+    t = torch.ones(2)
+    with compat.private_write():
+        t.add_(1)
+    assert t._version == 0 and torch.equal(t, torch.full((2,), 2.0))
+    storage, other = t.untyped_storage(), torch.ones(2).untyped_storage()
+    assert compat.same_storage(storage, t[1:].untyped_storage()) and not compat.same_storage(storage, other)
