@@ -32,8 +32,8 @@ from .measure.shapes import DTYPES, Case
 from .measure.store import newest
 from .measure.timing import Timed, against, interleave, quartiles
 from .rivals import host as rh
+from .rivals.host import LAYERS, RANK, TOKENS, WIDTH
 
-TOKENS, LAYERS, WIDTH, RANK = (1, 16, 160), 24, 32, 8
 # Of y and dx against float64 through all layers, and of A's gradient.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.2, "fp16": 5e-2}
 

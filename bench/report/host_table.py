@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from .. import host
 from ..measure.host_calls import count_text
 from ..measure.session import ROUNDS, time_text
 from ..rivals import host as rh
@@ -73,9 +72,9 @@ def count_rows(cells: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 def host_table(cells: list[dict], pictures: dict[str, str]) -> str:
     """Both tables in Markdown; pictures: name -> link."""
-    case, usual = cells[-1]["case"], {"layers": host.LAYERS, "width": host.WIDTH, "rank": host.RANK, "rounds": ROUNDS["host"]}
+    case, usual = cells[-1]["case"], {"layers": rh.LAYERS, "width": rh.WIDTH, "rank": rh.RANK, "rounds": ROUNDS["host"]}
     tokens = ",".join(dict.fromkeys(str(c["case"]["m"]) for c in cells))
-    usual |= {"tokens": ",".join(map(str, host.TOKENS)), "clock": cells[-1]["clock"]}  # which is usual depends on the machine
+    usual |= {"tokens": ",".join(map(str, rh.TOKENS)), "clock": cells[-1]["clock"]}  # which is usual depends on the machine
     options = {"tokens": tokens, "layers": case["layers"], "width": case["k"], "rank": case["r"]}
     again = tables.command("host", cells, options | {"rounds": max(c["rounds"] for c in cells)}, usual)
     what = "a layer, forward + backward; in brackets over LoTR in three lines of torch on as many factors"

@@ -14,6 +14,8 @@ from ..measure.shapes import DTYPES, Case
 from . import registry
 from .base import SCALING, Rival, Tensors, Written, frozen_linear, parameter
 
+TOKENS, LAYERS, WIDTH, RANK = (1, 16, 160), 24, 32, 8
+
 FLOOR, LORA, LOTR, LOTR_OWN = "frozen", "lora-eager", "lotr-eager", "lotr-eager-own"
 ALONE, SHARED, IN_MODEL = "lotr_ext-own", "lotr_ext", "lotr_ext-scope"
 FORMS = ("chained", "siblings")
