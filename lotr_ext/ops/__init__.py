@@ -15,6 +15,7 @@ from .operators import (
     small_backward_,
     small_forward_,
 )
+from .row_core import row_core
 
 __all__ = [
     "accumulate_dtype",
@@ -26,6 +27,7 @@ __all__ = [
     "fold_grad",
     "layer_backward",
     "layer_forward",
+    "row_core",
     "shrink",
     "shrink_backward",
     "shrink_grad",

@@ -58,3 +58,25 @@ def adapter(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype
     else:
         delta = u @ fold(B, core, scaling, dtype).t()
     return delta.reshape(*x.shape[:-1], B.shape[0])
+
+
+ROW_CORE_ELEMENTS = 2**20  # of the cores that are gathered at a time
+
+
+def row_core(u: Tensor, cores: Tensor, index: Tensor, tokens: Tensor | None, scaling: float) -> Tensor:
+    """h_i = s u_t(i) G_c(i) [rows, r_out] in u's dtype, summed wide; rows whose index is -1 are zero.
+
+    Cores are gathered for some rows at a time, never for all of them.
+    """
+    wide, (_, r_in, r_out) = accumulate_dtype(u.dtype), cores.shape
+    if cores.dtype == wide:  # rounded to u's dtype, its gradient not: exact, for the two are close
+        cores = cores + (to(to(cores.detach(), u.dtype), wide) - cores.detach())
+    cores = to(cores, wide)
+    parts = []
+    step = max(1, ROW_CORE_ELEMENTS // (r_in * r_out))
+    for first in range(0, index.shape[0], step):
+        core = index[first : first + step]
+        rows_of_u = u[first : first + step] if tokens is None else u[tokens[first : first + step]]
+        h = (to(rows_of_u, wide).unsqueeze(1) @ cores[core.clamp(min=0)]).squeeze(1) * scaling
+        parts.append(to(h.masked_fill((core < 0).unsqueeze(1), 0), u.dtype))
+    return torch.cat(parts) if parts else to(u[:0] @ cores[0].to(u.dtype), u.dtype)

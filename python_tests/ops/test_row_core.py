@@ -1,0 +1,128 @@
+"""row_core, h_i = s u_t(i) G_c(i), and its gradients against a loop over the rows in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lotr_ext import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCALING = 0.7
+
+
+def case(rows: int, m: int, c: int, r_in: int, r_out: int, dtype: torch.dtype, cores_dtype: torch.dtype | None = None) -> dict:
+    """Rows in any order, some without a core, some cores and tokens without a row."""
+    gen = torch.Generator().manual_seed(rows + c)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=gen)  # noqa: E731
+    index = torch.randint(-1, c, (rows,), generator=gen)
+    return {
+        "u": draw(m, r_in).to(dtype).requires_grad_(),
+        "cores": draw(c, r_in, r_out).to(cores_dtype or dtype).requires_grad_(),
+        "index": torch.where(index == c // 2, -1, index),
+        "tokens": torch.randint(0, max(m, 1), (rows,), generator=gen),
+        "g": draw(rows, r_out).to(dtype),
+    }
+
+
+def truth(u: Tensor, cores: Tensor, index: Tensor, tokens: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, du, dG) in float64, row by row; cores rounded to u's dtype."""
+    cores64, u64, g64 = cores.detach().to(u.dtype).double(), u.detach().double(), g.double()
+    h, du, dG = torch.zeros(g.shape, dtype=torch.float64), torch.zeros_like(u64), torch.zeros_like(cores64)
+    for i, c in enumerate(index.tolist()):
+        t = i if tokens is None else int(tokens[i])
+        if c >= 0:
+            h[i] = SCALING * u64[t] @ cores64[c]
+            du[t] += SCALING * cores64[c] @ g64[i]
+            dG[c] += SCALING * torch.outer(u64[t], g64[i])
+    return h, du, dG
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 4 * torch.finfo(dtype).eps)
+    assert got.dtype == dtype
+    assert (got.double() - want).abs().max() <= tolerance * (1 + want.abs().max()) if want.numel() else got.shape == want.shape
+
+
+SHAPES = [(37, 11, 7, 5, 3), (64, 64, 64, 16, 16), (1, 1, 1, 1, 1), (40, 13, 3, 8, 33), (0, 4, 2, 4, 3), (5, 3, 100, 4, 4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_tokens", [True, False])
+def test_by_index(dtype: torch.dtype, shape: tuple[int, ...], with_tokens: bool) -> None:
+    rows, m, c, r_in, r_out = shape
+    given = case(rows, m if with_tokens else rows, c, r_in, r_out, dtype)
+    tokens = given["tokens"] if with_tokens else None
+    h = ops.row_core(given["u"], given["cores"], index=given["index"], tokens=tokens, scaling=SCALING)
+    du, dG = torch.autograd.grad(h, (given["u"], given["cores"]), given["g"])
+    for got, want in zip((h, du, dG), truth(given["u"], given["cores"], given["index"], tokens, given["g"]), strict=True):
+        close(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_offsets(dtype: torch.dtype) -> None:
+    given = case(20, 6, 5, 4, 3, dtype)
+    offs = torch.tensor([3, 3, 9, 17, 17], dtype=torch.int32)  # cores 1 and 4 have no rows, the last 3 rows no core
+    index = torch.tensor([0] * 3 + [2] * 6 + [3] * 8 + [-1] * 3)
+    for tokens in (given["tokens"], None):
+        u = given["u"] if tokens is not None else given["u"].detach().repeat(4, 1)[:20].requires_grad_()
+        h = ops.row_core(u, given["cores"], offs=offs, tokens=tokens, scaling=SCALING)
+        du, dG = torch.autograd.grad(h, (u, given["cores"]), given["g"])
+        for got, want in zip((h, du, dG), truth(u, given["cores"], index, tokens, given["g"]), strict=True):
+            close(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_cores_beside_half(dtype: torch.dtype) -> None:
+    given = case(37, 11, 7, 5, 3, dtype, torch.float32)
+    h = ops.row_core(given["u"], given["cores"], index=given["index"], tokens=given["tokens"], scaling=SCALING)
+    du, dG = torch.autograd.grad(h, (given["u"], given["cores"]), given["g"])
+    want_h, want_du, want_dG = truth(given["u"], given["cores"], given["index"], given["tokens"], given["g"])
+    close(h, want_h, dtype), close(du, want_du, dtype), close(dG, want_dG, torch.float32)
+
+
+def test_double_backward_and_functorch() -> None:
+    given = case(9, 5, 4, 3, 2, torch.float64)
+    u, cores, index, tokens = (given[name] for name in ("u", "cores", "index", "tokens"))
+
+    def f(u: Tensor, cores: Tensor) -> Tensor:
+        return ops.row_core(u, cores, index=index, tokens=tokens, scaling=SCALING)
+
+    assert torch.autograd.gradgradcheck(f, (u, cores))
+    assert torch.autograd.gradcheck(f, (u, cores), check_forward_ad=True)
+    many = torch.stack([u.detach(), 2 * u.detach()])
+    assert torch.allclose(torch.vmap(f, (0, None))(many, cores.detach()), torch.stack([f(one, cores) for one in many]))
+
+
+ERRORS = [
+    (TypeError, "index, offs: expected exactly one of them, got none", {}),
+    (TypeError, "index, offs: expected exactly one of them, got both", {"index": [0] * 4, "offs": [1, 4]}),
+    (ValueError, r"index: expected cores in \[-1, 2\), got 0 to 2", {"index": [0, 1, 2, 0]}),
+    (ValueError, r"index: expected cores in \[-1, 2\), got -2 to 1", {"index": [0, 1, -2, 0]}),
+    (ValueError, "index: expected 4 rows, as u has, got 3", {"index": [0, 1, 0]}),
+    (ValueError, "index: expected 3 rows, as tokens has, got 4", {"index": [0, 1, 0, 0], "tokens": [0, 0, 0]}),
+    (ValueError, r"tokens: expected rows of u in \[0, 4\), got 0 to 4", {"index": [0, 1], "tokens": [0, 4]}),
+    (ValueError, r"offs: expected ascending ends in \[0, 4\], got \[3, 2\]", {"offs": [3, 2]}),
+    (ValueError, r"offs: expected ascending ends in \[0, 4\], got \[3, 5\]", {"offs": [3, 5]}),
+    (ValueError, "offs: expected one end a core, 2, got 3", {"offs": [1, 2, 4]}),
+]
+
+
+@pytest.mark.parametrize("error, message, given", ERRORS)
+def test_bad_input(error: type[Exception], message: str, given: dict) -> None:
+    dtypes = {"offs": torch.int32}
+    tensors = {name: torch.tensor(v, dtype=dtypes.get(name, torch.int64)) for name, v in given.items()}
+    with pytest.raises(error, match=message):
+        ops.row_core(torch.ones(4, 3), torch.ones(2, 3, 5), **tensors)
+
+
+def test_bad_dtypes_and_shapes() -> None:
+    u, cores, index = torch.ones(4, 3), torch.ones(2, 3, 5), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(TypeError, match="index: expected torch.int64, got torch.int32"):
+        ops.row_core(u, cores, index=index.int())
+    with pytest.raises(ValueError, match=r"cores: expected shape \(c, 3, r_out\)"):
+        ops.row_core(u, torch.ones(2, 4, 5), index=index)
+    with pytest.raises(ValueError, match=r"u: expected shape \[m, r_in\]"):
+        ops.row_core(torch.ones(4, 3, 1), cores, index=index)
