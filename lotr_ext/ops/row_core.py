@@ -6,6 +6,8 @@ products for all of them; only this one picks a core by row.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -26,8 +28,8 @@ def row_core(
     """h_i = scaling u_t(i) G_c(i): u [m, r_in] and cores [c, r_in, r_out] -> h [rows, r_out] in u's dtype.
 
     Exactly one of index and offs says which core a row takes. index [rows] (int64): its core, or -1 for none: then h is zero.
-    offs [c] (int32): where the rows of each core end, as torch's grouped_mm takes them: core j has the rows from offs[j - 1] (0)
-    to offs[j]; rows from offs[-1] on have none, and h is zero. tokens [rows] (int64): row i reads u[tokens[i]]; None: u[i].
+    offs [c] (int32): where the rows of each core end, as torch's grouped_mm takes them: core j has the rows from offs[j - 1]
+    (0) to offs[j]; rows from offs[-1] on have none, and h is zero. tokens [rows] (int64): row i reads u[tokens[i]]; None: u[i].
     cores are of u's dtype, or float32 beside a half-precision u (rounded to it).
 
     Differentiable in u and cores: du_t = s sum over a token's rows of dh_i G_c(i)^T and dG_c = s sum over the rows of c of
@@ -68,5 +70,5 @@ def _check(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, 
         raise ValueError(f"tokens: expected rows of u in [0, {u.shape[0]}), got {int(tokens.min())} to {int(tokens.max())}")
     if offs is not None:
         ends = offs.tolist()
-        if ends[0] < 0 or any(a > b for a, b in zip(ends, ends[1:], strict=False)) or ends[-1] > rows:
+        if ends[0] < 0 or any(a > b for a, b in pairwise(ends)) or ends[-1] > rows:
             raise ValueError(f"offs: expected ascending ends in [0, {rows}], got {ends}")

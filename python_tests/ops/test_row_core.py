@@ -120,7 +120,7 @@ def test_bad_input(error: type[Exception], message: str, given: dict) -> None:
 
 def test_bad_dtypes_and_shapes() -> None:
     u, cores, index = torch.ones(4, 3), torch.ones(2, 3, 5), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(TypeError, match="index: expected torch.int64, got torch.int32"):
+    with pytest.raises(TypeError, match=r"index: expected torch\.int64, got torch\.int32"):
         ops.row_core(u, cores, index=index.int())
     with pytest.raises(ValueError, match=r"cores: expected shape \(c, 3, r_out\)"):
         ops.row_core(u, torch.ones(2, 4, 5), index=index)
