@@ -12,6 +12,7 @@ from .autograd.functions import LoTRShrink as LoTRShrink
 from .layers.factors import LoTRFactors
 from .layers.functional import explain, lotr_linear
 from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
+from .layers.tuning import tune
 from .model.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
 from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from .model.checkpoint import load_adapter, save_adapter
@@ -43,6 +44,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "trainable_summary",
+    "tune",
     "unload",
     "unmerge",
 ]

@@ -3,6 +3,7 @@ asked for, the other files need not find their packages."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "lotr_ext" / "_C.abi3.so").is_file():  # not built here: the tests are of the package that is installed
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT] + [str(ROOT)]
+
+os.environ["LOTR_TUNE"] = "0"  # whatever was found on this machine by `tune`; child processes too
 
 import lotr_ext  # noqa: E402
 from lotr_ext.ops import planner  # noqa: E402

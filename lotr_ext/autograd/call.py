@@ -15,7 +15,7 @@ from torch.nn import functional as nnf
 
 from .. import ops
 from ..compat import any_autocast, forward_mode, functorch_active, jit_tracing, saved_tensor_hook
-from ..ops import composite, planner
+from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.planner import Plan
 from .bank import current_bank
@@ -40,9 +40,11 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
 # ---- what runs -------------------------------------------------------------------------------------------------------
 
 
-def plan_call(x: Tensor, A: Tensor, call: Call, weight: Tensor | None, device: torch.device | None = None) -> Plan:
+def plan_call(
+    x: Tensor, A: Tensor, call: Call, weight: Tensor | None, device: torch.device | None = None, purpose: str = "run"
+) -> Plan:
     """What a call runs; weight: of a base product of ours, None over another base. `explain` prints it, so it cannot say
-    anything else than what runs."""
+    anything else than what runs. purpose: "run", "explain" (nothing is timed for it) or "tune" (no answer is looked at)."""
     if is_compiling() or jit_tracing() is not None:
         traced = "traced: the compiler sees and fuses the composite's products"
         return Plan("composite", traced, why=traced)  # before any look at sizes, which would become guards
@@ -58,10 +60,22 @@ def plan_call(x: Tensor, A: Tensor, call: Call, weight: Tensor | None, device: t
     # where A is frozen, one node would keep x for a double backward
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
     forced = (call.strategy, "strategy") if call.strategy else (os.environ.get("LOTR_STRATEGY") or None, "LOTR_STRATEGY")
-    return _plan(
+    plan = _plan(
         *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, alone, is_grad_enabled(), max(call.core.shape)),
         *(A.dtype, call.compute, device or x.device, why, *forced),
     )
+    if tuned.on and plan.nodes and forced[0] is None and weight is not None and purpose != "tune":
+        return tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run")
+    return plan
+
+
+def problem_of(
+    plan: Plan, x: Tensor, A: Tensor, call: Call, weight: Tensor, device: torch.device | None = None
+) -> tuned.Problem:
+    """What a call that runs plan is called among the answers of the tuner."""
+    form = "unfolded" if plan.unfolded else "alone" if plan.nodes == 1 else "siblings"
+    sizes = (tuned.rounded(x.numel() // x.shape[-1]), x.shape[-1], weight.shape[0], *call.core.shape)
+    return tuned.Problem(device or x.device, call.compute, A.dtype, *sizes, form, is_grad_enabled(), plan.strategy)
 
 
 @functools.lru_cache(maxsize=1024)  # these few answers come again in every call

@@ -137,7 +137,7 @@ def explain_call(
     found: list[Plan] = []
 
     def look(A: Tensor, B: Tensor) -> Tensor:
-        plan = plan_call(x, A, call, weight, where)
+        plan = plan_call(x, A, call, weight, where, "explain")
         found.append(plan if plan.nodes else plan._replace(strategy="composite"))
         return x
 

@@ -9,7 +9,8 @@ at most 256). On a CPU beta for float32 and float64, whose base product starts f
 half types, which are rounded where they are accumulated onto, and whose base product takes longer with a bias than without, so
 that our expand adds it. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start
 (derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100).
-LOTR_STRATEGY in the environment, or the argument `strategy` of `lotr_linear`, forces one.
+LOTR_STRATEGY in the environment, or the argument `strategy` of `lotr_linear`, forces one; else what `lotr_ext.tune` found to be
+the fastest here comes before the heuristic (`tuned`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,203 @@
+"""`tune`: times the strategies of a model's layers on this machine, and keeps which is the fastest for `planner` to take.
+
+What is timed is what a call runs: the operators of a layer in its dtype, at its sizes, forward alone and forward with backward.
+The strategies take turns, and medians are compared. With siblings on an x, u = x A may be there already: then the strategies
+that would take it are timed as if it cost nothing, and `fused`, which makes its own, has to be faster than that.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..autograd.call import compute_dtype, plan_call, problem_of
+from ..autograd.record import Call
+from ..ops import tuned
+from ..ops.tuned import Answer, Problem
+from .layer import LoTRLayer
+from .linear import LoTRWrapped
+
+ROUNDS, LEAST, SECONDS, SAMPLE = 15, 5, 1.0, 1e-3  # of a problem: rounds, at least; about how long; least time of a sample
+_lock = threading.Lock()
+_refused: set[Problem] = set()  # in this process: there was no memory for them
+
+
+def tune(model: nn.Module, tokens: int | Iterable[int], *, again: bool = False) -> dict[Problem, Answer]:
+    """Times the strategies of model's adapted layers at so many tokens, and keeps the answers for this and later processes.
+
+    tokens: rows of x as a layer sees them, batch times sequence; several numbers for several sizes. A layer is timed as it
+    would run now (device, dtype, autocast, training or not), with gradients and without. What is known is timed again only if
+    again is set. A bar on a terminal's standard error shows how far it is. Returns all answers; the model and the random number
+    generators stay as they are.
+
+    A strategy other than the usual one is taken only if it was 2 % faster; `explain` then says so, and where it is kept
+    (`lotr_ext.ops.tuned.file()`). Raises TypeError or ValueError for bad arguments, RuntimeError under a compiler or while a
+    CUDA graph is captured, OSError where the file cannot be written.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if _untimeable(torch.device("cuda")) is not None:
+        raise RuntimeError(f"tune: expected a plain call, got one {_untimeable(torch.device('cuda'))}")
+    if os.environ.get("LOTR_STRATEGY"):
+        raise ValueError(f"LOTR_STRATEGY: expected none, which leaves nothing to tune, got {os.environ['LOTR_STRATEGY']!r}")
+    sizes = [tokens] if isinstance(tokens, int) else list(tokens)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"tokens: expected whole numbers, got {type(size).__name__} {size!r}")
+        if size < 1:
+            raise ValueError(f"tokens: expected 1 or more, got {size}")
+    layers = [layer for layer in model.modules() if isinstance(layer, LoTRLayer) and not isinstance(layer, LoTRWrapped)]
+    if not layers:
+        raise ValueError(f"model: expected adapted layers with a base of their own, got none in {type(model).__name__}")
+    problems = dict.fromkeys(problem for layer in layers for size in sizes for problem in problems_of(layer, size))
+    return _answers(list(problems), again)
+
+
+def problems_of(layer: LoTRLayer, tokens: int) -> Iterator[Problem]:
+    """What layer would run on so many tokens, with gradients and without, as far as there is a choice."""
+    weight = layer._matrix()
+    call = Call(layer.core, layer.scaling, layer.dropout if layer.training else 0.0, layer.factors._group)
+    x = weight.new_empty(1).expand(tokens, layer.in_features)  # as far as anybody looks
+    call.compute = compute_dtype(x) or x.dtype
+    found: list[Problem] = []
+
+    def look(A: Tensor, B: Tensor) -> Tensor:
+        for graph in (True, False):
+            with torch.set_grad_enabled(graph):
+                plan = plan_call(x, A, call, weight, purpose="tune")
+                if plan.nodes and x.device.type in ("cpu", "cuda"):
+                    found.append(problem_of(plan, x, A, call, weight))
+        return x
+
+    layer.factors(look)
+    yield from found
+
+
+def _answers(problems: list[Problem], again: bool) -> dict[Problem, Answer]:
+    found = {p: a for p in problems if (a := tuned.known(p)) is not None and not again}
+    todo = [p for p in problems if p not in found]
+    fresh: dict[Problem, Answer] = {}
+    try:
+        for i, problem in enumerate(todo):
+            _bar(i, len(todo), str(problem))
+            fresh[problem] = measure(problem)
+    finally:  # interrupted, too: what was measured is kept
+        if todo:
+            _bar(len(todo), len(todo), "")
+        if fresh:
+            tuned.keep(fresh)
+    return {p: found.get(p) or fresh[p] for p in problems}
+
+
+def _bar(done: int, total: int, what: str) -> None:
+    if sys.stderr.isatty():
+        full = 20 * done // total
+        text = f"\rlotr_ext tunes {done}/{total} [{'#' * full}{'.' * (20 - full)}] {what}"
+        print(text if done < total else "\r\x1b[K", end="\x1b[K" if done < total else "", file=sys.stderr, flush=True)
+
+
+def _untimeable(device: torch.device) -> str | None:
+    """What is going on that nothing can be timed under."""
+    if torch.compiler.is_compiling():
+        return "under a compiler"
+    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return "while a CUDA graph is captured"
+    return None
+
+
+def _at_first_use(problem: Problem) -> None:
+    """tuned.ask: times what came, where that can be done; what cannot be kept in the file is told of and used."""
+    if problem.tokens == 0 or _untimeable(problem.device) is not None:
+        return
+    with _lock:
+        if problem in _refused or tuned.known(problem) is not None:
+            return
+        try:
+            _answers([problem], False)
+        except torch.OutOfMemoryError:
+            _refused.add(problem)
+            warnings.warn(f"lotr_ext: LOTR_TUNE: no memory to time {problem}: {problem.usual} is taken", stacklevel=2)
+        except OSError as error:
+            warnings.warn(f"lotr_ext: LOTR_TUNE: the answers cannot be kept in {tuned.file()}: {error}", stacklevel=2)
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def candidates(problem: Problem) -> list[str]:
+    """The strategies that there are for it."""
+    return ["two_pass", "beta"]
+
+
+@torch.no_grad()
+def measure(problem: Problem) -> Answer:
+    """Times the strategies in turns: the median seconds of each, and which is to be taken."""
+    with torch.autocast(problem.device.type, enabled=False):
+        runs = {name: run_of(problem, name) for name in candidates(problem)}
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        lengths = {}
+        for name, run in runs.items():
+            run()
+            lengths[name] = max(1, round(SAMPLE / max(_seconds(problem.device, run, 1), 1e-7)))
+        begin = time.perf_counter()
+        for i in range(ROUNDS):
+            for name in list(runs)[:: 1 if i % 2 else -1]:
+                samples[name].append(_seconds(problem.device, runs[name], lengths[name]))
+            if i + 1 >= LEAST and time.perf_counter() - begin > SECONDS:
+                break
+    seconds = {name: statistics.median(found) for name, found in samples.items()}
+    return Answer(tuned.choose(seconds, problem.usual), seconds)
+
+
+def _seconds(device: torch.device, run: Callable[[], None], repeats: int) -> float:
+    """Of one of so many runs in a row."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
+            begin.record()
+            for _ in range(repeats):
+                run()
+            end.record()
+            end.synchronize()
+        return begin.elapsed_time(end) / 1000 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def run_of(problem: Problem, strategy: str) -> Callable[[], None]:
+    """A call of the operators that a layer's call is, on random values."""
+    device, dtype, factors, m, k, n, r_in, r_out, form, step, _ = problem
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(rows: int, cols: int, like: torch.dtype) -> Tensor:
+        return torch.empty(rows, cols, device=device, dtype=like).normal_(0.0, cols**-0.5, generator=generator)
+
+    x, weight, g = normal(m, k, dtype), normal(n, k, dtype), normal(m, n, dtype)
+    A, B, core = normal(k, r_in, factors), normal(n, r_out, factors), normal(r_in, r_out, factors)
+    beta, unfolded = strategy == "beta", form == "unfolded"
+    u = normal(m, r_in, dtype) if form == "siblings" else None
+
+    def run() -> None:
+        own_A, own_x = (A, x) if u is None else (None, None)
+        _, made_u, F = ops.layer_forward(x, weight, None, own_A, B, core, 1.0, beta, unfolded, u=u)
+        if step:
+            read = (g, weight, own_x, made_u, own_A, F)
+            ops.layer_backward(*read, B, core, 1.0, beta, unfolded, need_B=True, need_core=True)
+
+    return run
+
+
+if os.environ.get("LOTR_TUNE") == "1":
+    tuned.ask = _at_first_use
+    tuned.load()

@@ -1,0 +1,219 @@
+"""Which strategy was the fastest where it was tried: the answers of `lotr_ext.tune`, kept for later processes.
+
+They lie in one JSON file, $XDG_CACHE_HOME/lotr_ext/tuned.json (~/.cache without that variable), by card or CPU, driver,
+threads, versions, dtypes, sizes, and what the call is (`Key`). A file that cannot be read, or one of another kind, counts as
+empty and is written anew. `planner` decides without it; `apply` puts an answer in its place. Who times is above this room: it
+sets `ask`. LOTR_TUNE=0 in the environment leaves the file alone, LOTR_TUNE=1 times each shape when it comes for the first time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import planner
+from .planner import Plan
+
+FORMAT = 1
+GAIN = 0.02  # what a strategy must be faster by than the one that it replaces
+
+
+class Problem(NamedTuple):
+    """A layer's call as it is timed: tokens rounded (`rounded`), x [tokens, k], W [n, k], core [r_in, r_out].
+
+    form: "alone" (one node, folded), "siblings" (two nodes; u is there) or "unfolded" (one node, few tokens or float16); step:
+    forward and backward, else forward alone; usual: the planner's own strategy.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    factors: torch.dtype
+    tokens: int
+    k: int
+    n: int
+    r_in: int
+    r_out: int
+    form: str
+    step: bool
+    usual: str
+
+    def __str__(self) -> str:
+        what = "forward and backward" if self.step else "forward"
+        sizes = f"{self.tokens} x {self.k} x {self.n}, r {max(self.r_in, self.r_out)}"
+        return f"{sizes}, {str(self.dtype).removeprefix('torch.')}, {self.form}, {what}"
+
+
+class Key(NamedTuple):
+    """A problem on a machine, as the file has it. setting: what else decides there, see `setting_of`."""
+
+    machine: str
+    driver: str
+    setting: str
+    versions: str
+    dtype: str
+    factors: str
+    tokens: int
+    k: int
+    n: int
+    r_in: int
+    r_out: int
+    form: str
+    step: bool
+
+
+_TYPES = (str, str, str, str, str, str, int, int, int, int, int, str, bool)
+
+
+class Answer(NamedTuple):
+    """The strategy to take, and the median seconds of all that were tried."""
+
+    strategy: str
+    seconds: dict[str, float]
+
+
+on = False  # whether `apply` has anything to say: calls look at this alone
+ask: Callable[[Problem], None] | None = None  # times a problem that has no answer and calls `keep`
+_kept: dict[Key, Answer] = {}
+
+
+def file() -> Path:
+    """Where the answers are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lotr_ext" / "tuned.json"
+
+
+def read(path: Path) -> dict[Key, Answer]:
+    """The answers in a file; none if it is not there or not ours. Those that cannot be true are left out."""
+    try:
+        content = json.loads(path.read_text())
+        rows = content["answers"] if content["format"] == FORMAT else []
+        return {key: answer for key, answer in map(_row, rows) if answer is not None}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _row(row: Mapping) -> tuple[Key, Answer | None]:
+    key = Key(*(row[name] for name in Key._fields))
+    types = all(type(value) is want for value, want in zip(key, _TYPES))
+    seconds = row["seconds"]
+    right = types and row["strategy"] in seconds and all(s in planner.STRATEGIES and t > 0 for s, t in seconds.items())
+    return key, Answer(row["strategy"], dict(seconds)) if right else None
+
+
+def keep(found: Mapping[Problem, Answer]) -> None:
+    """Remembers answers, and writes them to the file beside what other processes have written there meanwhile.
+
+    OSError where the folder cannot be written; the answers are remembered all the same.
+    """
+    global on
+    own = {key_of(problem): answer for problem, answer in found.items()}
+    _kept.update(own)
+    _find.cache_clear()
+    on = bool(_kept) or ask is not None
+    path = file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**k._asdict(), **a._asdict()} for k, a in {**read(path), **own}.items()]
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w") as out:
+            json.dump({"format": FORMAT, "answers": rows}, out, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load() -> None:
+    """Reads the file, unless LOTR_TUNE=0; what was remembered before goes."""
+    global on
+    _kept.clear()
+    _find.cache_clear()
+    if os.environ.get("LOTR_TUNE") != "0":
+        _kept.update(read(file()))
+    on = bool(_kept) or ask is not None
+
+
+def rounded(tokens: int) -> int:
+    """Tokens up to the next of four numbers an octave: 1, 2, 3, .. 8, 10, 12, 14, 16, 20, .. One answer serves all between."""
+    step = 1 << max(0, (tokens - 1).bit_length() - 3)
+    return -(-tokens // step) * step
+
+
+@functools.cache
+def machine(device: torch.device) -> tuple[str, str]:
+    """(the card or CPU, its driver or the instruction set that our kernels take there)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device), _driver()
+    return _cpu(), planner.build_info()["cpu"]["isa"]
+
+
+def _line(path: str, begin: str) -> str | None:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(begin)), None)
+
+
+def _cpu() -> str:
+    return _line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    return _line("/proc/driver/nvidia/version", "NVRM version") or str(planner.cuda_probe(-1)["driver"])
+
+
+def key_of(problem: Problem) -> Key:
+    """What a problem is called in the file, here and now."""
+    names = [str(t).removeprefix("torch.") for t in (problem.dtype, problem.factors)]
+    versions = f"lotr_ext {planner.build_info()['version']}, torch {torch.__version__}"
+    return Key(*machine(problem.device), setting_of(problem), versions, *names, *problem[3:-1])
+
+
+def setting_of(problem: Problem) -> str:
+    """On a CPU the threads, on CUDA how products of float32 are rounded."""
+    if problem.device.type == "cpu":
+        return f"threads {torch.get_num_threads()}"
+    return f"float32 {torch.backends.cuda.matmul.fp32_precision}" if problem.dtype == torch.float32 else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _find(problem: Problem, setting: str) -> Answer | None:
+    return _kept.get(key_of(problem))
+
+
+def known(problem: Problem) -> Answer | None:
+    """What was found for it, here or by an earlier process."""
+    return _find(problem, setting_of(problem))
+
+
+def apply(plan: Plan, problem: Problem, may_ask: bool) -> Plan:
+    """plan with the strategy that was the fastest for problem, if that is known; may_ask: it may be timed now."""
+    if problem.device.type == "cuda" and not torch.cuda.is_available():
+        return plan  # asked by explain, as if it were there
+    answer = known(problem)
+    if answer is None and ask is not None and may_ask:
+        ask(problem)
+        answer = known(problem)
+    if answer is None:
+        return plan
+    times = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in answer.seconds.items())
+    where = f"tuned for {problem} on {machine(problem.device)[0]}: {times}; kept in {file()}"
+    return plan._replace(strategy=answer.strategy, reason=where)
+
+
+def choose(seconds: Mapping[str, float], usual: str) -> str:
+    """The fastest, if it is faster than the usual one by GAIN, and than beta if it is the fused one."""
+    best = min(seconds, key=lambda name: seconds[name])
+    rivals = {usual, "beta"} if best == "fused" else {usual}
+    return best if all(seconds[best] <= (1 - GAIN) * seconds[name] for name in rivals - {best}) else usual
+
+
+load()
