@@ -9,6 +9,7 @@ small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `ap
 from .autograd.functions import LoTRExpand as LoTRExpand  # inner nodes, for whoever reads a graph
 from .autograd.functions import LoTRFunction
 from .autograd.functions import LoTRShrink as LoTRShrink
+from .layers.experts import LoTRExperts, lotr_grouped_linear
 from .layers.factors import LoTRFactors
 from .layers.functional import explain, lotr_linear
 from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
@@ -23,6 +24,7 @@ from .model.summary import trainable_summary
 __all__ = [
     "LoTRConfig",
     "LoTRConv1D",
+    "LoTRExperts",
     "LoTRFactors",
     "LoTRFunction",
     "LoTRLinear",
@@ -37,6 +39,7 @@ __all__ = [
     "explain",
     "from_pretrained",
     "load_adapter",
+    "lotr_grouped_linear",
     "lotr_linear",
     "lotr_parameters",
     "merge",

@@ -61,7 +61,7 @@ def plan_call(
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
     forced = (call.strategy, "strategy") if call.strategy else (os.environ.get("LOTR_STRATEGY") or None, "LOTR_STRATEGY")
     plan = _plan(
-        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, alone, is_grad_enabled(), max(call.core.shape)),
+        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, alone, is_grad_enabled(), max(call.core.shape[-2:])),
         *(A.dtype, call.compute, device or x.device, why, *forced),
     )
     if tuned.on and plan.nodes and forced[0] is None and weight is not None and purpose != "tune":

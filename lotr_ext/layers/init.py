@@ -75,19 +75,20 @@ def fill_factor_(tensor: Tensor, init: str, generator: torch.Generator | None = 
 
 
 def fill_core_(tensor: Tensor, init: str) -> Tensor:
-    """Fills a core [r_in, r_out] in place: "zero", or "identity" (ones on the diagonal, also of a rectangular core).
+    """Fills a core [r_in, r_out], or experts' [e, r_in, r_out], in place: "zero", or "identity" (ones on the diagonal, also of
+    a rectangular core).
 
     Raises:
-        ValueError: an unknown init, or a tensor that is not 2-D.
+        ValueError: an unknown init, or a tensor that is not 2-D or 3-D.
     """
     if init not in CORE_INITS:
         raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {init!r}")
-    if tensor.dim() != 2:
-        raise ValueError(f"tensor: expected 2 dimensions [r_in, r_out], got shape {tuple(tensor.shape)}")
+    if tensor.dim() not in (2, 3):
+        raise ValueError(f"tensor: expected 2 dimensions [r_in, r_out], or 3 with experts, got shape {tuple(tensor.shape)}")
     with torch.no_grad():
         tensor.zero_()
         if init == "identity":
-            tensor.diagonal().fill_(1.0)
+            tensor.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return tensor
 
 

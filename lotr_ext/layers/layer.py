@@ -113,11 +113,14 @@ class LoTRLayer(nn.Module):
         self.scaling = settings.resolve(max(factors.r_in, factors.r_out))
         self.dropout, self.disabled, self.merged = settings.dropout, False, False
         self.strategy: str | None = None
-        self.core = nn.Parameter(torch.zeros(factors.r_in, factors.r_out, device=device, dtype=factors.A.dtype))
+        self.core = nn.Parameter(torch.zeros(self._core_shape(factors), device=device, dtype=factors.A.dtype))
         self.register_buffer("start_core", None, persistent=False)
         self.register_buffer("weight_backup", None, persistent=False)
         factors._group.layers += 1
         self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
+
+    def _core_shape(self, factors: LoTRFactors) -> tuple[int, ...]:
+        return factors.r_in, factors.r_out
 
     def leave_factors_to_owner(self) -> None:
         """Only refers to the factors from now on; another module registers them. So state_dict names them once, and a block
@@ -163,7 +166,7 @@ class LoTRLayer(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """s B G^T A^T [out_features, in_features] in float32 (float64 for float64 factors), what merge adds to W."""
+        """s B G^T A^T [.., out_features, in_features] in float32 (float64 for float64 factors), what merge adds to W."""
         return self.factors(lambda A, B: delta_weight(A, B, self.core, self.scaling))
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ class _Layers:
         if self.by_group is None:
             self.by_group = {}
             for module in model.modules():
-                if hasattr(module, "start_core"):  # an adapted layer, PEFT's cores too
+                if hasattr(module, "start_core") and not hasattr(module, "num_experts"):  # an adapted layer, PEFT's cores too
                     self.by_group.setdefault(module.factors._group, []).append(module)
         if torch.is_grad_enabled():
             for layers in self.by_group.values():

@@ -30,13 +30,13 @@ def here(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def fold(B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """F = s B G^T [n, r_in], cast once."""
+    """F = s B G^T [.., n, r_in] of cores [.., r_in, r_out], cast once."""
     wide = accumulate_dtype(B.dtype)
-    return to((to(B, wide) @ to(core, wide).t()) * scaling, dtype)
+    return to((to(B, wide) @ to(core, wide).transpose(-2, -1)) * scaling, dtype)
 
 
 def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """s B G^T A^T [n, k] in float32 (float64 for float64 factors)."""
+    """s B G^T A^T [.., n, k] in float32 (float64 for float64 factors)."""
     wide = accumulate_dtype(A.dtype)
     return fold(B, core, scaling, wide) @ to(A, wide).t()
 

@@ -1,0 +1,57 @@
+"""One call of an adapted mixture's matrices: y_i = x_t(i) W_c(i)^T + bias_c(i) + s ((drop(x) A)_t(i) G_c(i)) B^T.
+
+    x [m, k], A --> LoTRShrink: u, once a token --> row_core: a row's own core --> h --+
+    x [m, k]    --> the rows of each expert     --> grouped_mm: the frozen product y --+--> LoTRExpand: y + h B^T
+
+A and B are dense products for all experts, by the nodes of any other call, so that siblings share u and the factors have their
+shared gradients; only the small product with a row's core knows of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, is_grad_enabled
+
+from .. import ops
+from ..compat import any_autocast
+from ..ops.composite import to
+from ..ops.grouped import grouped_linear
+from .call import _expand, _explicitly_cast, _shared_u, compute_dtype, dropped_input, plan_call
+from .record import Call
+
+
+def call_routed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offs: Tensor,
+    tokens: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    cores: Tensor,
+    call: Call,
+) -> Tensor:
+    """x [m, k], weight [e, n, k], bias [e, n], offs [e], tokens [rows], cores [e, r_in, r_out] -> [rows, n]. weight and bias
+    may be trained: autograd differentiates their product by itself."""
+    if call.dtype is None:
+        if any_autocast() and compute_dtype(x) is not None:
+            return _explicitly_cast(call_routed, x, weight, bias, offs, tokens, A, B, cores, call)
+        call.compute = x.dtype
+        if x.dtype != weight.dtype:
+            raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
+    call.plan, compute = plan_call(x, A, call, None), call.compute
+    cores = cores.to(x.device)
+    if cores.dtype != compute and not (cores.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16)):
+        cores = cores.to(compute)
+    if call.plan.nodes == 0:
+        u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)
+    else:
+        found = _shared_u(x, A, B, call)
+        u = found.u
+    h = ops.row_core(u, cores, offs=offs, tokens=tokens, scaling=call.scaling)  # first: it looks at offs and tokens
+    y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
+    if call.plan.nodes == 0:
+        return y + h @ to(B, compute).to(x.device).t()
+    expand = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
+    in_graph = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
+    return _expand(found, y, (None, None, None), B, expand, in_graph, h)

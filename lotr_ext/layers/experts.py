@@ -1,0 +1,194 @@
+"""Experts of a mixture, adapted: lotr_grouped_linear, the functional form, and LoTRExperts, the module.
+
+    y_i = x_t(i) W_c(i)^T + bias_c(i) + s ((x_t(i) A) G_c(i)) B^T      row i of token t(i), sent to expert c(i)
+
+A and B are shared by all experts (and by any other layer of their shape), a core G_c is an expert's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..autograd.call import Call, compute_dtype
+from ..autograd.routed import call_routed
+from ..ops import accumulate_dtype
+from ..ops.grouped import grouped_linear
+from .factors import LoTRFactors, check_dimension, check_dtype, check_rank
+from .layer import LoTRLayer, check_number, check_settings
+from .linear import DEFAULT_RANK
+from .quantized import is_plain
+
+__all__ = ["LoTRExperts", "lotr_grouped_linear"]
+
+
+def _check_tensor(name: str, tensor: object, shape: tuple[int | str, ...]) -> None:
+    """A floating tensor of that shape, in which a string stands for any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    got = tuple(tensor.shape)
+    if len(got) != len(shape) or any(isinstance(want, int) and want != size for want, size in zip(shape, got, strict=True)):
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {got}")
+
+
+def _check_routing(x: Tensor, experts: int, features: int, offs: object, tokens: object) -> None:
+    _check_tensor("x", x, ("rows" if tokens is None else "m", features))
+    for name, tensor, dtype in (("offs", offs, torch.int32), ("tokens", tokens, torch.int64)):
+        if tensor is None and name == "tokens":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: expected a tensor of {dtype}, got {got}")
+        if tensor.dim() != 1 or (name == "offs" and tensor.shape[0] != experts):
+            want = f"one end an expert, shape ({experts},)" if name == "offs" else "shape [rows]"
+            raise ValueError(f"{name}: expected {want}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+
+
+def lotr_grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor,
+    A: Tensor,
+    B: Tensor,
+    cores: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """y_i = x_t(i) W_c(i)^T + bias_c(i) + scaling ((x_t(i) A) G_c(i)) B^T for rows sorted by expert: [rows, n].
+
+    weight [e, n, k] (any layout: a transposed view will do), bias [e, n] or None, A [k, r_in], B [n, r_out], cores
+    [e, r_in, r_out]. offs [e] (int32): where each expert's rows end, as torch.nn.functional.grouped_mm takes it; rows from
+    offs[-1] on belong to no expert, and y there means nothing. tokens None: x [rows, k] is sorted by expert itself. tokens
+    [rows] (int64): x [m, k] has one row a token, row i is that of token tokens[i], and x A is made once a token.
+    x, weight and bias share a dtype (or autocast is on), the adapter may be float32 beside a half-precision x. Differentiable
+    in x, A, B and cores, and in weight and bias if they require grad.
+    Raises TypeError or ValueError that says name, expected and got; on a GPU offs and tokens are not looked at.
+    """
+    _check_tensor("weight", weight, ("e", "n", "k"))
+    e, n, k = weight.shape
+    _check_routing(x, e, k, offs, tokens)
+    _check_tensor("A", A, (k, "r_in"))
+    _check_tensor("B", B, (n, "r_out"))
+    _check_tensor("cores", cores, (e, A.shape[1], B.shape[1]))
+    if bias is not None:
+        _check_tensor("bias", bias, (e, n))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype and compute_dtype(x) is None:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    for name, tensor in (("A", A), ("B", B), ("cores", cores)):
+        if tensor.is_meta != x.is_meta:
+            raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
+    check_number("scaling", scaling)
+    return call_routed(x, weight, bias, offs, tokens, A, B, cores, Call(cores, float(scaling)))
+
+
+class LoTRExperts(LoTRLayer):
+    """One matrix of each expert of a mixture, W [e, n, k] frozen, adapted by shared factors and a core an expert.
+
+    forward(x, offs, tokens=None) -> [rows, out_features], as `lotr_grouped_linear`. Arguments as LoTRLinear's; the adapter
+    starts at zero, so the module starts as the plain grouped product. factors may be those of other LoTRExperts and of
+    LoTRLinear layers of the same (in_features, out_features).
+
+    state_dict: `weight` [e, out_features, in_features], `bias` [e, out_features], `core` [e, r_in, r_out]; and `factors.A`,
+    `factors.B` unless an owner registers the factors.
+    """
+
+    num_experts: int
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        rank: int | tuple[int, int] | None = None,
+        *,
+        bias: bool = False,
+        factors: LoTRFactors | None = None,
+        alpha: float | None = None,
+        rslora: bool = False,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+        check_dtype(dtype)
+        check_dimension("num_experts", num_experts)
+        if factors is None:
+            wide = accumulate_dtype(dtype or torch.get_default_dtype())
+            factors = LoTRFactors(in_features, out_features, DEFAULT_RANK if rank is None else rank, device=device, dtype=wide)
+        elif rank is not None and check_rank(rank) != (factors.r_in, factors.r_out):
+            raise ValueError(f"rank: expected that of factors, {factors.rank}, or None, got {rank}")
+        self._check_factors(factors, in_features, out_features)
+        super().__init__()
+        weight = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
+        bound = in_features**-0.5  # as nn.Linear starts
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.uniform_(-bound, bound))
+        self.bias = nn.Parameter(weight.new_zeros(num_experts, out_features)) if bias else None
+        self._check_device(factors, weight.device)
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self._attach(factors, weight.device, settings)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: nn.Parameter,
+        factors: LoTRFactors,
+        *,
+        bias: nn.Parameter | None = None,
+        alpha: float | None = None,
+        rslora: bool = False,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+    ) -> LoTRExperts:
+        """Adapts weight [e, n, k] and bias [e, n]: takes over the very tensors, and freezes them."""
+        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+        for name, parameter, shape in (("weight", weight, ("e", "n", "k")), ("bias", bias, tuple(weight.shape[:2]))):
+            if parameter is not None:
+                _check_tensor(name, parameter, shape)
+                if not isinstance(parameter, nn.Parameter) or not is_plain(parameter):
+                    raise TypeError(f"{name}: expected a plain nn.Parameter, got {type(parameter).__name__}")
+        e, n, k = weight.shape
+        cls._check_factors(factors, k, n)
+        cls._check_device(factors, weight.device)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.num_experts, layer.in_features, layer.out_features = e, k, n
+        layer.weight, layer.bias = weight, bias
+        layer._attach(factors, weight.device, settings)
+        return layer
+
+    def _core_shape(self, factors: LoTRFactors) -> tuple[int, ...]:
+        return self.num_experts, factors.r_in, factors.r_out
+
+    def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
+        return self.routed(x, self._matrix(), self.bias, offs, tokens)
+
+    def routed(self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None) -> Tensor:
+        """forward with weight [e, n, k] and bias [e, n] as their owner has them now: whole, in the midst of its own forward."""
+        _check_routing(x, self.num_experts, self.in_features, offs, tokens)
+        if self.merged and self.notice is not None:
+            self.notice.warn(self.adapter_parameters())
+        if self.merged or self.disabled:
+            return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x))
+        p, factors, core = self.dropout if self.training else 0.0, self.factors, self.core
+        call = Call(core, self.scaling, p, factors._group, self, self.strategy)
+        return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, A, B, core, call))
+
+    def _matrix(self) -> Tensor:
+        return self.weight
+
+    def to_base(self) -> nn.Module:
+        """There is no plain module for a grouped product: TypeError. The weight, as it stands, is `weight`."""
+        raise TypeError("to_base: expected a layer with a plain form, got LoTRExperts; take its weight")
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, {super().extra_repr()}"

@@ -1,0 +1,116 @@
+"""The frozen product of a mixture's experts, rows sorted by expert: y_i = x_i W_c(i)^T, and its gradients.
+
+    grouped_mm      y_i = x_i W_c(i)^T      [rows, k], [e, n, k] -> [rows, n]
+    grouped_outer   dW_c = sum over the rows of c of g_i^T x_i     [rows, n], [rows, k] -> [e, n, k]
+
+offs [e] (int32) says where each expert's rows end, as torch.nn.functional.grouped_mm takes them. Each is the other's gradient.
+On a GPU torch's grouped product runs where it takes the operands; else, and on a CPU, where it is a loop itself and refuses
+float64 and rows that are no multiple of 16 bytes, one product an expert. One operator each, so that compilers see no loop.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+_CHUNK = 16  # bytes that a row must be a multiple of for torch's grouped product
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product takes these: bfloat16 on a GPU, in rows or columns that start at 16 bytes."""
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or not x.shape[0]:
+        return False
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    sizes = (x.stride(0), max(weight.stride(1), weight.stride(2)))
+    unit = x.stride(1) == 1 and 1 in (weight.stride(1), weight.stride(2))
+    return unit and all(size * x.element_size() % _CHUNK == 0 for size in sizes)
+
+
+def _ends(offs: Tensor, rows: int) -> list[int]:
+    """offs, if they ascend in [0, rows]."""
+    ends = offs.tolist()
+    if any(a > b for a, b in pairwise([0, *ends, rows])):
+        raise ValueError(f"offs: expected ascending ends in [0, {rows}], got {ends}")
+    return ends
+
+
+@torch.library.custom_op("lotr::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """y_i = x_i W_c(i)^T: x [rows, k], weight [e, n, k] of x's dtype, in any layout, offs [e] (int32) -> [rows, n].
+
+    Rows from offs[-1] on belong to nobody: on a GPU they are left as they were, elsewhere they are zero. Differentiable.
+    """
+    if _takes(x, weight):
+        return nnf.grouped_mm(x, weight.mT, offs=offs)
+    y, start = x.new_empty(x.shape[0], weight.shape[1]), 0
+    for expert, end in enumerate(_ends(offs, x.shape[0])):
+        if end > start:
+            torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
+        start = end
+    y[start:].zero_()
+    return y
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    torch._check(x.shape[1] == weight.shape[2], lambda: f"grouped_mm: x: expected {weight.shape[2]} columns, got {x.shape[1]}")
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("lotr::grouped_outer", mutates_args=())
+def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
+    """dW_c = sum over the rows of c of g_i^T x_i: g [rows, n], x [rows, k], offs [e] -> [e, n, k]. Differentiable."""
+    dW, start = g.new_zeros(offs.shape[0], g.shape[1], x.shape[1]), 0
+    for expert, end in enumerate(_ends(offs, g.shape[0])):
+        if end > start:
+            torch.mm(g[start:end].t(), x[start:end], out=dW[expert])
+        start = end
+    return dW
+
+
+@grouped_outer.register_fake
+def _(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
+    return g.new_empty(offs.shape[0], g.shape[1], x.shape[1])
+
+
+def _setup(ctx, inputs, output) -> None:
+    first, second, offs = inputs
+    need_first, need_second = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(first if need_second else None, second if need_first else None, offs)
+
+
+def _grouped_mm_backward(ctx, g: Tensor):
+    x, weight, offs = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    g = g.contiguous()  # a sum's gradient is one element, expanded
+    return grouped_mm(g, weight.mT, offs) if need_x else None, grouped_outer(g, x, offs) if need_weight else None, None
+
+
+def _grouped_outer_backward(ctx, dW: Tensor):
+    g, x, offs = ctx.saved_tensors
+    need_g, need_x = ctx.needs_input_grad[:2]
+    return grouped_mm(x, dW, offs) if need_g else None, grouped_mm(g, dW.mT, offs) if need_x else None, None
+
+
+grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_setup)
+grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_setup)
+
+
+def expert_of_rows(offs: Tensor, rows: int) -> Tensor:
+    """The expert of each row [rows] (int64); the number of experts for rows from offs[-1] on."""
+    return torch.searchsorted(offs, torch.arange(rows, device=offs.device, dtype=offs.dtype), right=True)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """x_i W_c(i)^T + bias_c(i) [rows, n] for rows sorted by expert; bias [e, n]. dtype: what autocast casts to, or None."""
+    if dtype is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    y = grouped_mm(x, weight, offs)
+    if bias is None:
+        return y
+    experts = expert_of_rows(offs, x.shape[0]).clamp(max=bias.shape[0] - 1)
+    return y + bias[experts]
