@@ -10,7 +10,7 @@ from .autograd.functions import LoTRExpand as LoTRExpand  # inner nodes, for who
 from .autograd.functions import LoTRFunction
 from .autograd.functions import LoTRShrink as LoTRShrink
 from .layers.experts import LoTRExperts, lotr_grouped_linear
-from .layers.factors import LoTRFactors
+from .layers.factors import LoTRFactor, LoTRFactors
 from .layers.functional import explain, lotr_linear
 from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
 from .layers.tuning import tune
@@ -25,6 +25,7 @@ __all__ = [
     "LoTRConfig",
     "LoTRConv1D",
     "LoTRExperts",
+    "LoTRFactor",
     "LoTRFactors",
     "LoTRFunction",
     "LoTRLinear",

@@ -43,9 +43,9 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).float().square().mean()
 
 
-def truth(steps: int = 1) -> Grads:
+def truth(steps: int = 1, **settings) -> Grads:
     """The gradients of the mean over both halves, summed over steps: float64, plain autograd, one process."""
-    model = plain(make().double())
+    model = plain(make(**settings).double())
     for step in range(steps):
         (sum(model(batch(rank, step).double()).square().mean() for rank in range(2)) / 2).backward()
     return trained_grads(model)
@@ -110,11 +110,11 @@ def ddp(rank: int, folder: Path) -> dict:
     one, two, x = truth(), truth(2), batch(rank)
     found = {}
 
-    def case(name: str, reentrant: bool | None = None, **options) -> None:
+    def case(name: str, reentrant: bool | None = None, group_by: str = "shape", **options) -> None:
         def check() -> float:
-            model = DistributedDataParallel(make(reentrant=reentrant), **options)
+            model = DistributedDataParallel(make(reentrant=reentrant, group_by=group_by), **options)
             step(model, x.clone().requires_grad_(reentrant is not None))
-            return error(model, one)
+            return error(model, one if group_by == "shape" else truth(group_by=group_by))
 
         found[name] = on_both_paths(check)
 
@@ -125,6 +125,8 @@ def ddp(rank: int, folder: Path) -> dict:
     case("non-reentrant checkpointing, find_unused_parameters", reentrant=False, find_unused_parameters=True)
     case("reentrant checkpointing, static_graph", reentrant=True, static_graph=True)
     case("gradients as views of buckets", gradient_as_bucket_view=True)
+    case("a factor a width", group_by="width")
+    case("a factor a width, non-reentrant checkpointing", reentrant=False, group_by="width")
 
     def accumulated() -> float:
         model = DistributedDataParallel(make())
@@ -205,9 +207,9 @@ def fsdp(rank: int, folder: Path) -> dict:
     one, two, x, later = truth(), truth(2), batch(rank), batch(rank, 1)
     found = {}
 
-    def case(name: str, run: Callable[[Stack], None], want: Grads = one, reentrant: bool | None = None, **options) -> None:
+    def case(name: str, run: Callable[[Stack], None], want: Grads = one, *, by: str, **settings) -> None:
         def check() -> float:
-            model = shard(make(reentrant=reentrant), **options)
+            model = shard(make(**settings), by=by)
             run(model)
             return error(model, want)
 
@@ -238,6 +240,12 @@ def fsdp(rank: int, folder: Path) -> dict:
         case(f"by {by}, accumulation", accumulated, two, by=by)
         case(f"by {by}, non-reentrant checkpointing", one_step, by=by, reentrant=False)
         case(f"by {by}, reentrant checkpointing", with_input_gradient, by=by, reentrant=True)
+    by_width = truth(group_by="width")
+    for by in ("block", "factors"):
+        case(f"by {by}, a factor a width", with_input_gradient, by_width, by=by, group_by="width")
+        for reentrant in (False, True):
+            name = f"by {by}, a factor a width, {'' if reentrant else 'non-'}reentrant checkpointing"
+            case(name, with_input_gradient, by_width, by=by, group_by="width", reentrant=reentrant)
     return found
 
 

@@ -1,6 +1,6 @@
-"""What is done once for all layers of a group while one forward of a model runs.
+"""What is done once for all layers that have a factor while one forward of a model runs.
 
-Within a forward scope A is cast to the compute dtype once, F_l = s B G_l^T of all layers of a group is one product, and in
+Within a forward scope A is cast to the compute dtype once, F_l = s B G_l^T of all layers that have B is one product, and in
 backward dB and all dG_l are one product of the Q_l [l, n, r_in]:
 
     B, G_1 .. G_L --> [LoTRShared: F, one a forward] --> nodes of layers 1 .. L, which read F_l
@@ -28,13 +28,13 @@ from .shared_gradient import LoTRShared, SharedGradient
 
 if TYPE_CHECKING:
     from .record import Call
-    from .shared_input import Group
+    from .shared_input import SharedFactor
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
 class FoldedGradient(SharedGradient):
-    """The gradient of F of a whole group: the sum is Q [l, n, r_in], and becomes those of B and of all cores."""
+    """The gradient of F of all layers that have B: the sum is Q [l, n, r_in], and becomes those of B and of all cores."""
 
     def __init__(self, scaling: float):
         super().__init__()
@@ -58,12 +58,21 @@ class FoldedGradient(SharedGradient):
         return dB, *dcores
 
 
-class Bank:
-    """A in one dtype, and F of a group's layers, for one forward. It holds what it was made of."""
+class Cast:
+    """A in one dtype, for one forward. It holds what it was made of."""
 
-    def __init__(self, A: Tensor, B: Tensor, dtype: torch.dtype):
-        self.A, self.A_cast = A, A.detach().to(dtype)
-        self.A_version = 0 if A.is_inference() else A._version
+    def __init__(self, A: Tensor, dtype: torch.dtype):
+        self.A, self.value, self.version = A, A.detach().to(dtype), 0 if A.is_inference() else A._version
+
+    def of(self, A: Tensor) -> Tensor:
+        """A in this dtype where it is what was cast, else A, which the operators round as they read it."""
+        return self.value if self.A is A and (A.is_inference() or self.version == A._version) else A
+
+
+class Bank:
+    """F of the layers that have B, for one forward. It holds what it was made of."""
+
+    def __init__(self, B: Tensor):
         self.B, self.F, self.index = B, None, {}
 
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
@@ -74,6 +83,8 @@ class Bank:
             return
         for layer, core in zip(layers, cores):
             if type(core) not in _PLAIN or core.device != self.B.device or core.dtype != one.dtype or layer.scaling != scaling:
+                return
+            if core.shape != one.shape:  # B may be in pairs with A of other ranks
                 return
         with torch.no_grad():
             F = ops.fold(self.B, torch.stack(cores), scaling, dtype)
@@ -95,26 +106,33 @@ class Bank:
             return None
         return l
 
-    def cast(self, A: Tensor) -> Tensor:
-        """A in the bank's dtype where it is what was cast, else A, which the operators round as they read it."""
-        return self.A_cast if self.A is A and (A.is_inference() or self.A_version == A._version) else A
-
 
 class Scope:
-    """One forward of a model. layers: those of each group."""
+    """One forward of a model. layers: those that have each B."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[Group, Sequence[nn.Module]]):
+    def __init__(self, model: nn.Module, layers: Mapping[SharedFactor, Sequence[nn.Module]]):
         self.model, self.layers = weakref.ref(model), layers
         self.banks: dict[tuple, Bank] = {}
+        self.casts: dict[tuple, Cast] = {}
 
-    def bank(self, group: Group, A: Tensor, B: Tensor, dtype: torch.dtype) -> Bank | None:
-        """The group's bank in dtype, made at the first call; one a mode: what was made without a graph has no place in one."""
-        key = (group, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    def bank(self, B_shared: SharedFactor, B: Tensor, dtype: torch.dtype) -> Bank | None:
+        """B's bank in dtype, made at the first call; one a mode: what was made without a graph has no place in one."""
+        key = (B_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         found = self.banks.get(key)
-        if found is None and type(A) in _PLAIN and group in self.layers:
-            found = self.banks[key] = Bank(A, B, dtype)
-            found.fold(self.layers[group], dtype)
+        if found is None and B_shared in self.layers:
+            found = self.banks[key] = Bank(B)
+            found.fold(self.layers[B_shared], dtype)
         return found
+
+    def cast(self, A_shared: SharedFactor, A: Tensor, dtype: torch.dtype) -> Tensor:
+        """A in dtype, cast at the first call, one a mode."""
+        if type(A) not in _PLAIN:
+            return A
+        key = (A_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        found = self.casts.get(key)
+        if found is None:
+            found = self.casts[key] = Cast(A, dtype)
+        return found.of(A)
 
 
 class _Open(threading.local):
@@ -127,9 +145,9 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def current_bank(call: Call, A: Tensor, B: Tensor) -> Bank | None:
-    """The bank of the innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again
+def current_scope(call: Call) -> Scope | None:
+    """The innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again
     outside of the scope, and they must be those that ran in it."""
     if not _open.stack or call.group is None or dispatch_modes():
         return None
-    return _open.stack[-1].bank(call.group, A, B, call.compute)
+    return _open.stack[-1]

@@ -18,7 +18,7 @@ from ..compat import any_autocast, forward_mode, functorch_active, jit_tracing, 
 from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.planner import Plan
-from .bank import current_bank
+from .bank import current_scope
 from .functions import LoTRExpand, LoTRFunction, LoTRShrink, add_expand
 from .record import Call
 from .shared_input import SharedInput, keeps_all_by_itself
@@ -195,16 +195,17 @@ def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor
 def _shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
     """u and route for a call: a sibling's where one has been here with this very x, else new."""
     # what hooks pack, autograd does not watch: then dB and dG are made of what each node has saved
-    call.bank = current_bank(call, A, B) if saved_tensor_hook(False) is None or keeps_all_by_itself() else None
+    scope = current_scope(call) if saved_tensor_hook(False) is None or keeps_all_by_itself() else None
+    call.bank = None if scope is None else scope.bank(call.group.B, B, call.compute)
     group, graph = call.group, is_grad_enabled()
     settings = (call.compute, call.dtype, call.p)
-    found = SharedInput(x, A, None, None) if group is None else group.find(x, A, call.owner, settings)
+    found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, settings)
     if found.u is not None:
         if call.shares:
             group.A.view(A, call.owner)  # that the owner has been here, as a new round begins when it comes again
         return found
     seed = found.drawn(x.device) if call.p else None
-    values = A if call.bank is None else call.bank.cast(A)
+    values = A if call.bank is None else scope.cast(group.A, A, call.compute)
     if graph and (A.requires_grad or x.requires_grad):
         view = group.A.view(A, call.owner) if call.shares else A
         values = view if values is A else values
@@ -213,7 +214,7 @@ def _shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
         with torch.no_grad():
             found.u = ops.shrink(rows(to(x, call.compute)), *here(x.device, values), p=call.p, seed=seed)
     if group is not None:
-        group.offer(found)
+        group.A.offer(found)
     return found
 
 
@@ -248,8 +249,8 @@ def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:
     if not eager or planner.obstacle_to_kernels(0, x.dtype, x.device) is not None:
         return nnf.dropout(x, call.p)
     group, settings = call.group, (call.compute, call.dtype, call.p)
-    found = SharedInput(x, A, None, None) if group is None else group.find(x, A, call.owner, settings)
+    found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, settings)
     keep = ops.dropout_mask(x.numel() // x.shape[-1], x.shape[-1], call.p, found.drawn(x.device), torch.float32) > 0
     if group is not None and found.u is None:
-        group.offer(found)
+        group.A.offer(found)
     return torch.where(keep.view(x.shape), x * (1 / (1 - call.p)), 0)

@@ -22,7 +22,7 @@ class Call:
 
     core [r_in, r_out], scaling s; p: the dropout in force; group: None for a layer that shares nothing; owner: what has the
     core and its place in a forward scope; strategy: one of planner.STRATEGIES if it is forced; shares: whether another layer
-    has its factors.
+    has one of its factors.
     dtype: autocast's, None outside of it; compute: what to compute in; plan: what runs; bank, l: what the forward scope has
     made for it, and its place there.
     """
@@ -39,7 +39,7 @@ class Call:
         strategy: str | None = None,
     ):
         self.core, self.scaling, self.p, self.group, self.owner, self.strategy = core, scaling, p, group, owner, strategy
-        self.shares = group is not None and group.layers != 1
+        self.shares = group is not None and (group.A.layers != 1 or group.B.layers != 1)
         self.dtype: torch.dtype | None = None
         self.bank: Any = None  # a Bank, whose module knows this one
         self.l: int | None = None

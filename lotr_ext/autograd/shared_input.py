@@ -1,4 +1,4 @@
-"""One u = x A for all layers of a group that are called on the same x, as q, k and v of a block are.
+"""One u = x A for all layers that have A and are called on the same x, as q, k and v of a block are, whatever their B.
 
     x, A --> LoTRShrink (u, route) --+--> LoTRExpand (route, u, B, G_q, W_q -> y_q)
                                      +--> LoTRExpand (route, u, B, G_k, W_k -> y_k)
@@ -37,10 +37,10 @@ def keeps_all_by_itself() -> bool:
 
 
 class SharedInput:
-    """One x of a group, and its u, for the siblings that will be called on it.
+    """One x of the layers that have an A, and its u, for the siblings that will be called on it.
 
     u must neither be stale nor keep x alive. u's graph can hold x, so in a graph only the siblings' nodes own this object and
-    their group only sees it; and it empties itself when x dies, which inside a checkpoint is long before its nodes do.
+    the factor only sees it; and it empties itself when x dies, which inside a checkpoint is long before its nodes do.
     """
 
     u: Tensor | None = None
@@ -132,24 +132,25 @@ register_optimizer_step_post_hook(_steps.take)
 
 
 class _Newest(threading.local):
-    """A group's newest input, per thread, so that a recomputation decides as its forward did whatever other threads run."""
+    """A factor's newest input, per thread, so that a recomputation decides as its forward did whatever other threads run."""
 
     input: Callable[[], SharedInput | None] = staticmethod(lambda: None)
 
 
-class Group:
-    """What the layers of one LoTRFactors share while they run. Copies and pickles of it start empty.
+class SharedFactor(SharedGradient):
+    """What the layers that have one factor share while they run, whatever pairs it is in: its gradient, and where it is the A
+    of several layers on one x, the newest x and u. Copies and pickles of it start empty.
 
-    layers: how many were made over the factors; 0 where nobody counted.
+    layers: how many were made over the factor; 0 where nobody counted.
     """
 
     def __init__(self) -> None:
-        self.A, self.B = SharedGradient(), SharedGradient()
+        super().__init__()
         self.layers = 0
         self._newest = _Newest()
 
     def __reduce__(self):
-        return Group, ()
+        return SharedFactor, ()
 
     def find(self, x: Tensor, A: Tensor, user: object, settings: tuple) -> SharedInput:
         """The SharedInput for user's call on x: a sibling's, in which u or seed is set, or a new one.
@@ -173,10 +174,25 @@ class Group:
         return found
 
     def offer(self, shared_input: SharedInput) -> None:
-        """Makes shared_input the newest, if it may be shared. Without a graph u cannot hold x, so the group may own it."""
+        """Makes shared_input the newest, if it may be shared. Without a graph u cannot hold x, so the factor may own it."""
         if shared_input.key is not None:
             in_graph = shared_input.route is not None
             self._newest.input = weakref.ref(shared_input) if in_graph else lambda: shared_input
+
+
+class Group:
+    """What the layers of one LoTRFactors share while they run, factor by factor; new if not given."""
+
+    def __init__(self, A: SharedFactor | None = None, B: SharedFactor | None = None) -> None:
+        self.A, self.B = A or SharedFactor(), B or SharedFactor()
+
+    def __reduce__(self):
+        return Group, (self.A, self.B)
+
+    def join(self) -> None:
+        """One more layer has this pair."""
+        self.A.layers += 1
+        self.B.layers += 1
 
 
 _HOOKS = (types.FunctionType, types.NoneType)  # what a weak reference can tell apart

@@ -150,12 +150,12 @@ def lotr_to_lora(
     manifest, tensors = read(Path(source))
     entries = {}
     for name, entry in manifest.layers.items():
-        parts = [tensors[key] for key in (f"{entry.factors}.A", f"{entry.factors}.B", f"{name}.core")]
-        start = [tensors.get(k) for k in (f"{entry.factors}.start_A", f"{entry.factors}.start_B", f"{name}.start_core")]
+        parts = [tensors[key] for key in (entry.tensor("A"), entry.tensor("B"), f"{name}.core")]
+        start = [tensors.get(k) for k in (entry.tensor("start_A"), entry.tensor("start_B"), f"{name}.start_core")]
         pair = _lora_pair(*parts, None if start[0] is None else tuple(start))
         entries[name] = LoRALayer(*pair, entry.scaling)
     known = {key for name, e in manifest.layers.items() for key in (f"{name}.core", f"{name}.start_core")}
-    own = {f"{e.factors}." for e in manifest.layers.values()}
+    own = {f"{e.tensor(part).rpartition('.')[0]}." for e in manifest.layers.values() for part in "AB"}
     own |= {f"{name}.parametrizations.core." for name in manifest.layers}
     saved = {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
     config: dict[str, Any] = {

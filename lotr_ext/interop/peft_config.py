@@ -49,7 +49,7 @@ class LoTRPeftConfig(PeftConfig):
     Attributes:
         rank, or r as PEFT's other methods call it: 16 where neither is given; r is rank afterwards.
         alpha, rslora, scaling, dropout, group_by, init, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
-            "shape", "name" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base weights, which
+            "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base weights, which
             other adapters share).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
             for target_modules: what PEFT has for LoRA and the model's type.
@@ -86,7 +86,7 @@ class LoTRPeftConfig(PeftConfig):
         if self.init == "svd":
             raise ValueError('init: expected one that leaves the base weights as they are, got "svd"; apply_lotr has it')
         if callable(self.group_by):
-            raise ValueError('group_by: expected "shape", "name" or a mapping, got a callable, which cannot be saved')
+            raise ValueError('group_by: expected "shape", "name", "width" or a mapping, got a callable, which cannot be saved')
         if self.bias not in _BIASES:
             raise ValueError(f"bias: expected one of {', '.join(_BIASES)}, got {self.bias!r}")
         ranks = [tuple(given) if isinstance(given, list) else given for given in (self.rank, self.r) if given is not None]

@@ -49,8 +49,8 @@ class LoTRCore(nn.Module):
 
     def parameters_by_part(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All that the adapter has here, the shared factors among it; of a parametrized part what it is computed from."""
-        for part, owner in (("A", self.factors), ("B", self.factors), ("core", self)):
-            yield from ((part, parameter) for parameter in parameters_of(owner, part))
+        for part, (owner, name) in zip(("A", "B", "core"), (*self.factors.owners, (self, "core"))):
+            yield from ((part, parameter) for parameter in parameters_of(owner, name))
 
     def call(self) -> Call:
         """What a call of the layer needs."""

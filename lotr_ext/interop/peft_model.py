@@ -1,6 +1,6 @@
 """The tuner that PEFT makes for a LoTRPeftConfig. Imported by `lotr_ext.interop.peft`.
 
-    lotr_factors.<adapter>.<group>.A, .B       owned here, once a group
+    lotr_factors.<adapter>.<group>.A, .B       owned here, once a group; with group_by="width" .A_<in_features>.value, ..
     model.<layer>.lotr_adapter.<adapter>.core  owned by the layers (`peft_layer.py`)
 
 On disk the adapter's name is left out, as PEFT does.
@@ -23,6 +23,7 @@ from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
 from ..model.apply import set_fast_paths
 from ..model.scope import attach_scope, detach_scope
+from ..model.shared_factors import SharedFactors, factors_by_part, width_names
 from ..model.targets import can_be_child, features, name_ends_with, select
 from .peft_config import LoTRPeftConfig
 from .peft_layer import LoTRPeftLinear
@@ -48,6 +49,7 @@ class LoTRPeftModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.lotr_factors = nn.ModuleDict()
         self._groups: dict[str, str] = {}
+        self._owners: set[str] = set()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As BaseTuner's; the factors of other adapters keep their requires_grad, as their cores do."""
@@ -59,7 +61,7 @@ class LoTRPeftModel(BaseTuner):
             self._take_back(adapter_name, layers)
             raise
         finally:
-            self._groups = {}
+            self._groups, self._owners = {}, set()
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         set_fast_paths(self.model, off=True, adapted=LoTRPeftLinear)
@@ -118,6 +120,9 @@ class LoTRPeftModel(BaseTuner):
             if len(target.names) > 1:
                 raise ValueError(f"target_modules: expected layers in one place each, got one at {', '.join(target.names)}")
         self._groups = {target.name: target.group for target in targets}
+        self._owners = set(self._groups.values())
+        if config.group_by == "width":
+            self._owners = {name for t in targets for name in width_names(t.in_features, t.out_features)}
         self._check_adapter_names(config)
 
     def _check_adapter_names(self, config: LoTRPeftConfig) -> None:
@@ -130,7 +135,7 @@ class LoTRPeftModel(BaseTuner):
         if len(self.peft_config) < 2:
             return
         names = {*self._groups, *self._adapted(), *(config.modules_to_save or ())}
-        parts = {part for name in names for part in name.split(".")} | set(self._groups.values())
+        parts = {part for name in names for part in name.split(".")} | self._owners
         parts |= {group for pairs in self.lotr_factors.values() for group in pairs}
         for name in self.peft_config:
             if name in parts:
@@ -154,26 +159,19 @@ class LoTRPeftModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _factors(self, adapter_name: str, group: str, layer: LoTRPeftLinear, config: LoTRPeftConfig) -> LoTRFactors:
-        """The adapter's pair for a group, made for its first layer in that layer's dtype."""
+        """The adapter's pair for a group, whose factors are made for their first layer in that layer's dtype."""
         if adapter_name not in self.lotr_factors:
-            self.lotr_factors[adapter_name] = nn.ModuleDict()
-        pairs = self.lotr_factors[adapter_name]
-        if group not in pairs:
-            device, dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)
-            sizes = layer.in_features, layer.out_features, config.rank
-            dtype = dtype if dtype in _FLOATS else torch.float32
-            pairs[group] = LoTRFactors(*sizes, init=config.init, device=device, dtype=dtype)
-            if config.core_init == "identity":  # B = 0 keeps the start unchanged
-                nn.init.zeros_(pairs[group].B)
-        return pairs[group]
+            self.lotr_factors[adapter_name] = SharedFactors()
+        device, dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)
+        sizes, dtype = (layer.in_features, layer.out_features), dtype if dtype in _FLOATS else torch.float32
+        return self.lotr_factors[adapter_name].pair(group, sizes, config.to_lotr(), device, dtype)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for factors in self.lotr_factors[adapter_name].values() if autocast_adapter_dtype else ():
-            for name in ("A", "B"):
-                old = getattr(factors, name)
-                if old.dtype in _HALVES:
-                    setattr(factors, name, nn.Parameter(old.detach().float(), requires_grad=old.requires_grad))
+        for _, module, name in factors_by_part(self.lotr_factors[adapter_name]) if autocast_adapter_dtype else ():
+            old = getattr(module, name)
+            if old.dtype in _HALVES:
+                setattr(module, name, nn.Parameter(old.detach().float(), requires_grad=old.requires_grad))
 
     # ---- taking it out -----------------------------------------------------------------------------------------------
 

@@ -1,14 +1,15 @@
-"""LoTRFactors: the pair A, B that a group of layers shares, and the hub of their gradients."""
+"""LoTRFactors: the pair A, B that layers share. LoTRFactor: one of the two by itself, for several pairs."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..autograd.shared_input import Group
+from ..autograd.shared_input import Group, SharedFactor
 from .init import fill_factor_
 from .sharded import in_parts
 
@@ -45,6 +46,66 @@ def check_dtype(dtype: object) -> None:
 def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same values, NaN being the same as NaN: what a diverged run saved can be loaded too."""
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _check_names_agree(module: nn.Module, names: tuple[str, ...], state_dict, prefix: str, errors: list[str]) -> None:
+    """A model built by hand has factors under many names: one tensor, so all names must bring the same values. Notes the
+    difference as an error of load_state_dict."""
+    if module._load is not None and module._load[0] is errors:
+        for part in names:
+            new, have = state_dict.get(f"{prefix}{part}"), getattr(module, part).detach()
+            if new is None or new.is_meta or have.is_meta or in_parts(new) or in_parts(have) or new.shape != have.shape:
+                continue
+            if not same_values(new.to(have), have):
+                other = module._load[1]
+                errors.append(f"{prefix}{part}: expected the values of {other}{part}, with which it is shared, got others")
+
+
+class LoTRFactor(nn.Module):
+    """One factor [features, rank], an A of layers with so many in_features or a B of layers with so many out_features, for as
+    many pairs as it is put into: `LoTRFactors.of(A, B)`.
+
+    Its gradient is one float32 sum (float64 for float64) over all layers that have it, whatever pairs they have it by, and
+    autograd sees one gradient a backward. As an A it is what layers on one x share u = x A by, whatever their B.
+    init, device, dtype, errors and warnings: as for LoTRFactors. State: `value`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        rank: int,
+        *,
+        init: str = "orthonormal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_dimension("features", features)
+        check_dimension("rank", rank)
+        check_dtype(dtype)
+        super().__init__()
+        if rank > features:
+            warnings.warn(
+                f"lotr_ext: rank {rank} of a factor for {features} features: beyond these it adds parameters and no function "
+                "that a lower rank has not",
+                stacklevel=2,
+            )
+        self.features, self.rank = features, rank
+        self.value = nn.Parameter(torch.empty(features, rank, device=device, dtype=dtype))
+        self._shared = SharedFactor()
+        self._load: tuple[list[str], str] | None = None
+        fill_factor_(self.value, init)
+
+    def forward(self, operation: Callable[[Tensor], Tensor]) -> Tensor:
+        """operation(value): the only way to read it, as for LoTRFactors."""
+        return operation(self.value)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        _check_names_agree(self, ("value",), state_dict, prefix, errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self._load = errors, prefix
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, rank={self.rank}"
 
 
 class LoTRFactors(nn.Module):
@@ -95,6 +156,24 @@ class LoTRFactors(nn.Module):
         fill_factor_(self.A, init)
         fill_factor_(self.B, init)
 
+    @staticmethod
+    def of(A: LoTRFactor, B: LoTRFactor, rank: int | tuple[int, int] | None = None) -> LoTRFactors:
+        """The pair of two factors that exist, and that other pairs may have too.
+
+        rank: what the two must have, (r_in, r_out); None: one rank.
+
+        State: `factor_A.value`, `factor_B.value`.
+
+        Raises:
+            TypeError, ValueError: no LoTRFactor, one twice, two of different dtypes, or of other ranks.
+        """
+        return FactorPair(A, B, rank)
+
+    @property
+    def owners(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
+        """Which module has A, and by what name; and which has B."""
+        return (self, "A"), (self, "B")
+
     @property
     def rank(self) -> int | tuple[int, int]:
         """The rank as it was given: an int where r_in = r_out."""
@@ -117,17 +196,52 @@ class LoTRFactors(nn.Module):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        # a model built by hand has these factors under many names: one tensor, so all names must bring the same values
-        if self._load is not None and self._load[0] is errors:
-            for part in ("A", "B"):
-                new, have = state_dict.get(f"{prefix}{part}"), getattr(self, part).detach()
-                if new is None or new.is_meta or have.is_meta or in_parts(new) or in_parts(have) or new.shape != have.shape:
-                    continue
-                if not same_values(new.to(have), have):
-                    other = self._load[1]
-                    errors.append(f"{prefix}{part}: expected the values of {other}{part}, with which it is shared, got others")
+        _check_names_agree(self, ("A", "B"), state_dict, prefix, errors)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self._load = errors, prefix
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class FactorPair(LoTRFactors):
+    """The pair of two LoTRFactor: `LoTRFactors.of`."""
+
+    start_A = start_B = None
+
+    def __init__(self, A: LoTRFactor, B: LoTRFactor, rank: int | tuple[int, int] | None = None):
+        for name, factor in (("A", A), ("B", B)):
+            if not isinstance(factor, LoTRFactor):
+                raise TypeError(f"{name}: expected a LoTRFactor, got {type(factor).__name__}")
+        if A is B:
+            raise ValueError("B: expected another factor than A, got the same one")
+        r_in, r_out = (A.rank, A.rank) if rank is None else check_rank(rank)
+        for name, factor, want in (("A", A, r_in), ("B", B, r_out)):
+            if factor.rank != want:
+                why = "as A has" if rank is None else "as given"
+                raise ValueError(f"{name}: expected a factor of rank {want}, {why}, got one of rank {factor.rank}")
+        if A.value.dtype != B.value.dtype:
+            raise TypeError(f"B: expected dtype {A.value.dtype}, as A has, got {B.value.dtype}")
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.r_in, self.r_out = A.features, B.features, r_in, r_out
+        self.factor_A, self.factor_B = A, B
+        self._group = Group(A._shared, B._shared)
+        self._load = None
+
+    @property
+    def A(self) -> Tensor:
+        return self.factor_A.value
+
+    @property
+    def B(self) -> Tensor:
+        return self.factor_B.value
+
+    @property
+    def owners(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
+        return (self.factor_A, "value"), (self.factor_B, "value")
+
+    def forward(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return self.factor_A(lambda A: self.factor_B(partial(operation, A)))
+
+    def _load_from_state_dict(self, *args) -> None:
+        nn.Module._load_from_state_dict(self, *args)

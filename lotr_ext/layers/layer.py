@@ -116,7 +116,7 @@ class LoTRLayer(nn.Module):
         self.core = nn.Parameter(torch.zeros(self._core_shape(factors), device=device, dtype=factors.A.dtype))
         self.register_buffer("start_core", None, persistent=False)
         self.register_buffer("weight_backup", None, persistent=False)
-        factors._group.layers += 1
+        factors._group.join()
         self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
 
     def _core_shape(self, factors: LoTRFactors) -> tuple[int, ...]:
@@ -158,8 +158,8 @@ class LoTRLayer(nn.Module):
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of A, B and the core; of a parametrized one those that it is computed from."""
-        yield from parameters_of(self.factors, "A")
-        yield from parameters_of(self.factors, "B")
+        for module, name in self.factors.owners:
+            yield from parameters_of(module, name)
         yield from parameters_of(self, "core")
 
     # ---- merging -----------------------------------------------------------------------------------------------------

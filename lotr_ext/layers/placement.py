@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -25,16 +25,18 @@ def home(module: nn.Module) -> torch.device:
     return device
 
 
-def check_not_offloaded(factors: nn.Module, layers: Sequence[nn.Module]) -> None:
+def check_not_offloaded(parts: Iterable[tuple[nn.Module, str]]) -> None:
     """Refuses to train what accelerate holds back: each forward makes new parameters, and their gradients would be lost.
+
+    parts: the modules that have A, B and the cores, and their names there.
 
     Raises:
         RuntimeError: a trained parameter on the meta device in a module with accelerate's offloading hook.
     """
-    trained = [factors._parameters.get("A"), *[layer._parameters.get("core") for layer in layers]]
+    trained = [module._parameters.get(name) for module, name in parts]
     if True not in [t is not None and t.is_meta for t in trained]:
         return  # each forward comes here; a generated one is no parameter, and accelerate knows none
-    for module in (factors, *layers):
+    for module, _ in parts:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and parameter.requires_grad and any(getattr(h, "offload", False) for h in _hooks(module)):
                 raise RuntimeError(

@@ -41,13 +41,19 @@ _LEFTOVER = re.compile(r"lotr_adapter\..*\.tmp")
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One adapted layer. factors: the state_dict prefix of its LoTRFactors."""
+    """One adapted layer. factors: the state_dict prefix of its LoTRFactors, or those of the two LoTRFactor that it is made of."""
 
-    factors: str
+    factors: str | tuple[str, str]
     in_features: int
     out_features: int
     scaling: float
     dropout: float
+
+    def tensor(self, part: str) -> str:
+        """The full name of "A", "B", "start_A" or "start_B"."""
+        if isinstance(self.factors, str):
+            return f"{self.factors}.{part}"
+        return f"{self.factors[part[-1] == 'B']}.{'start' if part.startswith('start') else 'value'}"
 
 
 @dataclass(frozen=True)
@@ -242,6 +248,15 @@ def _entry(path: Path, content: Mapping[str, Any], key: str, kind: type) -> Any:
     return value
 
 
+def _factors(path: Path, entry: Mapping[str, Any]) -> str | tuple[str, str]:
+    found = _entry(path, entry, "factors", str | list)
+    if isinstance(found, list):
+        if len(found) != 2 or not all(isinstance(prefix, str) for prefix in found):
+            raise ValueError(f"{path}: expected 'factors' to be a prefix or two, got {found!r}")
+        return found[0], found[1]
+    return found
+
+
 def _manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
     try:
         config = None if content.get("config") is None else LoTRConfig.from_dict(_entry(path, content, "config", dict))
@@ -257,7 +272,7 @@ def _manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
             check_settings(alpha=None, rslora=False, **numbers)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected valid settings for layer {name!r}, got {error}") from None
-        layers[name] = LayerEntry(_entry(path, entry, "factors", str), **sizes, **{k: float(v) for k, v in numbers.items()})
+        layers[name] = LayerEntry(_factors(path, entry), **sizes, **{k: float(v) for k, v in numbers.items()})
     if not layers:
         raise ValueError(f"{path}: expected at least one layer, got none")
     saved = _entry(path, content, "modules_to_save", list)

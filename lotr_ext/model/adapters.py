@@ -22,10 +22,11 @@ from ..layers.layer import LoTRLayer, check_settings
 from ..layers.mixture import Mixture
 from ..layers.parametrized import state_of
 from ..layers.sharded import holds_parts
-from .apply import SharedFactors, adapted_layers
+from .apply import adapted_layers
 from .config import LoTRConfig
 from .saved import saved_modules, saved_tensors
 from .scope import attach_scope
+from .shared_factors import Owner, SharedFactors, counterpart, factors_by_part
 from .targets import can_be_child
 
 __all__ = ["DEFAULT", "active_adapter", "adapter_names", "add_adapter", "delete_adapter", "mixed", "set_adapter"]
@@ -40,7 +41,7 @@ class ParkedAdapter(nn.Module):
     def __init__(
         self,
         config: LoTRConfig,
-        factors: dict[str, LoTRFactors],
+        factors: dict[str, Owner],
         cores: Sequence[nn.Parameter],
         settings: Sequence[tuple[float, float]],
         saved: Sequence[Tensor],
@@ -120,19 +121,23 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     if config.init == "svd" or any(layer.start_core is not None for layer in layers.values()):
         raise RuntimeError('add_adapter: expected another init than "svd", whose start is part of the base weights, got "svd"')
     if owner is None:
-        factors = {group: _like(old, config) for group, old in model.lotr_factors.items()}
+        factors = SharedFactors()
+        for layer in layers.values():
+            group = next((group for group, old in model.lotr_factors.items() if old is layer.factors), "")
+            device = layer.factors.A.device
+            factors.pair(group, (layer.in_features, layer.out_features), config, device, config.adapter_dtype)
+        factors = dict(factors.items())
     else:
         factors = dict(model.lotr_factors.items() if owner == parked.active else parked[owner].factors.items())
-        for group, shared in factors.items():
-            if (shared.r_in, shared.r_out) != config.ranks:
-                got = (shared.r_in, shared.r_out)
-                raise ValueError(f"config: expected rank {got} as in the shared factors of {group!r}, got {config.ranks}")
-    groups = {id(old): group for group, old in model.lotr_factors.items()}
+        for part, module, attribute in factors_by_part(factors):
+            got, want = getattr(module, attribute).shape[1], config.ranks[part == "B"]
+            if got != want:
+                raise ValueError(f"config: expected rank {got} of {part}, as in the shared factors, got {config.ranks}")
     settings = check_settings(alpha=config.alpha, rslora=config.rslora, scaling=config.scaling, dropout=config.dropout)
     scaling = settings.resolve(max(config.ranks))
     cores = []
     for layer in layers.values():
-        like = factors[groups[id(layer.factors)]].A
+        like = counterpart(layer.factors, model.lotr_factors, factors).A
         core = nn.Parameter(torch.empty(config.ranks, device=layer.core.device, dtype=like.dtype))
         fill_core_(core, config.core_init)
         cores.append(core)
@@ -233,10 +238,9 @@ def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:
 
 def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, nn.Parameter, float, float]]:
     """What each layer would have of a parked adapter, in the model's order: factors, core, scaling, dropout."""
-    groups = {id(old): group for group, old in model.lotr_factors.items()}
     layers = adapted_layers(model).values()
     return [
-        (parked.factors[groups[id(layer.factors)]], core, *settings)
+        (counterpart(layer.factors, model.lotr_factors, parked.factors), core, *settings)
         for layer, core, settings in zip(layers, parked.cores, parked.settings, strict=True)
     ]
 
@@ -289,7 +293,7 @@ def _check_unmerged(layers: dict[str, LoTRLayer], where: str) -> None:
 def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:
     """A parametrization belongs to the place where it was registered; an adapter changes places."""
     for name, layer in layers.items():
-        for owner, part in ((layer.factors, "A"), (layer.factors, "B"), (layer, "core")):
+        for owner, part in (*layer.factors.owners, (layer, "core")):
             if state_of(owner, part):
                 raise RuntimeError(
                     f"{where}: expected cores and factors that are parameters, got {name!r}, whose {part} has a "
@@ -314,19 +318,9 @@ def _fitting_config(model: nn.Module, config: LoTRConfig | None, *, shared: bool
     return replace(config, **kept)
 
 
-def _like(old: LoTRFactors, config: LoTRConfig) -> LoTRFactors:
-    new = LoTRFactors(
-        old.in_features, old.out_features, config.rank, init=config.init, device=old.A.device, dtype=config.adapter_dtype
-    )
-    if config.core_init == "identity":
-        nn.init.zeros_(new.B)
-    return new
-
-
 def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
     layers = adapted_layers(model)
     new = parked[name]
-    groups = {id(old): group for group, old in model.lotr_factors.items()}
     live = saved_tensors(saved_modules(model))
     old = ParkedAdapter(
         model.lotr_config,
@@ -337,17 +331,16 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
     )
     for factors in old.factors.values():
         factors.requires_grad_(False)
+    pairs = {id(layer.factors): counterpart(layer.factors, old.factors, new.factors) for layer in layers.values()}
     for layer, core, (scaling, dropout) in zip(layers.values(), new.cores, new.settings, strict=True):
-        layer.__dict__["factors"] = new.factors[groups[id(layer.factors)]]
+        layer.__dict__["factors"] = pairs[id(layer.factors)]
         layer.core, layer.scaling, layer.dropout = core, scaling, dropout
         core.requires_grad_("core" in new.config.train)
-    for group in list(model.lotr_factors):
-        factors = model.lotr_factors[group] = new.factors[group]
-        factors.A.requires_grad_("A" in new.config.train)
-        factors.B.requires_grad_("B" in new.config.train)
-        for parameter in (factors.A, factors.B):
-            if not parameter.requires_grad:  # shared with the adapter before, whose gradient it would go on showing
-                parameter.grad = None
+    model.lotr_factors.update(new.factors)
+    model.lotr_factors.set_trained(new.config.train)
+    for _, module, part in factors_by_part(new.factors):
+        if not getattr(module, part).requires_grad:  # shared with the adapter before, whose gradient it would go on showing
+            getattr(module, part).grad = None
     for tensor, value in zip(live.values(), new.saved, strict=True):
         tensor.data = value.data
         increment_version(tensor)  # a backward through the one that was there raises
@@ -358,7 +351,7 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
 
 
 def _register_once(model: nn.Module) -> None:
-    """Registers each LoTRFactors once: in lotr_factors if it is active, else with the first adapter it belongs to."""
+    """Registers each factor once: in lotr_factors if it is active, else with the first adapter it belongs to."""
     seen = {id(factors) for factors in model.lotr_factors.values()}
     for adapter in model.lotr_parked.values():
         own = {group: f for group, f in adapter.factors.items() if id(f) not in seen}

@@ -2,7 +2,8 @@
 
 After `apply_lotr(model, config)` every targeted layer is a `LoTRLayer` in its old place, with its old state_dict keys and
 `core`; the factors of all groups are registered once, as `model.lotr_factors[group]`, and the layers only refer to them. So
-state_dict has `lotr_factors.<group>.A`, `lotr_factors.<group>.B` and `<layer>.core` beside the base model's own keys.
+state_dict has `lotr_factors.<group>.A`, `lotr_factors.<group>.B` and `<layer>.core` beside the base model's own keys; with
+group_by="width" `lotr_factors.A_<in_features>.value` and `lotr_factors.B_<out_features>.value`.
 """
 
 from __future__ import annotations
@@ -27,19 +28,13 @@ from ..ops.composite import delta_weight
 from .config import LoTRConfig
 from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
+from .shared_factors import SharedFactors
 from .targets import Selection, Target, select, tied_names
 
 __all__ = ["SharedFactors", "adapted_layers", "apply_lotr", "disabled", "lotr_parameters", "merge", "unload", "unmerge"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Start = tuple[Tensor, Tensor, Tensor]  # A, B, cores
-
-
-class SharedFactors(nn.ModuleDict):
-    """The factors of a model's groups, by group name. Called, it returns its input: nn.Sequential calls all it registers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 def apply_lotr(model: Model, config: LoTRConfig) -> Model:
@@ -78,7 +73,9 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
                 parameter.requires_grad_(True)
     shared = SharedFactors()
     for group, targets in selection.groups.items():
-        factors = shared[group] = _new_factors(targets[0], config)
+        first = targets[0]
+        sizes = first.in_features, first.out_features
+        factors = shared.pair(group, sizes, config, home(first.module), config.adapter_dtype)
         layers = [_replace(model, target, factors, config) for target in targets]
         if starts is not None:
             set_start(layers, starts[group])
@@ -86,6 +83,7 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
             write_(factors.B, factors.start_B)
             for layer in layers:
                 write_(layer.core, layer.start_core)
+    shared.set_trained(config.train)
     model.lotr_factors = shared
     if callable(config.group_by):  # a callable can be neither pickled nor saved; what it decided can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
@@ -94,22 +92,6 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
     attach_scope(model)
     hook_saving(model)
     return model
-
-
-def _new_factors(target: Target, config: LoTRConfig) -> LoTRFactors:
-    factors = LoTRFactors(
-        target.in_features,
-        target.out_features,
-        config.rank,
-        init="kaiming" if config.init == "svd" else config.init,
-        device=home(target.module),
-        dtype=config.adapter_dtype,
-    )
-    if config.core_init == "identity":  # B = 0 keeps the start unchanged, as in LoRA
-        nn.init.zeros_(factors.B)
-    factors.A.requires_grad_("A" in config.train)
-    factors.B.requires_grad_("B" in config.train)
-    return factors
 
 
 def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:

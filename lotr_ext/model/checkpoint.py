@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layers.factors import LoTRFactors, same_values
+from ..layers.factors import LoTRFactor, LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
 from ..layers.merging import check_is_parameter
 from ..layers.parametrized import state_of
@@ -29,6 +29,7 @@ from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import adapted_layers, install, set_start
 from .config import LoTRConfig
 from .saved import computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors
+from .shared_factors import factors_by_part, width_names
 from .targets import Selection, features, select
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -50,17 +51,23 @@ def _path(directory: object) -> Path:
 
 
 def _prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
-    """The name of each LoTRFactors in the model, by id."""
-    found = {id(m): name for name, m in model.named_modules() if isinstance(m, LoTRFactors)}
+    """The name of each module in the model that has a factor, by id."""
+    found = {id(m): name for name, m in model.named_modules() if isinstance(m, LoTRFactors | LoTRFactor)}
     for name, layer in layers.items():
-        if id(layer.factors) not in found:
+        if any(id(module) not in found for module, _ in layer.factors.owners):
             raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
     return found
 
 
-def _groups(entries: dict[str, LayerEntry]) -> dict[str, list[str]]:
-    """Layer names by the prefix of their factors."""
-    groups: dict[str, list[str]] = {}
+def _prefix(prefixes: dict[int, str], factors: LoTRFactors) -> str | tuple[str, str]:
+    """A LayerEntry's factors."""
+    A, B = (prefixes[id(module)] for module, _ in factors.owners)
+    return A if A == B else (A, B)
+
+
+def _groups(entries: dict[str, LayerEntry]) -> dict[str | tuple[str, str], list[str]]:
+    """Layer names by their factors."""
+    groups: dict[str | tuple[str, str], list[str]] = {}
     for name, entry in entries.items():
         groups.setdefault(entry.factors, []).append(name)
     return groups
@@ -115,15 +122,14 @@ def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[
         config, beside = parked.config, dict(zip(beside, parked.saved, strict=True))
     entries = {}
     for (at, layer), (factors, core, scaling, dropout) in zip(layers.items(), held, strict=True):
-        prefix = prefixes[id(layer.factors)]
-        if f"{prefix}.A" not in tensors:
-            start = {f"{prefix}.{part}": getattr(factors, part) for part in ("start_A", "start_B")}
-            tensors |= {f"{prefix}.A": factors.A, f"{prefix}.B": factors.B}
-            tensors |= {key: value for key, value in start.items() if value is not None}
+        prefix = _prefix(prefixes, layer.factors)
+        entry = entries[at] = LayerEntry(prefix, layer.in_features, layer.out_features, float(scaling), dropout)
+        for part in ("A", "B", "start_A", "start_B"):
+            if entry.tensor(part) not in tensors and (value := getattr(factors, part)) is not None:
+                tensors[entry.tensor(part)] = value
         tensors[f"{at}.core"] = core
         if layer.start_core is not None:
             tensors[f"{at}.start_core"] = layer.start_core
-        entries[at] = LayerEntry(prefix, layer.in_features, layer.out_features, float(scaling), dropout)
     tensors |= beside
     for key, tensor in tensors.items():
         if tensor.is_meta:
@@ -225,12 +231,12 @@ def _fitted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) ->
 
 
 def _check_same_factors(model: nn.Module, tensors: dict[str, Tensor], share_factors: str) -> None:
-    for group, factors in model.lotr_factors.items():
-        for part in ("A", "B"):
-            key, have = f"lotr_factors.{group}.{part}", getattr(factors, part).detach().cpu()
-            saved = tensors.get(key)
-            if saved is None or not same_values(saved, have):
-                raise ValueError(f"share_factors: expected the values of {key} to be those of {share_factors!r}, got others")
+    names = {id(m): name for name, m in model.named_modules() if isinstance(m, LoTRFactors | LoTRFactor)}
+    for _, module, name in factors_by_part(model.lotr_factors):
+        key, have = f"{names[id(module)]}.{name}", getattr(module, name).detach().cpu()
+        saved = tensors.get(key)
+        if saved is None or not same_values(saved, have):
+            raise ValueError(f"share_factors: expected the values of {key} to be those of {share_factors!r}, got others")
 
 
 def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], cast: bool) -> None:
@@ -251,12 +257,13 @@ def _expected(
 ) -> dict[str, Tensor]:
     """What the file has to hold. like: a layer's A, B and core, or their forms. A group has all start factors, or none."""
     expected: dict[str, Tensor] = {}
-    for prefix, names in _groups(manifest.layers).items():
-        start = any(key in tensors for key in (f"{prefix}.start_A", f"{prefix}.start_B", *(f"{n}.start_core" for n in names)))
+    for names in _groups(manifest.layers).values():
+        starts = (*(manifest.layers[names[0]].tensor(f"start_{part}") for part in "AB"), *(f"{n}.start_core" for n in names))
+        start = any(key in tensors for key in starts)
         for name in names:
-            A, B, core = like(name)
+            (A, B, core), entry = like(name), manifest.layers[name]
             for part in ("", "start_") if start else ("",):
-                expected |= {f"{prefix}.{part}A": A, f"{prefix}.{part}B": B, f"{name}.{part}core": core}
+                expected |= {entry.tensor(f"{part}A"): A, entry.tensor(f"{part}B"): B, f"{name}.{part}core": core}
     return expected
 
 
@@ -272,7 +279,7 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
         want, got = (layer.in_features, layer.out_features), (entry.in_features, entry.out_features)
         if want != got:
             raise ValueError(f"{name}: expected (in_features, out_features) {want} as in the model, got {got} in the adapter")
-        want, got = prefixes[id(layer.factors)], entry.factors
+        want, got = _prefix(prefixes, layer.factors), entry.factors
         if want != got:
             raise ValueError(f"{name}: expected factors {want!r} as in the model, got {got!r} in the adapter")
     saved = saved_modules(model)
@@ -280,8 +287,8 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
         raise ValueError(f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(manifest.modules_to_save)}")
     expected = _expected(manifest, lambda n: (layers[n].factors.A, layers[n].factors.B, layers[n].core), tensors)
     _check_tensors(expected | computed_tensors(layers, prefixes) | saved_tensors(saved), tensors, cast)
-    for prefix, names in _groups(manifest.layers).items():
-        if f"{prefix}.start_A" in tensors or layers[names[0]].start_core is not None:
+    for names in _groups(manifest.layers).values():
+        if manifest.layers[names[0]].tensor("start_A") in tensors or layers[names[0]].start_core is not None:
             for name in names:
                 check_is_parameter(layers[name], "weight", "load_adapter", name)
                 if in_parts(layers[name]._matrix()):  # a base whose weight cannot be read says so
@@ -320,12 +327,18 @@ def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor
         if found != want:
             raise ValueError(f"{name}: expected (in_features, out_features) {want} as in the adapter, got {found} in the model")
         _check_not_meta(name, module)
-        owner, _, groups[name] = entry.factors.rpartition(".")
+        if config.group_by == "width":
+            want = tuple(f"lotr_factors.{own}" for own in width_names(*want))
+            if entry.factors != want:
+                raise ValueError(f"{name}: expected factors {want!r}, got {entry.factors!r}")
+            continue
+        owner, _, groups[name] = entry.factors.rpartition(".") if isinstance(entry.factors, str) else ("", "", "")
         if owner != "lotr_factors":
             raise ValueError(f"{name}: expected factors under lotr_factors, got {entry.factors!r}")
+    by = "width" if config.group_by == "width" else groups
     selection = select(
         model,
-        replace(config, target_modules="|".join(map(re.escape, manifest.layers)), exclude_modules=None, group_by=groups),
+        replace(config, target_modules="|".join(map(re.escape, manifest.layers)), exclude_modules=None, group_by=by),
     )
     _check_names({t.name for t in selection.targets}, set(manifest.layers))
     if set(selection.saved) != set(manifest.modules_to_save):
@@ -346,9 +359,7 @@ def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor
 def _install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
     install(model, replace(config, init="kaiming", core_init="zero", train=("A", "B", "core")), selection, None)
     model.lotr_config = config
-    for factors in model.lotr_factors.values():
-        factors.A.requires_grad_("A" in config.train)
-        factors.B.requires_grad_("B" in config.train)
+    model.lotr_factors.set_trained(config.train)
     for layer in adapted_layers(model).values():
         layer.core.requires_grad_("core" in config.train)
 
@@ -356,12 +367,12 @@ def _install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None
 @torch.no_grad()
 def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     layers = adapted_layers(model)
-    for prefix, names in _groups(manifest.layers).items():
-        group = [layers[name] for name in names]
-        start = None
-        if f"{prefix}.start_A" in tensors:
+    for names in _groups(manifest.layers).values():
+        group, start = [layers[name] for name in names], None
+        start_A, start_B = (manifest.layers[names[0]].tensor(f"start_{part}") for part in "AB")
+        if start_A in tensors:
             cores = torch.stack([tensors[f"{name}.start_core"] for name in names])
-            start = tensors[f"{prefix}.start_A"], tensors[f"{prefix}.start_B"], cores
+            start = tensors[start_A], tensors[start_B], cores
         scalings = [manifest.layers[name].scaling for name in names]
         if start is not None or group[0].start_core is not None:
             set_start(group, start, scalings)

@@ -94,8 +94,8 @@ class LoTRConfig:
         exclude_modules: name endings, or a regular expression, to leave out.
         modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
         group_by: which layers share one pair of factors. "shape": one pair for each (K, N), the paper's; "name": one for
-            each last part of the name and shape (q and v apart); a mapping from layer name to group; or a callable
-            (name, module) -> group.
+            each last part of the name and shape (q and v apart); "width": no pairs but one A for each K and one B for each N,
+            over all adapted layers; a mapping from layer name to group; or a callable (name, module) -> group.
         init: "orthonormal", "normal", "kaiming" or "svd" (lotr_ext.init).
         train: which of "A", "B" and "core" are trained; the rest stays as it starts.
         adapter_dtype: of A, B and the cores: float32, float64, bfloat16 or float16.
@@ -164,15 +164,15 @@ class LoTRConfig:
 
     def _check_group_by(self) -> None:
         if isinstance(self.group_by, str):
-            if self.group_by not in ("shape", "name"):
-                raise ValueError(f'group_by: expected "shape", "name", a mapping or a callable, got {self.group_by!r}')
+            if self.group_by not in ("shape", "name", "width"):
+                raise ValueError(f'group_by: expected "shape", "name", "width", a mapping or a callable, got {self.group_by!r}')
         elif isinstance(self.group_by, Mapping):
             for name, group in self.group_by.items():
                 if not (isinstance(name, str) and isinstance(group, str)):
                     raise TypeError(f"group_by: expected layer names to group names, got {name!r}: {group!r}")
             object.__setattr__(self, "group_by", dict(self.group_by))
         elif not callable(self.group_by):
-            raise TypeError(f'group_by: expected "shape", "name", a mapping or a callable, got {self.group_by!r}')
+            raise TypeError(f'group_by: expected "shape", "name", "width", a mapping or a callable, got {self.group_by!r}')
 
     def _check_train(self) -> None:
         train = _names(self.train, "train")
@@ -180,6 +180,8 @@ class LoTRConfig:
             raise ValueError(f"train: expected some of {_PARTS}, each once, got {self.train!r}")
         object.__setattr__(self, "train", tuple(part for part in _PARTS if part in train))
         if self.init == "svd":
+            if self.group_by == "width":
+                raise ValueError('init: expected another with group_by "width" (a start of layers of one shape), got "svd"')
             if self.core_init != "zero":
                 raise ValueError(f'core_init: expected "zero" with init "svd", which sets the cores, got {self.core_init!r}')
             return
@@ -198,7 +200,7 @@ class LoTRConfig:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that json can write. A callable group_by cannot be written (ValueError): give the mapping instead."""
         if callable(self.group_by):
-            raise ValueError('group_by: expected "shape", "name" or a mapping for JSON, got a callable')
+            raise ValueError('group_by: expected "shape", "name", "width" or a mapping for JSON, got a callable')
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -17,7 +17,7 @@ from .targets import name_ends_with
 __all__ = ["computed_parts", "computed_tensors", "fitted_to_parametrizations", "saved_modules", "saved_tensors"]
 
 Layers = Mapping[str, LoTRLayer]
-Prefixes = Mapping[int, str]  # of LoTRFactors in the model's state_dict, by id
+Prefixes = Mapping[int, str]  # of LoTRFactors and LoTRFactor in the model's state_dict, by id
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -47,11 +47,14 @@ def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 def parts(layers: Layers, prefixes: Prefixes) -> Iterator[tuple[nn.Module, str, str]]:
     """Each A, B and core once: its module, the module's name and the part's."""
-    seen: set[int] = set()
+    seen: set[int | tuple[int, str]] = set()
     for name, layer in layers.items():
         if id(layer.factors) not in seen:
             seen.add(id(layer.factors))
-            yield from ((layer.factors, prefixes[id(layer.factors)], part) for part in ("A", "B"))
+            for module, part in layer.factors.owners:
+                if (id(module), part) not in seen:
+                    seen.add((id(module), part))
+                    yield module, prefixes[id(module)], part
         yield layer, name, "core"
 
 
@@ -86,8 +89,8 @@ def fitted_to_parametrizations(
         ValueError: a part that cannot be made to have the file's value. What does not fit otherwise is left to the caller.
     """
     names, found = computed_parts(layers, prefixes), dict(tensors)
-    factors = {entry.factors for entry in manifest.layers.values()}
-    for full in (*(f"{f}.{part}" for f in factors for part in "AB"), *(f"{name}.core" for name in manifest.layers)):
+    factors = {entry.tensor(part) for entry in manifest.layers.values() for part in "AB"}
+    for full in (*factors, *(f"{name}.core" for name in manifest.layers)):
         owner, _, part = full.rpartition(".")
         for key in tensors if full not in names else ():
             if key.startswith(f"{owner}.parametrizations.{part}."):

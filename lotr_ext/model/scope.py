@@ -14,28 +14,34 @@ from ..autograd.bank import Scope, _open
 from ..layers.placement import check_not_offloaded
 
 if TYPE_CHECKING:
-    from ..autograd.shared_input import Group
+    from ..autograd.shared_input import SharedFactor
 
 
 class _Layers:
-    """The adapted layers of a model by group, found at its first forward. Copies and pickles of it start empty."""
+    """The adapted layers of a model by the B that they have, found at its first forward. Copies and pickles start empty.
+
+    parts: each A, B and core once: the module that has it, and its name there.
+    """
 
     def __init__(self) -> None:
-        self.by_group: dict[Group, list[nn.Module]] | None = None
+        self.by_B: dict[SharedFactor, list[nn.Module]] | None = None
+        self.parts: dict[tuple[nn.Module, str], None] = {}
 
     def __reduce__(self):
         return _Layers, ()
 
-    def of(self, model: nn.Module) -> dict[Group, list[nn.Module]]:
-        if self.by_group is None:
-            self.by_group = {}
+    def of(self, model: nn.Module) -> dict[SharedFactor, list[nn.Module]]:
+        if self.by_B is None:
+            self.by_B = {}
             for module in model.modules():
-                if hasattr(module, "start_core") and not hasattr(module, "num_experts"):  # an adapted layer, PEFT's cores too
-                    self.by_group.setdefault(module.factors._group, []).append(module)
+                if not hasattr(module, "start_core"):  # which an adapted layer has, PEFT's cores too
+                    continue
+                self.parts |= dict.fromkeys((*module.factors.owners, (module, "core")))
+                if not hasattr(module, "num_experts"):
+                    self.by_B.setdefault(module.factors._group.B, []).append(module)
         if torch.is_grad_enabled():
-            for layers in self.by_group.values():
-                check_not_offloaded(layers[0].factors, layers)
-        return self.by_group
+            check_not_offloaded(self.parts)
+        return self.by_B
 
 
 def _enter(model: nn.Module, args) -> None:

@@ -333,7 +333,7 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
 
 def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRConfig) -> str:
     shape = f"{sizes[0]}x{sizes[1]}"
-    if config.group_by == "shape":
+    if config.group_by in ("shape", "width"):  # "width" makes the pair of each shape from two factors
         return shape
     if config.group_by == "name":
         return f"{name.rpartition('.')[2]}_{shape}"

@@ -1,0 +1,82 @@
+"""The factors of a model, each registered once: a pair a group, or one A and one B a width."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..layers.factors import LoTRFactor, LoTRFactors
+
+if TYPE_CHECKING:
+    from .config import LoTRConfig
+
+__all__ = ["Owner", "SharedFactors", "counterpart", "factors_by_part", "width_names"]
+
+Owner = LoTRFactors | LoTRFactor  # what a model registers
+
+
+def width_names(in_features: int, out_features: int) -> tuple[str, str]:
+    """What the A and the B of such layers are called with group_by="width"."""
+    return f"A_{in_features}", f"B_{out_features}"
+
+
+class SharedFactors(nn.ModuleDict):
+    """A pair by its group's name; with group_by="width" a LoTRFactor by `width_names`. Called, it returns its input:
+    nn.Sequential calls all it registers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def pair(
+        self, group: str, sizes: tuple[int, int], config: LoTRConfig, device: torch.device, dtype: torch.dtype
+    ) -> LoTRFactors:
+        """The pair of a group of layers of these (in_features, out_features); what of it is not there yet is made."""
+        init = "kaiming" if config.init == "svd" else config.init
+        if config.group_by == "width":
+            names, (r_in, r_out) = width_names(*sizes), config.ranks
+            for name, features, rank in zip(names, sizes, (r_in, r_out), strict=True):
+                if name not in self:
+                    self[name] = LoTRFactor(features, rank, init=init, device=device, dtype=dtype)
+                    self._begin(self[name], name, config)
+            return LoTRFactors.of(self[names[0]], self[names[1]], (r_in, r_out))
+        if group not in self:
+            self[group] = LoTRFactors(*sizes, config.rank, init=init, device=device, dtype=dtype)
+            self._begin(self[group], group, config)
+        return self[group]
+
+    @staticmethod
+    def _begin(owner: Owner, name: str, config: LoTRConfig) -> None:
+        if config.core_init == "identity":  # B = 0 keeps the start unchanged, as in LoRA
+            for part, module, attribute in _parts(name, owner):
+                if part == "B":
+                    nn.init.zeros_(getattr(module, attribute))
+
+    def set_trained(self, train: Collection[str]) -> None:
+        """Which of "A" and "B" require gradients."""
+        for part, module, name in factors_by_part(self):
+            getattr(module, name).requires_grad_(part in train)
+
+
+def _parts(name: str, owner: Owner) -> Iterator[tuple[str, nn.Module, str]]:
+    if isinstance(owner, LoTRFactor):
+        yield name[0], owner, "value"
+    else:
+        yield from (("A", owner, "A"), ("B", owner, "B"))
+
+
+def factors_by_part(owners: Mapping[str, Owner]) -> Iterator[tuple[str, nn.Module, str]]:
+    """Each factor once: "A" or "B", the module that has it, and its name there. owners: as in SharedFactors."""
+    for name, owner in owners.items():
+        yield from _parts(name, owner)
+
+
+def counterpart(pair: LoTRFactors, old: Mapping[str, Owner], new: Mapping[str, Owner]) -> LoTRFactors:
+    """The pair that is among new what `pair` is among old."""
+    names = {id(owner): name for name, owner in old.items()}
+    if id(pair) in names:
+        return new[names[id(pair)]]
+    A, B = (new[names[id(module)]] for module, _ in pair.owners)
+    return LoTRFactors.of(A, B, (A.rank, B.rank))
