@@ -64,7 +64,9 @@ def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[st
     if callable(group_by):
         raise TypeError('group_by: expected "shape", "name" or a mapping, got a callable, which needs a model')
     if group_by == "width":
-        raise ValueError('group_by: expected "shape", "name" or a mapping, got "width": a pair is found for layers of one shape')
+        raise ValueError(
+            'group_by: expected "shape", "name" or a mapping, got "width": a pair is found for layers of one shape'
+        )
     if isinstance(group_by, dict) and set(group_by) != set(sizes):
         missing, unknown = sorted(set(sizes) - set(group_by)), sorted(set(group_by) - set(sizes))
         raise ValueError(

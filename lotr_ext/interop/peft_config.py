@@ -49,8 +49,8 @@ class LoTRPeftConfig(PeftConfig):
     Attributes:
         rank, or r as PEFT's other methods call it: 16 where neither is given; r is rank afterwards.
         alpha, rslora, scaling, dropout, group_by, init, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
-            "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base weights, which
-            other adapters share).
+            "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base
+            weights, which other adapters share).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
             for target_modules: what PEFT has for LoRA and the model's type.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.

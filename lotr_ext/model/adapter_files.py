@@ -41,7 +41,7 @@ _LEFTOVER = re.compile(r"lotr_adapter\..*\.tmp")
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One adapted layer. factors: the state_dict prefix of its LoTRFactors, or those of the two LoTRFactor that it is made of."""
+    """One adapted layer. factors: the state_dict prefix of its LoTRFactors, or of the two LoTRFactor that make it."""
 
     factors: str | tuple[str, str]
     in_features: int

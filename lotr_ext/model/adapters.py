@@ -129,10 +129,10 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
         factors = dict(factors.items())
     else:
         factors = dict(model.lotr_factors.items() if owner == parked.active else parked[owner].factors.items())
-        for part, module, attribute in factors_by_part(factors):
-            got, want = getattr(module, attribute).shape[1], config.ranks[part == "B"]
-            if got != want:
-                raise ValueError(f"config: expected rank {got} of {part}, as in the shared factors, got {config.ranks}")
+        ranks = {part: getattr(module, attribute).shape[1] for part, module, attribute in factors_by_part(factors)}
+        if (ranks["A"], ranks["B"]) != config.ranks:
+            got = ranks["A"], ranks["B"]
+            raise ValueError(f"config: expected rank {got} as in the shared factors of {owner!r}, got {config.ranks}")
     settings = check_settings(alpha=config.alpha, rslora=config.rslora, scaling=config.scaling, dropout=config.dropout)
     scaling = settings.resolve(max(config.ranks))
     cores = []

@@ -207,7 +207,7 @@ def test_named_adapters(tmp_path: Path) -> None:
     assert relative(y[:75], first[:75].double()) < 1e-6
     torch.manual_seed(0)
     assert relative(y[75:], Llama(LlamaBlock(), LlamaBlock())(X[75:]).detach().double()) < 1e-6
-    with pytest.raises(ValueError, match=r"config: expected rank 4 of A, as in the shared factors, got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"config: expected rank \(4, 4\) as in the shared factors of 'default', got \(2, 2\)"):
         add_adapter(model, "fifth", LoTRConfig(rank=2, group_by="width"), share_factors="default")
 
 
