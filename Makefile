@@ -22,7 +22,7 @@ NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.
           CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard python_tests/simt/executor/*.h python_tests/simt/executor/*.cpp)
 
-.PHONY: help setup demo causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean
+.PHONY: help setup demo frontier causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"

@@ -1,0 +1,1 @@
+"""Accuracy against trained parameters: LoTR, its relatives, LoRA and VeRA on the demo's task."""

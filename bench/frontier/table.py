@@ -1,0 +1,101 @@
+"""What the kept runs say: a point a way and rank, chosen learning rates, and the table in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from typing import NamedTuple
+
+from ..measure.store import latest
+from ..measure.terminal import AnyTable, new_table
+from .ways import TRIED, WAYS, Way
+
+FILE = "frontier.jsonl"
+
+
+class Point(NamedTuple):
+    """One way at one rank: the adapter's trained numbers, the learning rate chosen of so many tried, and what each seed with
+    it reached on the held-out texts."""
+
+    way: str
+    rank: int
+    parameters: int
+    lr: float
+    tried: int
+    accuracies: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        return WAYS[self.way].label
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+
+def rates(way: Way) -> list[float]:
+    """The learning rates that are tried, the way's own first."""
+    return [float(f"{way.lr * multiple:.3g}") for multiple in TRIED]
+
+
+def setting_of(cell: dict) -> tuple[object, ...]:
+    """Equal for runs that belong in one table."""
+    return tuple(cell["case"].get(name) for name in ("steps", "batch", "model"))
+
+
+def of_setting(cells: list[dict], setting: tuple[object, ...] | None = None) -> list[dict]:
+    """The last run of each case of one setting (None: the last run's), of the ways that are known."""
+    cells = [cell for cell in cells if cell["rival"] in WAYS]
+    if cells and setting is None:
+        setting = setting_of(cells[-1])
+    return latest([cell for cell in cells if setting_of(cell) == setting])
+
+
+def chosen_rate(cells: list[dict], way: str, rank: int) -> float | None:
+    """Of the learning rates tried with the first seed the one that was best on the validation texts; none tried: None."""
+    tried = [cell for cell in cells if (cell["rival"], cell["case"]["rank"], cell["case"]["seed"]) == (way, rank, 0)]
+    return max(tried, key=lambda cell: cell["validation"], default={"case": {"lr": None}})["case"]["lr"]
+
+
+def points(cells: list[dict]) -> list[Point]:
+    """Of one setting's runs, in the order of WAYS and by rank."""
+    found = []
+    for name in WAYS:
+        for rank in sorted({cell["case"]["rank"] for cell in cells if cell["rival"] == name}):
+            own = [cell for cell in cells if (cell["rival"], cell["case"]["rank"]) == (name, rank)]
+            lr = chosen_rate(own, name, rank)
+            with_it = sorted((cell for cell in own if cell["case"]["lr"] == lr), key=lambda cell: cell["case"]["seed"])
+            if with_it:
+                tried = len({cell["case"]["lr"] for cell in own if cell["case"]["seed"] == 0})
+                accuracies = tuple(cell["accuracy"] for cell in with_it)
+                found.append(Point(name, rank, with_it[0]["parameters"], lr, tried, accuracies))
+    return found
+
+
+def title(cells: list[dict]) -> str:
+    """What all runs have in common."""
+    case = cells[-1]["case"]
+    return f"{case['model']} on movie snippets, {case['steps']} steps of {case['batch']}"
+
+
+def accuracy_text(point: Point) -> str:
+    """The mean over seeds and their range."""
+    spread = f" ({min(point.accuracies):.1%} to {max(point.accuracies):.1%})" if len(point.accuracies) > 1 else ""
+    return f"{point.mean:.2%}{spread}"
+
+
+HEADS = ("", "rank", "trained numbers", "held-out accuracy", "seeds", "learning rate")
+
+
+def rows(found: list[Point]) -> list[list[str]]:
+    """A row a point, under HEADS."""
+    return [
+        [p.label, str(p.rank or "-"), f"{p.parameters:,}", accuracy_text(p), str(len(p.accuracies)), f"{p.lr:g} of {p.tried}"]
+        for p in found
+    ]
+
+
+def terminal_table(found: list[Point], cells: list[dict]) -> AnyTable:
+    table = new_table(title(cells), *HEADS)
+    for row in rows(found):
+        table.add_row(*row)
+    return table
