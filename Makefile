@@ -26,6 +26,7 @@ CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard python_tests/simt/executor/*.
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
+	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: three minutes)"
 	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
@@ -62,6 +63,9 @@ $(STAMPS)/data: $(STAMPS)/deps examples/data.py
 
 demo: setup
 	@$(PY) examples/finetune_text.py $(ARGS)
+
+frontier: setup
+	@$(PY) -m bench.frontier $(ARGS)
 
 causal-lm: setup
 	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/causal_lm.py $(ARGS)

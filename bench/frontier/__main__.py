@@ -17,11 +17,11 @@ from ..measure.session import start, wide_console
 from ..measure.store import RESULTS, ROOT, Store, build_id
 from ..measure.terminal import bar
 from ..measure.timing import machine, slug
-from .table import FILE, chosen_rate, of_setting, points, rates, terminal_table
+from .table import BATCH, FILE, SEEDS, STEPS, chosen_rate, of_setting, points, rates, terminal_table
 from .training import MODEL, TEXTS, Run, load_texts, train
 from .ways import WAYS
 
-STEPS, QUICK_STEPS, BATCH, SEEDS = 100, 30, 32, 3
+QUICK_STEPS = 30
 ABOUT = """Accuracy against trained parameters on the demo's task: LoTR, its relatives, LoRA, VeRA and the head alone. Every way
 and rank is tried at three learning rates with the first seed; the one that is best on validation texts is run with the other
 seeds. Each finished run is kept, and the same command goes on from there."""
@@ -52,8 +52,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def passes(options: argparse.Namespace, store: Store) -> Iterator[list[Run]]:
-    """Lists of runs that may go side by side. One list comes after another, so that what an unfinished command has kept is fair to
-    all: every way and rank at its own learning rate, at each other one, then with each further seed at the best of them."""
+    """Lists of runs that may go side by side. One list comes after another, so that what an unfinished command has kept is fair
+    to all: every way and rank at its own learning rate, at each other one, then with each further seed at the best of them."""
     setting = (options.steps, options.batch, options.model.resolve().name)
     ranks = {name: WAYS[name].quick if options.quick else WAYS[name].ranks for name in options.ways}
     places = [(name, rank) for name, own in ranks.items() for rank in own]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import NamedTuple
 
-from ..measure.store import latest
+from ..measure.store import Store, latest
 from ..measure.terminal import AnyTable, new_table
 from .ways import TRIED, WAYS, Way
 
 FILE = "frontier.jsonl"
+STEPS, BATCH, SEEDS = 100, 32, 3  # of a run, and of what is shown, by default
 
 
 class Point(NamedTuple):
@@ -48,6 +50,11 @@ def of_setting(cells: list[dict], setting: tuple[object, ...] | None = None) -> 
     if cells and setting is None:
         setting = setting_of(cells[-1])
     return latest([cell for cell in cells if setting_of(cell) == setting])
+
+
+def kept(folder: Path) -> list[dict]:
+    """What is shown of a folder's runs."""
+    return of_setting(Store(folder / FILE).read())
 
 
 def chosen_rate(cells: list[dict], way: str, rank: int) -> float | None:
@@ -92,6 +99,62 @@ def rows(found: list[Point]) -> list[list[str]]:
         [p.label, str(p.rank or "-"), f"{p.parameters:,}", accuracy_text(p), str(len(p.accuracies)), f"{p.lr:g} of {p.tried}"]
         for p in found
     ]
+
+
+def verdict(found: list[Point]) -> list[str]:
+    """LoTR and LoRA in words: the least of each, and the best LoTR that is no larger than a LoRA."""
+    lotr, lora, head = ([p for p in found if p.way == way] for way in ("lotr", "lora", "head"))
+    if not (lotr and lora and head):
+        return []
+    small = lotr[0]
+    least = f"LoTR begins at {small.parameters:,} trained numbers with {small.mean:.1%}, LoRA at {lora[0].parameters:,} with"
+    lines = [f"{least} {lora[0].mean:.1%}; the head alone has {head[0].mean:.1%}."]
+    for p in lora[:1] + lora[1:][-1:]:
+        fitting = [q for q in found if q.way.startswith("lotr") and q.parameters <= p.parameters]
+        other = "no LoTR is as small"
+        if fitting:
+            best = max(fitting, key=lambda q: q.mean)
+            other = f"the best LoTR no larger: {best.mean:.1%} ({best.label}, rank {best.rank}, {best.parameters:,})"
+        lines.append(f"LoRA of rank {p.rank}, {p.parameters:,} numbers: {p.mean:.1%}; {other}.")
+    return lines
+
+
+def command(cells: list[dict]) -> str:
+    """What makes the runs; those of another machine, model or length say so."""
+    case = cells[-1]["case"]
+    flags = [f"--{name} {case[name]}" for name, usual in (("steps", STEPS), ("batch", BATCH)) if case[name] != usual]
+    return f"`make frontier{' ARGS=' + chr(34) + ' '.join(flags) + chr(34) if flags else ''}`"
+
+
+def missing(found: list[Point], seeds: int = SEEDS) -> str:
+    """A remark on runs that are still to be made; none: ''."""
+    short = [p for p in found if len(p.accuracies) < seeds or p.tried < len(TRIED)]
+    absent = sum(len(way.ranks) for way in WAYS.values()) - len(found)
+    if not short and not absent:
+        return ""
+    return (
+        f" Not finished: {len(short)} points have fewer than {seeds} seeds or {len(TRIED)} learning rates, {absent} have none."
+    )
+
+
+def page_table(cells: list[dict], pictures: dict[str, str]) -> str:
+    """The whole table in Markdown, and the picture."""
+    found = points(cells)
+    lines = [f"{command(cells)}: {title(cells)}; {cells[-1]['machine']['name']}.{missing(found)}", ""]
+    lines += ["| way | rank | trained numbers | held-out accuracy | seeds | learning rate |", "|---|---:|---:|---:|---:|---:|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(found)]
+    return "\n".join([*lines, *_picture(pictures)])
+
+
+def short_text(cells: list[dict], pictures: dict[str, str]) -> str:
+    """README's: what it shows, and the picture."""
+    found = points(cells)
+    lines = [f"{command(cells)}, {title(cells)}:{missing(found)}", "", *(f"- {line}" for line in verdict(found))]
+    return "\n".join([*lines, *_picture(pictures)])
+
+
+def _picture(pictures: dict[str, str]) -> list[str]:
+    return ["", f"![held-out accuracy against trained numbers]({pictures['frontier']})"] if "frontier" in pictures else []
 
 
 def terminal_table(found: list[Point], cells: list[dict]) -> AnyTable:

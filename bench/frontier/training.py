@@ -56,8 +56,8 @@ def load_texts(model: Path, path: Path) -> tuple[Texts, Texts, Texts]:
 def train(run: Run, model: Path, path: Path) -> dict:
     """Trains and measures, in a process of its own: with one thread, and it ends when its parent does.
 
-    Returns: the adapter's trained numbers (the head's are not counted), the accuracy on validation and on held-out texts, the mean
-    loss of the last 20 steps (None where it is not finite: JSON has no NaN), wall seconds.
+    Returns: the adapter's trained numbers (the head's are not counted), the accuracy on validation and on held-out texts, the
+    mean loss of the last 20 steps (None where it is not finite: JSON has no NaN), wall seconds.
     """
     import torch
     import torch.nn.functional as F

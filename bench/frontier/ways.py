@@ -43,7 +43,7 @@ def _lotr(targets: str = QV, **settings: object) -> Adapt:
 
 
 def _own_group(name: str, module: nn.Module) -> str:
-    """A group a layer: with factors from the layer's own weight and only the core trained this is LoRA-XS (arXiv 2405.17604)."""
+    """A group a layer: with factors from the layer's own weight, and the core alone trained, LoRA-XS (arXiv 2405.17604)."""
     return name.replace(".", "_")
 
 

@@ -28,13 +28,13 @@ def draw_frontier(cells: list[dict], folder: Path) -> list[Path]:
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
     for way, (colour, style) in STYLES.items():
         own = [p for p in found if p.way == way]
-        if own:
-            axis.errorbar([p.parameters for p in own], [100 * p.mean for p in own], _spread(own), fmt=style, color=colour,
-                          ms=5, capsize=2, lw=1.4, elinewidth=0.8, label=own[0].label)  # fmt: skip
-        for p in own:
-            axis.annotate(
-                str(p.rank), (p.parameters, 100 * p.mean), (4, -10), textcoords="offset points", fontsize=7, color=colour
-            )
+        if not own:
+            continue
+        sizes, means = [p.parameters for p in own], [100 * p.mean for p in own]
+        look = {"fmt": style, "color": colour, "ms": 5, "capsize": 2, "lw": 1.4, "elinewidth": 0.8}
+        axis.errorbar(sizes, means, _spread(own), label=own[0].label, **look)
+        for size, mean, p in zip(sizes, means, own):
+            axis.annotate(str(p.rank), (size, mean), (4, -10), textcoords="offset points", fontsize=7, color=colour)
     for p in (p for p in found if p.parameters == 0):
         axis.axhspan(100 * min(p.accuracies), 100 * max(p.accuracies), color="0.85")
         axis.axhline(100 * p.mean, color="0.5", lw=1, label=p.label)

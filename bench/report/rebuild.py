@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from ..frontier import table as frontier
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
@@ -36,10 +37,16 @@ class Page(NamedTuple):
 
 
 TABLES = tables.TABLES | {"host": host_table.host_table}
-README = Page(ROOT / "README.md", ("summary",), "")
+README = Page(ROOT / "README.md", ("frontier-picture", "summary"), "")
+CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "traffic", "static"), "../")
-PAGES = (README, BENCHMARKS)
-PROGRAMS = {"demo": "make demo", "summary": "make bench"}  # whose results a section shows, where it is not bench.<section>
+PAGES = (README, CHOOSING, BENCHMARKS)
+PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
+    "demo": "make demo",
+    "frontier": "make frontier",
+    "frontier-picture": "make frontier",
+    "summary": "make bench",
+}
 
 
 def _read(path: Path) -> list[dict]:
@@ -141,6 +148,10 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
             cells = _read(folder / f"{name}.jsonl")
             if cells:
                 found[name].append(table(cells, _pictures(folder, up)))
+        cells = frontier.kept(folder)
+        if cells:
+            found["frontier"].append(frontier.page_table(cells, _pictures(folder, up)))
+            found["frontier-picture"].append(frontier.short_text(cells, _pictures(folder, up)))
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if rows:
         found["traffic"].append(tables.traffic_table(rows, estimates, _pictures(folder, up)))
@@ -165,7 +176,7 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
-    from . import plots, plots_more, plots_static
+    from . import plots, plots_frontier, plots_more, plots_static
 
     written = []
     for folder in _machines(results):
@@ -176,6 +187,7 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
         written += host_table.draw_host(_read(folder / "host.jsonl"), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
+        written += plots_frontier.draw_frontier(frontier.kept(folder), folder)
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     times = tables.layer_projections(tables.PROJECTED_SHAPE, rows, estimates)
     if times:
