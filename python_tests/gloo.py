@@ -1,8 +1,9 @@
-"""Runs checks of `gloo_checks` in two processes joined by gloo: one start for all of them, since a start costs seconds."""
+"""Runs checks of `gloo_checks`, or "module:check", in two processes joined by gloo: one start for all, since it costs seconds."""
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 import sys
@@ -17,7 +18,6 @@ COLLECTIVE_S = 90  # a collective that a failed partner never joins ends after s
 
 def _worker(rank: int, folder: str, names: Sequence[str]) -> None:
     """One process: each check's result, or its traceback, into a file of its own."""
-    import gloo_checks
     import torch
     import torch.distributed as dist
 
@@ -28,7 +28,9 @@ def _worker(rank: int, folder: str, names: Sequence[str]) -> None:
     for name in names:
         try:
             started = time.perf_counter()
-            result = {"value": getattr(gloo_checks, name)(rank, Path(folder)), "seconds": time.perf_counter() - started}
+            module, _, check = name.rpartition(":")
+            check = getattr(importlib.import_module(module or "gloo_checks"), check)
+            result = {"value": check(rank, Path(folder)), "seconds": time.perf_counter() - started}
         except Exception:
             result = {"error": traceback.format_exc()}
         Path(folder, f"{name}.{rank}.json").write_text(json.dumps(result))

@@ -13,6 +13,7 @@ from ..model.config import LoTRConfig, check_names
 
 DEFAULT_RANK = LoTRConfig().rank
 _BIASES = ("none", "all", "lotr_only")
+_NOT_IN_PEFT = {"target_parameters": "experts are adapted by apply_lotr, and exported to PEFT as LoRA"}
 _LOADING = """## Loading
 
 LoTR is a method of the package lotr_ext. Import it before PEFT reads this folder; else PEFT raises `KeyError: 'LOTR'`.
@@ -77,7 +78,7 @@ class LoTRPeftConfig(PeftConfig):
     r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank; None: rank, 16 by default"})
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
-        check_names((name for name in given if name != "r"), "LoTRPeftConfig")
+        check_names((name for name in given if name != "r"), "LoTRPeftConfig", _NOT_IN_PEFT)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

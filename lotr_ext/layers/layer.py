@@ -184,13 +184,22 @@ class LoTRLayer(nn.Module):
 
     def _weight_to_write(self, where: str) -> Tensor:
         """W [n, k], a view of the parameter that it is stored in. TypeError if it is stored in none."""
-        check_is_parameter(self, "weight", where)
+        self.check_parameter("weight", where)
         return self._matrix()
 
     def _check_base(self) -> None:
         """Whether the plain layer can take over weight and bias."""
         for name in ("weight", "bias"):
-            check_is_parameter(self, name, "to_base")
+            self.check_parameter(name, "to_base")
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that has weight and bias."""
+        return self
+
+    def check_parameter(self, part: str, where: str, name: str = "") -> None:
+        """TypeError unless the weight or bias is a parameter. name: the layer's, where: the caller's, for the message."""
+        check_is_parameter(self, part, where, name)
 
     @torch.no_grad()
     def merge(self, safe: bool = False, keep_backup: bool = True) -> None:

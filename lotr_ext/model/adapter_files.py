@@ -41,13 +41,15 @@ _LEFTOVER = re.compile(r"lotr_adapter\..*\.tmp")
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One adapted layer. factors: the state_dict prefix of its LoTRFactors, or of the two LoTRFactor that make it."""
+    """One adapted layer. factors: the state_dict prefix of its LoTRFactors, or of the two LoTRFactor that make it. experts: how
+    many, 0 for a layer that is none."""
 
     factors: str | tuple[str, str]
     in_features: int
     out_features: int
     scaling: float
     dropout: float
+    experts: int = 0
 
     def tensor(self, part: str) -> str:
         """The full name of "A", "B", "start_A" or "start_B"."""
@@ -67,6 +69,10 @@ class Manifest:
 
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _written(entry: LayerEntry) -> dict[str, Any]:
+    return {key: value for key, value in vars(entry).items() if key != "experts" or value}
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -164,7 +170,7 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
         "format_version": FORMAT_VERSION,
         "lotr_ext_version": __version__,
         "config": None if manifest.config is None else manifest.config.to_dict(),
-        "layers": {name: vars(entry) for name, entry in manifest.layers.items()},
+        "layers": {name: _written(entry) for name, entry in manifest.layers.items()},
         "modules_to_save": list(manifest.modules_to_save),
         "tensors_file": tensors_name,
         "tensors_sha256": digest,
@@ -267,6 +273,7 @@ def _manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: expected layer {name!r} to be an object, got {entry!r}")
         sizes = {key: _entry(path, entry, key, int) for key in ("in_features", "out_features")}
+        sizes["experts"] = _entry(path, {"experts": 0, **entry}, "experts", int)
         numbers = {key: _entry(path, entry, key, int | float) for key in ("scaling", "dropout")}
         try:
             check_settings(alpha=None, rslora=False, **numbers)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings
@@ -138,7 +139,7 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     cores = []
     for layer in layers.values():
         like = counterpart(layer.factors, model.lotr_factors, factors).A
-        core = nn.Parameter(torch.empty(config.ranks, device=layer.core.device, dtype=like.dtype))
+        core = nn.Parameter(torch.empty(*layer.core.shape[:-2], *config.ranks, device=layer.core.device, dtype=like.dtype))
         fill_core_(core, config.core_init)
         cores.append(core)
     saved = [t.detach().clone() for t in saved_tensors(saved_modules(model)).values()]
@@ -202,6 +203,9 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     layers = adapted_layers(model)
     _check_unmerged(layers, "mixed")
     _check_parameters(layers, "mixed")
+    for name, layer in layers.items():
+        if isinstance(layer, LoTRExperts):
+            raise TypeError(f"mixed: expected linear layers, got {name!r}, whose rows take the cores of their experts already")
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise TypeError(f"names: expected a sequence of adapter names, one a row, got {names!r}")
     kinds = list(dict.fromkeys(names))
@@ -310,7 +314,7 @@ def _fitting_config(model: nn.Module, config: LoTRConfig | None, *, shared: bool
         raise TypeError(f"config: expected a LoTRConfig, got {type(config).__name__}")
     default = LoTRConfig()
     kept = {}
-    for field in ("target_modules", "exclude_modules", "modules_to_save", "group_by"):
+    for field in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "group_by"):
         got, want = getattr(config, field), getattr(active, field)
         if got not in (want, getattr(default, field)):
             raise ValueError(f"config: expected {field} {want!r} as in the active adapter, got {got!r}")

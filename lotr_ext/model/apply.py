@@ -16,16 +16,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
+from ..layers.hosted import LoTRHostedExperts
 from ..layers.init import fill_core_, tucker2
 from ..layers.layer import LoTRLayer, check_settings
 from ..layers.linear import LoTRWrapped, adapt
-from ..layers.merging import MergeNotice, check_is_parameter, write_
+from ..layers.merging import MergeNotice, write_
 from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.sharded import in_parts
 from ..ops.composite import delta_weight
 from .config import LoTRConfig
+from .experts import adapt_parameter, release
 from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
 from .shared_factors import SharedFactors
@@ -38,7 +41,8 @@ Start = tuple[Tensor, Tensor, Tensor]  # A, B, cores
 
 
 def apply_lotr(model: Model, config: LoTRConfig) -> Model:
-    """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T for each targeted layer l (arXiv 2402.01376).
+    """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T for each targeted layer l (arXiv 2402.01376), and with
+    target_parameters for each expert of a transformers mixture.
 
     The layers' weights and all other parameters are frozen, except for modules_to_save. One pair A [K, r_in], B [N, r_out] a
     group and a core [r_in, r_out] a layer are added in config.adapter_dtype. At first the model's function is unchanged (with
@@ -56,8 +60,9 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
     Raises:
         TypeError, ValueError, RuntimeError: a model that is adapted already, wrapped or compiled; targets, exclusions or
             modules_to_save that match nothing; a target that is not linear, that shares its weight with another module, or
-            whose weight is read without it being called (nn.MultiheadAttention.out_proj); groups of mixed shapes; "svd" on
-            weights that cannot be read. All of it before anything is changed.
+            whose weight is read without it being called (nn.MultiheadAttention.out_proj); experts that are quantised, or of a
+            class that takes no implementations of experts; groups of mixed shapes; "svd" on weights that cannot be read. All
+            of it before anything is changed.
     """
     selection = select(model, config)
     starts = _svd_starts(selection, config) if config.init == "svd" else None
@@ -95,13 +100,16 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
 
 
 def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:
-    make = LoTRWrapped.from_linear if target.wrap else adapt
     settings = {name: getattr(config, name) for name in ("alpha", "rslora", "scaling", "dropout")}
-    layer = make(target.module, factors, **settings)
+    if target.parameter is not None:
+        layer = adapt_parameter(target.module, target.parameter, factors, **settings)
+    else:
+        make = LoTRWrapped.from_linear if target.wrap else adapt
+        layer = make(target.module, factors, **settings)
     layer.leave_factors_to_owner()
     fill_core_(layer.core, config.core_init)
     layer.core.requires_grad_("core" in config.train)
-    for name in target.names:
+    for name in target.names if target.parameter is None else ():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return layer
@@ -241,9 +249,9 @@ def _check_mergeable(
                 dtype = None if isinstance(dequantize, bool) else dequantize
                 _check_finite(name, layer.merged_linear(dtype).weight)
             continue
-        check_is_parameter(layer, "weight", "merge", name)
-        if id(layer) in tied:
-            raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(tied[id(layer)])}")
+        layer.check_parameter("weight", "merge", name)
+        if others := tied.get(id(layer.holder)):
+            raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}")
         if in_parts(layer.weight) or in_parts(layer.core):
             raise RuntimeError(
                 f"merge: expected whole tensors, got {name!r} held in parts; save_adapter, then load and merge in one process"
@@ -265,7 +273,7 @@ def _check_finite(name: str, weight: Tensor) -> None:
 def _check_unmergeable(layers: dict[str, LoTRLayer]) -> None:
     for name, layer in layers.items():
         if layer.merged and not isinstance(layer, LoTRWrapped):
-            check_is_parameter(layer, "weight", "unmerge", name)
+            layer.check_parameter("weight", "unmerge", name)
         if layer.merged and isinstance(layer, LoTRWrapped) and layer.quantized_base is None:
             raise RuntimeError(f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False")
 
@@ -342,6 +350,11 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
     layers = adapted_layers(model)
+    for name, layer in layers.items():
+        if isinstance(layer, LoTRExperts) and not isinstance(layer, LoTRHostedExperts):
+            raise TypeError(
+                f"unload: expected layers with a plain form, got {name!r}, a LoTRExperts; merge it and take its weight"
+            )
     if merge:
         _check_mergeable(model, layers, False, dequantize)
     else:
@@ -350,14 +363,16 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
         _check_mergeable(model, layers, safe=False)  # the start goes back into the weight
     for name, layer in layers.items():
         for part in () if isinstance(layer, LoTRWrapped) else ("weight", "bias"):
-            check_is_parameter(layer, part, "unload", name)
+            layer.check_parameter(part, "unload", name)
     if merge:
         _merge_all([layer for layer in layers.values() if not layer.merged], False, False, dequantize)
     else:
         for layer in layers.values():
             if layer.merged:
                 layer.unmerge()
-    bases = {id(layer): layer.to_base() for layer in layers.values()}
+    for host in {id(layer.holder): layer.holder for layer in layers.values() if isinstance(layer, LoTRHostedExperts)}.values():
+        release(host)
+    bases = {id(layer): layer.to_base() for layer in layers.values() if not isinstance(layer, LoTRHostedExperts)}
     set_fast_paths(model, off=False)
     unhook_saving(model)
     for name, layer in list(model.named_modules(remove_duplicate=False)):

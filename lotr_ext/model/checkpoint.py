@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..layers.factors import LoTRFactor, LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
-from ..layers.merging import check_is_parameter
 from ..layers.parametrized import state_of
 from ..layers.placement import home
 from ..layers.sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
@@ -28,6 +27,7 @@ from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import adapted_layers, install, set_start
 from .config import LoTRConfig
+from .experts import CHILD, expert_sizes, why_not
 from .saved import computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .shared_factors import factors_by_part, width_names
 from .targets import Selection, features, select
@@ -123,7 +123,9 @@ def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[
     entries = {}
     for (at, layer), (factors, core, scaling, dropout) in zip(layers.items(), held, strict=True):
         prefix = _prefix(prefixes, layer.factors)
-        entry = entries[at] = LayerEntry(prefix, layer.in_features, layer.out_features, float(scaling), dropout)
+        entry = entries[at] = LayerEntry(
+            prefix, layer.in_features, layer.out_features, float(scaling), dropout, getattr(layer, "num_experts", 0)
+        )
         for part in ("A", "B", "start_A", "start_B"):
             if entry.tensor(part) not in tensors and (value := getattr(factors, part)) is not None:
                 tensors[entry.tensor(part)] = value
@@ -206,7 +208,7 @@ def _load_parked(
             raise ValueError(
                 f"adapter: expected one saved from an apply_lotr model, to be added as {name!r}, got a hand-built one"
             )
-        fields = ("target_modules", "exclude_modules", "modules_to_save", "group_by")
+        fields = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "group_by")
         config = replace(manifest.config, **{field: getattr(model.lotr_config, field) for field in fields})
         adapters.add_adapter(model, name, config, share_factors=share_factors)
     elif share_factors is not None:
@@ -279,6 +281,9 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
         want, got = (layer.in_features, layer.out_features), (entry.in_features, entry.out_features)
         if want != got:
             raise ValueError(f"{name}: expected (in_features, out_features) {want} as in the model, got {got} in the adapter")
+        want, got = getattr(layer, "num_experts", 0), entry.experts
+        if want != got:
+            raise ValueError(f"{name}: expected {want} experts as in the model, got {got} in the adapter")
         want, got = _prefix(prefixes, layer.factors), entry.factors
         if want != got:
             raise ValueError(f"{name}: expected factors {want!r} as in the model, got {got!r} in the adapter")
@@ -290,7 +295,7 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
     for names in _groups(manifest.layers).values():
         if manifest.layers[names[0]].tensor("start_A") in tensors or layers[names[0]].start_core is not None:
             for name in names:
-                check_is_parameter(layers[name], "weight", "load_adapter", name)
+                layers[name].check_parameter("weight", "load_adapter", name)
                 if in_parts(layers[name]._matrix()):  # a base whose weight cannot be read says so
                     raise RuntimeError(
                         f'load_adapter: expected whole weights, for init "svd" changes them, got {name!r} held in parts; load '
@@ -319,16 +324,29 @@ def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor
             "adapter: expected a model with LoTR layers, like the hand-built one it was saved from, got one without"
         )
     modules = dict(model.named_modules())
-    _check_names(set(modules) & set(manifest.layers), set(manifest.layers))
-    groups = {}
+    # adapters of experts have their places inside of the module whose parameters they adapt
+    at = {
+        name: name if not entry.experts else name.rpartition(f"{CHILD}.")[0].rstrip(".")
+        for name, entry in manifest.layers.items()
+    }
+    _check_names({name for name in manifest.layers if at[name] in modules}, set(manifest.layers))
+    groups, experts = {}, []
     for name, entry in manifest.layers.items():
-        module, want = modules[name], (entry.in_features, entry.out_features)
-        found = features(module)
+        module, own = modules[at[name]], name.rpartition(".")[2]
+        if not entry.experts:
+            want, found, what = (entry.in_features, entry.out_features), features(module), "(in_features, out_features)"
+        else:
+            experts.append(f"{at[name]}.{own}")
+            if own not in module._parameters or (got := why_not(module, own)) is not None:
+                got = "no such parameter" if own not in module._parameters else got
+                raise ValueError(f"{name}: expected experts with a parameter {own}, got {got}")
+            want, found = (entry.experts, entry.in_features, entry.out_features), expert_sizes(module, own)
+            what = "(experts, in_features, out_features)"
         if found != want:
-            raise ValueError(f"{name}: expected (in_features, out_features) {want} as in the adapter, got {found} in the model")
+            raise ValueError(f"{name}: expected {what} {want} as in the adapter, got {found} in the model")
         _check_not_meta(name, module)
         if config.group_by == "width":
-            want = tuple(f"lotr_factors.{own}" for own in width_names(*want))
+            want = tuple(f"lotr_factors.{own}" for own in width_names(entry.in_features, entry.out_features))
             if entry.factors != want:
                 raise ValueError(f"{name}: expected factors {want!r}, got {entry.factors!r}")
             continue
@@ -338,7 +356,13 @@ def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor
     by = "width" if config.group_by == "width" else groups
     selection = select(
         model,
-        replace(config, target_modules="|".join(map(re.escape, manifest.layers)), exclude_modules=None, group_by=by),
+        replace(
+            config,
+            target_modules="|".join(re.escape(name) for name, e in manifest.layers.items() if not e.experts) or None,
+            target_parameters=experts or None,
+            exclude_modules=None,
+            group_by=by,
+        ),
     )
     _check_names({t.name for t in selection.targets}, set(manifest.layers))
     if set(selection.saved) != set(manifest.modules_to_save):
@@ -348,7 +372,8 @@ def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor
 
     def like(name: str) -> tuple[Tensor, Tensor, Tensor]:
         entry = manifest.layers[name]
-        shapes = (entry.in_features, r_in), (entry.out_features, r_out), (r_in, r_out)
+        core = (entry.experts, r_in, r_out) if entry.experts else (r_in, r_out)
+        shapes = (entry.in_features, r_in), (entry.out_features, r_out), core
         return tuple(empty(shape, config.adapter_dtype) for shape in shapes)
 
     expected = _expected(manifest, like, tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ _NOT_HERE = {
     "alpha_pattern": "one scaling a configuration",
     "use_dora": "no norms (DoRA)",
     "lora_bias": "no biases inside of the adapter",
-    "target_parameters": "linear layers are adapted, not bare parameters",
     "trainable_token_indices": "no trained rows of an embedding",
     "layer_replication": "no repeated layers",
     "fan_in_fan_out": "a Conv1D is known by its form",
@@ -39,8 +39,9 @@ _NOT_HERE = {
 }
 
 
-def check_names(given: Iterable[str], of: str) -> None:
-    """Refuses settings by the names that PEFT's LoRA has for them. of: the configuration's class.
+def check_names(given: Iterable[str], of: str, also: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Refuses settings by the names that PEFT's LoRA has for them. of: the configuration's class; also: names that this class
+    has not, and why.
 
     Raises:
         TypeError: which name it was, and what to give instead.
@@ -48,8 +49,8 @@ def check_names(given: Iterable[str], of: str) -> None:
     for name in given:
         if name in _NAMES_HERE:
             raise TypeError(f"{name}: expected a field of {of}, got LoRA's name for it; here it is {_NAMES_HERE[name]!r}")
-        if name in _NOT_HERE:
-            raise TypeError(f"{name}: expected a field of {of}, got one of LoRA's that LoTR has not: {_NOT_HERE[name]}")
+        if name in (missing := {**_NOT_HERE, **also}):
+            raise TypeError(f"{name}: expected a field of {of}, got one of LoRA's that LoTR has not: {missing[name]}")
 
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -91,6 +92,9 @@ class LoTRConfig:
             name, or "all-linear" (also for None): every linear layer but those that no adapter can reach or that share their
             weight with another module, and of a transformers model the output layer, or without one the head, as PEFT does.
             `trainable_summary` says what was left out.
+            With target_parameters, None: no linear layer.
+        target_parameters: name endings of the 3-D parameters of a transformers mixture's experts, as PEFT matches them:
+            ["experts.gate_up_proj", "experts.down_proj"].
         exclude_modules: name endings, or a regular expression, to leave out.
         modules_to_save: name endings of modules to be trained whole and saved with the adapter (a new head).
         group_by: which layers share one pair of factors. "shape": one pair for each (K, N), the paper's; "name": one for
@@ -119,6 +123,7 @@ class LoTRConfig:
     train: Sequence[str] = ("A", "B", "core")
     adapter_dtype: torch.dtype = torch.float32
     core_init: str = "zero"
+    target_parameters: Sequence[str] | None = None
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRConfig:
         check_names(given, "LoTRConfig")
@@ -149,6 +154,7 @@ class LoTRConfig:
             else:
                 put(name, _names(value, name))
         put("modules_to_save", _names(self.modules_to_save, "modules_to_save"))
+        put("target_parameters", _names(self.target_parameters, "target_parameters"))
         self._check_group_by()
         if self.init not in (*FACTOR_INITS, "svd"):
             raise ValueError(f"init: expected one of {', '.join((*FACTOR_INITS, 'svd'))}, got {self.init!r}")

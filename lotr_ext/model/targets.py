@@ -19,6 +19,7 @@ from ..layers.linear import is_conv1d
 from ..layers.quantized import has_plain_weight, is_plain
 from ..layers.sharded import holds_parts
 from .config import LoTRConfig
+from .experts import CHILD, adapted_in, expert_sizes, why_not
 
 __all__ = ["Selection", "Target", "can_be_child", "features", "left_out", "name_ends_with", "select", "tied_names"]
 
@@ -34,7 +35,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to be adapted. names: all its places in the model, the first one names it. wrap: keep the module and call it."""
+    """A layer to be adapted. names: all its places in the model, the first one names it. wrap: keep the module and call it.
+    parameter: of module, where experts are adapted; the names are those that the adapters will have."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -42,6 +44,7 @@ class Target:
     out_features: int
     group: str
     wrap: bool
+    parameter: str | None = None
 
     @property
     def name(self) -> str:
@@ -183,7 +186,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             places.setdefault(id(module), (module, []))[1].append(name)
-    everything = config.target_modules is None or config.target_modules == "all-linear"
+    everything = wants_everything(config)
     _check_endings(config, places.values())
 
     tied, hidden, targets = tied_names(model), [], []
@@ -191,7 +194,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     for module, names in places.values():
         if id(module) in inside_saved or (config.exclude_modules and any(_matches(n, config.exclude_modules) for n in names)):
             continue
-        if not (_is_linear(module) if everything else any(_matches(n, config.target_modules) for n in names)):
+        if not (_is_linear(module) if everything else any(_matches(n, config.target_modules or ()) for n in names)):
             continue
         sizes = features(module)
         if sizes is None:
@@ -225,8 +228,38 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         targets.append(Target(tuple(names), module, *sizes, group, needs_wrap(module)))
     if hidden:
         warnings.warn(f"lotr_ext: left out {', '.join(hidden)}: their parents read the weight without calling it", stacklevel=3)
+    targets += parameter_targets(model, config, inside_saved)
     _check_targets(targets, config)
     return Selection(tuple(targets), saved)
+
+
+def wants_everything(config: LoTRConfig) -> bool:
+    """Whether all linear layers are meant."""
+    return config.target_modules == "all-linear" or (config.target_modules is None and config.target_parameters is None)
+
+
+def parameter_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]) -> list[Target]:
+    """The experts' parameters that config adapts, by PEFT's rule: a full name, or whole dotted parts at its end."""
+    targets, unused = [], set(config.target_parameters or ())
+    for name, module in model.named_modules() if unused else ():
+        if id(module) in inside_saved or (config.exclude_modules and _matches(name, config.exclude_modules)):
+            continue
+        for own, _ in module.named_parameters(recurse=False):
+            full = f"{name}.{own}" if name else own
+            found = [ending for ending in config.target_parameters if name_ends_with(full, ending)]
+            if not found:
+                continue
+            unused.difference_update(found)
+            if (got := why_not(module, own)) is not None:
+                raise TypeError(
+                    f"target_parameters: expected the 3-D weights of experts of a transformers mixture, got {full!r}, {got}"
+                )
+            _, k, n = expert_sizes(module, own)
+            at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
+            targets.append(Target((at,), module, k, n, _group(at, module, (k, n), config), False, own))
+    if unused:
+        raise ValueError(f"target_parameters: expected names of parameters, got {min(unused)!r}, which matches none")
+    return targets
 
 
 def output_layers(model: nn.Module) -> dict[int, str]:
@@ -252,7 +285,7 @@ def output_layers(model: nn.Module) -> dict[int, str]:
 
 def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
     """What config's "all-linear" or regular expression reaches in an adapted model, but no adapter is in: by name, and why."""
-    everything = config.target_modules is None or config.target_modules == "all-linear"
+    everything = wants_everything(config)
     if not everything and not isinstance(config.target_modules, str):
         return {}  # of named layers each is adapted, or was an error
     tied, outputs, found = tied_names(model), output_layers(model) if everything else {}, {}
@@ -278,8 +311,8 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
                 reason = outputs.get(id(module))
         elif not isinstance(module, _ConvNd):
             reason = next(
-                (f"{own} is a {p.dim()}-D parameter, not a linear layer"
-                 for own, p in module.named_parameters(recurse=False) if p.dim() > 2),
+                (f"{own} is a {p.dim()}-D parameter, not a linear layer; target_parameters takes experts"
+                 for own, p in module.named_parameters(recurse=False) if p.dim() > 2 and own not in adapted_in(module)),
                 None,
             )  # fmt: skip
             if reason is None and everything and features(module) is not None:
@@ -324,7 +357,7 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
             )
     if config.init == "svd":
         for t in targets:
-            if t.wrap or not _is_linear(t.module) or not t.module.weight.is_floating_point():
+            if t.wrap or t.parameter or not _is_linear(t.module) or not t.module.weight.is_floating_point():
                 kind = type(t.module).__name__
                 raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})')
             if t.module.weight.is_meta:

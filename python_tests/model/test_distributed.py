@@ -22,7 +22,7 @@ from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter
 CHECKS = (
     *("ddp", "ddp_reductions", "ddp_saves_once"),
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
-    "tensor_parallel",
+    *("tensor_parallel", "gloo_experts:experts"),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINED = StateDictOptions(ignore_frozen_params=True)
@@ -110,6 +110,12 @@ def test_siblings_share_one_shrink_under_fsdp2(found: dict) -> None:
     for by_rank in found["fsdp_shares"]:
         for calls in by_rank.values():
             assert calls["shrink"] == 2 * 3 and calls["expand_add_"] >= 4 * 3  # a block: one of q, k, v and one of up
+
+
+def test_experts_under_ddp_and_fsdp2(found: dict) -> None:
+    for by_rank in found["gloo_experts:experts"]:
+        assert len(by_rank["errors"]) == 3 and max(by_rank["errors"].values()) < 5e-6, by_rank["errors"]
+        assert by_rank["saved"] and "lotr.gate_up_proj' held in parts" in by_rank["refusal"]
 
 
 def test_only_process_0_saves_for_ddp(found: dict) -> None:

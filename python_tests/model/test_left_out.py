@@ -85,9 +85,9 @@ def test_the_summary_says_what_all_linear_left_out_and_why(tmp_path) -> None:
     model = mixtral()
     found = left_out(model)
     assert set(found) == {"lm_head", *(f"model.layers.{i}.mlp.experts" for i in range(2))}
-    assert found["model.layers.1.mlp.experts"] == "gate_up_proj is a 3-D parameter, not a linear layer"
-    text = str(trainable_summary(model))
-    assert "\nleft out: model.layers.0.mlp.experts and 1 more (gate_up_proj is a 3-D parameter, not a linear layer)" in text
+    why = "gate_up_proj is a 3-D parameter, not a linear layer; target_parameters takes experts"
+    assert found["model.layers.1.mlp.experts"] == why
+    assert f"\nleft out: model.layers.0.mlp.experts and 1 more ({why})" in str(trainable_summary(model))
     save_adapter(model, tmp_path)
     assert dict(trainable_summary(load_adapter(mixtral(), tmp_path)).left_out) == found
     found = left_out(classifier("Roberta"))

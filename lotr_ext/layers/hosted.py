@@ -1,0 +1,90 @@
+"""Experts whose weights belong to another module, as in transformers' mixtures: the adapter alone, beside them.
+
+The module that has the weights, the host, keeps them under their own names, and its forward hands them over: whole, as sharded
+training has gathered them for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from .experts import LoTRExperts
+from .factors import LoTRFactors
+from .layer import check_settings
+from .merging import check_is_parameter
+
+__all__ = ["LoTRHostedExperts"]
+
+
+class _Host:
+    """A reference up the tree of modules, which keeps nothing alive and follows copies and pickles of the tree."""
+
+    def __init__(self, module: nn.Module):
+        self.module = weakref.ref(module)
+
+    def __reduce__(self):
+        return _Host, (self.module(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Host:
+        return _Host(memo.get(id(self.module()), self.module()))
+
+
+class LoTRHostedExperts(LoTRExperts):
+    """The adapter of one 3-D parameter of its host: `core` [e, r_in, r_out] is all that it has of its own.
+
+    `weight` [e, n, k] and `bias` [e, n] are the host's as they are now; weight is a transposed view where the host stores
+    [e, k, n]. Merging writes to them.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        parameter: str,
+        factors: LoTRFactors,
+        *,
+        transposed: bool = False,
+        bias: str | None = None,
+        alpha: float | None = None,
+        rslora: bool = False,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+    ):
+        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+        nn.Module.__init__(self)
+        self.__dict__["host"], self.parameter, self.transposed, self.bias_name = _Host(host), parameter, transposed, bias
+        e, n, k = self.weight.shape
+        self._check_factors(factors, k, n)
+        self._check_device(factors, self.weight.device)
+        for own in (parameter, bias):
+            if own is not None:
+                getattr(host, own).requires_grad_(False)
+        self.num_experts, self.in_features, self.out_features = e, k, n
+        self._attach(factors, self.weight.device, settings)
+        self.train(host.training)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The host."""
+        found = self.host.module()
+        if found is None:
+            raise RuntimeError(f"host: expected the module that has {self.parameter}, got one that is gone by now")
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        """W [e, n, k]."""
+        stored = getattr(self.holder, self.parameter)
+        return stored.mT if self.transposed else stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[e, n], or None."""
+        return None if self.bias_name is None else getattr(self.holder, self.bias_name)
+
+    def check_parameter(self, part: str, where: str, name: str = "") -> None:
+        own = self.parameter if part == "weight" else self.bias_name
+        if own is not None:
+            check_is_parameter(self.holder, own, where, name)

@@ -1,0 +1,139 @@
+"""Adapted experts in transformers' mixtures, through its own interface for implementations of experts.
+
+Its experts classes have their matrices as 3-D parameters, say how they are laid out (`is_transposed`, `has_bias`, `has_gate`,
+`has_post_expert_norm`), and hand their forward to a function that is registered under the name in their configuration. One
+function serves all of them here. An adapted module has a configuration of its own that names it, so that another choice for the
+model, or for decoding, cannot leave the adapter out in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..autograd.call import compute_dtype
+from ..layers.factors import DTYPES, LoTRFactors
+from ..layers.hosted import LoTRHostedExperts
+from ..layers.quantized import is_plain
+from ..ops.grouped import grouped_linear
+
+__all__ = ["CHILD", "adapt_parameter", "adapted_in", "expert_sizes", "release", "why_not"]
+
+CHILD = "lotr"  # an experts module's child that has the adapters of its parameters, by their names
+_IMPLEMENTATION = "lotr"  # the name in transformers' interface
+_SAYS = ("is_transposed", "has_bias", "num_experts", "config")  # attributes of every class that takes implementations
+
+
+class AdaptedExperts(nn.ModuleDict):
+    """The adapters of an experts module, by parameter. config: the module's configuration as it was."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _register()  # a pickle may come into a process in which nothing was adapted
+
+
+def _register() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, experts_forward)
+
+
+def first_projection(module: nn.Module) -> str:
+    """The name of the parameter that the tokens meet first."""
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+
+
+def why_not(module: nn.Module, parameter: str) -> str | None:
+    """Why a parameter cannot be adapted as experts' matrices; None if it can. It reads as what was got."""
+    kind, tensor = type(module).__name__, module._parameters[parameter]
+    if tensor.dim() != 3:
+        return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
+    if not is_plain(tensor) or tensor.dtype not in DTYPES:
+        how = type(tensor).__name__ if not is_plain(tensor) else str(tensor.dtype)
+        return f"quantised experts of {kind} ({how})"
+    takes = all(hasattr(module, name) for name in _SAYS) and hasattr(type(module).forward, "__wrapped__")
+    if not takes or not hasattr(getattr(module, "config", None), "_experts_implementation"):
+        return f"a parameter of {kind}, whose class takes no implementations of experts (use_experts_implementation)"
+    if parameter not in (first_projection(module), "down_proj"):
+        return f"a parameter of {kind} that is neither its {first_projection(module)} nor its down_proj"
+    return None
+
+
+def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
+    """(experts, in_features, out_features) of a parameter that can be adapted."""
+    e, n, k = getattr(module, parameter).shape
+    return (e, n, k) if module.is_transposed else (e, k, n)
+
+
+def adapt_parameter(module: nn.Module, parameter: str, factors: LoTRFactors, **settings: Any) -> LoTRHostedExperts:
+    """Puts an adapter beside a parameter for which `why_not` is None. settings: alpha, rslora, scaling, dropout."""
+    bias = f"{parameter}_bias" if module.has_bias else None
+    layer = LoTRHostedExperts(module, parameter, factors, transposed=module.is_transposed, bias=bias, **settings)
+    if CHILD not in module._modules:
+        _register()
+        adapted = AdaptedExperts(module.config)
+        config = copy.copy(module.config)
+        config._experts_implementation_internal = _IMPLEMENTATION  # the property would change the parts of config, too
+        module.config = config
+        setattr(module, CHILD, adapted)
+    getattr(module, CHILD)[parameter] = layer
+    return layer
+
+
+def adapted_in(module: nn.Module) -> Iterable[str]:
+    """The parameters of a module that have adapters."""
+    adapted = module._modules.get(CHILD)
+    return adapted if isinstance(adapted, AdaptedExperts) else ()
+
+
+def release(module: nn.Module) -> None:
+    """Takes all adapters off an experts module."""
+    module.config = getattr(module, CHILD).config
+    delattr(module, CHILD)
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of an adapted experts module: hidden_states [m, hidden], top_k_index and top_k_weights [m, top_k] -> as
+    hidden_states. An index of num_experts or above, with expert parallelism, is that of an expert elsewhere."""
+    (m, top_k), e = top_k_index.shape, self.num_experts
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    offs = torch.searchsorted(experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True)
+    x, tokens, elsewhere = hidden_states, order // top_k, None
+    if getattr(self, "_is_expert_parallel", False):
+        # rows of nobody hold anything on a GPU: they must neither be read nor pass a gradient on
+        elsewhere = (experts >= e).unsqueeze(-1)
+        x, tokens = x[tokens].masked_fill(elsewhere, 0.0), None
+    y = _projected(self, first_projection(self), x, offs, tokens)
+    if elsewhere is not None:
+        y = y.masked_fill(elsewhere, 0.0)
+    y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
+    y = _projected(self, "down_proj", y, offs, None)
+    if elsewhere is not None:
+        y = y.masked_fill(elsewhere, 0.0)
+    if getattr(self, "has_post_expert_norm", False):
+        y = self.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    return y[back].view(m, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)  # in the order of top_k: the same bits every time
+
+
+def _projected(module: nn.Module, parameter: str, x: Tensor, offs: Tensor, tokens: Tensor | None) -> Tensor:
+    weight = getattr(module, parameter)
+    weight = weight.mT if module.is_transposed else weight
+    bias = getattr(module, f"{parameter}_bias") if module.has_bias else None
+    dtype = compute_dtype(x)
+    if dtype is None:
+        x = x.to(weight.dtype)  # as transformers' own grouped products do
+    adapted = getattr(module, CHILD)
+    if parameter in adapted:
+        return adapted[parameter].routed(x, weight, bias, offs, tokens)
+    return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, dtype)
