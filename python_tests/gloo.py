@@ -1,4 +1,4 @@
-"""Runs checks of `gloo_checks`, or "module:check", in two processes joined by gloo: one start for all, since it costs seconds."""
+"""Runs checks of `gloo_checks`, or "module:check", in two processes joined by gloo: one start for all, which costs seconds."""
 
 from __future__ import annotations
 
