@@ -103,13 +103,15 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
         key = None if small else (name, rows_of, width, r, multiprocessors)
         return Step(name, Work(least.flops, row.total if strategy == IN_DRAM else once), key, LAYERS if small else 1)
 
-    if strategy.startswith("lotr_ext beta"):  # the library's product writes u F^T, and the base product adds onto it
-        expand = Step("expand", Work(2 * m * n * r, ELEMENT * (m * n + m * r + n * r)))
-        forward = [kernel("shrink", m, k), kernel("fold", 1, n), expand, base_step(m, k, n, accumulate=True)]
-    else:
-        forward = [kernel("shrink", m, k), kernel("fold", 1, n), base_step(m, k, n), kernel("expand_add", m, n)]
-    backward = [base_step(m, n, k), kernel("shrink_grad", m, n), kernel("fold_grad", 1, n)]
-    return {"forward": forward, "backward": [*backward, kernel("expand_add", m, k), kernel("factor_grad", m, k)]}
+    def expand(width: int) -> Step:  # by the library, which writes what the base product adds onto
+        return Step("expand", Work(2 * m * width * r, ELEMENT * (m * width + m * r + width * r)))
+
+    reads_g = [kernel("shrink_grad", m, n), kernel("fold_grad", 1, n), kernel("factor_grad", m, k)]
+    if strategy.startswith("lotr_ext beta"):
+        forward = [kernel("shrink", m, k), kernel("fold", 1, n), expand(n), base_step(m, k, n, accumulate=True)]
+        return {"forward": forward, "backward": [*reads_g, expand(k), base_step(m, n, k, accumulate=True)]}
+    forward = [kernel("shrink", m, k), kernel("fold", 1, n), base_step(m, k, n), kernel("expand_add", m, n)]
+    return {"forward": forward, "backward": [*reads_g, base_step(m, n, k), kernel("expand_add", m, k)]}
 
 
 def least_steps(case: Case) -> Steps:

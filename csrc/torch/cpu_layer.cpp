@@ -20,6 +20,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -308,15 +309,20 @@ Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const Optiona
 }  // namespace lotr
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
-  m.def(
-      "layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
-      "bool beta, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
-      "-> (Tensor y, Tensor? u, Tensor? F)");
-  m.def(
-      "layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
-      "Tensor core, float scaling, bool beta, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
-      "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
-      "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)");
+  // `products`: the same by the products that it is made of, for who is to see them (layer_products.cpp)
+  for (const char* name : {"layer_forward", "layer_forward.products"})
+    m.def((std::string(name) +
+           "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
+           "bool beta, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
+           "-> (Tensor y, Tensor? u, Tensor? F)")
+              .c_str());
+  for (const char* name : {"layer_backward_", "layer_backward_.products"})
+    m.def((std::string(name) +
+           "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
+           "Tensor core, float scaling, bool beta, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
+           "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
+           "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)")
+              .c_str());
   m.def(
       "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, "
       "float scaling, bool beta) -> (Tensor y, Tensor u)");

@@ -345,8 +345,8 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
 STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeImplicitAutograd, m)
 {
   using lotr::Use;
-  m.impl("layer_forward", TORCH_BOX(&lotr::layer_forward<Use::decomposed>));
-  m.impl("layer_backward_", TORCH_BOX(&lotr::layer_backward_<Use::decomposed>));
+  m.impl("layer_forward.products", TORCH_BOX(&lotr::layer_forward<Use::decomposed>));
+  m.impl("layer_backward_.products", TORCH_BOX(&lotr::layer_backward_<Use::decomposed>));
   m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward<Use::decomposed>));
   m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_<Use::decomposed>));
   m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_));

@@ -18,6 +18,7 @@ from ..compat import any_autocast, forward_mode, functorch_active, jit_tracing, 
 from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.planner import Plan
+from . import traced
 from .bank import current_scope
 from .functions import LoTRExpand, LoTRFunction, LoTRShrink, add_expand
 from .record import Call
@@ -46,8 +47,7 @@ def plan_call(
     """What a call runs; weight: of a base product of ours, None over another base. `explain` prints it, so it cannot say
     anything else than what runs. purpose: "run", "explain" (nothing is timed for it) or "tune" (no answer is looked at)."""
     if is_compiling() or jit_tracing() is not None:
-        traced = "traced: the compiler sees and fuses the composite's products"
-        return Plan("composite", traced, why=traced)  # before any look at sizes, which would become guards
+        return traced.plan(x, A, weight)  # before any look at sizes, which would become guards
     if functorch_active() or forward_ad._current_level >= 0:
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
     elif type(x) not in _PLAIN or type(A) not in _PLAIN or type(weight) not in _WEIGHTS:
@@ -126,6 +126,8 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         return add_adapter(x, base_linear(x, weight, bias, call.dtype), A, B, call)
     plan = call.plan = plan_call(x, A, call, weight)
     if plan.nodes == 0:
+        if plan is traced.PLAN:
+            return traced.adapted(x, None, weight, bias, A, B, call)
         return _composite(x, base_linear(x, weight, bias, call.dtype), A, B, call)
     in_graph = grad and (x.requires_grad or A.requires_grad or B.requires_grad or call.core.requires_grad)
     if plan.nodes == 2:
@@ -160,6 +162,8 @@ def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tenso
         call.compute = x.dtype
     call.plan = plan_call(x, A, call, None)
     if call.plan.nodes == 0:
+        if call.plan is traced.PLAN:
+            return traced.adapted(x, y, None, None, A, B, call)
         return _composite(x, y, A, B, call)
     found = _shared_u(x, A, B, call)
     in_graph = is_grad_enabled() and any(t.requires_grad for t in (y, x, A, B, call.core))

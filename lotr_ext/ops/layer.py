@@ -6,7 +6,8 @@
 Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g B, k = h G^T, dB += s g^T (u G), dG = u^T h.
 
 Where a dispatch mode is on (selective checkpointing, a counter of operators), it is shown the products that an operator is made
-of: `OpOverload.decompose` runs them, in C++ as all else; their shapes are so known to FakeTensor too.
+of, by its overload `products` or `OpOverload.decompose`, in C++ as all else. Compiled graphs have `layer_forward` and
+`layer_backward_` whole, and so their shapes beside them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..compat import dispatch_modes, private_write
-from .library import bump_versions, refuse_gradients
+from .library import accumulate_dtype, bump_versions, refuse_gradients
 from .library import lotr as _lotr
+from .operators import rank_rows
 
 
 def _as_rows(t: Tensor) -> Tensor:
@@ -56,9 +58,17 @@ def layer_forward(
     if unfolded:
         operator, args = _lotr.small_layer_forward.default, (x, weight, bias, A, B, core, scaling, beta)
         return *(operator.decompose(*args) if dispatch_modes() else operator(*args)), None
-    operator, args = _lotr.layer_forward.default, (x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
-    y, new_u, new_F = operator.decompose(*args) if dispatch_modes() else operator(*args)
+    operator = _lotr.layer_forward.products if dispatch_modes() else _lotr.layer_forward.default
+    y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
     return y, new_u if u is None else u, new_F if F is None else F
+
+
+@torch.library.register_fake("lotr::layer_forward")
+def _(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=None):
+    torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}")
+    r_in = core.shape[0]
+    new_u = rank_rows(x, x.numel() // x.shape[-1], r_in) if u is None else None
+    return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, rank_rows(x, B.shape[0], r_in) if F is None else None
 
 
 def layer_backward(
@@ -104,15 +114,35 @@ def layer_backward(
             new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if dispatch_modes() else operator(*args)
             new_k, fold = None, True
         else:
-            operator, fold = _lotr.layer_backward_.default, u is not None and Q is None
+            operator = _lotr.layer_backward_.products if dispatch_modes() else _lotr.layer_backward_.default
             args = (g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed)
-            new_dx, new_k, new_dA, new_dB, dcore = operator.decompose(*args) if dispatch_modes() else operator(*args)
+            new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
+            fold = u is not None and Q is None
     return (
         None if weight is None or dx is not None else new_dx,
         new_k if A is None and F is not None else None,
         None if x is None or dA is not None else new_dA,
         new_dB if fold and need_B and dB is None else None,
         dcore if fold and need_core else None,
+    )
+
+
+@torch.library.register_fake("lotr::layer_backward_")
+def _(g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
+    own = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
+    narrow = B.dtype if own else accumulate_dtype(B.dtype)
+    fold = u is not None and Q is None
+    new_k = g.new_empty(0) if F is None else rank_rows(g, g.numel() // g.shape[-1], core.shape[0])
+
+    def new(like: Tensor | None, made: bool) -> Tensor:
+        return g.new_empty(like.shape if like is not None and made else (0,), dtype=narrow)
+
+    return (
+        g.new_empty(0 if weight is None or dx is not None else (*g.shape[:-1], weight.shape[1])),
+        new_k if k is None or F is None else new_k + k,
+        new(A, x is not None and dA is None),
+        new(B, fold and need_B and dB is None),
+        new(core, fold and need_core),
     )
 
 

@@ -16,7 +16,7 @@ from .library import accumulate_dtype, bump_versions
 from .library import lotr as _lotr
 
 
-def _rank_rows(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+def rank_rows(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
     """An output whose last dimension is a rank: contiguous, but on CUDA a row starts at a multiple of 16 bytes."""
     dtype = dtype or like.dtype
     if like.device.type != "cuda":
@@ -37,24 +37,11 @@ def shrink(x: Tensor, A: Tensor, *, p: float = 0.0, seed: Tensor | None = None) 
     return _lotr.shrink.default(x, A, p, seed)
 
 
-def _rank_rows(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An output whose last dimension is a rank: contiguous, but on CUDA a row starts at a multiple of 16 bytes."""
-    dtype = dtype or like.dtype
-    if like.device.type != "cuda":
-        return like.new_empty(size, dtype=dtype)
-    chunk = 16 // dtype.itemsize
-    strides = [1]
-    for i in range(len(size) - 1, 0, -1):
-        step = -(-size[i] // chunk) * chunk if i == len(size) - 1 else size[i]
-        strides.insert(0, strides[0] * step)
-    return like.new_empty_strided(size, strides, dtype=dtype)
-
-
 @torch.library.register_fake("lotr::shrink")
 def _(x: Tensor, A: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     torch._check(x.dim() == 2 and A.dim() == 2, lambda: f"shrink: expected x and A of 2 dimensions, got {x.dim()}, {A.dim()}")
     torch._check(x.shape[1] == A.shape[0], lambda: f"shrink: A: expected {x.shape[1]} rows, got {A.shape[0]}")
-    return _rank_rows(x, x.shape[0], A.shape[1])
+    return rank_rows(x, x.shape[0], A.shape[1])
 
 
 def _shrink_backward(ctx, k: Tensor):
@@ -116,7 +103,7 @@ def shrink_grad(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def _(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad: F: expected {g.shape[1]} rows, got {F.shape[0]}")
     torch._check(g.shape[0] == u.shape[0], lambda: f"shrink_grad: u: expected {g.shape[0]} rows, got {u.shape[0]}")
-    k = _rank_rows(g, g.shape[0], F.shape[1])
+    k = rank_rows(g, g.shape[0], F.shape[1])
     return k, g.new_empty(g.shape[1], u.shape[1], dtype=accumulate_dtype(g.dtype))
 
 
@@ -148,7 +135,7 @@ def shrink_grad_(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
 @torch.library.register_fake("lotr::shrink_grad_")
 def _(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
     torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad_: F: expected {g.shape[1]} rows, got {F.shape[0]}")
-    return _rank_rows(g, g.shape[0], F.shape[1])
+    return rank_rows(g, g.shape[0], F.shape[1])
 
 
 def fold(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -159,7 +146,7 @@ def fold(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor
 @torch.library.register_fake("lotr::fold")
 def _(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     torch._check(B.shape[1] == cores.shape[2], lambda: f"fold: cores: expected r_out {B.shape[1]}, got {cores.shape[2]}")
-    return _rank_rows(B, cores.shape[0], B.shape[0], cores.shape[1], dtype=dtype)
+    return rank_rows(B, cores.shape[0], B.shape[0], cores.shape[1], dtype=dtype)
 
 
 def _fold_backward(ctx, dF: Tensor):
@@ -199,12 +186,12 @@ def small_forward_(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, sca
 
 @torch.library.register_fake("lotr::small_forward_")
 def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return _rank_rows(x, x.shape[0], A.shape[1])
+    return rank_rows(x, x.shape[0], A.shape[1])
 
 
 @torch.library.register_fake("lotr::small_forward")
 def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), _rank_rows(x, x.shape[0], A.shape[1])
+    return y.new_empty(y.shape), rank_rows(x, x.shape[0], A.shape[1])
 
 
 def small_backward_(
