@@ -178,9 +178,7 @@ class _Expand(Function):
             y = lotr.layer_forward.default(x, weight, bias, None, B, core, call.scaling, ctx.beta, u, F)[0]
         else:
             y = add_expand(y, u, F)
-        ctx.save_for_backward(
-            weight if need_x else None, F if need_u else None, u if need_B or need_core else None, B, core
-        )
+        ctx.save_for_backward(weight if need_x else None, F if need_u else None, u if need_B or need_core else None, B, core)
         ctx.call, ctx.found, ctx.own_u = call, found, u is found.u
         found.waiting += 1
         return y
@@ -202,7 +200,7 @@ class _Expand(Function):
         dB = ctx.total.accumulator() if need_B else None
         g = to(g, call.compute).contiguous()
         new_dx, new_k, _, _, dcore = lotr.layer_backward_.default(
-            *(g, weight, x, u, A, F, B, core, call.scaling, ctx.beta, k, found.dx if weight is not None else None, None, dA, dB),
+            *(g, weight, x, u, A, F, B, core, call.scaling, ctx.beta, k, None if weight is None else found.dx, None, dA, dB),
             *(False, need_core, found.p if A is not None else 0.0, seed),
         )
         if weight is not None and found.dx is None:
@@ -244,7 +242,9 @@ _operators.define(
 _operators.impl("adapted", _adapted, "CompositeImplicitAutograd")
 
 
-def adapted(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, call: Call) -> Tensor:
+def adapted(
+    x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, call: Call
+) -> Tensor:
     """What Dynamo takes up: y + s ((drop(x) A) G) B^T, with y = x W^T + bias where it is None."""
     values = (call.core, call.scaling, call.dtype, call.p, call.strategy)
     return lotr.adapted.default(x, y, weight, bias, A, B, *values)

@@ -6,8 +6,8 @@
 Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g B, k = h G^T, dB += s g^T (u G), dG = u^T h.
 
 Where a dispatch mode is on (selective checkpointing, a counter of operators), it is shown the products that an operator is made
-of, by its overload `products` or `OpOverload.decompose`, in C++ as all else. Compiled graphs have `layer_forward` and
-`layer_backward_` whole, and so their shapes beside them.
+of: `OpOverload.decompose` runs them, in C++ as all else. Compiled graphs have `layer_forward` and `layer_backward_` whole, so
+that their shapes are here and their products an overload.
 """
 
 from __future__ import annotations
@@ -58,13 +58,20 @@ def layer_forward(
     if unfolded:
         operator, args = _lotr.small_layer_forward.default, (x, weight, bias, A, B, core, scaling, beta)
         return *(operator.decompose(*args) if dispatch_modes() else operator(*args)), None
-    operator = _lotr.layer_forward.products if dispatch_modes() else _lotr.layer_forward.default
+    operator = _lotr.layer_forward.products.decompose if dispatch_modes() else _lotr.layer_forward.default
     y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
     return y, new_u if u is None else u, new_F if F is None else F
 
 
+def _check_devices(name: str, first: Tensor, **tensors: Tensor | None) -> None:
+    for label, t in tensors.items():
+        if t is not None and t.device != first.device:
+            raise RuntimeError(f"lotr::{name}: {label}: expected the device {first.device}, got {t.device}")
+
+
 @torch.library.register_fake("lotr::layer_forward")
 def _(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=None):
+    _check_devices("layer_forward", x, weight=weight, bias=bias, A=A, B=B, core=core, u=u, F=F)
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}")
     r_in = core.shape[0]
     new_u = rank_rows(x, x.numel() // x.shape[-1], r_in) if u is None else None
@@ -114,7 +121,7 @@ def layer_backward(
             new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if dispatch_modes() else operator(*args)
             new_k, fold = None, True
         else:
-            operator = _lotr.layer_backward_.products if dispatch_modes() else _lotr.layer_backward_.default
+            operator = _lotr.layer_backward_.products.decompose if dispatch_modes() else _lotr.layer_backward_.default
             args = (g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed)
             new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
             fold = u is not None and Q is None
@@ -129,6 +136,7 @@ def layer_backward(
 
 @torch.library.register_fake("lotr::layer_backward_")
 def _(g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
+    _check_devices("layer_backward_", g, weight=weight, x=x, u=u, A=A, F=F, B=B, core=core, k=k, dx=dx, Q=Q, dA=dA, dB=dB)
     own = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
     narrow = B.dtype if own else accumulate_dtype(B.dtype)
     fold = u is not None and Q is None
