@@ -41,9 +41,12 @@ def saved_but(ctx, unwanted: list[int]) -> tuple[Tensor | None, ...]:
 
 
 def wants(ctx, i: int) -> bool:
-    """Whether the running backward goes on behind input i of a node. RuntimeError at a leaf: autograd.grad cannot tell."""
+    """Whether the running backward goes on behind edge i of a node; tensors alone have edges, None among its inputs has none."""
     node = ctx.next_functions[i][0]
-    return node is not None and torch._C._will_engine_execute_node(node)
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # so it answers at a leaf that autograd.grad was asked for
+        return True
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

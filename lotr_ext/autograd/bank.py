@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..compat import dispatch_modes, private_write
+from ..compat import dispatch_modes, graph_task, private_write
 from .shared_gradient import LoTRShared, SharedGradient
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ class FoldedGradient(SharedGradient):
     def __init__(self, scaling: float):
         super().__init__()
         self.scaling = scaling
+        self.layers: dict[int, set[int]] = {}  # by the running backward, those that have come: others' cores get no gradient
+
+    def comes(self, l: int) -> None:
+        """Layer l adds to the running backward's sum."""
+        self.layers.setdefault(graph_task(), set()).add(l)
 
     def flush(self, Q: Tensor | None, dF: Tensor | None, B: Tensor, *cores: Tensor) -> tuple[Tensor | None, ...]:
         dB, dcores = None, [None] * len(cores)
@@ -55,7 +60,8 @@ class FoldedGradient(SharedGradient):
             dB = part if dB is None else dB + part
             parts = (dF.transpose(1, 2) @ B.to(wide)).to(cores[0].dtype)
             dcores = [part if d is None else d + part for d, part in zip(dcores, parts)]
-        return dB, *dcores
+        came = self.layers.pop(graph_task(), ())
+        return dB, *(d if l in came else None for l, d in enumerate(dcores))
 
 
 class Cast:

@@ -230,8 +230,9 @@ def _expand(
     bank, F, core = call.bank, None, call.core
     if bank is not None and bank.F is not None:
         call.l = bank.serves(call, B)
-        if call.l is not None and (bank.F.requires_grad or not (in_graph and (B.requires_grad or core.requires_grad))):
-            F = bank.F
+        trained = in_graph and (B.requires_grad or core.requires_grad)
+        if call.l is not None and (bank.F.requires_grad or not trained):
+            F = bank.F if trained or not bank.F.requires_grad else bank.F.detach()  # another layer's core may be trained alone
     if in_graph:
         view = B if F is not None or not call.shares else call.group.B.view(B, call.owner)
         return LoTRExpand.apply(route, u, view, core, F, y, base, call, found)

@@ -60,7 +60,7 @@ class LoTRFunction(Function):
             x if need_x or need_weight or need_A else None,  # with x: double backward, which layers avoid where A is frozen
             weight if need_x or need_weight else None,
             bias if need_bias else None,
-            A if need_x or need_A else None,
+            A if need_x else None,
             B if need_x or need_A or need_core else None,
             (core if plainly else kept_core(core)) if need_x or need_A or need_B else None,
             u if need_B or need_core else None,
@@ -78,11 +78,12 @@ class LoTRFunction(Function):
         call = ctx.call
         try:
             x, weight, bias, A, B, core, u, F = ctx.saved_tensors
-        except RuntimeError:  # freed, or changed: x and A are needed for each other's gradient alone, if for anything
+        except RuntimeError:  # freed, or changed: only what the wanted gradients are made of must be as it was
             if need_weight or recorded():
                 raise
-            need_x, need_A = need_x and wants(ctx, 0), need_A and wants(ctx, 3)
-            x, weight, bias, A, B, core, u, F = saved_but(ctx, [0] * (not need_A) + [3] * (not need_x))
+            end = len(ctx.next_functions)  # a bias of None has no place among them
+            need_x, need_A = need_x and wants(ctx, 0), need_A and wants(ctx, end - 3)
+            x, weight, bias, A, B, core, u, F = saved_but(ctx, [0] * (not need_A) + [1, 3] * (not need_x))
         given = ctx.factors
         A, B = given[0] if A is None else A, given[1] if B is None else B
         if recorded():
@@ -107,11 +108,15 @@ class LoTRFunction(Function):
             inputs = [t.view_as(t) if need else t for t, need in zip((x, weight, bias, A, B, core), needs)]
             wanted = [t for t, need in zip(inputs, needs) if need]
             x, weight, bias, A, B, core = inputs
-            if x is None:  # only B and core need a gradient, and u depends on nothing that does
-                B_here, core_here = here(g.device, B, core)
-                y = (u @ composite.fold(B_here, core_here, call.scaling, g.dtype).t()).view(g.shape)
-            else:
+            if u is not None and not needs[0]:
+                A, B, core = here(g.device, A, B, core)
+                if needs[3]:  # A may have changed since: u keeps its value, and A its place in the graph
+                    u = u + rows(to(x, u.dtype)) @ to(A - A.detach(), u.dtype)
+                y = composite.expand(u, B, core, call.scaling).view(g.shape)
+            elif x is not None:
                 y = composite.adapter(x, A, B, core, call.scaling, g.dtype)
+            else:
+                y = torch.zeros_like(g)  # where only the bias is trained
             if weight is not None:
                 y = y + composite.base_linear(x, weight, None, call.dtype)
             if bias is not None:
@@ -233,11 +238,18 @@ class LoTRExpand(Function):
         total = ctx.input.sum(ctx.own, ctx.device)
         if g is None:
             return (None,) * 9
-        weight, F_l, u, B, core = ctx.saved_tensors
-        B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
         if ctx.F is not None:  # which has them behind it
             need_B = need_core = False
+        try:
+            weight, F_l, u, B, core = ctx.saved_tensors
+        except RuntimeError:  # freed, or changed: the weight matters to x alone, which is behind LoTRShrink
+            if recorded() or not need_x or (wants(ctx, 0) and wants(ctx.next_functions[0][0], 0)):
+                raise
+            need_x, (weight, F_l, u, B, core) = False, saved_but(ctx, [0])
+        B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
+        if need_F:
+            call.bank.gradient.comes(call.l)
         dy = g if need_y else None
         g = g if g.dtype == call.compute else g.to(call.compute)
         if recorded():

@@ -156,13 +156,13 @@ def set_adapter(model: Model, name: str) -> Model:
 
     Raises:
         TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, a merged adapter, or a parametrized core or
-            factor.
+            factor where another adapter becomes the active one.
     """
     parked = _of(model, "set_adapter")
     name = _find(parked, name, "name")
     _check_unmerged(adapted_layers(model), "set_adapter")
-    _check_parameters(adapted_layers(model), "set_adapter")
     if name != parked.active:
+        _check_parameters(adapted_layers(model), "set_adapter")
         _swap(model, parked, name)
     return model
 

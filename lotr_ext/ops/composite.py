@@ -49,15 +49,16 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
 
 
 def adapter(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s ((x A) G) B^T, unfolded for few tokens and in float16, whose range F could leave. x has been through dropout."""
+    """s ((x A) G) B^T in dtype. x has been through dropout."""
     A, B, core = here(x.device, A, B, core)
-    flat = rows(to(x, dtype))
-    u = flat @ to(A, dtype)
-    if dtype == torch.float16 or (not is_compiling() and flat.shape[0] < planner.FEW_TOKENS):
-        delta = ((u @ to(core, dtype)) @ to(B, dtype).t()) * scaling
-    else:
-        delta = u @ fold(B, core, scaling, dtype).t()
-    return delta.reshape(*x.shape[:-1], B.shape[0])
+    return expand(rows(to(x, dtype)) @ to(A, dtype), B, core, scaling).reshape(*x.shape[:-1], B.shape[0])
+
+
+def expand(u: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
+    """s (u G) B^T [m, n] in u's dtype, unfolded for few tokens and in float16, whose range F could leave."""
+    if u.dtype == torch.float16 or (not is_compiling() and u.shape[0] < planner.FEW_TOKENS):
+        return ((u @ to(core, u.dtype)) @ to(B, u.dtype).t()) * scaling
+    return u @ fold(B, core, scaling, u.dtype).t()
 
 
 ROW_CORE_ELEMENTS = 2**20  # of the cores that are gathered at a time

@@ -79,11 +79,17 @@ def test_a_saved_tensor_that_is_not_looked_at_may_have_changed():
         found.extend(compat.saved_but(ctx, [0]))
         found.append((compat.wants(ctx, 0), compat.wants(ctx, 1)))
 
-    y = Probe.apply(x, a, look)
-    with torch.no_grad():
-        x.mul_(2)
-    torch.autograd.grad(y.sum(), a)
-    assert found[0] is None and torch.equal(found[1], a) and found[2] == (False, True)
+    def gradient_of_a():
+        found.clear()
+        y = Probe.apply(x, a, look)
+        with torch.no_grad():
+            x.mul_(2)
+        torch.autograd.grad(y.sum(), a)
+        assert found[0] is None and torch.equal(found[1], a) and found[2] == (False, True)
+
+    gradient_of_a()
+    x, a = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)  # and of leaves
+    gradient_of_a()
 
 
 def test_private_writes_move_no_version_and_storages_are_told_apart():

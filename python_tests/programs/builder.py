@@ -72,6 +72,7 @@ class Builder:
         self.net_recomputes = False  # whether the model's forward checkpoints some of its layers
         self.recomputes = False  # whether something waits for its recomputation
         self.flipped = False  # whether what requires grad has changed since the forward
+        self.unwatched = False  # whether hooks have what was saved, so that no one sees that it is changed in place
         self.frozen = not self.dropout and self.chance(0.03)  # made under inference_mode, never trained
 
     @property
@@ -156,13 +157,17 @@ class Builder:
     def forget(self) -> None:
         """No more backwards through what there is: its graph is gone, or would raise."""
         self.fresh.clear()
-        self.recomputes, self.flipped = self.net_recomputes, False
+        self.recomputes, self.flipped, self.unwatched = self.net_recomputes, False, False
         self.values = [value for value in self.values if value.name.startswith("x")]
 
     def changed(self) -> None:
         """A layer computes something else from now on: a recomputation would."""
         if self.recomputes:
             self.forget()
+
+    def changed_in_place(self) -> None:
+        """Of what no one watches plain torch itself takes here the old values and there the new ones for a gradient's gradient."""
+        self.flipped = self.flipped or self.unwatched
 
     def source(self) -> str:
         return HEAD + "def program(w):\n" + "\n".join(self.lines or ["    pass"]) + "\n"

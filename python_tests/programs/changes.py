@@ -16,6 +16,7 @@ def in_place(b: Builder) -> None:
         b.line(f"with torch.no_grad(): {value.name}.{change}")
     else:
         b.line(f"{value.name}.{change}")
+    b.changed_in_place()
     if b.dropout or b.chance(0.7):  # else plain torch mostly raises in the backward; dropped copies would hide it there
         b.forget()
 
@@ -29,6 +30,7 @@ def change_parameter(b: Builder) -> None:
         b.values.clear()
         return
     b.line(f"with torch.no_grad(): {parameter(b, layer, part)}.mul_({b.one_of(0.5, -1.25)})")
+    b.changed_in_place()
     if b.chance(0.7):
         b.forget()
 
@@ -173,6 +175,8 @@ def parametrized(b: Builder) -> None:
     """A, B or a core that is made of another parameter, as for orthogonal or bounded factors."""
     b.changed()
     part, how = b.one_of("A", "B", "core"), b.one_of("nn.Tanh()", "nn.Tanh()", "Doubled()")
+    if how == "Doubled()" and b.unwatched:  # it gives the parameter other memory, which views of it do not see
+        b.forget()
     if b.net is not None and part != "core" and b.chance(0.5):
         b.line("for factors in net.lotr_factors.values():")
         b.line(f'    if not parametrize.is_parametrized(factors, "{part}"):')
@@ -193,6 +197,7 @@ def state(b: Builder) -> None:
     if b.chance(0.5):
         change_parameter(b)
     b.line(f"{what}.load_state_dict(state)")
+    b.changed_in_place()
     b.changed()
 
 

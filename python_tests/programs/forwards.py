@@ -87,7 +87,7 @@ def mixed(b: Builder) -> None:
     if not b.shared or b.dropout or len(x.shape) < 2 or not 0 < x.shape[0] < 9:
         return forward(b)
     names = [b.one_of("default", *b.shared, None) for _ in range(x.shape[0])]
-    b.line(f"if all(name is None or name in w.adapters for name in {names}):")
+    b.line(f"if w.mixes({names}):")
     b.indent += 1
     b.line(f"with w.mixed(net, {names}):")
     b.indent += 1
@@ -194,6 +194,7 @@ def threaded(b: Builder) -> None:
 
 def kept_elsewhere(b: Builder) -> None:
     """Saved tensors are copied away, as to save memory."""
+    b.unwatched = True
     layer = b.one_of(*b.layers)
     x = b.input_for(layer.k)
     y = b.made((*x.shape[:-1], layer.n))

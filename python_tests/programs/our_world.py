@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from programs.worlds import World, in_backward, invertible
+from programs.worlds import World, in_backward, invertible, trained_in
 from torch import Tensor, nn
 
 import lotr_ext
@@ -72,27 +72,32 @@ class Ours(World):
     def mixed(self, model, names):
         return lotr_ext.mixed(model, names)
 
-    def add_adapter(self, model, name: str, *, shared: bool) -> None:
-        factors_of = lotr_ext.active_adapter(model) if shared else None
-        lotr_ext.add_adapter(model, name, share_factors=factors_of)
-        self.adapters.append(name)
+    def _add_adapter(self, model, name, shared):
+        lotr_ext.add_adapter(model, name, share_factors=lotr_ext.active_adapter(model) if shared else None)
 
-    def set_adapter(self, model, name: str) -> None:
+    def _set_adapter(self, model, name):
         lotr_ext.set_adapter(model, name)
 
     def train_merged(self, merged: nn.Module, function: Callable) -> None:
         """A forward with grad enabled over a merged adapter that is to be trained: an error or a warning says so. The other
-        worlds do without it, so a core that it replaces comes back."""
-        cores = [(m, m._parameters["core"]) for m in merged.modules() if m._parameters.get("core") is not None]
+        worlds do without it, so a core or scaling that it sets comes back."""
+        layers = [m for m in merged.modules() if hasattr(m, "merged")]
+        before = [(m._parameters.get("core"), m.scaling) for m in layers]
+        called: list[nn.Module] = []
+        look = lambda m, args: called.append(m) if m.merged and trained_in(m) else None  # noqa: E731
+        handles = [m.register_forward_pre_hook(look) for m in layers]
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
                 function()
             except RuntimeError as error:
                 said.append(error)
-        for module, core in cores:
-            module._parameters["core"] = core
-        if not any("merge" in str(getattr(word, "message", word)) for word in said):
+        for layer, (core, scaling), handle in zip(layers, before, handles):
+            handle.remove()
+            layer.scaling = scaling
+            if core is not None:
+                layer._parameters["core"] = core
+        if called and not any("merge" in str(getattr(word, "message", word)) for word in said):
             raise AssertionError("training while merged: expected an error or a warning, got none")
 
     @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from programs.twin import LoTRFactors, LoTRLinear, apply_lotr, disabled, dropout_mask, layers_of, mixed
+from programs.twin import LoTRFactors, LoTRLinear, Reads, apply_lotr, disabled, dropout_mask, layers_of, mixed
 from programs.worlds import Decisions, Undecided, World, invertible
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -18,6 +18,7 @@ class Plain(World):
     def __init__(self, decisions: Decisions, *, exact: bool = False, keep: bool = False, **noise):
         super().__init__(decisions, **noise)
         self.exact, self.keep, self.name = exact, keep, "float64" if exact else "plain"
+        self.strict = exact and not keep
 
     def _factors(self, k, n, rank, dtype):
         return LoTRFactors(k, n, rank, dtype=dtype)
@@ -29,8 +30,8 @@ class Plain(World):
         apply_lotr(model, groups, rank, **settings)
 
     def watch(self, layer) -> None:
-        layer.next_mask, layer.keep = lambda layer, x: self._mask(layer, x), self.keep  # a copy of layer copies no world
-
+        layer.next_mask = lambda layer, x: self._mask(layer, x)  # a copy of layer copies no world
+        layer.keep, layer.strict = self.keep, self.strict
         layer.register_forward_hook(lambda layer, args, y: self._look(y))
 
     def _look(self, y: Tensor) -> None:
@@ -51,6 +52,7 @@ class Plain(World):
         if rows is not None:  # a core for each row of x
             core = core[torch.tensor(rows)].view(len(rows), *(1,) * (x.dim() - 3), *core.shape[1:])
             x = x.unsqueeze(1) if x.dim() == 2 else x
+        A = Reads.apply(A, x) if self.strict else A
         delta = ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
         y = y + delta.view(y.shape)
         self._look(y)
@@ -74,11 +76,10 @@ class Plain(World):
     def mixed(self, model, names):
         return mixed(model, names)
 
-    def add_adapter(self, model, name: str, *, shared: bool) -> None:
+    def _add_adapter(self, model, name, shared):
         model.adapters.add(model, name, shared=shared)
-        self.adapters.append(name)
 
-    def set_adapter(self, model, name: str) -> None:
+    def _set_adapter(self, model, name):
         model.adapters.use(model, name)
 
     def train_merged(self, merged: nn.Module, function: Callable) -> None:

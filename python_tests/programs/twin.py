@@ -40,6 +40,20 @@ def dropout_mask(shape: torch.Size, p: float, seed: int) -> Tensor:
     return kept.double().view(shape) / (1 - p)
 
 
+class Reads(torch.autograd.Function):
+    """A, whose gradient needs x as it is: it notices a change of x also where a product has saved a copy of it, for its layout."""
+
+    @staticmethod
+    def forward(ctx, A: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return A.detach()  # shares A's version, yet is no view of it
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.saved_tensors  # noqa: B018
+        return grad, None
+
+
 class LoTRFactors(nn.Module):
     """A [k, r_in] and B [n, r_out]."""
 
@@ -54,9 +68,10 @@ class LoTRLinear(nn.Module):
 
     next_mask: asked at each call in training with dropout for the mask of this x. keep: work on copies of everything, so that
     nothing that is changed in place afterwards can change a gradient: the right number, where plain torch would raise.
+    strict: raise for a changed x whatever its layout.
     """
 
-    keep = False
+    keep = strict = False
 
     def __init__(self, base: nn.Module, factors: LoTRFactors, *, scaling: float, dropout: float, wrapped: bool = False):
         super().__init__()
@@ -92,6 +107,7 @@ class LoTRLinear(nn.Module):
     def delta(self, x: Tensor, own: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
         """s ((x A) G) B^T in x's dtype."""
         A, B, core = (own(t).to(x.dtype) for t in (self.factors.A, self.factors.B, self.core))
+        A = Reads.apply(A, x) if self.strict else A
         return ((x @ A) @ core) @ B.mT * self.scaling
 
     def _mixed(self, x: Tensor) -> Tensor:

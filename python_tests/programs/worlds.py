@@ -15,8 +15,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+ADAPTER = {"A", "B", "core"}
 
 
 class Planned(Exception):
@@ -51,6 +54,11 @@ def invertible(model: nn.Module) -> bool:
     return all(hasattr(step, "right_inverse") for steps in lists for step in steps)
 
 
+def is_generated(model: nn.Module) -> bool:
+    """Whether a factor or core is made by parametrizations: it cannot be parked."""
+    return any(parametrize.is_parametrized(module, name) for module in model.modules() for name in ADAPTER)
+
+
 def another(t: Tensor, factor: float) -> nn.Parameter:
     """t * factor, changed in place as often as t was: nobody may tell them apart by that."""
     new = nn.Parameter(t.detach() * factor)
@@ -62,6 +70,12 @@ def another(t: Tensor, factor: float) -> nn.Parameter:
 
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
+
+
+def trained_in(module: nn.Module) -> bool:
+    """Whether a call of an adapted layer now would train its adapter, were it not merged."""
+    parts = [p for owner in (module.factors, module) for name, p in owner.named_parameters() if ADAPTER & set(name.split("."))]
+    return torch.is_grad_enabled() and any(p.requires_grad for p in parts)
 
 
 def layout(t: Tensor, kind: str) -> Tensor:
@@ -117,7 +131,8 @@ class World:
         self.known: list[tuple[str, Tensor | nn.Module]] = []
         self.calls = self.choices = 0
         self.masks: dict[int, int] = {}  # by group, the seed of the last mask
-        self.adapters = ["default"]
+        self.adapters = {"default": "default"}  # and whose factors each has
+        self.active = "default"
         self.stored: dict[nn.Module, torch.dtype] = {}  # the dtype of factors, also where all is computed in float64
 
     # ---- values ------------------------------------------------------------------------------------------------------
@@ -236,6 +251,22 @@ class World:
         self.known = [(name, memo.get(id(what), what) if isinstance(what, nn.Module) else what) for name, what in self.known]
         return copies
 
+    def add_adapter(self, model: nn.Module, name: str, *, shared: bool) -> None:
+        """As the active one, with cores at zero; shared: over its factors."""
+        self._add_adapter(model, name, shared)
+        self.adapters[name] = self.adapters[self.active] if shared else name
+
+    def set_adapter(self, model: nn.Module, name: str) -> None:
+        def use() -> None:
+            self._set_adapter(model, name)
+            self.active = name
+
+        self.may_refuse(use) if name != self.active and is_generated(model) else use()
+
+    def mixes(self, names: Sequence[str | None]) -> bool:
+        """Whether the adapters of these names have the active one's factors."""
+        return all(name is None or self.adapters.get(name) == self.adapters[self.active] for name in names)
+
     # ---- what is compared --------------------------------------------------------------------------------------------
 
     def see(self, label: str, t: Tensor | None) -> None:
@@ -255,9 +286,10 @@ class World:
             for p in [what] if isinstance(what, Tensor) else what.parameters():
                 p.grad = None
 
-    def loss(self, seed: int, *ys: Tensor, scale: float = 1.0) -> Tensor:
-        """A smooth function of all of ys."""
-        parts = [(y.sin() * self.values(y.shape, seed + i, torch.float32, scale).to(y.dtype)).sum() for i, y in enumerate(ys)]
+    def loss(self, seed: int, *ys: Tensor | None, scale: float = 1.0) -> Tensor:
+        """A smooth function of those of ys that there are."""
+        there = [(y, seed + i) for i, y in enumerate(ys) if y is not None]
+        parts = [(y.sin() * self.values(y.shape, at, torch.float32, scale).to(y.dtype)).sum() for y, at in there]
         total = parts[0]
         for part in parts[1:]:
             total = total + part.to(total.dtype)
@@ -272,12 +304,13 @@ class World:
 
     def grad(
         self, label: str, loss: Tensor, inputs: list[Tensor], *, retain: bool = False, create: bool = False
-    ) -> list[Tensor]:
-        """Shows autograd.grad of what can be had; returns what can be differentiated again."""
+    ) -> list[Tensor | None]:
+        """Shows autograd.grad of what can be had; returns what can be differentiated again, each in its place, if any can."""
         found = gradients(loss, inputs, retain_graph=retain or create, create_graph=create)
         for i, t in enumerate(found):
             self.seen.append((f"{label}[{i}]", None if t is None else t.detach().clone(), False))
-        return [t for t in found if t is not None and t.requires_grad]
+        again = [t if t is not None and t.requires_grad else None for t in found]
+        return again if any(t is not None for t in again) else []
 
     # ---- ways to run -------------------------------------------------------------------------------------------------
 
