@@ -41,7 +41,7 @@ def saved_but(ctx, unwanted: list[int]) -> tuple[Tensor | None, ...]:
 
 
 def wants(ctx, i: int) -> bool:
-    """Whether the running backward goes on behind edge i of a node; tensors alone have edges, None among its inputs has none."""
+    """Whether the running backward goes on behind edge i of a node: tensors have one each, None has none."""
     node = ctx.next_functions[i][0]
     try:
         return node is not None and torch._C._will_engine_execute_node(node)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,11 +40,8 @@ class FoldedGradient(SharedGradient):
     def __init__(self, scaling: float):
         super().__init__()
         self.scaling = scaling
-        self.layers: dict[int, set[int]] = {}  # by the running backward, those that have come: others' cores get no gradient
-
-    def comes(self, l: int) -> None:
-        """Layer l adds to the running backward's sum."""
-        self.layers.setdefault(graph_task(), set()).add(l)
+        # by the running backward the layers that have added to the sum: the cores of others get no gradient, rather than zeros
+        self.came: defaultdict[int, set[int]] = defaultdict(set)
 
     def flush(self, Q: Tensor | None, dF: Tensor | None, B: Tensor, *cores: Tensor) -> tuple[Tensor | None, ...]:
         dB, dcores = None, [None] * len(cores)
@@ -60,7 +58,7 @@ class FoldedGradient(SharedGradient):
             dB = part if dB is None else dB + part
             parts = (dF.transpose(1, 2) @ B.to(wide)).to(cores[0].dtype)
             dcores = [part if d is None else d + part for d, part in zip(dcores, parts)]
-        came = self.layers.pop(graph_task(), ())
+        came = self.came.pop(graph_task(), ())
         return dB, *(d if l in came else None for l, d in enumerate(dcores))
 
 

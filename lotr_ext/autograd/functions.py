@@ -19,7 +19,16 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..compat import OLD_VMAP, dispatch_key_included, functorch_active, private_write, saved_but, saved_tensor_hook, wants
+from ..compat import (
+    OLD_VMAP,
+    dispatch_key_included,
+    functorch_active,
+    graph_task,
+    private_write,
+    saved_but,
+    saved_tensor_hook,
+    wants,
+)
 from ..ops import composite
 from ..ops.composite import here, rows, to
 from .record import Call
@@ -249,7 +258,7 @@ class LoTRExpand(Function):
             need_x, (weight, F_l, u, B, core) = False, saved_but(ctx, [0])
         B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
         if need_F:
-            call.bank.gradient.comes(call.l)
+            call.bank.gradient.came[graph_task()].add(call.l)
         dy = g if need_y else None
         g = g if g.dtype == call.compute else g.to(call.compute)
         if recorded():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
-from ..model.adapter_files import put_file, read
+from ..model.adapter_files import put_file, read, together
 from ..model.apply import adapted_layers
 from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
 from ..ops import accumulate_dtype
@@ -193,8 +193,13 @@ def _write(directory: Path, layers: dict[str, LoRALayer], saved: dict[str, Tenso
     }
     directory.mkdir(parents=True, exist_ok=True)
     stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    put_file(directory, "adapter_model.safetensors", save(stored, metadata={"format": "pt"}))
-    put_file(directory, "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    data, text = save(stored, metadata={"format": "pt"}), (json.dumps(config, indent=2) + "\n").encode()
+    path = directory / "adapter_config.json"
+    with together(directory):
+        if path.is_file() and path.read_bytes() != text:
+            path.unlink()  # a kill from here on leaves no adapter, rather than one's tensors with another's scaling
+        put_file(directory, "adapter_model.safetensors", data)
+        put_file(directory, path.name, text)
 
 
 def _number(value: float) -> float:

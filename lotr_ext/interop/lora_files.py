@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..layers.layer import check_number
+from ..model.adapter_files import together
 from ..model.targets import name_ends_with
 
 __all__ = ["LoRAAdapter", "LoRALayer", "read_lora"]
@@ -84,10 +86,11 @@ def read_lora(source: str | PathLike[str] | Mapping[str, Tensor], config: Mappin
         tensors = dict(source)
     else:
         directory = Path(source)
-        if config is None:
-            config = _read_config(directory)
-        _check_config(config)
-        tensors = _read_tensors(directory)
+        with together(directory) if directory.is_dir() else nullcontext():  # an export may be at work
+            if config is None:
+                config = _read_config(directory)
+            _check_config(config)
+            tensors = _read_tensors(directory)
     _check_config(config)
     endings = tuple(config.get("modules_to_save") or ())
     factors: dict[str, dict[str, Tensor]] = {}

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..layers.layer import check_settings
 from .config import LoTRConfig
 
-__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "placed", "put_file", "read", "write"]
+__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "placed", "put_file", "read", "together", "write"]
 
 FORMAT, FORMAT_VERSION = "lotr", 1
 JSON_NAME = "lotr_adapter.json"
@@ -94,6 +94,18 @@ def _lock(file: BinaryIO, *, wait: bool) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def together(directory: Path) -> Iterator[None]:
+    """Inside, nobody else who asks for it reads or writes several files of directory: they belong together."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _temporary(directory: Path, name: str) -> tuple[Path, BinaryIO]:

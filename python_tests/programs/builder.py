@@ -166,7 +166,7 @@ class Builder:
             self.forget()
 
     def changed_in_place(self) -> None:
-        """Of what no one watches plain torch itself takes here the old values and there the new ones for a gradient's gradient."""
+        """For a gradient's gradient plain torch takes the old values here and the new ones there of what no one watches."""
         self.flipped = self.flipped or self.unwatched
 
     def source(self) -> str:

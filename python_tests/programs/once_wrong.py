@@ -82,9 +82,10 @@ SEPARATE = "y0, y1 = l0(x), l1(x)\nw.backward('b1', w.loss(3, y1))\nw.backward('
 UNSEEN = "with torch.no_grad():\n    y, = net(x, w)\nw.see('y', y)\n"
 PARTIAL = "y = l0(x)\nwith torch.no_grad(): {}.mul_(0.5)\nw.grad('p', w.loss(3, y), [{}])\n"
 DOUBLE = "y = l0(x)\nd = w.grad('d', w.loss(3, y), [f.B, l0.core], create=True)\nw.backward('b', w.loss(4, *d))\n"
-CHANGED_A = "y = l0(x)\nwith torch.no_grad(): f.A.mul_(1)\nw.backward('b', w.loss(3, y))\n"
-DOUBLE_CORE = "y = l0(x)\nwith torch.no_grad(): f.A.mul_(0.5)\nd = w.grad('d', w.loss(3, y), [l0.core], create=True)\nw.grad('p', w.loss(4, *d), [f.A])\n"
+CHANGED_A = "y = l0(x)\nwith torch.no_grad(): f.A.mul_({})\n"
 OTHER_CORE = "net.requires_grad_(False)\nnet.l0.core.requires_grad_(True)\n"
+OF_A = "w.grad('p', w.loss(3, y), [f.A])\n"
+TWICE = "d = w.grad('d', w.loss(3, y, scale=0.01), [{}], create=True)\nw.grad('p', w.loss(4, *d), [{}])\n"
 LARGE = {"dtype": "float16", "settings": ", scaling=1000.0, core_scale=200.0", "scale": ", scale=1e-3"}
 
 PROGRAMS: dict[str, str] = {
@@ -112,7 +113,7 @@ PROGRAMS: dict[str, str] = {
     "merge of a pruned weight": pair("prune.identity(l0, 'weight')\n" + MERGED + SHOWN),
     "float16: the folded factor overflows": pair(SMALL_LOSS, **LARGE),
     "float16: the folded factor overflows, double backward": pair(
-        "y = l0(x)\nd = w.grad('d', w.loss(3, y, scale=0.01), [f.B, l0.core], create=True)\nw.grad('p', w.loss(4, *d), [f.B])\n", train="B", grad=False, **LARGE
+        "y = l0(x)\n" + TWICE.format("f.B, l0.core", "f.B"), train="B", grad=False, **LARGE
     ),
     "no gradient for a core that is not in the loss": net(RUN_NET, forward="self.l0(x) + self.l2(x).detach()"),
     "training while merged": pair(MERGED + "if l0.merged: w.train_merged(l0, lambda: l0(x))\n"),
@@ -135,13 +136,19 @@ PROGRAMS: dict[str, str] = {
     "double backward, A frozen": pair(DOUBLE, train="B", grad=False),
     "partial gradient after a change of x": pair(PARTIAL.format("x", "l0.core"), tokens="5"),
     "gradient after a change of an A that is frozen": pair(PARTIAL.format("f.A", "f.B"), train="B", tokens="5", grad=False),
-    "gradients after a change of A, without a bias": pair(CHANGED_A, train="A", settings=", bias=False", tokens="5", grad=False),
-    "gradient of A after a merge": pair("y = l0(x)\n" + MERGED + "w.grad('p', w.loss(3, y), [f.A])\n", tokens="5"),
-    "gradient of A after a merge, shared u": pair("y = l0(x)\n" + MERGED + "w.grad('p', w.loss(3, y), [f.A])\n"),
-    "double backward after a change of an A": pair(DOUBLE_CORE, train="A", tokens="5", grad=False),
+    "gradients after a change of A, without a bias": pair(
+        CHANGED_A.format(1) + "w.backward('b', w.loss(3, y))\n", train="A", settings=", bias=False", tokens="5", grad=False
+    ),
+    "gradient of A after a merge": pair("y = l0(x)\n" + MERGED + OF_A, tokens="5"),
+    "gradient of A after a merge, shared u": pair("y = l0(x)\n" + MERGED + OF_A),
+    "double backward after a change of an A": pair(
+        CHANGED_A.format(0.5) + TWICE.format("l0.core", "f.A"), train="A", tokens="5", grad=False
+    ),
     "one trained core of several": net(OTHER_CORE + RUN_NET),
-    "one trained core of several, double backward": net(OTHER_CORE + "y, = net(x, w)\nw.grad('d', w.loss(3, y), [x], create=True)\n"),
-    "the active adapter is set again, of a parametrized core": parametrized("core", after="w.set_adapter(net, 'default')\n" + UNSEEN),
+    "one trained core of several, double backward": net(OTHER_CORE + "y, = net(x, w)\n" + TWICE.format("x", "x")),
+    "the active adapter is set again, of a parametrized core": parametrized(
+        "core", after="w.set_adapter(net, 'default')\n" + UNSEEN
+    ),
     "adapters called training and _modules": net(
         "for name in ('training', '_modules'): w.may_refuse(lambda name=name: w.add_adapter(net, name, shared=True))\n"
     ),

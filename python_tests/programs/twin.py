@@ -41,7 +41,7 @@ def dropout_mask(shape: torch.Size, p: float, seed: int) -> Tensor:
 
 
 class Reads(torch.autograd.Function):
-    """A, whose gradient needs x as it is: it notices a change of x also where a product has saved a copy of it, for its layout."""
+    """A, whose gradient needs x as it is: notices a change of x also where a product has saved a copy, for x's layout."""
 
     @staticmethod
     def forward(ctx, A: Tensor, x: Tensor) -> Tensor:

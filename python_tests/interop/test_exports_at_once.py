@@ -1,0 +1,79 @@
+"""Exports of LoRA adapters into one folder at once, and exports that end in the middle: one adapter whole, or none."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lotr_ext import LoTRFactors, LoTRLinear
+from lotr_ext.interop import export_lora, lora, read_lora
+
+SCALINGS = (0.5, 2.0, 8.0)
+
+
+def adapted(scaling: float) -> nn.Module:
+    """A layer whose scaling can be told from its tensors: B is full of it."""
+    model = nn.Sequential(LoTRLinear.from_linear(nn.Linear(5, 4), LoTRFactors(5, 4, 2), scaling=scaling))
+    with torch.no_grad():
+        model[0].factors.B.fill_(scaling)
+        model[0].core.copy_(torch.eye(2))
+    return model
+
+
+def assert_whole(directory: Path) -> float:
+    (layer,) = read_lora(directory).layers.values()
+    assert torch.equal(layer.B, torch.full((4, 2), layer.scaling))
+    return layer.scaling
+
+
+def test_exports_into_one_folder_at_once_never_mix(tmp_path: Path) -> None:
+    export_lora(adapted(SCALINGS[0]), tmp_path)
+    errors: list[BaseException] = []
+    seen: set[float] = set()
+
+    def export(scaling: float) -> None:
+        model = adapted(scaling)
+        for _ in range(15):
+            export_lora(model, tmp_path)
+
+    def read() -> None:
+        while any(thread.is_alive() for thread in savers):
+            try:
+                seen.add(assert_whole(tmp_path))
+            except BaseException as error:
+                errors.append(error)
+                return
+
+    savers = [threading.Thread(target=export, args=(scaling,)) for scaling in SCALINGS]
+    reader = threading.Thread(target=read)
+    for thread in (*savers, reader):
+        thread.start()
+    for thread in (*savers, reader):
+        thread.join()
+    assert not errors, errors[0]
+    assert seen <= set(SCALINGS) and assert_whole(tmp_path) in SCALINGS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("ended_at", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_export_that_ends_in_the_middle_leaves_no_mixture(tmp_path: Path, monkeypatch, ended_at: str) -> None:
+    export_lora(adapted(0.5), tmp_path)
+    put_file = lora.put_file
+
+    def put(directory: Path, name: str, data: bytes) -> None:
+        if name == ended_at:
+            raise OSError("the disk is full")
+        put_file(directory, name, data)
+
+    with monkeypatch.context() as m:
+        m.setattr(lora, "put_file", put)
+        with pytest.raises(OSError, match="full"):
+            export_lora(adapted(2.0), tmp_path)
+    with pytest.raises(ValueError, match="adapter_config"):
+        read_lora(tmp_path)
+    export_lora(adapted(2.0), tmp_path)
+    assert assert_whole(tmp_path) == 2.0
