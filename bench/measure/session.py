@@ -24,7 +24,15 @@ from .timing import CLOCKS, Clock, ceilings, gpu_state, machine, slug, throttled
 T = TypeVar("T")
 Show = Callable[[T, list[dict], "Session"], None]  # of a program: prints the results of one case
 ALLOCATORS = ("keep", "system")
-ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15, "host": 61}  # of each program by default
+ROUNDS = {
+    "layer": 11,
+    "shared": 9,
+    "model": 7,
+    "profile": 11,
+    "kernels": 15,
+    "host": 61,
+    "experts": 9,
+}  # of each program by default
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 

@@ -20,7 +20,7 @@ from ..frontier import table as frontier
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
-from . import host_table, tables
+from . import experts_table, host_table, tables
 from .summary import Summary, summary
 
 
@@ -36,7 +36,7 @@ class Page(NamedTuple):
         return self.path.relative_to(ROOT).as_posix()
 
 
-TABLES = tables.TABLES | {"host": host_table.host_table}
+TABLES = tables.TABLES | {"host": host_table.host_table, "experts": experts_table.experts_table}
 README = Page(ROOT / "README.md", ("frontier-picture", "summary"), "")
 CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "traffic", "static"), "../")
@@ -186,6 +186,7 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_more.draw_shared(_read(folder / "shared.jsonl"), folder)
         written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
         written += host_table.draw_host(_read(folder / "host.jsonl"), folder)
+        written += experts_table.draw_experts(_read(folder / "experts.jsonl"), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
         written += plots_frontier.draw_frontier(frontier.kept(folder), folder)
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"

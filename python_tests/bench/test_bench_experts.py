@@ -1,0 +1,58 @@
+"""The benchmark of experts: its rivals compute what their formulas say, its table and picture are made of what it kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import experts
+from bench.experts import ExpertsCase, randomize, routing
+from bench.measure.store import Store
+from bench.report import experts_table
+from bench.rivals.experts import FLOOR, GROUPED, LABELS, OURS, PEFT, frozen, rivals
+from lotr_ext.model.apply import merge
+
+QUICK = ["--device", "cpu", "--allocator", "system", "--threads", "1", "--rounds", "1"]
+
+
+def test_it_measures_keeps_and_shows(tmp_path, capsys):
+    arguments = [*QUICK, "--shapes", "48x16x8x4x2x3", "--results", str(tmp_path)]
+    assert experts.main(arguments) == 0
+    cells = {cell["rival"]: cell for cell in Store(tmp_path / "experts.jsonl").read()}
+    assert cells.keys() == LABELS.keys() and cells[OURS]["error"] < 1e-4 and cells[FLOOR]["parameters"] == 0
+    assert cells[PEFT]["parameters"] == cells[GROUPED]["parameters"] == 4 * 3 * ((16 + 16) + (8 + 16))
+    assert cells[OURS]["parameters"] == 2 * 4 * 3 * 3 + 3 * (16 + 16 + 8 + 16)
+    assert (tmp_path / "experts.png").stat().st_size > 5000
+    text = experts_table.experts_table(list(cells.values()), {"experts": "x.png"})
+    assert "python -m bench.experts --shapes 48x16x8x4x2x3 --rounds 1 --allocator system" in text
+    assert "| **lotr_ext** |" in text and "![what adapters add to the frozen experts](x.png)" in text
+    capsys.readouterr()
+    assert experts.main(arguments) == 0 and "1 of 1 cases are in" in capsys.readouterr().out
+
+
+def test_rivals_add_nothing_at_the_start_and_what_they_say_later():
+    case = ExpertsCase(40, 16, 8, 4, 2, 3, "fp32", 1)
+    made, x = rivals(frozen(16, 8, 4, torch.float32, torch.device("cpu")), 3), torch.randn(40, 16)
+    chosen = routing(case, x.device, x.dtype)
+    assert (chosen[0].sort(1).values.diff(dim=1) > 0).all()  # different experts a token
+    with torch.no_grad():
+        floor = made[FLOOR](x, *chosen)
+        for rival, model in made.items():
+            torch.testing.assert_close(model(x, *chosen), floor, msg=rival)
+            randomize(model)
+        one = made[GROUPED]
+        y = one(x, *chosen)
+        for name in ("gate_up_proj", "down_proj"):
+            base = getattr(one.experts, name)
+            base.data = base.data + getattr(one, f"{name}_B") @ getattr(one, f"{name}_A")
+        torch.testing.assert_close(one.experts(x, *chosen), y, atol=1e-4, rtol=1e-4)
+        y = made[OURS](x, *chosen)
+        torch.testing.assert_close(merge(made[OURS])(x, *chosen), y, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["48x16x8x4x2", "48x16x8x4x2x0", "a"])
+def test_bad_shapes(text):
+    with pytest.raises(ValueError, match="shapes: expected MxHxIxExKxR, got"):
+        experts.arguments([*QUICK, "--shapes", text])
+    with pytest.raises(ValueError, match="shapes: expected at most as many experts a token as there are, 4, got 5"):
+        experts.arguments([*QUICK, "--shapes", "48x16x8x4x5x2"])
