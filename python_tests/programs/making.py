@@ -90,6 +90,7 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
     """Lines of a model's forward over x; names of what it returns. Each layer is called once or more, on what fits."""
     at_hand = [Value("x", (-1, layers[0].k))]
     made: list[str] = []
+    called: list[Layer] = []
     waiting = list(layers) + ([b.one_of(*layers)] if b.chance(0.2) else [])
     for layer in waiting:
         fitting = [v for v in at_hand if v.width == layer.k]
@@ -99,6 +100,9 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
         value = Value(b.name("h"), (-1, layer.n))
         call = f"{layer.name}({source.name})"
         kind = b.one_of(*(["plain"] * 6), "checkpoint", "selective", "core", "scaling", "replaced", "no_grad")
+        if kind in ("scaling", "replaced") and layer in called:  # a recomputation of what was before would be another one
+            kind = "plain"
+        called.append(layer)
         b.net_recomputes = b.recomputes = b.recomputes or kind in ("checkpoint", "selective")
         if kind == "checkpoint":
             call = f"w.checkpoint({layer.name}, {source.name})"

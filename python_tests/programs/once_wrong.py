@@ -103,6 +103,18 @@ PROGRAMS: dict[str, str] = {
     "core set in the model's forward": net(
         RUN_NET, forward="self.l0(x) + (setattr(self.l2, 'core', another(self.l2.core, 2)) or self.l2(x))"
     ),
+    **{
+        f"{part} set in the model's forward, {dtype}": net(
+            UNSEEN + RUN_NET,
+            forward=f"self.l0(x) + (setattr(self.l0.factors, '{part}', another(self.l0.factors.{part}, 2)) or self.l2(x))",
+            dtype=dtype,
+        )
+        for part in "AB"
+        for dtype in ("float32", "bfloat16")
+    },
+    "unload that is refused half-way": net(
+        "prune.identity(net.l2, 'weight')\nw.may_refuse(lambda: w.unload(net))\n" + RUN_NET
+    ),
     **{f"conj().imag: {name}": bare(**{name: "conj"}) for name in "xWvABG"},
     **{f"negative bit: {name}": bare(**{name: "neg"}) for name in "xWvABG"},
     "merge before the backward": pair("y = l0(x)\n" + MERGED + DX),
