@@ -81,16 +81,16 @@ SOURCES = [
     ),
     (
         "latency of shared memory 29 cycles, of L2 262 to 273",
-        "microbenchmarks of A100, H100 PCIe, RTX 4090: arXiv 2402.13499; a B200's L2 is assumed",
+        "assumed, of the size that microbenchmarks report (A100, H100 PCIe and RTX 4090 are those of arXiv 2402.13499)",
     ),
     (
         "m16n8k16 takes a scheduler 8 cycles on an A100, 32 on an RTX 4090 (data sheet), 6.4 on an H100",
-        "mma.sync reaches about 63 % of an H100's peak: arXiv 2402.13499; a B200's is assumed to be an A100's a multiprocessor",
+        "an H100's assumed: mma.sync at about 63 % of its peak, which wgmma alone reaches; a B200's: an A100's a multiprocessor",
     ),
     ("shared-memory and load path: 128 bytes a cycle and multiprocessor", "CUDA programming guide (32 banks of 4 bytes)"),
     (
         "latency of memory under load 600 ns (B200, RTX 4090: 700)",
-        "assumed: about twice the idle latency of arXiv 2402.13499",
+        "assumed: about twice an idle GPU's",
     ),
     (f"{REACHED:.0%} of the data sheet's bandwidth is reached", "assumed: what STREAM-like programs are reported to reach"),
     (
