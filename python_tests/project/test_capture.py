@@ -1,0 +1,44 @@
+"""A stream that is captured into a CUDA graph forbids some calls, and an allocation or a wait in an operator stops all others.
+So the sources call the CUDA runtime by these names alone; a new one belongs here once it has been thought of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPTURED = {
+    "cudaLaunchKernelEx": "becomes a node of the graph",
+    "cudaMemsetAsync": "becomes a node of the graph",
+    "cudaStreamGetCaptureInfo": "asks",
+    "cudaGetDevice": "asks",
+    "cudaSetDevice": "asks and sets; no work",
+    "cudaDeviceGetAttribute": "asks",
+    "cudaFuncGetAttributes": "asks: the probe",
+    "cudaFuncSetAttribute": "of a kernel, no work",
+    "cudaGetLastError": "asks",
+    "cudaGetErrorName": "a text",
+    "cudaGetErrorString": "a text",
+    "cudaRuntimeGetVersion": "asks",
+    "cudaDriverGetVersion": "asks",
+    "cudaGetSymbolAddress": "asks; the array is in the module",
+    "cudaGetDriverEntryPointByVersion": "asks",
+}
+
+
+def runtime_calls(text: str) -> set[str]:
+    code = re.sub(r"//[^\n]*", "", text)
+    return set(re.findall(r"\b(cuda[A-Z]\w*)\s*(?:<[^<>]*>)?\(", code))
+
+
+def test_operators_call_nothing_that_a_capture_forbids() -> None:
+    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    found = set().union(*(runtime_calls(path.read_text()) for path in files))
+    assert found == CAPTURED.keys()
+
+
+def test_a_call_that_waits_would_be_found() -> None:
+    assert runtime_calls("cudaStreamSynchronize(s); // cudaFree(p)\ncudaMalloc<float>(&p, 1);") == {
+        "cudaStreamSynchronize",
+        "cudaMalloc",
+    }
