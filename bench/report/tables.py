@@ -17,6 +17,9 @@ from ..static.predict import kept as static_kept
 from ..static.predict import layer_times, measured
 from ..static.table import LABEL as STATIC_LABEL
 from ..static.table import markdown_rows
+from ..static.wanted import CAPTION as WANTED_CAPTION
+from ..static.wanted import HEADS as WANTED_HEADS
+from ..static.wanted import wanted_rows
 from ..traffic.counts import Key, Row, kept, needed
 from ..traffic.layer import LEAST, all_steps, total_bytes
 from ..traffic.projection import GPUS, Times, assumptions, excess
@@ -242,7 +245,9 @@ def static_table(found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
     heads, rows = markdown_rows({key: e for key, e in found.items() if key[4] == "bf16"}, measured(), gpus)
     title = f"`python -m bench.static`, no GPU, bf16: {STATIC_LABEL}. Bandwidth: of the data sheet's, begin and end included:"
     images = _images(pictures, {"static": "where each kernel's time goes, modelled"})
-    return "\n".join([title, "", *markdown(heads, rows, 2), *images])
+    wanted = markdown(list(WANTED_HEADS), wanted_rows(found), 3)
+    says = f"What is wanted of them, and what stands in the way (bold: not met). {WANTED_CAPTION}:"
+    return "\n".join([title, "", *markdown(heads, rows, 2), "", says, "", *wanted, *images])
 
 
 def layer_projections(shape: Shape, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> dict[str, Times]:

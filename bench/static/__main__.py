@@ -6,13 +6,14 @@ import argparse
 import re
 from pathlib import Path
 
-from ..measure.session import progress, start, wide_console
+from ..measure.session import new_table, progress, start, wide_console
 from ..measure.store import Store
 from ..traffic.counts import DTYPES, FOLDER, KERNELS
 from . import assumptions
 from .assumptions import CARDS
 from .predict import FILE, all_keys, kept, measured, model_id, predict
 from .table import table
+from .wanted import CAPTION, HEADS, wanted_rows
 
 SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
 ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed,
@@ -58,6 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     for gpu in options.gpus:
         for dtype in options.dtypes:
             console.print(table(gpu, dtype, found, known))
+    if rows := wanted_rows(found):
+        wanted = new_table("What is wanted, in bf16, and what stands in the way (*: not met); us", *HEADS)
+        for row in rows:
+            wanted.add_row(*(cell.replace("**", "* ", 1).replace("**", "") for cell in row))
+        wanted.caption, wanted.caption_justify = CAPTION, "left"
+        console.print(wanted)
     console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)
     from ..report.plots_static import draw_static
 

@@ -85,7 +85,7 @@ SOURCES = [
     ),
     (
         "m16n8k16 takes a scheduler 8 cycles on an A100, 32 on an RTX 4090 (data sheet), 6.4 on an H100",
-        "an H100's assumed: mma.sync at about 63 % of its peak, which wgmma alone reaches; a B200's: an A100's a multiprocessor",
+        "an H100's assumed: mma.sync at 63 % of its peak, which wgmma alone reaches; a B200's: an A100's a multiprocessor",
     ),
     ("shared-memory and load path: 128 bytes a cycle and multiprocessor", "CUDA programming guide (32 banks of 4 bytes)"),
     (

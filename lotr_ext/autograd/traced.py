@@ -214,8 +214,12 @@ def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy) -> Ten
     call = Call(core, scaling, p)
     call.dtype, call.compute = dtype, dtype or x.dtype
     tokens = x.numel() // x.shape[-1]
-    many = not isinstance(tokens, int) or tokens >= planner.BETA_TOKENS  # a SymInt: no guard on how many
-    call.plan = planner.plan_of(many, max(core.shape), call.compute, x.device, *planner.forced_strategy(strategy))
+    known = isinstance(tokens, int)  # else any: no guard on how many
+    forced = planner.forced_strategy(strategy)
+    many = not known or tokens >= planner.BETA_TOKENS
+    call.plan = planner.plan_of(many, max(core.shape), call.compute, x.device, *forced)
+    if known and tokens < planner.FEW_TOKENS and x.device.type == "cpu" and forced[0] is None:  # the fold takes longer than x A
+        call.plan = _COMPOSITE
     half = call.compute in (torch.bfloat16, torch.float16)
     ours = call.plan.strategy != "composite" and not (type(x) in _PLAIN or functorch_active() or forward_mode())
     if not ours or not all(t.dtype == call.compute or (half and t.dtype == torch.float32) for t in (A, B, core)):

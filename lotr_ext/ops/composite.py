@@ -56,7 +56,8 @@ def adapter(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype
 
 def expand(u: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
     """s (u G) B^T [m, n] in u's dtype, unfolded for few tokens and in float16, whose range F could leave."""
-    if u.dtype == torch.float16 or (not is_compiling() and u.shape[0] < planner.FEW_TOKENS):
+    known = not is_compiling() and isinstance(u.shape[0], int)  # a size that a compiler traces would become a guard
+    if u.dtype == torch.float16 or (known and u.shape[0] < planner.FEW_TOKENS):
         return ((u @ to(core, u.dtype)) @ to(B, u.dtype).t()) * scaling
     return u @ fold(B, core, scaling, u.dtype).t()
 

@@ -9,14 +9,14 @@ import pytest
 
 from bench.measure.store import Store
 from bench.static import __main__ as program
-from bench.static import compiled, predict
+from bench.static import compiled, predict, wanted
 from bench.static.assumptions import CARDS, together
 from bench.static.compiled import Compiled
 from bench.static.hot import Wanted, hot_loop
 from bench.static.issue import Latencies, run
 from bench.static.model import blocks_resident, estimate, late_sums
 from bench.static.sass import Instruction, blocks_of, loops_of, parse
-from bench.traffic.counts import Row
+from bench.traffic.counts import FOLDER, KERNELS, Row
 
 LISTING = """
 .text._ZN4lotr7kernels6shrinkE:
@@ -277,3 +277,17 @@ def test_measured_times_are_found_by_the_card_s_name(tmp_path):
     }
     (folder / "kernels.jsonl").write_text(json.dumps(cell) + "\n" + json.dumps(cell | {"rival": "library"}) + "\n")
     assert predict.measured(tmp_path) == {("shrink", 8192, 4096, 16, "bf16", "h100"): 2e-6}
+
+
+def test_what_stands_in_the_way_adds_up_and_is_marked():
+    found = predict.kept(Store(FOLDER / predict.FILE))
+    rows = wanted.wanted_rows(found)
+    assert {row[0] for row in rows} == set(KERNELS) and {row[2] for row in rows} >= {"H100 SXM", "A100 80GB SXM", "H200"}
+    for (kernel, m, n, r), shares in wanted.WANTED.items():
+        for gpu, share in shares.items():
+            if (e := found.get((kernel, m, n, r, "bf16", gpu))) is None:
+                continue
+            assert sum(wanted.lost(e).values()) == pytest.approx(e.seconds - e.least_seconds)
+            assert e.share < wanted.most_reachable(e)
+            row = next(row for row in rows if row[:3] == [kernel, f"{m} x {n}, {r}", CARDS[gpu].name])
+            assert row[4].startswith("**") == (e.share < share)
