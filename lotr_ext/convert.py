@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .interop import Conversion, LoTRAdapter, lora_to_lotr, lotr_to_lora, original_to_lotr, read_lora
+from .interop import Conversion, ExpertLoRA, LoTRAdapter, lora_to_lotr, lotr_to_lora, original_to_lotr, read_lora
 from .interop.from_lora import exact_rank
 from .interop.lora_files import LoRALayer
 from .layers.factors import check_rank
@@ -125,7 +125,7 @@ def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
 
 def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
     options = {"task_type": arguments.task_type, "fan_in_fan_out": arguments.fan_in_fan_out}
-    layers: dict[str, LoRALayer] = lotr_to_lora(arguments.source, arguments.destination, **options)
+    layers: dict[str, LoRALayer | ExpertLoRA] = lotr_to_lora(arguments.source, arguments.destination, **options)
     rows = [
         (name, "{} x {}".format(*layer.sizes), str(layer.rank), f"{layer.scaling:g}", f"{layer.A.numel() + layer.B.numel():,}")
         for name, layer in sorted(layers.items(), key=lambda item: _natural(item[0]))

@@ -5,6 +5,7 @@ command.
 """
 
 from .adapter import LoTRAdapter
+from .expert_lora import ExpertLoRA, expert_lora_factors
 from .from_lora import Conversion, lora_to_lotr
 from .lora import export_lora, lora_factors, lotr_to_lora
 from .lora_files import LoRAAdapter, LoRALayer, read_lora
@@ -12,9 +13,11 @@ from .original import original_to_lotr
 
 __all__ = [
     "Conversion",
+    "ExpertLoRA",
     "LoRAAdapter",
     "LoRALayer",
     "LoTRAdapter",
+    "expert_lora_factors",
     "export_lora",
     "lora_factors",
     "lora_to_lotr",

@@ -21,12 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.experts import LoTRExperts
+from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
 from ..model.adapter_files import put_file, read, together
 from ..model.apply import adapted_layers
 from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
+from ..model.experts import parameter_name
 from ..ops import accumulate_dtype
+from .expert_lora import ExpertLoRA, check_form, core_side, expert_lora, expert_lora_factors, expert_tensors
 from .lora_files import LoRALayer
 
 __all__ = ["export_lora", "lora_factors", "lotr_to_lora"]
@@ -63,6 +67,8 @@ def lora_factors(layer: LoTRLayer) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(layer, LoTRLayer):
         raise TypeError(f"layer: expected a LoTRLayer, got {type(layer).__name__}")
+    if isinstance(layer, LoTRExperts):
+        raise TypeError(f"layer: expected a linear layer, got {type(layer).__name__}; expert_lora_factors takes it")
     if layer.core.is_meta:
         raise RuntimeError("layer: expected tensors with values, got a layer on the meta device")
     factors = layer.factors
@@ -98,7 +104,9 @@ def _patterns(values: dict[str, float]) -> tuple[float, dict[str, float]]:
     return common, patterns
 
 
-def export_lora(model: nn.Module, directory: str | PathLike[str], *, task_type: str | None = None) -> None:
+def export_lora(
+    model: nn.Module, directory: str | PathLike[str], *, task_type: str | None = None, experts: str = "peft"
+) -> None:
     """Writes the model's adapter as a PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors in a directory.
 
     `peft.PeftModel.from_pretrained(base, directory)` then gives the same outputs up to rounding, for the base model that
@@ -108,22 +116,37 @@ def export_lora(model: nn.Module, directory: str | PathLike[str], *, task_type: 
         model: an adapted model, merged or not, from `apply_lotr` or built by hand.
         directory: made if need be.
         task_type: PEFT's, such as "SEQ_CLS" or "CAUSAL_LM"; None for a plain PeftModel.
+        experts: the form of adapted experts, "peft" or "shared-outer" (`expert_lora.py`), which servers read and PEFT does not.
+            PEFT has no dropout for them: with experts the exported adapter has none.
 
     Raises:
-        TypeError: no nn.Module. RuntimeError: no adapter, or one on the meta device. ValueError: directory is a file.
+        TypeError: no nn.Module, or experts of a mixture built by hand. RuntimeError: no adapter, or one on the meta device.
+            ValueError: directory is a file, or experts is no form.
     """
+    check_form(experts)
     model, directory = unwrapped(model), Path(directory)
     layers, saved = adapted_layers(model), saved_modules(model)
+    of_experts = {name: layer for name, layer in layers.items() if isinstance(layer, LoTRExperts)}
+    for name, layer in of_experts.items():
+        if not isinstance(layer, LoTRHostedExperts):
+            raise TypeError(
+                f"model: expected experts of transformers, got {name!r}, a LoTRExperts; expert_lora_factors has its LoRA"
+            )
+    stacked = {
+        parameter_name(name): expert_lora_factors(layer, core_side(layer.parameter, experts))
+        for name, layer in of_experts.items()
+    }
+    layers = {name: layer for name, layer in layers.items() if name not in of_experts}
     entries = {name: LoRALayer(*lora_factors(layer), layer.scaling) for name, layer in layers.items()}
     config: dict[str, Any] = {
         "task_type": task_type,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
-        "fan_in_fan_out": all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
-        "target_modules": _exact_targets(layers, model),
+        "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
+        "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
+        "target_modules": _exact_targets(layers, model) if layers else [],
         "modules_to_save": _outermost(saved) or None,
     }
-    _write(directory, entries, saved_tensors(saved), config)
+    _write(directory, entries, saved_tensors(saved), config, stacked, experts)
 
 
 def lotr_to_lora(
@@ -132,7 +155,8 @@ def lotr_to_lora(
     *,
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
-) -> dict[str, LoRALayer]:
+    experts: str = "peft",
+) -> dict[str, LoRALayer | ExpertLoRA]:
     """Writes the LoTR adapter that `save_adapter` left in `source` as a PEFT LoRA adapter; no model is needed.
 
     Args:
@@ -140,16 +164,23 @@ def lotr_to_lora(
         directory: made if need be.
         task_type: as in `export_lora`.
         fan_in_fan_out: what the LoRA's configuration says of the weights; PEFT corrects it where it is wrong, with a warning.
+        experts: as in `export_lora`.
 
     Returns:
-        The LoRA layers, by name.
+        The LoRA layers, by name; of experts by the name of the parameter.
 
     Raises:
-        ValueError: no such adapter, or directory is a file.
+        ValueError: no such adapter, directory is a file, or experts is no form.
     """
+    check_form(experts)
     manifest, tensors = read(Path(source))
-    entries = {}
+    entries, stacked = {}, {}
     for name, entry in manifest.layers.items():
+        if entry.experts:
+            parts = [tensors[key] for key in (entry.tensor("A"), entry.tensor("B"), f"{name}.core")]
+            at = parameter_name(name)
+            stacked[at] = expert_lora(*parts, entry.scaling, core_side(at.rpartition(".")[2], experts))
+            continue
         parts = [tensors[key] for key in (entry.tensor("A"), entry.tensor("B"), f"{name}.core")]
         start = [tensors.get(k) for k in (entry.tensor("start_A"), entry.tensor("start_B"), f"{name}.start_core")]
         pair = _lora_pair(*parts, None if start[0] is None else tuple(start))
@@ -161,16 +192,23 @@ def lotr_to_lora(
     config: dict[str, Any] = {
         "task_type": task_type,
         "base_model_name_or_path": None,
-        "lora_dropout": max(entry.dropout for entry in manifest.layers.values()),
+        "lora_dropout": 0.0 if stacked else max(entry.dropout for entry in manifest.layers.values()),
         "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": "|".join(map(re.escape, sorted(entries))),  # full names, whatever else the model has
+        "target_modules": "|".join(map(re.escape, sorted(entries))) if entries else [],  # full names, whatever the model has
         "modules_to_save": _outermost(manifest.modules_to_save) or None,
     }
-    _write(Path(directory), entries, saved, config)
-    return entries
+    _write(Path(directory), entries, saved, config, stacked, experts)
+    return entries | stacked
 
 
-def _write(directory: Path, layers: dict[str, LoRALayer], saved: dict[str, Tensor], config: dict[str, Any]) -> None:
+def _write(
+    directory: Path,
+    layers: dict[str, LoRALayer],
+    saved: dict[str, Tensor],
+    config: dict[str, Any],
+    stacked: dict[str, ExpertLoRA],
+    form: str,
+) -> None:
     from safetensors.torch import save
 
     if directory.exists() and not directory.is_dir():
@@ -178,9 +216,14 @@ def _write(directory: Path, layers: dict[str, LoRALayer], saved: dict[str, Tenso
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{_PREFIX}{name}.lora_A.weight": layer.A, f"{_PREFIX}{name}.lora_B.weight": layer.B.clone()}
-    tensors |= {f"{_PREFIX}{key}": value for key, value in saved.items()}
-    r, rank_pattern = _patterns({name: layer.rank for name, layer in layers.items()})
-    alpha, alpha_pattern = _patterns({name: _number(layer.scaling * layer.rank) for name, layer in layers.items()})
+    tensors |= {f"{_PREFIX}{key}": value for key, value in (expert_tensors(stacked, form) | saved).items()}
+    everything = layers | stacked
+    r, rank_pattern = _patterns({name: layer.rank for name, layer in everything.items()})
+    alpha, alpha_pattern = _patterns({name: _number(layer.scaling * layer.rank) for name, layer in everything.items()})
+    if stacked and form == "peft":
+        config["target_parameters"] = sorted(stacked)
+    elif stacked:  # servers ask for names of modules
+        config["target_modules"] = _with_names(config["target_modules"], {name.rpartition(".")[2] for name in stacked})
     config = {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -200,6 +243,13 @@ def _write(directory: Path, layers: dict[str, LoRALayer], saved: dict[str, Tenso
             path.unlink()  # a kill from here on leaves no adapter, rather than one's tensors with another's scaling
         put_file(directory, "adapter_model.safetensors", data)
         put_file(directory, path.name, text)
+
+
+def _with_names(targets: list[str] | str, names: set[str]) -> list[str] | str:
+    """target_modules that match modules of these names besides."""
+    if isinstance(targets, str):
+        return "|".join([targets, *(rf".*\.{re.escape(name)}" for name in sorted(names))])
+    return sorted({*targets, *names})
 
 
 def _number(value: float) -> float:

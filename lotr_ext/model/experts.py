@@ -21,7 +21,7 @@ from ..layers.hosted import LoTRHostedExperts
 from ..layers.quantized import is_plain
 from ..ops.grouped import grouped_linear
 
-__all__ = ["CHILD", "adapt_parameter", "adapted_in", "expert_sizes", "release", "why_not"]
+__all__ = ["CHILD", "adapt_parameter", "adapted_in", "expert_sizes", "parameter_name", "release", "why_not"]
 
 CHILD = "lotr"  # an experts module's child that has the adapters of its parameters, by their names
 _IMPLEMENTATION = "lotr"  # the name in transformers' interface
@@ -92,6 +92,12 @@ def adapted_in(module: nn.Module) -> Iterable[str]:
     """The parameters of a module that have adapters."""
     adapted = module._modules.get(CHILD)
     return adapted if isinstance(adapted, AdaptedExperts) else ()
+
+
+def parameter_name(name: str) -> str:
+    """The full name of the parameter whose adapter has that name in an adapted model."""
+    host, _, own = name.rpartition(".")
+    return f"{host.removesuffix(CHILD)}{own}"
 
 
 def release(module: nn.Module) -> None:
