@@ -104,13 +104,13 @@ def relative(got: Tensor | None, want: Tensor) -> float:
 
 
 def _parts_forward(
-    x, weight, bias, A, B, core, scaling, beta=False, unfolded=False, *, u=None, F=None, p=0.0, seed=None
+    x, weight, bias, A, B, core, scaling, order=0, unfolded=False, *, u=None, F=None, p=0.0, seed=None
 ) -> list[str]:
     return ["small_forward_"] if unfolded else ["expand_add_"] + ["shrink"] * (u is None) + ["fold"] * (F is None)
 
 
 def _parts_backward(
-    g, weight, x, u, A, F, B, core, s, beta=False, unfolded=False, *,
+    g, weight, x, u, A, F, B, core, s, order=0, unfolded=False, *,
     k=None, dx=None, Q=None, dA=None, dB=None, need_B=False, need_core=False, p=0.0, seed=None,
 ) -> list[str]:  # fmt: skip
     if unfolded:

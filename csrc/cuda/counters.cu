@@ -1,4 +1,4 @@
-// csrc/cuda/counters.h: one array a device, cut into places.
+// csrc/cuda/counters.h, and the workspaces of gemm_lotr.h: of each one array a device, cut into places.
 //
 // Kernels of one stream run one after another and may share a place.  A captured kernel runs whenever and
 // wherever its graph is replayed, so a capture gets places that nobody else ever has: each stream of it its
@@ -11,16 +11,20 @@
 #include <stdexcept>
 #include <string>
 
+#include "gemm_lotr.h"
 #include "ptx/base.cuh"
 
 namespace lotr::cuda {
 namespace {
 
-constexpr int PLACES = 160, PLACE = 8192;  // 5 MB
+constexpr int COUNTERS = 160, COUNTERS_EACH = 8192;  // 5 MB
+constexpr int WORDS = 128, WORDS_EACH = 4104;        // 2 MB; for 262,144 rows, see gemm_lotr_workspace
 #ifdef __CUDACC__
-__device__ int32_t places_of_device[PLACES * PLACE];
+__device__ int32_t counters_of_device[COUNTERS * COUNTERS_EACH];
+__device__ int32_t words_of_device[WORDS * WORDS_EACH];
 #else
-int32_t places_of_device[PLACES * PLACE];
+int32_t counters_of_device[COUNTERS * COUNTERS_EACH];
+int32_t words_of_device[WORDS * WORDS_EACH];
 #endif
 
 // Whose a place is.
@@ -29,54 +33,82 @@ struct Owner {
   unsigned long long capture;  // 0: none
   bool operator==(const Owner& o) const { return stream == o.stream && capture == o.capture; }
 };
-struct Device {
-  int32_t* base = nullptr;
-  std::array<Owner, PLACES> owners{};
-  int used = 0;
+
+// An array of every device in `places` places of `each` words.
+template <int places, int each>
+class Places {
+ public:
+  // The place of a stream, its own from the first call on; null where all are taken.  find(): the array on
+  // the current device.
+  template <class Find>
+  int32_t* of(void* stream, Find find) {
+    Owner owner{stream, 0};
+    int device = 0;
+#ifdef __CUDACC__
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long capture = 0;
+    check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &capture));
+    if (status == cudaStreamCaptureStatusActive) owner.capture = capture;
+    check(cudaGetDevice(&device));
+#endif
+    if (device >= DEVICES) return nullptr;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Device& d = devices_[size_t(device)];
+    if (!d.base) d.base = find();
+    for (int i = d.used; i-- > 0;)
+      if (d.owners[size_t(i)] == owner) return d.base + int64_t(i) * each;
+    if (d.used == places) return nullptr;
+    d.owners[size_t(d.used)] = owner;
+    return d.base + int64_t(d.used++) * each;
+  }
+
+#ifdef __CUDACC__
+  static void check(cudaError_t error) {
+    if (error != cudaSuccess)
+      throw std::runtime_error(std::string("memory of a stream: ") + cudaGetErrorString(error));
+  }
+#endif
+
+ private:
+  static constexpr int DEVICES = 64;
+  struct Device {
+    int32_t* base = nullptr;
+    std::array<Owner, places> owners{};
+    int used = 0;
+  };
+  std::array<Device, DEVICES> devices_;
+  std::mutex mutex_;
 };
+
+#ifdef __CUDACC__
+template <class Symbol>
+int32_t* on_device(const Symbol& symbol) {
+  void* address = nullptr;
+  Places<1, 1>::check(cudaGetSymbolAddress(&address, symbol));
+  return static_cast<int32_t*>(address);
+}
+#else
+int32_t* on_device(int32_t* memory) {
+  return memory;
+}
+#endif
 
 }  // namespace
 
 int32_t* counters(void* stream, int64_t count) {
-  if (count > PLACE) return nullptr;
-  Owner owner{stream, 0};
-  int32_t* base = nullptr;
-  int device = 0;
-#ifdef __CUDACC__
-  const auto check = [](cudaError_t error) {
-    if (error != cudaSuccess)
-      throw std::runtime_error(std::string("counters of arrival: ") + cudaGetErrorString(error));
-  };
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long capture = 0;
-  check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &capture));
-  if (status == cudaStreamCaptureStatusActive) owner.capture = capture;
-  check(cudaGetDevice(&device));
-  const auto find = [&] {
-    void* address = nullptr;
-    check(cudaGetSymbolAddress(&address, places_of_device));
-    base = static_cast<int32_t*>(address);
-  };
-#else
-  const auto find = [&] { base = places_of_device; };
-#endif
-  constexpr int DEVICES = 64;
-  static std::array<Device, DEVICES> devices;
-  static std::mutex mutex;
-  if (device >= DEVICES) return nullptr;
-  const std::lock_guard<std::mutex> lock(mutex);
-  Device& d = devices[size_t(device)];
-  if (!d.base) find(), d.base = base;
-  for (int i = d.used; i-- > 0;)
-    if (d.owners[size_t(i)] == owner) return d.base + int64_t(i) * PLACE;
-  if (d.used == PLACES) return nullptr;
-  d.owners[size_t(d.used)] = owner;
-  return d.base + int64_t(d.used++) * PLACE;
+  static Places<COUNTERS, COUNTERS_EACH> places;
+  return count > COUNTERS_EACH ? nullptr : places.of(stream, [] { return on_device(counters_of_device); });
+}
+
+void* gemm_lotr_workspace_of(void* stream, size_t bytes) {
+  static Places<WORDS, WORDS_EACH> places;
+  return bytes > WORDS_EACH * sizeof(int32_t) ? nullptr
+                                              : places.of(stream, [] { return on_device(words_of_device); });
 }
 
 #ifndef __CUDACC__
 void forget_arrivals() {
-  std::memset(places_of_device, 0, sizeof(places_of_device));
+  std::memset(counters_of_device, 0, sizeof(counters_of_device));
 }
 #endif
 

@@ -75,11 +75,20 @@ inline std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
   return {};
 }
 
+// Why the current device cannot run it (architecture, room for a cluster), or nothing.  Asked of the driver
+// once for a device and an instance; to be asked before what gemm_lotr_refusal lets through is launched.
+std::string gemm_lotr_obstacle(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan);
+
 // Bytes of the workspace of calls with up to M tokens.  It is filled with zeros before the first, and then
 // belongs to the calls of one stream, of whatever shapes: each leaves in it what the next one needs.
 inline size_t gemm_lotr_workspace(int64_t M) {
   return size_t(2 + 2 * ((M + 127) / 128 + 1)) * sizeof(int32_t);
 }
+
+// A workspace on the current device that only the launches of `stream` have, or during a capture those of its
+// graph; zeros before the first.  Null where there are no more of them, or none of so many bytes
+// (counters.cu).
+void* gemm_lotr_workspace_of(void* stream, size_t bytes);
 
 // Throws std::invalid_argument for what gemm_lotr_refusal names, a plan out of range, too small a workspace.
 void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes);

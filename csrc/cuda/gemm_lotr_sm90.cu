@@ -1,4 +1,7 @@
 // Launches kernels/gemm_lotr.cuh: checks, tensor maps, grid.
+#include <array>
+#include <atomic>
+
 #include "dispatch.h"
 #include "gemm_lotr.h"
 #include "kernels/gemm_lotr.cuh"
@@ -42,23 +45,52 @@ void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* wo
       map(q.At, q.r, q.K, Traits::R), map(q.F, q.N, q.r, Traits::SHARE), p);
 }
 
-template <class T, int R, Direction DIRECTION>
-void run_cluster(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace) {
-  if (plan.cluster == 1)
-    run<kernels::GemmLotrTraits<T, R, DIRECTION, 1>>(call, q, plan, workspace);
-  else
-    run<kernels::GemmLotrTraits<T, R, DIRECTION, 2>>(call, q, plan, workspace);
+// How many clusters the current device holds at a time: 0 where a block needs more than there is.
+template <class Traits>
+int resident_clusters() {
+#ifdef __CUDACC__
+  const auto kernel = reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = Traits::CLUSTER, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(Traits::CLUSTER), config.blockDim = dim3(Traits::THREADS);
+  config.dynamicSmemBytes = sizeof(typename Traits::Smem), config.attrs = &cluster, config.numAttrs = 1;
+  int count = 0;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes));
+  if (!error) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  if (error) cudaGetLastError();  // asked and answered: the next launch shall not find it
+  return error ? 0 : count;
+#else
+  return 1;
+#endif
 }
 
-template <class T>
-void run_type(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace) {
-  dispatch_rank<GEMM_LOTR_MAX_RANK>(q.r, [&](auto rank) {
+// f(the traits of the instance for q and plan).
+template <class F>
+void with_traits(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, F f) {
+  const auto directed = [&](auto rank, auto element, auto direction) {
+    using T = decltype(element);
     constexpr int R = decltype(rank)::value;
-    if (q.backward)
-      run_cluster<T, R, Direction::backward>(call, q, plan, workspace);
+    constexpr auto DIRECTION = Direction(decltype(direction)::value);
+    if (plan.cluster == 1)
+      f(kernels::GemmLotrTraits<T, R, DIRECTION, 1>{});
     else
-      run_cluster<T, R, Direction::forward>(call, q, plan, workspace);
-  });
+      f(kernels::GemmLotrTraits<T, R, DIRECTION, 2>{});
+  };
+  const auto typed = [&](auto element) {
+    dispatch_rank<GEMM_LOTR_MAX_RANK>(q.r, [&](auto rank) {
+      if (q.backward)
+        directed(rank, element, Int<int(Direction::backward)>{});
+      else
+        directed(rank, element, Int<int(Direction::forward)>{});
+    });
+  };
+  if (call.type == DType::bfloat16)
+    typed(__nv_bfloat16{});
+  else
+    typed(__half{});
 }
 
 void expect(const char* name, const std::string& expected, int64_t got, bool good) {
@@ -81,10 +113,34 @@ void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, vo
   expect("workspace", "at least " + std::to_string(needed) + " bytes", int64_t(bytes),
          workspace && bytes >= needed);
   if (q.M == 0) return;
-  if (call.type == DType::bfloat16)
-    run_type<__nv_bfloat16>(call, q, plan, workspace);
-  else
-    run_type<__half>(call, q, plan, workspace);
+  with_traits(call, q, plan, [&](auto traits) { run<decltype(traits)>(call, q, plan, workspace); });
+}
+
+std::string gemm_lotr_obstacle(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan) {
+  int device = 0;
+#ifdef __CUDACC__
+  int major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error) throw std::runtime_error(std::string("gemm_lotr: ") + cudaGetErrorString(error));
+  if (major != 9 || minor != 0)
+    return "architecture: expected compute capability 9.0, got " + std::to_string(major) + "." +
+           std::to_string(minor);
+#endif
+  std::string text;
+  with_traits(call, q, plan, [&](auto traits) {
+    using Traits = decltype(traits);
+    constexpr int DEVICES = 64;
+    static std::array<std::atomic<int>, DEVICES> known{};  // clusters + 1; 0: not asked yet
+    int found = device < DEVICES ? known[size_t(device)].load(std::memory_order_relaxed) : 0;
+    if (!found) found = 1 + resident_clusters<Traits>();
+    if (device < DEVICES) known[size_t(device)].store(found, std::memory_order_relaxed);
+    if (found == 1)
+      text = "resources: expected room for " + std::to_string(Traits::CLUSTER) + " blocks of " +
+             std::to_string(sizeof(typename Traits::Smem)) + " bytes of shared memory side by side, got none";
+  });
+  return text;
 }
 
 }  // namespace lotr::cuda

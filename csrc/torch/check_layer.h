@@ -58,6 +58,16 @@ inline void check_rows(const Check& c, const Arg& a, const Arg& like, int64_t m,
   c.size(a, 0, m, "M, the tokens"), c.size(a, 1, cols, cols_what);
 }
 
+// The order of the products in a layer's operators, planner.Plan.order in Python.
+constexpr int64_t TWO_PASS = 0, BETA = 1, FUSED = 2;
+
+// Fused (the adapter inside the base product, cuda/gemm_lotr.h) is CUDA's alone.
+inline void check_strategy(const Check& c, int64_t strategy) {
+  if (strategy != TWO_PASS && strategy != BETA)
+    fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta) on a CPU, got ", strategy,
+         strategy == FUSED ? " (fused)" : "");
+}
+
 // A is there unless u is.
 inline Sizes check_layer_forward(const Check& c, const Arg& x, const Arg& weight, const Arg* bias,
                                  const Arg* A, const Arg& B, const Arg& core, double scaling, const Arg* u,

@@ -15,7 +15,8 @@
 // own linear starts in just this way from a copy of the bias, so the expand's pass over y replaces that copy,
 // and nothing runs cold after the product. Without: the product first, then the adapter's part added to it,
 // and the bias with it: the expand's pass over y adds it at no cost, where the library's bfloat16 product
-// with a bias takes up to 7 % longer than the one without.
+// with a bias takes up to 7 % longer than the one without.  These are the values 1 (BETA) and 0 (TWO_PASS) of
+// `strategy`.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -109,10 +110,11 @@ void base_backward(const Tensor& dx, bool fresh, const Tensor& g, const Tensor& 
 using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
 
 Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling, bool beta,
-                      const OptionalTensor& u, const OptionalTensor& F, double p,
+                      const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling,
+                      int64_t strategy, const OptionalTensor& u, const OptionalTensor& F, double p,
                       const OptionalTensor& seed) {
   const Check c{"lotr::layer_forward"};
+  check_strategy(c, strategy);
   const Arg ax("x", x), aweight("weight", weight), aB("B", B), acore("core", core);
   const auto abias = optional_arg("bias", bias), aA = optional_arg("A", A), au = optional_arg("u", u),
              aF = optional_arg("F", F);
@@ -135,7 +137,7 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
     cpu::fold(F_mat, 0, read(aB), read(acore), 0, 1, scaling);
   }
   Tensor y = with_base(
-      c, x, ax, aweight, abias, s.n, beta,
+      c, x, ax, aweight, abias, s.n, strategy == BETA,
       [&](const cpu::Mat& out, const cpu::Start& start) { cpu::expand_add(out, u_mat, F_mat, {}, start); });
   return {y, new_u, new_F};
 }
@@ -165,11 +167,12 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
                          const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
-                         const Tensor& B, const Tensor& core, double scaling, bool beta,
+                         const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
                          const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
                          const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
                          double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_backward_"};
+  check_strategy(c, strategy);
   const Arg ag("g", g), aB("B", B), acore("core", core);
   const auto aweight = optional_arg("weight", weight), ax = optional_arg("x", x), au = optional_arg("u", u),
              aA = optional_arg("A", A), aF = optional_arg("F", F), ak = optional_arg("k", k),
@@ -216,13 +219,13 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     const Tensor& dx_tensor = adx ? *dx : *new_dx;
     const Arg out("dx", dx_tensor);
     const Matrix dx_matrix(c, out);
-    const bool expands = aA && aF, expand_first = expands && beta;
+    const bool expands = aA && aF, expand_first = expands && strategy == BETA;
     const auto expand = [&](bool fresh) {
       cpu::expand_add(dx_matrix.written_mat(), k_mat, read(*aA), drop(p, seed), {fresh, {}});
     };
     if (expand_first) expand(!adx);
     base_backward(view(dx_tensor, dx_matrix), !adx && !expand_first, view(g, g_matrix), *weight);
-    if (expands && !beta) expand(false);
+    if (expands && !expand_first) expand(false);
   }
   return {or_nothing(new_dx, ag.dtype), or_nothing(new_k, ag.dtype), or_nothing(new_dA, narrow),
           or_nothing(new_dB, narrow), or_nothing(new_core, narrow)};
@@ -313,13 +316,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
   for (const char* name : {"layer_forward", "layer_forward.products"})
     m.def((std::string(name) +
            "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
-           "bool beta, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
+           "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
            "-> (Tensor y, Tensor? u, Tensor? F)")
               .c_str());
   for (const char* name : {"layer_backward_", "layer_backward_.products"})
     m.def((std::string(name) +
            "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
-           "Tensor core, float scaling, bool beta, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
+           "Tensor core, float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
            "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
            "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)")
               .c_str());

@@ -15,10 +15,11 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "check_layer.h"
 
 namespace lotr {
 namespace {
@@ -124,22 +125,66 @@ void check_devices(const char* op, std::initializer_list<Named> all) {
 
 using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
 
+// ---- the adapter inside the base product (cuda/gemm_lotr.h) ----
+
+// t [rows, cols] in dtype and with rows at multiples of 16 bytes, as that kernel's tensor maps want them; t
+// itself where it is so already.
+Tensor in_rows(const Tensor& t, ScalarType dtype) {
+  const int64_t n = t.size(0), cols = t.size(1);
+  if (t.scalar_type() == dtype && t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.stride(0) >= cols &&
+      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0)
+    return t;
+  Tensor padded = torch::stable::new_empty(t, {n, (cols + 7) / 8 * 8}, dtype);
+  Tensor own = torch::stable::narrow(padded, 1, 0, cols);
+  return torch::stable::copy_(own, t);
+}
+Tensor transposed(const Tensor& t) {
+  return torch::stable::transpose(t, 0, 1);
+}
+
+// y and u in one launch; F comes back as the transpose of what the backward pass reads, F^T with its rows.
+Forward fused_forward(const Tensor& x, const Tensor& flat, const Tensor& weight, const OptionalTensor& bias,
+                      const Tensor& A, const Tensor& B, const Tensor& core, double scaling) {
+  const ScalarType type = x.scalar_type();
+  const Tensor F =
+      torch::stable::squeeze(one("lotr::fold", B, torch::stable::unsqueeze(core, 0), scaling, type), 0);
+  const auto made =
+      dispatch<2>("lotr::gemm_lotr", flat, weight, bias, in_rows(transposed(A), type), F, false);
+  const Tensor y = torch::stable::detail::to<Tensor>(made[0]), u = torch::stable::detail::to<Tensor>(made[1]);
+  return {shaped<Use::cuda>(y, x), u, transposed(in_rows(transposed(F), type))};
+}
+
+// Whether dx and k come from one launch: asked of each g, whose rows may lie as they like.
+bool fused_backward_runs(const Tensor& g, const Tensor& weight, int64_t r) {
+  const auto stack = dispatch<1>("lotr::gemm_lotr_refusal", g, weight, r, true);
+  return torch::stable::detail::to<std::string>(stack[0]).empty();
+}
+
 template <Use use>
 Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling, bool beta,
-                      const OptionalTensor& given_u, const OptionalTensor& given_F, double p,
-                      const OptionalTensor& seed) {
+                      const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling,
+                      int64_t strategy, const OptionalTensor& given_u, const OptionalTensor& given_F,
+                      double p, const OptionalTensor& seed) {
   check_devices("lotr::layer_forward",
                 {named("x", x), named("weight", weight), named("bias", bias), named("A", A), named("B", B),
                  named("core", core), named("u", given_u), named("F", given_F), named("seed", seed)});
   const Tensor flat = rows(x);
+  if (use == Use::cuda && strategy == FUSED) {
+    if (given_u || given_F || p != 0.0)
+      fail("lotr::layer_forward: strategy: expected 0 (two_pass) or 1 (beta) where ",
+           given_u   ? "u is given"
+           : given_F ? "F is given"
+                     : "there is dropout",
+           ", got 2 (fused)");
+    return fused_forward(x, flat, weight, bias, *A, B, core, scaling);
+  }
   OptionalTensor u, F;
   if (!given_u) u = shrink(flat, *A, p, seed);
   if (!given_F)
     F = torch::stable::squeeze(
         one("lotr::fold", B, torch::stable::unsqueeze(core, 0), scaling, x.scalar_type()), 0);
   const Tensor &u_in = u ? *u : *given_u, &F_in = F ? *F : *given_F;
-  if (use == Use::cuda && beta) {
+  if (use == Use::cuda && strategy == BETA) {
     Tensor y = linear(u_in, F_in, bias);
     product_onto(y, flat, torch::stable::transpose(weight, 0, 1));
     return {shaped<use>(y, x), u, F};
@@ -184,9 +229,9 @@ Tensor sum(const Tensor& a, const Tensor& b) {
 // dx (+)= g W and, expanding, drop(k A^T): that first, where the base product can accumulate onto it.
 template <Use use>
 Tensor input_gradient(const Tensor& g, const Tensor& weight, const OptionalTensor& given, bool expands,
-                      bool beta, const OptionalTensor& k, const OptionalTensor& A, double p,
+                      int64_t strategy, const OptionalTensor& k, const OptionalTensor& A, double p,
                       const OptionalTensor& seed) {
-  if (use == Use::cuda && expands && beta) {
+  if (use == Use::cuda && expands && strategy != TWO_PASS) {
     Tensor dx = given      ? rows(*given)
                 : p == 0.0 ? linear(*k, in(*A, g.scalar_type()))
                            : zeros(g, {g.size(0), weight.size(1)}, g.scalar_type());
@@ -212,7 +257,7 @@ Tensor input_gradient(const Tensor& g, const Tensor& weight, const OptionalTenso
 template <Use use>
 Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
                          const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
-                         const Tensor& B, const Tensor& core, double scaling, bool beta,
+                         const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
                          const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
                          const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
                          double p, const OptionalTensor& seed) {
@@ -223,7 +268,21 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   const ScalarType type = g.scalar_type(), wide = acc_dtype(type), narrow = gradient_dtype(A, B, core);
   const Tensor flat = rows(g);
   const bool fold = u && !Q && (need_B || need_core || dB);
-  ReadOfG found = read_g(flat, F, Q || fold ? u : std::nullopt, Q, wide);
+  const OptionalTensor u_read = Q || fold ? u : std::nullopt;
+  // beta where something else has a part in k or dx
+  const bool fused = use == Use::cuda && strategy == FUSED && weight && A && F && !k && !dx && p == 0.0 &&
+                     fused_backward_runs(flat, *weight, F->size(1));
+  OptionalTensor fused_dx;
+  ReadOfG found;
+  if (fused) {
+    found = read_g(flat, std::nullopt, u_read, Q, wide);
+    const auto made = dispatch<2>("lotr::gemm_lotr", flat, *weight, OptionalTensor(),
+                                  in_rows(transposed(*F), type), in_rows(*A, type), true);
+    fused_dx = torch::stable::detail::to<Tensor>(made[0]),
+    found.k = torch::stable::detail::to<Tensor>(made[1]);
+  } else {
+    found = read_g(flat, F, u_read, Q, wide);
+  }
   if (found.k && k) found.k = sum(*found.k, *k);
   Tensor new_dx = nothing(g, type), new_dA = nothing(g, narrow), new_dB = nothing(g, narrow),
          new_core = nothing(g, narrow);
@@ -241,7 +300,8 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     if (!dA) new_dA = in(total, narrow);
   }
   if (weight) {
-    const Tensor out = input_gradient<use>(flat, *weight, dx, A && F, beta, found.k, A, p, seed);
+    const Tensor out =
+        fused ? *fused_dx : input_gradient<use>(flat, *weight, dx, A && F, strategy, found.k, A, p, seed);
     if (!dx) new_dx = shaped<use>(out, g);
   }
   return {new_dx, found.k ? *found.k : nothing(g, type), new_dA, new_dB, new_core};

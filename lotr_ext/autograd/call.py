@@ -24,6 +24,7 @@ from .functions import LoTRExpand, LoTRFunction, LoTRShrink, add_expand
 from .record import Call
 from .shared_input import SharedInput, keeps_all_by_itself
 
+FUSED = planner.ORDERS["fused"]
 _PLAIN = (Tensor, nn.Parameter)
 _WEIGHTS = (nn.Parameter, Tensor, type(None))
 _INTEGERS_AND_COMPLEX = (t for t in vars(torch).values() if isinstance(t, torch.dtype) and not t.is_floating_point)
@@ -65,8 +66,33 @@ def plan_call(
         *(A.dtype, call.compute, device or x.device, why, *forced),
     )
     if tuned.on and plan.nodes and forced[0] is None and weight is not None and purpose != "tune":
-        return tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run")
-    return plan
+        plan = tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run")
+    return plan if plan.order != FUSED else _fused(plan, tokens, x, call, weight, one, forced)
+
+
+def _fused(
+    plan: Plan, tokens: int, x: Tensor, call: Call, weight: Tensor | None, one: bool, forced: tuple[str | None, str]
+) -> Plan:
+    """plan, whose strategy is fused, as it runs: one node, since u is made in the launch; beta where that cannot be."""
+    if not plan.nodes:
+        return plan
+    if plan.unfolded:
+        why = "the unfolded form has no F to go into the base product"
+    elif tokens < planner.FEW_TOKENS:
+        why = "few tokens"
+    elif weight is None:
+        why = "the base is no product of ours"
+    elif call.p:
+        why = "dropout"
+    elif not one:
+        why = "A is frozen and x is trained: u and x would both be kept"
+    else:
+        why = planner.fused_refusal(x, weight, call.core.shape[0], call.compute) if x.is_cuda else None
+        if why is None:
+            return plan._replace(nodes=1, why="u = x A is made inside the base product, for each layer by itself")
+        if forced[0] is not None:
+            raise ValueError(f"{forced[1]}: expected a strategy that runs here, got 'fused': {why}")
+    return plan.taking("beta", f"instead of fused, {plan.reason}: {why}")
 
 
 def problem_of(
@@ -139,7 +165,7 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         return LoTRFunction.apply(x, weight, bias, A, B, call.core, call)
     factors = here(x.device, A, B, call.core)
     operands = call.cast(x, weight, bias)
-    return ops.layer_forward(*operands, *factors, call.scaling, plan.strategy == "beta", plan.unfolded)[0]
+    return ops.layer_forward(*operands, *factors, call.scaling, plan.order, plan.unfolded)[0]
 
 
 def _explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
@@ -239,8 +265,8 @@ def _expand(
     F_l = None if F is None else F[call.l]
     values = here(u.device, B, core)
     if y is None:
-        operands, beta = call.cast(*base), call.plan.strategy == "beta"
-        return ops.layer_forward(*operands, None, *values, call.scaling, beta, False, u=u, F=F_l)[0]
+        operands = call.cast(*base)
+        return ops.layer_forward(*operands, None, *values, call.scaling, call.plan.order, False, u=u, F=F_l)[0]
     if F_l is None:
         F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
     return add_expand(y, u, F_l)

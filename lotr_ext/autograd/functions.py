@@ -63,7 +63,7 @@ class LoTRFunction(Function):
         operands = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
         values = (A, B, core) if A.device == x.device == core.device else here(x.device, A, B, core)
         plan = call.plan
-        y, u, F = ops.layer_forward(*operands, *values, call.scaling, plan.strategy == "beta", plan.unfolded)
+        y, u, F = ops.layer_forward(*operands, *values, call.scaling, plan.order, plan.unfolded)
         plainly = saved_tensor_hook(False) is None
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: double backward, which layers avoid where A is frozen
@@ -104,7 +104,7 @@ class LoTRFunction(Function):
         sum_B = call.group.B.accumulator(B) if need_B and call.shares else None
         operands = (g, weight if need_x else None, x if need_A else None, u, A, F, B, core, call.scaling)
         sums = {"dA": sum_A, "dB": sum_B, "need_B": need_B, "need_core": need_core}
-        dx, _, dA, dB, dcore = ops.layer_backward(*operands, call.plan.strategy == "beta", call.plan.unfolded, **sums)
+        dx, _, dA, dB, dcore = ops.layer_backward(*operands, call.plan.order, call.plan.unfolded, **sums)
         dweight = rows(g).t() @ rows(to(x, g.dtype)) if need_weight else None
         dbias = rows(g).sum(0) if need_bias else None
         return dx, dweight, dbias, dA, dB, dcore, None
@@ -220,8 +220,8 @@ class LoTRExpand(Function):
         values = (B, core) if B.device == u.device == core.device else here(u.device, B, core)
         if y is None:
             operands = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
-            beta = call.plan.strategy == "beta"
-            y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, beta, False, u=u, F=F_l)
+            order = call.plan.order
+            y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, order, False, u=u, F=F_l)
         else:
             if F_l is None:
                 with private_write():
@@ -268,8 +268,7 @@ class LoTRExpand(Function):
         k, dx = total.value if ctx.summed and total.value is not None else (None, None)
         Q = call.bank.gradient.accumulator(ctx.F)[call.l] if need_F else None
         sum_B = call.group.B.accumulator(values[0]) if need_B and call.shares else None
-        beta = call.plan.strategy == "beta"
-        operands = (g, weight if need_x else None, None, u, None, F_l, *values, call.scaling, beta, False)
+        operands = (g, weight if need_x else None, None, u, None, F_l, *values, call.scaling, call.plan.order, False)
         new_dx, new_k, _, dB, dcore = ops.layer_backward(
             *operands, k=k, dx=dx if need_x else None, Q=Q, dB=sum_B, need_B=need_B, need_core=need_core
         )

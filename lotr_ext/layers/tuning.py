@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..autograd.call import compute_dtype, plan_call, problem_of
 from ..autograd.record import Call
-from ..ops import tuned
+from ..ops import planner, tuned
 from ..ops.tuned import Answer, Problem
 from .layer import LoTRLayer
 from .linear import LoTRWrapped
@@ -134,8 +134,13 @@ def _at_first_use(problem: Problem) -> None:
 
 
 def candidates(problem: Problem) -> list[str]:
-    """The strategies that there are for it."""
-    return ["two_pass", "beta"]
+    """The strategies that there are for it; fused where it could run (u = x A for each layer by itself, which costs memory)."""
+    found, rank = ["two_pass", "beta"], max(problem.r_in, problem.r_out)
+    if problem.form == "unfolded" or planner.fused_obstacle(rank, problem.dtype, problem.device) is not None:
+        return found
+    x = torch.empty(problem.tokens, problem.k, device=problem.device, dtype=problem.dtype)
+    refused = planner.fused_refusal(x, x.new_empty(problem.n, problem.k), problem.r_in, x.dtype)
+    return found if refused is not None else [*found, "fused"]
 
 
 @torch.no_grad()
@@ -185,15 +190,15 @@ def run_of(problem: Problem, strategy: str) -> Callable[[], None]:
 
     x, weight, g = normal(m, k, dtype), normal(n, k, dtype), normal(m, n, dtype)
     A, B, core = normal(k, r_in, factors), normal(n, r_out, factors), normal(r_in, r_out, factors)
-    beta, unfolded = strategy == "beta", form == "unfolded"
-    u = normal(m, r_in, dtype) if form == "siblings" else None
+    order, unfolded = planner.ORDERS[strategy], form == "unfolded"
+    u = normal(m, r_in, dtype) if form == "siblings" and strategy != "fused" else None
 
     def run() -> None:
         own_A, own_x = (A, x) if u is None else (None, None)
-        _, made_u, F = ops.layer_forward(x, weight, None, own_A, B, core, 1.0, beta, unfolded, u=u)
+        _, made_u, F = ops.layer_forward(x, weight, None, own_A, B, core, 1.0, order, unfolded, u=u)
         if step:
             read = (g, weight, own_x, made_u, own_A, F)
-            ops.layer_backward(*read, B, core, 1.0, beta, unfolded, need_B=True, need_core=True)
+            ops.layer_backward(*read, B, core, 1.0, order, unfolded, need_B=True, need_core=True)
 
     return run
 

@@ -38,7 +38,7 @@ def layer_forward(
     B: Tensor,
     core: Tensor,
     scaling: float,
-    beta: bool = False,
+    order: int = 0,
     unfolded: bool = False,
     *,
     u: Tensor | None = None,
@@ -48,18 +48,19 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y = x W^T + bias + u F^T [..., n] with u = drop(x) A [m, r_in] and F = s B G^T [n, r_in], each new unless given.
 
-    x [..., k]; A is None where u is given. beta: write bias + u F^T first and let the base product accumulate onto it.
-    unfolded: y = x W^T + bias + s (u G) B^T; neither u, F nor dropout then. Returns (y, u, F); F is None unfolded.
+    x [..., k]; A is None where u is given. order (`planner.ORDERS`): 0 the base product first; 1 bias + u F^T first, onto which
+    the base product accumulates; 2 all in one launch, on CUDA alone, with neither u, F nor dropout. unfolded: y = x W^T + bias
+    + s (u G) B^T; neither u, F nor dropout then. Returns (y, u, F); F is None unfolded.
     """
     if torch.is_grad_enabled():
         refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
     if x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
     if unfolded:
-        operator, args = _lotr.small_layer_forward.default, (x, weight, bias, A, B, core, scaling, beta)
+        operator, args = _lotr.small_layer_forward.default, (x, weight, bias, A, B, core, scaling, order == 1)
         return *(operator.decompose(*args) if dispatch_modes() else operator(*args)), None
     operator = _lotr.layer_forward.products.decompose if dispatch_modes() else _lotr.layer_forward.default
-    y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, beta, u, F, p, seed)
+    y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
     return y, new_u if u is None else u, new_F if F is None else F
 
 
@@ -88,7 +89,7 @@ def layer_backward(
     B: Tensor,
     core: Tensor,
     scaling: float,
-    beta: bool = False,
+    order: int = 0,
     unfolded: bool = False,
     *,
     k: Tensor | None = None,
@@ -117,12 +118,12 @@ def layer_backward(
     with private_write():
         if unfolded:
             operator = _lotr.small_layer_backward_.default
-            args = (g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core)
+            args = (g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core)
             new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if dispatch_modes() else operator(*args)
             new_k, fold = None, True
         else:
             operator = _lotr.layer_backward_.products.decompose if dispatch_modes() else _lotr.layer_backward_.default
-            args = (g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p, seed)
+            args = (g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
             new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
             fold = u is not None and Q is None
     return (

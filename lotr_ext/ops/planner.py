@@ -3,12 +3,14 @@
     composite   library products only, differentiable by autograd itself: any dtype, any device
     two_pass    our shrink, the base product by the library, our expand_add_ onto it
     beta        expand first, then the base product accumulates onto it with beta = 1, hiding the second pass over y
+    fused       both directions of the adapter inside a base product of our own, sm_90 alone (docs/hopper.md)
 
 Heuristic: our kernels run wherever they exist (CPU: all four dtypes; CUDA: float16, bfloat16 and float32 from sm_80 on, rank
 at most 256). On a CPU beta for float32 and float64, whose base product starts from a copy of the bias anyway; two_pass for
 half types, which are rounded where they are accumulated onto, and whose base product takes longer with a bias than without, so
 that our expand adds it. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start
-(derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100).
+(derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100). fused never:
+`lotr_ext.tune` may find it faster than beta, or it is forced.
 LOTR_STRATEGY in the environment, or the argument `strategy` of `lotr_linear`, forces one; else what `lotr_ext.tune` found to be
 the fastest here comes before the heuristic (`tuned`).
 """
@@ -23,7 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STRATEGIES = ("composite", "two_pass", "beta")
+STRATEGIES = ("composite", "two_pass", "beta", "fused")
+ORDERS = {"composite": 0, "two_pass": 0, "beta": 1, "fused": 2}  # as the operators of a layer take a strategy
+FUSED_MAX_RANK = 128
 BETA_TOKENS = 1024
 FEW_TOKENS = 128  # below, a second autograd node costs more than sharing saves, and the unfolded form less than folding
 CUDA_MAX_RANK = 256
@@ -37,7 +41,8 @@ class Plan(NamedTuple):
     """What a call runs. str() gives it in words.
 
     strategy: one of STRATEGIES, or "base" where no adapter runs; reason: what decided it. nodes: how many autograd nodes of
-    ours run (0: the composite), and why; unfolded: whether the core is multiplied with the tokens, not folded into B.
+    ours run (0: the composite), and why; unfolded: whether the core is multiplied with the tokens, not folded into B. order:
+    of strategy, in ORDERS.
     """
 
     strategy: str
@@ -45,6 +50,15 @@ class Plan(NamedTuple):
     nodes: int = 0
     why: str = ""
     unfolded: bool = False
+    order: int = 0
+
+    @classmethod
+    def of(cls, strategy: str, reason: str) -> Plan:
+        return cls(strategy, reason, order=ORDERS[strategy])
+
+    def taking(self, strategy: str, reason: str) -> Plan:
+        """The same nodes with another strategy."""
+        return self._replace(strategy=strategy, reason=reason, order=ORDERS[strategy])
 
     @property
     def kernels(self) -> bool:
@@ -166,15 +180,42 @@ def plan_of(many: bool, rank: int, dtype: torch.dtype, device: torch.device, for
         check_strategy(forced, where)
         if forced != "composite" and obstacle is not None:
             raise ValueError(f"{where}: expected composite, the only strategy here ({obstacle}), got {forced!r}")
-        return Plan(forced, f"forced by {where}")
+        if forced == "fused" and (missing := fused_obstacle(rank, dtype, device)) is not None:
+            raise ValueError(f"{where}: expected a strategy that runs here, got 'fused': {missing}")
+        return Plan.of(forced, f"forced by {where}")
     if obstacle is not None:
-        return Plan("composite", obstacle)
+        return Plan.of("composite", obstacle)
     if device.type == "cuda" and many:
-        return Plan("beta", f"at least {BETA_TOKENS} tokens on CUDA: the base product's epilogue hides the read of y")
+        return Plan.of("beta", f"at least {BETA_TOKENS} tokens on CUDA: the base product's epilogue hides the read of y")
     ours = f"our kernels for {device.type} and {str(dtype).removeprefix('torch.')}"
     if device.type == "cpu" and dtype in (torch.float32, torch.float64):
-        return Plan("beta", f"{ours}; the base product accumulates onto what they wrote, as it would onto the bias")
-    return Plan("two_pass", ours)
+        return Plan.of("beta", f"{ours}; the base product accumulates onto what they wrote, as it would onto the bias")
+    return Plan.of("two_pass", ours)
+
+
+def fused_obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why there is no fused strategy for any size there; None if there is. Of a device that kernels of ours run on."""
+    if device.type != "cuda":
+        return f"device: expected CUDA of compute capability 9.0, got {device.type}"
+    if not hasattr(torch.ops.lotr, "gemm_lotr"):
+        return f"build: expected code for 90a, got code for {', '.join(map(str, build_info()['cuda']['archs'])) or 'no GPU'}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"device: expected compute capability 9.0, got {major}.{minor}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype: expected float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
+    if rank > FUSED_MAX_RANK:
+        return f"rank: expected at most {FUSED_MAX_RANK}, got {rank}"
+    return None
+
+
+def fused_refusal(x: Tensor, weight: Tensor, rank: int, dtype: torch.dtype) -> str | None:
+    """Why the fused strategy cannot take x [.., k] and weight [n, k] as they lie once they are in dtype, or not now: rows, room
+    on the device, a workspace of the current stream; None if it can. Not asked where `fused_obstacle` has something to say."""
+    like = [t if t.dtype == dtype else t.new_empty(t.shape, dtype=dtype) for t in (x, weight)]  # a cast one is new
+    text = torch.ops.lotr.gemm_lotr_refusal(like[0].reshape(-1, x.shape[-1]), like[1], rank, False)
+    n = weight.shape[0]
+    return text or (f"g: expected rows of a multiple of 8 elements, got {n} (out_features)" if n % 8 else None)
 
 
 def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:

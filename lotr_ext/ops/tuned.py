@@ -206,7 +206,7 @@ def apply(plan: Plan, problem: Problem, may_ask: bool) -> Plan:
         return plan
     times = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in answer.seconds.items())
     where = f"tuned for {problem} on {machine(problem.device)[0]}: {times}; kept in {file()}"
-    return plan._replace(strategy=answer.strategy, reason=where)
+    return plan.taking(answer.strategy, where)
 
 
 def choose(seconds: Mapping[str, float], usual: str) -> str:

@@ -3,6 +3,7 @@ numbers, bits, the order of its tickets, launches one after another on one works
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -123,6 +124,16 @@ def test_the_epoch_after_the_last(lib, before: int, epochs: tuple[int, ...]) -> 
         inputs.check(inputs.launch(lib, workspace))
         assert workspace[1] == epoch
     lib.set_options()
+
+
+def test_workspaces_of_streams(lib) -> None:
+    """A stream has one of its own, always the same; none where there are no more, or none so large."""
+    bytes_ = lib.gemm_lotr_workspace(1 << 18)
+    places = [lib.gemm_lotr_workspace_of(stream, bytes_ if stream % 2 else 8) for stream in range(1, 200)]
+    assert [lib.gemm_lotr_workspace_of(stream, 8) for stream in range(1, 200)] == places
+    own = [place for place in places if place]
+    assert len(own) == 128 and own == places[:128] and lib.gemm_lotr_workspace_of(1, lib.gemm_lotr_workspace(1 << 19)) == 0
+    assert all(b - a >= bytes_ for a, b in itertools.pairwise(own))
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

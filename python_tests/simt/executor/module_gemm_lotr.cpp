@@ -77,6 +77,10 @@ void define_gemm_lotr(py::module_& m) {
         "bias"_a = py::none(), "backward"_a = false, "multiprocessors"_a = 132, "cluster"_a = py::none(),
         "scouts"_a = py::none(), "band_group"_a = py::none());
   m.def("gemm_lotr_workspace", &cuda::gemm_lotr_workspace, "M"_a);
+  m.def("gemm_lotr_workspace_of", [](uintptr_t stream, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(
+        cuda::gemm_lotr_workspace_of(reinterpret_cast<void*>(stream), bytes));
+  });
   m.def("gemm_lotr_tickets", &tickets, "bands"_a, "columns"_a, "scouts"_a, "band_group"_a);
 }
 

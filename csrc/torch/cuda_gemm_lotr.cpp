@@ -1,0 +1,101 @@
+// The base product with the adapter inside (cuda/gemm_lotr.h) as operators, which layer_products.cpp calls:
+//
+//   gemm_lotr           y = x W^T + bias + u F^T,  u = x A;  backward: dx = g W + k A^T,  k = g F
+//   gemm_lotr_refusal   why that cannot run, "" if it can: what tensor maps want of the operands, this GPU's
+//                       architecture and room, a workspace of this stream
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+#include <tuple>
+
+#include "cuda/gemm_lotr.h"
+#include "cuda_args.h"
+
+namespace lotr {
+namespace {
+
+// The matrices that are always there: x [M, K], weight [N, K]; backward: g [M, K], weight [K, N].
+cuda::GemmLotr base_of(const Check& check, const Context& c, const Arg& x, const Arg& weight, int64_t r,
+                       bool backward) {
+  check.dims(x, 2, backward ? "[M, N]" : "[M, K]"), check.dims(weight, 2, "[N, K]");
+  check.dtype(weight, x.dtype), check.device(weight, x);
+  check.size(weight, backward ? 0 : 1, x.size[1], backward ? "N, as in g" : "K, as in x");
+  cuda::GemmLotr q{};
+  q.backward = backward;
+  q.x = c.read(x), q.W = c.read(weight);
+  q.M = x.size[0], q.K = x.size[1], q.N = weight.size[backward ? 1 : 0], q.r = int32_t(r);
+  return q;
+}
+
+// "" if it can run; q's other matrices are there or lie as they should.
+std::string refusal(const Context& c, const cuda::GemmLotr& q) {
+  std::string text = cuda::gemm_lotr_refusal(c.call(), q);
+  if (text.empty()) text = cuda::gemm_lotr_obstacle(c.call(), q, cuda::gemm_lotr_plan(c.call(), q));
+  if (text.empty() && !cuda::gemm_lotr_workspace_of(c.call().stream, cuda::gemm_lotr_workspace(q.M)))
+    text = "workspace: expected one for " + std::to_string(q.M) +
+           " rows on this stream, got none: too many rows, or too many streams and graphs have one";
+  return text;
+}
+
+std::string gemm_lotr_refusal(const Tensor& x, const Tensor& weight, int64_t r, bool backward) {
+  const Check check{"lotr::gemm_lotr_refusal"};
+  const Arg ax(backward ? "g" : "x", x), aweight("weight", weight);
+  check.supported(ax);
+  if (ax.dtype == ScalarType::Double) return "dtype: expected bfloat16 or float16, got float64";
+  const Context c(check.op, ax);
+  cuda::GemmLotr q = base_of(check, c, ax, aweight, r, backward);
+  static const auto* const anywhere = reinterpret_cast<const void*>(uintptr_t(4096));
+  q.At = {anywhere, (q.K + 7) / 8 * 8, 1, Access::vector};
+  q.F = {anywhere, (r + 7) / 8 * 8, 1, Access::vector};
+  q.u = {const_cast<void*>(anywhere), (r + 7) / 8 * 8, 1, Access::vector};
+  q.y = {const_cast<void*>(anywhere), q.N, 1, Access::vector};
+  return refusal(c, q);
+}
+
+std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                     const Tensor& At, const Tensor& F, bool backward) {
+  const Check check{"lotr::gemm_lotr"};
+  const Arg ax(backward ? "g" : "x", x), aweight("weight", weight), aAt(backward ? "Ft" : "At", At),
+      aF(backward ? "A" : "F", F);
+  check.supported(ax);
+  const Context c(check.op, ax);
+  for (const Arg* a : {&aAt, &aF})
+    check.dims(*a, 2, a == &aAt ? "[r, columns]" : "[columns, r]"), check.dtype(*a, ax.dtype),
+        check.device(*a, ax);
+  cuda::GemmLotr q = base_of(check, c, ax, aweight, aF.size[1], backward);
+  check.size(aF, 0, q.N, "as y has columns");
+  check.size(aAt, 0, q.r, "the rank"), check.size(aAt, 1, q.K, "as x has columns");
+  const auto abias = optional_arg("bias", bias);
+  if (abias) {
+    if (backward) fail(check.op, ": bias: expected None in the backward pass, got a tensor");
+    check.dims(*abias, 1, "[N]"), check.dtype(*abias, ax.dtype), check.device(*abias, ax);
+    check.size(*abias, 0, q.N, "N, as in weight");
+  }
+  Tensor packed_bias = bias ? torch::stable::contiguous(*bias) : At;
+  if (bias) q.bias = packed_bias.const_data_ptr();
+  Tensor y = c.empty<2>({q.M, q.N}), u = c.empty_rows<2>({q.M, int64_t(q.r)});
+  q.At = c.read(aAt), q.F = c.read(aF), q.y = c.written(Arg("y", y)), q.u = c.written(Arg("u", u));
+  const std::string text = refusal(c, q);
+  if (!text.empty()) fail(check.op, ": ", text, "; LOTR_STRATEGY=beta runs");
+  const size_t bytes = cuda::gemm_lotr_workspace(q.M);
+  cuda::gemm_lotr(c.call(), q, cuda::gemm_lotr_plan(c.call(), q),
+                  cuda::gemm_lotr_workspace_of(c.call().stream, bytes), bytes);
+  return {y, u};
+}
+
+}  // namespace
+}  // namespace lotr
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
+  m.def(
+      "gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor At, Tensor F, bool backward) "
+      "-> (Tensor y, Tensor u)");
+  m.def("gemm_lotr_refusal(Tensor x, Tensor weight, int r, bool backward) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
+{
+  m.impl("gemm_lotr", TORCH_BOX(&lotr::gemm_lotr));
+  m.impl("gemm_lotr_refusal", TORCH_BOX(&lotr::gemm_lotr_refusal));
+}

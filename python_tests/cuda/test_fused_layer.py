@@ -1,0 +1,52 @@
+"""The fused strategy on a GPU: each check in a process of its own under a watchdog, so that a hang is a failed test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lotr_ext
+from lotr_ext.ops import planner
+
+CHECKS = Path(__file__).with_name("fused_checks.py")
+SECONDS = {"replays": 240.0}  # of a check; it takes a few
+
+
+def guarded(name: str, *arguments: str, seconds: float = 120.0) -> None:
+    """Runs a check; fails where it fails, and where it is not over in time, after ending it."""
+    place = os.pathsep.join([str(Path(lotr_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(CHECKS), name, *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": place}
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, _ = process.communicate()
+        pytest.fail(f"fused {name}: hangs, was ended after {seconds:.0f} s\n{said[-2000:]}")
+    assert process.returncode == 0, f"fused {name}\n{said[-4000:]}"
+
+
+@pytest.mark.parametrize("name", ["numbers", "gradients", "workspaces", "replays", "occupied", "tuned"])
+def test_fused(name: str) -> None:
+    missing = planner.fused_obstacle(16, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+    if missing is not None:
+        pytest.skip(missing)
+    guarded(name, seconds=SECONDS.get(name, 120.0))
+
+
+def test_the_checks_cpu() -> None:
+    """Those that need no GPU, by another strategy: that they can pass."""
+    guarded("numbers", "--device", "cpu", "--strategy", "beta")
+    guarded("gradients", "--device", "cpu", "--strategy", "beta")
+
+
+def test_the_watchdog_cpu() -> None:
+    with pytest.raises(pytest.fail.Exception, match="fused hang: hangs, was ended after 1 s"):
+        guarded("hang", "--device", "cpu", seconds=1.0)
