@@ -42,6 +42,7 @@ OPTIONAL = ("rich", "matplotlib", "peft", "transformers", "hypothesis")
 MODULE = "lotr_ext/_C.abi3.so"
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
 FLOOR = ("--autotune", "--shapes", "8192x4096x16", "--kernels", "shrink,expand_add,factor_grad,shrink_grad")
+HOPPER = "compute capability 9.0"
 GRACE_S = 10  # a part that is told to stop writes what it has
 
 
@@ -92,6 +93,7 @@ def look() -> dict[str, str | None]:
     for package in (*NEEDED, "pytest", *OPTIONAL):
         spec = importlib.util.find_spec(package)
         found[package] = None if spec is None else str(spec.origin)
+    found[HOPPER] = found["gpu"] if found["gpu"] and found["gpu"].endswith(", 9.0") else None
     for program in ("static", "host"):
         there = [ROOT / "bench" / f"{program}.py", ROOT / "bench" / program / "__main__.py"]
         found[f"bench.{program}"] = next((str(path) for path in there if path.exists()), None)
@@ -112,6 +114,7 @@ def plan(options: argparse.Namespace) -> list[Part]:
         Part("tests", 4.0, tests, ("pytest",), "the kernels against float64, graphs, streams, sizes"),
         *(Part(f"sanitize-{tool}", 1.0, sanitize(tool), ("compute-sanitizer",), "every kernel, small") for tool in TOOLS),
         Part("kernels", 4.0, (*module, "bench.kernels", *quick), (), "each kernel against the library's product"),
+        Part("fused", 1.5, (*module, "bench.fused"), (HOPPER,), "the adapter inside the base product, on Hopper"),
         Part("layer", 5.0, layer, (), "a layer against its rivals"),
         Part("block", 2.0, (*module, "bench.block", *quick), (), "the layers of a transformer's block together"),
         Part("shared", 1.0, (*module, "bench.shared", "--dtypes", "bf16"), (), "the shared gradient against autograd's sums"),

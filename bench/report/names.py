@@ -35,6 +35,7 @@ PROJECTED_COLOURS = {
     **{rival: COLOURS[rival] for rival in ("lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")},
     "lotr_ext two_pass": LIGHT_BLUE,
     "lotr_ext beta": COLOURS["lotr_ext"],
+    "lotr_ext fused": DARK_BLUE,
 }
 EXTRA_FLOPS = "extra FLOPs"  # the adapter's operations over the frozen layer's
 

@@ -124,7 +124,7 @@ def draw_projection(shape: Shape, rows: dict[Key, Row], times: dict[str, Times],
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for i, (rival, colour) in enumerate(PROJECTED_COLOURS.items()):
         places = [j + (i - (len(PROJECTED_COLOURS) - 1) / 2) * BAR for j in range(len(gpus))]
-        percent = [100 * column[rival]["step"] for column in columns]
+        percent = [100 * column[rival]["step"] if rival in column else 0.0 for column in columns]
         axis.bar(places, percent, BAR, color=colour, label=NAMES.get(rival, rival))
     for j, column in enumerate(columns):
         least, label = 100 * column[LEAST]["step"], LEAST if j == 0 else None

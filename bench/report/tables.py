@@ -10,6 +10,7 @@ from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
 from ..rivals.model import SHAPES as MODELS
+from ..static import fused
 from ..static.model import Estimate
 from ..static.predict import FILE as STATIC_FILE
 from ..static.predict import Key as StaticKey
@@ -247,7 +248,16 @@ def static_table(found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
     images = _images(pictures, {"static": "where each kernel's time goes, modelled"})
     wanted = markdown(list(WANTED_HEADS), wanted_rows(found), 3)
     says = f"What is wanted of them, and what stands in the way (bold: not met). {WANTED_CAPTION}:"
-    return "\n".join([title, "", *markdown(heads, rows, 2), "", says, "", *wanted, *images])
+    return "\n".join([title, "", *markdown(heads, rows, 2), "", says, "", *wanted, *images, "", *fused_lines()])
+
+
+def fused_lines() -> list[str]:
+    """What the model of gemm_lotr says, beside beta."""
+    title = (
+        f"`gemm_lotr`, the base product with the adapter inside ([how it works](hopper.md)), {GPUS['h100'].name}, bf16: a "
+        f"model of its tickets, not measured, by the same command. Assumed: {'; '.join(fused.ASSUMED)}."
+    )
+    return [title, "", *markdown(list(fused.HEADS), fused.rows(fused.SHAPES, "h100"), 2)]
 
 
 def layer_projections(shape: Shape, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> dict[str, Times]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..measure.shapes import Case
+from ..measure.shapes import DTYPES, Case
 from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, parameter
 
 _PACKAGES = {"lora-peft": "peft", "vera-peft": "peft", "lora-unsloth": "unsloth", "lora-lorafusion": "lorafusion"}
@@ -26,6 +26,10 @@ def obstacle(rival: str, case: Case, device: torch.device) -> str | None:
     """Why a rival cannot run a case, None if it can."""
     if rival in ("frozen-autotuned", "lora-autotuned") and device.type != "cuda":
         return "there is no search for the fastest product but on a GPU"
+    if rival == "lotr_ext-fused":
+        from lotr_ext.ops import planner
+
+        return planner.fused_obstacle(case.r, DTYPES[case.dtype], device)
     if rival in ("lora-unsloth", "lora-lorafusion") and device.type != "cuda":
         return "its kernels need a GPU"
     if rival == "lora-unsloth" and case.has_bias():

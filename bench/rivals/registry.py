@@ -109,11 +109,12 @@ RIVALS: dict[str, Make] = {
     OURS: _ours(None),
     "lotr_ext-two_pass": _ours("two_pass"),
     "lotr_ext-beta": _ours("beta"),
+    "lotr_ext-fused": _ours("fused"),
     "lotr_ext-composite": _ours("composite"),
 }
 # What a library's own products can do for LoRA, without a kernel written for it.
 LIBRARY_ONLY = (LORA_EAGER, "lora-in-place", "lora-in-place-beta", "lora-peft", "lora-compiled")
-EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion")  # compiling takes seconds a case; the others need a GPU
+EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion", "lotr_ext-fused")  # compiling takes seconds; the others need a GPU
 AUTOTUNED = ("frozen-autotuned", "lora-autotuned")  # on request: a search of most of a minute a case
 DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED)]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from ..measure.session import new_table, progress, start, wide_console
 from ..measure.store import Store
 from ..traffic.counts import DTYPES, FOLDER, KERNELS
-from . import assumptions
+from . import assumptions, fused
 from .assumptions import CARDS
 from .predict import FILE, all_keys, kept, measured, model_id, predict
-from .table import table
+from .table import fused_table, table
 from .wanted import CAPTION, HEADS, wanted_rows
 
 SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             wanted.add_row(*(cell.replace("**", "* ", 1).replace("**", "") for cell in row))
         wanted.caption, wanted.caption_justify = CAPTION, "left"
         console.print(wanted)
+    for gpu in set(options.gpus) & set(fused.hopper()):
+        console.print(fused_table(gpu))
     console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)
     from ..report.plots_static import draw_static
 

@@ -4,14 +4,16 @@ from stays as it is: the kernels' sources, the executor and the model."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..measure.store import RESULTS, Store, latest
 from ..traffic import counts
 from ..traffic.counts import KERNELS, Row
+from ..traffic.layer import fused_key
 from ..traffic.projection import LAUNCH, Times
+from . import fused
 from .assumptions import CARDS
 from .compiled import compile_kernels, tools
 from .model import Estimate, estimate
@@ -105,13 +107,18 @@ def _estimate(key: Key, store: Store, again: bool) -> Estimate:
     )
 
 
-def layer_times(shapes: Iterable[tuple[int, int, int, int]], gpu: str, found: dict[Key, Estimate]) -> Times | None:
+def layer_times(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: dict[Key, Estimate]) -> Times | None:
     """Seconds of the kernels of layers in bf16 with their memsets, for bench.traffic; None where one is missing."""
     keys = layer_keys(shapes, [gpu])
     if not all(key in found for key in keys):
         return None
     sm = CARDS[gpu].multiprocessors
-    return {(*key[:4], sm): found[key].seconds + LAUNCH * found[key].memsets for key in keys}
+    times = {(*key[:4], sm): found[key].seconds + LAUNCH * found[key].memsets for key in keys}
+    if gpu in fused.hopper():
+        for m, k, n, r in shapes:
+            if r <= fused.MAX_RANK:
+                times |= {fused_key(m, i, o, r, sm): fused.model(m, i, o, r, gpu).seconds for i, o in ((k, n), (n, k))}
+    return times
 
 
 def measured(results: Path = RESULTS) -> dict[Key, float]:

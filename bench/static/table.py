@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from ..measure.session import new_table
+from . import fused
 from .assumptions import CARDS
 from .model import Estimate
 from .predict import Key
@@ -36,6 +37,15 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, 
         "addresses and bounds). in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what each "
         "alone asks for. launches + memsets. Times in us."
     )
+    return result
+
+
+def fused_table(gpu: str) -> Table:
+    """gemm_lotr on a Hopper card: a row a shape and direction."""
+    result = new_table(f"{CARDS[gpu].name}, bf16, gemm_lotr: a model of its tickets, not measured", *fused.HEADS)
+    for row in fused.rows(fused.SHAPES, gpu):
+        result.add_row(*row)
+    result.caption, result.caption_justify = "Assumed: " + "; ".join(fused.ASSUMED), "left"
     return result
 
 

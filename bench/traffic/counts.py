@@ -230,6 +230,7 @@ def needed(shapes: list[Shape], multiprocessors: list[int]) -> list[Key]:
             keys += [
                 ("expand_add", m, k, r, sm),
                 ("factor_grad", m, k, r, sm),
+                ("factor_grad", m, n, r, sm),
                 ("fold", 1, n, r, sm),
                 ("fold_grad", 1, n, r, sm),
             ]

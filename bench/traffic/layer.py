@@ -22,7 +22,8 @@ from .counts import ELEMENT, SMALL, Key, Row
 RIVALS = ("frozen", "lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")
 LAYERS = 32  # of a group, as in Llama-3-8B: fold and fold_grad are one launch for all of them
 IN_DRAM = "lotr_ext beta, nothing from L2"
-OURS = ("lotr_ext two_pass", "lotr_ext beta", IN_DRAM)
+FUSED = "lotr_ext fused"
+OURS = ("lotr_ext two_pass", "lotr_ext beta", IN_DRAM, FUSED)
 LEAST = "least possible"
 
 
@@ -90,6 +91,18 @@ def base_step(m: int, k: int, n: int, accumulate: bool = False) -> Step:
     return Step("base product", Work(2 * m * k * n, ELEMENT * (m * k + n * k + (2 if accumulate else 1) * m * n)))
 
 
+def fused_key(m: int, inner: int, outer: int, r: int, multiprocessors: int) -> Key:
+    """Of gemm_lotr's time: m rows, inner summed over, outer columns."""
+    return (f"gemm_lotr over {inner}", m, outer, r, multiprocessors)
+
+
+def fused_step(m: int, inner: int, outer: int, r: int, multiprocessors: int) -> Step:
+    """The base product with the adapter inside, each operand once; u is written and read."""
+    elements = m * inner + inner * outer + m * outer + r * (inner + outer + 2 * m)
+    flops = 2 * m * (inner * outer + r * (inner + outer))
+    return Step("gemm_lotr", Work(flops, ELEMENT * elements), fused_key(m, inner, outer, r, multiprocessors))
+
+
 def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors: int) -> Steps:
     """A layer by itself: its kernels as counted for a GPU of so many multiprocessors, and the base products."""
     m, k, n, r = shape
@@ -106,6 +119,16 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
     def expand(width: int) -> Step:  # by the library, which writes what the base product adds onto
         return Step("expand", Work(2 * m * width * r, ELEMENT * (m * width + m * r + width * r)))
 
+    if strategy == FUSED:  # F, F^T and A^T from one launch; A in x's dtype from another
+        operands = Step("gemm_lotr_operands", Work(2 * n * r * r, ELEMENT * (n * r + k * r + 2 * n * r + k * r)))
+        rows_of_A = Step("copy", Work(0, 2 * ELEMENT * k * r))
+        return {
+            "forward": [operands, fused_step(m, k, n, r, multiprocessors)],
+            "backward": [
+                *(kernel("factor_grad", m, n), rows_of_A, fused_step(m, n, k, r, multiprocessors)),
+                *(kernel("fold_grad", 1, n), kernel("factor_grad", m, k)),
+            ],
+        }
     reads_g = [kernel("shrink_grad", m, n), kernel("fold_grad", 1, n), kernel("factor_grad", m, k)]
     if strategy.startswith("lotr_ext beta"):
         forward = [kernel("shrink", m, k), kernel("fold", 1, n), expand(n), base_step(m, k, n, accumulate=True)]

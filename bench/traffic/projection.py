@@ -2,8 +2,9 @@
 
 Each library operator takes the longer of its operations at the GPU's matrix speed and its bytes at its memory bandwidth, both
 at the fractions below, and moves its least bytes. Our kernels take the times that bench.static reads off their machine code
-and their counted bytes. Operators follow one another, each a launch; fold and fold_grad are one launch for the layers of a
-group.
+and their counted bytes; fused that of bench/static/fused.py, which takes its main loop to be as fast as the library's product:
+a hope before a GPU has run it. Operators follow one another, each a launch; fold and fold_grad are one launch for the layers of
+a group.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from ..measure.bounds import DIRECTIONS, Work
 from ..measure.shapes import Shape
 from .counts import Key, Row
-from .layer import IN_DRAM, LAYERS, Step, Steps, all_steps
+from .layer import FUSED, IN_DRAM, LAYERS, Step, Steps, all_steps
 
 FLOPS_REACHED, BANDWIDTH_REACHED = 0.8, 0.9  # of the data sheet's, by large products and by long streams
 LAUNCH = 2.0e-6  # seconds between two kernels of a stream, the second after the first; a memset as well
@@ -56,9 +57,11 @@ def seconds(steps: Steps, direction: str, gpu: Gpu, times: Times) -> float:
 
 
 def excess(shape: Shape, rows: dict[Key, Row], gpu: Gpu, times: Times) -> dict[str, dict[str, float]]:
-    """Projected time over the frozen layer less one, by rival and direction."""
+    """Projected time over the frozen layer less one, by rival and direction; of fused where times have it."""
     found = all_steps(shape, rows, gpu.multiprocessors)
     del found[IN_DRAM]  # a statement about bytes; the times contain what comes from L2 and what does not
+    if not all(step.kernel in times for steps in found[FUSED].values() for step in steps if step.name == "gemm_lotr"):
+        del found[FUSED]
     frozen = {direction: seconds(found["frozen"], direction, gpu, times) for direction in DIRECTIONS}
     return {
         name: {direction: seconds(steps, direction, gpu, times) / frozen[direction] - 1 for direction in DIRECTIONS}
@@ -71,7 +74,8 @@ def assumptions() -> str:
     return (
         f"{LABEL}: our kernels as bench.static models their machine code; library operators at the longer of their operations "
         f"({FLOPS_REACHED:.0%} of the data sheet's bf16 speed) and their bytes ({BANDWIDTH_REACHED:.0%} of its bandwidth); "
-        f"a launch {LAUNCH * 1e6:.0f} us each, fold and fold_grad one for {LAYERS} layers"
+        f"a launch {LAUNCH * 1e6:.0f} us each, fold and fold_grad one for {LAYERS} layers; "
+        "fused, on Hopper alone, with a main loop as fast as the library's product"
     )
 
 
@@ -83,8 +87,11 @@ def table(shape: Shape, rows: dict[Key, Row], times: dict[str, Times]):
     title = f"Time over the frozen layer, {m} x {k} x {n}, r = {r}, bf16: {LABEL}; forward, backward, both"
     result = new_table(title, "", *(GPUS[gpu].name for gpu in times))
     columns = {gpu: excess(shape, rows, GPUS[gpu], own) for gpu, own in times.items()}
-    for name in next(iter(columns.values())):
-        cells = (", ".join(f"{column[name][direction]:.1%}" for direction in DIRECTIONS) for column in columns.values())
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        cells = (
+            ", ".join(f"{column[name][direction]:.1%}" for direction in DIRECTIONS) if name in column else "-"
+            for column in columns.values()
+        )
         result.add_row(name, *cells)
     result.caption, result.caption_justify = assumptions(), "left"
     return result

@@ -7,7 +7,29 @@
 
 #include "launch.h"
 
+namespace lotr {
+
+// The factors as that kernel reads them, all of one type with contiguous rows of 16-byte strides:
+// F = s B G^T, and the transposes of F and A.
+struct GemmLotrOperands {
+  Matrix B;          // [N, r_out]
+  Matrix core;       // [r_in, r_out]
+  Matrix A;          // [K, r_in]
+  MutableMatrix F;   // [N, r_in]
+  MutableMatrix Ft;  // [r_in, N]
+  MutableMatrix At;  // [r_in, K]
+  DType B_type, core_type, A_type, type;
+  int64_t N, K;
+  int32_t r_in, r_out;
+  float scale;
+};
+
+}  // namespace lotr
+
 namespace lotr::cuda {
+
+// One launch (kernels/gemm_lotr_operands.cuh).
+void gemm_lotr_operands(const Call& call, const GemmLotrOperands& p);
 
 constexpr int GEMM_LOTR_MAX_RANK = 128;
 
@@ -34,11 +56,17 @@ struct GemmLotrPlan {
 };
 inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
   const int cluster = q.M > 128 ? 2 : 1;
+  const int64_t columns = q.r <= 64 ? 256 : 128;  // of a tile, gemm_lotr_columns
   const int64_t bands = (q.M + 128 * cluster - 1) / (128 * cluster),
                 clusters = call.multiprocessors / cluster;
   // A quarter of the clusters make u, so that it is there before the first tiles want it and x is not asked
-  // for by all at once.  1,024 rows make a group: its x and the columns of W that it walks stay in L2.
-  const int64_t scouts = bands < clusters / 4 ? bands : clusters / 4;
+  // for by all at once; no more of them than have no tile in the last wave, where these can do it in the time
+  // of a tile (a scout takes a third of one).  1,024 rows make a group: its x and the columns of W that it
+  // walks stay in L2.
+  int64_t scouts = bands < clusters / 4 ? bands : clusters / 4;
+  const int64_t last = clusters ? bands * ((q.N + columns - 1) / columns) % clusters : 0;
+  const int64_t idle = last ? clusters - last : 0;
+  if (idle < scouts && bands <= 3 * idle) scouts = idle;
   return {cluster, int(scouts < 1 ? 1 : scouts), 8 / cluster};
 }
 

@@ -1,6 +1,7 @@
 // The base product with the adapter inside (cuda/gemm_lotr.h) as operators, which layer_products.cpp calls:
 //
 //   gemm_lotr           y = x W^T + bias + u F^T,  u = x A;  backward: dx = g W + k A^T,  k = g F
+//   gemm_lotr_operands  F = s B G^T, F^T and A^T as that wants them, from one launch
 //   gemm_lotr_refusal   why that cannot run, "" if it can: what tensor maps want of the operands, this GPU's
 //                       architecture and room, a workspace of this stream
 #include <torch/csrc/stable/library.h>
@@ -53,6 +54,31 @@ std::string gemm_lotr_refusal(const Tensor& x, const Tensor& weight, int64_t r, 
   return refusal(c, q);
 }
 
+std::tuple<Tensor, Tensor, Tensor> gemm_lotr_operands(const Tensor& B, const Tensor& core, const Tensor& A,
+                                                      double scaling, ScalarType dtype) {
+  const Check check{"lotr::gemm_lotr_operands"};
+  const Arg aB("B", B), acore("core", core), aA("A", A);
+  if (!is_half(dtype))
+    fail(check.op, ": dtype: expected torch.float16 or torch.bfloat16, got ", dtype_name(dtype));
+  for (const Arg* a : {&aB, &acore, &aA})
+    check.supported(*a), check.dims(*a, 2, "a matrix"), check.device(*a, aB);
+  check.size(acore, 1, aB.size[1], "r_out, as in B"), check.size(aA, 1, acore.size[0], "r_in, as in core");
+  const Context c(check.op, aB);
+  const int64_t n = aB.size[0], k = aA.size[0], r = acore.size[0];
+  const DType type = dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
+  Tensor F = c.empty_rows<2>({n, r}, type), Ft = c.empty_rows<2>({r, n}, type),
+         At = c.empty_rows<2>({r, k}, type);
+  GemmLotrOperands p{};
+  p.B = c.read(aB), p.core = c.read(acore), p.A = c.read(aA);
+  p.F = c.written(Arg("F", F)), p.Ft = c.written(Arg("Ft", Ft)), p.At = c.written(Arg("At", At));
+  p.B_type = dtype_of(check.op, aB), p.core_type = dtype_of(check.op, acore),
+  p.A_type = dtype_of(check.op, aA);
+  p.type = type, p.N = n, p.K = k, p.r_in = int32_t(r), p.r_out = int32_t(aB.size[1]),
+  p.scale = float(scaling);
+  cuda::gemm_lotr_operands(c.call(), p);
+  return {F, Ft, At};
+}
+
 std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                      const Tensor& At, const Tensor& F, bool backward) {
   const Check check{"lotr::gemm_lotr"};
@@ -91,11 +117,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
   m.def(
       "gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor At, Tensor F, bool backward) "
       "-> (Tensor y, Tensor u)");
+  m.def(
+      "gemm_lotr_operands(Tensor B, Tensor core, Tensor A, float scaling, ScalarType dtype) "
+      "-> (Tensor F, Tensor Ft, Tensor At)");
   m.def("gemm_lotr_refusal(Tensor x, Tensor weight, int r, bool backward) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
 {
   m.impl("gemm_lotr", TORCH_BOX(&lotr::gemm_lotr));
+  m.impl("gemm_lotr_operands", TORCH_BOX(&lotr::gemm_lotr_operands));
   m.impl("gemm_lotr_refusal", TORCH_BOX(&lotr::gemm_lotr_refusal));
 }

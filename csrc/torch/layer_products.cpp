@@ -145,13 +145,13 @@ Tensor transposed(const Tensor& t) {
 // y and u in one launch; F comes back as the transpose of what the backward pass reads, F^T with its rows.
 Forward fused_forward(const Tensor& x, const Tensor& flat, const Tensor& weight, const OptionalTensor& bias,
                       const Tensor& A, const Tensor& B, const Tensor& core, double scaling) {
-  const ScalarType type = x.scalar_type();
-  const Tensor F =
-      torch::stable::squeeze(one("lotr::fold", B, torch::stable::unsqueeze(core, 0), scaling, type), 0);
-  const auto made =
-      dispatch<2>("lotr::gemm_lotr", flat, weight, bias, in_rows(transposed(A), type), F, false);
+  const auto operands = dispatch<3>("lotr::gemm_lotr_operands", B, core, A, scaling, x.scalar_type());
+  const Tensor F = torch::stable::detail::to<Tensor>(operands[0]),
+               Ft = torch::stable::detail::to<Tensor>(operands[1]),
+               At = torch::stable::detail::to<Tensor>(operands[2]);
+  const auto made = dispatch<2>("lotr::gemm_lotr", flat, weight, bias, At, F, false);
   const Tensor y = torch::stable::detail::to<Tensor>(made[0]), u = torch::stable::detail::to<Tensor>(made[1]);
-  return {shaped<Use::cuda>(y, x), u, transposed(in_rows(transposed(F), type))};
+  return {shaped<Use::cuda>(y, x), u, transposed(Ft)};
 }
 
 // Whether dx and k come from one launch: asked of each g, whose rows may lie as they like.

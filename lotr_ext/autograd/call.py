@@ -100,7 +100,7 @@ def problem_of(
 ) -> tuned.Problem:
     """What a call that runs plan is called among the answers of the tuner."""
     form = "unfolded" if plan.unfolded else "alone" if plan.nodes == 1 else "siblings"
-    sizes = (tuned.rounded(x.numel() // x.shape[-1]), x.shape[-1], weight.shape[0], *call.core.shape)
+    sizes = (tuned.rounded(x.numel() // x.shape[-1]), x.shape[-1], weight.shape[0], *call.core.shape[-2:])
     return tuned.Problem(device or x.device, call.compute, A.dtype, *sizes, form, is_grad_enabled(), plan.strategy)
 
 

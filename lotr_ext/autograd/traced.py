@@ -173,7 +173,7 @@ class _Expand(Function):
         need_x, need_u, need_B, need_core = ctx.needs_input_grad[:4]
         x, weight, bias = base
         F = ops.fold(B, core.unsqueeze(0), call.scaling, u.dtype).squeeze(0)
-        ctx.beta, ctx.total = call.plan.strategy == "beta", B.grad_fn.total if need_B else None
+        ctx.beta, ctx.total = call.plan.order > 0, B.grad_fn.total if need_B else None
         if y is None:
             y = lotr.layer_forward.default(x, weight, bias, None, B, core, call.scaling, ctx.beta, u, F)[0]
         else:

@@ -71,7 +71,7 @@ def _check_devices(name: str, first: Tensor, **tensors: Tensor | None) -> None:
 
 
 @torch.library.register_fake("lotr::layer_forward")
-def _(x, weight, bias, A, B, core, scaling, beta, u=None, F=None, p=0.0, seed=None):
+def _(x, weight, bias, A, B, core, scaling, order, u=None, F=None, p=0.0, seed=None):
     _check_devices("layer_forward", x, weight=weight, bias=bias, A=A, B=B, core=core, u=u, F=F)
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}")
     r_in = core.shape[0]
@@ -136,7 +136,7 @@ def layer_backward(
 
 
 @torch.library.register_fake("lotr::layer_backward_")
-def _(g, weight, x, u, A, F, B, core, scaling, beta, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
+def _(g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
     _check_devices("layer_backward_", g, weight=weight, x=x, u=u, A=A, F=F, B=B, core=core, k=k, dx=dx, Q=Q, dA=dA, dB=dB)
     own = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
     narrow = B.dtype if own else accumulate_dtype(B.dtype)

@@ -57,6 +57,18 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
   cuda::gemm_lotr(call, q, plan, workspace.mutable_data(), size_t(workspace.nbytes()));
 }
 
+void gemm_lotr_operands(py::array B, py::array core, py::array A, double scaling, py::array F, py::array Ft,
+                        py::array At) {
+  clear_arrays();
+  GemmLotrOperands p{};
+  p.B_type = type_of(B), p.core_type = type_of(core), p.A_type = type_of(A), p.type = type_of(F);
+  p.B = matrix("B", B, p.B_type), p.core = matrix("core", core, p.core_type), p.A = matrix("A", A, p.A_type);
+  p.F = output("F", F, p.type), p.Ft = output("Ft", Ft, p.type), p.At = output("At", At, p.type);
+  p.N = B.shape(0), p.K = A.shape(0), p.r_in = int32_t(core.shape(0)), p.r_out = int32_t(core.shape(1));
+  p.scale = float(scaling);
+  cuda::gemm_lotr_operands(cuda::Call{}, p);
+}
+
 // The piece of work of each ticket, in order: (ticket, band, column), column -1 for a scout.
 py::list tickets(int bands, int columns, int scouts, int band_group) {
   const kernels::GemmLotrTickets t{bands, columns, scouts, band_group};
@@ -76,10 +88,19 @@ void define_gemm_lotr(py::module_& m) {
   m.def("gemm_lotr", &gemm_lotr, "y"_a, "x"_a, "W"_a, "At"_a, "F"_a, "u"_a, "workspace"_a, py::kw_only(),
         "bias"_a = py::none(), "backward"_a = false, "multiprocessors"_a = 132, "cluster"_a = py::none(),
         "scouts"_a = py::none(), "band_group"_a = py::none());
+  m.def("gemm_lotr_operands", &gemm_lotr_operands, "B"_a, "core"_a, "A"_a, "scaling"_a, "F"_a, "Ft"_a,
+        "At"_a);
   m.def("gemm_lotr_workspace", &cuda::gemm_lotr_workspace, "M"_a);
+  m.def("gemm_lotr_plan", [](int64_t M, int64_t N, int r, int multiprocessors) {
+    cuda::Call call{};
+    call.multiprocessors = multiprocessors;
+    cuda::GemmLotr q{};
+    q.M = M, q.N = N, q.r = r;
+    const cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(call, q);
+    return py::make_tuple(plan.cluster, plan.scouts, plan.band_group);
+  });
   m.def("gemm_lotr_workspace_of", [](uintptr_t stream, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(
-        cuda::gemm_lotr_workspace_of(reinterpret_cast<void*>(stream), bytes));
+    return reinterpret_cast<uintptr_t>(cuda::gemm_lotr_workspace_of(reinterpret_cast<void*>(stream), bytes));
   });
   m.def("gemm_lotr_tickets", &tickets, "bands"_a, "columns"_a, "scouts"_a, "band_group"_a);
 }

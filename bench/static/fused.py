@@ -1,0 +1,198 @@
+"""A model of gemm_lotr, the base product with the adapter inside (docs/hopper.md): a model, no measurement.
+
+Clusters draw tickets in the kernel's own order, the scouts' first; a tile takes its k-steps of 128 x 256 x 64, and cannot end
+before the scout of its band has. The time of a k-step is what the library's product would take for it, so the kernel's main
+loop counts as fast as the library's: everything hangs on that, and `may_stay` says how far below it may be before `beta` is
+faster. What else is assumed is in ASSUMED.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..measure.bounds import Work
+from ..measure.shapes import Shape
+from ..traffic.projection import LAUNCH, Gpu
+from .assumptions import CARDS
+
+BM, BK = 128, 64
+EPILOGUE = 2.0  # k-steps of a tile that are not hidden: 64 KB leave a multiprocessor at about 64 bytes a clock, the ring fills
+FLAG = 0.1  # k-steps: the flag, u, one more turn of the ring
+MAX_RANK = 128
+L2_ALL = 6154.0  # bytes a clock that L2 gives to all multiprocessors
+SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (16384, 4096, 4096, 64), (2048, 4096, 4096, 16)]
+ASSUMED = [
+    "the kernel's main loop is as fast as the library's product, at the speed of the projection (bench/traffic/projection.py)",
+    f"{EPILOGUE:.0f} k-steps of a tile are not hidden: a tile's 64 KB at about 64 bytes a clock, and the ring that fills again",
+    f"L2 gives {L2_ALL:.0f} bytes a clock to all multiprocessors (DeepGEMM's heuristic), of which a scout takes its share",
+    "beta: its shrink reads x and its expand writes y at 90 % of the bandwidth, two launches; its read of y hides",
+]
+
+
+@dataclass(frozen=True)
+class Tickets:
+    """The order of csrc/cuda/kernels/gemm_lotr_traits.cuh, cut as gemm_lotr_plan in csrc/cuda/gemm_lotr.h does."""
+
+    bands: int
+    columns: int
+    scouts: int
+    band_group: int
+    cluster: int
+
+    @classmethod
+    def planned(cls, m: int, outer: int, r: int, multiprocessors: int) -> Tickets:
+        cluster = 2 if m > BM else 1
+        bands, columns, clusters = ceil(m, BM * cluster), ceil(outer, width(r)), multiprocessors // cluster
+        scouts, idle = min(bands, clusters // 4), -bands * columns % clusters
+        if idle < scouts and bands <= 3 * idle:
+            scouts = idle
+        return cls(bands, columns, max(1, scouts), 8 // cluster, cluster)
+
+    def each(self) -> Iterator[list[tuple[int, int]]]:
+        """Of each ticket its pieces (band, column), column -1 a scout."""
+        for t in range(self.scouts):
+            yield [(band, -1) for band in range(t, self.bands, self.scouts)]
+        for start in range(0, self.bands, self.band_group):
+            group = range(start, min(start + self.band_group, self.bands))
+            yield from ([(band, column)] for column in range(self.columns) for band in group)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One launch: m rows, inner summed over, outer columns. adds: over the library's base product; slow: if scouts took twice
+    as long; beta: what that strategy adds. waits: k-steps that tiles wait for scouts, of all clusters."""
+
+    m: int
+    inner: int
+    outer: int
+    r: int
+    tickets: Tickets
+    waves: float
+    idle: float
+    waits: float
+    epilogue: float
+    l2_bytes_a_clock: float
+    base_seconds: float
+    adds: float
+    slow: float
+    beta: float
+
+    @property
+    def seconds(self) -> float:
+        return self.base_seconds * (1 + self.adds)
+
+    @property
+    def may_stay(self) -> float:
+        """The share of the library's speed that the kernel must reach to take beta's time."""
+        return (1 + self.adds) / (1 + self.beta)
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def width(r: int) -> int:
+    """Columns of a tile."""
+    return 256 if r <= 64 else 128
+
+
+def padded(r: int) -> int:
+    """The compiled rank that holds r."""
+    return next(R for R in (16, 32, 64, 128) if r <= R)
+
+
+def model(m: int, inner: int, outer: int, r: int, gpu: str) -> Fused:
+    """One launch on a Hopper card. ValueError for another card, or a rank that the kernel does not take."""
+    card = CARDS[gpu]
+    if card.architecture != "90a":
+        raise ValueError(f"gpu: expected one of compute capability 9.0 ({', '.join(hopper())}), got {gpu!r}")
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"r: expected 1 to {MAX_RANK}, got {r}")
+    tickets = Tickets.planned(m, outer, r, card.multiprocessors)
+    workers, steps, tiles = card.multiprocessors // tickets.cluster, ceil(inner, BK), tickets.bands * tickets.columns
+    plain, _ = makespan(tickets, workers, steps, 0.0, None)
+    base = card.gpu.seconds(Work(2 * m * inner * outer, 2 * (m * inner + inner * outer + m * outer)))
+    clocks = base / plain * card.clock  # of a k-step
+    scout = 2 * BK * (BM + padded(r)) / (L2_ALL / card.multiprocessors) / clocks
+    rank = padded(r) / BK + FLAG
+    full, waits = makespan(tickets, workers, steps, rank, scout)
+    slow, _ = makespan(tickets, workers, steps, rank, 2 * scout)
+    a_step = 2 * BK * (BM + width(r) / tickets.cluster)  # bytes that a multiprocessor fetches for a k-step
+    return Fused(
+        *(m, inner, outer, r, tickets, tiles / workers, 1 - tiles / workers / ceil(tiles, workers), waits),
+        *(
+            EPILOGUE / (steps + rank + EPILOGUE),
+            card.multiprocessors * a_step / clocks,
+            base,
+            full / plain - 1,
+            slow / plain - 1,
+        ),
+        beta_adds(m, inner, outer, card.gpu) / base,
+    )
+
+
+def makespan(tickets: Tickets, workers: int, steps: int, rank: float, scout: float | None) -> tuple[float, float]:
+    """(k-steps until all is done, those waited); rank: k-steps of the adapter; scout: of a scout's k-step, None: none."""
+    free = [0.0] * workers
+    published: dict[int, float] = {}
+    waits = end = 0.0
+    for pieces in tickets.each():
+        if scout is None and pieces[0][1] < 0:
+            continue
+        now = heapq.heappop(free)
+        for band, column in pieces:
+            if column < 0:
+                assert scout is not None
+                now += steps * scout + 0.5
+                published[band] = now
+            else:
+                ready = now + steps
+                start = max(ready, published.get(band, 0.0))
+                waits += start - ready
+                now = start + rank + EPILOGUE
+        end = max(end, now)
+        heapq.heappush(free, now)
+    return end, waits
+
+
+def beta_adds(m: int, inner: int, outer: int, gpu: Gpu) -> float:
+    """Seconds: u = x A reads x, the expand writes y, onto which the base product accumulates."""
+    return sum(gpu.seconds(Work(0, 2 * m * n)) for n in (inner, outer)) + 2 * LAUNCH
+
+
+def hopper() -> list[str]:
+    return [name for name, card in CARDS.items() if card.architecture == "90a"]
+
+
+HEADS = ("M x K x N, r", "direction", "tiles, waves", "idle", "scouts' tickets", "waits", "epilogue", "L2 to SM, bytes a clock")
+HEADS += ("base product", "fused adds (scouts twice as slow)", "beta adds", "must reach, of the library's speed")
+
+
+def cells(f: Fused, direction: str) -> list[str]:
+    """A row of HEADS. Extents as the forward pass has them."""
+    k, n = (f.inner, f.outer) if direction == "y" else (f.outer, f.inner)
+    t = f.tickets
+    return [
+        f"{f.m} x {k} x {n}, {f.r}",
+        direction,
+        f"{t.bands * t.columns * t.cluster}, {f.waves:.2f}",
+        f"{f.idle:.1%}",
+        str(t.scouts),
+        f"{f.waits:.0f} k-steps",
+        f"{f.epilogue:.1%}",
+        f"{f.l2_bytes_a_clock:.0f} of {L2_ALL:.0f}",
+        f"{1e6 * f.base_seconds:.0f} us",
+        f"{f.adds:.1%} ({f.slow:.1%})",
+        f"{f.beta:.1%}",
+        f"{f.may_stay:.1%}",
+    ]
+
+
+def rows(shapes: list[Shape], gpu: str) -> list[list[str]]:
+    """Both directions of each shape."""
+    found = []
+    for m, k, n, r in shapes:
+        found += [cells(model(m, k, n, r, gpu), "y"), cells(model(m, n, k, r, gpu), "dx")]
+    return found
