@@ -20,8 +20,7 @@ ALL = {
     name: f"/{name}"
     for name in (
         *("gpu", "nvcc", "c++", "cmake", "ninja", "compute-sanitizer", "pytest", "bench.static", "bench.host"),
-        *gpu.NEEDED,
-        *gpu.OPTIONAL,
+        *(gpu.HOPPER, *gpu.NEEDED, *gpu.OPTIONAL),
     )
 }
 PYTHON = sys.executable
