@@ -1,4 +1,5 @@
 // Launches kernels/gemm_lotr_operands.cuh.
+#include "gemm_lotr.h"
 #include "kernels/gemm_lotr_operands.cuh"
 
 namespace lotr::cuda {

@@ -6,8 +6,8 @@
 // Grid     x: tiles of 32 rows of B, then of A; y: tiles of 16 ranks
 // Bytes    B r_in / 16 times, A once; F, F^T and A^T once
 #pragma once
-#include "../gemm_lotr.h"
 #include "fold.cuh"
+#include "gemm_lotr_operands.h"
 
 namespace lotr::kernels {
 
