@@ -322,7 +322,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
   for (const char* name : {"layer_backward_", "layer_backward_.products"})
     m.def((std::string(name) +
            "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
-           "Tensor core, float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, "
+           "Tensor core, float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? "
+           "dA, "
            "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
            "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)")
               .c_str());
