@@ -20,7 +20,7 @@ from ..frontier import table as frontier
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
-from . import experts_table, host_table, tables
+from . import block_table, experts_table, host_table, tables
 from .summary import Summary, summary
 
 
@@ -36,7 +36,11 @@ class Page(NamedTuple):
         return self.path.relative_to(ROOT).as_posix()
 
 
-TABLES = tables.TABLES | {"host": host_table.host_table, "experts": experts_table.experts_table}
+TABLES = tables.TABLES | {
+    "block": block_table.block_table,
+    "host": host_table.host_table,
+    "experts": experts_table.experts_table,
+}
 README = Page(ROOT / "README.md", ("frontier-picture", "summary"), "")
 CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "traffic", "static"), "../")

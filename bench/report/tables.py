@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import layer, model, shared, targets
+from ..kernels import FLOOR, TUNED
+from ..measure.forms import FORMS
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
@@ -92,6 +94,7 @@ def layer_table(cells: list[dict], pictures: Pictures) -> str:
     shown = {case: own for case, own in cases.items() if case[:4] in SHOWN_SHAPES} or cases
     rivals = [rival for rival in NAMES if rival != OURS and any(rival in own for own in shown.values())]
     bounds = any("of_bound" in own.get("lotr_ext", {"step": {}})["step"] for own in shown.values())
+    forms = [form for form in FORMS if any(form in own.get(OURS, {}) for own in shown.values())]
     rows = []
     for case, own in sorted(shown.items(), key=lambda item: (item[0].threads, item[0].dtype != "fp32", item[0])):
         excess = {rival: own[rival]["step"]["excess"][1] for rival in (OURS, *rivals) if rival in own}
@@ -104,10 +107,12 @@ def layer_table(cells: list[dict], pictures: Pictures) -> str:
         if bounds:
             share = own.get("lotr_ext", {"step": {}})["step"].get("of_bound")
             row.append(f"{share:.0%}" if share is not None else "-")
-        rows.append(row)
+        in_forms = [own.get(OURS, {}).get(form) for form in forms]
+        rows.append(row + ["-" if stage is None else f"{stage['step']['excess'][1]:.1%}" for stage in in_forms])
     heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, bold(NAMES[OURS]), "lotr_ext / LoRA eager"]
     heads += [NAMES[rival] for rival in rivals]
     heads += ["lotr_ext, of the machine's bound"] if bounds else []
+    heads += [f"lotr_ext {FORMS[form]}" for form in forms]
     images = {
         "excess": "time over the frozen layer by rival",
         "tokens": "time over the frozen layer against tokens",
@@ -204,7 +209,7 @@ def _against_lora(cell: dict | None, lora: dict | None) -> list[str]:
 def kernels_table(cells: list[dict], pictures: Pictures) -> str:
     """Each kernel alone, a row a shape, all of a GPU's that were measured at 16 tokens and from 8,192 on."""
     ours = [c for c in cells if c["rival"] == "lotr_ext"]
-    library = {tuple(c["case"].values()): c for c in cells if c["rival"] == "library"}
+    library, tuned = ({tuple(c["case"].values()): c for c in cells if c["rival"] == rival} for rival in (FLOOR, TUNED))
     main = [c for c in ours if c["case"]["m"] in (16, 32, 8192) and c["case"]["n"] == 4096] or ours
     rows = []
     for c in main:
@@ -212,8 +217,21 @@ def kernels_table(cells: list[dict], pictures: Pictures) -> str:
         theirs = library[tuple(case.values())]["step"]["seconds"][1]
         size = [case["kernel"], f"{case['m']} x {case['n']}, {case['r']}", f"{case['dtype']}, {case['threads']}"]
         times = [time_text(theirs), time_text(step["seconds"][1]), f"{1 + step['excess'][1]:.2f}"]
+        if tuned:
+            best = tuned.get(tuple(case.values()))
+            times.insert(1, "-" if best is None else time_text(best["step"]["seconds"][1]))
         rows.append(size + times + [f"{step['bytes_per_s'] / 1e9:.0f}", f"{step['of_bound']:.0%}"])
-    heads = ["kernel", "M x N, r", "dtype, threads", "library", "ours", "ours / library", "GB/s", "of the machine's bound"]
+    heads = [
+        "kernel",
+        "M x N, r",
+        "dtype, threads",
+        "library",
+        *(["library, autotuned"] if tuned else []),
+        "ours",
+        "ours / library",
+        "GB/s",
+        "of the machine's bound",
+    ]
     again = command("kernels", cells, {"rounds": _rounds(cells)}, {"rounds": ROUNDS["kernels"]})
     title = f"{again}, each kernel alone; {where(cells)}:"
     return "\n".join(

@@ -9,6 +9,7 @@ import torch
 
 from bench import block
 from bench.measure.store import Store
+from bench.report.block_table import block_table
 from bench.rivals import block as rb
 
 CPU = torch.device("cpu")
@@ -86,6 +87,12 @@ def test_it_measures_keeps_and_resumes(tmp_path, capsys):
     for c in cells:
         assert c["forward"]["seconds"][1] < c["step"]["seconds"][1] and c["peak_bytes"] > 0
         assert "eager" not in c and "graph" not in c  # forms of a GPU
+    text = block_table(cells, {})
+    assert text.startswith("`python -m bench.block --models tiny --tokens 8,16 --ranks 3 --dtypes fp32 ")
+    assert text.count("\n| **lotr_ext** |") == 2 and "as CUDA graphs" not in text
+    on_a_gpu = [c | {form: {"step": c["step"] | {"excess": [0.1, 0.25, 0.3]}} for form in ("eager", "graph")} for c in cells]
+    heads, _, *rows = block_table(on_a_gpu, {}).split("\n")[2:7]
+    assert "| as CUDA graphs |" in heads and all("| 25.0% | 25.0% |" in row for row in rows)
     capsys.readouterr()
     assert block.main(arguments) == 0
     out = capsys.readouterr().out

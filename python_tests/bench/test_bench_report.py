@@ -165,6 +165,12 @@ def test_a_table_says_the_command_that_makes_it():
     assert report_tables.shared_table([stack | {"rounds": 3}], {}).startswith(f"{small} --rounds 3`, ")
     kernel = [kernel_cell("library", 0), kernel_cell("lotr_ext", -0.5)]
     assert report_tables.kernels_table(kernel, {}).startswith("`python -m bench.kernels --rounds 7`, ")
+    assert "autotuned" not in report_tables.kernels_table(kernel, {})
+    searched = report_tables.kernels_table([*kernel, kernel_cell("autotuned", -0.2)], {})
+    assert "| library | library, autotuned | ours |" in searched
+    formed = [c | {"graph": {"step": {"seconds": [1, 1, 1], "excess": [0.0, 0.125, 0.2]}}} for c in cells]
+    assert "| lotr_ext as CUDA graphs |\n" in report_tables.layer_table(formed, {})
+    assert "| 12.5% |\n" in report_tables.layer_table(formed, {})
 
 
 def test_the_layer_table_says_which_targets_are_met():
