@@ -52,6 +52,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _as_large_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of 128 tokens and more take two nodes, however narrow they are."""
+    monkeypatch.setattr(planner, "ONE_NODE_WORK", 0)
+
+
 @pytest.fixture
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small test inputs take the path of many tokens: two nodes, folded, siblings sharing."""

@@ -78,11 +78,12 @@ class Collectives(TorchDispatchMode):
 @contextmanager
 def few_tokens(below: int) -> Iterator[None]:
     """The few tokens of a test take one node (128) or two (0), as many tokens do."""
-    before, planner.FEW_TOKENS = planner.FEW_TOKENS, below
+    before = planner.FEW_TOKENS, planner.ONE_NODE_WORK
+    planner.FEW_TOKENS, planner.ONE_NODE_WORK = below, 0
     try:
         yield
     finally:
-        planner.FEW_TOKENS = before
+        planner.FEW_TOKENS, planner.ONE_NODE_WORK = before
 
 
 def on_both_paths(check: Callable[[], float]) -> dict[str, float]:

@@ -59,7 +59,7 @@ class FoldedGradient(SharedGradient):
             parts = (dF.transpose(1, 2) @ B.to(wide)).to(cores[0].dtype)
             dcores = [part if d is None else d + part for d, part in zip(dcores, parts)]
         came = self.came.pop(graph_task(), ())
-        return dB, *(d if l in came else None for l, d in enumerate(dcores))
+        return dB, *[d if l in came else None for l, d in enumerate(dcores)]
 
 
 class Cast:
@@ -94,7 +94,7 @@ class Bank:
             F = ops.fold(self.B, torch.stack(cores), scaling, dtype)
         self.gradient = FoldedGradient(scaling)
         if torch.is_grad_enabled() and True in [t.requires_grad for t in (self.B, *cores)]:
-            F = LoTRShared.apply(self.gradient, F, self.B, *cores)
+            F = LoTRShared.run(self.gradient, F, self.B, *cores)
         self.F, self.cores, self.scaling = F, cores, scaling
         self.index = {layer: l for l, layer in enumerate(layers)}
         self.marked = True not in [t.is_inference() for t in (self.B, *cores)]  # inference tensors have no version

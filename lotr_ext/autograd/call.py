@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from .. import ops
-from ..compat import any_autocast, forward_mode, functorch_active, jit_tracing, saved_tensor_hook
+from ..compat import any_autocast, jit_tracing, saved_tensor_hook, transformed
 from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.planner import Plan
@@ -49,7 +47,7 @@ def plan_call(
     anything else than what runs. purpose: "run", "explain" (nothing is timed for it) or "tune" (no answer is looked at)."""
     if is_compiling() or jit_tracing() is not None:
         return traced.plan(x, A, weight)  # before any look at sizes, which would become guards
-    if functorch_active() or forward_ad._current_level >= 0:
+    if transformed():
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
     elif type(x) not in _PLAIN or type(A) not in _PLAIN or type(weight) not in _WEIGHTS:
         names = {"x": x, "A": A, "weight": weight}
@@ -57,17 +55,20 @@ def plan_call(
         why = f"{', '.join(others)}: only plain tensors go to kernels"
     else:
         why = None
-    tokens, alone = x.numel() // x.shape[-1], not call.shares
+    tokens, ranks = x.numel() // x.shape[-1], call.core.shape[-2:]
+    little = x.numel() * (ranks[0] + planner.READING) < planner.ONE_NODE_WORK
     # where A is frozen, one node would keep x for a double backward
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
-    forced = (call.strategy, "strategy") if call.strategy else (os.environ.get("LOTR_STRATEGY") or None, "LOTR_STRATEGY")
+    environment = planner.environment_strategy()
     plan = _plan(
-        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, alone, is_grad_enabled(), max(call.core.shape[-2:])),
-        *(A.dtype, call.compute, device or x.device, why, *forced),
+        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, not call.shares, little, is_grad_enabled(), max(ranks)),
+        *(A.dtype, call.compute, device or x.device, why, call.strategy, environment),
     )
-    if tuned.on and plan.nodes and forced[0] is None and weight is not None and purpose != "tune":
+    if tuned.on and purpose != "tune" and plan.nodes and weight is not None and not (call.strategy or environment):
         plan = tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run")
-    return plan if plan.order != FUSED else _fused(plan, tokens, x, call, weight, one, forced)
+    if plan.order != FUSED:
+        return plan
+    return _fused(plan, tokens, x, call, weight, one, planner.forced_strategy(call.strategy, environment))
 
 
 def _fused(
@@ -110,16 +111,17 @@ def _plan(
     few: bool,
     one: bool,
     alone: bool,
+    little: bool,
     graph: bool,
     rank: int,
     A_dtype: torch.dtype,
     dtype: torch.dtype,
     device: torch.device,
     why: str | None,
-    forced: str | None,
-    where: str,
+    strategy: str | None,
+    environment: str | None,
 ) -> Plan:
-    plan = planner.plan_of(many, rank, dtype, device, forced, where)
+    plan = planner.plan_of(many, rank, dtype, device, strategy, environment)
     if why is not None or plan.strategy == "composite":
         return plan._replace(why=why or plan.reason)
     if A_dtype != dtype and (A_dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16)):
@@ -133,6 +135,8 @@ def _plan(
         return plan._replace(nodes=1, why="few tokens: the unfolded form as one node costs least", unfolded=True)
     if one and alone:
         return plan._replace(nodes=1, why="no other layer has these factors: nothing to share")
+    if one and little and device.type == "cpu":
+        return plan._replace(nodes=1, why="little work on x: less than a second node costs the host")
     return plan._replace(nodes=2, why="siblings on the same x share one u = x A")
 
 
@@ -162,7 +166,7 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     if in_graph:
         if call.shares:
             A, B = call.group.A.view(A, call.owner), call.group.B.view(B, call.owner)
-        return LoTRFunction.apply(x, weight, bias, A, B, call.core, call)
+        return LoTRFunction.run(x, weight, bias, A, B, call.core, call)
     factors = here(x.device, A, B, call.core)
     operands = call.cast(x, weight, bias)
     return ops.layer_forward(*operands, *factors, call.scaling, plan.order, plan.unfolded)[0]
@@ -235,11 +239,11 @@ def _shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
             group.A.view(A, call.owner)  # that the owner has been here, as a new round begins when it comes again
         return found
     seed = found.drawn(x.device) if call.p else None
-    values = A if call.bank is None else scope.cast(group.A, A, call.compute)
+    values = A if call.bank is None or A.dtype == call.compute else scope.cast(group.A, A, call.compute)
     if graph and (A.requires_grad or x.requires_grad):
         view = group.A.view(A, call.owner) if call.shares else A
         values = view if values is A else values
-        found.u, found.route = LoTRShrink.apply(x, view, call, weakref.ref(found), values, seed)
+        found.u, found.route = LoTRShrink.run(x, view, call, weakref.ref(found), values, seed)
     else:
         with torch.no_grad():
             found.u = ops.shrink(rows(to(x, call.compute)), *here(x.device, values), p=call.p, seed=seed)
@@ -261,7 +265,7 @@ def _expand(
             F = bank.F if trained or not bank.F.requires_grad else bank.F.detach()  # another layer's core may be trained alone
     if in_graph:
         view = B if F is not None or not call.shares else call.group.B.view(B, call.owner)
-        return LoTRExpand.apply(route, u, view, core, F, y, base, call, found)
+        return LoTRExpand.run(route, u, view, core, F, y, base, call, found)
     F_l = None if F is None else F[call.l]
     values = here(u.device, B, core)
     if y is None:
@@ -276,7 +280,7 @@ def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:
     """drop(x) in torch's products, by the mask of all siblings on x where our kernel can draw it from the seed."""
     if not call.p:
         return x
-    eager = not (is_compiling() or jit_tracing() is not None or functorch_active() or forward_mode()) and type(x) in _PLAIN
+    eager = not (is_compiling() or jit_tracing() is not None or transformed()) and type(x) in _PLAIN
     if not eager or planner.obstacle_to_kernels(0, x.dtype, x.device) is not None:
         return nnf.dropout(x, call.p)
     group, settings = call.group, (call.compute, call.dtype, call.p)

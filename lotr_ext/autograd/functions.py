@@ -15,12 +15,12 @@ import weakref
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import ops
 from ..compat import (
     OLD_VMAP,
+    Node,
     dispatch_key_included,
     functorch_active,
     graph_task,
@@ -47,7 +47,7 @@ def kept_core(core: Tensor) -> Tensor:
     return core if keeps_all_by_itself() else core.detach().clone()
 
 
-class LoTRFunction(Function):
+class LoTRFunction(Node):
     """y = x W^T + bias + s ((x A) G) B^T as one node.
 
     apply(x [..., k], weight [n, k], bias [n] or None, A [k, r_in], B [n, r_out], core [r_in, r_out], scaling) -> [..., n].
@@ -134,7 +134,7 @@ class LoTRFunction(Function):
         return (next(found) if need else None for need in needs)
 
 
-class LoTRShrink(Function):
+class LoTRShrink(Node):
     """u = drop(x) A and route.   backward: dx += drop(k A^T),  dA += drop(x)^T k, with k, dx as the siblings summed them.
 
     apply(x [..., k], A [k, r_in], call, shared_input, A_cast, seed) -> u [m, r_in], route [..., k], in the dtype to compute in.
@@ -200,7 +200,7 @@ class LoTRShrink(Function):
         return dx, dA
 
 
-class LoTRExpand(Function):
+class LoTRExpand(Node):
     """y = x W^T + bias + u F^T, or y + u F^T, with F = s B G^T.
 
     backward: dx = g W,  k = g F,  Q = g^T u,  dB += s Q G,  dG = s Q^T B, where dx and k go to the siblings' sums.

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from ..compat import at_end_of_backward, graph_task
+from ..compat import Node, at_end_of_backward, graph_task
 from ..ops import accumulate_dtype
 
 
@@ -96,7 +95,7 @@ class SharedGradient(TaskSums):
             self._users.add(id(user))
         view = None if self._view is None else self._view()
         if view is None:
-            view = LoTRShared.apply(self, None, param)
+            view = LoTRShared.run(self, None, param)
             self._view = weakref.ref(view)
         return view
 
@@ -135,7 +134,7 @@ class SharedGradient(TaskSums):
         return (grad,)
 
 
-class LoTRShared(Function):
+class LoTRShared(Node):
     """The node of a shared gradient: value, or params' only one, stands for params in the graph.
 
     backward: `SharedGradient.flush` of the sum.

@@ -23,7 +23,7 @@ from torch.nn import functional as nnf
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
-from ..compat import forward_mode, functorch_active, jit_tracing
+from ..compat import jit_tracing, transformed
 from ..ops import composite, planner
 from ..ops.composite import base_linear, rows, to
 from ..ops.library import lotr
@@ -215,13 +215,12 @@ def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy) -> Ten
     call.dtype, call.compute = dtype, dtype or x.dtype
     tokens = x.numel() // x.shape[-1]
     known = isinstance(tokens, int)  # else any: no guard on how many
-    forced = planner.forced_strategy(strategy)
-    many = not known or tokens >= planner.BETA_TOKENS
+    many, forced = not known or tokens >= planner.BETA_TOKENS, (strategy, planner.environment_strategy())
     call.plan = planner.plan_of(many, max(core.shape), call.compute, x.device, *forced)
-    if known and tokens < planner.FEW_TOKENS and x.device.type == "cpu" and forced[0] is None:  # the fold takes longer than x A
+    if known and tokens < planner.FEW_TOKENS and x.device.type == "cpu" and not any(forced):  # the fold takes longer than x A
         call.plan = _COMPOSITE
     half = call.compute in (torch.bfloat16, torch.float16)
-    ours = call.plan.strategy != "composite" and not (type(x) in _PLAIN or functorch_active() or forward_mode())
+    ours = call.plan.strategy != "composite" and not (type(x) in _PLAIN or transformed())
     if not ours or not all(t.dtype == call.compute or (half and t.dtype == torch.float32) for t in (A, B, core)):
         y = base_linear(x, weight, bias, dtype) if y is None else y
         delta = composite.adapter(nnf.dropout(x, p) if p else x, A, B, core, scaling, call.compute)

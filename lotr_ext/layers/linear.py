@@ -88,7 +88,9 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         return nnf.linear(x, self.weight, self.bias)
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
-        return call_linear(x, self.weight, self.bias, A, B, call)
+        own = self._parameters
+        weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
+        return call_linear(x, weight, bias, A, B, call)
 
     def _matrix(self) -> Tensor:
         return self.weight

@@ -29,7 +29,12 @@ STRATEGIES = ("composite", "two_pass", "beta", "fused")
 ORDERS = {"composite": 0, "two_pass": 0, "beta": 1, "fused": 2}  # as the operators of a layer take a strategy
 FUSED_MAX_RANK = 128
 BETA_TOKENS = 1024
-FEW_TOKENS = 128  # below, a second autograd node costs more than sharing saves, and the unfolded form less than folding
+FEW_TOKENS = 128  # below, the unfolded form costs less than folding
+# One pass over x in multiplications, x.numel() (r + READING): to read an element takes as long as 16 of them. On a CPU siblings
+# save less by sharing it than a second autograd node costs the host, if it is below ONE_NODE_WORK: measured of q, k and v that
+# are 128 to 768 wide, where two nodes begin to win from 2^17 elements of x at rank 16 and from 2^15 at rank 64.
+READING = 16
+ONE_NODE_WORK = 2**22
 CUDA_MAX_RANK = 256
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
@@ -150,12 +155,15 @@ def plan(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, strat
 
     Raises ValueError for an unknown strategy or one that cannot run, forced by argument or by LOTR_STRATEGY.
     """
-    return plan_of(tokens >= BETA_TOKENS, rank, dtype, device, *forced_strategy(strategy))
+    return plan_of(tokens >= BETA_TOKENS, rank, dtype, device, strategy, environment_strategy())
 
 
-def forced_strategy(strategy: str | None) -> tuple[str | None, str]:
-    """(the strategy that is forced, or None; by whom): by an argument, else by LOTR_STRATEGY in the environment."""
-    return (strategy, "strategy") if strategy is not None else (os.environ.get("LOTR_STRATEGY") or None, "LOTR_STRATEGY")
+environment_strategy = functools.partial(os.environ.get, "LOTR_STRATEGY")
+
+
+def forced_strategy(strategy: str | None, environment: str | None) -> tuple[str | None, str]:
+    """(the strategy that is forced, or None; by whom): by an argument, else by what `environment_strategy` says."""
+    return (strategy, "strategy") if strategy is not None else (environment or None, "LOTR_STRATEGY")
 
 
 def plan_function(x: Tensor, core: Tensor, graph: bool) -> Plan:
@@ -173,8 +181,11 @@ def is_unfolded(tokens: int, dtype: torch.dtype, device: torch.device, graph: bo
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(many: bool, rank: int, dtype: torch.dtype, device: torch.device, forced: str | None, where: str) -> Plan:
+def plan_of(
+    many: bool, rank: int, dtype: torch.dtype, device: torch.device, strategy: str | None, environment: str | None
+) -> Plan:
     """`plan`, remembered: these few answers come again in every call."""
+    forced, where = forced_strategy(strategy, environment)
     obstacle = obstacle_to_kernels(rank, dtype, device)
     if forced is not None:
         check_strategy(forced, where)

@@ -16,10 +16,17 @@ from torch import Tensor, nn
 
 import lotr_ext
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr
+from lotr_ext.ops import planner
 
 PACKAGE = str(Path(lotr_ext.__file__).parent)
 WIDTH, RANK = 32, 4
 TOKENS = (1, 16, 160)  # the unfolded form, and the one where siblings share
+
+
+@pytest.fixture(autouse=True, params=[0, 2**22], ids=["two nodes", "one node"])
+def node_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """160 tokens of this width take two nodes as those of wide layers do, or one."""
+    monkeypatch.setattr(planner, "ONE_NODE_WORK", request.param)
 
 
 class Chain(nn.Module):

@@ -335,4 +335,4 @@ def test_bad_input(timed, monkeypatch) -> None:
     monkeypatch.setenv("LOTR_STRATEGY", "beta")
     with pytest.raises(ValueError, match="LOTR_STRATEGY: expected none"):
         tune(layers(), 4)
-    assert not timed and planner.forced_strategy(None)[0] == "beta"
+    assert not timed and planner.environment_strategy() == "beta"

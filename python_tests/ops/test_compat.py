@@ -32,15 +32,15 @@ def backward(look, **settings) -> None:
 
 def test_what_is_going_on_around_a_call():
     assert not compat.dispatch_modes() and not compat.functorch_active() and compat.jit_tracing() is None
-    assert not compat.any_autocast() and not compat.forward_mode() and compat.saved_tensor_hook(False) is None
+    assert not compat.any_autocast() and not compat.transformed() and compat.saved_tensor_hook(False) is None
     with FlopCounterMode(display=False):
         assert compat.dispatch_modes() == 1
     with torch.autocast("cpu", torch.bfloat16):
         assert compat.any_autocast()
     with forward_ad.dual_level():
-        assert compat.forward_mode()
+        assert compat.transformed() and not compat.functorch_active()
     seen = []
-    torch.vmap(lambda t: seen.append(compat.functorch_active()) or t)(torch.ones(2))
+    torch.vmap(lambda t: seen.append(compat.functorch_active() and compat.transformed()) or t)(torch.ones(2))
     torch.jit.trace(lambda t: seen.append(compat.jit_tracing() is not None) or t + 1, torch.ones(2), check_trace=False)
     assert seen == [True, True]
     pack = lambda t: t  # noqa: E731
@@ -54,6 +54,25 @@ def test_batched_gradients_are_told():
     y = Probe.apply(x * 1, x * 1, lambda ctx: seen.append(compat.dispatch_key_included(compat.OLD_VMAP)))
     torch.autograd.grad(y, x, torch.ones(3, 2), is_grads_batched=True)
     assert seen == [True] and not compat.dispatch_key_included(compat.OLD_VMAP)
+
+
+def test_a_node_runs_as_it_applies():
+    class Scaled(compat.Node):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x * factor
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.factor, None
+
+    x, left = torch.ones(2, requires_grad=True), []
+    torch.func.grad(lambda t: left.append(t) or t.sum())(torch.ones(2))  # what a transform leaves behind
+    for way in (Scaled.apply, Scaled.run):
+        y = way(x, 3.0)
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 3 * torch.ones(2))
+        assert torch.equal(way(left[0], 3.0).detach(), 3 * torch.ones(2))
 
 
 def test_the_running_backward():
