@@ -63,6 +63,7 @@ def wants(ctx, i: int) -> bool:
 
 # for writes into tensors that no one else holds: in-place operators then move no version counter
 private_write = torch._C._AutoDispatchBelowADInplaceOrView
+below_in_place = torch._C._after_ADInplaceOrView_keyset  # the dispatch keys after the one at which version counters move
 
 
 def same_storage(one: torch.UntypedStorage, other: torch.UntypedStorage) -> bool:

@@ -61,8 +61,8 @@ def plan_call(
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
     environment = planner.environment_strategy()
     plan = _plan(
-        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, not call.shares, little, is_grad_enabled(), max(ranks)),
-        *(A.dtype, call.compute, device or x.device, why, call.strategy, environment),
+        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, not call.shares, little, is_grad_enabled()),
+        *(max(ranks), A.dtype, call.compute, device or x.device, why, call.strategy, environment),
     )
     if tuned.on and purpose != "tune" and plan.nodes and weight is not None and not (call.strategy or environment):
         plan = tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..compat import private_write
+from ..compat import below_in_place, private_write
 
 
 def _load() -> None:
@@ -64,7 +64,7 @@ def bump_versions(name: str) -> None:
             labels = ", ".join(label for label, _ in values)
             refuse_gradients(name, *args, *kwargs.values(), why=f" (it writes {labels} in place)")
         with private_write():
-            result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+            result = op.redispatch(keyset & below_in_place, *args, **kwargs)
         for _, value in values:
             torch.autograd.graph.increment_version(value)
         return result

@@ -116,5 +116,9 @@ def test_private_writes_move_no_version_and_storages_are_told_apart():
     with compat.private_write():
         t.add_(1)
     assert t._version == 0 and torch.equal(t, torch.full((2,), 2.0))
+    keys = torch._C._dispatch_keys(t)
+    assert keys.has(torch._C.DispatchKey.ADInplaceOrView) and keys.has(torch._C.DispatchKey.CPU)
+    below = keys & compat.below_in_place
+    assert not below.has(torch._C.DispatchKey.ADInplaceOrView) and below.has(torch._C.DispatchKey.CPU)
     storage, other = t.untyped_storage(), torch.ones(2).untyped_storage()
     assert compat.same_storage(storage, t[1:].untyped_storage()) and not compat.same_storage(storage, other)
