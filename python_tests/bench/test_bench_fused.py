@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -56,6 +57,18 @@ def test_what_the_model_says() -> None:
         fused.model(8, 8, 8, 8, "a100")
     with pytest.raises(ValueError, match="r: expected 1 to 128, got 129"):
         fused.model(8, 8, 8, 129, "h100")
+
+
+def test_scouts_fit_the_last_wave() -> None:
+    """At 2,048 tokens, two waves with four idle places of clusters: as many scouts cost next to nothing, eight a third wave."""
+    planned = fused.Tickets.planned(2048, 4096, 16, 132)
+    assert planned.scouts == 4 and fused.model(2048, 4096, 4096, 16, "h100").adds < 0.01
+    more = dataclasses.replace(planned, scouts=8)
+    plain, (four, _), (eight, _) = (
+        fused.makespan(planned, 66, 64, 0.0, None)[0],
+        *(fused.makespan(t, 66, 64, 0.35, 0.3) for t in (planned, more)),
+    )
+    assert four / plain < 1.02 and eight / plain > 1.15
 
 
 def test_the_plan(capsys) -> None:

@@ -20,6 +20,8 @@ import pytest
 import torch
 import yaml
 
+from lotr_ext.ops import tuned
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 SITE_PAGES = sorted(DOCS.rglob("*.md"))
@@ -48,6 +50,7 @@ def test_every_fence_has_a_language_that_is_tested(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_name)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where tune keeps its answers
     if not (ROOT / "data").is_dir():
         pytest.skip("data/ is missing: run make setup")
     (tmp_path / "data").symlink_to(ROOT / "data")
@@ -72,6 +75,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
         if torch.distributed.is_initialized():  # a block that failed before the page's last
             torch.distributed.destroy_process_group()
         torch.compiler.reset()
+        tuned.load()  # a page that tunes leaves no answers to the next
     capsys.readouterr()
     if page.name == "README.md":
         assert type(names["plain"].encoder.layer[0].attention.self.query) is torch.nn.Linear
