@@ -92,6 +92,18 @@ def _ours(strategy: str | None) -> Make:
     return make
 
 
+def _compiled(make: Make) -> Make:
+    """By torch.compile for the very shape."""
+
+    def compiled(t: Tensors, case: Case) -> Rival:
+        rival = make(t, case)
+        torch._dynamo.reset()  # else the compiler generalises over the cases before
+        rival.name, rival.layer = f"{rival.name} compiled", torch.compile(rival.layer, dynamic=False)
+        return rival
+
+    return compiled
+
+
 FLOOR, LORA_EAGER, OURS = "frozen", "lora-eager", "lotr_ext"
 RIVALS: dict[str, Make] = {
     FLOOR: _frozen,
@@ -111,12 +123,16 @@ RIVALS: dict[str, Make] = {
     "lotr_ext-beta": _ours("beta"),
     "lotr_ext-fused": _ours("fused"),
     "lotr_ext-composite": _ours("composite"),
+    "lotr_ext-compiled": _compiled(_ours(None)),
+    "lotr_ext-two_pass-compiled": _compiled(_ours("two_pass")),
+    "lotr_ext-composite-compiled": _compiled(_ours("composite")),
 }
 # What a library's own products can do for LoRA, without a kernel written for it.
 LIBRARY_ONLY = (LORA_EAGER, "lora-in-place", "lora-in-place-beta", "lora-peft", "lora-compiled")
 EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion", "lotr_ext-fused")  # compiling takes seconds; the others need a GPU
 AUTOTUNED = ("frozen-autotuned", "lora-autotuned")  # on request: a search of most of a minute a case
-DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED)]
+COMPILED = ("lotr_ext-compiled", "lotr_ext-two_pass-compiled", "lotr_ext-composite-compiled")  # on request as well
+DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED, *COMPILED)]
 
 
 def available(names: list[str]) -> list[str]:

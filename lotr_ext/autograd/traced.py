@@ -173,9 +173,10 @@ class _Expand(Function):
         need_x, need_u, need_B, need_core = ctx.needs_input_grad[:4]
         x, weight, bias = base
         F = ops.fold(B, core.unsqueeze(0), call.scaling, u.dtype).squeeze(0)
-        ctx.beta, ctx.total = call.plan.order > 0, B.grad_fn.total if need_B else None
+        ctx.order = min(call.plan.order, 1)  # all in one launch would make u anew for each sibling
+        ctx.total = B.grad_fn.total if need_B else None
         if y is None:
-            y = lotr.layer_forward.default(x, weight, bias, None, B, core, call.scaling, ctx.beta, u, F)[0]
+            y = lotr.layer_forward.default(x, weight, bias, None, B, core, call.scaling, ctx.order, u, F)[0]
         else:
             y = add_expand(y, u, F)
         ctx.save_for_backward(weight if need_x else None, F if need_u else None, u if need_B or need_core else None, B, core)
@@ -200,7 +201,7 @@ class _Expand(Function):
         dB = ctx.total.accumulator() if need_B else None
         g = to(g, call.compute).contiguous()
         new_dx, new_k, _, _, dcore = lotr.layer_backward_.default(
-            *(g, weight, x, u, A, F, B, core, call.scaling, ctx.beta, k, None if weight is None else found.dx, None, dA, dB),
+            *(g, weight, x, u, A, F, B, core, call.scaling, ctx.order, k, None if weight is None else found.dx, None, dA, dB),
             *(False, need_core, found.p if A is not None else 0.0, seed),
         )
         if weight is not None and found.dx is None:

@@ -286,8 +286,9 @@ def test_memory_that_is_not_there(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.full
-def test_the_compiled_rival_equals_the_formula():
-    rival, expected = made("lora-compiled", CASE)
+@pytest.mark.parametrize("name", ["lora-compiled", *rivals.COMPILED])
+def test_the_compiled_rivals_equal_the_formula(name):
+    rival, expected = made(name, CASE)
     assert truth.check(rival, expected) <= truth.TOLERANCE["fp32"]
 
 
