@@ -1,214 +1,18 @@
-// Host-side argument checks of the lotr operators, shared by the CPU and the CUDA front ends.
-//
-// Every check runs before anything is written, and every error names the operator, the argument, what was
-// expected and what was got. m tokens, k in, n out, r rank, l layer.
+// What each operator expects of its arguments, on CPU and CUDA alike: the single products, then those of one
+// direction of a whole layer. Every check runs before anything is written. m tokens, k in, n out, r rank, l
+// layer.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <cmath>
-#include <cstdint>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
+#include "arg.h"
 
 namespace lotr {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// A plain exception instead of STD_TORCH_CHECK, whose message starts with a source file and line.
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-inline const char* dtype_name(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return "torch.float32";
-    case ScalarType::Double:
-      return "torch.float64";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
-    case ScalarType::Half:
-      return "torch.float16";
-    case ScalarType::Int:
-      return "torch.int32";
-    case ScalarType::Long:
-      return "torch.int64";
-    case ScalarType::Bool:
-      return "torch.bool";
-    default:
-      return torch::headeronly::toString(t);  // its own name: Short, Byte, ComplexFloat
-  }
-}
-
-inline const char* device_name(int32_t type) {
-  return type == aoti_torch_device_type_cpu()    ? "cpu"
-         : type == aoti_torch_device_type_cuda() ? "cuda"
-         : type == aoti_torch_device_type_meta() ? "meta"
-                                                 : "another device";
-}
-
-inline bool is_half(ScalarType t) {
-  return t == ScalarType::BFloat16 || t == ScalarType::Half;
-}
-inline bool is_supported(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::Double || is_half(t);
-}
-inline int64_t item_size(ScalarType t) {
-  return t == ScalarType::Float    ? 4
-         : t == ScalarType::Double ? 8
-         : is_half(t)              ? 2
-                                   : 1;  // of others only whether there is memory
-}
-// The type sums are kept in: float32, and float64 for float64.
-inline ScalarType acc_dtype(ScalarType t) {
-  return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// What the checks and the kernels need to know about a tensor, read once (each read is a call into libtorch).
-struct Arg {
-  const char* name;
-  AtenTensorHandle handle;
-  ScalarType dtype;
-  int64_t dim;
-  const int64_t* size;    // borrowed from the tensor
-  const int64_t* stride;  // borrowed from the tensor, in elements
-  int32_t device_type;
-  int32_t device_index;
-
-  Arg(const char* name, const Tensor& t) : name(name), handle(t.get()), dtype(t.scalar_type()), dim(t.dim()) {
-    int64_t* borrowed = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &borrowed));
-    size = borrowed;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &borrowed));
-    stride = borrowed;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
-  }
-
-  std::string shape() const {
-    std::ostringstream s;
-    s << "[";
-    for (int64_t i = 0; i < dim; ++i) s << (i ? ", " : "") << size[i];
-    s << "]";
-    return s.str();
-  }
-};
-
-// The checks of one operator call; `op` is the name used in messages.
-struct Check {
-  const char* op;
-
-  // Of an operator's first argument: a dtype that the kernels exist for, and memory.
-  void supported(const Arg& a) const {
-    memory(a);
-    if (!is_supported(a.dtype)) {
-      fail(op, ": ", a.name,
-           ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
-           dtype_name(a.dtype));
-    }
-  }
-  void dtype(const Arg& a, ScalarType expected) const {
-    if (a.dtype != expected) {
-      fail(op, ": ", a.name, ": expected dtype ", dtype_name(expected), ", got ", dtype_name(a.dtype));
-    }
-  }
-  // A factor: in the activations' dtype, or float32 beside bfloat16 and float16 activations (it is rounded,
-  // as autocast would).
-  void factor(const Arg& a, ScalarType activations) const {
-    if (a.dtype == activations || (is_half(activations) && a.dtype == ScalarType::Float)) return;
-    fail(op, ": ", a.name, ": expected dtype ", dtype_name(activations),
-         is_half(activations) ? " or torch.float32" : "", ", got ", dtype_name(a.dtype));
-  }
-  void device(const Arg& a, const Arg& like) const {
-    if (a.device_type != like.device_type || a.device_index != like.device_index) {
-      fail(op, ": ", a.name, ": expected the device of ", like.name, " (", device_name(like.device_type),
-           ", index ", like.device_index, "), got ", device_name(a.device_type), ", index ", a.device_index);
-    }
-    memory(a);
-  }
-  // A storage may have been freed, as sharded training does between two uses.
-  void memory(const Arg& a) const {
-    int64_t elements = 1, reach = 1, offset = 0, bytes = 0;
-    for (int64_t i = 0; i < a.dim; ++i) elements *= a.size[i], reach += (a.size[i] - 1) * a.stride[i];
-    if (elements == 0) return;
-    const void* data = nullptr;
-    const bool known = torch_get_const_data_ptr(a.handle, &data) == 0 &&
-                       aoti_torch_get_storage_offset(a.handle, &offset) == 0 &&
-                       aoti_torch_get_storage_size(a.handle, &bytes) == 0;
-    if (!known || !data || bytes < (offset + reach) * item_size(a.dtype))
-      fail(op, ": ", a.name, ": expected a tensor with memory, got one whose memory is gone, of shape ",
-           a.shape());
-  }
-  void dims(const Arg& a, int64_t dim, const char* what) const {
-    if (a.dim != dim)
-      fail(op, ": ", a.name, ": expected a ", dim, "-D tensor ", what, ", got shape ", a.shape());
-  }
-  void size(const Arg& a, int64_t axis, int64_t expected, const char* what) const {
-    if (a.size[axis] != expected) {
-      fail(op, ": ", a.name, ": expected size ", expected, " in dimension ", axis, " (", what,
-           "), got shape ", a.shape());
-    }
-  }
-  // K, N and r are at least one; only M may be zero.
-  void positive(const Arg& a, int64_t axis, const char* what) const {
-    if (a.size[axis] < 1) {
-      fail(op, ": ", a.name, ": expected at least 1 in dimension ", axis, " (", what, "), got shape ",
-           a.shape());
-    }
-  }
-  // A tensor that is written must not visit one element twice, as an expanded or overlapping one does: each
-  // dimension has to step over all that the ones with smaller strides reach.
-  void writable(const Arg& a) const {
-    int64_t reach = 0, last = 0;
-    for (int64_t i = 0; i < a.dim; ++i)
-      if (a.size[i] == 0) return;
-    for (int64_t done = 0; done < a.dim; ++done) {
-      int64_t next = -1;  // the smallest stride that is left; a handful of dimensions
-      for (int64_t i = 0; i < a.dim; ++i) {
-        const bool left = a.size[i] > 1 && (a.stride[i] > last || (a.stride[i] == 0 && done == 0));
-        if (left && (next < 0 || a.stride[i] < a.stride[next])) next = i;
-      }
-      if (next < 0) break;
-      int64_t same = 0;
-      for (int64_t i = 0; i < a.dim; ++i) same += a.size[i] > 1 && a.stride[i] == a.stride[next];
-      if (a.stride[next] <= reach || same > 1) {
-        fail(op, ": ", a.name,
-             ": expected a tensor without repeated elements (it is written in place), got stride ",
-             a.stride[next], " in dimension ", next, " of shape ", a.shape());
-      }
-      last = a.stride[next], reach += (a.size[next] - 1) * last;
-    }
-  }
-  void finite(const char* name, double value) const {
-    if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);
-  }
-  // Dropout probability and its seed.
-  void dropout(double p, const std::optional<Tensor>& seed, const Arg& like) const {
-    if (!(p >= 0.0 && p < 1.0)) fail(op, ": p: expected a probability in [0, 1), got ", p);
-    if (p == 0.0) return;
-    if (!seed) fail(op, ": seed: expected an int64 tensor of one element because p = ", p, ", got None");
-    Arg s("seed", *seed);
-    dtype(s, ScalarType::Long);
-    int64_t numel = 1;
-    for (int64_t i = 0; i < s.dim; ++i) numel *= s.size[i];
-    if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", s.shape());
-    device(s, like);
-  }
-};
 
 // Sizes of a checked call. What an operator does not have stays 0.
 struct Sizes {
   int64_t m = 0, k = 0, n = 0, r = 0, r_in = 0, r_out = 0, l = 0;
 };
 
-inline Sizes check_shrink(const Arg& x, const Arg& A, double p, const std::optional<Tensor>& seed) {
+inline Sizes check_shrink(const Arg& x, const Arg& A, double p, const OptionalTensor& seed) {
   Check c{"lotr::shrink"};
   c.dims(x, 2, "[M, K]"), c.dims(A, 2, "[K, r]");
   c.supported(x), c.factor(A, x.dtype), c.device(A, x);
@@ -220,7 +24,7 @@ inline Sizes check_shrink(const Arg& x, const Arg& A, double p, const std::optio
 }
 
 inline Sizes check_expand_add(const Arg& y, const Arg& u, const Arg& F, double p,
-                              const std::optional<Tensor>& seed) {
+                              const OptionalTensor& seed) {
   Check c{"lotr::expand_add_"};
   c.dims(y, 2, "[M, N]"), c.dims(u, 2, "[M, r]"), c.dims(F, 2, "[N, r]");
   c.supported(y), c.dtype(u, y.dtype), c.factor(F, y.dtype), c.device(u, y), c.device(F, y);
@@ -234,7 +38,7 @@ inline Sizes check_expand_add(const Arg& y, const Arg& u, const Arg& F, double p
 }
 
 inline Sizes check_factor_grad(const Arg& acc, const Arg& x, const Arg& k, double p,
-                               const std::optional<Tensor>& seed) {
+                               const OptionalTensor& seed) {
   Check c{"lotr::factor_grad_"};
   c.dims(acc, 2, "[K, r]"), c.dims(x, 2, "[M, K]"), c.dims(k, 2, "[M, r]");
   c.supported(x), c.dtype(k, x.dtype), c.dtype(acc, acc_dtype(x.dtype)), c.device(k, x), c.device(acc, x);
@@ -367,6 +171,138 @@ inline Sizes check_small_backward(const Arg* dx, const Arg& g, const Arg* x, con
     c.size(*dB, 0, s.n, "N, as in B"), c.size(*dB, 1, s.r_out, "r_out, as in B"), c.writable(*dB);
   }
   return s;
+}
+
+// ---- a direction of a layer ----
+
+// What both directions of a layer know: the frozen weight [N, K] against the activations x [.., K] or g [..,
+// N].
+inline void check_weight(const Check& c, const Arg& weight, const Arg& like, int64_t n, int64_t k) {
+  c.dims(weight, 2, "[N, K]"), c.dtype(weight, like.dtype), c.device(weight, like);
+  c.size(weight, 0, n, "N, as in B"), c.size(weight, 1, k, "K");
+}
+
+// An output of a product that is added to: [rows, cols], in acc(T).
+inline void check_sum(const Check& c, const Arg* sum, const Arg& like, int64_t rows, int64_t cols,
+                      const char* what, const char* rows_what, const char* cols_what) {
+  if (!sum) return;
+  c.dims(*sum, 2, what), c.dtype(*sum, acc_dtype(like.dtype)), c.device(*sum, like), c.writable(*sum);
+  c.size(*sum, 0, rows, rows_what), c.size(*sum, 1, cols, cols_what);
+}
+
+inline void check_folded(const Check& c, const Arg& F, const Arg& like, const Sizes& s) {
+  c.dims(F, 2, "[N, r_in]"), c.factor(F, like.dtype), c.device(F, like);
+  c.size(F, 0, s.n, "N, as in B"), c.size(F, 1, s.r_in, "r_in, as in core");
+}
+
+inline void check_rows(const Check& c, const Arg& a, const Arg& like, int64_t m, int64_t cols,
+                       const char* what, const char* cols_what) {
+  c.dims(a, 2, what), c.dtype(a, like.dtype), c.device(a, like);
+  c.size(a, 0, m, "M, the tokens"), c.size(a, 1, cols, cols_what);
+}
+
+// The order of the products in a layer's operators, planner.Plan.order in Python.
+constexpr int64_t TWO_PASS = 0, BETA = 1, FUSED = 2;
+
+// Fused (the adapter inside the base product, cuda/gemm_lotr.h) is CUDA's alone.
+inline void check_strategy(const Check& c, int64_t strategy) {
+  if (strategy != TWO_PASS && strategy != BETA)
+    fail(c.op, ": strategy: expected 0 (two_pass) or 1 (beta) on a CPU, got ", strategy,
+         strategy == FUSED ? " (fused)" : "");
+}
+
+// A is there unless u is.
+inline Sizes check_layer_forward(const Check& c, const Arg& x, const Arg& weight, const Arg* bias,
+                                 const Arg* A, const Arg& B, const Arg& core, double scaling, const Arg* u,
+                                 const Arg* F, double p, const OptionalTensor& seed) {
+  c.supported(x);
+  if (!A == !u) fail(c.op, ": A: expected a tensor or None, with u the other, got ", A ? "both" : "neither");
+  Sizes s = check_core(c, x, core, B, scaling);
+  const Flat f = check_flat(c, x, "[.., K]");
+  s.m = f.rows, s.k = x.size[x.dim - 1];
+  if (A) {
+    check_A(c, *A, x), c.size(*A, 1, s.r_in, "r_in, as in core");
+    c.size(x, x.dim - 1, A->size[0], "K, as in A");
+  }
+  check_weight(c, weight, x, s.n, s.k);
+  if (bias) {
+    c.dims(*bias, 1, "[N]"), c.dtype(*bias, x.dtype), c.device(*bias, x), c.size(*bias, 0, s.n, "N, as in B");
+  }
+  if (u) check_rows(c, *u, x, s.m, s.r_in, "[M, r_in]", "r_in, as in core");
+  if (F) check_folded(c, *F, x, s);
+  c.dropout(p, seed, x);
+  return s;
+}
+
+// x or dx [.., K] beside g [.., N].
+inline void check_activations(const Check& c, const Arg& a, const Arg& g, int64_t m, int64_t k) {
+  const Flat f = check_flat(c, a, "[.., K]");
+  c.dtype(a, g.dtype), c.device(a, g), c.size(a, a.dim - 1, k, "K, as in A");
+  if (f.rows != m) fail(c.op, ": ", a.name, ": expected ", m, " tokens, as in g, got shape ", a.shape());
+}
+
+// The arguments of a backward that may be absent.
+struct BackwardArgs {
+  const Arg *weight = nullptr, *x = nullptr, *u = nullptr, *A = nullptr, *F = nullptr, *k = nullptr,
+            *dx = nullptr, *Q = nullptr, *dA = nullptr, *dB = nullptr;
+};
+
+inline Sizes check_layer_backward(const Check& c, const Arg& g, const BackwardArgs& b, const Arg& B,
+                                  const Arg& core, double scaling, double p, const OptionalTensor& seed) {
+  c.supported(g);
+  Sizes s = check_core(c, g, core, B, scaling);
+  s.m = check_flat(c, g, "[.., N]").rows;
+  c.size(g, g.dim - 1, s.n, "N, as in B");
+  if (b.A) check_A(c, *b.A, g), c.size(*b.A, 1, s.r_in, "r_in, as in core"), s.k = b.A->size[0];
+  if (b.weight) {
+    if (!b.A && b.weight->dim == 2) s.k = b.weight->size[1];
+    check_weight(c, *b.weight, g, s.n, s.k);
+  }
+  if (b.x && !(b.A && b.F)) fail(c.op, ": x: expected None without A and F, got a tensor");
+  if (b.dx && !b.weight) fail(c.op, ": weight: expected a tensor because dx is given, got None");
+  if (b.dA && !b.x) fail(c.op, ": x: expected a tensor because dA is given, got None");
+  if ((b.Q || b.dB) && !b.u) fail(c.op, ": u: expected a tensor because Q or dB is given, got None");
+  if (b.x) check_activations(c, *b.x, g, s.m, s.k);
+  if (b.dx) check_activations(c, *b.dx, g, s.m, s.k), c.writable(*b.dx);
+  if (b.u) check_rows(c, *b.u, g, s.m, s.r_in, "[M, r_in]", "r_in, as in core");
+  if (b.k) check_rows(c, *b.k, g, s.m, s.r_in, "[M, r_in]", "r_in, as in core");
+  if (b.F) check_folded(c, *b.F, g, s);
+  check_sum(c, b.Q, g, s.n, s.r_in, "[N, r_in]", "N, as in B", "r_in, as in core");
+  check_sum(c, b.dA, g, s.k, s.r_in, "[K, r_in]", "K, as in A", "r_in, as in core");
+  check_sum(c, b.dB, g, s.n, s.r_out, "[N, r_out]", "N, as in B", "r_out, as in B");
+  c.dropout(p, seed, g);
+  return s;
+}
+
+inline Sizes check_small_layer_backward(const Check& c, const Arg& g, const BackwardArgs& b, const Arg& B,
+                                        const Arg& core, double scaling, bool need_u) {
+  BackwardArgs folded = b;
+  folded.x = folded.dA = nullptr;  // which there need F; here they are checked below
+  const Sizes s = check_layer_backward(c, g, folded, B, core, scaling, 0.0, std::nullopt);
+  if (need_u && !b.u) fail(c.op, ": u: expected a tensor because need_B or need_core is set, got None");
+  if (b.dA && !b.x) fail(c.op, ": x: expected a tensor because dA is given, got None");
+  if (b.x) check_activations(c, *b.x, g, s.m, s.k);
+  check_sum(c, b.dA, g, s.k, s.r_in, "[K, r_in]", "K, as in A", "r_in, as in core");
+  return s;
+}
+
+inline void check_shrink_backward(const Check& c, const Arg& k, const Arg* dx, const Arg* x, const Arg* A,
+                                  const Arg* dA, double p, const OptionalTensor& seed) {
+  c.supported(k), c.dims(k, 2, "[M, r]");
+  if (!dx != !A) fail(c.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
+  if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");
+  const int64_t m = k.size[0], r = k.size[1];
+  if (dx) {
+    const int64_t width = dx->dim ? dx->size[dx->dim - 1] : 0;
+    check_A(c, *A, k), c.size(*A, 0, width, "K, as in dx"), c.size(*A, 1, r, "r, as in k");
+    check_activations(c, *dx, k, m, width), c.writable(*dx);
+  }
+  if (x) {
+    const int64_t width = x->dim ? x->size[x->dim - 1] : 0;
+    check_activations(c, *x, k, m, width);
+    check_sum(c, dA, k, width, r, "[K, r]", "K, as in x", "r, as in k");
+  }
+  c.dropout(p, seed, k);
 }
 
 }  // namespace lotr

@@ -8,8 +8,6 @@
 
 namespace lotr {
 
-using OptionalTensor = std::optional<Tensor>;
-
 inline cpu::Dtype cpu_dtype(ScalarType t) {
   switch (t) {
     case ScalarType::Float:
@@ -79,12 +77,6 @@ inline cpu::Drop drop(double p, const OptionalTensor& seed) {
   return d;
 }
 
-inline std::optional<Arg> optional_arg(const char* name, const OptionalTensor& t) {
-  return t ? std::optional<Arg>(std::in_place, name, *t) : std::nullopt;
-}
-inline const Arg* pointer(const std::optional<Arg>& a) {
-  return a ? &*a : nullptr;
-}
 inline cpu::Mat written(const std::optional<Arg>& a) {
   return a ? written(*a) : cpu::Mat{};
 }

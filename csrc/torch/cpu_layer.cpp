@@ -25,7 +25,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check_layer.h"
+#include "check.h"
 #include "cpu/runtime.h"
 #include "cpu_args.h"
 

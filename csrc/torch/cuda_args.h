@@ -1,6 +1,6 @@
 // What a CUDA front end makes of an operator's arguments: the stream, workspaces, new outputs, matrices for
-// the launchers of cuda/launch.h.  cuda_operators.cpp (one kernel a call) and cuda_layer.cpp (a whole layer)
-// share it.
+// the launchers of cuda/launch.h.  cuda_operators.cpp (one kernel a call) and cuda_gemm_lotr.cpp (the adapter
+// in the base product) share it.
 //
 // Compiled by the host compiler and linked into the one extension module, which must import under a torch
 // without CUDA: so nothing of libtorch_cuda is linked, and the current stream is found when it is first asked
@@ -21,7 +21,6 @@
 
 namespace lotr {
 
-using OptionalTensor = std::optional<Tensor>;
 constexpr int MAX_DEVICES = 64;
 
 inline void* current_stream(int32_t device) {
@@ -216,13 +215,6 @@ inline Dropout dropout(double p, const OptionalTensor& seed) {
   if (p == 0.0) return {nullptr, 0, 1.f};
   return {static_cast<const int64_t*>(seed->const_data_ptr()), uint32_t(p * 4294967296.0),
           float(1.0 / (1.0 - p))};
-}
-
-inline std::optional<Arg> optional_arg(const char* name, const OptionalTensor& t) {
-  return t ? std::optional<Arg>(std::in_place, name, *t) : std::nullopt;
-}
-inline const Arg* pointer(const std::optional<Arg>& a) {
-  return a ? &*a : nullptr;
 }
 
 }  // namespace lotr

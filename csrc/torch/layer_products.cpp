@@ -19,12 +19,11 @@
 #include <tuple>
 #include <vector>
 
-#include "check_layer.h"
+#include "check.h"
 
 namespace lotr {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using torch::stable::detail::from;
 
 enum class Use { cuda, decomposed };
