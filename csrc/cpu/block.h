@@ -216,8 +216,8 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
   }
 }
 
-// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short,
-// a strided y or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null without
+// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short, a
+// strided y, a scale or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null without
 // dropout.
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
@@ -238,6 +238,8 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, con
     if (keep) {
       for (int64_t j = 0; j < cols; ++j)
         sums[j] = keep[i * kPanel + j] ? sums[j] * scale : typename K::Acc(0);
+    } else if (scale != 1) {
+      for (int64_t j = 0; j < cols; ++j) sums[j] *= scale;
     }
     if (bias) {
       for (int64_t j = 0; j < cols; ++j) sums[j] += bias[j];

@@ -230,7 +230,7 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
   }
 }
 
-// Rows [i0, i1) of y += scale * mask(u F^T), or without a scale: y += u F^T; y as `start` says. `panels`
+// Rows [i0, i1) of y += scale * mask(u F^T), or without dropout: y += scale * u F^T; y as `start` says. `panels`
 // holds F transposed, in panels of kPanel columns; u_units is u's rows as units, u_step bytes apart. `mask`
 // is a buffer for a block's rows.
 template <typename K>
@@ -272,7 +272,7 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
   }
   const bool add_bias = given || start.fresh;
   T* const top = static_cast<T*>(y.data) + i0 * y.rs + n0 * y.cs;
-  if (y.cs == 1 && cols == kPanel<K> && !drop.on) {
+  if (y.cs == 1 && cols == kPanel<K> && !drop.on && drop.scale == 1.0) {
     const auto whole = !add_bias     ? &expand_whole_rows<K, T, true, false>
                        : start.fresh ? &expand_whole_rows<K, T, false, true>
                                      : &expand_whole_rows<K, T, true, true>;

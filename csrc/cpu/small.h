@@ -117,6 +117,23 @@ struct Small {
     for (int64_t i = 0; i < n; ++i) out[i] = Narrow<T>::from(in[i]);
   }
 
+  // scaling u core, rounded to T. Where that leaves float16's range, u core, and the scaling in what is
+  // returned: it then comes last, as in s ((x A) G) B^T.
+  static Drop scaled_core(T* out, Acc* h, const Acc* u, int64_t m, const Mat& core, double scaling) {
+    Drop last;
+    times_core(h, u, m, core.rows, core.cols, core, core.rs, core.cs, Acc(scaling));
+    if constexpr (std::is_same_v<T, f16>) {
+      bool inside = true;
+      for (int64_t i = 0; i < m * core.cols; ++i) inside = inside && h[i] < Acc(65504) && h[i] > Acc(-65504);
+      if (!inside) {
+        times_core(h, u, m, core.rows, core.cols, core, core.rs, core.cs, Acc(1));
+        last.scale = scaling;
+      }
+    }
+    narrow(out, h, m * core.cols);
+    return last;
+  }
+
   static void forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
                       double scaling, const Start& start) {
     const int64_t m = x.rows, r_in = core.rows, r_out = core.cols;
@@ -126,9 +143,8 @@ struct Small {
     Acc* h = wide + m * r_in;
     T* h_t = reinterpret_cast<T*>(h + m * r_out);
     widen(wide, u);
-    times_core(h, wide, m, r_in, r_out, core, core.rs, core.cs, Acc(scaling));
-    narrow(h_t, h, m * r_out);
-    Ops::expand_add(y, dense(h_t, m, r_out, x.dtype), B, Drop{}, start);
+    const Drop last = scaled_core(h_t, h, wide, m, core, scaling);
+    Ops::expand_add(y, dense(h_t, m, r_out, x.dtype), B, last, start);
   }
 
   static void backward(const SmallBackward& s) {
@@ -155,9 +171,8 @@ struct Small {
     }
     if (s.dB.data || s.dcore.data) widen(u, s.u);
     if (s.dB.data) {
-      times_core(uc, u, m, r_in, r_out, s.core, s.core.rs, s.core.cs, Acc(s.scaling));
-      narrow(uc_t, uc, m * r_out);
-      Ops::factor_grad(s.dB, s.g, dense(uc_t, m, r_out, t), Drop{}, !s.fresh_dB);
+      const Drop last = scaled_core(uc_t, uc, u, m, s.core, s.scaling);
+      Ops::factor_grad(s.dB, s.g, dense(uc_t, m, r_out, t), last, !s.fresh_dB);
     }
     if (s.dcore.data) {
       Scratch sums(size_t(r_in * r_out) * sizeof(Acc));

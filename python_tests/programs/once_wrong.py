@@ -112,6 +112,13 @@ PROGRAMS: dict[str, str] = {
         for part in "AB"
         for dtype in ("float32", "bfloat16")
     },
+    **{
+        f"{part} changed in the model's forward, {dtype}": net(
+            UNSEEN, forward=f"self.l0(x) + 0 * torch.no_grad()(self.l2.{part}.mul_)(2).sum() + self.l2(x)", dtype=dtype
+        )
+        for part in ("factors.A", "factors.B", "core")
+        for dtype in ("float32", "bfloat16")
+    },
     "unload that is refused half-way": net(
         "prune.identity(net.l2, 'weight')\nw.may_refuse(lambda: w.unload(net))\n" + RUN_NET
     ),
@@ -126,6 +133,9 @@ PROGRAMS: dict[str, str] = {
     "float16: the folded factor overflows": pair(SMALL_LOSS, **LARGE),
     "float16: the folded factor overflows, double backward": pair(
         "y = l0(x)\n" + TWICE.format("f.B, l0.core", "f.B"), train="B", grad=False, **LARGE
+    ),
+    "float16: s u G overflows where s (u G) B^T does not": pair(
+        "with torch.no_grad(): f.B.mul_(0.01)\n" + SMALL_LOSS, **LARGE | {"scale": ", scale=1.0"}
     ),
     "no gradient for a core that is not in the loss": net(RUN_NET, forward="self.l0(x) + self.l2(x).detach()"),
     "training while merged": pair(MERGED + "if l0.merged: w.train_merged(l0, lambda: l0(x))\n"),

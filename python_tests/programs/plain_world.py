@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from programs.twin import LoTRFactors, LoTRLinear, Reads, apply_lotr, disabled, dropout_mask, layers_of, mixed
+from programs.twin import LoTRFactors, LoTRLinear, apply_lotr, disabled, dropout_mask, layers_of, mixed, read
 from programs.worlds import Decisions, Undecided, World, invertible
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -52,7 +52,7 @@ class Plain(World):
         if rows is not None:  # a core for each row of x
             core = core[torch.tensor(rows)].view(len(rows), *(1,) * (x.dim() - 3), *core.shape[1:])
             x = x.unsqueeze(1) if x.dim() == 2 else x
-        A = Reads.apply(A, x) if self.strict else A
+        A, B, core = read(x, A, B, core) if self.strict else (A, B, core)
         delta = ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
         y = y + delta.view(y.shape)
         self._look(y)

@@ -41,17 +41,25 @@ def dropout_mask(shape: torch.Size, p: float, seed: int) -> Tensor:
 
 
 class Reads(torch.autograd.Function):
-    """A, whose gradient needs x as it is: notices a change of x also where a product has saved a copy, for x's layout."""
+    """t, whose gradient, or (`recorded`) only that which is differentiated again, needs x as it is: notices a change of x also
+    where a product has saved a copy, for x's layout, or its result."""
 
     @staticmethod
-    def forward(ctx, A: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx, t: Tensor, x: Tensor, recorded: bool) -> Tensor:
+        ctx.recorded = recorded
         ctx.save_for_backward(x)
-        return A.detach()  # shares A's version, yet is no view of it
+        return t.detach()  # shares t's version, yet is no view of it
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ctx.saved_tensors  # noqa: B018
-        return grad, None
+        if torch.is_grad_enabled() or not ctx.recorded:
+            ctx.saved_tensors  # noqa: B018
+        return grad, None, None
+
+
+def read(x: Tensor, A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, ...]:
+    """A, B and core as a layer takes them: where A is trained, backward reads x for it, and a recorded one for them all."""
+    return tuple(Reads.apply(t, x, t is not A) for t in (A, B, core)) if A.requires_grad else (A, B, core)
 
 
 class LoTRFactors(nn.Module):
@@ -107,7 +115,7 @@ class LoTRLinear(nn.Module):
     def delta(self, x: Tensor, own: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
         """s ((x A) G) B^T in x's dtype."""
         A, B, core = (own(t).to(x.dtype) for t in (self.factors.A, self.factors.B, self.core))
-        A = Reads.apply(A, x) if self.strict else A
+        A, B, core = read(x, A, B, core) if self.strict else (A, B, core)
         return ((x @ A) @ core) @ B.mT * self.scaling
 
     def _mixed(self, x: Tensor) -> Tensor:
