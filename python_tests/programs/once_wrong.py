@@ -162,6 +162,7 @@ PROGRAMS: dict[str, str] = {
         CHANGED_A.format(1) + "w.backward('b', w.loss(3, y))\n", train="A", settings=", bias=False", tokens="5", grad=False
     ),
     "gradient of A after a merge": pair("y = l0(x)\n" + MERGED + OF_A, tokens="5"),
+    "gradient of A after a merge, without a bias": pair("y = l0(x)\n" + MERGED + OF_A, tokens="5", settings=", bias=False"),
     "gradient of A after a merge, shared u": pair("y = l0(x)\n" + MERGED + OF_A),
     "double backward after a change of an A": pair(
         CHANGED_A.format(0.5) + TWICE.format("l0.core", "f.A"), train="A", tokens="5", grad=False
