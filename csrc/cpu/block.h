@@ -216,9 +216,9 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
   }
 }
 
-// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short, a
-// strided y, a scale or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null without
-// dropout.
+// y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short,
+// a strided y, a scale or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null
+// without dropout.
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
                                 const typename K::Unit* f, int64_t n, const uint32_t* keep,

@@ -230,9 +230,9 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
   }
 }
 
-// Rows [i0, i1) of y += scale * mask(u F^T), or without dropout: y += scale * u F^T; y as `start` says. `panels`
-// holds F transposed, in panels of kPanel columns; u_units is u's rows as units, u_step bytes apart. `mask`
-// is a buffer for a block's rows.
+// Rows [i0, i1) of y += scale * mask(u F^T), or without dropout: y += scale * u F^T; y as `start` says.
+// `panels` holds F transposed, in panels of kPanel columns; u_units is u's rows as units, u_step bytes apart.
+// `mask` is a buffer for a block's rows.
 template <typename K>
 constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 // Few rows where there are registers to spare: out-of-order execution then sees the next block's loads and

@@ -41,13 +41,13 @@ def dropout_mask(shape: torch.Size, p: float, seed: int) -> Tensor:
 
 
 class Reads(torch.autograd.Function):
-    """t, whose gradient, or (`recorded`) only that which is differentiated again, needs x as it is: notices a change of x also
-    where a product has saved a copy, for x's layout, or its result."""
+    """t, whose gradient, or (`recorded`) only that which is differentiated again, needs `other` as it is: notices that it was
+    changed also where a product has saved a copy, for its layout, or a result."""
 
     @staticmethod
-    def forward(ctx, t: Tensor, x: Tensor, recorded: bool) -> Tensor:
+    def forward(ctx, t: Tensor, other: Tensor, recorded: bool) -> Tensor:
         ctx.recorded = recorded
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(other)
         return t.detach()  # shares t's version, yet is no view of it
 
     @staticmethod
@@ -58,7 +58,9 @@ class Reads(torch.autograd.Function):
 
 
 def read(x: Tensor, A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, ...]:
-    """A, B and core as a layer takes them: where A is trained, backward reads x for it, and a recorded one for them all."""
+    """A, B and core as a layer takes them, which saves no u G (docs/how_a_call_runs.md): the gradient of B needs the core; where
+    A is trained, its own needs x, and a recorded backward needs x for them all."""
+    B = Reads.apply(B, core, False)
     return tuple(Reads.apply(t, x, t is not A) for t in (A, B, core)) if A.requires_grad else (A, B, core)
 
 
