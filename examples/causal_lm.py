@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from causal_data import MODEL, TEXT
-from finetune_text import Bar, check_folder, check_seed, machine
+from finetune_text import INITS, Bar, check_folder, check_seed, machine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
+LOOKED_AT = 4  # batches, by a start from the gradient
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens a row (64)")
     parser.add_argument("--lr", type=float, default=1e-2, help="learning rate (1e-2)")
     parser.add_argument("--scaling", type=float, default=4.0, help="s of the adapter (4)")
+    parser.add_argument("--init", default="orthonormal", choices=INITS, help="how A and B start (orthonormal)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen model (float32)")
     parser.add_argument("--seed", type=int, default=0, help="seed (0)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
@@ -183,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     words = read_text(Path(options.text))
     import torch
 
-    from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, save_adapter, trainable_summary
+    from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter, trainable_summary
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -194,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     config = LoTRConfig(rank=options.rank, scaling=options.scaling, target_modules=options.targets)
     apply_lotr(model, config)
     print(trainable_summary(model))
+    if options.init == "gradient":
+        init_from_gradient(model, text.train[: LOOKED_AT * options.batch].split(options.batch), next_token_loss)
 
     before = held_out_loss(model, text.held_out, options.batch)
     print(

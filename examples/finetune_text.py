@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("head", "lotr", "lora")
+INITS = ("orthonormal", "gradient")  # of LoTR's A and B; gradient: after a tenth of the steps, which train the head alone
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Job:
     batch: int
     lr: float | None
     scaling: float | None
+    init: str
     seed: int
     threads: int
     model: str
@@ -76,12 +78,15 @@ def run(job: Job) -> dict:
     model = tm.build(encoder, len(names), job.seed)
     model = tm.adapt(model, job.method, job.rank, list(job.targets), scaling)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    optimizer, schedule = tm.optimizer_for(model, recipe, job.steps)
     batches = tm.Batches(train_ids, [c for _, c in train], job.batch, job.seed)
+    steps = job.steps
+    if job.method == "lotr" and job.init == "gradient":
+        steps -= tm.start_from_gradient(model, batches, recipe.head_lr, steps // 10)
+    optimizer, schedule = tm.optimizer_for(model, recipe, steps)
 
     losses, seconds, parent = [], [], os.getppid()
-    with Bar(recipe.name, job.steps, job.show) as bar:
-        for _ in range(job.steps):
+    with Bar(recipe.name, steps, job.show) as bar:
+        for _ in range(steps):
             start = time.perf_counter()
             ids, target = batches.next()
             loss = F.cross_entropy(model(ids), target)
@@ -295,6 +300,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="examples a step (32)")
     parser.add_argument("--lr", type=float, help="learning rate of the adapters (LoTR 5e-3, LoRA 3e-3)")
     parser.add_argument("--scaling", type=float, help="s of the adapters (LoTR 4, LoRA 2)")
+    parser.add_argument("--init", default="orthonormal", choices=INITS, help="how LoTR's A and B start (orthonormal)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (0)")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds a method (1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")

@@ -204,6 +204,23 @@ def optimizer_for(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.o
     return optimizer, schedule.step
 
 
+def start_from_gradient(model: nn.Module, batches: Batches, head_lr: float, steps: int, looked_at: int = 8) -> int:
+    """LoTR's A and B from the gradients of a few batches, after so many steps for the new head alone, through which the
+    gradients come; returns these steps."""
+    from lotr_ext import init_from_gradient
+
+    def loss(model: nn.Module, batch: tuple[list[list[int]], Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=head_lr, weight_decay=0.0)
+    for _ in range(steps):
+        loss(model, batches.next()).backward()
+        optimizer.step()
+        model.zero_grad()
+    init_from_gradient(model, [batches.next() for _ in range(looked_at)], loss, progress=False)
+    return steps
+
+
 @torch.no_grad()
 def predict(model: nn.Module, ids: list[list[int]], batch: int = 100) -> Tensor:
     """Logits [examples, classes], computed in batches of similar length, in the order of ids."""

@@ -18,6 +18,7 @@ from .model.adapters import active_adapter, adapter_names, add_adapter, delete_a
 from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoTRConfig
+from .model.gradient import init_from_gradient
 from .model.pretrained import from_pretrained
 from .model.summary import trainable_summary
 
@@ -39,6 +40,7 @@ __all__ = [
     "disabled",
     "explain",
     "from_pretrained",
+    "init_from_gradient",
     "load_adapter",
     "lotr_grouped_linear",
     "lotr_linear",

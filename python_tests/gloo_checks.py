@@ -26,13 +26,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import plain, randomize
 
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, save_adapter
+from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter
 from lotr_ext.layers.sharded import written_by_rank_0
 from lotr_ext.model.apply import adapted_layers
 from lotr_ext.ops import planner
 from nets import OpCounter, relative
 
 Grads = dict[str, Tensor]
+
+
+def make_fresh() -> Stack:
+    """`make` with cores of zero."""
+    return apply_lotr(base(), LoTRConfig(rank=4, target_modules=["q", "k", "v", "up"]))
 
 
 def batch(rank: int, step: int = 0) -> Tensor:
@@ -189,6 +194,19 @@ def ddp_saves_once(rank: int, folder: Path) -> bool:
 
 
 # ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def gradient_start(rank: int, folder: Path) -> dict:
+    """The start from the gradient, each process with its own batches: rank 0 saves it, and says whether both have the same."""
+    model = init_from_gradient(make_fresh(), [batch(rank), batch(rank, 1)], loss)
+    factors = {n: p.detach() for n, p in model.lotr_factors.named_parameters()}
+    if rank == 0:
+        torch.save(factors, folder / "gradient_start.pt")
+    both = []
+    for mine in factors.values():
+        dist.all_gather(each := [torch.empty_like(mine) for _ in range(2)], mine)
+        both.append(torch.equal(*each))
+    return {"same": all(both)}
 
 
 def shard(model: Stack, *, by: str = "block", **options) -> Stack:

@@ -66,8 +66,15 @@ def demo_command(demo: dict) -> str:
     methods, seeds = dict.fromkeys(s["method"] for s in settings), {s["seed"] for s in settings}
     flags = [] if len(methods) == 3 else [f"--methods {','.join(methods)}"]
     flags += [f"--seeds {len(seeds)}"] if len(seeds) > 1 else []
+    flags += [f"--init {start}"] if (start := _start(demo)) else []
     flags += [f"--threads {settings[0]['threads']}"]
     return f'make demo ARGS="{" ".join(flags)}"'
+
+
+def _start(demo: dict) -> str:
+    """How LoTR's factors began, where it was not as usual."""
+    start = demo["runs"][0]["settings"].get("init", "orthonormal")
+    return "" if start == "orthonormal" else start
 
 
 def demo_table(demo: dict) -> str:
@@ -105,7 +112,8 @@ def keep_demo(folder: Path) -> Path:
         run.pop("losses", None)
         for name in ("model", "out", "text"):  # paths of the machine it ran on
             run["settings"].pop(name, None)
-    name = f"demo-{len({run['settings']['method'] for run in demo['runs']})}-methods-{demo['rows'][-1]['runs']}-seeds.json"
+    count, start = len({run["settings"]["method"] for run in demo["runs"]}), _start(demo)
+    name = f"demo-{count}-methods-{demo['rows'][-1]['runs']}-seeds{'-' * bool(start)}{start}.json"
     target = RESULTS / slug(demo["machine"].rsplit(",", 1)[0]) / name
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")

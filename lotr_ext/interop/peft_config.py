@@ -51,7 +51,7 @@ class LoTRPeftConfig(PeftConfig):
         rank, or r as PEFT's other methods call it: 16 where neither is given; r is rank afterwards.
         alpha, rslora, scaling, dropout, group_by, init, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
             "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base
-            weights, which other adapters share).
+            weights, which other adapters share) or "gradient" (which needs batches).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
             for target_modules: what PEFT has for LoRA and the model's type.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
@@ -86,6 +86,8 @@ class LoTRPeftConfig(PeftConfig):
         self.peft_type = LOTR
         if self.init == "svd":
             raise ValueError('init: expected one that leaves the base weights as they are, got "svd"; apply_lotr has it')
+        if self.init == "gradient":
+            raise ValueError('init: expected one that needs no batches, got "gradient"; apply_lotr has it')
         if callable(self.group_by):
             raise ValueError('group_by: expected "shape", "name", "width" or a mapping, got a callable, which cannot be saved')
         if self.bias not in _BIASES:

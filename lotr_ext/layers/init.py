@@ -4,6 +4,7 @@
               normal        N(0, 1), what the paper's own code draws
               kaiming       U(-1/sqrt(d), 1/sqrt(d)), as LoRA draws its A
               svd           from the weights themselves (`tucker2`); subtracted from them by `apply_lotr`
+              gradient      from the weights' gradients on a few batches (`lotr_ext.init_from_gradient`)
     cores     zero          delta W = 0, so the model starts unchanged
               identity      G = I, and B starts at zero so that the model still starts unchanged (as LoRA does)
 
@@ -22,6 +23,7 @@ from torch import Tensor
 __all__ = ["CORE_INITS", "FACTOR_INITS", "fill_core_", "fill_factor_", "tucker2"]
 
 CORE_INITS = ("zero", "identity")
+FOUND_INITS = ("svd", "gradient")  # of factors that apply_lotr finds in the model
 
 
 def _orthonormal(d: int, r: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -96,7 +98,7 @@ _EXACT = 512  # up to this size a dense decomposition takes a fraction of a seco
 _OVERSAMPLE, _POWERS = 10, 8
 
 
-def _leading(side: Sequence[Tensor], r: int) -> Tensor:
+def leading(side: Sequence[Tensor], r: int) -> Tensor:
     """The r leading left singular vectors [d, r] of all of `side` ([d, c_l] each, float64) next to each other.
 
     Dense where the smaller side is small, else subspace iteration from a fixed start (exact on stacks of rank <= r + 10).
@@ -118,7 +120,7 @@ def _leading(side: Sequence[Tensor], r: int) -> Tensor:
     return block @ torch.linalg.eigh(small @ small.T)[1].flip(1)[:, :r]
 
 
-def _padded(vectors: Tensor, r: int) -> Tensor:
+def padded(vectors: Tensor, r: int) -> Tensor:
     """[d, r] from [d, d]: the columns beyond d are unit vectors, so that they can learn (their core rows start at zero)."""
     d, have = vectors.shape
     extra = [torch.eye(d, dtype=vectors.dtype, device=vectors.device)[:, torch.arange(r - have) % d]] if r > have else []
@@ -160,17 +162,17 @@ def tucker2(
     with torch.no_grad():
         stack = [w.detach().double() for w in weights]
         total = sum(float(w.square().sum()) for w in stack)
-        A = _leading([w.T for w in stack], r_in)
+        A = leading([w.T for w in stack], r_in)
         captured = -math.inf
         for _ in range(max_iterations):
-            B = _leading([w @ A for w in stack], r_out)
+            B = leading([w @ A for w in stack], r_out)
             halves = [w.T @ B for w in stack]
-            A = _leading(halves, r_in)
+            A = leading(halves, r_in)
             now = sum(float((A.T @ h).square().sum()) for h in halves)
             if now - captured <= tolerance * total:
                 break
             captured = now
-        A, B = _padded(A, rank[0]), _padded(B, rank[1])
+        A, B = padded(A, rank[0]), padded(B, rank[1])
         cores = torch.zeros(len(stack), *rank, dtype=torch.float64, device=stack[0].device)
         for core, w in zip(cores, stack, strict=True):
             core[:r_in, :r_out] = A[:, :r_in].T @ w.T @ B[:, :r_out]

@@ -108,7 +108,8 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     Its modules_to_save start as they are now and are its own from then on.
 
     Raises:
-        TypeError, ValueError: a name that is taken, an adapter that does not exist, a config that does not fit.
+        TypeError, ValueError: a name that is taken, an adapter that does not exist, a config that does not fit, or one with
+            init "gradient".
         RuntimeError: no adapter, layers built by hand, a merged adapter, init "svd" (whose start is part of the weights), a
             parametrized core or factor.
     """
@@ -121,6 +122,11 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     config = _fitting_config(model, config, shared=owner is not None)
     if config.init == "svd" or any(layer.start_core is not None for layer in layers.values()):
         raise RuntimeError('add_adapter: expected another init than "svd", whose start is part of the base weights, got "svd"')
+    if config.init == "gradient":
+        raise ValueError(
+            'add_adapter: expected an init without batches, got "gradient"; give another one, and call init_from_gradient when '
+            "the adapter is active"
+        )
     if owner is None:
         factors = SharedFactors()
         for layer in layers.values():

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
+from ..layers.gradient import Loss, Probed, leading_directions, write_factors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.init import fill_core_, tucker2
 from ..layers.layer import LoTRLayer, check_settings
@@ -40,7 +41,14 @@ Model = TypeVar("Model", bound=nn.Module)
 Start = tuple[Tensor, Tensor, Tensor]  # A, B, cores
 
 
-def apply_lotr(model: Model, config: LoTRConfig) -> Model:
+def apply_lotr(
+    model: Model,
+    config: LoTRConfig,
+    *,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    progress: bool = True,
+) -> Model:
     """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T for each targeted layer l (arXiv 2402.01376), and with
     target_parameters for each expert of a transformers mixture.
 
@@ -53,6 +61,7 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
             out_features (those are wrapped, and their own forward is called). Layers with hooks or parametrizations are
             wrapped too. A layer that is registered in several places stays one layer.
         config: what to adapt and how.
+        batches, loss, progress: for init "gradient" only, as in `init_from_gradient`.
 
     Returns:
         The same model, for chaining.
@@ -61,10 +70,15 @@ def apply_lotr(model: Model, config: LoTRConfig) -> Model:
         TypeError, ValueError, RuntimeError: a model that is adapted already, wrapped or compiled; targets, exclusions or
             modules_to_save that match nothing; a target that is not linear, that shares its weight with another module, or
             whose weight is read without it being called (nn.MultiheadAttention.out_proj); experts that are quantised, or of a
-            class that takes no implementations of experts; groups of mixed shapes; "svd" on weights that cannot be read. All
-            of it before anything is changed.
+            class that takes no implementations of experts; groups of mixed shapes; "svd" on weights that cannot be read;
+            "gradient" without batches and loss, or what `init_from_gradient` refuses. All of it before anything is changed.
     """
     selection = select(model, config)
+    if config.init == "gradient":
+        return _install_from_gradient(model, config, selection, batches, loss, progress)
+    for name, given in (("batches", batches), ("loss", loss)):
+        if given is not None:
+            raise ValueError(f'{name}: expected none but for init "gradient", got {type(given).__name__} with {config.init!r}')
     starts = _svd_starts(selection, config) if config.init == "svd" else None
     return install(model, config, selection, starts)
 
@@ -155,6 +169,28 @@ def _svd_starts(selection: Selection, config: LoTRConfig) -> dict[str, Start]:
         A, B, cores = tucker2(weights, config.ranks)
         starts[group] = (A, B, cores / scaling)
     return starts
+
+
+def _install_from_gradient(
+    model: Model, config: LoTRConfig, selection: Selection, batches: Iterable[Any] | None, loss: Loss | None, progress: bool
+) -> Model:
+    by_width = config.group_by == "width"
+    probed = {
+        t.name: Probed(
+            *(t.module, t.in_features, t.out_features),
+            *((t.in_features, t.out_features) if by_width else (t.group, t.group)),
+            config.ranks,
+        )
+        for t in selection.targets
+    }
+    set_fast_paths(model, off=True, adapted=nn.Module)  # which would call no layer
+    try:
+        found = leading_directions(model, probed, batches, loss, progress)
+    finally:
+        set_fast_paths(model, off=False)
+    install(model, config, selection, None)
+    write_factors({model.get_submodule(name): layer for name, layer in probed.items()}, found)
+    return model
 
 
 def set_fast_paths(model: nn.Module, *, off: bool, adapted: type[nn.Module] = LoTRLayer) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..layers.factors import check_rank
-from ..layers.init import CORE_INITS, FACTOR_INITS
+from ..layers.init import CORE_INITS, FACTOR_INITS, FOUND_INITS
 from ..layers.layer import check_number
 
 __all__ = ["GroupBy", "LoTRConfig"]
@@ -100,7 +100,8 @@ class LoTRConfig:
         group_by: which layers share one pair of factors. "shape": one pair for each (K, N), the paper's; "name": one for
             each last part of the name and shape (q and v apart); "width": no pairs but one A for each K and one B for each N,
             over all adapted layers; a mapping from layer name to group; or a callable (name, module) -> group.
-        init: "orthonormal", "normal", "kaiming" or "svd" (lotr_ext.init).
+        init: "orthonormal", "normal", "kaiming", "svd" (lotr_ext.init), or "gradient", for which `apply_lotr` needs batches and
+            a loss (`init_from_gradient`).
         train: which of "A", "B" and "core" are trained; the rest stays as it starts.
         adapter_dtype: of A, B and the cores: float32, float64, bfloat16 or float16.
         core_init: "zero", or "identity" (then B starts at zero).
@@ -156,8 +157,8 @@ class LoTRConfig:
         put("modules_to_save", _names(self.modules_to_save, "modules_to_save"))
         put("target_parameters", _names(self.target_parameters, "target_parameters"))
         self._check_group_by()
-        if self.init not in (*FACTOR_INITS, "svd"):
-            raise ValueError(f"init: expected one of {', '.join((*FACTOR_INITS, 'svd'))}, got {self.init!r}")
+        if self.init not in (*FACTOR_INITS, *FOUND_INITS):
+            raise ValueError(f"init: expected one of {', '.join((*FACTOR_INITS, *FOUND_INITS))}, got {self.init!r}")
         if self.core_init not in CORE_INITS:
             raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {self.core_init!r}")
         if self.adapter_dtype not in _DTYPES.values():
@@ -191,6 +192,10 @@ class LoTRConfig:
             if self.core_init != "zero":
                 raise ValueError(f'core_init: expected "zero" with init "svd", which sets the cores, got {self.core_init!r}')
             return
+        if self.init == "gradient" and self.core_init != "zero":
+            raise ValueError(f'core_init: expected "zero" with init "gradient", got {self.core_init!r}')
+        if self.init == "gradient" and self.target_parameters is not None:
+            raise ValueError('init: expected another with target_parameters (it looks at linear layers), got "gradient"')
         moves = "core" if self.core_init == "zero" else "B"  # the one part that has a gradient at the start
         if moves not in self.train:
             raise ValueError(

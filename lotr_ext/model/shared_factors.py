@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..layers.factors import LoTRFactor, LoTRFactors
+from ..layers.init import FOUND_INITS
 
 if TYPE_CHECKING:
     from .config import LoTRConfig
@@ -34,7 +35,7 @@ class SharedFactors(nn.ModuleDict):
         self, group: str, sizes: tuple[int, int], config: LoTRConfig, device: torch.device, dtype: torch.dtype
     ) -> LoTRFactors:
         """The pair of a group of layers of these (in_features, out_features); what of it is not there yet is made."""
-        init = "kaiming" if config.init == "svd" else config.init
+        init = "kaiming" if config.init in FOUND_INITS else config.init  # until they are written
         if config.group_by == "width":
             names, (r_in, r_out) = width_names(*sizes), config.ranks
             for name, features, rank in zip(names, sizes, (r_in, r_out), strict=True):

@@ -17,12 +17,13 @@ import gloo_checks
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter
+from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, save_adapter
 
 CHECKS = (
     *("ddp", "ddp_reductions", "ddp_saves_once"),
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
     *("tensor_parallel", "gloo_experts:experts"),
+    "gradient_start",
 )
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINED = StateDictOptions(ignore_frozen_params=True)
@@ -164,3 +165,14 @@ def test_tensor_parallel_replicas(found: dict) -> None:
         assert by_rank["error"] < 2e-6
         assert by_rank["parallel"] == pytest.approx(by_rank["alone"], rel=1e-5)
         assert by_rank["loaded"] == pytest.approx(by_rank["parallel"], rel=1e-6)
+
+
+def test_the_start_from_the_gradient_is_that_of_one_process(found: dict, folder: Path) -> None:
+    """Two processes with half of the batches each, and one with all of them."""
+    assert all(by_rank["same"] for by_rank in found["gradient_start"])
+    together = torch.load(folder / "gradient_start.pt")
+    every = [gloo_checks.batch(rank, step) for rank in range(2) for step in range(2)]
+    alone = init_from_gradient(gloo_checks.make_fresh(), every, gloo_checks.loss)
+    for name, factor in alone.lotr_factors.named_parameters():
+        overlap = torch.linalg.svdvals(factor.detach().double().T @ together[name].double())
+        assert overlap.min() > 1 - 1e-6, name  # the cosine of the largest angle between the two spans

@@ -60,7 +60,7 @@ def test_finetune_text_on_another_model_and_file(tiny, tmp_path):
     model, text = tiny
     result = run(
         *("examples/finetune_text.py", "--model", str(model), "--text", str(text), "--steps", "3", "--batch", "8"),
-        *("--rank", "2", "--threads", "1", "--out", str(tmp_path)),
+        *("--rank", "2", "--threads", "1", "--init", "gradient", "--out", str(tmp_path)),
     )
     assert result.returncode == 0, result.stderr
     assert "the same 12 predictions" in result.stdout

@@ -1,0 +1,228 @@
+"""Factors from the gradients of the layers' weights, none of which is ever made.
+
+With x [m, k] a layer's input and g [m, n] the gradient of its output, dW_l = g^T x [n, k] is summed over batches and processes.
+A and B that many layers share are to span the leading directions of all their dW_l side by side (HOSVD, De Lathauwer et al.,
+2000a), and a look at dW_l from either side needs the adapter's own products only:
+
+    P_l = dW_l A = g^T (x A)    [n, q_in]        B <- leading left singular vectors of [P_1 .. P_L]
+    T_l = dW_l^T B = x^T (g B)  [k, q_out]       A <- leading left singular vectors of [T_1 .. T_L]
+
+It begins with random A and B and is done three times, as subspace iteration is; q = r + 8 columns, of which the first r are
+kept.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from .. import ops
+from ..ops import accumulate_dtype, planner
+from ..ops.composite import rows, to
+from .init import fill_factor_, leading, padded
+from .merging import write_
+from .placement import home
+from .sharded import holds_parts
+
+__all__ = ["PASSES", "Loss", "Probed", "leading_directions", "write_factors"]
+
+PASSES, OVERSAMPLE = 3, 8
+Loss = Callable[[nn.Module, Any], Tensor]
+Key = tuple[str, Hashable]  # of a factor: "A" or "B", and its name
+
+
+class Probed(NamedTuple):
+    """A layer whose weight's gradient is looked at. A, B: names of the factors that it is to have; ranks: theirs."""
+
+    module: nn.Module
+    in_features: int
+    out_features: int
+    A: Hashable
+    B: Hashable
+    ranks: tuple[int, int]
+
+    @property
+    def sides(self) -> tuple[tuple[Key, int, int], ...]:
+        """Key, width and rank of A and of B."""
+        return (("A", self.A), self.in_features, self.ranks[0]), (("B", self.B), self.out_features, self.ranks[1])
+
+
+class Looks:
+    """P [n, q_in] and T [k, q_out] of one layer, in float32 (float64 for float64), for given A [k, q_in] and B [n, q_out]."""
+
+    def __init__(self, A: Tensor, B: Tensor):
+        self.A, self.B = A, B
+        self.P, self.T = B.new_zeros(len(B), A.shape[1]), A.new_zeros(len(A), B.shape[1])
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """x [..., k], g [..., n] of one call."""
+        g = rows(g)
+        x = rows(to(x, g.dtype))
+        self.P, self.T = _added(self.P, g, _projected(x, self.A)), _added(self.T, x, _projected(g, self.B))
+
+
+def _kernels(t: Tensor, rank: int) -> bool:
+    return type(t) is Tensor and planner.obstacle_to_kernels(rank, t.dtype, t.device) is None
+
+
+def _projected(x: Tensor, A: Tensor) -> Tensor:
+    """x A, in x's dtype."""
+    return ops.shrink(x, A) if _kernels(x, A.shape[1]) else x @ to(A, x.dtype)
+
+
+def _added(total: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    """total + x^T u, in place where our kernel runs."""
+    if not _kernels(x, u.shape[1]) or total.dtype != accumulate_dtype(x.dtype):
+        return total + to(x.t() @ u, total.dtype)
+    ops.factor_grad_(total, x, u)
+    return total
+
+
+class Tap(Function):
+    """y, through which a layer's gradient is seen: in backward looks.add(x, g). anchor: what makes y part of a graph, though
+    nothing in the model may require a gradient; its own is 0."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, y: Tensor, x: Tensor, looks: Looks) -> Tensor:
+        ctx.x, ctx.looks = x.detach(), looks
+        return y.detach()  # no view: models add to a layer's output in place
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        ctx.looks.add(ctx.x, g)
+        return torch.zeros(()), g, None, None
+
+
+@contextmanager
+def _tapped(layers: Mapping[str, Probed], looks: Mapping[str, Looks], anchor: Tensor) -> Iterator[None]:
+    """Inside, every call of a layer goes through a Tap."""
+
+    def tap(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            return Tap.apply(anchor, y, x, looks[name]) if torch.is_grad_enabled() else y
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.module.register_forward_hook(tap(name), with_kwargs=True).remove)
+        yield
+
+
+def _random(layers: Mapping[str, Probed]) -> dict[Key, Tensor]:
+    """A start for every factor, the same in all processes, in float32 (float64 beside float64 weights), where its layer is."""
+    found: dict[Key, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        weights = (p.dtype for p in layer.module.parameters() if p.is_floating_point())
+        wide = accumulate_dtype(next(weights, torch.float32))
+        for key, width, rank in layer.sides:
+            if key not in found:
+                drawn = torch.empty(width, min(rank + OVERSAMPLE, width), dtype=wide)
+                found[key] = fill_factor_(drawn, "orthonormal", generator).to(home(layer.module))
+    return found
+
+
+def leading_directions(
+    model: nn.Module, layers: Mapping[str, Probed], batches: Iterable[Any] | None, loss: Loss | None, progress: bool
+) -> dict[Key, Tensor]:
+    """A [k, r_in] and B [n, r_out] with orthonormal columns for every factor of the model's layers, float64.
+
+    Where torch.distributed runs, every process calls this with batches of its own, and all get the same.
+
+    Raises:
+        TypeError, ValueError: a model that is held in parts or wrapped; no batches; a loss that is no function, or returns no
+            scalar, or one in which no layer has a part; a gradient that is not finite, or zero for all layers of a factor.
+    """
+    kept = _checked(model, batches, loss)
+    factors = _random(layers)
+    with _bar(PASSES * len(kept), progress) as step:
+        for _ in range(PASSES):
+            looks = {}
+            for name, layer in layers.items():
+                looks[name] = Looks(*(factors[key].to(home(layer.module)) for key, _, _ in layer.sides))
+            anchor = torch.zeros((), requires_grad=True)
+            with torch.enable_grad(), _tapped(layers, looks, anchor):
+                for batch in kept:
+                    value = loss(model, batch)
+                    _check_loss(value)
+                    torch.autograd.grad(value, anchor)
+                    step()
+            if dist.is_available() and dist.is_initialized():
+                for look in looks.values():
+                    dist.all_reduce(look.P)
+                    dist.all_reduce(look.T)
+            factors = _directions(layers, looks, factors)
+    ranks = {key: rank for layer in layers.values() for key, _, rank in layer.sides}
+    return {key: padded(factor[:, : ranks[key]].double(), ranks[key]) for key, factor in factors.items()}
+
+
+def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -> list[Any]:
+    """The batches as a list."""
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod")
+    if wrapped or holds_parts(model):
+        state = "wrapped or compiled" if wrapped else "held in parts"
+        raise TypeError(
+            f"model: expected a plain, whole one for a start from the gradient, got {type(model).__name__}, {state}"
+        )
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {type(loss).__name__}")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected a few batches for a start from the gradient, got {type(batches).__name__}")
+    kept = list(batches)
+    if not kept:
+        raise ValueError("batches: expected at least one for a start from the gradient, got none")
+    return kept
+
+
+def _check_loss(value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss: expected a function that returns a tensor, got one that returns {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(f"loss: expected one number a batch, got shape {tuple(value.shape)}")
+    if not value.requires_grad:
+        raise ValueError("loss: expected one that depends on the adapted layers, got one in which none has a part")
+
+
+def _directions(layers: Mapping[str, Probed], looks: Mapping[str, Looks], old: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """The leading left singular vectors of what was seen for each factor, as many and as placed as before."""
+    seen: dict[Key, dict[str, Tensor]] = {key: {} for key in old}
+    for name, layer in layers.items():
+        for (key, _, _), sums in zip(layer.sides, (looks[name].T, looks[name].P)):
+            if not torch.isfinite(sums).all():
+                raise ValueError(f"loss: expected finite gradients, got NaN or infinity in {name!r}")
+            seen[key][name] = sums.to(old[key].device, torch.float64)
+    for parts in seen.values():
+        if not any(bool(part.any()) for part in parts.values()):
+            raise ValueError(f"loss: expected a gradient for at least one of {', '.join(parts)}, got zero for all")
+    return {key: leading(list(parts.values()), old[key].shape[1]).to(old[key]) for key, parts in seen.items()}
+
+
+def write_factors(layers: Mapping[nn.Module, Probed], found: Mapping[Key, Tensor]) -> None:
+    """A and B of adapted layers <- found."""
+    for layer, probed in layers.items():
+        for factor, (key, _, _) in zip((layer.factors.A, layer.factors.B), probed.sides):
+            write_(factor, found[key])
+
+
+@contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's stderr where rich is installed; what it yields is called after each step."""
+    if not (show and sys.stderr.isatty() and importlib.util.find_spec("rich")):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("looking at gradients", total=total)
+        yield lambda: bar.advance(task)

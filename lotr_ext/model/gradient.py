@@ -1,0 +1,56 @@
+"""The start from the gradient for an adapted model; for a new adapter `apply_lotr` has it as an init."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..layers.experts import LoTRExperts
+from ..layers.gradient import Loss, Probed, leading_directions, write_factors
+from ..layers.merging import check_is_parameter
+from .apply import adapted_layers, disabled
+
+__all__ = ["init_from_gradient"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, progress: bool = True) -> Model:
+    """Starts A and B of an adapted model from the gradients of its weights; its function stays, for its cores are zero.
+
+    A and B get orthonormal columns that span the leading directions of the gradients of all layers that share them. Those are
+    never made: three passes over the batches, each with two skinny products a layer and side beside forward and backward. No
+    parameter is left with a gradient. `apply_lotr` does the same with init "gradient".
+
+    Args:
+        model: from `apply_lotr` or built by hand, in train or eval mode, whichever it is to be looked at in.
+        batches: a few, kept while this runs; each is used three times.
+        loss: (model, batch) -> the loss, a scalar.
+        progress: show a bar in the terminal, where the package rich is installed.
+
+    Where torch.distributed runs, every process must call this, each with its own batches: the gradients of all are summed, and
+    all get the same A and B.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: no adapter, experts, or a model that is merged, wrapped, compiled or held in parts; a core that
+            is not zero; a factor that is no parameter; no batches; a loss that is no scalar or in which no adapted layer has a
+            part; gradients that are not finite, or zero for all layers of a factor. All of it before anything is changed.
+    """
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        if isinstance(layer, LoTRExperts):
+            raise TypeError(f"model: expected linear layers for a start from the gradient, got experts in {name!r}")
+        if bool(layer.core.any()):
+            raise ValueError(f"core: expected zero for a start from the gradient, got other values in {name!r}")
+        for owner, part in layer.factors.owners:
+            check_is_parameter(owner, part, "init_from_gradient", name)
+    probed = {}
+    for layer in layers.values():
+        A, B = layer.factors.A, layer.factors.B
+        probed[layer] = Probed(layer, layer.in_features, layer.out_features, id(A), id(B), (A.shape[1], B.shape[1]))
+    with disabled(model):
+        found = leading_directions(model, {n: probed[layer] for n, layer in layers.items()}, batches, loss, progress)
+    write_factors(probed, found)
+    return model
