@@ -58,8 +58,10 @@ class Reads(torch.autograd.Function):
 
 
 def read(x: Tensor, A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, ...]:
-    """A, B and core as a layer takes them, which saves no u G (docs/how_a_call_runs.md): the gradient of B needs the core; where
-    A is trained, its own needs x, and a recorded backward needs x for them all."""
+    """A, B and core as a layer takes them that saves no u G (docs/how_a_call_runs.md).
+
+    The gradient of B needs the core; where A is trained, its own needs x, and a recorded backward needs x for them all.
+    """
     B = Reads.apply(B, core, False)
     return tuple(Reads.apply(t, x, t is not A) for t in (A, B, core)) if A.requires_grad else (A, B, core)
 
