@@ -152,10 +152,12 @@ def test_evaluation_merged_disabled_and_back() -> None:
         torch.testing.assert_close(compiled(x), want)
 
 
-def test_dropout_drops_at_its_rate_and_in_backward_alike() -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_dropout_drops_at_its_rate_and_in_backward_alike(recomputed: bool) -> None:
     layer = LoTRLinear(D, D, factors=LoTRFactors(D, D, D), dropout=0.25, bias=False)
     nn.init.eye_(layer.factors.A), nn.init.eye_(layer.factors.B), nn.init.eye_(layer.core), nn.init.zeros_(layer.weight)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    run = (lambda x: checkpoint(layer, x, use_reentrant=False)) if recomputed else layer
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     x = torch.ones(4000, D, requires_grad=True)
     y = compiled(x)
     y.sum().backward()
