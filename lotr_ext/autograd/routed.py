@@ -26,16 +26,18 @@ def call_routed(
     bias: Tensor | None,
     offs: Tensor,
     tokens: Tensor | None,
+    y: Tensor | None,
     A: Tensor,
     B: Tensor,
     cores: Tensor,
     call: Call,
 ) -> Tensor:
     """x [m, k], weight [e, n, k], bias [e, n], offs [e], tokens [rows], cores [e, r_in, r_out] -> [rows, n]. weight and bias
-    may be trained: autograd differentiates their product by itself."""
+    may be trained: autograd differentiates their product by itself. y [rows, n]: what to
+    add the adapter to, where it is there."""
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
-            return _explicitly_cast(call_routed, x, weight, bias, offs, tokens, A, B, cores, call)
+            return _explicitly_cast(call_routed, x, weight, bias, offs, tokens, y, A, B, cores, call)
         call.compute = x.dtype
         if x.dtype != weight.dtype:
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
@@ -49,7 +51,8 @@ def call_routed(
         found = _shared_u(x, A, B, call)
         u = found.u
     h = ops.row_core(u, cores, offs=offs, tokens=tokens, scaling=call.scaling)  # first: it looks at offs and tokens
-    y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
+    if y is None:
+        y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
     if call.plan.nodes == 0:
         return y + h @ to(B, compute).to(x.device).t()
     expand = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)

@@ -13,7 +13,6 @@ from ..model.config import LoTRConfig, check_names
 
 DEFAULT_RANK = LoTRConfig().rank
 _BIASES = ("none", "all", "lotr_only")
-_NOT_IN_PEFT = {"target_parameters": "experts are adapted by apply_lotr, and exported to PEFT as LoRA"}
 _LOADING = """## Loading
 
 LoTR is a method of the package lotr_ext. Import it before PEFT reads this folder; else PEFT raises `KeyError: 'LOTR'`.
@@ -53,7 +52,8 @@ class LoTRPeftConfig(PeftConfig):
             "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base
             weights, which other adapters share) or "gradient" (which needs batches).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
-            for target_modules: what PEFT has for LoRA and the model's type.
+            for target_modules: what PEFT has for LoRA and the model's type; with target_parameters no module.
+        target_parameters: as in `lotr_ext.LoTRConfig`, the 3-D parameters of a transformers mixture's experts.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
 
     Raises:
@@ -75,10 +75,11 @@ class LoTRPeftConfig(PeftConfig):
     init: str = field(default="orthonormal", metadata={"help": "how A and B start"})
     core_init: str = field(default="zero", metadata={"help": "how the cores start"})
     train: list[str] = field(default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "3-D parameters of experts"})
     r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank; None: rank, 16 by default"})
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
-        check_names((name for name in given if name != "r"), "LoTRPeftConfig", _NOT_IN_PEFT)
+        check_names((name for name in given if name != "r"), "LoTRPeftConfig")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class LoTRPeftConfig(PeftConfig):
         if len(set(ranks)) > 1:
             raise ValueError(f"r: expected rank = {self.rank!r}, or one of them alone, got {self.r!r}")
         self.rank = ranks[0] if ranks else DEFAULT_RANK
-        checked = self.to_lotr()
+        checked = self.to_lotr(target_parameters=self.target_parameters)
         self.rank, self.train = checked.rank, list(checked.train)
         self.r = self.rank
         for name in ("target_modules", "exclude_modules"):
@@ -117,7 +118,8 @@ class LoTRPeftConfig(PeftConfig):
                     put_file(card.parent, card.name, f"{text.rstrip()}\n\n{_LOADING}".encode())
                 return
 
-    def to_lotr(self, target_modules: str | None = None) -> LoTRConfig:
-        """The same settings for `apply_lotr`, with target_modules as given and without modules_to_save."""
+    def to_lotr(self, target_modules: str | None = None, target_parameters: list[str] | None = None) -> LoTRConfig:
+        """The same settings for `apply_lotr`, with targets as given and without modules_to_save."""
         same = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "train")
-        return LoTRConfig(target_modules=target_modules, **{name: getattr(self, name) for name in same})
+        targets = {"target_modules": target_modules, "target_parameters": target_parameters}
+        return LoTRConfig(**targets, **{name: getattr(self, name) for name in same})

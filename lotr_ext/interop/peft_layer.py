@@ -34,16 +34,20 @@ from .peft_config import LoTRPeftConfig
 
 
 class LoTRCore(nn.Module):
-    """One adapter in one layer: its core [r_in, r_out], and what the core goes with. `scope.py` tells it by start_core."""
+    """One adapter in one layer: its core [r_in, r_out], of experts [e, r_in, r_out], and what the core goes with. `scope.py`
+    tells it by start_core."""
 
     start_core = None
 
-    def __init__(self, factors: LoTRFactors, config: LoTRPeftConfig):
+    def __init__(self, factors: LoTRFactors, config: LoTRPeftConfig, num_experts: int | None = None):
         super().__init__()
         settings = {name: getattr(config, name) for name in ("alpha", "rslora", "scaling", "dropout")}
         self.scaling = check_settings(**settings).resolve(max(factors.r_in, factors.r_out))
         self.dropout, self.trained = config.dropout, tuple(config.train)
-        self.core = nn.Parameter(torch.empty(factors.r_in, factors.r_out, device=factors.A.device, dtype=factors.A.dtype))
+        shape = (factors.r_in, factors.r_out)
+        if num_experts is not None:
+            self.num_experts, shape = num_experts, (num_experts, *shape)
+        self.core = nn.Parameter(torch.empty(shape, device=factors.A.device, dtype=factors.A.dtype))
         fill_core_(self.core, config.core_init)
         self.__dict__["factors"] = factors  # the tuner registers it
 
@@ -91,6 +95,10 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = features(base_layer)
+        self._start()
+
+    def _start(self) -> None:
+        """Without an adapter."""
         self.lotr_adapter = nn.ModuleDict()
         self._disable_adapters, self._active_adapter = False, []
         self.merged_adapters: list[str] = []
@@ -98,8 +106,15 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
 
     def add(self, adapter_name: str, factors: LoTRFactors, config: LoTRPeftConfig) -> None:
         """Puts a new adapter of that name into the layer."""
-        self.lotr_adapter[adapter_name] = LoTRCore(factors, config).train(self.training)
+        self.lotr_adapter[adapter_name] = self._core(factors, config).train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _core(self, factors: LoTRFactors, config: LoTRPeftConfig) -> LoTRCore:
+        return LoTRCore(factors, config)
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the base layer is, and in which dtype."""
+        return self._get_base_layer_device_and_dtype(self.base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:

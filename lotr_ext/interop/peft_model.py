@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
 from ..model.apply import set_fast_paths
+from ..model.experts import parameter_name, place, release
 from ..model.scope import attach_scope, detach_scope
 from ..model.shared_factors import SharedFactors, factors_by_part, width_names
-from ..model.targets import can_be_child, features, name_ends_with, select
+from ..model.targets import Target, can_be_child, features, name_ends_with, select
 from .peft_config import LoTRPeftConfig
+from .peft_experts import LoTRPeftExperts, hosts
 from .peft_layer import LoTRPeftLinear
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -49,6 +51,7 @@ class LoTRPeftModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.lotr_factors = nn.ModuleDict()
         self._groups: dict[str, str] = {}
+        self._parameters_found: list[Target] = []
         self._owners: set[str] = set()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -71,14 +74,19 @@ class LoTRPeftModel(BaseTuner):
         """Undoes an injection that failed half-way. layers: those that were adapted before it."""
         if adapter_name in self.lotr_factors:
             del self.lotr_factors[adapter_name]
-        for name, layer in self._adapted().items():
-            if name not in layers:
+        adapted = self._adapted()
+        for host in hosts(layer for name, layer in adapted.items() if name not in layers):
+            release(host)
+        for name, layer in adapted.items():
+            if name not in layers and not isinstance(layer, LoTRPeftExperts):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, layer.base_layer)
-            elif adapter_name in layer.lotr_adapter:
+            elif name in layers and adapter_name in layer.lotr_adapter:
                 del layer.lotr_adapter[adapter_name]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()
         try:
             return super()._prepare_adapter_config(peft_config, model_config)
         except ValueError as error:
@@ -107,7 +115,7 @@ class LoTRPeftModel(BaseTuner):
                     "target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got "
                     f"{name!r} ({kind})"
                 )
-        if not names:
+        if not names and not config.target_parameters:
             wanted = config.target_modules
             if isinstance(wanted, str) and any(name_ends_with(name, wanted) for name in modules):
                 raise ValueError(
@@ -115,11 +123,13 @@ class LoTRPeftModel(BaseTuner):
                     f"expression for the full name: for all names that end so give [{wanted!r}]"
                 )
             return  # PEFT says so in detail
-        targets = select(model, config.to_lotr("|".join(map(re.escape, names)))).targets
+        patterns = "|".join(map(re.escape, names)) or None
+        targets = select(model, config.to_lotr(patterns, config.target_parameters)).targets
         for target in targets:
             if len(target.names) > 1:
                 raise ValueError(f"target_modules: expected layers in one place each, got one at {', '.join(target.names)}")
         self._groups = {target.name: target.group for target in targets}
+        self._parameters_found = [target for target in targets if target.parameter is not None]
         self._owners = set(self._groups.values())
         if config.group_by == "width":
             self._owners = {name for t in targets for name in width_names(t.in_features, t.out_features)}
@@ -158,11 +168,23 @@ class LoTRPeftModel(BaseTuner):
         if not known:
             self._replace_module(parent, target_name, layer, target)
 
+    def _inject_parameters(
+        self, peft_config: LoTRPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """The adapters of experts' parameters, as `_prepare_model` has found them. Returns the parameters' names."""
+        for target in self._parameters_found:
+            experts, own = place(target.module), target.parameter
+            if own not in experts:
+                experts[own] = LoTRPeftExperts(target.module, own).train(target.module.training)
+            layer = experts[own]
+            layer.add(adapter_name, self._factors(adapter_name, target.group, layer, peft_config), peft_config)
+        return [parameter_name(target.name) for target in self._parameters_found]
+
     def _factors(self, adapter_name: str, group: str, layer: LoTRPeftLinear, config: LoTRPeftConfig) -> LoTRFactors:
         """The adapter's pair for a group, whose factors are made for their first layer in that layer's dtype."""
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = SharedFactors()
-        device, dtype = layer._get_base_layer_device_and_dtype(layer.base_layer)
+        device, dtype = layer.place()
         sizes, dtype = (layer.in_features, layer.out_features), dtype if dtype in _FLOATS else torch.float32
         return self.lotr_factors[adapter_name].pair(group, sizes, config.to_lotr(), device, dtype)
 
@@ -217,6 +239,11 @@ class LoTRPeftModel(BaseTuner):
                 wanted = layer.active_adapters if adapter_names is None else adapter_names
                 names = [name for name in wanted if name in layer.lotr_adapter and name not in layer.merged_adapters]
                 layer.merged_weight([*layer.merged_adapters, *names], safe=True)
+        experts = [layer for layer in self._adapted().values() if isinstance(layer, LoTRPeftExperts)]
+        for layer in experts if merge else ():
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for host in hosts(experts):
+            release(host)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         detach_scope(model)
         set_fast_paths(model, off=False)

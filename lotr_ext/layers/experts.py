@@ -87,7 +87,7 @@ def lotr_grouped_linear(
         if tensor.is_meta != x.is_meta:
             raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
     check_number("scaling", scaling)
-    return call_routed(x, weight, bias, offs, tokens, A, B, cores, Call(cores, float(scaling)))
+    return call_routed(x, weight, bias, offs, tokens, None, A, B, cores, Call(cores, float(scaling)))
 
 
 class LoTRExperts(LoTRLayer):
@@ -181,7 +181,7 @@ class LoTRExperts(LoTRLayer):
             return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x))
         p, factors, core = self.dropout if self.training else 0.0, self.factors, self.core
         call = Call(core, self.scaling, p, factors._group, self, self.strategy)
-        return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, A, B, core, call))
+        return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, call))
 
     def _matrix(self) -> Tensor:
         return self.weight

@@ -16,20 +16,26 @@ from .factors import LoTRFactors
 from .layer import check_settings
 from .merging import check_is_parameter
 
-__all__ = ["LoTRHostedExperts"]
+__all__ = ["Host", "LoTRHostedExperts"]
 
 
-class _Host:
+class Host:
     """A reference up the tree of modules, which keeps nothing alive and follows copies and pickles of the tree."""
 
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
 
-    def __reduce__(self):
-        return _Host, (self.module(),)
+    def __call__(self) -> nn.Module:
+        found = self.module()
+        if found is None:
+            raise RuntimeError("host: expected the module that has the adapted parameter, got one that is gone by now")
+        return found
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Host:
-        return _Host(memo.get(id(self.module()), self.module()))
+    def __reduce__(self):
+        return Host, (self.module(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        return Host(memo.get(id(self.module()), self.module()))
 
 
 class LoTRHostedExperts(LoTRExperts):
@@ -54,7 +60,7 @@ class LoTRHostedExperts(LoTRExperts):
     ):
         settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
         nn.Module.__init__(self)
-        self.__dict__["host"], self.parameter, self.transposed, self.bias_name = _Host(host), parameter, transposed, bias
+        self.__dict__["host"], self.parameter, self.transposed, self.bias_name = Host(host), parameter, transposed, bias
         e, n, k = self.weight.shape
         self._check_factors(factors, k, n)
         self._check_device(factors, self.weight.device)
@@ -68,10 +74,7 @@ class LoTRHostedExperts(LoTRExperts):
     @property
     def holder(self) -> nn.Module:
         """The host."""
-        found = self.host.module()
-        if found is None:
-            raise RuntimeError(f"host: expected the module that has {self.parameter}, got one that is gone by now")
-        return found
+        return self.host()
 
     @property
     def weight(self) -> Tensor:

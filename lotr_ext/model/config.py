@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,9 +38,8 @@ _NOT_HERE = {
 }
 
 
-def check_names(given: Iterable[str], of: str, also: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Refuses settings by the names that PEFT's LoRA has for them. of: the configuration's class; also: names that this class
-    has not, and why.
+def check_names(given: Iterable[str], of: str) -> None:
+    """Refuses settings by the names that PEFT's LoRA has for them. of: the configuration's class.
 
     Raises:
         TypeError: which name it was, and what to give instead.
@@ -49,8 +47,8 @@ def check_names(given: Iterable[str], of: str, also: Mapping[str, str] = Mapping
     for name in given:
         if name in _NAMES_HERE:
             raise TypeError(f"{name}: expected a field of {of}, got LoRA's name for it; here it is {_NAMES_HERE[name]!r}")
-        if name in (missing := {**_NOT_HERE, **also}):
-            raise TypeError(f"{name}: expected a field of {of}, got one of LoRA's that LoTR has not: {missing[name]}")
+        if name in _NOT_HERE:
+            raise TypeError(f"{name}: expected a field of {of}, got one of LoRA's that LoTR has not: {_NOT_HERE[name]}")
 
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}

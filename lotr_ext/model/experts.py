@@ -21,7 +21,7 @@ from ..layers.hosted import LoTRHostedExperts
 from ..layers.quantized import is_plain
 from ..ops.grouped import grouped_linear
 
-__all__ = ["CHILD", "adapt_parameter", "adapted_in", "expert_sizes", "parameter_name", "release", "why_not"]
+__all__ = ["CHILD", "adapt_parameter", "adapted_in", "expert_sizes", "parameter_name", "place", "release", "why_not"]
 
 CHILD = "lotr"  # an experts module's child that has the adapters of its parameters, by their names
 _IMPLEMENTATION = "lotr"  # the name in transformers' interface
@@ -77,6 +77,12 @@ def adapt_parameter(module: nn.Module, parameter: str, factors: LoTRFactors, **s
     """Puts an adapter beside a parameter for which `why_not` is None. settings: alpha, rslora, scaling, dropout."""
     bias = f"{parameter}_bias" if module.has_bias else None
     layer = LoTRHostedExperts(module, parameter, factors, transposed=module.is_transposed, bias=bias, **settings)
+    place(module)[parameter] = layer
+    return layer
+
+
+def place(module: nn.Module) -> AdaptedExperts:
+    """Where an experts module has its adapters, each with a `routed` as LoTRExperts'; made if need be."""
     if CHILD not in module._modules:
         _register()
         adapted = AdaptedExperts(module.config)
@@ -84,8 +90,7 @@ def adapt_parameter(module: nn.Module, parameter: str, factors: LoTRFactors, **s
         config._experts_implementation_internal = _IMPLEMENTATION  # the property would change the parts of config, too
         module.config = config
         setattr(module, CHILD, adapted)
-    getattr(module, CHILD)[parameter] = layer
-    return layer
+    return getattr(module, CHILD)
 
 
 def adapted_in(module: nn.Module) -> Iterable[str]:

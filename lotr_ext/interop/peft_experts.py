@@ -1,0 +1,101 @@
+"""Experts of a transformers mixture under PEFT's tuner: what `peft_layer.py` is for linear layers. Imported by
+`lotr_ext.interop.peft`.
+
+The adapter lies beside the parameter that it adapts, as `apply_lotr` puts it (`model.experts`): the experts module stays in its
+place, and its forward asks for the adapted products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..autograd.call import compute_dtype
+from ..autograd.routed import call_routed
+from ..layers.factors import LoTRFactors
+from ..layers.functional import explain_call
+from ..layers.hosted import Host
+from ..layers.merging import check_is_parameter
+from ..model.experts import expert_sizes
+from ..ops.grouped import grouped_linear
+from ..ops.planner import Plan
+from .peft_config import LoTRPeftConfig
+from .peft_layer import LoTRCore, LoTRPeftLinear
+
+
+def hosts(layers: Iterable[LoTRPeftLinear]) -> list[nn.Module]:
+    """The experts modules that have those of the layers that are experts', each once."""
+    return list({id(host): host for host in (layer.host() for layer in layers if isinstance(layer, LoTRPeftExperts))}.values())
+
+
+class LoTRPeftExperts(LoTRPeftLinear):
+    """A 3-D parameter of an experts module with LoTR adapters by name, each with a core [e, r_in, r_out].
+
+    state_dict: `lotr_adapter.<name>.core`. Merging as in LoTRPeftLinear, into the host's parameter.
+    """
+
+    def __init__(self, host: nn.Module, parameter: str):
+        nn.Module.__init__(self)
+        self.__dict__["host"], self.parameter = Host(host), parameter
+        self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
+        self._start()
+
+    @property
+    def weight(self) -> Tensor:
+        """W [e, n, k], a view of the host's parameter."""
+        stored = getattr(self.host(), self.parameter)
+        return stored.mT if self.host().is_transposed else stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[e, n], the host's, or None."""
+        return getattr(self.host(), f"{self.parameter}_bias") if self.host().has_bias else None
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        return self.weight.device, self.weight.dtype
+
+    def _core(self, factors: LoTRFactors, config: LoTRPeftConfig) -> LoTRCore:
+        return LoTRCore(factors, config, self.num_experts)
+
+    def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """As `lotr_grouped_linear`."""
+        return self.routed(x, self.weight, self.bias, offs, tokens)
+
+    def routed(self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None) -> Tensor:
+        """forward with weight and bias as the host has them now."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.merged and self.notice is not None:
+            merged = (self.lotr_adapter[name] for name in self.merged_adapters)
+            self.notice.warn(parameter for core in merged for _, parameter in core.parameters_by_part())
+        off, y = self.disable_adapters or self.merged, None
+        for core in () if off else (self.lotr_adapter[n] for n in self.active_adapters if n in self.lotr_adapter):
+            y = core.factors(
+                lambda A, B, y=y, core=core: call_routed(x, weight, bias, offs, tokens, y, A, B, core.core, core.call())
+            )
+        return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x)) if y is None else y
+
+    def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Plan]:
+        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lotr_adapter]
+        cores = {name: self.lotr_adapter[name] for name in names}
+        return {name: explain_call(x, core.factors, core.call(), None, device) for name, core in cores.items()}
+
+    def mergeable_weight(self) -> Tensor:
+        check_is_parameter(self.host(), self.parameter, "merge")
+        return self.weight.detach()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """s B G_c^T A^T in the layout and dtype of the host's parameter."""
+        delta = self.lotr_adapter[adapter_name].delta().to(self.weight.dtype)
+        return delta.mT.contiguous() if self.host().is_transposed else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        core = self.lotr_adapter[adapter_name]
+        if not core.core.is_meta:
+            core.to(*self.place())
