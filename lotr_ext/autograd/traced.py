@@ -87,10 +87,10 @@ class _Input:
         self.node: _Shrink | None = None
         self.k: Tensor | None = None
         self.dx: Tensor | None = None
-        self.waiting, self.done = 0, False
+        self.waiting = 0
 
 
-_views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # t -> {(device, dtype): what _Shared made of it, weakly}
+_views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # t -> {(device, dtype, version): _Shared's, weakly}
 _inputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # x -> {settings: [_Input, weakly where u is in a graph]}
 
 
@@ -98,11 +98,11 @@ def _view(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """t as layers use it: behind the one node of this trace if it gets a gradient."""
     if not (t.requires_grad and is_grad_enabled()):
         return t.detach().to(device, dtype)
-    known = _views.setdefault(t, {})
-    view = known[device, dtype]() if (device, dtype) in known else None
+    known, key = _views.setdefault(t, {}), (device, dtype, t._version)
+    view = known[key]() if key in known else None
     if view is None:
         view = _Shared.apply(t, device, dtype)
-        known[device, dtype] = weakref.ref(view)
+        known[key] = weakref.ref(view)
     return view
 
 

@@ -182,6 +182,22 @@ def test_an_x_changed_in_place_between_siblings_is_another_x() -> None:
         assert relative(compiled(x), want) < 2e-6
 
 
+def test_a_factor_changed_in_place_between_two_calls_is_read_anew() -> None:
+    model = Siblings()
+    q = model.layers[0]
+
+    def twice(x: Tensor) -> Tensor:
+        y = q(x)
+        with torch.no_grad():
+            model.factors.A.mul_(2.0)
+        return y.detach() + q(x)  # the first call's backward would, rightly, raise
+
+    x = torch.randn(130, D)
+    A, B, core, W, b = (p.detach().double().clone() for p in (model.factors.A, model.factors.B, q.core, q.weight, q.bias))
+    want = sum(nn.functional.linear(x.double(), W, b) + c * x.double() @ A @ core @ B.mT for c in (1, 2))
+    assert relative(torch.compile(twice, fullgraph=True, backend="aot_eager")(x), want) < 2e-6
+
+
 def test_a_layer_called_twice_and_one_whose_output_nobody_uses() -> None:
     model = Siblings()
     q, k, v, _ = model.layers
