@@ -219,12 +219,22 @@ def _(dx, g, x, u, A, core, B, scaling, dA, dB, need_core) -> Tensor:
     return g.new_empty(core.shape if need_core else (0,), dtype=accumulate_dtype(g.dtype))
 
 
+@torch.library.custom_op("lotr::dropout_mask", mutates_args=())
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask [rows, cols] that shrink, expand_add_ and factor_grad_ draw from (p, seed): 0, or 1 / (1 - p) where kept."""
+    """The mask [rows, cols] that shrink, expand_add_ and factor_grad_ draw from (p, seed): 0, or 1 / (1 - p) where kept.
+
+    One operator to autograd and dispatch modes: of a write into new memory selective checkpointing, told to save what ours
+    give, would repeat the memory and not the write.
+    """
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
     one = torch.ones(1, 1, dtype=dtype, device=seed.device)
     expand_add_(mask, one.expand(rows, 1), one.expand(cols, 1), p=p, seed=seed)
     return mask
+
+
+@dropout_mask.register_fake
+def _(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, cols, dtype=dtype, device=seed.device)
 
 
 for _name in ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_"):

@@ -144,6 +144,9 @@ PROGRAMS: dict[str, str] = {
         for policy in ("save_all", "recompute_all", "save_products", "save_others")
         for tokens in ("5", "130")
     },
+    "selective checkpointing with dropout, float16": pair(
+        CHECKPOINTED.format("save_products"), dtype="float16", settings=", dropout=0.5", tokens="5"
+    ),
     "selective checkpointing of a wrapped layer": pair(CHECKPOINTED.format("save_products"), settings=WRAPPED, tokens="5"),
     "selective checkpointing in a model": net(RUN_NET, forward="w.checkpoint(self.l0, x, policy='save_products') + self.l2(x)"),
     "separate backwards, the follower first": pair(SEPARATE),
