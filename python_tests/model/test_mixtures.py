@@ -84,6 +84,20 @@ def test_groups_shared_with_linear_layers_of_the_same_shape_and_one_parameter_al
     assert all(relative(p.grad, grads[n]) < 1e-10 for n, p in model.named_parameters() if p.requires_grad)
 
 
+def test_factors_that_belong_to_widths(tmp_path):
+    model = adapted("Qwen3Moe", target_modules=["q_proj", "v_proj"], group_by="width")
+    assert {n for n, _ in model.lotr_factors.named_parameters()} == {
+        f"{p}.value" for p in ("A_32", "A_24", "B_32", "B_16", "B_48")
+    }
+    y = logits(model)
+    loss(model).backward()
+    assert all(p.grad.any() for p in model.lotr_factors.parameters())
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(mixture("Qwen3Moe"), tmp_path)), y)
+    merge(model)
+    assert relative(logits(model), y) < 1e-5
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant):
     model = adapted(dtype=torch.float64, target_modules=["q_proj"]).train()
