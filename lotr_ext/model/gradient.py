@@ -34,7 +34,7 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, prog
     all get the same A and B.
 
     Raises:
-        TypeError, ValueError, RuntimeError: no adapter, or experts'; a model that is merged, wrapped, compiled or held in parts;
+        TypeError, ValueError, RuntimeError: no adapter, or experts'; a model that is merged, wrapped, compiled or in parts;
             a core that is not zero; a factor that is no parameter; no batches; a loss that is no scalar or in which no adapted
             layer has a part; gradients that are not finite, or zero for all layers of a factor. All of it before anything is
             changed.
