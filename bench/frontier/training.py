@@ -74,10 +74,13 @@ def train(run: Run, model: Path, path: Path) -> dict:
     adapted = way.adapt(classifier, run.rank)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad) - head
     recipe = tm.Recipe(way.label, run.lr, 0.0, head_lr=HEAD_LR if trained else run.lr)
-    optimizer, schedule = tm.optimizer_for(adapted, recipe, run.steps)
     batches = tm.Batches(training.ids, training.classes, run.batch, run.seed)
+    steps = run.steps
+    if way.from_gradient:
+        steps -= tm.start_from_gradient(adapted, batches, recipe.head_lr, steps // 10)
+    optimizer, schedule = tm.optimizer_for(adapted, recipe, steps)
     losses = []
-    for _ in range(run.steps):
+    for _ in range(steps):
         ids, target = batches.next()
         loss = F.cross_entropy(adapted(ids), target)
         optimizer.zero_grad()

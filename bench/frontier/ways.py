@@ -18,13 +18,15 @@ Adapt = Callable[[nn.Module, int], nn.Module]
 @dataclass(frozen=True)
 class Way:
     """label: for people; ranks: where it is measured; lr: the middle one of those tried, of the adapter, or of the head where
-    that is all; adapt(model, rank): freezes a TextClassifier's encoder and adds the adapter; quick: ranks of --quick."""
+    that is all; adapt(model, rank): freezes a TextClassifier's encoder and adds the adapter; quick: ranks of --quick;
+    from_gradient: a tenth of the steps trains the head alone, and A and B then start from the gradient."""
 
     label: str
     ranks: tuple[int, ...]
     lr: float
     adapt: Adapt
     quick: tuple[int, ...] = ()
+    from_gradient: bool = False
 
 
 def _head(model: nn.Module, rank: int) -> nn.Module:
@@ -71,5 +73,7 @@ WAYS = {
     "lora-xs": Way("LoRA-XS", (8, 16, 32), 5e-3, _lotr(init="svd", group_by=_own_group, train=("core",))),
     "vera": Way("VeRA (PEFT)", (256,), 1e-2, _vera),
     "lotr-linear": Way("LoTR, all linear layers", (2, 8, 32), 5e-3, _lotr(LINEAR)),
+    "lotr-width": Way("LoTR, all linear layers, by width", (2, 8, 32), 5e-3, _lotr(LINEAR, group_by="width")),
+    "lotr-gradient": Way("LoTR, from the gradient", (4, 16, 64), 5e-3, _lotr(), from_gradient=True),
     "lora-linear": Way("LoRA (PEFT), all linear layers", (1, 4), 3e-3, _lora(LINEAR)),
 }

@@ -13,6 +13,8 @@ STYLES = {
     "lotr": ("tab:blue", "o-"),
     "lotr-core": ("tab:blue", "s:"),
     "lotr-linear": ("tab:blue", "^--"),
+    "lotr-width": ("tab:cyan", "v--"),
+    "lotr-gradient": ("navy", "P-"),
     "lora": ("tab:red", "o-"),
     "lora-linear": ("tab:red", "^--"),
     "lora-xs": ("tab:green", "o-"),

@@ -119,6 +119,8 @@ def test_every_way_trains_what_it_says(way, tiny):
         "lora-xs": 2 * rank**2,
         "vera": 2 * (rank + 32),
         "lotr-linear": 6 * rank**2 + (64 + 96 + 96) * rank,
+        "lotr-width": 6 * rank**2 + 2 * (32 + 64) * rank,
+        "lotr-gradient": 2 * rank**2 + 64 * rank,
         "lora-linear": (4 * 64 + 2 * 96) * rank,
     }
     assert found["parameters"] == count[way]
