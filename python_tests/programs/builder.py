@@ -166,8 +166,9 @@ class Builder:
             self.forget()
 
     def changed_in_place(self) -> None:
-        """For a gradient's gradient plain torch takes the old values here and the new ones there of what no one watches."""
-        self.flipped = self.flipped or self.unwatched
+        """Of what no one watches plain torch's backward takes the old values here and the new ones there."""
+        if self.unwatched:
+            self.forget()
 
     def source(self) -> str:
         return HEAD + "def program(w):\n" + "\n".join(self.lines or ["    pass"]) + "\n"

@@ -159,6 +159,11 @@ PROGRAMS: dict[str, str] = {
     "in place on the output of a 1-D x": pair("y = l0(x[0])\ny.mul_(0.5)\nw.backward('b', w.loss(3, y))\n", tokens="5"),
     "double backward, A frozen, few tokens": pair(DOUBLE, train="B", tokens="5", grad=False),
     "double backward, A frozen": pair(DOUBLE, train="B", grad=False),
+    "gradient of B after a change of a core that hooks keep": pair(
+        "with torch.autograd.graph.save_on_cpu():\n    y = l0(x)\n"
+        "with torch.no_grad(): l0.core.mul_(0.5)\nw.grad('p', w.loss(3, y), [f.B])\n",
+        tokens="5",
+    ),
     "partial gradient after a change of x": pair(PARTIAL.format("x", "l0.core"), tokens="5"),
     "gradient after a change of an A that is frozen": pair(PARTIAL.format("f.A", "f.B"), train="B", tokens="5", grad=False),
     "gradients after a change of A, without a bias": pair(
