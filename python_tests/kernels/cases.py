@@ -237,6 +237,26 @@ def fold(shape: Shape, kind: str) -> Problem:
     return Problem(run, check)
 
 
+def gemm_lotr_operands(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "gemm_lotr_operands")
+    rows_of_A = shape.m
+    B, core, A = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other), t.factor(rows_of_A, shape.r)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        t.prepare(lib)
+        sizes = {"F": (shape.k, shape.r), "Ft": (shape.r, shape.k), "At": (shape.r, rows_of_A)}
+        out = {name: Output(size, t.dtype, Layout(8, -size[1] % 8 + 8)) for name, size in sizes.items()}
+        lib.gemm_lotr_operands(B, core, A, 0.25, *(o.view for o in out.values()))
+        return _finish(**out)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25)
+        assert np.array_equal(out["Ft"], out["F"].T), "F^T is not F's transpose"
+        assert np.array_equal(wide(out["At"]), wide(narrow(wide(A).T, kind))), "A^T is not A's transpose, rounded once"
+
+    return Problem(run, check)
+
+
 def fold_grad(shape: Shape, kind: str) -> Problem:
     t = _Maker(shape, kind, "fold_grad")
     B, cores = t.factor(shape.k, shape.other), _cores(t)
@@ -317,5 +337,6 @@ def small(shape: Shape, kind: str) -> Problem:
 
 
 KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
-    f.__name__: f for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small)
+    f.__name__: f
+    for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small, gemm_lotr_operands)
 }
