@@ -41,8 +41,9 @@ struct SmallBackward {
   bool fresh_dx = false, fresh_dA = false, fresh_dB = false;  // written, not added to
 };
 
-// The operators. Equations and shapes are those of the schemas in ops.cpp. A factor's or core's gradient that
-// is not added to (fresh, or without `add`) may have any dtype, and is rounded to it once.
+// The operators. Equations and shapes are those of the schemas in torch/cpu_operators.cpp. A factor's or
+// core's gradient that is not added to (fresh, or without `add`) may have any dtype, and is rounded to it
+// once.
 void shrink(const Mat& u, const Mat& x, const Mat& A, const Drop& drop);
 void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop, const Start& start);
 void factor_grad(const Mat& acc, const Mat& x, const Mat& k, const Drop& drop, bool add);

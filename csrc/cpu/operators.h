@@ -1,4 +1,5 @@
-// The operators for one element type T: how the work is cut into tasks. Equations are in ops.cpp.
+// The operators for one element type T: how the work is cut into tasks. Equations are in
+// torch/cpu_operators.cpp.
 #pragma once
 
 #include "cpu/products.h"

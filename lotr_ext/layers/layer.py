@@ -140,7 +140,8 @@ class LoTRLayer(nn.Module):
             return self._base(x)
         if self.disabled:
             return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
-        # nn.Module's __getattr__, which looks further, takes 0.5 us for each
+        # parameters are read where nn.Module keeps them, here, in factors and in _call: by its __getattr__ a layer and step
+        # takes 11 us longer (bench.host, one token)
         parameters, modules = self._parameters, self._modules
         core = parameters["core"] if "core" in parameters else self.core
         factors = modules["factors"] if "factors" in modules else self.factors
