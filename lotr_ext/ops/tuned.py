@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -135,7 +136,10 @@ def load() -> None:
     global on
     _kept.clear()
     _find.cache_clear()
-    if os.environ.get("LOTR_TUNE") != "0":
+    wish = os.environ.get("LOTR_TUNE") or None
+    if wish not in (None, "0", "1"):
+        warnings.warn(f"lotr_ext: LOTR_TUNE: expected 0 or 1, got {wish!r}, which does nothing", stacklevel=2)
+    if wish != "0":
         _kept.update(read(file()))
     on = bool(_kept) or ask is not None
 

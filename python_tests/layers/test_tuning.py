@@ -332,6 +332,9 @@ def test_bad_input(timed, monkeypatch) -> None:
     for tokens, error, text in [(0, ValueError, "1 or more, got 0"), (True, TypeError, "bool"), ([4, 2.5], TypeError, "float")]:
         with pytest.raises(error, match=f"tokens: expected.*{text}"):
             tune(layers(), tokens)
+    with monkeypatch.context() as wrong, pytest.warns(UserWarning, match="LOTR_TUNE: expected 0 or 1, got 'yes'"):
+        wrong.setenv("LOTR_TUNE", "yes")
+        tuned.load()
     monkeypatch.setenv("LOTR_STRATEGY", "beta")
     with pytest.raises(ValueError, match="LOTR_STRATEGY: expected none"):
         tune(layers(), 4)
