@@ -75,6 +75,17 @@ void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const
 void small_backward(const SmallBackward& s) {
   table().small_backward(s);
 }
+void row_core(const Mat& h, const Mat& u, const int64_t* token, const Mat& cores, int64_t cores_ls,
+              const Groups& by_core, double scaling) {
+  table().row_core(h, u, token, cores, cores_ls, by_core, scaling);
+}
+void row_core_grad(const Mat& dcores, int64_t dcores_ls, const Mat& g, const Mat& u, const int64_t* token,
+                   const Groups& by_core, double scaling) {
+  table().row_core_grad(dcores, dcores_ls, g, u, token, by_core, scaling);
+}
+void sum_rows(const Mat& du, const Mat& k, const Groups& by_token) {
+  table().sum_rows(du, k, by_token);
+}
 
 const char* isa_name() {
   return table().name;

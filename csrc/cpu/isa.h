@@ -1,6 +1,7 @@
 // Instantiates every operator for one instruction set. Included by the isa_*.cpp files only.
 #pragma once
 
+#include "cpu/rows.h"
 #include "cpu/small.h"
 #include "cpu/table.h"
 
@@ -45,6 +46,20 @@ inline void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A
 inline void small_backward(const SmallBackward& s) {
   typed(s.g.dtype, [&](auto t) { Small<decltype(t)>::backward(s); });
 }
+inline void row_core(const Mat& h, const Mat& u, const int64_t* token, const Mat& cores, int64_t cores_ls,
+                     const Groups& by_core, double scaling) {
+  typed(u.dtype,
+        [&](auto t) { RowProducts<decltype(t)>::row_core(h, u, token, cores, cores_ls, by_core, scaling); });
+}
+inline void row_core_grad(const Mat& dcores, int64_t dcores_ls, const Mat& g, const Mat& u,
+                          const int64_t* token, const Groups& by_core, double scaling) {
+  typed(u.dtype, [&](auto t) {
+    RowProducts<decltype(t)>::row_core_grad(dcores, dcores_ls, g, u, token, by_core, scaling);
+  });
+}
+inline void sum_rows(const Mat& du, const Mat& k, const Groups& by_token) {
+  typed(du.dtype, [&](auto t) { RowProducts<decltype(t)>::sum_rows(du, k, by_token); });
+}
 
 }  // namespace lotr::cpu::LOTR_ISA
 
@@ -58,6 +73,7 @@ extern const Table LOTR_TABLE(LOTR_ISA);
 const Table LOTR_TABLE(LOTR_ISA) = {
     LOTR_TEXT(LOTR_ISA),      &LOTR_ISA::shrink,         &LOTR_ISA::expand_add, &LOTR_ISA::factor_grad,
     &LOTR_ISA::shrink_grad,   &LOTR_ISA::fold,           &LOTR_ISA::fold_grad,  &LOTR_ISA::add,
-    &LOTR_ISA::small_forward, &LOTR_ISA::small_backward,
+    &LOTR_ISA::small_forward, &LOTR_ISA::small_backward, &LOTR_ISA::row_core,   &LOTR_ISA::row_core_grad,
+    &LOTR_ISA::sum_rows,
 };
 }  // namespace lotr::cpu

@@ -35,6 +35,13 @@ struct Start {
   Mat bias;
 };
 
+// Rows by what they have in common: group j, of key[j], has the rows row[first[j]] .. row[first[j + 1] - 1],
+// in ascending order.
+struct Groups {
+  const int64_t *row, *key, *first;
+  int64_t count;
+};
+
 struct SmallBackward {
   Mat dx, g, x, u, A, core, B, dA, dB, dcore;
   double scaling = 1.0;
@@ -58,6 +65,15 @@ void add(const Mat& out, const Mat& a);
 void small_forward(const Mat& u, const Mat& y, const Mat& x, const Mat& A, const Mat& core, const Mat& B,
                    double scaling, const Start& start);
 void small_backward(const SmallBackward& s);
+// h_i = scaling u_t(i) G_c(i) for the rows of each group, whose key is their core; t(i) = token[i], or i
+// where that is null. h [rows, r_out] and k have contiguous rows; cores and dcores are as in fold.
+void row_core(const Mat& h, const Mat& u, const int64_t* token, const Mat& cores, int64_t cores_ls,
+              const Groups& by_core, double scaling);
+// dG_c = scaling sum of u_t(i)^T g_i over the rows of c, of the cores that have rows.
+void row_core_grad(const Mat& dcores, int64_t dcores_ls, const Mat& g, const Mat& u, const int64_t* token,
+                   const Groups& by_core, double scaling);
+// du_t = sum of k_i over the rows of each group, whose key is their token; k is in the type of sums.
+void sum_rows(const Mat& du, const Mat& k, const Groups& by_token);
 
 const char* isa_name();
 

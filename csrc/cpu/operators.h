@@ -41,6 +41,15 @@ struct Chunks {
   }
 };
 
+inline int64_t element_size(Dtype t) {
+  return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2;
+}
+inline Mat layer_of(const Mat& a, int64_t layer_stride, int64_t l) {
+  Mat b = a;
+  b.data = static_cast<char*>(a.data) + l * layer_stride * element_size(a.dtype);
+  return b;
+}
+
 template <typename T>
 struct Operators {
   using K = typename KindOf<T>::type;

@@ -5,15 +5,6 @@
 
 namespace lotr::cpu::LOTR_ISA {
 
-inline int64_t element_size(Dtype t) {
-  return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2;
-}
-inline Mat layer_of(const Mat& a, int64_t layer_stride, int64_t l) {
-  Mat b = a;
-  b.data = static_cast<char*>(a.data) + l * layer_stride * element_size(a.dtype);
-  return b;
-}
-
 // F_l = scaling B G_l^T, a shrink of B. T is the operands' dtype where they have one in common with F, else
 // the type of sums: factors are widened, never rounded.
 template <typename T>

@@ -16,6 +16,9 @@ struct Table {
   decltype(&cpu::add) add;
   decltype(&cpu::small_forward) small_forward;
   decltype(&cpu::small_backward) small_backward;
+  decltype(&cpu::row_core) row_core;
+  decltype(&cpu::row_core_grad) row_core_grad;
+  decltype(&cpu::sum_rows) sum_rows;
 };
 
 }  // namespace lotr::cpu

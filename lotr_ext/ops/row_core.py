@@ -6,14 +6,17 @@ products for all of them; only this one picks a core by row.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..compat import functorch_active
-from . import composite
+from ..compat import OLD_VMAP, dispatch_key_included, forward_mode, functorch_active, jit_tracing
+from . import composite, planner
+from .library import accumulate_dtype
+from .library import lotr as _lotr
+from .operators import rank_rows
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def row_core(
@@ -33,15 +36,41 @@ def row_core(
     cores are of u's dtype, or float32 beside a half-precision u (rounded to it).
 
     Differentiable in u and cores: du_t = s sum over a token's rows of dh_i G_c(i)^T and dG_c = s sum over the rows of c of
-    u_t(i)^T dh_i, summed in float32 (float64 for float64) in the order of the rows, rounded once.
-    Raises TypeError or ValueError that says name, expected and got.
+    u_t(i)^T dh_i, summed in float32 (float64 for float64) in the order of the rows, rounded once: the same bits at any number
+    of threads. Under functorch, in a recorded backward and where there are no kernels the same in torch's own products.
+
+    Raises TypeError or ValueError for a dtype or a shape, RuntimeError for a value (a core or a token that does not exist, ends
+    that do not ascend), each with name, expected and got. On a GPU values are not looked at, which would wait for it: a row
+    with a core below -1 or from c on, or a token that does not exist, gets NaN and no gradient; offs have to ascend.
     """
     _check(u, cores, index, offs, tokens)
-    if offs is not None:
-        rows = u.shape[0] if tokens is None else tokens.shape[0]
-        index = torch.searchsorted(offs, torch.arange(rows, device=u.device, dtype=offs.dtype), right=True)
-        index = torch.where(index < cores.shape[0], index, -1)
-    return composite.row_core(u, cores, index, tokens, scaling)
+    if _kernels(u, cores):
+        return _lotr.row_core.default(u, cores, index, offs, tokens, scaling)
+    return composite.row_core(u, cores, _index(u, cores, index, offs, tokens), tokens, scaling)
+
+
+def _kernels(u: Tensor, cores: Tensor) -> bool:
+    """Whether there are kernels, and nothing that needs torch's own products instead."""
+    if not is_compiling():
+        if functorch_active() or forward_mode() or jit_tracing() is not None:
+            return False
+        if type(u) not in _PLAIN or type(cores) not in _PLAIN:
+            return False
+    return _obstacle(max(cores.shape[1:]), u.dtype, u.device) is None
+
+
+@torch.compiler.assume_constant_result  # a compiler need not look into what asks the driver
+def _obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    return planner.obstacle_to_kernels(rank, dtype, device)
+
+
+def _index(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, tokens: Tensor | None) -> Tensor:
+    """The core of each row, -1 for none."""
+    if index is not None:
+        return index
+    rows = torch.arange((u if tokens is None else tokens).shape[0], device=u.device, dtype=offs.dtype)
+    index = torch.searchsorted(offs, rows, right=True)
+    return torch.where(index < cores.shape[0], index, -1)
 
 
 def _check(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, tokens: Tensor | None) -> None:
@@ -51,8 +80,10 @@ def _check(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, 
         raise ValueError(f"u: expected shape [m, r_in], got {tuple(u.shape)}")
     if cores.dim() != 3 or cores.shape[1] != u.shape[1] or 0 in cores.shape:
         raise ValueError(f"cores: expected shape (c, {u.shape[1]}, r_out) with c, r_out >= 1, got {tuple(cores.shape)}")
-    integers = (("index", index, torch.int64), ("offs", offs, torch.int32), ("tokens", tokens, torch.int64))
-    for name, tensor, dtype in integers:
+    if cores.dtype not in (u.dtype, accumulate_dtype(u.dtype)):
+        wide = "" if u.dtype == accumulate_dtype(u.dtype) else " or torch.float32"
+        raise TypeError(f"cores: expected {u.dtype}{wide}, got {cores.dtype}")
+    for name, tensor, dtype in (("index", index, torch.int64), ("offs", offs, torch.int32), ("tokens", tokens, torch.int64)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
         if tensor is not None and tensor.dim() != 1:
@@ -62,13 +93,35 @@ def _check(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, 
         raise ValueError(f"index: expected {rows} rows, as {'u' if tokens is None else 'tokens'} has, got {index.shape[0]}")
     if offs is not None and offs.shape[0] != cores.shape[0]:
         raise ValueError(f"offs: expected one end a core, {cores.shape[0]}, got {offs.shape[0]}")
-    if rows == 0 or u.device.type != "cpu" or is_compiling() or functorch_active() or type(u) not in (Tensor, nn.Parameter):
-        return  # no values to look at, or none without a synchronisation
-    if index is not None and not (int(index.min()) >= -1 and int(index.max()) < cores.shape[0]):
-        raise ValueError(f"index: expected cores in [-1, {cores.shape[0]}), got {int(index.min())} to {int(index.max())}")
-    if tokens is not None and not (int(tokens.min()) >= 0 and int(tokens.max()) < u.shape[0]):
-        raise ValueError(f"tokens: expected rows of u in [0, {u.shape[0]}), got {int(tokens.min())} to {int(tokens.max())}")
-    if offs is not None:
-        ends = offs.tolist()
-        if ends[0] < 0 or any(a > b for a, b in pairwise(ends)) or ends[-1] > rows:
-            raise ValueError(f"offs: expected ascending ends in [0, {rows}], got {ends}")
+
+
+@torch.library.register_fake("lotr::row_core")
+def _(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, tokens: Tensor | None, scaling: float) -> Tensor:
+    return rank_rows(u, (u if tokens is None else tokens).shape[0], cores.shape[2])
+
+
+@torch.library.register_fake("lotr::row_core_backward")
+def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores) -> tuple[Tensor, Tensor]:
+    dcores = u.new_empty(cores.shape if need_cores else (0, 0, 0), dtype=accumulate_dtype(u.dtype))
+    return rank_rows(u, *u.shape) if need_u else u.new_empty(0, 0), dcores
+
+
+def _backward(ctx, g: Tensor):
+    u, cores, index, offs, tokens = ctx.saved_tensors
+    need_u, need_cores = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled() or dispatch_key_included(OLD_VMAP):  # recorded, or batched
+        with torch.enable_grad():
+            h = composite.row_core(u, cores, _index(u, cores, index, offs, tokens), tokens, ctx.scaling)
+        wanted = [t for t, need in ((u, need_u), (cores, need_cores)) if need]
+        found = list(torch.autograd.grad(h, wanted, g, create_graph=torch.is_grad_enabled(), retain_graph=True))
+        return found.pop(0) if need_u else None, found.pop(0) if need_cores else None, None, None, None, None
+    du, dcores = _lotr.row_core_backward.default(g, u, cores, index, offs, tokens, ctx.scaling, need_u, need_cores)
+    return du if need_u else None, dcores.to(cores.dtype) if need_cores else None, None, None, None, None
+
+
+def _setup(ctx, inputs, output) -> None:
+    u, cores, index, offs, tokens, ctx.scaling = inputs
+    ctx.save_for_backward(u, cores, index, offs, tokens)
+
+
+torch.library.register_autograd("lotr::row_core", _backward, setup_context=_setup)

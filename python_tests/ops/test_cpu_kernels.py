@@ -205,6 +205,27 @@ def test_fold_grad(case: Case, layers: int) -> None:
     assert torch.equal(ops.fold_grad(Q, case.B, cores, SCALING, None), dcores)
 
 
+def test_row_core(case: Case) -> None:
+    """Rows by core in any order, their tokens in any order; test_row_core.py has the rest."""
+    rows = torch.arange(case.m)
+    index, tokens = (rows * 5 + 1) % 3 % 2, (rows * 7 + 3) % max(case.m, 1)
+    given = (case.u, case.cores, index, None, tokens, SCALING)
+    g = case.make(case.m, case.r_out)
+    h = ops.row_core(*given)
+    du, dcores = ops.row_core_backward(g, *given, True, True)
+    size = torch.zeros(case.m, case.r, dtype=torch.float64)
+    want_du, eager_du = torch.zeros_like(size), torch.zeros(case.m, case.r, dtype=case.acc)
+    for c in range(2):
+        own = index == c
+        u, core = case.u[tokens[own]], case.cores[c]
+        check_product(h[own], u, core, SCALING)
+        check_product(dcores[c], u.t().to(case.acc), g[own].to(case.acc), SCALING)
+        want_du[tokens[own]] += SCALING * g[own].double() @ core.double().t()
+        eager_du[tokens[own]] += SCALING * (g[own] @ core.t()).to(case.acc)
+        size[tokens[own]] += SCALING * g[own].double().abs() @ core.double().abs().t()
+    close(du, want_du, eager_du.to(case.dtype), size)
+
+
 def test_small_forward(case: Case) -> None:
     y = laid_out(case.g, case.layout)
     core = case.cores[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from lotr_ext import ops
 
@@ -45,7 +46,10 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert (got.double() - want).abs().max() <= tolerance * (1 + want.abs().max()) if want.numel() else got.shape == want.shape
 
 
-SHAPES = [(37, 11, 7, 5, 3), (64, 64, 64, 16, 16), (1, 1, 1, 1, 1), (40, 13, 3, 8, 33), (0, 4, 2, 4, 3), (5, 3, 100, 4, 4)]
+SHAPES = [
+    *((37, 11, 7, 5, 3), (64, 64, 64, 16, 16), (1, 1, 1, 1, 1), (40, 13, 3, 8, 33), (0, 4, 2, 4, 3), (0, 0, 1, 2, 2)),
+    *((60, 9, 100_000, 4, 4), (900, 700, 2, 16, 17), (700, 20, 5, 64, 40), (33, 9, 4, 256, 255)),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,13 +103,13 @@ def test_double_backward_and_functorch() -> None:
 ERRORS = [
     (TypeError, "index, offs: expected exactly one of them, got none", {}),
     (TypeError, "index, offs: expected exactly one of them, got both", {"index": [0] * 4, "offs": [1, 4]}),
-    (ValueError, r"index: expected cores in \[-1, 2\), got 0 to 2", {"index": [0, 1, 2, 0]}),
-    (ValueError, r"index: expected cores in \[-1, 2\), got -2 to 1", {"index": [0, 1, -2, 0]}),
+    (RuntimeError, r"row_core: index: expected values in \[-1, 2\), got 2 in row 2", {"index": [0, 1, 2, 0]}),
+    (RuntimeError, r"row_core: index: expected values in \[-1, 2\), got -2 in row 2", {"index": [0, 1, -2, 0]}),
     (ValueError, "index: expected 4 rows, as u has, got 3", {"index": [0, 1, 0]}),
     (ValueError, "index: expected 3 rows, as tokens has, got 4", {"index": [0, 1, 0, 0], "tokens": [0, 0, 0]}),
-    (ValueError, r"tokens: expected rows of u in \[0, 4\), got 0 to 4", {"index": [0, 1], "tokens": [0, 4]}),
-    (ValueError, r"offs: expected ascending ends in \[0, 4\], got \[3, 2\]", {"offs": [3, 2]}),
-    (ValueError, r"offs: expected ascending ends in \[0, 4\], got \[3, 5\]", {"offs": [3, 5]}),
+    (RuntimeError, r"row_core: tokens: expected values in \[0, 4\), got 4 in row 1", {"index": [0, 1], "tokens": [0, 4]}),
+    (RuntimeError, r"row_core: offs: expected ascending ends in \[0, 4\], got 2 after 3", {"offs": [3, 2]}),
+    (RuntimeError, r"row_core: offs: expected ascending ends in \[0, 4\], got 5 after 3", {"offs": [3, 5]}),
     (ValueError, "offs: expected one end a core, 2, got 3", {"offs": [1, 2, 4]}),
 ]
 
@@ -126,3 +130,92 @@ def test_bad_dtypes_and_shapes() -> None:
         ops.row_core(u, torch.ones(2, 4, 5), index=index)
     with pytest.raises(ValueError, match=r"u: expected shape \[m, r_in\]"):
         ops.row_core(torch.ones(4, 3, 1), cores, index=index)
+    with pytest.raises(TypeError, match=r"cores: expected torch\.float32, got torch\.float16"):
+        ops.row_core(u, cores.half(), index=index)
+
+
+def test_the_same_bits_at_any_number_of_threads() -> None:
+    given = case(3000, 700, 40, 24, 20, torch.float32)
+    few = torch.where(given["index"] > 2, 1, given["index"])  # and a core of most rows
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for index in (given["index"], few):
+                args = (
+                    given["g"],
+                    given["u"].detach(),
+                    given["cores"].detach(),
+                    index,
+                    None,
+                    given["tokens"],
+                    SCALING,
+                    True,
+                    True,
+                )
+                found.append(
+                    (torch.ops.lotr.row_core(*args[1:7]), *torch.ops.lotr.row_core_backward(*args)),
+                )
+    finally:
+        torch.set_num_threads(before)
+    for other in (found[2], found[4]):
+        assert all(map(torch.equal, found[0], other))
+    for other in (found[3], found[5]):
+        assert all(map(torch.equal, found[1], other))
+
+
+def test_strided_operands() -> None:
+    given = case(37, 11, 7, 5, 3, torch.float32)
+    u = torch.full((11, 15), float("nan"))
+    u[:, 1:15:3] = given["u"].detach()
+    cores = torch.full((7, 3, 9), float("nan"))
+    cores[..., 2:7] = given["cores"].detach().mT
+    index, tokens = torch.stack([given["index"], given["tokens"]], 1).unbind(1)
+    wide_g = given["g"].expand(2, -1, -1).permute(1, 2, 0)[..., 1]
+    args = (u[:, 1:15:3], cores[..., 2:7].mT, index, None, tokens, SCALING)
+    want = truth(*(given[name] for name in ("u", "cores", "index", "tokens", "g")))
+    got = torch.ops.lotr.row_core(*args), *torch.ops.lotr.row_core_backward(wide_g, *args, True, True)
+    for a, b in zip(got, want, strict=True):
+        close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    given = case(9, 5, 4, 3, 2, dtype)
+    u, cores, index, tokens, g = (given[name] for name in ("u", "cores", "index", "tokens", "g"))
+    offs = torch.tensor([2, 2, 4, 5], dtype=torch.int32)
+    for args in (
+        (u, cores, index, None, tokens, 0.7),
+        (u, cores, None, offs, None, 0.7),
+        (u, cores.detach(), None, offs, None, 1.0),
+    ):
+        opcheck(torch.ops.lotr.row_core.default, args)
+    for need in ((True, True), (True, False), (False, True)):
+        opcheck(torch.ops.lotr.row_core_backward.default, (g, u.detach(), cores.detach(), index, None, tokens, 0.7, *need))
+
+
+def test_compile_sees_one_operator() -> None:
+    given = case(9, 5, 4, 3, 2, torch.float32)
+    u, cores, index, tokens = (given[name] for name in ("u", "cores", "index", "tokens"))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    f = torch.compile(
+        lambda u, c: ops.row_core(u, c, index=index, tokens=tokens, scaling=SCALING), backend=backend, fullgraph=True
+    )
+    h = f(u, cores)
+    assert len(graphs) == 1 and "lotr.row_core" in graphs[0].code
+    assert torch.equal(h, ops.row_core(u, cores, index=index, tokens=tokens, scaling=SCALING))
+
+
+def test_batched_gradients() -> None:
+    given = case(9, 5, 4, 3, 2, torch.float64)
+    u, cores = given["u"], given["cores"]
+    h = ops.row_core(u, cores, index=given["index"], tokens=given["tokens"], scaling=SCALING)
+    gs = torch.stack([given["g"], -2 * given["g"]])
+    batched = torch.autograd.grad(h, (u, cores), gs, is_grads_batched=True, retain_graph=True)
+    for a, b in zip(batched, torch.autograd.grad(h, (u, cores), given["g"]), strict=True):
+        assert torch.allclose(a[0], b) and torch.allclose(a[1], -2 * b)

@@ -1,0 +1,119 @@
+// A core a row: h_i = s u_t(i) G_c(i) and its gradients, by groups of rows that have a core, or a token, in
+// common.
+//
+// A group is a small dense product of the kinds in operators.h, on its rows where they follow one another, as
+// those of an expert do, else on a copy of them. Each row is multiplied, and each sum formed, by one group in
+// the order of its rows: the threads change no bit.
+#pragma once
+
+#include "cpu/operators.h"
+
+namespace lotr::cpu::LOTR_ISA {
+
+constexpr int64_t kRowsOfGroup = 4 * kTileRows;  // that are copied at a time
+
+// Rows of `a` as one matrix, of which row i is row id(i), or token[id(i)], of `a`.
+template <typename T>
+struct Gathered {
+  Mat mat;
+  Scratch memory;
+
+  Gathered(const Mat& a, const int64_t* row, const int64_t* token, int64_t n)
+      : mat(a), memory(follow(row, token, n) ? 0 : size_t(n * a.cols) * sizeof(T)) {
+    mat.rows = n;
+    if (follow(row, token, n)) {
+      mat.data = static_cast<T*>(a.data) + at(row, token, 0) * a.rs;
+      return;
+    }
+    T* to = memory.template get<T>();
+    mat.data = to, mat.rs = a.cols, mat.cs = 1;
+    for (int64_t i = 0; i < n; ++i, to += a.cols) {
+      const T* from = static_cast<const T*>(a.data) + at(row, token, i) * a.rs;
+      for (int64_t j = 0; j < a.cols; ++j) to[j] = from[j * a.cs];
+    }
+  }
+  static int64_t at(const int64_t* row, const int64_t* token, int64_t i) {
+    return token ? token[row[i]] : row[i];
+  }
+  static bool follow(const int64_t* row, const int64_t* token, int64_t n) {
+    for (int64_t i = 1; i < n; ++i)
+      if (at(row, token, i) != at(row, token, i - 1) + 1) return false;
+    return true;
+  }
+};
+
+template <typename T>
+struct RowProducts {
+  using Ops = Operators<T>;
+  using K = typename KindOf<T>::type;
+  using Acc = typename K::Acc;
+
+  // h has contiguous rows, of T or wider.
+  static void row_core(const Mat& h, const Mat& u, const int64_t* token, const Mat& cores, int64_t cores_ls,
+                       const Groups& by_core, double scaling) {
+    Drop scaled;
+    scaled.scale = scaling;
+    const int64_t total = by_core.first[by_core.count], row_bytes = h.cols * element_size(h.dtype);
+    run_rows(total, total * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
+      int64_t group = 0;
+      for (int64_t low = 0, high = by_core.count; low < high;) {  // the group of the first row
+        const int64_t middle = (low + high) / 2;
+        if (by_core.first[middle + 1] <= begin)
+          low = group = middle + 1;
+        else
+          high = middle;
+      }
+      for (int64_t i = begin; i < end;) {
+        while (by_core.first[group + 1] <= i) ++group;
+        const int64_t n = smaller(smaller(end, by_core.first[group + 1]) - i, kRowsOfGroup);
+        const int64_t* row = by_core.row + i;
+        const Gathered<T> in(u, row, token, n);
+        const bool follow = Gathered<T>::follow(row, nullptr, n);
+        Scratch memory(follow ? 0 : size_t(n * row_bytes));
+        Mat out = h;
+        out.rows = n;
+        out.data = follow ? static_cast<char*>(h.data) + row[0] * row_bytes : memory.get<char>();
+        Ops::shrink(out, in.mat, layer_of(cores, cores_ls, by_core.key[group]), scaled);
+        for (int64_t j = 0; !follow && j < n; ++j)
+          std::memcpy(static_cast<char*>(h.data) + row[j] * row_bytes, memory.get<char>() + j * row_bytes,
+                      size_t(row_bytes));
+        i += n;
+      }
+    });
+  }
+
+  // dG_c = scaling * the sum over the rows of c of u_t(i)^T g_i, for the cores that have rows.
+  static void row_core_grad(const Mat& dcores, int64_t dcores_ls, const Mat& g, const Mat& u,
+                            const int64_t* token, const Groups& by_core, double scaling) {
+    auto groups = [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t first = by_core.first[group], n = by_core.first[group + 1] - first;
+        const Gathered<T> left(u, by_core.row + first, token, n), right(g, by_core.row + first, nullptr, n);
+        Ops::outer(layer_of(dcores, dcores_ls, by_core.key[group]), left.mat, right.mat, Drop{}, scaling,
+                   false);
+      }
+    };
+    // A few groups are shared out each by itself: inside a task the pool runs nested calls in line.
+    if (by_core.count < 2 * threads()) return groups(0, by_core.count);
+    run_tasks(by_core.count, by_core.first[by_core.count] * u.cols * g.cols, groups);
+  }
+
+  // du_t = the sum of a token's rows of k, in their order, rounded once.
+  static void sum_rows(const Mat& du, const Mat& k, const Groups& by_token) {
+    const int64_t r = k.cols;
+    run_tasks(by_token.count, by_token.first[by_token.count] * r, [&](int64_t begin, int64_t end) {
+      Scratch memory(size_t(r) * sizeof(Acc));
+      Acc* sum = memory.get<Acc>();
+      for (int64_t group = begin; group < end; ++group) {
+        for (int64_t j = 0; j < r; ++j) sum[j] = 0;
+        for (int64_t i = by_token.first[group]; i < by_token.first[group + 1]; ++i) {
+          const Acc* row = static_cast<const Acc*>(k.data) + by_token.row[i] * r;
+          for (int64_t j = 0; j < r; ++j) sum[j] += row[j];
+        }
+        write_rows<K>(du, by_token.key[group], 1, sum, r, 1.0, false);
+      }
+    });
+  }
+};
+
+}  // namespace lotr::cpu::LOTR_ISA

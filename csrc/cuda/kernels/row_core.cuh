@@ -1,0 +1,169 @@
+// row_core:       h_i = s a_t(i) G_c(i)              a [tokens, r_in], G_c [r_in, r_out], h [rows, r_out]
+//                 and, of its backward, k_i = s g_i G_c(i)^T, the cores read across
+// row_ends:       where the rows of each core, or token, end among the sorted ones
+// row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c                dG [cores, r_in, r_out]
+// float32 sum_rows:       du_t = sum of k_i over the rows of t                           k [rows, r_in]
+// float32
+//
+// A row is r numbers that are multiplied with a core of r x r: float32 fused multiply-adds on the tiles of
+// small_product.cuh keep up with memory, and latency is what few rows wait for.
+//
+// Grid     row_core       x: tiles of up to 32 rows that follow one another, y: tiles of r_out.  A block
+//                         goes through the runs of its rows that have the same core, which passes through
+//                         shared memory once a run.  plan.h takes fewer rows a block where there are few.
+//          row_core_grad  for each core, tile of it and split of its rows, a block
+//          row_ends       x: 128 keys, a thread each;  sum_rows  x: 128 numbers of du, a thread each
+// Bytes    row_core       a and the core of each run r_out / 16 times, h once
+//          row_core_grad  u r_out / 16 times, g r_in / 32 times, dG once; with s splits, a core of partial
+//                         sums written and read s times
+//          sum_rows       k once, du once
+// Sums     float32, over the rows of a core or token in their order: no atomics, the same bits every time.
+//
+// Nothing waits for the values of an index.  A core below -1 or from `cores` on, or a token that does not
+// exist, is not followed: its row gets NaN in h, and is left out of every gradient.
+#pragma once
+#include "small_product.cuh"
+
+namespace lotr::kernels {
+
+struct RowCoreTraits {
+  struct Smem {
+    ProductTraits::Smem product;
+    int core[PRODUCT_ROWS];        // NONE, MISSING or a core
+    int64_t source[PRODUCT_ROWS];  // row of a
+  };
+};
+constexpr int NONE = -1, MISSING = -2;
+
+// The first place of `sorted` whose value is above `value`.
+template <class T>
+LOTR_DEVICE int64_t place_above(const T* sorted, int64_t count, int64_t value) {
+  int64_t low = 0;
+  for (int64_t high = count; low < high;) {
+    const int64_t middle = (low + high) / 2;
+    if (int64_t(ptx::load(sorted + middle)) <= value)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+LOTR_DEVICE int core_of(const RowIndex& x, int64_t row) {
+  if (!x.core) {
+    const int64_t core = place_above(x.ends, x.cores, row);
+    return core < x.cores ? int(core) : NONE;
+  }
+  const int64_t core = ptx::load(x.core + row);
+  return core == NONE || (core >= 0 && core < x.cores) ? int(core) : MISSING;
+}
+
+static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::BLOCKS)
+    row_core(const RowCoreParams p) {
+  auto& sm = ptx::shared_storage<RowCoreTraits::Smem>();
+  const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block, left = p.index.rows - row0;
+  const int j0 = blockIdx.y * ProductTraits::COLS,
+            rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
+  for (int i = threadIdx.x; i < rows; i += ProductTraits::THREADS) {
+    const int64_t token = p.index.token ? ptx::load(p.index.token + row0 + i) : row0 + i;
+    const bool exists = token >= 0 && token < p.index.tokens;
+    ptx::store_shared(&sm.core[i], exists ? core_of(p.index, row0 + i) : MISSING);
+    ptx::store_shared(&sm.source[i], token);
+  }
+  __syncthreads();
+  const auto round = [&](float value) {  // float32 cores beside half activations, as autocast would
+    if (p.a_type == DType::bfloat16) return ptx::to_float(ptx::from_float<__nv_bfloat16>(value));
+    if (p.a_type == DType::float16) return ptx::to_float(ptx::from_float<__half>(value));
+    return value;
+  };
+#pragma unroll 1
+  for (int begin = 0; begin < rows;) {
+    const int core = ptx::load_shared(&sm.core[begin]);
+    int end = begin + 1;
+    while (end < rows && ptx::load_shared(&sm.core[end]) == core) ++end;
+    float d[ProductTraits::PER_THREAD] = {};
+    if (core >= 0) {
+      small_product<false>(
+          d, sm.product, p.r_in,
+          [&](int row, int64_t k) {
+            return begin <= row && row < end
+                       ? read_float(p.a, p.a_type, 0, ptx::load_shared(&sm.source[row]), k)
+                       : 0.f;
+          },
+          [&](int64_t k, int c) {
+            return j0 + c < p.r_out ? round(read_float(p.cores, p.core_type, core * p.core_stride, k, j0 + c))
+                                    : 0.f;
+          });
+    }
+    each_output([&](int i, int row, int c) {
+      if (begin <= row && row < end && j0 + c < p.r_out)
+        write_float(p.h, p.h_type, (row0 + row) * p.h_row + j0 + c,
+                    core == MISSING ? p.missing : d[i] * p.scale);
+    });
+    begin = end;
+  }
+}
+
+static __global__ void __launch_bounds__(ProductTraits::THREADS) row_ends(const RowEndsParams p) {
+  const int64_t key = int64_t(blockIdx.x) * ProductTraits::THREADS + threadIdx.x - 1;
+  if (key < p.bound) ptx::store(p.ends + key + 1, int32_t(place_above(p.keys, p.rows, key)));
+}
+
+// The places [begin, end) of a key.
+LOTR_DEVICE void segment(const Segments& s, int64_t key, int64_t& begin, int64_t& end) {
+  begin = s.from_zero ? (key ? ptx::load(s.ends + key - 1) : 0) : ptx::load(s.ends + key);
+  end = ptx::load(s.ends + (s.from_zero ? key : key + 1));
+}
+LOTR_DEVICE int64_t row_at(const Segments& s, int64_t place) {
+  return s.order ? ptx::load(s.order + place) : place;
+}
+
+static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::BLOCKS)
+    row_core_grad(const RowCoreGradParams p) {
+  constexpr int ROWS = ProductTraits::ROWS, COLS = ProductTraits::COLS, STEP = ProductTraits::STEP;
+  auto& sm = ptx::shared_storage<ProductTraits::Smem>();
+  const unsigned tiles_out = unsigned(p.r_out + COLS - 1) / COLS,
+                 tiles = unsigned(p.r_in + ROWS - 1) / ROWS * tiles_out;
+  const unsigned group = blockIdx.x / unsigned(p.splits), core_tile = group % tiles;
+  const int split = int(blockIdx.x % unsigned(p.splits));
+  const int64_t core = group / tiles;
+  const int i0 = int(core_tile / tiles_out) * ROWS, j0 = int(core_tile % tiles_out) * COLS;
+  int64_t begin, end;
+  segment(p.of_core, core, begin, end);
+  // Of this split, whole steps.
+  const int64_t share = (end - begin + p.splits * STEP - 1) / (p.splits * STEP) * STEP;
+  begin += split * share;
+  const int64_t rows = begin >= end ? 0 : end - begin < share ? end - begin : share;
+  float d[ProductTraits::PER_THREAD] = {};
+  small_product<true>(
+      d, sm, rows,
+      [&](int row, int64_t k) {
+        if (i0 + row >= p.r_in) return 0.f;
+        const int64_t i = row_at(p.of_core, begin + k), t = p.token ? ptx::load(p.token + i) : i;
+        return t >= 0 && t < p.tokens ? read_float(p.u, p.type, 0, t, i0 + row) : 0.f;
+      },
+      [&](int64_t k, int c) {
+        if (j0 + c >= p.r_out) return 0.f;
+        const int64_t i = row_at(p.of_core, begin + k), t = p.token ? ptx::load(p.token + i) : i;
+        return t >= 0 && t < p.tokens ? read_float(p.g, p.type, 0, i, j0 + c) : 0.f;
+      });
+  if (p.splits > 1 && !sum_splits(d, sm, p.sum, group, split, p.splits)) return;
+  each_output([&](int i, int row, int c) {
+    if (i0 + row < p.r_in && j0 + c < p.r_out)
+      ptx::store(p.dcores + (core * p.r_in + i0 + row) * p.r_out + j0 + c, d[i] * p.scale);
+  });
+}
+
+static __global__ void __launch_bounds__(ProductTraits::THREADS) sum_rows(const SumRowsParams p) {
+  const int64_t element = int64_t(blockIdx.x) * ProductTraits::THREADS + threadIdx.x;
+  const int64_t token = element / p.r, j = element % p.r;
+  if (token >= p.tokens) return;
+  int64_t begin, end;
+  segment(p.of_token, token, begin, end);
+  float sum = 0.f;
+  for (int64_t place = begin; place < end; ++place)
+    sum += ptx::load(p.k + row_at(p.of_token, place) * p.r + j);
+  write_float(p.du.data, p.du_type, token * p.du.row + j * p.du.col, sum);
+}
+
+}  // namespace lotr::kernels

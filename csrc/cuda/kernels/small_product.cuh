@@ -1,0 +1,98 @@
+// Tiles of 32 x 16 of the small products (fold, fold_grad, row_core): plain float32 fused multiply-adds on
+// operands of any type and stride, which a caller's lambda reads.
+#pragma once
+#include "../tile/load.cuh"
+#include "../tile/reduce.cuh"
+#include "traits.h"
+
+namespace lotr::kernels {
+
+struct ProductTraits {
+  static constexpr int THREADS = 128, ROWS = PRODUCT_ROWS, COLS = PRODUCT_COLS, STEP = 32;
+  static constexpr int BLOCKS = 4;  // an SM, at least: left alone, ptxas aims at 12 on sm_120, and spills
+  static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
+  struct Smem {
+    float a[STEP][ROWS + 1], b[STEP][COLS + 1];
+    int last;
+  };
+};
+
+// d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows; out-of-range operands read
+// as zero. ROW_FASTEST: neighbours of a in memory are rows, else k.
+template <bool ROW_FASTEST, class A, class B>
+LOTR_DEVICE void small_product(float (&d)[ProductTraits::PER_THREAD], ProductTraits::Smem& sm, int64_t K, A a,
+                               B b) {
+  using T = ProductTraits;
+  const int t = threadIdx.x, col = t % T::COLS, row0 = t / T::COLS;
+  for (int64_t k0 = 0; k0 < K; k0 += T::STEP) {
+    for (int i = t; i < T::STEP * T::ROWS; i += T::THREADS) {
+      const int row = ROW_FASTEST ? i % T::ROWS : i / T::STEP, k = ROW_FASTEST ? i / T::ROWS : i % T::STEP;
+      ptx::store_shared(&sm.a[k][row], k0 + k < K ? a(row, k0 + k) : 0.f);
+    }
+    for (int i = t; i < T::STEP * T::COLS; i += T::THREADS) {
+      const int k = i / T::COLS, c = i % T::COLS;
+      ptx::store_shared(&sm.b[k][c], k0 + k < K ? b(k0 + k, c) : 0.f);
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int k = 0; k < T::STEP; ++k) {
+      const float right = ptx::load_shared(&sm.b[k][col]);
+#pragma unroll
+      for (int i = 0; i < T::PER_THREAD; ++i)
+        d[i] = fmaf(ptx::load_shared(&sm.a[k][row0 + i * (T::THREADS / T::COLS)]), right, d[i]);
+    }
+    __syncthreads();
+  }
+}
+
+// Calls f(i, row, col) for the outputs of this thread.
+template <class F>
+LOTR_DEVICE void each_output(F f) {
+  using T = ProductTraits;
+#pragma unroll
+  for (int i = 0; i < T::PER_THREAD; ++i)
+    f(i, int(threadIdx.x) / T::COLS + i * (T::THREADS / T::COLS), int(threadIdx.x) % T::COLS);
+}
+
+LOTR_DEVICE float read_float(const Matrix& m, DType type, int64_t offset, int64_t row, int64_t col) {
+  const int64_t i = offset + row * m.row + col * m.col;
+  if (type == DType::bfloat16) return ptx::to_float(ptx::load(static_cast<const __nv_bfloat16*>(m.data) + i));
+  if (type == DType::float16) return ptx::to_float(ptx::load(static_cast<const __half*>(m.data) + i));
+  return ptx::load(static_cast<const float*>(m.data) + i);
+}
+
+LOTR_DEVICE void write_float(void* data, DType type, int64_t i, float value) {
+  if (type == DType::bfloat16)
+    ptx::store(static_cast<__nv_bfloat16*>(data) + i, ptx::from_float<__nv_bfloat16>(value));
+  else if (type == DType::float16)
+    ptx::store(static_cast<__half*>(data) + i, ptx::from_float<__half>(value));
+  else
+    ptx::store(static_cast<float*>(data) + i, value);
+}
+
+// The sum over the splits of a group's tile, in their order, left in d of the block that arrives last, for
+// which this returns true.  partial [groups, splits, a tile].
+LOTR_DEVICE bool sum_splits(float (&d)[ProductTraits::PER_THREAD], ProductTraits::Smem& sm,
+                            const Reduction& sum, int64_t group, int split, int splits) {
+  using T = ProductTraits;
+  constexpr int TILE = T::ROWS * T::COLS, AHEAD = tile::IN_FLIGHT / T::PER_THREAD;  // splits in flight
+  float* mine = sum.partial + group * splits * TILE + threadIdx.x;
+  each_output([&](int i, int, int) { ptx::store(mine + split * TILE + i * T::THREADS, d[i]); });
+  if (!tile::arrive_last(sum.arrived + group, splits, sm.last)) return false;
+  each_output([&](int i, int, int) { d[i] = 0.f; });
+#pragma unroll 1
+  for (int s = 0; s < splits; s += AHEAD) {
+    float in[AHEAD][T::PER_THREAD];
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a) {  // the last split again where there are no more
+      const int next = s + a < splits ? s + a : splits - 1;
+      each_output([&](int i, int, int) { in[a][i] = ptx::load_cg(mine + next * TILE + i * T::THREADS); });
+    }
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a)
+      if (s + a < splits) each_output([&](int i, int, int) { d[i] += in[a][i]; });
+  }
+  return true;
+}
+
+}  // namespace lotr::kernels

@@ -1,0 +1,63 @@
+// csrc/cuda/launch.h: a core a row.
+#include "kernels/row_core.cuh"
+#include "launchers.h"
+#include "plan.h"
+
+namespace lotr::cuda {
+namespace {
+
+using kernels::ProductTraits;
+
+template <class Params>
+void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, size_t shared,
+            const char* name) {
+  ptx::launch({grid, dim3(ProductTraits::THREADS), shared, static_cast<ptx::stream_t>(call.stream),
+               dim3(1, 1, 1), name},
+              kernel, p);
+}
+
+dim3 threads(int64_t count) {
+  return dim3(unsigned(plan::ceil_div(count, ProductTraits::THREADS)));
+}
+
+}  // namespace
+
+void row_core(const Call& call, const RowCoreParams& problem) {
+  check_rank("row_core", "cores", problem.r_in), check_rank("row_core", "cores", problem.r_out);
+  if (problem.index.rows == 0) return;
+  RowCoreParams p = problem;
+  const int64_t cols = plan::ceil_div(p.r_out, kernels::PRODUCT_COLS);
+  p.rows_of_block = plan::row_core_rows(p.index.rows, cols, call.multiprocessors);
+  launch(call, kernels::row_core,
+         dim3(unsigned(plan::ceil_div(p.index.rows, p.rows_of_block)), unsigned(cols)), p,
+         sizeof(kernels::RowCoreTraits::Smem), "row_core");
+}
+
+void row_ends(const Call& call, const RowEndsParams& p) {
+  launch(call, kernels::row_ends, threads(p.bound + 1), p, 0, "row_ends");
+}
+
+size_t row_core_grad_workspace(const Call& call, const RowCoreGradParams& p, int64_t rows) {
+  const auto plan = plan::row_core_grad(rows, p.cores, p.r_in, p.r_out, call.multiprocessors);
+  return plan.splits > 1
+             ? Workspace::bytes(plan.core_tiles,
+                                plan.core_tiles * plan.splits * kernels::PRODUCT_ROWS * kernels::PRODUCT_COLS)
+             : 0;
+}
+
+void row_core_grad(const Call& call, const RowCoreGradParams& problem, int64_t rows, void* workspace) {
+  check_rank("row_core_grad", "cores", problem.r_in), check_rank("row_core_grad", "cores", problem.r_out);
+  RowCoreGradParams p = problem;
+  const auto plan = plan::row_core_grad(rows, p.cores, p.r_in, p.r_out, call.multiprocessors);
+  p.splits = plan.splits;
+  if (p.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
+  launch(call, kernels::row_core_grad, dim3(unsigned(plan.core_tiles * p.splits)), p,
+         sizeof(ProductTraits::Smem), "row_core_grad");
+}
+
+void sum_rows(const Call& call, const SumRowsParams& p) {
+  if (p.tokens == 0) return;
+  launch(call, kernels::sum_rows, threads(p.tokens * p.r), p, 0, "sum_rows");
+}
+
+}  // namespace lotr::cuda
