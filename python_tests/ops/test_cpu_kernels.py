@@ -220,9 +220,9 @@ def test_row_core(case: Case) -> None:
         u, core = case.u[tokens[own]], case.cores[c]
         check_product(h[own], u, core, SCALING)
         check_product(dcores[c], u.t().to(case.acc), g[own].to(case.acc), SCALING)
-        want_du[tokens[own]] += SCALING * g[own].double() @ core.double().t()
-        eager_du[tokens[own]] += SCALING * (g[own] @ core.t()).to(case.acc)
-        size[tokens[own]] += SCALING * g[own].double().abs() @ core.double().abs().t()
+        want_du.index_add_(0, tokens[own], SCALING * g[own].double() @ core.double().t())
+        eager_du.index_add_(0, tokens[own], SCALING * (g[own] @ core.t()).to(case.acc))
+        size.index_add_(0, tokens[own], SCALING * g[own].double().abs() @ core.double().abs().t())
     close(du, want_du, eager_du.to(case.dtype), size)
 
 
