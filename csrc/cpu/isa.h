@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cpu/rows.h"
-#include "cpu/small.h"
 #include "cpu/table.h"
 
 namespace lotr::cpu::LOTR_ISA {

@@ -2,15 +2,17 @@
 // common.
 //
 // A group is a small dense product of the kinds in operators.h, on its rows where they follow one another, as
-// those of an expert do, else on a copy of them. Each row is multiplied, and each sum formed, by one group in
-// the order of its rows: the threads change no bit.
+// those of an expert do, else on a copy of them. A group of a few rows, as each of many tasks has, is
+// multiplied with the core where it lies. Each row is multiplied, and each sum formed, by one
+// group in the order of its rows: the threads change no bit.
 #pragma once
 
-#include "cpu/operators.h"
+#include "cpu/small.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
 constexpr int64_t kRowsOfGroup = 4 * kTileRows;  // that are copied at a time
+constexpr int64_t kShortGroup = 4;               // up to here a product's preparations cost more than it does
 
 // Rows of `a` as one matrix, of which row i is row id(i), or token[id(i)], of `a`.
 template <typename T>
@@ -48,6 +50,25 @@ struct RowProducts {
   using K = typename KindOf<T>::type;
   using Acc = typename K::Acc;
 
+  // Rows of `a`, packed and widened.
+  static void widen(Acc* to, const Mat& a, const int64_t* row, const int64_t* token, int64_t n) {
+    for (int64_t i = 0; i < n; ++i, to += a.cols) {
+      const T* from = static_cast<const T*>(a.data) + Gathered<T>::at(row, token, i) * a.rs;
+      parts<typename KindOf<Acc>::type, T>(to, from, a.cs, a.cols, nullptr);
+    }
+  }
+  // out [r_in, r_out] = scaling * the sum over n rows of left^T right, both packed.
+  static void outer_of_few(const Mat& out, const Acc* left, const Acc* right, int64_t n, Acc scaling) {
+    Acc* to = static_cast<Acc*>(out.data);
+    for (int64_t a = 0; a < out.rows; ++a, to += out.cols) {
+      for (int64_t b = 0; b < out.cols; ++b) {
+        Acc sum = 0;
+        for (int64_t i = 0; i < n; ++i) sum += left[i * out.rows + a] * right[i * out.cols + b];
+        to[b] = sum * scaling;
+      }
+    }
+  }
+
   // h has contiguous rows, of T or wider.
   static void row_core(const Mat& h, const Mat& u, const int64_t* token, const Mat& cores, int64_t cores_ls,
                        const Groups& by_core, double scaling) {
@@ -67,13 +88,25 @@ struct RowProducts {
         while (by_core.first[group + 1] <= i) ++group;
         const int64_t n = smaller(smaller(end, by_core.first[group + 1]) - i, kRowsOfGroup);
         const int64_t* row = by_core.row + i;
+        const Mat core = layer_of(cores, cores_ls, by_core.key[group]);
+        // By the whole group, not the part of it that a thread has.
+        if (by_core.first[group + 1] - by_core.first[group] <= kShortGroup) {
+          Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
+          Acc *wide = memory.get<Acc>(), *sums = wide + n * core.rows;
+          widen(wide, u, row, token, n);
+          Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.rs, core.cs, Acc(scaling));
+          for (int64_t j = 0; j < n; ++j)
+            write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
+          i += n;
+          continue;
+        }
         const Gathered<T> in(u, row, token, n);
         const bool follow = Gathered<T>::follow(row, nullptr, n);
         Scratch memory(follow ? 0 : size_t(n * row_bytes));
         Mat out = h;
         out.rows = n;
         out.data = follow ? static_cast<char*>(h.data) + row[0] * row_bytes : memory.get<char>();
-        Ops::shrink(out, in.mat, layer_of(cores, cores_ls, by_core.key[group]), scaled);
+        Ops::shrink(out, in.mat, core, scaled);
         for (int64_t j = 0; !follow && j < n; ++j)
           std::memcpy(static_cast<char*>(h.data) + row[j] * row_bytes, memory.get<char>() + j * row_bytes,
                       size_t(row_bytes));
@@ -88,9 +121,17 @@ struct RowProducts {
     auto groups = [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t first = by_core.first[group], n = by_core.first[group + 1] - first;
+        const Mat out = layer_of(dcores, dcores_ls, by_core.key[group]);
+        if (n <= kShortGroup) {
+          Scratch memory(size_t(n * (u.cols + g.cols)) * sizeof(Acc));
+          Acc *wide_u = memory.get<Acc>(), *wide_g = wide_u + n * u.cols;
+          widen(wide_u, u, by_core.row + first, token, n);
+          widen(wide_g, g, by_core.row + first, nullptr, n);
+          outer_of_few(out, wide_u, wide_g, n, Acc(scaling));
+          continue;
+        }
         const Gathered<T> left(u, by_core.row + first, token, n), right(g, by_core.row + first, nullptr, n);
-        Ops::outer(layer_of(dcores, dcores_ls, by_core.key[group]), left.mat, right.mat, Drop{}, scaling,
-                   false);
+        Ops::outer(out, left.mat, right.mat, Drop{}, scaling, false);
       }
     };
     // A few groups are shared out each by itself: inside a task the pool runs nested calls in line.

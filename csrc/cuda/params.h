@@ -190,8 +190,7 @@ struct RowCoreParams {
   Matrix a;             // [tokens, r_in]
   Matrix cores;         // [cores, r_in, r_out], row and col strides of one core
   int64_t core_stride;  // from core to core
-  void* h;              // [rows, r_out], last dimension contiguous
-  int64_t h_row;
+  MutableMatrix h;      // [rows, r_out]
   DType a_type, core_type, h_type;
   int32_t r_in, r_out;
   int32_t rows_of_block;  // at most PRODUCT_ROWS

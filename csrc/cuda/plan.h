@@ -226,13 +226,13 @@ struct RowCoreGrad {
   int splits;
 };
 
-// Split the rows of a core until its tiles fill the GPU, but not below 256 rows a block of a mean core.
+// Split the rows of a core until its tiles fill the GPU, but not below 64 rows a block of a mean core.
 inline RowCoreGrad row_core_grad(int64_t rows, int64_t cores, int64_t r_in, int64_t r_out,
                                  int multiprocessors) {
   const int64_t tiles =
       cores * ceil_div(r_in, kernels::PRODUCT_ROWS) * ceil_div(r_out, kernels::PRODUCT_COLS);
   const int64_t wanted = ceil_div(4 * int64_t(multiprocessors), tiles),
-                sensible = std::max<int64_t>(1, rows / cores / 256);
+                sensible = std::max<int64_t>(1, rows / cores / 64);
   return {tiles, int(std::min(wanted, sensible))};
 }
 

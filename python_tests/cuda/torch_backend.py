@@ -87,6 +87,16 @@ class TorchLibrary:
     def fold_grad(self, Q, B, cores, scaling, dB, dcores) -> None:
         self._call("fold_grad", Q, B, cores, scaling, dB, out=(dcores,))
 
+    def row_core(self, u, cores, index, offs, tokens, scaling, h, *, multiprocessors=0) -> None:
+        self._call("row_core", u, cores, *map(self._integers, (index, offs, tokens)), scaling, out=(h,))
+
+    def row_core_backward(self, g, u, cores, index, offs, tokens, scaling, du, dcores, *, multiprocessors=0) -> None:
+        rows = map(self._integers, (index, offs, tokens))
+        self._call("row_core_backward", g, u, cores, *rows, scaling, True, True, out=(du, dcores))
+
+    def _integers(self, a: np.ndarray | None) -> torch.Tensor | None:
+        return None if a is None else torch.from_numpy(a).to(self.device)
+
     def small_forward_(self, y, x, A, core, B, scaling, u) -> None:
         self._call("small_forward_", y, x, A, core, B, scaling, out=(u,))
 

@@ -336,7 +336,47 @@ def small(shape: Shape, kind: str) -> Problem:
     return Problem(run, check)
 
 
+def rows(shape: Shape, kind: str) -> Problem:
+    """row_core and its backward: rows of tokens by index in any order, some without a core; or (p) by ends, a row a token."""
+    t = _Maker(shape, kind, "rows")
+    m, r, q, s, c = shape.m, shape.r, shape.other, 0.5, 1 + shape.k % 9
+    cores = np.stack([t.factor(r, q) for _ in range(c)])
+    g, u = t.large(m, q), t.large(m if shape.p else m // 3 + 1, r)
+    index, tokens, offs = t.rng.integers(-1, c, m), t.rng.integers(0, len(u), m), None
+    index[index == c // 2] = -1  # and some cores without a row
+    if shape.p:
+        index, tokens = np.sort(index), np.arange(m)
+        index = np.roll(index, -np.count_nonzero(index < 0))  # those without a core behind the others
+        offs = np.array([np.count_nonzero((index >= 0) & (index <= core)) for core in range(c)], np.int32)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        t.prepare(lib)
+        given = (cores, None if shape.p else index, offs, None if shape.p else tokens, s)
+        h, du = Output((m, q), t.dtype, shape.layout), Output(u.shape, t.dtype, shape.layout)
+        dcores = Output((c * r, q), np.float32, PACKED)
+        lib.row_core(u, *given, h.view, multiprocessors=shape.sms)
+        into = du.view, dcores.view.reshape(c, r, q)
+        lib.row_core_backward(g, u, *given, *into, multiprocessors=shape.sms)
+        return _finish(h=h, du=du, dcores=dcores)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        exact = "fp32" if kind == "tf32" else kind  # float32 is multiplied as such
+        op = lambda a: operand(a, exact)  # noqa: E731
+        wide_du, scale = np.zeros(u.shape), np.zeros(u.shape)
+        for core in range(c):
+            own = index == core
+            left, G, right = op(u)[tokens[own]], op(cores[core]), op(g)[own]
+            t.close(out["h"][own], left, G, f"h of core {core}", scale=s, kind=exact)
+            t.close(out["dcores"].reshape(c, r, q)[core], left.T, right, f"dcores[{core}]", scale=s, kind="fp32")
+            np.add.at(wide_du, tokens[own], s * right @ G.T)
+            np.add.at(scale, tokens[own], s * np.abs(right) @ np.abs(G).T)
+        check_close(out["du"], wide_du, narrow(wide_du, exact), scale, exact, f"rows {kind} {shape}: du")
+        assert not wide(out["h"][index < 0]).any(), "rows without a core are zero"
+
+    return Problem(run, check)
+
+
 KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
     f.__name__: f
-    for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small, gemm_lotr_operands)
+    for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small, rows, gemm_lotr_operands)
 }

@@ -97,7 +97,7 @@ static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::
     }
     each_output([&](int i, int row, int c) {
       if (begin <= row && row < end && j0 + c < p.r_out)
-        write_float(p.h, p.h_type, (row0 + row) * p.h_row + j0 + c,
+        write_float(p.h.data, p.h_type, (row0 + row) * p.h.row + (j0 + c) * p.h.col,
                     core == MISSING ? p.missing : d[i] * p.scale);
     });
     begin = end;

@@ -15,6 +15,7 @@
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "module_gemm_lotr.h"
+#include "module_rows.h"
 
 namespace py = pybind11;
 
@@ -396,6 +397,7 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "shared_limit"_a = 101376, "resident"_a = 1);
   define_gemm_lotr(m);
+  define_rows(m);
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a);
