@@ -21,6 +21,7 @@ from .model.config import LoTRConfig
 from .model.gradient import init_from_gradient
 from .model.pretrained import from_pretrained
 from .model.summary import trainable_summary
+from .model.tasks import TaskBank
 
 __all__ = [
     "LoTRConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "LoTRFunction",
     "LoTRLinear",
     "LoTRWrapped",
+    "TaskBank",
     "active_adapter",
     "adapt",
     "adapter_names",

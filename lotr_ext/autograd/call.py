@@ -200,25 +200,33 @@ def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tenso
     return _expand(found, y, (None, None, None), B, call, in_graph)
 
 
-def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, call: Call) -> Tensor:
-    """y + ((drop(x) A) cores[i]) B^T for row i of x [b, ..., k]: its tokens, which lie side by side, all take its core."""
+def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> Tensor:
+    """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], whose tokens all take its core; -1: none."""
     if call.dtype is None:
         if compute_dtype(x) is not None:
-            return _explicitly_cast(add_rows, x, y, A, B, cores, call)
+            return _explicitly_cast(add_rows, x, y, A, B, cores, index, call)
         call.compute = x.dtype
-    call.plan = plan_call(x, A, call, None)
-    b, (_, r_in, r_out), compute = x.shape[0], cores.shape, call.compute
-    tokens = x.shape[1:-1].numel()
-    cores = to(cores, compute).to(x.device)
+    call.plan, compute = plan_call(x, A, call, None), call.compute
+    index = index.to(x.device)
+    if tokens := x.dim() - 2:
+        index = index.view(-1, *(1 for _ in range(tokens))).expand(x.shape[:-1]).reshape(-1)
+    cores = row_cores(cores, x, compute)
     if call.plan.nodes == 0:
         u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)
-        delta = (u.reshape(b, tokens, r_in) @ cores) @ to(B, compute).to(x.device).transpose(0, 1)
+        h = ops.row_core(rows(u), cores, index=index, scaling=call.scaling)
+        delta = h @ to(B, compute).to(x.device).transpose(0, 1)
         return y + to(delta.view(y.shape), y.dtype)
     found = _shared_u(x, A, B, call)
-    h = (found.u.reshape(b, tokens, r_in) @ cores).view(b * tokens, r_out)
-    rows_call = call.with_core(torch.eye(r_out, dtype=B.dtype, device=B.device), 1.0)
+    h = ops.row_core(found.u, cores, index=index, scaling=call.scaling)
+    rows_call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
     grad = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
     return _expand(found, y, (None, None, None), B, rows_call, grad, h)
+
+
+def row_cores(cores: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
+    """cores on x's device, in a dtype that row_core takes: it rounds float32 ones itself, those of the rows alone."""
+    cores = cores.to(x.device)
+    return cores if cores.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16) else to(cores, compute)
 
 
 def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:

@@ -16,7 +16,7 @@ from .. import ops
 from ..compat import any_autocast
 from ..ops.composite import to
 from ..ops.grouped import grouped_linear
-from .call import _expand, _explicitly_cast, _shared_u, compute_dtype, dropped_input, plan_call
+from .call import _expand, _explicitly_cast, _shared_u, compute_dtype, dropped_input, plan_call, row_cores
 from .record import Call
 
 
@@ -42,9 +42,7 @@ def call_routed(
         if x.dtype != weight.dtype:
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
     call.plan, compute = plan_call(x, A, call, None), call.compute
-    cores = cores.to(x.device)
-    if cores.dtype != compute and not (cores.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16)):
-        cores = cores.to(compute)
+    cores = row_cores(cores, x, compute)
     if call.plan.nodes == 0:
         u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)
     else:

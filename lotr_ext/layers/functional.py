@@ -80,9 +80,8 @@ def lotr_linear(
     check_probability("dropout_p", dropout_p)
     p = dropout_p if training else 0.0
     if core_index is not None:
-        cores = (core * float(scaling))[core_index]
-        call = Call(core[0], 1.0, p, strategy=strategy)
-        return call_mixed(x, lambda x: nnf.linear(x, weight, bias), A, B, cores, call)
+        call = Call(core[0], float(scaling), p, strategy=strategy)
+        return call_mixed(x, lambda x: nnf.linear(x, weight, bias), A, B, core, core_index, call)
     return call_linear(x, weight, bias, A, B, Call(core, float(scaling), p, strategy=strategy))
 
 

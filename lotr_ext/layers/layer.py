@@ -147,8 +147,8 @@ class LoTRLayer(nn.Module):
         factors = modules["factors"] if "factors" in modules else self.factors
         call = Call(core, self.scaling, self.dropout if self.training else 0.0, factors._group, self, self.strategy)
         if self.mixture is not None:
-            cores = cores_of(self.mixture, call.core)
-            return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, call))
+            cores, call.scaling, index = cores_of(self.mixture, call.core), self.mixture.scaling, self.mixture.index
+            return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, index, call))
         return factors(partial(self._call, x, call))
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:

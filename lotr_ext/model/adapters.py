@@ -29,6 +29,7 @@ from .saved import saved_modules, saved_tensors
 from .scope import attach_scope
 from .shared_factors import Owner, SharedFactors, counterpart, factors_by_part
 from .targets import can_be_child
+from .tasks import bank_of
 
 __all__ = ["DEFAULT", "active_adapter", "adapter_names", "add_adapter", "delete_adapter", "mixed", "set_adapter"]
 
@@ -193,8 +194,11 @@ def delete_adapter(model: Model, name: str) -> Model:
 
 
 @contextmanager
-def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
+def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]:
     """Inside the context, row i of a batch is adapted by the adapter names[i]; None leaves a row to the base model.
+
+    names may be an index [b] (int64) of tasks in the model's `TaskBank` instead, -1 for none: then nothing is done by name, or
+    by task, and there may be as many tasks as rows. The index is read while the context lasts.
 
     One forward serves them all: x A and the product with B are taken once for the whole batch, and only the cores are picked by
     row, y_i = x_i W^T + bias + s_i ((x_i A) G_names[i]) B^T. The adapters must share the active one's factors. Each input of an
@@ -202,8 +206,9 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     default do not.
 
     Raises:
-        TypeError, ValueError: no names, an unknown adapter, or one with other factors. RuntimeError: as `set_adapter`.
-            In a layer, ValueError: an input whose first dimension is not len(names).
+        TypeError, ValueError: no names, an unknown adapter or task, or one with other factors. RuntimeError: as `set_adapter`,
+            or an index where the model has no TaskBank. In a layer, ValueError: an input whose first dimension is not
+            len(names).
     """
     parked = _of(model, "mixed")
     layers = adapted_layers(model)
@@ -212,32 +217,41 @@ def mixed(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
     for name, layer in layers.items():
         if isinstance(layer, LoTRExperts):
             raise TypeError(f"mixed: expected linear layers, got {name!r}, whose rows take the cores of their experts already")
-    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise TypeError(f"names: expected a sequence of adapter names, one a row, got {names!r}")
-    kinds = list(dict.fromkeys(names))
-    for name in kinds:
-        if name is not None and _find(parked, name, "names") != parked.active:
-            for group, factors in parked[name].factors.items():
-                if factors is not model.lotr_factors[group]:
-                    raise ValueError(
-                        f"names: expected adapters that share the factors of {parked.active!r}, got {name!r}, which has others"
-                    )
-    rows = torch.tensor([kinds.index(name) for name in names])
-    for i, layer in enumerate(layers.values()):
-        parts = []
-        for name in kinds:
-            if name is None:
-                parts.append((None, 0.0))
-            elif name == parked.active:
-                parts.append((layer.core, layer.scaling))
-            else:
-                parts.append((parked[name].cores[i], parked[name].settings[i][0]))
-        layer.mixture = Mixture(tuple(parts), rows)
+    if isinstance(names, Tensor):
+        mixtures = bank_of(model, "mixed").mixtures(model, names)
+    else:
+        mixtures = _mixtures(model, parked, names)
+    for layer, mixture in zip(layers.values(), mixtures, strict=True):
+        layer.mixture = mixture
     try:
         yield model
     finally:
         for layer in layers.values():
             del layer.mixture  # the class has None
+
+
+def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | None]) -> list[Mixture]:
+    """What each layer, in the model's order, has of adapters by name."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise TypeError(f"names: expected a sequence of adapter names, one a row, or an index of tasks, got {names!r}")
+    kinds = list(dict.fromkeys(name for name in names if name is not None)) or [parked.active]
+    for name in kinds:
+        if _find(parked, name, "names") != parked.active:
+            for group, factors in parked[name].factors.items():
+                if factors is not model.lotr_factors[group]:
+                    raise ValueError(
+                        f"names: expected adapters that share the factors of {parked.active!r}, got {name!r}, which has others"
+                    )
+    index = torch.tensor([-1 if name is None else kinds.index(name) for name in names])
+    mixtures = []
+    for i, layer in enumerate(adapted_layers(model).values()):
+        parts = ((layer.core, layer.scaling) if name == parked.active else _part(parked[name], i) for name in kinds)
+        mixtures.append(Mixture(tuple(parts), 1.0, index))
+    return mixtures
+
+
+def _part(adapter: ParkedAdapter, i: int) -> tuple[Tensor, float]:
+    return adapter.cores[i], adapter.settings[i][0]
 
 
 def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:

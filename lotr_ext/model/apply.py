@@ -419,7 +419,8 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
             setattr(model.get_submodule(parent), child, bases[id(layer)])
     if isinstance(getattr(model, "lotr_factors", None), SharedFactors):
         del model.lotr_factors, model.lotr_config
-        if hasattr(model, "lotr_parked"):
-            del model.lotr_parked
+        for beside in ("lotr_parked", "lotr_tasks"):
+            if hasattr(model, beside):
+                delattr(model, beside)
         detach_scope(model)
     return model

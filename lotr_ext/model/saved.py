@@ -24,7 +24,9 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are trained whole beside the adapter, by name."""
     config = getattr(model, "lotr_config", None)
     endings = config.modules_to_save if isinstance(config, LoTRConfig) and config.modules_to_save else ()
-    named = ((name, m) for name, m in model.named_modules() if not name.startswith(("lotr_factors", "lotr_parked")))
+    named = (
+        (name, m) for name, m in model.named_modules() if not name.startswith(("lotr_factors", "lotr_parked", "lotr_tasks"))
+    )
     return {name: m for name, m in named if name and any(name_ends_with(name, e) for e in endings)}
 
 

@@ -292,7 +292,7 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
     saved = {id(m) for top in _saved(model, config).values() for m in top.modules()}
     inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoTRLayer))
     for name, module in model.named_modules():
-        if not name or isinstance(module, LoTRLayer) or name.startswith((*inside, "lotr_factors", "lotr_parked")):
+        if not name or isinstance(module, LoTRLayer) or name.startswith((*inside, "lotr_factors", "lotr_parked", "lotr_tasks")):
             continue
         if not everything and not _matches(name, config.target_modules):
             continue
