@@ -63,14 +63,6 @@ void small_forward(const Call& call, const SmallForwardParams& p, void* workspac
 size_t small_backward_workspace(const Call& call, const SmallBackwardParams& p);
 void small_backward(const Call& call, const SmallBackwardParams& p, void* workspace);
 
-// A core a row (kernels/row_core.cuh): of their operands any strides, and the types in p.  rows: of u's
-// gradient; all of them have to be fewer than 2^31.
-void row_core(const Call& call, const RowCoreParams& p);
-void row_ends(const Call& call, const RowEndsParams& p);
-size_t row_core_grad_workspace(const Call& call, const RowCoreGradParams& p, int64_t rows);
-void row_core_grad(const Call& call, const RowCoreGradParams& p, int64_t rows, void* workspace);
-void sum_rows(const Call& call, const SumRowsParams& p);
-
 // How a kernel of element type `type` may read a matrix stored as `stored`.
 inline Access access_of(const void* data, int64_t row, int64_t col, int64_t rows, DType stored, DType type) {
   if (stored != type) return Access::float32_element;

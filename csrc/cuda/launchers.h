@@ -1,8 +1,5 @@
 // The kernels of one element type, as host functions.  Each .cu file beside this compiles them for one type.
 #pragma once
-#include <stdexcept>
-#include <string>
-
 #include "launch.h"
 #include "tile/mma.cuh"
 
@@ -15,12 +12,6 @@ constexpr int max_rank(DType type) {
 }
 // Above this, k and Q are cheaper from two reads of g: their partial sums would outweigh one.
 constexpr int SHRINK_GRAD_MAX_RANK = 64;
-
-inline void check_rank(const char* kernel, const char* name, int64_t r) {
-  if (r < 1 || r > MAX_RANK)
-    throw std::invalid_argument(std::string(kernel) + ": " + name + ": expected a rank from 1 to " +
-                                std::to_string(MAX_RANK) + ", got " + std::to_string(r));
-}
 
 constexpr size_t ALIGN = 256;
 constexpr size_t aligned(size_t bytes) {

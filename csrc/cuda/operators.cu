@@ -31,6 +31,12 @@ void dispatch_policy(const Call& call, F f) {
   });
 }
 
+void check_rank(const char* kernel, const char* name, int64_t r) {
+  if (r < 1 || r > MAX_RANK)
+    throw std::invalid_argument(std::string(kernel) + ": " + name + ": expected a rank from 1 to " +
+                                std::to_string(MAX_RANK) + ", got " + std::to_string(r));
+}
+
 // Columns first .. of a matrix.
 template <class M>
 M columns(M m, int64_t first, DType type) {
@@ -289,8 +295,8 @@ void fold(const Call& call, const FoldParams& p) {
   check_rank("fold", "cores", p.r_in);
   check_rank("fold", "B", p.r_out);
   if (p.L == 0) return;
-  const dim3 grid(unsigned(plan::ceil_div(p.N, kernels::PRODUCT_ROWS)),
-                  unsigned(plan::ceil_div(p.r_in, kernels::PRODUCT_COLS)), unsigned(p.L));
+  const dim3 grid(unsigned(plan::ceil_div(p.N, kernels::FOLD_ROWS)),
+                  unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)), unsigned(p.L));
   ptx::launch({grid, dim3(kernels::ProductTraits::THREADS), sizeof(kernels::ProductTraits::Smem),
                static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold"},
               kernels::fold, p);
@@ -298,7 +304,7 @@ void fold(const Call& call, const FoldParams& p) {
 
 size_t fold_grad_workspace(const Call& call, const FoldGradParams& p) {
   const auto plan = plan::fold_grad(p.N, p.L, p.r_in, p.r_out, p.dB, call.multiprocessors);
-  return reduction_bytes(plan.core_tiles, plan.splits, kernels::PRODUCT_ROWS * kernels::PRODUCT_COLS);
+  return reduction_bytes(plan.core_tiles, plan.splits, kernels::FOLD_ROWS * kernels::FOLD_COLS);
 }
 
 void fold_grad(const Call& call, const FoldGradParams& problem, void* workspace) {

@@ -203,37 +203,15 @@ struct FoldGrad {
 // The core's gradient is small and its sum long: split N until its tiles fill the GPU, but not below 256 rows
 // a block.
 inline FoldGrad fold_grad(int64_t N, int64_t L, int64_t r_in, int64_t r_out, bool dB, int multiprocessors) {
-  const int64_t out = ceil_div(r_out, kernels::PRODUCT_COLS);
+  const int64_t out = ceil_div(r_out, kernels::FOLD_COLS);
   FoldGrad plan;
-  plan.dB_blocks = dB ? ceil_div(N, kernels::PRODUCT_ROWS) * out : 0;
-  plan.core_tiles = L * ceil_div(r_in, kernels::PRODUCT_ROWS) * out;
+  plan.dB_blocks = dB ? ceil_div(N, kernels::FOLD_ROWS) * out : 0;
+  plan.core_tiles = L * ceil_div(r_in, kernels::FOLD_ROWS) * out;
   const int64_t steps = ceil_div(N, 32),
                 wanted = ceil_div(Machine{multiprocessors, 1}.wanted(), plan.core_tiles);
   plan.n_per_split = std::max<int64_t>(8, std::max<int64_t>(1, steps / wanted)) * 32;
   plan.splits = int(ceil_div(N, plan.n_per_split));
   return plan;
-}
-
-// Rows of a block of row_core: as many as a tile has, but blocks for all multiprocessors first.
-inline int row_core_rows(int64_t rows, int64_t cols, int multiprocessors) {
-  int most = kernels::PRODUCT_ROWS;
-  while (most > 1 && ceil_div(rows, most) * cols < 4 * int64_t(multiprocessors)) most /= 2;
-  return most;
-}
-
-struct RowCoreGrad {
-  int64_t core_tiles;
-  int splits;
-};
-
-// Split the rows of a core until its tiles fill the GPU, but not below 64 rows a block of a mean core.
-inline RowCoreGrad row_core_grad(int64_t rows, int64_t cores, int64_t r_in, int64_t r_out,
-                                 int multiprocessors) {
-  const int64_t tiles =
-      cores * ceil_div(r_in, kernels::PRODUCT_ROWS) * ceil_div(r_out, kernels::PRODUCT_COLS);
-  const int64_t wanted = ceil_div(4 * int64_t(multiprocessors), tiles),
-                sensible = std::max<int64_t>(1, rows / cores / 64);
-  return {tiles, int(std::min(wanted, sensible))};
 }
 
 }  // namespace lotr::plan

@@ -1,12 +1,34 @@
-// csrc/cuda/launch.h: a core a row.
+// csrc/cuda/rows.h: how its problems are cut into blocks, and their launches.
 #include "kernels/row_core.cuh"
 #include "launchers.h"
 #include "plan.h"
+#include "rows.h"
 
 namespace lotr::cuda {
 namespace {
 
 using kernels::ProductTraits;
+
+// Rows of a block of row_core: as many as a tile has, but blocks for all multiprocessors first.
+int rows_of_block(int64_t rows, int64_t cols, int multiprocessors) {
+  int most = kernels::FOLD_ROWS;
+  while (most > 1 && plan::ceil_div(rows, most) * cols < 4 * int64_t(multiprocessors)) most /= 2;
+  return most;
+}
+
+struct GradPlan {
+  int64_t core_tiles;
+  int splits;
+};
+
+// Split the rows of a core until its tiles fill the GPU, but not below 64 rows a block of a mean core.
+GradPlan plan_grad(int64_t rows, int64_t cores, int64_t r_in, int64_t r_out, int multiprocessors) {
+  const int64_t tiles =
+      cores * plan::ceil_div(r_in, kernels::FOLD_ROWS) * plan::ceil_div(r_out, kernels::FOLD_COLS);
+  const int64_t wanted = plan::ceil_div(4 * int64_t(multiprocessors), tiles),
+                sensible = std::max<int64_t>(1, rows / cores / 64);
+  return {tiles, int(std::min(wanted, sensible))};
+}
 
 template <class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, size_t shared,
@@ -23,11 +45,10 @@ dim3 threads(int64_t count) {
 }  // namespace
 
 void row_core(const Call& call, const RowCoreParams& problem) {
-  check_rank("row_core", "cores", problem.r_in), check_rank("row_core", "cores", problem.r_out);
   if (problem.index.rows == 0) return;
   RowCoreParams p = problem;
-  const int64_t cols = plan::ceil_div(p.r_out, kernels::PRODUCT_COLS);
-  p.rows_of_block = plan::row_core_rows(p.index.rows, cols, call.multiprocessors);
+  const int64_t cols = plan::ceil_div(p.r_out, kernels::FOLD_COLS);
+  p.rows_of_block = rows_of_block(p.index.rows, cols, call.multiprocessors);
   launch(call, kernels::row_core,
          dim3(unsigned(plan::ceil_div(p.index.rows, p.rows_of_block)), unsigned(cols)), p,
          sizeof(kernels::RowCoreTraits::Smem), "row_core");
@@ -38,17 +59,15 @@ void row_ends(const Call& call, const RowEndsParams& p) {
 }
 
 size_t row_core_grad_workspace(const Call& call, const RowCoreGradParams& p, int64_t rows) {
-  const auto plan = plan::row_core_grad(rows, p.cores, p.r_in, p.r_out, call.multiprocessors);
-  return plan.splits > 1
-             ? Workspace::bytes(plan.core_tiles,
-                                plan.core_tiles * plan.splits * kernels::PRODUCT_ROWS * kernels::PRODUCT_COLS)
-             : 0;
+  const auto plan = plan_grad(rows, p.cores, p.r_in, p.r_out, call.multiprocessors);
+  return plan.splits > 1 ? Workspace::bytes(plan.core_tiles, plan.core_tiles * plan.splits *
+                                                                 kernels::FOLD_ROWS * kernels::FOLD_COLS)
+                         : 0;
 }
 
 void row_core_grad(const Call& call, const RowCoreGradParams& problem, int64_t rows, void* workspace) {
-  check_rank("row_core_grad", "cores", problem.r_in), check_rank("row_core_grad", "cores", problem.r_out);
   RowCoreGradParams p = problem;
-  const auto plan = plan::row_core_grad(rows, p.cores, p.r_in, p.r_out, call.multiprocessors);
+  const auto plan = plan_grad(rows, p.cores, p.r_in, p.r_out, call.multiprocessors);
   p.splits = plan.splits;
   if (p.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
   launch(call, kernels::row_core_grad, dim3(unsigned(plan.core_tiles * p.splits)), p,

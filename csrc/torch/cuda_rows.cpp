@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "check_rows.h"
+#include "cuda/rows.h"
 #include "cuda_args.h"
 
 namespace lotr {

@@ -100,11 +100,11 @@ def test_two_tasks_learn_in_one_batch_and_the_others_stay() -> None:
         p.requires_grad_(False)
     bank.requires_grad_()
     before = [core.detach().clone() for core in bank.cores]
-    optimizer = torch.optim.SGD(bank.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(bank.parameters(), lr=2.0)
     x, index = torch.randn(8, 4, 12), torch.tensor([0, 1] * 4)
     goal = torch.where((index == 0)[:, None, None], x.flip(-1), -x)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         with mixed(model, index):
             loss = (model(x) - goal).square().mean()

@@ -10,7 +10,7 @@
 //
 // Grid     row_core       x: tiles of up to 32 rows that follow one another, y: tiles of r_out.  A block
 //                         goes through the runs of its rows that have the same core, which passes through
-//                         shared memory once a run.  plan.h takes fewer rows a block where there are few.
+//                         shared memory once a run.  rows.cu takes fewer rows a block where there are few.
 //          row_core_grad  for each core, tile of it and split of its rows, a block
 //          row_ends       x: 128 keys, a thread each;  sum_rows  x: 128 numbers of du, a thread each
 // Bytes    row_core       a and the core of each run r_out / 16 times, h once
@@ -22,6 +22,7 @@
 // Nothing waits for the values of an index.  A core below -1 or from `cores` on, or a token that does not
 // exist, is not followed: its row gets NaN in h, and is left out of every gradient.
 #pragma once
+#include "row_core_params.h"
 #include "small_product.cuh"
 
 namespace lotr::kernels {
@@ -29,8 +30,8 @@ namespace lotr::kernels {
 struct RowCoreTraits {
   struct Smem {
     ProductTraits::Smem product;
-    int core[PRODUCT_ROWS];        // NONE, MISSING or a core
-    int64_t source[PRODUCT_ROWS];  // row of a
+    int core[FOLD_ROWS];        // NONE, MISSING or a core
+    int64_t source[FOLD_ROWS];  // row of a
   };
 };
 constexpr int NONE = -1, MISSING = -2;

@@ -8,7 +8,7 @@
 namespace lotr::kernels {
 
 struct ProductTraits {
-  static constexpr int THREADS = 128, ROWS = PRODUCT_ROWS, COLS = PRODUCT_COLS, STEP = 32;
+  static constexpr int THREADS = 128, ROWS = FOLD_ROWS, COLS = FOLD_COLS, STEP = 32;
   static constexpr int BLOCKS = 4;  // an SM, at least: left alone, ptxas aims at 12 on sm_120, and spills
   static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
   struct Smem {

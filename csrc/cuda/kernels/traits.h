@@ -41,8 +41,8 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
   return cols > 128 ? 128 : cols;
 }
 
-// Output tiles of fold, fold_grad and row_core.
-constexpr int PRODUCT_ROWS = 32, PRODUCT_COLS = 16;
+// Output tiles of fold and fold_grad.
+constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
 // Column tiles of factor_grad, whose sums a block keeps in registers: wide where the rank is small, so that a
 // warp can own the whole rank.  A block may own several: 32 accumulators a thread where two blocks are to

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "api.h"
-#include "cuda/launch.h"
+#include "cuda/rows.h"
 
 namespace py = pybind11;
 
