@@ -57,14 +57,64 @@ struct RowProducts {
       parts<typename KindOf<Acc>::type, T>(to, from, a.cs, a.cols, nullptr);
     }
   }
+  using Plain = typename KindOf<Acc>::type;
+  static constexpr int64_t kLanes = Plain::kLanes;
+
+  // Elements of a core that lie side by side, rounded to T.
+  template <typename S>
+  static LOTR_INLINE typename Plain::Vec vector_of(const S* core) {
+    if constexpr (same<S, T>) return load(core);
+    Acc values[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) values[i] = part<Plain, T>(core[i]);
+    return load(values);
+  }
+  // out[b] = scaling * sum over a of in[a] core(a, b), for cores whose rows, or columns, lie side by side.
+  static void times_core(Acc* out, const Acc* in, const Mat& core, Acc scaling) {
+    by_dtype(core.dtype, [&](auto* tag) {
+      using S = typename Pointee<decltype(tag)>::type;
+      const S* data = static_cast<const S*>(core.data);
+      const int64_t from = core.rows, to = core.cols;
+      if (core.cs == 1) {
+        int64_t b = 0;
+        for (; b + kLanes <= to; b += kLanes) {
+          typename Plain::Vec sum{};
+          for (int64_t a = 0; a < from; ++a) sum = Plain::madd(sum, vector_of(data + a * core.rs + b), in[a]);
+          store(out + b, sum * scaling);
+        }
+        for (; b < to; ++b) {
+          Acc sum = 0;
+          for (int64_t a = 0; a < from; ++a) sum += in[a] * part<Plain, T>(data[a * core.rs + b]);
+          out[b] = sum * scaling;
+        }
+        return;
+      }
+      const int64_t whole = from / kLanes * kLanes;
+      for (int64_t b0 = 0; b0 < to; b0 += kLanes) {
+        typename Plain::Vec square[kLanes] = {}, sum{};
+        const int64_t cols = smaller(kLanes, to - b0);
+        for (int64_t b = 0; b < cols; ++b)
+          for (int64_t a = 0; a < whole; a += kLanes)
+            square[b] += load(in + a) * vector_of(data + (b0 + b) * core.cs + a);
+        transpose<kLanes>(square);
+        for (int64_t i = 0; i < kLanes; ++i) sum += square[i];
+        Acc sums[kLanes];
+        store(sums, sum);
+        for (int64_t b = 0; b < cols; ++b) {
+          for (int64_t a = whole; a < from; ++a)
+            sums[b] += in[a] * part<Plain, T>(data[(b0 + b) * core.cs + a]);
+          out[b0 + b] = sums[b] * scaling;
+        }
+      }
+    });
+  }
   // out [r_in, r_out] = scaling * the sum over n rows of left^T right, both packed.
   static void outer_of_few(const Mat& out, const Acc* left, const Acc* right, int64_t n, Acc scaling) {
     Acc* to = static_cast<Acc*>(out.data);
     for (int64_t a = 0; a < out.rows; ++a, to += out.cols) {
-      for (int64_t b = 0; b < out.cols; ++b) {
-        Acc sum = 0;
-        for (int64_t i = 0; i < n; ++i) sum += left[i * out.rows + a] * right[i * out.cols + b];
-        to[b] = sum * scaling;
+      for (int64_t i = 0; i < n; ++i) {
+        const Acc v = left[i * out.rows + a] * scaling;
+        const Acc* row = right + i * out.cols;
+        for (int64_t b = 0; b < out.cols; ++b) to[b] = i == 0 ? v * row[b] : to[b] + v * row[b];
       }
     }
   }
@@ -74,6 +124,7 @@ struct RowProducts {
                        const Groups& by_core, double scaling) {
     Drop scaled;
     scaled.scale = scaling;
+    const bool core_in_lines = cores.rs == 1 || cores.cs == 1;
     const int64_t total = by_core.first[by_core.count], row_bytes = h.cols * element_size(h.dtype);
     run_rows(total, total * cores.rows * cores.cols, [&](int64_t begin, int64_t end) {
       int64_t group = 0;
@@ -94,7 +145,10 @@ struct RowProducts {
           Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
           Acc *wide = memory.get<Acc>(), *sums = wide + n * core.rows;
           widen(wide, u, row, token, n);
-          Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.rs, core.cs, Acc(scaling));
+          for (int64_t j = 0; core_in_lines && j < n; ++j)
+            times_core(sums + j * core.cols, wide + j * core.rows, core, Acc(scaling));
+          if (!core_in_lines)
+            Small<T>::times_core(sums, wide, n, core.rows, core.cols, core, core.rs, core.cs, Acc(scaling));
           for (int64_t j = 0; j < n; ++j)
             write_rows<K>(h, row[j], 1, sums + j * core.cols, core.cols, 1.0, false);
           i += n;
