@@ -22,11 +22,12 @@ NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.
           CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard python_tests/simt/executor/*.h python_tests/simt/executor/*.cpp)
 
-.PHONY: help setup demo frontier causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean
+.PHONY: help setup demo frontier many-tasks causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
 	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: three minutes)"
+	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
 	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
@@ -66,6 +67,9 @@ demo: setup
 
 frontier: setup
 	@$(PY) -m bench.frontier $(ARGS)
+
+many-tasks: setup
+	@$(PY) examples/many_tasks.py $(ARGS)
 
 causal-lm: setup
 	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/causal_lm.py $(ARGS)

@@ -1,0 +1,246 @@
+"""A thousand tasks over one model: each row of a batch goes through its own task, in one forward.
+
+A small transformer with random weights (Llama's form; nothing is downloaded) is adapted once; 1,000 tasks are cores over its
+factors, in one TaskBank. Batches of 64 rows run with 1, 8 .. 64 tasks among them, against the same model with one adapter and
+with none, and against PEFT's LoRA of the same rank by `adapter_names`, which goes through the batch adapter by adapter. All
+take turns on the same batch; the table has medians, and the results are kept as JSON and as a picture.
+
+    python examples/many_tasks.py                       prompts of 16 tokens, about three minutes
+    python examples/many_tasks.py --tokens 1            a decoding step: one token a row
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal and names of machines
+
+from bench.measure.terminal import bar, new_table, wide_console
+from bench.measure.timing import machine, slug
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, mixed
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+KINDS = (1, 8, 32, 64)  # tasks in a batch
+COLOURS = {"LoTR": "tab:blue", "PEFT LoRA": "tab:orange"}
+T = TypeVar("T")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=int, default=1000, help="tasks in the bank")
+    parser.add_argument("--rows", type=int, default=64, help="rows of a batch")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens a row")
+    parser.add_argument("--hidden", type=int, default=512, help="the model's width")
+    parser.add_argument("--layers", type=int, default=4, help="the model's blocks")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15, help="how often all take their turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peft", type=int, default=64, help="LoRA adapters that PEFT holds, 0 for none")
+    parser.add_argument("--results", type=Path, help="folder for the JSON and the picture (bench/results/<machine>)")
+    return parser
+
+
+def transformer(hidden: int, layers: int) -> nn.Module:
+    """A causal language model of random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    config = LlamaConfig(**shape, num_attention_heads=max(1, hidden // 64), vocab_size=2048, max_position_embeddings=512)
+    return LlamaForCausalLM(config).eval()
+
+
+def with_tasks(options: argparse.Namespace) -> tuple[nn.Module, TaskBank]:
+    """The adapted model and its bank, filled."""
+    model = apply_lotr(transformer(options.hidden, options.layers), LoTRConfig(rank=options.rank, target_modules=TARGETS))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".core"):
+            nn.init.normal_(parameter)
+    bank = TaskBank(model, options.tasks)
+    for _ in range(options.tasks):
+        bank.add()
+    with torch.no_grad():
+        for core in bank.cores:
+            core.normal_()
+    return model, bank
+
+
+def with_lora(options: argparse.Namespace) -> nn.Module:
+    """PEFT's model with options.peft LoRA adapters, named t0, t1, .."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=options.rank, target_modules=TARGETS, init_lora_weights=False)
+    model = get_peft_model(transformer(options.hidden, options.layers), config, adapter_name="t0")
+    for i in range(1, options.peft):
+        model.add_adapter(f"t{i}", config)
+    return model.eval()
+
+
+def task_of_row(rows: int, kinds: int, tasks: int) -> Tensor:
+    """The task of each row: `kinds` of all tasks, in no order."""
+    draw = torch.Generator().manual_seed(kinds)
+    chosen = torch.randperm(tasks, generator=draw)[:kinds]
+    return chosen[torch.arange(rows) % kinds][torch.randperm(rows, generator=draw)]
+
+
+def ways(options: argparse.Namespace) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, int]]:
+    """How a batch is run, by name, and the bytes of a task."""
+    model, bank = with_tasks(options)
+
+    def base(ids: Tensor) -> Tensor:
+        with disabled(model):
+            return model(input_ids=ids).logits
+
+    def batch_of(kinds: int) -> Callable[[Tensor], Tensor]:
+        index = task_of_row(options.rows, kinds, options.tasks)
+
+        def run(ids: Tensor) -> Tensor:
+            with mixed(model, index):
+                return model(input_ids=ids).logits
+
+        return run
+
+    kinds = [n for n in KINDS if n <= min(options.rows, options.tasks)]
+    found = {"no adapter": base, "LoTR, one adapter": lambda ids: model(input_ids=ids).logits}
+    found |= {f"LoTR, {n} task{'s' * (n > 1)} in the batch": batch_of(n) for n in kinds}
+    size = {"LoTR": sum(core[0].numel() * core.element_size() for core in bank.cores)}
+    if not options.peft:
+        return found, size
+    lora = with_lora(options)
+    size["LoRA"] = sum(p.numel() * p.element_size() for name, p in lora.named_parameters() if ".t0." in name)
+
+    def peft_batch_of(kinds: int) -> Callable[[Tensor], Tensor]:
+        names = [f"t{task}" for task in task_of_row(options.rows, kinds, options.peft).tolist()]
+        return lambda ids: lora(input_ids=ids, adapter_names=names).logits
+
+    found["PEFT LoRA, one adapter"] = lambda ids: lora(input_ids=ids).logits
+    found |= {f"PEFT LoRA, {n} task{'s' * (n > 1)} in the batch": peft_batch_of(n) for n in kinds if n <= options.peft}
+    return found, size
+
+
+@torch.no_grad()
+def check(found: dict[str, Callable[[Tensor], Tensor]], ids: Tensor) -> None:
+    """That a batch of tasks is what it says: other numbers than without an adapter, and finite."""
+    plain = found["no adapter"](ids)
+    for name, run in found.items():
+        y = run(ids)
+        if y.shape != plain.shape or not bool(y.isfinite().all()) or (name != "no adapter" and torch.equal(y, plain)):
+            raise RuntimeError(f"{name}: expected logits other than the base model's, got the same or no numbers")
+
+
+@torch.no_grad()
+def measure(found: dict[str, Callable[[Tensor], Tensor]], ids: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round: all take their turn in each, in another order."""
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    names = list(found)
+    with bar(rounds) as begin:
+        for turn in range(rounds):
+            begin(f"round {turn + 1}")
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                start = time.perf_counter()
+                found[name](ids)
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def by_kinds(ways: dict[str, T]) -> dict[str, dict[int, T]]:
+    """What mixed batches have, by the number of tasks in them: {"LoTR": {1: .., 64: ..}, ..}."""
+    found: dict[str, dict[int, T]] = {}
+    for name, value in ways.items():
+        label, _, what = name.partition(", ")
+        if what.endswith("in the batch"):
+            found.setdefault(label, {})[int(what.split()[0])] = value
+    return found
+
+
+def show(results: dict) -> None:
+    """The table."""
+    shape = results["shape"]
+    title = "rows {rows}, tokens a row {tokens}, tasks {tasks}, width {hidden}, blocks {layers}, r {rank}, threads {threads}"
+    table = new_table(title.format(**shape), "", "ms", "tokens/s", "over one adapter")
+    for name, row in results["ways"].items():
+        tokens = shape["rows"] * shape["tokens"] / row["seconds"]
+        table.add_row(name, f"{1000 * row['seconds']:.1f}", f"{tokens:,.0f}", f"{row['over_one']:.2f} x")
+    console = wide_console()
+    console.print(table)
+    for name, ratio in results["most_over_one_task"].items():
+        console.print(f"{name}, most tasks in the batch over one: {ratio:.2f} x")
+    for name, size in results["bytes_a_task"].items():
+        console.print(f"a task of {name}: {size:,} bytes")
+
+
+def picture(results: dict, path: Path) -> None:
+    """Time of a batch against the tasks in it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for label, colour in (("PEFT LoRA", "tab:orange"), ("LoTR", "tab:blue")):
+        rows = {name: row for name, row in results["ways"].items() if name.startswith(label) and "in the batch" in name}
+        kinds = [int(name.removeprefix(f"{label}, ").split()[0]) for name in rows]
+        if kinds:
+            axis.plot(
+                kinds, [1000 * row["seconds"] for row in rows.values()], marker="o", color=colour, label=f"{label}, mixed"
+            )
+    one = 1000 * results["ways"]["LoTR, one adapter"]["seconds"]
+    axis.axhline(one, color="tab:blue", linestyle=":", label="LoTR, one adapter for all rows")
+    axis.axhline(1000 * results["ways"]["no adapter"]["seconds"], color="grey", linestyle="--", label="no adapter")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(KINDS, [str(n) for n in KINDS])
+    axis.set_xlabel(f"tasks in a batch of {results['shape']['rows']} rows")
+    axis.set_ylabel("milliseconds a batch")
+    axis.set_title(f"{results['shape']['tokens']} tokens a row, r = {results['shape']['rank']}\n{results['machine']['name']}")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = arguments()
+    options = parser.parse_args(words)
+    for name in ("tasks", "rows", "tokens", "hidden", "layers", "rank", "rounds", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    torch.set_num_threads(options.threads)
+    found, size = ways(options)
+    ids = torch.randint(0, 2048, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
+    check(found, ids)
+    seconds = measure(found, ids, options.rounds)
+    one = {name: seconds["PEFT LoRA, one adapter" if name.startswith("PEFT") else "LoTR, one adapter"] for name in found}
+    shape = {k: v for k, v in vars(options).items() if k != "results"}
+    results = {"shape": shape, "machine": machine(torch.device("cpu")), "bytes_a_task": size, "ways": {}}
+    for name, own in seconds.items():
+        ratios = [a / b for a, b in zip(own, one[name], strict=True)]
+        results["ways"][name] = {"seconds": statistics.median(own), "over_one": statistics.median(ratios)}
+    results["most_over_one_task"] = {
+        label: statistics.median(a / b for a, b in zip(own[max(own)], own[1], strict=True))
+        for label, own in by_kinds(seconds).items()
+    }
+    show(results)
+    folder = options.results or Path(__file__).resolve().parents[1] / "bench" / "results" / slug(results["machine"]["name"])
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"many-tasks-{options.tokens}-tokens"
+    temporary = folder / f"{name}.json.tmp"
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / f"{name}.json")
+    picture(results, folder / f"{name}.png")
+    print(f"kept in {folder / name}.json and .png")
+
+
+if __name__ == "__main__":
+    main()
