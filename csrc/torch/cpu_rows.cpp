@@ -21,12 +21,13 @@ namespace lotr {
 namespace {
 
 // The values of an index, each in [least, bound).
-std::vector<int64_t> values(const char* op, const Arg& a, int64_t least, int64_t bound) {
+std::vector<int64_t> values(const char* op, const Arg& a, const char* what, int64_t least, int64_t bound) {
   const auto* data = static_cast<const int64_t*>(read_data(a));
   std::vector<int64_t> out(size_t(a.size[0]));
   for (size_t i = 0; i < out.size(); ++i)
     if (out[i] = data[int64_t(i) * a.stride[0]]; out[i] < least || out[i] >= bound)
-      fail(op, ": ", a.name, ": expected values in [", least, ", ", bound, "), got ", out[i], " in row ", i);
+      fail(op, ": ", a.name, ": expected ", what, " in [", least, ", ", bound, "), got ", out[i], " in row ",
+           i);
   return out;
 }
 
@@ -84,11 +85,12 @@ class Grouping {
 };
 
 Grouping by_core(const char* op, const RowArgs& by, const RowSizes& s) {
-  return by.index ? Grouping(values(op, *by.index, -1, s.cores), s.cores) : Grouping(op, *by.offs, s.rows);
+  return by.index ? Grouping(values(op, *by.index, "cores", -1, s.cores), s.cores)
+                  : Grouping(op, *by.offs, s.rows);
 }
 
 std::vector<int64_t> tokens_of(const char* op, const RowArgs& by, const RowSizes& s) {
-  return by.tokens ? values(op, *by.tokens, 0, s.m) : std::vector<int64_t>();
+  return by.tokens ? values(op, *by.tokens, "rows of u", 0, s.m) : std::vector<int64_t>();
 }
 
 // Zeros in what no group writes.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..compat import OLD_VMAP, dispatch_key_included, forward_mode, functorch_active, jit_tracing
+from ..compat import OLD_VMAP, dispatch_key_included, jit_tracing, transformed
 from . import composite, planner
 from .library import accumulate_dtype
 from .library import lotr as _lotr
@@ -39,20 +39,25 @@ def row_core(
     u_t(i)^T dh_i, summed in float32 (float64 for float64) in the order of the rows, rounded once: the same bits at any number
     of threads. Under functorch, in a recorded backward and where there are no kernels the same in torch's own products.
 
-    Raises TypeError or ValueError for a dtype or a shape, RuntimeError for a value (a core or a token that does not exist, ends
-    that do not ascend), each with name, expected and got. On a GPU values are not looked at, which would wait for it: a row
-    with a core below -1 or from c on, or a token that does not exist, gets NaN and no gradient; offs have to ascend.
+    Raises TypeError or ValueError that says name, expected and got. On a GPU the values of index, offs and tokens are not
+    looked at, which would wait for it: a row with a core below -1 or from c on, or a token that does not exist, gets NaN and
+    no gradient; offs have to ascend.
     """
     _check(u, cores, index, offs, tokens)
     if _kernels(u, cores):
-        return _lotr.row_core.default(u, cores, index, offs, tokens, scaling)
+        try:
+            return _lotr.row_core.default(u, cores, index, offs, tokens, scaling)
+        except RuntimeError as error:
+            if not str(error).startswith("lotr::row_core: "):
+                raise
+            raise ValueError(str(error).removeprefix("lotr::row_core: ")) from None  # of an index: all else was looked at
     return composite.row_core(u, cores, _index(u, cores, index, offs, tokens), tokens, scaling)
 
 
 def _kernels(u: Tensor, cores: Tensor) -> bool:
     """Whether there are kernels, and nothing that needs torch's own products instead."""
     if not is_compiling():
-        if functorch_active() or forward_mode() or jit_tracing() is not None:
+        if transformed() or jit_tracing() is not None:
             return False
         if type(u) not in _PLAIN or type(cores) not in _PLAIN:
             return False

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(s for s in (ROOT / "csrc" / "cuda").glob("*.cu") if "sm90" not in s.stem)  # those: test_gemm_lotr_compiled.py
-QUICK = ("kernels_bf16", "operators", "small")  # make test-full compiles all of them
+QUICK = ("kernels_bf16", "operators", "rows", "small")  # make test-full compiles all of them
 MATRIX = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 

@@ -103,13 +103,13 @@ def test_double_backward_and_functorch() -> None:
 ERRORS = [
     (TypeError, "index, offs: expected exactly one of them, got none", {}),
     (TypeError, "index, offs: expected exactly one of them, got both", {"index": [0] * 4, "offs": [1, 4]}),
-    (RuntimeError, r"row_core: index: expected values in \[-1, 2\), got 2 in row 2", {"index": [0, 1, 2, 0]}),
-    (RuntimeError, r"row_core: index: expected values in \[-1, 2\), got -2 in row 2", {"index": [0, 1, -2, 0]}),
+    (ValueError, r"index: expected cores in \[-1, 2\), got 2 in row 2", {"index": [0, 1, 2, 0]}),
+    (ValueError, r"index: expected cores in \[-1, 2\), got -2 in row 2", {"index": [0, 1, -2, 0]}),
     (ValueError, "index: expected 4 rows, as u has, got 3", {"index": [0, 1, 0]}),
     (ValueError, "index: expected 3 rows, as tokens has, got 4", {"index": [0, 1, 0, 0], "tokens": [0, 0, 0]}),
-    (RuntimeError, r"row_core: tokens: expected values in \[0, 4\), got 4 in row 1", {"index": [0, 1], "tokens": [0, 4]}),
-    (RuntimeError, r"row_core: offs: expected ascending ends in \[0, 4\], got 2 after 3", {"offs": [3, 2]}),
-    (RuntimeError, r"row_core: offs: expected ascending ends in \[0, 4\], got 5 after 3", {"offs": [3, 5]}),
+    (ValueError, r"tokens: expected rows of u in \[0, 4\), got 4 in row 1", {"index": [0, 1], "tokens": [0, 4]}),
+    (ValueError, r"offs: expected ascending ends in \[0, 4\], got 2 after 3", {"offs": [3, 2]}),
+    (ValueError, r"offs: expected ascending ends in \[0, 4\], got 5 after 3", {"offs": [3, 5]}),
     (ValueError, "offs: expected one end a core, 2, got 3", {"offs": [1, 2, 4]}),
 ]
 
