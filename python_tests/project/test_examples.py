@@ -38,6 +38,19 @@ def test_custom_model_runs():
     assert "608 of 26209 parameters are trained" in result.stdout and "the same outputs" in result.stdout
 
 
+def test_many_tasks_keeps_its_numbers_and_a_picture(tmp_path):
+    sizes = "--tasks 20 --rows 8 --tokens 2 --hidden 64 --layers 1 --rank 4 --rounds 2 --threads 1 --peft 8 --results"
+    result = run("examples/many_tasks.py", *sizes.split(), str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kept = json.loads((tmp_path / "many-tasks-2-tokens.json").read_text())
+    assert {"LoTR, 8 tasks in the batch", "PEFT LoRA, 8 tasks in the batch", "no adapter"} <= set(kept["ways"])
+    assert (
+        kept["bytes_a_task"] == {"LoTR": 4 * 4 * 4 * 4, "LoRA": 4 * 2 * 64 * 4 * 4}
+        and "a task of LoTR: 256 bytes" in result.stdout
+    )
+    assert (tmp_path / "many-tasks-2-tokens.png").stat().st_size > 5000
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, Path]:
     """(a one-layer encoder folder with MiniLM's tokenizer, a labelled file that one word decides)"""
