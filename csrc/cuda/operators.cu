@@ -297,7 +297,7 @@ void fold(const Call& call, const FoldParams& p) {
   if (p.L == 0) return;
   const dim3 grid(unsigned(plan::ceil_div(p.N, kernels::FOLD_ROWS)),
                   unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)), unsigned(p.L));
-  ptx::launch({grid, dim3(kernels::ProductTraits::THREADS), sizeof(kernels::ProductTraits::Smem),
+  ptx::launch({grid, dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
                static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold"},
               kernels::fold, p);
 }
@@ -317,7 +317,7 @@ void fold_grad(const Call& call, const FoldGradParams& problem, void* workspace)
   p.splits = plan.splits;
   if (plan.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
   ptx::launch({dim3(unsigned(plan.dB_blocks + plan.core_tiles * plan.splits)),
-               dim3(kernels::ProductTraits::THREADS), sizeof(kernels::ProductTraits::Smem),
+               dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
                static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold_grad"},
               kernels::fold_grad, p);
 }

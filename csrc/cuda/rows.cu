@@ -7,7 +7,7 @@
 namespace lotr::cuda {
 namespace {
 
-using kernels::ProductTraits;
+using kernels::FoldTraits;
 
 // Rows of a block of row_core: as many as a tile has, but blocks for all multiprocessors first.
 int rows_of_block(int64_t rows, int64_t cols, int multiprocessors) {
@@ -33,13 +33,13 @@ GradPlan plan_grad(int64_t rows, int64_t cores, int64_t r_in, int64_t r_out, int
 template <class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, size_t shared,
             const char* name) {
-  ptx::launch({grid, dim3(ProductTraits::THREADS), shared, static_cast<ptx::stream_t>(call.stream),
-               dim3(1, 1, 1), name},
-              kernel, p);
+  ptx::launch(
+      {grid, dim3(FoldTraits::THREADS), shared, static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), name},
+      kernel, p);
 }
 
 dim3 threads(int64_t count) {
-  return dim3(unsigned(plan::ceil_div(count, ProductTraits::THREADS)));
+  return dim3(unsigned(plan::ceil_div(count, FoldTraits::THREADS)));
 }
 
 }  // namespace
@@ -71,7 +71,7 @@ void row_core_grad(const Call& call, const RowCoreGradParams& problem, int64_t r
   p.splits = plan.splits;
   if (p.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
   launch(call, kernels::row_core_grad, dim3(unsigned(plan.core_tiles * p.splits)), p,
-         sizeof(ProductTraits::Smem), "row_core_grad");
+         sizeof(FoldTraits::Smem), "row_core_grad");
 }
 
 void sum_rows(const Call& call, const SumRowsParams& p) {

@@ -218,8 +218,10 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: T
         return y + to(delta.view(y.shape), y.dtype)
     found = _shared_u(x, A, B, call)
     h = ops.row_core(found.u, cores, index=index, scaling=call.scaling)
-    rows_call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
     grad = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
+    if not grad:
+        return add_expand(y, h, *here(x.device, B))
+    rows_call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
     return _expand(found, y, (None, None, None), B, rows_call, grad, h)
 
 

@@ -15,14 +15,13 @@
 
 namespace lotr::kernels {
 
-static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::BLOCKS)
-    fold(const FoldParams p) {
-  auto& sm = ptx::shared_storage<ProductTraits::Smem>();
-  const int64_t n0 = int64_t(blockIdx.x) * ProductTraits::ROWS;
-  const int i0 = blockIdx.y * ProductTraits::COLS;
+static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) fold(const FoldParams p) {
+  auto& sm = ptx::shared_storage<FoldTraits::Smem>();
+  const int64_t n0 = int64_t(blockIdx.x) * FoldTraits::ROWS;
+  const int i0 = blockIdx.y * FoldTraits::COLS;
   const int64_t layer = blockIdx.z;
 
-  float d[ProductTraits::PER_THREAD] = {};
+  float d[FoldTraits::PER_THREAD] = {};
   small_product<false>(
       d, sm, p.r_out,
       [&](int row, int64_t k) { return n0 + row < p.N ? read_float(p.B, p.B_type, 0, n0 + row, k) : 0.f; },
@@ -35,16 +34,16 @@ static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::
   });
 }
 
-static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::BLOCKS)
+static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
     fold_grad(const FoldGradParams p) {
-  constexpr int ROWS = ProductTraits::ROWS, COLS = ProductTraits::COLS;
-  auto& sm = ptx::shared_storage<ProductTraits::Smem>();
+  constexpr int ROWS = FoldTraits::ROWS, COLS = FoldTraits::COLS;
+  auto& sm = ptx::shared_storage<FoldTraits::Smem>();
   const int tiles_out = (p.r_out + COLS - 1) / COLS, tiles_in = (p.r_in + ROWS - 1) / ROWS;
   const int64_t dB_blocks = p.dB ? (p.N + ROWS - 1) / ROWS * tiles_out : 0;
   const auto Q = [&](int64_t l, int64_t n, int i) {
     return read_float(p.Q, DType::float32, l * p.Q_stride, n, i);
   };
-  float d[ProductTraits::PER_THREAD] = {};
+  float d[FoldTraits::PER_THREAD] = {};
 
   if (blockIdx.x < dB_blocks) {
     const int64_t n0 = blockIdx.x / tiles_out * int64_t(ROWS);

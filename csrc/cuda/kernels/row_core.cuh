@@ -29,7 +29,7 @@ namespace lotr::kernels {
 
 struct RowCoreTraits {
   struct Smem {
-    ProductTraits::Smem product;
+    FoldTraits::Smem product;
     int core[FOLD_ROWS];        // NONE, MISSING or a core
     int64_t source[FOLD_ROWS];  // row of a
   };
@@ -59,13 +59,12 @@ LOTR_DEVICE int core_of(const RowIndex& x, int64_t row) {
   return core == NONE || (core >= 0 && core < x.cores) ? int(core) : MISSING;
 }
 
-static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::BLOCKS)
+static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
     row_core(const RowCoreParams p) {
   auto& sm = ptx::shared_storage<RowCoreTraits::Smem>();
   const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block, left = p.index.rows - row0;
-  const int j0 = blockIdx.y * ProductTraits::COLS,
-            rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
-  for (int i = threadIdx.x; i < rows; i += ProductTraits::THREADS) {
+  const int j0 = blockIdx.y * FoldTraits::COLS, rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
+  for (int i = threadIdx.x; i < rows; i += FoldTraits::THREADS) {
     const int64_t token = p.index.token ? ptx::load(p.index.token + row0 + i) : row0 + i;
     const bool exists = token >= 0 && token < p.index.tokens;
     ptx::store_shared(&sm.core[i], exists ? core_of(p.index, row0 + i) : MISSING);
@@ -82,7 +81,7 @@ static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::
     const int core = ptx::load_shared(&sm.core[begin]);
     int end = begin + 1;
     while (end < rows && ptx::load_shared(&sm.core[end]) == core) ++end;
-    float d[ProductTraits::PER_THREAD] = {};
+    float d[FoldTraits::PER_THREAD] = {};
     if (core >= 0) {
       small_product<false>(
           d, sm.product, p.r_in,
@@ -105,8 +104,8 @@ static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::
   }
 }
 
-static __global__ void __launch_bounds__(ProductTraits::THREADS) row_ends(const RowEndsParams p) {
-  const int64_t key = int64_t(blockIdx.x) * ProductTraits::THREADS + threadIdx.x - 1;
+static __global__ void __launch_bounds__(FoldTraits::THREADS) row_ends(const RowEndsParams p) {
+  const int64_t key = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x - 1;
   if (key < p.bound) ptx::store(p.ends + key + 1, int32_t(place_above(p.keys, p.rows, key)));
 }
 
@@ -119,10 +118,10 @@ LOTR_DEVICE int64_t row_at(const Segments& s, int64_t place) {
   return s.order ? ptx::load(s.order + place) : place;
 }
 
-static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::BLOCKS)
+static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
     row_core_grad(const RowCoreGradParams p) {
-  constexpr int ROWS = ProductTraits::ROWS, COLS = ProductTraits::COLS, STEP = ProductTraits::STEP;
-  auto& sm = ptx::shared_storage<ProductTraits::Smem>();
+  constexpr int ROWS = FoldTraits::ROWS, COLS = FoldTraits::COLS, STEP = FoldTraits::STEP;
+  auto& sm = ptx::shared_storage<FoldTraits::Smem>();
   const unsigned tiles_out = unsigned(p.r_out + COLS - 1) / COLS,
                  tiles = unsigned(p.r_in + ROWS - 1) / ROWS * tiles_out;
   const unsigned group = blockIdx.x / unsigned(p.splits), core_tile = group % tiles;
@@ -135,7 +134,7 @@ static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::
   const int64_t share = (end - begin + p.splits * STEP - 1) / (p.splits * STEP) * STEP;
   begin += split * share;
   const int64_t rows = begin >= end ? 0 : end - begin < share ? end - begin : share;
-  float d[ProductTraits::PER_THREAD] = {};
+  float d[FoldTraits::PER_THREAD] = {};
   small_product<true>(
       d, sm, rows,
       [&](int row, int64_t k) {
@@ -155,8 +154,8 @@ static __global__ void __launch_bounds__(ProductTraits::THREADS, ProductTraits::
   });
 }
 
-static __global__ void __launch_bounds__(ProductTraits::THREADS) sum_rows(const SumRowsParams p) {
-  const int64_t element = int64_t(blockIdx.x) * ProductTraits::THREADS + threadIdx.x;
+static __global__ void __launch_bounds__(FoldTraits::THREADS) sum_rows(const SumRowsParams p) {
+  const int64_t element = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x;
   const int64_t token = element / p.r, j = element % p.r;
   if (token >= p.tokens) return;
   int64_t begin, end;

@@ -7,7 +7,7 @@
 
 namespace lotr::kernels {
 
-struct ProductTraits {
+struct FoldTraits {
   static constexpr int THREADS = 128, ROWS = FOLD_ROWS, COLS = FOLD_COLS, STEP = 32;
   static constexpr int BLOCKS = 4;  // an SM, at least: left alone, ptxas aims at 12 on sm_120, and spills
   static constexpr int PER_THREAD = ROWS * COLS / THREADS;  // rows of one column
@@ -20,9 +20,9 @@ struct ProductTraits {
 // d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows; out-of-range operands read
 // as zero. ROW_FASTEST: neighbours of a in memory are rows, else k.
 template <bool ROW_FASTEST, class A, class B>
-LOTR_DEVICE void small_product(float (&d)[ProductTraits::PER_THREAD], ProductTraits::Smem& sm, int64_t K, A a,
+LOTR_DEVICE void small_product(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, int64_t K, A a,
                                B b) {
-  using T = ProductTraits;
+  using T = FoldTraits;
   const int t = threadIdx.x, col = t % T::COLS, row0 = t / T::COLS;
   for (int64_t k0 = 0; k0 < K; k0 += T::STEP) {
     for (int i = t; i < T::STEP * T::ROWS; i += T::THREADS) {
@@ -48,7 +48,7 @@ LOTR_DEVICE void small_product(float (&d)[ProductTraits::PER_THREAD], ProductTra
 // Calls f(i, row, col) for the outputs of this thread.
 template <class F>
 LOTR_DEVICE void each_output(F f) {
-  using T = ProductTraits;
+  using T = FoldTraits;
 #pragma unroll
   for (int i = 0; i < T::PER_THREAD; ++i)
     f(i, int(threadIdx.x) / T::COLS + i * (T::THREADS / T::COLS), int(threadIdx.x) % T::COLS);
@@ -72,9 +72,9 @@ LOTR_DEVICE void write_float(void* data, DType type, int64_t i, float value) {
 
 // The sum over the splits of a group's tile, in their order, left in d of the block that arrives last, for
 // which this returns true.  partial [groups, splits, a tile].
-LOTR_DEVICE bool sum_splits(float (&d)[ProductTraits::PER_THREAD], ProductTraits::Smem& sm,
-                            const Reduction& sum, int64_t group, int split, int splits) {
-  using T = ProductTraits;
+LOTR_DEVICE bool sum_splits(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, const Reduction& sum,
+                            int64_t group, int split, int splits) {
+  using T = FoldTraits;
   constexpr int TILE = T::ROWS * T::COLS, AHEAD = tile::IN_FLIGHT / T::PER_THREAD;  // splits in flight
   float* mine = sum.partial + group * splits * TILE + threadIdx.x;
   each_output([&](int i, int, int) { ptx::store(mine + split * TILE + i * T::THREADS, d[i]); });
