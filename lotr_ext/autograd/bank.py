@@ -51,14 +51,14 @@ class FoldedGradient(SharedGradient):
                 dcores = ops.fold_grad(Q, B, torch.stack(cores), self.scaling, dB)
             dB = None if dB is None else dB.to(B.dtype)
             dcores = [d.to(core.dtype) for d, core in zip(dcores, cores)]
-        if dF is not None:  # a recorded backward
+        came = sorted(self.came.pop(graph_task(), ()))
+        if dF is not None and came:  # a recorded backward, whose graph has no others' cores either
             wide = ops.accumulate_dtype(B.dtype)
-            dF = dF.to(wide) * self.scaling
-            part = (dF @ torch.stack(cores).to(wide)).sum(0).to(B.dtype)
+            dF = torch.stack([dF[l] for l in came]).to(wide) * self.scaling
+            part = (dF @ torch.stack([cores[l] for l in came]).to(wide)).sum(0).to(B.dtype)
             dB = part if dB is None else dB + part
-            parts = (dF.transpose(1, 2) @ B.to(wide)).to(cores[0].dtype)
-            dcores = [part if d is None else d + part for d, part in zip(dcores, parts)]
-        came = self.came.pop(graph_task(), ())
+            for l, part in zip(came, (dF.transpose(1, 2) @ B.to(wide)).to(cores[0].dtype)):
+                dcores[l] = part if dcores[l] is None else dcores[l] + part
         return dB, *[d if l in came else None for l, d in enumerate(dcores)]
 
 

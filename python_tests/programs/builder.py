@@ -68,6 +68,7 @@ class Builder:
         self.net: str | None = None
         self.outputs = 0  # of the model
         self.net_replaces = False  # whether its forward makes parameters
+        self.net_sets = False  # whether it makes parameters or sets scalings: what was recorded before would be recomputed anew
         self.shared: list[str] = []  # adapters that share the first one's factors
         self.net_recomputes = False  # whether the model's forward checkpoints some of its layers
         self.recomputes = False  # whether something waits for its recomputation

@@ -146,6 +146,8 @@ def failing(b: Builder) -> None:
     """An exception in the middle of a forward or a backward."""
     layer = b.one_of(*b.layers)
     whole = b.net is not None and b.chance(0.5)
+    if whole and b.net_sets:
+        b.changed()
     x = b.input_for(b.widths[0] if whole else layer.k)
     name = b.name("fail")
     b.line(f"def {name}():")

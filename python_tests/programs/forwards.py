@@ -57,6 +57,8 @@ def siblings(b: Builder) -> None:
 
 
 def forward_net(b: Builder, call: str = "net({0}, w)") -> None:
+    if b.net_sets:
+        b.changed()
     x = b.input_for(b.widths[0])
     names = [b.name("y") for _ in range(b.outputs)]
     run_line(b, f"{', '.join(names)}, = {call.format(x.name)}")
@@ -87,7 +89,7 @@ def mixed(b: Builder) -> None:
     if not b.shared or b.dropout or len(x.shape) < 2 or not 0 < x.shape[0] < 9:
         return forward(b)
     names = [b.one_of("default", *b.shared, None) for _ in range(x.shape[0])]
-    b.line(f"if w.mixes({names}):")
+    b.line(f"if w.mixes(net, {names}):")
     b.indent += 1
     b.line(f"with w.mixed(net, {names}):")
     b.indent += 1
@@ -120,6 +122,8 @@ def unrecorded(b: Builder) -> None:
     """A part of a forward without a graph."""
     mode = "no_grad" if b.dropout or b.net_replaces else b.one_of("no_grad", "inference_mode")
     whole = b.net is not None and b.chance(0.5)
+    if whole and b.net_sets:
+        b.changed()
     layer = b.one_of(*b.layers)
     x = b.input_for(b.widths[0] if whole else layer.k)
     names = [b.name("y") for _ in range(b.outputs if whole else 1)]

@@ -113,9 +113,10 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
             b.line(f'cores = {{"core": another({layer.name}.core, 0.5)}} if "core" in {layer.name}._parameters else {{}}')
             call = f"torch.func.functional_call({layer.name}, cores, ({source.name},))"
         elif kind == "scaling":
+            b.net_sets = True
             b.line(f"{layer.name}.scaling = {b.one_of(0.25, 2.0)}")
         elif kind == "replaced":
-            b.net_replaces = True
+            b.net_replaces = b.net_sets = True
             b.line(f"if 'core' in {layer.name}._parameters: {layer.name}.core = another({layer.name}.core, -0.5)")
         if kind == "no_grad":
             unrecorded = "no_grad" if b.dropout else b.one_of("no_grad", "inference_mode")

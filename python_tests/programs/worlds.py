@@ -263,9 +263,11 @@ class World:
 
         self.may_refuse(use) if name != self.active and is_generated(model) else use()
 
-    def mixes(self, names: Sequence[str | None]) -> bool:
-        """Whether the adapters of these names have the active one's factors."""
-        return all(name is None or self.adapters.get(name) == self.adapters[self.active] for name in names)
+    def mixes(self, model: nn.Module, names: Sequence[str | None]) -> bool:
+        """Whether the adapters of these names can be mixed: they have the active one's factors, and all are parameters."""
+        return not is_generated(model) and all(
+            name is None or self.adapters.get(name) == self.adapters[self.active] for name in names
+        )
 
     # ---- what is compared --------------------------------------------------------------------------------------------
 
