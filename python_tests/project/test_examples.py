@@ -186,6 +186,7 @@ def tiny_lm(tmp_path_factory) -> tuple[Path, Path]:
 def test_causal_lm_on_another_model_and_text(tiny_lm, tmp_path):
     model, text = tiny_lm
     options = ("--steps", "12", "--batch", "2", "--length", "16", "--rank", "4", "--threads", "1", "--new-tokens", "5")
+    options += ("--init", "gradient")
     targets = ("--targets", "q_proj,k_proj,v_proj,o_proj", "--prompt", "And", "--out", str(tmp_path))
     result = run("examples/causal_lm.py", "--model", str(model), "--text", str(text), *options, *targets)
     assert result.returncode == 0, result.stderr
