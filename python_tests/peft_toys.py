@@ -60,7 +60,7 @@ def randomize(model: nn.Module, name: str = "default", seed: int = 7, std: float
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if f".lotr_adapter.{name}." in key or f".modules_to_save.{name}." in key:
+            if f".lotr_adapter.{name}." in key or f"lotr_cores.{name}." in key or f".modules_to_save.{name}." in key:
                 parameter.add_((torch.randn(parameter.shape, generator=generator) * std).to(parameter.dtype))
 
 
@@ -103,7 +103,7 @@ def plain(model: peft.PeftModel, names: list[str]) -> nn.Module:
     for name, layer in [(n, m) for n, m in tuner.model.named_modules() if isinstance(m, LoTRPeftLinear)]:
         parent, _, child = name.rpartition(".")
         setattr(tuner.model.get_submodule(parent), child, _Plain(layer, names))
-    tuner.model.factors = tuner.lotr_factors
+    tuner.model.factors, tuner.model.forms = tuner.lotr_factors, tuner.lotr_cores
     return tuner.model
 
 
@@ -114,7 +114,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            name = name.removeprefix("base_model.").removeprefix("model.").replace("lotr_factors.", "factors.")
+            name = (
+                name.removeprefix("base_model.")
+                .removeprefix("model.")
+                .replace("lotr_factors.", "factors.")
+                .replace("lotr_cores.", "forms.")
+            )
             found[name.replace("lotr_adapter.default.", "cores.0.")] = parameter.grad
     return found
 

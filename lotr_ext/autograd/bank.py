@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from .shared_input import SharedFactor
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def _core(layer: nn.Module) -> Tensor | None:
+    """A layer's core as its calls will have it; None for a parametrized one, which is made anew for each of them."""
+    core = layer._parameters.get("core")
+    return layer.core if core is None and "core_form" in layer._modules else core
 
 
 class FoldedGradient(SharedGradient):
@@ -81,7 +87,7 @@ class Bank:
 
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Makes F of all layers where there can be one product for them."""
-        cores, scaling = [layer._parameters.get("core") for layer in layers], layers[0].scaling
+        cores, scaling = [_core(layer) for layer in layers], layers[0].scaling
         one = cores[0]
         if len(layers) < 2 or type(self.B) not in _PLAIN:
             return
@@ -118,6 +124,7 @@ class Scope:
         self.model, self.layers = weakref.ref(model), layers
         self.banks: dict[tuple, Bank] = {}
         self.casts: dict[tuple, Cast] = {}
+        self.cores: dict[tuple, tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}
 
     def bank(self, B_shared: SharedFactor, B: Tensor, dtype: torch.dtype) -> Bank | None:
         """B's bank in dtype, made at the first call; one a mode: what was made without a graph has no place in one."""
@@ -138,6 +145,16 @@ class Scope:
             found = self.casts[key] = Cast(A, dtype)
         return found.of(A)
 
+    def made(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
+        """The cores [r_in, r_out] that one module makes of parameters that they share: all at once, one a mode, and again
+        where the parameters have changed."""
+        key = (cores, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        versions = tuple(0 if t.is_inference() else t._version for t in cores.parameters())
+        found = self.cores.get(key)
+        if found is None or found[0] != versions:
+            found = self.cores[key] = versions, make(cores).unbind()
+        return found[1]
+
 
 class _Open(threading.local):
     """The scopes that are open in a thread, the innermost last."""
@@ -149,9 +166,12 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def current_scope(call: Call) -> Scope | None:
+def open_scope() -> Scope | None:
     """The innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again
     outside of the scope, and they must be those that ran in it."""
-    if not _open.stack or call.group is None or dispatch_modes():
-        return None
-    return _open.stack[-1]
+    return None if not _open.stack or dispatch_modes() else _open.stack[-1]
+
+
+def current_scope(call: Call) -> Scope | None:
+    """That of a call, whose layer has a group."""
+    return None if call.group is None else open_scope()

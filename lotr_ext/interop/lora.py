@@ -29,6 +29,7 @@ from ..model.adapter_files import put_file, read, together
 from ..model.apply import adapted_layers
 from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
 from ..model.experts import parameter_name
+from ..model.saved import CORES
 from ..ops import accumulate_dtype
 from .expert_lora import ExpertLoRA, check_form, core_side, expert_lora, expert_lora_factors, expert_tensors
 from .lora_files import LoRALayer
@@ -187,7 +188,7 @@ def lotr_to_lora(
         entries[name] = LoRALayer(*pair, entry.scaling)
     known = {key for name, e in manifest.layers.items() for key in (f"{name}.core", f"{name}.start_core")}
     own = {f"{e.tensor(part).rpartition('.')[0]}." for e in manifest.layers.values() for part in "AB"}
-    own |= {f"{name}.parametrizations.core." for name in manifest.layers}
+    own |= {f"{name}.{made}." for name in manifest.layers for made in ("parametrizations.core", "core_form")} | {f"{CORES}."}
     saved = {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
     config: dict[str, Any] = {
         "task_type": task_type,

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
+from ..layers.cores import FORMS
 from ..model.adapter_files import put_file
 from ..model.config import LoTRConfig, check_names
 
@@ -48,7 +49,7 @@ class LoTRPeftConfig(PeftConfig):
 
     Attributes:
         rank, or r as PEFT's other methods call it: 16 where neither is given; r is rank afterwards.
-        alpha, rslora, scaling, dropout, group_by, init, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
+        alpha, rslora, scaling, dropout, group_by, init, core, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
             "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base
             weights, which other adapters share) or "gradient" (which needs batches).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
@@ -74,6 +75,7 @@ class LoTRPeftConfig(PeftConfig):
     group_by: str | dict[str, str] = field(default="shape", metadata={"help": "which layers share A and B"})
     init: str = field(default="orthonormal", metadata={"help": "how A and B start"})
     core_init: str = field(default="zero", metadata={"help": "how the cores start"})
+    core: str = field(default="dense", metadata={"help": "a core a layer, or what makes them all of fewer numbers"})
     train: list[str] = field(default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "3-D parameters of experts"})
     r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank; None: rank, 16 by default"})
@@ -91,6 +93,8 @@ class LoTRPeftConfig(PeftConfig):
             raise ValueError('init: expected one that needs no batches, got "gradient"; apply_lotr has it')
         if callable(self.group_by):
             raise ValueError('group_by: expected "shape", "name", "width" or a mapping, got a callable, which cannot be saved')
+        if not isinstance(self.core, str) or self.core == "custom":
+            raise ValueError(f"core: expected one of {', '.join(('dense', *FORMS))}, got {self.core!r}, which cannot be saved")
         if self.bias not in _BIASES:
             raise ValueError(f"bias: expected one of {', '.join(_BIASES)}, got {self.bias!r}")
         ranks = [tuple(given) if isinstance(given, list) else given for given in (self.rank, self.r) if given is not None]
@@ -120,6 +124,6 @@ class LoTRPeftConfig(PeftConfig):
 
     def to_lotr(self, target_modules: str | None = None, target_parameters: list[str] | None = None) -> LoTRConfig:
         """The same settings for `apply_lotr`, with targets as given and without modules_to_save."""
-        same = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "train")
+        same = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train")
         targets = {"target_modules": target_modules, "target_parameters": target_parameters}
         return LoTRConfig(**targets, **{name: getattr(self, name) for name in same})

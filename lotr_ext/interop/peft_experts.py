@@ -57,7 +57,7 @@ class LoTRPeftExperts(LoTRPeftLinear):
     def place(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
 
-    def _core(self, factors: LoTRFactors, config: LoTRPeftConfig) -> LoTRCore:
+    def _core(self, factors: LoTRFactors, config: LoTRPeftConfig, form: None) -> LoTRCore:
         return LoTRCore(factors, config, self.num_experts)
 
     def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:

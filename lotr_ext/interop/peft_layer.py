@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..autograd.call import Call, add_adapter, call_linear
+from ..layers.core import HasCore
+from ..layers.cores import CoreAt
 from ..layers.factors import LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.init import fill_core_
@@ -33,13 +35,18 @@ from ..ops.planner import Plan
 from .peft_config import LoTRPeftConfig
 
 
-class LoTRCore(nn.Module):
+class LoTRCore(HasCore):
     """One adapter in one layer: its core [r_in, r_out], of experts [e, r_in, r_out], and what the core goes with. `scope.py`
-    tells it by start_core."""
+    tells it by start_core.
+
+    form: what makes the core, where it is not a parameter.
+    """
 
     start_core = None
 
-    def __init__(self, factors: LoTRFactors, config: LoTRPeftConfig, num_experts: int | None = None):
+    def __init__(
+        self, factors: LoTRFactors, config: LoTRPeftConfig, num_experts: int | None = None, form: CoreAt | None = None
+    ):
         super().__init__()
         settings = {name: getattr(config, name) for name in ("alpha", "rslora", "scaling", "dropout")}
         self.scaling = check_settings(**settings).resolve(max(factors.r_in, factors.r_out))
@@ -47,8 +54,11 @@ class LoTRCore(nn.Module):
         shape = (factors.r_in, factors.r_out)
         if num_experts is not None:
             self.num_experts, shape = num_experts, (num_experts, *shape)
-        self.core = nn.Parameter(torch.empty(shape, device=factors.A.device, dtype=factors.A.dtype))
-        fill_core_(self.core, config.core_init)
+        held = form
+        if held is None:
+            held = nn.Parameter(torch.empty(shape, device=factors.A.device, dtype=factors.A.dtype))
+            fill_core_(held, config.core_init)
+        self.hold_core(held)
         self.__dict__["factors"] = factors  # the tuner registers it
 
     def parameters_by_part(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -104,13 +114,13 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.register_buffer("lotr_backup", None, persistent=False)
 
-    def add(self, adapter_name: str, factors: LoTRFactors, config: LoTRPeftConfig) -> None:
-        """Puts a new adapter of that name into the layer."""
-        self.lotr_adapter[adapter_name] = self._core(factors, config).train(self.training)
+    def add(self, adapter_name: str, factors: LoTRFactors, config: LoTRPeftConfig, form: CoreAt | None = None) -> None:
+        """Puts a new adapter of that name into the layer. form: as for LoTRCore."""
+        self.lotr_adapter[adapter_name] = self._core(factors, config, form).train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def _core(self, factors: LoTRFactors, config: LoTRPeftConfig) -> LoTRCore:
-        return LoTRCore(factors, config)
+    def _core(self, factors: LoTRFactors, config: LoTRPeftConfig, form: CoreAt | None) -> LoTRCore:
+        return LoTRCore(factors, config, form=form)
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Where the base layer is, and in which dtype."""

@@ -2,6 +2,7 @@
 
     lotr_factors.<adapter>.<group>.A, .B       owned here, once a group; with group_by="width" .A_<in_features>.value, ..
     model.<layer>.lotr_adapter.<adapter>.core  owned by the layers (`peft_layer.py`)
+    lotr_cores.<adapter>.<parameter>           instead of those, what makes the cores of all layers, where they are not dense
 
 On disk the adapter's name is left out, as PEFT does.
 """
@@ -19,9 +20,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from ..layers.cores import Cores
 from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
 from ..model.apply import set_fast_paths
+from ..model.core_forms import form_at, make_cores
 from ..model.experts import parameter_name, place, release
 from ..model.scope import attach_scope, detach_scope
 from ..model.shared_factors import SharedFactors, factors_by_part, width_names
@@ -49,14 +52,15 @@ class LoTRPeftModel(BaseTuner):
     # ---- putting an adapter in ---------------------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.lotr_factors = nn.ModuleDict()
+        self.lotr_factors, self.lotr_cores = nn.ModuleDict(), nn.ModuleDict()
         self._groups: dict[str, str] = {}
         self._parameters_found: list[Target] = []
         self._owners: set[str] = set()
+        self._cores: Cores | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As BaseTuner's; the factors of other adapters keep their requires_grad, as their cores do."""
-        before = [(p, p.requires_grad) for p in self.lotr_factors.parameters()]
+        """As BaseTuner's; what other adapters share keeps its requires_grad, as their cores do."""
+        before = [(p, p.requires_grad) for shared in (self.lotr_factors, self.lotr_cores) for p in shared.parameters()]
         layers = set(self._adapted())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -64,7 +68,7 @@ class LoTRPeftModel(BaseTuner):
             self._take_back(adapter_name, layers)
             raise
         finally:
-            self._groups, self._owners = {}, set()
+            self._groups, self._owners, self._cores = {}, set(), None
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         set_fast_paths(self.model, off=True, adapted=LoTRPeftLinear)
@@ -72,8 +76,9 @@ class LoTRPeftModel(BaseTuner):
 
     def _take_back(self, adapter_name: str, layers: set[str]) -> None:
         """Undoes an injection that failed half-way. layers: those that were adapted before it."""
-        if adapter_name in self.lotr_factors:
-            del self.lotr_factors[adapter_name]
+        for shared in (self.lotr_factors, self.lotr_cores):
+            if adapter_name in shared:
+                del shared[adapter_name]
         adapted = self._adapted()
         for host in hosts(layer for name, layer in adapted.items() if name not in layers):
             release(host)
@@ -133,6 +138,7 @@ class LoTRPeftModel(BaseTuner):
         self._owners = set(self._groups.values())
         if config.group_by == "width":
             self._owners = {name for t in targets for name in width_names(t.in_features, t.out_features)}
+        self._cores = make_cores(config.to_lotr(), list(self._groups), "cpu")
         self._check_adapter_names(config)
 
     def _check_adapter_names(self, config: LoTRPeftConfig) -> None:
@@ -164,7 +170,9 @@ class LoTRPeftModel(BaseTuner):
         known = isinstance(target, LoTRPeftLinear)
         layer = target if known else LoTRPeftLinear(target).train(target.training)
         factors = self._factors(adapter_name, self._groups[current_key], layer, peft_config)
-        layer.add(adapter_name, factors, peft_config)
+        if self._cores is not None and adapter_name not in self.lotr_cores:
+            self.lotr_cores[adapter_name] = self._cores.to(factors.A.device, factors.A.dtype)
+        layer.add(adapter_name, factors, peft_config, None if self._cores is None else form_at(self._cores, current_key))
         if not known:
             self._replace_module(parent, target_name, layer, target)
 
@@ -194,12 +202,17 @@ class LoTRPeftModel(BaseTuner):
             old = getattr(module, name)
             if old.dtype in _HALVES:
                 setattr(module, name, nn.Parameter(old.detach().float(), requires_grad=old.requires_grad))
+        cores = self.lotr_cores[adapter_name] if autocast_adapter_dtype and adapter_name in self.lotr_cores else None
+        if cores is not None and next(cores.parameters()).dtype in _HALVES:
+            cores.float()
 
     # ---- taking it out -----------------------------------------------------------------------------------------------
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self.lotr_factors[adapter_name]
+        if adapter_name in self.lotr_cores:
+            del self.lotr_cores[adapter_name]
         attach_scope(self.model)
 
     def _check_merge_allowed(self) -> None:
@@ -268,9 +281,10 @@ class LoTRPeftModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        head, found, tail = key.partition(f"lotr_factors.{adapter_name}.")
-        if found and head in ("", "base_model."):
-            return f"{head}lotr_factors.{tail}"
+        for shared in ("lotr_factors", "lotr_cores"):
+            head, found, tail = key.partition(f"{shared}.{adapter_name}.")
+            if found and head in ("", "base_model."):
+                return f"{head}{shared}.{tail}"
         head, found, tail = key.rpartition(f".lotr_adapter.{adapter_name}.")  # a parametrized core's are further down
         if found:
             return f"{head}.lotr_adapter.{tail}"
@@ -282,9 +296,10 @@ class LoTRPeftModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """BaseTuner's renaming; besides, PEFT only warns of an adapter for other layers, which here is an error."""
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        ours = re.compile(rf"lotr_factors\.{re.escape(adapter_name)}\.|\.lotr_adapter\.{re.escape(adapter_name)}\.")
+        name = re.escape(adapter_name)
+        ours = re.compile(rf"lotr_(factors|cores)\.{name}\.|\.lotr_adapter\.{name}\.")
         want = {key for key in model.state_dict() if ours.search(key)}
-        got = {key for key in renamed if ours.search(key) or ".lotr_adapter." in key or "lotr_factors." in key}
+        got = {key for key in renamed if re.search(r"\.lotr_adapter\.|lotr_(factors|cores)\.", key)}
         if want != got:
             missing, foreign = sorted(want - got), sorted(got - want)
             raise ValueError(

@@ -14,6 +14,7 @@ from ..autograd.call import call_linear
 from ..autograd.record import Call
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
+from .core import HasCore
 from .factors import LoTRFactors
 from .merging import MergeNotice, check_is_parameter, write_
 from .mixture import Mixture, call_mixed, cores_of
@@ -67,17 +68,17 @@ def check_settings(*, alpha: float | None, rslora: bool, scaling: float | None, 
     return Settings(alpha, rslora, scaling, float(dropout))
 
 
-class LoTRLayer(nn.Module):
+class LoTRLayer(HasCore):
     """Base class of adapted layers. Subclasses give `_base` (the plain forward), `_matrix` (W [n, k], a view) and `to_base`.
 
-    core [r_in, r_out]: the layer's own parameter. factors: the shared pair. scaling: s. disabled: whether the adapter is off.
+    core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s. disabled:
+    whether the adapter is off.
     start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
     mixture: while `mixed` is on, the cores of several adapters, one a row.
     """
 
     in_features: int
     out_features: int
-    core: nn.Parameter
     start_core: Tensor | None
     weight_backup: Tensor | None
     notice: MergeNotice | None = None

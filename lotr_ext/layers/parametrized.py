@@ -1,45 +1,63 @@
-"""Cores and factors that torch.nn.utils.parametrize computes: what is behind them, and their values from it and back."""
+"""Cores and factors that are computed, by torch.nn.utils.parametrize or by a layer's core_form: what is behind them, and their
+values from it and back."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from .cores import CoreAt
+
 __all__ = ["parameters_of", "state_for", "state_of", "value_with"]
 
 
-def _prefix(name: str) -> str:
-    return f"parametrizations.{name}."
+class _Maker(NamedTuple):
+    """What computes a part: module(*args). prefix: of its tensors in the state_dict of the module that has the part."""
+
+    prefix: str
+    module: nn.Module
+    args: tuple[int, ...] = ()
+
+
+def _maker(module: nn.Module, name: str) -> _Maker | None:
+    if parametrize.is_parametrized(module, name):
+        return _Maker(f"parametrizations.{name}.", module.parametrizations[name])
+    form = module._modules.get("core_form") if name == "core" else None
+    if isinstance(form, CoreAt):
+        return _Maker("core_form.cores.", form.cores, (form.index,))
+    return None if form is None else _Maker("core_form.", form)
 
 
 def parameters_of(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """module.<name> where it is a parameter; the parameters that a parametrization makes it of, where it is computed."""
-    if parametrize.is_parametrized(module, name):
-        yield from module.parametrizations[name].parameters()
+    """module.<name> where it is a parameter; the parameters that it is made of, where it is computed."""
+    if (maker := _maker(module, name)) is not None:
+        yield from maker.module.parameters()
     elif module._parameters.get(name) is not None:
         yield module._parameters[name]
 
 
 def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     """What module.<name> is computed from, the very tensors, by their keys in module's state_dict; empty for a parameter."""
-    if not parametrize.is_parametrized(module, name):
+    if (maker := _maker(module, name)) is None:
         return {}
-    return {_prefix(name) + key: t for key, t in module.parametrizations[name].state_dict(keep_vars=True).items()}
+    return {maker.prefix + key: t for key, t in maker.module.state_dict(keep_vars=True).items()}
 
 
 @torch.no_grad()
 def value_with(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> Tensor:
-    """What the parametrized module.<name> would be with these tensors, as `state_of` names them. Changes nothing."""
+    """What the computed module.<name> would be with these tensors, as `state_of` names them. Changes nothing."""
+    maker = _maker(module, name)
     made = {
-        key.removeprefix(_prefix(name)): state[key].detach().to(t.device, t.dtype, copy=True)
+        key.removeprefix(maker.prefix): state[key].detach().to(t.device, t.dtype, copy=True)
         for key, t in state_of(module, name).items()
     }
-    return functional_call(module.parametrizations[name], made, ())
+    return functional_call(maker.module, made, maker.args)
 
 
 @torch.no_grad()
@@ -47,13 +65,14 @@ def state_for(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
     """The tensors, as `state_of` names them, that make module.<name> this value. Changes nothing.
 
     Raises:
-        ValueError: the parametrization has no right_inverse, or that refuses the value.
+        ValueError: what makes it has no right_inverse, or that refuses the value.
     """
-    made = copy.deepcopy(module.parametrizations[name])
+    maker = _maker(module, name)
+    made = copy.deepcopy(maker.module)
     like = getattr(module, name)
     try:
         made.right_inverse(value.to(like.device, like.dtype))
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        kinds = ", ".join(type(one).__name__ for one in made)
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
+        kinds = ", ".join(type(one).__name__ for one in (made if isinstance(made, parametrize.ParametrizationList) else [made]))
         raise ValueError(f"{name}: expected a parametrization that can be set to a value, got {kinds} ({error})") from None
-    return {_prefix(name) + key: t for key, t in made.state_dict().items()}
+    return {maker.prefix + key: t for key, t in made.state_dict().items()}

@@ -15,17 +15,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.nn.utils import parametrize
 
 from ..layers.experts import LoTRExperts
+from ..layers.core import made
+from ..layers.cores import Cores
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings
 from ..layers.mixture import Mixture
-from ..layers.parametrized import state_of
+from ..layers.parametrized import parameters_of
 from ..layers.sharded import holds_parts
 from .apply import adapted_layers
 from .config import LoTRConfig
-from .saved import saved_modules, saved_tensors
+from .core_forms import form_at, make_cores
+from .saved import CORES, saved_modules, saved_tensors
 from .scope import attach_scope
 from .shared_factors import Owner, SharedFactors, counterpart, factors_by_part
 from .targets import can_be_child
@@ -38,22 +42,36 @@ DEFAULT = "default"  # the name of the adapter that apply_lotr made
 
 
 class ParkedAdapter(nn.Module):
-    """An adapter that is not active. cores, settings: by layer, in the model's order. saved: its modules_to_save, by tensor."""
+    """An adapter that is not active. held, settings: by layer, in the model's order, its core or what makes it. made: what
+    makes cores for several layers, where something does. saved: its modules_to_save, by tensor."""
 
     def __init__(
         self,
         config: LoTRConfig,
         factors: dict[str, Owner],
-        cores: Sequence[nn.Parameter],
+        held: Sequence[nn.Parameter | nn.Module],
+        made: Cores | None,
         settings: Sequence[tuple[float, float]],
         saved: Sequence[Tensor],
     ):
         super().__init__()
         self.config, self.settings = config, list(settings)
         self.__dict__["factors"] = factors  # registered by `_register_once`, here or where they are shared from
-        self.cores = nn.ParameterList(cores)
+        self.cores = nn.ParameterList(one for one in held if isinstance(one, nn.Parameter))
+        self.forms = nn.ModuleList(one for one in held if not isinstance(one, nn.Parameter))
+        self.dense, self.made = [isinstance(one, nn.Parameter) for one in held], made
         self.saved = nn.ParameterList(nn.Parameter(t.detach(), requires_grad=False) for t in saved)
         self.requires_grad_(False)
+
+    @property
+    def held(self) -> list[nn.Parameter | nn.Module]:
+        cores, forms = iter(self.cores), iter(self.forms)
+        return [next(cores if dense else forms) for dense in self.dense]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The cores [r_in, r_out] by layer."""
+        return [one if isinstance(one, nn.Parameter) else made(one) for one in self.held]
 
 
 class ParkedAdapters(nn.ModuleDict):
@@ -143,14 +161,18 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
             raise ValueError(f"config: expected rank {got} as in the shared factors of {owner!r}, got {config.ranks}")
     settings = check_settings(alpha=config.alpha, rslora=config.rslora, scaling=config.scaling, dropout=config.dropout)
     scaling = settings.resolve(max(config.ranks))
-    cores = []
-    for layer in layers.values():
+    device = next(iter(layers.values())).core.device
+    held, cores = [], make_cores(config, list(layers), device)
+    for at, layer in layers.items():
+        if cores is not None:
+            held.append(form_at(cores, at))
+            continue
         like = counterpart(layer.factors, model.lotr_factors, factors).A
         core = nn.Parameter(torch.empty(*layer.core.shape[:-2], *config.ranks, device=layer.core.device, dtype=like.dtype))
         fill_core_(core, config.core_init)
-        cores.append(core)
+        held.append(core)
     saved = [t.detach().clone() for t in saved_tensors(saved_modules(model)).values()]
-    parked[name] = ParkedAdapter(config, factors, cores, [(scaling, settings.dropout)] * len(cores), saved)
+    parked[name] = ParkedAdapter(config, factors, held, cores, [(scaling, settings.dropout)] * len(held), saved)
     model.lotr_parked = parked
     _register_once(model)
     return model
@@ -243,15 +265,14 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
                         f"names: expected adapters that share the factors of {parked.active!r}, got {name!r}, which has others"
                     )
     index = torch.tensor([-1 if name is None else kinds.index(name) for name in names])
-    mixtures = []
+    mixtures, values = [], {name: parked[name].values for name in kinds if name in parked}
     for i, layer in enumerate(adapted_layers(model).values()):
-        parts = ((layer.core, layer.scaling) if name == parked.active else _part(parked[name], i) for name in kinds)
+        parts = (
+            (layer.core, layer.scaling) if name == parked.active else (values[name][i], parked[name].settings[i][0])
+            for name in kinds
+        )
         mixtures.append(Mixture(tuple(parts), 1.0, index))
     return mixtures
-
-
-def _part(adapter: ParkedAdapter, i: int) -> tuple[Tensor, float]:
-    return adapter.cores[i], adapter.settings[i][0]
 
 
 def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:
@@ -260,12 +281,12 @@ def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:
     return parked[_find(parked, name, "name")]
 
 
-def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, nn.Parameter, float, float]]:
+def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, Tensor, float, float]]:
     """What each layer would have of a parked adapter, in the model's order: factors, core, scaling, dropout."""
     layers = adapted_layers(model).values()
     return [
         (counterpart(layer.factors, model.lotr_factors, parked.factors), core, *settings)
-        for layer, core, settings in zip(layers, parked.cores, parked.settings, strict=True)
+        for layer, core, settings in zip(layers, parked.values, parked.settings, strict=True)
     ]
 
 
@@ -318,7 +339,7 @@ def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:
     """A parametrization belongs to the place where it was registered; an adapter changes places."""
     for name, layer in layers.items():
         for owner, part in (*layer.factors.owners, (layer, "core")):
-            if state_of(owner, part):
+            if parametrize.is_parametrized(owner, part):
                 raise RuntimeError(
                     f"{where}: expected cores and factors that are parameters, got {name!r}, whose {part} has a "
                     "parametrization; remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
@@ -349,17 +370,24 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
     old = ParkedAdapter(
         model.lotr_config,
         dict(model.lotr_factors.items()),
-        [layer.core for layer in layers.values()],
+        [layer.held_core() for layer in layers.values()],
+        getattr(model, CORES, None),
         [(layer.scaling, layer.dropout) for layer in layers.values()],
         [t.data for t in live.values()],
     )
     for factors in old.factors.values():
         factors.requires_grad_(False)
     pairs = {id(layer.factors): counterpart(layer.factors, old.factors, new.factors) for layer in layers.values()}
-    for layer, core, (scaling, dropout) in zip(layers.values(), new.cores, new.settings, strict=True):
+    for layer, held, (scaling, dropout) in zip(layers.values(), new.held, new.settings, strict=True):
         layer.__dict__["factors"] = pairs[id(layer.factors)]
-        layer.core, layer.scaling, layer.dropout = core, scaling, dropout
-        core.requires_grad_("core" in new.config.train)
+        layer.hold_core(held)
+        layer.scaling, layer.dropout = scaling, dropout
+        for parameter in parameters_of(layer, "core"):
+            parameter.requires_grad_("core" in new.config.train)
+    if hasattr(model, CORES):
+        delattr(model, CORES)
+    if new.made is not None:
+        setattr(model, CORES, new.made)
     model.lotr_factors.update(new.factors)
     model.lotr_factors.set_trained(new.config.train)
     for _, module, part in factors_by_part(new.factors):

@@ -3,7 +3,8 @@
 After `apply_lotr(model, config)` every targeted layer is a `LoTRLayer` in its old place, with its old state_dict keys and
 `core`; the factors of all groups are registered once, as `model.lotr_factors[group]`, and the layers only refer to them. So
 state_dict has `lotr_factors.<group>.A`, `lotr_factors.<group>.B` and `<layer>.core` beside the base model's own keys; with
-group_by="width" `lotr_factors.A_<in_features>.value` and `lotr_factors.B_<out_features>.value`.
+group_by="width" `lotr_factors.A_<in_features>.value` and `lotr_factors.B_<out_features>.value`. Where the cores are made of
+fewer numbers (LoTRConfig.core), these are registered as `model.lotr_cores`, and the layers only refer to them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.experts import LoTRExperts
+from ..layers.cores import Cores
 from ..layers.factors import LoTRFactors
 from ..layers.gradient import Loss, Probed, leading_directions, write_factors
 from ..layers.hosted import LoTRHostedExperts
@@ -30,6 +32,7 @@ from ..layers.sharded import in_parts
 from ..ops.composite import delta_weight
 from .config import LoTRConfig
 from .experts import adapt_parameter, release
+from .core_forms import form_at, make_cores
 from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
 from .shared_factors import SharedFactors
@@ -80,11 +83,23 @@ def apply_lotr(
         if given is not None:
             raise ValueError(f'{name}: expected none but for init "gradient", got {type(given).__name__} with {config.init!r}')
     starts = _svd_starts(selection, config) if config.init == "svd" else None
-    return install(model, config, selection, starts)
+    return install(model, config, selection, starts, cores_for(selection, config))
 
 
-def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict[str, Start] | None) -> Model:
-    """Does what `select` has found possible. starts: with init "svd", what to subtract from the weights and begin with."""
+def cores_for(selection: Selection, config: LoTRConfig) -> Cores | None:
+    """What makes the cores of the selected layers, where they are not dense. Raises as `make_cores`."""
+    return make_cores(config, [t.name for t in selection.targets], home(selection.targets[0].module))
+
+
+def install(
+    model: Model,
+    config: LoTRConfig,
+    selection: Selection,
+    starts: dict[str, Start] | None,
+    cores: Cores | None = None,
+) -> Model:
+    """Does what `select` has found possible. starts: with init "svd", what to subtract from the weights and begin with. cores:
+    what makes the cores, None for dense ones."""
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
@@ -96,6 +111,8 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
         sizes = first.in_features, first.out_features
         factors = shared.pair(group, sizes, config, home(first.module), config.adapter_dtype)
         layers = [_replace(model, target, factors, config) for target in targets]
+        for target, layer in zip(targets, layers) if cores is not None else ():
+            layer.hold_core(form_at(cores, target.name))
         if starts is not None:
             set_start(layers, starts[group])
             write_(factors.A, factors.start_A)
@@ -104,6 +121,8 @@ def install(model: Model, config: LoTRConfig, selection: Selection, starts: dict
                 write_(layer.core, layer.start_core)
     shared.set_trained(config.train)
     model.lotr_factors = shared
+    if cores is not None:
+        model.lotr_cores = cores
     if callable(config.group_by):  # a callable can be neither pickled nor saved; what it decided can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config = config
@@ -419,7 +438,7 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
             setattr(model.get_submodule(parent), child, bases[id(layer)])
     if isinstance(getattr(model, "lotr_factors", None), SharedFactors):
         del model.lotr_factors, model.lotr_config
-        for beside in ("lotr_parked", "lotr_tasks"):
+        for beside in ("lotr_parked", "lotr_tasks", "lotr_cores"):
             if hasattr(model, beside):
                 delattr(model, beside)
         detach_scope(model)

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.cores import FORMS, Cores
 from ..layers.factors import LoTRFactor, LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
 from ..layers.parametrized import state_of
@@ -25,10 +26,10 @@ from ..layers.sharded import copy_whole_, gathered, holds_parts, in_parts, resha
 from . import adapter_files as files
 from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
-from .apply import adapted_layers, install, set_start
+from .apply import adapted_layers, cores_for, install, set_start
 from .config import LoTRConfig
 from .experts import CHILD, expert_sizes, why_not
-from .saved import computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors
+from .saved import CORES, computed_tensors, cores_of, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .shared_factors import factors_by_part, width_names
 from .targets import Selection, features, select
 
@@ -51,9 +52,11 @@ def _path(directory: object) -> Path:
 
 
 def _prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
-    """The name of each module in the model that has a factor, by id."""
-    found = {id(m): name for name, m in model.named_modules() if isinstance(m, LoTRFactors | LoTRFactor)}
+    """The name of each module in the model that has a factor, or makes cores, by id."""
+    found = {id(m): name for name, m in model.named_modules() if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
     for name, layer in layers.items():
+        if isinstance(cores_of(layer), Cores) and id(cores_of(layer)) not in found:
+            raise RuntimeError(f"model: expected it to register what makes the core of {name!r}, got one that no module owns")
         if any(id(module) not in found for module, _ in layer.factors.owners):
             raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
     return found
@@ -119,6 +122,8 @@ def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[
     else:
         parked = adapters.parked_adapter(model, name)
         held = adapters.parked_layers(model, parked)
+        if parked.made is not None:
+            tensors |= {f"{CORES}.{key}": t for key, t in parked.made.state_dict(keep_vars=True).items()}
         config, beside = parked.config, dict(zip(beside, parked.saved, strict=True))
     entries = {}
     for (at, layer), (factors, core, scaling, dropout) in zip(layers.items(), held, strict=True):
@@ -187,7 +192,7 @@ def load_adapter(
     if any(isinstance(m, LoTRLayer) for m in target.modules()):
         _check_adapted(target, manifest, tensors, cast)
     else:
-        _install(target, manifest.config, _check_plain(target, manifest, tensors, cast))
+        _install(target, manifest.config, *_check_plain(target, manifest, tensors, cast))
     _fill(target, manifest, tensors)
     if name is not None:
         adapters.rename_active(target, name)
@@ -317,7 +322,9 @@ def _check_names(have: set[str], want: set[str]) -> None:
         )
 
 
-def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> Selection:
+def _check_plain(
+    model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool
+) -> tuple[Selection, Cores | None]:
     config = manifest.config
     if config is None:
         raise ValueError(
@@ -376,17 +383,24 @@ def _check_plain(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor
         shapes = (entry.in_features, r_in), (entry.out_features, r_out), core
         return tuple(empty(shape, config.adapter_dtype) for shape in shapes)
 
+    cores = cores_for(selection, config) if config.core in FORMS else None
     expected = _expected(manifest, like, tensors)
+    if cores is not None:
+        expected |= {f"{CORES}.{key}": t for key, t in cores.state_dict(keep_vars=True).items()}
     _check_tensors(expected | saved_tensors(selection.saved), tensors, cast)
-    return selection
+    return selection, cores
 
 
-def _install(model: nn.Module, config: LoTRConfig, selection: Selection) -> None:
-    install(model, replace(config, init="kaiming", core_init="zero", train=("A", "B", "core")), selection, None)
-    model.lotr_config = config
+def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: Cores | None) -> None:
+    plain = replace(config, init="kaiming", core_init="zero", train=("A", "B", "core"), core="dense")
+    install(model, plain, selection, None, cores)
+    if cores is not None:
+        cores.requires_grad_("core" in config.train)
+    model.lotr_config = config if config.core in FORMS else replace(config, core="dense")
     model.lotr_factors.set_trained(config.train)
     for layer in adapted_layers(model).values():
-        layer.core.requires_grad_("core" in config.train)
+        if cores is None:
+            layer.core.requires_grad_("core" in config.train)
 
 
 @torch.no_grad()

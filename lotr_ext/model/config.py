@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.cores import FORMS, Cores
 from ..layers.factors import check_rank
 from ..layers.init import CORE_INITS, FACTOR_INITS, FOUND_INITS
 from ..layers.layer import check_number
@@ -103,6 +104,9 @@ class LoTRConfig:
         train: which of "A", "B" and "core" are trained; the rest stays as it starts.
         adapter_dtype: of A, B and the cores: float32, float64, bfloat16 or float16.
         core_init: "zero", or "identity" (then B starts at zero).
+        core: "dense", a core of its own for each layer; or what makes the cores of fewer numbers that layers share
+            (`lotr_ext.cores`): "diagonal", "cp", "tucker", "train" or "few", or a callable (places, rank) -> Cores, where a
+            place is a layer's (layer, kind), ("model.layers.3", "self_attn.q_proj"). "custom" in a saved adapter's: a callable.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or value; the message says which, what was expected, what came. LoRA's
@@ -123,6 +127,7 @@ class LoTRConfig:
     adapter_dtype: torch.dtype = torch.float32
     core_init: str = "zero"
     target_parameters: Sequence[str] | None = None
+    core: str | Callable[..., Cores] = "dense"
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRConfig:
         check_names(given, "LoTRConfig")
@@ -162,6 +167,16 @@ class LoTRConfig:
         if self.adapter_dtype not in _DTYPES.values():
             raise TypeError(f"adapter_dtype: expected one of {', '.join(_DTYPES)}, got {self.adapter_dtype!r}")
         self._check_train()
+        self._check_core()
+
+    def _check_core(self) -> None:
+        known = ("dense", *FORMS)
+        if not callable(self.core) and self.core not in (*known, "custom"):
+            raise ValueError(f"core: expected one of {', '.join(known)}, or a callable, got {self.core!r}")
+        if self.core != "dense" and self.target_parameters is not None:
+            raise ValueError(f'core: expected "dense" with target_parameters (experts have cores of their own), got {self.core!r}')
+        if self.core != "dense" and self.init == "svd":
+            raise ValueError(f'core: expected "dense" with init "svd", which sets the cores, got {self.core!r}')
 
     def _checked_rank(self) -> int | tuple[int, int]:
         ranks = check_rank(self.rank)
@@ -207,11 +222,13 @@ class LoTRConfig:
         return (self.rank, self.rank) if isinstance(self.rank, int) else self.rank
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that json can write. A callable group_by cannot be written (ValueError): give the mapping instead."""
+        """A dictionary that json can write. A callable group_by cannot be written (ValueError): give the mapping instead;
+        a callable core is "custom"."""
         if callable(self.group_by):
             raise ValueError('group_by: expected "shape", "name", "width" or a mapping for JSON, got a callable')
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
+        values["core"] = "custom" if callable(self.core) else self.core
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod

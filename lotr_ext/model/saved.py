@@ -1,4 +1,4 @@
-"""What an adapter takes along: the model's modules_to_save, and what parametrized cores and factors are computed from."""
+"""What an adapter takes along: the model's modules_to_save, and what computed cores and factors are made of."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..layers.cores import FORMS, CoreAt, Cores
 from ..layers.layer import LoTRLayer
 from ..layers.parametrized import state_for, state_of, value_with
 from .adapter_files import Manifest
@@ -16,17 +17,17 @@ from .targets import name_ends_with
 
 __all__ = ["computed_parts", "computed_tensors", "fitted_to_parametrizations", "saved_modules", "saved_tensors"]
 
+CORES = "lotr_cores"  # what a model has its Cores by
 Layers = Mapping[str, LoTRLayer]
-Prefixes = Mapping[int, str]  # of LoTRFactors and LoTRFactor in the model's state_dict, by id
+Prefixes = Mapping[int, str]  # of LoTRFactors, LoTRFactor and Cores in the model's state_dict, by id
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are trained whole beside the adapter, by name."""
     config = getattr(model, "lotr_config", None)
     endings = config.modules_to_save if isinstance(config, LoTRConfig) and config.modules_to_save else ()
-    named = (
-        (name, m) for name, m in model.named_modules() if not name.startswith(("lotr_factors", "lotr_parked", "lotr_tasks"))
-    )
+    beside = ("lotr_factors", "lotr_parked", "lotr_tasks", CORES)
+    named = ((name, m) for name, m in model.named_modules() if not name.startswith(beside))
     return {name: m for name, m in named if name and any(name_ends_with(name, e) for e in endings)}
 
 
@@ -60,10 +61,18 @@ def parts(layers: Layers, prefixes: Prefixes) -> Iterator[tuple[nn.Module, str, 
         yield layer, name, "core"
 
 
+def cores_of(layer: nn.Module) -> nn.Module | None:
+    """What makes the layer's core by itself or for several layers; None for a parameter or a parametrized one."""
+    form = layer._modules.get("core_form")
+    return form.cores if isinstance(form, CoreAt) else form
+
+
 def computed_parts(layers: Layers, prefixes: Prefixes) -> dict[str, dict[str, str]]:
-    """The parametrized ones by full name, and for each the full names of what it is computed from, by `state_of`'s keys; what
-    several share has its first name in all of them."""
+    """The computed ones by full name, and for each the full names of what it is computed from, by `state_of`'s keys; what
+    several share has its first name in all of them, or that in their Cores."""
     first: dict[int, str] = {}
+    for cores in {id(c): c for layer in layers.values() if isinstance(c := cores_of(layer), Cores)}.values():
+        first |= {id(t): f"{prefixes[id(cores)]}.{key}" for key, t in cores.state_dict(keep_vars=True).items()}
     return {
         f"{name}.{part}": {key: first.setdefault(id(t), f"{name}.{key}") for key, t in state.items()}
         for module, name, part in parts(layers, prefixes)
@@ -72,7 +81,7 @@ def computed_parts(layers: Layers, prefixes: Prefixes) -> dict[str, dict[str, st
 
 
 def computed_tensors(layers: Layers, prefixes: Prefixes) -> dict[str, Tensor]:
-    """What parametrized cores and factors are computed from, the very tensors, by the names of `computed_parts`."""
+    """What computed cores and factors are made of, the very tensors, by the names of `computed_parts`."""
     names, found = computed_parts(layers, prefixes), {}
     for module, name, part in parts(layers, prefixes):
         found |= {names[f"{name}.{part}"][key]: t for key, t in state_of(module, part).items()}
@@ -85,22 +94,28 @@ def fitted_to_parametrizations(
     """A saved adapter's tensors as a model needs them: with what its parametrized parts are computed from, out of their values
     where the file does not have it, and without what the saved model's parts were computed from where this one's are not.
 
-    layers: none for a plain model.
+    layers: none for a plain model, which gets the cores that the adapter's configuration names.
 
     Raises:
         ValueError: a part that cannot be made to have the file's value. What does not fit otherwise is left to the caller.
     """
     names, found = computed_parts(layers, prefixes), dict(tensors)
+    named = manifest.config is not None and manifest.config.core in FORMS
+    kept = bool(named and not layers) or any(key.startswith(f"{CORES}.") for own in names.values() for key in own.values())
     factors = {entry.tensor(part) for entry in manifest.layers.values() for part in "AB"}
     for full in (*factors, *(f"{name}.core" for name in manifest.layers)):
         owner, _, part = full.rpartition(".")
         for key in tensors if full not in names else ():
-            if key.startswith(f"{owner}.parametrizations.{part}."):
+            if key.startswith((f"{owner}.parametrizations.{part}.", f"{owner}.core_form.")):
                 del found[key]
+    for key in () if kept else tensors:
+        if key.startswith(f"{CORES}."):
+            del found[key]
     if len(found) < len(tensors):
         warnings.warn(
-            "lotr_ext: some of this adapter's parts had parametrizations where it was saved that they do not have here; their "
-            "values are loaded: register the parametrizations before loading to go on training with them",
+            "lotr_ext: some of this adapter's parts had parametrizations, or other cores, where it was saved that they do not "
+            "have here; their values are loaded: register the parametrizations, or apply_lotr with the same core, before "
+            "loading to go on training with them",
             stacklevel=4,
         )
     computed = [one for one in parts(layers, prefixes) if f"{one[1]}.{one[2]}" in names]

@@ -91,7 +91,7 @@ def truth(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def assert_right(model: nn.Module, x: Tensor) -> None:
     want, got = truth(model, x), grads(model, x)
-    assert got.keys() == want.keys() and len(got) > 4
+    assert got.keys() == want.keys() and len(got) > 1
     assert max(relative(got[name], value) for name, value in want.items()) < 5e-6
 
 

@@ -1,0 +1,65 @@
+"""PEFT with cores that are made of fewer numbers (LoTRPeftConfig.core)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft_toys import base, close, config, gradients, loaded, peft, plain, randomize, trained, tuned
+from toys import IDS, assert_unchanged, snapshot
+
+from lotr_ext import cores
+
+FORMS = pytest.mark.parametrize("core", cores.FORMS)
+SETTINGS = {"target_modules": ["q", "k", "up"]}
+
+
+@FORMS
+def test_gradients_are_those_of_plain_torch(core: str, either_path) -> None:
+    model = tuned(core=core, **SETTINGS)
+    truth = plain(model, ["default"])
+    assert close(model(IDS), truth(IDS)) and (truth(IDS) - base()(IDS)).abs().max() > 0.001
+    ours, theirs = gradients(model), gradients(truth)
+    assert ours.keys() == theirs.keys() and len(ours) == len(trained(model))
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+@FORMS
+def test_saved_loaded_merged_switched_and_deleted(core: str, tmp_path: Path) -> None:
+    model = tuned(core=core, **SETTINGS)
+    want = model(IDS).detach()
+    model.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    assert torch.equal(again(IDS), want) and not any("default" in key for key in peft.get_peft_model_state_dict(again))
+    assert close(again.merge_and_unload()(IDS), want)
+    model.add_adapter("other", config(core=core, **SETTINGS))
+    randomize(model, "other")
+    model.set_adapter("other")
+    assert {name for name in trained(model) if "default" in name} == set() and not torch.equal(model(IDS), want)
+    model.set_adapter("default")
+    assert torch.equal(model(IDS), want)
+    model.delete_adapter("other")
+    assert list(model.base_model.lotr_cores) == ["default"] and torch.equal(model(IDS), want)
+
+
+def test_half_precision_gets_float32_cores() -> None:
+    model = peft.get_peft_model(base().bfloat16(), config(core="train", **SETTINGS))
+    assert {p.dtype for n, p in model.named_parameters() if "lotr_" in n} == {torch.float32}
+    assert model.base_model.model.blocks[0].q.lotr_adapter["default"].core.dtype == torch.float32
+
+
+def test_what_cannot_be_saved_or_made_is_refused() -> None:
+    for core, message in (
+        (cores.TrainCores, "which cannot be saved"),
+        ("custom", "which cannot be saved"),
+        ("tuck", "core: exp"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(core=core)
+    model = base()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="rank: expected one rank for CPCores"):
+        peft.get_peft_model(model, config(core="cp", rank=(2, 3), **SETTINGS))
+    assert_unchanged(model, before)
