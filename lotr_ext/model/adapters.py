@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
-from ..layers.experts import LoTRExperts
 from ..layers.core import made
 from ..layers.cores import Cores
+from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layers.experts import LoTRExperts
 from ..layers.cores import Cores
+from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
 from ..layers.gradient import Loss, Probed, leading_directions, write_factors
 from ..layers.hosted import LoTRHostedExperts
@@ -31,8 +31,8 @@ from ..layers.quantized import has_plain_weight
 from ..layers.sharded import in_parts
 from ..ops.composite import delta_weight
 from .config import LoTRConfig
-from .experts import adapt_parameter, release
 from .core_forms import form_at, make_cores
+from .experts import adapt_parameter, release
 from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
 from .shared_factors import SharedFactors

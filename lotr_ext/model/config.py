@@ -174,7 +174,9 @@ class LoTRConfig:
         if not callable(self.core) and self.core not in (*known, "custom"):
             raise ValueError(f"core: expected one of {', '.join(known)}, or a callable, got {self.core!r}")
         if self.core != "dense" and self.target_parameters is not None:
-            raise ValueError(f'core: expected "dense" with target_parameters (experts have cores of their own), got {self.core!r}')
+            raise ValueError(
+                f'core: expected "dense" with target_parameters, whose experts have a core each, got {self.core!r}'
+            )
         if self.core != "dense" and self.init == "svd":
             raise ValueError(f'core: expected "dense" with init "svd", which sets the cores, got {self.core!r}')
 
