@@ -47,11 +47,9 @@ def base(layers: int = 3) -> Stack:
     return Stack(layers)
 
 
-def make(
-    layers: int = 3, *, reentrant: bool | None = None, saved: tuple[str, ...] | None = ("head",), group_by: str = "shape"
-) -> Stack:
+def make(layers: int = 3, *, reentrant: bool | None = None, saved: tuple[str, ...] | None = ("head",), **settings) -> Stack:
     """The same adapted model at each call and in every process; two groups, 16x16 and 16x32."""
-    config = LoTRConfig(rank=4, target_modules=["q", "k", "v", "up"], modules_to_save=saved, group_by=group_by)
+    config = LoTRConfig(rank=4, target_modules=["q", "k", "v", "up"], modules_to_save=saved, **settings)
     model = apply_lotr(base(layers), config)
     randomize(model)
     model.reentrant = reentrant

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from tokenize import TokenError
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ def _weights_read(cls: type) -> frozenset[str]:
             for name, f in vars(cls).items()
             if inspect.isfunction(f) and not re.search("init|reset|load|save|convert", name)
         )
-    except (OSError, TypeError):
+    except (OSError, TypeError, SyntaxError, TokenError):  # no source, or what is no Python around it, as in a page of docs
         return frozenset()
     harmless = r"\.(?:dtype|device|shape|ndim|size|requires_grad)|\s*=[^=]"
     reads = re.findall(rf"(isinstance\(\s*)?self\.(\w+)\.weight\b(?!{harmless})", source)

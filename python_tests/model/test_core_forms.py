@@ -12,6 +12,8 @@ import pytest
 import torch
 from test_width import Llama, LlamaBlock, X, assert_right, grads, llama, truth
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal
 from toys import assert_unchanged, snapshot
 
 from lotr_ext import (
@@ -244,6 +246,48 @@ def test_lora_xs_is_frozen_factors_of_each_layers_own_svd() -> None:
         delta = layer._merged_weight() - weights[name]
         R = torch.diag(1 / S) @ U.T @ delta @ Vh.T
         assert relative(U @ torch.diag(S) @ R @ Vh, delta) < 1e-6, name
+
+
+def test_tinylora_is_few_numbers_over_each_layers_svd() -> None:
+    """dW = U S (sum_j v_j P_j) V^T with W ~= U S V^T of rank r, v trained."""
+    groups = {"group_by": lambda name, module: name.replace(".", "_"), "adapter_dtype": torch.float64}
+    model = apply_lotr(base().double(), LoTRConfig(rank=4, core="few", train=("core",), **groups))
+    with torch.no_grad():
+        model.lotr_cores.numbers.normal_()
+    for i, layer in enumerate(adapted_layers(model).values()):
+        U, S, Vh = (t.detach() for t in torch.linalg.svd(layer.weight, full_matrices=False))
+        with torch.no_grad():
+            layer.factors.A.copy_(Vh[:4].T)
+            layer.factors.B.copy_(U[:, :4] * S[:4])
+        R = sum(v * P.T for v, P in zip(model.lotr_cores.numbers[i], model.lotr_cores.random, strict=True))
+        assert relative(layer.delta_weight(), (U[:, :4] @ torch.diag(S[:4]) @ R @ Vh[:4]).detach()) < 1e-12
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 14 * 13
+    want, got = truth(model, X.double()), grads(model, X.double())
+    assert relative(got["lotr_cores.numbers"], want["lotr_cores.numbers"]) < 1e-12
+
+
+def test_generated_factors(monkeypatch, two_nodes, tmp_path: Path) -> None:
+    """Quantum-PEFT's kind: A and B are orthogonal, made of what is trained."""
+    model = llama()
+    for factor in model.lotr_factors.values():
+        orthogonal(factor, "value")
+    assert_right(model, X)
+    want, counter = truth(model, X), OpCounter(monkeypatch)
+    with parametrize.cached():
+        got = grads(model, X)
+    assert counter["shrink"] == 2 * 4  # siblings share u again
+    assert max(relative(got[name], value) for name, value in want.items()) < 5e-6
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    loss = model(X).square().sum()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert model(X).square().sum() < loss
+        for factor in model.lotr_factors.values():
+            assert relative(factor.value.T @ factor.value, torch.eye(4).double()) < 1e-5
+    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="register the parametrizations"):
+        assert relative(load_adapter(base(), tmp_path)(X), model(X).detach().double()) < 1e-6
 
 
 def test_flora_is_a_group_a_layer() -> None:
