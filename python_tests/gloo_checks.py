@@ -33,6 +33,7 @@ from lotr_ext.ops import planner
 from nets import OpCounter, relative
 
 Grads = dict[str, Tensor]
+OTHERS = {"a factor a width": {"group_by": "width"}, "cores of a tensor train": {"core": "train"}}  # than the default
 
 
 def make_fresh() -> Stack:
@@ -116,11 +117,13 @@ def ddp(rank: int, folder: Path) -> dict:
     one, two, x = truth(), truth(2), batch(rank)
     found = {}
 
-    def case(name: str, reentrant: bool | None = None, group_by: str = "shape", **options) -> None:
+    def case(name: str, reentrant: bool | None = None, settings: dict[str, str] | None = None, **options) -> None:
+        want = truth(**settings) if settings else one
+
         def check() -> float:
-            model = DistributedDataParallel(make(reentrant=reentrant, group_by=group_by), **options)
+            model = DistributedDataParallel(make(reentrant=reentrant, **settings or {}), **options)
             step(model, x.clone().requires_grad_(reentrant is not None))
-            return error(model, one if group_by == "shape" else truth(group_by=group_by))
+            return error(model, want)
 
         found[name] = on_both_paths(check)
 
@@ -131,8 +134,9 @@ def ddp(rank: int, folder: Path) -> dict:
     case("non-reentrant checkpointing, find_unused_parameters", reentrant=False, find_unused_parameters=True)
     case("reentrant checkpointing, static_graph", reentrant=True, static_graph=True)
     case("gradients as views of buckets", gradient_as_bucket_view=True)
-    case("a factor a width", group_by="width")
-    case("a factor a width, non-reentrant checkpointing", reentrant=False, group_by="width")
+    for what, settings in OTHERS.items():
+        case(what, settings=settings)
+        case(f"{what}, non-reentrant checkpointing", reentrant=False, settings=settings)
 
     def accumulated() -> float:
         model = DistributedDataParallel(make())
@@ -259,12 +263,13 @@ def fsdp(rank: int, folder: Path) -> dict:
         case(f"by {by}, accumulation", accumulated, two, by=by)
         case(f"by {by}, non-reentrant checkpointing", one_step, by=by, reentrant=False)
         case(f"by {by}, reentrant checkpointing", with_input_gradient, by=by, reentrant=True)
-    by_width = truth(group_by="width")
-    for by in ("block", "factors"):
-        case(f"by {by}, a factor a width", with_input_gradient, by_width, by=by, group_by="width")
-        for reentrant in (False, True):
-            name = f"by {by}, a factor a width, {'' if reentrant else 'non-'}reentrant checkpointing"
-            case(name, with_input_gradient, by_width, by=by, group_by="width", reentrant=reentrant)
+    for what, settings in OTHERS.items():
+        want = truth(**settings)
+        for by in ("block", "factors"):
+            case(f"by {by}, {what}", with_input_gradient, want, by=by, **settings)
+            for reentrant in (False, True):
+                name = f"by {by}, {what}, {'' if reentrant else 'non-'}reentrant checkpointing"
+                case(name, with_input_gradient, want, by=by, reentrant=reentrant, **settings)
     return found
 
 

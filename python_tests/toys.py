@@ -57,7 +57,7 @@ def randomize(model: nn.Module, std: float = 0.3, seed: int = 7) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((".core", ".A", ".B", ".value")):
+            if name.endswith((".core", ".A", ".B", ".value")) or "lotr_cores." in name:
                 values = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * std
                 parameter.copy_(values.to(parameter.dtype))
 

@@ -34,12 +34,6 @@ if TYPE_CHECKING:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _core(layer: nn.Module) -> Tensor | None:
-    """A layer's core as its calls will have it; None for a parametrized one, which is made anew for each of them."""
-    core = layer._parameters.get("core")
-    return layer.core if core is None and "core_form" in layer._modules else core
-
-
 class FoldedGradient(SharedGradient):
     """The gradient of F of all layers that have B: the sum is Q [l, n, r_in], and becomes those of B and of all cores."""
 
@@ -87,7 +81,13 @@ class Bank:
 
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Makes F of all layers where there can be one product for them."""
-        cores, scaling = [_core(layer) for layer in layers], layers[0].scaling
+        # as the layers' calls will have them; not a parametrized one, which is made anew for each
+        own, forms = [layer._parameters for layer in layers], [layer._modules for layer in layers]
+        cores = [
+            one["core"] if "core" in one else layer.core if "core_form" in form else None
+            for one, form, layer in zip(own, forms, layers)
+        ]
+        scaling = layers[0].scaling
         one = cores[0]
         if len(layers) < 2 or type(self.B) not in _PLAIN:
             return
@@ -170,8 +170,3 @@ def open_scope() -> Scope | None:
     """The innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again
     outside of the scope, and they must be those that ran in it."""
     return None if not _open.stack or dispatch_modes() else _open.stack[-1]
-
-
-def current_scope(call: Call) -> Scope | None:
-    """That of a call, whose layer has a group."""
-    return None if call.group is None else open_scope()

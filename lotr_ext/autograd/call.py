@@ -17,7 +17,7 @@ from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.planner import Plan
 from . import traced
-from .bank import current_scope
+from .bank import open_scope
 from .functions import LoTRExpand, LoTRFunction, LoTRShrink, add_expand
 from .record import Call
 from .shared_input import SharedInput, keeps_all_by_itself
@@ -239,7 +239,8 @@ def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor
 def _shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
     """u and route for a call: a sibling's where one has been here with this very x, else new."""
     # what hooks pack, autograd does not watch: then dB and dG are made of what each node has saved
-    scope = current_scope(call) if saved_tensor_hook(False) is None or keeps_all_by_itself() else None
+    watched = saved_tensor_hook(False) is None or keeps_all_by_itself()
+    scope = open_scope() if call.group is not None and watched else None
     call.bank = None if scope is None else scope.bank(call.group.B, B, call.compute)
     group, graph = call.group, is_grad_enabled()
     settings = (call.compute, call.dtype, call.p)

@@ -79,14 +79,14 @@ def found(folder: Path, alone: dict) -> dict[str, list]:
 
 def test_gradients_under_ddp_are_those_of_one_process(found: dict) -> None:
     for by_rank in found["ddp"]:
-        assert len(by_rank) == 12
+        assert len(by_rank) == 14
         for case, errors in by_rank.items():
             assert max(errors.values()) < 2e-6, (case, errors)
 
 
 def test_gradients_under_fsdp2_are_those_of_one_process(found: dict) -> None:
     for by_rank in found["fsdp"]:
-        assert len(by_rank) == 20
+        assert len(by_rank) == 26
         for case, errors in by_rank.items():
             assert max(errors.values()) < 2e-6, (case, errors)
 

@@ -108,18 +108,18 @@ def test_gradients_are_those_of_plain_autograd(reentrant, train) -> None:
     assert_right(model, X)  # a second round
 
 
-def test_a_llama_block_shrinks_four_times_for_seven_layers(monkeypatch) -> None:
+def test_a_llama_block_shrinks_four_times_for_seven_layers(monkeypatch, two_nodes) -> None:
     """By shape k and v have another A than q: five."""
+    counter = OpCounter(monkeypatch)
     for group_by, shrinks in (("width", 4), ("shape", 5)):
         model = llama(group_by)
-        counter = OpCounter(monkeypatch)
+        counter.clear()
         y = model(X.clone().requires_grad_())
         forward = counter.take()
         assert forward["shrink"] == 2 * shrinks and forward["expand_add_"] == 2 * 7
         y.square().sum().backward()
         backward = counter.take()  # a pass over x for dA and one onto dx a shrink
         assert backward["factor_grad_"] == 2 * shrinks and backward["expand_add_"] == 2 * shrinks
-        monkeypatch.undo()
 
 
 def test_f_of_all_layers_that_have_b_is_one_product(monkeypatch, two_nodes) -> None:
