@@ -57,9 +57,12 @@ class HasCore(nn.Module):
 
     def hold_core(self, held: nn.Parameter | nn.Module) -> None:
         """Puts another parameter, or module that makes the core, in the place of the one that is there. Unchecked."""
-        self._parameters.pop("core", None)
-        self._modules.pop("core_form", None)
-        setattr(self, "core" if isinstance(held, nn.Parameter) else "core_form", held)
+        if isinstance(held, nn.Parameter):
+            self._modules.pop("core_form", None)
+            self.core = held  # among the layer's parameters it stays where it is
+        else:
+            self._parameters.pop("core", None)
+            self.core_form = held
 
     def use_core(self, form: nn.Module) -> None:
         """Makes the core by a module from now on: form() gives G [r_in, r_out], and its parameters are trained in G's place.
