@@ -113,9 +113,9 @@ def fitted_to_parametrizations(
             del found[key]
     if len(found) < len(tensors):
         warnings.warn(
-            "lotr_ext: some of this adapter's parts had parametrizations where it was saved, or cores made of fewer numbers, that "
-            "they do not have here; their values are loaded: register the parametrizations, or apply_lotr with the same core, "
-            "before loading to go on training with them",
+            "lotr_ext: some of this adapter's parts had parametrizations where it was saved, or cores made of fewer numbers, "
+            "that they do not have here; their values are loaded: register the parametrizations, or apply_lotr with the same "
+            "core, before loading to go on training with them",
             stacklevel=4,
         )
     computed = [one for one in parts(layers, prefixes) if f"{one[1]}.{one[2]}" in names]
