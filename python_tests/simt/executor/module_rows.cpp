@@ -37,10 +37,13 @@ void name_array(const char* name, const py::array& a) {
 }
 
 // The last two dimensions, strides in elements.
-Matrix matrix(const char* name, const py::array& a) {
-  name_array(name, a);
+Matrix view(const py::array& a) {
   const auto last = a.ndim() - 1;
   return {a.data(), a.strides(last - 1) / a.itemsize(), a.strides(last) / a.itemsize(), Access::element};
+}
+Matrix matrix(const char* name, const py::array& a) {
+  name_array(name, a);
+  return view(a);
 }
 MutableMatrix output(const char* name, py::array& a) {
   const Matrix m = matrix(name, a);
@@ -121,7 +124,7 @@ void row_core_backward(py::array g, py::array u, py::array cores, Indices index,
   if (index) sorted.emplace(problem, *index, cores.shape(0));
   RowCoreGradParams q{};
   q.of_core = sorted ? sorted->segments() : Segments{nullptr, problem.index.ends, 1};
-  q.token = problem.index.token, q.u = matrix("u", u), q.g = matrix("g", g), q.type = type_of(u);
+  q.token = problem.index.token, q.u = matrix("u", u), q.g = view(g), q.type = type_of(u);
   name_array("dcores", dcores);
   q.dcores = static_cast<float*>(dcores.mutable_data());
   q.tokens = u.shape(0), q.cores = cores.shape(0), q.r_in = int32_t(r_in);
