@@ -33,8 +33,7 @@ def call_routed(
     call: Call,
 ) -> Tensor:
     """x [m, k], weight [e, n, k], bias [e, n], offs [e], tokens [rows], cores [e, r_in, r_out] -> [rows, n]. weight and bias
-    may be trained: autograd differentiates their product by itself. y [rows, n]: what to
-    add the adapter to, where it is there."""
+    may be trained: autograd differentiates their product by itself. y [rows, n]: what to add the adapter to, if not that."""
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
             return _explicitly_cast(call_routed, x, weight, bias, offs, tokens, y, A, B, cores, call)
