@@ -75,5 +75,7 @@ WAYS = {
     "lotr-linear": Way("LoTR, all linear layers", (2, 8, 32), 5e-3, _lotr(LINEAR)),
     "lotr-width": Way("LoTR, all linear layers, by width", (2, 8, 32), 5e-3, _lotr(LINEAR, group_by="width")),
     "lotr-gradient": Way("LoTR, from the gradient", (4, 16, 64), 5e-3, _lotr(), from_gradient=True),
+    "lotr-diagonal": Way("LoTR, diagonal cores", (4, 16, 64), 5e-3, _lotr(core="diagonal")),
+    "lotr-train": Way("LoTR, cores a train", (16, 64), 5e-3, _lotr(core="train")),
     "lora-linear": Way("LoRA (PEFT), all linear layers", (1, 4), 3e-3, _lora(LINEAR)),
 }

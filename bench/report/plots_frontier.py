@@ -15,6 +15,8 @@ STYLES = {
     "lotr-linear": ("tab:blue", "^--"),
     "lotr-width": ("tab:cyan", "v--"),
     "lotr-gradient": ("navy", "P-"),
+    "lotr-diagonal": ("tab:olive", "x-."),
+    "lotr-train": ("tab:purple", "d-."),
     "lora": ("tab:red", "o-"),
     "lora-linear": ("tab:red", "^--"),
     "lora-xs": ("tab:green", "o-"),

@@ -32,7 +32,7 @@ from .merging import write_
 from .placement import home
 from .sharded import holds_parts
 
-__all__ = ["PASSES", "Loss", "Probed", "leading_directions", "write_factors"]
+__all__ = ["PASSES", "Key", "Loss", "Probed", "leading_directions", "write_factors"]
 
 PASSES, OVERSAMPLE = 3, 8
 Loss = Callable[[nn.Module, Any], Tensor]

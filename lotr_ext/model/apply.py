@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..layers.cores import Cores
 from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
-from ..layers.gradient import Loss, Probed, leading_directions, write_factors
+from ..layers.gradient import Key, Loss, Probed, leading_directions, write_factors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.init import fill_core_, tucker2
 from ..layers.layer import LoTRLayer, check_settings
@@ -77,13 +77,16 @@ def apply_lotr(
             "gradient" without batches and loss, or what `init_from_gradient` refuses. All of it before anything is changed.
     """
     selection = select(model, config)
-    if config.init == "gradient":
-        return _install_from_gradient(model, config, selection, batches, loss, progress)
+    probed = _probed(selection, config) if config.init == "gradient" else {}
     for name, given in (("batches", batches), ("loss", loss)):
-        if given is not None:
+        if given is not None and not probed:
             raise ValueError(f'{name}: expected none but for init "gradient", got {type(given).__name__} with {config.init!r}')
+    cores = cores_for(selection, config)
+    found = _directions(model, probed, batches, loss, progress) if probed else {}
     starts = _svd_starts(selection, config) if config.init == "svd" else None
-    return install(model, config, selection, starts, cores_for(selection, config))
+    install(model, config, selection, starts, cores)
+    write_factors({model.get_submodule(name): one for name, one in probed.items()}, found)
+    return model
 
 
 def cores_for(selection: Selection, config: LoTRConfig) -> Cores | None:
@@ -190,26 +193,22 @@ def _svd_starts(selection: Selection, config: LoTRConfig) -> dict[str, Start]:
     return starts
 
 
-def _install_from_gradient(
-    model: Model, config: LoTRConfig, selection: Selection, batches: Iterable[Any] | None, loss: Loss | None, progress: bool
-) -> Model:
-    by_width = config.group_by == "width"
-    probed = {
-        t.name: Probed(
-            *(t.module, t.in_features, t.out_features),
-            *((t.in_features, t.out_features) if by_width else (t.group, t.group)),
-            config.ranks,
-        )
-        for t in selection.targets
-    }
+def _probed(selection: Selection, config: LoTRConfig) -> dict[str, Probed]:
+    by_width, found = config.group_by == "width", {}
+    for t in selection.targets:
+        A, B = (t.in_features, t.out_features) if by_width else (t.group, t.group)
+        found[t.name] = Probed(t.module, t.in_features, t.out_features, A, B, config.ranks)
+    return found
+
+
+def _directions(
+    model: Model, probed: dict[str, Probed], batches: Iterable[Any] | None, loss: Loss | None, progress: bool
+) -> dict[Key, Tensor]:
     set_fast_paths(model, off=True, adapted=nn.Module)  # which would call no layer
     try:
-        found = leading_directions(model, probed, batches, loss, progress)
+        return leading_directions(model, probed, batches, loss, progress)
     finally:
         set_fast_paths(model, off=False)
-    install(model, config, selection, None)
-    write_factors({model.get_submodule(name): layer for name, layer in probed.items()}, found)
-    return model
 
 
 def set_fast_paths(model: nn.Module, *, off: bool, adapted: type[nn.Module] = LoTRLayer) -> None:

@@ -121,6 +121,8 @@ def test_every_way_trains_what_it_says(way, tiny):
         "lotr-linear": 6 * rank**2 + (64 + 96 + 96) * rank,
         "lotr-width": 6 * rank**2 + 2 * (32 + 64) * rank,
         "lotr-gradient": 2 * rank**2 + 64 * rank,
+        "lotr-diagonal": (2 + 64) * rank,
+        "lotr-train": (1 + 2) * rank**2 + 64 * rank,  # a layer, two kinds
         "lora-linear": (4 * 64 + 2 * 96) * rank,
     }
     assert found["parameters"] == count[way]

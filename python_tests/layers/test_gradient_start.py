@@ -211,6 +211,17 @@ def test_an_adapted_model_a_new_one_and_one_built_by_hand_start_alike():
             assert torch.equal(A, layer.factors.A) and torch.equal(B, layer.factors.B)
 
 
+def test_cores_that_are_made_of_fewer_numbers_stay_so():
+    seen, config = batches(), LoTRConfig(rank=4, target_modules=TARGETS, group_by="width", core="train", init="gradient")
+    model = apply_lotr(net(), config, batches=seen, loss=loss)
+    later = apply_lotr(net(), LoTRConfig(rank=4, target_modules=TARGETS, group_by="width", core="train"))
+    init_from_gradient(later, seen, loss)
+    check(model, dense_gradients(net(), seen), 0.01, 4)
+    assert model.state_dict().keys() == later.state_dict().keys() and hasattr(model, "lotr_cores")
+    for (A, _), (B, _) in zip(by_factor(model, dense := dense_gradients(net(), seen)), by_factor(later, dense)):
+        assert torch.equal(A, B)
+
+
 def test_layers_in_a_fast_path_are_seen_too():
     """A frozen nn.TransformerEncoder in eval mode would read its weights without calling a layer."""
     torch.manual_seed(0)
