@@ -13,6 +13,8 @@ SITE = { log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS
   || { echo "$$log" | grep -v '^INFO' >&2; false; }; }
 # the contracts in pyproject.toml; only what is broken is worth reading
 ROOMS = { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; }
+# tests run with one thread of torch each, so two at a time; ARGS="-n 0" runs them in one process
+TWO := -n 2 --dist worksteal
 STAMPS := $(VENV)/.stamps
 ARGS ?=
 DOCS_ARGS ?=
@@ -75,10 +77,10 @@ causal-lm: setup
 	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/causal_lm.py $(ARGS)
 
 test: setup lint
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(TWO) $(ARGS)
 
 test-full: setup lint
-	@$(PY) -m pytest -m "full or not full" -o faulthandler_timeout=3600 $(ARGS)
+	@$(PY) -m pytest $(TWO) -m "full or not full" -o faulthandler_timeout=3600 $(ARGS)
 
 test-gpu: setup
 	@$(PY) -m pytest -m cuda $(ARGS)
