@@ -375,8 +375,8 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
         [(layer.scaling, layer.dropout) for layer in layers.values()],
         [t.data for t in live.values()],
     )
-    for factors in old.factors.values():
-        factors.requires_grad_(False)
+    for part in (old, *old.factors.values()):  # a gradient that stayed would be added to when it is active again
+        part.requires_grad_(False).zero_grad()
     pairs = {id(layer.factors): counterpart(layer.factors, old.factors, new.factors) for layer in layers.values()}
     for layer, held, (scaling, dropout) in zip(layers.values(), new.held, new.settings, strict=True):
         layer.__dict__["factors"] = pairs[id(layer.factors)]
@@ -390,9 +390,6 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
         setattr(model, CORES, new.made)
     model.lotr_factors.update(new.factors)
     model.lotr_factors.set_trained(new.config.train)
-    for _, module, part in factors_by_part(new.factors):
-        if not getattr(module, part).requires_grad:  # shared with the adapter before, whose gradient it would go on showing
-            getattr(module, part).grad = None
     for tensor, value in zip(live.values(), new.saved, strict=True):
         tensor.data = value.data
         increment_version(tensor)  # a backward through the one that was there raises

@@ -82,6 +82,7 @@ def test_only_the_active_adapter_is_trained_and_each_has_its_own_head() -> None:
     assert not any(p.requires_grad for p in model.lotr_parked.parameters())
     trained = model.head.weight.detach().clone()
     set_adapter(model, "fr")
+    assert all(p.grad is None for p in model.lotr_parked.parameters())
     assert not torch.equal(model.head.weight, trained)
     set_adapter(model, "default")
     assert torch.equal(model.head.weight, trained)

@@ -142,6 +142,10 @@ PROGRAMS: dict[str, str] = {
         forward="self.l0(x) + self.l2(x).detach()",
     ),
     "no gradient for a core that is not in the loss": net(RUN_NET, forward="self.l0(x) + self.l2(x).detach()"),
+    "a gradient of an adapter that was parked": net(
+        RUN_NET + "w.add_adapter(net, 'one', shared=True)\nw.set_adapter(net, 'one')\nw.set_adapter(net, 'default')\n"
+        "w.backward('b', w.loss(3, net.l0(x)))\n"
+    ),
     "training while merged": pair(MERGED + "if l0.merged: w.train_merged(l0, lambda: l0(x))\n"),
     **{
         f"selective checkpointing, {policy}, {tokens} tokens": pair(CHECKPOINTED.format(policy), tokens=tokens)
