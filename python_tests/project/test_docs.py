@@ -124,7 +124,7 @@ def check_flags(program: list[str], words: list[str], capsys) -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_exists(command, capsys):
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     if words[0] == "make":
         programs = {"demo": ["examples/finetune_text.py"], "many-tasks": ["examples/many_tasks.py"], "bench": ["-m", "bench"]}
         programs |= {"causal-lm": ["examples/causal_lm.py"]} | {name: ["-m", f"bench.{name}"] for name in ("gpu", "frontier")}
