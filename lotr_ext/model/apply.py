@@ -64,7 +64,9 @@ def apply_lotr(
             out_features (those are wrapped, and their own forward is called). Layers with hooks or parametrizations are
             wrapped too. A layer that is registered in several places stays one layer.
         config: what to adapt and how.
-        batches, loss, progress: for init "gradient" only, as in `init_from_gradient`.
+        batches: for init "gradient" only, as in `init_from_gradient`.
+        loss: for init "gradient" only, as in `init_from_gradient`.
+        progress: whether init "gradient" shows a bar.
 
     Returns:
         The same model, for chaining.
