@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from ..layers.cores import Cores
 from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
-from ..model.apply import set_fast_paths
 from ..model.core_forms import form_at, make_cores
 from ..model.experts import parameter_name, place, release
 from ..model.scope import attach_scope, detach_scope
 from ..model.shared_factors import SharedFactors, factors_by_part, width_names
+from ..model.starts import set_fast_paths
 from ..model.targets import Target, can_be_child, features, name_ends_with, select
 from .peft_config import LoTRPeftConfig
 from .peft_experts import LoTRPeftExperts, hosts

@@ -26,11 +26,12 @@ from ..layers.sharded import copy_whole_, gathered, holds_parts, in_parts, resha
 from . import adapter_files as files
 from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
-from .apply import adapted_layers, cores_for, install, set_start
+from .apply import adapted_layers, cores_for, install
 from .config import LoTRConfig
 from .experts import CHILD, expert_sizes, why_not
 from .saved import CORES, computed_tensors, cores_of, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .shared_factors import factors_by_part, width_names
+from .starts import set_start
 from .targets import Selection, features, select
 
 __all__ = ["load_adapter", "save_adapter"]
