@@ -44,22 +44,15 @@ class FoldedGradient(SharedGradient):
         self.came: defaultdict[int, set[int]] = defaultdict(set)
 
     def flush(self, Q: Tensor | None, dF: Tensor | None, B: Tensor, *cores: Tensor) -> tuple[Tensor | None, ...]:
-        dB, dcores = None, [None] * len(cores)
-        if Q is not None:
-            dB = torch.zeros(B.shape, dtype=Q.dtype, device=B.device) if B.requires_grad else None
-            with torch.no_grad(), private_write():
-                dcores = ops.fold_grad(Q, B, torch.stack(cores), self.scaling, dB)
-            dB = None if dB is None else dB.to(B.dtype)
-            dcores = [d.to(core.dtype) for d, core in zip(dcores, cores)]
-        came = sorted(self.came.pop(graph_task(), ()))
-        if dF is not None and came:  # a recorded backward, whose graph has no others' cores either
-            wide = ops.accumulate_dtype(B.dtype)
-            dF = torch.stack([dF[l] for l in came]).to(wide) * self.scaling
-            part = (dF @ torch.stack([cores[l] for l in came]).to(wide)).sum(0).to(B.dtype)
-            dB = part if dB is None else dB + part
-            for l, part in zip(came, (dF.transpose(1, 2) @ B.to(wide)).to(cores[0].dtype)):
-                dcores[l] = part if dcores[l] is None else dcores[l] + part
-        return dB, *[d if l in came else None for l, d in enumerate(dcores)]
+        """dF is None: a recorded backward goes to B and the cores by itself, past F."""
+        came = self.came.pop(graph_task(), ())
+        if Q is None:
+            return None, *(None for _ in cores)
+        dB = torch.zeros(B.shape, dtype=Q.dtype, device=B.device) if B.requires_grad else None
+        with torch.no_grad(), private_write():
+            dcores = ops.fold_grad(Q, B, torch.stack(cores), self.scaling, dB)
+        dcores = [d.to(core.dtype) if l in came else None for l, (d, core) in enumerate(zip(dcores, cores))]
+        return None if dB is None else dB.to(B.dtype), *dcores
 
 
 class Cast:

@@ -248,8 +248,6 @@ class LoTRExpand(Node):
         if g is None:
             return (None,) * 9
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
-        if ctx.F is not None:  # which has them behind it
-            need_B = need_core = False
         try:
             weight, F_l, u, B, core = ctx.saved_tensors
         except RuntimeError:  # freed, or changed: the weight matters to x alone, which is behind LoTRShrink
@@ -257,12 +255,14 @@ class LoTRExpand(Node):
                 raise
             need_x, (weight, F_l, u, B, core) = False, saved_but(ctx, [0])
         B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
-        if need_F:
-            call.bank.gradient.came[graph_task()].add(call.l)
         dy = g if need_y else None
         g = g if g.dtype == call.compute else g.to(call.compute)
         if recorded():
-            return *LoTRExpand._recorded(ctx, g, weight, u, B, ctx.factors[1]), dy, *nothing
+            return *LoTRExpand._recorded(ctx, g, weight, u, B, ctx.factors[1]), None, dy, *nothing
+        if ctx.F is not None:  # which has them behind it
+            need_B = need_core = False
+        if need_F:
+            call.bank.gradient.came[graph_task()].add(call.l)
         values = (B, core) if B.device == g.device == core.device else here(g.device, B, core)
         need_x = need_x and weight is not None
         k, dx = total.value if ctx.summed and total.value is not None else (None, None)
@@ -279,23 +279,18 @@ class LoTRExpand(Node):
 
     @staticmethod
     def _recorded(ctx, g, weight, u, B, core):
-        need_x, need_u, need_B, need_core, need_F = ctx.needs_input_grad[:5]
-        if ctx.F is not None:
-            need_B = need_core = False
+        """Past F, in whose graph are the cores of other layers too."""
+        need_x, need_u, need_B, need_core = ctx.needs_input_grad[:4]
         call, (B_here, core_here) = ctx.call, here(g.device, B, core)
         dx = None if weight is None or not need_x else g @ to(weight, g.dtype)
-        g, dB, dcore, dF = rows(g), None, None, None
-        F = composite.fold(B_here, core_here, call.scaling, g.dtype) if ctx.F is None else ctx.F[call.l]
-        k = g @ F if need_u else None
-        if need_B or need_core or need_F:
+        g, dB, dcore = rows(g), None, None
+        k = g @ composite.fold(B_here, core_here, call.scaling, g.dtype) if need_u else None
+        if need_B or need_core:
             wide = ops.accumulate_dtype(B.dtype)
-            Q = to(g.t() @ u, wide)
-            dB = to((Q * call.scaling) @ to(core_here, wide), B.dtype) if need_B else None
-            dcore = to((Q * call.scaling).t() @ to(B_here, wide), core.dtype) if need_core else None
-            if need_F:
-                others = Q.new_zeros(len(ctx.F) - 1, *Q.shape)
-                dF = torch.cat([others[: call.l], Q.unsqueeze(0), others[call.l :]])
-        return dx, k, dB, dcore, dF
+            Q = to(g.t() @ u, wide) * call.scaling
+            dB = to(Q @ to(core_here, wide), B.dtype) if need_B else None
+            dcore = to(Q.t() @ to(B_here, wide), core.dtype) if need_core else None
+        return dx, k, dB, dcore
 
 
 def add_expand(y: Tensor, u: Tensor, F: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ def losses(b: Builder) -> str | None:
     if not b.fresh:
         return None
     chosen = b.some(b.fresh) if b.chance(0.5) else list(b.fresh)
-    scale = ", scale=0.01" if b.large else ""
-    return f"w.loss({b.seed()}, {', '.join(value.name for value in chosen)}{scale})"
+    options = (", scale=0.01" if b.large else "") + (", linear=True" if b.chance(0.3) else "")
+    return f"w.loss({b.seed()}, {', '.join(value.name for value in chosen)}{options})"
 
 
 def backward(b: Builder) -> None:

@@ -137,6 +137,10 @@ PROGRAMS: dict[str, str] = {
     "float16: s u G overflows where s (u G) B^T does not": pair(
         "with torch.no_grad(): f.B.mul_(0.01)\n" + SMALL_LOSS, **LARGE | {"scale": ", scale=1.0"}
     ),
+    "a second gradient of a linear loss": net(
+        "y, = net(x, w)\nd = w.grad('d', w.loss(3, y, linear=True), [x], create=True)\nw.backward('b', w.loss(4, *d))\n",
+        forward="self.l2(torch.tanh(self.l0(x)))",
+    ).replace("torch.tanh(self.l3(torch.tanh(h)))", "h"),
     "no second gradient for a core that is not in the loss": net(
         "y, = net(x, w)\nd = w.grad('d', w.loss(3, y), [net.l0.factors.B], create=True)\nw.backward('b', w.loss(4, *d))\n",
         forward="self.l0(x) + self.l2(x).detach()",

@@ -288,10 +288,10 @@ class World:
             for p in [what] if isinstance(what, Tensor) else what.parameters():
                 p.grad = None
 
-    def loss(self, seed: int, *ys: Tensor | None, scale: float = 1.0) -> Tensor:
-        """A smooth function of those of ys that there are."""
-        there = [(y, seed + i) for i, y in enumerate(ys) if y is not None]
-        parts = [(y.sin() * self.values(y.shape, at, torch.float32, scale).to(y.dtype)).sum() for y, at in there]
+    def loss(self, seed: int, *ys: Tensor | None, scale: float = 1.0, linear: bool = False) -> Tensor:
+        """A smooth function of those of ys that there are; a linear one has a gradient that depends on none of them."""
+        there = [(y if linear else y.sin(), seed + i) for i, y in enumerate(ys) if y is not None]
+        parts = [(y * self.values(y.shape, at, torch.float32, scale).to(y.dtype)).sum() for y, at in there]
         total = parts[0]
         for part in parts[1:]:
             total = total + part.to(total.dtype)
