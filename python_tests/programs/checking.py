@@ -97,6 +97,8 @@ def _compare_all(
             continue
         if plain.finite is not None and i >= plain.finite:
             return None
+        if seen[0][0] == seen[1][0] != seen[2][0]:
+            return None  # casts and the twin's `read` decide whether there is a second gradient: from here on there is no truth
         fault = _compare(*seen, eps, 0.0, loose)
         if fault is not None and fault.kind.startswith("wrong number"):
             allowed = allowed or _noise(program, decisions, truth, eps)
