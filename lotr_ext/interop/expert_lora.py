@@ -9,7 +9,7 @@ s B G_c^T A^T = s lora_B_c lora_A_c    with the core in lora_A: lora_A_c = (A G_
 "shared-outer"  gate_up shares lora_A over the experts and down shares lora_B, what is shared having one expert:
                     <experts>.gate_up_proj.lora_A.weight  [1, r, k]      .lora_B.weight  [e, n, r]
                     <experts>.down_proj.lora_A.weight     [e, r, k]      .lora_B.weight  [1, n, r]
-                as SGLang's --experts-shared-outer-loras and Megatron-Bridge have it (their sources, September 2026).
+                as SGLang's --experts-shared-outer-loras and Megatron-Bridge have it (by the texts of their pull requests).
 """
 
 from __future__ import annotations
