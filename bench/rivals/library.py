@@ -29,7 +29,8 @@ def obstacle(rival: str, case: Case, device: torch.device) -> str | None:
     if rival == "lotr_ext-fused":
         from lotr_ext.ops import planner
 
-        return planner.fused_obstacle(case.r, DTYPES[case.dtype], device)
+        of = case.r, DTYPES[case.dtype], device
+        return planner.obstacle_to_kernels(*of) or planner.fused_obstacle(*of)
     if rival in ("lora-unsloth", "lora-lorafusion") and device.type != "cuda":
         return "its kernels need a GPU"
     if rival == "lora-unsloth" and case.has_bias():

@@ -15,6 +15,7 @@ CAPTURED = {
     "cudaSetDevice": "asks and sets; no work",
     "cudaDeviceGetAttribute": "asks",
     "cudaFuncGetAttributes": "asks: the probe",
+    "cudaOccupancyMaxActiveClusters": "asks: whether a persistent launch fits",
     "cudaFuncSetAttribute": "of a kernel, no work",
     "cudaGetLastError": "asks",
     "cudaGetErrorName": "a text",

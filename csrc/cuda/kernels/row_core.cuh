@@ -2,8 +2,7 @@
 //                 and, of its backward, k_i = s g_i G_c(i)^T, the cores read across
 // row_ends:       where the rows of each core, or token, end among the sorted ones
 // row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c                dG [cores, r_in, r_out]
-// float32 sum_rows:       du_t = sum of k_i over the rows of t                           k [rows, r_in]
-// float32
+// sum_rows:       du_t = sum of k_i over the rows of t                           k [rows, r_in], float32
 //
 // A row is r numbers that are multiplied with a core of r x r: float32 fused multiply-adds on the tiles of
 // small_product.cuh keep up with memory, and latency is what few rows wait for.
