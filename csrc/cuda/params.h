@@ -30,7 +30,7 @@ struct MutableMatrix {
 struct Dropout {
   const int64_t* seed;  // [1] on the device, or null: no dropout
   uint32_t threshold;   // p * 2^32
-  float scale;          // 1 / (1 - p)
+  float scale;          // of the product: 1 / (1 - p), without dropout 1 or a scaling that comes last
 };
 
 // Partial sums of the blocks that share an output tile, added in a fixed order by the last to arrive.
@@ -144,7 +144,7 @@ struct FoldGradParams {
   Reduction sum;  // partial [L, tiles of a core, splits, tile]
 };
 
-// u = x A, y += (scale u core) B^T
+// u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not
 struct SmallForwardParams {
   MutableMatrix y;  // [M, N]
   Matrix x;         // [M, K]
@@ -157,7 +157,7 @@ struct SmallForwardParams {
   float scale;
 };
 
-// h = scale g B, k = h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = u^T h
+// h = g B, k = scale h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = scale u^T h
 struct SmallBackwardParams {
   MutableMatrix dx;  // [M, K], data null: not wanted
   Matrix g;          // [M, N]

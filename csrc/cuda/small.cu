@@ -1,4 +1,4 @@
-// The unfolded form for few tokens.  Forward: two launches, h = scale u core comes from shrink's last block.
+// The unfolded form for few tokens.  Forward: two launches, h = u core comes from shrink's last block.
 #include <algorithm>
 
 #include "launchers.h"
@@ -22,11 +22,11 @@ Matrix transposed(const Matrix& m) {
 }
 
 ShrinkParams shrink_params(const Matrix& x, const Matrix& A, const MutableMatrix& u, int64_t M, int64_t K,
-                           int32_t r, float scale) {
+                           int32_t r) {
   ShrinkParams p{};
   p.x = x, p.A = A, p.u = u;
   p.M = M, p.K = K, p.r = r;
-  p.scale = scale, p.dropout.scale = 1.f;
+  p.scale = p.dropout.scale = 1.f;
   return p;
 }
 
@@ -36,27 +36,27 @@ void add_core(ShrinkParams& p, const Matrix& core, const MutableMatrix& h, int32
 }
 
 ExpandParams expand_params(const MutableMatrix& y, const Matrix& u, const Matrix& F, int64_t M, int64_t N,
-                           int32_t r) {
+                           int32_t r, float scale) {
   ExpandParams p{};
   p.y = y, p.u = u, p.F = F;
   p.M = M, p.N = N, p.r = r;
-  p.dropout.scale = 1.f;
+  p.dropout.scale = scale;
   return p;
 }
 
 FactorGradParams grad_params(const Matrix& x, const Matrix& v, float* D, int64_t row, int64_t col, int64_t M,
-                             int64_t K, int32_t r, bool accumulate) {
+                             int64_t K, int32_t r, float scale, bool accumulate) {
   FactorGradParams p{};
   p.x = x, p.v = v, p.D = D, p.D_row = row, p.D_col = col;
   p.M = M, p.K = K, p.r = r;
   p.accumulate = accumulate;
-  p.dropout.scale = 1.f;
+  p.dropout.scale = scale;
   return p;
 }
 
 // The products of the backward pass, in order, with their intermediate matrices taken off the workspace.
 struct Backward {
-  ShrinkParams h, uc;  // h = scale g B (and k); uc = scale u core
+  ShrinkParams h, uc;  // h = g B (and k); uc = u core
   ExpandParams dx;
   FactorGradParams dA, dB, dcore;
   bool need_h;
@@ -67,13 +67,13 @@ struct Backward {
     const MutableMatrix mh = take_matrix(call, rest, p.M, p.r_out), mk = take_matrix(call, rest, p.M, p.r_in),
                         muc = take_matrix(call, rest, p.M, p.r_out);
     need_h = p.dx.data || p.dA || p.dcore;
-    h = shrink_params(p.g, p.B, mh, p.M, p.N, p.r_out, p.scale);
-    if (p.dx.data || p.dA) add_core(h, transposed(p.core), mk, p.r_in, 1.f);
-    uc = shrink_params(p.u, p.core, muc, p.M, p.r_in, p.r_out, p.scale);
-    dx = expand_params(p.dx, read_only(mk), p.A, p.M, p.K, p.r_in);
-    dA = grad_params(p.x, read_only(mk), p.dA, p.dA_row, p.dA_col, p.M, p.K, p.r_in, true);
-    dB = grad_params(p.g, read_only(muc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, true);
-    dcore = grad_params(p.u, read_only(mh), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, false);
+    h = shrink_params(p.g, p.B, mh, p.M, p.N, p.r_out);
+    if (p.dx.data || p.dA) add_core(h, transposed(p.core), mk, p.r_in, p.scale);
+    uc = shrink_params(p.u, p.core, muc, p.M, p.r_in, p.r_out);
+    dx = expand_params(p.dx, read_only(mk), p.A, p.M, p.K, p.r_in, 1.f);
+    dA = grad_params(p.x, read_only(mk), p.dA, p.dA_row, p.dA_col, p.M, p.K, p.r_in, 1.f, true);
+    dB = grad_params(p.g, read_only(muc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, p.scale, true);
+    dcore = grad_params(p.u, read_only(mh), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, p.scale, false);
   }
 };
 
@@ -85,9 +85,9 @@ struct Forward {
   Forward(const Call& call, const SmallForwardParams& p, void* workspace)
       : rest(static_cast<char*>(workspace)) {
     const MutableMatrix h = take_matrix(call, rest, p.M, p.r_out);
-    u = shrink_params(p.x, p.A, p.u, p.M, p.K, p.r_in, 1.f);
-    add_core(u, p.core, h, p.r_out, p.scale);
-    y = expand_params(p.y, read_only(h), p.B, p.M, p.N, p.r_out);
+    u = shrink_params(p.x, p.A, p.u, p.M, p.K, p.r_in);
+    add_core(u, p.core, h, p.r_out, 1.f);
+    y = expand_params(p.y, read_only(h), p.B, p.M, p.N, p.r_out, p.scale);
   }
 };
 

@@ -75,3 +75,22 @@ def test_kernel_any_shape(lib, kernel: str, kind: str) -> None:
         run_all(lib, KERNELS[kernel](shape, kind), [{"order": "random", "seed": random.Random(str(shape)).randrange(1 << 30)}])
 
     check()
+
+
+def test_a_scaling_comes_last_in_float16(lib) -> None:
+    """s u G and s g B leave the range, y and the gradients do not."""
+    generator, half, s = np.random.default_rng(0), np.float16, 4000.0
+    x, A, core, B = (
+        generator.normal(scale=scale, size=size).astype(half)
+        for size, scale in (((20, 24), 1.0), ((24, 4), 0.5), ((4, 3), 30.0), ((40, 3), 1e-4))
+    )
+    g = generator.normal(scale=0.01, size=(20, 40)).astype(half)
+    y, u = np.zeros((20, 40), half), np.zeros((20, 4), half)
+    dB, dcore = np.zeros((40, 3), np.float32), np.zeros((4, 3), np.float32)
+    lib.small_forward_(y, x, A, core, B, s, u)
+    lib.small_backward_(g=g, u=u, A=A, core=core, B=B, scaling=s, dx=None, x=None, dA=None, dB=dB, dcore=dcore)
+    x, A, core, B, g = (t.astype(np.float64) for t in (x, A, core, B, g))
+    h = x @ A @ core
+    assert np.abs(s * h).max() > np.finfo(half).max
+    for got, want in ((y, s * h @ B.T), (dB, s * g.T @ h), (dcore, s * (x @ A).T @ (g @ B))):
+        assert np.abs(got - want).max() <= 0.01 * np.abs(want).max()

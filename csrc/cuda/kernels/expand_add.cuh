@@ -1,4 +1,4 @@
-// expand_add:  y += drop(u F^T)          y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
+// expand_add:  y += scale * drop(u F^T)      y [M, N], u [M, r], F [N, r];   also dx += drop(k A^T)
 //
 // Grid     x: pieces of N (up to SUBS tiles of COLS columns), y: blocks along tokens.
 //          A warp takes strips of 16 tokens, from the last to the first, since what the base product has
@@ -194,10 +194,10 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
 #pragma unroll
       for (int e = 0; e < CHUNK; e += 2) {
         const float (&v)[4] = d[0][group * (CHUNK / 2) + e / 2];
-        float a = v[2 * h], b = v[2 * h + 1];
+        float a = v[2 * h] * p.dropout.scale, b = v[2 * h + 1] * p.dropout.scale;
         if constexpr (Traits::DROPOUT) {
-          a = keep >> e & 1 ? a * p.dropout.scale : 0.f;
-          b = keep >> e & 2 ? b * p.dropout.scale : 0.f;
+          a = keep >> e & 1 ? a : 0.f;
+          b = keep >> e & 2 ? b : 0.f;
         }
         float y0, y1;
         ptx::to_floats(sum[c].v + e, y0, y1);
