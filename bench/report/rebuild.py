@@ -20,7 +20,7 @@ from ..frontier import table as frontier
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
-from . import block_table, experts_table, host_table, tables
+from . import block_table, experts_table, host_table, rows_table, tables, tasks_table
 from .summary import Summary, summary
 
 
@@ -43,11 +43,12 @@ TABLES = tables.TABLES | {
 }
 README = Page(ROOT / "README.md", ("frontier-picture", "summary"), "")
 CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
-BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "traffic", "static"), "../")
+BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "many-tasks", "traffic", "static"), "../")
 PAGES = (README, CHOOSING, BENCHMARKS)
 PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
     "demo": "make demo",
     "frontier": "make frontier",
+    "many-tasks": "make many-tasks",
     "frontier-picture": "make frontier",
     "summary": "make bench",
 }
@@ -160,6 +161,7 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
             cells = _read(folder / f"{name}.jsonl")
             if cells:
                 found[name].append(table(cells, _pictures(folder, up)))
+        found["many-tasks"] += [tasks_table.tasks_table(run, _pictures(folder, up)) for run in tasks_table.task_runs(folder)]
         cells = frontier.kept(folder)
         if cells:
             found["frontier"].append(frontier.page_table(cells, _pictures(folder, up)))
@@ -167,6 +169,8 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if rows:
         found["traffic"].append(tables.traffic_table(rows, estimates, _pictures(folder, up)))
+    if counts := rows_table.row_counts(results):
+        found["traffic"].append(rows_table.rows_table(counts))
     if estimates:
         found["static"].append(tables.static_table(estimates, _pictures(folder, up)))
     found["summary"] = _summary_section(results, up)

@@ -11,6 +11,7 @@ from ..measure.store import Store
 from ..static.predict import layer_keys, layer_times, predict
 from . import layer as layer_traffic
 from . import projection
+from . import rows as row_traffic
 from .counts import FOLDER, LAYER_SHAPES, count_all, needed
 from .counts import __doc__ as about
 from .projection import GPUS
@@ -19,6 +20,9 @@ from .projection import GPUS
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=about.split("\n")[0])
     parser.add_argument("--shapes", help="MxKxNxR or MODEL:TOKENS:RANK of layers, comma-separated")
+    parser.add_argument(
+        "--rows", default=row_traffic.CASES, help=f"TOKENSxTOPxCORESxRANK of row_core, comma-separated ({row_traffic.CASES})"
+    )
     parser.add_argument("--gpus", default=",".join(GPUS), help=f"to project for, some of {', '.join(GPUS)} (all)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the counts (bench/results/simt-executor)")
     parser.add_argument("--fresh", action="store_true", help="count again what was counted of these sources")
@@ -29,6 +33,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"shapes: expected ranks up to 256, what the CUDA kernels take, got {shape[3]}")
         if shape[3] % 8:
             raise ValueError(f"shapes: expected ranks that are multiples of 8, whose rows need no packing, got {shape[3]}")
+    options.rows = row_traffic.parse(options.rows)
     options.gpus = options.gpus.split(",")
     for gpu in options.gpus:
         if gpu not in GPUS:
@@ -41,8 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     store = Store(options.results / "traffic.jsonl").prepare()
     multiprocessors = list(dict.fromkeys(projection.GPUS[gpu].multiprocessors for gpu in options.gpus))
     keys = needed(options.shapes, multiprocessors)
-    with progress(len(keys)) as begin:
+    row_store = Store(options.results / row_traffic.FILE).prepare()
+    row_keys = row_traffic.needed(options.rows)
+    with progress(len(keys) + len(row_keys)) as begin:
         rows = count_all(keys, store, begin, options.fresh)
+        mixtures = row_traffic.count_all(row_keys, row_store, begin, options.fresh)
     console = wide_console()
     heads = ("kernel", "M x N", "r", "blocks", "large, x its size", "factors", "partial sums", "all, x each operand once")
     for sm in multiprocessors:
@@ -56,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 numbers = [f"{row.m} x {row.n}", str(row.r), str(row.blocks), f"{row.once:.4f}"]
                 table.add_row(row.kernel, *numbers, *sizes, *rates)
         console.print(table)
+    console.print(row_traffic.table(mixtures))
     times = {}
     try:
         wanted = layer_keys(options.shapes, options.gpus)
@@ -68,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(layer_traffic.table(shape, rows, multiprocessors[0]))
         if times:
             console.print(projection.table(shape, rows, times))
-    console.print(f"counts in {store.path}", highlight=False)
+    console.print(f"counts in {store.path} and {row_store.path}", highlight=False)
     return 0
 
 

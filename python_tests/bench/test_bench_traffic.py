@@ -124,7 +124,7 @@ def test_a_slower_memory_or_a_faster_product_raises_the_excess():
 def test_counts_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     lib = traffic.executor()
     monkeypatch.setattr(traffic, "executor", lambda: lib)
-    arguments = ["--shapes", "64x32x48x8", "--gpus", "h100", "--results", str(tmp_path)]
+    arguments = ["--shapes", "64x32x48x8", "--rows", "6x2x4x8,5x1x9x8", "--gpus", "h100", "--results", str(tmp_path)]
     assert program.main(arguments) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "projection, not measured" in out and "lotr_ext beta" in out

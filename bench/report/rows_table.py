@@ -1,0 +1,26 @@
+"""The counts of row_core as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..measure.store import Store
+from ..traffic.rows import CASES, FILE, HEADS, MULTIPROCESSORS, Key, RowCounts, cells_of, kept, needed, parse
+from . import tables
+
+
+def row_counts(results: Path) -> dict[Key, RowCounts]:
+    """The kept counts of the newest sources that were counted, of the usual cases."""
+    found = kept(Store(results / "simt-executor" / FILE))
+    return {key: found[key] for key in needed(parse(CASES)) if key in found}
+
+
+def rows_table(found: dict[Key, RowCounts]) -> str:
+    """Counted bytes of row_core and its backward: a row an operator and case."""
+    title = (
+        f"`python -m bench.traffic`, no GPU: row_core, the product with a core a row, bf16, planned for {MULTIPROCESSORS} "
+        "multiprocessors. Least: every operand once, of the cores those that have rows; the backward adds k in float32, "
+        "the sorted order, and partial sums. A core is read again for each block that has rows of it, from L2:"
+    )
+    lines = [cells_of(operator, case, row) for (operator, case, _), row in found.items()]
+    return "\n".join([title, "", *tables.markdown(list(HEADS), lines, 3)])

@@ -1,0 +1,179 @@
+"""Bytes of row_core and its backward, counted by the SIMT executor, over each operand once.
+
+A case is TOKENS x TOP x CORES x RANK: each token goes through TOP of CORES cores. With TOP > 1 it is a mixture: rows sorted by
+core with offsets, `tokens` saying whose row each is. With TOP = 1 it is many tasks in a batch: an index, rows in no order.
+What the library sorts is not counted. What the kernels read of the sorted order, and k in float32, have no name among the
+operands: "order, k". Counts are kept in bench/results/simt-executor/rows.jsonl.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from ..measure.session import new_table
+from ..measure.store import Store, latest
+from .counts import ELEMENT, aligned, executor, sources_id
+
+FILE = "rows.jsonl"
+CASES = "2048x4x32x16,2048x4x32x64,64x1x64x16,64x1x64x64"
+OPERATORS = ("row_core", "row_core backward")
+UNNAMED, ORDER = "(unregistered)", "order, k"
+HEADS = ("operator", "tokens, of cores, r", "launches: blocks", "cores", "all", "least", "x least", "sectors used")
+MULTIPROCESSORS = 132  # an H100's, that the launches are planned for
+
+
+class Mixture(NamedTuple):
+    """Each of `tokens` tokens goes through `top` of `cores` cores of r x r."""
+
+    tokens: int
+    top: int
+    cores: int
+    r: int
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.top
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,}, {self.top} of {self.cores:,}, {self.r}"
+
+
+Key = tuple[str, Mixture, int]  # operator, sizes, multiprocessors
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """One operator on one case, bfloat16 (dG in float32)."""
+
+    launches: list[tuple[str, int]]  # kernels with their blocks, in order
+    moved: dict[str, int]  # bytes read and written, by operand
+    sectors: int  # of 32 bytes
+    least: int  # bytes with every operand moved once, of the cores those that have rows
+
+    @property
+    def total(self) -> int:
+        return sum(self.moved.values())
+
+    @property
+    def over_least(self) -> float:
+        return self.total / self.least
+
+    @property
+    def sector_efficiency(self) -> float:
+        return self.total / (32 * self.sectors)
+
+
+def parse(text: str) -> list[Mixture]:
+    """Cases from TOKENSxTOPxCORESxRANK, comma-separated."""
+    found = []
+    for part in text.split(","):
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", part):
+            raise ValueError(f"rows: expected TOKENSxTOPxCORESxRANK, comma-separated, got {text!r}")
+        case = Mixture(*map(int, part.split("x")))
+        if case.r > 256:
+            raise ValueError(f"rows: expected ranks up to 256, what the CUDA kernels take, got {case.r}")
+        if case.top > case.cores:
+            raise ValueError(f"rows: expected at most as many cores a token as there are, {case.cores}, got {case.top}")
+        found.append(case)
+    return found
+
+
+def indices(case: Mixture) -> dict[str, np.ndarray | None]:
+    """Which core and token each row has: index, or offs and tokens; drawn at random, the same every time."""
+    rng = np.random.default_rng(0)
+    if case.top == 1:
+        return {"index": rng.permutation(np.arange(case.tokens) % case.cores), "offs": None, "tokens": None}
+    core = np.concatenate([rng.permutation(case.cores)[: case.top] for _ in range(case.tokens)])
+    order = np.argsort(core, kind="stable")
+    offs = np.cumsum(np.bincount(core, minlength=case.cores)).astype(np.int32)
+    return {"index": None, "offs": offs, "tokens": order // case.top}
+
+
+def least_bytes(operator: str, case: Mixture, used: int, index_bytes: int) -> int:
+    """Every operand once: u, the used cores, h, and the indices; backward reads g as well and writes du and float32 dG."""
+    u, h, core = ELEMENT * case.tokens * case.r, ELEMENT * case.rows * case.r, case.r * case.r
+    if operator == "row_core":
+        return u + h + ELEMENT * used * core + index_bytes
+    return 2 * u + h + ELEMENT * used * core + 4 * case.cores * core + index_bytes
+
+
+def count(lib: ModuleType, operator: str, case: Mixture, multiprocessors: int) -> RowCounts:
+    """Runs one operator and counts."""
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
+    rows, tokens, cores = (case.rows, case.r), (case.tokens, case.r), (case.cores, case.r, case.r)
+    u, G, g = aligned(tokens, np.uint16), aligned(cores, np.uint16), aligned(rows, np.uint16)
+    which = indices(case)
+    lib.set_options(count_memory=True)
+    lib.reset_counters()
+    if operator == "row_core":
+        lib.row_core(u, G, **which, scaling=1.0, h=g, multiprocessors=multiprocessors)
+    else:
+        du, dcores = aligned(tokens, np.uint16), aligned(cores, np.float32)
+        lib.row_core_backward(g, u, G, **which, scaling=1.0, du=du, dcores=dcores, multiprocessors=multiprocessors)
+    counters = lib.counters()
+    lib.set_options()
+    arrays = counters["arrays"]
+    moved = {ORDER if name == UNNAMED else name: a["read_bytes"] + a["written_bytes"] for name, a in arrays.items()}
+    rows_of = np.diff(which["offs"], prepend=0) if which["index"] is None else np.bincount(which["index"])
+    index_bytes = sum(array.nbytes for array in which.values() if array is not None)
+    return RowCounts(
+        launches=[(one["name"], int(np.prod(one["grid"]))) for one in counters["launches"]],
+        moved={name: size for name, size in moved.items() if size},
+        sectors=sum(a["read_sectors"] + a["written_sectors"] for a in arrays.values()),
+        least=least_bytes(operator, case, int((rows_of > 0).sum()), index_bytes),
+    )
+
+
+def needed(cases: list[Mixture]) -> list[Key]:
+    return [(operator, case, MULTIPROCESSORS) for case in cases for operator in OPERATORS]
+
+
+def kept(store: Store, build: str | None = None) -> dict[Key, RowCounts]:
+    """The counts made of these sources; None: of the newest that were counted."""
+    cells = store.read()
+    build = build or (cells[-1]["build"] if cells else "")
+    found = {}
+    for cell in latest(cells):
+        if cell["build"] == build:
+            operator, *sizes, sm = cell["case"].values()
+            row = cell["row"] | {"launches": [tuple(one) for one in cell["row"]["launches"]]}
+            found[operator, Mixture(*sizes), sm] = RowCounts(**row)
+    return found
+
+
+def count_all(keys: list[Key], store: Store, begin: Callable[[str], None], again: bool = False) -> dict[Key, RowCounts]:
+    """The rows of keys, counted where they are not kept."""
+    build, lib = sources_id(), None
+    found = {} if again else kept(store, build)
+    for key in keys:
+        operator, case, sm = key
+        begin(f"{operator} {case}, {sm} multiprocessors")
+        if key not in found:
+            lib = lib or executor()
+            found[key] = count(lib, operator, case, sm)
+            named = {"operator": operator} | case._asdict() | {"multiprocessors": sm}
+            store.append({"case": named, "rival": "lotr_ext", "build": build, "row": asdict(found[key])})
+    return {key: found[key] for key in keys}
+
+
+def cells_of(operator: str, case: Mixture, row: RowCounts) -> list[str]:
+    """A row of the table, for HEADS."""
+    sizes = [f"{size / 1e6:.3f} MB" for size in (row.moved.get("cores", 0), row.total, row.least)]
+    launches = ", ".join(f"{name}: {blocks:,}" for name, blocks in row.launches)
+    return [operator, str(case), launches, *sizes, f"{row.over_least:.2f}", f"{row.sector_efficiency:.1%}"]
+
+
+def table(found: dict[Key, RowCounts]) -> Table:
+    """For a terminal."""
+    result = new_table(f"Counted bytes of row_core, bf16, planned for {MULTIPROCESSORS} multiprocessors (no GPU)", *HEADS)
+    for (operator, case, _), row in found.items():
+        result.add_row(*cells_of(operator, case, row))
+    return result
