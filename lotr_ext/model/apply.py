@@ -36,7 +36,7 @@ from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
 from .shared_factors import SharedFactors
 from .starts import Start, directions, probed_layers, set_fast_paths, set_start, svd_starts
-from .targets import Selection, Target, select, tied_names
+from .targets import Selection, Target, has_hooks, select, tied_names
 
 __all__ = ["SharedFactors", "adapted_layers", "apply_lotr", "disabled", "lotr_parameters", "merge", "unload", "unmerge"]
 
@@ -322,8 +322,8 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     adapted layer, the plain layer of its very weight and bias.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for a bias that is no parameter; nothing is changed
-            then.
+        TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for a bias that is no parameter or adapted layers
+            with hooks; nothing is changed then.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
@@ -342,6 +342,10 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     for name, layer in layers.items():
         for part in () if isinstance(layer, LoTRWrapped) else ("weight", "bias"):
             layer.check_parameter(part, "unload", name)
+        if has_hooks(layer):
+            raise RuntimeError(
+                f"unload: expected layers without hooks, which would be lost, got some on {name!r}; remove them first"
+            )
     if merge:
         _merge_all([layer for layer in layers.values() if not layer.merged], False, False, dequantize)
     else:

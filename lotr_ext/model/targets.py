@@ -384,13 +384,17 @@ def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRCon
     return group
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered that a module in its place would not have."""
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
 def needs_wrap(module: nn.Module) -> bool:
     """Whether replacing the module would lose what is attached to it: hooks, parametrizations, a forward of its own, a
     quantised weight."""
-    hooked = any(getattr(module, hooks, None) for hooks in _HOOKS)
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     quantized = _is_linear(module) and not has_plain_weight(module)
-    return hooked or own_forward or quantized or "forward" in vars(module) or parametrize.is_parametrized(module)
+    return has_hooks(module) or own_forward or quantized or "forward" in vars(module) or parametrize.is_parametrized(module)
 
 
 def _warn_of_readers(name: str, parents: list[tuple[nn.Module, str]]) -> None:

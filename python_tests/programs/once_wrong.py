@@ -137,6 +137,9 @@ PROGRAMS: dict[str, str] = {
     "float16: s u G overflows where s (u G) B^T does not": pair(
         "with torch.no_grad(): f.B.mul_(0.01)\n" + SMALL_LOSS, **LARGE | {"scale": ", scale=1.0"}
     ),
+    "unload of a layer with a hook": net(
+        "net.l0.register_forward_hook(lambda m, args, y: y * 0.5)\nw.may_refuse(lambda: w.unload(net))\n" + RUN_NET
+    ),
     "a second gradient of a linear loss": net(
         "y, = net(x, w)\nd = w.grad('d', w.loss(3, y, linear=True), [x], create=True)\nw.backward('b', w.loss(4, *d))\n",
         forward="self.l2(torch.tanh(self.l0(x)))",
