@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from ..autograd.call import Call, compute_dtype
 from ..autograd.routed import call_routed
-from ..ops import accumulate_dtype
 from ..ops.grouped import grouped_linear
-from .factors import LoTRFactors, check_dimension, check_dtype, check_rank
+from .factors import LoTRFactors, check_dimension, check_dtype
 from .layer import LoTRLayer, check_number, check_settings
-from .linear import DEFAULT_RANK
 from .quantized import is_plain
 
 __all__ = ["LoTRExperts", "lotr_grouped_linear"]
@@ -122,12 +120,7 @@ class LoTRExperts(LoTRLayer):
         settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
         check_dtype(dtype)
         check_dimension("num_experts", num_experts)
-        if factors is None:
-            wide = accumulate_dtype(dtype or torch.get_default_dtype())
-            factors = LoTRFactors(in_features, out_features, DEFAULT_RANK if rank is None else rank, device=device, dtype=wide)
-        elif rank is not None and check_rank(rank) != (factors.r_in, factors.r_out):
-            raise ValueError(f"rank: expected that of factors, {factors.rank}, or None, got {rank}")
-        self._check_factors(factors, in_features, out_features)
+        factors = self._factors_for(factors, rank, (in_features, out_features), device, dtype)
         super().__init__()
         weight = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
         bound = in_features**-0.5  # as nn.Linear starts

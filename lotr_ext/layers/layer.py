@@ -15,10 +15,12 @@ from ..autograd.record import Call
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
 from .core import HasCore
-from .factors import LoTRFactors
+from .factors import LoTRFactors, check_rank
 from .merging import MergeNotice, check_is_parameter, write_
 from .mixture import Mixture, call_mixed, cores_of
 from .parametrized import parameters_of
+
+DEFAULT_RANK = 8
 
 
 class Settings(NamedTuple):
@@ -92,6 +94,24 @@ class LoTRLayer(HasCore):
         for module in linear.modules():
             if isinstance(module, LoTRFactors) or hasattr(module, "start_core"):  # which PEFT's cores have too
                 raise TypeError(f"linear: expected a plain layer, got {type(linear).__name__}, which is adapted already")
+
+    @classmethod
+    def _factors_for(
+        cls,
+        factors: LoTRFactors | None,
+        rank: int | tuple[int, int] | None,
+        sizes: tuple[int, int],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> LoTRFactors:
+        """The factors of a new layer of sizes (in_features, out_features): those given, or new ones in float32 (float64)."""
+        if factors is None:
+            wide = accumulate_dtype(dtype or torch.get_default_dtype())
+            factors = LoTRFactors(*sizes, DEFAULT_RANK if rank is None else rank, device=device, dtype=wide)
+        elif rank is not None and check_rank(rank) != (factors.r_in, factors.r_out):
+            raise ValueError(f"rank: expected that of factors, {factors.rank}, or None, got {rank}")
+        cls._check_factors(factors, *sizes)
+        return factors
 
     @staticmethod
     def _check_factors(factors: object, in_features: int, out_features: int) -> None:

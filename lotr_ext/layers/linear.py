@@ -9,13 +9,11 @@ from torch.nn import functional as nnf
 from ..autograd.call import call_linear, call_wrapped
 from ..autograd.record import Call
 from ..ops import accumulate_dtype
-from .factors import LoTRFactors, check_dtype, check_rank
+from .factors import LoTRFactors, check_dtype
 from .layer import LoTRLayer, check_settings
 from .merging import MergeNotice
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
-
-DEFAULT_RANK = 8
 
 
 class LoTRLinear(LoTRLayer, nn.Linear):
@@ -49,12 +47,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
     ):
         settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
         check_dtype(dtype)
-        if factors is None:
-            wide = accumulate_dtype(dtype or torch.get_default_dtype())
-            factors = LoTRFactors(in_features, out_features, DEFAULT_RANK if rank is None else rank, device=device, dtype=wide)
-        elif rank is not None and check_rank(rank) != (factors.r_in, factors.r_out):
-            raise ValueError(f"rank: expected that of factors, {factors.rank}, or None, got {rank}")
-        self._check_factors(factors, in_features, out_features)
+        factors = self._factors_for(factors, rank, (in_features, out_features), device, dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self._check_device(factors, self.weight.device)
         self._attach(factors, self.weight.device, settings)
