@@ -20,7 +20,7 @@ from torch import Tensor
 from .measure.bounds import DIRECTIONS
 from .measure.counted import peak_bytes
 from .measure.forms import FORMS, more_forms, stages
-from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
+from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES
 from .measure.timing import Timed, interleave
 from .rivals import block as rb
@@ -151,15 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         for r in options.ranks
         for m in options.tokens
     ]
-    cases = session.todo(cases, lambda case: options.rivals, show)
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name())
-            torch.set_num_threads(case.threads)
-            with session.attempt(case.name()):
-                results = measure(case, session)
-                session.keep(case, results)
-                show(case, results, session)
+    session.run(cases, lambda case: options.rivals, lambda case: measure(case, session), show)
     return session.finish()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .measure.bounds import DIRECTIONS
 from .measure.counted import peak_bytes
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start
+from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start
 from .measure.shapes import DTYPES
 from .measure.timing import Timed, against, interleave
 from .rivals.experts import HEADS, LABELS, OURS, SHAPES, frozen, rivals, row_of
@@ -149,15 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     session = Session(options, "experts.jsonl")
     session.introduce()
     cases = [ExpertsCase(*shape, d, t) for t in options.threads for d in options.dtypes for shape in options.shapes]
-    cases = session.todo(cases, lambda case: LABELS, show)
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name())
-            torch.set_num_threads(case.threads)
-            with session.attempt(case.name()):
-                results = measure(case, session)
-                session.keep(case, results)
-                show(case, results, session)
+    session.run(cases, lambda case: LABELS, lambda case: measure(case, session), show)
     session.draw(lambda: draw(session))
     return session.finish()
 

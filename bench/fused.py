@@ -23,7 +23,7 @@ from torch import Tensor
 from lotr_ext.ops import planner
 
 from .measure.bounds import Work
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
+from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES, Shape, parse_shapes
 from .measure.terminal import AnyTable, wide_console
 from .measure.timing import Timed, against, interleave
@@ -199,14 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     session = Session(options, "fused.jsonl")
     session.introduce()
     table = new_table("The base product with the adapter inside", *HEADS)
-    left = session.todo(cases, lambda case: (FLOOR, BARE, FUSED, BETA), partial(add_row, table))
-    with progress(len(left)) as begin:
-        for case in left:
-            begin(case.name())
-            with session.attempt(case.name()):
-                results = measure(case, session)
-                session.keep(case, results)
-                add_row(table, case, results, session)
+    session.run(cases, lambda case: (FLOOR, BARE, FUSED, BETA), lambda case: measure(case, session), partial(add_row, table))
     session.console.print(table)
     return session.finish()
 

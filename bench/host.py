@@ -27,7 +27,7 @@ from lotr_ext import planner
 from .measure.as_cuda import META, as_cuda
 from .measure.bounds import DIRECTIONS
 from .measure.host_calls import count_step, count_text
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
+from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES, Case
 from .measure.store import newest
 from .measure.timing import Timed, against, interleave, quartiles
@@ -195,15 +195,12 @@ def main(argv: list[str] | None = None) -> int:
         for form in options.forms
         for m in options.tokens
     ]
-    cases = session.todo(cases, lambda case: rh.of_form(options.rivals, case.form), show)
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name())
-            torch.set_num_threads(case.threads)
-            with session.attempt(case.name()):
-                results = measure(case, rh.of_form(options.rivals, case.form), session)
-                session.keep(case, results)
-                show(case, results, session)
+    session.run(
+        cases,
+        lambda case: rh.of_form(options.rivals, case.form),
+        lambda case: measure(case, rh.of_form(options.rivals, case.form), session),
+        show,
+    )
     from .report.host_table import draw_host
 
     draw_host(newest(session.store.read()), session.folder)

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
+from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
 from .measure.terminal import AnyTable
@@ -145,15 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     table = new_table("Our kernels alone", *heads, "error", "library's")
     rivals = (FLOOR, TUNED, OURS) if options.autotune else (FLOOR, OURS)
-    cases = session.todo(cases_of(options), lambda case: rivals, partial(add_row, table))
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name())
-            torch.set_num_threads(case.threads)
-            with session.attempt(case.name()):
-                results = measure(case, session)
-                session.keep(case, results)
-                add_row(table, case, results, session)
+    session.run(cases_of(options), lambda case: rivals, lambda case: measure(case, session), partial(add_row, table))
     session.console.print(table)
     session.draw(lambda: draw(session))
     return session.finish()

@@ -30,7 +30,7 @@ import torch
 from .measure.bounds import DIRECTIONS, work
 from .measure.counted import peak_bytes
 from .measure.forms import FORMS, more_forms, stages
-from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
+from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
 from .measure.store import newest
 from .measure.timing import Timed, interleave
@@ -262,15 +262,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = choose(options, session)
     for line in refused(chosen, options):
         session.fail(line)
-    cases = session.todo(chosen, lambda case: rivals_of(case, options), show)
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name())
-            torch.set_num_threads(case.threads)
-            with session.attempt(case.name()):
-                results = measure(case, rivals_of(case, options), session)
-                session.keep(case, results)
-                show(case, results, session)
+    session.run(
+        chosen, lambda case: rivals_of(case, options), lambda case: measure(case, rivals_of(case, options), session), show
+    )
     session.draw(lambda: draw(session))
     return session.finish()
 

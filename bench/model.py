@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .measure.counted import peak_bytes
-from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
+from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
 from .measure.timing import Timed, against, interleave
@@ -256,15 +256,12 @@ def main(argv: list[str] | None = None) -> int:
         session.say(f"{name}: left out, the package peft is not installed")
     groups = [(dtype, threads) for threads in options.threads for dtype in options.dtypes]
     cases = [case_of(name, *group, options) for name in options.models for group in groups]
-    cases = session.todo(cases, lambda case: methods_of(case.model, options), show)
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name())
-            torch.set_num_threads(case.threads)
-            with session.attempt(case.name()):
-                results = measure(case, methods_of(case.model, options), session)
-                session.keep(case, results)
-                show(case, results, session)
+    session.run(
+        cases,
+        lambda case: methods_of(case.model, options),
+        lambda case: measure(case, methods_of(case.model, options), session),
+        show,
+    )
     session.draw(lambda: draw(session))
     return session.finish()
 

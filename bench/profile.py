@@ -22,7 +22,7 @@ from lotr_ext import explain, ops
 
 from .layer import timed
 from .measure.bounds import Work, kernel_work
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, progress, start, time_text
+from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES, QUICK, TARGETS, Case, parse_shapes
 from .measure.timing import Timed, against, interleave
 from .rivals import registry as rv
@@ -135,15 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     session = Session(options, "profile.jsonl", slice=options.slice)
     session.introduce()
     cases = [Case(*shape, dtype, t) for t in options.threads for dtype in options.dtypes for shape in options.shapes]
-    cases = session.todo(cases, lambda case: (rv.FLOOR, rv.OURS, "rest"), show)
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name())
-            torch.set_num_threads(case.threads)
-            with session.attempt(case.name()):
-                results = measure(case, session)
-                session.keep(case, results)
-                show(case, results, session)
+    session.run(cases, lambda case: (rv.FLOOR, rv.OURS, "rest"), lambda case: measure(case, session), show)
     return session.finish()
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .measure.bounds import DIRECTIONS
 from .measure.counted import allocated_bytes, launches
-from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, progress, start, time_text
+from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
 from .measure.timing import Timed, against, interleave
@@ -194,15 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = [
         SharedCase(count, *options.shape, d, t) for t in options.threads for d in options.dtypes for count in options.layers
     ]
-    cases = session.todo(cases, lambda case: LABELS, show)
-    with progress(len(cases)) as begin:
-        for case in cases:
-            begin(case.name())
-            torch.set_num_threads(case.threads)
-            with session.attempt(case.name()):
-                results = measure(case, session)
-                session.keep(case, results)
-                show(case, results, session)
+    session.run(cases, lambda case: LABELS, lambda case: measure(case, session), show)
     session.draw(lambda: draw(session))
     return session.finish()
 

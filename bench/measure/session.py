@@ -164,6 +164,18 @@ class Session:
                 show(case, results, self)
         return left
 
+    def run(self, cases: list[T], rivals: Callable[[T], Iterable[str]], measure: Callable[[T], list[dict]], show: Show) -> None:
+        """Measures the cases that are still to be measured; keeps and shows each as it ends."""
+        left = self.todo(cases, rivals, show)
+        with progress(len(left)) as begin:
+            for case in left:
+                begin(case.name())
+                torch.set_num_threads(case.threads)
+                with self.attempt(case.name()):
+                    results = measure(case)
+                    self.keep(case, results)
+                    show(case, results, self)
+
     def first_ceilings(self, dtype: str, threads: int) -> dict[str, float]:
         """Of the first kept cell, so that a run that goes on chooses what the one before chose; none kept: measured now."""
         for cell in self._of_setting:
