@@ -138,7 +138,7 @@ def cases_of(options: argparse.Namespace) -> list[FusedCase]:
 def must_reach(case: FusedCase, card: str) -> float | None:
     """By the model of a card of that name; None for one that it does not know."""
     gpu = next((gpu for gpu in static.hopper() if CARDS[gpu].is_called(card)), None)
-    return None if gpu is None else static.model(case.m, *case.extents(), case.r, gpu).may_stay
+    return None if gpu is None else static.model(case.m, *case.extents(), case.r, gpu, case.direction == "dx").may_stay
 
 
 def measure(case: FusedCase, session: Session) -> list[dict]:
@@ -182,7 +182,7 @@ def show_plan(cases: list[FusedCase]) -> None:
     """What would be measured, with the model's times for an H100."""
     table = new_table("Plan; times of a model of an H100, not measured", *(h for h in HEADS if h not in (BARE, HEADS[4])))
     for case in cases:
-        found = static.model(case.m, *case.extents(), case.r, "h100")
+        found = static.model(case.m, *case.extents(), case.r, "h100", case.direction == "dx")
         beta = found.base_seconds * (1 + found.beta)
         times = [time_text(s) for s in (found.seconds, beta)]
         where = [f"{case.m} x {case.k} x {case.n}, {case.r}", f"{case.direction}, {case.dtype}", time_text(found.base_seconds)]

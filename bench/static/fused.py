@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..measure.bounds import Work
 from ..measure.shapes import Shape
+from ..traffic.layer import makes_Q
 from ..traffic.projection import LAUNCH, Gpu
 from .assumptions import CARDS
 
@@ -27,6 +28,7 @@ ASSUMED = [
     "the kernel's main loop is as fast as the library's product, at the speed of the projection (bench/traffic/projection.py)",
     f"{EPILOGUE:.0f} k-steps of a tile are not hidden: a tile's 64 KB at about 64 bytes a clock, and the ring that fills again",
     f"L2 gives {L2_ALL:.0f} bytes a clock to all multiprocessors (DeepGEMM's heuristic), of which a scout takes its share",
+    "dx up to rank 16 makes Q too: its scouts also store partial sums, which are read at the end",
     "beta: its shrink reads x and its expand writes y at 90 % of the bandwidth, two launches; its read of y hides",
 ]
 
@@ -40,23 +42,25 @@ class Tickets:
     scouts: int
     band_group: int
     cluster: int
+    sums: int = 0  # of Q
 
     @classmethod
-    def planned(cls, m: int, outer: int, r: int, multiprocessors: int) -> Tickets:
+    def planned(cls, m: int, outer: int, r: int, multiprocessors: int, steps_of_Q: int = 0) -> Tickets:
         cluster = 2 if m > BM else 1
         bands, columns, clusters = ceil(m, BM * cluster), ceil(outer, width(r)), multiprocessors // cluster
         scouts, idle = min(bands, clusters // 4), -bands * columns % clusters
         if idle < scouts and bands <= 3 * idle:
             scouts = idle
-        return cls(bands, columns, max(1, scouts), 8 // cluster, cluster)
+        return cls(bands, columns, max(1, scouts), 8 // cluster, cluster, ceil(steps_of_Q, cluster))
 
     def each(self) -> Iterator[list[tuple[int, int]]]:
-        """Of each ticket its pieces (band, column), column -1 a scout."""
+        """Of each ticket its pieces (band, column), column -1 a scout; -2 the sums of Q of some k-steps."""
         for t in range(self.scouts):
             yield [(band, -1) for band in range(t, self.bands, self.scouts)]
         for start in range(0, self.bands, self.band_group):
             group = range(start, min(start + self.band_group, self.bands))
             yield from ([(band, column)] for column in range(self.columns) for band in group)
+        yield from ([(number, -2)] for number in range(self.sums))
 
 
 @dataclass(frozen=True)
@@ -103,22 +107,31 @@ def padded(r: int) -> int:
     return next(R for R in (16, 32, 64, 128) if r <= R)
 
 
-def model(m: int, inner: int, outer: int, r: int, gpu: str) -> Fused:
-    """One launch on a Hopper card. ValueError for another card, or a rank that the kernel does not take."""
+def model(m: int, inner: int, outer: int, r: int, gpu: str, backward: bool = False, with_Q: bool | None = None) -> Fused:
+    """One launch on a Hopper card; with_Q None: as the kernel has it for such a rank.
+
+    ValueError for another card, or a rank that the kernel does not take.
+    """
     card = CARDS[gpu]
     if card.architecture != "90a":
         raise ValueError(f"gpu: expected one of compute capability 9.0 ({', '.join(hopper())}), got {gpu!r}")
     if not 1 <= r <= MAX_RANK:
         raise ValueError(f"r: expected 1 to {MAX_RANK}, got {r}")
-    tickets = Tickets.planned(m, outer, r, card.multiprocessors)
+    with_Q = makes_Q(backward, r) if with_Q is None else with_Q
+    tickets = Tickets.planned(m, outer, r, card.multiprocessors, ceil(inner, BK) if with_Q else 0)
     workers, steps, tiles = card.multiprocessors // tickets.cluster, ceil(inner, BK), tickets.bands * tickets.columns
     plain, _ = makespan(tickets, workers, steps, 0.0, None)
     base = card.gpu.seconds(Work(2 * m * inner * outer, 2 * (m * inner + inner * outer + m * outer)))
     clocks = base / plain * card.clock  # of a k-step
-    scout = 2 * BK * (BM + padded(r)) / (L2_ALL / card.multiprocessors) / clocks
+    share = L2_ALL / card.multiprocessors * clocks  # bytes that a multiprocessor has of L2 in a k-step
+    sums = 4 * BK * padded(r)  # bytes of Q's sums of a k-step
+    scout, last = 2 * BK * (BM + padded(r)) / share, 0.0
+    if with_Q:  # a band's sums are written, those of the bands after a ticket's first read before; then all once more
+        scout += sums * (2 - tickets.scouts / tickets.bands) / share
+        last = sums * tickets.cluster * tickets.scouts / share + FLAG
     rank = padded(r) / BK + FLAG
-    full, waits = makespan(tickets, workers, steps, rank, scout)
-    slow, _ = makespan(tickets, workers, steps, rank, 2 * scout)
+    full, waits = makespan(tickets, workers, steps, rank, scout, last)
+    slow, _ = makespan(tickets, workers, steps, rank, 2 * scout, last)
     a_step = 2 * BK * (BM + width(r) / tickets.cluster)  # bytes that a multiprocessor fetches for a k-step
     return Fused(
         *(m, inner, outer, r, tickets, tiles / workers, 1 - tiles / workers / ceil(tiles, workers), waits),
@@ -133,8 +146,11 @@ def model(m: int, inner: int, outer: int, r: int, gpu: str) -> Fused:
     )
 
 
-def makespan(tickets: Tickets, workers: int, steps: int, rank: float, scout: float | None) -> tuple[float, float]:
-    """(k-steps until all is done, those waited); rank: k-steps of the adapter; scout: of a scout's k-step, None: none."""
+def makespan(
+    tickets: Tickets, workers: int, steps: int, rank: float, scout: float | None, last: float = 0.0
+) -> tuple[float, float]:
+    """(k-steps until all is done, those waited); rank: k-steps of the adapter; scout: of a scout's k-step, None: none;
+    last: of one of Q's sums."""
     free = [0.0] * workers
     published: dict[int, float] = {}
     waits = end = 0.0
@@ -143,7 +159,9 @@ def makespan(tickets: Tickets, workers: int, steps: int, rank: float, scout: flo
             continue
         now = heapq.heappop(free)
         for band, column in pieces:
-            if column < 0:
+            if column == -2:
+                now = max(now, *published.values()) + last
+            elif column < 0:
                 assert scout is not None
                 now += steps * scout + 0.5
                 published[band] = now
@@ -194,5 +212,5 @@ def rows(shapes: list[Shape], gpu: str) -> list[list[str]]:
     """Both directions of each shape."""
     found = []
     for m, k, n, r in shapes:
-        found += [cells(model(m, k, n, r, gpu), "y"), cells(model(m, n, k, r, gpu), "dx")]
+        found += [cells(model(m, k, n, r, gpu), "y"), cells(model(m, n, k, r, gpu, backward=True), "dx")]
     return found

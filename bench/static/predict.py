@@ -117,7 +117,9 @@ def layer_times(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: di
     if gpu in fused.hopper():
         for m, k, n, r in shapes:
             if r <= fused.MAX_RANK:
-                times |= {fused_key(m, i, o, r, sm): fused.model(m, i, o, r, gpu).seconds for i, o in ((k, n), (n, k))}
+                for i, o, backward in ((k, n, False), (n, k, True)):
+                    key = fused_key(m, i, o, r, sm, backward)
+                    times[key] = fused.model(m, i, o, r, gpu, backward).seconds
     return times
 
 

@@ -25,6 +25,7 @@ IN_DRAM = "lotr_ext beta, nothing from L2"
 FUSED = "lotr_ext fused"
 OURS = ("lotr_ext two_pass", "lotr_ext beta", IN_DRAM, FUSED)
 LEAST = "least possible"
+FUSED_Q_RANK = 16  # up to which gemm_lotr makes Q = g^T u too (GEMM_LOTR_FACTOR_RANK in csrc/cuda/gemm_lotr.h)
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,23 @@ def base_step(m: int, k: int, n: int, accumulate: bool = False) -> Step:
     return Step("base product", Work(2 * m * k * n, ELEMENT * (m * k + n * k + (2 if accumulate else 1) * m * n)))
 
 
-def fused_key(m: int, inner: int, outer: int, r: int, multiprocessors: int) -> Key:
+def makes_Q(backward: bool, r: int) -> bool:
+    """Whether gemm_lotr's launch gives Q = g^T u as well."""
+    return backward and r <= FUSED_Q_RANK
+
+
+def fused_key(m: int, inner: int, outer: int, r: int, multiprocessors: int, backward: bool) -> Key:
     """Of gemm_lotr's time: m rows, inner summed over, outer columns."""
-    return (f"gemm_lotr over {inner}", m, outer, r, multiprocessors)
+    return (f"gemm_lotr over {inner}" + " with Q" * makes_Q(backward, r), m, outer, r, multiprocessors)
 
 
-def fused_step(m: int, inner: int, outer: int, r: int, multiprocessors: int) -> Step:
+def fused_step(m: int, inner: int, outer: int, r: int, multiprocessors: int, backward: bool) -> Step:
     """The base product with the adapter inside, each operand once; u is written and read."""
     elements = m * inner + inner * outer + m * outer + r * (inner + outer + 2 * m)
     flops = 2 * m * (inner * outer + r * (inner + outer))
-    return Step("gemm_lotr", Work(flops, ELEMENT * elements), fused_key(m, inner, outer, r, multiprocessors))
+    made = Work(2 * m * inner * r, ELEMENT * m * r + 4 * inner * r) if makes_Q(backward, r) else Work(0, 0)
+    moved = Work(flops + made.flops, ELEMENT * elements + made.bytes)
+    return Step("gemm_lotr", moved, fused_key(m, inner, outer, r, multiprocessors, backward))
 
 
 def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors: int) -> Steps:
@@ -120,12 +128,13 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
         return Step("expand", Work(2 * m * width * r, ELEMENT * (m * width + m * r + width * r)))
 
     if strategy == FUSED:  # F, F^T and A^T from one launch; A in x's dtype from another
-        operands = Step("gemm_lotr_operands", Work(2 * n * r * r, ELEMENT * (n * r + k * r + 2 * n * r + k * r)))
+        operands = Step("fold", Work(2 * n * r * r, ELEMENT * (n * r + k * r + 2 * n * r + k * r)))
         rows_of_A = Step("copy", Work(0, 2 * ELEMENT * k * r))
         return {
-            "forward": [operands, fused_step(m, k, n, r, multiprocessors)],
+            "forward": [operands, fused_step(m, k, n, r, multiprocessors, backward=False)],
             "backward": [
-                *(kernel("factor_grad", m, n), rows_of_A, fused_step(m, n, k, r, multiprocessors)),
+                *([] if makes_Q(True, r) else [kernel("factor_grad", m, n)]),
+                *(rows_of_A, fused_step(m, n, k, r, multiprocessors, backward=True)),
                 *(kernel("fold_grad", 1, n), kernel("factor_grad", m, k)),
             ],
         }

@@ -5,15 +5,11 @@
 #pragma once
 #include <string>
 
-#include "kernels/gemm_lotr_operands.h"
 #include "launch.h"
 
 namespace lotr::cuda {
 
-// One launch (kernels/gemm_lotr_operands.cuh).
-void gemm_lotr_operands(const Call& call, const GemmLotrOperands& p);
-
-constexpr int GEMM_LOTR_MAX_RANK = 128;
+constexpr int GEMM_LOTR_MAX_RANK = 128, GEMM_LOTR_FACTOR_RANK = 16;
 
 // One direction; in the backward pass read x, W, A, F, y, u as g, W, F, A, dx, k.  N and K are the extents of
 // y's and x's rows, so in the backward pass N is in and K is out.
@@ -28,6 +24,10 @@ struct GemmLotr {
   MutableMatrix u;   // [M, r], rows at least r rounded up to 8 apart; the ranks up to there become zero
   int64_t M, N, K;
   int32_t r;
+  // Backward and up to rank GEMM_LOTR_FACTOR_RANK, data null: not wanted.  Q (+)= g^T u from the same launch.
+  Matrix u_forward;  // [M, r], the u that goes with g
+  MutableMatrix Q;   // [K, r] float32
+  bool accumulate;   // else Q = instead of Q +=; then Q is contiguous
 };
 
 // How a launch is cut; the numbers are the same bit for bit, whatever it is.
@@ -81,6 +81,12 @@ inline std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
         rows("At", q.At.data, q.At.row, q.At.col, q.K), rows("F", q.F.data, q.F.row, q.F.col, q.r),
         rows("u", q.u.data, q.u.row, q.u.col, r_padded)})
     if (!text.empty()) return text;
+  if (q.Q.data && !q.backward) return "Q: expected none in the forward pass, got one";
+  if (q.Q.data && q.r > GEMM_LOTR_FACTOR_RANK)
+    return "Q: expected a rank up to " + std::to_string(GEMM_LOTR_FACTOR_RANK) + ", got " +
+           std::to_string(q.r);
+  if (q.Q.data && q.u_forward.col != 1)
+    return "u of the forward pass: expected a column stride of 1, got " + std::to_string(q.u_forward.col);
   if (q.y.col != 1) return "y: expected a column stride of 1, got " + std::to_string(q.y.col);
   return {};
 }
@@ -100,7 +106,17 @@ inline size_t gemm_lotr_workspace(int64_t M) {
 // (counters.cu).
 void* gemm_lotr_workspace_of(void* stream, size_t bytes);
 
+// Bytes of `partial`, which holds Q's partial sums for one call: none where Q is not wanted.  Its contents do
+// not matter.
+inline size_t gemm_lotr_partial(const GemmLotr& q, const GemmLotrPlan& plan) {
+  if (!q.Q.data) return 0;
+  const int64_t height = 128 * plan.cluster, bands = (q.M + height - 1) / height,
+                scouts = plan.scouts < bands ? plan.scouts : bands;
+  return size_t(scouts * plan.cluster * ((q.K + 63) / 64) * 64 * GEMM_LOTR_FACTOR_RANK) * sizeof(float);
+}
+
 // Throws std::invalid_argument for what gemm_lotr_refusal names, a plan out of range, too small a workspace.
-void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes);
+void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes,
+               void* partial = nullptr);
 
 }  // namespace lotr::cuda

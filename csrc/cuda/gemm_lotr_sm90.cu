@@ -2,6 +2,7 @@
 #include <array>
 #include <atomic>
 
+#include "counters.h"
 #include "dispatch.h"
 #include "gemm_lotr.h"
 #include "kernels/gemm_lotr.cuh"
@@ -12,7 +13,7 @@ namespace {
 using kernels::Direction;
 
 template <class Traits>
-void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace) {
+void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, void* partial) {
   using T = typename Traits::T;
   const auto map = [](const Matrix& m, int64_t rows, int64_t cols, int box_rows) {
     return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(m.row),
@@ -20,7 +21,9 @@ void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* wo
   };
   constexpr int HEIGHT = Traits::BM * Traits::CLUSTER;
   const int bands = int((q.M + HEIGHT - 1) / HEIGHT), columns = int((q.N + Traits::BN - 1) / Traits::BN);
-  const int scouts = plan.scouts < bands ? plan.scouts : bands;
+  const int scouts = plan.scouts < bands ? plan.scouts : bands,
+            steps = int((q.K + Traits::BK - 1) / Traits::BK);
+  const int sums = q.Q.data ? (steps + Traits::CLUSTER - 1) / Traits::CLUSTER : 0;
   const kernels::GemmLotrParams p{
       q.y.data,
       q.bias,
@@ -33,8 +36,10 @@ void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* wo
       q.y.row,
       q.u.row,
       access_of(q.y.data, q.y.row, q.y.col, q.M, call.type, call.type) == Access::vector,
-      {bands, columns, scouts, plan.band_group}};
-  const int64_t tickets = scouts + int64_t(bands) * columns;
+      {bands, columns, scouts, plan.band_group, sums},
+      {q.Q.data ? q.u_forward.data : nullptr, q.u_forward.row, static_cast<float*>(q.Q.data), q.Q.row,
+       q.Q.col, q.accumulate, static_cast<float*>(partial)}};
+  const int64_t tickets = scouts + int64_t(bands) * columns + sums;
   int64_t clusters = call.multiprocessors / Traits::CLUSTER;
   if (clusters > tickets) clusters = tickets;
   ptx::launch(
@@ -101,7 +106,10 @@ void expect(const char* name, const std::string& expected, int64_t got, bool goo
 
 }  // namespace
 
-void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes) {
+void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes,
+               void* partial) {
+  static_assert(kernels::gemm_lotr_makes_factor(GEMM_LOTR_FACTOR_RANK) &&
+                !kernels::gemm_lotr_makes_factor(2 * GEMM_LOTR_FACTOR_RANK));
   const std::string refusal = gemm_lotr_refusal(call, q);
   if (!refusal.empty()) throw std::invalid_argument("gemm_lotr: " + refusal);
   expect("cluster", "1 or 2", plan.cluster, plan.cluster == 1 || plan.cluster == 2);
@@ -112,8 +120,12 @@ void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, vo
   const size_t needed = gemm_lotr_workspace(q.M);
   expect("workspace", "at least " + std::to_string(needed) + " bytes", int64_t(bytes),
          workspace && bytes >= needed);
+  if (q.Q.data && !partial && q.M)
+    throw std::invalid_argument("gemm_lotr: partial: expected " + std::to_string(gemm_lotr_partial(q, plan)) +
+                                " bytes for Q, got none");
+  if (q.M == 0 && q.Q.data && !q.accumulate) clear(q.Q.data, size_t(q.K * q.r) * sizeof(float), call.stream);
   if (q.M == 0) return;
-  with_traits(call, q, plan, [&](auto traits) { run<decltype(traits)>(call, q, plan, workspace); });
+  with_traits(call, q, plan, [&](auto traits) { run<decltype(traits)>(call, q, plan, workspace, partial); });
 }
 
 std::string gemm_lotr_obstacle(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan) {

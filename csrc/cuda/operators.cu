@@ -294,9 +294,12 @@ void shrink_grad(const Call& call, const ShrinkGradParams& problem, void* worksp
 void fold(const Call& call, const FoldParams& p) {
   check_rank("fold", "cores", p.r_in);
   check_rank("fold", "B", p.r_out);
+  if ((p.Ft.data || p.At.data) && p.L != 1)
+    throw std::invalid_argument("fold: cores: expected one where transposes are made, got " +
+                                std::to_string(p.L));
   if (p.L == 0) return;
-  const dim3 grid(unsigned(plan::ceil_div(p.N, kernels::FOLD_ROWS)),
-                  unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)), unsigned(p.L));
+  const int64_t row_tiles = plan::ceil_div(p.N, kernels::FOLD_ROWS) + plan::ceil_div(p.K, kernels::FOLD_ROWS);
+  const dim3 grid(unsigned(row_tiles), unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)), unsigned(p.L));
   ptx::launch({grid, dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
                static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold"},
               kernels::fold, p);

@@ -112,7 +112,7 @@ struct PackParams {
   int64_t rows, cols, to_row;
 };
 
-// F_l = s B G_l^T for every layer
+// F_l = s B G_l^T for every layer; of one layer also the transposes that gemm_lotr reads
 struct FoldParams {
   Matrix B;             // [N, r_out]
   Matrix cores;         // [L, r_in, r_out], row and col strides of one core
@@ -123,6 +123,11 @@ struct FoldParams {
   int64_t N;
   int32_t L, r_in, r_out;
   float scale;
+  MutableMatrix Ft;  // [r_in, N] in F_type, data null: no transposes
+  MutableMatrix At;  // [r_in, K] in F_type
+  Matrix A;          // [K, r_in]
+  DType A_type;
+  int64_t K;  // 0: no transposes
 };
 
 // dB += s sum_l Q_l G_l (l = 0 .. L-1) and dG_l = s Q_l^T B

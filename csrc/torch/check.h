@@ -203,6 +203,7 @@ inline void check_rows(const Check& c, const Arg& a, const Arg& like, int64_t m,
 
 // The order of the products in a layer's operators, planner.Plan.order in Python.
 constexpr int64_t TWO_PASS = 0, BETA = 1, FUSED = 2;
+constexpr int64_t FUSED_Q_RANK = 16;  // up to which the fused backward pass makes Q in the same launch
 
 // Fused (the adapter inside the base product, cuda/gemm_lotr.h) is CUDA's alone.
 inline void check_strategy(const Check& c, int64_t strategy) {

@@ -1,7 +1,8 @@
 // The base product with the adapter inside (cuda/gemm_lotr.h) as operators, which layer_products.cpp calls:
 //
-//   gemm_lotr           y = x W^T + bias + u F^T,  u = x A;  backward: dx = g W + k A^T,  k = g F
-//   gemm_lotr_operands  F = s B G^T, F^T and A^T as that wants them, from one launch
+//   gemm_lotr           y = x W^T + bias + u F^T,  u = x A;  backward: dx = g W + k A^T,  k = g F, and up to
+//                       rank 16 Q = g^T u for the u of the forward pass
+//   fold_transposed     F = s B G^T with F^T and A^T, as that wants them: fold's launch
 //   gemm_lotr_refusal   why that cannot run, "" if it can: what tensor maps want of the operands, this GPU's
 //                       architecture and room, a workspace of this stream
 #include <torch/csrc/stable/library.h>
@@ -15,6 +16,8 @@
 
 namespace lotr {
 namespace {
+
+static_assert(FUSED_Q_RANK == cuda::GEMM_LOTR_FACTOR_RANK);
 
 // The matrices that are always there: x [M, K], weight [N, K]; backward: g [M, K], weight [K, N].
 cuda::GemmLotr base_of(const Check& check, const Context& c, const Arg& x, const Arg& weight, int64_t r,
@@ -54,9 +57,9 @@ std::string gemm_lotr_refusal(const Tensor& x, const Tensor& weight, int64_t r, 
   return refusal(c, q);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gemm_lotr_operands(const Tensor& B, const Tensor& core, const Tensor& A,
-                                                      double scaling, ScalarType dtype) {
-  const Check check{"lotr::gemm_lotr_operands"};
+std::tuple<Tensor, Tensor, Tensor> fold_transposed(const Tensor& B, const Tensor& core, const Tensor& A,
+                                                   double scaling, ScalarType dtype) {
+  const Check check{"lotr::fold_transposed"};
   const Arg aB("B", B), acore("core", core), aA("A", A);
   if (!is_half(dtype))
     fail(check.op, ": dtype: expected torch.float16 or torch.bfloat16, got ", dtype_name(dtype));
@@ -68,19 +71,23 @@ std::tuple<Tensor, Tensor, Tensor> gemm_lotr_operands(const Tensor& B, const Ten
   const DType type = dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
   Tensor F = c.empty_rows<2>({n, r}, type), Ft = c.empty_rows<2>({r, n}, type),
          At = c.empty_rows<2>({r, k}, type);
-  GemmLotrOperands p{};
-  p.B = c.read(aB), p.core = c.read(acore), p.A = c.read(aA);
-  p.F = c.written(Arg("F", F)), p.Ft = c.written(Arg("Ft", Ft)), p.At = c.written(Arg("At", At));
+  FoldParams p{};
+  p.B = c.read(aB), p.cores = c.read(acore), p.A = c.read(aA);
+  const MutableMatrix F_out = c.written(Arg("F", F));
+  p.F = F_out.data, p.F_row = F_out.row;
+  p.Ft = c.written(Arg("Ft", Ft)), p.At = c.written(Arg("At", At));
   p.B_type = dtype_of(check.op, aB), p.core_type = dtype_of(check.op, acore),
   p.A_type = dtype_of(check.op, aA);
-  p.type = type, p.N = n, p.K = k, p.r_in = int32_t(r), p.r_out = int32_t(aB.size[1]),
+  p.F_type = type, p.L = 1, p.N = n, p.K = k, p.r_in = int32_t(r), p.r_out = int32_t(aB.size[1]),
   p.scale = float(scaling);
-  cuda::gemm_lotr_operands(c.call(), p);
+  cuda::fold(c.call(), p);
   return {F, Ft, At};
 }
 
 std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                     const Tensor& At, const Tensor& F, bool backward) {
+                                     const Tensor& At, const Tensor& F, bool backward,
+                                     const OptionalTensor& u_forward, const OptionalTensor& Q,
+                                     bool accumulate) {
   const Check check{"lotr::gemm_lotr"};
   const Arg ax(backward ? "g" : "x", x), aweight("weight", weight), aAt(backward ? "Ft" : "At", At),
       aF(backward ? "A" : "F", F);
@@ -102,11 +109,23 @@ std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, cons
   if (bias) q.bias = packed_bias.const_data_ptr();
   Tensor y = c.empty<2>({q.M, q.N}), u = c.empty_rows<2>({q.M, int64_t(q.r)});
   q.At = c.read(aAt), q.F = c.read(aF), q.y = c.written(Arg("y", y)), q.u = c.written(Arg("u", u));
+  if (bool(u_forward) != bool(Q)) fail(check.op, ": u_forward and Q: expected both or none, got one");
+  if (Q) {
+    const Arg au("u_forward", *u_forward), aQ("Q", *Q);
+    check.dims(au, 2, "[M, r]"), check.dtype(au, ax.dtype), check.device(au, ax);
+    check.size(au, 0, q.M, "M, as in g"), check.size(au, 1, q.r, "the rank");
+    check.dims(aQ, 2, "[N, r]"), check.dtype(aQ, ScalarType::Float), check.device(aQ, ax), check.writable(aQ);
+    check.size(aQ, 0, q.K, "N, as in g"), check.size(aQ, 1, q.r, "the rank");
+    for (const Arg* a : {&ax, &au}) apart(check.op, aQ, *a);
+    q.u_forward = c.read(au), q.Q = c.written(aQ), q.accumulate = accumulate;
+  }
   const std::string text = refusal(c, q);
   if (!text.empty()) fail(check.op, ": ", text, "; LOTR_STRATEGY=beta runs");
   const size_t bytes = cuda::gemm_lotr_workspace(q.M);
-  cuda::gemm_lotr(c.call(), q, cuda::gemm_lotr_plan(c.call(), q),
-                  cuda::gemm_lotr_workspace_of(c.call().stream, bytes), bytes);
+  const cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(c.call(), q);
+  c.with_workspace(cuda::gemm_lotr_partial(q, plan), [&](void* partial) {
+    cuda::gemm_lotr(c.call(), q, plan, cuda::gemm_lotr_workspace_of(c.call().stream, bytes), bytes, partial);
+  });
   return {y, u};
 }
 
@@ -115,10 +134,10 @@ std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
   m.def(
-      "gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor At, Tensor F, bool backward) "
-      "-> (Tensor y, Tensor u)");
+      "gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor At, Tensor F, bool backward, "
+      "Tensor? u_forward=None, Tensor(a!)? Q=None, bool accumulate=False) -> (Tensor y, Tensor u)");
   m.def(
-      "gemm_lotr_operands(Tensor B, Tensor core, Tensor A, float scaling, ScalarType dtype) "
+      "fold_transposed(Tensor B, Tensor core, Tensor A, float scaling, ScalarType dtype) "
       "-> (Tensor F, Tensor Ft, Tensor At)");
   m.def("gemm_lotr_refusal(Tensor x, Tensor weight, int r, bool backward) -> str");
 }
@@ -126,6 +145,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
 STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
 {
   m.impl("gemm_lotr", TORCH_BOX(&lotr::gemm_lotr));
-  m.impl("gemm_lotr_operands", TORCH_BOX(&lotr::gemm_lotr_operands));
+  m.impl("fold_transposed", TORCH_BOX(&lotr::fold_transposed));
   m.impl("gemm_lotr_refusal", TORCH_BOX(&lotr::gemm_lotr_refusal));
 }

@@ -144,7 +144,7 @@ Tensor transposed(const Tensor& t) {
 // y and u in one launch; F comes back as the transpose of what the backward pass reads, F^T with its rows.
 Forward fused_forward(const Tensor& x, const Tensor& flat, const Tensor& weight, const OptionalTensor& bias,
                       const Tensor& A, const Tensor& B, const Tensor& core, double scaling) {
-  const auto operands = dispatch<3>("lotr::gemm_lotr_operands", B, core, A, scaling, x.scalar_type());
+  const auto operands = dispatch<3>("lotr::fold_transposed", B, core, A, scaling, x.scalar_type());
   const Tensor F = torch::stable::detail::to<Tensor>(operands[0]),
                Ft = torch::stable::detail::to<Tensor>(operands[1]),
                At = torch::stable::detail::to<Tensor>(operands[2]);
@@ -274,9 +274,16 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   OptionalTensor fused_dx;
   ReadOfG found;
   if (fused) {
-    found = read_g(flat, std::nullopt, u_read, Q, wide);
-    const auto made = dispatch<2>("lotr::gemm_lotr", flat, *weight, OptionalTensor(),
-                                  in_rows(transposed(*F), type), in_rows(*A, type), true);
+    // Q by the same launch, or by one more read of g
+    const bool with_Q = u_read && F->size(1) <= FUSED_Q_RANK && u->stride(1) == 1;
+    if (with_Q)
+      found.Q = Q ? *Q : torch::stable::new_empty(g, {flat.size(1), u->size(1)}, wide);
+    else
+      found = read_g(flat, std::nullopt, u_read, Q, wide);
+    const OptionalTensor made_here = with_Q ? found.Q : std::nullopt, u_here = with_Q ? u_read : std::nullopt;
+    const auto made =
+        dispatch<2>("lotr::gemm_lotr", flat, *weight, OptionalTensor(), in_rows(transposed(*F), type),
+                    in_rows(*A, type), true, u_here, made_here, bool(Q));
     fused_dx = torch::stable::detail::to<Tensor>(made[0]),
     found.k = torch::stable::detail::to<Tensor>(made[1]);
   } else {

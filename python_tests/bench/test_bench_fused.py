@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bench import fused as program
+from bench.measure.bounds import Work
 from bench.static import fused
-from bench.traffic.projection import GPUS
+from bench.traffic.projection import GPUS, LAUNCH
 
 
 def test_tickets_are_the_kernels() -> None:
@@ -47,7 +48,7 @@ def test_what_the_model_says() -> None:
     """As the trial's own model did: few per cent over the base product, and 85 to 93 % of the library's speed needed."""
     for m, k, n, r in fused.SHAPES:
         for inner, outer in ((k, n), (n, k)):
-            found = fused.model(m, inner, outer, r, "h100")
+            found = fused.model(m, inner, outer, r, "h100", backward=outer == k)
             assert 0 < found.adds < 0.02 < found.beta and found.adds <= found.slow and 0.85 < found.may_stay < 0.93
             assert found.seconds == pytest.approx((1 + found.adds) * found.base_seconds) and found.waves > 1
             assert 3000 < found.l2_bytes_a_clock < fused.L2_ALL
@@ -57,6 +58,31 @@ def test_what_the_model_says() -> None:
         fused.model(8, 8, 8, 8, "a100")
     with pytest.raises(ValueError, match="r: expected 1 to 128, got 129"):
         fused.model(8, 8, 8, 129, "h100")
+
+
+def test_sums_of_Q_come_last() -> None:
+    """In the model as in the kernel: a ticket for each cluster's k-steps, after the tiles and all scouts."""
+    from bench.traffic.counts import executor
+
+    mine = list(fused.Tickets(3, 2, 2, 8, 1, sums=4).each())
+    flat = [(ticket, *piece) for ticket, pieces in enumerate(mine) for piece in pieces]
+    assert flat == executor().gemm_lotr_tickets(3, 2, 2, 8, 4)
+    tickets = dataclasses.replace(fused.Tickets(2, 2, 1, 8, 1), sums=1)
+    assert fused.Tickets.planned(8192, 4096, 16, 132, 65).sums == 33
+    # as by hand above, and then the sums' half a k-step by the worker that is free at 26, until 26.5; not the last to end
+    assert fused.makespan(tickets, 2, 10, 1.0, 0.2, 0.5) == (31.0, 0.0)
+    assert fused.makespan(tickets, 2, 10, 1.0, 0.2, 9.0) == (35.0, 0.0)
+
+
+def test_Q_pays_up_to_rank_32() -> None:
+    """What the scouts' sums add, against one more read of g in its own launch. At 32 the kernel has no registers for it."""
+    gpu = GPUS["h100"]
+    for m, k, n, r in [*fused.SHAPES, (8192, 4096, 4096, 32)]:
+        alone, both = (fused.model(m, n, k, r, "h100", True, with_Q).seconds for with_Q in (False, True))
+        read = gpu.seconds(Work(0, 2 * m * n)) + LAUNCH
+        assert (both - alone < read / 2) == (r <= 32), (m, k, n, r, both - alone, read)
+        kernels = fused.model(m, n, k, r, "h100", backward=True).seconds
+        assert kernels == (both if r <= 16 else alone)
 
 
 def test_scouts_fit_the_last_wave() -> None:

@@ -9,7 +9,7 @@ from cases import KERNELS, SHAPES
 from torch_backend import TorchLibrary
 
 # without small_forward_'s inner part, and what runs on Hopper alone (test_fused_layer.py)
-OPERATORS = [name for name in KERNELS if name not in ("shrink_core", "gemm_lotr_operands")]
+OPERATORS = [name for name in KERNELS if name not in ("shrink_core", "fold_transposed")]
 
 
 @pytest.mark.parametrize("kind", TYPES)

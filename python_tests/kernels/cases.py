@@ -237,8 +237,8 @@ def fold(shape: Shape, kind: str) -> Problem:
     return Problem(run, check)
 
 
-def gemm_lotr_operands(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "gemm_lotr_operands")
+def fold_transposed(shape: Shape, kind: str) -> Problem:
+    t = _Maker(shape, kind, "fold_transposed")
     rows_of_A = shape.m
     B, core, A = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other), t.factor(rows_of_A, shape.r)
 
@@ -246,7 +246,7 @@ def gemm_lotr_operands(shape: Shape, kind: str) -> Problem:
         t.prepare(lib)
         sizes = {"F": (shape.k, shape.r), "Ft": (shape.r, shape.k), "At": (shape.r, rows_of_A)}
         out = {name: Output(size, t.dtype, Layout(8, -size[1] % 8 + 8)) for name, size in sizes.items()}
-        lib.gemm_lotr_operands(B, core, A, 0.25, *(o.view for o in out.values()))
+        lib.fold_transposed(B, core, A, 0.25, *(o.view for o in out.values()))
         return _finish(**out)
 
     def check(out: dict[str, np.ndarray]) -> None:
@@ -378,5 +378,5 @@ def rows(shape: Shape, kind: str) -> Problem:
 
 KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
     f.__name__: f
-    for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small, rows, gemm_lotr_operands)
+    for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small, rows, fold_transposed)
 }

@@ -1,6 +1,6 @@
 """gemm_lotr as problems: inputs in poisoned memory, several launches on one workspace, the float64 truth.
 
-    forward   y = x W^T + bias + u F^T,  u = x A        backward   dx = g W + k A^T,  k = g F
+    forward   y = x W^T + bias + u F^T,  u = x A        backward   dx = g W + k A^T,  k = g F,  Q (+)= g^T u
 
 in the forward pass's names: `weight` is W [n, k], in the backward pass as it lies there, [k, n].
 """
@@ -31,9 +31,11 @@ class Case:
     band_group: int | None = None
     bias: bool = True
     ragged_y: bool = False  # rows of y that do not start at multiples of 16 bytes
+    factor: str = ""  # backward: Q as well, "new" or "added" to what is there
 
     def __str__(self) -> str:
-        flags = "-backward" * self.backward + f"-cluster{self.cluster}" + "-ragged" * self.ragged_y
+        flags = "-backward" * self.backward + f"-Q-{self.factor}" * bool(self.factor)
+        flags += f"-cluster{self.cluster}" + "-ragged" * self.ragged_y
         return f"{self.m}x{self.n}x{self.k}-r{self.r}-{self.kind}{flags}"
 
     @property
@@ -51,7 +53,7 @@ class Inputs:
     """Of one launch; the values depend on the problem, not on how it is cut."""
 
     def __init__(self, case: Case, seed: int = 0):
-        problem = replace(case, cluster=1, sms=1, scouts=None, band_group=None, ragged_y=False)
+        problem = replace(case, cluster=1, sms=1, scouts=None, band_group=None, ragged_y=False, factor="")
         rng = np.random.default_rng(zlib.crc32(f"{problem}{seed}".encode()))
         self.case = case
 
@@ -63,6 +65,8 @@ class Inputs:
         self.At, self.F = matrix(case.r, case.k, 0.5), matrix(case.n, case.r, 0.5)
         bias = case.bias and not case.backward
         self.bias = narrow(rng.standard_normal(case.n) * 4, case.kind) if bias else None
+        self.u = matrix(case.m, case.r) if case.factor else None  # of the forward pass
+        self.Q0 = rng.standard_normal((case.k, case.r)).astype(np.float32) if case.factor == "added" else None
 
     def launch(self, lib: ModuleType, workspace: np.ndarray, packed: bool = False) -> dict[str, np.ndarray]:
         """y and u from outputs full of NaN, after a look at what lies around them; packed: nothing does."""
@@ -70,6 +74,10 @@ class Inputs:
         layout = PACKED if packed else Layout(3, -case.n % 8 + 5) if case.ragged_y else aligned(case.n)
         y = Output((case.m, case.n), dtype, layout)
         u = Output((case.m, case.padded), dtype, PACKED if packed else aligned(case.padded))
+        outputs = {"y": y, "u": u}
+        if case.factor:
+            around = Layout(1, 3) if case.factor == "added" else PACKED  # a new one is contiguous
+            outputs["Q"] = Output((case.k, case.r), np.dtype(np.float32), around, self.Q0)
         lib.gemm_lotr(
             y.view,
             self.x,
@@ -84,10 +92,13 @@ class Inputs:
             cluster=case.cluster,
             scouts=case.scouts,
             band_group=case.band_group,
+            u_forward=self.u,
+            Q=outputs["Q"].view if case.factor else None,
+            accumulate=case.factor == "added",
         )
-        y.check_outside()
-        u.check_outside()
-        return {"y": y.view, "u": u.view}
+        for output in outputs.values():
+            output.check_outside()
+        return {name: output.view for name, output in outputs.items()}
 
     def check(self, out: dict[str, np.ndarray]) -> None:
         """u against x A; y against the product with u as it was stored, which is the rank's operand."""
@@ -98,11 +109,14 @@ class Inputs:
         assert not u[:, case.r :].any(), f"{case}: ranks beyond r are not zero"
         bias = wide(self.bias) if self.bias is not None else 0.0
         self._close(out["y"], np.hstack([x, u[:, : case.r]]), np.hstack([W, F]).T, bias, "y")
+        if case.factor:
+            self._close(out["Q"], x.T, wide(self.u), 0.0 if self.Q0 is None else wide(self.Q0), "Q", "fp32")
 
-    def _close(self, got: np.ndarray, left: np.ndarray, right: np.ndarray, add, what: str) -> None:
-        eager = narrow(add + left.astype(np.float32) @ right.astype(np.float32), self.case.kind)
+    def _close(self, got: np.ndarray, left: np.ndarray, right: np.ndarray, add, what: str, kind: str = "") -> None:
+        kind = kind or self.case.kind
+        eager = narrow(add + left.astype(np.float32) @ right.astype(np.float32), kind)
         size = np.abs(add) + np.abs(left) @ np.abs(right)
-        check_close(got, left @ right + add, eager, size, self.case.kind, f"gemm_lotr {self.case}: {what}")
+        check_close(got, left @ right + add, eager, size, kind, f"gemm_lotr {self.case}: {what}")
 
 
 def new_workspace(lib: ModuleType, m: int) -> np.ndarray:
@@ -125,6 +139,11 @@ def run(lib: ModuleType, case: Case, launches: int = 2) -> list[bytes]:
     return bits
 
 
+def without_Q(case: Case, bits: list[bytes]) -> list[bytes]:
+    """Those of y and u, which do not depend on how a launch is cut; Q's do, on how many bands a scout adds up."""
+    return [b for i, b in enumerate(bits) if i % 3 < 2] if case.factor else bits
+
+
 # Ragged in every extent, more tiles than blocks, tiles of more k-steps than the ring has stages, one scout for two bands.
 QUICK = [
     Case(300, 331, 200, 11, scouts=2, band_group=2, sms=3),
@@ -137,6 +156,11 @@ QUICK = [
     Case(200, 280, 136, 16, "fp16", sms=3),
     Case(140, 280, 136, 8, "fp16", backward=True, cluster=2, ragged_y=True),
     Case(130, 264, 700, 1, sms=2, scouts=1),
+    # Q: bands that go on with a ticket's sums, an odd number of k-steps, a last cluster without one
+    Case(390, 200, 328, 11, backward=True, sms=3, scouts=2, factor="new"),
+    Case(520, 72, 264, 16, backward=True, cluster=2, scouts=2, factor="added"),
+    Case(20, 40, 40, 3, "fp16", backward=True, sms=2, factor="added"),
+    Case(0, 16, 72, 4, backward=True, factor="new"),
     Case(5, 7, 8, 3, sms=2),
     Case(1, 1, 1, 1, cluster=2),
     Case(0, 16, 16, 4),
@@ -150,12 +174,18 @@ ALL = QUICK + [
         (("fp16", "bf16")[i % 2], not i // 2 % 2, 2),
     ]
 ]
+ALL += [
+    Case(m, 72, k, r, ("bf16", "fp16")[(r + k) % 2], True, 1 + r % 2, scouts=scouts, factor=("new", "added")[m % 2])
+    for r in (1, 2, 7, 8, 9, 15, 16)
+    for m, k, scouts in [(130, 8, 1), (391, 200, 2), (640, 136, 3)]
+]
 # For leaving out one synchronisation: all code paths, in problems that are over soon.
 SMALL = [
     Case(260, 264, 40, 16, sms=1),  # so few k-steps that the next pieces of work are fetched while this one runs
     Case(200, 264, 328, 11, scouts=1, sms=3),
     Case(270, 136, 328, 16, cluster=2),
     Case(140, 136, 136, 100, backward=True, sms=3),
+    Case(260, 40, 328, 16, backward=True, scouts=1, sms=3, factor="new"),
 ]
 
 

@@ -34,16 +34,19 @@ def test_numbers_and_bits(lib, case: Case) -> None:
     first = run(lib, case, SCHEDULES[0])
     for schedule in SCHEDULES[1:]:
         assert run(lib, case, schedule) == first, schedule
+    first = gemm.without_Q(case, first)
+    if case.factor:
+        assert run(lib, replace(case, factor=""), SCHEDULES[1]) == first
     if case.cluster == 2:
         other = replace(case, cluster=1, scouts=1, band_group=3, sms=2)
-        assert run(lib, other, "2/2") == first
+        assert gemm.without_Q(other, run(lib, other, "2/2")) == first
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", gemm.ALL, ids=str)
 def test_numbers_and_bits_of_all(lib, case: Case) -> None:
     bits = {
-        tuple(run(lib, replace(case, cluster=cluster, sms=sms, scouts=scouts), f"{seed}/{resident}"))
+        tuple(gemm.without_Q(case, run(lib, replace(case, cluster=cluster, sms=sms, scouts=scouts), f"{seed}/{resident}")))
         for seed, (cluster, sms, scouts, resident) in enumerate(
             [(1, 1, 1, 1), (1, 2, 1, 2), (1, 5, None, 3), (1, 132, 2, 4), (2, 2, 1, 1), (2, 4, None, 2), (2, 132, 3, 3)], 2
         )
@@ -67,19 +70,21 @@ def lib_options(lib):
 
 
 def test_order_of_tickets(lib) -> None:
-    """Why it cannot deadlock: every tile once, and the scout of its band once, in an earlier ticket; a scout waits for nobody.
-    So of all tickets that are not finished, the lowest can go on."""
+    """Why it cannot deadlock: every tile once, and the scout of its band once, in an earlier ticket; the sums of Q, which wait
+    for all scouts, last; a scout waits for nobody. So of all tickets that are not finished, the lowest can go on."""
     for bands in range(1, 15):
         for columns in range(1, 6):
             tiles = {(band, column) for band in range(bands) for column in range(columns)}
             for scouts in range(1, bands + 1):
-                for group in (1, 2, 3, 8):
-                    work = lib.gemm_lotr_tickets(bands, columns, scouts, group)
-                    assert sorted({ticket for ticket, _, _ in work}) == list(range(scouts + len(tiles)))
-                    scout = {band: ticket for ticket, band, column in work if column < 0}
-                    assert len(work) == bands + len(tiles) and set(scout) == set(range(bands))
+                for group, sums in ((1, 0), (2, 1), (3, 5), (8, 2)):
+                    work = lib.gemm_lotr_tickets(bands, columns, scouts, group, sums)
+                    assert sorted({ticket for ticket, _, _ in work}) == list(range(scouts + len(tiles) + sums))
+                    scout = {band: ticket for ticket, band, column in work if column == -1}
+                    assert len(work) == bands + len(tiles) + sums and set(scout) == set(range(bands))
                     assert {(band, column) for _, band, column in work if column >= 0} == tiles
                     assert all(scout[band] < ticket for ticket, band, column in work if column >= 0)
+                    last = [(ticket, number) for ticket, number, column in work if column == -2]
+                    assert last == [(scouts + len(tiles) + i, i) for i in range(sums)]
 
 
 def test_bands_of_a_group_are_walked_together(lib) -> None:
@@ -143,8 +148,8 @@ def test_factors_as_it_reads_them(lib, kind: str, n: int, k: int, r_in: int, r_o
         for schedule in SCHEDULES:
             lib.set_options(**gemm.schedule(schedule))
             lib.reset_counters()
-            lib.gemm_lotr_operands(B, core, A, 0.25, F.view, Ft.view, At.view)
-            assert [launch["name"] for launch in lib.counters()["launches"]] == ["gemm_lotr_operands"]
+            lib.fold_transposed(B, core, A, 0.25, F.view, Ft.view, At.view)
+            assert [launch["name"] for launch in lib.counters()["launches"]] == ["fold"]
             lib.fold(B, core[None], 0.25, alone.view[None])
             for out in (F, Ft, At):
                 out.check_outside()
@@ -161,6 +166,26 @@ def test_workspaces_of_streams(lib) -> None:
     own = [place for place in places if place]
     assert len(own) == 128 and own == places[:128] and lib.gemm_lotr_workspace_of(1, lib.gemm_lotr_workspace(1 << 19)) == 0
     assert all(b - a >= bytes_ for a, b in itertools.pairwise(own))
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_bytes_of_Q(lib, cluster: int) -> None:
+    """g is read no more often for it: the scouts write a sum for each ticket and block, add to it, and that is read once."""
+    m, n, k, r, scouts = 1024, 256, 256, 16, 2
+    case = Case(m, n, k, r, backward=True, cluster=cluster, sms=6, scouts=scouts, factor="new")
+    lib.set_options(**{**gemm.schedule("forward/3"), "count_memory": True})
+    lib.reset_counters()
+    Inputs(case).launch(lib, new_workspace(lib, m), packed=True)
+    counters = lib.counters()
+    lib.set_options()
+    moved = {name: (a["read_bytes"], a["written_bytes"]) for name, a in counters["arrays"].items()}
+    bands, one = m // 128, 4 * r * k  # bytes of one Q
+    assert moved["x"] == (2 * 2 * m * k, 0)
+    assert moved["u_forward"] == (2 * 2 * m * r, 0)  # by each warpgroup
+    assert moved["Q"] == (0, one)
+    assert moved["partial"] == ((bands - scouts * cluster) * one + scouts * cluster * one, bands * one)
+    assert lib.gemm_lotr_partial(m, k, r, cluster, scouts) == scouts * cluster * one
+    assert [launch["name"] for launch in counters["launches"]] == ["gemm_lotr"]
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -229,6 +254,24 @@ def test_refused_before_anything_is_written(lib, arguments: dict, message: str) 
         lib.gemm_lotr(**{**call, **floats})
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"backward": False}, "Q: expected none in the forward pass, got one"),
+        ({"At": wide_rows(17, 16, 16)}, "Q: expected a rank up to 16, got 17"),
+        ({"u_forward": np.zeros((5, 20), np.uint16).T}, "u of the forward pass: expected a column stride of 1, got 20"),
+    ],
+)
+def test_Q_refused(lib, change: dict, message: str) -> None:
+    call = changed(u_forward=np.zeros((20, 5), np.uint16), Q=np.zeros((16, 5), np.float32), backward=True)
+    call |= {"W": wide_rows(16, 24, 24), "F": wide_rows(24, 5, 24), "u": np.zeros((20, 24), np.uint16), **change}
+    if not call["backward"]:
+        call["W"] = wide_rows(24, 16, 16)
+    with pytest.raises(ValueError, match=f"gemm_lotr: {message}"):
+        lib.gemm_lotr(**call)
+    assert not any(call[name].any() for name in ("y", "u", "Q", "workspace"))
+
+
 def sweep(mode: str, *arguments: str) -> str:
     import build
 
@@ -264,7 +307,7 @@ def test_every_line_runs() -> None:
     build.reset_coverage()
     assert sweep("coverage", "--cases", "quick", "--schedules", "2/2").strip() == ""
     counts = {name: c for name, c in build.coverage().items() if name.startswith("gemm_lotr")}
-    assert set(counts) == {"gemm_lotr.cuh", "gemm_lotr_rows.cuh", "gemm_lotr_traits.cuh"}
+    assert set(counts) == {f"gemm_lotr{part}.cuh" for part in ("", "_factor", "_rows", "_traits")}
     assert {name: missed for name, (_, _, missed) in counts.items() if missed} == {}
 
 

@@ -58,7 +58,8 @@ def test_instructions(compiled: tuple[Path, str]) -> None:
     bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
     assert len(bodies) == KERNELS
     for name, body in bodies.items():
-        kind, rank, _, cluster = traits(name)
+        kind, rank, backward, cluster = traits(name)
+        with_Q = backward and rank == 16
         columns = 256 if rank <= 64 else 128
         products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
         assert all(bool(bf16) == ("bfloat16" in kind) for _, bf16 in products), name
@@ -67,12 +68,15 @@ def test_instructions(compiled: tuple[Path, str]) -> None:
         expected = {f"64x{columns}x16": 4 + rank // 16} if rank != columns else {f"64x{columns}x16": 8 + rank // 16}
         if rank != columns:
             expected[f"64x{rank}x16"] = 4
+        if with_Q:  # a second kind of scout: two stages by A, and 128 rows of u by one of them
+            expected |= {"64x16x16": 4 + 8, "64x64x16": 8}
         assert {shape: count.count(shape) for shape in set(count)} == expected, name
         assert len(re.findall(r"\bUSETMAXREG", body)) == 2 and "UTMALDG.2D" in body, name
         assert ("MULTICAST" in body) == (cluster == 2), name
-        assert len(re.findall(r"\bSTG\.E\.128", body)) == columns // 16, name
+        assert len(re.findall(r"\bSTG\.E\.128", body)) == columns // 16 + 8 * with_Q, name
         loops = product_loops(body)  # of a scout and of a tile: no fence in them, nor does a wait empty L1
-        assert [loop.count("HGMMA") for loop in loops] == [4, 4], name
-        assert not any(re.search(r"MEMBAR|CCTL|ERRBAR|LDG|LDS|STG", loop) for loop in loops), name
+        assert sorted(loop.count("HGMMA") for loop in loops) == [4, 4] + [16] * with_Q, name
+        assert not any(re.search(r"MEMBAR|CCTL|ERRBAR|LDS|STS", loop) for loop in loops), name
+        assert [bool(re.search("LDG|STG", loop)) for loop in loops] == [loop.count("HGMMA") == 16 for loop in loops], name
         assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
         assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"

@@ -1,10 +1,12 @@
 // gemm_lotr:  y = x W^T + bias + u F^T,  u = x A         sm_90a, bf16 or fp16, float32 sums
 //             dx = g W + k A^T,          k = g F         the same kernel, with W read MN-major
+//                                        Q = g^T u       up to rank 16, by the scouts: gemm_lotr_factor.cuh
 //
 //   x [M, K], W [N, K] (backward: [K, N]), A^T [r, K], F [N, r], y [M, N], u [M, r] of ranks padded to 8.
 //
 // Grid     as many clusters of CLUSTER blocks as the GPU holds, each drawing tickets until none is left:
-//          first the scouts', which make u for bands of 128 rows, then the tiles' of y, 128 x BN.
+//          first the scouts', which make u for bands of 128 rows, then the tiles' of y, 128 x BN, then the
+//          sums of Q.
 // Rank     is one more k-step of each tile: u is the first operand, in registers, and F comes through the
 //          ring like any other stage.  u is stored once, by its scout, and read once by each tile.
 // Bytes    x once for each column of tiles and once by the scouts, mostly from L2; W once for each band, or
@@ -19,16 +21,18 @@
 //   u                     a                  a: flag acquired and u loaded, while the last product runs
 //   y                         s s            s: stores, while the next tile's copies come
 //
-// No hang  Scouts wait for nobody; a tile waits for the scout of its band, whose ticket was drawn before, by
-//          a running block.  A block does its tickets in order.  So of all unfinished tickets the lowest can
-//          always go on, however many blocks the GPU holds at a time.  A test enumerates the tickets.
+// No hang  Scouts wait for nobody; a tile waits for the scout of its band and a sum of Q for all scouts,
+// whose
+//          tickets were drawn before, by running blocks.  A block does its tickets in order.  So of all
+//          unfinished tickets the lowest can always go on, however many blocks the GPU holds at a time.  A
+//          test enumerates the tickets.
 // Replay   A flag holds the number of the launch that set it (epoch).  Each cluster draws one ticket too
 //          many; who draws the last of these resets the counter and stores the epoch.  So nothing is
 //          cleared between launches, and one with another M finds only flags of earlier epochs.  Launches
 //          on one workspace must follow one another.
 // Bits     Each element of u and y is summed by one thread in one order: the same whoever does it.
 #pragma once
-#include "gemm_lotr_rows.cuh"
+#include "gemm_lotr_factor.cuh"
 
 namespace lotr::kernels {
 
@@ -91,9 +95,9 @@ class Producer {
       if (piece < 0) return;
       const GemmLotrWork work = p_.tickets.work(piece);
       const int m0 = (work.band * Traits::CLUSTER + rank_) * Traits::BM;
-      if (work.column < 0)
+      if (work.column == GemmLotrWork::SCOUT)
         fetch_scout(m0);
-      else
+      else if (work.column != GemmLotrWork::SUMS)
         fetch_tile(m0, work.column * Traits::BN);
     }
   }
@@ -133,7 +137,10 @@ class Producer {
   }
 
   LOTR_DEVICE void fetch_scout(int m0) {
-    for (int k = 0; k < p_.K; k += Traits::BK) {
+    // in whole turns of the scout's loop: what lies beyond K comes as zeros
+    const int turn = p_.Q.u ? Traits::SCOUT_STEPS * Traits::BK : Traits::BK,
+              end = (p_.K + turn - 1) / turn * turn;
+    for (int k = 0; k < end; k += Traits::BK) {
       uint64_t* full;
       Stage& stage = next(uint32_t(sizeof(Stage::x) + sizeof(Stage::a)), full);
       ptx::tma_load_2d(stage.x, &X_, k, m0, full);
@@ -206,8 +213,19 @@ class Multiplier {
       if (threadIdx.x % 32 == 0) give_back<Traits>(&s_.slot_empty[slot], 0);
       if (piece < 0) return;
       const GemmLotrWork work = p_.tickets.work(piece);
-      const int tile_row = work.band * Traits::CLUSTER + rank_in_cluster<Traits>();
-      if (work.column < 0)
+      const int rank = rank_in_cluster<Traits>(), tile_row = work.band * Traits::CLUSTER + rank;
+      if constexpr (Traits::FACTOR) {
+        if (work.column == GemmLotrWork::SUMS) {
+          sum_factor<Traits>(p_, tile_row, epoch);
+          continue;
+        }
+        if (work.column == GemmLotrWork::SCOUT && p_.Q.u) {
+          const int ticket = work.band % p_.tickets.scouts;
+          scout_with_factor(tile_row, ticket * Traits::CLUSTER + rank, ticket == work.band, epoch);
+          continue;
+        }
+      }
+      if (work.column == GemmLotrWork::SCOUT)
         scout(tile_row, epoch);
       else
         tile(tile_row, work.column * Traits::BN, s_.bias[slot][group_], epoch);
@@ -224,6 +242,40 @@ class Multiplier {
     ptx::wgmma_landed(u);
     release(last);
     Rows<Traits>(p_, tile_row).publish(u, epoch);
+  }
+
+  // The same sums of u, and with them those of Q.  Two k-steps at a time, of which each warpgroup makes one's
+  // sums of Q: so all run the same products without a branch, as wgmma wants it.
+  LOTR_DEVICE void scout_with_factor(int tile_row, int slot, bool fresh, uint32_t epoch) {
+    float u[Traits::R / 2];
+    FactorSums<Traits> Q(p_, tile_row * Traits::BM, slot, fresh);
+    for (int k = 0; k < p_.K; k += Traits::SCOUT_STEPS * Traits::BK) {
+      const int own = k / Traits::BK + group_, first = ring_.stage;
+      Q.load(own);
+      ptx::mbarrier_wait(&s_.full[first], ring_.parity);
+      ring_.advance();
+      const int second = ring_.stage;
+      ptx::mbarrier_wait(&s_.full[second], ring_.parity);
+      ring_.advance();
+      ptx::wgmma_fence();
+      add_stage(u, s_.stage[first], k > 0);
+      add_stage(u, s_.stage[second], true);
+      Q.multiply(s_.stage[group_ ? second : first].x);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      release(first);
+      release(second);
+      Q.store(own);
+    }
+    ptx::wgmma_landed(u);
+    Rows<Traits>(p_, tile_row).publish(u, epoch);
+  }
+  LOTR_DEVICE void add_stage(float (&u)[Traits::R / 2], const typename Traits::Stage& stage,
+                             bool accumulate) {
+#pragma unroll
+    for (int k = 0; k < Traits::BK; k += 16)
+      ptx::wgmma<T, Traits::R>(u, ptx::swizzled_descriptor(&stage.x[64 * group_][k]),
+                               ptx::swizzled_descriptor(&stage.a[0][k]), accumulate || k > 0);
   }
 
   LOTR_DEVICE void tile(int tile_row, int n0, T* bias, uint32_t epoch) {
