@@ -148,7 +148,8 @@ Forward fused_forward(const Tensor& x, const Tensor& flat, const Tensor& weight,
   const Tensor F = torch::stable::detail::to<Tensor>(operands[0]),
                Ft = torch::stable::detail::to<Tensor>(operands[1]),
                At = torch::stable::detail::to<Tensor>(operands[2]);
-  const auto made = dispatch<2>("lotr::gemm_lotr", flat, weight, bias, At, F, false);
+  const auto made = dispatch<2>("lotr::gemm_lotr", flat, weight, bias, At, F, false, OptionalTensor(),
+                                OptionalTensor(), false);
   const Tensor y = torch::stable::detail::to<Tensor>(made[0]), u = torch::stable::detail::to<Tensor>(made[1]);
   return {shaped<Use::cuda>(y, x), u, transposed(Ft)};
 }
@@ -283,7 +284,7 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     const OptionalTensor made_here = with_Q ? found.Q : std::nullopt, u_here = with_Q ? u_read : std::nullopt;
     const auto made =
         dispatch<2>("lotr::gemm_lotr", flat, *weight, OptionalTensor(), in_rows(transposed(*F), type),
-                    in_rows(*A, type), true, u_here, made_here, bool(Q));
+                    in_rows(*A, type), true, u_here, made_here, with_Q && Q);
     fused_dx = torch::stable::detail::to<Tensor>(made[0]),
     found.k = torch::stable::detail::to<Tensor>(made[1]);
   } else {

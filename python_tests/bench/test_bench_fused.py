@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import fused as program
+from bench import layer
+from bench.measure import shapes
+from bench.measure.as_cuda import as_cuda
 from bench.measure.bounds import Work
+from bench.rivals import registry
+from bench.rivals.base import LOTR, Tensors
 from bench.static import fused
 from bench.traffic.projection import GPUS, LAUNCH
+from lotr_ext import explain
 
 
 def test_tickets_are_the_kernels() -> None:
@@ -148,3 +155,22 @@ def test_it_measures(on_a_cpu, capsys) -> None:
 def test_a_wrong_kernel_is_not_timed(on_a_cpu, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.ops.lotr, "gemm_lotr", lambda *a: fake(*a, wrong=0.1))
     assert program.main([]) == 1 and "relative error expected" in capsys.readouterr().out
+
+
+def test_the_rival_of_bench_layer(monkeypatch) -> None:
+    """lotr_ext-fused among the rivals of a Hopper GPU and of none before it; its layer takes it in both directions."""
+    case = shapes.Case(256, 64, 48, 8, "bf16", 1)
+    options = SimpleNamespace(rivals=["frozen"], chosen=False, quick=False, device="cuda", autotune=False)
+    monkeypatch.setattr(torch.ops.lotr, "gemm_lotr", None, raising=False)  # of a build for 90a
+    monkeypatch.setattr(torch.ops.lotr, "gemm_lotr_refusal", lambda x, weight, r, backward: "", raising=False)
+    with as_cuda((8, 0)):
+        assert "lotr_ext-fused" not in layer.rivals_of(case, options)
+    with as_cuda() as device:
+        assert "lotr_ext-fused" in layer.rivals_of(case, options)
+        assert "lotr_ext-fused" not in layer.rivals_of(case._replace(dtype="fp32"), options)
+        rival = registry.RIVALS["lotr_ext-fused"](Tensors.random(case, device), case)
+        x = torch.empty(case.m, case.k, device=device, dtype=torch.bfloat16, requires_grad=True)
+        assert rival.name == "lotr_ext fused" and explain(rival.layer, x).strategy == "fused"
+        y = rival.layer(x)
+        y.backward(gradient=torch.empty_like(y))
+        assert x.grad.shape == x.shape and {n for n, (p, _) in rival.parameters.items() if p.grad is not None} == {*LOTR}
