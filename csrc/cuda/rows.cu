@@ -1,4 +1,7 @@
 // csrc/cuda/rows.h: how its problems are cut into blocks, and their launches.
+#include <algorithm>
+#include <cstdlib>
+
 #include "kernels/row_core.cuh"
 #include "launchers.h"
 #include "plan.h"
@@ -8,6 +11,7 @@ namespace lotr::cuda {
 namespace {
 
 using kernels::FoldTraits;
+using kernels::Order;
 
 // Rows of a block of row_core: as many as a tile has, but blocks for all multiprocessors first.
 int rows_of_block(int64_t rows, int64_t cols, int multiprocessors) {
@@ -49,7 +53,9 @@ void row_core(const Call& call, const RowCoreParams& problem) {
   RowCoreParams p = problem;
   const int64_t cols = plan::ceil_div(p.r_out, kernels::FOLD_COLS);
   p.rows_of_block = rows_of_block(p.index.rows, cols, call.multiprocessors);
-  launch(call, kernels::row_core,
+  // G^T has its neighbours in memory along the sum
+  const bool along = std::abs(p.cores.row) < std::abs(p.cores.col);
+  launch(call, along ? kernels::row_core<Order::along_k> : kernels::row_core<Order::across_k>,
          dim3(unsigned(plan::ceil_div(p.index.rows, p.rows_of_block)), unsigned(cols)), p,
          sizeof(kernels::RowCoreTraits::Smem), "row_core");
 }

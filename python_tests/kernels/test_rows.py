@@ -86,3 +86,16 @@ def test_launches_and_bytes(lib) -> None:
     assert counts["arrays"]["dcores"]["written_bytes"] == cores * R * R * 4 and counts["arrays"]["dcores"]["read_bytes"] == 0
     assert counts["arrays"]["u"]["read_bytes"] == rows * R * 4
     lib.set_options()
+
+
+def test_neighbours_of_a_core_are_read_together(lib) -> None:
+    """Forward and backward, of cores in either layout: whole sectors, where a core read across takes one a number."""
+    given = case(640, 640)
+    lib.set_options(count_memory=True)
+    for cores in (given["cores"], np.ascontiguousarray(given["cores"].mT).mT):
+        for run in (forward, backward):
+            lib.reset_counters()
+            run(lib, given | {"cores": cores}, multiprocessors=16)
+            counted = lib.counters()["arrays"]["cores"]
+            assert 0 < 32 * counted["read_sectors"] <= 1.01 * counted["read_bytes"], (run.__name__, cores.strides)
+    lib.set_options()

@@ -33,7 +33,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
       if (inside(row, c)) d[i] = read_float(p.A, p.A_type, 0, row0 + row, i0 + c);
     });
   } else {
-    small_product<false>(
+    small_product<Order::along_k, Order::along_k>(
         d, sm, p.r_out,
         [&](int row, int64_t k) {
           return row0 + row < p.N ? read_float(p.B, p.B_type, 0, row0 + row, k) : 0.f;
@@ -75,7 +75,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     const int64_t n0 = blockIdx.x / tiles_out * int64_t(ROWS);
     const int j0 = blockIdx.x % tiles_out * COLS;
     for (int l = 0; l < p.L; ++l) {
-      small_product<false>(
+      small_product<Order::along_k, Order::across_k>(
           d, sm, p.r_in, [&](int row, int64_t k) { return n0 + row < p.N ? Q(l, n0 + row, int(k)) : 0.f; },
           [&](int64_t k, int c) {
             return j0 + c < p.r_out ? read_float(p.cores, p.core_type, l * p.core_stride, k, j0 + c) : 0.f;
@@ -97,7 +97,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     const int i0 = core_tile / tiles_out * ROWS, j0 = core_tile % tiles_out * COLS;
     const int64_t n0 = split * p.n_per_split, left = p.N - n0,
                   rows = left < p.n_per_split ? left : p.n_per_split;
-    small_product<true>(
+    small_product<Order::across_k, Order::across_k>(
         d, sm, rows, [&](int row, int64_t k) { return i0 + row < p.r_in ? Q(layer, n0 + k, i0 + row) : 0.f; },
         [&](int64_t k, int c) {
           return j0 + c < p.r_out ? read_float(p.B, p.B_type, 0, n0 + k, j0 + c) : 0.f;

@@ -1,5 +1,5 @@
 // row_core:       h_i = s a_t(i) G_c(i)              a [tokens, r_in], G_c [r_in, r_out], h [rows, r_out]
-//                 and, of its backward, k_i = s g_i G_c(i)^T, the cores read across
+//                 and, of its backward, k_i = s g_i G_c(i)^T
 // row_ends:       where the rows of each core, or token, end among the sorted ones
 // row_core_grad:  dG_c = s sum of u_t(i)^T g_i over the rows of c                dG [cores, r_in, r_out]
 // sum_rows:       du_t = sum of k_i over the rows of t                           k [rows, r_in], float32
@@ -58,8 +58,8 @@ LOTR_DEVICE int core_of(const RowIndex& x, int64_t row) {
   return core == NONE || (core >= 0 && core < x.cores) ? int(core) : MISSING;
 }
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS)
-    row_core(const RowCoreParams p) {
+template <Order OF_CORES>
+__global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) row_core(const RowCoreParams p) {
   auto& sm = ptx::shared_storage<RowCoreTraits::Smem>();
   const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block, left = p.index.rows - row0;
   const int j0 = blockIdx.y * FoldTraits::COLS, rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
@@ -82,7 +82,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     while (end < rows && ptx::load_shared(&sm.core[end]) == core) ++end;
     float d[FoldTraits::PER_THREAD] = {};
     if (core >= 0) {
-      small_product<false>(
+      small_product<Order::along_k, OF_CORES>(
           d, sm.product, p.r_in,
           [&](int row, int64_t k) {
             return begin <= row && row < end
@@ -134,7 +134,7 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   begin += split * share;
   const int64_t rows = begin >= end ? 0 : end - begin < share ? end - begin : share;
   float d[FoldTraits::PER_THREAD] = {};
-  small_product<true>(
+  small_product<Order::across_k, Order::across_k>(
       d, sm, rows,
       [&](int row, int64_t k) {
         if (i0 + row >= p.r_in) return 0.f;

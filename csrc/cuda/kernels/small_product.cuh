@@ -17,20 +17,26 @@ struct FoldTraits {
   };
 };
 
+// What lies side by side in memory, so that neighbouring threads read it: neighbours in k, or else in rows
+// (of the first operand) or columns (of the second).
+enum class Order { along_k, across_k };
+
 // d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows; out-of-range operands read
-// as zero. ROW_FASTEST: neighbours of a in memory are rows, else k.
-template <bool ROW_FASTEST, class A, class B>
+// as zero.
+template <Order OF_A, Order OF_B, class A, class B>
 LOTR_DEVICE void small_product(float (&d)[FoldTraits::PER_THREAD], FoldTraits::Smem& sm, int64_t K, A a,
                                B b) {
   using T = FoldTraits;
   const int t = threadIdx.x, col = t % T::COLS, row0 = t / T::COLS;
   for (int64_t k0 = 0; k0 < K; k0 += T::STEP) {
     for (int i = t; i < T::STEP * T::ROWS; i += T::THREADS) {
-      const int row = ROW_FASTEST ? i % T::ROWS : i / T::STEP, k = ROW_FASTEST ? i / T::ROWS : i % T::STEP;
+      constexpr bool along = OF_A == Order::along_k;
+      const int row = along ? i / T::STEP : i % T::ROWS, k = along ? i % T::STEP : i / T::ROWS;
       ptx::store_shared(&sm.a[k][row], k0 + k < K ? a(row, k0 + k) : 0.f);
     }
     for (int i = t; i < T::STEP * T::COLS; i += T::THREADS) {
-      const int k = i / T::COLS, c = i % T::COLS;
+      constexpr bool along = OF_B == Order::along_k;
+      const int k = along ? i % T::STEP : i / T::COLS, c = along ? i / T::STEP : i % T::COLS;
       ptx::store_shared(&sm.b[k][c], k0 + k < K ? b(k0 + k, c) : 0.f);
     }
     __syncthreads();
