@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -110,10 +112,14 @@ def loss(model: nn.Module, **kwargs) -> Tensor:
 
 
 def written_out(
-    model: nn.Module, plain: nn.Module, ids: Tensor = IDS, dtype: torch.dtype = torch.float64
+    model: nn.Module,
+    plain: nn.Module,
+    ids: Tensor = IDS,
+    dtype: torch.dtype = torch.float64,
+    of: Callable[[Any], Tensor] = lambda out: out.loss,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(logits, loss, gradients of the adapter by name): of plain, the same model without an adapter, whose weights get the
-    adapter's deltas as tensors in the graph."""
+    adapter's deltas as tensors in the graph. of: what of its output is differentiated."""
     plain = plain.to(dtype)
     plain.set_experts_implementation("eager")
     leaves = {n: p.detach().to(dtype).requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
@@ -127,5 +133,5 @@ def written_out(
         key = name.replace(".lotr.", ".") if hosted else f"{name}.weight"
         weights[key] = weights[key].detach() + delta
     out = functional_call(plain, weights, (ids,), {"labels": ids, "use_cache": False})
-    grads = torch.autograd.grad(out.loss, list(leaves.values()))
+    grads = torch.autograd.grad(of(out), list(leaves.values()))
     return out.logits, out.loss, dict(zip(leaves, grads, strict=True))

@@ -213,9 +213,7 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: T
     cores = row_cores(cores, x, compute)
     if call.plan.nodes == 0:
         u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)
-        h = ops.row_core(rows(u), cores, index=index, scaling=call.scaling)
-        delta = h @ to(B, compute).to(x.device).transpose(0, 1)
-        return y + to(delta.view(y.shape), y.dtype)
+        return plus_unfolded(y, ops.row_core(rows(u), cores, index=index), B, call.scaling)
     found = _shared_u(x, A, B, call)
     h = ops.row_core(found.u, cores, index=index, scaling=call.scaling)
     grad = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
@@ -223,6 +221,12 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: T
         return add_expand(y, h, *here(x.device, B))
     rows_call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
     return _expand(found, y, (None, None, None), B, rows_call, grad, h)
+
+
+def plus_unfolded(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y [..., n] + s h B^T. The scaling comes last: in float16 s h could leave the range where y does not."""
+    delta = (h @ to(B, h.dtype).to(h.device).transpose(0, 1)) * scaling
+    return y + to(delta.view(y.shape), y.dtype)
 
 
 def row_cores(cores: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:

@@ -9,6 +9,8 @@ shared gradients; only the small product with a row's core knows of experts.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, is_grad_enabled
 
@@ -16,7 +18,7 @@ from .. import ops
 from ..compat import any_autocast
 from ..ops.composite import to
 from ..ops.grouped import grouped_linear
-from .call import _expand, _explicitly_cast, _shared_u, compute_dtype, dropped_input, plan_call, row_cores
+from .call import _expand, _explicitly_cast, _shared_u, compute_dtype, dropped_input, plan_call, plus_unfolded, row_cores
 from .record import Call
 
 
@@ -31,12 +33,15 @@ def call_routed(
     B: Tensor,
     cores: Tensor,
     call: Call,
+    index: Tensor | None = None,
 ) -> Tensor:
     """x [m, k], weight [e, n, k], bias [e, n], offs [e], tokens [rows], cores [e, r_in, r_out] -> [rows, n]. weight and bias
-    may be trained: autograd differentiates their product by itself. y [rows, n]: what to add the adapter to, if not that."""
+    may be trained: autograd differentiates their product by itself. y [rows, n]: what to add the adapter to, if not that.
+    index [rows]: which of cores [c, r_in, r_out] a row takes, -1 for none, where that is not its expert's."""
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
-            return _explicitly_cast(call_routed, x, weight, bias, offs, tokens, y, A, B, cores, call)
+            run = partial(call_routed, index=index)
+            return _explicitly_cast(run, x, weight, bias, offs, tokens, y, A, B, cores, call)
         call.compute = x.dtype
         if x.dtype != weight.dtype:
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
@@ -47,11 +52,14 @@ def call_routed(
     else:
         found = _shared_u(x, A, B, call)
         u = found.u
-    h = ops.row_core(u, cores, offs=offs, tokens=tokens, scaling=call.scaling)  # first: it looks at offs and tokens
+    last = call.plan.nodes == 0  # the scaling, as in `plus_unfolded`
+    which = {"offs": offs} if index is None else {"index": index}
+    # first: it looks at offs and tokens
+    h = ops.row_core(u, cores, **which, tokens=tokens, scaling=1.0 if last else call.scaling)
     if y is None:
         y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
-    if call.plan.nodes == 0:
-        return y + h @ to(B, compute).to(x.device).t()
+    if last:
+        return plus_unfolded(y, h, B, call.scaling)
     expand = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
     in_graph = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
     return _expand(found, y, (None, None, None), B, expand, in_graph, h)

@@ -64,8 +64,12 @@ class LoTRPeftExperts(LoTRPeftLinear):
         """As `lotr_grouped_linear`."""
         return self.routed(x, self.weight, self.bias, offs, tokens)
 
-    def routed(self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None) -> Tensor:
-        """forward with weight and bias as the host has them now."""
+    mixture = None  # PEFT's models have no batches of mixed adapters
+
+    def routed(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None, places: None = None
+    ) -> Tensor:
+        """forward with weight and bias as the host has them now. places: as in LoTRExperts, where `mixed` is on: never here."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged and self.notice is not None:

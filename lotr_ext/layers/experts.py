@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..autograd.call import Call, compute_dtype
 from ..autograd.routed import call_routed
-from ..ops.grouped import grouped_linear
+from ..ops.grouped import expert_of_rows, grouped_linear
 from .factors import LoTRFactors, check_dimension, check_dtype
 from .layer import LoTRLayer, check_number, check_settings
+from .mixture import cores_of, cores_of_rows
 from .quantized import is_plain
 
 __all__ = ["LoTRExperts", "lotr_grouped_linear"]
@@ -165,16 +166,30 @@ class LoTRExperts(LoTRLayer):
     def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
         return self.routed(x, self._matrix(), self.bias, offs, tokens)
 
-    def routed(self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None) -> Tensor:
-        """forward with weight [e, n, k] and bias [e, n] as their owner has them now: whole, in the midst of its own forward."""
+    def routed(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        offs: Tensor,
+        tokens: Tensor | None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """forward with weight [e, n, k] and bias [e, n] as their owner has them now: whole, in the midst of its own forward.
+        places [rows]: while `mixed` is on, the row of the batch that each is in."""
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         if self.merged and self.notice is not None:
             self.notice.warn(self.adapter_parameters())
         if self.merged or self.disabled:
             return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x))
         p, factors, core = self.dropout if self.training else 0.0, self.factors, self.core
-        call = Call(core, self.scaling, p, factors._group, self, self.strategy)
-        return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, call))
+        call, index = Call(core, self.scaling, p, factors._group, self, self.strategy), None
+        if self.mixture is not None:
+            if places is None:
+                raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
+            index = cores_of_rows(self.mixture, places, expert_of_rows(offs, len(places)), self.num_experts)
+            core, call.scaling = cores_of(self.mixture, core).flatten(0, 1), self.mixture.scaling
+        return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, call, index))
 
     def _matrix(self) -> Tensor:
         return self.weight

@@ -16,8 +16,8 @@ from ..autograd.call import Call, add_rows
 
 
 class Mixture(NamedTuple):
-    """cores: [c, r_in, r_out], times scaling, or the parts that they are made of, a core and its scaling for each adapter.
-    index [b] (int64): which of them row i of x takes, -1 for none."""
+    """cores: [c, r_in, r_out], of experts [c, e, r_in, r_out], times scaling, or the parts that they are made of, a core and a
+    factor of scaling for each adapter. index [b] (int64): which of them row i of the batch takes, -1 for none."""
 
     cores: Tensor | tuple[tuple[Tensor, float], ...]
     scaling: float
@@ -25,10 +25,28 @@ class Mixture(NamedTuple):
 
 
 def cores_of(mixture: Mixture, like: Tensor) -> Tensor:
-    """[c, r_in, r_out] on like's device. like: a core."""
+    """[c, r_in, r_out], of experts [c, e, r_in, r_out], on like's device. like: a core."""
     if isinstance(mixture.cores, Tensor):
         return mixture.cores
     return torch.stack([core.to(like.device) * scaling for core, scaling in mixture.cores])
+
+
+def places_in_batch(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
+    """The row of the batch that each of tokens [rows] is in, of m tokens, of which those of a row follow one another.
+
+    Raises ValueError unless each row has as many.
+    """
+    b = mixture.index.shape[0]
+    if m % b:
+        raise ValueError(f"x: expected the tokens of a batch of {b} rows, as many in each, got {m}")
+    return tokens // max(1, m // b)
+
+
+def cores_of_rows(mixture: Mixture, places: Tensor, experts: Tensor, e: int) -> Tensor:
+    """Which of the cores [c e, r_in, r_out] rows take that are in these places of the batch and were sent to these of e
+    experts: that of (adapter, expert); -1 where there is no adapter, or an expert elsewhere (e and above)."""
+    adapter = mixture.index.to(places.device)[places]
+    return torch.where((adapter == -1) | (experts >= e), -1, adapter * e + experts)
 
 
 def call_mixed(

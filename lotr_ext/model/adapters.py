@@ -19,7 +19,6 @@ from torch.nn.utils import parametrize
 
 from ..layers.core import made
 from ..layers.cores import Cores
-from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings
@@ -224,21 +223,19 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
 
     One forward serves them all: x A and the product with B are taken once for the whole batch, and only the cores are picked by
     row, y_i = x_i W^T + bias + s_i ((x_i A) G_names[i]) B^T. The adapters must share the active one's factors. Each input of an
-    adapted layer must have the batch as its first dimension. Differentiable; cores that require grad get theirs, parked ones by
-    default do not.
+    adapted layer must have the batch as its first dimension; experts get the tokens of all rows, row after row, as many of each
+    (as transformers flattens them), and take a core by row and expert. Differentiable; cores that require grad get theirs,
+    parked ones by default do not.
 
     Raises:
         TypeError, ValueError: no names, an unknown adapter or task, or one with other factors. RuntimeError: as `set_adapter`,
             or an index where the model has no TaskBank. In a layer, ValueError: an input whose first dimension is not
-            len(names).
+            len(names), or in experts no multiple of it.
     """
     parked = _of(model, "mixed")
     layers = adapted_layers(model)
     _check_unmerged(layers, "mixed")
     _check_parameters(layers, "mixed")
-    for name, layer in layers.items():
-        if isinstance(layer, LoTRExperts):
-            raise TypeError(f"mixed: expected linear layers, got {name!r}, whose rows take the cores of their experts already")
     if isinstance(names, Tensor):
         mixtures = bank_of(model, "mixed").mixtures(model, names)
     else:
@@ -267,11 +264,12 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
     index = torch.tensor([-1 if name is None else kinds.index(name) for name in names])
     mixtures, values = [], {name: parked[name].values for name in kinds if name in parked}
     for i, layer in enumerate(adapted_layers(model).values()):
-        parts = (
+        parts = [
             (layer.core, layer.scaling) if name == parked.active else (values[name][i], parked[name].settings[i][0])
             for name in kinds
-        )
-        mixtures.append(Mixture(tuple(parts), 1.0, index))
+        ]
+        most = max(abs(scaling) for _, scaling in parts) or 1.0  # comes last: s G could leave float16's range
+        mixtures.append(Mixture(tuple((core, scaling / most) for core, scaling in parts), most, index))
     return mixtures
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..autograd.call import compute_dtype
 from ..layers.factors import DTYPES, LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
+from ..layers.mixture import places_in_batch
 from ..layers.quantized import is_plain
 from ..ops.grouped import grouped_linear
 
@@ -118,15 +119,17 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offs = torch.searchsorted(experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True)
     x, tokens, elsewhere = hidden_states, order // top_k, None
+    mixture = next(iter(getattr(self, CHILD).values())).mixture  # the same batch for all
+    places = None if mixture is None else places_in_batch(mixture, tokens, m)
     if getattr(self, "_is_expert_parallel", False):
         # rows of nobody hold anything on a GPU: they must neither be read nor pass a gradient on
         elsewhere = (experts >= e).unsqueeze(-1)
         x, tokens = x[tokens].masked_fill(elsewhere, 0.0), None
-    y = _projected(self, first_projection(self), x, offs, tokens)
+    y = _projected(self, first_projection(self), x, offs, tokens, places)
     if elsewhere is not None:
         y = y.masked_fill(elsewhere, 0.0)
     y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
-    y = _projected(self, "down_proj", y, offs, None)
+    y = _projected(self, "down_proj", y, offs, None, places)
     if elsewhere is not None:
         y = y.masked_fill(elsewhere, 0.0)
     if getattr(self, "has_post_expert_norm", False):
@@ -137,7 +140,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return y[back].view(m, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)  # in the order of top_k: the same bits every time
 
 
-def _projected(module: nn.Module, parameter: str, x: Tensor, offs: Tensor, tokens: Tensor | None) -> Tensor:
+def _projected(
+    module: nn.Module, parameter: str, x: Tensor, offs: Tensor, tokens: Tensor | None, places: Tensor | None
+) -> Tensor:
     weight = getattr(module, parameter)
     weight = weight.mT if module.is_transposed else weight
     bias = getattr(module, f"{parameter}_bias") if module.has_bias else None
@@ -146,5 +151,5 @@ def _projected(module: nn.Module, parameter: str, x: Tensor, offs: Tensor, token
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     adapted = getattr(module, CHILD)
     if parameter in adapted:
-        return adapted[parameter].routed(x, weight, bias, offs, tokens)
+        return adapted[parameter].routed(x, weight, bias, offs, tokens, places)
     return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, dtype)

@@ -33,15 +33,16 @@ _FORMAT = {"format": "lotr_task", "version": "1"}
 class TaskBank(nn.Module):
     """Places for `tasks` tasks over the factors of model's active adapter; registered as `model.lotr_tasks`.
 
-    cores: for each adapted layer, in the model's order, a parameter [tasks, r_in, r_out] of the dtype and on the device of its
-    core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which places hold a task; a free place is zero.
+    cores: for each adapted layer, in the model's order, a parameter [tasks, r_in, r_out], of experts [tasks, e, r_in, r_out],
+    of the dtype and on the device of its core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which places
+    hold a task; a free place is zero.
 
     `mixed(model, index)` runs batches whose row i is of task index[i]. Tasks may come and go at any time between two forwards
     without a graph; a backward whose forward came before one raises, as after any write in place.
 
     Raises:
-        TypeError: tasks is no int. ValueError: fewer than one. RuntimeError: no adapter, layers built by hand, layers with a
-            core an expert, or a bank that is there already.
+        TypeError: tasks is no int. ValueError: fewer than one. RuntimeError: no adapter, layers built by hand, or a
+            bank that is there already.
     """
 
     def __init__(self, model: nn.Module, tasks: int):
@@ -55,9 +56,6 @@ class TaskBank(nn.Module):
             raise TypeError(f"tasks: expected an int, got {type(tasks).__name__} {tasks!r}")
         if tasks < 1:
             raise ValueError(f"tasks: expected at least 1, got {tasks}")
-        for name, layer in layers.items():
-            if layer.core.dim() != 2:
-                raise RuntimeError(f"TaskBank: expected one core a layer, got {name!r} with shape {tuple(layer.core.shape)}")
         cores = (layer.core.detach().new_zeros(tasks, *layer.core.shape) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool))
@@ -78,8 +76,8 @@ class TaskBank(nn.Module):
     def add(self, source: Source | None = None) -> int:
         """Puts a task into the first free place, which it returns.
 
-        source: its cores [r_in, r_out] by layer name, a file that `save` wrote, or None for a task that starts as the base
-        model does, at zero.
+        source: its cores [r_in, r_out] (of experts [e, r_in, r_out]) by layer name, a file that `save` wrote, or None for a
+        task that starts as the base model does, at zero.
 
         Raises:
             RuntimeError: no place is free. TypeError, ValueError: other layers, shapes, factors or scaling; nothing is changed.

@@ -77,6 +77,23 @@ def test_a_float32_adapter_beside_half_precision_and_autocast(half):
     assert cast.dtype == half and relative(cast, written_out(scaling=0.7, **doubled(wide))) < 2 * EPSILON[half]
 
 
+def test_a_scaling_comes_last_in_float16(either_path):
+    """s u G leaves the range, y and the gradients do not."""
+    given = case(torch.float16, sent=True)
+    with torch.no_grad():
+        given["cores"] *= 30
+        given["B"] *= 1e-4
+        given["weight"].zero_()
+    y = lotr_grouped_linear(offs=OFFS, scaling=4000.0, **given)
+    g = 5e-4 * torch.randn_like(y)
+    y.backward(g)
+    truth = doubled(given)
+    want = written_out(scaling=4000.0, **truth)
+    want.backward(g.double())
+    assert (4000 * truth["x"] @ truth["A"] @ truth["cores"][0]).abs().max() > torch.finfo(torch.float16).max
+    assert relative(y, want) < 0.01 and all(relative(given[n].grad, truth[n].grad) < 0.02 for n in ("x", "A", "B", "cores"))
+
+
 def test_a_trained_base_twice_differentiable_and_in_any_layout():
     given = case(torch.float64, sent=True)
     given["weight"] = given["weight"].mT.contiguous().requires_grad_()  # as GPT-OSS stores it

@@ -72,6 +72,26 @@ def test_each_row_goes_through_its_task(mode: str, tokens: tuple[int, ...], monk
     assert (got[1] - alone(model, bank, 3, x[1:2])[0]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_scaling_comes_last_in_float16(by_name: bool) -> None:
+    """s u G and s G leave the range, y does not."""
+    torch.manual_seed(0)
+    model = apply_lotr(nn.Sequential(nn.Linear(12, 20)), LoTRConfig(rank=(4, 3), scaling=4000.0, target_modules=["0"]))
+    model[0].half()
+    layer, bank = model[0], TaskBank(model, 2)
+    nn.init.normal_(layer.core, 0, 30)
+    nn.init.normal_(layer.factors.B, 0, 1e-4)
+    bank.add({"0.core": layer.core.detach()})
+    x = torch.randn(3, 12).half()
+    with torch.no_grad(), mixed(model, ["default", None, "default"] if by_name else torch.tensor([0, -1, 0])):
+        y = model(x)
+    A, core, B = (t.detach().double() for t in (layer.factors.A, layer.core, layer.factors.B))
+    h = 4000 * x.double() @ A @ core
+    assert min(h.abs().max(), 4000 * core.abs().max()) > torch.finfo(torch.float16).max
+    want = x.double() @ layer.weight.double().T + layer.bias.double() + h @ B.T * torch.tensor([[1.0], [0.0], [1.0]])
+    assert (y.double() - want).abs().max() < 0.01 * want.abs().max()
+
+
 def test_each_task_gets_the_gradient_of_its_own_rows() -> None:
     """In float64: of a batch of tasks, each task's is that of a batch of its rows alone; tasks without rows get zeros."""
     model, bank = adapted(torch.float64)
