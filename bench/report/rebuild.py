@@ -173,6 +173,8 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
         found["traffic"].append(rows_table.rows_table(counts))
     if estimates:
         found["static"].append(tables.static_table(estimates, _pictures(folder, up)))
+    if text := rows_table.static_rows_table(results):
+        found["static"].append(text)
     found["summary"] = _summary_section(results, up)
     return found
 

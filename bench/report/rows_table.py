@@ -1,10 +1,12 @@
-"""The counts of row_core as a table."""
+"""The counts of row_core, and what the model of its machine code makes of them, as tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..measure.store import Store
+from ..static import rows as row_model
+from ..static.table import LABEL
 from ..traffic.rows import CASES, FILE, HEADS, MULTIPROCESSORS, Key, RowCounts, cells_of, kept, needed, parse
 from . import tables
 
@@ -24,3 +26,16 @@ def rows_table(found: dict[Key, RowCounts]) -> str:
     )
     lines = [cells_of(operator, case, row) for (operator, case, _), row in found.items()]
     return "\n".join([title, "", *tables.markdown(list(HEADS), lines, 3)])
+
+
+def static_rows_table(results: Path) -> str:
+    """The newest estimates of row_core and its backward; empty without any."""
+    found = row_model.kept(Store(results / "simt-executor" / row_model.FILE))
+    if not found:
+        return ""
+    heads, rows = row_model.markdown_rows(found)
+    title = (
+        f"`python -m bench.static`, no GPU: row_core, bf16: {LABEL}. An operator's launches follow one another; what the "
+        "library sorts before them is left out:"
+    )
+    return "\n".join([title, "", *tables.markdown(heads, rows, 4)])

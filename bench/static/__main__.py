@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ..measure.session import new_table, progress, start, wide_console
 from ..measure.store import Store
+from ..traffic import rows as row_traffic
 from ..traffic.counts import DTYPES, FOLDER, KERNELS
 from . import assumptions, fused
+from . import rows as row_model
 from .assumptions import CARDS
 from .predict import FILE, all_keys, kept, measured, model_id, predict
 from .table import fused_table, table
@@ -30,6 +32,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", default=",".join(f"{m}x{n}" for m, n in SHAPES), help="MxN of the large matrix, comma-separated"
     )
+    parser.add_argument(
+        "--rows", default=row_traffic.CASES, help=f"TOKENSxTOPxCORESxRANK of row_core, comma-separated ({row_traffic.CASES})"
+    )
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder to keep them in (bench/results/simt-executor)")
     parser.add_argument("--fresh", action="store_true", help="count and estimate again what is kept")
     options = parser.parse_args(argv)
@@ -47,18 +52,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if not all(shapes):
         raise ValueError(f"shapes: expected MxN, comma-separated, got {options.shapes!r}")
     options.shapes = [tuple(int(n) for n in match.groups()) for match in shapes]
+    options.rows = row_traffic.parse(options.rows) if options.rows else []
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     keys = all_keys(options.shapes, options.ranks, options.dtypes, options.gpus, options.kernels)
-    with progress(len(keys)) as begin:
+    row_keys = row_model.all_keys(options.rows, options.gpus)
+    with progress(len(keys) + len(row_keys)) as begin:
         found = predict(keys, options.results, begin, options.fresh)
+        of_rows = row_model.predict(row_keys, options.results, model_id(), begin, options.fresh)
     console, known = wide_console(), measured()
     for gpu in options.gpus:
         for dtype in options.dtypes:
             console.print(table(gpu, dtype, found, known))
+        if row_keys:
+            console.print(row_model.table_of(gpu, of_rows))
     if rows := wanted_rows(found):
         wanted = new_table("What is wanted, in bf16, and what stands in the way (*: not met); us", *HEADS)
         for row in rows:

@@ -22,7 +22,7 @@ from .sass import LISTED, Instruction, parse
 
 CSRC = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "static"
-SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")}
+SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")} | {"rows": CSRC / "rows.cu"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def _resources(report: str) -> dict[str, tuple[int, int, int]]:
 
 
 def compile_kernels(dtype: str, architecture: str, cache: Path = CACHE) -> dict[str, Compiled]:
-    """Every kernel of an element type by symbol, compiled for "80", "90a" ... unless the same sources were before."""
+    """Every kernel of an element type, or of row_core ("rows"), by symbol, compiled for "80", "90a" ... unless the same sources
+    were before."""
     if dtype not in SOURCES:
         raise ValueError(f"dtype: expected one of {', '.join(SOURCES)}, got {dtype!r}")
     target = cache / f"{dtype}-sm{architecture}-{sources_id()}.sass"

@@ -16,6 +16,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -137,9 +138,9 @@ def hot_loop(code: list[Instruction], wanted: Wanted) -> Hot:
             continue
         if any(other < body and _holds(other, blocks, wanted) for other in loops.values()):
             continue  # a smaller loop inside does it all
-        found = _ways(head, body, blocks, wanted)
-        ways = [(vector, tuple(i for b in path for i in blocks[b].code)) for vector, path in found]
-        mix = _cheapest(ways, wanted)
+        found = ways(head, body, blocks, wanted)
+        known = [(vector, tuple(i for b in path for i in blocks[b].code)) for vector, path in found]
+        mix = _cheapest(known, wanted)
         if mix is not None and (best is None or mix.instructions < best.instructions):
             best = mix
     if best is None:
@@ -163,8 +164,18 @@ def _followers(start: int, blocks: dict[int, Block]) -> tuple[int, ...]:
     return block.next
 
 
-def _ways(
-    head: int, body: set[int], blocks: dict[int, Block], wanted: Wanted
+class Limits(Protocol):
+    """What `ways` asks of Wanted: how much some code has of what is counted, and the most that one way may have."""
+
+    narrow: bool
+
+    def of(self, code: Iterable[Instruction]) -> tuple[int, ...]: ...
+
+    def most(self) -> tuple[float, ...]: ...
+
+
+def ways(
+    head: int, body: set[int], blocks: dict[int, Block], wanted: Limits
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """For each vector of counts that a way from the head back to it can have: that, and the shortest such way's blocks."""
     passable = {b for b in body if wanted.narrow or not any(_is_narrow(i) for i in blocks[b].code)}

@@ -212,7 +212,8 @@ def symbols(lib: ModuleType) -> dict[int, str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise OSError(f"nm: cannot list the symbols of {lib.__file__}: {error}") from None
     words = [line.split() for line in listing.splitlines()]
-    return {int(w[0], 16): w[2] for w in words if len(w) == 3 and w[1] in "tTwW" and "kernels" in w[2]}
+    found = {int(w[0], 16): w[2] for w in words if len(w) == 3 and w[1] in "tTwW" and "kernels" in w[2]}
+    return {at: name.replace("7kernelsL", "7kernels") for at, name in found.items()}  # L: a file's own, on the host alone
 
 
 # ---- counts that are kept --------------------------------------------------------------------------------------------

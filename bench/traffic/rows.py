@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..measure.session import new_table
 from ..measure.store import Store, latest
-from .counts import ELEMENT, aligned, executor, sources_id
+from .counts import ELEMENT, aligned, executor, sources_id, symbols
 
 FILE = "rows.jsonl"
 CASES = "2048x4x32x16,2048x4x32x64,64x1x64x16,64x1x64x64"
@@ -56,6 +56,7 @@ class RowCounts:
     moved: dict[str, int]  # bytes read and written, by operand
     sectors: int  # of 32 bytes
     least: int  # bytes with every operand moved once, of the cores those that have rows
+    machine: list[dict] = field(default_factory=list)  # of each launch, for a model of the machine code (bench/static)
 
     @property
     def total(self) -> int:
@@ -129,11 +130,19 @@ def count(lib: ModuleType, operator: str, case: Mixture, multiprocessors: int) -
         moved={name: size for name, size in moved.items() if size},
         sectors=sum(a["read_sectors"] + a["written_sectors"] for a in arrays.values()),
         least=least_bytes(operator, case, int((rows_of > 0).sum()), index_bytes),
+        machine=[_machine(lib, one) for one in counters["launches"]],
     )
 
 
-def needed(cases: list[Mixture]) -> list[Key]:
-    return [(operator, case, MULTIPROCESSORS) for case in cases for operator in OPERATORS]
+def _machine(lib: ModuleType, launch: dict) -> dict:
+    """The instance that ran, with its launch; barriers of all blocks, warps' loads of 2 bytes a lane, all bytes."""
+    found = {name: launch[name] for name in ("barriers", "half_loads", "bytes")}
+    found |= {"shared": launch["shared_bytes"], "warps": launch["block"][0] // 32}
+    return found | {"symbol": symbols(lib).get(launch["offset"], "")}
+
+
+def needed(cases: list[Mixture], multiprocessors: int = MULTIPROCESSORS) -> list[Key]:
+    return [(operator, case, multiprocessors) for case in cases for operator in OPERATORS]
 
 
 def kept(store: Store, build: str | None = None) -> dict[Key, RowCounts]:

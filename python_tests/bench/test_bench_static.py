@@ -258,7 +258,8 @@ def test_what_is_kept_is_shown_without_tools(tmp_path, monkeypatch, capsys):
     Store(tmp_path / predict.FILE).append(cell | {"estimate": dataclasses.asdict(found())})
     monkeypatch.setattr(compiled, "tool", lambda name: None)
     monkeypatch.setattr(program, "measured", lambda: {key: 2 * found().seconds})
-    arguments = ["--gpus", "h100", "--ranks", "16", "--shapes", "64x64", "--kernels", "shrink", "--results", str(tmp_path)]
+    arguments = ["--gpus", "h100", "--ranks", "16", "--shapes", "64x64", "--kernels", "shrink", "--rows", ""]
+    arguments += ["--results", str(tmp_path)]
     assert program.main(arguments) == 0
     out = capsys.readouterr().out
     assert "not measured" in out and "2.00" in out and "Assumed, with its source" in out

@@ -3,8 +3,9 @@
     python python_tests/kernels/gates.py            what has changed
     python python_tests/kernels/gates.py --record   after kernels were improved: writes compiled.json anew
 
-Instructions are those of the hot loop for each 16 bytes of the large matrix (bench/static/hot.py); blocks are those of the card
-that the architecture belongs to. The numbers are one nvcc's: another version has its own.
+Instructions are those of the hot loop for each 16 bytes of the large matrix (bench/static/hot.py); of row_core and its backward
+those of a full turn (bench/static/rows.py), or of the whole kernel. Blocks are those of the card that the architecture belongs
+to. The numbers are one nvcc's: another version has its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
@@ -25,10 +27,13 @@ from bench.measure.session import progress  # noqa: E402
 from bench.static.assumptions import CARDS  # noqa: E402
 from bench.static.compiled import compile_kernels, tools  # noqa: E402
 from bench.static.model import blocks_resident, hot_of  # noqa: E402
+from bench.static.rows import ELEMENTS, hot_of_rows  # noqa: E402
 from bench.traffic import counts  # noqa: E402
+from bench.traffic import rows as row_counts  # noqa: E402
 
 RECORD = Path(__file__).parent / "compiled.json"
 M, N, RANKS = 1024, 1024, (16, 64, 128)
+ROWS = "200x2x4x64"  # as bench.traffic's
 PAIRS = [("bf16", "h100"), ("bf16", "a100"), ("fp16", "h100"), ("tf32", "h100"), ("fp32", "h100")]  # dtype, card
 WORSE = 1.05
 Numbers = dict[str, float]
@@ -64,6 +69,24 @@ def numbers(dtype: str, card: str) -> dict[str, Numbers]:
                 "spilled": own.spilled,
                 "blocks": blocks,
                 "instructions": round(instructions, 2),
+            }
+    return found | (numbers_of_rows(lib, card) if dtype == "bf16" else {})
+
+
+def numbers_of_rows(lib: ModuleType, card: str) -> dict[str, Numbers]:
+    """Of row_core and the launches of its backward; its kernels have one instance for all element types."""
+    compiled, (case,), found = compile_kernels("rows", CARDS[card].architecture), row_counts.parse(ROWS), {}
+    for operator in row_counts.OPERATORS:
+        row = row_counts.count(lib, operator, case, CARDS[card].multiprocessors)
+        for (name, _), counted in zip(row.launches, row.machine, strict=True):
+            own = compiled[counted["symbol"]]
+            blocks, _ = blocks_resident(own, counted["warps"], counted["shared"], CARDS[card])
+            turns = name in ("row_core", "row_core_grad")
+            found[f"{name} in {operator}, sm_{CARDS[card].architecture}"] = {
+                "registers": own.registers,
+                "spilled": own.spilled,
+                "blocks": blocks,
+                "instructions": round(hot_of_rows(own, 1, ELEMENTS).instructions) if turns else len(own.code),
             }
     return found
 

@@ -78,6 +78,7 @@ struct LaunchRecord {
   size_t shared_bytes;
   const void* kernel;  // its address in this module
   bool cleared;        // the host wrote to the watched memory since the launch before: a memset on a GPU
+  uint64_t barriers = 0, half_loads = 0, bytes = 0;  // as Counters has them; bytes: of all arrays, in and out
 };
 
 struct Counters {
@@ -93,6 +94,7 @@ struct Counters {
   // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and
   // of any block.
   uint64_t late_loads = 0, late_bytes = 0;
+  uint64_t half_loads = 0;  // per warp, of 2 bytes a lane, with count_memory
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.
   uint64_t shared_phases = 0, shared_wavefronts = 0;
@@ -101,6 +103,7 @@ struct Counters {
   std::vector<Traffic> arrays;  // in the order of registration; last "(unregistered)"
 };
 Counters counters();
+uint64_t bytes_moved();
 void reset_counters();  // registered arrays stay
 
 // Names [base, base + bytes).  Throws std::invalid_argument if it overlaps another array.

@@ -79,6 +79,7 @@ void count_global_instruction(const Access* const* lanes, size_t count) {
   for (size_t i = 0; i < n; ++i)
     add(array_of(touched[i].sector * SECTOR + __builtin_ctz(touched[i].bytes)).traffic, lanes[0]->space,
         __builtin_popcount(touched[i].bytes), 1);
+  totals.half_loads += lanes[0]->space == Space::global_read && lanes[0]->bytes == 2;
   if (lanes[0]->space == Space::global_atomic)
     for (size_t i = 0; i < count; ++i) ++array_of(lanes[i]->address).traffic.atomics;
 }
@@ -232,6 +233,12 @@ Counters counters() {
   result.arrays.push_back(unregistered.traffic);
   result.arrays.back().name = "(unregistered)";
   return result;
+}
+
+uint64_t bytes_moved() {
+  uint64_t sum = unregistered.traffic.read_bytes + unregistered.traffic.written_bytes;
+  for (const Array& array : arrays) sum += array.traffic.read_bytes + array.traffic.written_bytes;
+  return sum;
 }
 
 void reset_counters() {

@@ -214,6 +214,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context, const 
   three(launch.block, record.block);
   three(launch.cluster, record.cluster);
   totals.launches.push_back(record);
+  const uint64_t barriers = totals.barriers, half_loads = totals.half_loads, bytes = bytes_moved();
 
   race::begin_launch();
   const dim3 g = launch.grid, c = launch.cluster;
@@ -235,6 +236,9 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context, const 
     throw Error("kernel " + std::string(launch.name) + ": " + machine.error);
   }
   watched.sum = watched.now();
+  LaunchRecord& done = totals.launches.back();
+  done.barriers = totals.barriers - barriers, done.half_loads = totals.half_loads - half_loads;
+  done.bytes = bytes_moved() - bytes;
   const std::string races = race::report();
   if (!races.empty()) throw Error("kernel " + std::string(launch.name) + ": " + races);
 }

@@ -303,7 +303,8 @@ py::dict counters_dict() {
   for (const LaunchRecord& l : c.launches) {
     py::dict d;
     d["name"] = l.name, d["shared_bytes"] = l.shared_bytes, d["offset"] = offset_in_module(l.kernel);
-    d["cleared"] = l.cleared;
+    d["cleared"] = l.cleared, d["barriers"] = l.barriers, d["half_loads"] = l.half_loads,
+    d["bytes"] = l.bytes;
     d["grid"] = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]);
     d["block"] = py::make_tuple(l.block[0], l.block[1], l.block[2]);
     launches.append(d);
