@@ -5,6 +5,7 @@
     shared    the shared gradient against autograd's own sums         bench/shared.py
     model     a transformer trained with each method                  bench/model.py
     host      what calling an adapted layer costs the host            bench/host.py
+    experts   the experts of a mixture against PEFT's LoRA            bench/experts.py
     profile   where the layer's time goes (not with --quick)          bench/profile.py
     kernels   each CUDA kernel alone (with a GPU)                     bench/kernels.py
     traffic   counted bytes and a projection (not with --quick)       bench/traffic
@@ -20,12 +21,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from . import block, host, kernels, layer, model, profile, shared, targets
+from . import block, experts, host, kernels, layer, model, profile, shared, targets
 from .measure.session import add_options, brief, check_options, start
 from .measure.store import RESULTS
 from .traffic import __main__ as traffic
 
-PARTS = ("layer", "block", "shared", "model", "host", "profile", "kernels", "traffic")
+PARTS = ("layer", "block", "shared", "model", "host", "experts", "profile", "kernels", "traffic")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -92,7 +93,7 @@ def run(parts: dict[str, Callable[[], int]]) -> int:
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     programs = {"layer": layer, "block": block, "shared": shared, "model": model, "host": host}
-    programs |= {"profile": profile, "kernels": kernels, "traffic": traffic}
+    programs |= {"experts": experts, "profile": profile, "kernels": kernels, "traffic": traffic}
     own = commands(options)
     status = run({name: lambda name=name: programs[name].main(own[name]) for name in own})
     if options.device == "cpu" and {"layer", "model"} <= set(own):

@@ -124,10 +124,12 @@ def show(case: ExpertsCase, results: list[dict], session: Session) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.experts", description=__doc__.split("\n")[0])
     add_options(parser, dtypes="fp32")
+    parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
     parser.add_argument("--shapes", help=f"comma-separated MxHxIxExKxR ({SHAPES['cpu']}; on a GPU {SHAPES['cuda']})")
     options = parser.parse_args(argv)
-    check_options(options, rounds=ROUNDS["experts"], dtypes="fp32")
-    text = SHAPES[options.device] if options.shapes is None else options.shapes
+    check_options(options, rounds=3 if options.quick else ROUNDS["experts"], dtypes="fp32")
+    usual = SHAPES[options.device].split(",")
+    text = ",".join(usual[: 1 if options.quick else None]) if options.shapes is None else options.shapes
     shapes = [shape.split("x") for shape in text.split(",")]
     if not all(len(shape) == 6 and all(part.isdigit() and int(part) > 0 for part in shape) for shape in shapes):
         raise ValueError(f"shapes: expected MxHxIxExKxR, got {options.shapes!r}")

@@ -118,6 +118,13 @@ def plan(options: argparse.Namespace) -> list[Part]:
         Part("layer", 5.0, layer, (), "a layer against its rivals"),
         Part("block", 2.0, (*module, "bench.block", *quick), (), "the layers of a transformer's block together"),
         Part("shared", 1.0, (*module, "bench.shared", "--dtypes", "bf16"), (), "the shared gradient against autograd's sums"),
+        Part(
+            "experts",
+            1.0,
+            (*module, "bench.experts", "--dtypes", "bf16", *quick),
+            ("transformers", "peft"),
+            "a mixture's experts against PEFT's LoRA",
+        ),
         Part("host", 1.0, (*module, "bench.host"), ("bench.host",), "host time of a layer"),
         Part(
             "floor-kernels",

@@ -77,4 +77,4 @@ def tell_layer(cells: list[dict]) -> list[str]:
     return lines
 
 
-TELL = {"kernels": tell_kernels, "layer": tell_layer, "block": tell_layer}
+TELL = {"kernels": tell_kernels, "layer": tell_layer, "block": tell_layer, "experts": tell_layer}

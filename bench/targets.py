@@ -8,7 +8,8 @@ A step of the model bench at equal rank takes no longer than PEFT LoRA's and all
 model with all linear layers adapted takes at most 0.97 x of PEFT LoRA's, and no longer than the formula's in three lines
 beyond the spread. Host time (python -m bench.host): a layer in a model and on a shared pair takes no longer than the
 formula in three lines of torch, one alone at most 0.7 x of it, and with few tokens at most 0.9 x of what eager LoRA adds to
-the frozen layer.
+the frozen layer. Experts of a mixture (python -m bench.experts): over the frozen ones at most 0.4 x what PEFT's LoRA by
+target_parameters takes at equal rank, and less at the peak.
 
 "within the spread": the medians differ by less than the quartile ranges overlap. "under the extra FLOPs": only who
 multiplies faster than the base product, or saves it some work, meets that limit. Exit 1 unless all that was measured is met.
@@ -24,7 +25,7 @@ from typing import NamedTuple
 from .measure.session import new_table, start, wide_console
 from .measure.shapes import TARGETS, Case, Shape
 from .measure.store import RESULTS, Store, newest
-from .rivals import host
+from .rivals import experts, host
 from .rivals.model import CAUSAL
 from .rivals.registry import LIBRARY_ONLY, LORA_EAGER, OURS
 
@@ -42,6 +43,7 @@ OF_PEFT = 0.97  # of its LoRA's step, in a language model
 # Host time over the formula in three lines, on as many factors; and with few tokens our excess over eager LoRA's.
 OF_THREE_LINES = {host.ALONE: 0.7, host.SHARED: 1.0, host.IN_MODEL: 1.0}
 FEW, FEW_OF_EAGER = 16, 0.9
+OF_PEFT_EXPERTS = 0.4  # of its LoRA's excess over the frozen experts
 
 
 class Verdict(NamedTuple):
@@ -151,11 +153,33 @@ def host_verdicts(cells: list[dict]) -> list[Verdict]:
     return found
 
 
+def experts_verdicts(cells: list[dict]) -> list[Verdict]:
+    """A case's excess over the frozen experts, and its peak."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for cell in cells:
+        cases.setdefault(tuple(cell["case"].values()), {})[cell["rival"]] = cell
+    found = []
+    for own in cases.values():
+        if not {experts.OURS, experts.PEFT} <= set(own):
+            continue
+        ours, lora = own[experts.OURS], own[experts.PEFT]
+        c = ours["case"]
+        name = f"experts {c['m']}x{c['h']}x{c['i']}, {c['top_k']} of {c['e']}, r{c['r']} {c['dtype']} t{c['threads']}"
+        excess, most = ours["step"]["excess"], [OF_PEFT_EXPERTS * e for e in lora["step"]["excess"]]
+        numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (excess, most)]
+        found.append(Verdict(name, *numbers, f"{lora['label']} x {OF_PEFT_EXPERTS:g}", _met(excess, most, True)))
+        peaks = [cell["peak_bytes"] for cell in (ours, lora)]
+        sizes = [f"{p / 2**20:.1f} MiB" for p in peaks]
+        found.append(Verdict(f"peak {name}", *sizes, lora["label"], "yes" if peaks[0] < peaks[1] else "no"))
+    return found
+
+
 def verdicts(folder: Path) -> list[Verdict]:
     """All that the results in a folder say."""
-    read = {name: newest(Store(folder / f"{name}.jsonl").read()) for name in ("layer", "model", "host")}
+    read = {name: newest(Store(folder / f"{name}.jsonl").read()) for name in ("layer", "model", "host", "experts")}
     found = limit_verdicts(read["layer"]) + layer_verdicts(read["layer"])
-    return found + model_verdicts(read["model"]) + host_verdicts(read["host"])
+    found += model_verdicts(read["model"]) + host_verdicts(read["host"])
+    return found + experts_verdicts(read["experts"])
 
 
 def summary(found: list[Verdict]) -> str:
@@ -176,14 +200,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="of results (those in bench/results)")
     folders = parser.parse_args(argv).folders or sorted(
-        {p.parent for name in ("layer", "host") for p in RESULTS.glob(f"*/{name}.jsonl")}
+        {p.parent for name in ("layer", "host", "experts") for p in RESULTS.glob(f"*/{name}.jsonl")}
     )
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: expected a folder of results, found none")
     found = [verdict for folder in folders for verdict in verdicts(folder)]
     if not found:
-        raise ValueError("no kept result is of a target: run python -m bench.layer, bench.model or bench.host first")
+        raise ValueError(
+            "no kept result is of a target: run python -m bench.layer, bench.model, bench.host or bench.experts first"
+        )
     table = new_table(
         "Targets on a CPU: lotr_ext against the best of library products", "", "lotr_ext", "best rival", "", "met"
     )

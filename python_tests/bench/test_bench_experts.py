@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import experts
+from bench import experts, targets
 from bench.experts import ExpertsCase, randomize, routing
 from bench.measure.store import Store
 from bench.report import experts_table
@@ -56,3 +56,27 @@ def test_bad_shapes(text):
         experts.arguments([*QUICK, "--shapes", text])
     with pytest.raises(ValueError, match="shapes: expected at most as many experts a token as there are, 4, got 5"):
         experts.arguments([*QUICK, "--shapes", "48x16x8x4x5x2"])
+
+
+@pytest.mark.parametrize(
+    ("ours", "peft", "peaks", "met"),
+    [
+        (0.1, 0.3, (5, 9), ["yes", "yes"]),
+        (0.3, 0.3, (9, 9), ["no", "no"]),
+        (0.12, 0.3, (10, 9), ["yes", "no"]),  # 0.4 x, and no more
+    ],
+)
+def test_the_targets(tmp_path, ours, peft, peaks, met):
+    case = ExpertsCase(48, 16, 8, 4, 2, 3, "fp32", 1)._asdict()
+    store = Store(tmp_path / "experts.jsonl").prepare()
+    for rival, excess, peak in ((OURS, ours, peaks[0]), (PEFT, peft, peaks[1]), (GROUPED, 0.01, 1)):
+        step = {"seconds": [1.0] * 3, "excess": [excess] * 3}
+        store.append({"case": case, "rival": rival, "label": LABELS[rival], "step": step, "peak_bytes": peak, "build": "b"})
+    found = targets.verdicts(tmp_path)
+    assert [verdict.met for verdict in found] == met and "x 0.4" in found[0].rival
+    assert [verdict.what for verdict in found] == [f"{peak}experts 48x16x8, 2 of 4, r3 fp32 t1" for peak in ("", "peak ")]
+
+
+def test_quick_is_the_first_shape():
+    options = experts.arguments(["--device", "cpu", "--quick"])
+    assert options.shapes == [[2048, 512, 256, 32, 4, 16]] and options.rounds == 3

@@ -58,9 +58,9 @@ def test_the_commands_exist():
         if "-m" in part.command and (name := part.command[part.command.index("-m") + 1]) != "pytest":
             path = root / Path(*name.split("."))
             assert part.needs or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
-    from bench import block, kernels, layer, shared
+    from bench import block, experts, kernels, layer, shared
 
-    programs = {"kernels": kernels, "layer": layer, "block": block, "shared": shared}
+    programs = {"kernels": kernels, "layer": layer, "block": block, "shared": shared, "experts": experts}
     for quick in ([], ["--quick"]):
         for part in gpu.plan(gpu.arguments(quick)):
             if part.name in programs:

@@ -287,7 +287,7 @@ def test_everything_hands_its_options_on(tmp_path):
     options = everything.arguments(["--device", "cpu", "--quick", "--dtypes", "fp32,bf16"])
     assert ["--dtypes", "fp32,bf16"] == everything.commands(options)["model"][4:6]  # also where it is the others' default
     options = everything.arguments(["--device", "cpu", "--dtypes", "bf16", "--minutes", "3", "--fresh"])
-    assert options.parts == ["layer", "block", "shared", "model", "host", "profile", "traffic"]
+    assert options.parts == ["layer", "block", "shared", "model", "host", "experts", "profile", "traffic"]
     own = everything.commands(options)
     assert own["layer"] == ["--device", "cpu", "--allocator", "keep", "--dtypes", "bf16", "--fresh", "--minutes", "3.0"]
     assert own["traffic"] == ["--fresh"]
