@@ -67,6 +67,14 @@ def test_the_keys_of_shared_outer_factors(tmp_path):
         "gate_up_proj",
         "q_proj",
     ]
+    export_lora(model, tmp_path / "peft")
+    tensors_of_peft = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert {key.removeprefix(f"{at}."): tuple(t.shape) for key, t in tensors_of_peft.items() if key.startswith(at)} == {
+        "base_layer.lora_A.weight": (4 * 4, 32),  # gate_up's
+        "base_layer.lora_B.weight": (48, 4 * 4),
+        "lora_A.weight": (4 * 4, 24),  # down's
+        "lora_B.weight": (32, 4 * 4),
+    }
     scaling = config["lora_alpha"] / config["r"]
     for name, layer in adapted_layers(model).items():
         if isinstance(layer, LoTRExperts):

@@ -105,3 +105,5 @@ def test_refusals_leave_the_model_as_it_was():
     assert_unchanged(model, before)
     with pytest.raises(TypeError, match="target_parameters: expected a list of name endings"):
         config(target_parameters="experts.down_proj")
+    with pytest.raises(ValueError, match=r'core: expected "dense" with target_parameters, .* got .diagonal'):
+        config(core="diagonal")

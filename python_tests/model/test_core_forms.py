@@ -314,6 +314,14 @@ def test_flora_is_a_group_a_layer() -> None:
             ValueError,
             'core: expected "dense" with init "svd", which sets the cores, got \'train\'',
         ),
+        *(
+            (
+                {"core": core, "target_parameters": ["experts.gate_up_proj"]},
+                ValueError,
+                f'core: expected "dense" with target_parameters, whose experts have a core each, got .*{core}',
+            )
+            for core in (*cores.FORMS, "custom")
+        ),
         ({"core": "diagonal", "rank": (3, 4)}, ValueError, r"rank: expected one rank for DiagonalCores, got \(3, 4\)"),
         ({"core": "few", "core_init": "identity"}, ValueError, 'core_init: expected "zero" with FewCores, got "identity"'),
         (

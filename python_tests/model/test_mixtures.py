@@ -184,6 +184,8 @@ def test_named_adapters():
     assert torch.equal(logits(model), found["other"])
     assert not any(torch.allclose(one, two) for one, two in itertools.combinations([*found.values(), base], 2))
     set_adapter(model, "default")
+    with pytest.raises(ValueError, match='core: expected "dense" with target_parameters, whose experts have a core each'):
+        add_adapter(model, "few", LoTRConfig(rank=4, core="diagonal"))
     with torch.no_grad(), mixed(model, ["cores", "default", "default"]):
         rows = model(IDS, use_cache=False).logits
     assert relative(rows[1:], found["default"][1:]) < 1e-5 and relative(rows[0], found["cores"][0]) < 1e-5
@@ -357,6 +359,12 @@ REFUSED = {
         {"init": "svd"},
         ValueError,
         r"init: expected weights that \"svd\" can read and write, got 'model",
+    ),
+    "a start from the gradient": (
+        mixture,
+        {"init": "gradient"},
+        ValueError,
+        "init: expected another with target_parameters",
     ),
     "a group of two shapes": (
         mixture,
