@@ -185,7 +185,7 @@ SMALL = [
     Case(200, 264, 328, 11, scouts=1, sms=3),
     Case(270, 136, 328, 16, cluster=2),
     Case(140, 136, 136, 100, backward=True, sms=3),
-    Case(260, 40, 328, 16, backward=True, scouts=1, sms=3, factor="new"),
+    Case(260, 40, 328, 16, backward=True, scouts=2, sms=3, factor="added"),
 ]
 
 

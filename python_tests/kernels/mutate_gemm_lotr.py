@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
 
-SCHEDULES = {"plain": ["forward/1", "2/3", "3/2", "5/4"], "race": ["2/3", "3/2", "4/4"]}
+SCHEDULES = {"plain": ["forward/1", "reverse/2", "2/3", "3/2", "5/4"], "race": ["2/3", "3/2", "4/4"]}
 
 
 def find_sites(lib) -> list[tuple[str, str, int]]:

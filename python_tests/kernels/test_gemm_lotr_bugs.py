@@ -13,8 +13,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
-MAIN, ROWS, TRAITS = (f"kernels/gemm_lotr{part}.cuh" for part in ("", "_rows", "_traits"))
-WRONG = r": [uy]: "  # the numbers
+MAIN, ROWS, TRAITS, FACTOR = (f"kernels/gemm_lotr{part}.cuh" for part in ("", "_rows", "_traits", "_factor"))
+WRONG = r": [uyQ]: "  # the numbers
 STUCK = "deadlock: no thread can go on"
 
 # name: file, text, what stands there instead, build, what a failure must say
@@ -89,6 +89,10 @@ BUGS: dict[str, tuple[str, str, str, str, str]] = {
         "race",
         r"data race .* on shared memory.*of block",
     ),
+    "each_band_starts_anew": (MAIN, "ticket == work.band, epoch", "true, epoch", "plain", r": Q: "),
+    "both_take_the_first_stage": (MAIN, "s_.stage[group_ ? second : first].x", "s_.stage[first].x", "plain", r": Q: "),
+    "sums_of_one_slot": (FACTOR, "Traits::CLUSTER * p.tickets.scouts, FLOATS", "1, FLOATS", "plain", r": Q: "),
+    "u_of_the_wrong_rows": (FACTOR, "i / 2 * 8 + int(threadIdx.x % 4)", "i % 2 * 8 + int(threadIdx.x % 4)", "plain", r": Q: "),
     "ranks_beyond_r": (ROWS, "rank + 1 < p_.r ? sum[j + 1] : 0.f", "sum[j]", "plain", "ranks beyond r are not zero|" + WRONG),
 }
 

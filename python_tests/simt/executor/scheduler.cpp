@@ -55,9 +55,13 @@ std::string whereabouts() {
   return text;
 }
 
-void run_oldest_engine() {
-  const auto work = std::move(machine.engine.front());
-  machine.engine.pop_front();
+// The oldest of the asynchronous works, the newest or any, as the order is: bulk copies land in no order.
+void run_engine() {
+  const size_t count = machine.engine.size();
+  const Order order = machine.options.order;
+  const size_t i = order == Order::forward ? 0 : order == Order::reverse ? count - 1 : next_random() % count;
+  const auto work = std::move(machine.engine[i]);
+  machine.engine.erase(machine.engine.begin() + std::ptrdiff_t(i));
   work();
   progress();
 }
@@ -120,7 +124,7 @@ void make_current(Thread& t) {
 Thread* choose_thread() {
   const Order order = machine.options.order;
   for (;;) {
-    if (!machine.engine.empty() && order == Order::random && next_random() % 16 == 0) run_oldest_engine();
+    if (!machine.engine.empty() && order == Order::random && next_random() % 16 == 0) run_engine();
     if (Warp* warp = choose_warp()) {
       const uint32_t ready = warp->ready;
       const int lane = order == Order::forward   ? lowest(ready)
@@ -130,7 +134,7 @@ Thread* choose_thread() {
     }
     if (!machine.threads_left) return nullptr;
     if (!machine.engine.empty()) {
-      run_oldest_engine();
+      run_engine();
       continue;
     }
     // Threads that poll may look once more; if then nothing at all has moved, nothing ever will.
