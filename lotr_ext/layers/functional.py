@@ -8,6 +8,7 @@ from torch.nn import functional as nnf
 
 from ..autograd.call import Call, call_linear, compute_dtype, plan_call
 from ..ops.planner import Plan
+from .experts import LoTRExperts
 from .factors import LoTRFactors
 from .layer import LoTRLayer, check_number, check_probability
 from .linear import LoTRWrapped
@@ -117,7 +118,8 @@ def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = 
         return Plan("base", "the adapter is disabled")
     p = layer.dropout if layer.training else 0.0
     call = Call(layer.core, layer.scaling, p, layer.factors._group, strategy=layer.strategy)
-    base = None if isinstance(layer, LoTRWrapped) else (layer.weight, layer.bias)
+    other = isinstance(layer, LoTRWrapped | LoTRExperts) or layer.mixture is not None
+    base = None if other else (layer.weight, layer.bias)
     return explain_call(x, layer.factors, call, base, device)
 
 
@@ -128,7 +130,7 @@ def explain_call(
     base: tuple[Tensor, Tensor | None] | None,
     device: torch.device | str | None,
 ) -> Plan:
-    """The Plan of one adapter's call on x. base: weight and bias of a base product of ours, None for a wrapped base."""
+    """The Plan of one adapter's call on x. base: weight and bias of a base product of ours, None for another base."""
     trained = torch.is_grad_enabled() and base is not None and any(p.requires_grad for p in base if p is not None)
     weight = None if base is None or trained else base[0]
     where = None if device is None else torch.device(device)

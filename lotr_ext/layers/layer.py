@@ -17,7 +17,7 @@ from ..ops.composite import delta_weight
 from .core import HasCore
 from .factors import LoTRFactors, check_rank
 from .merging import MergeNotice, check_is_parameter, write_
-from .mixture import Mixture, call_mixed, cores_of
+from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
 
 DEFAULT_RANK = 8
@@ -168,7 +168,7 @@ class LoTRLayer(HasCore):
         factors = modules["factors"] if "factors" in modules else self.factors
         call = Call(core, self.scaling, self.dropout if self.training else 0.0, factors._group, self, self.strategy)
         if self.mixture is not None:
-            cores, call.scaling, index = cores_of(self.mixture, call.core), self.mixture.scaling, self.mixture.index
+            cores, call.scaling, index = cores_of(self.mixture, call.core), self.mixture.scaling, index_for(self.mixture, x)
             return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, index, call))
         return factors(partial(self._call, x, call))
 

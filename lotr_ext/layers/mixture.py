@@ -17,11 +17,13 @@ from ..autograd.call import Call, add_rows
 
 class Mixture(NamedTuple):
     """cores: [c, r_in, r_out], of experts [c, e, r_in, r_out], times scaling, or the parts that they are made of, a core and a
-    factor of scaling for each adapter. index [b] (int64): which of them row i of the batch takes, -1 for none."""
+    factor of scaling for each adapter. index [b] (int64): which of them row i of the batch takes, -1 for none. flat: whether a
+    layer may get the tokens of all rows in one list [m, k], as in a mixture beside its experts."""
 
     cores: Tensor | tuple[tuple[Tensor, float], ...]
     scaling: float
     index: Tensor
+    flat: bool = False
 
 
 def cores_of(mixture: Mixture, like: Tensor) -> Tensor:
@@ -40,6 +42,13 @@ def places_in_batch(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
     if m % b:
         raise ValueError(f"x: expected the tokens of a batch of {b} rows, as many in each, got {m}")
     return tokens // max(1, m // b)
+
+
+def index_for(mixture: Mixture, x: Tensor) -> Tensor:
+    """The index of x's first dimension: the batch's, or of a flat x that of each token's row."""
+    if not mixture.flat or x.dim() != 2:
+        return mixture.index
+    return mixture.index.to(x.device)[places_in_batch(mixture, torch.arange(len(x), device=x.device), len(x))]
 
 
 def cores_of_rows(mixture: Mixture, places: Tensor, experts: Tensor, e: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from ..layers.core import made
 from ..layers.cores import Cores
+from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings
@@ -223,9 +224,9 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
 
     One forward serves them all: x A and the product with B are taken once for the whole batch, and only the cores are picked by
     row, y_i = x_i W^T + bias + s_i ((x_i A) G_names[i]) B^T. The adapters must share the active one's factors. Each input of an
-    adapted layer must have the batch as its first dimension; experts get the tokens of all rows, row after row, as many of each
-    (as transformers flattens them), and take a core by row and expert. Differentiable; cores that require grad get theirs,
-    parked ones by default do not.
+    adapted layer must have the batch as its first dimension; experts, and in their model a layer with a 2-D input, get the
+    tokens of all rows, row after row, as many of each (as transformers flattens them). Experts take a core by row and expert.
+    Differentiable; cores that require grad get theirs, parked ones by default do not.
 
     Raises:
         TypeError, ValueError: no names, an unknown adapter or task, or one with other factors. RuntimeError: as `set_adapter`,
@@ -240,8 +241,9 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
         mixtures = bank_of(model, "mixed").mixtures(model, names)
     else:
         mixtures = _mixtures(model, parked, names)
+    flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # and with them, say, a shared expert
     for layer, mixture in zip(layers.values(), mixtures, strict=True):
-        layer.mixture = mixture
+        layer.mixture = mixture._replace(flat=flat)
     try:
         yield model
     finally:

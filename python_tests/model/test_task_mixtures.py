@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_mixtures import host_of, routing
 from torch import Tensor, nn
 
-from lotr_ext import TaskBank, add_adapter, disabled, mixed, set_adapter
+from lotr_ext import TaskBank, add_adapter, disabled, explain, mixed, set_adapter
 from lotr_ext.model.apply import adapted_layers
 from nets import relative
 
@@ -22,7 +22,8 @@ TASKS = 3
 
 def with_tasks(name: str, dtype: torch.dtype = torch.float64, **settings) -> tuple[nn.Module, TaskBank]:
     """Attention and experts adapted, three tasks of cores that matter."""
-    model = adapted(name, dtype, target_modules=None if name == "NemotronH" else ["q_proj", "v_proj"], **settings)
+    linear = {"NemotronH": None, "Qwen2Moe": "all-linear"}.get(name, ["q_proj", "v_proj"])  # and Qwen2's shared expert
+    model = adapted(name, dtype, target_modules=linear, **settings)
     bank = TaskBank(model, TASKS)
     gen = torch.Generator().manual_seed(3)
     for _ in range(TASKS):
@@ -54,7 +55,7 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     return model(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "NemotronH"])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "NemotronH", "Qwen2Moe"])
 def test_each_row_goes_through_the_experts_of_its_task(either_path, name: str) -> None:
     model, bank = with_tasks(name)
     epsilon = 1e-12 if name != "NemotronH" else 2e-6  # which has its residuals in float32
@@ -169,6 +170,16 @@ def test_experts_elsewhere() -> None:
     for task, rows in ((2, slice(0, 10)), (-1, slice(10, 20))):
         with torch.no_grad(), alone(model, bank, task):
             assert relative(y[rows], host(x[rows], index[rows], weights[rows])) < 1e-5
+
+
+def test_explain_says_what_runs() -> None:
+    """Neither experts nor a mixed batch run the base product of one node."""
+    model, _ = with_tasks("Mixtral", torch.float32)
+    experts, linear = host_of(model).lotr.gate_up_proj, model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 2, 32)
+    assert explain(experts, x).nodes == 2 and explain(linear, x).nodes == 1
+    with mixed(model, torch.tensor([0, 1, 2])):
+        assert explain(experts, x).nodes == explain(linear, x).nodes == 2
 
 
 def test_what_is_refused() -> None:
