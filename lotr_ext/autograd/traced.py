@@ -220,17 +220,15 @@ def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy) -> Ten
     call.plan = planner.plan_of(many, max(core.shape), call.compute, x.device, *forced)
     if known and tokens < planner.FEW_TOKENS and x.device.type == "cpu" and not any(forced):  # the fold takes longer than x A
         call.plan = _COMPOSITE
-    half = call.compute in (torch.bfloat16, torch.float16)
+    half = call.compute == torch.bfloat16
     ours = call.plan.strategy != "composite" and not (type(x) in _PLAIN or transformed())
+    ours = ours and call.compute != torch.float16  # whose range F could leave, and s u G
     if not ours or not all(t.dtype == call.compute or (half and t.dtype == torch.float32) for t in (A, B, core)):
         y = base_linear(x, weight, bias, dtype) if y is None else y
         delta = composite.adapter(nnf.dropout(x, p) if p else x, A, B, core, scaling, call.compute)
         return y + to(delta.to(y.device), y.dtype)
     found = _input(x, A, call.compute, p)
     u, route, core = found.u, found.route, core.to(x.device)
-    if call.compute == torch.float16:  # whose range F could leave
-        u = (u @ to(core, u.dtype)) * scaling
-        core, call.scaling = torch.eye(B.shape[1], dtype=B.dtype, device=x.device), 1.0
     base = (None, None, None)
     if y is None:
         x, weight, bias = call.cast(x, weight, bias)

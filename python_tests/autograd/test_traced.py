@@ -272,6 +272,21 @@ def test_float16_is_not_folded_and_keeps_its_gradients() -> None:
     assert worst(model, compiled, lambda x: truth(model, x), x) < 0.02
 
 
+def test_a_scaling_comes_last_in_float16() -> None:
+    """s u G leaves the range, y does not."""
+    torch.manual_seed(0)
+    layer = LoTRLinear(D, 24, 4, scaling=4000.0, dtype=torch.float16)
+    nn.init.normal_(layer.core, 0, 30)
+    nn.init.normal_(layer.factors.B, 0, 1e-4)
+    x = torch.randn(300, D).half()
+    with torch.no_grad():
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        A, core, B, W, bias = (t.double() for t in (layer.factors.A, layer.core, layer.factors.B, layer.weight, layer.bias))
+        h = 4000 * x.double() @ A @ core
+    assert h.abs().max() > torch.finfo(torch.float16).max
+    assert relative(y, x.double() @ W.T + bias + h @ B.T) < 0.01
+
+
 def test_a_base_that_is_trained_or_wrapped_gets_the_adapter_added() -> None:
     model, graphs = Siblings(), Graphs()
     for layer in model.layers:
