@@ -12,6 +12,7 @@ from torch import nn
 from toys import assert_unchanged, snapshot
 
 from lotr_ext.interop.peft import LoTRPeftConfig
+from lotr_ext.model.apply import adapted_layers
 from nets import relative
 
 
@@ -93,6 +94,19 @@ def test_what_peft_does_with_adapters(tmp_path, name):
     assert torch.equal(logits(model), y)
     bare = model.unload()
     assert relative(logits(bare), base) < 1e-6 and bare.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["gate_up_proj"], ["mlp.experts.gate_up_proj", "experts.down_proj"], ["model.layers.1.mlp.experts.down_proj"]],
+    ids=["an ending", "endings", "a full name"],
+)
+def test_parameters_are_matched_as_for_peft_s_lora(targets):
+    lora = peft.get_peft_model(mixture(), peft.LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    wrappers = ((name, m) for name, m in lora.named_modules() if hasattr(m, "parameter_name"))
+    theirs = {(name.split("layers.")[1][0], m.parameter_name) for name, m in wrappers}
+    ours = adapted_layers(adapted(target_parameters=targets))
+    assert theirs and {(name.split("layers.")[1][0], name.rpartition(".")[2]) for name in ours} == theirs
 
 
 def test_refusals_leave_the_model_as_it_was():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from bench.measure.counted import peak_bytes
 from lotr_ext import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -162,6 +163,19 @@ def test_the_same_bits_at_any_number_of_threads() -> None:
         assert all(map(torch.equal, found[0], other))
     for other in (found[3], found[5]):
         assert all(map(torch.equal, found[1], other))
+
+
+def test_no_core_is_copied_for_a_row() -> None:
+    """Forward and backward allocate no more than their results and the sorted order; a core a row would be 8 MB."""
+    given = case(2000, 2000, 50, 32, 32, torch.float32)
+
+    def step() -> None:
+        h = ops.row_core(given["u"], given["cores"], index=given["index"], tokens=given["tokens"], scaling=SCALING)
+        torch.autograd.grad(h, (given["u"], given["cores"]), given["g"])
+
+    step()
+    results = 4 * (3 * 2000 * 32 + 50 * 32 * 32)
+    assert results / 2 < peak_bytes(step, torch.device("cpu")) < 2 * results < 2000 * 32 * 32 * 4 / 4
 
 
 def test_strided_operands() -> None:
