@@ -151,6 +151,8 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         call.compute = x.dtype
         if x.dtype != weight.dtype and type(weight) in _PLAIN:
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
+    if x.is_meta != weight.is_meta:
+        raise ValueError(f"x: expected a tensor on {weight.device}, as the weight is, got one on {x.device}")
     grad = is_grad_enabled()
     if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return add_adapter(x, base_linear(x, weight, bias, call.dtype), A, B, call)

@@ -147,6 +147,15 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
     "x in float64 for a layer in float32": (of(torch.float64), "x: expected dtype torch.float32"),
     "x in float64, dropout": (of(torch.float64, dropout=0.5), "x: expected dtype torch.float32"),
     "x of integers under autocast": (lambda: under_autocast(of(torch.int64)), "x: expected dtype torch.float32"),
+    "x on meta for a layer": (lambda: LoTRLinear(6, 4, 2)(torch.ones(3, 6, device="meta")), "x: expected a tensor on cpu"),
+    "x on meta, dropout": (
+        lambda: LoTRLinear(6, 4, 2, dropout=0.5)(torch.ones(200, 6, device="meta")),
+        "x: expected a tensor on cpu",
+    ),
+    "x with values for a layer on meta": (
+        lambda: LoTRLinear(6, 4, 2, device="meta")(torch.ones(3, 6)),
+        "x: expected a tensor on meta",
+    ),
     "x in float64 under autocast": (lambda: under_autocast(of(torch.float64)), "x: expected dtype torch.float32"),
 }
 
