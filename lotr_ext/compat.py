@@ -6,10 +6,13 @@ there first, by name.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch._C import _dispatch_key_parse
 from torch.autograd import Function, Variable, forward_ad
+from torch.autograd.function import BackwardCFunction
 
 # ---- what is going on around a call ----------------------------------------------------------------------------------
 
@@ -21,6 +24,17 @@ saved_tensor_hook = torch._C._autograd._top_saved_tensors_default_hooks  # (Fals
 
 dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in batches, by is_grads_batched
+
+
+def running_function() -> object | None:
+    """ctx of the innermost autograd Function whose Python is running, as reentrant checkpointing's forward and backward do around
+    the code of a region; None outside."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("ctx",) and isinstance(ctx := frame.f_locals.get("ctx"), BackwardCFunction):
+            return ctx
+        frame = frame.f_back
+    return None
 
 
 def transformed() -> bool:
@@ -45,9 +59,20 @@ graph_task = torch._C._current_graph_task_id  # of the running backward; below z
 at_end_of_backward = Variable._execution_engine.queue_callback  # called once the running backward has ended; never if it fails
 
 
-def saved_but(ctx, unwanted: list[int]) -> tuple[Tensor | None, ...]:
-    """ctx.saved_tensors without those numbered, which are not looked at, so that nobody minds that they were changed."""
-    return tuple(None if i in unwanted else saved.unpack() for i, saved in enumerate(ctx._raw_saved_tensors))
+def saved_if(ctx, *wanted: bool) -> tuple[Tensor | None, ...]:
+    """ctx.saved_tensors, of which those that are not wanted are not looked at, so that nobody minds that they were changed."""
+    return tuple(saved.unpack() if want else None for saved, want in zip(ctx._raw_saved_tensors, wanted))
+
+
+def saved_or_changed(ctx, i: int) -> tuple[Tensor, RuntimeError | None]:
+    """Saved tensor number i; where it was changed in place the tensor as it is now, and what autograd says of that."""
+    saved = ctx._raw_saved_tensors[i]
+    try:
+        return saved.unpack(), None
+    except RuntimeError as error:
+        if not isinstance(saved.data, Tensor):  # hooks keep it: another error
+            raise
+        return saved.data, error
 
 
 def wants(ctx, i: int) -> bool:

@@ -1,6 +1,7 @@
 """The autograd Functions of an adapted layer. Equations: `reference.py`; which runs when: `call.py`.
 
     LoTRFunction   a layer by itself: y = x W^T + bias + s ((x A) G) B^T
+    LoTRKept       the u that it kept, where its backward is recorded
     LoTRShrink     u = drop(x) A, and x's place in the graph (route), for all layers on x
     LoTRExpand     y = x W^T + bias + u F^T, or onto a given y, with F = s B G^T: one layer
 
@@ -12,6 +13,7 @@ gradients to autograd.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -25,7 +27,8 @@ from ..compat import (
     functorch_active,
     graph_task,
     private_write,
-    saved_but,
+    saved_if,
+    saved_or_changed,
     saved_tensor_hook,
     wants,
 )
@@ -57,7 +60,7 @@ class LoTRFunction(Node):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, core, call: Call | float):
-        need_x, need_weight, need_bias, need_A, need_B, need_core = ctx.needs_input_grad[:6]
+        need_x, need_weight, _, need_A, need_B, need_core = ctx.needs_input_grad[:6]
         if not isinstance(call, Call):
             call = Call.of_function(x, core, call, any(ctx.needs_input_grad))
         operands = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
@@ -66,9 +69,8 @@ class LoTRFunction(Node):
         y, u, F = ops.layer_forward(*operands, *values, call.scaling, plan.order, plan.unfolded)
         plainly = saved_tensor_hook(False) is None
         ctx.save_for_backward(
-            x if need_x or need_weight or need_A else None,  # with x: double backward, which layers avoid where A is frozen
-            weight if need_x or need_weight else None,
-            bias if need_bias else None,
+            x if need_x or need_weight or need_A else None,  # with x: for LoTRKept, which layers avoid where A is frozen
+            weight if need_x else None,
             A if need_x else None,
             B if need_x or need_A or need_core else None,
             (core if plainly else kept_core(core)) if need_x or need_A or need_B else None,
@@ -83,21 +85,17 @@ class LoTRFunction(Node):
 
     @staticmethod
     def backward(ctx, g):
-        need_x, need_weight, need_bias, need_A, need_B, need_core = ctx.needs_input_grad[:6]
-        call = ctx.call
-        try:
-            x, weight, bias, A, B, core, u, F = ctx.saved_tensors
-        except RuntimeError:  # freed, or changed: only what the wanted gradients are made of must be as it was
-            if need_weight or recorded():
-                raise
-            end = len(ctx.next_functions)  # a bias of None has no place among them
-            need_x, need_A = need_x and wants(ctx, 0), need_A and wants(ctx, end - 3)
-            x, weight, bias, A, B, core, u, F = saved_but(ctx, [0] * (not need_A) + [1, 3] * (not need_x))
-        given = ctx.factors
-        A, B = given[0] if A is None else A, given[1] if B is None else B
         if recorded():
-            return *LoTRFunction._recorded(ctx, g, x, weight, bias, A, B, given[2], u), None
-        core = given[2] if core is None else core
+            return *LoTRFunction._recorded(ctx, g), None
+        call, wanted = ctx.call, ctx.needs_input_grad[:6]
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError:  # freed, or changed
+            wanted, saved = LoTRFunction._read(ctx)
+        need_x, need_weight, need_bias, need_A, need_B, need_core = wanted
+        x, weight, A, B, core, u, F = saved
+        given = ctx.factors
+        A, B, core = given[0] if A is None else A, given[1] if B is None else B, given[2] if core is None else core
         if not (A.device == g.device == core.device):
             A, B, core = here(g.device, A, B, core)
         sum_A = call.group.A.accumulator(A) if need_A and call.shares else None
@@ -110,28 +108,70 @@ class LoTRFunction(Node):
         return dx, dweight, dbias, dA, dB, dcore, None
 
     @staticmethod
-    def _recorded(ctx, g, x, weight, bias, A, B, core, u):
-        needs, call = ctx.needs_input_grad[:6], ctx.call
-        with torch.enable_grad():
-            # aliases, so that autograd.grad stops at them: x itself may depend on A through earlier layers
-            inputs = [t.view_as(t) if need else t for t, need in zip((x, weight, bias, A, B, core), needs)]
-            wanted = [t for t, need in zip(inputs, needs) if need]
-            x, weight, bias, A, B, core = inputs
-            if u is not None and not needs[0]:
-                A, B, core = here(g.device, A, B, core)
-                if needs[3]:  # A may have changed since: u keeps its value, and A its place in the graph
-                    u = u + rows(to(x, u.dtype)) @ to(A - A.detach(), u.dtype)
-                y = composite.expand(u, B, core, call.scaling).view(g.shape)
-            elif x is not None:
-                y = composite.adapter(x, A, B, core, call.scaling, g.dtype)
-            else:
-                y = torch.zeros_like(g)  # where only the bias is trained
-            if weight is not None:
-                y = y + composite.base_linear(x, weight, None, call.dtype)
-            if bias is not None:
-                y = y + to(bias, y.dtype)
-            found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-        return (next(found) if need else None for need in needs)
+    def _read(ctx) -> tuple[Sequence[bool], Sequence[Tensor | None]]:
+        """Which gradients the running backward goes on with, and of what was saved that which they are made of: the rest may
+        have changed."""
+        end = len(ctx.next_functions)  # a bias of None has no place among them
+        wanted = [need and wants(ctx, i if i < 3 else end - 6 + i) for i, need in enumerate(ctx.needs_input_grad[:6])]
+        x, weight, _, A, B, core = wanted
+        return wanted, saved_if(ctx, weight or A, x, x, x or A or core, x or A or B, B or core, x or A)
+
+    @staticmethod
+    def _recorded(ctx, g) -> tuple[Tensor | None, ...]:
+        compiled = is_compiling()
+        wanted, saved = (ctx.needs_input_grad[:6], ctx.saved_tensors) if compiled else LoTRFunction._read(ctx)
+        want_x, want_weight, want_bias, want_A, want_B, want_core = wanted
+        x, weight, A, B, core, u, _ = saved
+        core = None if core is None else ctx.factors[2]  # hooks are given a copy, which has no graph
+        if u is not None and not compiled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
+            u = LoTRKept.of(ctx, u, x, A)
+        shape, g = g.shape, rows(g)
+        k, dB, dcore = composite.expand_backward(g, u, B, core, ctx.call.scaling, want_x or want_A, want_B, want_core)
+        flat = None if x is None else rows(to(x, g.dtype))
+        dx = None
+        if want_x:
+            dx = g @ to(weight, g.dtype) + k @ to(A, g.dtype).to(g.device).t()
+            dx = dx.view(*shape[:-1], dx.shape[-1])
+        dA = flat.t() @ k if want_A else None
+        home = (None if d is None else d.to(t.device, t.dtype) for d, t in zip((dA, dB, dcore), ctx.factors))
+        return dx, g.t() @ flat if want_weight else None, g.sum(0) if want_bias else None, *home
+
+
+class LoTRKept(Node):
+    """u = x A as a LoTRFunction has kept it, in its place in the graph: dB and dG are made of it, and have gradients too.
+
+    backward: dx = k A^T,  dA = x^T k.
+
+    run(u, x, A, error): error is what to raise in backward, where x or A is not what u was made of any more.
+    """
+
+    @staticmethod
+    def of(node, u: Tensor, x: Tensor | None, A: Tensor | None) -> Tensor:
+        """node's u. x and A as they were read of node, None where they were not yet: checkpoints bear no second reading."""
+        errors = []
+        if x is None:
+            x, error = saved_or_changed(node, 0)
+            errors.append(error)
+        if A is None:
+            A, error = saved_or_changed(node, 2) if node.needs_input_grad[0] else (node.factors[0], None)
+            errors.append(error)
+        return LoTRKept.run(u, x, A, next((error for error in errors if error is not None), None))
+
+    @staticmethod
+    def forward(ctx, u, x, A, error: RuntimeError | None):
+        ctx.error = error
+        if error is None:
+            ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, A if ctx.needs_input_grad[1] else None)
+        ctx.shape = x.shape
+        return u.detach()
+
+    @staticmethod
+    def backward(ctx, k):
+        if ctx.error is not None:
+            raise ctx.error
+        x, A = ctx.saved_tensors
+        dx = None if A is None else (k @ to(A, k.dtype).to(k.device).t()).view(ctx.shape)
+        return None, dx, None if x is None else rows(to(x, k.dtype)).t() @ k, None
 
 
 class LoTRShrink(Node):
@@ -161,12 +201,11 @@ class LoTRShrink(Node):
         shared_input = ctx.input()
         try:
             x, A, seed = ctx.saved_tensors
-        except RuntimeError:  # freed, if a sibling's backward has come before by itself
-            if shared_input is None:
-                raise
-            x, A, seed = shared_input.kept_tensors()
-        if shared_input is not None and (shared_input.waiting or shared_input.kept is not None):
-            shared_input.keep(x, A, seed)
+        except RuntimeError:  # freed, or changed
+            x, A, seed = LoTRShrink._read(ctx, shared_input)
+        else:
+            if shared_input is not None and (shared_input.waiting or shared_input.kept is not None):
+                shared_input.keep(x, A, seed)
         call = ctx.call
         if recorded():
             return *LoTRShrink._recorded(ctx, k, dx, x, A, seed), None, None, None, None
@@ -183,6 +222,17 @@ class LoTRShrink(Node):
                 dA = call.group.A.accumulator(ctx.view if ctx.view.device == k.device else ctx.view.to(k.device))
         dx, new_dA = ops.shrink_backward(k, dx, x, A, dA, ctx.shape, call.p, seed)
         return dx, new_dA, None, None, None, None
+
+    @staticmethod
+    def _read(ctx, shared_input: SharedInput | None) -> Sequence[Tensor | None]:
+        """What the gradients are made of that the running backward goes on with: the rest may have changed."""
+        need_x, need_A = (need and wants(ctx, i) for i, need in enumerate(ctx.needs_input_grad[:2]))
+        try:
+            return saved_if(ctx, need_A, need_x, True)
+        except RuntimeError:  # freed, if a sibling's backward has come before by itself
+            if shared_input is None:
+                raise
+            return shared_input.kept_if(need_A, need_x, True)
 
     @staticmethod
     def _recorded(ctx, k, dx, x, A, seed) -> tuple[Tensor | None, Tensor | None]:
@@ -250,15 +300,18 @@ class LoTRExpand(Node):
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
         try:
             weight, F_l, u, B, core = ctx.saved_tensors
-        except RuntimeError:  # freed, or changed: the weight matters to x alone, which is behind LoTRShrink
-            if recorded() or not need_x or (wants(ctx, 0) and wants(ctx.next_functions[0][0], 0)):
-                raise
-            need_x, (weight, F_l, u, B, core) = False, saved_but(ctx, [0])
+        except RuntimeError:  # freed, or changed: what the wanted gradients are made of must be as it was
+            first = int(ctx.summed)  # a route of None has no place among the edges; behind it is LoTRShrink, and x
+            need_x = need_x and wants(ctx, 0) and wants(ctx.next_functions[0][0], 0)
+            need_u, need_B, need_core = (need and wants(ctx, first + i) for i, need in enumerate((need_u, need_B, need_core)))
+            need_F = need_F and (need_B or need_core)
+            weight, F_l, u, B, core = saved_if(ctx, need_x, need_u, need_B or need_core, need_u or need_core, need_u or need_B)
+        if recorded():
+            needs = need_x, need_u, need_B, need_core
+            return *LoTRExpand._recorded(ctx, g, needs, weight, u, B, None if core is None else ctx.factors[1]), *nothing
         B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
         dy = g if need_y else None
         g = g if g.dtype == call.compute else g.to(call.compute)
-        if recorded():
-            return *LoTRExpand._recorded(ctx, g, weight, u, B, ctx.factors[1]), None, dy, *nothing
         if ctx.F is not None:  # which has them behind it
             need_B = need_core = False
         if need_F:
@@ -278,19 +331,14 @@ class LoTRExpand(Node):
         return None, new_k, dB, dcore, None, dy, *nothing
 
     @staticmethod
-    def _recorded(ctx, g, weight, u, B, core):
+    def _recorded(ctx, g, needs, weight, u, B, core) -> tuple[Tensor | None, ...]:
         """Past F, in whose graph are the cores of other layers too."""
-        need_x, need_u, need_B, need_core = ctx.needs_input_grad[:4]
-        call, (B_here, core_here) = ctx.call, here(g.device, B, core)
-        dx = None if weight is None or not need_x else g @ to(weight, g.dtype)
-        g, dB, dcore = rows(g), None, None
-        k = g @ composite.fold(B_here, core_here, call.scaling, g.dtype) if need_u else None
-        if need_B or need_core:
-            wide = ops.accumulate_dtype(B.dtype)
-            Q = to(g.t() @ u, wide) * call.scaling
-            dB = to(Q @ to(core_here, wide), B.dtype) if need_B else None
-            dcore = to(Q.t() @ to(B_here, wide), core.dtype) if need_core else None
-        return dx, k, dB, dcore
+        need_x, need_u, need_B, need_core = needs
+        dy, g = g if ctx.needs_input_grad[5] else None, to(g, ctx.call.compute)
+        dx = g @ to(weight, g.dtype) if need_x and weight is not None else None
+        k, dB, dcore = composite.expand_backward(rows(g), u, B, core, ctx.call.scaling, need_u, need_B, need_core)
+        home = (None if d is None else d.to(t.device, t.dtype) for d, t in zip((dB, dcore), ctx.factors))
+        return dx, k, *home, None, dy
 
 
 def add_expand(y: Tensor, u: Tensor, F: Tensor) -> Tensor:

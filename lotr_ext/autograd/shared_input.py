@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..compat import graph_task, keeps_graph, same_storage, saved_tensor_hook
+from ..compat import BackwardCFunction, graph_task, keeps_graph, running_function, same_storage, saved_tensor_hook
 from .shared_gradient import SharedGradient, TaskSum, TaskSums
 
 _gradients = TaskSums()  # (k, dx) of each SharedInput in a running backward
@@ -46,10 +46,9 @@ class SharedInput:
     u: Tensor | None = None
     route: Tensor | None = None
     seed: Tensor | None = None
-    spent = False
     kept: tuple | None = None
 
-    def __init__(self, x: Tensor, A: Tensor, key: tuple | None, region: Callable | None):
+    def __init__(self, x: Tensor, A: Tensor, key: tuple | None, region: object | None):
         own = weakref.ref(self)
 
         def forget(_) -> None:
@@ -67,9 +66,9 @@ class SharedInput:
             self.seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
         return self.seed
 
-    def serves(self, A: Tensor, key: tuple, region: Callable | None, user: object) -> bool:
+    def serves(self, A: Tensor, key: tuple, region: object | None, user: object) -> bool:
         """Whether user, called on this x, may take u, or the seed that is there before it."""
-        if (self.u is None and self.seed is None) or self.key != key or self.spent or id(user) in self.users:
+        if (self.u is None and self.seed is None) or self.key != key or id(user) in self.users:
             return False
         if self.A[0] is not A or not same_storage(self.A[1], A.untyped_storage()):
             return False
@@ -82,7 +81,7 @@ class SharedInput:
 
         No more siblings from now on, for an optimizer may follow, which a fused one does without a trace.
         """
-        self.spent, self.u, self.route, self.seed = True, None, None, None
+        self.u = self.route = self.seed = None
         if node in self.waiting and not keeps_graph():
             self.waiting.remove(node)
         return _gradients.of_task(self, device)
@@ -99,22 +98,29 @@ class SharedInput:
             return found
         return tuple(b if a is None else a if b is None else a + b for a, b in zip((k, dx), found))
 
+    def waits(self) -> bool:
+        """Whether a sibling's backward is still to come."""
+        return any(reference() is not None for reference in self.waiting)
+
     def keep(self, *saved: Tensor | None) -> None:
         """What LoTRShrink saved, as long as a sibling's backward is still to come: autograd frees it after the first."""
-        waits = any(reference() is not None for reference in self.waiting)
-        self.kept = tuple((t, None if t is None else t._version) for t in saved) if waits else None
+        self.kept = tuple((t, None if t is None else t._version) for t in saved) if self.waits() else None
 
-    def kept_tensors(self) -> list[Tensor | None]:
-        """What was kept. Raises in the words of the error that is being handled, or of autograd, where it is not as it was."""
+    def kept_if(self, *wanted: bool) -> list[Tensor | None]:
+        """What was kept, as far as it is wanted. Raises in the words of the error that is being handled, or of autograd, where
+        it is not as it was."""
         if self.kept is None:
             raise
-        for t, version in self.kept:
+        kept = [item if want else (None, None) for item, want in zip(self.kept, wanted)]
+        for t, version in kept:
             if t is not None and t._version != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"{tuple(t.shape)} is at version {t._version}; expected version {version}"
                 ) from None
-        return [t for t, _ in self.kept]
+        if not self.waits():
+            self.kept = None
+        return [t for t, _ in kept]
 
 
 class _Steps(threading.local):
@@ -155,12 +161,15 @@ class SharedFactor(SharedGradient):
     def find(self, x: Tensor, A: Tensor, user: object, settings: tuple) -> SharedInput:
         """The SharedInput for user's call on x: a sibling's, in which u or seed is set, or a new one.
 
-        With a new one the caller sets u (and route, in a graph), or draws the seed, and then calls `offer`.
+        settings: what else u depends on, the dropout in force last. With a new one the caller sets u (and route, in a graph),
+        or draws the seed, and then calls `offer`.
         """
         # the innermost saved-tensor hook tells a checkpoint's forward, its recomputation and the code around apart: they must
         # save the same tensors, so they must decide alike and never share with each other
         region = (saved_tensor_hook(False) or (None,))[0]
-        if not isinstance(region, _HOOKS) or x.is_inference() or A.is_inference():
+        if settings[-1] and not torch.is_grad_enabled():  # a reentrant checkpoint draws its masks again, from its start on
+            region = running_function() or region
+        if not isinstance(region, _REGIONS) or x.is_inference() or A.is_inference():
             return SharedInput(x, A, None, None)
         key = (
             *(x._version, x.data_ptr(), x.shape, x.requires_grad, x.is_leaf),
@@ -195,4 +204,4 @@ class Group:
         self.B.layers += 1
 
 
-_HOOKS = (types.FunctionType, types.NoneType)  # what a weak reference can tell apart
+_REGIONS = (types.FunctionType, BackwardCFunction, types.NoneType)  # what a weak reference can tell apart

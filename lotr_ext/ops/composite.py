@@ -55,11 +55,48 @@ def adapter(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype
 
 
 def expand(u: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """s (u G) B^T [m, n] in u's dtype, unfolded for few tokens and in float16, whose range F could leave."""
-    known = not is_compiling() and isinstance(u.shape[0], int)  # a size that a compiler traces would become a guard
-    if u.dtype == torch.float16 or (known and u.shape[0] < planner.FEW_TOKENS):
+    """s (u G) B^T [m, n] in u's dtype."""
+    if _is_unfolded(u):
         return ((u @ to(core, u.dtype)) @ to(B, u.dtype).t()) * scaling
     return u @ fold(B, core, scaling, u.dtype).t()
+
+
+def expand_backward(
+    g: Tensor,
+    u: Tensor | None,
+    B: Tensor | None,
+    core: Tensor | None,
+    scaling: float,
+    need_k: bool,
+    need_B: bool,
+    need_core: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of `expand` for g [m, n]: (k [m, r_in], dB, dG), each where it is asked for.
+
+    k is made of B and core, dB of u and core, dG of u and B; what nothing is made of may be None.
+    """
+    B, core = (None if t is None else t.to(g.device) for t in (B, core))
+    if _is_unfolded(g):
+        g = g * scaling
+        h = g @ to(B, g.dtype) if need_k or need_core else None
+        return (
+            h @ to(core, g.dtype).t() if need_k else None,
+            g.t() @ (u @ to(core, g.dtype)) if need_B else None,
+            u.t() @ h if need_core else None,
+        )
+    wide = accumulate_dtype(g.dtype)
+    Q = to(g.t() @ u, wide) * scaling if need_B or need_core else None
+    return (
+        g @ fold(B, core, scaling, g.dtype) if need_k else None,
+        Q @ to(core, wide) if need_B else None,
+        Q.t() @ to(B, wide) if need_core else None,
+    )
+
+
+def _is_unfolded(t: Tensor) -> bool:
+    """Of u or g [m, ..]: few tokens, or float16, whose range F could leave."""
+    known = not is_compiling() and isinstance(t.shape[0], int)  # a size that a compiler traces would become a guard
+    return t.dtype == torch.float16 or (known and t.shape[0] < planner.FEW_TOKENS)
 
 
 ROW_CORE_ELEMENTS = 2**20  # of the cores that are gathered at a time

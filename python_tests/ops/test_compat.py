@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import Function, forward_ad
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lotr_ext import compat
@@ -95,8 +96,12 @@ def test_a_saved_tensor_that_is_not_looked_at_may_have_changed():
     def look(ctx) -> None:
         with pytest.raises(RuntimeError, match="inplace"):
             ctx.saved_tensors  # noqa: B018
-        found.extend(compat.saved_but(ctx, [0]))
+        found.extend(compat.saved_if(ctx, False, True))
         found.append((compat.wants(ctx, 0), compat.wants(ctx, 1)))
+        changed, error = compat.saved_or_changed(ctx, 0)
+        assert torch.equal(changed, x) and changed.requires_grad and isinstance(error, RuntimeError)
+        unchanged, error = compat.saved_or_changed(ctx, 1)
+        assert torch.equal(unchanged, a) and error is None
 
     def gradient_of_a():
         found.clear()
@@ -109,6 +114,25 @@ def test_a_saved_tensor_that_is_not_looked_at_may_have_changed():
     gradient_of_a()
     x, a = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)  # and of leaves
     gradient_of_a()
+
+
+def test_the_function_that_is_running():
+    seen = []
+
+    def look(x):
+        seen.append(compat.running_function())
+        return x * 2
+
+    x = torch.ones(2, requires_grad=True)
+    with torch.no_grad():
+        look(x)
+    assert seen == [None]
+    ys = [checkpoint(lambda t: look(look(t)), x, use_reentrant=True) for _ in range(2)]
+    _, one, same, other, _ = seen
+    assert one is same and one is not other and None not in seen[1:]
+    seen.clear()
+    sum(ys).sum().backward()  # runs them again
+    assert seen == [other, other, one, one]
 
 
 def test_private_writes_move_no_version_and_storages_are_told_apart():

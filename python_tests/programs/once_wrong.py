@@ -86,6 +86,11 @@ CHANGED_A = "y = l0(x)\nwith torch.no_grad(): f.A.mul_({})\n"
 OTHER_CORE = "net.requires_grad_(False)\nnet.l0.core.requires_grad_(True)\n"
 OF_A = "w.grad('p', w.loss(3, y), [f.A])\n"
 TWICE = "d = w.grad('d', w.loss(3, y, scale=0.01), [{}], create=True)\nw.grad('p', w.loss(4, *d), [{}])\n"
+REENTRANT = "w.checkpoint({}, x, reentrant=True)"
+TWICE_AFTER = (
+    "d = w.grad('d', w.loss(3, y), [f.B], create=True)\n"
+    "if d:\n    w.grad('p', w.loss(4, *d), [l0.core], retain=True)\n    w.grad('q', w.loss(4, *d), [x], retain=True)\n"
+)
 LARGE = {"dtype": "float16", "settings": ", scaling=1000.0, core_scale=200.0", "scale": ", scale=1e-3"}
 
 PROGRAMS: dict[str, str] = {
@@ -190,6 +195,25 @@ PROGRAMS: dict[str, str] = {
     "double backward after a change of an A": pair(
         CHANGED_A.format(0.5) + TWICE.format("l0.core", "f.A"), train="A", tokens="5", grad=False
     ),
+    **{
+        f"recorded gradient of B after {change}, {tokens} tokens": pair(f"y = l0(x)\n{change}\n" + TWICE_AFTER, tokens=tokens)
+        for change in (
+            "with torch.no_grad(): f.A.mul_(0.5)",
+            "with torch.no_grad(): x.mul_(0.5)",
+            "parametrize.register_parametrization(f, 'A', Doubled())",
+        )
+        for tokens in ("5", "130")
+    },
+    **{
+        f"dropout in a reentrant checkpoint, {name}": pair(
+            before + "\nw.backward('b', w.loss(3, y))\n", settings=", dropout=0.5", tokens=tokens
+        )
+        for tokens in ("5", "130")
+        for name, before in (
+            (f"{tokens} tokens", "with torch.no_grad(): l0(x)\ny = " + REENTRANT.format("lambda t: l1(t) * l0(t)")),
+            (f"another one, {tokens} tokens", f"y = {REENTRANT.format('l0')} * " + REENTRANT.format("l1")),
+        )
+    },
     "one trained core of several": net(OTHER_CORE + RUN_NET),
     "one trained core of several, double backward": net(OTHER_CORE + "y, = net(x, w)\n" + TWICE.format("x", "x")),
     "the active adapter is set again, of a parametrized core": parametrized(

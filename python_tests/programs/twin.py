@@ -41,29 +41,26 @@ def dropout_mask(shape: torch.Size, p: float, seed: int) -> Tensor:
 
 
 class Reads(torch.autograd.Function):
-    """t, whose gradient, or (`recorded`) only that which is differentiated again, needs `other` as it is: notices that it was
-    changed also where a product has saved a copy, for its layout, or a result."""
+    """t, whose gradient needs `other` as it is: notices that it was changed also where a product has saved a copy, for its
+    layout, or a result."""
 
     @staticmethod
-    def forward(ctx, t: Tensor, other: Tensor, recorded: bool) -> Tensor:
-        ctx.recorded = recorded
+    def forward(ctx, t: Tensor, other: Tensor) -> Tensor:
         ctx.save_for_backward(other)
         return t.detach()  # shares t's version, yet is no view of it
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if torch.is_grad_enabled() or not ctx.recorded:
-            ctx.saved_tensors  # noqa: B018
-        return grad, None, None
+        ctx.saved_tensors  # noqa: B018
+        return grad, None
 
 
 def read(x: Tensor, A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, ...]:
     """A, B and core as a layer takes them that saves no u G (docs/how_a_call_runs.md).
 
-    The gradient of B needs the core; where A is trained, its own needs x, and a recorded backward needs x for them all.
+    The gradient of A needs x, as any does, and that of B the core.
     """
-    B = Reads.apply(B, core, False)
-    return tuple(Reads.apply(t, x, t is not A) for t in (A, B, core)) if A.requires_grad else (A, B, core)
+    return Reads.apply(A, x), Reads.apply(B, core), core
 
 
 class LoTRFactors(nn.Module):
