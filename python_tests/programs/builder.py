@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
-from hypothesis import strategies as st
 from programs.script import dtype_name
 
 T = TypeVar("T")
@@ -21,9 +19,6 @@ from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 """
 KINDS = ("strided", "offset", "transposed", "padded", "expanded", "neg", "conj")
-
-
-integers = functools.cache(st.integers)  # to make and check a strategy costs more than to draw from it
 
 
 class Value(NamedTuple):
@@ -48,10 +43,13 @@ class Layer(NamedTuple):
 
 
 class Builder:
-    """A program in the making. compute: the dtype of x, weights and products; adapter: of A, B and the cores."""
+    """A program in the making. compute: the dtype of x, weights and products; adapter: of A, B and the cores.
 
-    def __init__(self, draw):
-        self.draw = draw
+    integer(low, high): draws one of these numbers, both ends among them; the lowest is the simplest.
+    """
+
+    def __init__(self, integer: Callable[[int, int], int]):
+        self.integer = integer
         self.lines: list[str] = []
         self.indent = 1
         self.names = 0
@@ -91,7 +89,7 @@ class Builder:
         return self.number(0, 99) >= 100 - round(100 * p)
 
     def number(self, low: int, high: int) -> int:
-        return self.draw(integers(low, high))
+        return self.integer(low, high)
 
     def small(self, low: int, high: int) -> int:
         """Mostly near low."""

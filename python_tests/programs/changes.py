@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from programs.backwards import backward, losses
-from programs.builder import Builder
+from programs.builder import Builder, Layer
 from programs.forwards import forward_net, parameter, unrecorded
 
 
@@ -120,11 +120,14 @@ def reparametrized(b: Builder) -> None:
     plain = [layer for layer in b.layers if not layer.wrapped]
     if not plain:
         return
-    layer = b.one_of(*plain)
-    how = b.one_of("parametrizations.weight_norm({0})", "weight_norm({0})", "prune.identity({0}, 'weight')")
-    b.line(f"if 'weight' in {layer.name}._parameters: {how.format(layer.name)}")
+    reparametrize(b, b.one_of(*plain))
     b.forget()
     merged(b)
+
+
+def reparametrize(b: Builder, layer: Layer) -> None:
+    how = b.one_of("parametrizations.weight_norm({0})", "weight_norm({0})", "prune.identity({0}, 'weight')")
+    b.line(f"if 'weight' in {layer.name}._parameters: {how.format(layer.name)}")
 
 
 def hook(b: Builder) -> None:
@@ -246,11 +249,24 @@ def copied(b: Builder) -> None:
 
 
 def unloaded(b: Builder) -> None:
-    """The adapter for good in the weights, between a forward and its backward: the last step of a program."""
+    """The adapter for good in the weights, between a forward and its backward: the last step of a program.
+
+    Where that is refused, for a layer in the middle perhaps, the whole adapter is trained as before.
+    """
     forward_net(b)
     b.changed()
-    b.line("w.may_refuse(lambda: w.unload(net))")
+    if b.chance(0.4):
+        reparametrize(b, b.one_of(*b.layers))
+    b.line("refused = w.may_refuse(lambda: w.unload(net))")
     inputs = [value.name for value in b.values if value.name.startswith("x")]
     if b.fresh:
         b.line(f'w.grad("{b.name("p")}", {losses(b)}, [{", ".join(inputs)}])')
     unrecorded(b)
+    b.forget()
+    x = b.input_for(b.widths[0])
+    b.line("if refused:")
+    b.indent += 1
+    forward_net(b, x=x)
+    backward(b)
+    b.indent -= 1
+    b.forget()

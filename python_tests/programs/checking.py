@@ -18,7 +18,7 @@ from programs.plain_world import Plain
 from programs.worlds import Decisions, Undecided, World
 from torch import Tensor
 
-TIMES, EPSILONS, NOISE = 4.0, 16.0, 4.0  # of plain torch's error, of the largest element, of what rounded inputs do
+TIMES, SPACINGS, NOISE = 4.0, 16.0, 4.0  # of plain torch's error, of the dtype's spacing there, of what rounded inputs do
 
 
 class Fault(NamedTuple):
@@ -54,10 +54,10 @@ def check(program, dtype: torch.dtype) -> Fault | None:
     """dtype: the coarsest in which the program computes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _check(program, torch.finfo(dtype).eps)
+        return _check(program, torch.finfo(dtype))
 
 
-def _check(program, eps: float) -> Fault | None:
+def _check(program, dtype: torch.finfo) -> Fault | None:
     decisions = Decisions()
     ours = run(program, Ours(decisions))
     plain, truth = run(program, Plain(decisions)), run(program, Plain(decisions, exact=True))
@@ -72,13 +72,13 @@ def _check(program, eps: float) -> Fault | None:
         kind = f"raises {type(ours.error).__name__} where plain torch works"
         return Fault(kind, f"line {ours.line}: {kind}: {ours.error}")
     if not stops:
-        return _compare_all(program, decisions, ours, plain, truth, eps)
+        return _compare_all(program, decisions, ours, plain, truth, dtype)
     right = run(program, Plain(decisions, exact=True, keep=True))
-    fault = _compare_all(program, decisions, ours, plain, right, eps)
+    fault = _compare_all(program, decisions, ours, plain, right, dtype)
     if fault is None and ours.line is None:
         loose = [(label, t if t is None else t.detach(), False) for label, t, _ in right.seen]
         fault = _compare_all(
-            program, decisions, ours, right._replace(seen=loose), right, eps, after=len(plain.seen), loose=True
+            program, decisions, ours, right._replace(seen=loose), right, dtype, after=len(plain.seen), loose=True
         )
         if fault is not None:
             text = f"line {min(stops)}: plain torch raises there, ours gives another number: {fault.text}"
@@ -87,7 +87,7 @@ def _check(program, eps: float) -> Fault | None:
 
 
 def _compare_all(
-    program, decisions: Decisions, ours: Run, plain: Run, truth: Run, eps: float, after: int = 0, loose: bool = False
+    program, decisions: Decisions, ours: Run, plain: Run, truth: Run, dtype: torch.finfo, after: int = 0, loose: bool = False
 ) -> Fault | None:
     """The first number that is not as it should be. after: how many were compared with plain torch already.
     loose: whatever their dtypes."""
@@ -99,10 +99,10 @@ def _compare_all(
             return None
         if seen[0][0] == seen[1][0] != seen[2][0]:
             return None  # casts and the twin's `read` decide whether there is a second gradient: from here on there is no truth
-        fault = _compare(*seen, eps, 0.0, loose)
+        fault = _compare(*seen, dtype, 0.0, loose)
         if fault is not None and fault.kind.startswith("wrong number"):
-            allowed = allowed or _noise(program, decisions, truth, eps)
-            fault = _compare(*seen, eps, allowed[i], loose)
+            allowed = allowed or _noise(program, decisions, truth, dtype.eps)
+            fault = _compare(*seen, dtype, allowed[i], loose)
         if fault is not None:
             return fault
     if ours.line is None and plain.line is None and len(ours.seen) != len(plain.seen):
@@ -125,7 +125,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
 
 
-def _compare(ours, plain, truth, eps: float, noise: float, loose: bool) -> Fault | None:
+def _compare(ours, plain, truth, dtype: torch.finfo, noise: float, loose: bool) -> Fault | None:
     (label, got, got_grad), (plain_label, same, same_grad), (truth_label, want, _) = ours, plain, truth
     part = "grad" if "grad" in label else "value"
     if not label == plain_label == truth_label:
@@ -150,7 +150,9 @@ def _compare(ours, plain, truth, eps: float, noise: float, loose: bool) -> Fault
     error, plain_error, size = _distance(got, want), _distance(same, want), float(want.abs().max())
     if not math.isfinite(plain_error) or (loose and not math.isfinite(error)):
         return None  # beyond the dtype's range in plain torch too, or for all that is known
-    most = TIMES * plain_error + EPSILONS * eps * size + NOISE * noise
+    # numbers of a dtype lie eps apart in proportion to their size, but below its smallest normal one no closer
+    spacing = dtype.eps * max(size, dtype.smallest_normal)
+    most = TIMES * plain_error + SPACINGS * spacing + NOISE * noise
     if error <= most:
         return None
     what = f"{label}: error {error:.3g} where |truth| is {size:.3g} and plain torch's error {plain_error:.3g}"

@@ -46,20 +46,22 @@ def after_forward(b: Builder, y: Value) -> None:
 
 
 def siblings(b: Builder) -> None:
-    """Several layers on the very same x, as q, k and v."""
+    """Several layers on the very same x, as q, k and v, perhaps each in a checkpoint of its own."""
     layer = b.one_of(*b.layers)
     fitting = [other for other in b.layers if other.k == layer.k]
     x = b.input_for(layer.k)
+    call = b.one_of("w.checkpoint({0}, {1}, reentrant=True)", "w.checkpoint({0}, {1})") if b.chance(0.2) else "{0}({1})"
+    b.recomputes = b.recomputes or "checkpoint" in call
     for other in b.some(fitting):
         y = b.made((*x.shape[:-1], other.n))
-        run_line(b, f"{y.name} = {other.name}({x.name})")
+        run_line(b, f"{y.name} = {call.format(other.name, x.name)}")
         show(b, y)
 
 
-def forward_net(b: Builder, call: str = "net({0}, w)") -> None:
+def forward_net(b: Builder, call: str = "net({0}, w)", x: Value | None = None) -> None:
     if b.net_sets:
         b.changed()
-    x = b.input_for(b.widths[0])
+    x = x or b.input_for(b.widths[0])
     names = [b.name("y") for _ in range(b.outputs)]
     run_line(b, f"{', '.join(names)}, = {call.format(x.name)}")
     for name in names:
@@ -93,7 +95,7 @@ def mixed(b: Builder) -> None:
     b.indent += 1
     b.line(f"with w.mixed(net, {names}):")
     b.indent += 1
-    forward_net(b)
+    forward_net(b, x=x)  # the batch that is there whether they can be mixed or not
     b.indent -= 2
     b.forget()
 

@@ -69,9 +69,7 @@ def make_net(b: Builder) -> None:
     b.indent -= 2
     splits = b.chance(0.3)  # two groups of one shape
     groups = {name: f"g{k}x{n}" + (f"_{i % 2}" if splits else "") for i, (name, (k, n)) in enumerate(zip(names, sizes))}
-    train = b.one_of("A B core", "A B core", "A B core", "core", "A core", "B core", "A", "B")
-    if train in ("A", "B"):
-        train += " core"
+    train = b.one_of("A B core", "A B core", "A B core", "core", "A core", "B core", "A B", "B")
     r, adapter = rank(b), b.dtype(b.adapter)
     if b.frozen:
         b.line("with torch.inference_mode():")

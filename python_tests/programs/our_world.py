@@ -31,8 +31,10 @@ class Ours(World):
         return make.from_linear(base, factors, scaling=scaling, dropout=dropout)
 
     def _apply(self, model, groups, rank, settings):
-        dtype = settings.pop("dtype")
-        config = lotr_ext.LoTRConfig(rank=rank, target_modules=list(groups), group_by=groups, adapter_dtype=dtype, **settings)
+        dtype, init = settings.pop("dtype"), "zero" if "core" in settings["train"] else "identity"
+        config = lotr_ext.LoTRConfig(
+            rank=rank, target_modules=list(groups), group_by=groups, adapter_dtype=dtype, core_init=init, **settings
+        )
         lotr_ext.apply_lotr(model, config)
 
     def watch(self, layer) -> None:
@@ -111,10 +113,11 @@ class Ours(World):
             load = partial(lotr_ext.load_adapter, model, folder)
             load() if invertible(model) else self.may_refuse(load)
 
-    def may_refuse(self, function: Callable) -> None:
+    def may_refuse(self, function: Callable) -> bool:
         try:
             function()
         except (TypeError, ValueError, RuntimeError):
             self.decisions.refused.append(True)
         else:
             self.decisions.refused.append(False)
+        return self.decisions.refused[-1]

@@ -100,11 +100,12 @@ class Plain(World):
 
         restore() if invertible(model) else self.may_refuse(restore)
 
-    def may_refuse(self, function: Callable) -> None:
-        """What lotr_ext may refuse by an error, having changed nothing; the other worlds then leave it out."""
+    def may_refuse(self, function: Callable) -> bool:
+        """What lotr_ext may refuse by an error, having changed nothing; the other worlds then leave it out. Whether it did."""
         if self.choices == len(self.decisions.refused):
             raise Undecided
         refused = self.decisions.refused[self.choices]
         self.choices += 1
         if not refused:
             function()
+        return refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hypothesis import strategies as st
+from hypothesis.control import current_build_context
 from programs.backwards import backward, double, partial, separate
 from programs.builder import Builder
 from programs.changes import (
@@ -51,10 +52,15 @@ CHANGES = (
 WHOLE = (saved, switched, switched, off, mixed)
 
 
-@st.composite
-def programs(draw) -> Builder:
-    """A whole program."""
-    b = Builder(draw)
+def programs() -> st.SearchStrategy[Builder]:
+    """Whole programs."""
+    return st.builds(whole)
+
+
+def whole() -> Builder:
+    """A program, whose choices are drawn below the level of strategies: from one strategy to another hypothesis copies what it
+    has drawn, and half of all programs were others with a change."""
+    b = Builder(current_build_context().data.draw_integer)
     in_net = b.chance(0.4)
     make_net(b) if in_net else make_layers(b)
     for _ in range(b.number(1, 6)):

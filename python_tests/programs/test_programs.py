@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("hypothesis")  # before what needs it: `-m cuda` collects this file without it too
 
-from programs import once_wrong, running, twin
+from programs import checking, once_wrong, running, twin
 from programs.checking import check
 from programs.running import Batch
 from programs.script import compiled, standalone
@@ -94,6 +94,20 @@ def test_planted_faults_are_found(where: dict[str, str], kind: str) -> None:
 @pytest.mark.parametrize("where", [{}, {"layer": ", dropout=0.5"}, {"after": "y.mul_(2)"}])
 def test_right_programs_are_right(where: dict[str, str]) -> None:
     assert check(compiled(planted(**where)), torch.float32) is None
+
+
+def test_what_a_dtype_cannot_hold_is_no_fault() -> None:
+    """A number below float16's smallest one is nothing there; one that it can hold is something, as is either in float32."""
+
+    def fault(dtype: torch.dtype, number: float) -> str | None:
+        truth = torch.tensor([number], dtype=torch.float64)
+        found = checking._compare(
+            ("y", truth.new_zeros(1), False), ("y", truth, False), ("y", truth, False), torch.finfo(dtype), 0.0, loose=True
+        )
+        return found and found.kind
+
+    assert fault(torch.float16, 1.7e-8) is None and fault(torch.float16, 1e-5) == "wrong number: value"
+    assert fault(torch.float32, 1.7e-8) == fault(torch.bfloat16, 1.7e-8) == "wrong number: value"
 
 
 def test_what_plain_torch_refuses_may_be_refused() -> None:
