@@ -27,8 +27,8 @@ OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in b
 
 
 def running_function() -> object | None:
-    """ctx of the innermost autograd Function whose Python is running, as reentrant checkpointing's forward and backward do around
-    the code of a region; None outside."""
+    """ctx of the innermost autograd Function of Python that is running, as reentrant checkpointing's does around the code of a
+    region, forward and backward; None outside."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_varnames[:1] == ("ctx",) and isinstance(ctx := frame.f_locals.get("ctx"), BackwardCFunction):

@@ -50,8 +50,9 @@ def siblings(b: Builder) -> None:
     layer = b.one_of(*b.layers)
     fitting = [other for other in b.layers if other.k == layer.k]
     x = b.input_for(layer.k)
-    call = b.one_of("w.checkpoint({0}, {1}, reentrant=True)", "w.checkpoint({0}, {1})") if b.chance(0.2) else "{0}({1})"
-    b.recomputes = b.recomputes or "checkpoint" in call
+    call = "{0}({1})"
+    if b.chance(0.5 if b.dropout else 0.1):
+        call, b.recomputes = b.one_of("w.checkpoint({0}, {1}, reentrant=True)", "w.checkpoint({0}, {1})"), True
     for other in b.some(fitting):
         y = b.made((*x.shape[:-1], other.n))
         run_line(b, f"{y.name} = {call.format(other.name, x.name)}")
