@@ -69,6 +69,7 @@ class Builder:
         self.net_sets = False  # whether it makes parameters or sets scalings: what was recorded before would be recomputed anew
         self.shared: list[str] = []  # adapters that share the first one's factors
         self.net_recomputes = False  # whether the model's forward checkpoints some of its layers
+        self.cached: set[str] = set()  # what selective checkpointing may have kept, which torch does not allow to be changed
         self.recomputes = False  # whether something waits for its recomputation
         self.flipped = False  # whether what requires grad has changed since the forward
         self.unwatched = False  # whether hooks have what was saved, so that no one sees that it is changed in place

@@ -8,9 +8,10 @@ from programs.forwards import forward_net, parameter, unrecorded
 
 
 def in_place(b: Builder) -> None:
-    if not (b.values or b.fresh):
+    fitting = [value for value in (*b.values, *b.fresh) if value.name not in b.cached]
+    if not fitting:
         return
-    value = b.one_of(*b.values, *b.fresh)
+    value = b.one_of(*fitting)
     change = b.one_of("mul_(0.5)", "add_(0.25)")
     if value.name.startswith("x") or b.chance(0.3):
         b.line(f"with torch.no_grad(): {value.name}.{change}")

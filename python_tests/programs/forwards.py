@@ -68,6 +68,8 @@ def forward_net(b: Builder, call: str = "net({0}, w)", x: Value | None = None) -
     for name in names:
         value = Value(name, (-1, -1))  # of a shape that only the model knows: for losses alone
         b.fresh.append(value)
+        if b.net_recomputes or "policy" in call:
+            b.cached.add(name)
         show(b, value)
 
 
@@ -84,6 +86,8 @@ def view(b: Builder) -> None:
     v = Value(b.name("v"), (*rows, x.width))
     b.line(f"{v.name} = {x.name}.{how.format(x.name)}")
     b.values.append(v)
+    if x.name in b.cached:
+        b.cached.add(v.name)
 
 
 def mixed(b: Builder) -> None:
@@ -113,6 +117,7 @@ def checkpointed(b: Builder) -> None:
     kind = b.one_of("", ", reentrant=True", "policy")
     if kind == "policy":
         kind = f', policy="{b.one_of(*POLICIES)}"'
+        b.cached.add(y.name)
     chain = [other for other in b.layers if other.k == layer.k and other.n == layer.n]
     function = layer.name
     if b.chance(0.5):
