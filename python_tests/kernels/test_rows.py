@@ -98,4 +98,8 @@ def test_neighbours_of_a_core_are_read_together(lib) -> None:
             run(lib, given | {"cores": cores}, multiprocessors=16)
             counted = lib.counters()["arrays"]["cores"]
             assert 0 < 32 * counted["read_sectors"] <= 1.01 * counted["read_bytes"], (run.__name__, cores.strides)
+    lib.reset_counters()
+    lib.fold(given["u"], given["cores"], 1.0, np.full((C, 640, R), NAN))  # which reads G^T as the backward does
+    counted = lib.counters()["arrays"]["cores"]
+    assert 0 < 32 * counted["read_sectors"] <= 1.01 * counted["read_bytes"]
     lib.set_options()
