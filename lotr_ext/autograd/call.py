@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -12,15 +11,15 @@ from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from .. import ops
-from ..compat import any_autocast, jit_tracing, saved_tensor_hook, transformed
+from ..compat import any_autocast, jit_tracing, transformed
 from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.planner import Plan
 from . import traced
-from .bank import open_scope
-from .functions import LoTRExpand, LoTRFunction, LoTRShrink, add_expand
+from .functions import LoTRFunction, add_expand
 from .record import Call
-from .shared_input import SharedInput, keeps_all_by_itself
+from .shared_input import SharedInput
+from .siblings import expand, shared_u
 
 FUSED = planner.ORDERS["fused"]
 _PLAIN = (Tensor, nn.Parameter)
@@ -147,7 +146,7 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     """y = x W^T + bias + s ((drop(x) A) G) B^T. A base that is trained is one of any kind: autograd differentiates it."""
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
-            return _explicitly_cast(call_linear, x, weight, bias, A, B, call)
+            return explicitly_cast(call_linear, x, weight, bias, A, B, call)
         call.compute = x.dtype
         if x.dtype != weight.dtype and type(weight) in _PLAIN:
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
@@ -163,8 +162,8 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         return _composite(x, base_linear(x, weight, bias, call.dtype), A, B, call)
     in_graph = grad and (x.requires_grad or A.requires_grad or B.requires_grad or call.core.requires_grad)
     if plan.nodes == 2:
-        found = _shared_u(x, A, B, call)
-        return _expand(found, None, (x, weight, bias), B, call, in_graph)
+        found = shared_u(x, A, B, call)
+        return expand(found, None, (x, weight, bias), B, call, in_graph)
     if in_graph:
         if call.shares:
             A, B = call.group.A.view(A, call.owner), call.group.B.view(B, call.owner)
@@ -174,7 +173,7 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     return ops.layer_forward(*operands, *factors, call.scaling, plan.order, plan.unfolded)[0]
 
 
-def _explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
+def explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
     """run(x, .., call) under autocast: every cast is explicit from there on."""
     rest[-1].dtype = rest[-1].compute = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
@@ -190,23 +189,23 @@ def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tenso
     """y + s ((drop(x) A) G) B^T."""
     if call.dtype is None:
         if compute_dtype(x) is not None:
-            return _explicitly_cast(add_adapter, x, y, A, B, call)
+            return explicitly_cast(add_adapter, x, y, A, B, call)
         call.compute = x.dtype
     call.plan = plan_call(x, A, call, None)
     if call.plan.nodes == 0:
         if call.plan is traced.PLAN:
             return traced.adapted(x, y, None, None, A, B, call)
         return _composite(x, y, A, B, call)
-    found = _shared_u(x, A, B, call)
+    found = shared_u(x, A, B, call)
     in_graph = is_grad_enabled() and any(t.requires_grad for t in (y, x, A, B, call.core))
-    return _expand(found, y, (None, None, None), B, call, in_graph)
+    return expand(found, y, (None, None, None), B, call, in_graph)
 
 
 def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> Tensor:
     """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], whose tokens all take its core; -1: none."""
     if call.dtype is None:
         if compute_dtype(x) is not None:
-            return _explicitly_cast(add_rows, x, y, A, B, cores, index, call)
+            return explicitly_cast(add_rows, x, y, A, B, cores, index, call)
         call.compute = x.dtype
     call.plan, compute = plan_call(x, A, call, None), call.compute
     index = index.to(x.device)
@@ -216,13 +215,13 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: T
     if call.plan.nodes == 0:
         u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)
         return plus_unfolded(y, ops.row_core(rows(u), cores, index=index), B, call.scaling)
-    found = _shared_u(x, A, B, call)
+    found = shared_u(x, A, B, call)
     h = ops.row_core(found.u, cores, index=index, scaling=call.scaling)
     grad = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
     if not grad:
         return add_expand(y, h, *here(x.device, B))
     rows_call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
-    return _expand(found, y, (None, None, None), B, rows_call, grad, h)
+    return expand(found, y, (None, None, None), B, rows_call, grad, h)
 
 
 def plus_unfolded(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -240,57 +239,6 @@ def row_cores(cores: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
 def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
     delta = composite.adapter(dropped_input(x, A, call), A, B, call.core, call.scaling, call.compute)
     return y + to(delta.to(y.device), y.dtype)
-
-
-def _shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
-    """u and route for a call: a sibling's where one has been here with this very x, else new."""
-    # what hooks pack, autograd does not watch: then dB and dG are made of what each node has saved
-    watched = saved_tensor_hook(False) is None or keeps_all_by_itself()
-    scope = open_scope() if call.group is not None and watched else None
-    call.bank = None if scope is None else scope.bank(call.group.B, B, call.compute)
-    group, graph = call.group, is_grad_enabled()
-    settings = (call.compute, call.dtype, call.p)
-    found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, settings)
-    if found.u is not None:
-        if call.shares:
-            group.A.view(A, call.owner)  # that the owner has been here, as a new round begins when it comes again
-        return found
-    seed = found.drawn(x.device) if call.p else None
-    values = A if call.bank is None or A.dtype == call.compute else scope.cast(group.A, A, call.compute)
-    if graph and (A.requires_grad or x.requires_grad):
-        view = group.A.view(A, call.owner) if call.shares else A
-        values = view if values is A else values
-        found.u, found.route = LoTRShrink.run(x, view, call, weakref.ref(found), values, seed)
-    else:
-        with torch.no_grad():
-            found.u = ops.shrink(rows(to(x, call.compute)), *here(x.device, values), p=call.p, seed=seed)
-    if group is not None:
-        group.A.offer(found)
-    return found
-
-
-def _expand(
-    found: SharedInput, y: Tensor | None, base: tuple, B: Tensor, call: Call, in_graph: bool, h: Tensor | None = None
-) -> Tensor:
-    """y = x W^T + bias + u F^T, or onto a given y; h: what was made of u, in its stead."""
-    u, route = (found.u, found.route) if h is None else (h, None)
-    bank, F, core = call.bank, None, call.core
-    if bank is not None and bank.F is not None:
-        call.l = bank.serves(call, B)
-        trained = in_graph and (B.requires_grad or core.requires_grad)
-        if call.l is not None and (bank.F.requires_grad or not trained):
-            F = bank.F if trained or not bank.F.requires_grad else bank.F.detach()  # another layer's core may be trained alone
-    if in_graph:
-        view = B if F is not None or not call.shares else call.group.B.view(B, call.owner)
-        return LoTRExpand.run(route, u, view, core, F, y, base, call, found)
-    F_l = None if F is None else F[call.l]
-    values = here(u.device, B, core)
-    if y is None:
-        operands = call.cast(*base)
-        return ops.layer_forward(*operands, None, *values, call.scaling, call.plan.order, False, u=u, F=F_l)[0]
-    if F_l is None:
-        F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
-    return add_expand(y, u, F_l)
 
 
 def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:

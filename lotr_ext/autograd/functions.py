@@ -38,10 +38,11 @@ from .record import Call
 from .shared_input import SharedInput, keeps_all_by_itself
 
 
-def recorded() -> bool:
-    """Whether the running backward takes torch's own products: it is being recorded, for double backward or by compiled
-    autograd, or batched, by is_grads_batched or vmap."""
-    return is_grad_enabled() or is_compiling() or dispatch_key_included(OLD_VMAP) or functorch_active()
+def recorded(g: Tensor) -> bool:
+    """Whether the running backward of g takes torch's own products: it is being recorded, for double backward or by compiled
+    autograd, or batched, by is_grads_batched or vmap. AOTAutograd, which traces it with tensors of its own, takes the nodes."""
+    compiled = is_compiling() and type(g) is Tensor
+    return is_grad_enabled() or compiled or dispatch_key_included(OLD_VMAP) or functorch_active()
 
 
 def kept_core(core: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class LoTRFunction(Node):
 
     @staticmethod
     def backward(ctx, g):
-        if recorded():
+        if recorded(g):
             return *LoTRFunction._recorded(ctx, g), None
         call, wanted = ctx.call, ctx.needs_input_grad[:6]
         try:
@@ -187,6 +188,7 @@ class LoTRShrink(Node):
         need_x, need_A = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_A else None, A if need_x else None, seed)
         ctx.call, ctx.input, ctx.view, ctx.A_cast, ctx.shape, ctx.device = call, shared_input, A, A_cast, x.shape, x.device
+        shared_input().node = weakref.ref(ctx)
         flat = x if x.dim() == 2 else rows(x)
         values = A_cast if A_cast.device == x.device else A_cast.to(x.device)
         with private_write():  # past the operator's own formula, which is Python
@@ -198,21 +200,23 @@ class LoTRShrink(Node):
 
     @staticmethod
     def backward(ctx, k, dx):
-        shared_input = ctx.input()
+        call, shared_input = ctx.call, ctx.input()
+        if shared_input is not None:
+            k, dx = shared_input.total(ctx.device, k, dx)
+        waits = shared_input is not None and (shared_input.waiting or shared_input.kept is not None)
+        if k is None and not waits:  # the last sibling has done the rest
+            return dx, None, None, None, None, None
         try:
             x, A, seed = ctx.saved_tensors
         except RuntimeError:  # freed, or changed
             x, A, seed = LoTRShrink._read(ctx, shared_input)
         else:
-            if shared_input is not None and (shared_input.waiting or shared_input.kept is not None):
+            if waits:
                 shared_input.keep(x, A, seed)
-        call = ctx.call
-        if recorded():
-            return *LoTRShrink._recorded(ctx, k, dx, x, A, seed), None, None, None, None
-        if shared_input is not None:
-            k, dx = shared_input.total(ctx.device, k, dx)
         if k is None:
             return dx, None, None, None, None, None
+        if recorded(k):
+            return *LoTRShrink._recorded(ctx, k, dx, x, A, seed), None, None, None, None
         if A is not None:
             A = ctx.A_cast if ctx.A_cast.device == k.device else ctx.A_cast.to(k.device)
         dA = None
@@ -222,6 +226,21 @@ class LoTRShrink(Node):
                 dA = call.group.A.accumulator(ctx.view if ctx.view.device == k.device else ctx.view.to(k.device))
         dx, new_dA = ops.shrink_backward(k, dx, x, A, dA, ctx.shape, call.p, seed)
         return dx, new_dA, None, None, None, None
+
+    @staticmethod
+    def rest(ctx) -> tuple[Tensor | None, ...] | None:
+        """(x, A, seed, sum of A's gradient) for the last sibling, which then does what would be left for this node with its own
+        products: k A^T comes before g W, and dx is not read again. None where this node has to."""
+        need_A, call = ctx.needs_input_grad[1], ctx.call
+        if need_A and not call.shares:  # A's gradient goes back to autograd from here
+            return None
+        try:
+            x, A, seed = ctx.saved_tensors
+        except RuntimeError:  # freed, or changed: this node knows what to do
+            return None
+        A, view, there = ctx.A_cast, ctx.view, ctx.device
+        A = A if A.device == there else A.to(there)
+        return x, A, seed, call.group.A.accumulator(view if view.device == there else view.to(there)) if need_A else None
 
     @staticmethod
     def _read(ctx, shared_input: SharedInput | None) -> Sequence[Tensor | None]:
@@ -236,8 +255,6 @@ class LoTRShrink(Node):
 
     @staticmethod
     def _recorded(ctx, k, dx, x, A, seed) -> tuple[Tensor | None, Tensor | None]:
-        if k is None:
-            return dx, None
         dA, p, shape = None, ctx.call.p, ctx.shape
         mask = ops.dropout_mask(shape[:-1].numel(), shape[-1], p, seed, k.dtype) if p else None
         if A is not None:
@@ -287,14 +304,14 @@ class LoTRExpand(Node):
         ctx.call, ctx.input, ctx.F, ctx.factors = call, shared_input, F, (B, core)
         ctx.device = u.device
         ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; else k goes back the way that u came
-        ctx.own = weakref.ref(ctx)
-        shared_input.waiting.append(ctx.own)
+        ctx.own = weakref.ref(ctx, shared_input.waiting.discard)  # no backward comes to an output that nobody keeps
+        shared_input.waiting.add(ctx.own)
         return y
 
     @staticmethod
     def backward(ctx, g):
         call, nothing = ctx.call, (None,) * 3
-        total = ctx.input.sum(ctx.own, ctx.device)
+        total, shrink = ctx.input.sum(ctx.own, ctx.device)
         if g is None:
             return (None,) * 9
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
@@ -306,7 +323,7 @@ class LoTRExpand(Node):
             need_u, need_B, need_core = (need and wants(ctx, first + i) for i, need in enumerate((need_u, need_B, need_core)))
             need_F = need_F and (need_B or need_core)
             weight, F_l, u, B, core = saved_if(ctx, need_x, need_u, need_B or need_core, need_u or need_core, need_u or need_B)
-        if recorded():
+        if recorded(g):
             needs = need_x, need_u, need_B, need_core
             return *LoTRExpand._recorded(ctx, g, needs, weight, u, B, None if core is None else ctx.factors[1]), *nothing
         B, core = ctx.factors[0] if B is None else B, ctx.factors[1] if core is None else core
@@ -319,14 +336,17 @@ class LoTRExpand(Node):
         values = (B, core) if B.device == g.device == core.device else here(g.device, B, core)
         need_x = need_x and weight is not None
         k, dx = total.value if ctx.summed and total.value is not None else (None, None)
+        last = shrink is not None and ctx.summed and need_x and need_u and wants(ctx, 1)
+        x, A, seed, sum_A = (LoTRShrink.rest(shrink) if last else None) or (None,) * 4
         Q = call.bank.gradient.accumulator(ctx.F)[call.l] if need_F else None
         sum_B = call.group.B.accumulator(values[0]) if need_B and call.shares else None
-        operands = (g, weight if need_x else None, None, u, None, F_l, *values, call.scaling, call.plan.order, False)
+        operands = (g, weight if need_x else None, x, u, A, F_l, *values, call.scaling, call.plan.order, False)
+        sums = {"k": k, "dx": dx if need_x else None, "Q": Q, "dA": sum_A, "dB": sum_B}
         new_dx, new_k, _, dB, dcore = ops.layer_backward(
-            *operands, k=k, dx=dx if need_x else None, Q=Q, dB=sum_B, need_B=need_B, need_core=need_core
+            *operands, **sums, need_B=need_B, need_core=need_core, p=0.0 if A is None else call.p, seed=seed
         )
         if ctx.summed:
-            total.value = (new_k if need_u else k, new_dx if need_x and dx is None else dx)
+            total.value = (None if A is not None else new_k if need_u else k, new_dx if need_x and dx is None else dx)
             new_k = None
         return None, new_k, dB, dcore, None, dy, *nothing
 

@@ -18,8 +18,9 @@ from .. import ops
 from ..compat import any_autocast
 from ..ops.composite import to
 from ..ops.grouped import grouped_linear
-from .call import _expand, _explicitly_cast, _shared_u, compute_dtype, dropped_input, plan_call, plus_unfolded, row_cores
+from .call import compute_dtype, dropped_input, explicitly_cast, plan_call, plus_unfolded, row_cores
 from .record import Call
+from .siblings import expand, shared_u
 
 
 def call_routed(
@@ -41,7 +42,7 @@ def call_routed(
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
             run = partial(call_routed, index=index)
-            return _explicitly_cast(run, x, weight, bias, offs, tokens, y, A, B, cores, call)
+            return explicitly_cast(run, x, weight, bias, offs, tokens, y, A, B, cores, call)
         call.compute = x.dtype
         if x.dtype != weight.dtype:
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
@@ -50,7 +51,7 @@ def call_routed(
     if call.plan.nodes == 0:
         u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)
     else:
-        found = _shared_u(x, A, B, call)
+        found = shared_u(x, A, B, call)
         u = found.u
     last = call.plan.nodes == 0  # the scaling, as in `plus_unfolded`
     which = {"offs": offs} if index is None else {"index": index}
@@ -60,6 +61,6 @@ def call_routed(
         y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
     if last:
         return plus_unfolded(y, h, B, call.scaling)
-    expand = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
+    rows_call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
     in_graph = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
-    return _expand(found, y, (None, None, None), B, expand, in_graph, h)
+    return expand(found, y, (None, None, None), B, rows_call, in_graph, h)

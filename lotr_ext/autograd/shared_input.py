@@ -47,6 +47,7 @@ class SharedInput:
     route: Tensor | None = None
     seed: Tensor | None = None
     kept: tuple | None = None
+    node: weakref.ref | None = None  # LoTRShrink's, once u is in a graph
 
     def __init__(self, x: Tensor, A: Tensor, key: tuple | None, region: object | None):
         own = weakref.ref(self)
@@ -58,7 +59,7 @@ class SharedInput:
         self.x, self.key, self.region = weakref.ref(x, forget), key, None if region is None else weakref.ref(region)
         self.A = None if key is None else (A, A.untyped_storage())
         self.users: set[int] = set()
-        self.waiting: list[weakref.ref] = []
+        self.waiting: set[weakref.ref] = set()  # the siblings' nodes whose backward is to come
 
     def drawn(self, device: torch.device) -> Tensor:
         """What the dropout mask of all siblings is drawn from (int64, one element)."""
@@ -76,15 +77,17 @@ class SharedInput:
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
-    def sum(self, node: weakref.ref, device: torch.device) -> TaskSum:
-        """The running backward's sum of (k, dx), for a sibling's node to add to; None in it when new.
+    def sum(self, node: weakref.ref, device: torch.device) -> tuple[TaskSum, object | None]:
+        """The running backward's sum of (k, dx), for a sibling's node to add to, None in it when new; and LoTRShrink's node if
+        this sibling is the last.
 
         No more siblings from now on, for an optimizer may follow, which a fused one does without a trace.
         """
         self.u = self.route = self.seed = None
-        if node in self.waiting and not keeps_graph():
-            self.waiting.remove(node)
-        return _gradients.of_task(self, device)
+        if not keeps_graph():
+            self.waiting.discard(node)
+        last = None if self.waiting or self.node is None else self.node()
+        return _gradients.of_task(self, device), last
 
     def total(self, device: torch.device, k: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The running backward's whole sum, which is forgotten here, with what came by autograd's own way."""
@@ -98,13 +101,9 @@ class SharedInput:
             return found
         return tuple(b if a is None else a if b is None else a + b for a, b in zip((k, dx), found))
 
-    def waits(self) -> bool:
-        """Whether a sibling's backward is still to come."""
-        return any(reference() is not None for reference in self.waiting)
-
     def keep(self, *saved: Tensor | None) -> None:
         """What LoTRShrink saved, as long as a sibling's backward is still to come: autograd frees it after the first."""
-        self.kept = tuple((t, None if t is None else t._version) for t in saved) if self.waits() else None
+        self.kept = tuple((t, None if t is None else t._version) for t in saved) if self.waiting else None
 
     def kept_if(self, *wanted: bool) -> list[Tensor | None]:
         """What was kept, as far as it is wanted. Raises in the words of the error that is being handled, or of autograd, where
@@ -118,7 +117,7 @@ class SharedInput:
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"{tuple(t.shape)} is at version {t._version}; expected version {version}"
                 ) from None
-        if not self.waits():
+        if not self.waiting:
             self.kept = None
         return [t for t, _ in kept]
 
