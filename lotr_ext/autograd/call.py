@@ -16,10 +16,10 @@ from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
 from ..ops.planner import Plan
 from . import traced
-from .functions import LoTRFunction, add_expand
+from .functions import LoTRFunction
 from .record import Call
 from .shared_input import SharedInput
-from .siblings import expand, shared_u
+from .siblings import expand, expand_rows, shared_u
 
 FUSED = planner.ORDERS["fused"]
 _PLAIN = (Tensor, nn.Parameter)
@@ -217,11 +217,7 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: T
         return plus_unfolded(y, ops.row_core(rows(u), cores, index=index), B, call.scaling)
     found = shared_u(x, A, B, call)
     h = ops.row_core(found.u, cores, index=index, scaling=call.scaling)
-    grad = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
-    if not grad:
-        return add_expand(y, h, *here(x.device, B))
-    rows_call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
-    return expand(found, y, (None, None, None), B, rows_call, grad, h)
+    return expand_rows(found, y, h, B, call)
 
 
 def plus_unfolded(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:

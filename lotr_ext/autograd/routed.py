@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
 from .. import ops
 from ..compat import any_autocast
@@ -20,7 +19,7 @@ from ..ops.composite import to
 from ..ops.grouped import grouped_linear
 from .call import compute_dtype, dropped_input, explicitly_cast, plan_call, plus_unfolded, row_cores
 from .record import Call
-from .siblings import expand, shared_u
+from .siblings import expand_rows, shared_u
 
 
 def call_routed(
@@ -61,6 +60,4 @@ def call_routed(
         y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
     if last:
         return plus_unfolded(y, h, B, call.scaling)
-    rows_call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
-    in_graph = is_grad_enabled() and any(t.requires_grad for t in (y, h, B))
-    return expand(found, y, (None, None, None), B, rows_call, in_graph, h)
+    return expand_rows(found, y, h, B, call)

@@ -69,6 +69,8 @@ class TaskSums:
 class SharedGradient(TaskSums):
     """The gradient of one tensor, summed over all that use it: a sum for each device, whose autograd thread adds to it."""
 
+    address = staticmethod(Tensor.data_ptr)
+
     def __init__(self) -> None:
         super().__init__()
         self.renew()
@@ -88,9 +90,9 @@ class SharedGradient(TaskSums):
         """
         if not (param.requires_grad and torch.is_grad_enabled()):
             return param
-        if self._param is not param or id(user) in self._users or self._data != param.data_ptr():
+        if self._param is not param or id(user) in self._users or self._data != self.address(param):
             # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
-            self._view, self._param, self._data, self._users = None, param, param.data_ptr(), {id(user)}
+            self._view, self._param, self._data, self._users = None, param, self.address(param), {id(user)}
         else:
             self._users.add(id(user))
         view = None if self._view is None else self._view()

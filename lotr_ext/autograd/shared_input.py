@@ -5,7 +5,8 @@
                                      +--> LoTRExpand (route, u, B, G_v, W_v -> y_v)
 
 `route` is x's place in the graph without its data. The siblings' gradients of x and u are summed here, as a factor's are in its
-shared gradient; LoTRShrink's backward, which autograd runs after theirs, adds k A^T to them and makes one pass over x for dA.
+shared gradient. The last sibling to go backward makes dA in one pass over x, and k A^T before its g W; where none can know that
+it is the last (retain_graph, a sibling that is not in the loss), LoTRShrink's backward does, which autograd runs after theirs.
 
 A u is shared only by calls on the very same x object, unchanged, in the same grad mode, dtype, autocast state, dropout and
 checkpoint region, with no optimizer step between, and only once by each layer: a layer that comes again starts a new round. So
@@ -171,7 +172,7 @@ class SharedFactor(SharedGradient):
         if not isinstance(region, _REGIONS) or x.is_inference() or A.is_inference():
             return SharedInput(x, A, None, None)
         key = (
-            *(x._version, x.data_ptr(), x.shape, x.requires_grad, x.is_leaf),
+            *(x._version, self.address(x), x.shape, x.requires_grad, x.is_leaf),
             *(A._version, A.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
             *(_steps.taken, settings),
         )

@@ -43,12 +43,9 @@ def shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
     return found
 
 
-def expand(
-    found: SharedInput, y: Tensor | None, base: tuple, B: Tensor, call: Call, in_graph: bool, h: Tensor | None = None
-) -> Tensor:
-    """y = x W^T + bias + u F^T, or onto a given y; h: what was made of u, in its stead."""
-    u, route = (found.u, found.route) if h is None else (h, None)
-    bank, F, core = call.bank, None, call.core
+def expand(found: SharedInput, y: Tensor | None, base: tuple, B: Tensor, call: Call, in_graph: bool) -> Tensor:
+    """y = x W^T + bias + u F^T, or onto a given y."""
+    bank, F, core, u = call.bank, None, call.core, found.u
     if bank is not None and bank.F is not None:
         call.l = bank.serves(call, B)
         trained = in_graph and (B.requires_grad or core.requires_grad)
@@ -56,7 +53,7 @@ def expand(
             F = bank.F if trained or not bank.F.requires_grad else bank.F.detach()  # another layer's core may be trained alone
     if in_graph:
         view = B if F is not None or not call.shares else call.group.B.view(B, call.owner)
-        return LoTRExpand.run(route, u, view, core, F, y, base, call, found)
+        return LoTRExpand.run(found.route, u, view, core, F, y, base, call, found)
     F_l = None if F is None else F[call.l]
     values = here(u.device, B, core)
     if y is None:
@@ -65,3 +62,12 @@ def expand(
     if F_l is None:
         F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
     return add_expand(y, u, F_l)
+
+
+def expand_rows(found: SharedInput, y: Tensor, h: Tensor, B: Tensor, call: Call) -> Tensor:
+    """y + h B^T for an h [rows, r_out] that was made of u: an expand whose core is the identity."""
+    if not (is_grad_enabled() and any(t.requires_grad for t in (y, h, B))):
+        return add_expand(y, h, *here(h.device, B))
+    call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
+    view = call.group.B.view(B, call.owner) if call.shares else B
+    return LoTRExpand.run(None, h, view, call.core, None, y, (None, None, None), call, found)

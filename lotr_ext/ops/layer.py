@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..compat import dispatch_modes, private_write
 from .library import accumulate_dtype, bump_versions, refuse_gradients
@@ -56,10 +57,11 @@ def layer_forward(
         refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
     if x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
+    shown = dispatch_modes() and not is_compiling()
     if unfolded:
         operator, args = _lotr.small_layer_forward.default, (x, weight, bias, A, B, core, scaling, order == 1)
-        return *(operator.decompose(*args) if dispatch_modes() else operator(*args)), None
-    operator = _lotr.layer_forward.products.decompose if dispatch_modes() else _lotr.layer_forward.default
+        return *(operator.decompose(*args) if shown else operator(*args)), None
+    operator = _lotr.layer_forward.products.decompose if shown else _lotr.layer_forward.default
     y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
     return y, new_u if u is None else u, new_F if F is None else F
 
@@ -115,14 +117,15 @@ def layer_backward(
         weight = weight.to(dtype)
     if x is not None and (x.dtype != dtype or (x.dim() > 2 and not x.is_contiguous())):
         x = _as_rows(x.to(dtype))
+    shown = dispatch_modes() and not is_compiling()
     with private_write():
         if unfolded:
             operator = _lotr.small_layer_backward_.default
             args = (g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core)
-            new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if dispatch_modes() else operator(*args)
+            new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if shown else operator(*args)
             new_k, fold = None, True
         else:
-            operator = _lotr.layer_backward_.products.decompose if dispatch_modes() else _lotr.layer_backward_.default
+            operator = _lotr.layer_backward_.products.decompose if shown else _lotr.layer_backward_.default
             args = (g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
             new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
             fold = u is not None and Q is None
@@ -174,8 +177,9 @@ def shrink_backward(
     if x is not None and x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
     operator, args = _lotr.shrink_backward_.default, (k, dx if A is not None else None, x, A, dA, p, seed)
+    shown = dispatch_modes() and not is_compiling()
     with private_write():
-        new_dA = operator.decompose(*args) if dispatch_modes() else operator(*args)
+        new_dA = operator.decompose(*args) if shown else operator(*args)
     return dx, new_dA if x is not None and dA is None else None
 
 
