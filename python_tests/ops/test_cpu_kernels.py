@@ -119,7 +119,7 @@ def wide(*tensors: Tensor) -> list[Tensor]:
 def check_product(got: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, plus: Tensor | None = None) -> None:
     """got = scale * a b (+ plus)."""
     start = torch.zeros((), dtype=torch.float64) if plus is None else plus.double()
-    # dense, for torch's own bfloat16 product of rows that lie apart takes in what is between them on a CPU with AMX (torch 2.13)
+    # dense: on a CPU with AMX torch 2.13 itself takes what lies between bfloat16 rows into its product
     eager = (scale * (a.contiguous() @ b.contiguous())).to(got.dtype) + (0 if plus is None else plus)
     close(
         got, start + scale * (a.double() @ b.double()), eager, start.abs() + abs(scale) * (a.double().abs() @ b.double().abs())
