@@ -54,8 +54,8 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _as_large_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs of 128 tokens and more take two nodes, however narrow they are."""
-    monkeypatch.setattr(planner, "ONE_NODE_WORK", 0)
+    """The inputs of tests take our nodes, as larger ones do; those of 128 tokens and more two, however narrow they are."""
+    monkeypatch.setattr(planner, "LITTLE_WORK", 0)
 
 
 @pytest.fixture
@@ -64,8 +64,19 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "FEW_TOKENS", 0)
 
 
+def _take(path: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(planner, "FEW_TOKENS", 0 if path == "two nodes" else 128)
+    monkeypatch.setattr(planner, "LITTLE_WORK", 2**62 if path == "torch's nodes" else 0)
+    return path
+
+
 @pytest.fixture(params=["one node", "two nodes"])
+def our_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on both paths of ours that a small input can take."""
+    return _take(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["one node", "two nodes", "torch's nodes"])
 def either_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test on both paths that a small input can take."""
-    monkeypatch.setattr(planner, "FEW_TOKENS", 0 if request.param == "two nodes" else 128)
-    return request.param
+    """Runs a test on all paths that a small input can take."""
+    return _take(request.param, monkeypatch)

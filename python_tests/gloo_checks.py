@@ -82,20 +82,20 @@ class Collectives(TorchDispatchMode):
 
 
 @contextmanager
-def few_tokens(below: int) -> Iterator[None]:
-    """The few tokens of a test take one node (128) or two (0), as many tokens do."""
-    before = planner.FEW_TOKENS, planner.ONE_NODE_WORK
-    planner.FEW_TOKENS, planner.ONE_NODE_WORK = below, 0
+def few_tokens(below: int, little: int = 0) -> Iterator[None]:
+    """The few tokens of a test take one node (128) or two (0), as many tokens do; with little work torch's nodes."""
+    before = planner.FEW_TOKENS, planner.LITTLE_WORK
+    planner.FEW_TOKENS, planner.LITTLE_WORK = below, little
     try:
         yield
     finally:
-        planner.FEW_TOKENS, planner.ONE_NODE_WORK = before
+        planner.FEW_TOKENS, planner.LITTLE_WORK = before
 
 
 def on_both_paths(check: Callable[[], float]) -> dict[str, float]:
     found = {}
-    for below, name in ((0, "two nodes"), (128, "one node")):
-        with few_tokens(below):
+    for below, little, name in ((0, 0, "two nodes"), (128, 0, "one node"), (128, 2**62, "torch's nodes")):
+        with few_tokens(below, little):
             found[name] = check()
     return found
 

@@ -25,6 +25,8 @@ FUSED = planner.ORDERS["fused"]
 _PLAIN = (Tensor, nn.Parameter)
 _WEIGHTS = (nn.Parameter, Tensor, type(None))
 _INTEGERS_AND_COMPLEX = (t for t in vars(torch).values() if isinstance(t, torch.dtype) and not t.is_floating_point)
+_WIDE = (torch.float32, torch.float64)
+_HOST = Plan("composite", "little work", why="little work on a CPU: torch's nodes in C++ cost the host less than ours")
 _NOT_CAST = frozenset((torch.float64, *_INTEGERS_AND_COMPLEX))  # by autocast
 
 
@@ -46,6 +48,11 @@ def plan_call(
     anything else than what runs. purpose: "run", "explain" (nothing is timed for it) or "tune" (no answer is looked at)."""
     if is_compiling() or jit_tracing() is not None:
         return traced.plan(x, A, weight)  # before any look at sizes, which would become guards
+    little = x.numel() * (call.core.shape[-2] + planner.READING) < planner.LITTLE_WORK
+    environment, grad, dtype = planner.environment_strategy(), is_grad_enabled(), call.compute
+    on_cpu = x.is_cpu if device is None else device.type == "cpu"
+    if little and grad and on_cpu and A.dtype == dtype and dtype in _WIDE and not (call.p or call.strategy or environment):
+        return _HOST
     if transformed():
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
     elif type(x) not in _PLAIN or type(A) not in _PLAIN or type(weight) not in _WEIGHTS:
@@ -55,13 +62,11 @@ def plan_call(
     else:
         why = None
     tokens, ranks = x.numel() // x.shape[-1], call.core.shape[-2:]
-    little = x.numel() * (ranks[0] + planner.READING) < planner.ONE_NODE_WORK
     # where A is frozen, one node would keep x for a double backward
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
-    environment = planner.environment_strategy()
     plan = _plan(
-        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, not call.shares, little, is_grad_enabled()),
-        *(max(ranks), A.dtype, call.compute, device or x.device, why, call.strategy, environment),
+        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, not call.shares, little, grad),
+        *(max(ranks), A.dtype, dtype, device or x.device, why, call.strategy, environment),
     )
     if tuned.on and purpose != "tune" and plan.nodes and weight is not None and not (call.strategy or environment):
         plan = tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run")
@@ -233,6 +238,16 @@ def row_cores(cores: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
 
 
 def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
+    core = call.core
+    if (
+        call.plan is _HOST
+        and x.dtype == y.dtype == B.dtype == core.dtype
+        and y.is_cpu
+        and A.is_cpu
+        and B.is_cpu
+        and core.is_cpu
+    ):
+        return composite.add_adapter(y, x, A, B, core, call.scaling)
     delta = composite.adapter(dropped_input(x, A, call), A, B, call.core, call.scaling, call.compute)
     return y + to(delta.to(y.device), y.dtype)
 

@@ -8,9 +8,9 @@
 Heuristic: our kernels run wherever they exist (CPU: all four dtypes; CUDA: float16, bfloat16 and float32 from sm_80 on, rank
 at most 256). On a CPU beta for float32 and float64, whose base product starts from a copy of the bias anyway; two_pass for
 half types, which are rounded where they are accumulated onto, and whose base product takes longer with a bias than without, so
-that our expand adds it. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start
-(derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100). fused never:
-`lotr_ext.tune` may find it faster than beta, or it is forced.
+that our expand adds it; and where there is little work on x, the composite, for the host's sake. On CUDA beta from 1,024 tokens
+on, where the read of y that it saves outweighs a less favourable start (derived from bytes moved, DRAM-bound: 11.7 against
+17.5 % of the base product on an H100). fused never: `lotr_ext.tune` may find it faster than beta, or it is forced.
 LOTR_STRATEGY in the environment, or the argument `strategy` of `lotr_linear`, forces one; else what `lotr_ext.tune` found to be
 the fastest here comes before the heuristic (`tuned`).
 """
@@ -30,11 +30,12 @@ ORDERS = {"composite": 0, "two_pass": 0, "beta": 1, "fused": 2}  # as the operat
 FUSED_MAX_RANK = 128
 BETA_TOKENS = 1024
 FEW_TOKENS = 128  # below, the unfolded form costs less than folding
-# One pass over x in multiplications, x.numel() (r + READING): to read an element takes as long as 16 of them. On a CPU siblings
-# save less by sharing it than a second autograd node costs the host, if it is below ONE_NODE_WORK: measured of q, k and v that
-# are 128 to 768 wide, where two nodes begin to win from 2^17 elements of x at rank 16 and from 2^15 at rank 64.
+# One pass over x in multiplications, x.numel() (r + READING): to read an element takes as long as 16 of them. On a CPU less
+# than LITTLE_WORK is bound by the host. In float32 and float64 the composite costs least there, whose nodes are torch's, in
+# C++: one of ours, in Python, takes longer by more than its kernels save (Intel Xeon with AVX-512, x 768 wide, rank 16: up to
+# 2^23, and at one token by a fifth of the whole layer). In half precision, where the composite casts, one of ours costs least.
 READING = 16
-ONE_NODE_WORK = 2**22
+LITTLE_WORK = 2**22
 CUDA_MAX_RANK = 256
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)

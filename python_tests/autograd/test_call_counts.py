@@ -23,10 +23,10 @@ WIDTH, RANK = 32, 4
 TOKENS = (1, 16, 160)  # the unfolded form, and the one where siblings share
 
 
-@pytest.fixture(autouse=True, params=[0, 2**22], ids=["two nodes", "one node"])
+@pytest.fixture(autouse=True, params=[0, 2**22], ids=["our nodes", "torch's nodes"])
 def node_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """160 tokens of this width take two nodes as those of wide layers do, or one."""
-    monkeypatch.setattr(planner, "ONE_NODE_WORK", request.param)
+    """The tokens take our nodes, as those of wide layers do, or torch's."""
+    monkeypatch.setattr(planner, "LITTLE_WORK", request.param)
 
 
 class Chain(nn.Module):

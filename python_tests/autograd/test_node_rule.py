@@ -1,4 +1,4 @@
-"""One node or two: by the work on x where layers share their factors. Whichever it is, the numbers are the formula's."""
+"""Whose nodes, and how many: by the work on x. Whichever it is, the numbers are the formula's."""
 
 from __future__ import annotations
 
@@ -53,31 +53,44 @@ def test_the_rule_looks_at_the_work_on_x(monkeypatch: pytest.MonkeyPatch) -> Non
     layers, _ = siblings()
     x = input_of()
     work = TOKENS * WIDTH * (RANK + 16)
-    monkeypatch.setattr(planner, "ONE_NODE_WORK", work)
+    monkeypatch.setattr(planner, "LITTLE_WORK", work)
     assert explain(layers[0], x).nodes == 2
-    monkeypatch.setattr(planner, "ONE_NODE_WORK", work + 1)
+    monkeypatch.setattr(planner, "LITTLE_WORK", work + 1)
     plan = explain(layers[0], x)
+    assert plan.nodes == 0 and "little work on a CPU" in str(plan)
+    assert not nodes_below(layers[0](x)) & {"LoTRFunctionBackward", "LoTRShrinkBackward"}
+    with torch.no_grad():  # no nodes, and one operator
+        assert explain(layers[0], x).kernels
+    layers[0].strategy = "two_pass"
+    assert explain(layers[0], x).kernels
+
+
+def test_half_precision_takes_one_node_for_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, _ = siblings()
+    monkeypatch.setattr(planner, "LITTLE_WORK", TOKENS * WIDTH * (RANK + 16) + 1)
+    x, layer = input_of().bfloat16(), layers[0].to(torch.bfloat16)
+    plan = explain(layer, x)
     assert plan.nodes == 1 and not plan.unfolded and "little work on x" in str(plan)
-    assert nodes_below(layers[0](x)) & {"LoTRFunctionBackward", "LoTRShrinkBackward"} == {"LoTRFunctionBackward"}
-    layers[0].factors.A.requires_grad_(False)  # one node would keep x, which two need not
-    assert explain(layers[0], x).nodes == 2
+    assert nodes_below(layer(x)) & {"LoTRFunctionBackward", "LoTRShrinkBackward"} == {"LoTRFunctionBackward"}
+    layer.factors.A.requires_grad_(False)  # one node would keep x, which two need not
+    assert explain(layer, x).nodes == 2
 
 
 def test_on_cuda_launches_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "obstacle_to_kernels", lambda *_: None)
-    monkeypatch.setattr(planner, "ONE_NODE_WORK", 2**40)
+    monkeypatch.setattr(planner, "LITTLE_WORK", 2**40)
     planner.plan_of.cache_clear()
     layers, _ = siblings()
     try:
-        assert explain(layers[0], input_of(), device="cuda").nodes == 2 and explain(layers[0], input_of()).nodes == 1
+        assert explain(layers[0], input_of(), device="cuda").nodes == 2 and explain(layers[0], input_of()).nodes == 0
     finally:
         planner.plan_of.cache_clear()
 
 
-@pytest.mark.parametrize("work", [0, 2**22], ids=["two nodes", "one node"])
+@pytest.mark.parametrize("work", [0, 2**22], ids=["two nodes", "torch's nodes"])
 @pytest.mark.parametrize("way", ["plain", "in a model", "checkpoint", "reentrant"])
 def test_gradients_are_the_formulas(work: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "ONE_NODE_WORK", work)
+    monkeypatch.setattr(planner, "LITTLE_WORK", work)
 
     class Sum(nn.Module):
         def __init__(self, layers: list[nn.Module]):
@@ -109,7 +122,7 @@ def test_a_small_and_a_large_input_in_one_forward(monkeypatch: pytest.MonkeyPatc
     """Calls of either kind add to the same sums."""
     layers, factors = siblings()
     small, large = input_of(), input_of(3 * TOKENS)
-    monkeypatch.setattr(planner, "ONE_NODE_WORK", large.numel() * (RANK + planner.READING))
+    monkeypatch.setattr(planner, "LITTLE_WORK", large.numel() * (RANK + planner.READING))
     g, h = torch.randn(TOKENS, WIDTH), torch.randn(3 * TOKENS, WIDTH)
     ys = sum(layer(small) for layer in layers), sum(layer(large) for layer in layers)
     assert [("LoTRShrinkBackward" in nodes_below(y)) for y in ys] == [False, True]

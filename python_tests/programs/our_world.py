@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lotr_ext
 from lotr_ext.ops import planner
 
-planner.ONE_NODE_WORK = 10_000  # of the calls with many tokens about half take one node, half two, often in one program
+planner.LITTLE_WORK = 10_000  # of the calls with many tokens about half take one node, half two, often in one program
 
 
 class Ours(World):
