@@ -305,10 +305,12 @@ def errors(rival: str, case: BlockCase, device: torch.device) -> tuple[float, fl
     x, dy = (torch.randn(case.m, case.sizes.hidden, generator=g).to(DTYPES[case.dtype]).to(device) for _ in range(2))
     plain = TRUTHS[rival[:4] if rival[:4] in TRUTHS else "frozen"]
     truth = gradients(plain(case, Values(case, device, torch.float64)), x.double(), dy.double())
+    # q's and k's where there is one token to attend to: what rounding leaves of them says nothing
+    vanishing = [n for n, t in truth.items() if t.norm() < 1e-12 * truth["dx"].norm()]
     found = []
     for make in (RIVALS[rival][1], plain):
         own = gradients(make(case, Values(case, device)), x, dy)
         if set(own) != set(truth):
             raise ArithmeticError(f"{rival}: expected gradients of {', '.join(truth)}, got {', '.join(own)}")
-        found.append(max(((own[n].double() - t).norm() / t.norm().clamp_min(1e-30)).item() for n, t in truth.items()))
+        found.append(max(((own[n].double() - t).norm() / t.norm()).item() for n, t in truth.items() if n not in vanishing))
     return found[0], found[1]

@@ -116,11 +116,16 @@ def wide(*tensors: Tensor) -> list[Tensor]:
     return [t.double() for t in tensors]
 
 
+def dense(*tensors: Tensor) -> list[Tensor]:
+    """For torch's own products: on a CPU with AMX torch 2.13 takes what lies between bfloat16 rows into them."""
+    return [t.contiguous() for t in tensors]
+
+
 def check_product(got: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, plus: Tensor | None = None) -> None:
     """got = scale * a b (+ plus)."""
     start = torch.zeros((), dtype=torch.float64) if plus is None else plus.double()
-    # dense: on a CPU with AMX torch 2.13 itself takes what lies between bfloat16 rows into its product
-    eager = (scale * (a.contiguous() @ b.contiguous())).to(got.dtype) + (0 if plus is None else plus)
+    plain_a, plain_b = dense(a, b)
+    eager = (scale * (plain_a @ plain_b)).to(got.dtype) + (0 if plus is None else plus)
     close(
         got, start + scale * (a.double() @ b.double()), eager, start.abs() + abs(scale) * (a.double().abs() @ b.double().abs())
     )
@@ -233,7 +238,8 @@ def test_small_forward(case: Case) -> None:
     u = ops.small_forward_(y, case.x, case.A, core, case.B, SCALING)
     check_product(u, case.x, case.A)
     uw, corew, Bw, gw = wide(u, core, case.B, case.g)
-    eager = case.g + (SCALING * (u @ core)) @ case.B.t()
+    plain_u, plain_core, plain_B = dense(u, core, case.B)
+    eager = case.g + (SCALING * (plain_u @ plain_core)) @ plain_B.t()
     close(y, gw + (SCALING * uw @ corew) @ Bw.t(), eager, gw.abs() + SCALING * (uw.abs() @ corew.abs()) @ Bw.t().abs())
     assert untouched(y)
 
@@ -244,14 +250,15 @@ def test_small_backward(case: Case) -> None:
     dA0, dB0 = dA.clone(), dB.clone()
     dcore = ops.small_backward_(dx, case.g, case.x, case.u, case.A, core, case.B, SCALING, dA, dB, True)
     # The eager form rounds h and k to T between the products.
-    h_t = SCALING * (case.g @ case.B)
-    k_t, uc_t = h_t @ core.t(), SCALING * (case.u @ core)
+    plain_g, plain_u, plain_A, plain_B, plain_core = dense(case.g, case.u, case.A, case.B, core)
+    h_t = SCALING * (plain_g @ plain_B)
+    k_t, uc_t = h_t @ plain_core.t(), SCALING * (plain_u @ plain_core)
     x, g, u, A, corew, B = wide(case.x, case.g, case.u, case.A, core, case.B)
     h = SCALING * g @ B
     k, uc = h @ corew.t(), SCALING * u @ corew
     size_h = SCALING * g.abs() @ B.abs()
     size_k, size_uc = size_h @ corew.abs().t(), SCALING * u.abs() @ corew.abs()
-    close(dx, x + k @ A.t(), case.x + k_t @ case.A.t(), x.abs() + size_k @ A.abs().t())
+    close(dx, x + k @ A.t(), case.x + k_t @ plain_A.t(), x.abs() + size_k @ A.abs().t())
     close_to_rounded_operand(dA, dA0, x.t(), k, k_t, size_k)
     close_to_rounded_operand(dB, dB0, g.t(), uc, uc_t, size_uc)
     close_to_rounded_operand(dcore, None, u.t(), h, h_t, size_h)
