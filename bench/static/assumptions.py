@@ -98,6 +98,10 @@ SOURCES = [
         "assumed, from A100's 5120 a cycle for all",
     ),
     (f"a kernel begins {BEGIN * 1e6:.0f} us after its start; {LAUNCH * 1e6:.0f} us between kernels of a stream", "assumed"),
+    (
+        "blocks of shrink_grad that share rows keep pace, so that each sums the row tiles of k that it starts behind",
+        "assumed: all of them run at the same time and move the same bytes; a block that falls back sums more, the others less",
+    ),
     ("a barrier 20 cycles, a taken branch 8, constants and special registers 30", "assumed"),
     ("no instruction-cache misses, no throttling, L2 keeps factors and partial sums", "assumed"),
 ]

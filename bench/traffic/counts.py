@@ -34,6 +34,8 @@ KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
 ELEMENT = 2  # bfloat16
+SHRINK_GRAD_RANKS = 64  # that it takes; beyond them it is two kernels
+MOST_RESIDENT = 128  # blocks that the executor runs at the same time
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
 
@@ -147,13 +149,22 @@ def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str) -> t
     return calls[kernel], large
 
 
+def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, multiprocessors: int) -> dict:
+    """Blocks of shrink_grad that share rows run at the same time and keep pace, as on a GPU that holds all blocks: each then
+    sums the row tiles of k that it is made to reach last (csrc/cuda/kernels/shrink_grad.cuh), not the last one all of them."""
+    if kernel != "shrink_grad" or r > SHRINK_GRAD_RANKS:
+        return {}
+    plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)
+    return {"order": "in_turn", "resident": min(plan["n_blocks"], MOST_RESIDENT)}
+
+
 def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors: int = 132, dtype: str = "bf16") -> Row:
     """Runs one kernel and counts. dtype: bf16, fp16, tf32 (float32 whose products are rounded) or fp32."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     call, large = _call(lib, kernel, m, n, r, dtype)
     lib.set_device(multiprocessors=multiprocessors, float32="tf32" if dtype == "tf32" else "exact")
-    lib.set_options(count_memory=True)
+    lib.set_options(count_memory=True, **_pace(lib, kernel, m, n, r, dtype, multiprocessors))
     lib.reset_counters()
     call()
     counters = lib.counters()

@@ -18,8 +18,8 @@ inline dim3 grid_of(int64_t x, int64_t y) {
   return dim3(unsigned(x), unsigned(y));
 }
 
-inline plan::Machine machine_of(const Call& call, int64_t r) {
-  return plan::Machine::of(call.multiprocessors, call.shared, r);
+inline plan::Machine machine_of(const Call& call) {
+  return plan::Machine::of(call.multiprocessors, call.shared);
 }
 
 template <class Traits, class Params>
@@ -44,7 +44,7 @@ void Launchers<P>::shrink(const Call& call, ShrinkParams p, void* workspace) {
     dispatch_dropout(p.dropout, [&](auto dropout) {
       constexpr int R = decltype(rank)::value;
       constexpr bool DROPOUT = decltype(dropout)::value;
-      const auto plan = plan::shrink(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call, p.r));
+      const auto plan = plan::shrink(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call));
       p.m_pieces = plan.m_pieces();
       p.k_pieces = plan.n_pieces();
       p.splits = int(plan.n_blocks);
@@ -65,7 +65,7 @@ void Launchers<P>::expand_add(const Call& call, ExpandParams p) {
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
     dispatch_dropout(p.dropout, [&](auto dropout) {
       using Traits = kernels::ExpandTraits<P, decltype(rank)::value, decltype(dropout)::value>;
-      const auto plan = plan::expand_add(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call, p.r));
+      const auto plan = plan::expand_add(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call));
       p.n_pieces = plan.n_pieces();
       launch<Traits>(call, kernels::expand_add<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
                      "expand_add");
@@ -77,14 +77,20 @@ template <class P>
 void Launchers<P>::factor_grad(const Call& call, FactorGradParams p, void* workspace) {
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
     dispatch_dropout(p.dropout, [&](auto dropout) {
-      using Traits = kernels::FactorGradTraits<P, decltype(rank)::value, decltype(dropout)::value>;
-      const auto plan = plan::factor_grad(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call, p.r));
+      constexpr int R = decltype(rank)::value;
+      constexpr bool DROPOUT = decltype(dropout)::value;
+      const auto plan = plan::factor_grad(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call));
       p.m_pieces = plan.m_pieces();
       p.k_pieces = plan.n_pieces();
       p.splits = int(plan.m_blocks);
       if (p.splits > 1) p.sum = Workspace(call, workspace, plan.n_blocks).take(plan.n_blocks, 0);
-      launch<Traits>(call, kernels::factor_grad<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
-                     "factor_grad");
+      const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks);
+      using Wide = kernels::FactorGradTraits<P, R, kernels::factor_grad_wide(R), DROPOUT>;
+      using Narrow = kernels::FactorGradTraits<P, R, kernels::factor_grad_narrow(R), DROPOUT>;
+      if (plan.cols == Wide::COLS)
+        launch<Wide>(call, kernels::factor_grad<Wide>, grid, p, "factor_grad");
+      else
+        launch<Narrow>(call, kernels::factor_grad<Narrow>, grid, p, "factor_grad");
     });
   });
 }
@@ -93,7 +99,7 @@ template <class P>
 void Launchers<P>::shrink_grad(const Call& call, ShrinkGradParams p, void* workspace) {
   dispatch_rank<SHRINK_GRAD_MAX_RANK>(p.r, [&](auto rank) {
     using Traits = kernels::ShrinkGradTraits<P, decltype(rank)::value>;
-    const auto plan = plan::shrink_grad(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call, p.r));
+    const auto plan = plan::shrink_grad(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call));
     p.m_pieces = plan.m_pieces();
     p.n_pieces = plan.n_pieces();
     p.m_splits = int(plan.m_blocks);

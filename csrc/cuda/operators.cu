@@ -59,8 +59,8 @@ void rank_pieces(int64_t r, int64_t most, F f) {
   for (int64_t first = 0; first < r; first += most) f(first, int32_t(std::min(most, r - first)));
 }
 
-plan::Machine machine_of(const Call& call, int64_t r) {
-  return plan::Machine::of(call.multiprocessors, call.shared, r);
+plan::Machine machine_of(const Call& call) {
+  return plan::Machine::of(call.multiprocessors, call.shared);
 }
 
 // Takes packed copies of inputs off the front of the workspace, where they are needed.  Without one (null) it
@@ -139,7 +139,7 @@ size_t shrink_workspace(const Call& call, const ShrinkParams& problem) {
   pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
   size_t bytes = 0;
   rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
-    const auto plan = plan::shrink(p.M, p.K, ranks, element_size(call.type), machine_of(call, ranks));
+    const auto plan = plan::shrink(p.M, p.K, ranks, element_size(call.type), machine_of(call));
     const int R = plan::padded_rank(ranks);
     const int64_t floats = int64_t(kernels::shrink_subs(R, plan.rows)) * plan.rows * R;
     bytes = std::max(bytes, reduction_bytes(plan.m_blocks, plan.n_blocks, floats));
@@ -200,9 +200,9 @@ size_t factor_grad_workspace(const Call& call, const FactorGradParams& problem) 
   pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
   size_t bytes = 0;
   rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
-    const auto plan = plan::factor_grad(p.M, p.K, ranks, element_size(call.type), machine_of(call, ranks));
+    const auto plan = plan::factor_grad(p.M, p.K, ranks, element_size(call.type), machine_of(call));
     const int R = plan::padded_rank(ranks);
-    const int64_t floats = int64_t(kernels::factor_grad_subs(R)) * kernels::factor_grad_cols(R) * R;
+    const int64_t floats = int64_t(kernels::factor_grad_subs(R, plan.cols)) * plan.cols * R;
     bytes = std::max(bytes, reduction_bytes(plan.n_blocks, plan.m_blocks, floats));
   });
   return pack.bytes() + bytes;
@@ -266,7 +266,7 @@ size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& problem) 
     return pack.bytes() + std::max(shrink_workspace(call, k), factor_grad_workspace(call, Q));
   }
   const int element = element_size(call.type), R = plan::padded_rank(p.r);
-  const auto plan = plan::shrink_grad(p.M, p.N, p.r, element, machine_of(call, p.r));
+  const auto plan = plan::shrink_grad(p.M, p.N, p.r, element, machine_of(call));
   const int64_t k_floats = plan.m_tiles * plan.n_blocks * plan.rows * R;
   const int64_t Q_floats = plan.m_blocks * plan.n_blocks * kernels::shrink_grad_subs(size_t(element), R) *
                            kernels::shrink_grad_cols(size_t(element)) * R;

@@ -6,10 +6,13 @@
 // block that comes last adds them alone.  With s blocks along one side and t along the other, one of the two
 // grows with s and the other with t, and s t must fill the GPU.  Each plan is the cheapest of some: all
 // numbers of column tiles that a block may own, with the splits that fill the GPU once, and fewer where a
-// problem is small.
+// problem is small.  Those that would move more than a part of the large matrix besides it are taken only
+// where there are no others.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "kernels/traits.h"
 #include "params.h"
@@ -32,46 +35,57 @@ inline Pieces pieces(int64_t tiles, int64_t count) {
 
 // What a plan is made for.
 struct Machine {
-  int multiprocessors, blocks;  // and how many blocks one of them holds
+  int multiprocessors, blocks;  // and how many blocks one of them holds, of a kernel made for two
   // shared: bytes of shared memory of a multiprocessor
-  static Machine of(int multiprocessors, int shared, int64_t r) {
-    const bool two = size_t(shared) >= 2 * (kernels::SHARED_BYTES_OF_TWO + 1024);
-    return {multiprocessors, two ? kernels::blocks_together(padded_rank(r)) : 1};
+  static Machine of(int multiprocessors, int shared) {
+    return {multiprocessors, size_t(shared) >= 2 * (kernels::SHARED_BYTES_OF_TWO + 1024) ? 2 : 1};
   }
+  Machine with(int at_most) const { return {multiprocessors, std::min(blocks, at_most)}; }
   int64_t wanted() const { return ceil_div(int64_t(multiprocessors) * 9, 10); }
   int64_t slots() const { return int64_t(multiprocessors) * blocks; }
 };
 
-// Microseconds, roughly those of an H100: only their proportions matter.
+// Microseconds, roughly those of an H100 by bench.static: only their proportions matter.
 constexpr double MEMORY = 25e3;    // bytes that a multiprocessor's share of the memory delivers in one
-constexpr double ALONE = 40e3;     // bytes that one block gets when few run
 constexpr double SUMMING = 110e3;  // bytes of partial sums that one block reads from L2
-constexpr double EXTRA = 2;  // what a byte of a factor or of a partial sum costs: it is written back, too
-constexpr double ARRIVING = 1.5;  // from the last store of a partial sum to the first load of it
+constexpr double EXTRA = 0.5;      // what a byte of a factor or of a partial sum costs, which L2 keeps
+constexpr double ARRIVING = 0.5;   // from the last store of a partial sum to the first load of it
+// Bytes of the large matrix that one block gets through in one, alone on its multiprocessor: what it computes
+// it has to wait for.
+constexpr double alone(int R, double least_rank, double rank_64) {
+  return R <= 32 ? least_rank : rank_64 * 64 / R;
+}
 
 struct Cost {
   double large,
-      extra;  // bytes: of the large matrix; of factors and partial sums
-  int64_t blocks;
-  double uneven;  // the largest block over the mean one
+      extra;      // bytes: of the large matrix; of factors, and of partial sums written and read
+  double most;    // of extra over large, at rank 16
   double summed;  // bytes that the last block adds, 0: there is no sum
-  double weight = EXTRA;
+  double alone;   // see above
+  int64_t blocks = 0;
+  double uneven = 1;  // the largest block over the mean one
 };
 inline double microseconds(const Machine& machine, const Cost& c) {
   const double blocks = double(c.blocks), slots = double(machine.slots()), wanted = double(machine.wanted());
   const double waves = blocks > slots ? double(ceil_div(c.blocks, machine.slots())) * slots / blocks : 1.0;
   const double idle = blocks < wanted ? wanted / blocks : waves;
-  const double bytes = c.large + c.weight * c.extra;
-  const double stream = std::max(bytes * idle * c.uneven / (MEMORY * machine.multiprocessors),
-                                 bytes * c.uneven / blocks / ALONE);
+  const double bytes = c.large + EXTRA * c.extra;
+  const double memory = bytes * idle * c.uneven / (MEMORY * machine.multiprocessors);
+  const double own = c.large * c.uneven / blocks / c.alone;
+  // They overlap, but not quite where they are equal.
+  const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8), 1 / 8.);
   return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0);
 }
 
 // m_blocks x n_blocks blocks of the large matrix, and the pieces of its tiles that they own.
 struct Plan {
-  int rows = 0;  // of a tile
+  int rows = 0, cols = 0;  // of a tile
   int64_t m_tiles = 0, n_tiles = 0, m_blocks = 0, n_blocks = 0;
   double extra_bytes = 0, cost = 0;
+  bool last = false;  // a last resort: it moves too much besides the matrix, or does not fill the GPU
+  void better_of(const Plan& other) {
+    if (rows == 0 || std::pair(other.last, other.cost) < std::pair(last, cost)) *this = other;
+  }
   Pieces m_pieces() const { return pieces(m_tiles, m_blocks); }
   Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
 };
@@ -83,21 +97,26 @@ inline double unevenness(int64_t tiles, int64_t blocks) {
 // Plans of a matrix of owned x split tiles.  A block owns up to `subs` tiles along one side; along the other
 // the tiles are split, just often enough to fill the GPU or once for each of its places, `least` times at
 // least. cost(owners, splits) gives bytes and sums, without blocks and unevenness; f(owners, splits,
-// microseconds, extra bytes) hears of each plan.
+// microseconds, extra bytes, whether it is a last resort) hears of each plan.
 template <class CostOf, class F>
-void each_plan(const Machine& machine, int64_t owned, int64_t split, int subs, int64_t least, CostOf cost,
-               F f) {
+void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int subs, int64_t least,
+               CostOf cost, F f) {
   for (int sub = 1; sub <= subs; ++sub) {
     const int64_t owners = ceil_div(owned, sub);
     if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
     const auto attempt = [&](int64_t splits) {
       splits = std::clamp<int64_t>(splits, 1, split);
       const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
-      if (owners * even >= machine.wanted()) splits = even;
+      const int64_t more = ceil_div(split, split / splits);           // the least even number above it
+      if (owners * even >= machine.wanted())
+        splits = even;
+      else if (owners * more <= machine.slots())
+        splits = more;
       Cost c = cost(owners, splits);
       c.blocks = owners * splits;
       c.uneven = unevenness(owned, owners) * unevenness(split, splits);
-      f(owners, splits, microseconds(machine, c), c.extra);
+      f(owners, splits, microseconds(machine, c), c.extra,
+        c.extra > c.most * R / 16 * c.large || c.blocks < machine.wanted());
     };
     const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
     attempt(fewest);
@@ -110,22 +129,24 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
   const int R = padded_rank(r);
   Plan best;
   for (const int rows : {kernels::SHRINK_LOW, kernels::shrink_tall(R)}) {
-    const int64_t tiles = ceil_div(M, rows),
-                  steps = ceil_div(K, kernels::shrink_cols(size_t(element), R, rows));
+    const int cols = kernels::shrink_cols(size_t(element), R, rows);
+    const int64_t tiles = ceil_div(M, rows), steps = ceil_div(K, cols);
     const int subs = kernels::shrink_subs(R, rows);
+    const double filled = double(M) / double(tiles * rows);  // rows that are not there take as long
     // The sum over many splits is what one waits for when the tokens are few: no more than memory needs.
-    Machine few = machine;
+    Machine few = machine.with(kernels::blocks_of_one_product(R));
     if (tiles == 1) few.multiprocessors = std::min(machine.multiprocessors, std::max(35, R + R / 8));
     each_plan(
-        few, tiles, steps, subs, 1,
+        few, R, tiles, steps, subs, 1,
         [&](int64_t blocks, int64_t splits) {
           const double partial = splits > 1 ? 8.0 * double(splits) * double(M) * double(r) : 0.0;
           return Cost{double(M) * double(K) * element,
-                      double(blocks) * double(K) * double(r) * element + partial, 0, 1,
-                      partial / 2 / double(blocks)};
+                      double(blocks) * double(K) * double(r) * element + partial, 0.15,
+                      partial / 2 / double(blocks),
+                      (rows == kernels::SHRINK_LOW ? alone(R, 24e3, 20e3) : alone(R, 33e3, 22e3)) * filled};
         },
-        [&](int64_t blocks, int64_t splits, double cost, double extra) {
-          if (best.rows == 0 || cost < best.cost) best = {rows, tiles, steps, blocks, splits, extra, cost};
+        [&](int64_t blocks, int64_t splits, double cost, double extra, bool last) {
+          best.better_of({rows, cols, tiles, steps, blocks, splits, extra, cost, last});
         });
     if (rows == kernels::shrink_tall(R)) break;  // the two may be one
   }
@@ -138,59 +159,63 @@ inline Plan expand_add(int64_t M, int64_t N, int64_t r, int element, const Machi
   const int64_t n_tiles = ceil_div(N, cols), strips = ceil_div(M, 16 * warps);
   Plan best;
   each_plan(
-      machine, n_tiles, strips, kernels::expand_subs(size_t(element), R), 1,
+      machine.with(kernels::blocks_together(R)), R, n_tiles, strips, kernels::expand_subs(size_t(element), R),
+      1,
       [&](int64_t n, int64_t m) {
         return Cost{2.0 * double(M) * double(N) * element,
-                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)), 0, 1, 0};
+                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)), 0.15, 0,
+                    alone(R, 71e3, 50e3)};
       },
-      [&](int64_t n, int64_t m, double cost, double extra) {
-        if (best.rows == 0 || cost < best.cost) best = {16 * warps, strips, n_tiles, m, n, extra, cost};
+      [&](int64_t n, int64_t m, double cost, double extra, bool last) {
+        best.better_of({16 * warps, cols, strips, n_tiles, m, n, extra, cost, last});
       });
   return best;
 }
 
 inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Machine& machine) {
-  const int R = padded_rank(r), rows = kernels::factor_grad_rows(size_t(element), R),
-            cols = kernels::factor_grad_cols(R);
-  const int64_t k_tiles = ceil_div(K, cols), m_tiles = ceil_div(M, rows);
+  const int R = padded_rank(r);
   Plan best;
-  each_plan(
-      machine, k_tiles, m_tiles, kernels::factor_grad_subs(R), 1,
-      [&](int64_t n, int64_t m) {
-        const double partial = m > 1 ? 8.0 * double(r) * double(m) * double(K) : 0.0;
-        return Cost{double(M) * double(K) * element,
-                    double(element) * double(r) * double(n) * double(M) + partial, 0, 1,
-                    partial / 2 / double(n)};
-      },
-      [&](int64_t n, int64_t m, double cost, double extra) {
-        if (best.rows == 0 || cost < best.cost) best = {rows, m_tiles, k_tiles, m, n, extra, cost};
-      });
+  for (const int cols : {kernels::factor_grad_wide(R), kernels::factor_grad_narrow(R)}) {
+    const int rows = kernels::factor_grad_rows(size_t(element), R, cols);
+    const int64_t k_tiles = ceil_div(K, cols), m_tiles = ceil_div(M, rows);
+    each_plan(
+        machine.with(kernels::blocks_of_one_product(R)), R, k_tiles, m_tiles,
+        kernels::factor_grad_subs(R, cols), 1,
+        [&](int64_t n, int64_t m) {
+          const double partial = m > 1 ? 8.0 * double(r) * double(m) * double(K) : 0.0;
+          return Cost{double(M) * double(K) * element,
+                      double(element) * double(r) * double(n) * double(M) + partial, 0.15,
+                      partial / 2 / double(n), alone(R, 40e3, cols == 128 ? 20e3 : 17e3)};
+        },
+        [&](int64_t n, int64_t m, double cost, double extra, bool last) {
+          best.better_of({rows, cols, m_tiles, k_tiles, m, n, extra, cost, last});
+        });
+    if (cols == kernels::factor_grad_narrow(R)) break;  // the two may be one
+  }
   return best;
 }
 
-inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, Machine machine) {
-  machine.blocks = 1;  // of this kernel, whose sums are many
+inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, const Machine& machine) {
   const int R = padded_rank(r), rows = kernels::SHRINK_GRAD_ROWS,
             cols = kernels::shrink_grad_cols(size_t(element));
   const int64_t n_tiles = ceil_div(N, cols), m_tiles = ceil_div(M, rows);
   Plan best;
   each_plan(
-      machine, n_tiles, m_tiles, kernels::shrink_grad_subs(size_t(element), R),
-      ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
+      machine.with(kernels::blocks_together(R)), R, n_tiles, m_tiles,
+      kernels::shrink_grad_subs(size_t(element), R), ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
       [&](int64_t n, int64_t m) {
         const double k = 8.0 * double(r) * double(n) * double(M),
                      Q = m > 1 ? 8.0 * double(r) * double(m) * double(N) : 0.0;
         // of k, the row tiles that a block is the last to reach
         return Cost{double(M) * double(N) * element,
                     double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k + Q,
-                    0,
-                    1,
+                    0.35,
                     Q / 2 / double(n) + double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
                                             double(std::min<int64_t>(rows, M)) * double(n),
-                    1.5 * EXTRA};  // most of it are sums of k, which pass while g does
+                    alone(R, 20e3, 15e3)};
       },
-      [&](int64_t n, int64_t m, double cost, double extra) {
-        if (best.rows == 0 || cost < best.cost) best = {rows, m_tiles, n_tiles, m, n, extra, cost};
+      [&](int64_t n, int64_t m, double cost, double extra, bool last) {
+        best.better_of({rows, cols, m_tiles, n_tiles, m, n, extra, cost, last});
       });
   return best;
 }

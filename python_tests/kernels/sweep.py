@@ -18,9 +18,11 @@ from arrays import ALIGNED, ODD, PACKED  # noqa: E402
 from cases import KERNELS, SHAPES, Shape  # noqa: E402
 
 # Two blocks or more in each dimension of every grid, and walks of more tiles than there are stages, so that every stage
-# is filled a second time; with and without dropout, aligned and not.
+# is filled a second time; with and without dropout, aligned and not. On two multiprocessors a block owns tiles in both
+# directions.
 PIPELINE = [
     Shape(700, 560, 16, ALIGNED, sms=5),
+    Shape(700, 560, 16, ALIGNED, sms=2),
     Shape(330, 700, 40, ALIGNED, 0.25, 6, r2=20, layers=2),
     Shape(520, 264, 16, ODD, 0.1, 4),
     Shape(200, 400, 100, PACKED, sms=5, layers=2),

@@ -45,6 +45,7 @@ def test_blocks_that_run_at_the_same_time() -> None:
     in_order = list(range(192))
     assert threads(run("schedule", resident=3)) == in_order
     assert threads(run("schedule", resident=2, order="reverse")) == [*in_order[64:][::-1], *in_order[:64][::-1]]
+    assert threads(run("schedule", resident=3, order="in_turn")) == in_order
     mixed = run("schedule", order="random", seed=3, resident=3)
     assert mixed == run("schedule", order="random", seed=3, resident=3) and sorted(threads(mixed)) == in_order
     blocks = [thread // 64 for thread in threads(mixed)]

@@ -17,14 +17,14 @@
 
 namespace lotr::kernels {
 
-template <class P, int R_, bool DROPOUT_>
+template <class P, int R_, int COLS_, bool DROPOUT_>
 struct FactorGradTraits {
   using Policy = P;
   using T = typename P::T;
   static constexpr int R = R_, THREADS = 256;
   static constexpr bool DROPOUT = DROPOUT_;
-  static constexpr int ROWS = factor_grad_rows(sizeof(T), R), COLS = factor_grad_cols(R);
-  static constexpr int SUBS = factor_grad_subs(R), BLOCKS = blocks_together(R);
+  static constexpr int COLS = COLS_, ROWS = factor_grad_rows(sizeof(T), R, COLS);
+  static constexpr int SUBS = factor_grad_subs(R, COLS), BLOCKS = blocks_of_one_product(R);
 
   struct Stage {
     tile::Shared<T, ROWS, COLS> x;
@@ -44,17 +44,17 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   using Stage = typename Traits::Stage;
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int k_block = int(blockIdx.x), m_block = int(blockIdx.y);
-  const Walk walk(p.m_pieces, m_block, p.k_pieces, k_block);
+  const Walk<STAGES> walk(p.m_pieces, m_block, p.k_pieces, k_block);
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
-  const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x);
-  const tile::Loader<THREADS, decltype(Stage::v)> load_v(p.v);
+  const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
+  const tile::Loader<THREADS, decltype(Stage::v)> load_v(p.v, p.M, p.r);
 
-  Walk::Place ahead, here;
+  typename Walk<STAGES>::Place ahead, here;
   auto fetch = [&] {
     if (walk.holds(ahead)) {
-      const int64_t m = int64_t(walk.row(ahead)) * ROWS;
-      load_x(sm.stage[ahead.tile % STAGES].x, m, p.M, int64_t(walk.col(ahead)) * COLS, p.K);
-      if (ahead.n == 0) load_v(sm.stage[ahead.m % STAGES].v, m, p.M, 0, p.r);
+      const int row = walk.row(ahead);
+      load_x(sm.stage[ahead.stage].x, row, walk.col(ahead));
+      if (ahead.n == 0) load_v(sm.stage[ahead.slot].v, row, 0);
       walk.advance(ahead);
     }
     ptx::cp_async_commit();
@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   ColumnSums<Traits> sums;
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   for (; walk.holds(here); walk.advance(here)) {
-    auto& x = sm.stage[here.tile % STAGES].x;
+    auto& x = sm.stage[here.stage].x;
     ptx::cp_async_wait<STAGES - 2>();
     if constexpr (Traits::DROPOUT)
       tile::drop<THREADS>(x, p.dropout, seed, int64_t(walk.row(here)) * ROWS, int64_t(walk.col(here)) * COLS,
                           p.K);
     __syncthreads();
     fetch();
-    sums.add(here.n, x, sm.stage[here.m % STAGES].v);
+    sums.add(here.n, x, sm.stage[here.slot].v);
   }
 
   const int64_t first = int64_t(walk.n_begin) * COLS, owned = int64_t(walk.n_tiles) * COLS;

@@ -12,9 +12,11 @@ namespace lotr::kernels {
 
 // Row tile by row tile, and in each of them column tile by column tile.  The walk may start at any row tile
 // and comes round to those before it.
+template <int STAGES>
 struct Walk {
   struct Place {
-    int tile = 0, m = 0, n = 0;  // in the walk, of rows, of columns
+    int m = 0, n = 0;         // of rows, of columns
+    int stage = 0, slot = 0;  // of its tile, of what goes with its row tile
   };
   int m_begin, n_begin, m_tiles, n_tiles, start;
 
@@ -32,8 +34,8 @@ struct Walk {
   }
   LOTR_DEVICE int col(const Place& p) const { return n_begin + p.n; }
   LOTR_DEVICE void advance(Place& p) const {
-    ++p.tile;
-    if (++p.n == n_tiles) p.n = 0, ++p.m;
+    p.stage = tile::stage_after<STAGES>(p.stage);
+    if (++p.n == n_tiles) p.n = 0, ++p.m, p.slot = tile::stage_after<STAGES>(p.slot);
   }
 };
 

@@ -32,7 +32,7 @@ struct ShrinkTraits {
   // Warps along the rank and along tokens: one along the rank where it is small, so that x is read once.
   static constexpr int WARP_RANKS = R <= 32 && ROWS >= 128 ? 1 : 2, WARP_ROWS = 8 / WARP_RANKS;
   static constexpr int MI = ROWS / (16 * WARP_ROWS), NJ = R / (8 * WARP_RANKS);
-  static constexpr int BLOCKS = blocks_together(R);
+  static constexpr int BLOCKS = blocks_of_one_product(R);
 
   struct Stage {
     tile::Shared<T, ROWS, COLS> x;
@@ -76,25 +76,26 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   const int i0 = warp % Traits::WARP_ROWS * 16, j0 = warp / Traits::WARP_ROWS * (8 * NJ);
   const int m_block = int(blockIdx.x), split = int(blockIdx.y);
   const int m_tiles = tile::count_of(p.m_pieces, m_block), steps = tile::count_of(p.k_pieces, split);
-  const int64_t m0 = int64_t(tile::begin_of(p.m_pieces, m_block)) * ROWS,
-                k0 = int64_t(tile::begin_of(p.k_pieces, split)) * COLS;
+  const int m_begin = tile::begin_of(p.m_pieces, m_block), k_begin = tile::begin_of(p.k_pieces, split);
+  const int64_t m0 = int64_t(m_begin) * ROWS;
+  const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
+  const int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
-  const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x);
-  const tile::Loader<THREADS, decltype(Stage::A)> load_A(p.A);
+  const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
+  const tile::Loader<THREADS, decltype(Stage::A)> load_A(p.A, p.K, p.r);
 
   struct Place {
-    int tile = 0, m = 0, step = 0;
-    int64_t m0, k;
+    int m = 0, step = 0, stage = 0, slot = 0;  // stage of x, slot of A
   };
   const auto advance = [&](Place& a) {
-    ++a.tile, ++a.m, a.m0 += ROWS;
-    if (a.m == m_tiles) a.m = 0, ++a.step, a.m0 = m0, a.k += COLS;
+    a.stage = tile::stage_after<STAGES>(a.stage);
+    if (++a.m == m_tiles) a.m = 0, ++a.step, a.slot = tile::stage_after<STAGES>(a.slot);
   };
-  Place here{0, 0, 0, m0, k0}, ahead = here;
+  Place here, ahead;
   auto fetch = [&] {
     if (ahead.step < steps) {
-      load_x(sm.stage[ahead.tile % STAGES].x, ahead.m0, p.M, ahead.k, p.K);
-      if (ahead.m == 0) load_A(sm.stage[ahead.step % STAGES].A, ahead.k, p.K, 0, p.r);
+      load_x(sm.stage[ahead.stage].x, m_begin + ahead.m, k_begin + ahead.step);
+      if (ahead.m == 0) load_A(sm.stage[ahead.slot].A, k_begin + ahead.step, 0);
       advance(ahead);
     }
     ptx::cp_async_commit();
@@ -103,22 +104,21 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   float d[SUBS][MI][NJ][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   for (; here.step < steps; advance(here)) {
-    auto& x = sm.stage[here.tile % STAGES].x;
+    auto& x = sm.stage[here.stage].x;
     ptx::cp_async_wait<STAGES - 2>();
-    if constexpr (Traits::DROPOUT) tile::drop<THREADS>(x, p.dropout, seed, here.m0, here.k, p.K);
+    if constexpr (Traits::DROPOUT)
+      tile::drop<THREADS>(x, p.dropout, seed, m0 + here.m * ROWS, int64_t(k_begin + here.step) * COLS, p.K);
     __syncthreads();
     fetch();
-    if (here.m0 + i0 < p.M) {  // a decoding step fills one warp in four
+    if (here.m * ROWS + i0 < rows) {  // a decoding step fills one warp in four
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
         if (s == here.m)
-          tile::warp_product<P, COLS, false, true>(d[s], x, i0, ROW_STEP, sm.stage[here.step % STAGES].A, j0);
+          tile::warp_product<P, COLS, false, true>(d[s], x, i0, ROW_STEP, sm.stage[here.slot].A, j0);
     }
   }
 
   // f(sum of a 16 x 8 tile, its first row in the block, its first rank) for those inside the matrix
-  const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
-  const int rows = int(left < owned ? left : owned);
   const auto each = [&](auto f) {
 #pragma unroll
     for (int s = 0; s < SUBS; ++s)

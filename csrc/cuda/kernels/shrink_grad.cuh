@@ -29,7 +29,7 @@ struct ShrinkGradTraits {
   using Policy = P;
   using T = typename P::T;
   static constexpr int R = R_, THREADS = 256, ROWS = SHRINK_GRAD_ROWS, COLS = shrink_grad_cols(sizeof(T));
-  static constexpr int SUBS = shrink_grad_subs(sizeof(T), R);
+  static constexpr int SUBS = shrink_grad_subs(sizeof(T), R), BLOCKS = blocks_together(R);
 
   struct Stage {
     tile::Shared<T, ROWS, COLS> g;
@@ -37,7 +37,8 @@ struct ShrinkGradTraits {
   };
   using Factor = tile::Shared<T, COLS, R>;
   using Output = tile::Shared<T, ROWS, R>;
-  static constexpr int STAGES = stages_that_fit(sizeof(Stage), SUBS * sizeof(Factor), 4);
+  static constexpr int STAGES =
+      stages_that_fit(sizeof(Stage), SUBS * sizeof(Factor), 4, shared_budget(BLOCKS));
   struct Smem {
     Factor F[SUBS];
     union {
@@ -47,11 +48,11 @@ struct ShrinkGradTraits {
     uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // a bit for each row tile that this block has to sum
     int sum_Q;
   };
-  static_assert(STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
+  static_assert(STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGradParams p) {
+__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(const ShrinkGradParams p) {
   using P = typename Traits::Policy;
   using Stage = typename Traits::Stage;
   constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, R = Traits::R, ROWS = Traits::ROWS;
@@ -63,17 +64,17 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   // 32 bits are enough: the planner gives a block at most SHRINK_GRAD_MOST_TILES row tiles
   const int start =
       int(unsigned(tile::count_of(p.m_pieces, m_block)) * unsigned(n_block) / unsigned(p.n_splits));
-  const Walk walk(p.m_pieces, m_block, p.n_pieces, n_block, start);
+  const Walk<STAGES> walk(p.m_pieces, m_block, p.n_pieces, n_block, start);
   const int64_t n_begin = int64_t(walk.n_begin) * COLS;
-  const tile::Loader<THREADS, decltype(Stage::g)> load_g(p.g);
-  const tile::Loader<THREADS, decltype(Stage::u)> load_u(p.u);
+  const tile::Loader<THREADS, decltype(Stage::g)> load_g(p.g, p.M, p.N);
+  const tile::Loader<THREADS, decltype(Stage::u)> load_u(p.u, p.M, p.r);
 
-  Walk::Place ahead, here;
+  typename Walk<STAGES>::Place ahead, here;
   auto fetch = [&] {
     if (walk.holds(ahead)) {
-      const int64_t m = int64_t(walk.row(ahead)) * ROWS;
-      load_g(sm.stage[ahead.tile % STAGES].g, m, p.M, int64_t(walk.col(ahead)) * COLS, p.N);
-      if (ahead.n == 0) load_u(sm.stage[ahead.m % STAGES].u, m, p.M, 0, p.r);
+      const int row = walk.row(ahead);
+      load_g(sm.stage[ahead.stage].g, row, walk.col(ahead));
+      if (ahead.n == 0) load_u(sm.stage[ahead.slot].u, row, 0);
       walk.advance(ahead);
     }
     ptx::cp_async_commit();
@@ -97,18 +98,18 @@ __global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGr
   if (threadIdx.x == 0)
     for (uint32_t& word : sm.sum_k) ptx::store_shared(&word, 0u);
 
-  const tile::Loader<THREADS, typename Traits::Factor> load_F(p.F);
-  for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], n_begin + int64_t(n) * COLS, p.N, 0, p.r);
+  const tile::Loader<THREADS, typename Traits::Factor> load_F(p.F, p.N, p.r);
+  for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], walk.n_begin + n, 0);
   ColumnSums<Traits> Q;
   int stored = -1;  // the row tile of k that is in memory and not counted yet
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   for (; walk.holds(here); walk.advance(here)) {
-    auto& g = sm.stage[here.tile % STAGES].g;
+    auto& g = sm.stage[here.stage].g;
     ptx::cp_async_wait<STAGES - 2>();
     __syncthreads();
     fetch();
     tile::warp_product<P, COLS, false, true>(k, g, i0, 0, sm.F[here.n], j0);
-    Q.add(here.n, g, sm.stage[here.m % STAGES].u);
+    Q.add(here.n, g, sm.stage[here.slot].u);
     if (threadIdx.x == 0 && stored >= 0) {
       note();
       count_in(stored);

@@ -8,9 +8,14 @@ namespace lotr::kernels {
 // keeps; and what leaves room for a second block on an A100 and on all larger ones.
 constexpr size_t SHARED_BYTES = 99 * 1024, SHARED_BYTES_OF_TWO = 80 * 1024;
 
-// Blocks that a multiprocessor is to hold, by registers and shared memory: two where the sums are few.
+// Blocks that a multiprocessor is to hold, by registers and shared memory: two where the sums are few, so
+// that one computes while the other waits.  shrink and factor_grad keep one product, which leaves room for
+// more.
 constexpr int blocks_together(int R) {
   return R <= 32 ? 2 : 1;
+}
+constexpr int blocks_of_one_product(int R) {
+  return R <= 64 ? 2 : 1;
 }
 constexpr size_t shared_budget(int blocks) {
   return blocks == 2 ? SHARED_BYTES_OF_TWO : SHARED_BYTES;
@@ -31,7 +36,7 @@ constexpr int shrink_tall(int R) {
   return R <= 128 ? 128 : 64;
 }
 constexpr int shrink_subs(int R, int rows) {
-  return rows != shrink_tall(R) ? 1 : R == 16 ? 4 : R <= 64 ? 2 : 1;
+  return rows != shrink_tall(R) ? 1 : R == 16 ? 4 : R == 32 ? 2 : 1;
 }
 constexpr int SHRINK_LOW = 64;
 // Columns of x in a stage of shrink: 16 KB of x at most, and 16 KB of A at most.
@@ -44,27 +49,31 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
-// Column tiles of factor_grad, whose sums a block keeps in registers: wide where the rank is small, so that a
-// warp can own the whole rank.  A block may own several: 32 accumulators a thread where two blocks are to
-// fit, else 64.
-constexpr int factor_grad_cols(int R) {
+// Column tiles of factor_grad, whose sums a block keeps in registers: wide where two blocks are to fit, so
+// that a warp owns the whole rank or reads each part of v for more columns; at rank 64 narrow ones too, for
+// matrices of few columns.  A block may own several: 32 accumulators a thread where two blocks are to fit,
+// else 64.
+constexpr int factor_grad_wide(int R) {
+  return R <= 64 ? 128 : 64;
+}
+constexpr int factor_grad_narrow(int R) {
   return R <= 32 ? 128 : 64;
 }
-constexpr int factor_grad_subs(int R) {
-  return R == 16 ? 4 : R == 32 ? 2 : 256 / R;
+constexpr int factor_grad_subs(int R, int cols) {
+  return (R <= 64 ? 64 : 128) * 128 / (R * cols);
 }
-constexpr int factor_grad_rows(size_t element, int R) {
-  return R == 256 ? 32 : R >= 64 ? 64 : rows_of_16_kb(element, factor_grad_cols(R));
+constexpr int factor_grad_rows(size_t element, int R, int cols) {
+  return R == 256 ? 32 : R == 128 || cols == 64 ? 64 : rows_of_16_kb(element, cols);
 }
 constexpr int shrink_grad_cols(size_t element) {
   return element == 2 ? 128 : 64;
 }
 constexpr int SHRINK_GRAD_ROWS = 64, SHRINK_GRAD_MOST_TILES = 2048;  // row tiles of a block
-// In shrink_grad the rows of F that go with them stay in shared memory: 32 KB at most.
+// In shrink_grad the rows of F that go with them stay in shared memory: 32 KB at most, 16 KB where two blocks
+// are to fit.
 constexpr int shrink_grad_subs(size_t element, int R) {
-  const int fit = int(32768 / (shrink_grad_cols(element) * R * element)), subs = R == 16   ? 8
-                                                                                 : R == 32 ? 4
-                                                                                           : 2;
+  const size_t most = blocks_together(R) == 2 ? 16384 : 32768;
+  const int fit = int(most / (shrink_grad_cols(element) * R * element)), subs = R == 16 ? 4 : 2;
   return fit < subs ? fit : subs;
 }
 

@@ -24,7 +24,7 @@ LOTR_DEVICE int valid_elements(int64_t row, int64_t rows, int64_t col, int64_t c
   return left <= 0 ? 0 : left < CHUNK ? int(left) : CHUNK;
 }
 
-// Copies tiles of one matrix: tile[i][j] = m[row0 + i][col0 + j], zero outside [rows, cols].
+// Copies tiles of one matrix [rows, cols]: tile (i, j) of its grid of tiles, zero outside the matrix.
 template <int THREADS, class Tile>
 class Loader {
   using T = typename Tile::T;
@@ -33,23 +33,28 @@ class Loader {
   static_assert(THREADS % Tile::CHUNKS == 0 && STEP % 8 == 0, "the same swizzle in all rows of a thread");
 
   const char* data_;
-  int64_t row_bytes_, first_;
-  int r_, c_;
+  int64_t rows_, cols_, row_bytes_, first_;
+  int r_, c_, whole_rows_, whole_cols_;  // whole: tiles
 
  public:
-  LOTR_DEVICE explicit Loader(const Matrix& m)
+  LOTR_DEVICE Loader(const Matrix& m, int64_t rows, int64_t cols)
       : data_(static_cast<const char*>(m.data)),
+        rows_(rows),
+        cols_(cols),
         row_bytes_(m.row * int64_t(sizeof(T))),
         r_(int(threadIdx.x) / Tile::CHUNKS),
-        c_(int(threadIdx.x) % Tile::CHUNKS) {
+        c_(int(threadIdx.x) % Tile::CHUNKS),
+        whole_rows_(int(rows / Tile::ROWS)),
+        whole_cols_(int(cols / Tile::COLS)) {
     first_ = r_ * row_bytes_ + c_ * 16;
   }
 
-  LOTR_DEVICE void operator()(Tile& tile, int64_t row0, int64_t rows, int64_t col0, int64_t cols) const {
+  LOTR_DEVICE void operator()(Tile& tile, int tile_row, int tile_col) const {
     if (TOTAL % THREADS != 0 && r_ >= Tile::ROWS) return;  // fewer chunks than threads
-    const char* from = data_ + (row0 * row_bytes_ + col0 * int64_t(sizeof(T))) + first_;
+    const char* from =
+        data_ + first_ + tile_row * (Tile::ROWS * row_bytes_) + tile_col * int64_t(Tile::COLS * sizeof(T));
     T* to = tile.chunk(r_, c_);
-    if (row0 + Tile::ROWS <= rows && col0 + Tile::COLS <= cols) {
+    if (tile_row < whole_rows_ && tile_col < whole_cols_) {
 #pragma unroll
       for (int i = 0; i < COUNT; ++i)
         ptx::cp_async16(to + i * (STEP * Tile::COLS), from + i * STEP * row_bytes_);
@@ -57,7 +62,8 @@ class Loader {
 #pragma unroll 1
       for (int i = 0; i < COUNT; ++i) {
         const int valid =
-            valid_elements<Tile::CHUNK>(row0 + r_ + i * STEP, rows, col0 + c_ * Tile::CHUNK, cols);
+            valid_elements<Tile::CHUNK>(int64_t(tile_row) * Tile::ROWS + r_ + i * STEP, rows_,
+                                        int64_t(tile_col) * Tile::COLS + c_ * Tile::CHUNK, cols_);
         ptx::cp_async16(to + i * (STEP * Tile::COLS), valid ? from + i * STEP * row_bytes_ : data_,
                         valid * int(sizeof(T)));
       }

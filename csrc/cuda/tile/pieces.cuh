@@ -12,4 +12,10 @@ LOTR_DEVICE int count_of(const Pieces& p, int piece) {
   return p.whole + (piece < p.longer);
 }
 
+// The stage after `stage` in a ring of so many: cheaper than a remainder.
+template <int STAGES>
+LOTR_DEVICE int stage_after(int stage) {
+  return stage == STAGES - 1 ? 0 : stage + 1;
+}
+
 }  // namespace lotr::tile

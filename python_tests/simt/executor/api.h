@@ -24,10 +24,11 @@
 
 namespace lotr::simt {
 
-// Which of the threads that could go on runs next, and which block after the last.
-enum class Order { forward, reverse, random };
+// Which of the threads that could go on runs next, and which block after the last.  in_turn: forward, but the
+// warps take turns, so that blocks that run at the same time keep pace.
+enum class Order { forward, reverse, random, in_turn };
 
-constexpr unsigned MOST_RESIDENT = 64;
+constexpr unsigned MOST_RESIDENT = 128;
 
 struct Options {
   Order order = Order::forward;
@@ -58,7 +59,7 @@ std::vector<SynchronisationSite> synchronisation_sites();
 
 void set_options(const Options& options);  // throws std::invalid_argument
 const Options& options();
-// Over `options`: LOTR_SIMT_ORDER=forward|reverse|random, and the numbers _SEED, _PREEMPT, _RESIDENT.
+// Over `options`: LOTR_SIMT_ORDER=forward|reverse|random|in_turn, and the numbers _SEED, _PREEMPT, _RESIDENT.
 Options options_from_environment(Options options = {});
 
 // Traffic between a block and one registered array.  Lanes that execute a call site together are one

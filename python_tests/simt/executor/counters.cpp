@@ -295,8 +295,11 @@ Options options_from_environment(Options options) {
       options.order = Order::reverse;
     else if (name == "random")
       options.order = Order::random;
+    else if (name == "in_turn")
+      options.order = Order::in_turn;
     else
-      throw std::invalid_argument("LOTR_SIMT_ORDER is " + name + ", expected forward, reverse or random");
+      throw std::invalid_argument("LOTR_SIMT_ORDER is " + name +
+                                  ", expected forward, reverse, random or in_turn");
   }
   if (const char* seed = getenv("LOTR_SIMT_SEED")) options.seed = strtoull(seed, nullptr, 10);
   if (const char* preempt = getenv("LOTR_SIMT_PREEMPT"))

@@ -131,9 +131,9 @@ void run_clusters(const std::vector<uint3>& corners) {
   machine.warps.clear();
   machine.ready_warps.assign((warps + 63) / 64, 0);
   const Order order = machine.options.order;
-  machine.current_warp = order == Order::forward   ? 0
-                         : order == Order::reverse ? warps - 1
-                                                   : next_random() % warps;
+  machine.current_warp = order == Order::reverse  ? warps - 1
+                         : order == Order::random ? next_random() % warps
+                                                  : 0;
   machine.threads_left = size_t(count) * threads;
   machine.memory_barriers.clear();
   machine.engine.clear();

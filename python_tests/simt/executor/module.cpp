@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -322,9 +323,14 @@ py::dict counters_dict() {
 void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
                     size_t shared_limit, unsigned resident) {
   Options o;
-  if (order != "forward" && order != "reverse" && order != "random")
-    throw py::value_error("order: expected forward, reverse or random, got " + order);
-  o.order = order == "forward" ? Order::forward : order == "reverse" ? Order::reverse : Order::random;
+  const std::map<std::string, Order> orders{{"forward", Order::forward},
+                                            {"reverse", Order::reverse},
+                                            {"random", Order::random},
+                                            {"in_turn", Order::in_turn}};
+  const auto found = orders.find(order);
+  if (found == orders.end())
+    throw py::value_error("order: expected forward, reverse, random or in_turn, got " + order);
+  o.order = found->second;
   o.seed = seed, o.preempt = preempt, o.count_memory = count_memory, o.shared_limit = shared_limit;
   o.resident = resident;
   set_options(o);
@@ -407,7 +413,7 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "plan",
       [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-        const auto machine = plan::Machine::of(multiprocessors, settings.shared, r);
+        const auto machine = plan::Machine::of(multiprocessors, settings.shared);
         const auto p = kernel == "shrink"        ? plan::shrink(M, N, r, element, machine)
                        : kernel == "expand_add"  ? plan::expand_add(M, N, r, element, machine)
                        : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, machine)

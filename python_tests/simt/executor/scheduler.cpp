@@ -68,12 +68,21 @@ void run_engine() {
 
 Warp* choose_warp() {
   Warp* now = machine.warps[machine.current_warp];
-  if (now->ready) return now;  // a warp goes on until all its lanes wait
-  size_t count = 0;
-  for (uint64_t bits : machine.ready_warps) count += __builtin_popcountll(bits);
+  if (now->ready) return now;    // a warp goes on until all its lanes wait
+  size_t count = 0, before = 0;  // those before this warp
+  for (size_t i = 0; i < machine.ready_warps.size(); ++i) {
+    const uint64_t bits = machine.ready_warps[i];
+    count += __builtin_popcountll(bits);
+    if (i < machine.current_warp / 64) before += __builtin_popcountll(bits);
+    if (i == machine.current_warp / 64)
+      before += __builtin_popcountll(bits & ((uint64_t(1) << machine.current_warp % 64) - 1));
+  }
   if (!count) return nullptr;
   const Order order = machine.options.order;
-  size_t k = order == Order::forward ? 0 : order == Order::reverse ? count - 1 : next_random() % count;
+  size_t k = order == Order::forward   ? 0
+             : order == Order::in_turn ? before % count
+             : order == Order::reverse ? count - 1
+                                       : next_random() % count;
   for (size_t i = 0;; ++i) {
     const size_t here = __builtin_popcountll(machine.ready_warps[i]);
     if (k < here) {
@@ -127,9 +136,9 @@ Thread* choose_thread() {
     if (!machine.engine.empty() && order == Order::random && next_random() % 16 == 0) run_engine();
     if (Warp* warp = choose_warp()) {
       const uint32_t ready = warp->ready;
-      const int lane = order == Order::forward   ? lowest(ready)
-                       : order == Order::reverse ? highest(ready)
-                                                 : nth(ready, next_random() % __builtin_popcount(ready));
+      const int lane = order == Order::reverse  ? highest(ready)
+                       : order == Order::random ? nth(ready, next_random() % __builtin_popcount(ready))
+                                                : lowest(ready);
       return &warp->thread[lane];
     }
     if (!machine.threads_left) return nullptr;
