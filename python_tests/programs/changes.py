@@ -127,7 +127,9 @@ def reparametrized(b: Builder) -> None:
 
 
 def reparametrize(b: Builder, layer: Layer) -> None:
-    how = b.one_of("parametrizations.weight_norm({0})", "weight_norm({0})", "prune.identity({0}, 'weight')")
+    # a row of one number over its own norm has no gradient but rounding's
+    norms = ("parametrizations.weight_norm({0})", "weight_norm({0})") if layer.k > 1 else ()
+    how = b.one_of(*norms, "prune.identity({0}, 'weight')")
     b.line(f"if 'weight' in {layer.name}._parameters: {how.format(layer.name)}")
 
 

@@ -57,7 +57,7 @@ def make_net(b: Builder) -> None:
     b.line("    super().__init__()")
     for name, (k, n) in zip(names, sizes):
         linear = f"nn.Linear({k}, {n}{'' if b.chance(0.7) else ', bias=False'})"
-        if b.chance(0.1):  # no plain weight: apply_lotr wraps it
+        if k > 1 and b.chance(0.1):  # no plain weight: apply_lotr wraps it
             linear = f"parametrizations.weight_norm({linear})"
             wrapped.append(name)
         b.line(f"    self.{name} = {linear}")
