@@ -32,7 +32,9 @@ def change_parameter(b: Builder) -> None:
         return
     b.line(f"with torch.no_grad(): {parameter(b, layer, part)}.mul_({b.one_of(0.5, -1.25)})")
     b.changed_in_place()
-    if b.chance(0.7):
+    # a region whose products are kept would be made anew of old and new values, which torch forbids and does not notice
+    kept = any(value.name in b.cached for value in (*b.values, *b.fresh))
+    if kept or b.chance(0.7):
         b.forget()
 
 
@@ -138,14 +140,14 @@ def hook(b: Builder) -> None:
     layer = b.one_of(*b.layers)
     kind = b.one_of("tensor", "forward", "backward", "parameter")
     if kind == "tensor" and b.fresh:
-        b.line(f"if {b.fresh[-1].name}.requires_grad: {b.fresh[-1].name}.register_hook(lambda g: g * 2)")
+        b.line(f"if {b.fresh[-1].name}.requires_grad: {b.fresh[-1].name}.register_hook(lambda g: None if g is None else g * 2)")
     elif kind == "forward":
         b.line(f"{layer.name}.register_forward_hook(lambda m, args, y: y * 0.5)")
     elif kind == "backward":
         b.line(f"{layer.name}.register_full_backward_hook(lambda m, gi, go: tuple(None if g is None else g * 2 for g in gi))")
     elif kind == "parameter":
         name = parameter(b, layer, b.one_of("A", "B", "core"))
-        b.line(f"if {name}.requires_grad: {name}.register_hook(lambda g: g * 3)")
+        b.line(f"if {name}.requires_grad: {name}.register_hook(lambda g: None if g is None else g * 3)")
 
 
 def failing(b: Builder) -> None:
@@ -169,11 +171,13 @@ def failing(b: Builder) -> None:
         b.line(f"    handle = {layer.name}.register_forward_hook(stop)")
         b.line(f"    try: {layer.name}({x.name})")
     else:
-        target = f"{x.name} * 1" if where == "x" else parameter(b, layer, where)
+        # a copy of x: how much of what x was made of has been backward when a hook fails is autograd's affair
+        target = f"{x.name}.detach().requires_grad_({x.name}.requires_grad)"
+        target = f"{target} * 1" if where == "x" else parameter(b, layer, where)
         b.line(f"    t = {target}")
         b.line("    if not t.requires_grad: return")
         b.line("    handle = t.register_hook(stop)")
-        b.line(f"    try: w.loss({b.seed()}, {layer.name}({'t' if where == 'x' else x.name})).backward()")
+        b.line(f"    try: w.loss({b.seed()}, {layer.name}({'t' if where == 'x' else x.name + '.detach()'})).backward()")
     b.line("    finally: handle.remove()")
     b.indent = 1
     b.line(f"w.planned({name})")
