@@ -29,7 +29,7 @@ def draw_frontier(cells: list[dict], folder: Path) -> list[Path]:
     found = points(cells)
     if not found:
         return save({"frontier": None}, folder)
-    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10.5, 4.6), layout="constrained")
     for way, (colour, style) in STYLES.items():
         own = [p for p in found if p.way == way]
         if not own:
@@ -44,7 +44,7 @@ def draw_frontier(cells: list[dict], folder: Path) -> list[Path]:
         axis.axhline(100 * p.mean, color="0.5", lw=1, label=p.label)
     axis.set(xscale="log", xlabel="trained numbers of the adapter (small figures: rank)", ylabel="held-out accuracy, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside it: inside it would hide points
     seeds = sorted({len(p.accuracies) for p in found})
     count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     figure.suptitle(f"{title(cells)}; {count} seed{'s' * (seeds[-1] > 1)}", fontsize=10)
