@@ -124,7 +124,7 @@ class LoTRFunction(Node):
         want_x, want_weight, want_bias, want_A, want_B, want_core = wanted
         x, weight, A, B, core, u, _ = saved
         core = None if core is None else ctx.factors[2]  # hooks are given a copy, which has no graph
-        if u is not None and not compiled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
+        if u is not None and is_grad_enabled() and not compiled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
             u = LoTRKept.of(ctx, u, x, A)
         shape, g = g.shape, rows(g)
         k, dB, dcore = composite.expand_backward(g, u, B, core, ctx.call.scaling, want_x or want_A, want_B, want_core)
@@ -156,7 +156,12 @@ class LoTRKept(Node):
         if A is None:
             A, error = saved_or_changed(node, 2) if node.needs_input_grad[0] else (node.factors[0], None)
             errors.append(error)
-        return LoTRKept.run(u, x, A, next((error for error in errors if error is not None), None))
+        error = next((error for error in errors if error is not None), None)
+        if not functorch_active():
+            return LoTRKept.run(u, x, A, error)
+        if error is not None:
+            raise error
+        return rows(to(x, u.dtype)) @ to(A, u.dtype).to(u.device)  # vmap knows no node of Python's
 
     @staticmethod
     def forward(ctx, u, x, A, error: RuntimeError | None):

@@ -80,6 +80,20 @@ def test_batched_gradients(tokens, alone):
     close(torch.vmap(lambda g: torch.autograd.grad(y, wanted, g, retain_graph=True))(G), right)
 
 
+def test_batched_gradients_have_gradients():
+    y, expected, wanted = both(layers_of(1), torch.randn(3, K, requires_grad=True))
+    G = torch.randn(3, 3, K)
+    found, right = (
+        torch.vmap(lambda g, of=of: torch.autograd.grad(of, wanted, g, create_graph=True))(G) for of in (y, expected)
+    )
+    close(found, right)
+    for own, true in zip(found, right):  # those of B and the core are made of the u that the layer kept
+        if true.requires_grad:
+            ends = [t for t in wanted if t is not own]
+            pairs = zip(*(torch.autograd.grad(d.sin().sum(), ends, retain_graph=True, allow_unused=True) for d in (own, true)))
+            close(*zip(*((a, b) for a, b in pairs if b is not None)))
+
+
 def test_a_vectorised_jacobian():
     (layer,) = layers_of(1)
     x = torch.randn(4, K)
