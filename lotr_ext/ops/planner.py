@@ -32,10 +32,10 @@ BETA_TOKENS = 1024
 FEW_TOKENS = 128  # below, the unfolded form costs less than folding
 # One pass over x in multiplications, x.numel() (r + READING): to read an element takes as long as 16 of them. On a CPU less
 # than LITTLE_WORK is bound by the host. In float32 and float64 the composite costs least there, whose nodes are torch's, in
-# C++: one of ours, in Python, takes longer by more than its kernels save (Intel Xeon with AVX-512, x 768 wide, rank 16: up to
-# 2^23, and at one token by a fifth of the whole layer). In half precision, where the composite casts, one of ours costs least.
+# C++: one of ours, in Python, takes longer by more than its kernels save (Intel Xeon with AVX-512, x 768 wide, rank 16: at one
+# token by a fifth of the whole layer). In half precision, where the composite casts, one of ours costs least.
 READING = 16
-LITTLE_WORK = 2**22
+LITTLE_WORK = 2**21
 CUDA_MAX_RANK = 256
 _CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
