@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from .measure.session import new_table, start, wide_console
 from .measure.shapes import TARGETS, Case, Shape
-from .measure.store import RESULTS, Store, newest
+from .measure.store import RESULTS, Store, by_case, newest
 from .rivals import experts, host
 from .rivals.model import CAUSAL
 from .rivals.registry import LIBRARY_ONLY, LORA_EAGER, OURS
@@ -63,7 +63,7 @@ def _met(ours: list[float], best: list[float], equal_is_met: bool) -> str:
     return "within the spread" if ours[0] <= best[2] else "no"
 
 
-def _by_case(cells: list[dict], shapes: Iterable[Shape]) -> list[tuple[Case, dict[str, dict]]]:
+def _of_shapes(cells: list[dict], shapes: Iterable[Shape]) -> list[tuple[Case, dict[str, dict]]]:
     cases: dict[Case, dict[str, dict]] = {}
     for cell in cells:
         if tuple(cell["case"].values())[:4] in shapes:
@@ -74,7 +74,7 @@ def _by_case(cells: list[dict], shapes: Iterable[Shape]) -> list[tuple[Case, dic
 def limit_verdicts(cells: list[dict]) -> list[Verdict]:
     """Against eager LoRA's excess, or the extra FLOPs, times what the shape allows."""
     found = []
-    for case, own in _by_case(cells, {**OF_EAGER, **OF_EXTRA}):
+    for case, own in _of_shapes(cells, {**OF_EAGER, **OF_EXTRA}):
         if OURS not in own:
             continue
         ours, shape = own[OURS]["step"]["excess"], case[:4]
@@ -94,7 +94,7 @@ def limit_verdicts(cells: list[dict]) -> list[Verdict]:
 def layer_verdicts(cells: list[dict]) -> list[Verdict]:
     """One a target shape, dtype and thread count."""
     found = []
-    for case, own in _by_case(cells, TARGETS):
+    for case, own in _of_shapes(cells, TARGETS):
         rivals = [own[rival] for rival in LIBRARY_ONLY if rival in own]
         if OURS not in own or not rivals:
             continue
@@ -109,17 +109,19 @@ def _ms(*quartiles: list[float]) -> list[str]:
     return [f"{1e3 * s[1]:.1f} ms ({1e3 * s[0]:.1f}, {1e3 * s[2]:.1f})" for s in quartiles]
 
 
+def _peak_verdict(name: str, ours: dict, lora: dict) -> Verdict:
+    peaks = [cell["peak_bytes"] for cell in (ours, lora)]
+    sizes = [f"{p / 2**20:.1f} MiB" for p in peaks]
+    return Verdict(f"peak {name}", *sizes, lora["label"], "yes" if peaks[0] < peaks[1] else "no")
+
+
 def model_verdicts(cells: list[dict]) -> list[Verdict]:
     """A case's step time, of a language model twice, and its peak memory."""
-    cases: dict[tuple, dict[str, dict]] = {}
-    for cell in cells:
-        cases.setdefault(tuple(cell["case"].values()), {})[cell["rival"]] = cell
     found = []
-    for own in cases.values():
+    for c, own in by_case(cells):
         if not {OURS, "lora-peft"} <= set(own):
             continue
         ours, lora = own[OURS], own["lora-peft"]
-        c = ours["case"]
         name = f"{c['model']} {c['batch']}x{c['sequence']} r{c['r']} {c['dtype']} t{c['threads']}"
         causal = c["model"] in CAUSAL
         most = OF_PEFT if causal else 1.0
@@ -130,9 +132,7 @@ def model_verdicts(cells: list[dict]) -> list[Verdict]:
             lines = own["lotr-eager"]["step"]["seconds"]
             met = _met(step, lines, True).replace("within", "yes, within").replace("yes, yes, ", "yes, ")
             found.append(Verdict(f"step {name}", *_ms(step, lines), own["lotr-eager"]["label"], met))
-        peaks = [cell["peak_bytes"] for cell in (ours, lora)]
-        sizes = [f"{p / 2**20:.1f} MiB" for p in peaks]
-        found.append(Verdict(f"peak {name}", *sizes, lora["label"], "yes" if peaks[0] < peaks[1] else "no"))
+        found.append(_peak_verdict(name, ours, lora))
     return found
 
 
@@ -155,22 +155,16 @@ def host_verdicts(cells: list[dict]) -> list[Verdict]:
 
 def experts_verdicts(cells: list[dict]) -> list[Verdict]:
     """A case's excess over the frozen experts, and its peak."""
-    cases: dict[tuple, dict[str, dict]] = {}
-    for cell in cells:
-        cases.setdefault(tuple(cell["case"].values()), {})[cell["rival"]] = cell
     found = []
-    for own in cases.values():
+    for c, own in by_case(cells):
         if not {experts.OURS, experts.PEFT} <= set(own):
             continue
         ours, lora = own[experts.OURS], own[experts.PEFT]
-        c = ours["case"]
         name = f"experts {c['m']}x{c['h']}x{c['i']}, {c['top_k']} of {c['e']}, r{c['r']} {c['dtype']} t{c['threads']}"
         excess, most = ours["step"]["excess"], [OF_PEFT_EXPERTS * e for e in lora["step"]["excess"]]
         numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (excess, most)]
         found.append(Verdict(name, *numbers, f"{lora['label']} x {OF_PEFT_EXPERTS:g}", _met(excess, most, True)))
-        peaks = [cell["peak_bytes"] for cell in (ours, lora)]
-        sizes = [f"{p / 2**20:.1f} MiB" for p in peaks]
-        found.append(Verdict(f"peak {name}", *sizes, lora["label"], "yes" if peaks[0] < peaks[1] else "no"))
+        found.append(_peak_verdict(name, ours, lora))
     return found
 
 

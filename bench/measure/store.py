@@ -101,6 +101,20 @@ def latest(cells: list[dict]) -> list[dict]:
     return list(newest.values())
 
 
+def of_build(cells: list[dict], build: str | None = None) -> list[dict]:
+    """The last of each case and rival that one build made; None: the build of the last cell."""
+    build = build or (cells[-1]["build"] if cells else "")
+    return [cell for cell in latest(cells) if cell["build"] == build]
+
+
+def by_case(cells: list[dict]) -> list[tuple[dict, dict[str, dict]]]:
+    """(case, {rival: cell}), in the order of first appearance."""
+    found: dict[tuple, tuple[dict, dict[str, dict]]] = {}
+    for cell in cells:
+        found.setdefault(case_of(cell), (cell["case"], {}))[1][cell["rival"]] = cell
+    return list(found.values())
+
+
 def newest(cells: list[dict]) -> list[dict]:
     """What tables and pictures show: the cells of the last one's setting, and of each case those of one run only, since numbers
     of two runs are of two moments. It is the run with the most rivals, then the most rounds, then the latest."""

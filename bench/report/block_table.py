@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..block import MODELS, RANKS, TOKENS
 from ..measure.forms import FORMS
 from ..measure.session import ROUNDS, bytes_text, time_text
+from ..measure.store import by_case
 from ..rivals.block import OURS
 from . import tables
-from .host_table import by_case
 
 HEADS = ("forward", "backward", "both", "over the frozen block", "quartiles")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from ..measure.session import ROUNDS
-from ..measure.store import newest
+from ..measure.store import by_case, newest
 from ..rivals.experts import FLOOR, HEADS, OURS, SHAPES, row_of
 from . import tables
-from .host_table import by_case
 from .plots import save
 
 

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 
 from ..measure.host_calls import count_text
 from ..measure.session import ROUNDS, time_text
+from ..measure.store import by_case
 from ..rivals import host as rh
 from . import tables
 from .plots import save
@@ -22,14 +23,6 @@ COLOURS = {
     rh.SHARED: "tab:cyan",
     rh.IN_MODEL: "tab:blue",
 }
-
-
-def by_case(cells: list[dict]) -> list[tuple[dict, dict[str, dict]]]:
-    """(case, {rival: cell}), in the order of first appearance."""
-    found: dict[tuple, tuple[dict, dict[str, dict]]] = {}
-    for cell in cells:
-        found.setdefault(tuple(cell["case"].values()), (cell["case"], {}))[1][cell["rival"]] = cell
-    return list(found.values())
 
 
 def place(case: dict) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..measure.session import bytes_text, time_text
 from ..measure.shapes import Shape
+from ..measure.store import by_case
 
 METHODS = ("lora-peft", "vera-peft", "lotr-eager", "lotr_ext")  # of the picture
 LORA, OURS = "lora-peft", "lotr_ext"
@@ -58,12 +59,12 @@ def excess(cell: dict) -> tuple[float, str]:
 def summary(layer: list[dict], model: list[dict]) -> Summary | None:
     """Of one machine's newest results, at its least number of threads; None where the model or the layers were not measured
     with LoRA and with lotr_ext."""
-    models = [own for own in _cases(model) if {LORA, OURS} <= set(own)]
+    models = [own for _, own in by_case(model) if {LORA, OURS} <= set(own)]
     if not models:
         return None
     case = models[0][OURS]["case"] | {"threads": min(own[OURS]["case"]["threads"] for own in models)}
     dtypes = {own[OURS]["case"]["dtype"]: own for own in models if own[OURS]["case"] | {"dtype": case["dtype"]} == case}
-    of_layer = {tuple(own[OURS]["case"].values()): own for own in _cases(layer) if {LORA, OURS} <= set(own)}
+    of_layer = {tuple(own[OURS]["case"].values()): own for _, own in by_case(layer) if {LORA, OURS} <= set(own)}
     keys = [(*shape, "fp32", case["threads"]) for shape in LAYERS]
     layers = [of_layer[key] for key in keys if key in of_layer]
     if not dtypes or not layers:
@@ -85,13 +86,6 @@ def summary(layer: list[dict], model: list[dict]) -> Summary | None:
         f"one layer, {_tokens(layers[0])}:\ntime over the frozen layer, fp32": _bars(layers[0], excess),
     }
     return Summary(rows, panels, case, first[OURS], [own[OURS] for own in layers])
-
-
-def _cases(cells: list[dict]) -> list[Cells]:
-    found: dict[tuple, Cells] = {}
-    for cell in cells:
-        found.setdefault(tuple(cell["case"].values()), {})[cell["rival"]] = cell
-    return list(found.values())
 
 
 def _tokens(own: Cells) -> str:

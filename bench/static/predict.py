@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..measure.store import RESULTS, Store, latest
+from ..measure.store import RESULTS, Store, latest, of_build
 from ..traffic import counts
 from ..traffic.counts import KERNELS, Row
 from ..traffic.layer import fused_key
@@ -33,9 +33,7 @@ def model_id() -> str:
 
 def kept(store: Store, build: str | None = None) -> dict[Key, Estimate]:
     """The estimates of a build; None: of the last one that was kept."""
-    cells = store.read()
-    build = build or (cells[-1]["build"] if cells else "")
-    own = [cell for cell in latest(cells) if cell["build"] == build]
+    own = of_build(store.read(), build)
     return {tuple(cell["case"][name] for name in CASE): Estimate(**cell["estimate"]) for cell in own}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ..measure.session import new_table
-from ..measure.store import Store, latest
+from ..measure.store import Store, of_build
 from ..traffic import rows as traffic
 from ..traffic.projection import LAUNCH
 from ..traffic.rows import Mixture, RowCounts
@@ -165,13 +165,10 @@ def all_keys(cases: list[Mixture], gpus: Iterable[str]) -> list[Key]:
 
 def kept(store: Store, build: str | None = None) -> dict[Key, list[RowLaunch]]:
     """The estimates of a build; None: of the last one that was kept."""
-    cells = store.read()
-    build = build or (cells[-1]["build"] if cells else "")
     found = {}
-    for cell in latest(cells):
-        if cell["build"] == build:
-            operator, *sizes, gpu = cell["case"].values()
-            found[operator, Mixture(*sizes), gpu] = [RowLaunch(**one) for one in cell["launches"]]
+    for cell in of_build(store.read(), build):
+        operator, *sizes, gpu = cell["case"].values()
+        found[operator, Mixture(*sizes), gpu] = [RowLaunch(**one) for one in cell["launches"]]
     return found
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..measure.bounds import kernel_work
 from ..measure.shapes import Shape
-from ..measure.store import RESULTS, ROOT, Store, latest
+from ..measure.store import RESULTS, ROOT, Store, of_build
 
 FOLDER = RESULTS / "simt-executor"
 LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 14336, 16)]
@@ -251,7 +251,7 @@ def needed(shapes: list[Shape], multiprocessors: list[int]) -> list[Key]:
 
 def kept(store: Store, build: str, dtype: str = "bf16") -> dict[Key, Row]:
     """The counts of a dtype that were made of these sources."""
-    cells = [c for c in latest(store.read()) if c["build"] == build and c["case"].get("dtype") == dtype]
+    cells = [c for c in of_build(store.read(), build) if c["case"].get("dtype") == dtype]
     return {tuple(cell["case"][name] for name in CASE): Row(**cell["row"]) for cell in cells}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from ..measure.session import new_table
-from ..measure.store import Store, latest
+from ..measure.store import Store, of_build
 from .counts import ELEMENT, aligned, executor, sources_id, symbols
 
 FILE = "rows.jsonl"
@@ -147,14 +147,11 @@ def needed(cases: list[Mixture], multiprocessors: int = MULTIPROCESSORS) -> list
 
 def kept(store: Store, build: str | None = None) -> dict[Key, RowCounts]:
     """The counts made of these sources; None: of the newest that were counted."""
-    cells = store.read()
-    build = build or (cells[-1]["build"] if cells else "")
     found = {}
-    for cell in latest(cells):
-        if cell["build"] == build:
-            operator, *sizes, sm = cell["case"].values()
-            row = cell["row"] | {"launches": [tuple(one) for one in cell["row"]["launches"]]}
-            found[operator, Mixture(*sizes), sm] = RowCounts(**row)
+    for cell in of_build(store.read(), build):
+        operator, *sizes, sm = cell["case"].values()
+        row = cell["row"] | {"launches": [tuple(one) for one in cell["row"]["launches"]]}
+        found[operator, Mixture(*sizes), sm] = RowCounts(**row)
     return found
 
 

@@ -239,16 +239,10 @@ def row_cores(cores: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
 
 def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
     core = call.core
-    if (
-        call.plan is _HOST
-        and x.dtype == y.dtype == B.dtype == core.dtype
-        and y.is_cpu
-        and A.is_cpu
-        and B.is_cpu
-        and core.is_cpu
-    ):
-        return composite.add_adapter(y, x, A, B, core, call.scaling)
-    delta = composite.adapter(dropped_input(x, A, call), A, B, call.core, call.scaling, call.compute)
+    one_dtype = x.dtype == y.dtype == B.dtype == core.dtype  # A's too, and x on the CPU, where the plan is _HOST
+    if call.plan is _HOST and one_dtype and y.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu:
+        return composite.plus_adapter(y, x, A, B, core, call.scaling)
+    delta = composite.adapter(dropped_input(x, A, call), A, B, core, call.scaling, call.compute)
     return y + to(delta.to(y.device), y.dtype)
 
 

@@ -9,8 +9,6 @@ shared gradients; only the small product with a row's core knows of experts.
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
 from .. import ops
@@ -32,16 +30,15 @@ def call_routed(
     A: Tensor,
     B: Tensor,
     cores: Tensor,
+    index: Tensor | None,
     call: Call,
-    index: Tensor | None = None,
 ) -> Tensor:
     """x [m, k], weight [e, n, k], bias [e, n], offs [e], tokens [rows], cores [e, r_in, r_out] -> [rows, n]. weight and bias
     may be trained: autograd differentiates their product by itself. y [rows, n]: what to add the adapter to, if not that.
     index [rows]: which of cores [c, r_in, r_out] a row takes, -1 for none, where that is not its expert's."""
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
-            run = partial(call_routed, index=index)
-            return explicitly_cast(run, x, weight, bias, offs, tokens, y, A, B, cores, call)
+            return explicitly_cast(call_routed, x, weight, bias, offs, tokens, y, A, B, cores, index, call)
         call.compute = x.dtype
         if x.dtype != weight.dtype:
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")

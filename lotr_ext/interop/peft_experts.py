@@ -78,7 +78,7 @@ class LoTRPeftExperts(LoTRPeftLinear):
         off, y = self.disable_adapters or self.merged, None
         for core in () if off else (self.lotr_adapter[n] for n in self.active_adapters if n in self.lotr_adapter):
             y = core.factors(
-                lambda A, B, y=y, core=core: call_routed(x, weight, bias, offs, tokens, y, A, B, core.core, core.call())
+                lambda A, B, y=y, core=core: call_routed(x, weight, bias, offs, tokens, y, A, B, core.core, None, core.call())
             )
         return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x)) if y is None else y
 

@@ -86,7 +86,7 @@ def lotr_grouped_linear(
         if tensor.is_meta != x.is_meta:
             raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
     check_number("scaling", scaling)
-    return call_routed(x, weight, bias, offs, tokens, None, A, B, cores, Call(cores, float(scaling)))
+    return call_routed(x, weight, bias, offs, tokens, None, A, B, cores, None, Call(cores, float(scaling)))
 
 
 class LoTRExperts(LoTRLayer):
@@ -189,7 +189,7 @@ class LoTRExperts(LoTRLayer):
                 raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
             index = cores_of_rows(self.mixture, places, expert_of_rows(offs, len(places)), self.num_experts)
             core, call.scaling = cores_of(self.mixture, core).flatten(0, 1), self.mixture.scaling
-        return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, call, index))
+        return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, index, call))
 
     def _matrix(self) -> Tensor:
         return self.weight

@@ -54,7 +54,7 @@ def adapter(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype
     return expand(rows(to(x, dtype)) @ to(A, dtype), B, core, scaling).reshape(*x.shape[:-1], B.shape[0])
 
 
-def add_adapter(y: Tensor, x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
+def plus_adapter(y: Tensor, x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
     """y [..., n] + s ((x A) G) B^T as three of torch's nodes, all operands in one dtype on one device."""
     if y.dim() == 2:
         return torch.addmm(y, torch.mm(torch.mm(x, A), core), B.t(), alpha=scaling)

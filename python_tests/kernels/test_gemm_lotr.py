@@ -168,17 +168,22 @@ def test_workspaces_of_streams(lib) -> None:
     assert all(b - a >= bytes_ for a, b in itertools.pairwise(own))
 
 
+def moved_by(lib, case: Case) -> tuple[dict[str, tuple[int, int]], dict]:
+    """(bytes read, bytes written) of each array in one launch, and all counters."""
+    lib.set_options(**{**gemm.schedule("forward/3"), "count_memory": True})
+    lib.reset_counters()
+    Inputs(case).launch(lib, new_workspace(lib, case.m), packed=True)
+    counters = lib.counters()
+    lib.set_options()
+    return {name: (a["read_bytes"], a["written_bytes"]) for name, a in counters["arrays"].items()}, counters
+
+
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_bytes_of_Q(lib, cluster: int) -> None:
     """g is read no more often for it: the scouts write a sum for each ticket and block, add to it, and that is read once."""
     m, n, k, r, scouts = 1024, 256, 256, 16, 2
     case = Case(m, n, k, r, backward=True, cluster=cluster, sms=6, scouts=scouts, factor="new")
-    lib.set_options(**{**gemm.schedule("forward/3"), "count_memory": True})
-    lib.reset_counters()
-    Inputs(case).launch(lib, new_workspace(lib, m), packed=True)
-    counters = lib.counters()
-    lib.set_options()
-    moved = {name: (a["read_bytes"], a["written_bytes"]) for name, a in counters["arrays"].items()}
+    moved, counters = moved_by(lib, case)
     bands, one = m // 128, 4 * r * k  # bytes of one Q
     assert moved["x"] == (2 * 2 * m * k, 0)
     assert moved["u_forward"] == (2 * 2 * m * r, 0)  # by each warpgroup
@@ -194,12 +199,7 @@ def test_bytes(lib, backward: bool, cluster: int) -> None:
     """y is written once and never read, u written once; the rest as often as the tiles need it, no byte more."""
     m, n, k, r = 512, 512, 128, 16
     case = Case(m, n, k, r, backward=backward, cluster=cluster, sms=6)
-    lib.set_options(**{**gemm.schedule("forward/3"), "count_memory": True})
-    lib.reset_counters()
-    Inputs(case).launch(lib, new_workspace(lib, m), packed=True)
-    counters = lib.counters()
-    lib.set_options()
-    moved = {name: (a["read_bytes"], a["written_bytes"]) for name, a in counters["arrays"].items()}
+    moved, counters = moved_by(lib, case)
     columns, bands = n // 256, m // 128
     assert moved["y"] == (0, 2 * m * n)
     assert moved["u"] == (columns * 2 * m * r, 2 * m * r)

@@ -9,9 +9,9 @@
 // Grid     fold       x: tiles of N, then of A's rows, if any; y: tiles of r_in, z: layers
 //          fold_grad  one launch for both: first the tiles of dB (all layers, l = 0 .. L - 1 in one sum),
 //                     then, for each layer, tile of G and split of N, a block of dG
-// Bytes    fold: B r_in / 16 times a layer, F out; A once, F^T and A^T out; fold_grad: Q r_out / 16 times for
-// each of the two, B
-//          r_in / 32 times a layer.  What is read again comes from L2.
+// Bytes    fold       B r_in / 16 times a layer, F out; A once, F^T and A^T out
+//          fold_grad  Q r_out / 16 times for each of the two, B r_in / 32 times a layer
+//          What is read again comes from L2.
 #pragma once
 #include "small_product.cuh"
 

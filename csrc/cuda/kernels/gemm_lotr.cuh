@@ -21,8 +21,7 @@
 //   u                     a                  a: flag acquired and u loaded, while the last product runs
 //   y                         s s            s: stores, while the next tile's copies come
 //
-// No hang  Scouts wait for nobody; a tile waits for the scout of its band and a sum of Q for all scouts,
-// whose
+// No hang  Scouts wait for nobody; a tile waits for the scout of its band, a sum of Q for all scouts: their
 //          tickets were drawn before, by running blocks.  A block does its tickets in order.  So of all
 //          unfinished tickets the lowest can always go on, however many blocks the GPU holds at a time.  A
 //          test enumerates the tickets.
