@@ -334,9 +334,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
       "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, "
       "Tensor core, float scaling, bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dcore)");
-  m.def(
-      "shrink_backward_(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, "
-      "Tensor? seed=None) -> Tensor dA");
+  for (const char* name : {"shrink_backward_", "shrink_backward_.products"})
+    m.def((std::string(name) +
+           "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, "
+           "Tensor? seed=None) -> Tensor dA")
+              .c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)

@@ -416,5 +416,5 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeImplicitAutograd, m)
   m.impl("layer_backward_.products", TORCH_BOX(&lotr::layer_backward_<Use::decomposed>));
   m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward<Use::decomposed>));
   m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_<Use::decomposed>));
-  m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_));
+  m.impl("shrink_backward_.products", TORCH_BOX(&lotr::shrink_backward_));
 }

@@ -6,8 +6,9 @@
 Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g B, k = h G^T, dB += s g^T (u G), dG = u^T h.
 
 Where a dispatch mode is on (selective checkpointing, a counter of operators), it is shown the products that an operator is made
-of: `OpOverload.decompose` runs them, in C++ as all else. Compiled graphs have `layer_forward` and `layer_backward_` whole, so
-that their shapes are here and their products an overload.
+of: `OpOverload.decompose` runs them, in C++ as all else. Compiled graphs have `layer_forward`, `layer_backward_` and
+`shrink_backward_` whole, so that their shapes are here and their products an overload: C++ reads sizes as numbers, which would
+make a graph for any length one for its first.
 """
 
 from __future__ import annotations
@@ -176,11 +177,18 @@ def shrink_backward(
         dx = k.new_zeros(shape)
     if x is not None and x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
-    operator, args = _lotr.shrink_backward_.default, (k, dx if A is not None else None, x, A, dA, p, seed)
     shown = dispatch_modes() and not is_compiling()
+    operator = _lotr.shrink_backward_.products.decompose if shown else _lotr.shrink_backward_.default
     with private_write():
-        new_dA = operator.decompose(*args) if shown else operator(*args)
+        new_dA = operator(k, dx if A is not None else None, x, A, dA, p, seed)
     return dx, new_dA if x is not None and dA is None else None
+
+
+@torch.library.register_fake("lotr::shrink_backward_")
+def _(k, dx, x, A, dA, p=0.0, seed=None):
+    _check_devices("shrink_backward_", k, dx=dx, x=x, A=A, dA=dA)
+    made = (x.shape[-1], k.shape[1]) if x is not None and dA is None else (0,)
+    return k.new_empty(made, dtype=accumulate_dtype(k.dtype))
 
 
 for _name in ("layer_backward_", "small_layer_backward_", "shrink_backward_"):
