@@ -12,6 +12,10 @@ layer adds in place: the graph says so in its functional form, and the compiler 
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from pathlib import Path
+
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_exporting
@@ -70,7 +74,7 @@ def _plan(x: Tensor, A: Tensor, B: Tensor, core: Tensor, compute: torch.dtype, s
     return found.taking("beta", "traced") if found.strategy == "fused" else found  # which would make u anew for each sibling
 
 
-def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy) -> Tensor:
+def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy, decided_by) -> Tensor:
     call = Call(core, scaling, p, Group(TracedFactor.of(A), TracedFactor.of(B)), core)
     call.dtype, call.compute = dtype, dtype or x.dtype
     call.plan = _plan(x, A, B, core, call.compute, strategy)
@@ -86,14 +90,31 @@ def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy) -> Ten
 _operators = torch.library.Library("lotr", "FRAGMENT")
 _operators.define(
     "adapted(Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor core, float scaling, "
-    "ScalarType? dtype, float p, str? strategy) -> Tensor"
+    "ScalarType? dtype, float p, str? strategy, str decided_by) -> Tensor"
 )
 _operators.impl("adapted", _adapted, "CompositeImplicitAutograd")
+
+
+@functools.cache
+def _code() -> str:
+    digest = hashlib.sha256()
+    for room in ("autograd", "ops"):
+        for file in sorted(Path(__file__).parents[1].joinpath(room).glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@torch.compiler.assume_constant_result
+def decided_by() -> str:
+    """What a trace decides by that it is not given: this code, the environment and the driver. As a constant of Dynamo's graph
+    it is in the key by which AOTAutograd keeps graphs on disk, where another version's or strategy's would be taken else."""
+    built = planner.build_info()["cuda"]["built"] and planner.driver_obstacle() is None
+    return f"lotr_ext {_code()}, LOTR_STRATEGY={planner.environment_strategy()}, CUDA kernels: {built}"
 
 
 def adapted(
     x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, call: Call
 ) -> Tensor:
     """What Dynamo takes up: y + s ((drop(x) A) G) B^T, with y = x W^T + bias where it is None."""
-    values = (call.core, call.scaling, call.dtype, call.p, call.strategy)
+    values = (call.core, call.scaling, call.dtype, call.p, call.strategy, decided_by())
     return lotr.adapted.default(x, y, weight, bias, A, B, *values)

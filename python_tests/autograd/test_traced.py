@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import LoTRFactors, LoTRLinear, lotr_linear
+from lotr_ext.autograd import traced
 from lotr_ext.ops import planner
 from nets import relative
 
@@ -357,3 +358,20 @@ def test_a_model_by_apply_lotr_compiles_with_both_of_its_groups() -> None:
     model, graphs = make(2), Graphs()
     torch.compile(model, fullgraph=True, backend=graphs.backend)(torch.randn(2, 70, D)).sum().backward()
     assert calls(graphs.forward)["shrink"] == 4 and calls(graphs.backward)["layer_backward_"] == 8
+
+
+def test_another_strategy_or_version_is_another_key_of_the_graphs_on_disk(monkeypatch) -> None:
+    def key() -> str:
+        """Dynamo's graph, of which AOTAutograd makes the name under which it keeps what it traces."""
+        graphs: list[GraphModule] = []
+        torch.compiler.reset()
+        layer = LoTRLinear(16, 16, factors=LoTRFactors(16, 16, 4))
+        torch.compile(layer, backend=lambda graph, _: graphs.append(graph) or graph.forward)(torch.randn(5, 16))
+        return graphs[0].code
+
+    first = key()
+    assert key() == first
+    monkeypatch.setenv("LOTR_STRATEGY", "two_pass")
+    assert (forced := key()) != first
+    monkeypatch.setattr(traced, "_code", lambda: "of another version")
+    assert key() not in (first, forced)
