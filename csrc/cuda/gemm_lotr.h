@@ -115,8 +115,9 @@ inline size_t gemm_lotr_partial(const GemmLotr& q, const GemmLotrPlan& plan) {
   return size_t(scouts * plan.cluster * ((q.K + 63) / 64) * 64 * GEMM_LOTR_FACTOR_RANK) * sizeof(float);
 }
 
-// Throws std::invalid_argument for what gemm_lotr_refusal names, a plan out of range, too small a workspace.
+// Throws std::invalid_argument for what gemm_lotr_refusal names, a plan out of range, too small a workspace
+// or partial.
 void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes,
-               void* partial = nullptr);
+               void* partial = nullptr, size_t partial_bytes = 0);
 
 }  // namespace lotr::cuda

@@ -107,7 +107,7 @@ void expect(const char* name, const std::string& expected, int64_t got, bool goo
 }  // namespace
 
 void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes,
-               void* partial) {
+               void* partial, size_t partial_bytes) {
   static_assert(kernels::gemm_lotr_makes_factor(GEMM_LOTR_FACTOR_RANK) &&
                 !kernels::gemm_lotr_makes_factor(2 * GEMM_LOTR_FACTOR_RANK));
   const std::string refusal = gemm_lotr_refusal(call, q);
@@ -117,12 +117,12 @@ void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, vo
   expect("band_group", "1 or more", plan.band_group, plan.band_group >= 1);
   expect("multiprocessors", "at least those of a cluster", call.multiprocessors,
          call.multiprocessors >= plan.cluster);
-  const size_t needed = gemm_lotr_workspace(q.M);
-  expect("workspace", "at least " + std::to_string(needed) + " bytes", int64_t(bytes),
-         workspace && bytes >= needed);
-  if (q.Q.data && !partial && q.M)
-    throw std::invalid_argument("gemm_lotr: partial: expected " + std::to_string(gemm_lotr_partial(q, plan)) +
-                                " bytes for Q, got none");
+  const auto expect_bytes = [](const char* name, size_t needed, const void* memory, size_t given) {
+    const size_t got = memory ? given : 0;
+    expect(name, "at least " + std::to_string(needed) + " bytes", int64_t(got), got >= needed);
+  };
+  expect_bytes("workspace", gemm_lotr_workspace(q.M), workspace, bytes);
+  expect_bytes("partial", gemm_lotr_partial(q, plan), partial, partial_bytes);
   if (q.M == 0 && q.Q.data && !q.accumulate) clear(q.Q.data, size_t(q.K * q.r) * sizeof(float), call.stream);
   if (q.M == 0) return;
   with_traits(call, q, plan, [&](auto traits) { run<decltype(traits)>(call, q, plan, workspace, partial); });

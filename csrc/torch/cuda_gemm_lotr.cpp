@@ -123,8 +123,10 @@ std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, cons
   if (!text.empty()) fail(check.op, ": ", text, "; LOTR_STRATEGY=beta runs");
   const size_t bytes = cuda::gemm_lotr_workspace(q.M);
   const cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(c.call(), q);
-  c.with_workspace(cuda::gemm_lotr_partial(q, plan), [&](void* partial) {
-    cuda::gemm_lotr(c.call(), q, plan, cuda::gemm_lotr_workspace_of(c.call().stream, bytes), bytes, partial);
+  const size_t partial_bytes = cuda::gemm_lotr_partial(q, plan);
+  c.with_workspace(partial_bytes, [&](void* partial) {
+    cuda::gemm_lotr(c.call(), q, plan, cuda::gemm_lotr_workspace_of(c.call().stream, bytes), bytes, partial,
+                    partial_bytes);
   });
   return {y, u};
 }

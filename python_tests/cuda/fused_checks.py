@@ -76,16 +76,22 @@ def workspaces(device: str, strategy: str) -> None:
     """More tokens, fewer, more again on one stream; eight streams at once; a graph beside them."""
     layers = [adapted(m, 264, 392, 16, device, strategy) for m in (512, 130, 2000, 300, 1024, 129, 900, 260)]
     want = [[t.clone() for t in step(*one)] for one in layers]
-    streams = [torch.cuda.Stream() for _ in layers]
-    torch.cuda.synchronize()
+    streams, beside = [torch.cuda.Stream() for _ in layers], torch.cuda.Stream()
+    graph, made = captured(*layers[0])
     for turn in range(20):
         found = []
+        for t in made:
+            t.detach().zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(beside):
+            graph.replay()
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
                 found.append(step(*layers[(i + turn) % len(layers)]))
         torch.cuda.synchronize()
         for i, got in enumerate(found):
             assert all(torch.equal(a, b) for a, b in zip(got, want[(i + turn) % len(layers)])), f"turn {turn}, stream {i}"
+        assert all(torch.equal(a, b) for a, b in zip(made, want[0])), f"turn {turn}, graph"
 
 
 def captured(layer: LoTRLinear, x: Tensor, g: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -138,13 +144,38 @@ def tuned(device: str, strategy: str) -> None:
         assert strategy in answer.seconds
 
 
+def refused(device: str, strategy: str) -> None:
+    """The operator by itself: what it cannot take, it says before anything runs."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).bfloat16()
+
+    usual = {"x": normal(300, 136), "weight": normal(264, 136), "bias": None, "At": normal(16, 136), "F": normal(264, 16)}
+    backward = {"x": normal(300, 264), "At": normal(16, 264), "F": normal(136, 16), "backward": True}
+    cases: list[tuple[dict, str]] = [
+        ({"x": normal(300, 140)[:, :136]}, "x: expected a row stride that is a multiple of 8 and at least 136, got 140"),
+        ({"weight": normal(264, 137)[:, :136]}, "W: expected a row stride that is a multiple of 8 and at least 136, got 137"),
+        ({"At": normal(129, 136), "F": normal(264, 136)[:, :129]}, "r: expected 1 to 128, got 129"),
+        ({"u_forward": normal(300, 16)}, "u_forward and Q: expected both or none, got one"),
+        ({**backward, "bias": normal(136)}, "bias: expected None in the backward pass, got a tensor"),
+    ]
+    for change, text in cases:
+        try:
+            torch.ops.lotr.gemm_lotr(**{**usual, "backward": False, **change})
+        except RuntimeError as error:
+            assert f"lotr::gemm_lotr: {text}" in str(error), error
+        else:
+            raise AssertionError(f"not refused: {text}")
+    torch.ops.lotr.gemm_lotr(**usual, backward=False)
+
+
 def hang(device: str, strategy: str) -> None:
     """What the watchdog is for."""
     while True:
         pass
 
 
-CHECKS = {f.__name__: f for f in (numbers, gradients, workspaces, replays, occupied, tuned, hang)}
+CHECKS = {f.__name__: f for f in (numbers, gradients, workspaces, replays, occupied, tuned, refused, hang)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

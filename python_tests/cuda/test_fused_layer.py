@@ -33,12 +33,22 @@ def guarded(name: str, *arguments: str, seconds: float = 120.0) -> None:
     assert process.returncode == 0, f"fused {name}\n{said[-4000:]}"
 
 
-@pytest.mark.parametrize("name", ["numbers", "gradients", "workspaces", "replays", "occupied", "tuned"])
+@pytest.mark.parametrize("name", ["numbers", "gradients", "workspaces", "replays", "occupied", "tuned", "refused"])
 def test_fused(name: str) -> None:
     missing = planner.fused_obstacle(16, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
     if missing is not None:
         pytest.skip(missing)
     guarded(name, seconds=SECONDS.get(name, 120.0))
+
+
+def test_another_architecture() -> None:
+    """The operator itself says so, whatever the planner asked."""
+    capability = torch.cuda.get_device_capability()
+    if capability == (9, 0) or not hasattr(torch.ops.lotr, "gemm_lotr"):
+        pytest.skip("expected code for 90a and a GPU that is no Hopper")
+    x = torch.randn(256, 64, device="cuda").bfloat16()
+    said = torch.ops.lotr.gemm_lotr_refusal(x, x[:48], 16, False)
+    assert said == f"architecture: expected compute capability 9.0, got {capability[0]}.{capability[1]}"
 
 
 def test_the_checks_cpu() -> None:

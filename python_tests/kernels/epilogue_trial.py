@@ -62,6 +62,7 @@ LOTR_DEVICE void store_tile(const float (&d)[Traits::BN / 2], const typename Tra
 PIECE = 8 * 16 * 64 * 2  # bytes that eight warps stage at a time
 COUNTED = ("SHFL", "SEL", "STS", "STG", "UTMASTG", "FENCE", "BAR")
 LIMIT = 232448  # of shared memory of a block
+BM, DRAINED = 128, 64  # rows of a tile; bytes of it that leave a multiprocessor in a clock, as bench.static assumes
 
 
 def replaced(text: str, old: str, new: str) -> str:
@@ -108,6 +109,24 @@ def epilogue(cubin: Path) -> list[str]:
     return [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines[start:end]]
 
 
+def worth(shuffled: int, staged: int) -> str:
+    """What so many fewer instructions are by the model of bench.static, on its first shape."""
+    sys.path.insert(0, str(ROOT))
+    from bench.static import fused
+    from bench.static.assumptions import CARDS
+
+    m, k, n, r = fused.SHAPES[0]
+    found, card, steps = fused.model(m, k, n, r, "h100"), CARDS["h100"], k // fused.BK
+    workers = card.multiprocessors // found.tickets.cluster
+    step = found.base_seconds / fused.makespan(found.tickets, workers, steps, 0.0, None)[0] * card.clock
+    clocks = [2 * shuffled, max(2 * staged, BM * 256 * 2 // DRAINED)]  # two warps share a scheduler
+    saved = (clocks[0] - clocks[1]) / step
+    return (
+        f"model of an H100, {m} x {k} x {n}: {clocks[0]} clocks of a tile against {clocks[1]}, {saved:.2f} of a k-step of "
+        f"{step:.0f} clocks, {saved / (steps + r / fused.BK + fused.EPILOGUE):.1%} of a tile of {steps} k-steps"
+    )
+
+
 def main() -> int:
     """Entry point."""
     if NVCC is None or CUOBJDUMP is None:
@@ -115,6 +134,7 @@ def main() -> int:
         return 1
     heads = f"{'rank, epilogue':<30}{'registers':>10}{'spilled':>8}{'stages':>7}{'shared bytes':>13}{'instructions':>13}"
     print(heads, " of these")
+    lengths: dict[tuple[int, str], int] = {}
     for rank in RANKS:
         for name, (change, stages, pieces) in VARIANTS.items():
             size = shared_bytes(rank, stages, pieces)
@@ -133,6 +153,8 @@ def main() -> int:
             count = {op: sum(o.startswith(op) for o in found) for op in COUNTED}
             counts = ", ".join(f"{n} {op}" for op, n in count.items() if n)
             print(f"{f'{rank}, {name}':<30}{registers:>10}{spilled:>8}{stages:>7}{size:>13}{len(found):>13}  {counts}")
+            lengths[rank, name] = len(found)
+    print(worth(lengths[16, "shuffles, aligned alone"], lengths[16, "TMA, 64 KB staged"]))
     return 0
 
 

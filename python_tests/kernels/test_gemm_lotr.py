@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -260,6 +261,8 @@ def test_refused_before_anything_is_written(lib, arguments: dict, message: str) 
         ({"backward": False}, "Q: expected none in the forward pass, got one"),
         ({"At": wide_rows(17, 16, 16)}, "Q: expected a rank up to 16, got 17"),
         ({"u_forward": np.zeros((5, 20), np.uint16).T}, "u of the forward pass: expected a column stride of 1, got 20"),
+        ({"partial_bytes": 4095}, "partial: expected at least 4096 bytes, got 4095"),
+        ({"partial_bytes": 0}, "partial: expected at least 4096 bytes, got 0"),
     ],
 )
 def test_Q_refused(lib, change: dict, message: str) -> None:
@@ -270,6 +273,15 @@ def test_Q_refused(lib, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"gemm_lotr: {message}"):
         lib.gemm_lotr(**call)
     assert not any(call[name].any() for name in ("y", "u", "Q", "workspace"))
+
+
+def test_the_trial_of_another_epilogue_fits(tmp_path: Path) -> None:
+    """epilogue_trial.py changes the kernel's text, so it says where that has changed."""
+    from epilogue_trial import ROOT, VARIANTS
+
+    for name, (change, _, _) in VARIANTS.items():
+        shutil.copytree(ROOT / "csrc" / "cuda", tmp_path / name)
+        change(tmp_path / name)
 
 
 def sweep(mode: str, *arguments: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -214,6 +215,20 @@ def test_not_under_capture_or_compile(timed, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="expected a plain call, got one while a CUDA graph is captured"):
         tune(layers(), TOKENS)
     assert not timed
+
+
+def test_a_bar_on_a_terminal(timed, monkeypatch) -> None:
+    """What is being timed and how far it is; gone at the end. Nothing where standard error is no terminal."""
+    seen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", seen)
+    tune(layers(), TOKENS, again=True)
+    assert seen.getvalue() == ""
+    monkeypatch.setattr(seen, "isatty", lambda: True)
+    tune(layers(), TOKENS, again=True)
+    *shown, last = seen.getvalue().split("\r")[1:]
+    assert [line.split(" ", 4)[2:4] for line in shown] == [[f"{i}/4", f"[{'#' * 5 * i}{'.' * (20 - 5 * i)}]"] for i in range(4)]
+    assert [line.split("] ")[1] for line in shown] == [f"{problem}\x1b[K" for problem in timed[4:]]
+    assert last == "\x1b[K"
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
                py::array_t<int32_t> workspace, std::optional<py::array> bias, bool backward,
                int multiprocessors, std::optional<int> cluster, std::optional<int> scouts,
                std::optional<int> band_group, std::optional<py::array> u_forward, std::optional<py::array> Q,
-               bool accumulate) {
+               bool accumulate, std::optional<size_t> partial_bytes) {
   clear_arrays();
   const DType type = type_of(x);
   cuda::Call call{};
@@ -61,12 +61,12 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
   plan.scouts = scouts.value_or(plan.scouts);
   plan.band_group = band_group.value_or(plan.band_group);
   // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
-  const size_t bytes = cuda::gemm_lotr_partial(q, plan);
+  const size_t bytes = partial_bytes.value_or(cuda::gemm_lotr_partial(q, plan));
   std::vector<uint32_t> memory(bytes / 4 + 64, 0xFFFFFFFFu);
   void* partial = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) % 256) / 4;
   if (options().count_memory && bytes) register_array("partial", partial, bytes);
   cuda::gemm_lotr(call, q, plan, workspace.mutable_data(), size_t(workspace.nbytes()),
-                  bytes ? partial : nullptr);
+                  bytes ? partial : nullptr, bytes);
 }
 
 // fold of one layer, with the transposes that gemm_lotr reads.
@@ -106,7 +106,7 @@ void define_gemm_lotr(py::module_& m) {
   m.def("gemm_lotr", &gemm_lotr, "y"_a, "x"_a, "W"_a, "At"_a, "F"_a, "u"_a, "workspace"_a, py::kw_only(),
         "bias"_a = py::none(), "backward"_a = false, "multiprocessors"_a = 132, "cluster"_a = py::none(),
         "scouts"_a = py::none(), "band_group"_a = py::none(), "u_forward"_a = py::none(), "Q"_a = py::none(),
-        "accumulate"_a = false);
+        "accumulate"_a = false, "partial_bytes"_a = py::none());
   m.def("fold_transposed", &fold_transposed, "B"_a, "core"_a, "A"_a, "scaling"_a, "F"_a, "Ft"_a, "At"_a);
   m.def("gemm_lotr_partial", [](int64_t M, int64_t K, int r, int cluster, int scouts) {
     float any = 0;
