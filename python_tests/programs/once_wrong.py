@@ -168,6 +168,20 @@ PROGRAMS: dict[str, str] = {
         CHECKPOINTED.format("save_products"), dtype="float16", settings=", dropout=0.5", tokens="5"
     ),
     "selective checkpointing of a wrapped layer": pair(CHECKPOINTED.format("save_products"), settings=WRAPPED, tokens="5"),
+    **{
+        f"{part} changed before the backward of a selective checkpoint, {policy}, {dtype}": pair(
+            CHECKPOINTED.format(policy).replace("w.backward", f"with torch.no_grad(): {part}.mul_(-1.25)\nw.backward"),
+            dtype=dtype,
+        )
+        for part in ("l0.core", "f.B")
+        for policy in ("save_all", "save_products")
+        for dtype in ("float32", "bfloat16")
+    },
+    "a second gradient of one core, with a selective checkpoint that it is no part of": net(
+        "y, = net(x, w)\nd = w.grad('d', w.loss(3, y, net.l0(x)), [x], create=True)\n"
+        "w.grad('p', w.loss(4, *d), [net.l3.core], retain=True)\n",
+        forward="w.checkpoint(self.l2, self.l0(x), policy='save_all')",
+    ),
     "selective checkpointing in a model": net(RUN_NET, forward="w.checkpoint(self.l0, x, policy='save_products') + self.l2(x)"),
     "separate backwards, the follower first": pair(SEPARATE),
     "separate backwards with dropout": pair(SEPARATE, settings=", dropout=0.5", tokens="5"),

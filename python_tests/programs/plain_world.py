@@ -52,7 +52,7 @@ class Plain(World):
         if rows is not None:  # a core for each row of x
             core = core[torch.tensor(rows)].view(len(rows), *(1,) * (x.dim() - 3), *core.shape[1:])
             x = x.unsqueeze(1) if x.dim() == 2 else x
-        A, B, core = read(x, A, B, core) if self.strict else (A, B, core)
+        x, A, B, core = read(x, A, B, core) if self.strict else (x, A, B, core)
         delta = ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
         y = y + delta.view(y.shape)
         self._look(y)

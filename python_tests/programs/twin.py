@@ -42,25 +42,44 @@ def dropout_mask(shape: torch.Size, p: float, seed: int) -> Tensor:
 
 class Reads(torch.autograd.Function):
     """t, whose gradient needs `other` as it is: notices that it was changed also where a product has saved a copy, for its
-    layout, or a result."""
+    layout, or a result. selective: where selective checkpointing keeps what was made of `other`, too."""
 
     @staticmethod
-    def forward(ctx, t: Tensor, other: Tensor) -> Tensor:
+    def forward(ctx, t: Tensor, other: Tensor, selective: bool = False) -> Tensor:
         ctx.save_for_backward(other)
+        ctx.other = other if selective and torch._C._len_torch_dispatch_stack() else None
+        ctx.version = other._version
         return t.detach()  # shares t's version, yet is no view of it
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         ctx.saved_tensors  # noqa: B018
-        return grad, None
+        if ctx.other is not None and ctx.other._version != ctx.version:
+            raise RuntimeError("changed in place between the forward and the backward of a selective checkpoint")
+        return grad, None, None
 
 
-def read(x: Tensor, A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, ...]:
-    """A, B and core as a layer takes them that saves no u G (docs/how_a_call_runs.md).
+class Linked(torch.autograd.Function):
+    """t. Who asks for its gradient goes through all that others are used for, too."""
 
-    The gradient of A needs x, as any does, and that of B the core.
+    @staticmethod
+    def forward(ctx, t: Tensor, *others: Tensor) -> Tensor:
+        ctx.count = len(others)
+        return t.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *(None for _ in range(ctx.count))
+
+
+def read(x: Tensor, A: Tensor, B: Tensor, core: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    """x, A, B and core as a layer takes them that saves no u G and no G B^T (docs/how_a_call_runs.md).
+
+    The gradient of A needs x, as any does; x's and A's need B and core, that of B the core, and that of the core B. others: of
+    B's other layers in a model, the cores: one node stands for all of these.
     """
-    return Reads.apply(A, x), Reads.apply(B, core), core
+    x, A = (Reads.apply(Reads.apply(t, B, True), core, True) for t in (x, Reads.apply(A, x)))
+    return x, A, Reads.apply(B, core, True), Linked.apply(Reads.apply(core, B, True), *others)
 
 
 class LoTRFactors(nn.Module):
@@ -81,6 +100,7 @@ class LoTRLinear(nn.Module):
     """
 
     keep = strict = False
+    siblings: Sequence[LoTRLinear] = ()  # in a model the layers that have B
 
     def __init__(self, base: nn.Module, factors: LoTRFactors, *, scaling: float, dropout: float, wrapped: bool = False):
         super().__init__()
@@ -116,7 +136,9 @@ class LoTRLinear(nn.Module):
     def delta(self, x: Tensor, own: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
         """s ((x A) G) B^T in x's dtype."""
         A, B, core = (own(t).to(x.dtype) for t in (self.factors.A, self.factors.B, self.core))
-        A, B, core = read(x, A, B, core) if self.strict else (A, B, core)
+        if self.strict:
+            others = (layer._parameters.get("core") for layer in self.siblings if layer is not self)
+            x, A, B, core = read(x, A, B, core, [t for t in others if t is not None and t.requires_grad])
         return ((x @ A) @ core) @ B.mT * self.scaling
 
     def _mixed(self, x: Tensor) -> Tensor:
@@ -158,7 +180,7 @@ def apply_lotr(model: nn.Module, groups: dict[str, str], rank: Ranks, *, dtype, 
     A layer with hooks or parametrizations is wrapped: its weight is no plain tensor of its own.
     """
     model.requires_grad_(False)
-    shared = nn.ModuleDict()
+    shared, of_group = nn.ModuleDict(), {}
     for name, group in groups.items():
         linear = model.get_submodule(name)
         if group not in shared:
@@ -166,6 +188,8 @@ def apply_lotr(model: nn.Module, groups: dict[str, str], rank: Ranks, *, dtype, 
         layer = LoTRLinear(linear, shared[group], scaling=scaling, dropout=dropout, wrapped=type(linear) is not nn.Linear)
         layer.__dict__["factors"] = layer._modules.pop("factors")
         layer.core.requires_grad_("core" in train)
+        of_group.setdefault(group, []).append(layer)
+        layer.__dict__["siblings"] = of_group[group]
         setattr(model, name, layer)
     for factors in shared.values():
         factors.A.requires_grad_("A" in train)

@@ -316,6 +316,9 @@ class World:
 
     # ---- ways to run -------------------------------------------------------------------------------------------------
 
+    def little_work(self, bound: int) -> None:
+        """What lotr_ext takes for little: it goes through other nodes. Plain torch has one way."""
+
     def checkpoint(self, function: Callable, *args, reentrant: bool = False, policy: str | None = None):
         first: list[int] = []
 
