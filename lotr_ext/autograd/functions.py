@@ -222,7 +222,9 @@ class LoTRShrink(Node):
         values = A_cast if A_cast.device == x.device else A_cast.to(x.device)
         with private_write():  # past the operator's own formula, which is Python
             u = ops.shrink(flat if x.dtype == call.compute else flat.to(call.compute), values, p=call.p, seed=seed)
-        route = torch.empty_strided(x.shape, (0,) * x.dim(), dtype=call.compute, device=x.device)  # one element of memory
+        # x itself, for products that are not a layer's own, whose gradient of x then comes here; else one element of memory
+        own = x.dtype == call.compute
+        route = x.detach() if own else torch.empty_strided(x.shape, (0,) * x.dim(), dtype=call.compute, device=x.device)
         if not need_x:
             ctx.mark_non_differentiable(route)
         return u, route
@@ -303,8 +305,8 @@ class LoTRExpand(Node):
 
     apply(route, u, B, core, F, y, (x, weight, bias), call, shared_input): route stands for x, which comes in a tuple so that
     autograd does not see it. F [l, n, r_in]: the call's bank has it in a forward scope, where its gradient is Q and stands for
-    those of B and core; else None. y is left alone, since its maker may need it for its own backward; without y the base
-    product is made here.
+    those of B and core; else None. y is left alone, since its maker may need it for its own backward, unless call.owns_y;
+    without y the base product is made here.
     """
 
     @staticmethod
@@ -322,7 +324,9 @@ class LoTRExpand(Node):
             if F_l is None:
                 with private_write():
                     F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
-            y = add_expand(y, u, F_l)
+            y = add_expand(y, u, F_l, call.owns_y)
+            if call.owns_y:
+                ctx.mark_dirty(y)
         ctx.save_for_backward(
             weight if need_x else None,
             F_l if need_u else None,
@@ -391,8 +395,12 @@ class LoTRExpand(Node):
         return dx, k, *home, None, dy
 
 
-def add_expand(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
-    """y [..., n] + u F^T in memory of its own, in y's dtype."""
+def add_expand(y: Tensor, u: Tensor, F: Tensor, in_place: bool = False) -> Tensor:
+    """y [..., n] + u F^T in y's dtype, in memory of its own or in place, where y [m, n] has u's dtype."""
+    if in_place:
+        with private_write():  # its version moves by mark_dirty
+            ops.expand_add_(y, u, F)
+        return y
     if y.dtype == u.dtype:
         return ops.expand(y, u, F)
     return y + to(ops.expand(u.new_zeros(y.shape), u, F), y.dtype)

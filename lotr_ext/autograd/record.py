@@ -24,10 +24,12 @@ class Call:
     core and its place in a forward scope; strategy: one of planner.STRATEGIES if it is forced; shares: whether another layer
     has one of its factors.
     dtype: autocast's, None outside of it; compute: what to compute in; plan: what runs; bank, l: what the forward scope has
-    made for it, and its place there.
+    made for it, and its place there; owns_y: whether the y that it adds to is nobody else's.
     """
 
-    __slots__ = ("bank", "compute", "core", "dtype", "group", "l", "owner", "p", "plan", "scaling", "shares", "strategy")
+    __slots__ = (
+        *("bank", "compute", "core", "dtype", "group", "l", "owner", "owns_y", "p", "plan", "scaling", "shares", "strategy"),
+    )
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class Call:
         self.dtype: torch.dtype | None = None
         self.bank: Any = None  # a Bank, whose module knows this one
         self.l: int | None = None
+        self.owns_y = False
         self.compute: torch.dtype
         self.plan: Plan
 
@@ -57,7 +60,7 @@ class Call:
     def with_core(self, core: Tensor, scaling: float) -> Call:
         """The same call with another core, which no bank knows."""
         call = Call(core, scaling, self.p, self.group, self.owner, self.strategy)
-        call.dtype, call.compute, call.plan = self.dtype, self.compute, self.plan
+        call.dtype, call.compute, call.plan, call.owns_y = self.dtype, self.compute, self.plan, self.owns_y
         return call
 
     def cast(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,6 +3,8 @@
     x [m, k], A --> LoTRShrink: u, once a token --> row_core: a row's own core --> h --+
     x [m, k]    --> the rows of each expert     --> grouped_mm: the frozen product y --+--> LoTRExpand: y + h B^T
 
+The frozen product reads x as LoTRShrink hands it on, so that its gradient of x comes to LoTRShrink, which adds k A^T to it in
+place; and y, which nobody else sees, is added to in place.
 A and B are dense products for all experts, by the nodes of any other call, so that siblings share u and the factors have their
 shared gradients; only the small product with a row's core knows of experts.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
-from ..compat import any_autocast
+from ..compat import any_autocast, dispatch_modes
 from ..ops.composite import to
 from ..ops.grouped import grouped_linear
 from .call import compute_dtype, dropped_input, explicitly_cast, plan_call, plus_unfolded, row_cores
@@ -49,12 +51,16 @@ def call_routed(
     else:
         found = shared_u(x, A, B, call)
         u = found.u
+        if found.route is not None and found.route.dtype == x.dtype:
+            x = found.route
     last = call.plan.nodes == 0  # the scaling, as in `plus_unfolded`
     which = {"offs": offs} if index is None else {"index": index}
     # first: it looks at offs and tokens
     h = ops.row_core(u, cores, **which, tokens=tokens, scaling=1.0 if last else call.scaling)
     if y is None:
         y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
+        # what selective checkpointing keeps may not change
+        call.owns_y = not last and y.dtype == u.dtype and not dispatch_modes()
     if last:
         return plus_unfolded(y, h, B, call.scaling)
     return expand_rows(found, y, h, B, call)

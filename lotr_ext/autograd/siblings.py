@@ -67,7 +67,7 @@ def expand(found: SharedInput, y: Tensor | None, base: tuple, B: Tensor, call: C
 def expand_rows(found: SharedInput, y: Tensor, h: Tensor, B: Tensor, call: Call) -> Tensor:
     """y + h B^T for an h [rows, r_out] that was made of u: an expand whose core is the identity."""
     if not (is_grad_enabled() and any(t.requires_grad for t in (y, h, B))):
-        return add_expand(y, h, *here(h.device, B))
+        return add_expand(y, h, *here(h.device, B), call.owns_y)
     call = call.with_core(torch.eye(h.shape[1], dtype=B.dtype, device=B.device), 1.0)
     view = call.group.B.view(B, call.owner) if call.shares else B
     return LoTRExpand.run(None, h, view, call.core, None, y, (None, None, None), call, found)
