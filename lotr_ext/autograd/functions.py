@@ -52,18 +52,14 @@ def kept_core(core: Tensor) -> Tensor:
     return core if keeps_all_by_itself() else core.detach().clone()
 
 
-def versions_if_shown(B: Tensor, core: Tensor) -> tuple[Tensor, int, Tensor, int] | None:
-    """Of what u's and F's makers read, under a dispatch mode: selective checkpointing keeps what was made of B and core, and
-    autograd is then not there to notice that they were changed."""
-    if not dispatch_modes() or is_compiling() or B.is_inference() or core.is_inference():
-        return None
-    return B, B._version, core, core._version
+def versions(B: Tensor, core: Tensor) -> tuple[Tensor, int, Tensor, int] | None:
+    """For a forward under a dispatch mode: selective checkpointing keeps what was made of B and core, and autograd is then not
+    there to notice that they were changed."""
+    return None if is_compiling() or B.is_inference() or core.is_inference() else (B, B._version, core, core._version)
 
 
-def refuse_changed(made_of: tuple[Tensor, int, Tensor, int] | None, need_k: bool, need_B: bool, need_core: bool) -> None:
+def refuse_changed(made_of: tuple[Tensor, int, Tensor, int], need_k: bool, need_B: bool, need_core: bool) -> None:
     """Raises where a gradient is asked for that is made of a B or core which is not as it was in the forward."""
-    if made_of is None:
-        return
     B, version_B, core, version_core = made_of
     for name, t, before, read in (("B", B, version_B, need_k or need_core), ("core", core, version_core, need_k or need_B)):
         if read and t._version != before:
@@ -100,7 +96,7 @@ class LoTRFunction(Node):
             u if need_B or need_core else None,
             F if need_x or need_A else None,
         )
-        ctx.call, ctx.made_of = call, versions_if_shown(B, core)
+        ctx.call, ctx.made_of = call, versions(B, core) if dispatch_modes() else None
         # the values of what is not saved, whose change nobody minds; and A and B as the next layers of a checkpoint's forward,
         # which saves no tensor, must find them
         ctx.factors = A, B, core
@@ -116,7 +112,8 @@ class LoTRFunction(Node):
         except RuntimeError:  # freed, or changed
             wanted, saved = LoTRFunction._read(ctx)
         need_x, need_weight, need_bias, need_A, need_B, need_core = wanted
-        refuse_changed(ctx.made_of, need_x or need_A, need_B, need_core)
+        if ctx.made_of is not None:
+            refuse_changed(ctx.made_of, need_x or need_A, need_B, need_core)
         x, weight, A, B, core, u, F = saved
         given = ctx.factors
         A, B, core = given[0] if A is None else A, given[1] if B is None else B, given[2] if core is None else core
@@ -145,7 +142,8 @@ class LoTRFunction(Node):
         compiled = is_compiling()
         wanted, saved = (ctx.needs_input_grad[:6], ctx.saved_tensors) if compiled else LoTRFunction._read(ctx)
         want_x, want_weight, want_bias, want_A, want_B, want_core = wanted
-        refuse_changed(ctx.made_of, want_x or want_A, want_B, want_core)
+        if ctx.made_of is not None:
+            refuse_changed(ctx.made_of, want_x or want_A, want_B, want_core)
         x, weight, A, B, core, u, _ = saved
         core = None if core is None else ctx.factors[2]  # hooks are given a copy, which has no graph
         if u is not None and is_grad_enabled() and not compiled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
@@ -335,7 +333,7 @@ class LoTRExpand(Node):
             (core if saved_tensor_hook(False) is None else kept_core(core)) if need_u or need_B else None,
         )
         ctx.call, ctx.input, ctx.F, ctx.factors = call, shared_input, F, (B, core)
-        ctx.device, ctx.made_of = u.device, versions_if_shown(B, core)
+        ctx.device, ctx.made_of = u.device, versions(B, core) if dispatch_modes() else None
         ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; else k goes back the way that u came
         ctx.own = weakref.ref(ctx, shared_input.waiting.discard)  # no backward comes to an output that nobody keeps
         shared_input.waiting.add(ctx.own)
@@ -356,7 +354,8 @@ class LoTRExpand(Node):
             need_u, need_B, need_core = (need and wants(ctx, first + i) for i, need in enumerate((need_u, need_B, need_core)))
             need_F = need_F and (need_B or need_core)
             weight, F_l, u, B, core = saved_if(ctx, need_x, need_u, need_B or need_core, need_u or need_core, need_u or need_B)
-        refuse_changed(ctx.made_of, need_u, need_B, need_core)
+        if ctx.made_of is not None:
+            refuse_changed(ctx.made_of, need_u, need_B, need_core)
         if recorded(g):
             needs = need_x, need_u, need_B, need_core
             return *LoTRExpand._recorded(ctx, g, needs, weight, u, B, None if core is None else ctx.factors[1]), *nothing
