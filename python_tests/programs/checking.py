@@ -115,8 +115,8 @@ def _noise(program, decisions: Decisions, truth: Run, eps: float) -> list[float]
     moved = [0.0] * len(truth.seen)
     for seed in range(6):
         other = run(program, Plain(decisions, exact=True, keep=True, jitter=eps, jitter_seed=seed))
-        for i, ((_, a, _), (_, b, _)) in enumerate(zip(truth.seen, other.seen)):
-            if a is not None and b is not None:
+        for i, ((label, a, _), (other_label, b, _)) in enumerate(zip(truth.seen, other.seen)):
+            if a is not None and b is not None and label == other_label and a.shape == b.shape:  # else threads took turns anew
                 moved[i] = max(moved[i], _distance(a, b))
     return moved
 
