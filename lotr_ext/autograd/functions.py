@@ -1,7 +1,6 @@
 """The autograd Functions of an adapted layer. Equations: `reference.py`; which runs when: `call.py`.
 
     LoTRFunction   a layer by itself: y = x W^T + bias + s ((x A) G) B^T
-    LoTRKept       the u that it kept, where its backward is recorded
     LoTRShrink     u = drop(x) A, and x's place in the graph (route), for all layers on x
     LoTRExpand     y = x W^T + bias + u F^T, or onto a given y, with F = s B G^T: one layer
 
@@ -88,7 +87,7 @@ class LoTRFunction(Node):
         y, u, F = ops.layer_forward(*operands, *values, call.scaling, plan.order, plan.unfolded)
         plainly = saved_tensor_hook(False) is None
         ctx.save_for_backward(
-            x if need_x or need_weight or need_A else None,  # with x: for LoTRKept, which layers avoid where A is frozen
+            x if need_x or need_weight or need_A else None,  # with x: for kept_u, which layers avoid where A is frozen
             weight if need_x else None,
             A if need_x else None,
             B if need_x or need_A or need_core else None,
@@ -147,7 +146,7 @@ class LoTRFunction(Node):
         x, weight, A, B, core, u, _ = saved
         core = None if core is None else ctx.factors[2]  # hooks are given a copy, which has no graph
         if u is not None and is_grad_enabled() and not compiled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
-            u = LoTRKept.of(ctx, u, x, A)
+            u = kept_u(ctx, u, x, A)
         shape, g = g.shape, rows(g)
         k, dB, dcore = composite.expand_backward(g, u, B, core, ctx.call.scaling, want_x or want_A, want_B, want_core)
         flat = None if x is None else rows(to(x, g.dtype))
@@ -160,46 +159,31 @@ class LoTRFunction(Node):
         return dx, g.t() @ flat if want_weight else None, g.sum(0) if want_bias else None, *home
 
 
-class LoTRKept(Node):
+def kept_u(node, u: Tensor, x: Tensor | None, A: Tensor | None) -> Tensor:
     """u = x A as a LoTRFunction has kept it, in its place in the graph: dB and dG are made of it, and have gradients too.
 
-    backward: dx = k A^T,  dA = x^T k.
-
-    run(u, x, A, error): error is what to raise in backward, where x or A is not what u was made of any more.
+    x and A as they were read of node, None where they were not yet: checkpoints bear no second reading. Where x or A is not
+    what u was made of any more, a gradient that comes here raises, as it does at a product of torch's.
     """
+    errors = []
+    if x is None:
+        x, error = saved_or_changed(node, 0)
+        errors.append(error)
+    if A is None:
+        A, error = saved_or_changed(node, 2) if node.needs_input_grad[0] else (node.factors[0], None)
+        errors.append(error)
+    error = next((error for error in errors if error is not None), None)
+    made = rows(to(x, u.dtype)) @ to(A, u.dtype).to(u.device)
+    if error is None:
+        return made + (u - made).detach()  # u's own value: A may be another where only x was read
+    if functorch_active():
+        raise error
 
-    @staticmethod
-    def of(node, u: Tensor, x: Tensor | None, A: Tensor | None) -> Tensor:
-        """node's u. x and A as they were read of node, None where they were not yet: checkpoints bear no second reading."""
-        errors = []
-        if x is None:
-            x, error = saved_or_changed(node, 0)
-            errors.append(error)
-        if A is None:
-            A, error = saved_or_changed(node, 2) if node.needs_input_grad[0] else (node.factors[0], None)
-            errors.append(error)
-        error = next((error for error in errors if error is not None), None)
-        if not functorch_active():
-            return LoTRKept.run(u, x, A, error)
-        if error is not None:
-            raise error
-        return rows(to(x, u.dtype)) @ to(A, u.dtype).to(u.device)  # vmap knows no node of Python's
+    def refuse(_: Tensor) -> None:
+        raise error
 
-    @staticmethod
-    def forward(ctx, u, x, A, error: RuntimeError | None):
-        ctx.error = error
-        if error is None:
-            ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, A if ctx.needs_input_grad[1] else None)
-        ctx.shape = x.shape
-        return u.detach()
-
-    @staticmethod
-    def backward(ctx, k):
-        if ctx.error is not None:
-            raise ctx.error
-        x, A = ctx.saved_tensors
-        dx = None if A is None else (k @ to(A, k.dtype).to(k.device).t()).view(ctx.shape)
-        return None, dx, None if x is None else rows(to(x, k.dtype)).t() @ k, None
+    made.register_hook(refuse)
+    return torch.where(torch.zeros((), dtype=torch.bool, device=u.device), made, u.detach())
 
 
 class LoTRShrink(Node):
