@@ -4,8 +4,9 @@
                                      +--> LoTRExpand (route, u, B, G_k, W_k -> y_k)
                                      +--> LoTRExpand (route, u, B, G_v, W_v -> y_v)
 
-`route` is x's place in the graph. The siblings' gradients of x and u are summed here, as a factor's are in its shared gradient. The last sibling to go backward makes dA in one pass over x, and k A^T before its g W; where none can know that
-it is the last (retain_graph, a sibling that is not in the loss), LoTRShrink's backward does, which autograd runs after theirs.
+`route` is x's place in the graph. The siblings' gradients of x and u are summed here, as a factor's are in its shared gradient.
+The last sibling to go backward makes dA in one pass over x, and k A^T before its g W; where none can know that it is the last
+(retain_graph, a sibling that is not in the loss), LoTRShrink's backward does, which autograd runs after theirs.
 
 A u is shared only by calls on the very same x object, unchanged, in the same grad mode, dtype, autocast state, dropout and
 checkpoint region, with no optimizer step between, and only once by each layer: a layer that comes again starts a new round. So
