@@ -17,6 +17,7 @@ struct Call {
   int multiprocessors;  // of the device: decides how the work is split
   int shared;           // bytes of shared memory that a multiprocessor has: how many blocks it holds
   void* stream;         // cudaStream_t
+  bool early;           // whether launches may be (ptx/launch.cuh): waits_in_kernels() of probe.h
 };
 
 // Elements of 16 bytes.  A matrix whose rows start at a multiple of it, in aligned memory, is read 16 bytes

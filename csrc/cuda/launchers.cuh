@@ -25,7 +25,7 @@ inline plan::Machine machine_of(const Call& call) {
 template <class Traits, class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, const char* name) {
   ptx::launch({grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem),
-               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), name},
+               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), name, call.early},
               kernel, p);
 }
 

@@ -2,6 +2,8 @@
 // it would take them seconds.
 #include "probe.h"
 
+#include <algorithm>
+
 #include "ptx/base.cuh"
 
 namespace lotr::cuda {
@@ -11,6 +13,18 @@ __global__ void probe() {}
 
 const void* probe_kernel() {
   return reinterpret_cast<const void*>(&probe);
+}
+
+bool waits_in_kernels() {
+#ifdef __CUDACC__
+  cudaFuncAttributes code{};
+  if (!cudaFuncGetAttributes(&code, probe_kernel()))
+    return std::min(code.ptxVersion, code.binaryVersion) >= 90;
+  cudaGetLastError();  // asked and answered: the next launch shall not find it
+  return false;
+#else
+  return true;
+#endif
 }
 
 }  // namespace lotr::cuda

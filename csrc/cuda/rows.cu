@@ -37,9 +37,9 @@ GradPlan plan_grad(int64_t rows, int64_t cores, int64_t r_in, int64_t r_out, int
 template <class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, size_t shared,
             const char* name) {
-  ptx::launch(
-      {grid, dim3(FoldTraits::THREADS), shared, static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), name},
-      kernel, p);
+  ptx::launch({grid, dim3(FoldTraits::THREADS), shared, static_cast<ptx::stream_t>(call.stream),
+               dim3(1, 1, 1), name, call.early},
+              kernel, p);
 }
 
 dim3 threads(int64_t count) {

@@ -18,6 +18,7 @@
 
 #include "check.h"
 #include "cuda/launch.h"
+#include "cuda/probe.h"
 
 namespace lotr {
 
@@ -38,8 +39,12 @@ inline void* current_stream(int32_t device) {
 
 // What plans are made from; asked for once a device.
 struct Device {
-  int multiprocessors, shared;  // bytes of shared memory a multiprocessor has
+  int16_t multiprocessors;
+  bool early;      // Call::early
+  int32_t shared;  // bytes of shared memory that a multiprocessor has
 };
+static_assert(sizeof(Device) == 8);  // written and read as one
+// Of the current device, whose index that is.
 inline Device device_of(const char* op, int32_t device) {
   static std::atomic<Device> known[MAX_DEVICES];
   if (device < MAX_DEVICES) {
@@ -56,8 +61,9 @@ inline Device device_of(const char* op, int32_t device) {
     fail(op, ": device ", device, ": expected a GPU of compute capability 8.0 or later, got ", major, ".",
          minor, "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
   }
-  if (device < MAX_DEVICES) known[device].store({count, shared}, std::memory_order_relaxed);
-  return {count, shared};
+  const Device d{int16_t(count), cuda::waits_in_kernels(), shared};
+  if (device < MAX_DEVICES) known[device].store(d, std::memory_order_relaxed);
+  return d;
 }
 
 // Whether torch rounds the operands of float32 products to tf32.  Python holds that setting; float32 calls
@@ -98,8 +104,12 @@ class Context {
   Context(const char* op, const Arg& like) : op_(op), device_(like.device_index), guard_(like.device_index) {
     const DType type = dtype_of(op, like);
     const Device device = device_of(op, device_);
-    call_ = {type, type == DType::float32 ? float32_products() : Float32::exact, device.multiprocessors,
-             device.shared, current_stream(device_)};
+    call_ = {type,
+             type == DType::float32 ? float32_products() : Float32::exact,
+             device.multiprocessors,
+             device.shared,
+             current_stream(device_),
+             device.early};
   }
   const cuda::Call& call() const { return call_; }
   const char* op() const { return op_; }

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,21 @@ def layer(m: int, k: int, n: int, r: int, dtype: torch.dtype = torch.bfloat16, d
     return {"x": random(m, k), "g": random(m, n), "A": random(k, r), "F": random(n, r), "y": random(m, n), "dx": random(m, k)}
 
 
-def step(t: dict[str, torch.Tensor], p: float = 0.0, seed: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Forward and backward of the adapter alone, on fresh copies of what it adds to."""
+def step(
+    t: dict[str, torch.Tensor], p: float = 0.0, seed: torch.Tensor | None = None, pause: Callable[[], None] = lambda: None
+) -> list[torch.Tensor]:
+    """Forward and backward of the adapter alone, on fresh copies of what it adds to; `pause` between kernels."""
     y, dx = t["y"].clone(), t["dx"].clone()
     dA = torch.zeros(t["A"].shape, device=y.device)
+    pause()
     u = lotr.shrink(t["x"], t["A"], p, seed)
+    pause()
     lotr.expand_add_(y, u, t["F"])
+    pause()
     k, Q = lotr.shrink_grad(t["g"], t["F"], u)
+    pause()
     lotr.expand_add_(dx, k, t["A"], p, seed)
+    pause()
     lotr.factor_grad_(dA, t["x"], k, p, seed)
     return [u, y, k, Q, dx, dA]
 
@@ -48,6 +56,23 @@ def test_same_bits_twenty_times(dtype: torch.dtype) -> None:
     first = step(t)
     assert all(torch.isfinite(a).all() for a in first)
     assert all(same(first, step(t)) for _ in range(20))
+
+
+@pytest.mark.parametrize("m", [1, 64, 4099])
+def test_kernels_that_begin_early_wait_for_what_is_ahead(m: int) -> None:
+    """Steps one upon the other, and replays of a graph of ten, have the bits of a step that pauses after every kernel."""
+    t = layer(m, 1000, 1208, 24)
+    expected = step(t, pause=torch.cuda.synchronize)
+    results = [step(t) for _ in range(100)]
+    assert all(same(expected, result) for result in results)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [step(t) for _ in range(10)]
+    for _ in range(20):
+        for tensor in captured[-1]:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        assert all(same(expected, result) for result in captured)
 
 
 def test_graph_replays_with_new_inputs_and_a_new_seed() -> None:

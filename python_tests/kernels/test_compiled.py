@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.static.compiled import Compiled
+from bench.static.compiled import compile_kernels as kept_code
+from bench.static.sass import blocks_of
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(s for s in (ROOT / "csrc" / "cuda").glob("*.cu") if "sm90" not in s.stem)  # those: test_gemm_lotr_compiled.py
 QUICK = ("kernels_bf16", "operators", "rows", "small")  # make test-full compiles all of them
@@ -109,6 +113,37 @@ def check(source: Path, pair: tuple[str, str], folder: Path) -> None:
 @pytest.mark.parametrize("source", [s for s in SOURCES if s.stem in QUICK], ids=lambda s: s.stem)
 def test_compiled_code_of_an_a100(source: Path, tmp_path: Path) -> None:
     check(source, ("compute_80", "sm_80"), tmp_path)
+
+
+GLOBAL = ("LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "RED")
+
+
+def too_early(kernel: Compiled) -> list[str]:
+    """What a thread can come to from the kernel's entry without griddepcontrol.wait: global memory, its end, the trigger."""
+    blocks, found = blocks_of(kernel.code), []
+    seen, todo = set(), [min(blocks)]
+    while todo:
+        start = todo.pop()
+        if start in seen:
+            continue
+        seen.add(start)
+        for i in blocks[start].code:
+            if i.name == "ACQBULK":
+                break
+            if i.name in (*GLOBAL, "EXIT", "PREEXIT"):
+                found.append(f"{i.opcode} at {i.address:#x}")
+        else:
+            todo += blocks[start].next
+    return found
+
+
+@pytest.mark.skipif(tool("nvdisasm") is None, reason="no nvdisasm")
+@pytest.mark.parametrize("source", ["bf16", "rows"])
+def test_hopper_kernels_wait_first_and_let_the_next_begin(source: str) -> None:
+    for kernel in kept_code(source, "90a").values():
+        assert too_early(kernel) == [], kernel.symbol
+        names = [i.name for i in kernel.code]
+        assert names.count("ACQBULK") == 1 and "PREEXIT" in names, kernel.symbol
 
 
 @pytest.mark.full

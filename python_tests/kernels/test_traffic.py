@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from arrays import ODD
+from cases import KERNELS, Shape
 
 from bench.traffic import counts as traffic
 
@@ -103,6 +105,20 @@ def test_launches(lib) -> None:
         lambda: lib.small_forward_(bf16(4, n), bf16(4, k), bf16(k, r), bf16(r, r), bf16(n, r), 1.0, bf16(4, r))
     ) == ["shrink", "expand_add"]
     assert not launches(lambda: lib.shrink(bf16(0, k), bf16(k, r), bf16(0, r)))
+
+
+def test_every_launch_is_early_and_lets_the_next_begin(lib) -> None:
+    """All kernels but gemm_lotr, in every block, with a sum at the end and without one."""
+    seen = set()
+    for make in KERNELS.values():
+        for shape in (Shape(700, 260, 16, ODD, sms=5, layers=2), Shape(90, 130, 40, p=0.25, sms=1)):
+            lib.reset_counters()
+            make(shape, "bf16").run(lib)
+            for launch in lib.counters()["launches"]:
+                seen.add(launch["name"])
+                assert launch["early"] and launch["let_next"] == np.prod(launch["grid"]), (shape, launch)
+    large = {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack"}
+    assert seen == large | {"fold", "fold_grad", "row_core", "row_core_grad", "row_ends", "sum_rows"}
 
 
 def test_bad_ranks_are_named(lib) -> None:

@@ -98,6 +98,20 @@ def test_launches_are_listed() -> None:
     assert run("launches") == "first 2 3 32 2 64\nsecond 2 3 32 2 64"
 
 
+def test_early_launches_wait_for_what_is_ahead() -> None:
+    assert run("early", "0", "1") == "3 1 2" and run("early", "0", "0") == "3 0 2"
+    refused = {
+        1: rf"st\.global at .*:{line_of('EARLY STORE')}: global memory in an early launch before griddepcontrol\.wait",
+        2: rf"cp\.async at .*:{line_of('EARLY COPY')}: global memory in an early launch before .* thread 5:",
+        3: rf"griddepcontrol\.launch_dependents at .*:{line_of('EARLY LAUNCH')}: before griddepcontrol\.wait",
+        4: r"thread exits from an early launch without griddepcontrol\.wait .* thread 100:",
+    }
+    for what, message in refused.items():
+        assert re.search(message, run("early", str(what), "1")), what
+        if what != 3:  # as ever, where the launch ahead has ended
+            assert run("early", str(what), "0").startswith("2 0" if what == 1 else "3 0"), what
+
+
 def test_thousands_of_blocks() -> None:
     assert run("blocks") == "8000"
 

@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int n_tiles = tile::count_of(p.n_pieces, int(blockIdx.x));
   const int64_t n_begin = int64_t(tile::begin_of(p.n_pieces, int(blockIdx.x))) * COLS;
+  ptx::griddepcontrol_wait();
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   auto* const stages = sm.stage[warp];
 
@@ -221,6 +222,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
       }
     }
   }
+  ptx::griddepcontrol_launch_dependents();
 }
 
 }  // namespace lotr::kernels

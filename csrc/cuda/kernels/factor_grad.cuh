@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int k_block = int(blockIdx.x), m_block = int(blockIdx.y);
   const Walk<STAGES> walk(p.m_pieces, m_block, p.k_pieces, k_block);
+  ptx::griddepcontrol_wait();
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
   const tile::Loader<THREADS, decltype(Stage::v)> load_v(p.v, p.M, p.r);
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
     fetch();
     sums.add(here.n, x, sm.stage[here.slot].v);
   }
+  ptx::griddepcontrol_launch_dependents();
 
   const int64_t first = int64_t(walk.n_begin) * COLS, owned = int64_t(walk.n_tiles) * COLS;
   const int64_t cols = p.K - first < owned ? p.K - first : owned;

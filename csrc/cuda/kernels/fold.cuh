@@ -28,6 +28,8 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   const auto inside = [&](int row, int c) { return row0 + row < rows && i0 + c < p.r_in; };
 
   float d[T::PER_THREAD] = {};
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   if (of_A) {
     each_output([&](int i, int row, int c) {
       if (inside(row, c)) d[i] = read_float(p.A, p.A_type, 0, row0 + row, i0 + c);
@@ -70,6 +72,8 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
     return read_float(p.Q, DType::float32, l * p.Q_stride, n, i);
   };
   float d[FoldTraits::PER_THREAD] = {};
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
 
   if (blockIdx.x < dB_blocks) {
     const int64_t n0 = blockIdx.x / tiles_out * int64_t(ROWS);

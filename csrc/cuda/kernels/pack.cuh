@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(Traits::THREADS) pack(const PackParams p) {
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int64_t row0 = int64_t(blockIdx.x) * ROWS, col0 = int64_t(blockIdx.y) * COLS;
   const bool down = p.from.row == 1 && p.from.col != 1;  // neighbours in memory are in a column
+  ptx::griddepcontrol_wait();
 #pragma unroll 4
   for (int index = threadIdx.x; index < ROWS * COLS; index += THREADS) {
     const int r = down ? index % ROWS : index / COLS, c = down ? index / ROWS : index % COLS;
@@ -36,6 +37,7 @@ __global__ void __launch_bounds__(Traits::THREADS) pack(const PackParams p) {
                       inside ? tile::read_element<T>(p.from, row0 + r, col0 + c) : ptx::from_float<T>(0.f));
   }
   __syncthreads();
+  ptx::griddepcontrol_launch_dependents();
   for (int index = threadIdx.x; index < ROWS * COLS / CHUNK; index += THREADS) {
     const int r = index / (COLS / CHUNK), c = index % (COLS / CHUNK) * CHUNK;
     if (row0 + r >= p.rows || col0 + c >= p.to_row) continue;

@@ -63,6 +63,8 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) row_c
   auto& sm = ptx::shared_storage<RowCoreTraits::Smem>();
   const int64_t row0 = int64_t(blockIdx.x) * p.rows_of_block, left = p.index.rows - row0;
   const int j0 = blockIdx.y * FoldTraits::COLS, rows = left < p.rows_of_block ? int(left) : p.rows_of_block;
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   for (int i = threadIdx.x; i < rows; i += FoldTraits::THREADS) {
     const int64_t token = p.index.token ? ptx::load(p.index.token + row0 + i) : row0 + i;
     const bool exists = token >= 0 && token < p.index.tokens;
@@ -105,6 +107,8 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) row_c
 
 static __global__ void __launch_bounds__(FoldTraits::THREADS) row_ends(const RowEndsParams p) {
   const int64_t key = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x - 1;
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   if (key < p.bound) ptx::store(p.ends + key + 1, int32_t(place_above(p.keys, p.rows, key)));
 }
 
@@ -127,6 +131,8 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
   const int split = int(blockIdx.x % unsigned(p.splits));
   const int64_t core = group / tiles;
   const int i0 = int(core_tile / tiles_out) * ROWS, j0 = int(core_tile % tiles_out) * COLS;
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   int64_t begin, end;
   segment(p.of_core, core, begin, end);
   // Of this split, whole steps.
@@ -156,6 +162,8 @@ static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS
 static __global__ void __launch_bounds__(FoldTraits::THREADS) sum_rows(const SumRowsParams p) {
   const int64_t element = int64_t(blockIdx.x) * FoldTraits::THREADS + threadIdx.x;
   const int64_t token = element / p.r, j = element % p.r;
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   if (token >= p.tokens) return;
   int64_t begin, end;
   segment(p.of_token, token, begin, end);

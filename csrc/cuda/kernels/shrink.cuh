@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   const int64_t m0 = int64_t(m_begin) * ROWS;
   const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
   const int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
+  ptx::griddepcontrol_wait();
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
   const tile::Loader<THREADS, decltype(Stage::A)> load_A(p.A, p.K, p.r);
@@ -117,6 +118,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
           tile::warp_product<P, COLS, false, true>(d[s], x, i0, ROW_STEP, sm.stage[here.slot].A, j0);
     }
   }
+  ptx::griddepcontrol_launch_dependents();
 
   // f(sum of a 16 x 8 tile, its first row in the block, its first rank) for those inside the matrix
   const auto each = [&](auto f) {

@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
     for (uint32_t& word : sm.sum_k) ptx::store_shared(&word, 0u);
 
   const tile::Loader<THREADS, typename Traits::Factor> load_F(p.F, p.N, p.r);
+  ptx::griddepcontrol_wait();
   for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], walk.n_begin + n, 0);
   ColumnSums<Traits> Q;
   int stored = -1;  // the row tile of k that is in memory and not counted yet
@@ -126,6 +127,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
       for (int j = 0; j < NJ; ++j) k[0][j][0] = k[0][j][1] = k[0][j][2] = k[0][j][3] = 0.f;
     }
   }
+  ptx::griddepcontrol_launch_dependents();
 
   const int64_t owned = int64_t(walk.n_tiles) * COLS;
   const int64_t cols = p.N - n_begin < owned ? p.N - n_begin : owned;

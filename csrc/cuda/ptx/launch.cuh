@@ -1,4 +1,19 @@
 // In place of kernel<<<grid, block>>>(...): one checked launch, on a stream of the device or in the executor.
+//
+// An early launch (programmatic dependent launch, compute capability 9.0 and later) may begin while the
+// kernel ahead of it in the stream still ends: its launch is hidden behind that one's sums.  What makes it
+// safe, in a stream and in a captured graph, whose edge to it becomes a programmatic one:
+//
+//   - Every thread calls griddepcontrol_wait before it reads or writes global memory, and before it ends.  So
+//     nothing is seen too early, and a kernel never ends before all those ahead of it have: who waits for the
+//     last one has waited for all.  The executor checks it.
+//   - griddepcontrol_launch_dependents comes after that wait, so that no more than two kernels are under way.
+//   - What is ahead may be anything: a kernel that calls no launch_dependents, a memset or an event is
+//     waited for as ever, and a library's early kernels wait for what is ahead of them as ours do.
+//
+// Blocks that come early take the place of those that have left.  So a kernel that fills the multiprocessors
+// lets the next one in after its last product, when nearly all are empty again and that one's blocks spread
+// evenly; a small kernel leaves room and does it at once.
 #pragma once
 #include "base.cuh"
 
@@ -21,7 +36,30 @@ struct LaunchArgs {
   stream_t stream = nullptr;
   dim3 cluster{1, 1, 1};
   const char* name = "kernel";  // for messages and the executor's list of launches
+  bool early = false;           // see above; the device must have code of compute capability 9.0 or later
 };
+
+// Until what is ahead in the stream has ended and its stores are seen.
+LOTR_DEVICE void griddepcontrol_wait(LOTR_SITE_ONLY) {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#else
+  simt::griddepcontrol_wait(site);
+#endif
+}
+
+// The next kernel in the stream may begin once every block has called this or ended.
+LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+#else
+  simt::griddepcontrol_launch_dependents(site);
+#endif
+}
 
 // Throws std::runtime_error naming the kernel.  Errors inside the kernel: on the device at a later call,
 // under the executor (lotr::simt::Error) here.
@@ -36,24 +74,32 @@ void launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(args.smem)),
           "shared memory");
-  cudaLaunchAttribute cluster[1];
-  cluster[0].id = cudaLaunchAttributeClusterDimension;
-  cluster[0].val.clusterDim.x = args.cluster.x;
-  cluster[0].val.clusterDim.y = args.cluster.y;
-  cluster[0].val.clusterDim.z = args.cluster.z;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (args.cluster.x * args.cluster.y * args.cluster.z > 1) {
+    cudaLaunchAttribute& cluster = attributes[count++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = args.cluster.x;
+    cluster.val.clusterDim.y = args.cluster.y;
+    cluster.val.clusterDim.z = args.cluster.z;
+  }
+  if (args.early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = args.grid;
   config.blockDim = args.block;
   config.dynamicSmemBytes = args.smem;
   config.stream = args.stream;
-  config.attrs = cluster;
-  config.numAttrs = args.cluster.x * args.cluster.y * args.cluster.z > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(params)...), "launch");
 #else
   std::tuple<std::decay_t<Params>...> copies(std::forward<Args>(params)...);
   auto thread = [&] { std::apply(kernel, copies); };
   simt::run_grid(
-      {args.name, args.grid, args.block, args.cluster, args.smem},
+      {args.name, args.grid, args.block, args.cluster, args.smem, args.early},
       [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
 #endif
 }

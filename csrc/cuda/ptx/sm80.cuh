@@ -8,6 +8,7 @@
 //   struct Smem { alignas(16) T tile[...]; ... };                    // all of the block's shared memory
 //   __global__ void __launch_bounds__(128) kernel(Params p) {
 //     Smem& s = ptx::shared_storage<Smem>();                         // never __shared__
+//     ptx::griddepcontrol_wait();                                    // before global memory: see launch.cuh
 //     ptx::cp_async16(&s.tile[i], p.x + i, bytes);  ptx::cp_async_commit();  ptx::cp_async_wait<0>();
 //     __syncthreads();                                               // threadIdx, blockIdx, __syncwarp as in
 //     CUDA ptx::ldmatrix_x4(a, row);  ptx::mma_m16n8k16<T>(d, a, b);  ptx::store(p.y + j, value);

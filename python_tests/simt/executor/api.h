@@ -9,6 +9,7 @@
 //   barrier.cpp memory.cpp matrix.cpp mbarrier.cpp cluster.cpp wgmma.cpp registers.cpp     the instructions
 //   counters.cpp              bytes, sectors, bank conflicts, by array
 //   race.cpp race_hooks.cpp   the race detector (a build of its own)
+//   early.cpp                 launches that may begin before the one ahead has ended
 //   sites.cpp                 leaving out one barrier, for mutation tests
 //
 // What it cannot show: the PTX inside the wrappers, speed, and what the hardware's memory model allows beyond
@@ -79,7 +80,9 @@ struct LaunchRecord {
   size_t shared_bytes;
   const void* kernel;  // its address in this module
   bool cleared;        // the host wrote to the watched memory since the launch before: a memset on a GPU
+  bool early;          // may begin before the launch ahead of it has ended
   uint64_t barriers = 0, half_loads = 0, bytes = 0;  // as Counters has them; bytes: of all arrays, in and out
+  uint64_t let_next = 0;                             // blocks that let the next launch begin before their end
 };
 
 struct Counters {

@@ -29,6 +29,7 @@ struct Launch {
   const char* name;
   dim3 grid, block, cluster;
   size_t smem;
+  bool early;  // as LaunchArgs has it
 };
 void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel);
 
@@ -53,6 +54,8 @@ void store_global(void* p, const void* value, uint32_t bytes, Site site);
 void load_shared(void* value, const void* p, uint32_t bytes, Site site);
 void store_shared(void* p, const void* value, uint32_t bytes, Site site);
 void fence_device(Site site);
+void griddepcontrol_wait(Site site);
+void griddepcontrol_launch_dependents(Site site);
 int32_t atomic_add(int32_t* p, int32_t value, bool acq_rel, Site site);
 void store_release(int32_t* p, int32_t value, Site site);
 void wait_equal(const int32_t* p, int32_t value, bool acquire, Site site);

@@ -75,7 +75,7 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     block.thread_count = threads;
   }
   block.index = index;
-  block.arrived = false;
+  block.arrived = block.let_next = false;
   block.late_bytes = 0;
   block.rank = number % machine.cluster_size;
   block.first = number - block.rank;
@@ -114,6 +114,7 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     t.products.clear();
     t.products_issued = 0;
     t.wgmma_fenced = false;
+    t.may_touch_global = !machine.launch.early;
     t.late_loads = 0;
     t.log.clear();
     fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);
@@ -209,7 +210,8 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context, const 
   blockDim = launch.block;
   gridDim = launch.grid;
   const auto three = [](dim3 d, unsigned (&to)[3]) { to[0] = d.x, to[1] = d.y, to[2] = d.z; };
-  LaunchRecord record{launch.name, {}, {}, {}, launch.smem, kernel, watched.now() != watched.sum};
+  LaunchRecord record{launch.name, {}, {}, {}, launch.smem, kernel, watched.now() != watched.sum,
+                      launch.early};
   three(launch.grid, record.grid);
   three(launch.block, record.block);
   three(launch.cluster, record.cluster);

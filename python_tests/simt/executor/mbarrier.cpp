@@ -125,6 +125,7 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
   const size_t bytes = size_t(map.box_rows) * BOX_BYTES;
+  check_early(t.op, site);
   check_shared(shared, bytes, BOX_BYTES, t.op, site);
   check_shared(barrier, 8, 8, t.op, site);
   const size_t offset = shared_offset(shared);

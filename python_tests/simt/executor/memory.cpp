@@ -15,6 +15,7 @@ void check_global(const void* p, uint32_t bytes, const char* op, Site site) {
   if (reinterpret_cast<uintptr_t>(p) % bytes)
     fail("%s at %s:%d: global address %s is not aligned to %u bytes", op, site.file, site.line,
          global_name(reinterpret_cast<uintptr_t>(p)).c_str(), bytes);
+  check_early(op, site);
   const Block& block = *self().block;
   if (static_cast<const unsigned char*>(p) - block.shared >= 0 &&
       static_cast<const unsigned char*>(p) - block.shared < std::ptrdiff_t(block.shared_bytes))

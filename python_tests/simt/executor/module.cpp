@@ -80,7 +80,7 @@ Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
 }
 
 cuda::Call call(DType type) {
-  return {type, settings.float32, settings.multiprocessors, settings.shared, nullptr};
+  return {type, settings.float32, settings.multiprocessors, settings.shared, nullptr, true};
 }
 
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
@@ -304,8 +304,8 @@ py::dict counters_dict() {
   for (const LaunchRecord& l : c.launches) {
     py::dict d;
     d["name"] = l.name, d["shared_bytes"] = l.shared_bytes, d["offset"] = offset_in_module(l.kernel);
-    d["cleared"] = l.cleared, d["barriers"] = l.barriers, d["half_loads"] = l.half_loads,
-    d["bytes"] = l.bytes;
+    d["cleared"] = l.cleared, d["early"] = l.early, d["let_next"] = l.let_next, d["barriers"] = l.barriers,
+    d["half_loads"] = l.half_loads, d["bytes"] = l.bytes;
     d["grid"] = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]);
     d["block"] = py::make_tuple(l.block[0], l.block[1], l.block[2]);
     launches.append(d);

@@ -45,7 +45,7 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
   clear_arrays();
   const DType type = type_of(x);
   cuda::Call call{};
-  call.type = type, call.multiprocessors = multiprocessors;
+  call.type = type, call.multiprocessors = multiprocessors, call.early = true;
   cuda::GemmLotr q{};
   q.backward = backward;
   q.M = x.shape(0), q.K = x.shape(1), q.N = y.shape(1), q.r = int32_t(At.shape(0));
@@ -83,7 +83,7 @@ void fold_transposed(py::array B, py::array core, py::array A, double scaling, p
   p.L = 1, p.N = B.shape(0), p.K = A.shape(0);
   p.r_in = int32_t(core.shape(0)), p.r_out = int32_t(core.shape(1)), p.scale = float(scaling);
   cuda::Call call{};
-  call.type = p.F_type;
+  call.type = p.F_type, call.early = true;
   cuda::fold(call, p);
 }
 

@@ -171,6 +171,7 @@ void run_thread() {
     if (!copy.commit)
       fail("thread exits with cp.async in flight (latest: %s at %s:%d)", t.op, t.site.file, t.site.line);
   if (!t.products.empty()) fail("thread exits with wgmma in flight");
+  check_early_end(t);
   Warp& warp = *t.warp;
   for (uint32_t lanes = warp.arrived; lanes; lanes &= lanes - 1) {
     const Thread& other = warp.thread[lowest(lanes)];

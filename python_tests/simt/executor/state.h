@@ -62,7 +62,8 @@ struct Thread {
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   bool wgmma_fenced = false;
-  uint64_t late_loads = 0;  // global loads since the block's first atomic
+  bool may_touch_global = true;  // false in an early launch, until it has waited for what is ahead
+  uint64_t late_loads = 0;       // global loads since the block's first atomic
   std::vector<Access> log;
 };
 
@@ -112,6 +113,7 @@ struct Block {
   size_t shared_bytes = 0;
   Barrier barriers[16];
   bool arrived = false;     // has done an atomic in global memory
+  bool let_next = false;    // has called griddepcontrol.launch_dependents
   uint64_t late_bytes = 0;  // read since
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -185,6 +187,10 @@ void touch_fill(void* to, int value, size_t bytes);
 void touch_read(const void* from, size_t bytes);
 void poison(void* p, size_t bytes);  // AddressSanitizer only
 void unpoison(void* p, size_t bytes);
+
+// ---- early.cpp ----
+void check_early(const char* op, Site site);  // before the running thread touches global memory
+void check_early_end(const Thread& thread);   // before it ends
 
 // ---- sites.cpp ----
 // Notes the call; true: it is to be left out.

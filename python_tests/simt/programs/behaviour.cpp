@@ -110,6 +110,32 @@ void launches() {
            l.shared_bytes);
 }
 
+// An early launch: a thread may touch global memory, let the next launch begin and end only once it has waited.
+enum Early { RIGHT, TOUCHES, COPIES, LETS_NEXT, LEAVES };
+__global__ void early(int what, float* x) {
+  Smem& s = ptx::shared_storage<Smem>();
+  const int t = threadIdx.x;
+  ptx::store_shared(&s.f[t], 1.f);  // shared memory is the block's own
+  if (what == TOUCHES) ptx::store(x + t, 1.f);  // EARLY STORE
+  if (what == COPIES && t == 5) {
+    ptx::cp_async4(&s.f[t], x + t);  // EARLY COPY
+    ptx::cp_async_wait_all();
+  }
+  if (what == LETS_NEXT) ptx::griddepcontrol_launch_dependents();  // EARLY LAUNCH
+  if (what == LEAVES && t == 100) return;
+  ptx::griddepcontrol_wait();
+  if (blockIdx.x) ptx::griddepcontrol_launch_dependents();
+  ptx::store(x + t, ptx::load(x + t) + 1.f);
+}
+
+void early_launch(int what, bool is_early) {
+  std::vector<float> x(128);
+  ptx::launch({dim3(3), dim3(128), sizeof(Smem), nullptr, dim3(1, 1, 1), "early", is_early}, early, what,
+              x.data());
+  const simt::LaunchRecord& l = simt::counters().launches[0];
+  printf("%g %d %lu\n", double(x[127]), l.early, l.let_next);
+}
+
 // A tree of sums that needs both of its barriers.
 __global__ void needs_barriers(float* out) {
   Smem& s = ptx::shared_storage<Smem>();
@@ -168,6 +194,7 @@ int main(int argc, char** argv) {
     if (what == "shared") ptx::launch({dim3(1), dim3(32), 300000, nullptr, dim3(1, 1, 1), "large"}, nothing);
     if (what == "blocks") many_blocks();
     if (what == "launches") launches();
+    if (what == "early") early_launch(atoi(argv[2]), atoi(argv[3]));
     if (what == "skip") skip(atoi(argv[2]));
   } catch (const std::exception& error) {
     printf("error: %s\n", error.what());

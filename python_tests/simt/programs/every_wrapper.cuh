@@ -38,6 +38,8 @@ LOTR_DEVICE void copy_words(Smem& s, const Params& p) {
 
 __global__ void __launch_bounds__(128) sm80(Params p) {
   Smem& s = ptx::shared_storage<Smem>();
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   copy_words<uint16_t>(s, p);
   copy_words<uint32_t>(s, p);
   copy_words<uint2>(s, p);

@@ -1,0 +1,43 @@
+// Early launches (csrc/cuda/ptx/launch.cuh).  Grids run one after another here; what would go wrong if they
+// overlapped is refused instead: a thread that has not waited for what is ahead may neither touch global
+// memory nor end, nor let the next launch begin.
+#include "state.h"
+
+namespace lotr::simt {
+
+void check_early(const char* op, Site site) {
+  if (!self().may_touch_global)
+    fail(
+        "%s at %s:%d: global memory in an early launch before griddepcontrol.wait: the kernel ahead may not "
+        "have ended",
+        op, site.file, site.line);
+}
+
+void check_early_end(const Thread& t) {
+  if (!t.may_touch_global)
+    fail(
+        "thread exits from an early launch without griddepcontrol.wait (latest: %s at %s:%d): what comes "
+        "next would not "
+        "wait for what was ahead",
+        t.op, t.site.file, t.site.line);
+}
+
+void griddepcontrol_wait(Site site) {
+  race::ExecutorScope scope;
+  Thread& t = enter("griddepcontrol.wait", site);
+  if (left_out(t.op, site)) return;
+  t.may_touch_global = true;
+  maybe_preempt();
+}
+
+void griddepcontrol_launch_dependents(Site site) {
+  race::ExecutorScope scope;
+  Thread& t = enter("griddepcontrol.launch_dependents", site);
+  if (!t.may_touch_global)
+    fail("%s at %s:%d: before griddepcontrol.wait: three kernels would be under way", t.op, site.file,
+         site.line);
+  if (!t.block->let_next) ++totals.launches.back().let_next;
+  t.block->let_next = true;
+}
+
+}  // namespace lotr::simt
