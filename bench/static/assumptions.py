@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..traffic.projection import GPUS, LAUNCH, Gpu
+from ..traffic.projection import EARLY, GPUS, LAUNCH, Gpu
 from .issue import Latencies
 
 REACHED = 0.94  # of the data sheet's bandwidth, by long streams of 16-byte copies
@@ -98,6 +98,11 @@ SOURCES = [
         "assumed, from A100's 5120 a cycle for all",
     ),
     (f"a kernel begins {BEGIN * 1e6:.0f} us after its start; {LAUNCH * 1e6:.0f} us between kernels of a stream", "assumed"),
+    (
+        "an early launch of ours behind a kernel of ours takes that time from where this one lets it begin, not from its end: "
+        f"what is left is at least {EARLY * 1e6:.1f} us",
+        "CUDA programming guide, programmatic dependent launch: it may begin once all blocks have let it; the rest assumed",
+    ),
     (
         "blocks of shrink_grad that share rows keep pace, so that each sums the row tiles of k that it starts behind",
         "assumed: all of them run at the same time and move the same bytes; a block that falls back sums more, the others less",

@@ -12,7 +12,7 @@ from ..measure.store import RESULTS, Store, latest, of_build
 from ..traffic import counts
 from ..traffic.counts import KERNELS, Row
 from ..traffic.layer import fused_key
-from ..traffic.projection import LAUNCH, Times
+from ..traffic.projection import LAUNCH, KernelTime, Times, gap
 from . import fused
 from .assumptions import CARDS
 from .compiled import compile_kernels, tools
@@ -92,7 +92,7 @@ def _estimate(key: Key, store: Store, again: bool) -> Estimate:
         return estimate(row, compiled, card)
     own = [estimate(_row((name, m, n, r, dtype, gpu), store, again), compiled, card) for name in names]
     longest = max(own, key=lambda e: e.seconds)
-    seconds = sum(e.seconds for e in own) + LAUNCH * (len(own) - 1)
+    seconds = sum(e.seconds for e in own) + sum(gap(card.gpu, ahead.parts["after"]) for ahead in own[:-1])
     return replace(
         longest,
         seconds=seconds,
@@ -111,14 +111,18 @@ def layer_times(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: di
     if not all(key in found for key in keys):
         return None
     sm = CARDS[gpu].multiprocessors
-    times = {(*key[:4], sm): found[key].seconds + LAUNCH * found[key].memsets for key in keys}
+    times = {(*key[:4], sm): _time(found[key]) for key in keys}
     if gpu in fused.hopper():
         for m, k, n, r in shapes:
             if r <= fused.MAX_RANK:
                 for i, o, backward in ((k, n, False), (n, k, True)):
                     key = fused_key(m, i, o, r, sm, backward)
-                    times[key] = fused.model(m, i, o, r, gpu, backward).seconds
+                    times[key] = KernelTime(fused.model(m, i, o, r, gpu, backward).seconds)
     return times
+
+
+def _time(e: Estimate) -> KernelTime:
+    return KernelTime(e.seconds + LAUNCH * e.memsets, e.parts["after"])
 
 
 def measured(results: Path = RESULTS) -> dict[Key, float]:

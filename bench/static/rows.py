@@ -9,6 +9,7 @@ nothing else. An operator's time is that of its launches in turn; what the libra
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from rich.table import Table
 from ..measure.session import new_table
 from ..measure.store import Store, of_build
 from ..traffic import rows as traffic
-from ..traffic.projection import LAUNCH
+from ..traffic.projection import gap
 from ..traffic.rows import Mixture, RowCounts
 from . import assumptions
 from .assumptions import CARDS, Card
@@ -151,9 +152,13 @@ def estimate(row: RowCounts, case: Mixture, compiled: dict[str, Compiled], card:
     return found
 
 
-def seconds(launches: list[RowLaunch]) -> float:
-    """Of an operator."""
-    return sum(one.seconds for one in launches) + LAUNCH * (len(launches) - 1)
+def seconds(launches: list[RowLaunch], card: Card) -> float:
+    """Of an operator. Its kernels are small and let the next one begin at once; before row_ends stands the library's sort."""
+    total = sum(one.seconds for one in launches)
+    for ahead, one in itertools.pairwise(launches):
+        running = ahead.seconds - assumptions.BEGIN
+        total += gap(card.gpu, None if one.name == "row_ends" else running)
+    return total
 
 
 # ---- estimates that are kept -----------------------------------------------------------------------------------------
@@ -228,6 +233,6 @@ def markdown_rows(found: dict[Key, list[RowLaunch]]) -> tuple[list[str], list[li
             continue
         most = max(launches, key=lambda e: e.seconds)
         row = [operator, str(case), str(len(launches)), most.name, str(most.registers), f"{most.instructions:.0f}"]
-        times = (found.get((operator, case, other)) for other in gpus)
-        rows.append([*row, *(f"{1e6 * seconds(own):.1f}" if own else "-" for own in times), most.limiter])
+        times = ((found.get((operator, case, other)), CARDS[other]) for other in gpus)
+        rows.append([*row, *(f"{1e6 * seconds(own, card):.1f}" if own else "-" for own, card in times), most.limiter])
     return heads, rows

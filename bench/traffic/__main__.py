@@ -31,8 +31,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for shape in options.shapes:
         if shape[3] > 256:
             raise ValueError(f"shapes: expected ranks up to 256, what the CUDA kernels take, got {shape[3]}")
-        if shape[3] % 8:
-            raise ValueError(f"shapes: expected ranks that are multiples of 8, whose rows need no packing, got {shape[3]}")
     options.rows = row_traffic.parse(options.rows)
     options.gpus = options.gpus.split(",")
     for gpu in options.gpus:

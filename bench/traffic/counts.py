@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,8 +35,6 @@ KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
 ELEMENT = 2  # bfloat16
-SHRINK_GRAD_RANKS = 64  # that it takes; beyond them it is two kernels
-MOST_RESIDENT = 128  # blocks that the executor runs at the same time
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
 
@@ -113,6 +112,20 @@ def sources_id() -> str:
     return digest.hexdigest()[:12]
 
 
+@functools.cache
+def constant(file: str, name: str) -> int:
+    """The value of a constexpr of the sources. ValueError where the file has none of that name."""
+    found = re.search(rf"^constexpr .*\b{name} = (\d+)", (ROOT / file).read_text(encoding="utf-8"), re.M)
+    if found is None:
+        raise ValueError(f"{file}: expected constexpr ... {name} = a number, found none")
+    return int(found[1])
+
+
+def shrink_grad_ranks() -> int:
+    """Those that one launch of it takes; beyond them it is two kernels."""
+    return constant("csrc/cuda/launchers.h", "SHRINK_GRAD_MAX_RANK")
+
+
 def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Zeros from an address divisible by 256, as torch's allocator gives."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -121,11 +134,17 @@ def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def in_rows(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """The same, rows at multiples of 16 bytes, as the operators have whatever runs along the rank."""
+    chunk = 16 // np.dtype(dtype).itemsize
+    return aligned((*shape[:-1], -(-shape[-1] // chunk) * chunk), dtype)[..., : shape[-1]]
+
+
 def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str) -> tuple[Callable[[], None], np.ndarray]:
     """A run of one kernel, and its large matrix."""
 
     def elements(*shape: int) -> np.ndarray:
-        return aligned(shape, DTYPES[dtype])
+        return in_rows(shape, DTYPES[dtype])
 
     def fp32(*shape: int) -> np.ndarray:
         return aligned(shape, np.float32)
@@ -152,10 +171,11 @@ def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str) -> t
 def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, multiprocessors: int) -> dict:
     """Blocks of shrink_grad that share rows run at the same time and keep pace, as on a GPU that holds all blocks: each then
     sums the row tiles of k that it is made to reach last (csrc/cuda/kernels/shrink_grad.cuh), not the last one all of them."""
-    if kernel != "shrink_grad" or r > SHRINK_GRAD_RANKS:
+    if kernel != "shrink_grad" or r > shrink_grad_ranks():
         return {}
     plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)
-    return {"order": "in_turn", "resident": min(plan["n_blocks"], MOST_RESIDENT)}
+    most = constant("python_tests/simt/executor/api.h", "MOST_RESIDENT")  # that the executor can run at the same time
+    return {"order": "in_turn", "resident": min(plan["n_blocks"], most)}
 
 
 def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors: int = 132, dtype: str = "bf16") -> Row:

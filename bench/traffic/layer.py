@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..measure.bounds import DIRECTIONS, Work, kernel_work, work
 from ..measure.shapes import Case, Shape
 from ..rivals.base import Rival, Tensors
-from .counts import ELEMENT, SMALL, Key, Row
+from .counts import ELEMENT, SMALL, Key, Row, constant
 
 RIVALS = ("frozen", "lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")
 LAYERS = 32  # of a group, as in Llama-3-8B: fold and fold_grad are one launch for all of them
@@ -25,7 +25,7 @@ IN_DRAM = "lotr_ext beta, nothing from L2"
 FUSED = "lotr_ext fused"
 OURS = ("lotr_ext two_pass", "lotr_ext beta", IN_DRAM, FUSED)
 LEAST = "least possible"
-FUSED_Q_RANK = 16  # up to which gemm_lotr makes Q = g^T u too (GEMM_LOTR_FACTOR_RANK in csrc/cuda/gemm_lotr.h)
+ROW = 8  # elements of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def base_step(m: int, k: int, n: int, accumulate: bool = False) -> Step:
 
 def makes_Q(backward: bool, r: int) -> bool:
     """Whether gemm_lotr's launch gives Q = g^T u as well."""
-    return backward and r <= FUSED_Q_RANK
+    return backward and r <= constant("csrc/cuda/gemm_lotr.h", "GEMM_LOTR_FACTOR_RANK")
 
 
 def fused_key(m: int, inner: int, outer: int, r: int, multiprocessors: int, backward: bool) -> Key:
@@ -138,12 +138,14 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
                 *(kernel("fold_grad", 1, n), kernel("factor_grad", m, k)),
             ],
         }
+    padded = -(-r // ROW) * ROW  # A's rows are the user's; our kernels take them in whole 16 bytes
+    packed = [Step("pack", Work(0, ELEMENT * k * (r + padded)))] if padded != r else []
     reads_g = [kernel("shrink_grad", m, n), kernel("fold_grad", 1, n), kernel("factor_grad", m, k)]
     if strategy.startswith("lotr_ext beta"):
-        forward = [kernel("shrink", m, k), kernel("fold", 1, n), expand(n), base_step(m, k, n, accumulate=True)]
+        forward = [*packed, kernel("shrink", m, k), kernel("fold", 1, n), expand(n), base_step(m, k, n, accumulate=True)]
         return {"forward": forward, "backward": [*reads_g, expand(k), base_step(m, n, k, accumulate=True)]}
-    forward = [kernel("shrink", m, k), kernel("fold", 1, n), base_step(m, k, n), kernel("expand_add", m, n)]
-    return {"forward": forward, "backward": [*reads_g, base_step(m, n, k), kernel("expand_add", m, k)]}
+    forward = [*packed, kernel("shrink", m, k), kernel("fold", 1, n), base_step(m, k, n), kernel("expand_add", m, n)]
+    return {"forward": forward, "backward": [*reads_g, base_step(m, n, k), *packed, kernel("expand_add", m, k)]}
 
 
 def least_steps(case: Case) -> Steps:

@@ -11,8 +11,9 @@ from bench.traffic import __main__ as program
 from bench.traffic import counts as traffic
 from bench.traffic import layer as layer_traffic
 from bench.traffic import projection
+from bench.traffic.projection import KernelTime
 
-SHAPE = (64, 32, 48, 4)
+SHAPE = (64, 32, 48, 8)
 M, K, N, R = SHAPE
 CASE = Case(*SHAPE, "bf16", 1)
 LARGE = (8192, 4096, 4096, 16)
@@ -28,7 +29,7 @@ def row(kernel: str, m: int, n: int, r: int, extra: int = 0) -> traffic.Row:
 def times(shape: tuple[int, int, int, int], gpu: projection.Gpu) -> projection.Times:
     """Our kernels' times if bytes at bandwidth were all that counts."""
     keys = traffic.needed([shape], [gpu.multiprocessors])
-    return {key: gpu.seconds(kernel_work(*key[:4], 2)) for key in keys if key[0] in traffic.KERNELS}
+    return {key: KernelTime(gpu.seconds(kernel_work(*key[:4], 2)), 0.0) for key in keys if key[0] in traffic.KERNELS}
 
 
 def rows(shape: tuple[int, int, int, int], extra: int = 0) -> dict[traffic.Key, traffic.Row]:
@@ -82,6 +83,7 @@ def test_the_projection_agrees_with_sums_made_by_hand(monkeypatch):
     monkeypatch.setattr(projection, "FLOPS_REACHED", 800 / 989)
     monkeypatch.setattr(projection, "BANDWIDTH_REACHED", 1.0)
     monkeypatch.setattr(projection, "LAUNCH", 0.0)
+    monkeypatch.setattr(projection, "EARLY", 0.0)
     h100 = projection.GPUS["h100"]
     excess = projection.excess(LARGE, rows(LARGE), h100, times(LARGE, h100))
     by_hand = {
@@ -105,12 +107,53 @@ def test_launches_and_the_kernels_own_times_count():
     launches = 7 + 2 / layer_traffic.LAYERS  # three and four; fold and fold_grad are shared
     roofline = sum(h100.seconds(step.work) for direction in steps.values() for step in direction)
     assert both - roofline == pytest.approx(launches * projection.LAUNCH, rel=1e-6)
-    slower = own | {("shrink", 8192, 4096, 16, 132): own["shrink", 8192, 4096, 16, 132] + 1e-5}
+    first = ("shrink", 8192, 4096, 16, 132)
+    slower = own | {first: KernelTime(own[first].seconds + 1e-5)}
     assert projection.seconds(steps, "forward", h100, slower) - projection.seconds(
         steps, "forward", h100, own
     ) == pytest.approx(1e-5)
     with pytest.raises(KeyError, match="shrink"):
         projection.seconds(steps, "forward", h100, {})
+
+
+def test_an_early_launch_hides_behind_the_sum_of_the_kernel_ahead():
+    """Only of ours after ours, on cards that can: here factor_grad after shrink_grad, in both strategies."""
+    assert [projection.gap(projection.GPUS["h100"], after) for after in (None, 0.0, 1e-6, 1.0)] == [2e-6, 2e-6, 1e-6, 0.5e-6]
+    for name, saved in (("h100", 1.5e-6), ("b200", 1.5e-6), ("a100", 0.0), ("rtx4090", 0.0)):
+        gpu = projection.GPUS[name]
+        plain, sums = times(LARGE, gpu), {key: KernelTime(t.seconds, 5e-6) for key, t in times(LARGE, gpu).items()}
+        for strategy in ("lotr_ext two_pass", "lotr_ext beta"):
+            steps = layer_traffic.our_steps(strategy, LARGE, rows(LARGE), gpu.multiprocessors)
+            less = {d: projection.seconds(steps, d, gpu, plain) - projection.seconds(steps, d, gpu, sums) for d in steps}
+            assert less == pytest.approx({"forward": 0.0, "backward": saved}, abs=1e-12), (name, strategy)
+
+
+def test_a_rank_whose_rows_are_not_whole_is_counted_as_it_runs():
+    """Rows along the rank are padded, so no kernel packs; A is the user's, and packed once a direction that reads its rows."""
+    lib = traffic.executor()
+    for kernel in traffic.KERNELS + traffic.SMALL:
+        counted = traffic.count(lib, kernel, 2 if kernel in traffic.SMALL else 96, 72, 12)
+        assert counted.launches == 1 and counted.once == pytest.approx(2 if kernel == "fold_grad" else 1), kernel
+    shape = (64, 32, 48, 12)
+    for strategy, packs in (("lotr_ext two_pass", [1, 1]), ("lotr_ext beta", [1, 0]), ("lotr_ext fused", [0, 0])):
+        steps = layer_traffic.our_steps(strategy, shape, rows(shape), 132)
+        found = {direction: [step for step in own if step.name == "pack"] for direction, own in steps.items()}
+        assert [len(own) for own in found.values()] == packs, strategy
+        assert all(step.work == Work(0, 2 * 32 * (12 + 16)) for own in found.values() for step in own)
+
+
+def test_constants_are_those_of_the_sources():
+    lib = traffic.executor()
+    many = traffic.constant("python_tests/simt/executor/api.h", "MOST_RESIDENT")
+    lib.set_options(resident=many)
+    with pytest.raises(ValueError, match=f"expected 1 to {many}"):
+        lib.set_options(resident=many + 1)
+    lib.set_options()
+    launches = [traffic.count(lib, "shrink_grad", 40, 40, r).launches for r in (64, 65)]
+    assert launches == [1, 2] and traffic.shrink_grad_ranks() == 64
+    assert [layer_traffic.makes_Q(True, r) for r in (16, 17)] == [True, False] and not layer_traffic.makes_Q(False, 8)
+    with pytest.raises(ValueError, match=r"launchers\.h: expected constexpr .* NOTHING = a number, found none"):
+        traffic.constant("csrc/cuda/launchers.h", "NOTHING")
 
 
 def test_a_slower_memory_or_a_faster_product_raises_the_excess():
