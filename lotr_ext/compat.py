@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _dispatch_key_parse
 from torch.autograd import Function, Variable, forward_ad
 from torch.autograd.function import BackwardCFunction
+from torch.nn.modules import module as _hooks_of_all
 
 # ---- what is going on around a call ----------------------------------------------------------------------------------
 
@@ -35,6 +36,12 @@ def running_function() -> object | None:
             return ctx
         frame = frame.f_back
     return None
+
+
+def wraps_inputs(module: object) -> bool:
+    """Whether nn.Module hands module its inputs behind nodes of backward hooks, each as a tensor of its own."""
+    own = isinstance(module, nn.Module) and (module._backward_hooks or module._backward_pre_hooks)
+    return bool(own or _hooks_of_all._global_backward_hooks or _hooks_of_all._global_backward_pre_hooks)
 
 
 def transformed() -> bool:

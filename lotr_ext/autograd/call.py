@@ -48,11 +48,13 @@ def plan_call(
     anything else than what runs. purpose: "run", "explain" (nothing is timed for it) or "tune" (no answer is looked at)."""
     if is_compiling() or jit_tracing() is not None:
         return traced.plan(x, A, weight)  # before any look at sizes, which would become guards
-    little = x.numel() * (call.core.shape[-2] + planner.READING) < planner.LITTLE_WORK
+    work = x.numel() * (call.core.shape[-2] + planner.READING)
+    little = work < planner.LITTLE_WORK
     environment, grad, dtype = planner.environment_strategy(), is_grad_enabled(), call.compute
     on_cpu = x.is_cpu if device is None else device.type == "cpu"
-    if little and grad and on_cpu and A.dtype == dtype and dtype in _WIDE and not (call.p or call.strategy or environment):
-        return _HOST
+    if little and work and grad and on_cpu and A.dtype == dtype and dtype in _WIDE:  # of no rows addmm has no second gradient
+        if not (call.p or call.strategy or environment):
+            return _HOST
     if transformed():
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
     elif type(x) not in _PLAIN or type(A) not in _PLAIN or type(weight) not in _WEIGHTS:

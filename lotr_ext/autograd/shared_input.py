@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..compat import BackwardCFunction, graph_task, keeps_graph, running_function, same_storage, saved_tensor_hook
+from ..compat import BackwardCFunction, graph_task, keeps_graph, running_function, same_storage, saved_tensor_hook, wraps_inputs
 from .shared_gradient import SharedGradient, TaskSum, TaskSums
 
 _gradients = TaskSums()  # (k, dx) of each SharedInput in a running backward
@@ -167,8 +167,12 @@ class SharedFactor(SharedGradient):
         # the innermost saved-tensor hook tells a checkpoint's forward, its recomputation and the code around apart: they must
         # save the same tensors, so they must decide alike and never share with each other
         region = (saved_tensor_hook(False) or (None,))[0]
-        if settings[-1] and not torch.is_grad_enabled():  # a reentrant checkpoint draws its masks again, from its start on
-            region = running_function() or region
+        if settings[-1]:
+            # a reentrant checkpoint draws its masks again, from its start on; and then a hooked layer's x is one of its own
+            if wraps_inputs(user):
+                return SharedInput(x, A, None, None)
+            if not torch.is_grad_enabled():
+                region = running_function() or region
         if not isinstance(region, _REGIONS) or x.is_inference() or A.is_inference():
             return SharedInput(x, A, None, None)
         key = (

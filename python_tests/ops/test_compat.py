@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import Function, forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,6 +115,23 @@ def test_a_saved_tensor_that_is_not_looked_at_may_have_changed():
     gradient_of_a()
     x, a = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)  # and of leaves
     gradient_of_a()
+
+
+def test_whether_backward_hooks_wrap_the_inputs_of_a_module():
+    module, seen, x = nn.Identity(), [], torch.ones(2, requires_grad=True)
+    module.forward = lambda t: seen.append((t is not x, compat.wraps_inputs(module))) or t * 1
+    module(x)
+    for register in (
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        module(x)
+        handle.remove()
+        module(x)
+    assert seen == [(wraps, wraps) for wraps in [False] + [True, False] * 4]
 
 
 def test_the_function_that_is_running():

@@ -228,6 +228,17 @@ PROGRAMS: dict[str, str] = {
             (f"another one, {tokens} tokens", f"y = {REENTRANT.format('l0')} * " + REENTRANT.format("l1")),
         )
     },
+    **{
+        f"dropout in a reentrant checkpoint, one layer with a hook, {tokens} tokens": pair(
+            "l0.register_full_backward_hook(lambda m, gi, go: None)\n"
+            f"y = {REENTRANT.format('lambda t: l0(t) * l1(t)')}\nw.backward('b', w.loss(3, y))\n",
+            settings=", dropout=0.5",
+            tokens=tokens,
+        )
+        for tokens in ("5", "130")
+    },
+    "a second gradient of no rows": "w.little_work(10_000)\n"
+    + pair("y = l0(x)\ny.add_(0.25)\n" + TWICE.format("l0.core", "l0.core"), tokens="2, 0", train="", grad=False),
     "one trained core of several": net(OTHER_CORE + RUN_NET),
     "one trained core of several, double backward": net(OTHER_CORE + "y, = net(x, w)\n" + TWICE.format("x", "x")),
     "the active adapter is set again, of a parametrized core": parametrized(

@@ -21,6 +21,10 @@ class Ours(World):
 
     name, ours = "lotr_ext", True
 
+    def __init__(self, *args, **noise):
+        super().__init__(*args, **noise)
+        self.little_work(0)
+
     def little_work(self, bound: int) -> None:
         planner.LITTLE_WORK = bound
 

@@ -13,12 +13,16 @@ from torch.nn import functional as nnf
 
 
 class Plain(World):
-    """Plain torch: the twin. keep: nothing changed in place can change a gradient."""
+    """Plain torch: the twin. keep: nothing changed in place can change a gradient. once: nothing is computed again."""
 
-    def __init__(self, decisions: Decisions, *, exact: bool = False, keep: bool = False, **noise):
+    def __init__(self, decisions: Decisions, *, exact: bool = False, keep: bool = False, once: bool = False, **noise):
         super().__init__(decisions, **noise)
+        self.once = once
         self.exact, self.keep, self.name = exact, keep, "float64" if exact else "plain"
         self.strict = exact and not keep
+
+    def checkpoint(self, function: Callable, *args, **settings):
+        return function(*args) if self.once else super().checkpoint(function, *args, **settings)
 
     def _factors(self, k, n, rank, dtype):
         return LoTRFactors(k, n, rank, dtype=dtype)
