@@ -43,7 +43,8 @@ class Ours(World):
         lotr_ext.apply_lotr(model, config)
 
     def watch(self, layer) -> None:
-        """Notes which mask each call with dropout takes: a new one if torch's generator moves, else its group's last."""
+        """Notes which mask each call with dropout takes: a new one if torch's generator moves, else its group's last. That of
+        a layer with backward hooks is its own."""
         if not layer.dropout:
             return
         states: list[Tensor] = []
@@ -56,8 +57,11 @@ class Ours(World):
             if in_backward() or not (module.training and module.dropout) or module.disabled or module.merged:
                 return
             if not torch.equal(state, torch.get_rng_state()):
-                drawn = torch.randint(-(2**63), 2**63 - 1, (1,), generator=torch.Generator().set_state(state))
-                self.masks[id(factors)] = int(drawn)
+                drawn = int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=torch.Generator().set_state(state)))
+                if module._backward_hooks or module._backward_pre_hooks:
+                    self.decisions.seeds.append(drawn)
+                    return
+                self.masks[id(factors)] = drawn
             self.decisions.seeds.append(self.masks[id(factors)])
 
         layer.register_forward_pre_hook(before)
