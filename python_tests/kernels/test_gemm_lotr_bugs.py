@@ -50,6 +50,13 @@ BUGS: dict[str, tuple[str, str, str, str, str]] = {
         "more arrivals|" + STUCK + "|" + WRONG,
     ),
     "epoch_stays": (MAIN, "ptx::store(p_.sync + 1, int32_t(s_.epoch));", "", "plain", r"\[0 0\]"),
+    "relaxed_ticket": (
+        MAIN,
+        "ticket = ptx::atomic_add_acq_rel(p_.sync, 1);",
+        "ticket = ptx::atomic_add(p_.sync, 1);",
+        "race",
+        r"data race \(write after read\) on global memory .*of block",
+    ),
     "counter_stays": (MAIN, "      ptx::store(p_.sync, 0);\n", "", "plain", WRONG + r"|\[\d+ 1\]"),
     "tiles_before_scouts": (
         TRAITS,

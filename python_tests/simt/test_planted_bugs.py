@@ -61,6 +61,7 @@ BUGS: dict[tuple[str, str], dict[str, str]] = {
     ("gemm_sm90", "no_wgmma_wait"): {"plain": WRONG},
     ("gemm_sm90", "no_wgmma_fence"): {"plain": r"wgmma at .*gemm_sm90.cuh:\d+: no wgmma.fence"},
     ("gemm_sm90", "uninitialised"): {"plain": "was never initialised"},
+    ("gemm_sm90", "no_init_fence"): {"plain": r"cp.async.bulk.tensor at .*gemm_sm90.cuh:\d+: no fence.mbarrier_init"},
     ("gemm_sm90", "misaligned_tile"): {"plain": "multiple of 1024 bytes, got offset 128"},
     ("gemm_sm90", "extra_arrival"): {"plain": WRONG + "|more arrivals|deadlock"},
     ("gemm_sm90", "no_cluster_sync"): {"plain": WRONG, "race": "data race"},
@@ -87,6 +88,7 @@ BUGS: dict[tuple[str, str], dict[str, str]] = {
     ("pair_sm90", "multicast_outside"): {"plain": "blocks 0x7 of a cluster of 2"},
     ("pair_sm90", "registers_kept"): {"plain": r"deadlock: .*are at setmaxnreg.inc, .*pair_sm90.cuh:\d+"},
     ("pair_sm90", "registers_of_one_warp"): {"plain": "setmaxnreg is for whole warpgroups: warp 9 has 168 registers a thread"},
+    ("pair_sm90", "fence_too_early"): {"plain": r"mbarrier.arrive.cluster at .*pair_sm90.cuh:\d+: no fence.mbarrier_init"},
     ("pair_sm90", "divergent_at_the_end"): {
         "plain": r"divergent warp: lane \d+ is at .*(barrier.cluster.*mbarrier|mbarrier.*barrier.cluster)"
     },

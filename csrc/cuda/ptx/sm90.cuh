@@ -73,9 +73,11 @@ LOTR_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals LOTR_SITE) {
 
 // After the inits, before a __syncthreads or cluster_sync: makes them visible to bulk copies and other
 // blocks.
-LOTR_DEVICE void fence_mbarrier_init() {
+LOTR_DEVICE void fence_mbarrier_init(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  simt::fence_mbarrier_init(site);
 #endif
 }
 

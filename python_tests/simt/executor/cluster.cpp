@@ -22,6 +22,7 @@ void mbarrier_arrive_cluster(void* barrier, uint32_t rank, bool release, Site si
   check_shared(barrier, 8, 8, t.op, site);
   Block& block = block_of_cluster(rank, site);
   MemoryBarrier& b = memory_barrier(block.shared + shared_offset(barrier), site);
+  if (&block != t.block) check_fenced(b, site);
   race::release(release && &block != t.block ? b.remote : b.sync);
   arrive(b, site);
 }

@@ -14,6 +14,7 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
                         uint32_t box_rows);
 
 void mbarrier_init(void* barrier, uint32_t arrivals, Site site);
+void fence_mbarrier_init(Site site);
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);  // bytes: more that the phase will wait for
 // cluster: with acquire.cluster, for what threads of other blocks arrived with.
 void mbarrier_wait(void* barrier, uint32_t parity, bool cluster, Site site);

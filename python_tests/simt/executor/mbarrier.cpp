@@ -89,7 +89,22 @@ void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
   memcpy(barrier, MARK, 8);
   MemoryBarrier b;
   b.expected = b.pending = arrivals;
+  b.unfenced = &self();
   machine.memory_barriers[barrier] = b;
+}
+
+void fence_mbarrier_init(Site site) {
+  race::ExecutorScope scope;
+  const Thread& t = enter("fence.mbarrier_init", site);
+  if (left_out(t.op, site)) return;
+  for (auto& [place, b] : machine.memory_barriers)
+    if (b.unfenced == &t) b.unfenced = nullptr;
+}
+
+void check_fenced(const MemoryBarrier& b, Site site) {
+  if (b.unfenced)
+    fail("%s at %s:%d: no fence.mbarrier_init after the mbarrier's mbarrier.init", self().op, site.file,
+         site.line);
 }
 
 void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
@@ -144,8 +159,9 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
     unsigned char* tile = block.shared + offset;
     unpoison(tile, bytes);
     touch_fill(tile, 0xFF, bytes);
-    // who waits there comes after this write
-    race::release(memory_barrier(block.shared + barrier_offset, site).sync);
+    MemoryBarrier& counts = memory_barrier(block.shared + barrier_offset, site);
+    check_fenced(counts, site);
+    race::release(counts.sync);  // who waits there comes after this write
     poison(tile, bytes);
     ++block.copies_in_flight;
     // by value: the issuing thread may be gone when it lands; the blocks' copies land one by one

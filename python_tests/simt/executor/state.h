@@ -92,7 +92,8 @@ struct MemoryBarrier {  // an mbarrier
   int64_t bytes = 0;
   uint64_t phase = 0;
   race::Sync sync;
-  race::Sync remote;  // arrivals of other blocks of the cluster
+  race::Sync remote;                 // arrivals of other blocks of the cluster
+  const Thread* unfenced = nullptr;  // who initialised it, until that thread's fence.mbarrier_init
 };
 
 // Operands of a product that a warpgroup has in flight, as they were when a thread last waited for it.
@@ -201,6 +202,7 @@ void forget_sites();
 MemoryBarrier& memory_barrier(const void* barrier, Site site);  // that was initialised there
 void arrive(MemoryBarrier& b, Site site);
 void complete_if_done(MemoryBarrier& b);
+void check_fenced(const MemoryBarrier& b, Site site);  // for bulk copies and other blocks
 
 // ---- cluster.cpp ----
 Block& block_of_cluster(uint32_t rank, Site site);  // of the running thread's cluster, alive

@@ -24,6 +24,7 @@ enum Bug : int {
   registers_kept,         // the fetching warpgroup gives none back
   registers_of_one_warp,  // one warp of it does
   registers_wrong_way,    // setmaxnreg.dec to more than there are
+  fence_too_early,        // the last barrier that other blocks arrive at is initialised after it
   divergent_at_the_end,   // a warp comes to the cluster's barrier while one of its lanes still fetches
 };
 
@@ -139,9 +140,10 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       ptx::mbarrier_init(&s.full[i], 1);
+      if (p.bug == fence_too_early) ptx::fence_mbarrier_init();
       ptx::mbarrier_init(&s.empty[i], 8 * 2);  // the warps that multiply, of both blocks
     }
-    ptx::fence_mbarrier_init();
+    if (p.bug != fence_too_early) ptx::fence_mbarrier_init();
   }
   ptx::cluster_sync();
   if (threadIdx.x >= 256) {
