@@ -174,10 +174,10 @@ def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None)
         raise TypeError(
             f"model: expected a plain, whole one for a start from the gradient, got {type(model).__name__}, {state}"
         )
-    if not callable(loss):
-        raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {type(loss).__name__}")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected a few batches for a start from the gradient, got {type(batches).__name__}")
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {type(loss).__name__}")
     kept = list(batches)
     if not kept:
         raise ValueError("batches: expected at least one for a start from the gradient, got none")

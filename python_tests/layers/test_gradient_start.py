@@ -247,6 +247,7 @@ def taps(model: nn.Module) -> list[nn.Module]:
 BAD = [
     ({"batches": []}, ValueError, ["batches", "at least one", "got none"]),
     ({"batches": None}, TypeError, ["batches", "a few batches", "NoneType"]),
+    ({"batches": None, "loss": None}, TypeError, ["batches", "a few batches", "NoneType"]),
     ({"loss": None}, TypeError, ["loss", "a function", "NoneType"]),
     ({"loss": lambda model, batch: 1.0}, TypeError, ["loss", "a tensor", "float"]),
     ({"loss": lambda model, batch: model(batch[0])}, ValueError, ["loss", "one number", "(4, 3)"]),
