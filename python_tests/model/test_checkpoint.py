@@ -76,6 +76,25 @@ def test_round_trip(tmp_path: Path, settings: dict, onto: str) -> None:
     merge(fresh), unmerge(fresh), unload(fresh, merge=True)
 
 
+FIRST_FIELDS = {
+    *("rank", "alpha", "rslora", "scaling", "dropout", "target_modules", "exclude_modules", "modules_to_save"),
+    *("group_by", "init", "train", "adapter_dtype", "core_init"),
+}
+
+
+def test_an_adapter_of_the_first_version_loads(tmp_path: Path) -> None:
+    """Its config knew neither experts nor forms of cores."""
+    model = trained(rank=3, modules_to_save=["head"])
+    save_adapter(model, tmp_path)
+    file = tmp_path / JSON_NAME
+    saved = json.loads(file.read_text())
+    assert saved["format_version"] == 1 and set(saved["config"]) > FIRST_FIELDS
+    saved["config"] = {name: saved["config"][name] for name in FIRST_FIELDS}
+    file.write_text(json.dumps(saved))
+    fresh = load_adapter(toy().eval(), tmp_path)
+    assert torch.equal(fresh(IDS), model(IDS)) and fresh.lotr_config == model.lotr_config
+
+
 class Tied(Toy):
     """The output layer's weight is the embedding's."""
 
