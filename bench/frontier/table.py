@@ -102,20 +102,28 @@ def rows(found: list[Point]) -> list[list[str]]:
 
 
 def verdict(found: list[Point]) -> list[str]:
-    """LoTR and LoRA in words: the least of each, and the best LoTR that is no larger than a LoRA."""
+    """LoTR and LoRA in words: the least of each, then LoRA where it is furthest ahead and where it is largest, each beside the
+    best LoTR that is no larger."""
     lotr, lora, head = ([p for p in found if p.way == way] for way in ("lotr", "lora", "head"))
     if not (lotr and lora and head):
         return []
+
+    def no_larger(p: Point) -> Point | None:
+        fitting = [q for q in found if q.way.startswith("lotr") and q.parameters <= p.parameters]
+        return max(fitting, key=lambda q: q.mean, default=None)
+
+    def lead(p: Point) -> float:
+        return p.mean - (best.mean if (best := no_larger(p)) else 0.0)
+
     small = lotr[0]
     least = f"LoTR begins at {small.parameters:,} trained numbers with {small.mean:.1%}, LoRA at {lora[0].parameters:,} with"
     lines = [f"{least} {lora[0].mean:.1%}; the head alone has {head[0].mean:.1%}."]
-    for p in lora[:1] + lora[1:][-1:]:
-        fitting = [q for q in found if q.way.startswith("lotr") and q.parameters <= p.parameters]
-        other = "no LoTR is as small"
-        if fitting:
-            best = max(fitting, key=lambda q: q.mean)
-            other = f"the best LoTR no larger: {best.mean:.1%} ({best.label}, rank {best.rank}, {best.parameters:,})"
-        lines.append(f"LoRA of rank {p.rank}, {p.parameters:,} numbers: {p.mean:.1%}; {other}.")
+    for p, where in {lora[-1]: "the largest", max(lora, key=lead): "where it is furthest ahead"}.items():
+        best = no_larger(p)
+        other = f"{best.mean:.1%} ({best.label}, rank {best.rank}, {best.parameters:,})" if best else "none is as small"
+        lines.append(
+            f"LoRA of rank {p.rank}, {where}: {p.parameters:,} numbers, {p.mean:.1%}; the best LoTR no larger: {other}."
+        )
     return lines
 
 
