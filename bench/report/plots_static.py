@@ -28,13 +28,13 @@ def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
     first = next(iter(found))
     own = {key: e for key, e in found.items() if (key[1], key[2], key[4]) == (first[1], first[2], first[4])}
     gpus = list(dict.fromkeys(key[5] for key in own))
+    names = list(dict.fromkeys((key[3], key[0]) for key in own))[::-1]  # from below; a GPU may lack some
     figure, axes = plt.subplots(
         1, len(gpus), figsize=(max(3.1 * len(gpus), 8), 5.2), layout="constrained", squeeze=False, sharey=True
     )
     for axis, gpu in zip(axes.flat, gpus):
         bars = {key: e for key, e in own.items() if key[5] == gpu}
-        names = [f"{key[0]}, r = {key[3]}" for key in bars]
-        places = list(range(len(bars)))[::-1]
+        places = [names.index((key[3], key[0])) for key in bars]
         left = [0.0] * len(bars)
         for i, (label, colour) in enumerate(PARTS.items()):
             widths = [1e6 * _stack(e)[i] for e in bars.values()]
@@ -42,7 +42,7 @@ def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
             left = [a + b for a, b in zip(left, widths)]
         for place, end, e in zip(places, left, bars.values()):
             axis.text(end, place, f" {e.share:.0%}", va="center", fontsize=7)
-        axis.set_yticks(places, names, fontsize=8)
+        axis.set_yticks(range(len(names)), [f"{kernel}, r = {r}" for r, kernel in names], fontsize=8)
         axis.set_xlim(0, 1.18 * max(left))
         axis.set_title(CARDS[gpu].name, fontsize=9)
         axis.set_xlabel("us; at the end: of bandwidth", fontsize=8)

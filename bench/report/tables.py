@@ -22,9 +22,9 @@ from ..static.table import LABEL as STATIC_LABEL
 from ..static.table import markdown_rows
 from ..static.wanted import CAPTION as WANTED_CAPTION
 from ..static.wanted import HEADS as WANTED_HEADS
-from ..static.wanted import wanted_rows
-from ..traffic.counts import Key, Row, kept, needed
-from ..traffic.layer import LEAST, all_steps, total_bytes
+from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, WANTED_LAYERS, wanted_layer_rows, wanted_rows
+from ..traffic.counts import LAYER_SHAPES, Key, Row, kept, needed
+from ..traffic.layer import BETA, FUSED, LEAST, all_steps, total_bytes
 from ..traffic.projection import GPUS, Times, assumptions, excess
 from .names import EXTRA_FLOPS, NAMES, bold, name_of
 from .summary import LORA, OURS, Summary
@@ -36,6 +36,7 @@ SHOWN_SHAPES += [(8192, 4096, 4096, r) for r in RANKS] + [
 ]
 MOST_SHAPES = 8  # that a table's command names
 PROJECTED_SHAPE: Shape = (8192, 4096, 4096, 16)
+BEST_LORA, SHAPE_TEXT = "lora-in-place-beta", "{} x {} x {}, {}"
 Pictures = dict[str, str]  # name -> link
 
 
@@ -317,7 +318,26 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
         f"kernels' counted by the executor, library operators' at their least. Times over the frozen layer: a {assumptions()}."
     )
     images = {"projection": f"{GPUS['h100'].name} and others, projected"}
-    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images)])
+    others = other_layers(rows, found)
+    found_layers = [shape for shape in WANTED_LAYERS if "h100" in layer_projections(shape, rows, found)]
+    wanted = wanted_layer_rows(rows, found, layer_times(found_layers, "h100", found))
+    says = f"What is wanted of a layer on an {GPUS['h100'].name}, and what stands in the way (bold: not met), {LAYER_CAPTION}:"
+    wanted = ["", says, "", *markdown(list(LAYER_HEADS), wanted)] if wanted else []
+    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *wanted])
+
+
+def other_layers(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
+    """The best forms of LoRA and of ours for every layer that is counted, a column a GPU."""
+    lines, columns = [], [gpu for gpu in GPUS if any(gpu in layer_projections(s, rows, found) for s in LAYER_SHAPES)]
+    for shape in LAYER_SHAPES:
+        times, cells = layer_projections(shape, rows, found), []
+        for gpu in columns:
+            over = excess(shape, rows, GPUS[gpu], times[gpu]) if gpu in times else {}
+            cells.append("; ".join(f"{over[name]['step']:.1%}" for name in (BEST_LORA, BETA, FUSED) if name in over) or "-")
+        lines.append([SHAPE_TEXT.format(*shape), *cells])
+    names = [NAMES.get(name, name) for name in (BEST_LORA, BETA, FUSED)]
+    says = f"The same of other layers: {names[0]}; {names[1]}; on Hopper also {names[2]}:"
+    return ["", says, "", *markdown(["M x K x N, r", *(GPUS[gpu].name for gpu in columns)], lines)] if columns else []
 
 
 def summary_table(found: Summary, demo: dict | None, pictures: Pictures) -> str:

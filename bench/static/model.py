@@ -184,8 +184,11 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     rounds, after = 0, 0.0
     if m["late_loads"]:
         late = late_sums(kernel.code, warps, card)
-        rounds = math.ceil(m["late_loads"] / late.loads)
-        after = (3 * card.l2_latency + rounds * late.cycles) / clock  # store, arrive, store
+        whole, left = divmod(m["late_loads"], late.loads)
+        rounds, summing = whole + (left > 0), whole * late.cycles
+        if left:  # fewer bytes, but no less than a load's time
+            summing += max(card.l2_latency, late.cycles * left / late.loads)
+        after = (3 * card.l2_latency + summing) / clock  # store, arrive, store
     begin = assumptions.BEGIN + card.memory_latency
     parts = {"begin": begin, "waves": hot_seconds, "after": after}
     seconds = sum(parts.values())

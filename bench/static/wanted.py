@@ -1,7 +1,12 @@
-"""What the kernels are to reach by the model, what they do, and which of its terms takes the difference."""
+"""What kernels and layers are to reach by the model, what they do, and which of its terms takes the difference."""
 
 from __future__ import annotations
 
+from ..measure.shapes import Shape
+from ..traffic.counts import Key as RowKey
+from ..traffic.counts import Row
+from ..traffic.layer import BETA, all_steps
+from ..traffic.projection import Gpu, Times, seconds
 from .assumptions import CARDS, REACHED
 from .model import Estimate
 from .predict import Key
@@ -18,12 +23,17 @@ WANTED: dict[tuple[str, int, int, int], dict[str, float]] = {
     ("factor_grad", 8192, 4096, 64): {"h100": 0.80},
     ("shrink_grad", 8192, 4096, 64): {"h100": 0.70},
 }
+MOST_SUM = {16: 2e-6, 64: 6e-6}  # seconds after the last arrival, by rank, on an H100
 HEADS = ("kernel", "M x N, r", "GPU", "wanted", "reached", "at most", "begin", "bandwidth", "beyond it", "sum at the end")
 CAPTION = (
     "at most: of a kernel that had begin and bandwidth alone. The rest is us beyond its bytes at the data sheet's bandwidth: "
     f"until the first of them come; since {REACHED:.0%} of it is reached and some bytes come twice; by the limit named; for "
     "the sum over the blocks after the last arrival"
 )
+
+
+def marked(text: str, met: bool) -> str:
+    return text if met else f"**{text}**"
 
 
 def lost(e: Estimate) -> dict[str, float]:
@@ -50,11 +60,72 @@ def wanted_rows(found: dict[Key, Estimate]) -> list[list[str]]:
             e = found.get((kernel, m, n, r, "bf16", gpu))
             if e is None:
                 continue
-            terms = {name: f"{1e6 * seconds:.1f}" for name, seconds in lost(e).items()}
-            others = {name: seconds for name, seconds in e.bound.items() if name != "memory bandwidth"}
+            terms = {name: f"{1e6 * value:.1f}" for name, value in lost(e).items()}
+            others = {name: value for name, value in e.bound.items() if name != "memory bandwidth"}
             terms["beyond"] += f" ({max(others, key=others.__getitem__)})"
-            met = e.share >= share
-            reached = f"{e.share:.0%}" if met else f"**{e.share:.0%}**"
+            reached = marked(f"{e.share:.0%}", e.share >= share)
+            if gpu == "h100":
+                terms["after"] = marked(terms["after"], e.parts["after"] <= MOST_SUM[r])
             size = f"{m} x {n}, {r}"
             rows.append([kernel, size, CARDS[gpu].name, f"{share:.0%}", reached, f"{most_reachable(e):.0%}", *terms.values()])
     return rows
+
+
+# ---- whole layers ----------------------------------------------------------------------------------------------------
+
+# forward and backward over the frozen layer, by m, k, n, r, on an H100
+WANTED_LAYERS: dict[Shape, float] = {
+    (8192, 4096, 4096, 16): 0.17,
+    (2048, 4096, 4096, 16): 0.24,
+    (8192, 4096, 4096, 64): 0.25,
+    (8192, 4096, 14336, 16): 0.12,
+}
+LAYER_HEADS = ("M x K x N, r", "wanted", "reached", "bytes", "bandwidth", "begin", "beyond it", "sums at the end", "launches")
+LAYER_HEADS += ("base products",)
+LAYER_CAPTION = (
+    "in the order of beta. reached, and all that follows in us over the frozen layer: its bytes at the data sheet's bandwidth; "
+    f"since {REACHED:.0%} of it is reached (by the library 90%), and some bytes come twice; until a kernel's first bytes come; "
+    "by what limits its loop; for its sum; between kernels; what the base products take longer for accumulating"
+)
+Estimates = dict[RowKey, Estimate]  # of one GPU
+
+
+def layer_terms(shape: Shape, gpu: Gpu, rows: dict[RowKey, Row], found: Estimates, times: Times) -> dict[str, float]:
+    """Seconds of a layer over the frozen one, by term; they add up to the projection's. KeyError where a count or an estimate
+    is missing."""
+    steps = all_steps(shape, rows, gpu.multiprocessors)
+    own, frozen = ([step for steps in steps[name].values() for step in steps] for name in (BETA, "frozen"))
+    terms = dict.fromkeys(LAYER_HEADS[3:], 0.0)
+    for step in own:
+        if step.kernel is not None:
+            e = found[step.kernel]
+            for head, value in zip(("begin", "bandwidth", "beyond it", "sums at the end"), lost(e).values(), strict=True):
+                terms[head] += value
+            terms["bytes"] += e.least_seconds
+        elif step.name != "base product":
+            terms["bytes"] += step.work.bytes / gpu.bytes_per_s
+            terms["bandwidth"] += gpu.seconds(step.work) - step.work.bytes / gpu.bytes_per_s
+        else:
+            terms["base products"] += gpu.seconds(step.work)
+    terms["base products"] -= sum(gpu.seconds(step.work) for step in frozen)
+    over = seconds(steps[BETA], "step", gpu, times) - seconds(steps["frozen"], "step", gpu, times)
+    terms["launches"] = over - sum(terms.values())
+    return terms
+
+
+def wanted_layer_rows(rows: dict[RowKey, Row], found: dict[Key, Estimate], times: Times | None) -> list[list[str]]:
+    """A row for each layer that something is wanted of, on an H100, and that has been counted and estimated."""
+    card = CARDS["h100"]
+    ours: Estimates = {(*key[:4], card.multiprocessors): e for key, e in found.items() if key[4:] == ("bf16", "h100")}
+    lines = []
+    for shape, share in WANTED_LAYERS.items():
+        try:
+            terms = layer_terms(shape, card.gpu, rows, ours, times or {})
+        except KeyError:
+            continue
+        m, k, n, r = shape
+        steps = all_steps(shape, rows, card.multiprocessors)
+        reached = sum(terms.values()) / seconds(steps["frozen"], "step", card.gpu, {})
+        first = [f"{m} x {k} x {n}, {r}", f"{share:.0%}", marked(f"{reached:.1%}", reached <= share)]
+        lines.append([*first, *(f"{1e6 * value:.1f}" for value in terms.values())])
+    return lines

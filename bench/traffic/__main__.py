@@ -9,6 +9,7 @@ from ..measure.session import new_table, progress, start, wide_console
 from ..measure.shapes import parse_shapes
 from ..measure.store import Store
 from ..static.predict import layer_keys, layer_times, predict
+from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows
 from . import layer as layer_traffic
 from . import projection
 from . import rows as row_traffic
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 table.add_row(row.kernel, *numbers, *sizes, *rates)
         console.print(table)
     console.print(row_traffic.table(mixtures))
-    times = {}
+    times, found = {}, {}
     try:
         wanted = layer_keys(options.shapes, options.gpus)
         with progress(len(wanted)) as begin:
@@ -75,6 +76,12 @@ def main(argv: list[str] | None = None) -> int:
         console.print(layer_traffic.table(shape, rows, multiprocessors[0]))
         if times:
             console.print(projection.table(shape, rows, times))
+    if lines := wanted_layer_rows(rows, found, times.get("h100")):
+        wanted = new_table("What is wanted of a layer on an H100, and what stands in the way (*: not met); us", *LAYER_HEADS)
+        for line in lines:
+            wanted.add_row(*(cell.replace("**", "* ", 1).replace("**", "") for cell in line))
+        wanted.caption, wanted.caption_justify = LAYER_CAPTION, "left"
+        console.print(wanted)
     console.print(f"counts in {store.path} and {row_store.path}", highlight=False)
     return 0
 

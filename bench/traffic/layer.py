@@ -23,7 +23,8 @@ RIVALS = ("frozen", "lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-
 LAYERS = 32  # of a group, as in Llama-3-8B: fold and fold_grad are one launch for all of them
 IN_DRAM = "lotr_ext beta, nothing from L2"
 FUSED = "lotr_ext fused"
-OURS = ("lotr_ext two_pass", "lotr_ext beta", IN_DRAM, FUSED)
+BETA = "lotr_ext beta"
+OURS = ("lotr_ext two_pass", BETA, IN_DRAM, FUSED)
 LEAST = "least possible"
 ROW = 8  # elements of 16 bytes
 
@@ -141,7 +142,7 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
     padded = -(-r // ROW) * ROW  # A's rows are the user's; our kernels take them in whole 16 bytes
     packed = [Step("pack", Work(0, ELEMENT * k * (r + padded)))] if padded != r else []
     reads_g = [kernel("shrink_grad", m, n), kernel("fold_grad", 1, n), kernel("factor_grad", m, k)]
-    if strategy.startswith("lotr_ext beta"):
+    if strategy in (BETA, IN_DRAM):
         forward = [*packed, kernel("shrink", m, k), kernel("fold", 1, n), expand(n), base_step(m, k, n, accumulate=True)]
         return {"forward": forward, "backward": [*reads_g, expand(k), base_step(m, n, k, accumulate=True)]}
     forward = [*packed, kernel("shrink", m, k), kernel("fold", 1, n), base_step(m, k, n), kernel("expand_add", m, n)]

@@ -16,6 +16,7 @@ from bench.static.hot import Wanted, hot_loop
 from bench.static.issue import Latencies, run
 from bench.static.model import blocks_resident, estimate, late_sums
 from bench.static.sass import Instruction, blocks_of, loops_of, parse
+from bench.traffic import counts, layer, projection
 from bench.traffic.counts import FOLDER, KERNELS, Row
 
 LISTING = """
@@ -213,6 +214,10 @@ def test_sums_after_the_last_arrival_cost_a_latency_a_round():
     }
     short, long = (estimate(row(late_loads=n), made, CARDS["h100"]) for n in (0, 400))
     assert short.parts["after"] == 0 and long.parts["after"] > 200 * 263 / CARDS["h100"].clock
+    one, two, three = (estimate(row(late_loads=n), made, CARDS["h100"]) for n in (1, 2, 3))
+    assert (one.late_rounds, two.late_rounds, three.late_rounds) == (1, 1, 2) and one.idle == short.idle
+    assert one.parts["after"] * CARDS["h100"].clock == pytest.approx(4 * 263)  # a round of half the loads: a load's time
+    assert two.parts["after"] + 263 / CARDS["h100"].clock == pytest.approx(three.parts["after"])
     assert "sum at the end" in long.limiter and "sum at the end" not in short.limiter
 
 
@@ -292,3 +297,22 @@ def test_what_stands_in_the_way_adds_up_and_is_marked():
             assert e.share < wanted.most_reachable(e)
             row = next(row for row in rows if row[:3] == [kernel, f"{m} x {n}, {r}", CARDS[gpu].name])
             assert row[4].startswith("**") == (e.share < share)
+
+
+def test_what_stands_in_a_layer_s_way_adds_up_to_its_projection():
+    found = predict.kept(Store(FOLDER / predict.FILE))
+    store = Store(FOLDER / "traffic.jsonl")
+    counted = counts.kept(store, store.read()[-1]["build"])
+    shapes = list(wanted.WANTED_LAYERS)
+    times = predict.layer_times(shapes, "h100", found)
+    ours = {(*key[:4], 132): e for key, e in found.items() if key[4:] == ("bf16", "h100")}
+    lines = wanted.wanted_layer_rows(counted, found, times)
+    assert len(lines) == len(shapes)
+    for shape, line in zip(shapes, lines):
+        excess = projection.excess(shape, counted, projection.GPUS["h100"], times)["lotr_ext beta"]["step"]
+        frozen = projection.seconds(layer.all_steps(shape, counted, 132)["frozen"], "step", projection.GPUS["h100"], {})
+        terms = wanted.layer_terms(shape, projection.GPUS["h100"], counted, ours, times)
+        assert sum(terms.values()) == pytest.approx(excess * frozen) and all(value >= 0 for value in terms.values())
+        assert line[2].strip("*") == f"{excess:.1%}"
+        assert line[2].startswith("**") == (excess > wanted.WANTED_LAYERS[shape])
+    assert wanted.wanted_layer_rows({}, found, times) == wanted.wanted_layer_rows(counted, {}, None) == []

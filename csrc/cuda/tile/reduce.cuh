@@ -73,12 +73,14 @@ LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done don
   }
 }
 
-// The same, with as many fragments together as each warp has, four at most.
+// The same, with as many fragments together as each warp has, four at most; two, where four would read two
+// in vain.
 template <int WARPS, int STRIDE, class Done>
 LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
+  const int rest = (total + WARPS - 1) / WARPS % 4;  // of a warp's fragments
   if (total <= WARPS)
     sum_together<WARPS, 1, STRIDE>(from, splits, total, done);
-  else if (total <= 2 * WARPS)
+  else if (rest == 1 || rest == 2)
     sum_together<WARPS, 2, STRIDE>(from, splits, total, done);
   else
     sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
