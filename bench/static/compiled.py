@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..measure.store import ROOT
+from ..traffic.counts import NOT_COUNTED
 from .sass import LISTED, Instruction, parse
 
 CSRC = ROOT / "csrc" / "cuda"
@@ -70,10 +71,10 @@ def tools() -> tuple[Path, Path]:
 
 
 def sources_id() -> str:
-    """Of all that the kernels are compiled from."""
+    """Of all that the counted kernels are compiled from."""
     digest = hashlib.sha256()
     for path in sorted(CSRC.rglob("*")):
-        if path.suffix in (".h", ".cuh", ".cu"):
+        if path.suffix in (".h", ".cuh", ".cu") and not any(name in path.stem for name in NOT_COUNTED):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
