@@ -28,7 +28,7 @@ CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard python_tests/simt/executor/*.
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
-	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: three minutes)"
+	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: two minutes)"
 	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
 	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"

@@ -29,7 +29,7 @@ seeds. Each finished run is kept, and the same command goes on from there."""
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.frontier", description=ABOUT)
-    parser.add_argument("--quick", action="store_true", help="few ways, ranks and steps, one seed and learning rate: minutes")
+    parser.add_argument("--quick", action="store_true", help="few ways, ranks and steps, one seed and rate: two minutes")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"some of {', '.join(WAYS)} (all)")
     parser.add_argument("--seeds", type=int, help=f"how many ({SEEDS})")
     parser.add_argument("--steps", type=int, help=f"of a run ({STEPS})")
