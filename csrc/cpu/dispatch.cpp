@@ -1,5 +1,11 @@
 // Picks the instruction set once, when an operator first runs: the best one this CPU has, or a lower one that
-// LOTR_CPU_ISA names (generic, avx2, avx512, avx512_bf16; for tests).
+// LOTR_CPU_ISA names (generic, avx2, avx512, avx512_bf16, amx_bf16; for tests).
+#if defined(LOTR_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -10,13 +16,28 @@ namespace lotr::cpu {
 
 extern const Table table_generic;
 #ifdef LOTR_X86
-extern const Table table_avx2, table_avx512, table_avx512_bf16;
+extern const Table table_avx2, table_avx512, table_avx512_bf16, table_amx_bf16;
 #endif
 
 namespace {
 
+#ifdef LOTR_X86
+// Whether this CPU multiplies bfloat16 in tiles, and the system lets this process: Linux gives it room for
+// the tiles only when asked, once for all threads. The call's numbers are ARCH_REQ_XCOMP_PERM and
+// XFEATURE_XTILEDATA, for which older headers have no names; cpuid's bits are AMX-BF16 and AMX-TILE.
+bool has_tiles() {
+#ifdef __linux__
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) &&
+         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const Table* choose() {
-  const Table* supported[4] = {&table_generic};
+  const Table* supported[5] = {&table_generic};
   int count = 1;
 #ifdef LOTR_X86
   __builtin_cpu_init();
@@ -26,7 +47,9 @@ const Table* choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) supported[count++] = &table_avx2;
   if (avx512) supported[count++] = &table_avx512;
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) supported[count++] = &table_avx512_bf16;
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (avx512_bf16) supported[count++] = &table_avx512_bf16;
+  if (avx512_bf16 && has_tiles()) supported[count++] = &table_amx_bf16;
 #endif
   const char* forced = std::getenv("LOTR_CPU_ISA");
   if (!forced || !*forced) return supported[count - 1];

@@ -74,7 +74,7 @@ struct Operators {
 
   static void expand_add(const Mat& y, const Mat& u, const Mat& F, const Drop& drop, const Start& start) {
     constexpr int64_t kLine = kPanel<K>;
-    const int64_t units = units_of<K>(u.cols), panels = (y.cols + kLine - 1) / kLine,
+    const int64_t units = packed_units<K>(u.cols), panels = (y.cols + kLine - 1) / kLine,
                   line_units = units * kLine;
     const int64_t work = y.rows * y.cols * u.cols;
     const size_t row_bytes = size_t(K::kLanes * round_up(units, K::kLanes)) * sizeof(Unit);
@@ -128,16 +128,18 @@ struct Operators {
     const char* data;
     int64_t step;  // bytes
   };
-  static bool u_in_place(const Mat& u) { return native<K, T>(u) && u.cols % K::kPair == 0; }
+  static bool u_in_place(const Mat& u) {
+    return native<K, T>(u) && u.cols == packed_units<K>(u.cols) * K::kPair;
+  }
   static size_t u_bytes(const Mat& u) {
-    return u_in_place(u) ? 0 : size_t(kTileRows * units_of<K>(u.cols)) * sizeof(Unit);
+    return u_in_place(u) ? 0 : size_t(kTileRows * packed_units<K>(u.cols)) * sizeof(Unit);
   }
   static Rows u_rows(const Mat& u, int64_t i, int64_t rows, Unit* memory) {
     if (u_in_place(u)) {
       return {reinterpret_cast<const char*>(static_cast<const Part<K>*>(u.data) + i * u.rs),
               u.rs * int64_t(sizeof(Part<K>))};
     }
-    const int64_t units = units_of<K>(u.cols);
+    const int64_t units = packed_units<K>(u.cols);
     tile_along_row<K, T>(memory, units, u, i, rows, 0, u.cols, Drop{}, nullptr);
     return {reinterpret_cast<const char*>(memory), units * int64_t(sizeof(Unit))};
   }
@@ -165,7 +167,7 @@ struct Operators {
             for (int64_t v = 0; v < smaller(kLanes, out.cols - j); ++v)
               square[v] = sum_of(first.S + (j + v) * whole + i + part, count, size);
             transpose<kLanes>(square);
-            for (int64_t v = 0; v < kLanes; ++v) store(tile + (part + v) * first.ld + j, square[v]);
+            for (int64_t v = 0; v < kLanes; ++v) store(tile + pair_at(part + v) * first.ld + j, square[v]);
           }
         }
         write_rows<K>(out, i, rows, tile, first.ld, scale, add);
@@ -214,7 +216,10 @@ struct Operators {
     const int64_t work = x.rows * x.cols * k.cols, tile_m = tile_rows_once<K, T>(x, drop, k.cols);
     // One chunk may go to the output where it lies: few tokens then touch it once.
     const bool wide = out.dtype == (same<Acc, double> ? Dtype::f64 : Dtype::f32);
-    if (chunks.count == 1 && scale == 1.0 && wide && out.cs == 1 && k.cols % K::kLanes == 0) {
+    const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop);
+    const bool better_in_tiles = in_tiles<K> && whole > 0 && x.rows >= kSide;
+    if (chunks.count == 1 && !better_in_tiles && scale == 1.0 && wide && out.cs == 1 &&
+        k.cols % K::kLanes == 0) {
       const int64_t blocks = (x.cols + kTileColumns - 1) / kTileColumns;
       run_tasks(blocks, work, [&](int64_t begin, int64_t end) {
         Scratch memory(tile_space<K>(k.cols));
@@ -224,7 +229,6 @@ struct Operators {
       });
       return;
     }
-    const int64_t whole = OuterSums<K>::template whole_columns<T>(x, drop);
     const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, whole, k.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.
     const int64_t wanted = chunks.count ? (2 * threads() + chunks.count - 1) / chunks.count : 1;

@@ -3,9 +3,11 @@
 // tile into pairs first, which takes a quarter of its time.
 //
 //   S[j][c] (+)= sum over i of k[i, j] x[i, c]          S = P^T, transposed back when chunks are added up
+//
+// The columns of S are in the order of pairs_of (vec.h) within each 32.
 #pragma once
 
-#include "cpu/block.h"
+#include "cpu/amx.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
@@ -21,7 +23,6 @@ template <typename K, int MR, bool kAgain, bool kAsk>
 inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint16_t* low,
                         const uint16_t* high, int64_t step, typename K::Unit* made, const typename K::Unit* k,
                         int64_t ldk, int64_t n, Ahead& ahead) {
-  constexpr int kHalves = 2 * K::kLanes;
   typename K::Vec acc[MR][2];
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) acc[j][0] = acc[j][1] = typename K::Vec{};
@@ -35,7 +36,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
       left = load(units), right = load(units + K::kLanes);
     } else {
       const auto a = load(low + t * step), b = load(high + t * step);
-      left = reinterpret_cast<vi>(zip<0, kHalves>(a, b)), right = reinterpret_cast<vi>(zip<1, kHalves>(a, b));
+      left = pairs_of<0>(a, b), right = pairs_of<1>(a, b);
       store(units, left), store(units + K::kLanes, right);
     }
     if constexpr (kAsk) piece.next(), piece.next();

@@ -29,11 +29,9 @@ template <typename K>
 inline int64_t tile_rows(const Mat& x, int64_t r) {
   if (3 * x.cols * r * int64_t(sizeof(typename K::Acc)) > l2_bytes()) return 0;
   const int64_t row = x.cols * (x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2) * K::kPair;
+  // Sums in tiles are added to the others once a tile of rows: the more rows, the seldomer.
+  if (in_tiles<K> && 2 * row * kDeepUnits <= l2_bytes()) return kDeepUnits * K::kPair;
   return (2 * row * kTileUnits > l2_bytes() ? kTileUnits / 2 : kTileUnits) * K::kPair;
-}
-template <typename K>
-constexpr int64_t units_of(int64_t n) {
-  return (n + K::kPair - 1) / K::kPair;
 }
 // The rank in vectors.
 template <typename K>
@@ -50,7 +48,7 @@ struct PackedFactor {
 
   static bool in_place(const Mat& A) { return !pairs<K> && native<K, T>(A) && A.cols % K::kLanes == 0; }
   static size_t packed_bytes(const Mat& A) {
-    return size_t(units_of<K>(A.rows) * vectors_of<K>(A.cols) * K::kLanes) * sizeof(typename K::Unit);
+    return size_t(packed_units<K>(A.rows) * vectors_of<K>(A.cols) * K::kLanes) * sizeof(typename K::Unit);
   }
   explicit PackedFactor(const Mat& A) : memory(in_place(A) ? 0 : packed_bytes(A) + size_t(A.cols) * 4) {
     if (in_place(A)) {
@@ -61,7 +59,9 @@ struct PackedFactor {
     auto* row = reinterpret_cast<uint16_t*>(memory.template get<char>() + packed_bytes(A));
     tile_down_columns<K, T>(memory.template get<typename K::Unit>(), ld, A, 0, A.rows, 0, A.cols, Drop{},
                             nullptr, row);
-    data = memory.template get<typename K::Unit>();
+    auto* packed = memory.template get<typename K::Unit>();
+    for (int64_t i = units_of<K>(A.rows) * ld; i < packed_units<K>(A.rows) * ld; ++i) packed[i] = 0;
+    data = packed;
   }
 };
 
@@ -99,11 +99,15 @@ inline int64_t tile_rows_once(const Mat& x, const Drop& drop, int64_t r) {
   return (deep ? kDeepUnits : kTileUnits) * K::kPair;
 }
 
+// A factor_grad tile's part of k in units, and for tiles turned as well.
+template <typename K>
+constexpr int64_t k_copies = in_tiles<K> ? 2 : 1;
+
 // Bytes a thread needs for its copies of tiles, at rank r.
 template <typename K>
 inline size_t tile_space(int64_t r) {
   const int64_t shrink = kTileRows * kTileStep,
-                outer = kDeepUnits * (kTileColumns + vectors_of<K>(r) * K::kLanes);
+                outer = kDeepUnits * (kTileColumns + k_copies<K> * vectors_of<K>(r) * K::kLanes);
   return size_t(larger(shrink, outer)) * sizeof(typename K::Unit) +
          size_t(kTileStep * K::kPair + kMaskSlack + larger(kTileColumns, r)) * sizeof(uint32_t);
 }
@@ -121,6 +125,9 @@ inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& 
       smaller(kTileStep, larger(64, kTileBytes / int64_t(sizeof(Unit)) / (group * K::kLanes)));
   const bool in_place = native<K, T>(x) && !drop.on;
   auto* tile = reinterpret_cast<Unit*>(space);
+  if constexpr (in_tiles<K>) {
+    if (in_place && fresh) return shrink_in_tiles<K, T>(c, ldc, x, b, ldb, vectors, i0, rows, below, tile);
+  }
   auto* mask = reinterpret_cast<uint32_t*>(tile + kTileRows * step);
   const int64_t units = units_of<K>(x.cols);
   for (int64_t t = 0; t < units; t += step) {
@@ -187,7 +194,8 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
   const bool x_in_place = !pairs<K> && native<K, T>(x) && !drop.on;
   auto* x_tile = reinterpret_cast<Unit*>(space);
   auto* k_tile = x_tile + kDeepUnits * kTileColumns;
-  auto* mask = reinterpret_cast<uint32_t*>(k_tile + kDeepUnits * vectors * K::kLanes);
+  [[maybe_unused]] auto* turned = k_tile + kDeepUnits * vectors * K::kLanes;
+  auto* mask = reinterpret_cast<uint32_t*>(k_tile + k_copies<K> * kDeepUnits * vectors * K::kLanes);
   auto* row = reinterpret_cast<uint16_t*>(mask + kTileColumns + kMaskSlack);
   for (int64_t i = i0; i < i1; i += tile_m) {
     const int64_t rows = smaller(tile_m, i1 - i), units = units_of<K>(rows);
@@ -197,6 +205,9 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
       b = static_cast<const Unit*>(k.data) + i * k.rs, ldb = k.rs;
     } else {
       tile_down_columns<K, T>(k_tile, ldb, k, i, rows, 0, k.cols, Drop{}, nullptr, row);
+    }
+    if constexpr (in_tiles<K>) {
+      if (c0 < sums.whole) turn_units<K>(turned, k_tile, ldb, units, vectors);
     }
     int64_t c = c0;
     // Where this tile is in cache, the rows below; else the columns to the right, and the first ones of those
@@ -209,8 +220,15 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
     };
     if constexpr (pairs<K>) {
       for (; c < smaller(c1, sums.whole); c += kPairColumns<K>) {
-        ask(kPairColumns<K>);
-        outer_columns<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, b, ldb, k.cols, x_tile, ahead);
+        if constexpr (in_tiles<K>) {
+          const bool ask_right = !warm && c + kPairColumns<K> < c1;
+          outer_in_tiles<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, turned, k.cols, x_tile,
+                            ask_right);
+        } else {
+          ask(kPairColumns<K>);
+          outer_columns<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, b, ldb, k.cols, x_tile,
+                           ahead);
+        }
       }
     }
     for (; c < c1; c += kTileColumns) {
@@ -273,6 +291,12 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
   const bool add_bias = given || start.fresh;
   T* const top = static_cast<T*>(y.data) + i0 * y.rs + n0 * y.cs;
   if (y.cs == 1 && cols == kPanel<K> && !drop.on && drop.scale == 1.0) {
+    if constexpr (in_tiles<K>) {
+      const auto whole = !add_bias     ? &expand_in_tiles<K, T, true, false>
+                         : start.fresh ? &expand_in_tiles<K, T, false, true>
+                                       : &expand_in_tiles<K, T, true, true>;
+      return whole(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
+    }
     const auto whole = !add_bias     ? &expand_whole_rows<K, T, true, false>
                        : start.fresh ? &expand_whole_rows<K, T, false, true>
                                      : &expand_whole_rows<K, T, true, true>;

@@ -38,6 +38,29 @@ constexpr bool same = __is_same(A, B);
 template <typename K>
 constexpr bool pairs = K::kPair == 2;
 
+// Whether a kind is multiplied in AMX tiles (amx.h): they have kSide rows, and a row kSide units.
+template <typename K>
+constexpr bool in_tiles = false;
+#if defined(__AMX_BF16__)
+template <>
+inline constexpr bool in_tiles<BF2> = true;
+#endif
+constexpr int64_t kSide = 16;
+
+// Units of n elements; and as a packed factor has them: for tiles in whole steps of units_of_step.
+template <typename K>
+constexpr int64_t units_of(int64_t n) {
+  return (n + K::kPair - 1) / K::kPair;
+}
+constexpr int64_t units_of_step(int64_t units) {
+  return larger(1, smaller(units, kSide));
+}
+template <typename K>
+constexpr int64_t packed_units(int64_t n) {
+  const int64_t units = units_of<K>(n);
+  return in_tiles<K> ? round_up(units, units_of_step(units)) : units;
+}
+
 // What one element becomes in a tile: its bits in a pair, else its value in the arithmetic type, rounded to T
 // on the way.
 template <typename K>
@@ -167,14 +190,14 @@ inline bool native(const Mat& a) {
   return same<T, float> && a.dtype == Dtype::f32;
 }
 
-// Rows [n0, n0 + width) of F [N, r], transposed: panel[unit of r][width], zero beyond the last row. `width`
+// Rows [n0, n0 + width) of F [N, r], transposed: panel[packed unit of r][width], zero beyond. `width`
 // is a multiple of the lanes; `buffer` has room for kLanes rows of r rounded up to kLanes units.
 template <typename K, typename T>
 inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int64_t n0,
                        typename K::Unit* buffer) {
   using Unit = typename K::Unit;
   constexpr int kLanes = K::kLanes;
-  const int64_t units = (F.cols + K::kPair - 1) / K::kPair, padded = round_up(units, kLanes);
+  const int64_t units = units_of<K>(F.cols), padded = round_up(units, kLanes);
   const bool in_place = native<K, T>(F) && F.cols % K::kPair == 0;
   const int64_t end = (F.rows - 1) * F.rs + F.cols;
   for (int64_t j = 0; j < width; j += kLanes) {
@@ -198,6 +221,7 @@ inline void pack_panel(typename K::Unit* panel, int64_t width, const Mat& F, int
       for (int64_t i = 0; i < stored; ++i) store(panel + (t + i) * width + j, block[i]);
     }
   }
+  for (int64_t i = units * width; i < packed_units<K>(F.cols) * width; ++i) panel[i] = 0;
 }
 
 inline Mat transposed(const Mat& a) {

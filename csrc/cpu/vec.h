@@ -226,6 +226,25 @@ LOTR_INLINE V zip(V a, V b) {
   return zip_lanes<half>(a, b, std::make_integer_sequence<int, n>{});
 }
 
+// The pairs a[i] | b[i] << 16, half of them each, in the order that costs one instruction: half 0 has the
+// first four of every eight, half 1 the others. pair_at says where.
+template <int half, int... I>
+LOTR_INLINE vi pair_lanes(VecOf<uint16_t>::type a, VecOf<uint16_t>::type b,
+                          std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return reinterpret_cast<vi>(
+      __builtin_shufflevector(a, b, (I / 8 * 8 + I % 8 / 2 + half * 4 + I % 2 * n)...));
+}
+template <int half>
+LOTR_INLINE vi pairs_of(VecOf<uint16_t>::type a, VecOf<uint16_t>::type b) {
+  return pair_lanes<half>(a, b, std::make_integer_sequence<int, LOTR_VB / 2>{});
+}
+// The column of the pair at place i of both halves.
+constexpr int64_t pair_at(int64_t i) {
+  constexpr int64_t lanes = LOTR_VB / 4;
+  return i % lanes / 4 * 8 + i % 4 + i / lanes * 4;
+}
+
 // Transposes n vectors of n lanes in registers: log2(n) perfect shuffles.
 template <int n, typename V>
 LOTR_INLINE void transpose(V (&a)[n]) {

@@ -1,0 +1,266 @@
+// Products in AMX tiles: a tile is 16 rows of 64 bytes, and one instruction multiplies two of pairs of
+// bfloat16 into a third of float sums: what 256 instructions of block.h's do.
+//
+//   C[2 x 2 tiles] = sum over steps of A[2 tiles] B[2 tiles]      A: 16 rows of units along the summed
+//                                                                 dimension; B: 16 units of 16 columns
+//
+// The units and the packed factors are block.h's; a factor's units are rounded up to whole steps. Each sum
+// runs in ascending order, whatever rows share its tile. Subnormal numbers count as zero, as in the dot
+// products of AVX-512.
+#pragma once
+
+#include "cpu/block.h"
+
+namespace lotr::cpu::LOTR_ISA {
+
+// The tile registers of this thread: 0 to 3 sums, 4 and 5 of A, 6 and 7 of B. They are given back at the end,
+// since a thread that holds tiles takes longer to switch to and keeps its core from sleeping deeply.
+class Tiles {
+ public:
+  // rows of A and C, units of a step.
+  Tiles(int64_t rows, int64_t units) {
+    alignas(64) Shape shape{};
+    shape.palette = 1;
+    for (int t = 0; t < 8; ++t) {
+      shape.bytes[t] = uint16_t(t == 4 || t == 5 ? units * 4 : kSide * 4);
+      shape.rows[t] = uint8_t(t < 6 ? rows : units);
+    }
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+  }
+  ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  struct Shape {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];  // of a row
+    uint8_t rows[16];
+  };
+};
+
+template <int tile>
+LOTR_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+}
+// `step` bytes between rows. The clobber orders a load behind stores to what it reads.
+template <int tile>
+LOTR_INLINE void tile_load(const void* from, int64_t step) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(step) : "memory");
+}
+template <int tile>
+LOTR_INLINE void tile_store(void* to, int64_t step) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(step) : "memory");
+}
+template <int sums, int a, int b>
+LOTR_INLINE void tile_multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b));
+}
+
+// Where the tiles of A or B lie, in bytes: from row to row, to the second of two tiles, and to the next step.
+struct Side {
+  const char* at;
+  int64_t row, second, step;
+};
+// Rows of a tensor that are multiplied later, asked for a line of each at every step.
+struct Below {
+  const char* at = nullptr;
+  int64_t row = 0, rows = 0;
+};
+
+// The sums of RA x RB tiles (1 or 2 each).
+template <int RA, int RB>
+LOTR_INLINE void zero_tiles() {
+  tile_zero<0>();
+  if constexpr (RB == 2) tile_zero<1>();
+  if constexpr (RA == 2) tile_zero<2>();
+  if constexpr (RA == 2 && RB == 2) tile_zero<3>();
+}
+template <int RA, int RB>
+LOTR_INLINE void multiply_tiles(const Side& a, const Side& b, int64_t steps, const Below& below = {}) {
+  const char *at_a = a.at, *at_b = b.at, *ask = below.at;
+  for (int64_t t = 0; t < steps; ++t, at_a += a.step, at_b += b.step, ask += a.step) {
+    tile_load<4>(at_a, a.row);
+    tile_load<6>(at_b, b.row);
+    tile_multiply<0, 4, 6>();
+    if constexpr (RB == 2) {
+      tile_load<7>(at_b + b.second, b.row);
+      tile_multiply<1, 4, 7>();
+    }
+    if constexpr (RA == 2) {
+      tile_load<5>(at_a + a.second, a.row);
+      tile_multiply<2, 5, 6>();
+    }
+    if constexpr (RA == 2 && RB == 2) tile_multiply<3, 5, 7>();
+    for (int64_t i = 0; i < below.rows; ++i) __builtin_prefetch(ask + i * below.row, 0, 2);
+  }
+}
+// To c, whose rows are ldc apart.
+template <int RA, int RB>
+LOTR_INLINE void store_tiles(float* c, int64_t ldc) {
+  const int64_t row = ldc * int64_t(sizeof(float));
+  tile_store<0>(c, row);
+  if constexpr (RB == 2) tile_store<1>(c + kSide, row);
+  if constexpr (RA == 2) tile_store<2>(c + kSide * ldc, row);
+  if constexpr (RA == 2 && RB == 2) tile_store<3>(c + kSide * ldc + kSide, row);
+}
+
+// f(RA, i, rows) for `rows` rows in blocks of two tiles, of one, and of one that is cut short.
+template <typename F>
+LOTR_INLINE void tile_rows_of(int64_t rows, int64_t units, F&& f) {
+  int64_t i = 0;
+  if (rows >= kSide) {
+    const Tiles whole(kSide, units);
+    for (; i + 2 * kSide <= rows; i += 2 * kSide) f(Int<2>{}, i, 2 * kSide);
+    if (i + kSide <= rows) f(Int<1>{}, i, kSide), i += kSide;
+  }
+  if (i < rows) {
+    const Tiles cut(rows - i, units);
+    f(Int<1>{}, i, rows - i);
+  }
+}
+// f(RB, v) for `vectors` columns of tiles, two by two.
+template <typename F>
+LOTR_INLINE void tile_columns_of(int64_t vectors, F&& f) {
+  int64_t v = 0;
+  for (; v + 2 <= vectors; v += 2) f(Int<2>{}, v);
+  if (v < vectors) f(Int<1>{}, v);
+}
+
+// c[rows][ldc] = x[i0 .. i0 + rows, :] b, as shrink_tile (products.h), x in pairs where it lies. below: the
+// rows below are to be asked for. edge: room for two tiles of what a row has beyond whole steps.
+template <typename K, typename T>
+inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename K::Unit* b, int64_t ldb,
+                            int64_t vectors, int64_t i0, int64_t rows, bool below, typename K::Unit* edge) {
+  constexpr int64_t kUnit = sizeof(typename K::Unit);
+  const int64_t units = units_of_step(units_of<K>(x.cols)), steps = x.cols / (K::kPair * units),
+                first_left = steps * units * K::kPair, row = x.rs * int64_t(sizeof(T));
+  const auto* data = static_cast<const T*>(x.data);
+  tile_rows_of(rows, units, [&](auto ra, int64_t i, int64_t n) {
+    constexpr int RA = decltype(ra)::value;
+    const Side a{reinterpret_cast<const char*>(data + (i0 + i) * x.rs), row, kSide * row, units * kUnit};
+    const Side rest{reinterpret_cast<const char*>(edge), units * kUnit, kSide * units * kUnit, 0};
+    if (first_left < x.cols)
+      tile_along_row<K, T>(edge, units, x, i0 + i, n, first_left, x.cols - first_left, Drop{}, nullptr);
+    const int64_t next = i0 + i + n, asked = below || i + n < rows ? smaller(n, x.rows - next) : 0;
+    tile_columns_of(vectors, [&](auto rb, int64_t v) {
+      constexpr int RB = decltype(rb)::value;
+      Side packed{reinterpret_cast<const char*>(b + v * kSide), ldb * kUnit, kSide * kUnit,
+                  units * ldb * kUnit};
+      Below ask;
+      if (v == 0) ask = {a.at + n * row, row, asked};
+      zero_tiles<RA, RB>();
+      multiply_tiles<RA, RB>(a, packed, steps, ask);
+      packed.at += steps * packed.step;
+      if (first_left < x.cols) multiply_tiles<RA, RB>(rest, packed, 1);
+      store_tiles<RA, RB>(c + i * ldc + v * kSide, ldc);
+    });
+  });
+}
+
+// Rows of y[rows][64] = u f plus start_of (block.h), all of y there and side by side, as expand_whole_rows
+// (products.h). `units` of u and f are whole steps.
+template <typename K, typename T, bool kOnto, bool kBias>
+inline void expand_in_tiles(T* y, int64_t ldy, int64_t rows, const char* u, int64_t u_step,
+                            const typename K::Unit* panel, int64_t units, const float* bias) {
+  constexpr int64_t kUnit = sizeof(typename K::Unit), kWidth = kMaxVectors * K::kLanes;
+  const int64_t of_step = units_of_step(units), steps = units / of_step;
+  alignas(64) float sums[2 * kSide * kWidth];
+  tile_rows_of(rows, of_step, [&](auto ra, int64_t i, int64_t n) {
+    constexpr int RA = decltype(ra)::value;
+    const Side a{u + i * u_step, u_step, kSide * u_step, of_step * kUnit};
+    for (int64_t v = 0; v < kMaxVectors; v += 2) {
+      const Side b{reinterpret_cast<const char*>(panel + v * kSide), kWidth * kUnit, kSide * kUnit,
+                   of_step * kWidth * kUnit};
+      zero_tiles<RA, 2>();
+      multiply_tiles<RA, 2>(a, b, steps);
+      store_tiles<RA, 2>(sums + v * kSide, kWidth);
+    }
+    // Down this panel, then from the top of the next one.
+    const T* later = y + (i + n < rows ? (i + n) * ldy : kWidth);
+    for (int64_t j = 0; j < n; ++j) {
+      T* const to = y + (i + j) * ldy;
+      for (int64_t c = 0; c < kWidth * int64_t(sizeof(T)); c += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(later + j * ldy) + c, 1, 2);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
+        const float* from = sums + j * kWidth + v;
+        store(to + v, start_of<kOnto, kBias>(to + v, bias + v) + load(from),
+              start_of<kOnto, kBias>(to + v + K::kLanes, bias + v + K::kLanes) + load(from + K::kLanes));
+      }
+    }
+  });
+}
+
+// k [units][ldk] as tiles of A, of units rounded up: to[vectors][steps][16 of the rank][16 units], zero
+// padded.
+template <typename K>
+inline void turn_units(typename K::Unit* to, typename K::Unit* k, int64_t ldk, int64_t units,
+                       int64_t vectors) {
+  static_assert(K::kLanes == kSide);
+  const int64_t steps = (units + kSide - 1) / kSide;
+  for (int64_t i = units * ldk; i < steps * kSide * ldk; ++i) k[i] = 0;
+  for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t t = 0; t < steps; ++t, to += kSide * kSide) {
+      decltype(load(k)) square[K::kLanes];
+      for (int64_t i = 0; i < K::kLanes; ++i) square[i] = load(k + (t * kSide + i) * ldk + v * kSide);
+      transpose<K::kLanes>(square);
+      for (int64_t i = 0; i < K::kLanes; ++i) store(to + i * kSide, square[i]);
+    }
+  }
+}
+
+// S[r][c .. c + 32] (+)= k^T x for a tile of rows of x, as outer_columns (outer_pairs.h). k: turned; made:
+// room for the units of these columns. ask: the columns to the right are to be asked for.
+template <typename K>
+inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const Mat& x, int64_t i0, int64_t rows,
+                           int64_t c, const typename K::Unit* k, int64_t r, typename K::Unit* made,
+                           bool ask) {
+  constexpr int64_t kUnit = sizeof(typename K::Unit), kTile = kSide * kSide;
+  const int64_t steps = (rows + K::kPair * kSide - 1) / (K::kPair * kSide);
+  const auto* columns = static_cast<const uint16_t*>(x.data) + i0 * x.rs + c;
+  // The two tiles of a step, from 32 rows of 32 columns.
+  const auto make = [&](int64_t t) {
+    typename K::Unit* to = made + t * 2 * kTile;
+    const uint16_t* low = columns + 2 * kSide * t * x.rs;
+    const int64_t left = smaller(2 * kSide, rows - 2 * kSide * t);
+    for (int64_t i = 0; i < 2 * kSide; i += 2, low += 2 * x.rs, to += kSide) {
+      auto a = decltype(load(low)){}, b = a;
+      if (i < left) a = load(low);
+      if (i + 1 < left) b = load(low + x.rs);
+      if (ask) __builtin_prefetch(low + 2 * kSide, 0, 2), __builtin_prefetch(low + x.rs + 2 * kSide, 0, 2);
+      store(to, pairs_of<0>(a, b)), store(to + kTile, pairs_of<1>(a, b));
+    }
+  };
+  alignas(64) float sums[4 * kTile];
+  const Tiles whole(kSide, kSide);
+  tile_columns_of((r + kSide - 1) / kSide, [&](auto ra, int64_t v) {
+    constexpr int RA = decltype(ra)::value;
+    Side a{reinterpret_cast<const char*>(k + v * steps * kTile), kSide * kUnit, steps * kTile * kUnit,
+           kTile * kUnit};
+    Side b{reinterpret_cast<const char*>(made), kSide * kUnit, kTile * kUnit, 2 * kTile * kUnit};
+    zero_tiles<RA, 2>();
+    if (v == 0) {
+      // A step is made while the one before it is multiplied: a tile cannot be loaded from stores that are
+      // still under way.
+      make(0);
+      for (int64_t t = 0; t < steps; ++t, a.at += a.step, b.at += b.step) {
+        if (t + 1 < steps) make(t + 1);
+        multiply_tiles<RA, 2>(a, b, 1);
+      }
+    } else {
+      multiply_tiles<RA, 2>(a, b, steps);
+    }
+    store_tiles<RA, 2>(sums, 2 * kSide);
+    const int64_t n = smaller(RA * kSide, r - v * kSide);
+    for (int64_t j = 0; j < n; ++j) {
+      float* at = S + (v * kSide + j) * lds + c;
+      for (int64_t part = 0; part < 2 * kSide; part += K::kLanes) {
+        const auto sum = load(sums + j * 2 * kSide + part);
+        store(at + part, fresh ? sum : load(at + part) + sum);
+      }
+    }
+  });
+}
+
+}  // namespace lotr::cpu::LOTR_ISA

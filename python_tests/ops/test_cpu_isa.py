@@ -1,0 +1,65 @@
+"""The instruction set that CPU operators choose: each lower one computes the same; one that the system refuses is not used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lotr_ext import _C  # noqa: F401  (registers the operators)
+
+ops = torch.ops.lotr
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
+
+
+def test_subnormal_bfloat16_counts_as_zero_where_the_instructions_say_so() -> None:
+    smallest, one = torch.full((16, 32), 2.0**-133, dtype=torch.bfloat16), torch.ones(32, 1, dtype=torch.bfloat16)
+    flushed = json.loads(ops.info())["cpu"]["isa"] in ("avx512_bf16", "amx_bf16")
+    assert (ops.shrink(smallest, one) == (0.0 if flushed else 32 * 2.0**-133)).all()
+
+
+def supported(isa: str) -> bool:
+    probe = "import torch; from lotr_ext import _C; torch.ops.lotr.shrink(torch.ones(1, 1), torch.ones(1, 1))"
+    environment = dict(os.environ, LOTR_CPU_ISA=isa)
+    return subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_instruction_set(isa: str) -> None:
+    """All of test_cpu_kernels.py again with each lower instruction set of this CPU."""
+    if json.loads(ops.info())["cpu"]["isa"] == isa:
+        return
+    if not supported(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    tests = Path(__file__).parent / "test_cpu_kernels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    run = subprocess.run(command, env=dict(os.environ, LOTR_CPU_ISA=isa), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_tiles_that_the_system_refuses_are_not_used() -> None:
+    """Linux gives no room for tiles to a process with a signal stack that could not hold them."""
+    if not supported("amx_bf16"):
+        pytest.skip("this CPU has no amx_bf16")
+    program = (
+        "import ctypes\n"
+        "class Stack(ctypes.Structure):\n"
+        "    _fields_ = [('sp', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]\n"
+        "memory = ctypes.create_string_buffer(4096)\n"
+        "stack = Stack(ctypes.addressof(memory), 0, 4096)\n"
+        "assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0\n"
+        "import torch; from lotr_ext import _C; print(torch.ops.lotr.info())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout)["cpu"]["isa"] == "avx512_bf16"
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    command = [sys.executable, "-c", "import torch; from lotr_ext import _C; print(torch.ops.lotr.info())"]
+    run = subprocess.run(command, env=dict(os.environ, LOTR_CPU_ISA="mmx"), capture_output=True, text=True)
+    assert run.returncode != 0 and "LOTR_CPU_ISA: expected one of generic" in run.stderr and "got mmx" in run.stderr
