@@ -251,6 +251,8 @@ def run_part(part: Part, tree: Path, log: Path, limit: float) -> tuple[str, floa
     environment = os.environ | {"LOTR_BUILD_DIR": str(tree.parent / "cmake"), "LOTR_CUDA": "ON", "PYTHONPATH": str(tree)}
     environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     command = [word.replace("{minutes}", f"{0.8 * limit / 60:.2f}") for word in part.command]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` leaves it, and then no part would hear `stop`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as kept:
         process = subprocess.Popen(
             command, cwd=tree, env=environment, stdout=kept, stderr=subprocess.STDOUT, start_new_session=True

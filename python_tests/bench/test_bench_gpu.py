@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import signal
 import subprocess
 import sys
 import zipfile
@@ -181,7 +182,16 @@ def shell(text: str) -> tuple[str, ...]:
     return "sh", "-c", text
 
 
-def test_a_part_is_stopped_in_time_and_the_others_run(tmp_path, parts):
+@pytest.mark.parametrize("heard", [signal.default_int_handler, signal.SIG_IGN], ids=["Ctrl-C heard", "in the background"])
+def test_a_part_is_stopped_in_time_and_the_others_run(tmp_path, parts, heard):
+    before = signal.signal(signal.SIGINT, heard)
+    try:
+        _stopped_in_time(tmp_path, parts)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stopped_in_time(tmp_path, parts):
     build = gpu.Part("build", 1, shell("echo built > lotr_ext/_C.abi3.so"))
     long = gpu.Part("long", 1, shell("trap 'echo kept; exit 3' INT; echo begun; sleep 600 & wait"))
     parts(build, long, gpu.Part("next", 20, shell("echo here")))  # which a busy machine leaves time for, too
