@@ -22,7 +22,7 @@ from ..static.table import LABEL as STATIC_LABEL
 from ..static.table import markdown_rows
 from ..static.wanted import CAPTION as WANTED_CAPTION
 from ..static.wanted import HEADS as WANTED_HEADS
-from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, WANTED_LAYERS, wanted_layer_rows, wanted_rows
+from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows, wanted_rows
 from ..traffic.counts import LAYER_SHAPES, Key, Row, kept, needed
 from ..traffic.layer import BETA, FUSED, LEAST, all_steps, total_bytes
 from ..traffic.projection import GPUS, Times, assumptions, excess
@@ -36,7 +36,7 @@ SHOWN_SHAPES += [(8192, 4096, 4096, r) for r in RANKS] + [
 ]
 MOST_SHAPES = 8  # that a table's command names
 PROJECTED_SHAPE: Shape = (8192, 4096, 4096, 16)
-BEST_LORA, SHAPE_TEXT = "lora-in-place-beta", "{} x {} x {}, {}"
+BEST_LORA = "lora-in-place-beta"
 Pictures = dict[str, str]  # name -> link
 
 
@@ -318,23 +318,24 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
         f"kernels' counted by the executor, library operators' at their least. Times over the frozen layer: a {assumptions()}."
     )
     images = {"projection": f"{GPUS['h100'].name} and others, projected"}
-    others = other_layers(rows, found)
-    found_layers = [shape for shape in WANTED_LAYERS if "h100" in layer_projections(shape, rows, found)]
-    wanted = wanted_layer_rows(rows, found, layer_times(found_layers, "h100", found))
+    layers = {layer: layer_projections(layer, rows, found) for layer in LAYER_SHAPES}
+    others = other_layers(rows, layers)
+    on_h100 = {key: time for times in layers.values() for key, time in times.get("h100", {}).items()}
+    wanted = wanted_layer_rows(rows, found, on_h100)
     says = f"What is wanted of a layer on an {GPUS['h100'].name}, and what stands in the way (bold: not met), {LAYER_CAPTION}:"
     wanted = ["", says, "", *markdown(list(LAYER_HEADS), wanted)] if wanted else []
     return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *wanted])
 
 
-def other_layers(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
-    """The best forms of LoRA and of ours for every layer that is counted, a column a GPU."""
-    lines, columns = [], [gpu for gpu in GPUS if any(gpu in layer_projections(s, rows, found) for s in LAYER_SHAPES)]
-    for shape in LAYER_SHAPES:
-        times, cells = layer_projections(shape, rows, found), []
+def other_layers(rows: dict[Key, Row], layers: dict[Shape, dict[str, Times]]) -> list[str]:
+    """The best forms of LoRA and of ours for every layer that is counted, a column a GPU. layers: each one's projections."""
+    lines, columns = [], [gpu for gpu in GPUS if any(gpu in times for times in layers.values())]
+    for (m, k, n, r), times in layers.items():
+        shape, cells = (m, k, n, r), []
         for gpu in columns:
             over = excess(shape, rows, GPUS[gpu], times[gpu]) if gpu in times else {}
             cells.append("; ".join(f"{over[name]['step']:.1%}" for name in (BEST_LORA, BETA, FUSED) if name in over) or "-")
-        lines.append([SHAPE_TEXT.format(*shape), *cells])
+        lines.append([f"{m} x {k} x {n}, {r}", *cells])
     names = [NAMES.get(name, name) for name in (BEST_LORA, BETA, FUSED)]
     says = f"The same of other layers: {names[0]}; {names[1]}; on Hopper also {names[2]}:"
     return ["", says, "", *markdown(["M x K x N, r", *(GPUS[gpu].name for gpu in columns)], lines)] if columns else []

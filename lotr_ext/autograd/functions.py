@@ -165,14 +165,12 @@ def kept_u(node, u: Tensor, x: Tensor | None, A: Tensor | None) -> Tensor:
     x and A as they were read of node, None where they were not yet: checkpoints bear no second reading. Where x or A is not
     what u was made of any more, a gradient that comes here raises, as it does at a product of torch's.
     """
-    errors = []
+    of_x = of_A = None
     if x is None:
-        x, error = saved_or_changed(node, 0)
-        errors.append(error)
+        x, of_x = saved_or_changed(node, 0)
     if A is None:
-        A, error = saved_or_changed(node, 2) if node.needs_input_grad[0] else (node.factors[0], None)
-        errors.append(error)
-    error = next((error for error in errors if error is not None), None)
+        A, of_A = saved_or_changed(node, 2) if node.needs_input_grad[0] else (node.factors[0], None)
+    error = of_x or of_A
     made = rows(to(x, u.dtype)) @ to(A, u.dtype).to(u.device)
     if error is None:
         return made + (u - made).detach()  # u's own value: A may be another where only x was read
