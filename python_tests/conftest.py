@@ -65,8 +65,8 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _take(path: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(planner, "FEW_TOKENS", 0 if path == "two nodes" else 128)
-    monkeypatch.setattr(planner, "LITTLE_WORK", 2**62 if path == "torch's nodes" else 0)
+    monkeypatch.setattr(planner, "FEW_TOKENS", 128 if path == "one node" else 0)
+    monkeypatch.setattr(planner, "LITTLE_WORK", 2**62 if path == "one folded node" else 0)
     return path
 
 
@@ -76,7 +76,7 @@ def our_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return _take(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["one node", "two nodes", "torch's nodes"])
+@pytest.fixture(params=["one node", "two nodes", "one folded node"])
 def either_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on all paths that a small input can take."""
     return _take(request.param, monkeypatch)

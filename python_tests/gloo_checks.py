@@ -83,7 +83,7 @@ class Collectives(TorchDispatchMode):
 
 @contextmanager
 def few_tokens(below: int, little: int = 0) -> Iterator[None]:
-    """The few tokens of a test take one node (128) or two (0), as many tokens do; with little work torch's nodes."""
+    """The few tokens of a test take one node (128) or two (0), as many tokens do; with little work one that folds (0)."""
     before = planner.FEW_TOKENS, planner.LITTLE_WORK
     planner.FEW_TOKENS, planner.LITTLE_WORK = below, little
     try:
@@ -94,7 +94,7 @@ def few_tokens(below: int, little: int = 0) -> Iterator[None]:
 
 def on_both_paths(check: Callable[[], float]) -> dict[str, float]:
     found = {}
-    for below, little, name in ((0, 0, "two nodes"), (128, 0, "one node"), (128, 2**62, "torch's nodes")):
+    for below, little, name in ((0, 0, "two nodes"), (128, 0, "one node"), (0, 2**62, "one folded node")):
         with few_tokens(below, little):
             found[name] = check()
     return found

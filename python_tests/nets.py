@@ -110,8 +110,8 @@ def _parts_forward(
 
 
 def _parts_backward(
-    g, weight, x, u, A, F, B, core, s, order=0, unfolded=False, *,
-    k=None, dx=None, Q=None, dA=None, dB=None, need_B=False, need_core=False, p=0.0, seed=None,
+    g, weight, x, u, A, F, B, core, s, order=0, unfolded=False, dA=None, dB=None, need_B=False, need_core=False, *,
+    k=None, dx=None, Q=None, p=0.0, seed=None,
 ) -> list[str]:  # fmt: skip
     if unfolded:
         return ["small_backward_"]

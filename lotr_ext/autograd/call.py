@@ -25,8 +25,6 @@ FUSED = planner.ORDERS["fused"]
 _PLAIN = (Tensor, nn.Parameter)
 _WEIGHTS = (nn.Parameter, Tensor, type(None))
 _INTEGERS_AND_COMPLEX = (t for t in vars(torch).values() if isinstance(t, torch.dtype) and not t.is_floating_point)
-_WIDE = (torch.float32, torch.float64)
-_HOST = Plan("composite", "little work", why="little work on a CPU: torch's nodes in C++ cost the host less than ours")
 _NOT_CAST = frozenset((torch.float64, *_INTEGERS_AND_COMPLEX))  # by autocast
 
 
@@ -48,13 +46,6 @@ def plan_call(
     anything else than what runs. purpose: "run", "explain" (nothing is timed for it) or "tune" (no answer is looked at)."""
     if is_compiling() or jit_tracing() is not None:
         return traced.plan(x, A, weight)  # before any look at sizes, which would become guards
-    work = x.numel() * (call.core.shape[-2] + planner.READING)
-    little = work < planner.LITTLE_WORK
-    environment, grad, dtype = planner.environment_strategy(), is_grad_enabled(), call.compute
-    on_cpu = x.is_cpu if device is None else device.type == "cpu"
-    if little and work and grad and on_cpu and A.dtype == dtype and dtype in _WIDE:  # of no rows addmm has no second gradient
-        if not (call.p or call.strategy or environment):
-            return _HOST
     if transformed():
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
     elif type(x) not in _PLAIN or type(A) not in _PLAIN or type(weight) not in _WEIGHTS:
@@ -63,23 +54,36 @@ def plan_call(
         why = f"{', '.join(others)}: only plain tensors go to kernels"
     else:
         why = None
-    tokens, ranks = x.numel() // x.shape[-1], call.core.shape[-2:]
+    elements, core = x.numel(), call.core.shape
+    tokens, r_in, r_out = elements // x.shape[-1], core[-2], core[-1]
     # where A is frozen, one node would keep x for a double backward
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
     plan = _plan(
-        *(tokens >= planner.BETA_TOKENS, tokens < planner.FEW_TOKENS, one, not call.shares, little, grad),
-        *(max(ranks), A.dtype, dtype, device or x.device, why, call.strategy, environment),
+        tokens >= planner.BETA_TOKENS,
+        tokens < planner.FEW_TOKENS,
+        one,
+        not call.shares,
+        elements * (r_in + planner.READING) < planner.LITTLE_WORK,
+        is_grad_enabled(),
+        r_in if r_in > r_out else r_out,
+        A.dtype,
+        call.compute,
+        device or x.device,
+        why,
+        call.strategy,
+        planner.LOTR_STRATEGY,
     )
-    if tuned.on and purpose != "tune" and plan.nodes and weight is not None and not (call.strategy or environment):
+    if tuned.on and purpose != "tune" and plan.nodes and weight is not None and _forced(call)[0] is None:
         plan = tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run")
-    if plan.order != FUSED:
-        return plan
-    return _fused(plan, tokens, x, call, weight, one, planner.forced_strategy(call.strategy, environment))
+    return plan if plan.order != FUSED else _fused(plan, tokens, x, call, weight, one)
 
 
-def _fused(
-    plan: Plan, tokens: int, x: Tensor, call: Call, weight: Tensor | None, one: bool, forced: tuple[str | None, str]
-) -> Plan:
+def _forced(call: Call) -> tuple[str | None, str]:
+    """(the strategy that is forced, or None; by whom)"""
+    return planner.forced_strategy(call.strategy, planner.LOTR_STRATEGY)
+
+
+def _fused(plan: Plan, tokens: int, x: Tensor, call: Call, weight: Tensor | None, one: bool) -> Plan:
     """plan, whose strategy is fused, as it runs: one node, since u is made in the launch; beta where that cannot be."""
     if not plan.nodes:
         return plan
@@ -97,8 +101,9 @@ def _fused(
         why = planner.fused_refusal(x, weight, call.core.shape[0], call.compute) if x.is_cuda else None
         if why is None:
             return plan._replace(nodes=1, why="u = x A is made inside the base product, for each layer by itself")
-        if forced[0] is not None:
-            raise ValueError(f"{forced[1]}: expected a strategy that runs here, got 'fused': {why}")
+        forced, by = _forced(call)
+        if forced is not None:
+            raise ValueError(f"{by}: expected a strategy that runs here, got 'fused': {why}")
     return plan.taking("beta", f"instead of fused, {plan.reason}: {why}")
 
 
@@ -175,8 +180,7 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         if call.shares:
             A, B = call.group.A.view(A, call.owner), call.group.B.view(B, call.owner)
         return LoTRFunction.run(x, weight, bias, A, B, call.core, call)
-    factors = here(x.device, A, B, call.core)
-    operands = call.cast(x, weight, bias)
+    factors, operands = here(x.device, A, B, call.core), call.cast(x, weight, bias)
     return ops.layer_forward(*operands, *factors, call.scaling, plan.order, plan.unfolded)[0]
 
 
@@ -240,11 +244,7 @@ def row_cores(cores: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
 
 
 def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
-    core = call.core
-    one_dtype = x.dtype == y.dtype == B.dtype == core.dtype  # A's too, and x on the CPU, where the plan is _HOST
-    if call.plan is _HOST and one_dtype and y.is_cpu and A.is_cpu and B.is_cpu and core.is_cpu:
-        return composite.plus_adapter(y, x, A, B, core, call.scaling)
-    delta = composite.adapter(dropped_input(x, A, call), A, B, core, call.scaling, call.compute)
+    delta = composite.adapter(dropped_input(x, A, call), A, B, call.core, call.scaling, call.compute)
     return y + to(delta.to(y.device), y.dtype)
 
 

@@ -78,51 +78,55 @@ class LoTRFunction(Node):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, core, call: Call | float):
-        need_x, need_weight, _, need_A, need_B, need_core = ctx.needs_input_grad[:6]
+        need_x, need_weight, _, need_A, need_B, need_core, _ = ctx.needs_input_grad
         if not isinstance(call, Call):
             call = Call.of_function(x, core, call, any(ctx.needs_input_grad))
-        operands = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
-        values = (A, B, core) if A.device == x.device == core.device else here(x.device, A, B, core)
+        x_, weight_, bias_ = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
+        A_, B_, core_ = (A, B, core) if A.device == x.device == core.device else here(x.device, A, B, core)
         plan = call.plan
-        y, u, F = ops.layer_forward(*operands, *values, call.scaling, plan.order, plan.unfolded)
-        plainly = saved_tensor_hook(False) is None
+        y, u, F = ops.layer_forward(x_, weight_, bias_, A_, B_, core_, call.scaling, plan.order, plan.unfolded)
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: for kept_u, which layers avoid where A is frozen
             weight if need_x else None,
             A if need_x else None,
             B if need_x or need_A or need_core else None,
-            (core if plainly else kept_core(core)) if need_x or need_A or need_B else None,
+            (core if saved_tensor_hook(False) is None else kept_core(core)) if need_x or need_A or need_B else None,
             u if need_B or need_core else None,
             F if need_x or need_A else None,
         )
-        ctx.call, ctx.made_of = call, versions(B, core) if dispatch_modes() else None
         # the values of what is not saved, whose change nobody minds; and A and B as the next layers of a checkpoint's forward,
         # which saves no tensor, must find them
-        ctx.factors = A, B, core
+        ctx.call, ctx.factors = call, (A, B, core)
+        if dispatch_modes():
+            call.made_of = versions(B, core)
         return y
 
     @staticmethod
     def backward(ctx, g):
         if recorded(g):
             return *LoTRFunction._recorded(ctx, g), None
-        call, wanted = ctx.call, ctx.needs_input_grad[:6]
+        call = ctx.call
         try:
-            saved = ctx.saved_tensors
+            x, weight, A, B, core, u, F = ctx.saved_tensors
+            need_x, need_weight, need_bias, need_A, need_B, need_core, _ = ctx.needs_input_grad
         except RuntimeError:  # freed, or changed
-            wanted, saved = LoTRFunction._read(ctx)
-        need_x, need_weight, need_bias, need_A, need_B, need_core = wanted
-        if ctx.made_of is not None:
-            refuse_changed(ctx.made_of, need_x or need_A, need_B, need_core)
-        x, weight, A, B, core, u, F = saved
-        given = ctx.factors
-        A, B, core = given[0] if A is None else A, given[1] if B is None else B, given[2] if core is None else core
+            wanted, (x, weight, A, B, core, u, F) = LoTRFunction._read(ctx)
+            need_x, need_weight, need_bias, need_A, need_B, need_core = wanted
+        if call.made_of is not None:
+            refuse_changed(call.made_of, need_x or need_A, need_B, need_core)
+        if A is None or B is None or core is None:
+            A, B, core = (own if saved is None else saved for own, saved in zip(ctx.factors, (A, B, core)))
         if not (A.device == g.device == core.device):
             A, B, core = here(g.device, A, B, core)
-        sum_A = call.group.A.accumulator(A) if need_A and call.shares else None
-        sum_B = call.group.B.accumulator(B) if need_B and call.shares else None
-        operands = (g, weight if need_x else None, x if need_A else None, u, A, F, B, core, call.scaling)
-        sums = {"dA": sum_A, "dB": sum_B, "need_B": need_B, "need_core": need_core}
-        dx, _, dA, dB, dcore = ops.layer_backward(*operands, call.plan.order, call.plan.unfolded, **sums)
+        sum_A = sum_B = None
+        if call.shares:
+            sum_A = call.group.A.accumulator(A) if need_A else None
+            sum_B = call.group.B.accumulator(B) if need_B else None
+        plan, weight, x_ = call.plan, weight if need_x else None, x if need_A else None
+        order, unfolded = plan.order, plan.unfolded
+        dx, _, dA, dB, dcore = ops.layer_backward(
+            g, weight, x_, u, A, F, B, core, call.scaling, order, unfolded, sum_A, sum_B, need_B, need_core
+        )
         dweight = rows(g).t() @ rows(to(x, g.dtype)) if need_weight else None
         dbias = rows(g).sum(0) if need_bias else None
         return dx, dweight, dbias, dA, dB, dcore, None
@@ -141,8 +145,8 @@ class LoTRFunction(Node):
         compiled = is_compiling()
         wanted, saved = (ctx.needs_input_grad[:6], ctx.saved_tensors) if compiled else LoTRFunction._read(ctx)
         want_x, want_weight, want_bias, want_A, want_B, want_core = wanted
-        if ctx.made_of is not None:
-            refuse_changed(ctx.made_of, want_x or want_A, want_B, want_core)
+        if ctx.call.made_of is not None:
+            refuse_changed(ctx.call.made_of, want_x or want_A, want_B, want_core)
         x, weight, A, B, core, u, _ = saved
         core = None if core is None else ctx.factors[2]  # hooks are given a copy, which has no graph
         if u is not None and is_grad_enabled() and not compiled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
@@ -315,7 +319,9 @@ class LoTRExpand(Node):
             (core if saved_tensor_hook(False) is None else kept_core(core)) if need_u or need_B else None,
         )
         ctx.call, ctx.input, ctx.F, ctx.factors = call, shared_input, F, (B, core)
-        ctx.device, ctx.made_of = u.device, versions(B, core) if dispatch_modes() else None
+        ctx.device = u.device
+        if dispatch_modes():
+            call.made_of = versions(B, core)
         ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; else k goes back the way that u came
         ctx.own = weakref.ref(ctx, shared_input.waiting.discard)  # no backward comes to an output that nobody keeps
         shared_input.waiting.add(ctx.own)
@@ -336,8 +342,8 @@ class LoTRExpand(Node):
             need_u, need_B, need_core = (need and wants(ctx, first + i) for i, need in enumerate((need_u, need_B, need_core)))
             need_F = need_F and (need_B or need_core)
             weight, F_l, u, B, core = saved_if(ctx, need_x, need_u, need_B or need_core, need_u or need_core, need_u or need_B)
-        if ctx.made_of is not None:
-            refuse_changed(ctx.made_of, need_u, need_B, need_core)
+        if call.made_of is not None:
+            refuse_changed(call.made_of, need_u, need_B, need_core)
         if recorded(g):
             needs = need_x, need_u, need_B, need_core
             return *LoTRExpand._recorded(ctx, g, needs, weight, u, B, None if core is None else ctx.factors[1]), *nothing

@@ -24,11 +24,13 @@ class Call:
     core and its place in a forward scope; strategy: one of planner.STRATEGIES if it is forced; shares: whether another layer
     has one of its factors.
     dtype: autocast's, None outside of it; compute: what to compute in; plan: what runs; bank, l: what the forward scope has
-    made for it, and its place there; owns_y: whether the y that it adds to is nobody else's.
+    made for it, and its place there; owns_y: whether the y that it adds to is nobody else's; made_of: B and core with their
+    versions, under a dispatch mode (`functions.versions`).
     """
 
     __slots__ = (
-        *("bank", "compute", "core", "dtype", "group", "l", "owner", "owns_y", "p", "plan", "scaling", "shares", "strategy"),
+        *("bank", "compute", "core", "dtype", "group", "l", "made_of", "owner", "owns_y", "p", "plan", "scaling", "shares"),
+        "strategy",
     )
 
     def __init__(
@@ -46,6 +48,7 @@ class Call:
         self.bank: Any = None  # a Bank, whose module knows this one
         self.l: int | None = None
         self.owns_y = False
+        self.made_of: tuple[Tensor, int, Tensor, int] | None = None
         self.compute: torch.dtype
         self.plan: Plan
 

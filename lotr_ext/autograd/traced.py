@@ -61,7 +61,7 @@ class TracedFactor(SharedFactor):
 def _plan(x: Tensor, A: Tensor, B: Tensor, core: Tensor, compute: torch.dtype, strategy: str | None) -> Plan:
     tokens = x.numel() // x.shape[-1]
     known = isinstance(tokens, int)  # else any: no guard on how many
-    many, forced = not known or tokens >= planner.BETA_TOKENS, (strategy, planner.environment_strategy())
+    many, forced = not known or tokens >= planner.BETA_TOKENS, (strategy, planner.LOTR_STRATEGY)
     found = planner.plan_of(many, max(core.shape), compute, x.device, *forced)
     if found.strategy == "composite" or type(x) in _PLAIN or transformed():
         return _COMPOSITE
@@ -109,7 +109,7 @@ def decided_by() -> str:
     """What a trace decides by that it is not given: this code, the environment and the driver. As a constant of Dynamo's graph
     it is in the key by which AOTAutograd keeps graphs on disk, where another version's or strategy's would be taken else."""
     built = planner.build_info()["cuda"]["built"] and planner.driver_obstacle() is None
-    return f"lotr_ext {_code()}, LOTR_STRATEGY={planner.environment_strategy()}, CUDA kernels: {built}"
+    return f"lotr_ext {_code()}, LOTR_STRATEGY={planner.LOTR_STRATEGY}, CUDA kernels: {built}"
 
 
 def adapted(

@@ -47,8 +47,8 @@ def tune(model: nn.Module, tokens: int | Iterable[int], *, again: bool = False) 
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if _untimeable(torch.device("cuda")) is not None:
         raise RuntimeError(f"tune: expected a plain call, got one {_untimeable(torch.device('cuda'))}")
-    if os.environ.get("LOTR_STRATEGY"):
-        raise ValueError(f"LOTR_STRATEGY: expected none, which leaves nothing to tune, got {os.environ['LOTR_STRATEGY']!r}")
+    if planner.LOTR_STRATEGY:
+        raise ValueError(f"LOTR_STRATEGY: expected none, which leaves nothing to tune, got {planner.LOTR_STRATEGY!r}")
     sizes = [tokens] if isinstance(tokens, int) else list(tokens)
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int):

@@ -54,13 +54,6 @@ def adapter(x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float, dtype
     return expand(rows(to(x, dtype)) @ to(A, dtype), B, core, scaling).reshape(*x.shape[:-1], B.shape[0])
 
 
-def plus_adapter(y: Tensor, x: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """y [..., n] + s ((x A) G) B^T as three of torch's nodes, all operands in one dtype on one device."""
-    if y.dim() == 2:
-        return torch.addmm(y, torch.mm(torch.mm(x, A), core), B.t(), alpha=scaling)
-    return torch.addmm(rows(y), torch.mm(torch.mm(rows(x), A), core), B.t(), alpha=scaling).view(y.shape)
-
-
 def expand(u: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
     """s (u G) B^T [m, n] in u's dtype."""
     if _is_unfolded(u):

@@ -14,7 +14,7 @@ make a graph for any length one for its first.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from ..compat import dispatch_modes, private_write
@@ -54,7 +54,7 @@ def layer_forward(
     the base product accumulates; 2 all in one launch, on CUDA alone, with neither u, F nor dropout. unfolded: y = x W^T + bias
     + s (u G) B^T; neither u, F nor dropout then. Returns (y, u, F); F is None unfolded.
     """
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
     if x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
@@ -94,14 +94,14 @@ def layer_backward(
     scaling: float,
     order: int = 0,
     unfolded: bool = False,
-    *,
-    k: Tensor | None = None,
-    dx: Tensor | None = None,
-    Q: Tensor | None = None,
     dA: Tensor | None = None,
     dB: Tensor | None = None,
     need_B: bool = False,
     need_core: bool = False,
+    *,
+    k: Tensor | None = None,
+    dx: Tensor | None = None,
+    Q: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -124,12 +124,17 @@ def layer_backward(
             operator = _lotr.small_layer_backward_.default
             args = (g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core)
             new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if shown else operator(*args)
-            new_k, fold = None, True
-        else:
-            operator = _lotr.layer_backward_.products.decompose if shown else _lotr.layer_backward_.default
-            args = (g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
-            new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
-            fold = u is not None and Q is None
+            return (
+                None if weight is None else new_dx,
+                None,
+                None if x is None or dA is not None else new_dA,
+                new_dB if need_B and dB is None else None,
+                dcore if need_core else None,
+            )
+        operator = _lotr.layer_backward_.products.decompose if shown else _lotr.layer_backward_.default
+        args = (g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
+        new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
+    fold = u is not None and Q is None
     return (
         None if weight is None or dx is not None else new_dx,
         new_k if A is None and F is not None else None,

@@ -8,11 +8,11 @@
 Heuristic: our kernels run wherever they exist (CPU: all four dtypes; CUDA: float16, bfloat16 and float32 from sm_80 on, rank
 at most 256). On a CPU beta for float32 and float64, whose base product starts from a copy of the bias anyway; two_pass for
 half types, which are rounded where they are accumulated onto, and whose base product takes longer with a bias than without, so
-that our expand adds it; and where there is little work on x, the composite, for the host's sake. On CUDA beta from 1,024 tokens
-on, where the read of y that it saves outweighs a less favourable start (derived from bytes moved, DRAM-bound: 11.7 against
-17.5 % of the base product on an H100). fused never: `lotr_ext.tune` may find it faster than beta, or it is forced.
-LOTR_STRATEGY in the environment, or the argument `strategy` of `lotr_linear`, forces one; else what `lotr_ext.tune` found to be
-the fastest here comes before the heuristic (`tuned`).
+that our expand adds it. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start
+(derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100). fused never: `lotr_ext.tune` may
+find it faster than beta, or it is forced.
+LOTR_STRATEGY, as the environment has it when lotr_ext is imported, or the argument `strategy` of `lotr_linear`, forces one;
+else what `lotr_ext.tune` found to be the fastest here comes before the heuristic (`tuned`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 STRATEGIES = ("composite", "two_pass", "beta", "fused")
+LOTR_STRATEGY = os.environ.get("LOTR_STRATEGY")  # read once: os.environ takes 2 us a call (bench.host)
 ORDERS = {"composite": 0, "two_pass": 0, "beta": 1, "fused": 2}  # as the operators of a layer take a strategy
 FUSED_MAX_RANK = 128
 BETA_TOKENS = 1024
 FEW_TOKENS = 128  # below, the unfolded form costs less than folding
 # One pass over x in multiplications, x.numel() (r + READING): to read an element takes as long as 16 of them. On a CPU less
-# than LITTLE_WORK is bound by the host. In float32 and float64 the composite costs least there, whose nodes are torch's, in
-# C++: one of ours, in Python, takes longer by more than its kernels save (Intel Xeon with AVX-512, x 768 wide, rank 16: at one
-# token by a fifth of the whole layer). In half precision, where the composite casts, one of ours costs least.
+# than LITTLE_WORK is bound by the host, and one node for each sibling costs less than two that share u.
 READING = 16
 LITTLE_WORK = 2**21
 CUDA_MAX_RANK = 256
@@ -156,14 +155,11 @@ def plan(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, strat
 
     Raises ValueError for an unknown strategy or one that cannot run, forced by argument or by LOTR_STRATEGY.
     """
-    return plan_of(tokens >= BETA_TOKENS, rank, dtype, device, strategy, environment_strategy())
-
-
-environment_strategy = functools.partial(os.environ.get, "LOTR_STRATEGY")
+    return plan_of(tokens >= BETA_TOKENS, rank, dtype, device, strategy, LOTR_STRATEGY)
 
 
 def forced_strategy(strategy: str | None, environment: str | None) -> tuple[str | None, str]:
-    """(the strategy that is forced, or None; by whom): by an argument, else by what `environment_strategy` says."""
+    """(the strategy that is forced, or None; by whom): by an argument, else by LOTR_STRATEGY."""
     return (strategy, "strategy") if strategy is not None else (environment or None, "LOTR_STRATEGY")
 
 

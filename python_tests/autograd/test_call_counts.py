@@ -23,9 +23,9 @@ WIDTH, RANK = 32, 4
 TOKENS = (1, 16, 160)  # the unfolded form, and the one where siblings share
 
 
-@pytest.fixture(autouse=True, params=[0, 2**22], ids=["our nodes", "torch's nodes"])
+@pytest.fixture(autouse=True, params=[0, 2**22], ids=["much work", "little work"])
 def node_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokens take our nodes, as those of wide layers do, or torch's."""
+    """The tokens take the nodes that those of wide layers do, or one each."""
     monkeypatch.setattr(planner, "LITTLE_WORK", request.param)
 
 

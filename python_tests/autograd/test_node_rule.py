@@ -1,4 +1,4 @@
-"""Whose nodes, and how many: by the work on x. Whichever it is, the numbers are the formula's."""
+"""How many nodes, by the work on x. Whichever it is, the numbers are the formula's."""
 
 from __future__ import annotations
 
@@ -57,12 +57,8 @@ def test_the_rule_looks_at_the_work_on_x(monkeypatch: pytest.MonkeyPatch) -> Non
     assert explain(layers[0], x).nodes == 2
     monkeypatch.setattr(planner, "LITTLE_WORK", work + 1)
     plan = explain(layers[0], x)
-    assert plan.nodes == 0 and "little work on a CPU" in str(plan)
-    assert not nodes_below(layers[0](x)) & {"LoTRFunctionBackward", "LoTRShrinkBackward"}
-    with torch.no_grad():  # no nodes, and one operator
-        assert explain(layers[0], x).kernels
-    layers[0].strategy = "two_pass"
-    assert explain(layers[0], x).kernels
+    assert plan.nodes == 1 and "little work on x" in str(plan)
+    assert nodes_below(layers[0](x)) & {"LoTRFunctionBackward", "LoTRShrinkBackward"} == {"LoTRFunctionBackward"}
 
 
 def test_half_precision_takes_one_node_for_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,12 +78,12 @@ def test_on_cuda_launches_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     planner.plan_of.cache_clear()
     layers, _ = siblings()
     try:
-        assert explain(layers[0], input_of(), device="cuda").nodes == 2 and explain(layers[0], input_of()).nodes == 0
+        assert explain(layers[0], input_of(), device="cuda").nodes == 2 and explain(layers[0], input_of()).nodes == 1
     finally:
         planner.plan_of.cache_clear()
 
 
-@pytest.mark.parametrize("work", [0, 2**22], ids=["two nodes", "torch's nodes"])
+@pytest.mark.parametrize("work", [0, 2**22], ids=["two nodes", "one node"])
 @pytest.mark.parametrize("way", ["plain", "in a model", "checkpoint", "reentrant"])
 def test_gradients_are_the_formulas(work: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "LITTLE_WORK", work)

@@ -371,7 +371,7 @@ def test_another_strategy_or_version_is_another_key_of_the_graphs_on_disk(monkey
 
     first = key()
     assert key() == first
-    monkeypatch.setenv("LOTR_STRATEGY", "two_pass")
+    monkeypatch.setattr(planner, "LOTR_STRATEGY", "two_pass")
     assert (forced := key()) != first
     monkeypatch.setattr(traced, "_code", lambda: "of another version")
     assert key() not in (first, forced)

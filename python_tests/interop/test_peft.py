@@ -18,6 +18,7 @@ from toys import IDS, assert_unchanged, snapshot, toy
 
 from lotr_ext import apply_lotr
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.ops import planner
 from nets import OpCounter
 
 
@@ -181,7 +182,7 @@ def test_explain_says_what_runs(monkeypatch):
     found = layer.explain(torch.randn(200, 16))
     assert list(found) == ["default", "other"] and [e.nodes for e in found.values()] == [2, 2]
     assert [e.nodes for e in layer.explain(torch.randn(3, 16)).values()] == [1, 2]  # few tokens; and added to what is there
-    monkeypatch.setenv("LOTR_STRATEGY", "composite")
+    monkeypatch.setattr(planner, "LOTR_STRATEGY", "composite")
     assert {e.strategy for e in layer.explain(torch.randn(200, 16)).values()} == {"composite"}
     with model.disable_adapter():
         assert layer.explain(torch.randn(3, 16)) == {}

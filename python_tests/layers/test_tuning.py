@@ -100,9 +100,9 @@ def test_the_answer_is_what_runs(timed, monkeypatch, dtype) -> None:
         y = model(x)
         return [y, *torch.autograd.grad(y.float().square().sum(), [x, *[p for p in model.parameters() if p.requires_grad]])]
 
-    monkeypatch.setenv("LOTR_STRATEGY", "beta")
+    monkeypatch.setattr(planner, "LOTR_STRATEGY", "beta")
     before = step()
-    monkeypatch.delenv("LOTR_STRATEGY")
+    monkeypatch.setattr(planner, "LOTR_STRATEGY", None)
     tune(model, TOKENS)
     told = []
     for name in ("layer_forward", "layer_backward"):
@@ -146,7 +146,7 @@ def test_what_an_answer_is_for(timed, monkeypatch) -> None:
         assert explain(layer, x).strategy == forced and "forced" in explain(layer, x).reason
     layer.strategy = None
     with monkeypatch.context() as forcing:
-        forcing.setenv("LOTR_STRATEGY", "beta")
+        forcing.setattr(planner, "LOTR_STRATEGY", "beta")
         assert explain(layer, x).reason == "forced by LOTR_STRATEGY"
     monkeypatch.setenv("LOTR_TUNE", "0")
     tuned.load()
@@ -352,7 +352,7 @@ def test_bad_input(timed, monkeypatch) -> None:
     with monkeypatch.context() as wrong, pytest.warns(UserWarning, match="LOTR_TUNE: expected 0 or 1, got 'yes'"):
         wrong.setenv("LOTR_TUNE", "yes")
         tuned.load()
-    monkeypatch.setenv("LOTR_STRATEGY", "beta")
+    monkeypatch.setattr(planner, "LOTR_STRATEGY", "beta")
     with pytest.raises(ValueError, match="LOTR_STRATEGY: expected none"):
         tune(layers(), 4)
-    assert not timed and planner.environment_strategy() == "beta"
+    assert not timed and planner.LOTR_STRATEGY == "beta"

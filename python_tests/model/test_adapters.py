@@ -26,6 +26,7 @@ from lotr_ext import (
     unload,
     unmerge,
 )
+from lotr_ext.ops import planner
 
 CONFIG = LoTRConfig(rank=4, target_modules=["q", "k", "v", "up"], modules_to_save=["head"])
 OTHER = LoTRConfig(rank=(3, 2), scaling=0.5)
@@ -191,7 +192,7 @@ def test_each_row_of_a_mixed_batch_goes_through_its_adapter(mode: str, monkeypat
     model = model_with(shared=True)
     model.lotr_parked["fr"].saved[0].data.copy_(model.head.weight)  # one head, which rows cannot choose
     if mode == "composite":
-        monkeypatch.setenv("LOTR_STRATEGY", "composite")
+        monkeypatch.setattr(planner, "LOTR_STRATEGY", "composite")
     names = ["fr", "default", None, "fr"]
     with torch.set_grad_enabled(mode != "no grad"), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         want = {name: set_adapter(model, name)(IDS).detach() for name in ("fr", "default")}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lotr_ext
 from lotr_ext import LoTRConfig, TaskBank, add_adapter, apply_lotr, lotr_parameters, mixed, set_adapter, unload
+from lotr_ext.ops import planner
 
 
 class Block(nn.Module):
@@ -61,7 +62,7 @@ def alone(model: nn.Module, bank: TaskBank, task: int, x: Tensor) -> Tensor:
 def test_each_row_goes_through_its_task(mode: str, tokens: tuple[int, ...], monkeypatch) -> None:
     model, bank = adapted()
     if mode == "composite":
-        monkeypatch.setenv("LOTR_STRATEGY", "composite")
+        monkeypatch.setattr(planner, "LOTR_STRATEGY", "composite")
     x, index = torch.randn(5, *tokens, 12), torch.tensor([3, 0, -1, 4, 0])
     with torch.set_grad_enabled(mode != "no grad"), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         with mixed(model, index):

@@ -54,7 +54,7 @@ def test_forced(hopper, shared) -> None:
 def test_by_the_environment(hopper, monkeypatch) -> None:
     layer = layer_on(hopper.device)
     layer.strategy = None
-    monkeypatch.setenv("LOTR_STRATEGY", "fused")
+    monkeypatch.setattr(planner, "LOTR_STRATEGY", "fused")
     assert explain(layer, x_on(hopper.device)).reason == "forced by LOTR_STRATEGY"
 
 
@@ -123,10 +123,10 @@ def test_where_it_cannot_be(monkeypatch, change, text) -> None:
 def test_on_a_cpu(monkeypatch) -> None:
     layer, x = LoTRLinear(K, N, R), torch.randn(TOKENS, K)
     text = "expected a strategy that runs here, got 'fused': device: expected CUDA of compute capability 9.0, got cpu"
-    monkeypatch.setenv("LOTR_STRATEGY", "fused")
+    monkeypatch.setattr(planner, "LOTR_STRATEGY", "fused")
     with pytest.raises(ValueError, match=f"LOTR_STRATEGY: {text}"):
         layer(x)
-    monkeypatch.delenv("LOTR_STRATEGY")
+    monkeypatch.setattr(planner, "LOTR_STRATEGY", None)
     A, B, core = torch.randn(K, R), torch.randn(N, R), torch.randn(R, R)
     with pytest.raises(ValueError, match=f"^strategy: {text}"):
         lotr_linear(x, layer.weight, None, A, B, core, 1.0, strategy="fused")

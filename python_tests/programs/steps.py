@@ -61,7 +61,7 @@ def whole() -> Builder:
     """A program, whose choices are drawn below the level of strategies: from one strategy to another hypothesis copies what it
     has drawn, and half of all programs were others with a change."""
     b = Builder(current_build_context().data.draw_integer)
-    # none is little; or about half of the calls, often of one program: torch's nodes or one of ours, else two
+    # none is little; or about half of the calls, often of one program: one node, else two
     b.line(f"w.little_work({b.one_of(0, 10_000)})")
     in_net = b.chance(0.4)
     make_net(b) if in_net else make_layers(b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -22,9 +23,16 @@ def test_text_says_what_was_built_and_what_runs() -> None:
     assert all(len(line) < 200 for line in text.splitlines())
 
 
-def test_json_is_the_same_facts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--json"])
     assert json.loads(capsys.readouterr().out) == collect()
-    monkeypatch.setenv("LOTR_STRATEGY", "composite")
-    paths = collect()["runs"]["cpu"]["paths"]
+
+
+def test_the_environment_forces_a_strategy() -> None:
+    """As it is when the package is imported."""
+    command = [sys.executable, "-m", "lotr_ext.info", "--json"]
+    text = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"LOTR_STRATEGY": "composite"}
+    ).stdout
+    paths = json.loads(text)["runs"]["cpu"]["paths"]
     assert {p["strategy"] for p in paths.values()} == {"composite"} and "LOTR_STRATEGY" in paths["float32"]["why"]
