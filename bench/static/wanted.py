@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..measure.shapes import Shape
 from ..traffic.counts import Key as RowKey
 from ..traffic.counts import Row
-from ..traffic.layer import BETA, all_steps
-from ..traffic.projection import Gpu, Times, seconds
+from ..traffic.layer import BETA, FUSED, all_steps
+from ..traffic.projection import Gpu, Times, excess, seconds
 from .assumptions import CARDS, REACHED
 from .model import Estimate
 from .predict import Key
@@ -80,10 +80,11 @@ WANTED_LAYERS: dict[Shape, float] = {
     (8192, 4096, 4096, 64): 0.25,
     (8192, 4096, 14336, 16): 0.12,
 }
-LAYER_HEADS = ("M x K x N, r", "wanted", "reached", "bytes", "bandwidth", "begin", "beyond it", "sums at the end", "launches")
-LAYER_HEADS += ("base products",)
+TERMS = ("bytes", "bandwidth", "begin", "beyond it", "sums at the end", "launches", "base products")
+LAYER_HEADS = ("M x K x N, r", "wanted", "fused", "beta", *TERMS)
 LAYER_CAPTION = (
-    "in the order of beta. reached, and all that follows in us over the frozen layer: its bytes at the data sheet's bandwidth; "
+    "by the strategy fused, which runs where tune finds it faster or it is forced, and by beta, which runs unasked; of beta "
+    "all that follows, in us over the frozen layer: its bytes at the data sheet's bandwidth; "
     f"since {REACHED:.0%} of it is reached (by the library 90%), and some bytes come twice; until a kernel's first bytes come; "
     "by what limits its loop; for its sum; between kernels; what the base products take longer for accumulating"
 )
@@ -95,7 +96,7 @@ def layer_terms(shape: Shape, gpu: Gpu, rows: dict[RowKey, Row], found: Estimate
     is missing."""
     steps = all_steps(shape, rows, gpu.multiprocessors)
     own, frozen = ([step for steps in steps[name].values() for step in steps] for name in (BETA, "frozen"))
-    terms = dict.fromkeys(LAYER_HEADS[3:], 0.0)
+    terms = dict.fromkeys(TERMS, 0.0)
     for step in own:
         if step.kernel is not None:
             e = found[step.kernel]
@@ -124,8 +125,8 @@ def wanted_layer_rows(rows: dict[RowKey, Row], found: dict[Key, Estimate], times
         except KeyError:
             continue
         m, k, n, r = shape
-        steps = all_steps(shape, rows, card.multiprocessors)
-        reached = sum(terms.values()) / seconds(steps["frozen"], "step", card.gpu, {})
-        first = [f"{m} x {k} x {n}, {r}", f"{share:.0%}", marked(f"{reached:.1%}", reached <= share)]
-        lines.append([*first, *(f"{1e6 * value:.1f}" for value in terms.values())])
+        projected = excess(shape, rows, card.gpu, times or {})
+        reached = (projected[name]["step"] if name in projected else None for name in (FUSED, BETA))
+        shares = ("-" if over is None else marked(f"{over:.1%}", over <= share) for over in reached)
+        lines.append([f"{m} x {k} x {n}, {r}", f"{share:.0%}", *shares, *(f"{1e6 * value:.1f}" for value in terms.values())])
     return lines

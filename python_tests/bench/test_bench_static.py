@@ -309,10 +309,11 @@ def test_what_stands_in_a_layer_s_way_adds_up_to_its_projection():
     lines = wanted.wanted_layer_rows(counted, found, times)
     assert len(lines) == len(shapes)
     for shape, line in zip(shapes, lines):
-        excess = projection.excess(shape, counted, projection.GPUS["h100"], times)["lotr_ext beta"]["step"]
+        projected = projection.excess(shape, counted, projection.GPUS["h100"], times)
+        excess = projected["lotr_ext beta"]["step"]
         frozen = projection.seconds(layer.all_steps(shape, counted, 132)["frozen"], "step", projection.GPUS["h100"], {})
         terms = wanted.layer_terms(shape, projection.GPUS["h100"], counted, ours, times)
         assert sum(terms.values()) == pytest.approx(excess * frozen) and all(value >= 0 for value in terms.values())
-        assert line[2].strip("*") == f"{excess:.1%}"
-        assert line[2].startswith("**") == (excess > wanted.WANTED_LAYERS[shape])
+        for cell, over in zip(line[2:4], (projected["lotr_ext fused"]["step"], excess)):
+            assert cell.strip("*") == f"{over:.1%}" and cell.startswith("**") == (over > wanted.WANTED_LAYERS[shape])
     assert wanted.wanted_layer_rows({}, found, times) == wanted.wanted_layer_rows(counted, {}, None) == []
