@@ -18,6 +18,7 @@ struct Call {
   int shared;           // bytes of shared memory that a multiprocessor has: how many blocks it holds
   void* stream;         // cudaStream_t
   bool early;           // whether launches may be (ptx/launch.cuh): waits_in_kernels() of probe.h
+  bool wgmma = false;   // whether the device is of compute capability 9.0, which alone runs code of sm_90a
 };
 
 // Elements of 16 bytes.  A matrix whose rows start at a multiple of it, in aligned memory, is read 16 bytes

@@ -9,6 +9,7 @@
 #include "kernels/fold.cuh"
 #include "launchers.h"
 #include "plan.h"
+#include "shrink_grad_sm90.h"
 
 namespace lotr::cuda {
 namespace {
@@ -265,6 +266,10 @@ size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& problem) 
     two_reads(p, k, Q);
     return pack.bytes() + std::max(shrink_workspace(call, k), factor_grad_workspace(call, Q));
   }
+#ifdef LOTR_SM90A
+  const plan::Plan wgmma = shrink_grad_wgmma_plan(call, p);
+  if (wgmma.rows) return pack.bytes() + shrink_grad_wgmma_workspace(wgmma);
+#endif
   const int element = element_size(call.type), R = plan::padded_rank(p.r);
   const auto plan = plan::shrink_grad(p.M, p.N, p.r, element, machine_of(call));
   const int64_t k_floats = plan.m_tiles * plan.n_blocks * plan.rows * R;
@@ -288,6 +293,10 @@ void shrink_grad(const Call& call, const ShrinkGradParams& problem, void* worksp
     shrink(call, k, pack.rest());
     return factor_grad(call, Q, pack.rest());
   }
+#ifdef LOTR_SM90A  // the build has code of sm_90a
+  const plan::Plan wgmma = shrink_grad_wgmma_plan(call, p);
+  if (wgmma.rows) return shrink_grad_wgmma(call, p, wgmma, pack.rest());
+#endif
   dispatch_policy(call, [&](auto launchers) { launchers.shrink_grad(call, p, pack.rest()); });
 }
 

@@ -40,7 +40,7 @@ inline void* current_stream(int32_t device) {
 // What plans are made from; asked for once a device.
 struct Device {
   int16_t multiprocessors;
-  bool early;      // Call::early
+  bool early, wgmma;  // as in Call
   int32_t shared;  // bytes of shared memory that a multiprocessor has
 };
 static_assert(sizeof(Device) == 8);  // written and read as one
@@ -61,7 +61,7 @@ inline Device device_of(const char* op, int32_t device) {
     fail(op, ": device ", device, ": expected a GPU of compute capability 8.0 or later, got ", major, ".",
          minor, "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
   }
-  const Device d{int16_t(count), cuda::waits_in_kernels(), shared};
+  const Device d{int16_t(count), cuda::waits_in_kernels(), major == 9 && minor == 0, shared};
   if (device < MAX_DEVICES) known[device].store(d, std::memory_order_relaxed);
   return d;
 }
@@ -109,7 +109,8 @@ class Context {
              device.multiprocessors,
              device.shared,
              current_stream(device_),
-             device.early};
+             device.early,
+             device.wgmma};
   }
   const cuda::Call& call() const { return call_; }
   const char* op() const { return op_; }

@@ -15,6 +15,7 @@
 #include "cuda/counters.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "cuda/shrink_grad_sm90.h"
 #include "module_gemm_lotr.h"
 #include "module_rows.h"
 
@@ -26,6 +27,7 @@ namespace {
 struct Settings {
   int multiprocessors = 132, shared = 233472;  // of an H100
   Float32 float32 = Float32::exact;
+  bool wgmma = false;  // shrink_grad by wgmma, which wants an H100's shared memory in a block
 } settings;
 
 DType dtype_of(const char* name, const py::array& a) {
@@ -80,7 +82,7 @@ Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
 }
 
 cuda::Call call(DType type) {
-  return {type, settings.float32, settings.multiprocessors, settings.shared, nullptr, true};
+  return {type, settings.float32, settings.multiprocessors, settings.shared, nullptr, true, settings.wgmma};
 }
 
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
@@ -393,14 +395,15 @@ PYBIND11_MODULE(lotr_simt, m) {
         "scaling"_a, "dA"_a, "dB"_a, "dcore"_a);
   m.def(
       "set_device",
-      [](int multiprocessors, const std::string& float32, int shared) {
+      [](int multiprocessors, const std::string& float32, int shared, bool wgmma) {
         if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
         if (shared < 101376) throw py::value_error("shared: expected at least the 101376 bytes of sm_86");
         if (float32 != "exact" && float32 != "tf32")
           throw py::value_error("float32: expected exact or tf32, got " + float32);
-        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact};
+        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact, wgmma};
       },
-      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472);
+      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472,
+      "wgmma"_a = false);
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "shared_limit"_a = 101376, "resident"_a = 1);
   define_gemm_lotr(m);
@@ -418,6 +421,7 @@ PYBIND11_MODULE(lotr_simt, m) {
                        : kernel == "expand_add"  ? plan::expand_add(M, N, r, element, machine)
                        : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, machine)
                        : kernel == "shrink_grad" ? plan::shrink_grad(M, N, r, element, machine)
+                       : kernel == "shrink_grad_wgmma" ? plan::shrink_grad_wgmma(M, N, r, multiprocessors)
                                                  : throw py::value_error("kernel: got " + kernel);
         return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "extra_bytes"_a = p.extra_bytes,
                         "microseconds"_a = p.cost);

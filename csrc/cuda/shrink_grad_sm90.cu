@@ -1,0 +1,58 @@
+// Launches kernels/shrink_grad_wgmma.cuh: tensor maps, grid, workspace.
+#include "shrink_grad_sm90.h"
+
+#include "kernels/shrink_grad_wgmma.cuh"
+#include "launchers.h"
+
+namespace lotr::cuda {
+namespace {
+
+// Counters and partial sums: two of k's for each row tile and block along N, one of Q for each block.
+struct Sums {
+  int64_t counters, k, Q;
+  explicit Sums(const plan::Plan& plan) {
+    constexpr int64_t R = kernels::SHRINK_GRAD_WGMMA_RANK;
+    counters = 2 * plan.m_tiles;
+    k = plan.m_tiles * plan.n_blocks * plan.rows * R;
+    Q = plan.m_blocks * plan.n_blocks * kernels::SHRINK_GRAD_WGMMA_SUBS * plan.cols * R;
+  }
+};
+
+template <class T>
+void run(const Call& call, const ShrinkGradParams& p) {
+  using Traits = kernels::ShrinkGradWgmmaTraits<T>;
+  const auto map = [](const Matrix& m, int64_t rows, int64_t cols) {
+    const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
+    return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
+                              uint32_t(Traits::ROWS));
+  };
+  ptx::launch({dim3(unsigned(p.m_splits), unsigned(p.n_splits)), dim3(Traits::THREADS),
+               sizeof(typename Traits::Smem), static_cast<ptx::stream_t>(call.stream),
+               dim3(unsigned(p.m_splits)), "shrink_grad", call.early},
+              kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r),
+              p);
+}
+
+}  // namespace
+
+size_t shrink_grad_wgmma_workspace(const plan::Plan& plan) {
+  const Sums sums(plan);
+  return Workspace::bytes(sums.counters, sums.k) + Workspace::bytes(0, sums.Q);
+}
+
+void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& plan, void* workspace) {
+  const Sums sums(plan);
+  p.m_pieces = plan.m_pieces();
+  p.n_pieces = plan.n_pieces();
+  p.m_splits = int(plan.m_blocks);
+  p.n_splits = int(plan.n_blocks);
+  Workspace memory(call, workspace, sums.counters);
+  p.sum_k = memory.take(sums.counters, sums.k);
+  p.sum_Q = memory.take(0, sums.Q);
+  if (call.type == DType::bfloat16)
+    run<__nv_bfloat16>(call, p);
+  else
+    run<__half>(call, p);
+}
+
+}  // namespace lotr::cuda
