@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..traffic.projection import EARLY, GPUS, LAUNCH, Gpu
-from .issue import Latencies
+from .issue import SCHEDULERS, Latencies
 
 REACHED = 0.94  # of the data sheet's bandwidth, by long streams of 16-byte copies
 BEGIN = 1.0e-6  # seconds from a kernel's start to its blocks' first copies
@@ -49,7 +49,8 @@ class Card:
         return self.gpu.multiprocessors
 
     def latencies(self) -> Latencies:
-        return Latencies(matrix=self.matrix_cycles, global_load=self.l2_latency)
+        wgmma = 2 * 16 * 8 * 16 * SCHEDULERS * self.multiprocessors * self.clock / self.gpu.flops_per_s
+        return Latencies(matrix=self.matrix_cycles, global_load=self.l2_latency, wgmma=wgmma)
 
     def is_called(self, name: str) -> bool:
         return re.search(self.pattern, name) is not None
@@ -87,6 +88,12 @@ SOURCES = [
         "m16n8k16 takes a scheduler 8 cycles on an A100, 32 on an RTX 4090 (data sheet), 6.4 on an H100",
         "an H100's assumed: mma.sync at 63 % of its peak, which wgmma alone reaches; a B200's: an A100's a multiprocessor",
     ),
+    (
+        "wgmma runs at the data sheet's peak, its operands at 128 bytes a cycle, B once for a warpgroup, transposed ones too; "
+        "bulk copies take the same path; the warp that issues them costs nothing; half of their ring is in flight",
+        "assumed, the peak by the data sheet; the ring from the kernel's source",
+    ),
+    ("a barrier of a cluster takes as long as a load from L2", "assumed"),
     ("shared-memory and load path: 128 bytes a cycle and multiprocessor", "CUDA programming guide (32 banks of 4 bytes)"),
     (
         "latency of memory under load 600 ns (B200, RTX 4090: 700)",

@@ -23,6 +23,7 @@ from .sass import LISTED, Instruction, parse
 
 CSRC = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "static"
+WGMMA = CSRC / "shrink_grad_sm90.cu"  # of bf16 and fp16 for sm_90a, besides the others
 SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")} | {"rows": CSRC / "rows.cu"}
 
 
@@ -91,11 +92,13 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 def _make(dtype: str, architecture: str, target: Path) -> None:
     nvcc, nvdisasm = tools()
     target.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-cubin", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
+    report = code = ""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        flags = ["-std=c++17", "-cubin", f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
-        report = _run([str(nvcc), *flags, str(SOURCES[dtype]), "-o", str(cubin)]).stderr
-        code = _run([str(nvdisasm), "--print-instruction-encoding", str(cubin)]).stdout
+        for source in [SOURCES[dtype], *[WGMMA] * (architecture == "90a" and dtype in ("bf16", "fp16"))]:
+            report += _run([str(nvcc), *flags, str(source), "-o", str(cubin)]).stderr
+            code += _run([str(nvdisasm), "--print-instruction-encoding", str(cubin)]).stdout
     lines = [line for line in code.splitlines() if LISTED.match(line)]
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
     with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -35,7 +35,7 @@ KINDS = {
     "global": ("LDG", "STG", "LD", "ST", "ATOMG", "RED"),
     "constant": ("LDC", "ULDC", "S2R", "S2UR", "CS2R", "LDCU"),
     "float": ("FADD", "FFMA", "FMUL", "F2FP", "FADD2", "FFMA2", "HADD2", "HFMA2", "HMUL2", "FSEL", "PRMT"),
-    "control": ("BRA", "BRX", "CALL", "BSSY", "BSYNC", "BAR", "WARPSYNC", "SYNCS", "NOP", "YIELD"),
+    "control": ("BRA", "BRX", "CALL", "BSSY", "BSYNC", "BAR", "WARPSYNC", "WARPGROUP", "SYNCS", "NOP", "YIELD"),
 }
 _KIND = {name: kind for kind, names in KINDS.items() for name in names}
 
@@ -67,6 +67,8 @@ class Wanted:
     def most(self) -> tuple[float, ...]:
         """That one way through the loop may have: of twice the mean tile, thrice unrolled."""
         vector = self.vector()
+        if len(vector) == 1:  # nothing to be in proportion to
+            return vector
         return tuple(6 * v / (self.waits or min(vector)) + 1 for v in vector)
 
     def of(self, code: Iterable[Instruction]) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 Four schedulers issue an instruction a cycle each, from the warps that lie on them; a warp goes in order and waits for what the
 compiler's own fields say (sass.py): cycles, scoreboards. Units take turns: the integer and multiply units of a scheduler, its
 matrix unit, the shared-memory and load path of the multiprocessor (128 bytes a cycle). A block's barrier opens when its last
-warp arrives. Copies from global memory are taken to have landed when they are waited for; bandwidth is the model's business.
+warp arrives. Products of a warpgroup run while its warps go on, each warp's quarter on its scheduler's matrix unit, its operands
+by way of the shared-memory path: B once for the four, A unless it comes from registers; waits for their groups are kept. Copies from global memory are taken to have landed when they are waited for; bandwidth is the model's business.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Latencies:
     global_load: int = 263  # of a load that L2 serves
     operands: int = 12  # until a store or copy has read its registers
     barrier: int = 20  # from the last warp's arrival to the first instruction behind
+    wgmma: float = 4  # of a scheduler for a 16 x 8 x 16 part of a warpgroup's product, which 32-bit sums do not slow
     taken: int = 8  # between a branch that is taken and what it leads to
     special: int = 20  # of MUFU and other slow conversions
 
@@ -51,6 +53,8 @@ _SLOW = ("MUFU", "I2F", "F2I", "POPC", "FLO", "BREV", "I2I")
 def _unit(instruction: Instruction, latencies: Latencies) -> tuple[str, float]:
     """Which unit an instruction takes, for how many cycles."""
     name = instruction.name
+    if name == "HGMMA":
+        return "matrix", latencies.wgmma * Product.of(instruction).columns / 8
     if name in MATRIX:
         parts = (4096 if "16816" in instruction.opcode else 2048) / 4096
         return "matrix", latencies.matrix * parts * (2 if "TF32" in instruction.opcode else 1)
@@ -77,6 +81,8 @@ def _unit(instruction: Instruction, latencies: Latencies) -> tuple[str, float]:
         "LDGDEPBAR",
         "EXIT",
         "WARPSYNC",
+        "WARPGROUP",
+        "SYNCS",
         "LDC",
         "S2R",
         "CS2R",
@@ -100,6 +106,21 @@ def _latency(instruction: Instruction, latencies: Latencies, turns: float) -> fl
 
 
 @dataclass(frozen=True)
+class Product:
+    """A warp's quarter of a wgmma, from its text: HGMMA.64x128x16.F32.BF16 R24, R184, gdesc[UR16].tnspB, R24, gsb0."""
+
+    columns: int
+    operand_bytes: int  # from shared memory
+    ends_group: bool
+
+    @classmethod
+    def of(cls, i: Instruction) -> Product:
+        columns, depth = (int(n) for n in i.opcode.split(".")[1].split("x")[1:])
+        registers = i.operands.split(",")[1].strip().startswith("R") and not i.operands.split(",")[1].strip().startswith("RZ")
+        return cls(columns, (0 if registers else 64 * depth * 2 // 4) + columns * depth * 2 // 4, "gsb" in i.operands)
+
+
+@dataclass(frozen=True)
 class Run:
     """What it takes a multiprocessor to run a trace."""
 
@@ -111,8 +132,16 @@ class Run:
         return max(self.waits, key=self.waits.__getitem__)
 
 
-def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latencies: Latencies, settle: int = 3) -> Run:
-    """`blocks` blocks of `warps` warps, each of which runs all iterations of the trace; the first `settle` are not timed."""
+def run(
+    trace: Sequence[Sequence[Instruction]],
+    warps: int,
+    blocks: int,
+    latencies: Latencies,
+    settle: int = 3,
+    arriving: float = 0.0,
+) -> Run:
+    """`blocks` blocks of `warps` warps, each of which runs all iterations of the trace; the first `settle` are not timed.
+    arriving: bytes that bulk copies write to shared memory in an iteration of a block, evenly beside what its warps do there."""
     code = [i for way in trace for i in way]
     marks = []  # ends of iterations
     end = 0
@@ -122,10 +151,14 @@ def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latenci
     facts = []
     for i, after in zip(code, [*code[1:], code[0]]):
         unit, turns = _unit(i, latencies)
+        product = Product.of(i) if i.name == "HGMMA" else None
         jump = latencies.taken if i.targets and after.address != i.address + 16 else 0
-        facts.append((i, unit, turns, max(1, i.stall, jump), _latency(i, latencies, turns)))
+        facts.append((i, unit, turns, max(1, i.stall, jump), _latency(i, latencies, turns), product))
+    own = warps * sum(p.operand_bytes / 128 if p else turns * (unit == "memory") for _, unit, turns, _, _, p in facts)
+    crowded = 1 + arriving / 128 * len(trace) / own if arriving else 1.0
     everyone = [_Warp(block, (block * warps + w) % SCHEDULERS) for block in range(blocks) for w in range(warps)]
     boards = [[0.0] * 6 for _ in everyone]
+    open_group, groups = [0.0] * len(everyone), [[] for _ in everyone]  # when their products are done
     board_reason = [[""] * 6 for _ in everyone]
     free: dict[tuple[str, int], float] = {}
     arrived: list[list[int]] = [[] for _ in range(blocks)]
@@ -137,18 +170,25 @@ def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latenci
     while queue:
         asked, _, n = heapq.heappop(queue)
         warp = everyone[n]
-        instruction, unit, turns, stall, latency = facts[warp.at]
+        instruction, unit, turns, stall, latency, product = facts[warp.at]
+        if unit == "memory":
+            turns *= crowded
         time, reason = warp.ready, "dependence"
         if instruction.waits:
             for board in range(6):
                 if instruction.waits >> board & 1 and boards[n][board] > time:
                     time, reason = boards[n][board], board_reason[n][board]
+        if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+            left = int(instruction.operands.split(",")[1], 16)
+            done = max(groups[n][: len(groups[n]) - left], default=0.0)
+            if done > time:
+                time, reason = done, "products"
         issue = free.get(("issue", warp.scheduler), 0.0)
         if issue > time:
             time, reason = issue, "issue"
         if unit:
             key = (unit, 0 if unit == "memory" else warp.scheduler)
-            backlog = QUEUED if unit == "memory" else 0
+            backlog = QUEUED if unit == "memory" or product else 0
             if free.get(key, 0.0) - backlog > time:
                 time, reason = free[key] - backlog, unit
         if time > asked:
@@ -160,6 +200,12 @@ def run(trace: Sequence[Sequence[Instruction]], warps: int, blocks: int, latenci
         if unit:
             begins = max(free.get(key, 0.0), time)
             free[key] = begins + turns
+        if product:
+            read = max(free.get(("memory", 0), 0.0), time) + product.operand_bytes / 128 * crowded
+            free["memory", 0] = read
+            open_group[n] = max(open_group[n], begins + turns, read)
+            if product.ends_group:
+                groups[n].append(open_group[n])
         waits["issue"] += 1
         if stall > 1:
             waits["dependence"] += stall - 1

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..measure.bounds import kernel_work
-from ..traffic.counts import Row
+from ..traffic.counts import ELEMENT, Row, constant
 from . import assumptions
 from .assumptions import Card
 from .compiled import Compiled
@@ -25,6 +25,7 @@ from .hot import MATRIX, Hot, Wanted, hot_loop
 from .issue import run
 from .sass import Instruction, blocks_of, loops_of
 
+TRAITS = "csrc/cuda/kernels/traits.h"
 ITERATIONS = 14  # of the hot loop that are simulated
 
 
@@ -129,9 +130,15 @@ def wanted_of(row: Row, large_stores: bool) -> Wanted:
 def hot_of(row: Row, compiled: dict[str, Compiled]) -> tuple[Compiled, Hot]:
     """The instance that ran under the executor, and its hot loop."""
     symbol = row.machine["symbol"]
-    if symbol not in compiled:
+    own = next((one for one in compiled.values() if symbol and instance(one.symbol) == instance(symbol)), None)
+    if own is None:
         raise ValueError(f"{row.kernel}: expected the instance {symbol or '(none)'} among the compiled kernels, found none")
-    return compiled[symbol], hot_loop(compiled[symbol].code, wanted_of(row, row.kernel == "expand_add"))
+    return own, hot_loop(own.code, wanted_of(row, row.kernel == "expand_add"))
+
+
+def instance(symbol: str) -> str:
+    """The kernel and its template's arguments. Its parameters differ where one is a tensor map, whose type the host lacks."""
+    return symbol.partition("EEv")[0]
 
 
 def dram_bytes(row: Row) -> int:
@@ -143,8 +150,8 @@ def dram_bytes(row: Row) -> int:
 def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     """A counted kernel on a GPU."""
     kernel, hot = hot_of(row, compiled)
-    m, warps = row.machine, row.machine["warps"]
-    resident, by = blocks_resident(kernel, warps, m["shared"], card)
+    m, warps = row.machine, row.machine["multiply"]
+    resident, by = blocks_resident(kernel, m["warps"], m["shared"], card)
     if resident < 1:
         raise ValueError(f"{row.kernel}: expected a block to fit on a multiprocessor, got {by} for none")
     clock, sms = card.clock, card.multiprocessors
@@ -157,11 +164,11 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
 
     def cycles(blocks: int) -> float:
         if blocks not in runs:
-            runs[blocks] = run(trace, warps, blocks, latencies)
+            runs[blocks] = run(trace, warps, blocks, latencies, arriving=m["bulk_bytes"] / (row.blocks * iterations))
         return runs[blocks].cycles
 
     depth = groups_in_flight(hot)
-    a_block = depth * 512 * m["copies"] / m["waits"] * warps if m["waits"] else 0.0
+    a_block = depth * 512 * m["copies"] / m["waits"] * warps if m["waits"] else float(bulk_in_flight(m))
     dram = dram_bytes(row)
     reached = card.bandwidth * assumptions.REACHED
     l2 = card.l2_bytes_a_cycle * sms * clock
@@ -188,7 +195,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         rounds, summing = whole + (left > 0), whole * late.cycles
         if left:  # fewer bytes, but no less than a load's time
             summing += max(card.l2_latency, late.cycles * left / late.loads)
-        after = (3 * card.l2_latency + summing) / clock  # store, arrive, store
+        after = ((3 + (m["cluster"] > 1)) * card.l2_latency + summing) / clock  # store, arrive, a cluster's barrier, store
     begin = assumptions.BEGIN + card.memory_latency
     parts = {"begin": begin, "waves": hot_seconds, "after": after}
     seconds = sum(parts.values())
@@ -224,6 +231,14 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         launches=row.launches,
         memsets=m["memsets"],
     )
+
+
+def bulk_in_flight(machine: dict) -> int:
+    """Bytes of bulk copies under way in a block while the other half of the ring is multiplied; shrink_grad_wgmma's."""
+    if not machine["bulk_bytes"]:
+        return 0
+    stages, rows, cols = (constant(TRAITS, f"SHRINK_GRAD_WGMMA_{name}") for name in ("STAGES", "ROWS", "COLS"))
+    return stages // 2 * rows * cols // 2 * ELEMENT
 
 
 def groups_in_flight(hot: Hot) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 _FUNCTION = re.compile(r"^\.text\.(\S+):$")
 _LABEL = re.compile(r"^(\.L\S*):$")
 _FIRST = re.compile(
-    r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);\s*/\* 0x([0-9a-f]{16}) \*/"
+    r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_.x]*)\s*([^;]*);\s*/\* 0x([0-9a-f]{16}) \*/"
 )
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 LISTED = re.compile(r"^(\.text\.\S+:|\.L\S*:|\s*/\*[0-9a-f]{4,6}\*/.*|\s*/\* 0x[0-9a-f]{16} \*/.*)$")  # lines that are read

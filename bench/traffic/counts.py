@@ -35,7 +35,8 @@ KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
 ELEMENT = 2  # bfloat16
-NOT_COUNTED = ("gemm_lotr", "sm90", "wgmma", "hopper", "cluster", "mbarrier", "registers")  # in the names of files
+MOST_SHARED = 232448  # bytes a block of compute capability 9.0 may ask for
+NOT_COUNTED = ("gemm_lotr",)  # in the names of files
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
 
@@ -170,27 +171,47 @@ def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str) -> t
     return calls[kernel], large
 
 
+def runs_wgmma(multiprocessors: int) -> bool:
+    """Whether the GPU of so many multiprocessors is of compute capability 9.0."""
+    from .projection import GPUS
+
+    return any(gpu.wgmma for gpu in GPUS.values() if gpu.multiprocessors == multiprocessors)
+
+
 def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, multiprocessors: int) -> dict:
     """Blocks of shrink_grad that share rows run at the same time and keep pace, as on a GPU that holds all blocks: each then
     sums the row tiles of k that it is made to reach last (csrc/cuda/kernels/shrink_grad.cuh), not the last one all of them."""
     if kernel != "shrink_grad" or r > shrink_grad_ranks():
         return {}
-    plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)
+    plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)  # as set_device says
     most = constant("python_tests/simt/executor/api.h", "MOST_RESIDENT")  # that the executor can run at the same time
     return {"order": "in_turn", "resident": min(plan["n_blocks"], most)}
 
 
-def count(lib: ModuleType, kernel: str, m: int, n: int, r: int, multiprocessors: int = 132, dtype: str = "bf16") -> Row:
-    """Runs one kernel and counts. dtype: bf16, fp16, tf32 (float32 whose products are rounded) or fp32."""
+def count(
+    lib: ModuleType,
+    kernel: str,
+    m: int,
+    n: int,
+    r: int,
+    multiprocessors: int = 132,
+    dtype: str = "bf16",
+    wgmma: bool | None = None,
+) -> Row:
+    """Runs one kernel and counts. dtype: bf16, fp16, tf32 (float32 whose products are rounded) or fp32. wgmma: whether the GPU
+    has it; None: as the known one of so many multiprocessors."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     call, large = _call(lib, kernel, m, n, r, dtype)
-    lib.set_device(multiprocessors=multiprocessors, float32="tf32" if dtype == "tf32" else "exact")
-    lib.set_options(count_memory=True, **_pace(lib, kernel, m, n, r, dtype, multiprocessors))
+    wgmma = runs_wgmma(multiprocessors) if wgmma is None else wgmma
+    lib.set_device(multiprocessors=multiprocessors, float32="tf32" if dtype == "tf32" else "exact", wgmma=wgmma)
+    most = {"shared_limit": MOST_SHARED} if wgmma else {}
+    lib.set_options(count_memory=True, **most, **_pace(lib, kernel, m, n, r, dtype, multiprocessors))
     lib.reset_counters()
     call()
     counters = lib.counters()
     lib.set_options()
+    lib.set_device()
     arrays = {name: a for name, a in counters["arrays"].items() if a["read_bytes"] + a["written_bytes"]}
     total = {name: a["read_bytes"] + a["written_bytes"] for name, a in arrays.items()}
     sectors = sum(a["read_sectors"] + a["written_sectors"] for a in arrays.values())
@@ -229,7 +250,10 @@ def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
         "shared": launch["shared_bytes"],
         "waits": counters["async_waits"] / 32,
         "copies": counters["async_copies"] / 32,
-        "matrix": counters["mma"],
+        "bulk_bytes": counters["bulk_bytes"],
+        "matrix": counters["mma"] + 4 * counters["wgmma"],
+        "multiply": 4 * counters["warpgroups"] or launch["block"][0] // 32,  # warps that do
+        "cluster": launch["cluster"][0] * launch["cluster"][1] * launch["cluster"][2],
         "late_loads": counters["late_loads"],  # of 16 bytes, a thread
         "late_bytes": counters["late_bytes"],
         "read": sum(a["read_bytes"] for a in arrays),

@@ -39,7 +39,7 @@ struct ShrinkGradWgmmaTraits {
   static constexpr int GROUPS = 2, OWN_ROWS = ROWS / GROUPS, OWN_COLS = COLS / GROUPS;
   static constexpr int WARPS = 4 * GROUPS, THREADS = 128 * (GROUPS + 1);
   static constexpr int FETCH_REGISTERS = 40, MULTIPLY_REGISTERS = 232;
-  static constexpr int STAGES = 2 * GROUPS, SLOTS = 2;
+  static constexpr int STAGES = SHRINK_GRAD_WGMMA_STAGES, SLOTS = 2;
 
   struct Stage {  // of a column tile, what one warpgroup makes Q's sums of
     T g[OWN_COLS / PANEL][ROWS][PANEL];
@@ -55,6 +55,7 @@ struct ShrinkGradWgmmaTraits {
     uint64_t full[STAGES], empty[STAGES], u_empty[SLOTS], stored[SLOTS];
     uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // a bit for each warpgroup's rows that this block has to sum
   };
+  static_assert(STAGES % GROUPS == 0, "a column tile's stages lie side by side");
   static_assert(OWN_ROWS == 64 && R == PANEL && sizeof(Smem) <= 232448, "shared memory of a block of sm_90");
   static_assert(128 * (FETCH_REGISTERS + GROUPS * MULTIPLY_REGISTERS) <= 65536 / THREADS / 8 * 8 * THREADS);
 };

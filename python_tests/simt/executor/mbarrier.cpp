@@ -153,6 +153,7 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
   const size_t barrier_offset = shared_offset(barrier);
   count_box(map, col, row);
   ++totals.bulk_copies;
+  totals.bulk_bytes += bytes;
   for (uint32_t rank = 0; rank < machine.cluster_size; ++rank) {
     if (!(blocks >> rank & 1)) continue;
     Block& block = block_of_cluster(rank, site);

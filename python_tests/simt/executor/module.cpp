@@ -309,12 +309,14 @@ py::dict counters_dict() {
     d["cleared"] = l.cleared, d["early"] = l.early, d["let_next"] = l.let_next, d["barriers"] = l.barriers,
     d["half_loads"] = l.half_loads, d["bytes"] = l.bytes;
     d["grid"] = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]);
+    d["cluster"] = py::make_tuple(l.cluster[0], l.cluster[1], l.cluster[2]);
     d["block"] = py::make_tuple(l.block[0], l.block[1], l.block[2]);
     launches.append(d);
   }
   py::dict d;
   d["blocks"] = c.blocks, d["threads"] = c.threads, d["switches"] = c.switches, d["barriers"] = c.barriers;
-  d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["ldmatrix"] = c.ldmatrix;
+  d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["wgmma"] = c.wgmma;
+  d["bulk_bytes"] = c.bulk_bytes, d["warpgroups"] = c.warpgroups, d["ldmatrix"] = c.ldmatrix;
   d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads,
   d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
@@ -336,6 +338,17 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
   o.seed = seed, o.preempt = preempt, o.count_memory = count_memory, o.shared_limit = shared_limit;
   o.resident = resident;
   set_options(o);
+}
+
+// As the operator decides, of a matrix in aligned rows.
+plan::Plan shrink_grad_plan(int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
+  ShrinkGradParams p{};
+  p.M = M, p.N = N, p.r = int32_t(r);
+  cuda::Call as = call(element == 2 ? DType::bfloat16 : DType::float32);
+  as.multiprocessors = multiprocessors;
+  const plan::Plan wgmma = cuda::shrink_grad_wgmma_plan(as, p);
+  const auto machine = plan::Machine::of(multiprocessors, settings.shared);
+  return wgmma.rows ? wgmma : plan::shrink_grad(M, N, r, element, machine);
 }
 
 // For mutate_kernels.py: where threads synchronise, so that each place can be left out without compiling
@@ -420,8 +433,7 @@ PYBIND11_MODULE(lotr_simt, m) {
         const auto p = kernel == "shrink"        ? plan::shrink(M, N, r, element, machine)
                        : kernel == "expand_add"  ? plan::expand_add(M, N, r, element, machine)
                        : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, machine)
-                       : kernel == "shrink_grad" ? plan::shrink_grad(M, N, r, element, machine)
-                       : kernel == "shrink_grad_wgmma" ? plan::shrink_grad_wgmma(M, N, r, multiprocessors)
+                       : kernel == "shrink_grad" ? shrink_grad_plan(M, N, r, element, multiprocessors)
                                                  : throw py::value_error("kernel: got " + kernel);
         return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "extra_bytes"_a = p.extra_bytes,
                         "microseconds"_a = p.cost);

@@ -162,7 +162,10 @@ void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf
            site.line, size_t(descriptor));
   warp_collective("wgmma.mma_async", ~0u, site, const_cast<uint32_t*>(of.a_registers), note_registers,
                   nullptr, false);
-  if (t.linear % WARPGROUP == 0) ++totals.wgmma;
+  if (t.linear % WARPGROUP == 0) {
+    ++totals.wgmma;
+    totals.warpgroups = std::max<uint64_t>(totals.warpgroups, t.linear / WARPGROUP + 1);
+  }
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });
   WarpgroupProduct product{d,          of.a,       of.b,  of.a_registers,      n, !accumulate, is_bf16,
