@@ -35,7 +35,6 @@ KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
 ELEMENT = 2  # bfloat16
-MOST_SHARED = 232448  # bytes a block of compute capability 9.0 may ask for
 NOT_COUNTED = ("gemm_lotr",)  # in the names of files
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
@@ -205,13 +204,12 @@ def count(
     call, large = _call(lib, kernel, m, n, r, dtype)
     wgmma = runs_wgmma(multiprocessors) if wgmma is None else wgmma
     lib.set_device(multiprocessors=multiprocessors, float32="tf32" if dtype == "tf32" else "exact", wgmma=wgmma)
-    most = {"shared_limit": MOST_SHARED} if wgmma else {}
-    lib.set_options(count_memory=True, **most, **_pace(lib, kernel, m, n, r, dtype, multiprocessors))
+    lib.set_options(count_memory=True, **_pace(lib, kernel, m, n, r, dtype, multiprocessors))
     lib.reset_counters()
     call()
     counters = lib.counters()
-    lib.set_options()
     lib.set_device()
+    lib.set_options()
     arrays = {name: a for name, a in counters["arrays"].items() if a["read_bytes"] + a["written_bytes"]}
     total = {name: a["read_bytes"] + a["written_bytes"] for name, a in arrays.items()}
     sectors = sum(a["read_sectors"] + a["written_sectors"] for a in arrays.values())

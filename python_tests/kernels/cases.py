@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -26,6 +26,7 @@ class Shape:
     r2: int = 0  # rank of the other factor; 0: the same
     layers: int = 1
     float_factors: bool = False
+    wgmma: bool = False
 
     @property
     def other(self) -> int:
@@ -117,7 +118,8 @@ class _Maker:
         return philox_keep(SEED, rows, cols, self.shape.p) / (1 - self.shape.p) if self.shape.p else 1.0
 
     def prepare(self, lib: ModuleType) -> dict:
-        lib.set_device(multiprocessors=self.shape.sms, float32="tf32" if self.kind == "tf32" else "exact")
+        float32 = "tf32" if self.kind == "tf32" else "exact"
+        lib.set_device(multiprocessors=self.shape.sms, float32=float32, wgmma=self.shape.wgmma)
         return {"p": self.shape.p, "seed": self.seed}
 
     def close(self, got, left, right, what, add=0.0, mask=1.0, kind=None, scale=1.0) -> None:
@@ -213,6 +215,13 @@ def shrink_grad(shape: Shape, kind: str) -> Problem:
         t.close(out["Q"], t.op(g).T, t.op(u), "Q", 0.0 if Q0 is None else wide(Q0), kind="fp32")
 
     return Problem(run, check)
+
+
+def shrink_grad_wgmma(shape: Shape, kind: str) -> Problem:
+    """The same on a GPU that has wgmma, at a rank of its kernel; of an even number of multiprocessors 18 times as many, for
+    clusters. float32 runs as ever."""
+    sms = shape.sms if shape.sms % 2 else 18 * shape.sms
+    return shrink_grad(replace(shape, r=33 + shape.r % 32, sms=sms, wgmma=True), kind)
 
 
 def _cores(t: _Maker) -> np.ndarray:
@@ -378,5 +387,6 @@ def rows(shape: Shape, kind: str) -> Problem:
 
 KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
     f.__name__: f
-    for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, fold, fold_grad, small, rows, fold_transposed)
+    for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, shrink_grad_wgmma, fold, fold_grad, small, rows)
+    + (fold_transposed,)
 }

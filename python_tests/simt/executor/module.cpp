@@ -24,10 +24,14 @@ namespace py = pybind11;
 namespace lotr::simt {
 namespace {
 
+// What a block may ask for: on the smallest of the supported GPUs, and where shrink_grad runs by wgmma.
+constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
+
 struct Settings {
   int multiprocessors = 132, shared = 233472;  // of an H100
   Float32 float32 = Float32::exact;
-  bool wgmma = false;  // shrink_grad by wgmma, which wants an H100's shared memory in a block
+  bool wgmma = false;
+  size_t shared_limit() const { return wgmma ? SHARED_LIMIT_SM90 : SHARED_LIMIT; }
 } settings;
 
 DType dtype_of(const char* name, const py::array& a) {
@@ -325,7 +329,7 @@ py::dict counters_dict() {
 }
 
 void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
-                    size_t shared_limit, unsigned resident) {
+                    std::optional<size_t> shared_limit, unsigned resident) {
   Options o;
   const std::map<std::string, Order> orders{{"forward", Order::forward},
                                             {"reverse", Order::reverse},
@@ -335,7 +339,8 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
   if (found == orders.end())
     throw py::value_error("order: expected forward, reverse, random or in_turn, got " + order);
   o.order = found->second;
-  o.seed = seed, o.preempt = preempt, o.count_memory = count_memory, o.shared_limit = shared_limit;
+  o.seed = seed, o.preempt = preempt, o.count_memory = count_memory;
+  o.shared_limit = shared_limit.value_or(settings.shared_limit());
   o.resident = resident;
   set_options(o);
 }
@@ -414,11 +419,14 @@ PYBIND11_MODULE(lotr_simt, m) {
         if (float32 != "exact" && float32 != "tf32")
           throw py::value_error("float32: expected exact or tf32, got " + float32);
         settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact, wgmma};
+        Options o = options();
+        o.shared_limit = settings.shared_limit();
+        set_options(o);
       },
       py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472,
       "wgmma"_a = false);
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
-        "count_memory"_a = false, "shared_limit"_a = 101376, "resident"_a = 1);
+        "count_memory"_a = false, "shared_limit"_a = py::none(), "resident"_a = 1);
   define_gemm_lotr(m);
   define_rows(m);
   m.def("counters", &counters_dict);
