@@ -3,8 +3,9 @@
 Four schedulers issue an instruction a cycle each, from the warps that lie on them; a warp goes in order and waits for what the
 compiler's own fields say (sass.py): cycles, scoreboards. Units take turns: the integer and multiply units of a scheduler, its
 matrix unit, the shared-memory and load path of the multiprocessor (128 bytes a cycle). A block's barrier opens when its last
-warp arrives. Products of a warpgroup run while its warps go on, each warp's quarter on its scheduler's matrix unit, its operands
-by way of the shared-memory path: B once for the four, A unless it comes from registers; waits for their groups are kept. Copies from global memory are taken to have landed when they are waited for; bandwidth is the model's business.
+warp arrives. Products of a warpgroup run while its warps go on, each warp's quarter on its scheduler's matrix unit, its
+operands by way of the shared-memory path: B once for the four, A unless it comes from registers; waits for their groups are
+kept. Copies from global memory are taken to have landed when they are waited for; bandwidth is the model's business.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def run(
     arriving: float = 0.0,
 ) -> Run:
     """`blocks` blocks of `warps` warps, each of which runs all iterations of the trace; the first `settle` are not timed.
-    arriving: bytes that bulk copies write to shared memory in an iteration of a block, evenly beside what its warps do there."""
+    arriving: bytes that bulk copies write to shared memory in an iteration of a block, evenly beside what its warps do
+    there."""
     code = [i for way in trace for i in way]
     marks = []  # ends of iterations
     end = 0

@@ -51,26 +51,12 @@ void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* wo
       map(q.At, q.r, q.K, Traits::R), map(q.F, q.N, q.r, Traits::SHARE), p);
 }
 
-// How many clusters the current device holds at a time: 0 where a block needs more than there is.
+// How many clusters the current device holds at a time.
 template <class Traits>
 int resident_clusters() {
-#ifdef __CUDACC__
-  const auto kernel = reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = Traits::CLUSTER, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(Traits::CLUSTER), config.blockDim = dim3(Traits::THREADS);
-  config.dynamicSmemBytes = sizeof(typename Traits::Smem), config.attrs = &cluster, config.numAttrs = 1;
-  int count = 0;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes));
-  if (!error) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-  if (error) cudaGetLastError();  // asked and answered: the next launch shall not find it
-  return error ? 0 : count;
-#else
-  return 1;
-#endif
+  return ptx::resident_clusters({dim3(Traits::CLUSTER), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
+                                 nullptr, dim3(Traits::CLUSTER)},
+                                reinterpret_cast<const void*>(&kernels::gemm_lotr<Traits>));
 }
 
 // f(the traits of the instance for q and plan).

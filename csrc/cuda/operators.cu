@@ -115,6 +115,12 @@ Call exactly(Call call) {
 
 }  // namespace
 
+#ifndef LOTR_SM90A  // then shrink_grad_sm90.cu has it
+bool runs_wgmma() {
+  return false;
+}
+#endif
+
 Workspace::Workspace(const Call& call, void* memory, int64_t tiles)
     : counters_(counters(call.stream, tiles)), floats_(static_cast<char*>(memory)) {
   const size_t bytes = aligned(size_t(tiles) * sizeof(int32_t));

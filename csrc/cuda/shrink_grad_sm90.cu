@@ -26,14 +26,29 @@ void run(const Call& call, const ShrinkGradParams& p) {
     return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
                               uint32_t(Traits::ROWS));
   };
-  ptx::launch({dim3(unsigned(p.m_splits), unsigned(p.n_splits)), dim3(Traits::THREADS),
-               sizeof(typename Traits::Smem), static_cast<ptx::stream_t>(call.stream),
-               dim3(unsigned(p.m_splits)), "shrink_grad", call.early},
-              kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r),
-              p);
+  ptx::launch(
+      {dim3(unsigned(p.m_splits), unsigned(p.n_splits)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
+       static_cast<ptx::stream_t>(call.stream), dim3(unsigned(p.m_splits)), "shrink_grad", call.early},
+      kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r), p);
 }
 
 }  // namespace
+
+bool runs_wgmma() {
+#ifdef __CUDACC__
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error) throw std::runtime_error(std::string("shrink_grad: ") + cudaGetErrorString(error));
+  if (major != 9 || minor != 0) return false;
+#endif
+  using Traits = kernels::ShrinkGradWgmmaTraits<__nv_bfloat16>;
+  constexpr unsigned MOST = plan::MOST_CLUSTER;
+  return ptx::resident_clusters(
+             {dim3(MOST), dim3(Traits::THREADS), sizeof(typename Traits::Smem), nullptr, dim3(MOST)},
+             reinterpret_cast<const void*>(&kernels::shrink_grad_wgmma<Traits>)) > 0;
+}
 
 size_t shrink_grad_wgmma_workspace(const plan::Plan& plan) {
   const Sums sums(plan);

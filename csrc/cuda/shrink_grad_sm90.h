@@ -5,6 +5,8 @@
 
 namespace lotr::plan {
 
+constexpr int MOST_CLUSTER = 8;  // blocks: what every device of compute capability 9.0 allows
+
 // Clusters that run side by side.  A GPC holds 16 or 18 multiprocessors, some GPUs one of fewer; a cluster
 // lies in one GPC.
 inline int64_t clusters_held(int multiprocessors, int64_t cluster) {
@@ -18,7 +20,7 @@ inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocesso
   const int64_t m_tiles = ceil_div(M, ROWS), n_tiles = ceil_div(N, COLS);
   Plan best;
   for (int64_t sub = 1; sub <= kernels::SHRINK_GRAD_WGMMA_SUBS; ++sub)
-    for (const int64_t m : {1, 2, 4, 8}) {
+    for (int64_t m = 1; m <= MOST_CLUSTER; m *= 2) {
       const int64_t n = ceil_div(n_tiles, sub), held = clusters_held(multiprocessors, m),
                     longest = ceil_div(m_tiles, m);
       if (m > m_tiles || held == 0 || 2 * longest > kernels::SHRINK_GRAD_MOST_TILES) continue;
@@ -31,7 +33,8 @@ inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocesso
       // after it: of k, the row tiles that a block is the last to reach; of Q, its share of all blocks' sums
       const double summed =
           4 * rank * (double(ceil_div(longest, n) * std::min<int64_t>(ROWS, M) * n) + double(N) / double(n));
-      best.better_of({ROWS, COLS, m_tiles, n_tiles, m, n, extra, stream + ARRIVING + summed / SUMMING, false});
+      best.better_of(
+          {ROWS, COLS, m_tiles, n_tiles, m, n, extra, stream + ARRIVING + summed / SUMMING, false});
     }
   return best;
 }
@@ -41,11 +44,12 @@ inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocesso
 namespace lotr::cuda {
 
 // The plan where shrink_grad runs by wgmma, of matrices that can be read 16 bytes at a time; rows 0: it does
-// not, for the device, the type, the rank, or extents and strides beyond what bulk copies count; or since
-// shrink_grad's own plan is the cheaper one.
+// not, for the device, the type, the rank, fewer tokens than a row tile has, or extents and strides beyond
+// what bulk copies count; or since shrink_grad's own plan is the cheaper one.
 inline plan::Plan shrink_grad_wgmma_plan(const Call& call, const ShrinkGradParams& p) {
   constexpr int64_t MOST = int64_t(1) << 30;
-  const bool fits = p.M <= MOST && p.N <= MOST && p.g.row <= MOST && p.F.row <= MOST && p.u.row <= MOST;
+  const bool fits = p.M >= kernels::SHRINK_GRAD_WGMMA_ROWS && p.M <= MOST && p.N <= MOST && p.g.row <= MOST &&
+                    p.F.row <= MOST && p.u.row <= MOST;
   if (!call.wgmma || call.type == DType::float32 || p.r < kernels::SHRINK_GRAD_WGMMA_LEAST_RANK ||
       p.r > kernels::SHRINK_GRAD_WGMMA_RANK || !fits)
     return {};

@@ -41,7 +41,7 @@ inline void* current_stream(int32_t device) {
 struct Device {
   int16_t multiprocessors;
   bool early, wgmma;  // as in Call
-  int32_t shared;  // bytes of shared memory that a multiprocessor has
+  int32_t shared;     // bytes of shared memory that a multiprocessor has
 };
 static_assert(sizeof(Device) == 8);  // written and read as one
 // Of the current device, whose index that is.
@@ -61,7 +61,7 @@ inline Device device_of(const char* op, int32_t device) {
     fail(op, ": device ", device, ": expected a GPU of compute capability 8.0 or later, got ", major, ".",
          minor, "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
   }
-  const Device d{int16_t(count), cuda::waits_in_kernels(), major == 9 && minor == 0, shared};
+  const Device d{int16_t(count), cuda::waits_in_kernels(), cuda::runs_wgmma(), shared};
   if (device < MAX_DEVICES) known[device].store(d, std::memory_order_relaxed);
   return d;
 }

@@ -385,8 +385,17 @@ def rows(shape: Shape, kind: str) -> Problem:
     return Problem(run, check)
 
 
-KERNELS: dict[str, Callable[[Shape, str], Problem]] = {
-    f.__name__: f
-    for f in (shrink, shrink_core, expand_add, factor_grad, shrink_grad, shrink_grad_wgmma, fold, fold_grad, small, rows)
-    + (fold_transposed,)
-}
+_ALL = (
+    shrink,
+    shrink_core,
+    expand_add,
+    factor_grad,
+    shrink_grad,
+    shrink_grad_wgmma,
+    fold,
+    fold_grad,
+    small,
+    rows,
+    fold_transposed,
+)
+KERNELS: dict[str, Callable[[Shape, str], Problem]] = {f.__name__: f for f in _ALL}

@@ -15,7 +15,7 @@ BLOCKS = 120  # of 132 multiprocessors
 @pytest.mark.parametrize("m, n, r", [(1024, 1024, 64), (1024, 2048, 64), (2048, 1024, 16), (4096, 512, 32)])
 @pytest.mark.parametrize("kernel", traffic.KERNELS)
 def test_bytes(lib, kernel: str, m: int, n: int, r: int) -> None:
-    row = traffic.count(lib, kernel, m, n, r)
+    row = traffic.count(lib, kernel, m, n, r, wgmma=False)  # with it: test_shrink_grad_wgmma.py
     assert row.once <= 1.02, f"the large matrix moves {row.once:.3f} times"
     assert row.blocks >= BLOCKS
     assert row.over_least <= 1.25

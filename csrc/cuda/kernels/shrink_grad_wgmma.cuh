@@ -7,7 +7,8 @@
 // Threads  two warpgroups multiply; one thread of a third fetches by bulk copies, which fill with zeros what
 //          lies beyond a matrix, and counts in what was stored.
 // k        [64 rows, R] of a warpgroup for each row tile: g and F from shared memory.
-// Q^T      [R, 128 columns] of a warpgroup and column tile: u^T as the first operand in registers, loaded once
+// Q^T      [R, 128 columns] of a warpgroup and column tile: u^T as the first operand in registers, loaded
+// once
 //          for each row tile; g once more from shared memory, transposed by its descriptor.
 // Bytes    as in shrink_grad.cuh, but with strips of up to 512 columns: half the partial sums of k.
 // Sums     k's as there: partial sums of the blocks that share rows, added by the last to arrive, in their
@@ -52,10 +53,12 @@ struct ShrinkGradWgmmaTraits {
       Stage stage[STAGES];
       Output k;  // after the last tile
     };
-    uint64_t full[STAGES], empty[STAGES], u_empty[SLOTS], stored[SLOTS];
-    uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // a bit for each warpgroup's rows that this block has to sum
+    uint64_t full[STAGES], empty[STAGES], stored[SLOTS];
+    uint32_t
+        sum_k[SHRINK_GRAD_MOST_TILES / 32];  // a bit for each warpgroup's rows that this block has to sum
   };
   static_assert(STAGES % GROUPS == 0, "a column tile's stages lie side by side");
+  static_assert(STAGES <= GROUPS * SLOTS, "u is read before its slot's next row tile has a stage");
   static_assert(OWN_ROWS == 64 && R == PANEL && sizeof(Smem) <= 232448, "shared memory of a block of sm_90");
   static_assert(128 * (FETCH_REGISTERS + GROUPS * MULTIPLY_REGISTERS) <= 65536 / THREADS / 8 * 8 * THREADS);
 };
@@ -88,10 +91,7 @@ class ShrinkGradWgmma {
       ptx::mbarrier_init(&s_.full[i], 1);
       ptx::mbarrier_init(&s_.empty[i], Traits::WARPS);
     }
-    for (int i = 0; i < SLOTS; ++i) {
-      ptx::mbarrier_init(&s_.u_empty[i], Traits::WARPS);
-      ptx::mbarrier_init(&s_.stored[i], Traits::WARPS);
-    }
+    for (uint64_t& stored : s_.stored) ptx::mbarrier_init(&stored, Traits::WARPS);
     ptx::fence_mbarrier_init();
     for (uint32_t& word : s_.sum_k) ptx::store_shared(&word, 0u);
   }
@@ -115,10 +115,7 @@ class ShrinkGradWgmma {
           ptx::mbarrier_arrive_expect_tx(full, uint32_t(sizeof(typename Traits::Stage)) +
                                                    with_F * uint32_t(sizeof(T) * OWN_COLS * R) +
                                                    with_u * uint32_t(sizeof(Smem::u[0])));
-          if (with_u) {
-            ptx::mbarrier_wait(&s_.u_empty[i % SLOTS], (i / SLOTS & 1) ^ 1);
-            ptx::tma_load_2d(s_.u[i % SLOTS], &u, 0, row, full);
-          }
+          if (with_u) ptx::tma_load_2d(s_.u[i % SLOTS], &u, 0, row, full);
           if (with_F) ptx::tma_load_2d(s_.F[n][half * OWN_COLS], &F, 0, col, full);
 #pragma unroll
           for (int panel = 0; panel < OWN_COLS / PANEL; ++panel)
@@ -174,7 +171,8 @@ class ShrinkGradWgmma {
       for (int n = 0; n < SUBS; ++n) ptx::wgmma_landed(Q[n]);
       release(last);
       store_k(k, row_of(i));
-      give(&s_.stored[i % SLOTS]);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s_.stored[i % SLOTS]);
     }
     ptx::griddepcontrol_launch_dependents();
     store_Q(Q);
@@ -224,11 +222,8 @@ class ShrinkGradWgmma {
     ptx::store_shared(word, set);
   }
 
-  // What the lanes of a warp have read or stored before, all of it.
-  LOTR_DEVICE void give(uint64_t* barrier LOTR_SITE) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier LOTR_PASS_SITE);
-  }
+  // The stages of a column tile, which the products have read; and of the first one of a row tile its slot of
+  // u.
   LOTR_DEVICE void release(int first LOTR_SITE) {
     __syncwarp();
     if (threadIdx.x % 32 < GROUPS) ptx::mbarrier_arrive(&s_.empty[first + threadIdx.x % 32] LOTR_PASS_SITE);
@@ -242,7 +237,6 @@ class ShrinkGradWgmma {
       const int row = 16 * c + lane / 16 * 8 + lane % 8;
       ptx::ldmatrix_x4_trans(u[c], &s_.u[slot][row][(chunk ^ row % 8) * 8]);
     }
-    give(&s_.u_empty[slot]);
   }
 
   // k += this warpgroup's rows of g times as many rows of F
@@ -250,9 +244,8 @@ class ShrinkGradWgmma {
                          bool accumulate) {
 #pragma unroll
     for (int c = 0; c < OWN_COLS; c += 16)
-      ptx::wgmma<T, R, true>(
-          k, ptx::swizzled_descriptor(&stage.g[c / PANEL][OWN_ROWS * group_][c % PANEL]),
-          ptx::swizzled_descriptor_mn(F + c * R, 0), accumulate || c > 0);
+      ptx::wgmma<T, R, true>(k, ptx::swizzled_descriptor(&stage.g[c / PANEL][OWN_ROWS * group_][c % PANEL]),
+                             ptx::swizzled_descriptor_mn(F + c * R, 0), accumulate || c > 0);
   }
 
   LOTR_DEVICE void store_k(const float (&k)[R / 2], int row) {

@@ -61,6 +61,28 @@ LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #endif
 }
 
+// How many clusters of such a launch the current device holds at a time: 0 where a block needs more than
+// there is, or no code is for the device.
+inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_unused]] const void* kernel) {
+#ifdef __CUDACC__
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = args.cluster.x, cluster.val.clusterDim.y = args.cluster.y,
+  cluster.val.clusterDim.z = args.cluster.z;
+  cudaLaunchConfig_t config{};
+  config.gridDim = args.grid, config.blockDim = args.block, config.dynamicSmemBytes = args.smem;
+  config.attrs = &cluster, config.numAttrs = 1;
+  int count = 0;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(args.smem));
+  if (!error) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  if (error) cudaGetLastError();  // asked and answered: the next launch shall not find it
+  return error ? 0 : count;
+#else
+  return 1;
+#endif
+}
+
 // Throws std::runtime_error naming the kernel.  Errors inside the kernel: on the device at a later call,
 // under the executor (lotr::simt::Error) here.
 template <class... Params, class... Args>

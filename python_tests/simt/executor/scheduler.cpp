@@ -59,9 +59,7 @@ std::string whereabouts() {
 void run_engine() {
   const size_t count = machine.engine.size();
   const Order order = machine.options.order;
-  const size_t i = order == Order::random    ? next_random() % count
-                   : order == Order::reverse ? count - 1
-                                             : 0;
+  const size_t i = order == Order::random ? next_random() % count : order == Order::reverse ? count - 1 : 0;
   const auto work = std::move(machine.engine[i]);
   machine.engine.erase(machine.engine.begin() + std::ptrdiff_t(i));
   work();

@@ -1,0 +1,134 @@
+"""shrink_grad by wgmma (csrc/cuda/kernels/shrink_grad_wgmma.cuh): where it runs, what it moves, its compiled code. Its numbers,
+bits, races and left-out barriers are tested with those of all kernels (cases.py)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import Shape, shrink_grad
+from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, functions
+from test_kernels import bits
+
+from bench.traffic import counts
+
+SOURCE = ROOT / "csrc" / "cuda" / "shrink_grad_sm90.cu"
+REGISTERS = 168  # a thread at the launch: 65536 / 384 in steps of 8, which setmaxnreg deals out as 40, 232, 232
+SCHEDULES = [
+    {"order": "reverse"},
+    {"order": "in_turn", "resident": 5},
+    {"order": "random", "seed": 3, "resident": 3, "preempt": 8},
+]
+
+
+def launched(lib, shape: Shape, kind: str = "bf16") -> tuple[list[int], int]:
+    """Grid and threads of the one launch, whose numbers are right."""
+    lib.set_options()
+    lib.reset_counters()
+    problem = shrink_grad(shape, kind)
+    problem.check(problem.run(lib))
+    (launch,) = [one for one in lib.counters()["launches"] if one["name"] != "pack"]
+    return list(launch["grid"]), launch["block"][0]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "m, n, r, sms, cluster",
+    [(300, 500, 64, 132, 2), (1100, 700, 33, 132, 8), (700, 300, 47, 18, 4), (1500, 90, 50, 132, 8), (900, 1300, 48, 2, 1)],
+)
+def test_clusters(lib, m: int, n: int, r: int, sms: int, cluster: int, kind: str) -> None:
+    """The cluster is M's blocks; the numbers and bits are the same whichever blocks run together, adding or not."""
+    for p in (0.0, 0.5):
+        shape = Shape(m, n, r, p=p, sms=sms, wgmma=True)
+        grid, threads = launched(lib, shape, kind)
+        assert (grid[0], threads) == (cluster, 384)
+        problem, first = shrink_grad(shape, kind), {}
+        for schedule in SCHEDULES:
+            lib.set_options(**schedule)
+            found = {name: bits(a) for name, a in problem.run(lib).items()}
+            first = first or found
+            assert found == first, schedule
+
+
+def test_where_it_does_not_run(lib) -> None:
+    shape = Shape(600, 500, 64, wgmma=True)
+    assert launched(lib, shape)[1] == 384
+    for other in (Shape(600, 500, 64), Shape(600, 500, 32, wgmma=True)):
+        assert launched(lib, other)[1] == 256
+    assert launched(lib, shape, "fp32")[1] == 256
+    assert launched(lib, Shape(127, 500, 64, wgmma=True))[1] == 256
+    g, F, u, k, Q = (np.zeros(size, np.uint16) for size in ((600, 500), (500, 65), (600, 65), (600, 65), (500, 65)))
+    lib.set_device(wgmma=True)
+    lib.reset_counters()
+    lib.shrink_grad(g, F, u, k, Q.astype(np.float32))
+    assert {one["name"] for one in lib.counters()["launches"]} >= {"shrink", "factor_grad"}
+
+
+def test_rows_beyond_what_bulk_copies_count(lib) -> None:
+    """A stride of more than 2^30 elements keeps the other kernel."""
+    g = lib.sparse_array((128, (1 << 30) + 8), np.dtype(np.uint16))[:, :64]
+    F, u, k = (np.zeros((size, 64), np.uint16) for size in (64, 128, 128))
+    lib.set_device(wgmma=True)
+    lib.reset_counters()
+    lib.shrink_grad(g, F, u, k, np.zeros((64, 64), np.float32))
+    assert lib.counters()["launches"][-1]["block"][0] == 256
+
+
+@pytest.mark.parametrize("m, n", [(1024, 1024), (2048, 1024)])
+def test_bytes(lib, m: int, n: int) -> None:
+    row, other = (counts.count(lib, "shrink_grad", m, n, 64, wgmma=wgmma) for wgmma in (True, False))
+    assert row.machine["multiply"] == 8 and row.machine["bulk_bytes"] > 2 * m * n
+    assert row.once <= 1.02
+    assert row.over_least <= 1.25 and row.factors + row.partials < other.factors + other.partials
+    assert row.sector_efficiency >= 0.95 and row.bank_conflicts <= 1.05
+
+
+def test_plan_of_a_large_layer(lib) -> None:
+    """Clusters that any H100 holds side by side, and half of the other kernel's partial sums."""
+    lib.set_device(wgmma=True)
+    plan = lib.plan("shrink_grad", 8192, 4096, 64)
+    lib.set_device()
+    other = lib.plan("shrink_grad", 8192, 4096, 64)
+    assert (plan["m_blocks"], plan["n_blocks"]) == (8, 8)
+    assert plan["extra_bytes"] < 0.65 * other["extra_bytes"] and plan["microseconds"] < other["microseconds"]
+
+
+# ---- compiled code ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    if NVCC is None:
+        pytest.skip("no nvcc: the compiled code cannot be looked at")
+    return compile_kernels(SOURCE, ("compute_90a", "sm_90a"), tmp_path_factory.mktemp("sm90a"))
+
+
+def test_registers(compiled: tuple[Path, str]) -> None:
+    _, report = compiled
+    kernels = functions(report)
+    assert len(kernels) == 2
+    for name, found in kernels.items():
+        assert found == (REGISTERS, 0, 0), f"{name}: registers, spilled, stack {found}"
+    assert not re.findall(r"C75\d\d|arning", report)  # C75xx: wgmma that ptxas had to serialise
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+def test_instructions(compiled: tuple[Path, str]) -> None:
+    cubin, _ = compiled
+    sass = subprocess.run([CUOBJDUMP, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+    assert len(bodies) == 2
+    for name, body in bodies.items():
+        products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
+        assert all(bool(bf16) == ("bfloat16" in name) for _, bf16 in products), name
+        shapes = [shape for shape, _ in products]
+        # two column tiles: 256 columns by 16 for k; 128 rows by 16 for Q^T, u^T from registers
+        assert {shape: shapes.count(shape) for shape in set(shapes)} == {"64x64x16": 32, "64x128x16": 16}, name
+        first, last = body.index("HGMMA"), body.rindex("HGMMA")
+        assert not re.search(r"MEMBAR|CCTL|ERRBAR|STS|STG|\bLDS\b|\bLDG", body[first:last]), f"{name}: between products"
+        assert "UTMALDG.2D" in body and len(re.findall(r"\bUSETMAXREG", body)) == 2, name
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
+        assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"
