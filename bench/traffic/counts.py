@@ -35,6 +35,7 @@ KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
 ELEMENT = 2  # bfloat16
+HOPPER = 132  # multiprocessors of the known GPUs of compute capability 9.0, which have wgmma, and of no others
 NOT_COUNTED = ("gemm_lotr",)  # in the names of files
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
@@ -170,13 +171,6 @@ def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str) -> t
     return calls[kernel], large
 
 
-def runs_wgmma(multiprocessors: int) -> bool:
-    """Whether the GPU of so many multiprocessors is of compute capability 9.0."""
-    from .projection import GPUS
-
-    return any(gpu.wgmma for gpu in GPUS.values() if gpu.multiprocessors == multiprocessors)
-
-
 def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, multiprocessors: int) -> dict:
     """Blocks of shrink_grad that share rows run at the same time and keep pace, as on a GPU that holds all blocks: each then
     sums the row tiles of k that it is made to reach last (csrc/cuda/kernels/shrink_grad.cuh), not the last one all of them."""
@@ -202,7 +196,7 @@ def count(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     call, large = _call(lib, kernel, m, n, r, dtype)
-    wgmma = runs_wgmma(multiprocessors) if wgmma is None else wgmma
+    wgmma = multiprocessors == HOPPER if wgmma is None else wgmma
     lib.set_device(multiprocessors=multiprocessors, float32="tf32" if dtype == "tf32" else "exact", wgmma=wgmma)
     lib.set_options(count_memory=True, **_pace(lib, kernel, m, n, r, dtype, multiprocessors))
     lib.reset_counters()

@@ -43,7 +43,6 @@ class Gpu:
     bytes_per_s: float
     multiprocessors: int
     early: bool = False  # whether our kernels' launches may be early: compute capability 9.0 and later
-    wgmma: bool = False  # compute capability 9.0
 
     def seconds(self, work: Work) -> float:
         return max(work.flops / (FLOPS_REACHED * self.flops_per_s), work.bytes / (BANDWIDTH_REACHED * self.bytes_per_s))
@@ -51,8 +50,8 @@ class Gpu:
 
 GPUS = {
     "a100": Gpu("A100 80GB SXM", 312e12, 2.039e12, 108),
-    "h100": Gpu("H100 SXM", 989e12, 3.35e12, 132, True, True),
-    "h200": Gpu("H200", 989e12, 4.8e12, 132, True, True),
+    "h100": Gpu("H100 SXM", 989e12, 3.35e12, 132, True),
+    "h200": Gpu("H200", 989e12, 4.8e12, 132, True),
     "b200": Gpu("B200", 2250e12, 8.0e12, 148, True),
     "rtx4090": Gpu("RTX 4090", 165.2e12, 1.008e12, 128),
 }

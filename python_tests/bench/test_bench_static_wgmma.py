@@ -12,6 +12,7 @@ from bench.static.compiled import Compiled
 from bench.static.issue import Latencies, Product, run
 from bench.static.model import bulk_in_flight, estimate, instance
 from bench.static.sass import parse
+from bench.traffic import counts
 
 LATENCIES = Latencies(matrix=6.4, wgmma=4)
 FROM_REGISTERS = "HGMMA.64x128x16.F32.BF16 R24, R184, gdesc[UR16].tnspB, R24, gsb0"
@@ -53,6 +54,10 @@ def test_a_wait_leaves_so_many_groups_running():
 
 def test_the_vendor_s_peak_is_the_products():
     assert CARDS["h100"].latencies().wgmma == pytest.approx(4, rel=0.01)
+
+
+def test_counts_know_a_hopper_by_its_multiprocessors():
+    assert all((card.architecture == "90a") == (card.multiprocessors == counts.HOPPER) for card in CARDS.values())
 
 
 def test_the_instance_is_found_without_its_parameters():
