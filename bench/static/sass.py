@@ -58,25 +58,27 @@ class Instruction:
 
 
 def parse(listing: str) -> dict[str, list[Instruction]]:
-    """The instructions of each function of a listing (nvdisasm --print-instruction-encoding)."""
+    """The instructions of each function of a listing (nvdisasm --print-instruction-encoding), or of several in a row: a label
+    is known in its own function."""
     functions: dict[str, list[Instruction]] = {}
-    labels: dict[str, int] = {}
+    labels: dict[str, dict[str, int]] = {}
     pending: list[str] = []  # labels of the next instruction
     code: list[Instruction] = []
+    known: dict[str, int] = {}
     first: re.Match | None = None
     for line in listing.splitlines():
         if match := _FUNCTION.match(line):
-            code = functions.setdefault(match[1], [])
+            code, known = functions.setdefault(match[1], []), labels.setdefault(match[1], {})
         elif match := _LABEL.match(line):
             pending.append(match[1])
         elif match := _FIRST.match(line):
             first = match
-            labels |= dict.fromkeys(pending, int(match[1], 16))
+            known |= dict.fromkeys(pending, int(match[1], 16))
             pending = []
         elif first is not None and (match := _SECOND.match(line)):
             code.append(_decode(first, int(match[1], 16)))
             first = None
-    return {name: [_aim(i, labels) for i in own] for name, own in functions.items() if own}
+    return {name: [_aim(i, labels[name]) for i in own] for name, own in functions.items() if own}
 
 
 def _decode(first: re.Match, high: int) -> Instruction:

@@ -32,6 +32,13 @@ def test_a_product_by_its_text():
     assert Product.of(code(FROM_REGISTERS)[0]) == Product(128, 1024, True)
 
 
+def test_listings_in_a_row_have_labels_of_their_own():
+    branch = "        /*0000*/  BRA `(.L_x_1) ; /* 0x0000000000007947 */\n /* 0x002fea0003800000 */\n"
+    end = "        /*{}*/  EXIT ; /* 0x000000000000794d */\n /* 0x000fea0003800000 */\n"
+    near, far = (f".text.{name}:\n{branch}.L_x_1:\n{end.format(at)}" for name, at in (("near", "0010"), ("far", "0400")))
+    assert {name: code[0].targets for name, code in parse(near + far).items()} == {"near": (0x10,), "far": (0x400,)}
+
+
 def cycles(*parts: str, warpgroups: int = 1, arriving: float = 0.0) -> float:
     return run([code(*parts)] * 20, 4 * warpgroups, 1, LATENCIES, arriving=arriving).cycles
 
