@@ -67,10 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kinds", default="bf16,fp32")
     parser.add_argument("--schedules", default="forward,reverse,1")
     parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--module", type=Path, help="a module that is built already")
     options = parser.parse_args(arguments)
     import build
 
-    lib = build.load(options.mode)
+    lib = build.load(options.mode, options.module)
     found = failures(
         lib, SETS[options.shapes], options.kinds.split(","), options.schedules.split(","), options.kernels.split(","), False
     )

@@ -1,0 +1,54 @@
+"""Bugs planted into copies of csrc/cuda/kernels/shrink_grad_wgmma.cuh, one at a time: each is noticed by the means named here.
+What is merely left out, a barrier or a wait, is the business of mutate_kernels.py."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CUDA = HERE.parents[1] / "csrc" / "cuda"
+FILE = "kernels/shrink_grad_wgmma.cuh"
+
+# name: text, what stands there instead, what a failure must say
+BUGS: dict[str, tuple[str, str, str]] = {
+    "wrong_panel": ("sizeof(own.g[0])), true)", "1024), true)", ": Q: "),
+    "both_take_the_first_stage": ("s_.stage[first + group_]", "s_.stage[first]", ": Q: "),
+    "counted_in_too_early": (
+        "i >= SLOTS) count_in(i - SLOTS, before);",
+        "i >= SLOTS) count_in(i - SLOTS + 1, before);",
+        ": k: ",
+    ),
+    "a_block_of_the_cluster_forgotten": ("first * tile::FRAGMENT, splits,", "first * tile::FRAGMENT, splits - 1,", ": Q: "),
+    "bytes_of_F_forgotten": ("with_F * uint32_t(sizeof(T) * OWN_COLS * R)", "0", "in flight|deadlock"),
+    "released_before_the_wait": (
+        "          ptx::wgmma_wait<1>();\n          release(last);",
+        "          release(first);\n          ptx::wgmma_wait<1>();",
+        "more arrivals|deadlock|: [kQ]: ",
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", BUGS)
+def test_noticed(name: str, tmp_path: Path) -> None:
+    import build
+
+    text, instead, message = BUGS[name]
+    copy = tmp_path / "cuda"
+    shutil.copytree(CUDA, copy)
+    source = (copy / FILE).read_text()
+    assert source.count(text) == 1, f"{FILE} has changed: {text}"
+    (copy / FILE).write_text(source.replace(text, instead))
+    module = build.changed_module("plain", copy / "shrink_grad_sm90.cu", tmp_path)
+    script = [sys.executable, str(HERE / "sweep.py"), "--module", str(module), "--shapes", "pipeline", "--kinds", "bf16"]
+    script += ["--kernels", "shrink_grad_wgmma"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=900)
+    found = [line for line in (done.stdout + done.stderr).splitlines() if re.search(message, line)]
+    assert done.returncode == 1 and found, done.stdout + done.stderr
+    print(found[0])
