@@ -39,6 +39,10 @@ struct Reduction {
   int32_t* arrived;  // [tiles], zero before the launch and after it
 };
 
+// Up to so many splits the last block adds the others' partial sums to its own, which it still has in
+// registers: it reads one less.
+constexpr int FEW_SPLITS = 4;
+
 // A row of tiles cut into pieces of `whole` tiles, the first `longer` of them one tile longer.
 struct Pieces {
   int32_t whole, longer;

@@ -90,6 +90,11 @@ struct Plan {
   Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
 };
 
+// Of `splits` partial sums, those that the last block reads (tile/reduce.cuh).
+inline double read_at_the_end(int64_t splits) {
+  return double(splits > FEW_SPLITS ? splits : splits - 1);
+}
+
 inline double unevenness(int64_t tiles, int64_t blocks) {
   return double(ceil_div(tiles, blocks)) * double(blocks) / double(tiles);
 }
@@ -139,10 +144,10 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
     each_plan(
         few, R, tiles, steps, subs, 1,
         [&](int64_t blocks, int64_t splits) {
-          const double partial = splits > 1 ? 8.0 * double(splits) * double(M) * double(r) : 0.0;
+          const double one = splits > 1 ? 4.0 * double(M) * double(r) : 0.0, read = read_at_the_end(splits);
           return Cost{double(M) * double(K) * element,
-                      double(blocks) * double(K) * double(r) * element + partial, 0.15,
-                      partial / 2 / double(blocks),
+                      double(blocks) * double(K) * double(r) * element + one * (double(splits) + read), 0.15,
+                      one * read / double(blocks),
                       (rows == kernels::SHRINK_LOW ? alone(R, 24e3, 20e3) : alone(R, 33e3, 22e3)) * filled};
         },
         [&](int64_t blocks, int64_t splits, double cost, double extra, bool last) {
@@ -182,10 +187,10 @@ inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Mach
         machine.with(kernels::blocks_of_one_product(R)), R, k_tiles, m_tiles,
         kernels::factor_grad_subs(R, cols), 1,
         [&](int64_t n, int64_t m) {
-          const double partial = m > 1 ? 8.0 * double(r) * double(m) * double(K) : 0.0;
+          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, read = read_at_the_end(m);
           return Cost{double(M) * double(K) * element,
-                      double(element) * double(r) * double(n) * double(M) + partial, 0.15,
-                      partial / 2 / double(n), alone(R, 40e3, cols == 128 ? 20e3 : 17e3)};
+                      double(element) * double(r) * double(n) * double(M) + one * (double(m) + read), 0.15,
+                      one * read / double(n), alone(R, 40e3, cols == 128 ? 20e3 : 17e3)};
         },
         [&](int64_t n, int64_t m, double cost, double extra, bool last) {
           best.better_of({rows, cols, m_tiles, k_tiles, m, n, extra, cost, last});
@@ -205,12 +210,13 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, const Mach
       kernels::shrink_grad_subs(size_t(element), R), ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
       [&](int64_t n, int64_t m) {
         const double k = 8.0 * double(r) * double(n) * double(M),
-                     Q = m > 1 ? 8.0 * double(r) * double(m) * double(N) : 0.0;
+                     one = m > 1 ? 4.0 * double(r) * double(N) : 0.0, read = read_at_the_end(m);
         // of k, the row tiles that a block is the last to reach
         return Cost{double(M) * double(N) * element,
-                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k + Q,
+                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k +
+                        one * (double(m) + read),
                     0.35,
-                    Q / 2 / double(n) + double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
+                    one * read / double(n) + double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
                                             double(std::min<int64_t>(rows, M)) * double(n),
                     alone(R, 20e3, 15e3)};
       },

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   if (p.splits > 1) {
     sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r);
     if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last)) return;
-    sums.each_sum(p.sum, k_block, p.splits, cols, p.r, store);
+    sums.each_sum(p.sum, k_block, m_block, p.splits, cols, p.r, store);
   } else {
     sums.each(cols, p.r, store);
   }

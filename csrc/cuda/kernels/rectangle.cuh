@@ -86,13 +86,30 @@ struct ColumnSums {
       tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
   }
-  // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp
+  // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp.  `split` is
+  // the block's own.
   template <class F>
-  static LOTR_DEVICE void each_sum(const Reduction& sum, int group, int splits, int64_t cols, int r, F f) {
+  LOTR_DEVICE void each_sum(const Reduction& sum, int group, int split, int splits, int64_t cols, int r,
+                            F f) {
+    const float* from = sum.partial + int64_t(group) * splits * BLOCK;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    tile::sum_partials<8, BLOCK>(
-        sum.partial + int64_t(group) * splits * BLOCK, splits, total,
-        [&](int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
+    if (splits > FEW_SPLITS) {
+      tile::sum_partials<8, BLOCK>(from, splits, total, [&](int fragment, const float (&v)[4]) {
+        f(v, fragment / ranks * 16, fragment % ranks * 8);
+      });
+      return;
+    }
+#pragma unroll
+    for (int s = 0; s < SUBS; ++s)
+#pragma unroll
+      for (int i = 0; i < MI; ++i) {
+        const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() / 8;
+        if (col >= cols || rank >= ranks) continue;
+        tile::sum_with_own<BLOCK>(d[s][i], from, col / 16 * ranks + rank, ranks - rank, splits, split);
+#pragma unroll
+        for (int j = 0; j < NJ; ++j)
+          if (j0() + 8 * j < r) f(d[s][i][j], col, j0() + 8 * j);
+      }
   }
 };
 

@@ -143,10 +143,21 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
                           v);
     });
     if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.last)) return;
-    const auto done = [&](int fragment, const float (&v)[4]) {
-      put(v, fragment / ranks * 16, fragment % ranks * 8);
-    };
-    tile::sum_partials<8, BLOCK>(partial, p.splits, total, done);
+    if (p.splits > FEW_SPLITS) {
+      tile::sum_partials<8, BLOCK>(partial, p.splits, total, [&](int fragment, const float (&v)[4]) {
+        put(v, fragment / ranks * 16, fragment % ranks * 8);
+      });
+    } else {
+#pragma unroll
+      for (int s = 0; s < SUBS; ++s)
+#pragma unroll
+        for (int mi = 0; mi < MI; ++mi) {
+          const int row = s * ROWS + i0 + mi * ROW_STEP, first = row / 16 * ranks + j0 / 8;
+          if (row < rows && j0 / 8 < ranks)
+            tile::sum_with_own<BLOCK>(d[s][mi], partial, first, ranks - j0 / 8, p.splits, split);
+        }
+      each(put);
+    }
   } else {
     __syncthreads();  // the last stage may still be read: u takes its place
     each(put);

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
                         p.accumulate != 0);
     };
     if (p.m_splits > 1)
-      Q.each_sum(p.sum_Q, n_block, p.m_splits, cols, p.r, store);
+      Q.each_sum(p.sum_Q, n_block, m_block, p.m_splits, cols, p.r, store);
     else
       Q.each(cols, p.r, store);
   }

@@ -86,6 +86,47 @@ LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done don
     sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
 }
 
+// v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.
+template <int SPLITS, int STRIDE, int FRAGMENTS>
+LOTR_DEVICE void add_others(float (&v)[FRAGMENTS][4], const float* from, const int (&at)[FRAGMENTS],
+                            int own) {
+  float4 others[SPLITS - 1][FRAGMENTS];
+#pragma unroll
+  for (int other = 0; other < SPLITS - 1; ++other)
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; ++i)
+      others[other][i] =
+          ptx::load_cg(reinterpret_cast<const float4*>(from + at[i] + (other + (other >= own)) * STRIDE));
+#pragma unroll
+  for (int i = 0; i < FRAGMENTS; ++i) {
+    const float4 mine{v[i][0], v[i][1], v[i][2], v[i][3]};
+    v[i][0] = v[i][1] = v[i][2] = v[i][3] = 0.f;
+#pragma unroll
+    for (int split = 0; split < SPLITS; ++split) {
+      float4 next = split < own ? others[split < SPLITS - 1 ? split : 0][i] : others[split ? split - 1 : 0][i];
+      if (split == own) next = mine;
+      v[i][0] += next.x, v[i][1] += next.y, v[i][2] += next.z, v[i][3] += next.w;
+    }
+  }
+}
+
+// v: the block's sums of the fragments from `first` on, `count` of them at least one; become those of all
+// splits, from two to FEW_SPLITS.
+template <int STRIDE, int FRAGMENTS>
+LOTR_DEVICE void sum_with_own(float (&v)[FRAGMENTS][4], const float* from, int first, int count, int splits,
+                              int own) {
+  int at[FRAGMENTS];
+#pragma unroll
+  for (int i = 0; i < FRAGMENTS; ++i)  // the last fragment again where there are no more
+    at[i] = (first + (i < count ? i : count - 1)) * FRAGMENT + int(threadIdx.x) % 32 * 4;
+  if (splits == 2)
+    add_others<2, STRIDE>(v, from, at, own);
+  else if (splits == 3)
+    add_others<3, STRIDE>(v, from, at, own);
+  else
+    add_others<4, STRIDE>(v, from, at, own);
+}
+
 // Counts this block in; the number of those before it, so count - 1 for the last.  By one thread, after a
 // barrier behind the block's stores; whoever reads the others' partial sums needs a fence after it, and a
 // barrier.

@@ -40,26 +40,30 @@ LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_
 LOTR_DEVICE void store_float(float* to, int64_t row_stride, int64_t col_stride, int64_t i0, int64_t rows,
                              int j0, int cols, const float (&d)[4], float scale, bool accumulate) {
   const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
+  const int64_t i = i0 + lane / 4;
+  float* out = to + i * row_stride + j * col_stride;
   const bool pairs = col_stride == 1 && row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0;
+  if (pairs && j + 1 < cols) {
+    float2 v[2] = {};
+    if (accumulate) {  // both loads before the first addition waits for one
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t i = i0 + lane / 4 + 8 * h;
-    if (i >= rows) continue;
-    float* out = to + i * row_stride + j * col_stride;
-    if (pairs && j + 1 < cols) {
-      float2 v = accumulate ? ptx::load(reinterpret_cast<const float2*>(out)) : float2{0.f, 0.f};
-      v.x += d[2 * h] * scale;
-      v.y += d[2 * h + 1] * scale;
-      ptx::store(reinterpret_cast<float2*>(out), v);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (j + e < cols) {
-          float* o = out + e * col_stride;
-          ptx::store(o, (accumulate ? ptx::load(o) : 0.f) + d[2 * h + e] * scale);
-        }
+      for (int h = 0; h < 2; ++h)
+        if (i + 8 * h < rows) v[h] = ptx::load(reinterpret_cast<const float2*>(out + 8 * h * row_stride));
     }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      v[h].x += d[2 * h] * scale;
+      v[h].y += d[2 * h + 1] * scale;
+      if (i + 8 * h < rows) ptx::store(reinterpret_cast<float2*>(out + 8 * h * row_stride), v[h]);
+    }
+    return;
   }
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (i + e / 2 * 8 < rows && j + e % 2 < cols) {
+      float* o = out + e / 2 * 8 * row_stride + e % 2 * col_stride;
+      ptx::store(o, (accumulate ? ptx::load(o) : 0.f) + d[e] * scale);
+    }
 }
 
 }  // namespace lotr::tile
