@@ -40,8 +40,8 @@ struct Reduction {
 };
 
 // Up to so many splits the last block adds the others' partial sums to its own, which it still has in
-// registers: it reads one less.
-constexpr int FEW_SPLITS = 4;
+// registers: it reads one less.  Not at ranks above 64, where registers are full.
+constexpr int FEW_SPLITS = 4, FEW_SPLITS_MOST_RANK = 64;
 
 // A row of tiles cut into pieces of `whole` tiles, the first `longer` of them one tile longer.
 struct Pieces {

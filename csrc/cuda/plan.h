@@ -91,8 +91,8 @@ struct Plan {
 };
 
 // Of `splits` partial sums, those that the last block reads (tile/reduce.cuh).
-inline double read_at_the_end(int64_t splits) {
-  return double(splits > FEW_SPLITS ? splits : splits - 1);
+inline double read_at_the_end(int64_t splits, int R) {
+  return double(splits > FEW_SPLITS || R > FEW_SPLITS_MOST_RANK ? splits : splits - 1);
 }
 
 inline double unevenness(int64_t tiles, int64_t blocks) {
@@ -144,7 +144,7 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
     each_plan(
         few, R, tiles, steps, subs, 1,
         [&](int64_t blocks, int64_t splits) {
-          const double one = splits > 1 ? 4.0 * double(M) * double(r) : 0.0, read = read_at_the_end(splits);
+          const double one = splits > 1 ? 4.0 * double(M) * double(r) : 0.0, read = read_at_the_end(splits, R);
           return Cost{double(M) * double(K) * element,
                       double(blocks) * double(K) * double(r) * element + one * (double(splits) + read), 0.15,
                       one * read / double(blocks),
@@ -187,7 +187,7 @@ inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Mach
         machine.with(kernels::blocks_of_one_product(R)), R, k_tiles, m_tiles,
         kernels::factor_grad_subs(R, cols), 1,
         [&](int64_t n, int64_t m) {
-          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, read = read_at_the_end(m);
+          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, read = read_at_the_end(m, R);
           return Cost{double(M) * double(K) * element,
                       double(element) * double(r) * double(n) * double(M) + one * (double(m) + read), 0.15,
                       one * read / double(n), alone(R, 40e3, cols == 128 ? 20e3 : 17e3)};
@@ -210,7 +210,7 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, const Mach
       kernels::shrink_grad_subs(size_t(element), R), ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
       [&](int64_t n, int64_t m) {
         const double k = 8.0 * double(r) * double(n) * double(M),
-                     one = m > 1 ? 4.0 * double(r) * double(N) : 0.0, read = read_at_the_end(m);
+                     one = m > 1 ? 4.0 * double(r) * double(N) : 0.0, read = read_at_the_end(m, R);
         // of k, the row tiles that a block is the last to reach
         return Cost{double(M) * double(N) * element,
                     double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k +

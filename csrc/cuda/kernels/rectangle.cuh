@@ -93,23 +93,21 @@ struct ColumnSums {
                             F f) {
     const float* from = sum.partial + int64_t(group) * splits * BLOCK;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    if (splits > FEW_SPLITS) {
+    if (R > FEW_SPLITS_MOST_RANK || splits > FEW_SPLITS) {
       tile::sum_partials<8, BLOCK>(from, splits, total, [&](int fragment, const float (&v)[4]) {
         f(v, fragment / ranks * 16, fragment % ranks * 8);
       });
-      return;
+    } else if constexpr (R <= FEW_SPLITS_MOST_RANK) {
+#pragma unroll
+      for (int s = 0; s < SUBS; ++s)
+#pragma unroll
+        for (int i = 0; i < MI; ++i) {
+          const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() / 8;
+          if (col >= cols || rank >= ranks) continue;
+          tile::sum_with_own<BLOCK>(d[s][i], from, col / 16 * ranks + rank, ranks - rank, splits, split);
+        }
+      each(cols, r, f);
     }
-#pragma unroll
-    for (int s = 0; s < SUBS; ++s)
-#pragma unroll
-      for (int i = 0; i < MI; ++i) {
-        const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() / 8;
-        if (col >= cols || rank >= ranks) continue;
-        tile::sum_with_own<BLOCK>(d[s][i], from, col / 16 * ranks + rank, ranks - rank, splits, split);
-#pragma unroll
-        for (int j = 0; j < NJ; ++j)
-          if (j0() + 8 * j < r) f(d[s][i][j], col, j0() + 8 * j);
-      }
   }
 };
 

@@ -143,11 +143,11 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
                           v);
     });
     if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.last)) return;
-    if (p.splits > FEW_SPLITS) {
+    if (Traits::R > FEW_SPLITS_MOST_RANK || p.splits > FEW_SPLITS) {
       tile::sum_partials<8, BLOCK>(partial, p.splits, total, [&](int fragment, const float (&v)[4]) {
         put(v, fragment / ranks * 16, fragment % ranks * 8);
       });
-    } else {
+    } else if constexpr (Traits::R <= FEW_SPLITS_MOST_RANK) {
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)
 #pragma unroll

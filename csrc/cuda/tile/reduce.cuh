@@ -86,26 +86,34 @@ LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done don
     sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
 }
 
-// v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.
+// v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.  Two fragments
+// at a time: the registers are full of sums.
 template <int SPLITS, int STRIDE, int FRAGMENTS>
 LOTR_DEVICE void add_others(float (&v)[FRAGMENTS][4], const float* from, const int (&at)[FRAGMENTS],
                             int own) {
-  float4 others[SPLITS - 1][FRAGMENTS];
+  constexpr int TOGETHER = FRAGMENTS < 2 ? 1 : 2;
+  static_assert(FRAGMENTS % TOGETHER == 0);
 #pragma unroll
-  for (int other = 0; other < SPLITS - 1; ++other)
+  for (int first = 0; first < FRAGMENTS; first += TOGETHER) {
+    float4 others[SPLITS - 1][TOGETHER];
 #pragma unroll
-    for (int i = 0; i < FRAGMENTS; ++i)
-      others[other][i] =
-          ptx::load_cg(reinterpret_cast<const float4*>(from + at[i] + (other + (other >= own)) * STRIDE));
+    for (int other = 0; other < SPLITS - 1; ++other)
 #pragma unroll
-  for (int i = 0; i < FRAGMENTS; ++i) {
-    const float4 mine{v[i][0], v[i][1], v[i][2], v[i][3]};
-    v[i][0] = v[i][1] = v[i][2] = v[i][3] = 0.f;
+      for (int i = 0; i < TOGETHER; ++i)
+        others[other][i] = ptx::load_cg(
+            reinterpret_cast<const float4*>(from + at[first + i] + (other + (other >= own)) * STRIDE));
 #pragma unroll
-    for (int split = 0; split < SPLITS; ++split) {
-      float4 next = split < own ? others[split < SPLITS - 1 ? split : 0][i] : others[split ? split - 1 : 0][i];
-      if (split == own) next = mine;
-      v[i][0] += next.x, v[i][1] += next.y, v[i][2] += next.z, v[i][3] += next.w;
+    for (int i = 0; i < TOGETHER; ++i) {
+      float(&sum)[4] = v[first + i];
+      const float4 mine{sum[0], sum[1], sum[2], sum[3]};
+      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+#pragma unroll
+      for (int split = 0; split < SPLITS; ++split) {
+        float4 next =
+            split < own ? others[split < SPLITS - 1 ? split : 0][i] : others[split ? split - 1 : 0][i];
+        if (split == own) next = mine;
+        sum[0] += next.x, sum[1] += next.y, sum[2] += next.z, sum[3] += next.w;
+      }
     }
   }
 }
