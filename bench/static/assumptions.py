@@ -13,6 +13,7 @@ BEGIN = 1.0e-6  # seconds from a kernel's start to its blocks' first copies
 SHARPNESS = 8  # of `together`
 REGISTERS, REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 65536, 256, 128, 1024  # of a multiprocessor, a warp, a block, a block
 L2_ONE = 64.0  # bytes a cycle that one multiprocessor gets from L2
+CLUSTER_ONE = 13.0  # bytes a cycle that each multiprocessor gets from shared memory of its cluster
 
 
 def together(seconds: list[float]) -> float:
@@ -103,6 +104,12 @@ SOURCES = [
     (
         f"L2 gives {L2_ONE:.0f} bytes a cycle to one multiprocessor, 27 to each when all read",
         "assumed, from A100's 5120 a cycle for all",
+    ),
+    (
+        f"shared memory of a cluster gives {CLUSTER_ONE:.0f} bytes a cycle to each multiprocessor; its latency and a cluster's "
+        "barrier are an L2 latency each; blocks of clusters begin like others, as many on each multiprocessor",
+        "bandwidth: 2.65e12 bytes a second in clusters of 4 on an H100 PCIe (arXiv 2402.13499), which reports a latency of 180 "
+        "cycles; the rest assumed",
     ),
     (f"a kernel begins {BEGIN * 1e6:.0f} us after its start; {LAUNCH * 1e6:.0f} us between kernels of a stream", "assumed"),
     (

@@ -7,7 +7,8 @@ issue     the hot loop's instructions on one multiprocessor (issue.py), with as 
 memory    bytes from DRAM at the bandwidth that is reached, or less where too few bytes are in flight: copies committed and
           not yet waited for (the operand of the loop's wait), against bandwidth x latency; all bytes from L2 at its own
 after     the last block's sum over the splits: rounds of as many loads as its code keeps in flight, each an L2 latency, or the
-          bytes at what one multiprocessor gets from L2; the arrival itself, and the store
+          bytes at what one multiprocessor gets from L2; the arrival itself, and the store. Of splits that are a cluster: its
+          barrier, the bytes that each block reads of the others, and the store
 """
 
 from __future__ import annotations
@@ -188,14 +189,23 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         for name, value in limits.items():
             bound[name] += value
         hot_seconds += assumptions.together(list(limits.values()))
-    rounds, after = 0, 0.0
+    rounds, summing = 0, 0.0
     if m["late_loads"]:
         late = late_sums(kernel.code, warps, card)
         whole, left = divmod(m["late_loads"], late.loads)
         rounds, summing = whole + (left > 0), whole * late.cycles
         if left:  # fewer bytes, but no less than a load's time
             summing += max(card.l2_latency, late.cycles * left / late.loads)
-        after = ((3 + (m["cluster"] > 1)) * card.l2_latency + summing) / clock  # store, arrive, a cluster's barrier, store
+    if m["cluster_loads"]:  # a round of them is a fragment's, from all blocks
+        one = math.ceil(m["cluster_loads"] / m["grid"][1])
+        rounds += one
+        summing += card.l2_latency + max(one * card.l2_latency, m["cluster_bytes"] / assumptions.CLUSTER_ONE)
+    if m["atomics"]:
+        cluster = m["cluster"] > 1 and not m["cluster_loads"]  # one that waits for its barrier
+        summing += (3 + cluster) * card.l2_latency  # store, arrive, store
+    elif rounds:
+        summing += card.l2_latency  # store
+    after = summing / clock
     begin = assumptions.BEGIN + card.memory_latency
     parts = {"begin": begin, "waves": hot_seconds, "after": after}
     seconds = sum(parts.values())

@@ -37,6 +37,7 @@ LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g
 ELEMENT = 2  # bfloat16
 HOPPER = 132  # multiprocessors of the known GPUs of compute capability 9.0, which have wgmma, and of no others
 NOT_COUNTED = ("gemm_lotr",)  # in the names of files
+NOT_EARLY = (108, 128)  # multiprocessors of the cards without early launches and clusters: A100, RTX 4090
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
 
@@ -178,7 +179,8 @@ def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, mult
         return {}
     plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)  # as set_device says
     most = constant("python_tests/simt/executor/api.h", "MOST_RESIDENT")  # that the executor can run at the same time
-    return {"order": "in_turn", "resident": min(plan["n_blocks"], most)}
+    cluster = plan["m_blocks"] if plan["cluster"] else 1
+    return {"order": "in_turn", "resident": min(plan["n_blocks"], most // cluster)}
 
 
 def count(
@@ -197,7 +199,8 @@ def count(
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     call, large = _call(lib, kernel, m, n, r, dtype)
     wgmma = multiprocessors == HOPPER if wgmma is None else wgmma
-    lib.set_device(multiprocessors=multiprocessors, float32="tf32" if dtype == "tf32" else "exact", wgmma=wgmma)
+    float32 = "tf32" if dtype == "tf32" else "exact"
+    lib.set_device(multiprocessors=multiprocessors, float32=float32, wgmma=wgmma, early=multiprocessors not in NOT_EARLY)
     lib.set_options(count_memory=True, **_pace(lib, kernel, m, n, r, dtype, multiprocessors))
     lib.reset_counters()
     call()
@@ -230,7 +233,8 @@ def count(
 
 def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
     """What ran, for a model of the machine code: the last launch's instance, grid, threads and shared bytes; warp instructions
-    of the whole kernel; what the last block to arrive still reads; accesses that were not by 16-byte copies or stores."""
+    of the whole kernel; what the last block to arrive still reads, and what any reads from its cluster; accesses that were not
+    by 16-byte copies or stores."""
     launch = counters["launches"][-1]
     arrays = counters["arrays"].values()
     return {
@@ -248,6 +252,9 @@ def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
         "cluster": launch["cluster"][0] * launch["cluster"][1] * launch["cluster"][2],
         "late_loads": counters["late_loads"],  # of 16 bytes, a thread
         "late_bytes": counters["late_bytes"],
+        "atomics": counters["atomics"],
+        "cluster_loads": counters["cluster_loads"],
+        "cluster_bytes": counters["cluster_bytes"],
         "read": sum(a["read_bytes"] for a in arrays),
         "written": sum(a["written_bytes"] for a in arrays),
     }

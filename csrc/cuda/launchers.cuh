@@ -18,14 +18,19 @@ inline dim3 grid_of(int64_t x, int64_t y) {
   return dim3(unsigned(x), unsigned(y));
 }
 
+inline dim3 cluster_of(const plan::Plan& plan) {
+  return plan.cluster ? dim3(1, unsigned(plan.m_blocks), 1) : dim3(1, 1, 1);
+}
+
 inline plan::Machine machine_of(const Call& call) {
-  return plan::Machine::of(call.multiprocessors, call.shared);
+  return plan::Machine::of(call.multiprocessors, call.shared, call.early);
 }
 
 template <class Traits, class Params>
-void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, const char* name) {
+void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, const char* name,
+            dim3 cluster = dim3(1, 1, 1)) {
   ptx::launch({grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem),
-               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), name, call.early},
+               static_cast<ptx::stream_t>(call.stream), cluster, name, call.early},
               kernel, p);
 }
 
@@ -83,14 +88,16 @@ void Launchers<P>::factor_grad(const Call& call, FactorGradParams p, void* works
       p.m_pieces = plan.m_pieces();
       p.k_pieces = plan.n_pieces();
       p.splits = int(plan.m_blocks);
-      if (p.splits > 1) p.sum = Workspace(call, workspace, plan.n_blocks).take(plan.n_blocks, 0);
-      const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks);
+      p.cluster = plan.cluster;
+      if (p.splits > 1 && !p.cluster)
+        p.sum = Workspace(call, workspace, plan.n_blocks).take(plan.n_blocks, 0);
+      const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks), cluster = cluster_of(plan);
       using Wide = kernels::FactorGradTraits<P, R, kernels::factor_grad_wide(R), DROPOUT>;
       using Narrow = kernels::FactorGradTraits<P, R, kernels::factor_grad_narrow(R), DROPOUT>;
       if (plan.cols == Wide::COLS)
-        launch<Wide>(call, kernels::factor_grad<Wide>, grid, p, "factor_grad");
+        launch<Wide>(call, kernels::factor_grad<Wide>, grid, p, "factor_grad", cluster);
       else
-        launch<Narrow>(call, kernels::factor_grad<Narrow>, grid, p, "factor_grad");
+        launch<Narrow>(call, kernels::factor_grad<Narrow>, grid, p, "factor_grad", cluster);
     });
   });
 }
@@ -104,11 +111,12 @@ void Launchers<P>::shrink_grad(const Call& call, ShrinkGradParams p, void* works
     p.n_pieces = plan.n_pieces();
     p.m_splits = int(plan.m_blocks);
     p.n_splits = int(plan.n_blocks);
+    p.cluster = plan.cluster;
     Workspace memory(call, workspace, plan.m_tiles + plan.n_blocks);
     p.sum_k = memory.take(plan.m_tiles, plan.m_tiles * plan.n_blocks * plan.rows * Traits::R);
     p.sum_Q = memory.take(plan.n_blocks, 0);
     launch<Traits>(call, kernels::shrink_grad<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
-                   "shrink_grad");
+                   "shrink_grad", cluster_of(plan));
   });
 }
 

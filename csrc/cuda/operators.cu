@@ -61,7 +61,7 @@ void rank_pieces(int64_t r, int64_t most, F f) {
 }
 
 plan::Machine machine_of(const Call& call) {
-  return plan::Machine::of(call.multiprocessors, call.shared);
+  return plan::Machine::of(call.multiprocessors, call.shared, call.early);
 }
 
 // Takes packed copies of inputs off the front of the workspace, where they are needed.  Without one (null) it
@@ -210,7 +210,7 @@ size_t factor_grad_workspace(const Call& call, const FactorGradParams& problem) 
     const auto plan = plan::factor_grad(p.M, p.K, ranks, element_size(call.type), machine_of(call));
     const int R = plan::padded_rank(ranks);
     const int64_t floats = int64_t(kernels::factor_grad_subs(R, plan.cols)) * plan.cols * R;
-    bytes = std::max(bytes, reduction_bytes(plan.n_blocks, plan.m_blocks, floats));
+    bytes = std::max(bytes, reduction_bytes(plan.n_blocks, plan.cluster ? 1 : plan.m_blocks, floats));
   });
   return pack.bytes() + bytes;
 }

@@ -43,6 +43,10 @@ struct Reduction {
 // registers: it reads one less.  Not at ranks above 64, where registers are full.
 constexpr int FEW_SPLITS = 4, FEW_SPLITS_MOST_RANK = 64;
 
+// Or they are one cluster, where the GPU has such, and sum through each other's shared memory; of 2, 4 or 8
+// blocks, which find a place on any card.
+constexpr int MOST_OF_CLUSTER = 8;
+
 // A row of tiles cut into pieces of `whole` tiles, the first `longer` of them one tile longer.
 struct Pieces {
   int32_t whole, longer;
@@ -86,6 +90,7 @@ struct FactorGradParams {
   int64_t M, K;
   Pieces m_pieces, k_pieces;  // of the row and column tiles
   int32_t splits;             // blocks along M that share a tile of D
+  int32_t cluster;            // 1: they are one cluster
   int32_t r;
   int32_t accumulate;  // 0: D = instead of D +=
   Dropout dropout;
@@ -103,6 +108,7 @@ struct ShrinkGradParams {
   int64_t M, N;
   Pieces m_pieces, n_pieces;  // of the row and column tiles
   int32_t m_splits, n_splits;
+  int32_t cluster;  // 1: the m_splits blocks of a column are one cluster
   int32_t r;
   int32_t accumulate;  // 0: Q = instead of Q +=
   Reduction sum_k;     // partial [row tiles, n_splits, ROWS, R]

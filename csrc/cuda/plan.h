@@ -36,11 +36,17 @@ inline Pieces pieces(int64_t tiles, int64_t count) {
 // What a plan is made for.
 struct Machine {
   int multiprocessors, blocks;  // and how many blocks one of them holds, of a kernel made for two
+  bool clusters;                // whether it has such
   // shared: bytes of shared memory of a multiprocessor
-  static Machine of(int multiprocessors, int shared) {
-    return {multiprocessors, size_t(shared) >= 2 * (kernels::SHARED_BYTES_OF_TWO + 1024) ? 2 : 1};
+  static Machine of(int multiprocessors, int shared, bool clusters) {
+    return {multiprocessors, size_t(shared) >= 2 * (kernels::SHARED_BYTES_OF_TWO + 1024) ? 2 : 1, clusters};
   }
-  Machine with(int at_most) const { return {multiprocessors, std::min(blocks, at_most)}; }
+  Machine with(int at_most) const { return {multiprocessors, std::min(blocks, at_most), clusters}; }
+  // whether so many splits are to be one cluster
+  bool cluster(int64_t splits) const {
+    return clusters && splits > 1 && splits <= std::min(MOST_OF_CLUSTER, multiprocessors) &&
+           (splits & (splits - 1)) == 0;
+  }
   int64_t wanted() const { return ceil_div(int64_t(multiprocessors) * 9, 10); }
   int64_t slots() const { return int64_t(multiprocessors) * blocks; }
 };
@@ -50,6 +56,7 @@ constexpr double MEMORY = 25e3;    // bytes that a multiprocessor's share of the
 constexpr double SUMMING = 110e3;  // bytes of partial sums that one block reads from L2
 constexpr double EXTRA = 0.5;      // what a byte of a factor or of a partial sum costs, which L2 keeps
 constexpr double ARRIVING = 0.5;   // from the last store of a partial sum to the first load of it
+constexpr double PASSING = 25e3;   // bytes of partial sums that one block reads from other shared memory
 // Bytes of the large matrix that one block gets through in one, alone on its multiprocessor: what it computes
 // it has to wait for.
 constexpr double alone(int R, double least_rank, double rank_64) {
@@ -58,10 +65,11 @@ constexpr double alone(int R, double least_rank, double rank_64) {
 
 struct Cost {
   double large,
-      extra;      // bytes: of the large matrix; of factors, and of partial sums written and read
-  double most;    // of extra over large, at rank 16
-  double summed;  // bytes that the last block adds, 0: there is no sum
-  double alone;   // see above
+      extra;          // bytes: of the large matrix; of factors, and of partial sums written and read
+  double most;        // of extra over large, at rank 16
+  double summed;      // bytes that the last block adds, 0: there is no sum
+  double alone;       // see above
+  double passed = 0;  // bytes that each block adds from its cluster
   int64_t blocks = 0;
   double uneven = 1;  // the largest block over the mean one
 };
@@ -74,7 +82,8 @@ inline double microseconds(const Machine& machine, const Cost& c) {
   const double own = c.large * c.uneven / blocks / c.alone;
   // They overlap, but not quite where they are equal.
   const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8), 1 / 8.);
-  return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0);
+  return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0) +
+         (c.passed > 0 ? ARRIVING / 2 + c.passed / PASSING : 0.0);
 }
 
 // m_blocks x n_blocks blocks of the large matrix, and the pieces of its tiles that they own.
@@ -82,7 +91,8 @@ struct Plan {
   int rows = 0, cols = 0;  // of a tile
   int64_t m_tiles = 0, n_tiles = 0, m_blocks = 0, n_blocks = 0;
   double extra_bytes = 0, cost = 0;
-  bool last = false;  // a last resort: it moves too much besides the matrix, or does not fill the GPU
+  bool cluster = false;  // the blocks along M are one
+  bool last = false;     // a last resort: it moves too much besides the matrix, or does not fill the GPU
   void better_of(const Plan& other) {
     if (rows == 0 || std::pair(other.last, other.cost) < std::pair(last, cost)) *this = other;
   }
@@ -127,6 +137,8 @@ void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int 
     attempt(fewest);
     for (const int64_t full : {int64_t(machine.multiprocessors) / owners, machine.slots() / owners})
       if (full > fewest) attempt(full);
+    for (int64_t splits = 2; splits <= MOST_OF_CLUSTER; splits *= 2)
+      if (machine.cluster(splits) && splits > fewest && owners * splits <= machine.slots()) attempt(splits);
   }
 }
 
@@ -144,14 +156,15 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
     each_plan(
         few, R, tiles, steps, subs, 1,
         [&](int64_t blocks, int64_t splits) {
-          const double one = splits > 1 ? 4.0 * double(M) * double(r) : 0.0, read = read_at_the_end(splits, R);
+          const double one = splits > 1 ? 4.0 * double(M) * double(r) : 0.0,
+                       read = read_at_the_end(splits, R);
           return Cost{double(M) * double(K) * element,
                       double(blocks) * double(K) * double(r) * element + one * (double(splits) + read), 0.15,
                       one * read / double(blocks),
                       (rows == kernels::SHRINK_LOW ? alone(R, 24e3, 20e3) : alone(R, 33e3, 22e3)) * filled};
         },
         [&](int64_t blocks, int64_t splits, double cost, double extra, bool last) {
-          best.better_of({rows, cols, tiles, steps, blocks, splits, extra, cost, last});
+          best.better_of({rows, cols, tiles, steps, blocks, splits, extra, cost, false, last});
         });
     if (rows == kernels::shrink_tall(R)) break;  // the two may be one
   }
@@ -172,7 +185,7 @@ inline Plan expand_add(int64_t M, int64_t N, int64_t r, int element, const Machi
                     alone(R, 71e3, 50e3)};
       },
       [&](int64_t n, int64_t m, double cost, double extra, bool last) {
-        best.better_of({16 * warps, cols, strips, n_tiles, m, n, extra, cost, last});
+        best.better_of({16 * warps, cols, strips, n_tiles, m, n, extra, cost, false, last});
       });
   return best;
 }
@@ -180,20 +193,26 @@ inline Plan expand_add(int64_t M, int64_t N, int64_t r, int element, const Machi
 inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Machine& machine) {
   const int R = padded_rank(r);
   Plan best;
+  Machine clusters = machine.with(kernels::blocks_of_one_product(R));
+  clusters.clusters &= kernels::factor_grad_in_cluster(R);
   for (const int cols : {kernels::factor_grad_wide(R), kernels::factor_grad_narrow(R)}) {
     const int rows = kernels::factor_grad_rows(size_t(element), R, cols);
     const int64_t k_tiles = ceil_div(K, cols), m_tiles = ceil_div(M, rows);
     each_plan(
-        machine.with(kernels::blocks_of_one_product(R)), R, k_tiles, m_tiles,
-        kernels::factor_grad_subs(R, cols), 1,
+        clusters, R, k_tiles, m_tiles, kernels::factor_grad_subs(R, cols), 1,
         [&](int64_t n, int64_t m) {
-          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, read = read_at_the_end(m, R);
+          const bool cluster = clusters.cluster(m);
+          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0,
+                       read = cluster ? 0.0 : read_at_the_end(m, R), written = cluster ? 0.0 : double(m);
           return Cost{double(M) * double(K) * element,
-                      double(element) * double(r) * double(n) * double(M) + one * (double(m) + read), 0.15,
-                      one * read / double(n), alone(R, 40e3, cols == 128 ? 20e3 : 17e3)};
+                      double(element) * double(r) * double(n) * double(M) + one * (written + read),
+                      0.15,
+                      one * read / double(n),
+                      alone(R, 40e3, cols == 128 ? 20e3 : 17e3),
+                      cluster ? one / double(n) : 0.0};
         },
         [&](int64_t n, int64_t m, double cost, double extra, bool last) {
-          best.better_of({rows, cols, m_tiles, k_tiles, m, n, extra, cost, last});
+          best.better_of({rows, cols, m_tiles, k_tiles, m, n, extra, cost, clusters.cluster(m), last});
         });
     if (cols == kernels::factor_grad_narrow(R)) break;  // the two may be one
   }
@@ -205,23 +224,28 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, const Mach
             cols = kernels::shrink_grad_cols(size_t(element));
   const int64_t n_tiles = ceil_div(N, cols), m_tiles = ceil_div(M, rows);
   Plan best;
+  Machine clusters = machine.with(kernels::blocks_together(R));
+  clusters.clusters &= kernels::shrink_grad_in_cluster(R);
   each_plan(
-      machine.with(kernels::blocks_together(R)), R, n_tiles, m_tiles,
-      kernels::shrink_grad_subs(size_t(element), R), ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
+      clusters, R, n_tiles, m_tiles, kernels::shrink_grad_subs(size_t(element), R),
+      ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
       [&](int64_t n, int64_t m) {
+        const bool cluster = clusters.cluster(m);
         const double k = 8.0 * double(r) * double(n) * double(M),
-                     one = m > 1 ? 4.0 * double(r) * double(N) : 0.0, read = read_at_the_end(m, R);
+                     one = m > 1 ? 4.0 * double(r) * double(N) : 0.0,
+                     read = cluster ? 0.0 : read_at_the_end(m, R), written = cluster ? 0.0 : double(m);
         // of k, the row tiles that a block is the last to reach
         return Cost{double(M) * double(N) * element,
                     double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k +
-                        one * (double(m) + read),
+                        one * (written + read),
                     0.35,
                     one * read / double(n) + double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
-                                            double(std::min<int64_t>(rows, M)) * double(n),
-                    alone(R, 20e3, 15e3)};
+                                                 double(std::min<int64_t>(rows, M)) * double(n),
+                    alone(R, 20e3, 15e3),
+                    cluster ? one / double(n) : 0.0};
       },
       [&](int64_t n, int64_t m, double cost, double extra, bool last) {
-        best.better_of({rows, cols, m_tiles, n_tiles, m, n, extra, cost, last});
+        best.better_of({rows, cols, m_tiles, n_tiles, m, n, extra, cost, clusters.cluster(m), last});
       });
   return best;
 }
@@ -239,7 +263,7 @@ inline FoldGrad fold_grad(int64_t N, int64_t L, int64_t r_in, int64_t r_out, boo
   plan.dB_blocks = dB ? ceil_div(N, kernels::FOLD_ROWS) * out : 0;
   plan.core_tiles = L * ceil_div(r_in, kernels::FOLD_ROWS) * out;
   const int64_t steps = ceil_div(N, 32),
-                wanted = ceil_div(Machine{multiprocessors, 1}.wanted(), plan.core_tiles);
+                wanted = ceil_div(Machine{multiprocessors, 1, false}.wanted(), plan.core_tiles);
   plan.n_per_split = std::max<int64_t>(8, std::max<int64_t>(1, steps / wanted)) * 32;
   plan.splits = int(ceil_div(N, plan.n_per_split));
   return plan;

@@ -34,7 +34,7 @@ inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocesso
       const double summed =
           4 * rank * (double(ceil_div(longest, n) * std::min<int64_t>(ROWS, M) * n) + double(N) / double(n));
       best.better_of(
-          {ROWS, COLS, m_tiles, n_tiles, m, n, extra, stream + ARRIVING + summed / SUMMING, false});
+          {ROWS, COLS, m_tiles, n_tiles, m, n, extra, stream + ARRIVING + summed / SUMMING, false, false});
     }
   return best;
 }
@@ -54,7 +54,7 @@ inline plan::Plan shrink_grad_wgmma_plan(const Call& call, const ShrinkGradParam
       p.r > kernels::SHRINK_GRAD_WGMMA_RANK || !fits)
     return {};
   const plan::Plan wgmma = plan::shrink_grad_wgmma(p.M, p.N, p.r, call.multiprocessors);
-  const auto machine = plan::Machine::of(call.multiprocessors, call.shared);
+  const auto machine = plan::Machine::of(call.multiprocessors, call.shared, call.early);
   return wgmma.rows && wgmma.cost < plan::shrink_grad(p.M, p.N, p.r, 2, machine).cost ? wgmma : plan::Plan{};
 }
 

@@ -27,6 +27,7 @@ class Shape:
     layers: int = 1
     float_factors: bool = False
     wgmma: bool = False
+    early: bool = True  # a GPU with early launches and clusters
 
     @property
     def other(self) -> int:
@@ -34,7 +35,7 @@ class Shape:
 
     def __str__(self) -> str:
         place = {PACKED: "packed", ALIGNED: "aligned", ODD: "odd", COLUMNS: "columns"}[self.layout]
-        extra = f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors
+        extra = f"-p{self.p}" * bool(self.p) + "-float" * self.float_factors + "-no-clusters" * (not self.early)
         return f"{self.m}x{self.k}-r{self.r}-{place}-sm{self.sms}{extra}"
 
 
@@ -84,6 +85,11 @@ SHAPES = [
     Shape(600, 90, 36, sms=2, r2=50, layers=5),
     Shape(777, 33, 7, ODD, sms=132),
     Shape(1030, 8, 16, PACKED, sms=40),
+    Shape(300, 560, 24, sms=10),
+    Shape(300, 560, 24, sms=10, early=False),
+    Shape(520, 264, 60, ODD, sms=12),
+    Shape(700, 512, 13, ODD, sms=16),
+    Shape(1010, 256, 16, PACKED, sms=16),
 ]
 
 
@@ -119,7 +125,7 @@ class _Maker:
 
     def prepare(self, lib: ModuleType) -> dict:
         float32 = "tf32" if self.kind == "tf32" else "exact"
-        lib.set_device(multiprocessors=self.shape.sms, float32=float32, wgmma=self.shape.wgmma)
+        lib.set_device(multiprocessors=self.shape.sms, float32=float32, wgmma=self.shape.wgmma, early=self.shape.early)
         return {"p": self.shape.p, "seed": self.seed}
 
     def close(self, got, left, right, what, add=0.0, mask=1.0, kind=None, scale=1.0) -> None:

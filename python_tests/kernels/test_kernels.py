@@ -77,6 +77,19 @@ def test_kernel_any_shape(lib, kernel: str, kind: str) -> None:
     check()
 
 
+def test_the_shapes_have_splits_of_every_kind(lib) -> None:
+    """Clusters of each size, and sums through memory of few splits and of many, with clusters and without."""
+    for kernel in ("factor_grad", "shrink_grad"):
+        seen = set()
+        for shape in (s for s in SHAPES if s.m and s.r <= 64):
+            lib.set_device(multiprocessors=shape.sms, early=shape.early)
+            plan = lib.plan(kernel, shape.m, shape.k, shape.r, 2, shape.sms)
+            splits = plan["m_blocks"]
+            assert not plan["cluster"] or shape.early
+            seen.add(("cluster" if plan["cluster"] else "memory", splits if plan["cluster"] else min(splits, 5)))
+        assert {("cluster", 2), ("cluster", 4), ("cluster", 8), ("memory", 2), ("memory", 5)} <= seen, (kernel, seen)
+
+
 def test_a_scaling_comes_last_in_float16(lib) -> None:
     """s u G and s g B leave the range, y and the gradients do not."""
     generator, half, s = np.random.default_rng(0), np.float16, 4000.0

@@ -68,11 +68,12 @@ SM90 = EARLY | {
     "wgmma.wait_group.sync.aligned 1": 10,
     "mapa.u64": 1,
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster": 1,
-    "mapa.shared::cluster.u32": 3,
+    "mapa.shared::cluster.u32": 4,
     "mbarrier.arrive.shared::cluster.b64": 1,
     "mbarrier.arrive.release.cluster.shared::cluster.b64": 1,
     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64": 1,
     "st.shared::cluster.u32": 1,
+    "ld.shared::cluster.v4.f32": 1,
     "setmaxnreg.dec.sync.aligned.u32 40": 1,
     "setmaxnreg.inc.sync.aligned.u32 232": 1,
 }

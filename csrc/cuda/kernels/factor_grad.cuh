@@ -2,9 +2,11 @@
 //
 // Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M.
 //          A block walks its rectangle of x row tile by row tile, its sums stay in registers.
-// Bytes    x once; v once for each piece of K; D in and out; with s pieces of M, 4 K R written and read
-//          s times.  plan.h balances the number of pieces of K against s.
-// Sums     float32; over m in the block's order, then over the pieces of M in order (tile/reduce.cuh).
+// Bytes    x once; v once for each piece of K; D in and out; with s pieces of M that are no cluster, 4 K R
+//          written s times and read s - 1 times (s times beyond FEW_SPLITS).  plan.h balances the number of
+//          pieces of K against s.
+// Sums     float32; over m in the block's order, then over the pieces of M in order (tile/reduce.cuh), where
+//          they are a cluster by all its blocks, each a share of the tile, from shared memory.
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P product; a barrier at |):
 //   x  stage t % STAGES   L L L P |
@@ -31,8 +33,12 @@ struct FactorGradTraits {
     tile::Shared<T, ROWS, R> v;
   };
   static constexpr int STAGES = stages_that_fit(sizeof(Stage), 0, 5, shared_budget(BLOCKS));
+  static constexpr bool CLUSTERS = ptx::CLUSTERS && factor_grad_in_cluster(R);
   struct Smem {
-    Stage stage[STAGES];
+    union {
+      Stage stage[STAGES];
+      float partial[factor_grad_in_cluster(R) ? SUBS * COLS * R : 4];  // after the last product
+    };
     int last;
   };
   static_assert(STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
@@ -82,7 +88,13 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
     tile::store_float(p.D + first * p.D_row, p.D_row, p.D_col, col, cols, rank, p.r, v, p.dropout.scale,
                       p.accumulate != 0);
   };
-  if (p.splits > 1) {
+  if (Traits::CLUSTERS && p.cluster) {
+    __syncthreads();  // the last stage may still be read: the sums take its place
+    sums.put_partials(sm.partial, cols, p.r);
+    ptx::cluster_sync();
+    sums.each_sum_of_cluster(sm.partial, m_block, p.splits, cols, p.r, store);
+    ptx::cluster_sync();  // nobody leaves while others read its sums
+  } else if (p.splits > 1) {
     sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r);
     if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last)) return;
     sums.each_sum(p.sum, k_block, m_block, p.splits, cols, p.r, store);

@@ -86,6 +86,23 @@ struct ColumnSums {
       tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
   }
+  // To shared memory, for sum_of_cluster.
+  LOTR_DEVICE void put_partials(float* mine, int64_t cols, int r) {
+    const int ranks = (r + 7) / 8;
+    each(cols, r, [&](float (&v)[4], int col, int rank) {
+      float* to = mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT;
+      ptx::store_shared(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{v[0], v[1], v[2], v[3]});
+    });
+  }
+  // As each_sum, for this block's share of the tiles of its cluster
+  template <class F>
+  static LOTR_DEVICE void each_sum_of_cluster(const float* partial, int rank, int blocks, int64_t cols, int r,
+                                              F f) {
+    const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
+    tile::sum_of_cluster<8>(partial, rank, blocks, total, [&](int fragment, const float (&v)[4]) {
+      f(v, fragment / ranks * 16, fragment % ranks * 8);
+    });
+  }
   // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp.  `split` is
   // the block's own.
   template <class F>

@@ -4,8 +4,8 @@
 // Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K.  A block walks its rectangle of
 // x by
 //          steps of COLS columns, in each of them row tile by row tile; its sums stay in registers.
-// Bytes    x once; A once for each piece of M; with s pieces of K, 4 M R written and read s times as partial
-//          sums.  plan.h chooses the pieces.
+// Bytes    x once; A once for each piece of M; with s pieces of K, 4 M R written s times as partial sums and
+//          read s - 1 times (s times beyond FEW_SPLITS).  plan.h chooses the pieces.
 // Sums     float32; over k in the block's order, then over the pieces of K in order (tile/reduce.cuh).
 //
 // Timeline (tile t = step k, row tile m; L copies in flight, P product; a barrier at |):

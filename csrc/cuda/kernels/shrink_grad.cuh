@@ -5,8 +5,11 @@
 //          for k, its columns for Q.  F's rows stay in shared memory, Q's sums in registers; k's are written
 //          after each row tile.
 // Bytes    g once; with s_M x s_N blocks, F s_M times, u s_N times, and as partial sums, written and read,
-//          8 R (s_N M + s_M N).  plan.h balances s_M N = s_N M.
-// Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh).
+//          8 R (s_N M + s_M N); without those of Q where the s_M blocks of a column are a cluster.  plan.h
+//          balances s_M N against s_N M.
+// Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh), Q's in a cluster
+// by
+//          all its blocks, each a share of the tile, from shared memory.
 //
 // Each row tile of k has its own counter, and the s_N blocks that share the rows start at different row
 // tiles, so that each of them is the last to reach some: the sums of k are spread over the blocks.  Which row
@@ -37,13 +40,17 @@ struct ShrinkGradTraits {
   };
   using Factor = tile::Shared<T, COLS, R>;
   using Output = tile::Shared<T, ROWS, R>;
+  static constexpr bool CLUSTERS = ptx::CLUSTERS && shrink_grad_in_cluster(R);
   static constexpr int STAGES =
       stages_that_fit(sizeof(Stage), SUBS * sizeof(Factor), 4, shared_budget(BLOCKS));
   struct Smem {
     Factor F[SUBS];
     union {
       Stage stage[STAGES];
-      Output k;  // after the last tile
+      struct {
+        Output k;
+        float Q[shrink_grad_in_cluster(R) ? SUBS * COLS * R : 4];
+      } end;  // after the last tile
     };
     uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // a bit for each row tile that this block has to sum
     int sum_Q;
@@ -131,25 +138,32 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
 
   const int64_t owned = int64_t(walk.n_tiles) * COLS;
   const int64_t cols = p.N - n_begin < owned ? p.N - n_begin : owned;
-  if (p.m_splits > 1) Q.store_partials(p.sum_Q, n_block, m_block, p.m_splits, cols, p.r);
-  __syncthreads();
+  const bool cluster = Traits::CLUSTERS && p.cluster, alone = p.m_splits == 1 || cluster;
+  if (!alone) Q.store_partials(p.sum_Q, n_block, m_block, p.m_splits, cols, p.r);
+  __syncthreads();  // the last stage is read, the last sums of k and those of Q are stored
+  if (cluster) Q.put_partials(sm.end.Q, cols, p.r);
   if (threadIdx.x == 0) {
     note();
     count_in(stored);
     int last = 1;
-    if (p.m_splits > 1) last = ptx::atomic_wrap(p.sum_Q.arrived + n_block, p.m_splits - 1) == p.m_splits - 1;
+    if (!alone) last = ptx::atomic_wrap(p.sum_Q.arrived + n_block, p.m_splits - 1) == p.m_splits - 1;
     note();
     ptx::store_shared(&sm.sum_Q, last);
     ptx::fence_device();
   }
-  __syncthreads();
+  if (cluster)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
 
   if (ptx::load_shared(&sm.sum_Q)) {
     const auto store = [&](const float (&v)[4], int col, int rank) {
       tile::store_float(p.Q + n_begin * p.Q_row, p.Q_row, p.Q_col, col, cols, rank, p.r, v, 1.f,
                         p.accumulate != 0);
     };
-    if (p.m_splits > 1)
+    if (cluster)
+      Q.each_sum_of_cluster(sm.end.Q, m_block, p.m_splits, cols, p.r, store);
+    else if (p.m_splits > 1)
       Q.each_sum(p.sum_Q, n_block, m_block, p.m_splits, cols, p.r, store);
     else
       Q.each(cols, p.r, store);
@@ -160,12 +174,13 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
     const int rows = p.M - m0 < ROWS ? int(p.M - m0) : ROWS;
     tile::sum_partials<8, TILE>(k_partials(walk.m_begin + i), p.n_splits, (rows + 15) / 16 * ranks,
                                 [&](int fragment, const float (&v)[4]) {
-                                  tile::put(sm.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
+                                  tile::put(sm.end.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
                                 });
     __syncthreads();
-    tile::store<THREADS>(p.k, sm.k, m0, p.M, 0, p.r);
+    tile::store<THREADS>(p.k, sm.end.k, m0, p.M, 0, p.r);
     __syncthreads();
   }
+  if (cluster) ptx::cluster_sync();  // nobody leaves while others read its sums
 }
 
 }  // namespace lotr::kernels

@@ -68,6 +68,13 @@ constexpr int factor_grad_rows(size_t element, int R, int cols) {
 constexpr int shrink_grad_cols(size_t element) {
   return element == 2 ? 128 : 64;
 }
+// Whether the splits may be a cluster: the sums of a block have room in shared memory, in place of the tiles.
+constexpr bool factor_grad_in_cluster(int R) {
+  return R <= 64;
+}
+constexpr bool shrink_grad_in_cluster(int R) {
+  return R <= 32;
+}
 constexpr int SHRINK_GRAD_ROWS = 64, SHRINK_GRAD_MOST_TILES = 2048;  // row tiles of a block
 // In shrink_grad the rows of F that go with them stay in shared memory: 32 KB at most, 16 KB where two blocks
 // are to fit.

@@ -5,6 +5,7 @@
 // Under the executor a bulk copy's tile is NaN until the mbarrier's phase completes; copies land when no
 // thread can go on, or at random moments.
 #pragma once
+#include "cluster.cuh"
 #include "sm80.cuh"
 #include "wgmma.cuh"
 
@@ -140,15 +141,7 @@ LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int ro
 #endif
 }
 
-// ---- clusters ----
-
-LOTR_DEVICE void cluster_sync(LOTR_SITE_ONLY) {
-#ifdef __CUDACC__
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-  simt::cluster_sync(site);
-#endif
-}
+// ---- clusters, and what cluster.cuh has of them ----
 
 LOTR_DEVICE uint32_t cluster_rank() {
 #ifdef __CUDACC__

@@ -7,10 +7,15 @@
 // fragment, so that both the store and the load are whole lines whatever the rank is.  Fragments go by rows,
 // then by the rank, as far as the matrix goes; whichever warp made one, any may sum it.
 //
+// Where the splits of a tile are one cluster of blocks (sm_90 and later) they run at the same time and may
+// wait for one another: each puts its partial sum into its own shared memory, and sums a share of the tile
+// from all of them, in the same order.
+//
 // The counter of arrivals goes back to zero with the last of them: nothing has to be cleared between
 // launches, replays of a graph included.
 #pragma once
 #include "../params.h"
+#include "../ptx/cluster.cuh"
 #include "../ptx/sm80.cuh"
 
 namespace lotr::tile {
@@ -86,8 +91,8 @@ LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done don
     sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
 }
 
-// v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.  Two fragments
-// at a time: the registers are full of sums.
+// v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.  Two
+// fragments at a time: the registers are full of sums.
 template <int SPLITS, int STRIDE, int FRAGMENTS>
 LOTR_DEVICE void add_others(float (&v)[FRAGMENTS][4], const float* from, const int (&at)[FRAGMENTS],
                             int own) {
@@ -104,7 +109,7 @@ LOTR_DEVICE void add_others(float (&v)[FRAGMENTS][4], const float* from, const i
             reinterpret_cast<const float4*>(from + at[first + i] + (other + (other >= own)) * STRIDE));
 #pragma unroll
     for (int i = 0; i < TOGETHER; ++i) {
-      float(&sum)[4] = v[first + i];
+      float (&sum)[4] = v[first + i];
       const float4 mine{sum[0], sum[1], sum[2], sum[3]};
       sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
 #pragma unroll
@@ -133,6 +138,36 @@ LOTR_DEVICE void sum_with_own(float (&v)[FRAGMENTS][4], const float* from, int f
     add_others<3, STRIDE>(v, from, at, own);
   else
     add_others<4, STRIDE>(v, from, at, own);
+}
+
+// done(fragment, its sum) for this block's share of the fragments of a cluster's BLOCKS blocks, each of which
+// has its partial sum at the same place of its shared memory: between two cluster_sync.  In the order of the
+// blocks, so with the same bits as from memory.
+template <int WARPS, int BLOCKS, class Done>
+LOTR_DEVICE void sum_of_blocks(const float* partial, int rank, int total, Done done) {
+  const int end = total * (rank + 1) / BLOCKS;
+#pragma unroll 1
+  for (int i = total * rank / BLOCKS + int(threadIdx.x) / 32; i < end; i += WARPS) {
+    const float4* own = reinterpret_cast<const float4*>(partial + i * FRAGMENT) + threadIdx.x % 32;
+    float4 in[BLOCKS];
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) in[block] = ptx::load_cluster(own, uint32_t(block));
+    float v[4] = {};
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block)
+      v[0] += in[block].x, v[1] += in[block].y, v[2] += in[block].z, v[3] += in[block].w;
+    done(i, v);
+  }
+}
+
+template <int WARPS, class Done>
+LOTR_DEVICE void sum_of_cluster(const float* partial, int rank, int blocks, int total, Done done) {
+  if (blocks == 2)
+    sum_of_blocks<WARPS, 2>(partial, rank, total, done);
+  else if (blocks == 4)
+    sum_of_blocks<WARPS, 4>(partial, rank, total, done);
+  else
+    sum_of_blocks<WARPS, MOST_OF_CLUSTER>(partial, rank, total, done);
 }
 
 // Counts this block in; the number of those before it, so count - 1 for the last.  By one thread, after a

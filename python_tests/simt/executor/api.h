@@ -100,7 +100,9 @@ struct Counters {
   // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and
   // of any block.
   uint64_t late_loads = 0, late_bytes = 0;
-  uint64_t half_loads = 0;  // per warp, of 2 bytes a lane, with count_memory
+  uint64_t cluster_loads = 0,
+           cluster_bytes = 0;  // from shared memory of the cluster, its own included: the same
+  uint64_t half_loads = 0;     // per warp, of 2 bytes a lane, with count_memory
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.
   uint64_t shared_phases = 0, shared_wavefronts = 0;

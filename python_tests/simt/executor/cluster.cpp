@@ -1,4 +1,8 @@
-// sm_90: what blocks of a cluster do to each other: its barrier, arrivals and stores in other shared memory.
+// sm_90: what blocks of a cluster do to each other: its barrier, arrivals, loads and stores in other shared
+// memory.
+#include <algorithm>
+#include <cstring>
+
 #include "hopper.h"
 #include "state.h"
 
@@ -34,6 +38,19 @@ void store_cluster(void* p, uint32_t rank, const void* value, uint32_t bytes, Si
   unsigned char* there = block_of_cluster(rank, site).shared + shared_offset(p);
   maybe_preempt();
   touch_copy(there, value, bytes);
+}
+
+void load_cluster(void* value, const void* p, uint32_t bytes, uint32_t rank, Site site) {
+  race::ExecutorScope scope;
+  Thread& t = enter("ld.shared::cluster", site);
+  check_shared(p, bytes, bytes, t.op, site);
+  const unsigned char* there = block_of_cluster(rank, site).shared + shared_offset(p);
+  t.block->arrived = true;
+  totals.cluster_loads = std::max(totals.cluster_loads, ++t.cluster_loads);
+  totals.cluster_bytes = std::max(totals.cluster_bytes, t.block->cluster_bytes += bytes);
+  touch_read(there, bytes);
+  std::memcpy(value, there, bytes);
+  maybe_preempt();
 }
 
 void cluster_sync(Site site) {

@@ -53,6 +53,8 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
 void store_global(void* p, const void* value, uint32_t bytes, Site site);
 void load_shared(void* value, const void* p, uint32_t bytes, Site site);
 void store_shared(void* p, const void* value, uint32_t bytes, Site site);
+void cluster_sync(Site site);
+void load_cluster(void* value, const void* p, uint32_t bytes, uint32_t rank, Site site);
 void fence_device(Site site);
 void griddepcontrol_wait(Site site);
 void griddepcontrol_launch_dependents(Site site);

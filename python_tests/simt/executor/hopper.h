@@ -42,7 +42,6 @@ void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf
 void wgmma_commit(Site site);
 void wgmma_wait(int keep, Site site);
 
-void cluster_sync(Site site);
 uint32_t cluster_rank();
 void* cluster_map(const void* shared, uint32_t rank, Site site);
 

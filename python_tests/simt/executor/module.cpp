@@ -30,7 +30,7 @@ constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
 struct Settings {
   int multiprocessors = 132, shared = 233472;  // of an H100
   Float32 float32 = Float32::exact;
-  bool wgmma = false;
+  bool wgmma = false, early = true;
   size_t shared_limit() const { return wgmma ? SHARED_LIMIT_SM90 : SHARED_LIMIT; }
 } settings;
 
@@ -86,7 +86,8 @@ Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
 }
 
 cuda::Call call(DType type) {
-  return {type, settings.float32, settings.multiprocessors, settings.shared, nullptr, true, settings.wgmma};
+  return {type,           settings.float32, settings.multiprocessors, settings.shared, nullptr,
+          settings.early, settings.wgmma};
 }
 
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
@@ -322,7 +323,8 @@ py::dict counters_dict() {
   d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["wgmma"] = c.wgmma;
   d["bulk_bytes"] = c.bulk_bytes, d["warpgroups"] = c.warpgroups, d["ldmatrix"] = c.ldmatrix;
   d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads,
-  d["late_bytes"] = c.late_bytes, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
+  d["late_bytes"] = c.late_bytes, d["cluster_loads"] = c.cluster_loads, d["cluster_bytes"] = c.cluster_bytes,
+  d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
   return d;
@@ -352,7 +354,7 @@ plan::Plan shrink_grad_plan(int64_t M, int64_t N, int64_t r, int element, int mu
   cuda::Call as = call(element == 2 ? DType::bfloat16 : DType::float32);
   as.multiprocessors = multiprocessors;
   const plan::Plan wgmma = cuda::shrink_grad_wgmma_plan(as, p);
-  const auto machine = plan::Machine::of(multiprocessors, settings.shared);
+  const auto machine = plan::Machine::of(multiprocessors, settings.shared, settings.early);
   return wgmma.rows ? wgmma : plan::shrink_grad(M, N, r, element, machine);
 }
 
@@ -413,18 +415,19 @@ PYBIND11_MODULE(lotr_simt, m) {
         "scaling"_a, "dA"_a, "dB"_a, "dcore"_a);
   m.def(
       "set_device",
-      [](int multiprocessors, const std::string& float32, int shared, bool wgmma) {
+      [](int multiprocessors, const std::string& float32, int shared, bool wgmma, bool early) {
         if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
         if (shared < 101376) throw py::value_error("shared: expected at least the 101376 bytes of sm_86");
         if (float32 != "exact" && float32 != "tf32")
           throw py::value_error("float32: expected exact or tf32, got " + float32);
-        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact, wgmma};
+        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact, wgmma,
+                    early};
         Options o = options();
         o.shared_limit = settings.shared_limit();
         set_options(o);
       },
-      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472,
-      "wgmma"_a = false);
+      py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472, "wgmma"_a = false,
+      "early"_a = true, "early: a GPU with early launches and clusters, of compute capability 9.0 or later");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "shared_limit"_a = py::none(), "resident"_a = 1);
   define_gemm_lotr(m);
@@ -437,14 +440,14 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "plan",
       [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-        const auto machine = plan::Machine::of(multiprocessors, settings.shared);
+        const auto machine = plan::Machine::of(multiprocessors, settings.shared, settings.early);
         const auto p = kernel == "shrink"        ? plan::shrink(M, N, r, element, machine)
                        : kernel == "expand_add"  ? plan::expand_add(M, N, r, element, machine)
                        : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, machine)
                        : kernel == "shrink_grad" ? shrink_grad_plan(M, N, r, element, multiprocessors)
                                                  : throw py::value_error("kernel: got " + kernel);
-        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "extra_bytes"_a = p.extra_bytes,
-                        "microseconds"_a = p.cost);
+        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "cluster"_a = p.cluster,
+                        "extra_bytes"_a = p.extra_bytes, "microseconds"_a = p.cost);
       },
       "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
       "How a kernel would cut the large matrix [M, N], and the bytes it moves besides that matrix.");

@@ -63,7 +63,8 @@ struct Thread {
   uint64_t products_issued = 0;
   bool wgmma_fenced = false;
   bool may_touch_global = true;  // false in an early launch, until it has waited for what is ahead
-  uint64_t late_loads = 0;       // global loads since the block's first atomic
+  uint64_t late_loads = 0;       // global loads since the block's first atomic or load from the cluster
+  uint64_t cluster_loads = 0;
   std::vector<Access> log;
 };
 
@@ -113,9 +114,10 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   Barrier barriers[16];
-  bool arrived = false;     // has done an atomic in global memory
+  bool arrived = false;     // has done an atomic in global memory or a load from the cluster
   bool let_next = false;    // has called griddepcontrol.launch_dependents
   uint64_t late_bytes = 0;  // read since
+  uint64_t cluster_bytes = 0;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::unordered_map<uint64_t, DecodedProduct> products;
