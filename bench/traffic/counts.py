@@ -37,6 +37,7 @@ LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g
 ELEMENT = 2  # bfloat16
 HOPPER = 132  # multiprocessors of the known GPUs of compute capability 9.0, which have wgmma, and of no others
 NOT_COUNTED = ("gemm_lotr",)  # in the names of files
+MOST_THREADS = 65535  # that the executor runs at the same time
 NOT_EARLY = (108, 128)  # multiprocessors of the cards without early launches and clusters: A100, RTX 4090
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
 
@@ -179,8 +180,8 @@ def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, mult
         return {}
     plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)  # as set_device says
     most = constant("python_tests/simt/executor/api.h", "MOST_RESIDENT")  # that the executor can run at the same time
-    cluster = plan["m_blocks"] if plan["cluster"] else 1
-    return {"order": "in_turn", "resident": min(plan["n_blocks"], most // cluster)}
+    together = MOST_THREADS // (256 * plan["m_blocks"]) if plan["cluster"] else most  # whole clusters of blocks of 256 threads
+    return {"order": "in_turn", "resident": min(plan["n_blocks"], most, together)}
 
 
 def count(
