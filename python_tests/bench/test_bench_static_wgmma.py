@@ -86,6 +86,7 @@ def test_an_estimate_of_bulk_copies():
         "matrix": 132 * 8 * 100,
         "bulk_bytes": 132 * 100 * 12288,
         "late_loads": 16,
+        "atomics": 1,
     }
     e, clustered = (estimate(dataclasses.replace(known, machine=machine | {"cluster": n}), made, CARDS["h100"]) for n in (1, 8))
     assert e.in_flight == bulk_in_flight(machine) == 65536
