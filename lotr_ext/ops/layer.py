@@ -124,17 +124,12 @@ def layer_backward(
             operator = _lotr.small_layer_backward_.default
             args = (g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core)
             new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if shown else operator(*args)
-            return (
-                None if weight is None else new_dx,
-                None,
-                None if x is None or dA is not None else new_dA,
-                new_dB if need_B and dB is None else None,
-                dcore if need_core else None,
-            )
-        operator = _lotr.layer_backward_.products.decompose if shown else _lotr.layer_backward_.default
-        args = (g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
-        new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
-    fold = u is not None and Q is None
+            new_k, fold = None, True
+        else:
+            operator = _lotr.layer_backward_.products.decompose if shown else _lotr.layer_backward_.default
+            args = (g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
+            new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
+            fold = u is not None and Q is None
     return (
         None if weight is None or dx is not None else new_dx,
         new_k if A is None and F is not None else None,

@@ -59,6 +59,10 @@ def test_the_rule_looks_at_the_work_on_x(monkeypatch: pytest.MonkeyPatch) -> Non
     plan = explain(layers[0], x)
     assert plan.nodes == 1 and "little work on x" in str(plan)
     assert nodes_below(layers[0](x)) & {"LoTRFunctionBackward", "LoTRShrinkBackward"} == {"LoTRFunctionBackward"}
+    with torch.no_grad():
+        assert explain(layers[0], x).kernels
+    layers[0].strategy = "two_pass"
+    assert explain(layers[0], x).kernels
 
 
 def test_half_precision_takes_one_node_for_little_work(monkeypatch: pytest.MonkeyPatch) -> None:

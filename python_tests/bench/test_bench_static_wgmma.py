@@ -65,6 +65,7 @@ def test_the_vendor_s_peak_is_the_products():
 
 def test_counts_know_a_hopper_by_its_multiprocessors():
     assert all((card.architecture == "90a") == (card.multiprocessors == counts.HOPPER) for card in CARDS.values())
+    assert all(card.gpu.early == (card.multiprocessors not in counts.NOT_EARLY) for card in CARDS.values())
 
 
 def test_the_instance_is_found_without_its_parameters():
