@@ -162,6 +162,17 @@ def changed_module(mode: str, source: Path, folder: Path) -> Path:
     return linked
 
 
+def planted_module(mode: str, unit: str, file: str, text: str, instead: str, folder: Path) -> Path:
+    """The module with a bug in `unit`, a .cu of csrc/cuda: in `file`, which it includes, `instead` stands for `text`, which is
+    there once. Built in `folder`, of a copy."""
+    copy = folder / "cuda"
+    shutil.copytree(CSRC / "cuda", copy)
+    source = (copy / file).read_text()
+    assert source.count(text) == 1, f"{file} has changed: {text}"
+    (copy / file).write_text(source.replace(text, instead))
+    return changed_module(mode, copy / unit, folder)
+
+
 def load(mode: str = "plain", path: Path | None = None) -> ModuleType:
     """Builds and imports the module, or imports the one at `path`. One mode a process; asan only in a process started with
     `environment("asan")`."""
