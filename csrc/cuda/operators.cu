@@ -274,7 +274,7 @@ size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& problem) 
   }
 #ifdef LOTR_SM90A
   const plan::Plan wgmma = shrink_grad_wgmma_plan(call, p);
-  if (wgmma.rows) return pack.bytes() + shrink_grad_wgmma_workspace(wgmma);
+  if (wgmma.rows) return pack.bytes() + shrink_grad_wgmma_workspace(wgmma, p.r);
 #endif
   const int element = element_size(call.type), R = plan::padded_rank(p.r);
   const auto plan = plan::shrink_grad(p.M, p.N, p.r, element, machine_of(call));

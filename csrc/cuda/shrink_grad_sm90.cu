@@ -10,17 +10,17 @@ namespace {
 // Counters and partial sums: two of k's for each row tile and block along N, one of Q for each block.
 struct Sums {
   int64_t counters, k, Q;
-  explicit Sums(const plan::Plan& plan) {
-    constexpr int64_t R = kernels::SHRINK_GRAD_WGMMA_RANK;
+  Sums(const plan::Plan& plan, int64_t r) {
+    const int64_t R = plan::padded_rank(r);
     counters = 2 * plan.m_tiles;
     k = plan.m_tiles * plan.n_blocks * plan.rows * R;
     Q = plan.m_blocks * plan.n_blocks * kernels::SHRINK_GRAD_WGMMA_SUBS * plan.cols * R;
   }
 };
 
-template <class T>
+template <class T, int R>
 void run(const Call& call, const ShrinkGradParams& p) {
-  using Traits = kernels::ShrinkGradWgmmaTraits<T>;
+  using Traits = kernels::ShrinkGradWgmmaTraits<T, R>;
   const auto map = [](const Matrix& m, int64_t rows, int64_t cols) {
     const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
     return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
@@ -30,6 +30,18 @@ void run(const Call& call, const ShrinkGradParams& p) {
       {dim3(unsigned(p.m_splits), unsigned(p.n_splits)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
        static_cast<ptx::stream_t>(call.stream), dim3(unsigned(p.m_splits)), "shrink_grad", call.early},
       kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r), p);
+}
+
+template <class T>
+void run_rank(const Call& call, const ShrinkGradParams& p) {
+  switch (plan::padded_rank(p.r)) {
+    case 16:
+      return run<T, 16>(call, p);
+    case 32:
+      return run<T, 32>(call, p);
+    default:
+      return run<T, 64>(call, p);
+  }
 }
 
 }  // namespace
@@ -43,20 +55,20 @@ bool runs_wgmma() {
   if (error) throw std::runtime_error(std::string("shrink_grad: ") + cudaGetErrorString(error));
   if (major != 9 || minor != 0) return false;
 #endif
-  using Traits = kernels::ShrinkGradWgmmaTraits<__nv_bfloat16>;
-  constexpr unsigned MOST = plan::MOST_CLUSTER;
+  using Traits = kernels::ShrinkGradWgmmaTraits<__nv_bfloat16, kernels::SHRINK_GRAD_WGMMA_RANK>;
+  constexpr unsigned MOST = MOST_OF_CLUSTER;
   return ptx::resident_clusters(
              {dim3(MOST), dim3(Traits::THREADS), sizeof(typename Traits::Smem), nullptr, dim3(MOST)},
              reinterpret_cast<const void*>(&kernels::shrink_grad_wgmma<Traits>)) > 0;
 }
 
-size_t shrink_grad_wgmma_workspace(const plan::Plan& plan) {
-  const Sums sums(plan);
+size_t shrink_grad_wgmma_workspace(const plan::Plan& plan, int64_t r) {
+  const Sums sums(plan, r);
   return Workspace::bytes(sums.counters, sums.k) + Workspace::bytes(0, sums.Q);
 }
 
 void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& plan, void* workspace) {
-  const Sums sums(plan);
+  const Sums sums(plan, p.r);
   p.m_pieces = plan.m_pieces();
   p.n_pieces = plan.n_pieces();
   p.m_splits = int(plan.m_blocks);
@@ -65,9 +77,9 @@ void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& p
   p.sum_k = memory.take(sums.counters, sums.k);
   p.sum_Q = memory.take(0, sums.Q);
   if (call.type == DType::bfloat16)
-    run<__nv_bfloat16>(call, p);
+    run_rank<__nv_bfloat16>(call, p);
   else
-    run<__half>(call, p);
+    run_rank<__half>(call, p);
 }
 
 }  // namespace lotr::cuda

@@ -5,8 +5,6 @@
 
 namespace lotr::plan {
 
-constexpr int MOST_CLUSTER = 8;  // blocks: what every device of compute capability 9.0 allows
-
 // Clusters that run side by side.  A GPC holds 16 or 18 multiprocessors, some GPUs one of fewer; a cluster
 // lies in one GPC.
 inline int64_t clusters_held(int multiprocessors, int64_t cluster) {
@@ -16,11 +14,12 @@ inline int64_t clusters_held(int multiprocessors, int64_t cluster) {
 // The cheapest of the clusters' sizes and the strips' widths; rows 0: the GPU holds none.
 inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocessors) {
   constexpr int ROWS = kernels::SHRINK_GRAD_WGMMA_ROWS, COLS = kernels::SHRINK_GRAD_WGMMA_COLS;
-  constexpr double ALONE = 52e3;  // bytes of g in a microsecond that one block gets through
+  // bytes of g in a microsecond that one block gets through
+  const double alone = r <= 16 ? 63e3 : r <= 32 ? 60e3 : 52e3;
   const int64_t m_tiles = ceil_div(M, ROWS), n_tiles = ceil_div(N, COLS);
   Plan best;
   for (int64_t sub = 1; sub <= kernels::SHRINK_GRAD_WGMMA_SUBS; ++sub)
-    for (int64_t m = 1; m <= MOST_CLUSTER; m *= 2) {
+    for (int64_t m = 1; m <= MOST_OF_CLUSTER; m *= 2) {
       const int64_t n = ceil_div(n_tiles, sub), held = clusters_held(multiprocessors, m),
                     longest = ceil_div(m_tiles, m);
       if (m > m_tiles || held == 0 || 2 * longest > kernels::SHRINK_GRAD_MOST_TILES) continue;
@@ -28,7 +27,7 @@ inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocesso
       const double extra = (2 + 8) * rank * double(n * M + m * N);  // factors, and partial sums in and out
       const double uneven = unevenness(m_tiles, m) * unevenness(n_tiles, n);
       const double memory = (large + EXTRA * extra) / (MEMORY * multiprocessors);
-      const double own = double(ceil_div(n, held)) * large * uneven / double(n * m) / ALONE;
+      const double own = double(ceil_div(n, held)) * large * uneven / double(n * m) / alone;
       const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8), 1 / 8.);
       // after it: of k, the row tiles that a block is the last to reach; of Q, its share of all blocks' sums
       const double summed =
@@ -50,15 +49,13 @@ inline plan::Plan shrink_grad_wgmma_plan(const Call& call, const ShrinkGradParam
   constexpr int64_t MOST = int64_t(1) << 30;
   const bool fits = p.M >= kernels::SHRINK_GRAD_WGMMA_ROWS && p.M <= MOST && p.N <= MOST && p.g.row <= MOST &&
                     p.F.row <= MOST && p.u.row <= MOST;
-  if (!call.wgmma || call.type == DType::float32 || p.r < kernels::SHRINK_GRAD_WGMMA_LEAST_RANK ||
-      p.r > kernels::SHRINK_GRAD_WGMMA_RANK || !fits)
-    return {};
+  if (!call.wgmma || call.type == DType::float32 || p.r > kernels::SHRINK_GRAD_WGMMA_RANK || !fits) return {};
   const plan::Plan wgmma = plan::shrink_grad_wgmma(p.M, p.N, p.r, call.multiprocessors);
   const auto machine = plan::Machine::of(call.multiprocessors, call.shared, call.early);
   return wgmma.rows && wgmma.cost < plan::shrink_grad(p.M, p.N, p.r, 2, machine).cost ? wgmma : plan::Plan{};
 }
 
-size_t shrink_grad_wgmma_workspace(const plan::Plan& plan);
+size_t shrink_grad_wgmma_workspace(const plan::Plan& plan, int64_t r);
 void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& plan, void* workspace);
 
 }  // namespace lotr::cuda

@@ -1,15 +1,16 @@
-// shrink_grad for sm_90a, ranks 33 to 64, bf16 or fp16:  k = g F,  Q (+)= g^T u  as in shrink_grad.cuh, from
-// one read of g, by wgmma.  mma.sync loads the fragments of F and u again for each warp, which costs more of
-// the shared memory's time than g takes to arrive; here both come once for 64 rows.
+// shrink_grad for sm_90a, ranks to 64, bf16 or fp16:  k = g F,  Q (+)= g^T u  as in shrink_grad.cuh, from one
+// read of g, by wgmma.  mma.sync loads the fragments of g, F and u again for each warp, which costs more of a
+// multiprocessor's time than g takes to arrive; here F and u come once for 64 rows, g once a product.
 //
 // Grid     x: the blocks of a cluster, pieces of M (1, 2, 4 or 8); y: pieces of N, up to SUBS tiles of COLS
 //          columns.  A block's F [COLS SUBS, R] stays in shared memory, its Q^T in registers.
 // Threads  two warpgroups multiply; one thread of a third fetches by bulk copies, which fill with zeros what
 //          lies beyond a matrix, and counts in what was stored.
-// k        [64 rows, R] of a warpgroup for each row tile: g and F from shared memory.
-// Q^T      [R, 128 columns] of a warpgroup and column tile: u^T as the first operand in registers, loaded
-// once
-//          for each row tile; g once more from shared memory, transposed by its descriptor.
+// k        [64 rows, R] of a warpgroup for each row tile: g and F from shared memory, of F's rows of 64 ranks
+//          the first R.
+// Q^T      [64, 128 columns] of a warpgroup and column tile, zero beyond the rank: u^T as the first operand,
+//          in registers, loaded once for each row tile; g once more from shared memory, transposed by its
+//          descriptor.
 // Bytes    as in shrink_grad.cuh, but with strips of up to 512 columns: half the partial sums of k.
 // Sums     k's as there: partial sums of the blocks that share rows, added by the last to arrive, in their
 //          order; two counters a row tile, one a warpgroup's rows.  Q's within the cluster: each block stores
@@ -32,10 +33,10 @@
 
 namespace lotr::kernels {
 
-template <class T_>
+template <class T_, int R_>
 struct ShrinkGradWgmmaTraits {
   using T = T_;
-  static constexpr int R = 64, ROWS = SHRINK_GRAD_WGMMA_ROWS, COLS = SHRINK_GRAD_WGMMA_COLS;
+  static constexpr int R = R_, ROWS = SHRINK_GRAD_WGMMA_ROWS, COLS = SHRINK_GRAD_WGMMA_COLS;
   static constexpr int SUBS = SHRINK_GRAD_WGMMA_SUBS, PANEL = 64;  // columns of a swizzled row of 128 bytes
   static constexpr int GROUPS = 2, OWN_ROWS = ROWS / GROUPS, OWN_COLS = COLS / GROUPS;
   static constexpr int WARPS = 4 * GROUPS, THREADS = 128 * (GROUPS + 1);
@@ -47,19 +48,17 @@ struct ShrinkGradWgmmaTraits {
   };
   using Output = tile::Shared<T, OWN_ROWS, R>;
   struct alignas(1024) Smem {
-    T F[SUBS][COLS][R];
-    T u[SLOTS][ROWS][R];
+    T F[SUBS][COLS][PANEL], u[SLOTS][ROWS][PANEL];  // zero beyond the rank
     union {
       Stage stage[STAGES];
       Output k;  // after the last tile
     };
     uint64_t full[STAGES], empty[STAGES], stored[SLOTS];
-    uint32_t
-        sum_k[SHRINK_GRAD_MOST_TILES / 32];  // a bit for each warpgroup's rows that this block has to sum
+    uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // bits: the rows of a warpgroup that this block has to sum
   };
   static_assert(STAGES % GROUPS == 0, "a column tile's stages lie side by side");
   static_assert(STAGES <= GROUPS * SLOTS, "u is read before its slot's next row tile has a stage");
-  static_assert(OWN_ROWS == 64 && R == PANEL && sizeof(Smem) <= 232448, "shared memory of a block of sm_90");
+  static_assert(OWN_ROWS == 64 && R <= PANEL && sizeof(Smem) <= 232448, "shared memory of a block of sm_90");
   static_assert(128 * (FETCH_REGISTERS + GROUPS * MULTIPLY_REGISTERS) <= 65536 / THREADS / 8 * 8 * THREADS);
 };
 
@@ -113,7 +112,7 @@ class ShrinkGradWgmma {
           uint64_t* full = &s_.full[stage];
           ptx::mbarrier_wait(&s_.empty[stage], parity ^ 1);
           ptx::mbarrier_arrive_expect_tx(full, uint32_t(sizeof(typename Traits::Stage)) +
-                                                   with_F * uint32_t(sizeof(T) * OWN_COLS * R) +
+                                                   with_F * uint32_t(sizeof(T) * OWN_COLS * PANEL) +
                                                    with_u * uint32_t(sizeof(Smem::u[0])));
           if (with_u) ptx::tma_load_2d(s_.u[i % SLOTS], &u, 0, row, full);
           if (with_F) ptx::tma_load_2d(s_.F[n][half * OWN_COLS], &F, 0, col, full);
@@ -240,12 +239,12 @@ class ShrinkGradWgmma {
   }
 
   // k += this warpgroup's rows of g times as many rows of F
-  LOTR_DEVICE void add_k(float (&k)[R / 2], const typename Traits::Stage& stage, const T (&F)[R],
+  LOTR_DEVICE void add_k(float (&k)[R / 2], const typename Traits::Stage& stage, const T (&F)[PANEL],
                          bool accumulate) {
 #pragma unroll
     for (int c = 0; c < OWN_COLS; c += 16)
       ptx::wgmma<T, R, true>(k, ptx::swizzled_descriptor(&stage.g[c / PANEL][OWN_ROWS * group_][c % PANEL]),
-                             ptx::swizzled_descriptor_mn(F + c * R, 0), accumulate || c > 0);
+                             ptx::swizzled_descriptor_mn(F + c * PANEL, 0), accumulate || c > 0);
   }
 
   LOTR_DEVICE void store_k(const float (&k)[R / 2], int row) {

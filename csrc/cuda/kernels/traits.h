@@ -84,8 +84,8 @@ constexpr int shrink_grad_subs(size_t element, int R) {
   return fit < subs ? fit : subs;
 }
 
-// shrink_grad by wgmma (sm_90a): ranks that it takes, its tiles, and how many of columns a block may own.
-constexpr int SHRINK_GRAD_WGMMA_LEAST_RANK = 33, SHRINK_GRAD_WGMMA_RANK = 64;
+// shrink_grad by wgmma (sm_90a): the largest rank, its tiles, and how many of columns a block may own.
+constexpr int SHRINK_GRAD_WGMMA_RANK = 64;
 constexpr int SHRINK_GRAD_WGMMA_ROWS = 128, SHRINK_GRAD_WGMMA_COLS = 256, SHRINK_GRAD_WGMMA_SUBS = 2;
 constexpr int SHRINK_GRAD_WGMMA_STAGES = 4;  // of half such a tile
 
