@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
       tile::drop<THREADS>(x, p.dropout, seed, int64_t(walk.row(here)) * ROWS, int64_t(walk.col(here)) * COLS,
                           p.K);
     __syncthreads();
-    fetch();
     sums.add(here.n, x, sm.stage[here.slot].v);
+    fetch();  // its arithmetic while the products end
   }
   ptx::griddepcontrol_launch_dependents();
 
