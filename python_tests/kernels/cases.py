@@ -227,7 +227,7 @@ def shrink_grad_wgmma(shape: Shape, kind: str) -> Problem:
     """The same on a GPU that has wgmma, at a rank of its kernel; of an even number of multiprocessors 18 times as many, for
     clusters. float32 runs as ever."""
     sms = shape.sms if shape.sms % 2 else 18 * shape.sms
-    return shrink_grad(replace(shape, r=1 + 5 * shape.r % 64, sms=sms, wgmma=True), kind)
+    return shrink_grad(replace(shape, r=1 + 3 * shape.r % 64, sms=sms, wgmma=True), kind)
 
 
 def _cores(t: _Maker) -> np.ndarray:

@@ -23,11 +23,21 @@ BUGS: dict[str, tuple[str, str, str]] = {
         ": k: ",
     ),
     "a_block_of_the_cluster_forgotten": ("first * tile::FRAGMENT, splits,", "first * tile::FRAGMENT, splits - 1,", ": Q: "),
-    "bytes_of_F_forgotten": ("with_F * uint32_t(sizeof(T) * OWN_COLS * R)", "0", "in flight|deadlock"),
+    "bytes_of_F_forgotten": ("with_F * uint32_t(sizeof(T) * OWN_COLS * PANEL)", "0", "in flight|deadlock"),
     "released_before_the_wait": (
-        "          ptx::wgmma_wait<1>();\n          release(last);",
-        "          release(first);\n          ptx::wgmma_wait<1>();",
+        "        ptx::wgmma_wait<1>();\n        release(last);",
+        "        release(first);\n        ptx::wgmma_wait<1>();",
         "more arrivals|deadlock|: [kQ]: ",
+    ),
+    "stored_before_the_wait": (
+        "        ptx::wgmma_wait<0>();\n        ptx::wgmma_landed(k);\n        ptx::wgmma_landed(Q[n]);\n        release(first);",
+        "        store_Q(Q[n], n);\n        ptx::wgmma_wait<0>();\n        release(first);\n        if (false)",
+        ": Q: ",
+    ),
+    "rows_of_F_as_long_as_the_rank": (
+        "swizzled_descriptor_mn(F + c * PANEL, 0)",
+        "swizzled_descriptor_mn(F + c * R, 0)",
+        ": k: |swizzle",
     ),
 }
 

@@ -133,48 +133,11 @@ class ShrinkGradWgmma {
 
   LOTR_DEVICE void multiply() {
     float Q[SUBS][OWN_COLS / 2] = {};
-    int stage = 0;
-    uint32_t parity = 0;
+    Place at;
 #pragma unroll 1
-    for (int i = 0; i < m_tiles_; ++i) {
-      float k[R / 2];
-      uint32_t u[ROWS / 16][4];
-      int last = 0;
-#pragma unroll
-      for (int n = 0; n < SUBS; ++n) {
-        if (n > 0 && n == n_tiles_) break;
-        const int first = stage, second = stage + 1;
-        ptx::mbarrier_wait(&s_.full[first], parity);
-        if (n == 0) load_u(u, i % SLOTS);
-        ptx::mbarrier_wait(&s_.full[second], parity);
-        ptx::wgmma_fence();
-        add_k(k, s_.stage[first], s_.F[n][0], n > 0);
-        add_k(k, s_.stage[second], s_.F[n][OWN_COLS], true);
-        const auto& own = s_.stage[first + group_];
-#pragma unroll
-        for (int c = 0; c < ROWS / 16; ++c)
-          ptx::wgmma<T, OWN_COLS, true>(
-              Q[n], u[c], ptx::swizzled_descriptor_mn(own.g[0][16 * c], sizeof(own.g[0])), true);
-        ptx::wgmma_commit();
-        if (n > 0) {
-          ptx::wgmma_wait<1>();
-          release(last);
-        }
-        last = first;
-        stage += GROUPS;
-        if (stage == STAGES) stage = 0, parity ^= 1;
-      }
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_landed(k);
-#pragma unroll
-      for (int n = 0; n < SUBS; ++n) ptx::wgmma_landed(Q[n]);
-      release(last);
-      store_k(k, row_of(i));
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s_.stored[i % SLOTS]);
-    }
+    for (int i = 0; i < m_tiles_ - 1; ++i) row_tile<false>(Q, i, at);
+    row_tile<true>(Q, m_tiles_ - 1, at);
     ptx::griddepcontrol_launch_dependents();
-    store_Q(Q);
   }
 
   // After the cluster's barrier.
@@ -184,6 +147,60 @@ class ShrinkGradWgmma {
   }
 
  private:
+  struct Place {
+    int stage = 0;
+    uint32_t parity = 0;
+  };
+
+  // The products of row tile i of the walk.  Of the LAST one the sums of each column tile go to memory at
+  // once, while the next one's copies arrive.
+  template <bool LAST>
+  LOTR_DEVICE void row_tile(float (&Q)[SUBS][OWN_COLS / 2], int i, Place& at) {
+    float k[R / 2];
+    uint32_t u[ROWS / 16][4];
+    int last = 0;
+#pragma unroll
+    for (int n = 0; n < SUBS; ++n) {
+      if (n > 0 && n == n_tiles_) break;
+      const int first = at.stage, second = at.stage + 1;
+      ptx::mbarrier_wait(&s_.full[first], at.parity);
+      if (n == 0) load_u(u, i % SLOTS);
+      ptx::mbarrier_wait(&s_.full[second], at.parity);
+      ptx::wgmma_fence();
+      add_k(k, s_.stage[first], s_.F[n][0], n > 0);
+      add_k(k, s_.stage[second], s_.F[n][OWN_COLS], true);
+      const auto& own = s_.stage[first + group_];
+#pragma unroll
+      for (int c = 0; c < ROWS / 16; ++c)
+        ptx::wgmma<T, OWN_COLS, true>(Q[n], u[c],
+                                      ptx::swizzled_descriptor_mn(own.g[0][16 * c], sizeof(own.g[0])), true);
+      ptx::wgmma_commit();
+      if constexpr (LAST) {
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_landed(k);
+        ptx::wgmma_landed(Q[n]);
+        release(first);
+        store_Q(Q[n], n);
+      } else if (n > 0) {
+        ptx::wgmma_wait<1>();
+        release(last);
+      }
+      last = first;
+      at.stage += GROUPS;
+      if (at.stage == STAGES) at.stage = 0, at.parity ^= 1;
+    }
+    if constexpr (!LAST) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_landed(k);
+#pragma unroll
+      for (int n = 0; n < SUBS; ++n) ptx::wgmma_landed(Q[n]);
+      release(last);
+    }
+    store_k(k, row_of(i));
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s_.stored[i % SLOTS]);
+  }
+
   LOTR_DEVICE int row_of(int i) const {
     const int m = i + start_;
     return m_begin_ + (m < m_tiles_ ? m : m - m_tiles_);
@@ -257,18 +274,16 @@ class ShrinkGradWgmma {
   }
 
   // To the cluster's partial sums: fragments of 16 ranks x 8 columns, by columns.
-  LOTR_DEVICE void store_Q(const float (&Q)[SUBS][OWN_COLS / 2]) {
+  LOTR_DEVICE void store_Q(const float (&Q)[OWN_COLS / 2], int n) {
     if (16 * warp_ >= p_.r) return;
     float* mine = Q_partial(int(blockIdx.x)) + warp_ * tile::FRAGMENT;
 #pragma unroll
-    for (int n = 0; n < SUBS; ++n)
-#pragma unroll
-      for (int j = 0; j < OWN_COLS / 8; ++j) {
-        const int column = n * COLS / 8 + group_ * OWN_COLS / 8 + j;
-        if (8 * column >= cols()) continue;
-        tile::store_partial(mine + column * rank_blocks() * tile::FRAGMENT,
-                            {Q[n][4 * j], Q[n][4 * j + 1], Q[n][4 * j + 2], Q[n][4 * j + 3]});
-      }
+    for (int j = 0; j < OWN_COLS / 8; ++j) {
+      const int column = n * COLS / 8 + group_ * OWN_COLS / 8 + j;
+      if (8 * column >= cols()) continue;
+      tile::store_partial(mine + column * rank_blocks() * tile::FRAGMENT,
+                          {Q[4 * j], Q[4 * j + 1], Q[4 * j + 2], Q[4 * j + 3]});
+    }
   }
 
   // This block's share of the strip.

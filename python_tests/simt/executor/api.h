@@ -102,6 +102,7 @@ struct Counters {
   uint64_t late_loads = 0, late_bytes = 0;
   uint64_t cluster_loads = 0,
            cluster_bytes = 0;  // from shared memory of the cluster, its own included: the same
+  uint64_t late_stored = 0;    // bytes that a block stores after its warps' last products, the most of any
   uint64_t half_loads = 0;     // per warp, of 2 bytes a lane, with count_memory
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.

@@ -106,10 +106,13 @@ void check_aligned(const Thread& t, State state) {
 }
 
 // What a block must not leave behind.
-void check_exit(const Block& block) {
+void leave_block(const Block& block) {
   if (block.copies_in_flight)
     fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
   check_registers(block);
+  uint64_t stored = 0;
+  for (const Warp& warp : block.warps) stored += warp.stored;
+  totals.late_stored = std::max(totals.late_stored, stored);
 }
 
 void reschedule() {
@@ -183,7 +186,7 @@ void run_thread() {
   warp.alive &= ~(1u << t.lane);
   clear_ready(warp, 1u << t.lane);
   if (!warp.alive) flush_log(warp);
-  if (!--t.block->threads_left) check_exit(*t.block);
+  if (!--t.block->threads_left) leave_block(*t.block);
   --machine.threads_left;
   progress();
   Thread* next = choose_thread();

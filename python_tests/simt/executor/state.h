@@ -78,6 +78,7 @@ struct Warp {
   uint32_t generation = 0;
   bool logged = false;
   uint32_t registers = 0;  // that a thread may use (setmaxnreg)
+  uint64_t stored = 0;     // bytes in global memory since its last product
   race::Sync sync[2];      // by parity of the generation
 };
 
