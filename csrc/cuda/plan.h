@@ -131,6 +131,8 @@ void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int 
   for (int sub = 1; sub <= subs; ++sub) {
     const int64_t owners = ceil_div(owned, sub);
     if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
+    const int64_t one_turn = machine.has_clusters ? 0 : machine.slots() / owners;
+    const int64_t few = machine.has_clusters ? machine.wanted() : machine.multiprocessors * 8 / 10;
     const auto attempt = [&](int64_t splits) {
       splits = std::clamp<int64_t>(splits, 1, split);
       const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
@@ -143,10 +145,12 @@ void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int 
       c.blocks = owners * splits;
       c.uneven = unevenness(owned, owners) * unevenness(split, splits);
       f(owners, splits, microseconds(machine, c), c.extra,
-        c.extra > c.most * R / 16 * c.large || c.blocks < machine.wanted());
+        c.extra > c.most * R / 16 * c.large || c.blocks < few);
     };
     const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
     attempt(fewest);
+    // two turns of blocks take longer than one in which some multiprocessors have none
+    if (one_turn >= least && fewest > one_turn) attempt(one_turn);
     for (const int64_t full : {int64_t(machine.multiprocessors) / owners, machine.slots() / owners})
       if (full > fewest) attempt(full);
     for (int64_t splits = 2; splits <= MOST_OF_CLUSTER; splits *= 2)
