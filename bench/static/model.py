@@ -71,10 +71,26 @@ def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
     return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / assumptions.L2_ONE))
 
 
-def in_turn(loads: int, splits: Iterable[int]) -> int:
-    """How many of a thread's loads wait for one another, of sums over so many splits (csrc/cuda/tile/reduce.cuh): sixteen go
-    together, of fewer splits four, the rest one by one."""
-    return math.ceil(loads * max((s // 16 + s % 16 // 4 + s % 4) / s for s in splits))
+def in_turn(fragments: int, splits: int) -> int:
+    """How many loads of a thread wait for one another where a block of 8 warps sums so many fragments of 16 x 8 over so many
+    splits (csrc/cuda/tile/reduce.cuh): 16 go together, of fewer splits 4, the rest one by one; of several fragments alike."""
+    a_warp = math.ceil(fragments / 8)
+    together = 1 if a_warp <= 1 else 2 if a_warp % 4 in (1, 2) else 4
+    ahead = 16 // together
+    rest = splits % ahead
+    return math.ceil(a_warp / together) * (splits // ahead + (rest // 4 + rest % 4 if ahead > 4 else rest))
+
+
+def rounds_together(row: Row) -> int:
+    """The same of a block of a cooperative launch: its share of D or Q, and of k the row tiles that it is the last to reach."""
+    owners, splits = row.machine["grid"][:2]
+    ranks = math.ceil(row.r / 8)
+    rounds = in_turn(math.ceil(math.ceil(row.n / owners / 16) * ranks / splits), splits)
+    if row.kernel == "shrink_grad":
+        rows = constant(TRAITS, "SHRINK_GRAD_ROWS")
+        tiles = math.ceil(math.ceil(math.ceil(row.m / rows) / splits) / owners)
+        rounds += tiles * in_turn(rows // 16 * ranks, owners)
+    return rounds
 
 
 def _wide_loads(code: Iterable[Instruction]) -> int:
@@ -206,7 +222,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
             summing += max(card.l2_latency, late.cycles * left / late.loads)
     together = bool(m.get("together"))  # all blocks sum at the same time
     if together and m["late_loads"]:
-        rounds = in_turn(m["late_loads"], m["grid"][row.kernel != "shrink_grad" : 2])  # k's splits, and Q's or D's
+        rounds = rounds_together(row)
         all_bytes = card.l2_latency + m["late_total"] / (sms * card.l2_bytes_a_cycle)
         summing = max(summing, rounds * card.l2_latency, all_bytes)
     if m["cluster_loads"]:  # a round of them is a fragment's, from all blocks

@@ -403,6 +403,7 @@ PYBIND11_MODULE(lotr_simt, m) {
       },
       "file"_a, "line"_a,
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
+  m.def("arrivals", &cuda::arrivals, "Of blocks that were counted in and not taken back: 0 between launches");
   m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
         "scale"_a = 1.0, "core"_a = py::none(), "h"_a = py::none(), "core_scale"_a = 1.0);
   m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0,
