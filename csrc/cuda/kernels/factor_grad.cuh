@@ -3,8 +3,8 @@
 // Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M.
 //          A block walks its rectangle of x row tile by row tile, its sums stay in registers.
 // Bytes    x once; v once for each piece of K; D in and out; with s pieces of M that are no cluster, 4 K R
-//          written s times and read s - 1 times (s times beyond FEW_SPLITS).  plan.h balances the number of
-//          pieces of K against s.
+//          written s times and read s - 1 times (s times beyond FEW_SPLITS, or where all blocks sum).  plan.h
+//          balances the number of pieces of K against s.
 // Sums     float32; over m in the block's order, then over the pieces of M in order (tile/reduce.cuh), where
 //          they are a cluster by all its blocks, each a share of the tile, from shared memory; without
 //          clusters, where the whole grid runs at the same time, so too, from L2.

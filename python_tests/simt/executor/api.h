@@ -40,8 +40,8 @@ struct Options {
   // Clusters that run at the same time, as on a GPU that holds so many; 1: one after another.  Blocks that
   // wait for each other need all of those they wait for to be among them.
   unsigned resident = 1;
-  // Blocks that a cooperative launch may have: of a device that holds no more; a larger one is not launched,
-  // as on a GPU under MPS.  The blocks of one that is run at the same time, whatever `resident` is.
+  // Blocks that a cooperative launch may have, as on a GPU under MPS: a larger one is not launched.  Its
+  // blocks all run at the same time, whatever `resident` is.
   uint64_t room = UINT64_MAX;
   size_t shared_limit = 232448;  // bytes a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
 };
