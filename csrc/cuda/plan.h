@@ -117,6 +117,12 @@ inline double read_at_the_end(int64_t splits, int R) {
   return double(splits > FEW_SPLITS || R > FEW_SPLITS_MOST_RANK ? splits : splits - 1);
 }
 
+// The same of factor_grad and shrink_grad, which sum down columns: of cards without clusters each block, or
+// the last one, reads all splits of its share.
+inline double read_by_columns(int64_t splits, int R, const Machine& machine) {
+  return machine.has_clusters ? read_at_the_end(splits, R) : double(splits);
+}
+
 inline double unevenness(int64_t tiles, int64_t blocks) {
   return double(ceil_div(tiles, blocks)) * double(blocks) / double(tiles);
 }
@@ -128,34 +134,39 @@ inline double unevenness(int64_t tiles, int64_t blocks) {
 template <class CostOf, class F>
 void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int subs, int64_t least,
                CostOf cost, F f) {
-  for (int sub = 1; sub <= subs; ++sub) {
-    const int64_t owners = ceil_div(owned, sub);
-    if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
-    const int64_t one_turn = machine.has_clusters ? 0 : machine.slots() / owners;
-    const int64_t few = machine.has_clusters ? machine.wanted() : machine.multiprocessors * 8 / 10;
-    const auto attempt = [&](int64_t splits) {
-      splits = std::clamp<int64_t>(splits, 1, split);
-      const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
-      const int64_t more = ceil_div(split, split / splits);           // the least even number above it
-      if (owners * even >= machine.wanted())
-        splits = even;
-      else if (owners * more <= machine.slots())
-        splits = more;
-      Cost c = cost(owners, splits);
-      c.blocks = owners * splits;
-      c.uneven = unevenness(owned, owners) * unevenness(split, splits);
-      f(owners, splits, microseconds(machine, c), c.extra,
-        c.extra > c.most * R / 16 * c.large || c.blocks < few);
-    };
-    const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
-    attempt(fewest);
-    // two turns of blocks take longer than one in which some multiprocessors have none
-    if (one_turn >= least && fewest > one_turn) attempt(one_turn);
-    for (const int64_t full : {int64_t(machine.multiprocessors) / owners, machine.slots() / owners})
-      if (full > fewest) attempt(full);
-    for (int64_t splits = 2; splits <= MOST_OF_CLUSTER; splits *= 2)
-      if (machine.cluster(splits) && splits > fewest && owners * splits <= machine.slots()) attempt(splits);
-  }
+  const int64_t few = machine.has_clusters ? machine.wanted() : int64_t(machine.multiprocessors) * 8 / 10;
+  const auto attempt = [&](int64_t owners, int64_t splits) {
+    splits = std::clamp<int64_t>(splits, 1, split);
+    const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
+    const int64_t more = ceil_div(split, split / splits);           // the least even number above it
+    if (owners * even >= machine.wanted())
+      splits = even;
+    else if (owners * more <= machine.slots())
+      splits = more;
+    Cost c = cost(owners, splits);
+    c.blocks = owners * splits;
+    c.uneven = unevenness(owned, owners) * unevenness(split, splits);
+    f(owners, splits, microseconds(machine, c), c.extra,
+      c.extra > c.most * R / 16 * c.large || c.blocks < few);
+  };
+  // The second time what needs two turns of blocks, in one turn that leaves some multiprocessors without any.
+  for (const bool again : {false, true})
+    for (int sub = 1; sub <= subs; ++sub) {
+      const int64_t owners = ceil_div(owned, sub);
+      if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
+      const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
+      if (again) {
+        const int64_t one_turn = machine.has_clusters ? 0 : machine.slots() / owners;
+        if (one_turn >= least && one_turn < fewest) attempt(owners, one_turn);
+        continue;
+      }
+      attempt(owners, fewest);
+      for (const int64_t full : {int64_t(machine.multiprocessors) / owners, machine.slots() / owners})
+        if (full > fewest) attempt(owners, full);
+      for (int64_t splits = 2; splits <= MOST_OF_CLUSTER; splits *= 2)
+        if (machine.cluster(splits) && splits > fewest && owners * splits <= machine.slots())
+          attempt(owners, splits);
+    }
 }
 
 inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& machine) {
@@ -219,9 +230,7 @@ inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Mach
         [&](int64_t n, int64_t m) {
           const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
           const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, written = cluster ? 0.0 : double(m),
-                       read = cluster    ? 0.0
-                              : together ? double(m)
-                                         : read_at_the_end(m, R);
+                       read = cluster ? 0.0 : read_by_columns(m, R, clusters);
           return Cost{double(M) * double(K) * element,
                       double(element) * double(r) * double(n) * double(M) + one * (written + read),
                       0.15,
@@ -253,9 +262,7 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, const Mach
         const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
         const double k = 4.0 * double(r) * double(n) * double(M),
                      one = m > 1 ? 4.0 * double(r) * double(N) : 0.0, written = cluster ? 0.0 : double(m),
-                     read = cluster    ? 0.0
-                            : together ? double(m)
-                                       : read_at_the_end(m, R);
+                     read = cluster ? 0.0 : read_by_columns(m, R, clusters);
         // of k, the row tiles that a block is the last to reach
         const double k_summed = double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
                                 double(std::min<int64_t>(rows, M)) * double(n);

@@ -69,6 +69,7 @@ def test_kernel_any_shape(lib, kernel: str, kind: str) -> None:
             r2=st.integers(0, 70),
             layers=st.integers(1, 3),
             float_factors=st.booleans(),
+            early=st.booleans(),
         )
     )
     def check(shape: Shape) -> None:
