@@ -106,6 +106,11 @@ SOURCES = [
         "assumed, from A100's 5120 a cycle for all",
     ),
     (
+        "blocks of a cooperative launch that wait for one another all read what they sum at the same time, at L2's 27 bytes a "
+        "cycle, after an L2 latency more for the wait; the launch itself costs no more than another",
+        "assumed: blocks of the same work end together; the driver may take longer to make sure of the room",
+    ),
+    (
         f"shared memory of a cluster gives {CLUSTER_ONE:.0f} bytes a cycle to each multiprocessor; its latency and a cluster's "
         "barrier are an L2 latency each; blocks of clusters begin like others, as many on each multiprocessor",
         "bandwidth: 2.65e12 bytes a second in clusters of 4 on an H100 PCIe (arXiv 2402.13499), which reports a latency of 180 "

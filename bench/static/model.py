@@ -8,7 +8,9 @@ memory    bytes from DRAM at the bandwidth that is reached, or less where too fe
           not yet waited for (the operand of the loop's wait), against bandwidth x latency; all bytes from L2 at its own
 after     the last block's sum over the splits: rounds of as many loads as its code keeps in flight, each an L2 latency, or the
           bytes at what one multiprocessor gets from L2; the arrival itself, and the store. Of splits that are a cluster: its
-          barrier, the bytes that each block reads of the others, and the store
+          barrier, the bytes that each block reads of the others, and the store. Of a cooperative launch, whose blocks all sum
+          at the same time: the wait for the last arrival as well, and the bytes of all blocks at what all multiprocessors get
+          from L2, if that takes longer
 """
 
 from __future__ import annotations
@@ -67,6 +69,28 @@ def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
         return max((late for late in found if 2 * late.loads > most), key=lambda late: late.cycles / late.loads)
     loads = max(1, _together(code))
     return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / assumptions.L2_ONE))
+
+
+def in_turn(fragments: int, splits: int) -> int:
+    """How many loads of a thread wait for one another where a block of 8 warps sums so many fragments of 16 x 8 over so many
+    splits (csrc/cuda/tile/reduce.cuh): 16 go together, of fewer splits 4, the rest one by one; of several fragments alike."""
+    a_warp = math.ceil(fragments / 8)
+    together = 1 if a_warp <= 1 else 2 if a_warp % 4 in (1, 2) else 4
+    ahead = 16 // together
+    rest = splits % ahead
+    return math.ceil(a_warp / together) * (splits // ahead + (rest // 4 + rest % 4 if ahead > 4 else rest))
+
+
+def rounds_together(row: Row) -> int:
+    """The same of a block of a cooperative launch: its share of D or Q, and of k the row tiles that it is the last to reach."""
+    owners, splits = row.machine["grid"][:2]
+    ranks = math.ceil(row.r / 8)
+    rounds = in_turn(math.ceil(math.ceil(row.n / owners / 16) * ranks / splits), splits)
+    if row.kernel == "shrink_grad":
+        rows = constant(TRAITS, "SHRINK_GRAD_ROWS")
+        tiles = math.ceil(math.ceil(math.ceil(row.m / rows) / splits) / owners)
+        rounds += tiles * in_turn(rows // 16 * ranks, owners)
+    return rounds
 
 
 def _wide_loads(code: Iterable[Instruction]) -> int:
@@ -196,13 +220,18 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         rounds, summing = whole + (left > 0), whole * late.cycles
         if left:  # fewer bytes, but no less than a load's time
             summing += max(card.l2_latency, late.cycles * left / late.loads)
+    together = bool(m.get("together"))  # all blocks sum at the same time
+    if together and m["late_loads"]:
+        rounds = rounds_together(row)
+        all_bytes = card.l2_latency + m["late_total"] / (sms * card.l2_bytes_a_cycle)
+        summing = max(summing, rounds * card.l2_latency, all_bytes)
     if m["cluster_loads"]:  # a round of them is a fragment's, from all blocks
         one = math.ceil(m["cluster_loads"] / m["grid"][1])
         rounds += one
         summing += card.l2_latency + max(one * card.l2_latency, m["cluster_bytes"] / assumptions.CLUSTER_ONE)
     if m["atomics"]:
         cluster = m["cluster"] > 1 and not m["cluster_loads"]  # one that waits for its barrier
-        summing += (3 + cluster) * card.l2_latency  # store, arrive, store
+        summing += (3 + (cluster or together)) * card.l2_latency  # store, arrive, wait, store
     elif rounds:
         summing += card.l2_latency  # store
     after = summing / clock

@@ -253,7 +253,9 @@ def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
         "cluster": launch["cluster"][0] * launch["cluster"][1] * launch["cluster"][2],
         "late_loads": counters["late_loads"],  # of 16 bytes, a thread
         "late_bytes": counters["late_bytes"],
-        "late_stored": counters["late_stored"],
+        "late_stored": counters["late_stored"],  # after its last products
+        "together": launch["cooperative"],  # all blocks are there at once, and sum at the same time
+        "late_total": counters["late_total"],  # the late bytes of all blocks
         "atomics": counters["atomics"],
         "cluster_loads": counters["cluster_loads"],
         "cluster_bytes": counters["cluster_bytes"],

@@ -13,6 +13,7 @@ int32_t* counters(void* stream, int64_t count);
 #ifndef __CUDACC__
 // In the executor, where a process goes on after a kernel that failed half-way: all zeros again.
 void forget_arrivals();
+int64_t arrivals();  // counted and not taken back: none between launches
 #endif
 
 void clear(void* data, size_t bytes, void* stream);

@@ -34,6 +34,19 @@ void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p
               kernel, p);
 }
 
+// The same with all blocks at the same time, if p.together is set and there is room; else without it, to the
+// same bits.
+template <class Traits, class Params>
+void launch_together(const Call& call, void (*kernel)(Params), dim3 grid, Params p, const char* name,
+                     dim3 cluster) {
+  if (p.together && ptx::launch({grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem),
+                                 static_cast<ptx::stream_t>(call.stream), cluster, name, call.early, true},
+                                kernel, p))
+    return;
+  p.together = 0;
+  launch<Traits>(call, kernel, grid, p, name, cluster);
+}
+
 // f(true or false as a type): whether there is dropout
 template <class F>
 void dispatch_dropout(const Dropout& dropout, F f) {
@@ -88,16 +101,16 @@ void Launchers<P>::factor_grad(const Call& call, FactorGradParams p, void* works
       p.m_pieces = plan.m_pieces();
       p.k_pieces = plan.n_pieces();
       p.splits = int(plan.m_blocks);
-      p.cluster = plan.cluster;
+      p.cluster = plan.cluster, p.together = plan.together;
       if (p.splits > 1 && !p.cluster)
         p.sum = Workspace(call, workspace, plan.n_blocks).take(plan.n_blocks, 0);
       const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks), cluster = cluster_of(plan);
       using Wide = kernels::FactorGradTraits<P, R, kernels::factor_grad_wide(R), DROPOUT>;
       using Narrow = kernels::FactorGradTraits<P, R, kernels::factor_grad_narrow(R), DROPOUT>;
       if (plan.cols == Wide::COLS)
-        launch<Wide>(call, kernels::factor_grad<Wide>, grid, p, "factor_grad", cluster);
+        launch_together<Wide>(call, kernels::factor_grad<Wide>, grid, p, "factor_grad", cluster);
       else
-        launch<Narrow>(call, kernels::factor_grad<Narrow>, grid, p, "factor_grad", cluster);
+        launch_together<Narrow>(call, kernels::factor_grad<Narrow>, grid, p, "factor_grad", cluster);
     });
   });
 }
@@ -111,12 +124,12 @@ void Launchers<P>::shrink_grad(const Call& call, ShrinkGradParams p, void* works
     p.n_pieces = plan.n_pieces();
     p.m_splits = int(plan.m_blocks);
     p.n_splits = int(plan.n_blocks);
-    p.cluster = plan.cluster;
+    p.cluster = plan.cluster, p.together = plan.together;
     Workspace memory(call, workspace, plan.m_tiles + plan.n_blocks);
     p.sum_k = memory.take(plan.m_tiles, plan.m_tiles * plan.n_blocks * plan.rows * Traits::R);
     p.sum_Q = memory.take(plan.n_blocks, 0);
-    launch<Traits>(call, kernels::shrink_grad<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
-                   "shrink_grad", cluster_of(plan));
+    launch_together<Traits>(call, kernels::shrink_grad<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
+                            "shrink_grad", cluster_of(plan));
   });
 }
 

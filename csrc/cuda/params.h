@@ -33,14 +33,16 @@ struct Dropout {
   float scale;          // of the product: 1 / (1 - p), without dropout 1 or a scaling that comes last
 };
 
-// Partial sums of the blocks that share an output tile, added in a fixed order by the last to arrive.
+// Partial sums of the blocks that share an output tile, added in a fixed order by the last to arrive, or by
+// all of them, each a share, where they run together.
 struct Reduction {
   float* partial;    // kernel's own layout, see its file
   int32_t* arrived;  // [tiles], zero before the launch and after it
 };
 
 // Up to so many splits the last block adds the others' partial sums to its own, which it still has in
-// registers: it reads one less.  Not at ranks above 64, where registers are full.
+// registers: it reads one less.  Not at ranks above 64, where registers are full, nor in factor_grad and
+// shrink_grad on cards without clusters, where mostly all blocks sum.
 constexpr int FEW_SPLITS = 4, FEW_SPLITS_MOST_RANK = 64;
 
 // Or they are one cluster, where the GPU has such, and sum through each other's shared memory; of 2, 4 or 8
@@ -91,6 +93,7 @@ struct FactorGradParams {
   Pieces m_pieces, k_pieces;  // of the row and column tiles
   int32_t splits;             // blocks along M that share a tile of D
   int32_t cluster;            // 1: they are one cluster
+  int32_t together;           // 1: all blocks run at the same time, and those may wait for one another
   int32_t r;
   int32_t accumulate;  // 0: D = instead of D +=
   Dropout dropout;
@@ -108,7 +111,8 @@ struct ShrinkGradParams {
   int64_t M, N;
   Pieces m_pieces, n_pieces;  // of the row and column tiles
   int32_t m_splits, n_splits;
-  int32_t cluster;  // 1: the m_splits blocks of a column are one cluster
+  int32_t cluster;   // 1: the m_splits blocks of a column are one cluster
+  int32_t together;  // 1: all blocks run at the same time, and those of a column may wait for one another
   int32_t r;
   int32_t accumulate;  // 0: Q = instead of Q +=
   Reduction sum_k;     // partial [row tiles, n_splits, ROWS, R]

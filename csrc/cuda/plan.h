@@ -3,11 +3,12 @@
 //
 // A kernel reads its large matrix once whatever the plan is.  What the plan decides is the rest: factors are
 // read again by every block that needs them (from L2 mostly), partial sums are written and read, and the
-// block that comes last adds them alone.  With s blocks along one side and t along the other, one of the two
-// grows with s and the other with t, and s t must fill the GPU.  Each plan is the cheapest of some: all
-// numbers of column tiles that a block may own, with the splits that fill the GPU once, and fewer where a
-// problem is small.  Those that would move more than a part of the large matrix besides it are taken only
-// where there are no others.
+// block that comes last adds them alone, or all that share them do, where they may wait for one another: in a
+// cluster, and on cards without clusters where the whole grid is there at once.  With s blocks along one side
+// and t along the other, one of the two grows with s and the other with t, and s t must fill the GPU.  Each
+// plan is the cheapest of some: all numbers of column tiles that a block may own, with the splits that fill
+// the GPU once, and fewer where a problem is small.  Those that would move more than a part of the large
+// matrix besides it are taken only where there are no others.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -36,27 +37,35 @@ inline Pieces pieces(int64_t tiles, int64_t count) {
 // What a plan is made for.
 struct Machine {
   int multiprocessors, blocks;  // and how many blocks one of them holds, of a kernel made for two
-  bool clusters;                // whether it has such
+  bool has_clusters, clusters;  // and whether this kernel's may be one
   // shared: bytes of shared memory of a multiprocessor
   static Machine of(int multiprocessors, int shared, bool clusters) {
-    return {multiprocessors, size_t(shared) >= 2 * (kernels::SHARED_BYTES_OF_TWO + 1024) ? 2 : 1, clusters};
+    return {multiprocessors, size_t(shared) >= 2 * (kernels::SHARED_BYTES_OF_TWO + 1024) ? 2 : 1, clusters,
+            clusters};
   }
-  Machine with(int at_most) const { return {multiprocessors, std::min(blocks, at_most), clusters}; }
+  Machine with(int at_most) const {
+    return {multiprocessors, std::min(blocks, at_most), has_clusters, clusters};
+  }
   // whether so many splits are to be one cluster
   bool cluster(int64_t splits) const {
     return clusters && splits > 1 && splits <= std::min(MOST_OF_CLUSTER, multiprocessors) &&
            (splits & (splits - 1)) == 0;
+  }
+  // whether the splits may wait for one another without a cluster: the whole grid is there at once
+  bool together(int64_t owners, int64_t splits) const {
+    return !has_clusters && splits > 1 && owners * splits <= slots();
   }
   int64_t wanted() const { return ceil_div(int64_t(multiprocessors) * 9, 10); }
   int64_t slots() const { return int64_t(multiprocessors) * blocks; }
 };
 
 // Microseconds, roughly those of an H100 by bench.static: only their proportions matter.
-constexpr double MEMORY = 25e3;    // bytes that a multiprocessor's share of the memory delivers in one
-constexpr double SUMMING = 110e3;  // bytes of partial sums that one block reads from L2
-constexpr double EXTRA = 0.5;      // what a byte of a factor or of a partial sum costs, which L2 keeps
-constexpr double ARRIVING = 0.5;   // from the last store of a partial sum to the first load of it
-constexpr double PASSING = 25e3;   // bytes of partial sums that one block reads from other shared memory
+constexpr double MEMORY = 25e3;       // bytes that a multiprocessor's share of the memory delivers in one
+constexpr double SUMMING = 110e3;     // bytes of partial sums that one block reads from L2
+constexpr double EXTRA = 0.5;         // what a byte of a factor or of a partial sum costs, which L2 keeps
+constexpr double ARRIVING = 0.5;      // from the last store of a partial sum to the first load of it
+constexpr double PASSING = 25e3;      // bytes of partial sums that one block reads from other shared memory
+constexpr double ALL_SUMMING = 40e3;  // bytes of partial sums that a multiprocessor reads when all of them do
 // Bytes of the large matrix that one block gets through in one, alone on its multiprocessor: what it computes
 // it has to wait for.
 constexpr double alone(int R, double least_rank, double rank_64) {
@@ -65,11 +74,12 @@ constexpr double alone(int R, double least_rank, double rank_64) {
 
 struct Cost {
   double large,
-      extra;          // bytes: of the large matrix; of factors, and of partial sums written and read
-  double most;        // of extra over large, at rank 16
-  double summed;      // bytes that the last block adds, 0: there is no sum
-  double alone;       // see above
-  double passed = 0;  // bytes that each block adds from its cluster
+      extra;            // bytes: of the large matrix; of factors, and of partial sums written and read
+  double most;          // of extra over large, at rank 16
+  double summed;        // bytes that the last block adds, 0: there is no sum
+  double alone;         // see above
+  double passed = 0;    // bytes that each block adds from its cluster
+  double together = 0;  // bytes that all blocks add at the same time, all of them together
   int64_t blocks = 0;
   double uneven = 1;  // the largest block over the mean one
 };
@@ -83,7 +93,8 @@ inline double microseconds(const Machine& machine, const Cost& c) {
   // They overlap, but not quite where they are equal.
   const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8), 1 / 8.);
   return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0) +
-         (c.passed > 0 ? ARRIVING / 2 + c.passed / PASSING : 0.0);
+         (c.passed > 0 ? ARRIVING / 2 + c.passed / PASSING : 0.0) +
+         (c.together > 0 ? ARRIVING * 3 / 2 + c.together / (ALL_SUMMING * machine.multiprocessors) : 0.0);
 }
 
 // m_blocks x n_blocks blocks of the large matrix, and the pieces of its tiles that they own.
@@ -91,8 +102,9 @@ struct Plan {
   int rows = 0, cols = 0;  // of a tile
   int64_t m_tiles = 0, n_tiles = 0, m_blocks = 0, n_blocks = 0;
   double extra_bytes = 0, cost = 0;
-  bool cluster = false;  // the blocks along M are one
-  bool last = false;     // a last resort: it moves too much besides the matrix, or does not fill the GPU
+  bool cluster = false;   // the blocks along M are one
+  bool last = false;      // a last resort: it moves too much besides the matrix, or does not fill the GPU
+  bool together = false;  // all blocks are there at once, and those along M wait for one another
   void better_of(const Plan& other) {
     if (rows == 0 || std::pair(other.last, other.cost) < std::pair(last, cost)) *this = other;
   }
@@ -103,6 +115,12 @@ struct Plan {
 // Of `splits` partial sums, those that the last block reads (tile/reduce.cuh).
 inline double read_at_the_end(int64_t splits, int R) {
   return double(splits > FEW_SPLITS || R > FEW_SPLITS_MOST_RANK ? splits : splits - 1);
+}
+
+// The same of factor_grad and shrink_grad, which sum down columns: of cards without clusters each block, or
+// the last one, reads all splits of its share.
+inline double read_by_columns(int64_t splits, int R, const Machine& machine) {
+  return machine.has_clusters ? read_at_the_end(splits, R) : double(splits);
 }
 
 inline double unevenness(int64_t tiles, int64_t blocks) {
@@ -116,30 +134,39 @@ inline double unevenness(int64_t tiles, int64_t blocks) {
 template <class CostOf, class F>
 void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int subs, int64_t least,
                CostOf cost, F f) {
-  for (int sub = 1; sub <= subs; ++sub) {
-    const int64_t owners = ceil_div(owned, sub);
-    if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
-    const auto attempt = [&](int64_t splits) {
-      splits = std::clamp<int64_t>(splits, 1, split);
-      const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
-      const int64_t more = ceil_div(split, split / splits);           // the least even number above it
-      if (owners * even >= machine.wanted())
-        splits = even;
-      else if (owners * more <= machine.slots())
-        splits = more;
-      Cost c = cost(owners, splits);
-      c.blocks = owners * splits;
-      c.uneven = unevenness(owned, owners) * unevenness(split, splits);
-      f(owners, splits, microseconds(machine, c), c.extra,
-        c.extra > c.most * R / 16 * c.large || c.blocks < machine.wanted());
-    };
-    const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
-    attempt(fewest);
-    for (const int64_t full : {int64_t(machine.multiprocessors) / owners, machine.slots() / owners})
-      if (full > fewest) attempt(full);
-    for (int64_t splits = 2; splits <= MOST_OF_CLUSTER; splits *= 2)
-      if (machine.cluster(splits) && splits > fewest && owners * splits <= machine.slots()) attempt(splits);
-  }
+  const int64_t few = machine.has_clusters ? machine.wanted() : int64_t(machine.multiprocessors) * 8 / 10;
+  const auto attempt = [&](int64_t owners, int64_t splits) {
+    splits = std::clamp<int64_t>(splits, 1, split);
+    const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
+    const int64_t more = ceil_div(split, split / splits);           // the least even number above it
+    if (owners * even >= machine.wanted())
+      splits = even;
+    else if (owners * more <= machine.slots())
+      splits = more;
+    Cost c = cost(owners, splits);
+    c.blocks = owners * splits;
+    c.uneven = unevenness(owned, owners) * unevenness(split, splits);
+    f(owners, splits, microseconds(machine, c), c.extra,
+      c.extra > c.most * R / 16 * c.large || c.blocks < few);
+  };
+  // The second time what needs two turns of blocks, in one turn that leaves some multiprocessors without any.
+  for (const bool again : {false, true})
+    for (int sub = 1; sub <= subs; ++sub) {
+      const int64_t owners = ceil_div(owned, sub);
+      if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
+      const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
+      if (again) {
+        const int64_t one_turn = machine.has_clusters ? 0 : machine.slots() / owners;
+        if (one_turn >= least && one_turn < fewest) attempt(owners, one_turn);
+        continue;
+      }
+      attempt(owners, fewest);
+      for (const int64_t full : {int64_t(machine.multiprocessors) / owners, machine.slots() / owners})
+        if (full > fewest) attempt(owners, full);
+      for (int64_t splits = 2; splits <= MOST_OF_CLUSTER; splits *= 2)
+        if (machine.cluster(splits) && splits > fewest && owners * splits <= machine.slots())
+          attempt(owners, splits);
+    }
 }
 
 inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& machine) {
@@ -201,18 +228,20 @@ inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Mach
     each_plan(
         clusters, R, k_tiles, m_tiles, kernels::factor_grad_subs(R, cols), 1,
         [&](int64_t n, int64_t m) {
-          const bool cluster = clusters.cluster(m);
-          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0,
-                       read = cluster ? 0.0 : read_at_the_end(m, R), written = cluster ? 0.0 : double(m);
+          const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
+          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, written = cluster ? 0.0 : double(m),
+                       read = cluster ? 0.0 : read_by_columns(m, R, clusters);
           return Cost{double(M) * double(K) * element,
                       double(element) * double(r) * double(n) * double(M) + one * (written + read),
                       0.15,
-                      one * read / double(n),
+                      together ? 0.0 : one * read / double(n),
                       alone(R, 40e3, cols == 128 ? 20e3 : 17e3),
-                      cluster ? one / double(n) : 0.0};
+                      cluster ? one / double(n) : 0.0,
+                      together ? one * read : 0.0};
         },
         [&](int64_t n, int64_t m, double cost, double extra, bool last) {
-          best.better_of({rows, cols, m_tiles, k_tiles, m, n, extra, cost, clusters.cluster(m), last});
+          best.better_of({rows, cols, m_tiles, k_tiles, m, n, extra, cost, clusters.cluster(m), last,
+                          clusters.together(n, m)});
         });
     if (cols == kernels::factor_grad_narrow(R)) break;  // the two may be one
   }
@@ -230,22 +259,25 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, const Mach
       clusters, R, n_tiles, m_tiles, kernels::shrink_grad_subs(size_t(element), R),
       ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
       [&](int64_t n, int64_t m) {
-        const bool cluster = clusters.cluster(m);
-        const double k = 8.0 * double(r) * double(n) * double(M),
-                     one = m > 1 ? 4.0 * double(r) * double(N) : 0.0,
-                     read = cluster ? 0.0 : read_at_the_end(m, R), written = cluster ? 0.0 : double(m);
+        const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
+        const double k = 4.0 * double(r) * double(n) * double(M),
+                     one = m > 1 ? 4.0 * double(r) * double(N) : 0.0, written = cluster ? 0.0 : double(m),
+                     read = cluster ? 0.0 : read_by_columns(m, R, clusters);
         // of k, the row tiles that a block is the last to reach
+        const double k_summed = double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
+                                double(std::min<int64_t>(rows, M)) * double(n);
         return Cost{double(M) * double(N) * element,
-                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + k +
+                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + 2 * k +
                         one * (written + read),
                     0.35,
-                    one * read / double(n) + double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
-                                                 double(std::min<int64_t>(rows, M)) * double(n),
+                    together ? 0.0 : one * read / double(n) + k_summed,
                     alone(R, 20e3, 15e3),
-                    cluster ? one / double(n) : 0.0};
+                    cluster ? one / double(n) : 0.0,
+                    together ? one * read + k : 0.0};
       },
       [&](int64_t n, int64_t m, double cost, double extra, bool last) {
-        best.better_of({rows, cols, m_tiles, n_tiles, m, n, extra, cost, clusters.cluster(m), last});
+        best.better_of({rows, cols, m_tiles, n_tiles, m, n, extra, cost, clusters.cluster(m), last,
+                        clusters.together(n, m)});
       });
   return best;
 }
@@ -263,7 +295,7 @@ inline FoldGrad fold_grad(int64_t N, int64_t L, int64_t r_in, int64_t r_out, boo
   plan.dB_blocks = dB ? ceil_div(N, kernels::FOLD_ROWS) * out : 0;
   plan.core_tiles = L * ceil_div(r_in, kernels::FOLD_ROWS) * out;
   const int64_t steps = ceil_div(N, 32),
-                wanted = ceil_div(Machine{multiprocessors, 1, false}.wanted(), plan.core_tiles);
+                wanted = ceil_div(Machine{multiprocessors, 1, false, false}.wanted(), plan.core_tiles);
   plan.n_per_split = std::max<int64_t>(8, std::max<int64_t>(1, steps / wanted)) * 32;
   plan.splits = int(ceil_div(N, plan.n_per_split));
   return plan;

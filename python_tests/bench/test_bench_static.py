@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -14,7 +15,7 @@ from bench.static.assumptions import CARDS, together
 from bench.static.compiled import Compiled
 from bench.static.hot import Wanted, hot_loop
 from bench.static.issue import Latencies, run
-from bench.static.model import blocks_resident, estimate, late_sums
+from bench.static.model import Estimate, blocks_resident, estimate, in_turn, late_sums
 from bench.static.sass import Instruction, blocks_of, loops_of, parse
 from bench.traffic import counts, layer, projection
 from bench.traffic.counts import FOLDER, KERNELS, Row
@@ -221,6 +222,26 @@ def test_sums_after_the_last_arrival_cost_a_latency_a_round():
     assert one.parts["after"] * CARDS["h100"].clock == pytest.approx(4 * 263)  # a round of half the loads: a load's time
     assert two.parts["after"] + 263 / CARDS["h100"].clock == pytest.approx(three.parts["after"])
     assert "sum at the end" in long.limiter and "sum at the end" not in short.limiter
+
+
+def test_blocks_that_sum_together_wait_once_more_and_share_what_l2_gives():
+    a100, made = CARDS["a100"], {"_ZN4lotr7kernels6shrinkE": kernel(64)}
+
+    def late(kernel: str = "shrink", total: int = 0) -> Estimate:
+        one = row(blocks=104, late_loads=1)
+        more = {"together": True, "late_total": total, "grid": [8, 13, 1]}
+        return estimate(dataclasses.replace(one, kernel=kernel, machine=one.machine | more), made, a100)
+
+    def latencies(e: Estimate) -> float:
+        return e.parts["after"] * a100.clock / a100.l2_latency
+
+    q, k = in_turn(5, 13), in_turn(8, 8)  # 64 fragments over 13 blocks; a row tile of k
+    assert (q, k) == (4, 2) and late().late_rounds == q and latencies(late()) == pytest.approx(4 + q)
+    tiles = math.ceil(row(blocks=104).m / 64 / 13 / 8)  # of k, at most
+    assert late("shrink_grad").late_rounds == q + tiles * k
+    much = 3_400_000  # bytes
+    assert latencies(late(total=much)) == pytest.approx(5 + much / 108 / a100.l2_bytes_a_cycle / a100.l2_latency)
+    assert (in_turn(9, 16), in_turn(32, 16), in_turn(33, 7)) == (2, 4, 12)
 
 
 def test_limits_that_are_equal_do_not_overlap_for_nothing():

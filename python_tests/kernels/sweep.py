@@ -26,6 +26,7 @@ PIPELINE = [
     Shape(330, 700, 40, ALIGNED, 0.25, 6, r2=20, layers=2),
     Shape(520, 264, 16, ODD, 0.1, 4),
     Shape(520, 264, 16, ODD, 0.1, 4, early=False),
+    Shape(520, 264, 16, ODD, 0.1, 7),  # three splits, no cluster: the last block sums
     Shape(200, 400, 100, PACKED, sms=5, layers=2),
     Shape(150, 300, 200, PACKED, 0.5, 6),
 ]

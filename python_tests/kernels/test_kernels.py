@@ -69,6 +69,7 @@ def test_kernel_any_shape(lib, kernel: str, kind: str) -> None:
             r2=st.integers(0, 70),
             layers=st.integers(1, 3),
             float_factors=st.booleans(),
+            early=st.booleans(),
         )
     )
     def check(shape: Shape) -> None:
@@ -78,16 +79,47 @@ def test_kernel_any_shape(lib, kernel: str, kind: str) -> None:
 
 
 def test_the_shapes_have_splits_of_every_kind(lib) -> None:
-    """Clusters of each size, and sums through memory of few splits and of many, with clusters and without."""
+    """Clusters of each size, and sums through memory of few splits and of many, by the last block and by all of them; of two
+    splits by the last, where there are no clusters, only without room: the next test."""
     for kernel in ("factor_grad", "shrink_grad"):
         seen = set()
         for shape in (s for s in SHAPES if s.m and s.r <= 64):
             lib.set_device(multiprocessors=shape.sms, early=shape.early)
             plan = lib.plan(kernel, shape.m, shape.k, shape.r, 2, shape.sms)
             splits = plan["m_blocks"]
-            assert not plan["cluster"] or shape.early
-            seen.add(("cluster" if plan["cluster"] else "memory", splits if plan["cluster"] else min(splits, 5)))
-        assert {("cluster", 2), ("cluster", 4), ("cluster", 8), ("memory", 2), ("memory", 5)} <= seen, (kernel, seen)
+            assert shape.early or not plan["cluster"]
+            assert not shape.early or not plan["together"]
+            kind = "cluster" if plan["cluster"] else "together" if plan["together"] else "memory"
+            seen.add((kind, splits if plan["cluster"] else min(splits, 5)))
+        clusters = {("cluster", 2), ("cluster", 4), ("cluster", 8)}
+        assert {("memory", 3), ("memory", 5), ("together", 2), ("together", 5)} | clusters <= seen, (kernel, seen)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kernel", ["factor_grad", "shrink_grad"])
+def test_without_clusters_all_blocks_sum_or_the_last(lib, kernel: str, kind: str) -> None:
+    """A cooperative launch where the plan says so, of no more blocks than the GPU holds; where it finds no room, as under MPS,
+    another one with the same bits. No count of arrivals is left behind."""
+    seen = []
+    for shape in (s for s in SHAPES if not s.early):
+        problem, first = KERNELS[kernel](shape, kind), {}
+        for room in (None, 1, None):
+            lib.set_options(order="random", seed=7, room=room)
+            lib.reset_counters()
+            outputs = problem.run(lib)
+            launch = lib.counters()["launches"][-1]
+            grid, element = np.prod(launch["grid"]), 2 if kind in ("bf16", "fp16") else 4
+            plan = lib.plan(kernel, shape.m, shape.k, shape.r, element, shape.sms)
+            if launch["name"] == kernel:
+                assert launch["cooperative"] == (plan["together"] and room is None), (shape, plan)
+            assert not launch["cooperative"] or grid <= 2 * shape.sms
+            seen.append(launch["cooperative"])
+            assert lib.arrivals() == 0
+            first = first or {name: a.copy() for name, a in outputs.items()}
+            problem.check(outputs)
+            assert all(bits(a) == bits(first[name]) for name, a in outputs.items()), shape
+    lib.set_options()
+    assert sum(seen) >= 8
 
 
 def test_a_scaling_comes_last_in_float16(lib) -> None:

@@ -60,6 +60,22 @@ def test_what_the_model_of_the_machine_code_is_told(lib, kernel: str) -> None:
         assert 0 < machine["late_bytes"] <= 16 * 256 * machine["late_loads"]
 
 
+@pytest.mark.parametrize("kernel", ["factor_grad", "shrink_grad"])
+def test_what_is_counted_without_clusters(lib, kernel: str) -> None:
+    """All blocks of an A100's launch at the same time: each reads its share of every split, no byte twice."""
+    sms = traffic.NOT_EARLY[0]
+    row = traffic.count(lib, kernel, 2048, 1024, 16, sms)
+    lib.set_device(multiprocessors=sms, early=False)
+    plan = lib.plan(kernel, 2048, 1024, 16, 2, sms)
+    assert plan["together"] and row.machine["together"] and plan["m_blocks"] * plan["n_blocks"] == row.blocks <= 2 * sms
+    assert plan["extra_bytes"] == pytest.approx(row.factors + row.partials, rel=0.01)
+    own = 4 * 1024 * 16 * plan["m_blocks"]
+    k = 4 * 2048 * 16 * plan["n_blocks"] if kernel == "shrink_grad" else 0
+    D = 4 * 1024 * 16 if kernel == "factor_grad" else 0  # in and out
+    assert row.machine["late_total"] == own + k + D
+    assert row.machine["late_bytes"] <= 1.3 * row.machine["late_total"] / row.blocks + 4 * 16 * 64 * plan["n_blocks"]
+
+
 def test_a_decoding_step_fills_the_gpu(lib) -> None:
     for m in (1, 16):
         for r, blocks in ((16, 32), (64, 64), (256, 120)):

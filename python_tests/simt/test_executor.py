@@ -53,6 +53,15 @@ def test_blocks_that_run_at_the_same_time() -> None:
     assert "expected at most 65535: lower Options::resident" in run("crowd", resident=64)
 
 
+def test_all_blocks_of_a_cooperative_launch_run_at_the_same_time() -> None:
+    refused, launched, order, last = run("cooperative", order="in_turn").splitlines()
+    assert (refused, launched) == ("0 0", "1 192") and last == "1 1"  # nothing ran and nothing was listed where no room was
+    assert threads(order) == list(range(192))
+    mixed = [thread // 64 for thread in threads(run("cooperative", order="random", seed=3).splitlines()[2])]
+    assert sum(a != b for a, b in itertools.pairwise(mixed)) > 2
+    assert "expected at most 65535: play a smaller GPU" in run("cooperative crowd")
+
+
 @pytest.mark.parametrize("mode, defines", [("plain", ()), ("plain", UCONTEXT), ("asan", ())])
 def test_deadlock_names_the_line(mode: str, defines: tuple[str, ...]) -> None:
     report = run("deadlock", mode=mode, defines=defines)

@@ -73,6 +73,15 @@ BUGS: dict[tuple[str, str], dict[str, str]] = {
     ("handoff", "no_epoch"): {"plain": WRONG, "race": "data race"},
     ("handoff", "last_maker_releases"): {"race": rf"read after write\) on global memory part .*{RESIDENT}"},
     ("handoff", "flag_overwritten"): {"race": rf"read after write\) on global memory part .*{RESIDENT}"},
+    ("together", "not_cooperative"): {"plain": r"deadlock: .* are at ld.acquire, .*together.cuh:\d+"},
+    ("together", "no_fence"): {"race": rf"read after write\) on global memory part .*{RESIDENT}.*st.global"},
+    ("together", "arrives_too_early"): {"plain": WRONG, "race": rf"read after write\) on global memory part .*{RESIDENT}"},
+    ("together", "no_wait"): {"plain": WRONG, "race": rf"read after write\) on global memory part .*{RESIDENT}"},
+    ("together", "relaxed_wait"): {"race": rf"read after write\) on global memory part .*{RESIDENT}.*st.global"},
+    ("together", "no_barrier"): {"plain": WRONG, "race": rf"read after write\) on global memory part .*{RESIDENT}"},
+    ("together", "waits_first"): {"plain": WRONG + "|deadlock: .* are at ld.acquire"},
+    ("together", "counter_stays"): {"plain": r"deadlock: .* are at ld.acquire"},
+    ("together", "shares_of_too_many"): {"plain": WRONG},
     ("pair_sm90", "wrong_panel"): {"plain": WRONG},
     ("pair_sm90", "wrong_major"): {"plain": WRONG},
     ("pair_sm90", "registers_changed"): {"plain": WRONG},
@@ -125,7 +134,7 @@ def test_no_false_alarm(program: str, mode: str) -> None:
 @pytest.mark.parametrize("program, bug, mode", CHECKS, ids=["-".join(check) for check in CHECKS])
 def test_noticed(program: str, bug: str, mode: str) -> None:
     # who draws which ticket depends on the schedule, even for the race detector
-    found = verdicts(program, bug, mode, "all" if mode == "plain" or program == "handoff" else "one")
+    found = verdicts(program, bug, mode, "all" if mode == "plain" or program in ("handoff", "together") else "one")
     assert any(re.search(BUGS[program, bug][mode], verdict) for verdict in found), found
 
 

@@ -142,7 +142,14 @@ def test_every_wrapper_of_hopper_is_its_instruction(tmp_path: Path) -> None:
 @needs_nvcc
 @pytest.mark.parametrize(
     "kernel, target",
-    [("gemm_sm80", "sm_80"), ("sum", "sm_80"), ("handoff", "sm_80"), ("gemm_sm90", "sm_90a"), ("pair_sm90", "sm_90a")],
+    [
+        ("gemm_sm80", "sm_80"),
+        ("sum", "sm_80"),
+        ("handoff", "sm_80"),
+        ("together", "sm_80"),
+        ("gemm_sm90", "sm_90a"),
+        ("pair_sm90", "sm_90a"),
+    ],
 )
 def test_nvcc_compiles_the_executors_kernels(kernel: str, target: str, tmp_path: Path) -> None:
     assert ".entry" in compile_ptx(f'#include "{kernel}.cuh"\n', target, tmp_path)

@@ -3,10 +3,11 @@
 // Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M.
 //          A block walks its rectangle of x row tile by row tile, its sums stay in registers.
 // Bytes    x once; v once for each piece of K; D in and out; with s pieces of M that are no cluster, 4 K R
-//          written s times and read s - 1 times (s times beyond FEW_SPLITS).  plan.h balances the number of
-//          pieces of K against s.
+//          written s times and read s - 1 times (s times beyond FEW_SPLITS, or where all blocks sum).  plan.h
+//          balances the number of pieces of K against s.
 // Sums     float32; over m in the block's order, then over the pieces of M in order (tile/reduce.cuh), where
-//          they are a cluster by all its blocks, each a share of the tile, from shared memory.
+//          they are a cluster by all its blocks, each a share of the tile, from shared memory; without
+//          clusters, where the whole grid runs at the same time, so too, from L2.
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P product; a barrier at |):
 //   x  stage t % STAGES   L L L P |
@@ -95,9 +96,10 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
     sums.each_sum_of_cluster(sm.partial, m_block, p.splits, cols, p.r, store);
     ptx::cluster_sync();  // nobody leaves while others read its sums
   } else if (p.splits > 1) {
+    const bool together = ptx::TOGETHER && p.together;
     sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r);
-    if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last)) return;
-    sums.each_sum(p.sum, k_block, m_block, p.splits, cols, p.r, store);
+    if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last, together)) return;
+    sums.each_sum(p.sum, k_block, m_block, p.splits, together, cols, p.r, store);
   } else {
     sums.each(cols, p.r, store);
   }

@@ -104,17 +104,19 @@ struct ColumnSums {
     });
   }
   // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp.  `split` is
-  // the block's own.
+  // the block's own; the tiles are all, or where the splits run together this one's share.
   template <class F>
-  LOTR_DEVICE void each_sum(const Reduction& sum, int group, int split, int splits, int64_t cols, int r,
-                            F f) {
+  LOTR_DEVICE void each_sum(const Reduction& sum, int group, int split, int splits, bool together,
+                            int64_t cols, int r, F f) {
     const float* from = sum.partial + int64_t(group) * splits * BLOCK;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    if (R > FEW_SPLITS_MOST_RANK || splits > FEW_SPLITS) {
-      tile::sum_partials<8, BLOCK>(from, splits, total, [&](int fragment, const float (&v)[4]) {
+    if (R > FEW_SPLITS_MOST_RANK || !ptx::CLUSTERS || splits > FEW_SPLITS || together) {
+      const int begin = together ? total * split / splits : 0;
+      const int end = together ? total * (split + 1) / splits : total;
+      tile::sum_share<8, BLOCK>(from, splits, begin, end, [&](int fragment, const float (&v)[4]) {
         f(v, fragment / ranks * 16, fragment % ranks * 8);
       });
-    } else if constexpr (R <= FEW_SPLITS_MOST_RANK) {
+    } else if constexpr (R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS) {
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)
 #pragma unroll

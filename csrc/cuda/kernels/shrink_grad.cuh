@@ -8,8 +8,8 @@
 //          8 R (s_N M + s_M N); without those of Q where the s_M blocks of a column are a cluster.  plan.h
 //          balances s_M N against s_N M.
 // Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh), Q's in a cluster
-// by
-//          all its blocks, each a share of the tile, from shared memory.
+//          by all its blocks, each a share of the tile, from shared memory; without clusters, where the whole
+//          grid runs at the same time, by all blocks of a column, each a share, from L2.
 //
 // Each row tile of k has its own counter, and the s_N blocks that share the rows start at different row
 // tiles, so that each of them is the last to reach some: the sums of k are spread over the blocks.  Which row
@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
   const int64_t owned = int64_t(walk.n_tiles) * COLS;
   const int64_t cols = p.N - n_begin < owned ? p.N - n_begin : owned;
   const bool cluster = Traits::CLUSTERS && p.cluster, alone = p.m_splits == 1 || cluster;
+  const bool together = ptx::TOGETHER && p.together && !alone;
   if (!alone) Q.store_partials(p.sum_Q, n_block, m_block, p.m_splits, cols, p.r);
   __syncthreads();  // the last stage is read, the last sums of k and those of Q are stored
   if (cluster) Q.put_partials(sm.end.Q, cols, p.r);
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
     int last = 1;
     if (!alone) last = ptx::atomic_wrap(p.sum_Q.arrived + n_block, p.m_splits - 1) == p.m_splits - 1;
     note();
-    ptx::store_shared(&sm.sum_Q, last);
+    ptx::store_shared(&sm.sum_Q, last || together);
+    if (together) ptx::wait_equal(p.sum_Q.arrived + n_block, 0);  // as in arrive_last
     ptx::fence_device();
   }
   if (cluster)
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
     if (cluster)
       Q.each_sum_of_cluster(sm.end.Q, m_block, p.m_splits, cols, p.r, store);
     else if (p.m_splits > 1)
-      Q.each_sum(p.sum_Q, n_block, m_block, p.m_splits, cols, p.r, store);
+      Q.each_sum(p.sum_Q, n_block, m_block, p.m_splits, together, cols, p.r, store);
     else
       Q.each(cols, p.r, store);
   }

@@ -1,5 +1,6 @@
 // What blocks of a cluster share, in kernels that are compiled for cards without clusters too: there these do
-// nothing, and a kernel asks CLUSTERS first.
+// nothing, and a kernel asks CLUSTERS first.  Cards that have none run cooperative launches instead:
+// TOGETHER. The executor plays both.
 #pragma once
 #include "memory.cuh"
 
@@ -9,6 +10,11 @@ namespace lotr::ptx {
 constexpr bool CLUSTERS = false;
 #else
 constexpr bool CLUSTERS = true;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool TOGETHER = false;
+#else
+constexpr bool TOGETHER = true;
 #endif
 
 // All threads of all blocks of the cluster: what each did before it, in shared memory too, is seen after it.

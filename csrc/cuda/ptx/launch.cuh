@@ -14,6 +14,10 @@
 // Blocks that come early take the place of those that have left.  So a kernel that fills the multiprocessors
 // lets the next one in after its last product, when nearly all are empty again and that one's blocks spread
 // evenly; a small kernel leaves room and does it at once.
+//
+// A cooperative launch begins when there is room for all of its blocks, so that they may wait for one
+// another. The device may have less room than its size says, under MPS or in a green context: then there is
+// no launch.
 #pragma once
 #include "base.cuh"
 
@@ -37,6 +41,7 @@ struct LaunchArgs {
   dim3 cluster{1, 1, 1};
   const char* name = "kernel";  // for messages and the executor's list of launches
   bool early = false;           // see above; the device must have code of compute capability 9.0 or later
+  bool cooperative = false;     // see above
 };
 
 // Until what is ahead in the stream has ended and its stores are seen.
@@ -83,10 +88,11 @@ inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_un
 #endif
 }
 
-// Throws std::runtime_error naming the kernel.  Errors inside the kernel: on the device at a later call,
-// under the executor (lotr::simt::Error) here.
+// False where a cooperative launch finds no room: nothing has happened.  Throws std::runtime_error naming the
+// kernel.  Errors inside the kernel: on the device at a later call, under the executor (lotr::simt::Error)
+// here.
 template <class... Params, class... Args>
-void launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params) {
+bool launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params) {
 #ifdef __CUDACC__
   const auto check = [&](cudaError_t error, const char* what) {
     if (error != cudaSuccess)
@@ -96,7 +102,7 @@ void launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(args.smem)),
           "shared memory");
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   unsigned count = 0;
   if (args.cluster.x * args.cluster.y * args.cluster.z > 1) {
     cudaLaunchAttribute& cluster = attributes[count++];
@@ -109,6 +115,10 @@ void launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
+  if (args.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = args.grid;
   config.blockDim = args.block;
@@ -116,14 +126,22 @@ void launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
   config.stream = args.stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(params)...), "launch");
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(params)...);
+  // not supported: what a virtual GPU may answer
+  if (args.cooperative && (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported)) {
+    cudaGetLastError();  // asked and answered: the next launch shall not find it
+    return false;
+  }
+  check(error, "launch");
 #else
+  if (args.cooperative && !simt::finds_room(args.grid)) return false;
   std::tuple<std::decay_t<Params>...> copies(std::forward<Args>(params)...);
   auto thread = [&] { std::apply(kernel, copies); };
   simt::run_grid(
-      {args.name, args.grid, args.block, args.cluster, args.smem, args.early},
+      {args.name, args.grid, args.block, args.cluster, args.smem, args.early, args.cooperative},
       [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
 #endif
+  return true;
 }
 
 }  // namespace lotr::ptx

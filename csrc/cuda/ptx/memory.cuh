@@ -249,7 +249,8 @@ LOTR_DEVICE void store_release(int32_t* p, int32_t value LOTR_SITE) {
 #endif
 }
 
-// Until *p is value, with ld.acquire.gpu: what was written before its store_release can then be read.
+// Until *p is value, with ld.acquire.gpu: what was written before its store_release can then be read, or
+// before the fences ahead of the atomics that brought it there.
 LOTR_DEVICE void wait_equal(const int32_t* p, int32_t value LOTR_SITE) {
 #ifdef __CUDACC__
   int32_t now;

@@ -9,7 +9,9 @@
 //
 // Where the splits of a tile are one cluster of blocks (sm_90 and later) they run at the same time and may
 // wait for one another: each puts its partial sum into its own shared memory, and sums a share of the tile
-// from all of them, in the same order.
+// from all of them, in the same order.  Where there are no clusters and all blocks of the grid run at the
+// same time (a cooperative launch), they wait at the counter until it is zero again, and each sums a share of
+// the tile from memory: one block alone would get a small part of what L2 delivers.
 //
 // The counter of arrivals goes back to zero with the last of them: nothing has to be cleared between
 // launches, replays of a graph included.
@@ -46,20 +48,21 @@ LOTR_DEVICE void add_splits(float (&v)[FRAGMENTS][4], const float* from, const i
     }
 }
 
-// done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
+// done(fragment, its sum) for fragments begin .. end - 1 of a partial sum, of which split i's begins at
+// from + i * STRIDE.
 // The block's WARPS warps share them, FRAGMENTS at a time.  Splits outside and fragments inside: every
 // element is added in the order of the splits, but the loads need not wait for one another.
 template <int WARPS, int FRAGMENTS, int STRIDE, class Done>
-LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done done) {
+LOTR_DEVICE void sum_together(const float* from, int splits, int begin, int end, Done done) {
   constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
 #pragma unroll 1
-  for (int first = int(threadIdx.x) / 32; first < total; first += WARPS * FRAGMENTS) {
+  for (int first = begin + int(threadIdx.x) / 32; first < end; first += WARPS * FRAGMENTS) {
     float v[FRAGMENTS][4] = {};
     int at[FRAGMENTS];
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i) {  // the last fragment again where there are no more
       const int fragment = first + i * WARPS;
-      at[i] = (fragment < total ? fragment : total - 1) * FRAGMENT + int(threadIdx.x) % 32 * 4;
+      at[i] = (fragment < end ? fragment : end - 1) * FRAGMENT + int(threadIdx.x) % 32 * 4;
     }
     const float* split = from;
     int left = splits;
@@ -74,21 +77,26 @@ LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done don
     for (; left > 0; --left, split += STRIDE) add_splits<1, STRIDE>(v, split, at);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i)
-      if (first + i * WARPS < total) done(first + i * WARPS, v[i]);
+      if (first + i * WARPS < end) done(first + i * WARPS, v[i]);
   }
 }
 
 // The same, with as many fragments together as each warp has, four at most; two, where four would read two
 // in vain.
 template <int WARPS, int STRIDE, class Done>
-LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
-  const int rest = (total + WARPS - 1) / WARPS % 4;  // of a warp's fragments
+LOTR_DEVICE void sum_share(const float* from, int splits, int begin, int end, Done done) {
+  const int total = end - begin, rest = (total + WARPS - 1) / WARPS % 4;  // of a warp's fragments
   if (total <= WARPS)
-    sum_together<WARPS, 1, STRIDE>(from, splits, total, done);
+    sum_together<WARPS, 1, STRIDE>(from, splits, begin, end, done);
   else if (rest == 1 || rest == 2)
-    sum_together<WARPS, 2, STRIDE>(from, splits, total, done);
+    sum_together<WARPS, 2, STRIDE>(from, splits, begin, end, done);
   else
-    sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
+    sum_together<WARPS, 4, STRIDE>(from, splits, begin, end, done);
+}
+
+template <int WARPS, int STRIDE, class Done>
+LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
+  sum_share<WARPS, STRIDE>(from, splits, 0, total, done);
 }
 
 // v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.  Two
@@ -178,12 +186,15 @@ LOTR_DEVICE int arrive(int32_t* arrived, int count) {
   return ptx::atomic_wrap(arrived, count - 1);
 }
 
-// Called by the whole block after its partial stores.  True in the block that comes last of `count`, which
-// then sees the stores of all the others.  `last` is a word of shared memory for the block's use.
-LOTR_DEVICE bool arrive_last(int32_t* arrived, int count, int& last) {
+// Called by the whole block after its partial stores.  True in the block that comes last of `count`, or in
+// all of them, after the last has come, if they run together; it then sees the stores of all the others.
+// `last` is a word of shared memory for the block's use.
+LOTR_DEVICE bool arrive_last(int32_t* arrived, int count, int& last, bool together = false) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    ptx::store_shared(&last, int(arrive(arrived, count) == count - 1));
+    ptx::store_shared(&last, int(arrive(arrived, count) == count - 1 || together));
+    if (together)
+      ptx::wait_equal(arrived, 0);  // this block has counted itself in, the last brings it to zero
     ptx::fence_device();
   }
   __syncthreads();

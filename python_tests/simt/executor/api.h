@@ -40,6 +40,9 @@ struct Options {
   // Clusters that run at the same time, as on a GPU that holds so many; 1: one after another.  Blocks that
   // wait for each other need all of those they wait for to be among them.
   unsigned resident = 1;
+  // Blocks that a cooperative launch may have, as on a GPU under MPS: a larger one is not launched.  Its
+  // blocks all run at the same time, whatever `resident` is.
+  uint64_t room = UINT64_MAX;
   size_t shared_limit = 232448;  // bytes a block may ask for: 101376 on sm_86 and 89, 166912 on sm_80
 };
 // Mutation without a compiler: calls of barriers, warp synchronisation, commits, waits and fences at this
@@ -82,6 +85,7 @@ struct LaunchRecord {
   const void* kernel;  // its address in this module
   bool cleared;        // the host wrote to the watched memory since the launch before: a memset on a GPU
   bool early;          // may begin before the launch ahead of it has ended
+  bool cooperative;    // all blocks have run at the same time
   uint64_t barriers = 0, half_loads = 0, bytes = 0;  // as Counters has them; bytes: of all arrays, in and out
   uint64_t let_next = 0;                             // blocks that let the next launch begin before their end
 };
@@ -100,6 +104,7 @@ struct Counters {
   // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and
   // of any block.
   uint64_t late_loads = 0, late_bytes = 0;
+  uint64_t late_total = 0;  // and those bytes of all blocks
   uint64_t cluster_loads = 0,
            cluster_bytes = 0;  // from shared memory of the cluster, its own included: the same
   uint64_t late_stored = 0;    // bytes that a block stores after its warps' last products, the most of any

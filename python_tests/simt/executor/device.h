@@ -29,8 +29,9 @@ struct Launch {
   const char* name;
   dim3 grid, block, cluster;
   size_t smem;
-  bool early;  // as LaunchArgs has it
+  bool early, cooperative;  // as LaunchArgs has them
 };
+bool finds_room(dim3 grid);  // as a cooperative launch
 void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel);
 
 // ptx::launch gives a closure whose captures are references, the first of them to the kernel's pointer.  Its

@@ -32,11 +32,13 @@ void check_launch(const Launch& launch) {
   check("threads in a block", 1ul * launch.block.x * launch.block.y * launch.block.z, 1024);
   const unsigned long cluster = 1ul * launch.cluster.x * launch.cluster.y * launch.cluster.z;
   check("blocks in a cluster", cluster, 16);
-  const unsigned long at_once =
-      cluster * machine.options.resident * launch.block.x * launch.block.y * launch.block.z;
+  const unsigned long blocks = launch.cooperative ? 1ul * launch.grid.x * launch.grid.y * launch.grid.z
+                                                  : cluster * machine.options.resident;
+  const unsigned long at_once = blocks * launch.block.x * launch.block.y * launch.block.z;
   if (at_once > 65535)  // the race detector numbers them in 16 bits
     throw Error(std::string(launch.name) + ": " + std::to_string(at_once) +
-                " threads would run at the same time, expected at most 65535: lower Options::resident");
+                " threads would run at the same time, expected at most 65535: " +
+                (launch.cooperative ? "play a smaller GPU" : "lower Options::resident"));
   if (launch.smem > machine.options.shared_limit)
     refuse("shared memory in bytes", launch.smem, machine.options.shared_limit);
   if (launch.grid.x % launch.cluster.x || launch.grid.y % launch.cluster.y ||
@@ -197,6 +199,10 @@ void watch(const void* base, size_t bytes) {
   watched.sum = watched.now();
 }
 
+bool finds_room(dim3 grid) {
+  return uint64_t(grid.x) * grid.y * grid.z <= machine.options.room;
+}
+
 void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel) {
   race::ExecutorScope scope;
   if (machine.current) fail("%s: a kernel cannot launch a kernel here", launch.name);
@@ -210,8 +216,9 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context, const 
   blockDim = launch.block;
   gridDim = launch.grid;
   const auto three = [](dim3 d, unsigned (&to)[3]) { to[0] = d.x, to[1] = d.y, to[2] = d.z; };
-  LaunchRecord record{launch.name, {}, {}, {}, launch.smem, kernel, watched.now() != watched.sum,
-                      launch.early};
+  LaunchRecord record{
+      launch.name,       {}, {}, {}, launch.smem, kernel, watched.now() != watched.sum, launch.early,
+      launch.cooperative};
   three(launch.grid, record.grid);
   three(launch.block, record.block);
   three(launch.cluster, record.cluster);
@@ -227,7 +234,7 @@ void run_grid(const Launch& launch, void (*thread)(void*), void* context, const 
     const uint64_t k = order[i];
     corners.push_back(
         uint3{unsigned(k % nx) * c.x, unsigned(k / nx % ny) * c.y, unsigned(k / nx / ny) * c.z});
-    if (corners.size() < machine.options.resident && i + 1 < order.count) continue;
+    if ((launch.cooperative || corners.size() < machine.options.resident) && i + 1 < order.count) continue;
     if (order.reverse) std::reverse(corners.begin(), corners.end());  // the scheduler starts with the last
     run_clusters(corners);
     corners.clear();

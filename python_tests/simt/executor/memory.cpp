@@ -124,6 +124,7 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
   if (t.block->arrived) {
     totals.late_loads = std::max(totals.late_loads, ++t.late_loads);
     totals.late_bytes = std::max(totals.late_bytes, t.block->late_bytes += bytes);
+    totals.late_total += bytes;
   }
   record(Space::global_read, p, bytes, site);
   race::access(p, bytes, read_only ? race::Use::read_only : race::Use::read);

@@ -311,8 +311,9 @@ py::dict counters_dict() {
   for (const LaunchRecord& l : c.launches) {
     py::dict d;
     d["name"] = l.name, d["shared_bytes"] = l.shared_bytes, d["offset"] = offset_in_module(l.kernel);
-    d["cleared"] = l.cleared, d["early"] = l.early, d["let_next"] = l.let_next, d["barriers"] = l.barriers,
-    d["half_loads"] = l.half_loads, d["bytes"] = l.bytes;
+    d["cleared"] = l.cleared, d["early"] = l.early, d["cooperative"] = l.cooperative,
+    d["let_next"] = l.let_next, d["barriers"] = l.barriers, d["half_loads"] = l.half_loads,
+    d["bytes"] = l.bytes;
     d["grid"] = py::make_tuple(l.grid[0], l.grid[1], l.grid[2]);
     d["cluster"] = py::make_tuple(l.cluster[0], l.cluster[1], l.cluster[2]);
     d["block"] = py::make_tuple(l.block[0], l.block[1], l.block[2]);
@@ -322,16 +323,17 @@ py::dict counters_dict() {
   d["blocks"] = c.blocks, d["threads"] = c.threads, d["switches"] = c.switches, d["barriers"] = c.barriers;
   d["warp_collectives"] = c.warp_collectives, d["mma"] = c.mma, d["wgmma"] = c.wgmma;
   d["bulk_bytes"] = c.bulk_bytes, d["warpgroups"] = c.warpgroups, d["ldmatrix"] = c.ldmatrix;
-  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads,
-  d["late_bytes"] = c.late_bytes, d["cluster_loads"] = c.cluster_loads, d["cluster_bytes"] = c.cluster_bytes,
-  d["late_stored"] = c.late_stored, d["atomics"] = c.atomics, d["shared_phases"] = c.shared_phases;
+  d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads;
+  d["late_bytes"] = c.late_bytes, d["late_total"] = c.late_total, d["late_stored"] = c.late_stored;
+  d["cluster_loads"] = c.cluster_loads, d["cluster_bytes"] = c.cluster_bytes, d["atomics"] = c.atomics;
+  d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
   return d;
 }
 
 void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
-                    std::optional<size_t> shared_limit, unsigned resident) {
+                    std::optional<size_t> shared_limit, unsigned resident, std::optional<uint64_t> room) {
   Options o;
   const std::map<std::string, Order> orders{{"forward", Order::forward},
                                             {"reverse", Order::reverse},
@@ -344,6 +346,7 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
   o.seed = seed, o.preempt = preempt, o.count_memory = count_memory;
   o.shared_limit = shared_limit.value_or(settings.shared_limit());
   o.resident = resident;
+  o.room = room.value_or(o.room);
   set_options(o);
 }
 
@@ -401,6 +404,7 @@ PYBIND11_MODULE(lotr_simt, m) {
       },
       "file"_a, "line"_a,
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
+  m.def("arrivals", &cuda::arrivals, "Of blocks that were counted in and not taken back: 0 between launches");
   m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
         "scale"_a = 1.0, "core"_a = py::none(), "h"_a = py::none(), "core_scale"_a = 1.0);
   m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0,
@@ -429,7 +433,7 @@ PYBIND11_MODULE(lotr_simt, m) {
       py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472, "wgmma"_a = false,
       "early"_a = true, "early: a GPU with early launches and clusters, of compute capability 9.0 or later");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
-        "count_memory"_a = false, "shared_limit"_a = py::none(), "resident"_a = 1);
+        "count_memory"_a = false, "shared_limit"_a = py::none(), "resident"_a = 1, "room"_a = py::none());
   define_gemm_lotr(m);
   define_rows(m);
   m.def("counters", &counters_dict);
@@ -447,7 +451,8 @@ PYBIND11_MODULE(lotr_simt, m) {
                        : kernel == "shrink_grad" ? shrink_grad_plan(M, N, r, element, multiprocessors)
                                                  : throw py::value_error("kernel: got " + kernel);
         return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "cluster"_a = p.cluster,
-                        "extra_bytes"_a = p.extra_bytes, "microseconds"_a = p.cost);
+                        "together"_a = p.together, "extra_bytes"_a = p.extra_bytes,
+                        "microseconds"_a = p.cost);
       },
       "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
       "How a kernel would cut the large matrix [M, N], and the bytes it moves besides that matrix.");

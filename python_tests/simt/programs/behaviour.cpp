@@ -34,6 +34,22 @@ void schedule() {
   printf("\n");
 }
 
+// The same in a cooperative launch, and whether that found room for 3 blocks and for 2.
+void cooperative() {
+  int32_t next = 0;
+  std::vector<int> threads(3 * 64, -1);
+  auto options = simt::options();
+  for (uint64_t room : {2, 3}) {
+    options.room = room;
+    simt::set_options(options);
+    const ptx::LaunchArgs args{dim3(3), dim3(64), 0, nullptr, dim3(1, 1, 1), "trace", false, true};
+    const bool launched = ptx::launch(args, trace, Trace{&next, threads.data()});
+    printf("%d %d\n", launched, int(next));
+  }
+  for (int t : threads) printf("%d ", t);
+  printf("\n%d %d\n", int(simt::counters().launches.size()), simt::counters().launches.back().cooperative);
+}
+
 __global__ void poison(float* out) {
   Smem& s = ptx::shared_storage<Smem>();
   const int t = threadIdx.x;
@@ -191,6 +207,9 @@ int main(int argc, char** argv) {
     }
     if (what == "no_grid") ptx::launch({dim3(0), dim3(32), 0, nullptr, dim3(1, 1, 1), "empty"}, nothing);
     if (what == "crowd") ptx::launch({dim3(64), dim3(1024), 0, nullptr, dim3(1, 1, 1), "crowd"}, nothing);
+    if (what == "cooperative") cooperative();
+    if (what == "cooperative crowd")
+      ptx::launch({dim3(64), dim3(1024), 0, nullptr, dim3(1, 1, 1), "crowd", false, true}, nothing);
     if (what == "shared") ptx::launch({dim3(1), dim3(32), 300000, nullptr, dim3(1, 1, 1), "large"}, nothing);
     if (what == "blocks") many_blocks();
     if (what == "launches") launches();
