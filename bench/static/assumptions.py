@@ -106,8 +106,8 @@ SOURCES = [
         "assumed, from A100's 5120 a cycle for all",
     ),
     (
-        "blocks of a cooperative launch that wait for one another all read what they sum at the same time, at L2's 27 bytes a "
-        "cycle, after an L2 latency more for the wait; the launch itself costs no more than another",
+        "blocks read what they sum at the end at the same time, at L2's 27 bytes a cycle; so they store it where they wait for "
+        "one another; a cooperative launch costs no more than another, its wait an L2 latency",
         "assumed: blocks of the same work end together; the driver may take longer to make sure of the room",
     ),
     (

@@ -6,11 +6,11 @@ issue     the hot loop's instructions on one multiprocessor (issue.py), with as 
           and threads allow and the grid gives
 memory    bytes from DRAM at the bandwidth that is reached, or less where too few bytes are in flight: copies committed and
           not yet waited for (the operand of the loop's wait), against bandwidth x latency; all bytes from L2 at its own
-after     the last block's sum over the splits: rounds of as many loads as its code keeps in flight, each an L2 latency, or the
-          bytes at what one multiprocessor gets from L2; the arrival itself, and the store. Of splits that are a cluster: its
-          barrier, the bytes that each block reads of the others, and the store. Of a cooperative launch, whose blocks all sum
-          at the same time: the wait for the last arrival as well, and the bytes of all blocks at what all multiprocessors get
-          from L2, if that takes longer
+after     the sums over the splits, of each tile by the last block: rounds of as many loads as its code keeps in flight, each an
+          L2 latency, or its bytes at what one multiprocessor gets from L2, or those of all blocks at what all get; the arrival
+          itself; and what a block stores after its last products. Of splits that are a cluster: its barrier, the bytes that
+          each block reads of the others, beside the rest where other warps do it, and the store. Of a cooperative launch, whose
+          blocks all sum: the wait for the last arrival as well
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
     return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / assumptions.L2_ONE))
 
 
-def in_turn(fragments: int, splits: int) -> int:
-    """How many loads of a thread wait for one another where a block of 8 warps sums so many fragments of 16 x 8 over so many
+def in_turn(fragments: int, splits: int, warps: int) -> int:
+    """How many loads of a thread wait for one another where so many warps sum so many fragments of 16 x 8 over so many
     splits (csrc/cuda/tile/reduce.cuh): 16 go together, of fewer splits 4, the rest one by one; of several fragments alike."""
-    a_warp = math.ceil(fragments / 8)
+    a_warp = math.ceil(fragments / warps)
     together = 1 if a_warp <= 1 else 2 if a_warp % 4 in (1, 2) else 4
     ahead = 16 // together
     rest = splits % ahead
@@ -82,14 +82,17 @@ def in_turn(fragments: int, splits: int) -> int:
 
 
 def rounds_together(row: Row) -> int:
-    """The same of a block of a cooperative launch: its share of D or Q, and of k the row tiles that it is the last to reach."""
+    """The same of a block of a cooperative launch: its share of D; or of Q by half of its warps, while the others sum the row
+    tiles of k that it is the last to reach."""
     owners, splits = row.machine["grid"][:2]
     ranks = math.ceil(row.r / 8)
-    rounds = in_turn(math.ceil(math.ceil(row.n / owners / 16) * ranks / splits), splits)
-    if row.kernel == "shrink_grad":
+    both = row.kernel == "shrink_grad"
+    warps = row.machine["warps"] // (2 if both else 1)
+    rounds = in_turn(math.ceil(math.ceil(row.n / owners / 16) * ranks / splits), splits, warps)
+    if both:
         rows = constant(TRAITS, "SHRINK_GRAD_ROWS")
         tiles = math.ceil(math.ceil(math.ceil(row.m / rows) / splits) / owners)
-        rounds += tiles * in_turn(rows // 16 * ranks, owners)
+        rounds = max(rounds, tiles * in_turn(rows // 16 * ranks, owners, warps))
     return rounds
 
 
@@ -215,25 +218,31 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         hot_seconds += assumptions.together(list(limits.values()))
     rounds, summing = 0, 0.0
     if m["late_loads"]:
-        late = late_sums(kernel.code, warps, card)
+        late = late_sums(kernel.code, math.ceil(m["late_bytes"] / (512 * m["late_loads"])), card)  # by the warps that do
         whole, left = divmod(m["late_loads"], late.loads)
         rounds, summing = whole + (left > 0), whole * late.cycles
         if left:  # fewer bytes, but no less than a load's time
             summing += max(card.l2_latency, late.cycles * left / late.loads)
-    together = bool(m.get("together"))  # all blocks sum at the same time
+        # other blocks sum their own at the same time
+        summing = max(summing, card.l2_latency + m["late_total"] / (sms * card.l2_bytes_a_cycle))
+    together = m["together"]
     if together and m["late_loads"]:
         rounds = rounds_together(row)
-        all_bytes = card.l2_latency + m["late_total"] / (sms * card.l2_bytes_a_cycle)
-        summing = max(summing, rounds * card.l2_latency, all_bytes)
+        summing = max(summing, rounds * card.l2_latency)
     if m["cluster_loads"]:  # a round of them is a fragment's, from all blocks
         one = math.ceil(m["cluster_loads"] / m["grid"][1])
-        rounds += one
-        summing += card.l2_latency + max(one * card.l2_latency, m["cluster_bytes"] / assumptions.CLUSTER_ONE)
+        of_cluster = card.l2_latency + max(one * card.l2_latency, m["cluster_bytes"] / assumptions.CLUSTER_ONE)
+        beside = m["sum_loads"] < m["cluster_loads"] + m["late_loads"]  # no thread does all of both
+        rounds, summing = (max(rounds, one), max(summing, of_cluster)) if beside else (rounds + one, summing + of_cluster)
     if m["atomics"]:
         cluster = m["cluster"] > 1 and not m["cluster_loads"]  # one that waits for its barrier
         summing += (3 + (cluster or together)) * card.l2_latency  # store, arrive, wait, store
     elif rounds:
         summing += card.l2_latency  # store
+    if rounds:  # what is stored after the last products: by the last block alone, or by all where all sum
+        alone, on_one, busy = m["late_stored"] / assumptions.L2_ONE, math.ceil(row.blocks / sms), min(sms, row.blocks)
+        at_once = m["late_stored"] * min(resident, on_one) / (card.l2_bytes_a_cycle * sms / busy)
+        summing += max(alone, at_once) if together or m["cluster"] > 1 else alone
     after = summing / clock
     begin = assumptions.BEGIN + card.memory_latency
     parts = {"begin": begin, "waves": hot_seconds, "after": after}

@@ -258,6 +258,7 @@ def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
         "late_total": counters["late_total"],  # the late bytes of all blocks
         "atomics": counters["atomics"],
         "cluster_loads": counters["cluster_loads"],
+        "sum_loads": counters["sum_loads"],  # the most of both kinds that one thread has
         "cluster_bytes": counters["cluster_bytes"],
         "read": sum(a["read_bytes"] for a in arrays),
         "written": sum(a["written_bytes"] for a in arrays),

@@ -94,28 +94,30 @@ struct ColumnSums {
       ptx::store_shared(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{v[0], v[1], v[2], v[3]});
     });
   }
-  // As each_sum, for this block's share of the tiles of its cluster
-  template <class F>
+  // As each_sum, for this block's share of the tiles of its cluster, by WARPS of its warps
+  template <int WARPS, class F>
   static LOTR_DEVICE void each_sum_of_cluster(const float* partial, int rank, int blocks, int64_t cols, int r,
                                               F f) {
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    tile::sum_of_cluster<8>(partial, rank, blocks, total, [&](int fragment, const float (&v)[4]) {
+    tile::sum_of_cluster<WARPS>(partial, rank, blocks, total, [&](int fragment, const float (&v)[4]) {
       f(v, fragment / ranks * 16, fragment % ranks * 8);
     });
   }
   // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp.  `split` is
-  // the block's own; the tiles are all, or where the splits run together this one's share.
-  template <class F>
+  // the block's own; the tiles are all, or where the splits run together this one's share, by WARPS warps.
+  template <int WARPS, class F>
   LOTR_DEVICE void each_sum(const Reduction& sum, int group, int split, int splits, bool together,
                             int64_t cols, int r, F f) {
     const float* from = sum.partial + int64_t(group) * splits * BLOCK;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    if (R > FEW_SPLITS_MOST_RANK || !ptx::CLUSTERS || splits > FEW_SPLITS || together) {
-      const int begin = together ? total * split / splits : 0;
-      const int end = together ? total * (split + 1) / splits : total;
-      tile::sum_share<8, BLOCK>(from, splits, begin, end, [&](int fragment, const float (&v)[4]) {
-        f(v, fragment / ranks * 16, fragment % ranks * 8);
-      });
+    const auto place = [&](int fragment, const float (&v)[4]) {
+      f(v, fragment / ranks * 16, fragment % ranks * 8);
+    };
+    if (together) {
+      tile::sum_share<WARPS, BLOCK>(from, splits, total * split / splits, total * (split + 1) / splits,
+                                    place);
+    } else if (R > FEW_SPLITS_MOST_RANK || !ptx::CLUSTERS || splits > FEW_SPLITS) {
+      tile::sum_partials<8, BLOCK>(from, splits, total, place);
     } else if constexpr (R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS) {
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)

@@ -50,13 +50,14 @@ LOTR_DEVICE void add_splits(float (&v)[FRAGMENTS][4], const float* from, const i
 
 // done(fragment, its sum) for fragments begin .. end - 1 of a partial sum, of which split i's begins at
 // from + i * STRIDE.
-// The block's WARPS warps share them, FRAGMENTS at a time.  Splits outside and fragments inside: every
-// element is added in the order of the splits, but the loads need not wait for one another.
+// WARPS warps of the block share them, all or the first or last half, FRAGMENTS at a time.  Splits outside
+// and fragments inside: every element is added in the order of the splits, but the loads need not wait for
+// one another.
 template <int WARPS, int FRAGMENTS, int STRIDE, class Done>
 LOTR_DEVICE void sum_together(const float* from, int splits, int begin, int end, Done done) {
   constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
 #pragma unroll 1
-  for (int first = begin + int(threadIdx.x) / 32; first < end; first += WARPS * FRAGMENTS) {
+  for (int first = begin + int(threadIdx.x) / 32 % WARPS; first < end; first += WARPS * FRAGMENTS) {
     float v[FRAGMENTS][4] = {};
     int at[FRAGMENTS];
 #pragma unroll

@@ -14,12 +14,12 @@ LOTR_DEVICE void put(Tile& tile, int i0, int j0, const float (&d)[4], float scal
   ptx::store_shared2(tile.at(i + 8, j), ptx::from_float<T>(d[2] * scale), ptx::from_float<T>(d[3] * scale));
 }
 
-// to[row0 + i][col0 + j] = tile[i][j] inside [rows, cols]
+// to[row0 + i][col0 + j] = tile[i][j] inside [rows, cols], by THREADS of the block: all, or half of them
 template <int THREADS, class Tile>
 LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_t rows, int64_t col0,
                        int64_t cols) {
   using T = typename Tile::T;
-  for (int index = threadIdx.x; index < Tile::ROWS * Tile::CHUNKS; index += THREADS) {
+  for (int index = int(threadIdx.x) % THREADS; index < Tile::ROWS * Tile::CHUNKS; index += THREADS) {
     const int r = index / Tile::CHUNKS, c = index % Tile::CHUNKS;
     const int64_t row = row0 + r, col = col0 + c * Tile::CHUNK;
     if (row >= rows || col >= cols) continue;

@@ -123,6 +123,7 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
   check_global(p, bytes, t.op, site);
   if (t.block->arrived) {
     totals.late_loads = std::max(totals.late_loads, ++t.late_loads);
+    totals.sum_loads = std::max(totals.sum_loads, t.late_loads + t.cluster_loads);
     totals.late_bytes = std::max(totals.late_bytes, t.block->late_bytes += bytes);
     totals.late_total += bytes;
   }

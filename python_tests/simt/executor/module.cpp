@@ -325,7 +325,8 @@ py::dict counters_dict() {
   d["bulk_bytes"] = c.bulk_bytes, d["warpgroups"] = c.warpgroups, d["ldmatrix"] = c.ldmatrix;
   d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads;
   d["late_bytes"] = c.late_bytes, d["late_total"] = c.late_total, d["late_stored"] = c.late_stored;
-  d["cluster_loads"] = c.cluster_loads, d["cluster_bytes"] = c.cluster_bytes, d["atomics"] = c.atomics;
+  d["sum_loads"] = c.sum_loads, d["cluster_loads"] = c.cluster_loads, d["cluster_bytes"] = c.cluster_bytes,
+  d["atomics"] = c.atomics;
   d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
