@@ -113,7 +113,9 @@ struct ColumnSums {
     if (R > FEW_SPLITS_MOST_RANK || !ptx::CLUSTERS || splits > FEW_SPLITS || together) {
       const int begin = together ? total * split / splits : 0;
       const int end = together ? total * (split + 1) / splits : total;
-      tile::sum_share<8, BLOCK>(from, splits, begin, end, [&](int fragment, const float (&v)[4]) {
+      const float* share = from + begin * tile::FRAGMENT;
+      tile::sum_partials<8, BLOCK>(share, splits, end - begin, [&](int i, const float (&v)[4]) {
+        const int fragment = begin + i;
         f(v, fragment / ranks * 16, fragment % ranks * 8);
       });
     } else if constexpr (R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS) {
