@@ -110,14 +110,18 @@ struct ColumnSums {
                             int64_t cols, int r, F f) {
     const float* from = sum.partial + int64_t(group) * splits * BLOCK;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    const auto place = [&](int fragment, const float (&v)[4]) {
-      f(v, fragment / ranks * 16, fragment % ranks * 8);
-    };
-    if (together) {
-      tile::sum_share<WARPS, BLOCK>(from, splits, total * split / splits, total * (split + 1) / splits,
-                                    place);
-    } else if (R > FEW_SPLITS_MOST_RANK || !ptx::CLUSTERS || splits > FEW_SPLITS) {
-      tile::sum_partials<8, BLOCK>(from, splits, total, place);
+    if (R > FEW_SPLITS_MOST_RANK || !ptx::CLUSTERS || splits > FEW_SPLITS || together) {
+      const auto sum = [&](auto warps, int begin, int end) {
+        tile::sum_partials<decltype(warps)::value, BLOCK>(from + begin * tile::FRAGMENT, splits, end - begin,
+                                                          [&](int i, const float (&v)[4]) {
+                                                            const int fragment = begin + i;
+                                                            f(v, fragment / ranks * 16, fragment % ranks * 8);
+                                                          });
+      };
+      if (together)
+        sum(std::integral_constant<int, WARPS>{}, total * split / splits, total * (split + 1) / splits);
+      else
+        sum(std::integral_constant<int, 8>{}, 0, total);
     } else if constexpr (R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS) {
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)

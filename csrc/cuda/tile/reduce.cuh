@@ -48,22 +48,21 @@ LOTR_DEVICE void add_splits(float (&v)[FRAGMENTS][4], const float* from, const i
     }
 }
 
-// done(fragment, its sum) for fragments begin .. end - 1 of a partial sum, of which split i's begins at
-// from + i * STRIDE.
+// done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
 // WARPS warps of the block share them, all or the first or last half, FRAGMENTS at a time.  Splits outside
 // and fragments inside: every element is added in the order of the splits, but the loads need not wait for
 // one another.
 template <int WARPS, int FRAGMENTS, int STRIDE, class Done>
-LOTR_DEVICE void sum_together(const float* from, int splits, int begin, int end, Done done) {
+LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done done) {
   constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
 #pragma unroll 1
-  for (int first = begin + int(threadIdx.x) / 32 % WARPS; first < end; first += WARPS * FRAGMENTS) {
+  for (int first = int(threadIdx.x) / 32 % WARPS; first < total; first += WARPS * FRAGMENTS) {
     float v[FRAGMENTS][4] = {};
     int at[FRAGMENTS];
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i) {  // the last fragment again where there are no more
       const int fragment = first + i * WARPS;
-      at[i] = (fragment < end ? fragment : end - 1) * FRAGMENT + int(threadIdx.x) % 32 * 4;
+      at[i] = (fragment < total ? fragment : total - 1) * FRAGMENT + int(threadIdx.x) % 32 * 4;
     }
     const float* split = from;
     int left = splits;
@@ -78,26 +77,21 @@ LOTR_DEVICE void sum_together(const float* from, int splits, int begin, int end,
     for (; left > 0; --left, split += STRIDE) add_splits<1, STRIDE>(v, split, at);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i)
-      if (first + i * WARPS < end) done(first + i * WARPS, v[i]);
+      if (first + i * WARPS < total) done(first + i * WARPS, v[i]);
   }
 }
 
 // The same, with as many fragments together as each warp has, four at most; two, where four would read two
 // in vain.
 template <int WARPS, int STRIDE, class Done>
-LOTR_DEVICE void sum_share(const float* from, int splits, int begin, int end, Done done) {
-  const int total = end - begin, rest = (total + WARPS - 1) / WARPS % 4;  // of a warp's fragments
-  if (total <= WARPS)
-    sum_together<WARPS, 1, STRIDE>(from, splits, begin, end, done);
-  else if (rest == 1 || rest == 2)
-    sum_together<WARPS, 2, STRIDE>(from, splits, begin, end, done);
-  else
-    sum_together<WARPS, 4, STRIDE>(from, splits, begin, end, done);
-}
-
-template <int WARPS, int STRIDE, class Done>
 LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
-  sum_share<WARPS, STRIDE>(from, splits, 0, total, done);
+  const int rest = (total + WARPS - 1) / WARPS % 4;  // of a warp's fragments
+  if (total <= WARPS)
+    sum_together<WARPS, 1, STRIDE>(from, splits, total, done);
+  else if (rest == 1 || rest == 2)
+    sum_together<WARPS, 2, STRIDE>(from, splits, total, done);
+  else
+    sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
 }
 
 // v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.  Two
