@@ -176,7 +176,8 @@ def row(blocks: int = 132, late_loads: int = 0, tiles: int = 100) -> Row:
     machine = {"symbol": "_ZN4lotr7kernels6shrinkE", "names": ["shrink"], "grid": [blocks, 1, 1], "warps": 8, "shared": 65536}
     machine |= {"waits": copies / 2, "copies": copies, "matrix": 2 * copies, "late_loads": late_loads, "memsets": 0}
     machine |= {"multiply": 8, "cluster": 1, "bulk_bytes": 0}
-    machine |= {"atomics": late_loads, "cluster_loads": 0, "cluster_bytes": 0}
+    machine |= {"atomics": late_loads, "cluster_loads": 0, "cluster_bytes": 0, "sum_loads": late_loads, "together": False}
+    machine |= {"late_bytes": late_loads * 8 * 512, "late_total": 0, "late_stored": 0}
     return Row("shrink", m, n, r, blocks, large, large, 0, 0, large, 1.0, 1.0, 1, machine)
 
 
@@ -235,13 +236,33 @@ def test_blocks_that_sum_together_wait_once_more_and_share_what_l2_gives():
     def latencies(e: Estimate) -> float:
         return e.parts["after"] * a100.clock / a100.l2_latency
 
-    q, k = in_turn(5, 13), in_turn(8, 8)  # 64 fragments over 13 blocks; a row tile of k
-    assert (q, k) == (4, 2) and late().late_rounds == q and latencies(late()) == pytest.approx(4 + q)
+    q, half_q, half_k = in_turn(5, 13, 8), in_turn(5, 13, 4), in_turn(8, 8, 4)  # 64 fragments over 13 blocks; a row tile of k
+    assert (q, half_q, half_k) == (4, 3, 1) and late().late_rounds == q and latencies(late()) == pytest.approx(4 + q)
     tiles = math.ceil(row(blocks=104).m / 64 / 13 / 8)  # of k, at most
-    assert late("shrink_grad").late_rounds == q + tiles * k
+    # by half of the warps, beside those of Q
+    assert late("shrink_grad").late_rounds == max(half_q, tiles * half_k) < q
     much = 3_400_000  # bytes
     assert latencies(late(total=much)) == pytest.approx(5 + much / 108 / a100.l2_bytes_a_cycle / a100.l2_latency)
-    assert (in_turn(9, 16), in_turn(32, 16), in_turn(33, 7)) == (2, 4, 12)
+    assert (in_turn(9, 16, 8), in_turn(32, 16, 8), in_turn(33, 7, 8)) == (2, 4, 12)
+
+
+def test_what_is_stored_and_read_at_the_end_is_paid_for():
+    h100, made = CARDS["h100"], {"_ZN4lotr7kernels6shrinkE": kernel(64)}
+
+    def after(blocks: int = 132, **more: int) -> float:
+        one = row(blocks=blocks, late_loads=1)
+        return estimate(dataclasses.replace(one, machine=one.machine | more), made, h100).parts["after"] * h100.clock
+
+    stored = 1 << 16
+    assert after(late_stored=stored) - after() == pytest.approx(stored / 64)  # the last block's, alone
+    assert after(late_stored=stored, cluster=8) - after(cluster=8) == pytest.approx(stored / 27)  # of all blocks at once
+    assert after(264, late_stored=stored, cluster=8) - after(264, cluster=8) == pytest.approx(2 * stored / 27)
+    assert after(33, late_stored=stored, cluster=8) - after(33, cluster=8) == pytest.approx(stored / 64)
+    total = 1 << 24  # bytes that all blocks sum
+    assert after(late_total=total) - after() == pytest.approx(total / 132 / 27, abs=5)  # the load's own issue
+    of_cluster = {"cluster": 8, "cluster_loads": 8, "cluster_bytes": 1 << 17, "grid": [16, 8, 1]}
+    both, beside = after(sum_loads=9, **of_cluster), after(sum_loads=8, **of_cluster)
+    assert both - beside == pytest.approx(263, abs=5)  # the load from L2 by the same threads, or by others meanwhile
 
 
 def test_limits_that_are_equal_do_not_overlap_for_nothing():

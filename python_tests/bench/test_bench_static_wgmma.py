@@ -87,6 +87,7 @@ def test_an_estimate_of_bulk_copies():
         "matrix": 132 * 8 * 100,
         "bulk_bytes": 132 * 100 * 12288,
         "late_loads": 16,
+        "late_bytes": 16 * 8 * 512,
         "atomics": 1,
     }
     e, clustered = (estimate(dataclasses.replace(known, machine=machine | {"cluster": n}), made, CARDS["h100"]) for n in (1, 8))
