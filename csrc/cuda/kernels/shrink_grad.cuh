@@ -158,10 +158,9 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
   else
     __syncthreads();
 
-  // Where each block sums a share of Q, half of its warps do, and the others sum k at the same time.
+  // Half of the warps sum k, and meanwhile the others Q where each block has a share of it; else all sum Q.
   constexpr int HALF = THREADS / 64;
-  const bool halves = cluster || together;
-  if (ptx::load_shared(&sm.sum_Q) && (!halves || warp < HALF)) {
+  if (ptx::load_shared(&sm.sum_Q) && (warp < HALF || !(cluster || together))) {
     const auto store = [&](const float (&v)[4], int col, int rank) {
       tile::store_float(p.Q + n_begin * p.Q_row, p.Q_row, p.Q_col, col, cols, rank, p.r, v, 1.f,
                         p.accumulate != 0);
@@ -173,26 +172,18 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
     else
       Q.each(cols, p.r, store);
   }
-  const auto sum_k = [&](auto warps) {
-    constexpr int WARPS = decltype(warps)::value;
-    for (int i = 0; i < walk.m_tiles; ++i) {
-      if (!(ptx::load_shared(&sm.sum_k[i / 32]) >> i % 32 & 1)) continue;
-      const int64_t m0 = int64_t(walk.m_begin + i) * ROWS;
-      const int rows = p.M - m0 < ROWS ? int(p.M - m0) : ROWS;
-      tile::sum_partials<WARPS, TILE>(k_partials(walk.m_begin + i), p.n_splits, (rows + 15) / 16 * ranks,
-                                      [&](int fragment, const float (&v)[4]) {
-                                        tile::put(sm.end.k, fragment / ranks * 16, fragment % ranks * 8, v,
-                                                  1.f);
-                                      });
-      ptx::barrier_sync(1, 32 * WARPS);
-      tile::store<32 * WARPS>(p.k, sm.end.k, m0, p.M, 0, p.r);
-      ptx::barrier_sync(1, 32 * WARPS);
-    }
-  };
-  if (!halves)
-    sum_k(std::integral_constant<int, 2 * HALF>{});
-  else if (warp >= HALF)
-    sum_k(std::integral_constant<int, HALF>{});
+  for (int i = 0; i < walk.m_tiles && warp >= HALF; ++i) {
+    if (!(ptx::load_shared(&sm.sum_k[i / 32]) >> i % 32 & 1)) continue;
+    const int64_t m0 = int64_t(walk.m_begin + i) * ROWS;
+    const int rows = p.M - m0 < ROWS ? int(p.M - m0) : ROWS;
+    tile::sum_partials<HALF, TILE>(k_partials(walk.m_begin + i), p.n_splits, (rows + 15) / 16 * ranks,
+                                   [&](int fragment, const float (&v)[4]) {
+                                     tile::put(sm.end.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
+                                   });
+    ptx::barrier_sync(1, THREADS / 2);
+    tile::store<THREADS / 2>(p.k, sm.end.k, m0, p.M, 0, p.r);
+    ptx::barrier_sync(1, THREADS / 2);
+  }
   if (cluster) ptx::cluster_sync();  // nobody leaves while others read its sums
 }
 
