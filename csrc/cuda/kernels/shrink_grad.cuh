@@ -147,9 +147,10 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
     note();
     count_in(stored);
     int last = 1;
-    if (!alone) last = ptx::atomic_wrap(p.sum_Q.arrived + n_block, p.m_splits - 1) == p.m_splits - 1;
+    if (!alone)
+      last = ptx::atomic_wrap(p.sum_Q.arrived + n_block, p.m_splits - 1) == p.m_splits - 1 || together;
     note();
-    ptx::store_shared(&sm.sum_Q, last || together);
+    ptx::store_shared(&sm.sum_Q, last);
     if (together) ptx::wait_equal(p.sum_Q.arrived + n_block, 0);  // as in arrive_last
     ptx::fence_device();
   }
