@@ -13,8 +13,8 @@
 //
 // Each row tile of k has its own counter, and the s_N blocks that share the rows start at different row
 // tiles, so that each of them is the last to reach some: the sums of k are spread over the blocks.  Which row
-// tiles it has to sum a block learns during the walk; it sums them after the last tile, with its other last
-// business, Q.
+// tiles it has to sum a block learns during the walk; half of its warps sum them after the last tile, while
+// the others sum Q.
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at |):
 //   g  stage t % STAGES   L L L P |
