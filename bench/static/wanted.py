@@ -28,7 +28,7 @@ HEADS = ("kernel", "M x N, r", "GPU", "wanted", "reached", "at most", "begin", "
 CAPTION = (
     "at most: of a kernel that had begin and bandwidth alone. The rest is us beyond its bytes at the data sheet's bandwidth: "
     f"until the first of them come; since {REACHED:.0%} of it is reached and some bytes come twice; by the limit named; for "
-    "the sum over the blocks after the last arrival"
+    "what is stored after the last products, and the sums over the blocks"
 )
 
 

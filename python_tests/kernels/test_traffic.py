@@ -42,7 +42,7 @@ def test_plan_of_a_large_layer(lib, kernel: str, most: float) -> None:
 
 @pytest.mark.parametrize("kernel", traffic.KERNELS)
 def test_plan_is_what_is_counted(lib, kernel: str) -> None:
-    row = traffic.count(lib, kernel, 1024, 512, 32)
+    row = traffic.count(lib, kernel, 1024, 512, 32, wgmma=False)
     plan = lib.plan(kernel, 1024, 512, 32)
     assert plan["m_blocks"] * plan["n_blocks"] == row.blocks
     assert plan["extra_bytes"] == pytest.approx(row.factors + row.partials, rel=0.01)  # and the counters of arrival
@@ -51,7 +51,7 @@ def test_plan_is_what_is_counted(lib, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", traffic.KERNELS)
 def test_what_the_model_of_the_machine_code_is_told(lib, kernel: str) -> None:
     """bench/static: the instance that ran, its instructions, and that a kernel without sums clears and reads nothing late."""
-    machine = traffic.count(lib, kernel, 1024, 512, 16).machine
+    machine = traffic.count(lib, kernel, 1024, 512, 16, wgmma=False).machine
     assert machine["names"] == [kernel] and f"{len(kernel)}{kernel}" in machine["symbol"] and "Li16E" in machine["symbol"]
     assert machine["copies"] >= 1024 * 512 * 2 / 512 and machine["matrix"] > 0 and machine["waits"] > 0
     if kernel == "expand_add":

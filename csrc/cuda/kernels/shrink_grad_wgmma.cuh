@@ -57,6 +57,7 @@ struct ShrinkGradWgmmaTraits {
     uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // bits: the rows of a warpgroup that this block has to sum
   };
   static_assert(STAGES % GROUPS == 0, "a column tile's stages lie side by side");
+  static_assert(SUBS * GROUPS <= STAGES, "nobody waits for the stages of the last row tile");
   static_assert(STAGES <= GROUPS * SLOTS, "u is read before its slot's next row tile has a stage");
   static_assert(OWN_ROWS == 64 && R <= PANEL && sizeof(Smem) <= 232448, "shared memory of a block of sm_90");
   static_assert(128 * (FETCH_REGISTERS + GROUPS * MULTIPLY_REGISTERS) <= 65536 / THREADS / 8 * 8 * THREADS);
@@ -153,7 +154,7 @@ class ShrinkGradWgmma {
   };
 
   // The products of row tile i of the walk.  Of the LAST one the sums of each column tile go to memory at
-  // once, while the next one's copies arrive.
+  // once, while the next one's copies arrive, and nobody waits for its stages.
   template <bool LAST>
   LOTR_DEVICE void row_tile(float (&Q)[SUBS][OWN_COLS / 2], int i, Place& at) {
     float k[R / 2];
@@ -179,7 +180,6 @@ class ShrinkGradWgmma {
         ptx::wgmma_wait<0>();
         ptx::wgmma_landed(k);
         ptx::wgmma_landed(Q[n]);
-        release(first);
         store_Q(Q[n], n);
       } else if (n > 0) {
         ptx::wgmma_wait<1>();
