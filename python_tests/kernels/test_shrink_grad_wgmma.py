@@ -93,6 +93,8 @@ def test_bytes(lib, m: int, n: int) -> None:
     assert row.once <= 1.02
     assert row.over_least <= 1.25 and row.factors + row.partials < other.factors + other.partials
     assert row.sector_efficiency >= 0.95 and row.bank_conflicts <= 1.05
+    last = 4 * 64 * (256 + 128)  # after the last products: Q's partial sums of a column tile, k's of a row tile; and results
+    assert last <= row.machine["late_stored"] <= 1.5 * last
 
 
 def test_plan_of_a_large_layer(lib) -> None:

@@ -135,7 +135,7 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
 
 void store_global(void* p, const void* value, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  enter("st.global", site).warp->stored += bytes;
+  enter("st.global", site).stored += bytes;
   check_global(p, bytes, self().op, site);
   record(Space::global_write, p, bytes, site);
   maybe_preempt();

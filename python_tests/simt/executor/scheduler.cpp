@@ -111,7 +111,7 @@ void leave_block(const Block& block) {
     fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
   check_registers(block);
   uint64_t stored = 0;
-  for (const Warp& warp : block.warps) stored += warp.stored;
+  for (const Thread& t : block.threads) stored += t.stored;
   totals.late_stored = std::max(totals.late_stored, stored);
 }
 

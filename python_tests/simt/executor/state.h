@@ -65,6 +65,7 @@ struct Thread {
   bool may_touch_global = true;  // false in an early launch, until it has waited for what is ahead
   uint64_t late_loads = 0;       // global loads since the block's first atomic or load from the cluster
   uint64_t cluster_loads = 0;
+  uint64_t stored = 0;  // bytes in global memory since its last product
   std::vector<Access> log;
 };
 
@@ -78,7 +79,6 @@ struct Warp {
   uint32_t generation = 0;
   bool logged = false;
   uint32_t registers = 0;  // that a thread may use (setmaxnreg)
-  uint64_t stored = 0;     // bytes in global memory since its last product
   race::Sync sync[2];      // by parity of the generation
 };
 
