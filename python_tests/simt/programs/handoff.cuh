@@ -3,6 +3,7 @@
 // a counter, makers first; flags hold the number of the launch, so that nothing is cleared between launches.
 #pragma once
 #include "cuda/ptx/sm80.cuh"
+#include "wait_relaxed.cuh"
 
 namespace handoff {
 using namespace lotr;
@@ -33,16 +34,6 @@ struct Smem {
   int ticket;
   float sum[COLS / 32];
 };
-
-LOTR_DEVICE void wait_relaxed(const int32_t* p, int32_t value) {
-#ifdef __CUDACC__
-  int32_t now;
-  do asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
-  while (now != value);
-#else
-  simt::wait_equal(p, value, false, simt::Site::here());
-#endif
-}
 
 // The thread that signals row m of its stage.
 LOTR_DEVICE void signal(const Params& p, int32_t* flags, int m, int epoch) {

@@ -3,6 +3,7 @@
 // share of the columns each.  As the kernels do by csrc/cuda/tile/reduce.cuh.
 #pragma once
 #include "cuda/ptx/sm80.cuh"
+#include "wait_relaxed.cuh"
 
 namespace together {
 using namespace lotr;
@@ -29,16 +30,6 @@ struct Params {
   int32_t* arrived;  // [1], zero at the first launch
   int bug;
 };
-
-LOTR_DEVICE void wait_relaxed(const int32_t* p, int32_t value) {
-#ifdef __CUDACC__
-  int32_t now;
-  do asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
-  while (now != value);
-#else
-  simt::wait_equal(p, value, false, simt::Site::here());
-#endif
-}
 
 LOTR_DEVICE void arrive_and_wait(const Params& p, int blocks) {
   if (p.bug == waits_first) ptx::wait_equal(p.arrived, 0);
