@@ -1,6 +1,7 @@
 // Launches kernels/shrink_grad_wgmma.cuh: tensor maps, grid, workspace.
 #include "shrink_grad_sm90.h"
 
+#include "dispatch.h"
 #include "kernels/shrink_grad_wgmma.cuh"
 #include "launchers.h"
 
@@ -30,18 +31,6 @@ void run(const Call& call, const ShrinkGradParams& p) {
       {dim3(unsigned(p.m_splits), unsigned(p.n_splits)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
        static_cast<ptx::stream_t>(call.stream), dim3(unsigned(p.m_splits)), "shrink_grad", call.early},
       kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r), p);
-}
-
-template <class T>
-void run_rank(const Call& call, const ShrinkGradParams& p) {
-  switch (plan::padded_rank(p.r)) {
-    case 16:
-      return run<T, 16>(call, p);
-    case 32:
-      return run<T, 32>(call, p);
-    default:
-      return run<T, 64>(call, p);
-  }
 }
 
 }  // namespace
@@ -76,10 +65,13 @@ void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& p
   Workspace memory(call, workspace, sums.counters);
   p.sum_k = memory.take(sums.counters, sums.k);
   p.sum_Q = memory.take(0, sums.Q);
-  if (call.type == DType::bfloat16)
-    run_rank<__nv_bfloat16>(call, p);
-  else
-    run_rank<__half>(call, p);
+  dispatch_rank<kernels::SHRINK_GRAD_WGMMA_RANK>(p.r, [&](auto rank) {
+    constexpr int R = decltype(rank)::value;
+    if (call.type == DType::bfloat16)
+      run<__nv_bfloat16, R>(call, p);
+    else
+      run<__half, R>(call, p);
+  });
 }
 
 }  // namespace lotr::cuda
