@@ -82,12 +82,12 @@ def in_turn(fragments: int, splits: int, warps: int) -> int:
 
 
 def rounds_together(row: Row) -> int:
-    """The same of a block of a cooperative launch: its share of D; or of Q by half of its warps, while the others sum the row
-    tiles of k that it is the last to reach."""
+    """The same of a block of a cooperative launch: its share of D or Q; of Q without clusters by half of its warps, while the
+    others sum the row tiles of k that it is the last to reach."""
     owners, splits = row.machine["grid"][:2]
     ranks = math.ceil(row.r / 8)
-    both = row.kernel == "shrink_grad"
-    warps = row.machine["warps"] // (2 if both else 1)
+    both = row.kernel == "shrink_grad" and not row.machine["bulk_bytes"]
+    warps = row.machine["multiply"] // (2 if both else 1)
     rounds = in_turn(math.ceil(math.ceil(row.n / owners / 16) * ranks / splits), splits, warps)
     if both:
         rows = constant(TRAITS, "SHRINK_GRAD_ROWS")
@@ -200,8 +200,9 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     dram = dram_bytes(row)
     reached = card.bandwidth * assumptions.REACHED
     l2 = card.l2_bytes_a_cycle * sms * clock
+    walked = m["cluster_total"] - row.blocks * m["cluster_bytes"]  # bytes from the cluster before the last products
     waves, hot_seconds = [(full, places)] if full else [], 0.0
-    bound = {"issue": 0.0, "memory bandwidth": 0.0, "bytes in flight": 0.0, "L2 bandwidth": 0.0}
+    bound = dict.fromkeys(("issue", "memory bandwidth", "bytes in flight", "L2 bandwidth", "cluster"), 0.0)
     if rest:
         waves.append((1, rest))
     for times, blocks in waves:
@@ -212,6 +213,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
             "memory bandwidth": own * dram / reached,
             "bytes in flight": own * dram * card.memory_latency / (a_block * blocks) if a_block else 0.0,
             "L2 bandwidth": own * row.total / l2,
+            "cluster": times * on_one * walked / row.blocks / assumptions.CLUSTER_ONE / clock,
         }
         for name, value in limits.items():
             bound[name] += value
@@ -230,7 +232,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         rounds = rounds_together(row)
         summing = max(summing, rounds * card.l2_latency)
     if m["cluster_loads"]:  # a round of them is a fragment's, from all blocks
-        one = math.ceil(m["cluster_loads"] / m["grid"][1])
+        one = math.ceil(m["cluster_loads"] / m["cluster"])
         of_cluster = card.l2_latency + max(one * card.l2_latency, m["cluster_bytes"] / assumptions.CLUSTER_ONE)
         beside = m["sum_loads"] < m["cluster_loads"] + m["late_loads"]  # no thread does all of both
         rounds, summing = (max(rounds, one), max(summing, of_cluster)) if beside else (rounds + one, summing + of_cluster)

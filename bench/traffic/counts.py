@@ -180,7 +180,8 @@ def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, mult
         return {}
     plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)  # as set_device says
     most = constant("python_tests/simt/executor/api.h", "MOST_RESIDENT")  # that the executor can run at the same time
-    together = MOST_THREADS // (256 * plan["m_blocks"]) if plan["cluster"] else most  # whole clusters of blocks of 256 threads
+    cluster = plan["m_blocks"] if plan["cluster"] else plan["of_row"]
+    together = MOST_THREADS // (384 * cluster) if cluster > 1 else most  # whole clusters of blocks of up to 384 threads
     return {"order": "in_turn", "resident": min(plan["n_blocks"], most, together)}
 
 
@@ -260,6 +261,7 @@ def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
         "cluster_loads": counters["cluster_loads"],
         "sum_loads": counters["sum_loads"],  # the most of both kinds that one thread has
         "cluster_bytes": counters["cluster_bytes"],
+        "cluster_total": counters["cluster_total"],  # of all blocks, late or not
         "read": sum(a["read_bytes"] for a in arrays),
         "written": sum(a["written_bytes"] for a in arrays),
     }

@@ -111,11 +111,11 @@ struct ShrinkGradParams {
   int64_t M, N;
   Pieces m_pieces, n_pieces;  // of the row and column tiles
   int32_t m_splits, n_splits;
-  int32_t cluster;   // 1: the m_splits blocks of a column are one cluster
+  int32_t cluster;   // 1: the m_splits blocks of a column are one cluster; by wgmma: so many blocks of a row
   int32_t together;  // 1: all blocks run at the same time, and those of a column may wait for one another
   int32_t r;
   int32_t accumulate;  // 0: Q = instead of Q +=
-  Reduction sum_k;     // partial [row tiles, n_splits, ROWS, R]
+  Reduction sum_k;     // partial [row tiles, n_splits, ROWS, R]; by wgmma: n_splits clusters of blocks
   Reduction sum_Q;     // partial [n blocks, m_splits, column tiles of a block, COLS, R]
 };
 

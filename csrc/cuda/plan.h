@@ -105,6 +105,7 @@ struct Plan {
   bool cluster = false;   // the blocks along M are one
   bool last = false;      // a last resort: it moves too much besides the matrix, or does not fill the GPU
   bool together = false;  // all blocks are there at once, and those along M wait for one another
+  int of_row = 1;         // blocks along N that are one cluster: shrink_grad by wgmma
   void better_of(const Plan& other) {
     if (rows == 0 || std::pair(other.last, other.cost) < std::pair(last, cost)) *this = other;
   }

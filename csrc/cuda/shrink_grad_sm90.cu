@@ -8,29 +8,36 @@
 namespace lotr::cuda {
 namespace {
 
-// Counters and partial sums: two of k's for each row tile and block along N, one of Q for each block.
+// Counters and partial sums: of k for each slice of rows and cluster along N, where there are several; of Q
+// for each strip, and for each block.
 struct Sums {
-  int64_t counters, k, Q;
+  int64_t clusters, k_counters, k, Q;
   Sums(const plan::Plan& plan, int64_t r) {
-    const int64_t R = plan::padded_rank(r);
-    counters = 2 * plan.m_tiles;
-    k = plan.m_tiles * plan.n_blocks * plan.rows * R;
+    const int64_t R = plan::padded_rank(r), rows = plan.m_tiles * plan.rows;
+    clusters = plan.n_blocks / plan.of_row;
+    k_counters = clusters > 1 ? rows / kernels::SHRINK_GRAD_WGMMA_SLICE : 0;
+    k = clusters > 1 ? rows * clusters * R : 0;
     Q = plan.m_blocks * plan.n_blocks * kernels::SHRINK_GRAD_WGMMA_SUBS * plan.cols * R;
   }
 };
 
 template <class T, int R>
-void run(const Call& call, const ShrinkGradParams& p) {
+void run(const Call& call, ShrinkGradParams p, dim3 grid) {
   using Traits = kernels::ShrinkGradWgmmaTraits<T, R>;
   const auto map = [](const Matrix& m, int64_t rows, int64_t cols) {
     const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
     return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
                               uint32_t(Traits::ROWS));
   };
-  ptx::launch(
-      {dim3(unsigned(p.m_splits), unsigned(p.n_splits)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
-       static_cast<ptx::stream_t>(call.stream), dim3(unsigned(p.m_splits)), "shrink_grad", call.early},
-      kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r), p);
+  // Early or with all blocks at the same time: nothing says that a launch may be both.
+  const auto launch = [&](bool together) {
+    p.together = together;
+    return ptx::launch(
+        {grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem), static_cast<ptx::stream_t>(call.stream),
+         dim3(unsigned(p.cluster)), "shrink_grad", call.early && !together, together},
+        kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r), p);
+  };
+  if (!p.together || !launch(true)) launch(false);
 }
 
 }  // namespace
@@ -53,7 +60,7 @@ bool runs_wgmma() {
 
 size_t shrink_grad_wgmma_workspace(const plan::Plan& plan, int64_t r) {
   const Sums sums(plan, r);
-  return Workspace::bytes(sums.counters, sums.k) + Workspace::bytes(0, sums.Q);
+  return Workspace::bytes(sums.k_counters + plan.n_blocks, sums.k) + Workspace::bytes(0, sums.Q);
 }
 
 void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& plan, void* workspace) {
@@ -61,16 +68,18 @@ void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& p
   p.m_pieces = plan.m_pieces();
   p.n_pieces = plan.n_pieces();
   p.m_splits = int(plan.m_blocks);
-  p.n_splits = int(plan.n_blocks);
-  Workspace memory(call, workspace, sums.counters);
-  p.sum_k = memory.take(sums.counters, sums.k);
-  p.sum_Q = memory.take(0, sums.Q);
+  p.n_splits = int(sums.clusters);
+  p.cluster = plan.of_row, p.together = plan.together;
+  Workspace memory(call, workspace, sums.k_counters + plan.n_blocks);
+  p.sum_k = memory.take(sums.k_counters, sums.k);
+  p.sum_Q = memory.take(plan.n_blocks, sums.Q);
+  const dim3 grid(unsigned(plan.n_blocks), unsigned(plan.m_blocks));
   dispatch_rank<kernels::SHRINK_GRAD_WGMMA_RANK>(p.r, [&](auto rank) {
     constexpr int R = decltype(rank)::value;
     if (call.type == DType::bfloat16)
-      run<__nv_bfloat16, R>(call, p);
+      run<__nv_bfloat16, R>(call, p, grid);
     else
-      run<__half, R>(call, p);
+      run<__half, R>(call, p, grid);
   });
 }
 

@@ -11,29 +11,40 @@ inline int64_t clusters_held(int multiprocessors, int64_t cluster) {
   return cluster == 1 ? multiprocessors : multiprocessors / 18 * 16 / cluster;
 }
 
-// The cheapest of the clusters' sizes and the strips' widths; rows 0: the GPU holds none.
+// The cheapest of the strips' widths and the clusters' sizes; rows 0: the GPU holds none.  What blocks of a
+// cluster sum costs no time in memory, but passes from one to another; several pieces of M have to be there
+// at the same time.
 inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocessors) {
   constexpr int ROWS = kernels::SHRINK_GRAD_WGMMA_ROWS, COLS = kernels::SHRINK_GRAD_WGMMA_COLS;
   // bytes of g in a microsecond that one block gets through
   const double alone = r <= 16 ? 63e3 : r <= 32 ? 60e3 : 52e3;
   const int64_t m_tiles = ceil_div(M, ROWS), n_tiles = ceil_div(N, COLS);
+  const double large = 2.0 * double(M) * double(N), rank = double(r);
   Plan best;
+  const auto attempt = [&](int64_t n, int64_t m, int64_t cluster) {
+    const int64_t held = clusters_held(multiprocessors, cluster) * cluster;
+    const double clusters = double(n / cluster), blocks = double(n * m);
+    const double extra = 2 * rank * double(n * M + m * N) +
+                         8 * rank * (clusters > 1 ? clusters : 0.0) * double(M) + 8 * rank * double(m * N);
+    const double uneven = unevenness(m_tiles, m) * unevenness(n_tiles, n);
+    const double memory = (large + EXTRA * extra) / (MEMORY * multiprocessors);
+    const double own = double(ceil_div(n * m, held)) * large * uneven / blocks / alone;
+    const double passed = cluster > 1 ? 4 * rank * double(M) / double(m) / PASSING : 0.0;
+    const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8) + std::pow(passed, 8), 1 / 8.);
+    // after it each block stores its sums of Q, and adds as many
+    const double rate = std::min(SUMMING, ALL_SUMMING * multiprocessors / blocks);
+    const double summed = 2 * 4 * rank * double(N) / double(n) / rate;
+    best.better_of({ROWS, COLS, m_tiles, n_tiles, m, n, extra, stream + 1.5 * ARRIVING + summed, false, false,
+                    m > 1, int(cluster)});
+  };
   for (int64_t sub = 1; sub <= kernels::SHRINK_GRAD_WGMMA_SUBS; ++sub)
-    for (int64_t m = 1; m <= MOST_OF_CLUSTER; m *= 2) {
-      const int64_t n = ceil_div(n_tiles, sub), held = clusters_held(multiprocessors, m),
-                    longest = ceil_div(m_tiles, m);
-      if (m > m_tiles || held == 0 || 2 * longest > kernels::SHRINK_GRAD_MOST_TILES) continue;
-      const double large = 2.0 * double(M) * double(N), rank = double(r);
-      const double extra = (2 + 8) * rank * double(n * M + m * N);  // factors, and partial sums in and out
-      const double uneven = unevenness(m_tiles, m) * unevenness(n_tiles, n);
-      const double memory = (large + EXTRA * extra) / (MEMORY * multiprocessors);
-      const double own = double(ceil_div(n, held)) * large * uneven / double(n * m) / alone;
-      const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8), 1 / 8.);
-      // after it: of k, the row tiles that a block is the last to reach; of Q, its share of all blocks' sums
-      const double summed =
-          4 * rank * (double(ceil_div(longest, n) * std::min<int64_t>(ROWS, M) * n) + double(N) / double(n));
-      best.better_of(
-          {ROWS, COLS, m_tiles, n_tiles, m, n, extra, stream + ARRIVING + summed / SUMMING, false, false});
+    for (int64_t cluster = 1; cluster <= MOST_OF_CLUSTER; cluster *= 2) {
+      const int64_t n = ceil_div(n_tiles, sub), held = clusters_held(multiprocessors, cluster) * cluster;
+      if (n % cluster || held == 0) continue;
+      const int64_t most = std::clamp<int64_t>(held / n, 1, m_tiles);
+      attempt(n, most, cluster);
+      if (most > 1)
+        attempt(n, ceil_div(m_tiles, ceil_div(m_tiles, most)), cluster);  // no longer for being fewer
     }
   return best;
 }

@@ -21,40 +21,43 @@ SCHEDULES = [
     {"order": "reverse"},
     {"order": "in_turn", "resident": 5},
     {"order": "random", "seed": 3, "resident": 3, "preempt": 8},
+    {"order": "reverse", "room": 0},  # no room for all blocks at the same time
 ]
 
 
-def launched(lib, shape: Shape, kind: str = "bf16") -> tuple[list[int], int]:
-    """Grid and threads of the one launch, whose numbers are right."""
+def launched(lib, shape: Shape, kind: str = "bf16") -> dict:
+    """The one launch, whose numbers are right."""
     lib.set_options()
     lib.reset_counters()
     problem = shrink_grad(shape, kind)
     problem.check(problem.run(lib))
     (launch,) = [one for one in lib.counters()["launches"] if one["name"] != "pack"]
-    return list(launch["grid"]), launch["block"][0]
+    return launch
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "m, n, r, sms, cluster",
+    "m, n, r, sms, grid, cluster",
     [
-        (300, 500, 64, 132, 2),
-        (1100, 700, 33, 132, 8),
-        (700, 300, 47, 18, 4),
-        (1500, 90, 50, 132, 8),
-        (900, 1300, 48, 2, 1),
-        (1100, 700, 16, 132, 8),
-        (700, 300, 9, 18, 4),
-        (300, 500, 32, 132, 2),
-        (900, 1300, 20, 2, 1),
+        (300, 500, 64, 132, (4, 3), 1),
+        (1100, 700, 33, 132, (6, 9), 2),
+        (257, 500, 40, 18, (4, 3), 4),
+        (700, 1000, 16, 132, (8, 6), 8),
+        (513, 2000, 64, 36, (16, 2), 8),
+        (128, 1300, 16, 18, (6, 1), 2),
+        (700, 300, 9, 18, (2, 6), 2),
+        (900, 1300, 48, 2, (3, 1), 1),
+        (1500, 90, 50, 132, (1, 12), 1),
     ],
 )
-def test_clusters(lib, m: int, n: int, r: int, sms: int, cluster: int, kind: str) -> None:
-    """The cluster is M's blocks; the numbers and bits are the same whichever blocks run together, adding or not."""
+def test_clusters(lib, m: int, n: int, r: int, sms: int, grid: tuple[int, int], cluster: int, kind: str) -> None:
+    """Clusters along N, and all blocks at the same time where M has several pieces; the numbers and bits are the same whichever
+    blocks run together, adding or not."""
     for p in (0.0, 0.5):
         shape = Shape(m, n, r, p=p, sms=sms, wgmma=True)
-        grid, threads = launched(lib, shape, kind)
-        assert (grid[0], threads) == (cluster, 384)
+        launch = launched(lib, shape, kind)
+        assert (launch["grid"][:2], launch["cluster"][0], launch["block"][0]) == (grid, cluster, 384)
+        assert launch["cooperative"] == (grid[1] > 1) and launch["early"] == (grid[1] == 1)
         problem, first = shrink_grad(shape, kind), {}
         for schedule in SCHEDULES:
             lib.set_options(**schedule)
@@ -65,10 +68,10 @@ def test_clusters(lib, m: int, n: int, r: int, sms: int, cluster: int, kind: str
 
 def test_where_it_does_not_run(lib) -> None:
     shape = Shape(600, 500, 64, wgmma=True)
-    assert launched(lib, shape)[1] == 384
-    assert launched(lib, Shape(600, 500, 64))[1] == 256
-    assert launched(lib, shape, "fp32")[1] == 256
-    assert launched(lib, Shape(127, 500, 64, wgmma=True))[1] == 256
+    assert launched(lib, shape)["block"][0] == 384
+    assert launched(lib, Shape(600, 500, 64))["block"][0] == 256
+    assert launched(lib, shape, "fp32")["block"][0] == 256
+    assert launched(lib, Shape(127, 500, 64, wgmma=True))["block"][0] == 256
     g, F, u, k, Q = (np.zeros(size, np.uint16) for size in ((600, 500), (500, 65), (600, 65), (600, 65), (500, 65)))
     lib.set_device(wgmma=True)
     lib.reset_counters()
@@ -93,17 +96,19 @@ def test_bytes(lib, m: int, n: int) -> None:
     assert row.once <= 1.02
     assert row.over_least <= 1.25 and row.factors + row.partials < other.factors + other.partials
     assert row.sector_efficiency >= 0.95 and row.bank_conflicts <= 1.05
-    last = 4 * 64 * (256 + 128)  # after the last products: Q's partial sums of a column tile, k's of a row tile; and results
+    last = 4 * 64 * 128  # after the last products: Q's partial sums of a column tile; and results
     assert last <= row.machine["late_stored"] <= 1.5 * last
+    assert row.machine["cluster_total"] == 4 * 64 * m * row.machine["grid"][0]  # k's sums, each read once
+    assert last <= row.machine["cluster_bytes"] <= 2 * last  # of the last row tile, and what waits for it
 
 
 def test_plan_of_a_large_layer(lib) -> None:
-    """Clusters that any H100 holds side by side, and half of the other kernel's partial sums."""
+    """Clusters that any H100 holds side by side, of whole rows, and half of the other kernel's partial sums."""
     lib.set_device(wgmma=True)
     plan = lib.plan("shrink_grad", 8192, 4096, 64)
     lib.set_device()
     other = lib.plan("shrink_grad", 8192, 4096, 64)
-    assert (plan["m_blocks"], plan["n_blocks"]) == (8, 8)
+    assert (plan["m_blocks"], plan["n_blocks"], plan["of_row"], plan["together"]) == (14, 8, 8, True)
     assert plan["extra_bytes"] < 0.65 * other["extra_bytes"] and plan["microseconds"] < other["microseconds"]
 
 
@@ -137,12 +142,13 @@ def test_instructions(compiled: tuple[Path, str]) -> None:
         assert all(bool(bf16) == ("bfloat16" in name) for _, bf16 in products), name
         shapes = [shape for shape, _ in products]
         rank = re.search(r"Li(\d+)E", name).group(1)
-        # two column tiles: 256 columns by 16 for k; 128 rows by 16 for Q^T, u^T from registers; the last row tile by itself
-        assert {shape: shapes.count(shape) for shape in set(shapes)} == {f"64x{rank}x16": 64, "64x128x16": 32}, name
+        # four column tiles: 128 columns by 16 for k; 128 rows by 16 for Q^T, u^T from registers; the last row tile by itself
+        expected = {"64x64x16": 128} if rank == "64" else {f"64x{rank}x16": 64, "64x64x16": 64}
+        assert {shape: shapes.count(shape) for shape in set(shapes)} == expected, name
         products = [found.start() for found in re.finditer("HGMMA", body)]
-        slow = r"MEMBAR|CCTL|ERRBAR|STS|\bLDS\b|\bLDG"
-        assert not re.search(slow, body[products[0] : products[-1]]), f"{name}: between products"
-        halves = body[products[0] : products[47]], body[products[48] : products[-1]]
+        halves = body[products[0] : products[63]], body[products[64] : products[-1]]
+        for half in halves:
+            assert not re.search(r"MEMBAR|CCTL|ERRBAR|STS|\bLDS\b|\bLDG", half), f"{name}: between products"
         stores = [len(re.findall("STG", half)) for half in halves]
         assert min(stores) == 0 < max(stores), f"{name}: sums leave from {stores}, expected the last row tile alone"
         assert "UTMALDG.2D" in body and len(re.findall(r"\bUSETMAXREG", body)) == 2, name

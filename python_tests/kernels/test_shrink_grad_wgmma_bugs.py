@@ -15,15 +15,13 @@ FILE = "kernels/shrink_grad_wgmma.cuh"
 
 # name: text, what stands there instead, what a failure must say
 BUGS: dict[str, tuple[str, str, str]] = {
-    "wrong_panel": ("sizeof(own.g[0])), true)", "1024), true)", ": Q: "),
+    "wrong_rows": ("own.g[16 * c], 0), true)", "own.g[8 * c], 0), true)", ": Q: "),
     "both_take_the_first_stage": ("s_.stage[first + group_]", "s_.stage[first]", ": Q: "),
-    "counted_in_too_early": (
-        "i >= SLOTS) count_in(i - SLOTS, before);",
-        "i >= SLOTS) count_in(i - SLOTS + 1, before);",
-        ": k: ",
-    ),
+    "the_first_block_sums_for_all": ("int(ptx::cluster_rank()) * share", "0", ": k: "),
+    "sums_of_clusters_in_one_place": ("int(blockIdx.x) / p_.cluster", "0", ": k: "),
+    "the_rows_of_the_other_group": ("s_.k[4 * group_ + warp_]", "s_.k[4 * (1 - group_) + warp_]", ": k: "),
     "a_block_of_the_cluster_forgotten": ("first * tile::FRAGMENT, splits,", "first * tile::FRAGMENT, splits - 1,", ": Q: "),
-    "bytes_of_F_forgotten": ("with_F * uint32_t(sizeof(T) * OWN_COLS * PANEL)", "0", "in flight|deadlock"),
+    "bytes_of_F_forgotten": ("with_F * uint32_t(sizeof(Smem::F[0]))", "0", "in flight|deadlock"),
     "released_before_the_wait": (
         "        ptx::wgmma_wait<1>();\n        release(last);",
         "        release(first);\n        ptx::wgmma_wait<1>();",
@@ -31,8 +29,8 @@ BUGS: dict[str, tuple[str, str, str]] = {
     ),
     "stored_before_the_wait": (
         "        ptx::wgmma_wait<0>();\n        ptx::wgmma_landed(k);\n        ptx::wgmma_landed(Q[n]);\n"
-        "        store_Q(Q[n], n);",
-        "        store_Q(Q[n], n);\n        ptx::wgmma_wait<0>();",
+        "        release(first);\n        store_Q(Q[n], n);",
+        "        store_Q(Q[n], n);\n        ptx::wgmma_wait<0>();\n        release(first);",
         ": Q: ",
     ),
     "rows_of_F_as_long_as_the_rank": (

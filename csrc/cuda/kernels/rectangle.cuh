@@ -99,9 +99,9 @@ struct ColumnSums {
   static LOTR_DEVICE void each_sum_of_cluster(const float* partial, int rank, int blocks, int64_t cols, int r,
                                               F f) {
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    tile::sum_of_cluster<WARPS>(partial, rank, blocks, total, [&](int fragment, const float (&v)[4]) {
-      f(v, fragment / ranks * 16, fragment % ranks * 8);
-    });
+    tile::sum_of_cluster<WARPS>(
+        partial, blocks, total * rank / blocks, total * (rank + 1) / blocks,
+        [&](int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
   }
   // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp.  `split` is
   // the block's own; the tiles are all, or where the splits run together this one's share, by WARPS warps.

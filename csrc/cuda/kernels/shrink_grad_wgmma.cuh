@@ -2,28 +2,31 @@
 // read of g, by wgmma.  mma.sync loads the fragments of g, F and u again for each warp, which costs more of a
 // multiprocessor's time than g takes to arrive; here F and u come once for 64 rows, g once a product.
 //
-// Grid     x: the blocks of a cluster, pieces of M (1, 2, 4 or 8); y: pieces of N, up to SUBS tiles of COLS
-//          columns.  A block's F [COLS SUBS, R] stays in shared memory, its Q^T in registers.
-// Threads  two warpgroups multiply; one thread of a third fetches by bulk copies, which fill with zeros what
-//          lies beyond a matrix, and counts in what was stored.
+// Grid     x: pieces of N, up to SUBS tiles of COLS columns, up to eight neighbours a cluster; y: pieces of
+// M.
+//          A block's F [COLS SUBS, R] stays in shared memory, its Q^T in registers.
+// Threads  two warpgroups multiply; of a third one thread fetches by bulk copies, which fill with zeros what
+//          lies beyond a matrix, and three warps sum k.
 // k        [64 rows, R] of a warpgroup for each row tile: g and F from shared memory, of F's rows of 64 ranks
 //          the first R.
-// Q^T      [64, 128 columns] of a warpgroup and column tile, zero beyond the rank: u^T as the first operand,
+// Q^T      [64, 64 columns] of a warpgroup and column tile, zero beyond the rank: u^T as the first operand,
 //          in registers, loaded once for each row tile; g once more from shared memory, transposed by its
 //          descriptor.
-// Bytes    as in shrink_grad.cuh, but with strips of up to 512 columns: half the partial sums of k.
-// Sums     k's as there: partial sums of the blocks that share rows, added by the last to arrive, in their
-//          order; two counters a row tile, one a warpgroup's rows.  Q's within the cluster: each block stores
-//          its own, and after the cluster's barrier adds its share of the strip over all of them, in their
-//          order.  Blocks of a cluster run at the same time, so this waits for none that may not have begun.
+// Bytes    g once; F once for each piece of M, u once for each of N.  Partial sums of k stay in the shared
+//          memory of the cluster; where N has several clusters, 8 M R for each of them.  Of Q 8 N R for each
+//          piece of M.
+// Sums     k's during the walk: each block sums its share of a row tile's rows over the blocks of its
+//          cluster, in their order, while the next row tile is multiplied; of several clusters the last to
+//          arrive adds their sums, in their order.  Q's after it: of the blocks that share columns, which lie
+//          in different clusters, each adds a share, where the whole grid runs at the same time, else the
+//          last to arrive all; in the order of the blocks.
 //
-// Timeline of a block, column tiles a and b of two stages each (L copies in flight or landed, P products, .
-// the last product may still run, s partial sums of k stored, c these are counted in, two row tiles later):
-//   stage 0   L P . L L L P . L
-//   stage 1   L P . L L L P . L
-//   stage 2   L L L P . L L L P
-//   stage 3   L L L P . L L L P
-//   k                   s     c
+// Timeline of a block, column tiles a to d of two stages each (L copies in flight or landed, P products, .
+// the last product may still run, s k's sums stored, + added over the cluster):
+//   stages 0, 1   L P . L L P . L
+//   stages 2, 3   L L P . L L P .
+//   stages 4, 5   . L L P . L L P
+//   k                     s + + s
 #pragma once
 #include "../ptx/sm90.cuh"
 #include "../tile/pieces.cuh"
@@ -39,26 +42,23 @@ struct ShrinkGradWgmmaTraits {
   static constexpr int R = R_, ROWS = SHRINK_GRAD_WGMMA_ROWS, COLS = SHRINK_GRAD_WGMMA_COLS;
   static constexpr int SUBS = SHRINK_GRAD_WGMMA_SUBS, PANEL = 64;  // columns of a swizzled row of 128 bytes
   static constexpr int GROUPS = 2, OWN_ROWS = ROWS / GROUPS, OWN_COLS = COLS / GROUPS;
-  static constexpr int WARPS = 4 * GROUPS, THREADS = 128 * (GROUPS + 1);
-  static constexpr int FETCH_REGISTERS = 40, MULTIPLY_REGISTERS = 232;
+  static constexpr int WARPS = 4 * GROUPS, THREADS = 128 * (GROUPS + 1), SUM_WARPS = 3;
+  static constexpr int FETCH_REGISTERS = 56, MULTIPLY_REGISTERS = 224;
   static constexpr int STAGES = SHRINK_GRAD_WGMMA_STAGES, SLOTS = 2;
+  static constexpr int SLICE = SHRINK_GRAD_WGMMA_SLICE, SLICES = ROWS / SLICE;
 
   struct Stage {  // of a column tile, what one warpgroup makes Q's sums of
-    T g[OWN_COLS / PANEL][ROWS][PANEL];
+    T g[ROWS][PANEL];
   };
-  using Output = tile::Shared<T, OWN_ROWS, R>;
   struct alignas(1024) Smem {
     T F[SUBS][COLS][PANEL], u[SLOTS][ROWS][PANEL];  // zero beyond the rank
-    union {
-      Stage stage[STAGES];
-      Output k;  // after the last tile
-    };
-    uint64_t full[STAGES], empty[STAGES], stored[SLOTS];
-    uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // bits: the rows of a warpgroup that this block has to sum
+    Stage stage[STAGES];
+    float k[SLICES][R / 8 * tile::FRAGMENT];  // of a row tile, by fragments
+    uint64_t full[STAGES], empty[STAGES], stored[SLOTS], full_k, empty_k;
+    int last_k, last_Q;
   };
-  static_assert(STAGES % GROUPS == 0, "a column tile's stages lie side by side");
-  static_assert(SUBS * GROUPS <= STAGES, "nobody waits for the stages of the last row tile");
-  static_assert(STAGES <= GROUPS * SLOTS, "u is read before its slot's next row tile has a stage");
+  static_assert(OWN_COLS == PANEL && STAGES % GROUPS == 0, "a column tile's stages lie side by side");
+  static_assert(STAGES <= 2 * GROUPS * SLOTS, "u is read before its slot's next row tile has a stage");
   static_assert(OWN_ROWS == 64 && R <= PANEL && sizeof(Smem) <= 232448, "shared memory of a block of sm_90");
   static_assert(128 * (FETCH_REGISTERS + GROUPS * MULTIPLY_REGISTERS) <= 65536 / THREADS / 8 * 8 * THREADS);
 };
@@ -70,18 +70,21 @@ class ShrinkGradWgmma {
   static constexpr int R = Traits::R, ROWS = Traits::ROWS, COLS = Traits::COLS, PANEL = Traits::PANEL;
   static constexpr int GROUPS = Traits::GROUPS, OWN_ROWS = Traits::OWN_ROWS, OWN_COLS = Traits::OWN_COLS;
   static constexpr int STAGES = Traits::STAGES, SLOTS = Traits::SLOTS, SUBS = Traits::SUBS;
-  static constexpr int K_FLOATS = OWN_ROWS * R;     // of a partial sum of k
+  static constexpr int SLICE = Traits::SLICE, SLICES = Traits::SLICES, SUM_WARPS = Traits::SUM_WARPS;
+  using MultiplyBarrier = tile::Named<1, 32 * Traits::WARPS>;
+  using SumBarrier = tile::Named<2, 32 * SUM_WARPS>;
+  static constexpr int SUM_LOADS = 4;               // in flight: few registers
+  static constexpr int K_FLOATS = SLICE * R;        // of a partial sum of k
   static constexpr int Q_FLOATS = SUBS * COLS * R;  // of Q
 
  public:
   LOTR_DEVICE ShrinkGradWgmma(Smem& s, const ShrinkGradParams& p)
       : s_(s),
         p_(p),
-        m_begin_(tile::begin_of(p.m_pieces, int(blockIdx.x))),
-        m_tiles_(tile::count_of(p.m_pieces, int(blockIdx.x))),
-        n_begin_(tile::begin_of(p.n_pieces, int(blockIdx.y))),
-        n_tiles_(tile::count_of(p.n_pieces, int(blockIdx.y))),
-        start_(int(unsigned(m_tiles_) * blockIdx.y / unsigned(p.n_splits))),
+        m_begin_(tile::begin_of(p.m_pieces, int(blockIdx.y))),
+        m_tiles_(tile::count_of(p.m_pieces, int(blockIdx.y))),
+        n_begin_(tile::begin_of(p.n_pieces, int(blockIdx.x))),
+        n_tiles_(tile::count_of(p.n_pieces, int(blockIdx.x))),
         group_(int(threadIdx.x) / 128),
         warp_(int(threadIdx.x) % 128 / 32) {}
 
@@ -92,42 +95,37 @@ class ShrinkGradWgmma {
       ptx::mbarrier_init(&s_.empty[i], Traits::WARPS);
     }
     for (uint64_t& stored : s_.stored) ptx::mbarrier_init(&stored, Traits::WARPS);
+    ptx::mbarrier_init(&s_.full_k, unsigned(p_.cluster));
+    ptx::mbarrier_init(&s_.empty_k, unsigned(SUM_WARPS * p_.cluster));
     ptx::fence_mbarrier_init();
-    for (uint32_t& word : s_.sum_k) ptx::store_shared(&word, 0u);
   }
 
   // ---- the thread that fetches ----
 
   LOTR_DEVICE void fetch(const ptx::TensorMap& g, const ptx::TensorMap& F, const ptx::TensorMap& u) {
-    int stage = 0, before[GROUPS];
+    int stage = 0;
     uint32_t parity = 0;
     for (int i = 0; i < m_tiles_; ++i) {
-      const int row = row_of(i) * ROWS;
+      const int row = (m_begin_ + i) * ROWS;
       for (int n = 0; n < n_tiles_; ++n) {
-        // before the warpgroups can store another two
-        if (n == n_tiles_ - 1 && i >= SLOTS) count_in(i - SLOTS, before);
 #pragma unroll
         for (int half = 0; half < GROUPS; ++half) {
-          const int at = n * COLS + half * OWN_COLS, col = n_begin_ * COLS + at;
-          const bool with_F = i == 0, with_u = n == 0 && half == 0;
+          const int col = (n_begin_ + n) * COLS + half * OWN_COLS;
+          const bool with_F = i == 0 && half == 0, with_u = n == 0 && half == 0;
           uint64_t* full = &s_.full[stage];
           ptx::mbarrier_wait(&s_.empty[stage], parity ^ 1);
+          if (with_u) ptx::mbarrier_wait(&s_.stored[i % SLOTS], (i / SLOTS & 1) ^ 1);
           ptx::mbarrier_arrive_expect_tx(full, uint32_t(sizeof(typename Traits::Stage)) +
-                                                   with_F * uint32_t(sizeof(T) * OWN_COLS * PANEL) +
+                                                   with_F * uint32_t(sizeof(Smem::F[0])) +
                                                    with_u * uint32_t(sizeof(Smem::u[0])));
           if (with_u) ptx::tma_load_2d(s_.u[i % SLOTS], &u, 0, row, full);
-          if (with_F) ptx::tma_load_2d(s_.F[n][half * OWN_COLS], &F, 0, col, full);
-#pragma unroll
-          for (int panel = 0; panel < OWN_COLS / PANEL; ++panel)
-            ptx::tma_load_2d(s_.stage[stage].g[panel], &g, col + panel * PANEL, row, full);
+          if (with_F) ptx::tma_load_2d(s_.F[n], &F, 0, col, full);
+          ptx::tma_load_2d(s_.stage[stage].g, &g, col, row, full);
           if (++stage == STAGES) stage = 0, parity ^= 1;
         }
       }
     }
     ptx::griddepcontrol_launch_dependents();
-    for (int i = m_tiles_ < SLOTS ? 0 : m_tiles_ - SLOTS; i < m_tiles_; ++i) count_in(i, before);
-    note(m_tiles_ - 1, before);
-    ptx::fence_device();
   }
 
   // ---- the warpgroups that multiply ----
@@ -139,12 +137,29 @@ class ShrinkGradWgmma {
     for (int i = 0; i < m_tiles_ - 1; ++i) row_tile<false>(Q, i, at);
     row_tile<true>(Q, m_tiles_ - 1, at);
     ptx::griddepcontrol_launch_dependents();
+    sum_Q();
   }
 
-  // After the cluster's barrier.
-  LOTR_DEVICE void sum() {
-    sum_Q();
-    sum_k();
+  // ---- the warps that sum k ----
+
+  LOTR_DEVICE void sum_k() {
+    const int lane = int(threadIdx.x) % 32, blocks = p_.cluster;
+    const int share = SLICES / blocks, first = int(ptx::cluster_rank()) * share;
+#pragma unroll 1
+    for (int i = 0; i < m_tiles_; ++i) {
+      if (warp_ == 1) {
+        ptx::mbarrier_wait(&s_.stored[i % SLOTS], i / SLOTS & 1);
+        if (lane < blocks) ptx::mbarrier_arrive_cluster(&s_.full_k, uint32_t(lane));
+      }
+      ptx::mbarrier_wait_cluster(&s_.full_k, i & 1);
+#pragma unroll 1
+      for (int slice = first; slice < first + share; ++slice)
+        sum_slice((m_begin_ + i) * SLICES + slice, s_.k[slice]);
+      __syncwarp();
+      if (lane < blocks) ptx::mbarrier_give_back(&s_.empty_k, uint32_t(lane));
+    }
+    ptx::griddepcontrol_launch_dependents();
+    ptx::mbarrier_wait(&s_.empty_k, (m_tiles_ - 1) & 1);  // nobody leaves while others read its sums
   }
 
  private:
@@ -153,8 +168,8 @@ class ShrinkGradWgmma {
     uint32_t parity = 0;
   };
 
-  // The products of row tile i of the walk.  Of the LAST one the sums of each column tile go to memory at
-  // once, while the next one's copies arrive, and nobody waits for its stages.
+  // The products of row tile i of the block.  Of the LAST one the sums of each column tile go to memory at
+  // once, while the next one's copies arrive.
   template <bool LAST>
   LOTR_DEVICE void row_tile(float (&Q)[SUBS][OWN_COLS / 2], int i, Place& at) {
     float k[R / 2];
@@ -173,13 +188,13 @@ class ShrinkGradWgmma {
       const auto& own = s_.stage[first + group_];
 #pragma unroll
       for (int c = 0; c < ROWS / 16; ++c)
-        ptx::wgmma<T, OWN_COLS, true>(Q[n], u[c],
-                                      ptx::swizzled_descriptor_mn(own.g[0][16 * c], sizeof(own.g[0])), true);
+        ptx::wgmma<T, OWN_COLS, true>(Q[n], u[c], ptx::swizzled_descriptor_mn(own.g[16 * c], 0), true);
       ptx::wgmma_commit();
       if constexpr (LAST) {
         ptx::wgmma_wait<0>();
         ptx::wgmma_landed(k);
         ptx::wgmma_landed(Q[n]);
+        release(first);
         store_Q(Q[n], n);
       } else if (n > 0) {
         ptx::wgmma_wait<1>();
@@ -196,50 +211,26 @@ class ShrinkGradWgmma {
       for (int n = 0; n < SUBS; ++n) ptx::wgmma_landed(Q[n]);
       release(last);
     }
-    store_k(k, row_of(i));
+    ptx::mbarrier_wait(&s_.empty_k, (i & 1) ^ 1);
+    put_k(k);
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s_.stored[i % SLOTS]);
   }
 
-  LOTR_DEVICE int row_of(int i) const {
-    const int m = i + start_;
-    return m_begin_ + (m < m_tiles_ ? m : m - m_tiles_);
-  }
   LOTR_DEVICE int ranks() const { return (p_.r + 7) / 8; }          // fragments of k along the rank
   LOTR_DEVICE int rank_blocks() const { return (p_.r + 15) / 16; }  // of Q^T
   LOTR_DEVICE int64_t cols() const {                                // that the strip has
     const int64_t owned = int64_t(n_tiles_) * COLS, left = p_.N - int64_t(n_begin_) * COLS;
     return left < owned ? left : owned;
   }
-  LOTR_DEVICE float* k_partial(int part, int n_block) const {
-    return p_.sum_k.partial + (int64_t(part) * p_.n_splits + n_block) * K_FLOATS;
+  LOTR_DEVICE float* k_partial(int slice, int cluster) const {
+    return p_.sum_k.partial + (int64_t(slice) * p_.n_splits + cluster) * K_FLOATS;
   }
   LOTR_DEVICE float* Q_partial(int m_block) const {
-    return p_.sum_Q.partial + (int64_t(blockIdx.y) * p_.m_splits + m_block) * Q_FLOATS;
+    return p_.sum_Q.partial + (int64_t(blockIdx.x) * p_.m_splits + m_block) * Q_FLOATS;
   }
 
-  // Counts in the partial sums of row tile i of the walk.  The answer to the latest count is looked at with
-  // the next one, when it has long arrived.
-  LOTR_DEVICE void count_in(int i, int (&before)[GROUPS]) {
-    ptx::mbarrier_wait(&s_.stored[i % SLOTS], i / SLOTS & 1);
-    if (i > 0) note(i - 1, before);
-    ptx::fence_device();
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group)
-      before[group] = ptx::atomic_wrap(p_.sum_k.arrived + GROUPS * row_of(i) + group, p_.n_splits - 1);
-  }
-  LOTR_DEVICE void note(int i, const int (&before)[GROUPS]) {
-    const int bit = GROUPS * (row_of(i) - m_begin_);
-    uint32_t* word = &s_.sum_k[bit / 32];
-    uint32_t set = ptx::load_shared(word);
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group)
-      if (before[group] == p_.n_splits - 1) set |= 1u << (bit + group) % 32;
-    ptx::store_shared(word, set);
-  }
-
-  // The stages of a column tile, which the products have read; and of the first one of a row tile its slot of
-  // u.
+  // The stages of a column tile, which the products have read.
   LOTR_DEVICE void release(int first LOTR_SITE) {
     __syncwarp();
     if (threadIdx.x % 32 < GROUPS) ptx::mbarrier_arrive(&s_.empty[first + threadIdx.x % 32] LOTR_PASS_SITE);
@@ -260,23 +251,40 @@ class ShrinkGradWgmma {
                          bool accumulate) {
 #pragma unroll
     for (int c = 0; c < OWN_COLS; c += 16)
-      ptx::wgmma<T, R, true>(k, ptx::swizzled_descriptor(&stage.g[c / PANEL][OWN_ROWS * group_][c % PANEL]),
+      ptx::wgmma<T, R, true>(k, ptx::swizzled_descriptor(&stage.g[OWN_ROWS * group_][c]),
                              ptx::swizzled_descriptor_mn(F + c * PANEL, 0), accumulate || c > 0);
   }
 
-  LOTR_DEVICE void store_k(const float (&k)[R / 2], int row) {
-    if (int64_t(row) * ROWS + OWN_ROWS * group_ + 16 * warp_ >= p_.M) return;
-    float* to = k_partial(GROUPS * row + group_, int(blockIdx.y)) + warp_ * ranks() * tile::FRAGMENT;
+  // To shared memory, for the cluster: a warp's rows are a slice.
+  LOTR_DEVICE void put_k(const float (&k)[R / 2]) {
+    float* to = s_.k[4 * group_ + warp_];
 #pragma unroll
     for (int j = 0; j < R / 8; ++j)
       if (8 * j < p_.r)
-        tile::store_partial(to + j * tile::FRAGMENT, {k[4 * j], k[4 * j + 1], k[4 * j + 2], k[4 * j + 3]});
+        ptx::store_shared(reinterpret_cast<float4*>(to + j * tile::FRAGMENT) + threadIdx.x % 32,
+                          float4{k[4 * j], k[4 * j + 1], k[4 * j + 2], k[4 * j + 3]});
   }
 
-  // To the cluster's partial sums: fragments of 16 ranks x 8 columns, by columns.
+  // A slice of k, this block's and the others' sums of which lie at `own`.
+  LOTR_DEVICE void sum_slice(int slice, const float* own) {
+    const int64_t m0 = int64_t(slice) * SLICE;
+    if (m0 >= p_.M) return;
+    const auto store = [&](int fragment, const float (&v)[4]) {
+      tile::store_rounded<T>(p_.k, m0, p_.M, 8 * fragment, p_.r, v);
+    };
+    if (p_.n_splits == 1) return tile::sum_of_cluster<SUM_WARPS>(own, p_.cluster, 0, ranks(), store);
+    float* mine = k_partial(slice, int(blockIdx.x) / p_.cluster);
+    tile::sum_of_cluster<SUM_WARPS>(own, p_.cluster, 0, ranks(), [&](int fragment, const float (&v)[4]) {
+      tile::store_partial(mine + fragment * tile::FRAGMENT, v);
+    });
+    if (tile::arrive_last<SumBarrier>(p_.sum_k.arrived + slice, p_.n_splits, s_.last_k))
+      tile::sum_together<SUM_WARPS, 1, K_FLOATS, SUM_LOADS>(k_partial(slice, 0), p_.n_splits, ranks(), store);
+  }
+
+  // To the partial sums of the strip: fragments of 16 ranks x 8 columns, by columns.
   LOTR_DEVICE void store_Q(const float (&Q)[OWN_COLS / 2], int n) {
     if (16 * warp_ >= p_.r) return;
-    float* mine = Q_partial(int(blockIdx.x)) + warp_ * tile::FRAGMENT;
+    float* mine = Q_partial(int(blockIdx.y)) + warp_ * tile::FRAGMENT;
 #pragma unroll
     for (int j = 0; j < OWN_COLS / 8; ++j) {
       const int column = n * COLS / 8 + group_ * OWN_COLS / 8 + j;
@@ -286,11 +294,15 @@ class ShrinkGradWgmma {
     }
   }
 
-  // This block's share of the strip.
+  // This block's share of the strip, or all of it.
   LOTR_DEVICE void sum_Q() {
+    const int splits = p_.m_splits, own = int(blockIdx.y);
+    if (!tile::arrive_last<MultiplyBarrier>(p_.sum_Q.arrived + blockIdx.x, splits, s_.last_Q, p_.together))
+      return;
     float* strip = p_.Q + int64_t(n_begin_) * COLS * p_.Q_row;
-    const int total = int((cols() + 7) / 8) * rank_blocks(), splits = p_.m_splits;
-    const int first = total * int(blockIdx.x) / splits, end = total * (int(blockIdx.x) + 1) / splits;
+    const int total = int((cols() + 7) / 8) * rank_blocks();
+    const int first = p_.together ? total * own / splits : 0;
+    const int end = p_.together ? total * (own + 1) / splits : total;
     tile::sum_partials<Traits::WARPS, Q_FLOATS>(
         Q_partial(0) + first * tile::FRAGMENT, splits, end - first, [&](int i, const float (&v)[4]) {
           const int column = (first + i) / rank_blocks(), rank = (first + i) % rank_blocks();
@@ -299,27 +311,9 @@ class ShrinkGradWgmma {
         });
   }
 
-  LOTR_DEVICE void sum_k() {
-    constexpr int THREADS = 32 * Traits::WARPS;
-    for (int i = 0; i < GROUPS * m_tiles_; ++i) {
-      if (!(ptx::load_shared(&s_.sum_k[i / 32]) >> i % 32 & 1)) continue;
-      const int part = GROUPS * m_begin_ + i;
-      const int64_t m0 = int64_t(part) * OWN_ROWS, left = p_.M - m0;
-      if (left <= 0) continue;
-      tile::sum_partials<Traits::WARPS, K_FLOATS>(
-          k_partial(part, 0), p_.n_splits, int(left < OWN_ROWS ? (left + 15) / 16 : OWN_ROWS / 16) * ranks(),
-          [&](int fragment, const float (&v)[4]) {
-            tile::put(s_.k, fragment / ranks() * 16, fragment % ranks() * 8, v, 1.f);
-          });
-      ptx::barrier_sync(1, THREADS);
-      tile::store<THREADS>(p_.k, s_.k, m0, p_.M, 0, p_.r);
-      ptx::barrier_sync(1, THREADS);
-    }
-  }
-
   Smem& s_;
   const ShrinkGradParams& p_;
-  const int m_begin_, m_tiles_, n_begin_, n_tiles_, start_;
+  const int m_begin_, m_tiles_, n_begin_, n_tiles_;
   const int group_, warp_;
 };
 
@@ -329,18 +323,17 @@ __global__ void __launch_bounds__(Traits::THREADS, 1)
                       const __grid_constant__ ptx::TensorMap u, const __grid_constant__ ShrinkGradParams p) {
   ShrinkGradWgmma<Traits> block(ptx::shared_storage<typename Traits::Smem>(), p);
   if (threadIdx.x == 0) block.prepare();
-  __syncthreads();
+  ptx::cluster_sync();
   ptx::griddepcontrol_wait();
   if (threadIdx.x < 32 * Traits::WARPS) {
     ptx::registers_more<Traits::MULTIPLY_REGISTERS>();
     block.multiply();
-    ptx::cluster_sync();
-    block.sum();
   } else {
     ptx::registers_fewer<Traits::FETCH_REGISTERS>();
-    if (threadIdx.x == 32 * Traits::WARPS) block.fetch(g, F, u);
-    __syncwarp();
-    ptx::cluster_sync();
+    if (threadIdx.x >= 32 * (Traits::WARPS + 1))
+      block.sum_k();
+    else if (threadIdx.x == 32 * Traits::WARPS)
+      block.fetch(g, F, u);
   }
 }
 

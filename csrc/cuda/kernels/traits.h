@@ -86,8 +86,9 @@ constexpr int shrink_grad_subs(size_t element, int R) {
 
 // shrink_grad by wgmma (sm_90a): the largest rank, its tiles, and how many of columns a block may own.
 constexpr int SHRINK_GRAD_WGMMA_RANK = 64;
-constexpr int SHRINK_GRAD_WGMMA_ROWS = 128, SHRINK_GRAD_WGMMA_COLS = 256, SHRINK_GRAD_WGMMA_SUBS = 2;
-constexpr int SHRINK_GRAD_WGMMA_STAGES = 4;  // of half such a tile
+constexpr int SHRINK_GRAD_WGMMA_ROWS = 128, SHRINK_GRAD_WGMMA_COLS = 128, SHRINK_GRAD_WGMMA_SUBS = 4;
+constexpr int SHRINK_GRAD_WGMMA_STAGES = 6;  // of half such a tile
+constexpr int SHRINK_GRAD_WGMMA_SLICE = 16;  // rows of k that are summed at a time
 
 // Threads of expand_add: a warp keeps its own 16 rows of u, so a large rank leaves room for fewer.
 constexpr int expand_threads(size_t element, int R) {

@@ -49,12 +49,11 @@ LOTR_DEVICE void add_splits(float (&v)[FRAGMENTS][4], const float* from, const i
 }
 
 // done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
-// WARPS warps of the block share them, all or the first or last half, FRAGMENTS at a time.  Splits outside
-// and fragments inside: every element is added in the order of the splits, but the loads need not wait for
-// one another.
-template <int WARPS, int FRAGMENTS, int STRIDE, class Done>
+// WARPS warps of the block share them, all or neighbours, FRAGMENTS at a time.  Splits outside and fragments
+// inside: every element is added in the order of the splits, but the loads need not wait for one another.
+template <int WARPS, int FRAGMENTS, int STRIDE, int LOADS = IN_FLIGHT, class Done>
 LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done done) {
-  constexpr int AHEAD = IN_FLIGHT / FRAGMENTS;  // splits
+  constexpr int AHEAD = LOADS / FRAGMENTS;  // splits
 #pragma unroll 1
   for (int first = int(threadIdx.x) / 32 % WARPS; first < total; first += WARPS * FRAGMENTS) {
     float v[FRAGMENTS][4] = {};
@@ -143,14 +142,13 @@ LOTR_DEVICE void sum_with_own(float (&v)[FRAGMENTS][4], const float* from, int f
     add_others<4, STRIDE>(v, from, at, own);
 }
 
-// done(fragment, its sum) for this block's share of the fragments of a cluster's BLOCKS blocks, each of which
-// has its partial sum at the same place of its shared memory: between two cluster_sync.  In the order of the
-// blocks, so with the same bits as from memory.
+// done(fragment, its sum) for the fragments from begin to end of a cluster's BLOCKS blocks, each of which has
+// its partial sum at the same place of its shared memory: between two barriers of the cluster.  In the order
+// of the blocks, so with the same bits as from memory.
 template <int WARPS, int BLOCKS, class Done>
-LOTR_DEVICE void sum_of_blocks(const float* partial, int rank, int total, Done done) {
-  const int end = total * (rank + 1) / BLOCKS;
+LOTR_DEVICE void sum_of_blocks(const float* partial, int begin, int end, Done done) {
 #pragma unroll 1
-  for (int i = total * rank / BLOCKS + int(threadIdx.x) / 32; i < end; i += WARPS) {
+  for (int i = begin + int(threadIdx.x) / 32 % WARPS; i < end; i += WARPS) {
     const float4* own = reinterpret_cast<const float4*>(partial + i * FRAGMENT) + threadIdx.x % 32;
     float4 in[BLOCKS];
 #pragma unroll
@@ -164,13 +162,15 @@ LOTR_DEVICE void sum_of_blocks(const float* partial, int rank, int total, Done d
 }
 
 template <int WARPS, class Done>
-LOTR_DEVICE void sum_of_cluster(const float* partial, int rank, int blocks, int total, Done done) {
-  if (blocks == 2)
-    sum_of_blocks<WARPS, 2>(partial, rank, total, done);
+LOTR_DEVICE void sum_of_cluster(const float* partial, int blocks, int begin, int end, Done done) {
+  if (blocks == 1)
+    sum_of_blocks<WARPS, 1>(partial, begin, end, done);
+  else if (blocks == 2)
+    sum_of_blocks<WARPS, 2>(partial, begin, end, done);
   else if (blocks == 4)
-    sum_of_blocks<WARPS, 4>(partial, rank, total, done);
+    sum_of_blocks<WARPS, 4>(partial, begin, end, done);
   else
-    sum_of_blocks<WARPS, MOST_OF_CLUSTER>(partial, rank, total, done);
+    sum_of_blocks<WARPS, MOST_OF_CLUSTER>(partial, begin, end, done);
 }
 
 // Counts this block in; the number of those before it, so count - 1 for the last.  By one thread, after a
@@ -181,18 +181,32 @@ LOTR_DEVICE int arrive(int32_t* arrived, int count) {
   return ptx::atomic_wrap(arrived, count - 1);
 }
 
-// Called by the whole block after its partial stores.  True in the block that comes last of `count`, or in
-// all of them, after the last has come, if they run together; it then sees the stores of all the others.
-// `last` is a word of shared memory for the block's use.
+// The barrier of the whole block, and of some of its warps: THREADS of them, whose number the first one's is
+// a multiple of.
+struct Block {
+  static LOTR_DEVICE void sync() { __syncthreads(); }
+  static LOTR_DEVICE bool first() { return threadIdx.x == 0; }
+};
+template <int ID, int THREADS>
+struct Named {
+  static LOTR_DEVICE void sync() { ptx::barrier_sync(ID, THREADS); }
+  static LOTR_DEVICE bool first() { return threadIdx.x % THREADS == 0; }
+};
+
+// Called after its partial stores by the whole block, or by the warps of it that a barrier of their own
+// joins. True in the block that comes last of `count`, or in all of them, after the last has come, if they
+// run together; it then sees the stores of all the others.  `last` is a word of shared memory for the block's
+// use.
+template <class Barrier = Block>
 LOTR_DEVICE bool arrive_last(int32_t* arrived, int count, int& last, bool together = false) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
+  Barrier::sync();
+  if (Barrier::first()) {
     ptx::store_shared(&last, int(arrive(arrived, count) == count - 1 || together));
     if (together)
       ptx::wait_equal(arrived, 0);  // this block has counted itself in, the last brings it to zero
     ptx::fence_device();
   }
-  __syncthreads();
+  Barrier::sync();
   return ptx::load_shared(&last) != 0;
 }
 

@@ -35,6 +35,30 @@ LOTR_DEVICE void store(const MutableMatrix& to, Tile& tile, int64_t row0, int64_
   }
 }
 
+// to[i][j] = d rounded, for the lane's part of a 16 x 8 tile at [i0, j0] inside [rows, cols]: two neighbours
+// in a store where they are aligned.
+template <class T>
+LOTR_DEVICE void store_rounded(const MutableMatrix& to, int64_t i0, int64_t rows, int j0, int cols,
+                               const float (&d)[4]) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T a, b;
+  };
+  const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t i = i0 + lane / 4 + 8 * h;
+    if (i >= rows || j >= cols) continue;
+    const Pair value{ptx::from_float<T>(d[2 * h]), ptx::from_float<T>(d[2 * h + 1])};
+    T* out = static_cast<T*>(to.data) + i * to.row + j * to.col;
+    if (to.access == Access::vector && j + 1 < cols) {
+      ptx::store(reinterpret_cast<Pair*>(out), value);
+    } else {
+      ptx::store(out, value.a);
+      if (j + 1 < cols) ptx::store(out + to.col, value.b);
+    }
+  }
+}
+
 // to[i][j] = d * scale, or += with `accumulate`, for the lane's part of a 16 x 8 tile at [i0, j0] inside
 // [rows, cols]
 LOTR_DEVICE void store_float(float* to, int64_t row_stride, int64_t col_stride, int64_t i0, int64_t rows,

@@ -101,12 +101,13 @@ struct Counters {
   uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles, zeros included
   uint64_t async_waits = 0;                  // cp.async.wait_group, per lane
   uint64_t atomics = 0;                      // per lane
-  // What a block still reads after its first atomic, as the last to arrive does: the most of any thread and
-  // of any block.
+  // What a block still reads after its first atomic, as the last to arrive does, and after its last product
+  // of a warpgroup: the most of any thread and of any block.
   uint64_t late_loads = 0, late_bytes = 0;
   uint64_t late_total = 0;  // and those bytes of all blocks
   uint64_t cluster_loads = 0,
            cluster_bytes = 0;  // from shared memory of the cluster, its own included: the same
+  uint64_t cluster_total = 0;  // and those of the whole launch, late or not
   uint64_t sum_loads = 0;      // of both kinds, the most of any thread
   uint64_t late_stored = 0;    // bytes that a block stores after its warps' last products, the most of any
   uint64_t half_loads = 0;     // per warp, of 2 bytes a lane, with count_memory

@@ -46,9 +46,10 @@ void load_cluster(void* value, const void* p, uint32_t bytes, uint32_t rank, Sit
   check_shared(p, bytes, bytes, t.op, site);
   const unsigned char* there = block_of_cluster(rank, site).shared + shared_offset(p);
   t.block->arrived = true;
-  totals.cluster_loads = std::max(totals.cluster_loads, ++t.cluster_loads);
-  totals.sum_loads = std::max(totals.sum_loads, t.late_loads + t.cluster_loads);
-  totals.cluster_bytes = std::max(totals.cluster_bytes, t.block->cluster_bytes += bytes);
+  count_anew(t);
+  ++t.cluster_loads;
+  t.block->cluster_bytes += bytes;
+  totals.cluster_total += bytes;
   touch_read(there, bytes);
   std::memcpy(value, there, bytes);
   maybe_preempt();

@@ -78,7 +78,7 @@ void start_block(Block& block, uint32_t number, uint3 index) {
   }
   block.index = index;
   block.arrived = block.let_next = false;
-  block.late_bytes = block.cluster_bytes = 0;
+  block.late_bytes = block.cluster_bytes = block.landed = 0;
   block.rank = number % machine.cluster_size;
   block.first = number - block.rank;
   block.threads_left = threads;
@@ -117,7 +117,7 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     t.products_issued = 0;
     t.wgmma_fenced = false;
     t.may_touch_global = !machine.launch.early;
-    t.late_loads = t.cluster_loads = t.stored = 0;
+    t.late_loads = t.cluster_loads = t.stored = t.since = 0;
     t.log.clear();
     fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);
   }

@@ -61,7 +61,9 @@ void complete_if_done(MemoryBarrier& b) {
   ++b.phase;
   b.pending = b.expected;
   progress();
-  wake_spinners();
+  for (Thread* t : b.waiting)
+    if (t->state == State::spinning) set_ready(*t->warp, 1u << t->lane);
+  b.waiting.clear();
 }
 
 void arrive(MemoryBarrier& b, Site site) {
@@ -121,8 +123,12 @@ void mbarrier_wait(void* barrier, uint32_t parity, bool cluster, Site site) {
   race::ExecutorScope scope;
   enter("mbarrier.try_wait", site);
   if (left_out(self().op, site)) return;
-  while ((memory_barrier(barrier, site).phase & 1) == (parity & 1))
+  for (;;) {
+    MemoryBarrier& b = memory_barrier(barrier, site);
+    if ((b.phase & 1) != (parity & 1)) break;
+    b.waiting.push_back(&self());
     wait_here(State::spinning, "mbarrier.try_wait", site);
+  }
   progress();
   const MemoryBarrier& b = memory_barrier(barrier, site);
   race::acquire(b.sync);

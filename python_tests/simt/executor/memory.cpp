@@ -122,10 +122,9 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
   Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
   check_global(p, bytes, t.op, site);
   if (t.block->arrived) {
-    totals.late_loads = std::max(totals.late_loads, ++t.late_loads);
-    totals.sum_loads = std::max(totals.sum_loads, t.late_loads + t.cluster_loads);
-    totals.late_bytes = std::max(totals.late_bytes, t.block->late_bytes += bytes);
-    totals.late_total += bytes;
+    count_anew(t);
+    ++t.late_loads;
+    t.block->late_bytes += bytes;
   }
   record(Space::global_read, p, bytes, site);
   race::access(p, bytes, read_only ? race::Use::read_only : race::Use::read);
@@ -135,7 +134,9 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
 
 void store_global(void* p, const void* value, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  enter("st.global", site).stored += bytes;
+  Thread& t = enter("st.global", site);
+  count_anew(t);
+  t.stored += bytes;
   check_global(p, bytes, self().op, site);
   record(Space::global_write, p, bytes, site);
   maybe_preempt();

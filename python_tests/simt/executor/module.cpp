@@ -325,8 +325,8 @@ py::dict counters_dict() {
   d["bulk_bytes"] = c.bulk_bytes, d["warpgroups"] = c.warpgroups, d["ldmatrix"] = c.ldmatrix;
   d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads;
   d["late_bytes"] = c.late_bytes, d["late_total"] = c.late_total, d["late_stored"] = c.late_stored;
-  d["sum_loads"] = c.sum_loads, d["cluster_loads"] = c.cluster_loads, d["cluster_bytes"] = c.cluster_bytes,
-  d["atomics"] = c.atomics;
+  d["cluster_total"] = c.cluster_total, d["sum_loads"] = c.sum_loads, d["cluster_loads"] = c.cluster_loads,
+  d["cluster_bytes"] = c.cluster_bytes, d["atomics"] = c.atomics;
   d["shared_phases"] = c.shared_phases;
   d["shared_wavefronts"] = c.shared_wavefronts, d["shared_unwrapped"] = c.shared_unwrapped;
   d["launches"] = launches, d["arrays"] = arrays;
@@ -452,7 +452,7 @@ PYBIND11_MODULE(lotr_simt, m) {
                        : kernel == "shrink_grad" ? shrink_grad_plan(M, N, r, element, multiprocessors)
                                                  : throw py::value_error("kernel: got " + kernel);
         return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "cluster"_a = p.cluster,
-                        "together"_a = p.together, "extra_bytes"_a = p.extra_bytes,
+                        "of_row"_a = p.of_row, "together"_a = p.together, "extra_bytes"_a = p.extra_bytes,
                         "microseconds"_a = p.cost);
       },
       "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,

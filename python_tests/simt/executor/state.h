@@ -66,6 +66,7 @@ struct Thread {
   uint64_t late_loads = 0;       // global loads since the block's first atomic or load from the cluster
   uint64_t cluster_loads = 0;
   uint64_t stored = 0;  // bytes in global memory since its last product
+  uint64_t since = 0;   // of a thread that does not multiply: the product of the block that these come after
   std::vector<Access> log;
 };
 
@@ -96,6 +97,7 @@ struct MemoryBarrier {  // an mbarrier
   race::Sync sync;
   race::Sync remote;                 // arrivals of other blocks of the cluster
   const Thread* unfenced = nullptr;  // who initialised it, until that thread's fence.mbarrier_init
+  std::vector<Thread*> waiting;      // for its phase: when it completes these look again, no others
 };
 
 // Operands of a product that a warpgroup has in flight, as they were when a thread last waited for it.
@@ -119,10 +121,18 @@ struct Block {
   bool let_next = false;    // has called griddepcontrol.launch_dependents
   uint64_t late_bytes = 0;  // read since
   uint64_t cluster_bytes = 0;
+  uint64_t landed = 0;  // products of warpgroups, a thread's each: what is late begins anew with each of them
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::unordered_map<uint64_t, DecodedProduct> products;
 };
+
+// A thread that does not multiply itself counts from the block's last product.
+inline void count_anew(Thread& t) {
+  if (t.products_issued || t.since == t.block->landed) return;
+  t.since = t.block->landed;
+  t.late_loads = t.cluster_loads = t.stored = 0;
+}
 
 struct Machine {
   Options options;

@@ -113,7 +113,11 @@ void read_registers(Warp& warp, uint32_t, void* done) {
 }
 
 void multiply(Thread& t, const WarpgroupProduct& w) {
-  t.stored = 0;
+  t.stored = t.late_loads = t.cluster_loads = 0;
+  Block& block = *t.block;
+  ++block.landed;
+  block.arrived = false;
+  block.late_bytes = block.cluster_bytes = 0;
   const int row = int(t.lane) / 4, col = int(t.lane) % 4 * 2;
   DecodedProduct& decoded = operands(t, w);
   const float* A = decoded.a[t.linear % WARPGROUP / 32].data() + row * K;
