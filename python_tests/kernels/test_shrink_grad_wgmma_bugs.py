@@ -23,14 +23,13 @@ BUGS: dict[str, tuple[str, str, str]] = {
     "a_block_of_the_cluster_forgotten": ("first * tile::FRAGMENT, splits,", "first * tile::FRAGMENT, splits - 1,", ": Q: "),
     "bytes_of_F_forgotten": ("with_F * uint32_t(sizeof(Smem::F[0]))", "0", "in flight|deadlock"),
     "released_before_the_wait": (
-        "        ptx::wgmma_wait<1>();\n        release(last);",
-        "        release(first);\n        ptx::wgmma_wait<1>();",
+        "release(LAST ? first : last)",
+        "release(first)",
         "more arrivals|deadlock|: [kQ]: ",
     ),
     "stored_before_the_wait": (
-        "        ptx::wgmma_wait<0>();\n        ptx::wgmma_landed(k);\n        ptx::wgmma_landed(Q[n]);\n"
-        "        release(first);\n        store_Q(Q[n], n);",
-        "        store_Q(Q[n], n);\n        ptx::wgmma_wait<0>();\n        release(first);",
+        "      if constexpr (LAST) {\n        ptx::wgmma_wait<0>();",
+        "      if constexpr (LAST) {\n        store_Q(Q[n], n);\n        ptx::wgmma_wait<0>();",
         ": Q: ",
     ),
     "rows_of_F_as_long_as_the_rank": (

@@ -194,12 +194,11 @@ class ShrinkGradWgmma {
         ptx::wgmma_wait<0>();
         ptx::wgmma_landed(k);
         ptx::wgmma_landed(Q[n]);
-        release(first);
-        store_Q(Q[n], n);
       } else if (n > 0) {
         ptx::wgmma_wait<1>();
-        release(last);
       }
+      if (LAST || n > 0) release(LAST ? first : last);
+      if constexpr (LAST) store_Q(Q[n], n);
       last = first;
       at.stage += GROUPS;
       if (at.stage == STAGES) at.stage = 0, at.parity ^= 1;
