@@ -107,8 +107,9 @@ SOURCES = [
     ),
     (
         "blocks read what they sum at the end at the same time, at L2's 27 bytes a cycle; so they store it where they wait for "
-        "one another; a cooperative launch costs no more than another, its wait an L2 latency",
-        "assumed: blocks of the same work end together; the driver may take longer to make sure of the room",
+        "one another; a cooperative launch costs no more than another, its wait an L2 latency; one of clusters is possible",
+        "assumed: blocks of the same work end together; the driver may take longer to make sure of the room; clusters: "
+        "NVlabs/cuda-oxide issues 480 and 505, which launch such kernels on Hopper",
     ),
     (
         f"shared memory of a cluster gives {CLUSTER_ONE:.0f} bytes a cycle to each multiprocessor; its latency and a cluster's "
@@ -123,7 +124,8 @@ SOURCES = [
         "CUDA programming guide, programmatic dependent launch: it may begin once all blocks have let it; the rest assumed",
     ),
     (
-        "blocks of shrink_grad that share rows keep pace, so that each sums the row tiles of k that it starts behind",
+        "blocks of shrink_grad that share rows keep pace: without wgmma each then sums the row tiles of k that it starts behind; "
+        "with it the warps that sum k wait for nobody",
         "assumed: all of them run at the same time and move the same bytes; a block that falls back sums more, the others less",
     ),
     ("a barrier 20 cycles, a taken branch 8, constants and special registers 30", "assumed"),

@@ -4,6 +4,7 @@
 
 issue     the hot loop's instructions on one multiprocessor (issue.py), with as many blocks resident as registers, shared memory
           and threads allow and the grid gives
+cluster   what blocks read of one another's shared memory during the walk, beside what lands there
 memory    bytes from DRAM at the bandwidth that is reached, or less where too few bytes are in flight: copies committed and
           not yet waited for (the operand of the loop's wait), against bandwidth x latency; all bytes from L2 at its own
 after     the sums over the splits, of each tile by the last block: rounds of as many loads as its code keeps in flight, each an
@@ -188,11 +189,13 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     iterations = hot.iterations / (row.blocks * warps)  # of a warp
     trace = hot.trace(ITERATIONS)
     latencies = card.latencies()
+    walked = m["cluster_total"] - row.blocks * m["cluster_bytes"]  # bytes from the cluster before the last products
     runs = {}
 
     def cycles(blocks: int) -> float:
         if blocks not in runs:
-            runs[blocks] = run(trace, warps, blocks, latencies, arriving=m["bulk_bytes"] / (row.blocks * iterations))
+            arriving = (m["bulk_bytes"] + walked) / (row.blocks * iterations)
+            runs[blocks] = run(trace, warps, blocks, latencies, arriving=arriving)
         return runs[blocks].cycles
 
     depth = groups_in_flight(hot)
@@ -200,7 +203,6 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     dram = dram_bytes(row)
     reached = card.bandwidth * assumptions.REACHED
     l2 = card.l2_bytes_a_cycle * sms * clock
-    walked = m["cluster_total"] - row.blocks * m["cluster_bytes"]  # bytes from the cluster before the last products
     waves, hot_seconds = [(full, places)] if full else [], 0.0
     bound = dict.fromkeys(("issue", "memory bandwidth", "bytes in flight", "L2 bandwidth", "cluster"), 0.0)
     if rest:
