@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "kernels/shrink_grad_wgmma.cuh"
 #include "launchers.h"
+#include "tensor_map.cuh"
 
 namespace lotr::cuda {
 namespace {
@@ -22,15 +23,11 @@ struct Sums {
 template <class T, int R>
 void run(const Call& call, const ShrinkGradParams& p) {
   using Traits = kernels::ShrinkGradWgmmaTraits<T, R>;
-  const auto map = [](const Matrix& m, int64_t rows, int64_t cols) {
-    const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
-    return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
-                              uint32_t(Traits::ROWS));
-  };
   ptx::launch(
       {dim3(unsigned(p.m_splits), unsigned(p.n_splits)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
        static_cast<ptx::stream_t>(call.stream), dim3(unsigned(p.m_splits)), "shrink_grad", call.early},
-      kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r), p);
+      kernels::shrink_grad_wgmma<Traits>, tensor_map<T>(p.g, p.M, p.N, Traits::ROWS),
+      tensor_map<T>(p.F, p.N, p.r, Traits::ROWS), tensor_map<T>(p.u, p.M, p.r, Traits::ROWS), p);
 }
 
 }  // namespace

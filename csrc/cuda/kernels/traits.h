@@ -46,6 +46,18 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
   return cols > 128 ? 128 : cols;
 }
 
+// shrink by wgmma (sm_90a): the largest rank; its tiles of x; blocks of a cluster, which share A.
+constexpr int SHRINK_WGMMA_RANK = 128, SHRINK_WGMMA_ROWS = 64, SHRINK_WGMMA_COLS = 64;
+constexpr int SHRINK_WGMMA_CLUSTER = 4;
+// Blocks that a multiprocessor holds, and stages of a step along K: 8 KB of x and as much of A for each 64
+// ranks.
+constexpr int shrink_wgmma_blocks(int R) {
+  return R <= 64 ? 2 : 1;
+}
+constexpr int shrink_wgmma_stages(int R) {
+  return R <= 64 ? 7 : 9;
+}
+
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 

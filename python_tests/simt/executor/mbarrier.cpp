@@ -151,12 +151,12 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
     fail("%s at %s:%d: blocks %#x of a cluster of %u", t.op, site.file, site.line, blocks,
          machine.cluster_size);
   const size_t barrier_offset = shared_offset(barrier);
-  count_box(map, col, row);
+  count_box(map, col, row);  // read once, for whatever many
   ++totals.bulk_copies;
-  totals.bulk_bytes += bytes;
   for (uint32_t rank = 0; rank < machine.cluster_size; ++rank) {
     if (!(blocks >> rank & 1)) continue;
     Block& block = block_of_cluster(rank, site);
+    totals.bulk_bytes += bytes;
     unsigned char* tile = block.shared + offset;
     unpoison(tile, bytes);
     touch_fill(tile, 0xFF, bytes);
