@@ -8,17 +8,16 @@ namespace lotr::plan {
 
 // A block for each row tile, in whole clusters; nothing is chosen but whether it runs.
 inline Plan shrink_wgmma(int64_t M, int64_t K, int64_t r, int multiprocessors) {
-  constexpr int64_t ROWS = kernels::SHRINK_WGMMA_ROWS, COLS = kernels::SHRINK_WGMMA_COLS,
-                    CLUSTER = kernels::SHRINK_WGMMA_CLUSTER;
-  const double alone =
-      r <= 64 ? 60e3 : 45e3;  // bytes of x in a microsecond that one multiprocessor gets through
-  const int64_t tiles = ceil_div(M, ROWS), clusters = ceil_div(tiles, CLUSTER);
+  constexpr int64_t ROWS = kernels::SHRINK_WGMMA_ROWS, COLS = kernels::SHRINK_WGMMA_COLS;
+  // bytes of x in a microsecond that one multiprocessor gets through
+  const double alone = r <= 32 ? 62e3 : r <= 64 ? 50e3 : 34e3;
+  const int64_t cluster = kernels::shrink_wgmma_cluster(padded_rank(r)), tiles = ceil_div(M, ROWS),
+                clusters = ceil_div(tiles, cluster), blocks = clusters * cluster;
   const double large = 2.0 * double(M) * double(K), extra = 2.0 * double(r) * double(K) * double(clusters);
   const double memory = (large + EXTRA * extra) / (MEMORY * multiprocessors);
-  const double own =
-      double(ceil_div(clusters * CLUSTER, multiprocessors)) * 2.0 * double(ROWS) * double(K) / alone;
+  const double own = double(ceil_div(blocks, multiprocessors)) * 2.0 * double(ROWS) * double(K) / alone;
   const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8), 1 / 8.);
-  return {ROWS, COLS, tiles, ceil_div(K, COLS), clusters * CLUSTER, 1, extra, stream, false, false};
+  return {ROWS, COLS, tiles, ceil_div(K, COLS), blocks, 1, extra, stream, false, false};
 }
 
 }  // namespace lotr::plan

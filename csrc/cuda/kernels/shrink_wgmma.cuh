@@ -29,7 +29,7 @@ struct ShrinkWgmmaTraits {
   using T = T_;
   static constexpr int R = R_, ROWS = SHRINK_WGMMA_ROWS, COLS = SHRINK_WGMMA_COLS;
   static constexpr int PANEL = 64, PANELS = (R + PANEL - 1) / PANEL;  // of ranks, swizzled rows of 128 bytes
-  static constexpr int CLUSTER = SHRINK_WGMMA_CLUSTER,
+  static constexpr int CLUSTER = shrink_wgmma_cluster(R),
                        SHARE = COLS / CLUSTER;  // rows of A that a block fetches
   static constexpr int STAGES = shrink_wgmma_stages(R), BLOCKS = shrink_wgmma_blocks(R);
   static constexpr int WARPS = 4, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32;
@@ -74,6 +74,7 @@ class ShrinkWgmma {
   LOTR_DEVICE void fetch(const ptx::TensorMap& x, const ptx::TensorMap& A) {
     const int share = int(ptx::cluster_rank()) * Traits::SHARE;
     Place at;
+#pragma unroll 1
     for (int i = 0; i < steps_; ++i, at.advance()) {
       typename Traits::Stage& stage = s_.stage[at.stage];
       uint64_t* full = &s_.full[at.stage];

@@ -46,9 +46,8 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
   return cols > 128 ? 128 : cols;
 }
 
-// shrink by wgmma (sm_90a): the largest rank; its tiles of x; blocks of a cluster, which share A.
+// shrink by wgmma (sm_90a): the largest rank, its tiles of x.
 constexpr int SHRINK_WGMMA_RANK = 128, SHRINK_WGMMA_ROWS = 64, SHRINK_WGMMA_COLS = 64;
-constexpr int SHRINK_WGMMA_CLUSTER = 4;
 // Blocks that a multiprocessor holds, and stages of a step along K: 8 KB of x and as much of A for each 64
 // ranks.
 constexpr int shrink_wgmma_blocks(int R) {
@@ -56,6 +55,11 @@ constexpr int shrink_wgmma_blocks(int R) {
 }
 constexpr int shrink_wgmma_stages(int R) {
   return R <= 64 ? 7 : 9;
+}
+// Blocks of a cluster, which share A.  Where a multiprocessor holds one, pairs: of larger clusters a GPU may
+// not hold enough side by side.
+constexpr int shrink_wgmma_cluster(int R) {
+  return R <= 64 ? 4 : 2;
 }
 
 // Output tiles of fold and fold_grad.
