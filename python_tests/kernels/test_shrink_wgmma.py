@@ -169,4 +169,4 @@ def test_instructions(compiled: tuple[Path, str]) -> None:
         copies = re.findall(r"UTMALDG\.2D(\.MULTICAST)?", body)
         assert len(copies) == 1 + max(1, int(rank) // 64) and copies.count(".MULTICAST") == len(copies) - 1, (name, copies)
         assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
-        assert not re.search(r"\b(ATOMG|RED|ATOM)\b", body), f"{name}: atomics"
+        assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"

@@ -25,7 +25,7 @@ BUGS: dict[str, tuple[str, str, str]] = {
         "      release(at.stage);\n      ptx::wgmma_wait<1>();",
         "more arrivals|deadlock|: u: ",
     ),
-    "stored_before_the_last_product": ("    ptx::wgmma_wait<0>();\n", "", ": u: "),
+    "stored_before_the_last_product": ("    ptx::wgmma_wait<0>();\n", "", "wgmma in flight"),
     "the_first_step_adds_to_nothing": ("i + k > 0)", "true)", ": u: |NaN"),
     "a_step_too_few": ("(p.K + COLS - 1) / COLS", "p.K / COLS", ": u: |deadlock"),
 }
