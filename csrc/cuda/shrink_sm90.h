@@ -25,12 +25,11 @@ inline Plan shrink_wgmma(int64_t M, int64_t K, int64_t r, int multiprocessors) {
 namespace lotr::cuda {
 
 // The plan where shrink runs by wgmma, of matrices that can be read 16 bytes at a time; rows 0: it does not,
-// for what wgmma_takes says; with dropout or a second product; or since shrink's own plan is the cheaper one,
-// as it is for few tokens.
+// for the device, the type, the rank, fewer tokens than a row tile has, or what bulk copies cannot read; with
+// dropout or a second product; or since shrink's own plan is the cheaper one, as it is for few tokens.
 inline plan::Plan shrink_wgmma_plan(const Call& call, const ShrinkParams& p) {
-  if (!wgmma_takes(call, p.r, kernels::SHRINK_WGMMA_RANK, p.M, kernels::SHRINK_WGMMA_ROWS,
-                   {p.M, p.K, p.x.row, p.A.row}) ||
-      p.dropout.seed || p.core.data)
+  if (!wgmma_takes(call, p.r, kernels::SHRINK_WGMMA_RANK, p.M, kernels::SHRINK_WGMMA_ROWS) ||
+      !bulk_copies_read(p.x, p.M, p.K) || !bulk_copies_read(p.A, p.K, p.r) || p.dropout.seed || p.core.data)
     return {};
   const plan::Plan wgmma = plan::shrink_wgmma(p.M, p.K, p.r, call.multiprocessors);
   const auto machine = plan::Machine::of(call.multiprocessors, call.shared, call.early);

@@ -97,14 +97,18 @@ def test_a_scaling_and_rows_with_a_stride(lib) -> None:
     assert (u[:, :16] == 7).all() and (u[:, 29:] == 7).all()
 
 
-def test_rows_beyond_what_bulk_copies_count(lib) -> None:
-    """A stride of more than 2^30 elements keeps the other kernel."""
-    x = lib.sparse_array((128, (1 << 30) + 8), np.dtype(np.uint16))[:, :64]
-    A, u = np.zeros((64, 64), np.uint16), np.zeros((128, 64), np.uint16)
+def test_rows_that_bulk_copies_cannot_read(lib) -> None:
+    """More than 2^30 elements apart, or all the same one, as in a gradient that is expanded."""
+    far = lib.sparse_array((128, (1 << 30) + 8), np.dtype(np.uint16))[:, :64]
+    same = np.broadcast_to(np.zeros(64, np.uint16), (128, 64))
+    A, u, F, Q = *(np.zeros((rows, 64), np.uint16) for rows in (64, 128, 64)), np.zeros((64, 64), np.float32)
+    lib.set_options()
     lib.set_device(multiprocessors=4, wgmma=True)
-    lib.reset_counters()
-    lib.shrink(x, A, u)
-    assert lib.counters()["launches"][-1]["block"][0] == 256
+    for x, threads in ((np.zeros((128, 64), np.uint16), (THREADS, 384)), (far, (256, 256)), (same, (256, 256))):
+        for run, expected in zip((lambda x: lib.shrink(x, A, u), lambda x: lib.shrink_grad(x, F, u, u.copy(), Q)), threads):
+            lib.reset_counters()
+            run(x)
+            assert lib.counters()["launches"][-1]["block"][0] == expected
 
 
 @pytest.mark.parametrize("r, cluster", [(16, 4), (64, 4), (128, 2)])

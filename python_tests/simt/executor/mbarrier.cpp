@@ -76,6 +76,7 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
                         uint32_t box_rows) {
   if (reinterpret_cast<uintptr_t>(base) % 16 || row_stride % 8)
     throw Error("tensor map: rows must start at multiples of 16 bytes");
+  if (rows > 1 && row_stride < cols) throw Error("tensor map: rows overlap");
   if (box_rows < 1 || box_rows > 256)
     throw Error("tensor map: a box has 1 to 256 rows, got " + std::to_string(box_rows));
   return {static_cast<const unsigned char*>(base), rows, cols, row_stride, box_rows};

@@ -360,13 +360,13 @@ plan::Plan plan_of(const std::string& kernel, int64_t M, int64_t N, int64_t r, i
   as.multiprocessors = multiprocessors;
   if (kernel == "shrink") {
     ShrinkParams p{};
-    p.M = M, p.K = N, p.r = int32_t(r);
+    p.M = M, p.K = N, p.r = int32_t(r), p.x.row = N, p.A.row = r;
     const plan::Plan wgmma = cuda::shrink_wgmma_plan(as, p);
     return wgmma.rows ? wgmma : plan::shrink(M, N, r, element, machine);
   }
   if (kernel == "shrink_grad") {
     ShrinkGradParams p{};
-    p.M = M, p.N = N, p.r = int32_t(r);
+    p.M = M, p.N = N, p.r = int32_t(r), p.g.row = N, p.F.row = p.u.row = r;
     const plan::Plan wgmma = cuda::shrink_grad_wgmma_plan(as, p);
     return wgmma.rows ? wgmma : plan::shrink_grad(M, N, r, element, machine);
   }
