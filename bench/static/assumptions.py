@@ -91,8 +91,9 @@ SOURCES = [
     ),
     (
         "wgmma runs at the data sheet's peak, its operands at 128 bytes a cycle, B once for a warpgroup, transposed ones too; "
-        "bulk copies take the same path; the warp that issues them costs nothing; half of their ring is in flight",
-        "assumed, the peak by the data sheet; the ring from the kernel's source",
+        "bulk copies take the same path; the warp that issues them costs nothing; in flight is half of shrink_grad's ring, and "
+        "all but two stages of shrink's; a multicast is read from L2 once and takes the path of each block that it goes to",
+        "assumed, the peak by the data sheet; the rings from the kernels' sources",
     ),
     ("a barrier of a cluster takes as long as a load from L2", "assumed"),
     ("shared-memory and load path: 128 bytes a cycle and multiprocessor", "CUDA programming guide (32 banks of 4 bytes)"),

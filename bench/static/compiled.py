@@ -23,7 +23,7 @@ from .sass import LISTED, Instruction, parse
 
 CSRC = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "static"
-WGMMA = CSRC / "shrink_grad_sm90.cu"  # of bf16 and fp16 for sm_90a, besides the others
+WGMMA = [CSRC / "shrink_sm90.cu", CSRC / "shrink_grad_sm90.cu"]  # of bf16 and fp16 for sm_90a, besides the others
 SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")} | {"rows": CSRC / "rows.cu"}
 
 
@@ -96,7 +96,7 @@ def _make(dtype: str, architecture: str, target: Path) -> None:
     report = code = ""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        for source in [SOURCES[dtype], *[WGMMA] * (architecture == "90a" and dtype in ("bf16", "fp16"))]:
+        for source in [SOURCES[dtype], *WGMMA * (architecture == "90a" and dtype in ("bf16", "fp16"))]:
             report += _run([str(nvcc), *flags, str(source), "-o", str(cubin)]).stderr
             code += _run([str(nvdisasm), "--print-instruction-encoding", str(cubin)]).stdout
     lines = [line for line in code.splitlines() if LISTED.match(line)]

@@ -199,7 +199,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         return runs[blocks].cycles
 
     depth = groups_in_flight(hot)
-    a_block = depth * 512 * m["copies"] / m["waits"] * warps if m["waits"] else float(bulk_in_flight(m))
+    a_block = depth * 512 * m["copies"] / m["waits"] * warps if m["waits"] else float(bulk_in_flight(row))
     dram = dram_bytes(row)
     reached = card.bandwidth * assumptions.REACHED
     l2 = card.l2_bytes_a_cycle * sms * clock
@@ -285,12 +285,17 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     )
 
 
-def bulk_in_flight(machine: dict) -> int:
-    """Bytes of bulk copies under way in a block while the other half of the ring is multiplied; shrink_grad_wgmma's."""
-    if not machine["bulk_bytes"]:
+def bulk_in_flight(row: Row) -> int:
+    """Bytes of the large matrix that bulk copies bring to a block at a time. shrink_grad's: half of the ring, while the other
+    half is multiplied. shrink's: all stages but the one that is multiplied and the one before it; a stage is a tile of x and
+    as much of A for each 64 ranks."""
+    if not row.machine["bulk_bytes"]:
         return 0
-    stages, rows, cols = (constant(TRAITS, f"SHRINK_GRAD_WGMMA_{name}") for name in ("STAGES", "ROWS", "COLS"))
-    return stages // 2 * rows * cols // 2 * ELEMENT
+    name = f"{row.kernel.upper()}_WGMMA"
+    tile = constant(TRAITS, f"{name}_ROWS") * constant(TRAITS, f"{name}_COLS") * ELEMENT
+    if row.kernel == "shrink":
+        return (row.machine["shared"] // (tile * (1 + math.ceil(row.r / 64))) - 2) * tile
+    return constant(TRAITS, f"{name}_STAGES") // 2 * tile // 2
 
 
 def groups_in_flight(hot: Hot) -> int:

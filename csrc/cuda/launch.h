@@ -18,11 +18,11 @@ struct Call {
   int shared;           // bytes of shared memory that a multiprocessor has: how many blocks it holds
   void* stream;         // cudaStream_t
   bool early;  // whether launches may be, and in clusters (ptx/launch.cuh): waits_in_kernels() of probe.h
-  bool wgmma = false;  // whether shrink_grad may run by wgmma: runs_wgmma()
+  bool wgmma = false;  // whether shrink and shrink_grad may run by wgmma: runs_wgmma()
 };
 
-// Whether the current device is of compute capability 9.0, this build has code for it (sm_90a), and a cluster
-// of the kernel's blocks finds room, which a slice of a device may not have.
+// Whether the current device is of compute capability 9.0, this build has code for it (sm_90a), and the
+// largest cluster of the kernels' blocks finds room, which a slice of a device may not have.
 bool runs_wgmma();
 
 // Elements of 16 bytes.  A matrix whose rows start at a multiple of it, in aligned memory, is read 16 bytes

@@ -10,6 +10,7 @@
 #include "launchers.h"
 #include "plan.h"
 #include "shrink_grad_sm90.h"
+#include "shrink_sm90.h"
 
 namespace lotr::cuda {
 namespace {
@@ -144,6 +145,9 @@ size_t shrink_workspace(const Call& call, const ShrinkParams& problem) {
   if (p.M == 0) return 0;
   Packer pack(call, nullptr);
   pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
+#ifdef LOTR_SM90A
+  if (shrink_wgmma_plan(call, p).rows) return pack.bytes();
+#endif
   size_t bytes = 0;
   rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
     const auto plan = plan::shrink(p.M, p.K, ranks, element_size(call.type), machine_of(call));
@@ -163,6 +167,10 @@ void shrink(const Call& call, const ShrinkParams& problem, void* workspace) {
   if (p.M == 0) return;
   Packer pack(call, workspace);
   pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
+#ifdef LOTR_SM90A  // the build has code of sm_90a
+  const plan::Plan wgmma = shrink_wgmma_plan(call, p);
+  if (wgmma.rows) return shrink_wgmma(call, p, wgmma);
+#endif
   const bool whole = p.r <= max_rank(call.type);
   rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {
     ShrinkParams piece = p;
@@ -299,7 +307,7 @@ void shrink_grad(const Call& call, const ShrinkGradParams& problem, void* worksp
     shrink(call, k, pack.rest());
     return factor_grad(call, Q, pack.rest());
   }
-#ifdef LOTR_SM90A  // the build has code of sm_90a
+#ifdef LOTR_SM90A
   const plan::Plan wgmma = shrink_grad_wgmma_plan(call, p);
   if (wgmma.rows) return shrink_grad_wgmma(call, p, wgmma, pack.rest());
 #endif

@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "kernels/shrink_grad_wgmma.cuh"
 #include "launchers.h"
+#include "tensor_map.cuh"
 
 namespace lotr::cuda {
 namespace {
@@ -24,18 +25,14 @@ struct Sums {
 template <class T, int R>
 void run(const Call& call, ShrinkGradParams p, dim3 grid) {
   using Traits = kernels::ShrinkGradWgmmaTraits<T, R>;
-  const auto map = [](const Matrix& m, int64_t rows, int64_t cols) {
-    const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
-    return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
-                              uint32_t(Traits::ROWS));
-  };
   // Early or with all blocks at the same time: nothing says that a launch may be both.
   const auto launch = [&](bool together) {
     p.together = together;
     return ptx::launch(
         {grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem), static_cast<ptx::stream_t>(call.stream),
          dim3(unsigned(p.cluster)), "shrink_grad", call.early && !together, together},
-        kernels::shrink_grad_wgmma<Traits>, map(p.g, p.M, p.N), map(p.F, p.N, p.r), map(p.u, p.M, p.r), p);
+        kernels::shrink_grad_wgmma<Traits>, tensor_map<T>(p.g, p.M, p.N, Traits::ROWS),
+        tensor_map<T>(p.F, p.N, p.r, Traits::ROWS), tensor_map<T>(p.u, p.M, p.r, Traits::ROWS), p);
   };
   if (!p.together || !launch(true)) launch(false);
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "launch.h"
 #include "plan.h"
+#include "sm90.h"
 
 namespace lotr::plan {
 
@@ -54,13 +55,13 @@ inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocesso
 namespace lotr::cuda {
 
 // The plan where shrink_grad runs by wgmma, of matrices that can be read 16 bytes at a time; rows 0: it does
-// not, for the device, the type, the rank, fewer tokens than a row tile has, or extents and strides beyond
-// what bulk copies count; or since shrink_grad's own plan is the cheaper one.
+// not, for the device, the type, the rank, fewer tokens than a row tile has, or what bulk copies cannot read;
+// or since shrink_grad's own plan is the cheaper one.
 inline plan::Plan shrink_grad_wgmma_plan(const Call& call, const ShrinkGradParams& p) {
-  constexpr int64_t MOST = int64_t(1) << 30;
-  const bool fits = p.M >= kernels::SHRINK_GRAD_WGMMA_ROWS && p.M <= MOST && p.N <= MOST && p.g.row <= MOST &&
-                    p.F.row <= MOST && p.u.row <= MOST;
-  if (!call.wgmma || call.type == DType::float32 || p.r > kernels::SHRINK_GRAD_WGMMA_RANK || !fits) return {};
+  if (!wgmma_takes(call, p.r, kernels::SHRINK_GRAD_WGMMA_RANK, p.M, kernels::SHRINK_GRAD_WGMMA_ROWS) ||
+      !bulk_copies_read(p.g, p.M, p.N) || !bulk_copies_read(p.F, p.N, p.r) ||
+      !bulk_copies_read(p.u, p.M, p.r))
+    return {};
   const plan::Plan wgmma = plan::shrink_grad_wgmma(p.M, p.N, p.r, call.multiprocessors);
   const auto machine = plan::Machine::of(call.multiprocessors, call.shared, call.early);
   return wgmma.rows && wgmma.cost < plan::shrink_grad(p.M, p.N, p.r, 2, machine).cost ? wgmma : plan::Plan{};

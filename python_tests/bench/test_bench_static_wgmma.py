@@ -78,7 +78,7 @@ def test_an_estimate_of_bulk_copies():
     before the sum."""
     kernel = code(FROM_REGISTERS, "WARPGROUP.DEPBAR.LE gsb0, 0x0", "BRA 0x0", "EXIT")
     made = {"_ZN4lotr7kernels6shrinkE": Compiled("_ZN4lotr7kernels6shrinkE", 168, 0, 0, kernel)}
-    known = row()
+    known = dataclasses.replace(row(), kernel="shrink_grad")
     machine = known.machine | {
         "warps": 12,
         "multiply": 8,
@@ -91,8 +91,17 @@ def test_an_estimate_of_bulk_copies():
         "atomics": 1,
     }
     e, clustered = (estimate(dataclasses.replace(known, machine=machine | {"cluster": n}), made, CARDS["h100"]) for n in (1, 8))
-    assert e.in_flight == bulk_in_flight(machine) == 65536
+    assert e.in_flight == bulk_in_flight(dataclasses.replace(known, machine=machine)) == 65536
     assert (e.resident, e.resident_by) == (1, "registers")
     # 100 turns: (2 x 4096 + 12288) / 128 cycles of shared memory, 2 x 64 of the matrix units
     assert e.bound["issue"] == pytest.approx(100 * 160 / CARDS["h100"].clock, rel=0.06)
     assert clustered.seconds - e.seconds == pytest.approx(263 / CARDS["h100"].clock)
+
+
+@pytest.mark.parametrize("r, shared, stages", [(16, 115712, 7), (64, 115712, 7), (65, 222208, 9), (128, 222208, 9)])
+def test_bytes_in_flight_of_shrink(r: int, shared: int, stages: int):
+    """Of all stages but two a tile of x; a stage holds as much of A for each 64 ranks."""
+    known = dataclasses.replace(row(), r=r)
+    machine = known.machine | {"bulk_bytes": 1, "shared": shared}
+    assert bulk_in_flight(dataclasses.replace(known, machine=machine)) == (stages - 2) * 8192
+    assert bulk_in_flight(known) == 0

@@ -237,6 +237,16 @@ def shrink_grad_wgmma(shape: Shape, kind: str) -> Problem:
     return shrink_grad(replace(shape, r=1 + 3 * shape.r % 64, sms=sms, wgmma=True), kind)
 
 
+def filled(m: int) -> int:
+    """Multiprocessors for the blocks of shrink by wgmma, of 64 tokens in clusters of up to 4: then it is the cheaper one."""
+    return 4 * max(1, -(-m // 256))
+
+
+def shrink_wgmma(shape: Shape, kind: str) -> Problem:
+    """shrink on a GPU that has wgmma, at a rank of its kernel and with tokens enough. float32 runs as ever."""
+    return shrink(replace(shape, r=1 + 3 * shape.r % 128, sms=filled(shape.m), wgmma=True, p=0.0), kind)
+
+
 def _cores(t: _Maker) -> np.ndarray:
     return np.stack([t.factor(t.shape.r, t.shape.other) for _ in range(t.shape.layers)])
 
@@ -405,6 +415,7 @@ _ALL = (
     factor_grad,
     shrink_grad,
     shrink_grad_wgmma,
+    shrink_wgmma,
     fold,
     fold_grad,
     small,

@@ -46,6 +46,22 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
   return cols > 128 ? 128 : cols;
 }
 
+// shrink by wgmma (sm_90a): the largest rank, its tiles of x.
+constexpr int SHRINK_WGMMA_RANK = 128, SHRINK_WGMMA_ROWS = 64, SHRINK_WGMMA_COLS = 64;
+// Blocks that a multiprocessor holds, and stages of a step along K: 8 KB of x and as much of A for each 64
+// ranks.
+constexpr int shrink_wgmma_blocks(int R) {
+  return R <= 64 ? 2 : 1;
+}
+constexpr int shrink_wgmma_stages(int R) {
+  return R <= 64 ? 7 : 9;
+}
+// Blocks of a cluster, which share A.  Where a multiprocessor holds one, pairs: of larger clusters a GPU may
+// not hold enough side by side.
+constexpr int shrink_wgmma_cluster(int R) {
+  return R <= 64 ? 4 : 2;
+}
+
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 

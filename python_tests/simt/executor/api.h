@@ -98,7 +98,7 @@ struct Counters {
   uint64_t warpgroups = 0;                   // of a block: the first so many, at most, issued those
   uint64_t ldmatrix = 0;                     // per warp
   uint64_t async_copies = 0;                 // cp.async, per lane
-  uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles, zeros included
+  uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles; bytes that arrive, zeros included
   uint64_t async_waits = 0;                  // cp.async.wait_group, per lane
   uint64_t atomics = 0;                      // per lane
   // What a block still reads after its first atomic, as the last to arrive does, and after its last product

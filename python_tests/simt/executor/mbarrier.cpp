@@ -78,6 +78,7 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
                         uint32_t box_rows) {
   if (reinterpret_cast<uintptr_t>(base) % 16 || row_stride % 8)
     throw Error("tensor map: rows must start at multiples of 16 bytes");
+  if (rows > 1 && row_stride < cols) throw Error("tensor map: rows overlap");
   if (box_rows < 1 || box_rows > 256)
     throw Error("tensor map: a box has 1 to 256 rows, got " + std::to_string(box_rows));
   return {static_cast<const unsigned char*>(base), rows, cols, row_stride, box_rows};
@@ -157,12 +158,12 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
     fail("%s at %s:%d: blocks %#x of a cluster of %u", t.op, site.file, site.line, blocks,
          machine.cluster_size);
   const size_t barrier_offset = shared_offset(barrier);
-  count_box(map, col, row);
+  count_box(map, col, row);  // read once, for whatever many
   ++totals.bulk_copies;
-  totals.bulk_bytes += bytes;
   for (uint32_t rank = 0; rank < machine.cluster_size; ++rank) {
     if (!(blocks >> rank & 1)) continue;
     Block& block = block_of_cluster(rank, site);
+    totals.bulk_bytes += bytes;
     unsigned char* tile = block.shared + offset;
     unpoison(tile, bytes);
     touch_fill(tile, 0xFF, bytes);

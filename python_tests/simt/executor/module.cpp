@@ -16,6 +16,7 @@
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "cuda/shrink_grad_sm90.h"
+#include "cuda/shrink_sm90.h"
 #include "module_gemm_lotr.h"
 #include "module_rows.h"
 
@@ -24,7 +25,7 @@ namespace py = pybind11;
 namespace lotr::simt {
 namespace {
 
-// What a block may ask for: on the smallest of the supported GPUs, and where shrink_grad runs by wgmma.
+// What a block may ask for: on the smallest of the supported GPUs, and where kernels run by wgmma.
 constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
 
 struct Settings {
@@ -351,15 +352,27 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
   set_options(o);
 }
 
-// As the operator decides, of a matrix in aligned rows.
-plan::Plan shrink_grad_plan(int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-  ShrinkGradParams p{};
-  p.M = M, p.N = N, p.r = int32_t(r);
+// As the operators decide, of a matrix in aligned rows.
+plan::Plan plan_of(const std::string& kernel, int64_t M, int64_t N, int64_t r, int element,
+                   int multiprocessors) {
+  const auto machine = plan::Machine::of(multiprocessors, settings.shared, settings.early);
   cuda::Call as = call(element == 2 ? DType::bfloat16 : DType::float32);
   as.multiprocessors = multiprocessors;
-  const plan::Plan wgmma = cuda::shrink_grad_wgmma_plan(as, p);
-  const auto machine = plan::Machine::of(multiprocessors, settings.shared, settings.early);
-  return wgmma.rows ? wgmma : plan::shrink_grad(M, N, r, element, machine);
+  if (kernel == "shrink") {
+    ShrinkParams p{};
+    p.M = M, p.K = N, p.r = int32_t(r), p.x.row = N, p.A.row = r;
+    const plan::Plan wgmma = cuda::shrink_wgmma_plan(as, p);
+    return wgmma.rows ? wgmma : plan::shrink(M, N, r, element, machine);
+  }
+  if (kernel == "shrink_grad") {
+    ShrinkGradParams p{};
+    p.M = M, p.N = N, p.r = int32_t(r), p.g.row = N, p.F.row = p.u.row = r;
+    const plan::Plan wgmma = cuda::shrink_grad_wgmma_plan(as, p);
+    return wgmma.rows ? wgmma : plan::shrink_grad(M, N, r, element, machine);
+  }
+  if (kernel == "expand_add") return plan::expand_add(M, N, r, element, machine);
+  if (kernel == "factor_grad") return plan::factor_grad(M, N, r, element, machine);
+  throw py::value_error("kernel: got " + kernel);
 }
 
 // For mutate_kernels.py: where threads synchronise, so that each place can be left out without compiling
@@ -445,12 +458,7 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "plan",
       [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-        const auto machine = plan::Machine::of(multiprocessors, settings.shared, settings.early);
-        const auto p = kernel == "shrink"        ? plan::shrink(M, N, r, element, machine)
-                       : kernel == "expand_add"  ? plan::expand_add(M, N, r, element, machine)
-                       : kernel == "factor_grad" ? plan::factor_grad(M, N, r, element, machine)
-                       : kernel == "shrink_grad" ? shrink_grad_plan(M, N, r, element, multiprocessors)
-                                                 : throw py::value_error("kernel: got " + kernel);
+        const auto p = plan_of(kernel, M, N, r, element, multiprocessors);
         return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "cluster"_a = p.cluster,
                         "of_row"_a = p.of_row, "together"_a = p.together, "extra_bytes"_a = p.extra_bytes,
                         "microseconds"_a = p.cost);

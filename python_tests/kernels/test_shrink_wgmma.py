@@ -1,0 +1,176 @@
+"""shrink by wgmma (csrc/cuda/kernels/shrink_wgmma.cuh): where it runs, what it moves, its compiled code. Its numbers, bits,
+races and left-out barriers are tested with those of all kernels, too (cases.py)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arrays import ALIGNED, ODD, PACKED, Layout
+from cases import Shape, filled, shrink, shrink_core
+from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, functions
+from test_kernels import bits
+
+from bench.traffic import counts
+
+SOURCE = ROOT / "csrc" / "cuda" / "shrink_sm90.cu"
+THREADS = 160
+SCHEDULES = [
+    {"order": "reverse"},
+    {"order": "in_turn", "resident": 5},
+    {"order": "random", "seed": 3, "resident": 3, "preempt": 8},
+]
+
+
+def launched(lib, shape: Shape, kind: str = "bf16", make=shrink) -> tuple[int, int, int]:
+    """Blocks, cluster and threads of the one launch, whose numbers are right."""
+    lib.set_options()
+    lib.reset_counters()
+    problem = make(shape, kind)
+    problem.check(problem.run(lib))
+    (launch,) = [one for one in lib.counters()["launches"] if one["name"] != "pack"]
+    return launch["grid"][0], launch["cluster"][0], launch["block"][0]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("layout", [ALIGNED, PACKED, ODD], ids=["aligned", "packed", "odd"])
+@pytest.mark.parametrize(
+    "m, k, r, blocks, cluster",
+    [
+        (64, 500, 64, 4, 4),  # three blocks of the cluster have no token
+        (300, 500, 64, 8, 4),
+        (257, 1100, 33, 8, 4),
+        (700, 65, 1, 12, 4),
+        (129, 900, 16, 4, 4),
+        (190, 31, 24, 4, 4),
+        (200, 70, 48, 4, 4),
+        (64, 300, 128, 2, 2),
+        (300, 1300, 128, 6, 2),
+        (321, 129, 65, 6, 2),
+        (128, 200, 100, 2, 2),
+    ],
+)
+def test_clusters(lib, m: int, k: int, r: int, blocks: int, cluster: int, layout: Layout, kind: str) -> None:
+    """Whole clusters, and the same bits whichever blocks run together."""
+    shape = Shape(m, k, r, layout, sms=filled(m), wgmma=True)
+    assert launched(lib, shape, kind) == (blocks, cluster, THREADS)
+    problem, first = shrink(shape, kind), b""
+    for schedule in SCHEDULES:
+        lib.set_options(**schedule)
+        found = bits(problem.run(lib)["u"])
+        first = first or found
+        assert found == first, schedule
+
+
+@pytest.mark.parametrize("r", range(1, 129, 9))
+def test_ranks(lib, r: int) -> None:
+    assert launched(lib, Shape(130, 200, r, sms=4, wgmma=True))[2] == THREADS
+
+
+def test_where_it_does_not_run(lib) -> None:
+    shape = Shape(600, 500, 64, sms=12, wgmma=True)
+    assert launched(lib, shape)[2] == THREADS
+    assert launched(lib, Shape(600, 500, 64, sms=12))[2] == 256
+    assert launched(lib, shape, "fp32")[2] == 256
+    assert launched(lib, shape, make=shrink_core)[2] == 256
+    assert launched(lib, Shape(600, 500, 64, p=0.5, sms=12, wgmma=True))[2] == 256
+    assert launched(lib, Shape(600, 500, 129, sms=12, wgmma=True))[2] == 256
+    assert launched(lib, Shape(63, 500, 64, sms=12, wgmma=True))[2] == 256
+    assert launched(lib, Shape(600, 2000, 16, wgmma=True))[2] == 256  # few tokens for 132 multiprocessors
+
+
+def test_a_scaling_and_rows_with_a_stride(lib) -> None:
+    """Rows of x and u that are parts of longer ones; what lies beside u stays."""
+    rng = np.random.default_rng(0)
+    x, A = rng.normal(size=(300, 400)).astype(np.float16), rng.normal(size=(201, 24)).astype(np.float16)
+    u = np.full((300, 40), 7, np.float16)
+    lib.set_device(multiprocessors=8, wgmma=True)
+    lib.set_options()
+    lib.reset_counters()
+    lib.shrink(x[:, 64:265], A[:, 8:21], u[:, 16:29], scale=0.25)
+    assert lib.counters()["launches"][-1]["block"][0] == THREADS
+    truth = 0.25 * x[:, 64:265].astype(np.float64) @ A[:, 8:21].astype(np.float64)
+    assert np.abs(u[:, 16:29] - truth).max() < 2e-3 * np.abs(truth).max()
+    assert (u[:, :16] == 7).all() and (u[:, 29:] == 7).all()
+
+
+def test_rows_that_bulk_copies_cannot_read(lib) -> None:
+    """More than 2^30 elements apart, or all the same one, as in a gradient that is expanded."""
+    far = lib.sparse_array((128, (1 << 30) + 8), np.dtype(np.uint16))[:, :64]
+    same = np.broadcast_to(np.zeros(64, np.uint16), (128, 64))
+    A, u, F, Q = *(np.zeros((rows, 64), np.uint16) for rows in (64, 128, 64)), np.zeros((64, 64), np.float32)
+    lib.set_options()
+    lib.set_device(multiprocessors=4, wgmma=True)
+    for x, threads in ((np.zeros((128, 64), np.uint16), (THREADS, 384)), (far, (256, 256)), (same, (256, 256))):
+        for run, expected in zip((lambda x: lib.shrink(x, A, u), lambda x: lib.shrink_grad(x, F, u, u.copy(), Q)), threads):
+            lib.reset_counters()
+            run(x)
+            assert lib.counters()["launches"][-1]["block"][0] == expected
+
+
+@pytest.mark.parametrize("r, cluster", [(16, 4), (64, 4), (128, 2)])
+def test_bytes(lib, r: int, cluster: int) -> None:
+    """x once, A once for each cluster, no sums and nothing waited for; what multicast brings is counted where it arrives."""
+    m, k = 4096, 512
+    row = counts.count(lib, "shrink", m, k, r, wgmma=True)
+    machine, tiles = row.machine, m // 64
+    assert (row.blocks, machine["multiply"], machine["cluster"]) == (tiles, 4, cluster)
+    assert row.once <= 1.02 and row.partials == 0
+    assert row.factors == tiles // cluster * 2 * k * r
+    assert machine["bulk_bytes"] == 2 * m * k + tiles * 2 * k * max(r, 64)
+    assert machine["late_loads"] == machine["cluster_loads"] == machine["atomics"] == machine["memsets"] == 0
+    assert machine["late_stored"] == 2 * 64 * r
+    assert row.sector_efficiency >= 0.95 and row.bank_conflicts <= 1.05
+
+
+def test_plan_of_a_large_layer(lib) -> None:
+    """A block for each row tile where they fill the GPU; where they do not, splits."""
+    lib.set_device(wgmma=True)
+    plan, few = (lib.plan("shrink", m, 4096, 64) for m in (8192, 1024))
+    lib.set_device()
+    other = lib.plan("shrink", 8192, 4096, 64)
+    assert (plan["m_blocks"], plan["n_blocks"]) == (128, 1) and few["n_blocks"] > 1
+    assert plan["extra_bytes"] < other["extra_bytes"] and plan["microseconds"] < other["microseconds"]
+
+
+# ---- compiled code ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    if NVCC is None:
+        pytest.skip("no nvcc: the compiled code cannot be looked at")
+    return compile_kernels(SOURCE, ("compute_90a", "sm_90a"), tmp_path_factory.mktemp("sm90a"))
+
+
+def test_registers(compiled: tuple[Path, str]) -> None:
+    _, report = compiled
+    kernels = functions(report)
+    assert len(kernels) == 8  # types and ranks
+    for name, (registers, spilled, stack) in kernels.items():
+        assert registers <= 128 and spilled == stack == 0, f"{name}: registers, spilled, stack {registers, spilled, stack}"
+    assert not re.findall(r"C75\d\d|arning", report)  # C75xx: wgmma that ptxas had to serialise
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+def test_instructions(compiled: tuple[Path, str]) -> None:
+    cubin, _ = compiled
+    sass = subprocess.run([CUOBJDUMP, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+    assert len(bodies) == 8
+    for name, body in bodies.items():
+        products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
+        assert all(bool(bf16) == ("bfloat16" in name) for _, bf16 in products), name
+        rank = re.search(r"Li(\d+)E", name).group(1)
+        assert [shape for shape, _ in products] == [f"64x{rank}x16"] * 4, name  # one step along K
+        places = [found.start() for found in re.finditer("HGMMA", body)]
+        assert not re.search(r"MEMBAR|CCTL|ERRBAR|STS|\bLDS\b|\bLDG|STG", body[places[0] : places[-1]]), (
+            f"{name}: between products"
+        )
+        copies = re.findall(r"UTMALDG\.2D(\.MULTICAST)?", body)
+        assert len(copies) == 1 + max(1, int(rank) // 64) and copies.count(".MULTICAST") == len(copies) - 1, (name, copies)
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
+        assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"

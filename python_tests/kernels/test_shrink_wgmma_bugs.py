@@ -1,0 +1,46 @@
+"""Bugs planted into copies of csrc/cuda/kernels/shrink_wgmma.cuh, one at a time: each is noticed by the means named here.
+What is merely left out, a barrier or a wait, is the business of mutate_kernels.py."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+FILE = "kernels/shrink_wgmma.cuh"
+
+# name: text, what stands there instead, what a failure must say
+BUGS: dict[str, tuple[str, str, str]] = {
+    "wrong_panel": ("sizeof(stage.A[0])), i + k > 0)", "1024), i + k > 0)", ": u: "),
+    "each_block_fetches_the_first_share": ("int(ptx::cluster_rank()) * Traits::SHARE", "0", ": u: |NaN"),
+    "rows_of_another_share": ("i * COLS + share, full,", "i * COLS, full,", ": u: "),
+    "a_share_for_this_block_alone": ("(1 << Traits::CLUSTER) - 1)", "1 << ptx::cluster_rank())", "deadlock|in flight"),
+    "given_back_to_this_block_alone": ("if (lane < Traits::CLUSTER)", "if (lane == ptx::cluster_rank())", "deadlock"),
+    "given_back_before_the_wait": (
+        "      ptx::wgmma_wait<1>();\n      if (i > 0) release(last);",
+        "      release(at.stage);\n      ptx::wgmma_wait<1>();",
+        "more arrivals|deadlock|: u: ",
+    ),
+    "stored_before_the_last_product": ("    ptx::wgmma_wait<0>();\n", "", "wgmma in flight"),
+    "the_first_step_adds_to_nothing": ("i + k > 0)", "true)", ": u: |NaN"),
+    "a_step_too_few": ("(p.K + COLS - 1) / COLS", "p.K / COLS", ": u: |deadlock"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", BUGS)
+def test_noticed(name: str, tmp_path: Path) -> None:
+    import build
+
+    text, instead, message = BUGS[name]
+    module = build.planted_module("plain", "shrink_sm90.cu", FILE, text, instead, tmp_path)
+    script = [sys.executable, str(HERE / "sweep.py"), "--module", str(module), "--shapes", "pipeline", "--kinds", "bf16"]
+    script += ["--kernels", "shrink_wgmma"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=900)
+    found = [line for line in (done.stdout + done.stderr).splitlines() if re.search(message, line)]
+    assert done.returncode == 1 and found, done.stdout + done.stderr
+    print(found[0])
