@@ -74,12 +74,11 @@ def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
 
 def in_turn(fragments: int, splits: int, warps: int) -> int:
     """How many loads of a thread wait for one another where so many warps sum so many fragments of 16 x 8 over so many
-    splits (csrc/cuda/tile/reduce.cuh): 16 go together, of fewer splits 4, the rest one by one; of several fragments alike."""
+    splits (csrc/cuda/tile/reduce.cuh): 16 go together, of fewer splits by halves of that; of several fragments alike."""
     a_warp = math.ceil(fragments / warps)
     together = 1 if a_warp <= 1 else 2 if a_warp % 4 in (1, 2) else 4
     ahead = 16 // together
-    rest = splits % ahead
-    return math.ceil(a_warp / together) * (splits // ahead + (rest // 4 + rest % 4 if ahead > 4 else rest))
+    return math.ceil(a_warp / together) * (splits // ahead + (splits % ahead).bit_count())
 
 
 def rounds_together(row: Row) -> int:

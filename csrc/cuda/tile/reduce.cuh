@@ -48,12 +48,21 @@ LOTR_DEVICE void add_splits(float (&v)[FRAGMENTS][4], const float* from, const i
     }
 }
 
+// The same of `left` splits: as many at a time as may be, then by halves of that, so that few wait for
+// others.
+template <int AHEAD, int STRIDE, int FRAGMENTS>
+LOTR_DEVICE void add_all(float (&v)[FRAGMENTS][4], const float* from, int left, const int (&at)[FRAGMENTS]) {
+#pragma unroll 1
+  for (; left >= AHEAD; left -= AHEAD, from += int64_t(AHEAD) * STRIDE)
+    add_splits<AHEAD, STRIDE>(v, from, at);
+  if constexpr (AHEAD > 1) add_all<AHEAD / 2, STRIDE>(v, from, left, at);
+}
+
 // done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
 // WARPS warps of the block share them, all or neighbours, FRAGMENTS at a time.  Splits outside and fragments
 // inside: every element is added in the order of the splits, but the loads need not wait for one another.
 template <int WARPS, int FRAGMENTS, int STRIDE, int LOADS = IN_FLIGHT, class Done>
 LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done done) {
-  constexpr int AHEAD = LOADS / FRAGMENTS;  // splits
 #pragma unroll 1
   for (int first = int(threadIdx.x) / 32 % WARPS; first < total; first += WARPS * FRAGMENTS) {
     float v[FRAGMENTS][4] = {};
@@ -63,17 +72,7 @@ LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done don
       const int fragment = first + i * WARPS;
       at[i] = (fragment < total ? fragment : total - 1) * FRAGMENT + int(threadIdx.x) % 32 * 4;
     }
-    const float* split = from;
-    int left = splits;
-#pragma unroll 1
-    for (; left >= AHEAD; left -= AHEAD, split += int64_t(AHEAD) * STRIDE)
-      add_splits<AHEAD, STRIDE>(v, split, at);
-    if constexpr (AHEAD > 4) {
-#pragma unroll 1
-      for (; left >= 4; left -= 4, split += int64_t(4) * STRIDE) add_splits<4, STRIDE>(v, split, at);
-    }
-#pragma unroll 1
-    for (; left > 0; --left, split += STRIDE) add_splits<1, STRIDE>(v, split, at);
+    add_all<LOADS / FRAGMENTS, STRIDE>(v, from, splits, at);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i)
       if (first + i * WARPS < total) done(first + i * WARPS, v[i]);
