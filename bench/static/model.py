@@ -188,7 +188,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     iterations = hot.iterations / (row.blocks * warps)  # of a warp
     trace = hot.trace(ITERATIONS)
     latencies = card.latencies()
-    walked = m["cluster_total"] - row.blocks * m["cluster_bytes"]  # bytes from the cluster before the last products
+    walked = max(0, m["cluster_total"] - row.blocks * m["cluster_bytes"])  # bytes from the cluster before the last products
     runs = {}
 
     def cycles(blocks: int) -> float:
@@ -238,8 +238,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         beside = m["sum_loads"] < m["cluster_loads"] + m["late_loads"]  # no thread does all of both
         rounds, summing = (max(rounds, one), max(summing, of_cluster)) if beside else (rounds + one, summing + of_cluster)
     if m["atomics"]:
-        cluster = m["cluster"] > 1 and not m["cluster_loads"]  # one that waits for its barrier
-        summing += (3 + (cluster or together)) * card.l2_latency  # store, arrive, wait, store
+        summing += (3 + together) * card.l2_latency  # store, arrive, wait, store
     elif rounds:
         summing += card.l2_latency  # store
     if rounds:  # what is stored after the last products: by the last block alone, or by all where all sum

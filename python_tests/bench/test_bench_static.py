@@ -176,7 +176,7 @@ def row(blocks: int = 132, late_loads: int = 0, tiles: int = 100) -> Row:
     machine = {"symbol": "_ZN4lotr7kernels6shrinkE", "names": ["shrink"], "grid": [blocks, 1, 1], "warps": 8, "shared": 65536}
     machine |= {"waits": copies / 2, "copies": copies, "matrix": 2 * copies, "late_loads": late_loads, "memsets": 0}
     machine |= {"multiply": 8, "cluster": 1, "bulk_bytes": 0}
-    machine |= {"atomics": late_loads, "cluster_loads": 0, "cluster_bytes": 0, "sum_loads": late_loads, "together": False}
+    machine |= {"atomics": late_loads, "cluster_loads": 0, "cluster_bytes": 0, "cluster_total": 0, "sum_loads": late_loads, "together": False}
     machine |= {"late_bytes": late_loads * 8 * 512, "late_total": 0, "late_stored": 0}
     return Row("shrink", m, n, r, blocks, large, large, 0, 0, large, 1.0, 1.0, 1, machine)
 
