@@ -237,12 +237,16 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     if m["atomics"]:
         cluster = m["cluster"] > 1 and not m["cluster_loads"]  # one that waits for its barrier
         summing += (3 + (cluster or together)) * card.l2_latency  # store, arrive, wait, store
-    elif rounds:
+    else:
         summing += card.l2_latency  # store
-    if rounds:  # what is stored after the last products: by the last block alone, or by all where all sum
-        alone, on_one, busy = m["late_stored"] / assumptions.L2_ONE, math.ceil(row.blocks / sms), min(sms, row.blocks)
-        at_once = m["late_stored"] * min(resident, on_one) / (card.l2_bytes_a_cycle * sms / busy)
-        summing += max(alone, at_once) if together or m["cluster"] > 1 else alone
+        if not rounds:  # what a block adds to, as D: two loads of a thread at a time (csrc/cuda/tile/store.cuh)
+            summing += math.ceil(m["last_loads"] / 2) * card.l2_latency
+    # what is stored after the last products: by the last block alone, or by all where all sum or none has to
+    alone, on_one, busy = m["late_stored"] / assumptions.L2_ONE, math.ceil(row.blocks / sms), min(sms, row.blocks)
+    at_once = m["late_stored"] * min(resident, on_one) / (card.l2_bytes_a_cycle * sms / busy)
+    summing += alone if rounds and not together and m["cluster"] == 1 else max(alone, at_once)
+    if m["last_shared"]:  # its way through shared memory: a store, a barrier, a load, at 128 bytes a cycle
+        summing += 2 * latencies.shared + latencies.barrier + m["last_shared"] / 128
     after = summing / clock
     begin = assumptions.BEGIN + card.memory_latency
     parts = {"begin": begin, "waves": hot_seconds, "after": after}

@@ -121,6 +121,7 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
   race::ExecutorScope scope;
   Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
   check_global(p, bytes, t.op, site);
+  ++t.last.loads;
   if (t.block->arrived) {
     totals.late_loads = std::max(totals.late_loads, ++t.late_loads);
     totals.sum_loads = std::max(totals.sum_loads, t.late_loads + t.cluster_loads);
@@ -135,7 +136,7 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
 
 void store_global(void* p, const void* value, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  enter("st.global", site).stored += bytes;
+  enter("st.global", site).last.stored += bytes;
   check_global(p, bytes, self().op, site);
   record(Space::global_write, p, bytes, site);
   maybe_preempt();
@@ -145,7 +146,7 @@ void store_global(void* p, const void* value, uint32_t bytes, Site site) {
 
 void load_shared(void* value, const void* p, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  enter("ld.shared", site);
+  enter("ld.shared", site).last.shared += bytes;
   check_shared(p, bytes, bytes, self().op, site);
   record(Space::shared, p, bytes, site);
   race::access(p, bytes, race::Use::read);
@@ -155,7 +156,7 @@ void load_shared(void* value, const void* p, uint32_t bytes, Site site) {
 
 void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  enter("st.shared", site);
+  enter("st.shared", site).last.shared += bytes;
   check_shared(p, bytes, bytes, self().op, site);
   record(Space::shared, p, bytes, site);
   maybe_preempt();

@@ -110,9 +110,13 @@ void leave_block(const Block& block) {
   if (block.copies_in_flight)
     fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
   check_registers(block);
-  uint64_t stored = 0;
-  for (const Thread& t : block.threads) stored += t.stored;
-  totals.late_stored = std::max(totals.late_stored, stored);
+  Last last;
+  for (const Thread& t : block.threads) {
+    last.stored += t.last.stored, last.shared += t.last.shared;
+    totals.last_loads = std::max(totals.last_loads, t.last.loads);
+  }
+  totals.late_stored = std::max(totals.late_stored, last.stored);
+  totals.last_shared = std::max(totals.last_shared, last.shared);
 }
 
 void reschedule() {

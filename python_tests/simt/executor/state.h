@@ -45,6 +45,12 @@ struct Access {
   Space space;
 };
 
+// What a thread has done since its last product.
+struct Last {
+  uint64_t stored = 0, shared = 0;  // bytes: to global memory, to and from the block's own shared memory
+  uint64_t loads = 0;               // from global memory
+};
+
 struct Thread {
   Fiber fiber;
   uint3 index{};  // threadIdx
@@ -65,7 +71,7 @@ struct Thread {
   bool may_touch_global = true;  // false in an early launch, until it has waited for what is ahead
   uint64_t late_loads = 0;       // global loads since the block's first atomic or load from the cluster
   uint64_t cluster_loads = 0;
-  uint64_t stored = 0;  // bytes in global memory since its last product
+  Last last;
   std::vector<Access> log;
 };
 

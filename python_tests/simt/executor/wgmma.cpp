@@ -113,7 +113,7 @@ void read_registers(Warp& warp, uint32_t, void* done) {
 }
 
 void multiply(Thread& t, const WarpgroupProduct& w) {
-  t.stored = 0;
+  t.last = {};
   const int row = int(t.lane) / 4, col = int(t.lane) % 4 * 2;
   DecodedProduct& decoded = operands(t, w);
   const float* A = decoded.a[t.linear % WARPGROUP / 32].data() + row * K;
