@@ -95,8 +95,8 @@ SOURCES = [
         "assumed, the peak by the data sheet; the ring from the kernel's source",
     ),
     (
-        "a block's last sums on their way through its shared memory take a store, a barrier, a load, and 128 bytes a cycle; its "
-        "last store an L2 latency",
+        "a block's last sums on their way through its shared memory take a store, a barrier, a load, and 128 bytes a cycle; "
+        "its last store an L2 latency",
         "assumed: other warps do the same, so that nothing hides it",
     ),
     ("a barrier of a cluster takes as long as a load from L2", "assumed"),

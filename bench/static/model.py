@@ -8,9 +8,9 @@ memory    bytes from DRAM at the bandwidth that is reached, or less where too fe
           not yet waited for (the operand of the loop's wait), against bandwidth x latency; all bytes from L2 at its own
 after     the sums over the splits, of each tile by the last block: rounds of as many loads as its code keeps in flight, each an
           L2 latency, or its bytes at what one multiprocessor gets from L2, or those of all blocks at what all get; the arrival
-          itself; and what a block stores after its last products. Of splits that are a cluster: its barrier, the bytes that
-          each block reads of the others, beside the rest where other warps do it, and the store. Of a cooperative launch, whose
-          blocks all sum: the wait for the last arrival as well
+          itself; and of every block what it then adds to, its way through shared memory and its last store. Of splits that
+          are a cluster: its barrier, the bytes that each block reads of the others, beside the rest where other warps do
+          it, and the store. Of a cooperative launch, whose blocks all sum: the wait for the last arrival as well
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@
 //          written s times and read s - 1 times (s times beyond FEW_SPLITS, or where all blocks sum, or warps
 //          share a tile's rows).  plan.h balances the number of pieces of K against s.
 // Sums     float32; over m in the block's order; of narrow tiles, each warp over its part of every tile's
-// rows,
-//          then over these warps in order, in shared memory; then over the pieces of M in order
+//          rows, then over these warps in order, in shared memory; then over the pieces of M in order
 //          (tile/reduce.cuh), where they are a cluster by all its blocks, each a share of the tile, from
 //          shared memory; without clusters, where the whole grid runs at the same time, so too, from L2.
 //

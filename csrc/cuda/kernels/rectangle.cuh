@@ -87,8 +87,7 @@ struct ColumnSums {
   }
 
   // The same for sums of all warps; parts: shared memory that nobody reads any more, for those along the
-  // rows. Where there are such, f hears at last which of the warp's own fragments it is: `each_own` says so
-  // before.
+  // rows.  f hears at last which of the warp's fragments it is, where there are such warps.
   template <class F>
   LOTR_DEVICE void each_of_block(int64_t cols, int r, [[maybe_unused]] float* parts, F f) {
     if constexpr (WARP_ROWS == 1) {
@@ -104,6 +103,8 @@ struct ColumnSums {
       });
     }
   }
+  // f(first column, first rank, number) for the warp's fragments of each_of_block, before their sums are
+  // known.
   static constexpr int OWN = WARP_ROWS == 1 ? 1 : (BLOCK / tile::FRAGMENT + 7) / 8;  // fragments of a warp
   template <class F>
   static LOTR_DEVICE void each_own(int64_t cols, int r, F f) {
@@ -146,8 +147,8 @@ struct ColumnSums {
                             int64_t cols, int r, F f) {
     const float* from = sum.partial + int64_t(group) * splits * BLOCK;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    constexpr bool HELD =
-        R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS && WARP_ROWS == 1;  // a warp has its sums still
+    // whether a warp has its own sums still
+    constexpr bool HELD = R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS && WARP_ROWS == 1;
     if (!HELD || splits > FEW_SPLITS || together) {
       const auto sum = [&](auto warps, int begin, int end) {
         tile::sum_partials<decltype(warps)::value, BLOCK>(from + begin * tile::FRAGMENT, splits, end - begin,
