@@ -21,8 +21,8 @@ struct Walk {
   int m_begin, n_begin, m_tiles, n_tiles, start;
 
   LOTR_DEVICE Walk(const Pieces& m, int m_block, const Pieces& n, int n_block, int start = 0)
-      : m_begin(ptx::held(tile::begin_of(m, m_block))),
-        n_begin(ptx::held(tile::begin_of(n, n_block))),
+      : m_begin(tile::begin_of(m, m_block)),
+        n_begin(tile::begin_of(n, n_block)),
         m_tiles(tile::count_of(m, m_block)),
         n_tiles(tile::count_of(n, n_block)),
         start(start) {}
@@ -58,7 +58,7 @@ struct ColumnSums {
   static LOTR_DEVICE int warp() { return int(threadIdx.x) / 32; }
   static LOTR_DEVICE int i0() { return warp() % WARP_COLS * 16; }
   static LOTR_DEVICE int j0() { return warp() / WARP_COLS % WARP_RANKS * (8 * NJ); }
-  static LOTR_DEVICE int part() { return warp() / (8 / WARP_ROWS); }  // of the rows
+  static LOTR_DEVICE int part() { return WARP_ROWS > 1 ? warp() / (8 / WARP_ROWS) : 0; }  // of the rows
 
   template <class X, class V>
   LOTR_DEVICE void add(int n, X& x, V& v) {

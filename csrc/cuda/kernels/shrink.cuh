@@ -35,6 +35,7 @@ struct ShrinkTraits {
   static constexpr int WARP_RANKS = shrink_warps_along_rank(R),
                        WARP_COLS = shrink_warps_along_columns(R, ROWS);
   static constexpr int WARP_ROWS = 8 / (WARP_RANKS * WARP_COLS);
+  static_assert(WARP_COLS == 1 || WARP_RANKS == 1);
   static constexpr int MI = ROWS / (16 * WARP_ROWS), NJ = R / (8 * WARP_RANKS);
   static constexpr int BLOCKS = blocks_of_one_product(R);
 
@@ -83,15 +84,16 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   constexpr int OWN_COLS = COLS / WARP_COLS;  // of a tile, that a warp multiplies
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int warp = threadIdx.x / 32;
-  const int i0 = ptx::held(warp % WARP_ROWS * 16), j0 = warp / WARP_ROWS % Traits::WARP_RANKS * (8 * NJ);
-  const int part = warp / (8 / WARP_COLS);
+  const int i0 = warp % WARP_ROWS * 16, j0 = WARP_COLS > 1 ? 0 : warp / WARP_ROWS * (8 * NJ);
+  const int part = WARP_COLS > 1 ? warp / (8 / WARP_COLS) : 0;
   const int m_block = int(blockIdx.x), split = int(blockIdx.y);
   const int m_tiles = tile::count_of(p.m_pieces, m_block), steps = tile::count_of(p.k_pieces, split);
-  const int m_begin = ptx::held(tile::begin_of(p.m_pieces, m_block));
-  const int k_begin = ptx::held(tile::begin_of(p.k_pieces, split));
+  const int m_begin = tile::begin_of(p.m_pieces, m_block);
+  const int k_begin = tile::begin_of(p.k_pieces, split);
   const int64_t m0 = int64_t(m_begin) * ROWS;
   const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
-  const int rows = ptx::held(int(left < owned ? left : owned));  // of the block, inside the matrix
+  int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
+  if constexpr (WARP_COLS > 1) rows = ptx::held(rows);
   ptx::griddepcontrol_wait();
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
@@ -147,19 +149,17 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
         }
   };
   const float scale = p.scale * p.dropout.scale;
-  auto& u = sm.last.u;
-  const auto put = [&](const float (&v)[4], int row, int rank) { tile::put(u, row, rank, v, scale); };
+  const auto put = [&](const float (&v)[4], int row, int rank) { tile::put(sm.last.u, row, rank, v, scale); };
   constexpr int BLOCK = SUBS * ROWS * Traits::R;
-  const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
-  const auto place = [&](int row, int rank) { return (row / 16 * ranks + rank / 8) * tile::FRAGMENT; };
   // f as of `each`, for sums of all warps
   const auto each_of_block = [&](auto f) {
     if constexpr (WARP_COLS == 1) {
       each(f);
     } else {
+      const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
       __syncthreads();  // the last stage may still be read: the sums take its place
       each([&](float (&v)[4], int row, int rank) {
-        tile::put_partial(sm.last.part[part] + place(row, rank), v);
+        tile::put_partial(sm.last.part[part] + (row / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
       });
       __syncthreads();
       tile::sum_of_warps<8, WARP_COLS, BLOCK>(
@@ -168,9 +168,11 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
     }
   };
   if (p.splits > 1) {
+    const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
     float* partial = p.sum.partial + int64_t(m_block) * p.splits * BLOCK;
     each_of_block([&](const float (&v)[4], int row, int rank) {
-      tile::store_partial(partial + int64_t(split) * BLOCK + place(row, rank), v);
+      tile::store_partial(partial + int64_t(split) * BLOCK + (row / 16 * ranks + rank / 8) * tile::FRAGMENT,
+                          v);
     });
     if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.is_last)) return;
     constexpr bool OWN = Traits::R <= FEW_SPLITS_MOST_RANK && WARP_COLS == 1;  // a warp has its sums still
@@ -194,8 +196,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
     each_of_block(put);
   }
   __syncthreads();
-  tile::store<THREADS>(p.u, u, m0, m0 + rows, 0, p.r);
-  if (p.core.data) apply_core<THREADS>(p, u, m0, rows);
+  tile::store<THREADS>(p.u, sm.last.u, m0, m0 + rows, 0, p.r);
+  if (p.core.data) apply_core<THREADS>(p, sm.last.u, m0, rows);
 }
 
 }  // namespace lotr::kernels

@@ -43,14 +43,20 @@ struct Shared {
 template <int N, class Tile>
 LOTR_DEVICE auto& rows_from(Tile& tile, int first) {
   static_assert(N % 8 == 0);
-  return *reinterpret_cast<Shared<typename Tile::T, N, Tile::COLS, Tile::STRIDE>*>(tile.data +
-                                                                                   first * Tile::STRIDE);
+  if constexpr (N == Tile::ROWS)
+    return tile;
+  else
+    return *reinterpret_cast<Shared<typename Tile::T, N, Tile::COLS, Tile::STRIDE>*>(tile.data +
+                                                                                     first * Tile::STRIDE);
 }
 // Columns first .. first + N, in groups of eight chunks: the swizzle stays inside them.
 template <int N, class Tile>
 LOTR_DEVICE auto& columns_from(Tile& tile, int first) {
   static_assert(N % (8 * Tile::CHUNK) == 0 || N == Tile::COLS);
-  return *reinterpret_cast<Shared<typename Tile::T, Tile::ROWS, N, Tile::STRIDE>*>(tile.data + first);
+  if constexpr (N == Tile::COLS)
+    return tile;
+  else
+    return *reinterpret_cast<Shared<typename Tile::T, Tile::ROWS, N, Tile::STRIDE>*>(tile.data + first);
 }
 
 }  // namespace lotr::tile
