@@ -95,6 +95,11 @@ SOURCES = [
         "all but two stages of shrink's; a multicast is read from L2 once and takes the path of each block that it goes to",
         "assumed, the peak by the data sheet; the rings from the kernels' sources",
     ),
+    (
+        "a block's last sums on their way through its shared memory take a store, a barrier, a load, and 128 bytes a cycle; "
+        "its last store an L2 latency",
+        "assumed: other warps do the same, so that nothing hides it",
+    ),
     ("a barrier of a cluster takes as long as a load from L2", "assumed"),
     ("shared-memory and load path: 128 bytes a cycle and multiprocessor", "CUDA programming guide (32 banks of 4 bytes)"),
     (
@@ -102,6 +107,10 @@ SOURCES = [
         "assumed: about twice an idle GPU's",
     ),
     (f"{REACHED:.0%} of the data sheet's bandwidth is reached", "assumed: what STREAM-like programs are reported to reach"),
+    (
+        "factor_grad's rows of 64 bytes at rank 16 reach it too",
+        "assumed: they are whole sectors, and blocks with the other half of a line walk the same rows at the same time",
+    ),
     (
         f"L2 gives {L2_ONE:.0f} bytes a cycle to one multiprocessor, 27 to each when all read",
         "assumed, from A100's 5120 a cycle for all",

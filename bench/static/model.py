@@ -9,9 +9,9 @@ memory    bytes from DRAM at the bandwidth that is reached, or less where too fe
           not yet waited for (the operand of the loop's wait), against bandwidth x latency; all bytes from L2 at its own
 after     the sums over the splits, of each tile by the last block: rounds of as many loads as its code keeps in flight, each an
           L2 latency, or its bytes at what one multiprocessor gets from L2, or those of all blocks at what all get; the arrival
-          itself; and what a block stores after its last products. Of splits that are a cluster: its barrier, the bytes that
-          each block reads of the others, beside the rest where other warps do it, and the store. Of a cooperative launch, whose
-          blocks all sum: the wait for the last arrival as well
+          itself; and of every block what it then adds to, its way through shared memory and its last store. Of splits that
+          are a cluster: its barrier, the bytes that each block reads of the others, beside the rest where other warps do
+          it, and the store. Of a cooperative launch, whose blocks all sum: the wait for the last arrival as well
 """
 
 from __future__ import annotations
@@ -239,12 +239,16 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         rounds, summing = (max(rounds, one), max(summing, of_cluster)) if beside else (rounds + one, summing + of_cluster)
     if m["atomics"]:
         summing += (3 + together) * card.l2_latency  # store, arrive, wait, store
-    elif rounds:
+    else:
         summing += card.l2_latency  # store
-    if rounds:  # what is stored after the last products: by the last block alone, or by all where all sum
-        alone, on_one, busy = m["late_stored"] / assumptions.L2_ONE, math.ceil(row.blocks / sms), min(sms, row.blocks)
-        at_once = m["late_stored"] * min(resident, on_one) / (card.l2_bytes_a_cycle * sms / busy)
-        summing += max(alone, at_once) if together or m["cluster"] > 1 else alone
+        if not rounds:  # what a block adds to, as D: two loads of a thread at a time (csrc/cuda/tile/store.cuh)
+            summing += math.ceil(m["last_loads"] / 2) * card.l2_latency
+    # what is stored after the last products: by the last block alone, or by all where all sum or none has to
+    alone, on_one, busy = m["late_stored"] / assumptions.L2_ONE, math.ceil(row.blocks / sms), min(sms, row.blocks)
+    at_once = m["late_stored"] * min(resident, on_one) / (card.l2_bytes_a_cycle * sms / busy)
+    summing += alone if rounds and not together and m["cluster"] == 1 else max(alone, at_once)
+    if m["last_shared"]:  # its way through shared memory: a store, a barrier, a load, at 128 bytes a cycle
+        summing += 2 * latencies.shared + latencies.barrier + m["last_shared"] / 128
     after = summing / clock
     begin = assumptions.BEGIN + card.memory_latency
     parts = {"begin": begin, "waves": hot_seconds, "after": after}

@@ -255,6 +255,8 @@ def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
         "late_loads": counters["late_loads"],  # of 16 bytes, a thread
         "late_bytes": counters["late_bytes"],
         "late_stored": counters["late_stored"],  # after its last products
+        "last_shared": counters["last_shared"],  # bytes that a block then moves to and from its own shared memory
+        "last_loads": counters["last_loads"],  # of a thread, from global memory, then
         "together": launch["cooperative"],  # all blocks are there at once, and sum at the same time
         "late_total": counters["late_total"],  # the late bytes of all blocks
         "atomics": counters["atomics"],

@@ -62,6 +62,7 @@ struct Machine {
 // Microseconds, roughly those of an H100 by bench.static: only their proportions matter.
 constexpr double MEMORY = 25e3;       // bytes that a multiprocessor's share of the memory delivers in one
 constexpr double SUMMING = 110e3;     // bytes of partial sums that one block reads from L2
+constexpr double L2 = 52e3;           // bytes that it gets from L2, when all do
 constexpr double EXTRA = 0.5;         // what a byte of a factor or of a partial sum costs, which L2 keeps
 constexpr double ARRIVING = 0.5;      // from the last store of a partial sum to the first load of it
 constexpr double PASSING = 25e3;      // bytes of partial sums that one block reads from other shared memory
@@ -72,6 +73,15 @@ constexpr double alone(int R, double least_rank, double rank_64) {
   return R <= 32 ? least_rank : rank_64 * 64 / R;
 }
 
+// At rank 16 the sums over the blocks of shrink and factor_grad take longer than L2 takes to give their
+// factors once more: these cost next to nothing, and may be more of them.
+constexpr double extra_of_one_product(int R) {
+  return R == 16 ? 0.01 : EXTRA;
+}
+constexpr double most_of_one_product(int R) {
+  return R == 16 ? 0.6 : 0.15;
+}
+
 struct Cost {
   double large,
       extra;            // bytes: of the large matrix; of factors, and of partial sums written and read
@@ -80,6 +90,7 @@ struct Cost {
   double alone;         // see above
   double passed = 0;    // bytes that each block adds from its cluster
   double together = 0;  // bytes that all blocks add at the same time, all of them together
+  double each = EXTRA;  // see above
   int64_t blocks = 0;
   double uneven = 1;  // the largest block over the mean one
 };
@@ -87,11 +98,12 @@ inline double microseconds(const Machine& machine, const Cost& c) {
   const double blocks = double(c.blocks), slots = double(machine.slots()), wanted = double(machine.wanted());
   const double waves = blocks > slots ? double(ceil_div(c.blocks, machine.slots())) * slots / blocks : 1.0;
   const double idle = blocks < wanted ? wanted / blocks : waves;
-  const double bytes = c.large + EXTRA * c.extra;
-  const double memory = bytes * idle * c.uneven / (MEMORY * machine.multiprocessors);
+  const double share = idle * c.uneven / machine.multiprocessors;
+  const double memory = (c.large + c.each * c.extra) * share / MEMORY,
+               kept = (c.large + c.extra) * share / L2;
   const double own = c.large * c.uneven / blocks / c.alone;
   // They overlap, but not quite where they are equal.
-  const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8), 1 / 8.);
+  const double stream = std::pow(std::pow(memory, 8) + std::pow(kept, 8) + std::pow(own, 8), 1 / 8.);
   return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0) +
          (c.passed > 0 ? ARRIVING / 2 + c.passed / PASSING : 0.0) +
          (c.together > 0 ? ARRIVING * 3 / 2 + c.together / (ALL_SUMMING * machine.multiprocessors) : 0.0);
@@ -113,15 +125,16 @@ struct Plan {
   Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
 };
 
-// Of `splits` partial sums, those that the last block reads (tile/reduce.cuh).
-inline double read_at_the_end(int64_t splits, int R) {
-  return double(splits > FEW_SPLITS || R > FEW_SPLITS_MOST_RANK ? splits : splits - 1);
+// Of `splits` partial sums, those that the last block reads (tile/reduce.cuh): of few all but its own, if
+// each warp has its own still.
+inline double read_at_the_end(int64_t splits, int R, bool own) {
+  return double(splits > FEW_SPLITS || R > FEW_SPLITS_MOST_RANK || !own ? splits : splits - 1);
 }
 
 // The same of factor_grad and shrink_grad, which sum down columns: of cards without clusters each block, or
 // the last one, reads all splits of its share.
-inline double read_by_columns(int64_t splits, int R, const Machine& machine) {
-  return machine.has_clusters ? read_at_the_end(splits, R) : double(splits);
+inline double read_by_columns(int64_t splits, int R, int cols, const Machine& machine) {
+  return read_at_the_end(splits, R, machine.has_clusters && kernels::sums_warps_along_rows(R, cols) == 1);
 }
 
 inline double unevenness(int64_t tiles, int64_t blocks) {
@@ -185,11 +198,13 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
         few, R, tiles, steps, subs, 1,
         [&](int64_t blocks, int64_t splits) {
           const double one = splits > 1 ? 4.0 * double(M) * double(r) : 0.0,
-                       read = read_at_the_end(splits, R);
-          return Cost{double(M) * double(K) * element,
-                      double(blocks) * double(K) * double(r) * element + one * (double(splits) + read), 0.15,
-                      one * read / double(blocks),
-                      (rows == kernels::SHRINK_LOW ? alone(R, 24e3, 20e3) : alone(R, 33e3, 22e3)) * filled};
+                       read = read_at_the_end(splits, R, kernels::shrink_warps_along_columns(R, rows) == 1);
+          Cost c{double(M) * double(K) * element,
+                 double(blocks) * double(K) * double(r) * element + one * (double(splits) + read),
+                 most_of_one_product(R), one * read / double(blocks),
+                 (rows == kernels::SHRINK_LOW ? alone(R, 38e3, 20e3) : alone(R, 33e3, 22e3)) * filled};
+          c.each = extra_of_one_product(R);
+          return c;
         },
         [&](int64_t blocks, int64_t splits, double cost, double extra, bool last) {
           best.better_of({rows, cols, tiles, steps, blocks, splits, extra, cost, false, last});
@@ -231,14 +246,15 @@ inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Mach
         [&](int64_t n, int64_t m) {
           const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
           const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, written = cluster ? 0.0 : double(m),
-                       read = cluster ? 0.0 : read_by_columns(m, R, clusters);
+                       read = cluster ? 0.0 : read_by_columns(m, R, cols, clusters);
           return Cost{double(M) * double(K) * element,
                       double(element) * double(r) * double(n) * double(M) + one * (written + read),
-                      0.15,
+                      most_of_one_product(R),
                       together ? 0.0 : one * read / double(n),
                       alone(R, 40e3, cols == 128 ? 20e3 : 17e3),
                       cluster ? one / double(n) : 0.0,
-                      together ? one * read : 0.0};
+                      together ? one * read : 0.0,
+                      extra_of_one_product(R)};
         },
         [&](int64_t n, int64_t m, double cost, double extra, bool last) {
           best.better_of({rows, cols, m_tiles, k_tiles, m, n, extra, cost, clusters.cluster(m), last,
@@ -263,7 +279,7 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, const Mach
         const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
         const double k = 4.0 * double(r) * double(n) * double(M),
                      one = m > 1 ? 4.0 * double(r) * double(N) : 0.0, written = cluster ? 0.0 : double(m),
-                     read = cluster ? 0.0 : read_by_columns(m, R, clusters);
+                     read = cluster ? 0.0 : read_by_columns(m, R, cols, clusters);
         // of k, the row tiles that a block is the last to reach
         const double k_summed = double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
                                 double(std::min<int64_t>(rows, M)) * double(n);

@@ -97,6 +97,8 @@ SHAPES = [
     Shape(520, 264, 60, ODD, sms=12),
     Shape(700, 512, 13, ODD, sms=16),
     Shape(1010, 256, 16, PACKED, sms=16),
+    Shape(2040, 40, 13, ODD, sms=16),
+    Shape(1700, 40, 16, sms=5, early=False),
 ]
 
 

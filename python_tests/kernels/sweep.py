@@ -27,6 +27,11 @@ PIPELINE = [
     Shape(520, 264, 16, ODD, 0.1, 4),
     Shape(520, 264, 16, ODD, 0.1, 4, early=False),
     Shape(520, 264, 16, ODD, 0.1, 7),  # three splits, no cluster: the last block sums
+    # of factor_grad at rank 16: splits that are a cluster, run together, or are summed by the last
+    Shape(1700, 40, 16, ODD, 0.1, 4),
+    Shape(1700, 40, 16, ODD, 0.1, 4, early=False),
+    Shape(1700, 72, 16, ALIGNED, sms=3),
+    Shape(130, 1700, 16, ALIGNED, sms=6),  # of shrink, whose warps share a tile's columns
     Shape(200, 400, 100, PACKED, sms=5, layers=2),
     Shape(150, 300, 200, PACKED, 0.5, 6),
 ]

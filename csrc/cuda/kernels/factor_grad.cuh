@@ -1,20 +1,23 @@
 // factor_grad:  D += drop(x)^T v          x [M, K], v [M, r], D [K, r] float32;   dA += x^T k, Q = g^T u
 //
 // Grid     x: pieces of K (up to SUBS tiles of COLS columns of x), y: pieces of M.
-//          A block walks its rectangle of x row tile by row tile, its sums stay in registers.
+//          A block walks its rectangle of x row tile by row tile, its sums stay in registers.  At rank 16 the
+//          tiles are narrow, so that there is one piece of M where the strips of columns fill the GPU.
 // Bytes    x once; v once for each piece of K; D in and out; with s pieces of M that are no cluster, 4 K R
-//          written s times and read s - 1 times (s times beyond FEW_SPLITS, or where all blocks sum).  plan.h
-//          balances the number of pieces of K against s.
-// Sums     float32; over m in the block's order, then over the pieces of M in order (tile/reduce.cuh), where
-//          they are a cluster by all its blocks, each a share of the tile, from shared memory; without
-//          clusters, where the whole grid runs at the same time, so too, from L2.
+//          written s times and read s - 1 times (s times beyond FEW_SPLITS, or where all blocks sum, or warps
+//          share a tile's rows).  plan.h balances the number of pieces of K against s.
+// Sums     float32; over m in the block's order; of narrow tiles, each warp over its part of every tile's
+//          rows, then over these warps in order, in shared memory; then over the pieces of M in order
+//          (tile/reduce.cuh), where they are a cluster by all its blocks, each a share of the tile, from
+//          shared memory; without clusters, where the whole grid runs at the same time, so too, from L2.
 //
 // Timeline (tile t = row tile m, column tile n; L copies in flight, P product; a barrier at |):
 //   x  stage t % STAGES   L L L P |
 //   v  slot  m % STAGES   L L L P P P P |
 // v is copied with the first column tile of its row tile, into slot m % STAGES, and stays for all column
 // tiles.  A copy is issued STAGES - 1 tiles ahead, hence at most STAGES - 1 row tiles ahead: the slot's last
-// reader is done.
+// reader is done.  D is loaded behind the first copies where a block has its part for itself: it comes from
+// memory while the products are made.
 #pragma once
 #include "rectangle.cuh"
 
@@ -27,6 +30,7 @@ struct FactorGradTraits {
   static constexpr int R = R_, THREADS = 256;
   static constexpr bool DROPOUT = DROPOUT_;
   static constexpr int COLS = COLS_, ROWS = factor_grad_rows(sizeof(T), R, COLS);
+  static constexpr int WARP_ROWS = sums_warps_along_rows(R, COLS);
   static constexpr int SUBS = factor_grad_subs(R, COLS), BLOCKS = blocks_of_one_product(R);
 
   struct Stage {
@@ -38,7 +42,10 @@ struct FactorGradTraits {
   struct Smem {
     union {
       Stage stage[STAGES];
-      float partial[factor_grad_in_cluster(R) ? SUBS * COLS * R : 4];  // after the last product
+      struct {  // after the last product
+        float partial[factor_grad_in_cluster(R) ? SUBS * COLS * R : 4];
+        float parts[WARP_ROWS > 1 ? WARP_ROWS * SUBS * COLS * R : 4];  // of the warps along the rows
+      };
     };
     int last;
   };
@@ -68,8 +75,18 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
     ptx::cp_async_commit();
   };
 
-  ColumnSums<Traits> sums;
+  const int64_t first = int64_t(walk.n_begin) * COLS, owned = int64_t(walk.n_tiles) * COLS;
+  const int64_t cols = p.K - first < owned ? p.K - first : owned;
+  const tile::Floats D{p.D + first * p.D_row, p.D_row, p.D_col, cols, p.r};
+
+  using Sums = ColumnSums<Traits>;
+  Sums sums;
+  // What is added to, where a block has it for itself: it comes while the products are made.
+  constexpr bool EARLY = Traits::WARP_ROWS > 1;
+  float before[Sums::OWN][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
+  if (EARLY && p.splits == 1 && p.accumulate)
+    Sums::each_own(cols, p.r, [&](int col, int rank, int n) { D.load(before[n], col, rank); });
   for (; walk.holds(here); walk.advance(here)) {
     auto& x = sm.stage[here.stage].x;
     ptx::cp_async_wait<STAGES - 2>();
@@ -82,26 +99,28 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   }
   ptx::griddepcontrol_launch_dependents();
 
-  const int64_t first = int64_t(walk.n_begin) * COLS, owned = int64_t(walk.n_tiles) * COLS;
-  const int64_t cols = p.K - first < owned ? p.K - first : owned;
-  // D (+)= a 16 x 8 tile of the sum
   const auto store = [&](const float (&v)[4], int col, int rank) {
-    tile::store_float(p.D + first * p.D_row, p.D_row, p.D_col, col, cols, rank, p.r, v, p.dropout.scale,
-                      p.accumulate != 0);
+    D.add(col, rank, v, p.dropout.scale, p.accumulate != 0);
   };
-  if (Traits::CLUSTERS && p.cluster) {
+  if (Traits::WARP_ROWS > 1 || (Traits::CLUSTERS && p.cluster))
     __syncthreads();  // the last stage may still be read: the sums take its place
-    sums.put_partials(sm.partial, cols, p.r);
+  if (Traits::CLUSTERS && p.cluster) {
+    sums.put_partials(sm.partial, cols, p.r, sm.parts);
     ptx::cluster_sync();
     sums.template each_sum_of_cluster<8>(sm.partial, m_block, p.splits, cols, p.r, store);
     ptx::cluster_sync();  // nobody leaves while others read its sums
   } else if (p.splits > 1) {
     const bool together = ptx::TOGETHER && p.together;
-    sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r);
+    sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r, sm.parts);
     if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last, together)) return;
     sums.template each_sum<8>(p.sum, k_block, m_block, p.splits, together, cols, p.r, store);
   } else {
-    sums.each(cols, p.r, store);
+    sums.each_of_block(cols, p.r, sm.parts, [&](const float (&v)[4], int col, int rank, int n) {
+      if constexpr (EARLY)
+        D.store(col, rank, v, p.dropout.scale, before[n]);
+      else
+        store(v, col, rank);
+    });
   }
 }
 

@@ -40,12 +40,15 @@ struct Walk {
 };
 
 // sum[n] [COLS, R] += x^T v for column tile n of the rectangle, in registers.  A warp owns 16 MI columns, and
-// the whole rank where its sums are few, so that no two warps read the same part of x.
+// the whole rank where its sums are few, so that no two warps read the same part of x; of a narrow tile a
+// part of the rows, too, whose sums are added at the end.
 template <class Traits>
 struct ColumnSums {
   using P = typename Traits::Policy;
   static constexpr int R = Traits::R, SUBS = Traits::SUBS, COLS = Traits::COLS;
-  static constexpr int WARP_RANKS = R <= 32 && COLS == 128 ? 1 : 2, WARP_COLS = 8 / WARP_RANKS;
+  static constexpr int WARP_RANKS = sums_warps_along_rank(R, COLS);
+  static constexpr int WARP_ROWS = sums_warps_along_rows(R, COLS);
+  static constexpr int WARP_COLS = 8 / (WARP_RANKS * WARP_ROWS);
   static constexpr int MI = COLS / (16 * WARP_COLS), NJ = R / (8 * WARP_RANKS);
   static constexpr int BLOCK = SUBS * COLS * R;  // floats of a block's partial sum
   static_assert(MI >= 1 && NJ >= 1 && Traits::THREADS == 256);
@@ -54,13 +57,18 @@ struct ColumnSums {
 
   static LOTR_DEVICE int warp() { return int(threadIdx.x) / 32; }
   static LOTR_DEVICE int i0() { return warp() % WARP_COLS * 16; }
-  static LOTR_DEVICE int j0() { return warp() / WARP_COLS * (8 * NJ); }
+  static LOTR_DEVICE int j0() { return warp() / WARP_COLS % WARP_RANKS * (8 * NJ); }
+  static LOTR_DEVICE int part() { return WARP_ROWS > 1 ? warp() / (8 / WARP_ROWS) : 0; }  // of the rows
 
   template <class X, class V>
   LOTR_DEVICE void add(int n, X& x, V& v) {
+    constexpr int ROWS = X::ROWS / WARP_ROWS;
 #pragma unroll
     for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
-      if (s == n) tile::warp_product<P, X::ROWS, true, true>(d[s], x, i0(), 16 * WARP_COLS, v, j0());
+      if (s == n)
+        tile::warp_product<P, ROWS, true, true>(d[s], tile::rows_from<ROWS>(x, part() * ROWS), i0(),
+                                                16 * WARP_COLS, tile::rows_from<ROWS>(v, part() * ROWS),
+                                                j0());
   }
 
   // Calls f(sum of a 16 x 8 tile, its first column of the rectangle, its first rank) for the tiles inside
@@ -78,20 +86,49 @@ struct ColumnSums {
         }
   }
 
-  LOTR_DEVICE void store_partials(const Reduction& sum, int group, int split, int splits, int64_t cols,
-                                  int r) {
+  // The same for sums of all warps; parts: shared memory that nobody reads any more, for those along the
+  // rows.  f hears at last which of the warp's fragments it is, where there are such warps.
+  template <class F>
+  LOTR_DEVICE void each_of_block(int64_t cols, int r, [[maybe_unused]] float* parts, F f) {
+    if constexpr (WARP_ROWS == 1) {
+      each(cols, r, [&](const float (&v)[4], int col, int rank) { f(v, col, rank, 0); });
+    } else {
+      const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
+      each(cols, r, [&](float (&v)[4], int col, int rank) {
+        tile::put_partial(parts + part() * BLOCK + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
+      });
+      __syncthreads();
+      tile::sum_of_warps<8, WARP_ROWS, BLOCK>(parts, total, [&](int n, int fragment, const float (&v)[4]) {
+        f(v, fragment / ranks * 16, fragment % ranks * 8, n);
+      });
+    }
+  }
+  // f(first column, first rank, number) for the warp's fragments of each_of_block, before their sums are
+  // known.
+  static constexpr int OWN = WARP_ROWS == 1 ? 1 : (BLOCK / tile::FRAGMENT + 7) / 8;  // fragments of a warp
+  template <class F>
+  static LOTR_DEVICE void each_own(int64_t cols, int r, F f) {
+    const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
+#pragma unroll
+    for (int n = 0; n < OWN; ++n) {
+      const int fragment = 8 * n + warp();
+      if (fragment < total) f(fragment / ranks * 16, fragment % ranks * 8, n);
+    }
+  }
+
+  LOTR_DEVICE void store_partials(const Reduction& sum, int group, int split, int splits, int64_t cols, int r,
+                                  float* parts = nullptr) {
     float* mine = sum.partial + (int64_t(group) * splits + split) * BLOCK;
     const int ranks = (r + 7) / 8;
-    each(cols, r, [&](float (&v)[4], int col, int rank) {
+    each_of_block(cols, r, parts, [&](const float (&v)[4], int col, int rank, int) {
       tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
   }
   // To shared memory, for sum_of_cluster.
-  LOTR_DEVICE void put_partials(float* mine, int64_t cols, int r) {
+  LOTR_DEVICE void put_partials(float* mine, int64_t cols, int r, float* parts = nullptr) {
     const int ranks = (r + 7) / 8;
-    each(cols, r, [&](float (&v)[4], int col, int rank) {
-      float* to = mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT;
-      ptx::store_shared(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{v[0], v[1], v[2], v[3]});
+    each_of_block(cols, r, parts, [&](const float (&v)[4], int col, int rank, int) {
+      tile::put_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
   }
   // As each_sum, for this block's share of the tiles of its cluster, by WARPS of its warps
@@ -110,7 +147,9 @@ struct ColumnSums {
                             int64_t cols, int r, F f) {
     const float* from = sum.partial + int64_t(group) * splits * BLOCK;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    if (R > FEW_SPLITS_MOST_RANK || !ptx::CLUSTERS || splits > FEW_SPLITS || together) {
+    // whether a warp has its own sums still
+    constexpr bool HELD = R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS && WARP_ROWS == 1;
+    if (!HELD || splits > FEW_SPLITS || together) {
       const auto sum = [&](auto warps, int begin, int end) {
         tile::sum_partials<decltype(warps)::value, BLOCK>(from + begin * tile::FRAGMENT, splits, end - begin,
                                                           [&](int i, const float (&v)[4]) {
@@ -122,7 +161,7 @@ struct ColumnSums {
         sum(std::integral_constant<int, WARPS>{}, total * split / splits, total * (split + 1) / splits);
       else
         sum(std::integral_constant<int, 8>{}, 0, total);
-    } else if constexpr (R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS) {
+    } else if constexpr (HELD) {
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)
 #pragma unroll

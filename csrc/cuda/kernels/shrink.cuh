@@ -2,11 +2,14 @@
 //          h = core_scale * u core        core [r, r_core], h [M, r_core]; optional, for few tokens
 //
 // Grid     x: pieces of M (up to SUBS tiles of ROWS tokens), y: pieces of K.  A block walks its rectangle of
-// x by
-//          steps of COLS columns, in each of them row tile by row tile; its sums stay in registers.
+//          x by steps of COLS columns, in each of them row tile by row tile; its sums stay in registers.
+//          At rank 16 there is one piece of K where the row tiles fill the GPU.
 // Bytes    x once; A once for each piece of M; with s pieces of K, 4 M R written s times as partial sums and
-//          read s - 1 times (s times beyond FEW_SPLITS).  plan.h chooses the pieces.
-// Sums     float32; over k in the block's order, then over the pieces of K in order (tile/reduce.cuh).
+//          read s - 1 times (s times beyond FEW_SPLITS, or where warps share a tile's columns).  plan.h
+//          chooses the pieces.
+// Sums     float32; over k in the block's order; where WARP_COLS warps share a tile's columns, each over its
+//          part of them, then over these warps in order, in shared memory; then over the pieces of K in order
+//          (tile/reduce.cuh).
 //
 // Timeline (tile t = step k, row tile m; L copies in flight, P product; a barrier at |):
 //   x  stage t % STAGES   L L L P |         the barrier says that all warps have done tile t - 1, so the copy
@@ -29,8 +32,10 @@ struct ShrinkTraits {
   static constexpr int R = R_, ROWS = ROWS_, THREADS = 256;
   static constexpr bool DROPOUT = DROPOUT_;
   static constexpr int COLS = shrink_cols(sizeof(T), R, ROWS), SUBS = shrink_subs(R, ROWS);
-  // Warps along the rank and along tokens: one along the rank where it is small, so that x is read once.
-  static constexpr int WARP_RANKS = R <= 32 && ROWS >= 128 ? 1 : 2, WARP_ROWS = 8 / WARP_RANKS;
+  static constexpr int WARP_RANKS = shrink_warps_along_rank(R),
+                       WARP_COLS = shrink_warps_along_columns(R, ROWS);
+  static constexpr int WARP_ROWS = 8 / (WARP_RANKS * WARP_COLS);
+  static_assert(WARP_COLS == 1 || WARP_RANKS == 1);
   static constexpr int MI = ROWS / (16 * WARP_ROWS), NJ = R / (8 * WARP_RANKS);
   static constexpr int BLOCKS = blocks_of_one_product(R);
 
@@ -38,16 +43,20 @@ struct ShrinkTraits {
     tile::Shared<T, ROWS, COLS> x;
     tile::Shared<T, COLS, R> A;
   };
-  using Output = tile::Shared<T, SUBS * ROWS, R>;
+  struct Last {  // after the last product
+    tile::Shared<T, SUBS * ROWS, R> u;
+    float part[WARP_COLS][WARP_COLS > 1 ? SUBS * ROWS * R : 4];  // sums of the warps along the columns
+  };
   static constexpr int STAGES = stages_that_fit(sizeof(Stage), 0, 4, shared_budget(BLOCKS));
   struct Smem {
     union {
       Stage stage[STAGES];
-      Output u;  // after the last product
+      Last last;
     };
-    int last;
+    int is_last;
   };
-  static_assert(MI >= 1 && NJ >= 1 && STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
+  static_assert(MI >= 1 && NJ >= 1 && COLS % (WARP_COLS * P::K) == 0 && STAGES >= 2 &&
+                sizeof(Smem) <= shared_budget(BLOCKS));
 };
 
 // h = core_scale * u core for the tokens of the block
@@ -70,16 +79,21 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   using P = typename Traits::Policy;
   using Stage = typename Traits::Stage;
   constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, COLS = Traits::COLS, ROWS = Traits::ROWS;
-  constexpr int SUBS = Traits::SUBS, MI = Traits::MI, NJ = Traits::NJ, ROW_STEP = 16 * Traits::WARP_ROWS;
+  constexpr int SUBS = Traits::SUBS, MI = Traits::MI, NJ = Traits::NJ;
+  constexpr int WARP_ROWS = Traits::WARP_ROWS, WARP_COLS = Traits::WARP_COLS, ROW_STEP = 16 * WARP_ROWS;
+  constexpr int OWN_COLS = COLS / WARP_COLS;  // of a tile, that a warp multiplies
   auto& sm = ptx::shared_storage<typename Traits::Smem>();
   const int warp = threadIdx.x / 32;
-  const int i0 = warp % Traits::WARP_ROWS * 16, j0 = warp / Traits::WARP_ROWS * (8 * NJ);
+  const int i0 = warp % WARP_ROWS * 16, j0 = WARP_COLS > 1 ? 0 : warp / WARP_ROWS * (8 * NJ);
+  const int part = WARP_COLS > 1 ? warp / (8 / WARP_COLS) : 0;
   const int m_block = int(blockIdx.x), split = int(blockIdx.y);
   const int m_tiles = tile::count_of(p.m_pieces, m_block), steps = tile::count_of(p.k_pieces, split);
-  const int m_begin = tile::begin_of(p.m_pieces, m_block), k_begin = tile::begin_of(p.k_pieces, split);
+  const int m_begin = tile::begin_of(p.m_pieces, m_block);
+  const int k_begin = tile::begin_of(p.k_pieces, split);
   const int64_t m0 = int64_t(m_begin) * ROWS;
   const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
-  const int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
+  int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
+  if constexpr (WARP_COLS > 1) rows = ptx::held(rows);
   ptx::griddepcontrol_wait();
   const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
@@ -115,7 +129,9 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
         if (s == here.m)
-          tile::warp_product<P, COLS, false, true>(d[s], x, i0, ROW_STEP, sm.stage[here.slot].A, j0);
+          tile::warp_product<P, OWN_COLS, false, true>(
+              d[s], tile::columns_from<OWN_COLS>(x, part * OWN_COLS), i0, ROW_STEP,
+              tile::rows_from<OWN_COLS>(sm.stage[here.slot].A, part * OWN_COLS), j0);
     }
   }
   ptx::griddepcontrol_launch_dependents();
@@ -133,21 +149,38 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
         }
   };
   const float scale = p.scale * p.dropout.scale;
-  const auto put = [&](const float (&v)[4], int row, int rank) { tile::put(sm.u, row, rank, v, scale); };
+  const auto put = [&](const float (&v)[4], int row, int rank) { tile::put(sm.last.u, row, rank, v, scale); };
+  constexpr int BLOCK = SUBS * ROWS * Traits::R;
+  // f as of `each`, for sums of all warps
+  const auto each_of_block = [&](auto f) {
+    if constexpr (WARP_COLS == 1) {
+      each(f);
+    } else {
+      const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
+      __syncthreads();  // the last stage may still be read: the sums take its place
+      each([&](float (&v)[4], int row, int rank) {
+        tile::put_partial(sm.last.part[part] + (row / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
+      });
+      __syncthreads();
+      tile::sum_of_warps<8, WARP_COLS, BLOCK>(
+          sm.last.part[0], total,
+          [&](int, int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
+    }
+  };
   if (p.splits > 1) {
-    constexpr int BLOCK = SUBS * ROWS * Traits::R;
     const int ranks = (p.r + 7) / 8, total = (rows + 15) / 16 * ranks;
     float* partial = p.sum.partial + int64_t(m_block) * p.splits * BLOCK;
-    each([&](float (&v)[4], int row, int rank) {
+    each_of_block([&](const float (&v)[4], int row, int rank) {
       tile::store_partial(partial + int64_t(split) * BLOCK + (row / 16 * ranks + rank / 8) * tile::FRAGMENT,
                           v);
     });
-    if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.last)) return;
-    if (Traits::R > FEW_SPLITS_MOST_RANK || p.splits > FEW_SPLITS) {
+    if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.is_last)) return;
+    constexpr bool OWN = Traits::R <= FEW_SPLITS_MOST_RANK && WARP_COLS == 1;  // a warp has its sums still
+    if (!OWN || p.splits > FEW_SPLITS) {
       tile::sum_partials<8, BLOCK>(partial, p.splits, total, [&](int fragment, const float (&v)[4]) {
         put(v, fragment / ranks * 16, fragment % ranks * 8);
       });
-    } else if constexpr (Traits::R <= FEW_SPLITS_MOST_RANK) {
+    } else if constexpr (OWN) {
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)
 #pragma unroll
@@ -159,12 +192,12 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
       each(put);
     }
   } else {
-    __syncthreads();  // the last stage may still be read: u takes its place
-    each(put);
+    if constexpr (WARP_COLS == 1) __syncthreads();  // the last stage may still be read: u takes its place
+    each_of_block(put);
   }
   __syncthreads();
-  tile::store<THREADS>(p.u, sm.u, m0, m0 + rows, 0, p.r);
-  if (p.core.data) apply_core<THREADS>(p, sm.u, m0, rows);
+  tile::store<THREADS>(p.u, sm.last.u, m0, m0 + rows, 0, p.r);
+  if (p.core.data) apply_core<THREADS>(p, sm.last.u, m0, rows);
 }
 
 }  // namespace lotr::kernels

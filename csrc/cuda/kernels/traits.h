@@ -25,6 +25,24 @@ constexpr int stages_that_fit(size_t stage, size_t resident, int at_most, size_t
   return fit < at_most ? fit : at_most;
 }
 
+// How the eight warps of a block divide their sums: along the rank, only where these are many, so that each
+// part of x is read once from shared memory; along what the sums run over, where a tile has fewer rows or
+// columns than the others would need.  The latter's sums are added in shared memory at the end.
+constexpr int shrink_warps_along_rank(int R) {
+  return R <= 32 ? 1 : 2;
+}
+constexpr int shrink_warps_along_columns(int R, int rows) {
+  const int others = 8 / shrink_warps_along_rank(R);
+  return rows / 16 < others ? others * 16 / rows : 1;
+}
+constexpr int sums_warps_along_rank(int R, int cols) {
+  return cols < 64 || (R <= 32 && cols == 128) ? 1 : 2;
+}
+constexpr int sums_warps_along_rows(int R, int cols) {
+  const int others = 8 / sums_warps_along_rank(R, cols);
+  return cols / 16 < others ? others * 16 / cols : 1;
+}
+
 // Rows of a tile of 16 KB.
 constexpr int rows_of_16_kb(size_t element, int cols) {
   return int(16384 / element) / cols;
@@ -65,18 +83,18 @@ constexpr int shrink_wgmma_cluster(int R) {
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 
-// Column tiles of factor_grad, whose sums a block keeps in registers: wide where two blocks are to fit, so
-// that a warp owns the whole rank or reads each part of v for more columns; at rank 64 narrow ones too, for
-// matrices of few columns.  A block may own several: 32 accumulators a thread where two blocks are to fit,
-// else 64.
+// Column tiles of factor_grad, whose sums a block keeps in registers: at rank 16 so narrow that the columns
+// alone fill the GPU; above it wide where two blocks are to fit, so that a warp owns the whole rank or reads
+// each part of v for more columns; at rank 64 narrow ones too, for matrices of few columns.  A block may own
+// several: 32 accumulators a thread where two blocks are to fit, else 64.
 constexpr int factor_grad_wide(int R) {
-  return R <= 64 ? 128 : 64;
+  return R == 16 ? 32 : R <= 64 ? 128 : 64;
 }
 constexpr int factor_grad_narrow(int R) {
-  return R <= 32 ? 128 : 64;
+  return R == 64 ? 64 : factor_grad_wide(R);
 }
 constexpr int factor_grad_subs(int R, int cols) {
-  return (R <= 64 ? 64 : 128) * 128 / (R * cols);
+  return R == 16 ? 4 : (R <= 64 ? 64 : 128) * 128 / (R * cols);
 }
 constexpr int factor_grad_rows(size_t element, int R, int cols) {
   return R == 256 ? 32 : R == 128 || cols == 64 ? 64 : rows_of_16_kb(element, cols);

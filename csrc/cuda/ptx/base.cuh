@@ -113,6 +113,14 @@ LOTR_DEVICE void from_floats(__half* to, float a, float b) {
   to[0] = pair.x, to[1] = pair.y;
 }
 
+// The same value, which the compiler keeps in a register: it would compute it anew in every turn of a loop.
+LOTR_DEVICE int held(int value) {
+#ifdef __CUDACC__
+  asm volatile("mov.b32 %0, %0;" : "+r"(value));
+#endif
+  return value;
+}
+
 // The high 32 bits of a product of two 32-bit numbers (Philox).
 LOTR_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) {
   return uint32_t(uint64_t(a) * b >> 32);

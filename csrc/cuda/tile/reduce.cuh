@@ -29,6 +29,10 @@ LOTR_DEVICE void store_partial(float* to, const float (&d)[4]) {
   ptx::store(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{d[0], d[1], d[2], d[3]});
 }
 
+LOTR_DEVICE void put_partial(float* to, const float (&d)[4]) {  // the same in shared memory
+  ptx::store_shared(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{d[0], d[1], d[2], d[3]});
+}
+
 // v += the next AHEAD splits of the fragments, each at its own address in the split at `from`.  Without a
 // condition: the compiler would join each load with its addition under it, and wait for one after the other.
 template <int AHEAD, int STRIDE, int FRAGMENTS>
@@ -139,6 +143,26 @@ LOTR_DEVICE void sum_with_own(float (&v)[FRAGMENTS][4], const float* from, int f
     add_others<3, STRIDE>(v, from, at, own);
   else
     add_others<4, STRIDE>(v, from, at, own);
+}
+
+// done(n, fragment, its sum) for the fragments of PARTS warps' sums in shared memory, part i's from i *
+// STRIDE on, in their order; behind a barrier.  Fragment WARPS n + w is warp w's.
+template <int WARPS, int PARTS, int STRIDE, class Done>
+LOTR_DEVICE void sum_of_warps(const float* parts, int total, Done done) {
+#pragma unroll
+  for (int n = 0; n < (STRIDE / FRAGMENT + WARPS - 1) / WARPS; ++n) {
+    const int fragment = WARPS * n + int(threadIdx.x) / 32;
+    if (fragment >= total) break;
+    const float4* from = reinterpret_cast<const float4*>(parts + fragment * FRAGMENT) + threadIdx.x % 32;
+    float4 in[PARTS];
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) in[part] = ptx::load_shared(from + part * (STRIDE / 4));
+    float v[4] = {};
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+      v[0] += in[part].x, v[1] += in[part].y, v[2] += in[part].z, v[3] += in[part].w;
+    done(n, fragment, v);
+  }
 }
 
 // done(fragment, its sum) for the fragments from begin to end of a cluster's BLOCKS blocks, each of which has

@@ -70,24 +70,71 @@ LOTR_DEVICE void store_float(float* to, int64_t row_stride, int64_t col_stride, 
   if (pairs && j + 1 < cols) {
     float2 v[2] = {};
     if (accumulate) {  // both loads before the first addition waits for one
+
+// A float32 matrix [rows, cols] and the lane's part of its 16 x 8 tiles, as the accumulators have it.
+struct Floats {
+  float* data;
+  int64_t row_stride, col_stride, rows;
+  int cols;
+
+  LOTR_DEVICE bool in_pairs(int j) const {
+    return col_stride == 1 && row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 8 == 0 &&
+           j + 1 < cols;
+  }
+  // v = the tile at [i0, j0], nothing outside the matrix
+  LOTR_DEVICE void load(float (&v)[4], int64_t i0, int j0) const {
+    const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
+    const int64_t i = i0 + lane / 4;
+    const float* from = data + i * row_stride + j * col_stride;
+    if (in_pairs(j)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float2 pair{0.f, 0.f};
+        if (i + 8 * h < rows) pair = ptx::load(reinterpret_cast<const float2*>(from + 8 * h * row_stride));
+        v[2 * h] = pair.x, v[2 * h + 1] = pair.y;
+      }
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool inside = i + e / 2 * 8 < rows && j + e % 2 < cols;
+      v[e] = inside ? ptx::load(from + e / 2 * 8 * row_stride + e % 2 * col_stride) : 0.f;
+    }
+  }
+  // the tile at [i0, j0] = d * scale + before
+  LOTR_DEVICE void store(int64_t i0, int j0, const float (&d)[4], float scale,
+                         const float (&before)[4]) const {
+    const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
+    const int64_t i = i0 + lane / 4;
+    float* to = data + i * row_stride + j * col_stride;
+    float v[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = before[e] + d[e] * scale;
+    if (in_pairs(j)) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (i + 8 * h < rows) v[h] = ptx::load(reinterpret_cast<const float2*>(out + 8 * h * row_stride));
+        if (i + 8 * h < rows)
+          ptx::store(reinterpret_cast<float2*>(to + 8 * h * row_stride), float2{v[2 * h], v[2 * h + 1]});
+      return;
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      v[h].x += d[2 * h] * scale;
-      v[h].y += d[2 * h + 1] * scale;
-      if (i + 8 * h < rows) ptx::store(reinterpret_cast<float2*>(out + 8 * h * row_stride), v[h]);
-    }
-    return;
+    for (int e = 0; e < 4; ++e)
+      if (i + e / 2 * 8 < rows && j + e % 2 < cols)
+        ptx::store(to + e / 2 * 8 * row_stride + e % 2 * col_stride, v[e]);
   }
-#pragma unroll
-  for (int e = 0; e < 4; ++e)
-    if (i + e / 2 * 8 < rows && j + e % 2 < cols) {
-      float* o = out + e / 2 * 8 * row_stride + e % 2 * col_stride;
-      ptx::store(o, (accumulate ? ptx::load(o) : 0.f) + d[e] * scale);
-    }
+  // the same, or += with `accumulate`: all loads before the first addition waits for one
+  LOTR_DEVICE void add(int64_t i0, int j0, const float (&d)[4], float scale, bool accumulate) const {
+    float before[4] = {};
+    if (accumulate) load(before, i0, j0);
+    store(i0, j0, d, scale, before);
+  }
+};
+
+// to[i][j] = d * scale, or += with `accumulate`, for the lane's part of a 16 x 8 tile at [i0, j0] inside
+// [rows, cols]
+LOTR_DEVICE void store_float(float* to, int64_t row_stride, int64_t col_stride, int64_t i0, int64_t rows,
+                             int j0, int cols, const float (&d)[4], float scale, bool accumulate) {
+  Floats{to, row_stride, col_stride, rows, cols}.add(i0, j0, d, scale, accumulate);
 }
 
 }  // namespace lotr::tile

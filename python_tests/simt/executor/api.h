@@ -109,8 +109,10 @@ struct Counters {
            cluster_bytes = 0;  // from shared memory of the cluster, its own included: the same
   uint64_t cluster_total = 0;  // and those of the whole launch, late or not
   uint64_t sum_loads = 0;      // of both kinds, the most of any thread
-  uint64_t late_stored = 0;    // bytes that a block stores after its warps' last products, the most of any
-  uint64_t half_loads = 0;     // per warp, of 2 bytes a lane, with count_memory
+  // After its warps' last products: bytes that a block stores, bytes that it moves to and from its own shared
+  // memory, loads from global memory of a thread; the most of any.
+  uint64_t late_stored = 0, last_shared = 0, last_loads = 0;
+  uint64_t half_loads = 0;  // per warp, of 2 bytes a lane, with count_memory
   // Shared memory, ldmatrix and cp.async writes included.  A phase is what one cycle could serve without
   // conflicts; wavefronts / phases is the bank-conflict degree.  Without count_memory: ldmatrix only.
   uint64_t shared_phases = 0, shared_wavefronts = 0;

@@ -46,8 +46,7 @@ void load_cluster(void* value, const void* p, uint32_t bytes, uint32_t rank, Sit
   check_shared(p, bytes, bytes, t.op, site);
   const unsigned char* there = block_of_cluster(rank, site).shared + shared_offset(p);
   t.block->arrived = true;
-  count_anew(t);
-  ++t.cluster_loads;
+  ++count_anew(t).cluster_loads;
   t.block->cluster_bytes += bytes;
   totals.cluster_total += bytes;
   touch_read(there, bytes);

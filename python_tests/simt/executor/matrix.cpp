@@ -124,7 +124,7 @@ void multiply_half(Warp& warp, uint32_t, void*) {
   multiply(A, B, D);
   move_accumulators(f, D, true);
   ++totals.mma;
-  for (int lane = 0; lane < 32; ++lane) warp.thread[lane].stored = 0;
+  for (int lane = 0; lane < 32; ++lane) warp.thread[lane].last = {};
 }
 
 void multiply_tf32(Warp& warp, uint32_t, void*) {
@@ -144,7 +144,7 @@ void multiply_tf32(Warp& warp, uint32_t, void*) {
   multiply(A, B, D);
   move_accumulators(f, D, true);
   ++totals.mma;
-  for (int lane = 0; lane < 32; ++lane) warp.thread[lane].stored = 0;
+  for (int lane = 0; lane < 32; ++lane) warp.thread[lane].last = {};
 }
 
 void mma(const char* op, Leader leader, float* d, const uint32_t* a, const uint32_t* b, Site site) {

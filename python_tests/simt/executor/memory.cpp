@@ -121,8 +121,8 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
   race::ExecutorScope scope;
   Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
   check_global(p, bytes, t.op, site);
+  ++count_anew(t).last.loads;
   if (t.block->arrived) {
-    count_anew(t);
     ++t.late_loads;
     t.block->late_bytes += bytes;
   }
@@ -134,9 +134,7 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
 
 void store_global(void* p, const void* value, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  Thread& t = enter("st.global", site);
-  count_anew(t);
-  t.stored += bytes;
+  count_anew(enter("st.global", site)).last.stored += bytes;
   check_global(p, bytes, self().op, site);
   record(Space::global_write, p, bytes, site);
   maybe_preempt();
@@ -146,7 +144,7 @@ void store_global(void* p, const void* value, uint32_t bytes, Site site) {
 
 void load_shared(void* value, const void* p, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  enter("ld.shared", site);
+  count_anew(enter("ld.shared", site)).last.shared += bytes;
   check_shared(p, bytes, bytes, self().op, site);
   record(Space::shared, p, bytes, site);
   race::access(p, bytes, race::Use::read);
@@ -156,7 +154,7 @@ void load_shared(void* value, const void* p, uint32_t bytes, Site site) {
 
 void store_shared(void* p, const void* value, uint32_t bytes, Site site) {
   race::ExecutorScope scope;
-  enter("st.shared", site);
+  count_anew(enter("st.shared", site)).last.shared += bytes;
   check_shared(p, bytes, bytes, self().op, site);
   record(Space::shared, p, bytes, site);
   maybe_preempt();

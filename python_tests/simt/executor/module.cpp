@@ -326,6 +326,7 @@ py::dict counters_dict() {
   d["bulk_bytes"] = c.bulk_bytes, d["warpgroups"] = c.warpgroups, d["ldmatrix"] = c.ldmatrix;
   d["async_copies"] = c.async_copies, d["async_waits"] = c.async_waits, d["late_loads"] = c.late_loads;
   d["late_bytes"] = c.late_bytes, d["late_total"] = c.late_total, d["late_stored"] = c.late_stored;
+  d["last_shared"] = c.last_shared, d["last_loads"] = c.last_loads;
   d["cluster_total"] = c.cluster_total, d["sum_loads"] = c.sum_loads, d["cluster_loads"] = c.cluster_loads,
   d["cluster_bytes"] = c.cluster_bytes, d["atomics"] = c.atomics;
   d["shared_phases"] = c.shared_phases;

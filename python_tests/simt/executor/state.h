@@ -45,6 +45,12 @@ struct Access {
   Space space;
 };
 
+// What a thread has done since its last product.
+struct Last {
+  uint64_t stored = 0, shared = 0;  // bytes: to global memory, to and from the block's own shared memory
+  uint64_t loads = 0;               // from global memory
+};
+
 struct Thread {
   Fiber fiber;
   uint3 index{};  // threadIdx
@@ -65,8 +71,8 @@ struct Thread {
   bool may_touch_global = true;  // false in an early launch, until it has waited for what is ahead
   uint64_t late_loads = 0;       // global loads since the block's first atomic or load from the cluster
   uint64_t cluster_loads = 0;
-  uint64_t stored = 0;  // bytes in global memory since its last product
-  uint64_t since = 0;   // of a thread that does not multiply: the product of the block that these come after
+  Last last;
+  uint64_t since = 0;  // of a thread that does not multiply: the product of the block that these come after
   std::vector<Access> log;
 };
 
@@ -128,10 +134,12 @@ struct Block {
 };
 
 // A thread that does not multiply itself counts from the block's last product.
-inline void count_anew(Thread& t) {
-  if (t.products_issued || t.since == t.block->landed) return;
+inline Thread& count_anew(Thread& t) {
+  if (t.products_issued || t.since == t.block->landed) return t;
   t.since = t.block->landed;
-  t.late_loads = t.cluster_loads = t.stored = 0;
+  t.late_loads = t.cluster_loads = 0;
+  t.last = {};
+  return t;
 }
 
 struct Machine {

@@ -113,7 +113,8 @@ void read_registers(Warp& warp, uint32_t, void* done) {
 }
 
 void multiply(Thread& t, const WarpgroupProduct& w) {
-  t.stored = t.late_loads = t.cluster_loads = 0;
+  t.last = {};
+  t.late_loads = t.cluster_loads = 0;
   Block& block = *t.block;
   ++block.landed;
   block.arrived = false;
