@@ -93,11 +93,11 @@ LOTR_DEVICE void sum_factor(const GemmLotrParams& p, int step, uint32_t epoch) {
   ptx::barrier_sync(1 + threadIdx.x / 128, 128);
   if (step * Traits::BK >= p.K) return;
   constexpr int FLOATS = Traits::BK * Traits::R, COLUMNS = Traits::BK / 8;  // COLUMNS: of fragments
+  const tile::Floats Q{p.Q.data, p.Q.col, p.Q.row, p.r, int(p.K)};
   tile::sum_partials<Traits::WARPS, FLOATS>(
       p.Q.sums<Traits>(step, 0, p.tickets), Traits::CLUSTER * p.tickets.scouts, FLOATS / tile::FRAGMENT,
       [&](int fragment, const float (&v)[4]) {
-        tile::store_float(p.Q.data, p.Q.col, p.Q.row, fragment / COLUMNS * 16, p.r,
-                          step * Traits::BK + fragment % COLUMNS * 8, p.K, v, 1.f, p.Q.accumulate);
+        Q.add(fragment / COLUMNS * 16, step * Traits::BK + fragment % COLUMNS * 8, v, 1.f, p.Q.accumulate);
       });
 }
 

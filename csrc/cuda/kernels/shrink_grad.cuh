@@ -162,9 +162,9 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(c
   // Half of the warps sum k, and meanwhile the others Q where each block has a share of it; else all sum Q.
   constexpr int HALF = THREADS / 64;
   if (ptx::load_shared(&sm.sum_Q) && (warp < HALF || !(cluster || together))) {
+    const tile::Floats strip{p.Q + n_begin * p.Q_row, p.Q_row, p.Q_col, cols, p.r};
     const auto store = [&](const float (&v)[4], int col, int rank) {
-      tile::store_float(p.Q + n_begin * p.Q_row, p.Q_row, p.Q_col, col, cols, rank, p.r, v, 1.f,
-                        p.accumulate != 0);
+      strip.add(col, rank, v, 1.f, p.accumulate != 0);
     };
     if (cluster)
       Q.template each_sum_of_cluster<HALF>(sm.end.Q, m_block, p.m_splits, cols, p.r, store);

@@ -260,8 +260,7 @@ class ShrinkGradWgmma {
 #pragma unroll
     for (int j = 0; j < R / 8; ++j)
       if (8 * j < p_.r)
-        ptx::store_shared(reinterpret_cast<float4*>(to + j * tile::FRAGMENT) + threadIdx.x % 32,
-                          float4{k[4 * j], k[4 * j + 1], k[4 * j + 2], k[4 * j + 3]});
+        tile::put_partial(to + j * tile::FRAGMENT, {k[4 * j], k[4 * j + 1], k[4 * j + 2], k[4 * j + 3]});
   }
 
   // A slice of k, this block's and the others' sums of which lie at `own`.
@@ -298,15 +297,15 @@ class ShrinkGradWgmma {
     const int splits = p_.m_splits, own = int(blockIdx.y);
     if (!tile::arrive_last<MultiplyBarrier>(p_.sum_Q.arrived + blockIdx.x, splits, s_.last_Q, p_.together))
       return;
-    float* strip = p_.Q + int64_t(n_begin_) * COLS * p_.Q_row;
+    const tile::Floats strip{p_.Q + int64_t(n_begin_) * COLS * p_.Q_row, p_.Q_col, p_.Q_row, p_.r,
+                             int(cols())};
     const int total = int((cols() + 7) / 8) * rank_blocks();
     const int first = p_.together ? total * own / splits : 0;
     const int end = p_.together ? total * (own + 1) / splits : total;
     tile::sum_partials<Traits::WARPS, Q_FLOATS>(
         Q_partial(0) + first * tile::FRAGMENT, splits, end - first, [&](int i, const float (&v)[4]) {
           const int column = (first + i) / rank_blocks(), rank = (first + i) % rank_blocks();
-          tile::store_float(strip, p_.Q_col, p_.Q_row, 16 * rank, p_.r, 8 * column, int(cols()), v, 1.f,
-                            p_.accumulate != 0);
+          strip.add(16 * rank, 8 * column, v, 1.f, p_.accumulate != 0);
         });
   }
 

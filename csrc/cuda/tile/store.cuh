@@ -59,18 +59,6 @@ LOTR_DEVICE void store_rounded(const MutableMatrix& to, int64_t i0, int64_t rows
   }
 }
 
-// to[i][j] = d * scale, or += with `accumulate`, for the lane's part of a 16 x 8 tile at [i0, j0] inside
-// [rows, cols]
-LOTR_DEVICE void store_float(float* to, int64_t row_stride, int64_t col_stride, int64_t i0, int64_t rows,
-                             int j0, int cols, const float (&d)[4], float scale, bool accumulate) {
-  const int lane = threadIdx.x % 32, j = j0 + lane % 4 * 2;
-  const int64_t i = i0 + lane / 4;
-  float* out = to + i * row_stride + j * col_stride;
-  const bool pairs = col_stride == 1 && row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0;
-  if (pairs && j + 1 < cols) {
-    float2 v[2] = {};
-    if (accumulate) {  // both loads before the first addition waits for one
-
 // A float32 matrix [rows, cols] and the lane's part of its 16 x 8 tiles, as the accumulators have it.
 struct Floats {
   float* data;
@@ -129,12 +117,5 @@ struct Floats {
     store(i0, j0, d, scale, before);
   }
 };
-
-// to[i][j] = d * scale, or += with `accumulate`, for the lane's part of a 16 x 8 tile at [i0, j0] inside
-// [rows, cols]
-LOTR_DEVICE void store_float(float* to, int64_t row_stride, int64_t col_stride, int64_t i0, int64_t rows,
-                             int j0, int cols, const float (&d)[4], float scale, bool accumulate) {
-  Floats{to, row_stride, col_stride, rows, cols}.add(i0, j0, d, scale, accumulate);
-}
 
 }  // namespace lotr::tile
