@@ -23,7 +23,7 @@ from .sass import LISTED, Instruction, parse
 
 CSRC = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "static"
-WGMMA = [CSRC / "shrink_sm90.cu", CSRC / "shrink_grad_sm90.cu"]  # of bf16 and fp16 for sm_90a, besides the others
+WGMMA = [CSRC / "one_product_sm90.cu", CSRC / "shrink_grad_sm90.cu"]  # of bf16 and fp16 for sm_90a, besides the others
 SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")} | {"rows": CSRC / "rows.cu"}
 
 

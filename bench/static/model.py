@@ -289,13 +289,13 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
 
 def bulk_in_flight(row: Row) -> int:
     """Bytes of the large matrix that bulk copies bring to a block at a time. shrink_grad's: half of the ring, while the other
-    half is multiplied. shrink's: all stages but the one that is multiplied and the one before it; a stage is a tile of x and
+    half is multiplied. The others': all stages but the one that is multiplied and the one before it; a stage is a tile of x and
     as much of A for each 64 ranks."""
     if not row.machine["bulk_bytes"]:
         return 0
-    name = f"{row.kernel.upper()}_WGMMA"
+    name = "SHRINK_GRAD_WGMMA" if row.kernel == "shrink_grad" else "ONE_PRODUCT_WGMMA"
     tile = constant(TRAITS, f"{name}_ROWS") * constant(TRAITS, f"{name}_COLS") * ELEMENT
-    if row.kernel == "shrink":
+    if row.kernel != "shrink_grad":
         return (row.machine["shared"] // (tile * (1 + math.ceil(row.r / 64))) - 2) * tile
     return constant(TRAITS, f"{name}_STAGES") // 2 * tile // 2
 

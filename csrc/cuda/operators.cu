@@ -8,9 +8,9 @@
 #include "dispatch.h"
 #include "kernels/fold.cuh"
 #include "launchers.h"
+#include "one_product_sm90.h"
 #include "plan.h"
 #include "shrink_grad_sm90.h"
-#include "shrink_sm90.h"
 
 namespace lotr::cuda {
 namespace {
@@ -213,6 +213,9 @@ size_t factor_grad_workspace(const Call& call, const FactorGradParams& problem) 
   if (p.M == 0) return 0;
   Packer pack(call, nullptr);
   pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
+#ifdef LOTR_SM90A
+  if (factor_grad_wgmma_plan(call, p).rows) return pack.bytes();
+#endif
   size_t bytes = 0;
   rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
     const auto plan = plan::factor_grad(p.M, p.K, ranks, element_size(call.type), machine_of(call));
@@ -232,6 +235,10 @@ void factor_grad(const Call& call, const FactorGradParams& problem, void* worksp
   }
   Packer pack(call, workspace);
   pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
+#ifdef LOTR_SM90A
+  const plan::Plan wgmma = factor_grad_wgmma_plan(call, p);
+  if (wgmma.rows) return factor_grad_wgmma(call, p, wgmma);
+#endif
   rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {
     FactorGradParams piece = p;
     piece.r = ranks;

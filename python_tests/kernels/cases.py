@@ -239,14 +239,20 @@ def shrink_grad_wgmma(shape: Shape, kind: str) -> Problem:
     return shrink_grad(replace(shape, r=1 + 3 * shape.r % 64, sms=sms, wgmma=True), kind)
 
 
-def filled(m: int) -> int:
-    """Multiprocessors for the blocks of shrink by wgmma, of 64 tokens in clusters of up to 4: then it is the cheaper one."""
-    return 4 * max(1, -(-m // 256))
+def filled(made: int) -> int:
+    """Multiprocessors for the blocks of shrink and factor_grad by wgmma, which make 64 rows each in clusters of up to 4: then it
+    is the cheaper one."""
+    return 4 * max(1, -(-made // 256))
 
 
 def shrink_wgmma(shape: Shape, kind: str) -> Problem:
     """shrink on a GPU that has wgmma, at a rank of its kernel and with tokens enough. float32 runs as ever."""
     return shrink(replace(shape, r=1 + 3 * shape.r % 128, sms=filled(shape.m), wgmma=True, p=0.0), kind)
+
+
+def factor_grad_wgmma(shape: Shape, kind: str) -> Problem:
+    """factor_grad on such a GPU, at a rank of that kernel and with columns enough. float32 runs as ever."""
+    return factor_grad(replace(shape, r=1 + 3 * shape.r % 128, sms=filled(shape.k), wgmma=True, p=0.0), kind)
 
 
 def _cores(t: _Maker) -> np.ndarray:
@@ -418,6 +424,7 @@ _ALL = (
     shrink_grad,
     shrink_grad_wgmma,
     shrink_wgmma,
+    factor_grad_wgmma,
     fold,
     fold_grad,
     small,

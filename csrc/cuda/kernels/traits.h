@@ -64,19 +64,19 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
   return cols > 128 ? 128 : cols;
 }
 
-// shrink by wgmma (sm_90a): the largest rank, its tiles of x.
-constexpr int SHRINK_WGMMA_RANK = 128, SHRINK_WGMMA_ROWS = 64, SHRINK_WGMMA_COLS = 64;
+// shrink and factor_grad by wgmma (sm_90a): the largest rank, their tiles of x.
+constexpr int ONE_PRODUCT_WGMMA_RANK = 128, ONE_PRODUCT_WGMMA_ROWS = 64, ONE_PRODUCT_WGMMA_COLS = 64;
 // Blocks that a multiprocessor holds, and stages of a step along K: 8 KB of x and as much of A for each 64
 // ranks.
-constexpr int shrink_wgmma_blocks(int R) {
+constexpr int one_product_wgmma_blocks(int R) {
   return R <= 64 ? 2 : 1;
 }
-constexpr int shrink_wgmma_stages(int R) {
+constexpr int one_product_wgmma_stages(int R) {
   return R <= 64 ? 7 : 9;
 }
 // Blocks of a cluster, which share A.  Where a multiprocessor holds one, pairs: of larger clusters a GPU may
 // not hold enough side by side.
-constexpr int shrink_wgmma_cluster(int R) {
+constexpr int one_product_wgmma_cluster(int R) {
   return R <= 64 ? 4 : 2;
 }
 

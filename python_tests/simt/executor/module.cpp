@@ -14,9 +14,9 @@
 #include "api.h"
 #include "cuda/counters.h"
 #include "cuda/launch.h"
+#include "cuda/one_product_sm90.h"
 #include "cuda/plan.h"
 #include "cuda/shrink_grad_sm90.h"
-#include "cuda/shrink_sm90.h"
 #include "module_gemm_lotr.h"
 #include "module_rows.h"
 
@@ -372,7 +372,12 @@ plan::Plan plan_of(const std::string& kernel, int64_t M, int64_t N, int64_t r, i
     return wgmma.rows ? wgmma : plan::shrink_grad(M, N, r, element, machine);
   }
   if (kernel == "expand_add") return plan::expand_add(M, N, r, element, machine);
-  if (kernel == "factor_grad") return plan::factor_grad(M, N, r, element, machine);
+  if (kernel == "factor_grad") {
+    FactorGradParams p{};
+    p.M = M, p.K = N, p.r = int32_t(r), p.x.row = N, p.v.row = r;
+    const plan::Plan wgmma = cuda::factor_grad_wgmma_plan(as, p);
+    return wgmma.rows ? wgmma : plan::factor_grad(M, N, r, element, machine);
+  }
   throw py::value_error("kernel: got " + kernel);
 }
 

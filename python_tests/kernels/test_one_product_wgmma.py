@@ -1,5 +1,5 @@
-"""shrink by wgmma (csrc/cuda/kernels/shrink_wgmma.cuh): where it runs, what it moves, its compiled code. Its numbers, bits,
-races and left-out barriers are tested with those of all kernels, too (cases.py)."""
+"""shrink and factor_grad by wgmma (csrc/cuda/kernels/one_product_wgmma.cuh): where they run, what they move, their compiled code.
+Their numbers, bits, races and left-out barriers are tested with those of all kernels, too (cases.py)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from arrays import ALIGNED, ODD, PACKED, Layout
-from cases import Shape, filled, shrink, shrink_core
+from cases import Shape, factor_grad, filled, shrink, shrink_core, shrink_grad
 from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, functions
 from test_kernels import bits
 
 from bench.traffic import counts
 
-SOURCE = ROOT / "csrc" / "cuda" / "shrink_sm90.cu"
+SOURCE = ROOT / "csrc" / "cuda" / "one_product_sm90.cu"
 THREADS = 160
 SCHEDULES = [
     {"order": "reverse"},
@@ -55,19 +55,21 @@ def launched(lib, shape: Shape, kind: str = "bf16", make=shrink) -> tuple[int, i
 )
 def test_clusters(lib, m: int, k: int, r: int, blocks: int, cluster: int, layout: Layout, kind: str) -> None:
     """Whole clusters, and the same bits whichever blocks run together."""
-    shape = Shape(m, k, r, layout, sms=filled(m), wgmma=True)
-    assert launched(lib, shape, kind) == (blocks, cluster, THREADS)
-    problem, first = shrink(shape, kind), b""
-    for schedule in SCHEDULES:
-        lib.set_options(**schedule)
-        found = bits(problem.run(lib)["u"])
-        first = first or found
-        assert found == first, schedule
+    across = Shape(max(k, 500), m, r, layout, sms=filled(m), wgmma=True)  # as many columns as shrink has tokens
+    for make, out, shape in ((shrink, "u", Shape(m, k, r, layout, sms=filled(m), wgmma=True)), (factor_grad, "D", across)):
+        assert launched(lib, shape, kind, make) == (blocks, cluster, THREADS)
+        problem, first = make(shape, kind), b""
+        for schedule in SCHEDULES:
+            lib.set_options(**schedule)
+            found = bits(problem.run(lib)[out])
+            first = first or found
+            assert found == first, (out, schedule)
 
 
 @pytest.mark.parametrize("r", range(1, 129, 9))
 def test_ranks(lib, r: int) -> None:
     assert launched(lib, Shape(130, 200, r, sms=4, wgmma=True))[2] == THREADS
+    assert launched(lib, Shape(200, 130, r, sms=4, wgmma=True), make=factor_grad)[2] == THREADS
 
 
 def test_where_it_does_not_run(lib) -> None:
@@ -80,6 +82,9 @@ def test_where_it_does_not_run(lib) -> None:
     assert launched(lib, Shape(600, 500, 129, sms=12, wgmma=True))[2] == 256
     assert launched(lib, Shape(63, 500, 64, sms=12, wgmma=True))[2] == 256
     assert launched(lib, Shape(600, 2000, 16, wgmma=True))[2] == 256  # few tokens for 132 multiprocessors
+    for shape in (Shape(500, 600, 64, sms=12), Shape(500, 600, 64, p=0.5, sms=12, wgmma=True), Shape(63, 600, 64, sms=12, wgmma=True)):
+        assert launched(lib, shape, make=factor_grad)[2] == 256
+    assert launched(lib, Shape(2000, 600, 16, wgmma=True), make=factor_grad)[2] == 256  # few columns
 
 
 def test_a_scaling_and_rows_with_a_stride(lib) -> None:
@@ -97,15 +102,41 @@ def test_a_scaling_and_rows_with_a_stride(lib) -> None:
     assert (u[:, :16] == 7).all() and (u[:, 29:] == 7).all()
 
 
+def test_D_of_any_strides(lib) -> None:
+    """x and v with a stride; D is added to, and whatever lies beside it stays."""
+    rng = np.random.default_rng(0)
+    x, v = rng.normal(size=(301, 400)).astype(np.float16), rng.normal(size=(301, 40)).astype(np.float16)
+    truth = 7 + x[:, 64:265].astype(np.float64).T @ v[:, 8:21].astype(np.float64)
+    lib.set_device(multiprocessors=4, wgmma=True)
+    lib.set_options()
+    for whole in (np.full((201, 40), 7, np.float32), np.full((40, 201), 7, np.float32).T):
+        lib.reset_counters()
+        lib.factor_grad_(whole[:, 16:29], x[:, 64:265], v[:, 8:21])
+        assert lib.counters()["launches"][-1]["block"][0] == THREADS
+        assert np.abs(whole[:, 16:29] - truth).max() < 1e-5 * np.abs(truth).max()
+        assert (whole[:, :16] == 7).all() and (whole[:, 29:] == 7).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5], ids=["Q is written", "Q is added to"])
+def test_shrink_grad_beyond_its_ranks_is_both(lib, p: float) -> None:
+    lib.set_options()
+    lib.reset_counters()
+    problem = shrink_grad(Shape(200, 220, 100, p=p, sms=4, wgmma=True), "bf16")
+    problem.check(problem.run(lib))
+    assert [(one["name"], one["block"][0]) for one in lib.counters()["launches"]][-2:] == [("shrink", THREADS), ("factor_grad", THREADS)]
+
+
 def test_rows_that_bulk_copies_cannot_read(lib) -> None:
     """More than 2^30 elements apart, or all the same one, as in a gradient that is expanded."""
     far = lib.sparse_array((128, (1 << 30) + 8), np.dtype(np.uint16))[:, :64]
     same = np.broadcast_to(np.zeros(64, np.uint16), (128, 64))
     A, u, F, Q = *(np.zeros((rows, 64), np.uint16) for rows in (64, 128, 64)), np.zeros((64, 64), np.float32)
+    kernels = (lambda x: lib.shrink(x, A, u), lambda x: lib.shrink_grad(x, F, u, u.copy(), Q), lambda x: lib.factor_grad_(Q, x, u))
     lib.set_options()
     lib.set_device(multiprocessors=4, wgmma=True)
-    for x, threads in ((np.zeros((128, 64), np.uint16), (THREADS, 384)), (far, (256, 256)), (same, (256, 256))):
-        for run, expected in zip((lambda x: lib.shrink(x, A, u), lambda x: lib.shrink_grad(x, F, u, u.copy(), Q)), threads):
+    plain = np.zeros((128, 64), np.uint16)
+    for x, threads in ((plain, (THREADS, 384, THREADS)), (far, (256, 256, 256)), (same, (256, 256, 256))):
+        for run, expected in zip(kernels, threads, strict=True):
             lib.reset_counters()
             run(x)
             assert lib.counters()["launches"][-1]["block"][0] == expected
@@ -124,6 +155,10 @@ def test_bytes(lib, r: int, cluster: int) -> None:
     assert machine["late_loads"] == machine["cluster_loads"] == machine["atomics"] == machine["memsets"] == 0
     assert machine["late_stored"] == 2 * 64 * r
     assert row.sector_efficiency >= 0.95 and row.bank_conflicts <= 1.05
+    down = counts.count(lib, "factor_grad", k, m, r, wgmma=True)
+    assert (down.blocks, down.once, down.partials, down.factors) == (row.blocks, 1.0, 0, row.factors)
+    assert down.machine["bulk_bytes"] == machine["bulk_bytes"] and down.machine["late_stored"] == 4 * 64 * r
+    assert down.machine["last_loads"] == down.machine["last_shared"] == 0  # D came while the products were made
 
 
 def test_plan_of_a_large_layer(lib) -> None:
@@ -149,9 +184,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_registers(compiled: tuple[Path, str]) -> None:
     _, report = compiled
     kernels = functions(report)
-    assert len(kernels) == 8  # types and ranks
+    assert len(kernels) == 16  # kernels, types and ranks
     for name, (registers, spilled, stack) in kernels.items():
-        assert registers <= 128 and spilled == stack == 0, f"{name}: registers, spilled, stack {registers, spilled, stack}"
+        assert registers <= 152 and spilled == stack == 0, f"{name}: registers, spilled, stack {registers, spilled, stack}"
     assert not re.findall(r"C75\d\d|arning", report)  # C75xx: wgmma that ptxas had to serialise
 
 
@@ -160,12 +195,12 @@ def test_instructions(compiled: tuple[Path, str]) -> None:
     cubin, _ = compiled
     sass = subprocess.run([CUOBJDUMP, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
-    assert len(bodies) == 8
+    assert len(bodies) == 16
     for name, body in bodies.items():
         products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
         assert all(bool(bf16) == ("bfloat16" in name) for _, bf16 in products), name
         rank = re.search(r"Li(\d+)E", name).group(1)
-        assert [shape for shape, _ in products] == [f"64x{rank}x16"] * 4, name  # one step along K
+        assert [shape for shape, _ in products] == [f"64x{rank}x16"] * 4, name  # one step
         places = [found.start() for found in re.finditer("HGMMA", body)]
         assert not re.search(r"MEMBAR|CCTL|ERRBAR|STS|\bLDS\b|\bLDG|STG", body[places[0] : places[-1]]), (
             f"{name}: between products"

@@ -1,4 +1,4 @@
-"""Bugs planted into copies of csrc/cuda/kernels/shrink_wgmma.cuh, one at a time: each is noticed by the means named here.
+"""Bugs planted into copies of csrc/cuda/kernels/one_product_wgmma.cuh, one at a time: each is noticed by the means named here.
 What is merely left out, a barrier or a wait, is the business of mutate_kernels.py."""
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FILE = "kernels/shrink_wgmma.cuh"
+FILE = "kernels/one_product_wgmma.cuh"
 
 # name: text, what stands there instead, what a failure must say
 BUGS: dict[str, tuple[str, str, str]] = {
-    "wrong_panel": ("sizeof(stage.A[0])), i + k > 0)", "1024), i + k > 0)", ": u: "),
+    "wrong_panel": ("sizeof(stage.factor[0])), i + k > 0)", "1024), i + k > 0)", ": u: "),
     "each_block_fetches_the_first_share": ("int(ptx::cluster_rank()) * Traits::SHARE", "0", ": u: |NaN"),
-    "rows_of_another_share": ("i * COLS + share, full,", "i * COLS, full,", ": u: "),
+    "rows_of_another_share": ("i * ROWS + share, full,", "i * ROWS, full,", ": u: "),
     "a_share_for_this_block_alone": ("(1 << Traits::CLUSTER) - 1)", "1 << ptx::cluster_rank())", "deadlock|in flight"),
     "given_back_to_this_block_alone": ("if (lane < Traits::CLUSTER)", "if (lane == ptx::cluster_rank())", "deadlock"),
     "given_back_before_the_wait": (
@@ -27,7 +27,9 @@ BUGS: dict[str, tuple[str, str, str]] = {
     ),
     "stored_before_the_last_product": ("    ptx::wgmma_wait<0>();\n", "", "wgmma in flight"),
     "the_first_step_adds_to_nothing": ("i + k > 0)", "true)", ": u: |NaN"),
-    "a_step_too_few": ("(p.K + COLS - 1) / COLS", "p.K / COLS", ": u: |deadlock"),
+    "what_D_was_forgotten": ("if (p.accumulate) each(", "if (false) each(", ": D: "),
+    "columns_of_the_next_block": ("Traits::DOWN ? first() : i * COLS", "Traits::DOWN ? first() + COLS : i * COLS", ": D: "),
+    "a_step_too_few": ("(length + ROWS - 1) / ROWS", "length / ROWS", ": u: |deadlock"),
 }
 
 
@@ -37,9 +39,9 @@ def test_noticed(name: str, tmp_path: Path) -> None:
     import build
 
     text, instead, message = BUGS[name]
-    module = build.planted_module("plain", "shrink_sm90.cu", FILE, text, instead, tmp_path)
+    module = build.planted_module("plain", "one_product_sm90.cu", FILE, text, instead, tmp_path)
     script = [sys.executable, str(HERE / "sweep.py"), "--module", str(module), "--shapes", "pipeline", "--kinds", "bf16"]
-    script += ["--kernels", "shrink_wgmma"]
+    script += ["--kernels", "shrink_wgmma,factor_grad_wgmma"]
     done = subprocess.run(script, capture_output=True, text=True, timeout=900)
     found = [line for line in (done.stdout + done.stderr).splitlines() if re.search(message, line)]
     assert done.returncode == 1 and found, done.stdout + done.stderr
