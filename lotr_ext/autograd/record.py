@@ -29,8 +29,8 @@ class Call:
     """
 
     __slots__ = (
-        *("bank", "compute", "core", "dtype", "group", "l", "made_of", "owner", "owns_y", "p", "plan", "scaling", "shares"),
-        "strategy",
+        *("apart", "bank", "compute", "core", "dtype", "factors", "group", "l", "made_of", "owner", "owns_y", "p", "plan"),
+        *("scaling", "shares", "strategy"),
     )
 
     def __init__(
