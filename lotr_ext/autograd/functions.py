@@ -51,11 +51,6 @@ def kept_core(core: Tensor) -> Tensor:
     return core if keeps_all_by_itself() else core.detach().clone()
 
 
-def in_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors in a dtype, as autocast casts them."""
-    return [None if t is None else to(t, dtype) for t in tensors]
-
-
 def versions(B: Tensor, core: Tensor) -> tuple[Tensor, int, Tensor, int] | None:
     """For a forward under a dispatch mode: selective checkpointing keeps what was made of B and core, and autograd is then not
     there to notice that they were changed."""
@@ -132,7 +127,7 @@ class LoTRFunction(Node):
             sum_B = call.group.B.accumulator(B) if need_B else None
         plan, weight, x_ = call.plan, weight if need_x else None, x if need_A else None
         if call.dtype is not None:
-            weight, x_ = in_dtype(g.dtype, weight, x_)
+            weight, x_ = call.cast(weight, x_)
         order, unfolded = plan.order, plan.unfolded
         dx, _, dA, dB, dcore = ops.layer_backward(
             g, weight, x_, u, A, F, B, core, call.scaling, order, unfolded, sum_A, sum_B, need_B, need_core
@@ -311,8 +306,7 @@ class LoTRExpand(Node):
         F_l = None if F is None else F[call.l]
         values = (B, core) if B.device == u.device == core.device else here(u.device, B, core)
         if y is None:
-            operands = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
-            order = call.plan.order
+            operands, order = call.cast(x, weight, bias), call.plan.order
             y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, order, False, u=u, F=F_l)
         else:
             if F_l is None:
@@ -369,9 +363,7 @@ class LoTRExpand(Node):
         k, dx = total.value if ctx.summed and total.value is not None else (None, None)
         last = shrink is not None and ctx.summed and need_x and need_u and wants(ctx, 1)
         x, A, seed, sum_A = (LoTRShrink.rest(shrink) if last else None) or (None,) * 4
-        weight = weight if need_x else None
-        if call.dtype is not None:
-            weight, x = in_dtype(g.dtype, weight, x)
+        weight, x = call.cast(weight if need_x else None, x)
         Q = call.bank.gradient.accumulator(ctx.F)[call.l] if need_F else None
         sum_B = call.group.B.accumulator(values[0]) if need_B and call.shares else None
         operands = (g, weight, x, u, A, F_l, *values, call.scaling, call.plan.order, False)

@@ -157,9 +157,9 @@ class LoTRLayer(HasCore):
             if self.notice is not None:
                 self.notice.warn(self.adapter_parameters())
             return self._base(x)
-        if self.disabled and self.start_core is None:
-            return self._base(x)
         if self.disabled:
+            if self.start_core is None:
+                return self._base(x)
             return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
         # parameters are read where nn.Module keeps them, here, in factors and in _call: by its __getattr__ a layer and step
         # takes 11 us longer (bench.host, one token)
