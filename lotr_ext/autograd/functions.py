@@ -302,11 +302,10 @@ class LoTRExpand(Node):
     def forward(ctx, route, u, B, core, F, y, base, call: Call, shared_input: SharedInput):
         ctx.set_materialize_grads(False)
         need_x, need_u, need_B, need_core, _, _ = ctx.needs_input_grad[:6]
-        x, weight, bias = base
         F_l = None if F is None else F[call.l]
         values = (B, core) if B.device == u.device == core.device else here(u.device, B, core)
         if y is None:
-            operands, order = call.cast(x, weight, bias), call.plan.order
+            operands, order = base if call.dtype is None else call.cast(*base), call.plan.order
             y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, order, False, u=u, F=F_l)
         else:
             if F_l is None:
@@ -316,7 +315,7 @@ class LoTRExpand(Node):
             if call.owns_y:
                 ctx.mark_dirty(y)
         ctx.save_for_backward(
-            weight if need_x else None,
+            base[1] if need_x else None,  # the weight
             F_l if need_u else None,
             u if need_B or need_core else None,
             B if need_u or need_core else None,
@@ -363,7 +362,9 @@ class LoTRExpand(Node):
         k, dx = total.value if ctx.summed and total.value is not None else (None, None)
         last = shrink is not None and ctx.summed and need_x and need_u and wants(ctx, 1)
         x, A, seed, sum_A = (LoTRShrink.rest(shrink) if last else None) or (None,) * 4
-        weight, x = call.cast(weight if need_x else None, x)
+        weight = weight if need_x else None
+        if call.dtype is not None:
+            weight, x = call.cast(weight, x)
         Q = call.bank.gradient.accumulator(ctx.F)[call.l] if need_F else None
         sum_B = call.group.B.accumulator(values[0]) if need_B and call.shares else None
         operands = (g, weight, x, u, A, F_l, *values, call.scaling, call.plan.order, False)

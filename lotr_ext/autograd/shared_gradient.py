@@ -32,11 +32,10 @@ class TaskSum:
     """What a backward has summed up so far, and the CUDA stream that wrote it last. key: the backward's id, and of what; cuda:
     whether it is on a GPU."""
 
+    key: tuple[int, Any]
+    cuda: bool
     value: Any = None
     stream: torch.cuda.Stream | None = None
-
-    def __init__(self, key: tuple[int, Any], cuda: bool) -> None:
-        self.key, self.cuda = key, cuda
 
     def follow_stream(self, device: torch.device) -> None:
         """Orders this use after the last one: autograd's own stream synchronisation does not see these writes."""
@@ -67,7 +66,8 @@ class TaskSums:
             with self._lock:
                 total = self.sums.get(key)
                 if total is None:
-                    total = self.sums[key] = TaskSum(key, device.type == "cuda")
+                    total = self.sums[key] = TaskSum()
+                    total.key, total.cuda = key, device.type == "cuda"
                     # does nothing: the engine holds the only strong reference by it, until the backward ends or fails
                     at_end_of_backward(partial(id, total))
                 self._last = weakref.ref(total)
