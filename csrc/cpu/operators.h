@@ -9,6 +9,9 @@ namespace lotr::cpu::LOTR_ISA {
 // Multiplications that are worth a thread: fewer cost less than waking one.
 constexpr int64_t kThreadWork = 3 << 15;
 
+// Tokens up to which an outer product of a rank that fills no vector is made without copies.
+constexpr int64_t kFewRows = 4;
+
 template <typename F>
 inline void run_tasks(int64_t tasks, int64_t work, F&& body) {
   if (work < 2 * kThreadWork || tasks <= 1) {
@@ -210,6 +213,31 @@ struct Operators {
     int64_t left() const { return at_once ? smaller(1, count) : count; }
   };
 
+  // Rows [c0, c1) and columns [j, j + n) of out (+)= scale * x^T k, each element written once, no operand
+  // copied.
+  template <int n>
+  static void outer_part(const Mat& out, int64_t c0, int64_t c1, const Mat& x, const Mat& k, int64_t j,
+                         double scale, bool add) {
+    typedef Acc Part __attribute__((vector_size(n * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
+    for (int64_t c = c0; c < c1; ++c) {
+      Part sum = {};
+      const Acc* a = static_cast<const Acc*>(x.data) + c;
+      const Acc* b = static_cast<const Acc*>(k.data) + j;
+      for (int64_t i = 0; i < x.rows; ++i, a += x.rs, b += k.rs)
+        sum += *a * *reinterpret_cast<const Part*>(b);
+      Part* const at = reinterpret_cast<Part*>(static_cast<Acc*>(out.data) + c * out.rs + j);
+      *at = add ? *at + Acc(scale) * sum : Acc(scale) * sum;
+    }
+  }
+  static void outer_parts(const Mat& out, const Mat& x, const Mat& k, double scale, bool add) {
+    run_rows(x.cols, x.rows * x.cols * k.cols, [&](int64_t c0, int64_t c1) {
+      int64_t j = 0;
+      for (; j + 8 <= k.cols; j += 8) outer_part<8>(out, c0, c1, x, k, j, scale, add);
+      for (; j + 4 <= k.cols; j += 4) outer_part<4>(out, c0, c1, x, k, j, scale, add);
+      for (; j < k.cols; ++j) outer_part<1>(out, c0, c1, x, k, j, scale, add);
+    });
+  }
+
   // out (+)= scale * drop(x)^T k.
   static void outer(const Mat& out, const Mat& x, const Mat& k, const Drop& drop, double scale, bool add) {
     const Chunks chunks(x.rows);
@@ -228,6 +256,11 @@ struct Operators {
                          c1, tile_m, false, memory.get<char>());
       });
       return;
+    }
+    if constexpr (same<T, Acc>) {
+      // Few tokens and a rank that fills no vector: to pad k and the sums would take longer than the sums.
+      if (x.rows <= kFewRows && wide && out.cs == 1 && native<K, T>(x) && native<K, T>(k) && !drop.on)
+        return outer_parts(out, x, k, scale, add);
     }
     const Blocks blocks(chunks, tile_m, OuterSums<K>::size(x.cols, whole, k.cols));
     // With fewer chunks than threads x is cut by columns too, which changes no sum.

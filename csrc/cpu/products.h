@@ -65,6 +65,15 @@ struct PackedFactor {
   }
 };
 
+// n neighbours: out (= or +=) scale * c.
+template <int n, typename T>
+LOTR_INLINE void write_part(T* out, const T* c, T scale, bool add) {
+  typedef T Part __attribute__((vector_size(n * sizeof(T)), aligned(sizeof(T)), may_alias));
+  Part* const at = reinterpret_cast<Part*>(out);
+  const Part sum = scale * *reinterpret_cast<const Part*>(c);
+  *at = add ? *at + sum : sum;
+}
+
 // out[i0 + i, j] (= or +=) scale * c[i][j], rounded once.
 template <typename K>
 inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename K::Acc* c, int64_t ldc,
@@ -81,6 +90,11 @@ inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename 
           const auto sum = s * load(c + j);
           store(row + j, add ? load(row + j) + sum : sum);
         }
+      }
+      // The end of a rank that fills no vector, in parts of one: a masked store would make the next row's load wait.
+      if constexpr (same<Acc, T>) {
+        for (; out.cs == 1 && j + 8 <= out.cols; j += 8) write_part<8>(row + j, c + j, s, add);
+        for (; out.cs == 1 && j + 4 <= out.cols; j += 4) write_part<4>(row + j, c + j, s, add);
       }
       for (; j < out.cols; ++j) {
         T* at = row + j * out.cs;

@@ -145,6 +145,14 @@ inline void tile_down_columns(typename K::Unit* tile, int64_t ld, const Mat& a, 
           store(tile + j, K::pair_up(src + i * a.rs + j, src + (i + 1) * a.rs + j));
       }
     }
+    if constexpr (!pairs<K> && same<S, float> && same<T, float>) {
+      // A row of a rank that fills no vector: its elements and the zeros behind them at once.
+      const bool whole = a.cs == 1 && !drop.on && ld % K::kLanes == 0;
+      const float* src = static_cast<const float*>(a.data) + i0 * a.rs + c0;
+      for (; whole && i < rows; ++i, src += a.rs, tile += ld) {
+        for (int64_t j = 0; j < ld; j += K::kLanes) store(tile + j, load_first(src + j, larger(0, cols - j)));
+      }
+    }
     for (; i < rows; i += K::kPair, tile += ld) {
       typename K::Unit* dst = tile;
       const uint16_t* half[2] = {row, row + cols};

@@ -117,6 +117,19 @@ LOTR_INLINE vf load(const f16* p) {
 LOTR_INLINE void store(float* p, vf v) {
   *reinterpret_cast<VecOf<float>::memory*>(p) = v;
 }
+// The first n of a vector's lanes, with zeros for the others.
+LOTR_INLINE vf load_first(const float* p, int64_t n) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_loadu_ps(__mmask16(n < 16 ? (1u << n) - 1 : 0xffffu), p);
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return (vf)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane));
+#else
+  vf v = {};
+  for (int64_t i = 0; i < LOTR_VB / 4 && i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
 LOTR_INLINE void store(double* p, vd v) {
   *reinterpret_cast<VecOf<double>::memory*>(p) = v;
 }

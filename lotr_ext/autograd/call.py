@@ -159,21 +159,22 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
             return explicitly_cast(call_linear, x, weight, bias, A, B, call)
-        call.compute = x.dtype
-        if x.dtype != weight.dtype and type(weight) in _PLAIN:
-            raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
+        call.compute = dtype = x.dtype
+        if dtype != weight.dtype and type(weight) in _PLAIN:
+            raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {dtype}")
     if x.is_meta != weight.is_meta:
         raise ValueError(f"x: expected a tensor on {weight.device}, as the weight is, got one on {x.device}")
     grad = is_grad_enabled()
     if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return add_adapter(x, base_linear(x, weight, bias, call.dtype), A, B, call)
     plan = call.plan = plan_call(x, A, call, weight)
-    if plan.nodes == 0:
+    nodes = plan.nodes
+    if nodes == 0:
         if plan is traced.PLAN:
             return traced.adapted(x, None, weight, bias, A, B, call)
         return _composite(x, base_linear(x, weight, bias, call.dtype), A, B, call)
     in_graph = grad and (x.requires_grad or A.requires_grad or B.requires_grad or call.core.requires_grad)
-    if plan.nodes == 2:
+    if nodes == 2:
         found = shared_u(x, A, B, call)
         return expand(found, None, (x, weight, bias), B, call, in_graph)
     if in_graph:

@@ -81,9 +81,12 @@ class LoTRFunction(Node):
         need_x, need_weight, _, need_A, need_B, need_core, _ = ctx.needs_input_grad
         if not isinstance(call, Call):
             call = Call.of_function(x, core, call, any(ctx.needs_input_grad))
-        x_, weight_, bias_ = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
-        A_, B_, core_ = (A, B, core) if A.device == x.device == core.device else here(x.device, A, B, core)
-        plan = call.plan
+        x_, weight_, bias_, A_, B_, core_, plan = x, weight, bias, A, B, core, call.plan
+        if call.dtype is not None:
+            x_, weight_, bias_ = call.cast(x, weight, bias)
+        call.apart = not (A.device == x.device == core.device)
+        if call.apart:
+            A_, B_, core_ = here(x.device, A, B, core)
         y, u, F = ops.layer_forward(x_, weight_, bias_, A_, B_, core_, call.scaling, plan.order, plan.unfolded)
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: for kept_u, which layers avoid where A is frozen
@@ -96,7 +99,7 @@ class LoTRFunction(Node):
         )
         # the values of what is not saved, whose change nobody minds; and A and B as the next layers of a checkpoint's forward,
         # which saves no tensor, must find them
-        ctx.call, ctx.factors = call, (A, B, core)
+        ctx.call, call.factors = call, (A, B, core)
         if dispatch_modes():
             call.made_of = versions(B, core)
         return y
@@ -115,14 +118,16 @@ class LoTRFunction(Node):
         if call.made_of is not None:
             refuse_changed(call.made_of, need_x or need_A, need_B, need_core)
         if A is None or B is None or core is None:
-            A, B, core = (own if saved is None else saved for own, saved in zip(ctx.factors, (A, B, core)))
-        if not (A.device == g.device == core.device):
+            A, B, core = (own if saved is None else saved for own, saved in zip(call.factors, (A, B, core)))
+        if call.apart:
             A, B, core = here(g.device, A, B, core)
         sum_A = sum_B = None
         if call.shares:
             sum_A = call.group.A.accumulator(A) if need_A else None
             sum_B = call.group.B.accumulator(B) if need_B else None
         plan, weight, x_ = call.plan, weight if need_x else None, x if need_A else None
+        if call.dtype is not None:
+            weight, x_ = call.cast(weight, x_)
         order, unfolded = plan.order, plan.unfolded
         dx, _, dA, dB, dcore = ops.layer_backward(
             g, weight, x_, u, A, F, B, core, call.scaling, order, unfolded, sum_A, sum_B, need_B, need_core
@@ -148,7 +153,7 @@ class LoTRFunction(Node):
         if ctx.call.made_of is not None:
             refuse_changed(ctx.call.made_of, want_x or want_A, want_B, want_core)
         x, weight, A, B, core, u, _ = saved
-        core = None if core is None else ctx.factors[2]  # hooks are given a copy, which has no graph
+        core = None if core is None else ctx.call.factors[2]  # hooks are given a copy, which has no graph
         if u is not None and is_grad_enabled() and not compiled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
             u = kept_u(ctx, u, x, A)
         shape, g = g.shape, rows(g)
@@ -159,7 +164,7 @@ class LoTRFunction(Node):
             dx = g @ to(weight, g.dtype) + k @ to(A, g.dtype).to(g.device).t()
             dx = dx.view(*shape[:-1], dx.shape[-1])
         dA = flat.t() @ k if want_A else None
-        home = (None if d is None else d.to(t.device, t.dtype) for d, t in zip((dA, dB, dcore), ctx.factors))
+        home = (None if d is None else d.to(t.device, t.dtype) for d, t in zip((dA, dB, dcore), ctx.call.factors))
         return dx, g.t() @ flat if want_weight else None, g.sum(0) if want_bias else None, *home
 
 
@@ -173,7 +178,7 @@ def kept_u(node, u: Tensor, x: Tensor | None, A: Tensor | None) -> Tensor:
     if x is None:
         x, of_x = saved_or_changed(node, 0)
     if A is None:
-        A, of_A = saved_or_changed(node, 2) if node.needs_input_grad[0] else (node.factors[0], None)
+        A, of_A = saved_or_changed(node, 2) if node.needs_input_grad[0] else (node.call.factors[0], None)
     error = of_x or of_A
     made = rows(to(x, u.dtype)) @ to(A, u.dtype).to(u.device)
     if error is None:
@@ -297,12 +302,10 @@ class LoTRExpand(Node):
     def forward(ctx, route, u, B, core, F, y, base, call: Call, shared_input: SharedInput):
         ctx.set_materialize_grads(False)
         need_x, need_u, need_B, need_core, _, _ = ctx.needs_input_grad[:6]
-        x, weight, bias = base
         F_l = None if F is None else F[call.l]
         values = (B, core) if B.device == u.device == core.device else here(u.device, B, core)
         if y is None:
-            operands = (x, weight, bias) if call.dtype is None else call.cast(x, weight, bias)
-            order = call.plan.order
+            operands, order = base if call.dtype is None else call.cast(*base), call.plan.order
             y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, order, False, u=u, F=F_l)
         else:
             if F_l is None:
@@ -312,7 +315,7 @@ class LoTRExpand(Node):
             if call.owns_y:
                 ctx.mark_dirty(y)
         ctx.save_for_backward(
-            weight if need_x else None,
+            base[1] if need_x else None,  # the weight
             F_l if need_u else None,
             u if need_B or need_core else None,
             B if need_u or need_core else None,
@@ -359,9 +362,12 @@ class LoTRExpand(Node):
         k, dx = total.value if ctx.summed and total.value is not None else (None, None)
         last = shrink is not None and ctx.summed and need_x and need_u and wants(ctx, 1)
         x, A, seed, sum_A = (LoTRShrink.rest(shrink) if last else None) or (None,) * 4
+        weight = weight if need_x else None
+        if call.dtype is not None:
+            weight, x = call.cast(weight, x)
         Q = call.bank.gradient.accumulator(ctx.F)[call.l] if need_F else None
         sum_B = call.group.B.accumulator(values[0]) if need_B and call.shares else None
-        operands = (g, weight if need_x else None, x, u, A, F_l, *values, call.scaling, call.plan.order, False)
+        operands = (g, weight, x, u, A, F_l, *values, call.scaling, call.plan.order, False)
         sums = {"k": k, "dx": dx if need_x else None, "Q": Q, "dA": sum_A, "dB": sum_B}
         new_dx, new_k, _, dB, dcore = ops.layer_backward(
             *operands, **sums, need_B=need_B, need_core=need_core, p=0.0 if A is None else call.p, seed=seed

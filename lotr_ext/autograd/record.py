@@ -25,12 +25,13 @@ class Call:
     has one of its factors.
     dtype: autocast's, None outside of it; compute: what to compute in; plan: what runs; bank, l: what the forward scope has
     made for it, and its place there; owns_y: whether the y that it adds to is nobody else's; made_of: B and core with their
-    versions, under a dispatch mode (`functions.versions`).
+    versions, under a dispatch mode (`functions.versions`); factors: A, B and core as a LoTRFunction was given them; apart:
+    whether these are on other devices than x.
     """
 
     __slots__ = (
-        *("bank", "compute", "core", "dtype", "group", "l", "made_of", "owner", "owns_y", "p", "plan", "scaling", "shares"),
-        "strategy",
+        *("apart", "bank", "compute", "core", "dtype", "factors", "group", "l", "made_of", "owner", "owns_y", "p", "plan"),
+        *("scaling", "shares", "strategy"),
     )
 
     def __init__(
@@ -51,6 +52,8 @@ class Call:
         self.made_of: tuple[Tensor, int, Tensor, int] | None = None
         self.compute: torch.dtype
         self.plan: Plan
+        self.factors: tuple[Tensor, Tensor, Tensor]
+        self.apart: bool
 
     @classmethod
     def of_function(cls, x: Tensor, core: Tensor, scaling: float, graph: bool) -> Call:
@@ -66,9 +69,7 @@ class Call:
         call.dtype, call.compute, call.plan, call.owns_y = self.dtype, self.compute, self.plan, self.owns_y
         return call
 
-    def cast(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The base product's operands as autocast casts them."""
+    def cast(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What the base product and its gradients are made of, as autocast casts it."""
         dtype = self.dtype
-        return (
-            (x, weight, bias) if dtype is None else (to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype))
-        )
+        return tensors if dtype is None else tuple(None if t is None else to(t, dtype) for t in tensors)

@@ -29,9 +29,11 @@ def _nothing() -> None:
 
 
 class TaskSum:
-    """What a backward has summed up so far, and the CUDA stream that wrote it last. key: the backward's id, and of what."""
+    """What a backward has summed up so far, and the CUDA stream that wrote it last. key: the backward's id, and of what; cuda:
+    whether it is on a GPU."""
 
     key: tuple[int, Any]
+    cuda: bool
     value: Any = None
     stream: torch.cuda.Stream | None = None
 
@@ -65,11 +67,11 @@ class TaskSums:
                 total = self.sums.get(key)
                 if total is None:
                     total = self.sums[key] = TaskSum()
-                    total.key = key
+                    total.key, total.cuda = key, device.type == "cuda"
                     # does nothing: the engine holds the only strong reference by it, until the backward ends or fails
                     at_end_of_backward(partial(id, total))
                 self._last = weakref.ref(total)
-        if device.type == "cuda":
+        if total.cuda:
             total.follow_stream(device)
         return total
 

@@ -186,7 +186,7 @@ class LoTRFactors(nn.Module):
         knew it again, and would gather, free and reduce A around each layer's backward, before the hub has its gradient.
         """
         own = self._parameters
-        return operation(*((own["A"], own["B"]) if "A" in own and "B" in own else (self.A, self.B)))
+        return operation(own["A"], own["B"]) if "A" in own and "B" in own else operation(self.A, self.B)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoTRFactors:
         if self.start_A is not None and not self.start_A.is_meta and fn(self.start_A).is_meta:

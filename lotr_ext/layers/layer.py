@@ -157,9 +157,9 @@ class LoTRLayer(HasCore):
             if self.notice is not None:
                 self.notice.warn(self.adapter_parameters())
             return self._base(x)
-        if self.disabled and self.start_core is None:
-            return self._base(x)
         if self.disabled:
+            if self.start_core is None:
+                return self._base(x)
             return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
         # parameters are read where nn.Module keeps them, here, in factors and in _call: by its __getattr__ a layer and step
         # takes 11 us longer (bench.host, one token)
@@ -167,13 +167,14 @@ class LoTRLayer(HasCore):
         core = parameters["core"] if "core" in parameters else self.core
         factors = modules["factors"] if "factors" in modules else self.factors
         call = Call(core, self.scaling, self.dropout if self.training else 0.0, factors._group, self, self.strategy)
-        if self.mixture is not None:
-            cores, call.scaling, index = cores_of(self.mixture, call.core), self.mixture.scaling, index_for(self.mixture, x)
-            return factors(lambda A, B: call_mixed(x, self._base, A, B, cores, index, call))
-        return factors(partial(self._call, x, call))
+        return factors(partial(self._call if self.mixture is None else self._call_mixed, x, call))
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         return call_linear(x, self._matrix(), self.bias, A, B, call)
+
+    def _call_mixed(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
+        cores, call.scaling, index = cores_of(self.mixture, call.core), self.mixture.scaling, index_for(self.mixture, x)
+        return call_mixed(x, self._base, A, B, cores, index, call)
 
     def _base(self, x: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _base")

@@ -22,6 +22,10 @@ from .library import accumulate_dtype, bump_versions, refuse_gradients
 from .library import lotr as _lotr
 from .operators import rank_rows
 
+_FORWARD, _FORWARD_PRODUCTS = _lotr.layer_forward.default, _lotr.layer_forward.products
+_BACKWARD, _BACKWARD_PRODUCTS = _lotr.layer_backward_.default, _lotr.layer_backward_.products
+_SMALL_FORWARD, _SMALL_BACKWARD = _lotr.small_layer_forward.default, _lotr.small_layer_backward_.default
+
 
 def _as_rows(t: Tensor) -> Tensor:
     """t with leading dimensions that lie as one, t itself where they do."""
@@ -60,9 +64,10 @@ def layer_forward(
         x = _as_rows(x)
     shown = dispatch_modes() and not is_compiling()
     if unfolded:
-        operator, args = _lotr.small_layer_forward.default, (x, weight, bias, A, B, core, scaling, order == 1)
-        return *(operator.decompose(*args) if shown else operator(*args)), None
-    operator = _lotr.layer_forward.products.decompose if shown else _lotr.layer_forward.default
+        operator = _SMALL_FORWARD.decompose if shown else _SMALL_FORWARD
+        y, u = operator(x, weight, bias, A, B, core, scaling, order == 1)
+        return y, u, None
+    operator = _FORWARD_PRODUCTS.decompose if shown else _FORWARD
     y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
     return y, new_u if u is None else u, new_F if F is None else F
 
@@ -107,28 +112,28 @@ def layer_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Backward of `layer_forward` for g [..., n]: (dx, k, dA, dB, dG), each new and only where it is asked for.
 
-    dx with weight; dA with x; k [m, r_in] with F but no A; dB and dG as needed. k, dx: what siblings bring; dx [..., k], Q
-    [n, r_in], dA, dB are added to in place where given, by their only owner: no version counter moves. With Q, dB and dG are
-    left to whoever folds it. New dA, dB and dG are in the factors' dtype if they have one in common, else in float32 (float64).
+    weight and x in g's dtype. dx with weight; dA with x; k [m, r_in] with F but no A; dB and dG as needed. k, dx: what siblings
+    bring; dx [..., k], Q [n, r_in], dA, dB are added to in place where given, by their only owner: no version counter moves.
+    With Q, dB and dG are left to whoever folds it. New dA, dB and dG are in the factors' dtype if they have one in common, else
+    in float32 (float64).
     """
-    dtype = g.dtype
     if g.dim() > 2 and not g.is_contiguous():
         g = _as_rows(g)
-    if weight is not None and weight.dtype != dtype:
-        weight = weight.to(dtype)
-    if x is not None and (x.dtype != dtype or (x.dim() > 2 and not x.is_contiguous())):
-        x = _as_rows(x.to(dtype))
+    if x is not None and x.dim() > 2 and not x.is_contiguous():
+        x = _as_rows(x)
     shown = dispatch_modes() and not is_compiling()
+    new_k, fold = None, True
     with private_write():
         if unfolded:
-            operator = _lotr.small_layer_backward_.default
-            args = (g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core)
-            new_dx, new_dA, new_dB, dcore = operator.decompose(*args) if shown else operator(*args)
-            new_k, fold = None, True
+            operator = _SMALL_BACKWARD.decompose if shown else _SMALL_BACKWARD
+            new_dx, new_dA, new_dB, dcore = operator(
+                g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core
+            )
         else:
-            operator = _lotr.layer_backward_.products.decompose if shown else _lotr.layer_backward_.default
-            args = (g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
-            new_dx, new_k, new_dA, new_dB, dcore = operator(*args)
+            operator = _BACKWARD_PRODUCTS.decompose if shown else _BACKWARD
+            new_dx, new_k, new_dA, new_dB, dcore = operator(
+                *(g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
+            )
             fold = u is not None and Q is None
     return (
         None if weight is None or dx is not None else new_dx,
