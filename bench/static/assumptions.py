@@ -92,7 +92,7 @@ SOURCES = [
     (
         "wgmma runs at the data sheet's peak, its operands at 128 bytes a cycle, B once for a warpgroup, transposed ones too; "
         "bulk copies take the same path; the warp that issues them costs nothing; in flight is half of shrink_grad's ring, and "
-        "all but two stages of shrink's; a multicast is read from L2 once and takes the path of each block that it goes to",
+        "all stages of the others' but those that are multiplied and as many before; a multicast is read from L2 once and takes the path of each block that it goes to",
         "assumed, the peak by the data sheet; the rings from the kernels' sources",
     ),
     (

@@ -8,15 +8,20 @@ namespace lotr::plan {
 
 // A block for each tile of 64 rows that are `made` [made, r], of sums that are `length` long, in whole
 // clusters; nothing is chosen but whether it runs.
-inline Plan one_product_wgmma(int64_t made, int64_t length, int64_t r, int multiprocessors) {
+inline Plan one_product_wgmma(int64_t made, int64_t length, int64_t r, int multiprocessors, bool down) {
   constexpr int64_t ROWS = kernels::ONE_PRODUCT_WGMMA_ROWS;
   // bytes of x in a microsecond that one multiprocessor gets through
-  const double alone = r <= 32 ? 95e3 : r <= 64 ? 75e3 : 50e3;
+  const double alone = down ? (r <= 32   ? 72e3
+                               : r <= 64 ? 60e3
+                                         : 39e3)
+                            : (r <= 32   ? 62e3
+                               : r <= 64 ? 50e3
+                                         : 34e3);
   const int64_t cluster = kernels::one_product_wgmma_cluster(padded_rank(r)), tiles = ceil_div(made, ROWS),
                 clusters = ceil_div(tiles, cluster), blocks = clusters * cluster;
   const double large = 2.0 * double(made) * double(length),
                extra = 2.0 * double(r) * double(length) * double(clusters);
-  const double memory = (large + EXTRA * extra) / (MEMORY * multiprocessors);
+  const double memory = (large + extra_of_one_product(padded_rank(r)) * extra) / (MEMORY * multiprocessors);
   const double own = double(ceil_div(blocks, multiprocessors)) * 2.0 * double(ROWS) * double(length) / alone;
   const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8), 1 / 8.);
   return {ROWS, ROWS, tiles, ceil_div(length, ROWS), blocks, 1, extra, stream, false, false};
@@ -34,7 +39,7 @@ inline plan::Plan shrink_wgmma_plan(const Call& call, const ShrinkParams& p) {
   if (!wgmma_takes(call, p.r, kernels::ONE_PRODUCT_WGMMA_RANK, p.M, kernels::ONE_PRODUCT_WGMMA_ROWS) ||
       !bulk_copies_read(p.x, p.M, p.K) || !bulk_copies_read(p.A, p.K, p.r) || p.dropout.seed || p.core.data)
     return {};
-  const plan::Plan wgmma = plan::one_product_wgmma(p.M, p.K, p.r, call.multiprocessors);
+  const plan::Plan wgmma = plan::one_product_wgmma(p.M, p.K, p.r, call.multiprocessors, false);
   const auto machine = plan::Machine::of(call.multiprocessors, call.shared, call.early);
   return wgmma.cost < plan::shrink(p.M, p.K, p.r, 2, machine).cost ? wgmma : plan::Plan{};
 }
@@ -42,7 +47,7 @@ inline plan::Plan factor_grad_wgmma_plan(const Call& call, const FactorGradParam
   if (!wgmma_takes(call, p.r, kernels::ONE_PRODUCT_WGMMA_RANK, p.M, kernels::ONE_PRODUCT_WGMMA_ROWS) ||
       !bulk_copies_read(p.x, p.M, p.K) || !bulk_copies_read(p.v, p.M, p.r) || p.dropout.seed)
     return {};
-  const plan::Plan wgmma = plan::one_product_wgmma(p.K, p.M, p.r, call.multiprocessors);
+  const plan::Plan wgmma = plan::one_product_wgmma(p.K, p.M, p.r, call.multiprocessors, true);
   const auto machine = plan::Machine::of(call.multiprocessors, call.shared, call.early);
   return wgmma.cost < plan::factor_grad(p.M, p.K, p.r, 2, machine).cost ? wgmma : plan::Plan{};
 }

@@ -15,21 +15,21 @@ FILE = "kernels/one_product_wgmma.cuh"
 
 # name: text, what stands there instead, what a failure must say
 BUGS: dict[str, tuple[str, str, str]] = {
-    "wrong_panel": ("sizeof(stage.factor[0])), i + k > 0)", "1024), i + k > 0)", ": u: "),
+    "wrong_panel": ("sizeof(stage.factor[0])), i + row > 0)", "1024), i + row > 0)", ": u: "),
     "each_block_fetches_the_first_share": ("int(ptx::cluster_rank()) * Traits::SHARE", "0", ": u: |NaN"),
     "rows_of_another_share": ("i * ROWS + share, full,", "i * ROWS, full,", ": u: "),
     "a_share_for_this_block_alone": ("(1 << Traits::CLUSTER) - 1)", "1 << ptx::cluster_rank())", "deadlock|in flight"),
-    "given_back_to_this_block_alone": ("if (lane < Traits::CLUSTER)", "if (lane == ptx::cluster_rank())", "deadlock"),
+    "given_back_to_this_block_alone": ("if (lane < TOGETHER * CLUSTER)", "if (lane == ptx::cluster_rank())", "deadlock"),
     "given_back_before_the_wait": (
         "      ptx::wgmma_wait<1>();\n      if (i > 0) release(last);",
         "      release(at.stage);\n      ptx::wgmma_wait<1>();",
         "more arrivals|deadlock|: u: ",
     ),
     "stored_before_the_last_product": ("    ptx::wgmma_wait<0>();\n", "", "wgmma in flight"),
-    "the_first_step_adds_to_nothing": ("i + k > 0)", "true)", ": u: |NaN"),
+    "the_first_step_adds_to_nothing": ("i + row > 0)", "true)", ": u: |NaN"),
     "what_D_was_forgotten": ("if (p.accumulate) each(", "if (false) each(", ": D: "),
     "columns_of_the_next_block": ("Traits::DOWN ? first() : i * COLS", "Traits::DOWN ? first() + COLS : i * COLS", ": D: "),
-    "a_step_too_few": ("(length + ROWS - 1) / ROWS", "length / ROWS", ": u: |deadlock"),
+    "a_step_too_few": ("(length + TOGETHER * ROWS - 1) /", "length /", ": [uD]: |deadlock"),
 }
 
 

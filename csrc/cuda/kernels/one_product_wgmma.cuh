@@ -38,7 +38,8 @@ struct OneProductTraits {
   static constexpr int PANEL = 64, PANELS = (R + PANEL - 1) / PANEL;  // of ranks, swizzled rows of 128 bytes
   static constexpr int CLUSTER = one_product_wgmma_cluster(R),
                        SHARE = ROWS / CLUSTER;  // rows of the factor that a block fetches
-  static constexpr int STAGES = one_product_wgmma_stages(R), BLOCKS = one_product_wgmma_blocks(R);
+  static constexpr int STAGES = one_product_wgmma_stages(R, DOWN), BLOCKS = one_product_wgmma_blocks(R, DOWN);
+  static constexpr int TOGETHER = one_product_wgmma_together(R, DOWN);  // steps
   static constexpr int WARPS = 4, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32;
 
   struct Stage {  // a step of the walk
@@ -55,6 +56,7 @@ struct OneProductTraits {
   };
   static_assert(ROWS == 64 && COLS == PANEL, "a step is 64 long either way; a row of x is one of 128 bytes");
   static_assert(SHARE % 8 == 0, "whole patterns of the swizzle");
+  static_assert(STAGES % TOGETHER == 0, "those of steps that go together lie side by side");
   static_assert(BLOCKS * (sizeof(Smem) + 1024) <= 228 * 1024, "shared memory of a multiprocessor of sm_90");
 };
 
@@ -63,10 +65,12 @@ class OneProduct {
   using T = typename Traits::T;
   using Smem = typename Traits::Smem;
   static constexpr int R = Traits::R, ROWS = Traits::ROWS, COLS = Traits::COLS, STAGES = Traits::STAGES;
+  static constexpr int CLUSTER = Traits::CLUSTER, TOGETHER = Traits::TOGETHER;
 
  public:
-  // length: of the walk, K or M
-  LOTR_DEVICE OneProduct(Smem& s, int64_t length) : s_(s), steps_(int((length + ROWS - 1) / ROWS)) {}
+  // length: of the walk, K or M; steps beyond it are zeros
+  LOTR_DEVICE OneProduct(Smem& s, int64_t length)
+      : s_(s), steps_(int((length + TOGETHER * ROWS - 1) / (TOGETHER * ROWS)) * TOGETHER) {}
 
   static LOTR_DEVICE int first() { return int(blockIdx.x) * ROWS; }  // of the block's rows
 
@@ -84,7 +88,7 @@ class OneProduct {
     const int share = int(ptx::cluster_rank()) * Traits::SHARE;
     Place at;
 #pragma unroll 1
-    for (int i = 0; i < steps_; ++i, at.advance()) {
+    for (int i = 0; i < steps_; ++i, at.advance(1)) {
       typename Traits::Stage& stage = s_.stage[at.stage];
       uint64_t* full = &s_.full[at.stage];
       ptx::mbarrier_wait(&s_.empty[at.stage], at.parity ^ 1);
@@ -103,16 +107,18 @@ class OneProduct {
     Place at;
     int last = 0;
 #pragma unroll 1
-    for (int i = 0; i < steps_; ++i, at.advance()) {
-      const auto& stage = s_.stage[at.stage];
-      ptx::mbarrier_wait(&s_.full[at.stage], at.parity);
+    for (int i = 0; i < steps_; i += TOGETHER, at.advance(TOGETHER)) {
+#pragma unroll
+      for (int t = 0; t < TOGETHER; ++t) ptx::mbarrier_wait(&s_.full[at.stage + t], at.parity);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < ROWS; k += 16) {
+      for (int row = 0; row < TOGETHER * ROWS; row += 16) {
+        const auto& stage = s_.stage[at.stage + row / ROWS];
+        const int k = row % ROWS;
         const uint64_t x = Traits::DOWN ? ptx::swizzled_descriptor_mn(stage.x[k], 0)
                                         : ptx::swizzled_descriptor(&stage.x[0][k]);
         ptx::wgmma<T, R, true, Traits::DOWN>(
-            d, x, ptx::swizzled_descriptor_mn(stage.factor[0][k], sizeof(stage.factor[0])), i + k > 0);
+            d, x, ptx::swizzled_descriptor_mn(stage.factor[0][k], sizeof(stage.factor[0])), i + row > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
@@ -128,16 +134,17 @@ class OneProduct {
   struct Place {
     int stage = 0;
     uint32_t parity = 0;
-    LOTR_DEVICE void advance() {
-      if (++stage == STAGES) stage = 0, parity ^= 1;
+    LOTR_DEVICE void advance(int steps) {
+      stage += steps;
+      if (stage == STAGES) stage = 0, parity ^= 1;
     }
   };
 
-  // To the fetching threads of all blocks of the cluster.
-  LOTR_DEVICE void release(int stage) {
+  // The stages of steps that went together, to the fetching threads of all blocks of the cluster.
+  LOTR_DEVICE void release(int first) {
     __syncwarp();
     const uint32_t lane = threadIdx.x % 32;
-    if (lane < Traits::CLUSTER) ptx::mbarrier_give_back(&s_.empty[stage], lane);
+    if (lane < TOGETHER * CLUSTER) ptx::mbarrier_give_back(&s_.empty[first + lane / CLUSTER], lane % CLUSTER);
   }
 
   Smem& s_;

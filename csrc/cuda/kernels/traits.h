@@ -66,16 +66,21 @@ constexpr int shrink_cols(size_t element, int R, int rows) {
 
 // shrink and factor_grad by wgmma (sm_90a): the largest rank, their tiles of x.
 constexpr int ONE_PRODUCT_WGMMA_RANK = 128, ONE_PRODUCT_WGMMA_ROWS = 64, ONE_PRODUCT_WGMMA_COLS = 64;
-// Blocks that a multiprocessor holds, and stages of a step along K: 8 KB of x and as much of A for each 64
-// ranks.
-constexpr int one_product_wgmma_blocks(int R) {
-  return R <= 64 ? 2 : 1;
+// `down`: factor_grad's, down x's columns.  It has half as many blocks as shrink of a square matrix: one a
+// multiprocessor, with a ring twice as long, whose steps are multiplied two at a time, since each has its
+// waits.  Blocks that a multiprocessor holds; steps of 64, of 8 KB of x and as much of the factor for each 64
+// ranks; how many are multiplied together.
+constexpr int one_product_wgmma_blocks(int R, bool down) {
+  return R <= 64 && !down ? 2 : 1;
 }
-constexpr int one_product_wgmma_stages(int R) {
-  return R <= 64 ? 7 : 9;
+constexpr int one_product_wgmma_stages(int R, bool down) {
+  return R > 64 ? 9 : down ? 14 : 7;
 }
-// Blocks of a cluster, which share A.  Where a multiprocessor holds one, pairs: of larger clusters a GPU may
-// not hold enough side by side.
+constexpr int one_product_wgmma_together(int R, bool down) {
+  return R <= 64 && down ? 2 : 1;
+}
+// Blocks of a cluster, which share the factor.  Where a multiprocessor holds one, pairs: of larger clusters a
+// GPU may not hold enough side by side.
 constexpr int one_product_wgmma_cluster(int R) {
   return R <= 64 ? 4 : 2;
 }
