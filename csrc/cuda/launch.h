@@ -18,7 +18,7 @@ struct Call {
   int shared;           // bytes of shared memory that a multiprocessor has: how many blocks it holds
   void* stream;         // cudaStream_t
   bool early;  // whether launches may be, and in clusters (ptx/launch.cuh): waits_in_kernels() of probe.h
-  bool wgmma = false;  // whether shrink and shrink_grad may run by wgmma: runs_wgmma()
+  bool wgmma = false;  // whether kernels may run by wgmma: runs_wgmma()
 };
 
 // Whether the current device is of compute capability 9.0, this build has code for it (sm_90a), and the

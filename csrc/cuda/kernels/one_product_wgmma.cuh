@@ -1,11 +1,11 @@
 // shrink and factor_grad for sm_90a, ranks to 128, bf16 or fp16, without dropout, by wgmma:
 //
-//   shrink        u = scale * x A      as in shrink.cuh, without a second product; a block owns 64 rows of u
-//   factor_grad   D (+)= x^T v         as in factor_grad.cuh; a block owns 64 rows of D, those of 64 columns
-//   of x
+//   shrink        u = scale * x A      as in shrink.cuh, without a second product
+//   factor_grad   D (+)= x^T v         as in factor_grad.cuh
 //
-// A block makes its rows whole: it walks along K, or down M, so there are no partial sums and nobody waits at
-// the end.  Below, `factor` is A or v, whose rows go with the steps.
+// A block owns 64 rows of u, or of D, which are those of 64 columns of x.  It makes them whole: it walks
+// along K, or down M, so there are no partial sums and nobody waits at the end.  Below, `factor` is A or v,
+// whose rows go with the steps.
 //
 // Grid     x: tiles of x across the walk, in whole clusters: a block beyond the matrix multiplies zeros and
 //          fetches its share.
@@ -17,8 +17,9 @@
 //          D in and out, loaded behind the first copies.
 // Sums     float32, in the order of the walk, in the registers of one warpgroup: the same bits on every run.
 //
-// Timeline of a block (L copies in flight or landed, P products, . these may still run, one group being left
-// in flight; a stage is given back to all blocks of the cluster, since each of them writes here):
+// Timeline of a block of shrink; factor_grad may take two stages at a time (L copies in flight or landed, P
+// products, . these may still run, one group being left in flight; a stage is given back to all blocks of the
+// cluster, since each of them writes here):
 //   stage 0   L P . L L L P .
 //   stage 1   L L P . L L L P
 //   stage 2   L L L P . L L L
