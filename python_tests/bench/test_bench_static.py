@@ -176,8 +176,9 @@ def row(blocks: int = 132, late_loads: int = 0, tiles: int = 100) -> Row:
     machine = {"symbol": "_ZN4lotr7kernels6shrinkE", "names": ["shrink"], "grid": [blocks, 1, 1], "warps": 8, "shared": 65536}
     machine |= {"waits": copies / 2, "copies": copies, "matrix": 2 * copies, "late_loads": late_loads, "memsets": 0}
     machine |= {"multiply": 8, "cluster": 1, "bulk_bytes": 0}
-    machine |= {"atomics": late_loads, "cluster_loads": 0, "cluster_bytes": 0, "cluster_total": 0, "sum_loads": late_loads, "together": False}
-    machine |= {"late_bytes": late_loads * 8 * 512, "late_total": 0, "late_stored": 0}
+    machine |= {"cluster_loads": 0, "cluster_bytes": 0, "cluster_total": 0, "sum_loads": late_loads, "together": False}
+    machine |= {"atomics": late_loads, "late_bytes": late_loads * 8 * 512, "late_total": 0, "late_stored": 0}
+    machine |= {"last_loads": 0, "last_shared": 0}
     return Row("shrink", m, n, r, blocks, large, large, 0, 0, large, 1.0, 1.0, 1, machine)
 
 
@@ -217,7 +218,8 @@ def test_sums_after_the_last_arrival_cost_a_latency_a_round():
         "_ZN4lotr7kernels6shrinkE": kernel(64, loop() + [dataclasses.replace(i, address=i.address + 0x1000) for i in summing])
     }
     short, long = (estimate(row(late_loads=n), made, CARDS["h100"]) for n in (0, 400))
-    assert short.parts["after"] == 0 and long.parts["after"] > 200 * 263 / CARDS["h100"].clock
+    assert short.parts["after"] * CARDS["h100"].clock == pytest.approx(263)  # the last store
+    assert long.parts["after"] > 200 * 263 / CARDS["h100"].clock
     one, two, three = (estimate(row(late_loads=n), made, CARDS["h100"]) for n in (1, 2, 3))
     assert (one.late_rounds, two.late_rounds, three.late_rounds) == (1, 1, 2) and one.idle == short.idle
     assert one.parts["after"] * CARDS["h100"].clock == pytest.approx(4 * 263)  # a round of half the loads: a load's time
@@ -258,6 +260,11 @@ def test_what_is_stored_and_read_at_the_end_is_paid_for():
     assert after(late_stored=stored, cluster=8) - after(cluster=8) == pytest.approx(stored / 27)  # of all blocks at once
     assert after(264, late_stored=stored, cluster=8) - after(264, cluster=8) == pytest.approx(2 * stored / 27)
     assert after(33, late_stored=stored, cluster=8) - after(33, cluster=8) == pytest.approx(stored / 64)
+    # of blocks that own what they make: their store, what they add to two loads at a time, their way through shared memory
+    own = {"late_loads": 0, "atomics": 0}
+    assert after(late_stored=stored, **own) - after(**own) == pytest.approx(stored / 27)
+    assert after(last_loads=3, **own) - after(**own) == pytest.approx(2 * 263)
+    assert after(last_shared=1 << 13, **own) - after(**own) == pytest.approx(2 * 29 + 20 + 64)
     total = 1 << 24  # bytes that all blocks sum
     assert after(late_total=total) - after() == pytest.approx(total / 132 / 27, abs=5)  # the load's own issue
     of_cluster = {"cluster": 8, "cluster_loads": 8, "cluster_bytes": 1 << 17, "grid": [16, 8, 1]}
