@@ -83,7 +83,11 @@ def test_where_it_does_not_run(lib) -> None:
     assert launched(lib, Shape(600, 500, 129, sms=12, wgmma=True))[2] == 256
     assert launched(lib, Shape(63, 500, 64, sms=12, wgmma=True))[2] == 256
     assert launched(lib, Shape(600, 2000, 16, wgmma=True))[2] == 256  # few tokens for 132 multiprocessors
-    for shape in (Shape(500, 600, 64, sms=12), Shape(500, 600, 64, p=0.5, sms=12, wgmma=True), Shape(63, 600, 64, sms=12, wgmma=True)):
+    for shape in (
+        Shape(500, 600, 64, sms=12),
+        Shape(500, 600, 64, p=0.5, sms=12, wgmma=True),
+        Shape(63, 600, 64, sms=12, wgmma=True),
+    ):
         assert launched(lib, shape, make=factor_grad)[2] == 256
     assert launched(lib, Shape(2000, 600, 16, wgmma=True), make=factor_grad)[2] == 256  # few columns
 
@@ -124,7 +128,10 @@ def test_shrink_grad_beyond_its_ranks_is_both(lib, p: float) -> None:
     lib.reset_counters()
     problem = shrink_grad(Shape(200, 220, 100, p=p, sms=4, wgmma=True), "bf16")
     problem.check(problem.run(lib))
-    assert [(one["name"], one["block"][0]) for one in lib.counters()["launches"]][-2:] == [("shrink", THREADS), ("factor_grad", THREADS)]
+    assert [(one["name"], one["block"][0]) for one in lib.counters()["launches"]][-2:] == [
+        ("shrink", THREADS),
+        ("factor_grad", THREADS),
+    ]
 
 
 def test_rows_that_bulk_copies_cannot_read(lib) -> None:
@@ -132,7 +139,11 @@ def test_rows_that_bulk_copies_cannot_read(lib) -> None:
     far = lib.sparse_array((128, (1 << 30) + 8), np.dtype(np.uint16))[:, :64]
     same = np.broadcast_to(np.zeros(64, np.uint16), (128, 64))
     A, u, F, Q = *(np.zeros((rows, 64), np.uint16) for rows in (64, 128, 64)), np.zeros((64, 64), np.float32)
-    kernels = (lambda x: lib.shrink(x, A, u), lambda x: lib.shrink_grad(x, F, u, u.copy(), Q), lambda x: lib.factor_grad_(Q, x, u))
+    kernels = (
+        lambda x: lib.shrink(x, A, u),
+        lambda x: lib.shrink_grad(x, F, u, u.copy(), Q),
+        lambda x: lib.factor_grad_(Q, x, u),
+    )
     lib.set_options()
     lib.set_device(multiprocessors=4, wgmma=True)
     plain = np.zeros((128, 64), np.uint16)
