@@ -92,7 +92,8 @@ SOURCES = [
     (
         "wgmma runs at the data sheet's peak, its operands at 128 bytes a cycle, B once for a warpgroup, transposed ones too; "
         "bulk copies take the same path; the warp that issues them costs nothing; in flight is half of shrink_grad's ring, and "
-        "all stages of the others' but those that are multiplied and as many before; a multicast is read from L2 once and takes the path of each block that it goes to",
+        "all stages of the others' but those that are multiplied and as many before; a multicast is read from L2 once and "
+        "takes the path of each block that it goes to",
         "assumed, the peak by the data sheet; the rings from the kernels' sources",
     ),
     (
@@ -134,8 +135,8 @@ SOURCES = [
         "CUDA programming guide, programmatic dependent launch: it may begin once all blocks have let it; the rest assumed",
     ),
     (
-        "blocks of shrink_grad that share rows keep pace: without wgmma each then sums the row tiles of k that it starts behind; "
-        "with it the warps that sum k wait for nobody",
+        "blocks of shrink_grad that share rows keep pace: without wgmma each then sums the row tiles of k that it starts "
+        "behind; with it the warps that sum k wait for nobody",
         "assumed: all of them run at the same time and move the same bytes; a block that falls back sums more, the others less",
     ),
     ("a barrier 20 cycles, a taken branch 8, constants and special registers 30", "assumed"),

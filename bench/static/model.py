@@ -289,8 +289,8 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
 
 def bulk_in_flight(row: Row) -> int:
     """Bytes of the large matrix that bulk copies bring to a block at a time. shrink_grad's: half of the ring, while the other
-    half is multiplied. The others': all stages but those that are multiplied and as many before them; a stage is a tile of x and
-    as much of the factor for each 64 ranks, and factor_grad multiplies two at a time up to rank 64."""
+    half is multiplied. The others': all stages but those that are multiplied and as many before them; a stage is a tile of x
+    and as much of the factor for each 64 ranks, and factor_grad multiplies two at a time up to rank 64."""
     if not row.machine["bulk_bytes"]:
         return 0
     name = "SHRINK_GRAD_WGMMA" if row.kernel == "shrink_grad" else "ONE_PRODUCT_WGMMA"

@@ -91,7 +91,8 @@ inline void write_rows(const Mat& out, int64_t i0, int64_t rows, const typename 
           store(row + j, add ? load(row + j) + sum : sum);
         }
       }
-      // The end of a rank that fills no vector, in parts of one: a masked store would make the next row's load wait.
+      // The end of a rank that fills no vector, in parts of one: a masked store would make the next row's
+      // load wait.
       if constexpr (same<Acc, T>) {
         for (; out.cs == 1 && j + 8 <= out.cols; j += 8) write_part<8>(row + j, c + j, s, add);
         for (; out.cs == 1 && j + 4 <= out.cols; j += 4) write_part<4>(row + j, c + j, s, add);

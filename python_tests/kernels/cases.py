@@ -240,8 +240,8 @@ def shrink_grad_wgmma(shape: Shape, kind: str) -> Problem:
 
 
 def filled(made: int) -> int:
-    """Multiprocessors for the blocks of shrink and factor_grad by wgmma, which make 64 rows each in clusters of up to 4: then it
-    is the cheaper one."""
+    """Multiprocessors for the blocks of shrink and factor_grad by wgmma, which make 64 rows each in clusters of up to 4: then
+    it is the cheaper one."""
     return 4 * max(1, -(-made // 256))
 
 

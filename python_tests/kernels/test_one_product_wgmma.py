@@ -1,5 +1,5 @@
-"""shrink and factor_grad by wgmma (csrc/cuda/kernels/one_product_wgmma.cuh): where they run, what they move, their compiled code.
-Their numbers, bits, races and left-out barriers are tested with those of all kernels, too (cases.py)."""
+"""shrink and factor_grad by wgmma (csrc/cuda/kernels/one_product_wgmma.cuh): where they run, what they move, their compiled
+code. Their numbers, bits, races and left-out barriers are tested with those of all kernels, too (cases.py)."""
 
 from __future__ import annotations
 
@@ -128,10 +128,8 @@ def test_shrink_grad_beyond_its_ranks_is_both(lib, p: float) -> None:
     lib.reset_counters()
     problem = shrink_grad(Shape(200, 220, 100, p=p, sms=4, wgmma=True), "bf16")
     problem.check(problem.run(lib))
-    assert [(one["name"], one["block"][0]) for one in lib.counters()["launches"]][-2:] == [
-        ("shrink", THREADS),
-        ("factor_grad", THREADS),
-    ]
+    launches = [(one["name"], one["block"][0]) for one in lib.counters()["launches"]]
+    assert launches[-2:] == [("shrink", THREADS), ("factor_grad", THREADS)]
 
 
 def test_rows_that_bulk_copies_cannot_read(lib) -> None:
