@@ -132,14 +132,16 @@ def test_wgmma(printed: dict) -> None:
             assert d[thread, i] == pytest.approx(product[d_wgmma(thread, i)] + i, abs=1e-4)
 
 
-@pytest.mark.parametrize("first", ["shared", "registers"])
-@pytest.mark.parametrize("major", ["", "_mn"])
+@pytest.mark.parametrize(
+    "first, major", [("shared", ""), ("shared", "_mn"), ("across", "_mn"), ("registers", ""), ("registers", "_mn")]
+)
 @pytest.mark.parametrize("n", [16, 32, 64, 128, 256])
 def test_wgmma_of_every_n(printed: dict, n: int, major: str, first: str) -> None:
-    """Two groups in flight, the first read while the second runs; b K-major or MN-major, a in shared memory or registers."""
+    """Two groups in flight, the first read while the second runs; b K-major or MN-major, a in shared memory,
+    K-major or MN-major (across), or in registers."""
     case = printed[f"{first}{n}{major}"]
     b = np.asarray(case["b"]).reshape(-1, 64)[:n]
-    if first == "shared":
+    if first != "registers":
         a = np.asarray(case["a"]).reshape(64, 64)
     else:
         elements = np.asarray(case["registers"]).reshape(4, 32, 4, 8)  # warp, lane, step of 16 k, element

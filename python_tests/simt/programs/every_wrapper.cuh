@@ -87,6 +87,7 @@ LOTR_DEVICE void products(uint64_t k_major, uint64_t mn_major, const uint32_t (&
   ptx::wgmma_fence();
   ptx::wgmma<T, N>(d, k_major, k_major, true);
   ptx::wgmma<T, N, true>(d, k_major, mn_major, true);
+  ptx::wgmma<T, N, true, true>(d, mn_major, mn_major, true);
   ptx::wgmma<T, N>(d, a, k_major, true);
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();

@@ -203,9 +203,11 @@ void wgmma() {
 
 // ---- wgmma of every n, operands in registers and MN-major ----
 
+enum class First { shared, across, registers };  // where a is: in shared memory K-major or MN-major
+
 template <int N>
 struct alignas(1024) Operands {
-  __half a[64][64];                       // K-major
+  __half a[64][64];                       // K-major, or across: [k][m]
   __half b[N < 64 ? 64 : N][64];          // K-major: [n][k]
   __half c[N < 64 ? 1 : N / 64][64][64];  // MN-major: panels of 64 n, [k][n]
   uint64_t full;
@@ -213,7 +215,7 @@ struct alignas(1024) Operands {
 
 // d = a b^T over all 64 k in the first group, e over the first 16 k in the second, which is still in flight
 // when d is read; early: whether e was NaN then.
-template <int N, bool B_MN, bool REGISTERS>
+template <int N, bool B_MN, First FIRST>
 __global__ void every_n_kernel(const __grid_constant__ ptx::TensorMap A,
                                const __grid_constant__ ptx::TensorMap B,
                                const __grid_constant__ ptx::TensorMap C, const uint32_t* registers,
@@ -236,8 +238,10 @@ __global__ void every_n_kernel(const __grid_constant__ ptx::TensorMap A,
   const auto multiply = [&](float (&sums)[N / 2], int k) {
     const uint64_t b = B_MN ? ptx::swizzled_descriptor_mn(&s.c[0][k][0], sizeof s.c[0])
                             : ptx::swizzled_descriptor(&s.b[0][k]);
-    if constexpr (REGISTERS)
+    if constexpr (FIRST == First::registers)
       ptx::wgmma<__half, N, B_MN>(sums, a[k / 16], b, k > 0);
+    else if constexpr (FIRST == First::across)
+      ptx::wgmma<__half, N, B_MN, true>(sums, ptx::swizzled_descriptor_mn(s.a[k], 0), b, k > 0);
     else
       ptx::wgmma<__half, N, B_MN>(sums, ptx::swizzled_descriptor(&s.a[0][k]), b, k > 0);
   };
@@ -254,14 +258,18 @@ __global__ void every_n_kernel(const __grid_constant__ ptx::TensorMap A,
   for (int i = 0; i < N / 2; ++i) out[N / 2 + i] = e[i];
 }
 
-template <int N, bool B_MN, bool REGISTERS>
+template <int N, bool B_MN, First FIRST>
 void every_n(const char* name) {
   constexpr int ROWS = N < 64 ? 64 : N;
   alignas(16) static __half A[64 * 64], B[ROWS * 64], C[64 * ROWS];
   std::vector<float> a, b, elements, out(128 * (N + 1));
   std::vector<uint32_t> registers(128 * 16);
-  harness::Numbers number{unsigned(N) + 2 * B_MN + REGISTERS};
-  for (__half& x : A) a.push_back(__half2float(x = __float2half(number())));
+  harness::Numbers number{unsigned(N) + 4 * B_MN + unsigned(FIRST)};
+  for (int i = 0; i < 64 * 64; ++i) {
+    const __half x = __float2half(number());
+    a.push_back(__half2float(x));
+    A[FIRST == First::across ? i % 64 * 64 + i / 64 : i] = x;
+  }
   for (int i = 0; i < ROWS * 64; ++i) {
     b.push_back(__half2float(B[i] = __float2half(number())));
     C[i % 64 * ROWS + i / 64] = B[i];
@@ -275,7 +283,7 @@ void every_n(const char* name) {
       elements.push_back(__half2float(x));
     }
   ptx::launch({dim3(1), dim3(128), sizeof(Operands<N>), nullptr, dim3(1, 1, 1), "every_n"},
-              every_n_kernel<N, B_MN, REGISTERS>, ptx::tensor_map_2d(A, 64, 64, 64, 64),
+              every_n_kernel<N, B_MN, FIRST>, ptx::tensor_map_2d(A, 64, 64, 64, 64),
               ptx::tensor_map_2d(B, ROWS, 64, 64, ROWS), ptx::tensor_map_2d(C, 64, ROWS, ROWS, 64),
               registers.data(), out.data());
   printf("\"%s%d%s\": {\n", name, N, B_MN ? "_mn" : "");
@@ -288,10 +296,11 @@ void every_n(const char* name) {
 
 template <int N>
 void every_n() {
-  every_n<N, false, false>("shared");
-  every_n<N, true, false>("shared");
-  every_n<N, false, true>("registers");
-  every_n<N, true, true>("registers");
+  every_n<N, false, First::shared>("shared");
+  every_n<N, true, First::shared>("shared");
+  every_n<N, true, First::across>("across");
+  every_n<N, false, First::registers>("registers");
+  every_n<N, true, First::registers>("registers");
 }
 
 }  // namespace
