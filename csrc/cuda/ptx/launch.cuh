@@ -17,7 +17,8 @@
 //
 // A cooperative launch begins when there is room for all of its blocks, so that they may wait for one
 // another. The device may have less room than its size says, under MPS or in a green context: then there is
-// no launch.
+// no launch.  Of clusters the device is asked each time how many it holds: how they lie in its GPCs is not
+// said, and a launch whose last cluster found no place would wait for ever.
 #pragma once
 #include "base.cuh"
 
@@ -104,7 +105,12 @@ bool launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
           "shared memory");
   cudaLaunchAttribute attributes[3];
   unsigned count = 0;
-  if (args.cluster.x * args.cluster.y * args.cluster.z > 1) {
+  const unsigned blocks = args.cluster.x * args.cluster.y * args.cluster.z;
+  if (args.cooperative && blocks > 1) {
+    const int64_t clusters = int64_t(args.grid.x) * args.grid.y * args.grid.z / blocks;
+    if (resident_clusters(args, reinterpret_cast<const void*>(kernel)) < clusters) return false;
+  }
+  if (blocks > 1) {
     cudaLaunchAttribute& cluster = attributes[count++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = args.cluster.x;
