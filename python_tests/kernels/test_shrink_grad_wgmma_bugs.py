@@ -27,11 +27,7 @@ BUGS: dict[str, tuple[str, str, str]] = {
         "release(first)",
         "more arrivals|deadlock|: [kQ]: ",
     ),
-    "stored_before_the_wait": (
-        "      if constexpr (LAST) {\n        ptx::wgmma_wait<0>();",
-        "      if constexpr (LAST) {\n        store_Q(Q[n], n);\n        ptx::wgmma_wait<0>();",
-        ": Q: ",
-    ),
+    "another_column_tile_stored": ("if constexpr (LAST) store_Q(Q[n], n)", "if constexpr (LAST) store_Q(Q[n], 0)", ": Q: "),
     "rows_of_F_as_long_as_the_rank": (
         "swizzled_descriptor_mn(F + c * PANEL, 0)",
         "swizzled_descriptor_mn(F + c * R, 0)",
