@@ -1,5 +1,8 @@
 // From run-time values to compile-time ones, by lambda; a value that no kernel exists for throws.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -38,6 +41,15 @@ void dispatch_type(DType type, F f) {
   }
   throw std::invalid_argument("dtype: expected float32 (0), bfloat16 (1) or float16 (2), got " +
                               std::to_string(int(type)));
+}
+
+// f(an element) of the half types: what is not bfloat16 is float16.
+template <class F>
+void dispatch_half(DType type, F f) {
+  if (type == DType::bfloat16)
+    f(__nv_bfloat16{});
+  else
+    f(__half{});
 }
 
 }  // namespace lotr

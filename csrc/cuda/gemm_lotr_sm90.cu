@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "gemm_lotr.h"
 #include "kernels/gemm_lotr.cuh"
+#include "tensor_map.cuh"
 
 namespace lotr::cuda {
 namespace {
@@ -15,10 +16,6 @@ using kernels::Direction;
 template <class Traits>
 void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, void* partial) {
   using T = typename Traits::T;
-  const auto map = [](const Matrix& m, int64_t rows, int64_t cols, int box_rows) {
-    return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(m.row),
-                              uint32_t(box_rows));
-  };
   constexpr int HEIGHT = Traits::BM * Traits::CLUSTER;
   const int bands = int((q.M + HEIGHT - 1) / HEIGHT), columns = int((q.N + Traits::BN - 1) / Traits::BN);
   const int scouts = plan.scouts < bands ? plan.scouts : bands,
@@ -46,9 +43,9 @@ void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* wo
   ptx::launch(
       {dim3(unsigned(clusters * Traits::CLUSTER)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
        static_cast<ptx::stream_t>(call.stream), dim3(Traits::CLUSTER), "gemm_lotr"},
-      kernels::gemm_lotr<Traits>, map(q.x, q.M, q.K, Traits::BM),
-      q.backward ? map(q.W, q.K, q.N, Traits::BK) : map(q.W, q.N, q.K, Traits::SHARE),
-      map(q.At, q.r, q.K, Traits::R), map(q.F, q.N, q.r, Traits::SHARE), p);
+      kernels::gemm_lotr<Traits>, tensor_map<T>(q.x, q.M, q.K, Traits::BM),
+      q.backward ? tensor_map<T>(q.W, q.K, q.N, Traits::BK) : tensor_map<T>(q.W, q.N, q.K, Traits::SHARE),
+      tensor_map<T>(q.At, q.r, q.K, Traits::R), tensor_map<T>(q.F, q.N, q.r, Traits::SHARE), p);
 }
 
 // How many clusters the current device holds at a time.
@@ -79,10 +76,7 @@ void with_traits(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, 
         directed(rank, element, Int<int(Direction::forward)>{});
     });
   };
-  if (call.type == DType::bfloat16)
-    typed(__nv_bfloat16{});
-  else
-    typed(__half{});
+  dispatch_half(call.type, typed);
 }
 
 void expect(const char* name, const std::string& expected, int64_t got, bool good) {

@@ -22,10 +22,6 @@ inline dim3 cluster_of(const plan::Plan& plan) {
   return plan.cluster ? dim3(1, unsigned(plan.m_blocks), 1) : dim3(1, 1, 1);
 }
 
-inline plan::Machine machine_of(const Call& call) {
-  return plan::Machine::of(call.multiprocessors, call.shared, call.early);
-}
-
 template <class Traits, class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, const char* name,
             dim3 cluster = dim3(1, 1, 1)) {

@@ -1,6 +1,7 @@
 // The kernels of one element type, as host functions.  Each .cu file beside this compiles them for one type.
 #pragma once
 #include "launch.h"
+#include "plan.h"
 #include "tile/mma.cuh"
 
 namespace lotr::cuda {
@@ -16,6 +17,10 @@ constexpr int SHRINK_GRAD_MAX_RANK = 64;
 constexpr size_t ALIGN = 256;
 constexpr size_t aligned(size_t bytes) {
   return (bytes + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+inline plan::Machine machine_of(const Call& call) {
+  return plan::Machine::of(call.multiprocessors, call.shared, call.early);
 }
 
 // These take matrices that can be read 16 bytes at a time, and ranks of one launch.

@@ -10,44 +10,37 @@ namespace {
 
 // f(the traits of the type and rank)
 template <bool DOWN, class F>
-void dispatch(const Call& call, int64_t r, F f) {
+void with_traits(const Call& call, int64_t r, F f) {
   dispatch_rank<kernels::ONE_PRODUCT_WGMMA_RANK>(r, [&](auto rank) {
-    constexpr int R = decltype(rank)::value;
-    if (call.type == DType::bfloat16)
-      f(kernels::OneProductTraits<__nv_bfloat16, R, DOWN>{});
-    else
-      f(kernels::OneProductTraits<__half, R, DOWN>{});
+    dispatch_half(call.type, [&](auto element) {
+      f(kernels::OneProductTraits<decltype(element), decltype(rank)::value, DOWN>{});
+    });
   });
 }
 
-template <class Traits>
-ptx::LaunchArgs args(const Call& call, const plan::Plan& plan, const char* name) {
-  return {dim3(unsigned(plan.m_blocks)),
-          dim3(Traits::THREADS),
-          sizeof(typename Traits::Smem),
-          static_cast<ptx::stream_t>(call.stream),
-          dim3(unsigned(Traits::CLUSTER)),
-          name,
-          call.early};
+template <class Traits, class Kernel, class Params>
+void launch(const Call& call, const plan::Plan& plan, const char* name, Kernel* kernel, const Params& p,
+            const Matrix& factor) {
+  using T = typename Traits::T;
+  ptx::launch({dim3(unsigned(plan.m_blocks)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
+               static_cast<ptx::stream_t>(call.stream), dim3(unsigned(Traits::CLUSTER)), name, call.early},
+              kernel, tensor_map<T>(p.x, p.M, p.K, Traits::ROWS),
+              tensor_map<T>(factor, Traits::DOWN ? p.M : p.K, p.r, Traits::SHARE), p);
 }
 
 }  // namespace
 
 void shrink_wgmma(const Call& call, const ShrinkParams& p, const plan::Plan& plan) {
-  dispatch<false>(call, p.r, [&](auto traits) {
+  with_traits<false>(call, p.r, [&](auto traits) {
     using Traits = decltype(traits);
-    using T = typename Traits::T;
-    ptx::launch(args<Traits>(call, plan, "shrink"), kernels::shrink_wgmma<Traits>,
-                tensor_map<T>(p.x, p.M, p.K, Traits::ROWS), tensor_map<T>(p.A, p.K, p.r, Traits::SHARE), p);
+    launch<Traits>(call, plan, "shrink", kernels::shrink_wgmma<Traits>, p, p.A);
   });
 }
 
 void factor_grad_wgmma(const Call& call, const FactorGradParams& p, const plan::Plan& plan) {
-  dispatch<true>(call, p.r, [&](auto traits) {
+  with_traits<true>(call, p.r, [&](auto traits) {
     using Traits = decltype(traits);
-    using T = typename Traits::T;
-    ptx::launch(args<Traits>(call, plan, "factor_grad"), kernels::factor_grad_wgmma<Traits>,
-                tensor_map<T>(p.x, p.M, p.K, Traits::ROWS), tensor_map<T>(p.v, p.M, p.r, Traits::SHARE), p);
+    launch<Traits>(call, plan, "factor_grad", kernels::factor_grad_wgmma<Traits>, p, p.v);
   });
 }
 

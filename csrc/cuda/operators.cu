@@ -61,10 +61,6 @@ void rank_pieces(int64_t r, int64_t most, F f) {
   for (int64_t first = 0; first < r; first += most) f(first, int32_t(std::min(most, r - first)));
 }
 
-plan::Machine machine_of(const Call& call) {
-  return plan::Machine::of(call.multiprocessors, call.shared, call.early);
-}
-
 // Takes packed copies of inputs off the front of the workspace, where they are needed.  Without one (null) it
 // only counts their bytes.
 class Packer {

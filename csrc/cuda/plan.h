@@ -94,6 +94,10 @@ struct Cost {
   int64_t blocks = 0;
   double uneven = 1;  // the largest block over the mean one
 };
+// Times that overlap, but not quite where they are equal.
+inline double overlapped(double a, double b, double c = 0) {
+  return std::pow(std::pow(a, 8) + std::pow(b, 8) + std::pow(c, 8), 1 / 8.);
+}
 inline double microseconds(const Machine& machine, const Cost& c) {
   const double blocks = double(c.blocks), slots = double(machine.slots()), wanted = double(machine.wanted());
   const double waves = blocks > slots ? double(ceil_div(c.blocks, machine.slots())) * slots / blocks : 1.0;
@@ -102,9 +106,7 @@ inline double microseconds(const Machine& machine, const Cost& c) {
   const double memory = (c.large + c.each * c.extra) * share / MEMORY,
                kept = (c.large + c.extra) * share / L2;
   const double own = c.large * c.uneven / blocks / c.alone;
-  // They overlap, but not quite where they are equal.
-  const double stream = std::pow(std::pow(memory, 8) + std::pow(kept, 8) + std::pow(own, 8), 1 / 8.);
-  return stream + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0) +
+  return overlapped(memory, kept, own) + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0) +
          (c.passed > 0 ? ARRIVING / 2 + c.passed / PASSING : 0.0) +
          (c.together > 0 ? ARRIVING * 3 / 2 + c.together / (ALL_SUMMING * machine.multiprocessors) : 0.0);
 }

@@ -72,11 +72,8 @@ void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& p
   p.sum_Q = memory.take(plan.n_blocks, sums.Q);
   const dim3 grid(unsigned(plan.n_blocks), unsigned(plan.m_blocks));
   dispatch_rank<kernels::SHRINK_GRAD_WGMMA_RANK>(p.r, [&](auto rank) {
-    constexpr int R = decltype(rank)::value;
-    if (call.type == DType::bfloat16)
-      run<__nv_bfloat16, R>(call, p, grid);
-    else
-      run<__half, R>(call, p, grid);
+    dispatch_half(call.type,
+                  [&](auto element) { run<decltype(element), decltype(rank)::value>(call, p, grid); });
   });
 }
 

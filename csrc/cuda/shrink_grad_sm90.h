@@ -1,7 +1,5 @@
 // shrink_grad by wgmma (kernels/shrink_grad_wgmma.cuh): when it runs, and how it is cut.
 #pragma once
-#include "launch.h"
-#include "plan.h"
 #include "sm90.h"
 
 namespace lotr::plan {
@@ -31,12 +29,11 @@ inline Plan shrink_grad_wgmma(int64_t M, int64_t N, int64_t r, int multiprocesso
     const double memory = (large + EXTRA * extra) / (MEMORY * multiprocessors);
     const double own = double(ceil_div(n * m, held)) * large * uneven / blocks / alone;
     const double passed = cluster > 1 ? 4 * rank * double(M) / double(m) / PASSING : 0.0;
-    const double stream = std::pow(std::pow(memory, 8) + std::pow(own, 8) + std::pow(passed, 8), 1 / 8.);
     // after it each block stores its sums of Q, and adds as many
     const double rate = std::min(SUMMING, ALL_SUMMING * multiprocessors / blocks);
     const double summed = 2 * 4 * rank * double(N) / double(n) / rate;
-    best.better_of({ROWS, COLS, m_tiles, n_tiles, m, n, extra, stream + 1.5 * ARRIVING + summed, false, false,
-                    m > 1, int(cluster)});
+    const double cost = overlapped(memory, own, passed) + 1.5 * ARRIVING + summed;
+    best.better_of({ROWS, COLS, m_tiles, n_tiles, m, n, extra, cost, false, false, m > 1, int(cluster)});
   };
   for (int64_t sub = 1; sub <= kernels::SHRINK_GRAD_WGMMA_SUBS; ++sub)
     for (int64_t cluster = 1; cluster <= MOST_OF_CLUSTER; cluster *= 2) {
@@ -63,8 +60,8 @@ inline plan::Plan shrink_grad_wgmma_plan(const Call& call, const ShrinkGradParam
       !bulk_copies_read(p.u, p.M, p.r))
     return {};
   const plan::Plan wgmma = plan::shrink_grad_wgmma(p.M, p.N, p.r, call.multiprocessors);
-  const auto machine = plan::Machine::of(call.multiprocessors, call.shared, call.early);
-  return wgmma.rows && wgmma.cost < plan::shrink_grad(p.M, p.N, p.r, 2, machine).cost ? wgmma : plan::Plan{};
+  return wgmma.rows && wgmma.cost < plan::shrink_grad(p.M, p.N, p.r, 2, machine_of(call)).cost ? wgmma
+                                                                                               : plan::Plan{};
 }
 
 size_t shrink_grad_wgmma_workspace(const plan::Plan& plan, int64_t r);

@@ -1,6 +1,6 @@
 // What the kernels by wgmma that read their matrices by bulk copies ask for alike.
 #pragma once
-#include "launch.h"
+#include "launchers.h"
 
 namespace lotr::cuda {
 

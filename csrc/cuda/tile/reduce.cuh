@@ -33,6 +33,14 @@ LOTR_DEVICE void put_partial(float* to, const float (&d)[4]) {  // the same in s
   ptx::store_shared(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{d[0], d[1], d[2], d[3]});
 }
 
+// The sum of N times four floats, in order.
+template <int N>
+LOTR_DEVICE void sum_in_order(float (&v)[4], const float4 (&in)[N]) {
+  v[0] = v[1] = v[2] = v[3] = 0.f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[0] += in[i].x, v[1] += in[i].y, v[2] += in[i].z, v[3] += in[i].w;
+}
+
 // v += the next AHEAD splits of the fragments, each at its own address in the split at `from`.  Without a
 // condition: the compiler would join each load with its addition under it, and wait for one after the other.
 template <int AHEAD, int STRIDE, int FRAGMENTS>
@@ -157,10 +165,8 @@ LOTR_DEVICE void sum_of_warps(const float* parts, int total, Done done) {
     float4 in[PARTS];
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) in[part] = ptx::load_shared(from + part * (STRIDE / 4));
-    float v[4] = {};
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part)
-      v[0] += in[part].x, v[1] += in[part].y, v[2] += in[part].z, v[3] += in[part].w;
+    float v[4];
+    sum_in_order(v, in);
     done(n, fragment, v);
   }
 }
@@ -176,10 +182,8 @@ LOTR_DEVICE void sum_of_blocks(const float* partial, int begin, int end, Done do
     float4 in[BLOCKS];
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) in[block] = ptx::load_cluster(own, uint32_t(block));
-    float v[4] = {};
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block)
-      v[0] += in[block].x, v[1] += in[block].y, v[2] += in[block].z, v[3] += in[block].w;
+    float v[4];
+    sum_in_order(v, in);
     done(i, v);
   }
 }
