@@ -225,8 +225,8 @@ struct Operators {
       const Acc* b = static_cast<const Acc*>(k.data) + j;
       for (int64_t i = 0; i < x.rows; ++i, a += x.rs, b += k.rs)
         sum += *a * *reinterpret_cast<const Part*>(b);
-      Part* const at = reinterpret_cast<Part*>(static_cast<Acc*>(out.data) + c * out.rs + j);
-      *at = add ? *at + Acc(scale) * sum : Acc(scale) * sum;
+      write_part<n>(static_cast<Acc*>(out.data) + c * out.rs + j, reinterpret_cast<const Acc*>(&sum),
+                    Acc(scale), add);
     }
   }
   static void outer_parts(const Mat& out, const Mat& x, const Mat& k, double scale, bool add) {
