@@ -75,6 +75,12 @@ def functions(report: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def disassembled(cubin: Path) -> dict[str, str]:
+    """The machine code of each kernel, as text."""
+    sass = subprocess.run([CUOBJDUMP, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+
+
 def kernel_of(mangled: str) -> str:
     names = ("shrink_grad", "factor_grad", "expand_add", "fold_grad", "shrink", "fold", "pack")
     return next(k for k in names if f"{len(k)}{k}" in mangled)
@@ -93,8 +99,7 @@ def check(source: Path, pair: tuple[str, str], folder: Path) -> None:
     kind = source.stem.removeprefix("kernels_")
     if CUOBJDUMP is None or kind not in MATRIX:
         return
-    sass = subprocess.run([CUOBJDUMP, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+    bodies = disassembled(cubin)
     assert {kernel_of(name) for name in bodies} == {*KERNELS, "pack"}
     bodies = {name: body for name, body in bodies.items() if kernel_of(name) != "pack"}  # a copy: it multiplies nothing
     for name, body in bodies.items():

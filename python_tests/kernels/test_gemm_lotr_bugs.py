@@ -3,14 +3,11 @@ merely left out, a barrier or a wait, is the business of mutate_gemm_lotr.py; th
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from planted import run_planted
 
-HERE = Path(__file__).resolve().parent
 MAIN, ROWS, TRAITS, FACTOR = (f"kernels/gemm_lotr{part}.cuh" for part in ("", "_rows", "_traits", "_factor"))
 WRONG = r": [uyQ]: "  # the numbers
 STUCK = "deadlock: no thread can go on"
@@ -105,13 +102,9 @@ BUGS: dict[str, tuple[str, str, str, str, str]] = {
 @pytest.mark.full
 @pytest.mark.parametrize("name", BUGS)
 def test_noticed(name: str, tmp_path: Path) -> None:
-    import build
-
     file, text, instead, mode, message = BUGS[name]
-    module = build.planted_module(mode, "gemm_lotr_sm90.cu", file, text, instead, tmp_path)
-    script = [sys.executable, str(HERE / "sweep_gemm_lotr.py"), "--mode", mode, "--module", str(module), "--cases", "small"]
-    script += ["--schedules", "forward/1" if mode == "asan" else "forward/1,2/3,3/2,4/4"]
-    done = subprocess.run(script, capture_output=True, text=True, env=build.python_environment(mode), timeout=900)
-    found = [line for line in (done.stdout + done.stderr).splitlines() if re.search(message, line)]
-    assert found, done.stdout + done.stderr
+    schedules = "forward/1" if mode == "asan" else "forward/1,2/3,3/2,4/4"
+    sweep = ["sweep_gemm_lotr.py", "--mode", mode, "--cases", "small", "--schedules", schedules]
+    _, found, output = run_planted("gemm_lotr_sm90.cu", file, text, instead, message, sweep, tmp_path, mode)
+    assert found, output
     print(found[0])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, functions
+from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, disassembled, functions
 
 SOURCE = ROOT / "csrc" / "cuda" / "gemm_lotr_sm90.cu"
 KERNELS = 2 * 4 * 2 * 2  # types, ranks, directions, clusters
@@ -54,8 +53,7 @@ def product_loops(body: str) -> list[str]:
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 def test_instructions(compiled: tuple[Path, str]) -> None:
     cubin, _ = compiled
-    sass = subprocess.run([CUOBJDUMP, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+    bodies = disassembled(cubin)
     assert len(bodies) == KERNELS
     for name, body in bodies.items():
         kind, rank, backward, cluster = traits(name)

@@ -4,14 +4,13 @@ code. Their numbers, bits, races and left-out barriers are tested with those of 
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from arrays import ALIGNED, ODD, PACKED, Layout
 from cases import Shape, factor_grad, filled, shrink, shrink_core, shrink_grad
-from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, functions
+from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, disassembled, functions
 from test_kernels import bits
 
 from bench.traffic import counts
@@ -203,8 +202,7 @@ def test_registers(compiled: tuple[Path, str]) -> None:
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 def test_instructions(compiled: tuple[Path, str]) -> None:
     cubin, _ = compiled
-    sass = subprocess.run([CUOBJDUMP, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    bodies = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+    bodies = disassembled(cubin)
     assert len(bodies) == 16
     for name, body in bodies.items():
         products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)

@@ -3,14 +3,11 @@ What is merely left out, a barrier or a wait, is the business of mutate_kernels.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from planted import run_planted
 
-HERE = Path(__file__).resolve().parent
 FILE = "kernels/one_product_wgmma.cuh"
 
 # name: text, what stands there instead, what a failure must say
@@ -36,13 +33,8 @@ BUGS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.full
 @pytest.mark.parametrize("name", BUGS)
 def test_noticed(name: str, tmp_path: Path) -> None:
-    import build
-
     text, instead, message = BUGS[name]
-    module = build.planted_module("plain", "one_product_sm90.cu", FILE, text, instead, tmp_path)
-    script = [sys.executable, str(HERE / "sweep.py"), "--module", str(module), "--shapes", "pipeline", "--kinds", "bf16"]
-    script += ["--kernels", "shrink_wgmma,factor_grad_wgmma"]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=900)
-    found = [line for line in (done.stdout + done.stderr).splitlines() if re.search(message, line)]
-    assert done.returncode == 1 and found, done.stdout + done.stderr
+    sweep = ["sweep.py", "--shapes", "pipeline", "--kinds", "bf16", "--kernels", "shrink_wgmma,factor_grad_wgmma"]
+    status, found, output = run_planted("one_product_sm90.cu", FILE, text, instead, message, sweep, tmp_path)
+    assert status == 1 and found, output
     print(found[0])
