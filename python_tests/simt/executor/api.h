@@ -95,14 +95,14 @@ struct Counters {
   uint64_t barriers = 0;                     // completed __syncthreads and named barriers
   uint64_t warp_collectives = 0;             // shuffles, __syncwarp, ldmatrix, mma, ...
   uint64_t mma = 0, wgmma = 0;               // per warp, per warpgroup
-  uint64_t warpgroups = 0;                   // of a block: the first so many, at most, issued those
+  uint64_t multiply = 0;                     // warps of a block: the first so many, at most, issued those
   uint64_t ldmatrix = 0;                     // per warp
   uint64_t async_copies = 0;                 // cp.async, per lane
   uint64_t bulk_copies = 0, bulk_bytes = 0;  // TMA tiles; bytes that arrive, zeros included
   uint64_t async_waits = 0;                  // cp.async.wait_group, per lane
   uint64_t atomics = 0;                      // per lane
-  // What a block still reads after its first atomic, as the last to arrive does, and after its last product
-  // of a warpgroup: the most of any thread and of any block.
+  // What a block still reads after its first atomic, as the last to arrive does, and after its last product:
+  // the most of any thread and of any block.
   uint64_t late_loads = 0, late_bytes = 0;
   uint64_t late_total = 0;  // and those bytes of all blocks
   uint64_t cluster_loads = 0,

@@ -115,9 +115,10 @@ void start_block(Block& block, uint32_t number, uint3 index) {
     t.copies.clear();
     t.products.clear();
     t.products_issued = 0;
+    t.multiplies = false;
     t.wgmma_fenced = false;
     t.may_touch_global = !machine.launch.early;
-    t.late_loads = t.cluster_loads = t.since = 0;
+    t.late_loads = t.cluster_loads = t.since = t.seen = 0;
     t.last = {};
     t.log.clear();
     fiber_prepare(t.fiber, machine.stacks.stack(t.id), machine.stacks.bytes(), run_thread);

@@ -124,7 +124,7 @@ void multiply_half(Warp& warp, uint32_t, void*) {
   multiply(A, B, D);
   move_accumulators(f, D, true);
   ++totals.mma;
-  for (int lane = 0; lane < 32; ++lane) warp.thread[lane].last = {};
+  for (int lane = 0; lane < 32; ++lane) begin_late(warp.thread[lane]);
 }
 
 void multiply_tf32(Warp& warp, uint32_t, void*) {
@@ -144,13 +144,14 @@ void multiply_tf32(Warp& warp, uint32_t, void*) {
   multiply(A, B, D);
   move_accumulators(f, D, true);
   ++totals.mma;
-  for (int lane = 0; lane < 32; ++lane) warp.thread[lane].last = {};
+  for (int lane = 0; lane < 32; ++lane) begin_late(warp.thread[lane]);
 }
 
 void mma(const char* op, Leader leader, float* d, const uint32_t* a, const uint32_t* b, Site site) {
   race::ExecutorScope scope;
   if (self().warp->present != WARP)
     fail("%s at %s:%d: the warp has fewer than 32 threads", op, site.file, site.line);
+  note_multiply(self());
   Fragments f{d, a, b};
   warp_collective(op, WARP, site, &f, leader, nullptr, false);
 }

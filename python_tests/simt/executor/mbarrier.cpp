@@ -116,6 +116,7 @@ void mbarrier_arrive(void* barrier, uint32_t bytes, Site site) {
   if (left_out(self().op, site)) return;
   MemoryBarrier& b = memory_barrier(barrier, site);
   race::release(b.sync);
+  pass_on(self(), b.landed);
   b.bytes += bytes;
   arrive(b, site);
 }
@@ -133,6 +134,7 @@ void mbarrier_wait(void* barrier, uint32_t parity, bool cluster, Site site) {
   progress();
   const MemoryBarrier& b = memory_barrier(barrier, site);
   race::acquire(b.sync);
+  take_over(self(), b.landed);
   if (cluster) race::acquire(b.remote);
   maybe_preempt();
 }

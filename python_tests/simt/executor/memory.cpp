@@ -60,7 +60,7 @@ T update(const char* op, T* p, bool acq_rel, Site site, Next next) {
   } else {
     check_global(p, sizeof(T), t.op, site);
     record(Space::global_atomic, p, sizeof(T), site);
-    t.block->arrived = true;
+    if (is_late(t)) t.block->arrived = true;
   }
   race::access(p, sizeof(T), race::Use::atomic);
   race::atomic(p, acq_rel);
@@ -122,7 +122,7 @@ void load_global(void* value, const void* p, uint32_t bytes, bool read_only, Sit
   Thread& t = enter(read_only ? "ld.global.nc" : "ld.global", site);
   check_global(p, bytes, t.op, site);
   ++count_anew(t).last.loads;
-  if (t.block->arrived) {
+  if (t.block->arrived && is_late(t)) {
     ++t.late_loads;
     t.block->late_bytes += bytes;
   }

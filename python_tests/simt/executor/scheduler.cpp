@@ -112,7 +112,7 @@ void leave_block(const Block& block) {
   check_registers(block);
   Last last;
   for (const Thread& t : block.threads) {
-    if (!t.products_issued && t.since != block.landed) continue;  // nothing since the last product
+    if (!t.multiplies && t.since != block.landed) continue;  // nothing since the last product
     last.stored += t.last.stored, last.shared += t.last.shared;
     totals.last_loads = std::max(totals.last_loads, t.last.loads);
     totals.late_loads = std::max(totals.late_loads, t.late_loads);

@@ -1,5 +1,6 @@
 // The executor's state: one Machine, the blocks that run at the same time, their warps and threads.
 #pragma once
+#include <algorithm>
 #include <deque>
 #include <functional>
 #include <string>
@@ -72,7 +73,10 @@ struct Thread {
   uint64_t late_loads = 0;       // global loads since the block's first atomic or load from the cluster
   uint64_t cluster_loads = 0;
   Last last;
-  uint64_t since = 0;  // of a thread that does not multiply: the product of the block that these come after
+  bool multiplies = false;  // has issued a product
+  // Of a thread that does not: the products of the block that it has waited for, and which of them these
+  // counts come after.
+  uint64_t seen = 0, since = 0;
   std::vector<Access> log;
 };
 
@@ -93,6 +97,7 @@ struct Barrier {
   uint32_t arrived = 0, expected = 0, generation = 0;
   Site site{"", 0};
   const char* op = "";
+  uint64_t landed = 0;  // products of the block that come before it
   race::Sync sync[2];
 };
 
@@ -100,6 +105,7 @@ struct MemoryBarrier {  // an mbarrier
   uint32_t expected = 0, pending = 0;
   int64_t bytes = 0;
   uint64_t phase = 0;
+  uint64_t landed = 0;  // as a Barrier's
   race::Sync sync;
   race::Sync remote;                 // arrivals of other blocks of the cluster
   const Thread* unfenced = nullptr;  // who initialised it, until that thread's fence.mbarrier_init
@@ -127,16 +133,39 @@ struct Block {
   bool let_next = false;    // has called griddepcontrol.launch_dependents
   uint64_t late_bytes = 0;  // read since
   uint64_t cluster_bytes = 0;
-  uint64_t landed = 0;  // products of warpgroups, a thread's each: what is late begins anew with each of them
+  uint64_t landed = 0;  // products, a thread's each: what is late begins anew with each of them
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::unordered_map<uint64_t, DecodedProduct> products;
 };
 
-// A thread that does not multiply itself counts from the block's last product.
+// A product of the thread is done: what it and its block do late begins after it.
+inline void begin_late(Thread& t) {
+  t.last = {};
+  t.late_loads = t.cluster_loads = 0;
+  Block& block = *t.block;
+  ++block.landed;
+  block.arrived = false;
+  block.late_bytes = block.cluster_bytes = 0;
+}
+
+// What a thread hands on by arriving at a barrier, and takes over by waiting there.
+inline void pass_on(const Thread& t, uint64_t& landed) {
+  landed = std::max(landed, t.multiplies ? t.block->landed : t.seen);
+}
+inline void take_over(Thread& t, uint64_t landed) {
+  t.seen = std::max(t.seen, landed);
+}
+
+// Whether what the thread does now comes after the last product of its block so far.
+inline bool is_late(const Thread& t) {
+  return t.multiplies || t.seen == t.block->landed;
+}
+
+// A thread that does not multiply itself counts from the products that it knows of.
 inline Thread& count_anew(Thread& t) {
-  if (t.products_issued || t.since == t.block->landed) return t;
-  t.since = t.block->landed;
+  if (t.multiplies || t.since == t.seen) return t;
+  t.since = t.seen;
   t.late_loads = t.cluster_loads = 0;
   t.last = {};
   return t;
@@ -237,6 +266,12 @@ float half_to_float(uint32_t bits, bool is_bf16);
 
 // ---- counters.cpp ----
 extern Counters totals;  // without arrays
+
+// The thread issues a product.
+inline void note_multiply(Thread& t) {
+  t.multiplies = true;
+  totals.multiply = std::max<uint64_t>(totals.multiply, t.warp->index + 1);
+}
 void record(Space space, const void* address, uint32_t bytes, Site site);
 void flush_log(Warp& warp);  // the warp's lanes are at one point again
 void count_shared_phase(int wavefronts);

@@ -113,12 +113,7 @@ void read_registers(Warp& warp, uint32_t, void* done) {
 }
 
 void multiply(Thread& t, const WarpgroupProduct& w) {
-  t.last = {};
-  t.late_loads = t.cluster_loads = 0;
-  Block& block = *t.block;
-  ++block.landed;
-  block.arrived = false;
-  block.late_bytes = block.cluster_bytes = 0;
+  begin_late(t);
   const int row = int(t.lane) / 4, col = int(t.lane) % 4 * 2;
   DecodedProduct& decoded = operands(t, w);
   const float* A = decoded.a[t.linear % WARPGROUP / 32].data() + row * K;
@@ -168,10 +163,8 @@ void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf
            site.line, size_t(descriptor));
   warp_collective("wgmma.mma_async", ~0u, site, const_cast<uint32_t*>(of.a_registers), note_registers,
                   nullptr, false);
-  if (t.linear % WARPGROUP == 0) {
-    ++totals.wgmma;
-    totals.warpgroups = std::max<uint64_t>(totals.warpgroups, t.linear / WARPGROUP + 1);
-  }
+  if (t.linear % WARPGROUP == 0) ++totals.wgmma;
+  note_multiply(t);
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });
   WarpgroupProduct product{d,          of.a,       of.b,  of.a_registers,      n, !accumulate, is_bf16,
