@@ -121,9 +121,9 @@ void Launchers<P>::shrink_grad(const Call& call, ShrinkGradParams p, void* works
     p.m_splits = int(plan.m_blocks);
     p.n_splits = int(plan.n_blocks);
     p.cluster = plan.cluster, p.together = plan.together;
-    Workspace memory(call, workspace, plan.m_tiles + plan.n_blocks);
+    Workspace memory(call, workspace, plan.m_tiles + plan.n_tiles);
     p.sum_k = memory.take(plan.m_tiles, plan.m_tiles * plan.n_blocks * plan.rows * Traits::R);
-    p.sum_Q = memory.take(plan.n_blocks, 0);
+    p.sum_Q = memory.take(plan.n_tiles, 0);
     launch_together<Traits>(call, kernels::shrink_grad<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
                             "shrink_grad", cluster_of(plan));
   });

@@ -292,7 +292,7 @@ size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& problem) 
   const int64_t k_floats = plan.m_tiles * plan.n_blocks * plan.rows * R;
   const int64_t Q_floats = plan.m_blocks * plan.n_blocks * kernels::shrink_grad_subs(size_t(element), R) *
                            kernels::shrink_grad_cols(size_t(element)) * R;
-  return pack.bytes() + Workspace::bytes(plan.m_tiles + plan.n_blocks, k_floats) +
+  return pack.bytes() + Workspace::bytes(plan.m_tiles + plan.n_tiles, k_floats) +
          Workspace::bytes(0, Q_floats);
 }
 

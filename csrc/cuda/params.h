@@ -26,7 +26,7 @@ struct MutableMatrix {
   Access access;
 };
 
-// Element e = i * cols + j of a matrix is kept iff its Philox word is >= threshold (see tile/dropout.cuh).
+// Element e = i * cols + j of a matrix is kept iff its Philox word is >= threshold (see tile/philox.cuh).
 struct Dropout {
   const int64_t* seed;  // [1] on the device, or null: no dropout
   uint32_t threshold;   // p * 2^32
@@ -41,8 +41,8 @@ struct Reduction {
 };
 
 // Up to so many splits the last block adds the others' partial sums to its own, which it still has in
-// registers: it reads one less.  Not at ranks above 64, where registers are full, nor in factor_grad and
-// shrink_grad on cards without clusters, where mostly all blocks sum.
+// registers: it reads one less.  Not at ranks above 64, where registers are full, nor in factor_grad on cards
+// without clusters, where mostly all blocks sum, nor in shrink_grad, where other warps do.
 constexpr int FEW_SPLITS = 4, FEW_SPLITS_MOST_RANK = 64;
 
 // Or they are one cluster, where the GPU has such, and sum through each other's shared memory; of 2, 4 or 8

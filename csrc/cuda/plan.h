@@ -133,23 +133,16 @@ inline double read_at_the_end(int64_t splits, int R, bool own) {
   return double(splits > FEW_SPLITS || R > FEW_SPLITS_MOST_RANK || !own ? splits : splits - 1);
 }
 
-// The same of factor_grad and shrink_grad, which sum down columns: of cards without clusters each block, or
-// the last one, reads all splits of its share.
-inline double read_by_columns(int64_t splits, int R, int cols, const Machine& machine) {
-  return read_at_the_end(splits, R, machine.has_clusters && kernels::sums_warps_along_rows(R, cols) == 1);
-}
-
 inline double unevenness(int64_t tiles, int64_t blocks) {
   return double(ceil_div(tiles, blocks)) * double(blocks) / double(tiles);
 }
 
 // Plans of a matrix of owned x split tiles.  A block owns up to `subs` tiles along one side; along the other
-// the tiles are split, just often enough to fill the GPU or once for each of its places, `least` times at
-// least. cost(owners, splits) gives bytes and sums, without blocks and unevenness; f(owners, splits,
-// microseconds, extra bytes, whether it is a last resort) hears of each plan.
+// the tiles are split, just often enough to fill the GPU or once for each of its places. cost(owners, splits)
+// gives bytes and sums, without blocks and unevenness; f(owners, splits, microseconds, extra bytes, whether
+// it is a last resort) hears of each plan.
 template <class CostOf, class F>
-void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int subs, int64_t least,
-               CostOf cost, F f) {
+void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int subs, CostOf cost, F f) {
   const int64_t few = machine.has_clusters ? machine.wanted() : int64_t(machine.multiprocessors) * 8 / 10;
   const auto attempt = [&](int64_t owners, int64_t splits) {
     splits = std::clamp<int64_t>(splits, 1, split);
@@ -170,10 +163,10 @@ void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int 
     for (int sub = 1; sub <= subs; ++sub) {
       const int64_t owners = ceil_div(owned, sub);
       if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
-      const int64_t fewest = std::max(ceil_div(machine.wanted(), owners), least);
+      const int64_t fewest = ceil_div(machine.wanted(), owners);
       if (again) {
         const int64_t one_turn = machine.has_clusters ? 0 : machine.slots() / owners;
-        if (one_turn >= least && one_turn < fewest) attempt(owners, one_turn);
+        if (one_turn >= 1 && one_turn < fewest) attempt(owners, one_turn);
         continue;
       }
       attempt(owners, fewest);
@@ -197,7 +190,7 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
     Machine few = machine.with(kernels::blocks_of_one_product(R));
     if (tiles == 1) few.multiprocessors = std::min(machine.multiprocessors, std::max(35, R + R / 8));
     each_plan(
-        few, R, tiles, steps, subs, 1,
+        few, R, tiles, steps, subs,
         [&](int64_t blocks, int64_t splits) {
           const double one = splits > 1 ? 4.0 * double(M) * double(r) : 0.0,
                        read = read_at_the_end(splits, R, kernels::shrink_warps_along_columns(R, rows) == 1);
@@ -223,7 +216,6 @@ inline Plan expand_add(int64_t M, int64_t N, int64_t r, int element, const Machi
   Plan best;
   each_plan(
       machine.with(kernels::blocks_together(R)), R, n_tiles, strips, kernels::expand_subs(size_t(element), R),
-      1,
       [&](int64_t n, int64_t m) {
         return Cost{2.0 * double(M) * double(N) * element,
                     double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)), 0.15, 0,
@@ -243,12 +235,14 @@ inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Mach
   for (const int cols : {kernels::factor_grad_wide(R), kernels::factor_grad_narrow(R)}) {
     const int rows = kernels::factor_grad_rows(size_t(element), R, cols);
     const int64_t k_tiles = ceil_div(K, cols), m_tiles = ceil_div(M, rows);
+    // on cards without clusters each block, or the last one, reads all splits of its share
+    const bool own = machine.has_clusters && kernels::sums_warps_along_rows(R, cols) == 1;
     each_plan(
-        clusters, R, k_tiles, m_tiles, kernels::factor_grad_subs(R, cols), 1,
+        clusters, R, k_tiles, m_tiles, kernels::factor_grad_subs(R, cols),
         [&](int64_t n, int64_t m) {
           const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
           const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, written = cluster ? 0.0 : double(m),
-                       read = cluster ? 0.0 : read_by_columns(m, R, cols, clusters);
+                       read = cluster ? 0.0 : read_at_the_end(m, R, own);
           return Cost{double(M) * double(K) * element,
                       double(element) * double(r) * double(n) * double(M) + one * (written + read),
                       most_of_one_product(R),
@@ -272,27 +266,25 @@ inline Plan shrink_grad(int64_t M, int64_t N, int64_t r, int element, const Mach
             cols = kernels::shrink_grad_cols(size_t(element));
   const int64_t n_tiles = ceil_div(N, cols), m_tiles = ceil_div(M, rows);
   Plan best;
-  Machine clusters = machine.with(kernels::blocks_together(R));
+  Machine clusters = machine.with(1);
   clusters.clusters &= kernels::shrink_grad_in_cluster(R);
   each_plan(
       clusters, R, n_tiles, m_tiles, kernels::shrink_grad_subs(size_t(element), R),
-      ceil_div(m_tiles, kernels::SHRINK_GRAD_MOST_TILES),
       [&](int64_t n, int64_t m) {
         const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
-        const double k = 4.0 * double(r) * double(n) * double(M),
-                     one = m > 1 ? 4.0 * double(r) * double(N) : 0.0, written = cluster ? 0.0 : double(m),
-                     read = cluster ? 0.0 : read_by_columns(m, R, cols, clusters);
-        // of k, the row tiles that a block is the last to reach
-        const double k_summed = double(ceil_div(ceil_div(m_tiles, m), n)) * 4.0 * double(r) *
-                                double(std::min<int64_t>(rows, M)) * double(n);
+        const double k = 4.0 * double(r) * double(n) * double(M), one = 4.0 * double(r) * double(N);
+        const double sent = m > 1 && !cluster ? double(m) : 0.0;
+        // what is left to sum at the end: the last row tile of k, the last column tile of Q
+        const double k_last = 4.0 * double(r) * double(std::min<int64_t>(rows, M)) * double(n);
+        const double Q_last = 4.0 * double(r) * double(std::min<int64_t>(cols, N)) * sent;
         return Cost{double(M) * double(N) * element,
                     double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)) + 2 * k +
-                        one * (written + read),
+                        2 * one * sent,
                     0.35,
-                    together ? 0.0 : one * read / double(n) + k_summed,
-                    alone(R, 20e3, 15e3),
+                    together ? 0.0 : Q_last + k_last,
+                    alone(R, 34e3, 15e3),
                     cluster ? one / double(n) : 0.0,
-                    together ? one * read + k : 0.0};
+                    together ? Q_last * double(n) + k_last * double(m) : 0.0};
       },
       [&](int64_t n, int64_t m, double cost, double extra, bool last) {
         best.better_of({rows, cols, m_tiles, n_tiles, m, n, extra, cost, clusters.cluster(m), last,

@@ -27,6 +27,9 @@ PIPELINE = [
     Shape(520, 264, 16, ODD, 0.1, 4),
     Shape(520, 264, 16, ODD, 0.1, 4, early=False),
     Shape(520, 264, 16, ODD, 0.1, 7),  # three splits, no cluster: the last block sums
+    # of shrink_grad: sums of several column tiles, by all blocks or the last
+    Shape(330, 600, 16, ALIGNED, sms=4, early=False),
+    Shape(330, 600, 40, ALIGNED, sms=6),
     # of factor_grad at rank 16: splits that are a cluster, run together, or are summed by the last
     Shape(1700, 40, 16, ODD, 0.1, 4),
     Shape(1700, 40, 16, ODD, 0.1, 4, early=False),

@@ -144,11 +144,11 @@ def test_rows_that_bulk_copies_cannot_read(lib) -> None:
     lib.set_options()
     lib.set_device(multiprocessors=4, wgmma=True)
     plain = np.zeros((128, 64), np.uint16)
-    for x, threads in ((plain, (THREADS, 384, THREADS)), (far, (256, 256, 256)), (same, (256, 256, 256))):
-        for run, expected in zip(kernels, threads, strict=True):
+    for x, bulk in ((plain, True), (far, False), (same, False)):
+        for run in kernels:
             lib.reset_counters()
             run(x)
-            assert lib.counters()["launches"][-1]["block"][0] == expected
+            assert lib.counters()["launches"] and (lib.counters()["bulk_bytes"] > 0) == bulk
 
 
 @pytest.mark.parametrize("r, cluster", [(16, 4), (64, 4), (128, 2)])

@@ -107,13 +107,13 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   if (Traits::CLUSTERS && p.cluster) {
     sums.put_partials(sm.partial, cols, p.r, sm.parts);
     ptx::cluster_sync();
-    sums.template each_sum_of_cluster<8>(sm.partial, m_block, p.splits, cols, p.r, store);
+    sums.each_sum_of_cluster(sm.partial, m_block, p.splits, cols, p.r, store);
     ptx::cluster_sync();  // nobody leaves while others read its sums
   } else if (p.splits > 1) {
     const bool together = ptx::TOGETHER && p.together;
     sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r, sm.parts);
     if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last, together)) return;
-    sums.template each_sum<8>(p.sum, k_block, m_block, p.splits, together, cols, p.r, store);
+    sums.each_sum(p.sum, k_block, m_block, p.splits, together, cols, p.r, store);
   } else {
     sums.each_of_block(cols, p.r, sm.parts, [&](const float (&v)[4], int col, int rank, int n) {
       if constexpr (EARLY)

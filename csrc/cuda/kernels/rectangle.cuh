@@ -10,28 +10,23 @@
 
 namespace lotr::kernels {
 
-// Row tile by row tile, and in each of them column tile by column tile.  The walk may start at any row tile
-// and comes round to those before it.
+// Row tile by row tile, and in each of them column tile by column tile.
 template <int STAGES>
 struct Walk {
   struct Place {
     int m = 0, n = 0;         // of rows, of columns
     int stage = 0, slot = 0;  // of its tile, of what goes with its row tile
   };
-  int m_begin, n_begin, m_tiles, n_tiles, start;
+  int m_begin, n_begin, m_tiles, n_tiles;
 
-  LOTR_DEVICE Walk(const Pieces& m, int m_block, const Pieces& n, int n_block, int start = 0)
+  LOTR_DEVICE Walk(const Pieces& m, int m_block, const Pieces& n, int n_block)
       : m_begin(tile::begin_of(m, m_block)),
         n_begin(tile::begin_of(n, n_block)),
         m_tiles(tile::count_of(m, m_block)),
-        n_tiles(tile::count_of(n, n_block)),
-        start(start) {}
+        n_tiles(tile::count_of(n, n_block)) {}
   LOTR_DEVICE bool holds(const Place& p) const { return p.m < m_tiles; }
   // tiles of the whole matrix
-  LOTR_DEVICE int row(const Place& p) const {
-    const int m = p.m + start;
-    return m_begin + (m < m_tiles ? m : m - m_tiles);
-  }
+  LOTR_DEVICE int row(const Place& p) const { return m_begin + p.m; }
   LOTR_DEVICE int col(const Place& p) const { return n_begin + p.n; }
   LOTR_DEVICE void advance(Place& p) const {
     p.stage = tile::stage_after<STAGES>(p.stage);
@@ -51,39 +46,57 @@ struct ColumnSums {
   static constexpr int WARP_COLS = 8 / (WARP_RANKS * WARP_ROWS);
   static constexpr int MI = COLS / (16 * WARP_COLS), NJ = R / (8 * WARP_RANKS);
   static constexpr int BLOCK = SUBS * COLS * R;  // floats of a block's partial sum
-  static_assert(MI >= 1 && NJ >= 1 && Traits::THREADS == 256);
+  static_assert(MI >= 1 && NJ >= 1);
 
   float d[SUBS][MI][NJ][4] = {};
 
   static LOTR_DEVICE int warp() { return int(threadIdx.x) / 32; }
   static LOTR_DEVICE int i0() { return warp() % WARP_COLS * 16; }
   static LOTR_DEVICE int j0() { return warp() / WARP_COLS % WARP_RANKS * (8 * NJ); }
+  // f(sums of column tile n).  Registers want a constant index: one copy of f for each, where the compiler
+  // does not know n.
+  template <class F>
+  LOTR_DEVICE void at(int n, F f) {
+#pragma unroll
+    for (int s = 0; s < SUBS; ++s)
+      if (s == n) f(d[s]);
+  }
   static LOTR_DEVICE int part() { return WARP_ROWS > 1 ? warp() / (8 / WARP_ROWS) : 0; }  // of the rows
 
   template <class X, class V>
   LOTR_DEVICE void add(int n, X& x, V& v) {
     constexpr int ROWS = X::ROWS / WARP_ROWS;
-#pragma unroll
-    for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
-      if (s == n)
-        tile::warp_product<P, ROWS, true, true>(d[s], tile::rows_from<ROWS>(x, part() * ROWS), i0(),
-                                                16 * WARP_COLS, tile::rows_from<ROWS>(v, part() * ROWS),
-                                                j0());
+    at(n, [&](auto& sum) {
+      tile::warp_product<P, ROWS, true, true>(sum, tile::rows_from<ROWS>(x, part() * ROWS), i0(),
+                                              16 * WARP_COLS, tile::rows_from<ROWS>(v, part() * ROWS), j0());
+    });
+  }
+
+  // The same with a warp's part of v in registers, for all column tiles.
+  template <class V>
+  using Right = tile::Right<P, V::ROWS / WARP_ROWS, NJ>;
+  template <class X, class V>
+  LOTR_DEVICE void add_right(int n, X& x, const V& v) {
+    static_assert(WARP_ROWS == 1);
+    at(n, [&](auto& sum) { tile::warp_product<true>(sum, x, i0(), 16 * WARP_COLS, v); });
   }
 
   // Calls f(sum of a 16 x 8 tile, its first column of the rectangle, its first rank) for the tiles inside
-  // cols x r.
+  // cols x r of column tile s, or of all.
+  template <class F>
+  LOTR_DEVICE void each_of(int s, int64_t cols, int r, F f) {
+#pragma unroll
+    for (int i = 0; i < MI; ++i)
+#pragma unroll
+      for (int j = 0; j < NJ; ++j) {
+        const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() + 8 * j;
+        if (col < cols && rank < r) f(d[s][i][j], col, rank);
+      }
+  }
   template <class F>
   LOTR_DEVICE void each(int64_t cols, int r, F f) {
 #pragma unroll
-    for (int s = 0; s < SUBS; ++s)
-#pragma unroll
-      for (int i = 0; i < MI; ++i)
-#pragma unroll
-        for (int j = 0; j < NJ; ++j) {
-          const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() + 8 * j;
-          if (col < cols && rank < r) f(d[s][i][j], col, rank);
-        }
+    for (int s = 0; s < SUBS; ++s) each_of(s, cols, r, f);
   }
 
   // The same for sums of all warps; parts: shared memory that nobody reads any more, for those along the
@@ -124,6 +137,17 @@ struct ColumnSums {
       tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
   }
+  // Those of column tile n alone, where no two warps share it.
+  LOTR_DEVICE void store_partials_of(int n, float* mine, int64_t cols, int r) {
+    static_assert(WARP_ROWS == 1);
+    const int ranks = (r + 7) / 8;
+#pragma unroll
+    for (int s = 0; s < SUBS; ++s)
+      if (s == n)
+        each_of(s, cols, r, [&](const float (&v)[4], int col, int rank) {
+          tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
+        });
+  }
   // To shared memory, for sum_of_cluster.
   LOTR_DEVICE void put_partials(float* mine, int64_t cols, int r, float* parts = nullptr) {
     const int ranks = (r + 7) / 8;
@@ -131,18 +155,18 @@ struct ColumnSums {
       tile::put_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
   }
-  // As each_sum, for this block's share of the tiles of its cluster, by WARPS of its warps
-  template <int WARPS, class F>
+  // As each_sum, for this block's share of the tiles of its cluster.
+  template <class F>
   static LOTR_DEVICE void each_sum_of_cluster(const float* partial, int rank, int blocks, int64_t cols, int r,
                                               F f) {
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    tile::sum_of_cluster<WARPS>(
+    tile::sum_of_cluster<8>(
         partial, blocks, total * rank / blocks, total * (rank + 1) / blocks,
         [&](int fragment, const float (&v)[4]) { f(v, fragment / ranks * 16, fragment % ranks * 8); });
   }
   // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp.  `split` is
-  // the block's own; the tiles are all, or where the splits run together this one's share, by WARPS warps.
-  template <int WARPS, class F>
+  // the block's own; the tiles are all, or where the splits run together this one's share.
+  template <class F>
   LOTR_DEVICE void each_sum(const Reduction& sum, int group, int split, int splits, bool together,
                             int64_t cols, int r, F f) {
     const float* from = sum.partial + int64_t(group) * splits * BLOCK;
@@ -150,17 +174,13 @@ struct ColumnSums {
     // whether a warp has its own sums still
     constexpr bool HELD = R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS && WARP_ROWS == 1;
     if (!HELD || splits > FEW_SPLITS || together) {
-      const auto sum = [&](auto warps, int begin, int end) {
-        tile::sum_partials<decltype(warps)::value, BLOCK>(from + begin * tile::FRAGMENT, splits, end - begin,
-                                                          [&](int i, const float (&v)[4]) {
-                                                            const int fragment = begin + i;
-                                                            f(v, fragment / ranks * 16, fragment % ranks * 8);
-                                                          });
-      };
-      if (together)
-        sum(std::integral_constant<int, WARPS>{}, total * split / splits, total * (split + 1) / splits);
-      else
-        sum(std::integral_constant<int, 8>{}, 0, total);
+      const int begin = together ? total * split / splits : 0;
+      const int end = together ? total * (split + 1) / splits : total;
+      tile::sum_partials<8, BLOCK>(from + begin * tile::FRAGMENT, splits, end - begin,
+                                   [&](int i, const float (&v)[4]) {
+                                     const int fragment = begin + i;
+                                     f(v, fragment / ranks * 16, fragment % ranks * 8);
+                                   });
     } else if constexpr (HELD) {
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)

@@ -4,22 +4,23 @@
 //          A block reads its rectangle of g once, tile by tile, and uses each tile from both sides: its rows
 //          for k, its columns for Q.  F's rows stay in shared memory, Q's sums in registers; k's are written
 //          after each row tile.
+// Threads  eight warps multiply, four sum over the blocks meanwhile.
 // Bytes    g once; with s_M x s_N blocks, F s_M times, u s_N times, and as partial sums, written and read,
 //          8 R (s_N M + s_M N); without those of Q where the s_M blocks of a column are a cluster.  plan.h
 //          balances s_M N against s_N M.
-// Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh), Q's in a cluster
-//          by all its blocks, each a share of the tile, from shared memory; without clusters, where the whole
-//          grid runs at the same time, by all blocks of a column, each a share, from L2.
+// Sums     float32; in the block's order, then over the blocks in order (tile/reduce.cuh).  k's during the
+//          walk: the last of the s_N blocks to reach a row tile adds all of them.  Q's at its end: a column
+//          tile is sent with the last row tile and summed while the next one is multiplied, by all s_M
+//          blocks, each a share, where the whole grid runs at the same time, so too k of the last row tile;
+//          else by the last block to arrive.  In a cluster after the products, from shared memory, by all its
+//          blocks.
 //
-// Each row tile of k has its own counter, and the s_N blocks that share the rows start at different row
-// tiles, so that each of them is the last to reach some: the sums of k are spread over the blocks.  Which row
-// tiles it has to sum a block learns during the walk; half of its warps sum them after the last tile, while
-// the others sum Q.
-//
-// Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at |):
+// Timeline (tile t = row tile m, column tile n; L copies in flight, P both products; a barrier at |, that of
+// a row tile's first with the warps that sum):
 //   g  stage t % STAGES   L L L P |
 //   u  slot  m % STAGES   L L L P P P P |
-//   k                     . . . + + + w | c     w: partial sum to memory, c: one thread counts the block in
+//   k                     . . . + + + w | s     w: partial sum to memory, s: counted in and maybe summed
+//   Q of the last row tile      w s             of each column tile, with a barrier that only s waits at
 // u is copied with the first column tile of its row tile and stays for the others; F's rows come with the
 // first stage and stay to the end.
 #pragma once
@@ -31,161 +32,235 @@ template <class P, int R_>
 struct ShrinkGradTraits {
   using Policy = P;
   using T = typename P::T;
-  static constexpr int R = R_, THREADS = 256, ROWS = SHRINK_GRAD_ROWS, COLS = shrink_grad_cols(sizeof(T));
-  static constexpr int SUBS = shrink_grad_subs(sizeof(T), R), BLOCKS = blocks_together(R);
+  static constexpr int R = R_, MULTIPLY = 256, SUM = 128, THREADS = MULTIPLY + SUM;
+  static constexpr int ROWS = SHRINK_GRAD_ROWS, COLS = shrink_grad_cols(sizeof(T));
+  static constexpr int SUBS = shrink_grad_subs(sizeof(T), R);
 
   struct Stage {
     tile::Shared<T, ROWS, COLS> g;
     tile::Shared<T, ROWS, R> u;
   };
   using Factor = tile::Shared<T, COLS, R>;
-  using Output = tile::Shared<T, ROWS, R>;
   static constexpr bool CLUSTERS = ptx::CLUSTERS && shrink_grad_in_cluster(R);
-  static constexpr int STAGES =
-      stages_that_fit(sizeof(Stage), SUBS * sizeof(Factor), 4, shared_budget(BLOCKS));
+  static constexpr int STAGES = stages_that_fit(sizeof(Stage), SUBS * sizeof(Factor), 4);
   struct Smem {
     Factor F[SUBS];
     union {
       Stage stage[STAGES];
-      struct {
-        Output k;
-        float Q[shrink_grad_in_cluster(R) ? SUBS * COLS * R : 4];
-      } end;  // after the last tile
+      float Q[shrink_grad_in_cluster(R) ? SUBS * COLS * R : 4];  // after the last tile, for the cluster
     };
-    uint32_t sum_k[SHRINK_GRAD_MOST_TILES / 32];  // a bit for each row tile that this block has to sum
-    int sum_Q;
+    int last_of_sum, last_of_multiply;
   };
-  static_assert(STAGES >= 2 && sizeof(Smem) <= shared_budget(BLOCKS));
+  static_assert(STAGES >= 2 && sizeof(Smem) <= SHARED_BYTES);
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink_grad(const ShrinkGradParams p) {
+class ShrinkGrad {
   using P = typename Traits::Policy;
+  using T = typename Traits::T;
+  using Smem = typename Traits::Smem;
   using Stage = typename Traits::Stage;
-  constexpr int THREADS = Traits::THREADS, STAGES = Traits::STAGES, R = Traits::R, ROWS = Traits::ROWS;
-  constexpr int COLS = Traits::COLS, NJ = R / 16;
-  constexpr int TILE = ROWS * R;  // floats of a row tile of k
-  auto& sm = ptx::shared_storage<typename Traits::Smem>();
-  const int warp = threadIdx.x / 32, i0 = warp % 4 * 16, j0 = warp / 4 * (R / 2);
-  const int n_block = int(blockIdx.x), m_block = int(blockIdx.y);
-  // 32 bits are enough: the planner gives a block at most SHRINK_GRAD_MOST_TILES row tiles
-  const int start =
-      int(unsigned(tile::count_of(p.m_pieces, m_block)) * unsigned(n_block) / unsigned(p.n_splits));
-  const Walk<STAGES> walk(p.m_pieces, m_block, p.n_pieces, n_block, start);
-  const int64_t n_begin = int64_t(walk.n_begin) * COLS;
-  const tile::Loader<THREADS, decltype(Stage::g)> load_g(p.g, p.M, p.N);
-  const tile::Loader<THREADS, decltype(Stage::u)> load_u(p.u, p.M, p.r);
+  using Rectangle = Walk<Traits::STAGES>;
+  static constexpr int MULTIPLY = Traits::MULTIPLY, SUM = Traits::SUM, THREADS = Traits::THREADS;
+  static constexpr int STAGES = Traits::STAGES;
+  static constexpr int R = Traits::R, ROWS = Traits::ROWS, COLS = Traits::COLS;
+  static constexpr int K_FLOATS = ROWS * R;                 // of a partial sum of k
+  static constexpr int NJ = R / 16;                         // fragments of k that a warp has
+  static constexpr int Q_FLOATS = Traits::SUBS * COLS * R;  // of Q
+  // Barriers; with the warps that sum: of a row tile, and of the last one's column tiles from OF_LAST on.
+  static constexpr int OF_TILE = 1, OF_SUM = 2, OF_ROW = 3, OF_LAST = 4;
 
-  typename Walk<STAGES>::Place ahead, here;
-  auto fetch = [&] {
-    if (walk.holds(ahead)) {
-      const int row = walk.row(ahead);
-      load_g(sm.stage[ahead.stage].g, row, walk.col(ahead));
-      if (ahead.n == 0) load_u(sm.stage[ahead.slot].u, row, 0);
-      walk.advance(ahead);
-    }
-    ptx::cp_async_commit();
-  };
+ public:
+  LOTR_DEVICE ShrinkGrad(Smem& s, const ShrinkGradParams& p)
+      : s_(s),
+        p_(p),
+        walk_(p.m_pieces, int(blockIdx.y), p.n_pieces, int(blockIdx.x)),
+        cluster_(Traits::CLUSTERS && p.cluster),
+        sends_(p.m_splits > 1 && !cluster_),
+        together_(ptx::TOGETHER && p.together) {}
 
-  float k[1][NJ][4] = {};
-  const int ranks = (p.r + 7) / 8;  // fragments along the rank
-  const auto k_partials = [&](int m) { return p.sum_k.partial + int64_t(m) * p.n_splits * TILE; };
+  // ---- the warps that multiply ----
 
-  // Thread 0: the answer to the latest count is looked at with the next one, when it has long arrived.
-  int counted = -1, before = 0;
-  const auto note = [&] {
-    const int m = counted - walk.m_begin;
-    if (counted >= 0 && before == p.n_splits - 1)
-      ptx::store_shared(&sm.sum_k[m / 32], ptx::load_shared(&sm.sum_k[m / 32]) | 1u << m % 32);
-  };
-  const auto count_in = [&](int m) {
-    before = tile::arrive(p.sum_k.arrived + m, p.n_splits);
-    counted = m;
-  };
-  if (threadIdx.x == 0)
-    for (uint32_t& word : sm.sum_k) ptx::store_shared(&word, 0u);
-
-  const tile::Loader<THREADS, typename Traits::Factor> load_F(p.F, p.N, p.r);
-  ptx::griddepcontrol_wait();
-  for (int n = 0; n < walk.n_tiles; ++n) load_F(sm.F[n], walk.n_begin + n, 0);
-  ColumnSums<Traits> Q;
-  int stored = -1;  // the row tile of k that is in memory and not counted yet
-  for (int i = 0; i < STAGES - 1; ++i) fetch();
-  for (; walk.holds(here); walk.advance(here)) {
-    auto& g = sm.stage[here.stage].g;
-    ptx::cp_async_wait<STAGES - 2>();
-    __syncthreads();
-    fetch();
-    tile::warp_product<P, COLS, false, true>(k, g, i0, 0, sm.F[here.n], j0);
-    Q.add(here.n, g, sm.stage[here.slot].u);
-    if (threadIdx.x == 0 && stored >= 0) {
-      note();
-      count_in(stored);
-    }
-    stored = -1;
-    if (here.n == walk.n_tiles - 1) {
-      stored = walk.row(here);
-      float* to = k_partials(stored) + int64_t(n_block) * TILE;
-#pragma unroll
-      for (int j = 0; j < NJ; ++j)
-        if (int64_t(stored) * ROWS + i0 < p.M && j0 + 8 * j < p.r)
-          tile::store_partial(to + (i0 / 16 * ranks + j0 / 8 + j) * tile::FRAGMENT, k[0][j]);
-#pragma unroll
-      for (int j = 0; j < NJ; ++j) k[0][j][0] = k[0][j][1] = k[0][j][2] = k[0][j][3] = 0.f;
-    }
-  }
-  ptx::griddepcontrol_launch_dependents();
-
-  const int64_t owned = int64_t(walk.n_tiles) * COLS;
-  const int64_t cols = p.N - n_begin < owned ? p.N - n_begin : owned;
-  const bool cluster = Traits::CLUSTERS && p.cluster, alone = p.m_splits == 1 || cluster;
-  const bool together = ptx::TOGETHER && p.together && !alone;
-  if (!alone) Q.store_partials(p.sum_Q, n_block, m_block, p.m_splits, cols, p.r);
-  __syncthreads();  // the last stage is read, the last sums of k and those of Q are stored
-  if (cluster) Q.put_partials(sm.end.Q, cols, p.r);
-  if (threadIdx.x == 0) {
-    note();
-    count_in(stored);
-    int last = 1;
-    if (!alone)
-      last = ptx::atomic_wrap(p.sum_Q.arrived + n_block, p.m_splits - 1) == p.m_splits - 1 || together;
-    note();
-    ptx::store_shared(&sm.sum_Q, last);
-    if (together) ptx::wait_equal(p.sum_Q.arrived + n_block, 0);  // as in arrive_last
-    ptx::fence_device();
-  }
-  if (cluster)
-    ptx::cluster_sync();
-  else
-    __syncthreads();
-
-  // Half of the warps sum k, and meanwhile the others Q where each block has a share of it; else all sum Q.
-  constexpr int HALF = THREADS / 64;
-  if (ptx::load_shared(&sm.sum_Q) && (warp < HALF || !(cluster || together))) {
-    const tile::Floats strip{p.Q + n_begin * p.Q_row, p.Q_row, p.Q_col, cols, p.r};
-    const auto store = [&](const float (&v)[4], int col, int rank) {
-      strip.add(col, rank, v, 1.f, p.accumulate != 0);
+  LOTR_DEVICE void multiply() {
+    const tile::Loader<MULTIPLY, typename Traits::Factor> load_F(p_.F, p_.N, p_.r);
+    const tile::Loader<MULTIPLY, decltype(Stage::g)> load_g(p_.g, p_.M, p_.N);
+    const tile::Loader<MULTIPLY, decltype(Stage::u)> load_u(p_.u, p_.M, p_.r);
+    typename Rectangle::Place ahead, here;
+    const auto fetch = [&] {
+      if (walk_.holds(ahead)) {
+        const int row = walk_.row(ahead);
+        load_g(s_.stage[ahead.stage].g, row, walk_.col(ahead));
+        if (ahead.n == 0) load_u(s_.stage[ahead.slot].u, row, 0);
+        walk_.advance(ahead);
+      }
+      ptx::cp_async_commit();
     };
-    if (cluster)
-      Q.template each_sum_of_cluster<HALF>(sm.end.Q, m_block, p.m_splits, cols, p.r, store);
-    else if (p.m_splits > 1)
-      Q.template each_sum<HALF>(p.sum_Q, n_block, m_block, p.m_splits, together, cols, p.r, store);
-    else
-      Q.each(cols, p.r, store);
+    for (int n = 0; n < walk_.n_tiles; ++n) load_F(s_.F[n], walk_.n_begin + n, 0);
+    for (int i = 0; i < STAGES - 1; ++i) fetch();
+
+    ColumnSums<Traits> Q;
+#pragma unroll 1
+    while (here.m < walk_.m_tiles - 1) row_tile<false>(Q, here, fetch);
+    row_tile<true>(Q, here, fetch);
+    ptx::griddepcontrol_launch_dependents();
+    finish_Q(Q);
   }
-  for (int i = 0; i < walk.m_tiles && warp >= HALF; ++i) {
-    if (!(ptx::load_shared(&sm.sum_k[i / 32]) >> i % 32 & 1)) continue;
-    const int64_t m0 = int64_t(walk.m_begin + i) * ROWS;
-    const int rows = p.M - m0 < ROWS ? int(p.M - m0) : ROWS;
-    tile::sum_partials<HALF, TILE>(k_partials(walk.m_begin + i), p.n_splits, (rows + 15) / 16 * ranks,
-                                   [&](int fragment, const float (&v)[4]) {
-                                     tile::put(sm.end.k, fragment / ranks * 16, fragment % ranks * 8, v, 1.f);
-                                   });
-    ptx::barrier_sync(1, THREADS / 2);
-    tile::store<THREADS / 2>(p.k, sm.end.k, m0, p.M, 0, p.r);
-    ptx::barrier_sync(1, THREADS / 2);
+
+  // ---- the warps that sum ----
+
+  LOTR_DEVICE void sum() {
+    ptx::barrier_sync(OF_ROW, THREADS);  // the first tile has come, nothing is stored yet
+#pragma unroll 1
+    for (int i = 0; i < walk_.m_tiles; ++i) {
+      const bool last = i == walk_.m_tiles - 1;
+      if (last)
+        sum_sent_Q();
+      else
+        ptx::barrier_sync(OF_ROW, THREADS);
+      sum_k(walk_.m_begin + i, last && together_);
+    }
+    if (cluster_) ptx::cluster_sync();
   }
-  if (cluster) ptx::cluster_sync();  // nobody leaves while others read its sums
+
+ private:
+  // The products of a row tile.  Of the LAST one the sums of each column tile of Q go to memory at once.
+  template <bool LAST, class Fetch>
+  LOTR_DEVICE void row_tile(ColumnSums<Traits>& Q, typename Rectangle::Place& here, Fetch& fetch) {
+    using Right = typename ColumnSums<Traits>::template Right<decltype(Stage::u)>;
+    constexpr bool KEEP = Right::REGISTERS <= 16;  // u in registers
+    [[maybe_unused]] Right right;
+    float k[1][NJ][4] = {};
+#pragma unroll
+    for (int n = 0; n < Traits::SUBS; ++n) {
+      if (n > 0 && n == walk_.n_tiles) break;
+      ptx::cp_async_wait<STAGES - 2>();
+      if (n == 0)
+        ptx::barrier_sync(OF_ROW, THREADS);
+      else
+        ptx::barrier_sync(OF_TILE, MULTIPLY);
+      fetch();
+      auto& g = s_.stage[here.stage].g;
+      auto& u = s_.stage[here.slot].u;
+      if constexpr (KEEP)
+        if (n == 0) right.template load<true>(u, Q.j0());
+      tile::warp_product<P, COLS, false, true>(k, g, k_row(), 0, s_.F[n], k_rank());
+      if constexpr (KEEP)
+        Q.add_right(n, g, right);
+      else
+        Q.add(n, g, u);
+      if (LAST && sends_) Q.store_partials_of(n, Q_partial(int(blockIdx.y)), cols(), p_.r);
+      if (LAST && n < walk_.n_tiles - 1) ptx::barrier_arrive(OF_LAST + n, THREADS);
+      here.stage = tile::stage_after<STAGES>(here.stage);
+    }
+    store_k(k, walk_.row(here));
+    if (LAST) ptx::barrier_arrive(OF_LAST + walk_.n_tiles - 1, THREADS);
+    here.slot = tile::stage_after<STAGES>(here.slot);
+    ++here.m;
+  }
+
+  // This warp's part of a row tile of k.
+  static LOTR_DEVICE int k_row() { return int(threadIdx.x) / 32 % 4 * 16; }
+  static LOTR_DEVICE int k_rank() { return int(threadIdx.x) / 128 * (R / 2); }
+  LOTR_DEVICE int ranks() const { return (p_.r + 7) / 8; }  // fragments along the rank
+  LOTR_DEVICE int64_t cols() const {                        // of the rectangle
+    const int64_t owned = int64_t(walk_.n_tiles) * COLS, left = p_.N - int64_t(walk_.n_begin) * COLS;
+    return left < owned ? left : owned;
+  }
+  LOTR_DEVICE float* k_partials(int m) const {
+    return p_.sum_k.partial + int64_t(m) * p_.n_splits * K_FLOATS;
+  }
+  LOTR_DEVICE float* Q_partial(int m_block) const {
+    return p_.sum_Q.partial + (int64_t(blockIdx.x) * p_.m_splits + m_block) * Q_FLOATS;
+  }
+
+  // The sums of row tile m to memory.
+  LOTR_DEVICE void store_k(const float (&k)[1][NJ][4], int m) {
+    float* to = k_partials(m) + int64_t(blockIdx.x) * K_FLOATS;
+#pragma unroll
+    for (int j = 0; j < NJ; ++j) {
+      if (int64_t(m) * ROWS + k_row() < p_.M && k_rank() + 8 * j < p_.r)
+        tile::store_partial(to + (k_row() / 16 * ranks() + k_rank() / 8 + j) * tile::FRAGMENT, k[0][j]);
+    }
+  }
+
+  // While the last row tile is multiplied, what it has sent of Q.
+  LOTR_DEVICE void sum_sent_Q() {
+#pragma unroll 1
+    for (int n = 0; n < walk_.n_tiles - 1; ++n) {
+      ptx::barrier_sync(OF_LAST + n, THREADS);
+      if (sends_) sum_Q<OF_SUM, SUM>(n, s_.last_of_sum);
+    }
+    ptx::barrier_sync(OF_LAST + walk_.n_tiles - 1, THREADS);
+    ptx::griddepcontrol_launch_dependents();
+    if (cluster_) ptx::cluster_sync();
+  }
+
+  // Counts this block in at row tile m of k.  Of its sums over the blocks of the row the last to arrive makes
+  // all, or each its share.
+  LOTR_DEVICE void sum_k(int m, bool together) {
+    if (!tile::arrive_last<tile::Named<OF_SUM, SUM>>(p_.sum_k.arrived + m, p_.n_splits, s_.last_of_sum,
+                                                     together))
+      return;
+    const int64_t m0 = int64_t(m) * ROWS;
+    const int rows = p_.M - m0 < ROWS ? int(p_.M - m0) : ROWS, total = (rows + 15) / 16 * ranks();
+    const int own = int(blockIdx.x), first = together ? total * own / p_.n_splits : 0;
+    const int end = together ? total * (own + 1) / p_.n_splits : total;
+    tile::sum_partials<SUM / 32, K_FLOATS>(
+        k_partials(m) + first * tile::FRAGMENT, p_.n_splits, end - first, [&](int i, const float (&v)[4]) {
+          const int row = (first + i) / ranks(), rank = (first + i) % ranks();
+          tile::store_rounded<T>(p_.k, m0 + 16 * row, p_.M, 8 * rank, p_.r, v);
+        });
+  }
+
+  // The same of column tile n of Q, over the blocks of the column, by THREADS threads.
+  template <int BARRIER, int THREADS>
+  LOTR_DEVICE void sum_Q(int n, int& last) {
+    if (!tile::arrive_last<tile::Named<BARRIER, THREADS>>(p_.sum_Q.arrived + walk_.n_begin + n, p_.m_splits,
+                                                          last, together_))
+      return;
+    const int64_t left = cols() - n * COLS;
+    const int total = (int(left < COLS ? left : COLS) + 15) / 16 * ranks(), own = int(blockIdx.y);
+    const int before = n * (COLS / 16) * ranks();
+    const int first = before + (together_ ? total * own / p_.m_splits : 0);
+    const int end = before + (together_ ? total * (own + 1) / p_.m_splits : total);
+    tile::sum_partials<THREADS / 32, Q_FLOATS>(
+        Q_partial(0) + first * tile::FRAGMENT, p_.m_splits, end - first, [&](int i, const float (&v)[4]) {
+          store_Q(v, (first + i) / ranks() * 16, (first + i) % ranks() * 8);
+        });
+  }
+
+  LOTR_DEVICE void store_Q(const float (&v)[4], int col, int rank) {
+    const int64_t n0 = int64_t(walk_.n_begin) * COLS;
+    const tile::Floats strip{p_.Q + n0 * p_.Q_row, p_.Q_row, p_.Q_col, cols(), p_.r};
+    strip.add(col, rank, v, 1.f, p_.accumulate != 0);
+  }
+
+  // After the products: what is left of Q to sum.
+  LOTR_DEVICE void finish_Q(ColumnSums<Traits>& Q) {
+    const auto store = [&](const float (&v)[4], int col, int rank) { store_Q(v, col, rank); };
+    if (sends_) return sum_Q<OF_TILE, MULTIPLY>(walk_.n_tiles - 1, s_.last_of_multiply);
+    if (!cluster_) return Q.each(cols(), p_.r, store);
+    ptx::barrier_sync(OF_TILE, MULTIPLY);  // the last stage is read: the sums take its place
+    Q.put_partials(s_.Q, cols(), p_.r);
+    ptx::cluster_sync();
+    Q.each_sum_of_cluster(s_.Q, int(blockIdx.y), p_.m_splits, cols(), p_.r, store);
+    ptx::cluster_sync();  // nobody leaves while others read its sums
+  }
+
+  Smem& s_;
+  const ShrinkGradParams& p_;
+  const Rectangle walk_;
+  const bool cluster_, sends_, together_;  // sends: partial sums of Q to memory
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::THREADS, 1) shrink_grad(const ShrinkGradParams p) {
+  ShrinkGrad<Traits> block(ptx::shared_storage<typename Traits::Smem>(), p);
+  ptx::griddepcontrol_wait();
+  if (threadIdx.x < Traits::MULTIPLY)
+    block.multiply();
+  else
+    block.sum();
 }
 
 }  // namespace lotr::kernels

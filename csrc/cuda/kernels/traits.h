@@ -104,8 +104,9 @@ constexpr int factor_grad_subs(int R, int cols) {
 constexpr int factor_grad_rows(size_t element, int R, int cols) {
   return R == 256 ? 32 : R == 128 || cols == 64 ? 64 : rows_of_16_kb(element, cols);
 }
+constexpr int SHRINK_GRAD_ROWS = 64, SHRINK_GRAD_ROW_BYTES = 256;  // of a tile
 constexpr int shrink_grad_cols(size_t element) {
-  return element == 2 ? 128 : 64;
+  return SHRINK_GRAD_ROW_BYTES / int(element);
 }
 // Whether the splits may be a cluster: the sums of a block have room in shared memory, in place of the tiles.
 constexpr bool factor_grad_in_cluster(int R) {
@@ -114,12 +115,10 @@ constexpr bool factor_grad_in_cluster(int R) {
 constexpr bool shrink_grad_in_cluster(int R) {
   return R <= 32;
 }
-constexpr int SHRINK_GRAD_ROWS = 64, SHRINK_GRAD_MOST_TILES = 2048;  // row tiles of a block
-// In shrink_grad the rows of F that go with them stay in shared memory: 32 KB at most, 16 KB where two blocks
-// are to fit.
+// In shrink_grad the rows of F that go with them stay in shared memory: 32 KB at most; and their sums, 64 a
+// thread at most, in registers.
 constexpr int shrink_grad_subs(size_t element, int R) {
-  const size_t most = blocks_together(R) == 2 ? 16384 : 32768;
-  const int fit = int(most / (shrink_grad_cols(element) * R * element)), subs = R == 16 ? 4 : 2;
+  const int fit = int(32768 / (shrink_grad_cols(element) * R * element)), subs = 128 / R;
   return fit < subs ? fit : subs;
 }
 

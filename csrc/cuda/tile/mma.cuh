@@ -151,4 +151,31 @@ LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_ste
   }
 }
 
+// The fragments of a right operand [K_TOTAL, 8 NJ] in registers, for several products.
+template <class P, int K_TOTAL, int NJ>
+struct Right {
+  static constexpr int STEPS = K_TOTAL / P::K, REGISTERS = STEPS * NJ * P::B_REGS;
+  uint32_t b[STEPS][NJ][P::B_REGS];
+
+  template <bool KMajor, class Tile>
+  LOTR_DEVICE void load(Tile& B, int j0) {
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k) P::template b<KMajor, NJ>(b[k], B, j0, k * P::K);
+  }
+};
+
+template <bool A_KMajor, class P, int K_TOTAL, int MI, int NJ, class TileA>
+LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step,
+                              const Right<P, K_TOTAL, NJ>& B) {
+#pragma unroll
+  for (int k = 0; k < B.STEPS; ++k)
+#pragma unroll
+    for (int mi = 0; mi < MI; ++mi) {
+      uint32_t a[P::A_REGS];
+      P::template a<A_KMajor>(a, A, i0 + mi * i_step, k * P::K);
+#pragma unroll
+      for (int nj = 0; nj < NJ; ++nj) P::mma(d[mi][nj], a, B.b[k][nj]);
+    }
+}
+
 }  // namespace lotr::tile
