@@ -11,7 +11,8 @@ from .issue import SCHEDULERS, Latencies
 REACHED = 0.94  # of the data sheet's bandwidth, by long streams of 16-byte copies
 BEGIN = 1.0e-6  # seconds from a kernel's start to its blocks' first copies
 SHARPNESS = 8  # of `together`
-REGISTERS, REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 65536, 256, 128, 1024  # of a multiprocessor, a warp, a block, a block
+REGISTERS, REGISTER_UNIT, WARP_UNIT = 65536, 256, 4  # of a multiprocessor, a warp; warps that get theirs together
+SHARED_UNIT, SHARED_RESERVED = 128, 1024  # of a block
 L2_ONE = 64.0  # bytes a cycle that one multiprocessor gets from L2
 CLUSTER_ONE = 13.0  # bytes a cycle that each multiprocessor gets from shared memory of its cluster
 
@@ -69,8 +70,8 @@ SOURCES = [
     ("bandwidth, multiprocessors, matrix speed", "the vendor's data sheets, as in bench/traffic/projection.py"),
     ("clock", "data sheet's matrix speed over multiprocessors and operations a cycle: the boost clock; a hot card runs slower"),
     (
-        "registers, shared memory, threads of a multiprocessor",
-        "CUDA programming guide, technical specifications by compute capability",
+        "registers, shared memory, threads of a multiprocessor; registers go to four warps at a time",
+        "CUDA programming guide, technical specifications by compute capability; as the compiler counts, too",
     ),
     (
         "an integer instruction takes its unit 2 cycles a warp, a multiply-add 2, float 1",

@@ -40,7 +40,7 @@ def blocks_resident(kernel: Compiled, warps: int, shared: int, card: Card) -> tu
     asked = shared + kernel.static_shared + assumptions.SHARED_RESERVED
     a_block = math.ceil(asked / assumptions.SHARED_UNIT) * assumptions.SHARED_UNIT
     limits = {
-        "registers": assumptions.REGISTERS // (a_warp * warps),
+        "registers": assumptions.REGISTERS // a_warp // assumptions.WARP_UNIT * assumptions.WARP_UNIT // warps,
         "shared memory": card.shared_bytes // a_block,
         "threads": card.threads // (32 * warps),
     }
@@ -82,18 +82,16 @@ def in_turn(fragments: int, splits: int, warps: int) -> int:
 
 
 def rounds_together(row: Row) -> int:
-    """The same of a block of a cooperative launch: its share of D or Q; of Q without clusters by half of its warps, while the
-    others sum the row tiles of k that it is the last to reach."""
+    """The same of a block of a cooperative launch: its share of D or Q. In shrink_grad without wgmma that of the last column
+    tile, the others' sums being made before; beside it, by other warps, its share of the last row tile of k."""
     owners, splits = row.machine["grid"][:2]
-    ranks = math.ceil(row.r / 8)
-    both = row.kernel == "shrink_grad" and not row.machine["bulk_bytes"]
-    warps = row.machine["multiply"] // (2 if both else 1)
-    rounds = in_turn(math.ceil(math.ceil(row.n / owners / 16) * ranks / splits), splits, warps)
-    if both:
-        rows = constant(TRAITS, "SHRINK_GRAD_ROWS")
-        tiles = math.ceil(math.ceil(math.ceil(row.m / rows) / splits) / owners)
-        rounds = max(rounds, tiles * in_turn(rows // 16 * ranks, owners, warps))
-    return rounds
+    ranks, columns, multiply = math.ceil(row.r / 8), math.ceil(row.n / owners), row.machine["multiply"]
+    if row.kernel != "shrink_grad" or row.machine["bulk_bytes"]:
+        return in_turn(math.ceil(math.ceil(columns / 16) * ranks / splits), splits, multiply)
+    tile = constant(TRAITS, "SHRINK_GRAD_ROW_BYTES") // (row.large // (row.m * row.n))
+    q = math.ceil(math.ceil(min(columns, tile) / 16) * ranks / splits)
+    k = math.ceil(constant(TRAITS, "SHRINK_GRAD_ROWS") // 16 * ranks / owners)
+    return max(in_turn(q, splits, multiply), in_turn(k, owners, row.machine["warps"] - multiply))
 
 
 def _wide_loads(code: Iterable[Instruction]) -> int:

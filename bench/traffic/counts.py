@@ -250,7 +250,7 @@ def _machine(lib: ModuleType, counters: dict, moved: int) -> dict:
         "copies": counters["async_copies"] / 32,
         "bulk_bytes": counters["bulk_bytes"],
         "matrix": counters["mma"] + 4 * counters["wgmma"],
-        "multiply": 4 * counters["warpgroups"] or launch["block"][0] // 32,  # warps that do
+        "multiply": counters["multiply"] or launch["block"][0] // 32,  # warps that do
         "cluster": launch["cluster"][0] * launch["cluster"][1] * launch["cluster"][2],
         "late_loads": counters["late_loads"],  # of 16 bytes, a thread
         "late_bytes": counters["late_bytes"],

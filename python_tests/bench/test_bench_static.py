@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 
 import pytest
 
@@ -232,17 +231,16 @@ def test_blocks_that_sum_together_wait_once_more_and_share_what_l2_gives():
 
     def late(kernel: str = "shrink", total: int = 0) -> Estimate:
         one = row(blocks=104, late_loads=1)
-        more = {"together": True, "late_total": total, "grid": [8, 13, 1]}
+        more = {"warps": 12, "together": True, "late_total": total, "grid": [8, 13, 1]}
         return estimate(dataclasses.replace(one, kernel=kernel, machine=one.machine | more), made, a100)
 
     def latencies(e: Estimate) -> float:
         return e.parts["after"] * a100.clock / a100.l2_latency
 
-    q, half_q, half_k = in_turn(5, 13, 8), in_turn(5, 13, 4), in_turn(8, 8, 4)  # 64 fragments over 13 blocks; a row tile of k
-    assert (q, half_q, half_k) == (3, 3, 1) and late().late_rounds == q and latencies(late()) == pytest.approx(4 + q)
-    tiles = math.ceil(row(blocks=104).m / 64 / 13 / 8)  # of k, at most
-    # by half of the warps, beside those of Q
-    assert late("shrink_grad").late_rounds == max(half_q, tiles * half_k)
+    q, last_q, k = in_turn(5, 13, 8), in_turn(2, 13, 8), in_turn(1, 8, 4)  # 64 fragments, or 16, over 13; 8 of k over 8
+    assert (q, last_q, k) == (3, 3, 1) and late().late_rounds == q and latencies(late()) == pytest.approx(4 + q)
+    # of the last column tile; beside it, by the warps that do not multiply, of the last row tile of k
+    assert late("shrink_grad").late_rounds == max(last_q, k)
     much = 3_400_000  # bytes
     assert latencies(late(total=much)) == pytest.approx(5 + much / 108 / a100.l2_bytes_a_cycle / a100.l2_latency)
     assert (in_turn(9, 16, 8), in_turn(32, 16, 8), in_turn(33, 7, 8)) == (2, 4, 9)
