@@ -12,7 +12,7 @@
 //   fold_grad     dB += scaling sum_l Q_l G_l, l = 0 .. L-1 in this order; dG_l = scaling Q_l^T B
 //   small_*       the unfolded form, for few tokens
 // Only the LibTorch stable ABI is used: one build runs under torch 2.10 and later. Autograd, fake kernels and
-// version counters are registered in Python (lotr_ext/registrations.py), where that ABI has no place for
+// version counters are registered in Python (lotr_ext/ops), where that ABI has no place for
 // them.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

@@ -49,7 +49,7 @@ LOTR_DEVICE void store_tile(const float (&d)[Traits::BN / 2], const typename Tra
                           pack<T>(d[i] + b0, d[i + 1] + b1));
       }
     }
-    ptx::fence_proxy_async();
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
     if (lane == 0)
       asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\\n"

@@ -155,4 +155,4 @@ def test_coverage() -> None:
 
     assert not covered("ptx::store(p.arrived, before + 1)")  # only with a planted bug
     assert covered("before = ptx::atomic_add(p.arrived, 1)") and covered("ptx::store(p.total, sum)")
-    assert covered("ptx::barrier_sync(1, threads)") and covered("return ptx::warp_sum(v)")
+    assert covered("ptx::barrier_sync(1, threads)") and covered("return warp_sum(v)")

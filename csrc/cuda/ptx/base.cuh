@@ -121,11 +121,6 @@ LOTR_DEVICE int held(int value) {
   return value;
 }
 
-// The high 32 bits of a product of two 32-bit numbers (Philox).
-LOTR_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) {
-  return uint32_t(uint64_t(a) * b >> 32);
-}
-
 // Ends the launch: on the device by a trap, under the executor with `message` and the caller's file and line.
 LOTR_DEVICE void trap(const char* message LOTR_SITE) {
 #ifdef __CUDACC__

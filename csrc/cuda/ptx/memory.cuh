@@ -86,19 +86,6 @@ LOTR_DEVICE T load_nc(const T* p LOTR_SITE) {
 #endif
 }
 
-// The same, for data that is read once: it leaves no trace in L1.
-template <class T>
-LOTR_DEVICE T load_nc_stream(const T* p LOTR_SITE) {
-  static_assert(is_word<T>, "2, 4, 8 or 16 bytes");
-#ifdef __CUDACC__
-  LOTR_PTX_LOAD(T, p, "ld.global.nc.L1::no_allocate")
-#else
-  T value;
-  simt::load_global(&value, p, sizeof(T), true, site);
-  return value;
-#endif
-}
-
 // ld.global.cg: from L2, past L1; for partial sums that other blocks have stored.
 template <class T>
 LOTR_DEVICE T load_cg(const T* p LOTR_SITE) {
@@ -117,17 +104,6 @@ LOTR_DEVICE void store(T* p, std::common_type_t<T> value LOTR_SITE) {
   static_assert(is_word<T>, "2, 4, 8 or 16 bytes");
 #ifdef __CUDACC__
   LOTR_PTX_STORE(T, p, value, "st.global")
-#else
-  simt::store_global(p, &value, sizeof(T), site);
-#endif
-}
-
-// st.global.cs: for data that nobody reads again soon.
-template <class T>
-LOTR_DEVICE void store_stream(T* p, std::common_type_t<T> value LOTR_SITE) {
-  static_assert(is_word<T>, "2, 4, 8 or 16 bytes");
-#ifdef __CUDACC__
-  LOTR_PTX_STORE(T, p, value, "st.global.cs")
 #else
   simt::store_global(p, &value, sizeof(T), site);
 #endif

@@ -61,27 +61,6 @@ LOTR_DEVICE void cp_async16(void* shared, const void* global, int src_bytes LOTR
 #endif
 }
 
-// 8 and 4 bytes, for rows whose start is not 16-byte aligned.
-LOTR_DEVICE void cp_async8(void* shared, const void* global, int src_bytes = 8 LOTR_SITE) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(src_bytes)
-               : "memory");
-#else
-  simt::cp_async(shared, global, 8, src_bytes, site);
-#endif
-}
-
-LOTR_DEVICE void cp_async4(void* shared, const void* global, int src_bytes = 4 LOTR_SITE) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(src_bytes)
-               : "memory");
-#else
-  simt::cp_async(shared, global, 4, src_bytes, site);
-#endif
-}
-
 // Closes a group of this thread's copies; an empty group counts too.
 LOTR_DEVICE void cp_async_commit(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
@@ -99,15 +78,6 @@ LOTR_DEVICE void cp_async_wait(LOTR_SITE_ONLY) {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 #else
   simt::cp_async_wait(N, site);
-#endif
-}
-
-// Until all of this thread's copies have landed, committed or not.
-LOTR_DEVICE void cp_async_wait_all(LOTR_SITE_ONLY) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#else
-  simt::cp_async_wait(-1, site);
 #endif
 }
 
@@ -233,29 +203,6 @@ LOTR_DEVICE T shfl(T value, int lane LOTR_SITE) {
 #else
   return __shfl_sync(0xffffffffu, value, lane, 32, site);
 #endif
-}
-
-// Sum over the warp, in every lane, by a butterfly: always the same order.
-LOTR_DEVICE float warp_sum(float value LOTR_SITE) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2)
-#ifdef __CUDACC__
-    value += shfl_xor(value, mask);
-#else
-    value += shfl_xor(value, mask, site);
-#endif
-  return value;
-}
-
-LOTR_DEVICE float warp_max(float value LOTR_SITE) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2)
-#ifdef __CUDACC__
-    value = fmaxf(value, shfl_xor(value, mask));
-#else
-    value = fmaxf(value, shfl_xor(value, mask, site));
-#endif
-  return value;
 }
 
 // Named barriers 1 to 15: `threads` (a multiple of 32) of the block meet, or announce themselves and go on.

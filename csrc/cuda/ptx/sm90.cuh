@@ -82,14 +82,6 @@ LOTR_DEVICE void fence_mbarrier_init(LOTR_SITE_ONLY) {
 #endif
 }
 
-// Between plain stores to shared memory and their use by wgmma or bulk copies.  (The executor does not check
-// it.)
-LOTR_DEVICE void fence_proxy_async() {
-#ifdef __CUDACC__
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 LOTR_DEVICE void mbarrier_arrive(uint64_t* barrier LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");

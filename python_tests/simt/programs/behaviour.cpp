@@ -134,8 +134,9 @@ __global__ void early(int what, float* x) {
   ptx::store_shared(&s.f[t], 1.f);  // shared memory is the block's own
   if (what == TOUCHES) ptx::store(x + t, 1.f);  // EARLY STORE
   if (what == COPIES && t == 5) {
-    ptx::cp_async4(&s.f[t], x + t);  // EARLY COPY
-    ptx::cp_async_wait_all();
+    ptx::cp_async16(&s.f[4 * t], x + 4 * t);  // EARLY COPY
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
   }
   if (what == LETS_NEXT) ptx::griddepcontrol_launch_dependents();  // EARLY LAUNCH
   if (what == LEAVES && t == 100) return;

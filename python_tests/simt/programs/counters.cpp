@@ -6,6 +6,7 @@
 
 #include "cuda/ptx/sm80.cuh"
 #include "executor/api.h"
+#include "warp_sum.cuh"
 
 namespace {
 using namespace lotr;
@@ -85,7 +86,7 @@ KERNEL(collectives) {
   uint32_t a[4] = {}, b[2] = {};
   float d[4] = {};
   for (int i = 0; i < 3; ++i) ptx::mma_m16n8k16<__half>(d, a, b);
-  ptx::warp_sum(d[0]);
+  warp_sum(d[0]);
 }
 
 void run(const char* name, void (*kernel)(Params), unsigned threads, unsigned blocks = 1) {

@@ -28,8 +28,7 @@ LOTR_DEVICE void copy_words(Smem& s, const Params& p) {
   const auto* x = reinterpret_cast<const Word*>(p.x);
   auto* y = reinterpret_cast<Word*>(p.y);
   ptx::store(y, ptx::load(x + 1));
-  ptx::store_stream(y + 2, ptx::load_nc(x + 3));
-  ptx::store(y + 4, ptx::load_nc_stream(x + 5));
+  ptx::store(y + 2, ptx::load_nc(x + 3));
   ptx::store(y + 6, ptx::load_cg(x + 7));
   auto* shared = reinterpret_cast<Word*>(s.f);
   ptx::store_shared(shared, ptx::load(x + 8));
@@ -48,11 +47,8 @@ __global__ void __launch_bounds__(128) sm80(Params p) {
 
   ptx::cp_async16(&s.tile[threadIdx.x / 8][threadIdx.x % 8 * 8], p.x + threadIdx.x * 8);
   ptx::cp_async16(&s.tile[threadIdx.x / 8][threadIdx.x % 8 * 8], p.x + threadIdx.x * 8, 8);
-  ptx::cp_async8(&s.tile[0], p.x, 4);
-  ptx::cp_async4(&s.tile[0], p.x);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
-  ptx::cp_async_wait_all();
   __syncthreads();
   ptx::barrier_sync(1, 64);
   ptx::barrier_arrive(2, 64);
@@ -66,11 +62,11 @@ __global__ void __launch_bounds__(128) sm80(Params p) {
   ptx::ldmatrix_x2_trans(b, &s.tile[threadIdx.x % 16][8]);
   ptx::mma_m16n8k16<__half>(d, a, b);
   ptx::mma_m16n8k8_tf32(d, a, b);
-  d[0] += ptx::warp_sum(d[1]) + ptx::warp_max(d[2]) + ptx::as_float(ptx::to_tf32(d[3])) + ptx::shfl(d[1], 3);
+  d[0] += ptx::shfl_xor(d[1], 16) + ptx::as_float(ptx::to_tf32(d[3])) + ptx::shfl(d[1], 3);
 
   ptx::fence_device();
   ptx::store(p.y, d[0] + float(ptx::atomic_add(p.n, 1)) + ptx::atomic_add(p.y + 1, 1.f) +
-                      float(ptx::atomic_add_acq_rel(p.n, 1)) + float(ptx::atomic_wrap(p.n, 7)) + float(ptx::mul_hi(a[0], a[1])));
+                      float(ptx::atomic_add_acq_rel(p.n, 1)) + float(ptx::atomic_wrap(p.n, 7)));
   ptx::store_release(p.n, 2);
   ptx::wait_equal(p.n, 2);
   if (d[0] > 1e30f) ptx::trap("never");
@@ -109,7 +105,6 @@ __global__ void __launch_bounds__(128) sm90(const __grid_constant__ ptx::TensorM
   Smem& s = ptx::shared_storage<Smem>();
   ptx::mbarrier_init(&s.barrier, 2);
   ptx::fence_mbarrier_init();
-  ptx::fence_proxy_async();
   ptx::cluster_sync();
   ptx::mbarrier_arrive(&s.barrier);
   ptx::mbarrier_arrive_expect_tx(&s.barrier, sizeof s.tile);

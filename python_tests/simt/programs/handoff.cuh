@@ -4,6 +4,7 @@
 #pragma once
 #include "cuda/ptx/sm80.cuh"
 #include "wait_relaxed.cuh"
+#include "warp_sum.cuh"
 
 namespace handoff {
 using namespace lotr;
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(COLS) kernel(const Params p) {
       __syncthreads();
       // part comes from a block that this one has not waited for: handed on by the one in between
       const float v = ptx::load_cg(p.twice + m * COLS + t) - ptx::load_cg(p.part + m * COLS + t);
-      const float sum = ptx::warp_sum(v);
+      const float sum = warp_sum(v);
       if (t % 32 == 0) ptx::store_shared(&s.sum[t / 32], sum);
       __syncthreads();
       if (t == 0) ptx::store(p.y + m, 2 * (ptx::load_shared(&s.sum[0]) + ptx::load_shared(&s.sum[1])));

@@ -3,6 +3,7 @@
 // shuffles, named barriers, shared and global atomics, and the bugs that go with them.
 #pragma once
 #include "cuda/ptx/sm80.cuh"
+#include "warp_sum.cuh"
 
 namespace sum {
 using namespace lotr;
@@ -64,7 +65,7 @@ LOTR_DEVICE float warp_total(Smem& s, float v, const Params& p) {
     }
   }
   if (p.bug == shuffle_outside_mask && lane < 16) return __shfl_xor_sync(0xffffu, v, 16);
-  return ptx::warp_sum(v);
+  return warp_sum(v);
 }
 
 // True in the block that comes last; all of it then sees what the others stored.
