@@ -75,6 +75,7 @@ void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
 
 // A new tensor of like's leading dimensions and `cols` columns.
 Tensor like_rows(const Arg& like, int64_t cols) {
+  if (like.dim == 2) return empty<2>({like.size[0], cols}, like.dtype);  // needs no memory for the sizes
   std::vector<int64_t> size(like.size, like.size + like.dim);
   size.back() = cols;
   return empty_of(size, like.dtype);
