@@ -150,24 +150,23 @@ class LoTRLayer(HasCore):
             self.__dict__["factors"] = self._modules.pop("factors")
 
     def forward(self, x: Tensor) -> Tensor:
-        # what nn.Module keeps is read where it keeps it, here, in factors and in _call: by its __getattr__ parameters take a
-        # layer and step 11 us longer, and by any getattr of a module settings 0.4 us (bench.host, one token)
-        own, shape = self.__dict__, x.shape
-        if not shape or shape[-1] != own["in_features"]:
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
             raise ValueError(f"x: expected a last dimension of in_features = {self.in_features}, got shape {tuple(shape)}")
-        if own["merged"]:
+        if self.merged:
             if self.notice is not None:
                 self.notice.warn(self.adapter_parameters())
             return self._base(x)
-        if own["disabled"]:
+        if self.disabled:
             if self.start_core is None:
                 return self._base(x)
             return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
-        parameters, modules = own["_parameters"], own["_modules"]
+        # parameters are read where nn.Module keeps them, here, in factors and in _call: by its __getattr__ a layer and step
+        # takes 11 us longer (bench.host, one token)
+        parameters, modules = self._parameters, self._modules
         core = parameters["core"] if "core" in parameters else self.core
         factors = modules["factors"] if "factors" in modules else self.factors
-        p = own["dropout"] if own["training"] else 0.0
-        call = Call(core, own["scaling"], p, factors._group, self, own["strategy"])
+        call = Call(core, self.scaling, self.dropout if self.training else 0.0, factors._group, self, self.strategy)
         return factors(partial(self._call if self.mixture is None else self._call_mixed, x, call))
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
