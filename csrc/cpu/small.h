@@ -76,6 +76,11 @@ struct Small {
 
   static Mat dense(void* data, int64_t rows, int64_t cols, Dtype t) { return {data, rows, cols, cols, 1, t}; }
 
+  // out[n] += v row[n]. The two are apart, which the compiler would else find out anew for each row.
+  static void add_scaled(Acc* __restrict out, Acc v, const Acc* __restrict row, int64_t n) {
+    for (int64_t b = 0; b < n; ++b) out[b] += v * row[b];
+  }
+
   // out[M, to] = scale * in[M, from] core, element (a, b) of core at a * sa + b * sb; core is rounded to T.
   static void times_core(Acc* out, const Acc* in, int64_t m, int64_t from, int64_t to, const Mat& core,
                          int64_t sa, int64_t sb, Acc scale) {
@@ -88,10 +93,7 @@ struct Small {
         const S* src = static_cast<const S*>(core.data) + a * sa;
         using Plain = typename KindOf<Acc>::type;
         parts<Plain, T>(row, src, sb, to, nullptr);
-        for (int64_t i = 0; i < m; ++i) {
-          const Acc v = in[i * from + a] * scale;
-          for (int64_t b = 0; b < to; ++b) out[i * to + b] += v * row[b];
-        }
+        for (int64_t i = 0; i < m; ++i) add_scaled(out + i * to, in[i * from + a] * scale, row, to);
       }
     });
   }
@@ -170,10 +172,7 @@ struct Small {
       Acc* out = sums.get<Acc>();
       for (int64_t i = 0; i < r_in * r_out; ++i) out[i] = 0;
       for (int64_t i = 0; i < m; ++i)
-        for (int64_t a = 0; a < r_in; ++a) {
-          const Acc v = u[i * r_in + a];
-          for (int64_t b = 0; b < r_out; ++b) out[a * r_out + b] += v * h[i * r_out + b];
-        }
+        for (int64_t a = 0; a < r_in; ++a) add_scaled(out + a * r_out, u[i * r_in + a], h + i * r_out, r_out);
       write_rows<K>(s.dcore, 0, r_in, out, r_out, 1.0, false);
     }
   }

@@ -67,6 +67,12 @@ Tensor empty(const std::array<int64_t, dim>& size, ScalarType dtype) {
   return empty_of(size, dtype);
 }
 
+// A new matrix [rows, cols], to be written.
+inline cpu::Mat make(OptionalTensor& made, int64_t rows, int64_t cols, ScalarType dtype) {
+  made = empty<2>({rows, cols}, dtype);
+  return {made->mutable_data_ptr(), rows, cols, cols, 1, cpu_dtype(dtype)};
+}
+
 inline cpu::Drop drop(double p, const OptionalTensor& seed) {
   cpu::Drop d;
   if (p == 0.0) return d;

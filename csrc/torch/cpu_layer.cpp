@@ -23,6 +23,7 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -74,8 +75,9 @@ void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
 
 // A new tensor of like's leading dimensions and `cols` columns.
 Tensor like_rows(const Arg& like, int64_t cols) {
-  std::vector<int64_t> size(like.size, like.size + like.dim - 1);
-  size.push_back(cols);
+  if (like.dim == 2) return empty<2>({like.size[0], cols}, like.dtype);  // needs no memory for the sizes
+  std::vector<int64_t> size(like.size, like.size + like.dim);
+  size.back() = cols;
   return empty_of(size, like.dtype);
 }
 
@@ -125,35 +127,25 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
   if (au) {
     u_mat = read(*au);
   } else {
-    new_u = empty<2>({s.m, s.r_in}, ax.dtype);
-    u_mat = written(Arg("u", *new_u));
+    u_mat = make(new_u, s.m, s.r_in, ax.dtype);
     cpu::shrink(u_mat, Matrix(c, ax).mat(), read(*aA), drop(p, seed));
   }
   if (aF) {
     F_mat = read(*aF);
   } else {
-    new_F = empty<2>({s.n, s.r_in}, ax.dtype);
-    F_mat = written(Arg("F", *new_F));
+    F_mat = make(new_F, s.n, s.r_in, ax.dtype);
     cpu::fold(F_mat, 0, read(aB), read(acore), 0, 1, scaling);
   }
   Tensor y = with_base(
       c, x, ax, aweight, abias, s.n, strategy == BETA,
       [&](const cpu::Mat& out, const cpu::Start& start) { cpu::expand_add(out, u_mat, F_mat, {}, start); });
-  return {y, new_u, new_F};
-}
-
-// What was not asked for comes back with no element: torch.compile takes no operator that writes and returns
-// "Tensor?".
-Tensor or_nothing(const OptionalTensor& t, ScalarType dtype) {
-  return t ? *t : empty<1>({0}, dtype);
+  return {std::move(y), std::move(new_u), std::move(new_F)};
 }
 
 // Where a gradient goes: to the given sum, or to a new tensor.
-cpu::Mat sum_or_new(const std::optional<Arg>& given, OptionalTensor& made, const std::array<int64_t, 2>& size,
+cpu::Mat sum_or_new(const std::optional<Arg>& given, OptionalTensor& made, int64_t rows, int64_t cols,
                     ScalarType dtype) {
-  if (given) return written(*given);
-  made = empty<2>(size, dtype);
-  return written(Arg("new", *made));
+  return given ? written(*given) : make(made, rows, cols, dtype);
 }
 
 // What new gradients of the factors are rounded to: the factors' own dtype where they have one, else that of
@@ -163,14 +155,20 @@ ScalarType gradient_dtype(const std::optional<Arg>& A, const Arg& B, const Arg& 
   return one ? B.dtype : acc_dtype(B.dtype);
 }
 
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// What was not asked for comes back with no element: torch.compile takes no operator that writes and returns
+// "Tensor?". `.._owned_` gives None.
+Tensor or_nothing(const OptionalTensor& t, ScalarType dtype) {
+  return t ? *t : empty<1>({0}, dtype);
+}
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dx, k, dA, dB, dcore
+using Owned = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 
-Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
-                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
-                         const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
-                         const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
-                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
-                         double p, const OptionalTensor& seed) {
+Owned layer_backward(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
+                     const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
+                     const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
+                     const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
+                     const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
+                     double p, const OptionalTensor& seed) {
   const Check c{"lotr::layer_backward_"};
   check_strategy(c, strategy);
   const Arg ag("g", g), aB("B", B), acore("core", core);
@@ -188,10 +186,7 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
 
   // k = g F and Q (+)= g^T u, from one read of g
   cpu::Mat k_mat, Q_mat;
-  if (aF) {
-    new_k = empty<2>({s.m, s.r_in}, ag.dtype);
-    k_mat = written(Arg("k", *new_k));
-  }
+  if (aF) k_mat = make(new_k, s.m, s.r_in, ag.dtype);
   const bool own_Q = au && !aQ;
   const cpu::Scratch Q_memory(own_Q ? size_t(s.n * s.r_in) * (wide == ScalarType::Double ? 8 : 4) : 0);
   if (au && aQ) Q_mat = written(*aQ);
@@ -206,13 +201,13 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
   if (aF && ak) cpu::add(k_mat, read(*ak));
   if (own_Q && (need_B || need_core || adB)) {
     cpu::Mat dB_mat, core_mat;
-    if (need_B || adB) dB_mat = sum_or_new(adB, new_dB, {s.n, s.r_out}, narrow);
-    if (need_core) core_mat = sum_or_new(std::nullopt, new_core, {s.r_in, s.r_out}, narrow);
+    if (need_B || adB) dB_mat = sum_or_new(adB, new_dB, s.n, s.r_out, narrow);
+    if (need_core) core_mat = sum_or_new(std::nullopt, new_core, s.r_in, s.r_out, narrow);
     cpu::fold_grad(dB_mat, core_mat, 0, Q_mat, 0, read(aB), read(acore), 0, 1, scaling, bool(adB));
   }
   if (ax) {
-    cpu::factor_grad(sum_or_new(adA, new_dA, {s.k, s.r_in}, narrow), Matrix(c, *ax).mat(), k_mat,
-                     drop(p, seed), bool(adA));
+    cpu::factor_grad(sum_or_new(adA, new_dA, s.k, s.r_in, narrow), Matrix(c, *ax).mat(), k_mat, drop(p, seed),
+                     bool(adA));
   }
   if (aweight) {
     if (!adx) new_dx = like_rows(ag, s.k);
@@ -227,7 +222,19 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
     base_backward(view(dx_tensor, dx_matrix), !adx && !expand_first, view(g, g_matrix), *weight);
     if (expands && !expand_first) expand(false);
   }
-  return {or_nothing(new_dx, ag.dtype), or_nothing(new_k, ag.dtype), or_nothing(new_dA, narrow),
+  return {std::move(new_dx), std::move(new_k), std::move(new_dA), std::move(new_dB), std::move(new_core)};
+}
+
+Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
+                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
+                         const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
+                         const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
+                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
+                         double p, const OptionalTensor& seed) {
+  const auto [new_dx, new_k, new_dA, new_dB, new_core] = layer_backward(
+      g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core, p, seed);
+  const ScalarType narrow = gradient_dtype(optional_arg("A", A), Arg("B", B), Arg("core", core));
+  return {or_nothing(new_dx, g.scalar_type()), or_nothing(new_k, g.scalar_type()), or_nothing(new_dA, narrow),
           or_nothing(new_dB, narrow), or_nothing(new_core, narrow)};
 }
 
@@ -239,21 +246,22 @@ std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& we
   const auto abias = optional_arg("bias", bias);
   const Sizes s = check_layer_forward(c, ax, aweight, pointer(abias), &aA, aB, acore, scaling, nullptr,
                                       nullptr, 0.0, std::nullopt);
-  Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
-  const cpu::Mat u_mat = written(Arg("u", u)), x_mat = Matrix(c, ax).mat();
+  OptionalTensor u;
+  const cpu::Mat u_mat = make(u, s.m, s.r_in, ax.dtype), x_mat = Matrix(c, ax).mat();
   Tensor y =
       with_base(c, x, ax, aweight, abias, s.n, beta, [&](const cpu::Mat& out, const cpu::Start& start) {
         cpu::small_forward(u_mat, out, x_mat, read(aA), read(acore), read(aB), scaling, start);
       });
-  return {y, u};
+  return {std::move(y), std::move(*u)};
 }
 
-using SmallBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using SmallBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dA, dB, dcore
+using SmallOwned = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 
-SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
-                                    const OptionalTensor& u, const Tensor& A, const Tensor& B,
-                                    const Tensor& core, double scaling, bool beta, const OptionalTensor& dA,
-                                    const OptionalTensor& dB, bool need_B, bool need_core) {
+SmallOwned small_layer_backward(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
+                                const OptionalTensor& u, const Tensor& A, const Tensor& B, const Tensor& core,
+                                double scaling, bool beta, const OptionalTensor& dA, const OptionalTensor& dB,
+                                bool need_B, bool need_core) {
   const Check c{"lotr::small_layer_backward_"};
   const Arg ag("g", g), aA("A", A), aB("B", B), acore("core", core);
   const auto aweight = optional_arg("weight", weight), ax = optional_arg("x", x), au = optional_arg("u", u),
@@ -270,10 +278,10 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
   if (au) b.u = read(*au);
   if (ax) {
     b.x = Matrix(c, *ax).mat(), b.fresh_dA = !adA;
-    b.dA = sum_or_new(adA, new_dA, {s.k, s.r_in}, narrow);
+    b.dA = sum_or_new(adA, new_dA, s.k, s.r_in, narrow);
   }
-  if (need_B) b.fresh_dB = !adB, b.dB = sum_or_new(adB, new_dB, {s.n, s.r_out}, narrow);
-  if (need_core) b.dcore = sum_or_new(std::nullopt, new_core, {s.r_in, s.r_out}, narrow);
+  if (need_B) b.fresh_dB = !adB, b.dB = sum_or_new(adB, new_dB, s.n, s.r_out, narrow);
+  if (need_core) b.dcore = sum_or_new(std::nullopt, new_core, s.r_in, s.r_out, narrow);
   if (aweight) {
     new_dx = like_rows(ag, s.k);
     const Arg out("dx", *new_dx);
@@ -286,13 +294,23 @@ SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weigh
   } else {
     cpu::small_backward(b);
   }
-  return {or_nothing(new_dx, ag.dtype), or_nothing(new_dA, narrow), or_nothing(new_dB, narrow),
+  return {std::move(new_dx), std::move(new_dA), std::move(new_dB), std::move(new_core)};
+}
+
+SmallBackward small_layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
+                                    const OptionalTensor& u, const Tensor& A, const Tensor& B,
+                                    const Tensor& core, double scaling, bool beta, const OptionalTensor& dA,
+                                    const OptionalTensor& dB, bool need_B, bool need_core) {
+  const auto [new_dx, new_dA, new_dB, new_core] =
+      small_layer_backward(g, weight, x, u, A, B, core, scaling, beta, dA, dB, need_B, need_core);
+  const ScalarType narrow = gradient_dtype(Arg("A", A), Arg("B", B), Arg("core", core));
+  return {or_nothing(new_dx, g.scalar_type()), or_nothing(new_dA, narrow), or_nothing(new_dB, narrow),
           or_nothing(new_core, narrow)};
 }
 
-Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
-                        const OptionalTensor& A, const OptionalTensor& dA, double p,
-                        const OptionalTensor& seed) {
+OptionalTensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
+                               const OptionalTensor& A, const OptionalTensor& dA, double p,
+                               const OptionalTensor& seed) {
   const Check c{"lotr::shrink_backward_"};
   const Arg ak("k", k);
   const auto adx = optional_arg("dx", dx), ax = optional_arg("x", x), aA = optional_arg("A", A),
@@ -301,51 +319,69 @@ Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const Optiona
   OptionalTensor made;
   if (ax) {
     const Matrix x_matrix(c, *ax);
-    cpu::factor_grad(sum_or_new(adA, made, {x_matrix.flat.cols, ak.size[1]}, acc_dtype(ak.dtype)),
+    cpu::factor_grad(sum_or_new(adA, made, x_matrix.flat.cols, ak.size[1], acc_dtype(ak.dtype)),
                      x_matrix.mat(), read(ak), drop(p, seed), bool(adA));
   }
   if (adx) cpu::expand_add(Matrix(c, *adx).written_mat(), read(ak), read(*aA), drop(p, seed), {});
-  return or_nothing(made, acc_dtype(ak.dtype));
+  return made;
+}
+
+Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
+                        const OptionalTensor& A, const OptionalTensor& dA, double p,
+                        const OptionalTensor& seed) {
+  return or_nothing(shrink_backward(k, dx, x, A, dA, p, seed), acc_dtype(k.scalar_type()));
 }
 
 }  // namespace
 }  // namespace lotr
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
-  // `products`: the same by the products that it is made of, for who is to see them (layer_products.cpp)
+  // `products`: the same by the products that it is made of, for who is to see them (layer_products.cpp).
+  // `.._owned_`: the same on a CPU for a caller who alone has the tensors that are written. No layer of
+  // Python's moves their version counters (ops/library.py), so none has to be kept out, and what was not
+  // asked for is None: 1 us less a call. Names of their own: torch's registry mixes up overloads that differ
+  // in results.
   for (const char* name : {"layer_forward", "layer_forward.products"})
     m.def((std::string(name) +
            "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
            "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
            "-> (Tensor y, Tensor? u, Tensor? F)")
               .c_str());
+  const std::string layer_backward =
+      "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor core, "
+      "float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? "
+      "dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) -> ";
   for (const char* name : {"layer_backward_", "layer_backward_.products"})
-    m.def((std::string(name) +
-           "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, "
-           "Tensor core, float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? "
-           "dA, "
-           "Tensor(d!)? dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) "
-           "-> (Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)")
-              .c_str());
+    m.def((name + layer_backward + "(Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)").c_str());
+  m.def(("layer_backward_owned_" + layer_backward +
+         "(Tensor? dx, Tensor? k, Tensor? dA, Tensor? dB, Tensor? dcore)")
+            .c_str());
   m.def(
       "small_layer_forward(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor core, "
       "float scaling, bool beta) -> (Tensor y, Tensor u)");
-  m.def(
-      "small_layer_backward_(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, "
-      "Tensor core, float scaling, bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) "
-      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dcore)");
+  const std::string small_layer_backward =
+      "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor A, Tensor B, Tensor core, float scaling, "
+      "bool beta, Tensor(a!)? dA, Tensor(b!)? dB, bool need_B, bool need_core) -> ";
+  m.def(("small_layer_backward_" + small_layer_backward + "(Tensor dx, Tensor dA, Tensor dB, Tensor dcore)")
+            .c_str());
+  m.def(("small_layer_backward_owned_" + small_layer_backward +
+         "(Tensor? dx, Tensor? dA, Tensor? dB, Tensor? dcore)")
+            .c_str());
+  const std::string shrink_backward =
+      "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? seed=None) -> ";
   for (const char* name : {"shrink_backward_", "shrink_backward_.products"})
-    m.def((std::string(name) +
-           "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, "
-           "Tensor? seed=None) -> Tensor dA")
-              .c_str());
+    m.def((name + shrink_backward + "Tensor dA").c_str());
+  m.def(("shrink_backward_owned_" + shrink_backward + "Tensor? dA").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
 {
   m.impl("layer_forward", TORCH_BOX(&lotr::layer_forward));
-  m.impl("layer_backward_", TORCH_BOX(&lotr::layer_backward_));
   m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward));
+  m.impl("layer_backward_", TORCH_BOX(&lotr::layer_backward_));
+  m.impl("layer_backward_owned_", TORCH_BOX(&lotr::layer_backward));
   m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_));
+  m.impl("small_layer_backward_owned_", TORCH_BOX(&lotr::small_layer_backward));
   m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_));
+  m.impl("shrink_backward_owned_", TORCH_BOX(&lotr::shrink_backward));
 }

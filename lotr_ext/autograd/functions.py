@@ -84,7 +84,8 @@ class LoTRFunction(Node):
         x_, weight_, bias_, A_, B_, core_, plan = x, weight, bias, A, B, core, call.plan
         if call.dtype is not None:
             x_, weight_, bias_ = call.cast(x, weight, bias)
-        call.apart = not (A.device == x.device == core.device)
+        # three device objects less, 0.1 us, where all are on the CPU
+        call.apart = not ((x.is_cpu and A.is_cpu and core.is_cpu) or A.device == x.device == core.device)
         if call.apart:
             A_, B_, core_ = here(x.device, A, B, core)
         y, u, F = ops.layer_forward(x_, weight_, bias_, A_, B_, core_, call.scaling, plan.order, plan.unfolded)

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from ..compat import Node, at_end_of_backward, graph_task
 from ..ops import accumulate_dtype
@@ -59,10 +59,12 @@ class TaskSums:
         self._last: Callable[[], TaskSum | None] = _nothing
         self._lock = threading.Lock()
 
-    def of_task(self, of: Any, device: torch.device) -> TaskSum:
-        """The running backward's sum, whose value is None when it is new. device: where it is."""
+    def of_task(self, of: Any, device: torch.device) -> TaskSum | None:
+        """The running backward's sum, whose value is None when it is new; None outside of one. device: where it is."""
         key, total = (graph_task(), of), self._last()
         if total is None or total.key != key:
+            if key[0] < 0:
+                return None
             with self._lock:
                 total = self.sums.get(key)
                 if total is None:
@@ -91,7 +93,7 @@ class SharedGradient(TaskSums):
 
     def renew(self) -> None:
         """The next use starts a new node."""
-        self._view: weakref.ref[Tensor] | None = None
+        self._view: Callable[[], Tensor | None] = _nothing
         self._param: Tensor | None = None
         self._data = 0
         self._users: set[int] = set()
@@ -102,14 +104,15 @@ class SharedGradient(TaskSums):
         All users of a round share one node. A user that comes again begins a new forward and a new round: an older node would
         flush after the last reduction of a sharded forward. Only graphs keep a node alive, so nothing of it outlives them.
         """
-        if not (param.requires_grad and torch.is_grad_enabled()):
+        if not (param.requires_grad and is_grad_enabled()):
             return param
-        if self._param is not param or id(user) in self._users or self._data != self.address(param):
+        user_id, address = id(user), self.address(param)
+        if self._param is not param or user_id in self._users or self._data != address:
             # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
-            self._view, self._param, self._data, self._users = None, param, self.address(param), {id(user)}
+            self._view, self._param, self._data, self._users = _nothing, param, address, {user_id}
         else:
-            self._users.add(id(user))
-        view = None if self._view is None else self._view()
+            self._users.add(user_id)
+        view = self._view()
         if view is None:
             view = LoTRShared.run(self, None, param)
             self._view = weakref.ref(view)
@@ -117,12 +120,12 @@ class SharedGradient(TaskSums):
 
     def accumulator(self, like: Tensor) -> Tensor | None:
         """The running backward's sum on like's device, zero when new: to be added to in place at once. None outside of one."""
-        if graph_task() < 0:
-            return None
         device = like.device
         total = self.of_task(device, device)
+        if total is None:
+            return None
         if total.value is None:
-            total.value = torch.zeros(like.shape, dtype=accumulate_dtype(like.dtype), device=like.device)
+            total.value = torch.zeros(like.shape, dtype=accumulate_dtype(like.dtype), device=device)
         return total.value
 
     def take(self, device: torch.device) -> Tensor | None:

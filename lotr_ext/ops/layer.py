@@ -17,14 +17,34 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
-from ..compat import dispatch_modes, private_write
+from ..compat import dispatch_modes, private_write, straight
 from .library import accumulate_dtype, bump_versions, refuse_gradients
 from .library import lotr as _lotr
 from .operators import rank_rows
 
-_FORWARD, _FORWARD_PRODUCTS = _lotr.layer_forward.default, _lotr.layer_forward.products
-_BACKWARD, _BACKWARD_PRODUCTS = _lotr.layer_backward_.default, _lotr.layer_backward_.products
-_SMALL_FORWARD, _SMALL_BACKWARD = _lotr.small_layer_forward.default, _lotr.small_layer_backward_.default
+_FORWARD, _SMALL_FORWARD = straight(_lotr.layer_forward.default), straight(_lotr.small_layer_forward.default)
+_FORWARD_PRODUCTS, _SMALL_FORWARD_PRODUCTS = _lotr.layer_forward.products.decompose, _lotr.small_layer_forward.default.decompose
+
+
+class _Writes:
+    """An operator that writes into tensors which its caller alone has: no version counter moves.
+
+    owned: on a CPU; gives None for what was not asked for.
+    """
+
+    def __init__(self, name: str):
+        operator, owned = getattr(_lotr, f"{name}_"), getattr(_lotr, f"{name}_owned_")
+        self.owned, self._default = straight(owned.default), straight(operator.default)
+        self._products = getattr(operator, "products", operator.default).decompose
+
+    def elsewhere(self, arguments: tuple):
+        """On CUDA, where it calls others of its kind, in compiled graphs, and by its products where a dispatch mode is on."""
+        with private_write():
+            return (self._products if dispatch_modes() and not is_compiling() else self._default)(*arguments)
+
+
+_BACKWARD, _SMALL_BACKWARD = _Writes("layer_backward"), _Writes("small_layer_backward")
+_SHRINK_BACKWARD = _Writes("shrink_backward")
 
 
 def _as_rows(t: Tensor) -> Tensor:
@@ -64,10 +84,10 @@ def layer_forward(
         x = _as_rows(x)
     shown = dispatch_modes() and not is_compiling()
     if unfolded:
-        operator = _SMALL_FORWARD.decompose if shown else _SMALL_FORWARD
+        operator = _SMALL_FORWARD_PRODUCTS if shown else _SMALL_FORWARD
         y, u = operator(x, weight, bias, A, B, core, scaling, order == 1)
         return y, u, None
-    operator = _FORWARD_PRODUCTS.decompose if shown else _FORWARD
+    operator = _FORWARD_PRODUCTS if shown else _FORWARD
     y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
     return y, new_u if u is None else u, new_F if F is None else F
 
@@ -121,20 +141,20 @@ def layer_backward(
         g = _as_rows(g)
     if x is not None and x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
-    shown = dispatch_modes() and not is_compiling()
-    new_k, fold = None, True
-    with private_write():
-        if unfolded:
-            operator = _SMALL_BACKWARD.decompose if shown else _SMALL_BACKWARD
-            new_dx, new_dA, new_dB, dcore = operator(
-                g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core
-            )
-        else:
-            operator = _BACKWARD_PRODUCTS.decompose if shown else _BACKWARD
-            new_dx, new_k, new_dA, new_dB, dcore = operator(
-                *(g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed)
-            )
-            fold = u is not None and Q is None
+    owned, new_k, fold = g.is_cpu and not dispatch_modes(), None, True
+    if unfolded:
+        arguments = g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core
+        if owned:
+            dx, dA, dB, dcore = _SMALL_BACKWARD.owned(*arguments)
+            return dx, None, dA, dB, dcore
+        new_dx, new_dA, new_dB, dcore = _SMALL_BACKWARD.elsewhere(arguments)
+    else:
+        arguments = g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed
+        if owned:
+            dx, k, dA, dB, dcore = _BACKWARD.owned(*arguments)
+            return dx, k if A is None else None, dA, dB, dcore
+        new_dx, new_k, new_dA, new_dB, dcore = _BACKWARD.elsewhere(arguments)
+        fold = u is not None and Q is None
     return (
         None if weight is None or dx is not None else new_dx,
         new_k if A is None and F is not None else None,
@@ -182,10 +202,10 @@ def shrink_backward(
         dx = k.new_zeros(shape)
     if x is not None and x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
-    shown = dispatch_modes() and not is_compiling()
-    operator = _lotr.shrink_backward_.products.decompose if shown else _lotr.shrink_backward_.default
-    with private_write():
-        new_dA = operator(k, dx if A is not None else None, x, A, dA, p, seed)
+    arguments = k, dx if A is not None else None, x, A, dA, p, seed
+    if k.is_cpu and not dispatch_modes():
+        return dx, _SHRINK_BACKWARD.owned(*arguments)
+    new_dA = _SHRINK_BACKWARD.elsewhere(arguments)
     return dx, new_dA if x is not None and dA is None else None
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import Function, forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -75,6 +76,26 @@ def test_a_node_runs_as_it_applies():
         y = way(x, 3.0)
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 3 * torch.ones(2))
         assert torch.equal(way(left[0], 3.0).detach(), 3 * torch.ones(2))
+    assert type(y.grad_fn).apply is Scaled.backward  # and not the method that looks for it each time
+
+
+def test_an_operator_goes_straight_to_the_dispatcher():
+    t, add_, split = torch.ones(2), compat.straight(torch.ops.aten.add_.Tensor), compat.straight(torch.ops.aten.aminmax.default)
+    with FlopCounterMode(display=False), torch.profiler.profile() as profiler:
+        add_(t, t, alpha=2.0)
+    assert torch.equal(t, torch.full((2,), 3.0)) and t._version == 1
+    assert "aten::add_" in {event.name for event in profiler.events()}
+    assert [float(part) for part in split(t)] == [3.0, 3.0]
+
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return seen.append(func) or args[0]
+
+    with Seen():
+        assert add_(t, t) is t
+    assert seen == [torch.ops.aten.add_.Tensor] and torch.equal(t, torch.full((2,), 3.0))
 
 
 def test_the_running_backward():

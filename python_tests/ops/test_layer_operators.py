@@ -128,6 +128,32 @@ def test_small(shape, beta, dtype):
         assert all(torch.equal(t, whole) for t, whole in zip(part, got) if t is not None)
 
 
+def test_operators_of_a_callers_own_tensors_give_what_the_others_give():
+    """And move no version counter; what was not asked for is None, and no element elsewhere."""
+    layer, wide = Layer(SHAPES[0], torch.float32), {"dtype": torch.float32}
+    (_, u, F), k = layer.forward(True), torch.randn(7, 4)
+    for sums in (False, True):
+        dA, dB, dx = (torch.ones(t.shape, **wide) if sums else None for t in (layer.A, layer.B, layer.x))
+        calls = {
+            "layer_backward": (u, layer.A, F, layer.B, layer.core, S, 1, k, dx, None, dA, dB, True, True),
+            "small_layer_backward": (u, layer.A, layer.B, layer.core, S, True, dA, dB, True, True),
+            "shrink_backward": (dx, layer.x, None if dx is None else layer.A, dA),
+        }
+        for name, rest in calls.items():
+            first = (k,) if name == "shrink_backward" else (layer.g, layer.weight, layer.x)
+            found, written = [], []
+            for kind in ("", "owned_"):
+                own = [t.clone() if sums and any(t is s for s in (dA, dB, dx)) else t for t in (*first, *rest)]
+                given = [t for t, before in zip(own, (*first, *rest)) if t is not before]
+                result = getattr(torch.ops.lotr, f"{name}_{kind}").default(*own)
+                found.append(result if isinstance(result, tuple) else (result,))
+                assert [t._version for t in given] == [0 if kind else 1] * len(given)
+                written.append(given)
+            assert all(torch.equal(a, b) for a, b in zip(*written))
+            for usual, own in zip(*found):
+                assert (own is None and not usual.numel()) or torch.equal(usual, own)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("beta", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
