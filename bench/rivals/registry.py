@@ -1,7 +1,7 @@
 """The rivals: one frozen linear layer, adapted in every way one might. Each is built from the same tensors.
 
 A rival is made by `RIVALS[name](tensors, case)`: a callable x -> y and its trained parameters. `truth.check` compares it with
-its formula in float64 before it is timed. Those that come from other packages are in `rivals_library.py`.
+its formula in float64 before it is timed. Those that come from other packages are in `library.py`.
 """
 
 from __future__ import annotations
