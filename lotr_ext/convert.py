@@ -70,7 +70,8 @@ def _table(console: Console, rows: Sequence[tuple[str, ...]], heads: Sequence[st
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(*heads[:1], title=title, box=SIMPLE_HEAD)
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column(heads[0], overflow="fold")  # a name that is cut names nothing
     for head in heads[1:]:
         table.add_column(head, justify="right")
     for row in rows:
