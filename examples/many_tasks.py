@@ -200,10 +200,13 @@ def picture(results: dict, path: Path) -> None:
     axis.axhline(1000 * results["ways"]["no adapter"]["seconds"], color="grey", linestyle="--", label="no adapter")
     axis.set_xscale("log", base=2)
     axis.set_ylim(bottom=0)
+    axis.set_ylim(top=1.08 * axis.get_ylim()[1])  # no point on the frame
     axis.set_xticks(KINDS, [str(n) for n in KINDS])
     axis.set_xlabel(f"tasks in a batch of {results['shape']['rows']} rows")
     axis.set_ylabel("milliseconds a batch")
-    axis.set_title(f"{results['shape']['tokens']} tokens a row, r = {results['shape']['rank']}\n{results['machine']['name']}")
+    tokens = results["shape"]["tokens"]
+    what = f"{tokens} token{'s' * (tokens > 1)} a row, r = {results['shape']['rank']}"
+    axis.set_title(f"{what}\n{results['machine']['name']}")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
