@@ -23,6 +23,7 @@ from ..static.table import markdown_rows
 from ..static.wanted import CAPTION as WANTED_CAPTION
 from ..static.wanted import HEADS as WANTED_HEADS
 from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows, wanted_rows
+from ..traffic import block as block_traffic
 from ..traffic.counts import LAYER_SHAPES, Key, Row, kept, needed
 from ..traffic.layer import BETA, FUSED, LEAST, all_steps, total_bytes
 from ..traffic.projection import GPUS, Times, assumptions, excess
@@ -324,7 +325,8 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
     wanted = wanted_layer_rows(rows, found, on_h100)
     says = f"What is wanted of a layer on an {GPUS['h100'].name}, and what stands in the way (bold: not met), {LAYER_CAPTION}:"
     wanted = ["", says, "", *markdown(list(LAYER_HEADS), wanted)] if wanted else []
-    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *wanted])
+    blocks = [line for block in block_traffic.parse(block_traffic.BLOCKS) for line in projected_block(block, rows, found)]
+    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *wanted])
 
 
 def other_layers(rows: dict[Key, Row], layers: dict[Shape, dict[str, Times]]) -> list[str]:
@@ -339,6 +341,26 @@ def other_layers(rows: dict[Key, Row], layers: dict[Shape, dict[str, Times]]) ->
     names = [NAMES.get(name, name) for name in (BEST_LORA, BETA, FUSED)]
     says = f"The same of other layers: {names[0]}; {names[1]}; on Hopper also {names[2]}:"
     return ["", says, "", *markdown(["M x K x N, r", *(GPUS[gpu].name for gpu in columns)], lines)] if columns else []
+
+
+def projected_block(block: block_traffic.Block, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
+    """Every way of a transformer's block, a column a GPU that has all counts and estimates of its layers."""
+    layers = [layer_projections(shape, rows, found) for shape in block_traffic.shapes(block)]
+    on = [gpu for gpu in GPUS if all(gpu in own for own in layers)]
+    times = {gpu: {key: time for own in layers for key, time in own[gpu].items()} for gpu in on}
+    if not times:
+        return []
+    (model, m, r), columns = block, [block_traffic.excess(block, rows, GPUS[gpu], own) for gpu, own in times.items()]
+    lines = [
+        [bold(NAMES.get(name, block_traffic.label_of(name))), *(f"{own[name]['step']:.1%}" for own in columns)]
+        for name in columns[0]
+    ]
+    says = (
+        f"The linear layers of a {model} block together, {m} tokens, r = {r}, over the frozen ones, projected in the same "
+        "way. LoTR's layers of one shape share a pair, so k and v are siblings, and gate and up; norms, attention and "
+        "activations are left out:"
+    )
+    return ["", says, "", *markdown(["", *(GPUS[gpu].name for gpu in times)], lines)]
 
 
 def summary_table(found: Summary, demo: dict | None, pictures: Pictures) -> str:

@@ -204,21 +204,24 @@ def _lora_in_place(case: BlockCase, v: Values) -> Block:
     return Block(case, {name: layer(name) for name in NAMES}, p)
 
 
-def _lora_stacked(case: BlockCase, v: Values) -> Block:
+def stacked_lora(weight: Tensor, As: list[Tensor], Bs: list[Tensor]) -> Callable[[Tensor], Tensor]:
     """One product with the stacked weights, one with the stacked A, one with the B's on the diagonal."""
+
+    def call(x: Tensor) -> Tensor:
+        if len(As) == 1:
+            return torch.addmm(F.linear(x, weight), F.linear(x, As[0]), Bs[0].T, alpha=SCALING)
+        u = F.linear(x, torch.cat(As))
+        return torch.addmm(F.linear(x, weight), u, torch.block_diag(*Bs).T, alpha=SCALING)
+
+    return call
+
+
+def _lora_stacked(case: BlockCase, v: Values) -> Block:
     p, weights = lora_parameters(v), _stacked_weights(v)
 
     def layer(names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
         w = weights["".join(names)]
-        As, Bs = [p[f"{name}.A"] for name in names], [p[f"{name}.B"] for name in names]
-
-        def call(x: Tensor) -> Tensor:
-            if len(names) == 1:
-                return torch.addmm(F.linear(x, w), F.linear(x, As[0]), Bs[0].T, alpha=SCALING)
-            u = F.linear(x, torch.cat(As))
-            return torch.addmm(F.linear(x, w), u, torch.block_diag(*Bs).T, alpha=SCALING)
-
-        return call
+        return stacked_lora(w, [p[f"{name}.A"] for name in names], [p[f"{name}.B"] for name in names])
 
     parts = [QKV, ("o",), GATE_UP, ("down",)]
     return Stacked(case, {"".join(names): layer(names) for names in parts}, p)
