@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal and names of machines
 
+from bench.measure.names import named
 from bench.measure.terminal import bar, new_table, wide_console
 from bench.measure.timing import machine, slug
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, mixed
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KINDS = (1, 8, 32, 64)  # tasks in a batch
-COLOURS = {"LoTR": "tab:blue", "PEFT LoRA": "tab:orange"}
+LORA = named("lora-peft")
 T = TypeVar("T")
 
 
@@ -124,8 +125,8 @@ def ways(options: argparse.Namespace) -> tuple[dict[str, Callable[[Tensor], Tens
         names = [f"t{task}" for task in task_of_row(options.rows, kinds, options.peft).tolist()]
         return lambda ids: lora(input_ids=ids, adapter_names=names).logits
 
-    found["PEFT LoRA, one adapter"] = lambda ids: lora(input_ids=ids).logits
-    found |= {f"PEFT LoRA, {n} task{'s' * (n > 1)} in the batch": peft_batch_of(n) for n in kinds if n <= options.peft}
+    found[f"{LORA}, one adapter"] = lambda ids: lora(input_ids=ids).logits
+    found |= {f"{LORA}, {n} task{'s' * (n > 1)} in the batch": peft_batch_of(n) for n in kinds if n <= options.peft}
     return found, size
 
 
@@ -188,7 +189,7 @@ def picture(results: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, colour in (("PEFT LoRA", "tab:orange"), ("LoTR", "tab:blue")):
+    for label, colour in ((LORA, "tab:orange"), ("LoTR", "tab:blue")):
         rows = {name: row for name, row in results["ways"].items() if name.startswith(label) and "in the batch" in name}
         kinds = [int(name.removeprefix(f"{label}, ").split()[0]) for name in rows]
         if kinds:
@@ -224,7 +225,7 @@ def main(words: list[str] | None = None) -> None:
     ids = torch.randint(0, 2048, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
     check(found, ids)
     seconds = measure(found, ids, options.rounds)
-    one = {name: seconds["PEFT LoRA, one adapter" if name.startswith("PEFT") else "LoTR, one adapter"] for name in found}
+    one = {name: seconds[f"{LORA}, one adapter" if name.startswith(LORA) else "LoTR, one adapter"] for name in found}
     shape = {k: v for k, v in vars(options).items() if k != "results"}
     results = {"shape": shape, "machine": machine(torch.device("cpu")), "bytes_a_task": size, "ways": {}}
     for name, own in seconds.items():

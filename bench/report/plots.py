@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
+from ..measure.names import COLOURS, EXTRA_FLOPS, name_of
 from ..measure.shapes import Case
-from .names import COLOURS, EXTRA_FLOPS, name_of
 
 FEW = 128  # tokens; below, an excess is several hundred per cent, which would dwarf every other bar
 LEAST_POINTS = 3  # of a line: two tell no shape

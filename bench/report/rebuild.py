@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..frontier import table as frontier
+from ..measure.names import renamed
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
@@ -95,7 +96,7 @@ def demo_table(demo: dict) -> str:
         disk, memory = f"{row['adapter_bytes'] / 1024:,.1f} KiB", f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"
         seconds = "-" if busy else f"{row['seconds_per_step']:.3f}"  # runs follow one another, so load hits each differently
         numbers = [f"{row['trained_parameters']:,}", disk, accuracy, seconds, memory]
-        lines.append(f"| {row['method']} | " + " | ".join(numbers) + " |")
+        lines.append(f"| {renamed(row['method'])} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
 
 

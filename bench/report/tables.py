@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import layer, model, shared, targets
 from ..kernels import FLOOR, TUNED
 from ..measure.forms import FORMS
+from ..measure.names import EXTRA_FLOPS, NAMES, bold, name_of, renamed
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
@@ -27,7 +28,6 @@ from ..traffic import block as block_traffic
 from ..traffic.counts import LAYER_SHAPES, Key, Row, kept, needed
 from ..traffic.layer import BETA, FUSED, LEAST, all_steps, total_bytes
 from ..traffic.projection import GPUS, Times, assumptions, excess
-from .names import EXTRA_FLOPS, NAMES, bold, name_of
 from .summary import LORA, OURS, Summary
 
 # The table shows these shapes of those that were measured; all are in the result files and pictures.
@@ -111,7 +111,7 @@ def layer_table(cells: list[dict], pictures: Pictures) -> str:
             row.append(f"{share:.0%}" if share is not None else "-")
         in_forms = [own.get(OURS, {}).get(form) for form in forms]
         rows.append(row + ["-" if stage is None else f"{stage['step']['excess'][1]:.1%}" for stage in in_forms])
-    heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, bold(NAMES[OURS]), "lotr_ext / LoRA eager"]
+    heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, bold(NAMES[OURS]), f"{NAMES[OURS]} / {NAMES['lora-eager']}"]
     heads += [NAMES[rival] for rival in rivals]
     heads += ["lotr_ext, of the machine's bound"] if bounds else []
     heads += [f"lotr_ext {FORMS[form]}" for form in forms]
@@ -160,7 +160,7 @@ def shared_command(cells: list[dict]) -> str:
 
 
 def model_table(cells: list[dict], pictures: Pictures) -> str:
-    """A row a method; a pair of columns a (dtype, threads): step and peak memory over PEFT LoRA's."""
+    """A row a method; a pair of columns a (dtype, threads): step and peak memory over LoRA PEFT's."""
     groups: dict[tuple, dict[str, dict]] = {}
     for cell in cells:
         c = cell["case"]
@@ -181,7 +181,7 @@ def model_table(cells: list[dict], pictures: Pictures) -> str:
                 lora = methods.get("lora-peft", {}).get(key)
                 row += _against_lora(own.get(key), lora)
             rows.append(row)
-        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of LoRA PEFT, whose own numbers are in its row; "
+        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of {NAMES[LORA]}, whose own numbers are in its row; "
         own = [cell for method in methods.values() for cell in method.values()]
         lines += [f"{model_command(own)}: {title}{where(own)}:", "", *markdown(heads, rows)]
     return "\n".join([*lines, *_images(pictures, {"model": "step time and memory of every method"})])
@@ -378,6 +378,6 @@ def summary_table(found: Summary, demo: dict | None, pictures: Pictures) -> str:
 
 def accuracy(demo: dict) -> str:
     """A sentence: what each method of a demo run reached."""
-    reached = ", ".join(f"{row['method']} {row['accuracy']:.2%}" for row in demo["rows"])
+    reached = ", ".join(f"{renamed(row['method'])} {row['accuracy']:.2%}" for row in demo["rows"])
     rank, runs = demo["rows"][-1]["rank"], demo["rows"][0]["runs"]
     return f"Held-out accuracy in the demo, rank {rank}, {runs} seed{'s' * (runs > 1)}: {reached} (`make demo`)."

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..measure.names import named
 from ..measure.shapes import DTYPES
 from .base import SCALING
 from .registry import InPlaceLoRA
@@ -281,13 +282,13 @@ def _ours(kind: type[Block]) -> Callable[[BlockCase, Values], Block]:
 RIVALS: dict[str, tuple[str, Callable[[BlockCase, Values], Block]]] = {
     FLOOR: ("frozen", _frozen),
     "frozen-stacked": ("frozen, stacked", _frozen_stacked),
-    LORA_EAGER: ("LoRA eager", _lora_eager),
-    "lora-in-place-beta": ("LoRA in-place, beta", _lora_in_place),
+    LORA_EAGER: (named(LORA_EAGER), _lora_eager),
+    "lora-in-place-beta": (named("lora-in-place-beta"), _lora_in_place),
     "lora-stacked": ("LoRA, q k v and gate up stacked", _lora_stacked),
-    "lora-peft": ("LoRA PEFT", _lora_peft),
-    LOTR_EAGER: ("LoTR eager", _lotr_eager),
-    "lotr_ext-unshared": ("lotr_ext, siblings off", _ours(Aliased)),
-    OURS: ("lotr_ext", _ours(Block)),
+    "lora-peft": (named("lora-peft"), _lora_peft),
+    LOTR_EAGER: (named(LOTR_EAGER), _lotr_eager),
+    "lotr_ext-unshared": (f"{named(OURS)}, siblings off", _ours(Aliased)),
+    OURS: (named(OURS), _ours(Block)),
 }
 TRUTHS = {"lora": _lora_eager, "lotr": _lotr_eager, "frozen": _frozen}  # in float64, by a rival's first letters
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..measure.bounds import DIRECTIONS, Work, kernel_work, work
+from ..measure.names import NAMES
 from ..measure.shapes import Case, Shape
 from ..rivals.base import Rival, Tensors
 from .counts import ELEMENT, SMALL, Key, Row, constant
@@ -191,7 +192,7 @@ def table(shape: Shape, rows: dict[Key, Row], multiprocessors: int):
     title = (
         f"Counted bytes beyond the frozen layer's, {m} x {k} x {n}, r = {r}, bf16, {multiprocessors} multiprocessors (no GPU)"
     )
-    result = new_table(title, "", *DIRECTIONS, "x least", "x LoRA eager")
+    result = new_table(title, "", *DIRECTIONS, "x least", f"x {NAMES['lora-eager']}")
     frozen = {direction: total_bytes(found["frozen"], direction) for direction in DIRECTIONS}
 
     def beyond(name: str, direction: str) -> int:
@@ -201,5 +202,7 @@ def table(shape: Shape, rows: dict[Key, Row], multiprocessors: int):
         if name != "frozen":
             both = beyond(name, "step")
             ratios = [f"{both / beyond(other, 'step'):.2f}" for other in (LEAST, "lora-eager")]
-            result.add_row(name, *(f"{beyond(name, direction) / 1e6:.1f} MB" for direction in DIRECTIONS), *ratios)
+            result.add_row(
+                NAMES.get(name, name), *(f"{beyond(name, direction) / 1e6:.1f} MB" for direction in DIRECTIONS), *ratios
+            )
     return result
