@@ -22,6 +22,7 @@ from .model.gradient import init_from_gradient
 from .model.pretrained import from_pretrained
 from .model.summary import trainable_summary
 from .model.tasks import TaskBank
+from .version import __version__ as __version__
 
 __all__ = [
     "LoTRConfig",
@@ -56,4 +57,3 @@ __all__ = [
     "unload",
     "unmerge",
 ]
-__version__ = "0.1.0"
