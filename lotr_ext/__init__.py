@@ -6,6 +6,15 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
+try:
+    from . import ops as ops  # loads the compiled extension
+except OSError as error:
+    raise ImportError(
+        f"lotr_ext: expected a compiled extension that loads, got {error.__cause__ or error}; build it again with "
+        "`pip install --no-build-isolation -e .` (or `make setup`) in the project's folder",
+        name=__name__,  # python -m lotr_ext.info prints one line on it, and no traceback
+    ) from error
+
 from .autograd.functions import LoTRExpand as LoTRExpand  # inner nodes, for whoever reads a graph
 from .autograd.functions import LoTRFunction
 from .autograd.functions import LoTRShrink as LoTRShrink

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from types import ModuleType
+
 import pytest
 from rich.console import Console
 
@@ -274,3 +278,18 @@ def test_no_such_block(text):
     with pytest.raises(ValueError, match="blocks: expected"):
         block.parse(text)
     assert block.parse("") == [] and block.parse("tiny:64:8") == [BLOCK]
+
+
+def test_without_a_compiler_the_executor_says_what_is_missing(tmp_path, monkeypatch):
+    """Of a copy of the tests, where nothing is built yet."""
+    shutil.copytree(traffic.ROOT / "python_tests" / "simt", tmp_path / "python_tests" / "simt")
+    (tmp_path / "csrc").symlink_to(traffic.ROOT / "csrc")
+    monkeypatch.setattr(traffic, "ROOT", tmp_path)
+    monkeypatch.setitem(sys.modules, "build", ModuleType("build"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for named, got in ((None, "c\\+\\+"), ("", "c\\+\\+"), ("clang-99", "clang-99")):
+        monkeypatch.delenv("CXX", raising=False) if named is None else monkeypatch.setenv("CXX", named)
+        with pytest.raises(
+            OSError, match=rf"no C\+\+ compiler: expected g\+\+, .* got '{got}': .*; install one, on Debian by apt-get"
+        ):
+            traffic.executor()
