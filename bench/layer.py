@@ -10,9 +10,9 @@ The machine's ceilings (a large product, a large addition) are measured first. E
 it is timed; one that fails is named and left out. All rivals of a case are interleaved; a time is the median over rounds, an
 excess is the median of per-round ratios to the frozen layer. On a GPU each case is measured by the device's own clock,
 eagerly from idle to idle, and as CUDA graphs, always with a cold L2; clocks and throttling before and after are kept. Results
-are appended to bench/results/<machine>/layer.jsonl; cells measured before with the same build and settings are shown and not
-measured again (--fresh does). The adapters are kept in the layer's own dtype for every rival, so that all do the same
-arithmetic.
+are appended to bench/results/<machine>/layer.jsonl (--quick: to demo_results/bench/layer.jsonl); cells measured before with the
+same build and settings are shown and not measured again (--fresh does). The adapters are kept in the layer's own dtype for
+every rival, so that all do the same arithmetic.
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import bench.__main__ as everything
-from bench import shared, targets
+from bench import layer, shared, targets
 from bench.frontier.ways import WAYS
 from bench.measure import names
 from bench.measure.shapes import QUICK, TARGETS, Case
-from bench.measure.store import Store, newest
+from bench.measure.store import QUICK as QUICK_FOLDER
+from bench.measure.store import ROOT, Store, newest
 from bench.report import rebuild as report
 from bench.report import tables as report_tables
 from bench.rivals import block, host
@@ -309,7 +310,7 @@ def test_everything_hands_its_options_on(tmp_path):
     options = everything.arguments(["--device", "cpu", "--quick", "--dtypes", "fp32,bf16"])
     model = everything.commands(options)["model"]
     assert "--dtypes fp32,bf16" in " ".join(model)  # also where it is the others' default
-    assert model[model.index("--results") + 1] == str(everything.ROOT / "demo_results" / "bench")  # never over what docs show
+    assert model[model.index("--results") + 1] == str(QUICK_FOLDER)  # never over what docs show
     options = everything.arguments(["--device", "cpu", "--quick", "--parts", "traffic"])
     assert everything.commands(options) == {"traffic": []}
     options = everything.arguments(["--device", "cpu", "--dtypes", "bf16", "--minutes", "3", "--fresh"])
@@ -319,6 +320,18 @@ def test_everything_hands_its_options_on(tmp_path):
     assert own["traffic"] == ["--fresh"]
     with pytest.raises(ValueError, match="parts: expected some of layer"):
         everything.arguments(["--parts", "magic"])
+
+
+def test_a_quick_part_alone_leaves_what_docs_show_alone_too():
+    assert QUICK_FOLDER == ROOT / "demo_results" / "bench"
+    for name in ("layer", "block", "shared", "model", "host", "experts", "kernels"):
+        arguments = getattr(everything, name).arguments
+        common = ["--device", "cpu"]
+        assert arguments([*common, "--quick"]).results == str(QUICK_FOLDER)
+        assert arguments([*common, "--quick", "--results", "there"]).results == "there"
+        assert arguments([*common, "--quick", "--keep"]).results is arguments(common).results is None
+    own = everything.commands(everything.arguments(["--device", "cpu", "--quick", "--keep"]))["layer"]
+    assert layer.arguments(own).results is None
 
 
 def test_every_part_takes_what_it_is_handed():
