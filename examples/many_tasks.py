@@ -181,39 +181,6 @@ def show(results: dict) -> None:
         console.print(f"a task of {name}: {size:,} bytes")
 
 
-def picture(results: dict, path: Path) -> None:
-    """Time of a batch against the tasks in it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, colour in ((LORA, "tab:orange"), ("LoTR", "tab:blue")):
-        rows = {name: row for name, row in results["ways"].items() if name.startswith(label) and "in the batch" in name}
-        kinds = [int(name.removeprefix(f"{label}, ").split()[0]) for name in rows]
-        if kinds:
-            axis.plot(
-                kinds, [1000 * row["seconds"] for row in rows.values()], marker="o", color=colour, label=f"{label}, mixed"
-            )
-    one = 1000 * results["ways"]["LoTR, one adapter"]["seconds"]
-    axis.axhline(one, color="tab:blue", linestyle=":", label="LoTR, one adapter for all rows")
-    axis.axhline(1000 * results["ways"]["no adapter"]["seconds"], color="grey", linestyle="--", label="no adapter")
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(bottom=0)
-    axis.set_ylim(top=1.08 * axis.get_ylim()[1])  # no point on the frame
-    axis.set_xticks(KINDS, [str(n) for n in KINDS])
-    axis.set_xlabel(f"tasks in a batch of {results['shape']['rows']} rows")
-    axis.set_ylabel("milliseconds a batch")
-    tokens = results["shape"]["tokens"]
-    what = f"{tokens} token{'s' * (tokens > 1)} a row, r = {results['shape']['rank']}"
-    axis.set_title(f"{what}\n{results['machine']['name']}")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main(words: list[str] | None = None) -> None:
     parser = arguments()
     options = parser.parse_args(words)
@@ -242,7 +209,9 @@ def main(words: list[str] | None = None) -> None:
     temporary = folder / f"{name}.json.tmp"
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / f"{name}.json")
-    picture(results, folder / f"{name}.png")
+    from bench.report.plots_tasks import draw_tasks  # needs matplotlib
+
+    draw_tasks(results, folder)
     print(f"kept in {folder / name}.json and .png")
 
 

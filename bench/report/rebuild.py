@@ -195,7 +195,7 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
-    from . import plots, plots_frontier, plots_more, plots_static
+    from . import plots, plots_frontier, plots_more, plots_static, plots_tasks
 
     written = []
     for folder in _machines(results):
@@ -208,6 +208,7 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += experts_table.draw_experts(_read(folder / "experts.jsonl"), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
         written += plots_frontier.draw_frontier(frontier.kept(folder), folder)
+        written += [path for run in tasks_table.task_runs(folder) for path in plots_tasks.draw_tasks(run, folder)]
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     times = tables.layer_projections(tables.PROJECTED_SHAPE, rows, estimates)
     if times:
