@@ -10,8 +10,9 @@
     kernels   each CUDA kernel alone (with a GPU)                     bench/kernels.py
     traffic   counted bytes and a projection (not with --quick)       bench/traffic
 
-Results, tables and pictures go to bench/results/<machine>/. What is interrupted is gone on with by the same command; a part
-that fails is named and the others run.
+Results, tables and pictures go to bench/results/<machine>/, those of --quick, here and of a part alone, to demo_results/bench/:
+few rounds of few shapes would stand in the place of what README and docs show. What is interrupted is gone on with by the same
+command; a part that fails is named and the others run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import block, experts, host, kernels, layer, model, profile, shared, targets
-from .measure.session import add_options, brief, check_options, start
+from .measure.session import add_options, brief, check_options, choose_folder, start
 from .measure.store import RESULTS
 from .traffic import __main__ as traffic
 
@@ -36,6 +37,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=layer.MINUTES, help="about how long the layer's shapes may take")
     parser.add_argument("--parts", help=f"some of {', '.join(PARTS)} (all that this machine can run)")
     options = parser.parse_args(argv)
+    options.counted = options.results  # where what --quick does not change is looked up: counts of the kernels
+    choose_folder(options)
     options.given = {
         n: getattr(options, n)
         for n in ("threads", "rounds", "clock", "results", "allocator", "isa")
@@ -64,12 +67,12 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
         common += [f"--{name}", str(value)]
     common += ["--dtypes", options.chosen_dtypes] if options.chosen_dtypes is not None else []
     common += ["--fresh"] if options.fresh else []
-    quick = ["--quick"] if options.quick else []
+    quick = ["--quick", *(["--keep"] if options.keep else [])] if options.quick else []
     found = {part: [*common, *quick] for part in PARTS}
     found["layer"] += [] if options.quick else ["--minutes", str(options.minutes)]
     found["profile"] = common
     found["traffic"] = ["--fresh"] if options.fresh else []
-    found["traffic"] += ["--results", str(Path(options.results) / "simt-executor")] if options.results else []
+    found["traffic"] += ["--results", str(Path(options.counted) / "simt-executor")] if options.counted else []
     return {part: found[part] for part in options.parts}
 
 

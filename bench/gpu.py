@@ -103,7 +103,7 @@ def look() -> dict[str, str | None]:
 def plan(options: argparse.Namespace) -> list[Part]:
     """All parts in their order: what the others stand on first, then what says most."""
     python, module = sys.executable, (sys.executable, "-m")
-    quick = ("--quick",) if options.quick else ()
+    quick = ("--quick", "--keep") if options.quick else ()
     compiled = ("nvcc", "c++", "cmake") if options.wheel is None else ()
     build = (python, "setup.py", "build_ext", "--inplace") if options.wheel is None else ()
     tests = (*module, "pytest", "python_tests/cuda", "-m", "cuda and not full", "-q", "--maxfail=20")
@@ -134,7 +134,11 @@ def plan(options: argparse.Namespace) -> list[Part]:
             "the library's products after a search for the fastest",
         ),
         Part(
-            "floor-layer", 1.5, (*module, "bench.layer", "--quick", "--autotune", "--dtypes", "bf16"), (), "the same, a layer"
+            "floor-layer",
+            1.5,
+            (*module, "bench.layer", "--quick", "--keep", "--autotune", "--dtypes", "bf16"),
+            (),
+            "the same, a layer",
         ),
         Part("static", 1.0, (*module, "bench.static"), ("bench.static",), "the model's times beside the measured ones"),
     ]

@@ -27,6 +27,7 @@ from lotr_ext import planner
 from .measure.as_cuda import META, as_cuda
 from .measure.bounds import DIRECTIONS
 from .measure.host_calls import count_step, count_text
+from .measure.names import named
 from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES, Case
 from .measure.store import newest
@@ -138,7 +139,7 @@ def measure(case: HostCase, names: list[str], session: Session) -> list[dict]:
 
 
 def show(case: HostCase, results: list[dict], session: Session) -> None:
-    heads = ["", "forward", "backward", "both", "(quartiles)", "x three lines", "(quartiles)", "x eager LoRA's excess"]
+    heads = ["", "forward", "backward", "both", "(quartiles)", "x three lines", "(quartiles)", f"x {named(rh.LORA)}'s excess"]
     table = new_table(
         f"{case.name()}, a layer", *heads, "calls in lotr_ext", "operators", "products", "CUDA: calls", "operators"
     )

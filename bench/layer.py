@@ -10,9 +10,9 @@ The machine's ceilings (a large product, a large addition) are measured first. E
 it is timed; one that fails is named and left out. All rivals of a case are interleaved; a time is the median over rounds, an
 excess is the median of per-round ratios to the frozen layer. On a GPU each case is measured by the device's own clock,
 eagerly from idle to idle, and as CUDA graphs, always with a cold L2; clocks and throttling before and after are kept. Results
-are appended to bench/results/<machine>/layer.jsonl; cells measured before with the same build and settings are shown and not
-measured again (--fresh does). The adapters are kept in the layer's own dtype for every rival, so that all do the same
-arithmetic.
+are appended to bench/results/<machine>/layer.jsonl (--quick: to demo_results/bench/layer.jsonl); cells measured before with the
+same build and settings are shown and not measured again (--fresh does). The adapters are kept in the layer's own dtype for
+every rival, so that all do the same arithmetic.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from .measure.bounds import DIRECTIONS, work
 from .measure.counted import peak_bytes
 from .measure.forms import FORMS, more_forms, stages
+from .measure.names import named
 from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
 from .measure.shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
 from .measure.store import newest
@@ -219,7 +220,8 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     eager = next((r for r in results if r["rival"] == rv.LORA_EAGER), None)
     name = layer_name(case.k, case.n)
     title = f"{case.name()}{f', {name}' if name else ''}   extra FLOPs {case.extra_flops():.1%}"
-    table = new_table(title, "", "forward", "excess", "backward", "excess", "both", "excess", "(quartiles)", "x eager LoRA")
+    heads = [head for direction in ("forward", "backward", "both") for head in (direction, "excess")]
+    table = new_table(title, "", *heads, "(quartiles)", f"x {named(rv.LORA_EAGER)}")
     forms = [form for form in FORMS if any(form in result for result in results)]
     more = [head for form in forms for head in (form, "excess")]
     for head in (*more, "GFLOP/s", "GB/s", "forward, backward", "of bound", "saved", "peak", "error"):

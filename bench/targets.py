@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from .measure.names import name_of, named
 from .measure.session import new_table, start, wide_console
 from .measure.shapes import TARGETS, Case, Shape
 from .measure.store import RESULTS, Store, by_case, newest
@@ -81,7 +82,7 @@ def limit_verdicts(cells: list[dict]) -> list[Verdict]:
         if shape in OF_EXTRA:
             limit, most = f"extra FLOPs x {OF_EXTRA[shape]:g}", 3 * [case.extra_flops() * OF_EXTRA[shape]]
         elif LORA_EAGER in own:
-            limit = f"{own[LORA_EAGER]['label']} x {OF_EAGER[shape]:g}"
+            limit = f"{named(LORA_EAGER)} x {OF_EAGER[shape]:g}"
             most = [OF_EAGER[shape] * e for e in own[LORA_EAGER]["step"]["excess"]]
             limit += UNDER if most[1] < case.extra_flops() else ""
         else:
@@ -101,7 +102,7 @@ def layer_verdicts(cells: list[dict]) -> list[Verdict]:
         best = min(rivals, key=lambda c: c["step"]["excess"][1])
         ours, theirs = own[OURS]["step"]["excess"], best["step"]["excess"]
         numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (ours, theirs)]
-        found.append(Verdict(f"layer {case.name()}", *numbers, best["label"], _met(ours, theirs, False)))
+        found.append(Verdict(f"layer {case.name()}", *numbers, name_of(best), _met(ours, theirs, False)))
     return found
 
 
@@ -112,7 +113,7 @@ def _ms(*quartiles: list[float]) -> list[str]:
 def _peak_verdict(name: str, ours: dict, lora: dict) -> Verdict:
     peaks = [cell["peak_bytes"] for cell in (ours, lora)]
     sizes = [f"{p / 2**20:.1f} MiB" for p in peaks]
-    return Verdict(f"peak {name}", *sizes, lora["label"], "yes" if peaks[0] < peaks[1] else "no")
+    return Verdict(f"peak {name}", *sizes, name_of(lora), "yes" if peaks[0] < peaks[1] else "no")
 
 
 def model_verdicts(cells: list[dict]) -> list[Verdict]:
@@ -126,12 +127,12 @@ def model_verdicts(cells: list[dict]) -> list[Verdict]:
         causal = c["model"] in CAUSAL
         most = OF_PEFT if causal else 1.0
         step, theirs = ours["step"]["seconds"], [most * s for s in lora["step"]["seconds"]]
-        label = f"{lora['label']} x {most:g}" if causal else lora["label"]
+        label = f"{name_of(lora)} x {most:g}" if causal else name_of(lora)
         found.append(Verdict(f"step {name}", *_ms(step, theirs), label, _met(step, theirs, True)))
         if causal and "lotr-eager" in own:
             lines = own["lotr-eager"]["step"]["seconds"]
             met = _met(step, lines, True).replace("within", "yes, within").replace("yes, yes, ", "yes, ")
-            found.append(Verdict(f"step {name}", *_ms(step, lines), own["lotr-eager"]["label"], met))
+            found.append(Verdict(f"step {name}", *_ms(step, lines), named("lotr-eager"), met))
         found.append(_peak_verdict(name, ours, lora))
     return found
 
@@ -143,10 +144,11 @@ def host_verdicts(cells: list[dict]) -> list[Verdict]:
         if cell["rival"] not in OF_THREE_LINES:
             continue
         case, step = cell["case"], cell["step"]
-        name = f"host {cell['label']}, {case['form']} {case['m']}x{case['k']} {case['dtype']} t{case['threads']}"
-        limits = [("of_lotr", "LoTR in three lines", OF_THREE_LINES[cell["rival"]])]
+        way = f"{host.RIVALS[cell['rival']].label}, {case['form']}"
+        name = f"host {way} {case['m']}x{case['k']} {case['dtype']} t{case['threads']}"
+        limits = [("of_lotr", named(host.LOTR), OF_THREE_LINES[cell["rival"]])]
         if case["m"] <= FEW:
-            limits.append(("of_lora_excess", "eager LoRA's excess", FEW_OF_EAGER))
+            limits.append(("of_lora_excess", f"{named(LORA_EAGER)}'s excess", FEW_OF_EAGER))
         for field, rival, most in limits:
             ours = f"{step[field][1]:.2f} ({step[field][0]:.2f}, {step[field][2]:.2f})"
             found.append(Verdict(name, ours, f"{most:g}", rival, _met(step[field], 3 * [most], True)))
@@ -163,7 +165,7 @@ def experts_verdicts(cells: list[dict]) -> list[Verdict]:
         name = f"experts {c['m']}x{c['h']}x{c['i']}, {c['top_k']} of {c['e']}, r{c['r']} {c['dtype']} t{c['threads']}"
         excess, most = ours["step"]["excess"], [OF_PEFT_EXPERTS * e for e in lora["step"]["excess"]]
         numbers = [f"{e[1]:.1%} ({e[0]:.1%}, {e[2]:.1%})" for e in (excess, most)]
-        found.append(Verdict(name, *numbers, f"{lora['label']} x {OF_PEFT_EXPERTS:g}", _met(excess, most, True)))
+        found.append(Verdict(name, *numbers, f"{experts.LABELS[experts.PEFT]} x {OF_PEFT_EXPERTS:g}", _met(excess, most, True)))
         found.append(_peak_verdict(name, ours, lora))
     return found
 

@@ -239,7 +239,7 @@ def plot(results: list[dict], rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colours = {"head only": "0.55", "LoTR": "tab:blue", "LoRA (PEFT)": "tab:orange"}
+    colours = {"head only": "0.55", "LoTR": "tab:blue", "LoRA PEFT": "tab:orange"}
     for i, result in enumerate(results):
         losses, window = result["losses"], 15
         smooth = [statistics.fmean(losses[max(0, j - window) : j + 1]) for j in range(len(losses))]

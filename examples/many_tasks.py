@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal and names of machines
 
+from bench.measure.names import named
 from bench.measure.terminal import bar, new_table, wide_console
 from bench.measure.timing import machine, slug
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, mixed
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KINDS = (1, 8, 32, 64)  # tasks in a batch
-COLOURS = {"LoTR": "tab:blue", "PEFT LoRA": "tab:orange"}
+LORA = named("lora-peft")
 T = TypeVar("T")
 
 
@@ -124,8 +125,8 @@ def ways(options: argparse.Namespace) -> tuple[dict[str, Callable[[Tensor], Tens
         names = [f"t{task}" for task in task_of_row(options.rows, kinds, options.peft).tolist()]
         return lambda ids: lora(input_ids=ids, adapter_names=names).logits
 
-    found["PEFT LoRA, one adapter"] = lambda ids: lora(input_ids=ids).logits
-    found |= {f"PEFT LoRA, {n} task{'s' * (n > 1)} in the batch": peft_batch_of(n) for n in kinds if n <= options.peft}
+    found[f"{LORA}, one adapter"] = lambda ids: lora(input_ids=ids).logits
+    found |= {f"{LORA}, {n} task{'s' * (n > 1)} in the batch": peft_batch_of(n) for n in kinds if n <= options.peft}
     return found, size
 
 
@@ -180,36 +181,6 @@ def show(results: dict) -> None:
         console.print(f"a task of {name}: {size:,} bytes")
 
 
-def picture(results: dict, path: Path) -> None:
-    """Time of a batch against the tasks in it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, colour in (("PEFT LoRA", "tab:orange"), ("LoTR", "tab:blue")):
-        rows = {name: row for name, row in results["ways"].items() if name.startswith(label) and "in the batch" in name}
-        kinds = [int(name.removeprefix(f"{label}, ").split()[0]) for name in rows]
-        if kinds:
-            axis.plot(
-                kinds, [1000 * row["seconds"] for row in rows.values()], marker="o", color=colour, label=f"{label}, mixed"
-            )
-    one = 1000 * results["ways"]["LoTR, one adapter"]["seconds"]
-    axis.axhline(one, color="tab:blue", linestyle=":", label="LoTR, one adapter for all rows")
-    axis.axhline(1000 * results["ways"]["no adapter"]["seconds"], color="grey", linestyle="--", label="no adapter")
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(bottom=0)
-    axis.set_xticks(KINDS, [str(n) for n in KINDS])
-    axis.set_xlabel(f"tasks in a batch of {results['shape']['rows']} rows")
-    axis.set_ylabel("milliseconds a batch")
-    axis.set_title(f"{results['shape']['tokens']} tokens a row, r = {results['shape']['rank']}\n{results['machine']['name']}")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main(words: list[str] | None = None) -> None:
     parser = arguments()
     options = parser.parse_args(words)
@@ -221,7 +192,7 @@ def main(words: list[str] | None = None) -> None:
     ids = torch.randint(0, 2048, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
     check(found, ids)
     seconds = measure(found, ids, options.rounds)
-    one = {name: seconds["PEFT LoRA, one adapter" if name.startswith("PEFT") else "LoTR, one adapter"] for name in found}
+    one = {name: seconds[f"{LORA}, one adapter" if name.startswith(LORA) else "LoTR, one adapter"] for name in found}
     shape = {k: v for k, v in vars(options).items() if k != "results"}
     results = {"shape": shape, "machine": machine(torch.device("cpu")), "bytes_a_task": size, "ways": {}}
     for name, own in seconds.items():
@@ -238,7 +209,9 @@ def main(words: list[str] | None = None) -> None:
     temporary = folder / f"{name}.json.tmp"
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / f"{name}.json")
-    picture(results, folder / f"{name}.png")
+    from bench.report.plots_tasks import draw_tasks  # needs matplotlib
+
+    draw_tasks(results, folder)
     print(f"kept in {folder / name}.json and .png")
 
 

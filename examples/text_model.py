@@ -154,7 +154,7 @@ class Recipe:
 RECIPES = {
     "head": Recipe("head only", lr=0.0, scaling=0.0),
     "lotr": Recipe("LoTR", lr=5e-3, scaling=4.0),
-    "lora": Recipe("LoRA (PEFT)", lr=3e-3, scaling=2.0),
+    "lora": Recipe("LoRA PEFT", lr=3e-3, scaling=2.0),
 }
 
 

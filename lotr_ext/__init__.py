@@ -6,6 +6,15 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
+try:
+    from . import ops as ops  # loads the compiled extension
+except OSError as error:
+    raise ImportError(
+        f"lotr_ext: expected a compiled extension that loads, got {error.__cause__ or error}; build it again with "
+        "`pip install --no-build-isolation -e .` (or `make setup`) in the project's folder",
+        name=__name__,  # python -m lotr_ext.info prints one line on it, and no traceback
+    ) from error
+
 from .autograd.functions import LoTRExpand as LoTRExpand  # inner nodes, for whoever reads a graph
 from .autograd.functions import LoTRFunction
 from .autograd.functions import LoTRShrink as LoTRShrink
@@ -22,6 +31,7 @@ from .model.gradient import init_from_gradient
 from .model.pretrained import from_pretrained
 from .model.summary import trainable_summary
 from .model.tasks import TaskBank
+from .version import __version__ as __version__
 
 __all__ = [
     "LoTRConfig",
@@ -56,4 +66,3 @@ __all__ = [
     "unload",
     "unmerge",
 ]
-__version__ = "0.1.0"

@@ -8,10 +8,13 @@ original-to-lotr FILE DESTINATION                a state dict of github.com/dask
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,7 +73,8 @@ def _table(console: Console, rows: Sequence[tuple[str, ...]], heads: Sequence[st
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(*heads[:1], title=title, box=SIMPLE_HEAD)
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column(heads[0], overflow="fold")  # a name that is cut names nothing
     for head in heads[1:]:
         table.add_column(head, justify="right")
     for row in rows:
@@ -144,6 +148,20 @@ def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     return f"{len(found.layers)} layers at rank {found.config.rank}, scaling {scaling:g}; {found.parameters:,} parameters"
 
 
+def _check_destination(destination: Path) -> None:
+    """By a file without a name: what a disk refuses is known before anything is read."""
+    there = next(path for path in (destination.absolute(), *destination.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ValueError(f"directory: expected a directory or a new path, got {destination}, where {there} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"destination: expected a directory that can be written, got {destination}, in {there}: {error.strerror}"
+        ) from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns 0, or 2 with a message on stderr where something cannot be converted; then nothing was written."""
     parsed = parser().parse_args(arguments)
@@ -158,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = {"lora-to-lotr": _lora_to_lotr, "lotr-to-lora": _lotr_to_lora, "original-to-lotr": _original_to_lotr}
     console = Console()
     try:
+        _check_destination(Path(parsed.destination))
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
             told = run[parsed.command](parsed, console)

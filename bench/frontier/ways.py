@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..measure.names import named
+
 QV = r".*\.(query|value)"  # what the demo adapts, all of one shape
 LINEAR = r".*\.layer\.\d+\..*\.(query|key|value|dense)"  # all linear layers of the encoder's blocks, of three shapes
 HEAD_LR = 1e-2
@@ -68,14 +70,14 @@ def _vera(model: nn.Module, rank: int) -> nn.Module:
 WAYS = {
     "head": Way("head only", (0,), HEAD_LR, _head, quick=(0,)),
     "lotr": Way("LoTR", (2, 4, 8, 16, 32, 64), 5e-3, _lotr(), quick=(4, 32)),
-    "lora": Way("LoRA (PEFT)", (1, 2, 4, 8, 16), 3e-3, _lora(), quick=(1, 8)),
+    "lora": Way(named("lora-peft"), (1, 2, 4, 8, 16), 3e-3, _lora(), quick=(1, 8)),
     "lotr-core": Way("LoTR, cores only", (16, 64), 5e-3, _lotr(train=("core",)), quick=(64,)),
     "lora-xs": Way("LoRA-XS", (8, 32), 5e-3, _lotr(init="svd", group_by=_own_group, train=("core",))),
-    "vera": Way("VeRA (PEFT)", (256,), 1e-2, _vera),
+    "vera": Way(named("vera-peft"), (256,), 1e-2, _vera),
     "lotr-linear": Way("LoTR, all linear layers", (2, 16), 5e-3, _lotr(LINEAR)),
     "lotr-width": Way("LoTR, all linear layers, by width", (2, 16), 5e-3, _lotr(LINEAR, group_by="width")),
     "lotr-gradient": Way("LoTR, from the gradient", (4, 16), 5e-3, _lotr(), from_gradient=True),
     "lotr-diagonal": Way("LoTR, diagonal cores", (16, 64), 5e-3, _lotr(core="diagonal")),
     "lotr-train": Way("LoTR, cores a train", (64,), 5e-3, _lotr(core="train")),
-    "lora-linear": Way("LoRA (PEFT), all linear layers", (1, 4), 3e-3, _lora(LINEAR)),
+    "lora-linear": Way(f"{named('lora-peft')}, all linear layers", (1, 4), 3e-3, _lora(LINEAR)),
 }

@@ -16,7 +16,7 @@ import torch
 
 from .isa import add_isa_option, check_isa, restart_if_asked
 from .shapes import DTYPES
-from .store import RESULTS, Store, build_id, case_of, runs, setting_of
+from .store import QUICK, RESULTS, Store, build_id, case_of, runs, setting_of
 from .terminal import bar, wide_console
 from .terminal import new_table as new_table
 from .timing import CLOCKS, Clock, ceilings, gpu_state, machine, slug, throttled
@@ -47,7 +47,8 @@ def add_options(parser: argparse.ArgumentParser, dtypes: str = "fp32,bf16") -> N
         "--allocator", choices=ALLOCATORS, default="keep", help="keep: freed memory stays with the process (keep)"
     )
     add_isa_option(parser)
-    parser.add_argument("--results", help="folder for the results (bench/results/<machine>)")
+    parser.add_argument("--results", help="folder for the results (bench/results/<machine>; with --quick demo_results/bench)")
+    parser.add_argument("--keep", action="store_true", help="with --quick: into bench/results as well")
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured with this build")
 
 
@@ -62,6 +63,12 @@ def keep_memory() -> bool:
     except AttributeError:
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def choose_folder(options: argparse.Namespace) -> None:
+    """Of a quick run, where none was named."""
+    if getattr(options, "quick", False) and not options.keep and options.results is None:
+        options.results = str(QUICK)
 
 
 def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,bf16") -> argparse.Namespace:
@@ -88,6 +95,7 @@ def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,
     options.rounds = rounds if options.rounds is None else options.rounds
     if options.rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {options.rounds}")
+    choose_folder(options)
     if options.results == "":
         raise ValueError("results: expected a folder, got ''")
     return options

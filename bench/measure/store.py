@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
+QUICK = ROOT / "demo_results" / "bench"  # of --quick: few rounds of few shapes would stand in the place of what docs show
 MACHINE = ("name", "torch", "peft", "transformers")  # another one of these makes other numbers
 
 

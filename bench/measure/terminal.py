@@ -87,12 +87,17 @@ def bar(total: int) -> Iterator[Callable[[str], None]]:
         yield begin
         return
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=total)
+    shown = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = shown.add_task("", total=total)
 
-        def begin(name: str) -> None:
-            nonlocal begun
-            shown.update(task, description=name, completed=begun)
-            begun += 1
+    def begin(name: str) -> None:
+        nonlocal begun
+        shown.start()  # with the first case: a bar of none leaves an empty line
+        shown.update(task, description=name, completed=begun)
+        begun += 1
 
+    try:
         yield begin
+    finally:
+        if begun:
+            shown.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..block import MODELS, RANKS, TOKENS
 from ..measure.forms import FORMS
+from ..measure.names import bold, name_of
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.store import by_case
 from ..rivals.block import OURS
@@ -38,6 +39,6 @@ def _row(cell: dict, forms: list[str]) -> list[str]:
     low, middle, high = cell["step"]["excess"]
     times = [time_text(cell[direction]["seconds"][1]) for direction in ("forward", "backward", "step")]
     more = [f"{cell[form]['step']['excess'][1]:.1%}" if form in cell else "-" for form in forms]
-    label = f"**{cell['label']}**" if cell["rival"] == OURS else cell["label"]
+    label = bold(name_of(cell)) if cell["rival"] == OURS else name_of(cell)
     sizes = [f"{cell['parameters']:,}", bytes_text(cell["peak_bytes"])]
     return [label, *times, f"{middle:.1%}", f"{low:.1%}, {high:.1%}", *more, *sizes]

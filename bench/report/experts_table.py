@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 
 from ..measure.session import ROUNDS
 from ..measure.store import by_case, newest
-from ..rivals.experts import FLOOR, HEADS, OURS, SHAPES, row_of
+from ..rivals.experts import FLOOR, HEADS, LABELS, OURS, SHAPES, row_of
 from . import tables
 from .plots import save
 
@@ -53,8 +53,8 @@ def draw_experts(cells: list[dict], folder: Path) -> list[Path]:
             left.barh(i, middle, color=colour)
             left.errorbar(middle, i, xerr=[[max(middle - low, 0)], [max(high - middle, 0)]], color="k", lw=1)
             right.barh(i, (cell["peak_bytes"] - floor["peak_bytes"]) / 2**20, color=colour)
-        for axis, text in ((left, "time over the frozen experts, %"), (right, "peak over theirs, MiB")):
-            axis.set_yticks(range(len(cells_of)), [cell["label"] for cell in cells_of], fontsize=8)
+        for axis, text in ((left, "time over the frozen experts, %"), (right, "peak memory over the frozen experts', MiB")):
+            axis.set_yticks(range(len(cells_of)), [LABELS[cell["rival"]] for cell in cells_of], fontsize=8)
             axis.set_xlabel(text, fontsize=8)
             axis.grid(axis="x", alpha=0.3)
             axis.axvline(0, color="k", lw=0.8)

@@ -55,7 +55,7 @@ def count_rows(cells: list[dict]) -> tuple[list[str], list[list[str]]]:
     case, own = max(by_case(cells), key=lambda item: (item[0]["form"] == "chained", item[0]["m"]))
     rows = []
     for name in (name for name in rh.RIVALS if name in own):
-        row = [own[name]["label"]]
+        row = [rh.RIVALS[name].label]
         for field in ("counts", "counts_on_cuda"):
             row += [count_text(own[name][field], what) for what in ("own", "dispatched")]
         rows.append(row)

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
+from ..measure.names import COLOURS, EXTRA_FLOPS, name_of
 from ..measure.shapes import Case
-from .names import COLOURS, EXTRA_FLOPS, name_of
 
 FEW = 128  # tokens; below, an excess is several hundred per cent, which would dwarf every other bar
 LEAST_POINTS = 3  # of a line: two tell no shape
@@ -156,7 +156,7 @@ def _memory(cells: list[dict]) -> Figure | None:
     return _finish(figure, axes, "Memory of one adapted layer", cells)
 
 
-def save(figures: dict[str, Figure | None], folder: Path) -> list[Path]:
+def save(figures: dict[str, Figure | None], folder: Path, dpi: int = 100) -> list[Path]:
     """Writes <name>.png of each figure that is one, by way of a temporary name; one that is none leaves no old picture."""
     written = []
     for name, figure in figures.items():
@@ -164,7 +164,7 @@ def save(figures: dict[str, Figure | None], folder: Path) -> list[Path]:
             (folder / f"{name}.png").unlink(missing_ok=True)
         else:
             temporary = folder / f"{name}.tmp.png"
-            figure.savefig(temporary, dpi=100)
+            figure.savefig(temporary, dpi=dpi)
             plt.close(figure)
             written.append(temporary.replace(folder / f"{name}.png"))
     return written

@@ -9,18 +9,20 @@ import matplotlib.pyplot as plt
 from ..frontier.table import Point, points, title
 from .plots import save
 
+# where a point's rank stands: ways that meet have theirs apart
+ABOVE, BELOW, LEFT_ABOVE, LEFT_BELOW = (4, 4), (4, -10), (-12, 4), (-12, -10)
 STYLES = {
-    "lotr": ("tab:blue", "o-"),
-    "lotr-core": ("tab:blue", "s:"),
-    "lotr-linear": ("tab:blue", "^--"),
-    "lotr-width": ("tab:cyan", "v--"),
-    "lotr-gradient": ("navy", "P-"),
-    "lotr-diagonal": ("tab:olive", "x-."),
-    "lotr-train": ("tab:purple", "d-."),
-    "lora": ("tab:red", "o-"),
-    "lora-linear": ("tab:red", "^--"),
-    "lora-xs": ("tab:green", "o-"),
-    "vera": ("tab:pink", "D"),
+    "lotr": ("tab:blue", "o-", BELOW),
+    "lotr-core": ("tab:blue", "s:", LEFT_BELOW),
+    "lotr-linear": ("tab:blue", "^--", ABOVE),
+    "lotr-width": ("tab:cyan", "v--", LEFT_ABOVE),
+    "lotr-gradient": ("navy", "P-", BELOW),
+    "lotr-diagonal": ("tab:olive", "x-.", ABOVE),
+    "lotr-train": ("tab:purple", "d-.", ABOVE),
+    "lora": ("tab:red", "o-", LEFT_ABOVE),
+    "lora-linear": ("tab:red", "^--", BELOW),
+    "lora-xs": ("tab:green", "o-", ABOVE),
+    "vera": ("tab:pink", "D", BELOW),
 }
 
 
@@ -30,7 +32,7 @@ def draw_frontier(cells: list[dict], folder: Path) -> list[Path]:
     if not found:
         return save({"frontier": None}, folder)
     figure, axis = plt.subplots(figsize=(10.5, 4.6), layout="constrained")
-    for way, (colour, style) in STYLES.items():
+    for way, (colour, style, corner) in STYLES.items():
         own = [p for p in found if p.way == way]
         if not own:
             continue
@@ -38,7 +40,7 @@ def draw_frontier(cells: list[dict], folder: Path) -> list[Path]:
         look = {"fmt": style, "color": colour, "ms": 5, "capsize": 2, "lw": 1.4, "elinewidth": 0.8}
         axis.errorbar(sizes, means, _spread(own), label=own[0].label, **look)
         for size, mean, p in zip(sizes, means, own):
-            axis.annotate(str(p.rank), (size, mean), (4, -10), textcoords="offset points", fontsize=7, color=colour)
+            axis.annotate(str(p.rank), (size, mean), corner, textcoords="offset points", fontsize=7, color=colour)
     for p in (p for p in found if p.parameters == 0):
         axis.axhspan(100 * min(p.accuracies), 100 * max(p.accuracies), color="0.85")
         axis.axhline(100 * p.mean, color="0.5", lw=1, label=p.label)

@@ -7,12 +7,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from ..measure.names import COLOURS, NAMES, PROJECTED_COLOURS, SHARED_COLOURS, colour_of, name_of
 from ..measure.shapes import Shape
 from ..rivals.shared import LABELS
 from ..traffic.counts import Key, Row
 from ..traffic.layer import LEAST
 from ..traffic.projection import FLOPS_REACHED, GPUS, LABEL, Times, excess
-from .names import COLOURS, NAMES, PROJECTED_COLOURS, SHARED_COLOURS, colour_of, name_of
 from .plots import save
 from .summary import METHODS, Summary
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..frontier import table as frontier
+from ..measure.names import renamed
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
@@ -95,7 +96,7 @@ def demo_table(demo: dict) -> str:
         disk, memory = f"{row['adapter_bytes'] / 1024:,.1f} KiB", f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"
         seconds = "-" if busy else f"{row['seconds_per_step']:.3f}"  # runs follow one another, so load hits each differently
         numbers = [f"{row['trained_parameters']:,}", disk, accuracy, seconds, memory]
-        lines.append(f"| {row['method']} | " + " | ".join(numbers) + " |")
+        lines.append(f"| {renamed(row['method'])} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
 
 
@@ -194,7 +195,7 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
-    from . import plots, plots_frontier, plots_more, plots_static
+    from . import plots, plots_frontier, plots_more, plots_static, plots_tasks
 
     written = []
     for folder in _machines(results):
@@ -207,6 +208,7 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += experts_table.draw_experts(_read(folder / "experts.jsonl"), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
         written += plots_frontier.draw_frontier(frontier.kept(folder), folder)
+        written += [path for run in tasks_table.task_runs(folder) for path in plots_tasks.draw_tasks(run, folder)]
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     times = tables.layer_projections(tables.PROJECTED_SHAPE, rows, estimates)
     if times:

@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import layer, model, shared, targets
 from ..kernels import FLOOR, TUNED
 from ..measure.forms import FORMS
+from ..measure.names import EXTRA_FLOPS, NAMES, bold, name_of, renamed
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
@@ -23,10 +24,10 @@ from ..static.table import markdown_rows
 from ..static.wanted import CAPTION as WANTED_CAPTION
 from ..static.wanted import HEADS as WANTED_HEADS
 from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows, wanted_rows
+from ..traffic import block as block_traffic
 from ..traffic.counts import LAYER_SHAPES, Key, Row, kept, needed
 from ..traffic.layer import BETA, FUSED, LEAST, all_steps, total_bytes
 from ..traffic.projection import GPUS, Times, assumptions, excess
-from .names import EXTRA_FLOPS, NAMES, bold, name_of
 from .summary import LORA, OURS, Summary
 
 # The table shows these shapes of those that were measured; all are in the result files and pictures.
@@ -110,7 +111,7 @@ def layer_table(cells: list[dict], pictures: Pictures) -> str:
             row.append(f"{share:.0%}" if share is not None else "-")
         in_forms = [own.get(OURS, {}).get(form) for form in forms]
         rows.append(row + ["-" if stage is None else f"{stage['step']['excess'][1]:.1%}" for stage in in_forms])
-    heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, bold(NAMES[OURS]), "lotr_ext / LoRA eager"]
+    heads = ["M x K x N, r", "dtype, threads", EXTRA_FLOPS, bold(NAMES[OURS]), f"{NAMES[OURS]} / {NAMES['lora-eager']}"]
     heads += [NAMES[rival] for rival in rivals]
     heads += ["lotr_ext, of the machine's bound"] if bounds else []
     heads += [f"lotr_ext {FORMS[form]}" for form in forms]
@@ -159,7 +160,7 @@ def shared_command(cells: list[dict]) -> str:
 
 
 def model_table(cells: list[dict], pictures: Pictures) -> str:
-    """A row a method; a pair of columns a (dtype, threads): step and peak memory over PEFT LoRA's."""
+    """A row a method; a pair of columns a (dtype, threads): step and peak memory over LoRA PEFT's."""
     groups: dict[tuple, dict[str, dict]] = {}
     for cell in cells:
         c = cell["case"]
@@ -180,7 +181,7 @@ def model_table(cells: list[dict], pictures: Pictures) -> str:
                 lora = methods.get("lora-peft", {}).get(key)
                 row += _against_lora(own.get(key), lora)
             rows.append(row)
-        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of LoRA PEFT, whose own numbers are in its row; "
+        title = f"{name}, {batch} x {sequence} tokens a step, rank {r}; x of {NAMES[LORA]}, whose own numbers are in its row; "
         own = [cell for method in methods.values() for cell in method.values()]
         lines += [f"{model_command(own)}: {title}{where(own)}:", "", *markdown(heads, rows)]
     return "\n".join([*lines, *_images(pictures, {"model": "step time and memory of every method"})])
@@ -324,7 +325,8 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
     wanted = wanted_layer_rows(rows, found, on_h100)
     says = f"What is wanted of a layer on an {GPUS['h100'].name}, and what stands in the way (bold: not met), {LAYER_CAPTION}:"
     wanted = ["", says, "", *markdown(list(LAYER_HEADS), wanted)] if wanted else []
-    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *wanted])
+    blocks = [line for block in block_traffic.parse(block_traffic.BLOCKS) for line in projected_block(block, rows, found)]
+    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *wanted])
 
 
 def other_layers(rows: dict[Key, Row], layers: dict[Shape, dict[str, Times]]) -> list[str]:
@@ -339,6 +341,26 @@ def other_layers(rows: dict[Key, Row], layers: dict[Shape, dict[str, Times]]) ->
     names = [NAMES.get(name, name) for name in (BEST_LORA, BETA, FUSED)]
     says = f"The same of other layers: {names[0]}; {names[1]}; on Hopper also {names[2]}:"
     return ["", says, "", *markdown(["M x K x N, r", *(GPUS[gpu].name for gpu in columns)], lines)] if columns else []
+
+
+def projected_block(block: block_traffic.Block, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
+    """Every way of a transformer's block, a column a GPU that has all counts and estimates of its layers."""
+    layers = [layer_projections(shape, rows, found) for shape in block_traffic.shapes(block)]
+    on = [gpu for gpu in GPUS if all(gpu in own for own in layers)]
+    times = {gpu: {key: time for own in layers for key, time in own[gpu].items()} for gpu in on}
+    if not times:
+        return []
+    (model, m, r), columns = block, [block_traffic.excess(block, rows, GPUS[gpu], own) for gpu, own in times.items()]
+    lines = [
+        [bold(NAMES.get(name, block_traffic.label_of(name))), *(f"{own[name]['step']:.1%}" for own in columns)]
+        for name in columns[0]
+    ]
+    says = (
+        f"The linear layers of a {model} block together, {m} tokens, r = {r}, over the frozen ones, projected in the same "
+        "way. LoTR's layers of one shape share a pair, so k and v are siblings, and gate and up; norms, attention and "
+        "activations are left out:"
+    )
+    return ["", says, "", *markdown(["", *(GPUS[gpu].name for gpu in times)], lines)]
 
 
 def summary_table(found: Summary, demo: dict | None, pictures: Pictures) -> str:
@@ -356,6 +378,6 @@ def summary_table(found: Summary, demo: dict | None, pictures: Pictures) -> str:
 
 def accuracy(demo: dict) -> str:
     """A sentence: what each method of a demo run reached."""
-    reached = ", ".join(f"{row['method']} {row['accuracy']:.2%}" for row in demo["rows"])
+    reached = ", ".join(f"{renamed(row['method'])} {row['accuracy']:.2%}" for row in demo["rows"])
     rank, runs = demo["rows"][-1]["rank"], demo["rows"][0]["runs"]
     return f"Held-out accuracy in the demo, rank {rank}, {runs} seed{'s' * (runs > 1)}: {reached} (`make demo`)."

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..measure.names import named
 from ..measure.shapes import DTYPES
 from .base import SCALING
 from .registry import InPlaceLoRA
@@ -204,21 +205,24 @@ def _lora_in_place(case: BlockCase, v: Values) -> Block:
     return Block(case, {name: layer(name) for name in NAMES}, p)
 
 
-def _lora_stacked(case: BlockCase, v: Values) -> Block:
+def stacked_lora(weight: Tensor, As: list[Tensor], Bs: list[Tensor]) -> Callable[[Tensor], Tensor]:
     """One product with the stacked weights, one with the stacked A, one with the B's on the diagonal."""
+
+    def call(x: Tensor) -> Tensor:
+        if len(As) == 1:
+            return torch.addmm(F.linear(x, weight), F.linear(x, As[0]), Bs[0].T, alpha=SCALING)
+        u = F.linear(x, torch.cat(As))
+        return torch.addmm(F.linear(x, weight), u, torch.block_diag(*Bs).T, alpha=SCALING)
+
+    return call
+
+
+def _lora_stacked(case: BlockCase, v: Values) -> Block:
     p, weights = lora_parameters(v), _stacked_weights(v)
 
     def layer(names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
         w = weights["".join(names)]
-        As, Bs = [p[f"{name}.A"] for name in names], [p[f"{name}.B"] for name in names]
-
-        def call(x: Tensor) -> Tensor:
-            if len(names) == 1:
-                return torch.addmm(F.linear(x, w), F.linear(x, As[0]), Bs[0].T, alpha=SCALING)
-            u = F.linear(x, torch.cat(As))
-            return torch.addmm(F.linear(x, w), u, torch.block_diag(*Bs).T, alpha=SCALING)
-
-        return call
+        return stacked_lora(w, [p[f"{name}.A"] for name in names], [p[f"{name}.B"] for name in names])
 
     parts = [QKV, ("o",), GATE_UP, ("down",)]
     return Stacked(case, {"".join(names): layer(names) for names in parts}, p)
@@ -278,13 +282,13 @@ def _ours(kind: type[Block]) -> Callable[[BlockCase, Values], Block]:
 RIVALS: dict[str, tuple[str, Callable[[BlockCase, Values], Block]]] = {
     FLOOR: ("frozen", _frozen),
     "frozen-stacked": ("frozen, stacked", _frozen_stacked),
-    LORA_EAGER: ("LoRA eager", _lora_eager),
-    "lora-in-place-beta": ("LoRA in-place, beta", _lora_in_place),
+    LORA_EAGER: (named(LORA_EAGER), _lora_eager),
+    "lora-in-place-beta": (named("lora-in-place-beta"), _lora_in_place),
     "lora-stacked": ("LoRA, q k v and gate up stacked", _lora_stacked),
-    "lora-peft": ("LoRA PEFT", _lora_peft),
-    LOTR_EAGER: ("LoTR eager", _lotr_eager),
-    "lotr_ext-unshared": ("lotr_ext, siblings off", _ours(Aliased)),
-    OURS: ("lotr_ext", _ours(Block)),
+    "lora-peft": (named("lora-peft"), _lora_peft),
+    LOTR_EAGER: (named(LOTR_EAGER), _lotr_eager),
+    "lotr_ext-unshared": (f"{named(OURS)}, siblings off", _ours(Aliased)),
+    OURS: (named(OURS), _ours(Block)),
 }
 TRUTHS = {"lora": _lora_eager, "lotr": _lotr_eager, "frozen": _frozen}  # in float64, by a rival's first letters
 

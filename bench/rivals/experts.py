@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from lotr_ext.ops.grouped import grouped_mm
 
 from ..measure.bounds import DIRECTIONS
+from ..measure.names import named
 from ..measure.session import bytes_text, time_text
 
 FLOOR, PEFT, GROUPED, OURS = "frozen", "lora-peft", "lora-grouped", "lotr_ext"
 LABELS = {
     FLOOR: "frozen experts",
-    PEFT: "LoRA, PEFT's target_parameters",
+    PEFT: f"{named(PEFT)}, target_parameters",
     GROUPED: "LoRA by grouped products",
-    OURS: "lotr_ext",
+    OURS: named(OURS),
 }
 PARAMETERS = ("gate_up_proj", "down_proj")
 HEADS = ("", *DIRECTIONS, "over frozen", "of PEFT's", "peak", "parameters")
@@ -109,4 +110,4 @@ def row_of(result: dict, results: list[dict]) -> list[str]:
     of_peft = "" if result["rival"] in (FLOOR, PEFT) else f"{excess / by[PEFT]['step']['excess'][1]:.2f}"
     times = [time_text(result[direction]["seconds"][1]) for direction in DIRECTIONS]
     more = "" if result["rival"] == FLOOR else f"{excess:.1%}"
-    return [result["label"], *times, more, of_peft, bytes_text(result["peak_bytes"]), f"{result['parameters']:,}"]
+    return [LABELS[result["rival"]], *times, more, of_peft, bytes_text(result["peak_bytes"]), f"{result['parameters']:,}"]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..measure.names import named
 from ..measure.shapes import DTYPES, Case
 from . import registry
 from .base import SCALING, Rival, Tensors, Written, frozen_linear, parameter
@@ -139,13 +140,13 @@ class HostRival:
 
 RIVALS = {
     FLOOR: HostRival("frozen", _single("frozen")),
-    LORA: HostRival("LoRA eager", _single("lora-eager")),
-    "lora-peft": HostRival("LoRA PEFT", _single("lora-peft")),
-    LOTR: HostRival("LoTR in three lines, one pair", _lotr, is_lotr=True),
-    LOTR_OWN: HostRival("LoTR in three lines, a pair each", _lotr_own, LOTR_OWN, True, ("chained",)),
-    ALONE: HostRival("lotr_ext, a pair each", _single("lotr_ext"), LOTR_OWN, True, ("chained",)),
-    SHARED: HostRival("lotr_ext, one pair", _shared, is_lotr=True),
-    IN_MODEL: HostRival("lotr_ext, in a model", None, is_lotr=True),
+    LORA: HostRival(named(LORA), _single("lora-eager")),
+    "lora-peft": HostRival(named("lora-peft"), _single("lora-peft")),
+    LOTR: HostRival(f"{named(LOTR)}, one pair", _lotr, is_lotr=True),
+    LOTR_OWN: HostRival(f"{named(LOTR)}, a pair each", _lotr_own, LOTR_OWN, True, ("chained",)),
+    ALONE: HostRival(f"{named(SHARED)}, a pair each", _single("lotr_ext"), LOTR_OWN, True, ("chained",)),
+    SHARED: HostRival(f"{named(SHARED)}, one pair", _shared, is_lotr=True),
+    IN_MODEL: HostRival(f"{named(SHARED)}, in a model", None, is_lotr=True),
 }
 NEEDED = (FLOOR, LORA, LOTR, LOTR_OWN)  # what every ratio is to
 

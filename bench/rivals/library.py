@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..measure.names import named
 from ..measure.shapes import DTYPES, Case
 from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, parameter
 
@@ -44,7 +45,7 @@ def lora_compiled(t: Tensors, case: Case) -> Rival:
     """LoRA as one writes it, by torch.compile for this very shape."""
     A, B = parameter(t.A.T), parameter(t.B)
     torch._dynamo.reset()  # else the compiler generalises over the cases before
-    return Rival("LoRA compiled", torch.compile(lora_forward(t, A, B), dynamic=False), {"A": (A, True), "B": (B, False)})
+    return Rival(named("lora-compiled"), torch.compile(lora_forward(t, A, B), dynamic=False), {"A": (A, True), "B": (B, False)})
 
 
 def autotuned(call: Callable) -> Callable:
@@ -78,7 +79,7 @@ def lora_peft(t: Tensors, case: Case) -> Rival:
     layer = _with_peft(t, LoraConfig(r=case.r, lora_alpha=SCALING * case.r, target_modules=["layer"]))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     A.data, B.data = t.A.T.contiguous().clone(), t.B.clone()
-    return Rival("LoRA PEFT", layer, {"A": (A, True), "B": (B, False)})
+    return Rival(named("lora-peft"), layer, {"A": (A, True), "B": (B, False)})
 
 
 def vera_peft(t: Tensors, case: Case) -> Rival:
@@ -90,7 +91,7 @@ def vera_peft(t: Tensors, case: Case) -> Rival:
     layer.vera_A["default"], layer.vera_B["default"] = A, B
     d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
     d.data, b.data = t.d.clone(), t.b.clone()
-    return Rival("VeRA PEFT", layer, {"d": (d, False), "b": (b, False)}, frozen=(A, B))
+    return Rival(named("vera-peft"), layer, {"d": (d, False), "b": (b, False)}, frozen=(A, B))
 
 
 def lora_unsloth(t: Tensors, case: Case) -> Rival:
@@ -98,7 +99,7 @@ def lora_unsloth(t: Tensors, case: Case) -> Rival:
     LoRA_W = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
     A, B = parameter(t.A.T), parameter(t.B)
     return Rival(
-        "LoRA Unsloth",
+        named("lora-unsloth"),
         lambda x: LoRA_W.apply(x[None], t.weight, None, A, B, SCALING)[0],
         {"A": (A, True), "B": (B, False)},
     )
@@ -109,7 +110,7 @@ def lora_lorafusion(t: Tensors, case: Case) -> Rival:
     fused = importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
     A, B = parameter(t.A.T), parameter(t.B)
     return Rival(
-        "LoRA LoRAFusion",
+        named("lora-lorafusion"),
         lambda x: fused(x, t.weight, A, B, SCALING, linear_bias=t.bias),
         {"A": (A, True), "B": (B, False)},
     )

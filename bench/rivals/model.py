@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from ..measure.names import named
 
 FLOOR, LORA, OURS = "frozen", "lora-peft", "lotr_ext"
 Widths = list[tuple[int, int]]  # (in, out) of each adapted layer
@@ -201,17 +204,17 @@ def _size_of_lotr(count: Callable[[Widths, int], int]) -> Callable[[Widths, int]
 
 METHODS = {
     FLOOR: Method("frozen model", lambda model, targets, r: model, lambda widths, r: 0),
-    LORA: Method("LoRA (PEFT)", peft_lora),
-    "vera-peft": Method("VeRA (PEFT)", peft_vera),
-    "lotr-eager": Method("LoTR as the original", eager_lotr),
-    OURS: Method("lotr_ext", our_lotr),
-    "lora-peft-as-lotr": Method("LoRA (PEFT), size of LoTR", peft_lora, _size_of_lotr(lora_parameters)),
-    "vera-peft-as-lotr": Method("VeRA (PEFT), size of LoTR", peft_vera, _size_of_lotr(vera_parameters)),
+    LORA: Method(named(LORA), peft_lora),
+    "vera-peft": Method(named("vera-peft"), peft_vera),
+    "lotr-eager": Method(named("lotr-eager"), eager_lotr),
+    OURS: Method(named(OURS), our_lotr),
+    "lora-peft-as-lotr": Method(named("lora-peft-as-lotr"), peft_lora, _size_of_lotr(lora_parameters)),
+    "vera-peft-as-lotr": Method(named("vera-peft-as-lotr"), peft_vera, _size_of_lotr(vera_parameters)),
     "lotr_ext-as-lora": Method(
-        "lotr_ext, size of LoRA", our_lotr, lambda widths, r: nearest_rank(lotr_parameters, widths, lora_parameters(widths, r))
+        named("lotr_ext-as-lora"), our_lotr, lambda widths, r: nearest_rank(lotr_parameters, widths, lora_parameters(widths, r))
     ),
-    "lotr-eager-core": Method("original, cores only", lambda model, targets, r: eager_lotr(model, targets, r, core_only=True)),
-    "lotr_ext-core": Method("lotr_ext, cores only", lambda model, targets, r: our_lotr(model, targets, r, core_only=True)),
+    "lotr-eager-core": Method(named("lotr-eager-core"), partial(eager_lotr, core_only=True)),
+    "lotr_ext-core": Method(named("lotr_ext-core"), partial(our_lotr, core_only=True)),
 }
 PEFTS = tuple(name for name, method in METHODS.items() if method.make in (peft_lora, peft_vera))
 QUICK = (FLOOR, LORA, "vera-peft", "lotr-eager", OURS, "lora-peft-as-lotr", "lotr_ext-as-lora")

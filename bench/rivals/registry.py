@@ -1,7 +1,7 @@
 """The rivals: one frozen linear layer, adapted in every way one might. Each is built from the same tensors.
 
 A rival is made by `RIVALS[name](tensors, case)`: a callable x -> y and its trained parameters. `truth.check` compares it with
-its formula in float64 before it is timed. Those that come from other packages are in `rivals_library.py`.
+its formula in float64 before it is timed. Those that come from other packages are in `library.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..measure.names import named
 from ..measure.shapes import Case
 from . import library
 from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, parameter
@@ -26,7 +27,7 @@ def _lotr_eager(t: Tensors, case: Case) -> Rival:
     """As the original implementation computes it."""
     A, B, core = parameter(t.A), parameter(t.B), parameter(t.core)
     return Rival(
-        "LoTR eager",
+        named("lotr-eager"),
         lambda x: F.linear(x, t.weight, t.bias) + SCALING * (((x @ A) @ core) @ B.T),
         {"A": (A, False), "B": (B, False), "core": (core, False)},
     )
@@ -35,7 +36,7 @@ def _lotr_eager(t: Tensors, case: Case) -> Rival:
 def _lora_eager(t: Tensors, case: Case) -> Rival:
     """Two linear layers, a scaling and a sum in torch operations: on a GPU, cuBLAS's LoRA."""
     A, B = parameter(t.A.T), parameter(t.B)
-    return Rival("LoRA eager", lora_forward(t, A, B), {"A": (A, True), "B": (B, False)})
+    return Rival(named(LORA_EAGER), lora_forward(t, A, B), {"A": (A, True), "B": (B, False)})
 
 
 class InPlaceLoRA(torch.autograd.Function):
@@ -67,11 +68,13 @@ class InPlaceLoRA(torch.autograd.Function):
         return dx, None, None, k.T @ x, (g.T @ u).mul_(SCALING), None
 
 
-def _lora_in_place(name: str, expand_first: bool) -> Make:
+def _lora_in_place(rival: str, expand_first: bool) -> Make:
     def make(t: Tensors, case: Case) -> Rival:
         A, B = parameter(t.A.T), parameter(t.B)
         forward = InPlaceLoRA.apply
-        return Rival(name, lambda x: forward(x, t.weight, t.bias, A, B, expand_first), {"A": (A, True), "B": (B, False)})
+        return Rival(
+            named(rival), lambda x: forward(x, t.weight, t.bias, A, B, expand_first), {"A": (A, True), "B": (B, False)}
+        )
 
     return make
 
@@ -86,7 +89,7 @@ def _ours(strategy: str | None) -> Make:
         parameters = {"core": layer.core, **{name: dict(factors.named_parameters())[name] for name in ("A", "B")}}
         for name, value in parameters.items():
             value.data = getattr(t, name).clone()
-        name = f"lotr_ext {strategy}" if strategy else "lotr_ext"
+        name = f"{named(OURS)} {strategy}" if strategy else named(OURS)
         return Rival(name, layer, {n: (p, False) for n, p in parameters.items()})
 
     return make
@@ -110,8 +113,8 @@ RIVALS: dict[str, Make] = {
     "frozen-autotuned": library.frozen_autotuned,
     "lotr-eager": _lotr_eager,
     LORA_EAGER: _lora_eager,
-    "lora-in-place": _lora_in_place("LoRA in-place", False),
-    "lora-in-place-beta": _lora_in_place("LoRA in-place, beta", True),
+    "lora-in-place": _lora_in_place("lora-in-place", False),
+    "lora-in-place-beta": _lora_in_place("lora-in-place-beta", True),
     "lora-compiled": library.lora_compiled,
     "lora-autotuned": library.lora_autotuned,
     "lora-peft": library.lora_peft,

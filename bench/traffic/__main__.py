@@ -10,6 +10,7 @@ from ..measure.shapes import parse_shapes
 from ..measure.store import Store
 from ..static.predict import layer_keys, layer_times, predict
 from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows
+from . import block as block_traffic
 from . import layer as layer_traffic
 from . import projection
 from . import rows as row_traffic
@@ -24,6 +25,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", default=row_traffic.CASES, help=f"TOKENSxTOPxCORESxRANK of row_core, comma-separated ({row_traffic.CASES})"
     )
+    blocks = f"MODEL:TOKENS:RANK of transformers' blocks, comma-separated ({block_traffic.BLOCKS})"
+    parser.add_argument("--blocks", default=block_traffic.BLOCKS, help=blocks)
     parser.add_argument("--gpus", default=",".join(GPUS), help=f"to project for, some of {', '.join(GPUS)} (all)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the counts (bench/results/simt-executor)")
     parser.add_argument("--fresh", action="store_true", help="count again what was counted of these sources")
@@ -32,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for shape in options.shapes:
         if shape[3] > 256:
             raise ValueError(f"shapes: expected ranks up to 256, what the CUDA kernels take, got {shape[3]}")
-    options.rows = row_traffic.parse(options.rows)
+    options.rows, options.blocks = row_traffic.parse(options.rows), block_traffic.parse(options.blocks)
     options.gpus = options.gpus.split(",")
     for gpu in options.gpus:
         if gpu not in GPUS:
@@ -44,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     store = Store(options.results / "traffic.jsonl").prepare()
     multiprocessors = list(dict.fromkeys(projection.GPUS[gpu].multiprocessors for gpu in options.gpus))
-    keys = needed(options.shapes, multiprocessors)
+    shapes = list(dict.fromkeys([*options.shapes, *(s for block in options.blocks for s in block_traffic.shapes(block))]))
+    keys = needed(shapes, multiprocessors)
     row_store = Store(options.results / row_traffic.FILE).prepare()
     row_keys = row_traffic.needed(options.rows)
     with progress(len(keys) + len(row_keys)) as begin:
@@ -66,16 +70,18 @@ def main(argv: list[str] | None = None) -> int:
     console.print(row_traffic.table(mixtures))
     times, found = {}, {}
     try:
-        wanted = layer_keys(options.shapes, options.gpus)
+        wanted = layer_keys(shapes, options.gpus)
         with progress(len(wanted)) as begin:
             found = predict(wanted, options.results, begin, options.fresh)
-        times = {gpu: layer_times(options.shapes, gpu, found) for gpu in options.gpus}
+        times = {gpu: layer_times(shapes, gpu, found) for gpu in options.gpus}
     except FileNotFoundError as error:  # bytes need no compiler
         console.print(f"no projection: {error}", highlight=False, markup=False, soft_wrap=True)
     for shape in options.shapes:
         console.print(layer_traffic.table(shape, rows, multiprocessors[0]))
         if times:
             console.print(projection.table(shape, rows, times))
+    for block in options.blocks if times else ():
+        console.print(block_traffic.table(block, rows, times))
     if lines := wanted_layer_rows(rows, found, times.get("h100")):
         wanted = new_table("What is wanted of a layer on an H100, and what stands in the way (*: not met); us", *LAYER_HEADS)
         for line in lines:

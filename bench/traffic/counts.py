@@ -2,6 +2,7 @@
 
     python -m bench.traffic                           kernels, whole layers, and a projection for known GPUs
     python -m bench.traffic --shapes 8192x4096x4096x16 --gpus h100
+    python -m bench.traffic --blocks llama-3-8b:2048:16,qwen3-8b:8192:16
 
 The kernels run on the CPU with the split that the planner chooses for a GPU of so many multiprocessors. The counts are exact
 and the same every time: what a warp's instruction touches in global memory, per array, and in 32-byte sectors. "large" is what

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..measure.bounds import DIRECTIONS, Work, kernel_work, work
+from ..measure.names import NAMES
 from ..measure.shapes import Case, Shape
 from ..rivals.base import Rival, Tensors
 from .counts import ELEMENT, SMALL, Key, Row, constant
@@ -57,7 +58,8 @@ class CountedOperators(TorchDispatchMode):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         if is_view or name.startswith("empty") or name in ("detach", "alias"):
             return out
-        inputs = [a for a in args if isinstance(a, Tensor)]
+        flat = (a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,)))  # cat takes a list
+        inputs = [a for a in flat if isinstance(a, Tensor)]
         results = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
         flops = 0
         if name in _PRODUCTS:
@@ -112,6 +114,24 @@ def fused_step(m: int, inner: int, outer: int, r: int, multiprocessors: int, bac
     return Step("gemm_lotr", moved, fused_key(m, inner, outer, r, multiprocessors, backward))
 
 
+def kernel_step(key: Key, rows: dict[Key, Row], all_bytes: bool = False) -> Step:
+    """A kernel of ours as counted: what it reads again from L2 counts only with all_bytes."""
+    name, row, least = key[0], rows[key], kernel_work(*key[:4], ELEMENT)
+    work_of = Work(least.flops, row.total if all_bytes else least.bytes + row.moved - row.large)
+    return Step(name, work_of, None, LAYERS) if name in SMALL else Step(name, work_of, key)
+
+
+def expand_step(m: int, width: int, r: int) -> Step:
+    """u F^T or k A^T by the library, which writes what the base product adds onto."""
+    return Step("expand", Work(2 * m * width * r, ELEMENT * (m * width + m * r + width * r)))
+
+
+def pack_steps(k: int, r: int) -> list[Step]:
+    """A's rows are the user's; our kernels take them in whole 16 bytes."""
+    padded = -(-r // ROW) * ROW
+    return [Step("pack", Work(0, ELEMENT * k * (r + padded)))] if padded != r else []
+
+
 def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors: int) -> Steps:
     """A layer by itself: its kernels as counted for a GPU of so many multiprocessors, and the base products."""
     m, k, n, r = shape
@@ -119,14 +139,10 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
         raise ValueError(f"strategy: expected one of {', '.join(OURS)}, got {strategy!r}")
 
     def kernel(name: str, rows_of: int, width: int) -> Step:
-        row, least = rows[name, rows_of, width, r, multiprocessors], kernel_work(name, rows_of, width, r, ELEMENT)
-        once = least.bytes + row.moved - row.large
-        small = name in SMALL
-        key = None if small else (name, rows_of, width, r, multiprocessors)
-        return Step(name, Work(least.flops, row.total if strategy == IN_DRAM else once), key, LAYERS if small else 1)
+        return kernel_step((name, rows_of, width, r, multiprocessors), rows, strategy == IN_DRAM)
 
-    def expand(width: int) -> Step:  # by the library, which writes what the base product adds onto
-        return Step("expand", Work(2 * m * width * r, ELEMENT * (m * width + m * r + width * r)))
+    def expand(width: int) -> Step:
+        return expand_step(m, width, r)
 
     if strategy == FUSED:  # F, F^T and A^T from one launch; A in x's dtype from another
         operands = Step("fold", Work(2 * n * r * r, ELEMENT * (n * r + k * r + 2 * n * r + k * r)))
@@ -139,8 +155,7 @@ def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors
                 *(kernel("fold_grad", 1, n), kernel("factor_grad", m, k)),
             ],
         }
-    padded = -(-r // ROW) * ROW  # A's rows are the user's; our kernels take them in whole 16 bytes
-    packed = [Step("pack", Work(0, ELEMENT * k * (r + padded)))] if padded != r else []
+    packed = pack_steps(k, r)
     reads_g = [kernel("shrink_grad", m, n), kernel("fold_grad", 1, n), kernel("factor_grad", m, k)]
     if strategy in (BETA, IN_DRAM):
         forward = [*packed, kernel("shrink", m, k), kernel("fold", 1, n), expand(n), base_step(m, k, n, accumulate=True)]
@@ -177,7 +192,7 @@ def table(shape: Shape, rows: dict[Key, Row], multiprocessors: int):
     title = (
         f"Counted bytes beyond the frozen layer's, {m} x {k} x {n}, r = {r}, bf16, {multiprocessors} multiprocessors (no GPU)"
     )
-    result = new_table(title, "", *DIRECTIONS, "x least", "x LoRA eager")
+    result = new_table(title, "", *DIRECTIONS, "x least", f"x {NAMES['lora-eager']}")
     frozen = {direction: total_bytes(found["frozen"], direction) for direction in DIRECTIONS}
 
     def beyond(name: str, direction: str) -> int:
@@ -187,5 +202,7 @@ def table(shape: Shape, rows: dict[Key, Row], multiprocessors: int):
         if name != "frozen":
             both = beyond(name, "step")
             ratios = [f"{both / beyond(other, 'step'):.2f}" for other in (LEAST, "lora-eager")]
-            result.add_row(name, *(f"{beyond(name, direction) / 1e6:.1f} MB" for direction in DIRECTIONS), *ratios)
+            result.add_row(
+                NAMES.get(name, name), *(f"{beyond(name, direction) / 1e6:.1f} MB" for direction in DIRECTIONS), *ratios
+            )
     return result

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..measure.bounds import DIRECTIONS, Work
+from ..measure.names import NAMES
 from ..measure.shapes import Shape
 from .counts import Key, Row
 from .layer import FUSED, IN_DRAM, LAYERS, Step, Steps, all_steps
@@ -117,6 +118,6 @@ def table(shape: Shape, rows: dict[Key, Row], times: dict[str, Times]):
             ", ".join(f"{column[name][direction]:.1%}" for direction in DIRECTIONS) if name in column else "-"
             for column in columns.values()
         )
-        result.add_row(name, *cells)
+        result.add_row(NAMES.get(name, name), *cells)
     result.caption, result.caption_justify = assumptions(), "left"
     return result

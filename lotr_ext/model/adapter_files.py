@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..layers.layer import check_settings
+from ..version import __version__
 from .config import LoTRConfig
 
 __all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "placed", "put_file", "read", "together", "write"]
@@ -169,8 +170,6 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
         ValueError: directory is a file. OSError: the disk.
     """
     from safetensors.torch import save
-
-    from .. import __version__
 
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")

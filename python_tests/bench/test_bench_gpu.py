@@ -66,7 +66,8 @@ def test_the_commands_exist():
         for part in gpu.plan(gpu.arguments(quick)):
             if part.name in programs:
                 given = [word.replace("{minutes}", "1.5") for word in part.command[3:]]
-                programs[part.name].arguments([*given, "--device", "cpu"])
+                options = programs[part.name].arguments([*given, "--device", "cpu"])
+                assert options.results is None  # that of the card, which summary and report read
             if part.name.startswith("floor-"):
                 with contextlib.suppress(ValueError):  # that there is no GPU here, which argparse did not say
                     programs[part.name.removeprefix("floor-")].arguments(list(part.command[3:]))

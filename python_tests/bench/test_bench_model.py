@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_is_kept_as_null(tmp_path, capsys):
     """AdamW's eps is 0 in fp16, and so is the square of a small gradient: the original's factors become NaN."""
     arguments = [*QUICK, "--model", "tiny-bert", "--methods", "lotr-eager,lotr_ext", "--results", str(tmp_path)]
     assert model.main([*arguments, "--dtypes", "fp16,fp32"]) == 0
-    said = "tiny-bert (query,value) 2x8 r4 fp16 t1: the loss is not finite, kept as null: LoTR as the original\n"
+    said = "tiny-bert (query,value) 2x8 r4 fp16 t1: the loss is not finite, kept as null: LoTR in three lines\n"
     assert said in capsys.readouterr().out
     losses = {(c["rival"], c["case"]["dtype"]): c["last_loss"] for c in Store(tmp_path / "model.jsonl").read()}
     assert [key for key, loss in losses.items() if loss is None] == [("lotr-eager", "fp16")] and len(losses) == 6

@@ -7,16 +7,22 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench.__main__ as everything
-from bench import shared, targets
+from bench import layer, shared, targets
+from bench.frontier.ways import WAYS
+from bench.measure import names
 from bench.measure.shapes import QUICK, TARGETS, Case
-from bench.measure.store import Store, newest
-from bench.report import names
+from bench.measure.store import QUICK as QUICK_FOLDER
+from bench.measure.store import ROOT, Store, newest
 from bench.report import rebuild as report
 from bench.report import tables as report_tables
+from bench.rivals import block, host
+from bench.rivals.base import Tensors
 from bench.rivals.model import METHODS
 from bench.rivals.registry import RIVALS
+from text_model import RECIPES
 
 MACHINE = {"name": "a machine", "torch": "2.13"}
 SHARED = {"machine": MACHINE, "clock": "wall", "rounds": 7, "load": 0.5, "build": "new"}
@@ -110,6 +116,23 @@ def test_one_name_and_one_colour_for_each_method():
     assert set(names.SHARED_COLOURS) == set(shared.LABELS)
 
 
+def test_programs_and_kept_results_have_the_same_names():
+    """Those with keys, those of examples, which have none, and what was kept when a method was still called otherwise."""
+    tensors = Tensors.random(Case(2, 8, 8, 2, "fp32", 1), torch.device("cpu"))
+    here = [name for name in names.NAMES if name not in ("lora-compiled", "lora-unsloth", "lora-lorafusion")]
+    assert all(RIVALS[name](tensors, Case(2, 8, 8, 2, "fp32", 1)).name == names.NAMES[name] for name in here)
+    assert all(known.label == names.named(method) for method, known in METHODS.items() if method != "frozen")
+    assert all(block.RIVALS[name][0] == names.NAMES[name] for name in block.RIVALS if name in names.NAMES)
+    own = [name for name in host.RIVALS if name in names.NAMES]
+    assert len(own) == 4 and all(host.RIVALS[name].label.split(", ")[0] == names.NAMES[name] for name in own)
+    assert WAYS["lora"].label == RECIPES["lora"].name == names.NAMES["lora-peft"] and WAYS["vera"].label == "VeRA PEFT"
+    assert names.renamed("LoRA (PEFT)") == "LoRA PEFT" and names.renamed("LoTR") == "LoTR"
+    assert names.renamed("PEFT LoRA, 8 tasks in the batch") == "LoRA PEFT, 8 tasks in the batch"
+    shown = "".join(text for texts in report.sections().values() for text in texts)
+    former = [old for old in (*names.FORMER, "VeRA (PEFT)", "LoTR eager", "as the original") if old in shown]
+    assert "LoRA PEFT" in shown and not former
+
+
 def shared_cell(rival: str) -> dict:
     case = {"layers": 8, "m": 4, "k": 8, "r": 2, "dtype": "fp32", "threads": 1}
     counts = {"allocated_bytes": 3000, "launches": 7, "tensors": 2, "error": 1e-7}
@@ -176,7 +199,7 @@ def test_a_table_says_the_command_that_makes_it():
 def test_the_layer_table_says_which_targets_are_met():
     cells = [layer_cell("lora-eager", 0.12), layer_cell("lotr_ext", 0.07)]
     text = report_tables.layer_table(cells, {})
-    missed = "limit 512x768x768 r16 fp32 t1: 7.0% (6.0%, 8.0%) against 6.0% (5.5%, 6.5%) (lora-eager x 0.5), within the spread"
+    missed = "limit 512x768x768 r16 fp32 t1: 7.0% (6.0%, 8.0%) against 6.0% (5.5%, 6.5%) (LoRA eager x 0.5), within the spread"
     assert "\n\n1 of the 2 limits and comparisons of `python -m bench.targets` are met by medians, all but" in text
     assert f"{missed}, and that limit is under the extra FLOPs.\n" in f"{text}\n"
     cells[1] = layer_cell("lotr_ext", 0.01)
@@ -185,7 +208,7 @@ def test_the_layer_table_says_which_targets_are_met():
         in report_tables.layer_table(cells, {})
     )
     cells[1] = layer_cell("lotr_ext", 0.3)
-    assert "(lora-eager), not met." in report_tables.layer_table(cells, {})
+    assert "(LoRA eager), not met." in report_tables.layer_table(cells, {})
     on_gpu = [cell | {"machine": MACHINE | {"cuda": "13"}, "clock": "events"} for cell in cells]
     other = [layer_cell(rival, 0.1, Case(*QUICK["cuda"][0], "fp32", 1)) for rival in ("lora-eager", "lotr_ext")]
     assert "bench.targets" not in report_tables.layer_table(on_gpu, {}) + report_tables.layer_table(other, {})
@@ -252,9 +275,9 @@ def test_targets(tmp_path, capsys):
     write(tmp_path, "model.jsonl", [model_cell("lora-peft", 0.1, 2**21), model_cell("lotr_ext", 0.1, 2**22)])
     limits, found = targets.verdicts(tmp_path)[:2], targets.verdicts(tmp_path)[2:]
     assert [verdict.met for verdict in found] == ["yes", "no", "yes", "no"]
-    assert found[0].rival == "lora-eager"  # the best of them, not PEFT's
-    assert [verdict.rival for verdict in limits] == 2 * ["lora-eager x 0.5"] and limits[1].met == "no"
-    assert targets.main([str(tmp_path)]) == 1 and "lora-eager" in capsys.readouterr().out
+    assert found[0].rival == "LoRA eager"  # the best of them, not PEFT's
+    assert [verdict.rival for verdict in limits] == 2 * ["LoRA eager x 0.5"] and limits[1].met == "no"
+    assert targets.main([str(tmp_path)]) == 1 and "LoRA eager" in capsys.readouterr().out
     near = [layer_cell("lora-eager", 0.2), layer_cell("lotr_ext", 0.21)]
     assert [verdict.met for verdict in targets.layer_verdicts(near)] == ["within the spread"]
     near[1]["step"]["excess"] = [0.18, 0.195, 0.2]
@@ -269,7 +292,7 @@ def test_targets(tmp_path, capsys):
         cells = [layer_cell("lora-eager", eager, case), layer_cell("lotr_ext", ours, case)]
         assert [verdict.met for verdict in targets.limit_verdicts(cells)] == [met], case
     # The floor at r = 16 and K = 768 is 6.25 %.
-    for eager, said in ((0.12, "lora-eager x 0.5, under the extra FLOPs"), (0.13, "lora-eager x 0.5")):
+    for eager, said in ((0.12, "LoRA eager x 0.5, under the extra FLOPs"), (0.13, "LoRA eager x 0.5")):
         cells = [layer_cell("lora-eager", eager), layer_cell("lotr_ext", 0.1)]
         assert [verdict.rival for verdict in targets.limit_verdicts(cells)] == [said]
     with pytest.raises(FileNotFoundError, match="expected a folder of results"):
@@ -285,7 +308,11 @@ def test_everything_hands_its_options_on(tmp_path):
     common = ["--device", "cpu", "--threads", "1", "--results", str(tmp_path), "--allocator", "keep", "--quick"]
     assert everything.commands(options) == dict.fromkeys(options.parts, common)
     options = everything.arguments(["--device", "cpu", "--quick", "--dtypes", "fp32,bf16"])
-    assert ["--dtypes", "fp32,bf16"] == everything.commands(options)["model"][4:6]  # also where it is the others' default
+    model = everything.commands(options)["model"]
+    assert "--dtypes fp32,bf16" in " ".join(model)  # also where it is the others' default
+    assert model[model.index("--results") + 1] == str(QUICK_FOLDER)  # never over what docs show
+    options = everything.arguments(["--device", "cpu", "--quick", "--parts", "traffic"])
+    assert everything.commands(options) == {"traffic": []}
     options = everything.arguments(["--device", "cpu", "--dtypes", "bf16", "--minutes", "3", "--fresh"])
     assert options.parts == ["layer", "block", "shared", "model", "host", "experts", "profile", "traffic"]
     own = everything.commands(options)
@@ -293,6 +320,18 @@ def test_everything_hands_its_options_on(tmp_path):
     assert own["traffic"] == ["--fresh"]
     with pytest.raises(ValueError, match="parts: expected some of layer"):
         everything.arguments(["--parts", "magic"])
+
+
+def test_a_quick_part_alone_leaves_what_docs_show_alone_too():
+    assert QUICK_FOLDER == ROOT / "demo_results" / "bench"
+    for name in ("layer", "block", "shared", "model", "host", "experts", "kernels"):
+        arguments = getattr(everything, name).arguments
+        common = ["--device", "cpu"]
+        assert arguments([*common, "--quick"]).results == str(QUICK_FOLDER)
+        assert arguments([*common, "--quick", "--results", "there"]).results == "there"
+        assert arguments([*common, "--quick", "--keep"]).results is arguments(common).results is None
+    own = everything.commands(everything.arguments(["--device", "cpu", "--quick", "--keep"]))["layer"]
+    assert layer.arguments(own).results is None
 
 
 def test_every_part_takes_what_it_is_handed():

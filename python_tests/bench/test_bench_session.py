@@ -156,6 +156,12 @@ def test_a_table_is_not_broken_up_on_a_narrow_terminal(monkeypatch, capsys):
     assert sum("1000" in line for line in lines) == 1 and max(map(len, lines)) > 80
 
 
+def test_a_bar_of_which_no_case_began_leaves_nothing(capsys):
+    with pytest.raises(OSError, match="cannot write"), session.progress(3):
+        raise OSError("results: cannot write x")
+    assert capsys.readouterr() == ("", "")
+
+
 # ---- the result file -------------------------------------------------------------------------------------------------
 
 

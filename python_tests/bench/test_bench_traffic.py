@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from types import ModuleType
+
 import pytest
+from rich.console import Console
 
 from bench.measure.bounds import Work, kernel_work, work
 from bench.measure.shapes import Case
 from bench.measure.store import Store
 from bench.traffic import __main__ as program
+from bench.traffic import block, projection
 from bench.traffic import counts as traffic
 from bench.traffic import layer as layer_traffic
-from bench.traffic import projection
 from bench.traffic.projection import KernelTime
 
 SHAPE = (64, 32, 48, 8)
@@ -167,7 +172,8 @@ def test_a_slower_memory_or_a_faster_product_raises_the_excess():
 def test_counts_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
     lib = traffic.executor()
     monkeypatch.setattr(traffic, "executor", lambda: lib)
-    arguments = ["--shapes", "64x32x48x8", "--rows", "6x2x4x8,5x1x9x8", "--gpus", "h100", "--results", str(tmp_path)]
+    arguments = ["--shapes", "64x32x48x8", "--rows", "6x2x4x8,5x1x9x8", "--gpus", "h100"]
+    arguments += ["--blocks", "", "--results", str(tmp_path)]
     assert program.main(arguments) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "projection, not measured" in out and "lotr_ext beta" in out
@@ -201,3 +207,89 @@ def test_counts_are_kept_and_not_made_again(tmp_path, monkeypatch, capsys):
 def test_it_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         program.arguments(arguments)
+
+
+# ---- a block ---------------------------------------------------------------------------------------------------------
+
+BLOCK = ("tiny", 64, 8)  # hidden 32, q 32, k and v 16, inner 48
+
+
+def block_rows() -> dict[traffic.Key, traffic.Row]:
+    return {key: row for shape in block.shapes(BLOCK) for key, row in rows(shape).items()}
+
+
+def names(steps: layer_traffic.Steps, direction: str) -> list[str]:
+    return [step.name for step in steps[direction]]
+
+
+def test_siblings_share_u_and_the_pass_over_x():
+    alone = layer_traffic.our_steps("lotr_ext beta", (64, 32, 48, 8), block_rows(), 132)
+    assert block.sibling_steps(64, 32, [48], 8, block_rows(), 132) == alone
+    pair = block.sibling_steps(64, 32, [48, 48], 8, block_rows(), 132)
+    assert names(pair, "forward") == ["shrink", *["fold", "expand", "base product"] * 2]
+    first, last = (
+        ["shrink_grad", "fold_grad", "base product"],
+        ["shrink_grad", "fold_grad", "sum of k", "factor_grad", "expand_add"],
+    )
+    assert names(pair, "backward") == [*first, *last, "base product"]  # as csrc/torch/layer_products.cpp
+    accumulated = [step == layer_traffic.base_step(64, 48, 32, accumulate=True) for step in pair["backward"]]
+    assert accumulated == [False] * 8 + [True]
+
+
+def test_a_block_is_its_layers_and_what_autograd_adds():
+    found = block.all_steps(BLOCK, block_rows(), 132)
+    layers = [(64, 32, 32, 8), *[(64, 32, 16, 8)] * 2, (64, 32, 32, 8), *[(64, 32, 48, 8)] * 2, (64, 48, 32, 8)]
+    added = 3 * 3 * 2 * 64 * 32  # two of q, k, v and one of gate, up: read, read, written
+    for rival in ("frozen", "lora-eager", "lora-in-place-beta"):
+        alone = [layer_traffic.library_steps(rival, Case(*shape, "bf16", 1)) for shape in layers]
+        assert layer_traffic.total_bytes(found[rival], "step") == added + sum(
+            layer_traffic.total_bytes(steps, "step") for steps in alone
+        )
+    off, on = found[block.UNSHARED], found[block.SHARED]
+    backward = [names(steps, "backward") for steps in (off, on)]
+    assert names(off, "forward").count("shrink") == 7 and names(on, "forward").count("shrink") == 5
+    assert [[b.count(name) for b in backward] for name in ("factor_grad", "add")] == [[7, 5], [3, 1]]
+    assert layer_traffic.total_bytes(on, "step") < layer_traffic.total_bytes(off, "step")
+
+
+def test_stacked_lora_by_hand():
+    """Three layers with one x: u of rank 24 for all, and their gradients put side by side again."""
+    found = block.all_steps(BLOCK, block_rows(), 132)[block.STACKED]
+    products = [step.work.flops for step in found["forward"] if step.work.flops]
+    m, k, n, r = 64, 32, 64, 8
+    assert {2 * m * k * n, 2 * m * k * 3 * r, 2 * m * 3 * r * n} <= set(products)
+    cat = [step.work.bytes for step in found["backward"] if step.name == "cat"]
+    assert 2 * 2 * m * n in cat  # dq, dk, dv
+
+
+def test_a_blocks_projection(capsys):
+    gpu = projection.GPUS["h100"]
+    own = {key: time for shape in block.shapes(BLOCK) for key, time in times(shape, gpu).items()}
+    over = block.excess(BLOCK, block_rows(), gpu, own)
+    assert set(over) == {"lora-eager", "lora-in-place-beta", block.STACKED, block.UNSHARED, block.SHARED}
+    assert over[block.SHARED]["step"] < over[block.UNSHARED]["step"]
+    Console(width=200).print(block.table(BLOCK, block_rows(), {"h100": own}))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "LoRA, q k v and gate up stacked" in out and "projection, not measured" in out and "siblings off" in out
+
+
+@pytest.mark.parametrize("text", ["llama-3-8b", "nobody:1:2", "tiny:0:8", "tiny:8:x", "tiny:8:300", "tiny:8:8,"])
+def test_no_such_block(text):
+    with pytest.raises(ValueError, match="blocks: expected"):
+        block.parse(text)
+    assert block.parse("") == [] and block.parse("tiny:64:8") == [BLOCK]
+
+
+def test_without_a_compiler_the_executor_says_what_is_missing(tmp_path, monkeypatch):
+    """Of a copy of the tests, where nothing is built yet."""
+    shutil.copytree(traffic.ROOT / "python_tests" / "simt", tmp_path / "python_tests" / "simt")
+    (tmp_path / "csrc").symlink_to(traffic.ROOT / "csrc")
+    monkeypatch.setattr(traffic, "ROOT", tmp_path)
+    monkeypatch.setitem(sys.modules, "build", ModuleType("build"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for named, got in ((None, "c\\+\\+"), ("", "c\\+\\+"), ("clang-99", "clang-99")):
+        monkeypatch.delenv("CXX", raising=False) if named is None else monkeypatch.setenv("CXX", named)
+        with pytest.raises(
+            OSError, match=rf"no C\+\+ compiler: expected g\+\+, .* got '{got}': .*; install one, on Debian by apt-get"
+        ):
+            traffic.executor()

@@ -344,6 +344,18 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         (["lora-to-lotr", "lora", "new", "--error", "1.5"], "error: expected a number between 0 and 1, got 1.5"),
         (["lora-to-lotr", "lora", "new", "--parameters", "35"], "parameters: expected at least 36, what rank 1 needs, got 35"),
         (["lora-to-lotr", "lora", "file", "--rank", "4"], "directory: expected a directory or a new path"),
+        (
+            ["lora-to-lotr", "lora", "file/new", "--rank", "4"],
+            "directory: expected a directory or a new path, got file/new, where",
+        ),
+        (
+            ["lora-to-lotr", "lora", "/proc/none/new", "--rank", "4"],
+            "destination: expected a directory that can be written, got",
+        ),
+        (
+            ["lotr-to-lora", "lora", "/proc/none"],
+            "destination: expected a directory that can be written, got /proc/none, in /proc: ",
+        ),
         (["lotr-to-lora", "lora", "new"], "expected a LoTR adapter with lotr_adapter.json"),
         (["original-to-lotr", "none.pt", "new"], "source: expected a file that can be read"),
         (["original-to-lotr", "file", "new"], "expected tensors by safetensors or torch.save"),
@@ -357,6 +369,7 @@ def test_the_command_says_what_is_wrong_and_writes_nothing(arguments, message, t
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err.replace("\n", " ")
+    assert not captured.out.strip()  # no table of what was not converted
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -43,7 +43,7 @@ def test_many_tasks_keeps_its_numbers_and_a_picture(tmp_path):
     result = run("examples/many_tasks.py", *sizes.split(), str(tmp_path))
     assert result.returncode == 0, result.stderr
     kept = json.loads((tmp_path / "many-tasks-2-tokens.json").read_text())
-    assert {"LoTR, 8 tasks in the batch", "PEFT LoRA, 8 tasks in the batch", "no adapter"} <= set(kept["ways"])
+    assert {"LoTR, 8 tasks in the batch", "LoRA PEFT, 8 tasks in the batch", "no adapter"} <= set(kept["ways"])
     assert (
         kept["bytes_a_task"] == {"LoTR": 4 * 4 * 4 * 4, "LoRA": 4 * 2 * 64 * 4 * 4}
         and "a task of LoTR: 256 bytes" in result.stdout
@@ -82,7 +82,7 @@ def test_finetune_text_on_another_model_and_file(tiny, tmp_path):
     head, core, pair = 32 * 2 + 2, 2 * 2, 2 * 32 * 2
     assert rows["head only"]["trained_parameters"] == head
     assert rows["LoTR"]["trained_parameters"] == head + 2 * core + pair
-    assert rows["LoRA (PEFT)"]["trained_parameters"] == head + 2 * pair
+    assert rows["LoRA PEFT"]["trained_parameters"] == head + 2 * pair
     assert all(len(run["losses"]) == 3 and run["peak_memory_bytes"] > 50e6 for run in table["runs"])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "lotr-r2").is_dir()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,18 @@ def test_text_says_what_was_built_and_what_runs() -> None:
 def test_json_is_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--json"])
     assert json.loads(capsys.readouterr().out) == collect()
+
+
+def test_an_extension_that_does_not_load_is_one_line(tmp_path) -> None:
+    package = tmp_path / "lotr_ext"
+    shutil.copytree(Path(lotr_ext.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_C.abi3.so").write_bytes(b"cut off")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "lotr_ext.info"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1, done.stderr
+    for piece in ("expected a compiled extension that loads, got ", str(package / "_C.abi3.so"), "build it again with `pip "):
+        assert piece in done.stderr
 
 
 def test_the_environment_forces_a_strategy() -> None:

@@ -53,7 +53,7 @@ class BuildError(RuntimeError):
 
 def compiler() -> str:
     """g++ where there is one: the sanitizers' run-time libraries are named as gcc names them."""
-    return "g++" if shutil.which("g++") else os.environ.get("CXX", "c++")
+    return "g++" if shutil.which("g++") else os.environ.get("CXX") or "c++"
 
 
 def cuda_include() -> Path:
@@ -72,7 +72,13 @@ def cuda_include() -> Path:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:  # of the compiler: there is none
+        raise BuildError(
+            f"no C++ compiler: expected g++, or another that CXX names, got {command[0]!r}: {error.strerror}; install one, on "
+            "Debian by apt-get install g++"
+        ) from None
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     if done.stderr:

@@ -16,6 +16,7 @@ NAMES = {
     "lotr-eager": "LoTR in three lines",
     "lotr_ext": "lotr_ext",
 }
+FORMER = {"LoRA (PEFT)": "lora-peft", "PEFT LoRA": "lora-peft"}  # in kept results of the examples, which have no keys
 VARIANTS = {"-as-lotr": ", size of LoTR", "-as-lora": ", size of LoRA", "-core": ", cores only"}  # of the model benchmark
 COLOURS = {
     "lotr_ext": "tab:blue",
@@ -46,10 +47,21 @@ def _parts(rival: str) -> tuple[str, str]:
     return rival.removesuffix(variant), variant
 
 
+def named(rival: str) -> str:
+    """A method by the name it has everywhere, with what is varied of it. KeyError where it has none."""
+    method, variant = _parts(rival)
+    return NAMES[method] + VARIANTS.get(variant, "")
+
+
 def name_of(cell: dict) -> str:
-    """The method of a result, by the name it has everywhere; a method that has none is called what its result calls it."""
-    method, variant = _parts(cell["rival"])
-    return NAMES[method] + VARIANTS.get(variant, "") if method in NAMES else cell["label"]
+    """The method of a result; one that has no name is called what its result calls it."""
+    return named(cell["rival"]) if _parts(cell["rival"])[0] in NAMES else cell["label"]
+
+
+def renamed(text: str) -> str:
+    """What a result without keys calls a method, and what follows, by the method's name now."""
+    former = next((old for old in FORMER if text.startswith(old)), None)
+    return text if former is None else named(FORMER[former]) + text.removeprefix(former)
 
 
 def colour_of(rival: str) -> str:

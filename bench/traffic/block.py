@@ -1,0 +1,177 @@
+"""The linear layers of a transformer's block together: only there does it show that siblings share u = x A and the pass over
+x for its gradient. A projection as of a layer by itself (`projection`); norms, attention and activations are left out.
+
+LoTR's layers of one shape are a group, so k and v are siblings, and gate and up. LoRA is adapted layer by layer, or with q, k
+and v, and gate and up, stacked into one product each (`rivals.block`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..measure.bounds import DIRECTIONS, Work
+from ..measure.shapes import Case, Shape
+from ..rivals.block import GATE_UP, MODELS, QKV, RIVALS, Sizes, stacked_lora, trained
+from .counts import ELEMENT, Key, Row
+from .layer import (
+    BETA,
+    CountedOperators,
+    Step,
+    Steps,
+    base_step,
+    expand_step,
+    kernel_step,
+    library_steps,
+    our_steps,
+    pack_steps,
+)
+from .projection import GPUS, LABEL, Gpu, Times, assumptions, seconds
+
+Block = tuple[str, int, int]  # model, tokens, rank
+BLOCKS = "llama-3-8b:8192:16"  # counted unless others are asked for
+INPUTS = (QKV, ("o",), GATE_UP, ("down",))  # what reads one x
+PER_LAYER = ("lora-eager", "lora-in-place-beta")
+STACKED, UNSHARED, SHARED = "lora-stacked", "lotr_ext beta, siblings off", BETA
+
+
+def parse(text: str) -> list[Block]:
+    """MODEL:TOKENS:RANK, comma-separated; none of "". Raises ValueError for anything else."""
+    found = []
+    for part in text.split(",") if text else ():
+        model, *sizes = part.split(":")
+        if model not in MODELS or len(sizes) != 2 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+            raise ValueError(f"blocks: expected MODEL:TOKENS:RANK with MODEL of {', '.join(MODELS)}, got {part!r}")
+        m, r = map(int, sizes)
+        if r > 256:
+            raise ValueError(f"blocks: expected ranks up to 256, what the CUDA kernels take, got {r}")
+        found.append((model, m, r))
+    return found
+
+
+def shapes(block: Block) -> list[Shape]:
+    """Of its layers, each once."""
+    model, m, r = block
+    return list(dict.fromkeys((m, *MODELS[model].of(name), r) for names in INPUTS for name in names))
+
+
+def _added(m: int, k: int) -> Step:
+    """dx of one more reader of x, which autograd adds."""
+    return Step("add", Work(0, 3 * ELEMENT * m * k))
+
+
+def _joined(parts: Iterable[Steps]) -> Steps:
+    """Of what is forward in this order and backward in the other."""
+    found: Steps = {"forward": [], "backward": []}
+    for steps in parts:
+        found["forward"] += steps["forward"]
+        found["backward"] = steps["backward"] + found["backward"]
+    return found
+
+
+def _apart(sizes: Sizes, m: int, r: int, rival: str) -> Steps:
+    """Every layer by itself."""
+    parts = []
+    for names in INPUTS:
+        for i, name in enumerate(names):
+            k, n = sizes.of(name)
+            own = library_steps(rival, Case(m, k, n, r, "bf16", 1))
+            parts.append({"forward": own["forward"], "backward": own["backward"] + [_added(m, k)] * (i < len(names) - 1)})
+    return _joined(parts)
+
+
+def _stacked(sizes: Sizes, m: int, r: int) -> Steps:
+    """What torch runs for stacked layers, recorded on tensors without data."""
+    parts = []
+    for names in INPUTS:
+        k, widths = sizes.of(names[0])[0], [sizes.of(name)[1] for name in names]
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+        call = stacked_lora(
+            empty(sum(widths), k), [trained(empty(r, k)) for _ in names], [trained(empty(n, r)) for n in widths]
+        )
+        x = empty(m, k).requires_grad_()
+        with CountedOperators() as forward:
+            outputs = call(x).split(widths, -1)
+        with CountedOperators() as backward:
+            torch.autograd.backward(outputs, [empty(m, n) for n in widths])
+        parts.append({"forward": forward.steps, "backward": backward.steps})
+    return _joined(parts)
+
+
+def sibling_steps(m: int, k: int, widths: list[int], r: int, rows: dict[Key, Row], multiprocessors: int) -> Steps:
+    """Layers of one group on one x, as LoTRShrink and LoTRExpand run them: u once; k and dx summed from layer to layer, the
+    last of which makes the one pass over x, and puts k A^T before its g W."""
+    if len(widths) == 1:
+        return our_steps(BETA, (m, k, widths[0], r), rows, multiprocessors)
+
+    def kernel(name: str, rows_of: int, width: int) -> Step:
+        return kernel_step((name, rows_of, width, r, multiprocessors), rows)
+
+    forward, backward = [*pack_steps(k, r), kernel("shrink", m, k)], []
+    for n in widths:
+        forward += [kernel("fold", 1, n), expand_step(m, n, r), base_step(m, k, n, accumulate=True)]
+    for i, n in enumerate(reversed(widths)):
+        backward += [kernel("shrink_grad", m, n), kernel("fold_grad", 1, n)]
+        backward += [Step("sum of k", Work(0, 3 * ELEMENT * m * r))] * (i > 0)
+        if i == len(widths) - 1:
+            backward += [kernel("factor_grad", m, k), *pack_steps(k, r), kernel("expand_add", m, k)]
+        backward.append(base_step(m, n, k, accumulate=i > 0))
+    return {"forward": forward, "backward": backward}
+
+
+def _ours(sizes: Sizes, m: int, r: int, rows: dict[Key, Row], multiprocessors: int, shared: bool) -> Steps:
+    parts = []
+    for names in INPUTS:
+        groups = [list(own) for _, own in groupby(names, sizes.of)] if shared else [[name] for name in names]
+        for i, own in enumerate(groups):
+            k = sizes.of(own[0])[0]
+            steps = sibling_steps(m, k, [sizes.of(name)[1] for name in own], r, rows, multiprocessors)
+            more = [_added(m, k)] * (i < len(groups) - 1)
+            parts.append({"forward": steps["forward"], "backward": steps["backward"] + more})
+    return _joined(parts)
+
+
+def all_steps(block: Block, rows: dict[Key, Row], multiprocessors: int) -> dict[str, Steps]:
+    """Every way of the block, by name."""
+    model, m, r = block
+    sizes = MODELS[model]
+    found = {rival: _apart(sizes, m, r, rival) for rival in ("frozen", *PER_LAYER)}
+    found[STACKED] = _stacked(sizes, m, r)
+    found[UNSHARED] = _ours(sizes, m, r, rows, multiprocessors, shared=False)
+    found[SHARED] = _ours(sizes, m, r, rows, multiprocessors, shared=True)
+    return found
+
+
+def excess(block: Block, rows: dict[Key, Row], gpu: Gpu, times: Times) -> dict[str, dict[str, float]]:
+    """Projected time over the frozen linear layers less one, by way and direction."""
+    found = all_steps(block, rows, gpu.multiprocessors)
+    frozen = {direction: seconds(found["frozen"], direction, gpu, times) for direction in DIRECTIONS}
+    return {
+        name: {direction: seconds(steps, direction, gpu, times) / frozen[direction] - 1 for direction in DIRECTIONS}
+        for name, steps in found.items()
+        if name != "frozen"
+    }
+
+
+def label_of(name: str) -> str:
+    return RIVALS[name][0] if name in RIVALS else name
+
+
+def table(block: Block, rows: dict[Key, Row], times: dict[str, Times]):
+    """Forward / backward / both of every way on every GPU of times."""
+    from ..measure.session import new_table
+
+    model, m, r = block
+    title = f"Time over a {model} block's frozen linear layers, {m} tokens, r = {r}, bf16: {LABEL}; forward, backward, both"
+    result = new_table(title, "", *(GPUS[gpu].name for gpu in times))
+    columns = [excess(block, rows, GPUS[gpu], own) for gpu, own in times.items()]
+    for name in columns[0]:
+        result.add_row(label_of(name), *(", ".join(f"{own[name][d]:.1%}" for d in DIRECTIONS) for own in columns))
+    result.caption, result.caption_justify = assumptions(), "left"
+    return result
