@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch._C import _dispatch_key_parse
+from torch._subclasses import FakeTensor as FakeTensor  # tensors without values, of compilers that trace
 from torch.autograd import Function, Variable, forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules import module as _hooks_of_all

@@ -199,7 +199,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     a_block = depth * 512 * m["copies"] / m["waits"] * warps if m["waits"] else float(bulk_in_flight(row))
     dram = dram_bytes(row)
     reached = card.bandwidth * assumptions.REACHED
-    l2 = card.l2_bytes_a_cycle * sms * clock
+    l2 = min(card.l2_bytes_a_cycle * sms, assumptions.L2_ONE * min(sms, row.blocks)) * clock  # fewer blocks draw no more
     waves, hot_seconds = [(full, places)] if full else [], 0.0
     bound = dict.fromkeys(("issue", "memory bandwidth", "bytes in flight", "L2 bandwidth", "cluster"), 0.0)
     if rest:

@@ -258,8 +258,8 @@ def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:
     eager = not (is_compiling() or jit_tracing() is not None or transformed()) and type(x) in _PLAIN
     if not eager or planner.obstacle_to_kernels(0, x.dtype, x.device) is not None:
         return nnf.dropout(x, call.p)
-    group, settings = call.group, (call.compute, call.dtype, call.p)
-    found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, settings)
+    group, how = call.group, (call.compute, call.dtype, call.p)
+    found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, how)
     keep = ops.dropout_mask(x.numel() // x.shape[-1], x.shape[-1], call.p, found.drawn(x.device), torch.float32) > 0
     if group is not None and found.u is None:
         group.A.offer(found)

@@ -158,16 +158,16 @@ class SharedFactor(SharedGradient):
     def __reduce__(self):
         return SharedFactor, ()
 
-    def find(self, x: Tensor, A: Tensor, user: object, settings: tuple) -> SharedInput:
+    def find(self, x: Tensor, A: Tensor, user: object, how: tuple) -> SharedInput:
         """The SharedInput for user's call on x: a sibling's, in which u or seed is set, or a new one.
 
-        settings: what else u depends on, the dropout in force last. With a new one the caller sets u (and route, in a graph),
+        how: what else u depends on, the dropout in force last. With a new one the caller sets u (and route, in a graph),
         or draws the seed, and then calls `offer`.
         """
         # the innermost saved-tensor hook tells a checkpoint's forward, its recomputation and the code around apart: they must
         # save the same tensors, so they must decide alike and never share with each other
         region = (saved_tensor_hook(False) or (None,))[0]
-        if settings[-1]:
+        if how[-1]:
             # a reentrant checkpoint draws its masks again, from its start on; and then a hooked layer's x is one of its own
             if wraps_inputs(user):
                 return SharedInput(x, A, None, None)
@@ -178,7 +178,7 @@ class SharedFactor(SharedGradient):
         key = (
             *(x._version, self.address(x), x.shape, x.requires_grad, x.is_leaf),
             *(A._version, A.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-            *(_steps.taken, settings),
+            *(_steps.taken, how),
         )
         found = self._newest.input()
         if found is None or found.x() is not x or not found.serves(A, key, region, user):

@@ -23,8 +23,8 @@ def shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
     scope = open_scope() if call.group is not None and watched else None
     call.bank = None if scope is None else scope.bank(call.group.B, B, call.compute)
     group, graph = call.group, is_grad_enabled()
-    settings = (call.compute, call.dtype, call.p)
-    found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, settings)
+    how = (call.compute, call.dtype, call.p)
+    found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, how)
     if found.u is not None:
         if call.shares:
             group.A.view(A, call.owner)  # that the owner has been here, as a new round begins when it comes again

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
+from ..compat import FakeTensor
 from .sharded import in_parts
 
 __all__ = ["dense_weight", "dequantizer", "has_plain_weight", "is_plain"]

@@ -185,3 +185,13 @@ def test_private_writes_move_no_version_and_storages_are_told_apart():
     assert not below.has(torch._C.DispatchKey.ADInplaceOrView) and below.has(torch._C.DispatchKey.CPU)
     storage, other = t.untyped_storage(), torch.ones(2).untyped_storage()
     assert compat.same_storage(storage, t[1:].untyped_storage()) and not compat.same_storage(storage, other)
+
+
+def test_tensors_without_values_are_told():
+    """A layer that a compiler traces keeps its kernels: its weight is told apart from a quantised one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        made = torch.ones(2)
+    assert isinstance(made, compat.FakeTensor) and isinstance(mode.from_tensor(torch.ones(2)), compat.FakeTensor)
+    assert not isinstance(torch.ones(2), compat.FakeTensor) and not isinstance(torch.ones(2, device="meta"), compat.FakeTensor)
