@@ -3,8 +3,8 @@
 # LOTR_ARCHS=AUTO: the cards of this machine where there are some that the kernels and nvcc serve, else one build for all.
 # A card's code runs on later minor versions too (80 on 86 and 89, 100 on 103), so each list below serves every card from
 # compute capability 8.0 on; the PTX of the entry without "-real" serves what comes after. 90a, not 90: wgmma is 90a's alone.
-# 86 and 89 are left to .ci/make_wheel and to machines that have such a card: each architecture takes one to one and a half
-# minutes of a core, and they run 80's code as it is.
+# 86, 89 and 120 are left to .ci/make_wheel and to machines that have such a card: each architecture takes one to one and a half
+# minutes of a core; the first two run 80's code as it is, 120 compiles 100's PTX at its first launch.
 function(lotr_archs result wanted nvcc_version)
   if(NOT wanted STREQUAL "AUTO")
     set(${result} "${wanted}" PARENT_SCOPE)
@@ -13,7 +13,7 @@ function(lotr_archs result wanted nvcc_version)
   if(nvcc_version VERSION_LESS 12.8)
     set(all 80 90a-real)
   else()
-    set(all 80-real 90a-real 100 120-real)
+    set(all 80-real 90a-real 100)
   endif()
   set(here)
   find_program(LOTR_NVIDIA_SMI nvidia-smi)
