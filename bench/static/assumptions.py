@@ -136,9 +136,9 @@ SOURCES = [
         "CUDA programming guide, programmatic dependent launch: it may begin once all blocks have let it; the rest assumed",
     ),
     (
-        "blocks of shrink_grad that share rows keep pace: without wgmma each then sums the row tiles of k that it starts "
-        "behind; with it the warps that sum k wait for nobody",
-        "assumed: all of them run at the same time and move the same bytes; a block that falls back sums more, the others less",
+        "blocks of shrink_grad keep pace: the warps that sum k, and without wgmma Q's column tiles but the last, are done "
+        "before the last tile's products are, and cost those that multiply nothing but the bytes",
+        "assumed: all blocks run at the same time and move the same bytes; a block that falls back sums more, the others less",
     ),
     ("a barrier 20 cycles, a taken branch 8, constants and special registers 30", "assumed"),
     ("no instruction-cache misses, no throttling, L2 keeps factors and partial sums", "assumed"),
