@@ -75,19 +75,24 @@ class Node(Function, metaclass=_Nodes):
 
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # whether it was told retain_graph=True
 graph_task = torch._C._current_graph_task_id  # of the running backward; below zero outside of one
+_LOOKS_AT_EACH = hasattr(torch._C._autograd.SavedTensor, "unpack")
 at_end_of_backward = Variable._execution_engine.queue_callback  # called once the running backward has ended; never if it fails
 
 
 def saved_if(ctx, *wanted: bool) -> tuple[Tensor | None, ...]:
-    """ctx.saved_tensors, of which those that are not wanted are not looked at, so that nobody minds that they were changed."""
-    return tuple(saved.unpack() if want else None for saved, want in zip(ctx._raw_saved_tensors, wanted))
+    """ctx.saved_tensors, of which those that are not wanted are not looked at, so that nobody minds that they were changed; but
+    torch 2.10 looks at all of them."""
+    if _LOOKS_AT_EACH:
+        return tuple(saved.unpack() if want else None for saved, want in zip(ctx._raw_saved_tensors, wanted))
+    return tuple(saved if want else None for saved, want in zip(ctx.saved_tensors, wanted))
 
 
 def saved_or_changed(ctx, i: int) -> tuple[Tensor, RuntimeError | None]:
-    """Saved tensor number i; where it was changed in place the tensor as it is now, and what autograd says of that."""
+    """Saved tensor number i; where it was changed in place (with torch 2.10 any of them) the tensor as it is now, and what
+    autograd says of that."""
     saved = ctx._raw_saved_tensors[i]
     try:
-        return saved.unpack(), None
+        return (saved.unpack() if _LOOKS_AT_EACH else ctx.saved_tensors[i]), None
     except RuntimeError as error:
         if not isinstance(saved.data, Tensor):  # hooks keep it: another error
             raise

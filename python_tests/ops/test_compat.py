@@ -111,6 +111,7 @@ def test_the_running_backward():
     assert seen == [(True, False), (True, True)] and ended == [1, 2]
 
 
+@pytest.mark.skipif(not compat._LOOKS_AT_EACH, reason="torch 2.10 looks at all saved tensors together")
 def test_a_saved_tensor_that_is_not_looked_at_may_have_changed():
     x, a = torch.ones(2, requires_grad=True) * 1, torch.ones(2, requires_grad=True) * 1
     found = []
