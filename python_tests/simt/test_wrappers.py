@@ -17,18 +17,15 @@ FOLDERS = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", "/usr/local/
 NVCC = shutil.which("nvcc", path=os.pathsep.join(FOLDERS))
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
-MEMORY = ("ld.global", "ld.global.nc", "ld.global.nc.L1::no_allocate", "ld.global.cg", "ld.shared")
-MEMORY += ("st.global", "st.global.cs", "st.shared")
+MEMORY = ("ld.global", "ld.global.nc", "ld.global.cg", "ld.shared")
+MEMORY += ("st.global", "st.shared")
 WORDS = ("u16", "u32", "v2.u32", "v4.u32")
 SM80 = {
     **{f"{op}.{word}": 1 for op in MEMORY for word in WORDS},
     "cp.async.cg.shared.global [%r], [%rd], 16": 2,
     "cp.async.cg.shared.global [%r], [%rd], 16, %r": 1,
-    "cp.async.ca.shared.global [%r], [%rd], 8, %r": 1,
-    "cp.async.ca.shared.global [%r], [%rd], 4, %r": 1,
     "cp.async.commit_group": 1,
     "cp.async.wait_group 1": 1,
-    "cp.async.wait_all": 1,
     "bar.sync": 2,  # __syncthreads is barrier 0
     "bar.arrive": 1,
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16": 1,
@@ -39,7 +36,7 @@ SM80 = {
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": 1,
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": 1,
     "cvt.rna.tf32.f32": 1,
-    "shfl.sync.bfly.b32": 10,
+    "shfl.sync.bfly.b32": 1,
     "shfl.sync.idx.b32": 1,
     "fence.acq_rel.gpu": 1,
     "atom.relaxed.gpu.global.add.s32": 1,
@@ -53,7 +50,6 @@ EARLY = {"griddepcontrol.wait": 1, "griddepcontrol.launch_dependents": 1}
 SM90 = EARLY | {
     "mbarrier.init.shared::cta.b64": 1,
     "fence.mbarrier_init.release.cluster": 1,
-    "fence.proxy.async.shared::cta": 1,
     "barrier.cluster.arrive.aligned": 1,
     "barrier.cluster.wait.aligned": 1,
     "mbarrier.arrive.shared::cta.b64": 1,
