@@ -137,16 +137,13 @@ struct ColumnSums {
       tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
     });
   }
-  // Those of column tile n alone, where no two warps share it.
+  // Those of column tile n alone, a constant, where no two warps share it.
   LOTR_DEVICE void store_partials_of(int n, float* mine, int64_t cols, int r) {
     static_assert(WARP_ROWS == 1);
     const int ranks = (r + 7) / 8;
-#pragma unroll
-    for (int s = 0; s < SUBS; ++s)
-      if (s == n)
-        each_of(s, cols, r, [&](const float (&v)[4], int col, int rank) {
-          tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
-        });
+    each_of(n, cols, r, [&](const float (&v)[4], int col, int rank) {
+      tile::store_partial(mine + (col / 16 * ranks + rank / 8) * tile::FRAGMENT, v);
+    });
   }
   // To shared memory, for sum_of_cluster.
   LOTR_DEVICE void put_partials(float* mine, int64_t cols, int r, float* parts = nullptr) {
@@ -174,13 +171,9 @@ struct ColumnSums {
     // whether a warp has its own sums still
     constexpr bool HELD = R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS && WARP_ROWS == 1;
     if (!HELD || splits > FEW_SPLITS || together) {
-      const int begin = together ? total * split / splits : 0;
-      const int end = together ? total * (split + 1) / splits : total;
-      tile::sum_partials<8, BLOCK>(from + begin * tile::FRAGMENT, splits, end - begin,
-                                   [&](int i, const float (&v)[4]) {
-                                     const int fragment = begin + i;
-                                     f(v, fragment / ranks * 16, fragment % ranks * 8);
-                                   });
+      tile::sum_share<8, BLOCK>(from, splits, split, together, total, [&](int fragment, const float (&v)[4]) {
+        f(v, fragment / ranks * 16, fragment % ranks * 8);
+      });
     } else if constexpr (HELD) {
 #pragma unroll
       for (int s = 0; s < SUBS; ++s)

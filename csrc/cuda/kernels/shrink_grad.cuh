@@ -64,9 +64,9 @@ class ShrinkGrad {
   static constexpr int MULTIPLY = Traits::MULTIPLY, SUM = Traits::SUM, THREADS = Traits::THREADS;
   static constexpr int STAGES = Traits::STAGES;
   static constexpr int R = Traits::R, ROWS = Traits::ROWS, COLS = Traits::COLS;
-  static constexpr int K_FLOATS = ROWS * R;                 // of a partial sum of k
-  static constexpr int NJ = R / 16;                         // fragments of k that a warp has
-  static constexpr int Q_FLOATS = Traits::SUBS * COLS * R;  // of Q
+  static constexpr int K_FLOATS = ROWS * R;                   // of a partial sum of k
+  static constexpr int NJ = R / 16;                           // fragments of k that a warp has
+  static constexpr int Q_FLOATS = ColumnSums<Traits>::BLOCK;  // of Q
   // Barriers; with the warps that sum: of a row tile, and of the last one's column tiles from OF_LAST on.
   static constexpr int OF_TILE = 1, OF_SUM = 2, OF_ROW = 3, OF_LAST = 4;
 
@@ -203,11 +203,9 @@ class ShrinkGrad {
       return;
     const int64_t m0 = int64_t(m) * ROWS;
     const int rows = p_.M - m0 < ROWS ? int(p_.M - m0) : ROWS, total = (rows + 15) / 16 * ranks();
-    const int own = int(blockIdx.x), first = together ? total * own / p_.n_splits : 0;
-    const int end = together ? total * (own + 1) / p_.n_splits : total;
-    tile::sum_partials<SUM / 32, K_FLOATS>(
-        k_partials(m) + first * tile::FRAGMENT, p_.n_splits, end - first, [&](int i, const float (&v)[4]) {
-          const int row = (first + i) / ranks(), rank = (first + i) % ranks();
+    tile::sum_share<SUM / 32, K_FLOATS>(
+        k_partials(m), p_.n_splits, int(blockIdx.x), together, total, [&](int fragment, const float (&v)[4]) {
+          const int row = fragment / ranks(), rank = fragment % ranks();
           tile::store_rounded<T>(p_.k, m0 + 16 * row, p_.M, 8 * rank, p_.r, v);
         });
   }
@@ -219,13 +217,11 @@ class ShrinkGrad {
                                                           last, together_))
       return;
     const int64_t left = cols() - n * COLS;
-    const int total = (int(left < COLS ? left : COLS) + 15) / 16 * ranks(), own = int(blockIdx.y);
-    const int before = n * (COLS / 16) * ranks();
-    const int first = before + (together_ ? total * own / p_.m_splits : 0);
-    const int end = before + (together_ ? total * (own + 1) / p_.m_splits : total);
-    tile::sum_partials<THREADS / 32, Q_FLOATS>(
-        Q_partial(0) + first * tile::FRAGMENT, p_.m_splits, end - first, [&](int i, const float (&v)[4]) {
-          store_Q(v, (first + i) / ranks() * 16, (first + i) % ranks() * 8);
+    const int total = (int(left < COLS ? left : COLS) + 15) / 16 * ranks();
+    const float* from = Q_partial(0) + n * (COLS / 16) * ranks() * tile::FRAGMENT;
+    tile::sum_share<THREADS / 32, Q_FLOATS>(
+        from, p_.m_splits, int(blockIdx.y), together_, total, [&](int fragment, const float (&v)[4]) {
+          store_Q(v, n * COLS + fragment / ranks() * 16, fragment % ranks() * 8);
         });
   }
 

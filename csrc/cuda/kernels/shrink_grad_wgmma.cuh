@@ -300,11 +300,9 @@ class ShrinkGradWgmma {
     const tile::Floats strip{p_.Q + int64_t(n_begin_) * COLS * p_.Q_row, p_.Q_col, p_.Q_row, p_.r,
                              int(cols())};
     const int total = int((cols() + 7) / 8) * rank_blocks();
-    const int first = p_.together ? total * own / splits : 0;
-    const int end = p_.together ? total * (own + 1) / splits : total;
-    tile::sum_partials<Traits::WARPS, Q_FLOATS>(
-        Q_partial(0) + first * tile::FRAGMENT, splits, end - first, [&](int i, const float (&v)[4]) {
-          const int column = (first + i) / rank_blocks(), rank = (first + i) % rank_blocks();
+    tile::sum_share<Traits::WARPS, Q_FLOATS>(
+        Q_partial(0), splits, own, p_.together, total, [&](int fragment, const float (&v)[4]) {
+          const int column = fragment / rank_blocks(), rank = fragment % rank_blocks();
           strip.add(16 * rank, 8 * column, v, 1.f, p_.accumulate != 0);
         });
   }

@@ -104,6 +104,15 @@ LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done don
     sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
 }
 
+// The same of this block's share, that of split `own`, where the splits run together; of all else.
+template <int WARPS, int STRIDE, class Done>
+LOTR_DEVICE void sum_share(const float* from, int splits, int own, bool together, int total, Done done) {
+  const int first = together ? total * own / splits : 0;
+  const int end = together ? total * (own + 1) / splits : total;
+  sum_partials<WARPS, STRIDE>(from + first * FRAGMENT, splits, end - first,
+                              [&](int i, const float (&v)[4]) { done(first + i, v); });
+}
+
 // v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.  Two
 // fragments at a time: the registers are full of sums.
 template <int SPLITS, int STRIDE, int FRAGMENTS>
