@@ -43,71 +43,52 @@ void launch_together(const Call& call, void (*kernel)(Params), dim3 grid, Params
   launch<Traits>(call, kernel, grid, p, name, cluster);
 }
 
-// f(true or false as a type): whether there is dropout
-template <class F>
-void dispatch_dropout(const Dropout& dropout, F f) {
-  if (dropout.seed)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
-}
-
 template <class P>
 void Launchers<P>::shrink(const Call& call, ShrinkParams p, void* workspace) {
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
-    dispatch_dropout(p.dropout, [&](auto dropout) {
-      constexpr int R = decltype(rank)::value;
-      constexpr bool DROPOUT = decltype(dropout)::value;
-      const auto plan = plan::shrink(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call));
-      p.m_pieces = plan.m_pieces();
-      p.k_pieces = plan.n_pieces();
-      p.splits = int(plan.n_blocks);
-      if (p.splits > 1) p.sum = Workspace(call, workspace, plan.m_blocks).take(plan.m_blocks, 0);
-      const dim3 grid = grid_of(plan.m_blocks, plan.n_blocks);
-      using Tall = kernels::ShrinkTraits<P, R, kernels::shrink_tall(R), DROPOUT>;
-      using Low = kernels::ShrinkTraits<P, R, kernels::SHRINK_LOW, DROPOUT>;
-      if (plan.rows == Tall::ROWS)
-        launch<Tall>(call, kernels::shrink<Tall>, grid, p, "shrink");
-      else
-        launch<Low>(call, kernels::shrink<Low>, grid, p, "shrink");
-    });
+    constexpr int R = decltype(rank)::value;
+    const auto plan = plan::shrink(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call));
+    p.m_pieces = plan.m_pieces();
+    p.k_pieces = plan.n_pieces();
+    p.splits = int(plan.n_blocks);
+    if (p.splits > 1) p.sum = Workspace(call, workspace, plan.m_blocks).take(plan.m_blocks, 0);
+    const dim3 grid = grid_of(plan.m_blocks, plan.n_blocks);
+    using Tall = kernels::ShrinkTraits<P, R, kernels::shrink_tall(R)>;
+    using Low = kernels::ShrinkTraits<P, R, kernels::SHRINK_LOW>;
+    if (plan.rows == Tall::ROWS)
+      launch<Tall>(call, kernels::shrink<Tall>, grid, p, "shrink");
+    else
+      launch<Low>(call, kernels::shrink<Low>, grid, p, "shrink");
   });
 }
 
 template <class P>
 void Launchers<P>::expand_add(const Call& call, ExpandParams p) {
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
-    dispatch_dropout(p.dropout, [&](auto dropout) {
-      using Traits = kernels::ExpandTraits<P, decltype(rank)::value, decltype(dropout)::value>;
-      const auto plan = plan::expand_add(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call));
-      p.n_pieces = plan.n_pieces();
-      launch<Traits>(call, kernels::expand_add<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p,
-                     "expand_add");
-    });
+    using Traits = kernels::ExpandTraits<P, decltype(rank)::value>;
+    const auto plan = plan::expand_add(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call));
+    p.n_pieces = plan.n_pieces();
+    launch<Traits>(call, kernels::expand_add<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p, "expand_add");
   });
 }
 
 template <class P>
 void Launchers<P>::factor_grad(const Call& call, FactorGradParams p, void* workspace) {
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
-    dispatch_dropout(p.dropout, [&](auto dropout) {
-      constexpr int R = decltype(rank)::value;
-      constexpr bool DROPOUT = decltype(dropout)::value;
-      const auto plan = plan::factor_grad(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call));
-      p.m_pieces = plan.m_pieces();
-      p.k_pieces = plan.n_pieces();
-      p.splits = int(plan.m_blocks);
-      p.cluster = plan.cluster, p.together = plan.together;
-      if (p.splits > 1 && !p.cluster)
-        p.sum = Workspace(call, workspace, plan.n_blocks).take(plan.n_blocks, 0);
-      const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks), cluster = cluster_of(plan);
-      using Wide = kernels::FactorGradTraits<P, R, kernels::factor_grad_wide(R), DROPOUT>;
-      using Narrow = kernels::FactorGradTraits<P, R, kernels::factor_grad_narrow(R), DROPOUT>;
-      if (plan.cols == Wide::COLS)
-        launch_together<Wide>(call, kernels::factor_grad<Wide>, grid, p, "factor_grad", cluster);
-      else
-        launch_together<Narrow>(call, kernels::factor_grad<Narrow>, grid, p, "factor_grad", cluster);
-    });
+    constexpr int R = decltype(rank)::value;
+    const auto plan = plan::factor_grad(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call));
+    p.m_pieces = plan.m_pieces();
+    p.k_pieces = plan.n_pieces();
+    p.splits = int(plan.m_blocks);
+    p.cluster = plan.cluster, p.together = plan.together;
+    if (p.splits > 1 && !p.cluster) p.sum = Workspace(call, workspace, plan.n_blocks).take(plan.n_blocks, 0);
+    const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks), cluster = cluster_of(plan);
+    using Wide = kernels::FactorGradTraits<P, R, kernels::factor_grad_wide(R)>;
+    using Narrow = kernels::FactorGradTraits<P, R, kernels::factor_grad_narrow(R)>;
+    if (plan.cols == Wide::COLS)
+      launch_together<Wide>(call, kernels::factor_grad<Wide>, grid, p, "factor_grad", cluster);
+    else
+      launch_together<Narrow>(call, kernels::factor_grad<Narrow>, grid, p, "factor_grad", cluster);
   });
 }
 

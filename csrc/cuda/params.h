@@ -40,11 +40,6 @@ struct Reduction {
   int32_t* arrived;  // [tiles], zero before the launch and after it
 };
 
-// Up to so many splits the last block adds the others' partial sums to its own, which it still has in
-// registers: it reads one less.  Not at ranks above 64, where registers are full, nor in factor_grad on cards
-// without clusters, where mostly all blocks sum, nor in shrink_grad, where other warps do.
-constexpr int FEW_SPLITS = 4, FEW_SPLITS_MOST_RANK = 64;
-
 // Or they are one cluster, where the GPU has such, and sum through each other's shared memory; of 2, 4 or 8
 // blocks, which find a place on any card.
 constexpr int MOST_OF_CLUSTER = 8;

@@ -127,12 +127,6 @@ struct Plan {
   Pieces n_pieces() const { return pieces(n_tiles, n_blocks); }
 };
 
-// Of `splits` partial sums, those that the last block reads (tile/reduce.cuh): of few all but its own, if
-// each warp has its own still.
-inline double read_at_the_end(int64_t splits, int R, bool own) {
-  return double(splits > FEW_SPLITS || R > FEW_SPLITS_MOST_RANK || !own ? splits : splits - 1);
-}
-
 inline double unevenness(int64_t tiles, int64_t blocks) {
   return double(ceil_div(tiles, blocks)) * double(blocks) / double(tiles);
 }
@@ -192,11 +186,10 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
     each_plan(
         few, R, tiles, steps, subs,
         [&](int64_t blocks, int64_t splits) {
-          const double one = splits > 1 ? 4.0 * double(M) * double(r) : 0.0,
-                       read = read_at_the_end(splits, R, kernels::shrink_warps_along_columns(R, rows) == 1);
+          const double partial = splits > 1 ? 4.0 * double(M) * double(r) * double(splits) : 0.0;
           Cost c{double(M) * double(K) * element,
-                 double(blocks) * double(K) * double(r) * element + one * (double(splits) + read),
-                 most_of_one_product(R), one * read / double(blocks),
+                 double(blocks) * double(K) * double(r) * element + 2 * partial,  // written and read
+                 most_of_one_product(R), partial / double(blocks),
                  (rows == kernels::SHRINK_LOW ? alone(R, 38e3, 20e3) : alone(R, 33e3, 22e3)) * filled};
           c.each = extra_of_one_product(R);
           return c;
@@ -235,21 +228,19 @@ inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Mach
   for (const int cols : {kernels::factor_grad_wide(R), kernels::factor_grad_narrow(R)}) {
     const int rows = kernels::factor_grad_rows(size_t(element), R, cols);
     const int64_t k_tiles = ceil_div(K, cols), m_tiles = ceil_div(M, rows);
-    // on cards without clusters each block, or the last one, reads all splits of its share
-    const bool own = machine.has_clusters && kernels::sums_warps_along_rows(R, cols) == 1;
     each_plan(
         clusters, R, k_tiles, m_tiles, kernels::factor_grad_subs(R, cols),
         [&](int64_t n, int64_t m) {
           const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
-          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0, written = cluster ? 0.0 : double(m),
-                       read = cluster ? 0.0 : read_at_the_end(m, R, own);
+          const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0,
+                       partial = cluster ? 0.0 : one * double(m);
           return Cost{double(M) * double(K) * element,
-                      double(element) * double(r) * double(n) * double(M) + one * (written + read),
+                      double(element) * double(r) * double(n) * double(M) + 2 * partial,
                       most_of_one_product(R),
-                      together ? 0.0 : one * read / double(n),
+                      together ? 0.0 : partial / double(n),
                       alone(R, 40e3, cols == 128 ? 20e3 : 17e3),
                       cluster ? one / double(n) : 0.0,
-                      together ? one * read : 0.0,
+                      together ? partial : 0.0,
                       extra_of_one_product(R)};
         },
         [&](int64_t n, int64_t m, double cost, double extra, bool last) {

@@ -22,6 +22,7 @@ MEMORY += ("st.global", "st.shared")
 WORDS = ("u16", "u32", "v2.u32", "v4.u32")
 SM80 = {
     **{f"{op}.{word}": 1 for op in MEMORY for word in WORDS},
+    "@there ld.global.cg.v4.f32": 1,
     "cp.async.cg.shared.global [%r], [%rd], 16": 2,
     "cp.async.cg.shared.global [%r], [%rd], 16, %r": 1,
     "cp.async.commit_group": 1,
@@ -69,7 +70,7 @@ SM90 = EARLY | {
     "mbarrier.arrive.release.cluster.shared::cluster.b64": 1,
     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64": 1,
     "st.shared::cluster.u32": 1,
-    "ld.shared::cluster.v4.f32": 1,
+    "@there ld.shared::cluster.v4.f32": 1,
     "setmaxnreg.dec.sync.aligned.u32 40": 1,
     "setmaxnreg.inc.sync.aligned.u32 232": 1,
 }

@@ -20,14 +20,14 @@
 
 namespace lotr::kernels {
 
-template <class P, int R_, bool DROPOUT_>
+template <class P, int R_>
 struct ExpandTraits {
   using Policy = P;
   using T = typename P::T;
   static constexpr int R = R_, THREADS = expand_threads(sizeof(T), R), WARPS = THREADS / 32;
-  static constexpr bool DROPOUT = DROPOUT_;
   static constexpr int STRIP = 16, COLS = 128 / sizeof(T), SUBS = expand_subs(sizeof(T), R);
   static constexpr int NJ = COLS / 8, BLOCKS = blocks_together(R);
+  static constexpr int BLOCKS_OF_REGISTERS = blocks_of_one_product(R);  // there may be room for a second
   static constexpr int CHUNK = 16 / sizeof(T), GROUP = 4 * CHUNK, GROUPS = COLS / GROUP;  // of four lanes
 
   using Factor = tile::Shared<T, COLS, R>;
@@ -92,7 +92,8 @@ LOTR_DEVICE void load_strip(Tile& tile, const Matrix& u, int64_t row0, int64_t r
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(const ExpandParams p) {
+__global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
+    expand_add(const ExpandParams p) {
   using P = typename Traits::Policy;
   using T = typename Traits::T;
   using Chunk = tile::Chunk<T>;
@@ -103,7 +104,6 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
   const int n_tiles = tile::count_of(p.n_pieces, int(blockIdx.x));
   const int64_t n_begin = int64_t(tile::begin_of(p.n_pieces, int(blockIdx.x))) * COLS;
   ptx::griddepcontrol_wait();
-  const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   auto* const stages = sm.stage[warp];
 
   // Strips and column tiles of 16-byte rows entirely inside the matrix.
@@ -173,55 +173,64 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) expand_add(co
   for (int n = 0; n < n_tiles; ++n) load_factor<Traits>(sm.F[n], p.F, n_begin + int64_t(n) * COLS, p.N, p.r);
   __syncthreads();  // F is there
 
+  tile::with_dropout(p.dropout, [&](auto dropout) {
 #pragma unroll 1
-  for (; here.strip >= 0; advance(here)) {
-    ptx::cp_async_wait<STAGES - 2>();
-    __syncwarp();
-    fetch();
-    float d[1][Traits::NJ][4] = {};
-    tile::warp_product<P, Traits::R, false, false>(d, stages[here.u].u, 0, 0, sm.F[here.n], 0);
-    auto& y = stages[here.stage].y;
-    Chunk sum[2 * GROUPS];
-#pragma unroll
-    for (int c = 0; c < 2 * GROUPS; ++c) {
-      const int h = c % 2, group = c / 2;
-      [[maybe_unused]] uint32_t keep = 0;
-      if constexpr (Traits::DROPOUT) {
-        const uint64_t row = uint64_t(here.strip) * STRIP + row_of_lane + 8 * h;
-        const uint64_t col = uint64_t(n_begin) + uint64_t(here.n) * COLS + group * GROUP + col_of_lane;
-        keep = tile::philox_keep<CHUNK>(seed, row * uint64_t(p.N) + col, p.dropout.threshold);
-      }
-      sum[c] = ptx::load_shared(&y[c][lane]);
-#pragma unroll
-      for (int e = 0; e < CHUNK; e += 2) {
-        const float (&v)[4] = d[0][group * (CHUNK / 2) + e / 2];
-        float a = v[2 * h] * p.dropout.scale, b = v[2 * h + 1] * p.dropout.scale;
-        if constexpr (Traits::DROPOUT) {
-          a = keep >> e & 1 ? a : 0.f;
-          b = keep >> e & 2 ? b : 0.f;
+    for (; here.strip >= 0; advance(here)) {
+      ptx::cp_async_wait<STAGES - 2>();
+      __syncwarp();
+      fetch();
+      float d[1][Traits::NJ][4] = {};
+      tile::warp_product<P, Traits::R, false, false>(d, stages[here.u].u, 0, 0, sm.F[here.n], 0);
+      if constexpr (decltype(dropout)::value) {
+        const uint64_t seed = uint64_t(ptx::load(p.dropout.seed));
+        uint32_t keep = 0;  // bits of the lane's chunks
+        static_assert(2 * GROUPS * CHUNK <= 32);
+#pragma unroll 1
+        for (int c = 0; c < 2 * GROUPS; ++c) {
+          const uint64_t row = uint64_t(here.strip) * STRIP + row_of_lane + c % 2 * 8;
+          const uint64_t col = uint64_t(n_begin) + uint64_t(here.n) * COLS + c / 2 * GROUP + col_of_lane;
+          keep |= tile::philox_keep<CHUNK>(seed, row * uint64_t(p.N) + col, p.dropout.threshold)
+                  << (c * CHUNK);
         }
-        float y0, y1;
-        ptx::to_floats(sum[c].v + e, y0, y1);
-        ptx::from_floats(sum[c].v + e, y0 + a, y1 + b);
+#pragma unroll
+        for (int i = 0; i < 2 * GROUPS * CHUNK; ++i) {
+          const int c = i / CHUNK, e = i % CHUNK;
+          float& v = d[0][c / 2 * (CHUNK / 2) + e / 2][c % 2 * 2 + e % 2];
+          v = keep >> i & 1 ? v : 0.f;
+        }
       }
-    }
-    if (inside(here)) {
+      auto& y = stages[here.stage].y;
+      Chunk sum[2 * GROUPS];
 #pragma unroll
-      for (int c = 0; c < 2 * GROUPS; ++c)
-        ptx::store(reinterpret_cast<Chunk*>(here.y + c % 2 * down + c / 2 * GROUP), sum[c]);
-    } else {
-#pragma unroll
-      for (int c = 0; c < 2 * GROUPS; ++c) ptx::store_shared(&y[c][lane], sum[c]);
-#pragma unroll 1
       for (int c = 0; c < 2 * GROUPS; ++c) {
-        const int valid = valid_at(here, c);
-        const auto* element = reinterpret_cast<const T*>(&y[c][lane]);
+        sum[c] = ptx::load_shared(&y[c][lane]);
+#pragma unroll
+        for (int e = 0; e < CHUNK; e += 2) {
+          const float (&v)[4] = d[0][c / 2 * (CHUNK / 2) + e / 2];
+          const int h = c % 2 * 2;
+          float y0, y1;
+          ptx::to_floats(sum[c].v + e, y0, y1);
+          ptx::from_floats(sum[c].v + e, y0 + v[h] * p.dropout.scale, y1 + v[h + 1] * p.dropout.scale);
+        }
+      }
+      if (inside(here)) {
+#pragma unroll
+        for (int c = 0; c < 2 * GROUPS; ++c)
+          ptx::store(reinterpret_cast<Chunk*>(here.y + c % 2 * down + c / 2 * GROUP), sum[c]);
+      } else {
+#pragma unroll
+        for (int c = 0; c < 2 * GROUPS; ++c) ptx::store_shared(&y[c][lane], sum[c]);
 #pragma unroll 1
-        for (int e = 0; e < valid; ++e)
-          ptx::store(chunk_at(here, c) + e * p.y.col, ptx::load_shared(element + e));
+        for (int c = 0; c < 2 * GROUPS; ++c) {
+          const int valid = valid_at(here, c);
+          const auto* element = reinterpret_cast<const T*>(&y[c][lane]);
+#pragma unroll 1
+          for (int e = 0; e < valid; ++e)
+            ptx::store(chunk_at(here, c) + e * p.y.col, ptx::load_shared(element + e));
+        }
       }
     }
-  }
+  });
   ptx::griddepcontrol_launch_dependents();
 }
 

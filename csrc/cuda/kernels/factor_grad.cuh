@@ -4,8 +4,7 @@
 //          A block walks its rectangle of x row tile by row tile, its sums stay in registers.  At rank 16 the
 //          tiles are narrow, so that there is one piece of M where the strips of columns fill the GPU.
 // Bytes    x once; v once for each piece of K; D in and out; with s pieces of M that are no cluster, 4 K R
-//          written s times and read s - 1 times (s times beyond FEW_SPLITS, or where all blocks sum, or warps
-//          share a tile's rows).  plan.h balances the number of pieces of K against s.
+//          written s times and read s times.  plan.h balances the number of pieces of K against s.
 // Sums     float32; over m in the block's order; of narrow tiles, each warp over its part of every tile's
 //          rows, then over these warps in order, in shared memory; then over the pieces of M in order
 //          (tile/reduce.cuh), where they are a cluster by all its blocks, each a share of the tile, from
@@ -23,12 +22,11 @@
 
 namespace lotr::kernels {
 
-template <class P, int R_, int COLS_, bool DROPOUT_>
+template <class P, int R_, int COLS_>
 struct FactorGradTraits {
   using Policy = P;
   using T = typename P::T;
   static constexpr int R = R_, THREADS = 256;
-  static constexpr bool DROPOUT = DROPOUT_;
   static constexpr int COLS = COLS_, ROWS = factor_grad_rows(sizeof(T), R, COLS);
   static constexpr int WARP_ROWS = sums_warps_along_rows(R, COLS);
   static constexpr int SUBS = factor_grad_subs(R, COLS), BLOCKS = blocks_of_one_product(R);
@@ -42,8 +40,8 @@ struct FactorGradTraits {
   struct Smem {
     union {
       Stage stage[STAGES];
-      struct {  // after the last product
-        float partial[factor_grad_in_cluster(R) ? SUBS * COLS * R : 4];
+      struct {                                                         // after the last product
+        float partial[SUBS * COLS * R];                                // for the cluster or this block alone
         float parts[WARP_ROWS > 1 ? WARP_ROWS * SUBS * COLS * R : 4];  // of the warps along the rows
       };
     };
@@ -60,7 +58,6 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   const int k_block = int(blockIdx.x), m_block = int(blockIdx.y);
   const Walk<STAGES> walk(p.m_pieces, m_block, p.k_pieces, k_block);
   ptx::griddepcontrol_wait();
-  const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
   const tile::Loader<THREADS, decltype(Stage::v)> load_v(p.v, p.M, p.r);
 
@@ -87,40 +84,43 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   if (EARLY && p.splits == 1 && p.accumulate)
     Sums::each_own(cols, p.r, [&](int col, int rank, int n) { D.load(before[n], col, rank); });
-  for (; walk.holds(here); walk.advance(here)) {
-    auto& x = sm.stage[here.stage].x;
-    ptx::cp_async_wait<STAGES - 2>();
-    if constexpr (Traits::DROPOUT)
-      tile::drop<THREADS>(x, p.dropout, seed, int64_t(walk.row(here)) * ROWS, int64_t(walk.col(here)) * COLS,
-                          p.K);
-    __syncthreads();
-    sums.add(here.n, x, sm.stage[here.slot].v);
-    fetch();  // its arithmetic while the products end
-  }
+  tile::with_dropout(p.dropout, [&](auto dropout) {
+    for (; walk.holds(here); walk.advance(here)) {
+      auto& x = sm.stage[here.stage].x;
+      ptx::cp_async_wait<STAGES - 2>();
+      if constexpr (decltype(dropout)::value)
+        tile::drop<THREADS>(x, p.dropout, int64_t(walk.row(here)) * ROWS, int64_t(walk.col(here)) * COLS,
+                            p.K);
+      __syncthreads();
+      sums.add(here.n, x, sm.stage[here.slot].v);
+      fetch();  // its arithmetic while the products end
+    }
+  });
   ptx::griddepcontrol_launch_dependents();
 
   const auto store = [&](const float (&v)[4], int col, int rank) {
     D.add(col, rank, v, p.dropout.scale, p.accumulate != 0);
   };
-  if (Traits::WARP_ROWS > 1 || (Traits::CLUSTERS && p.cluster))
+  if (EARLY || p.splits == 1 || (Traits::CLUSTERS && p.cluster))
     __syncthreads();  // the last stage may still be read: the sums take its place
-  if (Traits::CLUSTERS && p.cluster) {
+  const bool cluster = Traits::CLUSTERS && p.cluster;
+  if (EARLY && p.splits == 1) {
+    sums.each_of_block(cols, p.r, sm.parts, [&](const float (&v)[4], int col, int rank, int n) {
+      D.store(col, rank, v, p.dropout.scale, before[n]);
+    });
+  } else if (p.splits == 1 || cluster) {
     sums.put_partials(sm.partial, cols, p.r, sm.parts);
-    ptx::cluster_sync();
+    if (cluster)
+      ptx::cluster_sync();
+    else
+      __syncthreads();
     sums.each_sum_of_cluster(sm.partial, m_block, p.splits, cols, p.r, store);
-    ptx::cluster_sync();  // nobody leaves while others read its sums
-  } else if (p.splits > 1) {
+    if (cluster) ptx::cluster_sync();  // nobody leaves while others read its sums
+  } else {
     const bool together = ptx::TOGETHER && p.together;
     sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r, sm.parts);
     if (!tile::arrive_last(p.sum.arrived + k_block, p.splits, sm.last, together)) return;
     sums.each_sum(p.sum, k_block, m_block, p.splits, together, cols, p.r, store);
-  } else {
-    sums.each_of_block(cols, p.r, sm.parts, [&](const float (&v)[4], int col, int rank, int n) {
-      if constexpr (EARLY)
-        D.store(col, rank, v, p.dropout.scale, before[n]);
-      else
-        store(v, col, rank);
-    });
   }
 }
 

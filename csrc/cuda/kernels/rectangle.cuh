@@ -20,8 +20,8 @@ struct Walk {
   int m_begin, n_begin, m_tiles, n_tiles;
 
   LOTR_DEVICE Walk(const Pieces& m, int m_block, const Pieces& n, int n_block)
-      : m_begin(tile::begin_of(m, m_block)),
-        n_begin(tile::begin_of(n, n_block)),
+      : m_begin(ptx::held(tile::begin_of(m, m_block))),
+        n_begin(ptx::held(tile::begin_of(n, n_block))),
         m_tiles(tile::count_of(m, m_block)),
         n_tiles(tile::count_of(n, n_block)) {}
   LOTR_DEVICE bool holds(const Place& p) const { return p.m < m_tiles; }
@@ -164,27 +164,13 @@ struct ColumnSums {
   // f(sum over the splits of a 16 x 8 tile, its first column, its first rank), by whichever warp.  `split` is
   // the block's own; the tiles are all, or where the splits run together this one's share.
   template <class F>
-  LOTR_DEVICE void each_sum(const Reduction& sum, int group, int split, int splits, bool together,
-                            int64_t cols, int r, F f) {
+  static LOTR_DEVICE void each_sum(const Reduction& sum, int group, int split, int splits, bool together,
+                                   int64_t cols, int r, F f) {
     const float* from = sum.partial + int64_t(group) * splits * BLOCK;
     const int ranks = (r + 7) / 8, total = int((cols + 15) / 16) * ranks;
-    // whether a warp has its own sums still
-    constexpr bool HELD = R <= FEW_SPLITS_MOST_RANK && ptx::CLUSTERS && WARP_ROWS == 1;
-    if (!HELD || splits > FEW_SPLITS || together) {
-      tile::sum_share<8, BLOCK>(from, splits, split, together, total, [&](int fragment, const float (&v)[4]) {
-        f(v, fragment / ranks * 16, fragment % ranks * 8);
-      });
-    } else if constexpr (HELD) {
-#pragma unroll
-      for (int s = 0; s < SUBS; ++s)
-#pragma unroll
-        for (int i = 0; i < MI; ++i) {
-          const int col = COLS * s + i0() + 16 * WARP_COLS * i, rank = j0() / 8;
-          if (col >= cols || rank >= ranks) continue;
-          tile::sum_with_own<BLOCK>(d[s][i], from, col / 16 * ranks + rank, ranks - rank, splits, split);
-        }
-      each(cols, r, f);
-    }
+    tile::sum_share<8, BLOCK>(from, splits, split, together, total, [&](int fragment, const float (&v)[4]) {
+      f(v, fragment / ranks * 16, fragment % ranks * 8);
+    });
   }
 };
 

@@ -5,8 +5,7 @@
 //          x by steps of COLS columns, in each of them row tile by row tile; its sums stay in registers.
 //          At rank 16 there is one piece of K where the row tiles fill the GPU.
 // Bytes    x once; A once for each piece of M; with s pieces of K, 4 M R written s times as partial sums and
-//          read s - 1 times (s times beyond FEW_SPLITS, or where warps share a tile's columns).  plan.h
-//          chooses the pieces.
+//          read s times.  plan.h chooses the pieces.
 // Sums     float32; over k in the block's order; where WARP_COLS warps share a tile's columns, each over its
 //          part of them, then over these warps in order, in shared memory; then over the pieces of K in order
 //          (tile/reduce.cuh).
@@ -25,12 +24,11 @@
 
 namespace lotr::kernels {
 
-template <class P, int R_, int ROWS_, bool DROPOUT_>
+template <class P, int R_, int ROWS_>
 struct ShrinkTraits {
   using Policy = P;
   using T = typename P::T;
   static constexpr int R = R_, ROWS = ROWS_, THREADS = 256;
-  static constexpr bool DROPOUT = DROPOUT_;
   static constexpr int COLS = shrink_cols(sizeof(T), R, ROWS), SUBS = shrink_subs(R, ROWS);
   static constexpr int WARP_RANKS = shrink_warps_along_rank(R),
                        WARP_COLS = shrink_warps_along_columns(R, ROWS);
@@ -88,14 +86,13 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   const int part = WARP_COLS > 1 ? warp / (8 / WARP_COLS) : 0;
   const int m_block = int(blockIdx.x), split = int(blockIdx.y);
   const int m_tiles = tile::count_of(p.m_pieces, m_block), steps = tile::count_of(p.k_pieces, split);
-  const int m_begin = tile::begin_of(p.m_pieces, m_block);
-  const int k_begin = tile::begin_of(p.k_pieces, split);
+  const int m_begin = ptx::held(tile::begin_of(p.m_pieces, m_block));
+  const int k_begin = ptx::held(tile::begin_of(p.k_pieces, split));
   const int64_t m0 = int64_t(m_begin) * ROWS;
   const int64_t left = p.M - m0, owned = int64_t(m_tiles) * ROWS;
   int rows = int(left < owned ? left : owned);  // of the block, inside the matrix
   if constexpr (WARP_COLS > 1) rows = ptx::held(rows);
   ptx::griddepcontrol_wait();
-  const uint64_t seed = Traits::DROPOUT ? uint64_t(ptx::load(p.dropout.seed)) : 0;
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
   const tile::Loader<THREADS, decltype(Stage::A)> load_A(p.A, p.K, p.r);
 
@@ -118,22 +115,24 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
 
   float d[SUBS][MI][NJ][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
-  for (; here.step < steps; advance(here)) {
-    auto& x = sm.stage[here.stage].x;
-    ptx::cp_async_wait<STAGES - 2>();
-    if constexpr (Traits::DROPOUT)
-      tile::drop<THREADS>(x, p.dropout, seed, m0 + here.m * ROWS, int64_t(k_begin + here.step) * COLS, p.K);
-    __syncthreads();
-    fetch();
-    if (here.m * ROWS + i0 < rows) {  // a decoding step fills one warp in four
+  tile::with_dropout(p.dropout, [&](auto dropout) {
+    for (; here.step < steps; advance(here)) {
+      auto& x = sm.stage[here.stage].x;
+      ptx::cp_async_wait<STAGES - 2>();
+      if constexpr (decltype(dropout)::value)
+        tile::drop<THREADS>(x, p.dropout, m0 + here.m * ROWS, int64_t(k_begin + here.step) * COLS, p.K);
+      __syncthreads();
+      fetch();
+      if (here.m * ROWS + i0 < rows) {  // a decoding step fills one warp in four
 #pragma unroll
-      for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
-        if (s == here.m)
-          tile::warp_product<P, OWN_COLS, false, true>(
-              d[s], tile::columns_from<OWN_COLS>(x, part * OWN_COLS), i0, ROW_STEP,
-              tile::rows_from<OWN_COLS>(sm.stage[here.slot].A, part * OWN_COLS), j0);
+        for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
+          if (s == here.m)
+            tile::warp_product<P, OWN_COLS, false, true>(
+                d[s], tile::columns_from<OWN_COLS>(x, part * OWN_COLS), i0, ROW_STEP,
+                tile::rows_from<OWN_COLS>(sm.stage[here.slot].A, part * OWN_COLS), j0);
+      }
     }
-  }
+  });
   ptx::griddepcontrol_launch_dependents();
 
   // f(sum of a 16 x 8 tile, its first row in the block, its first rank) for those inside the matrix
@@ -175,22 +174,9 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
                           v);
     });
     if (!tile::arrive_last(p.sum.arrived + m_block, p.splits, sm.is_last)) return;
-    constexpr bool OWN = Traits::R <= FEW_SPLITS_MOST_RANK && WARP_COLS == 1;  // a warp has its sums still
-    if (!OWN || p.splits > FEW_SPLITS) {
-      tile::sum_partials<8, BLOCK>(partial, p.splits, total, [&](int fragment, const float (&v)[4]) {
-        put(v, fragment / ranks * 16, fragment % ranks * 8);
-      });
-    } else if constexpr (OWN) {
-#pragma unroll
-      for (int s = 0; s < SUBS; ++s)
-#pragma unroll
-        for (int mi = 0; mi < MI; ++mi) {
-          const int row = s * ROWS + i0 + mi * ROW_STEP, first = row / 16 * ranks + j0 / 8;
-          if (row < rows && j0 / 8 < ranks)
-            tile::sum_with_own<BLOCK>(d[s][mi], partial, first, ranks - j0 / 8, p.splits, split);
-        }
-      each(put);
-    }
+    tile::sum_partials<8, BLOCK>(partial, p.splits, total, [&](int fragment, const float (&v)[4]) {
+      put(v, fragment / ranks * 16, fragment % ranks * 8);
+    });
   } else {
     if constexpr (WARP_COLS == 1) __syncthreads();  // the last stage may still be read: u takes its place
     each_of_block(put);

@@ -47,7 +47,7 @@ struct ShrinkGradTraits {
     Factor F[SUBS];
     union {
       Stage stage[STAGES];
-      float Q[shrink_grad_in_cluster(R) ? SUBS * COLS * R : 4];  // after the last tile, for the cluster
+      float Q[SUBS * COLS * R];  // after the last tile, for the cluster or this block alone
     };
     int last_of_sum, last_of_multiply;
   };
@@ -233,14 +233,16 @@ class ShrinkGrad {
 
   // After the products: what is left of Q to sum.
   LOTR_DEVICE void finish_Q(ColumnSums<Traits>& Q) {
-    const auto store = [&](const float (&v)[4], int col, int rank) { store_Q(v, col, rank); };
     if (sends_) return sum_Q<OF_TILE, MULTIPLY>(walk_.n_tiles - 1, s_.last_of_multiply);
-    if (!cluster_) return Q.each(cols(), p_.r, store);
     ptx::barrier_sync(OF_TILE, MULTIPLY);  // the last stage is read: the sums take its place
     Q.put_partials(s_.Q, cols(), p_.r);
-    ptx::cluster_sync();
-    Q.each_sum_of_cluster(s_.Q, int(blockIdx.y), p_.m_splits, cols(), p_.r, store);
-    ptx::cluster_sync();  // nobody leaves while others read its sums
+    if (cluster_)
+      ptx::cluster_sync();
+    else
+      ptx::barrier_sync(OF_TILE, MULTIPLY);
+    Q.each_sum_of_cluster(s_.Q, int(blockIdx.y), p_.m_splits, cols(), p_.r,
+                          [&](const float (&v)[4], int col, int rank) { store_Q(v, col, rank); });
+    if (cluster_) ptx::cluster_sync();  // nobody leaves while others read its sums
   }
 
   Smem& s_;

@@ -270,11 +270,12 @@ class ShrinkGradWgmma {
     const auto store = [&](int fragment, const float (&v)[4]) {
       tile::store_rounded<T>(p_.k, m0, p_.M, 8 * fragment, p_.r, v);
     };
-    if (p_.n_splits == 1) return tile::sum_of_cluster<SUM_WARPS>(own, p_.cluster, 0, ranks(), store);
+    if (p_.n_splits == 1)
+      return tile::sum_of_cluster<SUM_WARPS, SUM_LOADS>(own, p_.cluster, 0, ranks(), store);
     float* mine = k_partial(slice, int(blockIdx.x) / p_.cluster);
-    tile::sum_of_cluster<SUM_WARPS>(own, p_.cluster, 0, ranks(), [&](int fragment, const float (&v)[4]) {
-      tile::store_partial(mine + fragment * tile::FRAGMENT, v);
-    });
+    tile::sum_of_cluster<SUM_WARPS, SUM_LOADS>(
+        own, p_.cluster, 0, ranks(),
+        [&](int fragment, const float (&v)[4]) { tile::store_partial(mine + fragment * tile::FRAGMENT, v); });
     if (tile::arrive_last<SumBarrier>(p_.sum_k.arrived + slice, p_.n_splits, s_.last_k))
       tile::sum_together<SUM_WARPS, 1, K_FLOATS, SUM_LOADS>(k_partial(slice, 0), p_.n_splits, ranks(), store);
   }

@@ -28,21 +28,31 @@ LOTR_DEVICE void cluster_sync(LOTR_SITE_ONLY) {
 #endif
 }
 
-// 16 bytes at the same place in the shared memory of block `rank`.
-LOTR_DEVICE float4 load_cluster(const float4* p, uint32_t rank LOTR_SITE) {
+// 16 bytes at the same place in the shared memory of block `rank`, if it is there, under a predicate as
+// load_cg_if.
+LOTR_DEVICE float4 load_cluster_if(bool there, const float4* p, uint32_t rank LOTR_SITE) {
   float4 v{};
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(shared_address(p)), "r"(rank)
+      "{\n.reg .b32 place;\n.reg .pred there;\n"
+      "setp.ne.s32 there, %6, 0;\n"
+      "mapa.shared::cluster.u32 place, %4, %5;\n"
+      "@there ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [place];\n}"
+      : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+      : "r"(shared_address(p)), "r"(rank), "r"(int(there))
+      : "memory");
+#else  // the block is alone
+  asm volatile(
+      "{\n.reg .pred there;\n"
+      "setp.ne.s32 there, %5, 0;\n"
+      "@there ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];\n}"
+      : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+      : "r"(shared_address(p)), "r"(int(there && rank == 0))
       : "memory");
 #endif
 #else
-  simt::load_cluster(&v, p, sizeof v, rank, site);
+  if (there) simt::load_cluster(&v, p, sizeof v, rank, site);
 #endif
   return v;
 }

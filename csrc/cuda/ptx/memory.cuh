@@ -99,6 +99,24 @@ LOTR_DEVICE T load_cg(const T* p LOTR_SITE) {
 #endif
 }
 
+// The same of 16 bytes under a predicate, zeros without it: several such loads need not wait for one another,
+// as they do where the compiler makes branches of an if.
+LOTR_DEVICE float4 load_cg_if(bool there, const float4* p LOTR_SITE) {
+  float4 v{};
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .pred there;\n"
+      "setp.ne.s32 there, %5, 0;\n"
+      "@there ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n}"
+      : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+      : "l"(p), "r"(int(there))
+      : "memory");
+#else
+  if (there) simt::load_global(&v, p, sizeof v, false, site);
+#endif
+  return v;
+}
+
 template <class T>
 LOTR_DEVICE void store(T* p, std::common_type_t<T> value LOTR_SITE) {
   static_assert(is_word<T>, "2, 4, 8 or 16 bytes");

@@ -22,7 +22,7 @@ struct Half {
     if constexpr (KMajor)
       ptx::ldmatrix_x4_trans(f, t.chunk(k0 + lane / 16 * 8 + lane % 8, i0 / 8 + lane / 8 % 2));
     else
-      ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, k0 / 8 + lane / 16));
+      ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, lane / 16, k0));
   }
   template <bool KMajor, int NJ, class Tile>
   static LOTR_DEVICE void b(uint32_t (&f)[NJ][2], Tile& t, int j0, int k0) {
@@ -31,7 +31,7 @@ struct Half {
       if constexpr (KMajor)
         ptx::ldmatrix_x2_trans(f[0], t.chunk(k0 + lane % 16, j0 / 8));
       else
-        ptx::ldmatrix_x2(f[0], t.chunk(j0 + lane % 8, k0 / 8 + lane / 8 % 2));
+        ptx::ldmatrix_x2(f[0], t.chunk(j0 + lane % 8, lane / 8 % 2, k0));
     } else {
 #pragma unroll
       for (int j = 0; j < NJ; j += 2) {
@@ -39,7 +39,7 @@ struct Half {
         if constexpr (KMajor)
           ptx::ldmatrix_x4_trans(r, t.chunk(k0 + lane % 16, j0 / 8 + j + lane / 16));
         else
-          ptx::ldmatrix_x4(r, t.chunk(j0 + 8 * j + lane / 16 * 8 + lane % 8, k0 / 8 + lane / 8 % 2));
+          ptx::ldmatrix_x4(r, t.chunk(j0 + 8 * j + lane / 16 * 8 + lane % 8, lane / 8 % 2, k0));
         f[j][0] = r[0], f[j][1] = r[1], f[j + 1][0] = r[2], f[j + 1][1] = r[3];
       }
     }
@@ -67,7 +67,7 @@ struct Tf32 {
       for (int r = 0; r < 4; ++r)
         f[r] = ptx::as_bits(ptx::load_shared(t.at(k0 + q + r / 2 * 4, i0 + g + r % 2 * 8)));
     } else {
-      ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, k0 / 4 + lane / 16));
+      ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, lane / 16, k0));
     }
     round(f);
   }
@@ -80,7 +80,7 @@ struct Tf32 {
         f[j][0] = ptx::as_bits(ptx::load_shared(t.at(k0 + q, j0 + 8 * j + g)));
         f[j][1] = ptx::as_bits(ptx::load_shared(t.at(k0 + q + 4, j0 + 8 * j + g)));
       } else {
-        ptx::ldmatrix_x2(f[j], t.chunk(j0 + 8 * j + lane % 8, k0 / 4 + lane / 8 % 2));
+        ptx::ldmatrix_x2(f[j], t.chunk(j0 + 8 * j + lane % 8, lane / 8 % 2, k0));
       }
       round(f[j]);
     }
@@ -104,7 +104,7 @@ struct Exact {
 #pragma unroll
         for (int k = 0; k < 4; ++k) f[4 * h + k] = ptx::as_bits(ptx::load_shared(t.at(k0 + k, i + h * step)));
       } else {
-        const uint4 v = ptx::load_shared(reinterpret_cast<const uint4*>(t.chunk(i + h * step, k0 / 4)));
+        const uint4 v = ptx::load_shared(reinterpret_cast<const uint4*>(t.chunk(i + h * step, 0, k0)));
         f[4 * h] = v.x, f[4 * h + 1] = v.y, f[4 * h + 2] = v.z, f[4 * h + 3] = v.w;
       }
     }

@@ -25,17 +25,15 @@ LOTR_DEVICE uint32_t philox_keep4(uint64_t seed, uint64_t quad, uint32_t thresho
          uint32_t(c3 >= threshold) << 3;
 }
 
-// Bits for elements first .. first + N - 1.
+// Bits for elements first .. first + N - 1, no others.  One quad after another: few registers beside a
+// kernel's own.
 template <int N>
 LOTR_DEVICE uint32_t philox_keep(uint64_t seed, uint64_t first, uint32_t threshold) {
   const int shift = int(first & 3);
   uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < (N + 3) / 4; ++i) bits |= philox_keep4(seed, first / 4 + i, threshold) << (4 * i);
-  // a run that starts inside a quad ends inside one more, unless it is short
-  if (shift + N > (N + 3) / 4 * 4)
-    bits |= philox_keep4(seed, first / 4 + (N + 3) / 4, threshold) << ((N + 3) / 4 * 4);
-  return bits >> shift;
+#pragma unroll 1
+  for (int i = 0; 4 * i < shift + N; ++i) bits |= philox_keep4(seed, first / 4 + i, threshold) << (4 * i);
+  return bits >> shift & ((1u << N) - 1);
 }
 
 }  // namespace lotr::tile

@@ -33,72 +33,48 @@ LOTR_DEVICE void put_partial(float* to, const float (&d)[4]) {  // the same in s
   ptx::store_shared(reinterpret_cast<float4*>(to) + threadIdx.x % 32, float4{d[0], d[1], d[2], d[3]});
 }
 
-// The sum of N times four floats, in order.
+// v += N times four floats, in order.
 template <int N>
-LOTR_DEVICE void sum_in_order(float (&v)[4], const float4 (&in)[N]) {
-  v[0] = v[1] = v[2] = v[3] = 0.f;
+LOTR_DEVICE void add_in_order(float (&v)[4], const float4 (&in)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) v[0] += in[i].x, v[1] += in[i].y, v[2] += in[i].z, v[3] += in[i].w;
-}
-
-// v += the next AHEAD splits of the fragments, each at its own address in the split at `from`.  Without a
-// condition: the compiler would join each load with its addition under it, and wait for one after the other.
-template <int AHEAD, int STRIDE, int FRAGMENTS>
-LOTR_DEVICE void add_splits(float (&v)[FRAGMENTS][4], const float* from, const int (&at)[FRAGMENTS]) {
-  float4 in[AHEAD][FRAGMENTS];
-#pragma unroll
-  for (int a = 0; a < AHEAD; ++a)
-#pragma unroll
-    for (int i = 0; i < FRAGMENTS; ++i)
-      in[a][i] = ptx::load_cg(reinterpret_cast<const float4*>(from + at[i] + a * STRIDE));
-#pragma unroll
-  for (int a = 0; a < AHEAD; ++a)
-#pragma unroll
-    for (int i = 0; i < FRAGMENTS; ++i) {
-      v[i][0] += in[a][i].x, v[i][1] += in[a][i].y;
-      v[i][2] += in[a][i].z, v[i][3] += in[a][i].w;
-    }
-}
-
-// The same of `left` splits: as many at a time as may be, then by halves of that, so that few wait for
-// others.
-template <int AHEAD, int STRIDE, int FRAGMENTS>
-LOTR_DEVICE void add_all(float (&v)[FRAGMENTS][4], const float* from, int left, const int (&at)[FRAGMENTS]) {
-#pragma unroll 1
-  for (; left >= AHEAD; left -= AHEAD, from += int64_t(AHEAD) * STRIDE)
-    add_splits<AHEAD, STRIDE>(v, from, at);
-  if constexpr (AHEAD > 1) add_all<AHEAD / 2, STRIDE>(v, from, left, at);
 }
 
 // done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
 // WARPS warps of the block share them, all or neighbours, FRAGMENTS at a time.  Splits outside and fragments
 // inside: every element is added in the order of the splits, but the loads need not wait for one another.
+// What is not there any more is zero, which changes no bit of a sum.
 template <int WARPS, int FRAGMENTS, int STRIDE, int LOADS = IN_FLIGHT, class Done>
 LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done done) {
+  constexpr int AHEAD = LOADS / FRAGMENTS;
 #pragma unroll 1
   for (int first = int(threadIdx.x) / 32 % WARPS; first < total; first += WARPS * FRAGMENTS) {
     float v[FRAGMENTS][4] = {};
-    int at[FRAGMENTS];
+    const float4* next = reinterpret_cast<const float4*>(from + first * FRAGMENT) + threadIdx.x % 32;
+#pragma unroll 1
+    for (int left = splits; left > 0; left -= AHEAD, next += AHEAD * int64_t(STRIDE / 4)) {
+      float4 in[FRAGMENTS][AHEAD];
 #pragma unroll
-    for (int i = 0; i < FRAGMENTS; ++i) {  // the last fragment again where there are no more
-      const int fragment = first + i * WARPS;
-      at[i] = (fragment < total ? fragment : total - 1) * FRAGMENT + int(threadIdx.x) % 32 * 4;
+      for (int i = 0; i < FRAGMENTS; ++i)
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a)
+          in[i][a] = ptx::load_cg_if(a < left && first + i * WARPS < total,
+                                     next + a * (STRIDE / 4) + i * (WARPS * FRAGMENT / 4));
+#pragma unroll
+      for (int i = 0; i < FRAGMENTS; ++i) add_in_order(v[i], in[i]);
     }
-    add_all<LOADS / FRAGMENTS, STRIDE>(v, from, splits, at);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; ++i)
       if (first + i * WARPS < total) done(first + i * WARPS, v[i]);
   }
 }
 
-// The same, with as many fragments together as each warp has, four at most; two, where four would read two
-// in vain.
+// The same, with as many fragments together as each warp has, four at most.
 template <int WARPS, int STRIDE, class Done>
 LOTR_DEVICE void sum_partials(const float* from, int splits, int total, Done done) {
-  const int rest = (total + WARPS - 1) / WARPS % 4;  // of a warp's fragments
   if (total <= WARPS)
     sum_together<WARPS, 1, STRIDE>(from, splits, total, done);
-  else if (rest == 1 || rest == 2)
+  else if (total <= 2 * WARPS)
     sum_together<WARPS, 2, STRIDE>(from, splits, total, done);
   else
     sum_together<WARPS, 4, STRIDE>(from, splits, total, done);
@@ -113,55 +89,6 @@ LOTR_DEVICE void sum_share(const float* from, int splits, int own, bool together
                               [&](int i, const float (&v)[4]) { done(first + i, v); });
 }
 
-// v, which this block has stored as split `own`, becomes the sum of all SPLITS, in their order.  Two
-// fragments at a time: the registers are full of sums.
-template <int SPLITS, int STRIDE, int FRAGMENTS>
-LOTR_DEVICE void add_others(float (&v)[FRAGMENTS][4], const float* from, const int (&at)[FRAGMENTS],
-                            int own) {
-  constexpr int TOGETHER = FRAGMENTS < 2 ? 1 : 2;
-  static_assert(FRAGMENTS % TOGETHER == 0);
-#pragma unroll
-  for (int first = 0; first < FRAGMENTS; first += TOGETHER) {
-    float4 others[SPLITS - 1][TOGETHER];
-#pragma unroll
-    for (int other = 0; other < SPLITS - 1; ++other)
-#pragma unroll
-      for (int i = 0; i < TOGETHER; ++i)
-        others[other][i] = ptx::load_cg(
-            reinterpret_cast<const float4*>(from + at[first + i] + (other + (other >= own)) * STRIDE));
-#pragma unroll
-    for (int i = 0; i < TOGETHER; ++i) {
-      float (&sum)[4] = v[first + i];
-      const float4 mine{sum[0], sum[1], sum[2], sum[3]};
-      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-#pragma unroll
-      for (int split = 0; split < SPLITS; ++split) {
-        float4 next =
-            split < own ? others[split < SPLITS - 1 ? split : 0][i] : others[split ? split - 1 : 0][i];
-        if (split == own) next = mine;
-        sum[0] += next.x, sum[1] += next.y, sum[2] += next.z, sum[3] += next.w;
-      }
-    }
-  }
-}
-
-// v: the block's sums of the fragments from `first` on, `count` of them at least one; become those of all
-// splits, from two to FEW_SPLITS.
-template <int STRIDE, int FRAGMENTS>
-LOTR_DEVICE void sum_with_own(float (&v)[FRAGMENTS][4], const float* from, int first, int count, int splits,
-                              int own) {
-  int at[FRAGMENTS];
-#pragma unroll
-  for (int i = 0; i < FRAGMENTS; ++i)  // the last fragment again where there are no more
-    at[i] = (first + (i < count ? i : count - 1)) * FRAGMENT + int(threadIdx.x) % 32 * 4;
-  if (splits == 2)
-    add_others<2, STRIDE>(v, from, at, own);
-  else if (splits == 3)
-    add_others<3, STRIDE>(v, from, at, own);
-  else
-    add_others<4, STRIDE>(v, from, at, own);
-}
-
 // done(n, fragment, its sum) for the fragments of PARTS warps' sums in shared memory, part i's from i *
 // STRIDE on, in their order; behind a barrier.  Fragment WARPS n + w is warp w's.
 template <int WARPS, int PARTS, int STRIDE, class Done>
@@ -174,39 +101,31 @@ LOTR_DEVICE void sum_of_warps(const float* parts, int total, Done done) {
     float4 in[PARTS];
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) in[part] = ptx::load_shared(from + part * (STRIDE / 4));
-    float v[4];
-    sum_in_order(v, in);
+    float v[4] = {};
+    add_in_order(v, in);
     done(n, fragment, v);
   }
 }
 
-// done(fragment, its sum) for the fragments from begin to end of a cluster's BLOCKS blocks, each of which has
-// its partial sum at the same place of its shared memory: between two barriers of the cluster.  In the order
-// of the blocks, so with the same bits as from memory.
-template <int WARPS, int BLOCKS, class Done>
-LOTR_DEVICE void sum_of_blocks(const float* partial, int begin, int end, Done done) {
+// done(fragment, its sum) for the fragments from begin to end of a cluster's blocks, each of which has its
+// partial sum at the same place of its shared memory: between two barriers of the cluster.  In the order of
+// the blocks, so with the same bits as from memory.
+template <int WARPS, int LOADS = ptx::CLUSTERS ? MOST_OF_CLUSTER : 1, class Done>
+LOTR_DEVICE void sum_of_cluster(const float* partial, int blocks, int begin, int end, Done done) {
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) / 32 % WARPS; i < end; i += WARPS) {
     const float4* own = reinterpret_cast<const float4*>(partial + i * FRAGMENT) + threadIdx.x % 32;
-    float4 in[BLOCKS];
+    float v[4] = {};
+#pragma unroll 1
+    for (int block = 0; block < blocks; block += LOADS) {
+      float4 in[LOADS];
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) in[block] = ptx::load_cluster(own, uint32_t(block));
-    float v[4];
-    sum_in_order(v, in);
+      for (int b = 0; b < LOADS; ++b)
+        in[b] = ptx::load_cluster_if(block + b < blocks, own, uint32_t(block + b));
+      add_in_order(v, in);
+    }
     done(i, v);
   }
-}
-
-template <int WARPS, class Done>
-LOTR_DEVICE void sum_of_cluster(const float* partial, int blocks, int begin, int end, Done done) {
-  if (blocks == 1)
-    sum_of_blocks<WARPS, 1>(partial, begin, end, done);
-  else if (blocks == 2)
-    sum_of_blocks<WARPS, 2>(partial, begin, end, done);
-  else if (blocks == 4)
-    sum_of_blocks<WARPS, 4>(partial, begin, end, done);
-  else
-    sum_of_blocks<WARPS, MOST_OF_CLUSTER>(partial, begin, end, done);
 }
 
 // Counts this block in; the number of those before it, so count - 1 for the last.  By one thread, after a
