@@ -1,19 +1,17 @@
 # What to compile for, and whether nvcc's CUDA goes with torch's. Functions only; CMakeLists.txt includes them.
 
 # LOTR_ARCHS=AUTO: the cards of this machine where there are some that the kernels and nvcc serve, else one build for all.
-# A card's code runs on later minor versions too (80 on 86 and 89, 100 on 103), so each list below serves every card from
-# compute capability 8.0 on; the PTX of the entry without "-real" serves what comes after. 90a, not 90: wgmma is 90a's alone.
-# 86, 89 and 120 are left to .ci/make_wheel and to machines that have such a card: each architecture takes one to one and a half
-# minutes of a core; the first two run 80's code as it is, 120 compiles 100's PTX at its first launch.
+# A card's code runs on later minor versions too (100's on 103), the PTX of the entry without "-real" serves what comes after.
+# 90a, not 90: wgmma is 90a's alone.
 function(lotr_archs result wanted nvcc_version)
   if(NOT wanted STREQUAL "AUTO")
     set(${result} "${wanted}" PARENT_SCOPE)
     return()
   endif()
   if(nvcc_version VERSION_LESS 12.8)
-    set(all 80 90a-real)
+    set(all 80 86-real 89-real 90a-real)
   else()
-    set(all 80-real 90a-real 100)
+    set(all 80-real 86-real 89-real 90a-real 100 120-real)
   endif()
   set(here)
   find_program(LOTR_NVIDIA_SMI nvidia-smi)
@@ -46,6 +44,35 @@ function(lotr_archs result wanted nvcc_version)
     set(archs ${all})
   endif()
   set(${result} "${archs}" PARENT_SCOPE)
+endfunction()
+
+# Splits a list into architectures of their own and nvcc's options for those that are made from another's PTX: "-real" entries with
+# a lower one of the same kind, since the kernels' sources tell apart only what is before and after 9.0. The PTX is two thirds of
+# the work, and one for 80, 86 and 89.
+function(lotr_share_ptx own_result options_result archs)
+  set(own)
+  set(options)
+  foreach(arch IN LISTS archs)
+    set(base)
+    if(arch MATCHES "^([0-9]+)-real$")
+      set(number ${CMAKE_MATCH_1})
+      foreach(other IN LISTS archs)
+        if(other MATCHES "^([0-9]+)(-real)?$")
+          set(lower ${CMAKE_MATCH_1})
+          if(lower LESS number AND (number LESS 90 OR lower GREATER_EQUAL 100) AND (NOT base OR lower LESS base))
+            set(base ${lower})
+          endif()
+        endif()
+      endforeach()
+    endif()
+    if(base)
+      list(APPEND options "--generate-code=arch=compute_${base},code=[sm_${number}]")
+    else()
+      list(APPEND own ${arch})
+    endif()
+  endforeach()
+  set(${own_result} "${own}" PARENT_SCOPE)
+  set(${options_result} "${options}" PARENT_SCOPE)
 endfunction()
 
 # CUDA's version in torch's version.py, read without importing torch; "" for a torch without CUDA.

@@ -80,6 +80,22 @@ def test_a_card_that_nvcc_does_not_know_gets_ptx(tmp_path):
     assert any(serves(arch, "12.0") for arch in found) and any(serves(arch, "8.6") for arch in found)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "own", "shared"),
+    [
+        ("80-real;86-real;89-real;90a-real;100;120-real", "80-real;90a-real;100", ["80 86", "80 89", "100 120"]),
+        ("89-real;86", "86", ["86 89"]),
+        ("80;86;90-real;90a-real;120-real", "80;86;90-real;90a-real;120-real", []),
+        ("120-real;100a-real;80-virtual;89-real", "120-real;100a-real;80-virtual;89-real", []),
+        ("native", "native", []),
+    ],
+)
+def test_ptx_is_compiled_once_for_cards_of_one_kind(tmp_path, wanted, own, shared):
+    out, _ = cmake(tmp_path, f'lotr_share_ptx(own options "{wanted}")\nmessage(STATUS "own=${{own}} options=${{options}}")')
+    options = [f"--generate-code=arch=compute_{a.split()[0]},code=[sm_{a.split()[1]}]" for a in shared]
+    assert f"own={own} options={';'.join(options)}" in out
+
+
 def test_what_is_asked_for_is_what_is_built(tmp_path):
     assert archs(tmp_path, "80;90a-real", "13.0", "echo 12.0") == ["80", "90a-real"]
 
