@@ -36,7 +36,8 @@ struct Shared {
   }
   static LOTR_DEVICE int offset(int row, int c) { return row * STRIDE + (c ^ swizzle(row)) * CHUNK; }
   LOTR_DEVICE T* chunk(int row, int c) { return data + offset(row, c); }
-  // Chunk c + k / CHUNK, where these have no bit in common: of products, along whose k one offset then serves.
+  // Chunk c + k / CHUNK, where these have no bit in common: of products, along whose k one offset then
+  // serves.
   LOTR_DEVICE T* chunk(int row, int c, int k) { return data + (offset(row, c) ^ k); }
   LOTR_DEVICE Chunk<T>* whole(int row, int c) { return reinterpret_cast<Chunk<T>*>(chunk(row, c)); }
   LOTR_DEVICE T* at(int row, int col) { return chunk(row, col / CHUNK) + col % CHUNK; }
