@@ -138,12 +138,12 @@ class ShrinkGrad {
         ptx::barrier_sync(OF_ROW, THREADS);
       else
         ptx::barrier_sync(OF_TILE, MULTIPLY);
-      fetch();
       auto& g = s_.stage[here.stage].g;
       auto& u = s_.stage[here.slot].u;
       if constexpr (KEEP)
         if (n == 0) right.template load<true>(u, Q.j0());
       tile::warp_product<P, COLS, false, true>(k, g, k_row(), 0, s_.F[n], k_rank());
+      fetch();  // between the products: their fragments need its registers no more, or not yet
       if constexpr (KEEP)
         Q.add_right(n, g, right);
       else
