@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   const tile::Loader<THREADS, decltype(Stage::x)> load_x(p.x, p.M, p.K);
   const tile::Loader<THREADS, decltype(Stage::v)> load_v(p.v, p.M, p.r);
 
-  typename Walk<STAGES>::Place ahead, here;
+  typename Walk<STAGES>::Place ahead;
   auto fetch = [&] {
     if (walk.holds(ahead)) {
       const int row = walk.row(ahead);
@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   if (EARLY && p.splits == 1 && p.accumulate)
     Sums::each_own(cols, p.r, [&](int col, int rank, int n) { D.load(before[n], col, rank); });
   tile::with_dropout(p.dropout, [&](auto dropout) {
+    typename Walk<STAGES>::Place here;
     for (; walk.holds(here); walk.advance(here)) {
       auto& x = sm.stage[here.stage].x;
       ptx::cp_async_wait<STAGES - 2>();

@@ -20,8 +20,8 @@ struct Walk {
   int m_begin, n_begin, m_tiles, n_tiles;
 
   LOTR_DEVICE Walk(const Pieces& m, int m_block, const Pieces& n, int n_block)
-      : m_begin(ptx::held(tile::begin_of(m, m_block))),
-        n_begin(ptx::held(tile::begin_of(n, n_block))),
+      : m_begin(tile::begin_of(m, m_block)),
+        n_begin(tile::begin_of(n, n_block)),
         m_tiles(tile::count_of(m, m_block)),
         n_tiles(tile::count_of(n, n_block)) {}
   LOTR_DEVICE bool holds(const Place& p) const { return p.m < m_tiles; }

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
     a.stage = tile::stage_after<STAGES>(a.stage);
     if (++a.m == m_tiles) a.m = 0, ++a.step, a.slot = tile::stage_after<STAGES>(a.slot);
   };
-  Place here, ahead;
+  Place ahead;
   auto fetch = [&] {
     if (ahead.step < steps) {
       load_x(sm.stage[ahead.stage].x, m_begin + ahead.m, k_begin + ahead.step);
@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   float d[SUBS][MI][NJ][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   tile::with_dropout(p.dropout, [&](auto dropout) {
+    Place here;  // each loop's own: shared by both, it would take the sums to local memory
     for (; here.step < steps; advance(here)) {
       auto& x = sm.stage[here.stage].x;
       ptx::cp_async_wait<STAGES - 2>();

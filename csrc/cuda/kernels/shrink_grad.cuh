@@ -159,7 +159,7 @@ class ShrinkGrad {
   }
 
   // This warp's part of a row tile of k.
-  static LOTR_DEVICE int k_row() { return int(threadIdx.x) / 32 % 4 * 16; }
+  LOTR_DEVICE int k_row() const { return k_row_; }
   static LOTR_DEVICE int k_rank() { return int(threadIdx.x) / 128 * (R / 2); }
   LOTR_DEVICE int ranks() const { return (p_.r + 7) / 8; }  // fragments along the rank
   LOTR_DEVICE int64_t cols() const {                        // of the rectangle
@@ -248,6 +248,7 @@ class ShrinkGrad {
   Smem& s_;
   const ShrinkGradParams& p_;
   const Rectangle walk_;
+  const int k_row_ = ptx::held(int(threadIdx.x) / 32 % 4 * 16);
   const bool cluster_, sends_, together_;  // sends: partial sums of Q to memory
 };
 
