@@ -66,6 +66,7 @@ constexpr double L2 = 52e3;           // bytes that it gets from L2, when all do
 constexpr double EXTRA = 0.5;         // what a byte of a factor or of a partial sum costs, which L2 keeps
 constexpr double ARRIVING = 0.5;      // from the last store of a partial sum to the first load of it
 constexpr double PASSING = 25e3;      // bytes of partial sums that one block reads from other shared memory
+constexpr double TWO = 1.4;           // how much faster two blocks of a multiprocessor compute than one
 constexpr double ALL_SUMMING = 40e3;  // bytes of partial sums that a multiprocessor reads when all of them do
 // Bytes of the large matrix that one block gets through in one, alone on its multiprocessor: what it computes
 // it has to wait for.
@@ -105,7 +106,10 @@ inline double microseconds(const Machine& machine, const Cost& c) {
   const double share = idle * c.uneven / machine.multiprocessors;
   const double memory = (c.large + c.each * c.extra) * share / MEMORY,
                kept = (c.large + c.extra) * share / L2;
-  const double own = c.large * c.uneven / blocks / c.alone;
+  // what the busiest multiprocessor gets: one after another, or two at a time where it holds two
+  const int64_t mine = ceil_div(c.blocks, machine.multiprocessors);
+  const double turns = machine.blocks == 2 ? double(mine / 2) * 2 / TWO + double(mine % 2) : double(mine);
+  const double own = c.large * c.uneven / blocks * turns / c.alone;
   return overlapped(memory, kept, own) + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0) +
          (c.passed > 0 ? ARRIVING / 2 + c.passed / PASSING : 0.0) +
          (c.together > 0 ? ARRIVING * 3 / 2 + c.together / (ALL_SUMMING * machine.multiprocessors) : 0.0);

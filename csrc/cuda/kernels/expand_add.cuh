@@ -135,10 +135,10 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
   const auto chunk_at = [&](const Place& a, int c) { return a.y + c % 2 * down + c / 2 * right; };
 
   const int strip0 = strips - 1 - (int(blockIdx.y) * Traits::WARPS + warp);
-  Place here{strip0, 0, 0, 0,
-             static_cast<T*>(p.y.data) + (int64_t(strip0) * STRIP + row_of_lane) * p.y.row +
-                 (n_begin + col_of_lane) * p.y.col};
-  Place ahead = here;
+  const Place first{strip0, 0, 0, 0,
+                    static_cast<T*>(p.y.data) + (int64_t(strip0) * STRIP + row_of_lane) * p.y.row +
+                        (n_begin + col_of_lane) * p.y.col};
+  Place ahead = first;
 
   const auto fetch = [&] {
     if (ahead.strip >= 0) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
 
   tile::with_dropout(p.dropout, [&](auto dropout) {
 #pragma unroll 1
-    for (; here.strip >= 0; advance(here)) {
+    for (Place here = first; here.strip >= 0; advance(here)) {
       ptx::cp_async_wait<STAGES - 2>();
       __syncwarp();
       fetch();

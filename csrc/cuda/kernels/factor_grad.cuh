@@ -102,9 +102,9 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
   const auto store = [&](const float (&v)[4], int col, int rank) {
     D.add(col, rank, v, p.dropout.scale, p.accumulate != 0);
   };
-  if (EARLY || p.splits == 1 || (Traits::CLUSTERS && p.cluster))
-    __syncthreads();  // the last stage may still be read: the sums take its place
   const bool cluster = Traits::CLUSTERS && p.cluster;
+  if (EARLY || p.splits == 1 || cluster)
+    __syncthreads();  // the last stage may still be read: the sums take its place
   if (EARLY && p.splits == 1) {
     sums.each_of_block(cols, p.r, sm.parts, [&](const float (&v)[4], int col, int rank, int n) {
       D.store(col, rank, v, p.dropout.scale, before[n]);
