@@ -42,7 +42,7 @@ TABLES = tables.TABLES | {
     "host": host_table.host_table,
     "experts": experts_table.experts_table,
 }
-README = Page(ROOT / "README.md", ("frontier-picture", "summary"), "")
+README = Page(ROOT / "README.md", ("frontier-picture", "summary", "projection"), "")
 CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "many-tasks", "traffic", "static"), "../")
 PAGES = (README, CHOOSING, BENCHMARKS)
@@ -52,6 +52,7 @@ PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
     "many-tasks": "make many-tasks",
     "frontier-picture": "make frontier",
     "summary": "make bench",
+    "projection": "python -m bench.traffic",
 }
 
 
@@ -170,6 +171,7 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if rows:
         found["traffic"].append(tables.traffic_table(rows, estimates, _pictures(folder, up)))
+        found["projection"] = list(filter(None, [tables.projection_line(rows, estimates)]))
     if counts := rows_table.row_counts(results):
         found["traffic"].append(rows_table.rows_table(counts))
     if estimates:

@@ -329,6 +329,21 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
     return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *wanted])
 
 
+def projection_line(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> str:
+    """README's: LoRA and ours on one layer of one GPU; empty where a count or an estimate of it is missing."""
+    (m, k, n, r), gpu = PROJECTED_SHAPE, GPUS["h100"]
+    times = layer_projections(PROJECTED_SHAPE, rows, found).get("h100")
+    if times is None:
+        return ""
+    over = excess(PROJECTED_SHAPE, rows, gpu, times)
+    shares = ", ".join(f"{NAMES.get(name, name)} {over[name]['step']:.1%}" for name in ("lora-eager", BEST_LORA, BETA, FUSED))
+    return (
+        f"- Projected, not measured, for an {gpu.name} (`python -m bench.traffic`): time over the frozen layer, forward and "
+        f"backward, {m} x {k} x {n}, r = {r}, bf16: {shares}. `beta` is what runs unasked; `fused` runs where `tune` finds it "
+        "faster. [Other sizes and cards, and how](docs/benchmarks.md#counted-traffic-without-a-gpu)."
+    )
+
+
 def other_layers(rows: dict[Key, Row], layers: dict[Shape, dict[str, Times]]) -> list[str]:
     """The best forms of LoRA and of ours for every layer that is counted, a column a GPU. layers: each one's projections."""
     lines, columns = [], [gpu for gpu in GPUS if any(gpu in times for times in layers.values())]
