@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,11 +37,21 @@ KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
 LARGE = {"shrink": "x", "expand_add": "y", "factor_grad": "x", "shrink_grad": "g", "fold": "F", "fold_grad": "Q"}
 ELEMENT = 2  # bfloat16
-HOPPER = 132  # multiprocessors of the known GPUs of compute capability 9.0, which have wgmma, and of no others
 NOT_COUNTED = ("gemm_lotr",)  # in the names of files
 MOST_THREADS = 65535  # that the executor runs at the same time
-NOT_EARLY = (108, 128)  # multiprocessors of the cards without early launches and clusters: A100, RTX 4090
 DTYPES = {"bf16": np.uint16, "fp16": np.float16, "tf32": np.float32, "fp32": np.float32}  # as the executor takes them
+
+
+class Device(NamedTuple):
+    """What plans ask of a GPU besides its number of multiprocessors, as the executor's set_device takes it."""
+
+    shared: int = 228 << 10  # bytes of a multiprocessor
+    early: bool = True  # launches, and clusters
+    wgmma: bool = False
+
+
+# The known GPUs by their multiprocessors; of another number: an unnamed one of compute capability 10.0.
+DEVICES = {108: Device(164 << 10, early=False), 128: Device(100 << 10, early=False), 132: Device(wgmma=True), 148: Device()}
 
 
 @dataclass(frozen=True)
@@ -201,9 +212,10 @@ def count(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     call, large = _call(lib, kernel, m, n, r, dtype)
-    wgmma = multiprocessors == HOPPER if wgmma is None else wgmma
+    device = DEVICES.get(multiprocessors, Device())
+    device = device if wgmma is None else device._replace(wgmma=wgmma)
     float32 = "tf32" if dtype == "tf32" else "exact"
-    lib.set_device(multiprocessors=multiprocessors, float32=float32, wgmma=wgmma, early=multiprocessors not in NOT_EARLY)
+    lib.set_device(multiprocessors=multiprocessors, float32=float32, **device._asdict())
     lib.set_options(count_memory=True, **_pace(lib, kernel, m, n, r, dtype, multiprocessors))
     lib.reset_counters()
     call()

@@ -20,7 +20,7 @@ constexpr size_t aligned(size_t bytes) {
 }
 
 inline plan::Machine machine_of(const Call& call) {
-  return plan::Machine::of(call.multiprocessors, call.shared, call.early);
+  return {call.multiprocessors, call.shared, call.early, call.early};
 }
 
 // These take matrices that can be read 16 bytes at a time, and ranks of one launch.

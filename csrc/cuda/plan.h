@@ -36,15 +36,14 @@ inline Pieces pieces(int64_t tiles, int64_t count) {
 
 // What a plan is made for.
 struct Machine {
-  int multiprocessors, blocks;  // and how many blocks one of them holds, of a kernel made for two
+  int multiprocessors, shared;  // shared: bytes of shared memory of one of them
   bool has_clusters, clusters;  // and whether this kernel's may be one
-  // shared: bytes of shared memory of a multiprocessor
-  static Machine of(int multiprocessors, int shared, bool clusters) {
-    return {multiprocessors, size_t(shared) >= 2 * (kernels::SHARED_BYTES_OF_TWO + 1024) ? 2 : 1, clusters,
-            clusters};
-  }
-  Machine with(int at_most) const {
-    return {multiprocessors, std::min(blocks, at_most), has_clusters, clusters};
+  int blocks = 1;               // of this kernel that a multiprocessor holds
+
+  // For a kernel that has registers for so many blocks, of so many bytes of shared memory each.
+  Machine with(int at_most, size_t bytes = kernels::SHARED_BYTES_OF_TWO) const {
+    const int fit = size_t(shared) >= 2 * (bytes + 1024) ? 2 : 1;
+    return {multiprocessors, shared, has_clusters, clusters, std::min(fit, at_most)};
   }
   // whether so many splits are to be one cluster
   bool cluster(int64_t splits) const {
@@ -64,9 +63,9 @@ constexpr double MEMORY = 25e3;       // bytes that a multiprocessor's share of 
 constexpr double SUMMING = 110e3;     // bytes of partial sums that one block reads from L2
 constexpr double L2 = 52e3;           // bytes that it gets from L2, when all do
 constexpr double EXTRA = 0.5;         // what a byte of a factor or of a partial sum costs, which L2 keeps
+constexpr double FACTOR = 0.1;        // the same where there are factors alone, and nothing is written
 constexpr double ARRIVING = 0.5;      // from the last store of a partial sum to the first load of it
 constexpr double PASSING = 25e3;      // bytes of partial sums that one block reads from other shared memory
-constexpr double TWO = 1.4;           // how much faster two blocks of a multiprocessor compute than one
 constexpr double ALL_SUMMING = 40e3;  // bytes of partial sums that a multiprocessor reads when all of them do
 // Bytes of the large matrix that one block gets through in one, alone on its multiprocessor: what it computes
 // it has to wait for.
@@ -83,6 +82,11 @@ constexpr double most_of_one_product(int R) {
   return R == 16 ? 0.6 : 0.15;
 }
 
+// How much faster two blocks of a multiprocessor compute than one: at rank 16 it waits most of the time.
+constexpr double two_of_one_product(int R) {
+  return R == 16 ? 1.9 : 1.4;
+}
+
 struct Cost {
   double large,
       extra;            // bytes: of the large matrix; of factors, and of partial sums written and read
@@ -92,6 +96,7 @@ struct Cost {
   double passed = 0;    // bytes that each block adds from its cluster
   double together = 0;  // bytes that all blocks add at the same time, all of them together
   double each = EXTRA;  // see above
+  double two = 1.4;     // see above
   int64_t blocks = 0;
   double uneven = 1;  // the largest block over the mean one
 };
@@ -108,7 +113,7 @@ inline double microseconds(const Machine& machine, const Cost& c) {
                kept = (c.large + c.extra) * share / L2;
   // what the busiest multiprocessor gets: one after another, or two at a time where it holds two
   const int64_t mine = ceil_div(c.blocks, machine.multiprocessors);
-  const double turns = machine.blocks == 2 ? double(mine / 2) * 2 / TWO + double(mine % 2) : double(mine);
+  const double turns = machine.blocks == 2 ? double(mine / 2) * 2 / c.two + double(mine % 2) : double(mine);
   const double own = c.large * c.uneven / blocks * turns / c.alone;
   return overlapped(memory, kept, own) + (c.summed > 0 ? ARRIVING + c.summed / SUMMING : 0.0) +
          (c.passed > 0 ? ARRIVING / 2 + c.passed / PASSING : 0.0) +
@@ -141,7 +146,7 @@ inline double unevenness(int64_t tiles, int64_t blocks) {
 // it is a last resort) hears of each plan.
 template <class CostOf, class F>
 void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int subs, CostOf cost, F f) {
-  const int64_t few = machine.has_clusters ? machine.wanted() : int64_t(machine.multiprocessors) * 8 / 10;
+  const int64_t few = int64_t(machine.multiprocessors) * 8 / 10;
   const auto attempt = [&](int64_t owners, int64_t splits) {
     splits = std::clamp<int64_t>(splits, 1, split);
     const int64_t even = ceil_div(split, ceil_div(split, splits));  // no longer for having fewer of them
@@ -163,7 +168,7 @@ void each_plan(const Machine& machine, int R, int64_t owned, int64_t split, int 
       if (sub > 1 && owners == ceil_div(owned, sub - 1)) continue;
       const int64_t fewest = ceil_div(machine.wanted(), owners);
       if (again) {
-        const int64_t one_turn = machine.has_clusters ? 0 : machine.slots() / owners;
+        const int64_t one_turn = machine.slots() / owners;
         if (one_turn >= 1 && one_turn < fewest) attempt(owners, one_turn);
         continue;
       }
@@ -195,7 +200,7 @@ inline Plan shrink(int64_t M, int64_t K, int64_t r, int element, const Machine& 
                  double(blocks) * double(K) * double(r) * element + 2 * partial,  // written and read
                  most_of_one_product(R), partial / double(blocks),
                  (rows == kernels::SHRINK_LOW ? alone(R, 38e3, 20e3) : alone(R, 33e3, 22e3)) * filled};
-          c.each = extra_of_one_product(R);
+          c.each = extra_of_one_product(R), c.two = two_of_one_product(R);
           return c;
         },
         [&](int64_t blocks, int64_t splits, double cost, double extra, bool last) {
@@ -212,11 +217,14 @@ inline Plan expand_add(int64_t M, int64_t N, int64_t r, int element, const Machi
   const int64_t n_tiles = ceil_div(N, cols), strips = ceil_div(M, 16 * warps);
   Plan best;
   each_plan(
-      machine.with(kernels::blocks_together(R)), R, n_tiles, strips, kernels::expand_subs(size_t(element), R),
+      machine.with(2, kernels::shared_budget(kernels::blocks_together(R))), R, n_tiles, strips,
+      kernels::expand_subs(size_t(element), R),
       [&](int64_t n, int64_t m) {
-        return Cost{2.0 * double(M) * double(N) * element,
-                    double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)), 0.15, 0,
-                    alone(R, 71e3, 50e3)};
+        Cost c{2.0 * double(M) * double(N) * element,
+               double(element) * double(r) * (double(n) * double(M) + double(m) * double(N)), 0.15, 0,
+               alone(R, 56e3, 36e3)};
+        c.each = FACTOR;
+        return c;
       },
       [&](int64_t n, int64_t m, double cost, double extra, bool last) {
         best.better_of({16 * warps, cols, strips, n_tiles, m, n, extra, cost, false, last});
@@ -238,14 +246,15 @@ inline Plan factor_grad(int64_t M, int64_t K, int64_t r, int element, const Mach
           const bool cluster = clusters.cluster(m), together = clusters.together(n, m);
           const double one = m > 1 ? 4.0 * double(r) * double(K) : 0.0,
                        partial = cluster ? 0.0 : one * double(m);
-          return Cost{double(M) * double(K) * element,
-                      double(element) * double(r) * double(n) * double(M) + 2 * partial,
-                      most_of_one_product(R),
-                      together ? 0.0 : partial / double(n),
-                      alone(R, 40e3, cols == 128 ? 20e3 : 17e3),
-                      cluster ? one / double(n) : 0.0,
-                      together ? partial : 0.0,
-                      extra_of_one_product(R)};
+          Cost c{double(M) * double(K) * element,
+                 double(element) * double(r) * double(n) * double(M) + 2 * partial,
+                 most_of_one_product(R),
+                 together ? 0.0 : partial / double(n),
+                 alone(R, 40e3, cols == 128 ? 20e3 : 17e3),
+                 cluster ? one / double(n) : 0.0,
+                 together ? partial : 0.0};
+          c.each = extra_of_one_product(R), c.two = two_of_one_product(R);
+          return c;
         },
         [&](int64_t n, int64_t m, double cost, double extra, bool last) {
           best.better_of({rows, cols, m_tiles, k_tiles, m, n, extra, cost, clusters.cluster(m), last,
@@ -301,7 +310,7 @@ inline FoldGrad fold_grad(int64_t N, int64_t L, int64_t r_in, int64_t r_out, boo
   plan.dB_blocks = dB ? ceil_div(N, kernels::FOLD_ROWS) * out : 0;
   plan.core_tiles = L * ceil_div(r_in, kernels::FOLD_ROWS) * out;
   const int64_t steps = ceil_div(N, 32),
-                wanted = ceil_div(Machine{multiprocessors, 1, false, false}.wanted(), plan.core_tiles);
+                wanted = ceil_div(Machine{multiprocessors, 0, false, false}.wanted(), plan.core_tiles);
   plan.n_per_split = std::max<int64_t>(8, std::max<int64_t>(1, steps / wanted)) * 32;
   plan.splits = int(ceil_div(N, plan.n_per_split));
   return plan;

@@ -64,8 +64,8 @@ def test_the_vendor_s_peak_is_the_products():
 
 
 def test_counts_know_a_hopper_by_its_multiprocessors():
-    assert all((card.architecture == "90a") == (card.multiprocessors == counts.HOPPER) for card in CARDS.values())
-    assert all(card.gpu.early == (card.multiprocessors not in counts.NOT_EARLY) for card in CARDS.values())
+    for card in CARDS.values():
+        assert counts.DEVICES[card.multiprocessors] == (card.shared_bytes, card.gpu.early, card.architecture == "90a"), card
 
 
 def test_the_instance_is_found_without_its_parameters():

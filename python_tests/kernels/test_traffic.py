@@ -64,9 +64,9 @@ def test_what_the_model_of_the_machine_code_is_told(lib, kernel: str) -> None:
 def test_what_is_counted_without_clusters(lib, kernel: str) -> None:
     """All blocks of an A100's launch at the same time: each reads its share of every split, no byte twice; of shrink_grad late
     only the last tiles."""
-    sms = traffic.NOT_EARLY[0]
+    sms = 108
     row = traffic.count(lib, kernel, 2048, 1024, 16, sms)
-    lib.set_device(multiprocessors=sms, early=False)
+    lib.set_device(multiprocessors=sms, **traffic.DEVICES[sms]._asdict())
     plan = lib.plan(kernel, 2048, 1024, 16, 2, sms)
     assert plan["together"] and row.machine["together"] and plan["m_blocks"] * plan["n_blocks"] == row.blocks <= 2 * sms
     assert plan["extra_bytes"] == pytest.approx(row.factors + row.partials, rel=0.01)

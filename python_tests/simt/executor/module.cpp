@@ -356,7 +356,7 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
 // As the operators decide, of a matrix in aligned rows.
 plan::Plan plan_of(const std::string& kernel, int64_t M, int64_t N, int64_t r, int element,
                    int multiprocessors) {
-  const auto machine = plan::Machine::of(multiprocessors, settings.shared, settings.early);
+  const plan::Machine machine{multiprocessors, settings.shared, settings.early, settings.early};
   cuda::Call as = call(element == 2 ? DType::bfloat16 : DType::float32);
   as.multiprocessors = multiprocessors;
   if (kernel == "shrink") {
