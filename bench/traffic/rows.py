@@ -97,6 +97,12 @@ def indices(case: Mixture) -> dict[str, np.ndarray | None]:
     return {"index": None, "offs": offs, "tokens": order // case.top}
 
 
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    copy = aligned(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
 def least_bytes(operator: str, case: Mixture, used: int, index_bytes: int) -> int:
     """Every operand once: u, the used cores, h, and the indices; backward reads g as well and writes du and float32 dG."""
     u, h, core = ELEMENT * case.tokens * case.r, ELEMENT * case.rows * case.r, case.r * case.r
@@ -111,7 +117,7 @@ def count(lib: ModuleType, operator: str, case: Mixture, multiprocessors: int) -
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r}")
     rows, tokens, cores = (case.rows, case.r), (case.tokens, case.r), (case.cores, case.r, case.r)
     u, G, g = aligned(tokens, np.uint16), aligned(cores, np.uint16), aligned(rows, np.uint16)
-    which = indices(case)
+    which = {name: array if array is None else _aligned_copy(array) for name, array in indices(case).items()}
     lib.set_options(count_memory=True)
     lib.reset_counters()
     if operator == "row_core":

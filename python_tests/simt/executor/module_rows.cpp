@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -22,6 +23,21 @@ namespace {
 
 using Indices = std::optional<py::array_t<int64_t>>;
 using Ends = std::optional<py::array_t<int32_t>>;
+
+// As torch's allocator gives memory on a GPU: where an array begins decides how many sectors it takes.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(256))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(256)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+template <class T>
+using Array = std::vector<T, Aligned<T>>;
 
 DType type_of(const py::array& a) {
   if (a.itemsize() == 4) return DType::float32;
@@ -86,8 +102,8 @@ void row_core(py::array u, py::array cores, Indices index, Ends offs, Indices to
 
 // Rows sorted by a key, and where those of each key end.
 struct Sorted {
-  std::vector<int64_t> order, keys;
-  std::vector<int32_t> ends;
+  Array<int64_t> order, keys;
+  Array<int32_t> ends;
 
   Sorted(const Problem& problem, const py::array_t<int64_t>& key, int64_t bound)
       : order(size_t(key.size())), keys(order.size()), ends(size_t(bound + 1)) {
@@ -112,7 +128,7 @@ void row_core_backward(py::array g, py::array u, py::array cores, Indices index,
     product(problem, by_core, output("du", du), type_of(du), "g", g, cores, true, scaling, 0.f);
   } else {
     const Sorted by_token(problem, *tokens, u.shape(0));
-    std::vector<float> k(size_t(rows * r_in) + 1, std::numeric_limits<float>::quiet_NaN());
+    Array<float> k(size_t(rows * r_in) + 1, std::numeric_limits<float>::quiet_NaN());
     product(problem, by_core, {k.data(), r_in, 1, Access::element}, DType::float32, "g", g, cores, true,
             scaling, 0.f);
     SumRowsParams q{};
@@ -130,10 +146,9 @@ void row_core_backward(py::array g, py::array u, py::array cores, Indices index,
   q.tokens = u.shape(0), q.cores = cores.shape(0), q.r_in = int32_t(r_in);
   q.r_out = int32_t(cores.shape(2)), q.scale = float(scaling);
   const size_t bytes = cuda::row_core_grad_workspace(problem.call, q, rows);
-  std::vector<uint32_t> workspace(bytes / 4 + 65, 0xFFFFFFFFu);
-  auto* base = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
-  if (options().count_memory && bytes) register_array("workspace", base, bytes);
-  cuda::row_core_grad(problem.call, q, rows, base);
+  Array<uint32_t> workspace(bytes / 4 + 1, 0xFFFFFFFFu);
+  if (options().count_memory && bytes) register_array("workspace", workspace.data(), bytes);
+  cuda::row_core_grad(problem.call, q, rows, workspace.data());
 }
 
 }  // namespace
