@@ -336,11 +336,12 @@ def projection_line(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> s
     if times is None:
         return ""
     over = excess(PROJECTED_SHAPE, rows, gpu, times)
-    shares = ", ".join(f"{NAMES.get(name, name)} {over[name]['step']:.1%}" for name in ("lora-eager", BEST_LORA, BETA, FUSED))
+    shares = "; ".join(f"{NAMES.get(name, name)} {over[name]['step']:.1%}" for name in ("lora-eager", BEST_LORA, BETA, FUSED))
     return (
         f"- Projected, not measured, for an {gpu.name} (`python -m bench.traffic`): time over the frozen layer, forward and "
         f"backward, {m} x {k} x {n}, r = {r}, bf16: {shares}. `beta` is what runs unasked; `fused` runs where `tune` finds it "
-        "faster. [Other sizes and cards, and how](docs/benchmarks.md#counted-traffic-without-a-gpu)."
+        "faster, and its figure takes its main loop to be as fast as the library's product. [Other sizes and cards, and "
+        "how](docs/benchmarks.md#counted-traffic-without-a-gpu)."
     )
 
 
