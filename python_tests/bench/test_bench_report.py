@@ -262,9 +262,19 @@ def test_missing_markers_are_refused_and_a_table_without_results_says_so(tmp_pat
 
 def test_the_projection_of_kept_counts_is_labelled():
     rows = report_tables.traffic_rows(report.RESULTS)
-    text = report_tables.traffic_table(rows, report_tables.static_found(report.RESULTS), {})
+    found = report_tables.static_found(report.RESULTS)
+    text = report_tables.traffic_table(rows, found, {})
     assert "a projection, not measured" in text and text.count("projected |") == 5
     assert "**lotr_ext beta**" in text and "LoRA eager" in text
+
+    line = report_tables.projection_line(rows, found)  # README's, of the same numbers
+    assert line.startswith("- Projected, not measured, for an H100 SXM (`python -m bench.traffic`)")
+    table = [row.replace("*", "").split(" | ") for row in text.split("least possible")[0].splitlines()]
+    column = next(row for row in table if "H100 SXM, projected" in row).index("H100 SXM, projected")
+    shares = {row[0].removeprefix("| "): row[column] for row in table if len(row) > column}
+    said = dict(part.rsplit(" ", 1) for part in line.split("bf16: ")[1].split(". `beta`")[0].split("; "))
+    assert len(said) == 4 and said == {name: shares[name] for name in said}
+    assert report_tables.projection_line(rows, {}) == ""
 
 
 def test_targets(tmp_path, capsys):
