@@ -63,7 +63,7 @@ def test_the_vendor_s_peak_is_the_products():
     assert CARDS["h100"].latencies().wgmma == pytest.approx(4, rel=0.01)
 
 
-def test_counts_know_a_hopper_by_its_multiprocessors():
+def test_counts_know_each_card_by_its_multiprocessors():
     for card in CARDS.values():
         assert counts.DEVICES[card.multiprocessors] == (card.shared_bytes, card.gpu.early, card.architecture == "90a"), card
 

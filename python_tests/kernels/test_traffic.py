@@ -92,8 +92,8 @@ def test_at_rank_16_a_block_owns_its_output(lib, kernel: str, m: int, n: int) ->
 
 @pytest.mark.parametrize("r", [16, 12])
 def test_plans_of_rank_16_split_only_what_does_not_fill_the_gpu(lib, r: int) -> None:
-    for sms, early in ((132, True), (108, False)):
-        lib.set_device(multiprocessors=sms, early=early)
+    for sms in (132, 108):  # mma.sync's plans, also of a card that has wgmma
+        lib.set_device(multiprocessors=sms, **traffic.DEVICES[sms]._replace(wgmma=False)._asdict())
         for m, n in ((8192, 4096), (8192, 14336)):
             shrink, grad = (lib.plan(kernel, m, n, r, 2, sms) for kernel in ("shrink", "factor_grad"))
             assert shrink["n_blocks"] == 1 and grad["m_blocks"] == 1, (sms, m, n)
