@@ -37,7 +37,7 @@ help:
 	@echo "make docs       the documentation, to read in a browser      make lint, format, clean, distclean"
 	@echo "make setup      .venv, the build, model and data             make causal-lm   the same for a small language model"
 
-setup: $(STAMPS)/build $(STAMPS)/data $(STAMPS)/quantized
+setup: $(STAMPS)/build $(STAMPS)/data $(STAMPS)/quantized $(STAMPS)/frameworks
 
 $(STAMPS)/venv: .ci/make_venv
 	@sh .ci/make_venv $(VENV) $(PYTHON)
@@ -53,6 +53,13 @@ $(STAMPS)/deps: $(STAMPS)/venv requirements-dev.txt
 $(STAMPS)/quantized: $(STAMPS)/deps
 	@$(PIP) install --quiet $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/quantized "torchao>=0.18" "bitsandbytes>=0.45" \
 	  || { rm -rf $(VENV)/quantized; echo "setup: pip could not install torchao and bitsandbytes: their tests will be skipped" >&2; }
+	@touch $@
+
+# For python_tests/frameworks alone (DeepSpeed, sentence-transformers, TRL and what they need: half a minute, 500 MB).
+$(STAMPS)/frameworks: $(STAMPS)/deps .ci/make_frameworks
+	@echo "setup: installing DeepSpeed, sentence-transformers and TRL into $(VENV)/frameworks"
+	@sh .ci/make_frameworks $(PY) $(VENV)/frameworks $(PIP_ARGS) \
+	  || { rm -rf $(VENV)/frameworks; echo "setup: pip could not install the frameworks: their tests will be skipped" >&2; }
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/deps $(NATIVE)

@@ -1,4 +1,4 @@
-"""Runs checks of `gloo_checks`, or "module:check", in two processes joined by gloo: one start for all, which costs seconds."""
+"""Runs checks of `gloo_checks`, or "module:check", in processes joined by gloo: one start for all, which costs seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import importlib
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -16,15 +17,27 @@ WORLD = 2
 COLLECTIVE_S = 90  # a collective that a failed partner never joins ends after so long
 
 
-def _worker(rank: int, folder: str, names: Sequence[str]) -> None:
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def _worker(rank: int, folder: str, names: Sequence[str], world: int, port: int, packages: str | None) -> None:
     """One process: each check's result, or its traceback, into a file of its own."""
+    if packages is not None:
+        sys.path.append(packages)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    wait = datetime.timedelta(seconds=COLLECTIVE_S)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=wait)
+    if world > 1:
+        # as torchrun sets them: accelerate and DeepSpeed read these, although the group is there
+        started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in started.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+        wait = datetime.timedelta(seconds=COLLECTIVE_S)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=wait)
     for name in names:
         try:
             started = time.perf_counter()
@@ -40,11 +53,17 @@ def _worker(rank: int, folder: str, names: Sequence[str]) -> None:
     os._exit(0)  # gloo's threads abort now and then when the interpreter takes them down
 
 
-def run_pair(names: Sequence[str], folder: Path, timeout: float = 400) -> dict[str, list[dict]]:
-    """{check: [of rank 0, of rank 1]}, each {"value": what it returned}, {"error": traceback}, or {} if it never ran."""
+def run_pair(
+    names: Sequence[str], folder: Path, timeout: float = 400, *, world: int = WORLD, packages: Path | None = None
+) -> dict[str, list[dict]]:
+    """{check: [of rank 0, of rank 1]}, each {"value": what it returned}, {"error": traceback}, or {} if it never ran.
+
+    world: how many processes; one has no process group. packages: a folder of further packages, imported after all others.
+    """
     import torch.multiprocessing as mp
 
-    context = mp.start_processes(_worker, (str(folder), list(names)), nprocs=WORLD, join=False, start_method="spawn")
+    arguments = (str(folder), list(names), world, _free_port(), None if packages is None else str(packages))
+    context = mp.start_processes(_worker, arguments, nprocs=world, join=False, start_method="spawn")
     deadline = time.monotonic() + timeout
     try:
         while not context.join(timeout=5):
@@ -56,6 +75,6 @@ def run_pair(names: Sequence[str], folder: Path, timeout: float = 400) -> dict[s
                 process.kill()
     found: dict[str, list[dict]] = {}
     for name in names:
-        files = [folder / f"{name}.{rank}.json" for rank in range(WORLD)]
+        files = [folder / f"{name}.{rank}.json" for rank in range(world)]
         found[name] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     return found
