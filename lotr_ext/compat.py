@@ -108,6 +108,11 @@ def wants(ctx, i: int) -> bool:
         return True
 
 
+def post_accumulate_hooks(leaf: Tensor) -> bool:
+    """Whether a leaf has hooks that run once its gradient is summed up, as an optimizer's step inside backward does."""
+    return bool(leaf._post_accumulate_grad_hooks)
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .. import ops
+from ..compat import post_accumulate_hooks, running_function
 from ..ops import accumulate_dtype, planner
 from ..ops.composite import rows, to
 from .init import fill_factor_, leading, padded
 from .merging import write_
 from .placement import home
 from .sharded import holds_parts
+from .untouched import untouched
 
 __all__ = ["PASSES", "Key", "Loss", "Probed", "leading_directions", "write_factors"]
 
@@ -98,24 +100,67 @@ class Tap(Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         ctx.looks.add(ctx.x, g)
-        return torch.zeros(()), g, None, None
+        return torch.zeros((), device="cpu"), g, None, None
 
 
-@contextmanager
-def _tapped(layers: Mapping[str, Probed], looks: Mapping[str, Looks], anchor: Tensor) -> Iterator[None]:
-    """Inside, every call of a layer goes through a Tap."""
+class Taps:
+    """The hooks by which each call of a layer goes through a Tap.
 
-    def tap(name: str) -> Callable[..., Tensor]:
+    reentrant: whether a layer was called inside a Function's forward, as by reentrant checkpointing. The layer's graph is then
+    made in that Function's backward, by an inner backward that torch allows in `.backward()` alone.
+    """
+
+    def __init__(self, looks: Mapping[str, Looks]):
+        self.looks, self.reentrant = looks, False
+        self.anchor = torch.zeros((), device="cpu", requires_grad=True)
+
+    @contextmanager
+    def on(self, layers: Mapping[str, Probed]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                stack.callback(layer.module.register_forward_hook(self._hook(self.looks[name]), with_kwargs=True).remove)
+            yield
+
+    def _hook(self, looks: Looks) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                self.reentrant = self.reentrant or running_function() is not None
+                return y
             x = args[0] if args else next(iter(kwargs.values()))
-            return Tap.apply(anchor, y, x, looks[name]) if torch.is_grad_enabled() else y
+            return Tap.apply(self.anchor, y, x, looks)
 
         return hook
 
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.module.register_forward_hook(tap(name), with_kwargs=True).remove)
-        yield
+    def backward(self, value: Tensor, model: nn.Module) -> None:
+        """From the loss `value` to all taps. No parameter gets a gradient that stays."""
+        if not self.reentrant:
+            torch.autograd.grad(value, self.anchor, allow_unused=True)
+            return
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for name, p in trained:
+            if post_accumulate_hooks(p):
+                raise ValueError(
+                    f"model: expected no post_accumulate_grad hooks under reentrant checkpointing, got one at {name!r}, which "
+                    "may take an optimizer's step; remove it until the start is found, or checkpoint with use_reentrant=False"
+                )
+        with ExitStack() as stack:
+            for _, p in trained:
+                stack.callback(p.register_post_accumulate_grad_hook(_drop_gradient).remove)
+            value.backward()
+
+
+def _drop_gradient(p: Tensor) -> None:
+    p.grad = None
+
+
+def _freeze(model: nn.Module, layers: Mapping[str, Probed]) -> None:
+    """Freezes the parameters that only these layers have, so that no backward makes their gradients."""
+    own = {module for layer in layers.values() for module in layer.module.modules()}
+    read_elsewhere = {p for module in model.modules() if module not in own for p in module._parameters.values()}
+    for module in own:
+        for p in module._parameters.values():
+            if p is not None and p not in read_elsewhere:
+                p.requires_grad_(False)
 
 
 def _random(layers: Mapping[str, Probed]) -> dict[Key, Tensor]:
@@ -127,7 +172,7 @@ def _random(layers: Mapping[str, Probed]) -> dict[Key, Tensor]:
         wide = accumulate_dtype(next(weights, torch.float32))
         for key, width, rank in layer.sides:
             if key not in found:
-                drawn = torch.empty(width, min(rank + OVERSAMPLE, width), dtype=wide)
+                drawn = torch.empty(width, min(rank + OVERSAMPLE, width), dtype=wide, device="cpu")
                 found[key] = fill_factor_(drawn, "orthonormal", generator).to(home(layer.module))
     return found
 
@@ -143,31 +188,33 @@ def leading_directions(
         TypeError, ValueError: a model that is held in parts or wrapped; no batches; a loss that is no function, or returns no
             scalar, or one in which no layer has a part; a gradient that is not finite, or zero for all layers of a factor.
     """
-    kept = _checked(model, batches, loss)
+    _check(model, batches, loss)
     factors = _random(layers)
-    with _bar(PASSES * len(kept), progress) as step:
-        for _ in range(PASSES):
-            looks = {}
-            for name, layer in layers.items():
-                looks[name] = Looks(*(factors[key].to(home(layer.module)) for key, _, _ in layer.sides))
-            anchor = torch.zeros((), requires_grad=True)
-            with torch.enable_grad(), _tapped(layers, looks, anchor):
-                for batch in kept:
-                    value = loss(model, batch)
-                    _check_loss(value)
-                    torch.autograd.grad(value, anchor)
-                    step()
-            if dist.is_available() and dist.is_initialized():
-                for look in looks.values():
-                    dist.all_reduce(look.P)
-                    dist.all_reduce(look.T)
-            factors = _directions(layers, looks, factors)
+    with untouched(model):
+        kept = _as_list(batches)
+        _freeze(model, layers)
+        with _bar(PASSES * len(kept), progress) as step:
+            for _ in range(PASSES):
+                looks = {}
+                for name, layer in layers.items():
+                    looks[name] = Looks(*(factors[key].to(home(layer.module)) for key, _, _ in layer.sides))
+                taps = Taps(looks)
+                with torch.enable_grad(), taps.on(layers):
+                    for batch in kept:
+                        value = loss(model, batch)
+                        _check_loss(value, taps.reentrant)
+                        taps.backward(value, model)
+                        step()
+                if dist.is_available() and dist.is_initialized():
+                    for look in looks.values():
+                        dist.all_reduce(look.P)
+                        dist.all_reduce(look.T)
+                factors = _directions(layers, looks, factors)
     ranks = {key: rank for layer in layers.values() for key, _, rank in layer.sides}
     return {key: padded(factor[:, : ranks[key]].double(), ranks[key]) for key, factor in factors.items()}
 
 
-def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -> list[Any]:
-    """The batches as a list."""
+def _check(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -> None:
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod")
     if wrapped or holds_parts(model):
         state = "wrapped or compiled" if wrapped else "held in parts"
@@ -178,19 +225,23 @@ def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None)
         raise TypeError(f"batches: expected a few batches for a start from the gradient, got {type(batches).__name__}")
     if not callable(loss):
         raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {type(loss).__name__}")
+
+
+def _as_list(batches: Iterable[Any]) -> list[Any]:
     kept = list(batches)
     if not kept:
         raise ValueError("batches: expected at least one for a start from the gradient, got none")
     return kept
 
 
-def _check_loss(value: object) -> None:
+def _check_loss(value: object, reentrant: bool) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"loss: expected a function that returns a tensor, got one that returns {type(value).__name__}")
     if value.numel() != 1:
         raise ValueError(f"loss: expected one number a batch, got shape {tuple(value.shape)}")
     if not value.requires_grad:
-        raise ValueError("loss: expected one that depends on the adapted layers, got one in which none has a part")
+        hint = "; reentrant checkpointing needs an input that requires grad, or use_reentrant=False" if reentrant else ""
+        raise ValueError(f"loss: expected one that depends on the adapted layers, got one in which none has a part{hint}")
 
 
 def _directions(layers: Mapping[str, Probed], looks: Mapping[str, Looks], old: Mapping[Key, Tensor]) -> dict[Key, Tensor]:

@@ -21,8 +21,9 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, prog
     """Starts A and B of an adapted model from the gradients of its weights; its function stays, for its cores are zero.
 
     A and B get orthonormal columns that span the leading directions of the gradients of all layers that share them. Those are
-    never made: three passes over the batches, each with two skinny products a layer and side beside forward and backward. No
-    parameter is left with a gradient. `apply_lotr` does the same with init "gradient".
+    never made: three passes over the batches, each with two skinny products a layer and side beside forward and backward. All
+    else is afterwards as it was, also where a batch fails: buffers (BatchNorm's statistics), modes, requires_grad and .grad of
+    the parameters, and the generators of torch, Python and NumPy. `apply_lotr` does the same with init "gradient".
 
     Args:
         model: from `apply_lotr` or built by hand, in train or eval mode, whichever it is to be looked at in.

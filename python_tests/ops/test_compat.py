@@ -196,3 +196,12 @@ def test_tensors_without_values_are_told():
         made = torch.ones(2)
     assert isinstance(made, compat.FakeTensor) and isinstance(mode.from_tensor(torch.ones(2)), compat.FakeTensor)
     assert not isinstance(torch.ones(2), compat.FakeTensor) and not isinstance(torch.ones(2, device="meta"), compat.FakeTensor)
+
+
+def test_hooks_that_run_once_a_gradient_is_there_are_told():
+    leaf = torch.ones(2, requires_grad=True)
+    assert not compat.post_accumulate_hooks(leaf)
+    handle = leaf.register_post_accumulate_grad_hook(lambda p: None)
+    assert compat.post_accumulate_hooks(leaf)
+    handle.remove()
+    assert not compat.post_accumulate_hooks(leaf)
