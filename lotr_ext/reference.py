@@ -107,8 +107,8 @@ def dropout_mask(rows: int, cols: int, p: float, seed: int) -> Tensor:
     Element e = i cols + j is kept iff word e % 4 of Philox block e / 4 is at least floor(p 2^32).
     """
     if p == 0.0:
-        return torch.ones(rows, cols, dtype=torch.float64)
+        return torch.ones(rows, cols, dtype=torch.float64, device="cpu")
     count = rows * cols
-    blocks = philox_4x32_10(torch.arange((count + 3) // 4), seed)
+    blocks = philox_4x32_10(torch.arange((count + 3) // 4, device="cpu"), seed)
     kept = blocks.reshape(-1)[:count] >= math.floor(p * 2.0**32)
     return kept.reshape(rows, cols).double() / (1.0 - p)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..layers.init import padded
+
 __all__ = ["LowRankStack", "Tucker2"]
 
 _EXACT = 640  # up to this size a dense decomposition takes a fraction of a second
@@ -169,7 +171,8 @@ def _leading(side: Tensor, r: int, start: Tensor | None, powers: int) -> Tensor:
     if 8 * (r + _OVERSAMPLE) >= d:  # iterating on so wide a block would cost more
         return torch.linalg.eigh(stacked @ stacked.T)[1].flip(1)[:, :r].contiguous()
     generator = torch.Generator().manual_seed(0)
-    extra = torch.randn(d, r + _OVERSAMPLE - (0 if start is None else r), dtype=torch.float64, generator=generator)
+    width = r + _OVERSAMPLE - (0 if start is None else r)
+    extra = torch.randn(d, width, dtype=torch.float64, device="cpu", generator=generator)
     block = extra.to(stacked.device) if start is None else torch.cat([start, extra.to(stacked.device)], 1)
     for _ in range(powers):
         block = torch.linalg.qr(stacked @ (stacked.T @ block))[0]
@@ -183,9 +186,8 @@ def _lifted(basis: Tensor | None, vectors: Tensor, d: int, r: int) -> Tensor:
     full = vectors if basis is None else basis @ vectors
     have = full.shape[1]
     if have < min(r, d):
-        fresh = torch.randn(d, min(r, d) - have, dtype=full.dtype, generator=torch.Generator().manual_seed(0)).to(full.device)
+        generator = torch.Generator().manual_seed(0)
+        fresh = torch.randn(d, min(r, d) - have, dtype=full.dtype, device="cpu", generator=generator).to(full.device)
         fresh -= full @ (full.T @ fresh)
         full = torch.cat([full, torch.linalg.qr(fresh)[0]], 1)
-    if r > d:
-        full = torch.cat([full, torch.eye(d, dtype=full.dtype, device=full.device)[:, torch.arange(r - d) % d]], 1)
-    return full
+    return padded(full, r)

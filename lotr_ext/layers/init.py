@@ -112,7 +112,8 @@ def leading(side: Sequence[Tensor], r: int) -> Tensor:
         for t in side:
             gram.addmm_(t, t.T)
         return torch.linalg.eigh(gram)[1].flip(1)[:, :r].contiguous()
-    block = torch.randn(d, r + _OVERSAMPLE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(side[0].device)
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(d, r + _OVERSAMPLE, dtype=torch.float64, device="cpu", generator=generator).to(side[0].device)
     for _ in range(_POWERS):
         block = sum((t @ (t.T @ block) for t in side[1:]), side[0] @ (side[0].T @ block))
         block = torch.linalg.qr(block)[0]
@@ -123,8 +124,10 @@ def leading(side: Sequence[Tensor], r: int) -> Tensor:
 def padded(vectors: Tensor, r: int) -> Tensor:
     """[d, r] from [d, d]: the columns beyond d are unit vectors, so that they can learn (their core rows start at zero)."""
     d, have = vectors.shape
-    extra = [torch.eye(d, dtype=vectors.dtype, device=vectors.device)[:, torch.arange(r - have) % d]] if r > have else []
-    return torch.cat([vectors, *extra], 1)
+    if r <= have:
+        return vectors
+    unit = torch.eye(d, dtype=vectors.dtype, device=vectors.device)
+    return torch.cat([vectors, unit[:, torch.arange(r - have, device=vectors.device) % d]], 1)
 
 
 def tucker2(

@@ -41,7 +41,8 @@ def make_cores(
     if config.core == "custom":
         raise ValueError('core: expected a name or a callable, got "custom": what a callable made elsewhere; give that one')
     places = [place_of(name) for name in names]
-    cores = (FORMS[config.core] if isinstance(config.core, str) else config.core)(places, config.rank)
+    with torch.device("cpu"):  # whatever device is the default here: the values are drawn as on a CPU, then moved
+        cores = (FORMS[config.core] if isinstance(config.core, str) else config.core)(places, config.rank)
     if not isinstance(cores, Cores):
         raise TypeError(f"core: expected a callable that makes lotr_ext.cores.Cores, got one that makes {type(cores).__name__}")
     if config.core_init == "identity":

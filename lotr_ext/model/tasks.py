@@ -58,7 +58,7 @@ class TaskBank(nn.Module):
             raise ValueError(f"tasks: expected at least 1, got {tasks}")
         cores = (layer.core.detach().new_zeros(tasks, *layer.core.shape) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
-        self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool))
+        self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
         self._layers = tuple(layers)
         self._scaling = next(iter(layers.values())).scaling
         self._owners: dict[str, Owner] = dict(model.lotr_factors.items())  # which the model registers
