@@ -22,14 +22,16 @@ DOCS_ARGS ?=
 # What the extension module is made of: a change in any of these rebuilds it (ninja compiles only what changed).
 NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \
           CMakeLists.txt setup.py pyproject.toml
-CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard python_tests/simt/executor/*.h python_tests/simt/executor/*.cpp)
+MORE_CXX := python_tests/simt/executor docs/teaching
+CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))
 
-.PHONY: help setup demo frontier many-tasks causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean
+.PHONY: help setup check demo frontier many-tasks causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
 	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: two minutes)"
 	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
+	@echo "make check      what one runs while working: operators, autograd, layers, a few kernels (minutes)"
 	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
@@ -83,6 +85,14 @@ many-tasks: setup
 causal-lm: setup
 	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/causal_lm.py $(ARGS)
 
+# What one runs while working: no model, no data, no site, and of the kernels a few cases under the executor.
+CHECKED := python_tests/ops python_tests/autograd python_tests/layers \
+  $(foreach kernel,shrink expand_add factor_grad shrink_grad,"python_tests/kernels/test_kernels.py::test_kernel[$(kernel)-bf16]")
+check: $(STAMPS)/build
+	@$(CODE) || $(LINT_FAILED)
+	@$(PY) -m pytest -q $(TWO) $(CHECKED) $(ARGS)
+	@echo "check: left out: the site, models, files, PEFT, processes, benchmarks, examples, other kernels and types; make test has them"
+
 test: setup lint
 	@$(PY) -m pytest $(TWO) $(ARGS)
 
@@ -106,12 +116,14 @@ bench: setup
 docs: $(STAMPS)/build
 	@$(SITE) && echo "docs: open build-docs/index.html; its search needs a server: python3 -m http.server -d build-docs"
 
+CODE = $(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
+  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py && $(ROOMS)
+LINT_FAILED = { echo "lint: see above; make format mends the layout" >&2; exit 1; }
+
 # The site too: a page outside of its navigation, a broken link or a docstring that cannot be read is an error. It shows what the
 # programs print for --help, so it needs the built package.
 lint: $(STAMPS)/build
-	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . \
-	  && $(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES) </dev/null && $(PY) .ci/check_includes.py && $(ROOMS) && $(SITE) \
-	  && echo "lint: clean" || { echo "lint: see above; make format mends the layout" >&2; exit 1; }
+	@$(CODE) && $(SITE) && echo "lint: clean" || $(LINT_FAILED)
 
 format: $(STAMPS)/deps
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet . && $(CLANG_FORMAT) -i $(CXX_FILES) </dev/null

@@ -42,7 +42,7 @@ TABLES = tables.TABLES | {
     "host": host_table.host_table,
     "experts": experts_table.experts_table,
 }
-README = Page(ROOT / "README.md", ("frontier-picture", "summary", "projection"), "")
+README = Page(ROOT / "README.md", ("summary", "accuracy"), "")
 CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "many-tasks", "traffic", "static"), "../")
 PAGES = (README, CHOOSING, BENCHMARKS)
@@ -50,9 +50,8 @@ PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
     "demo": "make demo",
     "frontier": "make frontier",
     "many-tasks": "make many-tasks",
-    "frontier-picture": "make frontier",
+    "accuracy": "make frontier",
     "summary": "make bench",
-    "projection": "python -m bench.traffic",
 }
 
 
@@ -149,9 +148,7 @@ def _summary_section(results: Path, up: str) -> list[str]:
     found = newest_summary(results)
     if found is None:
         return []
-    demos = [demo for folder in _machines(results) for demo in _demos(folder)]
-    several = max(demos, key=lambda demo: len(demo["rows"]), default=None)  # a run of several methods
-    return [tables.summary_table(found[0], several, _pictures(found[1], up))]
+    return [tables.summary_table(found[0], _pictures(found[1], up))]
 
 
 def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
@@ -167,11 +164,10 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
         cells = frontier.kept(folder)
         if cells:
             found["frontier"].append(frontier.page_table(cells, _pictures(folder, up)))
-            found["frontier-picture"].append(frontier.short_text(cells, _pictures(folder, up)))
+            found["accuracy"].append(frontier.short_text(cells))
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if rows:
         found["traffic"].append(tables.traffic_table(rows, estimates, _pictures(folder, up)))
-        found["projection"] = list(filter(None, [tables.projection_line(rows, estimates)]))
     if counts := rows_table.row_counts(results):
         found["traffic"].append(rows_table.rows_table(counts))
     if estimates:

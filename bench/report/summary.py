@@ -10,7 +10,7 @@ from ..measure.shapes import Shape
 from ..measure.store import by_case
 
 METHODS = ("lora-peft", "vera-peft", "lotr-eager", "lotr_ext")  # of the picture
-LORA, OURS = "lora-peft", "lotr_ext"
+COLUMNS = LORA, EAGER, OURS = "lora-peft", "lotr-eager", "lotr_ext"  # of the table
 LAYERS: tuple[Shape, ...] = ((2048, 768, 768, 16), (16, 768, 768, 16))
 PICTURED = "bf16"  # where the picture takes the model's numbers from, if it was measured
 Cells = dict[str, dict]  # of one case, by rival
@@ -18,10 +18,10 @@ Bars = dict[str, tuple[float, str]]  # a value and its text, by rival
 
 
 class Summary(NamedTuple):
-    """rows: of the table, (what, LoRA's, ours); panels: of the picture, by title; case: of the model; cells: ours, of the
-    model and of each layer."""
+    """rows: of the table, a quantity and its value for each of COLUMNS ("-" where it was not measured); panels: of the picture,
+    by title; case: of the model; model, layers: our cells."""
 
-    rows: list[tuple[str, str, str]]
+    rows: list[tuple[str, ...]]
     panels: dict[str, Bars]
     case: dict
     model: dict
@@ -71,8 +71,8 @@ def summary(layer: list[dict], model: list[dict]) -> Summary | None:
         return None
     first = next(iter(dtypes.values()))
 
-    def row(what: str, own: Cells, number: Callable[[dict], tuple[float, str]]) -> tuple[str, str, str]:
-        return what, number(own[LORA])[1], number(own[OURS])[1]
+    def row(what: str, own: Cells, number: Callable[[dict], tuple[float, str]]) -> tuple[str, ...]:
+        return what, *(number(own[rival])[1] if rival in own else "-" for rival in COLUMNS)
 
     rows = [row("adapter: trained numbers", first, parameters), row("adapter: bytes", first, size)]
     rows += [row(f"training step: peak memory, {dtype}", own, peak) for dtype, own in dtypes.items()]

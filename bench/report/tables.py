@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import layer, model, shared, targets
 from ..kernels import FLOOR, TUNED
 from ..measure.forms import FORMS
-from ..measure.names import EXTRA_FLOPS, NAMES, bold, name_of, renamed
+from ..measure.names import EXTRA_FLOPS, NAMES, bold, name_of
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
@@ -28,7 +28,7 @@ from ..traffic import block as block_traffic
 from ..traffic.counts import LAYER_SHAPES, Key, Row, kept, needed
 from ..traffic.layer import BETA, FUSED, LEAST, all_steps, total_bytes
 from ..traffic.projection import GPUS, Times, assumptions, excess
-from .summary import LORA, OURS, Summary
+from .summary import EAGER, LORA, OURS, Summary
 
 # The table shows these shapes of those that were measured; all are in the result files and pictures.
 SHOWN_SHAPES = [(1, 768, 768, 16), (16, 768, 768, 16), *TARGETS, *((m, 4096, 4096, 16) for m in TOKENS)]
@@ -329,22 +329,6 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
     return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *wanted])
 
 
-def projection_line(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> str:
-    """README's: LoRA and ours on one layer of one GPU; empty where a count or an estimate of it is missing."""
-    (m, k, n, r), gpu = PROJECTED_SHAPE, GPUS["h100"]
-    times = layer_projections(PROJECTED_SHAPE, rows, found).get("h100")
-    if times is None:
-        return ""
-    over = excess(PROJECTED_SHAPE, rows, gpu, times)
-    shares = "; ".join(f"{NAMES.get(name, name)} {over[name]['step']:.1%}" for name in ("lora-eager", BEST_LORA, BETA, FUSED))
-    return (
-        f"- Projected, not measured, for an {gpu.name} (`python -m bench.traffic`): time over the frozen layer, forward and "
-        f"backward, {m} x {k} x {n}, r = {r}, bf16: {shares}. `beta` is what runs unasked; `fused` runs where `tune` finds it "
-        "faster, and its figure takes its main loop to be as fast as the library's product. [Other sizes and cards, and "
-        "how](docs/benchmarks.md#counted-traffic-without-a-gpu)."
-    )
-
-
 def other_layers(rows: dict[Key, Row], layers: dict[Shape, dict[str, Times]]) -> list[str]:
     """The best forms of LoRA and of ours for every layer that is counted, a column a GPU. layers: each one's projections."""
     lines, columns = [], [gpu for gpu in GPUS if any(gpu in times for times in layers.values())]
@@ -379,21 +363,13 @@ def projected_block(block: block_traffic.Block, rows: dict[Key, Row], found: dic
     return ["", says, "", *markdown(["", *(GPUS[gpu].name for gpu in times)], lines)]
 
 
-def summary_table(found: Summary, demo: dict | None, pictures: Pictures) -> str:
-    """README's: a row a quantity, LoRA beside ours, and what the demo says of accuracy."""
+def summary_table(found: Summary, pictures: Pictures) -> str:
+    """README's table: a row per quantity, LoRA and LoTR in plain torch beside this package."""
     c = found.case
     lines = [
         f"{c['model']}, {c['targets'].replace(',', ' and ')} of every block, rank {c['r']}, {c['batch']} x {c['sequence']} "
         f"tokens a step; {found.where} ({model_command([found.model])}, {layer_command(found.layers)}):",
         "",
-        *markdown(["", bold(NAMES[LORA]), bold(NAMES[OURS])], [list(row) for row in found.rows]),
+        *markdown(["", NAMES[LORA], NAMES[EAGER], bold(NAMES[OURS])], [list(row) for row in found.rows]),
     ]
-    lines += ["", accuracy(demo)] if demo else []
     return "\n".join([*lines, *_images(pictures, {"summary": "size, memory and time of LoRA, VeRA and LoTR"})])
-
-
-def accuracy(demo: dict) -> str:
-    """A sentence: what each method of a demo run reached."""
-    reached = ", ".join(f"{renamed(row['method'])} {row['accuracy']:.2%}" for row in demo["rows"])
-    rank, runs = demo["rows"][-1]["rank"], demo["rows"][0]["runs"]
-    return f"Held-out accuracy in the demo, rank {rank}, {runs} seed{'s' * (runs > 1)}: {reached} (`make demo`)."

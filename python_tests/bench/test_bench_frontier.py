@@ -83,11 +83,11 @@ def test_table_words_and_picture_come_from_the_file(tmp_path):
     text = report.rebuild(report.CHOOSING, marked, tmp_path)
     assert "| LoTR | 4 | 400 | 82.00% (81.0% to 83.0%) | 2 | 0.015 of 3 |" in text and "a machine" in text
     assert "Not finished: 3 points" in text and "(../bench/results/a-machine/frontier.png)" in text
-    readme = report.sections(tmp_path)["frontier-picture"][0]
-    assert "LoTR begins at 400 trained numbers with 82.0%, LoRA at 200 with 82.0%; the head alone has 70.0%." in readme
+    (readme,) = report.sections(tmp_path)["accuracy"]
     assert (
-        "LoRA of rank 2, where it is furthest ahead: 200 numbers, 82.0%; the best LoTR no larger: none is as small." in readme
+        "The smallest LoTR trains 400 numbers: 82.00% (81.0% to 83.0%). The smallest LoRA trains 200 numbers: 82.00%." in readme
     )
+    assert "trains 200 numbers: 82.00%. The best LoTR that is no larger: none is as small." in readme
     assert draw_frontier([], folder) == [] and not (folder / "frontier.png").exists()
 
 
@@ -96,10 +96,10 @@ def test_words_name_the_lora_that_is_furthest_ahead_and_the_largest():
     reached = [("head", 0, 0.7), ("lotr", 1, 0.80), ("lotr-width", 2, 0.81), ("lotr", 9, 0.90), ("lora-xs", 1, 0.95)]
     loras = [("lora", 2, 0.82), ("lora", 4, 0.85), ("lora", 8, 0.83)]
     words = table.verdict(table.points([cell(way, rank, 1e-3, 0, accuracy) for way, rank, accuracy in reached + loras]))
-    beside = "the best LoTR no larger: 81.0% (LoTR, all linear layers, by width, rank 2, 200)."
+    beside = "The best LoTR that is no larger: LoTR, all linear layers, by width, rank 2, 200 numbers: 81.00%."
     assert words[1:] == [
-        f"LoRA of rank 8, the largest: 800 numbers, 83.0%; {beside}",
-        f"LoRA of rank 4, where it is furthest ahead: 400 numbers, 85.0%; {beside}",
+        f"LoRA of rank 8, the largest, trains 800 numbers: 83.00%. {beside}",
+        f"LoRA of rank 4, where it is furthest ahead, trains 400 numbers: 85.00%. {beside}",
     ]
     assert table.verdict(table.points([cell(way, rank, 1e-3, 0, accuracy) for way, rank, accuracy in reached])) == []
 

@@ -1,0 +1,30 @@
+"""Builds the five kernels of docs/teaching/shrink.md, runs them under the SIMT executor and prints their table."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "python_tests"))
+
+from simt import build  # noqa: E402
+
+
+def table(mode: str = "plain") -> str:
+    """What the program prints. mode: of the executor, "plain", "race" or "asan". CalledProcessError where a step is wrong."""
+    program = build.program(mode, HERE / "shrink_steps.cpp")
+    return subprocess.run([program], check=True, stdout=subprocess.PIPE, text=True, env=build.environment(mode)).stdout
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python docs/teaching/run_steps.py", description=__doc__)
+    parser.add_argument("--mode", default="plain", choices=("plain", "race", "asan"), help="of the executor")
+    print(table(parser.parse_args(argv).mode), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+// Runs the five steps under the SIMT executor, checks each against float64 under three schedules of threads,
+// and prints what each one moves and issues.
+#include "shrink_steps.cuh"
+
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "executor/api.h"
+
+namespace {
+
+using lotr::simt::Options;
+using lotr::simt::Order;
+
+struct Step {
+  const char* name;
+  void (*kernel)(steps::Params);
+  int tokens, threads;  // of a block
+  size_t shared;
+};
+const Step STEPS[] = {
+    {"1 naive", steps::naive, 16, 256, 0},
+    {"2 wide loads", steps::wide, 8, 256, 0},
+    {"3 shared tile", steps::tiled, steps::ROWS, 256, sizeof(steps::PlainSmem)},
+    {"4 tensor cores", steps::tensor_cores, steps::ROWS, steps::THREADS, sizeof(steps::Stage)},
+    {"5 ring of copies", steps::ring, steps::ROWS, steps::THREADS, sizeof(steps::RingSmem)},
+};
+
+// An array that begins where one of cudaMalloc would: at a multiple of 256 bytes.
+template <class T>
+struct Array {
+  struct alignas(256) Line {
+    T v[256 / sizeof(T)];
+  };
+  std::vector<Line> lines;
+  size_t size;
+  explicit Array(size_t size) : lines((size * sizeof(T) + 255) / 256), size(size) {}
+  T* data() { return lines[0].v; }
+  T* begin() { return data(); }
+  T* end() { return data() + size; }
+};
+
+struct Problem {
+  int M, K;
+  Array<__nv_bfloat16> x, A;
+  Array<float> u;
+  Problem(int M, int K) : M(M), K(K), x(size_t(M) * K), A(size_t(K) * steps::R), u(size_t(M) * steps::R) {
+    unsigned state = 1;
+    for (auto* values : {&x, &A})
+      for (auto& v : *values) {
+        state = state * 1664525u + 1013904223u;
+        v = __float2bfloat16(float(int(state >> 24) - 128) / 64.f);
+      }
+  }
+  void run(const Step& step) {
+    for (float& v : u) v = NAN;
+    const dim3 grid((M + step.tokens - 1) / step.tokens);
+    lotr::ptx::launch({grid, dim3(step.threads), step.shared, nullptr, dim3(1, 1, 1), step.name}, step.kernel,
+                      steps::Params{x.data(), A.data(), u.data(), M, K});
+  }
+  bool right() {
+    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < steps::R; ++j) {
+        double sum = 0, size = 0;
+        for (int k = 0; k < K; ++k) {
+          const double term = double(__bfloat162float(x.data()[size_t(m) * K + k])) *
+                              __bfloat162float(A.data()[size_t(k) * steps::R + j]);
+          sum += term, size += std::fabs(term);
+        }
+        if (!(std::fabs(sum - u.data()[size_t(m) * steps::R + j]) <= 1e-6 * size + 1e-30)) return false;
+      }
+    return true;
+  }
+};
+
+bool right_in_all_orders(const Step& step) {
+  Problem ragged(77, 192);
+  for (const Order order : {Order::forward, Order::reverse, Order::random}) {
+    Options options;
+    options.order = order, options.preempt = order == Order::random ? 16 : 0;
+    lotr::simt::set_options(options);
+    ragged.run(step);
+    if (!ragged.right()) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  Problem problem(128, 1024);
+  const size_t x_bytes = problem.x.size * 2, A_bytes = problem.A.size * 2;
+  lotr::simt::register_array("x", problem.x.data(), x_bytes);
+  lotr::simt::register_array("A", problem.A.data(), A_bytes);
+  std::printf("%-16s %5s %5s %8s %6s %8s %6s\n", "", "x", "A", "multiply", "shared", "conflict", "flight");
+  for (const Step& step : STEPS) {
+    if (!right_in_all_orders(step)) return std::printf("%s: wrong\n", step.name), 1;
+    Options options;
+    options.count_memory = true;
+    lotr::simt::set_options(options);
+    lotr::simt::reset_counters();
+    problem.run(step);
+    const lotr::simt::Counters c = lotr::simt::counters();
+    // a warp's multiply-add makes 32 of the M K R products, unless tensor cores make them
+    const uint64_t multiply = c.mma ? c.mma : uint64_t(problem.M) * problem.K * steps::R / 32;
+    const double conflict = c.shared_phases ? double(c.shared_wavefronts) / double(c.shared_phases) : 0.;
+    std::printf("%-16s %5.1f %5.1f %8llu %6llu %8.1f %6zu\n", step.name,
+                32. * double(c.arrays[0].read_sectors) / double(x_bytes),
+                32. * double(c.arrays[1].read_sectors) / double(x_bytes), (unsigned long long)multiply,
+                (unsigned long long)c.shared_wavefronts, conflict,
+                c.async_copies ? (steps::STAGES - 1) * sizeof(steps::Stage) : size_t{0});
+  }
+  return 0;
+}

@@ -1,0 +1,190 @@
+// u [M, 16] = x [M, K] A [K, 16], x and A in bfloat16, sums in float32, five times: from the kernel that one
+// writes first to the structure of csrc/cuda/kernels/shrink.cuh.  docs/teaching/shrink.md explains the steps;
+// shrink_steps.cpp runs them.
+#pragma once
+#include "cuda/tile/mma.cuh"
+#include "cuda/tile/shared.cuh"
+
+namespace steps {
+using namespace lotr;
+using bf16 = __nv_bfloat16;
+constexpr int R = 16;
+
+struct Params {
+  const bf16* x;  // [M, K], K a multiple of 64
+  const bf16* A;  // [K, R]
+  float* u;       // [M, R]
+  int M, K;
+};
+
+// ---- 1: a thread for each element of u ----
+
+__global__ void __launch_bounds__(256) naive(const Params p) {
+  const int m = int(blockIdx.x) * 16 + int(threadIdx.x) / R, j = int(threadIdx.x) % R;
+  if (m >= p.M) return;
+  float sum = 0.f;
+  for (int k = 0; k < p.K; ++k)
+    sum = fmaf(ptx::to_float(ptx::load(p.x + size_t(m) * p.K + k)),
+               ptx::to_float(ptx::load(p.A + size_t(k) * R + j)), sum);
+  ptx::store(p.u + size_t(m) * R + j, sum);
+}
+
+// ---- 2: a warp for each token; a lane loads 16 bytes at a time ----
+
+// The eight elements of a 16-byte chunk: a bfloat16 is the upper half of a float.
+LOTR_DEVICE void unpack(float (&to)[8], const uint4& chunk) {
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = ptx::as_float(words[i] << 16);
+    to[2 * i + 1] = ptx::as_float(words[i] & 0xffff0000u);
+  }
+}
+
+__global__ void __launch_bounds__(256) wide(const Params p) {
+  const int lane = int(threadIdx.x) % 32, m = int(blockIdx.x) * 8 + int(threadIdx.x) / 32;
+  if (m >= p.M) return;  // the whole warp
+  float sum[R] = {};
+  for (int k = 8 * lane; k < p.K; k += 256) {
+    float x[8];
+    unpack(x, ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m) * p.K + k)));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint4* row = reinterpret_cast<const uint4*>(p.A + size_t(k + i) * R);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float a[8];
+        unpack(a, ptx::load(row + half));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[8 * half + j] = fmaf(x[i], a[j], sum[8 * half + j]);
+      }
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < R; ++j) {
+    for (int mask = 16; mask > 0; mask /= 2) sum[j] += ptx::shfl_xor(sum[j], mask);
+    if (lane == j) ptx::store(p.u + size_t(m) * R + j, sum[j]);
+  }
+}
+
+// ---- 3: a tile of 64 tokens in shared memory, so that A is read once for all of them ----
+
+constexpr int ROWS = 64, COLS = 64;  // of a tile of x
+
+struct PlainSmem {
+  alignas(16) bf16 x[ROWS][COLS];
+  alignas(16) bf16 A[COLS][R];
+};
+
+__global__ void __launch_bounds__(256) tiled(const Params p) {
+  PlainSmem& s = ptx::shared_storage<PlainSmem>();
+  const int t = int(threadIdx.x), m0 = int(blockIdx.x) * ROWS;
+  const int row = t / 4, j = t % 4 * 4;  // a thread has four sums of one token
+  float sum[4] = {};
+  for (int k0 = 0; k0 < p.K; k0 += COLS) {
+    for (int chunk = t; chunk < ROWS * COLS / 8; chunk += 256) {
+      const int m = chunk / 8, k = chunk % 8 * 8;
+      const uint4 none{};
+      const bool inside = m0 + m < p.M;
+      ptx::store_shared(
+          reinterpret_cast<uint4*>(&s.x[m][k]),
+          inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0 + k)) : none);
+    }
+    if (t < COLS * R / 8)
+      ptx::store_shared(reinterpret_cast<uint4*>(&s.A[t / 2][t % 2 * 8]),
+                        ptx::load(reinterpret_cast<const uint4*>(p.A + size_t(k0) * R) + t));
+    __syncthreads();  // the tile is there
+    for (int k = 0; k < COLS; ++k) {
+      const float x = ptx::to_float(ptx::load_shared(&s.x[row][k]));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = fmaf(x, ptx::to_float(ptx::load_shared(&s.A[k][j + i])), sum[i]);
+    }
+    __syncthreads();  // all have read it: the next one may take its place
+  }
+  if (m0 + row < p.M)
+    ptx::store(reinterpret_cast<float4*>(p.u + size_t(m0 + row) * R + j),
+               float4{sum[0], sum[1], sum[2], sum[3]});
+}
+
+// ---- 4: the same tile, swizzled; multiplied by tensor cores ----
+
+struct Stage {
+  tile::Shared<bf16, ROWS, COLS> x;
+  tile::Shared<bf16, COLS, R> A;
+};
+using Product = tile::Half<bf16>;
+constexpr int WARPS = ROWS / 16, THREADS = 32 * WARPS;  // a warp multiplies 16 tokens
+
+// Writes the sums of a warp, in the places where mma.sync leaves them.
+LOTR_DEVICE void store_sums(const Params& p, const float (&d)[1][2][4], int m0) {
+  const int lane = int(threadIdx.x) % 32;
+#pragma unroll
+  for (int nj = 0; nj < 2; ++nj)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = m0 + lane / 4 + 8 * half, j = 8 * nj + lane % 4 * 2;
+      if (m < p.M)
+        ptx::store(reinterpret_cast<float2*>(p.u + size_t(m) * R + j),
+                   float2{d[0][nj][2 * half], d[0][nj][2 * half + 1]});
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) tensor_cores(const Params p) {
+  Stage& s = ptx::shared_storage<Stage>();
+  const int t = int(threadIdx.x), m0 = int(blockIdx.x) * ROWS;
+  float d[1][2][4] = {};
+  for (int k0 = 0; k0 < p.K; k0 += COLS) {
+    for (int chunk = t; chunk < ROWS * COLS / 8; chunk += THREADS) {
+      const int m = chunk / 8, c = chunk % 8;
+      const uint4 none{};
+      const bool inside = m0 + m < p.M;
+      ptx::store_shared(
+          reinterpret_cast<uint4*>(s.x.chunk(m, c)),
+          inside ? ptx::load(reinterpret_cast<const uint4*>(p.x + size_t(m0 + m) * p.K + k0) + c) : none);
+    }
+    ptx::store_shared(reinterpret_cast<uint4*>(s.A.chunk(t / 2, t % 2)),
+                      ptx::load(reinterpret_cast<const uint4*>(p.A + size_t(k0) * R) + t));
+    __syncthreads();
+    tile::warp_product<Product, COLS, false, true>(d, s.x, t / 32 * 16, 16, s.A, 0);
+    __syncthreads();
+  }
+  store_sums(p, d, m0 + t / 32 * 16);
+}
+
+// ---- 5: a ring of stages: three tiles are under way while the fourth is multiplied ----
+
+constexpr int STAGES = 4;
+struct RingSmem {
+  Stage stage[STAGES];
+};
+
+__global__ void __launch_bounds__(THREADS) ring(const Params p) {
+  RingSmem& s = ptx::shared_storage<RingSmem>();
+  const int t = int(threadIdx.x), m0 = int(blockIdx.x) * ROWS, count = p.K / COLS;
+  const auto fetch = [&](int step) {
+    if (step < count) {
+      Stage& stage = s.stage[step % STAGES];
+      for (int chunk = t; chunk < ROWS * COLS / 8; chunk += THREADS) {
+        const int m = chunk / 8, c = chunk % 8;
+        const bool inside = m0 + m < p.M;
+        ptx::cp_async16(stage.x.chunk(m, c), p.x + (inside ? size_t(m0 + m) * p.K + step * COLS + c * 8 : 0),
+                        inside ? 16 : 0);
+      }
+      ptx::cp_async16(stage.A.chunk(t / 2, t % 2), p.A + size_t(step) * COLS * R + t * 8);
+    }
+    ptx::cp_async_commit();  // an empty group at the end keeps the count of groups right
+  };
+  float d[1][2][4] = {};
+  for (int step = 0; step < STAGES - 1; ++step) fetch(step);
+  for (int step = 0; step < count; ++step) {
+    ptx::cp_async_wait<STAGES - 2>();  // this thread's copies of the tile have landed
+    __syncthreads();                   // those of all threads; and all have multiplied the tile before
+    fetch(step + STAGES - 1);          // into the stage of that tile
+    Stage& stage = s.stage[step % STAGES];
+    tile::warp_product<Product, COLS, false, true>(d, stage.x, t / 32 * 16, 16, stage.A, 0);
+  }
+  store_sums(p, d, m0 + t / 32 * 16);
+}
+
+}  // namespace steps

@@ -1,0 +1,41 @@
+"""The five steps of docs/teaching: right in every schedule, free of races, and each gains what its page says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TEACHING = Path(__file__).resolve().parents[2] / "docs" / "teaching"
+
+
+def table(mode: str) -> str:
+    spec = importlib.util.spec_from_file_location("run_steps", TEACHING / "run_steps.py")
+    run_steps = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run_steps)
+    return run_steps.table(mode)
+
+
+@pytest.mark.parametrize("mode", ["race", "asan"])
+def test_every_step_is_right_and_clean(mode: str) -> None:
+    assert len(table(mode).splitlines()) == 6  # the program checks the values, and stops at the first step that is wrong
+
+
+def test_the_page_shows_what_the_program_prints() -> None:
+    printed = table("plain")
+    page = (TEACHING / "shrink.md").read_text(encoding="utf-8")
+    shown = page[page.index("<!-- steps:begin -->\n") : page.index("<!-- steps:end -->")].splitlines()[1:]
+    assert [line.split() for line in shown] == [line.split() for line in printed.splitlines()]
+
+
+def test_each_step_gains_what_the_page_says() -> None:
+    naive, wide, tiled, tensor, ring = (
+        dict(zip(("x", "A", "multiply", "shared", "conflict", "flight"), map(float, line.split()[-6:]), strict=True))
+        for line in table("plain").splitlines()[1:]
+    )
+    assert naive["x"] == 16 and wide["x"] == tiled["x"] == tensor["x"] == ring["x"] == 1
+    assert tiled["A"] * 32 < naive["A"] < wide["A"]
+    assert tensor["multiply"] * 64 == tiled["multiply"]
+    assert tiled["conflict"] > 2 and tensor["conflict"] == ring["conflict"] == 1
+    assert ring["flight"] > 15_000 > tensor["flight"]
