@@ -32,6 +32,8 @@ from ..layers.sharded import in_parts
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .experts import adapt_parameter, release
+from .heads import warn_of_frozen_heads, with_head
+from .readers import hook_fusing, unhook_fusing
 from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
 from .shared_factors import SharedFactors
@@ -77,6 +79,7 @@ def apply_lotr(
             class that takes no implementations of experts; groups of mixed shapes; "svd" on weights that cannot be read;
             "gradient" without batches and loss, or what `init_from_gradient` refuses. All of it before anything is changed.
     """
+    config = with_head(model, config)
     selection = select(model, config)
     probed = probed_layers(selection, config) if config.init == "gradient" else {}
     for name, given in (("batches", batches), ("loss", loss)):
@@ -87,6 +90,7 @@ def apply_lotr(
     starts = svd_starts(selection, config) if config.init == "svd" else None
     install(model, config, selection, starts, cores)
     write_factors({model.get_submodule(name): one for name, one in probed.items()}, found)
+    warn_of_frozen_heads(model)
     return model
 
 
@@ -133,6 +137,7 @@ def install(
     set_fast_paths(model, off=True)
     attach_scope(model)
     hook_saving(model)
+    hook_fusing(model)
     return model
 
 
@@ -357,6 +362,7 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     bases = {id(layer): layer.to_base() for layer in layers.values() if not isinstance(layer, LoTRHostedExperts)}
     set_fast_paths(model, off=False)
     unhook_saving(model)
+    unhook_fusing(model)
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoTRLayer):
             if not name:  # the model is this layer: there is no place to put the plain one

@@ -52,6 +52,8 @@ def check_names(given: Iterable[str], of: str) -> None:
             raise TypeError(f"{name}: expected a field of {of}, got one of LoRA's that LoTR has not: {_NOT_HERE[name]}")
 
 
+HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names
+TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 _PARTS = ("A", "B", "core")
 
@@ -107,6 +109,8 @@ class LoTRConfig:
         core: "dense", a core of its own for each layer; or what makes the cores of fewer numbers that layers share
             (`lotr_ext.cores`): "diagonal", "cp", "tucker", "train" or "few", or a callable (places, rank) -> Cores, where a
             place is a layer's (layer, kind), ("model.layers.3", "self_attn.q_proj"). "custom" in a saved adapter's: a callable.
+        task_type: what the model is trained for, by PEFT's name. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" `apply_lotr`
+            adds the model's head to modules_to_save; "CAUSAL_LM", "SEQ_2_SEQ_LM" and "FEATURE_EXTRACTION" change nothing.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or value; the message says which, what was expected, what came. LoRA's
@@ -128,6 +132,7 @@ class LoTRConfig:
     core_init: str = "zero"
     target_parameters: Sequence[str] | None = None
     core: str | Callable[..., Cores] = "dense"
+    task_type: str | None = None
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRConfig:
         check_names(given, "LoTRConfig")
@@ -166,6 +171,10 @@ class LoTRConfig:
             raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {self.core_init!r}")
         if self.adapter_dtype not in _DTYPES.values():
             raise TypeError(f"adapter_dtype: expected one of {', '.join(_DTYPES)}, got {self.adapter_dtype!r}")
+        if self.task_type is not None:
+            if self.task_type not in TASKS:
+                raise ValueError(f"task_type: expected one of {', '.join(TASKS)} or None, got {self.task_type!r}")
+            put("task_type", str.__str__(self.task_type))  # PEFT's own is an enumeration of strings
         self._check_train()
         self._check_core()
 

@@ -13,7 +13,7 @@ from ..layers.layer import LoTRLayer
 from ..layers.parametrized import state_for, state_of, value_with
 from .adapter_files import Manifest
 from .config import LoTRConfig
-from .targets import name_ends_with
+from .names import name_ends_with
 
 __all__ = ["computed_parts", "computed_tensors", "fitted_to_parametrizations", "saved_modules", "saved_tensors"]
 

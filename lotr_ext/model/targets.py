@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from tokenize import TokenError
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +18,12 @@ from ..layers.quantized import has_plain_weight, is_plain
 from ..layers.sharded import holds_parts
 from .config import LoTRConfig
 from .experts import CHILD, adapted_in, expert_sizes, why_not
+from .heads import output_layers
+from .names import closest, name_ends_with
+from .readers import How, how_read
 
 __all__ = ["Selection", "Target", "can_be_child", "features", "left_out", "name_ends_with", "select", "tied_names"]
 
-# Classes that hand a child's weight to a kernel without calling the child: an adapter in it would be ignored in silence.
-_MAMBAS = (
-    *("MambaMixer", "Mamba2Mixer", "FalconMambaMixer", "FalconH1Mixer", "BambaMixer", "JambaMambaMixer"),
-    *("ZambaMambaMixer", "Zamba2MambaMixer", "NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"),
-)
-_READERS = {"MultiheadAttention": {"out_proj"}, **{name: {"x_proj", "dt_proj", "out_proj"} for name in _MAMBAS}}
-_HEADS = ("score", "classifier", "qa_outputs")  # of transformers models without an output layer
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -65,11 +58,6 @@ class Selection:
         for target in self.targets:
             groups.setdefault(target.group, []).append(target)
         return groups
-
-
-def name_ends_with(name: str, ending: str) -> bool:
-    """Whether `ending` is the name's last dotted part or parts: "query" matches "layer.0.query", not "layer.0.my_query"."""
-    return f".{name}".endswith(f".{ending}")
 
 
 def can_be_child(name: str, of: type[nn.ModuleDict] = nn.ModuleDict) -> bool:
@@ -120,25 +108,9 @@ def _parents(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, st
     return [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
 
 
-def _reader(parent: nn.Module, child: str) -> str | None:
-    """The class by which `parent` reads its child's weight without calling it, if it is one of those known to."""
-    return next((cls.__name__ for cls in type(parent).__mro__ if child in _READERS.get(cls.__name__, ())), None)
-
-
-@functools.cache
-def _weights_read(cls: type) -> frozenset[str]:
-    """Children whose `.weight` the class's own code passes on, by its source: a hint for a warning, no proof."""
-    try:
-        source = "".join(
-            inspect.getsource(f)
-            for name, f in vars(cls).items()
-            if inspect.isfunction(f) and not re.search("init|reset|load|save|convert", name)
-        )
-    except (OSError, TypeError, SyntaxError, TokenError):  # no source, or what is no Python around it, as in a page of docs
-        return frozenset()
-    harmless = r"\.(?:dtype|device|shape|ndim|size|requires_grad)|\s*=[^=]"
-    reads = re.findall(rf"(isinstance\(\s*)?self\.(\w+)\.weight\b(?!{harmless})", source)
-    return frozenset(child for checked, child in reads if not checked)
+def _readers(parents: list[tuple[nn.Module, str]]) -> dict[How, str]:
+    """The classes of parents that read the weight of their child without calling it, by how surely they do."""
+    return {found[1]: found[0] for parent, child in parents if (found := how_read(parent, child)) is not None}
 
 
 def _check_model(model: nn.Module) -> None:
@@ -162,7 +134,8 @@ def _saved(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
     for ending in config.modules_to_save or ():
         found = {name: m for name, m in model.named_modules() if name and name_ends_with(name, ending)}
         if not found:
-            raise ValueError(f"modules_to_save: expected names of modules, got {ending!r}, which matches none")
+            near = closest(ending, (name for name, _ in model.named_modules()))
+            raise ValueError(f"modules_to_save: expected names of modules, got {ending!r}, which matches none{near}")
         for name, module in found.items():
             if next(module.parameters(), None) is None:
                 raise ValueError(f"modules_to_save: expected modules with parameters, got {name!r} ({type(module).__name__})")
@@ -190,7 +163,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     everything = wants_everything(config)
     _check_endings(config, places.values())
 
-    tied, hidden, targets = tied_names(model), [], []
+    tied, hidden, doubtful, targets = tied_names(model), [], [], []
     outputs = output_layers(model) if everything else {}
     for module, names in places.values():
         if id(module) in inside_saved or (config.exclude_modules and any(_matches(n, config.exclude_modules) for n in names)):
@@ -210,13 +183,14 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
                 f"target_modules: expected layers with known sizes, got {names[0]!r} with {sizes}; run it once first"
             )
         parents = _parents(model, names)
-        readers = [r for parent, child in parents if (r := _reader(parent, child))]
-        if everything and (id(module) in tied or readers or id(module) in outputs):
-            hidden += [names[0]] if readers else []
+        readers = _readers(parents)
+        reader = readers.get(How.ONLY)
+        if everything and (id(module) in tied or reader is not None or id(module) in outputs):
+            hidden += [names[0]] if reader is not None else []
             continue
-        if readers:
+        if reader is not None:
             raise ValueError(
-                f"target_modules: expected layers that are called, got {names[0]!r}, whose weight {readers[0]} reads without "
+                f"target_modules: expected layers that are called, got {names[0]!r}, whose weight {reader} reads without "
                 "calling it: an adapter there would be ignored"
             )
         if id(module) in tied:
@@ -224,14 +198,27 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
                 f"target_modules: expected layers with a weight of their own, got {names[0]!r}, tied to "
                 f"{', '.join(tied[id(module)])}"
             )
-        _warn_of_readers(names[0], parents)
+        if readers:
+            doubtful.append((names[0], readers[How.ALSO]))
         group = _group(names[0], module, sizes, config)
         targets.append(Target(tuple(names), module, *sizes, group, needs_wrap(module)))
-    if hidden:
-        warnings.warn(f"lotr_ext: left out {', '.join(hidden)}: their parents read the weight without calling it", stacklevel=3)
+    _warn(hidden, doubtful)
     targets += parameter_targets(model, config, inside_saved)
     _check_targets(targets, config)
     return Selection(tuple(targets), saved)
+
+
+def _warn(hidden: list[str], doubtful: list[tuple[str, str]]) -> None:
+    """One warning of what was left out since its weight is read, and one of what may be. doubtful: with the reading class."""
+    if hidden:
+        warnings.warn(f"lotr_ext: left out {', '.join(hidden)}: their parents read the weight without calling it", stacklevel=4)
+    if doubtful:
+        (first, reader), more = doubtful[0], len(doubtful) - 1
+        warnings.warn(
+            f"lotr_ext: {reader} reads {first}.weight{f', and so do parents of {more} other layers' if more else ''}; where it "
+            "does so without calling the layer, the adapter is ignored",
+            stacklevel=4,
+        )
 
 
 def wants_everything(config: LoTRConfig) -> bool:
@@ -259,29 +246,9 @@ def parameter_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[in
             at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
             targets.append(Target((at,), module, k, n, _group(at, module, (k, n), config), False, own))
     if unused:
-        raise ValueError(f"target_parameters: expected names of parameters, got {min(unused)!r}, which matches none")
+        near = closest(min(unused), (name for name, _ in model.named_parameters()))
+        raise ValueError(f"target_parameters: expected names of parameters, got {min(unused)!r}, which matches none{near}")
     return targets
-
-
-def output_layers(model: nn.Module) -> dict[int, str]:
-    """The layers of transformers models that "all-linear" leaves out, as PEFT's does, by id(module): the output layer, or where
-    there is none the head. The texts say which."""
-    found: dict[int, str] = {}
-    for module in model.modules():
-        if not callable(own := getattr(module, "get_output_embeddings", None)):
-            continue
-        try:
-            output = own()
-        except (NotImplementedError, AttributeError):  # a model without
-            output = None
-        if isinstance(output, nn.Module):
-            found[id(output)] = "the output layer: name it to adapt it"
-            continue
-        for name in _HEADS:
-            head = getattr(module, name, None)
-            for inner in head.modules() if isinstance(head, nn.Module) else ():
-                found[id(inner)] = "a head: name it to adapt it, or train it whole (modules_to_save)"
-    return found
 
 
 def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
@@ -303,9 +270,9 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
         elif config.exclude_modules and _matches(name, config.exclude_modules):
             reason = "exclude_modules" if features(module) else None
         elif _is_linear(module):
-            readers = [r for parent, child in _parents(model, [name]) if (r := _reader(parent, child))]
-            if readers:
-                reason = f"{readers[0]} reads its weight without calling it"
+            reader = _readers(_parents(model, [name])).get(How.ONLY)
+            if reader is not None:
+                reason = f"{reader} reads its weight without calling it"
             elif id(module) in tied:
                 reason = f"its weight is tied to {tied[id(module)][0]}"
             else:
@@ -332,7 +299,7 @@ def _check_endings(config: LoTRConfig, places: Iterable[tuple[nn.Module, list[st
             continue
         for one in (pattern,) if isinstance(pattern, str) else pattern or ():
             if not any(_matches(name, one if isinstance(pattern, str) else (one,)) for name in names):
-                hint = ""
+                hint = closest(one, names)
                 if isinstance(pattern, str) and any(name_ends_with(name, one) for name in names):
                     hint = f"; a string is a regular expression for the full name: for all names that end so give [{one!r}]"
                 raise ValueError(f"{field}: expected names of modules, got {one!r}, which matches none{hint}")
@@ -395,15 +362,3 @@ def needs_wrap(module: nn.Module) -> bool:
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     quantized = _is_linear(module) and not has_plain_weight(module)
     return has_hooks(module) or own_forward or quantized or "forward" in vars(module) or parametrize.is_parametrized(module)
-
-
-def _warn_of_readers(name: str, parents: list[tuple[nn.Module, str]]) -> None:
-    for parent, child in parents:
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            continue  # apply_lotr turns its fast path off
-        reads = next((c.__name__ for c in type(parent).__mro__ if c is not nn.Module and child in _weights_read(c)), None)
-        if reads is not None:
-            warnings.warn(
-                f"lotr_ext: {reads} reads {name}.weight; where it does so without calling {child}, the adapter is ignored",
-                stacklevel=5,
-            )

@@ -86,22 +86,6 @@ def test_transformer_encoder_calls_its_adapted_layers(norm_first: bool) -> None:
     assert model.layers[0].activation_relu_or_gelu == fresh.layers[0].activation_relu_or_gelu == 1
 
 
-class Bypass(nn.Module):
-    """Reads a linear layer's weight on its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return nn.functional.linear(self.called(x).to(self.called.weight.dtype), self.read.weight)
-
-
-def test_code_that_reads_a_weight_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
-    assert target_names(Bypass()) == ["called", "read"]
-    assert [str(w.message).split(";")[0] for w in recwarn] == ["lotr_ext: Bypass reads read.weight"]
-
-
 # ---- other kinds of layers -------------------------------------------------------------------------------------------
 
 

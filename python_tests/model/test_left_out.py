@@ -127,5 +127,23 @@ def test_named_layers_leave_nothing_out() -> None:
 def test_a_name_given_as_a_string_is_hinted_at() -> None:
     with pytest.raises(ValueError, match=r"got 'q', which matches none; a string is a regular expression.* give \['q'\]"):
         apply_lotr(toy(), LoTRConfig(target_modules="q"))
-    with pytest.raises(ValueError, match=r"got 'qq', which matches none$"):
+    with pytest.raises(ValueError, match=r"got 'qq', which matches none; the closest is 'q'$"):
         apply_lotr(toy(), LoTRConfig(target_modules="qq"))
+
+
+def test_what_matches_nothing_is_told_the_closest_names() -> None:
+    for settings, closest in (
+        ({"target_modules": ["querry"]}, r"got 'querry', which matches none; the closest is 'query'"),
+        ({"target_modules": ["self.valu"]}, r"got 'self.valu', which matches none; the closest are 'self.value'"),
+        ({"modules_to_save": ["clasifier"]}, r"got 'clasifier', which matches none; the closest is 'classifier'"),
+        ({"exclude_modules": ["kee"]}, r"got 'kee', which matches none; the closest is 'key'"),
+    ):
+        with pytest.raises(ValueError, match=closest):
+            apply_lotr(classifier("Bert"), LoTRConfig(**settings))
+    with pytest.raises(
+        ValueError,
+        match=r"got 'experts.gate_proj', which matches none; the closest are 'experts.gate_up_proj', 'experts.down_proj'",
+    ):
+        apply_lotr(mixtral(), LoTRConfig(target_parameters=["experts.gate_proj"]))
+    with pytest.raises(ValueError, match=r"got 'zzzz', which matches none$"):
+        apply_lotr(toy(), LoTRConfig(target_modules=["zzzz"]))
