@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 MIN_CMAKE = (3, 26)
+NOTE = "-- note: "  # how csrc/cuda/toolkit.cmake begins a line for the person who waits
 
 
 def stop(message: str) -> None:
@@ -57,6 +58,8 @@ def check_requirements() -> str:
     cmake = find_tool("cmake")
     if cmake is None:
         stop("expected cmake >= 3.26, got none. Install it: pip install cmake ninja")
+    if find_tool("ninja") is None and find_tool("make") is None:
+        stop("expected ninja or make, which compile what CMake lists, got neither. Install one: pip install cmake ninja")
     first_line = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
     if numbers(first_line.split()[-1]) < MIN_CMAKE:
         stop(f"expected cmake >= 3.26, got {first_line} at {cmake}. Upgrade it: pip install -U cmake")
@@ -74,8 +77,16 @@ def progress_line(line: str, seconds: float) -> str | None:
     return f"lotr_ext: compiling [{bar:20}] {done}/{total} {minutes}:{rest:02} {found[3].split('/')[-1][:40]}"
 
 
+def terminal_line(line: str, seconds: float) -> str | None:
+    """What the terminal shows of a line of CMake's or ninja's: a note as it is and for good, the bar until the next one."""
+    if line.startswith(NOTE):
+        return f"\r\033[Klotr_ext: {line.removeprefix(NOTE).rstrip()}\n"
+    bar = progress_line(line, seconds)
+    return bar and f"\r\033[K{bar}"
+
+
 def run_with_progress(command: list[str]) -> None:
-    """Runs the build. pip keeps what it prints to itself, so the bar goes to the terminal, if there is one behind it.
+    """Runs a step of the build. pip keeps its output to itself, so notes and the bar go to the terminal, if there is one.
 
     Raises subprocess.CalledProcessError as subprocess.run does.
     """
@@ -90,8 +101,8 @@ def run_with_progress(command: list[str]) -> None:
     with terminal, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as build:
         for line in build.stdout:
             sys.stdout.write(line)
-            if shown := progress_line(line, time.monotonic() - begin):
-                terminal.write(f"\r\033[K{shown}")
+            if shown := terminal_line(line, time.monotonic() - begin):
+                terminal.write(shown)
                 terminal.flush()
         terminal.write("\r\033[K")
     if build.returncode:
@@ -113,7 +124,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
         jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
         try:
-            subprocess.run(configure, check=True)
+            run_with_progress(configure)
             run_with_progress([cmake, "--build", str(folder), "--parallel", jobs])
         except subprocess.CalledProcessError as error:
             step = "building" if "--build" in error.cmd else "configuring"

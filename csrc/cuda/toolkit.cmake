@@ -42,6 +42,10 @@ function(lotr_archs result wanted nvcc_version)
   endforeach()
   if(NOT archs)
     set(archs ${all})
+    list(LENGTH all count)
+    # setup.py shows a note on the terminal where pip hides all other output
+    message(STATUS "note: no GPU here that chooses one: compiling for ${count} architectures, some 5 minutes of processor time. "
+                   "LOTR_ARCHS=90a-real compiles for an H100 alone, 80-real for an A100; LOTR_CUDA=OFF builds the CPU kernels alone.")
   endif()
   set(${result} "${archs}" PARENT_SCOPE)
 endfunction()

@@ -153,7 +153,14 @@ exec {sys.executable} "$@"
             ["torch >= 2.10", "got 2.9.1"],
         ),
         ("s.which = lambda name, **k: None", ["C++17 compiler", "got none"]),
-        ("s.which = lambda name, **k: None if name == 'cmake' else which(name, **k)", ["cmake >= 3.26", "pip install cmake"]),
+        (
+            "s.which = lambda name, **k: None if name == 'cmake' else which(name, **k)",
+            ["cmake >= 3.26", "pip install cmake ninja"],
+        ),
+        (
+            "s.which = lambda name, **k: None if name in ('ninja', 'make') else which(name, **k)",
+            ["ninja or make", "got neither", "pip install cmake ninja"],
+        ),
     ],
 )
 def test_setup_says_what_is_missing(tmp_path, patch, words):
@@ -173,7 +180,8 @@ runpy.run_path("setup.py", run_name="__main__")
 
 NINJA = """
 import sys, time
-for line in ("-- configuring", "[1/4] Building CXX object a/b.cpp.o", "ptxas: a spill", "[4/4] Linking _C.abi3.so"):
+lines = ["-- configuring", "-- note: five minutes", "[1/4] Building CXX object a/b.cpp.o", "ptxas: a spill"]
+for line in (*lines, "[4/4] Linking _C.abi3.so"):
     print(line, flush=True)
 sys.exit(int(sys.argv[1]))
 """
@@ -212,6 +220,7 @@ def test_the_build_shows_its_progress_where_pip_hides_its_output(tmp_path, statu
     os.close(terminal)
     bars = re.findall(r"compiling \[(#*) *\] (\d/\d) \d+:\d\d (\S+)", shown.decode())
     assert bars == [("#####", "1/4", "b.cpp.o"), ("#" * 20, "4/4", "Linking")], shown
+    assert b"lotr_ext: five minutes\r\n" in shown and b"configuring" not in shown
     out = (tmp_path / "out").read_text()
     assert "ptxas: a spill" in out and ("failed 3" in out) == (status == "3")
 

@@ -1,7 +1,9 @@
-"""What CMake compiles for, and what it says where nvcc's CUDA is not torch's: csrc/cuda/toolkit.cmake, run as a script."""
+"""What CMake compiles for, and what it says where nvcc's CUDA is not torch's: csrc/cuda/toolkit.cmake, run as a script;
+and that an older toolkit compiles the sources."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,12 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
-pytestmark = pytest.mark.skipif(CMAKE is None, reason="no cmake")
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1", "13.0")
 
 
 def cmake(tmp_path: Path, script: str, smi: str | None = None) -> tuple[str, str]:
     """(what the script says, its warnings), on a machine where nvidia-smi prints smi; None: without the program."""
+    if CMAKE is None:
+        pytest.skip("no cmake")
     folder = tmp_path / "bin"
     folder.mkdir(parents=True, exist_ok=True)
     if smi is not None:
@@ -55,6 +58,13 @@ def test_without_a_card_the_build_serves_every_card(tmp_path, nvcc):
         assert any(serves(arch, capability) for arch in found), capability
     assert len(found) == len(set(found)) and "90a-real" in found
     assert all(not a.startswith(("10", "12")) for a in found) or nvcc >= "12.8"  # unknown to older ones
+
+
+@pytest.mark.parametrize(("smi", "says"), [(None, True), ("echo 9.0", False)])
+def test_a_build_for_all_cards_says_how_to_shorten_it(tmp_path, smi, says):
+    out, _ = cmake(tmp_path, 'lotr_archs(found "AUTO" 13.0)', smi)
+    notes = [line for line in out.splitlines() if line.startswith("-- note: ")]  # what setup.py shows on the terminal
+    assert len(notes) == says and all("LOTR_CUDA=OFF" in line and "LOTR_ARCHS=90a-real" in line for line in notes)
 
 
 @pytest.mark.parametrize(
@@ -128,3 +138,25 @@ def test_a_difference_from_torchs_cuda_is_said(tmp_path, nvcc, torch, words, war
     out, errors = cmake(tmp_path, f'lotr_compare_cuda("{nvcc}" "{torch}")')
     assert words in (errors if warns else out) and ("CMake Warning" in errors) == warns
     assert not warns or "CUDA_HOME" in errors
+
+
+# ---- the oldest toolkits that CMake accepts ----------------------------------------------------------------------------
+
+
+def toolkit_12() -> Path | None:
+    """A CUDA 12 toolkit: LOTR_CUDA12_HOME's, or one beside /usr/local/cuda."""
+    named = os.environ.get("LOTR_CUDA12_HOME")
+    homes = [Path(named)] if named else sorted(Path("/usr/local").glob("cuda-12*"))
+    return next((home for home in homes if (home / "bin" / "nvcc").is_file()), None)
+
+
+@pytest.mark.parametrize("source", ["one_product_sm90", "rows", "counters"])
+def test_cuda_12_compiles_the_launchers(tmp_path, source):
+    """Host code and sm_90a's: the runtime's functions that came after 12.0 are asked for only where they are."""
+    home = toolkit_12()
+    if home is None:
+        pytest.skip("no CUDA 12 toolkit: set LOTR_CUDA12_HOME to one")
+    command = [home / "bin" / "nvcc", "-std=c++17", "-c", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT}/csrc"]
+    command += ["-Xptxas", "-O0", ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", tmp_path / "object.o"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -38,9 +38,14 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                         &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                               cudaEnableDefault, &found);
+#else  // 12.0 to 12.4 have no ByVersion; in 13.0 it is the only one
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
       throw std::runtime_error(
           "tensor map: the driver has no cuTensorMapEncodeTiled (expected CUDA 12 or later)");
     return reinterpret_cast<Encode>(function);
