@@ -28,6 +28,7 @@ from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, u
 from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoTRConfig
 from .model.gradient import init_from_gradient
+from .model.groups import parameter_groups
 from .model.pretrained import from_pretrained
 from .model.summary import trainable_summary
 from .model.tasks import TaskBank
@@ -59,6 +60,7 @@ __all__ = [
     "lotr_parameters",
     "merge",
     "mixed",
+    "parameter_groups",
     "save_adapter",
     "set_adapter",
     "trainable_summary",

@@ -21,7 +21,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,11 +61,13 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the JSON file says. config: None for a model that was built by hand. modules_to_save: full names."""
+    """What the JSON file says. config: None for a model that was built by hand. modules_to_save: full names. base: what
+    identifies the base weights of a few layers, by name (`lotr_ext.model.fingerprint`)."""
 
     config: LoTRConfig | None
     layers: dict[str, LayerEntry]
     modules_to_save: tuple[str, ...]
+    base: Mapping[str, str] = field(default_factory=dict)
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -183,6 +185,7 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
         "config": None if manifest.config is None else manifest.config.to_dict(),
         "layers": {name: _written(entry) for name, entry in manifest.layers.items()},
         "modules_to_save": list(manifest.modules_to_save),
+        "base_weights": dict(manifest.base),
         "tensors_file": tensors_name,
         "tensors_sha256": digest,
         "tensors": _described(tensors),
@@ -296,7 +299,10 @@ def _manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
     saved = _entry(path, content, "modules_to_save", list)
     if not all(isinstance(name, str) for name in saved):
         raise ValueError(f"{path}: expected modules_to_save to be names, got {saved!r}")
-    return Manifest(config, layers, tuple(saved))
+    base = _entry(path, {"base_weights": {}, **content}, "base_weights", dict)
+    if not all(isinstance(value, str) for value in base.values()):
+        raise ValueError(f"{path}: expected base_weights to be strings, got {base!r}")
+    return Manifest(config, layers, tuple(saved), base)
 
 
 def describe(tensor: Tensor) -> str:

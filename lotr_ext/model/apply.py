@@ -32,6 +32,7 @@ from ..layers.sharded import in_parts
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .experts import adapt_parameter, release
+from .first_step import expect_training
 from .heads import warn_of_frozen_heads, with_head
 from .readers import hook_fusing, unhook_fusing
 from .save_hook import hook_saving, unhook_saving
@@ -138,6 +139,7 @@ def install(
     attach_scope(model)
     hook_saving(model)
     hook_fusing(model)
+    expect_training(model)
     return model
 
 

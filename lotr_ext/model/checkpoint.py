@@ -29,6 +29,7 @@ from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import adapted_layers, cores_for, install
 from .config import LoTRConfig
 from .experts import CHILD, expert_sizes, why_not
+from .fingerprint import fingerprint, warn_of_another_base
 from .saved import CORES, computed_tensors, cores_of, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .shared_factors import factors_by_part, width_names
 from .starts import set_start
@@ -142,7 +143,8 @@ def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
-    return Manifest(config if isinstance(config, LoTRConfig) else None, entries, tuple(saved)), tensors
+    known = config if isinstance(config, LoTRConfig) else None
+    return Manifest(known, entries, tuple(saved), fingerprint(layers)), tensors
 
 
 def load_adapter(
@@ -407,6 +409,7 @@ def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: 
 @torch.no_grad()
 def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     layers = adapted_layers(model)
+    warn_of_another_base(model, manifest.base)
     for names in _groups(manifest.layers).values():
         group, start = [layers[name] for name in names], None
         start_A, start_B = (manifest.layers[names[0]].tensor(f"start_{part}") for part in "AB")

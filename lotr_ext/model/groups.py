@@ -1,0 +1,48 @@
+"""Parameter groups of an adapted model for an optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..layers.layer import check_number
+from ..layers.parametrized import parameters_of
+from .apply import adapted_layers
+
+__all__ = ["parameter_groups"]
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    core_lr: float | None = None,
+    factor_lr: float | None = None,
+    other_lr: float | None = None,
+    weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """All trained parameters of an adapted model in up to three groups for an optimizer: "cores", "factors" (A and B), and
+    "other" (modules_to_save and what else requires a gradient). Each has its name under "name".
+
+    core_lr, factor_lr, other_lr: the groups' learning rates; weight_decay: of all groups. None: the optimizer's own.
+
+    Raises:
+        TypeError, ValueError: a rate that is no number or negative. TypeError, RuntimeError: as `lotr_parameters`.
+    """
+    given = {"core_lr": core_lr, "factor_lr": factor_lr, "other_lr": other_lr, "weight_decay": weight_decay}
+    for name, value in given.items():
+        if value is not None:
+            check_number(name, value)
+            if value < 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+    kinds: dict[int, str] = {}
+    for layer in adapted_layers(model).values():
+        kinds |= {id(p): "cores" for p in parameters_of(layer, "core")}
+        kinds |= {id(p): "factors" for module, part in layer.factors.owners for p in parameters_of(module, part)}
+    groups = []
+    for kind, rate in (("cores", core_lr), ("factors", factor_lr), ("other", other_lr)):
+        parameters = [p for p in model.parameters() if p.requires_grad and kinds.get(id(p), "other") == kind]
+        settings = {key: v for key, v in (("lr", rate), ("weight_decay", weight_decay)) if v is not None}
+        if parameters:
+            groups.append({"params": parameters, "name": kind, **settings})
+    return groups
