@@ -13,22 +13,26 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, gpu_summary
+from bench.gpu import __main__ as program
+from bench.gpu import machine, work
+from bench.gpu import plan as plans
+from bench.gpu import summary as gpu_summary
 from bench.measure.store import Store
 from lotr_ext import info
 
 ALL = {
     name: f"/{name}"
     for name in (
-        *("gpu", "nvcc", "c++", "cmake", "ninja", "compute-sanitizer", "pytest", "bench.static", "bench.host"),
-        *(gpu.HOPPER, *gpu.NEEDED, *gpu.OPTIONAL),
+        *("gpu", "nvcc", "c++", "cmake", "ninja", "compute-sanitizer", "ncu", "pytest", "bench.static", "bench.host"),
+        *(machine.HOPPER, *machine.NEEDED, *machine.OPTIONAL),
     )
 }
 PYTHON = sys.executable
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def options(tmp_path: Path, *more: str):
-    return gpu.arguments(["--folder", str(tmp_path / "work"), *more])
+    return program.arguments(["--folder", str(tmp_path / "work"), *more])
 
 
 def python(*lines: str) -> tuple[str, ...]:
@@ -43,10 +47,10 @@ def made(name: str = "lotr_ext/_C.abi3.so") -> tuple[str, ...]:
 
 
 def test_the_dry_run_prints_all_and_changes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "look", lambda: ALL)
-    assert gpu.main(["--dry-run", "--folder", str(tmp_path / "work"), "--budget", "245"]) == 0
+    monkeypatch.setattr(program, "look", lambda: ALL)
+    assert program.main(["--dry-run", "--folder", str(tmp_path / "work"), "--budget", "245"]) == 0
     out = capsys.readouterr().out
-    for part in gpu.plan(options(tmp_path)):
+    for part in plans.plan(options(tmp_path)):
         assert f"\n  {part.name} " in out, part.name
     assert "at most 245 s" in out and "setup.py build_ext --inplace" in out and "left out" not in out
     assert not (tmp_path / "work").exists()
@@ -54,16 +58,15 @@ def test_the_dry_run_prints_all_and_changes_nothing(tmp_path, monkeypatch, capsy
 
 def test_the_commands_exist():
     """A plan of programs that are not there, or that do not take what they are given, would be noticed on a GPU only."""
-    root = Path(gpu.__file__).parents[1]
-    for part in gpu.plan(gpu.arguments([])):
+    for part in plans.plan(program.arguments([])):
         if "-m" in part.command and (name := part.command[part.command.index("-m") + 1]) != "pytest":
-            path = root / Path(*name.split("."))
+            path = ROOT / Path(*name.split("."))
             assert part.needs or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
     from bench import block, experts, kernels, layer, shared
 
     programs = {"kernels": kernels, "layer": layer, "block": block, "shared": shared, "experts": experts}
     for quick in ([], ["--quick"]):
-        for part in gpu.plan(gpu.arguments(quick)):
+        for part in plans.plan(program.arguments(quick)):
             if part.name in programs:
                 given = [word.replace("{minutes}", "1.5") for word in part.command[3:]]
                 options = programs[part.name].arguments([*given, "--device", "cpu"])
@@ -78,7 +81,7 @@ def test_the_commands_exist():
     [
         ("compute-sanitizer", ["sanitize-memcheck", "sanitize-racecheck"], "needs compute-sanitizer"),
         ("bench.static", ["static"], "needs bench.static"),
-        ("pytest", ["tests"], "needs pytest"),
+        ("pytest", ["smoke", "tests"], "needs pytest"),
         ("nvcc", ["build"], "needs nvcc"),
         ("safetensors", ["build"], "needs safetensors"),
         ("rich", [], ""),
@@ -86,18 +89,18 @@ def test_the_commands_exist():
     ],
 )
 def test_what_is_missing_is_named_and_left_out(tmp_path, monkeypatch, capsys, gone, parts, words):
-    monkeypatch.setattr(gpu, "look", lambda: ALL | {gone: None})
-    gpu.main(["--dry-run", "--folder", str(tmp_path)])
+    monkeypatch.setattr(program, "look", lambda: ALL | {gone: None})
+    program.main(["--dry-run", "--folder", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "left out" in line] == parts
+    assert list(dict.fromkeys(line.split()[0] for line in lines if "left out" in line)) == parts
     assert all(words in line for line in lines if "left out" in line)
-    assert any(line.split()[:2] == [gone, "missing" + ("," if gone in gpu.OPTIONAL else "")] for line in lines)
+    assert any(line.split()[:2] == [gone, "missing" + ("," if gone in machine.OPTIONAL else "")] for line in lines)
 
 
 def test_times_fill_the_budget():
-    parts = gpu.plan(gpu.arguments([]))
-    assert sum(gpu.seconds_of(parts, 540)) == pytest.approx(540)
-    assert gpu.seconds_of(parts[-1:], 30) == [30]
+    parts = plans.plan(program.arguments([]))
+    assert sum(plans.seconds_of(parts, 540)) == pytest.approx(540)
+    assert plans.seconds_of(parts[-1:], 30) == [30]
 
 
 @pytest.mark.parametrize(
@@ -112,13 +115,13 @@ def test_times_fill_the_budget():
 )
 def test_it_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        gpu.arguments(arguments)
+        program.arguments(arguments)
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     done = subprocess.run(
         [PYTHON, "-m", "bench.gpu", "--folder", str(tmp_path / "work")],
-        cwd=Path(gpu.__file__).parents[1],
+        cwd=ROOT,
         env={"PATH": "/nowhere"},
         capture_output=True,
         text=True,
@@ -134,8 +137,9 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
 def parts(monkeypatch):
     """parts([Part, ...]) is the plan."""
 
-    def use(*made: gpu.Part) -> None:
-        monkeypatch.setattr(gpu, "plan", lambda options: list(made))
+    def use(*made: plans.Part) -> None:
+        for module in (program, work):
+            monkeypatch.setattr(module, "plan", lambda options: list(made))
 
     return use
 
@@ -150,8 +154,8 @@ def test_each_part_is_kept_as_it_ends(tmp_path, parts, capsys):
     )
     kept = tmp_path / "work" / "results" / "card" / "kernels.jsonl"
     looks = python("from pathlib import Path", f"assert Path({str(kept)!r}).exists()")
-    parts(gpu.Part("build", 1, made()), gpu.Part("kernels", 1, writes), gpu.Part("after", 1, looks))
-    assert gpu.work(options(tmp_path), ALL) == 0
+    parts(plans.Part("build", 1, made()), plans.Part("kernels", 1, writes), plans.Part("after", 1, looks))
+    assert work.work(options(tmp_path), ALL) == 0
     assert len(Store(kept).read()) == 1
     summary = json.loads((tmp_path / "work" / "results" / "summary.json").read_text())
     assert {name: part["status"] for name, part in summary["parts"].items()} == dict.fromkeys(
@@ -159,21 +163,20 @@ def test_each_part_is_kept_as_it_ends(tmp_path, parts, capsys):
     )
     assert (tmp_path / "work" / "results" / "kernels.log").read_text() == "measured\n"
     assert "kernels            done" in capsys.readouterr().out
-    assert gpu.work(options(tmp_path), ALL) == 0  # the same command finds what it has and goes on
+    assert work.work(options(tmp_path), ALL) == 0  # the same command finds what it has and goes on
     assert len(Store(kept).read()) == 2
 
 
 def test_it_works_on_a_copy(tmp_path, parts):
     here = python("import os, pathlib", "print(os.getcwd(), os.environ['PYTHONPATH'])", "pathlib.Path('lotr_ext/x').touch()")
-    parts(gpu.Part("build", 1, made()), gpu.Part("here", 1, here))
-    gpu.work(options(tmp_path), ALL)
+    parts(plans.Part("build", 1, made()), plans.Part("here", 1, here))
+    work.work(options(tmp_path), ALL)
     tree = tmp_path / "work" / "tree"
     assert (tmp_path / "work" / "results" / "here.log").read_text().split() == [str(tree), str(tree)]
-    root = Path(gpu.__file__).parents[1]
-    assert (tree / "lotr_ext" / "x").exists() and not (root / "lotr_ext" / "x").exists()
-    assert (tree / "setup.py").read_text() == (root / "setup.py").read_text()
+    assert (tree / "lotr_ext" / "x").exists() and not (ROOT / "lotr_ext" / "x").exists()
+    assert (tree / "setup.py").read_text() == (ROOT / "setup.py").read_text()
     assert (tree / "csrc" / "torch" / "cuda_probe.cpp").stat().st_mtime == (
-        root / "csrc" / "torch" / "cuda_probe.cpp"
+        ROOT / "csrc" / "torch" / "cuda_probe.cpp"
     ).stat().st_mtime  # a second build compiles what changed
     assert sorted(path.name for path in (tree / "bench" / "results").iterdir()) == ["simt-executor"]
 
@@ -193,10 +196,10 @@ def test_a_part_is_stopped_in_time_and_the_others_run(tmp_path, parts, heard):
 
 
 def _stopped_in_time(tmp_path, parts):
-    build = gpu.Part("build", 1, shell("echo built > lotr_ext/_C.abi3.so"))
-    long = gpu.Part("long", 1, shell("trap 'echo kept; exit 3' INT; echo begun; sleep 600 & wait"))
-    parts(build, long, gpu.Part("next", 20, shell("echo here")))  # which a busy machine leaves time for, too
-    assert gpu.work(options(tmp_path, "--budget", "120"), ALL) == 0
+    build = plans.Part("build", 1, shell("echo built > lotr_ext/_C.abi3.so"))
+    long = plans.Part("long", 1, shell("trap 'echo kept; exit 3' INT; echo begun; sleep 600 & wait"))
+    parts(build, long, plans.Part("next", 20, shell("echo here")))  # which a busy machine leaves time for, too
+    assert work.work(options(tmp_path, "--budget", "120"), ALL) == 0
     results = tmp_path / "work" / "results"
     found = json.loads((results / "summary.json").read_text())["parts"]
     assert found["long"]["status"] == "stopped" and found["next"]["status"] == "done"
@@ -204,52 +207,56 @@ def _stopped_in_time(tmp_path, parts):
 
 
 def test_a_part_that_hears_nothing_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_S", 0.3)
+    monkeypatch.setattr(work, "GRACE_S", 0.3)
     (tmp_path / "tree").mkdir()
-    deaf = gpu.Part("deaf", 1, shell("trap '' INT; echo begun; sleep 600; echo slept"))
-    status, _ = gpu.run_part(deaf, tmp_path / "tree", tmp_path / "log", 1.0)
+    deaf = plans.Part("deaf", 1, shell("trap '' INT; echo begun; sleep 600; echo slept"))
+    status, _ = work.run_part(deaf, tmp_path / "tree", tmp_path / "log", 1.0, {})
     assert status == "stopped" and (tmp_path / "log").read_text().split() == ["begun"]
 
 
 def test_a_part_that_fails_is_shown_and_the_others_run(tmp_path, parts, capsys):
     broken = python("import sys", "print('the reason')", "sys.exit(7)")
-    parts(gpu.Part("build", 1, made()), gpu.Part("bad", 1, broken), gpu.Part("next", 1, python("print()")))
-    assert gpu.work(options(tmp_path), ALL) == 1
+    parts(plans.Part("build", 1, made()), plans.Part("bad", 1, broken), plans.Part("next", 1, python("print()")))
+    assert work.work(options(tmp_path), ALL) == 1
     out = capsys.readouterr().out
     assert "bad: failed (7)" in out and "    the reason" in out and "next: done" in out
 
 
 def test_without_a_build_nothing_else_runs(tmp_path, parts, capsys):
-    parts(gpu.Part("build", 1, python("import sys", "sys.exit(2)")), gpu.Part("next", 1, python("print()")))
-    assert gpu.work(options(tmp_path), ALL) == 1
+    parts(plans.Part("build", 1, python("import sys", "sys.exit(2)")), plans.Part("next", 1, python("print()")))
+    assert work.work(options(tmp_path), ALL) == 1
     out = capsys.readouterr().out
     assert "without a build" in out and "next:" not in out
     with pytest.raises(ValueError, match="parts: expected build among them"):
-        gpu.work(options(tmp_path, "--parts", "next"), ALL)
+        work.work(options(tmp_path, "--parts", "next"), ALL)
 
 
 def test_kernels_that_cannot_run_are_not_measured(tmp_path, parts, capsys):
     facts = {"runtime": 13000, "driver": 12080, "obstacle": "the driver serves CUDA 12.8 at most"}
     said = info._cuda_line({"built": True, "archs": ["80"]}, facts)
-    parts(gpu.Part("build", 1, made()), gpu.Part("info", 1, python(f"print({said!r})")), gpu.Part("next", 1, python("print()")))
-    assert gpu.work(options(tmp_path), ALL) == 1
+    parts(
+        plans.Part("build", 1, made()),
+        plans.Part("info", 1, python(f"print({said!r})")),
+        plans.Part("next", 1, python("print()")),
+    )
+    assert work.work(options(tmp_path), ALL) == 1
     out = capsys.readouterr().out
     assert "the kernels cannot run here" in out and "serves CUDA 12.8 at most" in out and "next:" not in out
 
 
 def test_no_time_left_is_said(tmp_path, parts, monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(work.time, "monotonic", lambda: now[0])
     asked = []
 
-    def run(part, tree, log, limit):
+    def run(part, tree, log, limit, more):
         asked.append((part.name, limit))
-        (tree / gpu.MODULE).touch()
+        (tree / work.MODULE).touch()
         now[0] += 45.0
         return "done", 45.0
 
-    parts(gpu.Part("build", 1, shell("")), gpu.Part("one", 1, shell("")), gpu.Part("two", 3, shell("")))
-    assert gpu.work(options(tmp_path, "--budget", "100"), ALL, run) == 0
+    parts(plans.Part("build", 1, shell("")), plans.Part("one", 1, shell("")), plans.Part("two", 3, shell("")))
+    assert work.work(options(tmp_path, "--budget", "100"), ALL, run) == 0
     assert asked == [("build", 90.0), ("one", 11.25)]  # what is kept for those that must be told to stop comes off first
     assert "two: left out: no time left" in capsys.readouterr().out
 
@@ -263,19 +270,19 @@ def wheel(path: Path, *names: str) -> Path:
 
 def test_kernels_from_a_wheel(tmp_path, parts):
     name = f"lotr_ext-0.1.0-cp310-abi3-manylinux_2_34_{platform.machine()}.whl"
-    chosen = options(tmp_path, "--wheel", str(wheel(tmp_path / name, gpu.MODULE)))
-    assert gpu.plan(chosen)[0].command == () and "nvcc" not in gpu.plan(chosen)[0].needs
-    parts(gpu.Part("build", 1, ()), gpu.Part("look", 1, python(f"print(open({gpu.MODULE!r}).read())")))
+    chosen = options(tmp_path, "--wheel", str(wheel(tmp_path / name, work.MODULE)))
+    assert plans.plan(chosen)[0].command == () and "nvcc" not in plans.plan(chosen)[0].needs
+    parts(plans.Part("build", 1, ()), plans.Part("look", 1, python(f"print(open({work.MODULE!r}).read())")))
     chosen.parts = ["build", "look"]
-    assert gpu.work(chosen, ALL) == 0
+    assert work.work(chosen, ALL) == 0
     assert (tmp_path / "work" / "results" / "look.log").read_text() == "from the wheel\n"
 
 
 @pytest.mark.parametrize(
     ("name", "inside", "message"),
     [
-        ("lotr_ext-0.1.0-cp310-abi3-manylinux_2_34_riscv64.whl", gpu.MODULE, "for this platform .* got lotr_ext-0.1.0-cp310"),
-        (f"lotr_ext-0.1.0-cp310-abi3-win_{platform.machine()}.whl", gpu.MODULE, "for this platform"),
+        ("lotr_ext-0.1.0-cp310-abi3-manylinux_2_34_riscv64.whl", work.MODULE, "for this platform .* got lotr_ext-0.1.0-cp310"),
+        (f"lotr_ext-0.1.0-cp310-abi3-win_{platform.machine()}.whl", work.MODULE, "for this platform"),
         (f"lotr_ext-0.1.0-cp310-abi3-linux_{platform.machine()}.whl", "other", "expected lotr_ext/_C.abi3.so in"),
     ],
     ids=["machine", "system", "empty"],
@@ -288,12 +295,11 @@ def test_a_wheel_of_another_kind_is_refused(tmp_path, name, inside, message):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "work").write_text("a file")
     with pytest.raises(OSError, match=r"folder: cannot write .*work"):
-        gpu.work(options(tmp_path), ALL)
+        work.work(options(tmp_path), ALL)
 
 
 def test_make_gpu_is_this_program():
-    root = Path(gpu.__file__).parents[1]
-    command = ["make", "-C", str(root), "gpu", f"PYTHON={PYTHON}", "ARGS=--dry-run --budget 100 --parts info,tests"]
+    command = ["make", "-C", str(ROOT), "gpu", f"PYTHON={PYTHON}", "ARGS=--dry-run --budget 100 --parts info,tests"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "at most 100 s" in done.stdout and "bench.kernels" not in done.stdout, done.stderr
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from fused_checks import gradients
 from test_device import layer, lotr, step
 
 SHAPES = ((333, 200, 136, 16), (130, 72, 264, 40), (65, 129, 77, 9), (100, 64, 64, 100), (70, 96, 64, 200))
@@ -28,6 +29,8 @@ def main(small: bool) -> None:
             u = lotr.small_forward_(t["y"], t["x"], t["A"], core, t["F"], 0.5)
             dA, dB = torch.zeros(k, r, device="cuda"), torch.zeros(n, r, device="cuda")
             lotr.small_backward_(t["dx"], t["g"], t["x"], u, t["A"], core, t["F"], 0.5, dA, dB, True)
+    if torch.cuda.get_device_capability() == (9, 0):
+        gradients("cuda", "fused")  # gemm_lotr
     torch.cuda.synchronize()
 
 

@@ -6,7 +6,7 @@ import re
 import statistics
 from pathlib import Path
 
-from .measure.store import Store, newest
+from ..measure.store import Store, newest
 
 FLOOR, OURS = "frozen", "lotr_ext"
 

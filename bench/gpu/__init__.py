@@ -1,0 +1,1 @@
+"""One run on a machine with a GPU: `python -m bench.gpu` (make gpu)."""

@@ -1,0 +1,57 @@
+"""What a machine has of what the parts of a run need."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ("torch", "numpy", "safetensors")
+OPTIONAL = ("rich", "matplotlib", "peft", "transformers", "hypothesis", "xdist", "pytest_timeout")
+HOPPER = "compute capability 9.0"
+
+
+def sanitizer() -> str | None:
+    beside = Path("/usr/local/cuda/bin/compute-sanitizer")
+    return shutil.which("compute-sanitizer") or (str(beside) if beside.exists() else None)
+
+
+def nvcc() -> str | None:
+    """As CMakeLists.txt looks for it."""
+    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    for folder in (*folders, Path("/usr/local/cuda/bin")):
+        if (folder / "nvcc").is_file():
+            return str(folder / "nvcc")
+    return shutil.which("nvcc")
+
+
+def tool(name: str) -> str | None:
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
+def gpu() -> str | None:
+    """The first card and its driver, as torch will see them; None without one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def look() -> dict[str, str | None]:
+    """What this machine has of what the parts want: where it is, or None."""
+    found = {"gpu": gpu(), "nvcc": nvcc(), "c++": shutil.which(os.environ.get("CXX", "c++").split()[0])}
+    found |= {name: tool(name) for name in ("cmake", "ninja", "ncu")} | {"compute-sanitizer": sanitizer()}
+    for package in (*NEEDED, "pytest", *OPTIONAL):
+        spec = importlib.util.find_spec(package)
+        found[package] = None if spec is None else str(spec.origin)
+    found[HOPPER] = found["gpu"] if found["gpu"] and found["gpu"].endswith(", 9.0") else None
+    for program in ("static", "host"):
+        there = [ROOT / "bench" / f"{program}.py", ROOT / "bench" / program / "__main__.py"]
+        found[f"bench.{program}"] = next((str(path) for path in there if path.exists()), None)
+    return found

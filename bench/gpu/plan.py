@@ -1,0 +1,115 @@
+"""The parts of a run, in three calls of about nine minutes each, and how the time is shared among them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+
+from .machine import HOPPER, NEEDED, sanitizer, tool
+
+TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
+FLOOR = ("--autotune", "--shapes", "8192x4096x16", "--kernels", "shrink,expand_add,factor_grad,shrink_grad")
+CALLS = {1: "right or wrong, and how fast", 2: "where the time goes", 3: "sanitizer, profiler, searched floors"}
+NCU_KERNELS = 12  # launches that are profiled: each of the six kernels about twice
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A command of the plan, in which {minutes} or {seconds} stands for the time it gets. weight: its share of the time that is
+    left; needs: names of `look` that must be there; calls: those of CALLS it belongs to."""
+
+    name: str
+    weight: float
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    about: str = ""
+    calls: tuple[int, ...] = (1,)
+
+
+ALWAYS = tuple(CALLS)
+
+
+def plan(options: argparse.Namespace) -> list[Part]:
+    """All parts in their order: what the others stand on first, then what says most."""
+    python, module = sys.executable, (sys.executable, "-m")
+    compiled = ("nvcc", "c++", "cmake") if options.wheel is None else ()
+    build = (python, "setup.py", "build_ext", "--inplace") if options.wheel is None else ()
+    smoke = (*module, "bench.gpu.smoke", "--seconds", "{seconds}", "--out", "bench/results/smoke/smoke.json")
+    return [
+        Part("build", 4.0, build, (*NEEDED, *compiled), "for this machine's card", ALWAYS),
+        Part("info", 0.5, (*module, "lotr_ext.info"), (), "which path runs, and why", ALWAYS),
+        Part("smoke", 3.5, smoke, ("pytest",), "each kernel, type and rank in a process of its own, against float64"),
+        Part("tests", 4.0, tests(), ("pytest",), "graphs, streams, sizes, whole models"),
+        *_speed(module, ("--quick", "--keep") if options.quick else ()),
+        *_thorough(module),
+    ]
+
+
+def tests() -> tuple[str, ...]:
+    """pytest on the tests of a GPU; side by side and each with a limit where the plugins for that are installed."""
+    command = (sys.executable, "-m", "pytest", "python_tests/cuda", "-m", "cuda and not full", "-v", "--maxfail=20")
+    plugins = {"xdist": ("-n", "4", "--dist", "worksteal"), "pytest_timeout": ("--timeout", "300")}
+    return (*command, *(word for name, words in plugins.items() if importlib.util.find_spec(name) for word in words))
+
+
+def _speed(module: tuple[str, ...], quick: tuple[str, ...]) -> list[Part]:
+    """The measurements."""
+    layer = (*module, "bench.layer", "--dtypes", "bf16", *(quick or ("--minutes", "{minutes}")))
+    experts = (*module, "bench.experts", "--dtypes", "bf16", *quick)
+    return [
+        Part("kernels", 4.0, (*module, "bench.kernels", *quick), (), "each kernel against the library's product"),
+        Part("fused", 1.5, (*module, "bench.fused"), (HOPPER,), "the adapter inside the base product, on Hopper"),
+        Part("layer", 5.0, layer, (), "a layer against its rivals"),
+        Part("block", 2.0, (*module, "bench.block", *quick), (), "the layers of a transformer's block together", (2,)),
+        Part(
+            "shared",
+            1.0,
+            (*module, "bench.shared", "--dtypes", "bf16"),
+            (),
+            "the shared gradient against autograd's sums",
+            (2,),
+        ),
+        Part("experts", 1.0, experts, ("transformers", "peft"), "a mixture's experts against PEFT's LoRA", (2,)),
+        Part("host", 1.0, (*module, "bench.host"), ("bench.host",), "host time of a layer", (2,)),
+        *(without(switch, module) for switch in ("wgmma", "early", "cluster", "together")),
+    ]
+
+
+def _thorough(module: tuple[str, ...]) -> list[Part]:
+    """What finds rarer faults, and what the measurements are compared with."""
+    ncu = (tool("ncu") or "ncu", "--clock-control", "none", "--kernel-name-base", "demangled", "-k", "regex:lotr::kernels")
+    profiled = (*module, "bench.kernels", "--quick", "--keep")
+    floor_layer = (*module, "bench.layer", "--quick", "--keep", "--autotune", "--dtypes", "bf16")
+    return [
+        *(Part(f"sanitize-{tool}", 1.5, sanitize(tool), ("compute-sanitizer",), "every kernel, small", (3,)) for tool in TOOLS),
+        Part("ncu", 1.0, (*ncu, "--launch-count", str(NCU_KERNELS), *profiled), ("ncu",), "counters of the hardware", (3,)),
+        Part("floor-kernels", 1.5, (*module, "bench.kernels", *FLOOR), (), "the library's products after a search", (3,)),
+        Part("floor-layer", 1.5, floor_layer, (), "the same, a layer", (3,)),
+        Part("static", 1.0, (*module, "bench.static"), ("bench.static",), "the model's times beside the measured ones", (3,)),
+    ]
+
+
+def without(switch: str, module: tuple[str, ...]) -> Part:
+    """The kernels with one of the hardware's features switched off: beside `kernels`, what that feature is worth."""
+    results = ("--results", f"bench/results/without-{switch}")
+    command = ("env", f"LOTR_CUDA_WITHOUT={switch}", *module, "bench.kernels", "--quick", *results)
+    return Part(f"without-{switch}", 0.7, command, (), f"the same kernels without {switch}", (2,))
+
+
+def sanitize(tool: str) -> tuple[str, ...]:
+    """initcheck is left to make test-full: it also reports what torch's allocator left in reused blocks."""
+    found = sanitizer() or "compute-sanitizer"
+    checked = (sys.executable, "python_tests/cuda/sanitize.py", "--small")
+    return (found, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=lotr", *checked)
+
+
+def seconds_of(parts: list[Part], left: float) -> list[float]:
+    """How long each may take if all before it take as long as they may. What one leaves over goes to those after it."""
+    total = sum(part.weight for part in parts)
+    return [left * part.weight / total for part in parts]
+
+
+def missing(part: Part, found: dict[str, str | None]) -> list[str]:
+    return [name for name in part.needs if found[name] is None]

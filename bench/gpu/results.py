@@ -1,0 +1,93 @@
+"""The results of a run as one file, and how they come back into a checkout: bench/results/<card>/."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from lotr_ext.version import __version__
+
+from ..measure.store import RESULTS, Store
+from ..measure.timing import slug
+from .machine import ROOT
+
+SUMMARY = "summary.json"
+MOST_BYTES = 256 * 2**20  # that a run may hold unpacked
+
+
+def pack(folder: Path) -> Path:
+    """Everything under folder/results as folder/results.tar.gz, by way of a temporary name."""
+    target = folder / "results.tar.gz"
+    temporary = target.with_name("results.tmp")
+    with tarfile.open(temporary, "w:gz") as archive:
+        archive.add(folder / "results", arcname="results")
+    return temporary.replace(target)
+
+
+def import_results(path: Path, into: Path = RESULTS) -> list[Path]:
+    """Puts what a run has measured under into/<card>: the cells of each program added to what is there, the smoke table and
+    the summary. Returns the files it has written, and redraws nothing.
+
+    Raises:
+        ValueError: no packed results, results of another version, of no card or of several, or an unsafe archive. Nothing is
+            written then.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        unpacked = _unpack(path, Path(temporary))
+        try:
+            summary = json.loads((unpacked / SUMMARY).read_text(encoding="utf-8"))
+            version, gpu = summary["version"], summary["gpu"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"import-results: expected {SUMMARY} of a run in {path}, got {type(error).__name__}") from None
+        if version != __version__:
+            raise ValueError(f"import-results: expected results of version {__version__}, got {version!r} in {path}")
+        files = sorted(unpacked.glob("*/*.jsonl"))
+        cards = {cell["machine"]["name"] for file in files for cell in Store(file).read()}
+        if len(cards) != 1:
+            raise ValueError(f"import-results: expected results of one card in {path}, got {sorted(cards) or gpu}")
+        folder = into / slug(cards.pop())
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [_merge(file, folder / _name(file, folder.name)) for file in files]
+        for extra in (unpacked / SUMMARY, unpacked / "smoke" / "smoke.json"):
+            if extra.exists():
+                target = folder / f"gpu-{extra.name}"
+                draft = target.with_suffix(".tmp")
+                draft.write_bytes(extra.read_bytes())
+                written.append(draft.replace(target))
+    return written
+
+
+def redraw() -> int:
+    """The tables and pictures, from all kept results."""
+    return subprocess.run([sys.executable, "-m", "bench.report"], cwd=ROOT).returncode
+
+
+def _unpack(path: Path, into: Path) -> Path:
+    try:
+        with tarfile.open(path) as archive:
+            members = archive.getmembers()
+            if sum(member.size for member in members) > MOST_BYTES:
+                raise ValueError(f"import-results: expected at most {MOST_BYTES} bytes in {path}, got more")
+            archive.extractall(into, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise ValueError(f"import-results: expected the results.tar.gz of a run, got {path} ({error})") from None
+    return into / "results"
+
+
+def _name(file: Path, card: str) -> str:
+    """kernels.jsonl of the card itself; without-wgmma.jsonl of a run with a feature switched off."""
+    return file.name if file.parent.name == card else f"{file.parent.name}.jsonl"
+
+
+def _merge(source: Path, target: Path) -> Path:
+    """Adds the cells that target does not have yet."""
+    store = Store(target)
+    known = {json.dumps(cell, sort_keys=True) for cell in store.read()}
+    for cell in Store(source).read():
+        if json.dumps(cell, sort_keys=True) not in known:
+            store.append(cell)
+    return target

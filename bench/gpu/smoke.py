@@ -1,0 +1,274 @@
+"""Does each kernel give the right numbers on this card? Every variant runs in a process of its own, under a watchdog.
+
+    python -m bench.gpu.smoke                    all variants, at most 90 s
+    python -m bench.gpu.smoke --one shrink-bf16-16
+
+A variant is an operator, an element type and a rank. It is compared with float64, twice, with the same bits. CUDA errors are
+sticky: after one, nothing else in that process can be trusted, so no process runs two variants. A variant that fails is run
+again with one of the hardware's features switched off at a time (LOTR_CUDA_WITHOUT); the feature without which it passes is
+switched off for the variants that follow, and `python -m bench.gpu` leaves it off for all later parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from .machine import ROOT
+
+OPERATORS = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "fold_grad", "small", "rows")
+TYPES = ("bf16", "fp16", "fp32", "tf32")
+RANKS = (16, 32, 64, 128)  # the classes that are compiled
+SWITCHES = ("wgmma", "early", "cluster", "together", "fused")
+WATCHDOG_S = 20
+SECONDS = 90
+JOBS = 8  # processes at a time: each is mostly start-up
+DEVICES = ("cuda", "cpu", "fake")  # fake: python_tests/bench/fake_gpu.py, which proves this program without a GPU
+
+
+class Variant(NamedTuple):
+    operator: str
+    kind: str
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.operator}-{self.kind}-{self.rank}"
+
+
+class Result(NamedTuple):
+    """outcome: passed, wrong, crashed, hung or not run. detail: the worst error and where, or what was raised."""
+
+    variant: Variant
+    without: tuple[str, ...]
+    outcome: str
+    detail: str
+    seconds: float
+
+
+def variants() -> list[Variant]:
+    """The types and ranks that run by default on Hopper come first."""
+    plain = [Variant(name, kind, rank) for kind in TYPES for rank in RANKS for name in OPERATORS]
+    return [*plain, *(Variant("fused", kind, rank) for kind in TYPES[:2] for rank in RANKS)]
+
+
+# ---- one variant, in this process ------------------------------------------------------------------------------------
+
+
+def check(variant: Variant, device: str) -> None:
+    """AssertionError where a number is wrong."""
+    sys.path[:0] = [str(ROOT / "python_tests" / name) for name in ("cuda", "kernels", "bench")]
+    if variant.operator == "fused":
+        return check_fused(variant, device)
+    from cases import KERNELS, ODD, PACKED, Shape
+
+    if device == "fake":
+        from fake_gpu import FakeGpu
+
+        library = FakeGpu(str(variant))
+    else:
+        from torch_backend import TorchLibrary
+
+        library = TorchLibrary(device)
+    shapes = [Shape(333, 200, variant.rank - 3, ODD, layers=2), Shape(300, 264, variant.rank, PACKED, layers=3)]
+    if device == "cuda":  # enough tiles for every multiprocessor: what takes wgmma, clusters and a cooperative launch
+        shapes += [Shape(8448, 1032, variant.rank), Shape(1032, 8448, variant.rank)]
+    for shape in shapes:
+        problem = KERNELS[variant.operator](shape, variant.kind)
+        first, again = problem.run(library), problem.run(library)
+        problem.check(first)
+        for name, values in again.items():
+            assert values.tobytes() == first[name].tobytes(), f"{variant} {shape}: {name} has other bits in a second run"
+
+
+def check_fused(variant: Variant, device: str) -> None:
+    """The base product with the adapter inside, through a layer."""
+    import torch
+    from fused_checks import adapted, far, step, truth
+
+    strategy = "fused" if device == "cuda" else "beta"
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        return
+    for m, k, n in ((300, 136, 264), (2048, 1032, 1024)):
+        layer, x, g = adapted(m, k, n, variant.rank, "cuda" if device == "cuda" else "cpu", strategy)
+        if variant.kind == "fp16":
+            layer, x, g = layer.half(), x.detach().half().requires_grad_(), g.half()
+        errors = far(step(layer, x, g), truth(layer, x, g))
+        assert max(errors) < 3e-2, (
+            f"{variant} {m}x{k}x{n}: relative errors of y, dx, dA, dB, dcore {[f'{e:.1e}' for e in errors]}"
+        )
+
+
+def run_one(text: str, device: str) -> int:
+    """Prints one line of JSON. 1 where a number is wrong; any other exception goes on to the interpreter's own."""
+    operator, kind, rank = text.rsplit("-", 2)
+    try:
+        check(Variant(operator, kind, int(rank)), device)
+    except AssertionError as error:
+        print(json.dumps({"outcome": "wrong", "detail": str(error).splitlines()[0][:300]}))
+        return 1
+    print(json.dumps({"outcome": "passed", "detail": ""}))
+    return 0
+
+
+# ---- a process a variant ---------------------------------------------------------------------------------------------
+
+
+def run(variant: Variant, device: str, without: Sequence[str], limit: float) -> Result:
+    """What became of it."""
+    begin = time.monotonic()
+    places = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": places, "LOTR_CUDA_WITHOUT": ",".join(without)}
+    if not without:
+        del environment["LOTR_CUDA_WITHOUT"]
+    command = [sys.executable, "-m", "bench.gpu.smoke", "--one", str(variant), "--device", device]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        outcome, detail = "hung", f"ended after {limit:.0f} s"
+    else:
+        outcome, detail = outcome_of(process.returncode, out, err)
+    return Result(variant, tuple(without), outcome, detail, time.monotonic() - begin)
+
+
+def outcome_of(status: int, out: str, err: str) -> tuple[str, str]:
+    """From the exit status and the last lines of a process."""
+    if status < 0:
+        return "crashed", f"signal {signal.Signals(-status).name}"
+    try:
+        said = json.loads(out.strip().splitlines()[-1])
+        return said["outcome"], said["detail"]
+    except (IndexError, ValueError, KeyError, TypeError):
+        lines = err.strip().splitlines() or [f"exit status {status}"]
+        return "crashed", lines[-1][:300]
+
+
+class Smoke:
+    """The whole run: results so far, and the features that are switched off by now."""
+
+    def __init__(self, device: str, seconds: float, jobs: int = JOBS, watchdog: float = WATCHDOG_S):
+        self.device, self.jobs, self.watchdog = device, jobs, watchdog
+        self.end = time.monotonic() + seconds
+        self.without: list[str] = [name for name in os.environ.get("LOTR_CUDA_WITHOUT", "").split(",") if name]
+        self.results: list[Result] = []
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def try_one(self, variant: Variant, without: Sequence[str]) -> Result:
+        if self.left() < 1:
+            return Result(variant, tuple(without), "not run", "no time left", 0.0)
+        result = run(variant, self.device, without, min(self.watchdog, self.left()))
+        if result.outcome == "hung" and result.seconds < self.watchdog - 1:  # the time was over, not the variant's patience
+            return result._replace(outcome="not run", detail="no time left")
+        return result
+
+    def go(self, chosen: Iterable[Variant]) -> None:
+        """All variants side by side; then, of those that failed, which feature is at fault."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for result in pool.map(lambda variant: self.try_one(variant, self.without), chosen):
+                self.results.append(result)
+                if sys.stderr.isatty():
+                    print(f"\rsmoke: {len(self.results)} variants, {self.left():.0f} s left ", end="", file=sys.stderr)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        for failed in [result for result in self.results if result.outcome not in ("passed", "not run")]:
+            self.find_fault(failed.variant)
+
+    def find_fault(self, variant: Variant) -> None:
+        """Adds to `without` the feature without which the variant passes; all of them where no single one does."""
+        attempts = self.attempts()
+        with ThreadPoolExecutor(self.jobs) as pool:  # side by side: a kernel that hangs takes the watchdog's whole time
+            results = list(pool.map(lambda more: self.try_one(variant, [*self.without, *more]), attempts))
+        for more, result in zip(attempts, results, strict=True):
+            if result.outcome == "passed":
+                self.results.append(result)
+                self.without += more
+                return
+
+    def attempts(self) -> list[list[str]]:
+        """What is off already, then each feature, then all."""
+        others = [name for name in SWITCHES if name not in self.without]
+        return [[], *([name] for name in others), *([others] if len(others) > 1 else [])]
+
+    def unmended(self) -> list[Result]:
+        """Failed, and not passed with what is switched off."""
+        passed = {result.variant for result in self.results if result.outcome == "passed"}
+        return [r for r in self.results if r.outcome not in ("passed", "not run") and r.variant not in passed]
+
+    def report(self) -> list[str]:
+        """A table, a row an operator and type, a column a rank; below it a line a failure."""
+        first = {result.variant: result for result in reversed(self.results)}
+        lines = [f"{'':18}" + "".join(f"{f'r = {rank}':>10}" for rank in RANKS)]
+        for operator, kind in dict.fromkeys((v.operator, v.kind) for v in first):
+            cells = (first.get(Variant(operator, kind, rank)) for rank in RANKS)
+            lines.append(f"{operator + ' ' + kind:18}" + "".join(f"{cell.outcome if cell else '-':>10}" for cell in cells))
+        for result in self.results:
+            if result.outcome not in ("passed", "not run"):
+                lines.append(f"{result.outcome}: {result.variant}: {result.detail}")
+        counts = Counter(result.outcome for result in first.values())
+        lines.append("; ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+        if self.without:
+            lines.append(f"passes with LOTR_CUDA_WITHOUT={','.join(self.without)}, which stays set for what follows")
+        lines += [f"no switch helps: {result.variant}" for result in self.unmended()]
+        return lines
+
+
+def write(path: Path, smoke: Smoke) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**result._asdict(), "variant": str(result.variant)} for result in smoke.results]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"without": smoke.without, "results": rows}, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=DEVICES, help="what runs the operators (cuda)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"that all of it may take ({SECONDS})")
+    parser.add_argument("--only", help="variants, comma-separated, as shrink-bf16-16 (all)")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    parser.add_argument("--watchdog", type=float, default=WATCHDOG_S, help=f"seconds of one variant ({WATCHDOG_S})")
+    parser.add_argument("--jobs", type=int, default=JOBS, help=f"processes at a time ({JOBS})")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    names = {str(variant): variant for variant in variants()}
+    for name in (options.one, *(options.only or "").split(",")):
+        if name and name not in names:
+            raise ValueError(f"only: expected variants as shrink-bf16-16, got {name!r}")
+    options.variants = [names[name] for name in options.only.split(",")] if options.only else variants()
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """1 where a variant fails with every switch."""
+    options = arguments(argv)
+    if options.one:
+        return run_one(options.one, options.device)
+    smoke = Smoke(options.device, options.seconds, options.jobs, options.watchdog)
+    smoke.go(options.variants)
+    print("\n".join(smoke.report()))
+    if options.out:
+        write(options.out, smoke)
+    return int(bool(smoke.unmended()))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"bench.gpu.smoke: {error}")
