@@ -1,25 +1,34 @@
-"""A callback for transformers' Trainer: the adapter in each checkpoint, and out of it again on resuming.
+"""transformers' Trainer with adapters: checkpoints of the adapter alone, or the adapter beside the whole weights.
 
-    trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()], ...)
+    trainer = AdapterTrainer(model, arguments, ...)                             # checkpoints without the base model
+    trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()], ...)   # whole checkpoints, and the adapter in each
 
 Trainer's own checkpoints hold the adapter among all weights, under the names that the model has on the Hub. Where these are
-not the names of its modules (ViT in transformers 5), resuming finds no core in the file, warns, and goes on without. With this
-callback the adapter is saved and loaded by its own names, and is there in each checkpoint, small, to be given away.
+not the names of its modules (ViT in transformers 5), resuming finds no core in the file, warns, and goes on without. Both
+classes here save and load the adapter by its own names.
 """
 
 from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..layers.sharded import holds_parts
-from .checkpoint import load_adapter, save_adapter, unwrapped
+from . import adapter_files as files
+from .adapter_files import describe
+from .apply import adapted_layers
+from .checkpoint import contents, load_adapter, save_adapter, unwrapped
+from .targets import features
 
-__all__ = ["AdapterCheckpoint"]
+__all__ = ["AdapterCheckpoint", "AdapterTrainer"]
 
+REST = "lotr_rest.safetensors"
 FOLDER = "lotr_adapter"
 
 
@@ -65,3 +74,103 @@ class AdapterCheckpoint(TrainerCallback):
                 "elsewhere than in output_dir give resume_from"
             )
         load_adapter(model, checkpoint / FOLDER)
+
+
+class AdapterTrainer(Trainer):
+    """Trainer whose checkpoints, and what `save_model` writes, hold the adapter and not the base model.
+
+    A checkpoint has the adapter as `save_adapter` writes it, in `lotr_rest.safetensors` what else training changes (other
+    trained parameters, and buffers such as BatchNorm's), and Trainer's own state of the optimizer, the scheduler and the random
+    generators. Training resumes from it exactly, onto a model that was made and adapted as before, and load_best_model_at_end
+    works. It also resumes from whole checkpoints. `load_adapter(base, checkpoint)` takes the adapter alone.
+
+    Another trainer gets it by inheritance: `class AdapterSFTTrainer(AdapterTrainer, SFTTrainer): pass`. Under FSDP and
+    DeepSpeed, which write checkpoints of their own, its checkpoints are Trainer's.
+
+    Raises:
+        TypeError, RuntimeError: a model without an adapter. On resuming as `load_adapter`, and ValueError: other parameters or
+            buffers than the checkpoint has.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        adapted_layers(unwrapped(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder, model = Path(output_dir or self.args.output_dir), unwrapped(self.model)
+        save_adapter(model, folder)
+        _save_rest(model, folder)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if (Path(resume_from_checkpoint) / REST).is_file():
+            self._load_adapter(Path(resume_from_checkpoint))
+        elif model is None:
+            super()._load_from_checkpoint(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if (best / REST).is_file():
+            self._load_adapter(best)
+        else:
+            super()._load_best_model()
+
+    def _load_adapter(self, folder: Path) -> None:
+        model = unwrapped(self.model)
+        tensors = _read_rest(model, folder)
+        load_adapter(model, folder)
+        with torch.no_grad():
+            for name, tensor in _rest(model).items():
+                tensor.copy_(tensors[name])
+
+
+def _rest(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes and an adapter's file does not have, by its name in state_dict, the very tensors: other trained
+    parameters, and the buffers of all modules but linear layers, whose buffers are quantised weights."""
+    seen = {id(tensor) for tensor in contents(model)[1].values()}
+    changing = {id(p) for p in model.parameters() if p.requires_grad}
+    for module in model.modules():
+        if features(module) is None:
+            changing |= {id(buffer) for buffer in module.buffers(recurse=False)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in changing and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def _save_rest(model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save
+
+    files.put_file(folder, REST, save({name: t.detach().cpu().contiguous() for name, t in _rest(model).items()}))
+
+
+def _read_rest(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / REST
+    try:
+        tensors = load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, got something else ({error})") from None
+    want = {name: describe(t) for name, t in _rest(model).items()}
+    got = {name: describe(t) for name, t in tensors.items()}
+    if want != got:
+        other = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
+        raise ValueError(
+            f"{path}: expected the model's trained parameters and buffers outside of the adapter, got others at "
+            f"{', '.join(other[:5])}; make and adapt the model as it was when the checkpoint was written"
+        )
+    return tensors

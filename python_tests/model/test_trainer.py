@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*torch
 
 from lotr_ext import LoTRConfig, LoTRLinear, apply_lotr, disabled, load_adapter, merge, save_adapter, unload, unmerge  # noqa: E402
 from lotr_ext.model.apply import adapted_layers, lotr_parameters  # noqa: E402
-from lotr_ext.model.trainer import AdapterCheckpoint  # noqa: E402
+from lotr_ext.model.trainer import AdapterCheckpoint, AdapterTrainer  # noqa: E402
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
@@ -97,7 +98,12 @@ RUNS: dict[str, tuple[Make, str, dict]] = {
 
 
 def trainer(
-    make: Make, kind: str, folder: Path, callback: transformers.TrainerCallback | None = None, **options
+    make: Make,
+    kind: str,
+    folder: Path,
+    callback: transformers.TrainerCallback | None = None,
+    cls: type[transformers.Trainer] = transformers.Trainer,
+    **options,
 ) -> transformers.Trainer:
     transformers.set_seed(0)
     model = make()
@@ -107,9 +113,7 @@ def trainer(
     pace = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 2e-2}
     arguments = transformers.TrainingArguments(str(folder), **quiet, **pace, **options)
     callbacks = [] if callback is None else [callback]
-    return transformers.Trainer(
-        model, arguments, train_dataset=Examples(kind), eval_dataset=Examples(kind), callbacks=callbacks
-    )
+    return cls(model, arguments, train_dataset=Examples(kind), eval_dataset=Examples(kind), callbacks=callbacks)
 
 
 def losses(of: transformers.Trainer) -> list[float]:
@@ -136,6 +140,100 @@ def test_trainer_resumes_to_the_same_losses(name: str, tmp_path: Path, capsys: p
     for n, p in again.model.named_parameters():
         assert torch.equal(p, frozen[n]) != p.requires_grad, n  # what is trained moved, and nothing else did
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_checkpoints_of_the_adapter_alone_resume_to_the_same_losses(name: str, tmp_path: Path, capsys) -> None:
+    make, kind, options = RUNS[name]
+    whole = trainer(make, kind, tmp_path, cls=AdapterTrainer, **options)
+    whole.train()
+    curve = losses(whole)
+    checkpoint = tmp_path / "checkpoint-3"
+    base = sum(p.nbytes for p in whole.model.parameters() if not p.requires_grad)
+    assert not list(checkpoint.glob("*model*")) and sum(p.stat().st_size for p in checkpoint.glob("*.safetensors")) < base
+    again = trainer(make, kind, tmp_path / "again", cls=AdapterTrainer, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="lotr_ext")
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(again) == curve
+    want = whole.model.state_dict()
+    assert all(torch.equal(value, want[n]) for n, value in again.model.state_dict().items())
+    loaded = load_adapter(unload(make_again(make), merge=False), tmp_path / "checkpoint-6")
+    assert all(torch.equal(value, want[n]) for n, value in loaded.state_dict().items())
+    capsys.readouterr()
+
+
+class Normed(nn.Module):
+    """With statistics that move, a parameter that is trained beside the adapter, and tied to another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.tied = nn.ParameterList([self.scale])
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.norm(self.first(pixel_values.flatten(1))) * self.scale)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def normed() -> nn.Module:
+    model = apply_lotr(Normed(), LoTRConfig(rank=2, target_modules=["first"], modules_to_save=["head"]))
+    model.scale.requires_grad_(True)
+    return model
+
+
+def test_an_adapter_checkpoint_has_all_else_that_training_changes(tmp_path: Path, capsys) -> None:
+    whole = trainer(normed, "pixels", tmp_path, cls=AdapterTrainer)
+    whole.train()
+    again = trainer(normed, "pixels", tmp_path, cls=AdapterTrainer)
+    (tmp_path / "checkpoint-6").rename(tmp_path / "last")
+    again.train(resume_from_checkpoint=True)  # from checkpoint-3
+    assert losses(again) == losses(whole) and losses(whole)[3:] != losses(whole)[:3]
+    want = whole.model.state_dict()
+    assert all(torch.equal(value, want[n]) for n, value in again.model.state_dict().items())
+    assert not torch.equal(want["scale"], torch.ones(16)) and int(want["norm.num_batches_tracked"]) == 6
+
+    def frozen() -> nn.Module:
+        model = normed()
+        model.scale.requires_grad_(False)
+        return model
+
+    other = trainer(frozen, "pixels", tmp_path / "other", cls=AdapterTrainer)
+    before = [p.detach().clone() for p in other.model.parameters()]
+    with pytest.raises(ValueError, match=r"expected the model's trained parameters .* got others at scale"):
+        other.train(resume_from_checkpoint=str(tmp_path / "last"))
+    assert all(torch.equal(p, q) for p, q in zip(before, other.model.parameters()))
+    capsys.readouterr()
+
+
+def test_the_best_adapter_comes_back_and_whole_checkpoints_resume(tmp_path: Path, capsys) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "eval_loss"}
+    done = trainer(normed, "pixels", tmp_path / "best", cls=AdapterTrainer, **best, greater_is_better=True)
+    done.train()
+    assert done.state.best_model_checkpoint.endswith("checkpoint-3")
+    state = done.model.state_dict()
+    assert int(state["norm.num_batches_tracked"]) == 3
+    saved = load_adapter(make_again(normed), tmp_path / "best" / "checkpoint-3").state_dict()
+    assert all(torch.equal(value, state[n]) for n, value in saved.items() if n.startswith(("lotr_", "first", "head")))
+    whole = trainer(bert, "class", tmp_path / "whole")
+    whole.train()
+    again = trainer(bert, "class", tmp_path / "again", cls=AdapterTrainer)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(again) == losses(whole)
+    again.save_model(str(tmp_path / "last"))
+    assert sorted(p.name.split(".")[0] for p in (tmp_path / "last").iterdir()) == [
+        "lotr_adapter",
+        "lotr_adapter",
+        "lotr_rest",
+        "training_args",
+    ]
+    capsys.readouterr()
+
+
+def test_a_trainer_of_adapters_refuses_a_model_without(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="expected one with a LoTR adapter, got Normed without"):
+        trainer(Normed, "pixels", tmp_path, cls=AdapterTrainer)
 
 
 def make_again(make: Make) -> nn.Module:
