@@ -21,15 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import folder, placed, read_bytes, together
 from ..layers.experts import LoTRExperts
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
-from ..model.adapter_files import put_file, read, together
+from ..model.adapter_files import read, serialized
 from ..model.apply import adapted_layers
 from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
+from ..model.core_forms import CORES
 from ..model.experts import parameter_name
-from ..model.saved import CORES
 from ..ops import accumulate_dtype
 from .expert_lora import ExpertLoRA, check_form, core_side, expert_lora, expert_lora_factors, expert_tensors
 from .lora_files import LoRALayer
@@ -52,7 +53,8 @@ def _lora_pair(A: Tensor, B: Tensor, core: Tensor, start: tuple[Tensor, Tensor, 
     if start is not None:
         start_A, start_B = _pair(*(t.to(core.device, wide) for t in start))
         lora_A, lora_B = torch.cat([lora_A, start_A]), torch.cat([lora_B, -start_B], 1)
-    return lora_A.to(core.dtype).contiguous(), lora_B.to(core.dtype).contiguous()
+    kept = {"dtype": core.dtype, "memory_format": torch.contiguous_format, "copy": True}  # the factors may be the layer's own
+    return lora_A.to(**kept), lora_B.to(**kept)
 
 
 @torch.no_grad()
@@ -210,13 +212,9 @@ def _write(
     stacked: dict[str, ExpertLoRA],
     form: str,
 ) -> None:
-    from safetensors.torch import save
-
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors |= {f"{_PREFIX}{name}.lora_A.weight": layer.A, f"{_PREFIX}{name}.lora_B.weight": layer.B.clone()}
+        tensors |= {f"{_PREFIX}{name}.lora_A.weight": layer.A, f"{_PREFIX}{name}.lora_B.weight": layer.B}
     tensors |= {f"{_PREFIX}{key}": value for key, value in (expert_tensors(stacked, form) | saved).items()}
     everything = layers | stacked
     r, rank_pattern = _patterns({name: layer.rank for name, layer in everything.items()})
@@ -235,15 +233,15 @@ def _write(
         "bias": "none",
         **config,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    data, text = save(stored, metadata={"format": "pt"}), (json.dumps(config, indent=2) + "\n").encode()
-    path = directory / "adapter_config.json"
-    with together(directory):
-        if path.is_file() and path.read_bytes() != text:
-            path.unlink()  # a kill from here on leaves no adapter, rather than one's tensors with another's scaling
-        put_file(directory, "adapter_model.safetensors", data)
-        put_file(directory, path.name, text)
+    data, text = serialized(tensors), (json.dumps(config, indent=2) + "\n").encode()
+    with folder(directory), together(directory):
+        path = directory / "adapter_config.json"
+        try:
+            apart = None if read_bytes(path) == text else path.name  # one adapter's tensors must not meet another's scaling
+        except OSError:
+            apart = path.name
+        with placed(directory, {"adapter_model.safetensors": data, path.name: text}, apart=apart):
+            pass
 
 
 def _with_names(targets: list[str] | str, names: set[str]) -> list[str] | str:

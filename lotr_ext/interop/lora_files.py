@@ -5,7 +5,6 @@ y = x W^T + scaling (x A^T) B^T      A [r, K], B [N, r], scaling = lora_alpha / 
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import check_regular, parse_json, read_bytes, together
 from ..layers.layer import check_number
-from ..model.adapter_files import together
 from ..model.targets import name_ends_with
 
 __all__ = ["LoRAAdapter", "LoRALayer", "read_lora"]
@@ -121,10 +120,10 @@ def modules_holding(key: str, endings: tuple[str, ...]) -> list[str]:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError(f"source: expected a directory with {path.name}, got {directory}")
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(read_bytes(path))
+    except OSError as error:
+        raise ValueError(f"source: expected a directory with {path.name}, got {directory} ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got something else ({error})") from None
     if not isinstance(config, dict):
@@ -149,6 +148,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        check_regular(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from peft.config import PeftConfig
 
+from ..files import put_file
 from ..layers.cores import FORMS
-from ..model.adapter_files import put_file
 from ..model.config import LoTRConfig, check_names
 
 DEFAULT_RANK = LoTRConfig().rank

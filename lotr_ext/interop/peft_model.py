@@ -27,6 +27,7 @@ from ..model.core_forms import form_at, make_cores
 from ..model.experts import parameter_name, place, release
 from ..model.scope import attach_scope, detach_scope
 from ..model.shared_factors import SharedFactors, factors_by_part, width_names
+from ..model.sizes import check_memory
 from ..model.starts import set_fast_paths
 from ..model.targets import Target, can_be_child, features, name_ends_with, select
 from .peft_config import LoTRPeftConfig
@@ -129,7 +130,9 @@ class LoTRPeftModel(BaseTuner):
                 )
             return  # PEFT says so in detail
         patterns = "|".join(map(re.escape, names)) or None
-        targets = select(model, config.to_lotr(patterns, config.target_parameters)).targets
+        lotr = config.to_lotr(patterns, config.target_parameters)
+        targets = select(model, lotr).targets
+        check_memory(targets, lotr)
         for target in targets:
             if len(target.names) > 1:
                 raise ValueError(f"target_modules: expected layers in one place each, got one at {', '.join(target.names)}")

@@ -208,10 +208,10 @@ class FewCores(Cores):
         seed: int = 0,
     ):
         super().__init__(places, rank)
-        n, generator = check_dimension("numbers", numbers), torch.Generator().manual_seed(seed)
+        n, generator = check_dimension("numbers", numbers), torch.Generator("cpu").manual_seed(seed)
         self.numbers = nn.Parameter(torch.zeros(1 if tied else len(self.places), n))
-        values = torch.randn(n, self.r_in, self.r_out, generator=generator, device="cpu") / math.sqrt(self.r_in)
-        self.register_buffer("random", values)
+        values = self.numbers.new_empty(n, self.r_in, self.r_out, device="meta" if self.numbers.is_meta else "cpu")
+        self.register_buffer("random", values.normal_(generator=generator).div_(math.sqrt(self.r_in)))
 
     def make(self, index: int | None = None) -> Tensor:
         v = self.numbers.expand(len(self.places), -1)

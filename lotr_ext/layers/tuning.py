@@ -127,7 +127,7 @@ def _at_first_use(problem: Problem) -> None:
             _refused.add(problem)
             warnings.warn(f"lotr_ext: LOTR_TUNE: no memory to time {problem}: {problem.usual} is taken", stacklevel=2)
         except OSError as error:
-            warnings.warn(f"lotr_ext: LOTR_TUNE: the answers cannot be kept in {tuned.file()}: {error}", stacklevel=2)
+            warnings.warn(f"lotr_ext: LOTR_TUNE: the answers cannot be kept in {tuned.where()}: {error}", stacklevel=2)
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -205,4 +205,3 @@ def run_of(problem: Problem, strategy: str) -> Callable[[], None]:
 
 if os.environ.get("LOTR_TUNE") == "1":
     tuned.ask = _at_first_use
-    tuned.load()

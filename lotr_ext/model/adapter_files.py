@@ -13,26 +13,28 @@ and the kernel takes the lock from one that is killed. Where a file system has n
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..files import folder, lock, parse_json, placed, read_bytes
+from ..layers.cores import FORMS
+from ..layers.factors import DTYPES
 from ..layers.layer import check_settings
 from ..version import __version__
 from .config import LoTRConfig
+from .core_forms import CORES, make_cores
 
-__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "placed", "put_file", "read", "together", "write"]
+__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "read", "serialized", "write"]
 
 FORMAT, FORMAT_VERSION = "lotr", 1
 JSON_NAME = "lotr_adapter.json"
@@ -82,73 +84,10 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     return {name: {"shape": list(t.shape), "dtype": _dtype_name(t)} for name, t in sorted(tensors.items())}
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(file: BinaryIO, *, wait: bool) -> bool:
-    """Whether this process has the file's lock now. False where another has it, or the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def together(directory: Path) -> Iterator[None]:
-    """Inside, nobody else who asks for it reads or writes several files of directory: they belong together."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _temporary(directory: Path, name: str) -> tuple[Path, BinaryIO]:
-    """A new file of a name of its own, locked."""
-    while True:
-        path = directory / f"{name}.{secrets.token_hex(8)}.tmp"
-        file = open(path, "xb")
-        _lock(file, wait=True)
-        if path.exists():
-            return path, file
-        file.close()  # another saver took it for a leftover before it was locked
-
-
-@contextmanager
-def placed(directory: Path, name: str, data: bytes) -> Iterator[None]:
-    """Puts data into directory/name, whole or not at all. Inside the context other savers take it for that of one at work."""
-    temporary, file = _temporary(directory, name)
-    with file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, directory / name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(directory)
-        yield
-
-
-def put_file(directory: Path, name: str, data: bytes) -> None:
-    """data in directory/name, whole or not at all."""
-    with placed(directory, name, data):
-        pass
-
-
 def _named(directory: Path) -> str | None:
     """The tensors' file that the JSON in directory names, if there is one."""
     try:
-        return json.loads((directory / JSON_NAME).read_bytes()).get("tensors_file")
+        return parse_json(read_bytes(directory / JSON_NAME)).get("tensors_file")
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -160,8 +99,21 @@ def _remove_leftovers(directory: Path, replaced: str | None) -> None:
             continue
         with suppress(OSError), open(path, "r+b") as file:
             # its saver is done or dead once the lock is free, so a JSON that does not name it now never will
-            if (_lock(file, wait=False) or path.name == replaced) and path.name != _named(directory):
+            if (lock(file, wait=False) or path.name == replaced) and path.name != _named(directory):
                 path.unlink()
+
+
+def serialized(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file of tensors, wherever they are; several may be views of one memory."""
+    from safetensors.torch import save
+
+    stored, seen = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        stored[name] = value.clone() if place in seen else value  # the format has no shared memory
+        seen.add(place)
+    return save(stored, metadata={"format": "pt"})
 
 
 def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
@@ -171,11 +123,7 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
     Raises:
         ValueError: directory is a file. OSError: the disk.
     """
-    from safetensors.torch import save
-
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory: expected a directory or a new path, got the file {directory}")
-    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+    data = serialized(tensors)
     digest = hashlib.sha256(data).hexdigest()
     tensors_name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # a checksum would be another's, too, who saves the same
     content = {
@@ -191,10 +139,10 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
         "tensors": _described(tensors),
     }
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    replaced = _named(directory)
-    with placed(directory, tensors_name, data), placed(directory, JSON_NAME, text.encode()):
-        pass
+    with folder(directory):
+        replaced = _named(directory)
+        with placed(directory, {tensors_name: data, JSON_NAME: text.encode()}):
+            pass
     _remove_leftovers(directory, replaced)
 
 
@@ -215,7 +163,7 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
             raise ValueError(f"{path}: expected tensors_file like lotr_adapter.<16 hex digits>.safetensors, got {name!r}")
         file = directory / name
         try:
-            data = file.read_bytes()
+            data = read_bytes(file)
             break
         except OSError as error:
             if name == missing or not isinstance(error, FileNotFoundError):
@@ -231,16 +179,59 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
     described = _entry(path, content, "tensors", dict)
     if _described(tensors) != described:
         raise ValueError(f"{file}: expected tensors {described}, got {_described(tensors)}")
+    try:
+        _check_shapes(manifest, tensors)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     return manifest, tensors
+
+
+def _check_shapes(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Whether a saved adapter's tensors are there and have the shapes that its configuration and its layers say.
+
+    Raises:
+        ValueError: which tensors are missing, or what shape or dtype one has.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, entry in manifest.layers.items():
+        for start in ("", "start_"):
+            keys = [entry.tensor(f"{start}A"), entry.tensor(f"{start}B"), f"{name}.{start}core"]
+            if not start or any(key in tensors for key in keys):
+                shapes |= dict(zip(keys, _shapes_of(manifest.config, entry, tensors), strict=True))
+    if manifest.config is not None and manifest.config.core in FORMS:
+        cores = make_cores(manifest.config, list(manifest.layers), "meta")
+        shapes |= {f"{CORES}.{key}": tuple(t.shape) for key, t in cores.state_dict().items()}
+    if missing := sorted(set(shapes) - set(tensors)):
+        raise ValueError(f"adapter: expected the tensors of its {len(manifest.layers)} layers, got a file with missing "
+                         f"{', '.join(missing[:5])}")  # fmt: skip
+    for key, shape in shapes.items():
+        got = tensors[key]
+        if tuple(got.shape) != shape or got.dtype not in DTYPES:
+            raise ValueError(f"{key}: expected floating values {list(shape)} as configured, got {got.dtype} {list(got.shape)}")
+
+
+def _shapes_of(config: LoTRConfig | None, entry: LayerEntry, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    """Of a layer's A, B and core; of a model built by hand the ranks are those of its A and B."""
+    if config is not None:
+        r_in, r_out = config.ranks
+    else:
+        found = (tensors.get(entry.tensor(part)) for part in "AB")
+        r_in, r_out = (-1 if t is None or t.dim() != 2 else t.shape[1] for t in found)
+    core = (entry.experts, r_in, r_out) if entry.experts else (r_in, r_out)
+    return [(entry.in_features, r_in), (entry.out_features, r_out), core]
 
 
 def _content(directory: Path) -> dict[str, Any]:
     """What the JSON file says, of this format and version."""
     path = directory / JSON_NAME
-    if not path.is_file():
-        raise ValueError(f"directory: expected a LoTR adapter with {JSON_NAME}, got {directory}, which has {_found(directory)}")
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"directory: expected a LoTR adapter with {JSON_NAME}, got {directory}, which has {_found(directory)}"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read, got {error.strerror!r}") from None
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got something else ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -38,6 +38,7 @@ from .readers import hook_fusing, unhook_fusing
 from .save_hook import hook_saving, unhook_saving
 from .scope import attach_scope, detach_scope
 from .shared_factors import SharedFactors
+from .sizes import check_memory
 from .starts import Start, directions, probed_layers, set_fast_paths, set_start, svd_starts
 from .targets import Selection, Target, has_hooks, select, tied_names
 
@@ -86,18 +87,14 @@ def apply_lotr(
     for name, given in (("batches", batches), ("loss", loss)):
         if given is not None and not probed:
             raise ValueError(f'{name}: expected none but for init "gradient", got {type(given).__name__} with {config.init!r}')
-    cores = cores_for(selection, config)
+    check_memory(selection.targets, config)
+    cores = make_cores(config, [t.name for t in selection.targets], home(selection.targets[0].module))
     found = directions(model, probed, batches, loss, progress) if probed else {}
     starts = svd_starts(selection, config) if config.init == "svd" else None
     install(model, config, selection, starts, cores)
     write_factors({model.get_submodule(name): one for name, one in probed.items()}, found)
     warn_of_frozen_heads(model)
     return model
-
-
-def cores_for(selection: Selection, config: LoTRConfig) -> Cores | None:
-    """What makes the cores of the selected layers, where they are not dense. Raises as `make_cores`."""
-    return make_cores(config, [t.name for t in selection.targets], home(selection.targets[0].module))
 
 
 def install(

@@ -26,11 +26,12 @@ from ..layers.sharded import copy_whole_, gathered, holds_parts, in_parts, resha
 from . import adapter_files as files
 from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
-from .apply import adapted_layers, cores_for, install
+from .apply import adapted_layers, install
 from .config import LoTRConfig
+from .core_forms import CORES, make_cores
 from .experts import CHILD, expert_sizes, why_not
 from .fingerprint import fingerprint, warn_of_another_base
-from .saved import CORES, computed_tensors, cores_of, fitted_to_parametrizations, parts, saved_modules, saved_tensors
+from .saved import computed_tensors, cores_of, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .shared_factors import factors_by_part, width_names
 from .starts import set_start
 from .targets import Selection, features, select
@@ -386,7 +387,7 @@ def _check_plain(
         shapes = (entry.in_features, r_in), (entry.out_features, r_out), core
         return tuple(empty(shape, config.adapter_dtype) for shape in shapes)
 
-    cores = cores_for(selection, config) if config.core in FORMS else None
+    cores = make_cores(config, [t.name for t in selection.targets], "meta") if config.core in FORMS else None
     expected = _expected(manifest, like, tensors)
     if cores is not None:
         expected |= {f"{CORES}.{key}": t for key, t in cores.state_dict(keep_vars=True).items()}
@@ -396,6 +397,8 @@ def _check_plain(
 
 def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: Cores | None) -> None:
     plain = replace(config, init="kaiming", core_init="zero", train=("A", "B", "core"), core="dense")
+    if cores is not None:
+        cores = cores.to_empty(device=home(selection.targets[0].module))
     install(model, plain, selection, None, cores)
     if cores is not None:
         cores.requires_grad_("core" in config.train)

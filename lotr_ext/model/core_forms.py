@@ -11,7 +11,10 @@ import torch
 from ..layers.cores import FORMS, CoreAt, Cores
 from .config import LoTRConfig
 
-__all__ = ["Place", "form_at", "make_cores", "place_of"]
+__all__ = ["CORES", "Place", "form_at", "make_cores", "place_of"]
+
+
+CORES = "lotr_cores"  # what a model has its Cores by
 
 
 class Place(NamedTuple):
@@ -30,19 +33,27 @@ def place_of(name: str) -> Place:
 def make_cores(
     config: LoTRConfig, names: Sequence[str], device: torch.device | str, dtype: torch.dtype | None = None
 ) -> Cores | None:
-    """The cores of the layers of these names, as config says; None for dense ones. dtype: config's if None.
+    """The cores of the layers of these names, as config says; None for dense ones. dtype: config's if None. On "meta" those of
+    FORMS take no memory.
 
     Raises:
-        TypeError, ValueError: a form that has not this rank or core_init; a callable that makes something else, or cores of
-            another rank, or none for one of the layers.
+        TypeError, ValueError: a form that has not this rank or core_init, or whose tensors cannot be that large; a callable
+            that makes something else, or cores of another rank, or none for one of the layers.
     """
     if config.core == "dense":
         return None
     if config.core == "custom":
         raise ValueError('core: expected a name or a callable, got "custom": what a callable made elsewhere; give that one')
     places = [place_of(name) for name in names]
-    with torch.device("cpu"):  # whatever device is the default here: the values are drawn as on a CPU, then moved
-        cores = (FORMS[config.core] if isinstance(config.core, str) else config.core)(places, config.rank)
+    form, own = (FORMS[config.core], True) if isinstance(config.core, str) else (config.core, False)
+    try:
+        # whatever device is the default here: the values are drawn as on a CPU, then moved
+        with torch.device("meta" if own and torch.device(device).type == "meta" else "cpu"):
+            cores = form(places, config.rank)
+    except RuntimeError as error:
+        if not own:
+            raise
+        raise ValueError(f"rank: expected one at which cores can be made, got {config.rank} ({error})") from None
     if not isinstance(cores, Cores):
         raise TypeError(f"core: expected a callable that makes lotr_ext.cores.Cores, got one that makes {type(cores).__name__}")
     if config.core_init == "identity":

@@ -13,11 +13,11 @@ from ..layers.layer import LoTRLayer
 from ..layers.parametrized import state_for, state_of, value_with
 from .adapter_files import Manifest
 from .config import LoTRConfig
+from .core_forms import CORES
 from .names import name_ends_with
 
 __all__ = ["computed_parts", "computed_tensors", "fitted_to_parametrizations", "saved_modules", "saved_tensors"]
 
-CORES = "lotr_cores"  # what a model has its Cores by
 Layers = Mapping[str, LoTRLayer]
 Prefixes = Mapping[int, str]  # of LoTRFactors, LoTRFactor and Cores in the model's state_dict, by id
 

@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..files import put_file
 from ..layers.mixture import Mixture
-from .adapter_files import put_file
 from .apply import adapted_layers
 from .shared_factors import Owner, SharedFactors, factors_by_part
 

@@ -1,18 +1,23 @@
 """Which strategy was the fastest where it was tried: the answers of `lotr_ext.tune`, kept for later processes.
 
 They lie in one JSON file, $XDG_CACHE_HOME/lotr_ext/tuned.json (~/.cache without that variable), by card or CPU, driver,
-threads, versions, dtypes, sizes, and what the call is (`Key`). A file that cannot be read, or one of another kind, counts as
-empty and is written anew. `planner` decides without it; `apply` puts an answer in its place. Who times is above this room: it
-sets `ask`. LOTR_TUNE=0 in the environment leaves the file alone, LOTR_TUNE=1 times each shape when it comes for the first time.
+threads, versions, dtypes, sizes, and what the call is (`Key`). It is read when the first answer is looked for, not when this
+module is imported. A file that cannot be read, or one of another kind, counts as empty and is written anew; what cannot be an
+answer is left out. Both give one warning.
+
+`planner` decides without the file; `apply` puts an answer in its place. The code that times is above this room: it sets `ask`.
+LOTR_TUNE=0 in the environment leaves the file alone, LOTR_TUNE=1 times each shape when it comes for the first time.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import math
 import os
 import platform
-import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,10 +25,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..files import parse_json, put_file, read_bytes
 from . import planner
 from .planner import Plan
 
 FORMAT = 1
+STRATEGIES = ("two_pass", "beta", "fused")  # that are timed
 GAIN = 0.02  # what a strategy must be faster by than the one that it replaces
 
 
@@ -80,32 +87,66 @@ class Answer(NamedTuple):
     seconds: dict[str, float]
 
 
-on = False  # whether `apply` has anything to say: calls look at this alone
+on = os.environ.get("LOTR_TUNE") != "0"  # whether `apply` has anything to say: calls look at this alone
 ask: Callable[[Problem], None] | None = None  # times a problem that has no answer and calls `keep`
 _kept: dict[Key, Answer] = {}
+_unread = True  # whether the file is still to be read
+_warned: set[str] = set()
+_lock = threading.RLock()
 
 
 def file() -> Path:
-    """Where the answers are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lotr_ext" / "tuned.json"
+    """Where the answers are kept. OSError without XDG_CACHE_HOME and a home directory."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache and not os.path.isabs(home := os.path.expanduser("~")):
+        raise OSError(errno.ENOENT, "expected a home directory or XDG_CACHE_HOME, got neither")
+    return (Path(cache) if cache else Path(home, ".cache")) / "lotr_ext" / "tuned.json"
+
+
+def where() -> str:
+    """`file()`, for messages."""
+    try:
+        return str(file())
+    except OSError:
+        return "this process alone"
+
+
+def _warn_once(text: str, kind: str = "") -> None:
+    if (kind or text) not in _warned:
+        _warned.add(kind or text)
+        warnings.warn(f"lotr_ext: {text}", stacklevel=3)
 
 
 def read(path: Path) -> dict[Key, Answer]:
-    """The answers in a file; none if it is not there or not ours. Those that cannot be true are left out."""
+    """The answers in a file; none if it is not there or not ours. Those that cannot be true are left out, with a warning."""
     try:
-        content = json.loads(path.read_text())
-        rows = content["answers"] if content["format"] == FORMAT else []
-        return {key: answer for key, answer in map(_row, rows) if answer is not None}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        content = parse_json(read_bytes(path))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {FORMAT}, got {content['format']!r:.80}")
+        rows = list(content["answers"])
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        _warn_once(f"{path}: expected answers of lotr_ext.tune, got a file without ({reason:.200}); it counts as empty")
+        return {}
+    found = [_row(row) for row in rows]
+    if bad := found.count(None):
+        _warn_once(f"{path}: expected answers of lotr_ext.tune, got {bad} that cannot be ones; they are ignored")
+    return dict(answer for answer in found if answer is not None)
 
 
-def _row(row: Mapping) -> tuple[Key, Answer | None]:
-    key = Key(*(row[name] for name in Key._fields))
-    types = all(type(value) is want for value, want in zip(key, _TYPES))
-    seconds = row["seconds"]
-    right = types and row["strategy"] in seconds and all(s in planner.STRATEGIES and t > 0 for s, t in seconds.items())
-    return key, Answer(row["strategy"], dict(seconds)) if right else None
+def _row(row: object) -> tuple[Key, Answer] | None:
+    """An answer of the file; None for what cannot be one."""
+    try:
+        key, strategy = Key(*(row[name] for name in Key._fields)), row["strategy"]
+        seconds = {name: float(t) for name, t in row["seconds"].items() if not isinstance(t, bool | str)}
+        right = all(type(value) is want for value, want in zip(key, _TYPES, strict=True)) and strategy in seconds
+        right = right and seconds.keys() == row["seconds"].keys() and seconds.keys() <= set(STRATEGIES)
+        right = right and all(0 < t < math.inf for t in seconds.values())
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        return None
+    return (key, Answer(strategy, seconds)) if right else None
 
 
 def keep(found: Mapping[Problem, Answer]) -> None:
@@ -115,33 +156,41 @@ def keep(found: Mapping[Problem, Answer]) -> None:
     """
     global on
     own = {key_of(problem): answer for problem, answer in found.items()}
-    _kept.update(own)
-    _find.cache_clear()
-    on = bool(_kept) or ask is not None
+    with _lock:
+        _kept.update(own)
+        _find.cache_clear()
+        on = bool(_kept) or ask is not None
     path = file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**k._asdict(), **a._asdict()} for k, a in {**read(path), **own}.items()]
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w") as out:
-            json.dump({"format": FORMAT, "answers": rows}, out, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    put_file(path.parent, path.name, json.dumps({"format": FORMAT, "answers": rows}, indent=1).encode())
 
 
 def load() -> None:
     """Reads the file, unless LOTR_TUNE=0; what was remembered before goes."""
-    global on
-    _kept.clear()
-    _find.cache_clear()
-    wish = os.environ.get("LOTR_TUNE") or None
-    if wish not in (None, "0", "1"):
-        warnings.warn(f"lotr_ext: LOTR_TUNE: expected 0 or 1, got {wish!r}, which does nothing", stacklevel=2)
-    if wish != "0":
-        _kept.update(read(file()))
-    on = bool(_kept) or ask is not None
+    global _unread
+    with _lock:
+        _kept.clear()
+        _unread = True
+        _read_once()
+
+
+def _read_once() -> None:
+    """The file's answers, beside those that were kept meanwhile; once a process."""
+    global on, _unread
+    with _lock:
+        if not _unread:
+            return
+        wish = os.environ.get("LOTR_TUNE") or None
+        if wish not in (None, "0", "1"):
+            warnings.warn(f"lotr_ext: LOTR_TUNE: expected 0 or 1, got {wish!r}, which does nothing", stacklevel=2)
+        try:
+            found = {} if wish == "0" else read(file())
+        except OSError:  # no home
+            found = {}
+        _kept.update({**found, **_kept})
+        _find.cache_clear()
+        on, _unread = bool(_kept) or ask is not None, False
 
 
 def rounded(tokens: int) -> int:
@@ -194,8 +243,23 @@ def _find(problem: Problem, setting: str) -> Answer | None:
 
 
 def known(problem: Problem) -> Answer | None:
-    """What was found for it, here or by an earlier process."""
-    return _find(problem, setting_of(problem))
+    """What was found for it, here or by an earlier process, if it can run."""
+    if _unread:
+        _read_once()
+    answer = _find(problem, setting_of(problem)) if _kept else None
+    if answer is not None and (obstacle := _obstacle(problem, answer)) is not None:
+        _warn_once(f"{where()}: expected an answer that can run, got fused for {problem} ({obstacle}); it is ignored", "fused")
+        return None
+    return answer
+
+
+def _obstacle(problem: Problem, answer: Answer) -> str | None:
+    """Why no tuner can have found the answer for this problem; None if one can."""
+    if answer.strategy != "fused":
+        return None
+    if problem.form == "unfolded":
+        return "the unfolded form has no F to go into the base product"
+    return planner.fused_obstacle(max(problem.r_in, problem.r_out), problem.dtype, problem.device)
 
 
 def apply(plan: Plan, problem: Problem, may_ask: bool) -> Plan:
@@ -209,8 +273,8 @@ def apply(plan: Plan, problem: Problem, may_ask: bool) -> Plan:
     if answer is None:
         return plan
     times = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in answer.seconds.items())
-    where = f"tuned for {problem} on {machine(problem.device)[0]}: {times}; kept in {file()}"
-    return plan.taking(answer.strategy, where)
+    reason = f"tuned for {problem} on {machine(problem.device)[0]}: {times}; kept in {where()}"
+    return plan.taking(answer.strategy, reason)
 
 
 def choose(seconds: Mapping[str, float], usual: str) -> str:
@@ -218,6 +282,3 @@ def choose(seconds: Mapping[str, float], usual: str) -> str:
     best = min(seconds, key=lambda name: seconds[name])
     rivals = {usual, "beta"} if best == "fused" else {usual}
     return best if all(seconds[best] <= (1 - GAIN) * seconds[name] for name in rivals - {best}) else usual
-
-
-load()

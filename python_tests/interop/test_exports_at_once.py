@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lotr_ext import LoTRFactors, LoTRLinear
-from lotr_ext.interop import export_lora, lora, read_lora
+from lotr_ext import LoTRFactors, LoTRLinear, files
+from lotr_ext.interop import export_lora, read_lora
 
 SCALINGS = (0.5, 2.0, 8.0)
 
@@ -59,19 +61,23 @@ def test_exports_into_one_folder_at_once_never_mix(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("ended_at", ["adapter_model.safetensors", "adapter_config.json"])
-def test_an_export_that_ends_in_the_middle_leaves_no_mixture(tmp_path: Path, monkeypatch, ended_at: str) -> None:
-    export_lora(adapted(0.5), tmp_path)
-    put_file = lora.put_file
+class Killed(BaseException):
+    """As a kill: no handler of errors catches it."""
 
-    def put(directory: Path, name: str, data: bytes) -> None:
-        if name == ended_at:
-            raise OSError("the disk is full")
-        put_file(directory, name, data)
+
+@pytest.mark.parametrize("at", [1, 2], ids=["before the tensors", "before the configuration"])
+def test_an_export_that_ends_in_the_middle_leaves_no_mixture(tmp_path: Path, monkeypatch, at: int) -> None:
+    export_lora(adapted(0.5), tmp_path)
+    calls, replace = count(1), os.replace
+
+    def killed(*paths) -> None:
+        if next(calls) == at:
+            raise Killed
+        replace(*paths)
 
     with monkeypatch.context() as m:
-        m.setattr(lora, "put_file", put)
-        with pytest.raises(OSError, match="full"):
+        m.setattr(files.os, "replace", killed)
+        with pytest.raises(Killed):
             export_lora(adapted(2.0), tmp_path)
     with pytest.raises(ValueError, match="adapter_config"):
         read_lora(tmp_path)

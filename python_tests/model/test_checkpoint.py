@@ -260,7 +260,7 @@ def loaded_seed(directory: Path, seeds: range) -> int:
 
 
 def test_a_kill_at_each_step_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
-    """The steps: fsync, replace and the directory's fsync of the tensors, then of the JSON, whose replace is the moment."""
+    """fsync of both files; then replace and the directory's fsync of each. The fifth step, the JSON's replace, decides."""
     model = adapted(target_modules="all-linear", rank=64)
     randomize(model, seed=1)
     for point in range(1, 8):

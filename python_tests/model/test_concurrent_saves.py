@@ -14,7 +14,7 @@ import pytest
 import torch
 from toys import IDS, adapted, randomize, toy
 
-from lotr_ext import load_adapter, save_adapter
+from lotr_ext import files, load_adapter, save_adapter
 from lotr_ext.model import adapter_files
 
 
@@ -182,7 +182,7 @@ def test_a_missing_tensors_file_is_still_an_error(tmp_path: Path) -> None:
 
 def test_the_leftovers_of_a_saver_that_is_alive_stay(tmp_path: Path) -> None:
     save_adapter(model_of(1), tmp_path)
-    with adapter_files.placed(tmp_path, "lotr_adapter.0123456789abcdef.safetensors", b"of a saver that is at its next file"):
+    with files.placed(tmp_path, {"lotr_adapter.0123456789abcdef.safetensors": b"of a saver that is at its next file"}):
         save_adapter(model_of(2), tmp_path)
         assert (tmp_path / "lotr_adapter.0123456789abcdef.safetensors").exists()
     save_adapter(model_of(2), tmp_path)
@@ -193,7 +193,7 @@ def test_without_locks_a_save_removes_what_it_replaces_and_nothing_else(tmp_path
     def no_locks(*_) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(adapter_files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     (tmp_path / "lotr_adapter.json.77.tmp").write_text("of a kill, or of one that is at work")
     for seed in (1, 2):
         save_adapter(model_of(seed), tmp_path)
