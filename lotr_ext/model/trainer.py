@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from .. import files
 from ..layers.sharded import holds_parts
-from . import adapter_files as files
-from .adapter_files import describe
+from .adapter_files import describe, serialized
 from .apply import adapted_layers
 from .checkpoint import contents, load_adapter, save_adapter, unwrapped
 from .targets import features
@@ -151,9 +151,7 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _save_rest(model: nn.Module, folder: Path) -> None:
-    from safetensors.torch import save
-
-    files.put_file(folder, REST, save({name: t.detach().cpu().contiguous() for name, t in _rest(model).items()}))
+    files.put_file(folder, REST, serialized(_rest(model)))
 
 
 def _read_rest(model: nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -162,7 +160,7 @@ def _read_rest(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
     path = folder / REST
     try:
-        tensors = load(path.read_bytes())
+        tensors = load(files.read_bytes(path))
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got something else ({error})") from None
     want = {name: describe(t) for name, t in _rest(model).items()}
