@@ -35,10 +35,11 @@ from .experts import adapt_parameter, release
 from .first_step import expect_training
 from .heads import warn_of_frozen_heads, with_head
 from .readers import hook_fusing, unhook_fusing
-from .save_hook import hook_saving, unhook_saving
+from .save_hook import hook_saving, name_loader, unhook_saving
 from .scope import attach_scope, detach_scope
 from .shared_factors import SharedFactors
 from .sizes import check_memory
+from .stages import inner_model
 from .starts import Start, directions, probed_layers, set_fast_paths, set_start, svd_starts
 from .targets import Selection, Target, has_hooks, select, tied_names
 
@@ -65,7 +66,8 @@ def apply_lotr(
     Args:
         model: any nn.Module with nn.Linear layers, transformers' Conv1D, or named modules that have in_features and
             out_features (those are wrapped, and their own forward is called). Layers with hooks or parametrizations are
-            wrapped too. A layer that is registered in several places stays one layer.
+            wrapped too. A layer that is registered in several places stays one layer. Of a SentenceTransformer the
+            transformers model inside is adapted, and the names are that model's.
         config: what to adapt and how.
         batches: for init "gradient" only, as in `init_from_gradient`.
         loss: for init "gradient" only, as in `init_from_gradient`.
@@ -81,6 +83,14 @@ def apply_lotr(
             class that takes no implementations of experts; groups of mixed shapes; "svd" on weights that cannot be read;
             "gradient" without batches and loss, or what `init_from_gradient` refuses. All of it before anything is changed.
     """
+    if (inner := inner_model(model)) is not model:
+        apply_lotr(inner, config, batches=batches, loss=loss, progress=progress)
+        own = {id(p) for p in inner.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
+        for module in model.modules():
+            name_loader(inner, module)
+        return model
     config = with_head(model, config)
     selection = select(model, config)
     probed = probed_layers(selection, config) if config.init == "gradient" else {}
@@ -332,6 +342,9 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
     layers = adapted_layers(model)
+    if (inner := inner_model(model)) is not model:
+        unload(inner, merge=merge, dequantize=dequantize)
+        return model
     for name, layer in layers.items():
         if isinstance(layer, LoTRExperts) and not isinstance(layer, LoTRHostedExperts):
             raise TypeError(

@@ -33,6 +33,7 @@ from .experts import CHILD, expert_sizes, why_not
 from .fingerprint import fingerprint, warn_of_another_base
 from .saved import computed_tensors, cores_of, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .shared_factors import factors_by_part, width_names
+from .stages import inner_model
 from .starts import set_start
 from .targets import Selection, features, select
 
@@ -42,10 +43,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile, whose names go without their prefixes."""
+    """The model inside DistributedDataParallel, torch.compile and a SentenceTransformer, whose names go without prefixes."""
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    return model
+    return inner_model(model)
 
 
 def _path(directory: object) -> Path:

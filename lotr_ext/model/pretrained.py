@@ -31,10 +31,20 @@ def from_pretrained(model_class: type, directory: str | PathLike[str], *args: An
         ValueError: no adapter there, or weights that were saved without one after it. Else as `load_adapter`, and what
             model_class.from_pretrained raises.
     """
+    path = Path(directory)
+    files.read(path)  # says what is wrong with the adapter before anything is loaded
+    kwargs = key_mapping(path, kwargs)
+    return put_on(model_class.from_pretrained(directory, *args, **kwargs), path)
+
+
+def key_mapping(path: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of transformers' from_pretrained with which it reads the base model's weights in path.
+
+    Raises:
+        ValueError: weights that were saved without an adapter.
+    """
     from safetensors import safe_open
 
-    path = Path(directory)
-    manifest, tensors = files.read(path)
     keys: set[str] = set()
     for file in path.glob("*.safetensors"):
         if not file.name.startswith("lotr_adapter."):
@@ -42,12 +52,17 @@ def from_pretrained(model_class: type, directory: str | PathLike[str], *args: An
                 keys.update(weights.keys())
     if not any(".core" in key or ".parametrizations.core." in key for key in keys):
         raise ValueError(
-            f"directory: expected weights saved together with their adapter, got {directory}, whose weights have none of its "
+            f"directory: expected weights saved together with their adapter, got {path}, whose weights have none of its "
             "tensors: they were saved without it, perhaps merged; load_adapter(model, directory) puts it onto a base model"
         )
     if any(".base_layer." in key for key in keys):  # wrapped layers
-        kwargs["key_mapping"] = {**(kwargs.get("key_mapping") or {}), r"\.base_layer\.": "."}
-    model = model_class.from_pretrained(directory, *args, **kwargs)
+        return kwargs | {"key_mapping": {**(kwargs.get("key_mapping") or {}), r"\.base_layer\.": "."}}
+    return kwargs
+
+
+def put_on(model: nn.Module, path: Path) -> nn.Module:
+    """Puts the adapter in path onto a model with the weights in path. Returns the model."""
+    manifest, tensors = files.read(path)
     layers = dict(model.named_modules())
     started = [name for name in manifest.layers if f"{name}.start_core" in tensors]
     kept = {name: layers[name].weight.detach().clone() for name in started if name in layers}

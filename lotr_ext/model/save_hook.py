@@ -7,6 +7,7 @@ takes the base model's from it and leaves the adapter's out.
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from ..layers.layer import LoTRLayer
+from .stages import is_of_sentence_transformers
 
-__all__ = ["hook_saving", "unhook_saving"]
+__all__ = ["hook_saving", "name_loader", "unhook_saving"]
 
 _NAME = "save_pretrained"
 write_beside: list[Callable[[nn.Module, Path, dict[str, Any] | None], None]] = []  # that of pretrained.py, above apply.py
@@ -66,6 +68,18 @@ class SavePretrained:
         original(model, *args, **kwargs)
         if settings.get("is_main_process", True):
             write_beside[0](model, Path(settings["save_directory"]), state)
+        caller = sys._getframe(1).f_locals.get("self")
+        if isinstance(caller, nn.Module):
+            name_loader(model, caller)
+
+
+def name_loader(model: nn.Module, holder: nn.Module) -> None:
+    """Tells a module of sentence-transformers that its model is adapted: a SentenceTransformer writes down by which class each
+    module is to be loaded. Where the model alone was adapted, that module is known only as the caller of save_pretrained."""
+    if is_of_sentence_transformers(holder) and any(child is model for child in holder.children()):
+        from .sentence_transformers import load_with_adapter
+
+        load_with_adapter(holder)
 
 
 def hook_saving(model: nn.Module) -> None:

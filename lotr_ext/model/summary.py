@@ -8,6 +8,7 @@ from torch import nn
 
 from .apply import adapted_layers
 from .config import LoTRConfig
+from .stages import inner_model
 from .targets import left_out
 
 __all__ = ["TrainableSummary", "trainable_summary"]
@@ -54,12 +55,13 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     factors = {id(layer.factors): layer.factors for layer in layers}
     adapter = {id(p): p.numel() for layer in layers for p in layer.adapter_parameters()}
     parameters = {id(p): p for p in model.parameters()}
-    config = getattr(model, "lotr_config", None)
+    inner = inner_model(model)
+    config = getattr(inner, "lotr_config", None)
     return TrainableSummary(
         adapter=sum(adapter.values()),
         trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
         total=sum(p.numel() for p in parameters.values()),
         layers=len(layers),
         groups=tuple((f.in_features, f.out_features, f.rank) for f in factors.values()),
-        left_out=tuple(left_out(model, config).items()) if isinstance(config, LoTRConfig) else (),
+        left_out=tuple(left_out(inner, config).items()) if isinstance(config, LoTRConfig) else (),
     )

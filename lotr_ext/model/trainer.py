@@ -102,9 +102,9 @@ class AdapterTrainer(Trainer):
             return
         if not self.args.should_save:
             return
-        folder, model = Path(output_dir or self.args.output_dir), unwrapped(self.model)
-        save_adapter(model, folder)
-        _save_rest(model, folder)
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder)
+        _save_rest(self.model, folder)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -126,18 +126,17 @@ class AdapterTrainer(Trainer):
             super()._load_best_model()
 
     def _load_adapter(self, folder: Path) -> None:
-        model = unwrapped(self.model)
-        tensors = _read_rest(model, folder)
-        load_adapter(model, folder)
+        tensors = _read_rest(self.model, folder)
+        load_adapter(self.model, folder)
         with torch.no_grad():
-            for name, tensor in _rest(model).items():
+            for name, tensor in _rest(self.model).items():
                 tensor.copy_(tensors[name])
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
     """What training changes and an adapter's file does not have, by its name in state_dict, the very tensors: other trained
     parameters, and the buffers of all modules but linear layers, whose buffers are quantised weights."""
-    seen = {id(tensor) for tensor in contents(model)[1].values()}
+    seen = {id(tensor) for tensor in contents(unwrapped(model))[1].values()}
     changing = {id(p) for p in model.parameters() if p.requires_grad}
     for module in model.modules():
         if features(module) is None:
