@@ -12,7 +12,7 @@ from torch import nn
 from ..layers.merging import write_
 from ..layers.sharded import in_parts
 from . import adapter_files as files
-from . import adapters, save_hook
+from . import adapters, save_hook, stages
 from .checkpoint import contents, load_adapter, save_adapter
 
 __all__ = ["from_pretrained"]
@@ -94,3 +94,4 @@ def save_beside(model: nn.Module, directory: Path, state: dict[str, Any] | None)
 
 
 save_hook.write_beside[:] = [save_beside]
+stages.key_mapping[:], stages.put_on[:] = [key_mapping], [put_on]
