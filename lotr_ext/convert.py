@@ -69,16 +69,24 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _line(text: str) -> str:
+    """text in one line, and what controls a terminal spelled out: names come from files."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
 def _table(console: Console, rows: Sequence[tuple[str, ...]], heads: Sequence[str], title: str) -> None:
+    """As wide as it has to be, whatever the terminal is: a name that is cut or broken cannot be copied."""
     from rich.box import SIMPLE_HEAD
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(title=title, box=SIMPLE_HEAD)
-    table.add_column(heads[0], overflow="fold")  # a name that is cut names nothing
-    for head in heads[1:]:
-        table.add_column(head, justify="right")
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_line, row))
+    widest = Measurement.get(console, console.options.update(max_width=2**20), table).maximum
+    console.width = max(console.width, widest)
     console.print(table)
 
 
@@ -118,9 +126,9 @@ def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
         for group, names in found.groups.items()
         for name in sorted(names, key=_natural)
     ]
+    found.save(arguments.destination)
     _table(console, rows, ("layer", "group", "in x out", "relative error"), "|D - s B G^T A^T| / |D|, D the LoRA's delta")
     groups = ", ".join(f"{group} {error:.2e}" for group, error in found.group_errors.items())
-    found.save(arguments.destination)
     return (
         f"{len(found.layers)} layers at rank {found.rank}; error over each group: {groups}; {found.parameters:,} parameters, "
         f"the LoRA has {found.lora_parameters:,}"
@@ -142,8 +150,8 @@ def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     options = {"scale": arguments.scale, "modules_to_save": arguments.modules_to_save}
     found = original_to_lotr(arguments.source, **options)
     rows = [(name, group, _sizes(found, name)) for group, names in found.groups.items() for name in sorted(names, key=_natural)]
-    _table(console, rows, ("layer", "group", "in x out"), "exact")
     found.save(arguments.destination)
+    _table(console, rows, ("layer", "group", "in x out"), "exact")
     scaling = found.config.scaling
     return f"{len(found.layers)} layers at rank {found.config.rank}, scaling {scaling:g}; {found.parameters:,} parameters"
 
@@ -174,17 +182,17 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     run = {"lora-to-lotr": _lora_to_lotr, "lotr-to-lora": _lotr_to_lora, "original-to-lotr": _original_to_lotr}
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     try:
         _check_destination(Path(parsed.destination))
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
             told = run[parsed.command](parsed, console)
-        console.print(told, f"-> {parsed.destination}", highlight=False, markup=False)
+        console.print(_line(f"{told} -> {parsed.destination}"), soft_wrap=True)
         for doubt in doubts:
-            print(f"warning: {str(doubt.message).removeprefix('lotr_ext: ')}", file=sys.stderr)
+            print(f"warning: {_line(str(doubt.message).removeprefix('lotr_ext: '))}", file=sys.stderr)
     except (TypeError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

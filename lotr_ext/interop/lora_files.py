@@ -6,7 +6,6 @@ y = x W^T + scaling (x A^T) B^T      A [r, K], B [N, r], scaling = lora_alpha / 
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..files import check_regular, parse_json, read_bytes, together
+from ..layers.factors import DTYPES
 from ..layers.layer import check_number
 from ..model.targets import name_ends_with
 
@@ -144,7 +144,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: another kind of file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -154,9 +153,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"source: expected a file that can be read, got {path} ({error.strerror})") from None
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle makes torch.load raise errors of any kind
         first = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: expected tensors by safetensors or torch.save, got something else ({first})") from None
+        raise ValueError(
+            f"{path}: expected tensors by safetensors or torch.save, got something else ({first or type(error).__name__})"
+        ) from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(tensors).__name__}")
     return dict(tensors)
@@ -170,6 +171,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{field}: expected a LoRA of two factors a layer, got {meaning}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"bias: expected 'none', got {config['bias']!r}: LoTR trains no biases")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, Mapping):
+            raise ValueError(f"{field}: expected numbers by pattern, got {config[field]!r}")
+    names = config.get("modules_to_save") or ()
+    if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"modules_to_save: expected names of modules, got {names!r}")
     init = str(config.get("init_lora_weights", True))
     if init.startswith(_MOVED_WEIGHTS):
         raise ValueError(
@@ -182,10 +189,10 @@ def _layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     if set(parts) != {"A", "B"}:
         raise ValueError(f"{name}: expected lora_A and lora_B, got only lora_{next(iter(parts))}")
     A, B = parts["A"], parts["B"]
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or not A.shape[0]:
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or not (A.numel() and B.numel()):
         raise ValueError(f"{name}: expected lora_A [r, K] and lora_B [N, r], got {tuple(A.shape)} and {tuple(B.shape)}")
     for part, tensor in parts.items():
-        if tensor.is_meta or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if tensor.is_meta or tensor.dtype not in DTYPES or not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: expected finite floating values in lora_{part}, got {tensor.dtype} without")
     rank = _setting(name, "r", "rank_pattern", config)
     if rank is not None and rank != A.shape[0]:
@@ -199,7 +206,11 @@ def _layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 def _setting(name: str, field: str, patterns: str, config: Mapping[str, Any]) -> float | None:
     """A layer's value: that of the first pattern that matches the end of its name, else the common one."""
     for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise ValueError(f"{patterns}: expected regular expressions, got {pattern!r} ({error})") from None
+        if found:
             return _finite(pattern, value)
     value = config.get(field)
     return None if value is None else _finite(field, value)

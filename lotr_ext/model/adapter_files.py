@@ -174,7 +174,7 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
         raise ValueError(f"{file}: expected sha256 {want}, got {digest} ({len(data)} bytes): truncated, or another file")
     try:
         tensors = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # KeyError: a dtype that torch has not
         raise ValueError(f"{file}: expected a safetensors file, got something else ({error})") from None
     described = _entry(path, content, "tensors", dict)
     if _described(tensors) != described:
