@@ -288,14 +288,16 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
 def bulk_in_flight(row: Row) -> int:
     """Bytes of the large matrix that bulk copies bring to a block at a time. shrink_grad's: half of the ring, while the other
     half is multiplied. The others': all stages but those that are multiplied and as many before them; a stage is a tile of x
-    and as much of the factor for each 64 ranks, and factor_grad multiplies two at a time up to rank 64."""
+    and as many rows of the factor, and factor_grad multiplies two at a time up to rank 64."""
     if not row.machine["bulk_bytes"]:
         return 0
     name = "SHRINK_GRAD_WGMMA" if row.kernel == "shrink_grad" else "ONE_PRODUCT_WGMMA"
     tile = constant(TRAITS, f"{name}_ROWS") * constant(TRAITS, f"{name}_COLS") * ELEMENT
     if row.kernel != "shrink_grad":
         together = 2 if row.kernel == "factor_grad" and row.r <= 64 else 1
-        return (row.machine["shared"] // (tile * (1 + math.ceil(row.r / 64))) - 2 * together) * tile
+        ranks = max(16, 1 << (row.r - 1).bit_length())  # that the kernel is compiled for
+        stage = tile + constant(TRAITS, f"{name}_ROWS") * ranks * ELEMENT
+        return (row.machine["shared"] // stage - 2 * together) * tile
     return constant(TRAITS, f"{name}_STAGES") // 2 * tile // 2
 
 

@@ -25,7 +25,7 @@ void launch(const Call& call, const plan::Plan& plan, const char* name, Kernel* 
   ptx::launch({dim3(unsigned(plan.m_blocks)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
                static_cast<ptx::stream_t>(call.stream), dim3(unsigned(Traits::CLUSTER)), name, call.early},
               kernel, tensor_map<T>(p.x, p.M, p.K, Traits::ROWS),
-              tensor_map<T>(factor, Traits::DOWN ? p.M : p.K, p.r, Traits::SHARE), p);
+              tensor_map<T>(factor, Traits::DOWN ? p.M : p.K, p.r, Traits::SHARE, Traits::PANEL), p);
 }
 
 }  // namespace

@@ -5,12 +5,12 @@
 
 namespace lotr::cuda {
 
-// Of m [rows, cols], whose rows start at multiples of 16 bytes: boxes of 64 columns x box_rows.
+// Of m [rows, cols], whose rows start at multiples of 16 bytes: boxes of box_cols x box_rows.
 template <class T>
-ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_rows) {
+ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_rows, int box_cols = 64) {
   const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything
   return ptx::tensor_map_2d(static_cast<const T*>(m.data), uint32_t(rows), uint32_t(cols), uint32_t(row),
-                            uint32_t(box_rows));
+                            uint32_t(box_rows), uint32_t(box_cols));
 }
 
 }  // namespace lotr::cuda

@@ -100,9 +100,9 @@ def test_an_estimate_of_bulk_copies():
     assert clustered.bound["issue"] > 1.05 * e.bound["issue"]  # the same path
 
 
-@pytest.mark.parametrize("r, shared, stages", [(16, 115712, 7), (64, 115712, 7), (65, 222208, 9), (128, 222208, 9)])
+@pytest.mark.parametrize("r, shared, stages", [(16, 72704, 7), (64, 115712, 7), (65, 222208, 9), (128, 222208, 9)])
 def test_bytes_in_flight_of_shrink(r: int, shared: int, stages: int):
-    """Of all stages but two a tile of x; a stage holds as much of A for each 64 ranks."""
+    """Of all stages but two a tile of x; a stage holds as many rows of A."""
     known = dataclasses.replace(row(), r=r)
     machine = known.machine | {"bulk_bytes": 1, "shared": shared}
     assert bulk_in_flight(dataclasses.replace(known, machine=machine)) == (stages - 2) * 8192

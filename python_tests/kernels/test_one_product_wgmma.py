@@ -160,7 +160,7 @@ def test_bytes(lib, r: int, cluster: int) -> None:
     assert (row.blocks, machine["multiply"], machine["cluster"]) == (tiles, 4, cluster)
     assert row.once <= 1.02 and row.partials == 0
     assert row.factors == tiles // cluster * 2 * k * r
-    assert machine["bulk_bytes"] == 2 * m * k + tiles * 2 * k * max(r, 64)
+    assert machine["bulk_bytes"] == 2 * m * k + tiles * 2 * k * r
     assert machine["late_loads"] == machine["cluster_loads"] == machine["atomics"] == machine["memsets"] == 0
     assert machine["late_stored"] == 2 * 64 * r
     assert row.sector_efficiency >= 0.95 and row.bank_conflicts <= 1.05

@@ -12,7 +12,12 @@ FILE = "kernels/one_product_wgmma.cuh"
 
 # name: text, what stands there instead, what a failure must say
 BUGS: dict[str, tuple[str, str, str]] = {
-    "wrong_panel": ("sizeof(stage.factor[0])), i + row > 0)", "1024), i + row > 0)", ": u: "),
+    "wrong_panel": ("sizeof(stage.factor[0])),", "1024),", ": u: "),
+    "the_swizzle_of_a_whole_panel": (
+        "swizzled_descriptor_mn<Traits::PANEL>(",
+        "swizzled_descriptor_mn<64>(",
+        "no canonical layout",
+    ),
     "each_block_fetches_the_first_share": ("int(ptx::cluster_rank()) * Traits::SHARE", "0", ": u: |NaN"),
     "rows_of_another_share": ("i * ROWS + share, full,", "i * ROWS, full,", ": u: "),
     "a_share_for_this_block_alone": ("(1 << Traits::CLUSTER) - 1)", "1 << ptx::cluster_rank())", "deadlock|in flight"),
@@ -23,7 +28,7 @@ BUGS: dict[str, tuple[str, str, str]] = {
         "more arrivals|deadlock|: u: ",
     ),
     "stored_before_the_last_product": ("    ptx::wgmma_wait<0>();\n", "", "wgmma in flight"),
-    "the_first_step_adds_to_nothing": ("i + row > 0)", "true)", ": u: |NaN"),
+    "the_first_step_adds_to_nothing": ("i + row > 0);", "true);", ": u: |NaN"),
     "what_D_was_forgotten": ("if (p.accumulate) each(", "if (false) each(", ": D: "),
     "columns_of_the_next_block": ("Traits::DOWN ? first() : i * COLS", "Traits::DOWN ? first() + COLS : i * COLS", ": D: "),
     "a_step_too_few": ("(length + TOGETHER * ROWS - 1) /", "length /", ": [uD]: |deadlock"),

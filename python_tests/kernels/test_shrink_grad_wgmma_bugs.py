@@ -25,11 +25,12 @@ BUGS: dict[str, tuple[str, str, str]] = {
         "more arrivals|deadlock|: [kQ]: ",
     ),
     "another_column_tile_stored": ("if constexpr (LAST) store_Q(Q[n], n)", "if constexpr (LAST) store_Q(Q[n], 0)", ": Q: "),
-    "rows_of_F_as_long_as_the_rank": (
-        "swizzled_descriptor_mn(F + c * PANEL, 0)",
-        "swizzled_descriptor_mn(F + c * R, 0)",
-        ": k: |swizzle",
+    "rows_of_F_as_long_as_a_panel": (
+        "swizzled_descriptor_mn<R>(F + c * R, 0)",
+        "swizzled_descriptor_mn<R>(F + c * 64, 0)",
+        ": k: ",
     ),
+    "the_swizzle_of_a_whole_panel": ("swizzled_descriptor_mn<R>(", "swizzled_descriptor_mn<64>(", "no canonical layout"),
 }
 
 

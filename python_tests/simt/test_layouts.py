@@ -4,6 +4,7 @@ a second time: which row and column a lane's register holds."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -100,9 +101,9 @@ def test_tf32_rounds_to_nearest_ties_away(printed: dict) -> None:
     assert (np.abs(np.asarray(printed["tf32"]["y"]) - x)[subnormal] <= 2.0**-137).all()
 
 
-def swizzle_128(offset: int) -> int:
-    """CuTe's Swizzle<3, 4, 3> on byte offsets."""
-    return offset ^ ((offset & 0x380) >> 3)
+def swizzle(offset: int, row: int = 128) -> int:
+    """CuTe's Swizzle<3, 4, 3>, <2, 4, 3> or <1, 4, 3> on byte offsets, of rows of 128, 64 or 32 bytes."""
+    return offset ^ ((offset & (row // 16 - 1 << 7)) >> 3)
 
 
 def d_wgmma(thread: int, i: int) -> tuple[int, int]:
@@ -117,7 +118,23 @@ def test_bulk_copy_swizzles_and_fills_with_zero(printed: dict) -> None:
     memory = np.asarray(printed["wgmma"]["shared"])
     for row in range(64):
         for col in range(64):
-            assert memory[swizzle_128(row * 128 + col * 2) // 2] == box[row, col]
+            assert memory[swizzle(row * 128 + col * 2) // 2] == box[row, col]
+
+
+def mn_major(n: int, k: int, width: int) -> int:
+    """CUTLASS's canonical layout of a MN-major operand of 2 bytes, in bytes: Swizzle<B, 4, 3> o ((8, width / 8, m), (8, k)) :
+    ((1, 8, LBO), (width, SBO)), here with SBO = 8 rows and LBO = 64 rows of a panel."""
+    place = n % 8 + n % width // 8 * 8 + k % 8 * width + k // 8 * 8 * width + n // width * 64 * width
+    return swizzle(2 * place, 2 * width)
+
+
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 256])
+def test_mn_major_tiles_lie_in_a_canonical_layout(printed: dict, n: int) -> None:
+    """A bulk copy of rows of 32, 64 or 128 bytes with a swizzle as long."""
+    case = printed[f"shared{n}_mn"]
+    memory, b = np.asarray(case["shared"]), np.asarray(case["b"]).reshape(-1, 64)[:n]
+    found = np.array([[memory[mn_major(i, k, min(n, 64)) // 2] for k in range(64)] for i in range(n)])
+    assert (found == b).all()
 
 
 def test_wgmma(printed: dict) -> None:
@@ -155,3 +172,24 @@ def test_wgmma_of_every_n(printed: dict, n: int, major: str, first: str) -> None
     rows, cols = np.array([[d_wgmma(t, i) for i in range(n // 2)] for t in range(128)]).transpose(2, 0, 1)
     assert np.abs(out[:, : n // 2] - whole[rows, cols]).max() < 1e-3
     assert np.abs(out[:, n // 2 : n] - part[rows, cols]).max() < 1e-3
+
+
+def test_no_narrow_product_from_a_wider_panel() -> None:
+    """16 or 32 n of a MN-major operand with 128-byte swizzle are in no canonical layout: the executor refuses them."""
+    source = Path(__file__).parent / "programs" / "layouts.cpp"
+    done = subprocess.run([build.program("plain", source, ("-DNARROW_FROM_WIDE",))], capture_output=True, text=True)
+    assert done.returncode != 0 and "no canonical layout: 16 elements" in done.stdout + done.stderr
+
+
+@pytest.mark.full
+def test_layouts_are_those_of_cute(tmp_path: Path) -> None:
+    """programs/cute_layouts.cpp: tiles and descriptors of each width, accumulators, operands in registers."""
+    cutlass = Path(os.environ.get("CUTLASS_HOME", "/nowhere")) / "include"
+    if not (cutlass / "cute").is_dir():
+        pytest.skip("no CUTLASS: set CUTLASS_HOME to a checkout")
+    source, cuda = Path(__file__).parent / "programs" / "cute_layouts.cpp", build.cuda_include()
+    command = [build.compiler(), "-std=c++17", "-w", f"-I{cutlass}", f"-I{cuda}", f"-I{cuda / 'cccl'}", source]
+    built = subprocess.run([*map(str, command), "-o", str(tmp_path / "compare")], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([tmp_path / "compare"], capture_output=True, text=True)
+    assert done.returncode == 0 and " 0 of " in done.stdout, done.stdout

@@ -13,8 +13,7 @@
 //          what lies beyond a matrix.  Memory takes longer over a stage than the products do, so one is
 //          enough.
 // Bytes    x once; the factor once for each cluster: each block fetches a share of its rows for all
-//          (multicast).  Of them whole panels of 64 ranks are copied, of which the product takes the first R.
-//          D in and out, loaded behind the first copies.
+//          (multicast), in panels of R ranks, at most 64.  D in and out, loaded behind the first copies.
 // Sums     float32, in the order of the walk, in the registers of one warpgroup: the same bits on every run.
 //
 // Timeline of a block of shrink; factor_grad may take two stages at a time (L copies in flight or landed, P
@@ -36,7 +35,8 @@ struct OneProductTraits {
   using T = T_;
   static constexpr bool DOWN = DOWN_;  // the walk: factor_grad's, down x's rows; else along them
   static constexpr int R = R_, ROWS = ONE_PRODUCT_WGMMA_ROWS, COLS = ONE_PRODUCT_WGMMA_COLS;
-  static constexpr int PANEL = 64, PANELS = (R + PANEL - 1) / PANEL;  // of ranks, swizzled rows of 128 bytes
+  // Of ranks; a row of a panel is as long as its swizzle, since the factor is a MN-major operand.
+  static constexpr int PANEL = R < 64 ? R : 64, PANELS = R / PANEL;
   static constexpr int CLUSTER = one_product_wgmma_cluster(R),
                        SHARE = ROWS / CLUSTER;  // rows of the factor that a block fetches
   static constexpr int STAGES = one_product_wgmma_stages(R, DOWN), BLOCKS = one_product_wgmma_blocks(R, DOWN);
@@ -55,7 +55,7 @@ struct OneProductTraits {
     };
     uint64_t full[STAGES], empty[STAGES];
   };
-  static_assert(ROWS == 64 && COLS == PANEL, "a step is 64 long either way; a row of x is one of 128 bytes");
+  static_assert(ROWS == 64 && COLS == 64, "a step is 64 long either way; a row of x is one of 128 bytes");
   static_assert(SHARE % 8 == 0, "whole patterns of the swizzle");
   static_assert(STAGES % TOGETHER == 0, "those of steps that go together lie side by side");
   static_assert(BLOCKS * (sizeof(Smem) + 1024) <= 228 * 1024, "shared memory of a multiprocessor of sm_90");
@@ -119,7 +119,8 @@ class OneProduct {
         const uint64_t x = Traits::DOWN ? ptx::swizzled_descriptor_mn(stage.x[k], 0)
                                         : ptx::swizzled_descriptor(&stage.x[0][k]);
         ptx::wgmma<T, R, true, Traits::DOWN>(
-            d, x, ptx::swizzled_descriptor_mn(stage.factor[0][k], sizeof(stage.factor[0])), i + row > 0);
+            d, x, ptx::swizzled_descriptor_mn<Traits::PANEL>(stage.factor[0][k], sizeof(stage.factor[0])),
+            i + row > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();

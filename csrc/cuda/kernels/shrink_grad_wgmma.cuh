@@ -7,8 +7,7 @@
 //          A block's F [COLS SUBS, R] stays in shared memory, its Q^T in registers.
 // Threads  two warpgroups multiply; of a third one thread fetches by bulk copies, which fill with zeros what
 //          lies beyond a matrix, and three warps sum k.
-// k        [64 rows, R] of a warpgroup for each row tile: g and F from shared memory, of F's rows of 64 ranks
-//          the first R.
+// k        [64 rows, R] of a warpgroup for each row tile: g and F from shared memory, F in rows of R ranks.
 // Q^T      [64, 64 columns] of a warpgroup and column tile, zero beyond the rank: u^T as the first operand,
 //          in registers, loaded once for each row tile; g once more from shared memory, transposed by its
 //          descriptor.
@@ -51,7 +50,8 @@ struct ShrinkGradWgmmaTraits {
     T g[ROWS][PANEL];
   };
   struct alignas(1024) Smem {
-    T F[SUBS][COLS][PANEL], u[SLOTS][ROWS][PANEL];  // zero beyond the rank
+    T F[SUBS][COLS][R];       // zero beyond the rank; a row is as long as its swizzle
+    T u[SLOTS][ROWS][PANEL];  // zero beyond the rank
     Stage stage[STAGES];
     float k[SLICES][R / 8 * tile::FRAGMENT];  // of a row tile, by fragments
     uint64_t full[STAGES], empty[STAGES], stored[SLOTS], full_k, empty_k;
@@ -246,12 +246,12 @@ class ShrinkGradWgmma {
   }
 
   // k += this warpgroup's rows of g times as many rows of F
-  LOTR_DEVICE void add_k(float (&k)[R / 2], const typename Traits::Stage& stage, const T (&F)[PANEL],
+  LOTR_DEVICE void add_k(float (&k)[R / 2], const typename Traits::Stage& stage, const T (&F)[R],
                          bool accumulate) {
 #pragma unroll
     for (int c = 0; c < OWN_COLS; c += 16)
       ptx::wgmma<T, R, true>(k, ptx::swizzled_descriptor(&stage.g[OWN_ROWS * group_][c]),
-                             ptx::swizzled_descriptor_mn(F + c * PANEL, 0), accumulate || c > 0);
+                             ptx::swizzled_descriptor_mn<R>(F + c * R, 0), accumulate || c > 0);
   }
 
   // To shared memory, for the cluster: a warp's rows are a slice.

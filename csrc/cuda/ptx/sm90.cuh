@@ -26,10 +26,11 @@ using TensorMap = simt::TensorMap;
 #endif
 
 // Of a row-major matrix of 2-byte elements, row_stride a multiple of 8 elements, base aligned to 16 bytes:
-// boxes of 64 columns (128 bytes) x box_rows (at most 256) with 128-byte swizzle; what lies outside the
-// matrix reads as zero.
+// boxes of 16, 32 or 64 columns x box_rows (at most 256) with a swizzle as long as a box's row; what lies
+// outside the matrix reads as zero.
 template <class T>
-TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t row_stride, uint32_t box_rows) {
+TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t row_stride, uint32_t box_rows,
+                        uint32_t box_cols = 64) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>,
                 "T is __nv_bfloat16 or __half");
 #ifdef __CUDACC__
@@ -52,17 +53,20 @@ TensorMap tensor_map_2d(const T* base, uint32_t rows, uint32_t cols, uint32_t ro
   }();
   TensorMap map;
   const cuuint64_t extent[2] = {cols, rows}, stride[1] = {cuuint64_t(row_stride) * sizeof(T)};
-  const cuuint32_t box[2] = {64, box_rows}, step[2] = {1, 1};
+  const cuuint32_t box[2] = {box_cols, box_rows}, step[2] = {1, 1};
+  const CUtensorMapSwizzle swizzle = box_cols == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : box_cols == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                      : CU_TENSOR_MAP_SWIZZLE_32B;
   const CUresult result = encode(
       &map, std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-      const_cast<T*>(base), extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      const_cast<T*>(base), extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("tensor map: cuTensorMapEncodeTiled failed with error " +
                              std::to_string(int(result)));
   return map;
 #else
-  return simt::tensor_map_2d(base, rows, cols, row_stride, box_rows);
+  return simt::tensor_map_2d(base, rows, cols, row_stride, box_rows, box_cols);
 #endif
 }
 
@@ -123,8 +127,8 @@ LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #endif
 }
 
-// One thread: the box at (col, row) to a tile aligned to 1024 bytes; its bytes, whole boxes always, count at
-// barrier.
+// One thread: the box at (col, row) to a tile aligned to 8 rows of the box; its bytes, whole boxes always,
+// count at barrier.
 LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int row,
                              uint64_t* barrier LOTR_SITE) {
 #ifdef __CUDACC__

@@ -12,20 +12,28 @@
 
 namespace lotr::ptx {
 
-// ---- descriptors of tiles in shared memory: rows of 128 bytes, swizzled, 8 rows 1024 bytes apart ----
+// ---- descriptors of tiles in shared memory, swizzled: the canonical layouts of the PTX manual ("Strides" of
+// asynchronous warpgroup-level matrix instructions), as CUTLASS's make_gmma_desc has them ----
 
-// K-major: a row of the tile is 64 k of one m or n.  To step along k, pass the address of the first element.
+// K-major: a row of the tile is 64 k of one m or n, 128 bytes; 8 rows are a pattern of 1024 bytes.  To step
+// along k, pass the address of the first element.
 LOTR_DEVICE uint64_t swizzled_descriptor(const void* tile) {
   const uint64_t address = shared_address(tile);
   return (address & 0x3ffff) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// MN-major: a row is 64 n of one k; the next 64 n are a panel of their own, panel_bytes further on.  To step
-// along k, pass the address of a k that is a multiple of 8.
+// MN-major: a row is WIDTH m or n of one k, with a swizzle as long as the row; 8 rows are a pattern.  The
+// next WIDTH are a panel of their own, panel_bytes further on (any number where there is one panel).  The
+// product's N (64 of an A) is whole panels: a narrower product from a wider panel is in no canonical layout,
+// so a rank of 16 or 32 has rows of its own width.  To step along k, pass the address of a k that is a
+// multiple of 8.
+template <int WIDTH = 64>
 LOTR_DEVICE uint64_t swizzled_descriptor_mn(const void* tile, uint32_t panel_bytes) {
+  static_assert(WIDTH == 16 || WIDTH == 32 || WIDTH == 64, "rows of 32, 64 or 128 bytes");
+  constexpr uint64_t SWIZZLE = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3;
   const uint64_t address = shared_address(tile);
-  return (address & 0x3ffff) >> 4 | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
-         uint64_t(1) << 62;
+  return (address & 0x3ffff) >> 4 | uint64_t(panel_bytes >> 4) << 16 | uint64_t(16 * WIDTH >> 4) << 32 |
+         SWIZZLE << 62;
 }
 
 // ---- order ----

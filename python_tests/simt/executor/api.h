@@ -18,7 +18,9 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "site.h"
@@ -120,6 +122,11 @@ struct Counters {
   std::vector<LaunchRecord> launches;
   std::vector<Traffic> arrays;  // in the order of registration; last "(unregistered)"
 };
+// How the operands of a wgmma lay, of each kind that ran since reset_counters: bytes of a's swizzle (0: in
+// registers), whether a is MN-major, the same of b, n, whether of bfloat16.
+using ProductLayout = std::tuple<int, bool, int, bool, int, bool>;
+extern std::set<ProductLayout> product_layouts;
+
 Counters counters();
 uint64_t bytes_moved();
 void reset_counters();  // registered arrays stay

@@ -243,6 +243,7 @@ uint64_t bytes_moved() {
 
 void reset_counters() {
   totals = Counters{};
+  product_layouts.clear();
   forget_sites();
   for (Array& array : arrays) {
     const Traffic zero{array.traffic.name, array.traffic.size};

@@ -4,14 +4,14 @@
 
 namespace lotr::simt {
 
-// A row-major matrix of 2-byte elements and the box that a copy moves: 64 columns (128 bytes) of box_rows
-// rows.
+// A row-major matrix of 2-byte elements and the box that a copy moves, whose rows are as long as its swizzle:
+// 16, 32 or 64 columns.
 struct alignas(64) TensorMap {
   const unsigned char* base;
-  uint32_t rows, cols, row_stride, box_rows;  // stride in elements
+  uint32_t rows, cols, row_stride, box_rows, box_cols;  // stride in elements
 };
 TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t row_stride,
-                        uint32_t box_rows);
+                        uint32_t box_rows, uint32_t box_cols);
 
 void mbarrier_init(void* barrier, uint32_t arrivals, Site site);
 void fence_mbarrier_init(Site site);

@@ -8,7 +8,11 @@ namespace lotr::simt {
 namespace {
 
 constexpr char MARK[] = "mbarrier";  // its 8 bytes in shared memory: overwriting them is noticed
-constexpr uint32_t BOX_BYTES = 128, CHUNK = 16, PATTERN = 1024;
+constexpr uint32_t CHUNK = 16;
+
+uint32_t row_bytes(const TensorMap& map) {
+  return map.box_cols * 2;
+}
 
 // Two bytes of a box: zero outside the matrix.
 void copy_element(unsigned char* to, const TensorMap& map, int64_t row, int64_t col) {
@@ -18,22 +22,23 @@ void copy_element(unsigned char* to, const TensorMap& map, int64_t row, int64_t 
     memset(to, 0, 2);
 }
 
-// 128-byte swizzle: bits 4 to 6 of the shared address ^= bits 7 to 9.
-size_t swizzled(size_t offset) {
-  return offset ^ (offset >> 7 & 7) << 4;
+// 128-byte swizzle: bits 4 to 6 of the shared address ^= bits 7 to 9; of 64 bytes the lower two of them, of
+// 32 the lowest.
+size_t swizzled(size_t offset, uint32_t row) {
+  return offset ^ (offset >> 7 & (row / CHUNK - 1)) << 4;
 }
 
 void land(unsigned char* shared, size_t offset, const TensorMap& map, int col, int row) {
   for (uint32_t r = 0; r < map.box_rows; ++r)
-    for (uint32_t chunk = 0; chunk < BOX_BYTES / CHUNK; ++chunk) {
-      unsigned char* to = shared + swizzled(offset + r * BOX_BYTES + chunk * CHUNK);
+    for (uint32_t chunk = 0; chunk < row_bytes(map) / CHUNK; ++chunk) {
+      unsigned char* to = shared + swizzled(offset + r * row_bytes(map) + chunk * CHUNK, row_bytes(map));
       for (uint32_t e = 0; e < CHUNK / 2; ++e)
         copy_element(to + 2 * e, map, int64_t(row) + r, int64_t(col) + chunk * (CHUNK / 2) + e);
     }
 }
 
 void count_box(const TensorMap& map, int col, int row) {
-  const int64_t first = std::max(col, 0), last = std::min<int64_t>(int64_t(col) + 64, map.cols);
+  const int64_t first = std::max(col, 0), last = std::min<int64_t>(int64_t(col) + map.box_cols, map.cols);
   for (int64_t r = std::max(row, 0); r < std::min<int64_t>(int64_t(row) + map.box_rows, map.rows); ++r)
     if (first < last)
       count_global(Space::global_read,
@@ -75,13 +80,15 @@ void arrive(MemoryBarrier& b, Site site) {
 }
 
 TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t row_stride,
-                        uint32_t box_rows) {
+                        uint32_t box_rows, uint32_t box_cols) {
   if (reinterpret_cast<uintptr_t>(base) % 16 || row_stride % 8)
     throw Error("tensor map: rows must start at multiples of 16 bytes");
   if (rows > 1 && row_stride < cols) throw Error("tensor map: rows overlap");
   if (box_rows < 1 || box_rows > 256)
     throw Error("tensor map: a box has 1 to 256 rows, got " + std::to_string(box_rows));
-  return {static_cast<const unsigned char*>(base), rows, cols, row_stride, box_rows};
+  if (box_cols != 16 && box_cols != 32 && box_cols != 64)
+    throw Error("tensor map: a box has 16, 32 or 64 columns, got " + std::to_string(box_cols));
+  return {static_cast<const unsigned char*>(base), rows, cols, row_stride, box_rows, box_cols};
 }
 
 void mbarrier_init(void* barrier, uint32_t arrivals, Site site) {
@@ -148,14 +155,14 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
                            uint16_t blocks, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async.bulk.tensor", site);
-  const size_t bytes = size_t(map.box_rows) * BOX_BYTES;
+  const size_t row_size = row_bytes(map), bytes = map.box_rows * row_size;
   check_early(t.op, site);
-  check_shared(shared, bytes, BOX_BYTES, t.op, site);
+  check_shared(shared, bytes, 128, t.op, site);
   check_shared(barrier, 8, 8, t.op, site);
   const size_t offset = shared_offset(shared);
-  if (offset % PATTERN)
-    fail("%s at %s:%d: a tile with 128-byte swizzle starts at a multiple of 1024 bytes, got offset %zu", t.op,
-         site.file, site.line, offset);
+  if (offset % (8 * row_size))
+    fail("%s at %s:%d: a tile with %zu-byte swizzle starts at a multiple of %zu bytes, got offset %zu", t.op,
+         site.file, site.line, row_size, 8 * row_size, offset);
   if (!blocks || blocks >> machine.cluster_size)
     fail("%s at %s:%d: blocks %#x of a cluster of %u", t.op, site.file, site.line, blocks,
          machine.cluster_size);

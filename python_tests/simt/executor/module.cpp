@@ -458,6 +458,7 @@ PYBIND11_MODULE(lotr_simt, m) {
   define_rows(m);
   m.def("counters", &counters_dict);
   m.def("reset_counters", &reset_counters);
+  m.def("product_layouts", [] { return product_layouts; });
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a);
   m.def("write_coverage", &write_coverage);
   m.def("build_mode", [] { return std::string(build_mode()); });

@@ -1,5 +1,5 @@
-// sm_90a: wgmma.mma_async m64nNk16, operands in shared memory with 128-byte swizzle, K-major or MN-major, the
-// first also in registers.  Layouts:
+// sm_90a: wgmma.mma_async m64nNk16, operands in shared memory with 32-, 64- or 128-byte swizzle, K-major or
+// MN-major, the first also in registers.  Layouts:
 // PTX ISA, "Asynchronous warpgroup-level matrix instructions", D fragment and matrix descriptor.
 //
 // A product reads its operands and writes its accumulators only when the thread waits for it; until then the
@@ -14,27 +14,35 @@ namespace lotr::simt {
 namespace {
 
 constexpr int WARPGROUP = 128, K = 16;
-constexpr uint64_t SWIZZLE_128 = 1;  // bits 62 and 63 of a descriptor
+
+// Bytes of a swizzled row by bits 62 and 63 of a descriptor; 0: not swizzled.
+uint32_t swizzle_bytes(uint64_t descriptor) {
+  constexpr uint32_t bytes[] = {0, 128, 64, 32};
+  return bytes[descriptor >> 62];
+}
 
 struct Operand {
   uint32_t start, leading,
       group_stride;  // bytes; group: from 8 rows (K-major) or 8 k (MN-major) to the next 8
+  uint32_t row_bytes;
   bool mn_major;
   Operand(uint64_t descriptor, bool trans)
       : start(uint32_t(descriptor & 0x3fff) << 4),
         leading(uint32_t(descriptor >> 16 & 0x3fff) << 4),
         group_stride(uint32_t(descriptor >> 32 & 0x3fff) << 4),
+        row_bytes(swizzle_bytes(descriptor)),
         mn_major(trans) {}
 
   // Of 8 elements: along k from (row, k) on if K-major, along the rows if MN-major.
   const unsigned char* chunk(int row, int k) const {
     uint32_t at = start;
-    if (mn_major)  // 64 rows are 128 bytes, the next 64 are `leading` further on
-      at += uint32_t(row / 64) * leading + uint32_t(row % 64) * 2 + uint32_t(k / 8) * group_stride +
-            uint32_t(k % 8) * 128;
+    const uint32_t i = uint32_t(row), width = row_bytes / 2;
+    if (mn_major)  // so many rows lie side by side, the next are `leading` further on
+      at +=
+          i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride + uint32_t(k % 8) * row_bytes;
     else
-      at += uint32_t(row / 8) * group_stride + uint32_t(row % 8) * 128 + uint32_t(k) * 2;
-    at ^= (at >> 7 & 7) << 4;
+      at += i / 8 * group_stride + i % 8 * row_bytes + uint32_t(k) * 2;
+    at ^= (at >> 7 & (row_bytes / 16 - 1)) << 4;
     const unsigned char* p = self().block->shared + at;
     check_shared(p, 16, 16, self().op, self().site);
     return p;
@@ -140,7 +148,24 @@ void note_registers(Warp& warp, uint32_t, void*) {
     decoded.registers[first % WARPGROUP + lane] = static_cast<const uint32_t*>(warp.thread[lane].operand);
 }
 
+// The manual's canonical layouts: a swizzle, and of a MN-major operand whole rows of the swizzle.
+void check_layouts(const WgmmaOperands& of, int n, Site site) {
+  const auto check = [&](uint64_t descriptor, bool mn_major, int rows) {
+    const int bytes = int(swizzle_bytes(descriptor));
+    if (!bytes)
+      fail("wgmma at %s:%d: descriptor %#zx, expected a swizzle of 32, 64 or 128 bytes", site.file, site.line,
+           size_t(descriptor));
+    if (mn_major && rows * 2 % bytes)
+      fail("wgmma at %s:%d: no canonical layout: %d elements of a MN-major operand with %d-byte swizzle",
+           site.file, site.line, rows, bytes);
+  };
+  if (!of.a_registers) check(of.a, of.trans_a, 64);
+  check(of.b, of.trans_b, n);
+}
+
 }  // namespace
+
+std::set<ProductLayout> product_layouts;
 
 void wgmma_fence(Site site) {
   race::ExecutorScope scope;
@@ -157,13 +182,14 @@ void wgmma(float* d, int n, const WgmmaOperands& of, bool accumulate, bool is_bf
     fail("wgmma at %s:%d: no wgmma.fence since the accumulators could be touched", site.file, site.line);
   if (n < 8 || n > 256 || n % 8)
     fail("wgmma at %s:%d: n is %d, expected 8, 16, .. 256", site.file, site.line, n);
-  for (uint64_t descriptor : {of.a_registers ? of.b : of.a, of.b})
-    if (descriptor >> 62 != SWIZZLE_128)
-      fail("wgmma at %s:%d: descriptor %#zx, expected 128-byte swizzle (the only one known here)", site.file,
-           site.line, size_t(descriptor));
+  check_layouts(of, n, site);
   warp_collective("wgmma.mma_async", ~0u, site, const_cast<uint32_t*>(of.a_registers), note_registers,
                   nullptr, false);
-  if (t.linear % WARPGROUP == 0) ++totals.wgmma;
+  if (t.linear % WARPGROUP == 0) {
+    ++totals.wgmma;
+    product_layouts.insert({of.a_registers ? 0 : int(swizzle_bytes(of.a)), of.trans_a,
+                            int(swizzle_bytes(of.b)), of.trans_b, n, is_bf16});
+  }
   note_multiply(t);
   const bool continues = std::any_of(t.products.begin(), t.products.end(),
                                      [&](const WarpgroupProduct& other) { return other.d == d; });

@@ -205,21 +205,29 @@ void wgmma() {
 
 enum class First { shared, across, registers };  // where a is: in shared memory K-major or MN-major
 
+#ifdef NARROW_FROM_WIDE  // a bug: operands of 16 or 32 n in rows of 64
+constexpr int NARROWEST = 64;
+#else
+constexpr int NARROWEST = 16;
+#endif
+
 template <int N>
 struct alignas(1024) Operands {
-  __half a[64][64];                       // K-major, or across: [k][m]
-  __half b[N < 64 ? 64 : N][64];          // K-major: [n][k]
-  __half c[N < 64 ? 1 : N / 64][64][64];  // MN-major: panels of 64 n, [k][n]
+  static constexpr int WIDTH = N > 64 ? 64 : N < NARROWEST ? NARROWEST : N;
+  __half a[64][64];                // K-major, or across: [k][m]
+  __half b[N < 64 ? 64 : N][64];   // K-major: [n][k]
+  __half c[(N + WIDTH - 1) / WIDTH][64][WIDTH];  // MN-major: panels of WIDTH n, [k][n]
   uint64_t full;
 };
 
 // d = a b^T over all 64 k in the first group, e over the first 16 k in the second, which is still in flight
-// when d is read; early: whether e was NaN then.
+// when d is read; early: whether e was NaN then.  shared: the elements of c as they lie.
 template <int N, bool B_MN, First FIRST>
 __global__ void every_n_kernel(const __grid_constant__ ptx::TensorMap A,
                                const __grid_constant__ ptx::TensorMap B,
                                const __grid_constant__ ptx::TensorMap C, const uint32_t* registers,
-                               float* out) {
+                               float* out, uint16_t* shared) {
+  constexpr int WIDTH = Operands<N>::WIDTH;
   Operands<N>& s = ptx::shared_storage<Operands<N>>();
   const int t = threadIdx.x;
   if (t == 0) {
@@ -228,15 +236,16 @@ __global__ void every_n_kernel(const __grid_constant__ ptx::TensorMap A,
     ptx::mbarrier_arrive_expect_tx(&s.full, sizeof s.a + sizeof s.b + sizeof s.c);
     ptx::tma_load_2d(s.a, &A, 0, 0, &s.full);
     ptx::tma_load_2d(s.b, &B, 0, 0, &s.full);
-    for (int n = 0; n < N; n += 64) ptx::tma_load_2d(s.c[n / 64], &C, n, 0, &s.full);
+    for (int n = 0; n < N; n += WIDTH) ptx::tma_load_2d(s.c[n / WIDTH], &C, n, 0, &s.full);
   }
   __syncthreads();
   ptx::mbarrier_wait(&s.full, 0);
+  for (int i = t; i < N * 64; i += 128) memcpy(&shared[i], reinterpret_cast<char*>(s.c) + 2 * i, 2);
   float d[N / 2], e[N / 2];
   uint32_t a[4][4];
   memcpy(a, registers + t * 16, sizeof a);
   const auto multiply = [&](float (&sums)[N / 2], int k) {
-    const uint64_t b = B_MN ? ptx::swizzled_descriptor_mn(&s.c[0][k][0], sizeof s.c[0])
+    const uint64_t b = B_MN ? ptx::swizzled_descriptor_mn<WIDTH>(&s.c[0][k][0], sizeof s.c[0])
                             : ptx::swizzled_descriptor(&s.b[0][k]);
     if constexpr (FIRST == First::registers)
       ptx::wgmma<__half, N, B_MN>(sums, a[k / 16], b, k > 0);
@@ -260,8 +269,9 @@ __global__ void every_n_kernel(const __grid_constant__ ptx::TensorMap A,
 
 template <int N, bool B_MN, First FIRST>
 void every_n(const char* name) {
-  constexpr int ROWS = N < 64 ? 64 : N;
+  constexpr int ROWS = N < 64 ? 64 : N, WIDTH = Operands<N>::WIDTH;
   alignas(16) static __half A[64 * 64], B[ROWS * 64], C[64 * ROWS];
+  std::vector<uint16_t> shared(N * 64);
   std::vector<float> a, b, elements, out(128 * (N + 1));
   std::vector<uint32_t> registers(128 * 16);
   harness::Numbers number{unsigned(N) + 4 * B_MN + unsigned(FIRST)};
@@ -284,12 +294,19 @@ void every_n(const char* name) {
     }
   ptx::launch({dim3(1), dim3(128), sizeof(Operands<N>), nullptr, dim3(1, 1, 1), "every_n"},
               every_n_kernel<N, B_MN, FIRST>, ptx::tensor_map_2d(A, 64, 64, 64, 64),
-              ptx::tensor_map_2d(B, ROWS, 64, 64, ROWS), ptx::tensor_map_2d(C, 64, ROWS, ROWS, 64),
-              registers.data(), out.data());
+              ptx::tensor_map_2d(B, ROWS, 64, 64, ROWS), ptx::tensor_map_2d(C, 64, ROWS, ROWS, 64, WIDTH),
+              registers.data(), out.data(), shared.data());
+  std::vector<float> in_shared;
+  for (uint16_t bits : shared) {
+    __half v;
+    memcpy(static_cast<void*>(&v), &bits, 2);
+    in_shared.push_back(__half2float(v));
+  }
   printf("\"%s%d%s\": {\n", name, N, B_MN ? "_mn" : "");
   print("a", a);
   print("registers", elements);
   print("b", b);
+  print("shared", in_shared);
   print("out", out, true);
   printf("},\n");
 }
