@@ -7,16 +7,18 @@ there first, by name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch._C import _dispatch_key_parse
+from torch._C._dynamo import eval_frame as _eval_frame
 from torch._subclasses import FakeTensor as FakeTensor  # tensors without values, of compilers that trace
 from torch.autograd import Function, Variable, forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules import module as _hooks_of_all
+from torch.utils import checkpoint as _checkpoint
 
 # ---- what is going on around a call ----------------------------------------------------------------------------------
 
@@ -25,6 +27,10 @@ dispatch_modes = torch._C._len_torch_dispatch_stack  # how many: selective check
 functorch_active = torch._C._are_functorch_transforms_active  # vmap, grad, jvp of torch.func
 jit_tracing = torch._C._get_tracing_state  # None outside of torch.jit.trace and the older ONNX export
 saved_tensor_hook = torch._C._autograd._top_saved_tensors_default_hooks  # (False): the innermost (pack, unpack), or None
+
+_SKIP = _eval_frame._FrameAction.SKIP
+_CHECKPOINT_FILE = _checkpoint.__file__
+_AROUND_REGIONS = frozenset(("forward", "backward", "checkpoint", "unpack_hook"))  # functions of torch's on the stack
 
 dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in batches, by is_grads_batched
@@ -39,6 +45,38 @@ def running_function() -> object | None:
             return ctx
         frame = frame.f_back
     return None
+
+
+def checkpoint_regions() -> list[tuple[object, bool]]:
+    """The regions of activation checkpointing that the calling code is in, the innermost first: each as an object that is the
+    same in forward and in backward, and whether it is being run again in backward."""
+    found: list[tuple[object, bool]] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        name = code.co_name
+        if name in _AROUND_REGIONS:
+            if name in ("forward", "backward"):
+                if code.co_varnames[:1] == ("ctx",) and isinstance(ctx := frame.f_locals.get("ctx"), BackwardCFunction):
+                    found.append((ctx, name == "backward"))  # reentrant, torch's or another's
+            elif code.co_filename == _CHECKPOINT_FILE:
+                again, local = name == "unpack_hook", frame.f_locals
+                region = local["frame"] if again else _frame_of(local.get("gen"))
+                if region is not None:
+                    found.append((region, again))
+        frame = frame.f_back
+    pack = (saved_tensor_hook(False) or (None,))[0]
+    if getattr(pack, "__qualname__", "") == "_checkpoint_hook.__init__.<locals>.pack_hook":  # that of a module's hooks, too
+        region = dict(zip(pack.__code__.co_freevars, pack.__closure__))["frame"].cell_contents
+        if all(region is not other for other, _ in found):
+            found.insert(0, (region, False))
+    return found
+
+
+def _frame_of(generator: Generator | None) -> object | None:
+    """The record that non-reentrant checkpointing has of a region."""
+    inner = None if generator is None else generator.gi_frame
+    return None if inner is None else inner.f_locals.get("new_frame")
 
 
 def wraps_inputs(module: object) -> bool:
@@ -77,6 +115,21 @@ keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # whether i
 graph_task = torch._C._current_graph_task_id  # of the running backward; below zero outside of one
 _LOOKS_AT_EACH = hasattr(torch._C._autograd.SavedTensor, "unpack")
 at_end_of_backward = Variable._execution_engine.queue_callback  # called once the running backward has ended; never if it fails
+
+
+def carry(value: object) -> None:
+    """Keeps value for this thread and the backwards that it starts from now on, in whichever thread of autograd's they run."""
+    torch._C._stash_obj_in_tls("lotr_ext", value)
+
+
+def carried() -> object | None:
+    """What was kept last by this thread or, in a thread of autograd's, by the one that started the backward; None at first."""
+    return torch._C._get_obj_in_tls("lotr_ext") if torch._C._is_key_in_tls("lotr_ext") else None
+
+
+def run_unseen(function: Callable) -> None:
+    """Dynamo runs function, and what it calls, as it is, also where code that it has compiled calls it."""
+    _eval_frame.set_code_exec_strategy(function.__code__, _eval_frame._FrameExecStrategy(_SKIP, _SKIP))
 
 
 def saved_if(ctx, *wanted: bool) -> tuple[Tensor | None, ...]:

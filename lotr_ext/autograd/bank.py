@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,16 +75,13 @@ class Bank:
 
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Makes F of all layers where there can be one product for them."""
-        # as the layers' calls will have them; not a parametrized one, which is made anew for each
-        own, forms = [layer._parameters for layer in layers], [layer._modules for layer in layers]
-        cores = [
-            one["core"] if "core" in one else layer.core if "core_form" in form else None
-            for one, form, layer in zip(own, forms, layers)
-        ]
-        scaling = layers[0].scaling
-        one = cores[0]
-        if len(layers) < 2 or type(self.B) not in _PLAIN:
+        # as the layers' calls will have them; without those whose core is made anew for each call
+        own = [layer._parameters["core"] if "core" in layer._parameters else _shared_core(layer) for layer in layers]
+        found = [(layer, core) for layer, core in zip(layers, own) if core is not None]
+        if len(found) < 2 or type(self.B) not in _PLAIN:
             return
+        layers, cores = zip(*found)
+        scaling, one = layers[0].scaling, cores[0]
         for layer, core in zip(layers, cores):
             if type(core) not in _PLAIN or core.device != self.B.device or core.dtype != one.dtype or layer.scaling != scaling:
                 return
@@ -110,14 +108,20 @@ class Bank:
         return l
 
 
-class Scope:
-    """One forward of a model. layers: those that have each B."""
+def _shared_core(layer: nn.Module) -> Tensor | None:
+    """A computed core, if it is the same tensor in all calls of one forward."""
+    shared = getattr(layer._modules.get("core_form"), "shared", None)  # of a CoreAt
+    return None if shared is None else shared()
 
-    def __init__(self, model: nn.Module, layers: Mapping[SharedFactor, Sequence[nn.Module]]):
-        self.model, self.layers = weakref.ref(model), layers
+
+class Scope:
+    """One forward of a model. layers: those that have each B. frame: of the function that runs the forward."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[SharedFactor, Sequence[nn.Module]], frame: FrameType):
+        self.model, self.layers, self.frame = weakref.ref(model), layers, frame
         self.banks: dict[tuple, Bank] = {}
         self.casts: dict[tuple, Cast] = {}
-        self.cores: dict[tuple, tuple[tuple[int, ...], tuple[Tensor, ...]]] = {}
+        self.cores: dict[tuple, Made] = {}
 
     def bank(self, B_shared: SharedFactor, B: Tensor, dtype: torch.dtype) -> Bank | None:
         """B's bank in dtype, made at the first call; one a mode: what was made without a graph has no place in one."""
@@ -138,15 +142,50 @@ class Scope:
             found = self.casts[key] = Cast(A, dtype)
         return found.of(A)
 
-    def made(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...]:
-        """The cores [r_in, r_out] that one module makes of parameters that they share: all at once, one a mode, and again
-        where the parameters have changed."""
+    def made(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...] | None:
+        """The cores [r_in, r_out] that one module makes of tensors that they share: all at once, one a mode, and again where it
+        has other tensors or they have changed. None for random ones: a recomputation makes one by one, and must draw alike."""
         key = (cores, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        versions = tuple(0 if t.is_inference() else t._version for t in cores.parameters())
         found = self.cores.get(key)
-        if found is None or found[0] != versions:
-            found = self.cores[key] = versions, make(cores).unbind()
-        return found[1]
+        if found is None or not found.is_of(cores):
+            found = self.cores[key] = Made(cores, make)
+        return found.values
+
+
+class Made:
+    """All cores that a module makes, or None if it draws random numbers for them: then those are drawn again, as if it had not
+    been called. It holds what it was made of."""
+
+    def __init__(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]):
+        self.training, self.tensors = cores.training, (*cores.parameters(), *cores.buffers())
+        self.versions = _versions(self.tensors)
+        generators = _generators(self.tensors)
+        before = [generator.get_state() for generator in generators or ()]
+        made = None if generators is None else make(cores)
+        for generator, state in zip(generators or (), before, strict=True):
+            if not torch.equal(generator.get_state(), state):
+                generator.set_state(state)
+                made = None
+        self.values = None if made is None else made.unbind()
+
+    def is_of(self, cores: nn.Module) -> bool:
+        """Whether cores is as it was."""
+        now = (*cores.parameters(), *cores.buffers())
+        same = len(now) == len(self.tensors) and all(t is own for t, own in zip(now, self.tensors))
+        return same and cores.training == self.training and _versions(now) == self.versions
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def _generators(tensors: Sequence[Tensor]) -> list[torch.Generator] | None:
+    """The global generators that a module of these tensors may draw from; None while a CUDA graph is captured, which hides
+    theirs."""
+    indices = {t.device.index for t in tensors if t.is_cuda}
+    if indices and torch.cuda.is_current_stream_capturing():
+        return None
+    return [torch.default_generator, *(torch.cuda.default_generators[i] for i in sorted(indices))]
 
 
 class _Open(threading.local):
@@ -162,4 +201,11 @@ _open = _Open()
 def open_scope() -> Scope | None:
     """The innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again
     outside of the scope, and they must be those that ran in it."""
-    return None if not _open.stack or dispatch_modes() else _open.stack[-1]
+    stack = _open.stack
+    while stack:
+        try:
+            stack[-1].frame.clear()
+        except RuntimeError:  # it runs
+            return None if dispatch_modes() else stack[-1]
+        stack.pop()  # no hook has closed it: torch calls none after a KeyboardInterrupt, or another BaseException
+    return None

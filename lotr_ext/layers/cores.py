@@ -39,8 +39,14 @@ class CoreAt(nn.Module):
         self.__dict__["cores"] = self._modules.pop("cores")
 
     def forward(self) -> Tensor:
-        scope = None if is_compiling() else open_scope()
-        return self.cores(self.index) if scope is None else scope.made(self.cores, made)[self.index]
+        shared = None if is_compiling() else self.shared()
+        return self.cores(self.index) if shared is None else shared
+
+    def shared(self) -> Tensor | None:
+        """The core that was made with all others for the running forward; None outside of one, and for random cores."""
+        scope = open_scope()
+        all_cores = None if scope is None else scope.made(self.cores, made)
+        return None if all_cores is None else all_cores[self.index]
 
     def extra_repr(self) -> str:
         return f"index={self.index}"

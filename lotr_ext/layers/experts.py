@@ -180,15 +180,16 @@ class LoTRExperts(LoTRLayer):
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         if self.merged and self.notice is not None:
             self.notice.warn(self.adapter_parameters())
-        if self.merged or self.disabled:
+        off, mixture = self._state()
+        if self.merged or off:
             return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x))
         p, factors, core = self.dropout if self.training else 0.0, self.factors, self.core
         call, index = Call(core, self.scaling, p, factors._group, self, self.strategy), None
-        if self.mixture is not None:
+        if mixture is not None:
             if places is None:
                 raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
-            index = cores_of_rows(self.mixture, places, expert_of_rows(offs, len(places)), self.num_experts)
-            core, call.scaling = cores_of(self.mixture, core).flatten(0, 1), self.mixture.scaling
+            index = cores_of_rows(mixture, places, expert_of_rows(offs, len(places)), self.num_experts)
+            core, call.scaling = cores_of(mixture, core).flatten(0, 1), mixture.scaling
         return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, index, call))
 
     def _matrix(self) -> Tensor:

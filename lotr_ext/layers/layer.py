@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .factors import LoTRFactors, check_rank
 from .merging import MergeNotice, check_is_parameter, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
+from .request import NOW, OFF, said_of
 
 DEFAULT_RANK = 8
 
@@ -73,10 +74,9 @@ def check_settings(*, alpha: float | None, rslora: bool, scaling: float | None, 
 class LoTRLayer(HasCore):
     """Base class of adapted layers. Subclasses give `_base` (the plain forward), `_matrix` (W [n, k], a view) and `to_base`.
 
-    core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s. disabled:
-    whether the adapter is off.
+    core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s.
     start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
-    mixture: while `mixed` is on, the cores of several adapters, one a row.
+    traced: what contexts inside of what torch.compile traces say of the layer; () at any other time.
     """
 
     in_features: int
@@ -84,7 +84,37 @@ class LoTRLayer(HasCore):
     start_core: Tensor | None
     weight_backup: Tensor | None
     notice: MergeNotice | None = None
-    mixture: Mixture | None = None
+    traced: tuple[Mixture | Literal[False], ...] = ()
+    _off, _said = False, said_of
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the adapter is off: by this attribute, or for the code that reads it, inside of a context."""
+        return self._state()[0]
+
+    @disabled.setter
+    def disabled(self, off: bool) -> None:
+        self._off = off
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The cores of several adapters, one a row of the batch, for code inside of `mixed`."""
+        return self._state()[1]
+
+    def _state(self) -> tuple[bool, Mixture | None]:
+        """(disabled, mixture)"""
+        off, mixture = self._said
+        for said in self.traced:
+            off, mixture = off or said is OFF, mixture if said is OFF else said
+        return off or self._off, mixture
+
+    def _replicate_for_data_parallel(self) -> LoTRLayer:
+        """A replica of nn.DataParallel's, which is called in a thread that has none of this one's contexts open."""
+        replica, (off, mixture) = super()._replicate_for_data_parallel(), self._state()
+        if mixture is not None:
+            raise RuntimeError("mixed: expected a model that is called as it is, got nn.DataParallel, which cuts the batch up")
+        replica.disabled = off
+        return replica
 
     @staticmethod
     def _check_unadapted(linear: object) -> None:
@@ -132,7 +162,7 @@ class LoTRLayer(HasCore):
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self.scaling = settings.resolve(max(factors.r_in, factors.r_out))
-        self.dropout, self.disabled, self.merged = settings.dropout, False, False
+        self.dropout, self.merged = settings.dropout, False
         self.strategy: str | None = None
         self.core = nn.Parameter(torch.zeros(self._core_shape(factors), device=device, dtype=factors.A.dtype))
         self.register_buffer("start_core", None, persistent=False)
@@ -157,7 +187,8 @@ class LoTRLayer(HasCore):
             if self.notice is not None:
                 self.notice.warn(self.adapter_parameters())
             return self._base(x)
-        if self.disabled:
+        off, mixture = (self._off, None) if NOW.any is None and not self.traced else self._state()
+        if off:
             if self.start_core is None:
                 return self._base(x)
             return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
@@ -167,13 +198,13 @@ class LoTRLayer(HasCore):
         core = parameters["core"] if "core" in parameters else self.core
         factors = modules["factors"] if "factors" in modules else self.factors
         call = Call(core, self.scaling, self.dropout if self.training else 0.0, factors._group, self, self.strategy)
-        return factors(partial(self._call if self.mixture is None else self._call_mixed, x, call))
+        return factors(partial(self._call, x, call) if mixture is None else partial(self._call_mixed, x, call, mixture))
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         return call_linear(x, self._matrix(), self.bias, A, B, call)
 
-    def _call_mixed(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
-        cores, call.scaling, index = cores_of(self.mixture, call.core), self.mixture.scaling, index_for(self.mixture, x)
+    def _call_mixed(self, x: Tensor, call: Call, mixture: Mixture, A: Tensor, B: Tensor) -> Tensor:
+        cores, call.scaling, index = cores_of(mixture, call.core), mixture.scaling, index_for(mixture, x)
         return call_mixed(x, self._base, A, B, cores, index, call)
 
     def _base(self, x: Tensor) -> Tensor:

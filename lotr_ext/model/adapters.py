@@ -25,6 +25,7 @@ from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer, check_settings
 from ..layers.mixture import Mixture
 from ..layers.parametrized import parameters_of
+from ..layers.request import in_force
 from ..layers.sharded import holds_parts
 from .apply import adapted_layers
 from .config import LoTRConfig
@@ -242,13 +243,8 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     else:
         mixtures = _mixtures(model, parked, names)
     flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # and with them, say, a shared expert
-    for layer, mixture in zip(layers.values(), mixtures, strict=True):
-        layer.mixture = mixture._replace(flat=flat)
-    try:
+    with in_force({layer: own._replace(flat=flat) for layer, own in zip(layers.values(), mixtures, strict=True)}):
         yield model
-    finally:
-        for layer in layers.values():
-            del layer.mixture  # the class has None
 
 
 def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | None]) -> list[Mixture]:
@@ -263,7 +259,7 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
                     raise ValueError(
                         f"names: expected adapters that share the factors of {parked.active!r}, got {name!r}, which has others"
                     )
-    index = torch.tensor([-1 if name is None else kinds.index(name) for name in names])
+    index = torch.tensor([-1 if name is None else kinds.index(name) for name in names], device="cpu")
     mixtures, values = [], {name: parked[name].values for name in kinds if name in parked}
     for i, layer in enumerate(adapted_layers(model).values()):
         parts = [

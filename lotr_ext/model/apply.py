@@ -28,6 +28,7 @@ from ..layers.linear import LoTRWrapped, adapt
 from ..layers.merging import MergeNotice, write_
 from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
+from ..layers.request import OFF, in_force
 from ..layers.sharded import in_parts
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
@@ -209,14 +210,8 @@ def disabled(model: Model) -> Iterator[Model]:
     """
     layers = adapted_layers(model)
     _expect_merged(layers, False, "disabled")
-    before = {name: layer.disabled for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.disabled = True
+    with in_force(dict.fromkeys(layers.values(), OFF)):
         yield model
-    finally:
-        for name, layer in layers.items():
-            layer.disabled = before[name]
 
 
 def _expect_merged(layers: dict[str, LoTRLayer], merged: bool, name: str) -> None:

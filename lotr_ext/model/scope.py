@@ -1,16 +1,18 @@
 """The forward scope of an adapted model, in which `autograd.bank` does once what is common to all layers of a group.
 
-It is opened by a hook before the model's forward and closed by one that always runs after it.
+It is opened by a hook before the model's forward and closed by one after it; one that no hook has closed is dropped at the
+next look for it (`open_scope`).
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..autograd.bank import Scope, _open
+from ..autograd.bank import Scope, _open, open_scope
 from ..layers.placement import check_not_offloaded
 
 if TYPE_CHECKING:
@@ -46,15 +48,16 @@ class _Layers:
 
 def _enter(model: nn.Module, args) -> None:
     if not torch.compiler.is_compiling():
-        _leave(model, args, None)  # of a forward that was killed before its last hook
-        _open.stack.append(Scope(model, model._lotr_layers.of(model)))
+        open_scope()  # drops those that forwards have left which were killed before their last hook
+        _open.stack.append(Scope(model, model._lotr_layers.of(model), sys._getframe(1)))
 
 
 def _leave(model: nn.Module, args, output) -> None:
     if not torch.compiler.is_compiling():
-        for i, scope in enumerate(_open.stack):
-            if scope.model() is model:
-                del _open.stack[i:]
+        stack = _open.stack
+        for i in reversed(range(len(stack))):
+            if stack[i].model() is model:
+                del stack[i:]
                 return
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import pickle
 
@@ -307,3 +309,53 @@ def test_autocast_and_half(x):
         y = net(x)
     y.float().square().sum().backward()
     assert Truth(net, x).error(net) < 5e-2
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, ValueError])
+def test_a_forward_that_ends_by_an_exception_of_any_kind_leaves_nothing(net, x, kind):
+    """The layer is then called by itself with a B and core that have changed without a trace."""
+
+    def interrupt(*_):
+        raise kind
+
+    layers = [m for m in net.modules() if hasattr(m, "start_core")]
+    handle = layers[-1].register_forward_pre_hook(interrupt)
+    inputs = []
+    layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    with pytest.raises(kind) as raised:  # keeps the frames of the forward alive
+        net(x)
+    handle.remove()
+    for t in (layers[0].core, layers[0].factors.B):
+        t.data.mul_(2)
+    layer, given = layers[0], inputs[0]
+    core, A, B = (t.double() for t in (layer.core, layer.factors.A, layer.factors.B))
+    want = given.double() @ layer.weight.double().T + layer.bias.double() + layer.scaling * (given.double() @ A @ core @ B.T)
+    assert raised.value is not None and relative(layer(given), want) < 1e-6
+    assert not scope._open.stack
+
+
+def test_an_interrupted_forward_within_another(net, x, counter):
+    """The outer one goes on with its own scope."""
+    inner = Net()
+    attach_scope(inner)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            with contextlib.suppress(KeyboardInterrupt):
+                inner(x)
+            return self.net(x)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    outer = Outer()
+    detach_scope(net)
+    attach_scope(outer)
+    next(m for m in inner.modules() if hasattr(m, "start_core")).register_forward_hook(interrupt)
+    truth = Truth(net, x)
+    assert relative(outer(x), truth.y) < 1e-6
+    assert counter.take()["fold"] == 2 and not scope._open.stack

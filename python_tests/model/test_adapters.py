@@ -26,6 +26,7 @@ from lotr_ext import (
     unload,
     unmerge,
 )
+from lotr_ext.layers.request import NOW
 from lotr_ext.ops import planner
 
 CONFIG = LoTRConfig(rank=4, target_modules=["q", "k", "v", "up"], modules_to_save=["head"])
@@ -322,4 +323,4 @@ def test_bad_input() -> None:
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     with mixed(model, ["default"] * 3), pytest.raises(ValueError, match="a batch of 3 rows, one an adapter name, got shape"):
         model(IDS)
-    assert all(layer.mixture is None for layer in model.modules() if isinstance(layer, lotr_ext.LoTRLinear))
+    assert NOW.any is None

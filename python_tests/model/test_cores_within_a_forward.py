@@ -1,0 +1,107 @@
+"""Cores made of shared numbers, within one forward: random ones, and ones whose parameters are replaced half-way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+from torch.utils.checkpoint import checkpoint
+
+from lotr_ext import LoTRConfig, apply_lotr
+from lotr_ext.cores import Cores
+from nets import relative
+
+D, R, LAYERS = 12, 4, 4
+pytestmark = pytest.mark.usefixtures("two_nodes")
+
+
+class Dropped(Cores):
+    """The cores are parameters, elements of which are dropped each time."""
+
+    def __init__(self, places, rank):
+        super().__init__(places, rank)
+        self.values = nn.Parameter(torch.zeros(len(self.places), self.r_in, self.r_out))
+
+    def make(self, index: int | None = None) -> Tensor:
+        return nnf.dropout(self.values if index is None else self.values[index], 0.5, self.training)
+
+
+class Chain(nn.Module):
+    """reentrant: of a checkpoint around each two layers; None without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(LAYERS))
+        self.reentrant: bool | None = None
+
+    def pair(self, i: int, x: Tensor) -> Tensor:
+        return torch.tanh(self.layers[i + 1](torch.tanh(self.layers[i](x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(0, LAYERS, 2):
+            x = self.pair(i, x) if self.reentrant is None else checkpoint(self.pair, i, x, use_reentrant=self.reentrant)
+        return x
+
+
+def adapted(core) -> Chain:
+    torch.manual_seed(0)
+    model = apply_lotr(Chain(), LoTRConfig(rank=R, core=core, target_modules=r"layers\.\d"))
+    for parameter in (*model.lotr_factors.parameters(), *model.lotr_cores.parameters()):
+        nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def truth(model: Chain, x: Tensor, core_of) -> Tensor:
+    factors = model.lotr_factors[f"{D}x{D}"]
+    for i, layer in enumerate(model.layers):
+        x = torch.tanh(nnf.linear(x, layer.weight, layer.bias) + layer.scaling * (x @ factors.A @ core_of(i) @ factors.B.T))
+    return x
+
+
+def gradients(model: Chain, y: Tensor, x: Tensor) -> list[Tensor]:
+    y.square().sum().backward()
+    found = [t.grad for t in (x, *model.lotr_factors.parameters(), *model.lotr_cores.parameters())]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_random_cores_draw_in_a_recomputation_what_they_drew_before(reentrant: bool | None) -> None:
+    model = adapted(Dropped)
+    model.reentrant = reentrant
+    x = torch.randn(7, 30, D)
+    runs = []
+    for call in (model, lambda x: truth(model, x, lambda i: nnf.dropout(model.lotr_cores.values[i], 0.5))):
+        torch.manual_seed(3)
+        y = call(own := x.clone().requires_grad_())
+        runs.append([y.detach(), *gradients(model, y, own)])
+    for got, want in zip(*runs, strict=True):
+        assert relative(got, want.double()) < 1e-5
+
+
+def test_cores_that_draw_nothing_in_evaluation_are_made_at_once(monkeypatch) -> None:
+    model, calls = adapted(Dropped), []
+    monkeypatch.setattr(Dropped, "make", lambda self, index=None, make=Dropped.make: calls.append(index) or make(self, index))
+    model.eval()(torch.randn(7, 30, D))
+    assert calls == [None]
+
+
+@pytest.mark.parametrize("core", ["tucker", "few", "diagonal"])
+def test_a_parameter_or_buffer_replaced_within_a_forward_is_the_one_of_later_layers(core: str) -> None:
+    model = adapted(core)
+    cores, x = model.lotr_cores, torch.randn(7, 30, D)
+    name, old = next(iter(cores.named_buffers() if core == "few" else cores.named_parameters()))
+    new = torch.randn_like(old)
+
+    def replace(*_: object) -> None:
+        setattr(cores, name, new if core == "few" else nn.Parameter(new))
+
+    def true_core(i: int) -> Tensor:
+        setattr(cores, name, old if i < 2 else new if core == "few" else nn.Parameter(new))
+        return cores.make(i)
+
+    model.layers[2].register_forward_pre_hook(replace)
+    y = model(x)
+    with torch.no_grad():
+        assert relative(y, truth(model, x, true_core).double()) < 1e-5
