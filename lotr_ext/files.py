@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 __all__ = ["check_regular", "folder", "lock", "parse_json", "placed", "put_file", "read_bytes", "together"]
 
+_TEMPORARY = re.compile(r"lotr\.[0-9a-f]{16}\.tmp|lotr_adapter\..*\.tmp")  # the latter by older versions
 LEVELS = 100  # of JSON: far below where Python's own recursion ends, so that a value can be printed and compared
 
 
@@ -107,10 +109,10 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(directory: Path, name: str) -> tuple[Path, BinaryIO]:
+def _temporary(directory: Path) -> tuple[Path, BinaryIO]:
     """A new file of a name of its own, locked. Unbuffered: what a full disk refuses is not written again when it is closed."""
     while True:
-        path = directory / f"{name}.{secrets.token_hex(8)}.tmp"
+        path = directory / f"lotr.{secrets.token_hex(8)}.tmp"
         file = open(path, "xb", buffering=0)
         lock(file, wait=True)
         if path.exists():
@@ -119,9 +121,9 @@ def _temporary(directory: Path, name: str) -> tuple[Path, BinaryIO]:
 
 
 @contextmanager
-def _written(directory: Path, name: str, data: bytes) -> Iterator[Path]:
-    """data in a locked temporary file for directory/name, on the disk; it is removed at the end unless it was renamed."""
-    temporary, file = _temporary(directory, name)
+def _written(directory: Path, data: bytes) -> Iterator[Path]:
+    """data in a locked temporary file of directory, on the disk; it is removed at the end unless it was renamed."""
+    temporary, file = _temporary(directory)
     try:
         with file:
             rest = memoryview(data)
@@ -152,7 +154,7 @@ def placed(directory: Path, files: Mapping[str, bytes], *, apart: str | None = N
 
     All are written before the first is renamed, so a full disk changes nothing. They are renamed in their order. apart: one
     whose old content does not belong to the new files: it is removed before the first is renamed, so that a kill in between
-    leaves no mixture.
+    leaves no mixture. Temporary files that killed savers have left in directory are removed.
 
     Raises:
         OSError: the disk; it names the file.
@@ -163,14 +165,24 @@ def placed(directory: Path, files: Mapping[str, bytes], *, apart: str | None = N
             with _naming(directory / name):
                 if (directory / name).is_dir():
                     raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-                ready[name] = stack.enter_context(_written(directory, name, data))
+                ready[name] = stack.enter_context(_written(directory, data))
         if apart is not None:
             (directory / apart).unlink(missing_ok=True)
         for name, temporary in ready.items():
             with _naming(directory / name):
                 os.replace(temporary, directory / name)
                 _sync_directory(directory)
+        _remove_leftovers(directory)
         yield
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes the temporary files that no saver has the lock of."""
+    for path in directory.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            with suppress(OSError), open(path, "r+b", opener=_open_regular) as file:
+                if lock(file, wait=False):
+                    path.unlink()
 
 
 def put_file(directory: Path, name: str, data: bytes) -> None:

@@ -39,7 +39,6 @@ __all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "read", "serialized", "wr
 FORMAT, FORMAT_VERSION = "lotr", 1
 JSON_NAME = "lotr_adapter.json"
 _TENSORS_NAME = re.compile(r"lotr_adapter\.[0-9a-f]{16}\.safetensors")
-_LEFTOVER = re.compile(r"lotr_adapter\..*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ def _named(directory: Path) -> str | None:
 
 
 def _remove_leftovers(directory: Path, replaced: str | None) -> None:
-    """Removes what no JSON names and nobody is writing. replaced: what a JSON named that is there no longer."""
+    """Removes tensors that no JSON names and no saver is writing. replaced: what a JSON named that is there no longer."""
     for path in directory.iterdir():
-        if not (_TENSORS_NAME.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name)):
+        if not _TENSORS_NAME.fullmatch(path.name):
             continue
         with suppress(OSError), open(path, "r+b") as file:
             # its saver is done or dead once the lock is free, so a JSON that does not name it now never will

@@ -9,8 +9,10 @@ they belong to by a checksum of their values.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -28,6 +30,7 @@ __all__ = ["TaskBank", "bank_of"]
 
 Source = Mapping[str, Tensor] | str | PathLike[str]
 _FORMAT = {"format": "lotr_task", "version": "1"}
+_changes = threading.RLock()  # of all banks, one at a time; none has its own, for banks are copied and pickled
 
 
 class TaskBank(nn.Module):
@@ -37,8 +40,9 @@ class TaskBank(nn.Module):
     of the dtype and on the device of its core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which places
     hold a task; a free place is zero.
 
-    `mixed(model, index)` runs batches whose row i is of task index[i]. Tasks may come and go at any time between two forwards
-    without a graph; a backward whose forward came before one raises, as after any write in place.
+    `mixed(model, index)` runs batches whose row i is of task index[i], with the scaling that each layer had when the bank was
+    made. Tasks may come and go, in any thread, at any time between two forwards without a graph; a backward whose forward came
+    before one raises, as after any write in place.
 
     Raises:
         TypeError: tasks is no int. ValueError: fewer than one. RuntimeError: no adapter, layers built by hand, or a
@@ -60,7 +64,7 @@ class TaskBank(nn.Module):
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
         self._layers = tuple(layers)
-        self._scaling = next(iter(layers.values())).scaling
+        self._scalings = tuple(layer.scaling for layer in layers.values())
         self._owners: dict[str, Owner] = dict(model.lotr_factors.items())  # which the model registers
         model.lotr_tasks = self
 
@@ -80,19 +84,23 @@ class TaskBank(nn.Module):
         task that starts as the base model does, at zero.
 
         Raises:
-            RuntimeError: no place is free. TypeError, ValueError: other layers, shapes, factors or scaling; nothing is changed.
+            RuntimeError: no place is free. TypeError, ValueError: no file of a task; other layers, shapes, factors or scalings,
+                or no floating dtype. Nothing is changed then.
         """
-        free = (~self.taken).nonzero()
-        if not len(free):
-            raise RuntimeError(f"add: expected a free place, got {len(self.taken)} that are all taken")
-        place = int(free[0])
-        self._write(place, source)
-        self.taken[place] = True
+        values = self._values(source)
+        with _changes:
+            free = (~self.taken).nonzero()
+            if not len(free):
+                raise RuntimeError(f"add: expected a free place, got {len(self.taken)} that are all taken")
+            place = int(free[0])
+            self._write(place, values, taken=True)
         return place
 
     def replace(self, task: int, source: Source | None) -> None:
         """Another task in the place of `task`. source and errors as in `add`."""
-        self._write(self._place(task), source)
+        values = self._values(source)
+        with _changes:
+            self._write(self._place(task), values, taken=True)
 
     def drop(self, task: int) -> None:
         """Takes a task out: its place is zero, and free.
@@ -100,8 +108,8 @@ class TaskBank(nn.Module):
         Raises:
             TypeError, ValueError: no such task.
         """
-        self._write(self._place(task), None)
-        self.taken[task] = False
+        with _changes:
+            self._write(self._place(task), self._values(None), taken=False)
 
     def cores_of(self, task: int) -> dict[str, Tensor]:
         """The cores [r_in, r_out] of a task by layer name, views of the bank.
@@ -118,10 +126,10 @@ class TaskBank(nn.Module):
         Raises:
             TypeError, ValueError: no path, no such task.
         """
-        tensors = {name: core.cpu().contiguous() for name, core in self.cores_of(task).items()}
         target = _path(path)
-        metadata = _FORMAT | {"factors": self._checksum(), "scaling": repr(self._scaling)}
-        put_file(target.parent, target.name, safetensors.torch.save(tensors, metadata))
+        with _changes:
+            tensors = {name: core.to("cpu", copy=True).contiguous() for name, core in self.cores_of(task).items()}
+        put_file(target.parent, target.name, safetensors.torch.save(tensors, self._metadata()))
 
     # ---- details -----------------------------------------------------------------------------------------------------
 
@@ -129,6 +137,8 @@ class TaskBank(nn.Module):
         """What each layer has of the tasks of a batch, by `mixed`."""
         if index.dtype != torch.int64:
             raise TypeError(f"names: expected adapter names or an int64 index of tasks, got {index.dtype}")
+        if index.is_meta and not self.taken.is_meta:
+            raise ValueError("names: expected an index with values, got one on the meta device; make it where the model is")
         if index.dim() != 1 or not len(index):
             raise ValueError(f"names: expected an index [b] of one task a row, got shape {tuple(index.shape)}")
         for group, owner in self._owners.items():
@@ -141,7 +151,7 @@ class TaskBank(nn.Module):
                 raise ValueError(f"names: expected tasks in [-1, {len(self.taken)}), got {got}")
             if not bool(self.taken[own].all()):
                 raise ValueError(f"names: expected tasks of the bank, got {int(own[~self.taken[own]][0])}, a free place")
-        return [Mixture(core, self._scaling, index) for core in self.cores]
+        return [Mixture(core, scaling, index) for core, scaling in zip(self.cores, self._scalings, strict=True)]
 
     def _place(self, task: object) -> int:
         if isinstance(task, bool) or not isinstance(task, int):
@@ -151,30 +161,57 @@ class TaskBank(nn.Module):
         return task
 
     @torch.no_grad()
-    def _write(self, place: int, source: Source | None) -> None:
+    def _write(self, place: int, values: Sequence[Tensor], *, taken: bool) -> None:
+        """All of it or, where anything stops it, nothing."""
+        parts = [*(core[place] for core in self.cores), self.taken[place]]
+        before = [part.clone() for part in parts]
+        try:
+            for part, value in zip(parts, (*values, torch.tensor(taken, device="cpu")), strict=True):
+                part.copy_(value)
+        except BaseException:
+            for part, value in zip(parts, before, strict=True):
+                part.copy_(value)
+            raise
+
+    def _values(self, source: Source | None) -> list[Tensor]:
+        """The cores of a task, checked, as the bank's own are."""
         if source is None:
-            for core in self.cores:
-                core[place] = 0
-            return
+            return [core.new_zeros(core.shape[1:]) for core in self.cores]
         tensors = source if isinstance(source, Mapping) else self._read(_path(source))
         names = [f"{name}.core" for name in self._layers]
         if set(tensors) != set(names):
             missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
             raise ValueError(f"source: expected {len(names)} cores, got {missing[:1]} missing, {extra[:1]} of no layer here")
+        values = []
         for name, core in zip(names, self.cores, strict=True):
-            if not isinstance(tensors[name], Tensor) or tensors[name].shape != core.shape[1:]:
-                got = getattr(tensors[name], "shape", type(tensors[name]).__name__)
+            value = tensors[name]
+            if not isinstance(value, Tensor) or value.shape != core.shape[1:]:
+                got = getattr(value, "shape", type(value).__name__)
                 raise ValueError(f"{name}: expected shape {tuple(core.shape[1:])}, got {got}")
-        for name, core in zip(names, self.cores, strict=True):
-            core[place].copy_(tensors[name])
+            if not value.is_floating_point():
+                raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+            if value.is_meta and not core.is_meta:
+                raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
+            values.append(value.detach().to(core.device, core.dtype))
+        return values
 
     def _read(self, path: Path) -> dict[str, Tensor]:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        for key, want in (_FORMAT | {"scaling": repr(self._scaling), "factors": self._checksum()}).items():
-            if metadata.get(key) != want:
-                raise ValueError(f"source: expected {key} {want} as the model has, got {metadata.get(key)} in {path}")
-        return tensors
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                for key, want in self._metadata().items():
+                    if metadata.get(key) != want:
+                        got = f"{metadata.get(key)!s:.200} in {path}"
+                        raise ValueError(f"source: expected {key} {want:.200} as the model has, got {got}")
+                return {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"source: expected a safetensors file, got {path} ({error})") from None
+
+    def _metadata(self) -> dict[str, str]:
+        """Of a task's file. scaling: one number, or where layers differ the list of all of them."""
+        one = len(set(self._scalings)) == 1
+        scaling = repr(self._scalings[0]) if one else json.dumps(self._scalings)
+        return _FORMAT | {"scaling": scaling, "factors": self._checksum()}
 
     def _checksum(self) -> str:
         """Of the values of all factors."""

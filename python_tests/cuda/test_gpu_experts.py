@@ -52,9 +52,9 @@ def tasks_error(device: str) -> tuple[float, Tensor]:
     with torch.no_grad(), mixed(here, index.to(device)), mixed(model.double(), index):
         error = relative(here(x.to(device)).cpu(), model(x.double()))
     with torch.no_grad(), mixed(here, torch.tensor([2, 0, 0], device=device)) as inside:
-        for layer in (inside[0], inside[2]):
-            layer.mixture = layer.mixture._replace(index=torch.tensor([2, 77, 0], device=device))
-        return error, inside(x.to(device)).cpu() if device != "cpu" else torch.empty(0)
+        wrong = torch.tensor([2, 77, 0], device=device)  # which `mixed` refuses on a CPU
+        with in_force({layer: layer.mixture._replace(index=wrong) for layer in (inside[0], inside[2])}):
+            return error, inside(x.to(device)).cpu() if device != "cpu" else torch.empty(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

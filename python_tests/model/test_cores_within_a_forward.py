@@ -92,13 +92,15 @@ def test_a_parameter_or_buffer_replaced_within_a_forward_is_the_one_of_later_lay
     model = adapted(core)
     cores, x = model.lotr_cores, torch.randn(7, 30, D)
     name, old = next(iter(cores.named_buffers() if core == "few" else cores.named_parameters()))
-    new = torch.randn_like(old)
+    new = torch.randn_like(old) if core == "few" else nn.Parameter(torch.randn_like(old))
+    while new._version < old._version:  # which a version alone cannot tell from the old one
+        torch.autograd.graph.increment_version(new)
 
     def replace(*_: object) -> None:
-        setattr(cores, name, new if core == "few" else nn.Parameter(new))
+        setattr(cores, name, new)
 
     def true_core(i: int) -> Tensor:
-        setattr(cores, name, old if i < 2 else new if core == "few" else nn.Parameter(new))
+        setattr(cores, name, old if i < 2 else new)
         return cores.make(i)
 
     model.layers[2].register_forward_pre_hook(replace)
