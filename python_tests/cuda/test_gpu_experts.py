@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lotr_ext import LoTRConfig, LoTRExperts, TaskBank, apply_lotr, mixed
+from lotr_ext.layers.request import in_force
 from nets import relative
 
 TOKENS, EXPERTS = 300, 5

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -205,3 +208,83 @@ def test_hooks_that_run_once_a_gradient_is_there_are_told():
     assert compat.post_accumulate_hooks(leaf)
     handle.remove()
     assert not compat.post_accumulate_hooks(leaf)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_regions_of_checkpoints_are_the_same_in_forward_and_in_backward(outer, inner):
+    seen = {"inside": [], "outside": []}
+
+    def inside(x):
+        seen["inside"].append(compat.checkpoint_regions())
+        return x.sin()
+
+    def outside(x):
+        seen["outside"].append(compat.checkpoint_regions())
+        return checkpoint(inside, x.sin(), use_reentrant=inner).sin()
+
+    assert not compat.checkpoint_regions()
+    y = checkpoint(outside, torch.ones(2, requires_grad=True), use_reentrant=outer)
+    [(around, again)], ((first, _), (second, _)) = seen["outside"][0], seen["inside"][0]
+    assert not again and second is around and first is not around
+    assert not any(again for _, again in seen["inside"][0])
+    y.sum().backward()
+    assert seen["outside"][-1] == [(around, True)]
+    assert any(again and region is around for region, again in seen["inside"][1])
+    assert not compat.checkpoint_regions()
+
+
+def test_a_region_of_a_modules_own_checkpointing_is_seen_through_its_hooks():
+    from torch.distributed._composable import checkpoint as of_module
+
+    seen = []
+
+    class Sine(nn.Module):
+        def forward(self, x):
+            seen.append(compat.checkpoint_regions())
+            return x.sin()
+
+    of_module(Sine())(torch.ones(2, requires_grad=True)).sum().backward()
+    (forward,), (backward,) = seen
+    assert forward[0] is backward[0] and (forward[1], backward[1]) == (False, True)
+
+
+def test_what_a_thread_carries_is_seen_by_those_of_its_backwards():
+    seen = []
+
+    def within(depth):  # on a CPU the engine takes another thread for the sixty-first backward within backwards
+        with torch.enable_grad():
+            y = torch.ones((), requires_grad=True) * 1
+        look = lambda: seen.append((threading.get_ident(), compat.carried()))  # noqa: E731
+        y.register_hook(lambda _: within(depth - 1) if depth else look())
+        y.backward()
+
+    compat.carry(mine := object())
+    within(70)
+    compat.carry(None)
+    thread, found = seen[0]
+    assert thread != threading.get_ident() and found is mine
+    other = threading.Thread(target=lambda: seen.append(compat.carried()))
+    other.start()
+    other.join()
+    assert seen[1] is None
+
+
+def test_dynamo_does_not_look_into_what_runs_unseen():
+    class Answers(dict):
+        def __missing__(self, key):
+            return [sys._getframe(0).f_code.co_name, answer[0]]
+
+    compat.run_unseen(Answers.__missing__)
+
+    class Asked(nn.Module):
+        answer = property(Answers().__getitem__)
+
+        def forward(self, x):
+            return x * self.answer[1]
+
+    answer, asked = [2.0], Asked()
+    compiled = torch.compile(asked, backend="eager", fullgraph=True)
+    for answer[0] in (2.0, 3.0, 2.0):
+        assert torch.equal(compiled(torch.ones(2)), torch.full((2,), answer[0]))
+    torch.compiler.reset()
