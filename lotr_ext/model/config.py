@@ -91,7 +91,8 @@ class LoTRConfig:
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
             name, or "all-linear" (also for None): every linear layer but those that no adapter can reach or that share their
-            weight with another module, and of a transformers model the output layer, or without one the head, as PEFT does.
+            weight with another module, and of a transformers model the output layer, or without one the head, as PEFT does; of
+            a timm model its classifier.
             `trainable_summary` says what was left out.
             With target_parameters, None: no linear layer.
         target_parameters: name endings of the 3-D parameters of a transformers mixture's experts, as PEFT matches them:

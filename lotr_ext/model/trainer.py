@@ -84,8 +84,8 @@ class AdapterTrainer(Trainer):
     generators. Training resumes from it exactly, onto a model that was made and adapted as before, and load_best_model_at_end
     works. It also resumes from whole checkpoints. `load_adapter(base, checkpoint)` takes the adapter alone.
 
-    Another trainer gets it by inheritance: `class AdapterSFTTrainer(AdapterTrainer, SFTTrainer): pass`. Under FSDP and
-    DeepSpeed, which write checkpoints of their own, its checkpoints are Trainer's.
+    Another trainer gets it by inheritance: `class AdapterSFTTrainer(AdapterTrainer, SFTTrainer): pass`. Under FSDP,
+    DeepSpeed and tensor parallelism its checkpoints are Trainer's own, of the whole model.
 
     Raises:
         TypeError, RuntimeError: a model without an adapter. On resuming as `load_adapter`, and ValueError: other parameters or
@@ -97,7 +97,7 @@ class AdapterTrainer(Trainer):
         adapted_layers(unwrapped(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or holds_parts(self.model):
             super()._save(output_dir, state_dict)
             return
         if not self.args.should_save:
