@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.merging import write_
 from ..layers.sharded import in_parts
@@ -72,25 +74,45 @@ def put_on(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def save_beside(model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
-    """Writes an adapted model's adapter beside the weights that transformers has saved. state: the whole tensors."""
-    manifest, tensors = contents(model)
+def save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
+    """Writes an adapted model's adapter, or that of a part of owner, beside the weights that transformers has saved. state: the
+    whole tensors."""
+    manifest, tensors = contents(owner)
+    if model is not owner:
+        manifest, tensors = _of_part(manifest, tensors, next(f"{n}." for n, m in owner.named_modules() if m is model))
     parts = [name for name, tensor in tensors.items() if in_parts(tensor)]
-    if parts and state is None:
+    if parts and state is None and model is owner:
         save_adapter(model, directory)  # every process is here
-    elif missing := [name for name in parts if name not in state]:
+    elif missing := [name for name in parts if name not in (state or ())]:
         raise RuntimeError(
             f"save_pretrained: expected {missing[0]} whole in state_dict, got a model held in parts and a state_dict without; "
             "call save_adapter in every process"
         )
     else:
         files.write(directory, manifest, tensors | {name: state[name] for name in parts})
-    if hasattr(model, "lotr_parked") and len(names := adapters.adapter_names(model)) > 1:
+    if hasattr(owner, "lotr_parked") and len(names := adapters.adapter_names(owner)) > 1:
         warnings.warn(
             f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, and not {', '.join(names[1:])}: "
             "save_adapter(model, directory, name=...) writes each",
             stacklevel=4,
         )
+
+
+def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) -> tuple[files.Manifest, dict[str, Tensor]]:
+    """What a file has of the part whose names begin with prefix: its layers by their names there, and the factors they use."""
+
+    def inside(named: Mapping[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+    layers, config = inside(manifest.layers), manifest.config
+    saved = tuple(inside(dict.fromkeys(manifest.modules_to_save)))
+    factors = (entry.factors if isinstance(entry.factors, tuple) else (entry.factors,) for entry in layers.values())
+    owners = tuple(f"{one}." for several in factors for one in several)
+    found = inside(tensors) | {name: tensor for name, tensor in tensors.items() if name.startswith(owners)}
+    if config is not None:
+        by = inside(config.group_by) if isinstance(config.group_by, Mapping) else config.group_by
+        config = replace(config, modules_to_save=saved or None, group_by=by, task_type=None)
+    return files.Manifest(config, layers, saved, inside(manifest.base)), found
 
 
 save_hook.write_beside[:] = [save_beside]

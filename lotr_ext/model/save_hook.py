@@ -21,11 +21,12 @@ from .stages import is_of_sentence_transformers
 __all__ = ["hook_saving", "name_loader", "unhook_saving"]
 
 _NAME = "save_pretrained"
-write_beside: list[Callable[[nn.Module, Path, dict[str, Any] | None], None]] = []  # that of pretrained.py, above apply.py
+# that of pretrained.py, above apply.py: of the factors' owner, what is saved, where, and the whole tensors if they are given
+write_beside: list[Callable[[nn.Module, nn.Module, Path, dict[str, Any] | None], None]] = []
 
 
 class SavePretrained:
-    """In the place of an adapted model's save_pretrained. owner: the whole model, which has the factors.
+    """In the place of save_pretrained of an adapted model, or of its part. owner: the whole model, which has the factors.
 
     It keeps no model alive: in a circle of references a model and its memory would wait for the garbage collector.
     """
@@ -43,16 +44,22 @@ class SavePretrained:
         """As the model's class's; then the adapter, in the same directory.
 
         Raises:
-            RuntimeError: a part of an adapted model, whose factors the whole one has; tensors in parts that state_dict lacks.
+            RuntimeError: tensors in parts that state_dict lacks; a copied part, which its owner does
+                not have; a part whose cores are made of what all layers share.
             ValueError: push_to_hub, which would leave the adapter behind: model.push_to_hub does not.
         """
         model, owner = self.model(), self.owner()
         if model is None:
             raise RuntimeError("save_pretrained: expected a model that is held in a variable, got one that is gone by now")
-        if model is not owner:
+        if owner is None or all(module is not model for module in owner.modules()):
             raise RuntimeError(
-                f"save_pretrained: expected the whole adapted model, got its part {type(model).__name__}, which has cores and "
-                "not their factors; save_adapter the whole one, or unload it first"
+                f"save_pretrained: expected a part of the model that has the factors, got a {type(model).__name__} outside of "
+                "it; copy and save the whole model"
+            )
+        if model is not owner and hasattr(owner, "lotr_cores"):
+            raise RuntimeError(
+                f"save_pretrained: expected cores of their own in the part {type(model).__name__}, got some that are made of "
+                "what all layers share; save the whole model"
             )
         original = getattr(type(model), _NAME)
         given = inspect.signature(original).bind(model, *args, **kwargs)
@@ -67,7 +74,7 @@ class SavePretrained:
         state = None if state is None else dict(state)  # transformers takes out what it leaves out
         original(model, *args, **kwargs)
         if settings.get("is_main_process", True):
-            write_beside[0](model, Path(settings["save_directory"]), state)
+            write_beside[0](owner, model, Path(settings["save_directory"]), state)
         caller = sys._getframe(1).f_locals.get("self")
         if isinstance(caller, nn.Module):
             name_loader(model, caller)

@@ -18,7 +18,17 @@ from toys import randomize
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 transformers.logging.set_verbosity_error()
 
-from lotr_ext import LoTRConfig, add_adapter, apply_lotr, from_pretrained, load_adapter, merge, set_adapter, unload  # noqa: E402
+from lotr_ext import (  # noqa: E402
+    LoTRConfig,
+    add_adapter,
+    apply_lotr,
+    from_pretrained,
+    load_adapter,
+    merge,
+    set_adapter,
+    trainable_summary,
+    unload,
+)
 from lotr_ext.model import pretrained  # noqa: E402
 from lotr_ext.model.apply import adapted_layers  # noqa: E402
 
@@ -163,6 +173,54 @@ def test_copies_and_pickles_save_themselves_and_no_model_is_kept_alive(tmp_path:
         gc.enable()
 
 
+class Pair(nn.Module):
+    """Two encoders that share the factors, and a head of its own."""
+
+    def __init__(self, config: transformers.BertConfig) -> None:
+        super().__init__()
+        self.query_side, self.answer_side = transformers.BertModel(config), transformers.BertModel(config)
+        self.head = nn.Linear(32, 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"group_by": "width"},
+        {"init": "svd"},
+        {"group_by": lambda name, module: name.partition(".")[0]},
+        {"modules_to_save": ["head", "pooler"]},
+    ],
+    ids=["shape", "width", "svd", "by side", "saved"],
+)
+def test_a_part_that_is_a_whole_model_saves_its_own_adapter(settings: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Pair(transformers.BertConfig(vocab_size=67, **SIZE))
+    apply_lotr(model, LoTRConfig(rank=4, target_modules=["query", "value"], **settings))
+    randomize(model)
+    with torch.no_grad():
+        model.query_side.pooler.dense.weight.add_(0.1)
+    for name, part in (("query", model.eval().query_side), ("answer", model.answer_side)):
+        part.save_pretrained(tmp_path / name)
+        again = from_pretrained(transformers.BertModel, tmp_path / name)
+        with torch.no_grad():
+            got, want = (one(input_ids=IDS) for one in (again, part))
+        torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state)
+        torch.testing.assert_close(got.pooler_output, want.pooler_output)
+        assert len(adapted_layers(again)) == 4 and trainable_summary(again).layers == 4
+        again.save_pretrained(tmp_path / "again")
+        torch.testing.assert_close(from_pretrained(transformers.BertModel, tmp_path / "again").state_dict(), again.state_dict())
+
+
+def test_the_encoder_of_a_classifier_saves_its_own_adapter(tmp_path: Path) -> None:
+    model = trained("BERT")
+    model.bert.save_pretrained(tmp_path)
+    again = from_pretrained(transformers.AutoModel, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).last_hidden_state, model.bert(input_ids=IDS).last_hidden_state)
+    assert again.lotr_config.modules_to_save is None
+
+
 def test_without_an_adapter_it_is_transformers_own_again(tmp_path: Path) -> None:
     model = trained("BERT")
     model.save_pretrained(tmp_path)
@@ -177,8 +235,13 @@ def test_without_an_adapter_it_is_transformers_own_again(tmp_path: Path) -> None
 
 def test_what_would_be_lost_is_refused_or_said(tmp_path: Path) -> None:
     model = trained("BERT")
-    with pytest.raises(RuntimeError, match=r"expected the whole adapted model, got its part BertModel"):
-        model.bert.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"expected a part of the model that has the factors, got a BertModel outside of it"):
+        part = copy.deepcopy(model.bert)
+        part.save_pretrained(tmp_path)
+    shared = apply_lotr(bert(), LoTRConfig(rank=4, **QV, core="tucker"))
+    with pytest.raises(RuntimeError, match="expected cores of their own in the part BertModel"):
+        shared.bert.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
     with pytest.raises(ValueError, match="push_to_hub: expected False"):
         model.save_pretrained(tmp_path, push_to_hub=True)
     with pytest.raises(RuntimeError, match="expected an unmerged layer"):
