@@ -132,7 +132,7 @@ class Taps:
         return hook
 
     def backward(self, value: Tensor, model: nn.Module) -> None:
-        """From the loss `value` to all taps. No parameter gets a gradient that stays."""
+        """From the loss `value` to all taps. No parameter, and no batch, gets a gradient that stays."""
         if not self.reentrant:
             torch.autograd.grad(value, self.anchor, allow_unused=True)
             return
@@ -146,7 +146,23 @@ class Taps:
         with ExitStack() as stack:
             for _, p in trained:
                 stack.callback(p.register_post_accumulate_grad_hook(_drop_gradient).remove)
+            for leaf in _leaves(value) - {p for _, p in trained}:
+                stack.callback(setattr, leaf, "grad", leaf.grad)
+                leaf.grad = None
             value.backward()
+
+
+def _leaves(value: Tensor) -> set[Tensor]:
+    """Those that value's graph comes to, a batch that requires a gradient among them."""
+    waiting, seen, found = [value.grad_fn], {None}, set()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            if node.name() == "torch::autograd::AccumulateGrad":
+                found.add(node.variable)
+    return found
 
 
 def _drop_gradient(p: Tensor) -> None:

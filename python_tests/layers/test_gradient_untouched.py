@@ -173,6 +173,16 @@ def test_reentrant_checkpoints_keep_gradients_and_make_none_of_the_layers_weight
     assert not seen and torch.equal(model.embedding.weight.grad, torch.ones(11, D))
 
 
+def test_batches_keep_their_gradients_under_reentrant_checkpoints() -> None:
+    """Leaves beside the parameters: a batch that requires a gradient has the one that it had, or none."""
+    layer, x = nn.Sequential(nn.Linear(D, D)), [torch.randn(5, D, requires_grad=True) for _ in range(2)]
+    before = x[1].grad = torch.randn(5, D)
+    value = before.clone()
+    apply_lotr(layer, LoTRConfig(rank=2, target_modules=["0"]))
+    init_from_gradient(layer, x, lambda model, t: checkpoint(model, t, use_reentrant=True).square().sum() * t.sum())
+    assert x[0].grad is None and x[1].grad is before and torch.equal(before, value)
+
+
 def test_reentrant_checkpoints_without_an_input_that_requires_grad_are_named() -> None:
     model = apply_lotr(Net(reentrant=True), LoTRConfig(rank=2, target_modules=TARGETS))
     with pytest.warns(UserWarning, match="requires_grad=True"), pytest.raises(ValueError, match="reentrant") as caught:
