@@ -16,12 +16,14 @@ template <typename K>
 constexpr int kPairColumns = 2 * K::kLanes;
 constexpr int kPairRows = 8;  // of S: 16 sums and what they are made from stay in registers
 
-// S[MR][32] (+)= sum over n units. low, high: the rows of the first pair; `step` elements to the next pair's.
-// Or (kAgain) the units that a first block has left in `made`: rows of x that are a power of two apart fall
-// into the same few places of L1 and would not stay there.
+// S[MR][32] (+)= sum over n units, which are summed by themselves first, as in sum_block (block.h): what is
+// added at a time must not depend on where the sum is kept. low: the first row of the first pair; `step`
+// elements to the next pair's. last: the second row of the last pair, zeros where there is none. Or (kAgain)
+// the units that a first block has left in `made`: rows of x that are a power of two apart fall into the same
+// few places of L1 and would not stay there.
 template <typename K, int MR, bool kAgain, bool kAsk>
 inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint16_t* low,
-                        const uint16_t* high, int64_t step, typename K::Unit* made, const typename K::Unit* k,
+                        const uint16_t* last, int64_t step, typename K::Unit* made, const typename K::Unit* k,
                         int64_t ldk, int64_t n, Ahead& ahead) {
   typename K::Vec acc[MR][2];
 #pragma GCC unroll 8
@@ -35,7 +37,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
     if constexpr (kAgain) {
       left = load(units), right = load(units + K::kLanes);
     } else {
-      const auto a = load(low + t * step), b = load(high + t * step);
+      const auto a = load(low + t * step), b = load(t + 1 < n ? low + t * step + step / 2 : last);
       left = pairs_of<0>(a, b), right = pairs_of<1>(a, b);
       store(units, left), store(units + K::kLanes, right);
     }
@@ -65,17 +67,15 @@ inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat
                           typename K::Unit* made, Ahead& ahead) {
   [[maybe_unused]] static const uint16_t kZeros[kPairColumns<K>] = {};
   const auto* low = static_cast<const uint16_t*>(x.data) + i0 * x.rs + c;
-  const int64_t units = rows / 2;
+  const int64_t units = (rows + 1) / 2;
+  const uint16_t* last = rows % 2 ? kZeros : low + (rows - 1) * x.rs;
   row_blocks<kPairRows>(r, [&](auto mr, int64_t j) {
     constexpr int MR = decltype(mr)::value;
     typename K::Acc* at = S + j * lds + c;
     const bool again = j > 0, asks = j + MR == r;
     const auto block = again ? (asks ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>)
                              : (asks ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>);
-    if (units > 0) block(at, lds, fresh, low, low + x.rs, 2 * x.rs, made, k + j, ldk, units, ahead);
-    if (rows % 2)
-      block(at, lds, fresh && units == 0, low + 2 * units * x.rs, kZeros, 0, made + units * kPairColumns<K>,
-            k + units * ldk + j, ldk, 1, ahead);
+    block(at, lds, fresh, low, last, 2 * x.rs, made, k + j, ldk, units, ahead);
   });
 }
 

@@ -5,7 +5,8 @@
 //
 // Both walk x in tiles that stay in cache and read it where it lies when its layout allows (native), else
 // through a copy of the tile that converts, masks, pairs and pads. Every sum runs over its dimension in
-// ascending order in one accumulator, so a result does not depend on how rows are shared out to threads.
+// ascending order in one accumulator, and threads get rows in multiples of run_rows' blocks (operators.h), so
+// a result does not depend on how rows are shared out to threads.
 #pragma once
 
 #include "cpu/outer_pairs.h"

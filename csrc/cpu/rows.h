@@ -3,15 +3,16 @@
 //
 // A group is a small dense product of the kinds in operators.h, on its rows where they follow one another, as
 // those of an expert do, else on a copy of them. A group of a few rows, as each of many tasks has, is
-// multiplied with the core where it lies. Each row is multiplied, and each sum formed, by one
-// group in the order of its rows: the threads change no bit.
+// multiplied with the core where it lies. A long group is cut every kRowsOfGroup rows from its first one, and
+// each sum is formed in the order of its rows: the threads change no bit. (Where a product's rows are cut can
+// change bits: compilers fuse multiplication and addition in some sizes of block and not in others.)
 #pragma once
 
 #include "cpu/small.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
-constexpr int64_t kRowsOfGroup = 4 * kTileRows;  // that are copied at a time
+constexpr int64_t kRowsOfGroup = 2 * kTileRows;  // that are copied and multiplied at a time, by one thread
 constexpr int64_t kShortGroup = 4;               // up to here a product's preparations cost more than it does
 
 // Rows of `a` as one matrix, of which row i is row id(i), or token[id(i)], of `a`.
@@ -135,12 +136,15 @@ struct RowProducts {
         else
           high = middle;
       }
-      for (int64_t i = begin; i < end;) {
+      // The cuts are the group's own: a thread takes the pieces that begin in its rows, whole.
+      const int64_t first = by_core.first[group];
+      int64_t i = smaller(first + round_up(begin - first, kRowsOfGroup), by_core.first[group + 1]);
+      while (i < end) {
         while (by_core.first[group + 1] <= i) ++group;
-        const int64_t n = smaller(smaller(end, by_core.first[group + 1]) - i, kRowsOfGroup);
+        const int64_t n = smaller(by_core.first[group + 1] - i, kRowsOfGroup);
         const int64_t* row = by_core.row + i;
         const Mat core = layer_of(cores, cores_ls, by_core.key[group]);
-        // By the whole group, not the part of it that a thread has.
+        // By the whole group, not its last piece.
         if (by_core.first[group + 1] - by_core.first[group] <= kShortGroup) {
           Scratch memory(size_t(n * (core.rows + core.cols)) * sizeof(Acc));
           Acc *wide = memory.get<Acc>(), *sums = wide + n * core.rows;

@@ -4,12 +4,15 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace lotr {
 
@@ -59,29 +62,46 @@ inline bool is_half(ScalarType t) {
 inline bool is_supported(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || is_half(t);
 }
+// Bytes of an element, of any dtype.
 inline int64_t item_size(ScalarType t) {
-  return t == ScalarType::Float    ? 4
-         : t == ScalarType::Double ? 8
-         : is_half(t)              ? 2
-                                   : 1;  // of others only whether there is memory
+  return t == ScalarType::Float                             ? 4
+         : t == ScalarType::Double || t == ScalarType::Long ? 8
+         : is_half(t) ? 2
+                      : int64_t(aoti_torch_dtype_element_size(int32_t(t)));
 }
 // The type sums are kept in: float32, and float64 for float64.
 inline ScalarType acc_dtype(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The dtype of a tensor. One that the operators have no use for only has to have a name in an error, so it is
+// not an error here, as it is in Tensor::scalar_type.
+inline ScalarType scalar_type_of(AtenTensorHandle t) {
+  static const std::pair<int32_t, ScalarType> known[] = {
+      {aoti_torch_dtype_float32(), ScalarType::Float}, {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
+      {aoti_torch_dtype_float16(), ScalarType::Half},  {aoti_torch_dtype_float64(), ScalarType::Double},
+      {aoti_torch_dtype_int64(), ScalarType::Long},    {aoti_torch_dtype_int32(), ScalarType::Int}};
+  int32_t code = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &code));
+  for (const auto& [of, type] : known)
+    if (of == code) return type;
+  return ScalarType(code);
+}
+
 // What the checks and the kernels need to know about a tensor, read once (each read is a call into libtorch).
 struct Arg {
   const char* name;
   AtenTensorHandle handle;
-  ScalarType dtype;
-  int64_t dim;
-  const int64_t* size;    // borrowed from the tensor
-  const int64_t* stride;  // borrowed from the tensor, in elements
-  int32_t device_type;
-  int32_t device_index;
+  ScalarType dtype;  // Undefined: None was given, and nothing below is set
+  int64_t dim = 0;
+  const int64_t* size = nullptr;    // borrowed from the tensor
+  const int64_t* stride = nullptr;  // borrowed from the tensor, in elements
+  int32_t device_type = 0;
+  int32_t device_index = 0;
 
-  Arg(const char* name, const Tensor& t) : name(name), handle(t.get()), dtype(t.scalar_type()), dim(t.dim()) {
+  Arg(const char* name, const Tensor& t) : name(name), handle(t.get()), dtype(scalar_type_of(t.get())) {
+    if (dtype == ScalarType::Undefined) return;
+    dim = t.dim();
     int64_t* borrowed = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &borrowed));
     size = borrowed;
@@ -110,10 +130,43 @@ inline const Arg* pointer(const std::optional<Arg>& a) {
 // The checks of one operator call; `op` is the name used in messages.
 struct Check {
   const char* op;
+  bool decomposed = false;  // tensors may have no memory that can be seen, as those of compilers have none
 
-  // Of an operator's first argument: a dtype that the kernels exist for, and memory.
+  // What every operator expects of its tensors, whatever it computes, and checks before anything else: each
+  // is there, on the device of the first, with memory for all its elements. One that is written has no
+  // element twice, and none that another argument has too: kernels read and write in no particular order.
+  // nullptr: not given.
+  void arguments(std::initializer_list<const Arg*> all,
+                 std::initializer_list<const Arg*> written = {}) const {
+    const Arg* first = nullptr;
+    for (const Arg* a : all) {
+      if (!a) continue;
+      if (a->dtype == ScalarType::Undefined) fail(op, ": ", a->name, ": expected a tensor, got None");
+      if (!first) first = a;
+      if (a->device_type != first->device_type || a->device_index != first->device_index)
+        fail(op, ": ", a->name, ": expected the device of ", first->name, " (",
+             device_name(first->device_type), ", index ", first->device_index, "), got ",
+             device_name(a->device_type), ", index ", a->device_index);
+    }
+    Bytes bytes[32];
+    size_t i = 0;
+    for (const Arg* a : all) bytes[i++] = a ? memory(*a) : Bytes{};
+    for (const Arg* w : written) {
+      if (!w) continue;
+      writable(*w);
+      const Bytes own = bytes[std::find(all.begin(), all.end(), w) - all.begin()];
+      i = 0;
+      for (const Arg* a : all) {
+        const Bytes& other = bytes[i++];
+        if (a == w || own.last <= other.first || other.last <= own.first) continue;
+        if (!interleaved(*w, own, *a, other))
+          fail(op, ": ", w->name, ": expected memory of its own (it is written), got memory that overlaps ",
+               a->name, "; give a clone() of one of them");
+      }
+    }
+  }
+  // A dtype that the kernels exist for.
   void supported(const Arg& a) const {
-    memory(a);
     if (!is_supported(a.dtype)) {
       fail(op, ": ", a.name,
            ": expected a dtype of torch.float32, torch.bfloat16, torch.float16 or torch.float64, got ",
@@ -132,26 +185,6 @@ struct Check {
     fail(op, ": ", a.name, ": expected dtype ", dtype_name(activations),
          is_half(activations) ? " or torch.float32" : "", ", got ", dtype_name(a.dtype));
   }
-  void device(const Arg& a, const Arg& like) const {
-    if (a.device_type != like.device_type || a.device_index != like.device_index) {
-      fail(op, ": ", a.name, ": expected the device of ", like.name, " (", device_name(like.device_type),
-           ", index ", like.device_index, "), got ", device_name(a.device_type), ", index ", a.device_index);
-    }
-    memory(a);
-  }
-  // A storage may have been freed, as sharded training does between two uses.
-  void memory(const Arg& a) const {
-    int64_t elements = 1, reach = 1, offset = 0, bytes = 0;
-    for (int64_t i = 0; i < a.dim; ++i) elements *= a.size[i], reach += (a.size[i] - 1) * a.stride[i];
-    if (elements == 0) return;
-    const void* data = nullptr;
-    const bool known = torch_get_const_data_ptr(a.handle, &data) == 0 &&
-                       aoti_torch_get_storage_offset(a.handle, &offset) == 0 &&
-                       aoti_torch_get_storage_size(a.handle, &bytes) == 0;
-    if (!known || !data || bytes < (offset + reach) * item_size(a.dtype))
-      fail(op, ": ", a.name, ": expected a tensor with memory, got one whose memory is gone, of shape ",
-           a.shape());
-  }
   void dims(const Arg& a, int64_t dim, const char* what) const {
     if (a.dim != dim)
       fail(op, ": ", a.name, ": expected a ", dim, "-D tensor ", what, ", got shape ", a.shape());
@@ -168,6 +201,46 @@ struct Check {
       fail(op, ": ", a.name, ": expected at least 1 in dimension ", axis, " (", what, "), got shape ",
            a.shape());
     }
+  }
+  void finite(const char* name, double value) const {
+    if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);
+  }
+  // Dropout probability and its seed.
+  void dropout(double p, const OptionalTensor& seed) const {
+    if (!(p >= 0.0 && p < 1.0)) fail(op, ": p: expected a probability in [0, 1), got ", p);
+    if (p == 0.0) return;
+    if (!seed) fail(op, ": seed: expected an int64 tensor of one element because p = ", p, ", got None");
+    Arg s("seed", *seed);
+    dtype(s, ScalarType::Long);
+    int64_t numel = 1;
+    for (int64_t i = 0; i < s.dim; ++i) numel *= s.size[i];
+    if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", s.shape());
+  }
+
+ private:
+  // The addresses of a tensor's first byte and of the one behind its last; both 0 where they are not known.
+  struct Bytes {
+    uintptr_t first = 0, last = 0;
+  };
+  // A storage may have been freed, as sharded training does between two uses, or be too short.
+  Bytes memory(const Arg& a) const {
+    int64_t reach = 1, offset = 0, bytes = 0;
+    for (int64_t i = 0; i < a.dim; ++i) {
+      if (a.size[i] == 0) return {};
+      reach += (a.size[i] - 1) * a.stride[i];
+    }
+    const void* data = nullptr;
+    const bool known = torch_get_const_data_ptr(a.handle, &data) == 0 &&
+                       aoti_torch_get_storage_offset(a.handle, &offset) == 0 &&
+                       aoti_torch_get_storage_size(a.handle, &bytes) == 0;
+    const int64_t item = item_size(a.dtype);
+    const bool whole = bytes >= (offset + reach) * item;
+    if (decomposed && (!known || (whole && !data))) return {};
+    if (!known || !whole || !data)
+      fail(op, ": ", a.name, ": expected a tensor with memory for shape ", a.shape(), ", got a storage of ",
+           bytes, " bytes: it was freed or made shorter");
+    const auto first = reinterpret_cast<uintptr_t>(data);
+    return {first, first + uintptr_t(reach * item)};
   }
   // A tensor that is written must not visit one element twice, as an expanded or overlapping one does: each
   // dimension has to step over all that the ones with smaller strides reach.
@@ -192,20 +265,30 @@ struct Check {
       last = a.stride[next], reach += (a.size[next] - 1) * last;
     }
   }
-  void finite(const char* name, double value) const {
-    if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);
-  }
-  // Dropout probability and its seed.
-  void dropout(double p, const OptionalTensor& seed, const Arg& like) const {
-    if (!(p >= 0.0 && p < 1.0)) fail(op, ": p: expected a probability in [0, 1), got ", p);
-    if (p == 0.0) return;
-    if (!seed) fail(op, ": seed: expected an int64 tensor of one element because p = ", p, ", got None");
-    Arg s("seed", *seed);
-    dtype(s, ScalarType::Long);
-    int64_t numel = 1;
-    for (int64_t i = 0; i < s.dim; ++i) numel *= s.size[i];
-    if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", s.shape());
-    device(s, like);
+  // Whether two tensors whose memory overlaps share no element all the same, as the columns of one buffer: if
+  // for some distance of rows each has, within a row, columns of its own.
+  static bool interleaved(const Arg& a, const Bytes& of_a, const Arg& b, const Bytes& of_b) {
+    const auto width = [](const Arg& t, int64_t row) -> int64_t {  // 0: its rows are not that far apart
+      const int64_t item = item_size(t.dtype);
+      int64_t bytes = item;
+      for (int64_t i = 0; i < t.dim; ++i) {
+        const int64_t step = t.stride[i] * item;
+        if (t.size[i] <= 1) continue;
+        if (step < row)
+          bytes += (t.size[i] - 1) * step;
+        else if (step % row)
+          return 0;
+      }
+      return bytes;
+    };
+    for (int64_t i = 0; i < a.dim; ++i) {
+      const int64_t row = a.stride[i] * item_size(a.dtype);
+      if (a.size[i] <= 1 || row == 0) continue;
+      const int64_t width_a = width(a, row), width_b = width(b, row);
+      const int64_t apart = (int64_t(of_b.first - of_a.first) % row + row) % row;
+      if (width_a && width_b && apart >= width_a && apart + width_b <= row) return true;
+    }
+    return false;
   }
 };
 

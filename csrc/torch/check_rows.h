@@ -10,25 +10,23 @@ namespace lotr {
 struct RowArgs {
   std::optional<Arg> index, offs, tokens;
 
-  RowArgs(const std::optional<Tensor>& index, const std::optional<Tensor>& offs,
-          const std::optional<Tensor>& tokens)
-      : index(arg("index", index)), offs(arg("offs", offs)), tokens(arg("tokens", tokens)) {}
-
- private:
-  static std::optional<Arg> arg(const char* name, const std::optional<Tensor>& t) {
-    return t ? std::optional<Arg>(std::in_place, name, *t) : std::nullopt;
-  }
+  RowArgs(const OptionalTensor& index, const OptionalTensor& offs, const OptionalTensor& tokens)
+      : index(optional_arg("index", index)),
+        offs(optional_arg("offs", offs)),
+        tokens(optional_arg("tokens", tokens)) {}
 };
 
 struct RowSizes {
   int64_t rows, m, cores, r_in, r_out;
 };
 
-inline RowSizes check_row_core(const char* op, const Arg& u, const Arg& cores, const RowArgs& by,
-                               double scaling) {
+// g: that of the backward.
+inline RowSizes check_row_core(const char* op, const Arg* g, const Arg& u, const Arg& cores,
+                               const RowArgs& by, double scaling) {
   const Check c{op};
+  c.arguments({g, &u, &cores, pointer(by.index), pointer(by.offs), pointer(by.tokens)});
   c.dims(u, 2, "[m, r_in]"), c.dims(cores, 3, "[c, r_in, r_out]");
-  c.supported(u), c.factor(cores, u.dtype), c.device(cores, u);
+  c.supported(u), c.factor(cores, u.dtype);
   c.positive(u, 1, "r_in"), c.positive(cores, 0, "c"), c.positive(cores, 2, "r_out");
   c.size(cores, 1, u.size[1], "r_in, as in u"), c.finite("scaling", scaling);
   if (by.index.has_value() == by.offs.has_value())
@@ -36,20 +34,15 @@ inline RowSizes check_row_core(const char* op, const Arg& u, const Arg& cores, c
   const RowSizes s{by.tokens && by.tokens->dim == 1 ? by.tokens->size[0] : u.size[0], u.size[0],
                    cores.size[0], cores.size[1], cores.size[2]};
   const auto integers = [&](const std::optional<Arg>& a, ScalarType dtype, int64_t size, const char* what) {
-    if (a) c.dims(*a, 1, what), c.dtype(*a, dtype), c.device(*a, u), c.size(*a, 0, size, what);
+    if (a) c.dims(*a, 1, what), c.dtype(*a, dtype), c.size(*a, 0, size, what);
   };
   integers(by.tokens, ScalarType::Long, s.rows, "rows");
   integers(by.index, ScalarType::Long, s.rows, by.tokens ? "rows, as in tokens" : "rows, as in u");
   integers(by.offs, ScalarType::Int, s.cores, "one end a core");
-  return s;
-}
-
-inline RowSizes check_row_core_backward(const char* op, const Arg& g, const Arg& u, const Arg& cores,
-                                        const RowArgs& by, double scaling) {
-  const RowSizes s = check_row_core(op, u, cores, by, scaling);
-  const Check c{op};
-  c.dims(g, 2, "[rows, r_out]"), c.dtype(g, u.dtype), c.device(g, u);
-  c.size(g, 0, s.rows, "rows"), c.size(g, 1, s.r_out, "r_out, as in cores");
+  if (g) {
+    c.dims(*g, 2, "[rows, r_out]"), c.dtype(*g, u.dtype);
+    c.size(*g, 0, s.rows, "rows"), c.size(*g, 1, s.r_out, "r_out, as in cores");
+  }
   return s;
 }
 

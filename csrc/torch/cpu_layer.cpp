@@ -329,7 +329,8 @@ OptionalTensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const 
 Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
                         const OptionalTensor& A, const OptionalTensor& dA, double p,
                         const OptionalTensor& seed) {
-  return or_nothing(shrink_backward(k, dx, x, A, dA, p, seed), acc_dtype(k.scalar_type()));
+  const OptionalTensor made = shrink_backward(k, dx, x, A, dA, p, seed);  // k is checked there
+  return or_nothing(made, acc_dtype(k.scalar_type()));
 }
 
 }  // namespace

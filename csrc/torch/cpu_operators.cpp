@@ -49,7 +49,7 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& 
 
 void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p, const OptionalTensor& seed) {
   const Arg ay("y", y), au("u", u), aF("F", F);
-  check_expand_add(ay, au, aF, p, seed);
+  check_expand({"lotr::expand_add_"}, ay, au, aF, true, p, seed);
   cpu::expand_add(written(ay), read(au), read(aF), drop(p, seed), {});
 }
 
@@ -61,7 +61,7 @@ void factor_grad_(const Tensor& acc, const Tensor& x, const Tensor& k, double p,
 
 std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const Tensor& u) {
   const Arg ag("g", g), aF("F", F), au("u", u);
-  const Sizes s = check_shrink_grad(ag, aF, au);
+  const Sizes s = check_shrink_grad(nullptr, ag, aF, au);
   Tensor k = empty<2>({s.m, s.r}, ag.dtype), Q = empty<2>({s.n, s.r}, acc_dtype(ag.dtype));
   cpu::shrink_grad(written(Arg("k", k)), written(Arg("Q", Q)), read(ag), read(aF), read(au), false);
   return {k, Q};
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const T
 
 Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Tensor& u) {
   const Arg aQ("Q", Q), ag("g", g), aF("F", F), au("u", u);
-  const Sizes s = check_shrink_grad_add(aQ, ag, aF, au);
+  const Sizes s = check_shrink_grad(&aQ, ag, aF, au);
   Tensor k = empty<2>({s.m, s.r}, ag.dtype);
   cpu::shrink_grad(written(Arg("k", k)), written(aQ), read(ag), read(aF), read(au), true);
   return k;
@@ -99,7 +99,7 @@ Tensor fold_grad(const Tensor& Q, const Tensor& B, const Tensor& cores, double s
 Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& core, const Tensor& B,
                       double scaling) {
   const Arg ay("y", y), ax("x", x), aA("A", A), acore("core", core), aB("B", B);
-  const Sizes s = check_small_forward(ay, ax, aA, acore, aB, scaling);
+  const Sizes s = check_small_forward({"lotr::small_forward_"}, ay, ax, aA, acore, aB, true, scaling);
   Tensor u = empty<2>({s.m, s.r_in}, ax.dtype);
   cpu::small_forward(written(Arg("u", u)), written(ay), read(ax), read(aA), read(acore), read(aB), scaling,
                      {});

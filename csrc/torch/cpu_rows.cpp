@@ -106,7 +106,7 @@ Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& inde
   constexpr const char* op = "lotr::row_core";
   const Arg au("u", u), acores("cores", cores);
   const RowArgs by(index, offs, tokens);
-  const RowSizes s = check_row_core(op, au, acores, by, scaling);
+  const RowSizes s = check_row_core(op, nullptr, au, acores, by, scaling);
   const Grouping groups = by_core(op, by, s);
   const std::vector<int64_t> token = tokens_of(op, by, s);
   Tensor h = empty<2>({s.rows, s.r_out}, au.dtype);
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
   constexpr const char* op = "lotr::row_core_backward";
   const Arg ag("g", g), au("u", u), acores("cores", cores);
   const RowArgs by(index, offs, tokens);
-  const RowSizes s = check_row_core_backward(op, ag, au, acores, by, scaling);
+  const RowSizes s = check_row_core(op, &ag, au, acores, by, scaling);
   const ScalarType acc = acc_dtype(au.dtype);
   const Grouping groups = by_core(op, by, s);
   const std::vector<int64_t> token = tokens_of(op, by, s);

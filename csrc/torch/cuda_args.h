@@ -182,39 +182,6 @@ class Context {
   cuda::Call call_;
 };
 
-// First and last byte of an argument's elements, and what is needed to see that two column ranges of one
-// buffer are apart.
-struct Extent {
-  uintptr_t first, last;
-  int64_t row_bytes, width_bytes;  // of a matrix whose rows are contiguous, else 0
-};
-inline Extent extent(const Arg& a) {
-  const void* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
-  const int64_t item = a.dtype == ScalarType::Float ? 4 : a.dtype == ScalarType::Double ? 8 : 2;
-  int64_t end = item;
-  for (int64_t i = 0; i < a.dim; ++i) {
-    if (a.size[i] == 0) return {0, 0, 0, 0};
-    end += (a.size[i] - 1) * a.stride[i] * item;
-  }
-  const auto first = reinterpret_cast<uintptr_t>(data);
-  const bool rows = a.dim == 2 && a.stride[1] == 1 && a.size[0] > 1;
-  return {first, first + uintptr_t(end), rows ? a.stride[0] * item : 0, rows ? a.size[1] * item : 0};
-}
-
-// A matrix that is written must share no element with one that is read: blocks run in no order.
-inline void apart(const char* op, const Arg& written, const Arg& other) {
-  const Extent w = extent(written), o = extent(other);
-  if (w.last <= o.first || o.last <= w.first) return;
-  if (w.row_bytes && w.row_bytes == o.row_bytes) {  // columns of one buffer
-    const int64_t distance = int64_t(o.first - w.first),
-                  shift = ((distance % w.row_bytes) + w.row_bytes) % w.row_bytes;
-    if (shift >= w.width_bytes && shift + o.width_bytes <= w.row_bytes) return;
-  }
-  fail(op, ": ", written.name, ": expected memory of its own (it is written), got memory that overlaps ",
-       other.name);
-}
-
 inline void check_rank(const char* op, const Arg& a, int64_t axis) {
   if (a.size[axis] > cuda::MAX_RANK) {
     fail(op, ": ", a.name, ": expected a rank of at most ", cuda::MAX_RANK, " in dimension ", axis,

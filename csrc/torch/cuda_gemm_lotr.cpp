@@ -23,7 +23,7 @@ static_assert(FUSED_Q_RANK == cuda::GEMM_LOTR_FACTOR_RANK);
 cuda::GemmLotr base_of(const Check& check, const Context& c, const Arg& x, const Arg& weight, int64_t r,
                        bool backward) {
   check.dims(x, 2, backward ? "[M, N]" : "[M, K]"), check.dims(weight, 2, "[N, K]");
-  check.dtype(weight, x.dtype), check.device(weight, x);
+  check.dtype(weight, x.dtype);
   check.size(weight, backward ? 0 : 1, x.size[1], backward ? "N, as in g" : "K, as in x");
   cuda::GemmLotr q{};
   q.backward = backward;
@@ -45,7 +45,7 @@ std::string refusal(const Context& c, const cuda::GemmLotr& q) {
 std::string gemm_lotr_refusal(const Tensor& x, const Tensor& weight, int64_t r, bool backward) {
   const Check check{"lotr::gemm_lotr_refusal"};
   const Arg ax(backward ? "g" : "x", x), aweight("weight", weight);
-  check.supported(ax);
+  check.arguments({&ax, &aweight}), check.supported(ax);
   if (ax.dtype == ScalarType::Double) return "dtype: expected bfloat16 or float16, got float64";
   const Context c(check.op, ax);
   cuda::GemmLotr q = base_of(check, c, ax, aweight, r, backward);
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> fold_transposed(const Tensor& B, const Tensor
   const Arg aB("B", B), acore("core", core), aA("A", A);
   if (!is_half(dtype))
     fail(check.op, ": dtype: expected torch.float16 or torch.bfloat16, got ", dtype_name(dtype));
-  for (const Arg* a : {&aB, &acore, &aA})
-    check.supported(*a), check.dims(*a, 2, "a matrix"), check.device(*a, aB);
+  check.arguments({&aB, &acore, &aA});
+  for (const Arg* a : {&aB, &acore, &aA}) check.supported(*a), check.dims(*a, 2, "a matrix");
   check.size(acore, 1, aB.size[1], "r_out, as in B"), check.size(aA, 1, acore.size[0], "r_in, as in core");
   const Context c(check.op, aB);
   const int64_t n = aB.size[0], k = aA.size[0], r = acore.size[0];
@@ -91,18 +91,19 @@ std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, cons
   const Check check{"lotr::gemm_lotr"};
   const Arg ax(backward ? "g" : "x", x), aweight("weight", weight), aAt(backward ? "Ft" : "At", At),
       aF(backward ? "A" : "F", F);
+  const auto abias = optional_arg("bias", bias), au = optional_arg("u_forward", u_forward),
+             aQ = optional_arg("Q", Q);
+  check.arguments({&ax, &aweight, pointer(abias), &aAt, &aF, pointer(au), pointer(aQ)}, {pointer(aQ)});
   check.supported(ax);
   const Context c(check.op, ax);
   for (const Arg* a : {&aAt, &aF})
-    check.dims(*a, 2, a == &aAt ? "[r, columns]" : "[columns, r]"), check.dtype(*a, ax.dtype),
-        check.device(*a, ax);
+    check.dims(*a, 2, a == &aAt ? "[r, columns]" : "[columns, r]"), check.dtype(*a, ax.dtype);
   cuda::GemmLotr q = base_of(check, c, ax, aweight, aF.size[1], backward);
   check.size(aF, 0, q.N, "as y has columns");
   check.size(aAt, 0, q.r, "the rank"), check.size(aAt, 1, q.K, "as x has columns");
-  const auto abias = optional_arg("bias", bias);
   if (abias) {
     if (backward) fail(check.op, ": bias: expected None in the backward pass, got a tensor");
-    check.dims(*abias, 1, "[N]"), check.dtype(*abias, ax.dtype), check.device(*abias, ax);
+    check.dims(*abias, 1, "[N]"), check.dtype(*abias, ax.dtype);
     check.size(*abias, 0, q.N, "N, as in weight");
   }
   Tensor packed_bias = bias ? torch::stable::contiguous(*bias) : At;
@@ -111,13 +112,11 @@ std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, cons
   q.At = c.read(aAt), q.F = c.read(aF), q.y = c.written(Arg("y", y)), q.u = c.written(Arg("u", u));
   if (bool(u_forward) != bool(Q)) fail(check.op, ": u_forward and Q: expected both or none, got one");
   if (Q) {
-    const Arg au("u_forward", *u_forward), aQ("Q", *Q);
-    check.dims(au, 2, "[M, r]"), check.dtype(au, ax.dtype), check.device(au, ax);
-    check.size(au, 0, q.M, "M, as in g"), check.size(au, 1, q.r, "the rank");
-    check.dims(aQ, 2, "[N, r]"), check.dtype(aQ, ScalarType::Float), check.device(aQ, ax), check.writable(aQ);
-    check.size(aQ, 0, q.K, "N, as in g"), check.size(aQ, 1, q.r, "the rank");
-    for (const Arg* a : {&ax, &au}) apart(check.op, aQ, *a);
-    q.u_forward = c.read(au), q.Q = c.written(aQ), q.accumulate = accumulate;
+    check.dims(*au, 2, "[M, r]"), check.dtype(*au, ax.dtype);
+    check.size(*au, 0, q.M, "M, as in g"), check.size(*au, 1, q.r, "the rank");
+    check.dims(*aQ, 2, "[N, r]"), check.dtype(*aQ, ScalarType::Float);
+    check.size(*aQ, 0, q.K, "N, as in g"), check.size(*aQ, 1, q.r, "the rank");
+    q.u_forward = c.read(*au), q.Q = c.written(*aQ), q.accumulate = accumulate;
   }
   const std::string text = refusal(c, q);
   if (!text.empty()) fail(check.op, ": ", text, "; LOTR_STRATEGY=beta runs");

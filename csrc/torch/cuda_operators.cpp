@@ -25,10 +25,9 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& 
 
 void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p, const OptionalTensor& seed) {
   const Arg ay("y", y), au("u", u), aF("F", F);
-  const Sizes s = check_expand_add(ay, au, aF, p, seed);
+  const Sizes s = check_expand({"lotr::expand_add_"}, ay, au, aF, true, p, seed);
   check_rank("lotr::expand_add_", aF, 1);
   const Context c("lotr::expand_add_", ay);
-  apart(c.op(), ay, au), apart(c.op(), ay, aF);
   ExpandParams q{};
   q.y = c.written(ay), q.u = c.read(au), q.F = c.read(aF);
   q.M = s.m, q.N = s.n, q.r = int32_t(s.r), q.dropout = dropout(p, seed);
@@ -41,7 +40,6 @@ void factor_grad_(const Tensor& acc, const Tensor& x, const Tensor& k, double p,
   const Sizes s = check_factor_grad(aacc, ax, ak, p, seed);
   check_rank("lotr::factor_grad_", ak, 1);
   const Context c("lotr::factor_grad_", ax);
-  apart(c.op(), aacc, ax), apart(c.op(), aacc, ak);
   FactorGradParams q{};
   q.x = c.read(ax), q.v = c.read(ak), q.D = c.written_floats(aacc), q.D_row = aacc.stride[0],
   q.D_col = aacc.stride[1];
@@ -63,7 +61,7 @@ void run_shrink_grad(const Context& c, const Sizes& s, const Arg& k, const Arg& 
 
 std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const Tensor& u) {
   const Arg ag("g", g), aF("F", F), au("u", u);
-  const Sizes s = check_shrink_grad(ag, aF, au);
+  const Sizes s = check_shrink_grad(nullptr, ag, aF, au);
   check_rank("lotr::shrink_grad", aF, 1);
   const Context c("lotr::shrink_grad", ag);
   Tensor k = c.empty_rows<2>({s.m, s.r}), Q = c.empty_float<2>({s.n, s.r});
@@ -73,10 +71,9 @@ std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const T
 
 Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Tensor& u) {
   const Arg aQ("Q", Q), ag("g", g), aF("F", F), au("u", u);
-  const Sizes s = check_shrink_grad_add(aQ, ag, aF, au);
+  const Sizes s = check_shrink_grad(&aQ, ag, aF, au);
   check_rank("lotr::shrink_grad_", aF, 1);
   const Context c("lotr::shrink_grad_", ag);
-  for (const Arg* a : {&ag, &aF, &au}) apart(c.op(), aQ, *a);
   Tensor k = c.empty_rows<2>({s.m, s.r});
   run_shrink_grad(c, s, Arg("k", k), aQ, ag, aF, au, true);
   return k;
@@ -114,8 +111,6 @@ Tensor fold_grad(const Tensor& Q, const Tensor& B, const Tensor& cores, double s
   const Sizes s = check_fold_grad(aQ, aB, acores, scaling, pointer(adB));
   const Context c("lotr::fold_grad", aQ);
   check_rank(c.op(), aB, 1), check_rank(c.op(), acores, 1);
-  if (adB)
-    for (const Arg* a : {&aQ, &aB, &acores}) apart(c.op(), *adB, *a);
   Tensor dcores = c.empty_float<3>({s.l, s.r_in, s.r_out});
   FoldGradParams q{};
   q.Q = c.read(aQ), q.Q_stride = aQ.stride[0];
@@ -132,10 +127,9 @@ Tensor fold_grad(const Tensor& Q, const Tensor& B, const Tensor& cores, double s
 Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& core, const Tensor& B,
                       double scaling) {
   const Arg ay("y", y), ax("x", x), aA("A", A), acore("core", core), aB("B", B);
-  const Sizes s = check_small_forward(ay, ax, aA, acore, aB, scaling);
+  const Sizes s = check_small_forward({"lotr::small_forward_"}, ay, ax, aA, acore, aB, true, scaling);
   const Context c("lotr::small_forward_", ax);
   check_rank(c.op(), aA, 1), check_rank(c.op(), aB, 1);
-  for (const Arg* a : {&ax, &aA, &acore, &aB}) apart(c.op(), ay, *a);
   Tensor u = c.empty_rows<2>({s.m, s.r_in});
   SmallForwardParams q{};
   q.y = c.written(ay), q.x = c.read(ax), q.A = c.read(aA), q.core = c.read(acore), q.B = c.read(aB);
@@ -156,9 +150,6 @@ Tensor small_backward_(const OptionalTensor& dx, const Tensor& g, const Optional
                                        pointer(adA), pointer(adB));
   const Context c("lotr::small_backward_", ag);
   check_rank(c.op(), aA, 1), check_rank(c.op(), aB, 1);
-  for (const Arg* w : {pointer(adx), pointer(adA), pointer(adB)})
-    for (const Arg* a : {&ag, &au, &aA, &acore, &aB, pointer(ax)})
-      if (w && a) apart(c.op(), *w, *a);
   Tensor dcore = need_core ? c.empty_float<2>({s.r_in, s.r_out}) : c.empty_float<2>({0, 0});
   SmallBackwardParams q{};
   if (adx) q.dx = c.written(*adx);

@@ -101,7 +101,7 @@ Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& inde
                 const OptionalTensor& tokens, double scaling) {
   constexpr const char* op = "lotr::row_core";
   const Arg au("u", u), acores("cores", cores);
-  const RowSizes s = check_row_core(op, au, acores, RowArgs(index, offs, tokens), scaling);
+  const RowSizes s = check_row_core(op, nullptr, au, acores, RowArgs(index, offs, tokens), scaling);
   const Context c(op, au);
   check_sizes(c, s, acores);
   const Rows rows(index, offs, tokens);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
                                              bool need_cores) {
   constexpr const char* op = "lotr::row_core_backward";
   const Arg ag("g", g), au("u", u), acores("cores", cores);
-  const RowSizes s = check_row_core_backward(op, ag, au, acores, RowArgs(index, offs, tokens), scaling);
+  const RowSizes s = check_row_core(op, &ag, au, acores, RowArgs(index, offs, tokens), scaling);
   const Context c(op, au);
   check_sizes(c, s, acores);
   const Rows rows(index, offs, tokens);

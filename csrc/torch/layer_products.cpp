@@ -100,28 +100,6 @@ void product_onto(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(addmm(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
-struct Named {
-  const char* name;
-  const Tensor* tensor;
-};
-Named named(const char* name, const Tensor& t) {
-  return {name, &t};
-}
-Named named(const char* name, const OptionalTensor& t) {
-  return {name, t ? &*t : nullptr};
-}
-// All tensors are where the first is; the operators called check the rest. (Fake tensors have a device too.)
-void check_devices(const char* op, std::initializer_list<Named> all) {
-  const Arg first(all.begin()->name, *all.begin()->tensor);
-  for (const Named& n : all) {
-    if (!n.tensor) continue;
-    const Arg a(n.name, *n.tensor);
-    if (a.device_type != first.device_type || a.device_index != first.device_index)
-      fail(op, ": ", a.name, ": expected the device of ", first.name, " (", device_name(first.device_type),
-           ", index ", first.device_index, "), got ", device_name(a.device_type), ", index ", a.device_index);
-  }
-}
-
 using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
 
 // ---- the adapter inside the base product (cuda/gemm_lotr.h) ----
@@ -165,9 +143,13 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
                       const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling,
                       int64_t strategy, const OptionalTensor& given_u, const OptionalTensor& given_F,
                       double p, const OptionalTensor& seed) {
-  check_devices("lotr::layer_forward",
-                {named("x", x), named("weight", weight), named("bias", bias), named("A", A), named("B", B),
-                 named("core", core), named("u", given_u), named("F", given_F), named("seed", seed)});
+  {  // first of all: the operators called say less, and the library's products look at no memory
+    const Arg ax("x", x), aweight("weight", weight), aB("B", B), acore("core", core);
+    const auto abias = optional_arg("bias", bias), aA = optional_arg("A", A), au = optional_arg("u", given_u),
+               aF = optional_arg("F", given_F);
+    check_layer_forward({"lotr::layer_forward", use == Use::decomposed}, ax, aweight, pointer(abias),
+                        pointer(aA), aB, acore, scaling, pointer(au), pointer(aF), p, seed);
+  }
   const Tensor flat = rows(x);
   if (use == Use::cuda && strategy == FUSED) {
     if (given_u || given_F || p != 0.0)
@@ -261,10 +243,17 @@ Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const Op
                          const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
                          const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
                          double p, const OptionalTensor& seed) {
-  check_devices("lotr::layer_backward_",
-                {named("g", g), named("weight", weight), named("x", x), named("u", u), named("A", A),
-                 named("F", F), named("B", B), named("core", core), named("k", k), named("dx", dx),
-                 named("Q", Q), named("dA", dA), named("dB", dB), named("seed", seed)});
+  {
+    const Arg ag("g", g), aB("B", B), acore("core", core);
+    const auto aweight = optional_arg("weight", weight), ax = optional_arg("x", x), au = optional_arg("u", u),
+               aA = optional_arg("A", A), aF = optional_arg("F", F), ak = optional_arg("k", k),
+               adx = optional_arg("dx", dx), aQ = optional_arg("Q", Q), adA = optional_arg("dA", dA),
+               adB = optional_arg("dB", dB);
+    const BackwardArgs args{pointer(aweight), pointer(ax),  pointer(au), pointer(aA),  pointer(aF),
+                            pointer(ak),      pointer(adx), pointer(aQ), pointer(adA), pointer(adB)};
+    check_layer_backward({"lotr::layer_backward_", use == Use::decomposed}, ag, args, aB, acore, scaling, p,
+                         seed);
+  }
   const ScalarType type = g.scalar_type(), wide = acc_dtype(type), narrow = gradient_dtype(A, B, core);
   const Tensor flat = rows(g);
   const bool fold = u && !Q && (need_B || need_core || dB);
@@ -318,8 +307,12 @@ template <Use use>
 std::tuple<Tensor, Tensor> small_layer_forward(const Tensor& x, const Tensor& weight,
                                                const OptionalTensor& bias, const Tensor& A, const Tensor& B,
                                                const Tensor& core, double scaling, bool) {
-  check_devices("lotr::small_layer_forward", {named("x", x), named("weight", weight), named("bias", bias),
-                                              named("A", A), named("B", B), named("core", core)});
+  {
+    const Arg ax("x", x), aweight("weight", weight), aA("A", A), aB("B", B), acore("core", core);
+    const auto abias = optional_arg("bias", bias);
+    check_layer_forward({"lotr::small_layer_forward", use == Use::decomposed}, ax, aweight, pointer(abias),
+                        &aA, aB, acore, scaling, nullptr, nullptr, 0.0, std::nullopt);
+  }
   const Tensor flat = rows(x);
   const Tensor y = linear(flat, weight, bias);
   if (use == Use::decomposed) {
@@ -334,9 +327,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_layer_backward_(
     const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x, const OptionalTensor& u,
     const Tensor& A, const Tensor& B, const Tensor& core, double scaling, bool, const OptionalTensor& dA,
     const OptionalTensor& dB, bool need_B, bool need_core) {
-  check_devices("lotr::small_layer_backward_",
-                {named("g", g), named("weight", weight), named("x", x), named("u", u), named("A", A),
-                 named("B", B), named("core", core), named("dA", dA), named("dB", dB)});
+  {
+    const Arg ag("g", g), aA("A", A), aB("B", B), acore("core", core);
+    const auto aweight = optional_arg("weight", weight), ax = optional_arg("x", x), au = optional_arg("u", u),
+               adA = optional_arg("dA", dA), adB = optional_arg("dB", dB);
+    BackwardArgs args;
+    args.weight = pointer(aweight), args.x = pointer(ax), args.u = pointer(au), args.A = &aA;
+    args.dA = pointer(adA), args.dB = pointer(adB);
+    check_small_layer_backward({"lotr::small_layer_backward_", use == Use::decomposed}, ag, args, aB, acore,
+                               scaling, need_B || need_core);
+  }
   const ScalarType type = g.scalar_type(), wide = acc_dtype(type), narrow = gradient_dtype(A, B, core);
   const Tensor flat = rows(g);
   OptionalTensor out, flat_x, sum_A = dA, sum_B = dB;
@@ -352,11 +352,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_layer_backward_(
           need_core ? in(dcore, narrow) : nothing(g, narrow)};
 }
 
+template <Use use>
 Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
                         const OptionalTensor& A, const OptionalTensor& dA, double p,
                         const OptionalTensor& seed) {
-  check_devices("lotr::shrink_backward_",
-                {named("k", k), named("dx", dx), named("x", x), named("A", A), named("dA", dA)});
+  {
+    const Arg ak("k", k);
+    const auto adx = optional_arg("dx", dx), ax = optional_arg("x", x), aA = optional_arg("A", A),
+               adA = optional_arg("dA", dA);
+    check_shrink_backward({"lotr::shrink_backward_", use == Use::decomposed}, ak, pointer(adx), pointer(ax),
+                          pointer(aA), pointer(adA), p, seed);
+  }
   const ScalarType wide = acc_dtype(k.scalar_type());
   Tensor total = dA ? *dA : x ? zeros(*x, {x->size(x->dim() - 1), k.size(1)}, wide) : nothing(k, wide);
   if (x) factor_grad(total, rows(*x), k, p, seed);
@@ -371,12 +377,15 @@ Tensor own_copy(const Tensor& y) {
   return torch::stable::copy_(out, y);
 }
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
+  check_expand({"lotr::expand"}, {"y", y}, {"u", u}, {"F", F}, false, 0.0, std::nullopt);
   const Tensor out = own_copy(y);
   expand_add(rows(out), u, F);
   return out;
 }
 std::tuple<Tensor, Tensor> small_forward(const Tensor& y, const Tensor& x, const Tensor& A,
                                          const Tensor& core, const Tensor& B, double scaling) {
+  check_small_forward({"lotr::small_forward"}, {"y", y}, {"x", x}, {"A", A}, {"core", core}, {"B", B}, false,
+                      scaling);
   const Tensor out = own_copy(y);
   return {out, one("lotr::small_forward_", rows(out), x, A, core, B, scaling)};
 }
@@ -404,7 +413,7 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CUDA, m)
   m.impl("layer_backward_", TORCH_BOX(&lotr::layer_backward_<Use::cuda>));
   m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward<Use::cuda>));
   m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_<Use::cuda>));
-  m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_));
+  m.impl("shrink_backward_", TORCH_BOX(&lotr::shrink_backward_<Use::cuda>));
   m.impl("expand", TORCH_BOX(&lotr::expand));
   m.impl("small_forward", TORCH_BOX(&lotr::small_forward));
 }
@@ -416,5 +425,5 @@ STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeImplicitAutograd, m)
   m.impl("layer_backward_.products", TORCH_BOX(&lotr::layer_backward_<Use::decomposed>));
   m.impl("small_layer_forward", TORCH_BOX(&lotr::small_layer_forward<Use::decomposed>));
   m.impl("small_layer_backward_", TORCH_BOX(&lotr::small_layer_backward_<Use::decomposed>));
-  m.impl("shrink_backward_.products", TORCH_BOX(&lotr::shrink_backward_));
+  m.impl("shrink_backward_.products", TORCH_BOX(&lotr::shrink_backward_<Use::decomposed>));
 }

@@ -24,7 +24,7 @@ from torch.nn import functional as nnf
 from ..compat import jit_tracing, transformed
 from ..ops import composite, planner
 from ..ops.composite import base_linear, to
-from ..ops.library import lotr
+from ..ops.library import check_tensors, lotr
 from ..ops.planner import Plan
 from .record import Call
 from .shared_input import Group, SharedFactor
@@ -75,6 +75,7 @@ def _plan(x: Tensor, A: Tensor, B: Tensor, core: Tensor, compute: torch.dtype, s
 
 
 def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy, decided_by) -> Tensor:
+    check_tensors("adapted", (x, y, weight, bias, A, B, core), values=True, apart=True)
     call = Call(core, scaling, p, Group(TracedFactor.of(A), TracedFactor.of(B)), core)
     call.dtype, call.compute = dtype, dtype or x.dtype
     call.plan = _plan(x, A, B, core, call.compute, strategy)

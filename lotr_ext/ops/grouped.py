@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from .library import check_tensors, shapes
+
 _CHUNK = 16  # bytes that a row must be a multiple of for torch's grouped product
 
 
@@ -38,12 +40,21 @@ def _ends(offs: Tensor, rows: int) -> list[int]:
     return ends
 
 
+def _check(name: str, first: Tensor, second: Tensor, offs: Tensor) -> None:
+    check_tensors(name, (first, second, offs), values=True)
+    label = "weight" if name == "grouped_mm" else "x"
+    for label, dtype, expected in ((label, second.dtype, first.dtype), ("offs", offs.dtype, torch.int32)):
+        if dtype != expected:
+            raise RuntimeError(f"lotr::{name}: {label}: expected dtype {expected}, got {dtype}")
+
+
 @torch.library.custom_op("lotr::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """y_i = x_i W_c(i)^T: x [rows, k], weight [e, n, k] of x's dtype, in any layout, offs [e] (int32) -> [rows, n].
 
     Rows from offs[-1] on belong to nobody: on a GPU they are left as they were, elsewhere they are zero. Differentiable.
     """
+    _check("grouped_mm", x, weight, offs)
     if _takes(x, weight):
         return nnf.grouped_mm(x, weight.mT, offs=offs)
     y, start = x.new_empty(x.shape[0], weight.shape[1]), 0
@@ -55,7 +66,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return y
 
 
-@grouped_mm.register_fake
+@shapes("grouped_mm")
 def _(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     torch._check(x.shape[1] == weight.shape[2], lambda: f"grouped_mm: x: expected {weight.shape[2]} columns, got {x.shape[1]}")
     return x.new_empty(x.shape[0], weight.shape[1])
@@ -64,6 +75,7 @@ def _(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 @torch.library.custom_op("lotr::grouped_outer", mutates_args=())
 def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     """dW_c = sum over the rows of c of g_i^T x_i: g [rows, n], x [rows, k], offs [e] -> [e, n, k]. Differentiable."""
+    _check("grouped_outer", g, x, offs)
     dW, start = g.new_zeros(offs.shape[0], g.shape[1], x.shape[1]), 0
     for expert, end in enumerate(_ends(offs, g.shape[0])):
         if end > start:
@@ -72,7 +84,7 @@ def grouped_outer(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     return dW
 
 
-@grouped_outer.register_fake
+@shapes("grouped_outer")
 def _(g: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     return g.new_empty(offs.shape[0], g.shape[1], x.shape[1])
 

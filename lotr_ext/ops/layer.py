@@ -18,7 +18,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from ..compat import dispatch_modes, private_write, straight
-from .library import accumulate_dtype, bump_versions, refuse_gradients
+from .library import accumulate_dtype, bump_versions, refuse_gradients, refuse_negative, shapes, without_shapes
 from .library import lotr as _lotr
 from .operators import rank_rows
 
@@ -92,15 +92,8 @@ def layer_forward(
     return y, new_u if u is None else u, new_F if F is None else F
 
 
-def _check_devices(name: str, first: Tensor, **tensors: Tensor | None) -> None:
-    for label, t in tensors.items():
-        if t is not None and t.device != first.device:
-            raise RuntimeError(f"lotr::{name}: {label}: expected the device {first.device}, got {t.device}")
-
-
-@torch.library.register_fake("lotr::layer_forward")
+@shapes("layer_forward")
 def _(x, weight, bias, A, B, core, scaling, order, u=None, F=None, p=0.0, seed=None):
-    _check_devices("layer_forward", x, weight=weight, bias=bias, A=A, B=B, core=core, u=u, F=F)
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}")
     r_in = core.shape[0]
     new_u = rank_rows(x, x.numel() // x.shape[-1], r_in) if u is None else None
@@ -164,9 +157,8 @@ def layer_backward(
     )
 
 
-@torch.library.register_fake("lotr::layer_backward_")
+@shapes("layer_backward_")
 def _(g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
-    _check_devices("layer_backward_", g, weight=weight, x=x, u=u, A=A, F=F, B=B, core=core, k=k, dx=dx, Q=Q, dA=dA, dB=dB)
     own = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
     narrow = B.dtype if own else accumulate_dtype(B.dtype)
     fold = u is not None and Q is None
@@ -209,12 +201,18 @@ def shrink_backward(
     return dx, new_dA if x is not None and dA is None else None
 
 
-@torch.library.register_fake("lotr::shrink_backward_")
+@shapes("shrink_backward_")
 def _(k, dx, x, A, dA, p=0.0, seed=None):
-    _check_devices("shrink_backward_", k, dx=dx, x=x, A=A, dA=dA)
     made = (x.shape[-1], k.shape[1]) if x is not None and dA is None else (0,)
     return k.new_empty(made, dtype=accumulate_dtype(k.dtype))
 
 
 for _name in ("layer_backward_", "small_layer_backward_", "shrink_backward_"):
     bump_versions(_name)
+for _name in ("layer_backward_owned_", "small_layer_backward_owned_", "shrink_backward_owned_"):
+    refuse_negative(_name), without_shapes(_name)
+for _name in ("gemm_lotr", "fold_transposed", "gemm_lotr_refusal"):  # which builds with CUDA have
+    if hasattr(_lotr, _name):
+        without_shapes(_name)
+if hasattr(_lotr, "gemm_lotr"):
+    refuse_negative("gemm_lotr")

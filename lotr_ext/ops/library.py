@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,6 +47,60 @@ def refuse_gradients(name: str, *arguments, why: str = "") -> None:
         )
 
 
+def check_tensors(name: str, args: tuple, kwargs: dict | None = None, *, values: bool = False, apart: bool = False) -> None:
+    """What every operator expects of its tensors, as `Check::arguments` of csrc/torch/arg.h checks where C++ runs: each is there,
+    on the device of the first. The dispatcher calls the function of shapes where one argument of many is on meta.
+
+    values: also that each has memory for all its elements; for operators that Python runs. apart: they may be on several
+    devices, if all or none are on meta.
+    """
+    first = None
+    for i, argument in enumerate(_operator(name)._schema.arguments):
+        value, label = args[i] if i < len(args) else (kwargs or {}).get(argument.name), f"lotr::{name}: {argument.name}"
+        if value is None and str(argument.type) == "Tensor":
+            raise RuntimeError(f"{label}: expected a tensor, got None")
+        if not isinstance(value, Tensor):
+            continue
+        if first is None:
+            first = argument.name, value.device
+        if value.is_meta != (first[1].type == "meta") if apart else value.device != first[1]:
+            raise RuntimeError(f"{label}: expected the device of {first[0]} ({first[1]}), got {value.device}")
+        if values and type(value) in (Tensor, torch.nn.Parameter) and value.numel() and not value.is_meta:
+            reach = value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride())) + 1
+            if value.untyped_storage().nbytes() < reach * value.element_size():
+                got = f"a storage of {value.untyped_storage().nbytes()} bytes: it was freed or made shorter"
+                raise RuntimeError(f"{label}: expected a tensor with memory for shape {list(value.shape)}, got {got}")
+
+
+def _operator(name: str) -> torch._ops.OpOverload:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(lotr, packet), overload or "default")
+
+
+def shapes(name: str) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as what gives an operator's shapes, for tensors without values; it may take it as given
+    that all of them are on one device."""
+
+    def register(function: Callable) -> Callable:
+        def checked(*args, **kwargs):
+            check_tensors(name, args, kwargs)
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"lotr::{name}", checked)
+        return function
+
+    return register
+
+
+def without_shapes(name: str) -> None:
+    """Of an operator that no compiler sees: tensors without values are an error by name."""
+
+    @shapes(name)
+    def _(*args, **kwargs):
+        device = next(t for t in args if isinstance(t, Tensor)).device
+        raise RuntimeError(f"lotr::{name}: expected tensors with values, got tensors without, on {device}")
+
+
 _registrations = torch.library.Library("lotr", "IMPL")
 
 
@@ -56,7 +111,7 @@ def bump_versions(name: str) -> None:
     and then written through one of these operators would give a wrong gradient in silence.
     """
     op = getattr(lotr, name).default
-    written = [(i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    written = _written(op)
 
     def in_place(keyset, *args, **kwargs):
         values = [(label, args[i]) for i, label in written if i < len(args) and args[i] is not None]
@@ -70,3 +125,28 @@ def bump_versions(name: str) -> None:
         return result
 
     _registrations.impl(name, in_place, "ADInplaceOrView", with_keyset=True)
+    refuse_negative(name)
+
+
+def _written(op: torch._ops.OpOverload) -> list[tuple[int, str]]:
+    """Place and name of the arguments that an operator writes."""
+    return [(i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+
+def refuse_negative(name: str) -> None:
+    """Of an operator that writes: an argument that is negative only by a mark (`torch._neg_view`) is an error where it is
+    written, by name; others get their values. The dispatcher's own way serves operators alone that return what they write.
+    """
+    op = getattr(lotr, name).default
+    written = _written(op)
+
+    def negative(*args, **kwargs):
+        for i, label in written:
+            if i < len(args) and args[i] is not None and args[i].is_neg():
+                raise RuntimeError(
+                    f"lotr::{name}: {label}: expected a tensor with its own values (it is written in place), got a view that "
+                    "negates another's; call resolve_neg()"
+                )
+        return op(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+    _registrations.impl(name, negative, "Negative")

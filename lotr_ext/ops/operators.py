@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import accumulate_dtype, bump_versions
+from .library import accumulate_dtype, bump_versions, check_tensors, shapes
 from .library import lotr as _lotr
 
 
@@ -37,7 +37,7 @@ def shrink(x: Tensor, A: Tensor, *, p: float = 0.0, seed: Tensor | None = None) 
     return _lotr.shrink.default(x, A, p, seed)
 
 
-@torch.library.register_fake("lotr::shrink")
+@shapes("shrink")
 def _(x: Tensor, A: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     torch._check(x.dim() == 2 and A.dim() == 2, lambda: f"shrink: expected x and A of 2 dimensions, got {x.dim()}, {A.dim()}")
     torch._check(x.shape[1] == A.shape[0], lambda: f"shrink: A: expected {x.shape[1]} rows, got {A.shape[0]}")
@@ -69,7 +69,7 @@ def expand_add_(y: Tensor, u: Tensor, F: Tensor, *, p: float = 0.0, seed: Tensor
     _lotr.expand_add_.default(y, u, F, p, seed)
 
 
-@torch.library.register_fake("lotr::expand_add_")
+@shapes("expand_add_")
 def _(y: Tensor, u: Tensor, F: Tensor, p: float = 0.0, seed: Tensor | None = None) -> None:
     torch._check(y.shape[0] == u.shape[0], lambda: f"expand_add_: u: expected {y.shape[0]} rows, got {u.shape[0]}")
 
@@ -79,7 +79,7 @@ def expand(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
     return _lotr.expand.default(y, u, F)
 
 
-@torch.library.register_fake("lotr::expand")
+@shapes("expand")
 def _(y: Tensor, u: Tensor, F: Tensor) -> Tensor:
     return y.new_empty(y.shape)
 
@@ -89,7 +89,7 @@ def factor_grad_(acc: Tensor, x: Tensor, k: Tensor, *, p: float = 0.0, seed: Ten
     _lotr.factor_grad_.default(acc, x, k, p, seed)
 
 
-@torch.library.register_fake("lotr::factor_grad_")
+@shapes("factor_grad_")
 def _(acc: Tensor, x: Tensor, k: Tensor, p: float = 0.0, seed: Tensor | None = None) -> None:
     torch._check(x.shape[0] == k.shape[0], lambda: f"factor_grad_: k: expected {x.shape[0]} rows, got {k.shape[0]}")
 
@@ -99,7 +99,7 @@ def shrink_grad(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return _lotr.shrink_grad.default(g, F, u)
 
 
-@torch.library.register_fake("lotr::shrink_grad")
+@shapes("shrink_grad")
 def _(g: Tensor, F: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad: F: expected {g.shape[1]} rows, got {F.shape[0]}")
     torch._check(g.shape[0] == u.shape[0], lambda: f"shrink_grad: u: expected {g.shape[0]} rows, got {u.shape[0]}")
@@ -132,7 +132,7 @@ def shrink_grad_(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
     return _lotr.shrink_grad_.default(Q, g, F, u)
 
 
-@torch.library.register_fake("lotr::shrink_grad_")
+@shapes("shrink_grad_")
 def _(Q: Tensor, g: Tensor, F: Tensor, u: Tensor) -> Tensor:
     torch._check(g.shape[1] == F.shape[0], lambda: f"shrink_grad_: F: expected {g.shape[1]} rows, got {F.shape[0]}")
     return rank_rows(g, g.shape[0], F.shape[1])
@@ -143,7 +143,7 @@ def fold(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor
     return _lotr.fold.default(B, cores, scaling, dtype)
 
 
-@torch.library.register_fake("lotr::fold")
+@shapes("fold")
 def _(B: Tensor, cores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     torch._check(B.shape[1] == cores.shape[2], lambda: f"fold: cores: expected r_out {B.shape[1]}, got {cores.shape[2]}")
     return rank_rows(B, cores.shape[0], B.shape[0], cores.shape[1], dtype=dtype)
@@ -174,7 +174,7 @@ def fold_grad(Q: Tensor, B: Tensor, cores: Tensor, scaling: float, dB: Tensor | 
     return _lotr.fold_grad.default(Q, B, cores, scaling, dB)
 
 
-@torch.library.register_fake("lotr::fold_grad")
+@shapes("fold_grad")
 def _(Q: Tensor, B: Tensor, cores: Tensor, scaling: float, dB: Tensor | None) -> Tensor:
     return Q.new_empty(cores.shape)
 
@@ -184,12 +184,12 @@ def small_forward_(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, sca
     return _lotr.small_forward_.default(y, x, A, core, B, scaling)
 
 
-@torch.library.register_fake("lotr::small_forward_")
+@shapes("small_forward_")
 def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> Tensor:
     return rank_rows(x, x.shape[0], A.shape[1])
 
 
-@torch.library.register_fake("lotr::small_forward")
+@shapes("small_forward")
 def _(y: Tensor, x: Tensor, A: Tensor, core: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), rank_rows(x, x.shape[0], A.shape[1])
 
@@ -214,7 +214,7 @@ def small_backward_(
     return _lotr.small_backward_.default(dx, g, x, u, A, core, B, scaling, dA, dB, need_core)
 
 
-@torch.library.register_fake("lotr::small_backward_")
+@shapes("small_backward_")
 def _(dx, g, x, u, A, core, B, scaling, dA, dB, need_core) -> Tensor:
     return g.new_empty(core.shape if need_core else (0,), dtype=accumulate_dtype(g.dtype))
 
@@ -226,13 +226,14 @@ def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtyp
     One operator to autograd and dispatch modes: of a write into new memory selective checkpointing, told to save what ours
     give, would repeat the memory and not the write.
     """
+    check_tensors("dropout_mask", (rows, cols, p, seed, dtype), values=True)
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)
     one = torch.ones(1, 1, dtype=dtype, device=seed.device)
     expand_add_(mask, one.expand(rows, 1), one.expand(cols, 1), p=p, seed=seed)
     return mask
 
 
-@dropout_mask.register_fake
+@shapes("dropout_mask")
 def _(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, cols, dtype=dtype, device=seed.device)
 

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from ..compat import OLD_VMAP, dispatch_key_included, jit_tracing, transformed
 from . import composite, planner
-from .library import accumulate_dtype
+from .library import accumulate_dtype, shapes
 from .library import lotr as _lotr
 from .operators import rank_rows
 
@@ -100,12 +100,12 @@ def _check(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, 
         raise ValueError(f"offs: expected one end a core, {cores.shape[0]}, got {offs.shape[0]}")
 
 
-@torch.library.register_fake("lotr::row_core")
+@shapes("row_core")
 def _(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, tokens: Tensor | None, scaling: float) -> Tensor:
     return rank_rows(u, (u if tokens is None else tokens).shape[0], cores.shape[2])
 
 
-@torch.library.register_fake("lotr::row_core_backward")
+@shapes("row_core_backward")
 def _(g, u, cores, index, offs, tokens, scaling, need_u, need_cores) -> tuple[Tensor, Tensor]:
     dcores = u.new_empty(cores.shape if need_cores else (0, 0, 0), dtype=accumulate_dtype(u.dtype))
     return rank_rows(u, *u.shape) if need_u else u.new_empty(0, 0), dcores

@@ -58,6 +58,11 @@ def test_tiles_that_the_system_refuses_are_not_used() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout)["cpu"]["isa"] == "avx512_bf16"
 
+    # asked for by name it is an error, as on a CPU without tiles
+    run = subprocess.run([sys.executable, "-c", program], env=dict(os.environ, LOTR_CPU_ISA="amx_bf16"), capture_output=True)
+    assert run.returncode != 0
+    assert b"LOTR_CPU_ISA: expected one of generic, avx2, avx512, avx512_bf16 (what this CPU runs), got amx_bf16" in run.stderr
+
 
 def test_unknown_instruction_set_is_refused() -> None:
     command = [sys.executable, "-c", "import torch; from lotr_ext import _C; print(torch.ops.lotr.info())"]

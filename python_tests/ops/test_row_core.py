@@ -135,34 +135,27 @@ def test_bad_dtypes_and_shapes() -> None:
         ops.row_core(u, cores.half(), index=index)
 
 
-def test_the_same_bits_at_any_number_of_threads() -> None:
-    given = case(3000, 700, 40, 24, 20, torch.float32)
-    few = torch.where(given["index"] > 2, 1, given["index"])  # and a core of most rows
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", [(24, 20), (16, 16), (64, 33), (7, 4)], ids=str)
+@pytest.mark.parametrize("order", ["any", "sorted", "one long group"])
+def test_the_same_bits_at_any_number_of_threads(dtype: torch.dtype, ranks: tuple[int, int], order: str) -> None:
+    """A group is cut where it is long: at places of its own, not where a thread's share ends."""
+    given = case(3001, 3001, 40, *ranks, dtype)
+    u, cores, index, tokens = given["u"].detach(), given["cores"].detach(), given["index"], given["tokens"]
+    if order == "one long group":
+        index = torch.where(index > 2, 1, index)
+    if order == "sorted":
+        index, tokens = index.sort().values, None
+    args = (given["g"], u, cores, index, None, tokens, SCALING, True, True)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for index in (given["index"], few):
-                args = (
-                    given["g"],
-                    given["u"].detach(),
-                    given["cores"].detach(),
-                    index,
-                    None,
-                    given["tokens"],
-                    SCALING,
-                    True,
-                    True,
-                )
-                found.append(
-                    (torch.ops.lotr.row_core(*args[1:7]), *torch.ops.lotr.row_core_backward(*args)),
-                )
+            found.append((torch.ops.lotr.row_core(*args[1:7]), *torch.ops.lotr.row_core_backward(*args)))
     finally:
         torch.set_num_threads(before)
-    for other in (found[2], found[4]):
+    for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
-    for other in (found[3], found[5]):
-        assert all(map(torch.equal, found[1], other))
 
 
 def test_no_core_is_copied_for_a_row() -> None:
