@@ -20,7 +20,7 @@ from ..layers.functional import explain_call
 from ..layers.hosted import Host
 from ..layers.merging import check_is_parameter
 from ..model.experts import expert_sizes
-from ..ops.grouped import grouped_linear
+from ..ops.grouped import grouped_linear, of_groups_alone
 from ..ops.planner import Plan
 from .peft_config import LoTRPeftConfig
 from .peft_layer import LoTRCore, LoTRPeftLinear
@@ -67,14 +67,28 @@ class LoTRPeftExperts(LoTRPeftLinear):
     mixture = None  # PEFT's models have no batches of mixed adapters
 
     def routed(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None, places: None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        offs: Tensor,
+        tokens: Tensor | None,
+        places: None = None,
+        padded: bool = True,
     ) -> Tensor:
         """forward with weight and bias as the host has them now. places: as in LoTRExperts, where `mixed` is on: never here."""
+
+        def run(x: Tensor, tokens: Tensor | None) -> Tensor:
+            return self._run(x, weight, bias, offs, tokens)
+
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged and self.notice is not None:
             merged = (self.lotr_adapter[name] for name in self.merged_adapters)
             self.notice.warn(parameter for core in merged for _, parameter in core.parameters_by_part())
+        return of_groups_alone(run, x, offs, tokens) if padded else run(x, tokens)
+
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None) -> Tensor:
         off, y = self.disable_adapters or self.merged, None
         for core in () if off else (self.lotr_adapter[n] for n in self.active_adapters if n in self.lotr_adapter):
             y = core.factors(

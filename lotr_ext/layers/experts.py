@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..autograd.call import Call, compute_dtype
 from ..autograd.routed import call_routed
-from ..ops.grouped import expert_of_rows, grouped_linear
+from ..ops.grouped import expert_of_rows, grouped_linear, of_groups_alone
 from .factors import LoTRFactors, check_dimension, check_dtype
 from .layer import LoTRLayer, check_number, check_settings
 from .mixture import cores_of, cores_of_rows
@@ -62,8 +62,9 @@ def lotr_grouped_linear(
     """y_i = x_t(i) W_c(i)^T + bias_c(i) + scaling ((x_t(i) A) G_c(i)) B^T for rows sorted by expert: [rows, n].
 
     weight [e, n, k] (any layout: a transposed view will do), bias [e, n] or None, A [k, r_in], B [n, r_out], cores
-    [e, r_in, r_out]. offs [e] (int32): where each expert's rows end, as torch.nn.functional.grouped_mm takes it; rows from
-    offs[-1] on belong to no expert, and y there means nothing. tokens None: x [rows, k] is sorted by expert itself. tokens
+    [e, r_in, r_out]. offs [e] (int32): where each expert's rows end, as torch.nn.functional.grouped_mm takes it. Rows from
+    offs[-1] on belong to no expert: they are not read, and are zero in y and in dx, as is a token in dx that no expert takes.
+    tokens None: x [rows, k] is sorted by expert itself. tokens
     [rows] (int64): x [m, k] has one row a token, row i is that of token tokens[i], and x A is made once a token.
     x, weight and bias share a dtype (or autocast is on), the adapter may be float32 beside a half-precision x. Differentiable
     in x, A, B and cores, and in weight and bias if they require grad.
@@ -86,7 +87,11 @@ def lotr_grouped_linear(
         if tensor.is_meta != x.is_meta:
             raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
     check_number("scaling", scaling)
-    return call_routed(x, weight, bias, offs, tokens, None, A, B, cores, None, Call(cores, float(scaling)))
+
+    def run(x: Tensor, tokens: Tensor | None) -> Tensor:
+        return call_routed(x, weight, bias, offs, tokens, None, A, B, cores, None, Call(cores, float(scaling)))
+
+    return of_groups_alone(run, x, offs, tokens)
 
 
 class LoTRExperts(LoTRLayer):
@@ -174,12 +179,23 @@ class LoTRExperts(LoTRLayer):
         offs: Tensor,
         tokens: Tensor | None,
         places: Tensor | None = None,
+        padded: bool = True,
     ) -> Tensor:
         """forward with weight [e, n, k] and bias [e, n] as their owner has them now: whole, in the midst of its own forward.
-        places [rows]: while `mixed` is on, the row of the batch that each is in."""
+        places [rows]: while `mixed` is on, the row of the batch that each is in. padded: whether some rows may be of no expert,
+        or some tokens of no row."""
+
+        def run(x: Tensor, tokens: Tensor | None) -> Tensor:
+            return self._run(x, weight, bias, offs, tokens, places)
+
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         if self.merged and self.notice is not None:
             self.notice.warn(self.adapter_parameters())
+        return of_groups_alone(run, x, offs, tokens) if padded else run(x, tokens)
+
+    def _run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None, places: Tensor | None
+    ) -> Tensor:
         off, mixture = self._state()
         if self.merged or off:
             return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x))
@@ -188,6 +204,7 @@ class LoTRExperts(LoTRLayer):
         if mixture is not None:
             if places is None:
                 raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
+            places = places[: (x if tokens is None else tokens).shape[0]]
             index = cores_of_rows(mixture, places, expert_of_rows(offs, len(places)), self.num_experts)
             core, call.scaling = cores_of(mixture, core).flatten(0, 1), mixture.scaling
         return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, index, call))

@@ -20,7 +20,7 @@ from ..layers.factors import DTYPES, LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.mixture import places_in_batch
 from ..layers.quantized import is_plain
-from ..ops.grouped import grouped_linear
+from ..ops.grouped import grouped_linear, of_groups_alone
 
 __all__ = ["CHILD", "adapt_parameter", "adapted_in", "expert_sizes", "parameter_name", "place", "release", "why_not"]
 
@@ -118,20 +118,13 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     (m, top_k), e = top_k_index.shape, self.num_experts
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offs = torch.searchsorted(experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True)
-    x, tokens, elsewhere = hidden_states, order // top_k, None
+    x, tokens = hidden_states, order // top_k
     mixture = next(iter(getattr(self, CHILD).values())).mixture  # the same batch for all
     places = None if mixture is None else places_in_batch(mixture, tokens, m)
-    if getattr(self, "_is_expert_parallel", False):
-        # rows of nobody hold anything on a GPU: they must neither be read nor pass a gradient on
-        elsewhere = (experts >= e).unsqueeze(-1)
-        x, tokens = x[tokens].masked_fill(elsewhere, 0.0), None
-    y = _projected(self, first_projection(self), x, offs, tokens, places)
-    if elsewhere is not None:
-        y = y.masked_fill(elsewhere, 0.0)
+    elsewhere = getattr(self, "_is_expert_parallel", False)  # some rows may be of experts elsewhere, and are zero here
+    y = _projected(self, first_projection(self), x, offs, tokens, places, elsewhere)
     y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
-    y = _projected(self, "down_proj", y, offs, None, places)
-    if elsewhere is not None:
-        y = y.masked_fill(elsewhere, 0.0)
+    y = _projected(self, "down_proj", y, offs, None, places, elsewhere)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -141,7 +134,13 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 
 def _projected(
-    module: nn.Module, parameter: str, x: Tensor, offs: Tensor, tokens: Tensor | None, places: Tensor | None
+    module: nn.Module,
+    parameter: str,
+    x: Tensor,
+    offs: Tensor,
+    tokens: Tensor | None,
+    places: Tensor | None,
+    padded: bool,
 ) -> Tensor:
     weight = getattr(module, parameter)
     weight = weight.mT if module.is_transposed else weight
@@ -151,5 +150,9 @@ def _projected(
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     adapted = getattr(module, CHILD)
     if parameter in adapted:
-        return adapted[parameter].routed(x, weight, bias, offs, tokens, places)
-    return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, dtype)
+        return adapted[parameter].routed(x, weight, bias, offs, tokens, places, padded)
+
+    def run(x: Tensor, tokens: Tensor | None) -> Tensor:
+        return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, dtype)
+
+    return of_groups_alone(run, x, offs, tokens) if padded else run(x, tokens)

@@ -10,12 +10,15 @@ float64 and rows that are no multiple of 16 bytes, one product an expert. One op
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
+from ..compat import jit_tracing, transformed
 from .library import check_tensors, shapes
 
 _CHUNK = 16  # bytes that a row must be a multiple of for torch's grouped product
@@ -42,8 +45,8 @@ def _ends(offs: Tensor, rows: int) -> list[int]:
 
 def _check(name: str, first: Tensor, second: Tensor, offs: Tensor) -> None:
     check_tensors(name, (first, second, offs), values=True)
-    label = "weight" if name == "grouped_mm" else "x"
-    for label, dtype, expected in ((label, second.dtype, first.dtype), ("offs", offs.dtype, torch.int32)):
+    operands = ("weight" if name == "grouped_mm" else "x", second.dtype, first.dtype), ("offs", offs.dtype, torch.int32)
+    for label, dtype, expected in operands:
         if dtype != expected:
             raise RuntimeError(f"lotr::{name}: {label}: expected dtype {expected}, got {dtype}")
 
@@ -52,7 +55,7 @@ def _check(name: str, first: Tensor, second: Tensor, offs: Tensor) -> None:
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """y_i = x_i W_c(i)^T: x [rows, k], weight [e, n, k] of x's dtype, in any layout, offs [e] (int32) -> [rows, n].
 
-    Rows from offs[-1] on belong to nobody: on a GPU they are left as they were, elsewhere they are zero. Differentiable.
+    Rows from offs[-1] on belong to no expert: on a GPU they are left as they were, elsewhere they are zero. Differentiable.
     """
     _check("grouped_mm", x, weight, offs)
     if _takes(x, weight):
@@ -114,7 +117,48 @@ grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_setup)
 
 def expert_of_rows(offs: Tensor, rows: int) -> Tensor:
     """The expert of each row [rows] (int64); the number of experts for rows from offs[-1] on."""
-    return torch.searchsorted(offs, torch.arange(rows, device=offs.device, dtype=offs.dtype), right=True)
+    return torch.searchsorted(offs.long(), torch.arange(rows, device=offs.device), right=True)
+
+
+def of_groups_alone(run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, offs: Tensor, tokens: Tensor | None) -> Tensor:
+    """run(x, tokens) [rows, n], in which rows from offs[-1] on, and rows of x that no other row is of, have no part: whatever
+    they hold, NaN too, they are zero in the output and in the gradient of x, and change no other gradient of any order.
+
+    Products over all rows, as x^T k is one, would make NaN of NaN times zero. So on a CPU only the rows of experts are run on,
+    and x is copied where some of its rows are not read. Elsewhere, and in compiled graphs, offs is not looked at, which would
+    wait for the device: x and the output are copied, with zeros in place of such rows.
+
+    Raises ValueError on a CPU for an offs that does not ascend in [0, rows] and for a token that does not exist.
+    """
+    rows, m = (x if tokens is None else tokens).shape[0], x.shape[0]
+    if _is_known(offs) and (tokens is None or _is_known(tokens)):
+        end = _ends(offs, rows)[-1]
+        if tokens is None:
+            y = run(x if end == rows else x[:end], None)
+        else:
+            y = run(*_read(x, tokens[:end]))
+        return y if end == rows else torch.cat((y, y.new_zeros(rows - end, y.shape[1])))
+    outside = unread = torch.arange(rows, device=offs.device) >= offs[-1]
+    if tokens is not None:
+        read = torch.zeros(m + 1, dtype=torch.bool, device=x.device).index_fill(0, tokens.masked_fill(outside, m), True)
+        unread, tokens = ~read[:m], tokens.masked_fill(outside, 0)
+    return run(x.masked_fill(unread.unsqueeze(1), 0), tokens).masked_fill(outside.unsqueeze(1), 0)
+
+
+def _read(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """x with zeros in the rows that tokens do not name, itself where they name all."""
+    m = x.shape[0]
+    bad = ((tokens < 0) | (tokens >= m)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(f"tokens: expected rows of x in [0, {m}), got {int(tokens[row])} in row {row}")
+    unread = torch.ones(m, dtype=torch.bool).index_fill_(0, tokens, False)
+    return (x.masked_fill(unread.unsqueeze(1), 0) if unread.any() else x), tokens
+
+
+def _is_known(t: Tensor) -> bool:
+    """Whether a tensor's values can be looked at, at no cost."""
+    return t.device.type == "cpu" and type(t) is Tensor and not is_compiling() and jit_tracing() is None and not transformed()
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:

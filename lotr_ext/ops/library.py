@@ -48,7 +48,7 @@ def refuse_gradients(name: str, *arguments, why: str = "") -> None:
 
 
 def check_tensors(name: str, args: tuple, kwargs: dict | None = None, *, values: bool = False, apart: bool = False) -> None:
-    """What every operator expects of its tensors, as `Check::arguments` of csrc/torch/arg.h checks where C++ runs: each is there,
+    """What every operator expects of its tensors, as `Check::arguments` of csrc/torch/arg.h does where C++ runs: each is there,
     on the device of the first. The dispatcher calls the function of shapes where one argument of many is on meta.
 
     values: also that each has memory for all its elements; for operators that Python runs. apart: they may be on several

@@ -122,6 +122,63 @@ def test_rows_of_nobody_and_no_rows():
     assert lotr_grouped_linear(offs=OFFS * 0, scaling=0.7, **given).shape == (0, N)
 
 
+def padded(given: dict[str, Tensor], rows: int, filler: float) -> dict[str, Tensor]:
+    """The same case with `rows` rows behind it that belong to no expert, and as many tokens that no row is of."""
+    found = dict(given)
+    found["x"] = torch.cat((given["x"].detach(), torch.full((rows, K), filler, dtype=given["x"].dtype))).requires_grad_()
+    if given["tokens"] is not None:
+        found["tokens"] = torch.cat((given["tokens"], torch.full((rows,), -(2**62))))
+    for name in ("A", "B", "cores"):
+        found[name] = given[name].detach().clone().requires_grad_()
+    return found
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("sent", [True, False], ids=["by token", "sorted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_no_expert_are_not_read(either_path, dtype, sent, compiled):
+    """They hold NaN, in x, in tokens and in the output's gradient: nothing else has any, and they are zero."""
+    given = case(dtype, sent=sent)
+    f = torch.compile(lotr_grouped_linear, backend="aot_eager") if compiled else lotr_grouped_linear
+    found, pad = padded(given, 7, float("nan")), torch.full((7, N), float("nan"), dtype=dtype)
+    want, y = lotr_grouped_linear(offs=OFFS, scaling=0.7, **given), f(offs=OFFS, scaling=0.7, **found)
+    g = torch.randn_like(want)
+    want.backward(g), y.backward(torch.cat((g, pad)))
+    assert not y[ROWS:].any() and relative(y[:ROWS], want.double()) < EPSILON[dtype]
+    grad = found["x"].grad
+    assert not grad[len(given["x"]) :].any() and relative(grad[: len(given["x"])], given["x"].grad.double()) < EPSILON[dtype]
+    assert all(relative(found[n].grad, given[n].grad.double()) < EPSILON[dtype] for n in ("A", "B", "cores"))
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["by token", "sorted"])
+def test_rows_of_no_expert_in_a_second_derivative(sent):
+    second = {}
+    given = case(torch.float64, sent=sent)
+    for name, inputs in (("plain", given), ("padded", padded(given, 7, float("nan")))):
+        wanted = [inputs[n] for n in ("x", "A", "B", "cores")]
+        y = lotr_grouped_linear(offs=OFFS, scaling=0.7, **inputs)
+        first = torch.autograd.grad(y[:ROWS].square().sum(), wanted, create_graph=True)
+        second[name] = torch.autograd.grad(sum(t.sin().sum() for t in first), wanted)
+    for a, b in zip(second["plain"], second["padded"]):
+        assert not b[len(a) :].any() and torch.allclose(a, b[: len(a)], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("state", ["enabled", "disabled", "merged"])
+def test_rows_of_no_expert_in_the_module(state):
+    layer, x, nan = experts(), torch.randn(ROWS + 5, K), float("nan")
+    x[ROWS:] = nan
+    if state == "disabled":
+        layer.disabled = True
+    if state == "merged":
+        layer.merge()
+    y = layer(x, OFFS)
+    assert not y[ROWS:].any() and torch.equal(y[:ROWS], layer(x[:ROWS], OFFS))
+    assert not layer(x, OFFS * 0).any() and layer(x[:0], OFFS * 0, tokens=torch.tensor([3, 4])).shape == (2, N)
+    for bad in (-1, len(x)):
+        with pytest.raises(ValueError, match=rf"tokens: expected rows of x in \[0, {len(x)}\), got {bad} in row 1"):
+            layer(x, OFFS.clamp(max=2), tokens=torch.tensor([0, bad]))
+
+
 def test_the_grouped_operators():
     x, weight = torch.randn(260, K), torch.randn(EXPERTS, N, K)
     for operator, args in ((grouped.grouped_mm, (x, weight, OFFS)), (grouped.grouped_outer, (torch.randn(260, N), x, OFFS))):
@@ -268,7 +325,7 @@ BAD = {
     "a token too many": (
         {"tokens": torch.full((260,), 150)},
         ValueError,
-        r"tokens: expected rows of u in \[0, 150\), got 150",
+        r"tokens: expected rows of x in \[0, 150\), got 150",
     ),
     "cores of another rank": (
         {"cores": torch.ones(5, 4, 4)},

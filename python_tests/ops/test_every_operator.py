@@ -1,7 +1,7 @@
-"""What holds for the tensors of every operator of the library, by a walk over all schemas: a new operator is covered or fails here.
+"""What holds for the tensors of every operator, by a walk over the library's schemas: a new operator is covered, or fails here.
 
-Each tensor is there, on one device, with memory for all its elements and of a dtype that the operator takes; one that is written
-shares no memory with another. Else the operator raises, names the argument and changes nothing.
+Each tensor is there, on one device, with memory for all its elements and of a dtype that the operator takes; one that is
+written shares no memory with another. Else the operator raises, names the argument and changes nothing.
 """
 
 from __future__ import annotations
