@@ -157,7 +157,7 @@ class Made:
     been called. It holds what it was made of."""
 
     def __init__(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]):
-        self.training, self.tensors = cores.training, (*cores.parameters(), *cores.buffers())
+        self.training, self.tensors = cores.training, _tensors(cores)
         self.versions = _versions(self.tensors)
         generators = _generators(self.tensors)
         before = [generator.get_state() for generator in generators or ()]
@@ -170,9 +170,14 @@ class Made:
 
     def is_of(self, cores: nn.Module) -> bool:
         """Whether cores is as it was."""
-        now = (*cores.parameters(), *cores.buffers())
+        now = _tensors(cores)
         same = len(now) == len(self.tensors) and all(t is own for t, own in zip(now, self.tensors))
         return same and cores.training == self.training and _versions(now) == self.versions
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Its parameters and buffers."""
+    return [t for m in module.modules() for own in (m._parameters, m._buffers) for t in own.values() if t is not None]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

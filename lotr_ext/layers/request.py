@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
-from torch import nn
+from torch import is_inference_mode_enabled, nn
 from torch.compiler import is_compiling
 
 from ..compat import carried, carry, checkpoint_regions, graph_task, run_unseen
@@ -55,12 +55,16 @@ _lock = threading.RLock()
 
 
 class _Answers(dict):
-    """By layer what is said of it now: (whether its adapter is off, its mixture). By NOW whether anything is said of any layer;
-    None is kept here while no context is open anywhere and no region will need one again."""
+    """By layer what is said of it now: (whether its adapter is off, its mixture). By NOW whether anything may be said of a
+    layer, True or None; that None is kept here while no context is open anywhere and no region will need one again."""
 
     def __missing__(self, asked: object) -> tuple[bool, Mixture | None] | bool | None:
-        opened = _in_force()
-        return _state_of(opened, asked) if isinstance(asked, nn.Module) else (True if opened else None)
+        if isinstance(asked, nn.Module):
+            return _state_of(_in_force(), asked)
+        if _here() or _kept:
+            return True
+        _settle()
+        return None
 
 
 run_unseen(_Answers.__missing__)
@@ -99,9 +103,8 @@ def _in_force() -> tuple[Opened, ...]:
     """The contexts that are in force for a call made now, the innermost last."""
     here = _here()
     if not here and not _kept:
-        _settle()
         return ()
-    regions = checkpoint_regions()
+    regions = [] if is_inference_mode_enabled() else checkpoint_regions()  # without a graph nothing is run again
     again = next((i for i, (_, recomputed) in enumerate(regions) if recomputed), len(regions))
     if again < len(regions):
         region = regions[again][0]
