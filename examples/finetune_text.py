@@ -103,7 +103,8 @@ def run(job: Job) -> dict:
                 sys.exit(1)
     peak = tm.peak_memory()
 
-    logits = tm.predict(model, test_ids)
+    with Bar(f"{recipe.name}, held out", len(test_ids), job.show) as bar:
+        logits = tm.predict(model, test_ids, done=bar.reach)
     folder = Path(job.out) / f"{job.method}-r{job.rank}"
     result = {
         "method": recipe.name,
@@ -133,7 +134,8 @@ def check_reload(job: Job, classes: int, test_ids: list, logits, folder: Path) -
     for stage in ("loaded", "merged"):
         if stage == "merged":
             merge(fresh)
-        got = tm.predict(fresh, test_ids)
+        with Bar(f"LoTR, {stage}", len(test_ids), job.show) as bar:
+            got = tm.predict(fresh, test_ids, done=bar.reach)
         changed = int((got.argmax(1) != logits.argmax(1)).sum())
         if changed:
             raise RuntimeError(f"{stage} adapter: expected the trained model's predictions, got {changed} others")
@@ -142,7 +144,8 @@ def check_reload(job: Job, classes: int, test_ids: list, logits, folder: Path) -
 
 
 class Bar:
-    """A progress bar with the loss; a line now and then where the output is no terminal."""
+    """A progress bar with the loss, of a training by `step` or of an evaluation by `reach`; where the output is no terminal, a
+    line of a training now and then."""
 
     def __init__(self, name: str, steps: int, show: bool):
         self.name, self.steps, self.done = name, steps, 0
@@ -151,10 +154,10 @@ class Bar:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = [TextColumn("{task.description:12}"), BarColumn(30), MofNCompleteColumn()]
-            columns += [TextColumn("loss {task.fields[loss]}"), TimeRemainingColumn()]
+            columns = [TextColumn("{task.description:16}"), BarColumn(30), MofNCompleteColumn()]
+            columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
             self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(name, total=steps, loss="     ")
+            self.task = self.bar.add_task(name, total=steps, note=" " * 10)
         self.lines = show and self.bar is None
 
     def __enter__(self) -> Bar:
@@ -170,9 +173,13 @@ class Bar:
         self.done += 1
         recent = statistics.fmean(losses[-20:])
         if self.bar:
-            self.bar.update(self.task, advance=1, loss=f"{recent:.3f}")
+            self.bar.update(self.task, advance=1, note=f"loss {recent:.3f}")
         elif self.lines and (self.done % 50 == 0 or self.done == self.steps):
             print(f"{self.name:12} step {self.done:4}/{self.steps}  loss {recent:.3f}", file=sys.stderr, flush=True)
+
+    def reach(self, done: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=done)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -222,12 +222,18 @@ def start_from_gradient(model: nn.Module, batches: Batches, head_lr: float, step
 
 
 @torch.no_grad()
-def predict(model: nn.Module, ids: list[list[int]], batch: int = 100) -> Tensor:
-    """Logits [examples, classes], computed in batches of similar length, in the order of ids."""
+def predict(
+    model: nn.Module, ids: list[list[int]], batch: int = 100, done: Callable[[int], object] = lambda examples: None
+) -> Tensor:
+    """Logits [examples, classes], computed in batches of similar length, in the order of ids. done: is told how many examples
+    there are after each batch."""
     training = model.training
     model.eval()
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    parts = [model([ids[i] for i in order[k : k + batch]]) for k in range(0, len(order), batch)]
+    parts = []
+    for k in range(0, len(order), batch):
+        parts.append(model([ids[i] for i in order[k : k + batch]]))
+        done(min(k + batch, len(order)))
     model.train(training)
     logits = torch.cat(parts)
     out = torch.empty_like(logits)

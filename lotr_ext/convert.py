@@ -2,6 +2,7 @@
 
 lora-to-lotr SOURCE DESTINATION --rank 16        a PEFT LoRA adapter, by Tucker-2; or --error 0.1, or --parameters 100000
 lotr-to-lora SOURCE DESTINATION                  for PEFT and whatever else reads LoRA, exact
+lotr-to-peft SOURCE DESTINATION                  for PeftModel.from_pretrained, as LoTR; load_adapter reads what PEFT writes
 original-to-lotr FILE DESTINATION                a state dict of github.com/daskol/lotr
 """
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .interop import Conversion, ExpertLoRA, LoTRAdapter, lora_to_lotr, lotr_to_lora, original_to_lotr, read_lora
+from .interop import Conversion, ExpertLoRA, LoTRAdapter, lora_to_lotr, lotr_to_lora, lotr_to_peft, original_to_lotr, read_lora
 from .interop.from_lora import exact_rank
 from .interop.lora_files import LoRALayer
 from .layers.factors import check_rank
@@ -63,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     one = command("lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "LoTR to a PEFT LoRA adapter, exact.")
     one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
     one.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
+    one = command("lotr-to-peft", "directory of a LoTR adapter (save_adapter)", "LoTR as PEFT saves a LoTRPeftConfig's, exact.")
+    one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
     one = command("original-to-lotr", "checkpoint of the original LoTR implementation", "A state dict of daskol/lotr to LoTR.")
     one.add_argument("--scale", type=float, default=1.0, help="what its layers were made with (default 1)")
     one.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that were trained whole, such as classifier")
@@ -146,6 +149,16 @@ def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
     return f"{len(layers)} layers; {sum(layer.A.numel() + layer.B.numel() for layer in layers.values()):,} parameters"
 
 
+def _lotr_to_peft(arguments: argparse.Namespace, console: Console) -> str:
+    layers = lotr_to_peft(arguments.source, arguments.destination, task_type=arguments.task_type)
+    rows = [
+        (name, f"{entry.in_features} x {entry.out_features}", f"{entry.scaling:g}")
+        for name, entry in sorted(layers.items(), key=lambda item: _natural(item[0]))
+    ]
+    _table(console, rows, ("layer", "in x out", "scaling"), "exact")
+    return f"{len(layers)} layers"
+
+
 def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     options = {"scale": arguments.scale, "modules_to_save": arguments.modules_to_save}
     found = original_to_lotr(arguments.source, **options)
@@ -181,7 +194,12 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    run = {"lora-to-lotr": _lora_to_lotr, "lotr-to-lora": _lotr_to_lora, "original-to-lotr": _original_to_lotr}
+    run = {
+        "lora-to-lotr": _lora_to_lotr,
+        "lotr-to-lora": _lotr_to_lora,
+        "lotr-to-peft": _lotr_to_peft,
+        "original-to-lotr": _original_to_lotr,
+    }
     console = Console(markup=False, emoji=False, highlight=False)
     try:
         _check_destination(Path(parsed.destination))

@@ -4,6 +4,7 @@ Only `lotr_ext.interop.peft` imports PEFT; everything else here reads and writes
 command.
 """
 
+from ..model.peft_files import lotr_to_peft
 from .adapter import LoTRAdapter
 from .expert_lora import ExpertLoRA, expert_lora_factors
 from .from_lora import Conversion, lora_to_lotr
@@ -22,6 +23,7 @@ __all__ = [
     "lora_factors",
     "lora_to_lotr",
     "lotr_to_lora",
+    "lotr_to_peft",
     "original_to_lotr",
     "read_lora",
 ]

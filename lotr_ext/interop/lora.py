@@ -26,11 +26,12 @@ from ..layers.experts import LoTRExperts
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
-from ..model.adapter_files import read, serialized
+from ..model.adapter_files import serialized
 from ..model.apply import adapted_layers
 from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
 from ..model.core_forms import CORES
 from ..model.experts import parameter_name
+from ..model.peft_files import read_either
 from ..ops import accumulate_dtype
 from .expert_lora import ExpertLoRA, check_form, core_side, expert_lora, expert_lora_factors, expert_tensors
 from .lora_files import LoRALayer
@@ -160,7 +161,7 @@ def lotr_to_lora(
     fan_in_fan_out: bool = False,
     experts: str = "peft",
 ) -> dict[str, LoRALayer | ExpertLoRA]:
-    """Writes the LoTR adapter that `save_adapter` left in `source` as a PEFT LoRA adapter; no model is needed.
+    """Writes the LoTR adapter in `source`, by `save_adapter` or by PEFT, as a PEFT LoRA adapter; no model is needed.
 
     Args:
         source: a directory with a LoTR adapter.
@@ -176,7 +177,7 @@ def lotr_to_lora(
         ValueError: no such adapter, directory is a file, or experts is no form.
     """
     check_form(experts)
-    manifest, tensors = read(Path(source))
+    manifest, tensors = read_either(Path(source))
     entries, stacked = {}, {}
     for name, entry in manifest.layers.items():
         if entry.experts:

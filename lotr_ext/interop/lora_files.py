@@ -165,7 +165,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _check_config(config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
-        raise ValueError(f"peft_type: expected LORA, got {config['peft_type']!r}")
+        hint = "; lotr_ext.load_adapter reads it as it is" if config["peft_type"] == "LOTR" else ""
+        raise ValueError(f"peft_type: expected LORA, got {config['peft_type']!r}{hint}")
     for field, meaning in _NOT_PLAIN.items():
         if config.get(field):
             raise ValueError(f"{field}: expected a LoRA of two factors a layer, got {meaning}")

@@ -13,7 +13,11 @@ PEFT's registry is a closed enum, so `register_peft_method` refuses "lotr"; the 
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 __all__ = ["MINIMUM_PEFT", "LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
 
@@ -33,12 +37,15 @@ def _check_version() -> None:
 
 _check_version()
 
+from ..model.adapter_files import JSON_NAME  # noqa: E402
+from ..model.peft_files import CONFIG_NAME  # noqa: E402
 from .peft_config import LOTR, LoTRPeftConfig  # noqa: E402
 from .peft_layer import LoTRPeftLinear  # noqa: E402
 from .peft_model import LoTRPeftModel  # noqa: E402
 
 
 def _register() -> None:
+    from peft.config import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     found = PEFT_TYPE_TO_CONFIG_MAPPING.get(LOTR)
@@ -47,6 +54,25 @@ def _register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[LOTR] = LoTRPeftConfig
     PEFT_TYPE_TO_TUNER_MAPPING[LOTR] = LoTRPeftModel
     PEFT_TYPE_TO_PREFIX_MAPPING[LOTR] = LoTRPeftModel.prefix
+
+    PeftConfig._get_peft_type = classmethod(_naming_our_folders(PeftConfig._get_peft_type.__func__))
+
+
+def _naming_our_folders(get_peft_type: Callable[..., str]) -> Callable[..., str]:
+    """PEFT's look into a folder, which says what to do with one of `lotr_ext.save_adapter`."""
+
+    @functools.wraps(get_peft_type)
+    def look(cls: type, model_id: str, **options: Any) -> str:
+        directory = Path(model_id, options.get("subfolder") or "")
+        if (directory / JSON_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"model_id: expected a folder that PEFT has saved, got {directory}, by lotr_ext.save_adapter; "
+                f"python -m lotr_ext.convert lotr-to-peft {directory} DESTINATION makes one of it, and "
+                "lotr_ext.load_adapter(model, directory) loads it without PEFT"
+            )
+        return get_peft_type(cls, model_id, **options)
+
+    return look
 
 
 _register()

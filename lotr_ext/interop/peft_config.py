@@ -55,6 +55,7 @@ class LoTRPeftConfig(PeftConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
             for target_modules: what PEFT has for LoRA and the model's type; with target_parameters no module.
         target_parameters: as in `lotr_ext.LoTRConfig`, the 3-D parameters of a transformers mixture's experts.
+        layers: what was adapted, as PEFT saves it with the adapter, for `lotr_ext.load_adapter`; nothing that is given.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
 
     Raises:
@@ -78,6 +79,7 @@ class LoTRPeftConfig(PeftConfig):
     core: str = field(default="dense", metadata={"help": "a core a layer, or what makes them all of fewer numbers"})
     train: list[str] = field(default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "3-D parameters of experts"})
+    layers: list[dict[str, Any]] | None = field(default=None, metadata={"help": "written when layers are adapted"})
     r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank; None: rank, 16 by default"})
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ..layers.cores import Cores
 from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
+from ..model.adapter_files import LayerEntry
 from ..model.core_forms import form_at, make_cores
-from ..model.experts import parameter_name, place, release
+from ..model.experts import expert_sizes, parameter_name, place, release
+from ..model.peft_files import described_layers
 from ..model.scope import attach_scope, detach_scope
 from ..model.shared_factors import SharedFactors, factors_by_part, width_names
 from ..model.sizes import check_memory
@@ -33,6 +35,16 @@ from ..model.targets import Target, can_be_child, features, name_ends_with, sele
 from .peft_config import LoTRPeftConfig
 from .peft_experts import LoTRPeftExperts, hosts
 from .peft_layer import LoTRPeftLinear
+
+
+def _entry(target: Target, config: LoTRPeftConfig) -> LayerEntry:
+    """What the files of `save_adapter` have of a layer."""
+    sizes = (target.in_features, target.out_features)
+    owners = width_names(*sizes) if config.group_by == "width" else (target.group,)
+    names = tuple(f"lotr_factors.{owner}" for owner in owners)
+    experts = 0 if target.parameter is None else expert_sizes(target.module, target.parameter)[0]
+    return LayerEntry(names if len(names) > 1 else names[0], *sizes, 1.0, 0.0, experts)
+
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -137,6 +149,7 @@ class LoTRPeftModel(BaseTuner):
             if len(target.names) > 1:
                 raise ValueError(f"target_modules: expected layers in one place each, got one at {', '.join(target.names)}")
         self._groups = {target.name: target.group for target in targets}
+        peft_config.layers = described_layers({target.name: _entry(target, config) for target in targets})
         self._parameters_found = [target for target in targets if target.parameter is not None]
         self._owners = set(self._groups.values())
         if config.group_by == "width":

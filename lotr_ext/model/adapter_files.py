@@ -34,7 +34,17 @@ from ..version import __version__
 from .config import LoTRConfig
 from .core_forms import CORES, make_cores
 
-__all__ = ["FORMAT_VERSION", "LayerEntry", "Manifest", "read", "serialized", "write"]
+__all__ = [
+    "FORMAT_VERSION",
+    "LayerEntry",
+    "Manifest",
+    "check_shapes",
+    "manifest_of",
+    "read",
+    "serialized",
+    "tensors_of",
+    "write",
+]
 
 FORMAT, FORMAT_VERSION = "lotr", 1
 JSON_NAME = "lotr_adapter.json"
@@ -151,13 +161,10 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
     Raises:
         ValueError: saying which file, what was expected and what came. Nothing in the files is ever executed.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     path, missing = directory / JSON_NAME, None
     while True:
         content = _content(directory)
-        manifest, name = _manifest(path, content), _entry(path, content, "tensors_file", str)
+        manifest, name = manifest_of(path, content), _entry(path, content, "tensors_file", str)
         if not _TENSORS_NAME.fullmatch(name):
             raise ValueError(f"{path}: expected tensors_file like lotr_adapter.<16 hex digits>.safetensors, got {name!r}")
         file = directory / name
@@ -171,21 +178,29 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
     digest, want = hashlib.sha256(data).hexdigest(), _entry(path, content, "tensors_sha256", str)
     if digest != want:
         raise ValueError(f"{file}: expected sha256 {want}, got {digest} ({len(data)} bytes): truncated, or another file")
-    try:
-        tensors = load(data)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # KeyError: a dtype that torch has not
-        raise ValueError(f"{file}: expected a safetensors file, got something else ({error})") from None
+    tensors = tensors_of(file, data)
     described = _entry(path, content, "tensors", dict)
     if _described(tensors) != described:
         raise ValueError(f"{file}: expected tensors {described}, got {_described(tensors)}")
     try:
-        _check_shapes(manifest, tensors)
+        check_shapes(manifest, tensors)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return manifest, tensors
 
 
-def _check_shapes(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+def tensors_of(file: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors in the content of a safetensors file. ValueError for what is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(data)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # KeyError: a dtype that torch has not
+        raise ValueError(f"{file}: expected a safetensors file, got something else ({error})") from None
+
+
+def check_shapes(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     """Whether a saved adapter's tensors are there and have the shapes that its configuration and its layers say.
 
     Raises:
@@ -267,7 +282,7 @@ def _factors(path: Path, entry: Mapping[str, Any]) -> str | tuple[str, str]:
     return found
 
 
-def _manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
+def manifest_of(path: Path, content: Mapping[str, Any]) -> Manifest:
     try:
         config = None if content.get("config") is None else LoTRConfig.from_dict(_entry(path, content, "config", dict))
     except (TypeError, ValueError) as error:

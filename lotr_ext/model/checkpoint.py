@@ -31,6 +31,7 @@ from .config import LoTRConfig
 from .core_forms import CORES, make_cores
 from .experts import CHILD, expert_sizes, why_not
 from .fingerprint import fingerprint, warn_of_another_base
+from .peft_files import read_either
 from .saved import computed_tensors, cores_of, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .shared_factors import factors_by_part, width_names
 from .stages import inner_model
@@ -168,7 +169,7 @@ def load_adapter(
 
     Args:
         model: the base model, on any device.
-        directory: what `save_adapter` wrote.
+        directory: what `save_adapter` wrote, or PEFT for a LoTRPeftConfig.
         cast: accept tensors of another dtype than the model's, and cast them.
         name: which of several adapters (`lotr_ext.adapters`) to load into, added if there is none of that name; the active
             one by default. A plain model's first adapter gets this name.
@@ -184,7 +185,7 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     target = unwrapped(model)
-    manifest, tensors = files.read(_path(directory))
+    manifest, tensors = read_either(_path(directory))
     if name is not None and any(isinstance(m, LoTRLayer) for m in target.modules()):
         if name != adapters.active_adapter(target):
             _load_parked(target, manifest, tensors, cast, name, share_factors)

@@ -139,6 +139,14 @@ class LoTRConfig:
         check_names(given, "LoTRConfig")
         return super().__new__(cls)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "base_model_name_or_path":  # the first that peft.get_peft_model reads
+            raise AttributeError(
+                "peft_config: expected lotr_ext.interop.peft.LoTRPeftConfig, which has the same fields, got LoTRConfig, which "
+                "is for lotr_ext.apply_lotr"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)

@@ -21,7 +21,7 @@ from torch import nn
 from toys import Toy, adapted
 
 from lotr_ext import LoTRConfig, apply_lotr, convert, save_adapter
-from lotr_ext.interop import export_lora
+from lotr_ext.interop import export_lora, lotr_to_peft
 
 VALUES = [
     None, True, -1, 0, 1.5, 10**400, 2**31, float("nan"), float("inf"), "", "x", "(", "a\nb\x1b[31m", "[/bold]", [],
@@ -29,6 +29,7 @@ VALUES = [
 ]  # fmt: skip
 COMMANDS = {
     "lotr": ["lotr-to-lora"],
+    "peft": ["lotr-to-peft"],
     "lora": ["lora-to-lotr", "--rank", "2"],
     "original": ["original-to-lotr", "--modules-to-save", "head"],
 }
@@ -41,6 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = adapted(modules_to_save=["head"])
     save_adapter(model, folder / "lotr")
     export_lora(model, folder / "lora")
+    lotr_to_peft(folder / "lotr", folder / "peft")
     state = {f"{name}.lotr.{part}": torch.randn(5, 5) for name in ("x.q", "y.q") for part in ("lhs", "mid", "rhs")}
     (folder / "original").mkdir()
     torch.save(state | {"head.weight": torch.ones(3)}, folder / "original" / "model.bin")
@@ -93,7 +95,7 @@ def replaced(value: Any, at: tuple, new: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("kind", ["lotr", "lora"])
+@pytest.mark.parametrize("kind", ["lotr", "peft", "lora"])
 def test_any_value_in_the_place_of_another_in_the_configuration(kind, sources, run, tmp_path) -> None:
     folder, draw = copied(sources[kind], tmp_path), random.Random(0)
     path = next(folder.glob("*.json"))
@@ -109,7 +111,7 @@ def test_any_value_in_the_place_of_another_in_the_configuration(kind, sources, r
     assert codes == {0, 2}
 
 
-@pytest.mark.parametrize("kind", ["lotr", "lora"])
+@pytest.mark.parametrize("kind", ["lotr", "peft", "lora"])
 def test_any_tensor_in_the_place_of_another(kind, sources, run, tmp_path) -> None:
     folder = copied(sources[kind], tmp_path)
     path = next(folder.glob("*.safetensors"))
