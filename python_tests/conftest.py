@@ -12,12 +12,20 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / "lotr_ext" / "_C.abi3.so").is_file():  # not built here: the tests are of the package that is installed
+INSTALLED = not (ROOT / "lotr_ext" / "_C.abi3.so").is_file()  # not built here: the tests are of the package that is installed
+if INSTALLED:
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT] + [str(ROOT)]
 
 os.environ["LOTR_TUNE"] = "0"  # whatever was found on this machine by `tune`; child processes too
 
 import lotr_ext  # noqa: E402
+
+# Child processes find the same package, and after it what else is in the checkout, whichever folder they start in.
+_FOLDERS = [Path(lotr_ext.__file__).parents[1], ROOT / "python_tests", ROOT / "examples", ROOT]
+os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _FOLDERS), *filter(None, [os.environ.get("PYTHONPATH")])])
+if INSTALLED:
+    os.environ["PYTHONSAFEPATH"] = "1"  # else the folder that a process starts in comes first (Python 3.10 does not know this)
+
 from lotr_ext.ops import planner  # noqa: E402
 
 torch.set_num_threads(1)  # tiny inputs: a second thread only waits

@@ -201,9 +201,8 @@ def test_saving_over_an_adapter_replaces_it_and_leaves_other_files(tmp_path: Pat
 
 # ---- killed in the middle --------------------------------------------------------------------------------------------
 
-_SAVER = f"""
+_SAVER = """
 import os, signal, sys
-sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}
 from toys import adapted, randomize
 from lotr_ext.model.checkpoint import save_adapter
 model = adapted(target_modules="all-linear", rank=64)

@@ -84,9 +84,8 @@ def test_a_load_during_saves_gets_a_whole_adapter(tmp_path: Path) -> None:
     assert set(seen) <= set(models) and seen
 
 
-_PROCESS = f"""
+_PROCESS = """
 import sys
-sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}
 from test_concurrent_saves import model_of
 from lotr_ext import save_adapter
 models = [model_of(seed) for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_a_script_shows_its_fault(tmp_path: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    return {"PYTHONPATH": str(ROOT), "PATH": ""}
+    return {**{name: os.environ[name] for name in ("PYTHONPATH", "PYTHONSAFEPATH") if name in os.environ}, "PATH": ""}
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -24,7 +25,7 @@ needs_data = pytest.mark.skipif(not MODEL.is_dir(), reason="data/ is missing: ru
 
 
 def run(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # waiting threads slow a busy machine
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # waiting threads slow a busy machine
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
@@ -67,6 +68,20 @@ def tiny(tmp_path_factory) -> tuple[Path, Path]:
     with open(folder / "text.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("label", "text"), *rows])
     return folder / "model", folder / "text.csv"
+
+
+def test_an_evaluation_shows_a_bar_on_a_terminal(tiny, tmp_path, monkeypatch):
+    import finetune_text
+
+    model, text = tiny
+    seen = io.StringIO()
+    seen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", seen)
+    options = finetune_text.arguments(["--model", str(model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)])
+    shared = {k: v for k, v in vars(options).items() if k not in ("methods", "seed", "seeds", "quiet")}
+    finetune_text.run(finetune_text.Job(method="lotr", seed=0, show=True, **(shared | {"threads": 1})))
+    for name in ("LoTR, held out", "LoTR, loaded", "LoTR, merged"):
+        assert re.search(rf"{name}.*12/12", seen.getvalue())
 
 
 def test_finetune_text_on_another_model_and_file(tiny, tmp_path):
@@ -285,4 +300,6 @@ def test_predictions_keep_the_order():
             return torch.tensor([[float(len(row))] for row in ids])
 
     ids = [[0] * n for n in (3, 1, 2, 5, 4)]
-    assert tm.predict(Length(), ids, batch=2).flatten().tolist() == [3, 1, 2, 5, 4]
+    seen = []
+    assert tm.predict(Length(), ids, batch=2, done=seen.append).flatten().tolist() == [3, 1, 2, 5, 4]
+    assert seen == [2, 4, 5]

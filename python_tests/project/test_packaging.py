@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import lotr_ext
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
 OLD_PYTHON = '#!/bin/sh\ncase "$1" in -V) echo Python 3.9.2;; *) exit 1;; esac\n'
@@ -248,12 +250,14 @@ def test_setup_has_nothing_to_do_twice():
 def installed_beside_a_checkout(tmp_path) -> tuple[Path, Path, dict[str, str]]:
     """site with the built package, a checkout that was not built, and the environment in which site is among the packages."""
     site, checkout = tmp_path / "site", tmp_path / "checkout"
-    shutil.copytree(ROOT / "lotr_ext", site / "lotr_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    built = Path(lotr_ext.__file__).parent
+    shutil.copytree(built, site / "lotr_ext", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "lotr_ext", checkout / "lotr_ext", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     (checkout / "python_tests").mkdir()
     shutil.copy(ROOT / "python_tests" / "conftest.py", checkout / "python_tests")
     shutil.copy(ROOT / "pyproject.toml", checkout)
-    return site, checkout, {**os.environ, "PYTHONPATH": str(site)}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    return site, checkout, environment | {"PYTHONPATH": str(site)}
 
 
 def test_a_checkout_that_hides_the_installed_package_says_so(installed_beside_a_checkout):
