@@ -125,6 +125,13 @@ class AdapterTrainer(Trainer):
         else:
             super()._load_best_model()
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer uploads output_dir, into which it copies files of the names that it knows from the checkpoint."""
+        if (Path(checkpoint_folder) / REST).is_file() and self.is_world_process_zero():
+            save_adapter(self.model, self.args.output_dir)
+            _save_rest(self.model, Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _load_adapter(self, folder: Path) -> None:
         tensors = _read_rest(self.model, folder)
         load_adapter(self.model, folder)

@@ -231,6 +231,21 @@ def test_the_best_adapter_comes_back_and_whole_checkpoints_resume(tmp_path: Path
     capsys.readouterr()
 
 
+def test_what_is_pushed_during_training_has_the_adapter(tmp_path: Path, monkeypatch, capsys) -> None:
+    one, pushed = trainer(normed, "pixels", tmp_path, cls=AdapterTrainer), []
+
+    def push(self: transformers.Trainer, folder: str) -> None:  # which uploads output_dir but for the checkpoints in it
+        pushed.append((dict(self.model.state_dict()), load_adapter(make_again(normed), tmp_path).state_dict()))
+
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", push)
+    one.train()
+    one._push_from_checkpoint(str(tmp_path / "checkpoint-6"))
+    ((want, got),) = pushed
+    assert all(torch.equal(got[name], want[name]) for name in got if name.startswith(("lotr_", "first", "head")))
+    assert (tmp_path / "lotr_rest.safetensors").read_bytes() == (tmp_path / "checkpoint-6/lotr_rest.safetensors").read_bytes()
+    capsys.readouterr()
+
+
 def test_a_trainer_of_adapters_refuses_a_model_without(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="expected one with a LoTR adapter, got Normed without"):
         trainer(Normed, "pixels", tmp_path, cls=AdapterTrainer)
