@@ -26,6 +26,7 @@ from ..layers.experts import LoTRExperts
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
+from ..layers.sharded import holds_parts
 from ..model.adapter_files import serialized
 from ..model.apply import adapted_layers
 from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
@@ -129,6 +130,11 @@ def export_lora(
     """
     check_form(experts)
     model, directory = unwrapped(model), Path(directory)
+    if isinstance(model, nn.Module) and holds_parts(model):
+        raise RuntimeError(
+            f"model: expected whole tensors, got {type(model).__name__} held in parts; save_adapter in every process, then "
+            "load and export in one"
+        )
     layers, saved = adapted_layers(model), saved_modules(model)
     of_experts = {name: layer for name, layer in layers.items() if isinstance(layer, LoTRExperts)}
     for name, layer in of_experts.items():

@@ -91,9 +91,7 @@ class LoTRPeftExperts(LoTRPeftLinear):
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None) -> Tensor:
         off, y = self.disable_adapters or self.merged, None
         for core in () if off else (self.lotr_adapter[n] for n in self.active_adapters if n in self.lotr_adapter):
-            y = core.factors(
-                lambda A, B, y=y, core=core: call_routed(x, weight, bias, offs, tokens, y, A, B, core.core, None, core.call())
-            )
+            y = core(lambda A, B, call, y=y: call_routed(x, weight, bias, offs, tokens, y, A, B, call.core, None, call))
         return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x)) if y is None else y
 
     def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Plan]:

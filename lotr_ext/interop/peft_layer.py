@@ -10,7 +10,7 @@ adapters, and adapters over other bases, are added to the base's output (`call.a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,10 @@ class LoTRCore(HasCore):
         for part, (owner, name) in zip(("A", "B", "core"), (*self.factors.owners, (self, "core"))):
             yield from ((part, parameter) for parameter in parameters_of(owner, name))
 
+    def forward(self, operation: Callable[[Tensor, Tensor, Call], Tensor]) -> Tensor:
+        """operation(A, B, call): the only way to read the core, A and B, so that ZeRO-3 gathers them around this call."""
+        return self.factors(lambda A, B: operation(A, B, self.call()))
+
     def call(self) -> Call:
         """What a call of the layer needs."""
         p = self.dropout if self.training else 0.0
@@ -74,7 +78,7 @@ class LoTRCore(HasCore):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """s B G^T A^T [n, k] in float32 (float64 for float64)."""
-        return self.factors(lambda A, B: delta_weight(A, B, self.core, self.scaling))
+        return self(lambda A, B, call: delta_weight(A, B, call.core, call.scaling))
 
     def extra_repr(self) -> str:
         parts = f"rank={self.factors.rank}, scaling={self.scaling:g}"
@@ -82,8 +86,9 @@ class LoTRCore(HasCore):
 
 
 def own_weight(base: nn.Module) -> Tensor | None:
-    """W [n, k] of a base that computes x W^T + bias and nothing else; None where its weight is its own affair."""
-    if not has_plain_weight(base) or parametrize.is_parametrized(base):
+    """W [n, k] of a base that computes x W^T + bias and nothing else; None where only its forward may read its weight: one that
+    is quantised, or that ZeRO-3 gathers for its forward."""
+    if not has_plain_weight(base) or parametrize.is_parametrized(base) or hasattr(base.weight, "ds_id"):
         return None
     if isinstance(base, nn.Linear):
         return base.weight if type(base).forward is nn.Linear.forward else None
@@ -141,11 +146,11 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         plain = bool(cores) and not (args or kwargs) and not needs_wrap(base)
         if plain and (weight := own_weight(base)) is not None:
             core = cores.pop(0)
-            y = core.factors(lambda A, B: call_linear(x, weight, base.bias, A, B, core.call()))
+            y = core(lambda A, B, call: call_linear(x, weight, base.bias, A, B, call))
         else:
             y = base(x, *args, **kwargs)
         for core in cores:
-            y = core.factors(lambda A, B, y=y, core=core: add_adapter(x, y, A, B, core.call()))
+            y = core(lambda A, B, call, y=y: add_adapter(x, y, A, B, call))
         return y
 
     def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Plan]:

@@ -36,19 +36,28 @@ def made(form: nn.Module, *args) -> Tensor:
         return form(*args)
 
 
-class HasCore(nn.Module):
-    """Base class of what has a core G [r_in, r_out]: LoTRLayer, and PEFT's layers for each of their adapters."""
+class _Core:
+    """`module.core`. No property: for a forward FSDP1 sets an attribute in a parameter's place, and a property would refuse."""
 
-    @property
-    def core(self) -> Tensor:
-        """G: the parameter, or what `core_form` makes now."""
-        core = self._parameters.get("core")
+    def __get__(self, module: HasCore | None, owner: type | None = None) -> Tensor:
+        if module is None:
+            return self
+        core = module._parameters.get("core")
         if core is not None:
             return core
-        form = self._modules.get("core_form")
+        form = module._modules.get("core_form")
         if form is None:
-            raise AttributeError(f"{type(self).__name__} has no core yet")
+            raise AttributeError(f"{type(module).__name__} has no core yet")
         return made(form)
+
+
+class HasCore(nn.Module):
+    """Base class of what has a core G [r_in, r_out]: LoTRLayer, and PEFT's layers for each of their adapters.
+
+    core: G, the parameter, or what `core_form` makes now.
+    """
+
+    core = _Core()
 
     def held_core(self) -> nn.Parameter | nn.Module:
         """The parameter, or the module that makes it."""

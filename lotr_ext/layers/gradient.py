@@ -17,6 +17,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +32,13 @@ from ..ops.composite import rows, to
 from .init import fill_factor_, leading, padded
 from .merging import write_
 from .placement import home
-from .sharded import holds_parts
+from .sharded import agreed, holds_parts
 from .untouched import untouched
 
 __all__ = ["PASSES", "Key", "Loss", "Probed", "leading_directions", "write_factors"]
 
 PASSES, OVERSAMPLE = 3, 8
+_WHERE = "the start from the gradient"
 Loss = Callable[[nn.Module, Any], Tensor]
 Key = tuple[str, Hashable]  # of a factor: "A" or "B", and its name
 
@@ -204,23 +206,16 @@ def leading_directions(
         TypeError, ValueError: a model that is held in parts or wrapped; no batches; a loss that is no function, or returns no
             scalar, or one in which no layer has a part; a gradient that is not finite, or zero for all layers of a factor.
     """
-    _check(model, batches, loss)
-    factors = _random(layers)
     with untouched(model):
-        kept = _as_list(batches)
+        kept = agreed(_WHERE, lambda: _checked(model, batches, loss))
+        factors = _random(layers)
         _freeze(model, layers)
         with _bar(PASSES * len(kept), progress) as step:
             for _ in range(PASSES):
                 looks = {}
                 for name, layer in layers.items():
                     looks[name] = Looks(*(factors[key].to(home(layer.module)) for key, _, _ in layer.sides))
-                taps = Taps(looks)
-                with torch.enable_grad(), taps.on(layers):
-                    for batch in kept:
-                        value = loss(model, batch)
-                        _check_loss(value, taps.reentrant)
-                        taps.backward(value, model)
-                        step()
+                agreed(_WHERE, partial(_look, model, layers, looks, kept, loss, step))
                 if dist.is_available() and dist.is_initialized():
                     for look in looks.values():
                         dist.all_reduce(look.P)
@@ -230,7 +225,26 @@ def leading_directions(
     return {key: padded(factor[:, : ranks[key]].double(), ranks[key]) for key, factor in factors.items()}
 
 
-def _check(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -> None:
+def _look(
+    model: nn.Module,
+    layers: Mapping[str, Probed],
+    looks: Mapping[str, Looks],
+    batches: Iterable[Any],
+    loss: Loss,
+    step: Callable[[], None],
+) -> None:
+    """One pass over this process's batches."""
+    taps = Taps(looks)
+    with torch.enable_grad(), taps.on(layers):
+        for batch in batches:
+            value = loss(model, batch)
+            _check_loss(value, taps.reentrant)
+            taps.backward(value, model)
+            step()
+
+
+def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -> list[Any]:
+    """The batches as a list."""
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod")
     if wrapped or holds_parts(model):
         state = "wrapped or compiled" if wrapped else "held in parts"
@@ -241,9 +255,6 @@ def _check(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -
         raise TypeError(f"batches: expected a few batches for a start from the gradient, got {type(batches).__name__}")
     if not callable(loss):
         raise TypeError(f"loss: expected a function (model, batch) -> scalar tensor, got {type(loss).__name__}")
-
-
-def _as_list(batches: Iterable[Any]) -> list[Any]:
     kept = list(batches)
     if not kept:
         raise ValueError("batches: expected at least one for a start from the gradient, got none")

@@ -14,6 +14,7 @@ from .layer import LoTRLayer, check_settings
 from .merging import MergeNotice
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
+from .sharded import whole_shape
 
 
 class LoTRLinear(LoTRLayer, nn.Linear):
@@ -129,7 +130,7 @@ class LoTRConv1D(LoTRLayer):
             raise TypeError(f"linear: expected transformers' Conv1D, got {type(linear).__name__}")
         cls._check_unadapted(linear)
         settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
-        nx, nf = linear.weight.shape
+        nx, nf = whole_shape(linear.weight)
         cls._check_factors(factors, nx, nf)
         cls._check_device(factors, linear.weight.device)
         layer = cls.__new__(cls)

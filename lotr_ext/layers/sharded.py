@@ -1,10 +1,13 @@
-"""Models that torch.distributed holds in parts (FSDP2, tensor parallelism): whole tensors out of parts, and parts out of
-whole tensors. torch.distributed does the work; a plain model passes through untouched."""
+"""Models that are held in parts: by FSDP2 and tensor parallelism (DTensors), by FSDP1 and by DeepSpeed's ZeRO-3. Whole tensors
+out of parts, and parts out of whole tensors. Those libraries do the work; a plain model passes through untouched."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,73 +15,269 @@ from torch import Tensor, nn
 
 from .merging import write_
 
-__all__ = ["copy_whole_", "gathered", "holds_parts", "in_parts", "reshard", "writing_rank", "written_by_rank_0"]
+__all__ = [
+    *("Slot", "agreed", "holds_parts", "in_parts", "inside_wrappers", "named_modules", "reshard", "whole", "whole_shape"),
+    "writing_rank",
+]
+
+T = TypeVar("T")
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")  # what wrappers call the module inside
 
 
 def _class(module: str, name: str) -> type | tuple[()]:
-    """A class of torch.distributed, if its module was imported: before that nothing can be one, and it takes a second."""
-    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, ())
+    """A class, if its module was imported: before that nothing can be one, and the import takes a second."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id")  # of ZeRO-3; DeepSpeed tells them by it
+
+
+def _fsdp1() -> type | tuple[()]:
+    return _class("torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
+def _engine() -> type | tuple[()]:
+    return _class("deepspeed.runtime.engine", "DeepSpeedEngine")
 
 
 def in_parts(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor: this process holds a part of it, or a replica that others know of."""
-    return isinstance(tensor, _class("tensor", "DTensor"))
+    """Whether this process holds a part of a tensor, or a replica that others know of: a DTensor, or a parameter of ZeRO-3 or
+    FSDP1."""
+    return _is_dtensor(tensor) or _is_zero(tensor) or getattr(tensor, "_fsdp_flattened", False)
 
 
-def holds_parts(model: nn.Module) -> bool:
-    """Whether any tensor of the model is held in parts, by FSDP2 or as a DTensor."""
-    fsdp = _class("fsdp", "FSDPModule")
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor. Not for a parameter of FSDP1, which does not say it."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def holds_parts(model: nn.Module, *, zero: bool = True) -> bool:
+    """Whether any tensor of the model is held in parts. zero: whether those of ZeRO-3 count, which new parameters may join."""
+    fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     return any(isinstance(module, fsdp) for module in model.modules()) or any(
-        in_parts(t) for t in (*model.parameters(), *model.buffers())
+        in_parts(t) and (zero or not _is_zero(t)) for t in (*model.parameters(), *model.buffers())
     )
 
 
 def reshard(model: nn.Module) -> None:
     """Puts away what FSDP2 has gathered for a forward, so that parameters are the parts that their optimizer knows."""
-    fsdp = _class("fsdp", "FSDPModule")
+    fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, fsdp):
             module.reshard()
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors, on the CPU where they came in parts. A collective: every process must call it."""
-    with torch.no_grad():
-        return {name: t.full_tensor().cpu() if in_parts(t) else t for name, t in tensors.items()}
+# ---- wrappers --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def copy_whole_(target: Tensor, value: Tensor) -> None:
-    """target <- value, whole, which every process has: each keeps its own part of it, and nothing is sent."""
-    if in_parts(target):
-        from torch.distributed.tensor import distribute_tensor
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, FullyShardedDataParallel, torch.compile and DeepSpeed's engine."""
+    wrappers = nn.parallel.DistributedDataParallel, _fsdp1(), _engine()
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    return model
 
-        value = value.to(target.device, target.dtype)
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    write_(target, value)
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As model.named_modules(), by the names that modules have without the wrappers inside of the model (FSDP1's, activation
+    checkpointing's, torch.compile's). A wrapper comes before the module in it, by the same name."""
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
 
 
 def writing_rank(model: nn.Module) -> bool:
-    """Whether this process is the one that writes for a DistributedDataParallel model: its replicas are all alike."""
+    """Whether this process is the one that writes for a model whose replicas are all alike."""
     model = getattr(model, "_orig_mod", model)  # a compiled one
+    if isinstance(model, _engine()):
+        return dist.get_rank() == 0
     return not isinstance(model, nn.parallel.DistributedDataParallel) or dist.get_rank(model.process_group) == 0
 
 
-def written_by_rank_0(write: Callable[[], None]) -> None:
-    """Calls write in process 0 and waits for it in all: every process must call this, and each learns of a failure.
+# ---- whole tensors ---------------------------------------------------------------------------------------------------
+
+
+class Slot(NamedTuple):
+    """Where a module has a parameter or buffer. full: its name in the model's state_dict."""
+
+    full: str
+    module: nn.Module
+    name: str
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return self.module._parameters if self.name in self.module._parameters else self.module._buffers
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.place.get(self.name)
+
+
+@contextmanager
+def whole(
+    model: nn.Module, slots: Iterable[Slot], state: Mapping[str, Tensor] | None = None, *, write: bool = False
+) -> Iterator[None]:
+    """Inside, each of the slots has a whole, plain tensor, with the values of those that this process has a part of.
+
+    model: with the wrapper around it. A collective, which every process must call, unless there is a state. state: whole
+    tensors by full name, to be taken instead. write: what the tensors are at the end becomes the model's, in every process,
+    which must all have the same; not after an error.
 
     Raises:
-        In process 0 what write raised, whatever it is; RuntimeError in the others, with its message.
+        RuntimeError: a tensor that state lacks; a parameter of FSDP1 without the FullyShardedDataParallel that has it.
     """
-    failed: list[str | None] = [None]
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            write()
-        except Exception as caught:  # of any kind: the others are waiting
-            error, failed[0] = caught, f"{type(caught).__name__}: {caught}"
-    dist.broadcast_object_list(failed, src=0)
+    if state is None:
+        reshard(model)
+    every = [slot for slot in slots if slot.tensor is not None]
+    parts = [slot for slot in every if in_parts(slot.tensor)]
+    held = {id(slot.tensor): slot.tensor for slot in parts}  # a shared one once
+    values = _gathered(model, parts) if state is None else _from_state(parts, state)
+    inside = {
+        key: nn.Parameter(value, requires_grad=held[key].requires_grad) if isinstance(held[key], nn.Parameter) else value
+        for key, value in values.items()
+    }
+    before = [(slot.place, slot.name, slot.tensor) for slot in parts]
+    for place, name, tensor in before:
+        place[name] = inside[id(tensor)]
+    try:
+        with _without_hooks(model):  # what makes cores is called inside, and needs nothing gathered
+            yield
+    finally:
+        for place, name, tensor in before:
+            place[name] = tensor
+    if write:
+        _scattered(model, parts, values)
+        _write_masters({id(t): (t, values.get(id(t), t)) for t in (slot.tensor for slot in every)}.values())
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside, modules are called without their hooks: sharded training's would look for its own parameters."""
+    before = [(m, m._forward_pre_hooks, m._forward_hooks) for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    for module, _, _ in before:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, pre_hooks, hooks in before:
+            module._forward_pre_hooks, module._forward_hooks = pre_hooks, hooks
+
+
+def _from_state(slots: Sequence[Slot], state: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    if missing := [slot.full for slot in slots if slot.full not in state]:
+        raise RuntimeError(
+            f"save_pretrained: expected {missing[0]} whole in state_dict, got a model held in parts and a state_dict without; "
+            "call save_adapter in every process"
+        )
+    return {id(slot.tensor): state[slot.full].detach() for slot in slots}
+
+
+@torch.no_grad()
+def _gathered(model: nn.Module, slots: Sequence[Slot]) -> dict[int, Tensor]:
+    """The whole tensors of slots that hold parts, by the parts' id."""
+    found = {id(slot.tensor): slot.tensor.full_tensor() for slot in slots if _is_dtensor(slot.tensor)}
+    if zero := [slot.tensor for slot in slots if _is_zero(slot.tensor)]:
+        with _zero_gathered(zero):
+            found |= {id(t): t.detach().clone() for t in zero}
+    keys = {slot: id(slot.tensor) for slot in slots}
+    for own in _summoned(model, slots, writeback=False):
+        found |= {keys[slot]: slot.tensor.detach().clone() for slot in own}
+    return found
+
+
+@torch.no_grad()
+def _scattered(model: nn.Module, slots: Sequence[Slot], values: Mapping[int, Tensor]) -> None:
+    """Each slot's part <- that of the whole value, by the part's id."""
+    for slot in slots:
+        if _is_dtensor(target := slot.tensor):
+            from torch.distributed.tensor import distribute_tensor
+
+            # src_data_rank: every process has the value, so nothing is sent
+            value = distribute_tensor(values[id(target)], target.device_mesh, target.placements, src_data_rank=None)
+            write_(target, value)
+    if zero := {id(slot.tensor): slot.tensor for slot in slots if _is_zero(slot.tensor)}:
+        with _zero_gathered(list(zero.values()), modifier_rank=0):
+            for key, target in zero.items():
+                target.data.copy_(values[key])
+    keys = {slot: id(slot.tensor) for slot in slots}
+    for own in _summoned(model, slots, writeback=True):
+        for slot in own:
+            slot.tensor.copy_(values[keys[slot]])
+
+
+def _zero_gathered(parameters: Sequence[Tensor], **settings: Any) -> Any:
+    import deepspeed  # which has made them, so it is there
+
+    return deepspeed.zero.GatheredParameters(parameters, **settings)
+
+
+def _write_masters(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """DeepSpeed's optimizers keep float32 copies, from which the next step would take the old values. One that rounds to the
+    new value is left as it is. pairs: a parameter and its value now."""
+    if (fragments := sys.modules.get("deepspeed.utils.tensor_fragment")) is None:
+        return
+    for parameter, value in pairs:
+        if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:  # its own part of it: nothing is sent
+            get, put, value = fragments.safe_get_local_fp32_param, fragments.safe_set_local_fp32_param, parameter.ds_tensor
+        elif hasattr(parameter, "_hp_mapping"):
+            get, put = fragments.safe_get_full_fp32_param, fragments.safe_set_full_fp32_param
+        else:
+            continue
+        value, master = value.detach(), get(parameter)
+        if master is not None and not torch.equal(master.to(value.dtype).flatten(), value.flatten()):
+            put(parameter, value.float().view_as(master))
+
+
+def _summoned(model: nn.Module, slots: Sequence[Slot], *, writeback: bool) -> Iterator[list[Slot]]:
+    """The slots of each of FSDP1's units, while its parameters are whole: one unit at a time, for memory."""
+    wanted = [slot for slot in slots if getattr(slot.tensor, "_fsdp_flattened", False)]
+    if not wanted:
+        return
+    fsdp, unit_of = _fsdp1(), {}
+    units = fsdp.fsdp_modules(model)
+    for unit in units:  # an outer one first
+        unit_of |= dict.fromkeys(unit.modules(), unit)
+    for slot in wanted:
+        if slot.module not in unit_of:
+            raise RuntimeError(
+                f"model: expected what FullyShardedDataParallel returned, got {type(model).__name__}, which is inside of it; "
+                f"{slot.full} is a part here"
+            )
+    for unit in units:
+        own = [slot for slot in wanted if unit_of[slot.module] is unit]
+        if own or unit._is_root is None:  # before its first use; from an inner one it would take itself for the root
+            with fsdp.summon_full_params(unit, recurse=False, writeback=writeback):
+                yield own
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def agreed(where: str, work: Callable[[], T], *, together: bool = True) -> T:
+    """work() in every process: if it fails in one, it fails in all, so that none waits for another that has gone.
+
+    together: whether the other processes call this too.
+
+    Raises:
+        Where work failed what it raised, whatever it is; elsewhere RuntimeError, with its message and the process's rank.
+    """
+    if not (together and dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return work()
+    result: T | None = None
+    error: BaseException | None = None
+    try:
+        result = work()
+    except BaseException as caught:  # of any kind, KeyboardInterrupt too: the others are waiting
+        error = caught
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
-    if failed[0] is not None:
-        raise RuntimeError(f"save_adapter: expected process 0 to write the files, got {failed[0]}")
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise RuntimeError(f"{where}: expected all processes to succeed, got an error in process {rank}: {failure}")
+    return result

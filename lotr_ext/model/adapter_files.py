@@ -30,6 +30,7 @@ from ..files import folder, lock, parse_json, placed, read_bytes
 from ..layers.cores import FORMS
 from ..layers.factors import DTYPES
 from ..layers.layer import check_settings
+from ..layers.sharded import in_parts
 from ..version import __version__
 from .config import LoTRConfig
 from .core_forms import CORES, make_cores
@@ -49,6 +50,7 @@ __all__ = [
 FORMAT, FORMAT_VERSION = "lotr", 1
 JSON_NAME = "lotr_adapter.json"
 _TENSORS_NAME = re.compile(r"lotr_adapter\.[0-9a-f]{16}\.safetensors")
+_ALL_PROCESSES = "of a model in parts call save_adapter in every process, with what wraps the model"
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,30 @@ def serialized(tensors: Mapping[str, Tensor]) -> bytes:
     return save(stored, metadata={"format": "pt"})
 
 
+def _check_whole(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors of other shapes than the layers' and the configuration's: sharded training keeps parts of them, and
+    tensors without elements."""
+    for name, entry in manifest.layers.items():
+        A, B = (tensors[entry.tensor(part)].shape[-1:] for part in "AB")
+        r_in, r_out = (*A, *B) if manifest.config is None else manifest.config.ranks
+        core = (entry.experts, r_in, r_out) if entry.experts else (r_in, r_out)
+        wanted = {entry.tensor("A"): (entry.in_features, r_in), entry.tensor("B"): (entry.out_features, r_out)}
+        for key, want in (wanted | {f"{name}.core": core}).items():
+            if tuple(tensors[key].shape) != want or 0 in want:
+                raise ValueError(f"{key}: expected shape {list(want)}, got {list(tensors[key].shape)}; {_ALL_PROCESSES}")
+    for key, tensor in tensors.items():
+        if in_parts(tensor):
+            raise ValueError(f"{key}: expected a whole tensor, got a part of shape {list(tensor.shape)}; {_ALL_PROCESSES}")
+
+
 def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     """Writes an adapter into directory, which is made if need be; other files in it are left alone. Others may save to it and
     load from it meanwhile, in this process and in others.
 
     Raises:
-        ValueError: directory is a file. OSError: the disk.
+        ValueError: directory is a file, or a tensor is a part of one. OSError: the disk; the directory is as it was then.
     """
+    _check_whole(manifest, tensors)
     data = serialized(tensors)
     digest = hashlib.sha256(data).hexdigest()
     tensors_name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # a checksum would be another's, too, who saves the same

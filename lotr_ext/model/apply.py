@@ -29,7 +29,7 @@ from ..layers.merging import MergeNotice, write_
 from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.request import OFF, in_force
-from ..layers.sharded import in_parts
+from ..layers.sharded import holds_parts, named_modules
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .experts import adapt_parameter, release
@@ -178,7 +178,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoTRLayer)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoTRLayer)}
     if not layers:
         raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without; apply_lotr adds one")
     return layers
@@ -239,7 +239,7 @@ def _check_mergeable(
         layer.check_parameter("weight", "merge", name)
         if others := tied.get(id(layer.holder)):
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}")
-        if in_parts(layer.weight) or in_parts(layer.core):
+        if holds_parts(layer.holder) or holds_parts(layer):
             raise RuntimeError(
                 f"merge: expected whole tensors, got {name!r} held in parts; save_adapter, then load and merge in one process"
             )

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..layers.cores import FORMS, Cores
 from ..layers.factors import LoTRFactor, LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
+from ..layers.merging import write_
 from ..layers.parametrized import state_of
 from ..layers.placement import home
-from ..layers.sharded import copy_whole_, gathered, holds_parts, in_parts, reshard, writing_rank, written_by_rank_0
+from ..layers.sharded import Slot, agreed, holds_parts, inside_wrappers, named_modules, whole, writing_rank
 from . import adapter_files as files
 from . import adapters
 from .adapter_files import LayerEntry, Manifest, describe, empty
@@ -32,7 +34,15 @@ from .core_forms import CORES, make_cores
 from .experts import CHILD, expert_sizes, why_not
 from .fingerprint import fingerprint, warn_of_another_base
 from .peft_files import read_either
-from .saved import computed_tensors, cores_of, fitted_to_parametrizations, parts, saved_modules, saved_tensors
+from .saved import (
+    adapter_slots,
+    computed_tensors,
+    cores_of,
+    fitted_to_parametrizations,
+    parts,
+    saved_modules,
+    saved_tensors,
+)
 from .shared_factors import factors_by_part, width_names
 from .stages import inner_model
 from .starts import set_start
@@ -44,10 +54,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, torch.compile and a SentenceTransformer, whose names go without prefixes."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    return inner_model(model)
+    """The model inside its wrappers (DistributedDataParallel, FSDP1, DeepSpeed's engine, torch.compile) and a
+    SentenceTransformer, whose names go without prefixes."""
+    return inner_model(inside_wrappers(model))
 
 
 def _path(directory: object) -> Path:
@@ -58,7 +67,7 @@ def _path(directory: object) -> Path:
 
 def _prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
     """The name of each module in the model that has a factor, or makes cores, by id."""
-    found = {id(m): name for name, m in model.named_modules() if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
+    found = {id(m): name for name, m in named_modules(model) if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
     for name, layer in layers.items():
         if isinstance(cores_of(layer), Cores) and id(cores_of(layer)) not in found:
             raise RuntimeError(f"model: expected it to register what makes the core of {name!r}, got one that no module owns")
@@ -89,25 +98,29 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
     A kill at any moment leaves the old or the new adapter, whole. Models from `apply_lotr` and models built by hand alike;
     compiled models are unwrapped. A merged adapter is saved as if it were not merged.
 
-    DistributedDataParallel models are unwrapped too; called in several processes, only process 0 writes. A model that FSDP2 or
-    tensor parallelism holds in parts must be saved by all processes together: they gather its tensors, process 0 writes, and
-    all wait for it.
+    DistributedDataParallel models are unwrapped too; called in several processes, only process 0 writes. A model that FSDP,
+    ZeRO-3 or tensor parallelism holds in parts must be saved by all processes together, of FSDP1 what FullyShardedDataParallel
+    returned: they gather its tensors, process 0 writes, and all wait for it.
 
     Raises:
-        TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; process 0 could not write.
-            ValueError: directory is a file.
+        TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; of a model in parts an error
+            in another process. ValueError: directory is a file.
     """
-    path = _path(directory)
-    writes, model = writing_rank(model), unwrapped(model)
-    adapted_layers(model)  # says so where there are none
-    if sharded := holds_parts(model):
-        reshard(model)
-    manifest, tensors = contents(model, name)
-    if sharded:
-        whole = gathered(tensors)
-        written_by_rank_0(lambda: files.write(path, manifest, whole))
-    elif writes:
-        files.write(path, manifest, tensors)
+    inner = unwrapped(model)
+    together = isinstance(inner, nn.Module) and holds_parts(inner)
+
+    def check() -> tuple[Path, list[Slot]]:
+        adapted_layers(inner)  # says so where there are none
+        return _path(directory), adapter_slots(inner)
+
+    def write() -> None:
+        manifest, tensors = contents(inner, name)
+        if dist.get_rank() == 0 if together else writing_rank(model):
+            files.write(path, manifest, tensors)
+
+    path, slots = agreed("save_adapter", check, together=together)
+    with whole(model, slots):
+        agreed("save_adapter", write, together=together)
 
 
 @torch.no_grad()
@@ -160,8 +173,8 @@ def load_adapter(
 ) -> Model:
     """Loads a saved adapter into a model, which is adapted first if it is not yet.
 
-    A model that FSDP2 or tensor parallelism holds in parts must be adapted already; every process reads the files and keeps its
-    own parts.
+    A model that FSDP, ZeRO-3 or tensor parallelism holds in parts must be adapted already; every process calls this, reads the
+    files and keeps its own parts.
 
     A plain base model becomes what `apply_lotr` made of it when the adapter was saved. A model that is adapted already, by
     `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes; its values are replaced in place (and with
@@ -185,24 +198,30 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     target = unwrapped(model)
-    manifest, tensors = read_either(_path(directory))
+    together = holds_parts(target)
+    manifest, tensors = agreed("load_adapter", lambda: read_either(_path(directory)), together=together)
     if name is not None and any(isinstance(m, LoTRLayer) for m in target.modules()):
         if name != adapters.active_adapter(target):
             _load_parked(target, manifest, tensors, cast, name, share_factors)
             return model
     if share_factors is not None:
         raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
-    if holds_parts(target):
-        reshard(target)
-    tensors = _fitted(target, manifest, tensors)
     if any(isinstance(m, LoTRLayer) for m in target.modules()):
-        _check_adapted(target, manifest, tensors, cast)
+        with whole(model, adapter_slots(target), write=True):
+            agreed("load_adapter", lambda: _fill_adapted(target, manifest, tensors, cast), together=together)
     else:
+        tensors = _fitted(target, manifest, tensors)
         _install(target, manifest.config, *_check_plain(target, manifest, tensors, cast))
-    _fill(target, manifest, tensors)
+        _fill(target, manifest, tensors)
     if name is not None:
         adapters.rename_active(target, name)
     return model
+
+
+def _fill_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
+    tensors = _fitted(model, manifest, tensors)
+    _check_adapted(model, manifest, tensors, cast)
+    _fill(model, manifest, tensors)
 
 
 def _load_parked(
@@ -226,11 +245,9 @@ def _load_parked(
         raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
     try:
         with adapters.in_use(model, name):
-            tensors = _fitted(model, manifest, tensors)
             if share_factors is not None:
-                _check_same_factors(model, tensors, share_factors)
-            _check_adapted(model, manifest, tensors, cast)
-            _fill(model, manifest, tensors)
+                _check_same_factors(model, _fitted(model, manifest, tensors), share_factors)
+            _fill_adapted(model, manifest, tensors, cast)
     except BaseException:
         if new:
             adapters.delete_adapter(model, name)
@@ -239,7 +256,7 @@ def _load_parked(
 
 def _fitted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors as the model's parametrizations need them."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoTRLayer)}
+    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoTRLayer)}
     return fitted_to_parametrizations(layers, _prefixes(model, layers), manifest, tensors)
 
 
@@ -307,7 +324,7 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
         if manifest.layers[names[0]].tensor("start_A") in tensors or layers[names[0]].start_core is not None:
             for name in names:
                 layers[name].check_parameter("weight", "load_adapter", name)
-                if in_parts(layers[name]._matrix()):  # a base whose weight cannot be read says so
+                if holds_parts(layers[name].holder):
                     raise RuntimeError(
                         f'load_adapter: expected whole weights, for init "svd" changes them, got {name!r} held in parts; load '
                         "the adapter first, then shard the model"
@@ -429,4 +446,4 @@ def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> N
     prefixes = _prefixes(model, layers)
     plain = {f"{name}.{part}": getattr(m, part) for m, name, part in parts(layers, prefixes) if not state_of(m, part)}
     for key, value in (plain | computed_tensors(layers, prefixes) | saved_tensors(saved_modules(model))).items():
-        copy_whole_(value, tensors[key])
+        write_(value, tensors[key])

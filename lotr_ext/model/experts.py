@@ -20,6 +20,7 @@ from ..layers.factors import DTYPES, LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.mixture import places_in_batch
 from ..layers.quantized import is_plain
+from ..layers.sharded import whole_shape
 from ..ops.grouped import grouped_linear, of_groups_alone
 
 __all__ = ["CHILD", "adapt_parameter", "adapted_in", "expert_sizes", "parameter_name", "place", "release", "why_not"]
@@ -70,7 +71,7 @@ def why_not(module: nn.Module, parameter: str) -> str | None:
 
 def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
     """(experts, in_features, out_features) of a parameter that can be adapted."""
-    e, n, k = getattr(module, parameter).shape
+    e, n, k = whole_shape(getattr(module, parameter))
     return (e, n, k) if module.is_transposed else (e, k, n)
 
 

@@ -9,7 +9,9 @@ from torch import nn
 
 from ..layers.experts import LoTRExperts
 from ..layers.gradient import Loss, Probed, leading_directions, write_factors
+from ..layers.layer import LoTRLayer
 from ..layers.merging import check_is_parameter
+from ..layers.sharded import agreed
 from .apply import adapted_layers, disabled
 
 __all__ = ["init_from_gradient"]
@@ -32,7 +34,7 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, prog
         progress: show a bar in the terminal, where the package rich is installed.
 
     Where torch.distributed runs, every process must call this, each with its own batches: the gradients of all are summed, and
-    all get the same A and B.
+    all get the same A and B. An error in one process ends the call in all.
 
     Raises:
         TypeError, ValueError, RuntimeError: no adapter, or experts'; a model that is merged, wrapped, compiled or in parts;
@@ -40,6 +42,15 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, prog
             layer has a part; gradients that are not finite, or zero for all layers of a factor. All of it before anything is
             changed.
     """
+    layers, probed = agreed("init_from_gradient", lambda: _probed(model))
+    with disabled(model):
+        found = leading_directions(model, {n: probed[layer] for n, layer in layers.items()}, batches, loss, progress)
+    write_factors(probed, found)
+    return model
+
+
+def _probed(model: nn.Module) -> tuple[dict[str, LoTRLayer], dict[nn.Module, Probed]]:
+    """The adapted layers, checked."""
     layers = adapted_layers(model)
     for name, layer in layers.items():
         if isinstance(layer, LoTRExperts):
@@ -52,7 +63,4 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, prog
     for layer in layers.values():
         A, B = layer.factors.A, layer.factors.B
         probed[layer] = Probed(layer, layer.in_features, layer.out_features, id(A), id(B), (A.shape[1], B.shape[1]))
-    with disabled(model):
-        found = leading_directions(model, {n: probed[layer] for n, layer in layers.items()}, batches, loss, progress)
-    write_factors(probed, found)
-    return model
+    return layers, probed

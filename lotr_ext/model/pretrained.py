@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.merging import write_
-from ..layers.sharded import in_parts
+from ..layers.sharded import holds_parts, whole
 from . import adapter_files as files
 from . import adapters, save_hook, stages
 from .checkpoint import contents, load_adapter, save_adapter
+from .saved import adapter_slots
 
 __all__ = ["from_pretrained"]
 
@@ -77,19 +78,26 @@ def put_on(model: nn.Module, path: Path) -> nn.Module:
 def save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
     """Writes an adapted model's adapter, or that of a part of owner, beside the weights that transformers has saved. state: the
     whole tensors."""
-    manifest, tensors = contents(owner)
-    if model is not owner:
-        manifest, tensors = _of_part(manifest, tensors, next(f"{n}." for n, m in owner.named_modules() if m is model))
-    parts = [name for name, tensor in tensors.items() if in_parts(tensor)]
-    if parts and state is None and model is owner:
-        save_adapter(model, directory)  # every process is here
-    elif missing := [name for name in parts if name not in (state or ())]:
+    sharded, part = holds_parts(owner), model is not owner
+    if sharded and part:
         raise RuntimeError(
-            f"save_pretrained: expected {missing[0]} whole in state_dict, got a model held in parts and a state_dict without; "
-            "call save_adapter in every process"
+            f"save_pretrained: expected whole tensors or the whole model, got its part {type(model).__name__}, held in parts; "
+            "call save_adapter for the whole one in every process"
+        )
+    if sharded and state is None:
+        save_adapter(owner, directory)  # every process is here
+    elif sharded and not state:  # Trainer's, in process 0 alone, where DeepSpeed writes a checkpoint of its own instead
+        warnings.warn(
+            "lotr_ext: save_pretrained wrote no adapter, for state_dict is empty and the model is held in parts: add "
+            "AdapterCheckpoint() to Trainer's callbacks, or call save_adapter in every process",
+            stacklevel=4,
         )
     else:
-        files.write(directory, manifest, tensors | {name: state[name] for name in parts})
+        with whole(owner, adapter_slots(owner), state):
+            manifest, tensors = contents(owner)
+            if part:
+                manifest, tensors = _of_part(manifest, tensors, next(f"{n}." for n, m in owner.named_modules() if m is model))
+            files.write(directory, manifest, tensors)
     if hasattr(owner, "lotr_parked") and len(names := adapters.adapter_names(owner)) > 1:
         warnings.warn(
             f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, and not {', '.join(names[1:])}: "

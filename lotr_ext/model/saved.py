@@ -9,14 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.cores import FORMS, CoreAt, Cores
+from ..layers.factors import LoTRFactor, LoTRFactors
 from ..layers.layer import LoTRLayer
 from ..layers.parametrized import state_for, state_of, value_with
+from ..layers.sharded import Slot, named_modules
 from .adapter_files import Manifest
 from .config import LoTRConfig
 from .core_forms import CORES
 from .names import name_ends_with
 
-__all__ = ["computed_parts", "computed_tensors", "fitted_to_parametrizations", "saved_modules", "saved_tensors"]
+__all__ = [
+    "adapter_slots",
+    "computed_parts",
+    "computed_tensors",
+    "fitted_to_parametrizations",
+    "saved_modules",
+    "saved_tensors",
+]
 
 Layers = Mapping[str, LoTRLayer]
 Prefixes = Mapping[int, str]  # of LoTRFactors, LoTRFactor and Cores in the model's state_dict, by id
@@ -27,7 +36,7 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     config = getattr(model, "lotr_config", None)
     endings = config.modules_to_save if isinstance(config, LoTRConfig) and config.modules_to_save else ()
     beside = ("lotr_factors", "lotr_parked", "lotr_tasks", CORES)
-    named = ((name, m) for name, m in model.named_modules() if not name.startswith(beside))
+    named = ((name, m) for name, m in named_modules(model) if not name.startswith(beside))
     return {name: m for name, m in named if name and any(name_ends_with(name, e) for e in endings)}
 
 
@@ -43,6 +52,27 @@ def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
                 seen.add(id(value))
                 tensors[f"{name}.{key}"] = value
     return tensors
+
+
+def adapter_slots(model: nn.Module) -> list[Slot]:
+    """Where an adapted model has what its active adapter's file is made of."""
+    own: set[nn.Module] = set()
+    for _, module in named_modules(model):
+        if isinstance(module, LoTRFactors | LoTRFactor | Cores):
+            own.update(module.modules())
+        elif isinstance(module, LoTRLayer):
+            for child in ("core_form", "parametrizations"):
+                own.update(module._modules[child].modules() if child in module._modules else ())
+    for module in saved_modules(model).values():
+        own.update(module.modules())
+    slots = []
+    for at, module in named_modules(model):
+        if module in own:
+            names = (*module._parameters, *module._buffers)
+        else:  # an adapted layer's weights are not its adapter's
+            names = ("core",) if isinstance(module, LoTRLayer) and "core" in module._parameters else ()
+        slots += [Slot(f"{at}.{name}", module, name) for name in names]
+    return slots
 
 
 # ---- parametrized cores and factors ----------------------------------------------------------------------------------

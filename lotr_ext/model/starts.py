@@ -13,6 +13,7 @@ from ..layers.gradient import Key, Loss, Probed, leading_directions
 from ..layers.init import tucker2
 from ..layers.layer import LoTRLayer, check_settings
 from ..layers.merging import write_
+from ..layers.sharded import in_parts
 from ..ops.composite import delta_weight
 from .config import LoTRConfig
 from .targets import Selection
@@ -56,6 +57,8 @@ def svd_starts(selection: Selection, config: LoTRConfig) -> dict[str, Start]:
     for group, targets in selection.groups.items():
         weights = [t.module.weight if isinstance(t.module, nn.Linear) else t.module.weight.T for t in targets]
         for target, weight in zip(targets, weights, strict=True):
+            if in_parts(target.module.weight):
+                raise ValueError(f'init: expected whole weights for "svd", got {target.name!r} held in parts by ZeRO-3')
             if not torch.isfinite(weight).all():
                 raise ValueError(f'init: expected finite weights for "svd", got NaN or infinity in {target.name!r}')
         A, B, cores = tucker2(weights, config.ranks)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from ..layers.layer import LoTRLayer
 from ..layers.linear import is_conv1d
 from ..layers.quantized import has_plain_weight, is_plain
-from ..layers.sharded import holds_parts
+from ..layers.sharded import holds_parts, whole_shape
 from .config import LoTRConfig
 from .experts import CHILD, adapted_in, expert_sizes, why_not
 from .heads import output_layers
@@ -78,7 +78,7 @@ def _is_linear(module: nn.Module) -> bool:
 def features(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features), or None for a module that cannot be adapted."""
     if is_conv1d(module):
-        return tuple(module.weight.shape)
+        return tuple(whole_shape(module.weight))
     found = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return found if all(isinstance(n, int) for n in found) else None
 
@@ -118,9 +118,9 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {type(model).__name__}")
-    if holds_parts(model):
+    if holds_parts(model, zero=False):
         raise TypeError(
-            f"model: expected whole tensors, got {type(model).__name__} held in parts by FSDP2 or as DTensors; adapt it first"
+            f"model: expected whole tensors, got {type(model).__name__} held in parts by FSDP or as DTensors; adapt it first"
         )
     adapted = next((name for name, m in model.named_modules() if isinstance(m, LoTRLayer)), None)
     if adapted is not None or hasattr(model, "lotr_factors"):

@@ -49,8 +49,9 @@ class AdapterCheckpoint(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_
     ) -> None:
         """Called in every process once Trainer has written a checkpoint."""
-        if state.is_world_process_zero or holds_parts(model):
-            save_adapter(unwrapped(model), Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER)
+        if (together := holds_parts(model)) or state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
+            save_adapter(model if together else unwrapped(model), folder)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_

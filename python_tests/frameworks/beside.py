@@ -26,8 +26,7 @@ def values_of(checks: Sequence[str], folder: Path, *, world: int = 1, timeout: f
     """
     results = run_pair(checks, folder, timeout, world=world, packages=FOLDER)
     for name, ranks in results.items():
-        for rank, result in enumerate(ranks):
-            if "error" in result:
-                pytest.fail(f"{name}, process {rank}:\n{result['error']}")
+        if errors := [f"process {rank}:\n{result['error']}" for rank, result in enumerate(ranks) if "error" in result]:
+            pytest.fail(f"{name}, " + "\n".join(errors))
     assert all("value" in result for ranks in results.values() for result in ranks), results
     return {name: [result["value"] for result in ranks] for name, ranks in results.items()}

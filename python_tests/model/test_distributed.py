@@ -155,9 +155,10 @@ def test_what_needs_whole_tensors_is_refused(found: dict) -> None:
         assert 'RuntimeError: load_adapter: expected whole weights, for init "svd" changes them' in refused["svd"]
         assert "ValueError" in refused["other rank"] and "expected float32 [16, 4]" in refused["other rank"]
     assert first["a file in the way"].startswith("ValueError: directory: expected a directory")
-    assert "expected process 0 to write the files, got ValueError: directory" in second["a file in the way"]
-    assert first["an error of another kind"].startswith("IndexError")
-    assert second["an error of another kind"].startswith("RuntimeError: save_adapter: expected process 0 to write the files")
+    assert "expected all processes to succeed, got an error in process 0: ValueError: directory" in second["a file in the way"]
+    assert first["an error of another kind"].startswith("RuntimeError: saving: ")
+    assert "in process 1: KeyError" in first["an error of another kind"]
+    assert second["an error of another kind"].startswith("KeyError")
 
 
 def test_tensor_parallel_replicas(found: dict) -> None:

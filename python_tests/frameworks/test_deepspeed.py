@@ -1,0 +1,31 @@
+"""DeepSpeed's ZeRO, stages 0 to 3, in one process and in two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from beside import needs, values_of
+
+pytestmark = needs("deepspeed")
+CHECKS = ("stages", "through_peft", "partitioned_first", "refusals")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_zero_trains_saves_loads_and_goes_on(world: int, tmp_path: Path) -> None:
+    found = values_of([f"zero_checks:{check}" for check in CHECKS], tmp_path, world=world)
+    for by_rank in found["zero_checks:stages"]:
+        assert len(by_rank) == 7
+        for name, entry in by_rank.items():
+            assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["trained"] < 1e-5, name
+            assert entry["other"] > 1e-3 and max(entry["saved"], entry["loaded"]) < 1e-6 and entry["whole"], name
+            assert entry["goes on"][0] == pytest.approx(entry["goes on"][1], rel=1e-5), name
+    for rank, by_core in enumerate(found["zero_checks:through_peft"]):
+        for core, entry in by_core.items():
+            assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["left"] == [], core
+            assert rank or entry["saved"] < 1e-6, core
+    for entry in found["zero_checks:partitioned_first"]:
+        assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["loaded"] < 1e-6
+    for refused in found["zero_checks:refusals"]:
+        assert "RuntimeError: merge: expected whole tensors" in refused["merge"]
+        assert refused["state_dict"].startswith("ValueError") and refused["left"] == []

@@ -1,0 +1,144 @@
+"""As `gloo_checks`, for models that FSDP1 and FSDP2 hold in parts: each form of core is trained, saved, and loaded again, into
+one process and into parts with other values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from gloo_checks import adam, batch, loss, on_both_paths, randomize_parts, shard, truth
+from stacks import SmoothBlock, Stack, base, make
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from lotr_ext import load_adapter, save_adapter
+from lotr_ext.model import adapter_files
+from nets import relative
+
+CORES = ("dense", "tucker", "few", "train")
+FROZEN_CORES = {"train": ("A", "B"), "core_init": "identity"}
+STEPS = 3
+
+
+def fsdp1_shard(model: Stack, by: str = "block", **options) -> nn.Module:
+    policy = None if by == "root" else ModuleWrapPolicy({SmoothBlock})
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device, **options)
+
+
+def fsdp1_gradients(model: nn.Module) -> dict[str, Tensor]:
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        named = ((n.replace("_fsdp_wrapped_module.", ""), p) for n, p in model.named_parameters())
+        return {n: p.grad.clone() for n, p in named if p.requires_grad}
+
+
+def fsdp2_gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def steps(model: nn.Module, mine: Callable[[int], list[Tensor]], first: int, count: int, sharded: bool) -> list[float]:
+    """The mean loss over both halves by step of AdamW."""
+    optimizer, found = adam(model), []
+    for i in range(first, first + count):
+        optimizer.zero_grad()
+        halves = [loss(model, x) for x in mine(i)]
+        mean = sum(halves) / len(halves)
+        mean.backward()
+        optimizer.step()
+        value = mean.detach().clone()
+        if sharded:
+            dist.all_reduce(value)
+        found.append(value.item() / (2 if sharded else 1))
+    return found
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(batch(0, 9))
+
+
+def around(wrap: Callable[[Stack], nn.Module], gradients: Callable, rank: int, folder: Path) -> dict:
+    """By form of core: how far gradients, losses and outputs are from those of one process."""
+    found = {}
+    for core in CORES:
+        model, at = wrap(make(core=core)), folder / core
+        loss(model, batch(rank)).backward()
+        have, want = gradients(model), truth(core=core)
+        assert have.keys() == want.keys(), have.keys() ^ want.keys()
+        entry = found[core] = {"gradients": max(relative(have[name], want[name]) for name in want)}
+        entry["losses"] = steps(model, lambda i: [batch(rank, i)], 0, STEPS, True)
+        alone = make(core=core)
+        entry["alone"] = steps(alone, lambda i: [batch(r, i) for r in range(2)], 0, STEPS, False)
+        save_adapter(model, at)
+        trained = output(model)
+        entry["trained"] = relative(trained, output(alone).double())
+        entry["saved"] = relative(output(load_adapter(base(), at)), trained.double())
+        other = wrap(make(core=core))
+        randomize_parts(other)
+        entry["other"] = relative(output(other), trained.double())
+        load_adapter(other, at)
+        entry["into parts"] = relative(output(other), trained.double())
+        save_adapter(other, folder / f"{core}-again")
+        first, second = (adapter_files.read(path)[1] for path in (at, folder / f"{core}-again"))
+        entry["again"] = first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+        goes_on = [steps(net, lambda i: [batch(rank, i)], STEPS, 1, True) for net in (model, other)]
+        entry["goes on"] = goes_on
+    return found
+
+
+def fsdp1(rank: int, folder: Path) -> dict:
+    return around(fsdp1_shard, fsdp1_gradients, rank, folder / "fsdp1")
+
+
+def fsdp2(rank: int, folder: Path) -> dict:
+    return around(shard, fsdp2_gradients, rank, folder / "fsdp2")
+
+
+def fsdp1_ways(rank: int, folder: Path) -> dict[str, dict[str, float]]:
+    """Errors of FSDP1's other settings, checkpointing, and accumulation, by case and path."""
+    found, later = {}, ShardingStrategy.SHARD_GRAD_OP
+    for name, by, options, settings in (
+        ("one unit", "root", {}, {}),
+        ("whole until the backward", "block", {"sharding_strategy": later}, {}),
+        ("whole until the backward, frozen cores", "block", {"sharding_strategy": later}, FROZEN_CORES),
+        ("frozen cores", "block", {}, FROZEN_CORES),
+        ("non-reentrant checkpointing", "block", {}, {"reentrant": False}),
+        ("a factor a width", "block", {}, {"group_by": "width"}),
+    ):
+        want = truth(2, **{key: value for key, value in settings.items() if key != "reentrant"})
+
+        def check(by=by, options=options, settings=settings, want=want) -> float:
+            model = fsdp1_shard(make(**settings), by, **options)
+            for _ in range(2):
+                model.zero_grad()
+                output(model)  # leaves the units whole, where they are not sharded again after a forward
+                with model.no_sync():
+                    loss(model, batch(rank).requires_grad_()).backward()
+                loss(model, batch(rank, 1).requires_grad_()).backward()
+            have = fsdp1_gradients(model)
+            return max(relative(have[n], want[n]) for n in want)
+
+        found[name] = on_both_paths(check)
+    return found
+
+
+def fsdp1_refuses(rank: int, folder: Path) -> dict[str, str]:
+    """Messages of what cannot be done with FSDP1."""
+    from lotr_ext import LoTRConfig, apply_lotr, merge
+
+    model, found = fsdp1_shard(make()), {}
+    attempts = {
+        "inside": lambda: save_adapter(model.module, folder / "inside"),
+        "merge": lambda: merge(model),
+        "apply": lambda: apply_lotr(fsdp1_shard(base()), LoTRConfig(rank=2)),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = "nothing"
+        except (TypeError, ValueError, RuntimeError) as refusal:
+            found[name] = f"{type(refusal).__name__}: {refusal}"
+    return found
