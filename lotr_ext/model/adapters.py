@@ -223,6 +223,8 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     names may be an index [b] (int64) of tasks in the model's `TaskBank` instead, -1 for none: then nothing is done by name, or
     by task, and there may be as many tasks as rows. The index is read while the context lasts.
 
+    All this holds for the thread or asyncio task that opened the context, and for what backward runs again of its forwards.
+
     One forward serves them all: x A and the product with B are taken once for the whole batch, and only the cores are picked by
     row, y_i = x_i W^T + bias + s_i ((x_i A) G_names[i]) B^T. The adapters must share the active one's factors. Each input of an
     adapted layer must have the batch as its first dimension; experts, and in their model a layer with a 2-D input, get the

@@ -205,6 +205,8 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def disabled(model: Model) -> Iterator[Model]:
     """Inside the context the model computes what it did without the adapter (modules_to_save stay as they are now).
 
+    That holds for the thread or asyncio task that opened it, and for what backward runs again of its forwards.
+
     Raises:
         TypeError, RuntimeError: no adapter, or a merged one (unmerge it first).
     """

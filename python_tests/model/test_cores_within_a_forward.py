@@ -80,6 +80,38 @@ def test_random_cores_draw_in_a_recomputation_what_they_drew_before(reentrant: b
         assert relative(got, want.double()) < 1e-5
 
 
+class DroppedCore(nn.Module):
+    """A core of one layer's own, of which elements are dropped each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(R, R))
+
+    def forward(self) -> Tensor:
+        return nnf.dropout(self.value, 0.5)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_random_core_of_one_layer_draws_in_a_recomputation_what_it_drew_before(reentrant: bool | None) -> None:
+    torch.manual_seed(0)
+    model = apply_lotr(Chain(), LoTRConfig(rank=R, target_modules=r"layers\.\d"))
+    for i, layer in enumerate(model.layers):
+        nn.init.normal_(layer.core)
+        if i % 2:
+            layer.use_core(DroppedCore())
+    model.reentrant = reentrant
+    x, runs = torch.randn(7, 30, D), []
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for call in (model, lambda x: truth(model, x, lambda i: model.layers[i].core)):
+        torch.manual_seed(3)
+        y = call(own := x.clone().requires_grad_())
+        y.square().sum().backward()
+        runs.append([y.detach(), own.grad, *(p.grad for p in trained)])
+        model.zero_grad()
+    for got, want in zip(*runs, strict=True):
+        assert relative(got, want.double()) < 1e-5
+
+
 def test_cores_that_draw_nothing_in_evaluation_are_made_at_once(monkeypatch) -> None:
     model, calls = adapted(Dropped), []
     monkeypatch.setattr(Dropped, "make", lambda self, index=None, make=Dropped.make: calls.append(index) or make(self, index))
