@@ -199,6 +199,19 @@ def test_saving_over_an_adapter_replaces_it_and_leaves_other_files(tmp_path: Pat
     assert torch.equal(load_adapter(toy(), tmp_path)(IDS), model(IDS))
 
 
+def test_an_adapter_lies_beside_what_accelerate_saves(tmp_path: Path) -> None:
+    """Each is read without the other, and neither save removes the other's files."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator, model = accelerate.Accelerator(cpu=True), trained()
+    for _ in range(2):
+        accelerator.save_model(model, tmp_path, max_shard_size="4KB")
+        save_adapter(accelerator.unwrap_model(model), tmp_path)
+    again = adapted(random=False)
+    accelerate.load_checkpoint_in_model(again, str(tmp_path))
+    for got in (again, load_adapter(toy(), tmp_path)):
+        assert torch.equal(got(IDS), model(IDS))
+
+
 # ---- killed in the middle --------------------------------------------------------------------------------------------
 
 _SAVER = """
