@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..layers.factors import DTYPES
 from ..layers.layer import check_number
 from ..model.adapter_files import LayerEntry
 from ..model.config import LoTRConfig
@@ -95,6 +96,9 @@ def _check(name: str, layer: Mapping[str, Tensor]) -> None:
     if any(t.dim() != 2 for t in layer.values()) or mid.shape != (rhs.shape[1], lhs.shape[0]) or mid.shape[0] != mid.shape[1]:
         shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(layer.items()))
         raise ValueError(f"{name}: expected lhs [r, out], mid [r, r], rhs [in, r], got {shapes}")
+    for part, t in sorted(layer.items()):
+        if t.is_meta or t.dtype not in DTYPES or not (t.numel() and torch.isfinite(t).all()):
+            raise ValueError(f"{name}: expected finite floating values in lotr.{part}, got {t.dtype} {list(t.shape)} without")
 
 
 def _groups(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:

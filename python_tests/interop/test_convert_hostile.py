@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import io
 import json
 import os
 import random
 import re
+import resource
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,19 +113,20 @@ def test_any_value_in_the_place_of_another_in_the_configuration(kind, sources, r
     assert codes == {0, 2}
 
 
-@pytest.mark.parametrize("kind", ["lotr", "peft", "lora"])
+@pytest.mark.parametrize("kind", COMMANDS)
 def test_any_tensor_in_the_place_of_another(kind, sources, run, tmp_path) -> None:
     folder = copied(sources[kind], tmp_path)
-    path = next(folder.glob("*.safetensors"))
-    good = load_file(path)
+    path = next(p for p in folder.iterdir() if p.suffix != ".json")
+    read, write = (torch.load, torch.save) if kind == "original" else (load_file, save_file)
+    good = read(path)
     assert run(kind, folder)[0] == 0
-    for name in [n for n in good if "lora_A" in n or n.endswith((".A", ".core", "head.bias"))][:4]:
+    for name in [n for n in good if "lora_A" in n or n.endswith((".A", ".core", ".mid", ".rhs", "head.bias"))][:4]:
         others = [torch.ones(0), torch.ones(()), torch.ones(2, 0), torch.ones(3, 4, 5), torch.full((4, 16), torch.nan), None]
         like = good[name]
         others += [like.to(dtype) for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float64)]
-        others += [torch.full_like(like, value) for value in (3e38, torch.inf, 0.0)]
+        others += [torch.full_like(like, value) for value in (3e38, torch.inf, torch.nan, 0.0)]
         for other in others:
-            save_file({k: v for k, v in {**good, name: other}.items() if v is not None}, path)
+            write({k: v for k, v in {**good, name: other}.items() if v is not None}, path)
             if kind == "lotr":
                 fit(folder)
             run(kind, folder)
@@ -225,6 +228,18 @@ def test_a_file_that_may_not_be_read(kind, sources, run, tmp_path, monkeypatch) 
 
     monkeypatch.setattr(os, "open", refused)  # the tests may run as root, who may read everything
     assert "Permission denied" in run(kind, folder)[1]
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_full_disk(kind, sources, run) -> None:
+    """RLIMIT_FSIZE: the kernel refuses what is longer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        code, error = run(kind, sources[kind])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and os.strerror(errno.EFBIG) in error and "destination" in error
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
