@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 HALVES = (torch.bfloat16, torch.float16)
 HEAD = """import torch
-from programs.worlds import Doubled, Planned, another, gradients
+from programs.given import Doubled, Planned, PlannedClose, PlannedExit, PlannedInterrupt, another, gradients
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
@@ -67,6 +67,8 @@ class Builder:
         self.outputs = 0  # of the model
         self.net_replaces = False  # whether its forward makes parameters
         self.net_sets = False  # whether it makes parameters or sets scalings: what was recorded before would be recomputed anew
+        self.made_cores = False  # whether a module makes the cores of the model
+        self.tasks: set[int] | None = None  # of the model's bank, by their places
         self.shared: list[str] = []  # adapters that share the first one's factors
         self.net_recomputes = False  # whether the model's forward checkpoints some of its layers
         self.cached: set[str] = set()  # what selective checkpointing may have kept, which torch does not allow to be changed

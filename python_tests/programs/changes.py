@@ -186,7 +186,7 @@ def failing(b: Builder) -> None:
 def parametrized(b: Builder) -> None:
     """A, B or a core that is made of another parameter, as for orthogonal or bounded factors."""
     b.changed()
-    part, how = b.one_of("A", "B", "core"), b.one_of("nn.Tanh()", "nn.Tanh()", "Doubled()")
+    part, how = b.one_of("A", "B", *(() if b.made_cores else ("core",))), b.one_of("nn.Tanh()", "nn.Tanh()", "Doubled()")
     if how == "Doubled()" and b.unwatched:  # it gives the parameter other memory, which views of it do not see
         b.forget()
     if b.net is not None and part != "core" and b.chance(0.5):

@@ -13,9 +13,10 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from programs.given import Decisions, Undecided
 from programs.our_world import Ours
 from programs.plain_world import Plain
-from programs.worlds import Decisions, Undecided, World
+from programs.worlds import World
 from torch import Tensor
 
 TIMES, SPACINGS, NOISE = 4.0, 16.0, 4.0  # of plain torch's error, of the dtype's spacing there, of what rounded inputs do

@@ -90,21 +90,6 @@ def view(b: Builder) -> None:
         b.cached.add(v.name)
 
 
-def mixed(b: Builder) -> None:
-    """Rows of one batch for several adapters that share their factors."""
-    x = b.input_for(b.widths[0])
-    if not b.shared or b.dropout or len(x.shape) < 2 or not 0 < x.shape[0] < 9:
-        return forward(b)
-    names = [b.one_of("default", *b.shared, None) for _ in range(x.shape[0])]
-    b.line(f"if w.mixes(net, {names}):")
-    b.indent += 1
-    b.line(f"with w.mixed(net, {names}):")
-    b.indent += 1
-    forward_net(b, x=x)  # the batch that is there whether they can be mixed or not
-    b.indent -= 2
-    b.forget()
-
-
 def checkpointed(b: Builder) -> None:
     b.recomputes = True
     # a forward that replaces its parameters is another one when it is run again, which no checkpoint bears
@@ -184,24 +169,9 @@ def bare(b: Builder) -> None:
 
 
 def parameter(b: Builder, layer: Layer, part: str) -> str:
+    if part == "core" and b.made_cores:
+        return f"net.lotr_cores.{b.one_of('left', 'right')}"
     return f"{layer.name}.core" if part == "core" else f"{layer.name}.factors.{part}"
-
-
-def threaded(b: Builder) -> None:
-    """The same layers in several threads at once, each with a graph of its own."""
-    if b.dropout:
-        return
-    layer = b.one_of(*b.layers)
-    x = b.input_for(layer.k)
-    seed = b.seed()
-    wanted = f"{x.name}, {layer.name}.core, {parameter(b, layer, 'A')}"
-    b.line("def work():")
-    b.indent += 1
-    run_line(b, f"ys = {layer.name}({x.name}), {layer.name}({x.name} * 0.5)")
-    b.line(f"return gradients(w.loss({seed}, *ys), [{wanted}])")
-    b.indent -= 1
-    b.line("for found in w.threads(work, work):")
-    b.line('    for t in found: w.see("threads", t)')
 
 
 def kept_elsewhere(b: Builder) -> None:

@@ -64,18 +64,20 @@ def make_net(b: Builder) -> None:
     b.line("def forward(self, x, w):")
     b.indent += 1
     layers = [Layer(f"self.{name}", "", k, n) for name, (k, n) in zip(names, sizes)]
+    b.made_cores = b.chance(0.2)
     outputs = forward_lines(b, layers)
     b.line(f"return {', '.join(outputs)},")
     b.indent -= 2
     splits = b.chance(0.3)  # two groups of one shape
     groups = {name: f"g{k}x{n}" + (f"_{i % 2}" if splits else "") for i, (name, (k, n)) in enumerate(zip(names, sizes))}
-    train = b.one_of("A B core", "A B core", "A B core", "core", "A core", "B core", "A B", "B")
+    train = b.one_of("A B core", "A B core", "A B core", "core", "A core", "B core", *(() if b.made_cores else ("A B", "B")))
     r, adapter = rank(b), b.dtype(b.adapter)
     if b.frozen:
         b.line("with torch.inference_mode():")
         b.indent += 1
     b.line(f"net = w.apply(Net(), {groups}, {r}, seed={b.seed()}, dtype={b.dtype()}, adapter_dtype={adapter},")
-    b.line(f'              {settings(b)}, train="{train}")')
+    form = ', form="product"' if b.made_cores else ""
+    b.line(f'              {settings(b)}, train="{train}"{form})')
     if b.frozen:
         b.line("net.requires_grad_(False)")
         b.indent -= 1
@@ -98,7 +100,10 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
         value = Value(b.name("h"), (-1, layer.n))
         call = f"{layer.name}({source.name})"
         kind = b.one_of(*(["plain"] * 6), "checkpoint", "selective", "core", "scaling", "replaced", "no_grad")
-        if kind in ("scaling", "replaced") and layer in called:  # a recomputation of what was before would be another one
+        if b.made_cores and called and b.chance(0.25):
+            kind = b.one_of("left", "right")
+        before = layer in called if kind in ("scaling", "replaced") else b.net_recomputes and kind in ("left", "right")
+        if before:  # a recomputation of what was before would be another one
             kind = "plain"
         called.append(layer)
         b.net_recomputes = b.recomputes = b.recomputes or kind in ("checkpoint", "selective")
@@ -116,6 +121,9 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
         elif kind == "replaced":
             b.net_replaces = b.net_sets = True
             b.line(f"if 'core' in {layer.name}._parameters: {layer.name}.core = another({layer.name}.core, -0.5)")
+        elif kind in ("left", "right"):  # of the numbers that all cores are made of
+            b.net_replaces = b.net_sets = True
+            b.line(f"self.lotr_cores.{kind} = another(self.lotr_cores.{kind}, -0.5)")
         if kind == "no_grad":
             unrecorded = "no_grad" if b.dropout else b.one_of("no_grad", "inference_mode")
             b.line(f"with torch.{unrecorded}():")

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
-from programs.worlds import World, in_backward, invertible, trained_in
+from programs.given import NOISES, Product, in_backward, invertible, random_noise, trained_in
+from programs.operands import argument_names, call_operator
+from programs.worlds import World
 from torch import Tensor, nn
 
 import lotr_ext
+from lotr_ext.cores import Cores
 from lotr_ext.ops import planner
+
+
+class ProductCores(Product, Cores):
+    """A user's own cores."""
+
+    def __init__(self, places, rank, noisy: bool):
+        Cores.__init__(self, places, rank)
+        self.set_up(len(places), rank, noisy)
+
+    def make(self, index: int | None = None) -> Tensor:
+        cores = self.product(index)
+        if not self.noisy:
+            return cores
+        noise = random_noise(len(self.places) if index is None else 1).to(cores.dtype)
+        return cores * (noise if index is None else noise[0])
 
 
 class Ours(World):
@@ -37,14 +57,33 @@ class Ours(World):
 
     def _apply(self, model, groups, rank, settings):
         dtype, init = settings.pop("dtype"), "zero" if "core" in settings["train"] else "identity"
+        form = settings.pop("form")
+        if form is not None:
+            settings["core"], init = partial(ProductCores, noisy=form == "noisy"), "zero"
         config = lotr_ext.LoTRConfig(
             rank=rank, target_modules=list(groups), group_by=groups, adapter_dtype=dtype, core_init=init, **settings
         )
         lotr_ext.apply_lotr(model, config)
 
+    def _experts(self, weight, bias, factors, scaling):
+        return lotr_ext.LoTRExperts.from_weight(weight, factors, bias=bias, scaling=scaling)
+
+    def _bank(self, model, tasks):
+        lotr_ext.TaskBank(model, tasks)
+
+    def task_from_file(self, model, task: int) -> int:
+        """Another task of the same cores, by way of a file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "task.safetensors"
+            model.lotr_tasks.save(task, path)
+            return model.lotr_tasks.add(path)
+
     def watch(self, layer) -> None:
         """Notes which mask each call with dropout takes: a new one if torch's generator moves, else its group's last. That of
         a layer with backward hooks is its own."""
+        form = layer._modules.get("core_form")
+        if form is not None and form.cores.noisy:
+            self._watch_cores(layer, form)
         if not layer.dropout:
             return
         states: list[Tensor] = []
@@ -67,9 +106,31 @@ class Ours(World):
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
 
+    def _watch_cores(self, layer, form) -> None:
+        """Notes what the core of each call was multiplied by: the first that the call reads."""
+        reads: list[list[float]] = []
+
+        def read(form, args, core: Tensor) -> None:
+            if reads and not reads[-1]:
+                clean = form.cores.product(form.index).detach().flatten()
+                ratio = float(core.detach().flatten()[clean.abs().argmax()] / clean.abs().max())
+                sign = 1 if clean[clean.abs().argmax()] > 0 else -1
+                reads[-1].append(min(NOISES, key=lambda noise: abs(noise - sign * ratio)))
+
+        def after(*_) -> None:
+            noises = reads.pop()
+            self.decisions.noises.extend([] if in_backward() else noises)
+
+        layer.register_forward_pre_hook(lambda *_: reads.append([]))
+        layer.register_forward_hook(after)
+        form.register_forward_hook(read)
+
     def linear(self, x, weight, bias, A, B, core, scaling, rows=None):
         index = None if rows is None else torch.tensor(rows)
         return lotr_ext.lotr_linear(x, weight, bias, A, B, core, scaling, core_index=index)
+
+    def grouped(self, *tensors, **options):
+        return lotr_ext.lotr_grouped_linear(*tensors, **options)
 
     def merge(self, what) -> None:
         what.merge() if isinstance(what, lotr_ext.LoTRLinear) else lotr_ext.merge(what)
@@ -130,3 +191,65 @@ class Ours(World):
         else:
             self.decisions.refused.append(False)
         return self.decisions.refused[-1]
+
+    # ---- threads and refusals ----------------------------------------------------------------------------------------
+
+    def threads(self, *functions: Callable) -> list:
+        results: list = [None] * len(functions)
+        errors: list[BaseException] = []
+        self.barrier = threading.Barrier(len(functions))
+
+        def run(i: int) -> None:
+            try:
+                results[i] = functions[i]()
+            except BaseException as error:
+                errors.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+    def meet(self) -> None:
+        self.barrier.wait()
+
+    def same_bits(self, function: Callable[[], Sequence[Tensor | None]]) -> None:
+        threads, found = torch.get_num_threads(), []
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                found.append([t.detach().clone() for t in function() if t is not None])
+        finally:
+            torch.set_num_threads(threads)
+        for i, (one, two) in enumerate(zip(*found)):
+            if not torch.equal(one.nan_to_num(), two.nan_to_num()):
+                raise AssertionError(f"tensor {i}: other bits at 1 and 2 threads")
+
+    def refuses(self, function: Callable[[], object], *names: str) -> None:
+        try:
+            got = function()
+        except (TypeError, ValueError, RuntimeError) as error:
+            if any(f"{name}: " in str(error) for name in names):
+                return
+            raise AssertionError(f"expected an error that names {' or '.join(names)}, got {error!r:.200}") from None
+        raise AssertionError(f"expected an error that names {' or '.join(names)}, got {got!r:.200}")
+
+    def refuses_operator(self, name: str, argument: str, **settings) -> None:
+        self.refuses(lambda: call_operator(name, argument, **settings), *argument_names(name))
+
+    def begin(self, model: nn.Module, batches: list[Tensor], loss: Callable) -> None:
+        parts = [p for m in model.modules() if hasattr(m, "merged") for p in (m.core, m.factors.A, m.factors.B)]
+        before = [p.detach().clone() for p in parts]
+        with torch.no_grad():
+            for m in model.modules():
+                if hasattr(m, "merged"):
+                    m.core.zero_()
+        self.planned(lambda: lotr_ext.init_from_gradient(model, batches, loss, progress=False))
+        with torch.no_grad():
+            for p, value in zip(parts, before):
+                p.copy_(value)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from programs.twin import LoTRFactors, LoTRLinear, apply_lotr, disabled, dropout_mask, layers_of, mixed, read
-from programs.worlds import Decisions, Undecided, World, invertible
+from programs.given import Decisions, Undecided, invertible
+from programs.twin import OPEN, LoTRExperts, LoTRFactors, LoTRLinear, dropout_mask, grouped_linear, read
+from programs.twin_model import TaskBank, apply_lotr, disabled, layers_of, mixed
+from programs.worlds import World
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -20,6 +22,12 @@ class Plain(World):
         self.once = once
         self.exact, self.keep, self.name = exact, keep, "float64" if exact else "plain"
         self.strict = exact and not keep
+        OPEN.clear()
+
+    def contexts(self, *state):
+        if state:
+            OPEN[:] = state[0]
+        return list(OPEN)
 
     def checkpoint(self, function: Callable, *args, **settings):
         return function(*args) if self.once else super().checkpoint(function, *args, **settings)
@@ -33,8 +41,16 @@ class Plain(World):
     def _apply(self, model, groups, rank, settings):
         apply_lotr(model, groups, rank, **settings)
 
+    def _experts(self, weight, bias, factors, scaling):
+        return LoTRExperts(weight, bias, factors, scaling=scaling)
+
+    def _bank(self, model, tasks):
+        TaskBank(model, tasks)
+
     def watch(self, layer) -> None:
         layer.next_mask = lambda layer, x: self._mask(layer, x)  # a copy of layer copies no world
+        if getattr(layer.__dict__.get("cores"), "noisy", False):
+            layer.next_noise = lambda: self._noise()
         layer.keep, layer.strict = self.keep, self.strict
         layer.register_forward_hook(lambda layer, args, y: self._look(y))
 
@@ -49,6 +65,12 @@ class Plain(World):
         self.calls += 1
         return dropout_mask(x.shape, layer.dropout, seed)
 
+    def _noise(self) -> float:
+        if self.reads == len(self.decisions.noises):
+            raise Undecided
+        self.reads += 1
+        return self.decisions.noises[self.reads - 1]
+
     def linear(self, x, weight, bias, A, B, core, scaling, rows=None):
         own = (lambda t: t.clone()) if self.keep else (lambda t: t)
         x, weight, A, B, core = (own(t) for t in (x, weight, A, B, core))
@@ -59,6 +81,11 @@ class Plain(World):
         x, A, B, core = read(x, A, B, core) if self.strict else (x, A, B, core)
         delta = ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
         y = y + delta.view(y.shape)
+        self._look(y)
+        return y
+
+    def grouped(self, x, weight, offs, A, B, cores, scaling, *, bias=None, tokens=None):
+        y = grouped_linear(x, weight, offs, A, B, cores, scaling, bias=bias, tokens=tokens)
         self._look(y)
         return y
 
@@ -80,6 +107,9 @@ class Plain(World):
     def mixed(self, model, names):
         return mixed(model, names)
 
+    def task_from_file(self, model, task: int) -> int:
+        return model.lotr_tasks.add(model.lotr_tasks.cores_of(task))
+
     def _add_adapter(self, model, name, shared):
         model.adapters.add(model, name, shared=shared)
 
@@ -94,6 +124,7 @@ class Plain(World):
         """Inside, the adapter may change; after it, it is what it was."""
         named = [item for part in (model.lotr_factors, *layers_of(model)) for item in part.named_parameters()]
         parts = [p for name, p in named if name.split(".")[-1] in ("A", "B", "core", "original")]
+        parts += model.lotr_cores.parameters() if hasattr(model, "lotr_cores") else ()
         before = [p.detach().clone() for p in parts]
         yield
 

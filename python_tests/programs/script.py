@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-PARTS = ("twin", "worlds", "plain_world", "our_world", "checking")
+PARTS = ("given", "twin", "twin_model", "worlds", "plain_world", "operands", "our_world", "checking")
 OURS = re.compile(r"^from programs\.\w+ import (\([^)]*\)|[^\n(]*)\n", re.MULTILINE)
 IMPORTS = re.compile(r"^(?:from|import) [^\n]*\n", re.MULTILINE)
 

@@ -29,27 +29,29 @@ from programs.changes import (
     turn_off,
     unloaded,
 )
+from programs.experts import experts, long_groups
 from programs.forwards import (
     bare,
     checkpointed,
     forward,
     functional,
     kept_elsewhere,
-    mixed,
     siblings,
-    threaded,
     unrecorded,
     view,
 )
 from programs.making import make_layers, make_net
+from programs.rare import gradient_start, interrupted, made_cores, refused
+from programs.requests import bank, in_threads, mixed, nested, threaded
 
 FORWARDS = (forward, forward, siblings, siblings, checkpointed, functional, bare, unrecorded, view, kept_elsewhere)
 BACKWARDS = (backward, backward, separate, partial, double)
 CHANGES = (
     *(in_place, in_place, change_parameter, replace, freeze, optimizer_step, turn_off, mode, hook, failing),
     *(merged, merged_training, reparametrized, parametrized, parametrized, state, threaded, copied),
+    *(experts, experts, long_groups, made_cores, gradient_start, refused, interrupted),
 )
-WHOLE = (saved, switched, switched, off, mixed)
+WHOLE = (saved, switched, switched, off, mixed, bank, nested, nested, in_threads)
 
 
 def programs() -> st.SearchStrategy[Builder]:

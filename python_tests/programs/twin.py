@@ -8,16 +8,18 @@ parameters and methods are those of lotr_ext, so that the same program runs on e
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 Ranks = tuple[int, int]
+Mixing = list[tuple[Tensor, float] | None]  # the core and scaling of each row of a batch, None for the base model
+
+# The contexts that are open, the innermost last: by layer what its rows mix, None where it is off.
+OPEN: list[dict[nn.Module, Mixing | None]] = []
 
 
 def philox_words(count: int, seed: int) -> Tensor:
@@ -94,7 +96,8 @@ class LoTRFactors(nn.Module):
 class LoTRLinear(nn.Module):
     """A frozen linear layer (`wrapped`: any base module) with an adapter.
 
-    next_mask: asked at each call in training with dropout for the mask of this x. keep: work on copies of everything, so that
+    next_mask: gives the mask of this x at each call in training with dropout. next_noise: what a core made with random numbers
+    was multiplied by in this call. keep: work on copies of everything, so that
     nothing that is changed in place afterwards can change a gradient: the right number, where plain torch would raise.
     strict: raise for a changed x whatever its layout.
     """
@@ -115,8 +118,16 @@ class LoTRLinear(nn.Module):
         self.disabled = self.merged = False
         self.backup: Tensor | None = None
         self.next_mask: Callable[[LoTRLinear, Tensor], Tensor] | None = None
-        self.mixture: list[tuple[Tensor, float] | None] | None = None
+        self.next_noise: Callable[[], float] | None = None
         self.train(base.training)
+
+    @property
+    def core(self) -> Tensor:
+        """The parameter, or what the model's cores make (`make_core`, by a module of numbers that layers share)."""
+        core = self._parameters.get("core")
+        if core is None and "make_core" not in self.__dict__:
+            raise AttributeError("core")
+        return self.make_core(self) if core is None else core
 
     def forward(self, x: Tensor) -> Tensor:
         own = (lambda t: t.clone()) if self.keep else (lambda t: t)
@@ -125,10 +136,11 @@ class LoTRLinear(nn.Module):
             y = self.base_layer(x)
         else:
             y = nnf.linear(x, own(self.weight), None if self.bias is None else own(self.bias))
-        if self.merged or self.disabled:
+        mixtures = [context[self] for context in OPEN if self in context]
+        if self.merged or self.disabled or None in mixtures:
             return y + self.delta(x).detach() if self.merged and self.backup is None else y
-        if self.mixture is not None:
-            return y + self._mixed(x).to(y.dtype)
+        if mixtures:
+            return y + self._mixed(x, mixtures[-1]).to(y.dtype)
         if self.dropout and self.training:
             x = x * self.next_mask(self, x).to(x.dtype)
         return y + self.delta(x, own).to(y.dtype)
@@ -136,16 +148,18 @@ class LoTRLinear(nn.Module):
     def delta(self, x: Tensor, own: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
         """s ((x A) G) B^T in x's dtype."""
         A, B, core = (own(t).to(x.dtype) for t in (self.factors.A, self.factors.B, self.core))
+        if self.next_noise is not None:
+            core = core * self.next_noise()
         if self.strict:
             others = (layer._parameters.get("core") for layer in self.siblings if layer is not self)
             x, A, B, core = read(x, A, B, core, [t for t in others if t is not None and t.requires_grad])
         return ((x @ A) @ core) @ B.mT * self.scaling
 
-    def _mixed(self, x: Tensor) -> Tensor:
+    def _mixed(self, x: Tensor, mixing: Mixing) -> Tensor:
         rows = []
-        for row, part in zip(x, self.mixture):
+        for row, part in zip(x, mixing):
             A, B = self.factors.A.to(x.dtype), self.factors.B.to(x.dtype)
-            core, scaling = (self.core * 0, 0.0) if part is None else part
+            core, scaling = (self.core.detach() * 0, 0.0) if part is None else part
             rows.append(row @ A @ core.to(x.dtype) @ B.mT * scaling)
         return torch.stack(rows)
 
@@ -167,100 +181,31 @@ class LoTRLinear(nn.Module):
         self.backup, self.merged = None, False
 
 
-# ---- whole models ------------------------------------------------------------------------------------------------------
+class LoTRExperts(nn.Module):
+    """The matrices of several experts with an adapter, for rows sorted by expert."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, factors: LoTRFactors, *, scaling: float):
+        super().__init__()
+        self.weight, self.bias, self.scaling = weight, bias, scaling
+        self.requires_grad_(False)
+        self.factors = factors
+        self.core = nn.Parameter(factors.A.new_zeros(len(weight), factors.A.shape[1], factors.B.shape[1]))
+
+    def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
+        f = self.factors
+        return grouped_linear(x, self.weight, offs, f.A, f.B, self.core, self.scaling, bias=self.bias, tokens=tokens)
 
 
-def layers_of(model: nn.Module) -> Iterator[LoTRLinear]:
-    return (module for module in model.modules() if isinstance(module, LoTRLinear))
-
-
-def apply_lotr(model: nn.Module, groups: dict[str, str], rank: Ranks, *, dtype, scaling: float, dropout: float, train) -> None:
-    """Adapts the layers that `groups` names, in place, with one pair of factors a group; all else is frozen.
-
-    A layer with hooks or parametrizations is wrapped: its weight is no plain tensor of its own.
-    """
-    model.requires_grad_(False)
-    shared, of_group = nn.ModuleDict(), {}
-    for name, group in groups.items():
-        linear = model.get_submodule(name)
-        if group not in shared:
-            shared[group] = LoTRFactors(linear.in_features, linear.out_features, rank, dtype=dtype)
-        layer = LoTRLinear(linear, shared[group], scaling=scaling, dropout=dropout, wrapped=type(linear) is not nn.Linear)
-        layer.__dict__["factors"] = layer._modules.pop("factors")
-        layer.core.requires_grad_("core" in train)
-        of_group.setdefault(group, []).append(layer)
-        layer.__dict__["siblings"] = of_group[group]
-        setattr(model, name, layer)
-    for factors in shared.values():
-        factors.A.requires_grad_("A" in train)
-        factors.B.requires_grad_("B" in train)
-    model.lotr_factors = shared
-    model.adapters = Adapters(model, "default", train, scaling)
-
-
-class Adapters:
-    """A model's adapters by name, of which one is active: what is trained, and each layer's factors, core and scaling."""
-
-    def __init__(self, model: nn.Module, name: str, train: Sequence[str], scaling: float):
-        self.scaling = scaling  # as configured; a layer's may be set to another
-        self.active, self.parked = name, {name: (tuple(train), self._present(model))}
-
-    @staticmethod
-    def _present(model: nn.Module) -> list[tuple[LoTRFactors, nn.Parameter, float]]:
-        return [(layer.factors, layer.core, layer.scaling) for layer in layers_of(model)]
-
-    def refresh(self, model: nn.Module) -> None:
-        """Notes what the active one is now: cores and scalings may have been replaced."""
-        self.parked[self.active] = self.parked[self.active][0], self._present(model)
-
-    def add(self, model: nn.Module, name: str, *, shared: bool) -> None:
-        """As the active one, with cores at zero; shared: over its factors, which the new one does not train."""
-        train, layers = self.parked[self.active][0], self._present(model)
-        new = {id(factors): factors if shared else copy.deepcopy(factors) for factors, _, _ in layers}
-        cores = [(new[id(f)], nn.Parameter(torch.zeros_like(core), requires_grad=False), self.scaling) for f, core, _ in layers]
-        self.parked[name] = (("core",) if shared else train), cores
-
-    def use(self, model: nn.Module, name: str) -> None:
-        """Makes an adapter the active one, trained as it says; what it replaces is parked, frozen and without gradients."""
-        if name == self.active:
-            return
-        self.refresh(model)
-        groups = {id(factors): group for group, factors in model.lotr_factors.items()}
-        for factors, core, _ in self.parked[self.active][1]:
-            for parameter in (factors.A, factors.B, core):
-                parameter.requires_grad_(False).grad = None
-        train, layers = self.parked[name]
-        for layer, (factors, core, scaling) in zip(list(layers_of(model)), layers):
-            if id(layer.factors) in groups:
-                model.lotr_factors[groups[id(layer.factors)]] = factors
-            layer.__dict__["factors"], layer.core, layer.scaling = factors, core, scaling
-            factors.A.requires_grad_("A" in train)
-            factors.B.requires_grad_("B" in train)
-            core.requires_grad_("core" in train)
-        self.active = name
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    before = [(layer, layer.disabled) for layer in layers_of(model)]
-    try:
-        for layer, _ in before:
-            layer.disabled = True
-        yield
-    finally:
-        for layer, was in before:
-            layer.disabled = was
-
-
-@contextmanager
-def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Row i of a batch takes the core of the adapter names[i], None takes none. The adapters share their factors."""
-    model.adapters.refresh(model)
-    parts = {name: None if name is None else model.adapters.parked[name][1] for name in names}
-    try:
-        for i, layer in enumerate(layers_of(model)):
-            layer.mixture = [None if parts[name] is None else parts[name][i][1:] for name in names]
-        yield
-    finally:
-        for layer in layers_of(model):
-            layer.mixture = None
+def grouped_linear(
+    x: Tensor, weight: Tensor, offs: Tensor, A: Tensor, B: Tensor, cores: Tensor, scaling: float, *, bias=None, tokens=None
+) -> Tensor:
+    """Each expert's rows by themselves. Rows from offs[-1] on are zero: nothing of them is read."""
+    A, B, cores = (t.to(x.dtype) for t in (A, B, cores))
+    parts, start = [], 0
+    for expert, end in enumerate(offs.tolist()):
+        rows = x[start:end] if tokens is None else x[tokens[start:end]]
+        y = nnf.linear(rows, weight[expert], None if bias is None else bias[expert])
+        parts.append(y + ((rows @ A) @ cores[expert]) @ B.mT * scaling)
+        start = end
+    count = len(x if tokens is None else tokens)
+    return torch.cat([*parts, parts[0].new_zeros(count - start, len(B))])

@@ -9,111 +9,13 @@ were refused.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from programs.given import PLANNED, Decisions, gradients, is_generated, layout, save_policy
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-ADAPTER = {"A", "B", "core"}
-
-
-class Planned(Exception):
-    """Raised by programs, to see what a failure in the middle leaves behind."""
-
-
-class Undecided(Exception):
-    """Raised in the other worlds where lotr_ext has not run and so has decided nothing."""
-
-
-class Doubled(nn.Module):
-    """A parametrization that can be undone."""
-
-    def forward(self, t: Tensor) -> Tensor:
-        return t * 2
-
-    def right_inverse(self, t: Tensor) -> Tensor:
-        return t / 2
-
-
-class Decisions:
-    """seeds: of the dropout mask of each layer call, in order; refused: whether each call that may be refused was."""
-
-    def __init__(self) -> None:
-        self.seeds: list[int] = []
-        self.refused: list[bool] = []
-
-
-def invertible(model: nn.Module) -> bool:
-    """Whether what is made by parametrizations can be set."""
-    lists = (module for module in model.modules() if isinstance(module, ParametrizationList))
-    return all(hasattr(step, "right_inverse") for steps in lists for step in steps)
-
-
-def is_generated(model: nn.Module) -> bool:
-    """Whether a factor or core is made by parametrizations: it cannot be parked."""
-    return any(parametrize.is_parametrized(module, name) for module in model.modules() for name in ADAPTER)
-
-
-def another(t: Tensor, factor: float) -> nn.Parameter:
-    """t * factor, changed in place as often as t was: nobody may tell them apart by that."""
-    new = nn.Parameter(t.detach() * factor)
-    with torch.no_grad():
-        while not t.is_inference() and not new.is_inference() and new._version < t._version:
-            new.mul_(1)
-    return new
-
-
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() >= 0
-
-
-def trained_in(module: nn.Module) -> bool:
-    """Whether a call of an adapted layer now would train its adapter, were it not merged."""
-    parts = [p for owner in (module.factors, module) for name, p in owner.named_parameters() if ADAPTER & set(name.split("."))]
-    return torch.is_grad_enabled() and any(p.requires_grad for p in parts)
-
-
-def layout(t: Tensor, kind: str) -> Tensor:
-    """t's values in another layout; `expanded` repeats its first row."""
-    if kind == "plain" or not t.dim():
-        return t
-    if kind == "neg":
-        return torch._neg_view(-t)
-    if kind == "conj" and t.dtype in (torch.float32, torch.float64):
-        return torch.complex(torch.zeros_like(t), -t).conj().imag
-    if kind == "strided":
-        return torch.stack((t, t * 0 + 9), -1)[..., 0]
-    if kind == "offset":
-        return torch.cat((t.new_full((1,), 9), t.flatten()))[1:].view(t.shape)
-    if kind == "transposed" and t.dim() > 1:
-        return t.mT.contiguous().mT
-    if kind == "padded" and t.dim() > 1:
-        return torch.cat((t, t[..., :1] * 0 + 9), -1)[..., :-1]
-    if kind == "expanded" and t.shape[0]:
-        return t[:1].expand(t.shape)
-    return t
-
-
-def gradients(loss: Tensor, inputs: list[Tensor], **options: bool) -> Sequence[Tensor | None]:
-    """autograd.grad of those inputs that have one; nothing where the loss has none."""
-    inputs = [t for t in inputs if t.requires_grad]
-    return torch.autograd.grad(loss, inputs, allow_unused=True, **options) if loss.requires_grad and inputs else []
-
-
-def save_policy(name: str) -> Callable:
-    """A policy of selective checkpointing."""
-    keep = {
-        "save_all": lambda op: True,
-        "recompute_all": lambda op: False,
-        "save_products": lambda op: any(part in str(op) for part in ("mm", "linear", "lotr")),
-        "save_others": lambda op: not any(part in str(op) for part in ("mm", "linear", "lotr")),
-    }[name]
-    return lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if keep(op) else CheckpointPolicy.PREFER_RECOMPUTE
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 class World:
@@ -129,10 +31,11 @@ class World:
         self.seen: list[tuple[str, Tensor | None, bool]] = []
         self.finite: int | None = None  # how many it had seen when a layer's output left the dtype's range
         self.known: list[tuple[str, Tensor | nn.Module]] = []
-        self.calls = self.choices = 0
+        self.calls = self.reads = self.choices = 0  # of dropout masks, of random cores, of refusals
         self.masks: dict[int, int] = {}  # by group, the seed of the last mask
         self.adapters = {"default": "default"}  # and whose factors each has
         self.active = "default"
+        self.tasks_of = ""  # whose factors the bank of tasks is for
         self.stored: dict[nn.Module, torch.dtype] = {}  # the dtype of factors, also where all is computed in float64
 
     # ---- values ------------------------------------------------------------------------------------------------------
@@ -233,16 +136,51 @@ class World:
         dropout: float = 0.0,
         train: str = "A B core",
         core_scale: float = 1.0,
+        form: str | None = None,
     ) -> nn.Module:
-        """The model adapted as a whole, with a forward scope."""
+        """The model adapted as a whole, with a forward scope. form: of cores that a module makes (`twin_model.apply_lotr`)."""
         model.to(self.dtype(dtype))
         settings = {"dtype": self.dtype(adapter_dtype), "scaling": scaling, "dropout": dropout, "train": train.split()}
+        settings["form"] = form
         self._apply(model, groups, rank, settings)
         self.fill(model, seed, dtype, adapter_dtype, core_scale)
         self.known.append(("net", model))
         for name in groups:
             self.watch(model.get_submodule(name))
         return model
+
+    def experts(
+        self,
+        factors: nn.Module,
+        count: int,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        bias: bool = True,
+        scaling: float = 1.0,
+        train: bool = True,
+    ) -> nn.Module:
+        """The adapted matrices of several experts over shared factors."""
+        (k, r_in), (n, r_out) = factors.A.shape, factors.B.shape
+        weight, cores = (
+            self.values(shape, seed + i, store, shape[-1] ** -0.5)
+            for i, (shape, store) in enumerate((((count, n, k), dtype), ((count, r_in, r_out), self.stored[factors])))
+        )
+        extra = nn.Parameter(self.values((count, n), seed + 2, dtype, 0.5)) if bias else None
+        layer = self._experts(nn.Parameter(weight), extra, factors, scaling)
+        with torch.no_grad():
+            layer.core.copy_(cores)
+        layer.core.requires_grad_(train)
+        self.known.append((f"e{len(self.known)}", layer))
+        self.watch(layer)
+        return layer
+
+    def padded(self, *shape: int, rows: Sequence[int], holding: float, **settings) -> Tensor:
+        """A leaf of which these rows hold what none must read."""
+        x = self.tensor(*shape, **settings)
+        with torch.no_grad():
+            x[list(rows)] = holding
+        return x
 
     def copied(self, *modules: nn.Module) -> tuple[nn.Module, ...]:
         """Copies in the place of modules, which share what these share."""
@@ -263,11 +201,24 @@ class World:
 
         self.may_refuse(use) if name != self.active and is_generated(model) else use()
 
-    def mixes(self, model: nn.Module, names: Sequence[str | None]) -> bool:
-        """Whether the adapters of these names can be mixed: they have the active one's factors, and all are parameters."""
-        return not is_generated(model) and all(
-            name is None or self.adapters.get(name) == self.adapters[self.active] for name in names
-        )
+    def mixes(self, model: nn.Module, names: Sequence[str | None] | Tensor) -> bool:
+        """Whether the adapters of these names, or the tasks, can be mixed: they have the active one's factors, and all are
+        parameters."""
+        owners = [self.adapters.get(name) for name in names if name is not None] if isinstance(names, list) else [self.tasks_of]
+        return not is_generated(model) and all(owner == self.adapters[self.active] for owner in owners)
+
+    def bank(self, model: nn.Module, tasks: int) -> None:
+        """Places for tasks over the active adapter's factors."""
+        self._bank(model, tasks)
+        self.tasks_of = self.adapters[self.active]
+
+    def task(self, model: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Values for a task's cores."""
+        layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "merged")]
+        return {
+            f"{name}.core": self.values(layer.core.shape, seed + i, dtype, layer.core.shape[-2] ** -0.5)
+            for i, (name, layer) in enumerate(layers)
+        }
 
     # ---- what is compared --------------------------------------------------------------------------------------------
 
@@ -319,19 +270,25 @@ class World:
     def little_work(self, bound: int) -> None:
         """What lotr_ext takes for little: it goes through other nodes. Plain torch has one way."""
 
+    def contexts(self, *state) -> object:
+        """The contexts that are open; given them, makes them those."""
+
     def checkpoint(self, function: Callable, *args, reentrant: bool = False, policy: str | None = None):
-        first: list[int] = []
+        first: list[tuple] = []
 
         def again(*args):
-            """function; in a recomputation with the masks of the first time."""
+            """function; in a recomputation with the masks, random cores and contexts of the first time."""
+            now = self.calls, self.reads, self.contexts()
             if not first:
-                first.append(self.calls)
+                first.append(now)
                 return function(*args)
-            calls, self.calls = self.calls, first[0]
+            self.calls, self.reads, contexts = first[0]
+            self.contexts(contexts)
             try:
                 return function(*args)
             finally:
-                self.calls = calls
+                self.calls, self.reads, contexts = now
+                self.contexts(contexts)
 
         if policy is None:
             return checkpoint(again, *args, use_reentrant=reentrant)
@@ -343,29 +300,30 @@ class World:
             return function()
 
     def planned(self, function: Callable) -> None:
-        """Runs what may raise Planned. Gradients it has left are dropped."""
+        """Runs what may raise one of PLANNED. Gradients it has left are dropped."""
         try:
             function()
-        except Planned:
+        except PLANNED:
             pass
         self.zero()
 
     def threads(self, *functions: Callable) -> list:
-        """Each function's result, all run at the same time."""
-        results: list = [None] * len(functions)
-        errors: list[BaseException] = []
+        """Each function's result; lotr_ext runs them at the same time."""
+        return [function() for function in functions]
 
-        def run(i: int) -> None:
-            try:
-                results[i] = functions[i]()
-            except BaseException as error:
-                errors.append(error)
+    def meet(self) -> None:
+        """In a thread: waits until all of them are here."""
 
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return results
+    # ---- what only lotr_ext is asked ---------------------------------------------------------------------------------
+
+    def same_bits(self, function: Callable[[], Sequence[Tensor | None]]) -> None:
+        """What function returns has the same bits at any number of threads."""
+
+    def refuses(self, function: Callable[[], object], *names: str) -> None:
+        """function raises an error that says one of these names."""
+
+    def refuses_operator(self, name: str, argument: str, **settings) -> None:
+        """A raw operator refuses an argument (`operands.py`)."""
+
+    def begin(self, model: nn.Module, batches: list[Tensor], loss: Callable) -> None:
+        """A start from the gradient: what it finds is dropped, and nothing else must have changed."""
