@@ -11,7 +11,9 @@ from programs.script import dtype_name
 T = TypeVar("T")
 
 HALVES = (torch.bfloat16, torch.float16)
-HEAD = """import torch
+HEAD = """from contextlib import nullcontext
+
+import torch
 from programs.given import Doubled, Planned, PlannedClose, PlannedExit, PlannedInterrupt, another, gradients
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm

@@ -6,6 +6,7 @@ from textwrap import indent
 
 import torch
 from programs.builder import HEAD
+from programs.operands import OPERATORS, argument_names
 
 NET = """
 class Net(nn.Module):
@@ -92,6 +93,71 @@ TWICE_AFTER = (
     "if d:\n    w.grad('p', w.loss(4, *d), [l0.core], retain=True)\n    w.grad('q', w.loss(4, *d), [x], retain=True)\n"
 )
 LARGE = {"dtype": "float16", "settings": ", scaling=1000.0, core_scale=200.0", "scale": ", scale=1e-3"}
+
+TASKS = "w.bank(net, 2)\nfor i in range(2): net.lotr_tasks.add(w.task(net, 50 + i, torch.float32))\n"
+MIXED_TASKS = "w.mixed(net, torch.tensor({}))"
+OUTER, INNER = MIXED_TASKS.format([0, 1, -1, 0]), MIXED_TASKS.format([1, 1, 0, -1])
+THREADS = """
+def work(context):
+    with context:
+        w.meet()
+        y, = net(x, w)
+        w.meet()
+    return [y, *gradients(w.loss(3, y), [x, net.l0.factors.A])]
+found = w.threads(lambda: work({}), lambda: work({}), lambda: work(nullcontext()))
+for t in (t for one in found for t in one): w.see("y", t)
+"""
+EXPERTS = """
+f = w.factors(6, 4, (3, 2), seed=1, dtype=torch.float32)
+e = w.experts(f, 3, seed=10, dtype=torch.float32)
+x = w.padded(8, 6, seed=2, dtype=torch.float32, rows={rows}, holding=float("nan"))
+y = e(x, torch.tensor([2, 2, {end}], dtype=torch.int32){tokens})[:{end}]
+"""
+TOKENS = ", tokens=torch.tensor([1, 2, 1, 6, 7])"
+BACKWARD = "w.backward('b', w.loss(3, y))\n"
+START = """
+f = w.factors(6, 4, (3, 2), seed=1, dtype=torch.float32)
+l = w.layer(f, seed=10, dtype=torch.float32)
+m = nn.Sequential(l, nn.BatchNorm1d(4, dtype=w.dtype(torch.float32)))
+x0, x1 = (w.tensor(5, 6, seed=i, dtype=torch.float32) for i in (2, 3))
+torch.default_generator.manual_seed(1)
+def loss(m, t):
+    if t is {failing}: raise PlannedInterrupt
+    return w.loss(4, {call}) * (1 + torch.rand(()))
+w.begin(m, [x0, x1], loss)
+for name, t in m.named_buffers(): w.see(name, t)
+w.see("drawn", torch.rand(2))
+"""
+MADE = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l0, self.l1 = nn.Linear(6, 6), nn.Linear(6, 6)
+    def forward(self, x, w):
+        x = torch.tanh({first})
+        {middle}
+        return {last},
+net = w.apply(Net(), {{"l0": "g", "l1": "g"}}, (3, 2), seed=1, dtype=torch.float32, adapter_dtype=torch.float32, form="{form}")
+x = w.tensor(130, 6, seed=2, dtype=torch.float32)
+"""
+LONG = """
+f = w.factors(8, 8, (16, 16), seed={seed}, dtype=torch.float32)
+e = w.experts(f, 3, seed=10, dtype=torch.float32)
+x = w.tensor(2572, 8, seed=2, dtype=torch.float32, grad=False)
+w.same_bits(torch.no_grad()(lambda: [e(x, torch.tensor([811, 1761, 2572], dtype=torch.int32))]))
+"""
+INTERRUPTED = """
+def stop(*_): raise {}
+def fail():
+    handle = net.l2.register_forward_hook(stop)
+    try: net(x, w)
+    finally: handle.remove()
+w.planned(fail)
+net.l0.factors.B.data.mul_(-1.25)
+y = net.l0(x)
+w.see('y', y)
+"""
+REFUSED = "w.refuses_operator('{}', '{}', rows=5, dtype=torch.float32)"
 
 PROGRAMS: dict[str, str] = {
     "casts of parametrized factors kept by id": parametrized("A", dtype="bfloat16", after=UNSEEN * 8),
@@ -254,6 +320,58 @@ PROGRAMS: dict[str, str] = {
         "y = torch.tanh(l0(x))\nw.backward('b', w.loss(3, l0(y), l1(y)))\n", tokens="2, 0", train=""
     ),
     "a core for each row": bare(rows=True),
+    "a context in another one": net(
+        TASKS + f"with {OUTER}:\n    with {INNER}: y0, = net(x, w)\n    y1, = net(x, w)\nw.backward('b', w.loss(3, y0, y1))\n",
+        tokens=4,
+    ),
+    "contexts closed as they were opened": net(
+        TASKS + f"a, b = {OUTER}, {INNER}\na.__enter__(), b.__enter__()\na.__exit__(None, None, None)\ny0, = net(x, w)\n"
+        "b.__exit__(None, None, None)\ny1, = net(x, w)\nw.backward('b', w.loss(3, y0, y1))\n",
+        tokens=4,
+    ),
+    **{
+        f"contexts in threads, {name}": net(TASKS + THREADS.format(*contexts), tokens=4)
+        for name, contexts in (("tasks", (OUTER, INNER)), ("disabled", ("w.disabled(net)", "nullcontext()")))
+    },
+    "a recomputation after its context": net(
+        TASKS + f"with {OUTER}: y, = net(x, w)\n" + BACKWARD, forward="w.checkpoint(self.l0, x)", tokens=4
+    ),
+    "tasks of layers with scalings of their own": net("net.l1.scaling = 0.25\n" + TASKS + f"with {OUTER}: {RUN_NET}", tokens=4),
+    "experts: rows of no expert": EXPERTS.format(rows=[5, 6, 7], end=5, tokens="") + BACKWARD,
+    "experts: tokens that no expert takes": EXPERTS.format(rows=[0, 3, 4, 5, 7], end=4, tokens=TOKENS) + BACKWARD,
+    "experts: rows of no expert, double backward": EXPERTS.format(rows=[5, 6, 7], end=5, tokens="")
+    + TWICE.format("e.core", "x"),
+    "a start from the gradient": START.format(failing="None", call="m(t)"),
+    "a start from the gradient that is interrupted": START.format(failing="x1", call="m(t)"),
+    "a start from the gradient of a reentrant checkpoint": START.format(
+        failing="None", call="w.checkpoint(m, t, reentrant=True)"
+    ),
+    **{
+        f"random cores in a checkpoint, reentrant {reentrant}": MADE.format(
+            first="self.l0(x)", middle="pass", last=f"w.checkpoint(self.l1, x, reentrant={reentrant})", form="noisy"
+        )
+        + RUN_NET
+        for reentrant in (False, True)
+    },
+    "a parameter of all cores set in the model's forward": MADE.format(
+        first="self.l0(x)", middle="self.lotr_cores.left = another(self.lotr_cores.left, -2)", last="self.l1(x)", form="product"
+    )
+    + RUN_NET,
+    **{f"a forward ended by {kind}": net(INTERRUPTED.format(kind)) for kind in ("Planned", "PlannedInterrupt", "PlannedClose")},
+    **{f"other bits at two threads, {seed}": LONG.format(seed=seed) for seed in (1, 2, 3, 4)},
+    **{
+        f"{operator}: an argument on the meta device": "\n".join(REFUSED.format(operator, name) for name in names)
+        for operator, names in ((operator, argument_names(operator)) for operator in OPERATORS)
+    },
+    **{
+        f"{operator}: {written} in the memory of another argument": "\n".join(
+            REFUSED.format(operator, written + f"', shares='{name}")
+            for name in argument_names(operator)
+            if name != written
+        )
+        for operator in OPERATORS
+        for written in argument_names(operator, written=True)
+    },
     "a wrapped and a plain layer on one x": pair(MIXED, settings=WRAPPED),
     "double backward of a wrapped layer": pair(DOUBLE, settings=WRAPPED, tokens="127"),
 }  # fmt: skip

@@ -6,12 +6,12 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
-from programs.given import NOISES, Product, in_backward, invertible, random_noise, trained_in
+from programs.given import NOISES, PLANNED, Product, in_backward, invertible, random_noise, trained_in
 from programs.operands import argument_names, call_operator
 from programs.worlds import World
 from torch import Tensor, nn
@@ -204,7 +204,8 @@ class Ours(World):
                 results[i] = functions[i]()
             except BaseException as error:
                 errors.append(error)
-                self.barrier.abort()
+            finally:
+                self.barrier.abort()  # no one waits for a thread that has ended
 
         threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
         for thread in threads:
@@ -216,7 +217,8 @@ class Ours(World):
         return results
 
     def meet(self) -> None:
-        self.barrier.wait()
+        with suppress(threading.BrokenBarrierError):
+            self.barrier.wait()
 
     def same_bits(self, function: Callable[[], Sequence[Tensor | None]]) -> None:
         threads, found = torch.get_num_threads(), []
@@ -249,7 +251,8 @@ class Ours(World):
             for m in model.modules():
                 if hasattr(m, "merged"):
                     m.core.zero_()
-        self.planned(lambda: lotr_ext.init_from_gradient(model, batches, loss, progress=False))
+        with suppress(*PLANNED):
+            lotr_ext.init_from_gradient(model, batches, loss, progress=False)
         with torch.no_grad():
             for p, value in zip(parts, before):
                 p.copy_(value)

@@ -84,14 +84,15 @@ def gradient_start(b: Builder) -> None:
     b.line(f"{layer} = w.layer({f}, seed={b.seed()}, dtype={dtype})")
     b.line(f"{norm} = nn.Sequential({layer}, nn.BatchNorm1d({n}, dtype=w.dtype({dtype})))")
     b.line(f"{x} = w.tensor(5, {k}, seed={b.seed()}, dtype={dtype})")
+    other = b.name("x")
+    b.line(f"{other} = w.tensor(5, {k}, seed={b.seed()}, dtype={dtype})")
     b.line("torch.default_generator.manual_seed(1)")
     call = b.one_of("m(t)", "w.checkpoint(m, t)", "w.checkpoint(m, t, reentrant=True)")
-    batches = f"[{x}, {x} * 0.5]"
     b.line("def loss(m, t):")
     if b.chance(0.3):
-        b.line(f"    if t is not {x}: raise {b.one_of(*KINDS)}")
+        b.line(f"    if t is {other}: raise {b.one_of(*KINDS)}")
     b.line(f"    return w.loss({b.seed()}, {call}) * (1 + torch.rand(()))")
-    b.line(f"w.begin({norm}, {batches}, loss)")
+    b.line(f"w.begin({norm}, [{x}, {other}], loss)")
     b.line(f"for name, t in {norm}.named_buffers(): w.see(name, t)")
     b.line('w.see("drawn", torch.rand(2))')
 

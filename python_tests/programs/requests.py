@@ -25,7 +25,7 @@ def mixed(b: Builder) -> None:
 
 def bank(b: Builder) -> None:
     """A bank, or what becomes of its tasks."""
-    if b.frozen or b.net_sets:  # a task has the scaling of its layer
+    if b.frozen:
         return
     b.forget()
     if b.tasks is None:

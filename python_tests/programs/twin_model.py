@@ -113,13 +113,14 @@ class Adapters:
 
 
 class TaskBank(nn.Module):
-    """Cores of several tasks over a model's factors; taken: which places hold one."""
+    """Cores of several tasks over a model's factors, with the scaling that each layer has now. taken: which places hold one."""
 
     def __init__(self, model: nn.Module, tasks: int):
         super().__init__()
         self.names = [name for name, module in model.named_modules() if isinstance(module, LoTRLinear)]
         cores = [layer.core.detach().new_zeros(tasks, *layer.core.shape) for layer in layers_of(model)]
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
+        self.scalings = [layer.scaling for layer in layers_of(model)]
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool))
         model.lotr_tasks = self
 
@@ -175,9 +176,10 @@ def mixed(model: nn.Module, names: Sequence[str | None] | Tensor):
         }
 
     def by_task() -> dict[nn.Module, Mixing | None]:
+        bank = model.lotr_tasks
         return {
-            layer: [None if i < 0 else (core[i], layer.scaling) for i in names.tolist()]
-            for layer, core in zip(layers_of(model), model.lotr_tasks.cores)
+            layer: [None if i < 0 else (core[i], scaling) for i in names.tolist()]
+            for layer, core, scaling in zip(layers_of(model), bank.cores, bank.scalings)
         }
 
     return opened(by_task if isinstance(names, Tensor) else by_name)
