@@ -133,7 +133,7 @@ def test_a_fault_in_the_package_is_found_shrunk_and_printed(monkeypatch, tmp_pat
 
     monkeypatch.setattr(lotr_ext.LoTRLinear, "forward", wrong)
     monkeypatch.setattr(running, "SHRINKS", 40)
-    faults = running.run_batch(Batch(10, 3)).faults
+    faults = running.run_batch(Batch(10, 5)).faults
     assert faults
     found = running.shrunk(min((f for f in faults if f.fault.kind == "wrong number: value"), key=lambda f: len(f.source)))
     assert len(found.source.splitlines()) < 21
