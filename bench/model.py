@@ -4,6 +4,8 @@
                                               layers adapted; rank 16. On a GPU eight layers of Llama-3's, both ways
     python -m bench.model --quick             the first of them, the main methods, few rounds
     python -m bench.model --model minilm --rank 8 --targets query,key,value --batch 16 --sequence 64
+    python -m bench.model --model minilm --targets query,key,value,dense --batch 4 --sequence 128 --threads 1 --clock cpu \\
+        --methods lotr_ext,frozen-compiled,lotr_ext-compiled
 
 Weights are random: times do not depend on them. One step is forward, a loss, backward, AdamW. The loss of a language model is
 its own, the cross-entropy of the next tokens; that of an encoder the mean square of the last hidden states less a fixed random
@@ -127,8 +129,8 @@ def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
         target = torch.randn(case.batch, case.sequence, base.config.hidden_size, generator=generator).to(device)
     group = {}
     for name in names:
-        rank = mr.METHODS[name].rank(widths, case.r)
-        group[name] = Training(case, base, mr.METHODS[name], rank, ids, target), rank
+        rank = mr.KNOWN[name].rank(widths, case.r)
+        group[name] = Training(case, base, mr.KNOWN[name], rank, ids, target), rank
     error = None
     if mr.OURS in group and "lotr-eager" in group:
         error = gradient_error(group["lotr-eager"][0], group[mr.OURS][0])
@@ -140,7 +142,7 @@ def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
         training.step()
         first = finite(training.loss)
         count = sum(p.numel() for p in training.parameters)
-        result = {"rival": name, "label": mr.METHODS[name].label, "rank": rank, "parameters": count, "first_loss": first}
+        result = {"rival": name, "label": mr.KNOWN[name].label, "rank": rank, "parameters": count, "first_loss": first}
         result |= {"adapter_bytes": sum(p.nbytes for p in training.parameters), "state_bytes": training.state_bytes()}
         training.drop_gradients()
         training.loss = None
@@ -193,7 +195,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="sequences a step")
     parser.add_argument("--sequence", type=int, help="tokens a sequence")
     parser.add_argument("--rank", type=int, default=RANK, help=f"of every method at equal rank ({RANK})")
-    parser.add_argument("--methods", help=f"some of {', '.join(mr.METHODS)}")
+    parser.add_argument("--methods", help=f"some of {', '.join(mr.KNOWN)}")
     options = parser.parse_args(argv)
     dtypes = "bf16" if options.device == "cuda" else "fp32" if options.quick else "fp32,bf16"
     check_options(options, rounds=3 if options.quick else ROUNDS["model"], dtypes=dtypes)
@@ -214,8 +216,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"targets: expected names of layers, comma-separated, got {options.targets!r}")
     names = options.methods.split(",") if options.methods is not None else ()
     for name in names:
-        if name not in mr.METHODS:
-            raise ValueError(f"methods: expected some of {', '.join(mr.METHODS)}, got {name!r}")
+        if name not in mr.KNOWN:
+            raise ValueError(f"methods: expected some of {', '.join(mr.KNOWN)}, got {name!r}")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("model: needs the package transformers, which is not installed (pip install transformers)")
     options.without = mr.PEFTS if importlib.util.find_spec("peft") is None else ()
@@ -236,7 +238,7 @@ def methods_of(model: str, options: argparse.Namespace) -> list[str]:
     """Those asked for, or a model's usual ones, that can run here; the frozen model always."""
     usual = mr.SHAPES[model].methods or (mr.QUICK if options.quick else tuple(mr.METHODS))
     names = options.methods or usual
-    return [name for name in mr.METHODS if (name in names or name == mr.FLOOR) and name not in options.without]
+    return [name for name in mr.KNOWN if (name in names or name == mr.FLOOR) and name not in options.without]
 
 
 def case_of(model: str, dtype: str, threads: int, options: argparse.Namespace) -> ModelCase:

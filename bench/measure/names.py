@@ -17,7 +17,12 @@ NAMES = {
     "lotr_ext": "lotr_ext",
 }
 FORMER = {"LoRA (PEFT)": "lora-peft", "PEFT LoRA": "lora-peft"}  # in kept results of the examples, which have no keys
-VARIANTS = {"-as-lotr": ", size of LoTR", "-as-lora": ", size of LoRA", "-core": ", cores only"}  # of the model benchmark
+VARIANTS = {
+    "-as-lotr": ", size of LoTR",
+    "-as-lora": ", size of LoRA",
+    "-core": ", cores only",
+    "-compiled": ", compiled",
+}  # model
 COLOURS = {
     "lotr_ext": "tab:blue",
     "lora-eager": "tab:orange",
@@ -43,6 +48,8 @@ EXTRA_FLOPS = "extra FLOPs"  # the adapter's operations over the frozen layer's
 
 def _parts(rival: str) -> tuple[str, str]:
     """A method and, in the model benchmark, what is varied of it."""
+    if rival in NAMES:
+        return rival, ""
     variant = next((end for end in VARIANTS if rival.endswith(end)), "")
     return rival.removesuffix(variant), variant
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -216,5 +216,16 @@ METHODS = {
     "lotr-eager-core": Method(named("lotr-eager-core"), partial(eager_lotr, core_only=True)),
     "lotr_ext-core": Method(named("lotr_ext-core"), partial(our_lotr, core_only=True)),
 }
+
+
+def _compiled(method: Method) -> Method:
+    """The same in torch.compile, which traces at the first step, before anything is timed."""
+    return replace(
+        method, label=f"{method.label}, compiled", make=lambda *given: torch.compile(method.make(*given), dynamic=False)
+    )
+
+
+ON_REQUEST = {f"{name}-compiled": _compiled(METHODS[name]) for name in (FLOOR, "lotr-eager", OURS)}  # compiling takes a minute
+KNOWN = METHODS | ON_REQUEST
 PEFTS = tuple(name for name, method in METHODS.items() if method.make in (peft_lora, peft_vera))
 QUICK = (FLOOR, LORA, "vera-peft", "lotr-eager", OURS, "lora-peft-as-lotr", "lotr_ext-as-lora")

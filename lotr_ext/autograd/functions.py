@@ -210,8 +210,14 @@ class LoTRShrink(Node):
         shared_input().node = weakref.ref(ctx)
         flat = x if x.dim() == 2 else rows(x)
         values = A_cast if A_cast.device == x.device else A_cast.to(x.device)
-        with private_write():  # past the operator's own formula, which is Python
-            u = ops.shrink(flat if x.dtype == call.compute else flat.to(call.compute), values, p=call.p, seed=seed)
+        if call.first is not None:  # traced: the layer's own operator makes u too, one call less in the graph
+            *base, B = call.first
+            operands, factors = call.cast(x, *base), (values, B, call.core, call.scaling)
+            y, u, F = ops.layer_forward(*operands, *factors, call.plan.order, p=call.p, seed=seed)
+            call.made = y, F
+        else:
+            with private_write():  # past the operator's own formula, which is Python
+                u = ops.shrink(flat if x.dtype == call.compute else flat.to(call.compute), values, p=call.p, seed=seed)
         # x itself, for products that are not a layer's own, whose gradient of x then comes here; else one element of memory
         own = x.dtype == call.compute
         route = x.detach() if own else torch.empty_strided(x.shape, (0,) * x.dim(), dtype=call.compute, device=x.device)
@@ -305,7 +311,10 @@ class LoTRExpand(Node):
         need_x, need_u, need_B, need_core, _, _ = ctx.needs_input_grad[:6]
         F_l = None if F is None else F[call.l]
         values = (B, core) if B.device == u.device == core.device else here(u.device, B, core)
-        if y is None:
+        if call.made is not None:
+            y, F_l = call.made
+            call.made = None
+        elif y is None:
             operands, order = base if call.dtype is None else call.cast(*base), call.plan.order
             y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, order, False, u=u, F=F_l)
         else:

@@ -24,14 +24,15 @@ class Call:
     core and its place in a forward scope; strategy: one of planner.STRATEGIES if it is forced; shares: whether another layer
     has one of its factors.
     dtype: autocast's, None outside of it; compute: what to compute in; plan: what runs; bank, l: what the forward scope has
-    made for it, and its place there; owns_y: whether the y that it adds to is nobody else's; made_of: B and core with their
+    made for it, and its place there; first: weight, bias and B, where LoTRShrink may make y with u by one operator; made: y and
+    F where it has, for LoTRExpand; owns_y: whether the y that it adds to is nobody else's; made_of: B and core with their
     versions, under a dispatch mode (`functions.versions`); factors: A, B and core as a LoTRFunction was given them; apart:
     whether these are on other devices than x.
     """
 
     __slots__ = (
-        *("apart", "bank", "compute", "core", "dtype", "factors", "group", "l", "made_of", "owner", "owns_y", "p", "plan"),
-        *("scaling", "shares", "strategy"),
+        *("apart", "bank", "compute", "core", "dtype", "factors", "first", "group", "l", "made", "made_of", "owner", "owns_y"),
+        *("p", "plan", "scaling", "shares", "strategy"),
     )
 
     def __init__(
@@ -48,6 +49,8 @@ class Call:
         self.dtype: torch.dtype | None = None
         self.bank: Any = None  # a Bank, whose module knows this one
         self.l: int | None = None
+        self.first: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self.made: tuple[Tensor, Tensor] | None = None
         self.owns_y = False
         self.made_of: tuple[Tensor, int, Tensor, int] | None = None
         self.compute: torch.dtype

@@ -3,7 +3,7 @@
     Dynamo         y = lotr::adapted(x, y or W and bias, A, B, G, ..), into which it does not look
     AOTAutograd    calls `_adapted`, that operator's only implementation, above autograd and on the tensors that it traces with;
                    the nodes made here go backward once, by autograd's own engine, while it traces
-    the graph      shrink, layer_forward; layer_backward_
+    the graph      layer_forward; layer_backward_
 
 So plain Python decides at compile time what is shared, and a step pays nothing for it. What the calls of a trace share hangs on
 the tensors that they are traced with, which no step sees. A and B have one sum each, in float32, to which the operator of every
@@ -83,6 +83,7 @@ def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy, decide
         y = base_linear(x, weight, bias, dtype) if y is None else y
         delta = composite.adapter(nnf.dropout(x, p) if p else x, A, B, core, scaling, call.compute)
         return y + to(delta.to(y.device), y.dtype)
+    call.first = None if y is not None else (weight, bias, B)
     found = shared_u(x, A, B, call)
     in_graph = is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, x, A, B, core))
     return expand(found, y, (x, weight, bias), B, call, in_graph)

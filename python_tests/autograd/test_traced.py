@@ -57,11 +57,13 @@ class Graphs:
 
 
 def calls(graphs: list[GraphModule]) -> Counter[str]:
-    """How often each operator is called; a writing one under its own name."""
+    """How often each operator is called; a writing one under its own name, and shrink also where layer_forward makes u."""
     found: Counter[str] = Counter()
     for node in (node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"):
         target = node.args[0] if "auto_functionalized" in str(node.target) else node.target
-        found[str(target).split(".")[1] if "." in str(target) else str(target)] += 1
+        name = str(target).split(".")[1] if "." in str(target) else str(target)
+        found[name] += 1
+        found["shrink"] += name == "layer_forward" and node.args[3] is not None
     return found
 
 
