@@ -15,6 +15,7 @@ SITE = { log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS
 ROOMS = { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; }
 # tests run with one thread of torch each, so two at a time; ARGS="-n 0" runs them in one process
 TWO := -n 2 --dist worksteal
+SLOWEST := --durations=10 --durations-min=60
 STAMPS := $(VENV)/.stamps
 ARGS ?=
 DOCS_ARGS ?=
@@ -94,10 +95,10 @@ check: $(STAMPS)/build
 	@echo "check: left out: the site, models, files, PEFT, processes, benchmarks, examples, other kernels and types; make test has them"
 
 test: setup lint
-	@$(PY) -m pytest $(TWO) $(ARGS)
+	@$(PY) -m pytest $(TWO) $(SLOWEST) $(ARGS)
 
 test-full: setup lint
-	@$(PY) -m pytest $(TWO) -m "full or not full" -o faulthandler_timeout=3600 $(ARGS)
+	@$(PY) -m pytest $(TWO) -m "full or not full" -o faulthandler_timeout=3600 $(SLOWEST) $(ARGS)
 
 test-gpu: setup
 	@$(PY) -m pytest -m cuda $(ARGS)

@@ -19,7 +19,7 @@ from bench.report import rebuild as report
 from bench.report import tables as report_tables
 from bench.rivals import block, host
 from bench.rivals.base import Tensors
-from bench.rivals.model import METHODS
+from bench.rivals.model import KNOWN
 from bench.rivals.registry import RIVALS
 from text_model import RECIPES
 
@@ -107,9 +107,9 @@ def test_one_name_and_one_colour_for_each_method():
     colours = [*names.COLOURS.values(), names.LIGHT_BLUE, names.DARK_BLUE, names.FROZEN]
     assert len(set(colours)) == len(colours) and set(names.COLOURS) == set(names.NAMES)
     assert set(names.NAMES) <= set(RIVALS)
-    of_model = {method: names.name_of({"rival": method, "label": known.label}) for method, known in METHODS.items()}
-    assert len(set(of_model.values())) == len(METHODS) and of_model["frozen"] == METHODS["frozen"].label
-    assert all(of_model[method] == names.NAMES[method] for method in METHODS if method in names.NAMES)
+    of_model = {method: names.name_of({"rival": method, "label": known.label}) for method, known in KNOWN.items()}
+    assert len(set(of_model.values())) == len(KNOWN) and of_model["frozen"] == KNOWN["frozen"].label
+    assert all(of_model[method] == names.NAMES[method] for method in KNOWN if method in names.NAMES)
     assert names.name_of({"rival": "vera-peft-as-lotr"}) == "VeRA PEFT, size of LoTR"
     assert names.colour_of("lotr_ext-core") == names.COLOURS["lotr_ext"]
     assert set(names.SHARED_COLOURS) == set(shared.LABELS)
@@ -120,7 +120,7 @@ def test_programs_and_kept_results_have_the_same_names():
     tensors = Tensors.random(Case(2, 8, 8, 2, "fp32", 1), torch.device("cpu"))
     here = [name for name in names.NAMES if name not in ("lora-compiled", "lora-unsloth", "lora-lorafusion")]
     assert all(RIVALS[name](tensors, Case(2, 8, 8, 2, "fp32", 1)).name == names.NAMES[name] for name in here)
-    assert all(known.label == names.named(method) for method, known in METHODS.items() if method != "frozen")
+    assert all(known.label == names.named(method) for method, known in KNOWN.items() if not method.startswith("frozen"))
     assert all(block.RIVALS[name][0] == names.NAMES[name] for name in block.RIVALS if name in names.NAMES)
     own = [name for name in host.RIVALS if name in names.NAMES]
     assert len(own) == 4 and all(host.RIVALS[name].label.split(", ")[0] == names.NAMES[name] for name in own)

@@ -93,6 +93,14 @@ def tasks_by_row(inside: Inside, path: Path) -> list[Tensor]:
             return [bank.taken, *step(model)]
 
 
+def adapters_by_row(inside: Inside, _: Path) -> list[Tensor]:
+    model = adapted()
+    with inside():
+        add_adapter(model, "other", share_factors="default")
+        with mixed(model, ["default", None, "other", "default"]):
+            return step(model)
+
+
 def files(inside: Inside, path: Path) -> list[Tensor]:
     model, other, third = adapted(core="few"), toy(), adapted()
     with inside():
@@ -150,6 +158,7 @@ CASES: dict[str, Callable[[Inside, Path], list[Tensor]]] = {
     "init_from_gradient": start_from_gradient,
     "add_adapter": second_adapter,
     "TaskBank": tasks_by_row,
+    "mixed": adapters_by_row,
     "files": files,
     "merge": merging,
     "functions": functions,
