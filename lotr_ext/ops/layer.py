@@ -8,7 +8,7 @@ Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g 
 Where a dispatch mode is on (selective checkpointing, a counter of operators), it is shown the products that an operator is made
 of: `OpOverload.decompose` runs them, in C++ as all else. Compiled graphs have `layer_forward`, `layer_backward_` and
 `shrink_backward_` whole, so that their shapes are here and their products an overload: C++ reads sizes as numbers, which would
-make a graph for any length one for its first.
+make a graph for any length one for its first. On a CPU they have the overload `graph` of the last two, which enters no Python.
 """
 
 from __future__ import annotations
@@ -36,11 +36,16 @@ class _Writes:
         operator, owned = getattr(_lotr, f"{name}_"), getattr(_lotr, f"{name}_owned_")
         self.owned, self._default = straight(owned.default), straight(operator.default)
         self._products = getattr(operator, "products", operator.default).decompose
+        self._graph = straight(getattr(operator, "graph", operator.default))
 
     def elsewhere(self, arguments: tuple):
         """On CUDA, where it calls others of its kind, in compiled graphs, and by its products where a dispatch mode is on."""
+        if is_compiling():
+            operator = self._graph if arguments[0].is_cpu else self._default
+        else:
+            operator = self._products if dispatch_modes() else self._default
         with private_write():
-            return (self._products if dispatch_modes() and not is_compiling() else self._default)(*arguments)
+            return operator(*arguments)
 
 
 _BACKWARD, _SMALL_BACKWARD = _Writes("layer_backward"), _Writes("small_layer_backward")
@@ -158,6 +163,7 @@ def layer_backward(
 
 
 @shapes("layer_backward_")
+@shapes("layer_backward_.graph")
 def _(g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
     own = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
     narrow = B.dtype if own else accumulate_dtype(B.dtype)
@@ -202,6 +208,7 @@ def shrink_backward(
 
 
 @shapes("shrink_backward_")
+@shapes("shrink_backward_.graph")
 def _(k, dx, x, A, dA, p=0.0, seed=None):
     made = (x.shape[-1], k.shape[1]) if x is not None and dA is None else (0,)
     return k.new_empty(made, dtype=accumulate_dtype(k.dtype))

@@ -377,3 +377,20 @@ def test_another_strategy_or_version_is_another_key_of_the_graphs_on_disk(monkey
     assert (forced := key()) != first
     monkeypatch.setattr(traced, "_code", lambda: "of another version")
     assert key() not in (first, forced)
+
+
+def test_no_operator_of_a_compiled_graph_enters_python() -> None:
+    """A formula for autograd, or a version counter that Python moves, would take as long as a small product does."""
+    model, graphs = Siblings(2), Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs.backend)
+    compiled(torch.randn(2, 70, D, requires_grad=True)).sum().backward()
+    targets = set()
+    for node in (
+        node for graph in graphs.forward + graphs.backward for node in graph.graph.nodes if node.op == "call_function"
+    ):
+        targets.add(node.args[0] if "auto_functionalized" in str(node.target) else node.target)
+    ours = {target for target in targets if str(target).startswith("lotr.")}
+    assert len(ours) >= 2
+    for target in ours:
+        for key in ("ADInplaceOrView", "AutogradCPU", "Autograd"):
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key), (target, key)
