@@ -29,6 +29,7 @@ from programs.changes import (
     turn_off,
     unloaded,
 )
+from programs.contexts import bank, in_threads, mixed, nested, threaded
 from programs.experts import experts, long_groups
 from programs.forwards import (
     bare,
@@ -42,7 +43,6 @@ from programs.forwards import (
 )
 from programs.making import make_layers, make_net
 from programs.rare import gradient_start, interrupted, made_cores, refused
-from programs.requests import bank, in_threads, mixed, nested, threaded
 
 FORWARDS = (forward, forward, siblings, siblings, checkpointed, functional, bare, unrecorded, view, kept_elsewhere)
 BACKWARDS = (backward, backward, separate, partial, double)
