@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from test_checkpoint import tensors_file, trained
 from torch import nn
 from toys import Toy, adapted, assert_unchanged, snapshot, toy
 
+from lotr_ext.model import adapter_files
 from lotr_ext.model.adapter_files import JSON_NAME
 from lotr_ext.model.apply import adapted_layers, apply_lotr, merge
-from lotr_ext.model.checkpoint import load_adapter, save_adapter
+from lotr_ext.model.checkpoint import contents, load_adapter, save_adapter
 from lotr_ext.model.config import LoTRConfig
 
 
@@ -184,3 +186,13 @@ def test_states_that_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
     for place in ("missing", "file"):
         with pytest.raises(ValueError, match="expected a LoTR adapter"):
             load_adapter(toy(), tmp_path / place)
+
+
+@pytest.mark.parametrize("key", ["lotr_factors.16x16.A", "blocks.0.q.core"])
+def test_no_file_is_written_with_a_part_of_a_tensor(key: str, tmp_path: Path) -> None:
+    """ZeRO-3 leaves a parameter without elements, FSDP1 with some, in one dimension."""
+    manifest, tensors = contents(adapted())
+    for part in (tensors[key][:0], tensors[key].flatten()[:0], tensors[key][:, :2]):
+        with pytest.raises(ValueError, match=rf"{re.escape(key)}: expected shape .*save_adapter in every process"):
+            adapter_files.write(tmp_path / "never", manifest, tensors | {key: part})
+    assert not (tmp_path / "never").exists()

@@ -1,0 +1,63 @@
+"""FSDP1 through accelerate, whose default version it is, in two processes. Run by test_accelerate.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from gloo_checks import batch, loss
+from stacks import base, make
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lotr_ext import load_adapter, save_adapter
+from nets import relative
+
+STEPS, RATE = 3, 0.05
+
+
+def train_alone(model: nn.Module) -> list[float]:
+    """The losses of SGD in one process with both halves of the batch."""
+    optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE), []
+    for i in range(STEPS):
+        optimizer.zero_grad()
+        mean = sum(loss(model, batch(r, i)) for r in range(2)) / 2
+        mean.backward()
+        optimizer.step()
+        found.append(mean.item())
+    return found
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(batch(0, 9))
+
+
+def fsdp1(rank: int, folder: Path) -> dict[str, Any]:
+    """Losses, and how far what is saved is from what was trained."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=1,
+        use_orig_params=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["SmoothBlock"],
+    )
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP  # which accelerate chooses for GPUs alone
+    accelerator.state.fsdp_plugin, accelerator.state.device = plugin, torch.device("cpu")  # cpu:0 is none to FSDP
+    model = accelerator.prepare(make())
+    optimizer = accelerator.prepare(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE))
+    found = {"wrapped": isinstance(model, FullyShardedDataParallel), "losses": [], "alone": train_alone(make())}
+    for i in range(STEPS):
+        optimizer.zero_grad()
+        value = loss(model, batch(rank, i))
+        accelerator.backward(value)
+        optimizer.step()
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        found["losses"].append(value.item() / 2)
+    save_adapter(model, folder / "saved")
+    found["saved"] = relative(output(load_adapter(base(), folder / "saved")), output(model).double())
+    return found
