@@ -218,6 +218,8 @@ for _name in ("layer_backward_", "small_layer_backward_", "shrink_backward_"):
     bump_versions(_name)
 for _name in ("layer_backward_owned_", "small_layer_backward_owned_", "shrink_backward_owned_"):
     refuse_negative(_name), without_shapes(_name)
+for _name in ("layer_backward_.graph", "shrink_backward_.graph"):
+    refuse_negative(_name)
 for _name in ("gemm_lotr", "fold_transposed", "gemm_lotr_refusal"):  # which builds with CUDA have
     if hasattr(_lotr, _name):
         without_shapes(_name)

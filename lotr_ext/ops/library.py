@@ -54,9 +54,9 @@ def check_tensors(name: str, args: tuple, kwargs: dict | None = None, *, values:
     values: also that each has memory for all its elements; for operators that Python runs. apart: they may be on several
     devices, if all or none are on meta.
     """
-    first = None
+    first, packet = None, name.partition(".")[0]
     for i, argument in enumerate(_operator(name)._schema.arguments):
-        value, label = args[i] if i < len(args) else (kwargs or {}).get(argument.name), f"lotr::{name}: {argument.name}"
+        value, label = args[i] if i < len(args) else (kwargs or {}).get(argument.name), f"lotr::{packet}: {argument.name}"
         if value is None and str(argument.type) == "Tensor":
             raise RuntimeError(f"{label}: expected a tensor, got None")
         if not isinstance(value, Tensor):
@@ -137,15 +137,15 @@ def refuse_negative(name: str) -> None:
     """Of an operator that writes: an argument that is negative only by a mark (`torch._neg_view`) is an error where it is
     written, by name; others get their values. The dispatcher's own way serves operators alone that return what they write.
     """
-    op = getattr(lotr, name).default
+    op = _operator(name)
     written = _written(op)
 
     def negative(*args, **kwargs):
         for i, label in written:
             if i < len(args) and args[i] is not None and args[i].is_neg():
                 raise RuntimeError(
-                    f"lotr::{name}: {label}: expected a tensor with its own values (it is written in place), got a view that "
-                    "negates another's; call resolve_neg()"
+                    f"{op._schema.name}: {label}: expected a tensor with its own values (it is written in place), got a view "
+                    "that negates another's; call resolve_neg()"
                 )
         return op(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args), **kwargs)
 

@@ -75,7 +75,7 @@ def arguments(operator: str) -> list[tuple]:
         "gemm_lotr": [(t(M, K), t(N, K), t(N), t(R, K), t(N, R), False, None, None, False)],
         "fold_transposed": [(t(N, Q), t(R, Q), t(K, R), 0.7, torch.bfloat16)],
         "gemm_lotr_refusal": [(t(M, K), t(N, K), R, False)],
-    }[operator.removesuffix(".products").replace("_owned_", "_")]  # the same arguments
+    }[operator.partition(".")[0].replace("_owned_", "_")]  # the same arguments
 
 
 def overload(operator: str) -> torch._ops.OpOverload:
