@@ -116,7 +116,7 @@ grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_setup)
 
 
 def expert_of_rows(offs: Tensor, rows: int) -> Tensor:
-    """The expert of each row [rows] (int64); the number of experts for rows from offs[-1] on."""
+    """The expert of each row [rows] (int64); the number of experts for rows from offs[-1] on. rows may exceed int32."""
     return torch.searchsorted(offs.long(), torch.arange(rows, device=offs.device), right=True)
 
 

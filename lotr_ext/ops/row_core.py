@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from ..compat import OLD_VMAP, dispatch_key_included, jit_tracing, transformed
 from . import composite, planner
+from .grouped import expert_of_rows
 from .library import accumulate_dtype, shapes
 from .library import lotr as _lotr
 from .operators import rank_rows
@@ -73,8 +74,7 @@ def _index(u: Tensor, cores: Tensor, index: Tensor | None, offs: Tensor | None, 
     """The core of each row, -1 for none."""
     if index is not None:
         return index
-    rows = torch.arange((u if tokens is None else tokens).shape[0], device=u.device, dtype=offs.dtype)
-    index = torch.searchsorted(offs, rows, right=True)
+    index = expert_of_rows(offs, (u if tokens is None else tokens).shape[0])
     return torch.where(index < cores.shape[0], index, -1)
 
 

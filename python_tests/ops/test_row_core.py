@@ -158,6 +158,21 @@ def test_the_same_bits_at_any_number_of_threads(dtype: torch.dtype, ranks: tuple
         assert all(map(torch.equal, found[0], other))
 
 
+def test_more_cores_and_tokens_than_int32_counts() -> None:
+    """As many as that by a stride of 0, and on meta."""
+    many, row_core = 2**31 + 9, torch.ops.lotr.row_core
+    u, cores, zeros = torch.randn(2, 3), torch.randn(1, 3, 5), torch.zeros(2, dtype=torch.int64)
+    h = row_core(u, cores.expand(many, 3, 5), torch.tensor([many - 1, 2**31]), None, None, SCALING)
+    assert torch.allclose(h, SCALING * u @ cores[0])
+    few = u[:1].expand(many, 3)
+    tokens = torch.tensor([many - 1, 2**31])
+    assert torch.allclose(row_core(few, cores, zeros, None, tokens, SCALING), SCALING * u[:1] @ cores[0])
+    with pytest.raises(RuntimeError, match=rf"tokens: expected rows of u in \[0, {many}\), got {many} in row 0"):
+        row_core(few, cores, zeros, None, tokens + 1, SCALING)
+    offs = torch.zeros(1, dtype=torch.int32, device="meta")
+    assert row_core(few.to("meta"), cores.to("meta"), None, offs, None, SCALING).shape == (many, 5)
+
+
 def test_no_core_is_copied_for_a_row() -> None:
     """Forward and backward allocate no more than their results and the sorted order; a core a row would be 8 MB."""
     given = case(2000, 2000, 50, 32, 32, torch.float32)
