@@ -203,6 +203,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       Chunk sum[2 * GROUPS];
 #pragma unroll
       for (int c = 0; c < 2 * GROUPS; ++c) {
+        // At a ragged edge only the elements that there are were copied here.  The others, which shared
+        // memory holds of some earlier use, are added to like these, each for itself, and not stored below.
         sum[c] = ptx::load_shared(&y[c][lane]);
 #pragma unroll
         for (int e = 0; e < CHUNK; e += 2) {

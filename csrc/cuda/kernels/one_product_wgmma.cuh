@@ -159,7 +159,8 @@ LOTR_DEVICE void one_product(typename Traits::Smem& s, const ptx::TensorMap& x, 
                              int64_t length, Begin begin, End end) {
   OneProduct<Traits> block(s, length);
   if (threadIdx.x == 0) block.prepare();
-  ptx::cluster_sync();
+  if (threadIdx.x == Traits::MULTIPLIERS) ptx::prefetch_tensor_map(&x), ptx::prefetch_tensor_map(&factor);
+  ptx::cluster_sync_relaxed();
   ptx::griddepcontrol_wait();
   if (threadIdx.x < Traits::MULTIPLIERS) {
     float d[Traits::R / 2];

@@ -320,7 +320,9 @@ __global__ void __launch_bounds__(Traits::THREADS, 1)
                       const __grid_constant__ ptx::TensorMap u, const __grid_constant__ ShrinkGradParams p) {
   ShrinkGradWgmma<Traits> block(ptx::shared_storage<typename Traits::Smem>(), p);
   if (threadIdx.x == 0) block.prepare();
-  ptx::cluster_sync();
+  if (threadIdx.x == 32 * Traits::WARPS)
+    ptx::prefetch_tensor_map(&g), ptx::prefetch_tensor_map(&F), ptx::prefetch_tensor_map(&u);
+  ptx::cluster_sync_relaxed();
   ptx::griddepcontrol_wait();
   if (threadIdx.x < 32 * Traits::WARPS) {
     ptx::registers_more<Traits::MULTIPLY_REGISTERS>();

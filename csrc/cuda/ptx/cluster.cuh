@@ -28,6 +28,18 @@ LOTR_DEVICE void cluster_sync(LOTR_SITE_ONLY) {
 #endif
 }
 
+// The same for what needs no memory of others to be seen but mbarriers, which fence_mbarrier_init has made
+// visible: at a kernel's start.  cluster_sync is a fence of the whole GPU there, and empties L1.
+LOTR_DEVICE void cluster_sync_relaxed(LOTR_SITE_ONLY) {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+#else
+  simt::cluster_sync_relaxed(site);
+#endif
+}
+
 // 16 bytes at the same place in the shared memory of block `rank`, if it is there, under a predicate as
 // load_cg_if.
 LOTR_DEVICE float4 load_cluster_if(bool there, const float4* p, uint32_t rank LOTR_SITE) {
@@ -37,7 +49,7 @@ LOTR_DEVICE float4 load_cluster_if(bool there, const float4* p, uint32_t rank LO
   asm volatile(
       "{\n.reg .b32 place;\n.reg .pred there;\n"
       "setp.ne.s32 there, %6, 0;\n"
-      "mapa.shared::cluster.u32 place, %4, %5;\n"
+      "@there mapa.shared::cluster.u32 place, %4, %5;\n"  // of a rank that there is: else it means nothing
       "@there ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [place];\n}"
       : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
       : "r"(shared_address(p)), "r"(rank), "r"(int(there))

@@ -17,11 +17,15 @@
 //
 // A cooperative launch begins when there is room for all of its blocks, so that they may wait for one
 // another. The device may have less room than its size says, under MPS or in a green context: then there is
-// no launch.  Of clusters the device is asked each time how many it holds: how they lie in its GPCs is not
-// said, and a launch whose last cluster found no place would wait for ever.
+// no launch.  Of clusters the device is asked, once for a kernel and its shape, how many it holds: how they
+// lie in its GPCs is not said.
 #pragma once
 #include "base.cuh"
 
+#ifdef __CUDACC__
+#include <map>
+#include <mutex>
+#endif
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -56,7 +60,9 @@ LOTR_DEVICE void griddepcontrol_wait(LOTR_SITE_ONLY) {
 #endif
 }
 
-// The next kernel in the stream may begin once every block has called this or ended.
+// The next kernel in the stream may begin once every block has ended or called this: the first of a block's
+// threads to call it does so for the block, while others may still be at work.  So nothing that the next
+// kernel does before its griddepcontrol_wait may touch what they use.
 LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
@@ -71,6 +77,14 @@ LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 // there is, or no code is for the device.
 inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
+  using Key = std::tuple<int, const void*, unsigned, unsigned, unsigned, unsigned, size_t>;
+  static std::map<Key, int> known;  // the question takes the driver microseconds
+  static std::mutex mutex;
+  int device = 0;
+  if (cudaGetDevice(&device)) return 0;
+  const Key key{device, kernel, args.cluster.x, args.cluster.y, args.cluster.z, args.block.x, args.smem};
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = args.cluster.x, cluster.val.clusterDim.y = args.cluster.y,
@@ -83,7 +97,7 @@ inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_un
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(args.smem));
   if (!error) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   if (error) cudaGetLastError();  // asked and answered: the next launch shall not find it
-  return error ? 0 : count;
+  return known[key] = error ? 0 : count;
 #else
   return 1;
 #endif

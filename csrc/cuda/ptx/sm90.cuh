@@ -127,6 +127,14 @@ LOTR_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #endif
 }
 
+// One thread: the map on its way from the kernel's parameters, which a launch ahead does not write, so also
+// before griddepcontrol_wait.
+LOTR_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
 // One thread: the box at (col, row) to a tile aligned to 8 rows of the box; its bytes, whole boxes always,
 // count at barrier.
 LOTR_DEVICE void tma_load_2d(void* shared, const TensorMap* map, int col, int row,

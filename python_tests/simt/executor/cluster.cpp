@@ -54,14 +54,17 @@ void load_cluster(void* value, const void* p, uint32_t bytes, uint32_t rank, Sit
   maybe_preempt();
 }
 
-void cluster_sync(Site site) {
+namespace {
+
+// relaxed: what others did before is not seen after it, but for mbarriers (fence.mbarrier_init).
+void cluster_barrier(bool relaxed, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("barrier.cluster", site);
   if (left_out(t.op, site)) return;
   Barrier& b = machine.cluster_barriers[t.block->first / machine.cluster_size];
   const uint32_t all = machine.cluster_size * t.block->thread_count;
   race::Sync& sync = b.sync[b.generation % 2];
-  race::release(sync);
+  if (!relaxed) race::release(sync);
   if (++b.arrived == all) {
     b.arrived = 0;
     ++b.generation;
@@ -76,8 +79,19 @@ void cluster_sync(Site site) {
   } else {
     wait_here(State::at_cluster_barrier, "barrier.cluster", site);
   }
+  if (relaxed) return;
   race::acquire(sync);
   take_over(t, t.block->landed);
+}
+
+}  // namespace
+
+void cluster_sync(Site site) {
+  cluster_barrier(false, site);
+}
+
+void cluster_sync_relaxed(Site site) {
+  cluster_barrier(true, site);
 }
 
 uint32_t cluster_rank() {

@@ -55,6 +55,7 @@ void store_global(void* p, const void* value, uint32_t bytes, Site site);
 void load_shared(void* value, const void* p, uint32_t bytes, Site site);
 void store_shared(void* p, const void* value, uint32_t bytes, Site site);
 void cluster_sync(Site site);
+void cluster_sync_relaxed(Site site);
 void load_cluster(void* value, const void* p, uint32_t bytes, uint32_t rank, Site site);
 void fence_device(Site site);
 void griddepcontrol_wait(Site site);

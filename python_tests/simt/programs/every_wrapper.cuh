@@ -107,6 +107,8 @@ __global__ void __launch_bounds__(128) sm90(const __grid_constant__ ptx::TensorM
   ptx::mbarrier_init(&s.barrier, 2);
   ptx::fence_mbarrier_init();
   ptx::cluster_sync();
+  ptx::cluster_sync_relaxed();
+  ptx::prefetch_tensor_map(&map);
   ptx::mbarrier_arrive(&s.barrier);
   ptx::mbarrier_arrive_expect_tx(&s.barrier, sizeof s.tile);
   ptx::tma_load_2d(s.tile, &map, 0, 0, &s.barrier);

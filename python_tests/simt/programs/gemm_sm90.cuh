@@ -20,6 +20,7 @@ enum Bug : int {
   misaligned_tile,  // a swizzled tile off its 1024 bytes
   extra_arrival,    // more than the barrier was set up for
   no_cluster_sync,  // between a store and the neighbour's read
+  relaxed_sync,     // there, which orders mbarriers alone
   no_init_fence,    // after the inits
 };
 
@@ -111,7 +112,10 @@ __global__ void __launch_bounds__(32) ring(int* out, int bug) {
   RingSmem& s = ptx::shared_storage<RingSmem>();
   const int t = threadIdx.x;
   ptx::store_shared(&s.x[t], int(blockIdx.x) * 100 + t);
-  if (bug != no_cluster_sync) ptx::cluster_sync();
+  if (bug == relaxed_sync)
+    ptx::cluster_sync_relaxed();
+  else if (bug != no_cluster_sync)
+    ptx::cluster_sync();
   out[blockIdx.x * 32 + t] = *ptx::cluster_map(&s.x[t], ptx::cluster_rank() ^ 1);
   ptx::cluster_sync();
 }
