@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .ops.planner import build_info, cuda_obstacle, cuda_probe, cuda_version, plan
+from .ops.planner import CUDA_WITHOUT, build_info, cuda_obstacle, cuda_probe, cuda_version, plan
 from .version import __version__
 
 __all__ = ["collect", "main"]
@@ -49,12 +49,13 @@ def collect() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    """The CUDA versions of the build and of the driver (None without CUDA kernels), and why the kernels cannot run."""
+    """The CUDA versions of the build and of the driver (None without CUDA kernels), why the kernels cannot run, and what
+    LOTR_CUDA_WITHOUT turns off."""
     obstacle = cuda_obstacle(0)
     if not build_info()["cuda"]["built"]:
-        return {"runtime": None, "driver": None, "obstacle": obstacle}
+        return {"runtime": None, "driver": None, "obstacle": obstacle, "without": list(CUDA_WITHOUT)}
     found = cuda_probe(-1)
-    return {"runtime": found["runtime"], "driver": found["driver"], "obstacle": obstacle}
+    return {"runtime": found["runtime"], "driver": found["driver"], "obstacle": obstacle, "without": list(CUDA_WITHOUT)}
 
 
 def _cuda_line(built: dict[str, Any], cuda: dict[str, Any]) -> str:
@@ -75,6 +76,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         "libraries  " + ", ".join(f"{name} {version or '-'}" for name, version in facts["libraries"].items()),
         f"CPU        kernels for {cpu['isa']}",
         _cuda_line(built["cuda"], facts["cuda"]),
+        *([f"           LOTR_CUDA_WITHOUT turns off {', '.join(CUDA_WITHOUT)}"] if CUDA_WITHOUT else []),
         "runs (4096 tokens, rank 16)",
     ]
     for device, found in facts["runs"].items():

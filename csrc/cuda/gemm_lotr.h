@@ -37,7 +37,7 @@ struct GemmLotrPlan {
   int band_group;  // bands that the tiles walk together
 };
 inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
-  const int cluster = q.M > 128 ? 2 : 1;
+  const int cluster = q.M > 128 && !call.off.cluster ? 2 : 1;
   const int64_t columns = q.r <= 64 ? 256 : 128;  // of a tile, gemm_lotr_columns
   const int64_t bands = (q.M + 128 * cluster - 1) / (128 * cluster),
                 clusters = call.multiprocessors / cluster;

@@ -110,6 +110,7 @@ void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, vo
 }
 
 std::string gemm_lotr_obstacle(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan) {
+  if (call.off.fused || call.off.wgmma) return "switches: expected fused and wgmma, got LOTR_CUDA_WITHOUT";
   int device = 0;
 #ifdef __CUDACC__
   int major = 0, minor = 0;

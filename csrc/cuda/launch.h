@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "params.h"
+#include "switches.h"
 
 namespace lotr::cuda {
 
@@ -19,6 +20,10 @@ struct Call {
   void* stream;         // cudaStream_t
   bool early;  // whether launches may be, and in clusters (ptx/launch.cuh): waits_in_kernels() of probe.h
   bool wgmma = false;  // whether kernels may run by wgmma: runs_wgmma()
+  Switches off{};      // what of this is turned off all the same: switches()
+
+  bool begins_early() const { return early && !off.early; }
+  bool in_clusters() const { return early && !off.cluster; }
 };
 
 // Whether the current device is of compute capability 9.0, this build has code for it (sm_90a), and the

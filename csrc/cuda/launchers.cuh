@@ -26,7 +26,7 @@ template <class Traits, class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, const char* name,
             dim3 cluster = dim3(1, 1, 1)) {
   ptx::launch({grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem),
-               static_cast<ptx::stream_t>(call.stream), cluster, name, call.early},
+               static_cast<ptx::stream_t>(call.stream), cluster, name, call.begins_early()},
               kernel, p);
 }
 
@@ -35,9 +35,10 @@ void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p
 template <class Traits, class Params>
 void launch_together(const Call& call, void (*kernel)(Params), dim3 grid, Params p, const char* name,
                      dim3 cluster) {
-  if (p.together && ptx::launch({grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem),
-                                 static_cast<ptx::stream_t>(call.stream), cluster, name, call.early, true},
-                                kernel, p))
+  if (p.together &&
+      ptx::launch({grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem),
+                   static_cast<ptx::stream_t>(call.stream), cluster, name, call.begins_early(), true},
+                  kernel, p))
     return;
   p.together = 0;
   launch<Traits>(call, kernel, grid, p, name, cluster);

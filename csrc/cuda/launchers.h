@@ -20,7 +20,7 @@ constexpr size_t aligned(size_t bytes) {
 }
 
 inline plan::Machine machine_of(const Call& call) {
-  return {call.multiprocessors, call.shared, call.early, call.early};
+  return {call.multiprocessors, call.shared, call.early, call.in_clusters(), 1, !call.off.together};
 }
 
 // These take matrices that can be read 16 bytes at a time, and ranks of one launch.

@@ -22,10 +22,11 @@ template <class Traits, class Kernel, class Params>
 void launch(const Call& call, const plan::Plan& plan, const char* name, Kernel* kernel, const Params& p,
             const Matrix& factor) {
   using T = typename Traits::T;
-  ptx::launch({dim3(unsigned(plan.m_blocks)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
-               static_cast<ptx::stream_t>(call.stream), dim3(unsigned(Traits::CLUSTER)), name, call.early},
-              kernel, tensor_map<T>(p.x, p.M, p.K, Traits::ROWS),
-              tensor_map<T>(factor, Traits::DOWN ? p.M : p.K, p.r, Traits::SHARE, Traits::PANEL), p);
+  ptx::launch(
+      {dim3(unsigned(plan.m_blocks)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
+       static_cast<ptx::stream_t>(call.stream), dim3(unsigned(Traits::CLUSTER)), name, call.begins_early()},
+      kernel, tensor_map<T>(p.x, p.M, p.K, Traits::ROWS),
+      tensor_map<T>(factor, Traits::DOWN ? p.M : p.K, p.r, Traits::SHARE, Traits::PANEL), p);
 }
 
 }  // namespace

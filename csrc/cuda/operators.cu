@@ -327,7 +327,7 @@ void fold(const Call& call, const FoldParams& p) {
   const int64_t row_tiles = plan::ceil_div(p.N, kernels::FOLD_ROWS) + plan::ceil_div(p.K, kernels::FOLD_ROWS);
   const dim3 grid(unsigned(row_tiles), unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)), unsigned(p.L));
   ptx::launch({grid, dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
-               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold", call.early},
+               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold", call.begins_early()},
               kernels::fold, p);
 }
 
@@ -347,7 +347,7 @@ void fold_grad(const Call& call, const FoldGradParams& problem, void* workspace)
   if (plan.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
   ptx::launch({dim3(unsigned(plan.dB_blocks + plan.core_tiles * plan.splits)),
                dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),
-               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold_grad", call.early},
+               static_cast<ptx::stream_t>(call.stream), dim3(1, 1, 1), "fold_grad", call.begins_early()},
               kernels::fold_grad, p);
 }
 

@@ -39,11 +39,12 @@ struct Machine {
   int multiprocessors, shared;  // shared: bytes of shared memory of one of them
   bool has_clusters, clusters;  // and whether this kernel's may be one
   int blocks = 1;               // of this kernel that a multiprocessor holds
+  bool cooperative = true;      // whether all blocks may be launched to be there at once
 
   // For a kernel that has registers for so many blocks, of so many bytes of shared memory each.
   Machine with(int at_most, size_t bytes = kernels::SHARED_BYTES_OF_TWO) const {
     const int fit = size_t(shared) >= 2 * (bytes + 1024) ? 2 : 1;
-    return {multiprocessors, shared, has_clusters, clusters, std::min(fit, at_most)};
+    return {multiprocessors, shared, has_clusters, clusters, std::min(fit, at_most), cooperative};
   }
   // whether so many splits are to be one cluster
   bool cluster(int64_t splits) const {
@@ -52,7 +53,7 @@ struct Machine {
   }
   // whether the splits may wait for one another without a cluster: the whole grid is there at once
   bool together(int64_t owners, int64_t splits) const {
-    return !has_clusters && splits > 1 && owners * splits <= slots();
+    return cooperative && !has_clusters && splits > 1 && owners * splits <= slots();
   }
   int64_t wanted() const { return ceil_div(int64_t(multiprocessors) * 9, 10); }
   int64_t slots() const { return int64_t(multiprocessors) * blocks; }

@@ -38,7 +38,7 @@ template <class Params>
 void launch(const Call& call, void (*kernel)(Params), dim3 grid, const Params& p, size_t shared,
             const char* name) {
   ptx::launch({grid, dim3(FoldTraits::THREADS), shared, static_cast<ptx::stream_t>(call.stream),
-               dim3(1, 1, 1), name, call.early},
+               dim3(1, 1, 1), name, call.begins_early()},
               kernel, p);
 }
 

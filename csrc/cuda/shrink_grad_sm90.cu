@@ -30,7 +30,7 @@ void run(const Call& call, ShrinkGradParams p, dim3 grid) {
     p.together = together;
     return ptx::launch(
         {grid, dim3(Traits::THREADS), sizeof(typename Traits::Smem), static_cast<ptx::stream_t>(call.stream),
-         dim3(unsigned(p.cluster)), "shrink_grad", call.early && !together, together},
+         dim3(unsigned(p.cluster)), "shrink_grad", call.begins_early() && !together, together},
         kernels::shrink_grad_wgmma<Traits>, tensor_map<T>(p.g, p.M, p.N, Traits::ROWS),
         tensor_map<T>(p.F, p.N, p.r, Traits::COLS, R), tensor_map<T>(p.u, p.M, p.r, Traits::ROWS), p);
   };

@@ -59,7 +59,8 @@ inline plan::Plan shrink_grad_wgmma_plan(const Call& call, const ShrinkGradParam
       !bulk_copies_read(p.g, p.M, p.N) || !bulk_copies_read(p.F, p.N, p.r) ||
       !bulk_copies_read(p.u, p.M, p.r))
     return {};
-  const plan::Plan wgmma = plan::shrink_grad_wgmma(p.M, p.N, p.r, call.multiprocessors);
+  plan::Plan wgmma = plan::shrink_grad_wgmma(p.M, p.N, p.r, call.multiprocessors);
+  wgmma.together &= !call.off.together;
   return wgmma.rows && wgmma.cost < plan::shrink_grad(p.M, p.N, p.r, 2, machine_of(call)).cost ? wgmma
                                                                                                : plan::Plan{};
 }

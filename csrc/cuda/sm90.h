@@ -6,7 +6,8 @@ namespace lotr::cuda {
 
 // Whether the device, the type and the rank are such a kernel's, and there are as many rows as its tile has.
 inline bool wgmma_takes(const Call& call, int64_t r, int64_t most_rank, int64_t rows, int64_t tile) {
-  return call.wgmma && call.type != DType::float32 && r <= most_rank && rows >= tile;
+  return call.wgmma && !call.off.wgmma && !call.off.cluster && call.type != DType::float32 &&
+         r <= most_rank && rows >= tile;
 }
 
 // Whether bulk copies can read m [rows, cols], whose rows start at multiples of 16 bytes: they do not count

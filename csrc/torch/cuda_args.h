@@ -110,7 +110,8 @@ class Context {
              device.shared,
              current_stream(device_),
              device.early,
-             device.wgmma};
+             device.wgmma,
+             cuda::switches()};
   }
   const cuda::Call& call() const { return call_; }
   const char* op() const { return op_; }

@@ -27,6 +27,20 @@ from torch import Tensor
 
 STRATEGIES = ("composite", "two_pass", "beta", "fused")
 LOTR_STRATEGY = os.environ.get("LOTR_STRATEGY")  # read once: os.environ takes 2 us a call (bench.host)
+CUDA_SWITCHES = ("wgmma", "early", "cluster", "together", "fused")  # csrc/cuda/switches.h says what each is
+
+
+def switched_off(words: str | None) -> tuple[str, ...]:
+    """The words of LOTR_CUDA_WITHOUT, in the order of CUDA_SWITCHES. ValueError for one that is not known."""
+    found = {word for word in (words or "").split(",") if word}
+    if unknown := sorted(found - set(CUDA_SWITCHES)):
+        raise ValueError(
+            f"LOTR_CUDA_WITHOUT: expected words of {', '.join(CUDA_SWITCHES)}, separated by commas, got {', '.join(unknown)}"
+        )
+    return tuple(word for word in CUDA_SWITCHES if word in found)
+
+
+CUDA_WITHOUT = switched_off(os.environ.get("LOTR_CUDA_WITHOUT"))  # the kernels read it once, too
 ORDERS = {"composite": 0, "two_pass": 0, "beta": 1, "fused": 2}  # as the operators of a layer take a strategy
 FUSED_MAX_RANK = 128
 BETA_TOKENS = 1024
@@ -192,19 +206,31 @@ def plan_of(
             raise ValueError(f"{where}: expected composite, the only strategy here ({obstacle}), got {forced!r}")
         if forced == "fused" and (missing := fused_obstacle(rank, dtype, device)) is not None:
             raise ValueError(f"{where}: expected a strategy that runs here, got 'fused': {missing}")
-        return Plan.of(forced, f"forced by {where}")
+        return Plan.of(
+            forced, f"forced by {where}" + (without_text() if device.type == "cuda" and forced != "composite" else "")
+        )
     if obstacle is not None:
         return Plan.of("composite", obstacle)
     if device.type == "cuda" and many:
-        return Plan.of("beta", f"at least {BETA_TOKENS} tokens on CUDA: the base product's epilogue hides the read of y")
+        why = f"at least {BETA_TOKENS} tokens on CUDA: the base product's epilogue hides the read of y"
+        return Plan.of("beta", why + without_text())
     ours = f"our kernels for {device.type} and {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda":
+        ours += without_text()
     if device.type == "cpu" and dtype in (torch.float32, torch.float64):
         return Plan.of("beta", f"{ours}; the base product accumulates onto what they wrote, as it would onto the bias")
     return Plan.of("two_pass", ours)
 
 
+def without_text() -> str:
+    """What LOTR_CUDA_WITHOUT leaves out, as `explain` says it; "" where it is not set."""
+    return f"; LOTR_CUDA_WITHOUT={','.join(CUDA_WITHOUT)}" if CUDA_WITHOUT else ""
+
+
 def fused_obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why there is no fused strategy for any size there; None if there is. Of a device that kernels of ours run on."""
+    if "fused" in CUDA_WITHOUT or "wgmma" in CUDA_WITHOUT:
+        return f"LOTR_CUDA_WITHOUT: expected fused and wgmma to be left on, got {','.join(CUDA_WITHOUT)}"
     if device.type != "cuda":
         return f"device: expected CUDA of compute capability 9.0, got {device.type}"
     if not hasattr(torch.ops.lotr, "gemm_lotr"):

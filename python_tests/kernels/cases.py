@@ -28,6 +28,7 @@ class Shape:
     float_factors: bool = False
     wgmma: bool = False
     early: bool = True  # a GPU with early launches and clusters
+    without: str = ""  # LOTR_CUDA_WITHOUT
 
     @property
     def other(self) -> int:
@@ -134,7 +135,8 @@ class _Maker:
 
     def prepare(self, lib: ModuleType) -> dict:
         float32 = "tf32" if self.kind == "tf32" else "exact"
-        lib.set_device(multiprocessors=self.shape.sms, float32=float32, wgmma=self.shape.wgmma, early=self.shape.early)
+        on = {"wgmma": self.shape.wgmma, "early": self.shape.early, "without": self.shape.without}
+        lib.set_device(multiprocessors=self.shape.sms, float32=float32, **on)
         return {"p": self.shape.p, "seed": self.seed}
 
     def close(self, got, left, right, what, add=0.0, mask=1.0, kind=None, scale=1.0) -> None:

@@ -58,6 +58,20 @@ def test_by_the_environment(hopper, monkeypatch) -> None:
     assert explain(layer, x_on(hopper.device)).reason == "forced by LOTR_STRATEGY"
 
 
+def test_what_is_switched_off_is_refused_and_told(hopper, monkeypatch) -> None:
+    """LOTR_CUDA_WITHOUT=fused or wgmma; other words are told with the strategy that runs."""
+    layer, x = layer_on(hopper.device), x_on(hopper.device)
+    for word in ("fused", "wgmma"):
+        monkeypatch.setattr(planner, "CUDA_WITHOUT", (word,))
+        planner.plan_of.cache_clear()
+        with pytest.raises(ValueError, match=f"LOTR_CUDA_WITHOUT: .* got {word}"):
+            explain(layer, x)
+    monkeypatch.setattr(planner, "CUDA_WITHOUT", ("early", "cluster"))
+    planner.plan_of.cache_clear()
+    assert explain(layer, x).reason == "forced by strategy; LOTR_CUDA_WITHOUT=early,cluster"
+    planner.plan_of.cache_clear()
+
+
 def test_never_by_the_heuristic(hopper) -> None:
     layer = layer_on(hopper.device)
     layer.strategy = None

@@ -32,6 +32,7 @@ struct Settings {
   int multiprocessors = 132, shared = 233472;  // of an H100
   Float32 float32 = Float32::exact;
   bool wgmma = false, early = true;
+  lotr::cuda::Switches off{};
   size_t shared_limit() const { return wgmma ? SHARED_LIMIT_SM90 : SHARED_LIMIT; }
 } settings;
 
@@ -87,8 +88,8 @@ Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
 }
 
 cuda::Call call(DType type) {
-  return {type,           settings.float32, settings.multiprocessors, settings.shared, nullptr,
-          settings.early, settings.wgmma};
+  return {type,    settings.float32, settings.multiprocessors, settings.shared,
+          nullptr, settings.early,   settings.wgmma,           settings.off};
 }
 
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
@@ -356,9 +357,9 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
 // As the operators decide, of a matrix in aligned rows.
 plan::Plan plan_of(const std::string& kernel, int64_t M, int64_t N, int64_t r, int element,
                    int multiprocessors) {
-  const plan::Machine machine{multiprocessors, settings.shared, settings.early, settings.early};
   cuda::Call as = call(element == 2 ? DType::bfloat16 : DType::float32);
   as.multiprocessors = multiprocessors;
+  const plan::Machine machine = cuda::machine_of(as);
   if (kernel == "shrink") {
     ShrinkParams p{};
     p.M = M, p.K = N, p.r = int32_t(r), p.x.row = N, p.A.row = r;
@@ -439,19 +440,22 @@ PYBIND11_MODULE(lotr_simt, m) {
         "scaling"_a, "dA"_a, "dB"_a, "dcore"_a);
   m.def(
       "set_device",
-      [](int multiprocessors, const std::string& float32, int shared, bool wgmma, bool early) {
+      [](int multiprocessors, const std::string& float32, int shared, bool wgmma, bool early,
+         const std::string& without) {
         if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
         if (shared < 101376) throw py::value_error("shared: expected at least the 101376 bytes of sm_86");
         if (float32 != "exact" && float32 != "tf32")
           throw py::value_error("float32: expected exact or tf32, got " + float32);
-        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact, wgmma,
-                    early};
+        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact,
+                    wgmma,           early,  cuda::switches_of(without)};
         Options o = options();
         o.shared_limit = settings.shared_limit();
         set_options(o);
       },
       py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472, "wgmma"_a = false,
-      "early"_a = true, "early: a GPU with early launches and clusters, of compute capability 9.0 or later");
+      "early"_a = true, "without"_a = "",
+      "without: as LOTR_CUDA_WITHOUT; early: a GPU with early launches and clusters, of compute capability "
+      "9.0 or later");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
         "count_memory"_a = false, "shared_limit"_a = py::none(), "resident"_a = 1, "room"_a = py::none());
   define_gemm_lotr(m);
