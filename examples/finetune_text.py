@@ -99,7 +99,7 @@ def run(job: Job) -> dict:
             if not losses[-1] < float("inf"):
                 raise ValueError(f"{recipe.name}: loss is {losses[-1]} at step {len(losses)}; lower --lr or --scaling")
             bar.step(losses)
-            if os.getppid() != parent:  # ended from outside: nobody waits for this run any more
+            if os.getppid() != parent:  # the parent was ended from outside, so this run's result would be lost
                 sys.exit(1)
     peak = tm.peak_memory()
 

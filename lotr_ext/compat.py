@@ -133,8 +133,8 @@ def run_unseen(function: Callable) -> None:
 
 
 def saved_if(ctx, *wanted: bool) -> tuple[Tensor | None, ...]:
-    """ctx.saved_tensors, of which those that are not wanted are not looked at, so that nobody minds that they were changed; but
-    torch 2.10 looks at all of them."""
+    """ctx.saved_tensors, None for those that are not wanted. These are not unpacked, so an in-place write to them does not
+    raise; torch 2.10 unpacks all of them."""
     if _LOOKS_AT_EACH:
         return tuple(saved.unpack() if want else None for saved, want in zip(ctx._raw_saved_tensors, wanted))
     return tuple(saved if want else None for saved, want in zip(ctx.saved_tensors, wanted))
@@ -177,7 +177,7 @@ def straight(operator: torch._ops.OpOverload) -> Callable:
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
-# for writes into tensors that no one else holds: in-place operators then move no version counter
+# for writes into tensors that no other code holds: in-place operators then move no version counter
 private_write = torch._C._AutoDispatchBelowADInplaceOrView
 below_in_place = torch._C._after_ADInplaceOrView_keyset  # the dispatch keys after the one at which version counters move
 

@@ -88,7 +88,7 @@ def train(run: Run, model: Path, path: Path) -> dict:
         optimizer.step()
         schedule()
         losses.append(loss.item())
-        if os.getppid() != parent:  # ended from outside: nobody waits for this run any more
+        if os.getppid() != parent:  # the parent was ended from outside, so this run's result would be lost
             sys.exit(1)
 
     def accuracy(part: Texts) -> float:

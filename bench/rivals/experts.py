@@ -1,4 +1,4 @@
-"""The experts of one mixture layer, by who adapts them: transformers' module with one set of weights for all rivals."""
+"""The experts of one mixture layer, by what adapts them: transformers' module with one set of weights for all rivals."""
 
 from __future__ import annotations
 

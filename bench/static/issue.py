@@ -19,7 +19,7 @@ from .hot import MATRIX
 from .sass import Instruction
 
 SCHEDULERS = 4
-QUEUED = 64  # cycles of work that the queue before the shared-memory and load path holds; who issues need not wait for it
+QUEUED = 64  # cycles of work that the queue before the shared-memory and load path holds: the issuing warp does not wait
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ def executor() -> ModuleType:
 
 
 def sources_id() -> str:
-    """Of the kernels and the executor: counts of other sources are made anew. Less what only gemm_lotr, which nobody counts,
-    is made of."""
+    """Of the kernels and the executor: counts of other sources are made anew. Less what only gemm_lotr, which
+    is not counted, is made of."""
     digest = hashlib.sha256()
     for path in sorted(p for folder in ("csrc/cuda", "python_tests/simt/executor") for p in (ROOT / folder).rglob("*")):
         if path.suffix in (".h", ".cuh", ".cu", ".cpp") and not any(name in path.stem for name in NOT_COUNTED):

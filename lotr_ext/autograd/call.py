@@ -81,7 +81,7 @@ def plan_call(
 
 
 def _forced(call: Call) -> tuple[str | None, str]:
-    """(the strategy that is forced, or None; by whom)"""
+    """(the strategy that is forced, or None; what forces it)"""
     return planner.forced_strategy(call.strategy, planner.LOTR_STRATEGY)
 
 

@@ -98,8 +98,8 @@ class LoTRFunction(Node):
             u if need_B or need_core else None,
             F if need_x or need_A else None,
         )
-        # the values of what is not saved, whose change nobody minds; and A and B as the next layers of a checkpoint's forward,
-        # which saves no tensor, must find them
+        # A, B and core are kept here too: a gradient that does not need their saved copy must not raise when they were changed
+        # in place, and a checkpoint's forward saves no tensor, yet its next layers must find the same A and B
         ctx.call, call.factors = call, (A, B, core)
         if dispatch_modes():
             call.made_of = versions(B, core)
@@ -336,7 +336,7 @@ class LoTRExpand(Node):
         if dispatch_modes():
             call.made_of = versions(B, core)
         ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; else k goes back the way that u came
-        ctx.own = weakref.ref(ctx, shared_input.waiting.discard)  # no backward comes to an output that nobody keeps
+        ctx.own = weakref.ref(ctx, shared_input.waiting.discard)  # an output that was freed gets no backward
         shared_input.waiting.add(ctx.own)
         return y
 

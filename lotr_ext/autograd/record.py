@@ -25,9 +25,9 @@ class Call:
     has one of its factors.
     dtype: autocast's, None outside of it; compute: what to compute in; plan: what runs; bank, l: what the forward scope has
     made for it, and its place there; first: weight, bias and B, where LoTRShrink may make y with u by one operator; made: y and
-    F where it has, for LoTRExpand; owns_y: whether the y that it adds to is nobody else's; made_of: B and core with their
-    versions, under a dispatch mode (`functions.versions`); factors: A, B and core as a LoTRFunction was given them; apart:
-    whether these are on other devices than x.
+    F where it has, for LoTRExpand; owns_y: whether no other code has a reference to the y that it adds to; made_of: B and core
+    with their versions, under a dispatch mode (`functions.versions`); factors: A, B and core as a LoTRFunction was given them;
+    apart: whether these are on other devices than x.
     """
 
     __slots__ = (

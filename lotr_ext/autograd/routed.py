@@ -4,7 +4,7 @@
     x [m, k]    --> the rows of each expert     --> grouped_mm: the frozen product y --+--> LoTRExpand: y + h B^T
 
 The frozen product reads x as LoTRShrink hands it on, so that its gradient of x comes to LoTRShrink, which adds k A^T to it in
-place; and y, which nobody else sees, is added to in place.
+place. LoTRExpand adds to y in place too, since no other code has a reference to it.
 A and B are dense products for all experts, by the nodes of any other call, so that siblings share u and the factors have their
 shared gradients; only the small product with a row's core knows of experts.
 """

@@ -147,7 +147,7 @@ class SharedFactor(SharedGradient):
     """What the layers that have one factor share while they run, whatever pairs it is in: its gradient, and where it is the A
     of several layers on one x, the newest x and u. Copies and pickles of it start empty.
 
-    layers: how many were made over the factor; 0 where nobody counted.
+    layers: how many were made over the factor; 0 where they were not counted.
     """
 
     def __init__(self) -> None:

@@ -197,7 +197,10 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         """The base's W [n, k], a view. TypeError if it cannot be merged into."""
         weight, base = own_weight(self.base_layer), type(self.base_layer).__name__
         if weight is None:
-            raise TypeError(f"merge: expected a plain nn.Linear or Conv1D base, got {base}, whose weight is its own affair")
+            raise TypeError(
+                f"merge: expected a plain nn.Linear or Conv1D base, got {base}, which has no dense weight to add to; use the "
+                "model without merging"
+            )
         check_is_parameter(self.base_layer, "weight", "merge")
         return weight.detach()  # which shares the parameter's count of changes, so that autograd sees them
 

@@ -228,11 +228,17 @@ class LoTRWrapped(LoTRLayer):
 
     def why_not_mergeable(self, dequantize: bool | torch.dtype, name: str = "a layer") -> str | None:
         """What stands in the way of a merge, None if nothing does."""
-        got = f"merge: expected an nn.Linear or Conv1D base, got {name} over {type(self.base_layer).__name__}, whose weight is "
+        got = f"{name} over {type(self.base_layer).__name__}"
         if dequantizer(self.base_layer) is None:
-            return got + "its own affair"
+            return (
+                "merge: expected a base whose dense weight can be read (nn.Linear, Conv1D, torchao, bitsandbytes, or a module "
+                f"with dequantize()), got {got}; use the model without merging, or put a dense layer in the base's place first"
+            )
         if dequantize is False:
-            return got + "quantised and would round the adapter away; dequantize=True puts a plain nn.Linear in its place"
+            return (
+                f"merge: expected an nn.Linear or Conv1D base, got {got}, whose quantised weight would round the adapter away; "
+                "dequantize=True puts a plain nn.Linear in its place"
+            )
         return None
 
     @torch.no_grad()

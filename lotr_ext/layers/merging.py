@@ -1,4 +1,4 @@
-"""What merging needs to be noticed: writes that autograd sees, weights that are parameters, a word to who trains meanwhile."""
+"""What merging needs: writes that autograd sees, weights that are parameters, a warning when a merged model is trained."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@
 
 The tensors are written first; then the JSON is written under a temporary name and renamed over the old one. That rename is the
 one moment at which the new adapter takes the old one's place: a kill before it leaves the old adapter whole, a kill after it
-the new one; of several savers the last to rename wins. Who loads reads the JSON again where the tensors that it named are gone.
+the new one; of several savers the last to rename wins. A reader reads the JSON again where the tensors that it named are gone.
 
-A saver removes what is named by no JSON and written by nobody: each saver holds a lock (flock) on its files until it is done,
+A saver removes files that no JSON names and no saver is writing: each saver holds a lock (flock) on its files until it is done,
 and the kernel takes the lock from one that is killed. Where a file system has no locks, what a kill leaves stays.
 """
 
@@ -153,7 +153,7 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
     _check_whole(manifest, tensors)
     data = serialized(tensors)
     digest = hashlib.sha256(data).hexdigest()
-    tensors_name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # a checksum would be another's, too, who saves the same
+    tensors_name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # by checksum two savers of equal tensors would share it
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -175,7 +175,7 @@ def plan(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, strat
 
 
 def forced_strategy(strategy: str | None, environment: str | None) -> tuple[str | None, str]:
-    """(the strategy that is forced, or None; by whom): by an argument, else by LOTR_STRATEGY."""
+    """(the strategy that is forced, or None; what forces it): an argument, else by LOTR_STRATEGY."""
     return (strategy, "strategy") if strategy is not None else (environment or None, "LOTR_STRATEGY")
 
 

@@ -224,9 +224,9 @@ def test_a_base_that_nothing_dequantises_is_refused_with_and_without_the_request
     model = adapted_over(Rounded)
     before = parts_of(model)
     for request in (False, True):
-        with pytest.raises(TypeError, match=r"'blocks.0.q' over Rounded, whose weight is its own affair"):
+        with pytest.raises(TypeError, match=r"dense weight can be read .* got 'blocks.0.q' over Rounded"):
             merge(model, dequantize=request)
-    with pytest.raises(TypeError, match="its own affair"):
+    with pytest.raises(TypeError, match="dense weight can be read"):
         unload(model, merge=True, dequantize=True)
     assert parts_of(model) == before
 

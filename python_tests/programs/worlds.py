@@ -111,7 +111,7 @@ class World:
         core_scale: float = 1.0,
         weight_kind: str = "plain",
     ) -> nn.Module:
-        """An adapted layer over shared factors; wrapped: over a base whose weight is its own affair."""
+        """An adapted layer over shared factors; wrapped: over a base that has no dense weight to read."""
         base = self._base(factors.A.shape[0], factors.B.shape[0], bias, seed, dtype, weight_kind)
         layer = self._layer(base, factors, scaling, dropout, wrapped)
         with torch.no_grad():
