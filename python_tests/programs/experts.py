@@ -61,9 +61,9 @@ def module(b: Builder, f: str, count: int, dtype: torch.dtype) -> str:
 
 def long_groups(b: Builder) -> None:
     """So many rows that they are shared out over threads, which no bit may show."""
-    if b.chance(0.5):
+    if b.chance(0.3):
         return
-    dtype = b.one_of(torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16)
+    dtype = b.one_of(*[torch.float32] * 4, torch.float64, torch.bfloat16)
     count, r = b.one_of(3, 2, 9), b.one_of((16, 16), (15, 15), (8, 16), (32, 32))
     ends = list(accumulate(b.one_of(703, 811, 950) if i < 3 else b.number(0, 90) for i in range(count)))
     e = module(b, factors(b, 8, 8, r, dtype), count, dtype)

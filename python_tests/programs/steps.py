@@ -51,7 +51,7 @@ CHANGES = (
     *(merged, merged_training, reparametrized, parametrized, parametrized, state, threaded, copied),
     *(experts, experts, long_groups, made_cores, gradient_start, refused, interrupted),
 )
-WHOLE = (saved, switched, switched, off, mixed, bank, nested, nested, in_threads)
+WHOLE = (saved, switched, switched, off, mixed, bank, nested, nested, in_threads, in_threads)
 
 
 def programs() -> st.SearchStrategy[Builder]:
