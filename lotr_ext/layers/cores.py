@@ -28,7 +28,10 @@ __all__ = ["FORMS", "CPCores", "CoreAt", "Cores", "DiagonalCores", "FewCores", "
 
 
 class CoreAt(nn.Module):
-    """The core [r_in, r_out] of one place. In a forward of a model from `apply_lotr` those of all places are made at once."""
+    """The core [r_in, r_out] of one place. In a forward of a model from `apply_lotr` those of all places are made at once.
+
+    They then have one graph in common: of several backwards through one forward all but the last need `retain_graph=True`.
+    """
 
     def __init__(self, cores: Cores, index: int):
         super().__init__()

@@ -39,7 +39,7 @@ def separate(b: Builder) -> None:
     """A backward through each of the last outputs, in any order."""
     chosen = b.some(b.fresh[-4:]) if b.fresh else []
     for value in chosen:
-        retain = b.chance(0.5)
+        retain = b.chance(0.5) or b.made_cores  # the graph of cores that a forward makes at once goes with the first backward
         b.line(f'w.backward("{b.name("b")}", w.loss({b.seed()}, {value.name}){", retain=True" if retain else ""})')
     if chosen:
         b.forget()
