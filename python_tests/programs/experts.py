@@ -61,7 +61,7 @@ def module(b: Builder, f: str, count: int, dtype: torch.dtype) -> str:
 
 def long_groups(b: Builder) -> None:
     """So many rows that they are shared out over threads, which no bit may show."""
-    if b.chance(0.3):
+    if b.chance(0.5):
         return
     dtype = b.one_of(*[torch.float32] * 4, torch.float64, torch.bfloat16)
     count, r = b.one_of(3, 2, 9), b.one_of((16, 16), (15, 15), (8, 16), (32, 32))

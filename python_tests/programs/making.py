@@ -123,7 +123,7 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
             b.line(f"if 'core' in {layer.name}._parameters: {layer.name}.core = another({layer.name}.core, -0.5)")
         elif kind in ("left", "right"):  # of the numbers that all cores are made of
             b.net_replaces = b.net_sets = True
-            b.line(f"self.lotr_cores.{kind} = another(self.lotr_cores.{kind}, -0.5)")
+            b.line(f"if hasattr(self, 'lotr_cores'): self.lotr_cores.{kind} = another(self.lotr_cores.{kind}, -0.5)")
         if kind == "no_grad":
             unrecorded = "no_grad" if b.dropout else b.one_of("no_grad", "inference_mode")
             b.line(f"with torch.{unrecorded}():")

@@ -158,6 +158,7 @@ class Ours(World):
         worlds do without it, so a core or scaling that it sets comes back."""
         layers = [m for m in merged.modules() if hasattr(m, "merged")]
         before = [(m._parameters.get("core"), m.scaling) for m in layers]
+        numbers = dict(merged.lotr_cores._parameters) if hasattr(merged, "lotr_cores") else {}
         called: list[nn.Module] = []
         look = lambda m, args: called.append(m) if m.merged and trained_in(m) else None  # noqa: E731
         handles = [m.register_forward_pre_hook(look) for m in layers]
@@ -172,6 +173,8 @@ class Ours(World):
             layer.scaling = scaling
             if core is not None:
                 layer._parameters["core"] = core
+        if numbers:
+            merged.lotr_cores._parameters.update(numbers)
         if called and not any("merge" in str(getattr(word, "message", word)) for word in said):
             raise AssertionError("training while merged: expected an error or a warning, got none")
 

@@ -49,9 +49,9 @@ BACKWARDS = (backward, backward, separate, partial, double)
 CHANGES = (
     *(in_place, in_place, change_parameter, replace, freeze, optimizer_step, turn_off, mode, hook, failing),
     *(merged, merged_training, reparametrized, parametrized, parametrized, state, threaded, copied),
-    *(experts, experts, long_groups, made_cores, gradient_start, refused, interrupted),
+    *(experts, long_groups, made_cores, gradient_start, refused, interrupted),
 )
-WHOLE = (saved, switched, switched, off, mixed, bank, nested, nested, in_threads, in_threads)
+WHOLE = (saved, switched, switched, off, mixed, bank, nested, in_threads)
 
 
 def programs() -> st.SearchStrategy[Builder]:
