@@ -69,6 +69,7 @@ class Builder:
         self.outputs = 0  # of the model
         self.net_replaces = False  # whether its forward makes parameters
         self.net_sets = False  # whether it makes parameters or sets scalings: what was recorded before would be recomputed anew
+        self.net_swaps = False  # whether its forward calls torch.func.functional_call, which swaps parameters for all threads
         self.made_cores = False  # whether a module makes the cores of the model
         self.tasks: set[int] | None = None  # of the model's bank, by their places
         self.shared: list[str] = []  # adapters that share the first one's factors

@@ -153,7 +153,7 @@ def nested(b: Builder) -> None:
 
 def in_threads(b: Builder) -> None:
     """The model in several threads at once, each in a context of its own."""
-    if b.net_sets or b.dropout:  # one model for all: a thread would see what another one sets
+    if b.net_sets or b.net_swaps or b.dropout:  # one model for all: a thread would see what another one sets
         return
     b.forget()
     x, calls = prepared(b, b.number(2, 4))

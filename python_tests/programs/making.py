@@ -113,6 +113,7 @@ def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:
             policy = b.one_of("save_all", "recompute_all", "save_products", "save_others")
             call = f'w.checkpoint({layer.name}, {source.name}, policy="{policy}")'
         elif kind == "core":  # another core for this call alone, as hypernetworks do
+            b.net_swaps = True
             b.line(f'cores = {{"core": another({layer.name}.core, 0.5)}} if "core" in {layer.name}._parameters else {{}}')
             call = f"torch.func.functional_call({layer.name}, cores, ({source.name},))"
         elif kind == "scaling":
