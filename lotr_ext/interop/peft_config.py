@@ -116,33 +116,13 @@ class LoTRPeftConfig(PeftConfig):
             raise ValueError(f"layers_pattern: expected it with layers_to_transform, got {self.layers_pattern!r} alone")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; the model card beside it says what to import before the adapter is loaded.
-
-        Raises:
-            RuntimeError: PEFT has written tensors of other shapes beside it, parts of ZeRO-3's or FSDP's; they are removed.
-        """
-        for file in Path(save_directory).glob("adapter_model*.safetensors"):
-            self._check_saved(file)
+        """As PEFT's; the model card beside it says what to import before the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
         for card in (Path(save_directory) / "README.md", Path(save_directory).parent / "README.md"):
             if card.is_file() and "library_name: peft" in (text := card.read_text(encoding="utf-8")):
                 if _LOADING.rstrip() not in text:
                     put_file(card.parent, card.name, f"{text.rstrip()}\n\n{_LOADING}".encode())
                 return
-
-    def _check_saved(self, file: Path) -> None:
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as saved:
-            shapes = {key: tuple(saved.get_slice(key).get_shape()) for key in saved.keys()}
-        ranks = self.to_lotr().ranks
-        for key, shape in shapes.items():
-            if 0 in shape or (key.endswith(".core") and shape[-2:] != ranks):
-                file.unlink()
-                raise RuntimeError(
-                    f"save_pretrained: expected whole tensors, got {key} of shape {list(shape)}; give a model in parts "
-                    "(ZeRO-3, FSDP) state_dict=, as Trainer and accelerate's get_state_dict gather it"
-                )
 
     def to_lotr(self, target_modules: str | None = None, target_parameters: list[str] | None = None) -> LoTRConfig:
         """The same settings for `apply_lotr`, with targets as given and without modules_to_save."""

@@ -21,8 +21,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..layers.cores import Cores
-from ..layers.factors import LoTRFactors
+from ..layers.factors import LoTRFactor, LoTRFactors
 from ..layers.merging import MergeNotice
+from ..layers.sharded import in_parts, named_modules
 from ..model.adapter_files import LayerEntry
 from ..model.core_forms import form_at, make_cores
 from ..model.experts import expert_sizes, parameter_name, place, release
@@ -34,7 +35,7 @@ from ..model.starts import set_fast_paths
 from ..model.targets import Target, can_be_child, features, name_ends_with, select
 from .peft_config import LoTRPeftConfig
 from .peft_experts import LoTRPeftExperts, hosts
-from .peft_layer import LoTRPeftLinear
+from .peft_layer import LoTRCore, LoTRPeftLinear
 
 
 def _entry(target: Target, config: LoTRPeftConfig) -> LayerEntry:
@@ -44,6 +45,28 @@ def _entry(target: Target, config: LoTRPeftConfig) -> LayerEntry:
     names = tuple(f"lotr_factors.{owner}" for owner in owners)
     experts = 0 if target.parameter is None else expert_sizes(target.module, target.parameter)[0]
     return LayerEntry(names if len(names) > 1 else names[0], *sizes, 1.0, 0.0, experts)
+
+
+def _keys_of(adapter_name: str) -> re.Pattern[str]:
+    """What is in the names that an adapter's tensors have in the model's state_dict, and in no other's."""
+    name = re.escape(adapter_name)
+    return re.compile(rf"lotr_(factors|cores)\.{name}\.|\.lotr_adapter\.{name}\.")
+
+
+def _check_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """RuntimeError if a tensor to be saved is a part: of ZeRO-3, which leaves shape (0,), or of FSDP1, which leaves no shape of
+    more than one dimension. A model inside of FSDP1's wrapper cannot gather what that wrapper holds."""
+    modules = dict(named_modules(model))
+    for key, tensor in state.items():
+        owner, _, name = key.rpartition(".")
+        module = modules.get(owner)
+        matrix = isinstance(module, (LoTRFactors, LoTRFactor, LoTRCore, Cores))
+        matrix = matrix or (name == "weight" and module is not None and features(module) is not None)
+        if in_parts(tensor) or 0 in tensor.shape or (matrix and tensor.ndim < 2):
+            raise RuntimeError(
+                f"save_pretrained: expected whole tensors, got {key} of shape {list(tensor.shape)}; gather a model in parts "
+                "(ZeRO-3, FSDP) in every process, as accelerate's get_state_dict does, and give the result as state_dict"
+            )
 
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -293,7 +316,31 @@ class LoTRPeftModel(BaseTuner):
             "(model.base_model.set_adapter([...])), or convert them to LoRA (peft.convert_to_lora) and combine those"
         )
 
-    # ---- names on disk -----------------------------------------------------------------------------------------------
+    # ---- what is on disk ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LoTRPeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors in a state_dict of the whole model. PEFT calls this in every process, before it writes.
+
+        BaseTuner's looks for the modules' names, which have FSDP1's wrappers in them. The state_dict's names do not, so it
+        finds nothing in a wrapped block and says nothing.
+        """
+        ours = _keys_of(adapter_name)
+        found = {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
+        copies = {key: tensor for key, tensor in state_dict.items() if f".modules_to_save.{adapter_name}." in key}
+        _check_whole(model, {**found, **copies})
+        biases = (key for key in state_dict if config.bias != "none" and key.endswith(".bias"))
+        if config.bias == "lotr_only":
+            layers = {f"{name}.base_layer.bias" for name, m in named_modules(model) if isinstance(m, LoTRPeftLinear)}
+            biases = (key for key in biases if key in layers)
+        return {**found, **{key: state_dict[key] for key in biases}}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -312,8 +359,7 @@ class LoTRPeftModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """BaseTuner's renaming; besides, PEFT only warns of an adapter for other layers, which here is an error."""
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        name = re.escape(adapter_name)
-        ours = re.compile(rf"lotr_(factors|cores)\.{name}\.|\.lotr_adapter\.{name}\.")
+        ours = _keys_of(adapter_name)
         want = {key for key in model.state_dict() if ours.search(key)}
         got = {key for key in renamed if re.search(r"\.lotr_adapter\.|lotr_(factors|cores)\.", key)}
         if want != got:

@@ -29,3 +29,12 @@ def test_zero_trains_saves_loads_and_goes_on(world: int, tmp_path: Path) -> None
     for refused in found["zero_checks:refusals"]:
         assert "RuntimeError: merge: expected whole tensors" in refused["merge"]
         assert refused["state_dict"].startswith("ValueError") and refused["left"] == []
+
+
+def test_adapter_checkpoint_of_trainer_resumes_under_zero(tmp_path: Path) -> None:
+    (found,) = values_of(["trainer_zero_checks:resumed"], tmp_path, world=2).values()
+    for by_stage in found:
+        assert by_stage.keys() == {"2", "3"}
+        for stage, entry in by_stage.items():
+            assert entry["moved"] > 1e-2, stage
+            assert max(entry["saved"], entry["resumed"], entry["loaded"]) < 1e-6, stage
