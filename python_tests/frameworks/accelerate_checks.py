@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from gloo_checks import batch, loss
 from stacks import base, make
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def fsdp1(rank: int, folder: Path) -> dict[str, Any]:
         transformer_cls_names_to_wrap=["SmoothBlock"],
     )
     accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = DistributedType.FSDP  # which accelerate chooses for GPUs alone
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP  # which it chooses for GPUs alone
     accelerator.state.fsdp_plugin, accelerator.state.device = plugin, torch.device("cpu")  # cpu:0 is none to FSDP
     model = accelerator.prepare(make())
     optimizer = accelerator.prepare(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE))
@@ -58,6 +58,7 @@ def fsdp1(rank: int, folder: Path) -> dict[str, Any]:
         value = value.detach().clone()
         dist.all_reduce(value)
         found["losses"].append(value.item() / 2)
+    found["kept"] = accelerator.distributed_type == DistributedType.FSDP  # each object that is made reads it from PartialState
     save_adapter(model, folder / "saved")
     found["saved"] = relative(output(load_adapter(base(), folder / "saved")), output(model).double())
     return found
