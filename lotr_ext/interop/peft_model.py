@@ -336,6 +336,13 @@ class LoTRPeftModel(BaseTuner):
         found = {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
         copies = {key: tensor for key, tensor in state_dict.items() if f".modules_to_save.{adapter_name}." in key}
         _check_whole(model, {**found, **copies})
+        every = (f"{name}.{own}" for name, m in named_modules(model) for own, p in m._parameters.items() if p is not None)
+        missing = sorted(key for key in every if ours.search(key) and key not in found)
+        if found and missing:  # nothing at all is what processes have that do not write
+            raise RuntimeError(
+                f"state_dict: expected all of the adapter's tensors, got {len(found)} without {missing[0]}; frozen ones belong "
+                "to it too, so gather them as well"
+            )
         biases = (key for key in state_dict if config.bias != "none" and key.endswith(".bias"))
         if config.bias == "lotr_only":
             layers = {f"{name}.base_layer.bias" for name, m in named_modules(model) if isinstance(m, LoTRPeftLinear)}

@@ -45,7 +45,8 @@ def fsdp1(rank: int, folder: Path) -> dict[str, Any]:
         transformer_cls_names_to_wrap=["SmoothBlock"],
     )
     accelerator = Accelerator(cpu=True)
-    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP  # which it chooses for GPUs alone
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP  # which accelerate chooses for GPUs alone
     accelerator.state.fsdp_plugin, accelerator.state.device = plugin, torch.device("cpu")  # cpu:0 is none to FSDP
     model = accelerator.prepare(make())
     optimizer = accelerator.prepare(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE))

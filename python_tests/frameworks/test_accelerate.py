@@ -13,4 +13,5 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 def test_fsdp1_trains_and_saves_as_one_process_does(tmp_path: Path) -> None:
     (found,) = values_of(["accelerate_checks:fsdp1"], tmp_path, world=2).values()
     for entry in found:
-        assert entry["wrapped"] and entry["kept"] and entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["saved"] < 1e-6
+        assert entry["wrapped"] and entry["kept"] and entry["saved"] < 1e-6
+        assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5)

@@ -120,6 +120,14 @@ def test_copies_are_independent(case):
 # ---- several adapters ------------------------------------------------------------------------------------------------
 
 
+def test_save_pretrained_refuses_a_state_dict_without_frozen_factors(tmp_path: Path) -> None:
+    model = tuned(train=["core"])
+    state = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with pytest.raises(RuntimeError, match=r"state_dict: expected all of the adapter's tensors, got \d+ without .*\.A;"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert not list(tmp_path.glob("adapter_*"))
+
+
 def test_active_adapters():
     model = with_two()
     truth = {name: plain(model, [name])(IDS).float() for name in ("default", "other")}
