@@ -12,6 +12,7 @@ import peft
 import torch
 import torch.distributed as dist
 import transformers
+from peft.utils.other import fsdp_auto_wrap_policy
 from peft_toys import plain, randomize
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -23,7 +24,7 @@ from lotr_ext.interop.peft import LoTRPeftConfig
 from nets import relative
 
 STEPS, RATE = 3, 0.1
-CASES = (("block", "dense"), ("block", "tucker"), ("root", "dense"), ("root", "tucker"))
+CASES = (("peft", "dense"), ("block", "dense"), ("block", "tucker"), ("root", "dense"), ("root", "tucker"))
 
 
 def base() -> nn.Module:
@@ -44,7 +45,9 @@ def made(core: str) -> peft.PeftModel:
 
 
 def wrapped(model: nn.Module, by: str) -> FullyShardedDataParallel:
-    policy = None if by == "root" else ModuleWrapPolicy({LlamaDecoderLayer})
+    """by: "root", one unit; "block", each block one; "peft", as Trainer wraps PEFT's models: the trained head is one too."""
+    policies = {"root": None, "block": ModuleWrapPolicy({LlamaDecoderLayer}), "peft": fsdp_auto_wrap_policy(model)}
+    policy = policies[by]
     device = torch.device("cpu")
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
 
@@ -86,10 +89,10 @@ def state_of_first(net: nn.Module) -> dict[str, Tensor]:
 def outputs_of_saved(net: nn.Module, model: peft.PeftModel, folder: Path) -> dict[str, Tensor]:
     """By the way to save a wrapped model: what an adapter loaded in one process gives."""
     first, found = dist.get_rank() == 0, {}
-    for gathered in (full_state, state_of_first):
-        state = gathered(net)
-        if first:
-            model.save_pretrained(folder / gathered.__name__, state_dict=state)
+    model.save_pretrained(folder / "full", state_dict=full_state(net), is_main_process=first)
+    state = state_of_first(net)
+    if first and not isinstance(model.base_model.model.score.modules_to_save["default"], FullyShardedDataParallel):
+        model.save_pretrained(folder / "by the first", state_dict=state)
     with FullyShardedDataParallel.summon_full_params(net, writeback=False):
         model.save_pretrained(folder / "summoned", is_main_process=first)
     dist.barrier()
