@@ -36,18 +36,24 @@ def output(model: nn.Module) -> Tensor:
         return model(batch(0, 9))
 
 
-def fsdp1(rank: int, folder: Path) -> dict[str, Any]:
-    """Losses, and how far what is saved is from what was trained."""
+def choose_fsdp1(accelerator: Accelerator, **settings: Any) -> None:
+    """FSDP1, which accelerate chooses for GPUs alone. Whatever it makes later reads the choice from PartialState."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=1,
         use_orig_params=True,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["SmoothBlock"],
+        **settings,
     )
-    accelerator = Accelerator(cpu=True)
     for state in (PartialState(), accelerator.state):
-        state.distributed_type = DistributedType.FSDP  # which accelerate chooses for GPUs alone
+        state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin, accelerator.state.device = plugin, torch.device("cpu")  # cpu:0 is none to FSDP
+
+
+def fsdp1(rank: int, folder: Path) -> dict[str, Any]:
+    """Losses, and how far what is saved is from what was trained."""
+    accelerator = Accelerator(cpu=True)
+    choose_fsdp1(accelerator)
     model = accelerator.prepare(make())
     optimizer = accelerator.prepare(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE))
     found = {"wrapped": isinstance(model, FullyShardedDataParallel), "losses": [], "alone": train_alone(make())}
@@ -59,7 +65,7 @@ def fsdp1(rank: int, folder: Path) -> dict[str, Any]:
         value = value.detach().clone()
         dist.all_reduce(value)
         found["losses"].append(value.item() / 2)
-    found["kept"] = accelerator.distributed_type == DistributedType.FSDP  # each object that is made reads it from PartialState
+    found["kept"] = accelerator.distributed_type == DistributedType.FSDP
     save_adapter(model, folder / "saved")
     found["saved"] = relative(output(load_adapter(base(), folder / "saved")), output(model).double())
     return found

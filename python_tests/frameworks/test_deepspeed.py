@@ -32,7 +32,7 @@ def test_zero_trains_saves_loads_and_goes_on(world: int, tmp_path: Path) -> None
 
 
 def test_adapter_checkpoint_of_trainer_resumes_under_zero(tmp_path: Path) -> None:
-    (found,) = values_of(["trainer_zero_checks:resumed"], tmp_path, world=2).values()
+    (found,) = values_of(["trainer_checks:zero"], tmp_path, world=2).values()
     for by_stage in found:
         assert by_stage.keys() == {"2", "3"}
         for stage, entry in by_stage.items():
