@@ -51,6 +51,10 @@ class Plain(World):
         layer.next_mask = lambda layer, x: self._mask(layer, x)  # a copy of layer copies no world
         if getattr(layer.__dict__.get("cores"), "noisy", False):
             layer.next_noise = lambda: self._noise()
+        if self.jitter:  # u is rounded too, and so are cores that are made
+            layer.moved = lambda u: self.moved(u)
+            if (make := layer.__dict__.get("make_core")) is not None:
+                layer.make_core = lambda layer: self.moved(make(layer))
         layer.keep, layer.strict = self.keep, self.strict
         layer.register_forward_hook(lambda layer, args, y: self._look(y))
 

@@ -97,9 +97,9 @@ class LoTRLinear(nn.Module):
     """A frozen linear layer (`wrapped`: any base module) with an adapter.
 
     next_mask: gives the mask of this x at each call in training with dropout. next_noise: what a core made with random numbers
-    was multiplied by in this call. keep: work on copies of everything, so that
-    nothing that is changed in place afterwards can change a gradient: the right number, where plain torch would raise.
-    strict: raise for a changed x whatever its layout.
+    was multiplied by in this call. moved: what rounding may make of u. keep: work on copies of everything, so that nothing
+    that is changed in place afterwards can change a gradient: the right number, where plain torch would raise. strict: raise
+    for a changed x whatever its layout.
     """
 
     keep = strict = False
@@ -119,6 +119,7 @@ class LoTRLinear(nn.Module):
         self.backup: Tensor | None = None
         self.next_mask: Callable[[LoTRLinear, Tensor], Tensor] | None = None
         self.next_noise: Callable[[], float] | None = None
+        self.moved: Callable[[Tensor], Tensor] | None = None
         self.train(base.training)
 
     @property
@@ -153,7 +154,8 @@ class LoTRLinear(nn.Module):
         if self.strict:
             others = (layer._parameters.get("core") for layer in self.siblings if layer is not self)
             x, A, B, core = read(x, A, B, core, [t for t in others if t is not None and t.requires_grad])
-        return ((x @ A) @ core) @ B.mT * self.scaling
+        u = x @ A
+        return ((u if self.moved is None else self.moved(u)) @ core) @ B.mT * self.scaling
 
     def _mixed(self, x: Tensor, mixing: Mixing) -> Tensor:
         rows = []

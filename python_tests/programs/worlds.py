@@ -46,9 +46,11 @@ class World:
     def values(self, shape: Sequence[int], seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """Normal numbers as dtype rounds them: the same in every world."""
         t = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).mul_(scale).to(dtype)
-        if self.exact:
-            t = t.double()
-        return t * (1 + self.jitter * (2 * torch.rand(shape, dtype=t.dtype, generator=self.noise) - 1)) if self.jitter else t
+        return self.moved(t.double() if self.exact else t)
+
+    def moved(self, t: Tensor) -> Tensor:
+        """t, each value moved by as much as a rounding may move it where there is noise."""
+        return t * (1 + self.jitter * (2 * torch.rand(t.shape, dtype=t.dtype, generator=self.noise) - 1)) if self.jitter else t
 
     def tensor(
         self, *shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0, grad: bool = True, kind: str = "plain"
