@@ -23,7 +23,8 @@ class TorchLibrary:
         self.device = torch.device(device)
         self._buffers: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
 
-    def set_device(self, *, multiprocessors: int = 0, float32: str = "exact", wgmma: bool = False, early: bool = True) -> None:
+    def set_device(self, *, float32: str = "exact", **machine: object) -> None:
+        """machine: what the executor would play. Here the card is what it is; switches come from LOTR_CUDA_WITHOUT."""
         torch.set_float32_matmul_precision("high" if float32 == "tf32" else "highest")
 
     def set_options(self, **schedule: object) -> None:

@@ -95,7 +95,12 @@ def test_nothing_is_asked_where_nothing_was_built(machine, monkeypatch):
     machine(GOOD, built=False)
     monkeypatch.setattr(planner, "cuda_probe", lambda device: pytest.fail("asked"))
     assert "without CUDA kernels" in planner.cuda_obstacle(0)
-    without_driver = {"runtime": None, "driver": None, "obstacle": planner.cuda_obstacle(0), "without": list(planner.CUDA_WITHOUT)}
+    without_driver = {
+        "runtime": None,
+        "driver": None,
+        "obstacle": planner.cuda_obstacle(0),
+        "without": list(planner.CUDA_WITHOUT),
+    }
     assert info.collect()["cuda"] == without_driver
 
 

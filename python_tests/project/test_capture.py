@@ -24,6 +24,7 @@ CAPTURED = {
     "cudaDriverGetVersion": "asks",
     "cudaGetSymbolAddress": "asks; the array is in the module",
     "cudaGetDriverEntryPointByVersion": "asks",
+    "cudaGetDriverEntryPoint": "asks, before CUDA 12.5",
 }
 
 
