@@ -9,6 +9,7 @@ were refused.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -64,7 +65,10 @@ class World:
         return t.to(self.dtype(dtype))
 
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager:
-        return nullcontext() if self.exact else torch.autocast("cpu", dtype)
+        """In threads without torch's cache of casts. All threads share it, and the first that leaves its autocast empties it:
+        plain torch's own selective checkpointing then misses casts in the others."""
+        alone = threading.current_thread() is threading.main_thread()
+        return nullcontext() if self.exact else torch.autocast("cpu", dtype, cache_enabled=alone)
 
     # ---- layers ------------------------------------------------------------------------------------------------------
 
