@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -50,9 +49,8 @@ def test_a_feature_that_is_off_takes_its_fault_along(monkeypatch):
 
 def test_a_hang_is_ended_with_all_that_it_started(monkeypatch):
     faults(monkeypatch, shrink__bf16__16=("hang", None))
-    begin = time.monotonic()
     found = smoke.run(SHRINK, "fake", (), 3.0)
-    assert found.outcome == "hung" and found.detail == "ended after 3 s" and time.monotonic() - begin < 60
+    assert found.outcome == "hung" and found.detail == "ended after 3 s"
 
 
 # ---- which feature is at fault ---------------------------------------------------------------------------------------
