@@ -227,7 +227,7 @@ def switched(b: Builder) -> None:
     """Another adapter is added, or made the active one."""
     name = b.one_of("default", "one", "one", "training", "_modules")
     shared = b.one_of(True, False)
-    if name == "default":
+    if name == "default" or b.made_cores:  # the twin has no second adapter over made cores, as in `share` (contexts.py)
         b.line('w.set_adapter(net, "default")')
     else:
         b.line(f'if "{name}" in w.adapters: w.set_adapter(net, "{name}")')
