@@ -168,7 +168,7 @@ def in_threads(b: Builder) -> None:
         run_line(b, f"ys = net({x.name}, w)")
         b.line("w.meet()")
         b.indent -= 1
-        b.line(f"return [*ys, *gradients(w.loss({b.seed()}, *ys), [{wanted}])]")
+        b.line(f"return [*ys, *gradients(w.loss({b.seed()}, *ys), [{wanted}], retain_graph=True)]")
         b.indent -= 1
     b.line(f"for found in w.threads({', '.join(f'work{i}' for i in range(len(calls)))}):")
     b.line('    for t in found: w.see("threads", t)')
@@ -177,7 +177,8 @@ def in_threads(b: Builder) -> None:
 
 
 def threaded(b: Builder) -> None:
-    """The same layers in several threads at once, each with a graph of its own."""
+    """The same layers in several threads at once. Their graphs may share an earlier one, which no thread may free: PyTorch
+    reads the tensors that a Python Function saved without a lock, and a thread that frees them meanwhile ends the process."""
     if b.dropout:
         return
     layer = b.one_of(*b.layers)
@@ -187,7 +188,7 @@ def threaded(b: Builder) -> None:
     b.line("def work():")
     b.indent += 1
     run_line(b, f"ys = {layer.name}({x.name}), {layer.name}({x.name} * 0.5)")
-    b.line(f"return gradients(w.loss({seed}, *ys), [{wanted}])")
+    b.line(f"return gradients(w.loss({seed}, *ys), [{wanted}], retain_graph=True)")
     b.indent -= 1
     b.line(f"for found in w.threads({', '.join(['work'] * b.number(2, 4))}):")
     b.line('    for t in found: w.see("threads", t)')
