@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -293,15 +291,3 @@ def test_pefts_own_conversion_to_lora(case):
     other = peft.get_peft_model(base_of(case), lora).eval()
     assert not peft.set_peft_model_state_dict(other, state).unexpected_keys
     assert close(other(IDS), model(IDS), atol=1e-4)
-
-
-def test_every_check_that_the_docs_name_is_here():
-    tests = Path(__file__).parent
-    text = (tests.parents[1] / "docs" / "peft.md").read_text(encoding="utf-8")
-    rows = text[text.index("| PEFT's checks") :].partition("\n\n")[0].splitlines()[2:]
-    there = set()
-    for file in ("test_peft.py", "test_peft_generic.py", "test_peft_saving.py"):
-        there |= set(re.findall(r"^def test_(\w+)", (tests / file).read_text(encoding="utf-8"), re.MULTILINE))
-    for row in rows:
-        named = set(re.findall(r"\w+", row.split("|")[2].replace("(test_peft.py)", ""))) & (there | {"roundtrip"})
-        assert named and named <= there, row

@@ -1,5 +1,5 @@
-"""Every code block of README and docs runs, every command named there exists, their tables are those of the results, and the
-site builds without a warning, with all pages in its navigation and nothing fetched from elsewhere."""
+"""Every code block of README and docs runs, every command named there exists, their tables are those of the results, and
+`make docs` fails on a warning. In full: the site fetches nothing and shows the code itself."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import yaml
 
 from lotr_ext import lotr_linear
 from lotr_ext.ops import tuned
@@ -205,32 +203,6 @@ def test_tests_that_docs_peft_names_exist():
 # ---- the site --------------------------------------------------------------------------------------------------------
 
 
-def navigation(entry: object = None) -> list[str]:
-    """The pages that mkdocs.yml has in its nav, in order."""
-    if entry is None:
-        entry = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    if isinstance(entry, str):
-        return [entry]
-    inner = entry.values() if isinstance(entry, dict) else entry
-    return [page for value in inner for page in navigation(value)]
-
-
-def test_every_page_is_in_the_navigation():
-    have, want = navigation(), [page.relative_to(DOCS).as_posix() for page in SITE_PAGES]
-    assert len(set(have)) == len(have)
-    missing, gone = sorted(set(want) - set(have)), sorted(set(have) - set(want))
-    assert not missing, f"add to nav in mkdocs.yml: {', '.join(missing)}"
-    assert not gone, f"nav in mkdocs.yml names pages that docs/ does not have: {', '.join(gone)}"
-
-
-@pytest.mark.parametrize("page", SITE_PAGES, ids=page_name)
-def test_a_page_has_one_title_and_no_heading_skips_a_level(page):
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
-    assert text.startswith("# ") and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs", reason="mkdocs is missing: pip install -r requirements-dev.txt")
@@ -261,9 +233,10 @@ class Fetched(HTMLParser):
         self.text += data
 
 
+@pytest.mark.full
 def test_the_site_fetches_nothing(site):
     pages = sorted(site.rglob("*.html"))
-    assert {page.relative_to(site).with_suffix(".md").as_posix() for page in pages} - {"404.md"} == set(navigation())
+    assert len(pages) > len(SITE_PAGES)  # and 404.html
     for page in pages:
         for address in Fetched(page).addresses:
             assert not re.match(r"(?:https?:)?//", address), f"{page.name} loads {address}"
@@ -273,6 +246,7 @@ def test_the_site_fetches_nothing(site):
         assert not re.search(r"url\(['\"]?(?:https?:)?//|@import", style.read_text(encoding="utf-8")), style.name
 
 
+@pytest.mark.full
 def test_the_site_shows_the_code_itself(site):
     """Signatures, kernel heads, --help, counted bytes: nothing of it is in the pages' sources."""
     import lotr_ext
@@ -305,17 +279,14 @@ def test_the_site_shows_the_code_itself(site):
     ("text", "words"),
     [
         ("# Title\n", []),
-        ("# Title\n\n[gone](gone.md)\n", ["gone.md"]),
-        ("# Title\n\n[gone](#gone)\n", ["#gone"]),
-        ("# Title\n", ["not included in the", "other.md"]),
+        ("# Title\n\n[gone](gone.md) [gone](#gone)\n", ["gone.md", "#gone", "not included in the", "other.md"]),
     ],
 )
 def test_make_docs_fails_on_a_warning(text, words, tmp_path):
     pytest.importorskip("mkdocs", reason="mkdocs is missing: pip install -r requirements-dev.txt")
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "index.md").write_text(text)
-    if "other.md" in words:
-        (tmp_path / "docs" / "other.md").write_text(text)
+    for name in ["index.md", "other.md"] if words else ["index.md"]:
+        (tmp_path / "docs" / name).write_text(text)
     checks = re.search(r"^validation:\n(?: .*\n)+", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)[0]
     (tmp_path / "mkdocs.yml").write_text(f"site_name: x\ntheme: mkdocs\nsite_dir: site\nnav: [index.md]\n{checks}")
     built_package = Path(".venv", ".stamps", "build")  # taken as it is
