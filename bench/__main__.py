@@ -8,7 +8,7 @@
     experts   the experts of a mixture against PEFT's LoRA            bench/experts.py
     profile   where the layer's time goes (not with --quick)          bench/profile.py
     kernels   each CUDA kernel alone (with a GPU)                     bench/kernels.py
-    traffic   counted bytes and a projection (not with --quick)       bench/traffic
+    traffic   counted bytes and a projection (not with --quick)       bench/traffic.py
 
 Results, tables and pictures go to bench/results/<machine>/, those of --quick, here and of a part alone, to demo_results/bench/:
 few rounds of few shapes would stand in the place of what README and docs show. What is interrupted is gone on with by the same
@@ -22,10 +22,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from . import block, experts, host, kernels, layer, model, profile, shared, targets
+from . import block, experts, host, kernels, layer, model, profile, shared, targets, traffic
 from .measure.session import add_options, brief, check_options, choose_folder, start
 from .measure.store import RESULTS
-from .traffic import __main__ as traffic
 
 PARTS = ("layer", "block", "shared", "model", "host", "experts", "profile", "kernels", "traffic")
 

@@ -64,8 +64,8 @@ def command_help(name: str) -> str:
 
 def traffic(name: str) -> str:
     """Bytes that each kernel moves in a layer, a row a kernel."""
+    from bench.projection.counts import needed
     from bench.report.tables import markdown, traffic_rows
-    from bench.traffic.counts import needed
 
     if name != "kernels":
         raise ValueError(f"traffic: expected kernels, got {name}")

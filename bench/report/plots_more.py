@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from ..measure.names import COLOURS, NAMES, PROJECTED_COLOURS, SHARED_COLOURS, colour_of, name_of
 from ..measure.shapes import Shape
+from ..projection.counts import Key, Row
+from ..projection.layer import LEAST
+from ..projection.layer_time import FLOPS_REACHED, GPUS, LABEL, Times, excess
 from ..rivals.shared import LABELS
-from ..traffic.counts import Key, Row
-from ..traffic.layer import LEAST
-from ..traffic.projection import FLOPS_REACHED, GPUS, LABEL, Times, excess
 from .plots import save
 from .summary import METHODS, Summary
 

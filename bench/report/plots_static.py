@@ -6,10 +6,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ..static.assumptions import CARDS
-from ..static.model import Estimate
-from ..static.predict import Key
-from ..static.table import LABEL
+from ..projection.assumptions import CARDS
+from ..projection.model import Estimate
+from ..projection.predict import Key
+from ..projection.table import LABEL
 from .plots import save
 
 PARTS = {"at bandwidth": "tab:blue", "hot loop beyond it": "tab:orange", "begin": "0.75", "after the last arrival": "tab:red"}

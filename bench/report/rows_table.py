@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..measure.store import Store
-from ..static import rows as row_model
-from ..static.table import LABEL
-from ..traffic.rows import CASES, FILE, HEADS, MULTIPROCESSORS, Key, RowCounts, cells_of, kept, needed, parse
+from ..projection import row_model as row_model
+from ..projection.row_counts import CASES, FILE, HEADS, MULTIPROCESSORS, Key, RowCounts, cells_of, kept, needed, parse
+from ..projection.table import LABEL
 from . import tables
 
 

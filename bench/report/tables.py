@@ -12,22 +12,22 @@ from ..measure.names import EXTRA_FLOPS, NAMES, bold, name_of
 from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
+from ..projection import block as block_traffic
+from ..projection import fused
+from ..projection.counts import LAYER_SHAPES, Key, Row, kept, needed
+from ..projection.layer import BETA, FUSED, LEAST, all_steps, total_bytes
+from ..projection.layer_time import GPUS, Times, assumptions, excess
+from ..projection.model import Estimate
+from ..projection.predict import FILE as STATIC_FILE
+from ..projection.predict import Key as StaticKey
+from ..projection.predict import kept as static_kept
+from ..projection.predict import layer_times, measured
+from ..projection.table import LABEL as STATIC_LABEL
+from ..projection.table import markdown_rows
+from ..projection.wanted import CAPTION as WANTED_CAPTION
+from ..projection.wanted import HEADS as WANTED_HEADS
+from ..projection.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows, wanted_rows
 from ..rivals.model import SHAPES as MODELS
-from ..static import fused
-from ..static.model import Estimate
-from ..static.predict import FILE as STATIC_FILE
-from ..static.predict import Key as StaticKey
-from ..static.predict import kept as static_kept
-from ..static.predict import layer_times, measured
-from ..static.table import LABEL as STATIC_LABEL
-from ..static.table import markdown_rows
-from ..static.wanted import CAPTION as WANTED_CAPTION
-from ..static.wanted import HEADS as WANTED_HEADS
-from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows, wanted_rows
-from ..traffic import block as block_traffic
-from ..traffic.counts import LAYER_SHAPES, Key, Row, kept, needed
-from ..traffic.layer import BETA, FUSED, LEAST, all_steps, total_bytes
-from ..traffic.projection import GPUS, Times, assumptions, excess
 from .summary import EAGER, LORA, OURS, Summary
 
 # The table shows these shapes of those that were measured; all are in the result files and pictures.

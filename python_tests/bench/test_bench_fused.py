@@ -14,15 +14,15 @@ from bench import layer
 from bench.measure import shapes
 from bench.measure.as_cuda import as_cuda
 from bench.measure.bounds import Work
+from bench.projection import fused
+from bench.projection.layer_time import GPUS, LAUNCH
 from bench.rivals import registry
 from bench.rivals.base import LOTR, Tensors
-from bench.static import fused
-from bench.traffic.projection import GPUS, LAUNCH
 from lotr_ext import explain
 
 
 def test_tickets_are_the_kernels() -> None:
-    from bench.traffic.counts import executor
+    from bench.projection.counts import executor
 
     lib = executor()
     for bands, columns, scouts, group in [(5, 3, 2, 2), (1, 1, 1, 8), (14, 4, 14, 3), (9, 2, 4, 8)]:
@@ -69,7 +69,7 @@ def test_what_the_model_says() -> None:
 
 def test_sums_of_Q_come_last() -> None:
     """In the model as in the kernel: a ticket for each cluster's k-steps, after the tiles and all scouts."""
-    from bench.traffic.counts import executor
+    from bench.projection.counts import executor
 
     mine = list(fused.Tickets(3, 2, 2, 8, 1, sums=4).each())
     flat = [(ticket, *piece) for ticket, pieces in enumerate(mine) for piece in pieces]

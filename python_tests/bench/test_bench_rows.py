@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from bench import traffic as program
 from bench.measure.store import Store
+from bench.projection import counts
+from bench.projection import row_counts as rows
+from bench.projection.row_counts import Mixture
 from bench.report import rebuild as report
 from bench.report import tasks_table
-from bench.traffic import __main__ as program
-from bench.traffic import counts, rows
-from bench.traffic.rows import Mixture
 
 
 @pytest.fixture(scope="module")

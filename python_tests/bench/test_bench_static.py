@@ -7,17 +7,17 @@ import json
 
 import pytest
 
+from bench import static as program
 from bench.measure.store import Store
-from bench.static import __main__ as program
-from bench.static import compiled, predict, wanted
-from bench.static.assumptions import CARDS, together
-from bench.static.compiled import Compiled
-from bench.static.hot import Wanted, hot_loop
-from bench.static.issue import Latencies, run
-from bench.static.model import Estimate, blocks_resident, estimate, in_turn, late_sums
-from bench.static.sass import Instruction, blocks_of, loops_of, parse
-from bench.traffic import counts, layer, projection
-from bench.traffic.counts import FOLDER, KERNELS, Row
+from bench.projection import compiled, counts, layer, predict, wanted
+from bench.projection import layer_time as projection
+from bench.projection.assumptions import CARDS, together
+from bench.projection.compiled import Compiled
+from bench.projection.counts import FOLDER, KERNELS, Row
+from bench.projection.hot import Wanted, hot_loop
+from bench.projection.issue import Latencies, run
+from bench.projection.model import Estimate, blocks_resident, estimate, in_turn, late_sums
+from bench.projection.sass import Instruction, blocks_of, loops_of, parse
 
 LISTING = """
 .text._ZN4lotr7kernels6shrinkE:

@@ -7,17 +7,17 @@ import dataclasses
 import pytest
 from test_bench_static import code
 
+from bench import static as program
 from bench.measure.store import Store
+from bench.projection import compiled, counts, predict
+from bench.projection import row_counts as rows
+from bench.projection import row_model as model
+from bench.projection.assumptions import BEGIN, CARDS
+from bench.projection.compiled import Compiled
+from bench.projection.layer_time import EARLY, LAUNCH
+from bench.projection.row_counts import Mixture
+from bench.projection.row_model import ELEMENTS, RowLaunch, Turn, hot_of_rows, turn_of
 from bench.report import rows_table
-from bench.static import __main__ as program
-from bench.static import compiled, predict
-from bench.static import rows as model
-from bench.static.assumptions import BEGIN, CARDS
-from bench.static.compiled import Compiled
-from bench.static.rows import ELEMENTS, RowLaunch, Turn, hot_of_rows, turn_of
-from bench.traffic import counts, rows
-from bench.traffic.projection import EARLY, LAUNCH
-from bench.traffic.rows import Mixture
 
 
 @pytest.fixture(scope="module")

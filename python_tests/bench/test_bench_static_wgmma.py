@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 from test_bench_static import code, row
 
-from bench.static.assumptions import CARDS
-from bench.static.compiled import Compiled
-from bench.static.issue import Latencies, Product, run
-from bench.static.model import bulk_in_flight, estimate, instance
-from bench.static.sass import parse
-from bench.traffic import counts
+from bench.projection import counts
+from bench.projection.assumptions import CARDS
+from bench.projection.compiled import Compiled
+from bench.projection.issue import Latencies, Product, run
+from bench.projection.model import bulk_in_flight, estimate, instance
+from bench.projection.sass import parse
 
 LATENCIES = Latencies(matrix=6.4, wgmma=4)
 FROM_REGISTERS = "HGMMA.64x128x16.F32.BF16 R24, R184, gdesc[UR16].tnspB, R24, gsb0"

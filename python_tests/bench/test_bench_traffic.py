@@ -9,14 +9,15 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
+from bench import traffic as program
 from bench.measure.bounds import Work, kernel_work, work
 from bench.measure.shapes import Case
 from bench.measure.store import Store
-from bench.traffic import __main__ as program
-from bench.traffic import block, projection
-from bench.traffic import counts as traffic
-from bench.traffic import layer as layer_traffic
-from bench.traffic.projection import KernelTime
+from bench.projection import block
+from bench.projection import counts as traffic
+from bench.projection import layer as layer_traffic
+from bench.projection import layer_time as projection
+from bench.projection.layer_time import KernelTime
 
 SHAPE = (64, 32, 48, 8)
 M, K, N, R = SHAPE

@@ -112,8 +112,8 @@ def epilogue(cubin: Path) -> list[str]:
 def worth(shuffled: int, staged: int) -> str:
     """What so many fewer instructions are by the model of bench.static, on its first shape."""
     sys.path.insert(0, str(ROOT))
-    from bench.static import fused
-    from bench.static.assumptions import CARDS
+    from bench.projection import fused
+    from bench.projection.assumptions import CARDS
 
     m, k, n, r = fused.SHAPES[0]
     found, card, steps = fused.model(m, k, n, r, "h100"), CARDS["h100"], k // fused.BK

@@ -3,9 +3,9 @@
     python python_tests/kernels/gates.py            what has changed
     python python_tests/kernels/gates.py --record   after kernels were improved: writes compiled.json anew
 
-Instructions are those of the hot loop for each 16 bytes of the large matrix (bench/static/hot.py); of row_core and its backward
-those of a full turn (bench/static/rows.py), or of the whole kernel. Blocks are those of the card that the architecture belongs
-to. The numbers are one nvcc's: another version has its own.
+Instructions are those of the hot loop for each 16 bytes of the large matrix (bench/projection/hot.py); of row_core and its
+backward those of a full turn (row_model.py), or of the whole kernel. Blocks are those of the card that the architecture
+belongs to. The numbers are one nvcc's: another version has its own.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from bench.measure.session import progress  # noqa: E402
-from bench.static.assumptions import CARDS  # noqa: E402
-from bench.static.compiled import compile_kernels, tools  # noqa: E402
-from bench.static.model import blocks_resident, hot_of  # noqa: E402
-from bench.static.rows import ELEMENTS, hot_of_rows  # noqa: E402
-from bench.traffic import counts  # noqa: E402
-from bench.traffic import rows as row_counts  # noqa: E402
+from bench.projection import counts  # noqa: E402
+from bench.projection import row_counts as row_counts  # noqa: E402
+from bench.projection.assumptions import CARDS  # noqa: E402
+from bench.projection.compiled import compile_kernels, tools  # noqa: E402
+from bench.projection.model import blocks_resident, hot_of  # noqa: E402
+from bench.projection.row_model import ELEMENTS, hot_of_rows  # noqa: E402
 
 RECORD = Path(__file__).parent / "compiled.json"
 M, N, RANKS = 1024, 1024, (16, 64, 128)

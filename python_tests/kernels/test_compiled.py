@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.static.compiled import Compiled
-from bench.static.compiled import compile_kernels as kept_code
-from bench.static.sass import blocks_of
+from bench.projection.compiled import Compiled
+from bench.projection.compiled import compile_kernels as kept_code
+from bench.projection.sass import blocks_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(s for s in (ROOT / "csrc" / "cuda").glob("*.cu") if "sm90" not in s.stem)  # those: test_gemm_lotr_compiled.py

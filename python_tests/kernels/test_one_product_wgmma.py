@@ -13,7 +13,7 @@ from cases import Shape, factor_grad, filled, shrink, shrink_core, shrink_grad
 from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, disassembled, functions
 from test_kernels import bits
 
-from bench.traffic import counts
+from bench.projection import counts
 
 SOURCE = ROOT / "csrc" / "cuda" / "one_product_sm90.cu"
 THREADS = 160

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.traffic.counts import aligned
+from bench.projection.counts import aligned
 
 C, R = 4, 16
 NAN = np.float32("nan")

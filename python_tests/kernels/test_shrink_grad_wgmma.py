@@ -12,7 +12,7 @@ from cases import Shape, shrink_grad
 from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, disassembled, functions
 from test_kernels import bits
 
-from bench.traffic import counts
+from bench.projection import counts
 
 SOURCE = ROOT / "csrc" / "cuda" / "shrink_grad_sm90.cu"
 REGISTERS = 168  # a thread at the launch: 65536 / 384 in steps of 8, which setmaxnreg deals out as 40, 232, 232

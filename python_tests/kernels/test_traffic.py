@@ -7,7 +7,7 @@ import pytest
 from arrays import ODD
 from cases import KERNELS, Shape
 
-from bench.traffic import counts as traffic
+from bench.projection import counts as traffic
 
 BLOCKS = 120  # of 132 multiprocessors
 
@@ -50,7 +50,7 @@ def test_plan_is_what_is_counted(lib, kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", traffic.KERNELS)
 def test_what_the_model_of_the_machine_code_is_told(lib, kernel: str) -> None:
-    """bench/static: the instance that ran, its instructions, and that a kernel without sums clears and reads nothing late."""
+    """The instance that ran, its instructions, and that a kernel without sums clears and reads nothing late."""
     machine = traffic.count(lib, kernel, 1024, 512, 16, wgmma=False).machine
     assert machine["names"] == [kernel] and f"{len(kernel)}{kernel}" in machine["symbol"] and "Li16E" in machine["symbol"]
     assert machine["copies"] >= 1024 * 512 * 2 / 512 and machine["matrix"] > 0 and machine["waits"] > 0

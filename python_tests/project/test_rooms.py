@@ -33,7 +33,7 @@ PLANTED_INCLUDES = [  # file, line, what names it
 PLANTED_IMPORTS = [  # file, line
     ("lotr_ext/ops/planner.py", "from ..layers import init"),
     ("lotr_ext/layers/init.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .. import model"),
-    ("bench/measure/store.py", "def late():\n    from ..traffic import counts"),
+    ("bench/measure/store.py", "def late():\n    from ..projection import counts"),
     ("bench/rivals/base.py", "from .. import layer"),
     ("lotr_ext/stray.py", ""),
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..traffic.projection import EARLY, GPUS, LAUNCH, Gpu
 from .issue import SCHEDULERS, Latencies
+from .layer_time import EARLY, GPUS, LAUNCH, Gpu
 
 REACHED = 0.94  # of the data sheet's bandwidth, by long streams of 16-byte copies
 BEGIN = 1.0e-6  # seconds from a kernel's start to its blocks' first copies
@@ -67,7 +67,7 @@ CARDS = {
 }
 
 SOURCES = [
-    ("bandwidth, multiprocessors, matrix speed", "the vendor's data sheets, as in bench/traffic/projection.py"),
+    ("bandwidth, multiprocessors, matrix speed", "the vendor's data sheets, as in bench/projection/layer_time.py"),
     ("clock", "data sheet's matrix speed over multiprocessors and operations a cycle: the boost clock; a hot card runs slower"),
     (
         "registers, shared memory, threads of a multiprocessor; registers go to four warps at a time",

@@ -29,7 +29,7 @@ from .layer import (
     our_steps,
     pack_steps,
 )
-from .projection import GPUS, LABEL, Gpu, Times, assumptions, seconds
+from .layer_time import GPUS, LABEL, Gpu, Times, assumptions, seconds
 
 Block = tuple[str, int, int]  # model, tokens, rank
 BLOCKS = "llama-3-8b:8192:16"  # counted unless others are asked for

@@ -6,16 +6,15 @@ import argparse
 import re
 from pathlib import Path
 
-from ..measure.session import new_table, progress, start, wide_console
-from ..measure.store import Store
-from ..traffic import rows as row_traffic
-from ..traffic.counts import DTYPES, FOLDER, KERNELS
-from . import assumptions, fused
-from . import rows as row_model
-from .assumptions import CARDS
-from .predict import FILE, all_keys, kept, measured, model_id, predict
-from .table import fused_table, table
-from .wanted import CAPTION, HEADS, wanted_rows
+from .measure.session import new_table, progress, start, wide_console
+from .measure.store import Store
+from .projection import assumptions, fused, row_model
+from .projection import row_counts as row_traffic
+from .projection.assumptions import CARDS
+from .projection.counts import DTYPES, FOLDER, KERNELS
+from .projection.predict import FILE, all_keys, kept, measured, model_id, predict
+from .projection.table import fused_table, table
+from .projection.wanted import CAPTION, HEADS, wanted_rows
 
 SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
 ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed,
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     for gpu in set(options.gpus) & set(fused.hopper()):
         console.print(fused_table(gpu))
     console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)
-    from ..report.plots_static import draw_static
+    from .report.plots_static import draw_static
 
     everything = kept(Store(options.results / FILE), model_id())
     for path in draw_static(everything, options.results):

@@ -20,15 +20,15 @@ from rich.table import Table
 
 from ..measure.session import new_table
 from ..measure.store import Store, of_build
-from ..traffic import rows as traffic
-from ..traffic.projection import gap
-from ..traffic.rows import Mixture, RowCounts
 from . import assumptions
+from . import row_counts as traffic
 from .assumptions import CARDS, Card
 from .compiled import Compiled, compile_kernels, tools
 from .hot import Hot, ways
 from .issue import run
+from .layer_time import gap
 from .model import ITERATIONS, blocks_resident
+from .row_counts import Mixture, RowCounts
 from .sass import Instruction, blocks_of, loops_of
 
 FILE, COUNTS = "static_rows.jsonl", traffic.FILE

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..measure.shapes import Shape
-from ..traffic.counts import Key as RowKey
-from ..traffic.counts import Row
-from ..traffic.layer import BETA, FUSED, all_steps
-from ..traffic.projection import Gpu, Times, excess, seconds
 from .assumptions import CARDS, REACHED
+from .counts import Key as RowKey
+from .counts import Row
+from .layer import BETA, FUSED, all_steps
+from .layer_time import Gpu, Times, excess, seconds
 from .model import Estimate
 from .predict import Key
 

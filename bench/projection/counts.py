@@ -71,7 +71,7 @@ class Row:
     sector_efficiency: float
     bank_conflicts: float  # wavefronts over phases
     launches: int
-    machine: dict = field(default_factory=dict)  # what a model of the machine code needs (bench/static): see `_machine`
+    machine: dict = field(default_factory=dict)  # what a model of the machine code needs (model.py): see `_machine`
 
     @property
     def once(self) -> float:

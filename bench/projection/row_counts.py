@@ -56,7 +56,7 @@ class RowCounts:
     moved: dict[str, int]  # bytes read and written, by operand
     sectors: int  # of 32 bytes
     least: int  # bytes with every operand moved once, of the cores those that have rows
-    machine: list[dict] = field(default_factory=list)  # of each launch, for a model of the machine code (bench/static)
+    machine: list[dict] = field(default_factory=list)  # of each launch, for a model of the machine code (model.py)
 
     @property
     def total(self) -> int:

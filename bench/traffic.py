@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..measure.session import new_table, progress, start, wide_console
-from ..measure.shapes import parse_shapes
-from ..measure.store import Store
-from ..static.predict import layer_keys, layer_times, predict
-from ..static.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows
-from . import block as block_traffic
-from . import layer as layer_traffic
-from . import projection
-from . import rows as row_traffic
-from .counts import FOLDER, LAYER_SHAPES, count_all, needed
-from .counts import __doc__ as about
-from .projection import GPUS
+from .measure.session import new_table, progress, start, wide_console
+from .measure.shapes import parse_shapes
+from .measure.store import Store
+from .projection import block as block_traffic
+from .projection import layer as layer_traffic
+from .projection import layer_time as projection
+from .projection import row_counts as row_traffic
+from .projection.counts import FOLDER, LAYER_SHAPES, count_all, needed
+from .projection.counts import __doc__ as about
+from .projection.layer_time import GPUS
+from .projection.predict import layer_keys, layer_times, predict
+from .projection.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

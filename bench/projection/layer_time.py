@@ -2,7 +2,7 @@
 
 Each library operator takes the longer of its operations at the GPU's matrix speed and its bytes at its memory bandwidth, both
 at the fractions below, and moves its least bytes. Our kernels take the times that bench.static reads off their machine code
-and their counted bytes; fused that of bench/static/fused.py, which takes its main loop to be as fast as the library's product:
+and their counted bytes; fused that of fused.py, which takes its main loop to be as fast as the library's product:
 a hope before a GPU has run it. Operators follow one another, each a launch; fold and fold_grad are one launch for the layers of
 a group. From compute capability 9.0 on a kernel of ours that follows one of ours is launched early: while that one still sums.
 """

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from ..measure.bounds import Work
 from ..measure.shapes import Shape
-from ..traffic.layer import makes_Q
-from ..traffic.projection import LAUNCH, Gpu
 from .assumptions import CARDS
+from .layer import makes_Q
+from .layer_time import LAUNCH, Gpu
 
 BM, BK = 128, 64
 EPILOGUE = 2.0  # k-steps of a tile that are not hidden: 64 KB leave a multiprocessor at about 64 bytes a clock, the ring fills
@@ -25,7 +25,7 @@ MAX_RANK = 128
 L2_ALL = 6154.0  # bytes a clock that L2 gives to all multiprocessors
 SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (16384, 4096, 4096, 64), (2048, 4096, 4096, 16)]
 ASSUMED = [
-    "the kernel's main loop is as fast as the library's product, at the speed of the projection (bench/traffic/projection.py)",
+    "the kernel's main loop is as fast as the library's product, at the speed of the projection (layer_time.py)",
     f"{EPILOGUE:.0f} k-steps of a tile are not hidden: a tile's 64 KB at about 64 bytes a clock, and the ring that fills again",
     f"L2 gives {L2_ALL:.0f} bytes a clock to all multiprocessors (DeepGEMM's heuristic), of which a scout takes its share",
     "dx up to rank 16 makes Q too: its scouts also store partial sums, which are read at the end",

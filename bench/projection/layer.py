@@ -36,7 +36,7 @@ class Step:
 
     name: str
     work: Work
-    kernel: Key | None = None  # of ours: whose time the model of its machine code gives (bench/static)
+    kernel: Key | None = None  # of ours: whose time the model of its machine code gives (model.py)
     layers: int = 1  # that one launch serves
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..measure.store import ROOT
-from ..traffic.counts import NOT_COUNTED
+from .counts import NOT_COUNTED
 from .sass import LISTED, Instruction, parse
 
 CSRC = ROOT / "csrc" / "cuda"

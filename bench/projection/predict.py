@@ -9,13 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..measure.store import RESULTS, Store, latest, of_build
-from ..traffic import counts
-from ..traffic.counts import KERNELS, Row
-from ..traffic.layer import fused_key
-from ..traffic.projection import LAUNCH, KernelTime, Times, gap
-from . import fused
+from . import counts, fused
 from .assumptions import CARDS
 from .compiled import compile_kernels, tools
+from .counts import KERNELS, Row
+from .layer import fused_key
+from .layer_time import LAUNCH, KernelTime, Times, gap
 from .model import Estimate, estimate
 
 CASE = ("kernel", "m", "n", "r", "dtype", "gpu")

@@ -21,10 +21,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..measure.bounds import kernel_work
-from ..traffic.counts import ELEMENT, Row, constant
 from . import assumptions
 from .assumptions import Card
 from .compiled import Compiled
+from .counts import ELEMENT, Row, constant
 from .hot import MATRIX, Hot, Wanted, hot_loop
 from .issue import run
 from .sass import Instruction, blocks_of, loops_of

@@ -1,1 +1,0 @@
-"""Bytes that kernels and layers move, counted without a GPU, and what they would take on one."""
