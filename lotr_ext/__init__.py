@@ -15,9 +15,9 @@ except OSError as error:
         name=__name__,  # python -m lotr_ext.info prints one line on it, and no traceback
     ) from error
 
-from .autograd.functions import LoTRExpand as LoTRExpand  # inner nodes, for whoever reads a graph
-from .autograd.functions import LoTRFunction
-from .autograd.functions import LoTRShrink as LoTRShrink
+from .autograd.one_node import LoTRFunction
+from .autograd.two_nodes import LoTRExpand as LoTRExpand  # inner nodes, which a printed graph shows
+from .autograd.two_nodes import LoTRShrink as LoTRShrink
 from .layers.experts import LoTRExperts, lotr_grouped_linear
 from .layers.factors import LoTRFactor, LoTRFactors
 from .layers.functional import explain, lotr_linear

@@ -11,12 +11,13 @@ from collections.abc import Callable, Generator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._C import _dispatch_key_parse
 from torch._C._dynamo import eval_frame as _eval_frame
 from torch._subclasses import FakeTensor as FakeTensor  # tensors without values, of compilers that trace
 from torch.autograd import Function, Variable, forward_ad
 from torch.autograd.function import BackwardCFunction
+from torch.compiler import is_compiling
 from torch.nn.modules import module as _hooks_of_all
 from torch.utils import checkpoint as _checkpoint
 
@@ -34,6 +35,26 @@ _AROUND_REGIONS = frozenset(("forward", "backward", "checkpoint", "unpack_hook")
 
 dispatch_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 OLD_VMAP = _dispatch_key_parse("VmapMode")  # included while gradients come in batches, by is_grads_batched
+
+
+def recorded(g: Tensor) -> bool:
+    """Whether the running backward of g must run torch's own products: it is being recorded (double backward, compiled
+    autograd) or batched (is_grads_batched, vmap). AOTAutograd traces a backward with tensors of its own type and takes the
+    nodes."""
+    compiled = is_compiling() and type(g) is Tensor
+    return is_grad_enabled() or compiled or dispatch_key_included(OLD_VMAP) or functorch_active()
+
+
+def keeps_all_by_itself() -> bool:
+    """Whether autograd itself keeps what is saved, or a checkpoint makes it anew: no hook of another kind packs it."""
+    hooks = saved_tensor_hook(False)
+    return hooks is None or getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def kept(t: Tensor) -> Tensor:
+    """t for save_for_backward: a copy under hooks that pack what is saved, because autograd then does not check whether t was
+    changed in place."""
+    return t if keeps_all_by_itself() else t.detach().clone()
 
 
 def running_function() -> object | None:

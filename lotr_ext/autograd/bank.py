@@ -29,8 +29,7 @@ from ..compat import dispatch_modes, graph_task, private_write
 from .shared_gradient import LoTRShared, SharedGradient
 
 if TYPE_CHECKING:
-    from .record import Call
-    from .shared_input import SharedFactor
+    from .sharing import Call, SharedFactor
 
 _PLAIN = (Tensor, nn.Parameter)
 

@@ -1,4 +1,10 @@
-"""One call of one adapted layer: what runs (`plan_call`), and running it (`call_linear`, `call_wrapped`)."""
+"""One call of one adapted layer: what runs (`plan_call`), and running it.
+
+call_linear   over a frozen weight and bias: y = x W^T + bias + s ((drop(x) A) G) B^T
+add_adapter   onto the y of any other base
+add_rows      onto y, with a core for each row of the batch (`mixed`)
+call_routed   the matrices of a mixture's experts
+"""
 
 from __future__ import annotations
 
@@ -11,15 +17,15 @@ from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from .. import ops
-from ..compat import any_autocast, jit_tracing, transformed
+from ..compat import any_autocast, dispatch_modes, jit_tracing, transformed
 from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
+from ..ops.grouped import grouped_linear
 from ..ops.planner import Plan
 from . import traced
-from .functions import LoTRFunction
-from .record import Call
-from .shared_input import SharedInput
-from .siblings import expand, expand_rows, shared_u
+from .one_node import LoTRFunction
+from .sharing import Call, SharedInput
+from .two_nodes import expand, expand_rows, shared_u
 
 FUSED = planner.ORDERS["fused"]
 _CPU = torch.device("cpu")  # the same object each time: 0.1 us less to look a plan up by
@@ -194,11 +200,6 @@ def explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
         return run(x, *rest)
 
 
-def call_wrapped(x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, call: Call) -> Tensor:
-    """base(x) + s ((drop(x) A) G) B^T for a base module of any kind, in the base's own dtype."""
-    return add_adapter(x, base(x), A, B, call)
-
-
 def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
     """y + s ((drop(x) A) G) B^T."""
     if call.dtype is None:
@@ -231,6 +232,59 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: T
         return plus_unfolded(y, ops.row_core(rows(u), cores, index=index), B, call.scaling)
     found = shared_u(x, A, B, call)
     h = ops.row_core(found.u, cores, index=index, scaling=call.scaling)
+    return expand_rows(found, y, h, B, call)
+
+
+def call_routed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offs: Tensor,
+    tokens: Tensor | None,
+    y: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    cores: Tensor,
+    index: Tensor | None,
+    call: Call,
+) -> Tensor:
+    """y_i = x_t(i) W_c(i)^T + bias_c(i) + s ((drop(x) A)_t(i) G_c(i)) B^T for the rows i of a mixture's experts c(i).
+
+        x [m, k], A --> LoTRShrink: u, once a token --> row_core: a row's own core --> h --+
+        x [m, k]    --> the rows of each expert     --> grouped_mm: the frozen product y --+--> LoTRExpandRows: y + h B^T
+
+    x [m, k], weight [e, n, k], bias [e, n], offs [e], tokens [rows], cores [e, r_in, r_out] -> [rows, n]. weight and bias may
+    be trained: autograd differentiates their product. y [rows, n]: what the adapter is added to instead of that product.
+    index [rows]: which of cores [c, r_in, r_out] a row takes, -1 for none, if that is not its expert's.
+
+    The frozen product reads x as LoTRShrink's route, so that its gradient of x arrives at LoTRShrink, which adds k A^T to it in
+    place. The products with A and B are those of any layer: siblings share u, and the factors have their shared gradients.
+    """
+    if call.dtype is None:
+        if any_autocast() and compute_dtype(x) is not None:
+            return explicitly_cast(call_routed, x, weight, bias, offs, tokens, y, A, B, cores, index, call)
+        call.compute = x.dtype
+        if x.dtype != weight.dtype:
+            raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
+    call.plan, compute = plan_call(x, A, call, None), call.compute
+    cores = row_cores(cores, x, compute)
+    if call.plan.nodes == 0:
+        u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)
+    else:
+        found = shared_u(x, A, B, call)
+        u = found.u
+        if found.route is not None and found.route.dtype == x.dtype:
+            x = found.route
+    last = call.plan.nodes == 0  # the scaling, as in `plus_unfolded`
+    which = {"offs": offs} if index is None else {"index": index}
+    # first: it looks at offs and tokens
+    h = ops.row_core(u, cores, **which, tokens=tokens, scaling=1.0 if last else call.scaling)
+    if y is None:
+        y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
+        # what selective checkpointing keeps may not change
+        call.owns_y = not last and y.dtype == u.dtype and not dispatch_modes()
+    if last:
+        return plus_unfolded(y, h, B, call.scaling)
     return expand_rows(found, y, h, B, call)
 
 

@@ -26,9 +26,8 @@ from ..ops import composite, planner
 from ..ops.composite import base_linear, to
 from ..ops.library import check_tensors, lotr
 from ..ops.planner import Plan
-from .record import Call
-from .shared_input import Group, SharedFactor
-from .siblings import expand, shared_u
+from .sharing import Call, Group, SharedFactor
+from .two_nodes import expand, shared_u
 
 PLAN = Plan("composite", "traced by torch.compile", why="torch.compile: lotr::adapted decides what runs as it is traced")
 _COMPOSITE = Plan("composite", "exported, or a subclass under torch.compile", why="torch's own products, for any backend")

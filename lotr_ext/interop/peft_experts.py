@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd.call import compute_dtype
-from ..autograd.routed import call_routed
+from ..autograd.call import call_routed, compute_dtype
 from ..layers.factors import LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.hosted import Host

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..autograd.call import Call, compute_dtype
-from ..autograd.routed import call_routed
+from ..autograd.call import Call, call_routed, compute_dtype
 from ..ops.grouped import expert_of_rows, grouped_linear, of_groups_alone
 from .factors import LoTRFactors, check_dimension, check_dtype
 from .layer import LoTRLayer, check_number, check_settings

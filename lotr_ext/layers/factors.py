@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..autograd.shared_input import Group, SharedFactor
+from ..autograd.sharing import Group, SharedFactor
 from .init import fill_factor_
 from .sharded import in_parts
 

@@ -10,8 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..autograd.call import call_linear
-from ..autograd.record import Call
+from ..autograd.call import Call, call_linear
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
 from .core import HasCore

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..autograd.call import call_linear, call_wrapped
-from ..autograd.record import Call
+from ..autograd.call import Call, add_adapter, call_linear
 from ..ops import accumulate_dtype
 from .factors import LoTRFactors, check_dtype
 from .layer import LoTRLayer, check_settings
@@ -217,7 +216,7 @@ class LoTRWrapped(LoTRLayer):
         return self.base_layer(x)
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
-        return call_wrapped(x, self.base_layer, A, B, call)
+        return add_adapter(x, self.base_layer(x), A, B, call)
 
     def _matrix(self) -> Tensor:
         if self.merged:

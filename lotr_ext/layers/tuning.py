@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..autograd.call import compute_dtype, plan_call, problem_of
-from ..autograd.record import Call
+from ..autograd.call import Call, compute_dtype, plan_call, problem_of
 from ..ops import planner, tuned
 from ..ops.tuned import Answer, Problem
 from .layer import LoTRLayer

@@ -16,7 +16,7 @@ from ..autograd.bank import Scope, _open, open_scope
 from ..layers.placement import check_not_offloaded
 
 if TYPE_CHECKING:
-    from ..autograd.shared_input import SharedFactor
+    from ..autograd.sharing import SharedFactor
 
 
 class _Layers:
