@@ -21,9 +21,9 @@ ARGS ?=
 DOCS_ARGS ?=
 
 # What the extension module is made of: a change in any of these rebuilds it (ninja compiles only what changed).
-NATIVE := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \
+NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \
           CMakeLists.txt setup.py pyproject.toml
-MORE_CXX := python_tests/simt/executor docs/teaching
+MORE_CXX := csrc/simt csrc/simt/module docs/teaching
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))
 
 .PHONY: help setup check demo frontier many-tasks causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean

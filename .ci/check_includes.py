@@ -1,6 +1,7 @@
 """Of the headers in csrc: no circle, and each room includes only those below it.
 
-params.h, ptx < tile < kernels < launchers < torch; cpu < torch; cpu and cuda know nothing of each other.
+simt < ptx; params.h, ptx < tile < kernels < launchers < torch; cpu < torch. simt/module, which is in no wheel, includes
+simt and cuda. cpu and cuda include nothing of each other.
 
     python .ci/check_includes.py [FOLDER]     1 and a line an include that is wrong
 """
@@ -15,11 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Of a path's beginning, the first that fits: what files there may include, besides their own room.
 ROOMS = {
     "cuda/params.h": (),
-    "cuda/ptx": (),
+    "cuda/ptx": ("simt",),
     "cuda/tile": ("cuda/params.h", "cuda/ptx"),
     "cuda/kernels": ("cuda/params.h", "cuda/ptx", "cuda/tile"),
     "cuda": ("cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels"),
     "cpu": (),
+    "simt/module": ("simt", "cuda", "cuda/kernels"),
+    "simt": (),
     "torch": ("cpu", "cuda"),
 }
 

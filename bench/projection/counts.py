@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
@@ -106,13 +104,10 @@ def least_extra(kernel: str, m: int, n: int, r: int, blocks: int, element: int =
 
 def executor() -> ModuleType:
     """The test module that runs the kernels on the CPU, built if need be (a minute)."""
-    path = ROOT / "python_tests" / "simt" / "build.py"
-    if not path.exists():
-        raise FileNotFoundError(f"the executor: expected the repository's tests at {path}, found none")
-    spec = importlib.util.spec_from_file_location("build", path)
-    build = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("build", build)
-    spec.loader.exec_module(build)
+    try:
+        from csrc.simt import build
+    except ImportError:
+        raise FileNotFoundError(f"the executor: expected csrc/simt in {ROOT}, found none; run from a checkout") from None
     try:
         return build.load("plain")
     except build.BuildError as error:
@@ -123,7 +118,7 @@ def sources_id() -> str:
     """Of the kernels and the executor: counts of other sources are made anew. Less what only gemm_lotr, which
     is not counted, is made of."""
     digest = hashlib.sha256()
-    for path in sorted(p for folder in ("csrc/cuda", "python_tests/simt/executor") for p in (ROOT / folder).rglob("*")):
+    for path in sorted(p for folder in ("csrc/cuda", "csrc/simt") for p in (ROOT / folder).rglob("*")):
         if path.suffix in (".h", ".cuh", ".cu", ".cpp") and not any(name in path.stem for name in NOT_COUNTED):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
@@ -191,7 +186,7 @@ def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, mult
     if kernel != "shrink_grad" or r > shrink_grad_ranks():
         return {}
     plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)  # as set_device says
-    most = constant("python_tests/simt/executor/api.h", "MOST_RESIDENT")  # that the executor can run at the same time
+    most = constant("csrc/simt/api.h", "MOST_RESIDENT")  # that the executor can run at the same time
     cluster = plan["m_blocks"] if plan["cluster"] else plan["of_row"]
     together = MOST_THREADS // (384 * cluster) if cluster > 1 else most  # whole clusters of blocks of up to 384 threads
     return {"order": "in_turn", "resident": min(plan["n_blocks"], most, together)}

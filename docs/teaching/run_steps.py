@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "python_tests"))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from simt import build  # noqa: E402
+from csrc.simt import build  # noqa: E402
 
 
 def table(mode: str = "plain") -> str:

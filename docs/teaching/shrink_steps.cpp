@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "executor/api.h"
+#include "simt/api.h"
 
 namespace {
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-from types import ModuleType
-
 import pytest
 from rich.console import Console
 
@@ -18,6 +14,7 @@ from bench.projection import counts as traffic
 from bench.projection import layer as layer_traffic
 from bench.projection import layer_time as projection
 from bench.projection.layer_time import KernelTime
+from csrc.simt import build
 
 SHAPE = (64, 32, 48, 8)
 M, K, N, R = SHAPE
@@ -150,7 +147,7 @@ def test_a_rank_whose_rows_are_not_whole_is_counted_as_it_runs():
 
 def test_constants_are_those_of_the_sources():
     lib = traffic.executor()
-    many = traffic.constant("python_tests/simt/executor/api.h", "MOST_RESIDENT")
+    many = traffic.constant("csrc/simt/api.h", "MOST_RESIDENT")
     lib.set_options(resident=many)
     with pytest.raises(ValueError, match=f"expected 1 to {many}"):
         lib.set_options(resident=many + 1)
@@ -282,11 +279,8 @@ def test_no_such_block(text):
 
 
 def test_without_a_compiler_the_executor_says_what_is_missing(tmp_path, monkeypatch):
-    """Of a copy of the tests, where nothing is built yet."""
-    shutil.copytree(traffic.ROOT / "python_tests" / "simt", tmp_path / "python_tests" / "simt")
-    (tmp_path / "csrc").symlink_to(traffic.ROOT / "csrc")
-    monkeypatch.setattr(traffic, "ROOT", tmp_path)
-    monkeypatch.setitem(sys.modules, "build", ModuleType("build"))
+    """In a folder where nothing is built yet."""
+    monkeypatch.setattr(build, "BUILD", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     for named, got in ((None, "c\\+\\+"), ("", "c\\+\\+"), ("clang-99", "clang-99")):
         monkeypatch.delenv("CXX", raising=False) if named is None else monkeypatch.setenv("CXX", named)

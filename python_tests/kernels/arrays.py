@@ -1,6 +1,6 @@
 """Arrays for the kernel tests: element types, poisoned padding, truth in float64 and the tolerance rule.
 
-bfloat16 is carried as uint16, as simt/executor/module.cpp takes it. Everything outside a matrix is NaN: the columns between
+bfloat16 is carried as uint16, as csrc/simt/module/module.cpp takes it. Everything outside a matrix is NaN: the columns between
 its rows, the rows after the last, what lies before the first. A kernel that reads any of it shows.
 """
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 
 @pytest.fixture(scope="session")
 def lib():
-    """python_tests/simt/executor/module.cpp: the launchers of csrc/cuda/launch.h on numpy arrays."""
-    import build
+    """csrc/simt/module/module.cpp: the launchers of csrc/cuda/launch.h on numpy arrays."""
+    from csrc.simt import build
 
     return build.load("plain")

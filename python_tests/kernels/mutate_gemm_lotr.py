@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 SCHEDULES = {"plain": ["forward/1", "reverse/2", "2/3", "3/2", "5/4"], "race": ["2/3", "3/2", "4/4"]}
 
@@ -34,7 +34,7 @@ def worker(mode: str, todo: list[list]) -> None:
     import gemm_lotr_cases as gemm
     from sweep_gemm_lotr import failures
 
-    import build
+    from csrc.simt import build
 
     lib = build.load(mode)
     for number, file, line, _ in todo:
@@ -52,7 +52,7 @@ def main() -> int:
 
     from mutate_kernels import try_sites
 
-    import build
+    from csrc.simt import build
 
     sites = find_sites(build.load("plain"))
     verdicts: dict[int, tuple[str, str]] = {}

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 SCHEDULES = {"plain": ["forward", "reverse", "1", "101"], "race": ["forward", "1"]}
 KIND = "bf16"
@@ -47,7 +47,7 @@ def worker(mode: str, todo: list[list]) -> None:
     """Prints a JSON line for each site: its number and what noticed, or null."""
     from sweep import PIPELINE, failures
 
-    import build
+    from csrc.simt import build
 
     lib = build.load(mode)
     for number, file, line, kernels in todo:
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         worker(options.worker, json.load(sys.stdin))
         return 0
 
-    import build
+    from csrc.simt import build
 
     sites = sorted(find_sites(build.load("plain")).items(), key=lambda item: item[0][1:])
     chosen = list(enumerate(sites))[: 1 if options.one else None]

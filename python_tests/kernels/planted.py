@@ -16,7 +16,7 @@ def run_planted(
     """Status of the sweep, a script here and its arguments, the lines of its output that match message, and all of it.
 
     The other arguments are build.planted_module's."""
-    import build
+    from csrc.simt import build
 
     module = build.planted_module(mode, unit, file, text, instead, folder)
     script = [sys.executable, str(HERE / sweep[0]), "--module", str(module), *sweep[1:]]

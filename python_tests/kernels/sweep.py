@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from arrays import ALIGNED, ODD, PACKED  # noqa: E402
 from cases import KERNELS, SHAPES, Shape  # noqa: E402
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--module", type=Path, help="a module that is built already")
     options = parser.parse_args(arguments)
-    import build
+    from csrc.simt import build
 
     lib = build.load(options.mode, options.module)
     found = failures(

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "simt")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import gemm_lotr_cases as gemm  # noqa: E402
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--schedules", default="forward/1")
     parser.add_argument("--module", type=Path, help="a module that is built already")
     options = parser.parse_args(arguments)
-    import build
+    from csrc.simt import build
 
     lib = build.load(options.mode, options.module)
     found = failures(lib, SETS[options.cases], options.schedules.split(","))

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def sweep(mode: str, *arguments: str) -> None:
-    import build
+    from csrc.simt import build
 
     build.module(mode)
     done = subprocess.run(
@@ -56,7 +56,7 @@ def test_no_bad_access_anywhere() -> None:
 
 @pytest.mark.full
 def test_every_line_of_the_kernels_runs() -> None:
-    import build
+    from csrc.simt import build
 
     build.reset_coverage()
     sweep("coverage", "--shapes", "all", "--kinds", "bf16,tf32,fp32", "--schedules", "forward")

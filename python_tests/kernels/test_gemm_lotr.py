@@ -285,7 +285,7 @@ def test_the_trial_of_another_epilogue_fits(tmp_path: Path) -> None:
 
 
 def sweep(mode: str, *arguments: str) -> str:
-    import build
+    from csrc.simt import build
 
     build.module(mode)
     script = [sys.executable, str(HERE / "sweep_gemm_lotr.py"), "--mode", mode, *arguments]
@@ -314,7 +314,7 @@ def test_no_bad_access_anywhere() -> None:
 
 @pytest.mark.full
 def test_every_line_runs() -> None:
-    import build
+    from csrc.simt import build
 
     build.reset_coverage()
     assert sweep("coverage", "--cases", "quick", "--schedules", "2/2").strip() == ""

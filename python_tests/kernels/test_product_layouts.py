@@ -1,5 +1,5 @@
 """How the operands of every wgmma of every kernel lie in shared memory. What is not in the list below has not been compared
-with CuTe's layouts: a new kind needs its line there and in simt/programs/cute_layouts.cpp."""
+with CuTe's layouts: a new kind needs its line there and in python_tests/simt/programs/cute_layouts.cpp."""
 
 from __future__ import annotations
 

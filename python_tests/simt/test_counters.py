@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from simt import build
+
+from csrc.simt import build
 
 SOURCE = Path(__file__).parent / "programs" / "counters.cpp"
 # array: bytes read, sectors read, bytes written, sectors written, atomics

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simt import build
+
+from csrc.simt import build
 
 LANES = range(32)
 

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from simt import build
+
+from csrc.simt import build
 
 PROGRAMS = Path(__file__).parent / "programs"
 WRONG = "wrong"  # the result, in at least one schedule; in this mode nothing else needs to notice

@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from simt import build
+
+from csrc.simt import build
 
 PROGRAMS = Path(__file__).parent / "programs"
 FOLDERS = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", "/usr/local/cuda/bin", os.environ.get("PATH", "")]
@@ -87,7 +88,6 @@ def compile_ptx(text: str, target: str, folder: Path) -> str:
         "-std=c++17",
         f"-arch={target}",
         f"-I{build.CSRC}",
-        f"-I{build.SIMT}",
         f"-I{PROGRAMS}",
         "-ptx",
         str(source),
@@ -160,7 +160,7 @@ def host_compiler(text: str, folder: Path) -> subprocess.CompletedProcess:
     source = folder / "kernel.cpp"
     source.write_text(text)
     command = [build.compiler(), "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [f"-I{build.CSRC}", f"-I{build.SIMT}", f"-I{PROGRAMS}", "-isystem", str(build.cuda_include()), str(source)]
+    command += [f"-I{build.CSRC}", f"-I{PROGRAMS}", "-isystem", str(build.cuda_include()), str(source)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

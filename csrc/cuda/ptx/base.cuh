@@ -17,7 +17,7 @@
 #define LOTR_SITE_ONLY
 #define LOTR_PASS_SITE
 #else
-#include "executor/device.h"
+#include "simt/device.h"
 #define LOTR_DEVICE inline
 #define LOTR_SITE_ONLY ::lotr::simt::Site site = ::lotr::simt::Site::here()
 #define LOTR_SITE , LOTR_SITE_ONLY

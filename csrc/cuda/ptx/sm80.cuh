@@ -1,7 +1,7 @@
 // The device primitives that kernels are written in, for sm_80 and later (sm90.cuh: what only sm_90a has).
 //
 // Under nvcc a wrapper is one PTX instruction.  Under a host compiler the same kernel source runs in the SIMT
-// executor (python_tests/simt/executor, test builds only), one fiber for each GPU thread, and the wrapper
+// executor (csrc/simt, test builds only), one fiber for each GPU thread, and the wrapper
 // does what the PTX manual says.
 //
 // Writing a kernel:
@@ -22,7 +22,7 @@
 //
 // Counting, from the host: simt::register_array("x", pointer, bytes) gives a range of global memory a name,
 // simt::set_options turns counting on, simt::counters() then holds bytes and sectors read and written for
-// each name (python_tests/simt/executor/api.h).  Lanes of a warp that execute one call site together count as
+// each name (csrc/simt/api.h).  Lanes of a warp that execute one call site together count as
 // one instruction, so coalescing is seen as it is on the device.  What lies in no registered array is listed
 // as
 // "(unregistered)".

@@ -12,7 +12,7 @@
 #ifdef __CUDACC__
 #include <cuda.h>
 #else
-#include "executor/hopper.h"
+#include "simt/hopper.h"
 #endif
 
 namespace lotr::ptx {

@@ -7,7 +7,7 @@
 #include "base.cuh"
 
 #ifndef __CUDACC__
-#include "executor/hopper.h"
+#include "simt/hopper.h"
 #endif
 
 namespace lotr::ptx {

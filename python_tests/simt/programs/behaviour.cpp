@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cuda/ptx/sm80.cuh"
-#include "executor/api.h"
+#include "simt/api.h"
 
 namespace {
 using namespace lotr;
@@ -126,12 +126,13 @@ void launches() {
            l.shared_bytes);
 }
 
-// An early launch: a thread may touch global memory, let the next launch begin and end only once it has waited.
+// An early launch: a thread may touch global memory, let the next launch begin and end only once it has
+// waited.
 enum Early { RIGHT, TOUCHES, COPIES, LETS_NEXT, LEAVES };
 __global__ void early(int what, float* x) {
   Smem& s = ptx::shared_storage<Smem>();
   const int t = threadIdx.x;
-  ptx::store_shared(&s.f[t], 1.f);  // shared memory is the block's own
+  ptx::store_shared(&s.f[t], 1.f);              // shared memory is the block's own
   if (what == TOUCHES) ptx::store(x + t, 1.f);  // EARLY STORE
   if (what == COPIES && t == 5) {
     ptx::cp_async16(&s.f[4 * t], x + 4 * t);  // EARLY COPY

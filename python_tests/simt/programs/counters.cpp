@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cuda/ptx/sm80.cuh"
-#include "executor/api.h"
+#include "simt/api.h"
 #include "warp_sum.cuh"
 
 namespace {

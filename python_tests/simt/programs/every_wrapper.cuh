@@ -38,7 +38,8 @@ LOTR_DEVICE void copy_words(Smem& s, const Params& p) {
 __global__ void __launch_bounds__(128) sm80(Params p) {
   Smem& s = ptx::shared_storage<Smem>();
   ptx::griddepcontrol_wait();
-  ptx::store(reinterpret_cast<float4*>(p.y), ptx::load_cg_if(p.n != nullptr, reinterpret_cast<const float4*>(p.x)));
+  ptx::store(reinterpret_cast<float4*>(p.y),
+             ptx::load_cg_if(p.n != nullptr, reinterpret_cast<const float4*>(p.x)));
   ptx::griddepcontrol_launch_dependents();
   copy_words<uint16_t>(s, p);
   copy_words<uint32_t>(s, p);
@@ -125,7 +126,8 @@ __global__ void __launch_bounds__(128) sm90(const __grid_constant__ ptx::TensorM
                  mn_major = ptx::swizzled_descriptor_mn(s.tile, 8192);
   all_products<__nv_bfloat16>(k_major, mn_major, a, p);
   all_products<__half>(k_major, mn_major, a, p);
-  ptx::store(reinterpret_cast<float4*>(p.y), ptx::load_cluster_if(p.n != nullptr, reinterpret_cast<float4*>(s.f), 1));
+  ptx::store(reinterpret_cast<float4*>(p.y),
+             ptx::load_cluster_if(p.n != nullptr, reinterpret_cast<float4*>(s.f), 1));
   ptx::store(p.y, *ptx::cluster_map(&s.f[0], ptx::cluster_rank() ^ 1));
 }
 

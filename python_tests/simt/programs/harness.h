@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "executor/api.h"
+#include "simt/api.h"
 
 namespace harness {
 

@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "api.h"
 #include "cuda/rows.h"
+#include "simt/api.h"
 
 namespace py = pybind11;
 

@@ -106,8 +106,8 @@ std::string line_of(void* pc) {
   if (FILE* pipe = popen(command, "r")) {
     while (fgets(line, sizeof line, pipe)) {
       line[strcspn(line, "\n(")] = 0;
-      if (strstr(line, "python_tests/simt/executor/") || strstr(line, "csrc/cuda/ptx/") ||
-          strstr(line, "??") || strstr(line, "/include/"))
+      if (strstr(line, "csrc/simt/") || strstr(line, "csrc/cuda/ptx/") || strstr(line, "??") ||
+          strstr(line, "/include/"))
         continue;
       const char* slash = strrchr(line, '/');
       result = slash ? slash + 1 : line;

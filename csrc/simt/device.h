@@ -3,7 +3,7 @@
 // -fsanitize=thread, so that the race detector sees the kernel's accesses and not the executor's own.
 #pragma once
 #ifdef __CUDACC__
-#error "python_tests/simt/executor is for host compilers; nvcc must not see it"
+#error "csrc/simt is for host compilers; nvcc must not see it"
 #endif
 #include <vector_functions.h>
 #include <vector_types.h>

@@ -11,7 +11,6 @@
 #include <optional>
 #include <vector>
 
-#include "api.h"
 #include "cuda/counters.h"
 #include "cuda/launch.h"
 #include "cuda/one_product_sm90.h"
@@ -19,6 +18,7 @@
 #include "cuda/shrink_grad_sm90.h"
 #include "module_gemm_lotr.h"
 #include "module_rows.h"
+#include "simt/api.h"
 
 namespace py = pybind11;
 

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "api.h"
 #include "cuda/gemm_lotr.h"
 #include "cuda/kernels/gemm_lotr_traits.cuh"
+#include "simt/api.h"
 
 namespace py = pybind11;
 

@@ -6,7 +6,7 @@ race       the executor's race detector: kernels with -fsanitize=thread, linked 
 coverage   line counts of the kernels (gcov)
 
 Objects go to build-simt/<mode> and are compiled again only if a file they include, or the command, has changed; two
-compilers run at a time. From the command line: python python_tests/simt/build.py [mode ...] builds the module.
+compilers run at a time. From the command line: python csrc/simt/build.py [mode ...] builds the module.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SIMT = ROOT / "python_tests" / "simt"
-EXECUTOR = SIMT / "executor"
+EXECUTOR = CSRC / "simt"
 BUILD = ROOT / "build-simt"
 MODES = ("plain", "asan", "race", "coverage")
 JOBS = 2
@@ -108,7 +107,7 @@ def _compile(mode: str, source: Path, has_kernels: bool, includes: list[Path], d
     executor, kernels, _ = _FLAGS[mode]
     key = hashlib.sha1("\n".join([str(source), *defines]).encode()).hexdigest()[:8]
     output = BUILD / mode / f"{source.stem}-{key}.o"
-    command = [compiler(), *_COMMON, *(kernels if has_kernels else executor), *defines, f"-I{CSRC}", f"-I{SIMT}"]
+    command = [compiler(), *_COMMON, *(kernels if has_kernels else executor), *defines, f"-I{CSRC}"]
     for folder in [cuda_include(), *includes]:
         command += ["-isystem", str(folder)]
     command += ["-MMD", "-x", "c++", "-c", str(source), "-o", str(output)]
@@ -127,7 +126,7 @@ def _locked(mode: str) -> Iterator[None]:
 def _build(mode: str, sources: list[Path], output: Path, link: list[str], includes: list[Path], defines: list[str]) -> Path:
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
-    executor = sorted(path for path in EXECUTOR.glob("*.cpp") if not path.stem.startswith("module"))
+    executor = sorted(EXECUTOR.glob("*.cpp"))
     global_defines = [d for d in defines if d.startswith("-DLOTR_SIMT_")]  # those the executor must see too
     with _locked(mode):
         steps = [_compile(mode, source, False, [], global_defines) for source in executor]
@@ -147,10 +146,10 @@ def program(mode: str, source: Path, defines: tuple[str, ...] = ()) -> Path:
 
 
 def module(mode: str = "plain") -> Path:
-    """The Python module: python_tests/simt/executor/module*.cpp and the launchers of csrc/cuda."""
+    """The Python module: csrc/simt/module and the launchers of csrc/cuda."""
     import pybind11
 
-    sources = [*sorted(EXECUTOR.glob("module*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
+    sources = [*sorted((EXECUTOR / "module").glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
     includes = [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return _build(mode, sources, BUILD / mode / f"{MODULE}{suffix}", ["-shared"], includes, [])
