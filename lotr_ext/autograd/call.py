@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, get_num_threads, is_grad_enabled, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
@@ -66,23 +66,28 @@ def plan_call(
     tokens = elements // shape[-1]
     # where A is frozen, one node would keep x for a double backward
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
+    graph, where = is_grad_enabled(), device or (_CPU if x.is_cpu else x.device)
     plan = _plan(
         tokens >= planner.BETA_TOKENS,
         tokens < planner.FEW_TOKENS,
         one,
         not call.shares,
         elements * (r_in + planner.READING) < planner.LITTLE_WORK,
-        is_grad_enabled(),
+        graph,
         r_in if r_in > r_out else r_out,
         A.dtype,
         call.compute,
-        device or (_CPU if x.is_cpu else x.device),
+        where,
         why,
         call.strategy,
         planner.LOTR_STRATEGY,
     )
-    if tuned.on and purpose != "tune" and plan.nodes and weight is not None and _forced(call)[0] is None:
-        plan = tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run")
+    if tuned.on and purpose != "tune" and plan.nodes and weight is not None:
+        if call.strategy is None and not planner.LOTR_STRATEGY:
+            setting = get_num_threads() if where.type == "cpu" else tuned.float32_setting(call.compute)
+            key = (plan, tokens, shape[-1], weight.shape[0], r_in, r_out, A.dtype, call.compute, where, graph, setting)
+            found = tuned.plans.get(key)  # enters no Python, with an answer or without
+            plan = found or tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run", key)
     return plan if plan.order != FUSED else _fused(plan, tokens, x, call, weight, one)
 
 

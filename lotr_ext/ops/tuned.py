@@ -89,6 +89,8 @@ class Answer(NamedTuple):
 
 on = os.environ.get("LOTR_TUNE") != "0"  # whether `apply` has anything to say: calls look at this alone
 ask: Callable[[Problem], None] | None = None  # times a problem that has no answer and calls `keep`
+plans: dict[tuple, Plan] = {}  # what `apply` gave, by all that a call's plan depends on: one look for a call
+_MOST_PLANS = 4096  # a run over batches of ever new lengths begins anew
 _kept: dict[Key, Answer] = {}
 _unread = True  # whether the file is still to be read
 _warned: set[str] = set()
@@ -158,7 +160,7 @@ def keep(found: Mapping[Problem, Answer]) -> None:
     own = {key_of(problem): answer for problem, answer in found.items()}
     with _lock:
         _kept.update(own)
-        _find.cache_clear()
+        plans.clear()
         on = bool(_kept) or ask is not None
     path = file()
     rows = [{**k._asdict(), **a._asdict()} for k, a in {**read(path), **own}.items()]
@@ -189,7 +191,7 @@ def _read_once() -> None:
         except OSError:  # no home
             found = {}
         _kept.update({**found, **_kept})
-        _find.cache_clear()
+        plans.clear()
         on, _unread = bool(_kept) or ask is not None, False
 
 
@@ -234,19 +236,19 @@ def setting_of(problem: Problem) -> str:
     """On a CPU the threads, on CUDA how products of float32 are rounded."""
     if problem.device.type == "cpu":
         return f"threads {torch.get_num_threads()}"
-    return f"float32 {torch.backends.cuda.matmul.fp32_precision}" if problem.dtype == torch.float32 else ""
+    return float32_setting(problem.dtype)
 
 
-@functools.lru_cache(maxsize=1024)
-def _find(problem: Problem, setting: str) -> Answer | None:
-    return _kept.get(key_of(problem))
+def float32_setting(dtype: torch.dtype) -> str:
+    """How CUDA rounds the operands of float32 products; "" for another dtype."""
+    return f"float32 {torch.backends.cuda.matmul.fp32_precision}" if dtype == torch.float32 else ""
 
 
 def known(problem: Problem) -> Answer | None:
     """What was found for it, here or by an earlier process, if it can run."""
     if _unread:
         _read_once()
-    answer = _find(problem, setting_of(problem)) if _kept else None
+    answer = _kept.get(key_of(problem)) if _kept else None
     if answer is not None and (obstacle := _obstacle(problem, answer)) is not None:
         _warn_once(f"{where()}: expected an answer that can run, got fused for {problem} ({obstacle}); it is ignored", "fused")
         return None
@@ -262,16 +264,25 @@ def _obstacle(problem: Problem, answer: Answer) -> str | None:
     return planner.fused_obstacle(max(problem.r_in, problem.r_out), problem.dtype, problem.device)
 
 
-def apply(plan: Plan, problem: Problem, may_ask: bool) -> Plan:
-    """plan with the strategy that was the fastest for problem, if that is known; may_ask: it may be timed now."""
+def apply(plan: Plan, problem: Problem, may_ask: bool, key: tuple) -> Plan:
+    """plan with the strategy that was the fastest for problem, if that is known; may_ask: it may be timed now. The result is
+    kept in `plans` under key, unless a later call may time the problem."""
     if problem.device.type == "cuda" and not torch.cuda.is_available():
         return plan  # asked by explain, as if it were there
     answer = known(problem)
     if answer is None and ask is not None and may_ask:
         ask(problem)
         answer = known(problem)
-    if answer is None:
-        return plan
+    if answer is not None:
+        plan = _taking(plan, problem, answer)
+    if answer is not None or ask is None:
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plans[key] = plan
+    return plan
+
+
+def _taking(plan: Plan, problem: Problem, answer: Answer) -> Plan:
     times = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in answer.seconds.items())
     reason = f"tuned for {problem} on {machine(problem.device)[0]}: {times}; kept in {where()}"
     return plan.taking(answer.strategy, reason)

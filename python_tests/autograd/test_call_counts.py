@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lotr_ext
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr
-from lotr_ext.ops import planner
+from lotr_ext.layers import tuning
+from lotr_ext.ops import planner, tuned
 
 PACKAGE = str(Path(lotr_ext.__file__).parent)
 WIDTH, RANK = 32, 4
@@ -165,6 +166,26 @@ def test_a_layer_alone(tokens):
     forward, backward = a_layer(alone, tokens)
     assert sum(forward.values()) <= 10, most_called(forward)
     assert sum(backward.values()) <= 8, most_called(backward)
+
+
+@pytest.mark.parametrize("answered", [True, False], ids=["an answer", "no answer"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_tuned_machine_makes_the_same_calls(tokens, answered, tmp_path, monkeypatch):
+    """With a file of measured answers, for the layer's problem or for another, as without one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LOTR_TUNE", raising=False)
+    model = on_one_pair(3)
+    before = step_calls(model, tokens)
+    problems = [problem for layer in model.layers for problem in tuning.problems_of(layer, tokens if answered else 4 * tokens)]
+    try:
+        tuned.keep({problem: tuned.Answer("two_pass", {"two_pass": 1e-6, "beta": 2e-6}) for problem in problems})
+        tuned.load()  # as a later process does
+        assert tuned.on
+        assert ("tuned for" in lotr_ext.explain(model.layers[0], torch.randn(tokens, WIDTH)).reason) == answered
+        assert step_calls(model, tokens) == before
+    finally:
+        monkeypatch.undo()
+        tuned.load()
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
