@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lotr_ext import planner
+from lotr_ext.ops import planner
 
 from .measure.as_cuda import META, as_cuda
 from .measure.bounds import DIRECTIONS

@@ -6,6 +6,13 @@ A stack of frozen linear layers is adapted by a Tucker-2 tensor: two factors A a
 small core G_l a layer. Start at `LoTRLinear` for a model of your own and at `apply_lotr` for an existing one.
 """
 
+import sys
+import warnings
+from importlib import import_module
+from types import ModuleType
+
+__version__ = "0.1.0"  # before the imports below, which read it
+
 try:
     from . import ops as ops  # loads the compiled extension
 except OSError as error:
@@ -32,7 +39,6 @@ from .model.groups import parameter_groups
 from .model.pretrained import from_pretrained
 from .model.summary import trainable_summary
 from .model.tasks import TaskBank
-from .version import __version__ as __version__
 
 __all__ = [
     "LoTRConfig",
@@ -68,3 +74,25 @@ __all__ = [
     "unload",
     "unmerge",
 ]
+
+
+class _OldPath(ModuleType):
+    """A module of 0.1.0 whose names have another home: each use warns. To be removed after the next version."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") and name not in ("__all__", "__version__"):  # inspect asks all modules for some
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        home = _OLD_PATHS[self.__name__]
+        found = getattr(import_module(home), name)
+        warnings.warn(f"{self.__name__}.{name}: import it from {home} instead", DeprecationWarning, stacklevel=2)
+        return found
+
+
+_OLD_PATHS = {
+    "lotr_ext.adapters": "lotr_ext.model.adapters",
+    "lotr_ext.planner": "lotr_ext.ops.planner",
+    "lotr_ext.trainer": "lotr_ext.interop.trainer",
+    "lotr_ext.version": "lotr_ext",
+}
+for _path in _OLD_PATHS:
+    globals()[_path.rpartition(".")[2]] = sys.modules[_path] = _OldPath(_path)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from . import __version__
 from .ops.planner import CUDA_WITHOUT, build_info, cuda_obstacle, cuda_probe, cuda_version, plan
-from .version import __version__
 
 __all__ = ["collect", "main"]
 

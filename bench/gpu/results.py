@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from lotr_ext.version import __version__
+from lotr_ext import __version__
 
 from ..measure.store import RESULTS, Store
 from ..measure.timing import slug

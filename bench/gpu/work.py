@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lotr_ext.version import __version__
+from lotr_ext import __version__
 
 from .machine import ROOT
 from .plan import Part, missing, plan, seconds_of

@@ -53,7 +53,7 @@ def check_isa(isa: str | None, device: str) -> None:
         raise ValueError(f"isa: expected one of {', '.join(ISAS)}, got {isa!r}")
     if device != "cpu":
         raise ValueError(f"isa: expected --device cpu beside it, got {device}")
-    from lotr_ext import planner
+    from lotr_ext.ops import planner
 
     try:
         ours = planner.build_info()["cpu"]["isa"]

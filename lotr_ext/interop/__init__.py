@@ -1,7 +1,7 @@
-"""LoTR and other tools: PEFT (`lotr_ext.interop.peft`), LoRA adapters, the original implementation's checkpoints.
+"""LoTR and other tools: PEFT, transformers' Trainer, LoRA adapters, the original implementation's checkpoints.
 
-Only `lotr_ext.interop.peft` imports PEFT; everything else here reads and writes files. `python -m lotr_ext.convert` is the
-command.
+`lotr_ext.interop.peft` imports PEFT, and `lotr_ext.interop.trainer` imports transformers. All else here reads and writes files,
+as the command `python -m lotr_ext.convert` does.
 """
 
 from ..model.peft_files import lotr_to_peft

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..files import folder, lock, parse_json, placed, read_bytes
 from ..layers.cores import FORMS
 from ..layers.factors import DTYPES
 from ..layers.layer import check_settings
 from ..layers.sharded import in_parts
-from ..version import __version__
 from .config import LoTRConfig
 from .core_forms import CORES, make_cores
 

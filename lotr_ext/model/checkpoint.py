@@ -93,7 +93,7 @@ def _groups(entries: dict[str, LayerEntry]) -> dict[str | tuple[str, str], list[
 def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str | None = None) -> None:
     """Writes the model's adapter and its modules_to_save into a directory, in place of an adapter that is there already.
 
-    name: which of several adapters (`lotr_ext.adapters`), the active one by default.
+    name: which of several adapters (`add_adapter`), the active one by default.
 
     A kill at any moment leaves the old or the new adapter, whole. Models from `apply_lotr` and models built by hand alike;
     compiled models are unwrapped. A merged adapter is saved as if it were not merged.
@@ -184,7 +184,7 @@ def load_adapter(
         model: the base model, on any device.
         directory: what `save_adapter` wrote, or PEFT for a LoTRPeftConfig.
         cast: accept tensors of another dtype than the model's, and cast them.
-        name: which of several adapters (`lotr_ext.adapters`) to load into, added if there is none of that name; the active
+        name: which of several adapters (`add_adapter`) to load into, added if there is none of that name; the active
             one by default. A plain model's first adapter gets this name.
         share_factors: for a name that is added, the adapter whose A and B it shares; the file must hold those very values.
 

@@ -12,7 +12,7 @@ from bench.gpu import plan as plans
 from bench.gpu import results, smoke, work
 from bench.measure.store import Store
 from bench.measure.timing import slug
-from lotr_ext.version import __version__
+from lotr_ext import __version__
 
 SHRINK, EXPAND = smoke.Variant("shrink", "bf16", 16), smoke.Variant("expand_add", "bf16", 16)
 PATIENCE = 400.0  # seconds for a process to start on a loaded machine

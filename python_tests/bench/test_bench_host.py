@@ -12,7 +12,8 @@ from bench.measure.store import Store
 from bench.measure.timing import Timed
 from bench.report import host_table
 from bench.rivals import host as rh
-from lotr_ext import explain, planner
+from lotr_ext import explain
+from lotr_ext.ops import planner
 
 QUICK = ["--device", "cpu", "--allocator", "system", "--rounds", "2", "--layers", "3", "--tokens", "2"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, lotr_parameters, save_adapter, trainable_summary, unload
-from lotr_ext.trainer import AdapterTrainer
+from lotr_ext.interop.trainer import AdapterTrainer
 
 WORDS = "a b c d e f g h i j k l".split()
 TEXTS = [" ".join(WORDS[(i * j) % 12] for j in range(1, 7)) for i in range(1, 9)]

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from toys import randomize
 
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter
-from lotr_ext.model.trainer import FOLDER, AdapterCheckpoint
+from lotr_ext.interop.trainer import FOLDER, AdapterCheckpoint
 from nets import relative
 
 STEPS, STOP = 4, 2

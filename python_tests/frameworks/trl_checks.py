@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 import lotr_ext.interop.peft as lotr_peft
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter
-from lotr_ext.trainer import AdapterCheckpoint
+from lotr_ext.interop.trainer import AdapterCheckpoint
 
 WORDS = "a b c d e f g h i j k l".split()
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -21,8 +21,8 @@ transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*torch.jit.*")
 
 from lotr_ext import LoTRConfig, LoTRLinear, apply_lotr, disabled, load_adapter, merge, save_adapter, unload, unmerge  # noqa: E402
+from lotr_ext.interop.trainer import AdapterCheckpoint, AdapterTrainer  # noqa: E402
 from lotr_ext.model.apply import adapted_layers, lotr_parameters  # noqa: E402
-from lotr_ext.model.trainer import AdapterCheckpoint, AdapterTrainer  # noqa: E402
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.1}

@@ -21,10 +21,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .. import files
 from ..layers.sharded import holds_parts
-from .adapter_files import describe, serialized
-from .apply import adapted_layers
-from .checkpoint import contents, load_adapter, save_adapter, unwrapped
-from .targets import features
+from ..model.adapter_files import describe, serialized
+from ..model.apply import adapted_layers
+from ..model.checkpoint import contents, load_adapter, save_adapter, unwrapped
+from ..model.targets import features
 
 __all__ = ["AdapterCheckpoint", "AdapterTrainer"]
 
