@@ -103,11 +103,27 @@ SHAPES = [
 ]
 
 
+def schedule(name: str) -> dict:
+    """forward, reverse, or the seed of a random order, above 100 with switches at memory accesses; after a slash, for gemm_lotr
+    on a Hopper GPU's shared memory, how many clusters run at the same time."""
+    order, _, resident = name.partition("/")
+    options = {"order": order} if order in ("forward", "reverse") else {"order": "random", "seed": int(order)}
+    if order.isdigit() and int(order) > 100:
+        options["preempt"] = 24
+    return {**options, "resident": int(resident), "shared_limit": 232448} if resident else options
+
+
 class Problem:
     """Inputs and truth of one call. `run` makes fresh poisoned outputs, calls the kernel and returns them by name."""
 
     def __init__(self, run: Callable[[ModuleType], dict[str, np.ndarray]], check: Callable[[dict[str, np.ndarray]], None]):
         self.run, self.check = run, check
+
+    def checked(self, lib: ModuleType) -> list[bytes]:
+        """Runs once and checks; the bits of the outputs."""
+        outputs = self.run(lib)
+        self.check(outputs)
+        return [np.ascontiguousarray(a).tobytes() for a in outputs.values()]
 
 
 class _Maker:

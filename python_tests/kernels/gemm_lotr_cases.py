@@ -187,12 +187,3 @@ SMALL = [
     Case(140, 136, 136, 100, backward=True, sms=3),
     Case(260, 40, 328, 16, backward=True, scouts=2, sms=3, factor="added"),
 ]
-
-
-def schedule(name: str) -> dict:
-    """forward, reverse or a seed; as many clusters at a time as stand after the slash."""
-    order, _, resident = name.partition("/")
-    options = {"order": order} if order in ("forward", "reverse") else {"order": "random", "seed": int(order)}
-    if order.isdigit() and int(order) % 2:
-        options["preempt"] = 16
-    return {**options, "resident": int(resident or 1), "shared_limit": 232448}

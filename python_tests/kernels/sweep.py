@@ -1,6 +1,7 @@
 """Runs kernels in one build of the executor, in a process of its own: for the sanitizer, race and coverage tests.
 
 python sweep.py --mode race --shapes pipeline --kinds bf16,fp32 --schedules forward,reverse,1,2
+python sweep.py --mode race --shapes gemm_lotr_quick --schedules forward/1,101/4
 Prints one line for each failure and exits with 1 if there was one.
 """
 
@@ -8,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import gemm_lotr_cases as gemm  # noqa: E402
 from arrays import ALIGNED, ODD, PACKED  # noqa: E402
-from cases import KERNELS, SHAPES, Shape  # noqa: E402
+from cases import KERNELS, SHAPES, Shape, schedule  # noqa: E402
 
 # Two blocks or more in each dimension of every grid, and walks of more tiles than there are stages, so that every stage
 # is filled a second time; with and without dropout, aligned and not. On two multiprocessors a block owns tiles in both
@@ -40,32 +43,39 @@ PIPELINE = [
 ]
 SMALL = [s for s in SHAPES if s.m * s.k * s.r < 700_000]
 SETS = {"pipeline": PIPELINE, "small": SMALL, "all": SHAPES + PIPELINE}
+GEMM_SETS = {"gemm_lotr_small": gemm.SMALL, "gemm_lotr_quick": gemm.QUICK, "gemm_lotr_all": gemm.ALL}
 
 
-def schedule(name: str) -> dict:
-    """forward, reverse, or the seed of a random order; seeds above 100 also switch threads at memory accesses."""
-    if name in ("forward", "reverse"):
-        return {"order": name}
-    return {"order": "random", "seed": int(name), "preempt": 24 if int(name) > 100 else 0}
+Check = Callable[[ModuleType], list[bytes]]  # runs a problem, checks its values, returns the bits of its outputs
 
 
-def failures(
-    lib: ModuleType, shapes: list[Shape], kinds: list[str], schedules: list[str], kernels: list[str], first: bool
-) -> list[str]:
-    """What went wrong, one line each; with `first` the search ends there."""
-    found: list[str] = []
+def problems(shapes: list[Shape], kinds: list[str], kernels: list[str]) -> Iterator[tuple[str, Check]]:
     for shape in shapes:
         for kernel in kernels:
             for kind in kinds:
-                problem = KERNELS[kernel](shape, kind)
-                for name in schedules:
-                    lib.set_options(**schedule(name))
-                    try:
-                        problem.check(problem.run(lib))
-                    except (AssertionError, RuntimeError) as error:
-                        found.append(f"{kernel} {kind} {shape} {name}: {str(error).splitlines()[0]}")
-                        if first:
-                            return found
+                yield f"{kernel} {kind} {shape}", KERNELS[kernel](shape, kind).checked
+
+
+def gemm_lotr_problems(name: str) -> Iterator[tuple[str, Check]]:
+    """Two launches on one workspace each."""
+    for case in GEMM_SETS[name]:
+        yield f"gemm_lotr {case}", lambda lib, case=case: gemm.run(lib, case)
+
+
+def failures(lib: ModuleType, checks: Iterable[tuple[str, Check]], schedules: list[str], first: bool = False) -> list[str]:
+    """What went wrong, one line each; with `first` the search ends there. The bits must not depend on the schedule."""
+    found: list[str] = []
+    for name, check in checks:
+        bits: set[tuple[bytes, ...]] = set()
+        for order in schedules:
+            lib.set_options(**schedule(order))
+            try:
+                bits.add(tuple(check(lib)))
+                assert len(bits) == 1, "other bits than in another schedule"
+            except (AssertionError, RuntimeError) as error:
+                found.append(f"{name} {order}: {' '.join(str(error).split())}")
+                if first:
+                    return found
     return found
 
 
@@ -73,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", default="plain")
-    parser.add_argument("--shapes", default="small", choices=SETS)
+    parser.add_argument("--shapes", default="small", choices=[*SETS, *GEMM_SETS])
     parser.add_argument("--kinds", default="bf16,fp32")
     parser.add_argument("--schedules", default="forward,reverse,1")
     parser.add_argument("--kernels", default=",".join(KERNELS))
@@ -82,9 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     from csrc.simt import build
 
     lib = build.load(options.mode, options.module)
-    found = failures(
-        lib, SETS[options.shapes], options.kinds.split(","), options.schedules.split(","), options.kernels.split(","), False
-    )
+    if options.shapes in GEMM_SETS:
+        checks = gemm_lotr_problems(options.shapes)
+    else:
+        checks = problems(SETS[options.shapes], options.kinds.split(","), options.kernels.split(","))
+    found = failures(lib, checks, options.schedules.split(","))
     print(*found, sep="\n")
     if options.mode == "coverage":
         lib.write_coverage()

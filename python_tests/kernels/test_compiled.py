@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from bench.projection.compiled import compile_kernels as kept_code
 from bench.projection.sass import blocks_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(s for s in (ROOT / "csrc" / "cuda").glob("*.cu") if "sm90" not in s.stem)  # those: test_gemm_lotr_compiled.py
+SOURCES = sorted(s for s in (ROOT / "csrc" / "cuda").glob("*.cu") if "sm90" not in s.stem)  # those: below
 QUICK = ("kernels_bf16", "operators", "rows", "small")  # make test-full compiles all of them
 MATRIX = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
@@ -156,3 +157,102 @@ def test_hopper_kernels_wait_first_and_let_the_next_begin(source: str) -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
 def test_compiled_code(source: Path, pair: tuple[str, str], tmp_path: Path) -> None:
     check(source, pair, tmp_path)
+
+
+# ---- kernels by wgmma, of sm_90a alone ---------------------------------------------------------------------------------
+
+WGMMA = {  # unit: its kernels (types, ranks, directions, clusters), and the registers that a thread may have at the launch
+    "gemm_lotr_sm90": (2 * 4 * 2 * 2, range(168, 169)),  # 65536 / 384 in steps of 8, which setmaxnreg deals out as 40, 232, 232
+    "shrink_grad_sm90": (2 * 3, range(168, 169)),
+    "one_product_sm90": (2 * 2 * 4, range(153)),
+}
+
+
+@pytest.fixture(scope="module", params=WGMMA)
+def wgmma(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+    """A unit, its cubin, and what ptxas says of it."""
+    source = ROOT / "csrc" / "cuda" / f"{request.param}.cu"
+    return request.param, *compile_kernels(source, ("compute_90a", "sm_90a"), tmp_path_factory.mktemp("sm90a"))
+
+
+def test_registers_of_kernels_by_wgmma(wgmma: tuple[str, Path, str]) -> None:
+    unit, _, report = wgmma
+    kernels, (count, allowed) = functions(report), WGMMA[unit]
+    assert len(kernels) == count
+    for name, (registers, spilled, stack) in kernels.items():
+        assert registers in allowed and spilled == stack == 0, f"{name}: {registers}, {spilled} spilled, {stack} of stack"
+    assert not re.findall(r"C75\d\d|arning", report)  # C75xx: wgmma that ptxas had to serialise
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+def test_instructions_of_kernels_by_wgmma(wgmma: tuple[str, Path, str]) -> None:
+    unit, cubin, _ = wgmma
+    bodies = disassembled(cubin)
+    assert len(bodies) == WGMMA[unit][0]
+    for name, body in bodies.items():
+        products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
+        assert all(bool(bf16) == ("bfloat16" in name) for _, bf16 in products), name
+        CHECKS[unit](name, body, [shape for shape, _ in products])
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
+        assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"
+
+
+def product_loops(body: str) -> list[str]:
+    """The innermost loops that multiply; not the code at the end of the function where waits that fail go on."""
+    lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", body)]
+    backward = [
+        (int(m[1], 16), at) for at, text in lines if (m := re.search(r"\bBRA 0x([0-9a-f]+)", text)) and int(m[1], 16) < at
+    ]
+    loops = {(start, end): "\n".join(text for at, text in lines if start <= at <= end) for start, end in backward}
+    loops = {ends: text for ends, text in loops.items() if "HGMMA" in text}
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [loops[ends] for ends in inner if "SYNCS.PHASECHK" in loops[ends] and "EXIT" not in loops[ends]]
+
+
+def check_gemm_lotr(name: str, body: str, products: list[str]) -> None:
+    found = re.search(r"GemmLotrTraitsI(6__half|13__nv_bfloat16)Li(\d+)ELNS\d?_\w*?DirectionE(\d)ELi(\d)E", name)
+    assert found, name
+    rank, backward, cluster = int(found[2]), found[3] == "1", int(found[4])
+    with_Q = backward and rank == 16
+    columns = 256 if rank <= 64 else 128
+    # four k-steps of a stage by W, four by A, and the rank by F
+    expected = {f"64x{columns}x16": 4 + rank // 16} if rank != columns else {f"64x{columns}x16": 8 + rank // 16}
+    if rank != columns:
+        expected[f"64x{rank}x16"] = 4
+    if with_Q:  # a second kind of scout: two stages by A, and 128 rows of u by one of them
+        expected |= {"64x16x16": 4 + 8, "64x64x16": 8}
+    assert Counter(products) == expected, name
+    assert len(re.findall(r"\bUSETMAXREG", body)) == 2 and "UTMALDG.2D" in body, name
+    assert ("MULTICAST" in body) == (cluster == 2), name
+    assert len(re.findall(r"\bSTG\.E\.128", body)) == columns // 16 + 8 * with_Q, name
+    loops = product_loops(body)  # of a scout and of a tile: no fence in them, nor does a wait empty L1
+    assert sorted(loop.count("HGMMA") for loop in loops) == [4, 4] + [16] * with_Q, name
+    assert not any(re.search(r"MEMBAR|CCTL|ERRBAR|LDS|STS", loop) for loop in loops), name
+    assert [bool(re.search("LDG|STG", loop)) for loop in loops] == [loop.count("HGMMA") == 16 for loop in loops], name
+
+
+def check_one_product(name: str, body: str, products: list[str]) -> None:
+    rank = re.search(r"Li(\d+)E", name).group(1)
+    steps = 2 if "factor_grad" in name and rank != "128" else 1
+    assert products == [f"64x{rank}x16"] * 4 * steps, name
+    places = [found.start() for found in re.finditer("HGMMA", body)]
+    between = body[places[0] : places[-1]]
+    assert not re.search(r"MEMBAR|CCTL|ERRBAR|STS|\bLDS\b|\bLDG|STG", between), f"{name}: between products"
+    copies = re.findall(r"UTMALDG\.2D(\.MULTICAST)?", body)
+    assert len(copies) == 1 + max(1, int(rank) // 64) and copies.count(".MULTICAST") == len(copies) - 1, (name, copies)
+
+
+def check_shrink_grad(name: str, body: str, products: list[str]) -> None:
+    rank = re.search(r"Li(\d+)E", name).group(1)
+    # four column tiles: 128 columns by 16 for k; 128 rows by 16 for Q^T, u^T from registers; the last row tile by itself
+    assert Counter(products) == ({"64x64x16": 128} if rank == "64" else {f"64x{rank}x16": 64, "64x64x16": 64}), name
+    places = [found.start() for found in re.finditer("HGMMA", body)]
+    halves = body[places[0] : places[63]], body[places[64] : places[-1]]
+    for half in halves:
+        assert not re.search(r"MEMBAR|CCTL|ERRBAR|STS|\bLDS\b|\bLDG", half), f"{name}: between products"
+    stores = [len(re.findall("STG", half)) for half in halves]
+    assert min(stores) == 0 < max(stores), f"{name}: sums leave from {stores}, expected the last row tile alone"
+    assert "UTMALDG.2D" in body and len(re.findall(r"\bUSETMAXREG", body)) == 2, name
+
+
+CHECKS = {"gemm_lotr_sm90": check_gemm_lotr, "shrink_grad_sm90": check_shrink_grad, "one_product_sm90": check_one_product}

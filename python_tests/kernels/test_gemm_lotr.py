@@ -4,25 +4,20 @@ numbers, bits, the order of its tickets, launches one after another on one works
 from __future__ import annotations
 
 import itertools
-import re
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import gemm_lotr_cases as gemm
 import numpy as np
 import pytest
 from arrays import DTYPE, Output, narrow, place, wide
+from cases import schedule
 from gemm_lotr_cases import Case, Inputs, new_workspace
 
-HERE = Path(__file__).resolve().parent
-SCHEDULES = ["forward/1", "reverse/3", "3/4"]
+SCHEDULES = ["forward/1", "reverse/3", "103/4"]
 
 
-def run(lib, case: Case, schedule: str, launches: int = 2) -> list[bytes]:
-    lib.set_options(**gemm.schedule(schedule))
+def run(lib, case: Case, order: str, launches: int = 2) -> list[bytes]:
+    lib.set_options(**schedule(order))
     try:
         return gemm.run(lib, case, launches)
     finally:
@@ -33,8 +28,8 @@ def run(lib, case: Case, schedule: str, launches: int = 2) -> list[bytes]:
 def test_numbers_and_bits(lib, case: Case) -> None:
     """Right against float64, the same bits whoever does which tile, however many blocks run at a time, with clusters or not."""
     first = run(lib, case, SCHEDULES[0])
-    for schedule in SCHEDULES[1:]:
-        assert run(lib, case, schedule) == first, schedule
+    for order in SCHEDULES[1:]:
+        assert run(lib, case, order) == first, order
     first = gemm.without_Q(case, first)
     if case.factor:
         assert run(lib, replace(case, factor=""), SCHEDULES[1]) == first
@@ -66,7 +61,7 @@ def test_nan_stays_in_its_row(lib) -> None:
 
 
 def lib_options(lib):
-    lib.set_options(**gemm.schedule("forward/1"))
+    lib.set_options(**schedule("forward/1"))
     return lib
 
 
@@ -99,8 +94,8 @@ def test_bands_of_a_group_are_walked_together(lib) -> None:
     assert [(ticket, band) for ticket, band, _ in work[:5]] == [(0, 0), (0, 2), (0, 4), (1, 1), (1, 3)]
 
 
-@pytest.mark.parametrize("schedule", ["forward/1", "reverse/3", "3/4"])
-def test_other_shapes_on_the_same_workspace(lib, schedule: str) -> None:
+@pytest.mark.parametrize("order", SCHEDULES)
+def test_other_shapes_on_the_same_workspace(lib, order: str) -> None:
     """Nobody clears it: the flags of an earlier launch, of more rows or fewer, forward or backward, are of another epoch."""
     cases = [
         Case(300, 264, 72, 16, sms=3),
@@ -110,7 +105,7 @@ def test_other_shapes_on_the_same_workspace(lib, schedule: str) -> None:
         Case(130, 40, 40, 100, "fp16", cluster=2),
         Case(300, 264, 72, 16, sms=3),
     ]
-    lib.set_options(**gemm.schedule(schedule))
+    lib.set_options(**schedule(order))
     workspace = new_workspace(lib, 390)
     for launch, case in enumerate(cases):
         inputs = Inputs(case, launch)
@@ -122,7 +117,7 @@ def test_other_shapes_on_the_same_workspace(lib, schedule: str) -> None:
 @pytest.mark.parametrize("before, epochs", [(-1, (1, 2)), (-2, (-1, 1, 2))])
 def test_the_epoch_after_the_last(lib, before: int, epochs: tuple[int, ...]) -> None:
     """0 is what flags hold that were never set, so no launch has that number."""
-    lib.set_options(**gemm.schedule("3/3"))
+    lib.set_options(**schedule("103/3"))
     case = Case(260, 40, 40, 5, sms=3)
     workspace = new_workspace(lib, case.m)
     workspace[1] = before
@@ -146,8 +141,8 @@ def test_factors_as_it_reads_them(lib, kind: str, n: int, k: int, r_in: int, r_o
         F, Ft, At, alone = (
             Output(shape, DTYPE[kind], gemm.aligned(shape[1])) for shape in ((n, r_in), (r_in, n), (r_in, k), (n, r_in))
         )
-        for schedule in SCHEDULES:
-            lib.set_options(**gemm.schedule(schedule))
+        for order in SCHEDULES:
+            lib.set_options(**schedule(order))
             lib.reset_counters()
             lib.fold_transposed(B, core, A, 0.25, F.view, Ft.view, At.view)
             assert [launch["name"] for launch in lib.counters()["launches"]] == ["fold"]
@@ -171,7 +166,7 @@ def test_workspaces_of_streams(lib) -> None:
 
 def moved_by(lib, case: Case) -> tuple[dict[str, tuple[int, int]], dict]:
     """(bytes read, bytes written) of each array in one launch, and all counters."""
-    lib.set_options(**{**gemm.schedule("forward/3"), "count_memory": True})
+    lib.set_options(**{**schedule("forward/3"), "count_memory": True})
     lib.reset_counters()
     Inputs(case).launch(lib, new_workspace(lib, case.m), packed=True)
     counters = lib.counters()
@@ -273,58 +268,3 @@ def test_Q_refused(lib, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"gemm_lotr: {message}"):
         lib.gemm_lotr(**call)
     assert not any(call[name].any() for name in ("y", "u", "Q", "workspace"))
-
-
-def test_the_trial_of_another_epilogue_fits(tmp_path: Path) -> None:
-    """epilogue_trial.py changes the kernel's text, so it says where that has changed."""
-    from epilogue_trial import ROOT, VARIANTS
-
-    for name, (change, _, _) in VARIANTS.items():
-        shutil.copytree(ROOT / "csrc" / "cuda", tmp_path / name)
-        change(tmp_path / name)
-
-
-def sweep(mode: str, *arguments: str) -> str:
-    from csrc.simt import build
-
-    build.module(mode)
-    script = [sys.executable, str(HERE / "sweep_gemm_lotr.py"), "--mode", mode, *arguments]
-    done = subprocess.run(script, capture_output=True, text=True, env=build.python_environment(mode), timeout=3000)
-    return done.stdout + ("" if done.returncode in (0, 1) else done.stderr[-4000:])
-
-
-def test_no_race() -> None:
-    assert sweep("race", "--cases", "small", "--schedules", "2/3").strip() == ""
-
-
-def test_no_bad_access() -> None:
-    """AddressSanitizer and UBSan."""
-    assert sweep("asan", "--cases", "small", "--schedules", "forward/1").strip() == ""
-
-
-@pytest.mark.full
-def test_no_race_anywhere() -> None:
-    assert sweep("race", "--cases", "quick", "--schedules", "forward/1,reverse/3,2/2,3/4").strip() == ""
-
-
-@pytest.mark.full
-def test_no_bad_access_anywhere() -> None:
-    assert sweep("asan", "--cases", "quick", "--schedules", "reverse/2,3/3").strip() == ""
-
-
-@pytest.mark.full
-def test_every_line_runs() -> None:
-    from csrc.simt import build
-
-    build.reset_coverage()
-    assert sweep("coverage", "--cases", "quick", "--schedules", "2/2").strip() == ""
-    counts = {name: c for name, c in build.coverage().items() if name.startswith("gemm_lotr")}
-    assert set(counts) == {f"gemm_lotr{part}.cuh" for part in ("", "_factor", "_rows", "_traits")}
-    assert {name: missed for name, (_, _, missed) in counts.items() if missed} == {}
-
-
-def test_each_synchronisation_left_out_is_noticed() -> None:
-    done = subprocess.run([sys.executable, str(HERE / "mutate_gemm_lotr.py")], capture_output=True, text=True, timeout=1500)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\d+ of \d+ places left out, 0 survived$", done.stdout, re.M)

@@ -1,21 +1,19 @@
-"""shrink and factor_grad by wgmma (csrc/cuda/kernels/one_product_wgmma.cuh): where they run, what they move, their compiled
-code. Their numbers, bits, races and left-out barriers are tested with those of all kernels, too (cases.py)."""
+"""shrink and factor_grad by wgmma (csrc/cuda/kernels/one_product_wgmma.cuh): where they run, and what they move.
+
+Their numbers, bits, races and left-out barriers are tested with those of all kernels (cases.py), their compiled code in
+test_compiled.py.
+"""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from arrays import ALIGNED, ODD, PACKED, Layout
 from cases import Shape, factor_grad, filled, shrink, shrink_core, shrink_grad
-from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, disassembled, functions
 from test_kernels import bits
 
 from bench.projection import counts
 
-SOURCE = ROOT / "csrc" / "cuda" / "one_product_sm90.cu"
 THREADS = 160
 SCHEDULES = [
     {"order": "reverse"},
@@ -178,43 +176,3 @@ def test_plan_of_a_large_layer(lib) -> None:
     other = lib.plan("shrink", 8192, 4096, 64)
     assert (plan["m_blocks"], plan["n_blocks"]) == (128, 1) and few["n_blocks"] > 1
     assert plan["extra_bytes"] < other["extra_bytes"] and plan["microseconds"] < other["microseconds"]
-
-
-# ---- compiled code ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    if NVCC is None:
-        pytest.skip("no nvcc: the compiled code cannot be looked at")
-    return compile_kernels(SOURCE, ("compute_90a", "sm_90a"), tmp_path_factory.mktemp("sm90a"))
-
-
-def test_registers(compiled: tuple[Path, str]) -> None:
-    _, report = compiled
-    kernels = functions(report)
-    assert len(kernels) == 16  # kernels, types and ranks
-    for name, (registers, spilled, stack) in kernels.items():
-        assert registers <= 152 and spilled == stack == 0, f"{name}: registers, spilled, stack {registers, spilled, stack}"
-    assert not re.findall(r"C75\d\d|arning", report)  # C75xx: wgmma that ptxas had to serialise
-
-
-@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-def test_instructions(compiled: tuple[Path, str]) -> None:
-    cubin, _ = compiled
-    bodies = disassembled(cubin)
-    assert len(bodies) == 16
-    for name, body in bodies.items():
-        products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
-        assert all(bool(bf16) == ("bfloat16" in name) for _, bf16 in products), name
-        rank = re.search(r"Li(\d+)E", name).group(1)
-        steps = 2 if "factor_grad" in name and rank != "128" else 1
-        assert [shape for shape, _ in products] == [f"64x{rank}x16"] * 4 * steps, name
-        places = [found.start() for found in re.finditer("HGMMA", body)]
-        assert not re.search(r"MEMBAR|CCTL|ERRBAR|STS|\bLDS\b|\bLDG|STG", body[places[0] : places[-1]]), (
-            f"{name}: between products"
-        )
-        copies = re.findall(r"UTMALDG\.2D(\.MULTICAST)?", body)
-        assert len(copies) == 1 + max(1, int(rank) // 64) and copies.count(".MULTICAST") == len(copies) - 1, (name, copies)
-        assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
-        assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"

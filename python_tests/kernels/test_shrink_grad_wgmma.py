@@ -1,21 +1,18 @@
-"""shrink_grad by wgmma (csrc/cuda/kernels/shrink_grad_wgmma.cuh): where it runs, what it moves, its compiled code. Its numbers,
-bits, races and left-out barriers are tested with those of all kernels (cases.py)."""
+"""shrink_grad by wgmma (csrc/cuda/kernels/shrink_grad_wgmma.cuh): where it runs, and what it moves.
+
+Its numbers, bits, races and left-out barriers are tested with those of all kernels (cases.py), its compiled code in
+test_compiled.py.
+"""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from cases import Shape, shrink_grad
-from test_compiled import CUOBJDUMP, NVCC, ROOT, compile_kernels, disassembled, functions
 from test_kernels import bits
 
 from bench.projection import counts
 
-SOURCE = ROOT / "csrc" / "cuda" / "shrink_grad_sm90.cu"
-REGISTERS = 168  # a thread at the launch: 65536 / 384 in steps of 8, which setmaxnreg deals out as 40, 232, 232
 SCHEDULES = [
     {"order": "reverse"},
     {"order": "in_turn", "resident": 5},
@@ -109,46 +106,3 @@ def test_plan_of_a_large_layer(lib) -> None:
     other = lib.plan("shrink_grad", 8192, 4096, 64)
     assert (plan["m_blocks"], plan["n_blocks"], plan["of_row"], plan["together"]) == (7, 16, 8, True)
     assert plan["extra_bytes"] < 0.65 * other["extra_bytes"] and plan["microseconds"] < other["microseconds"]
-
-
-# ---- compiled code ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    if NVCC is None:
-        pytest.skip("no nvcc: the compiled code cannot be looked at")
-    return compile_kernels(SOURCE, ("compute_90a", "sm_90a"), tmp_path_factory.mktemp("sm90a"))
-
-
-def test_registers(compiled: tuple[Path, str]) -> None:
-    _, report = compiled
-    kernels = functions(report)
-    assert len(kernels) == 6  # types and ranks
-    for name, found in kernels.items():
-        assert found == (REGISTERS, 0, 0), f"{name}: registers, spilled, stack {found}"
-    assert not re.findall(r"C75\d\d|arning", report)  # C75xx: wgmma that ptxas had to serialise
-
-
-@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-def test_instructions(compiled: tuple[Path, str]) -> None:
-    cubin, _ = compiled
-    bodies = disassembled(cubin)
-    assert len(bodies) == 6
-    for name, body in bodies.items():
-        products = re.findall(r"HGMMA\.(64x\d+x16)\.F32(\.BF16)?", body)
-        assert all(bool(bf16) == ("bfloat16" in name) for _, bf16 in products), name
-        shapes = [shape for shape, _ in products]
-        rank = re.search(r"Li(\d+)E", name).group(1)
-        # four column tiles: 128 columns by 16 for k; 128 rows by 16 for Q^T, u^T from registers; the last row tile by itself
-        expected = {"64x64x16": 128} if rank == "64" else {f"64x{rank}x16": 64, "64x64x16": 64}
-        assert {shape: shapes.count(shape) for shape in set(shapes)} == expected, name
-        products = [found.start() for found in re.finditer("HGMMA", body)]
-        halves = body[products[0] : products[63]], body[products[64] : products[-1]]
-        for half in halves:
-            assert not re.search(r"MEMBAR|CCTL|ERRBAR|STS|\bLDS\b|\bLDG", half), f"{name}: between products"
-        stores = [len(re.findall("STG", half)) for half in halves]
-        assert min(stores) == 0 < max(stores), f"{name}: sums leave from {stores}, expected the last row tile alone"
-        assert "UTMALDG.2D" in body and len(re.findall(r"\bUSETMAXREG", body)) == 2, name
-        assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
-        assert not re.search(r"\b(ATOMG|RED|ATOM)\S*\.F(16|32|64)", body), f"{name}: float atomics"
