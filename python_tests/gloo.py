@@ -12,6 +12,9 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 WORLD = 2
 COLLECTIVE_S = 90  # a collective that a failed partner never joins ends after so long
@@ -53,14 +56,18 @@ def _worker(rank: int, folder: str, names: Sequence[str], world: int, port: int,
     os._exit(0)  # gloo's threads abort now and then when the interpreter takes them down
 
 
-def run_pair(
+def values_of(
     names: Sequence[str], folder: Path, timeout: float = 400, *, world: int = WORLD, packages: Path | None = None
-) -> dict[str, list[dict]]:
-    """{check: [of rank 0, of rank 1]}, each {"value": what it returned}, {"error": traceback}, or {} if it never ran.
+) -> dict[str, list[Any]]:
+    """{check: [what it returned in process 0, in process 1]}. An error in one fails the test with its traceback.
 
     world: how many processes; one has no process group. packages: a folder of further packages, imported after all others.
     """
+    import torch.distributed as dist
     import torch.multiprocessing as mp
+
+    if not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32":
+        pytest.skip("this torch has no gloo")
 
     arguments = (str(folder), list(names), world, _free_port(), None if packages is None else str(packages))
     context = mp.start_processes(_worker, arguments, nprocs=world, join=False, start_method="spawn")
@@ -73,8 +80,12 @@ def run_pair(
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[Any]] = {}
     for name in names:
         files = [folder / f"{name}.{rank}.json" for rank in range(world)]
-        found[name] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+        results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+        for rank, result in enumerate(results):
+            if "value" not in result:
+                pytest.fail(f"{name}, process {rank}:\n{result.get('error', 'it never ran')}")
+        found[name] = [result["value"] for result in results]
     return found

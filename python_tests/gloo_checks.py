@@ -318,17 +318,34 @@ def fsdp_reductions(rank: int, folder: Path) -> dict:
     return found
 
 
-def train(model: Stack, optimizer: torch.optim.Optimizer, rank: int, steps: range) -> list[float]:
-    """Losses of the whole batch."""
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *ranks: int) -> list[float]:
+    """Losses of the whole batch by step. ranks: the halves of the batch that this process has; both, if it is alone."""
     losses = []
     for i in steps:
         optimizer.zero_grad()
-        mine = loss(model, batch(rank, i))
-        mine.backward()
+        mean = sum(loss(model, batch(rank, i)) for rank in ranks) / len(ranks)
+        mean.backward()
         optimizer.step()
-        dist.all_reduce(mean := mine.detach() / 2)
+        mean = mean.detach().clone()
+        if len(ranks) == 1:
+            dist.all_reduce(mean)
+            mean /= 2
         losses.append(mean.item())
     return losses
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(batch(0, 9))
+
+
+def refusal(attempt: Callable[[], object]) -> str:
+    """What it raises, as "kind: message"."""
+    try:
+        attempt()
+    except (Exception, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -339,7 +356,7 @@ def fsdp_saves(rank: int, folder: Path) -> dict:
     """Three steps, then everything saved in both ways, then two steps more. The parent goes on from the files by itself."""
     model = shard(make())
     optimizer = adam(model)
-    found = {"before": train(model, optimizer, rank, range(3))}
+    found = {"before": train(model, optimizer, range(3), rank)}
     only_trained = StateDictOptions(ignore_frozen_params=True)
     state, moments = get_state_dict(model, optimizer, options=only_trained)
     dcp.save({"model": state, "optimizer": moments}, checkpoint_id=folder / "dcp")
@@ -348,7 +365,7 @@ def fsdp_saves(rank: int, folder: Path) -> dict:
         model(batch(rank))  # the root's parameters are gathered now
     save_adapter(model, folder / "adapter")
     found["there"] = (folder / "adapter" / "lotr_adapter.json").is_file()
-    found["after"] = train(model, optimizer, rank, range(3, 5))
+    found["after"] = train(model, optimizer, range(3, 5), rank)
     return found
 
 
@@ -367,7 +384,7 @@ def fsdp_resumes(rank: int, folder: Path) -> dict:
         optim_state_dict=moments,
         options=StateDictOptions(ignore_frozen_params=True, strict=False),
     )
-    found = {"dcp": train(model, optimizer, rank, range(3, 5))}
+    found = {"dcp": train(model, optimizer, range(3, 5), rank)}
     loaded = shard(make(saved=None))  # state_dict() of a module to save would put the gathered parameters away
     randomize_parts(loaded)
     with torch.no_grad():
@@ -401,13 +418,7 @@ def fsdp_refuses(rank: int, folder: Path) -> dict:
         "svd": lambda: load_adapter(sharded, folder / "svd-adapter"),
         "other rank": lambda: load_adapter(sharded, folder / "rank-2-adapter"),
     }
-    found = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-            found[name] = "nothing"
-        except (TypeError, ValueError, RuntimeError, KeyError) as refusal:
-            found[name] = f"{type(refusal).__name__}: {refusal}"
+    found = {name: refusal(attempt) for name, attempt in attempts.items()}
     assert all(torch.equal(p.to_local(), cores[n]) for n, p in sharded.named_parameters())
     assert not any(layer.merged for layer in adapted_layers(sharded).values()) and not hasattr(plain_base, "lotr_factors")
     return found

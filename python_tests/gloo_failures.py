@@ -9,20 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gloo_checks import batch, loss, make_fresh, shard
+from gloo_checks import batch, loss, make_fresh, refusal, shard
 from stacks import base, make
 
 from lotr_ext import init_from_gradient, load_adapter, save_adapter
 
 WRITES = (1, 2)  # which of os.fsync's calls in a save are those of the tensors and of the JSON
-
-
-def message(attempt: Callable[[], object]) -> str:
-    try:
-        attempt()
-    except (Exception, KeyboardInterrupt) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def gradient(rank: int, folder: Path) -> dict[str, str]:
@@ -42,10 +34,10 @@ def gradient(rank: int, folder: Path) -> dict[str, str]:
         return wrong
 
     two = [batch(rank), batch(rank, 1)]
-    found["loss"] = message(lambda: init_from_gradient(model, two, failing(ValueError("a bad batch"), 4)))
-    found["interrupt"] = message(lambda: init_from_gradient(model, two, failing(KeyboardInterrupt(), 1)))
-    found["batches"] = message(lambda: init_from_gradient(model, two if rank == 0 else [], loss))
-    found["model"] = message(lambda: init_from_gradient(model if rank == 0 else base(), two, loss))
+    found["loss"] = refusal(lambda: init_from_gradient(model, two, failing(ValueError("a bad batch"), 4)))
+    found["interrupt"] = refusal(lambda: init_from_gradient(model, two, failing(KeyboardInterrupt(), 1)))
+    found["batches"] = refusal(lambda: init_from_gradient(model, two if rank == 0 else [], loss))
+    found["model"] = refusal(lambda: init_from_gradient(model if rank == 0 else base(), two, loss))
     assert all(torch.equal(p, q) for p, q in zip(model.lotr_factors.parameters(), factors))
     init_from_gradient(model, two, loss)  # the processes are still in step
     found["moved"] = str(not any(torch.equal(p, q) for p, q in zip(model.lotr_factors.parameters(), factors)))
@@ -55,8 +47,8 @@ def gradient(rank: int, folder: Path) -> dict[str, str]:
 def saving(rank: int, folder: Path) -> dict[str, object]:
     """save_adapter of a sharded model, with an error in one process, and with a full disk at each step."""
     model, plain, target = shard(make()), shard(base(), by="root"), folder / "full"
-    found = {"path": message(lambda: save_adapter(model, folder / "never" if rank == 0 else 5))}
-    found["other model"] = message(lambda: save_adapter(model if rank == 0 else plain, folder / "never"))
+    found = {"path": refusal(lambda: save_adapter(model, folder / "never" if rank == 0 else 5))}
+    found["other model"] = refusal(lambda: save_adapter(model if rank == 0 else plain, folder / "never"))
     found["never"] = (folder / "never").exists()
     real, calls = os.fsync, []
 
@@ -73,7 +65,7 @@ def saving(rank: int, folder: Path) -> dict[str, object]:
         calls.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fsync", full(at))
-            found[f"full {at}"] = message(lambda: save_adapter(model, target))
+            found[f"full {at}"] = refusal(lambda: save_adapter(model, target))
         found[f"left {at}"] = sorted(path.name for path in target.glob("*"))
     save_adapter(model, target)
     calls.clear()
@@ -83,7 +75,7 @@ def saving(rank: int, folder: Path) -> dict[str, object]:
             parameter.add_(1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", full(WRITES[-1]))
-        found["full again"] = message(lambda: save_adapter(model, target))
+        found["full again"] = refusal(lambda: save_adapter(model, target))
     with torch.no_grad():
         found["the old one"] = torch.equal(load_adapter(base(), target)(batch(0)), want)
     found["files"] = len(list(target.iterdir()))

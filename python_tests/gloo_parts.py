@@ -7,20 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from gloo_checks import adam, batch, loss, on_both_paths, randomize_parts, shard, truth
+from gloo_checks import adam, batch, loss, on_both_paths, output, randomize_parts, refusal, shard, train, truth
 from stacks import SmoothBlock, Stack, base, make
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from lotr_ext import load_adapter, save_adapter
+from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, save_adapter
 from lotr_ext.model import adapter_files
 from nets import relative
 
 CORES = ("dense", "tucker", "few", "train")
 FROZEN_CORES = {"train": ("A", "B"), "core_init": "identity"}
-STEPS = 3
+STEPS = range(3)
 
 
 def fsdp1_shard(model: Stack, by: str = "block", **options) -> nn.Module:
@@ -39,27 +38,6 @@ def fsdp2_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def steps(model: nn.Module, mine: Callable[[int], list[Tensor]], first: int, count: int, sharded: bool) -> list[float]:
-    """The mean loss over both halves by step of AdamW."""
-    optimizer, found = adam(model), []
-    for i in range(first, first + count):
-        optimizer.zero_grad()
-        halves = [loss(model, x) for x in mine(i)]
-        mean = sum(halves) / len(halves)
-        mean.backward()
-        optimizer.step()
-        value = mean.detach().clone()
-        if sharded:
-            dist.all_reduce(value)
-        found.append(value.item() / (2 if sharded else 1))
-    return found
-
-
-def output(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(batch(0, 9))
-
-
 def around(wrap: Callable[[Stack], nn.Module], gradients: Callable, rank: int, folder: Path) -> dict:
     """By form of core: how far gradients, losses and outputs are from those of one process."""
     found = {}
@@ -69,9 +47,8 @@ def around(wrap: Callable[[Stack], nn.Module], gradients: Callable, rank: int, f
         have, want = gradients(model), truth(core=core)
         assert have.keys() == want.keys(), have.keys() ^ want.keys()
         entry = found[core] = {"gradients": max(relative(have[name], want[name]) for name in want)}
-        entry["losses"] = steps(model, lambda i: [batch(rank, i)], 0, STEPS, True)
         alone = make(core=core)
-        entry["alone"] = steps(alone, lambda i: [batch(r, i) for r in range(2)], 0, STEPS, False)
+        entry["losses"], entry["alone"] = train(model, adam(model), STEPS, rank), train(alone, adam(alone), STEPS, 0, 1)
         save_adapter(model, at)
         trained = output(model)
         entry["trained"] = relative(trained, output(alone).double())
@@ -84,8 +61,7 @@ def around(wrap: Callable[[Stack], nn.Module], gradients: Callable, rank: int, f
         save_adapter(other, folder / f"{core}-again")
         first, second = (adapter_files.read(path)[1] for path in (at, folder / f"{core}-again"))
         entry["again"] = first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
-        goes_on = [steps(net, lambda i: [batch(rank, i)], STEPS, 1, True) for net in (model, other)]
-        entry["goes on"] = goes_on
+        entry["goes on"] = [train(net, adam(net), range(3, 4), rank) for net in (model, other)]
     return found
 
 
@@ -127,18 +103,9 @@ def fsdp1_ways(rank: int, folder: Path) -> dict[str, dict[str, float]]:
 
 def fsdp1_refuses(rank: int, folder: Path) -> dict[str, str]:
     """Messages of what cannot be done with FSDP1."""
-    from lotr_ext import LoTRConfig, apply_lotr, merge
-
-    model, found = fsdp1_shard(make()), {}
-    attempts = {
-        "inside": lambda: save_adapter(model.module, folder / "inside"),
-        "merge": lambda: merge(model),
-        "apply": lambda: apply_lotr(fsdp1_shard(base()), LoTRConfig(rank=2)),
+    model = fsdp1_shard(make())
+    return {
+        "inside": refusal(lambda: save_adapter(model.module, folder / "inside")),
+        "merge": refusal(lambda: merge(model)),
+        "apply": refusal(lambda: apply_lotr(fsdp1_shard(base()), LoTRConfig(rank=2))),
     }
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-            found[name] = "nothing"
-        except (TypeError, ValueError, RuntimeError) as refusal:
-            found[name] = f"{type(refusal).__name__}: {refusal}"
-    return found

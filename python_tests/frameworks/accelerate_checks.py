@@ -8,32 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from gloo_checks import batch, loss
+from gloo_checks import batch, loss, output, train
 from stacks import base, make
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lotr_ext import load_adapter, save_adapter
 from nets import relative
 
-STEPS, RATE = 3, 0.05
+STEPS, RATE = range(3), 0.05
 
 
-def train_alone(model: nn.Module) -> list[float]:
-    """The losses of SGD in one process with both halves of the batch."""
-    optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE), []
-    for i in range(STEPS):
-        optimizer.zero_grad()
-        mean = sum(loss(model, batch(r, i)) for r in range(2)) / 2
-        mean.backward()
-        optimizer.step()
-        found.append(mean.item())
-    return found
-
-
-def output(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(batch(0, 9))
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
 
 def choose_fsdp1(accelerator: Accelerator, **settings: Any) -> None:
@@ -54,10 +41,14 @@ def fsdp1(rank: int, folder: Path) -> dict[str, Any]:
     """Losses, and how far what is saved is from what was trained."""
     accelerator = Accelerator(cpu=True)
     choose_fsdp1(accelerator)
-    model = accelerator.prepare(make())
-    optimizer = accelerator.prepare(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE))
-    found = {"wrapped": isinstance(model, FullyShardedDataParallel), "losses": [], "alone": train_alone(make())}
-    for i in range(STEPS):
+    model, alone = accelerator.prepare(make()), make()
+    optimizer = accelerator.prepare(sgd(model))
+    found = {
+        "wrapped": isinstance(model, FullyShardedDataParallel),
+        "losses": [],
+        "alone": train(alone, sgd(alone), STEPS, 0, 1),
+    }
+    for i in STEPS:
         optimizer.zero_grad()
         value = loss(model, batch(rank, i))
         accelerator.backward(value)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gloo
 import pytest
-from gloo import run_pair
 
 FOLDER = Path(sys.prefix) / "frameworks"
 
@@ -22,11 +22,6 @@ def needs(package: str) -> pytest.MarkDecorator:
 def values_of(checks: Sequence[str], folder: Path, *, world: int = 1, timeout: float = 300) -> dict[str, list[Any]]:
     """What each check, "module:function", returned in each of `world` processes, which gloo joins if there are several.
 
-    A check is called with the rank and the folder. An error in one fails the test with its traceback.
+    A check is called with the rank and the folder.
     """
-    results = run_pair(checks, folder, timeout, world=world, packages=FOLDER)
-    for name, ranks in results.items():
-        if errors := [f"process {rank}:\n{result['error']}" for rank, result in enumerate(ranks) if "error" in result]:
-            pytest.fail(f"{name}, " + "\n".join(errors))
-    assert all("value" in result for ranks in results.values() for result in ranks), results
-    return {name: [result["value"] for result in ranks] for name, ranks in results.items()}
+    return gloo.values_of(checks, folder, timeout, world=world, packages=FOLDER)

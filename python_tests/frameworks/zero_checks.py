@@ -17,9 +17,9 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_checks import batch, loss
+from gloo_checks import batch, loss, output, refusal
 from stacks import base, make, trained_grads
-from torch import Tensor, nn
+from torch import nn
 from toys import plain, randomize
 
 import lotr_ext.interop.peft as lotr_peft
@@ -90,11 +90,6 @@ def train_alone(model: nn.Module, world: int, count: int) -> list[float]:
     return found
 
 
-def output(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(batch(0, 9))
-
-
 def stages(rank: int, folder: Path) -> dict[str, dict]:
     """By stage and form of core, as gloo_parts.around."""
     world, found = joined(), {}
@@ -155,12 +150,7 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     joined()
     engine, found = engine_of(make(), 3), {}
     attempts = {"merge": lambda: merge(engine.module), "state_dict": lambda: write_parts(engine, folder / "parts")}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-            found[name] = "nothing"
-        except (TypeError, ValueError, RuntimeError) as refusal:
-            found[name] = f"{type(refusal).__name__}: {refusal}"
+    found |= {name: refusal(attempt) for name, attempt in attempts.items()}
     found["left"] = sorted(path.name for path in folder.glob("parts/*"))
     return found
 

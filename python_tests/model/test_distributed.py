@@ -1,20 +1,15 @@
-"""DDP, FSDP2 and tensor parallelism in two gloo processes, against one process with the whole batch (`gloo_checks`)."""
+"""DDP, FSDP and tensor parallelism in two gloo processes, against one process with the whole batch (`gloo_checks`); each form
+of core in parts (`gloo_parts`); errors in one of the processes (`gloo_failures`)."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import gloo_checks
 import pytest
 import torch
-import torch.distributed as dist
-from gloo import run_pair
-
-if not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32":
-    pytest.skip("this torch has no gloo", allow_module_level=True)
-
-import gloo_checks
 import torch.distributed.checkpoint as dcp
+from gloo import values_of
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, save_adapter
@@ -22,23 +17,12 @@ from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, s
 CHECKS = (
     *("ddp", "ddp_reductions", "ddp_saves_once"),
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
-    *("tensor_parallel", "gloo_experts:experts"),
-    "gradient_start",
+    *("tensor_parallel", "gloo_experts:experts", "gradient_start"),
+    *("gloo_parts:fsdp1", "gloo_parts:fsdp2", "gloo_parts:fsdp1_ways", "gloo_parts:fsdp1_refuses"),
+    *("gloo_failures:gradient", "gloo_failures:saving"),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINED = StateDictOptions(ignore_frozen_params=True)
-
-
-def train_alone(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    """The same steps as gloo_checks.train, with the whole batch in one process."""
-    losses = []
-    for i in steps:
-        optimizer.zero_grad()
-        loss = sum(gloo_checks.loss(model, gloo_checks.batch(rank, i)) for rank in range(2)) / 2
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +35,14 @@ def alone(folder: Path) -> dict[str, list[float] | float]:
     """A run in this process: three steps, saved in both ways, and two more."""
     model = gloo_checks.make()
     optimizer = gloo_checks.adam(model)
-    found = {"before": train_alone(model, optimizer, range(3))}
+    found = {"before": gloo_checks.train(model, optimizer, range(3), 0, 1)}
     state, moments = get_state_dict(model, optimizer, options=TRAINED)
     dcp.save({"model": state, "optimizer": moments}, checkpoint_id=folder / "single", no_dist=True)
     bare = gloo_checks.make(saved=None)
     save_adapter(bare, folder / "bare-adapter")
     with torch.no_grad():
         found["adapter"] = bare(gloo_checks.batch(0)).sum().item()
-    found["after"] = train_alone(model, optimizer, range(3, 5))
+    found["after"] = gloo_checks.train(model, optimizer, range(3, 5), 0, 1)
     settings = {"target_modules": ["q", "k", "v", "up"], "modules_to_save": ["head"]}
     save_adapter(apply_lotr(gloo_checks.base(), LoTRConfig(rank=4, init="svd", **settings)), folder / "svd-adapter")
     save_adapter(apply_lotr(gloo_checks.base(), LoTRConfig(rank=2, **settings)), folder / "rank-2-adapter")
@@ -68,13 +52,7 @@ def alone(folder: Path) -> dict[str, list[float] | float]:
 @pytest.fixture(scope="module")
 def found(folder: Path, alone: dict) -> dict[str, list]:
     """What each check returned in both processes."""
-    results = run_pair(CHECKS, folder)
-    for name, ranks in results.items():
-        for rank, result in enumerate(ranks):
-            if "error" in result:
-                pytest.fail(f"{name}, process {rank}:\n{result['error']}")
-    assert all("value" in result for ranks in results.values() for result in ranks), results
-    return {name: [result["value"] for result in ranks] for name, ranks in results.items()}
+    return values_of(CHECKS, folder)
 
 
 def test_gradients_under_ddp_are_those_of_one_process(found: dict) -> None:
@@ -138,7 +116,7 @@ def test_fsdp2_saves_and_one_process_goes_on(found: dict, alone: dict, folder: P
     loaded = load_adapter(gloo_checks.base(), folder / "adapter")
     x = gloo_checks.batch(0)
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
-    assert train_alone(model, optimizer, range(3, 5)) == pytest.approx(found["fsdp_saves"][0]["after"], rel=1e-4)
+    assert gloo_checks.train(model, optimizer, range(3, 5), 0, 1) == pytest.approx(found["fsdp_saves"][0]["after"], rel=1e-4)
 
 
 def test_two_processes_go_on_from_what_one_saved(found: dict, alone: dict) -> None:
@@ -177,3 +155,60 @@ def test_the_start_from_the_gradient_is_that_of_one_process(found: dict, folder:
     for name, factor in alone.lotr_factors.named_parameters():
         overlap = torch.linalg.svdvals(factor.detach().double().T @ together[name].double())
         assert overlap.min() > 1 - 1e-6, name  # the cosine of the largest angle between the two spans
+
+
+# ---- each form of core in parts, errors in one process -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_every_form_of_core_trains_saves_and_loads_in_parts(kind: str, found: dict) -> None:
+    for by_rank in found[f"gloo_parts:{kind}"]:
+        assert by_rank.keys() == {"dense", "tucker", "few", "train"}
+        for core, entry in by_rank.items():
+            assert entry["gradients"] < 2e-6, core
+            assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["trained"] < 1e-4, core
+            assert entry["other"] > 0.1 and max(entry["saved"], entry["into parts"]) < 1e-6 and entry["again"], core
+            assert entry["goes on"][0] == pytest.approx(entry["goes on"][1], rel=1e-5), core
+
+
+def test_gradients_under_fsdp1_are_those_of_one_process(found: dict) -> None:
+    for by_rank in found["gloo_parts:fsdp1_ways"]:
+        assert len(by_rank) == 6
+        for case, errors in by_rank.items():
+            assert max(errors.values()) < 2e-6, (case, errors)
+
+
+def test_fsdp1_refuses_what_needs_whole_tensors(found: dict) -> None:
+    for refused in found["gloo_parts:fsdp1_refuses"]:
+        assert "RuntimeError: model: expected what FullyShardedDataParallel returned, got Stack" in refused["inside"]
+        assert "RuntimeError: merge: expected whole tensors, got 'blocks.0.q' held in parts" in refused["merge"]
+        assert "TypeError: model: expected whole tensors" in refused["apply"]
+
+
+def test_an_error_in_one_process_ends_the_start_from_the_gradient_in_all(found: dict) -> None:
+    first, second = found["gloo_failures:gradient"]
+    for case, error in (
+        ("loss", "ValueError: a bad batch"),
+        ("interrupt", "KeyboardInterrupt: "),
+        ("batches", "ValueError: batches: expected at least one"),
+        ("model", "RuntimeError: model: expected one with a LoTR adapter"),
+    ):
+        assert second[case].startswith(error), case
+        assert first[case].startswith("RuntimeError") and f"in process 1: {error}" in first[case], case
+    assert first["moved"] == second["moved"] == "True"
+
+
+def test_an_error_in_one_process_ends_save_adapter_in_all(found: dict) -> None:
+    first, second = found["gloo_failures:saving"]
+    assert second["path"].startswith("TypeError: directory") and "in process 1: TypeError: directory" in first["path"]
+    assert "model: expected one with a LoTR adapter" in second["other model"] and "in process 1" in first["other model"]
+    assert not first["never"] and not second["never"]
+
+
+def test_a_full_disk_leaves_no_half_file_and_ends_save_adapter_in_all(found: dict) -> None:
+    first, second = found["gloo_failures:saving"]
+    for at in (1, 2):
+        assert first[f"full {at}"].startswith("OSError: [Errno 28] ")
+        assert "in process 0: OSError: [Errno 28] " in second[f"full {at}"]
+        assert first[f"left {at}"] == second[f"left {at}"] == []
+    assert first["full again"].startswith("OSError") and first["the old one"] and second["the old one"] and first["files"] == 2
