@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .interop import Conversion, ExpertLoRA, LoTRAdapter, lora_to_lotr, lotr_to_lora, lotr_to_peft, original_to_lotr, read_lora
+from .interop.expert_lora import FORMS, HOSTS
 from .interop.from_lora import exact_rank
 from .interop.lora_files import LoRALayer
 from .layers.factors import check_rank
@@ -64,6 +65,10 @@ def parser() -> argparse.ArgumentParser:
     one = command("lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "LoTR to a PEFT LoRA adapter, exact.")
     one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
     one.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
+    one.add_argument("--experts", choices=FORMS, default="peft", help="the form of a mixture's experts (default peft)")
+    one.add_argument("--hosts", choices=tuple(HOSTS), help="the model type whose experts a server names in its own way")
+    one.add_argument("--base-model", help="where the base model is, for base_model_name_or_path")
+    one.add_argument("--pad-rank", type=int, metavar="R", help="pad all factors with zeros to this rank")
     one = command("lotr-to-peft", "directory of a LoTR adapter (save_adapter)", "LoTR as PEFT saves a LoTRPeftConfig's, exact.")
     one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
     one = command("original-to-lotr", "checkpoint of the original LoTR implementation", "A state dict of daskol/lotr to LoTR.")
@@ -139,7 +144,8 @@ def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
 
 
 def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
-    options = {"task_type": arguments.task_type, "fan_in_fan_out": arguments.fan_in_fan_out}
+    names = ("task_type", "fan_in_fan_out", "experts", "hosts", "base_model", "pad_rank")
+    options = {name: getattr(arguments, name) for name in names}
     layers: dict[str, LoRALayer | ExpertLoRA] = lotr_to_lora(arguments.source, arguments.destination, **options)
     rows = [
         (name, "{} x {}".format(*layer.sizes), str(layer.rank), f"{layer.scaling:g}", f"{layer.A.numel() + layer.B.numel():,}")

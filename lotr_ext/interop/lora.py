@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..files import folder, placed, read_bytes, together
@@ -34,12 +37,22 @@ from ..model.core_forms import CORES
 from ..model.experts import parameter_name
 from ..model.peft_files import read_either
 from ..ops import accumulate_dtype
-from .expert_lora import ExpertLoRA, check_form, core_side, expert_lora, expert_lora_factors, expert_tensors
+from .expert_lora import (
+    ExpertLoRA,
+    Host,
+    check_form,
+    core_side,
+    expert_lora,
+    expert_lora_factors,
+    expert_tensors,
+    host_of,
+)
 from .lora_files import LoRALayer
 
 __all__ = ["export_lora", "lora_factors", "lotr_to_lora"]
 
 _PREFIX = "base_model.model."
+_Any = TypeVar("_Any", LoRALayer, ExpertLoRA)
 
 
 def _pair(A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +123,14 @@ def _patterns(values: dict[str, float]) -> tuple[float, dict[str, float]]:
 
 
 def export_lora(
-    model: nn.Module, directory: str | PathLike[str], *, task_type: str | None = None, experts: str = "peft"
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    task_type: str | None = None,
+    experts: str = "peft",
+    hosts: str | Mapping[str, str] | None = None,
+    base_model: str | None = None,
+    pad_rank: int | None = None,
 ) -> None:
     """Writes the model's adapter as a PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors in a directory.
 
@@ -121,15 +141,24 @@ def export_lora(
         model: an adapted model, merged or not, from `apply_lotr` or built by hand.
         directory: made if need be.
         task_type: PEFT's, such as "SEQ_CLS" or "CAUSAL_LM"; None for a plain PeftModel.
-        experts: the form of adapted experts, "peft" or "shared-outer" (`expert_lora.py`), which servers read and PEFT does not.
-            PEFT has no dropout for them: with experts the exported adapter has none.
+        experts: the form of adapted experts (`expert_lora.py`): "peft"; or for servers "shared-outer", "vllm-shared" or
+            "per-expert", which PEFT does not read. An exported adapter with experts has no dropout: PEFT has none for them.
+        hosts: how a server names the experts' modules: a model type that `HOSTS` knows, such as "mixtral", or parts of module
+            names and their replacements. None: as the model's type says in "vllm-shared" and "per-expert", unchanged otherwise.
+        base_model: where the base model is, for base_model_name_or_path. None: the path or name that the model was loaded from.
+        pad_rank: pads all factors with zeros to this rank. None: each layer keeps its own.
 
     Raises:
         TypeError: no nn.Module, or experts of a mixture built by hand. RuntimeError: no adapter, or one on the meta device.
-            ValueError: directory is a file, or experts is no form.
+            ValueError: directory is a file, experts is no form, or a layer has a rank above pad_rank.
+
+    Warns:
+        UserWarning: base_model is not known. PEFT and vLLM's resolver of folders need it to find the base by themselves.
     """
     check_form(experts)
     model, directory = unwrapped(model), Path(directory)
+    shape = getattr(model, "config", None)
+    host = host_of(hosts, experts, getattr(shape, "model_type", None))
     if isinstance(model, nn.Module) and holds_parts(model):
         raise RuntimeError(
             f"model: expected whole tensors, got {type(model).__name__} held in parts; save_adapter in every process, then "
@@ -150,13 +179,13 @@ def export_lora(
     entries = {name: LoRALayer(*lora_factors(layer), layer.scaling) for name, layer in layers.items()}
     config: dict[str, Any] = {
         "task_type": task_type,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": _base_model(base_model or getattr(shape, "_name_or_path", None)),
         "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
         "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
         "target_modules": _exact_targets(layers, model) if layers else [],
         "modules_to_save": _outermost(saved) or None,
     }
-    _write(directory, entries, saved_tensors(saved), config, stacked, experts)
+    _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved_tensors(saved), config)
 
 
 def lotr_to_lora(
@@ -166,6 +195,9 @@ def lotr_to_lora(
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
     experts: str = "peft",
+    hosts: str | Mapping[str, str] | None = None,
+    base_model: str | None = None,
+    pad_rank: int | None = None,
 ) -> dict[str, LoRALayer | ExpertLoRA]:
     """Writes the LoTR adapter in `source`, by `save_adapter` or by PEFT, as a PEFT LoRA adapter; no model is needed.
 
@@ -174,15 +206,17 @@ def lotr_to_lora(
         directory: made if need be.
         task_type: as in `export_lora`.
         fan_in_fan_out: what the LoRA's configuration says of the weights; PEFT corrects it where it is wrong, with a warning.
-        experts: as in `export_lora`.
+        experts, base_model, pad_rank: as in `export_lora`.
+        hosts: as in `export_lora`; without a model, None changes no name.
 
     Returns:
-        The LoRA layers, by name; of experts by the name of the parameter.
+        The LoRA layers, by name; of experts by the name of the parameter. Without padding.
 
     Raises:
-        ValueError: no such adapter, directory is a file, or experts is no form.
+        ValueError: no such adapter, directory is a file, experts is no form, or a layer has a rank above pad_rank.
     """
     check_form(experts)
+    host = host_of(hosts, experts, None)
     manifest, tensors = read_either(Path(source))
     entries, stacked = {}, {}
     for name, entry in manifest.layers.items():
@@ -201,34 +235,60 @@ def lotr_to_lora(
     saved = {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
     config: dict[str, Any] = {
         "task_type": task_type,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": _base_model(base_model),
         "lora_dropout": 0.0 if stacked else max(entry.dropout for entry in manifest.layers.values()),
         "fan_in_fan_out": fan_in_fan_out,
         "target_modules": "|".join(map(re.escape, sorted(entries))) if entries else [],  # full names, whatever the model has
         "modules_to_save": _outermost(manifest.modules_to_save) or None,
     }
-    _write(Path(directory), entries, saved, config, stacked, experts)
+    _write(Path(directory), _Export(entries, stacked, experts, host, pad_rank), saved, config)
     return entries | stacked
 
 
-def _write(
-    directory: Path,
-    layers: dict[str, LoRALayer],
-    saved: dict[str, Tensor],
-    config: dict[str, Any],
-    stacked: dict[str, ExpertLoRA],
-    form: str,
-) -> None:
+def _base_model(name: str | None) -> str | None:
+    if not name:
+        warnings.warn(
+            "lotr_ext: base_model: expected where the base model is, got nothing; base_model_name_or_path is left empty, so "
+            "PEFT's AutoPeftModel and vLLM's resolver of folders will not find the base",
+            UserWarning,
+            stacklevel=3,
+        )
+    return name or None
+
+
+class _Export(NamedTuple):
+    """What is written: LoRA layers by name, of experts by the parameter's name, in a form and under a server's names."""
+
+    layers: dict[str, LoRALayer]
+    experts: dict[str, ExpertLoRA]
+    form: str
+    host: Host
+    pad_rank: int | None
+
+
+def _padded(name: str, one: _Any, rank: int | None) -> _Any:
+    """A layer with zeros up to that rank: A in its next to last dimension, B in its last."""
+    more = 0 if rank is None else rank - one.rank
+    if more < 0:
+        raise ValueError(f"pad_rank: expected at least {one.rank}, the rank of {name}, got {rank}")
+    return replace(one, A=nnf.pad(one.A, (0, 0, 0, more)), B=nnf.pad(one.B, (0, more))) if more else one
+
+
+def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: dict[str, Any]) -> None:
+    layers, stacked = (
+        {name: _padded(name, one, export.pad_rank) for name, one in part.items()} for part in (export.layers, export.experts)
+    )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{_PREFIX}{name}.lora_A.weight": layer.A, f"{_PREFIX}{name}.lora_B.weight": layer.B}
-    tensors |= {f"{_PREFIX}{key}": value for key, value in (expert_tensors(stacked, form) | saved).items()}
+    beside = expert_tensors(stacked, export.form, export.host) | saved
+    tensors |= {f"{_PREFIX}{key}": value for key, value in beside.items()}
     everything = layers | stacked
     r, rank_pattern = _patterns({name: layer.rank for name, layer in everything.items()})
     alpha, alpha_pattern = _patterns({name: _number(layer.scaling * layer.rank) for name, layer in everything.items()})
-    if stacked and form == "peft":
+    if stacked and export.form == "peft":
         config["target_parameters"] = sorted(stacked)
-    elif stacked:  # servers ask for names of modules
+    elif stacked:  # servers read names of modules
         config["target_modules"] = _with_names(config["target_modules"], {name.rpartition(".")[2] for name in stacked})
     config = {
         "peft_type": "LORA",

@@ -101,7 +101,7 @@ def test_refusals(tmp_path):
         lora_factors(layer)
     with pytest.raises(TypeError, match="layer: expected LoTRExperts, got Linear"):
         expert_lora_factors(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="experts: expected one of peft, shared-outer, got 'vllm'"):
+    with pytest.raises(ValueError, match="experts: expected one of peft, shared-outer, vllm-shared, per-expert, got 'vllm'"):
         export_lora(adapted(), tmp_path / "none", experts="vllm")
     with pytest.raises(TypeError, match="model: expected experts of transformers, got 'one', a LoTRExperts"):
         export_lora(torch.nn.ModuleDict({"one": layer}), tmp_path / "none")
