@@ -2,6 +2,7 @@
 
 lora-to-lotr SOURCE DESTINATION --rank 16        a PEFT LoRA adapter, by Tucker-2; or --error 0.1, or --parameters 100000
 lotr-to-lora SOURCE DESTINATION                  for PEFT and whatever else reads LoRA, exact
+lotr-to-gguf SOURCE FILE --base-model DIR        for llama.cpp, as a LoRA, exact
 lotr-to-peft SOURCE DESTINATION                  for PeftModel.from_pretrained, as LoTR; load_adapter reads what PEFT writes
 original-to-lotr FILE DESTINATION                a state dict of github.com/daskol/lotr
 """
@@ -14,7 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ import torch
 from .interop import Conversion, ExpertLoRA, LoTRAdapter, lora_to_lotr, lotr_to_lora, lotr_to_peft, original_to_lotr, read_lora
 from .interop.expert_lora import FORMS, HOSTS
 from .interop.from_lora import exact_rank
+from .interop.gguf import lotr_to_gguf
 from .interop.lora_files import LoRALayer
 from .layers.factors import check_rank
 
@@ -52,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, source: str, text: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
         one.add_argument("source", help=source)
-        one.add_argument("destination", help="directory for the new adapter, made if need be")
+        what = "new file" if name == "lotr-to-gguf" else "directory for the new adapter, made if need be"
+        one.add_argument("destination", help=what)
         return one
 
     one = command("lora-to-lotr", "directory of a PEFT LoRA adapter", "LoRA to LoTR by Tucker-2, with each layer's error.")
@@ -69,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--hosts", choices=tuple(HOSTS), help="the model type whose experts a server names in its own way")
     one.add_argument("--base-model", help="where the base model is, for base_model_name_or_path")
     one.add_argument("--pad-rank", type=int, metavar="R", help="pad all factors with zeros to this rank")
+    one = command("lotr-to-gguf", "directory of a LoTR adapter (save_adapter)", "LoTR to a LoRA file of llama.cpp, exact.")
+    one.add_argument("--base-model", required=True, help="directory of the base model, with its config.json")
     one = command("lotr-to-peft", "directory of a LoTR adapter (save_adapter)", "LoTR as PEFT saves a LoTRPeftConfig's, exact.")
     one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
     one = command("original-to-lotr", "checkpoint of the original LoTR implementation", "A state dict of daskol/lotr to LoTR.")
@@ -147,6 +152,14 @@ def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
     names = ("task_type", "fan_in_fan_out", "experts", "hosts", "base_model", "pad_rank")
     options = {name: getattr(arguments, name) for name in names}
     layers: dict[str, LoRALayer | ExpertLoRA] = lotr_to_lora(arguments.source, arguments.destination, **options)
+    return _lora_table(console, layers)
+
+
+def _lotr_to_gguf(arguments: argparse.Namespace, console: Console) -> str:
+    return _lora_table(console, lotr_to_gguf(arguments.source, arguments.destination, base_model=arguments.base_model))
+
+
+def _lora_table(console: Console, layers: Mapping[str, LoRALayer | ExpertLoRA]) -> str:
     rows = [
         (name, "{} x {}".format(*layer.sizes), str(layer.rank), f"{layer.scaling:g}", f"{layer.A.numel() + layer.B.numel():,}")
         for name, layer in sorted(layers.items(), key=lambda item: _natural(item[0]))
@@ -175,9 +188,12 @@ def _original_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     return f"{len(found.layers)} layers at rank {found.config.rank}, scaling {scaling:g}; {found.parameters:,} parameters"
 
 
-def _check_destination(destination: Path) -> None:
+def _check_destination(destination: Path, *, a_file: bool) -> None:
     """By a file without a name: what a disk refuses is known before anything is read."""
-    there = next(path for path in (destination.absolute(), *destination.absolute().parents) if os.path.exists(path))
+    if a_file and destination.is_dir():
+        raise ValueError(f"destination: expected a file, got the directory {destination}")
+    above = destination.absolute().parents if a_file else (destination.absolute(), *destination.absolute().parents)
+    there = next(path for path in above if os.path.exists(path))
     if not there.is_dir():
         raise ValueError(f"directory: expected a directory or a new path, got {destination}, where {there} is a file")
     try:
@@ -203,19 +219,20 @@ def main(arguments: list[str] | None = None) -> int:
     run = {
         "lora-to-lotr": _lora_to_lotr,
         "lotr-to-lora": _lotr_to_lora,
+        "lotr-to-gguf": _lotr_to_gguf,
         "lotr-to-peft": _lotr_to_peft,
         "original-to-lotr": _original_to_lotr,
     }
     console = Console(markup=False, emoji=False, highlight=False)
     try:
-        _check_destination(Path(parsed.destination))
+        _check_destination(Path(parsed.destination), a_file=parsed.command == "lotr-to-gguf")
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
             told = run[parsed.command](parsed, console)
         console.print(_line(f"{told} -> {parsed.destination}"), soft_wrap=True)
         for doubt in doubts:
             print(f"warning: {_line(str(doubt.message).removeprefix('lotr_ext: '))}", file=sys.stderr)
-    except (TypeError, ValueError, OSError) as error:
+    except (ImportError, TypeError, ValueError, OSError) as error:
         print(f"error: {_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from ..model.peft_files import lotr_to_peft
 from .adapter import LoTRAdapter
 from .expert_lora import ExpertLoRA, expert_lora_factors
 from .from_lora import Conversion, lora_to_lotr
+from .gguf import lotr_to_gguf
 from .lora import export_lora, lora_factors, lotr_to_lora
 from .lora_files import LoRAAdapter, LoRALayer, read_lora
 from .original import original_to_lotr
@@ -22,6 +23,7 @@ __all__ = [
     "export_lora",
     "lora_factors",
     "lora_to_lotr",
+    "lotr_to_gguf",
     "lotr_to_lora",
     "lotr_to_peft",
     "original_to_lotr",

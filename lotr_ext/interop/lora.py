@@ -30,7 +30,7 @@ from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
 from ..layers.sharded import holds_parts
-from ..model.adapter_files import serialized
+from ..model.adapter_files import Manifest, serialized
 from ..model.apply import adapted_layers
 from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
 from ..model.core_forms import CORES
@@ -218,21 +218,7 @@ def lotr_to_lora(
     check_form(experts)
     host = host_of(hosts, experts, None)
     manifest, tensors = read_either(Path(source))
-    entries, stacked = {}, {}
-    for name, entry in manifest.layers.items():
-        if entry.experts:
-            parts = [tensors[key] for key in (entry.tensor("A"), entry.tensor("B"), f"{name}.core")]
-            at = parameter_name(name)
-            stacked[at] = expert_lora(*parts, entry.scaling, core_side(at.rpartition(".")[2], experts))
-            continue
-        parts = [tensors[key] for key in (entry.tensor("A"), entry.tensor("B"), f"{name}.core")]
-        start = [tensors.get(k) for k in (entry.tensor("start_A"), entry.tensor("start_B"), f"{name}.start_core")]
-        pair = _lora_pair(*parts, None if start[0] is None else tuple(start))
-        entries[name] = LoRALayer(*pair, entry.scaling)
-    known = {key for name, e in manifest.layers.items() for key in (f"{name}.core", f"{name}.start_core")}
-    own = {f"{e.tensor(part).rpartition('.')[0]}." for e in manifest.layers.values() for part in "AB"}
-    own |= {f"{name}.{made}." for name in manifest.layers for made in ("parametrizations.core", "core_form")} | {f"{CORES}."}
-    saved = {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
+    entries, stacked, saved = lora_of(manifest, tensors, experts)
     config: dict[str, Any] = {
         "task_type": task_type,
         "base_model_name_or_path": _base_model(base_model),
@@ -243,6 +229,25 @@ def lotr_to_lora(
     }
     _write(Path(directory), _Export(entries, stacked, experts, host, pad_rank), saved, config)
     return entries | stacked
+
+
+def lora_of(
+    manifest: Manifest, tensors: Mapping[str, Tensor], experts: str
+) -> tuple[dict[str, LoRALayer], dict[str, ExpertLoRA], dict[str, Tensor]]:
+    """A saved adapter as LoRA: the layers by name, experts by the parameter's name, and what was trained beside them."""
+    entries, stacked = {}, {}
+    for name, entry in manifest.layers.items():
+        parts = [tensors[key] for key in (entry.tensor("A"), entry.tensor("B"), f"{name}.core")]
+        if entry.experts:
+            at = parameter_name(name)
+            stacked[at] = expert_lora(*parts, entry.scaling, core_side(at.rpartition(".")[2], experts))
+            continue
+        start = [tensors.get(k) for k in (entry.tensor("start_A"), entry.tensor("start_B"), f"{name}.start_core")]
+        entries[name] = LoRALayer(*_lora_pair(*parts, None if start[0] is None else tuple(start)), entry.scaling)
+    known = {key for name, e in manifest.layers.items() for key in (f"{name}.core", f"{name}.start_core")}
+    own = {f"{e.tensor(part).rpartition('.')[0]}." for e in manifest.layers.values() for part in "AB"}
+    own |= {f"{name}.{made}." for name in manifest.layers for made in ("parametrizations.core", "core_form")} | {f"{CORES}."}
+    return entries, stacked, {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
 
 
 def _base_model(name: str | None) -> str | None:
