@@ -206,8 +206,10 @@ def lotr_to_lora(
         directory: made if need be.
         task_type: as in `export_lora`.
         fan_in_fan_out: what the LoRA's configuration says of the weights; PEFT corrects it where it is wrong, with a warning.
-        experts, base_model, pad_rank: as in `export_lora`.
+        experts: as in `export_lora`.
         hosts: as in `export_lora`; without a model, None changes no name.
+        base_model: as in `export_lora`.
+        pad_rank: as in `export_lora`.
 
     Returns:
         The LoRA layers, by name; of experts by the name of the parameter. Without padding.
