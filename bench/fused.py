@@ -28,7 +28,7 @@ from .measure.shapes import DTYPES, Shape, parse_shapes
 from .measure.terminal import AnyTable, wide_console
 from .measure.timing import Timed, against, interleave
 from .projection import fused as static
-from .projection.assumptions import CARDS
+from .projection.cards import CARDS
 
 FLOOR, BARE, FUSED, BETA = "library", "gemm_lotr, rank 1", "gemm_lotr", "beta"
 HEADS = ("M x K x N, r", "direction", FLOOR, BARE, "of the library's speed", "must reach", FUSED, BETA, "fused over beta")

@@ -6,15 +6,14 @@ import argparse
 import re
 from pathlib import Path
 
-from .measure.session import new_table, progress, start, wide_console
+from .measure.session import progress, start, wide_console
 from .measure.store import Store
 from .projection import assumptions, fused, row_model
 from .projection import row_counts as row_traffic
-from .projection.assumptions import CARDS
+from .projection.cards import CARDS
 from .projection.counts import DTYPES, FOLDER, KERNELS
 from .projection.predict import FILE, all_keys, kept, measured, model_id, predict
 from .projection.table import fused_table, table
-from .projection.wanted import CAPTION, HEADS, wanted_rows
 
 SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
 ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed,
@@ -68,12 +67,6 @@ def main(argv: list[str] | None = None) -> int:
             console.print(table(gpu, dtype, found, known))
         if row_keys:
             console.print(row_model.table_of(gpu, of_rows))
-    if rows := wanted_rows(found):
-        wanted = new_table("What is wanted, in bf16, and what stands in the way (*: not met); us", *HEADS)
-        for row in rows:
-            wanted.add_row(*(cell.replace("**", "* ", 1).replace("**", "") for cell in row))
-        wanted.caption, wanted.caption_justify = CAPTION, "left"
-        console.print(wanted)
     for gpu in set(options.gpus) & set(fused.hopper()):
         console.print(fused_table(gpu))
     console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)

@@ -12,11 +12,10 @@ from .projection import block as block_traffic
 from .projection import layer as layer_traffic
 from .projection import layer_time as projection
 from .projection import row_counts as row_traffic
+from .projection.cards import CARDS
 from .projection.counts import FOLDER, LAYER_SHAPES, count_all, needed
 from .projection.counts import __doc__ as about
-from .projection.layer_time import GPUS
-from .projection.predict import layer_keys, layer_times, predict
-from .projection.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows
+from .projection.predict import layer_keys, layer_levels, predict
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -27,7 +26,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     blocks = f"MODEL:TOKENS:RANK of transformers' blocks, comma-separated ({block_traffic.BLOCKS})"
     parser.add_argument("--blocks", default=block_traffic.BLOCKS, help=blocks)
-    parser.add_argument("--gpus", default=",".join(GPUS), help=f"to project for, some of {', '.join(GPUS)} (all)")
+    parser.add_argument("--gpus", default=",".join(CARDS), help=f"to project for, some of {', '.join(CARDS)} (all)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the counts (bench/results/simt-executor)")
     parser.add_argument("--fresh", action="store_true", help="count again what was counted of these sources")
     options = parser.parse_args(argv)
@@ -38,15 +37,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options.rows, options.blocks = row_traffic.parse(options.rows), block_traffic.parse(options.blocks)
     options.gpus = options.gpus.split(",")
     for gpu in options.gpus:
-        if gpu not in GPUS:
-            raise ValueError(f"gpus: expected some of {', '.join(GPUS)}, got {gpu!r}")
+        if gpu not in CARDS:
+            raise ValueError(f"gpus: expected some of {', '.join(CARDS)}, got {gpu!r}")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     store = Store(options.results / "traffic.jsonl").prepare()
-    multiprocessors = list(dict.fromkeys(projection.GPUS[gpu].multiprocessors for gpu in options.gpus))
+    multiprocessors = list(dict.fromkeys(CARDS[gpu].multiprocessors for gpu in options.gpus))
     shapes = list(dict.fromkeys([*options.shapes, *(s for block in options.blocks for s in block_traffic.shapes(block))]))
     keys = needed(shapes, multiprocessors)
     row_store = Store(options.results / row_traffic.FILE).prepare()
@@ -68,26 +67,29 @@ def main(argv: list[str] | None = None) -> int:
                 table.add_row(row.kernel, *numbers, *sizes, *rates)
         console.print(table)
     console.print(row_traffic.table(mixtures))
-    times, found = {}, {}
+    levels, found = {}, {}
     try:
         wanted = layer_keys(shapes, options.gpus)
         with progress(len(wanted)) as begin:
             found = predict(wanted, options.results, begin, options.fresh)
-        times = {gpu: layer_times(shapes, gpu, found) for gpu in options.gpus}
+        levels = {gpu: layer_levels(shapes, gpu, found) for gpu in options.gpus}
     except FileNotFoundError as error:  # bytes need no compiler
         console.print(f"no projection: {error}", highlight=False, markup=False, soft_wrap=True)
     for shape in options.shapes:
         console.print(layer_traffic.table(shape, rows, multiprocessors[0]))
-        if times:
-            console.print(projection.table(shape, rows, times))
-    for block in options.blocks if times else ():
-        console.print(block_traffic.table(block, rows, times))
-    if lines := wanted_layer_rows(rows, found, times.get("h100")):
-        wanted = new_table("What is wanted of a layer on an H100, and what stands in the way (*: not met); us", *LAYER_HEADS)
-        for line in lines:
-            wanted.add_row(*(cell.replace("**", "* ", 1).replace("**", "") for cell in line))
-        wanted.caption, wanted.caption_justify = LAYER_CAPTION, "left"
-        console.print(wanted)
+        if levels:
+            console.print(projection.table(shape, rows, levels))
+    for block in options.blocks if levels else ():
+        console.print(block_traffic.table(block, rows, levels))
+    if levels:
+        console.print(projection.assumptions(), highlight=False, markup=False, soft_wrap=True)
+    if "h100" in levels:
+        shape = options.shapes[0]
+        title = f"Beta's time over the frozen layer on an H100, {'x'.join(map(str, shape))}: {projection.LABEL}; us (low-high)"
+        steps = new_table(title, *projection.STEP_HEADS)
+        for line in projection.step_rows(shape, rows, CARDS["h100"], levels["h100"]):
+            steps.add_row(*line)
+        console.print(steps)
     console.print(f"counts in {store.path} and {row_store.path}", highlight=False)
     return 0
 

@@ -39,7 +39,6 @@ FROZEN, LIGHT_BLUE, DARK_BLUE = "0.85", "#9ecae1", "#08306b"
 SHARED_COLOURS = {"autograd": COLOURS["lotr-eager"], "lotr_ext": LIGHT_BLUE, "lotr_ext-scope": COLOURS["lotr_ext"]}
 PROJECTED_COLOURS = {
     **{rival: COLOURS[rival] for rival in ("lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")},
-    "lotr_ext two_pass": LIGHT_BLUE,
     "lotr_ext beta": COLOURS["lotr_ext"],
     "lotr_ext fused": DARK_BLUE,
 }

@@ -1,73 +1,132 @@
-"""What the model takes as given, each with where it comes from. What has no source but experience says so."""
+"""What the projection takes as given, each with where it comes from. What has no source but experience says so.
+
+What nobody has measured is a range: low, likely and high are by the time that follows. A projection is made three times, with
+all quantities low, all likely and all high, so its ends are farther apart than chance would put them.
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from .issue import SCHEDULERS, Latencies
-from .layer_time import EARLY, GPUS, LAUNCH, Gpu
+from .cards import CLUSTER_ONE, L2_ONE
 
-REACHED = 0.94  # of the data sheet's bandwidth, by long streams of 16-byte copies
 BEGIN = 1.0e-6  # seconds from a kernel's start to its blocks' first copies
-SHARPNESS = 8  # of `together`
-REGISTERS, REGISTER_UNIT, WARP_UNIT = 65536, 256, 4  # of a multiprocessor, a warp; warps that get theirs together
-SHARED_UNIT, SHARED_RESERVED = 128, 1024  # of a block
-L2_ONE = 64.0  # bytes a cycle that one multiprocessor gets from L2
-CLUSTER_ONE = 13.0  # bytes a cycle that each multiprocessor gets from shared memory of its cluster
+EARLY = 0.5e-6  # the least seconds between two kernels where the launch hides behind the end of the kernel ahead
+FLOPS_REACHED = 0.8  # of the data sheet's bf16 speed, by large products of the library
+ONE_STEP = 64  # a product that sums over at most so many columns is one k-step of the library's kernels
 
 
-def together(seconds: list[float]) -> float:
-    """Limits that overlap, but not quite where two are equal: a power mean, 9 % above either of two equal ones."""
-    most = max(seconds)
-    return most * sum((s / most) ** SHARPNESS for s in seconds) ** (1 / SHARPNESS) if most else 0.0
+class Range(NamedTuple):
+    """A quantity that was not measured."""
+
+    low: float
+    likely: float
+    high: float
+    unit: str
+    what: str
+    origin: str
+
+    def __str__(self) -> str:
+        numbers = (f"{value:.0%}" if self.unit == "%" else f"{value:g}{self.unit}" for value in self[:3])
+        return f"{self.what}: {', '.join(numbers)}"
+
+
+REVIEW = "a review of the kernels"
+RANGES = {
+    "bandwidth": Range(
+        *(0.94, 0.90, 0.88, "%"),
+        "of the data sheet's bandwidth is reached, by ours and by the library",
+        "copies on an H100 measured about 3.0 TB/s, 90%",
+    ),
+    "one_step": Range(
+        *(0.90, 0.70, 0.60, "%"),
+        f"of it by a library product that sums over at most {ONE_STEP} columns, such as u B^T",
+        f"{REVIEW}: 60-75% at rank 16; one k-step of a tile hides neither its first loads nor its last stores",
+    ),
+    "exposed": Range(
+        *(0.0, 0.6, 0.8, ""),
+        "share of the read of y that a base product does not hide when it adds onto y",
+        f"{REVIEW}: 10-18 us of 22 at 8192 x 4096 on an H100, or hidden",
+    ),
+    "fold": Range(
+        *(2.0, 2.5, 2.5, " us"),
+        "latency of fold and of fold_grad, and the least time of any other kernel",
+        f"{REVIEW}: 6-9 us for both with their launches",
+    ),
+    "fences": Range(
+        *(0.5, 0.75, 1.0, " us"),
+        "fetch of tensor maps and fences at the start of a kernel with bulk copies",
+        f"{REVIEW}: 0.5-1 us a kernel",
+    ),
+    "chain": Range(
+        *(1.5, 1.75, 2.0, " us"),
+        "exchange of k between the blocks of a cluster in shrink_grad that its loop does not hide",
+        f"{REVIEW}: 3-5 us a layer together with the fences",
+    ),
+    "launch": Range(
+        *(1.0, 1.2, 2.0, " us"),
+        "between two kernels of a stream; a memset as well",
+        f"{REVIEW}: about 1 us; 2 us was assumed before",
+    ),
+    "main_loop": Range(
+        *(1.0, 0.96, 0.94, "%"),
+        "of the library's speed is that of gemm_lotr's main loop",
+        f"{REVIEW}: 94-98%; equal at best",
+    ),
+    "scouts": Range(
+        *(1.0, 1.25, 1.65, " x"),
+        "a scout's k-step over what its share of L2 allows (395 to 527 clocks on an H100)",
+        f"{REVIEW}: 500-650 clocks",
+    ),
+}
 
 
 @dataclass(frozen=True)
-class Card:
-    """A GPU as the model sees it."""
+class Assumed:
+    """One value of each of RANGES; seconds where the range has us."""
 
-    gpu: Gpu
-    architecture: str  # that its kernels are compiled for
-    pattern: str  # of the names that drivers give it
-    clock: float  # cycles a second
-    shared_bytes: int  # of a multiprocessor
-    threads: int
-    memory_latency: float  # seconds, under load
-    l2_latency: int  # cycles
-    l2_bytes_a_cycle: float  # of a multiprocessor, when all read
-    matrix_cycles: float  # of a scheduler for one m16n8k16 with float32 sums
-
-    @property
-    def name(self) -> str:
-        return self.gpu.name
-
-    @property
-    def bandwidth(self) -> float:
-        return self.gpu.bytes_per_s
-
-    @property
-    def multiprocessors(self) -> int:
-        return self.gpu.multiprocessors
-
-    def latencies(self) -> Latencies:
-        wgmma = 2 * 16 * 8 * 16 * SCHEDULERS * self.multiprocessors * self.clock / self.gpu.flops_per_s
-        return Latencies(matrix=self.matrix_cycles, global_load=self.l2_latency, wgmma=wgmma)
-
-    def is_called(self, name: str) -> bool:
-        return re.search(self.pattern, name) is not None
+    bandwidth: float
+    one_step: float
+    exposed: float
+    fold: float
+    fences: float
+    chain: float
+    launch: float
+    main_loop: float
+    scouts: float
 
 
-CARDS = {
-    "a100": Card(GPUS["a100"], "80", r"A100", 1.41e9, 164 << 10, 2048, 600e-9, 262, 27, 8),
-    "h100": Card(GPUS["h100"], "90a", r"H100", 1.83e9, 228 << 10, 2048, 600e-9, 263, 27, 6.4),
-    "h200": Card(GPUS["h200"], "90a", r"H200", 1.83e9, 228 << 10, 2048, 600e-9, 263, 27, 6.4),
-    "b200": Card(GPUS["b200"], "100a", r"B200", 1.86e9, 228 << 10, 2048, 700e-9, 300, 27, 8),
-    "rtx4090": Card(GPUS["rtx4090"], "89", r"RTX 4090", 2.52e9, 100 << 10, 1536, 700e-9, 273, 27, 32),
-}
+def _level(index: int) -> Assumed:
+    return Assumed(**{name: r[index] * (1e-6 if r.unit == " us" else 1) for name, r in RANGES.items()})
+
+
+LEVELS = {name: _level(i) for i, name in enumerate(("low", "likely", "high"))}
+LIKELY = LEVELS["likely"]
+
+
+class Spread(NamedTuple):
+    """A projected value with all assumptions low, likely, high."""
+
+    low: float
+    likely: float
+    high: float
+
+    @classmethod
+    def of(cls, value: Callable[[Assumed], float]) -> Spread:
+        return cls(*(value(assumed) for assumed in LEVELS.values()))
+
+    def percent(self) -> str:
+        return f"{self.likely:.0%} ({100 * self.low:.0f}-{100 * self.high:.0f})"
+
+    def us(self) -> str:
+        return f"{1e6 * self.likely:.1f} ({1e6 * self.low:.1f}-{1e6 * self.high:.1f})"
+
 
 SOURCES = [
-    ("bandwidth, multiprocessors, matrix speed", "the vendor's data sheets, as in bench/projection/layer_time.py"),
+    ("bandwidth, multiprocessors, matrix speed", "the vendor's data sheets, as in cards.py"),
+    (f"{FLOPS_REACHED:.0%} of the data sheet's bf16 speed by large products of the library", "assumed"),
     ("clock", "data sheet's matrix speed over multiprocessors and operations a cycle: the boost clock; a hot card runs slower"),
     (
         "registers, shared memory, threads of a multiprocessor; registers go to four warps at a time",
@@ -108,9 +167,8 @@ SOURCES = [
         "latency of memory under load 600 ns (B200, RTX 4090: 700)",
         "assumed: about twice an idle GPU's",
     ),
-    (f"{REACHED:.0%} of the data sheet's bandwidth is reached", "assumed: what STREAM-like programs are reported to reach"),
     (
-        "factor_grad's rows of 64 bytes at rank 16 reach it too",
+        "factor_grad's rows of 64 bytes at rank 16 reach the bandwidth of longer ones",
         "assumed: they are whole sectors, and blocks with the other half of a line walk the same rows at the same time",
     ),
     (
@@ -129,7 +187,7 @@ SOURCES = [
         "bandwidth: 2.65e12 bytes a second in clusters of 4 on an H100 PCIe (arXiv 2402.13499), which reports a latency of 180 "
         "cycles; the rest assumed",
     ),
-    (f"a kernel begins {BEGIN * 1e6:.0f} us after its start; {LAUNCH * 1e6:.0f} us between kernels of a stream", "assumed"),
+    (f"a kernel begins {BEGIN * 1e6:.0f} us after its start", "assumed"),
     (
         "an early launch of ours behind a kernel of ours takes that time from where this one lets it begin, not from its end: "
         f"what is left is at least {EARLY * 1e6:.1f} us",
@@ -147,4 +205,5 @@ SOURCES = [
 
 def lines() -> list[str]:
     """The assumptions, one a line."""
-    return [f"{what}: {source}" for what, source in SOURCES]
+    ranges = [f"{quantity} (low, likely, high): {quantity.origin}" for quantity in RANGES.values()]
+    return [*ranges, *(f"{what}: {source}" for what, source in SOURCES)]

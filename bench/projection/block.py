@@ -13,9 +13,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..measure.bounds import DIRECTIONS, Work
+from ..measure.bounds import Work
 from ..measure.shapes import Case, Shape
 from ..rivals.block import GATE_UP, MODELS, QKV, RIVALS, Sizes, stacked_lora, trained
+from .cards import CARDS, Card
 from .counts import ELEMENT, Key, Row
 from .layer import (
     BETA,
@@ -29,9 +30,10 @@ from .layer import (
     our_steps,
     pack_steps,
 )
-from .layer_time import GPUS, LABEL, Gpu, Times, assumptions, seconds
+from .layer_time import Excess, Levels, over_frozen, table_of
 
 Block = tuple[str, int, int]  # model, tokens, rank
+LAYERS = 32  # of a group, as in Llama-3-8B: fold and fold_grad are one launch for all of them
 BLOCKS = "llama-3-8b:8192:16"  # counted unless others are asked for
 INPUTS = (QKV, ("o",), GATE_UP, ("down",))  # what reads one x
 PER_LAYER = ("lora-eager", "lora-in-place-beta")
@@ -108,10 +110,10 @@ def sibling_steps(m: int, k: int, widths: list[int], r: int, rows: dict[Key, Row
     """Layers of one group on one x, as LoTRShrink and LoTRExpand run them: u once; k and dx summed from layer to layer, the
     last of which makes the one pass over x, and puts k A^T before its g W."""
     if len(widths) == 1:
-        return our_steps(BETA, (m, k, widths[0], r), rows, multiprocessors)
+        return our_steps(BETA, (m, k, widths[0], r), rows, multiprocessors, LAYERS)
 
     def kernel(name: str, rows_of: int, width: int) -> Step:
-        return kernel_step((name, rows_of, width, r, multiprocessors), rows)
+        return kernel_step((name, rows_of, width, r, multiprocessors), rows, layers=LAYERS)
 
     forward, backward = [*pack_steps(k, r), kernel("shrink", m, k)], []
     for n in widths:
@@ -148,30 +150,18 @@ def all_steps(block: Block, rows: dict[Key, Row], multiprocessors: int) -> dict[
     return found
 
 
-def excess(block: Block, rows: dict[Key, Row], gpu: Gpu, times: Times) -> dict[str, dict[str, float]]:
-    """Projected time over the frozen linear layers less one, by way and direction."""
-    found = all_steps(block, rows, gpu.multiprocessors)
-    frozen = {direction: seconds(found["frozen"], direction, gpu, times) for direction in DIRECTIONS}
-    return {
-        name: {direction: seconds(steps, direction, gpu, times) / frozen[direction] - 1 for direction in DIRECTIONS}
-        for name, steps in found.items()
-        if name != "frozen"
-    }
+def excess(block: Block, rows: dict[Key, Row], card: Card, levels: Levels) -> Excess:
+    """Projected time over the frozen linear layers less one."""
+    return over_frozen(all_steps(block, rows, card.multiprocessors), card, levels)
 
 
 def label_of(name: str) -> str:
     return RIVALS[name][0] if name in RIVALS else name
 
 
-def table(block: Block, rows: dict[Key, Row], times: dict[str, Times]):
-    """Forward / backward / both of every way on every GPU of times."""
-    from ..measure.session import new_table
-
+def table(block: Block, rows: dict[Key, Row], levels: dict[str, Levels]):
+    """Every way on every GPU of levels."""
     model, m, r = block
-    title = f"Time over a {model} block's frozen linear layers, {m} tokens, r = {r}, bf16: {LABEL}; forward, backward, both"
-    result = new_table(title, "", *(GPUS[gpu].name for gpu in times))
-    columns = [excess(block, rows, GPUS[gpu], own) for gpu, own in times.items()]
-    for name in columns[0]:
-        result.add_row(label_of(name), *(", ".join(f"{own[name][d]:.1%}" for d in DIRECTIONS) for own in columns))
-    result.caption, result.caption_justify = assumptions(), "left"
-    return result
+    columns = {gpu: excess(block, rows, CARDS[gpu], own) for gpu, own in levels.items()}
+    labels = {name: label_of(name) for column in columns.values() for name in column}
+    return table_of(f"Time over a {model} block's frozen linear layers in %, {m} tokens, r = {r}, bf16", columns, labels)

@@ -6,7 +6,6 @@ Resources are what ptxas reports: registers, spilled bytes, static shared memory
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..measure.store import ROOT
-from .counts import NOT_COUNTED
 from .sass import LISTED, Instruction, parse
+from .sources import closure, cpp_id
 
 CSRC = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "static"
@@ -71,13 +70,8 @@ def tools() -> tuple[Path, Path]:
     return nvcc, nvdisasm
 
 
-def sources_id() -> str:
-    """Of all that the counted kernels are compiled from."""
-    digest = hashlib.sha256()
-    for path in sorted(CSRC.rglob("*")):
-        if path.suffix in (".h", ".cuh", ".cu") and not any(name in path.stem for name in NOT_COUNTED):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+def sources_of(dtype: str, architecture: str) -> list[Path]:
+    return [SOURCES[dtype], *WGMMA * (architecture == "90a" and dtype in ("bf16", "fp16"))]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -96,7 +90,7 @@ def _make(dtype: str, architecture: str, target: Path) -> None:
     report = code = ""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        for source in [SOURCES[dtype], *WGMMA * (architecture == "90a" and dtype in ("bf16", "fp16"))]:
+        for source in sources_of(dtype, architecture):
             report += _run([str(nvcc), *flags, str(source), "-o", str(cubin)]).stderr
             code += _run([str(nvdisasm), "--print-instruction-encoding", str(cubin)]).stdout
     lines = [line for line in code.splitlines() if LISTED.match(line)]
@@ -124,7 +118,7 @@ def compile_kernels(dtype: str, architecture: str, cache: Path = CACHE) -> dict[
     were before."""
     if dtype not in SOURCES:
         raise ValueError(f"dtype: expected one of {', '.join(SOURCES)}, got {dtype!r}")
-    target = cache / f"{dtype}-sm{architecture}-{sources_id()}.sass"
+    target = cache / f"{dtype}-sm{architecture}-{cpp_id(closure(sources_of(dtype, architecture), [CSRC.parent]))}.sass"
     if not target.exists():
         _make(dtype, architecture, target)
         for old in cache.glob(f"{dtype}-sm{architecture}-*.sass"):

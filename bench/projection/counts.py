@@ -15,8 +15,7 @@ not made again while the kernels' sources stay as they are.
 from __future__ import annotations
 
 import functools
-import hashlib
-import re
+import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,8 +27,12 @@ import numpy as np
 from ..measure.bounds import kernel_work
 from ..measure.shapes import Shape
 from ..measure.store import RESULTS, ROOT, Store, of_build
+from .compiled import SOURCES, WGMMA
+from .sources import closure, cpp_id
 
 FOLDER = RESULTS / "simt-executor"
+CONSTANTS = FOLDER / "constants.json"
+EXECUTOR = ROOT / "csrc" / "simt"
 LAYER_SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 14336, 16)]
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 SMALL = ("fold", "fold_grad")
@@ -109,33 +112,32 @@ def executor() -> ModuleType:
     except ImportError:
         raise FileNotFoundError(f"the executor: expected csrc/simt in {ROOT}, found none; run from a checkout") from None
     try:
-        return build.load("plain")
+        lib = build.load("plain")
     except build.BuildError as error:
         raise OSError(f"the executor cannot be built: {str(error).strip().splitlines()[0]}") from None
+    _keep_constants(lib)
+    return lib
 
 
 def sources_id() -> str:
-    """Of the kernels and the executor: counts of other sources are made anew. Less what only gemm_lotr, which
-    is not counted, is made of."""
-    digest = hashlib.sha256()
-    for path in sorted(p for folder in ("csrc/cuda", "csrc/simt") for p in (ROOT / folder).rglob("*")):
-        if path.suffix in (".h", ".cuh", ".cu", ".cpp") and not any(name in path.stem for name in NOT_COUNTED):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    """Of the kernels and the executor: counts of other sources are made anew. Less gemm_lotr, which is not counted."""
+    files = closure([*EXECUTOR.rglob("*.cpp"), *SOURCES.values(), *WGMMA], [EXECUTOR.parent])
+    return cpp_id(path for path in files if not any(name in path.stem for name in NOT_COUNTED))
 
 
 @functools.cache
-def constant(file: str, name: str) -> int:
-    """The value of a constexpr of the sources. ValueError where the file has none of that name."""
-    found = re.search(rf"^constexpr .*\b{name} = (\d+)", (ROOT / file).read_text(encoding="utf-8"), re.M)
-    if found is None:
-        raise ValueError(f"{file}: expected constexpr ... {name} = a number, found none")
-    return int(found[1])
+def constants() -> dict[str, int]:
+    """Constants of the C++ sources, as the executor had them when it last counted."""
+    return json.loads(CONSTANTS.read_text(encoding="utf-8"))
 
 
-def shrink_grad_ranks() -> int:
-    """Those that one launch of it takes; beyond them it is two kernels."""
-    return constant("csrc/cuda/launchers.h", "SHRINK_GRAD_MAX_RANK")
+def _keep_constants(lib: ModuleType) -> None:
+    own = json.dumps(lib.constants(), indent=1) + "\n"
+    if not CONSTANTS.exists() or CONSTANTS.read_text(encoding="utf-8") != own:
+        temporary = CONSTANTS.with_suffix(".tmp")
+        temporary.write_text(own, encoding="utf-8")
+        temporary.replace(CONSTANTS)
+        constants.cache_clear()
 
 
 def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -183,10 +185,10 @@ def _call(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str) -> t
 def _pace(lib: ModuleType, kernel: str, m: int, n: int, r: int, dtype: str, multiprocessors: int) -> dict:
     """Blocks of shrink_grad that share rows run at the same time and keep pace, as on a GPU that holds all blocks: each then
     sums the row tiles of k that it is made to reach last (csrc/cuda/kernels/shrink_grad.cuh), not the last one all of them."""
-    if kernel != "shrink_grad" or r > shrink_grad_ranks():
+    if kernel != "shrink_grad" or r > constants()["SHRINK_GRAD_MAX_RANK"]:
         return {}
     plan = lib.plan(kernel, m, n, r, np.dtype(DTYPES[dtype]).itemsize, multiprocessors)  # as set_device says
-    most = constant("csrc/simt/api.h", "MOST_RESIDENT")  # that the executor can run at the same time
+    most = constants()["MOST_RESIDENT"]  # that the executor can run at the same time
     cluster = plan["m_blocks"] if plan["cluster"] else plan["of_row"]
     together = MOST_THREADS // (384 * cluster) if cluster > 1 else most  # whole clusters of blocks of up to 384 threads
     return {"order": "in_turn", "resident": min(plan["n_blocks"], most, together)}

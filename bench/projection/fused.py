@@ -1,9 +1,9 @@
 """A model of gemm_lotr, the base product with the adapter inside (docs/hopper.md): a model, no measurement.
 
 Clusters draw tickets in the kernel's own order, the scouts' first; a tile takes its k-steps of 128 x 256 x 64, and cannot end
-before the scout of its band has. The time of a k-step is what the library's product would take for it, so the kernel's main
-loop counts as fast as the library's: everything hangs on that, and `may_stay` says how far below it may be before `beta` is
-faster. What else is assumed is in ASSUMED.
+before the scout of its band has. The time of a k-step is what the library's product would take for it, over the share of the
+library's speed that the main loop is assumed to reach (assumptions.py): everything hangs on that, and `may_stay` says how low
+it may be before `beta` is faster. What else is assumed is in ASSUMED.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from ..measure.bounds import Work
 from ..measure.shapes import Shape
-from .assumptions import CARDS
-from .layer import makes_Q
-from .layer_time import LAUNCH, Gpu
+from .assumptions import LEVELS, LIKELY, Assumed, Spread
+from .cards import CARDS, Card
+from .counts import ELEMENT
+from .layer import Step, base_step, expand_step, makes_Q
+from .layer_time import library_seconds
 
 BM, BK = 128, 64
 EPILOGUE = 2.0  # k-steps of a tile that are not hidden: 64 KB leave a multiprocessor at about 64 bytes a clock, the ring fills
@@ -25,11 +27,10 @@ MAX_RANK = 128
 L2_ALL = 6154.0  # bytes a clock that L2 gives to all multiprocessors
 SHAPES: list[Shape] = [(8192, 4096, 4096, 16), (8192, 4096, 14336, 16), (16384, 4096, 4096, 64), (2048, 4096, 4096, 16)]
 ASSUMED = [
-    "the kernel's main loop is as fast as the library's product, at the speed of the projection (layer_time.py)",
     f"{EPILOGUE:.0f} k-steps of a tile are not hidden: a tile's 64 KB at about 64 bytes a clock, and the ring that fills again",
     f"L2 gives {L2_ALL:.0f} bytes a clock to all multiprocessors (DeepGEMM's heuristic), of which a scout takes its share",
     "dx up to rank 16 makes Q too: its scouts also store partial sums, which are read at the end",
-    "beta: its shrink reads x and its expand writes y at 90 % of the bandwidth, two launches; its read of y hides",
+    "beta: its shrink reads x and its expand writes y, two launches, and what of y's read does not hide",
 ]
 
 
@@ -65,8 +66,8 @@ class Tickets:
 
 @dataclass(frozen=True)
 class Fused:
-    """One launch: m rows, inner summed over, outer columns. adds: over the library's base product; slow: if scouts took twice
-    as long; beta: what that strategy adds. waits: k-steps that tiles wait for scouts, of all clusters."""
+    """One launch: m rows, inner summed over, outer columns. adds: over the library's base product; beta: what that strategy
+    adds. waits: k-steps that tiles wait for scouts, of all clusters."""
 
     m: int
     inner: int
@@ -80,8 +81,8 @@ class Fused:
     l2_bytes_a_clock: float
     base_seconds: float
     adds: float
-    slow: float
     beta: float
+    main_loop: float
 
     @property
     def seconds(self) -> float:
@@ -90,7 +91,7 @@ class Fused:
     @property
     def may_stay(self) -> float:
         """The share of the library's speed that the kernel must reach to take beta's time."""
-        return (1 + self.adds) / (1 + self.beta)
+        return self.main_loop * (1 + self.adds) / (1 + self.beta)
 
 
 def ceil(a: int, b: int) -> int:
@@ -107,7 +108,16 @@ def padded(r: int) -> int:
     return next(R for R in (16, 32, 64, 128) if r <= R)
 
 
-def model(m: int, inner: int, outer: int, r: int, gpu: str, backward: bool = False, with_Q: bool | None = None) -> Fused:
+def model(
+    m: int,
+    inner: int,
+    outer: int,
+    r: int,
+    gpu: str,
+    backward: bool = False,
+    with_Q: bool | None = None,
+    assumed: Assumed = LIKELY,
+) -> Fused:
     """One launch on a Hopper card; with_Q None: as the kernel has it for such a rank.
 
     ValueError for another card, or a rank that the kernel does not take.
@@ -121,17 +131,16 @@ def model(m: int, inner: int, outer: int, r: int, gpu: str, backward: bool = Fal
     tickets = Tickets.planned(m, outer, r, card.multiprocessors, ceil(inner, BK) if with_Q else 0)
     workers, steps, tiles = card.multiprocessors // tickets.cluster, ceil(inner, BK), tickets.bands * tickets.columns
     plain, _ = makespan(tickets, workers, steps, 0.0, None)
-    base = card.gpu.seconds(Work(2 * m * inner * outer, 2 * (m * inner + inner * outer + m * outer)))
+    base = library_seconds(base_step(m, inner, outer), card, assumed)
     clocks = base / plain * card.clock  # of a k-step
     share = L2_ALL / card.multiprocessors * clocks  # bytes that a multiprocessor has of L2 in a k-step
     sums = 4 * BK * padded(r)  # bytes of Q's sums of a k-step
-    scout, last = 2 * BK * (BM + padded(r)) / share, 0.0
+    scout, last = assumed.scouts * 2 * BK * (BM + padded(r)) / share, 0.0
     if with_Q:  # a band's sums are written, those of the bands after a ticket's first read before; then all once more
         scout += sums * (2 - tickets.scouts / tickets.bands) / share
         last = sums * tickets.cluster * tickets.scouts / share + FLAG
     rank = padded(r) / BK + FLAG
-    full, waits = makespan(tickets, workers, steps, rank, scout, last)
-    slow, _ = makespan(tickets, workers, steps, rank, 2 * scout, last)
+    full, waits = makespan(tickets, workers, steps, rank, scout, last, assumed.main_loop)
     a_step = 2 * BK * (BM + width(r) / tickets.cluster)  # bytes that a multiprocessor fetches for a k-step
     return Fused(
         *(m, inner, outer, r, tickets, tiles / workers, 1 - tiles / workers / ceil(tiles, workers), waits),
@@ -139,18 +148,24 @@ def model(m: int, inner: int, outer: int, r: int, gpu: str, backward: bool = Fal
             EPILOGUE / (steps + rank + EPILOGUE),
             card.multiprocessors * a_step / clocks,
             base,
-            full / plain - 1,
-            slow / plain - 1,
+            full / plain - 1 + assumed.fences / base,
         ),
-        beta_adds(m, inner, outer, card.gpu) / base,
+        beta_adds(m, inner, outer, r, card, assumed) / base,
+        assumed.main_loop,
     )
 
 
 def makespan(
-    tickets: Tickets, workers: int, steps: int, rank: float, scout: float | None, last: float = 0.0
+    tickets: Tickets,
+    workers: int,
+    steps: int,
+    rank: float,
+    scout: float | None,
+    last: float = 0.0,
+    main_loop: float = 1.0,
 ) -> tuple[float, float]:
-    """(k-steps until all is done, those waited); rank: k-steps of the adapter; scout: of a scout's k-step, None: none;
-    last: of one of Q's sums."""
+    """(k-steps of the library until all is done, those waited); rank: k-steps of the adapter; scout: of a scout's k-step,
+    None: none; last: of one of Q's sums; main_loop: of the library's speed."""
     free = [0.0] * workers
     published: dict[int, float] = {}
     waits = end = 0.0
@@ -166,7 +181,7 @@ def makespan(
                 now += steps * scout + 0.5
                 published[band] = now
             else:
-                ready = now + steps
+                ready = now + steps / main_loop
                 start = max(ready, published.get(band, 0.0))
                 waits += start - ready
                 now = start + rank + EPILOGUE
@@ -175,9 +190,11 @@ def makespan(
     return end, waits
 
 
-def beta_adds(m: int, inner: int, outer: int, gpu: Gpu) -> float:
+def beta_adds(m: int, inner: int, outer: int, r: int, card: Card, assumed: Assumed) -> float:
     """Seconds: u = x A reads x, the expand writes y, onto which the base product accumulates."""
-    return sum(gpu.seconds(Work(0, 2 * m * n)) for n in (inner, outer)) + 2 * LAUNCH
+    own = [Step("shrink", Work(0, ELEMENT * m * inner)), expand_step(m, outer, r), base_step(m, inner, outer, accumulate=True)]
+    total = sum(library_seconds(step, card, assumed) + assumed.launch for step in own) + assumed.fences
+    return total - library_seconds(base_step(m, inner, outer), card, assumed) - assumed.launch
 
 
 def hopper() -> list[str]:
@@ -185,16 +202,17 @@ def hopper() -> list[str]:
 
 
 HEADS = ("M x K x N, r", "direction", "tiles, waves", "idle", "scouts' tickets", "waits", "epilogue", "L2 to SM, bytes a clock")
-HEADS += ("base product", "fused adds (scouts twice as slow)", "beta adds", "must reach, of the library's speed")
+HEADS += ("base product", "fused adds, %", "beta adds, %", "must reach, of the library's speed")
 
 
-def cells(f: Fused, direction: str) -> list[str]:
-    """A row of HEADS. Extents as the forward pass has them."""
-    k, n = (f.inner, f.outer) if direction == "y" else (f.outer, f.inner)
-    t = f.tickets
+def cells(m: int, k: int, n: int, r: int, gpu: str, backward: bool) -> list[str]:
+    """A row of HEADS; in brackets under low and high assumptions."""
+    inner, outer = (n, k) if backward else (k, n)
+    every = [model(m, inner, outer, r, gpu, backward, assumed=assumed) for assumed in LEVELS.values()]
+    f, t = every[1], every[1].tickets
     return [
-        f"{f.m} x {k} x {n}, {f.r}",
-        direction,
+        f"{m} x {k} x {n}, {r}",
+        "dx" if backward else "y",
         f"{t.bands * t.columns * t.cluster}, {f.waves:.2f}",
         f"{f.idle:.1%}",
         str(t.scouts),
@@ -202,15 +220,12 @@ def cells(f: Fused, direction: str) -> list[str]:
         f"{f.epilogue:.1%}",
         f"{f.l2_bytes_a_clock:.0f} of {L2_ALL:.0f}",
         f"{1e6 * f.base_seconds:.0f} us",
-        f"{f.adds:.1%} ({f.slow:.1%})",
-        f"{f.beta:.1%}",
+        Spread(*(one.adds for one in every)).percent(),
+        Spread(*(one.beta for one in every)).percent(),
         f"{f.may_stay:.1%}",
     ]
 
 
 def rows(shapes: list[Shape], gpu: str) -> list[list[str]]:
     """Both directions of each shape."""
-    found = []
-    for m, k, n, r in shapes:
-        found += [cells(model(m, k, n, r, gpu), "y"), cells(model(m, n, k, r, gpu, backward=True), "dx")]
-    return found
+    return [cells(*shape, gpu, backward) for shape in shapes for backward in (False, True)]

@@ -18,10 +18,9 @@ from ..measure.bounds import DIRECTIONS, Work, kernel_work, work
 from ..measure.names import NAMES
 from ..measure.shapes import Case, Shape
 from ..rivals.base import Rival, Tensors
-from .counts import ELEMENT, SMALL, Key, Row, constant
+from .counts import ELEMENT, SMALL, Key, Row, constants
 
 RIVALS = ("frozen", "lotr-eager", "lora-eager", "lora-in-place", "lora-in-place-beta")
-LAYERS = 32  # of a group, as in Llama-3-8B: fold and fold_grad are one launch for all of them
 IN_DRAM = "lotr_ext beta, nothing from L2"
 FUSED = "lotr_ext fused"
 BETA = "lotr_ext beta"
@@ -38,6 +37,8 @@ class Step:
     work: Work
     kernel: Key | None = None  # of ours: whose time the model of its machine code gives (model.py)
     layers: int = 1  # that one launch serves
+    inner: int = 0  # what a product sums over; 0: no product of the library
+    added: int = 0  # bytes that a product adds onto
 
 
 Steps = dict[str, list[Step]]  # by direction: forward, backward
@@ -61,11 +62,14 @@ class CountedOperators(TorchDispatchMode):
         flat = (a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,)))  # cat takes a list
         inputs = [a for a in flat if isinstance(a, Tensor)]
         results = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
-        flops = 0
+        flops = inner = added = 0
         if name in _PRODUCTS:
             left, right = inputs[-2:]
-            flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
-        self.steps.append(Step(name, Work(flops, sum(map(_bytes, inputs)) + sum(map(_bytes, results)))))
+            inner = left.shape[1]
+            flops = 2 * left.shape[0] * inner * right.shape[1]
+            added = _bytes(inputs[0]) if len(inputs) > 2 and inputs[0].dim() == 2 else 0
+        work = Work(flops, sum(map(_bytes, inputs)) + sum(map(_bytes, results)))
+        self.steps.append(Step(name, work, inner=inner, added=added))
         return out
 
 
@@ -92,12 +96,13 @@ def library_steps(rival: str, case: Case) -> Steps:
 
 def base_step(m: int, k: int, n: int, accumulate: bool = False) -> Step:
     """The base product y = x W^T (+ y, with beta = 1)."""
-    return Step("base product", Work(2 * m * k * n, ELEMENT * (m * k + n * k + (2 if accumulate else 1) * m * n)))
+    added = ELEMENT * m * n if accumulate else 0
+    return Step("base product", Work(2 * m * k * n, ELEMENT * (m * k + n * k + m * n) + added), inner=k, added=added)
 
 
 def makes_Q(backward: bool, r: int) -> bool:
     """Whether gemm_lotr's launch gives Q = g^T u as well."""
-    return backward and r <= constant("csrc/cuda/gemm_lotr.h", "GEMM_LOTR_FACTOR_RANK")
+    return backward and r <= constants()["GEMM_LOTR_FACTOR_RANK"]
 
 
 def fused_key(m: int, inner: int, outer: int, r: int, multiprocessors: int, backward: bool) -> Key:
@@ -114,16 +119,17 @@ def fused_step(m: int, inner: int, outer: int, r: int, multiprocessors: int, bac
     return Step("gemm_lotr", moved, fused_key(m, inner, outer, r, multiprocessors, backward))
 
 
-def kernel_step(key: Key, rows: dict[Key, Row], all_bytes: bool = False) -> Step:
-    """A kernel of ours as counted: what it reads again from L2 counts only with all_bytes."""
+def kernel_step(key: Key, rows: dict[Key, Row], all_bytes: bool = False, layers: int = 1) -> Step:
+    """A kernel of ours as counted: what it reads again from L2 counts only with all_bytes. layers: that one launch of fold or
+    fold_grad serves."""
     name, row, least = key[0], rows[key], kernel_work(*key[:4], ELEMENT)
     work_of = Work(least.flops, row.total if all_bytes else least.bytes + row.moved - row.large)
-    return Step(name, work_of, None, LAYERS) if name in SMALL else Step(name, work_of, key)
+    return Step(name, work_of, None, layers) if name in SMALL else Step(name, work_of, key)
 
 
 def expand_step(m: int, width: int, r: int) -> Step:
     """u F^T or k A^T by the library, which writes what the base product adds onto."""
-    return Step("expand", Work(2 * m * width * r, ELEMENT * (m * width + m * r + width * r)))
+    return Step("expand", Work(2 * m * width * r, ELEMENT * (m * width + m * r + width * r)), inner=r)
 
 
 def pack_steps(k: int, r: int) -> list[Step]:
@@ -132,14 +138,15 @@ def pack_steps(k: int, r: int) -> list[Step]:
     return [Step("pack", Work(0, ELEMENT * k * (r + padded)))] if padded != r else []
 
 
-def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors: int) -> Steps:
-    """A layer by itself: its kernels as counted for a GPU of so many multiprocessors, and the base products."""
+def our_steps(strategy: str, shape: Shape, rows: dict[Key, Row], multiprocessors: int, layers: int = 1) -> Steps:
+    """A layer: its kernels as counted for a GPU of so many multiprocessors, and the base products. layers: that fold and
+    fold_grad serve in one launch."""
     m, k, n, r = shape
     if strategy not in OURS:
         raise ValueError(f"strategy: expected one of {', '.join(OURS)}, got {strategy!r}")
 
     def kernel(name: str, rows_of: int, width: int) -> Step:
-        return kernel_step((name, rows_of, width, r, multiprocessors), rows, strategy == IN_DRAM)
+        return kernel_step((name, rows_of, width, r, multiprocessors), rows, strategy == IN_DRAM, layers)
 
     def expand(width: int) -> Step:
         return expand_step(m, width, r)

@@ -1,26 +1,25 @@
 """What a layer would cost on a GPU: a projection, no measurement, and labelled so wherever it appears.
 
 Each library operator takes the longer of its operations at the GPU's matrix speed and its bytes at its memory bandwidth, both
-at the fractions below, and moves its least bytes. Our kernels take the times that bench.static reads off their machine code
-and their counted bytes; fused that of fused.py, which takes its main loop to be as fast as the library's product:
-a hope before a GPU has run it. Operators follow one another, each a launch; fold and fold_grad are one launch for the layers of
-a group. From compute capability 9.0 on a kernel of ours that follows one of ours is launched early: while that one still sums.
+at the fractions of assumptions.py, and moves its least bytes. Our kernels take the times that model.py reads off their machine
+code and their counted bytes; fused that of fused.py. Operators follow one another, each a launch. From compute capability 9.0
+on a kernel of ours that follows one of ours is launched early: while that one still sums. Everything is projected three times,
+with all assumptions low, likely and high; rivals under the same ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..measure.bounds import DIRECTIONS, Work
+from ..measure.bounds import DIRECTIONS
 from ..measure.names import NAMES
 from ..measure.shapes import Shape
-from .counts import Key, Row
-from .layer import FUSED, IN_DRAM, LAYERS, Step, Steps, all_steps
+from .assumptions import FLOPS_REACHED, LEVELS, ONE_STEP, RANGES, Assumed, Spread
+from .cards import CARDS, Card
+from .counts import SMALL, Key, Row
+from .layer import BETA, FUSED, IN_DRAM, Step, Steps, all_steps
+from .model import gap
 
-FLOPS_REACHED, BANDWIDTH_REACHED = 0.8, 0.9  # of the data sheet's, by large products and by long streams
-LAUNCH = 2.0e-6  # seconds between two kernels of a stream, the second after the first; a memset as well
-EARLY = 0.5e-6  # the least of those seconds where the launch hides behind the end of the kernel ahead
 LABEL = "projection, not measured"
 
 
@@ -32,92 +31,111 @@ class KernelTime(NamedTuple):
     after: float | None = None
 
 
-Times = dict[Key, KernelTime]  # on one GPU
+Times = dict[Key, KernelTime]  # on one GPU, under one set of assumptions
+Levels = dict[str, Times]  # by the names of LEVELS
+Excess = dict[str, dict[str, Spread]]  # time over the frozen layer less one, by rival and direction
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """From the vendor's data sheet: dense bf16 operations a second, bytes a second, multiprocessors."""
-
-    name: str
-    flops_per_s: float
-    bytes_per_s: float
-    multiprocessors: int
-    early: bool = False  # whether our kernels' launches may be early: compute capability 9.0 and later
-
-    def seconds(self, work: Work) -> float:
-        return max(work.flops / (FLOPS_REACHED * self.flops_per_s), work.bytes / (BANDWIDTH_REACHED * self.bytes_per_s))
+def library_seconds(step: Step, card: Card, assumed: Assumed) -> float:
+    """Of one operator that is no large kernel of ours, without its launch."""
+    if step.name in SMALL:  # of ours, and little more than its latency
+        return assumed.fold / step.layers + step.work.bytes / (assumed.bandwidth * card.bytes_per_s)
+    reached = assumed.one_step if 0 < step.inner <= ONE_STEP else assumed.bandwidth
+    products = step.work.flops / (FLOPS_REACHED * card.flops_per_s)
+    shown = assumed.exposed * step.added / (assumed.bandwidth * card.bytes_per_s)
+    return max(products + shown, step.work.bytes / (reached * card.bytes_per_s), assumed.fold)
 
 
-GPUS = {
-    "a100": Gpu("A100 80GB SXM", 312e12, 2.039e12, 108),
-    "h100": Gpu("H100 SXM", 989e12, 3.35e12, 132, True),
-    "h200": Gpu("H200", 989e12, 4.8e12, 132, True),
-    "b200": Gpu("B200", 2250e12, 8.0e12, 148, True),
-    "rtx4090": Gpu("RTX 4090", 165.2e12, 1.008e12, 128),
-}
-
-
-def gap(gpu: Gpu, after: float | None) -> float:
-    """Seconds between two kernels of a stream. after: how long the one ahead still runs when the second may begin; None: as
-    long as any that was not launched early."""
-    return LAUNCH if after is None or not gpu.early else max(EARLY, LAUNCH - after)
-
-
-def seconds(steps: Steps, direction: str, gpu: Gpu, times: Times) -> float:
+def seconds(steps: Steps, direction: str, card: Card, times: Times, assumed: Assumed) -> float:
     """Of "forward", "backward" or both ("step"). KeyError where a kernel of ours has no time."""
     names = ("forward", "backward") if direction == "step" else (direction,)
-    return sum(_in_turn(steps[name], gpu, times) for name in names)
+    return sum(_in_turn(steps[name], card, times, assumed) for name in names)
 
 
-def _in_turn(steps: list[Step], gpu: Gpu, times: Times) -> float:
+def _in_turn(steps: list[Step], card: Card, times: Times, assumed: Assumed) -> float:
     """Operators one after another, each with its launch, which several layers may share."""
     total, after = 0.0, None
     for step in steps:
-        own = KernelTime(gpu.seconds(step.work)) if step.kernel is None else times[step.kernel]
-        total += own.seconds + gap(gpu, after if own.after is not None else None) / step.layers
+        own = KernelTime(library_seconds(step, card, assumed)) if step.kernel is None else times[step.kernel]
+        total += own.seconds + gap(card, after if own.after is not None else None, assumed) / step.layers
         if step.layers == 1:  # else hardly ever in between
             after = own.after
     return total
 
 
-def excess(shape: Shape, rows: dict[Key, Row], gpu: Gpu, times: Times) -> dict[str, dict[str, float]]:
-    """Projected time over the frozen layer less one, by rival and direction; of fused where times have it."""
-    found = all_steps(shape, rows, gpu.multiprocessors)
-    del found[IN_DRAM]  # a statement about bytes; the times contain what comes from L2 and what does not
-    if not all(step.kernel in times for steps in found[FUSED].values() for step in steps if step.name == "gemm_lotr"):
-        del found[FUSED]
-    frozen = {direction: seconds(found["frozen"], direction, gpu, times) for direction in DIRECTIONS}
+def over_frozen(found: dict[str, Steps], card: Card, levels: Levels) -> Excess:
+    """Projected time over that of "frozen" less one."""
+    every = {
+        level: {n: {d: seconds(s, d, card, times, LEVELS[level]) for d in DIRECTIONS} for n, s in found.items()}
+        for level, times in levels.items()
+    }
     return {
-        name: {direction: seconds(steps, direction, gpu, times) / frozen[direction] - 1 for direction in DIRECTIONS}
-        for name, steps in found.items()
+        name: {d: Spread(*(own[name][d] / own["frozen"][d] - 1 for own in every.values())) for d in DIRECTIONS}
+        for name in found
         if name != "frozen"
     }
 
 
+def excess(shape: Shape, rows: dict[Key, Row], card: Card, levels: Levels) -> Excess:
+    """Of a layer by itself; of fused where levels have it."""
+    found = all_steps(shape, rows, card.multiprocessors)
+    del found[IN_DRAM]  # a statement about bytes; the times contain what comes from L2 and what does not
+    fused = [step.kernel for steps in found[FUSED].values() for step in steps if step.name == "gemm_lotr"]
+    if not all(key in times for times in levels.values() for key in fused):
+        del found[FUSED]
+    return over_frozen(found, card, levels)
+
+
 def assumptions() -> str:
+    """In one sentence."""
     return (
-        f"{LABEL}: our kernels as bench.static models their machine code; library operators at the longer of their operations "
-        f"({FLOPS_REACHED:.0%} of the data sheet's bf16 speed) and their bytes ({BANDWIDTH_REACHED:.0%} of its bandwidth); "
-        f"a launch {LAUNCH * 1e6:.0f} us each, fold and fold_grad one for {LAYERS} layers; one of ours after one of ours hides "
-        f"behind that one's sum from compute capability 9.0 on, but for {EARLY * 1e6:.1f} us; "
-        "fused, on Hopper alone, with a main loop as fast as the library's product"
+        f"{LABEL}: our kernels as their machine code is modelled; library operators at the longer of their operations "
+        f"({FLOPS_REACHED:.0%} of the data sheet's bf16 speed) and their bytes. First the likely value, in brackets that with "
+        f"all assumptions low and with all high: {'; '.join(map(str, RANGES.values()))}"
     )
 
 
-def table(shape: Shape, rows: dict[Key, Row], times: dict[str, Times]):
-    """Forward / backward / both of every rival on every GPU of times."""
+def table_of(title: str, columns: dict[str, Excess], label: dict[str, str] = NAMES):
+    """A row a rival, a column a GPU: forward, backward, and both with their interval."""
     from ..measure.session import new_table
 
-    m, k, n, r = shape
-    title = f"Time over the frozen layer, {m} x {k} x {n}, r = {r}, bf16: {LABEL}; forward, backward, both"
-    result = new_table(title, "", *(GPUS[gpu].name for gpu in times))
-    columns = {gpu: excess(shape, rows, GPUS[gpu], own) for gpu, own in times.items()}
+    result = new_table(f"{title}: {LABEL}; forward, backward, both (low-high)", "", *(CARDS[gpu].name for gpu in columns))
     for name in dict.fromkeys(name for column in columns.values() for name in column):
-        cells = (
-            ", ".join(f"{column[name][direction]:.1%}" for direction in DIRECTIONS) if name in column else "-"
-            for column in columns.values()
-        )
-        result.add_row(NAMES.get(name, name), *cells)
-    result.caption, result.caption_justify = assumptions(), "left"
+        own = (column.get(name) for column in columns.values())
+        result.add_row(label.get(name, name), *("-" if e is None else _cell(e) for e in own))
     return result
+
+
+def _cell(own: dict[str, Spread]) -> str:
+    return f"{own['forward'].likely:.0%}, {own['backward'].likely:.0%}, {own['step'].percent()}"
+
+
+def table(shape: Shape, rows: dict[Key, Row], levels: dict[str, Levels]):
+    """Every rival on every GPU of levels."""
+    m, k, n, r = shape
+    columns = {gpu: excess(shape, rows, CARDS[gpu], own) for gpu, own in levels.items()}
+    return table_of(f"Time over the frozen layer in %, {m} x {k} x {n}, r = {r}, bf16", columns)
+
+
+STEP_HEADS = ("direction", "operator", "us")
+
+
+def step_rows(shape: Shape, rows: dict[Key, Row], card: Card, levels: Levels) -> list[list[str]]:
+    """What beta's time over the frozen layer is made of: a row an operator, and one for the launches."""
+    found = all_steps(shape, rows, card.multiprocessors)
+
+    def own(step: Step, level: str) -> float:
+        return library_seconds(step, card, LEVELS[level]) if step.kernel is None else levels[level][step.kernel].seconds
+
+    lines, launches = [], dict.fromkeys(LEVELS, 0.0)
+    for direction, steps in found[BETA].items():
+        frozen = found["frozen"][direction]
+        for level, times in levels.items():
+            whole = (seconds(way, direction, card, times, LEVELS[level]) for way in (found[BETA], found["frozen"]))
+            launches[level] += next(whole) - next(whole)
+        for step in steps:
+            base = frozen if step.name == "base product" else []
+            spread = Spread(*(own(step, level) - sum(own(one, level) for one in base) for level in levels))
+            launches = {level: launches[level] - value for level, value in zip(LEVELS, spread)}
+            lines.append([direction, step.name + ", over the frozen one" * bool(base), spread.us()])
+    return [*lines, ["both", "launches", Spread(*launches.values()).us()]]

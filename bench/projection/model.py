@@ -1,6 +1,6 @@
 """How long a kernel takes, and what limits it: the longest of what its blocks must do, and what comes before and after.
 
-    time = begin + sum over waves of max(issue, memory) + after the last arrival
+    time = begin + sum over waves of max(issue, memory) + after the last arrival, under a set of assumptions
 
 issue     the hot loop's instructions on one multiprocessor (issue.py), with as many blocks resident as registers, shared memory
           and threads allow and the grid gives
@@ -18,29 +18,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ..measure.bounds import kernel_work
-from . import assumptions
-from .assumptions import Card
+from . import cards
+from .assumptions import BEGIN, EARLY, LIKELY, Assumed, Spread
+from .cards import CARDS, Card
 from .compiled import Compiled
-from .counts import ELEMENT, Row, constant
+from .counts import ELEMENT, Row, constants
 from .hot import MATRIX, Hot, Wanted, hot_loop
 from .issue import run
 from .sass import Instruction, blocks_of, loops_of
 
-TRAITS = "csrc/cuda/kernels/traits.h"
 ITERATIONS = 14  # of the hot loop that are simulated
 
 
 def blocks_resident(kernel: Compiled, warps: int, shared: int, card: Card) -> tuple[int, str]:
     """Blocks that fit on a multiprocessor, and what keeps another out."""
-    unit = assumptions.REGISTER_UNIT
+    unit = cards.REGISTER_UNIT
     a_warp = math.ceil(kernel.registers * 32 / unit) * unit
-    asked = shared + kernel.static_shared + assumptions.SHARED_RESERVED
-    a_block = math.ceil(asked / assumptions.SHARED_UNIT) * assumptions.SHARED_UNIT
+    asked = shared + kernel.static_shared + cards.SHARED_RESERVED
+    a_block = math.ceil(asked / cards.SHARED_UNIT) * cards.SHARED_UNIT
     limits = {
-        "registers": assumptions.REGISTERS // a_warp // assumptions.WARP_UNIT * assumptions.WARP_UNIT // warps,
+        "registers": cards.REGISTERS // a_warp // cards.WARP_UNIT * cards.WARP_UNIT // warps,
         "shared memory": card.shared_bytes // a_block,
         "threads": card.threads // (32 * warps),
     }
@@ -69,7 +70,7 @@ def late_sums(code: list[Instruction], warps: int, card: Card) -> Late:
     if most:  # of alike loops the slowest
         return max((late for late in found if 2 * late.loads > most), key=lambda late: late.cycles / late.loads)
     loads = max(1, _together(code))
-    return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / assumptions.L2_ONE))
+    return Late(loads, max(card.l2_latency + 4 * loads, warps * loads * 512 / cards.L2_ONE))
 
 
 def in_turn(fragments: int, splits: int, warps: int) -> int:
@@ -88,9 +89,9 @@ def rounds_together(row: Row) -> int:
     ranks, columns, multiply = math.ceil(row.r / 8), math.ceil(row.n / owners), row.machine["multiply"]
     if row.kernel != "shrink_grad" or row.machine["bulk_bytes"]:
         return in_turn(math.ceil(math.ceil(columns / 16) * ranks / splits), splits, multiply)
-    tile = constant(TRAITS, "SHRINK_GRAD_ROW_BYTES") // (row.large // (row.m * row.n))
+    tile = constants()["SHRINK_GRAD_ROW_BYTES"] // (row.large // (row.m * row.n))
     q = math.ceil(math.ceil(min(columns, tile) / 16) * ranks / splits)
-    k = math.ceil(constant(TRAITS, "SHRINK_GRAD_ROWS") // 16 * ranks / owners)
+    k = math.ceil(constants()["SHRINK_GRAD_ROWS"] // 16 * ranks / owners)
     return max(in_turn(q, splits, multiply), in_turn(k, owners, row.machine["warps"] - multiply))
 
 
@@ -111,15 +112,43 @@ def _together(code: list[Instruction]) -> int:
     return most
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """One kernel on one GPU."""
+SHARPNESS = 8
+LIMITS = ("issue", "memory bandwidth", "bytes in flight", "L2 bandwidth", "cluster")
+
+
+def together(seconds: Iterable[float]) -> float:
+    """Limits that overlap, but not quite where two are equal: a power mean, 9 % above either of two equal ones."""
+    limits = list(seconds)
+    most = max(limits)
+    return most * sum((s / most) ** SHARPNESS for s in limits) ** (1 / SHARPNESS) if most else 0.0
+
+
+def gap(card: Card, after: float | None, assumed: Assumed) -> float:
+    """Seconds between two kernels of a stream. after: how long the one ahead still runs when the second may begin; None: as
+    long as any that was not launched early."""
+    return assumed.launch if after is None or not card.early else max(EARLY, assumed.launch - after)
+
+
+class Timed(NamedTuple):
+    """A kernel's seconds under a set of assumptions."""
 
     seconds: float
-    parts: dict[str, float]  # seconds: begin, waves, after
+    parts: dict[str, float]  # begin, waves, after; together they are the seconds
+    bound: dict[str, float]  # what each of LIMITS alone asks for
     limiter: str
-    share: float  # of the data sheet's bandwidth, of the bytes that must come from DRAM
-    bound: dict[str, float]  # seconds that each limit alone would ask for
+    share: float  # of the data sheet's bandwidth
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An operator on a GPU, as its machine code and the executor's counts have it. Kept; `at` adds the assumptions."""
+
+    gpu: str  # of CARDS
+    waves_of: list[dict[str, float]]  # seconds that each of LIMITS alone asks for, a wave of blocks; bytes at the data sheet's
+    afters: list[float]  # seconds after the last arrival, a launch; launches follow one another
+    maps: int  # launches that fetch tensor maps
+    chains: int  # and those whose clusters exchange k
+    reason: str  # what the warps of the busiest multiprocessor wait for
     registers: int
     spilled: int
     shared: int
@@ -127,22 +156,53 @@ class Estimate:
     resident_by: str
     blocks: int
     waves: float
-    idle: float  # share of the multiprocessors that have a block less than the others in the last wave
-    iteration: float  # instructions a warp and iteration of the hot loop
+    idle: float  # multiprocessors' share in the last wave
+    iteration: float  # instructions a warp and hot iteration
     per_16_bytes: float  # instructions a thread for each 16 bytes of the large matrix
-    kinds: dict[str, float]  # of those
-    waiting: dict[str, float]  # what a warp of the hot loop waits for, shares
+    kinds: dict[str, float]  # of these, by kind
+    waiting: dict[str, float]  # a warp's time in the hot loop on the busiest multiprocessor
     in_flight: int  # bytes a multiprocessor
-    needed_in_flight: float  # bandwidth x latency, a multiprocessor
+    needed_in_flight: float
     dram: int  # bytes
-    late_rounds: int  # loads after the last arrival that wait for one another
+    late_rounds: int
     launches: int
     memsets: int
+
+    def at(self, assumed: Assumed = LIKELY) -> Timed:
+        card = CARDS[self.gpu]
+        bound, hot = dict.fromkeys(LIMITS, 0.0), 0.0
+        for wave in self.waves_of:
+            limits = wave | {"memory bandwidth": wave["memory bandwidth"] / assumed.bandwidth}
+            bound = {name: bound[name] + limits[name] for name in LIMITS}
+            hot += together(limits.values())
+        begin = len(self.afters) * (BEGIN + card.memory_latency) + self.maps * assumed.fences
+        begin += sum(gap(card, after, assumed) for after in self.afters[:-1])
+        parts = {"begin": begin, "waves": hot, "after": sum(self.afters) + self.chains * assumed.chain}
+        seconds, most = sum(parts.values()), max(bound, key=bound.__getitem__)
+        limiter = f"reads it {len(self.afters)} times; " if len(self.afters) > 1 else ""
+        limiter += f"issue ({self.reason})" if most == "issue" else most
+        limiter += ", sum at the end" if parts["after"] > 0.25 * seconds else ""
+        return Timed(seconds, parts, bound, limiter, self.least_seconds / seconds)
+
+    @property
+    def spread(self) -> Spread:
+        return Spread.of(lambda assumed: self.at(assumed).seconds)
 
     @property
     def least_seconds(self) -> float:
         """Its bytes from DRAM at the data sheet's bandwidth."""
-        return self.share * self.seconds
+        return self.dram / CARDS[self.gpu].bytes_per_s
+
+
+def in_turns(own: list[Estimate]) -> Estimate:
+    """Several launches of one operator; the numbers of the code are the longest's."""
+    longest = max(own, key=lambda e: e.at().seconds)
+    return replace(
+        longest,
+        waves_of=[wave for e in own for wave in e.waves_of],
+        afters=[after for e in own for after in e.afters],
+        **{name: sum(getattr(e, name) for e in own) for name in ("maps", "chains", "launches", "memsets")},
+    )
 
 
 def wanted_of(row: Row, large_stores: bool) -> Wanted:
@@ -173,8 +233,9 @@ def dram_bytes(row: Row) -> int:
     return row.moved + kernel_work(row.kernel, row.m, row.n, row.r, element).bytes - row.large
 
 
-def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
-    """A counted kernel on a GPU."""
+def estimate(row: Row, compiled: dict[str, Compiled], gpu: str) -> Estimate:
+    """A counted kernel on a GPU of CARDS."""
+    card = CARDS[gpu]
     kernel, hot = hot_of(row, compiled)
     m, warps = row.machine, row.machine["multiply"]
     resident, by = blocks_resident(kernel, m["warps"], m["shared"], card)
@@ -198,72 +259,28 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
     depth = groups_in_flight(hot)
     a_block = depth * 512 * m["copies"] / m["waits"] * warps if m["waits"] else float(bulk_in_flight(row))
     dram = dram_bytes(row)
-    reached = card.bandwidth * assumptions.REACHED
-    l2 = min(card.l2_bytes_a_cycle * sms, assumptions.L2_ONE * min(sms, row.blocks)) * clock  # fewer blocks draw no more
-    waves, hot_seconds = [(full, places)] if full else [], 0.0
-    bound = dict.fromkeys(("issue", "memory bandwidth", "bytes in flight", "L2 bandwidth", "cluster"), 0.0)
-    if rest:
-        waves.append((1, rest))
-    for times, blocks in waves:
-        own = times * blocks / row.blocks  # share of the work
-        on_one = math.ceil(blocks / sms)
-        limits = {
-            "issue": times * iterations * cycles(on_one) / clock,
-            "memory bandwidth": own * dram / reached,
-            "bytes in flight": own * dram * card.memory_latency / (a_block * blocks) if a_block else 0.0,
-            "L2 bandwidth": own * row.total / l2,
-            "cluster": times * on_one * walked / row.blocks / assumptions.CLUSTER_ONE / clock,
-        }
-        for name, value in limits.items():
-            bound[name] += value
-        hot_seconds += assumptions.together(list(limits.values()))
-    rounds, summing = 0, 0.0
-    if m["late_loads"]:
-        late = late_sums(kernel.code, math.ceil(m["late_bytes"] / (512 * m["late_loads"])), card)  # by the warps that do
-        whole, left = divmod(m["late_loads"], late.loads)
-        rounds, summing = whole + (left > 0), whole * late.cycles
-        if left:  # fewer bytes, but no less than a load's time
-            summing += max(card.l2_latency, late.cycles * left / late.loads)
-        # other blocks sum their own at the same time
-        summing = max(summing, card.l2_latency + m["late_total"] / (sms * card.l2_bytes_a_cycle))
-    together = m["together"]
-    if together and m["late_loads"]:
-        rounds = rounds_together(row)
-        summing = max(summing, rounds * card.l2_latency)
-    if m["cluster_loads"]:  # a round of them is a fragment's, from all blocks
-        one = math.ceil(m["cluster_loads"] / m["cluster"])
-        of_cluster = card.l2_latency + max(one * card.l2_latency, m["cluster_bytes"] / assumptions.CLUSTER_ONE)
-        beside = m["sum_loads"] < m["cluster_loads"] + m["late_loads"]  # no thread does all of both
-        rounds, summing = (max(rounds, one), max(summing, of_cluster)) if beside else (rounds + one, summing + of_cluster)
-    if m["atomics"]:
-        summing += (3 + together) * card.l2_latency  # store, arrive, wait, store
-    else:
-        summing += card.l2_latency  # store
-        if not rounds:  # what a block adds to, as D: two loads of a thread at a time (csrc/cuda/tile/store.cuh)
-            summing += math.ceil(m["last_loads"] / 2) * card.l2_latency
-    # what is stored after the last products: by the last block alone, or by all where all sum or none has to
-    alone, on_one, busy = m["late_stored"] / assumptions.L2_ONE, math.ceil(row.blocks / sms), min(sms, row.blocks)
-    at_once = m["late_stored"] * min(resident, on_one) / (card.l2_bytes_a_cycle * sms / busy)
-    summing += alone if rounds and not together and m["cluster"] == 1 else max(alone, at_once)
-    if m["last_shared"]:  # its way through shared memory: a store, a barrier, a load, at 128 bytes a cycle
-        summing += 2 * latencies.shared + latencies.barrier + m["last_shared"] / 128
-    after = summing / clock
-    begin = assumptions.BEGIN + card.memory_latency
-    parts = {"begin": begin, "waves": hot_seconds, "after": after}
-    seconds = sum(parts.values())
-    least = dram / card.bandwidth
-    most = max(bound, key=bound.__getitem__)
+    l2 = min(card.l2_bytes_a_cycle * sms, cards.L2_ONE * min(sms, row.blocks)) * clock  # fewer blocks draw no more
+    waves = []
+    for times, blocks in ((full, places), (1, rest)):
+        if times * blocks:
+            own = times * blocks / row.blocks  # share of the work
+            on_one = math.ceil(blocks / sms)
+            flight = own * dram * card.memory_latency / (a_block * blocks) if a_block else 0.0
+            cluster = times * on_one * walked / row.blocks / cards.CLUSTER_ONE / clock
+            issue = times * iterations * cycles(on_one) / clock
+            limits = (issue, own * dram / card.bytes_per_s, flight, own * row.total / l2, cluster)
+            waves.append(dict(zip(LIMITS, limits, strict=True)))
+    rounds, after = after_last_arrival(row, kernel, resident, card)
     busiest = runs[max(runs)]
-    limiter = f"issue ({busiest.reason})" if most == "issue" else most
-    if after > 0.25 * seconds:
-        limiter += ", sum at the end"
+    bulk = bool(m["bulk_bytes"])
     large = row.moved / 16 / 32  # warps' 16-byte accesses
     return Estimate(
-        seconds=seconds,
-        parts=parts,
-        limiter=limiter,
-        share=least / seconds,
-        bound=bound,
+        gpu=gpu,
+        waves_of=waves,
+        afters=[after / clock],
+        maps=int(bulk),
+        chains=int(bulk and row.kernel == "shrink_grad" and m["cluster"] > 1),
+        reason=busiest.reason,
         registers=kernel.registers,
         spilled=kernel.spilled,
         shared=m["shared"] + kernel.static_shared,
@@ -277,12 +294,50 @@ def estimate(row: Row, compiled: dict[str, Compiled], card: Card) -> Estimate:
         kinds={kind: value / large for kind, value in hot.kinds().items()},
         waiting=busiest.waits,
         in_flight=int(a_block * min(resident, math.ceil(row.blocks / sms))),
-        needed_in_flight=card.bandwidth * card.memory_latency / sms,
+        needed_in_flight=card.bytes_per_s * card.memory_latency / sms,
         dram=dram,
         late_rounds=rounds,
         launches=row.launches,
         memsets=m["memsets"],
     )
+
+
+def after_last_arrival(row: Row, kernel: Compiled, resident: int, card: Card) -> tuple[int, float]:
+    """Rounds of loads that the sums over the splits take, and all cycles after a block's last products."""
+    m = row.machine
+    rounds, summing = 0, 0.0
+    if m["late_loads"]:
+        late = late_sums(kernel.code, math.ceil(m["late_bytes"] / (512 * m["late_loads"])), card)  # by the warps that do
+        whole, left = divmod(m["late_loads"], late.loads)
+        rounds, summing = whole + (left > 0), whole * late.cycles
+        if left:  # fewer bytes, but no less than a load's time
+            summing += max(card.l2_latency, late.cycles * left / late.loads)
+        # other blocks sum their own at the same time
+        summing = max(summing, card.l2_latency + m["late_total"] / (card.multiprocessors * card.l2_bytes_a_cycle))
+    together = m["together"]
+    if together and m["late_loads"]:
+        rounds = rounds_together(row)
+        summing = max(summing, rounds * card.l2_latency)
+    if m["cluster_loads"]:  # a round of them is a fragment's, from all blocks
+        one = math.ceil(m["cluster_loads"] / m["cluster"])
+        of_cluster = card.l2_latency + max(one * card.l2_latency, m["cluster_bytes"] / cards.CLUSTER_ONE)
+        beside = m["sum_loads"] < m["cluster_loads"] + m["late_loads"]  # no thread does all of both
+        rounds, summing = (max(rounds, one), max(summing, of_cluster)) if beside else (rounds + one, summing + of_cluster)
+    if m["atomics"]:
+        summing += (3 + together) * card.l2_latency  # store, arrive, wait, store
+    else:
+        summing += card.l2_latency  # store
+        if not rounds:  # what a block adds to, as D: two loads of a thread at a time (csrc/cuda/tile/store.cuh)
+            summing += math.ceil(m["last_loads"] / 2) * card.l2_latency
+    # what is stored after the last products: by the last block alone, or by all where all sum or none has to
+    sms, alone = card.multiprocessors, m["late_stored"] / cards.L2_ONE
+    most = min(resident, math.ceil(row.blocks / sms)) * min(sms, row.blocks)
+    at_once = m["late_stored"] * most / (card.l2_bytes_a_cycle * sms)
+    summing += alone if rounds and not together and m["cluster"] == 1 else max(alone, at_once)
+    if m["last_shared"]:  # its way through shared memory: a store, a barrier, a load, at 128 bytes a cycle
+        latencies = card.latencies()
+        summing += 2 * latencies.shared + latencies.barrier + m["last_shared"] / 128
+    return rounds, summing
 
 
 def bulk_in_flight(row: Row) -> int:
@@ -292,13 +347,13 @@ def bulk_in_flight(row: Row) -> int:
     if not row.machine["bulk_bytes"]:
         return 0
     name = "SHRINK_GRAD_WGMMA" if row.kernel == "shrink_grad" else "ONE_PRODUCT_WGMMA"
-    tile = constant(TRAITS, f"{name}_ROWS") * constant(TRAITS, f"{name}_COLS") * ELEMENT
+    tile = constants()[f"{name}_ROWS"] * constants()[f"{name}_COLS"] * ELEMENT
     if row.kernel != "shrink_grad":
         together = 2 if row.kernel == "factor_grad" and row.r <= 64 else 1
         ranks = max(16, 1 << (row.r - 1).bit_length())  # that the kernel is compiled for
-        stage = tile + constant(TRAITS, f"{name}_ROWS") * ranks * ELEMENT
+        stage = tile + constants()[f"{name}_ROWS"] * ranks * ELEMENT
         return (row.machine["shared"] // stage - 2 * together) * tile
-    return constant(TRAITS, f"{name}_STAGES") // 2 * tile // 2
+    return constants()[f"{name}_STAGES"] // 2 * tile // 2
 
 
 def groups_in_flight(hot: Hot) -> int:

@@ -3,31 +3,32 @@ from stays as it is: the kernels' sources, the executor and the model."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from ..measure.store import RESULTS, Store, latest, of_build
 from . import counts, fused
-from .assumptions import CARDS
+from .assumptions import LEVELS, Assumed
+from .cards import CARDS, card_called
 from .compiled import compile_kernels, tools
 from .counts import KERNELS, Row
 from .layer import fused_key
-from .layer_time import LAUNCH, KernelTime, Times, gap
-from .model import Estimate, estimate
+from .layer_time import KernelTime, Levels, Times
+from .model import Estimate, estimate, in_turns
+from .sources import python_id
 
 CASE = ("kernel", "m", "n", "r", "dtype", "gpu")
 Key = tuple[str, int, int, int, str, str]  # of these
 FILE, COUNTS = "static.jsonl", "traffic.jsonl"
 
 
+MODEL = ("cards", "compiled", "hot", "issue", "model", "row_model", "sass")  # modules that the estimates are made by
+
+
 def model_id() -> str:
-    """Of what the estimates are made from."""
-    digest = hashlib.sha256(counts.sources_id().encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    """Of what the estimates are made from. Assumptions are none of it: `Estimate.at` adds them."""
+    return python_id(MODEL, counts.sources_id())
 
 
 def kept(store: Store, build: str | None = None) -> dict[Key, Estimate]:
@@ -84,44 +85,33 @@ def _row(key: Key, store: Store, again: bool) -> Row:
 def _estimate(key: Key, store: Store, again: bool) -> Estimate:
     """Of an operator: of its one launch, or of all of them in turn (shrink_grad beyond its ranks is shrink and factor_grad)."""
     _, m, n, r, dtype, gpu = key
-    row, card = _row(key, store, again), CARDS[gpu]
+    row = _row(key, store, again)
     names = row.machine["names"]
-    compiled = compile_kernels(dtype, card.architecture)
+    compiled = compile_kernels(dtype, CARDS[gpu].architecture)
     if len(names) == 1:
-        return estimate(row, compiled, card)
-    own = [estimate(_row((name, m, n, r, dtype, gpu), store, again), compiled, card) for name in names]
-    longest = max(own, key=lambda e: e.seconds)
-    seconds = sum(e.seconds for e in own) + sum(gap(card.gpu, ahead.parts["after"]) for ahead in own[:-1])
-    return replace(
-        longest,
-        seconds=seconds,
-        parts={name: sum(e.parts[name] for e in own) for name in longest.parts},
-        share=longest.least_seconds / seconds,
-        bound={name: sum(e.bound[name] for e in own) for name in longest.bound},
-        limiter=f"reads it {len(own)} times; {longest.limiter}",
-        launches=sum(e.launches for e in own),
-        memsets=sum(e.memsets for e in own),
-    )
+        return estimate(row, compiled, gpu)
+    return in_turns([estimate(_row((name, m, n, r, dtype, gpu), store, again), compiled, gpu) for name in names])
 
 
-def layer_times(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: dict[Key, Estimate]) -> Times | None:
-    """Seconds of the kernels of layers in bf16 with their memsets, for bench.traffic; None where one is missing."""
+def layer_levels(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: dict[Key, Estimate]) -> Levels | None:
+    """Seconds of the kernels of layers in bf16 with their memsets, under each set of assumptions; None where one is missing."""
     keys = layer_keys(shapes, [gpu])
     if not all(key in found for key in keys):
         return None
-    sm = CARDS[gpu].multiprocessors
-    times = {(*key[:4], sm): _time(found[key]) for key in keys}
-    if gpu in fused.hopper():
-        for m, k, n, r in shapes:
-            if r <= fused.MAX_RANK:
-                for i, o, backward in ((k, n, False), (n, k, True)):
-                    key = fused_key(m, i, o, r, sm, backward)
-                    times[key] = KernelTime(fused.model(m, i, o, r, gpu, backward).seconds)
+    return {level: _times(shapes, gpu, {key: found[key] for key in keys}, assumed) for level, assumed in LEVELS.items()}
+
+
+def _times(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: dict[Key, Estimate], assumed: Assumed) -> Times:
+    sm, times = CARDS[gpu].multiprocessors, {}
+    for key, e in found.items():
+        own = e.at(assumed)
+        times[(*key[:4], sm)] = KernelTime(own.seconds + assumed.launch * e.memsets, own.parts["after"])
+    for m, k, n, r in shapes if gpu in fused.hopper() else ():
+        if r <= fused.MAX_RANK:
+            for i, o, backward in ((k, n, False), (n, k, True)):
+                seconds = fused.model(m, i, o, r, gpu, backward, assumed=assumed).seconds
+                times[fused_key(m, i, o, r, sm, backward)] = KernelTime(seconds)
     return times
-
-
-def _time(e: Estimate) -> KernelTime:
-    return KernelTime(e.seconds + LAUNCH * e.memsets, e.parts["after"])
 
 
 def measured(results: Path = RESULTS) -> dict[Key, float]:
@@ -130,7 +120,7 @@ def measured(results: Path = RESULTS) -> dict[Key, float]:
     for path in sorted(results.glob("*/kernels.jsonl")):
         for cell in latest(Store(path).read()):
             case, name = cell["case"], cell.get("machine", {}).get("name", "")
-            gpu = next((gpu for gpu, card in CARDS.items() if card.is_called(name)), None)
+            gpu = card_called(name)
             if gpu is not None and cell["rival"] == "lotr_ext":
                 key = (case["kernel"], case["m"], case["n"], case["r"], case["dtype"], gpu)
                 found[key] = cell["step"]["seconds"][1]

@@ -20,14 +20,13 @@ from rich.table import Table
 
 from ..measure.session import new_table
 from ..measure.store import Store, of_build
-from . import assumptions
 from . import row_counts as traffic
-from .assumptions import CARDS, Card
+from .assumptions import BEGIN, LIKELY, Assumed, Spread
+from .cards import CARDS, Card
 from .compiled import Compiled, compile_kernels, tools
 from .hot import Hot, ways
 from .issue import run
-from .layer_time import gap
-from .model import ITERATIONS, blocks_resident
+from .model import ITERATIONS, blocks_resident, gap, together
 from .row_counts import Mixture, RowCounts
 from .sass import Instruction, blocks_of, loops_of
 
@@ -81,7 +80,7 @@ def hot_of_rows(kernel: Compiled, turns: float, loads: float) -> Hot:
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """One launch of an operator on a GPU; seconds in all, and what each limit alone would ask for."""
+    """One launch of an operator on a GPU, and the seconds that each limit alone would ask for; bytes at the data sheet's."""
 
     name: str
     registers: int
@@ -92,13 +91,17 @@ class RowLaunch:
     loads: float  # of a thread and turn
     instructions: float  # of a warp and turn
     issue: float
-    memory: float
+    dram: float
+    l2: float
     waits: float
-    seconds: float
+    latency: float  # of memory
+
+    def seconds(self, assumed: Assumed = LIKELY) -> float:
+        return BEGIN + self.latency + self.waits + together([self.issue, max(self.dram / assumed.bandwidth, self.l2)])
 
     @property
     def limiter(self) -> str:
-        limits = {"issue": self.issue, "memory": self.memory, "loads one after another": self.waits}
+        limits = {"issue": self.issue, "memory": max(self.dram, self.l2), "loads one after another": self.waits}
         return max(limits, key=limits.__getitem__)
 
 
@@ -132,13 +135,12 @@ def launch(name: str, blocks: int, counted: dict, kernel: Compiled, case: Mixtur
     l2 = card.l2_bytes_a_cycle * card.multiprocessors * card.clock
     limits = {
         "issue": cycles / card.clock,
-        "memory": max(least / (card.bandwidth * assumptions.REACHED), counted["bytes"] / l2),
+        "dram": least / card.bytes_per_s,
+        "l2": counted["bytes"] / l2,
         "waits": chain(name, case, splits) * math.ceil(blocks / places) * card.l2_latency / card.clock,
+        "latency": card.memory_latency,
     }
-    seconds = assumptions.BEGIN + card.memory_latency + limits["waits"]
-    seconds += assumptions.together([limits["issue"], limits["memory"]])
-    sizes = (kernel.registers, kernel.spilled, blocks, resident, turns / blocks, loads, instructions)
-    return RowLaunch(name, *sizes, **limits, seconds=seconds)
+    return RowLaunch(name, kernel.registers, kernel.spilled, blocks, resident, turns / blocks, loads, instructions, **limits)
 
 
 def estimate(row: RowCounts, case: Mixture, compiled: dict[str, Compiled], card: Card) -> list[RowLaunch]:
@@ -152,13 +154,17 @@ def estimate(row: RowCounts, case: Mixture, compiled: dict[str, Compiled], card:
     return found
 
 
-def seconds(launches: list[RowLaunch], card: Card) -> float:
+def seconds(launches: list[RowLaunch], card: Card, assumed: Assumed = LIKELY) -> float:
     """Of an operator. Its kernels are small and let the next one begin at once; before row_ends stands the library's sort."""
-    total = sum(one.seconds for one in launches)
+    total = sum(one.seconds(assumed) for one in launches)
     for ahead, one in itertools.pairwise(launches):
-        running = ahead.seconds - assumptions.BEGIN
-        total += gap(card.gpu, None if one.name == "row_ends" else running)
+        running = ahead.seconds(assumed) - BEGIN
+        total += gap(card, None if one.name == "row_ends" else running, assumed)
     return total
+
+
+def spread(launches: list[RowLaunch], card: Card) -> Spread:
+    return Spread.of(lambda assumed: seconds(launches, card, assumed))
 
 
 # ---- estimates that are kept -----------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ def table_of(gpu: str, found: dict[Key, list[RowLaunch]]) -> Table:
             first = [operator, str(case)] if i == 0 else ["", ""]
             row = [e.name, f"{e.registers}" + (f" +{e.spilled} B" if e.spilled else ""), f"{e.blocks:,}, {e.resident}"]
             row += [f"{e.turns:.1f}", f"{e.loads:.1f}", f"{e.instructions:.0f}"]
-            row += [f"{1e6 * value:.1f}" for value in (e.issue, e.memory, e.waits, e.seconds)]
+            row += [f"{1e6 * value:.1f}" for value in (e.issue, max(e.dram, e.l2), e.waits, e.seconds())]
             result.add_row(*first, *row, e.limiter)
     result.caption_justify = "left"
     result.caption = (
@@ -231,8 +237,8 @@ def markdown_rows(found: dict[Key, list[RowLaunch]]) -> tuple[list[str], list[li
     for (operator, case, gpu), launches in found.items():
         if gpu != gpus[0]:
             continue
-        most = max(launches, key=lambda e: e.seconds)
+        most = max(launches, key=lambda e: e.seconds())
         row = [operator, str(case), str(len(launches)), most.name, str(most.registers), f"{most.instructions:.0f}"]
         times = ((found.get((operator, case, other)), CARDS[other]) for other in gpus)
-        rows.append([*row, *(f"{1e6 * seconds(own, card):.1f}" if own else "-" for own, card in times), most.limiter])
+        rows.append([*row, *(spread(own, card).us() if own else "-" for own, card in times), most.limiter])
     return heads, rows

@@ -6,13 +6,14 @@ from rich.table import Table
 
 from ..measure.session import new_table
 from . import fused
-from .assumptions import CARDS
+from .cards import CARDS
 from .model import Estimate
 from .predict import Key
 
 LABEL = "model from the machine code, not measured"
 HEADS = ("kernel", "M x N, r", "registers", "shared", "blocks", "grid, waves", "idle", "instr", "a 16 B (addr)", "KB in flight")
-HEADS += ("issue", "memory", "flight", "L2", "begin", "after (rounds)", "launches", "us", "of HBM", "limiter")
+HEADS += ("issue", "memory", "flight", "L2", "cluster", "begin", "after (rounds)", "launches", "us (low-high)", "of HBM")
+HEADS += ("limiter",)
 
 
 def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, float]) -> Table:
@@ -21,21 +22,22 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, 
     heads = HEADS + (("measured", "x model") if any(key in measured for key in own) else ())
     result = new_table(f"{CARDS[gpu].name}, {dtype}: {LABEL}", *heads)
     for key, e in own.items():
+        t = e.at()
         row = [key[0], f"{key[1]} x {key[2]}, {key[3]}", f"{e.registers}" + (f" +{e.spilled} B" if e.spilled else "")]
         row += [f"{e.shared / 1024:.0f} K", f"{e.resident} ({e.resident_by})", f"{e.blocks}, {e.waves:.2f}", f"{e.idle:.0%}"]
         row += [f"{e.iteration:.0f}", f"{e.per_16_bytes:.0f} ({e.kinds.get('address', 0):.0f})"]
         row += [f"{e.in_flight / 1024:.0f} / {e.needed_in_flight / 1024:.0f}"]
-        row += [f"{1e6 * seconds:.1f}" for seconds in e.bound.values()]
-        row += [f"{1e6 * e.parts['begin']:.1f}", f"{1e6 * e.parts['after']:.1f} ({e.late_rounds})"]
-        row += [f"{e.launches} + {e.memsets}", f"{1e6 * e.seconds:.1f}", f"{e.share:.0%}", e.limiter]
+        row += [f"{1e6 * seconds:.1f}" for seconds in t.bound.values()]
+        row += [f"{1e6 * t.parts['begin']:.1f}", f"{1e6 * t.parts['after']:.1f} ({e.late_rounds})"]
+        row += [f"{e.launches} + {e.memsets}", e.spread.us(), f"{t.share:.0%}", t.limiter]
         if key in measured:
-            row += [f"{1e6 * measured[key]:.1f}", f"{measured[key] / e.seconds:.2f}"]
+            row += [f"{1e6 * measured[key]:.1f}", f"{measured[key] / t.seconds:.2f}"]
         result.add_row(*row)
     result.caption_justify = "left"
     result.caption = (
         "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix (of these for "
-        "addresses and bounds). in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2: what each "
-        "alone asks for. launches + memsets. Times in us."
+        "addresses and bounds). in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2, cluster: what "
+        "each alone asks for. launches + memsets. Times in us, under likely assumptions; in brackets all low and all high."
     )
     return result
 
@@ -63,11 +65,11 @@ def markdown_rows(found: dict[Key, Estimate], measured: dict[Key, float], gpus: 
         row = [key[0], f"{key[1]} x {key[2]}, {key[3]}", str(e.registers), str(e.resident), f"{e.per_16_bytes:.0f}"]
         for gpu in gpus:
             other = found.get((*key[:5], gpu))
-            row.append(f"{1e6 * other.seconds:.1f}, {other.share:.0%}" if other else "-")
-        row.append(e.limiter)
+            row.append(f"{other.spread.us()}, {other.at().share:.0%}" if other else "-")
+        row.append(e.at().limiter)
         if has_measured:
             ratios = [
-                f"{CARDS[g].name}: {measured[k] / found[k].seconds:.2f}" for g in gpus if (k := (*key[:5], g)) in measured
+                f"{CARDS[g].name}: {measured[k] / found[k].at().seconds:.2f}" for g in gpus if (k := (*key[:5], g)) in measured
             ]
             row.append("; ".join(ratios) or "-")
         rows.append(row)

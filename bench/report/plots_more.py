@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from ..measure.names import COLOURS, NAMES, PROJECTED_COLOURS, SHARED_COLOURS, colour_of, name_of
 from ..measure.shapes import Shape
+from ..projection.cards import CARDS
 from ..projection.counts import Key, Row
-from ..projection.layer import LEAST
-from ..projection.layer_time import FLOPS_REACHED, GPUS, LABEL, Times, excess
+from ..projection.layer_time import LABEL, Levels, excess
 from ..rivals.shared import LABELS
 from .plots import save
 from .summary import METHODS, Summary
@@ -117,29 +117,23 @@ def draw_kernels(cells: list[dict], folder: Path) -> list[Path]:
     return save({"kernels": figure}, folder)
 
 
-def draw_projection(shape: Shape, rows: dict[Key, Row], times: dict[str, Times], folder: Path) -> list[Path]:
-    """Bars: projected excess of forward + backward on every GPU of times; lines: the least possible."""
-    gpus = [GPUS[gpu] for gpu in times]
-    columns = [excess(shape, rows, GPUS[gpu], own) for gpu, own in times.items()]
+def draw_projection(shape: Shape, rows: dict[Key, Row], levels: dict[str, Levels], folder: Path) -> list[Path]:
+    """Bars: projected excess of forward + backward on every GPU of levels, with its interval."""
+    columns = [excess(shape, rows, CARDS[gpu], own) for gpu, own in levels.items()]
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for i, (rival, colour) in enumerate(PROJECTED_COLOURS.items()):
-        places = [j + (i - (len(PROJECTED_COLOURS) - 1) / 2) * BAR for j in range(len(gpus))]
-        percent = [100 * column[rival]["step"] if rival in column else 0.0 for column in columns]
-        axis.bar(places, percent, BAR, color=colour, label=NAMES.get(rival, rival))
-    for j, column in enumerate(columns):
-        least, label = 100 * column[LEAST]["step"], LEAST if j == 0 else None
-        axis.plot([j - 0.42, j + 0.42], [least, least], color="white", lw=3)  # the line is seen on dark bars too
-        axis.plot([j - 0.42, j + 0.42], [least, least], "k--", lw=1.4, label=label)
-        axis.text(j + 0.43, least, f"{least:.1f}%", fontsize=7, va="center")
-    axis.set_xticks(range(len(gpus)), [gpu.name for gpu in gpus])
+        own = [(j, column[rival]["step"]) for j, column in enumerate(columns) if rival in column]
+        places = [j + (i - (len(PROJECTED_COLOURS) - 1) / 2) * BAR for j, _ in own]
+        middle = [100 * spread.likely for _, spread in own]
+        ends = [[100 * (s.likely - s.low) for _, s in own], [100 * (s.high - s.likely) for _, s in own]]
+        axis.bar(places, middle, BAR, yerr=ends, color=colour, label=NAMES.get(rival, rival), error_kw={"lw": 0.8})
+    axis.set_xticks(range(len(levels)), [CARDS[gpu].name for gpu in levels])
     axis.set_ylabel("over the frozen layer, %")
     axis.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     m, k, n, r = shape
     title = f"{LABEL.capitalize()}: forward + backward of one layer, {m} x {k} x {n}, r = {r}, bf16"
-    figure.suptitle(
-        f"{title}\nfrom machine code, counted bytes and data sheets; products at {FLOPS_REACHED:.0%} of their peak", fontsize=10
-    )
+    figure.suptitle(f"{title}\nbars: likely assumptions; lines: all of them low, all of them high", fontsize=10)
     return save({"projection": figure}, folder)
 
 

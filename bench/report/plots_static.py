@@ -6,19 +6,25 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ..projection.assumptions import CARDS
+from ..projection.cards import CARDS
 from ..projection.model import Estimate
 from ..projection.predict import Key
 from ..projection.table import LABEL
 from .plots import save
 
-PARTS = {"at bandwidth": "tab:blue", "hot loop beyond it": "tab:orange", "begin": "0.75", "after the last arrival": "tab:red"}
+PARTS = {
+    "reading and writing its bytes at the data sheet's bandwidth": "tab:blue",
+    "bandwidth not reached, or another limit of the loop": "tab:orange",
+    "start of the kernel": "0.75",
+    "sums over blocks at the end": "tab:red",
+}
 
 
 def _stack(e: Estimate) -> list[float]:
     """Seconds of PARTS; together they are the estimate's."""
-    least = min(e.least_seconds, e.parts["waves"])
-    return [least, e.seconds - least - e.parts["begin"] - e.parts["after"], e.parts["begin"], e.parts["after"]]
+    t = e.at()
+    least = min(e.least_seconds, t.parts["waves"])
+    return [least, t.parts["waves"] - least, t.parts["begin"], t.parts["after"]]
 
 
 def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
@@ -41,12 +47,12 @@ def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
             axis.barh(places, widths, left=left, color=colour, label=label if axis is axes.flat[0] else None)
             left = [a + b for a, b in zip(left, widths)]
         for place, end, e in zip(places, left, bars.values()):
-            axis.text(end, place, f" {e.share:.0%}", va="center", fontsize=7)
+            axis.text(end, place, f" {e.at().share:.0%}", va="center", fontsize=7)
         axis.set_yticks(range(len(names)), [f"{kernel}, r = {r}" for r, kernel in names], fontsize=8)
         axis.set_xlim(0, 1.18 * max(left))
         axis.set_title(CARDS[gpu].name, fontsize=9)
-        axis.set_xlabel("us; at the end: of bandwidth", fontsize=8)
+        axis.set_xlabel("us; %: of the bandwidth", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(f"Kernels at {first[1]} x {first[2]}, {first[4]}: {LABEL}", fontsize=10)
     return save({"static": figure}, folder)

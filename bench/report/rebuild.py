@@ -208,9 +208,8 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_frontier.draw_frontier(frontier.kept(folder), folder)
         written += [path for run in tasks_table.task_runs(folder) for path in plots_tasks.draw_tasks(run, folder)]
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
-    times = tables.layer_projections(tables.PROJECTED_SHAPE, rows, estimates)
-    if times:
-        written += plots_more.draw_projection(tables.PROJECTED_SHAPE, rows, times, folder)
+    if levels := tables.layer_projections([tables.PROJECTED_SHAPE], rows, estimates):
+        written += plots_more.draw_projection(tables.PROJECTED_SHAPE, rows, levels, folder)
     return written + plots_static.draw_static(estimates, folder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import layer, model, shared, targets
@@ -14,19 +14,17 @@ from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
 from ..projection import block as block_traffic
 from ..projection import fused
+from ..projection.cards import CARDS
 from ..projection.counts import LAYER_SHAPES, Key, Row, kept, needed
 from ..projection.layer import BETA, FUSED, LEAST, all_steps, total_bytes
-from ..projection.layer_time import GPUS, Times, assumptions, excess
+from ..projection.layer_time import LABEL, STEP_HEADS, Levels, assumptions, excess, step_rows
 from ..projection.model import Estimate
 from ..projection.predict import FILE as STATIC_FILE
 from ..projection.predict import Key as StaticKey
 from ..projection.predict import kept as static_kept
-from ..projection.predict import layer_times, measured
+from ..projection.predict import layer_levels, measured
 from ..projection.table import LABEL as STATIC_LABEL
 from ..projection.table import markdown_rows
-from ..projection.wanted import CAPTION as WANTED_CAPTION
-from ..projection.wanted import HEADS as WANTED_HEADS
-from ..projection.wanted import LAYER_CAPTION, LAYER_HEADS, wanted_layer_rows, wanted_rows
 from ..rivals.model import SHAPES as MODELS
 from .summary import EAGER, LORA, OURS, Summary
 
@@ -261,32 +259,30 @@ def static_found(results: Path) -> dict[StaticKey, Estimate]:
 
 def static_table(found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
     """What each kernel's machine code says of its speed: a row a kernel and size, a column a GPU."""
-    gpus = [gpu for gpu in GPUS if any(key[5] == gpu for key in found)]
-    gpus.sort(key=lambda gpu: gpu != "h100")
+    gpus = sorted({key[5] for key in found}, key=lambda gpu: (gpu != "h100", list(CARDS).index(gpu)))
     heads, rows = markdown_rows({key: e for key, e in found.items() if key[4] == "bf16"}, measured(), gpus)
-    title = f"`python -m bench.static`, no GPU, bf16: {STATIC_LABEL}. Bandwidth: of the data sheet's, begin and end included:"
+    title = f"`python -m bench.static`, no GPU, bf16: {STATIC_LABEL}. First the likely time and its share of the data sheet's "
+    title += "bandwidth, in brackets that with all assumptions low and with all high:"
     images = _images(pictures, {"static": "where each kernel's time goes, modelled"})
-    wanted = markdown(list(WANTED_HEADS), wanted_rows(found), 3)
-    says = f"What is wanted of them, and what stands in the way (bold: not met). {WANTED_CAPTION}:"
-    return "\n".join([title, "", *markdown(heads, rows, 2), "", says, "", *wanted, *images, "", *fused_lines()])
+    return "\n".join([title, "", *markdown(heads, rows, 2), *images, "", *fused_lines()])
 
 
 def fused_lines() -> list[str]:
     """What the model of gemm_lotr says, beside beta."""
     title = (
-        f"`gemm_lotr`, the base product with the adapter inside ([how it works](hopper.md)), {GPUS['h100'].name}, bf16: a "
-        f"model of its tickets, not measured, by the same command. Assumed: {'; '.join(fused.ASSUMED)}."
+        f"`gemm_lotr`, the base product with the adapter inside ([how it works](hopper.md)), {CARDS['h100'].name}, bf16: a "
+        f"model of its tickets, not measured, by the same command. Also assumed: {'; '.join(fused.ASSUMED)}."
     )
     return [title, "", *markdown(list(fused.HEADS), fused.rows(fused.SHAPES, "h100"), 2)]
 
 
-def layer_projections(shape: Shape, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> dict[str, Times]:
-    """Times of our kernels by GPU, for those GPUs that have all counts and estimates of a layer."""
-    times = {gpu: layer_times([shape], gpu, found) for gpu in GPUS}
+def layer_projections(shapes: Sequence[Shape], rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> dict[str, Levels]:
+    """Times of our kernels in these layers by GPU, for those GPUs that have all counts and estimates."""
+    levels = {gpu: layer_levels(shapes, gpu, found) for gpu in CARDS}
     return {
-        g: t
-        for g, t in times.items()
-        if t is not None and all(key in rows for key in needed([shape], [GPUS[g].multiprocessors]))
+        gpu: own
+        for gpu, own in levels.items()
+        if own is not None and all(key in rows for key in needed(list(shapes), [CARDS[gpu].multiprocessors]))
     }
 
 
@@ -300,67 +296,70 @@ def traffic_rows(results: Path) -> dict[Key, Row]:
 def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
     """Counted bytes of a whole layer beyond the frozen one's, and what they would cost: a projection."""
     m, k, n, r = shape = PROJECTED_SHAPE
-    times = layer_projections(shape, rows, found)
-    counted = [gpu for gpu in GPUS.values() if all(key in rows for key in needed([shape], [gpu.multiprocessors]))]
+    levels = layer_projections([shape], rows, found)
+    counted = [card for card in CARDS.values() if all(key in rows for key in needed([shape], [card.multiprocessors]))]
     if not counted:
         return ""
     steps = all_steps(shape, rows, counted[-1].multiprocessors)
     frozen = total_bytes(steps["frozen"], "step")
-    projected = [excess(shape, rows, GPUS[gpu], own) for gpu, own in times.items()]
-    names = [name for name in steps if name != "frozen"]
+    projected = [excess(shape, rows, CARDS[gpu], own) for gpu, own in levels.items()]
     lines = []
-    for name in names:
+    for name in (name for name in steps if name != "frozen"):
         sizes = [f"{(total_bytes(steps[name], 'step') - frozen) / 1e6:.0f} MB"]
-        columns = [f"{column[name]['step']:.1%}" if name in column else "-" for column in projected]
+        columns = [column[name]["step"].percent() if name in column else "-" for column in projected]
         lines.append([bold(NAMES.get(name, name)) if name != LEAST else LEAST, *sizes, *columns])
-    heads = ["", "counted bytes over the frozen layer's", *(f"{GPUS[gpu].name}, projected" for gpu in times)]
+    heads = ["", "counted bytes over the frozen layer's", *(f"{CARDS[gpu].name}, projected" for gpu in levels)]
     title = (
-        f"`python -m bench.traffic`, no GPU: one layer, {m} x {k} x {n}, r = {r}, bf16, forward + backward. Bytes: our "
-        f"kernels' counted by the executor, library operators' at their least. Times over the frozen layer: a {assumptions()}."
+        f"`python -m bench.traffic`, no GPU: one layer by itself, {m} x {k} x {n}, r = {r}, bf16, forward + backward. Bytes: "
+        f"our kernels' counted by the executor, library operators' at their least. Times over the frozen layer in %: a "
+        f"{assumptions()}."
     )
-    images = {"projection": f"{GPUS['h100'].name} and others, projected"}
-    layers = {layer: layer_projections(layer, rows, found) for layer in LAYER_SHAPES}
-    others = other_layers(rows, layers)
-    on_h100 = {key: time for times in layers.values() for key, time in times.get("h100", {}).items()}
-    wanted = wanted_layer_rows(rows, found, on_h100)
-    says = f"What is wanted of a layer on an {GPUS['h100'].name}, and what stands in the way (bold: not met), {LAYER_CAPTION}:"
-    wanted = ["", says, "", *markdown(list(LAYER_HEADS), wanted)] if wanted else []
+    images = {"projection": f"{CARDS['h100'].name} and others, projected"}
     blocks = [line for block in block_traffic.parse(block_traffic.BLOCKS) for line in projected_block(block, rows, found)]
-    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *wanted])
+    others, parts = other_layers(rows, found), layer_parts(rows, levels)
+    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *parts])
 
 
-def other_layers(rows: dict[Key, Row], layers: dict[Shape, dict[str, Times]]) -> list[str]:
-    """The best forms of LoRA and of ours for every layer that is counted, a column a GPU. layers: each one's projections."""
-    lines, columns = [], [gpu for gpu in GPUS if any(gpu in times for times in layers.values())]
-    for (m, k, n, r), times in layers.items():
-        shape, cells = (m, k, n, r), []
-        for gpu in columns:
-            over = excess(shape, rows, GPUS[gpu], times[gpu]) if gpu in times else {}
-            cells.append("; ".join(f"{over[name]['step']:.1%}" for name in (BEST_LORA, BETA, FUSED) if name in over) or "-")
-        lines.append([f"{m} x {k} x {n}, {r}", *cells])
-    names = [NAMES.get(name, name) for name in (BEST_LORA, BETA, FUSED)]
-    says = f"The same of other layers: {names[0]}; {names[1]}; on Hopper also {names[2]}:"
-    return ["", says, "", *markdown(["M x K x N, r", *(GPUS[gpu].name for gpu in columns)], lines)] if columns else []
+def layer_parts(rows: dict[Key, Row], levels: dict[str, Levels]) -> list[str]:
+    """What beta's time over the frozen layer is made of."""
+    if "h100" not in levels:
+        return []
+    says = f"Where {BETA}'s time over the frozen layer goes, the same layer on an {CARDS['h100'].name} ({LABEL}):"
+    lines = step_rows(PROJECTED_SHAPE, rows, CARDS["h100"], levels["h100"])
+    return ["", says, "", *markdown(list(STEP_HEADS), lines, 2)]
+
+
+def other_layers(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
+    """The best forms of LoRA and of ours for every layer that is counted, a column a GPU."""
+    every = {shape: layer_projections([shape], rows, found) for shape in LAYER_SHAPES}
+    columns = [gpu for gpu in CARDS if any(gpu in levels for levels in every.values())]
+    names, lines = {name: NAMES.get(name, name) for name in (BEST_LORA, BETA, FUSED)}, []
+    for shape, levels in every.items():
+        m, k, n, r = shape
+        over = {gpu: excess(shape, rows, CARDS[gpu], own) for gpu, own in levels.items()}
+        for name, label in names.items():
+            cells = [over[gpu][name]["step"].percent() if name in over.get(gpu, {}) else "-" for gpu in columns]
+            lines += [[f"{m} x {k} x {n}, {r}", bold(label), *cells]] if set(cells) != {"-"} else []
+    says = "Time over the frozen layer in %, projected in the same way, of other layers:"
+    return ["", says, "", *markdown(["M x K x N, r", "", *(CARDS[gpu].name for gpu in columns)], lines, 2)] if columns else []
 
 
 def projected_block(block: block_traffic.Block, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
     """Every way of a transformer's block, a column a GPU that has all counts and estimates of its layers."""
-    layers = [layer_projections(shape, rows, found) for shape in block_traffic.shapes(block)]
-    on = [gpu for gpu in GPUS if all(gpu in own for own in layers)]
-    times = {gpu: {key: time for own in layers for key, time in own[gpu].items()} for gpu in on}
-    if not times:
+    levels = layer_projections(block_traffic.shapes(block), rows, found)
+    if not levels:
         return []
-    (model, m, r), columns = block, [block_traffic.excess(block, rows, GPUS[gpu], own) for gpu, own in times.items()]
+    (model, m, r), columns = block, [block_traffic.excess(block, rows, CARDS[gpu], own) for gpu, own in levels.items()]
     lines = [
-        [bold(NAMES.get(name, block_traffic.label_of(name))), *(f"{own[name]['step']:.1%}" for own in columns)]
+        [bold(NAMES.get(name, block_traffic.label_of(name))), *(own[name]["step"].percent() for own in columns)]
         for name in columns[0]
     ]
     says = (
-        f"The linear layers of a {model} block together, {m} tokens, r = {r}, over the frozen ones, projected in the same "
-        "way. LoTR's layers of one shape share a pair, so k and v are siblings, and gate and up; norms, attention and "
-        "activations are left out:"
+        f"The linear layers of a {model} block together, {m} tokens, r = {r}, time over the frozen ones in %, projected "
+        f"alike. LoTR's layers of one shape share a pair, so k and v are siblings, and gate and up; fold and fold_grad are one "
+        f"launch for {block_traffic.LAYERS} layers; norms, attention and activations are left out:"
     )
-    return ["", says, "", *markdown(["", *(GPUS[gpu].name for gpu in times)], lines)]
+    return ["", says, "", *markdown(["", *(CARDS[gpu].name for gpu in levels)], lines)]
 
 
 def summary_table(found: Summary, pictures: Pictures) -> str:

@@ -9,14 +9,14 @@ import pytest
 
 from bench import static as program
 from bench.measure.store import Store
-from bench.projection import compiled, counts, layer, predict, wanted
-from bench.projection import layer_time as projection
-from bench.projection.assumptions import CARDS, together
+from bench.projection import compiled, predict, sources
+from bench.projection.assumptions import BEGIN, EARLY, LIKELY, RANGES, Assumed
+from bench.projection.cards import CARDS
 from bench.projection.compiled import Compiled
-from bench.projection.counts import FOLDER, KERNELS, Row
+from bench.projection.counts import Row
 from bench.projection.hot import Wanted, hot_loop
 from bench.projection.issue import Latencies, run
-from bench.projection.model import Estimate, blocks_resident, estimate, in_turn, late_sums
+from bench.projection.model import LIMITS, Estimate, blocks_resident, estimate, in_turn, late_sums, together
 from bench.projection.sass import Instruction, blocks_of, loops_of, parse
 
 LISTING = """
@@ -183,22 +183,23 @@ def row(blocks: int = 132, late_loads: int = 0, tiles: int = 100) -> Row:
 
 def found(**changes) -> tuple:
     made = {"_ZN4lotr7kernels6shrinkE": kernel(64)}
-    return estimate(row(**changes), made, CARDS["h100"])
+    return estimate(row(**changes), made, "h100")
 
 
 def test_an_estimate_is_the_sum_of_its_parts():
     e = found()
-    assert e.seconds == pytest.approx(sum(e.parts.values())) and e.share == pytest.approx(e.least_seconds / e.seconds)
+    t = e.at()
+    assert t.seconds == pytest.approx(sum(t.parts.values())) and t.share == pytest.approx(e.least_seconds / t.seconds)
     assert e.resident == 3 and e.waves == pytest.approx(132 / (3 * 132)) and e.idle == 0
     assert e.per_16_bytes == pytest.approx(13 / 2)  # 13 instructions for two copies
     assert e.in_flight == 3 * 2 * 512 * 8  # the wait leaves two groups, one more is committed after it
-    assert e.limiter == max(e.bound, key=e.bound.__getitem__) or e.limiter.startswith("issue")
+    assert t.limiter == max(t.bound, key=t.bound.__getitem__) or t.limiter.startswith("issue")
 
 
 def test_more_blocks_than_places_take_another_wave():
     one, two = found(blocks=3 * 132), found(blocks=3 * 132 + 1)
     assert one.idle == 0 and two.idle == pytest.approx(1 - 1 / 132)
-    assert two.bound["issue"] > 1.2 * one.bound["issue"]
+    assert two.at().bound["issue"] > 1.2 * one.at().bound["issue"]
     assert found(blocks=200).idle == pytest.approx(64 / 264)
 
 
@@ -216,14 +217,14 @@ def test_sums_after_the_last_arrival_cost_a_latency_a_round():
     made = {
         "_ZN4lotr7kernels6shrinkE": kernel(64, loop() + [dataclasses.replace(i, address=i.address + 0x1000) for i in summing])
     }
-    short, long = (estimate(row(late_loads=n), made, CARDS["h100"]) for n in (0, 400))
-    assert short.parts["after"] * CARDS["h100"].clock == pytest.approx(263)  # the last store
-    assert long.parts["after"] > 200 * 263 / CARDS["h100"].clock
-    one, two, three = (estimate(row(late_loads=n), made, CARDS["h100"]) for n in (1, 2, 3))
+    short, long = (estimate(row(late_loads=n), made, "h100") for n in (0, 400))
+    assert short.at().parts["after"] * CARDS["h100"].clock == pytest.approx(263)  # the last store
+    assert long.at().parts["after"] > 200 * 263 / CARDS["h100"].clock
+    one, two, three = (estimate(row(late_loads=n), made, "h100") for n in (1, 2, 3))
     assert (one.late_rounds, two.late_rounds, three.late_rounds) == (1, 1, 2) and one.idle == short.idle
-    assert one.parts["after"] * CARDS["h100"].clock == pytest.approx(4 * 263)  # a round of half the loads: a load's time
-    assert two.parts["after"] + 263 / CARDS["h100"].clock == pytest.approx(three.parts["after"])
-    assert "sum at the end" in long.limiter and "sum at the end" not in short.limiter
+    assert one.at().parts["after"] * CARDS["h100"].clock == pytest.approx(4 * 263)  # a round of half the loads: a load's time
+    assert two.at().parts["after"] + 263 / CARDS["h100"].clock == pytest.approx(three.at().parts["after"])
+    assert "sum at the end" in long.at().limiter and "sum at the end" not in short.at().limiter
 
 
 def test_blocks_that_sum_together_wait_once_more_and_share_what_l2_gives():
@@ -232,10 +233,10 @@ def test_blocks_that_sum_together_wait_once_more_and_share_what_l2_gives():
     def late(kernel: str = "shrink", total: int = 0) -> Estimate:
         one = row(blocks=104, late_loads=1)
         more = {"warps": 12, "together": True, "late_total": total, "grid": [8, 13, 1]}
-        return estimate(dataclasses.replace(one, kernel=kernel, machine=one.machine | more), made, a100)
+        return estimate(dataclasses.replace(one, kernel=kernel, machine=one.machine | more), made, "a100")
 
     def latencies(e: Estimate) -> float:
-        return e.parts["after"] * a100.clock / a100.l2_latency
+        return e.at().parts["after"] * a100.clock / a100.l2_latency
 
     q, last_q, k = in_turn(5, 13, 8), in_turn(2, 13, 8), in_turn(1, 8, 4)  # 64 fragments, or 16, over 13; 8 of k over 8
     assert (q, last_q, k) == (3, 3, 1) and late().late_rounds == q and latencies(late()) == pytest.approx(4 + q)
@@ -251,7 +252,7 @@ def test_what_is_stored_and_read_at_the_end_is_paid_for():
 
     def after(blocks: int = 132, **more: int) -> float:
         one = row(blocks=blocks, late_loads=1)
-        return estimate(dataclasses.replace(one, machine=one.machine | more), made, h100).parts["after"] * h100.clock
+        return estimate(dataclasses.replace(one, machine=one.machine | more), made, "h100").at().parts["after"] * h100.clock
 
     stored = 1 << 16
     assert after(late_stored=stored) - after() == pytest.approx(stored / 64)  # the last block's, alone
@@ -311,7 +312,7 @@ def test_what_is_kept_is_shown_without_tools(tmp_path, monkeypatch, capsys):
     cell = {"case": dict(zip(predict.CASE, key)), "rival": "lotr_ext", "build": predict.model_id()}
     Store(tmp_path / predict.FILE).append(cell | {"estimate": dataclasses.asdict(found())})
     monkeypatch.setattr(compiled, "tool", lambda name: None)
-    monkeypatch.setattr(program, "measured", lambda: {key: 2 * found().seconds})
+    monkeypatch.setattr(program, "measured", lambda: {key: 2 * found().at().seconds})
     arguments = ["--gpus", "h100", "--ranks", "16", "--shapes", "64x64", "--kernels", "shrink", "--rows", ""]
     arguments += ["--results", str(tmp_path)]
     assert program.main(arguments) == 0
@@ -334,35 +335,63 @@ def test_measured_times_are_found_by_the_card_s_name(tmp_path):
     assert predict.measured(tmp_path) == {("shrink", 8192, 4096, 16, "bf16", "h100"): 2e-6}
 
 
-def test_what_stands_in_the_way_adds_up_and_is_marked():
-    found = predict.kept(Store(FOLDER / predict.FILE))
-    rows = wanted.wanted_rows(found)
-    assert {row[0] for row in rows} == set(KERNELS) and {row[2] for row in rows} >= {"H100 SXM", "A100 80GB SXM", "H200"}
-    for (kernel, m, n, r), shares in wanted.WANTED.items():
-        for gpu, share in shares.items():
-            if (e := found.get((kernel, m, n, r, "bf16", gpu))) is None:
-                continue
-            assert sum(wanted.lost(e).values()) == pytest.approx(e.seconds - e.least_seconds)
-            assert e.share < wanted.most_reachable(e)
-            row = next(row for row in rows if row[:3] == [kernel, f"{m} x {n}, {r}", CARDS[gpu].name])
-            assert row[4].startswith("**") == (e.share < share)
+def test_assumptions_change_a_time_by_what_they_say():
+    """One at a time, from none."""
+    e = dataclasses.replace(found(), waves_of=[dict.fromkeys(LIMITS, 0.0) | {"memory bandwidth": 8e-6}], afters=[1e-6, 2e-6])
+    none = Assumed(1, 1, 0, fold=0, fences=0, chain=0, launch=0.6e-6, main_loop=1, scouts=1)
+    plain = e.at(none).seconds
+    latencies = 2 * (BEGIN + CARDS["h100"].memory_latency) + EARLY  # the first launch hides the second's
+    assert plain == pytest.approx(8e-6 + 3e-6 + latencies)
+    slow = {"bandwidth": (0.8, 2e-6), "fences": (1e-6, 0), "chain": (1e-6, 0), "launch": (2e-6, 0.5e-6)}
+    for name, (value, more) in slow.items():
+        assert e.at(dataclasses.replace(none, **{name: value})).seconds - plain == pytest.approx(more, abs=1e-12), name
+    with_maps = dataclasses.replace(e, maps=2, chains=1)
+    both = dataclasses.replace(none, fences=1e-6, chain=1.5e-6)
+    assert with_maps.at(both).seconds - plain == pytest.approx(2e-6 + 1.5e-6)
+    low, likely, high = with_maps.spread
+    assert low < likely < high and likely == with_maps.at(LIKELY).seconds
 
 
-def test_what_stands_in_a_layer_s_way_adds_up_to_its_projection():
-    found = predict.kept(Store(FOLDER / predict.FILE))
-    store = Store(FOLDER / "traffic.jsonl")
-    counted = counts.kept(store, store.read()[-1]["build"])
-    shapes = list(wanted.WANTED_LAYERS)
-    times = predict.layer_times(shapes, "h100", found)
-    ours = {(*key[:4], 132): e for key, e in found.items() if key[4:] == ("bf16", "h100")}
-    lines = wanted.wanted_layer_rows(counted, found, times)
-    assert len(lines) == len(shapes)
-    for shape, line in zip(shapes, lines):
-        projected = projection.excess(shape, counted, projection.GPUS["h100"], times)
-        excess = projected["lotr_ext beta"]["step"]
-        frozen = projection.seconds(layer.all_steps(shape, counted, 132)["frozen"], "step", projection.GPUS["h100"], {})
-        terms = wanted.layer_terms(shape, projection.GPUS["h100"], counted, ours, times)
-        assert sum(terms.values()) == pytest.approx(excess * frozen) and all(value >= 0 for value in terms.values())
-        for cell, over in zip(line[2:4], (projected["lotr_ext fused"]["step"], excess)):
-            assert cell.strip("*") == f"{over:.1%}" and cell.startswith("**") == (over > wanted.WANTED_LAYERS[shape])
-    assert wanted.wanted_layer_rows({}, found, times) == wanted.wanted_layer_rows(counted, {}, None) == []
+def test_ranges_are_in_order_and_have_an_origin():
+    """By the time that follows: a share that is reached falls from low to high, all else rises."""
+    for name, quantity in RANGES.items():
+        rises = name not in ("bandwidth", "one_step", "main_loop")
+        assert sorted(quantity[:3], reverse=not rises) == list(quantity[:3]) and quantity.origin, name
+
+
+# ---- what the records are keyed by -----------------------------------------------------------------------------------
+
+
+def test_comments_and_layout_invalidate_no_record(tmp_path):
+    text = 'int a = 1;  // one\n/* two\n lines */ const char* b = "// no comment /* \\" */"; char c = \'"\'; // "\n'
+    text += "#define N 1\nint d;"
+    other = text.replace("// one", "").replace("int a = 1;", "int  a =\t1;").replace("two\n lines", "2") + "  // end"
+    assert sources.tokens(text) == sources.tokens(other)
+    for old, new in (("1;", "2;"), ("no comment", "text"), ("#define N 1\n", "#define N 1 ")):
+        assert sources.tokens(text) != sources.tokens(text.replace(old, new)), new
+    main, header = tmp_path / "main.cu", tmp_path / "kernels" / "a.h"
+    header.parent.mkdir()
+    (tmp_path / "unused.h").write_text("int unused;")
+    main.write_text('#include <cuda.h>\n#include "kernels/a.h"\n')
+    header.write_text('#pragma once\n#include "b.h"\n')
+    (header.parent / "b.h").write_text("int b;")
+    files = sources.closure([main], [])
+    assert [path.name for path in files] == ["a.h", "b.h", "main.cu"]
+    before = sources.cpp_id(files)
+    (header.parent / "b.h").write_text("int b;  // as before")
+    assert sources.cpp_id(files) == before
+    (header.parent / "b.h").write_text("long b;")
+    assert sources.cpp_id(files) != before
+
+
+def test_a_docstring_of_the_model_invalidates_no_estimate(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "sources.py"))
+    ids = []
+    for text in (
+        'def f():\n    """One."""\n    return 1\n',
+        '# two\ndef f():\n    """2"""\n    return 1',
+        "def f():\n    return 2",
+    ):
+        (tmp_path / "model.py").write_text(text)
+        ids.append(sources.python_id(["model"]))
+    assert ids[0] == ids[1] != ids[2]

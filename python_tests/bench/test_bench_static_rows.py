@@ -12,9 +12,9 @@ from bench.measure.store import Store
 from bench.projection import compiled, counts, predict
 from bench.projection import row_counts as rows
 from bench.projection import row_model as model
-from bench.projection.assumptions import BEGIN, CARDS
+from bench.projection.assumptions import BEGIN, EARLY, LIKELY
+from bench.projection.cards import CARDS
 from bench.projection.compiled import Compiled
-from bench.projection.layer_time import EARLY, LAUNCH
 from bench.projection.row_counts import Mixture
 from bench.projection.row_model import ELEMENTS, RowLaunch, Turn, hot_of_rows, turn_of
 from bench.report import rows_table
@@ -87,14 +87,14 @@ def test_a_launch_is_the_sum_of_its_parts() -> None:
     card, e = CARDS["h100"], of(132)
     assert (e.turns, e.loads, e.resident) == (3, 12, 8) and e.instructions == len(turn_of(tiles(), Turn(12)))
     assert e.waits == pytest.approx(card.l2_latency / card.clock)  # its core's index
-    assert e.memory == pytest.approx(10**6 / (card.bandwidth * 0.94))
-    assert e.seconds > BEGIN + card.memory_latency + e.waits + max(e.issue, e.memory)
+    assert e.dram == pytest.approx(10**6 / card.bytes_per_s)
+    assert e.seconds() > BEGIN + card.memory_latency + e.waits + max(e.issue, e.dram / LIKELY.bandwidth)
     assert of(132, turns=6).issue == pytest.approx(2 * e.issue) and of(132, loads=4).instructions < e.instructions
     assert of(2 * 8 * 132).issue == pytest.approx(2 * of(8 * 132).issue)  # another wave
     sorting = dataclasses.replace(e, name="row_ends")  # behind a sort of the library's
-    for name, gap in (("a100", LAUNCH), ("h100", max(EARLY, LAUNCH - (e.seconds - BEGIN)))):
-        assert model.seconds([e, e], CARDS[name]) == pytest.approx(2 * e.seconds + gap)
-        assert model.seconds([e, sorting], CARDS[name]) == pytest.approx(2 * e.seconds + LAUNCH)
+    for name, gap in (("a100", LIKELY.launch), ("h100", max(EARLY, LIKELY.launch - (e.seconds() - BEGIN)))):
+        assert model.seconds([e, e], CARDS[name]) == pytest.approx(2 * e.seconds() + gap)
+        assert model.seconds([e, sorting], CARDS[name]) == pytest.approx(2 * e.seconds() + LIKELY.launch)
 
 
 def test_loads_that_wait_for_one_another() -> None:
@@ -119,7 +119,10 @@ def test_what_is_kept_is_shown_without_tools(tmp_path, monkeypatch, capsys) -> N
     assert program.main(arguments) == 0
     assert "row_core, model from the machine code, not measured" in capsys.readouterr().out
     text = rows_table.static_rows_table(tmp_path)
-    assert "| row_core | 64, 1 of 64, 16 | 1 | row_core | 64 |" in text and f"| {1e6 * of(132).seconds:.1f} |" in text
+    assert (
+        "| row_core | 64, 1 of 64, 16 | 1 | row_core | 64 |" in text
+        and f"| {model.spread([of(132)], CARDS['h100']).us()} |" in text
+    )
     assert rows_table.static_rows_table(tmp_path / "none") == ""
 
 

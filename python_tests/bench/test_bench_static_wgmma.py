@@ -8,7 +8,7 @@ import pytest
 from test_bench_static import code, row
 
 from bench.projection import counts
-from bench.projection.assumptions import CARDS
+from bench.projection.cards import CARDS
 from bench.projection.compiled import Compiled
 from bench.projection.issue import Latencies, Product, run
 from bench.projection.model import bulk_in_flight, estimate, instance
@@ -65,7 +65,7 @@ def test_the_vendor_s_peak_is_the_products():
 
 def test_counts_know_each_card_by_its_multiprocessors():
     for card in CARDS.values():
-        assert counts.DEVICES[card.multiprocessors] == (card.shared_bytes, card.gpu.early, card.architecture == "90a"), card
+        assert counts.DEVICES[card.multiprocessors] == (card.shared_bytes, card.early, card.architecture == "90a"), card
 
 
 def test_the_instance_is_found_without_its_parameters():
@@ -91,13 +91,14 @@ def test_an_estimate_of_bulk_copies():
         "atomics": 1,
     }
     read = {"cluster": 8, "cluster_loads": 1, "cluster_bytes": 1000, "cluster_total": 132 * 131000, "sum_loads": 16}
-    e, clustered = (estimate(dataclasses.replace(known, machine=machine | more), made, CARDS["h100"]) for more in ({}, read))
+    e, clustered = (estimate(dataclasses.replace(known, machine=machine | more), made, "h100") for more in ({}, read))
     assert e.in_flight == bulk_in_flight(dataclasses.replace(known, machine=machine)) == 49152
     assert (e.resident, e.resident_by) == (1, "registers")
+    assert [(one.maps, one.chains) for one in (e, clustered)] == [(1, 0), (1, 1)]  # blocks of a cluster exchange k
     # 100 turns: (2 x 4096 + 12288) / 128 cycles of shared memory, 2 x 64 of the matrix units
-    assert e.bound["issue"] == pytest.approx(100 * 160 / CARDS["h100"].clock, rel=0.06)
-    assert (e.bound["cluster"], clustered.bound["cluster"]) == (0, pytest.approx(130000 / 13 / CARDS["h100"].clock))
-    assert clustered.bound["issue"] > 1.05 * e.bound["issue"]  # the same path
+    assert e.at().bound["issue"] == pytest.approx(100 * 160 / CARDS["h100"].clock, rel=0.06)
+    assert (e.at().bound["cluster"], clustered.at().bound["cluster"]) == (0, pytest.approx(130000 / 13 / CARDS["h100"].clock))
+    assert clustered.at().bound["issue"] > 1.05 * e.at().bound["issue"]  # the same path
 
 
 @pytest.mark.parametrize("r, shared, stages", [(16, 72704, 7), (64, 115712, 7), (65, 222208, 9), (128, 222208, 9)])

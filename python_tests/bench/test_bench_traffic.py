@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from rich.console import Console
 
@@ -9,10 +11,12 @@ from bench import traffic as program
 from bench.measure.bounds import Work, kernel_work, work
 from bench.measure.shapes import Case
 from bench.measure.store import Store
-from bench.projection import block
+from bench.projection import block, model
 from bench.projection import counts as traffic
 from bench.projection import layer as layer_traffic
 from bench.projection import layer_time as projection
+from bench.projection.assumptions import LEVELS, LIKELY, Assumed
+from bench.projection.cards import CARDS, Card
 from bench.projection.layer_time import KernelTime
 from csrc.simt import build
 
@@ -29,10 +33,17 @@ def row(kernel: str, m: int, n: int, r: int, extra: int = 0) -> traffic.Row:
     return traffic.Row(kernel, m, n, r, 1, large, large, 0, extra, least + extra, 1.0, 1.0, 1)
 
 
-def times(shape: tuple[int, int, int, int], gpu: projection.Gpu) -> projection.Times:
+PLAIN = Assumed(1, 1, exposed=0, fold=0, fences=0, chain=0, launch=2e-6, main_loop=1, scouts=1)
+
+
+def roofline(work: Work, gpu: Card) -> float:
+    return projection.library_seconds(layer_traffic.Step("any", work), gpu, PLAIN)
+
+
+def times(shape: tuple[int, int, int, int], gpu: Card) -> projection.Times:
     """Our kernels' times if bytes at bandwidth were all that counts."""
     keys = traffic.needed([shape], [gpu.multiprocessors])
-    return {key: KernelTime(gpu.seconds(kernel_work(*key[:4], 2)), 0.0) for key in keys if key[0] in traffic.KERNELS}
+    return {key: KernelTime(roofline(kernel_work(*key[:4], 2), gpu), 0.0) for key in keys if key[0] in traffic.KERNELS}
 
 
 def rows(shape: tuple[int, int, int, int], extra: int = 0) -> dict[traffic.Key, traffic.Row]:
@@ -81,14 +92,17 @@ def test_our_layer_is_its_kernels_and_the_base_products():
         layer_traffic.our_steps("magic", SHAPE, found, 132)
 
 
+def levels(own: projection.Times) -> projection.Levels:
+    return dict.fromkeys(LEVELS, own)
+
+
 def test_the_projection_agrees_with_sums_made_by_hand(monkeypatch):
     """An H100 at 800 TFLOP/s and its whole bandwidth: what each form adds to the base product, worked out on paper."""
     monkeypatch.setattr(projection, "FLOPS_REACHED", 800 / 989)
-    monkeypatch.setattr(projection, "BANDWIDTH_REACHED", 1.0)
-    monkeypatch.setattr(projection, "LAUNCH", 0.0)
-    monkeypatch.setattr(projection, "EARLY", 0.0)
-    h100 = projection.GPUS["h100"]
-    excess = projection.excess(LARGE, rows(LARGE), h100, times(LARGE, h100))
+    monkeypatch.setattr(projection, "LEVELS", LEVELS | {"low": dataclasses.replace(PLAIN, launch=0.0)})
+    monkeypatch.setattr(model, "EARLY", 0.0)
+    h100 = CARDS["h100"]
+    excess = projection.excess(LARGE, rows(LARGE), h100, levels(times(LARGE, h100)))
     by_hand = {
         "lora-eager": (0.41, 0.53, 0.47),
         "lora-in-place": (0.18, 0.295, 0.24),
@@ -97,37 +111,78 @@ def test_the_projection_agrees_with_sums_made_by_hand(monkeypatch):
         "lotr_ext beta": (0.117, 0.175, 0.147),
     }
     for name, expected in by_hand.items():
-        assert tuple(excess[name].values()) == pytest.approx(expected, abs=0.012), name
-    shown = projection.table(LARGE, rows(LARGE), {"h100": times(LARGE, h100)})
+        assert tuple(own.low for own in excess[name].values()) == pytest.approx(expected, abs=0.012), name
+    shown = projection.table(LARGE, rows(LARGE), {"h100": levels(times(LARGE, h100))})
     assert "not measured" in projection.assumptions() and "not measured" in shown.title
 
 
+def test_what_is_assumed_of_the_library_counts_for_ours_and_for_rivals():
+    """Of each operator in turn: bandwidth, a sum over few columns, the read of y, the least time, fold's latency."""
+    h100, shape = CARDS["h100"], (8192, 4096, 4096, 16)
+    bare = {name: getattr(PLAIN, name) for name in ("bandwidth", "one_step", "exposed", "fold")}
+
+    def time(step: layer_traffic.Step, **more: float) -> float:
+        return projection.library_seconds(step, h100, dataclasses.replace(PLAIN, **bare | more))
+
+    eager = layer_traffic.library_steps("lora-in-place-beta", Case(*shape, "bf16", 1))["forward"]
+    expands = [next(step for step in eager if step.inner == 16), layer_traffic.expand_step(8192, 4096, 16)]
+    bases = [next(step for step in eager if step.added), layer_traffic.base_step(8192, 4096, 4096, accumulate=True)]
+    y = 2 * 8192 * 4096 / h100.bytes_per_s
+    for step in expands:
+        assert time(step, one_step=0.5) == pytest.approx(2 * time(step)) and time(step, bandwidth=0.5) == time(step)
+    for step in bases:
+        assert step.added == 2 * 8192 * 4096 and time(step, exposed=0.5) - time(step) == pytest.approx(0.5 * y)
+        assert time(step, one_step=0.5) == time(step)
+    read = layer_traffic.Step("scale", Work(0, 1000))
+    assert time(read, fold=1e-6) == 1e-6 and time(read) == pytest.approx(1000 / h100.bytes_per_s)
+    assert time(layer_traffic.Step("fold", Work(0, 1000), layers=4), fold=1e-6) == pytest.approx(
+        0.25e-6 + 1000 / h100.bytes_per_s
+    )
+
+
+def test_the_parts_of_a_layer_add_up_to_its_time_over_the_frozen_one():
+    h100 = CARDS["h100"]
+    own = levels(times(LARGE, h100))
+    lines = projection.step_rows(LARGE, rows(LARGE), h100, own)
+    steps = layer_traffic.all_steps(LARGE, rows(LARGE), 132)
+    over = [
+        projection.seconds(steps["lotr_ext beta"], "step", h100, own["likely"], LIKELY)
+        - projection.seconds(steps["frozen"], "step", h100, own["likely"], LIKELY)
+    ]
+    assert sum(float(line[2].split()[0]) for line in lines) == pytest.approx(1e6 * over[0], abs=1)
+    assert [line[1] for line in lines[:4]] == ["shrink", "fold", "expand", "base product, over the frozen one"]
+
+
 def test_launches_and_the_kernels_own_times_count():
-    h100 = projection.GPUS["h100"]
+    h100 = CARDS["h100"]
     own = times(LARGE, h100)
-    steps = layer_traffic.our_steps("lotr_ext two_pass", LARGE, rows(LARGE), 132)
-    both = projection.seconds(steps, "step", h100, own)
-    launches = 7 + 2 / layer_traffic.LAYERS  # three and four; fold and fold_grad are shared
-    roofline = sum(h100.seconds(step.work) for direction in steps.values() for step in direction)
-    assert both - roofline == pytest.approx(launches * projection.LAUNCH, rel=1e-6)
+    for layers, launches in ((1, 9), (32, 7 + 2 / 32)):  # three and four; fold and fold_grad, alone or for many layers
+        steps = layer_traffic.our_steps("lotr_ext two_pass", LARGE, rows(LARGE), 132, layers)
+        both = projection.seconds(steps, "step", h100, own, PLAIN)
+        all_work = sum(roofline(step.work, h100) for direction in steps.values() for step in direction)
+        assert both - all_work == pytest.approx(launches * PLAIN.launch, rel=1e-6)
     first = ("shrink", 8192, 4096, 16, 132)
     slower = own | {first: KernelTime(own[first].seconds + 1e-5)}
-    assert projection.seconds(steps, "forward", h100, slower) - projection.seconds(
-        steps, "forward", h100, own
+    assert projection.seconds(steps, "forward", h100, slower, PLAIN) - projection.seconds(
+        steps, "forward", h100, own, PLAIN
     ) == pytest.approx(1e-5)
     with pytest.raises(KeyError, match="shrink"):
-        projection.seconds(steps, "forward", h100, {})
+        projection.seconds(steps, "forward", h100, {}, PLAIN)
 
 
 def test_an_early_launch_hides_behind_the_sum_of_the_kernel_ahead():
-    """Only of ours after ours, on cards that can: here factor_grad after shrink_grad, in both strategies."""
-    assert [projection.gap(projection.GPUS["h100"], after) for after in (None, 0.0, 1e-6, 1.0)] == [2e-6, 2e-6, 1e-6, 0.5e-6]
+    """Only of ours after ours, on cards that can: here factor_grad after shrink_grad, fold_grad between them being shared."""
+    gaps = [model.gap(CARDS["h100"], after, PLAIN) for after in (None, 0.0, 1e-6, 1.0)]
+    assert gaps == [2e-6, 2e-6, 1e-6, 0.5e-6]
     for name, saved in (("h100", 1.5e-6), ("b200", 1.5e-6), ("a100", 0.0), ("rtx4090", 0.0)):
-        gpu = projection.GPUS[name]
+        gpu = CARDS[name]
         plain, sums = times(LARGE, gpu), {key: KernelTime(t.seconds, 5e-6) for key, t in times(LARGE, gpu).items()}
         for strategy in ("lotr_ext two_pass", "lotr_ext beta"):
-            steps = layer_traffic.our_steps(strategy, LARGE, rows(LARGE), gpu.multiprocessors)
-            less = {d: projection.seconds(steps, d, gpu, plain) - projection.seconds(steps, d, gpu, sums) for d in steps}
+            steps = layer_traffic.our_steps(strategy, LARGE, rows(LARGE), gpu.multiprocessors, layers=32)
+            less = {
+                d: projection.seconds(steps, d, gpu, plain, PLAIN) - projection.seconds(steps, d, gpu, sums, PLAIN)
+                for d in steps
+            }
             assert less == pytest.approx({"forward": 0.0, "backward": saved}, abs=1e-12), (name, strategy)
 
 
@@ -146,24 +201,22 @@ def test_a_rank_whose_rows_are_not_whole_is_counted_as_it_runs():
 
 
 def test_constants_are_those_of_the_sources():
-    lib = traffic.executor()
-    many = traffic.constant("csrc/simt/api.h", "MOST_RESIDENT")
+    lib, constants = traffic.executor(), traffic.constants()
+    many = constants["MOST_RESIDENT"]
     lib.set_options(resident=many)
     with pytest.raises(ValueError, match=f"expected 1 to {many}"):
         lib.set_options(resident=many + 1)
     lib.set_options()
-    launches = [traffic.count(lib, "shrink_grad", 40, 40, r).launches for r in (64, 65)]
-    assert launches == [1, 2] and traffic.shrink_grad_ranks() == 64
+    most = constants["SHRINK_GRAD_MAX_RANK"]
+    assert [traffic.count(lib, "shrink_grad", 40, 40, r).launches for r in (most, most + 1)] == [1, 2]
     assert [layer_traffic.makes_Q(True, r) for r in (16, 17)] == [True, False] and not layer_traffic.makes_Q(False, 8)
-    with pytest.raises(ValueError, match=r"launchers\.h: expected constexpr .* NOTHING = a number, found none"):
-        traffic.constant("csrc/cuda/launchers.h", "NOTHING")
 
 
 def test_a_slower_memory_or_a_faster_product_raises_the_excess():
-    slow = projection.Gpu("slow", 1e12, 1e12, 132)
-    assert slow.seconds(Work(8 * 10**11, 0)) == pytest.approx(1.0) and slow.seconds(Work(0, 9 * 10**11)) == pytest.approx(1.0)
-    gpus = projection.GPUS.items()
-    excess = {name: projection.excess(LARGE, rows(LARGE), gpu, times(LARGE, gpu))["lora-eager"]["step"] for name, gpu in gpus}
+    excess = {
+        name: projection.excess(LARGE, rows(LARGE), gpu, levels(times(LARGE, gpu)))["lora-eager"]["step"].likely
+        for name, gpu in CARDS.items()
+    }
     assert excess["a100"] < excess["h200"] < excess["h100"]
 
 
@@ -221,7 +274,7 @@ def names(steps: layer_traffic.Steps, direction: str) -> list[str]:
 
 
 def test_siblings_share_u_and_the_pass_over_x():
-    alone = layer_traffic.our_steps("lotr_ext beta", (64, 32, 48, 8), block_rows(), 132)
+    alone = layer_traffic.our_steps("lotr_ext beta", (64, 32, 48, 8), block_rows(), 132, block.LAYERS)
     assert block.sibling_steps(64, 32, [48], 8, block_rows(), 132) == alone
     pair = block.sibling_steps(64, 32, [48, 48], 8, block_rows(), 132)
     assert names(pair, "forward") == ["shrink", *["fold", "expand", "base product"] * 2]
@@ -261,12 +314,12 @@ def test_stacked_lora_by_hand():
 
 
 def test_a_blocks_projection(capsys):
-    gpu = projection.GPUS["h100"]
+    gpu = CARDS["h100"]
     own = {key: time for shape in block.shapes(BLOCK) for key, time in times(shape, gpu).items()}
-    over = block.excess(BLOCK, block_rows(), gpu, own)
+    over = block.excess(BLOCK, block_rows(), gpu, levels(own))
     assert set(over) == {"lora-eager", "lora-in-place-beta", block.STACKED, block.UNSHARED, block.SHARED}
     assert over[block.SHARED]["step"] < over[block.UNSHARED]["step"]
-    Console(width=200).print(block.table(BLOCK, block_rows(), {"h100": own}))
+    Console(width=200).print(block.table(BLOCK, block_rows(), {"h100": levels(own)}))
     out = " ".join(capsys.readouterr().out.split())
     assert "LoRA, q k v and gate up stacked" in out and "projection, not measured" in out and "siblings off" in out
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from bench.measure.session import progress  # noqa: E402
 from bench.projection import counts  # noqa: E402
 from bench.projection import row_counts as row_counts  # noqa: E402
-from bench.projection.assumptions import CARDS  # noqa: E402
+from bench.projection.cards import CARDS  # noqa: E402
 from bench.projection.compiled import compile_kernels, tools  # noqa: E402
 from bench.projection.model import blocks_resident, hot_of  # noqa: E402
 from bench.projection.row_model import ELEMENTS, hot_of_rows  # noqa: E402

@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "cuda/counters.h"
+#include "cuda/gemm_lotr.h"
 #include "cuda/launch.h"
+#include "cuda/launchers.h"
 #include "cuda/one_product_sm90.h"
 #include "cuda/plan.h"
 #include "cuda/shrink_grad_sm90.h"
@@ -466,6 +468,23 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def("sparse_array", &sparse_array, "shape"_a, "dtype"_a);
   m.def("write_coverage", &write_coverage);
   m.def("build_mode", [] { return std::string(build_mode()); });
+  m.def(
+      "constants",
+      [] {
+        return std::map<std::string, int>{
+            {"GEMM_LOTR_FACTOR_RANK", cuda::GEMM_LOTR_FACTOR_RANK},
+            {"MOST_RESIDENT", MOST_RESIDENT},
+            {"ONE_PRODUCT_WGMMA_COLS", kernels::ONE_PRODUCT_WGMMA_COLS},
+            {"ONE_PRODUCT_WGMMA_ROWS", kernels::ONE_PRODUCT_WGMMA_ROWS},
+            {"SHRINK_GRAD_MAX_RANK", cuda::SHRINK_GRAD_MAX_RANK},
+            {"SHRINK_GRAD_ROWS", kernels::SHRINK_GRAD_ROWS},
+            {"SHRINK_GRAD_ROW_BYTES", kernels::SHRINK_GRAD_ROW_BYTES},
+            {"SHRINK_GRAD_WGMMA_COLS", kernels::SHRINK_GRAD_WGMMA_COLS},
+            {"SHRINK_GRAD_WGMMA_ROWS", kernels::SHRINK_GRAD_WGMMA_ROWS},
+            {"SHRINK_GRAD_WGMMA_STAGES", kernels::SHRINK_GRAD_WGMMA_STAGES},
+        };
+      },
+      "Those of the sources that bench/projection needs");
   m.def(
       "plan",
       [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
