@@ -13,8 +13,9 @@ SITE = { log=$$(NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(DOCS_ARGS
   || { echo "$$log" | grep -v '^INFO' >&2; false; }; }
 # the contracts in pyproject.toml; only what is broken is worth reading
 ROOMS = { log=$$($(VENV)/bin/lint-imports --no-cache) || { echo "$$log" | sed -n '/^Broken contracts/,$$p' >&2; false; }; }
-# tests run with one thread of torch each, so two at a time; ARGS="-n 0" runs them in one process
-TWO := -n 2 --dist worksteal
+# tests run with one thread of torch each, so two files at a time, each in one process because its tests share what was built for
+# them; ARGS="-n 0" runs all in one process
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 SLOWEST := --durations=10 --durations-min=60
 STAMPS := $(VENV)/.stamps
 ARGS ?=
@@ -32,8 +33,8 @@ help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
 	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: two minutes)"
 	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
-	@echo "make check      what one runs while working: operators, autograd, layers, a few kernels (minutes)"
-	@echo "make test       lint and all tests that need no GPU          make test-full   the long sweeps too"
+	@echo "make check      what one runs while working: operators, autograd, layers, a few kernels (3 minutes)"
+	@echo "make test       lint and what users meet (10 minutes)        make test-full   the long sweeps too (an hour or more)"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
 	@echo "make wheel      one wheel for every Python from 3.10 and torch from 2.10 on, CPU and GPUs, checked and tried, in dist/"
@@ -87,15 +88,18 @@ causal-lm: setup
 	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/causal_lm.py $(ARGS)
 
 # What one runs while working: no model, no data, no site, and of the kernels a few cases under the executor.
-CHECKED := python_tests/ops python_tests/autograd python_tests/layers \
+CHECKED := python_tests/ops python_tests/autograd python_tests/layers --ignore python_tests/ops/test_cpu_isa.py \
   $(foreach kernel,shrink expand_add factor_grad shrink_grad,"python_tests/kernels/test_kernels.py::test_kernel[$(kernel)-bf16]")
 check: $(STAMPS)/build
 	@$(CODE) || $(LINT_FAILED)
 	@$(PY) -m pytest -q $(TWO) $(CHECKED) $(ARGS)
-	@echo "check: left out: the site, models, files, PEFT, processes, benchmarks, examples, other kernels and types; make test has them"
+	@echo "check: left out: the site, models, files, PEFT, processes, benchmarks, examples, other instruction sets, kernels and types;"
+	@echo "check: make test has them"
 
 test: setup lint
 	@$(PY) -m pytest $(TWO) $(SLOWEST) $(ARGS)
+	@echo "test: left out: AddressSanitizer, most schedules, shapes and mutations of the kernels, planted bugs, code for other GPUs,"
+	@echo "test: thousands of random programs; make test-full has them. What needs a GPU: make test-gpu"
 
 test-full: setup lint
 	@$(PY) -m pytest $(TWO) -m "full or not full" -o faulthandler_timeout=3600 $(SLOWEST) $(ARGS)

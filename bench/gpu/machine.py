@@ -51,4 +51,7 @@ def look() -> dict[str, str | None]:
         spec = importlib.util.find_spec(package)
         found[package] = None if spec is None else str(spec.origin)
     found[HOPPER] = found["gpu"] if found["gpu"] and found["gpu"].endswith(", 9.0") else None
+    for program in ("static", "host"):
+        there = [ROOT / "bench" / f"{program}.py", ROOT / "bench" / program / "__main__.py"]
+        found[f"bench.{program}"] = next((str(path) for path in there if path.exists()), None)
     return found

@@ -72,7 +72,7 @@ def _speed(module: tuple[str, ...], quick: tuple[str, ...]) -> list[Part]:
             (2,),
         ),
         Part("experts", 1.0, experts, ("transformers", "peft"), "a mixture's experts against PEFT's LoRA", (2,)),
-        Part("host", 1.0, (*module, "bench.host"), (), "host time of a layer", (2,)),
+        Part("host", 1.0, (*module, "bench.host"), ("bench.host",), "host time of a layer", (2,)),
         *(without(switch, module) for switch in ("wgmma", "early", "cluster", "together")),
     ]
 
@@ -87,6 +87,7 @@ def _thorough(module: tuple[str, ...]) -> list[Part]:
         Part("ncu", 1.0, (*ncu, "--launch-count", str(NCU_KERNELS), *profiled), ("ncu",), "counters of the hardware", (3,)),
         Part("floor-kernels", 1.5, (*module, "bench.kernels", *FLOOR), (), "the library's products after a search", (3,)),
         Part("floor-layer", 1.5, floor_layer, (), "the same, a layer", (3,)),
+        Part("static", 1.0, (*module, "bench.static"), ("bench.static",), "the model's times beside the measured ones", (3,)),
     ]
 
 

@@ -6,15 +6,13 @@ import re
 import statistics
 from pathlib import Path
 
-from ..measure.store import RESULTS, Store, newest
-from ..projection import predictions
+from ..measure.store import Store, newest
 
 FLOOR, OURS = "frozen", "lotr_ext"
 
 
-def summary(results: Path, outcome: dict[str, dict], predicted: Path = RESULTS) -> list[str]:
-    """A line a part, and below it what its results say. results: the folder of logs and of the card's own folder;
-    predicted: that has the predictions."""
+def summary(results: Path, outcome: dict[str, dict]) -> list[str]:
+    """A line a part, and below it what its results say. results: the folder of logs and of the card's own folder."""
     lines = ["", "summary"]
     for name, part in outcome.items():
         lines.append(f"  {name:18} {part['status']}" + (f", {part['seconds']:.0f} s" if part["seconds"] else ""))
@@ -31,21 +29,7 @@ def summary(results: Path, outcome: dict[str, dict], predicted: Path = RESULTS) 
         if cells and path.stem in TELL:
             told = TELL[path.stem](newest(cells))
             lines += [f"  {path.relative_to(results)}", *(f"      {line}" for line in told)]
-    return [*lines, *beside_predicted(results, predicted), f"results in {results}"]
-
-
-def beside_predicted(results: Path, predicted: Path) -> list[str]:
-    """Every measured value that was predicted for this card, with the ratio of the two."""
-    made_on, made = predictions.kept(predicted)
-    found = [one for folder in sorted(results.glob("*/")) for one in predictions.compared_in(folder, made)]
-    if not found:
-        return []
-    inside, ratio = sum(one.inside for one in found), statistics.median(one.ratio for one in found)
-    lines = [f"  predicted on {made_on}: {inside} of {len(found)} within the interval, measured / likely {ratio:.2f} (median)"]
-    for one in found:
-        what, predicted, measured, verdict = one.cells()
-        lines.append(f"      {what}: {measured}, predicted {predicted}: x {verdict}")
-    return lines
+    return [*lines, f"results in {results}"]
 
 
 def pairs(cells: list[dict], floor: str) -> list[tuple[dict, dict]]:

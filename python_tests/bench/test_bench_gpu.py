@@ -23,7 +23,7 @@ from lotr_ext import info
 ALL = {
     name: f"/{name}"
     for name in (
-        *("gpu", "nvcc", "c++", "cmake", "ninja", "compute-sanitizer", "ncu", "pytest"),
+        *("gpu", "nvcc", "c++", "cmake", "ninja", "compute-sanitizer", "ncu", "pytest", "bench.static", "bench.host"),
         *(machine.HOPPER, *machine.NEEDED, *machine.OPTIONAL),
     )
 }
@@ -80,6 +80,7 @@ def test_the_commands_exist():
     ("gone", "parts", "words"),
     [
         ("compute-sanitizer", ["sanitize-memcheck", "sanitize-racecheck"], "needs compute-sanitizer"),
+        ("bench.static", ["static"], "needs bench.static"),
         ("pytest", ["smoke", "tests"], "needs pytest"),
         ("nvcc", ["build"], "needs nvcc"),
         ("safetensors", ["build"], "needs safetensors"),

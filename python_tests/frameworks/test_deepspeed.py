@@ -11,7 +11,7 @@ pytestmark = needs("deepspeed")
 CHECKS = ("stages", "through_peft", "partitioned_first", "refusals")
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_zero_trains_saves_loads_and_goes_on(world: int, tmp_path: Path) -> None:
     found = values_of([f"zero_checks:{check}" for check in CHECKS], tmp_path, world=world)
     for by_rank in found["zero_checks:stages"]:

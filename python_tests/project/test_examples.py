@@ -126,21 +126,27 @@ def test_finetune_text_trains_on_the_snippets(tmp_path):
     ],
 )
 def test_finetune_text_refuses(arguments, words, tmp_path):
-    result = run("examples/finetune_text.py", "--out", str(tmp_path / "out"), *arguments)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert all(word in result.stderr for word in ["finetune_text:", *words]), result.stderr
+    import finetune_text
+
+    with pytest.raises((ValueError, OSError)) as refusal:
+        finetune_text.main(["--out", str(tmp_path / "out"), *arguments])
+    assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 @needs_data
 def test_finetune_text_refuses_what_only_the_model_can_tell(tiny, tmp_path):
+    import finetune_text
+
     text = tiny[1]
     options = ("--text", str(text), "--steps", "1", "--threads", "1", "--methods", "lotr", "--out", str(tmp_path))
     result = run("examples/finetune_text.py", "--model", str(tmp_path), *options)
     assert result.returncode == 1 and result.stderr.startswith("finetune_text: model: expected a Hugging Face model folder")
+    assert "Traceback" not in result.stderr
+    chosen = finetune_text.arguments(["--model", str(tiny[0]), *options])
+    shared = {k: v for k, v in vars(chosen).items() if k not in ("methods", "seed", "seeds", "quiet", "targets")}
     for target, message in (("absent", "absent"), ("LayerNorm", "target_modules: expected nn.Linear")):
-        result = run("examples/finetune_text.py", "--model", str(tiny[0]), "--targets", target, *options)
-        assert result.returncode == 1 and "finetune_text: " in result.stderr and message in result.stderr
-        assert "Traceback" not in result.stderr
+        with pytest.raises((ValueError, TypeError), match=message):
+            finetune_text.run(finetune_text.Job(method="lotr", seed=0, show=False, targets=(target,), **shared))
 
 
 # ---- train_ddp -------------------------------------------------------------------------------------------------------

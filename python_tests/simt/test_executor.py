@@ -63,7 +63,9 @@ def test_all_blocks_of_a_cooperative_launch_run_at_the_same_time() -> None:
     assert "expected at most 65535: play a smaller GPU" in run("cooperative crowd")
 
 
-@pytest.mark.parametrize("mode, defines", [("plain", ()), ("plain", UCONTEXT), ("asan", ())])
+@pytest.mark.parametrize(
+    "mode, defines", [("plain", ()), pytest.param("plain", UCONTEXT, marks=pytest.mark.full), ("asan", ())]
+)
 def test_deadlock_names_the_line(mode: str, defines: tuple[str, ...]) -> None:
     report = run("deadlock", mode=mode, defines=defines)
     place = f"behaviour.cpp:{line_of('DEADLOCK LINE')}"
@@ -77,6 +79,7 @@ def test_a_failed_launch_leaves_nothing_behind(mode: str) -> None:
     assert threads(run("again", mode=mode)) == list(range(192))
 
 
+@pytest.mark.full
 def test_ucontext_fibers_run_the_same_schedule() -> None:
     schedule = {"order": "random", "seed": 5, "preempt": 32}
     assert run("schedule", defines=UCONTEXT, **schedule) == run("schedule", **schedule)
@@ -141,6 +144,7 @@ def test_leaving_out_a_barrier() -> None:
     assert run("skip", str(second)).startswith("wrong")
 
 
+@pytest.mark.full
 def test_coverage() -> None:
     """Lines are counted although threads leave functions in the middle and come back on another stack."""
     program = build.program("coverage", PROGRAMS / "sum.cpp")
