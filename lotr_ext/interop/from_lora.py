@@ -99,13 +99,7 @@ def lora_to_lotr(
             be, or a rank beyond what any group can use (the sum of its LoRA ranks, or its two widths); groups of mixed shapes.
     """
     check_dtype(dtype)
-    given = {"rank": rank, "error": error, "parameters": parameters}
-    if sum(value is not None for value in given.values()) != 1:
-        raise ValueError(f"rank, error, parameters: expected exactly one of them, got {given}")
-    if rank is not None:
-        check_rank(rank)
-    if error is not None and not 0.0 < error < 1.0:
-        raise ValueError(f"error: expected a number between 0 and 1, got {error!r}")
+    _check_size(rank, error, parameters)
     adapter = source if isinstance(source, LoRAAdapter) else read_lora(source, config)
     groups: dict[str, list[str]] = {}
     for name, group in group_names({name: layer.sizes for name, layer in adapter.layers.items()}, group_by).items():
@@ -116,24 +110,22 @@ def lora_to_lotr(
         rank = min(_rank_for(parameters, sizes, groups), bound)
     if rank is not None and max(check_rank(rank)) > bound:
         raise ValueError(f"rank: expected at most {bound}, beyond which no group can use any, got {rank}")
-    stacks = {}
-    for i, (group, names) in enumerate(groups.items()):
-        report(f"QR of {group}", 0.1 * i / len(groups))
-        stacks[group] = LowRankStack([_pair(adapter.layers[name]) for name in names])
-    share = 0.4 / len(stacks)
-    if error is not None:
-        rank = 1
-        for i, (group, stack) in enumerate(stacks.items()):
-            rank = _smallest_rank(stack, error, rank, lambda r, i=i, g=group: report(f"rank of {g}: {r}?", 0.1 + i * share))
-    found = {}
-    for i, (group, stack) in enumerate(stacks.items()):
-        tell = lambda done, i=i, g=group: report(f"HOOI of {g}", 0.6 + (i + done) * share)  # noqa: E731
-        found[group] = stack.factorise(check_rank(rank), report=tell)
-    report("done", 1.0)
+    pairs = {group: [_pair(adapter.layers[name]) for name in names] for group, names in groups.items()}
+    found, rank = _factorised(pairs, rank, error, report)
     conversion = _conversion(adapter, groups, found, rank, group_by, dtype)
     for text in conversion.doubts():
         warnings.warn(f"lotr_ext: {text}", stacklevel=2)
     return conversion
+
+
+def _check_size(rank: int | tuple[int, int] | None, error: float | None, parameters: int | None) -> None:
+    given = {"rank": rank, "error": error, "parameters": parameters}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"rank, error, parameters: expected exactly one of them, got {given}")
+    if rank is not None:
+        check_rank(rank)
+    if error is not None and not 0.0 < error < 1.0:
+        raise ValueError(f"error: expected a number between 0 and 1, got {error!r}")
 
 
 def exact_rank(adapter: LoRAAdapter, group_by: str | Mapping[str, str]) -> int:
@@ -175,6 +167,29 @@ def _smallest_rank(stack: LowRankStack, error: float, at_least: int, report: Cal
         else:
             low = middle + 1
     return max(high, at_least)
+
+
+def _factorised(
+    pairs: Mapping[str, list[tuple[Tensor, Tensor]]],
+    rank: int | tuple[int, int] | None,
+    error: float | None,
+    report: Report,
+) -> tuple[dict[str, Tucker2], int | tuple[int, int]]:
+    """The factorisation of each group, and the rank: as given, or the smallest at which each group has at most this error."""
+    stacks, found = {}, {}
+    share = 0.4 / len(pairs)
+    for i, (group, several) in enumerate(pairs.items()):
+        report(f"QR of {group}", 0.1 * i / len(pairs))
+        stacks[group] = LowRankStack(several)
+    if error is not None:
+        rank = 1
+        for i, (group, stack) in enumerate(stacks.items()):
+            rank = _smallest_rank(stack, error, rank, lambda r, i=i, g=group: report(f"rank of {g}: {r}?", 0.1 + i * share))
+    for i, (group, stack) in enumerate(stacks.items()):
+        tell = lambda done, i=i, g=group: report(f"HOOI of {g}", 0.6 + (i + done) * share)  # noqa: E731
+        found[group] = stack.factorise(check_rank(rank), report=tell)
+    report("done", 1.0)
+    return found, rank
 
 
 def _conversion(

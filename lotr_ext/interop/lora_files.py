@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..files import check_regular, parse_json, read_bytes, together
 from ..layers.factors import DTYPES
-from ..layers.layer import check_number
+from ..layers.settings import check_number
 from ..model.targets import name_ends_with
 
 __all__ = ["LoRAAdapter", "LoRALayer", "read_lora"]

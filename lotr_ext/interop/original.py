@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..layers.factors import DTYPES
-from ..layers.layer import check_number
+from ..layers.settings import check_number
 from ..model.adapter_files import LayerEntry
 from ..model.config import LoTRConfig
 from .adapter import LoTRAdapter

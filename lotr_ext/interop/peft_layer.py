@@ -24,11 +24,12 @@ from ..layers.cores import CoreAt
 from ..layers.factors import LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.init import fill_core_
-from ..layers.layer import LoTRLayer, check_settings
+from ..layers.layer import LoTRLayer
 from ..layers.linear import is_conv1d
 from ..layers.merging import MergeNotice, check_is_parameter, write_
 from ..layers.parametrized import parameters_of
 from ..layers.quantized import has_plain_weight
+from ..layers.settings import Settings
 from ..model.targets import features, needs_wrap
 from ..ops.composite import delta_weight
 from ..ops.planner import Plan
@@ -48,8 +49,7 @@ class LoTRCore(HasCore):
         self, factors: LoTRFactors, config: LoTRPeftConfig, num_experts: int | None = None, form: CoreAt | None = None
     ):
         super().__init__()
-        settings = {name: getattr(config, name) for name in ("alpha", "rslora", "scaling", "dropout")}
-        self.scaling = check_settings(**settings).resolve(max(factors.r_in, factors.r_out))
+        self.scaling = Settings.of(config).scale(factors.rank)
         self.dropout, self.trained = config.dropout, tuple(config.train)
         shape = (factors.r_in, factors.r_out)
         if num_experts is not None:

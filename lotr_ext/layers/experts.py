@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..autograd.call import Call, call_routed, compute_dtype
 from ..ops.grouped import expert_of_rows, grouped_linear, of_groups_alone
 from .factors import LoTRFactors, check_dimension, check_dtype
-from .layer import LoTRLayer, check_number, check_settings
+from .layer import LoTRLayer
 from .mixture import cores_of, cores_of_rows
 from .quantized import is_plain
+from .settings import Settings, check_number
 
 __all__ = ["LoTRExperts", "lotr_grouped_linear"]
 
@@ -122,7 +123,7 @@ class LoTRExperts(LoTRLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+        settings = Settings(alpha, rslora, scaling, dropout)
         check_dtype(dtype)
         check_dimension("num_experts", num_experts)
         factors = self._factors_for(factors, rank, (in_features, out_features), device, dtype)
@@ -148,7 +149,7 @@ class LoTRExperts(LoTRLayer):
         dropout: float = 0.0,
     ) -> LoTRExperts:
         """Adapts weight [e, n, k] and bias [e, n]: takes over the very tensors, and freezes them."""
-        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+        settings = Settings(alpha, rslora, scaling, dropout)
         for name, parameter, shape in (("weight", weight, ("e", "n", "k")), ("bias", bias, tuple(weight.shape[:2]))):
             if parameter is not None:
                 _check_tensor(name, parameter, shape)

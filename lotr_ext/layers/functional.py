@@ -10,9 +10,10 @@ from ..autograd.call import Call, call_linear, compute_dtype, plan_call
 from ..ops.planner import Plan
 from .experts import LoTRExperts
 from .factors import LoTRFactors
-from .layer import LoTRLayer, check_number, check_probability
+from .layer import LoTRLayer
 from .linear import LoTRWrapped
 from .mixture import call_mixed
+from .settings import check_number, check_probability
 
 
 def _check_matrix(name: str, tensor: object, shape: tuple[int | None, int | None], meaning: str) -> None:

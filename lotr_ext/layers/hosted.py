@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .experts import LoTRExperts
 from .factors import LoTRFactors
-from .layer import check_settings
 from .merging import check_is_parameter
+from .settings import Settings
 
 __all__ = ["Host", "LoTRHostedExperts"]
 
@@ -53,12 +53,8 @@ class LoTRHostedExperts(LoTRExperts):
         *,
         transposed: bool = False,
         bias: str | None = None,
-        alpha: float | None = None,
-        rslora: bool = False,
-        scaling: float | None = None,
-        dropout: float = 0.0,
+        settings: Settings | None = None,
     ):
-        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
         nn.Module.__init__(self)
         self.__dict__["host"], self.parameter, self.transposed, self.bias_name = Host(host), parameter, transposed, bias
         e, n, k = self.weight.shape
@@ -68,7 +64,7 @@ class LoTRHostedExperts(LoTRExperts):
             if own is not None:
                 getattr(host, own).requires_grad_(False)
         self.num_experts, self.in_features, self.out_features = e, k, n
-        self._attach(factors, self.weight.device, settings)
+        self._attach(factors, self.weight.device, settings or Settings())
         self.train(host.training)
 
     @property

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,55 +18,9 @@ from .merging import MergeNotice, check_is_parameter, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
 from .request import NOW, OFF, said_of
+from .settings import Settings
 
 DEFAULT_RANK = 8
-
-
-class Settings(NamedTuple):
-    """Checked arguments of a layer."""
-
-    alpha: float | None
-    rslora: bool
-    scaling: float | None
-    dropout: float
-
-    def resolve(self, rank: int) -> float:
-        """s: scaling if given, else alpha / r or alpha / sqrt(r), with alpha = r where it is None."""
-        if self.scaling is not None:
-            return float(self.scaling)
-        return (rank if self.alpha is None else self.alpha) / (math.sqrt(rank) if self.rslora else rank)
-
-
-def check_number(name: str, value: object) -> None:
-    """TypeError or ValueError unless value is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int beyond any float
-        raise ValueError(f"{name}: expected a finite number, got an int of {value.bit_length()} bits") from None
-    if not finite:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def check_probability(name: str, value: object) -> None:
-    """TypeError or ValueError unless value is a number in [0, 1)."""
-    check_number(name, value)
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
-
-
-def check_settings(*, alpha: float | None, rslora: bool, scaling: float | None, dropout: float) -> Settings:
-    """The arguments, checked: TypeError or ValueError says name, expected and got."""
-    for name, value in (("alpha", alpha), ("scaling", scaling)):
-        if value is not None:
-            check_number(name, value)
-    check_probability("dropout", dropout)
-    if not isinstance(rslora, bool):
-        raise TypeError(f"rslora: expected a bool, got {type(rslora).__name__} {rslora!r}")
-    if scaling is not None and (alpha is not None or rslora):
-        raise ValueError(f"scaling: expected it alone, got {scaling} with alpha={alpha}, rslora={rslora}")
-    return Settings(alpha, rslora, scaling, float(dropout))
 
 
 class LoTRLayer(HasCore):
@@ -160,7 +113,7 @@ class LoTRLayer(HasCore):
         """Adds the adapter to a layer that has its base parameters; device is the core's."""
         for parameter in self.parameters():
             parameter.requires_grad_(False)
-        self.scaling = settings.resolve(max(factors.r_in, factors.r_out))
+        self.scaling = settings.scale(factors.rank)
         self.dropout, self.merged = settings.dropout, False
         self.strategy: str | None = None
         self.core = nn.Parameter(torch.zeros(self._core_shape(factors), device=device, dtype=factors.A.dtype))

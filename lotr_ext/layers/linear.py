@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -9,14 +11,68 @@ from torch.nn import functional as nnf
 from ..autograd.call import Call, add_adapter, call_linear
 from ..ops import accumulate_dtype
 from .factors import LoTRFactors, check_dtype
-from .layer import LoTRLayer, check_settings
+from .layer import LoTRLayer
 from .merging import MergeNotice
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
+from .settings import Settings
 from .sharded import whole_shape
 
+Layer = TypeVar("Layer", bound="AdaptsModule")
 
-class LoTRLinear(LoTRLayer, nn.Linear):
+
+class AdaptsModule(LoTRLayer):
+    """Base class of the layers that are made of one existing module."""
+
+    @classmethod
+    def from_linear(
+        cls: type[Layer],
+        linear: nn.Module,
+        factors: LoTRFactors,
+        *,
+        alpha: float | None = None,
+        rslora: bool = False,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+    ) -> Layer:
+        """Adapts linear: takes over its weight and bias, the very tensors (LoTRWrapped: the module), and freezes them.
+
+        Raises:
+            TypeError, ValueError: a module of another kind, one that is adapted already, factors of other sizes, or an argument
+                of the wrong type or value.
+        """
+        return cls.adapting(linear, factors, Settings(alpha, rslora, scaling, dropout))
+
+    @classmethod
+    def adapting(cls: type[Layer], linear: nn.Module, factors: LoTRFactors, settings: Settings) -> Layer:
+        """`from_linear` with settings that are checked."""
+        cls._check_unadapted(linear)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = cls._sizes_of(linear)
+        cls._check_factors(factors, layer.in_features, layer.out_features)
+        device = cls._device_of(linear) or factors.A.device
+        cls._check_device(factors, device)
+        layer._take(linear)
+        layer._attach(factors, device, settings)
+        return layer.train(linear.training)
+
+    @classmethod
+    def _sizes_of(cls, linear: nn.Module) -> tuple[int, int]:
+        """(in_features, out_features). TypeError for a module of another kind."""
+        raise TypeError(f"{cls.__name__} must define _sizes_of")
+
+    @staticmethod
+    def _device_of(linear: nn.Module) -> torch.device | None:
+        """Where linear computes; None for a module without tensors."""
+        return linear.weight.device
+
+    def _take(self, linear: nn.Module) -> None:
+        """Takes over what linear computes with."""
+        self.weight, self.bias = linear.weight, linear.bias
+
+
+class LoTRLinear(AdaptsModule, nn.Linear):
     """y = x W^T + bias + s ((drop(x) A) G) B^T with W and bias frozen: x [..., in_features] -> [..., out_features].
 
     rank: that of the factors, or of a new pair (8 by default) where factors is None. alpha, rslora, scaling: s is scaling if
@@ -45,7 +101,7 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+        settings = Settings(alpha, rslora, scaling, dropout)
         check_dtype(dtype)
         factors = self._factors_for(factors, rank, (in_features, out_features), device, dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
@@ -53,29 +109,10 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         self._attach(factors, self.weight.device, settings)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        factors: LoTRFactors,
-        *,
-        alpha: float | None = None,
-        rslora: bool = False,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-    ) -> LoTRLinear:
-        """Adapts linear: takes over its weight and bias, the very tensors, and freezes them."""
+    def _sizes_of(cls, linear: nn.Module) -> tuple[int, int]:
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        cls._check_unadapted(linear)
-        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
-        cls._check_factors(factors, linear.in_features, linear.out_features)
-        cls._check_device(factors, linear.weight.device)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer._attach(factors, linear.weight.device, settings)
-        return layer.train(linear.training)
+        return linear.in_features, linear.out_features
 
     def _base(self, x: Tensor) -> Tensor:
         return nnf.linear(x, self.weight, self.bias)
@@ -107,38 +144,21 @@ class LoTRLinear(LoTRLayer, nn.Linear):
         return linear.train(self.training)
 
 
-class LoTRConv1D(LoTRLayer):
+class LoTRConv1D(AdaptsModule):
     """transformers' Conv1D (GPT-2), adapted: a linear layer whose weight is stored as [in_features, out_features].
 
     state_dict keys as the original's (`weight`, `bias`) and `core`; attributes nf, nx kept.
     """
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        factors: LoTRFactors,
-        *,
-        alpha: float | None = None,
-        rslora: bool = False,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-    ) -> LoTRConv1D:
-        """Adapts a Conv1D: takes over its weight and bias, the very tensors, and freezes them."""
+    def _sizes_of(cls, linear: nn.Module) -> tuple[int, int]:
         if not is_conv1d(linear):
             raise TypeError(f"linear: expected transformers' Conv1D, got {type(linear).__name__}")
-        cls._check_unadapted(linear)
-        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
-        nx, nf = whole_shape(linear.weight)
-        cls._check_factors(factors, nx, nf)
-        cls._check_device(factors, linear.weight.device)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features, layer.nx, layer.nf = nx, nf, nx, nf
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer._base_class = type(linear)
-        layer._attach(factors, linear.weight.device, settings)
-        return layer.train(linear.training)
+        return tuple(whole_shape(linear.weight))
+
+    def _take(self, linear: nn.Module) -> None:
+        super()._take(linear)
+        self.nx, self.nf, self._base_class = self.in_features, self.out_features, type(linear)
 
     def _base(self, x: Tensor) -> Tensor:
         return nnf.linear(x, self.weight.t(), self.bias)
@@ -163,7 +183,7 @@ class LoTRConv1D(LoTRLayer):
         return linear.train(self.training)
 
 
-class LoTRWrapped(LoTRLayer):
+class LoTRWrapped(AdaptsModule):
     """Any module with in_features and out_features, adapted: its own forward is called, its weight never read.
 
     For quantised and other special linear layers (`lotr_ext.quantized`). state_dict: the base's keys under `base_layer.`, and
@@ -173,34 +193,19 @@ class LoTRWrapped(LoTRLayer):
     quantized_base: nn.Module | None
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        factors: LoTRFactors,
-        *,
-        alpha: float | None = None,
-        rslora: bool = False,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-    ) -> LoTRWrapped:
-        """Adapts linear, which becomes `base_layer`, frozen."""
-        cls._check_unadapted(linear)
-        settings = check_settings(alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+    def _sizes_of(cls, linear: nn.Module) -> tuple[int, int]:
         for name in ("in_features", "out_features"):
-            if not isinstance(getattr(linear, name, None), int):
-                got = getattr(linear, name, None)
+            if not isinstance(got := getattr(linear, name, None), int):
                 raise TypeError(f"linear: expected a module with an int {name}, got {type(linear).__name__} with {got!r}")
-        cls._check_factors(factors, linear.in_features, linear.out_features)
-        bare = next(iter((*linear.parameters(), *linear.buffers())), None) is None
-        device = factors.A.device if bare else home(linear)
-        cls._check_device(factors, device)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.base_layer = linear.requires_grad_(False)
-        layer.__dict__["quantized_base"] = None  # the base while it is merged: no child, so it is in no state_dict
-        layer._attach(factors, device, settings)
-        return layer.train(linear.training)
+        return linear.in_features, linear.out_features
+
+    @staticmethod
+    def _device_of(linear: nn.Module) -> torch.device | None:
+        return None if next(iter((*linear.parameters(), *linear.buffers())), None) is None else home(linear)
+
+    def _take(self, linear: nn.Module) -> None:
+        self.base_layer = linear.requires_grad_(False)
+        self.__dict__["quantized_base"] = None  # the base while it is merged: no child, so it is in no state_dict
 
     @property
     def weight(self) -> Tensor:
@@ -309,9 +314,13 @@ def adapt(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> LoTRLayer:
-    """module as an adapted layer of the class that fits it. A subclass of nn.Linear with a forward of its own is wrapped, as is
-    a layer with a quantised weight."""
+    """module as an adapted layer of the class that fits it (`layer_class`). Arguments as for `LoTRLinear.from_linear`."""
+    return layer_class(module).adapting(module, factors, Settings(alpha, rslora, scaling, dropout))
+
+
+def layer_class(module: nn.Module) -> type[AdaptsModule]:
+    """LoTRLinear for an nn.Linear, LoTRConv1D for a Conv1D, else LoTRWrapped: also for a subclass of nn.Linear with a forward
+    of its own, and for a quantised weight."""
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     known = LoTRLinear if linear else LoTRConv1D if is_conv1d(module) else None
-    kind = LoTRWrapped if known is None or not has_plain_weight(module) else known
-    return kind.from_linear(module, factors, alpha=alpha, rslora=rslora, scaling=scaling, dropout=dropout)
+    return LoTRWrapped if known is None or not has_plain_weight(module) else known

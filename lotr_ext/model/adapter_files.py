@@ -30,7 +30,7 @@ from .. import __version__
 from ..files import folder, lock, parse_json, placed, read_bytes
 from ..layers.cores import FORMS
 from ..layers.factors import DTYPES
-from ..layers.layer import check_settings
+from ..layers.settings import Settings
 from ..layers.sharded import in_parts
 from .config import LoTRConfig
 from .core_forms import CORES, make_cores
@@ -314,7 +314,7 @@ def manifest_of(path: Path, content: Mapping[str, Any]) -> Manifest:
         sizes["experts"] = _entry(path, {"experts": 0, **entry}, "experts", int)
         numbers = {key: _entry(path, entry, key, int | float) for key in ("scaling", "dropout")}
         try:
-            check_settings(alpha=None, rslora=False, **numbers)
+            Settings(**numbers)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected valid settings for layer {name!r}, got {error}") from None
         layers[name] = LayerEntry(_factors(path, entry), **sizes, **{k: float(v) for k, v in numbers.items()})

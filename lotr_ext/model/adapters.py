@@ -22,10 +22,11 @@ from ..layers.cores import Cores
 from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
-from ..layers.layer import LoTRLayer, check_settings
+from ..layers.layer import LoTRLayer
 from ..layers.mixture import Mixture
 from ..layers.parametrized import parameters_of
 from ..layers.request import in_force
+from ..layers.settings import Settings
 from ..layers.sharded import holds_parts
 from .apply import adapted_layers
 from .config import LoTRConfig
@@ -147,36 +148,44 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
             'add_adapter: expected an init without batches, got "gradient"; give another one, and call init_from_gradient when '
             "the adapter is active"
         )
-    if owner is None:
-        factors = SharedFactors()
-        for layer in layers.values():
-            group = next((group for group, old in model.lotr_factors.items() if old is layer.factors), "")
-            device = layer.factors.A.device
-            factors.pair(group, (layer.in_features, layer.out_features), config, device, config.adapter_dtype)
-        factors = dict(factors.items())
-    else:
-        factors = dict(model.lotr_factors.items() if owner == parked.active else parked[owner].factors.items())
-        ranks = {part: getattr(module, attribute).shape[1] for part, module, attribute in factors_by_part(factors)}
-        if (ranks["A"], ranks["B"]) != config.ranks:
-            got = ranks["A"], ranks["B"]
-            raise ValueError(f"config: expected rank {got} as in the shared factors of {owner!r}, got {config.ranks}")
-    settings = check_settings(alpha=config.alpha, rslora=config.rslora, scaling=config.scaling, dropout=config.dropout)
-    scaling = settings.resolve(max(config.ranks))
-    device = next(iter(layers.values())).core.device
-    held, cores = [], make_cores(config, list(layers), device)
-    for at, layer in layers.items():
-        if cores is not None:
-            held.append(form_at(cores, at))
-            continue
-        like = counterpart(layer.factors, model.lotr_factors, factors).A
-        core = nn.Parameter(torch.empty(*layer.core.shape[:-2], *config.ranks, device=layer.core.device, dtype=like.dtype))
-        fill_core_(core, config.core_init)
-        held.append(core)
+    factors = _new_factors(model, config) if owner is None else _factors_of(model, parked, owner, config)
+    cores = make_cores(config, list(layers), next(iter(layers.values())).core.device)
+    held = [form_at(cores, at) for at in layers] if cores is not None else _new_cores(model, config, factors)
+    settings = (Settings.of(config).scale(config.rank), config.dropout)
     saved = [t.detach().clone() for t in saved_tensors(saved_modules(model)).values()]
-    parked[name] = ParkedAdapter(config, factors, held, cores, [(scaling, settings.dropout)] * len(held), saved)
+    parked[name] = ParkedAdapter(config, factors, held, cores, [settings] * len(held), saved)
     model.lotr_parked = parked
     _register_once(model)
     return model
+
+
+def _new_factors(model: nn.Module, config: LoTRConfig) -> dict[str, Owner]:
+    """New factors for the groups of a model."""
+    factors = SharedFactors()
+    for layer in adapted_layers(model).values():
+        group = next((group for group, old in model.lotr_factors.items() if old is layer.factors), "")
+        sizes = layer.in_features, layer.out_features
+        factors.pair(group, sizes, config, layer.factors.A.device, config.adapter_dtype)
+    return dict(factors.items())
+
+
+def _factors_of(model: nn.Module, parked: ParkedAdapters, owner: str, config: LoTRConfig) -> dict[str, Owner]:
+    """The factors of the adapter `owner`. ValueError unless they have config's ranks."""
+    factors = dict(model.lotr_factors.items() if owner == parked.active else parked[owner].factors.items())
+    ranks = {part: getattr(module, attribute).shape[1] for part, module, attribute in factors_by_part(factors)}
+    if (got := (ranks["A"], ranks["B"])) != config.ranks:
+        raise ValueError(f"config: expected rank {got} as in the shared factors of {owner!r}, got {config.ranks}")
+    return factors
+
+
+def _new_cores(model: nn.Module, config: LoTRConfig, factors: dict[str, Owner]) -> list[nn.Parameter]:
+    """A dense core for each layer, in the dtype of its factors."""
+    cores = []
+    for layer in adapted_layers(model).values():
+        dtype, old = counterpart(layer.factors, model.lotr_factors, factors).A.dtype, layer.core
+        cores.append(nn.Parameter(torch.empty(*old.shape[:-2], *config.ranks, device=old.device, dtype=dtype)))
+        fill_core_(cores[-1], config.core_init)
+    return cores
 
 
 def set_adapter(model: Model, name: str) -> Model:

@@ -24,11 +24,12 @@ from ..layers.gradient import Loss, write_factors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer
-from ..layers.linear import LoTRWrapped, adapt
+from ..layers.linear import LoTRWrapped, layer_class
 from ..layers.merging import MergeNotice, write_
 from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.request import OFF, in_force
+from ..layers.settings import Settings
 from ..layers.sharded import holds_parts, named_modules
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
@@ -152,12 +153,12 @@ def install(
 
 
 def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoTRConfig) -> LoTRLayer:
-    settings = {name: getattr(config, name) for name in ("alpha", "rslora", "scaling", "dropout")}
+    settings = Settings.of(config)
     if target.parameter is not None:
-        layer = adapt_parameter(target.module, target.parameter, factors, **settings)
+        layer = adapt_parameter(target.module, target.parameter, factors, settings)
     else:
-        make = LoTRWrapped.from_linear if target.wrap else adapt
-        layer = make(target.module, factors, **settings)
+        kind = LoTRWrapped if target.wrap else layer_class(target.module)
+        layer = kind.adapting(target.module, factors, settings)
     layer.leave_factors_to_owner()
     fill_core_(layer.core, config.core_init)
     layer.core.requires_grad_("core" in config.train)

@@ -13,7 +13,7 @@ from torch import nn
 from ..layers.cores import FORMS, Cores
 from ..layers.factors import check_rank
 from ..layers.init import CORE_INITS, FACTOR_INITS, FOUND_INITS
-from ..layers.layer import check_number
+from ..layers.settings import Settings
 
 __all__ = ["GroupBy", "LoTRConfig"]
 
@@ -70,13 +70,6 @@ def _names(value: object, name: str) -> tuple[str, ...] | None:
     if not value:
         raise ValueError(f"{name}: expected at least one name ending or None, got an empty list")
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
-
-
-def _number(value: object, name: str) -> float | None:
-    if value is None:
-        return None
-    check_number(name, value)
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -152,16 +145,10 @@ class LoTRConfig:
             object.__setattr__(self, name, value)
 
         put("rank", self._checked_rank())
-        put("alpha", _number(self.alpha, "alpha"))
-        put("scaling", _number(self.scaling, "scaling"))
-        if not isinstance(self.rslora, bool):
-            raise TypeError(f"rslora: expected True or False, got {self.rslora!r}")
-        if self.scaling is not None and (self.alpha is not None or self.rslora):
-            raise ValueError(f"scaling: expected it alone, got {self.scaling} with alpha={self.alpha}, rslora={self.rslora}")
-        dropout = _number(self.dropout, "dropout")
-        if dropout is None or not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout!r}")
-        put("dropout", dropout)
+        settings = Settings.of(self)
+        for name in ("alpha", "scaling"):
+            put(name, None if getattr(settings, name) is None else float(getattr(settings, name)))
+        put("dropout", settings.dropout)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):

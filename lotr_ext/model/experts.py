@@ -20,6 +20,7 @@ from ..layers.factors import DTYPES, LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.mixture import places_in_batch
 from ..layers.quantized import is_plain
+from ..layers.settings import Settings
 from ..layers.sharded import whole_shape
 from ..ops.grouped import grouped_linear, of_groups_alone
 
@@ -75,10 +76,10 @@ def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
     return (e, n, k) if module.is_transposed else (e, k, n)
 
 
-def adapt_parameter(module: nn.Module, parameter: str, factors: LoTRFactors, **settings: Any) -> LoTRHostedExperts:
-    """Puts an adapter beside a parameter for which `why_not` is None. settings: alpha, rslora, scaling, dropout."""
+def adapt_parameter(module: nn.Module, parameter: str, factors: LoTRFactors, settings: Settings) -> LoTRHostedExperts:
+    """Puts an adapter beside a parameter for which `why_not` is None."""
     bias = f"{parameter}_bias" if module.has_bias else None
-    layer = LoTRHostedExperts(module, parameter, factors, transposed=module.is_transposed, bias=bias, **settings)
+    layer = LoTRHostedExperts(module, parameter, factors, transposed=module.is_transposed, bias=bias, settings=settings)
     place(module)[parameter] = layer
     return layer
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..files import folder, parse_json, placed, read_bytes, together
 from ..layers.cores import FORMS
-from ..layers.layer import check_settings
+from ..layers.settings import Settings
 from . import adapter_files
 from .adapter_files import JSON_NAME, LayerEntry, Manifest, check_shapes, manifest_of, serialized, tensors_of
 from .config import LoTRConfig
@@ -83,8 +83,7 @@ def _adapter(path: Path, content: Mapping[str, Any], stored: Mapping[str, Tensor
     tensors = {_name(key): tensor for key, tensor in stored.items()}
     settings = {name: content[name] for name in _SAME if name in content}
     checked = LoTRConfig(**{name: tuple(v) if name == "rank" and isinstance(v, list) else v for name, v in settings.items()})
-    resolved = check_settings(alpha=checked.alpha, rslora=checked.rslora, scaling=checked.scaling, dropout=checked.dropout)
-    own = {"scaling": resolved.resolve(max(checked.ranks)), "dropout": checked.dropout}
+    own = {"scaling": Settings.of(checked).scale(checked.rank), "dropout": checked.dropout}
     layers = {str(one.get("name")): {**one, **own} for one in content["layers"]}
     known = {f"{name}.core" for name in layers}
     saved = [key for key in tensors if key not in known and not key.startswith(("lotr_factors.", f"{CORES}."))]

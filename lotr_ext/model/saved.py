@@ -129,18 +129,8 @@ def fitted_to_parametrizations(
     Raises:
         ValueError: a part that cannot be made to have the file's value. What does not fit otherwise is left to the caller.
     """
-    names, found = computed_parts(layers, prefixes), dict(tensors)
-    named = manifest.config is not None and manifest.config.core in FORMS
-    kept = bool(named and not layers) or any(key.startswith(f"{CORES}.") for own in names.values() for key in own.values())
-    factors = {entry.tensor(part) for entry in manifest.layers.values() for part in "AB"}
-    for full in (*factors, *(f"{name}.core" for name in manifest.layers)):
-        owner, _, part = full.rpartition(".")
-        for key in tensors if full not in names else ():
-            if key.startswith((f"{owner}.parametrizations.{part}.", f"{owner}.core_form.")):
-                del found[key]
-    for key in () if kept else tensors:
-        if key.startswith(f"{CORES}."):
-            del found[key]
+    names = computed_parts(layers, prefixes)
+    found = _without_foreign(names, bool(layers), manifest, tensors)
     if len(found) < len(tensors):
         warnings.warn(
             "lotr_ext: some of this adapter's parts had parametrizations where it was saved, or cores made of fewer numbers, "
@@ -163,6 +153,23 @@ def fitted_to_parametrizations(
         if value is not None and all(t is not None and t.shape == have[key].shape for key, t in state.items()):
             _check_value(f"{name}.{part}", value_with(module, part, state), value)
     return found
+
+
+def _without_foreign(
+    names: Mapping[str, Mapping[str, str]], adapted: bool, manifest: Manifest, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors but for those from which the saved model computed parts that this one does not compute. names: as of
+    `computed_parts`. adapted: whether the model has adapted layers already."""
+    own = {key for keys in names.values() for key in keys.values()}
+    will_be = not adapted and manifest.config is not None and manifest.config.core in FORMS  # by load_adapter
+    kept = will_be or any(key.startswith(f"{CORES}.") for key in own)
+    foreign = () if kept else (f"{CORES}.",)
+    factors = {entry.tensor(part) for entry in manifest.layers.values() for part in "AB"}
+    for full in (*factors, *(f"{name}.core" for name in manifest.layers)):
+        if full not in names:
+            owner, _, part = full.rpartition(".")
+            foreign += (f"{owner}.parametrizations.{part}.", f"{owner}.core_form.")
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(foreign)}
 
 
 def _check_value(name: str, got: Tensor, want: Tensor) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..layers.gradient import Key, Loss, Probed, leading_directions
 from ..layers.init import tucker2
-from ..layers.layer import LoTRLayer, check_settings
+from ..layers.layer import LoTRLayer
 from ..layers.merging import write_
+from ..layers.settings import Settings
 from ..layers.sharded import in_parts
 from ..ops.composite import delta_weight
 from .config import LoTRConfig
@@ -49,8 +50,7 @@ def set_start(layers: Sequence[LoTRLayer], start: Start | None, scalings: Sequen
 
 def svd_starts(selection: Selection, config: LoTRConfig) -> dict[str, Start]:
     """The starts of init "svd" by group. Raises ValueError for a scaling of 0 and weights that are not finite."""
-    settings = check_settings(alpha=config.alpha, rslora=config.rslora, scaling=config.scaling, dropout=config.dropout)
-    scaling = settings.resolve(max(config.ranks))
+    scaling = Settings.of(config).scale(config.rank)
     if scaling == 0.0:
         raise ValueError('init: expected a scaling other than 0 with "svd", got 0')
     starts = {}

@@ -171,19 +171,10 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         if not (_is_linear(module) if everything else any(_matches(n, config.target_modules or ()) for n in names)):
             continue
         sizes = features(module)
-        if sizes is None:
-            if isinstance(config.target_modules, str):
-                continue  # a regular expression is a filter over the layers that can be adapted
-            raise TypeError(
-                f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {names[0]!r} "
-                f"({type(module).__name__})"
-            )
-        if min(sizes) < 1:
-            raise ValueError(
-                f"target_modules: expected layers with known sizes, got {names[0]!r} with {sizes}; run it once first"
-            )
-        parents = _parents(model, names)
-        readers = _readers(parents)
+        if sizes is None and isinstance(config.target_modules, str):
+            continue  # a regular expression is a filter over the layers that can be adapted
+        _check_sizes(names[0], module, sizes)
+        readers = _readers(_parents(model, names))
         reader = readers.get(How.ONLY)
         if everything and (id(module) in tied or reader is not None or id(module) in outputs):
             hidden += [names[0]] if reader is not None else []
@@ -206,6 +197,16 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     targets += parameter_targets(model, config, inside_saved)
     _check_targets(targets, config)
     return Selection(tuple(targets), saved)
+
+
+def _check_sizes(name: str, module: nn.Module, sizes: tuple[int, int] | None) -> None:
+    if sizes is None:
+        raise TypeError(
+            f"target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got {name!r} "
+            f"({type(module).__name__})"
+        )
+    if min(sizes) < 1:
+        raise ValueError(f"target_modules: expected layers with known sizes, got {name!r} with {sizes}; run it once first")
 
 
 def _warn(hidden: list[str], doubtful: list[tuple[str, str]]) -> None:
@@ -264,7 +265,6 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
             continue
         if not everything and not _matches(name, config.target_modules):
             continue
-        reason = None
         if id(module) in saved:
             reason = "trained whole (modules_to_save)" if features(module) else None
         elif config.exclude_modules and _matches(name, config.exclude_modules):
@@ -277,17 +277,21 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
                 reason = f"its weight is tied to {tied[id(module)][0]}"
             else:
                 reason = outputs.get(id(module))
-        elif not isinstance(module, _ConvNd):
-            reason = next(
-                (f"{own} is a {p.dim()}-D parameter, not a linear layer; target_parameters takes experts"
-                 for own, p in module.named_parameters(recurse=False) if p.dim() > 2 and own not in adapted_in(module)),
-                None,
-            )  # fmt: skip
-            if reason is None and everything and features(module) is not None:
-                reason = f"a {type(module).__name__}: name it to adapt it"
+        else:
+            reason = _why_not_linear(module, everything)
         if reason is not None:
             found[name] = reason
     return found
+
+
+def _why_not_linear(module: nn.Module, everything: bool) -> str | None:
+    """Why a module that may be expected to be adapted is not: it has weights, but is no linear layer."""
+    if isinstance(module, _ConvNd):
+        return None
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() > 2 and own not in adapted_in(module):
+            return f"{own} is a {parameter.dim()}-D parameter, not a linear layer; target_parameters takes experts"
+    return f"a {type(module).__name__}: name it to adapt it" if everything and features(module) is not None else None
 
 
 def _check_endings(config: LoTRConfig, places: Iterable[tuple[nn.Module, list[str]]]) -> None:
