@@ -32,11 +32,12 @@ from .layers.linear import LoTRConv1D, LoTRLinear, LoTRWrapped, adapt
 from .layers.tuning import tune
 from .model.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
 from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
-from .model.checkpoint import load_adapter, save_adapter
 from .model.config import LoTRConfig
 from .model.gradient import init_from_gradient
 from .model.groups import parameter_groups
+from .model.loading import load_adapter
 from .model.pretrained import from_pretrained
+from .model.saving import save_adapter
 from .model.summary import trainable_summary
 from .model.tasks import TaskBank
 

@@ -133,7 +133,7 @@ class Run:
         return max(self.waits, key=self.waits.__getitem__)
 
 
-def run(
+def run(  # noqa: C901  one loop over cycles; its parts share ten counters
     trace: Sequence[Sequence[Instruction]],
     warps: int,
     blocks: int,

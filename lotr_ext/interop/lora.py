@@ -30,12 +30,13 @@ from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
 from ..layers.sharded import holds_parts
+from ..model.adapted import adapted_layers
 from ..model.adapter_files import Manifest, serialized
-from ..model.apply import adapted_layers
-from ..model.checkpoint import saved_modules, saved_tensors, unwrapped
 from ..model.core_forms import CORES
 from ..model.experts import parameter_name
 from ..model.peft_files import read_either
+from ..model.saved import saved_modules, saved_tensors
+from ..model.saving import unwrapped
 from ..ops import accumulate_dtype
 from .expert_lora import (
     ExpertLoRA,

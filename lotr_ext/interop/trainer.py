@@ -21,9 +21,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .. import files
 from ..layers.sharded import holds_parts
+from ..model.adapted import adapted_layers
 from ..model.adapter_files import describe, serialized
-from ..model.apply import adapted_layers
-from ..model.checkpoint import contents, load_adapter, save_adapter, unwrapped
+from ..model.loading import load_adapter
+from ..model.saving import contents, save_adapter, unwrapped
 from ..model.targets import features
 
 __all__ = ["AdapterCheckpoint", "AdapterTrainer"]

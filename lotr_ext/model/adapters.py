@@ -28,7 +28,7 @@ from ..layers.parametrized import parameters_of
 from ..layers.request import in_force
 from ..layers.settings import Settings
 from ..layers.sharded import holds_parts
-from .apply import adapted_layers
+from .adapted import adapted_layers
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .saved import CORES, saved_modules, saved_tensors

@@ -30,7 +30,8 @@ from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.request import OFF, in_force
 from ..layers.settings import Settings
-from ..layers.sharded import holds_parts, named_modules
+from ..layers.sharded import holds_parts
+from .adapted import adapted_layers, expect_merged, lotr_parameters
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .experts import adapt_parameter, release
@@ -171,37 +172,6 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
 # ---- adapted models --------------------------------------------------------------------------------------------------
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
-    """The adapted layers of a model by name, each once, whether it comes from `apply_lotr` or was built by hand.
-
-    Raises:
-        TypeError: not an nn.Module. RuntimeError: a model with no adapter.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoTRLayer)}
-    if not layers:
-        raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without; apply_lotr adds one")
-    return layers
-
-
-def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The adapter's trained parameters, for an optimizer: each A, B and core once, those that require grad; of a parametrized
-    one (torch.nn.utils.parametrize) the parameters that it is computed from.
-
-    modules_to_save are not among them: `[p for p in model.parameters() if p.requires_grad]` has both.
-
-    Raises:
-        TypeError, RuntimeError: as `adapted_layers`.
-    """
-    seen: dict[int, nn.Parameter] = {}
-    for layer in adapted_layers(model).values():
-        for parameter in layer.adapter_parameters():
-            if parameter.requires_grad:
-                seen.setdefault(id(parameter), parameter)
-    return iter(seen.values())
-
-
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
     """Inside the context the model computes what it did without the adapter (modules_to_save stay as they are now).
@@ -212,16 +182,9 @@ def disabled(model: Model) -> Iterator[Model]:
         TypeError, RuntimeError: no adapter, or a merged one (unmerge it first).
     """
     layers = adapted_layers(model)
-    _expect_merged(layers, False, "disabled")
+    expect_merged(layers, False, "disabled")
     with in_force(dict.fromkeys(layers.values(), OFF)):
         yield model
-
-
-def _expect_merged(layers: dict[str, LoTRLayer], merged: bool, name: str) -> None:
-    for layer_name, layer in layers.items():
-        if layer.merged != merged:
-            states = ("unmerged", "merged")
-            raise RuntimeError(f"{name}: expected {states[merged]} layers, got {layer_name!r}, which is {states[layer.merged]}")
 
 
 def _check_mergeable(
@@ -288,7 +251,7 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
         RuntimeError: no adapter, one that is merged already, on the meta device, in parts, or a weight tied to another module.
     """
     layers = adapted_layers(model)
-    _expect_merged(layers, False, "merge")
+    expect_merged(layers, False, "merge")
     _check_mergeable(model, layers, safe, dequantize)
     _merge_all(layers.values(), safe, keep_backup, dequantize)
     return model
@@ -319,7 +282,7 @@ def unmerge(model: Model) -> Model:
         TypeError, RuntimeError: no adapter, one that is not merged, or a dequantised one without a backup.
     """
     layers = adapted_layers(model)
-    _expect_merged(layers, True, "unmerge")
+    expect_merged(layers, True, "unmerge")
     _check_unmergeable(layers)
     for layer in layers.values():
         layer.unmerge()
@@ -343,6 +306,35 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
     if (inner := inner_model(model)) is not model:
         unload(inner, merge=merge, dequantize=dequantize)
         return model
+    _check_unloadable(model, layers, merge, dequantize)
+    if merge:
+        _merge_all([layer for layer in layers.values() if not layer.merged], False, False, dequantize)
+    else:
+        for layer in layers.values():
+            if layer.merged:
+                layer.unmerge()
+    for host in {id(layer.holder): layer.holder for layer in layers.values() if isinstance(layer, LoTRHostedExperts)}.values():
+        release(host)
+    bases = {id(layer): layer.to_base() for layer in layers.values() if not isinstance(layer, LoTRHostedExperts)}
+    set_fast_paths(model, off=False)
+    unhook_saving(model)
+    unhook_fusing(model)
+    if isinstance(model, LoTRLayer):  # there is no place to put the plain one
+        return bases[id(model)]
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, LoTRLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, bases[id(layer)])
+    if isinstance(getattr(model, "lotr_factors", None), SharedFactors):
+        del model.lotr_factors, model.lotr_config
+        for beside in ("lotr_parked", "lotr_tasks", "lotr_cores"):
+            if hasattr(model, beside):
+                delattr(model, beside)
+        detach_scope(model)
+    return model
+
+
+def _check_unloadable(model: nn.Module, layers: dict[str, LoTRLayer], merge: bool, dequantize: bool | torch.dtype) -> None:
     for name, layer in layers.items():
         if isinstance(layer, LoTRExperts) and not isinstance(layer, LoTRHostedExperts):
             raise TypeError(
@@ -361,28 +353,3 @@ def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False)
             raise RuntimeError(
                 f"unload: expected layers without hooks, which would be lost, got some on {name!r}; remove them first"
             )
-    if merge:
-        _merge_all([layer for layer in layers.values() if not layer.merged], False, False, dequantize)
-    else:
-        for layer in layers.values():
-            if layer.merged:
-                layer.unmerge()
-    for host in {id(layer.holder): layer.holder for layer in layers.values() if isinstance(layer, LoTRHostedExperts)}.values():
-        release(host)
-    bases = {id(layer): layer.to_base() for layer in layers.values() if not isinstance(layer, LoTRHostedExperts)}
-    set_fast_paths(model, off=False)
-    unhook_saving(model)
-    unhook_fusing(model)
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, LoTRLayer):
-            if not name:  # the model is this layer: there is no place to put the plain one
-                return bases[id(layer)]
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, bases[id(layer)])
-    if isinstance(getattr(model, "lotr_factors", None), SharedFactors):
-        del model.lotr_factors, model.lotr_config
-        for beside in ("lotr_parked", "lotr_tasks", "lotr_cores"):
-            if hasattr(model, beside):
-                delattr(model, beside)
-        detach_scope(model)
-    return model

@@ -12,7 +12,8 @@ from ..layers.gradient import Loss, Probed, leading_directions, write_factors
 from ..layers.layer import LoTRLayer
 from ..layers.merging import check_is_parameter
 from ..layers.sharded import agreed
-from .apply import adapted_layers, disabled
+from .adapted import adapted_layers
+from .apply import disabled
 
 __all__ = ["init_from_gradient"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..layers.parametrized import parameters_of
 from ..layers.settings import check_number
-from .apply import adapted_layers
+from .adapted import adapted_layers
 
 __all__ = ["parameter_groups"]
 

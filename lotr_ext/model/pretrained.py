@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers.merging import write_
-from ..layers.sharded import holds_parts, whole
 from . import adapter_files as files
-from . import adapters, save_hook, stages
-from .checkpoint import contents, load_adapter, save_adapter
-from .saved import adapter_slots
+from .loading import load_adapter
 
-__all__ = ["from_pretrained"]
+__all__ = ["from_pretrained", "key_mapping", "put_on"]
 
 
 def from_pretrained(model_class: type, directory: str | PathLike[str], *args: Any, **kwargs: Any) -> nn.Module:
@@ -73,55 +67,3 @@ def put_on(model: nn.Module, path: Path) -> nn.Module:
     for name, weight in kept.items():  # which had lost the start when it was saved, and need not lose it again
         write_(model.get_submodule(name).weight, weight)
     return model
-
-
-def save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
-    """Writes an adapted model's adapter, or that of a part of owner, beside the weights that transformers has saved. state: the
-    whole tensors."""
-    sharded, part = holds_parts(owner), model is not owner
-    if sharded and part:
-        raise RuntimeError(
-            f"save_pretrained: expected whole tensors or the whole model, got its part {type(model).__name__}, held in parts; "
-            "call save_adapter for the whole one in every process"
-        )
-    if sharded and state is None:
-        save_adapter(owner, directory)  # every process is here
-    elif sharded and not state:  # Trainer's, in process 0 alone, where DeepSpeed writes a checkpoint of its own instead
-        warnings.warn(
-            "lotr_ext: save_pretrained wrote no adapter, for state_dict is empty and the model is held in parts: add "
-            "AdapterCheckpoint() to Trainer's callbacks, or call save_adapter in every process",
-            stacklevel=4,
-        )
-    else:
-        with whole(owner, adapter_slots(owner), state):
-            manifest, tensors = contents(owner)
-            if part:
-                manifest, tensors = _of_part(manifest, tensors, next(f"{n}." for n, m in owner.named_modules() if m is model))
-            files.write(directory, manifest, tensors)
-    if hasattr(owner, "lotr_parked") and len(names := adapters.adapter_names(owner)) > 1:
-        warnings.warn(
-            f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, and not {', '.join(names[1:])}: "
-            "save_adapter(model, directory, name=...) writes each",
-            stacklevel=4,
-        )
-
-
-def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) -> tuple[files.Manifest, dict[str, Tensor]]:
-    """What a file has of the part whose names begin with prefix: its layers by their names there, and the factors they use."""
-
-    def inside(named: Mapping[str, Any]) -> dict[str, Any]:
-        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-
-    layers, config = inside(manifest.layers), manifest.config
-    saved = tuple(inside(dict.fromkeys(manifest.modules_to_save)))
-    factors = (entry.factors if isinstance(entry.factors, tuple) else (entry.factors,) for entry in layers.values())
-    owners = tuple(f"{one}." for several in factors for one in several)
-    found = inside(tensors) | {name: tensor for name, tensor in tensors.items() if name.startswith(owners)}
-    if config is not None:
-        by = inside(config.group_by) if isinstance(config.group_by, Mapping) else config.group_by
-        config = replace(config, modules_to_save=saved or None, group_by=by, task_type=None)
-    return files.Manifest(config, layers, saved, inside(manifest.base)), found
-
-
-save_hook.write_beside[:] = [save_beside]
-stages.key_mapping[:], stages.put_on[:] = [key_mapping], [put_on]

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.layer import LoTRLayer
+from ..layers.sharded import holds_parts, whole
+from . import adapter_files as files
+from . import adapters
+from .saved import adapter_slots
+from .saving import contents, save_adapter
 from .stages import is_of_sentence_transformers
 
 __all__ = ["hook_saving", "name_loader", "unhook_saving"]
 
 _NAME = "save_pretrained"
-# that of pretrained.py, above apply.py: of the factors' owner, what is saved, where, and the whole tensors if they are given
-write_beside: list[Callable[[nn.Module, nn.Module, Path, dict[str, Any] | None], None]] = []
 
 
 class SavePretrained:
@@ -74,10 +79,58 @@ class SavePretrained:
         state = None if state is None else dict(state)  # transformers takes out what it leaves out
         original(model, *args, **kwargs)
         if settings.get("is_main_process", True):
-            write_beside[0](owner, model, Path(settings["save_directory"]), state)
+            _save_beside(owner, model, Path(settings["save_directory"]), state)
         caller = sys._getframe(1).f_locals.get("self")
         if isinstance(caller, nn.Module):
             name_loader(model, caller)
+
+
+def _save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
+    """Writes an adapted model's adapter, or that of a part of owner, beside the weights that transformers has saved. state: the
+    whole tensors."""
+    sharded, part = holds_parts(owner), model is not owner
+    if sharded and part:
+        raise RuntimeError(
+            f"save_pretrained: expected whole tensors or the whole model, got its part {type(model).__name__}, held in parts; "
+            "call save_adapter for the whole one in every process"
+        )
+    if sharded and state is None:
+        save_adapter(owner, directory)  # every process is here
+    elif sharded and not state:  # Trainer's, in process 0 alone, where DeepSpeed writes a checkpoint of its own instead
+        warnings.warn(
+            "lotr_ext: save_pretrained wrote no adapter, for state_dict is empty and the model is held in parts: add "
+            "AdapterCheckpoint() to Trainer's callbacks, or call save_adapter in every process",
+            stacklevel=4,
+        )
+    else:
+        with whole(owner, adapter_slots(owner), state):
+            manifest, tensors = contents(owner)
+            if part:
+                manifest, tensors = _of_part(manifest, tensors, next(f"{n}." for n, m in owner.named_modules() if m is model))
+            files.write(directory, manifest, tensors)
+    if hasattr(owner, "lotr_parked") and len(names := adapters.adapter_names(owner)) > 1:
+        warnings.warn(
+            f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, and not {', '.join(names[1:])}: "
+            "save_adapter(model, directory, name=...) writes each",
+            stacklevel=4,
+        )
+
+
+def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) -> tuple[files.Manifest, dict[str, Tensor]]:
+    """What a file has of the part whose names begin with prefix: its layers by their names there, and the factors they use."""
+
+    def inside(named: Mapping[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+    layers, config = inside(manifest.layers), manifest.config
+    saved = tuple(inside(dict.fromkeys(manifest.modules_to_save)))
+    factors = (entry.factors if isinstance(entry.factors, tuple) else (entry.factors,) for entry in layers.values())
+    owners = tuple(f"{one}." for several in factors for one in several)
+    found = inside(tensors) | {name: tensor for name, tensor in tensors.items() if name.startswith(owners)}
+    if config is not None:
+        by = inside(config.group_by) if isinstance(config.group_by, Mapping) else config.group_by
+        config = replace(config, modules_to_save=saved or None, group_by=by, task_type=None)
+    return files.Manifest(config, layers, saved, inside(manifest.base)), found
 
 
 def name_loader(model: nn.Module, holder: nn.Module) -> None:

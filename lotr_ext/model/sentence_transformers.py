@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers.layer import LoTRLayer
 from .adapter_files import JSON_NAME
-from .stages import key_mapping, put_on
+from .pretrained import key_mapping, put_on
 
 __all__ = ["Transformer", "load_with_adapter"]
 
@@ -32,9 +32,9 @@ class Transformer(Plain):
         if found is None or not Path(found, JSON_NAME).is_file():
             return super().load(model_name_or_path, subfolder=subfolder, **kwargs)
         folder, given = Path(found), kwargs.get("model_kwargs") or {}
-        kwargs["model_kwargs"] = key_mapping[0](folder, given)
+        kwargs["model_kwargs"] = key_mapping(folder, given)
         module = super().load(model_name_or_path, subfolder=subfolder, **kwargs)
-        put_on[0](module.auto_model, folder)
+        put_on(module.auto_model, folder)
         return module
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

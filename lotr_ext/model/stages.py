@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 from torch import nn
 
 __all__ = ["inner_model", "is_of_sentence_transformers"]
-
-# of pretrained.py, which stands above apply.py: the arguments to load the weights in a folder with, and the adapter from there
-key_mapping: list[Callable[[Path, dict[str, Any]], dict[str, Any]]] = []
-put_on: list[Callable[[nn.Module, Path], nn.Module]] = []
 
 
 def is_of_sentence_transformers(model: object) -> bool:

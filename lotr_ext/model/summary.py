@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .apply import adapted_layers
+from .adapted import adapted_layers
 from .config import LoTRConfig
 from .stages import inner_model
 from .targets import left_out

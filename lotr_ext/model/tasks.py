@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..files import put_file
 from ..layers.mixture import Mixture
-from .apply import adapted_layers
+from .adapted import adapted_layers
 from .shared_factors import Owner, SharedFactors, factors_by_part
 
 __all__ = ["TaskBank", "bank_of"]

@@ -25,7 +25,7 @@ from toys import plain, randomize
 import lotr_ext.interop.peft as lotr_peft
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, merge, save_adapter
 from lotr_ext.model import adapter_files
-from lotr_ext.model.checkpoint import contents
+from lotr_ext.model.saving import contents
 from nets import relative
 
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # an extension for speed, which takes minutes to compile

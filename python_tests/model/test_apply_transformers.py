@@ -13,8 +13,9 @@ from toys import plain, randomize
 
 from lotr_ext import LoTRConv1D, LoTRLinear
 from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
-from lotr_ext.model.checkpoint import load_adapter, save_adapter
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.loading import load_adapter
+from lotr_ext.model.saving import save_adapter
 from lotr_ext.model.summary import trainable_summary
 from lotr_ext.model.targets import select
 

@@ -17,8 +17,9 @@ import lotr_ext
 from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, add_adapter, lotr_linear
 from lotr_ext.layers.init import fill_core_, fill_factor_, tucker2
 from lotr_ext.model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
-from lotr_ext.model.checkpoint import load_adapter, save_adapter
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.loading import load_adapter
+from lotr_ext.model.saving import save_adapter
 from lotr_ext.model.summary import trainable_summary
 
 NAN = math.nan

@@ -18,8 +18,9 @@ from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
 from lotr_ext import LoTRFactors, LoTRLinear
 from lotr_ext.model.adapter_files import JSON_NAME
 from lotr_ext.model.apply import adapted_layers, apply_lotr, disabled, merge, unload, unmerge
-from lotr_ext.model.checkpoint import load_adapter, save_adapter
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.loading import load_adapter
+from lotr_ext.model.saving import save_adapter
 
 SETTINGS = [
     {},
@@ -217,7 +218,7 @@ def test_an_adapter_lies_beside_what_accelerate_saves(tmp_path: Path) -> None:
 _SAVER = """
 import os, signal, sys
 from toys import adapted, randomize
-from lotr_ext.model.checkpoint import save_adapter
+from lotr_ext.model.saving import save_adapter
 model = adapted(target_modules="all-linear", rank=64)
 def save(directory, seed):
     randomize(model, seed=seed)

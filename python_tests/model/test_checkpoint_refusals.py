@@ -19,8 +19,9 @@ from toys import Toy, adapted, assert_unchanged, snapshot, toy
 from lotr_ext.model import adapter_files
 from lotr_ext.model.adapter_files import JSON_NAME
 from lotr_ext.model.apply import adapted_layers, apply_lotr, merge
-from lotr_ext.model.checkpoint import contents, load_adapter, save_adapter
 from lotr_ext.model.config import LoTRConfig
+from lotr_ext.model.loading import load_adapter
+from lotr_ext.model.saving import contents, save_adapter
 
 
 def edit_json(change: Callable[[dict], object]) -> Callable[[Path], None]:

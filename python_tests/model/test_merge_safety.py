@@ -12,7 +12,7 @@ from toys import IDS, adapted, assert_unchanged, snapshot
 
 from lotr_ext import LoTRLinear, add_adapter, merge, save_adapter, set_adapter, unload, unmerge
 from lotr_ext.model.apply import adapted_layers
-from lotr_ext.model.checkpoint import load_adapter
+from lotr_ext.model.loading import load_adapter
 
 REPARAMETRISED = {
     "old weight_norm": nn.utils.weight_norm,

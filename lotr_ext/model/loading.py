@@ -1,9 +1,4 @@
-"""save_adapter and load_adapter: everything that was trained, once, as safetensors and JSON in one directory.
-
-Tensors are named as in the adapted model's state_dict: `lotr_factors.<group>.A` and `.B` once per group, `<layer>.core` per
-layer, the parameters and buffers of modules_to_save, and, where init "svd" moved part of the weights into the adapter,
-`lotr_factors.<group>.start_A`, `.start_B` and `<layer>.start_core`. Format and writing: `lotr_ext.adapter_files`.
-"""
+"""load_adapter: what `save_adapter` wrote, or PEFT for a LoTRPeftConfig, into a plain model or into an adapted one."""
 
 from __future__ import annotations
 
@@ -11,11 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..layers.cores import FORMS, Cores
@@ -24,62 +17,25 @@ from ..layers.layer import LoTRLayer
 from ..layers.merging import write_
 from ..layers.parametrized import state_of
 from ..layers.placement import home
-from ..layers.sharded import Slot, agreed, holds_parts, inside_wrappers, named_modules, whole, writing_rank
-from . import adapter_files as files
+from ..layers.sharded import agreed, holds_parts, named_modules, whole
 from . import adapters
+from .adapted import adapted_layers
 from .adapter_files import LayerEntry, Manifest, describe, empty
-from .apply import adapted_layers, install
+from .apply import install
 from .config import LoTRConfig
 from .core_forms import CORES, make_cores
 from .experts import CHILD, expert_sizes, why_not
-from .fingerprint import fingerprint, warn_of_another_base
+from .fingerprint import warn_of_another_base
 from .peft_files import read_either
-from .saved import (
-    adapter_slots,
-    computed_tensors,
-    cores_of,
-    fitted_to_parametrizations,
-    parts,
-    saved_modules,
-    saved_tensors,
-)
+from .saved import adapter_slots, computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors
+from .saving import checked_path, factor_prefix, module_prefixes, unwrapped
 from .shared_factors import factors_by_part, width_names
-from .stages import inner_model
 from .starts import set_start
 from .targets import Selection, features, select
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["load_adapter"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers (DistributedDataParallel, FSDP1, DeepSpeed's engine, torch.compile) and a
-    SentenceTransformer, whose names go without prefixes."""
-    return inner_model(inside_wrappers(model))
-
-
-def _path(directory: object) -> Path:
-    if not isinstance(directory, (str, PathLike)):
-        raise TypeError(f"directory: expected a path, got {type(directory).__name__} {directory!r}")
-    return Path(directory)
-
-
-def _prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
-    """The name of each module in the model that has a factor, or makes cores, by id."""
-    found = {id(m): name for name, m in named_modules(model) if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
-    for name, layer in layers.items():
-        if isinstance(cores_of(layer), Cores) and id(cores_of(layer)) not in found:
-            raise RuntimeError(f"model: expected it to register what makes the core of {name!r}, got one that no module owns")
-        if any(id(module) not in found for module, _ in layer.factors.owners):
-            raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
-    return found
-
-
-def _prefix(prefixes: dict[int, str], factors: LoTRFactors) -> str | tuple[str, str]:
-    """A LayerEntry's factors."""
-    A, B = (prefixes[id(module)] for module, _ in factors.owners)
-    return A if A == B else (A, B)
 
 
 def _groups(entries: dict[str, LayerEntry]) -> dict[str | tuple[str, str], list[str]]:
@@ -88,79 +44,6 @@ def _groups(entries: dict[str, LayerEntry]) -> dict[str | tuple[str, str], list[
     for name, entry in entries.items():
         groups.setdefault(entry.factors, []).append(name)
     return groups
-
-
-def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str | None = None) -> None:
-    """Writes the model's adapter and its modules_to_save into a directory, in place of an adapter that is there already.
-
-    name: which of several adapters (`add_adapter`), the active one by default.
-
-    A kill at any moment leaves the old or the new adapter, whole. Models from `apply_lotr` and models built by hand alike;
-    compiled models are unwrapped. A merged adapter is saved as if it were not merged.
-
-    DistributedDataParallel models are unwrapped too; called in several processes, only process 0 writes. A model that FSDP,
-    ZeRO-3 or tensor parallelism holds in parts must be saved by all processes together, of FSDP1 what FullyShardedDataParallel
-    returned: they gather its tensors, process 0 writes, and all wait for it.
-
-    Raises:
-        TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; of a model in parts an error
-            in another process. ValueError: directory is a file.
-    """
-    inner = unwrapped(model)
-    together = isinstance(inner, nn.Module) and holds_parts(inner)
-
-    def check() -> tuple[Path, list[Slot]]:
-        adapted_layers(inner)  # says so where there are none
-        return _path(directory), adapter_slots(inner)
-
-    def write() -> None:
-        manifest, tensors = contents(inner, name)
-        if dist.get_rank() == 0 if together else writing_rank(model):
-            files.write(path, manifest, tensors)
-
-    path, slots = agreed("save_adapter", check, together=together)
-    with whole(model, slots):
-        agreed("save_adapter", write, together=together)
-
-
-@torch.no_grad()
-def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
-    """What a file has of the model's adapter of that name, the active one by default: the very tensors, where they are.
-
-    Raises:
-        RuntimeError: no adapter, or one on the meta device. TypeError, ValueError: none of that name.
-    """
-    layers = adapted_layers(model)
-    prefixes, saved = _prefixes(model, layers), saved_modules(model)
-    config, beside = getattr(model, "lotr_config", None), saved_tensors(saved)
-    tensors: dict[str, Tensor] = {}
-    if name is None or name == adapters.active_adapter(model):
-        held = [(m.factors, m.core, m.scaling, m.dropout) for m in layers.values()]
-        tensors |= computed_tensors(layers, prefixes)
-    else:
-        parked = adapters.parked_adapter(model, name)
-        held = adapters.parked_layers(model, parked)
-        if parked.made is not None:
-            tensors |= {f"{CORES}.{key}": t for key, t in parked.made.state_dict(keep_vars=True).items()}
-        config, beside = parked.config, dict(zip(beside, parked.saved, strict=True))
-    entries = {}
-    for (at, layer), (factors, core, scaling, dropout) in zip(layers.items(), held, strict=True):
-        prefix = _prefix(prefixes, layer.factors)
-        entry = entries[at] = LayerEntry(
-            prefix, layer.in_features, layer.out_features, float(scaling), dropout, getattr(layer, "num_experts", 0)
-        )
-        for part in ("A", "B", "start_A", "start_B"):
-            if entry.tensor(part) not in tensors and (value := getattr(factors, part)) is not None:
-                tensors[entry.tensor(part)] = value
-        tensors[f"{at}.core"] = core
-        if layer.start_core is not None:
-            tensors[f"{at}.start_core"] = layer.start_core
-    tensors |= beside
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
-    known = config if isinstance(config, LoTRConfig) else None
-    return Manifest(known, entries, tuple(saved), fingerprint(layers)), tensors
 
 
 def load_adapter(
@@ -199,7 +82,7 @@ def load_adapter(
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     target = unwrapped(model)
     together = holds_parts(target)
-    manifest, tensors = agreed("load_adapter", lambda: read_either(_path(directory)), together=together)
+    manifest, tensors = agreed("load_adapter", lambda: read_either(checked_path(directory)), together=together)
     if name is not None and any(isinstance(m, LoTRLayer) for m in target.modules()):
         if name != adapters.active_adapter(target):
             _load_parked(target, manifest, tensors, cast, name, share_factors)
@@ -257,7 +140,7 @@ def _load_parked(
 def _fitted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors as the model's parametrizations need them."""
     layers = {name: m for name, m in named_modules(model) if isinstance(m, LoTRLayer)}
-    return fitted_to_parametrizations(layers, _prefixes(model, layers), manifest, tensors)
+    return fitted_to_parametrizations(layers, module_prefixes(model, layers), manifest, tensors)
 
 
 def _check_same_factors(model: nn.Module, tensors: dict[str, Tensor], share_factors: str) -> None:
@@ -299,7 +182,7 @@ def _expected(
 
 def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
     layers = adapted_layers(model)
-    prefixes = _prefixes(model, layers)
+    prefixes = module_prefixes(model, layers)
     _check_names(set(layers), set(manifest.layers))
     for name, entry in manifest.layers.items():
         layer = layers[name]
@@ -312,7 +195,7 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
         want, got = getattr(layer, "num_experts", 0), entry.experts
         if want != got:
             raise ValueError(f"{name}: expected {want} experts as in the model, got {got} in the adapter")
-        want, got = _prefix(prefixes, layer.factors), entry.factors
+        want, got = factor_prefix(prefixes, layer.factors), entry.factors
         if want != got:
             raise ValueError(f"{name}: expected factors {want!r} as in the model, got {got!r} in the adapter")
     saved = saved_modules(model)
@@ -348,52 +231,24 @@ def _check_names(have: set[str], want: set[str]) -> None:
 def _check_plain(
     model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool
 ) -> tuple[Selection, Cores | None]:
+    """What `install` needs to put the adapter onto a plain model: its layers, and what makes their cores.
+
+    Raises:
+        ValueError: an adapter that does not fit the model.
+    """
     config = manifest.config
     if config is None:
         raise ValueError(
             "adapter: expected a model with LoTR layers, like the hand-built one it was saved from, got one without"
         )
     modules = dict(model.named_modules())
-    # adapters of experts have their places inside of the module whose parameters they adapt
-    at = {
-        name: name if not entry.experts else name.rpartition(f"{CHILD}.")[0].rstrip(".")
-        for name, entry in manifest.layers.items()
-    }
-    _check_names({name for name in manifest.layers if at[name] in modules}, set(manifest.layers))
-    groups, experts = {}, []
+    found = {name for name, entry in manifest.layers.items() if _module_name(name, entry) in modules}
+    _check_names(found, set(manifest.layers))
     for name, entry in manifest.layers.items():
-        module, own = modules[at[name]], name.rpartition(".")[2]
-        if not entry.experts:
-            want, found, what = (entry.in_features, entry.out_features), features(module), "(in_features, out_features)"
-        else:
-            experts.append(f"{at[name]}.{own}")
-            if own not in module._parameters or (got := why_not(module, own)) is not None:
-                got = "no such parameter" if own not in module._parameters else got
-                raise ValueError(f"{name}: expected experts with a parameter {own}, got {got}")
-            want, found = (entry.experts, entry.in_features, entry.out_features), expert_sizes(module, own)
-            what = "(experts, in_features, out_features)"
-        if found != want:
-            raise ValueError(f"{name}: expected {what} {want} as in the adapter, got {found} in the model")
+        module = modules[_module_name(name, entry)]
+        _check_sizes(name, entry, module)
         _check_not_meta(name, module)
-        if config.group_by == "width":
-            want = tuple(f"lotr_factors.{own}" for own in width_names(entry.in_features, entry.out_features))
-            if entry.factors != want:
-                raise ValueError(f"{name}: expected factors {want!r}, got {entry.factors!r}")
-            continue
-        owner, _, groups[name] = entry.factors.rpartition(".") if isinstance(entry.factors, str) else ("", "", "")
-        if owner != "lotr_factors":
-            raise ValueError(f"{name}: expected factors under lotr_factors, got {entry.factors!r}")
-    by = "width" if config.group_by == "width" else groups
-    selection = select(
-        model,
-        replace(
-            config,
-            target_modules="|".join(re.escape(name) for name, e in manifest.layers.items() if not e.experts) or None,
-            target_parameters=experts or None,
-            exclude_modules=None,
-            group_by=by,
-        ),
-    )
+    selection = _selection(model, manifest, config)
     _check_names({t.name for t in selection.targets}, set(manifest.layers))
     if set(selection.saved) != set(manifest.modules_to_save):
         want, got = sorted(manifest.modules_to_save), sorted(selection.saved)
@@ -412,6 +267,45 @@ def _check_plain(
         expected |= {f"{CORES}.{key}": t for key, t in cores.state_dict(keep_vars=True).items()}
     _check_tensors(expected | saved_tensors(selection.saved), tensors, cast)
     return selection, cores
+
+
+def _module_name(name: str, entry: LayerEntry) -> str:
+    """The module that a layer adapts: of experts the one whose parameter it is, inside of which the adapter has its place."""
+    return name if not entry.experts else name.rpartition(f"{CHILD}.")[0].rstrip(".")
+
+
+def _check_sizes(name: str, entry: LayerEntry, module: nn.Module) -> None:
+    if not entry.experts:
+        want, found, what = (entry.in_features, entry.out_features), features(module), "(in_features, out_features)"
+    else:
+        own = name.rpartition(".")[2]
+        if own not in module._parameters or (got := why_not(module, own)) is not None:
+            got = "no such parameter" if own not in module._parameters else got
+            raise ValueError(f"{name}: expected experts with a parameter {own}, got {got}")
+        want, found = (entry.experts, entry.in_features, entry.out_features), expert_sizes(module, own)
+        what = "(experts, in_features, out_features)"
+    if found != want:
+        raise ValueError(f"{name}: expected {what} {want} as in the adapter, got {found} in the model")
+
+
+def _selection(model: nn.Module, manifest: Manifest, config: LoTRConfig) -> Selection:
+    """`select` for the very layers and groups of a file."""
+    groups: dict[str, str] = {}
+    for name, entry in manifest.layers.items():
+        if config.group_by == "width":
+            want = tuple(f"lotr_factors.{own}" for own in width_names(entry.in_features, entry.out_features))
+            if entry.factors != want:
+                raise ValueError(f"{name}: expected factors {want!r}, got {entry.factors!r}")
+            continue
+        owner, _, groups[name] = entry.factors.rpartition(".") if isinstance(entry.factors, str) else ("", "", "")
+        if owner != "lotr_factors":
+            raise ValueError(f"{name}: expected factors under lotr_factors, got {entry.factors!r}")
+    linear = [re.escape(name) for name, entry in manifest.layers.items() if not entry.experts]
+    experts = [
+        f"{_module_name(name, entry)}.{name.rpartition('.')[2]}" for name, entry in manifest.layers.items() if entry.experts
+    ]
+    these = {"target_modules": "|".join(linear) or None, "target_parameters": experts or None, "exclude_modules": None}
+    return select(model, replace(config, **these, group_by="width" if config.group_by == "width" else groups))
 
 
 def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: Cores | None) -> None:
@@ -443,7 +337,7 @@ def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> N
             set_start(group, start, scalings)
         for layer, name, scaling in zip(group, names, scalings, strict=True):
             layer.scaling, layer.dropout = scaling, manifest.layers[name].dropout
-    prefixes = _prefixes(model, layers)
+    prefixes = module_prefixes(model, layers)
     plain = {f"{name}.{part}": getattr(m, part) for m, name, part in parts(layers, prefixes) if not state_of(m, part)}
     for key, value in (plain | computed_tensors(layers, prefixes) | saved_tensors(saved_modules(model))).items():
         write_(value, tensors[key])

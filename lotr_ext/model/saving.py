@@ -1,0 +1,135 @@
+"""save_adapter: everything that was trained, once, as safetensors and JSON in one directory.
+
+Tensors are named as in the adapted model's state_dict: `lotr_factors.<group>.A` and `.B` once per group, `<layer>.core` per
+layer, the parameters and buffers of modules_to_save, and, where init "svd" moved part of the weights into the adapter,
+`lotr_factors.<group>.start_A`, `.start_B` and `<layer>.start_core`. Format and writing: `adapter_files.py`; reading:
+`loading.py`.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..layers.cores import Cores
+from ..layers.factors import LoTRFactor, LoTRFactors
+from ..layers.layer import LoTRLayer
+from ..layers.sharded import Slot, agreed, holds_parts, inside_wrappers, named_modules, whole, writing_rank
+from . import adapter_files as files
+from . import adapters
+from .adapted import adapted_layers
+from .adapter_files import LayerEntry, Manifest
+from .config import LoTRConfig
+from .core_forms import CORES
+from .fingerprint import fingerprint
+from .saved import adapter_slots, computed_tensors, cores_of, saved_modules, saved_tensors
+from .stages import inner_model
+
+__all__ = ["checked_path", "contents", "factor_prefix", "module_prefixes", "save_adapter", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers (DistributedDataParallel, FSDP1, DeepSpeed's engine, torch.compile) and a
+    SentenceTransformer, whose names go without prefixes."""
+    return inner_model(inside_wrappers(model))
+
+
+def checked_path(directory: object) -> Path:
+    """directory as a Path; TypeError for anything else."""
+    if not isinstance(directory, (str, PathLike)):
+        raise TypeError(f"directory: expected a path, got {type(directory).__name__} {directory!r}")
+    return Path(directory)
+
+
+def module_prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
+    """The name of each module in the model that has a factor, or makes cores, by id."""
+    found = {id(m): name for name, m in named_modules(model) if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
+    for name, layer in layers.items():
+        if isinstance(cores_of(layer), Cores) and id(cores_of(layer)) not in found:
+            raise RuntimeError(f"model: expected it to register what makes the core of {name!r}, got one that no module owns")
+        if any(id(module) not in found for module, _ in layer.factors.owners):
+            raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
+    return found
+
+
+def factor_prefix(prefixes: dict[int, str], factors: LoTRFactors) -> str | tuple[str, str]:
+    """A LayerEntry's factors."""
+    A, B = (prefixes[id(module)] for module, _ in factors.owners)
+    return A if A == B else (A, B)
+
+
+def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str | None = None) -> None:
+    """Writes the model's adapter and its modules_to_save into a directory, in place of an adapter that is there already.
+
+    name: which of several adapters (`add_adapter`), the active one by default.
+
+    A kill at any moment leaves the old or the new adapter, whole. Models from `apply_lotr` and models built by hand alike;
+    compiled models are unwrapped. A merged adapter is saved as if it were not merged.
+
+    DistributedDataParallel models are unwrapped too; called in several processes, only process 0 writes. A model that FSDP,
+    ZeRO-3 or tensor parallelism holds in parts must be saved by all processes together, of FSDP1 what FullyShardedDataParallel
+    returned: they gather its tensors, process 0 writes, and all wait for it.
+
+    Raises:
+        TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; of a model in parts an error
+            in another process. ValueError: directory is a file.
+    """
+    inner = unwrapped(model)
+    together = isinstance(inner, nn.Module) and holds_parts(inner)
+
+    def check() -> tuple[Path, list[Slot]]:
+        adapted_layers(inner)  # says so where there are none
+        return checked_path(directory), adapter_slots(inner)
+
+    def write() -> None:
+        manifest, tensors = contents(inner, name)
+        if dist.get_rank() == 0 if together else writing_rank(model):
+            files.write(path, manifest, tensors)
+
+    path, slots = agreed("save_adapter", check, together=together)
+    with whole(model, slots):
+        agreed("save_adapter", write, together=together)
+
+
+@torch.no_grad()
+def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
+    """What a file has of the model's adapter of that name, the active one by default: the very tensors, where they are.
+
+    Raises:
+        RuntimeError: no adapter, or one on the meta device. TypeError, ValueError: none of that name.
+    """
+    layers = adapted_layers(model)
+    prefixes, saved = module_prefixes(model, layers), saved_modules(model)
+    config, beside = getattr(model, "lotr_config", None), saved_tensors(saved)
+    tensors: dict[str, Tensor] = {}
+    if name is None or name == adapters.active_adapter(model):
+        held = [(m.factors, m.core, m.scaling, m.dropout) for m in layers.values()]
+        tensors |= computed_tensors(layers, prefixes)
+    else:
+        parked = adapters.parked_adapter(model, name)
+        held = adapters.parked_layers(model, parked)
+        if parked.made is not None:
+            tensors |= {f"{CORES}.{key}": t for key, t in parked.made.state_dict(keep_vars=True).items()}
+        config, beside = parked.config, dict(zip(beside, parked.saved, strict=True))
+    entries = {}
+    for (at, layer), (factors, core, scaling, dropout) in zip(layers.items(), held, strict=True):
+        prefix = factor_prefix(prefixes, layer.factors)
+        entry = entries[at] = LayerEntry(
+            prefix, layer.in_features, layer.out_features, float(scaling), dropout, getattr(layer, "num_experts", 0)
+        )
+        for part in ("A", "B", "start_A", "start_B"):
+            if entry.tensor(part) not in tensors and (value := getattr(factors, part)) is not None:
+                tensors[entry.tensor(part)] = value
+        tensors[f"{at}.core"] = core
+        if layer.start_core is not None:
+            tensors[f"{at}.start_core"] = layer.start_core
+    tensors |= beside
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise RuntimeError(f"model: expected tensors with values, got {key} on the meta device")
+    known = config if isinstance(config, LoTRConfig) else None
+    return Manifest(known, entries, tuple(saved), fingerprint(layers)), tensors
