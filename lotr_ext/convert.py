@@ -19,21 +19,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from .interop import Conversion, ExpertLoRA, LoTRAdapter, lora_to_lotr, lotr_to_lora, lotr_to_peft, original_to_lotr, read_lora
 from .interop.expert_lora import FORMS, HOSTS
 from .interop.from_lora import exact_rank
 from .interop.gguf import lotr_to_gguf
 from .interop.lora_files import LoRALayer
-from .layers.factors import check_rank
+from .layers.checks import DTYPES, check_rank
+from .layers.progress import progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["main"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def _rank(text: str) -> int | tuple[int, int]:
@@ -64,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--error", type=float, help="smallest rank with at most this relative error in each group")
     size.add_argument("--parameters", type=int, help="largest rank with at most so many parameters")
     one.add_argument("--group-by", choices=("shape", "name"), default="shape", help="which layers share A and B")
-    one.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the new adapter")
+    one.add_argument("--dtype", choices=DTYPES, default="float32", help="of the new adapter")
     one = command("lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "LoTR to a PEFT LoRA adapter, exact.")
     one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
     one.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
@@ -114,25 +111,21 @@ def _sizes(adapter: LoTRAdapter, name: str) -> str:
 
 
 def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     adapter, rank = read_lora(arguments.source), arguments.rank
     most = exact_rank(adapter, arguments.group_by)
     if rank is not None and max(check_rank(rank)) > most:
         raise ValueError(
             f"rank: expected at most {most}, the sum of a group's LoRA ranks, from which on it is exact, got {rank}"
         )
-    columns = TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("reading", total=1.0)
+    with progress_bar(console=console) as report:
         found: Conversion = lora_to_lotr(
             adapter,
             rank=rank,
             error=arguments.error,
             parameters=arguments.parameters,
             group_by=arguments.group_by,
-            dtype=_DTYPES[arguments.dtype],
-            report=lambda what, done: progress.update(task, description=what, completed=done),
+            dtype=DTYPES[arguments.dtype],
+            report=report,
         )
     rows = [
         (name, group, _sizes(found, name), f"{found.errors[name]:.2e}")

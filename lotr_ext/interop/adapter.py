@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..model.adapter_files import LayerEntry, Manifest, write
@@ -16,8 +15,6 @@ from ..model.targets import can_be_child
 from .lora_files import modules_holding
 
 __all__ = ["LoTRAdapter", "group_names"]
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -86,10 +83,3 @@ def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[st
                 f"group_by: expected layers of one shape in group {group!r}, got {other!r} {sizes[other]} and {name!r} {k, n}"
             )
     return groups
-
-
-def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype, if an adapter can have it."""
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
-    return dtype

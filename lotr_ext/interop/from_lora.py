@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.factors import check_rank
+from ..layers.checks import check_dtype, check_rank
+from ..layers.progress import Report
 from ..model.adapter_files import LayerEntry
 from ..model.config import LoTRConfig
-from .adapter import LoTRAdapter, check_dtype, group_names
+from .adapter import LoTRAdapter, group_names
 from .lora_files import LoRAAdapter, LoRALayer, read_lora
 from .tucker import LowRankStack, Tucker2
 
 __all__ = ["Conversion", "exact_rank", "lora_to_lotr"]
 
-Report = Callable[[str, float], None]
 _MOST = 0.5  # an error beyond which a layer has lost most of its adapter
 _SEARCH_TOLERANCE = 5e-6  # a rank is given up when an iteration gains less
 
@@ -98,6 +98,8 @@ def lora_to_lotr(
         TypeError, ValueError: a source that `read_lora` refuses; not exactly one size; a rank, error or budget that cannot
             be, or a rank beyond what any group can use (the sum of its LoRA ranks, or its two widths); groups of mixed shapes.
     """
+    if dtype is None:
+        raise TypeError("dtype: expected that of the new adapter, got None")
     check_dtype(dtype)
     _check_size(rank, error, parameters)
     adapter = source if isinstance(source, LoRAAdapter) else read_lora(source, config)

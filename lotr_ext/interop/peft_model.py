@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from ..layers.checks import DTYPES
 from ..layers.cores import Cores
 from ..layers.factors import LoTRFactor, LoTRFactors
 from ..layers.merging import MergeNotice
@@ -69,7 +70,6 @@ def _check_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
             )
 
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -232,7 +232,7 @@ class LoTRPeftModel(BaseTuner):
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = SharedFactors()
         device, dtype = layer.place()
-        sizes, dtype = (layer.in_features, layer.out_features), dtype if dtype in _FLOATS else torch.float32
+        sizes, dtype = (layer.in_features, layer.out_features), dtype if dtype in DTYPES.values() else torch.float32
         return self.lotr_factors[adapter_name].pair(group, sizes, config.to_lotr(), device, dtype)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..autograd.bank import open_scope
+from .checks import check_dimension, check_rank
 from .core import made
-from .factors import check_dimension, check_rank
 
 __all__ = ["FORMS", "CPCores", "CoreAt", "Cores", "DiagonalCores", "FewCores", "TrainCores", "TuckerCores"]
 

@@ -12,28 +12,18 @@ from torch import Tensor, nn
 
 from ..autograd.call import Call, call_routed, compute_dtype
 from ..ops.grouped import expert_of_rows, grouped_linear, of_groups_alone
-from .factors import LoTRFactors, check_dimension, check_dtype
+from .checks import check_beside, check_dimension, check_dtype, check_number, check_tensor
+from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .mixture import cores_of, cores_of_rows
 from .quantized import is_plain
-from .settings import Settings, check_number
+from .settings import Settings
 
 __all__ = ["LoTRExperts", "lotr_grouped_linear"]
 
 
-def _check_tensor(name: str, tensor: object, shape: tuple[int | str, ...]) -> None:
-    """A floating tensor of that shape, in which a string stands for any size."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-    got = tuple(tensor.shape)
-    if len(got) != len(shape) or any(isinstance(want, int) and want != size for want, size in zip(shape, got, strict=True)):
-        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {got}")
-
-
 def _check_routing(x: Tensor, experts: int, features: int, offs: object, tokens: object) -> None:
-    _check_tensor("x", x, ("rows" if tokens is None else "m", features))
+    check_tensor("x", x, "rows" if tokens is None else "m", features)
     for name, tensor, dtype in (("offs", offs, torch.int32), ("tokens", tokens, torch.int64)):
         if tensor is None and name == "tokens":
             continue
@@ -70,22 +60,15 @@ def lotr_grouped_linear(
     in x, A, B and cores, and in weight and bias if they require grad.
     Raises TypeError or ValueError that says name, expected and got; on a GPU offs and tokens are not looked at.
     """
-    _check_tensor("weight", weight, ("e", "n", "k"))
+    check_tensor("weight", weight, "e", "n", "k")
     e, n, k = weight.shape
     _check_routing(x, e, k, offs, tokens)
-    _check_tensor("A", A, (k, "r_in"))
-    _check_tensor("B", B, (n, "r_out"))
-    _check_tensor("cores", cores, (e, A.shape[1], B.shape[1]))
+    check_tensor("A", A, k, "r_in")
+    check_tensor("B", B, n, "r_out")
+    check_tensor("cores", cores, e, A.shape[1], B.shape[1])
     if bias is not None:
-        _check_tensor("bias", bias, (e, n))
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype and compute_dtype(x) is None:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
-    for name, tensor in (("A", A), ("B", B), ("cores", cores)):
-        if tensor.is_meta != x.is_meta:
-            raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
+        check_tensor("bias", bias, e, n)
+    check_beside(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
 
     def run(x: Tensor, tokens: Tensor | None) -> Tensor:
@@ -152,7 +135,7 @@ class LoTRExperts(LoTRLayer):
         settings = Settings(alpha, rslora, scaling, dropout)
         for name, parameter, shape in (("weight", weight, ("e", "n", "k")), ("bias", bias, tuple(weight.shape[:2]))):
             if parameter is not None:
-                _check_tensor(name, parameter, shape)
+                check_tensor(name, parameter, *shape)
                 if not isinstance(parameter, nn.Parameter) or not is_plain(parameter):
                     raise TypeError(f"{name}: expected a plain nn.Parameter, got {type(parameter).__name__}")
         e, n, k = weight.shape

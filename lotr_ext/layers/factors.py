@@ -10,37 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.sharing import Group, SharedFactor
+from .checks import check_dimension, check_dtype, check_rank
 from .init import fill_factor_
 from .sharded import in_parts
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LARGEST = 2**31 - 1  # of a dimension
-
-
-def check_dimension(name: str, value: object) -> int:
-    """value, if it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    if value > _LARGEST:
-        raise ValueError(f"{name}: expected at most {_LARGEST}, got an int of {value.bit_length()} bits")
-    return value
-
-
-def check_rank(rank: object) -> tuple[int, int]:
-    """(r_in, r_out) of rank, an int or a pair."""
-    pair = rank if isinstance(rank, (tuple, list)) else (rank, rank)
-    if len(pair) != 2:
-        raise ValueError(f"rank: expected an int or a pair (r_in, r_out), got {rank!r}")
-    return check_dimension("rank", pair[0]), check_dimension("rank", pair[1])
-
-
-def check_dtype(dtype: object) -> None:
-    """TypeError unless dtype is None or one in which layers compute."""
-    if dtype is not None and dtype not in DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise TypeError(f"dtype: expected one of {names} or None, got {dtype!r}")
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:

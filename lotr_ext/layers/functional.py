@@ -8,22 +8,12 @@ from torch.nn import functional as nnf
 
 from ..autograd.call import Call, call_linear, compute_dtype, plan_call
 from ..ops.planner import Plan
+from .checks import check_beside, check_number, check_probability, check_tensor
 from .experts import LoTRExperts
 from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .linear import LoTRWrapped
 from .mixture import call_mixed
-from .settings import check_number, check_probability
-
-
-def _check_matrix(name: str, tensor: object, shape: tuple[int | None, int | None], meaning: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-    want = tuple(size if size is not None else got for size, got in zip(shape, tensor.shape))
-    if tensor.dim() != 2 or tuple(tensor.shape) != want:
-        raise ValueError(f"{name}: expected {meaning}, got shape {tuple(tensor.shape)}")
 
 
 def lotr_linear(
@@ -50,7 +40,7 @@ def lotr_linear(
     batch for several tasks, with one product with A and one with B for all of it.
     Raises TypeError or ValueError that says name, expected and got, before anything runs.
     """
-    _check_matrix("weight", weight, (None, None), "[out_features, in_features]")
+    check_tensor("weight", weight, "out_features", "in_features")
     n, k = weight.shape
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
@@ -58,26 +48,15 @@ def lotr_linear(
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(f"x: expected a last dimension of in_features = {k}, got shape {tuple(x.shape)}")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"bias: expected a tensor or None, got {type(bias).__name__}")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"bias: expected shape ({n},) or None, got {tuple(bias.shape)}")
-    _check_matrix("A", A, (k, None), f"[in_features = {k}, r_in]")
-    _check_matrix("B", B, (n, None), f"[out_features = {n}, r_out]")
+    if bias is not None:
+        check_tensor("bias", bias, n)
+    check_tensor("A", A, k, "r_in")
+    check_tensor("B", B, n, "r_out")
     if core_index is None:
-        _check_matrix("core", core, (A.shape[1], B.shape[1]), f"[r_in, r_out] = [{A.shape[1]}, {B.shape[1]}]")
+        check_tensor("core", core, A.shape[1], B.shape[1])
     else:
         _check_cores(x, core, core_index, (A.shape[1], B.shape[1]))
-    if compute_dtype(x) is None:
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
-    for name, tensor in (("A", A), ("B", B), ("core", core)):
-        if tensor.is_meta != x.is_meta:
-            raise ValueError(f"{name}: expected values as x has on {x.device}, got a tensor on {tensor.device}")
+    check_beside(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "core": core})
     check_number("scaling", scaling)
     check_probability("dropout_p", dropout_p)
     p = dropout_p if training else 0.0

@@ -13,8 +13,6 @@ kept.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -32,6 +30,7 @@ from ..ops.composite import rows, to
 from .init import fill_factor_, leading, padded
 from .merging import write_
 from .placement import home
+from .progress import progress_bar
 from .sharded import agreed, holds_parts
 from .untouched import untouched
 
@@ -210,12 +209,13 @@ def leading_directions(
         kept = agreed(_WHERE, lambda: _checked(model, batches, loss))
         factors = _random(layers)
         _freeze(model, layers)
-        with _bar(PASSES * len(kept), progress) as step:
-            for _ in range(PASSES):
+        with progress_bar(progress) as report:
+            for n in range(PASSES):
                 looks = {}
                 for name, layer in layers.items():
                     looks[name] = Looks(*(factors[key].to(home(layer.module)) for key, _, _ in layer.sides))
-                agreed(_WHERE, partial(_look, model, layers, looks, kept, loss, step))
+                done = lambda i, n=n: report("looking at gradients", (n + i / len(kept)) / PASSES)  # noqa: E731
+                agreed(_WHERE, partial(_look, model, layers, looks, kept, loss, done))
                 if dist.is_available() and dist.is_initialized():
                     for look in looks.values():
                         dist.all_reduce(look.P)
@@ -231,16 +231,16 @@ def _look(
     looks: Mapping[str, Looks],
     batches: Iterable[Any],
     loss: Loss,
-    step: Callable[[], None],
+    done: Callable[[int], None],
 ) -> None:
-    """One pass over this process's batches."""
+    """One pass over this process's batches. done: called with how many of them are done."""
     taps = Taps(looks)
     with torch.enable_grad(), taps.on(layers):
-        for batch in batches:
+        for i, batch in enumerate(batches, 1):
             value = loss(model, batch)
             _check_loss(value, taps.reentrant)
             taps.backward(value, model)
-            step()
+            done(i)
 
 
 def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None) -> list[Any]:
@@ -290,17 +290,3 @@ def write_factors(layers: Mapping[nn.Module, Probed], found: Mapping[Key, Tensor
     for layer, probed in layers.items():
         for factor, (key, _, _) in zip((layer.factors.A, layer.factors.B), probed.sides):
             write_(factor, found[key])
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr where rich is installed; what it yields is called after each step."""
-    if not (show and sys.stderr.isatty() and importlib.util.find_spec("rich")):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("looking at gradients", total=total)
-        yield lambda: bar.advance(task)

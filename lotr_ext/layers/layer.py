@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..autograd.call import Call, call_linear
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
+from .checks import check_rank
 from .core import HasCore
-from .factors import LoTRFactors, check_rank
+from .factors import LoTRFactors
 from .merging import MergeNotice, check_is_parameter, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of

@@ -10,7 +10,8 @@ from torch.nn import functional as nnf
 
 from ..autograd.call import Call, add_adapter, call_linear
 from ..ops import accumulate_dtype
-from .factors import LoTRFactors, check_dtype
+from .checks import check_dtype
+from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .merging import MergeNotice
 from .placement import home

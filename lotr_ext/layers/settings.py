@@ -1,4 +1,4 @@
-"""The numbers of an adapter that are no tensors, and the checks of numbers."""
+"""The numbers of an adapter that are no tensors: Settings."""
 
 from __future__ import annotations
 
@@ -6,26 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Settings", "check_number", "check_probability"]
+from .checks import check_number, check_probability
 
-
-def check_number(name: str, value: object) -> None:
-    """TypeError or ValueError unless value is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int beyond any float
-        raise ValueError(f"{name}: expected a finite number, got an int of {value.bit_length()} bits") from None
-    if not finite:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def check_probability(name: str, value: object) -> None:
-    """TypeError or ValueError unless value is a number in [0, 1)."""
-    check_number(name, value)
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
+__all__ = ["Settings"]
 
 
 @dataclass(frozen=True)

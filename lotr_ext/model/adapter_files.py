@@ -28,8 +28,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..files import folder, lock, parse_json, placed, read_bytes
+from ..layers.checks import DTYPES
 from ..layers.cores import FORMS
-from ..layers.factors import DTYPES
 from ..layers.settings import Settings
 from ..layers.sharded import in_parts
 from .config import LoTRConfig
@@ -239,7 +239,7 @@ def check_shapes(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
                          f"{', '.join(missing[:5])}")  # fmt: skip
     for key, shape in shapes.items():
         got = tensors[key]
-        if tuple(got.shape) != shape or got.dtype not in DTYPES:
+        if tuple(got.shape) != shape or got.dtype not in DTYPES.values():
             raise ValueError(f"{key}: expected floating values {list(shape)} as configured, got {got.dtype} {list(got.shape)}")
 
 

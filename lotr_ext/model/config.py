@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.checks import DTYPES, check_dtype, check_rank
 from ..layers.cores import FORMS, Cores
-from ..layers.factors import check_rank
 from ..layers.init import CORE_INITS, FACTOR_INITS, FOUND_INITS
 from ..layers.settings import Settings
 
@@ -54,7 +54,6 @@ def check_names(given: Iterable[str], of: str) -> None:
 
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
-_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 _PARTS = ("A", "B", "core")
 
 
@@ -165,8 +164,9 @@ class LoTRConfig:
             raise ValueError(f"init: expected one of {', '.join((*FACTOR_INITS, *FOUND_INITS))}, got {self.init!r}")
         if self.core_init not in CORE_INITS:
             raise ValueError(f"core_init: expected one of {', '.join(CORE_INITS)}, got {self.core_init!r}")
-        if self.adapter_dtype not in _DTYPES.values():
-            raise TypeError(f"adapter_dtype: expected one of {', '.join(_DTYPES)}, got {self.adapter_dtype!r}")
+        if self.adapter_dtype is None:
+            raise TypeError(f"adapter_dtype: expected one of {', '.join(DTYPES)}, got None")
+        check_dtype(self.adapter_dtype, "adapter_dtype")
         if self.task_type is not None:
             if self.task_type not in TASKS:
                 raise ValueError(f"task_type: expected one of {', '.join(TASKS)} or None, got {self.task_type!r}")
@@ -257,7 +257,7 @@ class LoTRConfig:
         values = dict(values)
         if "adapter_dtype" in values:
             name = values["adapter_dtype"]
-            if name not in _DTYPES:
-                raise ValueError(f"adapter_dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
-            values["adapter_dtype"] = _DTYPES[name]
+            if name not in DTYPES:
+                raise ValueError(f"adapter_dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+            values["adapter_dtype"] = DTYPES[name]
         return cls(**values)

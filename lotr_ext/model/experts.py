@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.call import compute_dtype
-from ..layers.factors import DTYPES, LoTRFactors
+from ..layers.checks import DTYPES
+from ..layers.factors import LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.mixture import places_in_batch
 from ..layers.quantized import is_plain
@@ -59,7 +60,7 @@ def why_not(module: nn.Module, parameter: str) -> str | None:
     kind, tensor = type(module).__name__, module._parameters[parameter]
     if tensor.dim() != 3:
         return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
-    if not is_plain(tensor) or tensor.dtype not in DTYPES:
+    if not is_plain(tensor) or tensor.dtype not in DTYPES.values():
         how = type(tensor).__name__ if not is_plain(tensor) else str(tensor.dtype)
         return f"quantised experts of {kind} ({how})"
     takes = all(hasattr(module, name) for name in _SAYS) and hasattr(type(module).forward, "__wrapped__")

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.checks import check_number
 from ..layers.parametrized import parameters_of
-from ..layers.settings import check_number
 from .adapted import adapted_layers
 
 __all__ = ["parameter_groups"]
