@@ -3,27 +3,23 @@
     D_l = U_l V_l^T [n, k], U_l [n, r_l], V_l [k, r_l]      D_l ~= B G_l^T A^T, least squares over all l at once
 
 Every V_l lies in the span of [V_1 .. V_L], so one QR of these (and one of the U_l) leaves the same problem in R = sum r_l
-dimensions instead of k and n, still in factored form: what HOSVD and HOOI (De Lathauwer et al., 2000a, 2000b) need of D_l are
-its products with a thin matrix. General Tucker routines (tensorly's partial_tucker) want a dense core tensor [L, R, R], which
+dimensions instead of k and n, still in factored form: what HOSVD and HOOI (`layers/tucker.py`) need of D_l are its products
+with a thin matrix. General Tucker routines (tensorly's partial_tucker) want a dense core tensor [L, R, R], which
 would have 2.9e9 elements for 224 layers of rank 16.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..layers.init import padded
+from ..layers.tucker import EXACT, hooi, leading, padded
 
 __all__ = ["LowRankStack", "Tucker2"]
 
-_EXACT = 640  # up to this size a dense decomposition takes a fraction of a second
-_OVERSAMPLE = 10
-_FIRST_POWERS = 9  # of a subspace that nothing is known of; from one iteration of HOOI to the next one power is enough
 _CORE, _CORE_POWERS = 4, 3  # a start for rank r is sought within the 4 r leading vectors, which need not be exact
 _MAX_ITERATIONS, _TOLERANCE = 100, 1e-6
 
@@ -62,7 +58,8 @@ class LowRankStack:
         total = float(self.norms.square().sum())
         tails = []
         for left, right in ((self.U, self.V), (self.V, self.U)):
-            values = torch.linalg.eigvalsh(_gram(_compressed(left, right.mT))).clamp(min=0)  # ascending
+            side = _compressed(left, right.mT)
+            values = torch.linalg.eigvalsh(side @ side.T).clamp(min=0)  # ascending
             lost = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)  # by number of vectors kept: 0, 1, ..
             tails.append(torch.cat([lost, lost.new_zeros(self.full_rank + 1 - len(lost))]))
         allowed = error**2 * total
@@ -83,7 +80,7 @@ class LowRankStack:
         tolerance, or is no more than `enough`. report: called with the fraction of the most iterations that there can be."""
         p, q = self.V[0].shape[0], self.U[0].shape[0]
         r_in, r_out = min(rank[0], p), min(rank[1], q)
-        A, B, iterations = self._improved(*self._start(r_in, r_out), r_in, r_out, tolerance, enough, report)
+        A, B, iterations = self._improved(*self._start(r_in, r_out), (r_in, r_out), tolerance, enough, report)
         cores = torch.zeros(len(self.U), *rank, dtype=torch.float64, device=A.device)
         inner_u, inner_v = B.T @ self.U, A.T @ self.V
         cores[:, :r_in, :r_out] = inner_v @ inner_u.mT
@@ -97,37 +94,36 @@ class LowRankStack:
         """Where HOOI begins: at low ranks with what it finds in the core of a few leading vectors of both sides, where it costs
         next to nothing; else with HOSVD's A."""
         p, q, wide = self.V[0].shape[0], self.U[0].shape[0], _CORE * max(r_in, r_out)
-        right = _compressed(self.V, self.U.mT)
-        if max(p, q) <= _EXACT or 2 * wide > min(p, q):
-            return _leading(right, r_in, None, _FIRST_POWERS), None
-        V = _leading(right, wide, None, _CORE_POWERS)
-        U = _leading(_compressed(self.U, self.V.mT), wide, None, _CORE_POWERS)
+        right = [_compressed(self.V, self.U.mT)]
+        if max(p, q) <= EXACT or 2 * wide > min(p, q):
+            return leading(right, r_in), None
+        V = leading(right, wide, powers=_CORE_POWERS)
+        U = leading([_compressed(self.U, self.V.mT)], wide, powers=_CORE_POWERS)
         core = LowRankStack(list(zip(U.T @ self.U, V.T @ self.V)))
-        A, B, _ = core._improved(*core._start(r_in, r_out), r_in, r_out, _TOLERANCE, 0.0, lambda done: None)
+        A, B, _ = core._improved(*core._start(r_in, r_out), (r_in, r_out))
         return V @ _lifted(core._right, A, wide, r_in), U @ _lifted(core._left, B, wide, r_out)
 
     def _improved(
         self,
         A: Tensor,
         B: Tensor | None,
-        r_in: int,
-        r_out: int,
-        tolerance: float,
-        enough: float,
-        report: Callable[[float], None],
+        rank: tuple[int, int],
+        tolerance: float = _TOLERANCE,
+        enough: float = 0.0,
+        report: Callable[[float], None] = lambda done: None,
     ) -> tuple[Tensor, Tensor, int]:
-        """A and B by HOOI from these on, and the number of iterations."""
-        total, error = float(self.norms.square().sum()), math.inf
-        for iteration in range(1, _MAX_ITERATIONS + 1):
-            B = _leading(_compressed(self.U, self.V.mT @ A), r_out, B, _FIRST_POWERS if B is None else 1)
-            halves = _compressed(self.V, self.U.mT @ B)
-            A = _leading(halves, r_in, A, 1)
-            captured = float((A.T @ halves).square().sum())
-            before, error = error, math.sqrt(max(0.0, 1 - captured / total)) if total > 0 else 0.0
-            report(iteration / _MAX_ITERATIONS)
-            if before - error <= tolerance or error < enough:
-                break
-        return A, B, iteration
+        """`hooi` of the stack from A and B."""
+        return hooi(
+            lambda A: [_compressed(self.U, self.V.mT @ A)],
+            lambda B: [_compressed(self.V, self.U.mT @ B)],
+            (A, B),
+            rank,
+            float(self.norms.square().sum()),
+            max_iterations=_MAX_ITERATIONS,
+            tolerance=tolerance,
+            enough=enough,
+            report=report,
+        )
 
 
 def _reduced(parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -142,42 +138,10 @@ def _reduced(parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def _compressed(a: Tensor, b: Tensor) -> Tensor:
-    """[L, d, <= min], each with the same columns' Gram matrix as a b: a [L, d, r] times the triangle of b [L, r, c]'s LQ."""
-    return a @ (b if b.shape[2] <= b.shape[1] else torch.linalg.qr(b.mT, mode="r")[1].mT)
-
-
-def _side_by_side(side: Tensor) -> Tensor:
-    """[L, d, c] as [d, L c]."""
-    return side.transpose(0, 1).reshape(side.shape[1], -1)
-
-
-def _gram(side: Tensor) -> Tensor:
-    stacked = _side_by_side(side)
-    return stacked @ stacked.T
-
-
-def _leading(side: Tensor, r: int, start: Tensor | None, powers: int) -> Tensor:
-    """The r leading left singular vectors [d, r] of all of `side` [L, d, c] next to each other.
-
-    Dense where one dimension is small, else `powers` steps of subspace iteration from start, or from a fixed random block.
-    """
-    stacked = _side_by_side(side)
-    d, columns = stacked.shape
-    if d <= _EXACT:
-        return torch.linalg.eigh(stacked @ stacked.T)[1].flip(1)[:, :r].contiguous()
-    if r <= columns <= _EXACT:
-        basis, upper = torch.linalg.qr(stacked)
-        return basis @ torch.linalg.svd(upper)[0][:, :r]
-    if 8 * (r + _OVERSAMPLE) >= d:  # iterating on so wide a block would cost more
-        return torch.linalg.eigh(stacked @ stacked.T)[1].flip(1)[:, :r].contiguous()
-    generator = torch.Generator().manual_seed(0)
-    width = r + _OVERSAMPLE - (0 if start is None else r)
-    extra = torch.randn(d, width, dtype=torch.float64, device="cpu", generator=generator)
-    block = extra.to(stacked.device) if start is None else torch.cat([start, extra.to(stacked.device)], 1)
-    for _ in range(powers):
-        block = torch.linalg.qr(stacked @ (stacked.T @ block))[0]
-    small = block.T @ stacked
-    return block @ torch.linalg.eigh(small @ small.T)[1].flip(1)[:, :r]
+    """[d, L c] of the [d, c <= min] for each l, with the same columns' Gram matrix as a b: a [L, d, r] times the triangle of b
+    [L, r, c]'s LQ. Side by side, for one product over all l costs less than L small ones."""
+    product = a @ (b if b.shape[2] <= b.shape[1] else torch.linalg.qr(b.mT, mode="r")[1].mT)
+    return product.transpose(0, 1).reshape(product.shape[1], -1)
 
 
 def _lifted(basis: Tensor | None, vectors: Tensor, d: int, r: int) -> Tensor:

@@ -27,11 +27,12 @@ from .. import ops
 from ..compat import post_accumulate_hooks, running_function
 from ..ops import accumulate_dtype, planner
 from ..ops.composite import rows, to
-from .init import fill_factor_, leading, padded
+from .init import fill_factor_
 from .merging import write_
 from .placement import home
 from .progress import progress_bar
 from .sharded import agreed, holds_parts
+from .tucker import leading, padded
 from .untouched import untouched
 
 __all__ = ["PASSES", "Key", "Loss", "Probed", "leading_directions", "write_factors"]
