@@ -77,26 +77,19 @@ class LoTRPeftExperts(LoTRPeftLinear):
     ) -> Tensor:
         """forward with weight and bias as the host has them now. places: as in LoTRExperts, where `mixed` is on: never here."""
 
-        def run(x: Tensor, tokens: Tensor | None) -> Tensor:
-            return self._run(x, weight, bias, offs, tokens)
+        cores = self._running(warn=True).values()
 
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.merged and self.notice is not None:
-            merged = (self.lotr_adapter[name] for name in self.merged_adapters)
-            self.notice.warn(parameter for core in merged for _, parameter in core.parameters_by_part())
+        def run(x: Tensor, tokens: Tensor | None) -> Tensor:
+            y = None
+            for core in cores:
+                y = core(lambda A, B, call, y=y: call_routed(x, weight, bias, offs, tokens, y, A, B, call.core, None, call))
+            return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x)) if y is None else y
+
         return of_groups_alone(run, x, offs, tokens) if padded else run(x, tokens)
 
-    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None) -> Tensor:
-        off, y = self.disable_adapters or self.merged, None
-        for core in () if off else (self.lotr_adapter[n] for n in self.active_adapters if n in self.lotr_adapter):
-            y = core(lambda A, B, call, y=y: call_routed(x, weight, bias, offs, tokens, y, A, B, call.core, None, call))
-        return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x)) if y is None else y
-
     def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Plan]:
-        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lotr_adapter]
-        cores = {name: self.lotr_adapter[name] for name in names}
-        return {name: explain_call(x, core.factors, core.call(), None, device) for name, core in cores.items()}
+        running = self._running().items()
+        return {name: explain_call(x, core.factors, core.call(), None, device) for name, core in running}
 
     def mergeable_weight(self) -> Tensor:
         check_is_parameter(self.host(), self.parameter, "merge")

@@ -24,9 +24,8 @@ from ..layers.cores import CoreAt
 from ..layers.factors import LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.init import fill_core_
-from ..layers.layer import LoTRLayer
 from ..layers.linear import is_conv1d
-from ..layers.merging import MergeNotice, check_is_parameter, write_
+from ..layers.merging import Merges, check_is_parameter, plus
 from ..layers.parametrized import parameters_of
 from ..layers.quantized import has_plain_weight
 from ..layers.settings import Settings
@@ -95,7 +94,7 @@ def own_weight(base: nn.Module) -> Tensor | None:
     return base.weight.t() if is_conv1d(base) else None
 
 
-class LoTRPeftLinear(nn.Module, BaseTunerLayer):
+class LoTRPeftLinear(Merges, BaseTunerLayer):
     """A linear layer with LoTR adapters by name: x [..., in_features] -> [..., out_features].
 
     state_dict: the base's keys under `base_layer.`, and `lotr_adapter.<name>.core`. Merging sums in fp32 and casts once, from
@@ -103,8 +102,6 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
-    lotr_backup: Tensor | None
-    notice: MergeNotice | None = None
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -117,7 +114,7 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         self.lotr_adapter = nn.ModuleDict()
         self._disable_adapters, self._active_adapter = False, []
         self.merged_adapters: list[str] = []
-        self.register_buffer("lotr_backup", None, persistent=False)
+        self.register_buffer("weight_backup", None, persistent=False)
 
     def add(self, adapter_name: str, factors: LoTRFactors, config: LoTRPeftConfig, form: CoreAt | None = None) -> None:
         """Puts a new adapter of that name into the layer. form: as for LoTRCore."""
@@ -134,16 +131,11 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names: expected None (LoTR has no batches of mixed adapters), got a list of names")
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.merged and self.notice is not None:
-            merged = (self.lotr_adapter[name] for name in self.merged_adapters)
-            self.notice.warn(parameter for core in merged for _, parameter in core.parameters_by_part())
-        if self.disable_adapters or self.merged:
+        cores = list(self._running(warn=True).values())
+        if not cores:
             return self.base_layer(x, *args, **kwargs)
-        cores = [self.lotr_adapter[name] for name in self.active_adapters if name in self.lotr_adapter]
         base, y = self.base_layer, None
-        plain = bool(cores) and not (args or kwargs) and not needs_wrap(base)
+        plain = not (args or kwargs) and not needs_wrap(base)
         if plain and (weight := own_weight(base)) is not None:
             core = cores.pop(0)
             y = core(lambda A, B, call: call_linear(x, weight, base.bias, A, B, call))
@@ -153,14 +145,24 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
             y = core(lambda A, B, call, y=y: add_adapter(x, y, A, B, call))
         return y
 
+    def _running(self, warn: bool = False) -> dict[str, LoTRCore]:
+        """The adapters that a call runs, by name: the active ones, none if they are merged or disabled. warn: for a call, which
+        unmerges what is disabled, and warns of a merged adapter that is not trained."""
+        if warn and self.disable_adapters and self.merged:
+            self.unmerge()
+        if warn and self.merged and self.notice is not None:
+            merged = (self.lotr_adapter[name] for name in self.merged_adapters)
+            self.notice.warn((p for core in merged for _, p in core.parameters_by_part()), stacklevel=6)
+        if self.disable_adapters or self.merged:
+            return {}
+        return {name: self.lotr_adapter[name] for name in self.active_adapters if name in self.lotr_adapter}
+
     def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Plan]:
         """What each active adapter runs for x and why, in order: as `lotr_ext.explain`. Empty where only the base runs."""
-        names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if n in self.lotr_adapter]
         weight = None if needs_wrap(self.base_layer) else own_weight(self.base_layer)
         base = None if weight is None else (weight, self.base_layer.bias)
         found = {}
-        for name in names:
-            core = self.lotr_adapter[name]
+        for name, core in self._running().items():
             found[name] = explain_call(x, core.factors, core.call(), None if found else base, device)
         return found
 
@@ -207,11 +209,11 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str], safe: bool) -> Tensor:
         """W [n, k] with the adapters of these names in it. safe: ValueError if that is not finite."""
-        start = self.mergeable_weight() if self.lotr_backup is None else self.lotr_backup
+        start = self.mergeable_weight() if self.weight_backup is None else self.weight_backup
         delta, merged = 0.0, start
         for name in names:
             delta = delta + self.lotr_adapter[name].delta()
-            merged = LoTRLayer._plus(start, delta, 1)
+            merged = plus(start, delta)
             if safe and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return merged
@@ -221,20 +223,15 @@ class LoTRPeftLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotr_adapter]
         if not names:
             return
-        weight, merged = self.mergeable_weight(), self.merged_weight([*self.merged_adapters, *names], safe_merge)
-        if self.lotr_backup is None:
-            self.lotr_backup = weight.clone()
-        write_(weight, merged)
+        self._write_merged(self.mergeable_weight(), self.merged_weight([*self.merged_adapters, *names], safe_merge))
         self.merged_adapters.extend(names)
-        self.notice = MergeNotice()
 
     @torch.no_grad()
     def unmerge(self) -> None:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        write_(self.mergeable_weight(), self.lotr_backup)
-        self.lotr_backup = self.notice = None
+        self._write_back(self.mergeable_weight(), self.weight_backup)
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -15,7 +15,7 @@ from ..ops.composite import delta_weight
 from .checks import check_rank
 from .core import HasCore
 from .factors import LoTRFactors
-from .merging import MergeNotice, check_is_parameter, write_
+from .merging import Merges, check_is_parameter, plus, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
 from .request import NOW, OFF, said_of
@@ -24,7 +24,7 @@ from .settings import Settings
 DEFAULT_RANK = 8
 
 
-class LoTRLayer(HasCore):
+class LoTRLayer(HasCore, Merges):
     """Base class of adapted layers. Subclasses give `_base` (the plain forward), `_matrix` (W [n, k], a view) and `to_base`.
 
     core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s.
@@ -35,8 +35,6 @@ class LoTRLayer(HasCore):
     in_features: int
     out_features: int
     start_core: Tensor | None
-    weight_backup: Tensor | None
-    notice: MergeNotice | None = None
     traced: tuple[Mixture | Literal[False], ...] = ()
     _off, _said = False, said_of
 
@@ -185,12 +183,7 @@ class LoTRLayer(HasCore):
         weight = self._matrix().detach()
         if self.merged:
             return weight
-        return self._plus(weight, self.delta_weight(), 1)
-
-    @staticmethod
-    def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
-        wide = torch.promote_types(accumulate_dtype(weight.dtype), delta.dtype)
-        return (weight.to(wide) + sign * delta.to(weight.device, wide)).to(weight.dtype)
+        return plus(weight, self.delta_weight())
 
     def _weight_to_write(self, where: str) -> Tensor:
         """W [n, k], a view of the parameter that it is stored in. TypeError if it is stored in none."""
@@ -225,9 +218,8 @@ class LoTRLayer(HasCore):
         weight, merged = self._weight_to_write("merge"), self._merged_weight()
         if safe and not bool(torch.isfinite(merged).all()):
             raise ValueError("merge: expected a finite merged weight (safe=True), got NaN or infinite elements")
-        self.weight_backup = weight.detach().clone() if keep_backup else None
-        write_(weight, merged)
-        self.merged, self.notice = True, MergeNotice()
+        self._write_merged(weight, merged, keep_backup)
+        self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -235,10 +227,9 @@ class LoTRLayer(HasCore):
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
         weight = self._weight_to_write("unmerge")
-        restored = self._plus(weight, self.delta_weight(), -1) if self.weight_backup is None else self.weight_backup
-        write_(weight, restored)
-        self.weight_backup, self.merged = None, False
-        self.__dict__.pop("notice", None)  # the class has None
+        restored = plus(weight, self.delta_weight(), -1) if self.weight_backup is None else self.weight_backup
+        self._write_back(weight, restored)
+        self.merged = False
 
     @torch.no_grad()
     def _give_start_back(self) -> None:
@@ -247,7 +238,7 @@ class LoTRLayer(HasCore):
             return
         start = delta_weight(self.factors.start_A, self.factors.start_B, self.start_core, self.scaling)
         matrix = self._matrix()
-        write_(matrix, self._plus(matrix, start, 1))
+        write_(matrix, plus(matrix, start))
         self.start_core = None
 
     # ---- state -------------------------------------------------------------------------------------------------------

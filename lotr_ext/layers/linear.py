@@ -13,7 +13,7 @@ from ..ops import accumulate_dtype
 from .checks import check_dtype
 from .factors import LoTRFactors
 from .layer import LoTRLayer
-from .merging import MergeNotice
+from .merging import MergeNotice, plus
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
 from .settings import Settings
@@ -254,7 +254,7 @@ class LoTRWrapped(AdaptsModule):
         """
         weight, bias = dense_weight(self.base_layer, self.in_features, self.out_features), self.bias
         dtype = dtype or (weight if bias is None else bias).dtype
-        merged = self._plus(weight.to(accumulate_dtype(weight.dtype)), self.delta_weight(), 1).to(dtype)
+        merged = plus(weight.to(accumulate_dtype(weight.dtype)), self.delta_weight()).to(dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(merged, requires_grad=False)
         linear.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-__all__ = ["MergeNotice", "check_is_parameter", "write_"]
+from ..ops import accumulate_dtype
+
+__all__ = ["MergeNotice", "Merges", "check_is_parameter", "plus", "write_"]
 
 
 @torch.no_grad()
@@ -49,13 +51,42 @@ class MergeNotice:
     def __init__(self) -> None:
         self.given = False
 
-    def warn(self, adapter: Iterable[nn.Parameter]) -> None:
-        """Called in each forward of a merged layer. adapter: its parameters."""
+    def warn(self, adapter: Iterable[nn.Parameter], stacklevel: int = 5) -> None:
+        """Called in each forward of a merged layer. adapter: its parameters; stacklevel: of its caller's caller."""
         if self.given or is_compiling() or not torch.is_grad_enabled() or not any(p.requires_grad for p in adapter):
             return
         self.given = True
         warnings.warn(
             "lotr_ext: a merged adapter is not trained by this forward with gradients; unmerge it to train, or run under "
             "torch.no_grad() to predict",
-            stacklevel=5,
+            stacklevel=stacklevel,
         )
+
+
+def plus(weight: Tensor, delta: Tensor, sign: int = 1) -> Tensor:
+    """weight + sign delta, summed in float32 (or wider) and cast once."""
+    wide = torch.promote_types(accumulate_dtype(weight.dtype), delta.dtype)
+    return (weight.to(wide) + sign * delta.to(weight.device, wide)).to(weight.dtype)
+
+
+class Merges(nn.Module):
+    """Base class of layers that add their adapters into a weight: the backup of the weight, and the notice of the merge.
+
+    weight_backup: W as it was before the first merge, a buffer outside of state_dict; None without a merge or a backup.
+    """
+
+    weight_backup: Tensor | None
+    notice: MergeNotice | None = None
+
+    def _write_merged(self, weight: Tensor, merged: Tensor, keep_backup: bool = True) -> None:
+        """weight <- merged."""
+        if keep_backup and self.weight_backup is None:
+            self.weight_backup = weight.detach().clone()
+        write_(weight, merged)
+        self.notice = MergeNotice()
+
+    def _write_back(self, weight: Tensor, value: Tensor) -> None:
+        """weight <- value, which is what it was before the merge."""
+        write_(weight, value)
+        self.weight_backup = None
+        self.__dict__.pop("notice", None)  # the class has None

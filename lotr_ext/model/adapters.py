@@ -17,83 +17,25 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
-from ..layers.core import made
-from ..layers.cores import Cores
 from ..layers.experts import LoTRExperts
-from ..layers.factors import LoTRFactors
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer
 from ..layers.mixture import Mixture
 from ..layers.parametrized import parameters_of
 from ..layers.request import in_force
 from ..layers.settings import Settings
-from ..layers.sharded import holds_parts
 from .adapted import adapted_layers
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
+from .parked import DEFAULT, ParkedAdapter, ParkedAdapters, find_name, parked_of
 from .saved import CORES, saved_modules, saved_tensors
 from .scope import attach_scope
 from .shared_factors import Owner, SharedFactors, counterpart, factors_by_part
 from .targets import can_be_child
-from .tasks import bank_of
 
 __all__ = ["DEFAULT", "active_adapter", "adapter_names", "add_adapter", "delete_adapter", "mixed", "set_adapter"]
 
 Model = TypeVar("Model", bound=nn.Module)
-DEFAULT = "default"  # the name of the adapter that apply_lotr made
-
-
-class ParkedAdapter(nn.Module):
-    """An adapter that is not active. held, settings: by layer, in the model's order, its core or what makes it. made: what
-    makes cores for several layers, where something does. saved: its modules_to_save, by tensor."""
-
-    def __init__(
-        self,
-        config: LoTRConfig,
-        factors: dict[str, Owner],
-        held: Sequence[nn.Parameter | nn.Module],
-        made: Cores | None,
-        settings: Sequence[tuple[float, float]],
-        saved: Sequence[Tensor],
-    ):
-        super().__init__()
-        self.config, self.settings = config, list(settings)
-        self.__dict__["factors"] = factors  # registered by `_register_once`, here or where they are shared from
-        self.cores = nn.ParameterList(one for one in held if isinstance(one, nn.Parameter))
-        self.forms = nn.ModuleList(one for one in held if not isinstance(one, nn.Parameter))
-        self.dense, self.made = [isinstance(one, nn.Parameter) for one in held], made
-        self.saved = nn.ParameterList(nn.Parameter(t.detach(), requires_grad=False) for t in saved)
-        self.requires_grad_(False)
-
-    @property
-    def held(self) -> list[nn.Parameter | nn.Module]:
-        cores, forms = iter(self.cores), iter(self.forms)
-        return [next(cores if dense else forms) for dense in self.dense]
-
-    @property
-    def values(self) -> list[Tensor]:
-        """The cores [r_in, r_out] by layer."""
-        return [one if isinstance(one, nn.Parameter) else made(one) for one in self.held]
-
-
-class ParkedAdapters(nn.ModuleDict):
-    """The parked adapters by name. Called, it returns its input: nn.Sequential calls all it registers."""
-
-    active = DEFAULT
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def _of(model: nn.Module, name: str) -> ParkedAdapters:
-    """The model's parked adapters, none at first; name is the caller's, for the message."""
-    adapted_layers(model)
-    if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
-        raise RuntimeError(f"{name}: expected a model from apply_lotr, got one whose layers were built by hand")
-    if holds_parts(model):
-        raise RuntimeError(f"{name}: expected whole tensors, got a model held in parts; shard it with one adapter")
-    parked = getattr(model, "lotr_parked", None)
-    return parked if isinstance(parked, ParkedAdapters) else ParkedAdapters()
 
 
 def active_adapter(model: nn.Module) -> str:
@@ -102,7 +44,7 @@ def active_adapter(model: nn.Module) -> str:
     Raises:
         TypeError, RuntimeError: no nn.Module, no adapter, or layers built by hand.
     """
-    return _of(model, "active_adapter").active
+    return parked_of(model, "active_adapter").active
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -111,7 +53,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     Raises:
         TypeError, RuntimeError: as `active_adapter`.
     """
-    parked = _of(model, "adapter_names")
+    parked = parked_of(model, "adapter_names")
     return [parked.active, *parked]
 
 
@@ -134,12 +76,12 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
         RuntimeError: no adapter, layers built by hand, a merged adapter, init "svd" (whose start is part of the weights), a
             parametrized core or factor.
     """
-    parked = _of(model, "add_adapter")
+    parked = parked_of(model, "add_adapter")
     layers = adapted_layers(model)
     _check_new_name(parked, name)
     _check_unmerged(layers, "add_adapter")
     _check_parameters(layers, "add_adapter")
-    owner = None if share_factors is None else _find(parked, share_factors, "share_factors")
+    owner = None if share_factors is None else find_name(parked, share_factors, "share_factors")
     config = _fitting_config(model, config, shared=owner is not None)
     if config.init == "svd" or any(layer.start_core is not None for layer in layers.values()):
         raise RuntimeError('add_adapter: expected another init than "svd", whose start is part of the base weights, got "svd"')
@@ -197,8 +139,8 @@ def set_adapter(model: Model, name: str) -> Model:
         TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, a merged adapter, or a parametrized core or
             factor where another adapter becomes the active one.
     """
-    parked = _of(model, "set_adapter")
-    name = _find(parked, name, "name")
+    parked = parked_of(model, "set_adapter")
+    name = find_name(parked, name, "name")
     _check_unmerged(adapted_layers(model), "set_adapter")
     if name != parked.active:
         _check_parameters(adapted_layers(model), "set_adapter")
@@ -213,8 +155,8 @@ def delete_adapter(model: Model, name: str) -> Model:
         TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`; the active adapter, merged or not (make
             another one active first, or take it off with `unload`).
     """
-    parked = _of(model, "delete_adapter")
-    name = _find(parked, name, "name")
+    parked = parked_of(model, "delete_adapter")
+    name = find_name(parked, name, "name")
     if name == parked.active:
         merged = any(layer.merged for layer in adapted_layers(model).values())
         state = "merged into the weights" if merged else "active"
@@ -245,7 +187,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
             or an index where the model has no TaskBank. In a layer, ValueError: an input whose first dimension is not
             len(names), or in experts no multiple of it.
     """
-    parked = _of(model, "mixed")
+    parked = parked_of(model, "mixed")
     layers = adapted_layers(model)
     _check_unmerged(layers, "mixed")
     _check_parameters(layers, "mixed")
@@ -264,7 +206,7 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
         raise TypeError(f"names: expected a sequence of adapter names, one a row, or an index of tasks, got {names!r}")
     kinds = list(dict.fromkeys(name for name in names if name is not None)) or [parked.active]
     for name in kinds:
-        if _find(parked, name, "names") != parked.active:
+        if find_name(parked, name, "names") != parked.active:
             for group, factors in parked[name].factors.items():
                 if factors is not model.lotr_factors[group]:
                     raise ValueError(
@@ -282,21 +224,6 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
     return mixtures
 
 
-def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:
-    """The parked adapter of that name. Raises as `set_adapter`."""
-    parked = _of(model, "name")
-    return parked[_find(parked, name, "name")]
-
-
-def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, Tensor, float, float]]:
-    """What each layer would have of a parked adapter, in the model's order: factors, core, scaling, dropout."""
-    layers = adapted_layers(model).values()
-    return [
-        (counterpart(layer.factors, model.lotr_factors, parked.factors), core, *settings)
-        for layer, core, settings in zip(layers, parked.values, parked.settings, strict=True)
-    ]
-
-
 @contextmanager
 def in_use(model: Model, name: str) -> Iterator[Model]:
     """Inside the context the adapter `name` is the active one. Raises as `set_adapter`."""
@@ -310,7 +237,7 @@ def in_use(model: Model, name: str) -> Iterator[Model]:
 
 def rename_active(model: nn.Module, name: str) -> None:
     """Another name for the active adapter."""
-    parked = _of(model, "name")
+    parked = parked_of(model, "name")
     if name != parked.active:
         _check_new_name(parked, name)
     parked.active, model.lotr_parked = name, parked
@@ -326,14 +253,6 @@ def _check_new_name(parked: ParkedAdapters, name: object) -> None:
         raise ValueError(f"name: expected a name without dots that nn.ModuleDict does not use itself, got {name!r}")
     if name == parked.active or name in parked:
         raise ValueError(f"name: expected a new name, got {name!r}, which exists")
-
-
-def _find(parked: ParkedAdapters, name: object, argument: str) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"{argument}: expected the name of an adapter, got {type(name).__name__} {name!r}")
-    if name != parked.active and name not in parked:
-        raise ValueError(f"{argument}: expected one of {', '.join([parked.active, *parked])}, got {name!r}")
-    return name
 
 
 def _check_unmerged(layers: dict[str, LoTRLayer], where: str) -> None:

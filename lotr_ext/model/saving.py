@@ -26,6 +26,7 @@ from .adapter_files import LayerEntry, Manifest
 from .config import LoTRConfig
 from .core_forms import CORES
 from .fingerprint import fingerprint
+from .parked import parked_adapter, parked_layers
 from .saved import adapter_slots, computed_tensors, cores_of, saved_modules, saved_tensors
 from .stages import inner_model
 
@@ -110,8 +111,8 @@ def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[
         held = [(m.factors, m.core, m.scaling, m.dropout) for m in layers.values()]
         tensors |= computed_tensors(layers, prefixes)
     else:
-        parked = adapters.parked_adapter(model, name)
-        held = adapters.parked_layers(model, parked)
+        parked = parked_adapter(model, name)
+        held = parked_layers(model, parked)
         if parked.made is not None:
             tensors |= {f"{CORES}.{key}": t for key, t in parked.made.state_dict(keep_vars=True).items()}
         config, beside = parked.config, dict(zip(beside, parked.saved, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.gradient import Key, Loss, Probed, leading_directions
 from ..layers.init import tucker2
 from ..layers.layer import LoTRLayer
-from ..layers.merging import write_
+from ..layers.merging import plus, write_
 from ..layers.settings import Settings
 from ..layers.sharded import in_parts
 from ..ops.composite import delta_weight
@@ -41,7 +41,7 @@ def set_start(layers: Sequence[LoTRLayer], start: Start | None, scalings: Sequen
         if new is not None:
             change = change - delta_weight(A, B, new[i], scalings[i])
         matrix = layer._matrix()
-        weights.append(matrix if isinstance(change, float) else layer._plus(matrix, change, 1))
+        weights.append(matrix if isinstance(change, float) else plus(matrix, change))
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         write_(layer._weight_to_write("load_adapter"), weight)
         layer.start_core = None if new is None else new[i]

@@ -1,0 +1,96 @@
+"""Where the adapters of a model are that are not active: `model.lotr_parked`, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..layers.core import made
+from ..layers.cores import Cores
+from ..layers.factors import LoTRFactors
+from ..layers.sharded import holds_parts
+from .adapted import adapted_layers
+from .config import LoTRConfig
+from .shared_factors import Owner, SharedFactors, counterpart
+
+__all__ = ["DEFAULT", "ParkedAdapter", "ParkedAdapters", "find_name", "parked_adapter", "parked_layers", "parked_of"]
+
+DEFAULT = "default"  # the name of the adapter that apply_lotr made
+
+
+class ParkedAdapter(nn.Module):
+    """An adapter that is not active. held, settings: by layer, in the model's order, its core or what makes it. made: what
+    makes cores for several layers, where something does. saved: its modules_to_save, by tensor."""
+
+    def __init__(
+        self,
+        config: LoTRConfig,
+        factors: dict[str, Owner],
+        held: Sequence[nn.Parameter | nn.Module],
+        made: Cores | None,
+        settings: Sequence[tuple[float, float]],
+        saved: Sequence[Tensor],
+    ):
+        super().__init__()
+        self.config, self.settings = config, list(settings)
+        self.__dict__["factors"] = factors  # registered by `_register_once`, here or where they are shared from
+        self.cores = nn.ParameterList(one for one in held if isinstance(one, nn.Parameter))
+        self.forms = nn.ModuleList(one for one in held if not isinstance(one, nn.Parameter))
+        self.dense, self.made = [isinstance(one, nn.Parameter) for one in held], made
+        self.saved = nn.ParameterList(nn.Parameter(t.detach(), requires_grad=False) for t in saved)
+        self.requires_grad_(False)
+
+    @property
+    def held(self) -> list[nn.Parameter | nn.Module]:
+        cores, forms = iter(self.cores), iter(self.forms)
+        return [next(cores if dense else forms) for dense in self.dense]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The cores [r_in, r_out] by layer."""
+        return [one if isinstance(one, nn.Parameter) else made(one) for one in self.held]
+
+
+class ParkedAdapters(nn.ModuleDict):
+    """The parked adapters by name. Called, it returns its input: nn.Sequential calls all it registers."""
+
+    active = DEFAULT
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def parked_of(model: nn.Module, name: str) -> ParkedAdapters:
+    """The model's parked adapters, none at first; name is the caller's, for the message."""
+    adapted_layers(model)
+    if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
+        raise RuntimeError(f"{name}: expected a model from apply_lotr, got one whose layers were built by hand")
+    if holds_parts(model):
+        raise RuntimeError(f"{name}: expected whole tensors, got a model held in parts; shard it with one adapter")
+    parked = getattr(model, "lotr_parked", None)
+    return parked if isinstance(parked, ParkedAdapters) else ParkedAdapters()
+
+
+def find_name(parked: ParkedAdapters, name: object, argument: str) -> str:
+    """name, if there is an adapter of that name. argument: for the message."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected the name of an adapter, got {type(name).__name__} {name!r}")
+    if name != parked.active and name not in parked:
+        raise ValueError(f"{argument}: expected one of {', '.join([parked.active, *parked])}, got {name!r}")
+    return name
+
+
+def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:
+    """The parked adapter of that name. Raises as `set_adapter`."""
+    parked = parked_of(model, "name")
+    return parked[find_name(parked, name, "name")]
+
+
+def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, Tensor, float, float]]:
+    """What each layer would have of a parked adapter, in the model's order: factors, core, scaling, dropout."""
+    layers = adapted_layers(model).values()
+    return [
+        (counterpart(layer.factors, model.lotr_factors, parked.factors), core, *settings)
+        for layer, core, settings in zip(layers, parked.values, parked.settings, strict=True)
+    ]
