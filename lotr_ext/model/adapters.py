@@ -32,6 +32,7 @@ from .saved import CORES, saved_modules, saved_tensors
 from .scope import attach_scope
 from .shared_factors import Owner, SharedFactors, counterpart, factors_by_part
 from .targets import can_be_child
+from .tasks import bank_of
 
 __all__ = ["DEFAULT", "active_adapter", "adapter_names", "add_adapter", "delete_adapter", "mixed", "set_adapter"]
 
