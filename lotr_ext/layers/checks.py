@@ -66,7 +66,7 @@ def check_probability(name: str, value: object) -> None:
     """value must be a number in [0, 1)."""
     check_number(name, value)
     if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
 
 
 def check_tensor(name: str, tensor: object, *shape: int | str) -> None:

@@ -77,7 +77,9 @@ def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
     return (e, n, k) if module.is_transposed else (e, k, n)
 
 
-def adapt_parameter(module: nn.Module, parameter: str, factors: LoTRFactors, settings: Settings) -> LoTRHostedExperts:
+def adapt_parameter(
+    module: nn.Module, parameter: str, factors: LoTRFactors, settings: Settings | None = None
+) -> LoTRHostedExperts:
     """Puts an adapter beside a parameter for which `why_not` is None."""
     bias = f"{parameter}_bias" if module.has_bias else None
     layer = LoTRHostedExperts(module, parameter, factors, transposed=module.is_transposed, bias=bias, settings=settings)
