@@ -12,12 +12,12 @@ from .projection import assumptions, fused, row_model
 from .projection import row_counts as row_traffic
 from .projection.cards import CARDS
 from .projection.counts import DTYPES, FOLDER, KERNELS
-from .projection.predict import FILE, all_keys, kept, measured, model_id, predict
+from .projection.predict import FILE, all_keys, kept, model_id, predict
 from .projection.table import fused_table, table
 
 SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
 ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed,
-nvcc is. Times are a model's, no measurement; where bench.kernels has measured, its time stands beside. Counts and estimates are
+nvcc is. Times are a model's, no measurement. Counts and estimates are
 kept and not made again while the sources stay as they are."""
 
 
@@ -61,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     with progress(len(keys) + len(row_keys)) as begin:
         found = predict(keys, options.results, begin, options.fresh)
         of_rows = row_model.predict(row_keys, options.results, model_id(), begin, options.fresh)
-    console, known = wide_console(), measured()
+    console = wide_console()
     for gpu in options.gpus:
         for dtype in options.dtypes:
-            console.print(table(gpu, dtype, found, known))
+            console.print(table(gpu, dtype, found))
         if row_keys:
             console.print(row_model.table_of(gpu, of_rows))
     for gpu in set(options.gpus) & set(fused.hopper()):

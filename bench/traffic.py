@@ -7,15 +7,17 @@ from pathlib import Path
 
 from .measure.session import new_table, progress, start, wide_console
 from .measure.shapes import parse_shapes
-from .measure.store import Store
+from .measure.store import RESULTS, Store
 from .projection import block as block_traffic
 from .projection import layer as layer_traffic
 from .projection import layer_time as projection
+from .projection import predictions
 from .projection import row_counts as row_traffic
 from .projection.cards import CARDS
-from .projection.counts import FOLDER, LAYER_SHAPES, count_all, needed
+from .projection.counts import FOLDER, LAYER_SHAPES, count_all, kept, needed, sources_id
 from .projection.counts import __doc__ as about
-from .projection.predict import layer_keys, layer_levels, predict
+from .projection.predict import FILE, all_predictions, layer_keys, layer_levels, model_id, predict
+from .projection.predict import kept as predict_kept
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -90,6 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         for line in projection.step_rows(shape, rows, CARDS["h100"], levels["h100"]):
             steps.add_row(*line)
         console.print(steps)
+    if options.results == FOLDER and set(options.gpus) == set(CARDS):
+        estimates = predict_kept(Store(FOLDER / FILE), model_id())
+        if predictions.keep(all_predictions(kept(store, sources_id()), estimates), RESULTS / predictions.FILE):
+            console.print(f"predictions in {RESULTS / predictions.FILE}", highlight=False)
     console.print(f"counts in {store.path} and {row_store.path}", highlight=False)
     return 0
 

@@ -51,8 +51,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"budget: expected seconds of at least 1, got {options.budget}")
     if options.wheel is not None:
         check_wheel(options.wheel)
-    names = [part.name for part in plan(options)]
-    of_call = [part.name for part in plan(options) if options.call in part.calls]
+    options.plan = plan(options)
+    names = [part.name for part in options.plan]
+    of_call = [part.name for part in options.plan if options.call in part.calls]
     options.chosen = options.parts is not None
     options.parts = options.parts.split(",") if options.chosen else of_call
     for name in options.parts:
@@ -77,9 +78,9 @@ def show_plan(options: argparse.Namespace, found: dict[str, str | None]) -> None
     print(f"GPU                {found['gpu'] or 'none (nvidia-smi names none)'}")
     for name in [name for name in found if name != "gpu"]:
         print(f"{name:18} {found[name] or 'missing' + (', optional' if name in OPTIONAL else '')}")
-    calls = {None: options.parts} if options.chosen else {n: [p.name for p in plan(options) if n in p.calls] for n in CALLS}
+    calls = {None: options.parts} if options.chosen else {n: [p.name for p in options.plan if n in p.calls] for n in CALLS}
     for call, names in calls.items():
-        parts = [part for part in plan(options) if part.name in names]
+        parts = [part for part in options.plan if part.name in names]
         possible = [part for part in parts if not missing(part, found)]
         times = dict(zip((part.name for part in possible), seconds_of(possible, options.budget)))
         what = f"--call {call} ({CALLS[call]}), " if call else ""

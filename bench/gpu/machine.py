@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "numpy", "safetensors")
 OPTIONAL = ("rich", "matplotlib", "peft", "transformers", "hypothesis", "xdist", "pytest_timeout")
 HOPPER = "compute capability 9.0"
+
+
+def write(path: Path, value: object) -> None:
+    """As JSON, by way of a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def sanitizer() -> str | None:
@@ -51,7 +60,4 @@ def look() -> dict[str, str | None]:
         spec = importlib.util.find_spec(package)
         found[package] = None if spec is None else str(spec.origin)
     found[HOPPER] = found["gpu"] if found["gpu"] and found["gpu"].endswith(", 9.0") else None
-    for program in ("static", "host"):
-        there = [ROOT / "bench" / f"{program}.py", ROOT / "bench" / program / "__main__.py"]
-        found[f"bench.{program}"] = next((str(path) for path in there if path.exists()), None)
     return found

@@ -12,13 +12,15 @@ from .machine import HOPPER, NEEDED, sanitizer, tool
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
 FLOOR = ("--autotune", "--shapes", "8192x4096x16", "--kernels", "shrink,expand_add,factor_grad,shrink_grad")
 CALLS = {1: "right or wrong, and how fast", 2: "where the time goes", 3: "sanitizer, profiler, searched floors"}
+WITH_ALL = "with-all"  # the folder of the kernels that the switches' pairs start from
 NCU_KERNELS = 12  # launches that are profiled: each of the six kernels about twice
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A command of the plan, in which {minutes} or {seconds} stands for the time it gets. weight: its share of the time that is
-    left; needs: names of `look` that must be there; calls: those of CALLS it belongs to."""
+    left; needs: names of `look` that must be there; calls: those of CALLS it belongs to; without: a feature that is switched
+    off (LOTR_CUDA_WITHOUT)."""
 
     name: str
     weight: float
@@ -26,6 +28,7 @@ class Part:
     needs: tuple[str, ...] = ()
     about: str = ""
     calls: tuple[int, ...] = (1,)
+    without: str = ""
 
 
 ALWAYS = tuple(CALLS)
@@ -71,9 +74,10 @@ def _speed(module: tuple[str, ...], quick: tuple[str, ...]) -> list[Part]:
             "the shared gradient against autograd's sums",
             (2,),
         ),
+        Part("model", 2.0, (*module, "bench.model", *quick), ("transformers", "peft"), "a whole model with each method", (2,)),
         Part("experts", 1.0, experts, ("transformers", "peft"), "a mixture's experts against PEFT's LoRA", (2,)),
-        Part("host", 1.0, (*module, "bench.host"), ("bench.host",), "host time of a layer", (2,)),
-        *(without(switch, module) for switch in ("wgmma", "early", "cluster", "together")),
+        Part("host", 1.0, (*module, "bench.host"), (), "host time of a layer", (2,)),
+        *switched(module),
     ]
 
 
@@ -87,15 +91,21 @@ def _thorough(module: tuple[str, ...]) -> list[Part]:
         Part("ncu", 1.0, (*ncu, "--launch-count", str(NCU_KERNELS), *profiled), ("ncu",), "counters of the hardware", (3,)),
         Part("floor-kernels", 1.5, (*module, "bench.kernels", *FLOOR), (), "the library's products after a search", (3,)),
         Part("floor-layer", 1.5, floor_layer, (), "the same, a layer", (3,)),
-        Part("static", 1.0, (*module, "bench.static"), ("bench.static",), "the model's times beside the measured ones", (3,)),
     ]
 
 
-def without(switch: str, module: tuple[str, ...]) -> Part:
-    """The kernels with one of the hardware's features switched off: beside `kernels`, what that feature is worth."""
-    results = ("--results", f"bench/results/without-{switch}")
-    command = ("env", f"LOTR_CUDA_WITHOUT={switch}", *module, "bench.kernels", "--quick", *results)
-    return Part(f"without-{switch}", 0.7, command, (), f"the same kernels without {switch}", (2,))
+def switched(module: tuple[str, ...]) -> list[Part]:
+    """The kernels as they are, and with one of the hardware's features switched off: what that feature is worth."""
+    quick = (*module, "bench.kernels", "--quick", "--results")
+    pairs = [
+        Part(
+            WITH_ALL, 0.7, (*quick, f"bench/results/{WITH_ALL}"), (), "the kernels that the next parts are compared with", (2,)
+        )
+    ]
+    for switch in ("wgmma", "early", "cluster", "together"):  # fused: bench.fused has its rival beside it
+        name = f"without-{switch}"
+        pairs.append(Part(name, 0.7, (*quick, f"bench/results/{name}"), (), f"the same without {switch}", (2,), switch))
+    return pairs
 
 
 def sanitize(tool: str) -> tuple[str, ...]:

@@ -24,15 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from .machine import ROOT
+from lotr_ext.ops.planner import CUDA_SWITCHES
+
+from .machine import ROOT, write
 
 OPERATORS = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "fold_grad", "small", "rows")
 TYPES = ("bf16", "fp16", "fp32", "tf32")
 RANKS = (16, 32, 64, 128)  # the classes that are compiled
-SWITCHES = ("wgmma", "early", "cluster", "together", "fused")
 WATCHDOG_S = 20
 SECONDS = 90
-JOBS = 8  # processes at a time: each is mostly start-up
+JOBS = min(16, os.cpu_count() or 1)  # processes at a time: each is mostly start-up
 DEVICES = ("cuda", "cpu", "fake")  # fake: python_tests/bench/fake_gpu.py, which proves this program without a GPU
 
 
@@ -202,7 +203,7 @@ class Smoke:
 
     def attempts(self) -> list[list[str]]:
         """What is off already, then each feature, then all."""
-        others = [name for name in SWITCHES if name not in self.without]
+        others = [name for name in CUDA_SWITCHES if name not in self.without]
         return [[], *([name] for name in others), *([others] if len(others) > 1 else [])]
 
     def unmended(self) -> list[Result]:
@@ -226,14 +227,6 @@ class Smoke:
             lines.append(f"passes with LOTR_CUDA_WITHOUT={','.join(self.without)}, which stays set for what follows")
         lines += [f"no switch helps: {result.variant}" for result in self.unmended()]
         return lines
-
-
-def write(path: Path, smoke: Smoke) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**result._asdict(), "variant": str(result.variant)} for result in smoke.results]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"without": smoke.without, "results": rows}, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -263,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     smoke.go(options.variants)
     print("\n".join(smoke.report()))
     if options.out:
-        write(options.out, smoke)
+        rows = [{**result._asdict(), "variant": str(result.variant)} for result in smoke.results]
+        write(options.out, {"without": smoke.without, "results": rows})
     return int(bool(smoke.unmended()))
 
 

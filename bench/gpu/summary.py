@@ -6,13 +6,16 @@ import re
 import statistics
 from pathlib import Path
 
-from ..measure.store import Store, newest
+from ..measure.store import RESULTS, Store, key_of, newest
+from ..projection import predictions
+from .plan import WITH_ALL
 
 FLOOR, OURS = "frozen", "lotr_ext"
 
 
-def summary(results: Path, outcome: dict[str, dict]) -> list[str]:
-    """A line a part, and below it what its results say. results: the folder of logs and of the card's own folder."""
+def summary(results: Path, outcome: dict[str, dict], predicted: Path = RESULTS) -> list[str]:
+    """A line a part, and below it what its results say. results: the folder of logs and of the card's own folder;
+    predicted: that has the predictions."""
     lines = ["", "summary"]
     for name, part in outcome.items():
         lines.append(f"  {name:18} {part['status']}" + (f", {part['seconds']:.0f} s" if part["seconds"] else ""))
@@ -29,7 +32,37 @@ def summary(results: Path, outcome: dict[str, dict]) -> list[str]:
         if cells and path.stem in TELL:
             told = TELL[path.stem](newest(cells))
             lines += [f"  {path.relative_to(results)}", *(f"      {line}" for line in told)]
-    return [*lines, f"results in {results}"]
+    lines += worth_of_switches(results)
+    return [*lines, *beside_predicted(results, predicted), f"results in {results}"]
+
+
+def worth_of_switches(results: Path) -> list[str]:
+    """Of each feature that was switched off: the time of each kernel over that with all of them."""
+    lines = []
+    base = {key_of(c): c for c in newest(Store(results / WITH_ALL / "kernels.jsonl").read())}
+    for folder in sorted(results.glob("without-*/")):
+        ratios: dict[str, list[float]] = {}
+        for cell in newest(Store(folder / "kernels.jsonl").read()):
+            if cell["rival"] == OURS and (other := base.get(key_of(cell))):
+                ratio = cell["step"]["seconds"][1] / other["step"]["seconds"][1]
+                ratios.setdefault(cell["case"]["kernel"], []).append(ratio)
+        told = ", ".join(f"{kernel} {statistics.median(own):.2f} x" for kernel, own in ratios.items())
+        lines += [f"  {folder.name}, over with all features (medians): {told}"] if told else []
+    return lines
+
+
+def beside_predicted(results: Path, predicted: Path) -> list[str]:
+    """Every measured value that was predicted for this card, with the ratio of the two."""
+    made_on, made = predictions.kept(predicted)
+    found = [one for folder in sorted(results.glob("*/")) for one in predictions.compared_in(folder, made)]
+    if not found:
+        return []
+    inside, ratio = sum(one.inside for one in found), statistics.median(one.ratio for one in found)
+    lines = [f"  predicted on {made_on}: {inside} of {len(found)} within the interval, measured / likely {ratio:.2f} (median)"]
+    for one in found:
+        what, predicted, measured, verdict = one.cells()
+        lines.append(f"      {what}: {measured}, predicted {predicted}: x {verdict}")
+    return lines
 
 
 def pairs(cells: list[dict], floor: str) -> list[tuple[dict, dict]]:

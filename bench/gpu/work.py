@@ -12,14 +12,15 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lotr_ext import __version__
 
-from .machine import ROOT
-from .plan import Part, missing, plan, seconds_of
+from .machine import ROOT, write
+from .plan import Part, missing, seconds_of
 from .results import SUMMARY, pack
+from .smoke import SECONDS
 from .summary import summary
 
 COPIED = ("csrc", "lotr_ext", "bench", "python_tests")
@@ -65,17 +66,20 @@ def take_wheel(wheel: Path, tree: Path) -> None:
         (tree / MODULE).write_bytes(archive.read(MODULE))
 
 
-def run_part(part: Part, tree: Path, log: Path, limit: float, more: Mapping[str, str]) -> tuple[str, float]:
-    """("done", "failed (status)" or "stopped", seconds). Its output goes to log as it comes. more: for its environment."""
+def run_part(part: Part, tree: Path, log: Path, limit: float, without: Iterable[str] = ()) -> tuple[str, float]:
+    """("done", "failed (status)" or "stopped", seconds). Its output goes to log as it comes. without: features of the hardware
+    that are at fault here, besides those that are switched off already and the part's own."""
     begin = time.monotonic()
     environment = os.environ | {
         "LOTR_BUILD_DIR": str(tree.parent / "cmake"),
         "LOTR_CUDA": "ON",
         "PYTHONPATH": str(tree),
-        **more,
     }
+    off = [*environment.get("LOTR_CUDA_WITHOUT", "").split(","), *without, part.without]
+    if off := ",".join(dict.fromkeys(filter(None, off))):
+        environment["LOTR_CUDA_WITHOUT"] = off
     environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    times = {"{minutes}": f"{0.8 * limit / 60:.2f}", "{seconds}": f"{0.9 * limit:.0f}"}
+    times = {"{minutes}": f"{0.8 * limit / 60:.2f}", "{seconds}": f"{min(SECONDS, 0.9 * limit):.0f}"}
     command = [times.get(word, word) for word in part.command]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` leaves it, and then no part would hear `stop`
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -113,12 +117,6 @@ def stop(process: subprocess.Popen) -> None:
             return
 
 
-def write(path: Path, value: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
-
-
 def work(options: argparse.Namespace, found: dict[str, str | None], run: Callable = run_part) -> int:
     """Runs what can run, in order. 1 if a part failed or the build could not be made."""
     end = time.monotonic() + options.budget - min(GRACE_S, 0.1 * options.budget)
@@ -134,7 +132,7 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
             raise ValueError(f"parts: expected build among them, {built} is not there yet; got {', '.join(options.parts)}")
         shutil.copy2(built, tree / MODULE)
     outcome: dict[str, dict] = {}
-    left = [part for part in plan(options) if part.name in options.parts]
+    left = [part for part in options.plan if part.name in options.parts]
     while left:
         part, remaining = left[0], end - time.monotonic()
         lacks = missing(part, found)
@@ -151,7 +149,7 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
             status, seconds = "done", 0.0
         else:
             print(f"{part.name} ({part.about}): at most {limit:.0f} s, log {results / part.name}.log", flush=True)
-            status, seconds = run(part, tree, results / f"{part.name}.log", limit, switches(results))
+            status, seconds = run(part, tree, results / f"{part.name}.log", limit, at_fault(results))
         outcome[part.name] = {"status": status, "seconds": seconds}
         print(f"{part.name}: {status}" + (f", {seconds:.0f} s" if seconds else ""), flush=True)
         if status.startswith("failed"):
@@ -172,11 +170,10 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
     return int(any(part["status"].startswith("failed") for part in outcome.values()))
 
 
-def switches(results: Path) -> dict[str, str]:
-    """What the smoke part found to be at fault on this card, for the environment of every later part."""
+def at_fault(results: Path) -> list[str]:
+    """The features that the smoke part found to be at fault on this card."""
     found = results / "smoke" / "smoke.json"
-    without = json.loads(found.read_text())["without"] if found.exists() else []
-    return {"LOTR_CUDA_WITHOUT": ",".join(without)} if without else {}
+    return json.loads(found.read_text())["without"] if found.exists() else []
 
 
 def obstacle_in(log: Path) -> str | None:

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..measure.store import RESULTS, Store, latest, of_build
-from . import counts, fused
-from .assumptions import LEVELS, Assumed
-from .cards import CARDS, card_called
+from ..measure.store import Store, of_build
+from . import block, counts, fused
+from .assumptions import LEVELS, Assumed, Spread
+from .cards import CARDS
 from .compiled import compile_kernels, tools
 from .counts import KERNELS, Row
-from .layer import fused_key
-from .layer_time import KernelTime, Levels, Times
+from .layer import BETA, FUSED, LEAST, fused_key
+from .layer_time import KernelTime, Levels, Times, excess
 from .model import Estimate, estimate, in_turns
+from .predictions import Prediction
 from .sources import python_id
 
 CASE = ("kernel", "m", "n", "r", "dtype", "gpu")
@@ -114,14 +115,50 @@ def _times(shapes: Sequence[tuple[int, int, int, int]], gpu: str, found: dict[Ke
     return times
 
 
-def measured(results: Path = RESULTS) -> dict[Key, float]:
-    """Seconds of our kernels on the GPUs whose results are kept (bench.kernels), the latest of each."""
-    found: dict[Key, float] = {}
-    for path in sorted(results.glob("*/kernels.jsonl")):
-        for cell in latest(Store(path).read()):
-            case, name = cell["case"], cell.get("machine", {}).get("name", "")
-            gpu = card_called(name)
-            if gpu is not None and cell["rival"] == "lotr_ext":
-                key = (case["kernel"], case["m"], case["n"], case["r"], case["dtype"], gpu)
-                found[key] = cell["step"]["seconds"][1]
-    return found
+# ---- predictions ----------------------------------------------------------------------------------------------------------
+
+NAMED = {  # by which the benchmarks know a way; others have one name in both
+    BETA: "lotr_ext",
+    FUSED: "lotr_ext-fused",
+    "lotr_ext two_pass": "lotr_ext-two_pass",
+    block.UNSHARED: "lotr_ext-unshared",
+}
+
+
+def projections(shapes: list, rows: dict[counts.Key, Row], found: dict[Key, Estimate]) -> dict[str, Levels]:
+    """Times of our kernels in layers of these shapes by GPU, for those GPUs that have all counts and estimates."""
+    levels = {gpu: layer_levels(shapes, gpu, found) for gpu in CARDS}
+    return {
+        gpu: own
+        for gpu, own in levels.items()
+        if own is not None and all(key in rows for key in counts.needed(shapes, [CARDS[gpu].multiprocessors]))
+    }
+
+
+def all_predictions(rows: dict[counts.Key, Row], found: dict[Key, Estimate]) -> list[Prediction]:
+    """All that these counts and estimates say."""
+    made = [
+        Prediction("kernels", k[5], "lotr_ext", dict(zip(("kernel", "m", "n", "r", "dtype"), k)), e.spread)
+        for k, e in found.items()
+    ]
+    for shape in counts.LAYER_SHAPES:
+        case = dict(zip("mknr", shape)) | {"dtype": "bf16"}
+        for gpu, levels in projections([shape], rows, found).items():
+            made += _of("layer", gpu, case, excess(shape, rows, CARDS[gpu], levels))
+    for one in block.parse(block.BLOCKS):
+        case = dict(zip(("model", "m", "r"), one)) | {"dtype": "bf16"}
+        for gpu, levels in projections(block.shapes(one), rows, found).items():
+            made += _of("block", gpu, case, block.excess(one, rows, CARDS[gpu], levels))
+    for gpu in fused.hopper() if made else ():
+        for m, k, n, r in fused.SHAPES:
+            for direction, inner, outer in (("y", k, n), ("dx", n, k)):
+                case = dict(zip("mknr", (m, k, n, r))) | {"direction": direction, "dtype": "bf16"}
+                every = [fused.model(m, inner, outer, r, gpu, direction == "dx", assumed=a) for a in LEVELS.values()]
+                made.append(Prediction("fused", gpu, "gemm_lotr", case, Spread(*(one.adds for one in every))))
+                made.append(Prediction("fused", gpu, "beta", case, Spread(*(one.beta for one in every))))
+    return made
+
+
+def _of(program: str, gpu: str, case: dict, over: dict[str, dict[str, Spread]]) -> list[Prediction]:
+    own = {NAMED.get(name, name): spreads["step"] for name, spreads in over.items() if name != LEAST}
+    return [Prediction(program, gpu, rival, case, spread) for rival, spread in own.items()]

@@ -16,11 +16,10 @@ HEADS += ("issue", "memory", "flight", "L2", "cluster", "begin", "after (rounds)
 HEADS += ("limiter",)
 
 
-def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, float]) -> Table:
-    """One GPU and dtype, a row a kernel; times in us. Where something was measured, that and its ratio to the model."""
+def table(gpu: str, dtype: str, found: dict[Key, Estimate]) -> Table:
+    """One GPU and dtype, a row a kernel; times in us."""
     own = {key: e for key, e in found.items() if key[4:] == (dtype, gpu)}
-    heads = HEADS + (("measured", "x model") if any(key in measured for key in own) else ())
-    result = new_table(f"{CARDS[gpu].name}, {dtype}: {LABEL}", *heads)
+    result = new_table(f"{CARDS[gpu].name}, {dtype}: {LABEL}", *HEADS)
     for key, e in own.items():
         t = e.at()
         row = [key[0], f"{key[1]} x {key[2]}, {key[3]}", f"{e.registers}" + (f" +{e.spilled} B" if e.spilled else "")]
@@ -30,8 +29,6 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate], measured: dict[Key, 
         row += [f"{1e6 * seconds:.1f}" for seconds in t.bound.values()]
         row += [f"{1e6 * t.parts['begin']:.1f}", f"{1e6 * t.parts['after']:.1f} ({e.late_rounds})"]
         row += [f"{e.launches} + {e.memsets}", e.spread.us(), f"{t.share:.0%}", t.limiter]
-        if key in measured:
-            row += [f"{1e6 * measured[key]:.1f}", f"{measured[key] / t.seconds:.2f}"]
         result.add_row(*row)
     result.caption_justify = "left"
     result.caption = (
@@ -51,13 +48,11 @@ def fused_table(gpu: str) -> Table:
     return result
 
 
-def markdown_rows(found: dict[Key, Estimate], measured: dict[Key, float], gpus: list[str]) -> tuple[list[str], list[list[str]]]:
+def markdown_rows(found: dict[Key, Estimate], gpus: list[str]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows for a page: a row a kernel and size; its code and limiter on the first GPU, and each GPU's time."""
     first = gpus[0]
     heads = ["kernel", "M x N, r", "registers", "blocks a multiprocessor", "instructions a 16 bytes"]
     heads += [f"{CARDS[gpu].name}: us, of bandwidth" for gpu in gpus] + [f"what limits on {CARDS[first].name}"]
-    has_measured = any(key in found for key in measured)
-    heads += ["measured, x model"] if has_measured else []
     rows = []
     for key, e in found.items():
         if key[5] != first:
@@ -66,11 +61,5 @@ def markdown_rows(found: dict[Key, Estimate], measured: dict[Key, float], gpus: 
         for gpu in gpus:
             other = found.get((*key[:5], gpu))
             row.append(f"{other.spread.us()}, {other.at().share:.0%}" if other else "-")
-        row.append(e.at().limiter)
-        if has_measured:
-            ratios = [
-                f"{CARDS[g].name}: {measured[k] / found[k].at().seconds:.2f}" for g in gpus if (k := (*key[:5], g)) in measured
-            ]
-            row.append("; ".join(ratios) or "-")
-        rows.append(row)
+        rows.append([*row, e.at().limiter])
     return heads, rows

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from ..measure.names import LIGHT_BLUE
 from ..projection.cards import CARDS
 from ..projection.model import Estimate
 from ..projection.predict import Key
+from ..projection.predictions import Compared
 from ..projection.table import LABEL
 from .plots import save
 
@@ -56,3 +58,21 @@ def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(f"Kernels at {first[1]} x {first[2]}, {first[4]}: {LABEL}", fontsize=10)
     return save({"static": figure}, folder)
+
+
+def draw_predicted(found: list[Compared], folder: Path) -> list[Path]:
+    """Measured over the likely prediction, a point a value, in its interval."""
+    if not found:
+        return save({"predicted": None}, folder)
+    figure, axis = plt.subplots(figsize=(8, 0.26 * len(found) + 1.4), layout="constrained")
+    for place, one in enumerate(reversed(found)):
+        low, likely, high = one.predicted
+        axis.barh(place, (high - low) / likely, left=low / likely, color=LIGHT_BLUE)
+        axis.plot(one.ratio, place, "o", color="tab:blue" if one.inside else "tab:red", ms=4)
+    axis.axvline(1, color="k", lw=0.8)
+    axis.margins(0.02, 0.01)
+    axis.set_yticks(range(len(found)), [one.what for one in reversed(found)], fontsize=7)
+    axis.set_xlabel("measured over the likely prediction; bars: from low to high; red: outside", fontsize=8)
+    axis.set_title(f"Measured beside predicted: {folder.name}", fontsize=9)
+    axis.grid(axis="x", alpha=0.3)
+    return save({"predicted": figure}, folder)

@@ -21,6 +21,8 @@ from ..measure.names import renamed
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest
 from ..measure.timing import slug
+from ..projection import predictions
+from ..projection.predict import projections
 from . import block_table, experts_table, host_table, rows_table, tables, tasks_table
 from .summary import Summary, summary
 
@@ -172,6 +174,9 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
         found["traffic"].append(rows_table.rows_table(counts))
     if estimates:
         found["static"].append(tables.static_table(estimates, _pictures(folder, up)))
+    for folder in _machines(results):
+        if text := tables.predicted_table(folder, _pictures(folder, up)):
+            found["static"].append(text)
     if text := rows_table.static_rows_table(results):
         found["static"].append(text)
     found["summary"] = _summary_section(results, up)
@@ -204,11 +209,12 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
         written += host_table.draw_host(_read(folder / "host.jsonl"), folder)
         written += experts_table.draw_experts(_read(folder / "experts.jsonl"), folder)
+        written += plots_static.draw_predicted(predictions.compared_in(folder, predictions.kept(results)[1]), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
         written += plots_frontier.draw_frontier(frontier.kept(folder), folder)
         written += [path for run in tasks_table.task_runs(folder) for path in plots_tasks.draw_tasks(run, folder)]
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
-    if levels := tables.layer_projections([tables.PROJECTED_SHAPE], rows, estimates):
+    if levels := projections([tables.PROJECTED_SHAPE], rows, estimates):
         written += plots_more.draw_projection(tables.PROJECTED_SHAPE, rows, levels, folder)
     return written + plots_static.draw_static(estimates, folder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import layer, model, shared, targets
@@ -13,7 +13,7 @@ from ..measure.session import ROUNDS, bytes_text, time_text
 from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
 from ..projection import block as block_traffic
-from ..projection import fused
+from ..projection import fused, predictions
 from ..projection.cards import CARDS
 from ..projection.counts import LAYER_SHAPES, Key, Row, kept, needed
 from ..projection.layer import BETA, FUSED, LEAST, all_steps, total_bytes
@@ -22,7 +22,7 @@ from ..projection.model import Estimate
 from ..projection.predict import FILE as STATIC_FILE
 from ..projection.predict import Key as StaticKey
 from ..projection.predict import kept as static_kept
-from ..projection.predict import layer_levels, measured
+from ..projection.predict import projections
 from ..projection.table import LABEL as STATIC_LABEL
 from ..projection.table import markdown_rows
 from ..rivals.model import SHAPES as MODELS
@@ -260,7 +260,7 @@ def static_found(results: Path) -> dict[StaticKey, Estimate]:
 def static_table(found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
     """What each kernel's machine code says of its speed: a row a kernel and size, a column a GPU."""
     gpus = sorted({key[5] for key in found}, key=lambda gpu: (gpu != "h100", list(CARDS).index(gpu)))
-    heads, rows = markdown_rows({key: e for key, e in found.items() if key[4] == "bf16"}, measured(), gpus)
+    heads, rows = markdown_rows({key: e for key, e in found.items() if key[4] == "bf16"}, gpus)
     title = f"`python -m bench.static`, no GPU, bf16: {STATIC_LABEL}. First the likely time and its share of the data sheet's "
     title += "bandwidth, in brackets that with all assumptions low and with all high:"
     images = _images(pictures, {"static": "where each kernel's time goes, modelled"})
@@ -276,14 +276,15 @@ def fused_lines() -> list[str]:
     return [title, "", *markdown(list(fused.HEADS), fused.rows(fused.SHAPES, "h100"), 2)]
 
 
-def layer_projections(shapes: Sequence[Shape], rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> dict[str, Levels]:
-    """Times of our kernels in these layers by GPU, for those GPUs that have all counts and estimates."""
-    levels = {gpu: layer_levels(shapes, gpu, found) for gpu in CARDS}
-    return {
-        gpu: own
-        for gpu, own in levels.items()
-        if own is not None and all(key in rows for key in needed(list(shapes), [CARDS[gpu].multiprocessors]))
-    }
+def predicted_table(folder: Path, pictures: Pictures) -> str:
+    """What a card measured beside what was predicted for it; empty without any."""
+    made_on, made = predictions.kept(folder.parent)
+    found = predictions.compared_in(folder, made)
+    if not found:
+        return ""
+    title = f"Measured on {folder.name}, beside what was predicted on {made_on}; kernels in us, others in % over their base:"
+    rows = markdown(["", "predicted", "measured", "measured / likely"], [one.cells() for one in found])
+    return "\n".join([title, "", *rows, *_images(pictures, {"predicted": "measured over predicted"})])
 
 
 def traffic_rows(results: Path) -> dict[Key, Row]:
@@ -296,7 +297,7 @@ def traffic_rows(results: Path) -> dict[Key, Row]:
 def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
     """Counted bytes of a whole layer beyond the frozen one's, and what they would cost: a projection."""
     m, k, n, r = shape = PROJECTED_SHAPE
-    levels = layer_projections([shape], rows, found)
+    levels = projections([shape], rows, found)
     counted = [card for card in CARDS.values() if all(key in rows for key in needed([shape], [card.multiprocessors]))]
     if not counted:
         return ""
@@ -331,7 +332,7 @@ def layer_parts(rows: dict[Key, Row], levels: dict[str, Levels]) -> list[str]:
 
 def other_layers(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
     """The best forms of LoRA and of ours for every layer that is counted, a column a GPU."""
-    every = {shape: layer_projections([shape], rows, found) for shape in LAYER_SHAPES}
+    every = {shape: projections([shape], rows, found) for shape in LAYER_SHAPES}
     columns = [gpu for gpu in CARDS if any(gpu in levels for levels in every.values())]
     names, lines = {name: NAMES.get(name, name) for name in (BEST_LORA, BETA, FUSED)}, []
     for shape, levels in every.items():
@@ -346,7 +347,7 @@ def other_layers(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list
 
 def projected_block(block: block_traffic.Block, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
     """Every way of a transformer's block, a column a GPU that has all counts and estimates of its layers."""
-    levels = layer_projections(block_traffic.shapes(block), rows, found)
+    levels = projections(block_traffic.shapes(block), rows, found)
     if not levels:
         return []
     (model, m, r), columns = block, [block_traffic.excess(block, rows, CARDS[gpu], own) for gpu, own in levels.items()]

@@ -23,7 +23,7 @@ from lotr_ext import info
 ALL = {
     name: f"/{name}"
     for name in (
-        *("gpu", "nvcc", "c++", "cmake", "ninja", "compute-sanitizer", "ncu", "pytest", "bench.static", "bench.host"),
+        *("gpu", "nvcc", "c++", "cmake", "ninja", "compute-sanitizer", "ncu", "pytest"),
         *(machine.HOPPER, *machine.NEEDED, *machine.OPTIONAL),
     )
 }
@@ -62,9 +62,9 @@ def test_the_commands_exist():
         if "-m" in part.command and (name := part.command[part.command.index("-m") + 1]) != "pytest":
             path = ROOT / Path(*name.split("."))
             assert part.needs or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
-    from bench import block, experts, kernels, layer, shared
+    from bench import block, experts, kernels, layer, model, shared
 
-    programs = {"kernels": kernels, "layer": layer, "block": block, "shared": shared, "experts": experts}
+    programs = {"kernels": kernels, "layer": layer, "block": block, "shared": shared, "experts": experts, "model": model}
     for quick in ([], ["--quick"]):
         for part in plans.plan(program.arguments(quick)):
             if part.name in programs:
@@ -80,7 +80,6 @@ def test_the_commands_exist():
     ("gone", "parts", "words"),
     [
         ("compute-sanitizer", ["sanitize-memcheck", "sanitize-racecheck"], "needs compute-sanitizer"),
-        ("bench.static", ["static"], "needs bench.static"),
         ("pytest", ["smoke", "tests"], "needs pytest"),
         ("nvcc", ["build"], "needs nvcc"),
         ("safetensors", ["build"], "needs safetensors"),
@@ -138,8 +137,7 @@ def parts(monkeypatch):
     """parts([Part, ...]) is the plan."""
 
     def use(*made: plans.Part) -> None:
-        for module in (program, work):
-            monkeypatch.setattr(module, "plan", lambda options: list(made))
+        monkeypatch.setattr(program, "plan", lambda options: list(made))
 
     return use
 
@@ -210,7 +208,7 @@ def test_a_part_that_hears_nothing_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "GRACE_S", 0.3)
     (tmp_path / "tree").mkdir()
     deaf = plans.Part("deaf", 1, shell("trap '' INT; echo begun; sleep 600; echo slept"))
-    status, _ = work.run_part(deaf, tmp_path / "tree", tmp_path / "log", 1.0, {})
+    status, _ = work.run_part(deaf, tmp_path / "tree", tmp_path / "log", 1.0)
     assert status == "stopped" and (tmp_path / "log").read_text().split() == ["begun"]
 
 
@@ -249,7 +247,7 @@ def test_no_time_left_is_said(tmp_path, parts, monkeypatch, capsys):
     monkeypatch.setattr(work.time, "monotonic", lambda: now[0])
     asked = []
 
-    def run(part, tree, log, limit, more):
+    def run(part, tree, log, limit, without):
         asked.append((part.name, limit))
         (tree / work.MODULE).touch()
         now[0] += 45.0
@@ -273,7 +271,7 @@ def test_kernels_from_a_wheel(tmp_path, parts):
     chosen = options(tmp_path, "--wheel", str(wheel(tmp_path / name, work.MODULE)))
     assert plans.plan(chosen)[0].command == () and "nvcc" not in plans.plan(chosen)[0].needs
     parts(plans.Part("build", 1, ()), plans.Part("look", 1, python(f"print(open({work.MODULE!r}).read())")))
-    chosen.parts = ["build", "look"]
+    chosen.plan, chosen.parts = program.plan(chosen), ["build", "look"]
     assert work.work(chosen, ALL) == 0
     assert (tmp_path / "work" / "results" / "look.log").read_text() == "from the wheel\n"
 
@@ -332,3 +330,20 @@ def test_the_summary_names_what_loses(tmp_path):
         "over the frozen layer: 10.0%",
     ):
         assert piece in text, text
+
+
+def test_the_summary_says_what_each_feature_is_worth(tmp_path):
+    for folder, times in (("with-all", (1.0, 2.0, 4.0)), ("without-wgmma", (1.5, 3.0, 4.0)), ("without-early", ())):
+        store = Store(tmp_path / folder / "kernels.jsonl").prepare()
+        for m, seconds in enumerate(times):
+            store.append(cell("lotr_ext", seconds, m))
+    lines = gpu_summary.worth_of_switches(tmp_path)
+    assert lines == ["  without-wgmma, over with all features (medians): shrink 1.50 x"]
+
+
+def test_a_part_is_told_the_seconds_it_has_and_smoke_at_most_its_90(tmp_path):
+    (tmp_path / "tree").mkdir()
+    part = plans.Part("x", 1, ("echo", "{seconds}", "{minutes}"))
+    for limit, told in ((50.0, "45 0.67"), (1000.0, "90 13.33")):
+        work.run_part(part, tmp_path / "tree", tmp_path / "log", limit)
+        assert (tmp_path / "log").read_text() == told + "\n"

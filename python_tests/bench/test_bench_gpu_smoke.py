@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tarfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from bench.gpu import results, smoke, work
 from bench.measure.store import Store
 from bench.measure.timing import slug
 from lotr_ext import __version__
+from lotr_ext.ops.planner import CUDA_SWITCHES
 
 SHRINK, EXPAND = smoke.Variant("shrink", "bf16", 16), smoke.Variant("expand_add", "bf16", 16)
 PATIENCE = 400.0  # seconds for a process to start on a loaded machine
@@ -103,7 +105,7 @@ def test_where_only_all_switches_together_help_all_are_switched_off(card):
     card({SHRINK: {"early", "together"}})
     found = smoke.Smoke("fake", 1000)
     found.go([SHRINK])
-    assert sorted(found.without) == sorted(smoke.SWITCHES) and not found.unmended()
+    assert sorted(found.without) == sorted(CUDA_SWITCHES) and not found.unmended()
 
 
 def test_what_no_switch_helps_is_named_and_switches_nothing_off(card):
@@ -148,14 +150,22 @@ def test_a_variant_that_does_not_exist_is_refused(name):
 
 def test_later_parts_run_without_the_feature_at_fault(tmp_path, monkeypatch):
     folder = tmp_path / "results" / "smoke"
-    assert work.switches(tmp_path / "results") == {}
+    assert work.at_fault(tmp_path / "results") == []
     folder.mkdir(parents=True)
     (folder / "smoke.json").write_text('{"without": ["wgmma", "early"], "results": []}')
-    assert work.switches(tmp_path / "results") == {"LOTR_CUDA_WITHOUT": "wgmma,early"}
+    assert work.at_fault(tmp_path / "results") == ["wgmma", "early"]
+    monkeypatch.delenv("LOTR_CUDA_WITHOUT", raising=False)
     (tmp_path / "tree").mkdir()
     part = plans.Part("x", 1, ("sh", "-c", "echo without $LOTR_CUDA_WITHOUT"))
-    status, _ = work.run_part(part, tmp_path / "tree", tmp_path / "log", 60.0, work.switches(tmp_path / "results"))
-    assert status == "done" and (tmp_path / "log").read_text() == "without wgmma,early\n"
+    for own, user, off in (
+        ("", "", "wgmma,early"),
+        ("cluster", "", "wgmma,early,cluster"),
+        ("early", "fused", "fused,wgmma,early"),
+    ):
+        monkeypatch.setenv("LOTR_CUDA_WITHOUT", user)
+        one = dataclasses.replace(part, without=own)
+        status, _ = work.run_part(one, tmp_path / "tree", tmp_path / "log", 60.0, work.at_fault(tmp_path / "results"))
+        assert status == "done" and (tmp_path / "log").read_text() == f"without {off}\n"
 
 
 # ---- one file, and back ----------------------------------------------------------------------------------------------
