@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lotr_ext.layers.layer import LoTRLayer
 from lotr_ext.model.apply import apply_lotr
@@ -41,6 +42,28 @@ class Toy(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(1))
+
+
+class Tied(Toy):
+    """The output layer's weight is the embedding's."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(classes=29)
+        self.head.weight = self.embed.weight
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and not t.is_meta:
+                self.elements = max(self.elements, t.numel())
+        return out
 
 
 IDS = torch.randint(0, 29, (4, 6), generator=torch.Generator().manual_seed(5))

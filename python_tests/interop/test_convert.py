@@ -12,9 +12,8 @@ import torch
 from peft_toys import Conv1D, ConvToy, peft
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from toys import IDS, adapted, assert_unchanged, randomize, snapshot, toy
+from toys import IDS, Largest, adapted, assert_unchanged, randomize, snapshot, toy
 
 from lotr_ext import load_adapter, save_adapter
 from lotr_ext.convert import main
@@ -179,21 +178,6 @@ def test_groups_by_name_and_by_mapping(tmp_path):
         assert set(found.groups) == groups and max(found.errors.values()) < 1e-12
         found.save(tmp_path / "lotr")
         assert torch.allclose(load_adapter(toy().eval(), tmp_path / "lotr")(IDS), truth(IDS), atol=2e-5)
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor that anything makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(t, Tensor):
-                self.elements = max(self.elements, t.numel())
-        return result
 
 
 def test_no_dense_delta_is_ever_formed():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -11,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
+from toys import IDS, Tied, Toy, adapted, assert_unchanged, snapshot, toy
 
-import lotr_ext
 from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, add_adapter, lotr_linear
 from lotr_ext.layers.init import fill_core_, fill_factor_, tucker2
 from lotr_ext.model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
@@ -22,7 +20,7 @@ from lotr_ext.model.loading import load_adapter
 from lotr_ext.model.saving import save_adapter
 from lotr_ext.model.summary import trainable_summary
 
-NAN = math.nan
+NAN, HUGE = math.nan, 10**400  # beyond any float
 
 
 def call(**changed) -> Callable[[], object]:
@@ -158,6 +156,17 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
         "x: expected a tensor on meta",
     ),
     "x in float64 under autocast": (lambda: under_autocast(of(torch.float64)), "x: expected dtype torch.float32"),
+    "huge alpha": (lambda: LoTRConfig(alpha=HUGE), "alpha"),
+    "huge scaling": (lambda: LoTRConfig(scaling=-HUGE), "scaling"),
+    "huge scaling in JSON": (lambda: LoTRConfig.from_dict({"scaling": HUGE}), "scaling"),
+    "huge dropout": (lambda: LoTRConfig(dropout=HUGE), "dropout"),
+    "huge rank": (lambda: LoTRConfig(rank=HUGE), "rank"),
+    "huge rank of two": (lambda: LoTRConfig(rank=(2, HUGE)), "rank"),
+    "huge alpha of a layer": (lambda: LoTRLinear(6, 4, 2, alpha=HUGE), "alpha"),
+    "huge scaling of a layer": (lambda: LoTRLinear(6, 4, 2, scaling=HUGE), "scaling"),
+    "huge rank of factors": (lambda: LoTRFactors(6, 4, HUGE), "rank"),
+    "huge scaling of a call": (call(scaling=HUGE), "scaling"),
+    "huge dropout of a call": (call(dropout_p=HUGE, training=True), "dropout_p"),
 }
 
 
@@ -216,12 +225,6 @@ def with_relu() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.ReLU())
 
 
-def tied() -> Toy:
-    model = Toy(classes=29)
-    model.head.weight = model.embed.weight
-    return model
-
-
 def with_nan() -> Toy:
     model = toy()
     model.blocks[1].v.weight.data[0, 0] = NAN
@@ -254,10 +257,6 @@ def at_two_shapes(name: str, module: nn.Module) -> str:
     return "all"
 
 
-def loads(model: nn.Module, directory: Path) -> object:
-    return load_adapter(model, directory)
-
-
 # name: (a model, what is done to it, what the message names)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]] = {
     "a target that matches nothing": (toy, apply(target_modules=["query"]), "target_modules"),
@@ -281,7 +280,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], 
     "a group that is a number": (toy, apply(group_by=lambda n, m: 3), "group_by"),
     "a mapping without a layer": (toy, apply(target_modules=["q"], group_by={"blocks.0.q": "a"}), "blocks.1.q"),
     "a mapping with a layer too many": (toy, apply(target_modules=["0.q"], group_by={"blocks.0.q": "a", "x": "a"}), "group_by"),
-    "a tied output layer": (tied, apply(target_modules=["head"]), "embed.weight"),
+    "a tied output layer": (Tied, apply(target_modules=["head"]), "embed.weight"),
     "attention's output projection": (attention, apply(target_modules=["out_proj"]), "MultiheadAttention"),
     "a lazy layer": (lazy, apply(target_modules=["q"]), "'q'"),
     "svd of NaN": (with_nan, apply(init="svd"), "blocks.1.v"),
@@ -335,73 +334,6 @@ def test_what_is_no_model(call_it: Callable[[object], object]) -> None:
     with pytest.raises(TypeError) as caught:
         call_it([nn.Linear(3, 3)])
     assert_says(caught.value, "model")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "mismatched"])
-def test_adapter_files(tmp_path: Path, damage: str) -> None:
-    """One of each kind; all of them are in test_checkpoint_refusals.py."""
-    save_adapter(adapted(), tmp_path)
-    file = next(tmp_path.glob("*.safetensors"))
-    model = toy(d=32) if damage == "mismatched" else toy()
-    if damage == "truncated":
-        file.write_bytes(file.read_bytes()[:-1])
-    elif damage == "foreign":
-        file.write_bytes(b"PK\x03\x04 not a safetensors file")
-    before = snapshot(model)
-    with pytest.raises(ValueError) as caught:
-        loads(model, tmp_path)
-    assert_says(caught.value, "")
-    assert_unchanged(model, before)
-
-
-def test_a_safe_merge_of_nan_changes_no_layer_at_all() -> None:
-    model = adapted()
-    randomize(model)
-    model.lotr_factors["16x16"].B.data[3, 0] = NAN
-    weights = [layer.weight.detach().clone() for layer in (model.blocks[0].q, model.blocks[1].v)]
-    with pytest.raises(ValueError, match="safe=True"):
-        merge(model, safe=True)
-    assert torch.equal(weights[0], model.blocks[0].q.weight) and torch.equal(weights[1], model.blocks[1].v.weight)
-    assert lotr_ext.__version__
-
-
-HUGE = 10**400
-NUMBERS: dict[str, tuple[Callable[[], object], str]] = {
-    "alpha": (lambda: LoTRConfig(alpha=HUGE), "alpha"),
-    "scaling": (lambda: LoTRConfig(scaling=-HUGE), "scaling"),
-    "scaling in JSON": (lambda: LoTRConfig.from_dict({"scaling": HUGE}), "scaling"),
-    "dropout": (lambda: LoTRConfig(dropout=HUGE), "dropout"),
-    "rank": (lambda: LoTRConfig(rank=HUGE), "rank"),
-    "rank of two": (lambda: LoTRConfig(rank=(2, HUGE)), "rank"),
-    "alpha of a layer": (lambda: LoTRLinear(6, 4, 2, alpha=HUGE), "alpha"),
-    "scaling of a layer": (lambda: LoTRLinear(6, 4, 2, scaling=HUGE), "scaling"),
-    "rank of factors": (lambda: LoTRFactors(6, 4, HUGE), "rank"),
-    "scaling of a call": (call(scaling=HUGE), "scaling"),
-    "dropout of a call": (call(dropout_p=HUGE, training=True), "dropout_p"),
-}
-
-
-@pytest.mark.parametrize("case", NUMBERS)
-def test_numbers_beyond_any_float(case: str) -> None:
-    action, name = NUMBERS[case]
-    with pytest.raises(ValueError) as caught:
-        action()
-    assert_says(caught.value, name)
-
-
-@pytest.mark.parametrize("field", ["scaling", "dropout", "in_features"])
-def test_numbers_beyond_any_float_in_a_file(tmp_path: Path, field: str) -> None:
-    save_adapter(adapted(), tmp_path)
-    path = tmp_path / "lotr_adapter.json"
-    content = json.loads(path.read_text())
-    for entry in content["layers"].values():
-        entry[field] = HUGE
-    path.write_text(json.dumps(content))
-    model = toy()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="expected"):
-        load_adapter(model, tmp_path)
-    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("name", ["training", "_modules", "_parameters", "forward", "pop", "active", "T_destination"])

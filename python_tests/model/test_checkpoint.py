@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toys import IDS, Toy, adapted, assert_unchanged, randomize, snapshot, toy
+from toys import IDS, Tied, Toy, adapted, assert_unchanged, randomize, snapshot, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear
 from lotr_ext.model.adapter_files import JSON_NAME
@@ -94,15 +94,6 @@ def test_an_adapter_of_the_first_version_loads(tmp_path: Path) -> None:
     file.write_text(json.dumps(saved))
     fresh = load_adapter(toy().eval(), tmp_path)
     assert torch.equal(fresh(IDS), model(IDS)) and fresh.lotr_config == model.lotr_config
-
-
-class Tied(Toy):
-    """The output layer's weight is the embedding's."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        super().__init__(classes=29)
-        self.head.weight = self.embed.weight
 
 
 def test_a_tied_tensor_is_stored_once_and_stays_tied(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lotr_ext import _C  # noqa: F401  (registers the operators)
+from lotr_ext.reference import dropout_mask, philox_4x32_10  # held to published numbers by test_ops.py
 
 Shape = tuple[int, int, int, int]
 ops = torch.ops.lotr
@@ -324,34 +324,12 @@ def test_same_bits_at_any_thread_count(shape: Shape, dtype: torch.dtype) -> None
             assert torch.equal(first, again)
 
 
-def philox(counters: np.ndarray, seed: int) -> np.ndarray:
-    """philox4x32-10 of Salmon et al. 2011 (Random123): [n, 4] numbers for n counters below 2^64 and a 64-bit key."""
-    c = [counters & 0xFFFFFFFF, counters >> np.uint64(32), np.zeros_like(counters), np.zeros_like(counters)]
-    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
-    low = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
-        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(p1 >> np.uint64(32)) ^ c[1] ^ key[0], p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ key[1], p0 & low]
-        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
-    return np.stack(c, axis=1)
-
-
-def keep_mask(rows: int, cols: int, p: float, seed: int) -> Tensor:
-    count = rows * cols
-    numbers = philox(np.arange((count + 3) // 4, dtype=np.uint64), seed).reshape(-1)[:count]
-    return torch.from_numpy(numbers >= np.uint64(int(p * 2**32))).reshape(rows, cols)
-
-
-def test_philox_known_answer() -> None:
-    assert [hex(n) for n in philox(np.zeros(1, np.uint64), 0)[0]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
-
-
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (13, 67, 35, 5), (120, 130, 131, 16)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "columns apart"])
 def test_dropout(shape: Shape, p: float, layout: str, dtype: torch.dtype) -> None:
     c, seed = Case(shape, dtype, layout), -(2**61) + 12345678901
-    mask_x, mask_y = (keep_mask(c.m, cols, p, seed & (2**64 - 1)) for cols in (c.k, c.n))
+    mask_x, mask_y = (dropout_mask(c.m, cols, p, seed) > 0 for cols in (c.k, c.n))
     # What is dropped is 0 even where it is NaN; scaling comes after the sum, so kept values are not rounded again.
     x = c.x.masked_fill(~mask_x, 0)
     c.x.masked_fill_(~mask_x, float("nan"))
@@ -369,7 +347,7 @@ def test_dropout(shape: Shape, p: float, layout: str, dtype: torch.dtype) -> Non
 
 
 def test_a_number_equal_to_the_threshold_is_kept() -> None:
-    number = int(philox(np.zeros(1, np.uint64), 5)[0, 1])  # of element 1
+    number = int(philox_4x32_10(torch.tensor([0]), 5)[0, 1])  # of element 1
     u = ops.shrink(torch.ones(1, 4), torch.eye(4), number / 2**32, torch.tensor([5]))
     assert u[0, 1] > 0
 
