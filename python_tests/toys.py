@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lotr_ext.layers.layer import LoTRLayer
+from lotr_ext.model.adapter_files import JSON_NAME
 from lotr_ext.model.apply import apply_lotr
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.targets import select
@@ -148,6 +155,37 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
         was = before["tensors"][name]
         assert tensor.dtype == was.dtype, name
         assert torch.equal(*(t.nan_to_num(1e30) if t.dtype.itemsize > 1 else t.view(torch.uint8) for t in (tensor, was))), name
+
+
+def tensors_file(directory: Path) -> Path:
+    """That of a saved adapter."""
+    return directory / json.loads((directory / JSON_NAME).read_text())["tensors_file"]
+
+
+def edit_json(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Another configuration of a saved adapter."""
+
+    def edit(directory: Path) -> None:
+        content = json.loads((directory / JSON_NAME).read_text())
+        change(content)
+        (directory / JSON_NAME).write_text(json.dumps(content))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Other tensors of a saved adapter, in a file that is consistent in itself."""
+
+    def edit(directory: Path) -> None:
+        path = tensors_file(directory)
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        described = {n: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for n, t in sorted(tensors.items())}
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        edit_json(lambda c: c.update(tensors_sha256=digest, tensors=described))(directory)
+
+    return edit
 
 
 def loss(model: nn.Module, ids: Tensor = IDS) -> Tensor:

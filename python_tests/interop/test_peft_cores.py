@@ -1,4 +1,4 @@
-"""PEFT with cores that are made of fewer numbers (LoTRPeftConfig.core)."""
+"""PEFT with cores that are made of fewer numbers (LoTRPeftConfig.core), and with one A a width in and one B a width out."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from peft_toys import base, close, config, gradients, loaded, peft, plain, rando
 from toys import IDS, assert_unchanged, snapshot
 
 from lotr_ext import cores
+from nets import OpCounter
 
-FORMS = pytest.mark.parametrize("core", cores.FORMS)
 SETTINGS = {"target_modules": ["q", "k", "up"]}
+WIDTH = {"target_modules": ["q", "k", "up", "down"], "group_by": "width"}
+EACH = pytest.mark.parametrize("settings", [*({"core": core, **SETTINGS} for core in cores.FORMS), WIDTH], ids=str)
 
 
-@FORMS
-def test_gradients_are_those_of_plain_torch(core: str, either_path) -> None:
-    model = tuned(core=core, **SETTINGS)
+@EACH
+def test_gradients_are_those_of_plain_torch(settings: dict, either_path) -> None:
+    model = tuned(**settings)
     truth = plain(model, ["default"])
     assert close(model(IDS), truth(IDS)) and (truth(IDS) - base()(IDS)).abs().max() > 0.001
     ours, theirs = gradients(model), gradients(truth)
@@ -26,22 +28,30 @@ def test_gradients_are_those_of_plain_torch(core: str, either_path) -> None:
         assert (ours[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
-@FORMS
-def test_saved_loaded_merged_switched_and_deleted(core: str, tmp_path: Path) -> None:
-    model = tuned(core=core, **SETTINGS)
+def test_by_width_siblings_share_u(monkeypatch, two_nodes) -> None:
+    model = tuned(**WIDTH)
+    assert set(model.base_model.lotr_factors["default"]) == {"A_16", "A_32", "B_16", "B_32"}
+    counter = OpCounter(monkeypatch)
+    model(IDS)
+    assert counter["shrink"] == 2 * 3 and counter["fold"] == 2  # a block: q and k, up, down; B of 16 and of 32
+
+
+@EACH
+def test_saved_loaded_merged_switched_and_deleted(settings: dict, tmp_path: Path) -> None:
+    model = tuned(**settings)
     want = model(IDS).detach()
     model.save_pretrained(tmp_path)
     again = loaded(tmp_path)
     assert torch.equal(again(IDS), want) and not any("default" in key for key in peft.get_peft_model_state_dict(again))
     assert close(again.merge_and_unload()(IDS), want)
-    model.add_adapter("other", config(core=core, **SETTINGS))
+    model.add_adapter("other", config(**settings))
     randomize(model, "other")
     model.set_adapter("other")
     assert {name for name in trained(model) if "default" in name} == set() and not torch.equal(model(IDS), want)
     model.set_adapter("default")
     assert torch.equal(model(IDS), want)
     model.delete_adapter("other")
-    assert list(model.base_model.lotr_cores) == ["default"] and torch.equal(model(IDS), want)
+    assert list(model.base_model.lotr_cores) == ["default"] * ("core" in settings) and torch.equal(model(IDS), want)
 
 
 def test_half_precision_gets_float32_cores() -> None:

@@ -305,6 +305,9 @@ def fold_transposed(shape: Shape, kind: str) -> Problem:
         sizes = {"F": (shape.k, shape.r), "Ft": (shape.r, shape.k), "At": (shape.r, rows_of_A)}
         out = {name: Output(size, t.dtype, Layout(8, -size[1] % 8 + 8)) for name, size in sizes.items()}
         lib.fold_transposed(B, core, A, 0.25, *(o.view for o in out.values()))
+        alone = Output(sizes["F"], t.dtype, PACKED)
+        lib.fold(B, core[None], 0.25, alone.view[None])
+        assert np.array_equal(alone.view, out["F"].view), "F has other bits than fold's"
         return _finish(**out)
 
     def check(out: dict[str, np.ndarray]) -> None:

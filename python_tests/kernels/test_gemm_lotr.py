@@ -9,7 +9,6 @@ from dataclasses import replace
 import gemm_lotr_cases as gemm
 import numpy as np
 import pytest
-from arrays import DTYPE, Output, narrow, place, wide
 from cases import schedule
 from gemm_lotr_cases import Case, Inputs, new_workspace
 
@@ -125,32 +124,6 @@ def test_the_epoch_after_the_last(lib, before: int, epochs: tuple[int, ...]) -> 
         inputs = Inputs(case, epoch)
         inputs.check(inputs.launch(lib, workspace))
         assert workspace[1] == epoch
-    lib.set_options()
-
-
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-@pytest.mark.parametrize("n, k, r_in, r_out", [(40, 70, 5, 3), (33, 32, 16, 16), (1, 1, 1, 1), (100, 9, 37, 20)])
-def test_factors_as_it_reads_them(lib, kind: str, n: int, k: int, r_in: int, r_out: int) -> None:
-    """F, F^T and A^T from one launch, from float32 factors and halves: F's own bits, and A's rounded once."""
-    rng = np.random.default_rng(n)
-    for factors in ("fp32", kind):
-        B, core, A = (
-            place(narrow(rng.standard_normal(shape), factors), DTYPE[factors], gemm.aligned(shape[1]))
-            for shape in ((n, r_out), (r_in, r_out), (k, r_in))
-        )
-        F, Ft, At, alone = (
-            Output(shape, DTYPE[kind], gemm.aligned(shape[1])) for shape in ((n, r_in), (r_in, n), (r_in, k), (n, r_in))
-        )
-        for order in SCHEDULES:
-            lib.set_options(**schedule(order))
-            lib.reset_counters()
-            lib.fold_transposed(B, core, A, 0.25, F.view, Ft.view, At.view)
-            assert [launch["name"] for launch in lib.counters()["launches"]] == ["fold"]
-            lib.fold(B, core[None], 0.25, alone.view[None])
-            for out in (F, Ft, At):
-                out.check_outside()
-            assert np.array_equal(F.view, alone.view) and np.array_equal(Ft.view, F.view.T)
-            assert np.array_equal(At.view, narrow(wide(A).T, kind))
     lib.set_options()
 
 

@@ -75,16 +75,6 @@ def test_where_it_does_not_run(lib) -> None:
     assert {one["name"] for one in lib.counters()["launches"]} >= {"shrink", "factor_grad"}
 
 
-def test_rows_beyond_what_bulk_copies_count(lib) -> None:
-    """A stride of more than 2^30 elements keeps the other kernel."""
-    g = lib.sparse_array((128, (1 << 30) + 8), np.dtype(np.uint16))[:, :64]
-    F, u, k = (np.zeros((size, 64), np.uint16) for size in (64, 128, 128))
-    lib.set_device(wgmma=True)
-    lib.reset_counters()
-    lib.shrink_grad(g, F, u, k, np.zeros((64, 64), np.float32))
-    assert lib.counters()["launches"] and not lib.counters()["bulk_bytes"]
-
-
 @pytest.mark.parametrize("m, n", [(1024, 1024), (2048, 1024)])
 def test_bytes(lib, m: int, n: int) -> None:
     row, other = (counts.count(lib, "shrink_grad", m, n, 64, wgmma=wgmma) for wgmma in (True, False))

@@ -145,6 +145,8 @@ def test_launches(lib) -> None:
     assert launches(
         lambda: lib.small_forward_(bf16(4, n), bf16(4, k), bf16(k, r), bf16(r, r), bf16(n, r), 1.0, bf16(4, r))
     ) == ["shrink", "expand_add"]
+    transposed = bf16(n, r), bf16(r, n), bf16(r, k)
+    assert launches(lambda: lib.fold_transposed(bf16(n, r), bf16(r, r), bf16(k, r), 1.0, *transposed)) == ["fold"]
     assert not launches(lambda: lib.shrink(bf16(0, k), bf16(k, r), bf16(0, r)))
 
 

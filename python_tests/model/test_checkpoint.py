@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toys import IDS, Tied, Toy, adapted, assert_unchanged, randomize, snapshot, toy
+from toys import IDS, Tied, Toy, adapted, assert_unchanged, randomize, snapshot, tensors_file, toy
 
 from lotr_ext import LoTRFactors, LoTRLinear
 from lotr_ext.model.adapter_files import JSON_NAME
@@ -48,10 +48,6 @@ def trained(**settings) -> Toy:
 
 def trained_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def tensors_file(directory: Path) -> Path:
-    return directory / json.loads((directory / JSON_NAME).read_text())["tensors_file"]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -11,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_checkpoint import tensors_file, trained
+from safetensors.torch import save_file
+from test_checkpoint import trained
 from torch import nn
-from toys import Toy, adapted, assert_unchanged, snapshot, toy
+from toys import Toy, adapted, assert_unchanged, edit_json, edit_tensors, snapshot, tensors_file, toy
 
 from lotr_ext.model import adapter_files
 from lotr_ext.model.adapter_files import JSON_NAME
@@ -22,30 +20,6 @@ from lotr_ext.model.apply import adapted_layers, apply_lotr, merge
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.model.loading import load_adapter
 from lotr_ext.model.saving import contents, save_adapter
-
-
-def edit_json(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def edit(directory: Path) -> None:
-        content = json.loads((directory / JSON_NAME).read_text())
-        change(content)
-        (directory / JSON_NAME).write_text(json.dumps(content))
-
-    return edit
-
-
-def edit_tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """Other tensors, in a file that is consistent in itself."""
-
-    def edit(directory: Path) -> None:
-        path = tensors_file(directory)
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-        described = {n: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for n, t in sorted(tensors.items())}
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        edit_json(lambda c: c.update(tensors_sha256=digest, tensors=described))(directory)
-
-    return edit
 
 
 def truncate(name: Callable[[Path], Path], keep: float) -> Callable[[Path], None]:

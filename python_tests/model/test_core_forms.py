@@ -119,7 +119,7 @@ def test_saved_and_loaded(core: str, group_by: str, tmp_path: Path) -> None:
     assert_unchanged(model, before)
 
 
-@FORMS
+@pytest.mark.parametrize("core", ["dense", *cores.FORMS])
 def test_merged_unmerged_disabled_unloaded_and_as_lora(core: str, tmp_path: Path) -> None:
     model = llama(core=core)
     save_adapter(model, tmp_path / "lotr")
@@ -170,13 +170,17 @@ def test_copies_and_pickles(core: str) -> None:
     model = llama(core=core)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert copied[0].q.core_form.cores is copied.lotr_cores is not model.lotr_cores
+        layers, own = adapted_layers(copied), adapted_layers(model)["0.q"].factors
+        assert layers["0.q"].factors.A is layers["0.gate"].factors.A is layers["1.k"].factors.A is not own.A
+        assert layers["0.q"].factors._group.A is layers["0.gate"].factors._group.A is not own._group.A
         assert torch.equal(copied(X), model(X))
-        assert_right(copied, X)
+        assert_right(copied.double().float(), X)
 
 
-def test_compiled() -> None:
+@pytest.mark.parametrize("settings", [{"core": "train"}, {"group_by": "width"}], ids=str)
+def test_compiled(settings: dict[str, str]) -> None:
     torch.manual_seed(0)
-    model = apply_lotr(nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 24)), LoTRConfig(rank=4, core="train"))
+    model = apply_lotr(nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 24)), LoTRConfig(rank=4, **settings))
     with torch.no_grad():
         for parameter in lotr_parameters(model):
             parameter.normal_(0, 0.3)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import resource
 import subprocess
@@ -15,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_checkpoint import tensors_file
 from torch import Tensor, nn
-from toys import IDS, adapted, assert_unchanged, randomize, snapshot, toy
+from toys import IDS, adapted, assert_unchanged, edit_json, edit_tensors, randomize, snapshot, tensors_file, toy
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, cores, load_adapter, save_adapter
 from lotr_ext.interop import export_lora, lora_factors, lotr_to_lora, read_lora
@@ -72,18 +68,6 @@ def test_what_is_no_adapter_file_is_refused(tmp_path: Path, what: str, place: st
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def edit(directory: Path, rank: int, tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Another rank in the configuration, and other tensors in a file that is consistent in itself."""
-    path, content = tensors_file(directory), json.loads((directory / JSON_NAME).read_text())
-    changed = tensors(load_file(path))
-    save_file(changed, path)
-    described = {n: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for n, t in sorted(changed.items())}
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    content.update(tensors_sha256=digest, tensors=described)
-    content["config"]["rank"] = rank
-    (directory / JSON_NAME).write_text(json.dumps(content))
-
-
 def factors_and_cores_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A, B and the cores of rank 1100, as the configuration says; what makes the cores still has the rank that it had."""
     large = {"A": torch.ones(16, 1100), "B": torch.ones(16, 1100), "core": torch.ones(1100, 1100)}
@@ -113,7 +97,8 @@ for model, name in zip(models, (None, None, "another")):
 def test_shapes_are_compared_before_anything_is_built(tmp_path: Path, tensors: Callable) -> None:
     """Tucker's slices at rank 1100 take 5 GiB; the process may take half of one beyond what it has."""
     save_adapter(adapted(core="tucker"), tmp_path)
-    edit(tmp_path, 1100, tensors)
+    edit_tensors(lambda old: old.update(tensors(old)))(tmp_path)
+    edit_json(lambda content: content["config"].update(rank=1100))(tmp_path)
     command = [sys.executable, "-c", _LOADING, str(tmp_path), *sys.path]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,14 @@ from lotr_ext import (
     LoTRLinear,
     add_adapter,
     apply_lotr,
-    disabled,
     load_adapter,
     lotr_parameters,
-    merge,
     mixed,
     save_adapter,
     set_adapter,
     trainable_summary,
     unload,
-    unmerge,
 )
-from lotr_ext.interop import lora_to_lotr, lotr_to_lora
 from lotr_ext.model.apply import adapted_layers
 from nets import OpCounter, relative
 
@@ -168,19 +163,6 @@ def test_saved_once_and_loaded_into_the_base_and_beside(tmp_path: Path) -> None:
     assert_unchanged(by_shape, before)
 
 
-def test_merged_unmerged_disabled_and_unloaded() -> None:
-    model = llama()
-    torch.manual_seed(0)
-    base = Llama(LlamaBlock(), LlamaBlock())
-    with torch.no_grad():
-        y = model(X)
-        with disabled(model):
-            assert torch.equal(model(X), base(X))
-        assert relative(merge(model)(X), y.double()) < 1e-6
-        assert torch.equal(unmerge(model)(X), y)
-        assert torch.equal(unload(model, merge=False)(X), base(X))
-
-
 def test_named_adapters(tmp_path: Path) -> None:
     model = llama()
     first = model(X).detach()
@@ -211,17 +193,6 @@ def test_named_adapters(tmp_path: Path) -> None:
         add_adapter(model, "fifth", LoTRConfig(rank=2, group_by="width"), share_factors="default")
 
 
-def test_copies_and_pickles_share_their_own_factors() -> None:
-    model = llama()
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        layers = adapted_layers(copied)
-        assert layers["0.q"].factors.A is layers["0.gate"].factors.A is layers["1.k"].factors.A
-        shared = layers["0.q"].factors._group.A
-        assert shared is layers["0.gate"].factors._group.A is not adapted_layers(model)["0.q"].factors._group.A
-        assert torch.equal(copied(X), model(X))
-        assert_right(copied.double().float(), X)
-
-
 def test_rank_in_and_rank_out(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = apply_lotr(Llama(LlamaBlock(), LlamaBlock()), LoTRConfig(rank=(3, 5), group_by="width"))
@@ -230,30 +201,6 @@ def test_rank_in_and_rank_out(tmp_path: Path) -> None:
         for parameter in lotr_parameters(model):
             parameter.normal_(0, 0.3)
     assert_right(model, X)
-
-
-def test_compiled() -> None:
-    torch.manual_seed(0)
-    model = apply_lotr(nn.Sequential(nn.Linear(D, KV), nn.Linear(KV, D)), LoTRConfig(rank=4, group_by="width"))
-    with torch.no_grad():
-        for parameter in lotr_parameters(model):
-            parameter.normal_(0, 0.3)
-    want = truth(model, X)
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    got = {name.removeprefix("_orig_mod."): g for name, g in grads(compiled, X).items()}
-    assert max(relative(got[name], value) for name, value in want.items()) < 5e-6
-
-
-def test_as_lora(tmp_path: Path) -> None:
-    """To LoRA it goes as any other; from LoRA a pair is found by shape."""
-    model = llama()
-    save_adapter(model, tmp_path / "lotr")
-    layers = lotr_to_lora(tmp_path / "lotr", tmp_path / "lora")
-    for name, layer in adapted_layers(model).items():
-        assert relative(layers[name].scaling * layers[name].B @ layers[name].A, layer.delta_weight().double()) < 1e-6
-    with pytest.raises(ValueError, match='group_by: expected "shape", "name" or a mapping, got "width"'):
-        lora_to_lotr(tmp_path / "lora", rank=4, group_by="width")
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
