@@ -1,15 +1,16 @@
-"""What is done once for all layers that have a factor while one forward of a model runs.
+"""The forward scope: the work that one forward of a model does once for all layers that have a factor.
 
-Within a forward scope A is cast to the compute dtype once, F_l = s B G_l^T of all layers that have B is one product, and in
-backward dB and all dG_l are one product of the Q_l [l, n, r_in]:
+It casts A to the compute dtype, and computes F_l = s B G_l^T of all layers that have B in one product. Backward computes dB and
+all dG_l in one product of the Q_l [l, n, r_in]:
 
     B, G_1 .. G_L --> [LoTRShared: F, one a forward] --> nodes of layers 1 .. L, which read F_l
-    backward: that of layer l adds Q_l = g^T u to the sum and returns None for F;
+    backward: the node of layer l adds Q_l = g^T u to the sum and returns None for F;
     the flush of this shared gradient is fold_grad: dB = s sum_l Q_l G_l, dG_l = s Q_l^T B.
 
-No folded value outlives its scope: writes through `.data`, sharded training and swapped parameters leave no version number to
-check. Within it a layer takes F_l only for the very B, core and scaling that it was made of; else it folds for itself, as where
-a scope cannot serve (a layer called by itself, a recomputation, sharded or generated cores, different scalings).
+No folded value outlives its scope: writes through `.data`, sharded training and swapped parameters move no version counter.
+Within the scope a layer takes F_l only if its B, core and scaling are the objects and versions of which F_l was made.
+Otherwise it folds for itself, as it does outside of a scope, in a recomputation, and with sharded or computed cores or
+different scalings.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class FoldedGradient(SharedGradient):
-    """The gradient of F of all layers that have B: the sum is Q [l, n, r_in], and becomes those of B and of all cores."""
+    """The gradient of F of all layers that have B. Its sum is Q [l, n, r_in]; `flush` makes the gradients of B and all cores
+    of it."""
 
     def __init__(self, scaling: float):
         super().__init__()
         self.scaling = scaling
-        # by the running backward the layers that have added to the sum: the cores of others get no gradient, rather than zeros
+        # the layers that have added to the sum, by running backward: the cores of the others get None instead of zeros
         self.came: defaultdict[int, set[int]] = defaultdict(set)
 
     def flush(self, Q: Tensor | None, dF: Tensor | None, B: Tensor, *cores: Tensor) -> tuple[Tensor | None, ...]:
-        """dF is None: a recorded backward goes to B and the cores by itself, past F."""
+        """The gradients of B and the cores. dF is always None: a recorded backward does not use F."""
         came = self.came.pop(graph_task(), ())
         if Q is None:
             return None, *(None for _ in cores)
@@ -56,25 +58,25 @@ class FoldedGradient(SharedGradient):
 
 
 class Cast:
-    """A in one dtype, for one forward. It holds what it was made of."""
+    """A in one dtype, for one forward, and the tensor and version of which it was made."""
 
     def __init__(self, A: Tensor, dtype: torch.dtype):
         self.A, self.value, self.version = A, A.detach().to(dtype), 0 if A.is_inference() else A._version
 
     def of(self, A: Tensor) -> Tensor:
-        """A in this dtype where it is what was cast, else A, which the operators round as they read it."""
+        """The cast, if A is the tensor that was cast, unchanged. Else A itself, which the operators round as they read it."""
         return self.value if self.A is A and (A.is_inference() or self.version == A._version) else A
 
 
 class Bank:
-    """F of the layers that have B, for one forward. It holds what it was made of."""
+    """F of the layers that have B, for one forward, and the tensors and versions of which it was made."""
 
     def __init__(self, B: Tensor):
         self.B, self.F, self.index = B, None, {}
 
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
-        """Makes F of all layers where there can be one product for them."""
-        # as the layers' calls will have them; without those whose core is made anew for each call
+        """Computes F of all layers in one product, if their cores have one shape, dtype, device and scaling."""
+        # the tensors that the layers' calls will have; a core that is computed anew for each call is left out
         own = [layer._parameters["core"] if "core" in layer._parameters else _shared_core(layer) for layer in layers]
         found = [(layer, core) for layer, core in zip(layers, own) if core is not None]
         if len(found) < 2 or type(self.B) not in _PLAIN:
@@ -84,7 +86,7 @@ class Bank:
         for layer, core in zip(layers, cores):
             if type(core) not in _PLAIN or core.device != self.B.device or core.dtype != one.dtype or layer.scaling != scaling:
                 return
-            if core.shape != one.shape:  # B may be in pairs with A of other ranks
+            if core.shape != one.shape:  # B may be paired with several A of different ranks
                 return
         with torch.no_grad():
             F = ops.fold(self.B, torch.stack(cores), scaling, dtype)
@@ -98,7 +100,7 @@ class Bank:
         self.B_version = self.B._version if self.marked else 0
 
     def serves(self, call: Call, B: Tensor) -> int | None:
-        """l of the F_l that a call can take; None where what it brings is not what F was made of."""
+        """The index l of the F_l that a call can take; None if F was made of another B, core or scaling."""
         l = self.index.get(call.owner)
         if l is None or self.cores[l] is not call.core or self.B is not B or self.scaling != call.scaling:
             return None
@@ -108,13 +110,13 @@ class Bank:
 
 
 def _shared_core(layer: nn.Module) -> Tensor | None:
-    """A computed core, if it is the same tensor in all calls of one forward."""
+    """The computed core of a layer, if it is one tensor for the whole forward; else None."""
     shared = getattr(layer._modules.get("core_form"), "shared", None)  # of a CoreAt
     return None if shared is None else shared()
 
 
 class Scope:
-    """One forward of a model. layers: those that have each B. frame: of the function that runs the forward."""
+    """One forward of a model. layers: the layers by their B. frame: of the function that runs the forward."""
 
     def __init__(self, model: nn.Module, layers: Mapping[SharedFactor, Sequence[nn.Module]], frame: FrameType):
         self.model, self.layers, self.frame = weakref.ref(model), layers, frame
@@ -123,7 +125,8 @@ class Scope:
         self.cores: dict[tuple, Made] = {}
 
     def bank(self, B_shared: SharedFactor, B: Tensor, dtype: torch.dtype) -> Bank | None:
-        """B's bank in dtype, made at the first call; one a mode: what was made without a graph has no place in one."""
+        """B's bank in dtype, made at the first call. One for each grad mode: an F made without a graph cannot be used in
+        one."""
         key = (B_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         found = self.banks.get(key)
         if found is None and B_shared in self.layers:
@@ -132,7 +135,7 @@ class Scope:
         return found
 
     def cast(self, A_shared: SharedFactor, A: Tensor, dtype: torch.dtype) -> Tensor:
-        """A in dtype, cast at the first call, one a mode."""
+        """A in dtype, cast at the first call in each grad mode."""
         if type(A) not in _PLAIN:
             return A
         key = (A_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -142,8 +145,8 @@ class Scope:
         return found.of(A)
 
     def made(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...] | None:
-        """The cores [r_in, r_out] that one module makes of tensors that they share: all at once, one a mode, and again where it
-        has other tensors or they have changed. None for random ones: a recomputation makes one by one, and must draw alike."""
+        """All cores [r_in, r_out] that a module makes, made at the first call in each grad mode, and again if its tensors have
+        changed. None if it draws random numbers: a recomputation makes the cores one by one and must draw the same."""
         key = (cores, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         found = self.cores.get(key)
         if found is None or not found.is_of(cores):
@@ -152,8 +155,8 @@ class Scope:
 
 
 class Made:
-    """All cores that a module makes, or None if it draws random numbers for them: then those are drawn again, as if it had not
-    been called. It holds what it was made of."""
+    """All cores that a module makes, and the tensors and versions of which they were made. values is None if the module drew
+    random numbers; the generators are then set back, as if it had not been called."""
 
     def __init__(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]):
         self.training, self.tensors = cores.training, _tensors(cores)
@@ -168,7 +171,7 @@ class Made:
         self.values = None if made is None else made.unbind()
 
     def is_of(self, cores: nn.Module) -> bool:
-        """Whether cores is as it was."""
+        """Whether the module's tensors and mode are those of which the cores were made."""
         now = _tensors(cores)
         same = len(now) == len(self.tensors) and all(t is own for t, own in zip(now, self.tensors))
         return same and cores.training == self.training and _versions(now) == self.versions
@@ -184,8 +187,8 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _generators(tensors: Sequence[Tensor]) -> list[torch.Generator] | None:
-    """The global generators that a module of these tensors may draw from; None while a CUDA graph is captured, which hides
-    theirs."""
+    """The global generators from which a module with these tensors may draw. None while a CUDA graph is captured, because their
+    state cannot be read then."""
     indices = {t.device.index for t in tensors if t.is_cuda}
     if indices and torch.cuda.is_current_stream_capturing():
         return None
@@ -203,8 +206,8 @@ _open = _Open()
 
 
 def open_scope() -> Scope | None:
-    """The innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again
-    outside of the scope, and they must be those that ran in it."""
+    """The innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again outside of
+    the scope, and must run the same ones."""
     stack = _open.stack
     while stack:
         try:

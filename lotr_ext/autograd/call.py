@@ -49,8 +49,11 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
 def plan_call(
     x: Tensor, A: Tensor, call: Call, weight: Tensor | None, device: torch.device | None = None, purpose: str = "run"
 ) -> Plan:
-    """What a call runs; weight: of a base product of ours, None over another base. `explain` prints it, so it cannot say
-    anything else than what runs. purpose: "run", "explain" (nothing is timed for it) or "tune" (no answer is looked at)."""
+    """What a call runs. A real call and `explain` both use this function, so they agree.
+
+    weight: of a frozen product x W^T that the nodes compute, None over another base. device: as if x were there. purpose:
+    "run", "explain" (times nothing) or "tune" (ignores measured choices).
+    """
     if is_compiling() or jit_tracing() is not None:
         return traced.plan(x, A, weight)  # before any look at sizes, which would become guards
     if transformed():
@@ -97,7 +100,7 @@ def _forced(call: Call) -> tuple[str | None, str]:
 
 
 def _fused(plan: Plan, tokens: int, x: Tensor, call: Call, weight: Tensor | None, one: bool) -> Plan:
-    """plan, whose strategy is fused, as it runs: one node, since u is made in the launch; beta where that cannot be."""
+    """The plan of a call whose strategy is fused: one node, since the launch computes u. Strategy beta if fused cannot run."""
     if not plan.nodes:
         return plan
     if plan.unfolded:
@@ -168,7 +171,7 @@ def _plan(
 
 
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, call: Call) -> Tensor:
-    """y = x W^T + bias + s ((drop(x) A) G) B^T. A base that is trained is one of any kind: autograd differentiates it."""
+    """y = x W^T + bias + s ((drop(x) A) G) B^T. If weight or bias is trained, autograd differentiates the base product."""
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
             return explicitly_cast(call_linear, x, weight, bias, A, B, call)
@@ -199,7 +202,7 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
 
 
 def explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
-    """run(x, .., call) under autocast: every cast is explicit from there on."""
+    """run(x, .., call) with autocast off and its dtype in the call, which casts explicitly."""
     rest[-1].dtype = rest[-1].compute = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         return run(x, *rest)
@@ -294,7 +297,7 @@ def call_routed(
 
 
 def plus_unfolded(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """y [..., n] + s h B^T. The scaling comes last: in float16 s h could leave the range where y does not."""
+    """y [..., n] + s h B^T. The scaling is applied last: in float16 s h could overflow although the result does not."""
     delta = (h @ to(B, h.dtype).to(h.device).transpose(0, 1)) * scaling
     return y + to(delta.view(y.shape), y.dtype)
 
@@ -311,7 +314,7 @@ def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor
 
 
 def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:
-    """drop(x) in torch's products, by the mask of all siblings on x where our kernel can draw it from the seed."""
+    """drop(x) for the composite. It uses the siblings' mask if a kernel can draw it from their seed, else torch's dropout."""
     if not call.p:
         return x
     eager = not (is_compiling() or jit_tracing() is not None or transformed()) and type(x) in _PLAIN

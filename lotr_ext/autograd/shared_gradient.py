@@ -1,12 +1,12 @@
-"""The shared gradient: one sum for what many layers use, one gradient for autograd to see.
+"""The shared gradient: many layers add into one sum, and autograd gets one gradient.
 
     A --> [LoTRShared: identity, one a forward] --> layer 1 .. layer L
     backward: layer L .. layer 1 add into one sum (float32; float64 for float64) and return None for A;
     autograd runs LoTRShared's backward once all its users have run; it returns what `flush` makes of the sum.
 
 So autograd, hooks, DDP's buckets and optimizers see one ordinary gradient per backward, and a backward makes one temporary of
-A's size, however many layers there are. A layer whose factors no other layer has does without. For a factor flush is a cast;
-the folded factors of a whole group have another one (`bank.py`).
+A's size for any number of layers. A layer that shares its factors with no other layer uses no such node. For a factor flush is
+a cast; for the folded factors of a group it is `fold_grad` (`bank.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _nothing() -> None:
 
 
 class TaskSum:
-    """What a backward has summed up so far, and the CUDA stream that wrote it last. key: the backward's id, and of what; cuda:
-    whether it is on a GPU."""
+    """The sum of one running backward, and the CUDA stream that wrote it last. key: the backward's id, and what is summed;
+    cuda: whether it is on a GPU."""
 
     key: tuple[int, Any]
     cuda: bool
@@ -49,18 +49,18 @@ class TaskSum:
 
 
 class TaskSums:
-    """Sums by the id of the running backward and by what they are of, so that nested (reentrant checkpointing), partial, failed
-    and concurrent backwards never meet."""
+    """Sums by the id of the running backward and by what is summed, so that nested (reentrant checkpointing), partial, failed
+    and concurrent backwards have separate sums."""
 
     def __init__(self) -> None:
         self.sums: weakref.WeakValueDictionary[tuple[int, Any], TaskSum] = weakref.WeakValueDictionary()
-        # the sum that was asked for last, which is asked for again: by the lock and the dictionary a layer and step takes 2 us
-        # longer (bench.host, one token)
+        # the sum that was looked up last, since the next look-up is often the same: the lock and the dictionary would cost 2
+        # us a layer and step (bench.host, one token)
         self._last: Callable[[], TaskSum | None] = _nothing
         self._lock = threading.Lock()
 
     def of_task(self, of: Any, device: torch.device) -> TaskSum | None:
-        """The running backward's sum, whose value is None when it is new; None outside of one. device: where it is."""
+        """The running backward's sum; its value is None when it is new. None outside of a backward. device: of the sum."""
         key, total = (graph_task(), of), self._last()
         if total is None or total.key != key:
             if key[0] < 0:
@@ -70,7 +70,8 @@ class TaskSums:
                 if total is None:
                     total = self.sums[key] = TaskSum()
                     total.key, total.cuda = key, device.type == "cuda"
-                    # does nothing: the engine holds the only strong reference by it, until the backward ends or fails
+                    # The callback does nothing. Through it the engine holds the only strong reference to the sum, until the
+                    # backward ends or fails.
                     at_end_of_backward(partial(id, total))
                 self._last = weakref.ref(total)
         if total.cuda:
@@ -83,7 +84,7 @@ class TaskSums:
 
 
 class SharedGradient(TaskSums):
-    """The gradient of one tensor, summed over all that use it: a sum for each device, whose autograd thread adds to it."""
+    """The gradient of one tensor, summed over its users: one sum for each device, since each device has an autograd thread."""
 
     address = staticmethod(Tensor.data_ptr)
 
@@ -99,10 +100,10 @@ class SharedGradient(TaskSums):
         self._users: set[int] = set()
 
     def view(self, param: Tensor, user: object) -> Tensor:
-        """param as user takes it: behind the node if it gets a gradient.
+        """param for a user: behind a LoTRShared node if it gets a gradient.
 
-        All users of a round share one node. A user that comes again begins a new forward and a new round: an older node would
-        flush after the last reduction of a sharded forward. Only graphs keep a node alive, so nothing of it outlives them.
+        All users of a round share one node. A user that calls again begins a new round, which is a new forward: the older node
+        would flush after the last reduction of a sharded forward. Only graphs hold a strong reference to a node.
         """
         if not (param.requires_grad and is_grad_enabled()):
             return param
@@ -119,7 +120,8 @@ class SharedGradient(TaskSums):
         return view
 
     def accumulator(self, like: Tensor) -> Tensor | None:
-        """The running backward's sum on like's device, zero when new: to be added to in place at once. None outside of one."""
+        """The running backward's sum on like's device, zero when new, for the caller to add to in place. None outside of a
+        backward."""
         device = like.device
         total = self.of_task(device, device)
         if total is None:
@@ -129,7 +131,7 @@ class SharedGradient(TaskSums):
         return total.value
 
     def take(self, device: torch.device) -> Tensor | None:
-        """The running backward's whole sum on device, which is forgotten here; None if nothing was added to it."""
+        """Takes the running backward's whole sum out, as one tensor on device; None if nothing was added to it."""
         task, parts = graph_task(), []
         with self._lock:
             self._last = _nothing
@@ -147,7 +149,7 @@ class SharedGradient(TaskSums):
         return total
 
     def flush(self, total: Tensor | None, grad: Tensor | None, param: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of param, of the sum and of what came by autograd's own way (in a recorded backward)."""
+        """The gradient of param: the sum, cast, plus grad, which autograd brings in a recorded backward."""
         self.renew()
         if total is not None:
             total = total.to(param.dtype)

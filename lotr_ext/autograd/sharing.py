@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..compat import (
     BackwardCFunction,
@@ -146,13 +147,18 @@ class _Steps(threading.local):
     """taken: the steps of all optimizers in this thread, since a fused optimizer changes A and moves no version counter."""
 
     taken = 0
+    hook: RemovableHandle | None = None  # of the process
 
-    def take(self, *_: object) -> None:
+    def count(self) -> None:
+        """Counts from now on: no hook is registered before the first factor is made."""
+        if _Steps.hook is None:
+            _Steps.hook = register_optimizer_step_post_hook(self._take)
+
+    def _take(self, *_: object) -> None:
         self.taken += 1
 
 
 _steps = _Steps()
-register_optimizer_step_post_hook(_steps.take)
 
 
 class _Newest(threading.local):
@@ -171,6 +177,7 @@ class SharedFactor(SharedGradient):
         super().__init__()
         self.layers = 0
         self._newest = _Newest()
+        _steps.count()
 
     def __reduce__(self):
         return SharedFactor, ()

@@ -7,8 +7,8 @@
     TrainCores      G2[l] G3[k]                                (L + K) r^2                                MetaTT-4D
     FewCores        sum_j v[p, j] R[j], R fixed and random     P u, or u if tied                          TinyLoRA
 
-All of them begin at G = 0 with a gradient, so that the model's function begins unchanged. A place is what a layer's core is
-asked for by: (layer, kind), or for the forms that know neither any name. docs/relatives.md has the sources.
+All of them begin at G = 0 with a gradient, so that the model's function begins unchanged. A place identifies a layer's core:
+(layer, kind), or any name for the forms that use neither. docs/relatives.md has the sources.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class CoreAt(nn.Module):
 class Cores(nn.Module):
     """Base class: the cores of all places. A subclass has its parameters, at G = 0, and defines `make`.
 
-    places: what layers ask for their core by, each once. rank: that of the factors, r or (r_in, r_out).
+    places: the places of the layers' cores, each once. rank: that of the factors, r or (r_in, r_out).
     """
 
     def __init__(self, places: Sequence[Hashable], rank: int | tuple[int, int]):

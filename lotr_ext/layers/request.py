@@ -1,7 +1,7 @@
-"""State of a request: what the contexts `disabled` and `mixed` say of layers, for the calls that are made inside of them.
+"""State of a request: the contexts `disabled` and `mixed`, and what they change for the calls that are made inside of them.
 
-No module holds it, so threads and asyncio tasks that share a model never see each other's. Each open context is an `Opened`.
-In force for a call are
+No module holds this state, so threads and asyncio tasks that share a model do not see each other's contexts. Each open context
+is an `Opened`. The contexts in force for a call are
 
     in forward                     those that this thread or task has open
     in a hook of backward          the same, also in a thread of autograd's own: those of the thread that called backward
@@ -9,7 +9,7 @@ In force for a call are
     run again in backward          opens: the context may be left by then, and autograd may run it in another thread
     under torch.compile            the same, found anew at each call of compiled code
 
-Contexts may be closed in any order, also by another thread: each takes itself out, and restores nothing that was there before.
+Contexts may be closed in any order, also by another thread: each removes itself, and restores no earlier state.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OFF: Literal[False] = False  # what a context says of a layer that it switches o
 
 
 class Opened:
-    """An open context. layers: what it says of each layer. regions: the checkpointed regions in which it was opened."""
+    """An open context. layers: OFF or a Mixture for each layer. regions: the checkpointed regions in which it was opened."""
 
     def __init__(self, layers: Mapping[nn.Module, Said]):
         self.layers, self.open = layers, True
@@ -55,8 +55,8 @@ _lock = threading.RLock()
 
 
 class _Answers(dict):
-    """By layer what is said of it now: (whether its adapter is off, its mixture). By NOW whether anything may be said of a
-    layer, True or None; that None is kept here while no context is open anywhere and no region will need one again."""
+    """For a layer: (whether its adapter is off, its mixture), as the contexts in force say. For NOW: whether any context may
+    be in force, True or None. That None is stored here while no context is open anywhere and no region can need one again."""
 
     def __missing__(self, asked: object) -> tuple[bool, Mixture | None] | bool | None:
         if isinstance(asked, nn.Module):
@@ -70,8 +70,8 @@ class _Answers(dict):
 run_unseen(_Answers.__missing__)
 _answers = _Answers()
 
-# The getter is in C. So Dynamo takes the property for an attribute, and guards on its value at each call of compiled code; and
-# while no context is open, NOW.any makes no Python call.
+# The getter is a C function. So Dynamo treats the property as an attribute and guards on its value at each call of compiled
+# code. While no context is open, NOW.any makes no Python call.
 said_of = property(_answers.__getitem__)
 
 
@@ -129,8 +129,8 @@ def _state_of(opened: tuple[Opened, ...], layer: nn.Module) -> tuple[bool, Mixtu
 
 @contextmanager
 def in_force(layers: Mapping[nn.Module, Said]) -> Iterator[None]:
-    """Inside, calls of these layers are made as is said of them: OFF, or a Mixture."""
-    if is_compiling():  # within what is compiled it opens and closes in the trace, where Dynamo follows attributes of modules
+    """Inside, each of these layers is called without its adapter (OFF) or with the cores of a Mixture."""
+    if is_compiling():  # opened and closed inside of compiled code: Dynamo traces attributes of modules, not these tables
         with _traced(layers):
             yield
         return

@@ -114,7 +114,7 @@ def _untimeable(device: torch.device) -> str | None:
 
 
 def _at_first_use(problem: Problem) -> None:
-    """tuned.ask: times what came, where that can be done; what cannot be kept in the file is told of and used."""
+    """tuned.ask: measures a new problem at its first call, if it can be measured. If the file cannot be written it warns."""
     if problem.tokens == 0 or _untimeable(problem.device) is not None:
         return
     with _lock:

@@ -1,7 +1,6 @@
-"""The forward scope of an adapted model, in which `autograd.bank` does once what is common to all layers of a group.
+"""The hooks that open and close the forward scope (`autograd.bank`) around each forward of an adapted model.
 
-It is opened by a hook before the model's forward and closed by one after it; one that no hook has closed is dropped at the
-next look for it (`open_scope`).
+A scope that was not closed, because the forward ended by a KeyboardInterrupt, is dropped by the next `open_scope`.
 """
 
 from __future__ import annotations
