@@ -117,7 +117,7 @@ def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
         raise ValueError(
             f"rank: expected at most {most}, the sum of a group's LoRA ranks, from which on it is exact, got {rank}"
         )
-    with progress_bar(console=console) as report:
+    with progress_bar("converts", 100) as show:
         found: Conversion = lora_to_lotr(
             adapter,
             rank=rank,
@@ -125,7 +125,7 @@ def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
             parameters=arguments.parameters,
             group_by=arguments.group_by,
             dtype=DTYPES[arguments.dtype],
-            report=report,
+            report=lambda what, done: show(int(100 * done), what),
         )
     rows = [
         (name, group, _sizes(found, name), f"{found.errors[name]:.2e}")
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         from rich.console import Console
     except ImportError:
         print(
-            "error: expected the package rich for the table and the progress bar, got none: pip install 'lotr_ext[convert]'",
+            "error: expected the package rich for the table, got none: pip install 'lotr_ext[convert]'",
             file=sys.stderr,
         )
         return 2

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..layers.checks import check_dtype, check_rank
-from ..layers.progress import Report
 from ..model.adapter_files import LayerEntry
 from ..model.config import LoTRConfig
 from .adapter import LoTRAdapter, group_names
@@ -26,6 +25,7 @@ from .tucker import LowRankStack, Tucker2
 
 __all__ = ["Conversion", "exact_rank", "lora_to_lotr"]
 
+Report = Callable[[str, float], None]  # (what is being done, the fraction of all that is done)
 _MOST = 0.5  # an error beyond which a layer has lost most of its adapter
 _SEARCH_TOLERANCE = 5e-6  # a rank is given up when an iteration gains less
 

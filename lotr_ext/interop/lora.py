@@ -166,17 +166,8 @@ def export_lora(
             "load and export in one"
         )
     layers, saved = adapted_layers(model), saved_modules(model)
-    of_experts = {name: layer for name, layer in layers.items() if isinstance(layer, LoTRExperts)}
-    for name, layer in of_experts.items():
-        if not isinstance(layer, LoTRHostedExperts):
-            raise TypeError(
-                f"model: expected experts of transformers, got {name!r}, a LoTRExperts; expert_lora_factors has its LoRA"
-            )
-    stacked = {
-        parameter_name(name): expert_lora_factors(layer, core_side(layer.parameter, experts))
-        for name, layer in of_experts.items()
-    }
-    layers = {name: layer for name, layer in layers.items() if name not in of_experts}
+    stacked = _stacked(layers, experts)
+    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
     entries = {name: LoRALayer(*lora_factors(layer), layer.scaling) for name, layer in layers.items()}
     config: dict[str, Any] = {
         "task_type": task_type,
@@ -187,6 +178,19 @@ def export_lora(
         "modules_to_save": _outermost(saved) or None,
     }
     _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved_tensors(saved), config)
+
+
+def _stacked(layers: Mapping[str, LoTRLayer], form: str) -> dict[str, ExpertLoRA]:
+    """The experts among the layers, by the names of their parameters. TypeError for experts built by hand."""
+    found = {}
+    for name, layer in layers.items():
+        if isinstance(layer, LoTRHostedExperts):
+            found[parameter_name(name)] = expert_lora_factors(layer, core_side(layer.parameter, form))
+        elif isinstance(layer, LoTRExperts):
+            raise TypeError(
+                f"model: expected experts of transformers, got {name!r}, a LoTRExperts; expert_lora_factors has its LoRA"
+            )
+    return found
 
 
 def lotr_to_lora(

@@ -210,13 +210,13 @@ def leading_directions(
         kept = agreed(_WHERE, lambda: _checked(model, batches, loss))
         factors = _random(layers)
         _freeze(model, layers)
-        with progress_bar(progress) as report:
+        with progress_bar("looks at gradients", PASSES * len(kept), progress) as report:
             for n in range(PASSES):
                 looks = {}
                 for name, layer in layers.items():
                     looks[name] = Looks(*(factors[key].to(home(layer.module)) for key, _, _ in layer.sides))
-                done = lambda i, n=n: report("looking at gradients", (n + i / len(kept)) / PASSES)  # noqa: E731
-                agreed(_WHERE, partial(_look, model, layers, looks, kept, loss, done))
+                before = n * len(kept)
+                agreed(_WHERE, partial(_look, model, layers, looks, kept, loss, lambda i, before=before: report(before + i)))
                 if dist.is_available() and dist.is_initialized():
                     for look in looks.values():
                         dist.all_reduce(look.P)

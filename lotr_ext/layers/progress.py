@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-__all__ = ["Report", "progress_bar"]
+__all__ = ["progress_bar"]
 
-Report = Callable[[str, float], None]  # (what is being done, the fraction of all that is done)
+_WIDTH = 20
 
 
 @contextmanager
-def progress_bar(show: bool = True, console: Any = None) -> Iterator[Report]:
-    """Yields a function that shows what is being done and how much of all is done.
+def progress_bar(verb: str, total: int, show: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """Shows `lotr_ext <verb> <done>/<total> [####....] <what>` on stderr where that is a terminal, and removes it at the end.
 
-    console: of rich. None: stderr, and no bar where that is no terminal or the package rich is missing.
+    Yields a function of done and what.
     """
-    if not show or (console is None and not (sys.stderr.isatty() and importlib.util.find_spec("rich"))):
-        yield lambda what, done: None
+    if not (show and sys.stderr.isatty()):
+        yield lambda done, what="": None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console or Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda what, done: bar.update(task, description=what, completed=done)
+    def report(done: int, what: str = "") -> None:
+        full = _WIDTH * done // total
+        bar = f"[{'#' * full}{'.' * (_WIDTH - full)}]"
+        print(f"\rlotr_ext {verb} {done}/{total} {bar} {what}", end="\x1b[K", file=sys.stderr, flush=True)
+
+    try:
+        yield report
+    finally:
+        print("\r", end="\x1b[K", file=sys.stderr, flush=True)

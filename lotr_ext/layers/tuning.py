@@ -1,15 +1,14 @@
-"""`tune`: times the strategies of a model's layers on this machine, and keeps which is the fastest for `planner` to take.
+"""`tune`: times the strategies of a model's layers on this machine, and keeps the fastest of each problem for `plan_call`.
 
-What is timed is what a call runs: the operators of a layer in its dtype, at its sizes, forward alone and forward with backward.
-The strategies take turns, and medians are compared. With siblings on an x, u = x A may be there already: then the strategies
-that would take it are timed as if it cost nothing, and `fused`, which makes its own, has to be faster than that.
+It times the operators of a layer in its dtype, at its sizes, forward alone and forward with backward. The strategies take
+turns, and their medians are compared. Siblings on one x share u = x A. So the strategies that use u are timed without its
+cost, and `fused`, which computes u again in each layer, must be faster than that.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import sys
 import threading
 import time
 import warnings
@@ -24,6 +23,7 @@ from ..ops import planner, tuned
 from ..ops.tuned import Answer, Problem
 from .layer import LoTRLayer
 from .linear import LoTRWrapped
+from .progress import progress_bar
 
 ROUNDS, LEAST, SECONDS, SAMPLE = 15, 5, 1.0, 1e-3  # of a problem: rounds, at least; about how long; least time of a sample
 _lock = threading.Lock()
@@ -62,10 +62,11 @@ def tune(model: nn.Module, tokens: int | Iterable[int], *, again: bool = False) 
 
 
 def problems_of(layer: LoTRLayer, tokens: int) -> Iterator[Problem]:
-    """What layer would run on so many tokens, with gradients and without, as far as there is a choice."""
+    """The problems that a layer poses with so many tokens, with gradients and without; none if there is no choice of
+    strategy."""
     weight = layer._matrix()
     call = Call(layer.core, layer.scaling, layer.dropout if layer.training else 0.0, layer.factors._group)
-    x = weight.new_empty(1).expand(tokens, layer.in_features)  # as far as anybody looks
+    x = weight.new_empty(1).expand(tokens, layer.in_features)  # its values are not read
     call.compute = compute_dtype(x) or x.dtype
     found: list[Problem] = []
 
@@ -86,26 +87,18 @@ def _answers(problems: list[Problem], again: bool) -> dict[Problem, Answer]:
     todo = [p for p in problems if p not in found]
     fresh: dict[Problem, Answer] = {}
     try:
-        for i, problem in enumerate(todo):
-            _bar(i, len(todo), str(problem))
-            fresh[problem] = measure(problem)
-    finally:  # interrupted, too: what was measured is kept
-        if todo:
-            _bar(len(todo), len(todo), "")
+        with progress_bar("tunes", len(todo), bool(todo)) as report:
+            for i, problem in enumerate(todo):
+                report(i, str(problem))
+                fresh[problem] = measure(problem)
+    finally:  # what was measured before an interrupt is kept
         if fresh:
             tuned.keep(fresh)
     return {p: found.get(p) or fresh[p] for p in problems}
 
 
-def _bar(done: int, total: int, what: str) -> None:
-    if sys.stderr.isatty():
-        full = 20 * done // total
-        text = f"\rlotr_ext tunes {done}/{total} [{'#' * full}{'.' * (20 - full)}] {what}"
-        print(text if done < total else "\r\x1b[K", end="\x1b[K" if done < total else "", file=sys.stderr, flush=True)
-
-
 def _untimeable(device: torch.device) -> str | None:
-    """What is going on that nothing can be timed under."""
+    """Why nothing can be timed now; None if it can."""
     if torch.compiler.is_compiling():
         return "under a compiler"
     if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -133,7 +126,7 @@ def _at_first_use(problem: Problem) -> None:
 
 
 def candidates(problem: Problem) -> list[str]:
-    """The strategies that there are for it; fused where it could run (u = x A for each layer by itself, which costs memory)."""
+    """The strategies that can run for a problem; fused computes u = x A for each layer, which costs memory."""
     found, rank = ["two_pass", "beta"], max(problem.r_in, problem.r_out)
     if problem.form == "unfolded" or planner.fused_obstacle(rank, problem.dtype, problem.device) is not None:
         return found
@@ -144,7 +137,7 @@ def candidates(problem: Problem) -> list[str]:
 
 @torch.no_grad()
 def measure(problem: Problem) -> Answer:
-    """Times the strategies in turns: the median seconds of each, and which is to be taken."""
+    """Times the strategies in turns: the median seconds of each, and the strategy to take."""
     with torch.autocast(problem.device.type, enabled=False):
         runs = {name: run_of(problem, name) for name in candidates(problem)}
         samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -163,7 +156,7 @@ def measure(problem: Problem) -> Answer:
 
 
 def _seconds(device: torch.device, run: Callable[[], None], repeats: int) -> float:
-    """Of one of so many runs in a row."""
+    """The seconds of one run, from `repeats` runs in a row."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(device):
@@ -180,7 +173,7 @@ def _seconds(device: torch.device, run: Callable[[], None], repeats: int) -> flo
 
 
 def run_of(problem: Problem, strategy: str) -> Callable[[], None]:
-    """A call of the operators that a layer's call is, on random values."""
+    """A function that calls a layer's operators on random values."""
     device, dtype, factors, m, k, n, r_in, r_out, form, step, _ = problem
     generator = torch.Generator(device).manual_seed(0)
 

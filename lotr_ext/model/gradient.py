@@ -32,7 +32,7 @@ def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, prog
         model: from `apply_lotr` or built by hand, in train or eval mode, whichever it is to be looked at in.
         batches: a few, kept while this runs; each is used three times.
         loss: (model, batch) -> the loss, a scalar.
-        progress: show a bar in the terminal, where the package rich is installed.
+        progress: show a bar in the terminal.
 
     Where torch.distributed runs, every process must call this, each with its own batches: the gradients of all are summed, and
     all get the same A and B. An error in one process ends the call in all.
