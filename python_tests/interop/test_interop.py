@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,30 +84,25 @@ def test_rank_and_alpha_patterns_and_exact_targets(tmp_path: Path) -> None:
 
 
 def test_gpt2_conv1d_and_bert_heads(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    from tiny_models import bert, gpt2
 
-    def gpt2() -> nn.Module:
+    def seeded(make: Callable[[], nn.Module]) -> nn.Module:
         torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=67, n_embd=32, n_layer=2, n_head=4)).eval()
-
-    def bert() -> nn.Module:
-        torch.manual_seed(0)
-        return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_labels=3)).eval()
+        return make().eval()
 
     cases = [
         (gpt2, {"target_modules": ["c_attn", "c_fc"]}, "CAUSAL_LM"),
         (bert, {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}, "SEQ_CLS"),
     ]
     for i, (make, settings, task) in enumerate(cases):
-        model = apply_lotr(make(), LoTRConfig(rank=4, alpha=8.0, **settings)).eval()
+        model = apply_lotr(seeded(make), LoTRConfig(rank=4, alpha=8.0, **settings)).eval()
         randomize(model)
         export_lora(model, tmp_path / str(i), task_type=task)
         config = json.loads((tmp_path / str(i) / "adapter_config.json").read_text())
         assert (config["fan_in_fan_out"], config["r"], config["lora_alpha"]) == (make is gpt2, 4, 8)
         assert sorted(config["target_modules"]) == sorted(settings["target_modules"])
         assert config["modules_to_save"] == settings.get("modules_to_save")
-        other = loaded(make(), tmp_path / str(i)).eval()
+        other = loaded(seeded(make), tmp_path / str(i)).eval()
         assert torch.allclose(other(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=2e-5)
 
 

@@ -6,31 +6,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import LLAMA, SIZE, gpt2, llama, transformers
 from torch import nn
 from toys import adapted, target_names, toy
 
 from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, trainable_summary
 from lotr_ext.model.apply import adapted_layers
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-transformers.logging.set_verbosity_error()
-
-SIZE = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-LLAMA = {**SIZE, "num_key_value_heads": 2}
-
-
-def llama(**settings) -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, **settings))
-
 
 def classifier(kind: str) -> nn.Module:
     sizes = LLAMA if kind == "Llama" else SIZE
     config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=3, pad_token_id=1)
     return getattr(transformers, f"{kind}ForSequenceClassification")(config)
-
-
-def gpt2() -> nn.Module:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=67, n_embd=32, n_layer=2, n_head=2))
 
 
 def mixtral() -> nn.Module:

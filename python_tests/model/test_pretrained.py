@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import SIZE, bert, gpt2, llama, transformers, vit
 from torch import Tensor, nn
 from toys import randomize
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-transformers.logging.set_verbosity_error()
-
-from lotr_ext import (  # noqa: E402
+from lotr_ext import (
     LoTRConfig,
     add_adapter,
     apply_lotr,
@@ -29,29 +27,10 @@ from lotr_ext import (  # noqa: E402
     trainable_summary,
     unload,
 )
-from lotr_ext.model.apply import adapted_layers, lotr_parameters  # noqa: E402
+from lotr_ext.model.apply import adapted_layers, lotr_parameters
 
-SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = torch.randint(3, 67, (4, 6), generator=torch.Generator().manual_seed(0))
 PIXELS = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def bert() -> nn.Module:
-    config = transformers.BertConfig(vocab_size=67, **SIZE, num_labels=3)
-    return transformers.BertForSequenceClassification(config)
-
-
-def llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=67, **SIZE, num_key_value_heads=2))
-
-
-def gpt2() -> nn.Module:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=67, n_embd=32, n_layer=2, n_head=2))
-
-
-def vit() -> nn.Module:
-    config = transformers.ViTConfig(**SIZE, image_size=8, patch_size=4, num_channels=1, num_labels=3)
-    return transformers.ViTForImageClassification(config)
 
 
 QV = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
@@ -192,7 +171,7 @@ class Pair(nn.Module):
 )
 def test_a_part_that_is_a_whole_model_saves_its_own_adapter(settings: dict, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Pair(transformers.BertConfig(vocab_size=67, **SIZE))
+    model = Pair(transformers.BertConfig(**SIZE))
     apply_lotr(model, LoTRConfig(rank=4, target_modules=["query", "value"], **settings))
     randomize(model)
     with torch.no_grad():

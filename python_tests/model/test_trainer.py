@@ -2,67 +2,45 @@
 
 from __future__ import annotations
 
-import copy
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
+from tiny_models import transformers
 from torch import Tensor, nn
 from toys import IDS as TOY_IDS
-from toys import adapted, loss, plain, randomize
+from toys import adapted, loss, randomize
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:.*torch.jit.*")
 
-from lotr_ext import LoTRConfig, LoTRLinear, apply_lotr, disabled, load_adapter, merge, save_adapter, unload, unmerge  # noqa: E402
+from lotr_ext import LoTRConfig, apply_lotr, disabled, load_adapter, merge, save_adapter, unload, unmerge  # noqa: E402
 from lotr_ext.interop.trainer import AdapterCheckpoint, AdapterTrainer  # noqa: E402
 from lotr_ext.model.apply import adapted_layers, lotr_parameters  # noqa: E402
 
-SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ADAPTER = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 Make = Callable[[], nn.Module]
 
 
-def bert() -> nn.Module:
-    config = transformers.BertConfig(vocab_size=67, **SIZE, num_labels=3)
-    model = transformers.BertForSequenceClassification(config)
-    return apply_lotr(model, LoTRConfig(**ADAPTER, target_modules=["query", "value"], modules_to_save=["classifier"]))
-
-
-def roberta() -> nn.Module:
-    config = transformers.RobertaConfig(vocab_size=67, **SIZE, num_labels=3, pad_token_id=1)
-    model = transformers.RobertaForSequenceClassification(config)
-    return apply_lotr(model, LoTRConfig(**ADAPTER, target_modules=["query", "value"], modules_to_save=["classifier"]))
+def classified(kind: str, **settings) -> Make:
+    """An encoder with LoTR and a trained head."""
+    config = LoTRConfig(**{**ADAPTER, "target_modules": ["query", "value"], "modules_to_save": ["classifier"], **settings})
+    return lambda: apply_lotr(getattr(tiny_models, kind)(), config)
 
 
 def gpt2() -> nn.Module:
-    ids = {"bos_token_id": 0, "eos_token_id": 0}
-    config = transformers.GPT2Config(vocab_size=67, n_positions=32, n_embd=32, n_layer=2, n_head=4, **ids)
-    return apply_lotr(transformers.GPT2LMHeadModel(config), LoTRConfig(**ADAPTER, target_modules=["c_attn", "c_proj"]))
+    return apply_lotr(tiny_models.gpt2(), LoTRConfig(**ADAPTER, target_modules=["c_attn", "c_proj"]))
 
 
 def llama() -> nn.Module:
-    config = transformers.LlamaConfig(vocab_size=67, **SIZE, num_key_value_heads=2, bos_token_id=0, eos_token_id=0)
-    model = transformers.LlamaForCausalLM(config)
-    return apply_lotr(model, LoTRConfig(**ADAPTER, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    return apply_lotr(tiny_models.llama(), LoTRConfig(**ADAPTER, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
 
 
-def vit_base() -> nn.Module:
-    config = transformers.ViTConfig(**SIZE, image_size=8, patch_size=4, num_channels=1, num_labels=3)
-    return transformers.ViTForImageClassification(config)
-
-
-VIT = LoTRConfig(**ADAPTER, target_modules="all-linear", exclude_modules=["classifier"], modules_to_save=["classifier"])
-
-
-def vit() -> nn.Module:
-    return apply_lotr(vit_base(), VIT)
+bert, roberta = classified("bert"), classified("roberta")
+vit = classified("vit", target_modules="all-linear", exclude_modules=["classifier"])
 
 
 class Examples(torch.utils.data.Dataset):
@@ -121,7 +99,7 @@ def losses(of: transformers.Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_trainer_resumes_to_the_same_losses(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trainer_resumes_to_the_same_losses(name: str, tmp_path: Path) -> None:
     make, kind, options = RUNS[name]
     if name == "vit":  # the names in Trainer's checkpoints are not those of the modules
         options = {"callback": AdapterCheckpoint()}
@@ -139,11 +117,10 @@ def test_trainer_resumes_to_the_same_losses(name: str, tmp_path: Path, capsys: p
     frozen = dict(make_again(make).named_parameters())
     for n, p in again.model.named_parameters():
         assert torch.equal(p, frozen[n]) != p.requires_grad, n  # what is trained moved, and nothing else did
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_checkpoints_of_the_adapter_alone_resume_to_the_same_losses(name: str, tmp_path: Path, capsys) -> None:
+def test_checkpoints_of_the_adapter_alone_resume_to_the_same_losses(name: str, tmp_path: Path) -> None:
     make, kind, options = RUNS[name]
     whole = trainer(make, kind, tmp_path, cls=AdapterTrainer, **options)
     whole.train()
@@ -160,7 +137,6 @@ def test_checkpoints_of_the_adapter_alone_resume_to_the_same_losses(name: str, t
     assert all(torch.equal(value, want[n]) for n, value in again.model.state_dict().items())
     loaded = load_adapter(unload(make_again(make), merge=False), tmp_path / "checkpoint-6")
     assert all(torch.equal(value, want[n]) for n, value in loaded.state_dict().items())
-    capsys.readouterr()
 
 
 class Normed(nn.Module):
@@ -183,7 +159,7 @@ def normed() -> nn.Module:
     return model
 
 
-def test_an_adapter_checkpoint_has_all_else_that_training_changes(tmp_path: Path, capsys) -> None:
+def test_an_adapter_checkpoint_has_all_else_that_training_changes(tmp_path: Path) -> None:
     whole = trainer(normed, "pixels", tmp_path, cls=AdapterTrainer)
     whole.train()
     again = trainer(normed, "pixels", tmp_path, cls=AdapterTrainer)
@@ -204,10 +180,9 @@ def test_an_adapter_checkpoint_has_all_else_that_training_changes(tmp_path: Path
     with pytest.raises(ValueError, match=r"expected the model's trained parameters .* got others at scale"):
         other.train(resume_from_checkpoint=str(tmp_path / "last"))
     assert all(torch.equal(p, q) for p, q in zip(before, other.model.parameters()))
-    capsys.readouterr()
 
 
-def test_the_best_adapter_comes_back_and_whole_checkpoints_resume(tmp_path: Path, capsys) -> None:
+def test_the_best_adapter_comes_back_and_whole_checkpoints_resume(tmp_path: Path) -> None:
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "eval_loss"}
     done = trainer(normed, "pixels", tmp_path / "best", cls=AdapterTrainer, **best, greater_is_better=True)
     done.train()
@@ -228,10 +203,9 @@ def test_the_best_adapter_comes_back_and_whole_checkpoints_resume(tmp_path: Path
         "lotr_rest",
         "training_args",
     ]
-    capsys.readouterr()
 
 
-def test_what_is_pushed_during_training_has_the_adapter(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_what_is_pushed_during_training_has_the_adapter(tmp_path: Path, monkeypatch) -> None:
     one, pushed = trainer(normed, "pixels", tmp_path, cls=AdapterTrainer), []
 
     def push(self: transformers.Trainer, folder: str) -> None:  # which uploads output_dir but for the checkpoints in it
@@ -243,7 +217,6 @@ def test_what_is_pushed_during_training_has_the_adapter(tmp_path: Path, monkeypa
     ((want, got),) = pushed
     assert all(torch.equal(got[name], want[name]) for name in got if name.startswith(("lotr_", "first", "head")))
     assert (tmp_path / "lotr_rest.safetensors").read_bytes() == (tmp_path / "checkpoint-6/lotr_rest.safetensors").read_bytes()
-    capsys.readouterr()
 
 
 def test_a_trainer_of_adapters_refuses_a_model_without(tmp_path: Path) -> None:
@@ -256,7 +229,7 @@ def make_again(make: Make) -> nn.Module:
     return make()
 
 
-def test_the_callback_brings_the_best_adapter_back_and_refuses_a_checkpoint_without(tmp_path: Path, capsys) -> None:
+def test_the_callback_brings_the_best_adapter_back_and_refuses_a_checkpoint_without(tmp_path: Path) -> None:
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "eval_loss"}
     done = trainer(vit, "pixels", tmp_path, AdapterCheckpoint(), **best, greater_is_better=True)  # the first, surely
     done.train()
@@ -270,11 +243,10 @@ def test_the_callback_brings_the_best_adapter_back_and_refuses_a_checkpoint_with
     elsewhere.train(resume_from_checkpoint=str(moved))
     with pytest.raises(FileNotFoundError, match=r"checkpoint-3: expected a folder lotr_adapter.*give resume_from"):
         trainer(vit, "pixels", tmp_path / "other", AdapterCheckpoint()).train(resume_from_checkpoint=str(moved))
-    capsys.readouterr()
 
 
 @pytest.mark.full
-def test_trainer_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trainer_compiles(tmp_path: Path) -> None:
     torch.compiler.reset()
     plainly = trainer(vit, "pixels", tmp_path / "eager", weight_decay=0.01)
     for layer in adapted_layers(plainly.model).values():
@@ -287,37 +259,6 @@ def test_trainer_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         of.train()
     assert losses(compiled) == pytest.approx(losses(plainly), rel=1e-4)
     torch.compiler.reset()
-    capsys.readouterr()
-
-
-# ---- ViT, which the other tests of transformers' models lack -----------------------------------------------------------
-
-
-def test_vit_equals_the_definition_saves_merges_and_unloads(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = LoTRConfig(rank=4, target_modules="all-linear", exclude_modules=["classifier"], adapter_dtype=torch.float64)
-    model = apply_lotr(vit_base().double(), config)
-    torch.manual_seed(0)
-    base = vit_base().double().eval()
-    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
-    assert torch.equal(model.eval()(x).logits, base(x).logits)
-    randomize(model)
-    definition = plain(copy.deepcopy(model))
-    for net in (model, definition):
-        net(x).logits.square().sum().backward()
-    want = {n.replace(".base.", "."): p.grad for n, p in definition.named_parameters() if p.requires_grad}
-    for n, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p.grad, want[n], rtol=1e-8, atol=1e-12, msg=n)
-    y = model(x).logits.detach()
-    assert len(model.lotr_factors) == 3 and sum(isinstance(m, LoTRLinear) for m in model.modules()) == 12
-    save_adapter(model, tmp_path)
-    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x).logits, y, rtol=0, atol=0)
-    with disabled(model):
-        assert torch.equal(model(x).logits, base(x).logits)
-    torch.testing.assert_close(merge(model)(x).logits, y, rtol=1e-9, atol=1e-9)
-    assert torch.equal(unmerge(model)(x).logits, y)
-    assert [type(m) for m in unload(model, merge=False).modules()] == [type(m) for m in base.modules()]
 
 
 def test_generate_samples_with_a_cache_under_checkpointing_and_autocast() -> None:
