@@ -67,6 +67,6 @@ def _forget() -> None:
     """Clears what lotr_ext remembers of devices."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "lotr_ext":
-            for function in vars(module).values():
+            for function in list(vars(module).values()):  # some modules import a name when it is read
                 if hasattr(function, "cache_clear"):
                     function.cache_clear()

@@ -33,7 +33,7 @@ from .sass import Instruction, blocks_of, loops_of
 FILE, COUNTS = "static_rows.jsonl", traffic.FILE
 Key = tuple[str, Mixture, str]  # operator, sizes, GPU
 ELEMENTS, PRODUCTS, BARRIERS = 12, 128, 2  # of a thread and turn
-STEP, TILE_ROWS, TILE_COLUMNS = 32, 32, 16  # small_product.cuh
+TILE_ROWS, TILE_COLUMNS = 32, 16  # small_product.cuh
 HEADS = ("operator", "tokens, of cores, r", "launch", "registers", "blocks, resident", "turns a block", "loads", "instr a turn")
 HEADS += ("issue", "memory", "waits", "us", "limiter")
 

@@ -85,20 +85,20 @@ def draw_host(cells: list[dict], folder: Path) -> list[Path]:
         return []
     columns = min(3, len(cases))
     rows = -(-len(cases) // columns)
-    names = [name for name in rh.RIVALS if any(name in own for _, own in cases)]
+    names = [name for name in rh.RIVALS if all(name in own for _, own in cases)]  # the table has the others
     size = (4.2 * columns + 1.6, (0.3 * len(names) + 0.9) * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axis in axes.flat[len(cases) :]:
         axis.axis("off")
     for axis, (case, own) in zip(axes.flat, cases):
-        for i, name in enumerate(name for name in names if name in own):
-            cell, where = own[name], len(names) - 1 - names.index(name)
+        for where, name in enumerate(reversed(names)):
+            cell = own[name]
             forward, backward = (1e6 * cell[d]["seconds"][1] for d in ("forward", "backward"))
             low, middle, high = (1e6 * s for s in cell["step"]["seconds"])
-            axis.barh(where, forward, color=COLOURS[name], label="forward" if not i else None)
+            axis.barh(where, forward, color=COLOURS[name])
             axis.barh(where, backward, left=forward, color=COLOURS[name], alpha=0.55)
             axis.errorbar(middle, where, xerr=[[max(middle - low, 0)], [max(high - middle, 0)]], color="k", lw=1)
-        axis.set_xlim(0, 1.2 * max(1e6 * cell["step"]["seconds"][1] for cell in own.values()))  # a spread may leave the panel
+        axis.set_xlim(0, 1.2 * max(1e6 * own[name]["step"]["seconds"][1] for name in names))  # a spread may leave the panel
         axis.set_title(place(case), fontsize=9)
         axis.set_xlabel("us a layer: forward, backward (lighter)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)

@@ -20,6 +20,8 @@ FEW = 128  # tokens; below, an excess is several hundred per cent, which would d
 LEAST_POINTS = 3  # of a line: two tell no shape
 LEAST_INCHES, AROUND_INCHES = 8.0, 0.9  # width of a title, or of a legend of five columns; height of the two
 Panel = tuple[int, str]  # threads, dtype
+# of those that were measured, the first five are drawn, and the extra FLOPs; the tables have all
+DRAWN = ("lotr_ext", "lora-lorafusion", "lora-unsloth", "lora-peft", "lora-eager", "lora-in-place-beta", "lotr-eager", *COLOURS)
 
 
 def _panels(cells: list[dict]) -> list[Panel]:
@@ -172,7 +174,8 @@ def save(figures: dict[str, Figure | None], folder: Path, dpi: int = 100) -> lis
 
 def draw(cells: list[dict], folder: Path) -> list[Path]:
     """The pictures of layer.jsonl; what cannot be drawn from the cells is left out."""
-    cells = [c for c in cells if c["rival"] in COLOURS]
+    drawn = [rival for rival in dict.fromkeys(DRAWN) if any(c["rival"] == rival for c in cells)][:5]
+    cells = [c for c in cells if c["rival"] in drawn]
     figures = {
         "excess": _excess(cells),
         "tokens": _sweep(cells, "m", "Time over the frozen layer against tokens"),

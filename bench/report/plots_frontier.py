@@ -1,4 +1,4 @@
-"""Picture of the frontier: held-out accuracy against the adapter's trained numbers, a line a way."""
+"""Picture of the frontier: held-out accuracy against the adapter's trained numbers, a line a way; five ways and the head."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ import matplotlib.pyplot as plt
 from ..frontier.table import Point, points, title
 from .plots import save
 
-# where a point's rank stands: ways that meet have theirs apart
-ABOVE, BELOW, LEFT_ABOVE, LEFT_BELOW = (4, 4), (4, -10), (-12, 4), (-12, -10)
+# colour, line, and where a point's rank stands; the table has all ways
+BELOW, LEFT_ABOVE = (4, -10), (-12, 4)
 STYLES = {
     "lotr": ("tab:blue", "o-", BELOW),
-    "lotr-core": ("tab:blue", "s:", LEFT_BELOW),
-    "lotr-linear": ("tab:blue", "^--", ABOVE),
     "lotr-width": ("tab:cyan", "v--", LEFT_ABOVE),
-    "lotr-gradient": ("navy", "P-", BELOW),
-    "lotr-diagonal": ("tab:olive", "x-.", ABOVE),
-    "lotr-train": ("tab:purple", "d-.", ABOVE),
     "lora": ("tab:red", "o-", LEFT_ABOVE),
-    "lora-linear": ("tab:red", "^--", BELOW),
-    "lora-xs": ("tab:green", "o-", ABOVE),
+    "lora-linear": ("tab:orange", "^--", BELOW),
     "vera": ("tab:pink", "D", BELOW),
 }
 

@@ -17,6 +17,7 @@ from .plots import save
 from .summary import METHODS, Summary
 
 BAR = 0.8 / len(PROJECTED_COLOURS)
+NOT_DRAWN = ("lora-peft-as-lotr", "vera-peft-as-lotr", "lotr_ext-as-lora", "lotr-eager-core")  # of a model: the table has them
 
 
 def draw_model(cells: list[dict], folder: Path) -> list[Path]:
@@ -26,6 +27,7 @@ def draw_model(cells: list[dict], folder: Path) -> list[Path]:
     for name in models:
         own = [c for c in cells if c["case"]["model"] == name]
         own = [c for c in own if c["case"] == own[0]["case"]]
+        own = [c for c in own if c["rival"] not in NOT_DRAWN] or own
         figures["model" if name == models[0] else f"model-{name}"] = _model(own)
     return save(figures, folder)
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 
 import pytest
 import torch
 
 from bench import kernels, layer, model, shared
 from bench.measure import session, shapes, store, timing
-from bench.measure.session import Session, new_table
+from bench.measure.session import Session
 from bench.report import plots, plots_more
 
 SMALL = ["--shapes", "8x16x16x2", "--dtypes", "fp32", "--rivals", "lotr_ext"]
@@ -144,16 +141,6 @@ def test_rivals_asked_for_by_name_that_cannot_run_are_named(tmp_path, monkeypatc
 def test_an_empty_option_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}: expected"):
         layer.arguments(["--device", "cpu", f"--{name}", ""])
-
-
-def test_a_table_is_not_broken_up_on_a_narrow_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
-    table = new_table("a title", "", *(f"column {i}" for i in range(14)))
-    table.add_row("a rival", *(f"{i} of 1000" for i in range(14)))
-    session.wide_console().print(table)
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("1000" in line for line in lines) == 1 and max(map(len, lines)) > 80
 
 
 def test_a_bar_of_which_no_case_began_leaves_nothing(capsys):
