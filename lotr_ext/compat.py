@@ -58,8 +58,8 @@ def kept(t: Tensor) -> Tensor:
 
 
 def running_function() -> object | None:
-    """ctx of the innermost autograd Function of Python that is running, as reentrant checkpointing's does around the code of a
-    region, forward and backward; None outside."""
+    """ctx of the innermost Python autograd Function that is running; None outside. Reentrant checkpointing is one: its forward
+    and backward run the code of a region."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_varnames[:1] == ("ctx",) and isinstance(ctx := frame.f_locals.get("ctx"), BackwardCFunction):
@@ -69,8 +69,12 @@ def running_function() -> object | None:
 
 
 def checkpoint_regions() -> list[tuple[object, bool]]:
-    """The regions of activation checkpointing that the calling code is in, the innermost first: each as an object that is the
-    same in forward and in backward, and whether it is being run again in backward."""
+    """The regions of activation checkpointing around the calling code, the innermost first. Each is an object that is the same
+    in forward and in backward, and whether backward runs the region again.
+
+    A Function of another library that checkpoints is seen if its forward has ctx as its first argument. With setup_context
+    there is no ctx yet while forward runs, so such a region is not seen.
+    """
     found: list[tuple[object, bool]] = []
     frame = sys._getframe(1)
     while frame is not None:
@@ -95,19 +99,19 @@ def checkpoint_regions() -> list[tuple[object, bool]]:
 
 
 def _frame_of(generator: Generator | None) -> object | None:
-    """The record that non-reentrant checkpointing has of a region."""
+    """The object by which non-reentrant checkpointing identifies a region."""
     inner = None if generator is None else generator.gi_frame
     return None if inner is None else inner.f_locals.get("new_frame")
 
 
 def wraps_inputs(module: object) -> bool:
-    """Whether nn.Module hands module its inputs behind nodes of backward hooks, each as a tensor of its own."""
+    """Whether backward hooks make nn.Module pass each input to module as a new tensor."""
     own = isinstance(module, nn.Module) and (module._backward_hooks or module._backward_pre_hooks)
     return bool(own or _hooks_of_all._global_backward_hooks or _hooks_of_all._global_backward_pre_hooks)
 
 
 def transformed() -> bool:
-    """Whether something differentiates or batches operators as they run: a transform of torch.func, or forward-mode AD."""
+    """Whether a transform of torch.func or forward-mode AD is active."""
     return functorch_active() or forward_ad._current_level >= 0
 
 
@@ -115,8 +119,8 @@ def transformed() -> bool:
 
 
 class _Nodes(type(Function)):
-    """Autograd's engine calls `backward` itself, not through a method that looks each time for which of the ways to write one
-    was taken: 1 us less a layer and step (bench.host, one token)."""
+    """Makes autograd's engine call `backward` directly. The method between them chooses at each call among the ways in which a
+    Function can be written: 1 us a layer and step (bench.host, one token)."""
 
     def __init__(cls, name, bases, attributes):
         super().__init__(name, bases, attributes)
@@ -124,8 +128,8 @@ class _Nodes(type(Function)):
 
 
 class Node(Function, metaclass=_Nodes):
-    """A Function whose `run` is `apply` without the look for functorch's transforms and for tensors that they left behind:
-    5 us less a layer and step (bench.host, one token). For where no transform is active."""
+    """A Function with `run`: `apply` without the checks for functorch's transforms, which cost 5 us a layer and step
+    (bench.host, one token). Call it only where no transform is active."""
 
     run = torch._C._FunctionBase.__dict__["apply"]
 
@@ -139,12 +143,12 @@ at_end_of_backward = Variable._execution_engine.queue_callback  # called once th
 
 
 def carry(value: object) -> None:
-    """Keeps value for this thread and the backwards that it starts from now on, in whichever thread of autograd's they run."""
+    """Stores a value for this thread and for the backwards that it starts, in any of autograd's threads."""
     torch._C._stash_obj_in_tls("lotr_ext", value)
 
 
 def carried() -> object | None:
-    """What was kept last by this thread or, in a thread of autograd's, by the one that started the backward; None at first."""
+    """The value that this thread stored last; in a thread of autograd, the one of the thread that started the backward."""
     return torch._C._get_obj_in_tls("lotr_ext") if torch._C._is_key_in_tls("lotr_ext") else None
 
 
@@ -174,11 +178,11 @@ def saved_or_changed(ctx, i: int) -> tuple[Tensor, RuntimeError | None]:
 
 
 def wants(ctx, i: int) -> bool:
-    """Whether the running backward goes on behind edge i of a node: tensors have one each, None has none."""
+    """Whether the running backward needs the gradient of edge i of a node. Each tensor argument has an edge, None has none."""
     node = ctx.next_functions[i][0]
     try:
         return node is not None and torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # so it answers at a leaf that autograd.grad was asked for
+    except RuntimeError:  # raised at a leaf that was an input of autograd.grad
         return True
 
 
@@ -191,8 +195,8 @@ def post_accumulate_hooks(leaf: Tensor) -> bool:
 
 
 def straight(operator: torch._ops.OpOverload) -> Callable:
-    """operator as the dispatcher itself takes it, with its modes and the profiler, but without the look for a
-    __torch_function__, which no tensor has that comes to a kernel: 2 us less a layer and step (bench.host, one token)."""
+    """operator, called through the dispatcher with its modes and the profiler, but without the check for __torch_function__,
+    which costs 2 us a layer and step (bench.host, one token). No tensor that reaches a kernel has one."""
     return partial(torch._C._dispatch_call_boxed, operator._handle)
 
 

@@ -1,1 +1,10 @@
-"""The autograd nodes of an adapted layer, the gradient that layers share and the input that siblings share."""
+"""The autograd nodes of an adapted layer, and what layers share. Where to look first:
+
+call.py              what a call runs, and running it
+  one_node.py          LoTRFunction: a layer as one node
+  two_nodes.py         LoTRShrink, LoTRExpand, LoTRExpandRows: siblings share u = x A
+  traced.py            the same under torch.compile
+sharing.py           one u for siblings and the pending gradients of u and x; the Call
+shared_gradient.py   one sum for the gradient of a factor
+bank.py              the forward scope: all layers' folded factors at once
+"""

@@ -21,8 +21,8 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 
 def _check_names_agree(module: nn.Module, names: tuple[str, ...], state_dict, prefix: str, errors: list[str]) -> None:
-    """A model built by hand has factors under many names: one tensor, so all names must bring the same values. Notes the
-    difference as an error of load_state_dict."""
+    """Adds an error to load_state_dict if two names of one tensor have different values. A model built by hand registers shared
+    factors under many names."""
     if module._load is not None and module._load[0] is errors:
         for part in names:
             new, have = state_dict.get(f"{prefix}{part}"), getattr(module, part).detach()
@@ -34,11 +34,11 @@ def _check_names_agree(module: nn.Module, names: tuple[str, ...], state_dict, pr
 
 
 class LoTRFactor(nn.Module):
-    """One factor [features, rank], an A of layers with so many in_features or a B of layers with so many out_features, for as
-    many pairs as it is put into: `LoTRFactors.of(A, B)`.
+    """One factor [features, rank]: an A of layers with that many in_features, or a B of layers with that many out_features. It
+    may be in several pairs: `LoTRFactors.of(A, B)`.
 
-    Its gradient is one float32 sum (float64 for float64) over all layers that have it, whatever pairs they have it by, and
-    autograd sees one gradient a backward. As an A it is what layers on one x share u = x A by, whatever their B.
+    Its gradient is one float32 sum (float64 for float64) over the layers of all its pairs, and autograd sees one gradient a
+    backward. Layers with the same A share u = x A, also if their B differ.
     init, device, dtype, errors and warnings: as for LoTRFactors. State: `value`.
     """
 
@@ -143,7 +143,7 @@ class LoTRFactors(nn.Module):
 
     @property
     def owners(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
-        """Which module has A, and by what name; and which has B."""
+        """(module, attribute) of A and of B."""
         return (self, "A"), (self, "B")
 
     @property
@@ -154,8 +154,9 @@ class LoTRFactors(nn.Module):
     def forward(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """operation(A, B): the only way to read A and B, so that sharded training gathers them around this call.
 
-        The operation brings its tensors along unseen. As arguments, FSDP2 would cast and re-wrap each x, so that no sibling
-        knew it again, and would gather, free and reduce A around each layer's backward, before the hub has its gradient.
+        The operation holds x and its other tensors itself. If they were arguments, FSDP2 would wrap each x in a new tensor, so
+        that siblings could not recognise it. It would also gather and reduce A around each layer's backward, before the shared
+        gradient is complete.
         """
         own = self._parameters
         return operation(own["A"], own["B"]) if "A" in own and "B" in own else operation(self.A, self.B)

@@ -1,7 +1,7 @@
-"""Experts whose weights belong to another module, as in transformers' mixtures: the adapter alone, beside them.
+"""The adapter of experts in a transformers mixture, beside the module that has their weights.
 
-The module that has the weights, the host, keeps them under their own names, and its forward hands them over: whole, as sharded
-training has gathered them for it.
+That module, the host, keeps the weights under their own names. Its forward passes them to the adapter, so that they are whole
+also in sharded training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Host", "LoTRHostedExperts"]
 
 
 class Host:
-    """A reference up the tree of modules, which keeps nothing alive and follows copies and pickles of the tree."""
+    """A weak reference from a module to one above it. A copy or pickle of the tree refers to the copied module."""
 
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
@@ -39,7 +39,7 @@ class Host:
 
 
 class LoTRHostedExperts(LoTRExperts):
-    """The adapter of one 3-D parameter of its host: `core` [e, r_in, r_out] is all that it has of its own.
+    """The adapter of one 3-D parameter of its host. Its only parameter is `core` [e, r_in, r_out].
 
     `weight` [e, n, k] and `bias` [e, n] are the host's as they are now; weight is a transposed view where the host stores
     [e, k, n]. Merging writes to them.

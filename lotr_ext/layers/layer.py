@@ -29,7 +29,7 @@ class LoTRLayer(HasCore, Merges):
 
     core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s.
     start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
-    traced: what contexts inside of what torch.compile traces say of the layer; () at any other time.
+    traced: what contexts that compiled code opens change for the layer (`request.py`); () otherwise.
     """
 
     in_features: int
@@ -40,7 +40,7 @@ class LoTRLayer(HasCore, Merges):
 
     @property
     def disabled(self) -> bool:
-        """Whether the adapter is off: by this attribute, or for the code that reads it, inside of a context."""
+        """Whether the adapter is off, because this attribute was set or because of an open `disabled` context."""
         return self._state()[0]
 
     @disabled.setter
@@ -49,7 +49,7 @@ class LoTRLayer(HasCore, Merges):
 
     @property
     def mixture(self) -> Mixture | None:
-        """The cores of several adapters, one a row of the batch, for code inside of `mixed`."""
+        """The cores of several adapters, one a row of the batch, in an open `mixed` context."""
         return self._state()[1]
 
     def _state(self) -> tuple[bool, Mixture | None]:
@@ -60,7 +60,7 @@ class LoTRLayer(HasCore, Merges):
         return off or self._off, mixture
 
     def _replicate_for_data_parallel(self) -> LoTRLayer:
-        """A replica of nn.DataParallel's, which is called in a thread that has none of this one's contexts open."""
+        """A replica for nn.DataParallel, which calls it in another thread: there this thread's contexts are not open."""
         replica, (off, mixture) = super()._replicate_for_data_parallel(), self._state()
         if mixture is not None:
             raise RuntimeError("mixed: expected a model that is called as it is, got nn.DataParallel, which cuts the batch up")
@@ -69,7 +69,8 @@ class LoTRLayer(HasCore, Merges):
 
     @staticmethod
     def _check_unadapted(linear: object) -> None:
-        """To adapt a layer freezes all that it has: an adapter inside would stop being trained, and so would its group."""
+        """TypeError for a layer with an adapter inside. Adapting freezes all parameters of a layer, so the adapter inside and
+        its group would stop training."""
         if not isinstance(linear, nn.Module):
             raise TypeError(f"linear: expected an nn.Module, got {type(linear).__name__}")
         for module in linear.modules():
@@ -104,7 +105,7 @@ class LoTRLayer(HasCore, Merges):
 
     @staticmethod
     def _check_device(factors: LoTRFactors, device: torch.device) -> None:
-        """The factors may be on another device than a layer with values, but not on meta."""
+        """ValueError for factors on the meta device beside a layer with values. Other devices may differ."""
         if factors.A.is_meta and device.type != "meta":
             raise ValueError(f"factors: expected values, as the layer has on {device}, got factors on the meta device")
 
@@ -125,8 +126,8 @@ class LoTRLayer(HasCore, Merges):
         return factors.r_in, factors.r_out
 
     def leave_factors_to_owner(self) -> None:
-        """Only refers to the factors from now on; another module registers them. So state_dict names them once, and a block
-        can be sharded by itself."""
+        """Keeps a plain reference to the factors, which another module registers. So state_dict names them once, and a block
+        can be sharded without them."""
         if "factors" in self._modules:
             self.__dict__["factors"] = self._modules.pop("factors")
 
@@ -143,8 +144,8 @@ class LoTRLayer(HasCore, Merges):
             if self.start_core is None:
                 return self._base(x)
             return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
-        # parameters are read where nn.Module keeps them, here, in factors and in _call: by its __getattr__ a layer and step
-        # takes 11 us longer (bench.host, one token)
+        # Parameters are read from nn.Module's dictionaries, here, in factors and in _call: its __getattr__ costs 11 us a layer
+        # and step (bench.host, one token).
         parameters, modules = self._parameters, self._modules
         core = parameters["core"] if "core" in parameters else self.core
         factors = modules["factors"] if "factors" in modules else self.factors
@@ -191,7 +192,7 @@ class LoTRLayer(HasCore, Merges):
         return self._matrix()
 
     def _check_base(self) -> None:
-        """Whether the plain layer can take over weight and bias."""
+        """TypeError unless the plain layer can take over weight and bias."""
         for name in ("weight", "bias"):
             self.check_parameter(name, "to_base")
 

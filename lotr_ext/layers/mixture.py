@@ -1,7 +1,10 @@
 """One forward for rows of many adapters that share their factors: y_i = x_i W^T + bias + s ((x_i A) G_c(i)) B^T.
 
-The products with A and B are taken for the whole batch at once, by the nodes of any other call, so that siblings share x A and
-the factors have their shared gradients. Only the small product with a row's core is made here, unfolded.
+The products with A and B are computed for the whole batch by the nodes of any other call, so that siblings share x A and the
+factors have their shared gradients. Only the small product with each row's core is added, unfolded.
+
+`mixed` makes a Mixture for each layer, of named adapters (`model/adapters.py`) or of a TaskBank's tasks (`model/tasks.py`). The
+request holds it (`request.py`), and the layer reads its cores by `cores_of`.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ def cores_of(mixture: Mixture, like: Tensor) -> Tensor:
 
 
 def places_in_batch(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
-    """The row of the batch that each of tokens [rows] is in, of m tokens, of which those of a row follow one another.
+    """For each of tokens [rows], the row of the batch that it is in. The m tokens of the batch lie row after row.
 
-    Raises ValueError unless each row has as many.
+    Raises ValueError unless all rows have the same number of tokens.
     """
     b = mixture.index.shape[0]
     if m % b:
@@ -45,15 +48,15 @@ def places_in_batch(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
 
 
 def index_for(mixture: Mixture, x: Tensor) -> Tensor:
-    """The index of x's first dimension: the batch's, or of a flat x that of each token's row."""
+    """An index for x's first dimension: that of the batch, or, for a flat x, the one of each token's row."""
     if not mixture.flat or x.dim() != 2:
         return mixture.index
     return mixture.index.to(x.device)[places_in_batch(mixture, torch.arange(len(x), device=x.device), len(x))]
 
 
 def cores_of_rows(mixture: Mixture, places: Tensor, experts: Tensor, e: int) -> Tensor:
-    """Which of the cores [c e, r_in, r_out] rows take that are in these places of the batch and were sent to these of e
-    experts: that of (adapter, expert); -1 where there is no adapter, or an expert elsewhere (e and above)."""
+    """For each row, its index among the cores [c e, r_in, r_out]: that of (adapter, expert). -1 without an adapter, or for an
+    expert of another process (e and above). places: the rows' places in the batch; experts: theirs, of e."""
     adapter = mixture.index.to(places.device)[places]
     return torch.where((adapter == -1) | (experts >= e), -1, adapter * e + experts)
 

@@ -1,5 +1,5 @@
-"""Cores and factors that are computed, by torch.nn.utils.parametrize or by a layer's core_form: what is behind them, and their
-values from it and back."""
+"""Cores and factors that are computed, by torch.nn.utils.parametrize or by a layer's core_form: the tensors of which they are
+made, the value for given tensors, and the tensors for a given value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["parameters_of", "state_for", "state_of", "value_with"]
 
 
 class _Maker(NamedTuple):
-    """What computes a part: module(*args). prefix: of its tensors in the state_dict of the module that has the part."""
+    """module(*args) computes a part. prefix: of the module's tensors in the state_dict of the layer."""
 
     prefix: str
     module: nn.Module
@@ -35,7 +35,7 @@ def _maker(module: nn.Module, name: str) -> _Maker | None:
 
 
 def parameters_of(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """module.<name> where it is a parameter; the parameters that it is made of, where it is computed."""
+    """module.<name> if it is a parameter, else the parameters of which it is computed."""
     if (maker := _maker(module, name)) is not None:
         yield from maker.module.parameters()
     elif module._parameters.get(name) is not None:

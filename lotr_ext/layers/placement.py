@@ -1,4 +1,5 @@
-"""Where a layer's tensors belong: their own device, or with accelerate's offloading the one that they are brought to."""
+"""The device of a layer's tensors: their own, or, with accelerate's offloading, the one to which they are moved for a
+forward."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 
 
 def home(module: nn.Module) -> torch.device:
-    """The device of a module's first tensor; of one whose tensors accelerate holds back, the device they are brought to."""
+    """The device of a module's first tensor; if accelerate offloads it, the device to which it is moved for a forward."""
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     if device.type == "meta":
         brought_to = (getattr(hook, "execution_device", None) for hook in _hooks(module))
@@ -26,7 +27,7 @@ def home(module: nn.Module) -> torch.device:
 
 
 def check_not_offloaded(parts: Iterable[tuple[nn.Module, str]]) -> None:
-    """Refuses to train what accelerate holds back: each forward makes new parameters, and their gradients would be lost.
+    """Refuses to train parameters that accelerate offloads: each forward makes new ones, and their gradients would be lost.
 
     parts: the modules that have A, B and the cores, and their names there.
 
@@ -35,7 +36,7 @@ def check_not_offloaded(parts: Iterable[tuple[nn.Module, str]]) -> None:
     """
     trained = [module._parameters.get(name) for module, name in parts]
     if True not in [t is not None and t.is_meta for t in trained]:
-        return  # each forward comes here; a generated one is no parameter, and accelerate knows none
+        return  # this runs at each forward; a computed core is no parameter, and is never offloaded
     for module, _ in parts:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and parameter.requires_grad and any(getattr(h, "offload", False) for h in _hooks(module)):

@@ -1,4 +1,4 @@
-"""Layers whose weight is not a plain tensor: told apart, and made dense again by the quantiser's own code.
+"""Layers with a quantised weight: how to recognise them, and how to dequantise them by the quantiser's own code.
 
 torchao, optimum-quanto   nn.Linear whose weight is a tensor subclass with dequantize()
 bitsandbytes              Linear4bit, Linear8bitLt: its functional.dequantize_4bit, functional.int8_vectorwise_dequant
@@ -19,7 +19,7 @@ __all__ = ["dense_weight", "dequantizer", "has_plain_weight", "is_plain"]
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Whether products may read module.weight: floating, and no tensor subclass that stands for something else."""
+    """Whether products may read module.weight: a floating tensor that holds its own values."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and is_plain(weight) and weight.is_floating_point()
 
@@ -52,7 +52,7 @@ def _from_bitsandbytes(module: nn.Module) -> Callable[[], Tensor] | None:
 
 
 def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
-    """What makes W [out_features, in_features] of a quantised module, None where nothing does."""
+    """A function that returns W [out_features, in_features] of a quantised module; None if there is none."""
     found = _from_bitsandbytes(module)
     if found is not None:
         return found

@@ -1,5 +1,8 @@
-"""Models that are held in parts: by FSDP2 and tensor parallelism (DTensors), by FSDP1 and by DeepSpeed's ZeRO-3. Whole tensors
-out of parts, and parts out of whole tensors. Those libraries do the work; a plain model passes through untouched."""
+"""Models of which each process holds a part: FSDP2 and tensor parallelism (DTensors), FSDP1, DeepSpeed's ZeRO-3.
+
+`whole` gathers whole tensors and writes changed ones back, by the functions of those libraries. It does nothing for a plain
+model.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod") 
 
 
 def _class(module: str, name: str) -> type | tuple[()]:
-    """A class, if its module was imported: before that nothing can be one, and the import takes a second."""
+    """A class if its module was imported, else (): no object can be of it then, and the import takes a second."""
     return getattr(sys.modules.get(module), name, ())
 
 
@@ -46,8 +49,7 @@ def _engine() -> type | tuple[()]:
 
 
 def in_parts(tensor: Tensor) -> bool:
-    """Whether this process holds a part of a tensor, or a replica that others know of: a DTensor, or a parameter of ZeRO-3 or
-    FSDP1."""
+    """Whether a tensor is distributed over processes: a DTensor, or a parameter of ZeRO-3 or FSDP1."""
     return _is_dtensor(tensor) or _is_zero(tensor) or getattr(tensor, "_fsdp_flattened", False)
 
 
@@ -65,7 +67,7 @@ def holds_parts(model: nn.Module, *, zero: bool = True) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts away what FSDP2 has gathered for a forward, so that parameters are the parts that their optimizer knows."""
+    """Frees what FSDP2 gathered for a forward, so that the parameters are the parts that the optimizer holds."""
     fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, fsdp):
@@ -91,7 +93,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def writing_rank(model: nn.Module) -> bool:
-    """Whether this process is the one that writes for a model whose replicas are all alike."""
+    """Whether this process writes the files of a replicated model."""
     model = getattr(model, "_orig_mod", model)  # a compiled one
     if isinstance(model, _engine()):
         return dist.get_rank() == 0
@@ -216,8 +218,8 @@ def _zero_gathered(parameters: Sequence[Tensor], **settings: Any) -> Any:
 
 
 def _write_masters(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """DeepSpeed's optimizers keep float32 copies, from which the next step would take the old values. One that rounds to the
-    new value is left as it is. pairs: a parameter and its value now."""
+    """Writes new values into the float32 copies of DeepSpeed's optimizers, from which the next step would restore the old
+    values. A copy that rounds to the new value stays. pairs: a parameter and its new value."""
     if (fragments := sys.modules.get("deepspeed.utils.tensor_fragment")) is None:
         return
     for parameter, value in pairs:
@@ -258,7 +260,7 @@ def _summoned(model: nn.Module, slots: Sequence[Slot], *, writeback: bool) -> It
 
 
 def agreed(where: str, work: Callable[[], T], *, together: bool = True) -> T:
-    """work() in every process: if it fails in one, it fails in all, so that none waits for another that has gone.
+    """work() in every process. If it fails in one process it fails in all, so that no process waits for one that has ended.
 
     together: whether the other processes call this too.
 
