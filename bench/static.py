@@ -13,7 +13,7 @@ from .projection import row_counts as row_traffic
 from .projection.cards import CARDS
 from .projection.counts import DTYPES, FOLDER, KERNELS
 from .projection.predict import FILE, all_keys, kept, model_id, predict
-from .projection.table import fused_table, table
+from .projection.table import fused_table, ranges_table, table
 
 SHAPES, RANKS = [(8192, 4096), (8192, 14336)], [16, 64, 128]
 ABOUT = """How fast each CUDA kernel would be on known GPUs, from its machine code and the executor's counts. No GPU is needed,
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             console.print(row_model.table_of(gpu, of_rows))
     for gpu in set(options.gpus) & set(fused.hopper()):
         console.print(fused_table(gpu))
+    console.print(ranges_table())
     console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)
     from .report.plots_static import draw_static
 

@@ -18,6 +18,7 @@ from .projection.counts import FOLDER, LAYER_SHAPES, count_all, kept, needed, so
 from .projection.counts import __doc__ as about
 from .projection.predict import FILE, all_predictions, layer_keys, layer_levels, model_id, predict
 from .projection.predict import kept as predict_kept
+from .projection.table import ranges_table
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(block_traffic.table(block, rows, levels))
     if levels:
         console.print(projection.assumptions(), highlight=False, markup=False, soft_wrap=True)
+        console.print(ranges_table())
     if "h100" in levels:
         shape = options.shapes[0]
         title = f"Beta's time over the frozen layer on an H100, {'x'.join(map(str, shape))}: {projection.LABEL}; us (low-high)"

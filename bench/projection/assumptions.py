@@ -1,6 +1,6 @@
 """What the projection takes as given, each with where it comes from. What has no source but experience says so.
 
-What nobody has measured is a range: low, likely and high are by the time that follows. A projection is made three times, with
+A quantity that was not measured is a range: low, likely and high, by the time that follows. A projection is made three times, with
 all quantities low, all likely and all high, so its ends are farther apart than chance would put them.
 """
 
@@ -28,21 +28,22 @@ class Range(NamedTuple):
     what: str
     origin: str
 
-    def __str__(self) -> str:
+    def cells(self) -> list[str]:
+        """what, low, likely, high, origin."""
         numbers = (f"{value:.0%}" if self.unit == "%" else f"{value:g}{self.unit}" for value in self[:3])
-        return f"{self.what}: {', '.join(numbers)}"
+        return [self.what, *numbers, self.origin]
 
 
 REVIEW = "a review of the kernels"
 RANGES = {
     "bandwidth": Range(
         *(0.94, 0.90, 0.88, "%"),
-        "of the data sheet's bandwidth is reached, by ours and by the library",
+        "share of the data sheet's bandwidth that is reached, by ours and by the library",
         "copies on an H100 measured about 3.0 TB/s, 90%",
     ),
     "one_step": Range(
         *(0.90, 0.70, 0.60, "%"),
-        f"of it by a library product that sums over at most {ONE_STEP} columns, such as u B^T",
+        f"the same of a library product that sums over at most {ONE_STEP} columns, such as u B^T",
         f"{REVIEW}: 60-75% at rank 16; one k-step of a tile hides neither its first loads nor its last stores",
     ),
     "exposed": Range(
@@ -67,12 +68,12 @@ RANGES = {
     ),
     "launch": Range(
         *(1.0, 1.2, 2.0, " us"),
-        "between two kernels of a stream; a memset as well",
+        "time between two kernels of a stream, or for a memset",
         f"{REVIEW}: about 1 us; 2 us was assumed before",
     ),
     "main_loop": Range(
         *(1.0, 0.96, 0.94, "%"),
-        "of the library's speed is that of gemm_lotr's main loop",
+        "speed of gemm_lotr's main loop, of the library's",
         f"{REVIEW}: 94-98%; equal at best",
     ),
     "scouts": Range(
@@ -203,7 +204,14 @@ SOURCES = [
 ]
 
 
+RANGE_HEADS = ("assumed", "low", "likely", "high", "origin")
+
+
+def range_rows() -> list[list[str]]:
+    """A row of RANGE_HEADS a quantity."""
+    return [quantity.cells() for quantity in RANGES.values()]
+
+
 def lines() -> list[str]:
-    """The assumptions, one a line."""
-    ranges = [f"{quantity} (low, likely, high): {quantity.origin}" for quantity in RANGES.values()]
-    return [*ranges, *(f"{what}: {source}" for what, source in SOURCES)]
+    """What is taken as one value, a line each."""
+    return [f"{what}: {source}" for what, source in SOURCES]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..measure.bounds import DIRECTIONS
 from ..measure.names import NAMES
 from ..measure.shapes import Shape
-from .assumptions import FLOPS_REACHED, LEVELS, ONE_STEP, RANGES, Assumed, Spread
+from .assumptions import FLOPS_REACHED, LEVELS, ONE_STEP, Assumed, Spread
 from .cards import CARDS, Card
 from .counts import SMALL, Key, Row
 from .layer import BETA, FUSED, IN_DRAM, Step, Steps, all_steps
@@ -90,8 +90,8 @@ def assumptions() -> str:
     """In one sentence."""
     return (
         f"{LABEL}: our kernels as their machine code is modelled; library operators at the longer of their operations "
-        f"({FLOPS_REACHED:.0%} of the data sheet's bf16 speed) and their bytes. First the likely value, in brackets that with "
-        f"all assumptions low and with all high: {'; '.join(map(str, RANGES.values()))}"
+        f"({FLOPS_REACHED:.0%} of the data sheet's bf16 speed) and their bytes. The first value is with likely assumptions; in "
+        "brackets, with all of them low and with all of them high"
     )
 
 

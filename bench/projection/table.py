@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from ..measure.session import new_table
-from . import fused
+from . import assumptions, fused
 from .cards import CARDS
 from .model import Estimate
 from .predict import Key
@@ -63,3 +63,11 @@ def markdown_rows(found: dict[Key, Estimate], gpus: list[str]) -> tuple[list[str
             row.append(f"{other.spread.us()}, {other.at().share:.0%}" if other else "-")
         rows.append([*row, e.at().limiter])
     return heads, rows
+
+
+def ranges_table() -> Table:
+    """The assumptions that are ranges."""
+    result = new_table("Assumed, by the time that follows", *assumptions.RANGE_HEADS)
+    for row in assumptions.range_rows():
+        result.add_row(*row)
+    return result

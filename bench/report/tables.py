@@ -14,6 +14,7 @@ from ..measure.shapes import RANKS, TARGETS, TOKENS, Case, Shape
 from ..measure.store import Store
 from ..projection import block as block_traffic
 from ..projection import fused, predictions
+from ..projection.assumptions import RANGE_HEADS, range_rows
 from ..projection.cards import CARDS
 from ..projection.counts import LAYER_SHAPES, Key, Row, kept, needed
 from ..projection.layer import BETA, FUSED, LEAST, all_steps, total_bytes
@@ -318,7 +319,8 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
     images = {"projection": f"{CARDS['h100'].name} and others, projected"}
     blocks = [line for block in block_traffic.parse(block_traffic.BLOCKS) for line in projected_block(block, rows, found)]
     others, parts = other_layers(rows, found), layer_parts(rows, levels)
-    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *parts])
+    assumed = ["", "What is assumed, by the time that follows:", "", *markdown(list(RANGE_HEADS), range_rows())]
+    return "\n".join([title, "", *markdown(heads, lines), *_images(pictures, images), *others, *blocks, *parts, *assumed])
 
 
 def layer_parts(rows: dict[Key, Row], levels: dict[str, Levels]) -> list[str]:
