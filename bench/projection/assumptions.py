@@ -1,7 +1,7 @@
 """What the projection takes as given, each with where it comes from. What has no source but experience says so.
 
-A quantity that was not measured is a range: low, likely and high, by the time that follows. A projection is made three times, with
-all quantities low, all likely and all high, so its ends are farther apart than chance would put them.
+A quantity that was not measured is a range: low, likely and high, by the time that follows. A projection is made three times,
+with all quantities low, all likely and all high, so its ends are farther apart than chance would put them.
 """
 
 from __future__ import annotations
