@@ -1,0 +1,184 @@
+"""Tasks in a real vLLM on the CPU: the tokens of the package's own model, any mix in a batch, refusals that leave it running.
+
+Needs a Python with vLLM, of `make serve` or named by LOTR_VLLM_PYTHON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, mixed
+from lotr_ext.interop import export_lora
+from lotr_ext.interop.vllm import export_factors, export_task
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("LOTR_VLLM_PYTHON", ROOT / ".venv" / "vllm" / "bin" / "python"))
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM: {PYTHON} is missing (make serve, or LOTR_VLLM_PYTHON)")
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+MODELS = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {"head_dim": 32}),
+}
+IDS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(3))
+NEW = 10
+
+
+def base(kind: str, folder: Path) -> nn.Module:
+    """A tiny model with random weights, saved in folder/base."""
+    of, shape, more = MODELS[kind]
+    torch.manual_seed(0)
+    model = of(shape(**SIZES, **more)).eval()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder / "base")
+    return model
+
+
+def banked(kind: str, folder: Path, tasks: int, **settings) -> nn.Module:
+    """The model with a bank of random tasks; its factors and tasks are exported."""
+    options = {"rank": (3, 5), "alpha": 6.0, "target_modules": "all-linear", "group_by": "width", **settings}
+    model = apply_lotr(base(kind, folder), LoTRConfig(**options))
+    bank = TaskBank(model, tasks)
+    for i in range(tasks):
+        g = torch.Generator().manual_seed(i)
+        bank.add(drawn(bank, g))
+    export_factors(model, folder / "factors")
+    for i in range(tasks):
+        export_task(model, folder / f"task-{i}", task=i)
+    return model
+
+
+def drawn(bank: TaskBank, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random cores for every layer of the bank."""
+    names = [f"{name}.core" for name in bank._layers]
+    return {name: torch.randn(core.shape[1:], generator=g) * 0.7 for name, core in zip(names, bank.cores, strict=True)}
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, tasks: list[int]) -> list[list[int]]:
+    """The package's own tokens of row i with task tasks[i], -1 for the base model."""
+    with mixed(model, torch.tensor(tasks)):
+        rows = IDS[: len(tasks)]
+        found = model.generate(
+            rows, attention_mask=torch.ones_like(rows), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
+    return found[:, rows.shape[1] :].tolist()
+
+
+def run(folder: Path, steps: list[dict], *, factors: bool = True, **options) -> list:
+    spec = {"model": str(folder / "base"), "factors": str(folder / "factors") if factors else None, "options": options}
+    (folder / "spec.json").write_text(json.dumps({**spec, "steps": steps}))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LOTR_")} | {"PYTHONPATH": str(ROOT)}
+    command = [PYTHON, Path(__file__).with_name("engine.py"), folder / "spec.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def load(folder: Path, number: int, **more) -> dict:
+    return {"load": [folder.name, number, str(folder)], **more}
+
+
+def batch(numbers: list[int | None]) -> dict:
+    return {"generate": [[IDS[i].tolist(), number] for i, number in enumerate(numbers)], "tokens": NEW}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("qwen3", {"group_by": "shape"}),
+        ("llama", {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 8}),
+    ],
+    ids=["llama-width", "qwen3-shape", "llama-name"],
+)
+def test_tokens_are_the_models_own(tmp_path: Path, kind: str, settings: dict) -> None:
+    model = banked(kind, tmp_path, 3, **settings)
+    steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(3)]
+    mixes = [[1, None, 3, 2, 1], [None] * 5, [2, 2, 2, 2, 2]]
+    found = run(tmp_path, [*steps, *map(batch, mixes)], max_loras=4, max_cpu_loras=8)
+    assert found[:3] == [None] * 3
+    for mix, tokens in zip(mixes, found[3:], strict=True):
+        assert tokens == greedy(model, [-1 if number is None else number - 1 for number in mix])
+    assert len({str(tokens) for tokens in found[3:]}) == 3  # the tasks say different things
+
+
+def test_more_tasks_than_slots_come_and_go(tmp_path: Path) -> None:
+    model = banked("llama", tmp_path, 6)
+    steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(6)]
+    mixes = [[1, 2, None, None, 1], [3, 4, 3, None, 4], [1, 6, 1, 6, None], [5, 5, 5, 5, 5]]
+    found = run(tmp_path, [*steps, *map(batch, mixes)], max_loras=2, max_cpu_loras=8)
+    for mix, tokens in zip(mixes, found[6:], strict=True):
+        assert tokens == greedy(model, [-1 if number is None else number - 1 for number in mix])
+
+
+def test_a_task_is_replaced_while_the_engine_runs(tmp_path: Path) -> None:
+    model = banked("llama", tmp_path, 2)
+    first = greedy(model, [0] * 5)
+    moved = tmp_path / "new"
+    export_task(model, moved, task=1)
+    steps = [load(tmp_path / "task-0", 1), batch([1] * 5), load(moved, 1, inplace=True), batch([1] * 5)]
+    found = run(tmp_path, steps, max_loras=2)
+    assert found[1] == first and found[3] == greedy(model, [1] * 5) != first
+
+
+def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> None:
+    model = banked("llama", tmp_path, 1)
+    export_lora(model, tmp_path / "lora", base_model="base")
+    banked("llama", tmp_path / "other", 1, rank=4)
+    spoiled = {name: spoil(tmp_path, name) for name in ("nan", "shape", "missing", "cut")}
+    wrong = [tmp_path / "lora", tmp_path / "factors", tmp_path / "other" / "task-0", *spoiled.values(), tmp_path / "nowhere"]
+    steps = [load(folder, i + 2) for i, folder in enumerate(wrong)]
+    found = run(tmp_path, [load(tmp_path / "task-0", 1), *steps, batch([1, None, 1, None, 1])], max_loras=2)
+    messages = [
+        "expected a task by export_task, got an adapter of LORA",
+        "expected a directory of export_task",
+        "expected a task over the engine's factors",
+        "got values that are not finite",
+        "expected finite floating values (5, 3)",
+        "tensors, got ['base_model.model.model.layers.0.mlp.down_proj.lora_A.weight'] missing",
+        "expected a safetensors file",
+        "expected a directory of export_task",
+    ]
+    for message, result in zip(messages, found[1:-1], strict=True):
+        assert isinstance(result, dict) and message in result["error"], (message, result)
+    assert found[-1] == greedy(model, [0, -1, 0, -1, 0])
+
+
+def spoil(folder: Path, how: str) -> Path:
+    """A copy of task-0 with something wrong in its tensors."""
+    target = folder / how
+    shutil.copytree(folder / "task-0", target)
+    file = target / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = min(key for key in tensors if "lora_A" in key)
+    if how == "nan":
+        tensors[key][0, 0] = float("nan")
+    elif how == "shape":
+        tensors[key] = tensors[key][:-1].clone()
+    elif how == "missing":
+        del tensors[key]
+    save_file(tensors, file)
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    return target
