@@ -27,7 +27,7 @@ NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \( -name '*.h' -o -
 MORE_CXX := csrc/simt csrc/simt/module docs/teaching
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))
 
-.PHONY: help setup check demo frontier many-tasks causal-lm test test-full test-gpu gpu wheel bench docs lint format clean distclean
+.PHONY: help setup check demo frontier many-tasks causal-lm test test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
@@ -39,6 +39,7 @@ help:
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
 	@echo "make wheel      one wheel for every Python from 3.10 and torch from 2.10 on, CPU and GPUs, checked and tried, in dist/"
 	@echo "make docs       the documentation, to read in a browser      make lint, format, clean, distclean"
+	@echo "make serve-test adapters in a real vLLM on the CPU (2 GB are installed first)"
 	@echo "make setup      .venv, the build, model and data             make causal-lm   the same for a small language model"
 
 setup: $(STAMPS)/build $(STAMPS)/data $(STAMPS)/quantized $(STAMPS)/frameworks
@@ -64,6 +65,12 @@ $(STAMPS)/frameworks: $(STAMPS)/deps .ci/make_frameworks
 	@echo "setup: installing DeepSpeed, sentence-transformers and TRL into $(VENV)/frameworks"
 	@sh .ci/make_frameworks $(PY) $(VENV)/frameworks $(PIP_ARGS) \
 	  || { rm -rf $(VENV)/frameworks; echo "setup: pip could not install the frameworks: their tests will be skipped" >&2; }
+	@touch $@
+
+# For python_tests/serving alone (2 GB).
+$(STAMPS)/vllm: $(STAMPS)/build .ci/make_vllm
+	@echo "serve-test: installing vLLM for the CPU into $(VENV)/vllm (minutes)"
+	@sh .ci/make_vllm $(PY) $(VENV)/vllm $(PIP_ARGS) || { rm -rf $(VENV)/vllm; exit 1; }
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/deps $(NATIVE)
@@ -103,6 +110,10 @@ test: setup lint
 
 test-full: setup lint
 	@$(PY) -m pytest $(TWO) -m "full or not full" -o faulthandler_timeout=3600 $(SLOWEST) $(ARGS)
+
+# Adapters in a real vLLM, whose set-up is no part of make setup.
+serve-test: setup $(STAMPS)/vllm
+	@$(PY) -m pytest -q python_tests/serving $(ARGS)
 
 test-gpu: setup
 	@$(PY) -m pytest -m cuda $(ARGS)

@@ -1,6 +1,6 @@
 """Tasks in a real vLLM on the CPU: the tokens of the package's own model, any mix in a batch, refusals that leave it running.
 
-Needs a Python with vLLM, of `make serve` or named by LOTR_VLLM_PYTHON.
+Needs a Python with vLLM: `make serve-test` installs one, LOTR_VLLM_PYTHON names another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lotr_ext.interop.vllm import export_factors, export_task
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("LOTR_VLLM_PYTHON", ROOT / ".venv" / "vllm" / "bin" / "python"))
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM: {PYTHON} is missing (make serve, or LOTR_VLLM_PYTHON)")
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM: {PYTHON} is missing (make serve-test)")
 
 SIZES = {
     "vocab_size": 256,
@@ -121,6 +121,13 @@ def test_tokens_are_the_models_own(tmp_path: Path, kind: str, settings: dict) ->
     for mix, tokens in zip(mixes, found[3:], strict=True):
         assert tokens == greedy(model, [-1 if number is None else number - 1 for number in mix])
     assert len({str(tokens) for tokens in found[3:]}) == 3  # the tasks say different things
+
+
+def test_two_processes_share_the_layers(tmp_path: Path) -> None:
+    model, mix = banked("llama", tmp_path, 3), [1, None, 3, 2, 1]
+    steps = [load(tmp_path / f"task-{i}", i + 1) for i in range(3)]
+    found = run(tmp_path, [*steps, batch(mix)], max_loras=4, tensor_parallel_size=2)
+    assert found[-1] == greedy(model, [-1 if number is None else number - 1 for number in mix])
 
 
 def test_more_tasks_than_slots_come_and_go(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def check_version() -> None:
     if not vllm.__version__.startswith(TESTED) and os.environ.get("LOTR_VLLM_ANY") != "1":
         tested = ", ".join(f"{version}*" for version in TESTED)
         raise RuntimeError(
-            f"LOTR_FACTORS: expected vLLM {tested}, which lotr_ext is tested with, got {vllm.__version__}; LOTR_VLLM_ANY=1 tries "
-            "another version"
+            f"LOTR_FACTORS: expected vLLM {tested}, which lotr_ext is tested with, got {vllm.__version__}; "
+            "LOTR_VLLM_ANY=1 tries another version"
         )
 
 

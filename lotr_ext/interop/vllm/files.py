@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ...files import check_regular, folder, parse_json, placed, read_bytes, together
 from ...model.adapter_files import Manifest, serialized
-from ...model.checkpoint import contents, save_adapter, unwrapped
 from ...model.peft_files import read_either
+from ...model.saving import contents, save_adapter, unwrapped
 from ...model.tasks import bank_of
 
 __all__ = ["Factors", "check_task", "export_factors", "export_task", "read_factors"]

@@ -1,8 +1,9 @@
 """vLLM's linear layers with cores in the slots: y_i += ((x_i A) G_slot(i)) B^T.
 
-Layers that share A or B hold one tensor. A layer's slots are `cores` [slots, r_in, r_out], the scaling in them. x A is computed once for the modules that vLLM has packed
-into one layer, as far as they share A. Under tensor parallelism each process has the rows of A or B that belong to its part of
-the weight, cut by vLLM's own rules for LoRA, and the sum over processes that the base layer needs serves the adapter too.
+Layers that share A or B hold one tensor. A layer's slots are `cores` [slots, r_in, r_out], with the scaling in them. x A is
+computed once for the modules that vLLM has packed into one layer, as far as they share A. Under tensor parallelism each
+process has the rows of A or B that belong to its part of the weight, cut by vLLM's own rules for LoRA. The sum over processes
+that the base layer needs serves the adapter too.
 
 All shapes are fixed and no value of the index is read on the host, so a CUDA graph may capture the forward.
 """
