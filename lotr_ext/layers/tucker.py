@@ -102,7 +102,8 @@ def tucker2(
     Args:
         weights: L matrices [N, K], any floating dtype; the work is done in float64.
         rank: (r_in, r_out). Beyond K (or N) the extra columns are unit vectors with zero core rows.
-        max_iterations, tolerance: as for `hooi`.
+        max_iterations: as for `hooi`.
+        tolerance: as for `hooi`.
 
     Returns:
         A [K, r_in], B [N, r_out], cores [L, r_in, r_out], float64.
