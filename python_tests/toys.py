@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -124,6 +127,34 @@ def plain(model: nn.Module) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, PlainLoTR(layer))
     return model
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Every warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def at_once(*tasks: Callable[[], object]) -> list[BaseException]:
+    """Runs all at the same time, in threads; what they raised."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(tasks))
+
+    def guarded(task: Callable[[], object]) -> None:
+        start.wait()
+        try:
+            task()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
-import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
+from toys import at_once
 
 import lotr_ext
 from lotr_ext.autograd import shared_gradient as hub
@@ -286,26 +287,17 @@ def test_two_models_in_two_threads(either_path, x):
     nets = Net(), Net()
     alone = [copy.deepcopy(net) for net in nets]
     inputs = [torch.randn(5, 24) for _ in range(30)]
-    failures: list[BaseException] = []
 
     def train(net: Net) -> None:
-        try:
-            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-3)
-            for t in inputs:
-                net.zero_grad(set_to_none=True)
-                net(t).square().mean().backward()
-                optimizer.step()
-        except BaseException as error:
-            failures.append(error)
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-3)
+        for t in inputs:
+            net.zero_grad(set_to_none=True)
+            net(t).square().mean().backward()
+            optimizer.step()
 
-    threads = [threading.Thread(target=train, args=(net,)) for net in nets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert at_once(*(functools.partial(train, net) for net in nets)) == []
     for net in alone:
         train(net)
-    assert not failures
     for net, one in zip(nets, alone):
         assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), one.state_dict().values()))
 
@@ -321,11 +313,7 @@ def test_one_model_in_two_threads(either_path, net):
             truth = Truth(net, t)
             errors.append(max(relative(a, b.grad) for a, b in zip(got, (truth.x, truth.A, truth.B))))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert at_once(*(functools.partial(work, seed) for seed in (1, 2))) == []
     assert len(errors) == 30 and max(errors) < 1e-5 and net.pending() == 0
 
 

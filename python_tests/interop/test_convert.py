@@ -13,7 +13,7 @@ from peft_toys import Conv1D, ConvToy, peft
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from toys import IDS, Largest, adapted, assert_unchanged, randomize, snapshot, toy
+from toys import IDS, Largest, adapted, assert_unchanged, no_warnings, randomize, snapshot, toy
 
 from lotr_ext import load_adapter, save_adapter
 from lotr_ext.convert import main
@@ -391,8 +391,7 @@ def test_a_rank_that_loses_most_and_one_larger_than_the_lora_are_said():
     with pytest.warns(UserWarning, match="has 8,832 parameters, more than the 1,920 of the LoRA") as caught:
         lora_to_lotr(unrelated(), config=PLAIN, rank=24)
     assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         one = unrelated(layers=1)
         lora_to_lotr({k.replace("m.0", f"m.{i}"): t for k, t in one.items() for i in range(12)}, config=PLAIN, rank=2)
 

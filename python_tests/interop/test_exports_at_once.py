@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import threading
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from toys import at_once
 
 from lotr_ext import LoTRFactors, LoTRLinear, files
 from lotr_ext.interop import export_lora, read_lora
@@ -34,29 +35,21 @@ def assert_whole(directory: Path) -> float:
 
 def test_exports_into_one_folder_at_once_never_mix(tmp_path: Path) -> None:
     export_lora(adapted(SCALINGS[0]), tmp_path)
-    errors: list[BaseException] = []
     seen: set[float] = set()
+    left = list(SCALINGS)
 
     def export(scaling: float) -> None:
-        model = adapted(scaling)
-        for _ in range(15):
-            export_lora(model, tmp_path)
+        try:
+            for _ in range(15):
+                export_lora(adapted(scaling), tmp_path)
+        finally:
+            left.remove(scaling)
 
     def read() -> None:
-        while any(thread.is_alive() for thread in savers):
-            try:
-                seen.add(assert_whole(tmp_path))
-            except BaseException as error:
-                errors.append(error)
-                return
+        while left:
+            seen.add(assert_whole(tmp_path))
 
-    savers = [threading.Thread(target=export, args=(scaling,)) for scaling in SCALINGS]
-    reader = threading.Thread(target=read)
-    for thread in (*savers, reader):
-        thread.start()
-    for thread in (*savers, reader):
-        thread.join()
-    assert not errors, errors[0]
+    assert at_once(*(partial(export, scaling) for scaling in SCALINGS), read) == []
     assert seen <= set(SCALINGS) and assert_whole(tmp_path) in SCALINGS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 

@@ -32,8 +32,14 @@ def launched(lib, shape: Shape, kind: str = "bf16", make=shrink) -> tuple[int, i
     return launch["grid"][0], launch["cluster"][0], launch["block"][0]
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-@pytest.mark.parametrize("layout", [ALIGNED, PACKED, ODD], ids=["aligned", "packed", "odd"])
+@pytest.mark.parametrize(
+    "kind, layout",
+    [
+        *(("bf16", ALIGNED), ("fp16", PACKED), ("bf16", ODD)),
+        *(pytest.param(*pair, marks=pytest.mark.full) for pair in (("fp16", ALIGNED), ("bf16", PACKED), ("fp16", ODD))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "m, k, r, blocks, cluster",
     [

@@ -31,7 +31,13 @@ def launched(lib, shape: Shape, kind: str = "bf16") -> dict:
     return launch | {"bulk": lib.counters()["bulk_bytes"] > 0}
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "kind, p",
+    [
+        *(("bf16", 0.0), ("fp16", 0.5)),
+        *(pytest.param(*pair, marks=pytest.mark.full) for pair in (("fp16", 0.0), ("bf16", 0.5))),
+    ],
+)
 @pytest.mark.parametrize(
     "m, n, r, sms, grid, cluster",
     [
@@ -46,20 +52,19 @@ def launched(lib, shape: Shape, kind: str = "bf16") -> dict:
         (1500, 90, 50, 132, (1, 12), 1),
     ],
 )
-def test_clusters(lib, m: int, n: int, r: int, sms: int, grid: tuple[int, int], cluster: int, kind: str) -> None:
+def test_clusters(lib, m: int, n: int, r: int, sms: int, grid: tuple[int, int], cluster: int, kind: str, p: float) -> None:
     """Clusters along N, and all blocks at the same time where M has several pieces; the numbers and bits are the same whichever
     blocks run together, adding or not."""
-    for p in (0.0, 0.5):
-        shape = Shape(m, n, r, p=p, sms=sms, wgmma=True)
-        launch = launched(lib, shape, kind)
-        assert (launch["grid"][:2], launch["cluster"][0], launch["bulk"]) == (grid, cluster, True)
-        assert launch["cooperative"] == (grid[1] > 1) and launch["early"] == (grid[1] == 1)
-        problem, first = shrink_grad(shape, kind), {}
-        for schedule in SCHEDULES:
-            lib.set_options(**schedule)
-            found = {name: bits(a) for name, a in problem.run(lib).items()}
-            first = first or found
-            assert found == first, schedule
+    shape = Shape(m, n, r, p=p, sms=sms, wgmma=True)
+    launch = launched(lib, shape, kind)
+    assert (launch["grid"][:2], launch["cluster"][0], launch["bulk"]) == (grid, cluster, True)
+    assert launch["cooperative"] == (grid[1] > 1) and launch["early"] == (grid[1] == 1)
+    problem, first = shrink_grad(shape, kind), {}
+    for schedule in SCHEDULES:
+        lib.set_options(**schedule)
+        found = {name: bits(a) for name, a in problem.run(lib).items()}
+        first = first or found
+        assert found == first, schedule
 
 
 def test_where_it_does_not_run(lib) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from toys import no_warnings
 
 from lotr_ext import LoTRFactors, LoTRLinear, adapt
 
@@ -139,8 +138,7 @@ def test_a_pruned_bias_is_no_obstacle_to_merging_and_is_not_lost():
 
 def test_a_forward_with_gradients_while_merged_warns_once_a_merge():
     layer, x = layer_of(), torch.randn(3, 20)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         layer(x)
         layer.merge()
         with torch.no_grad():
@@ -148,8 +146,7 @@ def test_a_forward_with_gradients_while_merged_warns_once_a_merge():
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"merged.*is not trained.*unmerge"):
             layer(x)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with no_warnings():
             layer(x)
         layer.unmerge()
         layer.merge()
@@ -158,8 +155,7 @@ def test_a_forward_with_gradients_while_merged_warns_once_a_merge():
 def test_a_frozen_adapter_that_is_merged_warns_of_nothing():
     layer = layer_of().requires_grad_(False)
     layer.merge()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         layer(torch.randn(3, 20, requires_grad=True))
         nn.Sequential(layer, nn.Linear(14, 2))(torch.randn(3, 20))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from toys import IDS, Tied, Toy, adapted, assert_unchanged, snapshot, toy
+from toys import IDS, Tied, Toy, adapted, assert_unchanged, no_warnings, snapshot, toy
 
 from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, add_adapter, lotr_linear
 from lotr_ext.layers.init import fill_core_, fill_factor_, tucker2
@@ -365,6 +364,5 @@ def test_a_rank_beyond_the_widths_warns_once_a_pair() -> None:
     assert len(found) == 1
     with pytest.warns(UserWarning, match=r"rank \(4, 17\)"):
         LoTRFactors(32, 16, (4, 17))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         LoTRFactors(32, 16, (32, 16))

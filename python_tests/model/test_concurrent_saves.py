@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from toys import IDS, adapted, randomize, toy
+from toys import IDS, adapted, at_once, randomize, toy
 
 from lotr_ext import files, load_adapter, save_adapter
 from lotr_ext.model import adapter_files
@@ -30,31 +29,11 @@ def seed_in(directory: Path, models: dict[int, torch.nn.Module]) -> int:
     return next(seed for seed, model in models.items() if torch.equal(model(IDS), got))
 
 
-def run(*tasks: Callable[[], object]) -> list[BaseException]:
-    """All at once, in threads; what they raised."""
-    errors: list[BaseException] = []
-    start = threading.Barrier(len(tasks))
-
-    def guarded(task: Callable[[], object]) -> None:
-        start.wait()
-        try:
-            task()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(task,)) for task in tasks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
-
-
 def test_threads_that_save_at_once_leave_a_whole_adapter(tmp_path: Path) -> None:
     models = {seed: model_of(seed) for seed in range(4)}
     for trial in range(15):
         directory = tmp_path / str(trial % 3)  # new, or with an adapter in it
-        assert run(*(partial(save_adapter, m, directory) for m in models.values())) == []
+        assert at_once(*(partial(save_adapter, m, directory) for m in models.values())) == []
         assert seed_in(directory, models) in models
         save_adapter(models[0], directory)
         assert seed_in(directory, models) == 0
@@ -80,7 +59,7 @@ def test_a_load_during_saves_gets_a_whole_adapter(tmp_path: Path) -> None:
             core = adapter_files.read(tmp_path)[1]["blocks.0.q.core"]
             seen.append(next(seed for seed, m in models.items() if torch.equal(m.blocks[0].q.core, core)))
 
-    assert run(save, load, load) == []
+    assert at_once(save, load, load) == []
     assert set(seen) <= set(models) and seen
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from test_width import Llama, LlamaBlock, X, assert_right, grads, llama, truth
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
-from toys import assert_unchanged, snapshot
+from toys import assert_unchanged, no_warnings, snapshot
 
 from lotr_ext import (
     LoTRConfig,
@@ -98,8 +97,7 @@ def test_places() -> None:
 def test_saved_and_loaded(core: str, group_by: str, tmp_path: Path) -> None:
     model = llama(group_by, core=core)
     save_adapter(model, tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         fresh = load_adapter(base(), tmp_path)
         other = llama(group_by, core=core)
         with torch.no_grad():

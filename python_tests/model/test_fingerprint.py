@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from toys import adapted, toy
+from toys import adapted, no_warnings, toy
 
 from lotr_ext import LoTRConfig, add_adapter, apply_lotr, load_adapter, merge, save_adapter
 
@@ -63,8 +62,7 @@ def test_the_same_base_is_not_warned_of(change, tmp_path: Path) -> None:
     save_adapter(change(adapted()), tmp_path)
     cast = change is nn.Module.half  # whose weights are not compared
     assert (len(json.loads(file(tmp_path).read_text())["base_weights"]) == 0) == (change is merged_without_backup)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         for model in (toy(), adapted(), hooked(toy()), toy().to(torch.bfloat16)):
             load_adapter(model, tmp_path, cast=cast)
         load_adapter(load_adapter(toy(), tmp_path, cast=cast), tmp_path, cast=cast)
@@ -83,15 +81,13 @@ def test_conv1d_merged_and_not_is_the_same_base(tmp_path: Path) -> None:
         nn.init.normal_(model[0].core)
         save_adapter(state(model), tmp_path)
         assert len(json.loads(file(tmp_path).read_text())["base_weights"]) == 2
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with no_warnings():
             load_adapter(make(), tmp_path)
 
 
 def test_a_start_by_svd_which_changes_the_weights_is_no_other_base(tmp_path: Path) -> None:
     save_adapter(adapted(init="svd", random=False), tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         load_adapter(toy(), tmp_path)
         load_adapter(load_adapter(toy(), tmp_path), tmp_path)
 
@@ -101,8 +97,7 @@ def test_a_file_without_a_fingerprint_loads_and_one_with_nonsense_is_refused(tmp
     content = json.loads(file(tmp_path).read_text())
     del content["base_weights"]
     file(tmp_path).write_text(json.dumps(content))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         load_adapter(toy(seed=1), tmp_path)
     for wrong in ([], {"blocks.0.q": 1}):
         file(tmp_path).write_text(json.dumps(content | {"base_weights": wrong}))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import target_names, toy
+from toys import no_warnings, target_names, toy
 
 from lotr_ext import LoTRConfig, add_adapter, apply_lotr, load_adapter, save_adapter
 
@@ -61,15 +60,13 @@ def test_a_frozen_head_is_warned_of_once_and_modules_to_save_trains_it(make, tar
         apply_lotr(make(), LoTRConfig(rank=2, target_modules=targets))
     (message,) = [str(w.message) for w in caught if "frozen" in str(w.message)]
     assert message.startswith(f"lotr_ext: {', '.join(heads)} stays frozen") and str(heads) in message
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         model = apply_lotr(make(), LoTRConfig(rank=2, target_modules=targets, modules_to_save=heads))
     assert all(p.requires_grad for head in heads for p in model.get_submodule(head).parameters())
 
 
 def test_no_head_is_no_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         apply_lotr(transformers.BertModel(transformers.BertConfig(**SIZE)), LoTRConfig(rank=2, target_modules=QV))
         apply_lotr(bert("MaskedLM"), LoTRConfig(rank=2, target_modules=QV))
         apply_lotr(Timm(classes=0), LoTRConfig(rank=2))

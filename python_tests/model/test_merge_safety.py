@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from toys import IDS, adapted, assert_unchanged, snapshot
+from toys import IDS, adapted, assert_unchanged, no_warnings, snapshot
 
 from lotr_ext import LoTRLinear, add_adapter, merge, save_adapter, set_adapter, unload, unmerge
 from lotr_ext.model.apply import adapted_layers
@@ -146,8 +146,7 @@ def test_training_while_merged_warns_once_for_the_whole_model():
 def test_predicting_while_merged_warns_of_nothing():
     model = adapted(modules_to_save=["head"])
     merge(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         with torch.no_grad():
             model(IDS)
         unload(model, merge=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
-from toys import adapted, loss, toy
+from toys import adapted, loss, no_warnings, toy
 
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr, lotr_parameters, parameter_groups
 from lotr_ext.model import first_step
@@ -50,8 +49,7 @@ def test_an_optimizer_made_before_apply_lotr_is_warned_of_once(make) -> None:
 
 def test_an_optimizer_of_trained_parameters_is_not_warned_of_and_the_hook_goes() -> None:
     before = hooks()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         for parameters in (lotr_parameters, lambda m: [p for p in m.parameters() if p.requires_grad], parameter_groups):
             model, other = apply_lotr(toy(), QV), nn.Linear(3, 3)
             assert hooks() == before + 1
