@@ -1,4 +1,4 @@
-"""LoTRLinear and its kin: numbers, settings, dtypes, merging, state, explain."""
+"""LoTRLinear and its kin: numbers, settings, dtypes, merging, state, explain. Bad input: ../model/test_bad_input.py."""
 
 from __future__ import annotations
 
@@ -296,16 +296,6 @@ def test_merge_and_unmerge(dtype):
     assert relative(layer.weight, bits.double()) < EPSILON[dtype]
 
 
-def test_safe_merge_refuses_what_is_not_finite():
-    layer = layer_of()
-    bits = layer.weight.clone()
-    with torch.no_grad():
-        layer.core[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="safe"):
-        layer.merge(safe=True)
-    assert torch.equal(layer.weight, bits) and not layer.merged
-
-
 def test_a_merged_layer_refuses_state_dicts():
     layer = layer_of()
     state = copy.deepcopy(layer.state_dict())
@@ -430,55 +420,3 @@ def test_compile_and_export(backend):
 def test_meta_device():
     layer = LoTRLinear(20, 14, 3, device="meta")
     assert layer.core.is_meta and layer.factors.A.is_meta and layer.weight.is_meta
-
-
-BAD = [
-    (ValueError, "in_features", lambda: LoTRFactors(0, 4, 2)),
-    (TypeError, "out_features", lambda: LoTRFactors(4, 4.0, 2)),
-    (ValueError, "rank", lambda: LoTRFactors(4, 4, 0)),
-    (ValueError, "rank", lambda: LoTRFactors(4, 4, (1, 2, 3))),
-    (TypeError, "dtype", lambda: LoTRFactors(4, 4, 2, dtype=torch.int32)),
-    (ValueError, "init", lambda: LoTRFactors(4, 4, 2, init="magic")),
-    (ValueError, "dropout", lambda: LoTRLinear(4, 4, 2, dropout=1.0)),
-    (ValueError, "dropout", lambda: LoTRLinear(4, 4, 2, dropout=-0.1)),
-    (ValueError, "scaling", lambda: LoTRLinear(4, 4, 2, scaling=float("nan"))),
-    (ValueError, "alpha", lambda: LoTRLinear(4, 4, 2, alpha=float("inf"))),
-    (TypeError, "alpha", lambda: LoTRLinear(4, 4, 2, alpha="8")),
-    (ValueError, "factors", lambda: LoTRLinear(4, 5, factors=LoTRFactors(5, 4, 2))),
-    (TypeError, "factors", lambda: LoTRLinear(4, 5, factors="A")),
-    (ValueError, "rank", lambda: LoTRLinear(4, 5, 3, factors=LoTRFactors(4, 5, 2))),
-    (TypeError, "linear", lambda: LoTRLinear.from_linear(nn.Conv2d(4, 4, 1), LoTRFactors(4, 4, 2))),
-    (TypeError, "linear", lambda: adapt(nn.LayerNorm(4), LoTRFactors(4, 4, 2))),
-    (TypeError, "linear", lambda: LoTRLinear.from_linear(LoTRLinear(4, 4, 2), LoTRFactors(4, 4, 2))),
-    (ValueError, "x", lambda: LoTRLinear(4, 4, 2)(torch.randn(3, 5))),
-    (ValueError, "A", lambda: functional(A=torch.randn(5, 2))),
-    (ValueError, "B", lambda: functional(B=torch.randn(4, 2))),
-    (ValueError, "core", lambda: functional(core=torch.randn(3, 2))),
-    (TypeError, "A", lambda: functional(A=torch.ones(4, 2, dtype=torch.int64))),
-    (ValueError, "bias", lambda: functional(bias=torch.randn(3))),
-    (TypeError, "weight", lambda: functional(weight=torch.randn(5, 4).double())),
-    (ValueError, "scaling", lambda: functional(scaling=float("nan"))),
-    (ValueError, "dropout_p", lambda: functional(dropout_p=1.5)),
-    (ValueError, "strategy", lambda: functional(strategy="fastest")),
-    (TypeError, "layer", lambda: explain(nn.Linear(4, 4), torch.randn(3, 4))),
-]
-
-
-def functional(**changed) -> torch.Tensor:
-    arguments = {
-        "x": torch.randn(3, 4),
-        "weight": torch.randn(5, 4),
-        "bias": None,
-        "A": torch.randn(4, 2),
-        "B": torch.randn(5, 2),
-        "core": torch.randn(2, 2),
-        "scaling": 1.0,
-        **changed,
-    }
-    return lotr_linear(**arguments)
-
-
-@pytest.mark.parametrize(("error", "name", "call"), BAD, ids=lambda v: v if isinstance(v, str) else "")
-def test_bad_input(error, name, call):
-    with pytest.raises(error, match=rf"^{name}\b.*expected.*got"):
-        call()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from toys import IDS, Tied, Toy, adapted, assert_unchanged, no_warnings, snapshot, toy
 
-from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, add_adapter, lotr_linear
+from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, adapt, add_adapter, explain, lotr_linear
 from lotr_ext.layers.init import fill_core_, fill_factor_, tucker2
 from lotr_ext.model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from lotr_ext.model.config import LoTRConfig
@@ -60,11 +60,13 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
     "features a float": (lambda: LoTRFactors(6, 4.5, 2), "out_features"),
     "factors of another shape": (lambda: LoTRLinear(6, 4, factors=LoTRFactors(4, 6, 2)), "factors"),
     "factors of another shape, from_linear": (lambda: LoTRLinear.from_linear(nn.Linear(6, 4), LoTRFactors(6, 5, 2)), "factors"),
+    "factors that are a string": (lambda: LoTRLinear(4, 5, factors="A"), "factors"),
     "factors that are none": (lambda: LoTRLinear.from_linear(nn.Linear(6, 4), nn.Linear(6, 2)), "factors"),
     "a layer that is no linear": (lambda: LoTRLinear.from_linear(nn.Conv2d(1, 1, 1), LoTRFactors(1, 1, 1)), "linear"),
     "a layer adapted twice": (lambda: LoTRLinear.from_linear(LoTRLinear(6, 4, 2), LoTRFactors(6, 4, 2)), "linear"),
     "a layer wrapped twice": (lambda: LoTRWrapped.from_linear(LoTRLinear(6, 4, 2), LoTRFactors(6, 4, 2)), "linear"),
     "factors in a layer's place": (lambda: adapt(LoTRFactors(6, 4, 2), LoTRFactors(6, 4, 2)), "linear"),
+    "a norm in a layer's place": (lambda: adapt(nn.LayerNorm(4), LoTRFactors(4, 4, 2)), "linear"),
     "a layer that is no module": (lambda: adapt("linear", LoTRFactors(6, 4, 2)), "linear"),
     "a linear as a Conv1D": (lambda: LoTRConv1D.from_linear(nn.Linear(6, 6), LoTRFactors(6, 6, 2)), "linear"),
     "a module without a weight as a Conv1D": (lambda: LoTRConv1D.from_linear(nn.ReLU(), LoTRFactors(6, 6, 2)), "linear"),
@@ -89,6 +91,7 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
     "scaling with alpha in a layer": (lambda: LoTRLinear(6, 4, 2, scaling=2, alpha=8), "scaling"),
     "scaling with rslora in a layer": (lambda: LoTRLinear(6, 4, 2, scaling=2, rslora=True), "scaling"),
     "scaling a string": (lambda: LoTRLinear(6, 4, 2, scaling="1"), "scaling"),
+    "alpha infinite": (lambda: LoTRLinear(6, 4, 2, alpha=math.inf), "alpha"),
     "alpha NaN": (lambda: LoTRConfig(alpha=NAN), "alpha"),
     "alpha a string": (lambda: LoTRConfig(alpha="8"), "alpha"),
     "rslora a number": (lambda: LoTRConfig(rslora=1), "rslora"),
@@ -133,6 +136,9 @@ ARGUMENTS: dict[str, tuple[Callable[[], object], str]] = {
     "core of another shape": (call(core=torch.randn(3, 2)), "core"),
     "weight a vector": (call(weight=torch.randn(6)), "weight"),
     "bias of another shape": (call(bias=torch.randn(3)), "bias"),
+    "weight in float64": (call(weight=torch.randn(4, 6).double()), "weight"),
+    "strategy unknown": (call(strategy="fastest"), "strategy"),
+    "explain a layer without an adapter": (lambda: explain(nn.Linear(4, 4), torch.randn(3, 4)), "layer"),
     "x of integers": (call(x=torch.ones(5, 6, dtype=torch.int64)), "x"),
     "A of integers": (call(A=torch.ones(6, 2, dtype=torch.int64)), "A"),
     "A on another device": (call(A=torch.randn(6, 2, device="meta")), "A"),
