@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lotr_ext.layers.layer import LoTRLayer
@@ -61,6 +62,15 @@ class Tied(Toy):
         torch.manual_seed(0)
         super().__init__(classes=29)
         self.head.weight = self.embed.weight
+
+
+REPARAMETRISED: dict[str, Callable[[nn.Module], nn.Module]] = {  # ways in which something else computes a layer's weight
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "pruning": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+}
 
 
 class Largest(TorchDispatchMode):

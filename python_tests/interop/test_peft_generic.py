@@ -31,7 +31,7 @@ from peft_toys import (
     with_two,
 )
 from torch import nn
-from toys import IDS, loss
+from toys import IDS, REPARAMETRISED, assert_unchanged, loss, no_warnings, snapshot
 
 each_case = pytest.mark.parametrize("case", CASES)
 
@@ -221,6 +221,46 @@ def test_two_adapters_merge_together_one_by_one_and_by_name():
         assert torch.equal(model(IDS), base_y)
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
+
+
+# what PEFT's own tests do not cover
+
+
+@pytest.mark.parametrize("how", ["merge", "unmerge"])
+def test_a_weight_changed_before_backward_raises(how, either_path):
+    model = tuned(modules_to_save=["embed"]).train()
+    if how == "unmerge":
+        model.merge_adapter()
+    y = model(IDS)
+    model.merge_adapter() if how == "merge" else model.unmerge_adapter()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", REPARAMETRISED)
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_a_reparametrised_base_is_refused_by_name_and_nothing_is_changed(how, kind):
+    model = tuned()
+    second = [name for name, m in model.base_model.model.named_modules() if hasattr(m, "lotr_adapter")][1]
+    REPARAMETRISED[kind](model.base_model.model.get_submodule(second).base_layer)
+    before, y = snapshot(model), model(IDS)
+    with pytest.raises(TypeError, match=rf"merge: expected .*{second}"):
+        getattr(model, how)()
+    assert_unchanged(model, before)
+    assert torch.equal(model(IDS), y)
+
+
+def test_training_while_merged_warns_once():
+    model = tuned(modules_to_save=["head"]).train()
+    model.merge_adapter()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(IDS).sum().backward()
+    assert ["not trained" in str(w.message) for w in found] == [True]
+    model.unmerge_adapter()
+    with no_warnings():
+        model(IDS).sum().backward()
 
 
 # ---- configuration, status, conversion -------------------------------------------------------------------------------

@@ -5,18 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
-from toys import no_warnings
+from torch.nn.utils import prune
+from toys import REPARAMETRISED, no_warnings
 
 from lotr_ext import LoTRFactors, LoTRLinear, adapt
-
-REPARAMETRISED = {
-    "old weight_norm": nn.utils.weight_norm,
-    "old spectral_norm": nn.utils.spectral_norm,
-    "weight_norm": parametrizations.weight_norm,
-    "orthogonal": parametrizations.orthogonal,
-    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
-}
 
 
 def conv1d(k: int, n: int) -> nn.Module:
