@@ -42,7 +42,7 @@ PIPELINE = [
     Shape(150, 300, 200, PACKED, 0.5, 6),
 ]
 SMALL = [s for s in SHAPES if s.m * s.k * s.r < 700_000]
-SETS = {"pipeline": PIPELINE, "small": SMALL, "all": SHAPES + PIPELINE}
+SETS = {"pipeline": PIPELINE, "some": PIPELINE[::2] + PIPELINE[5:6], "small": SMALL, "all": SHAPES + PIPELINE}
 GEMM_SETS = {"gemm_lotr_small": gemm.SMALL, "gemm_lotr_quick": gemm.QUICK, "gemm_lotr_all": gemm.ALL}
 
 

@@ -86,16 +86,16 @@ def test_processes_that_save_at_once_leave_a_whole_adapter(tmp_path: Path) -> No
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
-        for i in range(3)
+        for i in range(2)
     ]
-    models = {seed: model_of(seed) for seed in range(6)}
+    models = {seed: model_of(seed) for seed in range(4)}
     assert all(saver.stdout.readline() == "ready\n" for saver in savers)
     for trial in range(5):
         for saver in savers:
             saver.stdin.write(f"{trial}\n")
             saver.stdin.flush()
         assert all(saver.stdout.readline() == "done\n" for saver in savers)
-        assert seed_in(tmp_path / str(trial), models) in (1, 3, 5)  # the last of one of them
+        assert seed_in(tmp_path / str(trial), models) in (1, 3)  # the last of one of them
     for saver in savers:
         saver.stdin.close()
         assert saver.wait(timeout=60) == 0

@@ -102,6 +102,7 @@ def test_finetune_text_on_another_model_and_file(tiny, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "lotr-r2").is_dir()
 
 
+@pytest.mark.full
 @needs_data
 def test_finetune_text_trains_on_the_snippets(tmp_path):
     options = ("--methods", "lotr", "--steps", "4", "--held-out", "60", "--threads", "1", "--quiet", "--out", str(tmp_path))
