@@ -17,6 +17,7 @@ if INSTALLED:
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT] + [str(ROOT)]
 
 os.environ["LOTR_TUNE"] = "0"  # whatever was found on this machine by `tune`; child processes too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes: their inputs are tiny, and threads that wait take time
 
 import lotr_ext  # noqa: E402
 

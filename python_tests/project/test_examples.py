@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -25,9 +24,7 @@ needs_data = pytest.mark.skipif(not MODEL.is_dir(), reason="data/ is missing: ru
 
 
 def run(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # waiting threads slow a busy machine
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
