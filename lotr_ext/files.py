@@ -1,5 +1,5 @@
-"""Files, read and written: what is no regular file, or nested without end, is an error and never a hang; what is written is
-there as a whole or not at all, and the reason of a failure names the file."""
+"""Reading and writing of files. A file is written whole or not at all. A FIFO, a device or endlessly nested JSON is an error,
+not a hang. Every error names the file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _inside(values: Iterable[Any]) -> list[Any]:
-    """The items of those that are objects or lists."""
+    """The items of the values that are objects or lists."""
     return [item for v in values if isinstance(v, dict | list) for item in (v.values() if isinstance(v, dict) else v)]
 
 
@@ -61,7 +61,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def lock(file: BinaryIO, *, wait: bool) -> bool:
-    """Whether this process has the file's lock now. False where another has it, or the file system has no locks."""
+    """Takes the file's lock; whether that worked. False if another process has it, or the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -110,7 +110,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _temporary(directory: Path) -> tuple[Path, BinaryIO]:
-    """A new file of a name of its own, locked. Unbuffered: what a full disk refuses is not written again when it is closed."""
+    """A new, locked file with a unique name. Unbuffered: otherwise close would write again what a full disk refused."""
     while True:
         path = directory / f"lotr.{secrets.token_hex(8)}.tmp"
         file = open(path, "xb", buffering=0)
@@ -137,7 +137,7 @@ def _written(directory: Path, data: bytes) -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An OSError inside names path, and not a temporary file or none."""
+    """Makes an OSError inside name path instead of a temporary file."""
     try:
         yield
     except OSError as error:
@@ -177,7 +177,7 @@ def placed(directory: Path, files: Mapping[str, bytes], *, apart: str | None = N
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Removes the temporary files that no saver has the lock of."""
+    """Removes the temporary files on which no process holds a lock."""
     for path in directory.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             with suppress(OSError), open(path, "r+b", opener=_open_regular) as file:

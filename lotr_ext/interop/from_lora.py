@@ -47,7 +47,7 @@ class Conversion(LoTRAdapter):
         return self.config.rank
 
     def doubts(self) -> list[str]:
-        """What speaks against this conversion: layers that lose most of their adapter, a result larger than the LoRA."""
+        """Warnings about this conversion: layers that lose most of their adapter, a result larger than the LoRA."""
         found = []
         if lost := [name for name, error in self.errors.items() if error > _MOST]:
             worst = max(lost, key=self.errors.__getitem__)
@@ -159,7 +159,7 @@ def _rank_for(budget: int, sizes: Mapping[str, tuple[int, int]], groups: Mapping
 
 
 def _smallest_rank(stack: LowRankStack, error: float, at_least: int, report: Callable[[int], None]) -> int:
-    """By bisection between the bounds that the unfoldings' singular values give; at_least: what another group needs."""
+    """The smallest rank with this error, by bisection between `rank_bounds`. at_least: the rank that another group needs."""
     low, high = stack.rank_bounds(error)
     while max(low, at_least) < high:
         middle = (max(low, at_least) + high) // 2

@@ -59,7 +59,7 @@ def _register() -> None:
 
 
 def _naming_our_folders(get_peft_type: Callable[..., str]) -> Callable[..., str]:
-    """PEFT's look into a folder, which says what to do with one of `lotr_ext.save_adapter`."""
+    """PEFT's function that reads a folder's configuration, with an error that explains a folder of `lotr_ext.save_adapter`."""
 
     @functools.wraps(get_peft_type)
     def look(cls: type, model_id: str, **options: Any) -> str:

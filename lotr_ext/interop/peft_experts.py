@@ -1,8 +1,8 @@
 """Experts of a transformers mixture under PEFT's tuner: what `peft_layer.py` is for linear layers. Imported by
 `lotr_ext.interop.peft`.
 
-The adapter lies beside the parameter that it adapts, as `apply_lotr` puts it (`model.experts`): the experts module stays in its
-place, and its forward asks for the adapted products.
+The adapter lies beside the parameter that it adapts, as with `apply_lotr` (`model.experts`). The experts module stays in its
+place, and its forward calls the adapters.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..autograd.call import call_routed, compute_dtype
 from ..layers.factors import LoTRFactors
 from ..layers.functional import explain_call
-from ..layers.hosted import Host
-from ..layers.merging import check_is_parameter
+from ..layers.hosted import Hosted
 from ..model.experts import expert_sizes
 from ..ops.grouped import grouped_linear, of_groups_alone
 from ..ops.planner import Plan
@@ -30,7 +29,7 @@ def hosts(layers: Iterable[LoTRPeftLinear]) -> list[nn.Module]:
     return list({id(host): host for host in (layer.host() for layer in layers if isinstance(layer, LoTRPeftExperts))}.values())
 
 
-class LoTRPeftExperts(LoTRPeftLinear):
+class LoTRPeftExperts(Hosted, LoTRPeftLinear):
     """A 3-D parameter of an experts module with LoTR adapters by name, each with a core [e, r_in, r_out].
 
     state_dict: `lotr_adapter.<name>.core`. Merging as in LoTRPeftLinear, into the host's parameter.
@@ -38,20 +37,9 @@ class LoTRPeftExperts(LoTRPeftLinear):
 
     def __init__(self, host: nn.Module, parameter: str):
         nn.Module.__init__(self)
-        self.__dict__["host"], self.parameter = Host(host), parameter
+        self._refer_to(host, parameter, host.is_transposed, f"{parameter}_bias" if host.has_bias else None)
         self.num_experts, self.in_features, self.out_features = expert_sizes(host, parameter)
         self._start()
-
-    @property
-    def weight(self) -> Tensor:
-        """W [e, n, k], a view of the host's parameter."""
-        stored = getattr(self.host(), self.parameter)
-        return stored.mT if self.host().is_transposed else stored
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[e, n], the host's, or None."""
-        return getattr(self.host(), f"{self.parameter}_bias") if self.host().has_bias else None
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         return self.weight.device, self.weight.dtype
@@ -92,13 +80,13 @@ class LoTRPeftExperts(LoTRPeftLinear):
         return {name: explain_call(x, core.factors, core.call(), None, device) for name, core in running}
 
     def mergeable_weight(self) -> Tensor:
-        check_is_parameter(self.host(), self.parameter, "merge")
+        self.check_parameter("weight", "merge")
         return self.weight.detach()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """s B G_c^T A^T in the layout and dtype of the host's parameter."""
         delta = self.lotr_adapter[adapter_name].delta().to(self.weight.dtype)
-        return delta.mT.contiguous() if self.host().is_transposed else delta
+        return delta.mT.contiguous() if self.transposed else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

@@ -1,4 +1,4 @@
-"""A layer that PEFT's tuners know, on lotr_ext's operators. Imported by `lotr_ext.interop.peft`.
+"""The adapted layer of PEFT's tuner, on lotr_ext's operators. Imported by `lotr_ext.interop.peft`.
 
     y = base(x) + sum over active adapters a of  s_a ((drop(x) A_a) G_a) B_a^T
 
@@ -36,8 +36,8 @@ from .peft_config import LoTRPeftConfig
 
 
 class LoTRCore(HasCore):
-    """One adapter in one layer: its core [r_in, r_out], of experts [e, r_in, r_out], and what the core goes with. `scope.py`
-    tells it by start_core.
+    """One adapter in one layer: its core [r_in, r_out], of experts [e, r_in, r_out], its factors, scaling and dropout.
+    `scope.py` recognises it by start_core.
 
     form: what makes the core, where it is not a parameter.
     """
@@ -61,7 +61,7 @@ class LoTRCore(HasCore):
         self.__dict__["factors"] = factors  # the tuner registers it
 
     def parameters_by_part(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All that the adapter has here, the shared factors among it; of a parametrized part what it is computed from."""
+        """The parameters of A, B and the core by part; of a parametrized part those of which it is computed."""
         for part, (owner, name) in zip(("A", "B", "core"), (*self.factors.owners, (self, "core"))):
             yield from ((part, parameter) for parameter in parameters_of(owner, name))
 
@@ -70,7 +70,7 @@ class LoTRCore(HasCore):
         return self.factors(lambda A, B: operation(A, B, self.call()))
 
     def call(self) -> Call:
-        """What a call of the layer needs."""
+        """The Call of this adapter now."""
         p = self.dropout if self.training else 0.0
         return Call(self.core, self.scaling, p, self.factors._group, self)
 
@@ -85,8 +85,8 @@ class LoTRCore(HasCore):
 
 
 def own_weight(base: nn.Module) -> Tensor | None:
-    """W [n, k] of a base that computes x W^T + bias and nothing else; None where only its forward may read its weight: one that
-    is quantised, or that ZeRO-3 gathers for its forward."""
+    """W [n, k] of a base that computes x W^T + bias and nothing else. None if only its forward may read the weight: a
+    quantised one, or one that ZeRO-3 gathers for the forward."""
     if not has_plain_weight(base) or parametrize.is_parametrized(base) or hasattr(base.weight, "ds_id"):
         return None
     if isinstance(base, nn.Linear):

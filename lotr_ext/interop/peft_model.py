@@ -40,7 +40,7 @@ from .peft_layer import LoTRCore, LoTRPeftLinear
 
 
 def _entry(target: Target, config: LoTRPeftConfig) -> LayerEntry:
-    """What the files of `save_adapter` have of a layer."""
+    """The entry of a layer in the files of `save_adapter`."""
     sizes = (target.in_features, target.out_features)
     owners = width_names(*sizes) if config.group_by == "width" else (target.group,)
     names = tuple(f"lotr_factors.{owner}" for owner in owners)
@@ -49,7 +49,7 @@ def _entry(target: Target, config: LoTRPeftConfig) -> LayerEntry:
 
 
 def _keys_of(adapter_name: str) -> re.Pattern[str]:
-    """What is in the names that an adapter's tensors have in the model's state_dict, and in no other's."""
+    """A pattern that matches the names of an adapter's tensors in the model's state_dict, and no other names."""
     name = re.escape(adapter_name)
     return re.compile(rf"lotr_(factors|cores)\.{name}\.|\.lotr_adapter\.{name}\.")
 
@@ -95,7 +95,7 @@ class LoTRPeftModel(BaseTuner):
         self._cores: Cores | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As BaseTuner's; what other adapters share keeps its requires_grad, as their cores do."""
+        """As BaseTuner's. The factors and cores of other adapters keep their requires_grad."""
         before = [(p, p.requires_grad) for shared in (self.lotr_factors, self.lotr_cores) for p in shared.parameters()]
         layers = set(self._adapted())
         try:

@@ -1,4 +1,4 @@
-"""Where a layer has its core G [r_in, r_out]: the parameter `core`, or what the module `core_form` makes."""
+"""The core G [r_in, r_out] of a layer: the parameter `core`, or the output of the module `core_form`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Core:
 
 
 class HasCore(nn.Module):
-    """Base class of what has a core G [r_in, r_out]: LoTRLayer, and PEFT's layers for each of their adapters.
+    """Base class of modules with a core G [r_in, r_out]: LoTRLayer, and LoTRCore, an adapter of PEFT's layers.
 
     core: G, the parameter, or what `core_form` makes now.
     """
@@ -65,7 +65,7 @@ class HasCore(nn.Module):
         return self._modules["core_form"] if core is None else core
 
     def hold_core(self, held: nn.Parameter | nn.Module) -> None:
-        """Puts another parameter, or module that makes the core, in the place of the one that is there. Unchecked."""
+        """Replaces the parameter, or the module that makes the core. Checks nothing."""
         if isinstance(held, nn.Parameter):
             self._modules.pop("core_form", None)
             self.core = held  # among the layer's parameters it stays where it is
@@ -74,7 +74,7 @@ class HasCore(nn.Module):
             self.core_form = held
 
     def use_core(self, form: nn.Module) -> None:
-        """Makes the core by a module from now on: form() gives G [r_in, r_out], and its parameters are trained in G's place.
+        """Replaces the core by a module: form() returns G [r_in, r_out], and its parameters are trained instead of G.
 
         They get their gradients from G's through autograd. `lotr_ext.cores` has forms that share parameters over layers.
 

@@ -1,4 +1,4 @@
-"""Cores that are made of fewer numbers, shared over layers: what most of LoTR's relatives differ in.
+"""Cores that are computed from fewer numbers, shared over layers. Most relatives of LoTR differ in this.
 
     class           G of place p, in layer l and of kind k     parameters (L layers, K kinds, P places)   relatives
     DiagonalCores   diag(d[p])                                 P r                                        VeRA's d
@@ -38,7 +38,7 @@ class CoreAt(nn.Module):
         self.cores, self.index = cores, index
 
     def leave_cores_to_owner(self) -> None:
-        """Only refers to the Cores from now on; another module registers them."""
+        """Keeps a plain reference to the Cores, which another module registers."""
         self.__dict__["cores"] = self._modules.pop("cores")
 
     def forward(self) -> Tensor:
@@ -46,7 +46,8 @@ class CoreAt(nn.Module):
         return self.cores(self.index) if shared is None else shared
 
     def shared(self) -> Tensor | None:
-        """The core that was made with all others for the running forward; None outside of one, and for random cores."""
+        """The core, if the running forward has made those of all places at once; None outside of a forward, and for random
+        cores."""
         scope = open_scope()
         all_cores = None if scope is None else scope.made(self.cores, made)
         return None if all_cores is None else all_cores[self.index]

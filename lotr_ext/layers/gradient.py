@@ -1,4 +1,4 @@
-"""Factors from the gradients of the layers' weights, none of which is ever made.
+"""Factors from the gradients of the layers' weights, without computing one of these gradients.
 
 With x [m, k] a layer's input and g [m, n] the gradient of its output, dW_l = g^T x [n, k] is summed over batches and processes.
 A and B that many layers share are to span the leading directions of all their dW_l side by side (HOSVD, De Lathauwer et al.,
@@ -44,7 +44,7 @@ Key = tuple[str, Hashable]  # of a factor: "A" or "B", and its name
 
 
 class Probed(NamedTuple):
-    """A layer whose weight's gradient is looked at. A, B: names of the factors that it is to have; ranks: theirs."""
+    """A layer for which factors are computed from the gradient of its weight. A, B: names of its factors; ranks: theirs."""
 
     module: nn.Module
     in_features: int
@@ -155,7 +155,7 @@ class Taps:
 
 
 def _leaves(value: Tensor) -> set[Tensor]:
-    """Those that value's graph comes to, a batch that requires a gradient among them."""
+    """The leaves of value's graph, including a batch that requires a gradient."""
     waiting, seen, found = [value.grad_fn], {None}, set()
     while waiting:
         node = waiting.pop()
@@ -172,7 +172,7 @@ def _drop_gradient(p: Tensor) -> None:
 
 
 def _freeze(model: nn.Module, layers: Mapping[str, Probed]) -> None:
-    """Freezes the parameters that only these layers have, so that no backward makes their gradients."""
+    """Freezes the parameters that only these layers have, so that backward does not compute their gradients."""
     own = {module for layer in layers.values() for module in layer.module.modules()}
     read_elsewhere = {p for module in model.modules() if module not in own for p in module._parameters.values()}
     for module in own:
@@ -273,7 +273,7 @@ def _check_loss(value: object, reentrant: bool) -> None:
 
 
 def _directions(layers: Mapping[str, Probed], looks: Mapping[str, Looks], old: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """The leading left singular vectors of what was seen for each factor, as many and as placed as before."""
+    """For each factor the leading left singular vectors of its sums, as many as before and on the same device."""
     seen: dict[Key, dict[str, Tensor]] = {key: {} for key in old}
     for name, layer in layers.items():
         for (key, _, _), sums in zip(layer.sides, (looks[name].T, looks[name].P)):

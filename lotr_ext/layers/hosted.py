@@ -16,7 +16,7 @@ from .factors import LoTRFactors
 from .merging import check_is_parameter
 from .settings import Settings
 
-__all__ = ["Host", "LoTRHostedExperts"]
+__all__ = ["Host", "Hosted", "LoTRHostedExperts"]
 
 
 class Host:
@@ -38,34 +38,16 @@ class Host:
         return Host(memo.get(id(self.module()), self.module()))
 
 
-class LoTRHostedExperts(LoTRExperts):
-    """The adapter of one 3-D parameter of its host. Its only parameter is `core` [e, r_in, r_out].
+class Hosted:
+    """Mixin of adapters of a 3-D parameter of their host: its weight and bias as they are now.
 
-    `weight` [e, n, k] and `bias` [e, n] are the host's as they are now; weight is a transposed view where the host stores
-    [e, k, n]. Merging writes to them.
+    `weight` [e, n, k] is a transposed view if the host stores [e, k, n]. `bias` [e, n] is None without one.
     """
 
-    def __init__(
-        self,
-        host: nn.Module,
-        parameter: str,
-        factors: LoTRFactors,
-        *,
-        transposed: bool = False,
-        bias: str | None = None,
-        settings: Settings | None = None,
-    ):
-        nn.Module.__init__(self)
+    host: Host
+
+    def _refer_to(self, host: nn.Module, parameter: str, transposed: bool, bias: str | None) -> None:
         self.__dict__["host"], self.parameter, self.transposed, self.bias_name = Host(host), parameter, transposed, bias
-        e, n, k = self.weight.shape
-        self._check_factors(factors, k, n)
-        self._check_device(factors, self.weight.device)
-        for own in (parameter, bias):
-            if own is not None:
-                getattr(host, own).requires_grad_(False)
-        self.num_experts, self.in_features, self.out_features = e, k, n
-        self._attach(factors, self.weight.device, settings or Settings())
-        self.train(host.training)
 
     @property
     def holder(self) -> nn.Module:
@@ -84,6 +66,36 @@ class LoTRHostedExperts(LoTRExperts):
         return None if self.bias_name is None else getattr(self.holder, self.bias_name)
 
     def check_parameter(self, part: str, where: str, name: str = "") -> None:
+        """TypeError unless the host's weight or bias is a parameter."""
         own = self.parameter if part == "weight" else self.bias_name
         if own is not None:
             check_is_parameter(self.holder, own, where, name)
+
+
+class LoTRHostedExperts(Hosted, LoTRExperts):
+    """The adapter of one 3-D parameter of its host. Its only parameter is `core` [e, r_in, r_out].
+
+    Merging writes to the host's weight.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        parameter: str,
+        factors: LoTRFactors,
+        *,
+        transposed: bool = False,
+        bias: str | None = None,
+        settings: Settings | None = None,
+    ):
+        nn.Module.__init__(self)
+        self._refer_to(host, parameter, transposed, bias)
+        e, n, k = self.weight.shape
+        self._check_factors(factors, k, n)
+        self._check_device(factors, self.weight.device)
+        for own in (parameter, bias):
+            if own is not None:
+                getattr(host, own).requires_grad_(False)
+        self.num_experts, self.in_features, self.out_features = e, k, n
+        self._attach(factors, self.weight.device, settings or Settings())
+        self.train(host.training)

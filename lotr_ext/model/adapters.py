@@ -202,7 +202,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
 
 
 def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | None]) -> list[Mixture]:
-    """What each layer, in the model's order, has of adapters by name."""
+    """A Mixture of named adapters for each layer, in the model's order."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise TypeError(f"names: expected a sequence of adapter names, one a row, or an index of tasks, got {names!r}")
     kinds = list(dict.fromkeys(name for name in names if name is not None)) or [parked.active]
@@ -263,7 +263,7 @@ def _check_unmerged(layers: dict[str, LoTRLayer], where: str) -> None:
 
 
 def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:
-    """A parametrization belongs to the place where it was registered; an adapter changes places."""
+    """RuntimeError for parametrized cores or factors: a parametrization stays where it was registered, but an adapter moves."""
     for name, layer in layers.items():
         for owner, part in (*layer.factors.owners, (layer, "core")):
             if parametrize.is_parametrized(owner, part):

@@ -117,8 +117,8 @@ def install(
     starts: dict[str, Start] | None,
     cores: Cores | None = None,
 ) -> Model:
-    """Does what `select` has found possible. starts: with init "svd", what to subtract from the weights and begin with. cores:
-    what makes the cores, None for dense ones."""
+    """Adapts the layers of a selection. starts: with init "svd" the adapters that are subtracted from the weights. cores: what
+    makes the cores, None for dense ones."""
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():

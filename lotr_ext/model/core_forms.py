@@ -1,4 +1,4 @@
-"""The cores of a whole model, where they are made of fewer numbers (LoTRConfig.core): what is made for which layer."""
+"""The cores of a whole model that are computed from fewer numbers (LoTRConfig.core), and the place of each layer among them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_cores(
 
 
 def form_at(cores: Cores, name: str) -> CoreAt:
-    """What makes the core of the layer of this name; another module registers `cores`."""
+    """The module that makes the core of the layer of this name. `cores` is registered by another module."""
     form = cores.at(place_of(name))
     form.leave_cores_to_owner()
     return form

@@ -51,12 +51,12 @@ def _register() -> None:
 
 
 def first_projection(module: nn.Module) -> str:
-    """The name of the parameter that the tokens meet first."""
+    """The name of the parameter that is multiplied with the module's input."""
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
 
 
 def why_not(module: nn.Module, parameter: str) -> str | None:
-    """Why a parameter cannot be adapted as experts' matrices; None if it can. It reads as what was got."""
+    """Why a parameter cannot be adapted as experts' matrices, worded as what was got; None if it can."""
     kind, tensor = type(module).__name__, module._parameters[parameter]
     if tensor.dim() != 3:
         return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
@@ -88,7 +88,7 @@ def adapt_parameter(
 
 
 def place(module: nn.Module) -> AdaptedExperts:
-    """Where an experts module has its adapters, each with a `routed` as LoTRExperts'; made if need be."""
+    """The ModuleDict with the adapters of an experts module, by parameter; made if it is not there."""
     if CHILD not in module._modules:
         _register()
         adapted = AdaptedExperts(module.config)

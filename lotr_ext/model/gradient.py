@@ -1,4 +1,4 @@
-"""The start from the gradient for an adapted model; for a new adapter `apply_lotr` has it as an init."""
+"""init_from_gradient, for a model that is adapted already. For a new adapter it is the init "gradient" of `apply_lotr`."""
 
 from __future__ import annotations
 

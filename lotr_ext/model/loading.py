@@ -168,7 +168,7 @@ def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], cast
 def _expected(
     manifest: Manifest, like: Callable[[str], tuple[Tensor, Tensor, Tensor]], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What the file has to hold. like: a layer's A, B and core, or their forms. A group has all start factors, or none."""
+    """The tensors that the file must contain. like: a layer's A, B and core, or empty ones of their shapes."""
     expected: dict[str, Tensor] = {}
     for names in _groups(manifest.layers).values():
         starts = (*(manifest.layers[names[0]].tensor(f"start_{part}") for part in "AB"), *(f"{n}.start_core" for n in names))

@@ -1,4 +1,4 @@
-"""Where the adapters of a model are that are not active: `model.lotr_parked`, by name."""
+"""The adapters of a model that are not active: `model.lotr_parked`, by name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ DEFAULT = "default"  # the name of the adapter that apply_lotr made
 
 
 class ParkedAdapter(nn.Module):
-    """An adapter that is not active. held, settings: by layer, in the model's order, its core or what makes it. made: what
-    makes cores for several layers, where something does. saved: its modules_to_save, by tensor."""
+    """An adapter that is not active.
+
+    held, settings: for each layer, in the model's order, the core or the module that makes it, and (scaling, dropout). made:
+    the Cores that make the cores of all layers, None for dense ones. saved: its modules_to_save, by tensor.
+    """
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:
 
 
 def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, Tensor, float, float]]:
-    """What each layer would have of a parked adapter, in the model's order: factors, core, scaling, dropout."""
+    """(factors, core, scaling, dropout) of a parked adapter for each layer, in the model's order."""
     layers = adapted_layers(model).values()
     return [
         (counterpart(layer.factors, model.lotr_factors, parked.factors), core, *settings)

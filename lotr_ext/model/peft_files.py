@@ -131,7 +131,7 @@ def _modules(saved: list[str], endings: object) -> list[str]:
 
 @torch.no_grad()
 def _made(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The cores by layer, of what the file has of them all."""
+    """The core of each layer, computed from the file's tensors."""
     form = make_cores(manifest.config, list(manifest.layers), "meta")
     stored = {key: tensors.get(f"{CORES}.{key}") for key in form.state_dict()}
     for key, want in form.state_dict().items():

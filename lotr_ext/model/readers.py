@@ -55,7 +55,7 @@ def _is_own(node: ast.AST | None, me: str) -> bool:
 
 
 def _method(function: FunctionType) -> _Method:
-    """By the function's source; empty where there is none."""
+    """The _Method of a function, by its source; an empty one if it has no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, TokenError):  # no source, or no Python around it, as in a page of docs
@@ -134,7 +134,7 @@ def _is_fusing(name: str) -> bool:
 
 
 class Refused:
-    """In the place of a method that would copy the weights of adapted layers and leave the adapter out."""
+    """Stands for a method that would copy the weights of adapted layers without their adapters; raises when it is called."""
 
     def __init__(self, name: str, layer: str):
         self.name, self.layer = name, layer

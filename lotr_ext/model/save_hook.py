@@ -117,7 +117,8 @@ def _save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dic
 
 
 def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) -> tuple[files.Manifest, dict[str, Tensor]]:
-    """What a file has of the part whose names begin with prefix: its layers by their names there, and the factors they use."""
+    """The manifest and tensors of a part of the model, whose names begin with prefix: its layers, and the factors that they
+    use."""
 
     def inside(named: Mapping[str, Any]) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
@@ -134,8 +135,9 @@ def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) 
 
 
 def name_loader(model: nn.Module, holder: nn.Module) -> None:
-    """Tells a module of sentence-transformers that its model is adapted: a SentenceTransformer writes down by which class each
-    module is to be loaded. Where the model alone was adapted, that module is known only as the caller of save_pretrained."""
+    """Gives a module of sentence-transformers the class that loads its adapter, if `model` is its adapted model. A
+    SentenceTransformer writes the class of each module into its folder.
+    """
     if is_of_sentence_transformers(holder) and any(child is model for child in holder.children()):
         from .sentence_transformers import load_with_adapter
 

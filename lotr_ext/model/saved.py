@@ -1,4 +1,4 @@
-"""What an adapter takes along: the model's modules_to_save, and what computed cores and factors are made of."""
+"""Tensors that a saved adapter contains besides A, B and cores: modules_to_save, and those of which computed parts are made."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def adapter_slots(model: nn.Module) -> list[Slot]:
-    """Where an adapted model has what its active adapter's file is made of."""
+    """The places of all tensors in an adapted model that the file of its active adapter contains."""
     own: set[nn.Module] = set()
     for _, module in named_modules(model):
         if isinstance(module, LoTRFactors | LoTRFactor | Cores):
@@ -92,14 +92,17 @@ def parts(layers: Layers, prefixes: Prefixes) -> Iterator[tuple[nn.Module, str, 
 
 
 def cores_of(layer: nn.Module) -> nn.Module | None:
-    """What makes the layer's core by itself or for several layers; None for a parameter or a parametrized one."""
+    """The module that makes the layer's core, alone or with those of other layers; None for a parameter or a parametrized
+    one."""
     form = layer._modules.get("core_form")
     return form.cores if isinstance(form, CoreAt) else form
 
 
 def computed_parts(layers: Layers, prefixes: Prefixes) -> dict[str, dict[str, str]]:
-    """The computed ones by full name, and for each the full names of what it is computed from, by `state_of`'s keys; what
-    several share has its first name in all of them, or that in their Cores."""
+    """For each computed part, by full name, the full names of the tensors of which it is computed, by `state_of`'s keys.
+
+    A tensor that several parts share has one name in all of them: the one in their Cores, else its first.
+    """
     first: dict[int, str] = {}
     for cores in {id(c): c for layer in layers.values() if isinstance(c := cores_of(layer), Cores)}.values():
         first |= {id(t): f"{prefixes[id(cores)]}.{key}" for key, t in cores.state_dict(keep_vars=True).items()}
@@ -111,7 +114,7 @@ def computed_parts(layers: Layers, prefixes: Prefixes) -> dict[str, dict[str, st
 
 
 def computed_tensors(layers: Layers, prefixes: Prefixes) -> dict[str, Tensor]:
-    """What computed cores and factors are made of, the very tensors, by the names of `computed_parts`."""
+    """The tensors of which computed cores and factors are made, by the names of `computed_parts`."""
     names, found = computed_parts(layers, prefixes), {}
     for module, name, part in parts(layers, prefixes):
         found |= {names[f"{name}.{part}"][key]: t for key, t in state_of(module, part).items()}
@@ -121,8 +124,10 @@ def computed_tensors(layers: Layers, prefixes: Prefixes) -> dict[str, Tensor]:
 def fitted_to_parametrizations(
     layers: Layers, prefixes: Prefixes, manifest: Manifest, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A saved adapter's tensors as a model needs them: with what its parametrized parts are computed from, out of their values
-    where the file does not have it, and without what the saved model's parts were computed from where this one's are not.
+    """A saved adapter's tensors as a model needs them.
+
+    If a part is computed here but was not in the saved model, the tensors of which it is computed are derived from its value.
+    Tensors of which only the saved model computed a part are left out.
 
     layers: none for a plain model, which gets the cores that the adapter's configuration names.
 

@@ -47,7 +47,7 @@ def checked_path(directory: object) -> Path:
 
 
 def module_prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int, str]:
-    """The name of each module in the model that has a factor, or makes cores, by id."""
+    """The names of the modules that have a factor or make cores, by id(module)."""
     found = {id(m): name for name, m in named_modules(model) if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
     for name, layer in layers.items():
         if isinstance(cores_of(layer), Cores) and id(cores_of(layer)) not in found:
@@ -58,7 +58,7 @@ def module_prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int,
 
 
 def factor_prefix(prefixes: dict[int, str], factors: LoTRFactors) -> str | tuple[str, str]:
-    """A LayerEntry's factors."""
+    """The names of a layer's factors, as in LayerEntry.factors."""
     A, B = (prefixes[id(module)] for module, _ in factors.owners)
     return A if A == B else (A, B)
 
@@ -98,7 +98,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
 
 @torch.no_grad()
 def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
-    """What a file has of the model's adapter of that name, the active one by default: the very tensors, where they are.
+    """The manifest and tensors of the file of an adapter, the active one by default. The tensors are the model's own.
 
     Raises:
         RuntimeError: no adapter, or one on the meta device. TypeError, ValueError: none of that name.

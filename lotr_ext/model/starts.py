@@ -1,4 +1,4 @@
-"""What an adapter starts from when that is not noise: the SVD of the weights (`svd_starts`, `set_start`), or the leading
+"""Adapters that do not start from noise: from the SVD of the weights (`svd_starts`, `set_start`), or from the leading
 directions of their gradients (`probed_layers`, `directions`)."""
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Start = tuple[Tensor, Tensor, Tensor]  # A, B, cores
 
 @torch.no_grad()
 def set_start(layers: Sequence[LoTRLayer], start: Start | None, scalings: Sequence[float] | None = None) -> None:
-    """Makes `start` what the layers of one group started with: takes its delta out of their weights, and what was their start
-    before back in, in fp32, cast once. All layers of the group come at once, for they share start_A and start_B.
+    """Sets the start adapter of the layers of one group: subtracts its delta from their weights and adds the delta of their
+    former start, in fp32, cast once. It takes all layers of the group, because they share start_A and start_B.
 
     scalings: the layers' new scalings where they are not those of before; they are left to the caller to set.
     """

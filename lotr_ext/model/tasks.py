@@ -134,7 +134,7 @@ class TaskBank(nn.Module):
     # ---- details -----------------------------------------------------------------------------------------------------
 
     def mixtures(self, model: nn.Module, index: Tensor) -> list[Mixture]:
-        """What each layer has of the tasks of a batch, by `mixed`."""
+        """A Mixture of the bank's tasks for each layer, in the model's order, for `mixed`."""
         if index.dtype != torch.int64:
             raise TypeError(f"names: expected adapter names or an int64 index of tasks, got {index.dtype}")
         if index.is_meta and not self.taken.is_meta:
@@ -162,7 +162,7 @@ class TaskBank(nn.Module):
 
     @torch.no_grad()
     def _write(self, place: int, values: Sequence[Tensor], *, taken: bool) -> None:
-        """All of it or, where anything stops it, nothing."""
+        """Writes a task into a place: all of it or, on any exception, nothing."""
         parts = [*(core[place] for core in self.cores), self.taken[place]]
         before = [part.clone() for part in parts]
         try:
@@ -208,13 +208,13 @@ class TaskBank(nn.Module):
             raise ValueError(f"source: expected a safetensors file, got {path} ({error})") from None
 
     def _metadata(self) -> dict[str, str]:
-        """Of a task's file. scaling: one number, or where layers differ the list of all of them."""
+        """The metadata of a task's file. scaling: one number, or a list if layers differ."""
         one = len(set(self._scalings)) == 1
         scaling = repr(self._scalings[0]) if one else json.dumps(self._scalings)
         return _FORMAT | {"scaling": scaling, "factors": self._checksum()}
 
     def _checksum(self) -> str:
-        """Of the values of all factors."""
+        """The checksum of the values of all factors."""
         digest = hashlib.sha256()
         for part, module, name in factors_by_part(self._owners):
             values = getattr(module, name).detach().cpu().contiguous()
