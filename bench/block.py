@@ -20,7 +20,7 @@ from torch import Tensor
 from .measure.bounds import DIRECTIONS
 from .measure.counted import peak_bytes
 from .measure.forms import FORMS, more_forms, stages
-from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.timing import Timed, interleave
 from .rivals import block as rb
@@ -125,7 +125,7 @@ def show(case: rb.BlockCase, results: list[dict], session: Session) -> None:
     forms = [form for form in FORMS if any(form in result for result in results)]
     heads = [head for direction in DIRECTIONS for head in (direction if direction != "step" else "both", "excess")]
     heads += ["(quartiles)", *(head for form in forms for head in (form, "excess"))]
-    table = new_table(case.name(), "", *heads, "parameters", "peak", "error")
+    table = Table(case.name(), "", *heads, "parameters", "peak", "error")
     for result in results:
         row = []
         for stage in (result[direction] for direction in DIRECTIONS):
@@ -136,7 +136,7 @@ def show(case: rb.BlockCase, results: list[dict], session: Session) -> None:
             row += ["-", "-"] if stage is None else [time_text(stage["seconds"][1]), f"{stage['excess'][1]:.1%}"]
         last = [f"{result['parameters']:,}", bytes_text(result["peak_bytes"]), f"{result['error']:.0e}"]
         table.add_row(result["label"], *row, *last)
-    session.console.print(table)
+    print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

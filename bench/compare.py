@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .measure.session import new_table, start, wide_console
+from .measure.session import Table, start
 from .measure.store import Store, key_of, latest
 
 OURS = "lotr_ext"  # and its strategies, lotr_ext-...
@@ -61,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = compare(old_cells, new_cells)
     if not any(rival.startswith(OURS) for _, rival, *_ in rows):
         raise ValueError(f"{argv[0]}, {argv[1]}: expected a case of {OURS} that both have, found none")
-    table = new_table("Excess over the floor", "case", "rival", "stage", "old", "new", "beyond the spread")
+    table = Table("Excess over the floor", "case", "rival", "stage", "old", "new", "beyond the spread")
     for case, rival, stage, old, new, verdict in rows:
         table.add_row(case, rival, stage, f"{old:.1%}", f"{new:.1%}", verdict)
-    wide_console().print(table)
+    print(table)
     print(f"only in {argv[0]}: {only(old_cells, new_cells)}; only in {argv[1]}: {only(new_cells, old_cells)}")
     slower = sum(verdict == "slower" and rival.startswith(OURS) for _, rival, *_, verdict in rows)
     print(f"{slower} of {sum(rival.startswith(OURS) for _, rival, *_ in rows)} measurements of {OURS} are slower")

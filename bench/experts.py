@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .measure.bounds import DIRECTIONS
 from .measure.counted import peak_bytes
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start
+from .measure.session import ROUNDS, Session, Table, add_options, check_options, start
 from .measure.shapes import DTYPES
 from .measure.timing import Timed, against, interleave
 from .rivals.experts import HEADS, LABELS, OURS, SHAPES, frozen, rivals, row_of
@@ -115,10 +115,10 @@ def measure(case: ExpertsCase, session: Session) -> list[dict]:
 
 
 def show(case: ExpertsCase, results: list[dict], session: Session) -> None:
-    table = new_table(case.name(), *HEADS)
+    table = Table(case.name(), *HEADS)
     for result in results:
         table.add_row(*row_of(result, results))
-    session.console.print(table)
+    print(table)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -23,9 +23,8 @@ from torch import Tensor
 from lotr_ext.ops import planner
 
 from .measure.bounds import Work
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
+from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, Shape, parse_shapes
-from .measure.terminal import AnyTable, wide_console
 from .measure.timing import Timed, against, interleave
 from .projection import fused as static
 from .projection.cards import CARDS
@@ -164,7 +163,7 @@ def measure(case: FusedCase, session: Session) -> list[dict]:
     return results
 
 
-def add_row(table: AnyTable, case: FusedCase, results: list[dict], session: Session) -> None:
+def add_row(table: Table, case: FusedCase, results: list[dict], session: Session) -> None:
     seconds = {result["rival"]: result["step"]["seconds"][1] for result in results}
     reach = results[0]["must_reach"]
     table.add_row(
@@ -180,14 +179,14 @@ def add_row(table: AnyTable, case: FusedCase, results: list[dict], session: Sess
 
 def show_plan(cases: list[FusedCase]) -> None:
     """What would be measured, with the model's times for an H100."""
-    table = new_table("Plan; times of a model of an H100, not measured", *(h for h in HEADS if h not in (BARE, HEADS[4])))
+    table = Table("Plan; times of a model of an H100, not measured", *(h for h in HEADS if h not in (BARE, HEADS[4])))
     for case in cases:
         found = static.model(case.m, *case.extents(), case.r, "h100", case.direction == "dx")
         beta = found.base_seconds * (1 + found.beta)
         times = [time_text(s) for s in (found.seconds, beta)]
         where = [f"{case.m} x {case.k} x {case.n}, {case.r}", f"{case.direction}, {case.dtype}", time_text(found.base_seconds)]
         table.add_row(*where, f"{found.may_stay:.1%}", *times, f"{found.seconds / beta - 1:+.1%}")
-    wide_console().print(table)
+    print(table)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,9 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     session = Session(options, "fused.jsonl")
     session.introduce()
-    table = new_table("The base product with the adapter inside", *HEADS)
+    table = Table("The base product with the adapter inside", *HEADS)
     session.run(cases, lambda case: (FLOOR, BARE, FUSED, BETA), lambda case: measure(case, session), partial(add_row, table))
-    session.console.print(table)
+    print(table)
     return session.finish()
 
 

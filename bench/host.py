@@ -28,7 +28,7 @@ from .measure.as_cuda import META, as_cuda
 from .measure.bounds import DIRECTIONS
 from .measure.host_calls import count_step, count_text
 from .measure.names import named
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
+from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, Case
 from .measure.store import newest
 from .measure.timing import Timed, against, interleave, quartiles
@@ -140,9 +140,7 @@ def measure(case: HostCase, names: list[str], session: Session) -> list[dict]:
 
 def show(case: HostCase, results: list[dict], session: Session) -> None:
     heads = ["", "forward", "backward", "both", "(quartiles)", "x three lines", "(quartiles)", f"x {named(rh.LORA)}'s excess"]
-    table = new_table(
-        f"{case.name()}, a layer", *heads, "calls in lotr_ext", "operators", "products", "CUDA: calls", "operators"
-    )
+    table = Table(f"{case.name()}, a layer", *heads, "calls in lotr_ext", "operators", "products", "CUDA: calls", "operators")
     for r in results:
         times = [time_text(r[d]["seconds"][1]) for d in DIRECTIONS]
         low, _, high = r["step"]["seconds"]
@@ -152,7 +150,7 @@ def show(case: HostCase, results: list[dict], session: Session) -> None:
         counts += [count_text(r["counts_on_cuda"], what) for what in ("own", "dispatched")]
         spread = f"{time_text(low)}, {time_text(high)}"
         table.add_row(r["label"], *times, spread, f"{ratio:.2f}", f"{below:.2f}, {above:.2f}", extra, *counts)
-    session.console.print(table)
+    print(table)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

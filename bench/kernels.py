@@ -18,10 +18,9 @@ from functools import partial
 
 import torch
 
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
+from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
-from .measure.terminal import AnyTable
 from .measure.timing import Timed, against, interleave
 from .rivals import operators as op
 from .rivals.library import autotuned
@@ -109,7 +108,7 @@ def measure(case: op.KernelCase, session: Session) -> list[dict]:
     return results
 
 
-def add_row(table: AnyTable, case: op.KernelCase, results: list[dict], session: Session) -> None:
+def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Session) -> None:
     library, ours = results[0], results[-1]
     tuned = next((time_text(r["step"]["seconds"][1]) for r in results if r["rival"] == TUNED), "-")
     low, middle, high = (1 + value for value in ours["step"]["excess"])
@@ -143,10 +142,10 @@ def main(argv: list[str] | None = None) -> int:
         "GB/s",
         "of bound",
     )
-    table = new_table("Our kernels alone", *heads, "error", "library's")
+    table = Table("Our kernels alone", *heads, "error", "library's")
     rivals = (FLOOR, TUNED, OURS) if options.autotune else (FLOOR, OURS)
     session.run(cases_of(options), lambda case: rivals, lambda case: measure(case, session), partial(add_row, table))
-    session.console.print(table)
+    print(table)
     session.draw(lambda: draw(session))
     return session.finish()
 

@@ -31,7 +31,7 @@ from .measure.bounds import DIRECTIONS, work
 from .measure.counted import peak_bytes
 from .measure.forms import FORMS, more_forms, stages
 from .measure.names import named
-from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES, QUICK, TARGETS, Case, candidates, layer_name, parse_shapes, within
 from .measure.store import newest
 from .measure.timing import Timed, interleave
@@ -221,11 +221,11 @@ def show(case: Case, results: list[dict], session: Session) -> None:
     name = layer_name(case.k, case.n)
     title = f"{case.name()}{f', {name}' if name else ''}   extra FLOPs {case.extra_flops():.1%}"
     heads = [head for direction in ("forward", "backward", "both") for head in (direction, "excess")]
-    table = new_table(title, "", *heads, "(quartiles)", f"x {named(rv.LORA_EAGER)}")
+    table = Table(title, "", *heads, "(quartiles)", f"x {named(rv.LORA_EAGER)}")
     forms = [form for form in FORMS if any(form in result for result in results)]
     more = [head for form in forms for head in (form, "excess")]
     for head in (*more, "GFLOP/s", "GB/s", "forward, backward", "of bound", "saved", "peak", "error"):
-        table.add_column(head, justify="right", overflow="fold")
+        table.add_column(head)
     for result in results:
         step, is_floor = result["step"], result["rival"] == rv.FLOOR
         low, excess, high = step["excess"]
@@ -244,7 +244,7 @@ def show(case: Case, results: list[dict], session: Session) -> None:
             *in_forms, f"{step['flops_per_s'] / 1e9:.4g}", f"{step['bytes_per_s'] / 1e9:.3g}", rates, f"{step['of_bound']:.0%}",
             bytes_text(result["saved_bytes"]), bytes_text(result["peak_bytes"]), f"{result['error']:.0e}",
         )  # fmt: skip
-    session.console.print(table)
+    print(table)
 
 
 def draw(session: Session) -> None:

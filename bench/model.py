@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .measure.counted import peak_bytes
-from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
 from .measure.timing import Timed, against, interleave
@@ -171,7 +171,7 @@ def finite(loss: Tensor) -> float | None:
 def show(case: ModelCase, results: list[dict], session: Session) -> None:
     lora = next((r for r in results if r["rival"] == mr.LORA), None)
     heads = ["", "rank", "parameters", "adapter", "forward", "backward", "optimizer", "step", "(quartiles)", "over frozen"]
-    table = new_table(case.name(), *heads, "x LoRA's step", "tokens/s", "peak", "x LoRA's peak", "state")
+    table = Table(case.name(), *heads, "x LoRA's step", "tokens/s", "peak", "x LoRA's peak", "state")
     for r in results:
         times = [time_text(r[s]["seconds"][1]) for s in ("forward", "backward")] + [time_text(r["optimizer_seconds"])]
         low, step, high = r["step"]["seconds"]
@@ -183,7 +183,7 @@ def show(case: ModelCase, results: list[dict], session: Session) -> None:
         memory = [bytes_text(r["peak_bytes"]), peak, bytes_text(r["state_bytes"])]
         steps = [time_text(step), spread, over, ratio]
         table.add_row(r["label"], *sizes, *times, *steps, f"{r['tokens_per_s']:,.0f}", *memory)
-    session.console.print(table)
+    print(table)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from lotr_ext import explain, ops
 
 from .layer import timed
 from .measure.bounds import Work, kernel_work
-from .measure.session import ROUNDS, Session, add_options, check_options, new_table, start, time_text
+from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, QUICK, TARGETS, Case, parse_shapes
 from .measure.timing import Timed, against, interleave
 from .rivals import registry as rv
@@ -96,7 +96,7 @@ def measure(case: Case, session: Session) -> list[dict]:
 def show(case: Case, results: list[dict], session: Session) -> None:
     floor, ours = results[0]["step"]["seconds"][1], results[1]["step"]["excess"][1]
     title = f"{case.name()}: extra FLOPs {case.extra_flops():.1%}"
-    table = new_table(title, "", "time", "of the frozen layer", "of lotr_ext's excess", "GFLOP/s", "GB/s", "of bound")
+    table = Table(title, "", "time", "of the frozen layer", "of lotr_ext's excess", "GFLOP/s", "GB/s", "of bound")
     for result in results:
         step = result["step"]
         excess = step["excess"][1]
@@ -113,7 +113,7 @@ def show(case: Case, results: list[dict], session: Session) -> None:
         elif result["rival"] == rv.OURS:
             seconds = step["seconds"][1]
         table.add_row(result["label"], time_text(seconds), f"{excess:+.1%}", share, *cells)
-    session.console.print(table)
+    print(table)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

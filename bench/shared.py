@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .measure.bounds import DIRECTIONS
 from .measure.counted import allocated_bytes, launches
-from .measure.session import ROUNDS, Session, add_options, bytes_text, check_options, new_table, start, time_text
+from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
 from .measure.timing import Timed, against, interleave
@@ -150,7 +150,7 @@ def measure(case: SharedCase, session: Session) -> list[dict]:
 def show(case: SharedCase, results: list[dict], session: Session) -> None:
     launched = "kernels" if session.device.type == "cuda" else "operators"
     heads = ["A's and B's gradients summed by", *DIRECTIONS, "(quartiles)", "backward, less", f"{launched} in backward"]
-    table = new_table(case.name(), *heads, "allocated", "tensors like A", "their bytes", "error of dA")
+    table = Table(case.name(), *heads, "allocated", "tensors like A", "their bytes", "error of dA")
     for result in results:
         times = [time_text(result[direction]["seconds"][1]) for direction in DIRECTIONS]
         low, _, high = result["step"]["seconds"]
@@ -159,7 +159,7 @@ def show(case: SharedCase, results: list[dict], session: Session) -> None:
         counts = [str(result["launches"]), bytes_text(result["allocated_bytes"]), str(result["tensors"])]
         sizes = [bytes_text(result["tensor_bytes"]), f"{result['error']:.1e}"]
         table.add_row(result["label"], *times, spread, less, *counts, *sizes)
-    session.console.print(table)
+    print(table)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from .measure.session import progress, start, wide_console
+from .measure.session import progress, start
 from .measure.store import Store
 from .projection import assumptions, fused, row_model
 from .projection import row_counts as row_traffic
@@ -61,22 +61,21 @@ def main(argv: list[str] | None = None) -> int:
     with progress(len(keys) + len(row_keys)) as begin:
         found = predict(keys, options.results, begin, options.fresh)
         of_rows = row_model.predict(row_keys, options.results, model_id(), begin, options.fresh)
-    console = wide_console()
     for gpu in options.gpus:
         for dtype in options.dtypes:
-            console.print(table(gpu, dtype, found))
+            print(table(gpu, dtype, found))
         if row_keys:
-            console.print(row_model.table_of(gpu, of_rows))
+            print(row_model.table_of(gpu, of_rows))
     for gpu in set(options.gpus) & set(fused.hopper()):
-        console.print(fused_table(gpu))
-    console.print(ranges_table())
-    console.print("Assumed, with its source:", *assumptions.lines(), sep="\n  ", highlight=False, markup=False, soft_wrap=True)
+        print(fused_table(gpu))
+    print(ranges_table())
+    print("Assumed, with its source:", *assumptions.lines(), sep="\n  ")
     from .report.plots_static import draw_static
 
     everything = kept(Store(options.results / FILE), model_id())
     for path in draw_static(everything, options.results):
-        console.print(f"picture in {path}", highlight=False)
-    console.print(f"estimates in {options.results / FILE}", highlight=False)
+        print(f"picture in {path}")
+    print(f"estimates in {options.results / FILE}")
     return 0
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .measure.names import name_of, named
-from .measure.session import new_table, start, wide_console
+from .measure.session import Table, start
 from .measure.shapes import TARGETS, Case, Shape
 from .measure.store import RESULTS, Store, by_case, newest
 from .rivals import experts, host
@@ -206,12 +206,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(
             "no kept result is of a target: run python -m bench.layer, bench.model, bench.host or bench.experts first"
         )
-    table = new_table(
-        "Targets on a CPU: lotr_ext against the best of library products", "", "lotr_ext", "best rival", "", "met"
-    )
+    table = Table("Targets on a CPU: lotr_ext against the best of library products", "", "lotr_ext", "best rival", "", "met")
     for verdict in found:
         table.add_row(*verdict)
-    wide_console().print(table)
+    print(table)
     return int(not all(verdict.met.startswith("yes") for verdict in found))
 
 

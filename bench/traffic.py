@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .measure.session import new_table, progress, start, wide_console
+from .measure.session import Table, progress, start
 from .measure.shapes import parse_shapes
 from .measure.store import RESULTS, Store
 from .projection import block as block_traffic
@@ -56,20 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     with progress(len(keys) + len(row_keys)) as begin:
         rows = count_all(keys, store, begin, options.fresh)
         mixtures = row_traffic.count_all(row_keys, row_store, begin, options.fresh)
-    console = wide_console()
     heads = ("kernel", "M x N", "r", "blocks", "large, x its size", "factors", "partial sums", "all, x each operand once")
     for sm in multiprocessors:
-        table = new_table(f"Counted bytes, bf16, planned for {sm} multiprocessors (SIMT executor, no GPU)", *heads)
+        table = Table(f"Counted bytes, bf16, planned for {sm} multiprocessors (SIMT executor, no GPU)", *heads)
         for head in ("sectors used", "bank conflicts"):
-            table.add_column(head, justify="right")
+            table.add_column(head)
         for key, row in rows.items():
             if key[4] == sm:
                 sizes = [f"{row.factors / 1e6:.2f} MB", f"{row.partials / 1e6:.2f} MB", f"{row.over_once:.3f}"]
                 rates = [f"{row.sector_efficiency:.1%}", f"{row.bank_conflicts:.3f}"]
                 numbers = [f"{row.m} x {row.n}", str(row.r), str(row.blocks), f"{row.once:.4f}"]
                 table.add_row(row.kernel, *numbers, *sizes, *rates)
-        console.print(table)
-    console.print(row_traffic.table(mixtures))
+        print(table)
+    print(row_traffic.table(mixtures))
     levels, found = {}, {}
     try:
         wanted = layer_keys(shapes, options.gpus)
@@ -77,28 +76,28 @@ def main(argv: list[str] | None = None) -> int:
             found = predict(wanted, options.results, begin, options.fresh)
         levels = {gpu: layer_levels(shapes, gpu, found) for gpu in options.gpus}
     except FileNotFoundError as error:  # bytes need no compiler
-        console.print(f"no projection: {error}", highlight=False, markup=False, soft_wrap=True)
+        print(f"no projection: {error}")
     for shape in options.shapes:
-        console.print(layer_traffic.table(shape, rows, multiprocessors[0]))
+        print(layer_traffic.table(shape, rows, multiprocessors[0]))
         if levels:
-            console.print(projection.table(shape, rows, levels))
+            print(projection.table(shape, rows, levels))
     for block in options.blocks if levels else ():
-        console.print(block_traffic.table(block, rows, levels))
+        print(block_traffic.table(block, rows, levels))
     if levels:
-        console.print(projection.assumptions(), highlight=False, markup=False, soft_wrap=True)
-        console.print(ranges_table())
+        print(projection.assumptions())
+        print(ranges_table())
     if "h100" in levels:
         shape = options.shapes[0]
         title = f"Beta's time over the frozen layer on an H100, {'x'.join(map(str, shape))}: {projection.LABEL}; us (low-high)"
-        steps = new_table(title, *projection.STEP_HEADS)
+        steps = Table(title, *projection.STEP_HEADS)
         for line in projection.step_rows(shape, rows, CARDS["h100"], levels["h100"]):
             steps.add_row(*line)
-        console.print(steps)
+        print(steps)
     if options.results == FOLDER and set(options.gpus) == set(CARDS):
         estimates = predict_kept(Store(FOLDER / FILE), model_id())
         if predictions.keep(all_predictions(kept(store, sources_id()), estimates), RESULTS / predictions.FILE):
-            console.print(f"predictions in {RESULTS / predictions.FILE}", highlight=False)
-    console.print(f"counts in {store.path} and {row_store.path}", highlight=False)
+            print(f"predictions in {RESULTS / predictions.FILE}")
+    print(f"counts in {store.path} and {row_store.path}")
     return 0
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal and names of machines
 
 from bench.measure.names import named
-from bench.measure.terminal import bar, new_table, wide_console
+from bench.measure.terminal import Table, bar
 from bench.measure.timing import machine, slug
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, mixed
 
@@ -169,16 +169,15 @@ def show(results: dict) -> None:
     """The table."""
     shape = results["shape"]
     title = "rows {rows}, tokens a row {tokens}, tasks {tasks}, width {hidden}, blocks {layers}, r {rank}, threads {threads}"
-    table = new_table(title.format(**shape), "", "ms", "tokens/s", "over one adapter")
+    table = Table(title.format(**shape), "", "ms", "tokens/s", "over one adapter")
     for name, row in results["ways"].items():
         tokens = shape["rows"] * shape["tokens"] / row["seconds"]
         table.add_row(name, f"{1000 * row['seconds']:.1f}", f"{tokens:,.0f}", f"{row['over_one']:.2f} x")
-    console = wide_console()
-    console.print(table)
+    print(table)
     for name, ratio in results["most_over_one_task"].items():
-        console.print(f"{name}, most tasks in the batch over one: {ratio:.2f} x")
+        print(f"{name}, most tasks in the batch over one: {ratio:.2f} x")
     for name, size in results["bytes_a_task"].items():
-        console.print(f"a task of {name}: {size:,} bytes")
+        print(f"a task of {name}: {size:,} bytes")
 
 
 def main(words: list[str] | None = None) -> None:

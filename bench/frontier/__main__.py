@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..measure.session import start, wide_console
+from ..measure.session import start
 from ..measure.store import RESULTS, ROOT, Store, build_id
 from ..measure.terminal import bar
 from ..measure.timing import machine, slug
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     load_texts(options.model, options.texts)  # what is wrong with them is said once, before any run
     make_runs(options, store, facts)
     cells = of_setting(store.read())
-    wide_console().print(terminal_table(points(cells), cells))
+    print(terminal_table(points(cells), cells))
     from ..report.plots_frontier import draw_frontier
 
     for path in draw_frontier(cells, folder):

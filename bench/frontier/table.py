@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..measure.store import Store, latest
-from ..measure.terminal import AnyTable, new_table
+from ..measure.terminal import Table
 from .ways import TRIED, WAYS, Way
 
 FILE = "frontier.jsonl"
@@ -167,8 +167,8 @@ def _picture(pictures: dict[str, str]) -> list[str]:
     return ["", f"![held-out accuracy against trained numbers]({pictures['frontier']})"] if "frontier" in pictures else []
 
 
-def terminal_table(found: list[Point], cells: list[dict]) -> AnyTable:
-    table = new_table(title(cells), *HEADS)
+def terminal_table(found: list[Point], cells: list[dict]) -> Table:
+    table = Table(title(cells), *HEADS)
     for row in rows(found):
         table.add_row(*row)
     return table

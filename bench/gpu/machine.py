@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "numpy", "safetensors")
-OPTIONAL = ("rich", "matplotlib", "peft", "transformers", "hypothesis", "xdist", "pytest_timeout")
+OPTIONAL = ("matplotlib", "peft", "transformers", "hypothesis", "xdist", "pytest_timeout")
 HOPPER = "compute capability 9.0"
 
 

@@ -17,8 +17,8 @@ import torch
 from .isa import add_isa_option, check_isa, restart_if_asked
 from .shapes import DTYPES
 from .store import QUICK, RESULTS, Store, build_id, case_of, runs, setting_of
-from .terminal import bar, wide_console
-from .terminal import new_table as new_table
+from .terminal import Table as Table
+from .terminal import bar
 from .timing import CLOCKS, Clock, ceilings, gpu_state, machine, slug, throttled
 
 T = TypeVar("T")
@@ -119,7 +119,6 @@ class Session:
         self.settings = {"build": build_id(), "rounds": options.rounds, "clock": options.clock, "isa": options.isa, **settings}
         self.settings["allocator"] = "keep" if kept else "system"
         self.clock = Clock(self.device, options.clock)
-        self.console = wide_console()
         self.failures: list[str] = []
         self._ceilings: dict[tuple[str, int], dict[str, float]] = {}
         here = setting_of(self.settings | {"machine": self.facts})
@@ -137,7 +136,7 @@ class Session:
             self.say(f"load average {load:.1f}: other programs run here, so times will spread")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print(text, flush=True)
 
     def fail(self, text: str) -> None:
         """One line on what could not be measured; the run goes on."""

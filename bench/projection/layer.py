@@ -192,14 +192,14 @@ def total_bytes(steps: Steps, direction: str) -> int:
 
 def table(shape: Shape, rows: dict[Key, Row], multiprocessors: int):
     """Bytes beyond the frozen layer's, of every rival, against the least."""
-    from ..measure.session import new_table
+    from ..measure.session import Table
 
     m, k, n, r = shape
     found = all_steps(shape, rows, multiprocessors)
     title = (
         f"Counted bytes beyond the frozen layer's, {m} x {k} x {n}, r = {r}, bf16, {multiprocessors} multiprocessors (no GPU)"
     )
-    result = new_table(title, "", *DIRECTIONS, "x least", f"x {NAMES['lora-eager']}")
+    result = Table(title, "", *DIRECTIONS, "x least", f"x {NAMES['lora-eager']}")
     frozen = {direction: total_bytes(found["frozen"], direction) for direction in DIRECTIONS}
 
     def beyond(name: str, direction: str) -> int:

@@ -97,9 +97,9 @@ def assumptions() -> str:
 
 def table_of(title: str, columns: dict[str, Excess], label: dict[str, str] = NAMES):
     """A row a rival, a column a GPU: forward, backward, and both with their interval."""
-    from ..measure.session import new_table
+    from ..measure.session import Table
 
-    result = new_table(f"{title}: {LABEL}; forward, backward, both (low-high)", "", *(CARDS[gpu].name for gpu in columns))
+    result = Table(f"{title}: {LABEL}; forward, backward, both (low-high)", "", *(CARDS[gpu].name for gpu in columns))
     for name in dict.fromkeys(name for column in columns.values() for name in column):
         own = (column.get(name) for column in columns.values())
         result.add_row(label.get(name, name), *("-" if e is None else _cell(e) for e in own))

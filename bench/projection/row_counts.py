@@ -15,9 +15,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from rich.table import Table
 
-from ..measure.session import new_table
+from ..measure.session import Table
 from ..measure.store import Store, of_build
 from .counts import ELEMENT, aligned, executor, sources_id, symbols
 
@@ -185,7 +184,7 @@ def cells_of(operator: str, case: Mixture, row: RowCounts) -> list[str]:
 
 def table(found: dict[Key, RowCounts]) -> Table:
     """For a terminal."""
-    result = new_table(f"Counted bytes of row_core, bf16, planned for {MULTIPROCESSORS} multiprocessors (no GPU)", *HEADS)
+    result = Table(f"Counted bytes of row_core, bf16, planned for {MULTIPROCESSORS} multiprocessors (no GPU)", *HEADS)
     for (operator, case, _), row in found.items():
         result.add_row(*cells_of(operator, case, row))
     return result

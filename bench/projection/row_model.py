@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.table import Table
-
-from ..measure.session import new_table
+from ..measure.session import Table
 from ..measure.store import Store, of_build
 from . import row_counts as traffic
 from .assumptions import BEGIN, LIKELY, Assumed, Spread
@@ -211,7 +209,7 @@ def predict(
 
 def table_of(gpu: str, found: dict[Key, list[RowLaunch]]) -> Table:
     """One GPU, a row a launch; times in us."""
-    result = new_table(f"{CARDS[gpu].name}, bf16: row_core, model from the machine code, not measured", *HEADS)
+    result = Table(f"{CARDS[gpu].name}, bf16: row_core, model from the machine code, not measured", *HEADS)
     for (operator, case, on), launches in found.items():
         for i, e in enumerate(launches if on == gpu else ()):
             first = [operator, str(case)] if i == 0 else ["", ""]
@@ -219,7 +217,6 @@ def table_of(gpu: str, found: dict[Key, list[RowLaunch]]) -> Table:
             row += [f"{e.turns:.1f}", f"{e.loads:.1f}", f"{e.instructions:.0f}"]
             row += [f"{1e6 * value:.1f}" for value in (e.issue, max(e.dram, e.l2), e.waits, e.seconds())]
             result.add_row(*first, *row, e.limiter)
-    result.caption_justify = "left"
     result.caption = (
         "turns: passes of small_product's loop; loads: of the 12 elements of a thread and turn; instr: of a warp. issue, "
         "memory, waits: what the turns, the bytes, and the loads that wait for one another ask for. Times in us."

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
-from ..measure.session import new_table
+from ..measure.session import Table
 from . import assumptions, fused
 from .cards import CARDS
 from .model import Estimate
@@ -19,7 +17,7 @@ HEADS += ("limiter",)
 def table(gpu: str, dtype: str, found: dict[Key, Estimate]) -> Table:
     """One GPU and dtype, a row a kernel; times in us."""
     own = {key: e for key, e in found.items() if key[4:] == (dtype, gpu)}
-    result = new_table(f"{CARDS[gpu].name}, {dtype}: {LABEL}", *HEADS)
+    result = Table(f"{CARDS[gpu].name}, {dtype}: {LABEL}", *HEADS)
     for key, e in own.items():
         t = e.at()
         row = [key[0], f"{key[1]} x {key[2]}, {key[3]}", f"{e.registers}" + (f" +{e.spilled} B" if e.spilled else "")]
@@ -30,7 +28,6 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate]) -> Table:
         row += [f"{1e6 * t.parts['begin']:.1f}", f"{1e6 * t.parts['after']:.1f} ({e.late_rounds})"]
         row += [f"{e.launches} + {e.memsets}", e.spread.us(), f"{t.share:.0%}", t.limiter]
         result.add_row(*row)
-    result.caption_justify = "left"
     result.caption = (
         "instr: of a warp in one turn of the hot loop; a 16 B: of a thread for each 16 bytes of the large matrix (of these for "
         "addresses and bounds). in flight: of a multiprocessor / bandwidth x latency. issue, memory, flight, L2, cluster: what "
@@ -41,10 +38,10 @@ def table(gpu: str, dtype: str, found: dict[Key, Estimate]) -> Table:
 
 def fused_table(gpu: str) -> Table:
     """gemm_lotr on a Hopper card: a row a shape and direction."""
-    result = new_table(f"{CARDS[gpu].name}, bf16, gemm_lotr: a model of its tickets, not measured", *fused.HEADS)
+    result = Table(f"{CARDS[gpu].name}, bf16, gemm_lotr: a model of its tickets, not measured", *fused.HEADS)
     for row in fused.rows(fused.SHAPES, gpu):
         result.add_row(*row)
-    result.caption, result.caption_justify = "Assumed: " + "; ".join(fused.ASSUMED), "left"
+    result.caption = "Assumed: " + "; ".join(fused.ASSUMED)
     return result
 
 
@@ -67,7 +64,7 @@ def markdown_rows(found: dict[Key, Estimate], gpus: list[str]) -> tuple[list[str
 
 def ranges_table() -> Table:
     """The assumptions that are ranges."""
-    result = new_table("Assumed, by the time that follows", *assumptions.RANGE_HEADS)
+    result = Table("Assumed, by the time that follows", *assumptions.RANGE_HEADS)
     for row in assumptions.range_rows():
         result.add_row(*row)
     return result

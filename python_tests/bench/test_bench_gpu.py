@@ -83,7 +83,7 @@ def test_the_commands_exist():
         ("pytest", ["smoke", "tests"], "needs pytest"),
         ("nvcc", ["build"], "needs nvcc"),
         ("safetensors", ["build"], "needs safetensors"),
-        ("rich", [], ""),
+        ("matplotlib", [], ""),
         ("ninja", [], ""),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from rich.console import Console
 
 from bench import traffic as program
 from bench.measure.bounds import Work, kernel_work, work
@@ -319,7 +318,7 @@ def test_a_blocks_projection(capsys):
     over = block.excess(BLOCK, block_rows(), gpu, levels(own))
     assert set(over) == {"lora-eager", "lora-in-place-beta", block.STACKED, block.UNSHARED, block.SHARED}
     assert over[block.SHARED]["step"] < over[block.UNSHARED]["step"]
-    Console(width=200).print(block.table(BLOCK, block_rows(), {"h100": levels(own)}))
+    print(block.table(BLOCK, block_rows(), {"h100": levels(own)}))
     out = " ".join(capsys.readouterr().out.split())
     assert "LoRA, q k v and gate up stacked" in out and "projection, not measured" in out and "siblings off" in out
 

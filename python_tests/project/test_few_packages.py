@@ -69,11 +69,11 @@ def test_benchmarks_print_plain_tables(without, tmp_path, program, arguments, ro
 
 
 def test_a_plain_table_is_aligned():
-    from bench.measure.terminal import PlainTable
+    from bench.measure.terminal import Table
 
-    table = PlainTable("title")
-    for head in ("name", "a", "long head"):
-        table.add_column(head)
+    table = Table("title", "name", "a")
+    table.add_column("long head")
+    table.caption = "a caption"
     table.add_row("x", "1")
     table.add_row("longer", "22", "3")
     assert str(table).splitlines() == [
@@ -83,4 +83,5 @@ def test_a_plain_table_is_aligned():
         "---------------------",
         "x        1",
         "longer  22          3",
+        "a caption",
     ]
