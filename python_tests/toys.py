@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import resource
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -137,6 +139,28 @@ def plain(model: nn.Module) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, PlainLoTR(layer))
     return model
+
+
+IN_A_FILES_PLACE: dict[str, Callable[[Path], object]] = {
+    "deep nesting": lambda path: path.write_bytes(b'{"format":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    # can be read, but neither compared nor printed further down a stack
+    "nesting": lambda path: path.write_bytes(b'{"format":' + b"[" * 600 + b"]" * 600 + b"}"),
+    "a huge number": lambda path: path.write_text('{"format": ' + "9" * 5000 + "}"),
+    "a FIFO": os.mkfifo,
+    "a symlink to itself": lambda path: path.symlink_to(path.name),
+    "a symlink to a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """The kernel refuses files that are longer: RLIMIT_FSIZE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager

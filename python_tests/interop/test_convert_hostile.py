@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import resource
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from toys import Toy, adapted, edit_tensors
+from toys import IN_A_FILES_PLACE, Toy, adapted, edit_tensors, full_disk
 
 from lotr_ext import LoTRConfig, apply_lotr, convert, save_adapter
 from lotr_ext.interop import export_lora, lotr_to_peft
@@ -184,15 +183,7 @@ def test_any_content_in_the_place_of_the_tensors(kind, sources, run, tmp_path) -
         run(kind, folder)
 
 
-IN_ITS_PLACE: dict[str, Callable[[Path], object]] = {
-    "nothing": lambda path: None,
-    "a folder": Path.mkdir,
-    "a FIFO": os.mkfifo,
-    "a symlink to itself": lambda path: path.symlink_to(path.name),
-    "a symlink to a device": lambda path: path.symlink_to("/dev/zero"),
-    "deep nesting": lambda path: path.write_bytes(b"[" * 100_000),
-    "nesting": lambda path: path.write_bytes(b"[" * 500 + b"]" * 500),
-}
+IN_ITS_PLACE = {**IN_A_FILES_PLACE, "nothing": lambda path: None, "a folder": Path.mkdir}
 
 
 @pytest.mark.parametrize("what", IN_ITS_PLACE)
@@ -222,13 +213,8 @@ def test_a_file_that_may_not_be_read(kind, sources, run, tmp_path, monkeypatch) 
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_full_disk(kind, sources, run) -> None:
-    """RLIMIT_FSIZE: the kernel refuses what is longer."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
+    with full_disk(100):
         code, error = run(kind, sources[kind])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2 and os.strerror(errno.EFBIG) in error and "destination" in error
 
 

@@ -38,7 +38,7 @@ def launched(lib, shape: Shape, kind: str = "bf16", make=shrink) -> tuple[int, i
         *(("bf16", ALIGNED), ("fp16", PACKED), ("bf16", ODD)),
         *(pytest.param(*pair, marks=pytest.mark.full) for pair in (("fp16", ALIGNED), ("bf16", PACKED), ("fp16", ODD))),
     ],
-    ids=str,
+    ids=["bf16-aligned", "fp16-packed", "bf16-odd", "fp16-aligned", "bf16-packed", "fp16-odd"],
 )
 @pytest.mark.parametrize(
     "m, k, r, blocks, cluster",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,51 +13,42 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import IDS, adapted, assert_unchanged, edit_json, edit_tensors, randomize, snapshot, tensors_file, toy
+from toys import (
+    IDS,
+    IN_A_FILES_PLACE,
+    adapted,
+    assert_unchanged,
+    edit_json,
+    edit_tensors,
+    full_disk,
+    randomize,
+    snapshot,
+    tensors_file,
+    toy,
+)
 
 from lotr_ext import LoTRConfig, TaskBank, apply_lotr, cores, load_adapter, save_adapter
 from lotr_ext.interop import export_lora, lora_factors, lotr_to_lora, read_lora
 from lotr_ext.model.adapter_files import JSON_NAME
 
-NESTED = b'{"format":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-PRINTABLE = b'{"format":' + b"[" * 600 + b"]" * 600 + b"}"  # can be read, but neither compared nor printed further down a stack
 
-
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def loop(path: Path) -> None:
-    path.symlink_to(path.name)
-
-
-IN_ITS_PLACE: dict[str, Callable[[Path], object]] = {
-    "deep nesting": lambda path: path.write_bytes(NESTED),
-    "nesting": lambda path: path.write_bytes(PRINTABLE),
-    "a huge number": lambda path: path.write_text('{"format": ' + "9" * 5000 + "}"),
-    "a FIFO": fifo,
-    "a symlink to itself": loop,
-    "a symlink to a device": lambda path: path.symlink_to("/dev/zero"),
-}
-
-
-@pytest.mark.parametrize("what", IN_ITS_PLACE)
+@pytest.mark.parametrize("what", IN_A_FILES_PLACE)
 def test_a_save_does_not_depend_on_what_lies_in_the_folder(tmp_path: Path, what: str) -> None:
     model = adapted()
-    IN_ITS_PLACE[what](tmp_path / JSON_NAME)
+    IN_A_FILES_PLACE[what](tmp_path / JSON_NAME)
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(toy(), tmp_path)(IDS), model(IDS))
     assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("place", ["configuration", "tensors"])
-@pytest.mark.parametrize("what", [*IN_ITS_PLACE, "a folder"])
+@pytest.mark.parametrize("what", [*IN_A_FILES_PLACE, "a folder"])
 def test_what_is_no_adapter_file_is_refused(tmp_path: Path, what: str, place: str) -> None:
     model = toy()
     save_adapter(adapted(), tmp_path)
     path = tmp_path / JSON_NAME if place == "configuration" else tensors_file(tmp_path)
     path.unlink()
-    IN_ITS_PLACE.get(what, Path.mkdir)(path)
+    IN_A_FILES_PLACE.get(what, Path.mkdir)(path)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"expected .*, got "):
         load_adapter(model, tmp_path)
@@ -134,20 +124,15 @@ SAVES: dict[str, Callable[[nn.Module, Path], object]] = {"adapter": save_adapter
 
 @pytest.mark.parametrize("kind", SAVES)
 def test_a_full_disk_leaves_the_earlier_files_whole_and_no_other(tmp_path: Path, kind: str) -> None:
-    """RLIMIT_FSIZE: the kernel refuses what is longer."""
     model = adapted()
     SAVES[kind](model, tmp_path)
     before = files_in(tmp_path)
     randomize(model, seed=2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
-    try:
+    with full_disk(300):
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
             SAVES[kind](model, tmp_path)
         with pytest.raises(OSError):
             SAVES[kind](model, tmp_path / "new" / "folder")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files_in(tmp_path) == before and Path(caught.value.filename).parent == tmp_path
     assert not caught.value.filename.endswith(".tmp")
 
