@@ -142,27 +142,8 @@ class LoTRPeftModel(BaseTuner):
         if not isinstance(peft_config, LoTRPeftConfig):
             raise TypeError(f"peft_config: expected LoTRPeftConfig, got {type(peft_config).__name__}")
         config = _maybe_include_all_linear_layers(peft_config, model)
-        modules = dict(model.named_modules())
-        inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
-        names = [
-            name for name in modules if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
-        ]
-        for name in names:
-            module, kind = modules[name], type(modules[name]).__name__
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRPeftLinear):
-                raise TypeError(f"target_modules: expected layers without adapters of other methods, got {name!r} ({kind})")
-            if features(module) is None:
-                raise TypeError(
-                    "target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got "
-                    f"{name!r} ({kind})"
-                )
+        names = self._matching(config, dict(model.named_modules()))
         if not names and not config.target_parameters:
-            wanted = config.target_modules
-            if isinstance(wanted, str) and any(name_ends_with(name, wanted) for name in modules):
-                raise ValueError(
-                    f"target_modules: expected names of modules, got {wanted!r}, which matches none; a string is a regular "
-                    f"expression for the full name: for all names that end so give [{wanted!r}]"
-                )
             return  # PEFT says so in detail
         patterns = "|".join(map(re.escape, names)) or None
         lotr = config.to_lotr(patterns, config.target_parameters)
@@ -179,6 +160,30 @@ class LoTRPeftModel(BaseTuner):
             self._owners = {name for t in targets for name in width_names(t.in_features, t.out_features)}
         self._cores = make_cores(config.to_lotr(), list(self._groups), "cpu")
         self._check_adapter_names(config)
+
+    def _matching(self, config: LoTRPeftConfig, modules: dict[str, nn.Module]) -> list[str]:
+        """The names of the modules that config targets, checked."""
+        inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
+        names = [
+            name for name in modules if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
+        ]
+        for name in names:
+            module, kind = modules[name], type(modules[name]).__name__
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRPeftLinear):
+                raise TypeError(f"target_modules: expected layers without adapters of other methods, got {name!r} ({kind})")
+            if features(module) is None:
+                raise TypeError(
+                    "target_modules: expected nn.Linear, Conv1D or a module with in_features and out_features, got "
+                    f"{name!r} ({kind})"
+                )
+        wanted = config.target_modules
+        none = not names and not config.target_parameters
+        if none and isinstance(wanted, str) and any(name_ends_with(name, wanted) for name in modules):
+            raise ValueError(
+                f"target_modules: expected names of modules, got {wanted!r}, which matches none; a string is a regular "
+                f"expression for the full name: for all names that end so give [{wanted!r}]"
+            )
+        return names
 
     def _check_adapter_names(self, config: LoTRPeftConfig) -> None:
         """When PEFT saves an adapter it drops all keys that have another adapter's name among their parts."""

@@ -166,9 +166,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     tied, hidden, doubtful, targets = tied_names(model), [], [], []
     outputs = output_layers(model) if everything else {}
     for module, names in places.values():
-        if id(module) in inside_saved or (config.exclude_modules and any(_matches(n, config.exclude_modules) for n in names)):
-            continue
-        if not (_is_linear(module) if everything else any(_matches(n, config.target_modules or ()) for n in names)):
+        if id(module) in inside_saved or not _is_wanted(module, names, config):
             continue
         sizes = features(module)
         if sizes is None and isinstance(config.target_modules, str):
@@ -179,16 +177,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         if everything and (id(module) in tied or reader is not None or id(module) in outputs):
             hidden += [names[0]] if reader is not None else []
             continue
-        if reader is not None:
-            raise ValueError(
-                f"target_modules: expected layers that are called, got {names[0]!r}, whose weight {reader} reads without "
-                "calling it: an adapter there would be ignored"
-            )
-        if id(module) in tied:
-            raise ValueError(
-                f"target_modules: expected layers with a weight of their own, got {names[0]!r}, tied to "
-                f"{', '.join(tied[id(module)])}"
-            )
+        _check_reachable(names[0], reader, tied.get(id(module), []))
         if readers:
             doubtful.append((names[0], readers[How.ALSO]))
         group = _group(names[0], module, sizes, config)
@@ -197,6 +186,23 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
     targets += parameter_targets(model, config, inside_saved)
     _check_targets(targets, config)
     return Selection(tuple(targets), saved)
+
+
+def _is_wanted(module: nn.Module, names: list[str], config: LoTRConfig) -> bool:
+    """Whether config names a module, or any linear layer, and does not exclude it. names: all its places in the model."""
+    if config.exclude_modules and any(_matches(name, config.exclude_modules) for name in names):
+        return False
+    return _is_linear(module) if wants_everything(config) else any(_matches(n, config.target_modules or ()) for n in names)
+
+
+def _check_reachable(name: str, reader: str | None, tied: list[str]) -> None:
+    if reader is not None:
+        raise ValueError(
+            f"target_modules: expected layers that are called, got {name!r}, whose weight {reader} reads without calling it: "
+            "an adapter there would be ignored"
+        )
+    if tied:
+        raise ValueError(f"target_modules: expected layers with a weight of their own, got {name!r}, tied to {', '.join(tied)}")
 
 
 def _check_sizes(name: str, module: nn.Module, sizes: tuple[int, int] | None) -> None:
