@@ -22,7 +22,8 @@ ARGS ?=
 DOCS_ARGS ?=
 
 # What the extension module is made of: a change in any of these rebuilds it (ninja compiles only what changed).
-NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \
+NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \
+          \( -name '*.h' -o -name '*.def' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \
           CMakeLists.txt setup.py pyproject.toml
 MORE_CXX := csrc/simt csrc/simt/module docs/teaching
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))

@@ -1,7 +1,8 @@
 """Packaging entry: metadata is in pyproject.toml, CMakeLists.txt does the building.
 
-Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else all; or CMake's
-list), MAX_JOBS (parallel compilations), CXX (the compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder).
+Environment variables: LOTR_CUDA (AUTO, ON, OFF), LOTR_ARCHS (AUTO: the cards of this machine, else all; or CMake's list),
+LOTR_CPU_ISAS (all; native: this machine's best instruction set alone; or names), MAX_JOBS (parallel compilations), CXX (the
+compiler), CUDA_HOME (the toolkit), LOTR_BUILD_DIR (CMake's folder).
 """
 
 import importlib.metadata
@@ -119,7 +120,7 @@ class CMakeBuild(build_ext):
         if ninja := find_tool("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         # Every option is given every time: a value of an earlier build would live on in CMake's cache.
-        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO"}
+        options = {"LOTR_CUDA": "AUTO", "LOTR_ARCHS": "AUTO", "LOTR_CPU_ISAS": "all"}
         configure += [f"-D{name}={os.environ.get(name, default)}" for name, default in options.items()]
         configure += [f"-DLOTR_VERSION={self.distribution.get_version()}"]
         jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))

@@ -62,7 +62,7 @@ struct Side {
   const char* at;
   int64_t row, second, step;
 };
-// Rows of a tensor that are multiplied later, asked for a line of each at every step.
+// Rows of a tensor that are multiplied later. Each step prefetches a line of each row.
 struct Below {
   const char* at = nullptr;
   int64_t row = 0, rows = 0;
@@ -78,8 +78,8 @@ LOTR_INLINE void zero_tiles() {
 }
 template <int RA, int RB>
 LOTR_INLINE void multiply_tiles(const Side& a, const Side& b, int64_t steps, const Below& below = {}) {
-  const char *at_a = a.at, *at_b = b.at, *ask = below.at;
-  for (int64_t t = 0; t < steps; ++t, at_a += a.step, at_b += b.step, ask += a.step) {
+  const char *at_a = a.at, *at_b = b.at, *prefetched = below.at;
+  for (int64_t t = 0; t < steps; ++t, at_a += a.step, at_b += b.step, prefetched += a.step) {
     tile_load<4>(at_a, a.row);
     tile_load<6>(at_b, b.row);
     tile_multiply<0, 4, 6>();
@@ -92,7 +92,7 @@ LOTR_INLINE void multiply_tiles(const Side& a, const Side& b, int64_t steps, con
       tile_multiply<2, 5, 6>();
     }
     if constexpr (RA == 2 && RB == 2) tile_multiply<3, 5, 7>();
-    for (int64_t i = 0; i < below.rows; ++i) __builtin_prefetch(ask + i * below.row, 0, 2);
+    for (int64_t i = 0; i < below.rows; ++i) __builtin_prefetch(prefetched + i * below.row, 0, 2);
   }
 }
 // To c, whose rows are ldc apart.
@@ -127,8 +127,8 @@ LOTR_INLINE void tile_columns_of(int64_t vectors, F&& f) {
   if (v < vectors) f(Int<1>{}, v);
 }
 
-// c[rows][ldc] = x[i0 .. i0 + rows, :] b, as shrink_tile (products.h), x in pairs where it lies. below: the
-// rows below are to be asked for. edge: room for two tiles of what a row has beyond whole steps.
+// c[rows][ldc] = x[i0 .. i0 + rows, :] b, as shrink_tile (products.h), x in pairs where it lies. below:
+// whether to prefetch the rows below. edge: room for two tiles of what a row has beyond whole steps.
 template <typename K, typename T>
 inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename K::Unit* b, int64_t ldb,
                             int64_t vectors, int64_t i0, int64_t rows, bool below, typename K::Unit* edge) {
@@ -142,15 +142,15 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename 
     const Side rest{reinterpret_cast<const char*>(edge), units * kUnit, kSide * units * kUnit, 0};
     if (first_left < x.cols)
       tile_along_row<K, T>(edge, units, x, i0 + i, n, first_left, x.cols - first_left, Drop{}, nullptr);
-    const int64_t next = i0 + i + n, asked = below || i + n < rows ? smaller(n, x.rows - next) : 0;
+    const int64_t next = i0 + i + n, prefetched = below || i + n < rows ? smaller(n, x.rows - next) : 0;
     tile_columns_of(vectors, [&](auto rb, int64_t v) {
       constexpr int RB = decltype(rb)::value;
       Side packed{reinterpret_cast<const char*>(b + v * kSide), ldb * kUnit, kSide * kUnit,
                   units * ldb * kUnit};
-      Below ask;
-      if (v == 0) ask = {a.at + n * row, row, asked};
+      Below later;
+      if (v == 0) later = {a.at + n * row, row, prefetched};
       zero_tiles<RA, RB>();
-      multiply_tiles<RA, RB>(a, packed, steps, ask);
+      multiply_tiles<RA, RB>(a, packed, steps, later);
       packed.at += steps * packed.step;
       if (first_left < x.cols) multiply_tiles<RA, RB>(rest, packed, 1);
       store_tiles<RA, RB>(c + i * ldc + v * kSide, ldc);
@@ -211,11 +211,11 @@ inline void turn_units(typename K::Unit* to, typename K::Unit* k, int64_t ldk, i
 }
 
 // S[r][c .. c + 32] (+)= k^T x for a tile of rows of x, as outer_columns (outer_pairs.h). k: turned; made:
-// room for the units of these columns. ask: the columns to the right are to be asked for.
+// room for the units of these columns. prefetch: whether to prefetch the columns to the right.
 template <typename K>
 inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const Mat& x, int64_t i0, int64_t rows,
                            int64_t c, const typename K::Unit* k, int64_t r, typename K::Unit* made,
-                           bool ask) {
+                           bool prefetch) {
   constexpr int64_t kUnit = sizeof(typename K::Unit), kTile = kSide * kSide;
   const int64_t steps = (rows + K::kPair * kSide - 1) / (K::kPair * kSide);
   const auto* columns = static_cast<const uint16_t*>(x.data) + i0 * x.rs + c;
@@ -228,7 +228,8 @@ inline void outer_in_tiles(float* S, int64_t lds, bool fresh, const Mat& x, int6
       auto a = decltype(load(low)){}, b = a;
       if (i < left) a = load(low);
       if (i + 1 < left) b = load(low + x.rs);
-      if (ask) __builtin_prefetch(low + 2 * kSide, 0, 2), __builtin_prefetch(low + x.rs + 2 * kSide, 0, 2);
+      if (prefetch)
+        __builtin_prefetch(low + 2 * kSide, 0, 2), __builtin_prefetch(low + x.rs + 2 * kSide, 0, 2);
       store(to, pairs_of<0>(a, b)), store(to + kTile, pairs_of<1>(a, b));
     }
   };

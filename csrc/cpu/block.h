@@ -44,9 +44,9 @@ struct Loose {
   typedef U type __attribute__((aligned(sizeof(U) / 2), may_alias));
 };
 
-// A piece of a tensor that is multiplied soon, asked for line by line while something else is: its rows are
-// too short and too far apart for the hardware to guess, and a burst of requests would stall the loads it
-// competes with.
+// A piece of a tensor that is multiplied soon. It is prefetched line by line while another piece is
+// multiplied: its rows are too short and too far apart for the hardware's prefetcher, and a burst of
+// prefetches would stall the loads of the multiplication.
 struct Piece {
   const char* row = nullptr;
   int64_t step = 0;             // bytes between rows
@@ -178,13 +178,13 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
                                     const typename K::Unit* f, int64_t n, const T* ahead,
                                     const typename K::Acc* bias) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
-  // Sums may start at a half-precision y, whose own rounding is far above theirs; a wide y is added at the
+  // Sums start at a half-precision y, because its rounding error exceeds theirs; a wide y is added at the
   // end.
   constexpr bool kStartsAtY = sizeof(T) < sizeof(typename K::Acc);
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    // y of a later block: a row of this one is too short for the hardware to see where it is going.
+    // y of a later block: the rows of this one are too short for the hardware's prefetcher.
     if (ahead) {
       for (int v = 0; v < kPanel * int(sizeof(T)); v += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * ldy) + v, 1, 2);

@@ -1,12 +1,12 @@
 // The operators for one element type T: how the work is cut into tasks. Equations are in
-// torch/cpu_operators.cpp.
+// torch/schema.cpp.
 #pragma once
 
 #include "cpu/products.h"
 
 namespace lotr::cpu::LOTR_ISA {
 
-// Multiplications that are worth a thread: fewer cost less than waking one.
+// Multiplications per thread: below this, waking a thread takes longer.
 constexpr int64_t kThreadWork = 3 << 15;
 
 // Tokens up to which an outer product of a rank that fills no vector is made without copies.
@@ -319,7 +319,7 @@ struct Operators {
           const int64_t rows = smaller(tile_m, last - i);
           for (int64_t part = 0; part < rows; part += kTileRows) {
             const int64_t n = smaller(kTileRows, rows - part);
-            // outer_rows asks for the tile below; of pairs in bursts, so that half is asked for here.
+            // outer_rows prefetches the tile below, of pairs in bursts, so half of it is prefetched here.
             shrink_tile<K, T>(memory.get<Acc>(), ld, true, g, Drop{}, b.data, b.ld, vectors, i + part, n,
                               chunk == begin && i == first, pairs<K>, space);
             write_rows<K>(k, i + part, n, memory.get<Acc>(), ld, 1.0, false);

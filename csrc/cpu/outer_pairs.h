@@ -21,7 +21,7 @@ constexpr int kPairRows = 8;  // of S: 16 sums and what they are made from stay 
 // elements to the next pair's. last: the second row of the last pair, zeros where there is none. Or (kAgain)
 // the units that a first block has left in `made`: rows of x that are a power of two apart fall into the same
 // few places of L1 and would not stay there.
-template <typename K, int MR, bool kAgain, bool kAsk>
+template <typename K, int MR, bool kAgain, bool kPrefetch>
 inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint16_t* low,
                         const uint16_t* last, int64_t step, typename K::Unit* made, const typename K::Unit* k,
                         int64_t ldk, int64_t n, Ahead& ahead) {
@@ -29,7 +29,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) acc[j][0] = acc[j][1] = typename K::Vec{};
   Piece piece;
-  if constexpr (kAsk) piece = ahead.take();
+  if constexpr (kPrefetch) piece = ahead.take();
 #pragma GCC unroll 2
   for (int64_t t = 0; t < n; ++t) {
     typename K::Unit* units = made + t * kPairColumns<K>;
@@ -41,7 +41,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
       left = pairs_of<0>(a, b), right = pairs_of<1>(a, b);
       store(units, left), store(units + K::kLanes, right);
     }
-    if constexpr (kAsk) piece.next(), piece.next();
+    if constexpr (kPrefetch) piece.next(), piece.next();
 #pragma GCC unroll 8
     for (int j = 0; j < MR; ++j) {
       const typename K::Unit s = k[t * ldk + j];
@@ -49,7 +49,7 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
       acc[j][1] = K::madd(acc[j][1], right, s);
     }
   }
-  if constexpr (kAsk) ahead.now = piece;
+  if constexpr (kPrefetch) ahead.now = piece;
 #pragma GCC unroll 8
   for (int j = 0; j < MR; ++j) {
     for (int v = 0; v < 2; ++v) {
@@ -60,7 +60,8 @@ inline void outer_block(typename K::Acc* S, int64_t lds, bool fresh, const uint1
 }
 
 // S[r][c .. c + 32] (+)= k^T x for a tile of rows of x. k: the tile's units, [units][ldk]; made: room for the
-// units of these columns. The last block asks for the next tile: those before it have more else to do.
+// units of these columns. The last block prefetches the next tile, because the
+// blocks before it load more themselves.
 template <typename K>
 inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat& x, int64_t i0, int64_t rows,
                           int64_t c, const typename K::Unit* k, int64_t ldk, int64_t r,
@@ -72,9 +73,10 @@ inline void outer_columns(typename K::Acc* S, int64_t lds, bool fresh, const Mat
   row_blocks<kPairRows>(r, [&](auto mr, int64_t j) {
     constexpr int MR = decltype(mr)::value;
     typename K::Acc* at = S + j * lds + c;
-    const bool again = j > 0, asks = j + MR == r;
-    const auto block = again ? (asks ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>)
-                             : (asks ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>);
+    const bool again = j > 0, last_block = j + MR == r;
+    const auto block =
+        again ? (last_block ? &outer_block<K, MR, true, true> : &outer_block<K, MR, true, false>)
+              : (last_block ? &outer_block<K, MR, false, true> : &outer_block<K, MR, false, false>);
     block(at, lds, fresh, low, last, 2 * x.rs, made, k + j, ldk, units, ahead);
   });
 }

@@ -22,15 +22,14 @@ constexpr int64_t kDeepUnits = 2 * kTileUnits;  // of one that is read where it 
 constexpr int64_t kTileStep = 256;              // units of a shrink tile at most
 constexpr int64_t kTileBytes = 16384;  // of the packed factor that a shrink tile multiplies: half of L1
 
-// Rows of a tile of x [m, n] that shrink_grad reads twice, 0 where two passes over x cost less. The tile and
-// the one asked for next have to stay in L2. So have the factor [n, r] and the two sums of its size: they are
-// used again for each tile, and where they alone are too much for L2, what they cost is less with the taller
-// tiles of two passes.
+// Rows of a tile of x [m, n] that shrink_grad reads twice, or 0 where two passes over x cost less. The tile,
+// the next tile, the factor [n, r] and the two sums of its size must stay in L2. Factor and sums are used
+// again for each tile: where they alone exceed L2, the taller tiles of two passes read them less often.
 template <typename K>
 inline int64_t tile_rows(const Mat& x, int64_t r) {
   if (3 * x.cols * r * int64_t(sizeof(typename K::Acc)) > l2_bytes()) return 0;
   const int64_t row = x.cols * (x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2) * K::kPair;
-  // Sums in tiles are added to the others once a tile of rows: the more rows, the seldomer.
+  // Sums in AMX tiles are added to the others once for each tile of rows, so tall tiles cost less.
   if (in_tiles<K> && 2 * row * kDeepUnits <= l2_bytes()) return kDeepUnits * K::kPair;
   return (2 * row * kTileUnits > l2_bytes() ? kTileUnits / 2 : kTileUnits) * K::kPair;
 }
@@ -129,7 +128,7 @@ inline size_t tile_space(int64_t r) {
 }
 
 // Sums of a tile of rows: c[rows][ldc] = drop(x)[i0 .. i0 + rows, :] b, added to c unless fresh, unscaled.
-// cold: no one has asked for these rows yet. below: the rows below are to be asked for.
+// cold: these rows were not prefetched. below: whether to prefetch the rows below.
 template <typename K, typename T>
 inline void shrink_tile(typename K::Acc* c, int64_t ldc, bool fresh, const Mat& x, const Drop& drop,
                         const typename K::Unit* b, int64_t ldb, int64_t vectors, int64_t i0, int64_t rows,
@@ -229,7 +228,7 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
     // Where this tile is in cache, the rows below; else the columns to the right, and the first ones of those
     // rows.
     Ahead ahead{{x, i + tile_m, tile_m, c0, c1 - c0}, {}};
-    const auto ask = [&](int64_t width) {
+    const auto prefetch = [&](int64_t width) {
       if (warm) return;
       const bool right = c + width < c1;
       ahead.now = {x, right ? i : i + tile_m, right ? rows : tile_m, right ? c + width : c0, width};
@@ -237,11 +236,11 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
     if constexpr (pairs<K>) {
       for (; c < smaller(c1, sums.whole); c += kPairColumns<K>) {
         if constexpr (in_tiles<K>) {
-          const bool ask_right = !warm && c + kPairColumns<K> < c1;
+          const bool right = !warm && c + kPairColumns<K> < c1;
           outer_in_tiles<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, turned, k.cols, x_tile,
-                            ask_right);
+                            right);
         } else {
-          ask(kPairColumns<K>);
+          prefetch(kPairColumns<K>);
           outer_columns<K>(sums.S, sums.whole, fresh && i == i0, x, i, rows, c, b, ldb, k.cols, x_tile,
                            ahead);
         }
@@ -249,7 +248,7 @@ inline void outer_rows(const OuterSums<K>& sums, bool fresh, const Mat& x, const
     }
     for (; c < c1; c += kTileColumns) {
       const int64_t cols = smaller(kTileColumns, c1 - c);
-      ask(kTileColumns);
+      prefetch(kTileColumns);
       const char* a = reinterpret_cast<const char*>(x_tile);
       int64_t step = kTileColumns * int64_t(sizeof(Unit));
       if (x_in_place) {

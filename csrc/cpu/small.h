@@ -20,8 +20,8 @@ inline void fold_as(const Mat& F, int64_t F_ls, const Mat& B, const Mat& cores, 
   run_tasks(l, l * B.rows * B.cols * cores.rows, layers);  // inside a task the pool runs nested calls in line
 }
 
-// K is F32 or F64 (no pairs: the core's products are summed from unrounded operands) and Acc its type, so T =
-// Acc: factors of any dtype are widened, never rounded.
+// K is F32 or F64, whose operands are not pairs: the core's products are summed from unrounded operands, so
+// factors of any dtype are widened to Acc.
 template <typename K>
 struct CoreProducts {
   using Acc = typename K::Acc;
@@ -64,6 +64,14 @@ struct CoreProducts {
     });
   }
 };
+
+// For the table of T: Q is float32 or float64, so the tables of other types have none.
+template <typename T>
+constexpr decltype(Table::fold_grad) fold_grad_of = nullptr;
+template <>
+inline constexpr decltype(Table::fold_grad) fold_grad_of<float> = &CoreProducts<F32>::fold_grad;
+template <>
+inline constexpr decltype(Table::fold_grad) fold_grad_of<double> = &CoreProducts<F64>::fold_grad;
 
 // Few tokens: the core is multiplied with the tokens instead of being folded into B, whose N r_in r_out
 // multiplications would outweigh the layer's own. Between products a token's r numbers are kept in Acc, and
