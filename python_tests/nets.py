@@ -128,7 +128,7 @@ def _parts_shrink_backward(k, dx, x, A, *_, **__) -> list[str]:
 class OpCounter(Counter):
     """Counts the products that our operators make, by the name of the operator that makes only that one.
 
-    A whole-layer operator counts as what its arguments ask of it (`csrc/torch/cpu_layer.cpp`): test_layer_operators.py holds
+    A whole-layer operator counts as what its arguments ask of it (`csrc/torch/layer.h`): test_layer_operators.py holds
     each of them to the results of just those products.
     """
 

@@ -155,6 +155,26 @@ def module(mode: str = "plain") -> Path:
     return _build(mode, sources, BUILD / mode / f"{MODULE}{suffix}", ["-shared"], includes, [])
 
 
+def torch_library(mode: str = "plain") -> Path:
+    """The CUDA operators of csrc/torch on CPU tensors: torch.ops.load_library registers them at the key PrivateUse1."""
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    sources = [CSRC / "torch" / "cuda.cpp", CSRC / "torch" / "cuda_rows.cpp", EXECUTOR / "torch" / "cuda_on_host.cpp"]
+    includes = [torch / "include", Path(sysconfig.get_path("include"))]
+    defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DPy_LIMITED_API=0x030A0000"]
+    launchers = [o for o in module(mode).with_suffix(".d").read_text().split()[1:] if not Path(o).name.startswith("module")]
+    output = BUILD / mode / "cuda_on_host.so"
+    with _locked(mode):
+        steps = [_compile(mode, source, False, includes, defines) for source in sources]
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(lambda step: _make(*step), steps))
+        objects = [*(str(step[0]) for step in steps), *launchers]
+        output.with_suffix(".d").write_text("out: " + " ".join(objects))
+        replaced = [f"-Wl,--wrap=aoti_torch_{name}" for name in ("library_init_impl", "empty_strided")]
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+        _make(output, [compiler(), "-shared", *objects, *replaced, *libraries, *_FLAGS[mode][2], "-o", str(output)])
+    return output
+
+
 def changed_module(mode: str, source: Path, folder: Path) -> Path:
     """The module with one of its sources replaced by `source`, a changed copy of the same name, built in `folder`."""
     objects = module(mode).with_suffix(".d").read_text().split()[1:]

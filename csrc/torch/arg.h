@@ -1,5 +1,5 @@
-// One argument of an operator: what the checks and the kernels need to know of a tensor, and what can be
-// asked of it. An error names the operator, the argument, what was expected and what was got.
+// One argument of an operator: what the checks and the kernels read of a tensor, and the checks that every
+// operator makes of it. An error names the operator, the argument, what was expected and what was got.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -74,8 +74,8 @@ inline ScalarType acc_dtype(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The dtype of a tensor. One that the operators have no use for only has to have a name in an error, so it is
-// not an error here, as it is in Tensor::scalar_type.
+// The dtype of a tensor. Unlike Tensor::scalar_type it takes any: a dtype that the operators have no kernel
+// for needs a name in the error.
 inline ScalarType scalar_type_of(AtenTensorHandle t) {
   static const std::pair<int32_t, ScalarType> known[] = {
       {aoti_torch_dtype_float32(), ScalarType::Float}, {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
@@ -88,18 +88,43 @@ inline ScalarType scalar_type_of(AtenTensorHandle t) {
   return ScalarType(code);
 }
 
-// What the checks and the kernels need to know about a tensor, read once (each read is a call into libtorch).
+// A tensor [.., cols] as a matrix [rows, cols].
+struct Flat {
+  int64_t rows = 1, cols = 0, row_stride = 0, col_stride = 1;
+  int64_t split = -1;  // a leading dimension that does not continue the one behind it: no row_stride then
+};
+
+// One argument of an operator, read once: each read is a call into libtorch.
 struct Arg {
   const char* name;
-  AtenTensorHandle handle;
-  ScalarType dtype;  // Undefined: None was given, and nothing below is set
+  bool optional = false;
+  const Tensor* tensor = nullptr;  // null: an optional argument that is not given
+  AtenTensorHandle handle = nullptr;
+  ScalarType dtype = ScalarType::Undefined;  // of None, which has nothing below
   int64_t dim = 0;
   const int64_t* size = nullptr;    // borrowed from the tensor
   const int64_t* stride = nullptr;  // borrowed from the tensor, in elements
   int32_t device_type = 0;
   int32_t device_index = 0;
+  Flat flat;
 
-  Arg(const char* name, const Tensor& t) : name(name), handle(t.get()), dtype(scalar_type_of(t.get())) {
+  Arg(const char* name, const Tensor& t) : name(name) { look_at(t); }
+  Arg(const char* name, const OptionalTensor& t) : name(name), optional(true) {
+    if (t) look_at(*t);
+  }
+  explicit operator bool() const { return tensor; }
+
+  std::string shape() const {
+    std::ostringstream s;
+    s << "[";
+    for (int64_t i = 0; i < dim; ++i) s << (i ? ", " : "") << size[i];
+    s << "]";
+    return s.str();
+  }
+
+ private:
+  void look_at(const Tensor& t) {
+    tensor = &t, handle = t.get(), dtype = scalar_type_of(handle);
     if (dtype == ScalarType::Undefined) return;
     dim = t.dim();
     int64_t* borrowed = nullptr;
@@ -109,23 +134,23 @@ struct Arg {
     stride = borrowed;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index));
+    if (dim) flatten();
   }
-
-  std::string shape() const {
-    std::ostringstream s;
-    s << "[";
-    for (int64_t i = 0; i < dim; ++i) s << (i ? ", " : "") << size[i];
-    s << "]";
-    return s.str();
+  void flatten() {
+    flat.cols = size[dim - 1], flat.col_stride = stride[dim - 1];
+    for (int64_t i = 0; i < dim - 1; ++i) flat.rows *= size[i];
+    int64_t next = -1;  // the stride that a further dimension has to have, once one is there
+    for (int64_t i = dim - 2; i >= 0 && flat.rows; --i) {
+      if (size[i] == 1) continue;
+      if (next < 0)
+        flat.row_stride = stride[i];
+      else if (stride[i] != next && flat.split < 0)
+        flat.split = i;
+      next = stride[i] * size[i];
+    }
+    if (flat.row_stride == 0 && flat.rows <= 1) flat.row_stride = flat.cols;
   }
 };
-
-inline std::optional<Arg> optional_arg(const char* name, const OptionalTensor& t) {
-  return t ? std::optional<Arg>(std::in_place, name, *t) : std::nullopt;
-}
-inline const Arg* pointer(const std::optional<Arg>& a) {
-  return a ? &*a : nullptr;
-}
 
 // The checks of one operator call; `op` is the name used in messages.
 struct Check {
@@ -133,14 +158,13 @@ struct Check {
   bool decomposed = false;  // tensors may have no memory that can be seen, as those of compilers have none
 
   // What every operator expects of its tensors, whatever it computes, and checks before anything else: each
-  // is there, on the device of the first, with memory for all its elements. One that is written has no
-  // element twice, and none that another argument has too: kernels read and write in no particular order.
-  // nullptr: not given.
+  // is there, on the device of the first, with memory for all its elements. A tensor that is written has no
+  // element twice, and shares none with another argument: kernels read and write in no particular order.
   void arguments(std::initializer_list<const Arg*> all,
                  std::initializer_list<const Arg*> written = {}) const {
     const Arg* first = nullptr;
     for (const Arg* a : all) {
-      if (!a) continue;
+      if (!*a) continue;
       if (a->dtype == ScalarType::Undefined) fail(op, ": ", a->name, ": expected a tensor, got None");
       if (!first) first = a;
       if (a->device_type != first->device_type || a->device_index != first->device_index)
@@ -150,9 +174,9 @@ struct Check {
     }
     Bytes bytes[32];
     size_t i = 0;
-    for (const Arg* a : all) bytes[i++] = a ? memory(*a) : Bytes{};
+    for (const Arg* a : all) bytes[i++] = *a ? memory(*a) : Bytes{};
     for (const Arg* w : written) {
-      if (!w) continue;
+      if (!*w) continue;
       writable(*w);
       const Bytes own = bytes[std::find(all.begin(), all.end(), w) - all.begin()];
       i = 0;
@@ -206,15 +230,27 @@ struct Check {
     if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);
   }
   // Dropout probability and its seed.
-  void dropout(double p, const OptionalTensor& seed) const {
+  void dropout(double p, const Arg& seed) const {
     if (!(p >= 0.0 && p < 1.0)) fail(op, ": p: expected a probability in [0, 1), got ", p);
     if (p == 0.0) return;
     if (!seed) fail(op, ": seed: expected an int64 tensor of one element because p = ", p, ", got None");
-    Arg s("seed", *seed);
-    dtype(s, ScalarType::Long);
+    dtype(seed, ScalarType::Long);
     int64_t numel = 1;
-    for (int64_t i = 0; i < s.dim; ++i) numel *= s.size[i];
-    if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", s.shape());
+    for (int64_t i = 0; i < seed.dim; ++i) numel *= seed.size[i];
+    if (numel != 1) fail(op, ": seed: expected a tensor of one element, got shape ", seed.shape());
+  }
+  // The rows of [.., cols] whose leading dimensions lie in memory as one.
+  int64_t rows(const Arg& a, const char* what) const {
+    if (a.dim < 1) fail(op, ": ", a.name, ": expected a tensor ", what, ", got shape ", a.shape());
+    if (const int64_t i = a.flat.split; i >= 0)
+      fail(op, ": ", a.name, ": expected leading dimensions that lie as one (call contiguous()), got stride ",
+           a.stride[i], " in dimension ", i, " of shape ", a.shape());
+    return a.flat.rows;
+  }
+  // [rows, cols] in a dtype.
+  void matrix(const Arg& a, ScalarType type, const char* what, int64_t rows, const char* rows_what,
+              int64_t cols, const char* cols_what) const {
+    dims(a, 2, what), dtype(a, type), size(a, 0, rows, rows_what), size(a, 1, cols, cols_what);
   }
 
  private:
@@ -291,32 +327,5 @@ struct Check {
     return false;
   }
 };
-
-// A tensor [..., cols] seen as a matrix [rows, cols]: what its leading dimensions amount to.
-struct Flat {
-  int64_t rows = 1, cols = 0, row_stride = 0, col_stride = 1;
-};
-
-// Fails where the leading dimensions do not lie in memory as one would.
-inline Flat check_flat(const Check& c, const Arg& a, const char* what) {
-  if (a.dim < 1) fail(c.op, ": ", a.name, ": expected a tensor ", what, ", got shape ", a.shape());
-  Flat f;
-  f.cols = a.size[a.dim - 1], f.col_stride = a.stride[a.dim - 1];
-  for (int64_t i = 0; i < a.dim - 1; ++i) f.rows *= a.size[i];
-  int64_t next = -1;  // the stride that a further dimension has to have, once one is there
-  for (int64_t i = a.dim - 2; i >= 0 && f.rows; --i) {
-    if (a.size[i] == 1) continue;
-    if (next < 0) {
-      f.row_stride = a.stride[i];
-    } else if (a.stride[i] != next) {
-      fail(c.op, ": ", a.name,
-           ": expected leading dimensions that lie as one (call contiguous()), got stride ", a.stride[i],
-           " in dimension ", i, " of shape ", a.shape());
-    }
-    next = a.stride[i] * a.size[i];
-  }
-  if (f.row_stride == 0 && f.rows <= 1) f.row_stride = f.cols;
-  return f;
-}
 
 }  // namespace lotr

@@ -1,12 +1,4 @@
-// A core a row, for mixtures of experts and batches of many tasks: schemas and the CPU front end.
-//
-//   row_core            h_i = scaling u_t(i) G_c(i)
-//   row_core_backward   du_t = scaling sum over the rows of t of g_i G_c(i)^T
-//                       dG_c = scaling sum over the rows of c of u_t(i)^T g_i, float32 (float64 for float64)
-//
-// index [rows]: c(i), or -1 for a row without a core; or offs [c]: where the rows of each core end, the rows
-// behind the last having none. tokens [rows]: t(i), else i. h is zero for a row without a core, which has no
-// gradient.
+// row_core and its backward (schema.cpp) on CPU tensors: rows are grouped by their core, and by their token.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,8 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check_rows.h"
-#include "cpu_args.h"
+#include "products_cpu.h"
 
 namespace lotr {
 namespace {
@@ -84,36 +75,40 @@ class Grouping {
   std::vector<int64_t> row_, key_, first_;
 };
 
-Grouping by_core(const char* op, const RowArgs& by, const RowSizes& s) {
-  return by.index ? Grouping(values(op, *by.index, "cores", -1, s.cores), s.cores)
-                  : Grouping(op, *by.offs, s.rows);
+Grouping by_core(const Check& c, const RowArgs& a, const RowSizes& s) {
+  return a.index ? Grouping(values(c.op, a.index, "cores", -1, s.cores), s.cores)
+                 : Grouping(c.op, a.offs, s.rows);
 }
 
-std::vector<int64_t> tokens_of(const char* op, const RowArgs& by, const RowSizes& s) {
-  return by.tokens ? values(op, *by.tokens, "rows of u", 0, s.m) : std::vector<int64_t>();
+std::vector<int64_t> tokens_of(const Check& c, const RowArgs& a, const RowSizes& s) {
+  return a.tokens ? values(c.op, a.tokens, "rows of u", 0, s.m) : std::vector<int64_t>();
 }
 
-// Zeros in what no group writes.
-void clear(const Tensor& t, const Arg& a, bool needed) {
-  if (!needed) return;
-  int64_t bytes = item_size(a.dtype);
-  for (int64_t i = 0; i < a.dim; ++i) bytes *= a.size[i];
-  if (bytes) std::memset(t.mutable_data_ptr(), 0, size_t(bytes));
+// A new tensor, of zeros where some of it is not written.
+template <size_t dim>
+Tensor made(const std::array<int64_t, dim>& size, ScalarType dtype, bool all_written) {
+  Tensor t = empty_of<dim>(size, dtype);
+  int64_t bytes = item_size(dtype);
+  for (const int64_t n : size) bytes *= n;
+  if (!all_written && bytes) std::memset(t.mutable_data_ptr(), 0, size_t(bytes));
+  return t;
+}
+cpu::Mat written(const Tensor& t) {
+  const Arg a("", t);
+  return layer_mat(a, written_data(a));
 }
 
 Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index, const OptionalTensor& offs,
                 const OptionalTensor& tokens, double scaling) {
-  constexpr const char* op = "lotr::row_core";
-  const Arg au("u", u), acores("cores", cores);
-  const RowArgs by(index, offs, tokens);
-  const RowSizes s = check_row_core(op, nullptr, au, acores, by, scaling);
-  const Grouping groups = by_core(op, by, s);
-  const std::vector<int64_t> token = tokens_of(op, by, s);
-  Tensor h = empty<2>({s.rows, s.r_out}, au.dtype);
-  const Arg ah("h", h);
-  clear(h, ah, groups.rows() < s.rows);
-  cpu::row_core(written(ah), read(au), by.tokens ? token.data() : nullptr, read(acores), acores.stride[0],
-                groups.groups(), scaling);
+  const Check c{"lotr::row_core"};
+  const RowArgs a{{"g", OptionalTensor()}, {"u", u},       {"cores", cores},
+                  {"index", index},        {"offs", offs}, {"tokens", tokens}};
+  const RowSizes s = a.check(c, scaling);
+  const Grouping groups = by_core(c, a, s);
+  const std::vector<int64_t> token = tokens_of(c, a, s);
+  const Tensor h = made<2>({s.rows, s.r_out}, a.u.dtype, groups.rows() == s.rows);
+  cpu::row_core(written(h), mat_of(a.u, read_data(a.u)), a.tokens ? token.data() : nullptr,
+                layer_mat(a.cores, read_data(a.cores)), a.cores.stride[0], groups.groups(), scaling);
   return h;
 }
 
@@ -121,53 +116,42 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
                                              const OptionalTensor& index, const OptionalTensor& offs,
                                              const OptionalTensor& tokens, double scaling, bool need_u,
                                              bool need_cores) {
-  constexpr const char* op = "lotr::row_core_backward";
-  const Arg ag("g", g), au("u", u), acores("cores", cores);
-  const RowArgs by(index, offs, tokens);
-  const RowSizes s = check_row_core(op, &ag, au, acores, by, scaling);
-  const ScalarType acc = acc_dtype(au.dtype);
-  const Grouping groups = by_core(op, by, s);
-  const std::vector<int64_t> token = tokens_of(op, by, s);
-  Tensor du = need_u ? empty<2>({s.m, s.r_in}, au.dtype) : empty<2>({0, 0}, au.dtype);
-  Tensor dcores = need_cores ? empty<3>({s.cores, s.r_in, s.r_out}, acc) : empty<3>({0, 0, 0}, acc);
-  const Arg adu("du", du), adcores("dcores", dcores);
+  const Check c{"lotr::row_core_backward"};
+  const RowArgs a{{"g", g}, {"u", u}, {"cores", cores}, {"index", index}, {"offs", offs}, {"tokens", tokens}};
+  const RowSizes s = a.check(c, scaling);
+  const ScalarType sums = acc_dtype(a.u.dtype);
+  const Grouping groups = by_core(c, a, s);
+  const std::vector<int64_t> token = tokens_of(c, a, s);
+  const cpu::Mat g_mat = mat_of(a.g, read_data(a.g));
+  Tensor du = empty_of<2>({0, 0}, a.u.dtype), dcores = empty_of<3>({0, 0, 0}, sums);
   if (need_u) {
-    cpu::Mat transposed = read(acores);
+    cpu::Mat transposed = layer_mat(a.cores, read_data(a.cores));
     std::swap(transposed.rows, transposed.cols), std::swap(transposed.rs, transposed.cs);
-    const auto product = [&](const Arg& out) {
-      cpu::row_core(written(out), read(ag), nullptr, transposed, acores.stride[0], groups.groups(), scaling);
+    const auto product = [&](const Tensor& out) {
+      cpu::row_core(written(out), g_mat, nullptr, transposed, a.cores.stride[0], groups.groups(), scaling);
     };
-    if (!by.tokens) {
-      clear(du, adu, groups.rows() < s.rows);
-      product(adu);
+    const bool all_rows = groups.rows() == s.rows;
+    if (!a.tokens) {
+      du = made<2>({s.m, s.r_in}, a.u.dtype, all_rows);
+      product(du);
     } else {
       const Grouping by_token(token, s.m);
-      Tensor k = empty<2>({s.rows, s.r_in}, acc);  // not rounded before it is summed
-      const Arg ak("k", k);
-      clear(k, ak, groups.rows() < s.rows), clear(du, adu, !by_token.all_keys());
-      product(ak);
-      cpu::sum_rows(written(adu), read(ak), by_token.groups());
+      const Tensor k = made<2>({s.rows, s.r_in}, sums, all_rows);  // not rounded before it is summed
+      product(k);
+      du = made<2>({s.m, s.r_in}, a.u.dtype, by_token.all_keys());
+      cpu::sum_rows(written(du), written(k), by_token.groups());
     }
   }
   if (need_cores) {
-    clear(dcores, adcores, !groups.all_keys());
-    cpu::row_core_grad(written(adcores), adcores.stride[0], read(ag), read(au),
-                       by.tokens ? token.data() : nullptr, groups.groups(), scaling);
+    dcores = made<3>({s.cores, s.r_in, s.r_out}, sums, groups.all_keys());
+    cpu::row_core_grad(written(dcores), s.r_in * s.r_out, g_mat, mat_of(a.u, read_data(a.u)),
+                       a.tokens ? token.data() : nullptr, groups.groups(), scaling);
   }
   return {du, dcores};
 }
 
 }  // namespace
 }  // namespace lotr
-
-STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
-  m.def(
-      "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, float scaling) -> "
-      "Tensor");
-  m.def(
-      "row_core_backward(Tensor g, Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, "
-      "float scaling, bool need_u, bool need_cores) -> (Tensor du, Tensor dcores)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(lotr, CPU, m)
 {

@@ -1,6 +1,5 @@
-// What a CUDA front end makes of an operator's arguments: the stream, workspaces, new outputs, matrices for
-// the launchers of cuda/launch.h.  cuda_operators.cpp (one kernel a call) and cuda_gemm_lotr.cpp (the adapter
-// in the base product) share it.
+// What a call on CUDA tensors needs besides its operands: the stream, workspaces, new outputs, matrices for
+// the launchers of cuda/launch.h.
 //
 // Compiled by the host compiler and linked into the one extension module, which must import under a torch
 // without CUDA: so nothing of libtorch_cuda is linked, and the current stream is found when it is first asked
@@ -21,6 +20,15 @@
 #include "cuda/probe.h"
 
 namespace lotr {
+
+using ShrinkProblem = ShrinkParams;
+using ExpandProblem = ExpandParams;
+using FactorGradProblem = FactorGradParams;
+using ShrinkGradProblem = ShrinkGradParams;
+using FoldProblem = FoldParams;
+using FoldGradProblem = FoldGradParams;
+using SmallForwardProblem = SmallForwardParams;
+using SmallBackwardProblem = SmallBackwardParams;
 
 constexpr int MAX_DEVICES = 64;
 
@@ -160,6 +168,32 @@ class Context {
     if (bytes == 0) return f(nullptr);
     Tensor memory = empty<1>({int64_t(bytes)}, aoti_torch_dtype_uint8());
     f(memory.mutable_data_ptr());
+  }
+
+  // Runs an operator of cuda/launch.h.
+  void run(const ShrinkProblem& q) const {
+    with_workspace(cuda::shrink_workspace(call_, q), [&](void* w) { cuda::shrink(call_, q, w); });
+  }
+  void run(const ExpandProblem& q) const {
+    with_workspace(cuda::expand_add_workspace(call_, q), [&](void* w) { cuda::expand_add(call_, q, w); });
+  }
+  void run(const FactorGradProblem& q) const {
+    with_workspace(cuda::factor_grad_workspace(call_, q), [&](void* w) { cuda::factor_grad(call_, q, w); });
+  }
+  void run(const ShrinkGradProblem& q) const {
+    with_workspace(cuda::shrink_grad_workspace(call_, q), [&](void* w) { cuda::shrink_grad(call_, q, w); });
+  }
+  void run(const FoldProblem& q) const { cuda::fold(call_, q); }
+  void run(const FoldGradProblem& q) const {
+    with_workspace(cuda::fold_grad_workspace(call_, q), [&](void* w) { cuda::fold_grad(call_, q, w); });
+  }
+  void run(const SmallForwardProblem& q) const {
+    with_workspace(cuda::small_forward_workspace(call_, q),
+                   [&](void* w) { cuda::small_forward(call_, q, w); });
+  }
+  void run(const SmallBackwardProblem& q) const {
+    with_workspace(cuda::small_backward_workspace(call_, q),
+                   [&](void* w) { cuda::small_backward(call_, q, w); });
   }
 
   Matrix read(const Arg& a) const {

@@ -43,10 +43,6 @@ std::string cuda_probe(int64_t device) {
 }  // namespace
 }  // namespace lotr
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lotr, m) {
-  m.def("cuda_probe(int device) -> str");
-}
-
 // No tensor argument, so no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(lotr, CompositeExplicitAutograd, m)
 {

@@ -1,47 +1,33 @@
-// row_core and its backward on CUDA tensors (cpu_rows.cpp has the equations): checks, outputs, and a launch
-// for each of the kernels of cuda/kernels/row_core.cuh.  Indices that are not sorted are sorted by the
-// library, stably.  Nothing synchronises.
+// row_core and its backward (schema.cpp) on CUDA tensors: a launch for each of the kernels of
+// cuda/kernels/row_core.cuh.  Indices that are not sorted are sorted by the library, stably.  Nothing
+// synchronises.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
 #include <tuple>
 
-#include "check_rows.h"
 #include "cuda/rows.h"
 #include "cuda_args.h"
 
 namespace lotr {
 namespace {
 
-const int64_t* indices(const Arg& a) {
-  const void* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(a.handle, &data));
-  return static_cast<const int64_t*>(data);
-}
-
-// Packed, as the kernels read them.
-OptionalTensor packed(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-// The operands of a call, their indices packed.
+// The indices of a call, packed as the kernels read them.
 struct Rows {
   OptionalTensor index, offs, tokens;
-  RowArgs by;
 
-  Rows(const OptionalTensor& index, const OptionalTensor& offs, const OptionalTensor& tokens)
-      : index(packed(index)),
-        offs(packed(offs)),
-        tokens(packed(tokens)),
-        by(this->index, this->offs, this->tokens) {}
+  explicit Rows(const RowArgs& a) : index(packed(a.index)), offs(packed(a.offs)), tokens(packed(a.tokens)) {}
   RowIndex of(const RowSizes& s) const {
     RowIndex x{};
-    if (by.index) x.core = indices(*by.index);
-    if (by.offs) x.ends = reinterpret_cast<const int32_t*>(indices(*by.offs));
-    if (by.tokens) x.token = indices(*by.tokens);
+    if (index) x.core = static_cast<const int64_t*>(index->const_data_ptr());
+    if (offs) x.ends = static_cast<const int32_t*>(offs->const_data_ptr());
+    if (tokens) x.token = static_cast<const int64_t*>(tokens->const_data_ptr());
     x.rows = s.rows, x.tokens = s.m, x.cores = s.cores;
     return x;
+  }
+  static OptionalTensor packed(const Arg& a) {
+    return a ? OptionalTensor(torch::stable::contiguous(*a.tensor)) : std::nullopt;
   }
 };
 
@@ -99,14 +85,15 @@ struct Sorted {
 
 Tensor row_core(const Tensor& u, const Tensor& cores, const OptionalTensor& index, const OptionalTensor& offs,
                 const OptionalTensor& tokens, double scaling) {
-  constexpr const char* op = "lotr::row_core";
-  const Arg au("u", u), acores("cores", cores);
-  const RowSizes s = check_row_core(op, nullptr, au, acores, RowArgs(index, offs, tokens), scaling);
-  const Context c(op, au);
-  check_sizes(c, s, acores);
-  const Rows rows(index, offs, tokens);
+  const Check check{"lotr::row_core"};
+  const RowArgs a{{"g", OptionalTensor()}, {"u", u},       {"cores", cores},
+                  {"index", index},        {"offs", offs}, {"tokens", tokens}};
+  const RowSizes s = a.check(check, scaling);
+  const Context c(check.op, a.u);
+  check_sizes(c, s, a.cores);
+  const Rows rows(a);
   Tensor h = c.empty_rows<2>({s.rows, s.r_out});
-  product(c, Arg("h", h), au, rows.of(s), acores, false, scaling, std::numeric_limits<float>::quiet_NaN());
+  product(c, Arg("h", h), a.u, rows.of(s), a.cores, false, scaling, std::numeric_limits<float>::quiet_NaN());
   return h;
 }
 
@@ -114,12 +101,12 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
                                              const OptionalTensor& index, const OptionalTensor& offs,
                                              const OptionalTensor& tokens, double scaling, bool need_u,
                                              bool need_cores) {
-  constexpr const char* op = "lotr::row_core_backward";
-  const Arg ag("g", g), au("u", u), acores("cores", cores);
-  const RowSizes s = check_row_core(op, &ag, au, acores, RowArgs(index, offs, tokens), scaling);
-  const Context c(op, au);
-  check_sizes(c, s, acores);
-  const Rows rows(index, offs, tokens);
+  const Check check{"lotr::row_core_backward"};
+  const RowArgs a{{"g", g}, {"u", u}, {"cores", cores}, {"index", index}, {"offs", offs}, {"tokens", tokens}};
+  const RowSizes s = a.check(check, scaling);
+  const Context c(check.op, a.u);
+  check_sizes(c, s, a.cores);
+  const Rows rows(a);
   Tensor du = need_u ? c.empty_rows<2>({s.m, s.r_in}) : c.empty<2>({0, 0});
   Tensor dcores = c.empty_float<3>(need_cores ? std::array<int64_t, 3>{s.cores, s.r_in, s.r_out}
                                               : std::array<int64_t, 3>{0, 0, 0});
@@ -128,14 +115,14 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
     RowIndex by_core = rows.of(s);
     by_core.token = nullptr, by_core.tokens = s.rows;  // g has a row for each
     if (!rows.tokens) {
-      product(c, adu, ag, by_core, acores, true, scaling, 0.f);
+      product(c, adu, a.g, by_core, a.cores, true, scaling, 0.f);
     } else {
       const Sorted by_token(c, *rows.tokens, s.m);
       Tensor k = c.empty_float<2>({s.rows, s.r_in});  // not rounded before it is summed
-      product(c, Arg("k", k), ag, by_core, acores, true, scaling, 0.f);
+      product(c, Arg("k", k), a.g, by_core, a.cores, true, scaling, 0.f);
       SumRowsParams q{};
       q.of_token = by_token.segments(), q.k = static_cast<const float*>(k.const_data_ptr());
-      q.du = c.written(adu), q.du_type = dtype_of(op, adu), q.tokens = s.m, q.r = int32_t(s.r_in);
+      q.du = c.written(adu), q.du_type = dtype_of(check.op, adu), q.tokens = s.m, q.r = int32_t(s.r_in);
       cuda::sum_rows(c.call(), q);
     }
   }
@@ -145,7 +132,7 @@ std::tuple<Tensor, Tensor> row_core_backward(const Tensor& g, const Tensor& u, c
     const RowIndex x = rows.of(s);
     RowCoreGradParams q{};
     q.of_core = by_core ? by_core->segments() : Segments{nullptr, x.ends, 1};
-    q.token = x.token, q.u = c.read(au), q.g = c.read(ag), q.type = dtype_of(op, au);
+    q.token = x.token, q.u = c.read(a.u), q.g = c.read(a.g), q.type = dtype_of(check.op, a.u);
     q.dcores = c.written_floats(Arg("dcores", dcores));
     q.tokens = s.m, q.cores = s.cores, q.r_in = int32_t(s.r_in), q.r_out = int32_t(s.r_out);
     q.scale = float(scaling);

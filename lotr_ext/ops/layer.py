@@ -5,51 +5,41 @@
 
 Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g B, k = h G^T, dB += s g^T (u G), dG = u^T h.
 
+The tensors that a backward operator adds to belong to its caller alone: it moves no version counter, and it has no layer in
+Python, which would cost a compiled graph 20 us a call, and over 100 us with cold caches. `.._owned_` is the same on a CPU with
+None for what was not asked for.
+
 Where a dispatch mode is on (selective checkpointing, a counter of operators), it is shown the products that an operator is made
-of: `OpOverload.decompose` runs them, in C++ as all else. Compiled graphs have `layer_forward`, `layer_backward_` and
-`shrink_backward_` whole, so that their shapes are here and their products an overload: C++ reads sizes as numbers, which would
-make a graph for any length one for its first. On a CPU they have the overload `graph` of the last two, which enters no Python.
+of: `OpOverload.decompose` runs them, in C++. Compiled graphs have the operators whole, so their shapes are here and their
+products an overload: C++ reads sizes as numbers, which would make a graph for any length one for its first.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from ..compat import dispatch_modes, private_write, straight
-from .library import accumulate_dtype, bump_versions, refuse_gradients, refuse_negative, shapes, without_shapes
+from .library import accumulate_dtype, refuse_gradients, refuse_negative, shapes, without_shapes
 from .library import lotr as _lotr
 from .operators import rank_rows
 
-_FORWARD, _SMALL_FORWARD = straight(_lotr.layer_forward.default), straight(_lotr.small_layer_forward.default)
-_FORWARD_PRODUCTS, _SMALL_FORWARD_PRODUCTS = _lotr.layer_forward.products.decompose, _lotr.small_layer_forward.default.decompose
+_FORWARD, _FORWARD_PRODUCTS = straight(_lotr.layer_forward.default), _lotr.layer_forward.products.decompose
+_BACKWARD, _BACKWARD_OWNED = straight(_lotr.layer_backward_.default), straight(_lotr.layer_backward_owned_.default)
+_SHRINK, _SHRINK_OWNED = straight(_lotr.shrink_backward_.default), straight(_lotr.shrink_backward_owned_.default)
+_BACKWARD_PRODUCTS, _SHRINK_PRODUCTS = _lotr.layer_backward_.products.decompose, _lotr.shrink_backward_.products.decompose
+_UNFOLDED = 4  # beside the order, check.h
 
 
-class _Writes:
-    """An operator that writes into tensors which its caller alone has: no version counter moves.
-
-    owned: on a CPU; gives None for what was not asked for.
-    """
-
-    def __init__(self, name: str):
-        operator, owned = getattr(_lotr, f"{name}_"), getattr(_lotr, f"{name}_owned_")
-        self.owned, self._default = straight(owned.default), straight(operator.default)
-        self._products = getattr(operator, "products", operator.default).decompose
-        self._graph = straight(getattr(operator, "graph", operator.default))
-
-    def elsewhere(self, arguments: tuple):
-        """On CUDA, where it calls others of its kind, in compiled graphs, and by its products where a dispatch mode is on."""
-        if is_compiling():
-            operator = self._graph if arguments[0].is_cpu else self._default
-        else:
-            operator = self._products if dispatch_modes() else self._default
-        with private_write():
-            return operator(*arguments)
-
-
-_BACKWARD, _SMALL_BACKWARD = _Writes("layer_backward"), _Writes("small_layer_backward")
-_SHRINK_BACKWARD = _Writes("shrink_backward")
+def _elsewhere(operator: Callable, products: Callable, arguments: tuple):
+    """On CUDA and in compiled graphs the operator; where a dispatch mode is on its products, which move no version counter."""
+    if is_compiling() or not dispatch_modes():
+        return operator(*arguments)
+    with private_write():
+        return products(*arguments)
 
 
 def _as_rows(t: Tensor) -> Tensor:
@@ -87,22 +77,20 @@ def layer_forward(
         refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
     if x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
-    shown = dispatch_modes() and not is_compiling()
+    operator = _FORWARD_PRODUCTS if dispatch_modes() and not is_compiling() else _FORWARD
     if unfolded:
-        operator = _SMALL_FORWARD_PRODUCTS if shown else _SMALL_FORWARD
-        y, u = operator(x, weight, bias, A, B, core, scaling, order == 1)
-        return y, u, None
-    operator = _FORWARD_PRODUCTS if shown else _FORWARD
+        return operator(x, weight, bias, A, B, core, scaling, (order == 1) + _UNFOLDED)
     y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
     return y, new_u if u is None else u, new_F if F is None else F
 
 
 @shapes("layer_forward")
-def _(x, weight, bias, A, B, core, scaling, order, u=None, F=None, p=0.0, seed=None):
+def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, seed=None):
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}")
     r_in = core.shape[0]
     new_u = rank_rows(x, x.numel() // x.shape[-1], r_in) if u is None else None
-    return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, rank_rows(x, B.shape[0], r_in) if F is None else None
+    new_F = rank_rows(x, B.shape[0], r_in) if F is None and strategy < _UNFOLDED else None
+    return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, new_F
 
 
 def layer_backward(
@@ -135,24 +123,19 @@ def layer_backward(
     With Q, dB and dG are left to whoever folds it. New dA, dB and dG are in the factors' dtype if they have one in common, else
     in float32 (float64).
     """
+    if is_grad_enabled():
+        refuse_gradients("layer_backward", g, weight, x, u, A, F, B, core, k, dx, Q, dA, dB)
     if g.dim() > 2 and not g.is_contiguous():
         g = _as_rows(g)
     if x is not None and x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
-    owned, new_k, fold = g.is_cpu and not dispatch_modes(), None, True
-    if unfolded:
-        arguments = g, weight, x, u, A, B, core, scaling, order == 1, dA, dB, need_B, need_core
-        if owned:
-            dx, dA, dB, dcore = _SMALL_BACKWARD.owned(*arguments)
-            return dx, None, dA, dB, dcore
-        new_dx, new_dA, new_dB, dcore = _SMALL_BACKWARD.elsewhere(arguments)
-    else:
-        arguments = g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p, seed
-        if owned:
-            dx, k, dA, dB, dcore = _BACKWARD.owned(*arguments)
-            return dx, k if A is None else None, dA, dB, dcore
-        new_dx, new_k, new_dA, new_dB, dcore = _BACKWARD.elsewhere(arguments)
-        fold = u is not None and Q is None
+    strategy = (order == 1) + _UNFOLDED if unfolded else order
+    arguments = g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core, p, seed
+    if g.is_cpu and not dispatch_modes():
+        dx, k, dA, dB, dcore = _BACKWARD_OWNED(*arguments)
+        return dx, k if A is None else None, dA, dB, dcore
+    new_dx, new_k, new_dA, new_dB, dcore = _elsewhere(_BACKWARD, _BACKWARD_PRODUCTS, arguments)
+    fold = u is not None and Q is None
     return (
         None if weight is None or dx is not None else new_dx,
         new_k if A is None and F is not None else None,
@@ -163,7 +146,6 @@ def layer_backward(
 
 
 @shapes("layer_backward_")
-@shapes("layer_backward_.graph")
 def _(g, weight, x, u, A, F, B, core, scaling, order, k, dx, Q, dA, dB, need_B, need_core, p=0.0, seed=None):
     own = B.dtype == core.dtype and (A is None or A.dtype == B.dtype)
     narrow = B.dtype if own else accumulate_dtype(B.dtype)
@@ -196,31 +178,29 @@ def shrink_backward(
 
     dx and dA are added to in place where given, by their only owner. shape: x's.
     """
+    if is_grad_enabled():
+        refuse_gradients("shrink_backward", k, dx, x, A, dA)
     if A is not None and dx is None:
         dx = k.new_zeros(shape)
     if x is not None and x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
     arguments = k, dx if A is not None else None, x, A, dA, p, seed
     if k.is_cpu and not dispatch_modes():
-        return dx, _SHRINK_BACKWARD.owned(*arguments)
-    new_dA = _SHRINK_BACKWARD.elsewhere(arguments)
+        return dx, _SHRINK_OWNED(*arguments)
+    new_dA = _elsewhere(_SHRINK, _SHRINK_PRODUCTS, arguments)
     return dx, new_dA if x is not None and dA is None else None
 
 
 @shapes("shrink_backward_")
-@shapes("shrink_backward_.graph")
 def _(k, dx, x, A, dA, p=0.0, seed=None):
     made = (x.shape[-1], k.shape[1]) if x is not None and dA is None else (0,)
     return k.new_empty(made, dtype=accumulate_dtype(k.dtype))
 
 
-for _name in ("layer_backward_", "small_layer_backward_", "shrink_backward_"):
-    bump_versions(_name)
-for _name in ("layer_backward_owned_", "small_layer_backward_owned_", "shrink_backward_owned_"):
-    refuse_negative(_name), without_shapes(_name)
-for _name in ("layer_backward_.graph", "shrink_backward_.graph"):
-    refuse_negative(_name)
-for _name in ("gemm_lotr", "fold_transposed", "gemm_lotr_refusal"):  # which builds with CUDA have
+for _name in ("layer_backward_", "shrink_backward_"):
+    refuse_negative(_name), refuse_negative(f"{_name}.products")
+    refuse_negative(f"{_name[:-1]}_owned_"), without_shapes(f"{_name[:-1]}_owned_")
+for _name in ("gemm_lotr", "gemm_lotr_refusal"):  # which builds with CUDA have
     if hasattr(_lotr, _name):
         without_shapes(_name)
 if hasattr(_lotr, "gemm_lotr"):

@@ -136,9 +136,12 @@ def _written(op: torch._ops.OpOverload) -> list[tuple[int, str]]:
 def refuse_negative(name: str) -> None:
     """Of an operator that writes: an argument that is negative only by a mark (`torch._neg_view`) is an error where it is
     written, by name; others get their values. The dispatcher's own way serves operators alone that return what they write.
+
+    `.products` overloads have their kernel at autograd's keys, which come before the one of negative views.
     """
     op = _operator(name)
     written = _written(op)
+    keys, run = (("AutogradCPU", "AutogradCUDA"), op.decompose) if name.endswith(".products") else (("Negative",), op)
 
     def negative(*args, **kwargs):
         for i, label in written:
@@ -147,6 +150,7 @@ def refuse_negative(name: str) -> None:
                     f"{op._schema.name}: {label}: expected a tensor with its own values (it is written in place), got a view "
                     "that negates another's; call resolve_neg()"
                 )
-        return op(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args), **kwargs)
+        return run(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in args), **kwargs)
 
-    _registrations.impl(name, negative, "Negative")
+    for key in keys:
+        _registrations.impl(name, negative, key)

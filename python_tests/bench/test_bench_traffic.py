@@ -86,7 +86,7 @@ def test_our_layer_is_its_kernels_and_the_base_products():
     assert layer_traffic.base_step(M, K, N, accumulate=True).work.bytes == 2 * (M * K + N * K + 2 * M * N)
     assert layer_traffic.total_bytes(worst, "backward") - layer_traffic.total_bytes(like, "backward") == 3 * 1000
     order = [step.name for step in layer_traffic.our_steps("lotr_ext beta", SHAPE, found, 132)["backward"]]
-    assert order == ["shrink_grad", "fold_grad", "factor_grad", "expand", "base product"]  # as csrc/torch/layer_products.cpp
+    assert order == ["shrink_grad", "fold_grad", "factor_grad", "expand", "base product"]  # as csrc/torch/layer.h
     with pytest.raises(ValueError, match="strategy: expected one of"):
         layer_traffic.our_steps("magic", SHAPE, found, 132)
 
@@ -281,7 +281,7 @@ def test_siblings_share_u_and_the_pass_over_x():
         ["shrink_grad", "fold_grad", "base product"],
         ["shrink_grad", "fold_grad", "sum of k", "factor_grad", "expand_add"],
     )
-    assert names(pair, "backward") == [*first, *last, "base product"]  # as csrc/torch/layer_products.cpp
+    assert names(pair, "backward") == [*first, *last, "base product"]  # as csrc/torch/layer.h
     accumulated = [step == layer_traffic.base_step(64, 48, 32, accumulate=True) for step in pair["backward"]]
     assert accumulated == [False] * 8 + [True]
 

@@ -1,4 +1,4 @@
-"""The operators that run one direction of a whole layer on a CPU (csrc/torch/cpu_layer.cpp), against `reference` in float64,
+"""The operators that run one direction of a whole layer on a CPU (csrc/torch/layer.h), against `reference` in float64,
 and against the single operators that they are made of."""
 
 from __future__ import annotations
@@ -128,28 +128,28 @@ def test_small(shape, beta, dtype):
         assert all(torch.equal(t, whole) for t, whole in zip(part, got) if t is not None)
 
 
-def test_operators_of_a_callers_own_tensors_give_what_the_others_give():
-    """And move no version counter; what was not asked for is None, and no element elsewhere."""
+def test_backward_operators_move_no_version_counter_and_have_one_result():
+    """What was not asked for is None by `.._owned_`, and has no element by the other."""
     layer, wide = Layer(SHAPES[0], torch.float32), {"dtype": torch.float32}
     (_, u, F), k = layer.forward(True), torch.randn(7, 4)
     for sums in (False, True):
         dA, dB, dx = (torch.ones(t.shape, **wide) if sums else None for t in (layer.A, layer.B, layer.x))
+        g, weight, x, factors = layer.g, layer.weight, layer.x, (layer.B, layer.core, S)
         calls = {
-            "layer_backward": (u, layer.A, F, layer.B, layer.core, S, 1, k, dx, None, dA, dB, True, True),
-            "small_layer_backward": (u, layer.A, layer.B, layer.core, S, True, dA, dB, True, True),
-            "shrink_backward": (dx, layer.x, None if dx is None else layer.A, dA),
+            "layer_backward": (g, weight, x, u, layer.A, F, *factors, 1, k, dx, None, dA, dB, True, True),
+            "layer_backward unfolded": (g, weight, x, u, layer.A, None, *factors, 5, None, None, None, dA, dB, True, True),
+            "shrink_backward": (k, dx, x, None if dx is None else layer.A, dA),
         }
-        for name, rest in calls.items():
-            first = (k,) if name == "shrink_backward" else (layer.g, layer.weight, layer.x)
+        for name, given in calls.items():
             found, written = [], []
             for kind in ("", "owned_"):
-                own = [t.clone() if sums and any(t is s for s in (dA, dB, dx)) else t for t in (*first, *rest)]
-                given = [t for t, before in zip(own, (*first, *rest)) if t is not before]
-                result = getattr(torch.ops.lotr, f"{name}_{kind}").default(*own)
+                own = [t.clone() if sums and any(t is s for s in (dA, dB, dx)) else t for t in given]
+                added = [t for t, before in zip(own, given) if t is not before]
+                result = getattr(torch.ops.lotr, f"{name.split()[0]}_{kind}").default(*own)
                 found.append(result if isinstance(result, tuple) else (result,))
-                assert [t._version for t in given] == [0 if kind else 1] * len(given)
-                written.append(given)
-            assert all(torch.equal(a, b) for a, b in zip(*written))
+                assert [t._version for t in added] == [0] * len(added)
+                written.append(added)
+            assert all(torch.equal(a, b) for a, b in zip(*written)) and (bool(written[0]) == sums)
             for usual, own in zip(*found):
                 assert (own is None and not usual.numel()) or torch.equal(usual, own)
 
@@ -310,7 +310,7 @@ def test_a_dispatch_mode_sees_the_parts(strategy, dtype):
     with Seen() as seen:
         parts = small_layer_forward(layer.x, layer.weight, layer.bias, layer.A, *factors)
         others = small_layer_backward_(layer.g, layer.weight, layer.x, u, layer.A, *factors, None, None, True, True)
-    assert {"mm", "small_forward", "small_backward_"} <= set(seen.names) and "small_layer_forward" not in seen.names
+    assert {"shrink", "mm", "small_backward_"} <= set(seen.names) and "layer_forward" not in seen.names
     for got, want in zip((*parts, *others), (y, u, *gradients)):
         assert relative(got, want.double()) < CLOSE[dtype]
 
@@ -321,7 +321,7 @@ def test_bad_input_is_named_before_anything_runs():
     forward = [layer.x, layer.weight, layer.bias, layer.A, layer.B, layer.core, S, True, None, None]
     backward = [layer.g, layer.weight, layer.x, u, layer.A, F, layer.B, layer.core, S, True, None, None, None]
     backward += [torch.zeros(8, 3), torch.zeros(5, 2), True, True]
-    small = [layer.g, layer.weight, layer.x, u, layer.A, layer.B, layer.core, S, True, None, None, True, True]
+    small = [layer.g, layer.weight, layer.x, u, layer.A, None, layer.B, layer.core, S, 5, *[None] * 5, True, True]
     lotr = torch.ops.lotr
     cases = [
         (lotr.layer_forward, forward, 0, torch.randn(()), "x: expected a tensor [.., K]"),
@@ -355,9 +355,13 @@ def test_bad_input_is_named_before_anything_runs():
         ),
         (lotr.layer_backward_, backward, 13, torch.zeros(8, 3).double(), "dA: expected dtype torch.float32"),
         (lotr.layer_backward_, backward, 14, torch.zeros(5, 3), "dB: expected size 2"),
-        (lotr.small_layer_backward_, small, 3, None, "u: expected a tensor because need_B or need_core"),
-        (lotr.small_layer_backward_, small, 2, torch.randn(6, 9), "x: expected size 8"),
-        (lotr.small_layer_backward_, small, 9, torch.zeros(8, 4), "dA: expected size 3"),
+        (lotr.layer_backward_, small, 3, None, "u: expected a tensor because need_B or need_core"),
+        (lotr.layer_backward_, small, 2, torch.randn(6, 9), "x: expected size 8"),
+        (lotr.layer_backward_, small, 4, None, "A: expected a tensor, got None"),
+        (lotr.layer_backward_, small, 5, F, "F: expected None unfolded"),
+        (lotr.layer_backward_, small, 11, torch.zeros(6, 8), "dx: expected None unfolded"),
+        (lotr.layer_backward_, small, 13, torch.zeros(8, 4), "dA: expected size 3"),
+        (lotr.layer_backward_, small, 9, 2, "strategy: expected 0 (two_pass) or 1 (beta)"),
     ]
     for function, good, index, bad, message in cases:
         arguments = [*good[:index], bad, *good[index + 1 :]]

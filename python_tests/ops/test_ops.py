@@ -41,7 +41,6 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
         ],
         "small_forward_": [(w(m, n), w(m, k), w(k, r_in), w(r_in, r_out), w(n, r_out), 0.7)],
         "expand": [(w(m, n), w(m, r_in), w(n, r_in)), (w(3, 3, n).transpose(0, 1), w(m, r_in), w(n, r_in))],
-        "small_forward": [(w(m, n), w(m, k), w(k, r_in), w(r_in, r_out), w(n, r_out), 0.7)],
         "shrink_backward_": [
             (w(m, r_in), w(3, 3, k), w(3, 3, k), w(k, r_in), a(k, r_in), 0.5, seed),
             (w(m, r_in), None, w(m, k), None, None),
@@ -68,6 +67,8 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
             (w(3, 3, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True, None, None, 0.5, seed),
             (w(m, k), w(n, k), None, None, w(n, r_out), w(r_in, r_out), 0.7, False, w(m, r_in), w(n, r_in)),
             (w(0, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
+            (w(m, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, UNFOLDED + 1),
+            (w(3, 3, k), w(n, k), None, w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, UNFOLDED),
         ],
         "layer_backward_": [
             (
@@ -78,31 +79,23 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
                 *(w(3, 3, n), w(n, k), None, w(m, r_in), None, w(n, r_in), w(n, r_out), w(r_in, r_out), 0.7, False),
                 *(None, w(3, 3, k), a(n, r_in), None, None, False, False),
             ),
-        ],
-        "small_layer_forward": [
-            (w(m, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
-            (w(3, 3, k), w(n, k), None, w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, False),
-        ],
-        "small_layer_backward_": [
             (
-                *(w(m, n), w(n, k), w(m, k), w(m, r_in), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
-                *(a(k, r_in), a(n, r_out), True, True),
+                *(w(m, n), w(n, k), w(m, k), w(m, r_in), w(k, r_in), None, w(n, r_out), w(r_in, r_out), 0.7, UNFOLDED + 1),
+                *(None, None, None, a(k, r_in), a(n, r_out), True, True),
             ),
             (
-                *(w(m, n), None, w(m, k), w(m, r_in), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, False),
-                *(a(k, r_in), a(n, r_out), True, False),
+                *(w(m, n), None, w(m, k), w(m, r_in), w(k, r_in), None, w(n, r_out), w(r_in, r_out), 0.7, UNFOLDED),
+                *(None, None, None, a(k, r_in), a(n, r_out), True, False),
             ),
         ],
     }[name]
 
 
+UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 FUNCTIONAL = ("shrink", "shrink_grad", "fold")
-WRITING = (
-    *("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_"),
-    *("layer_backward_", "small_layer_backward_", "shrink_backward_"),
-)
-WITHOUT_FORMULA = ("layer_forward", "small_layer_forward")
-ALL = FUNCTIONAL + WRITING + WITHOUT_FORMULA + ("expand", "small_forward")
+WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
+DIRECTIONS = ("layer_forward", "layer_backward_", "shrink_backward_")  # of a layer
+ALL = (*FUNCTIONAL, *WRITING, *DIRECTIONS, "expand")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -134,7 +127,7 @@ def _tensors(value) -> list[torch.Tensor]:
     return [t for t in values if t is not None]
 
 
-@pytest.mark.parametrize("name", WRITING + WITHOUT_FORMULA)
+@pytest.mark.parametrize("name", WRITING)
 def test_writing_operators_bump_versions_and_refuse_gradients(name):
     for arguments in samples(name, torch.float32, False):
         schema = getattr(lotr, name).default._schema.arguments
@@ -142,16 +135,31 @@ def test_writing_operators_bump_versions_and_refuse_gradients(name):
         before = [t._version for t in written]
         getattr(lotr, name).default(*arguments)
         assert [t._version for t in written] == [v + 1 for v in before]
-        watched = list(arguments)
-        index = next(i for i, a in enumerate(watched) if isinstance(a, torch.Tensor))
-        watched[index] = watched[index].clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="requires grad"):
+            getattr(lotr, name).default(*_one_with_gradient(arguments))
+
+
+def _one_with_gradient(arguments: tuple) -> list:
+    watched = list(arguments)
+    index = next(i for i, a in enumerate(watched) if isinstance(a, torch.Tensor))
+    watched[index] = watched[index].clone().requires_grad_()
+    return watched
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_directions_of_a_layer_refuse_gradients(name):
+    """As the functions that nodes call: nodes have the gradients."""
+    for arguments in samples(name, torch.float32, False):
+        watched = _one_with_gradient(arguments)
         with pytest.raises(RuntimeError, match="requires grad"):
             if name == "layer_forward":
                 ops.layer_forward(*watched[:8], **dict(zip(("u", "F", "p", "seed"), watched[8:])))
-            elif name == "small_layer_forward":
-                ops.layer_forward(*watched, True)
+            elif name == "layer_backward_":
+                dA, dB, need_B, need_core = watched[13:17]
+                sums = dict(zip(("k", "dx", "Q"), watched[10:13]))
+                ops.layer_backward(*watched[:10], False, dA, dB, need_B, need_core, **sums)
             else:
-                getattr(lotr, name).default(*watched)
+                ops.shrink_backward(*watched[:5], (3, 3, 5))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])

@@ -1,0 +1,177 @@
+// The single products as operators, written once over the products of layer.h. Equations: schema.cpp.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "layer.h"
+
+namespace lotr {
+
+inline Arg none(const char* name) {
+  return Arg(name, OptionalTensor());
+}
+
+template <class Products>
+Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& seed) {
+  const Check c{"lotr::shrink"};
+  const Arg ax("x", x), aA("A", A), aseed("seed", seed);
+  const Products products(c, ax, check_shrink(c, ax, aA, p, aseed), p, aseed);
+  OptionalTensor u;
+  products.shrink(u, products.read(ax), aA, true);
+  return *u;
+}
+
+template <class Products>
+void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p, const OptionalTensor& seed) {
+  const Check c{"lotr::expand_add_"};
+  const Arg ay("y", y), au("u", u), aF("F", F), aseed("seed", seed);
+  const Products products(c, ay, check_expand(c, ay, au, aF, true, p, aseed), p, aseed);
+  auto out = products.gradient(ay, ay, 0);
+  products.expand(out, products.read(au), products.read(aF), false, true);
+}
+
+// expand_add_ onto a copy of y, since y's maker may need y, and users may write into what an operator
+// returns.
+template <class Products>
+Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
+  const Check c{"lotr::expand"};
+  const Arg au("u", u), aF("F", F), seed = none("seed");
+  const Sizes s = check_expand(c, Arg("y", y), au, aF, false, 0.0, seed);
+  Tensor copy = torch::stable::empty_like(torch::stable::contiguous(y));
+  torch::stable::copy_(copy, y);
+  const Arg ay("y", copy);
+  const Products products(c, ay, s, 0.0, seed);
+  auto out = products.gradient(ay, ay, 0);
+  products.expand(out, products.read(au), products.read(aF), false, false);
+  return copy;
+}
+
+template <class Products>
+void factor_grad_(const Tensor& acc, const Tensor& x, const Tensor& k, double p, const OptionalTensor& seed) {
+  const Check c{"lotr::factor_grad_"};
+  const Arg aacc("acc", acc), ax("x", x), ak("k", k), aseed("seed", seed);
+  const Products products(c, ax, check_factor_grad(c, aacc, ax, ak, p, aseed), p, aseed);
+  OptionalTensor no_new;
+  products.factor_grad(no_new, aacc, 0, 0, aacc.dtype, ax, products.read(ak));
+}
+
+template <class Products>
+std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const Tensor& u) {
+  const Check c{"lotr::shrink_grad"};
+  const Arg ag("g", g), aF("F", F), au("u", u), seed = none("seed");
+  const Sizes s = check_shrink_grad(c, none("Q"), ag, aF, au);
+  const Products products(c, ag, s, 0.0, seed);
+  OptionalTensor k, Q;
+  const typename Products::Sum Q_sum(products, Q, s.n, s.r);
+  products.shrink_grad(k, Q_sum, products.read(ag), aF, au);
+  return {*k, *Q};
+}
+
+template <class Products>
+Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Tensor& u) {
+  const Check c{"lotr::shrink_grad_"};
+  const Arg aQ("Q", Q), ag("g", g), aF("F", F), au("u", u), seed = none("seed");
+  const Sizes s = check_shrink_grad(c, aQ, ag, aF, au);
+  const Products products(c, ag, s, 0.0, seed);
+  OptionalTensor k;
+  products.shrink_grad(k, typename Products::Sum(products, aQ, false, s.n, s.r), products.read(ag), aF, au);
+  return *k;
+}
+
+template <class Products>
+Tensor fold(const Tensor& B, const Tensor& cores, double scaling, ScalarType dtype) {
+  const Check c{"lotr::fold"};
+  const Arg aB("B", B), acores("cores", cores), seed = none("seed");
+  const Products products(c, aB, check_fold(c, aB, acores, scaling, dtype), 0.0, seed);
+  OptionalTensor F;
+  products.fold(F, aB, acores, scaling, dtype);
+  return *F;
+}
+
+template <class Products>
+Tensor fold_grad(const Tensor& Q, const Tensor& B, const Tensor& cores, double scaling,
+                 const OptionalTensor& dB) {
+  const Check c{"lotr::fold_grad"};
+  const Arg aQ("Q", Q), aB("B", B), acores("cores", cores), adB("dB", dB), seed = none("seed");
+  const Products products(c, aQ, check_fold_grad(c, aQ, aB, acores, scaling, adB), 0.0, seed);
+  Made made;
+  products.fold_grad(made, products.first(aQ), aQ.stride[0], aB, acores, scaling, adB, false, true, aQ.dtype);
+  return *made.dcore;
+}
+
+template <class Products>
+Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& core, const Tensor& B,
+                      double scaling) {
+  const Check c{"lotr::small_forward_"};
+  const Arg ay("y", y);
+  const ForwardArgs a{{"x", x},
+                      {"weight", OptionalTensor()},
+                      {"bias", OptionalTensor()},
+                      {"A", A},
+                      {"B", B},
+                      {"core", core},
+                      none("u"),
+                      none("F"),
+                      none("seed")};
+  const Sizes s = check_small_forward(c, ay, a.x, a.A, a.core, a.B, scaling);
+  const Products products(c, a.x, s, 0.0, a.seed);
+  auto out = products.gradient(ay, ay, 0);
+  OptionalTensor u;
+  products.small_forward(u, out, a, s, scaling, false);
+  return *u;
+}
+
+// dx, dA and dB are added to where they are given.
+template <class Products>
+Tensor small_backward_(const OptionalTensor& dx, const Tensor& g, const OptionalTensor& x, const Tensor& u,
+                       const Tensor& A, const Tensor& core, const Tensor& B, double scaling,
+                       const OptionalTensor& dA, const OptionalTensor& dB, bool need_core) {
+  const Check c{"lotr::small_backward_"};
+  BackwardArgs a{{"g", g},       none("weight"), {"x", x},   {"u", u},  {"A", A},   none("F"),  {"B", B},
+                 {"core", core}, none("k"),      {"dx", dx}, none("Q"), {"dA", dA}, {"dB", dB}, none("seed")};
+  const Sizes s = check_small_backward(c, a.dx, a.g, a.x, a.u, a.A, a.core, a.B, scaling, a.dA, a.dB);
+  if (!a.dA) a.x = none("x");
+  const Products products(c, a.g, s, 0.0, a.seed);
+  const ScalarType sums = acc_dtype(a.g.dtype);
+  Made made;
+  if (a.dx) {
+    auto out = products.gradient(a.dx, a.g, s.k);
+    products.small_backward(made, &out, a, s, scaling, false, bool(a.dB), need_core, sums);
+  } else {
+    products.small_backward(made, nullptr, a, s, scaling, false, bool(a.dB), need_core, sums);
+  }
+  return need_core ? *made.dcore : Products::nothing(g, sums);
+}
+
+// The results of layer_backward and shrink_backward for torch.compile, which takes no operator that writes
+// and returns "Tensor?": what was not asked for has no element.
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dx, k, dA, dB, dcore
+
+template <class Products>
+Backward layer_backward_(const Tensor& g, const OptionalTensor& weight, const OptionalTensor& x,
+                         const OptionalTensor& u, const OptionalTensor& A, const OptionalTensor& F,
+                         const Tensor& B, const Tensor& core, double scaling, int64_t strategy,
+                         const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
+                         const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
+                         double p, const OptionalTensor& seed) {
+  const auto [new_dx, new_k, new_dA, new_dB, new_core] = layer_backward<Products>(
+      g, weight, x, u, A, F, B, core, scaling, strategy, k, dx, Q, dA, dB, need_B, need_core, p, seed);
+  const ScalarType type = g.scalar_type(), narrow = gradient_dtype({"A", A}, {"B", B}, {"core", core});
+  const auto or_nothing = [&](const OptionalTensor& t, ScalarType dtype) {
+    return t ? *t : Products::nothing(g, dtype);
+  };
+  return {or_nothing(new_dx, type), or_nothing(new_k, type), or_nothing(new_dA, narrow),
+          or_nothing(new_dB, narrow), or_nothing(new_core, narrow)};
+}
+
+template <class Products>
+Tensor shrink_backward_(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
+                        const OptionalTensor& A, const OptionalTensor& dA, double p,
+                        const OptionalTensor& seed) {
+  const OptionalTensor made = shrink_backward<Products>(k, dx, x, A, dA, p, seed);
+  return made ? *made : Products::nothing(k, acc_dtype(k.scalar_type()));
+}
+
+}  // namespace lotr

@@ -1,0 +1,173 @@
+// The products of a layer as operators of their own (layer.h), for a dispatch mode such as selective
+// checkpointing, which keeps what it likes of their results: so forward writes nothing that an operator
+// returned.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <vector>
+
+#include "layer.h"
+
+namespace lotr {
+
+// Calls an operator; returns its results as they lie on the stack.
+template <size_t results, typename... Args>
+std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> dispatch(
+    const char* op, const Args&... args) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> stack{from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+template <typename... Args>
+Tensor one(const char* op, const Args&... args) {
+  return torch::stable::detail::to<Tensor>(dispatch<1>(op, args...)[0]);
+}
+
+class TracedProducts {
+ public:
+  using Value = Tensor;
+  static constexpr bool decomposed = true, fuses = false, folded_first = false, unfolded_first = false;
+
+  struct Output {
+    Tensor value;  // y in the shape that is returned; dx [m, k]
+    const Arg& like;
+    OptionalTensor bias;
+  };
+  // Q: a given sum, which is added to, or a new one.
+  struct Sum {
+    OptionalTensor value;
+    bool given, own;
+    int64_t rows, cols;
+
+    Sum(const TracedProducts&, const Arg& given, bool own, int64_t rows, int64_t cols)
+        : value(tensor(given)), given(bool(given)), own(own), rows(rows), cols(cols) {}
+    explicit operator bool() const { return given || own; }
+  };
+
+  TracedProducts(const Check&, const Arg& like, const Sizes&, double p, const Arg& seed)
+      : like_(*like.tensor), dtype_(like.dtype), p_(p), seed_(tensor(seed)) {}
+  static int64_t order_of(const Check&, int64_t strategy) { return strategy & ~UNFOLDED; }
+
+  Value read(const Arg& a) const {
+    return a.dim == 2 ? *a.tensor : torch::stable::reshape(*a.tensor, {-1, a.flat.cols});
+  }
+  Output output(const Arg& x, int64_t, const Arg& bias) const { return {like_, x, tensor(bias)}; }
+  Output gradient(const Arg& given, const Arg& g, int64_t) const {
+    return {given ? read(given) : like_, g, std::nullopt};
+  }
+  Tensor result(Output& out) const { return shaped(out.value, out.like); }
+  static Tensor nothing(const Tensor& like, ScalarType dtype) {
+    return torch::stable::new_zeros(like, {0}, dtype);
+  }
+
+  void base(Output& y, const Arg& x, const Arg& weight) const {
+    y.value = shaped(one("aten::linear", read(x), *weight.tensor, y.bias), x);
+  }
+  void base_onto(Output&, const Arg&, const Arg&) const {}  // no part of an adapter is first
+  void base_gradient(Output& dx, const Arg& g, const Arg& weight, bool fresh) const {
+    const Tensor own = one("aten::mm", read(g), *weight.tensor);
+    dx.value = fresh ? own : torch::stable::copy_(dx.value, sum(dx.value, own));
+  }
+
+  Value shrink(OptionalTensor& made, const Value& x, const Arg& A, bool dropped) const {
+    made = one("lotr::shrink", x, *A.tensor, dropped ? p_ : 0.0, seed_of(dropped));
+    return *made;
+  }
+  Value fold(OptionalTensor& made, const Arg& B, const Arg& core, double scaling, ScalarType dtype) const {
+    made = torch::stable::squeeze(
+        one("lotr::fold", *B.tensor, torch::stable::unsqueeze(*core.tensor, 0), scaling, dtype), 0);
+    return *made;
+  }
+  // y is new in forward, where nothing is dropped from u F^T; dx is written.
+  void expand(Output& out, const Value& u, const Value& F, bool, bool dropped) const {
+    if (!dropped)
+      out.value = one("lotr::expand", out.value, u, F);
+    else
+      dispatch<0>("lotr::expand_add_", out.value, u, F, p_, seed_);
+  }
+  Value shrink_grad(OptionalTensor& made, Sum& Q, const Value& g, const Arg& F, const Arg& u) const {
+    if (Q.given) {
+      made = one("lotr::shrink_grad_", *Q.value, g, *F.tensor, *u.tensor);
+    } else {
+      const auto both = dispatch<2>("lotr::shrink_grad", g, *F.tensor, *u.tensor);
+      made = torch::stable::detail::to<Tensor>(both[0]);
+      Q.value = torch::stable::detail::to<Tensor>(both[1]);
+    }
+    return *made;
+  }
+  void add_outer(Sum& Q, const Value& g, const Arg& u) const {
+    if (!Q.given) Q.value = zeros({Q.rows, Q.cols}, acc_dtype(dtype_));
+    dispatch<0>("lotr::factor_grad_", *Q.value, g, *u.tensor, 0.0, OptionalTensor());
+  }
+  void add(OptionalTensor& made, Value& k, const Arg& given) const { k = *(made = sum(k, *given.tensor)); }
+  void fold_grad(Made& made, const OptionalTensor& Q, int64_t, const Arg& B, const Arg& core, double scaling,
+                 const Arg& dB, bool need_B, bool need_core, ScalarType narrow) const {
+    OptionalTensor total = tensor(dB);
+    if (need_B && !dB) total = zeros({B.size[0], B.size[1]}, acc_dtype(dtype_));
+    const Tensor cores = one("lotr::fold_grad", torch::stable::unsqueeze(*Q, 0), *B.tensor,
+                             torch::stable::unsqueeze(*core.tensor, 0), scaling, total);
+    if (need_core) made.dcore = in(torch::stable::squeeze(cores, 0), narrow);
+    if (need_B && !dB) made.dB = in(*total, narrow);
+  }
+  void factor_grad(OptionalTensor& made, const Arg& given, int64_t rows, int64_t cols, ScalarType narrow,
+                   const Arg& x, const Value& k) const {
+    const Tensor total = given ? *given.tensor : zeros({rows, cols}, acc_dtype(dtype_));
+    dispatch<0>("lotr::factor_grad_", total, read(x), k, p_, seed_);
+    if (!given) made = in(total, narrow);
+  }
+
+  // y + s ((x A) G) B^T by torch's own products: forward writes into nothing.
+  void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, const Sizes&, double scaling,
+                     bool) const {
+    const Tensor u = shrink(made, read(a.x), a.A, false), core = in(*a.core.tensor, dtype_),
+                 B = in(*a.B.tensor, dtype_);
+    const Tensor part = one("aten::mm", one("aten::mm", u, core), torch::stable::transpose(B, 0, 1));
+    y.value = sum(y.value, shaped(part, a.x), scaling);
+  }
+  void small_backward(Made& made, Output* dx, const BackwardArgs& a, const Sizes& s, double scaling, bool,
+                      bool need_B, bool need_core, ScalarType narrow) const {
+    const ScalarType wide = acc_dtype(dtype_);
+    OptionalTensor sum_A = tensor(a.dA), sum_B = tensor(a.dB), out, x;
+    if (dx) out = dx->value;
+    if (a.x) x = read(a.x);
+    if (x && !sum_A) sum_A = zeros({s.k, s.r_in}, wide);
+    if (need_B && !sum_B) sum_B = zeros({s.n, s.r_out}, wide);
+    const Tensor u = a.u ? *a.u.tensor : zeros({s.m, s.r_in}, dtype_);  // read for dB and dG alone
+    const Tensor dcore = one("lotr::small_backward_", out, read(a.g), x, u, *a.A.tensor, *a.core.tensor,
+                             *a.B.tensor, scaling, sum_A, sum_B, need_core);
+    if (x && !a.dA) made.dA = in(*sum_A, narrow);
+    if (need_B && !a.dB) made.dB = in(*sum_B, narrow);
+    if (need_core) made.dcore = in(dcore, narrow);
+  }
+
+ private:
+  static OptionalTensor tensor(const Arg& a) { return a ? OptionalTensor(*a.tensor) : std::nullopt; }
+  OptionalTensor seed_of(bool dropped) const { return dropped ? seed_ : std::nullopt; }
+  Tensor zeros(std::vector<int64_t> size, ScalarType dtype) const {
+    return torch::stable::new_zeros(like_, size, dtype);
+  }
+  static Tensor in(const Tensor& t, ScalarType dtype) {
+    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  }
+  // a + scale b; the stable interface has the difference alone.
+  static Tensor sum(const Tensor& a, const Tensor& b, double scale = 1.0) {
+    return torch::stable::subtract(a, b, -scale);
+  }
+  // t [m, cols] in the leading dimensions of like.
+  static Tensor shaped(const Tensor& t, const Arg& like) {
+    if (like.dim == 2 || t.dim() != 2) return t;
+    std::vector<int64_t> size(like.size, like.size + like.dim);
+    size.back() = t.size(1);
+    return torch::stable::view(t, size);
+  }
+
+  const Tensor& like_;
+  ScalarType dtype_;
+  double p_;
+  OptionalTensor seed_;
+};
+
+}  // namespace lotr

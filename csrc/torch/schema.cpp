@@ -1,0 +1,83 @@
+// The schemas of all operators, for every device.
+//
+// For activations in T (float32, bfloat16, float16, float64) and sums in acc(T) = float32 (float64 for
+// float64):
+//   shrink        u = drop(x) A                            k = g F of the backward is the same product
+//   expand_add_   y += drop(u F^T)                         dx += k A^T too; expand: u F^T onto a copy of y
+//   factor_grad_  acc += drop(x)^T k                       over all tokens
+//   shrink_grad   k = g F, Q = g^T u                       one read of g; shrink_grad_: Q += g^T u
+//   fold          F_l = scaling B G_l^T
+//   fold_grad     dB += scaling sum_l Q_l G_l, l = 0 .. L-1 in this order; dG_l = scaling Q_l^T B
+//   small_*       the unfolded form, for few tokens        u = x A, y += s (u G) B^T, and its gradients
+//   layer_*, shrink_backward_                              a direction of a layer, see layer.h
+//   row_core            h_i = scaling u_t(i) G_c(i)
+//   row_core_backward   du_t = scaling sum over the rows of t of g_i G_c(i)^T
+//                       dG_c = scaling sum over the rows of c of u_t(i)^T g_i, in acc(T)
+//   gemm_lotr     the base product with the adapter inside, for Hopper: see fused_cuda.h
+//
+// row_core: index [rows] is c(i), or -1 for a row without a core; or offs [c]: where the rows of each core
+// end, and the rows behind the last have none. tokens [rows]: t(i), else i. h is zero for a row without a
+// core, which has no gradient.
+//
+// Only the LibTorch stable ABI is used: one build runs under torch 2.10 and later. Autograd, fake kernels and
+// version counters are registered in Python (lotr_ext/ops), where that ABI has no place for them.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+STABLE_TORCH_LIBRARY(lotr, m)
+{
+  m.def("info() -> str");
+  m.def("shrink(Tensor x, Tensor A, float p=0.0, Tensor? seed=None) -> Tensor");
+  m.def("expand_add_(Tensor(a!) y, Tensor u, Tensor F, float p=0.0, Tensor? seed=None) -> ()");
+  m.def("expand(Tensor y, Tensor u, Tensor F) -> Tensor");
+  m.def("factor_grad_(Tensor(a!) acc, Tensor x, Tensor k, float p=0.0, Tensor? seed=None) -> ()");
+  m.def("shrink_grad(Tensor g, Tensor F, Tensor u) -> (Tensor k, Tensor Q)");
+  m.def("shrink_grad_(Tensor(a!) Q, Tensor g, Tensor F, Tensor u) -> Tensor");
+  m.def("fold(Tensor B, Tensor cores, float scaling, ScalarType dtype) -> Tensor");
+  m.def("fold_grad(Tensor Q, Tensor B, Tensor cores, float scaling, Tensor(a!)? dB) -> Tensor");
+  m.def("small_forward_(Tensor(a!) y, Tensor x, Tensor A, Tensor core, Tensor B, float scaling) -> Tensor");
+  m.def(
+      "small_backward_(Tensor(a!)? dx, Tensor g, Tensor? x, Tensor u, Tensor A, Tensor core, Tensor B, float "
+      "scaling, Tensor(b!)? dA, Tensor(c!)? dB, bool need_core) -> Tensor");
+  m.def(
+      "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, float scaling) -> "
+      "Tensor");
+  m.def(
+      "row_core_backward(Tensor g, Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, "
+      "float scaling, bool need_u, bool need_cores) -> (Tensor du, Tensor dcores)");
+
+  // A direction of a layer. `.products`: the same by the products that it is made of, for dispatch modes. It
+  // is an overload, since a compiler would take an operator apart that has such a kernel itself.
+  const std::string layer_forward =
+      "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
+      "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
+      "-> (Tensor y, Tensor? u, Tensor? F)";
+  const std::string layer_backward =
+      "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor core, "
+      "float scaling, int strategy, Tensor? k, Tensor(a!)? dx, Tensor(b!)? Q, Tensor(c!)? dA, Tensor(d!)? "
+      "dB, bool need_B, bool need_core, float p=0.0, Tensor? seed=None) -> ";
+  const std::string shrink_backward =
+      "(Tensor k, Tensor(a!)? dx, Tensor? x, Tensor? A, Tensor(b!)? dA, float p=0.0, Tensor? seed=None) -> ";
+  for (const std::string overload : {"", ".products"}) {
+    m.def(("layer_forward" + overload + layer_forward).c_str());
+    m.def(("layer_backward_" + overload + layer_backward +
+           "(Tensor dx, Tensor k, Tensor dA, Tensor dB, Tensor dcore)")
+              .c_str());
+    m.def(("shrink_backward_" + overload + shrink_backward + "Tensor dA").c_str());
+  }
+  // On a CPU, with None for what was not asked for: 1.1 us less a call than with no elements (python: thread time of one call, one token).
+  m.def(("layer_backward_owned_" + layer_backward +
+         "(Tensor? dx, Tensor? k, Tensor? dA, Tensor? dB, Tensor? dcore)")
+            .c_str());
+  m.def(("shrink_backward_owned_" + shrink_backward + "Tensor? dA").c_str());
+#ifdef LOTR_WITH_CUDA
+  m.def("cuda_probe(int device) -> str");
+#endif
+#ifdef LOTR_SM90A
+  m.def(
+      "gemm_lotr(Tensor x, Tensor weight, Tensor? bias, Tensor At, Tensor F, bool backward, "
+      "Tensor? u_forward=None, Tensor(a!)? Q=None, bool accumulate=False) -> (Tensor y, Tensor u)");
+  m.def("gemm_lotr_refusal(Tensor x, Tensor weight, int r, bool backward) -> str");
+#endif
+}
