@@ -36,6 +36,7 @@ from .model.config import LoTRConfig
 from .model.gradient import init_from_gradient
 from .model.groups import parameter_groups
 from .model.loading import load_adapter
+from .model.per_example import per_example
 from .model.pretrained import from_pretrained
 from .model.saving import save_adapter
 from .model.summary import trainable_summary
@@ -68,6 +69,7 @@ __all__ = [
     "merge",
     "mixed",
     "parameter_groups",
+    "per_example",
     "save_adapter",
     "set_adapter",
     "trainable_summary",

@@ -189,7 +189,7 @@ class LoTRExperts(LoTRLayer):
                 raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
             places = places[: (x if tokens is None else tokens).shape[0]]
             index = cores_of_rows(mixture, places, expert_of_rows(offs, len(places)), self.num_experts)
-            core, call.scaling = cores_of(mixture, core).flatten(0, 1), mixture.scaling
+            core, call.scaling = cores_of(mixture, core, len(mixture.index)).flatten(0, 1), mixture.scaling
         return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, index, call))
 
     def _matrix(self) -> Tensor:

@@ -63,7 +63,7 @@ class LoTRLayer(HasCore, Merges):
         """A replica for nn.DataParallel, which calls it in another thread: there this thread's contexts are not open."""
         replica, (off, mixture) = super()._replicate_for_data_parallel(), self._state()
         if mixture is not None:
-            raise RuntimeError("mixed: expected a model that is called as it is, got nn.DataParallel, which cuts the batch up")
+            raise RuntimeError("model: expected one that is called as it is, got nn.DataParallel, which cuts the batch up")
         replica.disabled = off
         return replica
 
@@ -156,8 +156,9 @@ class LoTRLayer(HasCore, Merges):
         return call_linear(x, self._matrix(), self.bias, A, B, call)
 
     def _call_mixed(self, x: Tensor, call: Call, mixture: Mixture, A: Tensor, B: Tensor) -> Tensor:
-        cores, call.scaling, index = cores_of(mixture, call.core), mixture.scaling, index_for(mixture, x)
-        return call_mixed(x, self._base, A, B, cores, index, call)
+        b = x.shape[0] if mixture.index is None else len(mixture.index)
+        cores, call.scaling = cores_of(mixture, call.core, b), mixture.scaling
+        return call_mixed(x, self._base, A, B, cores, index_for(mixture, x), call)
 
     def _base(self, x: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _base")

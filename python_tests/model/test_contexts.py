@@ -399,5 +399,8 @@ def test_a_replica_of_data_parallel_is_of_its_request() -> None:
     with world.open("off"):
         replica = layer._replicate_for_data_parallel()
     assert replica.disabled and not layer.disabled and not layer._replicate_for_data_parallel().disabled
-    with world.open([0, 1, -1, 1]), pytest.raises(RuntimeError, match=r"mixed: expected .* got nn.DataParallel"):
+    with (
+        world.open([0, 1, -1, 1]),
+        pytest.raises(RuntimeError, match=r"model: expected one that is called as it is, got nn.DataParallel"),
+    ):
         layer._replicate_for_data_parallel()
