@@ -59,6 +59,13 @@ class Store:
                 print(f"results: {self.path}, line {number}: no whole result, left out", file=sys.stderr)
         return cells
 
+    def keep_only(self, build: str) -> None:
+        """Drops the cells of other builds."""
+        lines = [json.dumps(cell, allow_nan=False) + "\n" for cell in self.read() if cell["build"] == build]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(self.path)
+
     def append(self, cell: dict) -> None:
         text = json.dumps(cell, allow_nan=False)
         with open(self.path, "ab+") as file:

@@ -337,4 +337,6 @@ def count_all(
             lib = lib or executor()
             rows[key] = count(lib, *key, dtype=dtype)
             keep(store, build, key, rows[key], dtype)
+    if lib is not None:
+        store.keep_only(build)
     return {key: rows[key] for key in keys}

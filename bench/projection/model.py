@@ -28,7 +28,7 @@ from .cards import CARDS, Card
 from .compiled import Compiled
 from .counts import ELEMENT, Row, constants
 from .hot import MATRIX, Hot, Wanted, hot_loop
-from .issue import run
+from .issue import Run, run
 from .sass import Instruction, blocks_of, loops_of
 
 ITERATIONS = 14  # of the hot loop that are simulated
@@ -233,14 +233,10 @@ def dram_bytes(row: Row) -> int:
     return row.moved + kernel_work(row.kernel, row.m, row.n, row.r, element).bytes - row.large
 
 
-def estimate(row: Row, compiled: dict[str, Compiled], gpu: str) -> Estimate:
-    """A counted kernel on a GPU of CARDS."""
-    card = CARDS[gpu]
-    kernel, hot = hot_of(row, compiled)
+def hot_waves(row: Row, hot: Hot, resident: int, card: Card) -> tuple[list[dict[str, float]], float, Run]:
+    """Seconds that each of LIMITS alone asks for, a wave of blocks; bytes in flight of a block; how the multiprocessor with
+    the most blocks runs the loop."""
     m, warps = row.machine, row.machine["multiply"]
-    resident, by = blocks_resident(kernel, m["warps"], m["shared"], card)
-    if resident < 1:
-        raise ValueError(f"{row.kernel}: expected a block to fit on a multiprocessor, got {by} for none")
     clock, sms = card.clock, card.multiprocessors
     places = resident * sms
     full, rest = divmod(row.blocks, places)
@@ -270,14 +266,28 @@ def estimate(row: Row, compiled: dict[str, Compiled], gpu: str) -> Estimate:
             issue = times * iterations * cycles(on_one) / clock
             limits = (issue, own * dram / card.bytes_per_s, flight, own * row.total / l2, cluster)
             waves.append(dict(zip(LIMITS, limits, strict=True)))
+    return waves, a_block, runs[max(runs)]
+
+
+def estimate(row: Row, compiled: dict[str, Compiled], gpu: str) -> Estimate:
+    """A counted kernel on a GPU of CARDS."""
+    card = CARDS[gpu]
+    kernel, hot = hot_of(row, compiled)
+    m = row.machine
+    resident, by = blocks_resident(kernel, m["warps"], m["shared"], card)
+    if resident < 1:
+        raise ValueError(f"{row.kernel}: expected a block to fit on a multiprocessor, got {by} for none")
+    sms = card.multiprocessors
+    places = resident * sms
+    rest = row.blocks % places
+    waves, a_block, busiest = hot_waves(row, hot, resident, card)
     rounds, after = after_last_arrival(row, kernel, resident, card)
-    busiest = runs[max(runs)]
     bulk = bool(m["bulk_bytes"])
     large = row.moved / 16 / 32  # warps' 16-byte accesses
     return Estimate(
         gpu=gpu,
         waves_of=waves,
-        afters=[after / clock],
+        afters=[after / card.clock],
         maps=int(bulk),
         chains=int(bulk and row.kernel == "shrink_grad" and m["cluster"] > 1),
         reason=busiest.reason,
@@ -295,7 +305,7 @@ def estimate(row: Row, compiled: dict[str, Compiled], gpu: str) -> Estimate:
         waiting=busiest.waits,
         in_flight=int(a_block * min(resident, math.ceil(row.blocks / sms))),
         needed_in_flight=card.bytes_per_s * card.memory_latency / sms,
-        dram=dram,
+        dram=dram_bytes(row),
         late_rounds=rounds,
         launches=row.launches,
         memsets=m["memsets"],

@@ -65,7 +65,8 @@ def predict(keys: list[Key], folder: Path, begin: Callable[[str], None], again: 
     store, rows_store = Store(folder / FILE).prepare(), Store(folder / COUNTS).prepare()
     build = model_id()
     found = {} if again else kept(store, build)
-    if any(key not in found for key in keys):
+    missing = [key for key in keys if key not in found]
+    if missing:
         tools()
     for key in keys:
         kernel, m, n, r, dtype, gpu = key
@@ -74,6 +75,8 @@ def predict(keys: list[Key], folder: Path, begin: Callable[[str], None], again: 
             found[key] = _estimate(key, rows_store, again)
             case = dict(zip(CASE, key))
             store.append({"case": case, "rival": "lotr_ext", "build": build, "estimate": asdict(found[key])})
+    if missing:
+        store.keep_only(build)
     return {key: found[key] for key in keys}
 
 

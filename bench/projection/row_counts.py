@@ -172,6 +172,8 @@ def count_all(keys: list[Key], store: Store, begin: Callable[[str], None], again
             found[key] = count(lib, operator, case, sm)
             named = {"operator": operator} | case._asdict() | {"multiprocessors": sm}
             store.append({"case": named, "rival": "lotr_ext", "build": build, "row": asdict(found[key])})
+    if lib is not None:
+        store.keep_only(build)
     return {key: found[key] for key in keys}
 
 

@@ -189,7 +189,8 @@ def predict(
     FileNotFoundError where something has to be compiled and there is no nvcc or no disassembler."""
     store, counts = Store(folder / FILE).prepare(), Store(folder / COUNTS).prepare()
     found = {} if again else kept(store, build)
-    if any(key not in found for key in keys):
+    missing = [key for key in keys if key not in found]
+    if missing:
         tools()
     for key in keys:
         operator, case, gpu = key
@@ -201,6 +202,8 @@ def predict(
             named = {"operator": operator} | case._asdict() | {"gpu": gpu}
             launches = [asdict(one) for one in found[key]]
             store.append({"case": named, "rival": "lotr_ext", "build": build, "launches": launches})
+    if missing:
+        store.keep_only(build)
     return {key: found[key] for key in keys}
 
 

@@ -193,3 +193,11 @@ def test_the_newest_cells_of_a_case_are_of_one_run():
 
 def test_cells_without_a_time_are_one_run():
     assert store.newest([cell("frozen"), cell("lotr_ext", rounds=1), cell("lotr_ext")]) == [cell("frozen"), cell("lotr_ext")]
+
+
+def test_the_cells_of_other_builds_are_dropped(tmp_path):
+    kept = store.Store(tmp_path / "a.jsonl").prepare()
+    for build in ("old", "new", "older", "new"):
+        kept.append(cell("lotr_ext", build=build))
+    kept.keep_only("new")
+    assert [c["build"] for c in kept.read()] == ["new", "new"] and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
