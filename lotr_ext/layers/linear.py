@@ -72,6 +72,18 @@ class AdaptsModule(LoTRLayer):
         """Takes over what linear computes with."""
         self.weight, self.bias = linear.weight, linear.bias
 
+    def to_linear(self) -> nn.Linear:
+        """A plain nn.Linear that computes what this layer computes in eval mode; shares nothing with it."""
+        weight = self._merged_weight().clone(memory_format=torch.contiguous_format)
+        return self._plain(weight, None if self.bias is None else self.bias.detach().clone())
+
+    def _plain(self, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+        """A frozen nn.Linear of these very tensors."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return linear.train(self.training)
+
 
 class LoTRLinear(AdaptsModule, nn.Linear):
     """y = x W^T + bias + s ((drop(x) A) G) B^T with W and bias frozen: x [..., in_features] -> [..., out_features].
@@ -137,13 +149,6 @@ class LoTRLinear(AdaptsModule, nn.Linear):
         self._give_start_back()
         return linear.train(self.training)
 
-    def to_linear(self) -> nn.Linear:
-        """A plain nn.Linear that computes what this layer computes in eval mode; shares nothing with it."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self._merged_weight().clone(), requires_grad=False)
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return linear.train(self.training)
-
 
 class LoTRConv1D(AdaptsModule):
     """transformers' Conv1D (GPT-2), adapted: a linear layer whose weight is stored as [in_features, out_features].
@@ -175,13 +180,6 @@ class LoTRConv1D(AdaptsModule):
         layer.nx, layer.nf, layer.weight, layer.bias = self.nx, self.nf, self.weight, self.bias
         self._give_start_back()
         return layer.train(self.training)
-
-    def to_linear(self) -> nn.Linear:
-        """A plain nn.Linear that computes what this layer computes in eval mode; shares nothing with it."""
-        linear = nn.Linear(self.nx, self.nf, bias=False, device="meta")
-        linear.weight = nn.Parameter(self._merged_weight().contiguous(), requires_grad=False)
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return linear.train(self.training)
 
 
 class LoTRWrapped(AdaptsModule):
@@ -255,10 +253,7 @@ class LoTRWrapped(AdaptsModule):
         weight, bias = dense_weight(self.base_layer, self.in_features, self.out_features), self.bias
         dtype = dtype or (weight if bias is None else bias).dtype
         merged = plus(weight.to(accumulate_dtype(weight.dtype)), self.delta_weight()).to(dtype)
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(merged, requires_grad=False)
-        linear.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
-        return linear.train(self.training)
+        return self._plain(merged, None if bias is None else bias.detach().to(dtype, copy=True))
 
     @torch.no_grad()
     def merge(self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> None:

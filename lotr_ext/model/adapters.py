@@ -24,7 +24,7 @@ from ..layers.mixture import Mixture
 from ..layers.parametrized import parameters_of
 from ..layers.request import in_force
 from ..layers.settings import Settings
-from .adapted import adapted_layers
+from .adapted import adapted_layers, expect_merged
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .parked import DEFAULT, ParkedAdapter, ParkedAdapters, find_name, parked_of
@@ -80,7 +80,7 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     parked = parked_of(model, "add_adapter")
     layers = adapted_layers(model)
     _check_new_name(parked, name)
-    _check_unmerged(layers, "add_adapter")
+    expect_merged(layers, False, "add_adapter")
     _check_parameters(layers, "add_adapter")
     owner = None if share_factors is None else find_name(parked, share_factors, "share_factors")
     config = _fitting_config(model, config, shared=owner is not None)
@@ -142,7 +142,7 @@ def set_adapter(model: Model, name: str) -> Model:
     """
     parked = parked_of(model, "set_adapter")
     name = find_name(parked, name, "name")
-    _check_unmerged(adapted_layers(model), "set_adapter")
+    expect_merged(adapted_layers(model), False, "set_adapter")
     if name != parked.active:
         _check_parameters(adapted_layers(model), "set_adapter")
         _swap(model, parked, name)
@@ -190,7 +190,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     """
     parked = parked_of(model, "mixed")
     layers = adapted_layers(model)
-    _check_unmerged(layers, "mixed")
+    expect_merged(layers, False, "mixed")
     _check_parameters(layers, "mixed")
     if isinstance(names, Tensor):
         mixtures = bank_of(model, "mixed").mixtures(model, names)
@@ -254,12 +254,6 @@ def _check_new_name(parked: ParkedAdapters, name: object) -> None:
         raise ValueError(f"name: expected a name without dots that nn.ModuleDict does not use itself, got {name!r}")
     if name == parked.active or name in parked:
         raise ValueError(f"name: expected a new name, got {name!r}, which exists")
-
-
-def _check_unmerged(layers: dict[str, LoTRLayer], where: str) -> None:
-    for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(f"{where}: expected unmerged layers, got {name!r}, which is merged")
 
 
 def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:

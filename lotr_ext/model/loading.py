@@ -19,7 +19,7 @@ from ..layers.parametrized import state_of
 from ..layers.placement import home
 from ..layers.sharded import agreed, holds_parts, named_modules, whole
 from . import adapters
-from .adapted import adapted_layers
+from .adapted import adapted_layers, expect_merged
 from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import install
 from .config import LoTRConfig
@@ -184,10 +184,9 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
     layers = adapted_layers(model)
     prefixes = module_prefixes(model, layers)
     _check_names(set(layers), set(manifest.layers))
+    expect_merged(layers, False, "load_adapter")
     for name, entry in manifest.layers.items():
         layer = layers[name]
-        if layer.merged:
-            raise RuntimeError(f"load_adapter: expected unmerged layers, got {name!r}, which is merged")
         _check_not_meta(name, layer)
         want, got = (layer.in_features, layer.out_features), (entry.in_features, entry.out_features)
         if want != got:

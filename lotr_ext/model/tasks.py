@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import put_file
+from ..layers.checks import check_dimension
 from ..layers.mixture import Mixture
 from .adapted import adapted_layers
 from .shared_factors import Owner, SharedFactors, factors_by_part
@@ -56,10 +57,7 @@ class TaskBank(nn.Module):
             raise RuntimeError("TaskBank: expected a model from apply_lotr, got one whose layers were built by hand")
         if hasattr(model, "lotr_tasks"):
             raise RuntimeError("TaskBank: expected a model without a bank, got one with; del model.lotr_tasks first")
-        if isinstance(tasks, bool) or not isinstance(tasks, int):
-            raise TypeError(f"tasks: expected an int, got {type(tasks).__name__} {tasks!r}")
-        if tasks < 1:
-            raise ValueError(f"tasks: expected at least 1, got {tasks}")
+        check_dimension("tasks", tasks)
         cores = (layer.core.detach().new_zeros(tasks, *layer.core.shape) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
