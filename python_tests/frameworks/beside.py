@@ -19,7 +19,7 @@ def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not (FOLDER / package).is_dir(), reason=f"{package} is missing: run make setup")
 
 
-def values_of(checks: Sequence[str], folder: Path, *, world: int = 1, timeout: float = 300) -> dict[str, list[Any]]:
+def values_of(checks: Sequence[str], folder: Path, *, world: int = 1, timeout: float = 1500) -> dict[str, list[Any]]:
     """What each check, "module:function", returned in each of `world` processes, which gloo joins if there are several.
 
     A check is called with the rank and the folder.

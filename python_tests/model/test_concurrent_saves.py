@@ -98,7 +98,7 @@ def test_processes_that_save_at_once_leave_a_whole_adapter(tmp_path: Path) -> No
         assert seed_in(tmp_path / str(trial), models) in (1, 3)  # the last of one of them
     for saver in savers:
         saver.stdin.close()
-        assert saver.wait(timeout=60) == 0
+        assert saver.wait(timeout=1000) == 0
 
 
 # ---- each order of two savers' steps ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ MODEL = ROOT / "data" / "all-minilm-l6-v2"
 needs_data = pytest.mark.skipif(not MODEL.is_dir(), reason="data/ is missing: run make setup")
 
 
-def run(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
+def run(*arguments: str, timeout: int = 1500) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 

@@ -23,7 +23,7 @@ def line_of(mark: str) -> int:
 def run(*arguments: str, mode: str = "plain", defines: tuple[str, ...] = (), **schedule: object) -> str:
     env = build.environment(mode) | {f"LOTR_SIMT_{name.upper()}": str(value) for name, value in schedule.items()}
     program = build.program(mode, SOURCE, defines)
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=env, timeout=100)
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=env, timeout=1000)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.rstrip("\n")
 

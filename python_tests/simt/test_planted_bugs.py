@@ -120,7 +120,7 @@ def number_of(program: str, bug: str) -> int:
 def verdicts(program: str, bug: str, mode: str, schedules: str) -> list[str]:
     """One for each schedule; in the asan mode the first line of the report that ended the process, if any did."""
     command = [build.program(mode, PROGRAMS / f"{program}.cpp"), str(number_of(program, bug)), schedules]
-    done = subprocess.run(command, capture_output=True, text=True, env=build.environment(mode), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=build.environment(mode), timeout=1000)
     reports = [line for line in done.stderr.splitlines() if "ERROR: AddressSanitizer" in line or "runtime error" in line]
     if done.returncode and not reports:
         reports = [f"exit status {done.returncode}"]
