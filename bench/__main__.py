@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import block, experts, host, kernels, layer, model, profile, shared, targets, traffic
+from .measure.names import chosen
 from .measure.session import add_options, brief, check_options, choose_folder, start
 from .measure.store import RESULTS
 
@@ -45,11 +46,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     }
     options.chosen_dtypes = options.dtypes
     check_options(options, rounds=1)
-    parts = options.parts.split(",") if options.parts is not None else default_parts(options)
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {part!r}")
-    options.parts = parts
+    options.parts = chosen("parts", options.parts, PARTS, default_parts(options))
     return options
 
 

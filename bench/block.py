@@ -20,6 +20,7 @@ from torch import Tensor
 from .measure.bounds import DIRECTIONS
 from .measure.counted import peak_bytes
 from .measure.forms import FORMS, more_forms, stages
+from .measure.names import chosen
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.timing import Timed, interleave
@@ -44,10 +45,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     check_options(options, rounds=5 if options.quick else ROUNDS["layer"], dtypes="bf16")
     models = MODELS[options.device][: 1 if options.quick else None]
-    options.models = list(models) if options.models is None else options.models.split(",")
-    for model in options.models:
-        if model not in rb.MODELS:
-            raise ValueError(f"models: expected some of {', '.join(rb.MODELS)}, got {model!r}")
+    options.models = chosen("models", options.models, rb.MODELS, models)
     few = 1 if options.quick else None
     options.tokens = numbers("tokens", options.tokens, TOKENS[options.device][:few])
     for m in options.tokens:
@@ -55,10 +53,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"tokens: expected a multiple of {rb.SEQUENCE} above it, got {m}")
     options.ranks = numbers("ranks", options.ranks, RANKS[options.device][:few])
     options.chosen = options.rivals is not None
-    options.rivals = options.rivals.split(",") if options.chosen else list(rb.RIVALS)
+    options.rivals = chosen("rivals", options.rivals, rb.RIVALS)
     for rival in options.rivals:
-        if rival not in rb.RIVALS:
-            raise ValueError(f"rivals: expected some of {', '.join(rb.RIVALS)}, got {rival!r}")
         missing = missing_package(rival)
         if missing is not None and options.chosen:
             raise ValueError(f"rivals: {rival} needs the package {missing}, which is not installed (pip install {missing})")

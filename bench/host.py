@@ -27,7 +27,7 @@ from lotr_ext.ops import planner
 from .measure.as_cuda import META, as_cuda
 from .measure.bounds import DIRECTIONS
 from .measure.host_calls import count_step, count_text
-from .measure.names import named
+from .measure.names import chosen, named
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, Case
 from .measure.store import newest
@@ -171,10 +171,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if not all(part.isdigit() and int(part) > 0 for part in tokens):
         raise ValueError(f"tokens: expected positive numbers, got {options.tokens!r}")
     options.tokens = [int(part) for part in tokens]
-    options.forms = options.forms.split(",") if options.forms is not None else list(rh.FORMS)
-    for form in options.forms:
-        if form not in rh.FORMS:
-            raise ValueError(f"forms: expected some of {', '.join(rh.FORMS)}, got {form!r}")
+    options.forms = chosen("forms", options.forms, rh.FORMS)
     if min(options.layers, options.width, options.rank) < 1 or options.layers % rh.SIBLINGS:
         sizes = f"{options.layers}, {options.width}, {options.rank}"
         raise ValueError(f"layers, width, rank: expected positive numbers, layers a multiple of {rh.SIBLINGS}, got {sizes}")

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 
+from .measure.names import chosen
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
@@ -49,10 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
     check_options(options, rounds=7 if options.quick else ROUNDS["kernels"], dtypes="bf16")
-    options.kernels = options.kernels.split(",") if options.kernels is not None else list(op.KERNELS)
-    for name in options.kernels:
-        if name not in op.KERNELS:
-            raise ValueError(f"kernels: expected some of {', '.join(op.KERNELS)}, got {name!r}")
+    options.kernels = chosen("kernels", options.kernels, op.KERNELS)
     options.given = options.shapes is not None
     if options.given:
         found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", part) for part in options.shapes.split(",")]

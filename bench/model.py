@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .measure.counted import peak_bytes
+from .measure.names import chosen
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
@@ -214,10 +215,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"batch, sequence, rank: expected at least 1, got {', '.join(map(str, given))}")
     if options.targets is not None and not all(options.targets.split(",")):
         raise ValueError(f"targets: expected names of layers, comma-separated, got {options.targets!r}")
-    names = options.methods.split(",") if options.methods is not None else ()
-    for name in names:
-        if name not in mr.KNOWN:
-            raise ValueError(f"methods: expected some of {', '.join(mr.KNOWN)}, got {name!r}")
+    names = chosen("methods", options.methods, mr.KNOWN, ())
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("model: needs the package transformers, which is not installed (pip install transformers)")
     options.without = mr.PEFTS if importlib.util.find_spec("peft") is None else ()

@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from .measure.names import chosen
 from .measure.session import progress, start
 from .measure.store import Store
 from .projection import assumptions, fused, row_model
@@ -37,11 +38,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="count and estimate again what is kept")
     options = parser.parse_args(argv)
     for name, known in (("gpus", CARDS), ("kernels", KERNELS), ("dtypes", DTYPES)):
-        chosen = getattr(options, name).split(",")
-        for one in chosen:
-            if one not in known:
-                raise ValueError(f"{name}: expected some of {', '.join(known)}, got {one!r}")
-        setattr(options, name, chosen)
+        setattr(options, name, chosen(name, getattr(options, name), known))
     ranks = options.ranks.split(",")
     if not all(r.isdigit() and 1 <= int(r) <= 256 for r in ranks):
         raise ValueError(f"ranks: expected numbers from 1 to 256, comma-separated, got {options.ranks!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .measure.names import chosen
 from .measure.session import Table, progress, start
 from .measure.shapes import parse_shapes
 from .measure.store import RESULTS, Store
@@ -38,10 +39,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if shape[3] > 256:
             raise ValueError(f"shapes: expected ranks up to 256, what the CUDA kernels take, got {shape[3]}")
     options.rows, options.blocks = row_traffic.parse(options.rows), block_traffic.parse(options.blocks)
-    options.gpus = options.gpus.split(",")
-    for gpu in options.gpus:
-        if gpu not in CARDS:
-            raise ValueError(f"gpus: expected some of {', '.join(CARDS)}, got {gpu!r}")
+    options.gpus = chosen("gpus", options.gpus, CARDS)
     return options
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..measure.names import chosen
 from ..measure.session import start
 from ..measure.store import RESULTS, ROOT, Store, build_id
 from ..measure.terminal import bar
@@ -39,10 +40,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, default=TEXTS, help="lines of a rating and a text (the movie snippets)")
     parser.add_argument("--results", type=Path, help="folder (bench/results/<machine>; with --quick demo_results/frontier)")
     options = parser.parse_args(argv)
-    options.ways = options.ways.split(",")
-    for way in options.ways:
-        if way not in WAYS:
-            raise ValueError(f"ways: expected some of {', '.join(WAYS)}, got {way!r}")
+    options.ways = chosen("ways", options.ways, WAYS)
     options.seeds = options.seeds if options.seeds is not None else 1 if options.quick else SEEDS
     options.steps = options.steps if options.steps is not None else QUICK_STEPS if options.quick else STEPS
     for name in ("seeds", "steps", "batch", "jobs"):

@@ -26,6 +26,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+from ..measure.names import chosen
 from .machine import OPTIONAL, ROOT, look
 from .plan import CALLS, missing, plan, seconds_of
 from .results import import_results, redraw
@@ -55,10 +56,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     names = [part.name for part in options.plan]
     of_call = [part.name for part in options.plan if options.call in part.calls]
     options.chosen = options.parts is not None
-    options.parts = options.parts.split(",") if options.chosen else of_call
-    for name in options.parts:
-        if name not in names:
-            raise ValueError(f"parts: expected some of {', '.join(names)}, got {name!r}")
+    options.parts = chosen("parts", options.parts, names, of_call)
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 
 NAMES = {
     "lora-eager": "LoRA eager",
@@ -43,6 +44,15 @@ PROJECTED_COLOURS = {
     "lotr_ext fused": DARK_BLUE,
 }
 EXTRA_FLOPS = "extra FLOPs"  # the adapter's operations over the frozen layer's
+
+
+def chosen(option: str, text: str | None, known: Collection[str], usual: Iterable[str] | None = None) -> list[str]:
+    """The names of an option, comma-separated; None: the usual ones, or all. ValueError for one that is not known."""
+    names = list(known if usual is None else usual) if text is None else text.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option}: expected some of {', '.join(known)}, got {name!r}")
+    return names
 
 
 def _parts(rival: str) -> tuple[str, str]:

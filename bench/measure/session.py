@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from .isa import add_isa_option, check_isa, restart_if_asked
+from .names import chosen
 from .shapes import DTYPES
 from .store import QUICK, RESULTS, Store, build_id, case_of, runs, setting_of
 from .terminal import Table as Table
@@ -78,10 +79,7 @@ def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for cuda, found none (torch.cuda.is_available() is False)")
     check_isa(options.isa, options.device)
-    options.dtypes = (dtypes if options.dtypes is None else options.dtypes).split(",")
-    for dtype in options.dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtypes: expected some of {', '.join(DTYPES)}, got {dtype!r}")
+    options.dtypes = chosen("dtypes", options.dtypes, DTYPES, dtypes.split(","))
     count = os.cpu_count() or 1
     text = options.threads if options.threads is not None else "1" if options.device == "cuda" else f"1,{count}"
     if not all(part.isdigit() and 1 <= int(part) <= count for part in text.split(",")):
