@@ -7,9 +7,13 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from nets import OpCounter
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = not (ROOT / "lotr_ext" / "_C.abi3.so").is_file()  # not built here: the tests are of the package that is installed
@@ -71,6 +75,14 @@ def _as_large_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small test inputs take the path of many tokens: two nodes, folded, siblings sharing."""
     monkeypatch.setattr(planner, "FEW_TOKENS", 0)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> OpCounter:
+    """The products that our operators make."""
+    from nets import OpCounter
+
+    return OpCounter(monkeypatch)
 
 
 def _take(path: str, monkeypatch: pytest.MonkeyPatch) -> str:

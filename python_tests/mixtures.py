@@ -107,6 +107,11 @@ def randomize(model: nn.Module, std: float = 0.3) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=gen) * std)
 
 
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS, use_cache=False).logits
+
+
 def loss(model: nn.Module, **kwargs) -> Tensor:
     return model(IDS, labels=IDS, use_cache=False, **kwargs).loss
 

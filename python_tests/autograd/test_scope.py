@@ -16,7 +16,7 @@ from lotr_ext import ops
 from lotr_ext.autograd import shared_gradient as hub
 from lotr_ext.model import scope
 from lotr_ext.model.scope import attach_scope, detach_scope
-from nets import Net, OpCounter, Truth, plain, relative
+from nets import Net, Truth, plain, relative
 
 pytestmark = pytest.mark.usefixtures("two_nodes")
 CLOSE = 5e-6
@@ -32,11 +32,6 @@ def net() -> Net:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(5, 7, 24)
-
-
-@pytest.fixture
-def counter(monkeypatch) -> OpCounter:
-    return OpCounter(monkeypatch)
 
 
 def test_one_fold_and_one_fold_grad_a_step(net, x, counter):

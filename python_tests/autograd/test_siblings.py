@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 
 from lotr_ext import reference
 from lotr_ext.autograd.call import Call, call_linear
-from nets import Net, OpCounter, Truth, plain, relative, right
+from nets import Net, Truth, plain, relative, right
 
 pytestmark = pytest.mark.usefixtures("two_nodes")
 CLOSE = 5e-6
@@ -33,11 +33,6 @@ def net() -> Net:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(5, 7, 24)
-
-
-@pytest.fixture
-def counter(monkeypatch) -> OpCounter:
-    return OpCounter(monkeypatch)
 
 
 def dropped(t: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

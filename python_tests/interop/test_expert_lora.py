@@ -8,7 +8,7 @@ import json
 import peft
 import pytest
 import torch
-from mixtures import IDS, adapted, mixture
+from mixtures import adapted, logits, mixture
 from safetensors.torch import load_file
 
 from lotr_ext import LoTRExperts, save_adapter
@@ -16,11 +16,6 @@ from lotr_ext.interop import expert_lora_factors, export_lora, lora_factors, lot
 from lotr_ext.model.apply import adapted_layers
 from lotr_ext.model.experts import parameter_name
 from nets import relative
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
 
 
 def both(tmp_path, model, **options) -> list:

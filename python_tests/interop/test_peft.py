@@ -19,12 +19,6 @@ from toys import IDS, assert_unchanged, snapshot, toy
 from lotr_ext import apply_lotr
 from lotr_ext.model.config import LoTRConfig
 from lotr_ext.ops import planner
-from nets import OpCounter
-
-
-@pytest.fixture
-def counter(monkeypatch) -> OpCounter:
-    return OpCounter(monkeypatch)
 
 
 def close(y: torch.Tensor, want: torch.Tensor) -> bool:

@@ -7,18 +7,13 @@ import copy
 import peft
 import pytest
 import torch
-from mixtures import IDS, adapted, loss, mixture, parameters_of
+from mixtures import adapted, logits, loss, mixture, parameters_of
 from torch import nn
 from toys import assert_unchanged, snapshot
 
 from lotr_ext.interop.peft import LoTRPeftConfig
 from lotr_ext.model.apply import adapted_layers
 from nets import relative
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
 
 
 def config(name: str = "Mixtral", **settings) -> LoTRPeftConfig:

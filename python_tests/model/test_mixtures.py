@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from mixtures import IDS, MIXTURES, adapted, loss, mixture, randomize, written_out
+from mixtures import IDS, MIXTURES, adapted, logits, loss, mixture, randomize, written_out
 from torch import nn
 from toys import assert_unchanged, snapshot
 
@@ -36,11 +36,6 @@ from lotr_ext.model.experts import adapt_parameter, expert_sizes, first_projecti
 from nets import relative
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", MIXTURES)
