@@ -13,7 +13,6 @@ TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
 FLOOR = ("--autotune", "--shapes", "8192x4096x16", "--kernels", "shrink,expand_add,factor_grad,shrink_grad")
 CALLS = {1: "right or wrong, and how fast", 2: "where the time goes", 3: "sanitizer, profiler, searched floors"}
 WITH_ALL = "with-all"  # the folder of the kernels that the switches' pairs start from
-NCU_KERNELS = 12  # launches that are profiled: each of the six kernels about twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +83,10 @@ def _speed(module: tuple[str, ...], quick: tuple[str, ...]) -> list[Part]:
 def _thorough(module: tuple[str, ...]) -> list[Part]:
     """What finds rarer faults, and what the measurements are compared with."""
     ncu = (tool("ncu") or "ncu", "--clock-control", "none", "--kernel-name-base", "demangled", "-k", "regex:lotr::kernels")
-    profiled = (*module, "bench.kernels", "--quick", "--keep")
     floor_layer = (*module, "bench.layer", "--quick", "--keep", "--autotune", "--dtypes", "bf16")
     return [
         *(Part(f"sanitize-{tool}", 1.5, sanitize(tool), ("compute-sanitizer",), "every kernel, small", (3,)) for tool in TOOLS),
-        Part("ncu", 1.0, (*ncu, "--launch-count", str(NCU_KERNELS), *profiled), ("ncu",), "counters of the hardware", (3,)),
+        Part("ncu", 1.0, (*ncu, *module, "bench.gpu.each"), ("ncu",), "counters of the hardware, six kernels twice", (3,)),
         Part("floor-kernels", 1.5, (*module, "bench.kernels", *FLOOR), (), "the library's products after a search", (3,)),
         Part("floor-layer", 1.5, floor_layer, (), "the same, a layer", (3,)),
     ]

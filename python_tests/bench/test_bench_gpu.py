@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import platform
 import signal
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import __main__ as program
-from bench.gpu import machine, work
+from bench.gpu import each, machine, work
 from bench.gpu import plan as plans
 from bench.gpu import summary as gpu_summary
 from bench.measure.store import Store
+from bench.rivals import operators
 from lotr_ext import info
 
 ALL = {
@@ -347,3 +349,16 @@ def test_a_part_is_told_the_seconds_it_has_and_smoke_at_most_its_90(tmp_path):
     for limit, told in ((50.0, "45 0.67"), (1000.0, "90 13.33")):
         work.run_part(part, tmp_path / "tree", tmp_path / "log", limit)
         assert (tmp_path / "log").read_text() == told + "\n"
+
+
+def test_a_profiler_sees_each_of_the_six_kernels_twice(monkeypatch):
+    called = []
+
+    def counted(case, device):
+        called.append(case.kernel)
+        operator = operators.make(case, device)
+        return dataclasses.replace(operator, ours=lambda: (called.append(case.kernel), operator.ours()))
+
+    monkeypatch.setattr(each, "make", counted)
+    assert each.main("cpu") == 0
+    assert called == [kernel for kernel in each.KERNELS for _ in range(1 + each.TIMES)] and len(each.KERNELS) == 6
