@@ -25,7 +25,7 @@ DOCS_ARGS ?=
 NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \
           \( -name '*.h' -o -name '*.def' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \)) \
           CMakeLists.txt setup.py pyproject.toml
-MORE_CXX := csrc/simt csrc/simt/module docs/teaching
+MORE_CXX := csrc/simt csrc/simt/module csrc/simt/torch docs/teaching
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))
 
 .PHONY: help setup check demo frontier many-tasks causal-lm test test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean

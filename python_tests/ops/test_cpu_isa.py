@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +64,33 @@ def test_unknown_instruction_set_is_refused() -> None:
     command = [sys.executable, "-c", "import torch; from lotr_ext import _C; print(torch.ops.lotr.info())"]
     run = subprocess.run(command, env=dict(os.environ, LOTR_CPU_ISA="mmx"), capture_output=True, text=True)
     assert run.returncode != 0 and "LOTR_CPU_ISA: expected one of generic" in run.stderr and "got mmx" in run.stderr
+
+
+def configured(folder: Path, isas: str) -> subprocess.CompletedProcess:
+    """CMake's first step for a choice of instruction sets; nothing is compiled but what it tries."""
+    root = Path(__file__).resolve().parents[2]
+    cmake = Path(sys.executable).parent / "cmake"
+    command = [str(cmake) if cmake.is_file() else shutil.which("cmake") or "cmake", "-S", str(root), "-B", str(folder)]
+    command += ["-DLOTR_CUDA=OFF", f"-DLOTR_CPU_ISAS={isas}", f"-DPython_EXECUTABLE={sys.executable}"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_build_for_this_machine_has_its_best_set_alone(tmp_path: Path) -> None:
+    assert configured(tmp_path, "native").returncode == 0
+    environment = {name: value for name, value in os.environ.items() if name != "LOTR_CPU_ISA"}
+    command = [sys.executable, "-c", "import torch; from lotr_ext import _C; print(torch.ops.lotr.info())"]
+    info = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    sets = re.findall(r"LOTR_SET\((\w+)", (tmp_path / "cpu_sets.def").read_text())
+    assert sets == [json.loads(info)["cpu"]["isa"]]
+
+
+def test_a_build_has_the_named_sets_and_refuses_others(tmp_path: Path) -> None:
+    run = configured(tmp_path, "generic,mmx")
+    error = " ".join(run.stderr.split())
+    assert (
+        run.returncode != 0
+        and "LOTR_CPU_ISAS: expected all, native, or names of generic" in error
+        and "got generic,mmx" in error
+    )
+    assert configured(tmp_path, "generic").returncode == 0
+    assert re.findall(r"LOTR_SET\((\w+)", (tmp_path / "cpu_sets.def").read_text()) == ["generic"]
