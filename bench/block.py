@@ -20,7 +20,7 @@ from torch import Tensor
 from .measure.bounds import DIRECTIONS
 from .measure.counted import peak_bytes
 from .measure.forms import FORMS, more_forms, stages
-from .measure.names import chosen
+from .measure.names import chosen, numbers
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.timing import Timed, interleave
@@ -60,15 +60,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"rivals: {rival} needs the package {missing}, which is not installed (pip install {missing})")
     options.rivals = [r for r in rb.RIVALS if (r in options.rivals or r == rb.FLOOR) and missing_package(r) is None]
     return options
-
-
-def numbers(name: str, text: str | None, usual: tuple[int, ...]) -> list[int]:
-    """Positive ones, comma-separated."""
-    if text is None:
-        return list(usual)
-    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
-        raise ValueError(f"{name}: expected positive numbers, comma-separated, got {text!r}")
-    return [int(part) for part in text.split(",")]
 
 
 def timed(block: rb.Block, x: Tensor, g: Tensor) -> Timed:

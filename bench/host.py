@@ -27,7 +27,7 @@ from lotr_ext.ops import planner
 from .measure.as_cuda import META, as_cuda
 from .measure.bounds import DIRECTIONS
 from .measure.host_calls import count_step, count_text
-from .measure.names import chosen, named
+from .measure.names import chosen, named, numbers
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, Case
 from .measure.store import newest
@@ -167,10 +167,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     # a thread's own seconds, which no other program's load is in; on a GPU the wall's, for launches are what is measured here
     options.clock = options.clock or ("cpu" if (options.device, options.threads) == ("cpu", "1") else "wall")
     check_options(options, rounds=9 if options.quick else ROUNDS["host"], dtypes="fp32")
-    tokens = (options.tokens if options.tokens is not None else ",".join(map(str, TOKENS))).split(",")
-    if not all(part.isdigit() and int(part) > 0 for part in tokens):
-        raise ValueError(f"tokens: expected positive numbers, got {options.tokens!r}")
-    options.tokens = [int(part) for part in tokens]
+    options.tokens = numbers("tokens", options.tokens, TOKENS)
     options.forms = chosen("forms", options.forms, rh.FORMS)
     if min(options.layers, options.width, options.rank) < 1 or options.layers % rh.SIBLINGS:
         sizes = f"{options.layers}, {options.width}, {options.rank}"

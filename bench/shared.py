@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .measure.bounds import DIRECTIONS
 from .measure.counted import allocated_bytes, launches
+from .measure.names import numbers
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
@@ -170,14 +171,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", help=f"MxKxR ({SHAPES['cpu']}; on a GPU {SHAPES['cuda']})")
     options = parser.parse_args(argv)
     check_options(options, rounds=5 if options.quick else ROUNDS["shared"], dtypes="fp32")
-    default = "4,16" if options.quick else ",".join(map(str, LAYERS))
-    counts = (default if options.layers is None else options.layers).split(",")
-    if not all(part.isdigit() and int(part) > 0 for part in counts):
-        raise ValueError(f"layers: expected positive numbers, got {options.layers!r}")
+    options.layers = numbers("layers", options.layers, (4, 16) if options.quick else LAYERS)
     shape = (SHAPES[options.device] if options.shape is None else options.shape).split("x")
     if len(shape) != 3 or not all(part.isdigit() and int(part) > 0 for part in shape):
         raise ValueError(f"shape: expected MxKxR, got {options.shape!r}")
-    options.layers, options.shape = [int(count) for count in counts], [int(part) for part in shape]
+    options.shape = [int(part) for part in shape]
     return options
 
 

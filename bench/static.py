@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from .measure.names import chosen
+from .measure.names import chosen, numbers
 from .measure.session import progress, start
 from .measure.store import Store
 from .projection import assumptions, fused, row_model
@@ -39,10 +39,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     for name, known in (("gpus", CARDS), ("kernels", KERNELS), ("dtypes", DTYPES)):
         setattr(options, name, chosen(name, getattr(options, name), known))
-    ranks = options.ranks.split(",")
-    if not all(r.isdigit() and 1 <= int(r) <= 256 for r in ranks):
-        raise ValueError(f"ranks: expected numbers from 1 to 256, comma-separated, got {options.ranks!r}")
-    options.ranks = [int(r) for r in ranks]
+    options.ranks = numbers("ranks", options.ranks, RANKS)
+    if max(options.ranks) > 256:
+        raise ValueError(f"ranks: expected at most 256, what the CUDA kernels take, got {max(options.ranks)}")
     shapes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in options.shapes.split(",")]
     if not all(shapes):
         raise ValueError(f"shapes: expected MxN, comma-separated, got {options.shapes!r}")

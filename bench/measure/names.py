@@ -55,6 +55,15 @@ def chosen(option: str, text: str | None, known: Collection[str], usual: Iterabl
     return names
 
 
+def numbers(option: str, text: str | None, usual: Iterable[int]) -> list[int]:
+    """The positive numbers of an option, comma-separated; None: the usual ones."""
+    if text is None:
+        return list(usual)
+    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
+        raise ValueError(f"{option}: expected positive numbers, comma-separated, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
 def _parts(rival: str) -> tuple[str, str]:
     """A method and, in the model benchmark, what is varied of it."""
     if rival in NAMES:

@@ -283,7 +283,8 @@ def test_limits_that_are_equal_do_not_overlap_for_nothing():
         (["--gpus", "h100,z80"], "gpus: expected some of a100, .*got 'z80'"),
         (["--dtypes", "fp64"], "dtypes: expected some of bf16, .*got 'fp64'"),
         (["--kernels", "gemm"], "kernels: expected some of shrink, .*got 'gemm'"),
-        (["--ranks", "0"], "ranks: expected numbers from 1 to 256"),
+        (["--ranks", "0"], "ranks: expected positive numbers"),
+        (["--ranks", "300"], "ranks: expected at most 256"),
         (["--shapes", "8192"], "shapes: expected MxN"),
     ],
 )
