@@ -185,7 +185,7 @@ class LoTRConv1D(AdaptsModule):
 class LoTRWrapped(AdaptsModule):
     """Any module with in_features and out_features, adapted: its own forward is called, its weight never read.
 
-    For quantised and other special linear layers (`lotr_ext.quantized`). state_dict: the base's keys under `base_layer.`, and
+    For quantised (torchao, bitsandbytes) and other special linear layers. state_dict: the base's keys under `base_layer.`, and
     `core`.
     """
 

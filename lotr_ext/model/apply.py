@@ -243,7 +243,7 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
 
     safe: refuse results that are not finite. keep_backup: keep the weights, so that `unmerge` restores the very bits; else it
     subtracts, which is exact only up to rounding. dequantize: put a plain nn.Linear, of this dtype if one is given, in the
-    place of each quantised layer (`lotr_ext.quantized`), which is refused otherwise; `unmerge` puts back what was backed up.
+    place of each quantised layer (torchao, bitsandbytes), which is refused otherwise; `unmerge` puts back what was backed up.
 
     Raises:
         TypeError: no nn.Module, a base that cannot be merged into, or a weight that is no parameter any more (weight_norm,
