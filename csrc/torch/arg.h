@@ -156,6 +156,7 @@ struct Arg {
 struct Check {
   const char* op;
   bool decomposed = false;  // tensors may have no memory that can be seen, as those of compilers have none
+  int64_t max_rank = 0;     // of the kernels of a device; 0: any
 
   // What every operator expects of its tensors, whatever it computes, and checks before anything else: each
   // is there, on the device of the first, with memory for all its elements. A tensor that is written has no
@@ -225,6 +226,12 @@ struct Check {
       fail(op, ": ", a.name, ": expected at least 1 in dimension ", axis, " (", what, "), got shape ",
            a.shape());
     }
+  }
+  void rank(const Arg& a, int64_t axis, const char* what) const {
+    positive(a, axis, what);
+    if (max_rank && a.size[axis] > max_rank)
+      fail(op, ": ", a.name, ": expected a rank of at most ", max_rank, " in dimension ", axis,
+           ", got shape ", a.shape(), "; the composite path takes it (LOTR_STRATEGY=composite)");
   }
   void finite(const char* name, double value) const {
     if (!std::isfinite(value)) fail(op, ": ", name, ": expected a finite number, got ", value);

@@ -15,7 +15,7 @@ inline Sizes check_shrink(const Check& c, const Arg& x, const Arg& A, double p, 
   c.arguments({&x, &A, &seed});
   c.dims(x, 2, "[M, K]"), c.dims(A, 2, "[K, r]");
   c.supported(x), c.factor(A, x.dtype);
-  c.positive(x, 1, "K"), c.positive(A, 1, "r"), c.size(A, 0, x.size[1], "K, as in x");
+  c.positive(x, 1, "K"), c.rank(A, 1, "r"), c.size(A, 0, x.size[1], "K, as in x");
   c.dropout(p, seed);
   Sizes s;
   s.m = x.size[0], s.k = x.size[1], s.r = A.size[1];
@@ -34,7 +34,7 @@ inline Sizes check_expand(const Check& c, const Arg& y, const Arg& u, const Arg&
   s.m = y.flat.rows, s.n = y.flat.cols;
   c.dims(u, 2, "[M, r]"), c.dims(F, 2, "[N, r]");
   c.supported(y), c.dtype(u, y.dtype), c.factor(F, y.dtype);
-  c.positive(y, y.dim - 1, "N"), c.positive(u, 1, "r");
+  c.positive(y, y.dim - 1, "N"), c.rank(u, 1, "r");
   c.size(u, 0, s.m, "M, as in y"), c.size(F, 0, s.n, "N, as in y"), c.size(F, 1, u.size[1], "r, as in u");
   c.dropout(p, seed);
   s.r = u.size[1];
@@ -46,7 +46,7 @@ inline Sizes check_factor_grad(const Check& c, const Arg& acc, const Arg& x, con
   c.arguments({&acc, &x, &k, &seed}, {&acc});
   c.dims(acc, 2, "[K, r]"), c.dims(x, 2, "[M, K]"), c.dims(k, 2, "[M, r]");
   c.supported(x), c.dtype(k, x.dtype), c.dtype(acc, acc_dtype(x.dtype));
-  c.positive(x, 1, "K"), c.positive(k, 1, "r"), c.size(k, 0, x.size[0], "M, as in x");
+  c.positive(x, 1, "K"), c.rank(k, 1, "r"), c.size(k, 0, x.size[0], "M, as in x");
   c.size(acc, 0, x.size[1], "K, as in x"), c.size(acc, 1, k.size[1], "r, as in k");
   c.dropout(p, seed);
   Sizes s;
@@ -59,7 +59,7 @@ inline Sizes check_shrink_grad(const Check& c, const Arg& Q, const Arg& g, const
   c.arguments({&Q, &g, &F, &u}, {&Q});
   c.dims(g, 2, "[M, N]"), c.dims(F, 2, "[N, r_in]"), c.dims(u, 2, "[M, r_in]");
   c.supported(g), c.factor(F, g.dtype), c.dtype(u, g.dtype);
-  c.positive(g, 1, "N"), c.positive(F, 1, "r_in"), c.size(F, 0, g.size[1], "N, as in g");
+  c.positive(g, 1, "N"), c.rank(F, 1, "r_in"), c.size(F, 0, g.size[1], "N, as in g");
   c.size(u, 0, g.size[0], "M, as in g"), c.size(u, 1, F.size[1], "r_in, as in F");
   if (Q) c.matrix(Q, acc_dtype(g.dtype), "[N, r_in]", g.size[1], "N, as in g", F.size[1], "r_in, as in F");
   Sizes s;
@@ -75,7 +75,7 @@ inline Sizes check_fold(const Check& c, const Arg& B, const Arg& cores, double s
          dtype_name(dtype));
   }
   c.factor(B, dtype), c.factor(cores, dtype);
-  c.positive(B, 0, "N"), c.positive(B, 1, "r_out"), c.positive(cores, 0, "L"), c.positive(cores, 1, "r_in");
+  c.positive(B, 0, "N"), c.rank(B, 1, "r_out"), c.positive(cores, 0, "L"), c.rank(cores, 1, "r_in");
   c.size(cores, 2, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
   Sizes s;
   s.n = B.size[0], s.r_out = B.size[1], s.l = cores.size[0], s.r_in = cores.size[1];
@@ -96,7 +96,7 @@ inline Sizes check_fold_grad(const Check& c, const Arg& Q, const Arg& B, const A
            dtype_name(a->dtype));
     }
   }
-  c.positive(Q, 0, "L"), c.positive(Q, 1, "N"), c.positive(Q, 2, "r_in"), c.positive(B, 1, "r_out");
+  c.positive(Q, 0, "L"), c.positive(Q, 1, "N"), c.rank(Q, 2, "r_in"), c.rank(B, 1, "r_out");
   c.size(B, 0, Q.size[1], "N, as in Q"), c.size(cores, 0, Q.size[0], "L, as in Q");
   c.size(cores, 1, Q.size[2], "r_in, as in Q"), c.size(cores, 2, B.size[1], "r_out, as in B");
   c.finite("scaling", scaling);
@@ -149,7 +149,7 @@ inline void check_A(const Check& c, const Arg& A, const Arg& like) {
 inline Sizes check_core(const Check& c, const Arg& like, const Arg& core, const Arg& B, double scaling) {
   c.dims(core, 2, "[r_in, r_out]"), c.dims(B, 2, "[N, r_out]");
   for (const Arg* a : {&core, &B}) c.factor(*a, like.dtype);
-  c.positive(B, 0, "N"), c.positive(B, 1, "r_out"), c.positive(core, 0, "r_in");
+  c.positive(B, 0, "N"), c.rank(B, 1, "r_out"), c.rank(core, 0, "r_in");
   c.size(core, 1, B.size[1], "r_out, as in B"), c.finite("scaling", scaling);
   Sizes s;
   s.n = B.size[0], s.r_in = core.size[0], s.r_out = B.size[1];
@@ -290,7 +290,7 @@ struct ShrinkBackwardArgs {
   // [K] of x; 0 where there is none.
   Sizes check(const Check& c, double p) const {
     c.arguments({&k, &dx, &x, &A, &dA, &seed}, {&dx, &dA});
-    c.supported(k), c.dims(k, 2, "[M, r]");
+    c.supported(k), c.dims(k, 2, "[M, r]"), c.rank(k, 1, "r");
     if (bool(dx) != bool(A))
       fail(c.op, ": A: expected a tensor or None as dx is, got ", A ? "a tensor" : "None");
     if (dA && !x) fail(c.op, ": x: expected a tensor because dA is given, got None");

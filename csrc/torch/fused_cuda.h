@@ -136,7 +136,7 @@ inline std::string gemm_lotr_refusal(const Tensor& x, const Tensor& weight, int6
   c.arguments({&ax, &aweight}), c.supported(ax);
   if (ax.dtype == ScalarType::Double) return "dtype: expected bfloat16 or float16, got float64";
   check_fused_base(c, ax, aweight, backward);
-  return fused_refusal(CudaProducts(c, ax, {}, 0.0, Arg("seed", OptionalTensor())), ax, aweight, r, backward);
+  return fused_refusal(CudaProducts(c, ax, 0.0, Arg("seed", OptionalTensor())), ax, aweight, r, backward);
 }
 
 inline std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -150,7 +150,7 @@ inline std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weigh
   check_fused_base(c, ax, aweight, backward);
   for (const Arg* a : {&aAt, &aF})
     c.dims(*a, 2, a == &aAt ? "[r, columns]" : "[columns, r]"), c.dtype(*a, ax.dtype);
-  const CudaProducts p(c, ax, {}, 0.0, Arg("seed", OptionalTensor()));
+  const CudaProducts p(c, ax, 0.0, Arg("seed", OptionalTensor()));
   cuda::GemmLotr q = fused_base(p, ax, aweight, aF.size[1], backward);
   c.size(aF, 0, q.N, "as y has columns");
   c.size(aAt, 0, q.r, "the rank"), c.size(aAt, 1, q.K, "as x has columns");

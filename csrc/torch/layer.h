@@ -48,13 +48,13 @@ Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTenso
                       const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling,
                       int64_t strategy, const OptionalTensor& u, const OptionalTensor& F, double p,
                       const OptionalTensor& seed) {
-  const Check c{"lotr::layer_forward", Products::decomposed};
+  const Check c{"lotr::layer_forward", Products::decomposed, Products::max_rank};
   const int64_t order = Products::order_of(c, strategy);
   const bool unfolded = strategy & UNFOLDED;
   const ForwardArgs a{{"x", x},       {"weight", weight}, {"bias", bias}, {"A", A},      {"B", B},
                       {"core", core}, {"u", u},           {"F", F},       {"seed", seed}};
   const Sizes s = a.check(c, scaling, p, unfolded);
-  Products products(c, a.x, s, p, a.seed);
+  Products products(c, a.x, p, a.seed);
   if constexpr (Products::fuses) {
     if (order == FUSED) return products.fused_forward(c, a, s, scaling, p);
   }
@@ -101,7 +101,7 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
                          const OptionalTensor& k, const OptionalTensor& dx, const OptionalTensor& Q,
                          const OptionalTensor& dA, const OptionalTensor& dB, bool need_B, bool need_core,
                          double p, const OptionalTensor& seed) {
-  const Check c{"lotr::layer_backward_", Products::decomposed};
+  const Check c{"lotr::layer_backward_", Products::decomposed, Products::max_rank};
   const int64_t order = Products::order_of(c, strategy);
   const bool unfolded = strategy & UNFOLDED;
   const BackwardArgs a{{"g", g}, {"weight", weight}, {"x", x},       {"u", u},      {"A", A},
@@ -109,7 +109,7 @@ Gradients layer_backward(const Tensor& g, const OptionalTensor& weight, const Op
                        {"Q", Q}, {"dA", dA},         {"dB", dB},     {"seed", seed}};
   const Sizes s = a.check(c, scaling, p, unfolded, need_B || need_core);
   const ScalarType narrow = gradient_dtype(a.A, a.B, a.core);
-  Products products(c, a.g, s, p, a.seed);
+  Products products(c, a.g, p, a.seed);
   Made made;
   if (unfolded) {
     unfolded_backward(products, made, a, s, scaling, order == BETA && Products::unfolded_first, need_B,
@@ -152,10 +152,10 @@ template <class Products>
 OptionalTensor shrink_backward(const Tensor& k, const OptionalTensor& dx, const OptionalTensor& x,
                                const OptionalTensor& A, const OptionalTensor& dA, double p,
                                const OptionalTensor& seed) {
-  const Check c{"lotr::shrink_backward_", Products::decomposed};
+  const Check c{"lotr::shrink_backward_", Products::decomposed, Products::max_rank};
   const ShrinkBackwardArgs a{{"k", k}, {"dx", dx}, {"x", x}, {"A", A}, {"dA", dA}, {"seed", seed}};
   const Sizes s = a.check(c, p);
-  Products products(c, a.k, s, p, a.seed);
+  Products products(c, a.k, p, a.seed);
   OptionalTensor made;
   const auto k_in = products.read(a.k);
   if (a.x) products.factor_grad(made, a.dA, s.k, s.r, acc_dtype(a.k.dtype), a.x, k_in);

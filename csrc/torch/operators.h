@@ -15,9 +15,10 @@ inline Arg none(const char* name) {
 
 template <class Products>
 Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& seed) {
-  const Check c{"lotr::shrink"};
+  const Check c{"lotr::shrink", false, Products::max_rank};
   const Arg ax("x", x), aA("A", A), aseed("seed", seed);
-  const Products products(c, ax, check_shrink(c, ax, aA, p, aseed), p, aseed);
+  check_shrink(c, ax, aA, p, aseed);
+  const Products products(c, ax, p, aseed);
   OptionalTensor u;
   products.shrink(u, products.read(ax), aA, true);
   return *u;
@@ -25,9 +26,10 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const OptionalTensor& 
 
 template <class Products>
 void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p, const OptionalTensor& seed) {
-  const Check c{"lotr::expand_add_"};
+  const Check c{"lotr::expand_add_", false, Products::max_rank};
   const Arg ay("y", y), au("u", u), aF("F", F), aseed("seed", seed);
-  const Products products(c, ay, check_expand(c, ay, au, aF, true, p, aseed), p, aseed);
+  check_expand(c, ay, au, aF, true, p, aseed);
+  const Products products(c, ay, p, aseed);
   auto out = products.gradient(ay, ay, 0);
   products.expand(out, products.read(au), products.read(aF), false, true);
 }
@@ -36,13 +38,13 @@ void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p, co
 // returns.
 template <class Products>
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
-  const Check c{"lotr::expand"};
+  const Check c{"lotr::expand", false, Products::max_rank};
   const Arg au("u", u), aF("F", F), seed = none("seed");
-  const Sizes s = check_expand(c, Arg("y", y), au, aF, false, 0.0, seed);
+  check_expand(c, Arg("y", y), au, aF, false, 0.0, seed);
   Tensor copy = torch::stable::empty_like(torch::stable::contiguous(y));
   torch::stable::copy_(copy, y);
   const Arg ay("y", copy);
-  const Products products(c, ay, s, 0.0, seed);
+  const Products products(c, ay, 0.0, seed);
   auto out = products.gradient(ay, ay, 0);
   products.expand(out, products.read(au), products.read(aF), false, false);
   return copy;
@@ -50,19 +52,20 @@ Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
 
 template <class Products>
 void factor_grad_(const Tensor& acc, const Tensor& x, const Tensor& k, double p, const OptionalTensor& seed) {
-  const Check c{"lotr::factor_grad_"};
+  const Check c{"lotr::factor_grad_", false, Products::max_rank};
   const Arg aacc("acc", acc), ax("x", x), ak("k", k), aseed("seed", seed);
-  const Products products(c, ax, check_factor_grad(c, aacc, ax, ak, p, aseed), p, aseed);
+  check_factor_grad(c, aacc, ax, ak, p, aseed);
+  const Products products(c, ax, p, aseed);
   OptionalTensor no_new;
   products.factor_grad(no_new, aacc, 0, 0, aacc.dtype, ax, products.read(ak));
 }
 
 template <class Products>
 std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const Tensor& u) {
-  const Check c{"lotr::shrink_grad"};
+  const Check c{"lotr::shrink_grad", false, Products::max_rank};
   const Arg ag("g", g), aF("F", F), au("u", u), seed = none("seed");
   const Sizes s = check_shrink_grad(c, none("Q"), ag, aF, au);
-  const Products products(c, ag, s, 0.0, seed);
+  const Products products(c, ag, 0.0, seed);
   OptionalTensor k, Q;
   const typename Products::Sum Q_sum(products, Q, s.n, s.r);
   products.shrink_grad(k, Q_sum, products.read(ag), aF, au);
@@ -71,10 +74,10 @@ std::tuple<Tensor, Tensor> shrink_grad(const Tensor& g, const Tensor& F, const T
 
 template <class Products>
 Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Tensor& u) {
-  const Check c{"lotr::shrink_grad_"};
+  const Check c{"lotr::shrink_grad_", false, Products::max_rank};
   const Arg aQ("Q", Q), ag("g", g), aF("F", F), au("u", u), seed = none("seed");
   const Sizes s = check_shrink_grad(c, aQ, ag, aF, au);
-  const Products products(c, ag, s, 0.0, seed);
+  const Products products(c, ag, 0.0, seed);
   OptionalTensor k;
   products.shrink_grad(k, typename Products::Sum(products, aQ, false, s.n, s.r), products.read(ag), aF, au);
   return *k;
@@ -82,9 +85,10 @@ Tensor shrink_grad_(const Tensor& Q, const Tensor& g, const Tensor& F, const Ten
 
 template <class Products>
 Tensor fold(const Tensor& B, const Tensor& cores, double scaling, ScalarType dtype) {
-  const Check c{"lotr::fold"};
+  const Check c{"lotr::fold", false, Products::max_rank};
   const Arg aB("B", B), acores("cores", cores), seed = none("seed");
-  const Products products(c, aB, check_fold(c, aB, acores, scaling, dtype), 0.0, seed);
+  check_fold(c, aB, acores, scaling, dtype);
+  const Products products(c, aB, 0.0, seed);
   OptionalTensor F;
   products.fold(F, aB, acores, scaling, dtype);
   return *F;
@@ -93,9 +97,10 @@ Tensor fold(const Tensor& B, const Tensor& cores, double scaling, ScalarType dty
 template <class Products>
 Tensor fold_grad(const Tensor& Q, const Tensor& B, const Tensor& cores, double scaling,
                  const OptionalTensor& dB) {
-  const Check c{"lotr::fold_grad"};
+  const Check c{"lotr::fold_grad", false, Products::max_rank};
   const Arg aQ("Q", Q), aB("B", B), acores("cores", cores), adB("dB", dB), seed = none("seed");
-  const Products products(c, aQ, check_fold_grad(c, aQ, aB, acores, scaling, adB), 0.0, seed);
+  check_fold_grad(c, aQ, aB, acores, scaling, adB);
+  const Products products(c, aQ, 0.0, seed);
   Made made;
   products.fold_grad(made, products.first(aQ), aQ.stride[0], aB, acores, scaling, adB, false, true, aQ.dtype);
   return *made.dcore;
@@ -104,7 +109,7 @@ Tensor fold_grad(const Tensor& Q, const Tensor& B, const Tensor& cores, double s
 template <class Products>
 Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& core, const Tensor& B,
                       double scaling) {
-  const Check c{"lotr::small_forward_"};
+  const Check c{"lotr::small_forward_", false, Products::max_rank};
   const Arg ay("y", y);
   const ForwardArgs a{{"x", x},
                       {"weight", OptionalTensor()},
@@ -116,7 +121,7 @@ Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const T
                       none("F"),
                       none("seed")};
   const Sizes s = check_small_forward(c, ay, a.x, a.A, a.core, a.B, scaling);
-  const Products products(c, a.x, s, 0.0, a.seed);
+  const Products products(c, a.x, 0.0, a.seed);
   auto out = products.gradient(ay, ay, 0);
   OptionalTensor u;
   products.small_forward(u, out, a, s, scaling, false);
@@ -128,12 +133,12 @@ template <class Products>
 Tensor small_backward_(const OptionalTensor& dx, const Tensor& g, const OptionalTensor& x, const Tensor& u,
                        const Tensor& A, const Tensor& core, const Tensor& B, double scaling,
                        const OptionalTensor& dA, const OptionalTensor& dB, bool need_core) {
-  const Check c{"lotr::small_backward_"};
+  const Check c{"lotr::small_backward_", false, Products::max_rank};
   BackwardArgs a{{"g", g},       none("weight"), {"x", x},   {"u", u},  {"A", A},   none("F"),  {"B", B},
                  {"core", core}, none("k"),      {"dx", dx}, none("Q"), {"dA", dA}, {"dB", dB}, none("seed")};
   const Sizes s = check_small_backward(c, a.dx, a.g, a.x, a.u, a.A, a.core, a.B, scaling, a.dA, a.dB);
   if (!a.dA) a.x = none("x");
-  const Products products(c, a.g, s, 0.0, a.seed);
+  const Products products(c, a.g, 0.0, a.seed);
   const ScalarType sums = acc_dtype(a.g.dtype);
   Made made;
   if (a.dx) {

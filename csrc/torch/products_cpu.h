@@ -75,6 +75,7 @@ class CpuProducts {
  public:
   using Value = cpu::Mat;
   static constexpr bool decomposed = false, fuses = false, folded_first = true, unfolded_first = true;
+  static constexpr int64_t max_rank = 0;
 
   // y or dx: the tensor, the same as a matrix for the library and for the kernels, and the bias of y.
   struct Output {
@@ -98,7 +99,7 @@ class CpuProducts {
     explicit operator bool() const { return value.data; }
   };
 
-  CpuProducts(const Check&, const Arg& like, const Sizes&, double p, const Arg& seed)
+  CpuProducts(const Check&, const Arg& like, double p, const Arg& seed)
       : dtype_(like.dtype), sums_(acc_dtype(like.dtype)) {
     if (p == 0.0) return;
     drop_.on = true;

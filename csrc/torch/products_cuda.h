@@ -47,6 +47,7 @@ class CudaProducts {
     AtenTensorHandle handle = nullptr;
   };
   static constexpr bool decomposed = false, folded_first = true, unfolded_first = false;
+  static constexpr int64_t max_rank = cuda::MAX_RANK;
 #ifdef LOTR_SM90A
   static constexpr bool fuses = true;
 #else
@@ -74,12 +75,10 @@ class CudaProducts {
     explicit operator bool() const { return value.handle; }
   };
 
-  CudaProducts(const Check& c, const Arg& like, const Sizes& s, double p, const Arg& seed)
+  CudaProducts(const Check& c, const Arg& like, double p, const Arg& seed)
       : context_(c.op, like),
         dtype_(like.dtype),
-        dropout_(dropout(p, seed ? OptionalTensor(*seed.tensor) : std::nullopt)) {
-    check_ranks(c, s);
-  }
+        dropout_(dropout(p, seed ? OptionalTensor(*seed.tensor) : std::nullopt)) {}
   static int64_t order_of(const Check& c, int64_t strategy) {
     const int64_t order = strategy & ~UNFOLDED;
     if (order != TWO_PASS && order != BETA && !(fuses && strategy == FUSED))
@@ -274,12 +273,6 @@ class CudaProducts {
     return {data, a.flat.rows, a.flat.cols, a.flat.row_stride, a.flat.col_stride, type, a.handle};
   }
   Value written(const Arg& a) const { return value_of(a, written_data(a)); }
-  static void check_ranks(const Check& c, const Sizes& s) {
-    for (const int64_t r : {s.r, s.r_in, s.r_out})
-      if (r > cuda::MAX_RANK)
-        fail(c.op, ": expected a rank of at most ", cuda::MAX_RANK, " on CUDA, got ", r,
-             "; the composite path takes it (LOTR_STRATEGY=composite)");
-  }
   Output new_output(const Arg& like, int64_t cols) const {
     const int64_t rows = like.flat.rows;
     Tensor matrix = context_.empty<2>({rows, cols});

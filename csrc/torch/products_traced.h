@@ -30,6 +30,7 @@ class TracedProducts {
  public:
   using Value = Tensor;
   static constexpr bool decomposed = true, fuses = false, folded_first = false, unfolded_first = false;
+  static constexpr int64_t max_rank = 0;
 
   struct Output {
     Tensor value;  // y in the shape that is returned; dx [m, k]
@@ -47,7 +48,7 @@ class TracedProducts {
     explicit operator bool() const { return given || own; }
   };
 
-  TracedProducts(const Check&, const Arg& like, const Sizes&, double p, const Arg& seed)
+  TracedProducts(const Check&, const Arg& like, double p, const Arg& seed)
       : like_(*like.tensor), dtype_(like.dtype), p_(p), seed_(tensor(seed)) {}
   static int64_t order_of(const Check&, int64_t strategy) { return strategy & ~UNFOLDED; }
 

@@ -66,7 +66,8 @@ STABLE_TORCH_LIBRARY(lotr, m)
               .c_str());
     m.def(("shrink_backward_" + overload + shrink_backward + "Tensor dA").c_str());
   }
-  // On a CPU, with None for what was not asked for: 1.1 us less a call than with no elements (python: thread time of one call, one token).
+  // On a CPU, with None for what was not asked for. It takes 1.1 us less a call than layer_backward_ (thread
+  // time of ops.layer_backward with one token), 3 % of a layer's step.
   m.def(("layer_backward_owned_" + layer_backward +
          "(Tensor? dx, Tensor? k, Tensor? dA, Tensor? dB, Tensor? dcore)")
             .c_str());

@@ -230,5 +230,8 @@ def test_row_core(call: Callable) -> None:
 def test_what_a_gpu_has_no_kernel_for_is_named(call: Callable) -> None:
     with pytest.raises(RuntimeError, match=r"lotr::shrink: x: expected dtype torch.float32, .* on CUDA, got torch.float64"):
         call("shrink", torch.randn(4, 8).double(), torch.randn(8, 2).double(), 0.0, None)
-    with pytest.raises(RuntimeError, match="lotr::shrink: expected a rank of at most 256 on CUDA, got 300"):
+    with pytest.raises(RuntimeError, match=r"lotr::shrink: A: expected a rank of at most 256 .* got shape \[8, 300\]"):
         call("shrink", torch.randn(4, 8), torch.randn(8, 300), 0.0, None)
+    layer = Layer(torch.bfloat16, (4, 8, 6, 300, 5))
+    with pytest.raises(RuntimeError, match=r"lotr::layer_forward: core: expected a rank of at most 256 .* \[300, 5\]"):
+        layer.forward(call, 0)
