@@ -1,7 +1,7 @@
 """Of the headers in csrc: no circle, and each room includes only those below it.
 
-simt < ptx; params.h, ptx < tile < kernels < launchers < torch; cpu < torch. simt/module, which is in no wheel, includes
-simt and cuda. cpu and cuda include nothing of each other.
+simt < ptx; problem.h < params.h, ptx < tile < kernels < plan < launchers < torch; cpu < torch. simt/module, which is in no
+wheel, includes simt and cuda. cpu and cuda include nothing of each other.
 
     python .ci/check_includes.py [FOLDER]     1 and a line an include that is wrong
 """
@@ -15,15 +15,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Of a path's beginning, the first that fits: what files there may include, besides their own room.
 ROOMS = {
-    "cuda/params.h": (),
+    "cuda/problem.h": (),
+    "cuda/params.h": ("cuda/problem.h",),
     "cuda/ptx": ("simt",),
-    "cuda/tile": ("cuda/params.h", "cuda/ptx"),
-    "cuda/kernels": ("cuda/params.h", "cuda/ptx", "cuda/tile"),
-    "cuda": ("cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels"),
+    "cuda/tile": ("cuda/problem.h", "cuda/params.h", "cuda/ptx"),
+    "cuda/kernels": ("cuda/problem.h", "cuda/params.h", "cuda/ptx", "cuda/tile"),
+    "cuda/plan": ("cuda/problem.h", "cuda/params.h", "cuda/kernels"),
+    "cuda": ("cuda/problem.h", "cuda/params.h", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/plan"),
     "cpu": (),
-    "simt/module": ("simt", "cuda", "cuda/kernels"),
+    "simt/module": ("simt", "cuda", "cuda/kernels", "cuda/problem.h", "cuda/plan"),
     "simt": (),
-    "torch": ("cpu", "cuda"),
+    "torch": ("cpu", "cuda", "cuda/problem.h"),
 }
 
 

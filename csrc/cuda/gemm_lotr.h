@@ -40,7 +40,7 @@ inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
   const int cluster = q.M > 128 && !call.off.cluster ? 2 : 1;
   const int64_t columns = q.r <= 64 ? 256 : 128;  // of a tile, gemm_lotr_columns
   const int64_t bands = (q.M + 128 * cluster - 1) / (128 * cluster),
-                clusters = call.multiprocessors / cluster;
+                clusters = call.card.multiprocessors / cluster;
   // A quarter of the clusters make u, so that it is there before the first tiles want it and x is not asked
   // for by all at once; no more of them than have no tile in the last wave, where these can do it in the time
   // of a tile (a scout takes a third of one).  1,024 rows make a group: its x and the columns of W that it

@@ -37,7 +37,7 @@ void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* wo
       {q.Q.data ? q.u_forward.data : nullptr, q.u_forward.row, static_cast<float*>(q.Q.data), q.Q.row,
        q.Q.col, q.accumulate, static_cast<float*>(partial)}};
   const int64_t tickets = scouts + int64_t(bands) * columns + sums;
-  int64_t clusters = call.multiprocessors / Traits::CLUSTER;
+  int64_t clusters = call.card.multiprocessors / Traits::CLUSTER;
   if (clusters > tickets) clusters = tickets;
   // Not early: its blocks want whole multiprocessors, and it is never short.
   ptx::launch(
@@ -96,8 +96,8 @@ void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, vo
   expect("cluster", "1 or 2", plan.cluster, plan.cluster == 1 || plan.cluster == 2);
   expect("scouts", "1 or more", plan.scouts, plan.scouts >= 1);
   expect("band_group", "1 or more", plan.band_group, plan.band_group >= 1);
-  expect("multiprocessors", "at least those of a cluster", call.multiprocessors,
-         call.multiprocessors >= plan.cluster);
+  expect("multiprocessors", "at least those of a cluster", call.card.multiprocessors,
+         call.card.multiprocessors >= plan.cluster);
   const auto expect_bytes = [](const char* name, size_t needed, const void* memory, size_t given) {
     const size_t got = memory ? given : 0;
     expect(name, "at least " + std::to_string(needed) + " bytes", int64_t(got), got >= needed);

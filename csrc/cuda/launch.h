@@ -5,7 +5,8 @@
 #pragma once
 #include <cstddef>
 
-#include "params.h"
+#include "prepared.h"
+#include "problem.h"
 #include "switches.h"
 
 namespace lotr::cuda {
@@ -13,11 +14,10 @@ namespace lotr::cuda {
 constexpr int MAX_RANK = 256;
 
 struct Call {
-  DType type;           // of the large matrix
-  Float32 float32;      // how float32 is multiplied
-  int multiprocessors;  // of the device: decides how the work is split
-  int shared;           // bytes of shared memory that a multiprocessor has: how many blocks it holds
-  void* stream;         // cudaStream_t
+  DType type;       // of the large matrix
+  Float32 float32;  // how float32 is multiplied
+  plan::Card card;  // decides how the work is split
+  void* stream;     // cudaStream_t
   bool early;  // whether launches may be, and in clusters (ptx/launch.cuh): waits_in_kernels() of probe.h
   bool wgmma = false;  // whether kernels may run by wgmma: runs_wgmma()
   Switches off{};      // what of this is turned off all the same: switches()
@@ -36,43 +36,49 @@ constexpr int64_t row_elements(DType type) {
   return type == DType::float32 ? 4 : 8;
 }
 
-// Each operator takes the problem (the plan's fields are its own business) and a workspace of at least
-// *_workspace bytes on the device, 256-byte aligned, whose contents do not matter; it is free again, in
-// stream order, when the call returns.
+// Each operator is two calls.  prepare() chooses the kernel, how the problem is cut into blocks (a plan) and
+// the bytes of the workspace; it remembers the choice for the next call with the same sizes, strides, types
+// and GPU (prepared.h).  run() launches what was chosen.
+//
+//   const Prepared prepared = prepare(call, problem);
+//   run(call, problem, prepared, workspace);  // of prepared.workspace bytes on the device, 256-byte aligned
+//
+// The contents of the workspace do not matter; it is free again, in stream order, when run() returns.
 //
 // An input that cannot be read 16 bytes at a time (float32 factors beside half activations, strides that are
 // no multiple of 16 bytes, a transposed g) is first cast or packed into the workspace, by one launch more:
 // callers need do nothing, and pay for it once a call.  What is written may lie anywhere; rows of 16 bytes
 // are faster.
 //
-// Who writes and who adds: shrink writes u (and h), shrink_grad writes k; Q is written, not added to, where
-// accumulate is 0, so it needs no zeros.  expand_add adds to y, factor_grad to D unless its accumulate is 0,
-// and fold_grad adds to dB and writes dcores.  No launch clears anything.
-size_t shrink_workspace(const Call& call, const ShrinkParams& p);
-void shrink(const Call& call, const ShrinkParams& p, void* workspace);
+// shrink writes u (and h), shrink_grad writes k; Q is written, not added to, where accumulate is 0, so it
+// needs no zeros.  expand_add adds to y, factor_grad to D unless its accumulate is 0, and fold_grad adds to
+// dB and writes dcores.  No launch clears anything.
+Prepared prepare(const Call& call, const ShrinkProblem& p);
+void run(const Call& call, const ShrinkProblem& p, const Prepared& prepared, void* workspace);
 
-size_t expand_add_workspace(const Call& call, const ExpandParams& p);
-void expand_add(const Call& call, const ExpandParams& p, void* workspace);
+Prepared prepare(const Call& call, const ExpandProblem& p);
+void run(const Call& call, const ExpandProblem& p, const Prepared& prepared, void* workspace);
 
-size_t factor_grad_workspace(const Call& call, const FactorGradParams& p);
-void factor_grad(const Call& call, const FactorGradParams& p, void* workspace);
+Prepared prepare(const Call& call, const FactorGradProblem& p);
+void run(const Call& call, const FactorGradProblem& p, const Prepared& prepared, void* workspace);
 
-size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& p);
-void shrink_grad(const Call& call, const ShrinkGradParams& p, void* workspace);
+Prepared prepare(const Call& call, const ShrinkGradProblem& p);
+void run(const Call& call, const ShrinkGradProblem& p, const Prepared& prepared, void* workspace);
 
-// These two take the types of their operands in p, any strides, and use neither call.type nor call.float32.
-// F [L, N, r_in]: F_layer and F_row are its strides, rows padded to row_elements(F_type).
-void fold(const Call& call, const FoldParams& p);
+// These two take the types of their operands in the problem, any strides, and use neither call.type nor
+// call.float32.  F [L, N, r_in]: F_layer and F_row are its strides, rows padded to row_elements(F_type).
+Prepared prepare(const Call& call, const FoldProblem& p);
+void run(const Call& call, const FoldProblem& p, const Prepared& prepared, void* workspace);
 
-size_t fold_grad_workspace(const Call& call, const FoldGradParams& p);
-void fold_grad(const Call& call, const FoldGradParams& p, void* workspace);
+Prepared prepare(const Call& call, const FoldGradProblem& p);
+void run(const Call& call, const FoldGradProblem& p, const Prepared& prepared, void* workspace);
 
 // The unfolded form, for few tokens, made of the operators above.
-size_t small_forward_workspace(const Call& call, const SmallForwardParams& p);
-void small_forward(const Call& call, const SmallForwardParams& p, void* workspace);
+Prepared prepare(const Call& call, const SmallForwardProblem& p);
+void run(const Call& call, const SmallForwardProblem& p, const Prepared& prepared, void* workspace);
 
-size_t small_backward_workspace(const Call& call, const SmallBackwardParams& p);
-void small_backward(const Call& call, const SmallBackwardParams& p, void* workspace);
+Prepared prepare(const Call& call, const SmallBackwardProblem& p);
+void run(const Call& call, const SmallBackwardProblem& p, const Prepared& prepared, void* workspace);
 
 // How a kernel of element type `type` may read a matrix stored as `stored`.
 inline Access access_of(const void* data, int64_t row, int64_t col, int64_t rows, DType stored, DType type) {

@@ -1,4 +1,4 @@
-// Definitions of launchers.h: plan, workspace, grid.
+// Definitions of launchers.h: workspace, grid.
 #pragma once
 #include "dispatch.h"
 #include "kernels/expand_add.cuh"
@@ -7,7 +7,6 @@
 #include "kernels/shrink.cuh"
 #include "kernels/shrink_grad.cuh"
 #include "launchers.h"
-#include "plan.h"
 
 namespace lotr::cuda {
 
@@ -45,10 +44,11 @@ void launch_together(const Call& call, void (*kernel)(Params), dim3 grid, Params
 }
 
 template <class P>
-void Launchers<P>::shrink(const Call& call, ShrinkParams p, void* workspace) {
+void Launchers<P>::shrink(const Call& call, const ShrinkProblem& problem, const plan::Plan& plan,
+                          void* workspace) {
+  auto p = params_of<ShrinkParams>(problem);
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
     constexpr int R = decltype(rank)::value;
-    const auto plan = plan::shrink(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call));
     p.m_pieces = plan.m_pieces();
     p.k_pieces = plan.n_pieces();
     p.splits = int(plan.n_blocks);
@@ -64,20 +64,21 @@ void Launchers<P>::shrink(const Call& call, ShrinkParams p, void* workspace) {
 }
 
 template <class P>
-void Launchers<P>::expand_add(const Call& call, ExpandParams p) {
+void Launchers<P>::expand_add(const Call& call, const ExpandProblem& problem, const plan::Plan& plan) {
+  auto p = params_of<ExpandParams>(problem);
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
     using Traits = kernels::ExpandTraits<P, decltype(rank)::value>;
-    const auto plan = plan::expand_add(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call));
     p.n_pieces = plan.n_pieces();
     launch<Traits>(call, kernels::expand_add<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p, "expand_add");
   });
 }
 
 template <class P>
-void Launchers<P>::factor_grad(const Call& call, FactorGradParams p, void* workspace) {
+void Launchers<P>::factor_grad(const Call& call, const FactorGradProblem& problem, const plan::Plan& plan,
+                               void* workspace) {
+  auto p = params_of<FactorGradParams>(problem);
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
     constexpr int R = decltype(rank)::value;
-    const auto plan = plan::factor_grad(p.M, p.K, p.r, sizeof(typename P::T), machine_of(call));
     p.m_pieces = plan.m_pieces();
     p.k_pieces = plan.n_pieces();
     p.splits = int(plan.m_blocks);
@@ -94,10 +95,11 @@ void Launchers<P>::factor_grad(const Call& call, FactorGradParams p, void* works
 }
 
 template <class P>
-void Launchers<P>::shrink_grad(const Call& call, ShrinkGradParams p, void* workspace) {
+void Launchers<P>::shrink_grad(const Call& call, const ShrinkGradProblem& problem, const plan::Plan& plan,
+                               void* workspace) {
+  auto p = params_of<ShrinkGradParams>(problem);
   dispatch_rank<SHRINK_GRAD_MAX_RANK>(p.r, [&](auto rank) {
     using Traits = kernels::ShrinkGradTraits<P, decltype(rank)::value>;
-    const auto plan = plan::shrink_grad(p.M, p.N, p.r, sizeof(typename P::T), machine_of(call));
     p.m_pieces = plan.m_pieces();
     p.n_pieces = plan.n_pieces();
     p.m_splits = int(plan.m_blocks);

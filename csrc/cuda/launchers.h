@@ -1,7 +1,7 @@
 // The kernels of one element type, as host functions.  Each .cu file beside this compiles them for one type.
 #pragma once
 #include "launch.h"
-#include "plan.h"
+#include "params.h"
 #include "tile/mma.cuh"
 
 namespace lotr::cuda {
@@ -19,17 +19,15 @@ constexpr size_t aligned(size_t bytes) {
   return (bytes + ALIGN - 1) / ALIGN * ALIGN;
 }
 
-inline plan::Machine machine_of(const Call& call) {
-  return {call.multiprocessors, call.shared, call.early, call.in_clusters(), 1, !call.off.together};
-}
-
 // These take matrices that can be read 16 bytes at a time, and ranks of one launch.
 template <class P>
 struct Launchers {
-  static void shrink(const Call& call, ShrinkParams p, void* workspace);
-  static void expand_add(const Call& call, ExpandParams p);
-  static void factor_grad(const Call& call, FactorGradParams p, void* workspace);
-  static void shrink_grad(const Call& call, ShrinkGradParams p, void* workspace);
+  static void shrink(const Call& call, const ShrinkProblem& problem, const plan::Plan& plan, void* workspace);
+  static void expand_add(const Call& call, const ExpandProblem& problem, const plan::Plan& plan);
+  static void factor_grad(const Call& call, const FactorGradProblem& problem, const plan::Plan& plan,
+                          void* workspace);
+  static void shrink_grad(const Call& call, const ShrinkGradProblem& problem, const plan::Plan& plan,
+                          void* workspace);
   static void pack(const Call& call, const PackParams& p);
 };
 

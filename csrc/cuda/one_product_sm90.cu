@@ -23,7 +23,7 @@ void launch(const Call& call, const plan::Plan& plan, const char* name, Kernel* 
             const Matrix& factor) {
   using T = typename Traits::T;
   ptx::launch(
-      {dim3(unsigned(plan.m_blocks)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
+      {dim3(unsigned(plan.m_blocks * plan.n_blocks)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
        static_cast<ptx::stream_t>(call.stream), dim3(unsigned(Traits::CLUSTER)), name, call.begins_early()},
       kernel, tensor_map<T>(p.x, p.M, p.K, Traits::ROWS),
       tensor_map<T>(factor, Traits::DOWN ? p.M : p.K, p.r, Traits::SHARE, Traits::PANEL), p);
@@ -31,14 +31,16 @@ void launch(const Call& call, const plan::Plan& plan, const char* name, Kernel* 
 
 }  // namespace
 
-void shrink_wgmma(const Call& call, const ShrinkParams& p, const plan::Plan& plan) {
+void shrink_wgmma(const Call& call, const ShrinkProblem& problem, const plan::Plan& plan) {
+  const auto p = params_of<ShrinkParams>(problem);
   with_traits<false>(call, p.r, [&](auto traits) {
     using Traits = decltype(traits);
     launch<Traits>(call, plan, "shrink", kernels::shrink_wgmma<Traits>, p, p.A);
   });
 }
 
-void factor_grad_wgmma(const Call& call, const FactorGradParams& p, const plan::Plan& plan) {
+void factor_grad_wgmma(const Call& call, const FactorGradProblem& problem, const plan::Plan& plan) {
+  const auto p = params_of<FactorGradParams>(problem);
   with_traits<true>(call, p.r, [&](auto traits) {
     using Traits = decltype(traits);
     launch<Traits>(call, plan, "factor_grad", kernels::factor_grad_wgmma<Traits>, p, p.v);

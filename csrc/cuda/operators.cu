@@ -1,6 +1,7 @@
-// csrc/cuda/launch.h: choice of the element type, ranks beyond one launch, inputs that have to be packed,
-// workspaces; and fold, which needs no choice.
+// csrc/cuda/launch.h: prepare() chooses kernel, plan and workspace, run() launches them.  Choice of the
+// element type, ranks beyond one launch, inputs that have to be packed.
 #include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -9,7 +10,8 @@
 #include "kernels/fold.cuh"
 #include "launchers.h"
 #include "one_product_sm90.h"
-#include "plan.h"
+#include "plan/fold_grad.h"
+#include "plans.h"
 #include "shrink_grad_sm90.h"
 
 namespace lotr::cuda {
@@ -55,10 +57,11 @@ Matrix read_only(const MutableMatrix& m) {
   return {m.data, m.row, m.col, m.access};
 }
 
-// f(first, ranks) for pieces of at most `most` ranks
+// f(i, first, ranks) for the i-th of at most two launches, which takes so many ranks from `first` on
 template <class F>
-void rank_pieces(int64_t r, int64_t most, F f) {
-  for (int64_t first = 0; first < r; first += most) f(first, int32_t(std::min(most, r - first)));
+void each_launch(const Call& call, int64_t r, F f) {
+  const int64_t most = max_rank(call.type);
+  for (int i = 0; i * most < r; ++i) f(i, i * most, int32_t(std::min(most, r - i * most)));
 }
 
 // Takes packed copies of inputs off the front of the workspace, where they are needed.  Without one (null) it
@@ -93,8 +96,8 @@ size_t reduction_bytes(int64_t tiles, int64_t splits, int64_t floats) {
 
 // h = core_scale * u core as a product of its own, where no block has the whole rank of u.  In exact float32,
 // as within shrink.
-ShrinkParams core_product(const ShrinkParams& p) {
-  ShrinkParams h{};
+ShrinkProblem core_product(const ShrinkProblem& p) {
+  ShrinkProblem h{};
   h.x = read_only(p.u);
   h.A = p.core;
   h.u = p.h;
@@ -108,6 +111,28 @@ ShrinkParams core_product(const ShrinkParams& p) {
 Call exactly(Call call) {
   call.float32 = Float32::exact;
   return call;
+}
+
+// The key of a problem.  bits: what else of its operands decides, the access of those that may be packed
+// first.
+Key key_of(Operator op, const Call& call, int64_t M, int64_t N, int64_t r, int64_t r_core,
+           std::initializer_list<bool> bits) {
+  Key key{M, N, int32_t(r), int32_t(r_core), call.card, 0, 0};
+  for (const bool bit : bits) key.what = key.what * 2 + bit;
+  key.what = key.what * 4 + uint32_t(op);
+  const Switches& off = call.off;
+  for (const bool bit : {call.float32 == Float32::tf32, call.early, call.wgmma, off.wgmma, off.early,
+                         off.cluster, off.together, off.fused})
+    key.how = key.how * 2 + bit;
+  key.how = key.how * 4 + uint32_t(call.type);
+  return key;
+}
+plan::Plan choose(const Call& call, Operator op, int64_t M, int64_t N, int32_t r, bool wgmma = false) {
+  return plans_of(call, op, M, N, r, wgmma).front();
+}
+
+bool packs(const Matrix& m) {
+  return m.access != Access::vector;
 }
 
 }  // namespace
@@ -135,96 +160,121 @@ Reduction Workspace::take(int64_t tiles, int64_t floats) {
   return sum;
 }
 
-size_t shrink_workspace(const Call& call, const ShrinkParams& problem) {
-  ShrinkParams p = problem;
-  check_rank("shrink", "A", p.r);
-  if (p.M == 0) return 0;
-  Packer pack(call, nullptr);
-  pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
-#ifdef LOTR_SM90A
-  if (shrink_wgmma_plan(call, p).rows) return pack.bytes();
-#endif
-  size_t bytes = 0;
-  rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
-    const auto plan = plan::shrink(p.M, p.K, ranks, element_size(call.type), machine_of(call));
-    const int R = plan::padded_rank(ranks);
-    const int64_t floats = int64_t(kernels::shrink_subs(R, plan.rows)) * plan.rows * R;
-    bytes = std::max(bytes, reduction_bytes(plan.m_blocks, plan.n_blocks, floats));
-  });
-  if (p.core.data && p.r > max_rank(call.type))
-    bytes = std::max(bytes, shrink_workspace(exactly(call), core_product(p)));
-  return pack.bytes() + bytes;
+Remembered& remembered() {
+  static Remembered known;
+  return known;
 }
 
-void shrink(const Call& call, const ShrinkParams& problem, void* workspace) {
-  ShrinkParams p = problem;
+Prepared prepare(const Call& call, const ShrinkProblem& problem) {
+  ShrinkProblem p = problem;
   check_rank("shrink", "A", p.r);
   if (p.core.data) check_rank("shrink", "core", p.r_core);
+  if (p.M == 0) return {};
+  Packer pack(call, nullptr);
+  pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
+  const bool core = p.core.data, bulk = !core && one_product_wgmma_takes(call, p, p.A, p.K);
+  const Key key = key_of(Operator::shrink, call, p.M, p.K, p.r, p.r_core,
+                         {packs(problem.x), packs(problem.A), core, core && packs(problem.core),
+                          core && packs(read_only(problem.u)), bulk});
+  return remembered()(key, [&] {
+    Prepared made;
+    size_t bytes = 0;
+    each_launch(call, p.r, [&](int i, int64_t, int32_t ranks) {
+      const plan::Plan plan = choose(call, Operator::shrink, p.M, p.K, ranks, bulk);
+      const int R = plan::padded_rank(ranks);
+      const int64_t floats = int64_t(kernels::shrink_subs(R, plan.rows)) * plan.rows * R;
+      bytes = std::max(bytes, reduction_bytes(plan.m_blocks, plan.n_blocks, floats));
+      made.plans[size_t(i)] = plan;
+    });
+    if (core && p.r > max_rank(call.type))
+      bytes = std::max(bytes, prepare(exactly(call), core_product(p)).workspace);
+    made.workspace = pack.bytes() + bytes;
+    return made;
+  });
+}
+
+void run(const Call& call, const ShrinkProblem& problem, const Prepared& prepared, void* workspace) {
+  ShrinkProblem p = problem;
   if (p.M == 0) return;
   Packer pack(call, workspace);
   pack(p.x, p.M, p.K), pack(p.A, p.K, p.r);
 #ifdef LOTR_SM90A  // the build has code of sm_90a
-  const plan::Plan wgmma = shrink_wgmma_plan(call, p);
-  if (wgmma.rows) return shrink_wgmma(call, p, wgmma);
+  if (prepared.plans[0].wgmma) return shrink_wgmma(call, p, prepared.plans[0]);
 #endif
   const bool whole = p.r <= max_rank(call.type);
-  rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {
-    ShrinkParams piece = p;
+  each_launch(call, p.r, [&](int i, int64_t first, int32_t ranks) {
+    ShrinkProblem piece = p;
     piece.r = ranks;
     piece.A = columns(p.A, first, call.type);
     piece.u = columns(p.u, first, call.type);
     if (!whole) piece.core.data = nullptr;
-    dispatch_policy(call, [&](auto launchers) { launchers.shrink(call, piece, pack.rest()); });
+    dispatch_policy(
+        call, [&](auto launchers) { launchers.shrink(call, piece, prepared.plans[size_t(i)], pack.rest()); });
   });
-  if (p.core.data && !whole) shrink(exactly(call), core_product(p), pack.rest());
+  if (p.core.data && !whole) {
+    const ShrinkProblem core = core_product(p);
+    run(exactly(call), core, prepare(exactly(call), core), pack.rest());
+  }
 }
 
-size_t expand_add_workspace(const Call& call, const ExpandParams& problem) {
-  ExpandParams p = problem;
+Prepared prepare(const Call& call, const ExpandProblem& problem) {
+  ExpandProblem p = problem;
   check_rank("expand_add", "F", p.r);
-  if (p.M == 0) return 0;
-  Packer pack(call, nullptr);
-  pack(p.u, p.M, p.r), pack(p.F, p.N, p.r);
-  return pack.bytes();
+  if (p.M == 0) return {};
+  const Key key = key_of(Operator::expand_add, call, p.M, p.N, p.r, 0, {packs(problem.u), packs(problem.F)});
+  return remembered()(key, [&] {
+    Prepared made;
+    Packer pack(call, nullptr);
+    pack(p.u, p.M, p.r), pack(p.F, p.N, p.r);
+    made.workspace = pack.bytes();
+    each_launch(call, p.r, [&](int i, int64_t, int32_t ranks) {
+      made.plans[size_t(i)] = choose(call, Operator::expand_add, p.M, p.N, ranks);
+    });
+    return made;
+  });
 }
 
-void expand_add(const Call& call, const ExpandParams& problem, void* workspace) {
-  ExpandParams p = problem;
-  check_rank("expand_add", "F", p.r);
+void run(const Call& call, const ExpandProblem& problem, const Prepared& prepared, void* workspace) {
+  ExpandProblem p = problem;
   if (p.M == 0) return;
   Packer pack(call, workspace);
   pack(p.u, p.M, p.r), pack(p.F, p.N, p.r);
-  rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {
-    ExpandParams piece = p;
+  each_launch(call, p.r, [&](int i, int64_t first, int32_t ranks) {
+    ExpandProblem piece = p;
     piece.r = ranks;
     piece.u = columns(p.u, first, call.type);
     piece.F = columns(p.F, first, call.type);
-    dispatch_policy(call, [&](auto launchers) { launchers.expand_add(call, piece); });
+    dispatch_policy(call,
+                    [&](auto launchers) { launchers.expand_add(call, piece, prepared.plans[size_t(i)]); });
   });
 }
 
-size_t factor_grad_workspace(const Call& call, const FactorGradParams& problem) {
-  FactorGradParams p = problem;
+Prepared prepare(const Call& call, const FactorGradProblem& problem) {
+  FactorGradProblem p = problem;
   check_rank("factor_grad", "k", p.r);
-  if (p.M == 0) return 0;
+  if (p.M == 0) return {};
   Packer pack(call, nullptr);
   pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
-#ifdef LOTR_SM90A
-  if (factor_grad_wgmma_plan(call, p).rows) return pack.bytes();
-#endif
-  size_t bytes = 0;
-  rank_pieces(p.r, max_rank(call.type), [&](int64_t, int32_t ranks) {
-    const auto plan = plan::factor_grad(p.M, p.K, ranks, element_size(call.type), machine_of(call));
-    const int R = plan::padded_rank(ranks);
-    const int64_t floats = int64_t(kernels::factor_grad_subs(R, plan.cols)) * plan.cols * R;
-    bytes = std::max(bytes, reduction_bytes(plan.n_blocks, plan.cluster ? 1 : plan.m_blocks, floats));
+  const bool bulk = one_product_wgmma_takes(call, p, p.v, p.M);
+  const Key key =
+      key_of(Operator::factor_grad, call, p.M, p.K, p.r, 0, {packs(problem.x), packs(problem.v), bulk});
+  return remembered()(key, [&] {
+    Prepared made;
+    size_t bytes = 0;
+    each_launch(call, p.r, [&](int i, int64_t, int32_t ranks) {
+      const plan::Plan plan = choose(call, Operator::factor_grad, p.M, p.K, ranks, bulk);
+      const int R = plan::padded_rank(ranks);
+      const int64_t floats = int64_t(kernels::factor_grad_subs(R, plan.cols)) * plan.cols * R;
+      if (!plan.cluster) bytes = std::max(bytes, reduction_bytes(plan.n_blocks, plan.m_blocks, floats));
+      made.plans[size_t(i)] = plan;
+    });
+    made.workspace = pack.bytes() + bytes;
+    return made;
   });
-  return pack.bytes() + bytes;
 }
 
-void factor_grad(const Call& call, const FactorGradParams& problem, void* workspace) {
-  FactorGradParams p = problem;
-  check_rank("factor_grad", "k", p.r);
+void run(const Call& call, const FactorGradProblem& problem, const Prepared& prepared, void* workspace) {
+  FactorGradProblem p = problem;
   if (p.M == 0) {
     if (!p.accumulate) clear(p.D, size_t(p.K * p.r) * sizeof(float), call.stream);  // then D is contiguous
     return;
@@ -232,23 +282,24 @@ void factor_grad(const Call& call, const FactorGradParams& problem, void* worksp
   Packer pack(call, workspace);
   pack(p.x, p.M, p.K), pack(p.v, p.M, p.r);
 #ifdef LOTR_SM90A
-  const plan::Plan wgmma = factor_grad_wgmma_plan(call, p);
-  if (wgmma.rows) return factor_grad_wgmma(call, p, wgmma);
+  if (prepared.plans[0].wgmma) return factor_grad_wgmma(call, p, prepared.plans[0]);
 #endif
-  rank_pieces(p.r, max_rank(call.type), [&](int64_t first, int32_t ranks) {
-    FactorGradParams piece = p;
+  each_launch(call, p.r, [&](int i, int64_t first, int32_t ranks) {
+    FactorGradProblem piece = p;
     piece.r = ranks;
     piece.v = columns(p.v, first, call.type);
     piece.D = p.D + first * p.D_col;
-    dispatch_policy(call, [&](auto launchers) { launchers.factor_grad(call, piece, pack.rest()); });
+    dispatch_policy(call, [&](auto launchers) {
+      launchers.factor_grad(call, piece, prepared.plans[size_t(i)], pack.rest());
+    });
   });
 }
 
 namespace {
 
 // k and Q from two reads of g, for ranks whose partial sums would cost more than the second read.
-void two_reads(const ShrinkGradParams& p, ShrinkParams& k, FactorGradParams& Q) {
-  k = ShrinkParams{};
+void two_reads(const ShrinkGradProblem& p, ShrinkProblem& k, FactorGradProblem& Q) {
+  k = ShrinkProblem{};
   k.x = p.g;
   k.A = p.F;
   k.u = p.k;
@@ -256,7 +307,7 @@ void two_reads(const ShrinkGradParams& p, ShrinkParams& k, FactorGradParams& Q) 
   k.K = p.N;
   k.r = p.r;
   k.scale = k.dropout.scale = 1.f;
-  Q = FactorGradParams{};
+  Q = FactorGradProblem{};
   Q.x = p.g;
   Q.v = p.u;
   Q.D = p.Q;
@@ -269,60 +320,76 @@ void two_reads(const ShrinkGradParams& p, ShrinkParams& k, FactorGradParams& Q) 
   Q.dropout.scale = 1.f;
 }
 
-}  // namespace
-
-size_t shrink_grad_workspace(const Call& call, const ShrinkGradParams& problem) {
-  ShrinkGradParams p = problem;
-  check_rank("shrink_grad", "F", p.r);
-  if (p.M == 0) return 0;
-  Packer pack(call, nullptr);
-  pack(p.g, p.M, p.N), pack(p.F, p.N, p.r), pack(p.u, p.M, p.r);
-  if (p.r > SHRINK_GRAD_MAX_RANK) {
-    ShrinkParams k;
-    FactorGradParams Q;
-    two_reads(p, k, Q);
-    return pack.bytes() + std::max(shrink_workspace(call, k), factor_grad_workspace(call, Q));
-  }
+// Without the packed inputs.
+size_t shrink_grad_bytes(const Call& call, const ShrinkGradProblem& p, const plan::Plan& plan) {
 #ifdef LOTR_SM90A
-  const plan::Plan wgmma = shrink_grad_wgmma_plan(call, p);
-  if (wgmma.rows) return pack.bytes() + shrink_grad_wgmma_workspace(wgmma, p.r);
+  if (plan.wgmma) return shrink_grad_wgmma_workspace(plan, p.r);
 #endif
-  const int element = element_size(call.type), R = plan::padded_rank(p.r);
-  const auto plan = plan::shrink_grad(p.M, p.N, p.r, element, machine_of(call));
+  const size_t element = size_t(element_size(call.type));
+  const int R = plan::padded_rank(p.r);
   const int64_t k_floats = plan.m_tiles * plan.n_blocks * plan.rows * R;
-  const int64_t Q_floats = plan.m_blocks * plan.n_blocks * kernels::shrink_grad_subs(size_t(element), R) *
-                           kernels::shrink_grad_cols(size_t(element)) * R;
-  return pack.bytes() + Workspace::bytes(plan.m_tiles + plan.n_tiles, k_floats) +
-         Workspace::bytes(0, Q_floats);
+  const int64_t Q_floats = plan.m_blocks * plan.n_blocks * kernels::shrink_grad_subs(element, R) *
+                           kernels::shrink_grad_cols(element) * R;
+  return Workspace::bytes(plan.m_tiles + plan.n_tiles, k_floats) + Workspace::bytes(0, Q_floats);
 }
 
-void shrink_grad(const Call& call, const ShrinkGradParams& problem, void* workspace) {
-  ShrinkGradParams p = problem;
+}  // namespace
+
+Prepared prepare(const Call& call, const ShrinkGradProblem& problem) {
+  ShrinkGradProblem p = problem;
   check_rank("shrink_grad", "F", p.r);
+  if (p.M == 0) return {};
+  Packer pack(call, nullptr);
+  pack(p.g, p.M, p.N), pack(p.F, p.N, p.r), pack(p.u, p.M, p.r);
+  const bool bulk = shrink_grad_wgmma_takes(call, p);
+  const Key key = key_of(Operator::shrink_grad, call, p.M, p.N, p.r, 0,
+                         {packs(problem.g), packs(problem.F), packs(problem.u), bulk});
+  return remembered()(key, [&] {
+    Prepared made;
+    made.workspace = pack.bytes();
+    if (p.r > SHRINK_GRAD_MAX_RANK) {
+      ShrinkProblem k;
+      FactorGradProblem Q;
+      two_reads(p, k, Q);
+      made.workspace += std::max(prepare(call, k).workspace, prepare(call, Q).workspace);
+      return made;
+    }
+    made.plans[0] = choose(call, Operator::shrink_grad, p.M, p.N, p.r, bulk);
+    made.workspace += shrink_grad_bytes(call, p, made.plans[0]);
+    return made;
+  });
+}
+
+void run(const Call& call, const ShrinkGradProblem& problem, const Prepared& prepared, void* workspace) {
+  ShrinkGradProblem p = problem;
   if (p.M == 0 && p.accumulate) return;
   if (p.M == 0) return clear(p.Q, size_t(p.N * p.r) * sizeof(float), call.stream);
   Packer pack(call, workspace);
   pack(p.g, p.M, p.N), pack(p.F, p.N, p.r), pack(p.u, p.M, p.r);
   if (p.r > SHRINK_GRAD_MAX_RANK) {
-    ShrinkParams k;
-    FactorGradParams Q;
+    ShrinkProblem k;
+    FactorGradProblem Q;
     two_reads(p, k, Q);
-    shrink(call, k, pack.rest());
-    return factor_grad(call, Q, pack.rest());
+    run(call, k, prepare(call, k), pack.rest());
+    return run(call, Q, prepare(call, Q), pack.rest());
   }
 #ifdef LOTR_SM90A
-  const plan::Plan wgmma = shrink_grad_wgmma_plan(call, p);
-  if (wgmma.rows) return shrink_grad_wgmma(call, p, wgmma, pack.rest());
+  if (prepared.plans[0].wgmma) return shrink_grad_wgmma(call, p, prepared.plans[0], pack.rest());
 #endif
-  dispatch_policy(call, [&](auto launchers) { launchers.shrink_grad(call, p, pack.rest()); });
+  dispatch_policy(call,
+                  [&](auto launchers) { launchers.shrink_grad(call, p, prepared.plans[0], pack.rest()); });
 }
 
-void fold(const Call& call, const FoldParams& p) {
+Prepared prepare(const Call&, const FoldProblem& p) {
   check_rank("fold", "cores", p.r_in);
   check_rank("fold", "B", p.r_out);
   if ((p.Ft.data || p.At.data) && p.L != 1)
     throw std::invalid_argument("fold: cores: expected one where transposes are made, got " +
                                 std::to_string(p.L));
+  return {};
+}
+
+void run(const Call& call, const FoldProblem& p, const Prepared&, void*) {
   if (p.L == 0) return;
   const int64_t row_tiles = plan::ceil_div(p.N, kernels::FOLD_ROWS) + plan::ceil_div(p.K, kernels::FOLD_ROWS);
   const dim3 grid(unsigned(row_tiles), unsigned(plan::ceil_div(p.r_in, kernels::FOLD_COLS)), unsigned(p.L));
@@ -331,19 +398,29 @@ void fold(const Call& call, const FoldParams& p) {
               kernels::fold, p);
 }
 
-size_t fold_grad_workspace(const Call& call, const FoldGradParams& p) {
-  const auto plan = plan::fold_grad(p.N, p.L, p.r_in, p.r_out, p.dB, call.multiprocessors);
-  return reduction_bytes(plan.core_tiles, plan.splits, kernels::FOLD_ROWS * kernels::FOLD_COLS);
+namespace {
+
+plan::FoldGrad fold_grad_plan(const Call& call, const FoldGradProblem& p) {
+  return plan::fold_grad(p.N, p.L, p.r_in, p.r_out, p.dB, call.card.multiprocessors);
 }
 
-void fold_grad(const Call& call, const FoldGradParams& problem, void* workspace) {
-  check_rank("fold_grad", "cores", problem.r_in);
-  check_rank("fold_grad", "B", problem.r_out);
+}  // namespace
+
+// Its plan takes a few divisions, so nothing is remembered.
+Prepared prepare(const Call& call, const FoldGradProblem& p) {
+  check_rank("fold_grad", "cores", p.r_in);
+  check_rank("fold_grad", "B", p.r_out);
+  const auto plan = fold_grad_plan(call, p);
+  Prepared made;
+  made.workspace = reduction_bytes(plan.core_tiles, plan.splits, kernels::FOLD_ROWS * kernels::FOLD_COLS);
+  return made;
+}
+
+void run(const Call& call, const FoldGradProblem& problem, const Prepared&, void* workspace) {
   if (problem.L == 0) return;
-  FoldGradParams p = problem;
-  const auto plan = plan::fold_grad(p.N, p.L, p.r_in, p.r_out, p.dB, call.multiprocessors);
-  p.n_per_split = plan.n_per_split;
-  p.splits = plan.splits;
+  const auto plan = fold_grad_plan(call, problem);
+  auto p = params_of<FoldGradParams>(problem);
+  p.n_per_split = plan.n_per_split, p.splits = plan.splits;
   if (plan.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
   ptx::launch({dim3(unsigned(plan.dB_blocks + plan.core_tiles * plan.splits)),
                dim3(kernels::FoldTraits::THREADS), sizeof(kernels::FoldTraits::Smem),

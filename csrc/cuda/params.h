@@ -1,37 +1,8 @@
-// What a kernel is told: POD structs passed by value, with no CUDA or torch type in them.
-// m tokens, k in, n out, r rank, l layer.  Strides count elements, not bytes.
+// What a kernel is told: the problem and how it is cut, in structs that are passed by value.
 #pragma once
-#include <cstdint>
+#include "problem.h"
 
 namespace lotr {
-
-// Element types the kernels take, and how products of float32 are formed.
-enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
-enum class Float32 : int32_t { exact = 0, tf32 = 1 };  // torch's float32 matmul precision
-
-// How a matrix is read: 16 bytes at a time, one element at a time, or one float32 at a time, rounded to the
-// kernel's type.
-enum class Access : int32_t { vector = 0, element = 1, float32_element = 2 };
-
-struct Matrix {
-  const void* data;  // [rows, cols], extents are the kernel's own
-  int64_t row, col;  // strides
-  Access access;
-};
-
-// Output, or a matrix updated in place.  vector: its rows allow 16-byte stores.
-struct MutableMatrix {
-  void* data;  // [rows, cols]
-  int64_t row, col;
-  Access access;
-};
-
-// Element e = i * cols + j of a matrix is kept iff its Philox word is >= threshold (see tile/philox.cuh).
-struct Dropout {
-  const int64_t* seed;  // [1] on the device, or null: no dropout
-  uint32_t threshold;   // p * 2^32
-  float scale;          // of the product: 1 / (1 - p), without dropout 1 or a scaling that comes last
-};
 
 // Partial sums of the blocks that share an output tile, added in a fixed order by the last to arrive, or by
 // all of them, each a share, where they run together.
@@ -49,145 +20,52 @@ struct Pieces {
   int32_t whole, longer;
 };
 
-// u = scale * drop(x) A, and for few tokens h = core_scale * u core in the same launch.
-struct ShrinkParams {
-  Matrix x;         // [M, K]
-  Matrix A;         // [K, r]
-  MutableMatrix u;  // [M, r]
-  int64_t M, K;
+struct ShrinkParams : ShrinkProblem {
   Pieces m_pieces, k_pieces;  // of the row tiles and of the steps along K
   int32_t splits;             // blocks that share their rows of u
-  int32_t r;
-  float scale;
-  Dropout dropout;
-  Reduction sum;    // partial [m blocks, splits, row tiles of a block, ROWS, R]
-  Matrix core;      // [r, r_core], data null: no second product
-  MutableMatrix h;  // [M, r_core]
-  int32_t r_core;
-  float core_scale;
+  Reduction sum;              // partial [m blocks, splits, row tiles of a block, ROWS, R]
 };
 
-// y += drop(u F^T)
-struct ExpandParams {
-  MutableMatrix y;  // [M, N]
-  Matrix u;         // [M, r]
-  Matrix F;         // [N, r]
-  int64_t M, N;
+struct ExpandParams : ExpandProblem {
   Pieces n_pieces;  // of the column tiles
-  int32_t r;
-  Dropout dropout;
 };
 
-// D += drop(x)^T v
-struct FactorGradParams {
-  Matrix x;  // [M, K]
-  Matrix v;  // [M, r]
-  float* D;  // [K, r]
-  int64_t D_row, D_col;
-  int64_t M, K;
+struct FactorGradParams : FactorGradProblem {
   Pieces m_pieces, k_pieces;  // of the row and column tiles
   int32_t splits;             // blocks along M that share a tile of D
   int32_t cluster;            // 1: they are one cluster
   int32_t together;           // 1: all blocks run at the same time, and those may wait for one another
-  int32_t r;
-  int32_t accumulate;  // 0: D = instead of D +=
-  Dropout dropout;
-  Reduction sum;  // partial [k blocks, splits, column tiles of a block, COLS, R]
+  Reduction sum;              // partial [k blocks, splits, column tiles of a block, COLS, R]
 };
 
-// k = g F and Q = g^T u from one read of g
-struct ShrinkGradParams {
-  Matrix g;         // [M, N]
-  Matrix F;         // [N, r]
-  Matrix u;         // [M, r]
-  MutableMatrix k;  // [M, r]
-  float* Q;         // [N, r]
-  int64_t Q_row, Q_col;
-  int64_t M, N;
+struct ShrinkGradParams : ShrinkGradProblem {
   Pieces m_pieces, n_pieces;  // of the row and column tiles
   int32_t m_splits, n_splits;
   int32_t cluster;   // 1: the m_splits blocks of a column are one cluster; by wgmma: so many blocks of a row
   int32_t together;  // 1: all blocks run at the same time, and those of a column may wait for one another
-  int32_t r;
-  int32_t accumulate;  // 0: Q = instead of Q +=
-  Reduction sum_k;     // partial [row tiles, n_splits, ROWS, R]; by wgmma: n_splits clusters of blocks
-  Reduction sum_Q;     // partial [n blocks, m_splits, column tiles of a block, COLS, R]
+  Reduction sum_k;   // partial [row tiles, n_splits, ROWS, R]; by wgmma: n_splits clusters of blocks
+  Reduction sum_Q;   // partial [n blocks, m_splits, column tiles of a block, COLS, R]
 };
+
+struct FoldGradParams : FoldGradProblem {
+  int64_t n_per_split;  // rows of Q and B that one block of dG reads
+  int32_t splits;
+  Reduction sum;  // partial [L, tiles of a core, splits, tile]
+};
+
+// A problem as a kernel takes it, still without a plan.
+template <class Params, class Problem>
+Params params_of(const Problem& problem) {
+  Params params{};
+  static_cast<Problem&>(params) = problem;
+  return params;
+}
 
 // A copy with rows of whole 16 bytes, in the kernel's type.
 struct PackParams {
   Matrix from;  // [rows, cols]
   void* to;     // [rows, to_row], zero from column `cols` on
   int64_t rows, cols, to_row;
-};
-
-// F_l = s B G_l^T for every layer; of one layer also the transposes that gemm_lotr reads
-struct FoldParams {
-  Matrix B;             // [N, r_out]
-  Matrix cores;         // [L, r_in, r_out], row and col strides of one core
-  int64_t core_stride;  // from layer to layer
-  void* F;              // [L, N, r_in], last dimension contiguous
-  int64_t F_layer, F_row;
-  DType B_type, core_type, F_type;
-  int64_t N;
-  int32_t L, r_in, r_out;
-  float scale;
-  MutableMatrix Ft;  // [r_in, N] in F_type, data null: no transposes
-  MutableMatrix At;  // [r_in, K] in F_type
-  Matrix A;          // [K, r_in]
-  DType A_type;
-  int64_t K;  // 0: no transposes
-};
-
-// dB += s sum_l Q_l G_l (l = 0 .. L-1) and dG_l = s Q_l^T B
-struct FoldGradParams {
-  Matrix Q;  // [L, N, r_in] float32, strides of one layer's
-  int64_t Q_stride;
-  Matrix B;      // [N, r_out]
-  Matrix cores;  // [L, r_in, r_out]
-  int64_t core_stride;
-  float* dB;  // [N, r_out] or null
-  int64_t dB_row, dB_col;
-  float* dcores;  // [L, r_in, r_out], contiguous
-  DType B_type, core_type;
-  int64_t N;
-  int64_t n_per_split;  // rows of Q and B that one block of dG reads
-  int32_t L, r_in, r_out;
-  int32_t splits;
-  float scale;
-  Reduction sum;  // partial [L, tiles of a core, splits, tile]
-};
-
-// u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not
-struct SmallForwardParams {
-  MutableMatrix y;  // [M, N]
-  Matrix x;         // [M, K]
-  Matrix A;         // [K, r_in]
-  Matrix core;      // [r_in, r_out]
-  Matrix B;         // [N, r_out]
-  MutableMatrix u;  // [M, r_in]
-  int64_t M, K, N;
-  int32_t r_in, r_out;
-  float scale;
-};
-
-// h = g B, k = scale h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = scale u^T h
-struct SmallBackwardParams {
-  MutableMatrix dx;  // [M, K], data null: not wanted
-  Matrix g;          // [M, N]
-  Matrix x;          // [M, K], read for dA only
-  Matrix u;          // [M, r_in]
-  Matrix A;          // [K, r_in]
-  Matrix core;       // [r_in, r_out]
-  Matrix B;          // [N, r_out]
-  float* dA;         // [K, r_in] or null
-  int64_t dA_row, dA_col;
-  float* dB;  // [N, r_out] or null
-  int64_t dB_row, dB_col;
-  float* dcore;  // [r_in, r_out], contiguous, or null
-  int64_t M, K, N;
-  int32_t r_in, r_out;
-  float scale;
 };
 
 }  // namespace lotr

@@ -4,7 +4,6 @@
 
 #include "kernels/row_core.cuh"
 #include "launchers.h"
-#include "plan.h"
 #include "rows.h"
 
 namespace lotr::cuda {
@@ -52,7 +51,7 @@ void row_core(const Call& call, const RowCoreParams& problem) {
   if (problem.index.rows == 0) return;
   RowCoreParams p = problem;
   const int64_t cols = plan::ceil_div(p.r_out, kernels::FOLD_COLS);
-  p.rows_of_block = rows_of_block(p.index.rows, cols, call.multiprocessors);
+  p.rows_of_block = rows_of_block(p.index.rows, cols, call.card.multiprocessors);
   // G^T has its neighbours in memory along the sum
   const bool along = std::abs(p.cores.row) < std::abs(p.cores.col);
   launch(call, along ? kernels::row_core<Order::along_k> : kernels::row_core<Order::across_k>,
@@ -65,7 +64,7 @@ void row_ends(const Call& call, const RowEndsParams& p) {
 }
 
 size_t row_core_grad_workspace(const Call& call, const RowCoreGradParams& p, int64_t rows) {
-  const auto plan = plan_grad(rows, p.cores, p.r_in, p.r_out, call.multiprocessors);
+  const auto plan = plan_grad(rows, p.cores, p.r_in, p.r_out, call.card.multiprocessors);
   return plan.splits > 1 ? Workspace::bytes(plan.core_tiles, plan.core_tiles * plan.splits *
                                                                  kernels::FOLD_ROWS * kernels::FOLD_COLS)
                          : 0;
@@ -73,7 +72,7 @@ size_t row_core_grad_workspace(const Call& call, const RowCoreGradParams& p, int
 
 void row_core_grad(const Call& call, const RowCoreGradParams& problem, int64_t rows, void* workspace) {
   RowCoreGradParams p = problem;
-  const auto plan = plan_grad(rows, p.cores, p.r_in, p.r_out, call.multiprocessors);
+  const auto plan = plan_grad(rows, p.cores, p.r_in, p.r_out, call.card.multiprocessors);
   p.splits = plan.splits;
   if (p.splits > 1) p.sum = Workspace(call, workspace, plan.core_tiles).take(plan.core_tiles, 0);
   launch(call, kernels::row_core_grad, dim3(unsigned(plan.core_tiles * p.splits)), p,

@@ -60,7 +60,9 @@ size_t shrink_grad_wgmma_workspace(const plan::Plan& plan, int64_t r) {
   return Workspace::bytes(sums.k_counters + plan.n_blocks, sums.k) + Workspace::bytes(0, sums.Q);
 }
 
-void shrink_grad_wgmma(const Call& call, ShrinkGradParams p, const plan::Plan& plan, void* workspace) {
+void shrink_grad_wgmma(const Call& call, const ShrinkGradProblem& problem, const plan::Plan& plan,
+                       void* workspace) {
+  auto p = params_of<ShrinkGradParams>(problem);
   const Sums sums(plan, p.r);
   p.m_pieces = plan.m_pieces();
   p.n_pieces = plan.n_pieces();

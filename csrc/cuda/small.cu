@@ -21,32 +21,32 @@ Matrix transposed(const Matrix& m) {
   return {m.data, m.col, m.row, m.access == Access::float32_element ? m.access : Access::element};
 }
 
-ShrinkParams shrink_params(const Matrix& x, const Matrix& A, const MutableMatrix& u, int64_t M, int64_t K,
-                           int32_t r) {
-  ShrinkParams p{};
+ShrinkProblem shrink_params(const Matrix& x, const Matrix& A, const MutableMatrix& u, int64_t M, int64_t K,
+                            int32_t r) {
+  ShrinkProblem p{};
   p.x = x, p.A = A, p.u = u;
   p.M = M, p.K = K, p.r = r;
   p.scale = p.dropout.scale = 1.f;
   return p;
 }
 
-void add_core(ShrinkParams& p, const Matrix& core, const MutableMatrix& h, int32_t r_core, float scale) {
+void add_core(ShrinkProblem& p, const Matrix& core, const MutableMatrix& h, int32_t r_core, float scale) {
   p.core = core, p.h = h;
   p.r_core = r_core, p.core_scale = scale;
 }
 
-ExpandParams expand_params(const MutableMatrix& y, const Matrix& u, const Matrix& F, int64_t M, int64_t N,
-                           int32_t r, float scale) {
-  ExpandParams p{};
+ExpandProblem expand_params(const MutableMatrix& y, const Matrix& u, const Matrix& F, int64_t M, int64_t N,
+                            int32_t r, float scale) {
+  ExpandProblem p{};
   p.y = y, p.u = u, p.F = F;
   p.M = M, p.N = N, p.r = r;
   p.dropout.scale = scale;
   return p;
 }
 
-FactorGradParams grad_params(const Matrix& x, const Matrix& v, float* D, int64_t row, int64_t col, int64_t M,
-                             int64_t K, int32_t r, float scale, bool accumulate) {
-  FactorGradParams p{};
+FactorGradProblem grad_params(const Matrix& x, const Matrix& v, float* D, int64_t row, int64_t col, int64_t M,
+                              int64_t K, int32_t r, float scale, bool accumulate) {
+  FactorGradProblem p{};
   p.x = x, p.v = v, p.D = D, p.D_row = row, p.D_col = col;
   p.M = M, p.K = K, p.r = r;
   p.accumulate = accumulate;
@@ -56,17 +56,15 @@ FactorGradParams grad_params(const Matrix& x, const Matrix& v, float* D, int64_t
 
 // The products of the backward pass, in order, with their intermediate matrices taken off the workspace.
 struct Backward {
-  ShrinkParams h, uc;  // h = g B (and k); uc = u core
-  ExpandParams dx;
-  FactorGradParams dA, dB, dcore;
-  bool need_h;
+  ShrinkProblem h, uc;  // h = g B (and k); uc = u core
+  ExpandProblem dx;
+  FactorGradProblem dA, dB, dcore;
   char* rest;  // workspace of whichever runs
 
-  Backward(const Call& call, const SmallBackwardParams& p, void* workspace)
+  Backward(const Call& call, const SmallBackwardProblem& p, void* workspace)
       : rest(static_cast<char*>(workspace)) {
     const MutableMatrix mh = take_matrix(call, rest, p.M, p.r_out), mk = take_matrix(call, rest, p.M, p.r_in),
                         muc = take_matrix(call, rest, p.M, p.r_out);
-    need_h = p.dx.data || p.dA || p.dcore;
     h = shrink_params(p.g, p.B, mh, p.M, p.N, p.r_out);
     if (p.dx.data || p.dA) add_core(h, transposed(p.core), mk, p.r_in, p.scale);
     uc = shrink_params(p.u, p.core, muc, p.M, p.r_in, p.r_out);
@@ -75,56 +73,66 @@ struct Backward {
     dB = grad_params(p.g, read_only(muc), p.dB, p.dB_row, p.dB_col, p.M, p.N, p.r_out, p.scale, true);
     dcore = grad_params(p.u, read_only(mh), p.dcore, p.r_out, 1, p.M, p.r_in, p.r_out, p.scale, false);
   }
+  template <class F>
+  void each(F f) const {
+    if (dx.y.data || dA.D || dcore.D) f(h);
+    if (dx.y.data) f(dx);
+    if (dA.D) f(dA);
+    if (dB.D) f(uc), f(dB);
+    if (dcore.D) f(dcore);
+  }
 };
 
 struct Forward {
-  ShrinkParams u;
-  ExpandParams y;
+  ShrinkProblem u;
+  ExpandProblem y;
   char* rest;
 
-  Forward(const Call& call, const SmallForwardParams& p, void* workspace)
+  Forward(const Call& call, const SmallForwardProblem& p, void* workspace)
       : rest(static_cast<char*>(workspace)) {
     const MutableMatrix h = take_matrix(call, rest, p.M, p.r_out);
     u = shrink_params(p.x, p.A, p.u, p.M, p.K, p.r_in);
     add_core(u, p.core, h, p.r_out, 1.f);
     y = expand_params(p.y, read_only(h), p.B, p.M, p.N, p.r_out, p.scale);
   }
+  template <class F>
+  void each(F f) const {
+    f(u), f(y);
+  }
 };
+
+template <class Products, class Problem>
+Prepared prepared_products(const Call& call, const Problem& p) {
+  const Products products(call, p, nullptr);
+  size_t most = 0;
+  products.each([&](const auto& one) { most = std::max(most, prepare(call, one).workspace); });
+  Prepared made;
+  made.workspace = reinterpret_cast<size_t>(products.rest) + most;
+  return made;
+}
+
+template <class Products, class Problem>
+void run_products(const Call& call, const Problem& p, void* workspace) {
+  const Products products(call, p, workspace);
+  products.each([&](const auto& one) { run(call, one, prepare(call, one), products.rest); });
+}
 
 }  // namespace
 
-size_t small_forward_workspace(const Call& call, const SmallForwardParams& p) {
-  const Forward f(call, p, nullptr);
-  return reinterpret_cast<size_t>(f.rest) +
-         std::max(shrink_workspace(call, f.u), expand_add_workspace(call, f.y));
+Prepared prepare(const Call& call, const SmallForwardProblem& p) {
+  return prepared_products<Forward>(call, p);
 }
 
-void small_forward(const Call& call, const SmallForwardParams& p, void* workspace) {
-  const Forward f(call, p, workspace);
-  shrink(call, f.u, f.rest);
-  expand_add(call, f.y, f.rest);
+void run(const Call& call, const SmallForwardProblem& p, const Prepared&, void* workspace) {
+  run_products<Forward>(call, p, workspace);
 }
 
-size_t small_backward_workspace(const Call& call, const SmallBackwardParams& p) {
-  const Backward b(call, p, nullptr);
-  size_t most = shrink_workspace(call, b.h);
-  if (p.dx.data) most = std::max(most, expand_add_workspace(call, b.dx));
-  if (p.dA) most = std::max(most, factor_grad_workspace(call, b.dA));
-  if (p.dB) most = std::max({most, shrink_workspace(call, b.uc), factor_grad_workspace(call, b.dB)});
-  if (p.dcore) most = std::max(most, factor_grad_workspace(call, b.dcore));
-  return reinterpret_cast<size_t>(b.rest) + most;
+Prepared prepare(const Call& call, const SmallBackwardProblem& p) {
+  return prepared_products<Backward>(call, p);
 }
 
-void small_backward(const Call& call, const SmallBackwardParams& p, void* workspace) {
-  const Backward b(call, p, workspace);
-  if (b.need_h) shrink(call, b.h, b.rest);
-  if (p.dx.data) expand_add(call, b.dx, b.rest);
-  if (p.dA) factor_grad(call, b.dA, b.rest);
-  if (p.dB) {
-    shrink(call, b.uc, b.rest);
-    factor_grad(call, b.dB, b.rest);
-  }
-  if (p.dcore) factor_grad(call, b.dcore, b.rest);
+void run(const Call& call, const SmallBackwardProblem& p, const Prepared&, void* workspace) {
+  run_products<Backward>(call, p, workspace);
 }
 
 }  // namespace lotr::cuda

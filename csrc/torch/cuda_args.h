@@ -6,7 +6,6 @@
 // for.  Nothing here synchronises, and all memory comes from torch's allocator on the current stream, so a
 // call may be captured in a graph.
 #pragma once
-#include <Python.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -14,21 +13,14 @@
 
 #include <array>
 #include <atomic>
+#include <mutex>
 
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda/probe.h"
+#include "float32.h"
 
 namespace lotr {
-
-using ShrinkProblem = ShrinkParams;
-using ExpandProblem = ExpandParams;
-using FactorGradProblem = FactorGradParams;
-using ShrinkGradProblem = ShrinkGradParams;
-using FoldProblem = FoldParams;
-using FoldGradProblem = FoldGradParams;
-using SmallForwardProblem = SmallForwardParams;
-using SmallBackwardProblem = SmallBackwardParams;
 
 constexpr int MAX_DEVICES = 64;
 
@@ -45,51 +37,50 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// What plans are made from; asked for once a device.
+// What plans are made from.
 struct Device {
-  int16_t multiprocessors;
+  plan::Card card;
   bool early, wgmma;  // as in Call
-  int32_t shared;     // bytes of shared memory that a multiprocessor has
 };
-static_assert(sizeof(Device) == 8);  // written and read as one
-// Of the current device, whose index that is.
-inline Device device_of(const char* op, int32_t device) {
-  static std::atomic<Device> known[MAX_DEVICES];
-  if (device < MAX_DEVICES) {
-    const Device d = known[device].load(std::memory_order_relaxed);
-    if (d.multiprocessors) return d;
-  }
-  int count = 0, shared = 0, major = 0, minor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (!error) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error) fail(op, ": device ", device, ": ", cudaGetErrorString(error));
+
+// The driver's answers for the current device, whose index that is.
+inline Device ask_driver(const char* op, int32_t device) {
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&value, which, device))
+      fail(op, ": device ", device, ": ", cudaGetErrorString(error));
+    return value;
+  };
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   if (major < 8) {
     fail(op, ": device ", device, ": expected a GPU of compute capability 8.0 or later, got ", major, ".",
-         minor, "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
+         attribute(cudaDevAttrComputeCapabilityMinor),
+         "; the composite path runs everywhere (LOTR_STRATEGY=composite)");
   }
-  const Device d{int16_t(count), cuda::waits_in_kernels(), cuda::runs_wgmma(), shared};
-  if (device < MAX_DEVICES) known[device].store(d, std::memory_order_relaxed);
+  Device d{{}, cuda::waits_in_kernels(), cuda::runs_wgmma()};
+  d.card.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  d.card.shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  // kHz; memory: two transfers a clock, over a bus of so many bits.  A driver may not know them: 0.
+  const int clock = attribute(cudaDevAttrClockRate), memory = attribute(cudaDevAttrMemoryClockRate),
+            bus = attribute(cudaDevAttrGlobalMemoryBusWidth);
+  if (clock > 0) d.card.clock = float(clock) / 1000;
+  if (memory > 0 && bus > 0) d.card.memory = float(2.0 * memory / 1000 * bus / 8 / d.card.multiprocessors);
   return d;
 }
 
-// Whether torch rounds the operands of float32 products to tf32.  Python holds that setting; float32 calls
-// only.
-inline Float32 float32_products() {
-  if (!Py_IsInitialized()) return Float32::exact;
-  const PyGILState_STATE gil = PyGILState_Ensure();
-  PyObject* object = PyImport_ImportModule("torch");
-  for (const char* name : {"backends", "cuda", "matmul", "fp32_precision"}) {
-    PyObject* next = object ? PyObject_GetAttrString(object, name) : nullptr;
-    Py_XDECREF(object);
-    object = next;
+// The same, asked once a device.
+inline Device device_of(const char* op, int32_t device) {
+  static std::array<Device, MAX_DEVICES> known;
+  static std::array<std::atomic<bool>, MAX_DEVICES> asked;
+  static std::mutex mutex;
+  if (device >= MAX_DEVICES) return ask_driver(op, device);
+  if (!asked[size_t(device)].load(std::memory_order_acquire)) {
+    const Device found = ask_driver(op, device);
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!asked[size_t(device)].load(std::memory_order_relaxed)) known[size_t(device)] = found;
+    asked[size_t(device)].store(true, std::memory_order_release);
   }
-  const bool tf32 = object && PyUnicode_CompareWithASCIIString(object, "tf32") == 0;
-  Py_XDECREF(object);
-  PyErr_Clear();
-  PyGILState_Release(gil);
-  return tf32 ? Float32::tf32 : Float32::exact;
+  return known[size_t(device)];
 }
 
 inline DType dtype_of(const char* op, const Arg& a) {
@@ -114,8 +105,7 @@ class Context {
     const Device device = device_of(op, device_);
     call_ = {type,
              type == DType::float32 ? float32_products() : Float32::exact,
-             device.multiprocessors,
-             device.shared,
+             device.card,
              current_stream(device_),
              device.early,
              device.wgmma,
@@ -170,30 +160,12 @@ class Context {
     f(memory.mutable_data_ptr());
   }
 
-  // Runs an operator of cuda/launch.h.
-  void run(const ShrinkProblem& q) const {
-    with_workspace(cuda::shrink_workspace(call_, q), [&](void* w) { cuda::shrink(call_, q, w); });
-  }
-  void run(const ExpandProblem& q) const {
-    with_workspace(cuda::expand_add_workspace(call_, q), [&](void* w) { cuda::expand_add(call_, q, w); });
-  }
-  void run(const FactorGradProblem& q) const {
-    with_workspace(cuda::factor_grad_workspace(call_, q), [&](void* w) { cuda::factor_grad(call_, q, w); });
-  }
-  void run(const ShrinkGradProblem& q) const {
-    with_workspace(cuda::shrink_grad_workspace(call_, q), [&](void* w) { cuda::shrink_grad(call_, q, w); });
-  }
-  void run(const FoldProblem& q) const { cuda::fold(call_, q); }
-  void run(const FoldGradProblem& q) const {
-    with_workspace(cuda::fold_grad_workspace(call_, q), [&](void* w) { cuda::fold_grad(call_, q, w); });
-  }
-  void run(const SmallForwardProblem& q) const {
-    with_workspace(cuda::small_forward_workspace(call_, q),
-                   [&](void* w) { cuda::small_forward(call_, q, w); });
-  }
-  void run(const SmallBackwardProblem& q) const {
-    with_workspace(cuda::small_backward_workspace(call_, q),
-                   [&](void* w) { cuda::small_backward(call_, q, w); });
+  // Runs an operator of cuda/launch.h, prepared once for its sizes.
+  template <class Problem>
+  void run(const Problem& problem) const {
+    const cuda::Prepared prepared = cuda::prepare(call_, problem);
+    with_workspace(prepared.workspace,
+                   [&](void* workspace) { cuda::run(call_, problem, prepared, workspace); });
   }
 
   Matrix read(const Arg& a) const {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/probe.h"
+#include "float32.h"
 
 namespace lotr {
 namespace {
@@ -28,14 +29,18 @@ std::string load_error(int device) {
   return error ? cudaGetErrorName(error) : "";
 }
 
-// JSON: {"runtime": 13000, "driver": 12080, "error": "cudaErrorNoKernelImageForDevice"}.  Versions are 1000 x
-// major + 10 x minor; driver 0: there is none.  device < 0 asks for the versions alone.
+// JSON: {"runtime": 13000, "driver": 12080, "float32": "exact", "float32_from": "torch", "error":
+// "cudaErrorNoKernelImageForDevice"}.  Versions are 1000 x major + 10 x minor; driver 0: there is none.
+// float32: how its products are rounded now, "exact" or "tf32", and where that was read, in "torch" or
+// "python". device < 0: error is empty.
 std::string cuda_probe(int64_t device) {
   int runtime = 0, driver = 0;
   cudaRuntimeGetVersion(&runtime);
   if (cudaDriverGetVersion(&driver)) driver = 0;
   std::ostringstream s;
-  s << "{\"runtime\": " << runtime << ", \"driver\": " << driver << ", \"error\": \""
+  s << "{\"runtime\": " << runtime << ", \"driver\": " << driver << ", \"float32\": \""
+    << (float32_products() == Float32::tf32 ? "tf32" : "exact") << "\", \"float32_from\": \""
+    << (Float32Setting::of_torch().found() ? "torch" : "python") << "\", \"error\": \""
     << (device < 0 ? "" : load_error(int(device))) << "\"}";
   return s.str();
 }

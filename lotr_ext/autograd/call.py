@@ -148,6 +148,8 @@ def _plan(
     strategy: str | None,
     environment: str | None,
 ) -> Plan:
+    if device.type == "cuda":
+        tuned.read_once()  # measured plans of the kernels
     plan = planner.plan_of(many, rank, dtype, device, strategy, environment)
     if why is not None or plan.strategy == "composite":
         return plan._replace(why=why or plan.reason)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from ..autograd.call import Call, call_linear, compute_dtype, plan_call
+from ..ops import cuda_plans, planner
 from ..ops.planner import Plan
 from .checks import check_beside, check_number, check_probability, check_tensor
 from .experts import LoTRExperts
@@ -83,10 +84,12 @@ def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, 
         raise ValueError(f"core_index: expected indices in [0, {len(core)}), got {core_index.tolist()}")
 
 
-def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = None) -> Plan:
+def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = None, plans: bool | str = False) -> Plan:
     """Which path layer(x) takes and why, decided by the code that runs it; nothing is computed. x [..., in_features].
 
-    device: as if layer and x were there ("cuda", say), instead of where they are.
+    device: as if layer and x were there ("cuda", say), instead of where they are. plans: also how the CUDA kernels of a step
+    cut their matrices into blocks, a line each; the name of a card ("h100", "a100", "b200"): as if it were here. True: the GPU
+    that is here, else an h100. Raises ValueError for plans without CUDA kernels in this build, or on another device.
     """
     if not isinstance(layer, LoTRLayer):
         raise TypeError(f"layer: expected an adapted layer (LoTRLinear, ...), got {type(layer).__name__}")
@@ -100,7 +103,29 @@ def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = 
     call = Call(layer.core, layer.scaling, p, layer.factors._group, strategy=layer.strategy)
     other = isinstance(layer, LoTRWrapped | LoTRExperts) or layer.mixture is not None
     base = None if other else (layer.weight, layer.bias)
-    return explain_call(x, layer.factors, call, base, device)
+    plan = explain_call(x, layer.factors, call, base, device)
+    return _with_launches(plan, layer, x, call, device, plans) if plans else plan
+
+
+def _with_launches(
+    plan: Plan, layer: LoTRLayer, x: Tensor, call: Call, device: torch.device | str | None, plans: bool | str
+) -> Plan:
+    """plan with the plans of its CUDA kernels."""
+    if (missing := cuda_plans.obstacle()) is not None:
+        raise ValueError(f"plans: expected a build with CUDA kernels, got one without ({missing}). Leave plans out.")
+    where = x.device if device is None else torch.device(device)
+    if where.type != "cuda":
+        raise ValueError(f"plans: expected a GPU, got device {where}. Pass device='cuda'; no GPU need be here.")
+    here = where if torch.cuda.is_available() and not isinstance(plans, str) else None
+    tokens, graph = x.numel() // x.shape[-1], torch.is_grad_enabled()
+    assumed = plan
+    if not plan.nodes:  # no GPU here: what the heuristic takes where there is one
+        assumed = Plan.of("beta" if tokens >= planner.BETA_TOKENS else "two_pass", "")
+        assumed = assumed._replace(unfolded=planner.is_unfolded(tokens, call.compute, where, graph))
+    sizes = (tokens, layer.in_features, layer.out_features, *layer.core.shape[-2:])
+    launches = cuda_plans.launches(assumed, *sizes, graph)
+    card = plans if isinstance(plans, str) else "h100"
+    return plan._replace(launches=tuple(cuda_plans.told(one, call.compute, here, card) for one in launches))
 
 
 def explain_call(

@@ -1,4 +1,5 @@
 """`tune`: times the strategies of a model's layers on this machine, and keeps the fastest of each problem for `plan_call`.
+On a GPU it first times the best few plans of each kernel that the layers launch (`ops.cuda_plans`), and keeps the fastest.
 
 It times the operators of a layer in its dtype, at its sizes, forward alone and forward with backward. The strategies take
 turns, and their medians are compared. Siblings on one x share u = x A. So the strategies that use u are timed without its
@@ -7,19 +8,21 @@ cost, and `fused`, which computes u again in each layer, must be faster than tha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..autograd.call import Call, compute_dtype, plan_call, problem_of
-from ..ops import planner, tuned
+from ..ops import cuda_plans, planner, tuned
 from ..ops.tuned import Answer, Problem
 from .layer import LoTRLayer
 from .linear import LoTRWrapped
@@ -39,8 +42,9 @@ def tune(model: nn.Module, tokens: int | Iterable[int], *, again: bool = False) 
     generators stay as they are.
 
     A strategy other than the usual one is taken only if it was 2 % faster; `explain` then says so, and where it is kept
-    (`lotr_ext.ops.tuned.file()`). Raises TypeError or ValueError for bad arguments, RuntimeError under a compiler or while a
-    CUDA graph is captured, OSError where the file cannot be written.
+    (`lotr_ext.ops.tuned.file()`). On a GPU the three best plans of each kernel are timed first, by the same rules. A plan
+    decides the order of sums: with the same answers, a card gives the same bits. Raises TypeError or ValueError for bad
+    arguments, RuntimeError under a compiler or while a CUDA graph is captured, OSError where the file cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -82,7 +86,22 @@ def problems_of(layer: LoTRLayer, tokens: int) -> Iterator[Problem]:
     yield from found
 
 
+PLANS = 3  # of a launch, the best by estimate, that are timed
+
+
+def launches_of(problem: Problem) -> list[Problem]:
+    """The launches with plans of a layer's call on a GPU, as problems; none where cuda_plans has none."""
+    if problem.device.type != "cuda" or problem.launch is not None or cuda_plans.obstacle() is not None:
+        return []
+    plan = planner.Plan.of("two_pass", "")._replace(unfolded=problem.form == "unfolded")
+    sizes = (problem.tokens, problem.k, problem.n, problem.r_in, problem.r_out)
+    found = dict.fromkeys(cuda_plans.launches(plan, *sizes, problem.step))
+    usual = (cuda_plans.plans(launch, problem.dtype, problem.device)[0].plan for launch in found)
+    return [Problem.of_launch(problem.device, problem.dtype, *one) for one in zip(found, usual)]
+
+
 def _answers(problems: list[Problem], again: bool) -> dict[Problem, Answer]:
+    problems = [*dict.fromkeys(launch for p in problems for launch in launches_of(p)), *problems]
     found = {p: a for p in problems if (a := tuned.known(p)) is not None and not again}
     todo = [p for p in problems if p not in found]
     fresh: dict[Problem, Answer] = {}
@@ -126,7 +145,10 @@ def _at_first_use(problem: Problem) -> None:
 
 
 def candidates(problem: Problem) -> list[str]:
-    """The strategies that can run for a problem; fused computes u = x A for each layer, which costs memory."""
+    """The strategies that can run for a problem; fused computes u = x A for each layer, which costs memory. Of a launch: the
+    best plans by estimate."""
+    if problem.launch is not None:
+        return [plan.plan for plan in cuda_plans.plans(problem.launch, problem.dtype, problem.device)[:PLANS]]
     found, rank = ["two_pass", "beta"], max(problem.r_in, problem.r_out)
     if problem.form == "unfolded" or planner.fused_obstacle(rank, problem.dtype, problem.device) is not None:
         return found
@@ -143,16 +165,27 @@ def measure(problem: Problem) -> Answer:
         samples: dict[str, list[float]] = {name: [] for name in runs}
         lengths = {}
         for name, run in runs.items():
-            run()
-            lengths[name] = max(1, round(SAMPLE / max(_seconds(problem.device, run, 1), 1e-7)))
+            with _taking(problem, name):
+                run()
+                lengths[name] = max(1, round(SAMPLE / max(_seconds(problem.device, run, 1), 1e-7)))
         begin = time.perf_counter()
         for i in range(ROUNDS):
             for name in list(runs)[:: 1 if i % 2 else -1]:
-                samples[name].append(_seconds(problem.device, runs[name], lengths[name]))
+                with _taking(problem, name):
+                    if problem.launch is not None:
+                        runs[name]()  # whose plan is chosen anew
+                    samples[name].append(_seconds(problem.device, runs[name], lengths[name]))
             if i + 1 >= LEAST and time.perf_counter() - begin > SECONDS:
                 break
     seconds = {name: statistics.median(found) for name, found in samples.items()}
     return Answer(tuned.choose(seconds, problem.usual), seconds)
+
+
+def _taking(problem: Problem, name: str) -> AbstractContextManager[None]:
+    """In which a launch takes the plan `name`."""
+    if problem.launch is None:
+        return contextlib.nullcontext()
+    return cuda_plans.forced(f"{problem.form} {name}")
 
 
 def _seconds(device: torch.device, run: Callable[[], None], repeats: int) -> float:
@@ -173,7 +206,9 @@ def _seconds(device: torch.device, run: Callable[[], None], repeats: int) -> flo
 
 
 def run_of(problem: Problem, strategy: str) -> Callable[[], None]:
-    """A function that calls a layer's operators on random values."""
+    """A function that calls a layer's operators on random values, or that of a launch."""
+    if problem.launch is not None:
+        return _run_of_launch(problem)
     device, dtype, factors, m, k, n, r_in, r_out, form, step, _ = problem
     generator = torch.Generator(device).manual_seed(0)
 
@@ -193,6 +228,19 @@ def run_of(problem: Problem, strategy: str) -> Callable[[], None]:
             ops.layer_backward(*read, B, core, 1.0, order, unfolded, need_B=True, need_core=True)
 
     return run
+
+
+def _run_of_launch(problem: Problem) -> Callable[[], None]:
+    kernel, m, n, r = problem.launch
+    like = {"device": problem.device, "dtype": problem.dtype}
+    large, factor, narrow = torch.zeros(m, n, **like), torch.zeros(n, r, **like), torch.zeros(m, r, **like)
+    total = torch.zeros(n, r, device=problem.device)
+    return {
+        "shrink": lambda: torch.ops.lotr.shrink(large, factor, 0.0, None),
+        "expand_add": lambda: torch.ops.lotr.expand_add_(large, narrow, factor, 0.0, None),
+        "factor_grad": lambda: torch.ops.lotr.factor_grad_(total, large, narrow, 0.0, None),
+        "shrink_grad": lambda: torch.ops.lotr.shrink_grad_(total, large, factor, narrow),
+    }[kernel]
 
 
 if os.environ.get("LOTR_TUNE") == "1":

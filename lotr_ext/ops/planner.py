@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
     strategy: one of STRATEGIES, or "base" where no adapter runs; reason: what decided it. nodes: how many autograd nodes of
     ours run (0: the composite), and why; unfolded: whether the core is multiplied with the tokens, not folded into B. order:
-    of strategy, in ORDERS.
+    of strategy, in ORDERS. launches: the plans of its CUDA kernels, a line each, where `explain` was asked for them.
     """
 
     strategy: str
@@ -72,6 +72,7 @@ class Plan(NamedTuple):
     why: str = ""
     unfolded: bool = False
     order: int = 0
+    launches: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, strategy: str, reason: str) -> Plan:
@@ -89,9 +90,10 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         if self.strategy == "base":
             return f"base layer only: {self.reason}"
-        if not self.kernels:
-            return f"{_NODES[0]}: {self.why}"
-        return f"strategy {self.strategy} ({self.reason}); {_NODES[self.nodes]} ({self.why})"
+        text = f"{_NODES[0]}: {self.why}"
+        if self.kernels:
+            text = f"strategy {self.strategy} ({self.reason}); {_NODES[self.nodes]} ({self.why})"
+        return "\n  ".join([text, *self.launches])
 
 
 _NODES = (

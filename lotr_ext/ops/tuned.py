@@ -1,4 +1,5 @@
-"""Which strategy was the fastest where it was tried: the answers of `lotr_ext.tune`, kept for later processes.
+"""Which strategy was the fastest where it was tried, and on a GPU which plan of each kernel: the answers of `lotr_ext.tune`,
+kept for later processes.
 
 They lie in one JSON file, $XDG_CACHE_HOME/lotr_ext/tuned.json (~/.cache without that variable), by card or CPU, driver,
 threads, versions, dtypes, sizes, and what the call is (`Key`). It is read when the first answer is looked for, not when this
@@ -26,7 +27,8 @@ from typing import NamedTuple
 import torch
 
 from ..files import parse_json, put_file, read_bytes
-from . import planner
+from . import cuda_plans, planner
+from .cuda_plans import KERNELS, Launch, is_plan
 from .planner import Plan
 
 FORMAT = 1
@@ -39,6 +41,9 @@ class Problem(NamedTuple):
 
     form: "alone" (one node, folded), "siblings" (two nodes; u is there) or "unfolded" (one node, few tokens or float16); step:
     forward and backward, else forward alone; usual: the planner's own strategy.
+
+    A launch of a CUDA kernel is a problem too: form is the kernel, its large matrix is [tokens, k] and its rank r_in; usual:
+    the plan that it takes by estimate (`cuda_plans`).
     """
 
     device: torch.device
@@ -53,7 +58,18 @@ class Problem(NamedTuple):
     step: bool
     usual: str
 
+    @classmethod
+    def of_launch(cls, device: torch.device, dtype: torch.dtype, launch: Launch, usual: str) -> Problem:
+        return cls(device, dtype, dtype, rounded(launch.m), launch.n, 0, launch.r, launch.r, launch.kernel, False, usual)
+
+    @property
+    def launch(self) -> Launch | None:
+        """The launch that this is; None for a layer's call."""
+        return Launch(self.form, self.tokens, self.k, self.r_in) if self.form in KERNELS else None
+
     def __str__(self) -> str:
+        if self.launch is not None:
+            return f"{self.form} [{self.tokens}, {self.k}], r {self.r_in}, {str(self.dtype).removeprefix('torch.')}"
         what = "forward and backward" if self.step else "forward"
         sizes = f"{self.tokens} x {self.k} x {self.n}, r {max(self.r_in, self.r_out)}"
         return f"{sizes}, {str(self.dtype).removeprefix('torch.')}, {self.form}, {what}"
@@ -81,7 +97,7 @@ _TYPES = (str, str, str, str, str, str, int, int, int, int, int, str, bool)
 
 
 class Answer(NamedTuple):
-    """The strategy to take, and the median seconds of all that were tried."""
+    """The strategy to take (of a launch: the plan), and the median seconds of all that were tried."""
 
     strategy: str
     seconds: dict[str, float]
@@ -144,7 +160,9 @@ def _row(row: object) -> tuple[Key, Answer] | None:
         key, strategy = Key(*(row[name] for name in Key._fields)), row["strategy"]
         seconds = {name: float(t) for name, t in row["seconds"].items() if not isinstance(t, bool | str)}
         right = all(type(value) is want for value, want in zip(key, _TYPES, strict=True)) and strategy in seconds
-        right = right and seconds.keys() == row["seconds"].keys() and seconds.keys() <= set(STRATEGIES)
+        right = right and seconds.keys() == row["seconds"].keys()
+        right = right and (key.form not in KERNELS or all(0 < size < 10**9 for size in (key.tokens, key.k, key.r_in)))
+        right = right and all(is_plan(name) if key.form in KERNELS else name in STRATEGIES for name in seconds)
         right = right and all(0 < t < math.inf for t in seconds.values())
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         return None
@@ -162,6 +180,7 @@ def keep(found: Mapping[Problem, Answer]) -> None:
         _kept.update(own)
         plans.clear()
         on = bool(_kept) or ask is not None
+        _take_measured_plans()
     path = file()
     rows = [{**k._asdict(), **a._asdict()} for k, a in {**read(path), **own}.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +212,28 @@ def _read_once() -> None:
         _kept.update({**found, **_kept})
         plans.clear()
         on, _unread = bool(_kept) or ask is not None, False
+        _take_measured_plans()
+
+
+def read_once() -> None:
+    """Has the file's answers in force; a call on a GPU needs them before its first launch."""
+    if _unread:
+        _read_once()
+
+
+def _take_measured_plans() -> None:
+    """Makes rules of the answers for launches on the GPUs of this machine."""
+    rules = []
+    for index in range(torch.cuda.device_count()) if cuda_plans.obstacle() is None else ():
+        device = torch.device("cuda", index)
+        here = (*machine(device), _versions())
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        for key, answer in _kept.items():
+            if key.form in KERNELS and (key.machine, key.driver, key.versions) == here:
+                what = f"tokens={key.tokens} N={key.k} r={key.r_in} element={4 if key.dtype == 'float32' else 2}"
+                rules.append(f"{key.form} {what} multiprocessors={processors} {answer.strategy}")
+    if cuda_plans.obstacle() is None:
+        cuda_plans.measured("; ".join(rules))
 
 
 def rounded(tokens: int) -> int:
@@ -228,8 +269,11 @@ def _driver() -> str:
 def key_of(problem: Problem) -> Key:
     """What a problem is called in the file, here and now."""
     names = [str(t).removeprefix("torch.") for t in (problem.dtype, problem.factors)]
-    versions = f"lotr_ext {planner.build_info()['version']}, torch {torch.__version__}"
-    return Key(*machine(problem.device), setting_of(problem), versions, *names, *problem[3:-1])
+    return Key(*machine(problem.device), setting_of(problem), _versions(), *names, *problem[3:-1])
+
+
+def _versions() -> str:
+    return f"lotr_ext {planner.build_info()['version']}, torch {torch.__version__}"
 
 
 def setting_of(problem: Problem) -> str:

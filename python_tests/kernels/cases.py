@@ -100,6 +100,10 @@ SHAPES = [
     Shape(1010, 256, 16, PACKED, sms=16),
     Shape(2040, 40, 13, ODD, sms=16),
     Shape(1700, 40, 16, sms=5, early=False),
+    Shape(150, 40, 24, sms=4),
+    Shape(150, 40, 13, ODD, sms=3, early=False),
+    Shape(330, 40, 24, ODD, sms=5),
+    Shape(330, 40, 24, sms=5, early=False),
 ]
 
 

@@ -17,3 +17,10 @@ def lib():
     from csrc.simt import build
 
     return build.load("plain")
+
+
+@pytest.fixture
+def plan(lib):
+    """plan(rules) forces plans (csrc/cuda/plans.h) until the test ends."""
+    yield lambda rules: lib.set_rules(forced=rules)
+    lib.set_rules()

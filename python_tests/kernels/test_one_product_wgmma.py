@@ -156,8 +156,9 @@ def test_rows_that_bulk_copies_cannot_read(lib) -> None:
 
 
 @pytest.mark.parametrize("r, cluster", [(16, 4), (64, 4), (128, 2)])
-def test_bytes(lib, r: int, cluster: int) -> None:
+def test_bytes(lib, plan, r: int, cluster: int) -> None:
     """x once, A once for each cluster, no sums and nothing waited for; what multicast brings is counted where it arrives."""
+    plan("shrink wgmma=1; factor_grad wgmma=1")
     m, k = 4096, 512
     row = counts.count(lib, "shrink", m, k, r, wgmma=True)
     machine, tiles = row.machine, m // 64

@@ -52,10 +52,13 @@ def launched(lib, shape: Shape, kind: str = "bf16") -> dict:
         (1500, 90, 50, 132, (1, 12), 1),
     ],
 )
-def test_clusters(lib, m: int, n: int, r: int, sms: int, grid: tuple[int, int], cluster: int, kind: str, p: float) -> None:
+def test_clusters(
+    lib, plan, m: int, n: int, r: int, sms: int, grid: tuple[int, int], cluster: int, kind: str, p: float
+) -> None:
     """Clusters along N, and all blocks at the same time where M has several pieces; the numbers and bits are the same whichever
     blocks run together, adding or not."""
     shape = Shape(m, n, r, p=p, sms=sms, wgmma=True)
+    plan(f"shrink_grad wgmma=1 n_blocks={grid[0]} m_blocks={grid[1]} of_row={cluster}")
     launch = launched(lib, shape, kind)
     assert (launch["grid"][:2], launch["cluster"][0], launch["bulk"]) == (grid, cluster, True)
     assert launch["cooperative"] == (grid[1] > 1) and launch["early"] == (grid[1] == 1)

@@ -117,10 +117,33 @@ built = pytest.mark.skipif(not planner.build_info()["cuda"]["built"], reason="bu
 @built
 def test_the_operator_answers_on_every_machine():
     versions = json.loads(torch.ops.lotr.cuda_probe(-1))
-    assert set(versions) == {"runtime", "driver", "error"} and versions["error"] == ""
+    assert set(versions) == {"runtime", "driver", "float32", "float32_from", "error"} and versions["error"] == ""
     assert versions["runtime"] >= 12000 and (versions["driver"] == 0 or versions["driver"] >= 11000)
     device = json.loads(torch.ops.lotr.cuda_probe(0))
     assert device | {"error": ""} == versions
     works = torch.cuda.is_available() and planner.cuda_obstacle(0) is None
     assert works or device["error"].startswith("cudaError") or torch.cuda.is_available()
     assert json.loads(torch.ops.lotr.cuda_probe(10**4))["error"].startswith("cudaError")
+
+
+@built
+def test_the_float32_setting_is_read_as_the_user_set_it(monkeypatch):
+    """Without Python: torch's own library says it. Each way to set it counts, at once."""
+
+    def read() -> str:
+        return json.loads(torch.ops.lotr.cuda_probe(-1))["float32"]
+
+    assert json.loads(torch.ops.lotr.cuda_probe(-1))["float32_from"] == "torch"
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, rounded in [("high", "tf32"), ("highest", "exact"), ("medium", "tf32"), ("highest", "exact")]:
+            torch.set_float32_matmul_precision(precision)
+            assert read() == rounded, precision
+        for allowed in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert read() == ("tf32" if allowed else "exact")
+        for precision, rounded in [("tf32", "tf32"), ("ieee", "exact")]:
+            torch.backends.cuda.matmul.fp32_precision = precision
+            assert read() == rounded and torch.backends.cuda.matmul.fp32_precision == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

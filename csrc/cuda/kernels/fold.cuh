@@ -17,7 +17,7 @@
 
 namespace lotr::kernels {
 
-static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) fold(const FoldParams p) {
+static __global__ void __launch_bounds__(FoldTraits::THREADS, FoldTraits::BLOCKS) fold(const FoldProblem p) {
   using T = FoldTraits;
   auto& sm = ptx::shared_storage<T::Smem>();
   const int64_t tiles = (p.N + T::ROWS - 1) / T::ROWS;

@@ -15,9 +15,7 @@
 #include "cuda/gemm_lotr.h"
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
-#include "cuda/one_product_sm90.h"
-#include "cuda/plan.h"
-#include "cuda/shrink_grad_sm90.h"
+#include "cuda/plans.h"
 #include "module_gemm_lotr.h"
 #include "module_rows.h"
 #include "simt/api.h"
@@ -31,7 +29,7 @@ namespace {
 constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
 
 struct Settings {
-  int multiprocessors = 132, shared = 233472;  // of an H100
+  plan::Card card;
   Float32 float32 = Float32::exact;
   bool wgmma = false, early = true;
   lotr::cuda::Switches off{};
@@ -90,16 +88,16 @@ Dropout dropout(double p, const std::optional<py::array_t<int64_t>>& seed) {
 }
 
 cuda::Call call(DType type) {
-  return {type,    settings.float32, settings.multiprocessors, settings.shared,
-          nullptr, settings.early,   settings.wgmma,           settings.off};
+  return {type, settings.float32, settings.card, nullptr, settings.early, settings.wgmma, settings.off};
 }
 
 // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) : memory_(bytes / 4 + 65, 0xFFFFFFFFu) {
+  explicit Workspace(size_t bytes) : memory_(bytes / 4 + 1024, 0xFFFFFFFFu) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     base_ = reinterpret_cast<void*>((address + 255) / 256 * 256);
+    behind_ = static_cast<uint32_t*>(base_) + (bytes + 3) / 4;
     if (!options().count_memory || !bytes) return;
     register_array("workspace", base_, bytes);
     watch(base_, bytes);
@@ -108,11 +106,25 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() { watch(nullptr, 0); }
   void* get() { return base_; }
+  // Nothing was written behind it.
+  void check() const {
+    for (const uint32_t* word = behind_; word < memory_.data() + memory_.size(); ++word)
+      if (*word != 0xFFFFFFFFu) throw std::runtime_error("workspace: a kernel has written behind its end");
+  }
 
  private:
   std::vector<uint32_t> memory_;
   void* base_;
+  const uint32_t* behind_;
 };
+
+template <class Problem>
+void run(const cuda::Call& call, const Problem& problem) {
+  const cuda::Prepared prepared = cuda::prepare(call, problem);
+  Workspace workspace(prepared.workspace);
+  cuda::run(call, problem, prepared, workspace.get());
+  workspace.check();
+}
 
 // One operator call: its arrays keep their names until it ends.
 struct Scope {
@@ -123,7 +135,7 @@ void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py
                double scale, std::optional<py::array> core, std::optional<py::array> h, double core_scale) {
   Scope scope;
   const DType type = dtype_of("x", x);
-  ShrinkParams params{};
+  ShrinkProblem params{};
   params.M = x.shape(0);
   params.K = x.shape(1);
   params.r = int32_t(A.shape(1));
@@ -138,15 +150,14 @@ void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py
     params.h = output("h", h.value(), type, params.M, params.r_core);
     params.core_scale = float(core_scale);
   }
-  Workspace workspace(cuda::shrink_workspace(call(type), params));
-  cuda::shrink(call(type), params, workspace.get());
+  run(call(type), params);
 }
 
 void py_expand_add(py::array y, py::array u, py::array F, double p,
                    std::optional<py::array_t<int64_t>> seed) {
   Scope scope;
   const DType type = dtype_of("y", y);
-  ExpandParams params{};
+  ExpandProblem params{};
   params.M = y.shape(0);
   params.N = y.shape(1);
   params.r = int32_t(F.shape(1));
@@ -154,15 +165,14 @@ void py_expand_add(py::array y, py::array u, py::array F, double p,
   params.u = input("u", u, type, params.M, params.r);
   params.F = input("F", F, type, params.N, params.r);
   params.dropout = dropout(p, seed);
-  Workspace workspace(cuda::expand_add_workspace(call(type), params));
-  cuda::expand_add(call(type), params, workspace.get());
+  run(call(type), params);
 }
 
 void py_factor_grad(py::array D, py::array x, py::array k, double p,
                     std::optional<py::array_t<int64_t>> seed) {
   Scope scope;
   const DType type = dtype_of("x", x);
-  FactorGradParams params{};
+  FactorGradProblem params{};
   params.M = x.shape(0);
   params.K = x.shape(1);
   params.r = int32_t(k.shape(1));
@@ -174,14 +184,13 @@ void py_factor_grad(py::array D, py::array x, py::array k, double p,
   params.D_col = stride(D, 1);
   params.accumulate = 1;
   params.dropout = dropout(p, seed);
-  Workspace workspace(cuda::factor_grad_workspace(call(type), params));
-  cuda::factor_grad(call(type), params, workspace.get());
+  run(call(type), params);
 }
 
 void py_shrink_grad(py::array g, py::array F, py::array u, py::array k, py::array Q, bool accumulate) {
   Scope scope;
   const DType type = dtype_of("g", g);
-  ShrinkGradParams params{};
+  ShrinkGradProblem params{};
   params.M = g.shape(0);
   params.N = g.shape(1);
   params.r = int32_t(F.shape(1));
@@ -194,13 +203,12 @@ void py_shrink_grad(py::array g, py::array F, py::array u, py::array k, py::arra
   params.Q_row = stride(Q, 0);
   params.Q_col = stride(Q, 1);
   params.accumulate = accumulate;
-  Workspace workspace(cuda::shrink_grad_workspace(call(type), params));
-  cuda::shrink_grad(call(type), params, workspace.get());
+  run(call(type), params);
 }
 
 void py_fold(py::array B, py::array cores, double scaling, py::array F) {
   Scope scope;
-  FoldParams params{};
+  FoldProblem params{};
   params.N = B.shape(0);
   params.r_out = int32_t(B.shape(1));
   params.L = int32_t(cores.shape(0));
@@ -218,13 +226,13 @@ void py_fold(py::array B, py::array cores, double scaling, py::array F) {
   params.F = F.mutable_data();
   params.F_layer = stride(F, 0), params.F_row = stride(F, 1);
   params.scale = float(scaling);
-  cuda::fold(call(params.F_type), params);
+  run(call(params.F_type), params);
 }
 
 void py_fold_grad(py::array Q, py::array B, py::array cores, double scaling, std::optional<py::array> dB,
                   py::array dcores) {
   Scope scope;
-  FoldGradParams params{};
+  FoldGradProblem params{};
   params.N = B.shape(0);
   params.r_out = int32_t(B.shape(1));
   params.L = int32_t(cores.shape(0));
@@ -247,16 +255,14 @@ void py_fold_grad(py::array Q, py::array B, py::array cores, double scaling, std
   expect_shape("dcores", dcores, {params.L, params.r_in, params.r_out});
   params.dcores = floats("dcores", dcores);
   params.scale = float(scaling);
-  const auto c = call(DType::float32);
-  Workspace workspace(cuda::fold_grad_workspace(c, params));
-  cuda::fold_grad(c, params, workspace.get());
+  run(call(DType::float32), params);
 }
 
 void py_small_forward(py::array y, py::array x, py::array A, py::array core, py::array B, double scaling,
                       py::array u) {
   Scope scope;
   const DType type = dtype_of("x", x);
-  SmallForwardParams p{};
+  SmallForwardProblem p{};
   p.M = x.shape(0), p.K = A.shape(0), p.N = B.shape(0);
   p.r_in = int32_t(A.shape(1)), p.r_out = int32_t(B.shape(1));
   p.y = output("y", y, type, p.M, p.N);
@@ -266,8 +272,7 @@ void py_small_forward(py::array y, py::array x, py::array A, py::array core, py:
   p.B = input("B", B, type, p.N, p.r_out);
   p.u = output("u", u, type, p.M, p.r_in);
   p.scale = float(scaling);
-  Workspace workspace(cuda::small_forward_workspace(call(type), p));
-  cuda::small_forward(call(type), p, workspace.get());
+  run(call(type), p);
 }
 
 void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<py::array> x, py::array u,
@@ -275,7 +280,7 @@ void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<p
                        std::optional<py::array> dB, std::optional<py::array> dcore) {
   Scope scope;
   const DType type = dtype_of("g", g);
-  SmallBackwardParams p{};
+  SmallBackwardProblem p{};
   p.M = g.shape(0), p.K = A.shape(0), p.N = B.shape(0);
   p.r_in = int32_t(A.shape(1)), p.r_out = int32_t(B.shape(1));
   if (dx) p.dx = output("dx", *dx, type, p.M, p.K);
@@ -289,8 +294,7 @@ void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<p
   if (dB) p.dB = floats("dB", *dB), p.dB_row = stride(*dB, 0), p.dB_col = stride(*dB, 1);
   if (dcore) p.dcore = floats("dcore", *dcore);
   p.scale = float(scaling);
-  Workspace workspace(cuda::small_backward_workspace(call(type), p));
-  cuda::small_backward(call(type), p, workspace.get());
+  run(call(type), p);
 }
 
 // The kernel's address less the module's: what nm lists for its symbol.
@@ -356,32 +360,22 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
   set_options(o);
 }
 
-// As the operators decide, of a matrix in aligned rows.
-plan::Plan plan_of(const std::string& kernel, int64_t M, int64_t N, int64_t r, int element,
-                   int multiprocessors) {
+// What takes a plan's place in Python.
+py::dict dict_of(const plan::Plan& p) {
+  using namespace pybind11::literals;
+  return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "cluster"_a = p.cluster,
+                  "of_row"_a = p.of_row, "together"_a = p.together, "extra_bytes"_a = p.extra_bytes,
+                  "microseconds"_a = p.microseconds, "wgmma"_a = p.wgmma, "rows"_a = p.rows,
+                  "cols"_a = p.cols, "text"_a = cuda::text_of(p));
+}
+
+py::list plans_of(const std::string& kernel, int64_t M, int64_t N, int64_t r, int element,
+                  int multiprocessors) {
   cuda::Call as = call(element == 2 ? DType::bfloat16 : DType::float32);
-  as.multiprocessors = multiprocessors;
-  const plan::Machine machine = cuda::machine_of(as);
-  if (kernel == "shrink") {
-    ShrinkParams p{};
-    p.M = M, p.K = N, p.r = int32_t(r), p.x.row = N, p.A.row = r;
-    const plan::Plan wgmma = cuda::shrink_wgmma_plan(as, p);
-    return wgmma.rows ? wgmma : plan::shrink(M, N, r, element, machine);
-  }
-  if (kernel == "shrink_grad") {
-    ShrinkGradParams p{};
-    p.M = M, p.N = N, p.r = int32_t(r), p.g.row = N, p.F.row = p.u.row = r;
-    const plan::Plan wgmma = cuda::shrink_grad_wgmma_plan(as, p);
-    return wgmma.rows ? wgmma : plan::shrink_grad(M, N, r, element, machine);
-  }
-  if (kernel == "expand_add") return plan::expand_add(M, N, r, element, machine);
-  if (kernel == "factor_grad") {
-    FactorGradParams p{};
-    p.M = M, p.K = N, p.r = int32_t(r), p.x.row = N, p.v.row = r;
-    const plan::Plan wgmma = cuda::factor_grad_wgmma_plan(as, p);
-    return wgmma.rows ? wgmma : plan::factor_grad(M, N, r, element, machine);
-  }
-  throw py::value_error("kernel: got " + kernel);
+  as.card.multiprocessors = multiprocessors;
+  py::list list;
+  for (const plan::Plan& plan : cuda::plans_of(as, kernel, M, N, int32_t(r))) list.append(dict_of(plan));
+  return list;
 }
 
 // For mutate_kernels.py: where threads synchronise, so that each place can be left out without compiling
@@ -443,19 +437,22 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "set_device",
       [](int multiprocessors, const std::string& float32, int shared, bool wgmma, bool early,
-         const std::string& without) {
+         const std::string& without, float clock, float memory) {
         if (multiprocessors < 1) throw py::value_error("multiprocessors: expected at least 1");
         if (shared < 101376) throw py::value_error("shared: expected at least the 101376 bytes of sm_86");
         if (float32 != "exact" && float32 != "tf32")
           throw py::value_error("float32: expected exact or tf32, got " + float32);
-        settings = {multiprocessors, shared, float32 == "tf32" ? Float32::tf32 : Float32::exact,
-                    wgmma,           early,  cuda::switches_of(without)};
+        settings = {{multiprocessors, shared, clock, memory},
+                    float32 == "tf32" ? Float32::tf32 : Float32::exact,
+                    wgmma,
+                    early,
+                    cuda::switches_of(without)};
         Options o = options();
         o.shared_limit = settings.shared_limit();
         set_options(o);
       },
       py::kw_only(), "multiprocessors"_a = 132, "float32"_a = "exact", "shared"_a = 233472, "wgmma"_a = false,
-      "early"_a = true, "without"_a = "",
+      "early"_a = true, "without"_a = "", "clock"_a = plan::Card{}.clock, "memory"_a = plan::Card{}.memory,
       "without: as LOTR_CUDA_WITHOUT; early: a GPU with early launches and clusters, of compute capability "
       "9.0 or later");
   m.def("set_options", &set_options_py, py::kw_only(), "order"_a = "forward", "seed"_a = 1, "preempt"_a = 0,
@@ -487,12 +484,18 @@ PYBIND11_MODULE(lotr_simt, m) {
       "Those of the sources that bench/projection needs");
   m.def(
       "plan",
-      [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors) {
-        const auto p = plan_of(kernel, M, N, r, element, multiprocessors);
-        return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "cluster"_a = p.cluster,
-                        "of_row"_a = p.of_row, "together"_a = p.together, "extra_bytes"_a = p.extra_bytes,
-                        "microseconds"_a = p.cost);
-      },
+      [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors)
+          -> py::object { return plans_of(kernel, M, N, r, element, multiprocessors)[0]; },
       "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
       "How a kernel would cut the large matrix [M, N], and the bytes it moves besides that matrix.");
+  m.def("plans", &plans_of, "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
+        "That plan, then the others, the fastest first.");
+  m.def(
+      "set_rules",
+      [](const std::string& forced, const std::string& measured) {
+        cuda::set_rules(cuda::Rules::forced, forced), cuda::set_rules(cuda::Rules::measured, measured);
+      },
+      py::kw_only(), "forced"_a = "", "measured"_a = "", "Rules of csrc/cuda/plans.h");
+  m.def("remembered", [] { return cuda::remembered().size(); }, "How many problems' choices are remembered");
+  m.def("forget", [] { cuda::remembered().forget(); });
 }

@@ -45,7 +45,7 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
   clear_arrays();
   const DType type = type_of(x);
   cuda::Call call{};
-  call.type = type, call.multiprocessors = multiprocessors, call.early = true;
+  call.type = type, call.card.multiprocessors = multiprocessors, call.early = true;
   cuda::GemmLotr q{};
   q.backward = backward;
   q.M = x.shape(0), q.K = x.shape(1), q.N = y.shape(1), q.r = int32_t(At.shape(0));
@@ -73,7 +73,7 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
 void fold_transposed(py::array B, py::array core, py::array A, double scaling, py::array F, py::array Ft,
                      py::array At) {
   clear_arrays();
-  FoldParams p{};
+  FoldProblem p{};
   p.B_type = type_of(B), p.core_type = type_of(core), p.A_type = type_of(A), p.F_type = type_of(F);
   p.B = matrix("B", B, p.B_type), p.cores = matrix("core", core, p.core_type);
   p.A = matrix("A", A, p.A_type);
@@ -84,7 +84,7 @@ void fold_transposed(py::array B, py::array core, py::array A, double scaling, p
   p.r_in = int32_t(core.shape(0)), p.r_out = int32_t(core.shape(1)), p.scale = float(scaling);
   cuda::Call call{};
   call.type = p.F_type, call.early = true;
-  cuda::fold(call, p);
+  cuda::run(call, p, cuda::prepare(call, p), nullptr);
 }
 
 // The piece of work of each ticket, in order: (ticket, band, column), column -1 for a scout, -2 for Q's sums.
@@ -117,7 +117,7 @@ void define_gemm_lotr(py::module_& m) {
   m.def("gemm_lotr_workspace", &cuda::gemm_lotr_workspace, "M"_a);
   m.def("gemm_lotr_plan", [](int64_t M, int64_t N, int r, int multiprocessors) {
     cuda::Call call{};
-    call.multiprocessors = multiprocessors;
+    call.card.multiprocessors = multiprocessors;
     cuda::GemmLotr q{};
     q.M = M, q.N = N, q.r = r;
     const cuda::GemmLotrPlan plan = cuda::gemm_lotr_plan(call, q);

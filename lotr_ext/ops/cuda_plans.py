@@ -1,0 +1,118 @@
+"""How the CUDA kernels cut their problems into blocks: their plans, listed, and forced for benchmarks and bisecting.
+
+csrc/cuda/plans.h chooses a plan by an estimate of time, unless a rule names another. A rule is an operator and words
+NAME=NUMBER: "factor_grad wgmma=0", "shrink M=8192 r=16 m_blocks=64". LOTR_CUDA_PLAN in the environment holds rules, separated
+by semicolons; `forced` does the same for a block of code; `lotr_ext.tune` measures the best few plans and makes rules of the
+answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .planner import Plan
+
+KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
+MOST_SHRINK_GRAD = 64  # ranks; beyond them shrink_grad is shrink and factor_grad: csrc/cuda/launchers.h
+# Cards that need not be here: multiprocessors, bytes of shared memory of one, MHz, MB/s of memory, early launches, wgmma.
+CARDS = {
+    "h100": (132, 233472, 1755, 3352320, 1, 1),
+    "a100": (108, 167936, 1410, 2039040, 0, 0),
+    "b200": (148, 233472, 1965, 8000000, 1, 0),
+}
+
+
+class Launch(NamedTuple):
+    """A kernel on a large matrix [m, n] at rank r."""
+
+    kernel: str
+    m: int
+    n: int
+    r: int
+
+
+class CudaPlan(NamedTuple):
+    """plan: in the words of a rule; microseconds: the estimate that it was chosen by."""
+
+    plan: str
+    blocks: int
+    microseconds: float
+
+
+def launches(plan: Plan, tokens: int, k: int, n: int, r_in: int, r_out: int, step: bool) -> list[Launch]:
+    """The launches with plans of one layer's call; step: with its backward."""
+    if plan.strategy == "fused":
+        return []
+    m, onto = tokens, plan.strategy == "two_pass"
+    if plan.unfolded:
+        found = [Launch("shrink", m, k, r_in), Launch("expand_add", m, n, r_out)]
+        if step:
+            found += [Launch("shrink", m, n, r_out), Launch("expand_add", m, k, r_in), Launch("shrink", m, r_in, r_out)]
+            found += [Launch("factor_grad", m, *sizes) for sizes in ((k, r_in), (n, r_out), (r_in, r_out))]
+        return found
+    found = [Launch("shrink", m, k, r_in)] + [Launch("expand_add", m, n, r_in)] * onto
+    if step:
+        both = ("shrink_grad",) if r_in <= MOST_SHRINK_GRAD else ("shrink", "factor_grad")
+        found += [Launch(kernel, m, n, r_in) for kernel in both] + [Launch("factor_grad", m, k, r_in)]
+        found += [Launch("expand_add", m, k, r_in)] * onto
+    return found
+
+
+def is_plan(text: str) -> bool:
+    """Whether text can be the words of a plan."""
+    word = r"(wgmma|rows|cols|m_blocks|n_blocks|of_row|cluster)=\d{1,9}"
+    return re.fullmatch(rf"{word}( {word})*", text) is not None
+
+
+def obstacle() -> str | None:
+    """Why there are no plans here; None if there are."""
+    return None if hasattr(torch.ops.lotr, "cuda_plans") else "lotr_ext was built without CUDA kernels"
+
+
+def plans(launch: Launch, dtype: torch.dtype, device: torch.device | None = None, card: str = "h100") -> list[CudaPlan]:
+    """The plan that a launch takes, then the others, the fastest by the estimate first. device: a GPU that is here; None: as
+    if card, one of CARDS, were here. ValueError for a forced rule that no plan fits."""
+    if card not in CARDS:
+        raise ValueError(f"card: expected one of {', '.join(CARDS)}, got {card!r}")
+    index = -1 if device is None else device.index if device.index is not None else torch.cuda.current_device()
+    found = _checked(torch.ops.lotr.cuda_plans, *launch, dtype, index, CARDS[card])
+    return [CudaPlan(**one) for one in json.loads(found)]
+
+
+def told(launch: Launch, dtype: torch.dtype, device: torch.device | None, card: str) -> str:
+    """What a launch takes, in a line."""
+    plan = plans(launch, dtype, device, card)[0]
+    where = "" if device is not None else f" on {card}"
+    return f"{launch.kernel} [{launch.m}, {launch.n}], r {launch.r}{where}: {plan.plan}, {plan.microseconds:.1f} us by estimate"
+
+
+@contextlib.contextmanager
+def forced(rules: str) -> Iterator[None]:
+    """Rules for the plans of this process's CUDA kernels, of all threads, while the block lasts. For benchmarks.
+
+    ValueError for what is no rule. A rule that no plan of a problem fits is an error of the call that meets it.
+    """
+    before = _checked(torch.ops.lotr.cuda_plan_rules, rules, True)
+    try:
+        yield
+    finally:
+        torch.ops.lotr.cuda_plan_rules(before, True)
+
+
+def measured(rules: str) -> None:
+    """Rules from measured times; those that no plan fits are ignored. Forced ones come first."""
+    _checked(torch.ops.lotr.cuda_plan_rules, rules, False)
+
+
+def _checked(operator, *arguments):
+    """The operator's result; its error as a ValueError of one line."""
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        raise ValueError(str(error).partition("\n")[0]) from None
