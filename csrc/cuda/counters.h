@@ -6,15 +6,11 @@
 
 namespace lotr::cuda {
 
+constexpr int COUNTERS_EACH = 8192;  // of a stream
+
 // `count` zeros on the current device that no other launch uses at the same time as those of `stream`; during
 // a capture, none but the graph's.  Null where there are no more of them: then clear(), in the workspace.
 int32_t* counters(void* stream, int64_t count);
-
-#ifndef __CUDACC__
-// In the executor, where a process goes on after a kernel that failed half-way: all zeros again.
-void forget_arrivals();
-int64_t arrivals();  // counted and not taken back: none between launches
-#endif
 
 void clear(void* data, size_t bytes, void* stream);
 

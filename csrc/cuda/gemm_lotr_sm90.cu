@@ -34,8 +34,8 @@ void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* wo
       q.u.row,
       access_of(q.y.data, q.y.row, q.y.col, q.M, call.type, call.type) == Access::vector,
       {bands, columns, scouts, plan.band_group, sums},
-      {q.Q.data ? q.u_forward.data : nullptr, q.u_forward.row, static_cast<float*>(q.Q.data), q.Q.row,
-       q.Q.col, q.accumulate, static_cast<float*>(partial)}};
+      {q.Q.data ? q.u_forward.data : nullptr, q.u_forward.row, q.u_forward.access == Access::vector,
+       static_cast<float*>(q.Q.data), q.Q.row, q.Q.col, q.accumulate, static_cast<float*>(partial)}};
   const int64_t tickets = scouts + int64_t(bands) * columns + sums;
   int64_t clusters = call.card.multiprocessors / Traits::CLUSTER;
   if (clusters > tickets) clusters = tickets;

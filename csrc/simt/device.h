@@ -71,8 +71,8 @@ void cp_async_commit(Site site);
 void cp_async_wait(int keep, Site site);  // keep < 0: everything, committed or not
 
 void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site);
-void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, Site site);
-void mma_m16n8k16_fp16(float* d, const uint32_t* a, const uint32_t* b, Site site);
+uint32_t movmatrix_trans(uint32_t a, Site site);
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_bf16, Site site);
 void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site);
 uint32_t to_tf32(float x);
 

@@ -1,5 +1,5 @@
-// ldmatrix and mma.sync.  Layouts: PTX ISA, "Warp-level matrix instructions", figures of ldmatrix and of the
-// fragments of m16n8k16 (16-bit types) and m16n8k8 (tf32).
+// ldmatrix, movmatrix and mma.sync.  Layouts: PTX ISA, "Warp-level matrix instructions", figures of ldmatrix
+// and of the fragments of m16n8k16 (16-bit types) and m16n8k8 (tf32).
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -50,6 +50,21 @@ void load_tiles(Warp& warp, uint32_t, void* context) {
         memcpy(reinterpret_cast<char*>(&out) + 2, of_tile[j + 1]->row + 2 * i, 2);
       }
     }
+  }
+}
+
+struct Words {
+  uint32_t in, out;
+};
+
+// Lane 4 i + j holds elements 2 j and 2 j + 1 of row i, before and after.
+void transpose_tile(Warp& warp, uint32_t, void*) {
+  uint16_t tile[8][8];
+  const auto words = [&](int lane) { return static_cast<Words*>(warp.thread[lane].operand); };
+  for (int lane = 0; lane < 32; ++lane) memcpy(&tile[lane / 4][2 * (lane % 4)], &words(lane)->in, 4);
+  for (int lane = 0; lane < 32; ++lane) {
+    const int row = lane / 4, col = 2 * (lane % 4);
+    words(lane)->out = tile[col][row] | uint32_t(tile[col + 1][row]) << 16;
   }
 }
 
@@ -180,11 +195,21 @@ void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
   for (int i = 0; i < tiles; ++i) r[i] = rows.out[i];
 }
 
-void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, Site site) {
-  mma("mma.m16n8k16.bf16", multiply_half<from_bf16>, d, a, b, site);
+uint32_t movmatrix_trans(uint32_t a, Site site) {
+  race::ExecutorScope scope;
+  Thread& t = enter("movmatrix.trans", site);
+  if (t.warp->present != WARP)
+    fail("%s at %s:%d: the warp has fewer than 32 threads", t.op, site.file, site.line);
+  Words words{a, 0};
+  warp_collective("movmatrix.trans", WARP, site, &words, transpose_tile, nullptr, false);
+  return words.out;
 }
-void mma_m16n8k16_fp16(float* d, const uint32_t* a, const uint32_t* b, Site site) {
-  mma("mma.m16n8k16.f16", multiply_half<from_fp16>, d, a, b, site);
+
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool is_bf16, Site site) {
+  if (is_bf16)
+    mma("mma.m16n8k16.bf16", multiply_half<from_bf16>, d, a, b, site);
+  else
+    mma("mma.m16n8k16.f16", multiply_half<from_fp16>, d, a, b, site);
 }
 void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site) {
   mma("mma.m16n8k8.tf32", multiply_tf32, d, a, b, site);

@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(THREADS) tensor_cores(const Params p) {
     ptx::store_shared(reinterpret_cast<uint4*>(s.A.chunk(t / 2, t % 2)),
                       ptx::load(reinterpret_cast<const uint4*>(p.A + size_t(k0) * R) + t));
     __syncthreads();
-    tile::warp_product<Product, COLS, false, true>(d, s.x, t / 32 * 16, 16, s.A, 0);
+    tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(d, s.x, t / 32 * 16, 16,
+                                                                                   s.A, 0);
     __syncthreads();
   }
   store_sums(p, d, m0 + t / 32 * 16);
@@ -182,7 +183,8 @@ __global__ void __launch_bounds__(THREADS) ring(const Params p) {
     __syncthreads();                   // those of all threads; and all have multiplied the tile before
     fetch(step + STAGES - 1);          // into the stage of that tile
     Stage& stage = s.stage[step % STAGES];
-    tile::warp_product<Product, COLS, false, true>(d, stage.x, t / 32 * 16, 16, stage.A, 0);
+    tile::warp_product<Product, COLS, tile::Order::along_k, tile::Order::across_k>(d, stage.x, t / 32 * 16,
+                                                                                   16, stage.A, 0);
   }
   store_sums(p, d, m0 + t / 32 * 16);
 }

@@ -30,7 +30,7 @@ class Case:
     scouts: int | None = None
     band_group: int | None = None
     bias: bool = True
-    ragged_y: bool = False  # rows of y that do not start at multiples of 16 bytes
+    ragged_y: bool = False  # rows of y, and of the forward pass's u, that do not start at multiples of 16 bytes
     factor: str = ""  # backward: Q as well, "new" or "added" to what is there
 
     def __str__(self) -> str:
@@ -66,6 +66,8 @@ class Inputs:
         bias = case.bias and not case.backward
         self.bias = narrow(rng.standard_normal(case.n) * 4, case.kind) if bias else None
         self.u = matrix(case.m, case.r) if case.factor else None  # of the forward pass
+        if case.factor and case.ragged_y:
+            self.u = place(self.u, DTYPE[case.kind], Layout(3, -case.r % 8 + 5))
         self.Q0 = rng.standard_normal((case.k, case.r)).astype(np.float32) if case.factor == "added" else None
 
     def launch(self, lib: ModuleType, workspace: np.ndarray, packed: bool = False) -> dict[str, np.ndarray]:
@@ -160,6 +162,7 @@ QUICK = [
     Case(390, 200, 328, 11, backward=True, sms=3, scouts=2, factor="new"),
     Case(520, 72, 264, 16, backward=True, cluster=2, scouts=2, factor="added"),
     Case(20, 40, 40, 3, "fp16", backward=True, sms=2, factor="added"),
+    Case(150, 24, 72, 16, backward=True, sms=2, ragged_y=True, factor="new"),
     Case(0, 16, 72, 4, backward=True, factor="new"),
     Case(5, 7, 8, 3, sms=2),
     Case(1, 1, 1, 1, cluster=2),
@@ -181,6 +184,7 @@ ALL += [
 ]
 # For leaving out one synchronisation: all code paths, in problems that are over soon.
 SMALL = [
+    Case(150, 24, 72, 16, backward=True, sms=2, ragged_y=True, factor="new"),
     Case(260, 264, 40, 16, sms=1),  # so few k-steps that the next pieces of work are fetched while this one runs
     Case(200, 264, 328, 11, scouts=1, sms=3),
     Case(270, 136, 328, 16, cluster=2),

@@ -3,9 +3,9 @@
 python python_tests/kernels/mutate_kernels.py            all of them (make test-full)
 python python_tests/kernels/mutate_kernels.py --every 8  each eighth of them (make test)
 
-The executor skips the operation at one source line of csrc/cuda/kernels or csrc/cuda/tile, so nothing is compiled again. Tried
-in this order until something fails: the plain build in several orders of threads and blocks, then the race detector. The
-shapes fill every pipeline stage more than once and have at least two blocks in each dimension of the grid.
+The executor skips the operation at one source line of csrc/cuda/kernels, csrc/cuda/tile or csrc/cuda/ptx/pipeline.cuh, so
+nothing is compiled again. Tried in this order until something fails: the plain build in several orders of threads and blocks,
+then the race detector. The shapes fill every pipeline stage more than once and have at least two blocks in each dimension.
 A line that nothing notices is either not needed or not tested: the exit status is 1.
 """
 
@@ -26,7 +26,7 @@ SCHEDULES = {
     "gemm_lotr": {"plain": ["forward/1", "reverse/2", "2/3", "103/2", "105/4"], "race": ["2/3", "103/2", "4/4"]},
 }
 KIND = "bf16"
-FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/")
+FOLDERS = ("csrc/cuda/kernels/", "csrc/cuda/tile/", "csrc/cuda/ptx/pipeline")
 Site = tuple[str, str, int]  # operation, file, line
 
 

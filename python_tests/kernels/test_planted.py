@@ -15,8 +15,9 @@ HERE = Path(__file__).resolve().parent
 WRONG = r": [uyQ]: "  # the numbers
 STUCK = "deadlock: no thread can go on"
 
-# name: file kernels/gemm_lotr<file>.cuh, text, what stands there instead, build, what a failure must say
-MAIN, ROWS, TRAITS, FACTOR = "", "_rows", "_traits", "_factor"
+# name: file, text, what stands there instead, build, what a failure must say
+MAIN, ROWS, TRAITS, FACTOR = (f"kernels/gemm_lotr{part}.cuh" for part in ("", "_rows", "_traits", "_factor"))
+RING = "ptx/pipeline.cuh"
 GEMM_LOTR: dict[str, tuple[str, str, str, str, str]] = {
     "read_without_acquire": (
         ROWS,
@@ -40,11 +41,11 @@ GEMM_LOTR: dict[str, tuple[str, str, str, str, str]] = {
         "plain",
         WRONG,
     ),
-    "ring_starts_anew": (MAIN, "    float d[Traits::BN / 2];", "    ring_ = {}; float d[Traits::BN / 2];", "plain", STUCK),
+    "ring_starts_anew": (MAIN, "    float d[Traits::BN / 2];", "    at_ = {}; float d[Traits::BN / 2];", "plain", STUCK),
     "released_early": (
         MAIN,
-        "      if (k > 0) release(before);\n      before = ring_.stage;",
-        "      release(ring_.stage);\n      before = ring_.stage;",
+        "      if (k > 0) release(before);\n      before = at_.stage;",
+        "      release(at_.stage);\n      before = at_.stage;",
         "plain",
         "more arrivals|" + STUCK + "|" + WRONG,
     ),
@@ -81,9 +82,9 @@ GEMM_LOTR: dict[str, tuple[str, str, str, str, str]] = {
     "rows_beyond_m": (ROWS, "      if (m >= p.M) continue;\n", "", "asan", "ERROR: AddressSanitizer: .* on address"),
     "columns_beyond_n": (ROWS, "          if (n + e < p.N)\n", "", "asan", "ERROR: AddressSanitizer: .* on address"),
     "own_producer_only": (
-        MAIN,
-        "give_back<Traits>(&s_.empty[stage], lane LOTR_PASS_SITE);",
-        "give_back<Traits>(&s_.empty[stage], uint32_t(rank_in_cluster<Traits>()) LOTR_PASS_SITE);",
+        RING,
+        "lane % CLUSTER LOTR_PASS_SITE",
+        "cluster_rank() LOTR_PASS_SITE",
         "plain",
         "more arrivals|" + STUCK + "|" + WRONG,
     ),
@@ -98,7 +99,9 @@ GEMM_LOTR: dict[str, tuple[str, str, str, str, str]] = {
     "each_band_starts_anew": (MAIN, "ticket == work.band, epoch", "true, epoch", "plain", r": Q: "),
     "both_take_the_first_stage": (MAIN, "s_.stage[group_ ? second : first].x", "s_.stage[first].x", "plain", r": Q: "),
     "sums_of_one_slot": (FACTOR, "Traits::CLUSTER * p.tickets.scouts, FLOATS", "1, FLOATS", "plain", r": Q: "),
-    "u_of_the_wrong_rows": (FACTOR, "i / 2 * 8 + int(threadIdx.x % 4)", "i % 2 * 8 + int(threadIdx.x % 4)", "plain", r": Q: "),
+    "u_of_the_wrong_rows": (FACTOR, "row + 16 * c + tile / 2 * 8", "row + 16 * c + tile % 2 * 8", "plain", r": Q: "),
+    "u_not_transposed": (FACTOR, "word = ptx::movmatrix_trans(word);", "(void)word;", "plain", r": Q: "),
+    "a_ragged_row_of_u_at_once": (FACTOR, "p_.Q.u_vector && rank + 8 <= p_.r", "rank + 8 <= p_.r", "plain", "aligned"),
     "ranks_beyond_r": (ROWS, "rank + 1 < p_.r ? sum[j + 1] : 0.f", "sum[j]", "plain", "ranks beyond r are not zero|" + WRONG),
 }
 
@@ -112,30 +115,41 @@ ONE_PRODUCT: dict[str, tuple[str, str, str]] = {
     ),
     "each_block_fetches_the_first_share": ("int(ptx::cluster_rank()) * Traits::SHARE", "0", ": u: |NaN"),
     "rows_of_another_share": ("i * ROWS + share, full,", "i * ROWS, full,", ": u: "),
-    "a_share_for_this_block_alone": ("(1 << Traits::CLUSTER) - 1)", "1 << ptx::cluster_rank())", "deadlock|in flight"),
-    "given_back_to_this_block_alone": ("if (lane < TOGETHER * CLUSTER)", "if (lane == ptx::cluster_rank())", "deadlock"),
+    "a_share_for_this_block_alone": ("(1 << CLUSTER) - 1)", "1 << ptx::cluster_rank())", "deadlock|in flight"),
     "given_back_before_the_wait": (
-        "      ptx::wgmma_wait<1>();\n      if (i > 0) release(last);",
-        "      release(at.stage);\n      ptx::wgmma_wait<1>();",
+        "      ptx::wgmma_wait<1>();\n      if (i > 0) s_.ring.template release<TOGETHER, CLUSTER>(last);",
+        "      s_.ring.template release<TOGETHER, CLUSTER>(at.stage);\n      ptx::wgmma_wait<1>();",
         "more arrivals|deadlock|: u: ",
     ),
     "stored_before_the_last_product": ("    ptx::wgmma_wait<0>();\n", "", "wgmma in flight"),
-    "the_first_step_adds_to_nothing": ("i + row > 0);", "true);", ": u: |NaN"),
+    "the_first_step_adds_to_nothing": ("float d[Traits::R / 2] = {};", "float d[Traits::R / 2] = {1};", ": [uD]: "),
     "what_D_was_forgotten": ("if (p.accumulate) each(", "if (false) each(", ": D: "),
     "columns_of_the_next_block": ("Traits::DOWN ? first() : i * COLS", "Traits::DOWN ? first() + COLS : i * COLS", ": D: "),
     "a_step_too_few": ("(length + TOGETHER * ROWS - 1) /", "length /", ": [uD]: |deadlock"),
+}
+# Of the ring, in the same kernels.
+PIPELINE: dict[str, tuple[str, str, str]] = {
+    "given_back_to_this_block_alone": ("lane % CLUSTER LOTR", "cluster_rank() LOTR", "more arrivals|deadlock"),
+    "one_stage_given_back_of_two": ("if (lane >= COUNT * CLUSTER) return;", "if (lane >= CLUSTER) return;", "deadlock"),
+    "the_parity_stays": ("stage = 0, parity ^= 1", "stage = 0", "deadlock|in flight|: [uD]: |NaN"),
+    "one_reader_too_few": (
+        "mbarrier_init(&empty[i], readers",
+        "mbarrier_init(&empty[i], readers - 1",
+        "more arrivals|: [uD]: ",
+    ),
+    "left_with_a_stage_out": ("i < STAGES; ++i, at.advance()", "i < STAGES - 1; ++i, at.advance()", "has exited"),
 }
 SHRINK_GRAD: dict[str, tuple[str, str, str]] = {
     "wrong_rows": ("own.g[16 * c], 0), true)", "own.g[8 * c], 0), true)", ": Q: "),
     "both_take_the_first_stage": ("s_.stage[first + group_]", "s_.stage[first]", ": Q: "),
     "the_first_block_sums_for_all": ("int(ptx::cluster_rank()) * share", "0", ": k: "),
     "sums_of_clusters_in_one_place": ("int(blockIdx.x) / p_.cluster", "0", ": k: "),
-    "the_rows_of_the_other_group": ("s_.k[4 * group_ + warp_]", "s_.k[4 * (1 - group_) + warp_]", ": k: "),
+    "the_rows_of_the_other_group": ("+ 4 * group_ + warp_]", "+ 4 * (1 - group_) + warp_]", ": k: "),
     "a_block_of_the_cluster_forgotten": ("first * tile::FRAGMENT, splits,", "first * tile::FRAGMENT, splits - 1,", ": Q: "),
     "bytes_of_F_forgotten": ("with_F * uint32_t(sizeof(Smem::F[0]))", "0", "in flight|deadlock"),
     "released_before_the_wait": (
-        "release(LAST ? first : last)",
-        "release(first)",
+        "release<GROUPS>(LAST ? first : last)",
+        "release<GROUPS>(first)",
         "more arrivals|deadlock|: [kQ]: ",
     ),
     "another_column_tile_stored": ("if constexpr (LAST) store_Q(Q[n], n)", "if constexpr (LAST) store_Q(Q[n], 0)", ": Q: "),
@@ -144,6 +158,8 @@ SHRINK_GRAD: dict[str, tuple[str, str, str]] = {
         "swizzled_descriptor_mn<R>(F + c * 64, 0)",
         ": k: ",
     ),
+    "the_sums_of_the_row_tile_before": ("put_k(k, i % K_SLOTS)", "put_k(k, (i + 1) % K_SLOTS)", ": k: "),
+    "a_slot_taken_too_early": ("(i / K_SLOTS & 1) ^ 1);\n    put_k", "i / K_SLOTS & 1);\n    put_k", "deadlock|: k: "),
     "the_swizzle_of_a_whole_panel": ("swizzled_descriptor_mn<R>(", "swizzled_descriptor_mn<64>(", "no canonical layout"),
 }
 
@@ -164,19 +180,20 @@ def sweep_planted(unit: str, file: str, text: str, instead: str, folder: Path, m
 def test_gemm_lotr(name: str, tmp_path: Path) -> None:
     file, text, instead, mode, message = GEMM_LOTR[name]
     sweep = ("--shapes", "gemm_lotr_small", "--schedules", "forward/1" if mode == "asan" else "forward/1,2/3,103/2,4/4")
-    output = sweep_planted("gemm_lotr_sm90.cu", f"kernels/gemm_lotr{file}.cuh", text, instead, tmp_path, mode, *sweep)
+    output = sweep_planted("gemm_lotr_sm90.cu", file, text, instead, tmp_path, mode, *sweep)
     assert any(re.search(message, line) for line in output.splitlines()), output
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "unit, kernel, kernels, bug",
-    [("one_product", "one_product_wgmma", "shrink_wgmma,factor_grad_wgmma", bug) for bug in ONE_PRODUCT.values()]
-    + [("shrink_grad", "shrink_grad_wgmma", "shrink_grad_wgmma", bug) for bug in SHRINK_GRAD.values()],
-    ids=[*ONE_PRODUCT, *SHRINK_GRAD],
+    "unit, file, kernels, bug",
+    [("one_product", "kernels/one_product_wgmma.cuh", "shrink_wgmma,factor_grad_wgmma", bug) for bug in ONE_PRODUCT.values()]
+    + [("one_product", RING, "shrink_wgmma,factor_grad_wgmma", bug) for bug in PIPELINE.values()]
+    + [("shrink_grad", "kernels/shrink_grad_wgmma.cuh", "shrink_grad_wgmma", bug) for bug in SHRINK_GRAD.values()],
+    ids=[*ONE_PRODUCT, *PIPELINE, *SHRINK_GRAD],
 )
-def test_products_by_wgmma(unit: str, kernel: str, kernels: str, bug: tuple[str, str, str], tmp_path: Path) -> None:
+def test_products_by_wgmma(unit: str, file: str, kernels: str, bug: tuple[str, str, str], tmp_path: Path) -> None:
     text, instead, message = bug
     sweep = ("--shapes", "pipeline", "--kinds", "bf16", "--kernels", kernels)
-    output = sweep_planted(f"{unit}_sm90.cu", f"kernels/{kernel}.cuh", text, instead, tmp_path, "plain", *sweep)
+    output = sweep_planted(f"{unit}_sm90.cu", file, text, instead, tmp_path, "plain", *sweep)
     assert any(re.search(message, line) for line in output.splitlines()), output

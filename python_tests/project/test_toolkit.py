@@ -160,3 +160,17 @@ def test_cuda_12_compiles_the_launchers(tmp_path, source):
     command += ["-Xptxas", "-O0", ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", tmp_path / "object.o"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("source", ["one_product_sm90", "shrink_grad_sm90"])
+def test_ptxas_of_cuda_12_lets_products_overlap(tmp_path, source):
+    """C75xx: wgmma that ptxas runs one after another. 12.4 did so with sums that nothing had set, as gemm_lotr has them still."""
+    home = toolkit_12()
+    if home is None:
+        pytest.skip("no CUDA 12 toolkit: set LOTR_CUDA12_HOME to one")
+    command = [home / "bin" / "nvcc", "-std=c++17", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT}/csrc"]
+    command += ["-Xptxas", "-v", ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", tmp_path / "kernels.cubin"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "registers" in done.stderr and "C75" not in done.stderr

@@ -77,9 +77,10 @@ def test_mma(printed: dict, kind: str) -> None:
     assert (np.abs(d - (a @ b + c)) <= bound).all()
 
 
-@pytest.mark.parametrize("kind, tiles, trans", [(0, 4, False), (1, 4, True), (2, 2, False), (3, 2, True)])
+@pytest.mark.parametrize("kind, tiles, trans", [(0, 4, False), (1, 4, True), (2, 2, False), (3, 2, True), (4, 4, True)])
 def test_ldmatrix(printed: dict, kind: int, tiles: int, trans: bool) -> None:
-    registers = np.asarray(printed["ldmatrix"]["r"], np.uint32).reshape(4, 32, 4)[kind]
+    """And movmatrix, kind 4, on what kind 0 has loaded."""
+    registers = np.asarray(printed["ldmatrix"]["r"], np.uint32).reshape(5, 32, 4)[kind]
     memory = np.arange(256).reshape(4, 8, 8)  # tile, row, column, as the program filled it
     for lane in LANES:
         for tile in range(tiles):

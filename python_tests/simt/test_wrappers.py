@@ -37,6 +37,7 @@ SM80 = {
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 1,
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": 1,
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": 1,
+    "movmatrix.sync.aligned.m8n8.trans.b16": 1,
     "cvt.rna.tf32.f32": 1,
     "shfl.sync.bfly.b32": 1,
     "shfl.sync.idx.b32": 1,
@@ -174,3 +175,31 @@ def test_static_shared_memory_does_not_compile(tmp_path: Path) -> None:
     text = '#include "cuda/ptx/sm80.cuh"\n__global__ void k() { __shared__ float f[32]; f[threadIdx.x] = 0; }\n'
     done = host_compiler(text, tmp_path)
     assert done.returncode != 0 and "no_static_shared_memory_use_lotr_ptx_shared_storage" in done.stderr
+
+
+def wrappers() -> set[str]:
+    """The functions of csrc/cuda/ptx that callers use: conversions of values aside."""
+    names: set[str] = set()
+    for path in sorted((build.CSRC / "cuda" / "ptx").glob("*.cuh")):
+        text = path.read_text(encoding="utf-8")
+        names |= set(re.findall(r"^ *(?:LOTR_DEVICE|inline|bool|TensorMap|T\*) [^\n(=;]*?\b(\w+)\(", text, re.MULTILINE))
+    return names - {"bit_cast", "as_bits", "as_float", "to_float", "from_float", "to_floats", "from_floats", "advance"}
+
+
+def test_every_wrapper_has_a_line_of_the_page_of_sources() -> None:
+    """docs/instructions.md: which rule a wrapper relies on, and what other code does the same."""
+    page = (build.ROOT / "docs" / "instructions.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(listed) == sorted(wrappers())
+    assert all(len(row) == 4 and all(cell.strip() for cell in row) for row in rows)
+
+
+def test_what_is_only_here_names_a_switch() -> None:
+    page = (build.ROOT / "docs" / "instructions.md").read_text(encoding="utf-8")
+    known = set(re.findall(r'word == "(\w+)"', (build.CSRC / "cuda" / "switches.h").read_text(encoding="utf-8")))
+    marked = [line for line in page.splitlines() if line.startswith("| `") and "**only here**" in line]
+    assert len(marked) >= 5
+    for line in marked:
+        named = re.search(r"\*\*only here\*\*.*: `(\w+)` *\|$", line)
+        assert named and named[1] in known, line

@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       __syncwarp();
       fetch();
       float d[1][Traits::NJ][4] = {};
-      tile::warp_product<P, Traits::R, false, false>(d, stages[here.u].u, 0, 0, sm.F[here.n], 0);
+      tile::warp_product<P, Traits::R, tile::Order::along_k, tile::Order::along_k>(d, stages[here.u].u, 0, 0,
+                                                                                   sm.F[here.n], 0);
       if constexpr (decltype(dropout)::value) {
         const uint64_t seed = uint64_t(ptx::load(p.dropout.seed));
         uint32_t keep = 0;  // bits of the lane's chunks

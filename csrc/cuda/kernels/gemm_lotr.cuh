@@ -66,16 +66,6 @@ LOTR_DEVICE int rank_in_cluster() {
   return Traits::CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
 }
 
-// Where a thread stands in the ring of stages: the same walk in the producer and in all that multiply.
-template <int STAGES>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  LOTR_DEVICE void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
 // ---- the thread that fetches ----
 
 template <class Traits>
@@ -170,12 +160,11 @@ class Producer {
 
   // The next stage, once all that read it have given it back; `bytes` will land there, by whomever fetched.
   LOTR_DEVICE Stage& next(uint32_t bytes, uint64_t*& full) {
-    const int stage = ring_.stage;
-    ptx::mbarrier_wait(&s_.empty[stage], ring_.parity ^ 1);
-    full = &s_.full[stage];
-    ptx::mbarrier_arrive_expect_tx(full, bytes);
-    ring_.advance();
-    return s_.stage[stage];
+    Stage& stage = s_.stage[at_.stage];
+    s_.ring.wait_empty(at_);
+    full = s_.ring.expect(at_, bytes);
+    at_.advance();
+    return stage;
   }
 
   LOTR_DEVICE void fetch_for_all(T* to, const ptx::TensorMap& map, int col, int row, uint64_t* full) {
@@ -189,7 +178,7 @@ class Producer {
   const ptx::TensorMap &X_, &W_, &A_, &F_;
   const GemmLotrParams& p_;
   const int rank_;
-  Ring<Traits::STAGES> ring_;
+  typename ptx::Pipeline<Traits::STAGES>::Place at_;
 };
 
 // ---- the warpgroups that multiply ----
@@ -249,13 +238,13 @@ class Multiplier {
     float u[Traits::R / 2];
     FactorSums<Traits> Q(p_, tile_row * Traits::BM, slot, fresh);
     for (int k = 0; k < p_.K; k += Traits::SCOUT_STEPS * Traits::BK) {
-      const int own = k / Traits::BK + group_, first = ring_.stage;
+      const int own = k / Traits::BK + group_, first = at_.stage;
       Q.load(own);
-      ptx::mbarrier_wait(&s_.full[first], ring_.parity);
-      ring_.advance();
-      const int second = ring_.stage;
-      ptx::mbarrier_wait(&s_.full[second], ring_.parity);
-      ring_.advance();
+      s_.ring.wait_full(at_);
+      at_.advance();
+      const int second = at_.stage;
+      s_.ring.wait_full(at_);
+      at_.advance();
       ptx::wgmma_fence();
       add_stage(u, s_.stage[first], k > 0);
       add_stage(u, s_.stage[second], true);
@@ -291,17 +280,17 @@ class Multiplier {
     u.acquire(epoch);  // while the last products run
 #pragma unroll
     for (int step = 0; step < Traits::RANK_STEPS; ++step) {
-      ptx::mbarrier_wait(&s_.full[ring_.stage], ring_.parity);
+      s_.ring.wait_full(at_);
       ptx::wgmma_fence();
 #pragma unroll
       for (int c = 4 * step; c < Traits::R / 16 && c < 4 * step + 4; ++c)
         ptx::wgmma<T, Traits::BN>(d, u.operand[c],
-                                  ptx::swizzled_descriptor(s_.stage[ring_.stage].w + 16 * (c % 4)), true);
+                                  ptx::swizzled_descriptor(s_.stage[at_.stage].w + 16 * (c % 4)), true);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       release(last);
-      last = ring_.stage;
-      ring_.advance();
+      last = at_.stage;
+      at_.advance();
     }
     ptx::wgmma_wait<0>();
     ptx::wgmma_landed(d);
@@ -316,8 +305,8 @@ class Multiplier {
   LOTR_DEVICE int over_k(F product) {
     int before = 0;
     for (int k = 0; k < p_.K; k += Traits::BK) {
-      const auto& stage = s_.stage[ring_.stage];
-      ptx::mbarrier_wait(&s_.full[ring_.stage], ring_.parity);
+      const auto& stage = s_.stage[at_.stage];
+      s_.ring.wait_full(at_);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < Traits::BK; kk += 16)
@@ -325,23 +314,21 @@ class Multiplier {
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (k > 0) release(before);
-      before = ring_.stage;
-      ring_.advance();
+      before = at_.stage;
+      at_.advance();
     }
     return before;
   }
 
   // To the producers of all blocks of the cluster, for each of them writes here.
   LOTR_DEVICE void release(int stage LOTR_SITE) {
-    __syncwarp();
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane < Traits::CLUSTER) give_back<Traits>(&s_.empty[stage], lane LOTR_PASS_SITE);
+    s_.ring.template release<1, Traits::CLUSTER>(stage LOTR_PASS_SITE);
   }
 
   typename Traits::Smem& s_;
   const GemmLotrParams& p_;
   const int group_;
-  Ring<Traits::STAGES> ring_;
+  typename ptx::Pipeline<Traits::STAGES>::Place at_;
 };
 
 template <class Traits>
@@ -351,10 +338,7 @@ __global__ void __launch_bounds__(Traits::THREADS, 1)
               const __grid_constant__ GemmLotrParams p) {
   auto& s = ptx::shared_storage<typename Traits::Smem>();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Traits::STAGES; ++i) {
-      ptx::mbarrier_init(&s.full[i], 1);
-      ptx::mbarrier_init(&s.empty[i], Traits::WARPS * Traits::CLUSTER);
-    }
+    s.ring.init(Traits::WARPS * Traits::CLUSTER);
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(&s.slot_full[i], 1);
       ptx::mbarrier_init(&s.slot_empty[i], Traits::WARPS * Traits::CLUSTER + Traits::CLUSTER - 1);

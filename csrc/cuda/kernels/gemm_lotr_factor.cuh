@@ -25,14 +25,17 @@ class FactorSums {
   // For the band that starts at row m0; `fresh`: the first of its ticket.  slot: the ticket and block.
   LOTR_DEVICE FactorSums(const GemmLotrParams& p, int m0, int slot, bool fresh)
       : p_(p), warp_(threadIdx.x % 128 / 32), fresh_(fresh), slot_(slot) {
+    // u^T from rows of u: of four tiles of 8 rows by 8 ranks a lane of each quad loads a row each.
+    const int row = m0 + int(threadIdx.x % 32) / 4, tile = int(threadIdx.x % 4);
 #pragma unroll
     for (int c = 0; c < Traits::BM / 16; ++c)
+      load_ranks(u_[c], row + 16 * c + tile / 2 * 8, 16 * warp_ + tile % 2 * 8);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int rank = 16 * warp_ + int(threadIdx.x % 32) / 4 + i % 2 * 8;
-        const int m = m0 + 16 * c + i / 2 * 8 + int(threadIdx.x % 4) * 2;
-        u_[c][i] = uint32_t(element(m, rank)) | uint32_t(element(m + 1, rank)) << 16;
-      }
+    for (int c = 0; c < Traits::BM / 16; ++c) {
+      transpose_quad(u_[c]);  // the lane's two columns of each tile
+#pragma unroll
+      for (uint32_t& word : u_[c]) word = ptx::movmatrix_trans(word);
+    }
   }
 
   // Before the fence: the sums so far of k-step `step`.
@@ -66,9 +69,20 @@ class FactorSums {
 
  private:
   LOTR_DEVICE bool owner(int step) const { return 16 * warp_ < Traits::R && step * Traits::BK < p_.K; }
-  LOTR_DEVICE uint16_t element(int m, int rank) const {
-    const auto* u = static_cast<const uint16_t*>(p_.Q.u);
-    return m < p_.M && rank < p_.r ? ptx::load_nc(u + int64_t(m) * p_.Q.u_row + rank) : uint16_t(0);
+  // Eight ranks of row m of u, zero beyond r; 16 bytes a load where the row has them all, and aligned.
+  LOTR_DEVICE void load_ranks(uint32_t (&word)[4], int m, int rank) const {
+    const auto* u = static_cast<const uint16_t*>(p_.Q.u) + int64_t(m) * p_.Q.u_row + rank;
+#pragma unroll
+    for (uint32_t& w : word) w = 0;
+    if (m >= p_.M || rank >= p_.r) return;
+    if (p_.Q.u_vector && rank + 8 <= p_.r) {
+      const uint4 v = ptx::load_nc(reinterpret_cast<const uint4*>(u));
+      word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (rank + e < p_.r) word[e / 2] |= uint32_t(ptx::load_nc(u + e)) << 16 * (e % 2);
+    }
   }
   LOTR_DEVICE float* fragment(int step, int j) const {
     return p_.Q.sums<Traits>(step, slot_, p_.tickets) + (FRAGMENTS * warp_ + j) * tile::FRAGMENT;

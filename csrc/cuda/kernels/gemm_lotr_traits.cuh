@@ -1,6 +1,6 @@
 // What gemm_lotr.cuh is made of: tile sizes and shared memory, parameters, and the order of the tickets.
 #pragma once
-#include "../ptx/sm90.cuh"
+#include "../ptx/pipeline.cuh"
 
 namespace lotr::kernels {
 
@@ -44,7 +44,8 @@ struct GemmLotrTraits {
   struct alignas(1024) Smem {
     Stage stage[STAGES];
     T bias[2][GROUPS][BN];  // of this tile and of the last, which may still be read
-    uint64_t full[STAGES], empty[STAGES], slot_full[2], slot_empty[2];
+    ptx::Pipeline<STAGES> ring;
+    uint64_t slot_full[2], slot_empty[2];
     int32_t slot[2];  // the piece of work to do, -1: none is left
     uint32_t epoch;   // of this launch
   };
@@ -91,7 +92,8 @@ struct GemmLotrTickets {
 struct GemmLotrFactor {
   const void* u;  // [M, r], or null: not wanted
   int64_t u_row;
-  float* data;  // Q [K, r]
+  bool u_vector;  // rows of u start at multiples of 16 bytes
+  float* data;    // Q [K, r]
   int64_t row, col;
   bool accumulate;  // else Q = instead of Q +=
   float* partial;   // [k-steps, slots, BK * R]: a slot for each block of each scouts' ticket

@@ -24,7 +24,7 @@
 //   stage 2   L L L P . L L L
 //   stage 3   L L L L P . L L
 #pragma once
-#include "../ptx/sm90.cuh"
+#include "../ptx/pipeline.cuh"
 #include "../tile/store.cuh"
 #include "traits.h"
 
@@ -53,7 +53,7 @@ struct OneProductTraits {
       Stage stage[STAGES];
       Output u;  // of shrink, after the last product
     };
-    uint64_t full[STAGES], empty[STAGES];
+    ptx::Pipeline<STAGES> ring;
   };
   static_assert(ROWS == 64 && COLS == 64, "a step is 64 long either way; a row of x is one of 128 bytes");
   static_assert(SHARE % 8 == 0, "whole patterns of the swizzle");
@@ -69,7 +69,7 @@ class OneProduct {
   static constexpr int CLUSTER = Traits::CLUSTER, TOGETHER = Traits::TOGETHER;
 
  public:
-  // length: of the walk, K or M; steps beyond it are zeros
+  // length: of the walk, K or M, at least 1; steps beyond it are zeros
   LOTR_DEVICE OneProduct(Smem& s, int64_t length)
       : s_(s), steps_(int((length + TOGETHER * ROWS - 1) / (TOGETHER * ROWS)) * TOGETHER) {}
 
@@ -77,10 +77,7 @@ class OneProduct {
 
   // One thread, before the barrier that opens the kernel.
   LOTR_DEVICE void prepare() {
-    for (int i = 0; i < STAGES; ++i) {
-      ptx::mbarrier_init(&s_.full[i], 1);
-      ptx::mbarrier_init(&s_.empty[i], Traits::WARPS * Traits::CLUSTER);
-    }
+    s_.ring.init(Traits::WARPS * CLUSTER);
     ptx::fence_mbarrier_init();
   }
 
@@ -89,28 +86,30 @@ class OneProduct {
     const int share = int(ptx::cluster_rank()) * Traits::SHARE;
     Place at;
 #pragma unroll 1
-    for (int i = 0; i < steps_; ++i, at.advance(1)) {
+    for (int i = 0; i < steps_; ++i, at.advance()) {
       typename Traits::Stage& stage = s_.stage[at.stage];
-      uint64_t* full = &s_.full[at.stage];
-      ptx::mbarrier_wait(&s_.empty[at.stage], at.parity ^ 1);
-      ptx::mbarrier_arrive_expect_tx(full, uint32_t(sizeof(stage)));  // by whomever fetched
+      s_.ring.wait_empty(at);
+      uint64_t* full = s_.ring.expect(at, uint32_t(sizeof(stage)));
       ptx::tma_load_2d(stage.x, &x, Traits::DOWN ? first() : i * COLS, Traits::DOWN ? i * ROWS : first(),
                        full);
 #pragma unroll
       for (int panel = 0; panel < Traits::PANELS; ++panel)
         ptx::tma_load_2d_multicast(stage.factor[panel][share], &factor, panel * Traits::PANEL,
-                                   i * ROWS + share, full, (1 << Traits::CLUSTER) - 1);
+                                   i * ROWS + share, full, (1 << CLUSTER) - 1);
     }
+    s_.ring.drain(at);
   }
 
-  // The warpgroup: the block's 64 rows of sums.
+  // The warpgroup: d += the block's 64 rows of sums.  Sums that begin as zeros, and a loop that always runs:
+  // where a path to the last wait has no product, or sums that nothing has set, ptxas of CUDA 12.4 lets the
+  // products run one after another (C7515).
   LOTR_DEVICE void multiply(float (&d)[R / 2]) {
     Place at;
-    int last = 0;
+    int last = 0, i = 0;
 #pragma unroll 1
-    for (int i = 0; i < steps_; i += TOGETHER, at.advance(TOGETHER)) {
+    do {
 #pragma unroll
-      for (int t = 0; t < TOGETHER; ++t) ptx::mbarrier_wait(&s_.full[at.stage + t], at.parity);
+      for (int t = 0; t < TOGETHER; ++t) s_.ring.wait_full(at, t);
       ptx::wgmma_fence();
 #pragma unroll
       for (int row = 0; row < TOGETHER * ROWS; row += 16) {
@@ -120,34 +119,22 @@ class OneProduct {
                                         : ptx::swizzled_descriptor(&stage.x[0][k]);
         ptx::wgmma<T, R, true, Traits::DOWN>(
             d, x, ptx::swizzled_descriptor_mn<Traits::PANEL>(stage.factor[0][k], sizeof(stage.factor[0])),
-            i + row > 0);
+            true);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
-      if (i > 0) release(last);
+      if (i > 0) s_.ring.template release<TOGETHER, CLUSTER>(last);
       last = at.stage;
-    }
+      at.advance(TOGETHER);
+    } while ((i += TOGETHER) < steps_);
     ptx::wgmma_wait<0>();
     ptx::wgmma_landed(d);
+    s_.ring.template release<TOGETHER, CLUSTER>(last);
     ptx::griddepcontrol_launch_dependents();
   }
 
  private:
-  struct Place {
-    int stage = 0;
-    uint32_t parity = 0;
-    LOTR_DEVICE void advance(int steps) {
-      stage += steps;
-      if (stage == STAGES) stage = 0, parity ^= 1;
-    }
-  };
-
-  // The stages of steps that went together, to the fetching threads of all blocks of the cluster.
-  LOTR_DEVICE void release(int first) {
-    __syncwarp();
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane < TOGETHER * CLUSTER) ptx::mbarrier_give_back(&s_.empty[first + lane / CLUSTER], lane % CLUSTER);
-  }
+  using Place = typename ptx::Pipeline<STAGES>::Place;
 
   Smem& s_;
   const int steps_;
@@ -163,15 +150,13 @@ LOTR_DEVICE void one_product(typename Traits::Smem& s, const ptx::TensorMap& x, 
   ptx::cluster_sync_relaxed();
   ptx::griddepcontrol_wait();
   if (threadIdx.x < Traits::MULTIPLIERS) {
-    float d[Traits::R / 2];
+    float d[Traits::R / 2] = {};
     begin();
     block.multiply(d);
     end(d);
-  } else {
-    if (threadIdx.x == Traits::MULTIPLIERS) block.fetch(x, factor);
-    __syncwarp();
+  } else if (threadIdx.x == Traits::MULTIPLIERS) {
+    block.fetch(x, factor);
   }
-  ptx::cluster_sync();  // no block may leave while another still arrives at its mbarriers
 }
 
 template <class Traits>

@@ -67,8 +67,9 @@ struct ColumnSums {
   LOTR_DEVICE void add(int n, X& x, V& v) {
     constexpr int ROWS = X::ROWS / WARP_ROWS;
     at(n, [&](auto& sum) {
-      tile::warp_product<P, ROWS, true, true>(sum, tile::rows_from<ROWS>(x, part() * ROWS), i0(),
-                                              16 * WARP_COLS, tile::rows_from<ROWS>(v, part() * ROWS), j0());
+      tile::warp_product<P, ROWS, tile::Order::across_k, tile::Order::across_k>(
+          sum, tile::rows_from<ROWS>(x, part() * ROWS), i0(), 16 * WARP_COLS,
+          tile::rows_from<ROWS>(v, part() * ROWS), j0());
     });
   }
 
@@ -78,7 +79,7 @@ struct ColumnSums {
   template <class X, class V>
   LOTR_DEVICE void add_right(int n, X& x, const V& v) {
     static_assert(WARP_ROWS == 1);
-    at(n, [&](auto& sum) { tile::warp_product<true>(sum, x, i0(), 16 * WARP_COLS, v); });
+    at(n, [&](auto& sum) { tile::warp_product<tile::Order::across_k>(sum, x, i0(), 16 * WARP_COLS, v); });
   }
 
   // Calls f(sum of a 16 x 8 tile, its first column of the rectangle, its first rank) for the tiles inside

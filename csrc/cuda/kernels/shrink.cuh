@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
 #pragma unroll
         for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
           if (s == here.m)
-            tile::warp_product<P, OWN_COLS, false, true>(
+            tile::warp_product<P, OWN_COLS, tile::Order::along_k, tile::Order::across_k>(
                 d[s], tile::columns_from<OWN_COLS>(x, part * OWN_COLS), i0, ROW_STEP,
                 tile::rows_from<OWN_COLS>(sm.stage[here.slot].A, part * OWN_COLS), j0);
       }

@@ -141,8 +141,9 @@ class ShrinkGrad {
       auto& g = s_.stage[here.stage].g;
       auto& u = s_.stage[here.slot].u;
       if constexpr (KEEP)
-        if (n == 0) right.template load<true>(u, Q.j0());
-      tile::warp_product<P, COLS, false, true>(k, g, k_row(), 0, s_.F[n], k_rank());
+        if (n == 0) right.template load<tile::Order::across_k>(u, Q.j0());
+      tile::warp_product<P, COLS, tile::Order::along_k, tile::Order::across_k>(k, g, k_row(), 0, s_.F[n],
+                                                                               k_rank());
       fetch();  // between the products: their fragments need its registers no more, or not yet
       if constexpr (KEEP)
         Q.add_right(n, g, right);

@@ -15,7 +15,8 @@
 //          memory of the cluster; where N has several clusters, 8 M R for each of them.  Of Q 8 N R for each
 //          piece of M.
 // Sums     k's during the walk: each block sums its share of a row tile's rows over the blocks of its
-//          cluster, in their order, while the next row tile is multiplied; of several clusters the last to
+//          cluster, in their order, while the next row tile is multiplied (up to rank 32, where there is room
+//          for the sums of two row tiles, also while the one after it is); of several clusters the last to
 //          arrive adds their sums, in their order.  Q's after it: of the blocks that share columns, which lie
 //          in different clusters, each adds a share, where the whole grid runs at the same time, else the
 //          last to arrive all; in the order of the blocks.
@@ -27,7 +28,7 @@
 //   stages 4, 5   . L L P . L L P
 //   k                     s + + s
 #pragma once
-#include "../ptx/sm90.cuh"
+#include "../ptx/pipeline.cuh"
 #include "../tile/pieces.cuh"
 #include "../tile/reduce.cuh"
 #include "../tile/store.cuh"
@@ -45,6 +46,9 @@ struct ShrinkGradWgmmaTraits {
   static constexpr int FETCH_REGISTERS = 56, MULTIPLY_REGISTERS = 224;
   static constexpr int STAGES = SHRINK_GRAD_WGMMA_STAGES, SLOTS = 2;
   static constexpr int SLICE = SHRINK_GRAD_WGMMA_SLICE, SLICES = ROWS / SLICE;
+  // Of k: where there is room for two, a row tile's products need not wait for the sums of the one before,
+  // which take a fence of the whole GPU and two passes from block to block.
+  static constexpr int K_SLOTS = R <= 32 ? 2 : 1;
 
   struct Stage {  // of a column tile, what one warpgroup makes Q's sums of
     T g[ROWS][PANEL];
@@ -53,8 +57,9 @@ struct ShrinkGradWgmmaTraits {
     T F[SUBS][COLS][R];       // zero beyond the rank; a row is as long as its swizzle
     T u[SLOTS][ROWS][PANEL];  // zero beyond the rank
     Stage stage[STAGES];
-    float k[SLICES][R / 8 * tile::FRAGMENT];  // of a row tile, by fragments
-    uint64_t full[STAGES], empty[STAGES], stored[SLOTS], full_k, empty_k;
+    float k[K_SLOTS * SLICES][R / 8 * tile::FRAGMENT];  // a row tile in each slot, by slices and fragments
+    ptx::Pipeline<STAGES> ring;
+    uint64_t stored[SLOTS], full_k[K_SLOTS], empty_k[K_SLOTS];
     int last_k, last_Q;
   };
   static_assert(OWN_COLS == PANEL && STAGES % GROUPS == 0, "a column tile's stages lie side by side");
@@ -71,6 +76,7 @@ class ShrinkGradWgmma {
   static constexpr int GROUPS = Traits::GROUPS, OWN_ROWS = Traits::OWN_ROWS, OWN_COLS = Traits::OWN_COLS;
   static constexpr int STAGES = Traits::STAGES, SLOTS = Traits::SLOTS, SUBS = Traits::SUBS;
   static constexpr int SLICE = Traits::SLICE, SLICES = Traits::SLICES, SUM_WARPS = Traits::SUM_WARPS;
+  static constexpr int K_SLOTS = Traits::K_SLOTS;
   using MultiplyBarrier = tile::Named<1, 32 * Traits::WARPS>;
   using SumBarrier = tile::Named<2, 32 * SUM_WARPS>;
   static constexpr int SUM_LOADS = 4;               // in flight: few registers
@@ -90,21 +96,17 @@ class ShrinkGradWgmma {
 
   // One thread, before the barrier that opens the kernel.
   LOTR_DEVICE void prepare() {
-    for (int i = 0; i < STAGES; ++i) {
-      ptx::mbarrier_init(&s_.full[i], 1);
-      ptx::mbarrier_init(&s_.empty[i], Traits::WARPS);
-    }
+    s_.ring.init(Traits::WARPS);
     for (uint64_t& stored : s_.stored) ptx::mbarrier_init(&stored, Traits::WARPS);
-    ptx::mbarrier_init(&s_.full_k, unsigned(p_.cluster));
-    ptx::mbarrier_init(&s_.empty_k, unsigned(SUM_WARPS * p_.cluster));
+    for (uint64_t& full : s_.full_k) ptx::mbarrier_init(&full, unsigned(p_.cluster));
+    for (uint64_t& empty : s_.empty_k) ptx::mbarrier_init(&empty, unsigned(SUM_WARPS * p_.cluster));
     ptx::fence_mbarrier_init();
   }
 
   // ---- the thread that fetches ----
 
   LOTR_DEVICE void fetch(const ptx::TensorMap& g, const ptx::TensorMap& F, const ptx::TensorMap& u) {
-    int stage = 0;
-    uint32_t parity = 0;
+    Place at;
     for (int i = 0; i < m_tiles_; ++i) {
       const int row = (m_begin_ + i) * ROWS;
       for (int n = 0; n < n_tiles_; ++n) {
@@ -112,16 +114,15 @@ class ShrinkGradWgmma {
         for (int half = 0; half < GROUPS; ++half) {
           const int col = (n_begin_ + n) * COLS + half * OWN_COLS;
           const bool with_F = i == 0 && half == 0, with_u = n == 0 && half == 0;
-          uint64_t* full = &s_.full[stage];
-          ptx::mbarrier_wait(&s_.empty[stage], parity ^ 1);
+          s_.ring.wait_empty(at);
           if (with_u) ptx::mbarrier_wait(&s_.stored[i % SLOTS], (i / SLOTS & 1) ^ 1);
-          ptx::mbarrier_arrive_expect_tx(full, uint32_t(sizeof(typename Traits::Stage)) +
-                                                   with_F * uint32_t(sizeof(Smem::F[0])) +
-                                                   with_u * uint32_t(sizeof(Smem::u[0])));
+          uint64_t* full = s_.ring.expect(at, uint32_t(sizeof(typename Traits::Stage)) +
+                                                  with_F * uint32_t(sizeof(Smem::F[0])) +
+                                                  with_u * uint32_t(sizeof(Smem::u[0])));
           if (with_u) ptx::tma_load_2d(s_.u[i % SLOTS], &u, 0, row, full);
           if (with_F) ptx::tma_load_2d(s_.F[n], &F, 0, col, full);
-          ptx::tma_load_2d(s_.stage[stage].g, &g, col, row, full);
-          if (++stage == STAGES) stage = 0, parity ^= 1;
+          ptx::tma_load_2d(s_.stage[at.stage].g, &g, col, row, full);
+          at.advance();
         }
       }
     }
@@ -146,27 +147,27 @@ class ShrinkGradWgmma {
     const int lane = int(threadIdx.x) % 32, blocks = p_.cluster;
     const int share = SLICES / blocks, first = int(ptx::cluster_rank()) * share;
 #pragma unroll 1
-    for (int i = 0; i < m_tiles_; ++i) {
+    for (uint32_t i = 0; i < uint32_t(m_tiles_); ++i) {
       if (warp_ == 1) {
         ptx::mbarrier_wait(&s_.stored[i % SLOTS], i / SLOTS & 1);
-        if (lane < blocks) ptx::mbarrier_arrive_cluster(&s_.full_k, uint32_t(lane));
+        if (lane < blocks) ptx::mbarrier_arrive_cluster(&s_.full_k[i % K_SLOTS], uint32_t(lane));
       }
-      ptx::mbarrier_wait_cluster(&s_.full_k, i & 1);
+      ptx::mbarrier_wait_cluster(&s_.full_k[i % K_SLOTS], i / K_SLOTS & 1);
+      const uint32_t begin = i * SLICES + first;
 #pragma unroll 1
-      for (int slice = first; slice < first + share; ++slice)
-        sum_slice((m_begin_ + i) * SLICES + slice, s_.k[slice]);
+      for (uint32_t slice = begin; slice < begin + share; ++slice) sum_slice(slice);
       __syncwarp();
-      if (lane < blocks) ptx::mbarrier_give_back(&s_.empty_k, uint32_t(lane));
+      if (lane < blocks) ptx::mbarrier_give_back(&s_.empty_k[i % K_SLOTS], uint32_t(lane));
     }
     ptx::griddepcontrol_launch_dependents();
-    ptx::mbarrier_wait(&s_.empty_k, (m_tiles_ - 1) & 1);  // nobody leaves while others read its sums
+    // The block stays until all of its cluster have read its sums, of the last row tile in each slot.
+#pragma unroll 1
+    for (uint32_t i = m_tiles_ < K_SLOTS ? 0 : m_tiles_ - K_SLOTS; i < uint32_t(m_tiles_); ++i)
+      ptx::mbarrier_wait(&s_.empty_k[i % K_SLOTS], i / K_SLOTS & 1);
   }
 
  private:
-  struct Place {
-    int stage = 0;
-    uint32_t parity = 0;
-  };
+  using Place = typename ptx::Pipeline<STAGES>::Place;
 
   // The products of row tile i of the block.  Of the LAST one the sums of each column tile go to memory at
   // once, while the next one's copies arrive.
@@ -178,13 +179,13 @@ class ShrinkGradWgmma {
 #pragma unroll
     for (int n = 0; n < SUBS; ++n) {
       if (n > 0 && n == n_tiles_) break;
-      const int first = at.stage, second = at.stage + 1;
-      ptx::mbarrier_wait(&s_.full[first], at.parity);
+      const int first = at.stage;
+      s_.ring.wait_full(at);
       if (n == 0) load_u(u, i % SLOTS);
-      ptx::mbarrier_wait(&s_.full[second], at.parity);
+      s_.ring.wait_full(at, 1);
       ptx::wgmma_fence();
       add_k(k, s_.stage[first], s_.F[n][0], n > 0);
-      add_k(k, s_.stage[second], s_.F[n][OWN_COLS], true);
+      add_k(k, s_.stage[first + 1], s_.F[n][OWN_COLS], true);
       const auto& own = s_.stage[first + group_];
 #pragma unroll
       for (int c = 0; c < ROWS / 16; ++c)
@@ -197,21 +198,20 @@ class ShrinkGradWgmma {
       } else if (n > 0) {
         ptx::wgmma_wait<1>();
       }
-      if (LAST || n > 0) release(LAST ? first : last);
+      if (LAST || n > 0) s_.ring.template release<GROUPS>(LAST ? first : last);
       if constexpr (LAST) store_Q(Q[n], n);
       last = first;
-      at.stage += GROUPS;
-      if (at.stage == STAGES) at.stage = 0, at.parity ^= 1;
+      at.advance(GROUPS);
     }
     if constexpr (!LAST) {
       ptx::wgmma_wait<0>();
       ptx::wgmma_landed(k);
 #pragma unroll
       for (int n = 0; n < SUBS; ++n) ptx::wgmma_landed(Q[n]);
-      release(last);
+      s_.ring.template release<GROUPS>(last);
     }
-    ptx::mbarrier_wait(&s_.empty_k, (i & 1) ^ 1);
-    put_k(k);
+    ptx::mbarrier_wait(&s_.empty_k[i % K_SLOTS], (i / K_SLOTS & 1) ^ 1);
+    put_k(k, i % K_SLOTS);
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s_.stored[i % SLOTS]);
   }
@@ -227,12 +227,6 @@ class ShrinkGradWgmma {
   }
   LOTR_DEVICE float* Q_partial(int m_block) const {
     return p_.sum_Q.partial + (int64_t(blockIdx.x) * p_.m_splits + m_block) * Q_FLOATS;
-  }
-
-  // The stages of a column tile, which the products have read.
-  LOTR_DEVICE void release(int first LOTR_SITE) {
-    __syncwarp();
-    if (threadIdx.x % 32 < GROUPS) ptx::mbarrier_arrive(&s_.empty[first + threadIdx.x % 32] LOTR_PASS_SITE);
   }
 
   // u^T as the first operand: this warp's 16 ranks of all rows of the tile.
@@ -255,16 +249,18 @@ class ShrinkGradWgmma {
   }
 
   // To shared memory, for the cluster: a warp's rows are a slice.
-  LOTR_DEVICE void put_k(const float (&k)[R / 2]) {
-    float* to = s_.k[4 * group_ + warp_];
+  LOTR_DEVICE void put_k(const float (&k)[R / 2], int slot) {
+    float* to = s_.k[slot * SLICES + 4 * group_ + warp_];
 #pragma unroll
     for (int j = 0; j < R / 8; ++j)
       if (8 * j < p_.r)
         tile::put_partial(to + j * tile::FRAGMENT, {k[4 * j], k[4 * j + 1], k[4 * j + 2], k[4 * j + 3]});
   }
 
-  // A slice of k, this block's and the others' sums of which lie at `own`.
-  LOTR_DEVICE void sum_slice(int slice, const float* own) {
+  // A slice of the block's row tiles, of which each block of the cluster has its sums at the same place.
+  LOTR_DEVICE void sum_slice(uint32_t of_block) {
+    const float* own = s_.k[of_block % (K_SLOTS * SLICES)];
+    const int slice = m_begin_ * SLICES + int(of_block);
     const int64_t m0 = int64_t(slice) * SLICE;
     if (m0 >= p_.M) return;
     const auto store = [&](int fragment, const float (&v)[4]) {

@@ -17,9 +17,7 @@ struct FoldTraits {
   };
 };
 
-// What lies side by side in memory, so that neighbouring threads read it: neighbours in k, or else in rows
-// (of the first operand) or columns (of the second).
-enum class Order { along_k, across_k };
+using tile::Order;  // that neighbouring threads read neighbours
 
 // d[i] += sum over k < K of a(row, k) b(k, col) for this thread's column and rows; out-of-range operands read
 // as zero.

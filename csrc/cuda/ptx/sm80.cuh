@@ -1,8 +1,8 @@
 // The device primitives that kernels are written in, for sm_80 and later (sm90.cuh: what only sm_90a has).
 //
 // Under nvcc a wrapper is one PTX instruction.  Under a host compiler the same kernel source runs in the SIMT
-// executor (csrc/simt, test builds only), one fiber for each GPU thread, and the wrapper
-// does what the PTX manual says.
+// executor (csrc/simt, test builds only), one fiber for each GPU thread, and the wrapper does what the PTX
+// manual says.
 //
 // Writing a kernel:
 //   struct Smem { alignas(16) T tile[...]; ... };                    // all of the block's shared memory
@@ -10,8 +10,8 @@
 //     Smem& s = ptx::shared_storage<Smem>();                         // never __shared__
 //     ptx::griddepcontrol_wait();                                    // before global memory: see launch.cuh
 //     ptx::cp_async16(&s.tile[i], p.x + i, bytes);  ptx::cp_async_commit();  ptx::cp_async_wait<0>();
-//     __syncthreads();                                               // threadIdx, blockIdx, __syncwarp as in
-//     CUDA ptx::ldmatrix_x4(a, row);  ptx::mma_m16n8k16<T>(d, a, b);  ptx::store(p.y + j, value);
+//     __syncthreads();                                               // threadIdx, __syncwarp: as in CUDA
+//     ptx::ldmatrix_x4(a, row);  ptx::mma_m16n8k16<T>(d, a, b);  ptx::store(p.y + j, value);
 //   }
 //   ptx::launch({grid, block, sizeof(Smem), stream, cluster, "name"}, kernel, params);
 //
@@ -22,9 +22,8 @@
 //
 // Counting, from the host: simt::register_array("x", pointer, bytes) gives a range of global memory a name,
 // simt::set_options turns counting on, simt::counters() then holds bytes and sectors read and written for
-// each name (csrc/simt/api.h).  Lanes of a warp that execute one call site together count as
-// one instruction, so coalescing is seen as it is on the device.  What lies in no registered array is listed
-// as
+// each name (csrc/simt/api.h).  Lanes of a warp that execute one call site together count as one instruction,
+// so coalescing is seen as it is on the device.  What lies in no registered array is listed as
 // "(unregistered)".
 //
 // The executor throws simt::Error, with file and line, on: a barrier or warp collective that not all threads
@@ -130,6 +129,17 @@ LOTR_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row LOTR_SITE) 
 #endif
 }
 
+// movmatrix: of an 8 x 8 tile of 16-bit elements in registers, as ldmatrix gives it, the transpose.
+LOTR_DEVICE uint32_t movmatrix_trans(uint32_t a LOTR_SITE) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+#else
+  return simt::movmatrix_trans(a, site);
+#endif
+}
+
 // d [16 x 8] += a [16 x 16] b [16 x 8], float accumulators.  With g = lane / 4, q = 2 (lane % 4):
 //   a: (g, q) (g + 8, q) (g, q + 8) (g + 8, q + 8), each register two neighbours along k
 //   b: (q, g) (q + 8, g), each register two neighbours along k
@@ -152,10 +162,7 @@ LOTR_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint3
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    simt::mma_m16n8k16_bf16(d, a, b, site);
-  else
-    simt::mma_m16n8k16_fp16(d, a, b, site);
+  simt::mma_m16n8k16(d, a, b, std::is_same_v<T, __nv_bfloat16>, site);
 #endif
 }
 

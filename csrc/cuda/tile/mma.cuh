@@ -2,9 +2,9 @@
 //
 // A policy is an element type and a way to multiply.  All of them leave the accumulator of a 16 x 8 tile as
 // mma.sync does: lane 4 g + q holds (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).  Fragments of the
-// operands are loaded by two functions each, named after the way the reduction index runs in memory:
-//   a<false>: tile [i][k]   a<true>: tile [k][i]      (16 rows i)
-//   b<false>: tile [j][k]   b<true>: tile [k][j]      (8 columns j)
+// operands are loaded by two functions each, for the two orders in memory:
+//   a<along_k>: tile [i][k]   a<across_k>: tile [k][i]      (16 rows i)
+//   b<along_k>: tile [j][k]   b<across_k>: tile [k][j]      (8 columns j)
 #pragma once
 #include "shared.cuh"
 
@@ -16,19 +16,19 @@ struct Half {
   using T = T_;
   static constexpr int K = 16, A_REGS = 4, B_REGS = 2;
 
-  template <bool KMajor, class Tile>
+  template <Order ORDER, class Tile>
   static LOTR_DEVICE void a(uint32_t (&f)[4], Tile& t, int i0, int k0) {
     const int lane = threadIdx.x % 32;
-    if constexpr (KMajor)
+    if constexpr (ORDER == Order::across_k)
       ptx::ldmatrix_x4_trans(f, t.chunk(k0 + lane / 16 * 8 + lane % 8, i0 / 8 + lane / 8 % 2));
     else
       ptx::ldmatrix_x4(f, t.chunk(i0 + lane % 16, lane / 16, k0));
   }
-  template <bool KMajor, int NJ, class Tile>
+  template <Order ORDER, int NJ, class Tile>
   static LOTR_DEVICE void b(uint32_t (&f)[NJ][2], Tile& t, int j0, int k0) {
     const int lane = threadIdx.x % 32;
     if constexpr (NJ == 1) {
-      if constexpr (KMajor)
+      if constexpr (ORDER == Order::across_k)
         ptx::ldmatrix_x2_trans(f[0], t.chunk(k0 + lane % 16, j0 / 8));
       else
         ptx::ldmatrix_x2(f[0], t.chunk(j0 + lane % 8, lane / 8 % 2, k0));
@@ -36,7 +36,7 @@ struct Half {
 #pragma unroll
       for (int j = 0; j < NJ; j += 2) {
         uint32_t r[4];
-        if constexpr (KMajor)
+        if constexpr (ORDER == Order::across_k)
           ptx::ldmatrix_x4_trans(r, t.chunk(k0 + lane % 16, j0 / 8 + j + lane / 16));
         else
           ptx::ldmatrix_x4(r, t.chunk(j0 + 8 * j + lane / 16 * 8 + lane % 8, lane / 8 % 2, k0));
@@ -59,10 +59,10 @@ struct Tf32 {
 #pragma unroll
     for (int i = 0; i < N; ++i) f[i] = ptx::to_tf32(ptx::as_float(f[i]));
   }
-  template <bool KMajor, class Tile>
+  template <Order ORDER, class Tile>
   static LOTR_DEVICE void a(uint32_t (&f)[4], Tile& t, int i0, int k0) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    if constexpr (KMajor) {
+    if constexpr (ORDER == Order::across_k) {
 #pragma unroll
       for (int r = 0; r < 4; ++r)
         f[r] = ptx::as_bits(ptx::load_shared(t.at(k0 + q + r / 2 * 4, i0 + g + r % 2 * 8)));
@@ -71,12 +71,12 @@ struct Tf32 {
     }
     round(f);
   }
-  template <bool KMajor, int NJ, class Tile>
+  template <Order ORDER, int NJ, class Tile>
   static LOTR_DEVICE void b(uint32_t (&f)[NJ][2], Tile& t, int j0, int k0) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int j = 0; j < NJ; ++j) {
-      if constexpr (KMajor) {
+      if constexpr (ORDER == Order::across_k) {
         f[j][0] = ptx::as_bits(ptx::load_shared(t.at(k0 + q, j0 + 8 * j + g)));
         f[j][1] = ptx::as_bits(ptx::load_shared(t.at(k0 + q + 4, j0 + 8 * j + g)));
       } else {
@@ -96,11 +96,11 @@ struct Exact {
   static constexpr int K = 4, A_REGS = 8, B_REGS = 8;  // [i half or j half][k]
 
   // f[8 values] = t at two rows (or columns) and four k
-  template <bool KMajor, class Tile>
+  template <Order ORDER, class Tile>
   static LOTR_DEVICE void pair(uint32_t* f, Tile& t, int i, int step, int k0) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if constexpr (KMajor) {
+      if constexpr (ORDER == Order::across_k) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) f[4 * h + k] = ptx::as_bits(ptx::load_shared(t.at(k0 + k, i + h * step)));
       } else {
@@ -109,14 +109,14 @@ struct Exact {
       }
     }
   }
-  template <bool KMajor, class Tile>
+  template <Order ORDER, class Tile>
   static LOTR_DEVICE void a(uint32_t (&f)[8], Tile& t, int i0, int k0) {
-    pair<KMajor>(f, t, i0 + int(threadIdx.x) % 32 / 4, 8, k0);
+    pair<ORDER>(f, t, i0 + int(threadIdx.x) % 32 / 4, 8, k0);
   }
-  template <bool KMajor, int NJ, class Tile>
+  template <Order ORDER, int NJ, class Tile>
   static LOTR_DEVICE void b(uint32_t (&f)[NJ][8], Tile& t, int j0, int k0) {
 #pragma unroll
-    for (int j = 0; j < NJ; ++j) pair<KMajor>(f[j], t, j0 + 8 * j + int(threadIdx.x) % 4 * 2, 1, k0);
+    for (int j = 0; j < NJ; ++j) pair<ORDER>(f[j], t, j0 + 8 * j + int(threadIdx.x) % 4 * 2, 1, k0);
   }
   static LOTR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[8], const uint32_t (&b)[8]) {
 #pragma unroll
@@ -130,7 +130,7 @@ struct Exact {
 // d[MI][NJ] += A[i0 + i_step * mi ..][.. K_TOTAL] B[.. K_TOTAL][j0 ..]
 // The columns go in groups whose fragments take 32 registers at most; a long product is not unrolled
 // entirely.
-template <class P, int K_TOTAL, bool A_KMajor, bool B_KMajor, int MI, int NJ, class TileA, class TileB>
+template <class P, int K_TOTAL, Order OF_A, Order OF_B, int MI, int NJ, class TileA, class TileB>
 LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step, TileB& B, int j0) {
   constexpr int GROUP = NJ * P::B_REGS > 32 ? 32 / P::B_REGS : NJ;
   [[maybe_unused]] constexpr int UNROLL = P::K == 16 ? K_TOTAL / 16 : P::K / 4;
@@ -139,11 +139,11 @@ LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_ste
 #pragma unroll
     for (int group = 0; group < NJ; group += GROUP) {
       uint32_t b[GROUP][P::B_REGS];
-      P::template b<B_KMajor, GROUP>(b, B, j0 + 8 * group, k);
+      P::template b<OF_B, GROUP>(b, B, j0 + 8 * group, k);
 #pragma unroll
       for (int mi = 0; mi < MI; ++mi) {
         uint32_t a[P::A_REGS];
-        P::template a<A_KMajor>(a, A, i0 + mi * i_step, k);
+        P::template a<OF_A>(a, A, i0 + mi * i_step, k);
 #pragma unroll
         for (int nj = 0; nj < GROUP; ++nj) P::mma(d[mi][group + nj], a, b[nj]);
       }
@@ -157,14 +157,14 @@ struct Right {
   static constexpr int STEPS = K_TOTAL / P::K, REGISTERS = STEPS * NJ * P::B_REGS;
   uint32_t b[STEPS][NJ][P::B_REGS];
 
-  template <bool KMajor, class Tile>
+  template <Order ORDER, class Tile>
   LOTR_DEVICE void load(Tile& B, int j0) {
 #pragma unroll
-    for (int k = 0; k < STEPS; ++k) P::template b<KMajor, NJ>(b[k], B, j0, k * P::K);
+    for (int k = 0; k < STEPS; ++k) P::template b<ORDER, NJ>(b[k], B, j0, k * P::K);
   }
 };
 
-template <bool A_KMajor, class P, int K_TOTAL, int MI, int NJ, class TileA>
+template <Order OF_A, class P, int K_TOTAL, int MI, int NJ, class TileA>
 LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_step,
                               const Right<P, K_TOTAL, NJ>& B) {
 #pragma unroll
@@ -172,7 +172,7 @@ LOTR_DEVICE void warp_product(float (&d)[MI][NJ][4], TileA& A, int i0, int i_ste
 #pragma unroll
     for (int mi = 0; mi < MI; ++mi) {
       uint32_t a[P::A_REGS];
-      P::template a<A_KMajor>(a, A, i0 + mi * i_step, k * P::K);
+      P::template a<OF_A>(a, A, i0 + mi * i_step, k * P::K);
 #pragma unroll
       for (int nj = 0; nj < NJ; ++nj) P::mma(d[mi][nj], a, B.b[k][nj]);
     }

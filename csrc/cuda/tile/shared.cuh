@@ -13,6 +13,10 @@
 
 namespace lotr::tile {
 
+// Of a product's operand: what lies side by side in memory, neighbours in k, or else in rows (of the first
+// operand) or columns (of the second).
+enum class Order { along_k, across_k };
+
 // 16 bytes of elements, as one value.
 template <class T>
 struct alignas(16) Chunk {

@@ -6,8 +6,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -35,6 +37,11 @@ struct Settings {
   lotr::cuda::Switches off{};
   size_t shared_limit() const { return wgmma ? SHARED_LIMIT_SM90 : SHARED_LIMIT; }
 } settings;
+
+// The counters of the one stream that all calls here have.
+int32_t* arrived() {
+  return cuda::counters(nullptr, cuda::COUNTERS_EACH);
+}
 
 DType dtype_of(const char* name, const py::array& a) {
   if (a.itemsize() == 4 && a.dtype().kind() == 'f') return DType::float32;
@@ -416,12 +423,14 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "skip_synchronisation",
       [](const std::string& file, int line) {
-        cuda::forget_arrivals();  // what an earlier line's absence has left
+        std::fill_n(arrived(), cuda::COUNTERS_EACH, 0);  // what an earlier line's absence has left
         skip_synchronisation({file, line});
       },
       "file"_a, "line"_a,
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
-  m.def("arrivals", &cuda::arrivals, "Of blocks that were counted in and not taken back: 0 between launches");
+  m.def(
+      "arrivals", [] { return std::accumulate(arrived(), arrived() + cuda::COUNTERS_EACH, int64_t(0)); },
+      "Of blocks that were counted in and not taken back: 0 between launches");
   m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
         "scale"_a = 1.0, "core"_a = py::none(), "h"_a = py::none(), "core_scale"_a = 1.0);
   m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0,

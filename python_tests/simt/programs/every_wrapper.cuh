@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(128) sm80(Params p) {
   ptx::ldmatrix_x2_trans(b, &s.tile[threadIdx.x % 16][8]);
   ptx::mma_m16n8k16<__half>(d, a, b);
   ptx::mma_m16n8k8_tf32(d, a, b);
+  d[1] += float(ptx::movmatrix_trans(a[0]));
   d[0] += ptx::shfl_xor(d[1], 16) + ptx::as_float(ptx::to_tf32(d[3])) + ptx::shfl(d[1], 3);
 
   ptx::fence_device();

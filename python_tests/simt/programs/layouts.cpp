@@ -26,20 +26,21 @@ struct Tiles {
   alignas(16) uint16_t tile[4][8][8];
 };
 
-__global__ void ldmatrix_kernel(uint32_t* out) {  // [4 kinds][32 lanes][4]
+__global__ void ldmatrix_kernel(uint32_t* out) {  // [5 kinds][32 lanes][4]
   Tiles& s = ptx::shared_storage<Tiles>();
   const int lane = threadIdx.x;
   for (int i = lane; i < 256; i += 32) (&s.tile[0][0][0])[i] = uint16_t(i);
   __syncwarp();
   const void* row = s.tile[lane / 8][lane % 8];
-  uint32_t r[4][4] = {}, pair[2];
+  uint32_t r[5][4] = {}, pair[2];
   ptx::ldmatrix_x4(r[0], row);
   ptx::ldmatrix_x4_trans(r[1], row);
   ptx::ldmatrix_x2(pair, row);
   r[2][0] = pair[0], r[2][1] = pair[1];
   ptx::ldmatrix_x2_trans(pair, row);
   r[3][0] = pair[0], r[3][1] = pair[1];
-  for (int kind = 0; kind < 4; ++kind)
+  for (int i = 0; i < 4; ++i) r[4][i] = ptx::movmatrix_trans(r[0][i]);
+  for (int kind = 0; kind < 5; ++kind)
     for (int i = 0; i < 4; ++i) out[(kind * 32 + lane) * 4 + i] = r[kind][i];
 }
 
@@ -324,7 +325,7 @@ void every_n() {
 
 int main() {
   printf("{\n");
-  std::vector<uint32_t> out(4 * 32 * 4);
+  std::vector<uint32_t> out(5 * 32 * 4);
   ptx::launch({dim3(1), dim3(32), sizeof(Tiles), nullptr, dim3(1, 1, 1), "ldmatrix"}, ldmatrix_kernel,
               out.data());
   mma<0>("bf16");
