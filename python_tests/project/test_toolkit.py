@@ -165,7 +165,7 @@ def test_cuda_12_compiles_the_launchers(tmp_path, source):
 @pytest.mark.full
 @pytest.mark.parametrize("source", ["one_product_sm90", "shrink_grad_sm90"])
 def test_ptxas_of_cuda_12_lets_products_overlap(tmp_path, source):
-    """C75xx: wgmma that ptxas runs one after another. 12.4 did so with sums that nothing had set, as gemm_lotr has them still."""
+    """C75xx: wgmma that ptxas runs one after another. 12.4 did so with sums that nothing had set, and does in gemm_lotr."""
     home = toolkit_12()
     if home is None:
         pytest.skip("no CUDA 12 toolkit: set LOTR_CUDA12_HOME to one")
