@@ -20,7 +20,7 @@ bool waits_in_kernels() {
   cudaFuncAttributes code{};
   if (!cudaFuncGetAttributes(&code, probe_kernel()))
     return std::min(code.ptxVersion, code.binaryVersion) >= 90;
-  cudaGetLastError();  // asked and answered: the next launch shall not find it
+  cudaGetLastError();  // clears the error, which the next launch would report
   return false;
 #else
   return true;

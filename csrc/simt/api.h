@@ -1,6 +1,6 @@
 // The SIMT executor: runs CUDA kernels, compiled by a host compiler, on the CPU, so that they can be tested
-// without a GPU.  Test builds only.  This header is what a host program (a test, the Python module) asks of
-// it.
+// without a GPU.  Test builds only.  A host program (a test, the Python module) uses this
+// header.
 //
 //   site.h device.h hopper.h  what kernels see of it, through csrc/cuda/ptx: every wrapper is one call
 //   grid.cpp scheduler.cpp    blocks one after another, or several at a time; one fiber a GPU thread,
@@ -13,7 +13,7 @@
 //   sites.cpp                 leaving out one barrier, for mutation tests
 //
 // What it cannot show: the PTX inside the wrappers, speed, and what the hardware's memory model allows beyond
-// what the race detector knows.  Sums of mma are in float32 in a fixed order: bound errors, do not compare
+// the race detector's model.  Sums of mma are in float32 in a fixed order: bound errors, do not compare
 // bits with a GPU. Not thread-safe: one thread launches.
 #pragma once
 #include <cstddef>

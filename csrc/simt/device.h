@@ -12,7 +12,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "site.h"
 
@@ -34,16 +36,16 @@ struct Launch {
 bool finds_room(dim3 grid);  // as a cooperative launch
 void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel);
 
-// ptx::launch gives a closure whose captures are references, the first of them to the kernel's pointer.  Its
-// address tells which instance of a template ran; bench/static looks it up among the module's symbols.
-template <class Closure>
-void run_grid(const Launch& launch, void (*thread)(void*), Closure* closure) {
-  const void* const* reference;
-  const void* kernel;
-  static_assert(sizeof(Closure) >= sizeof(reference));
-  memcpy(&reference, static_cast<const void*>(closure), sizeof(reference));
-  memcpy(&kernel, reference, sizeof(kernel));
-  run_grid(launch, thread, closure, kernel);
+// False where a cooperative launch finds no room.  The kernel's address tells which instance of a template
+// ran: the benchmarks look it up among the module's symbols.
+template <class... Params, class... Args>
+bool launch(const Launch& launch, void (*kernel)(Params...), Args&&... params) {
+  if (launch.cooperative && !finds_room(launch.grid)) return false;
+  std::tuple<std::decay_t<Params>...> copies(std::forward<Args>(params)...);
+  auto thread = [&] { std::apply(kernel, copies); };
+  const auto run = [](void* context) { (*static_cast<decltype(thread)*>(context))(); };
+  run_grid(launch, run, &thread, reinterpret_cast<const void*>(kernel));
+  return true;
 }
 
 void* shared_memory(size_t bytes);  // checks that the launch gave as much

@@ -1,5 +1,5 @@
 // Early launches (csrc/cuda/ptx/launch.cuh).  Grids run one after another here; what would go wrong if they
-// overlapped is refused instead: a thread that has not waited for what is ahead may neither touch global
+// overlapped is an error instead: a thread that has not waited for what is ahead may neither touch global
 // memory nor end, nor let the next launch begin.
 #include "state.h"
 

@@ -23,8 +23,8 @@ void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* bar
 // To the same place in each block of the cluster named in `blocks`, counted at each one's own mbarrier.
 void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row, void* barrier,
                            uint16_t blocks, Site site);
-// release: of cluster scope, so that the wait must be too.  Without it who waits comes after this thread all
-// the same: it stands for reads that are over.
+// release: of cluster scope, so that the wait must be too.  Without it a waiting thread still comes after
+// this one: the arrival says that reads are over.
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, bool release, Site site);
 void store_cluster(void* p, uint32_t rank, const void* value, uint32_t bytes, Site site);
 

@@ -167,7 +167,7 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
     fail("%s at %s:%d: blocks %#x of a cluster of %u", t.op, site.file, site.line, blocks,
          machine.cluster_size);
   const size_t barrier_offset = shared_offset(barrier);
-  count_box(map, col, row);  // read once, for whatever many
+  count_box(map, col, row);  // read once, however many blocks receive it
   ++totals.bulk_copies;
   for (uint32_t rank = 0; rank < machine.cluster_size; ++rank) {
     if (!(blocks >> rank & 1)) continue;
@@ -178,7 +178,7 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
     touch_fill(tile, 0xFF, bytes);
     MemoryBarrier& counts = memory_barrier(block.shared + barrier_offset, site);
     check_fenced(counts, site);
-    race::release(counts.sync);  // who waits there comes after this write
+    race::release(counts.sync);  // a thread that waits there comes after this write
     poison(tile, bytes);
     ++block.copies_in_flight;
     // by value: the issuing thread may be gone when it lands; the blocks' copies land one by one

@@ -38,14 +38,14 @@ struct Event {
   uint32_t place = 0;
 };
 
-struct Cell {  // what a granule of memory remembers
+struct Cell {  // the latest accesses to a granule of memory
   Event write;
   Event reads[READERS];
   uint32_t read_count = 0;
 };
 using Page = std::unique_ptr<Cell[]>;
 
-// What a thread of this block got to know of others by an atomic and a fence.
+// What a thread of this block has acquired from others by an atomic and a fence.
 struct Acquisition {
   uint32_t thread, clock;
   uintptr_t address;
@@ -346,7 +346,7 @@ void fence() {
   ++mine[me];
 }
 
-// A store ends the release sequence of the stores before it: who reads this value knows nothing of theirs.
+// A store ends the release sequence of the stores before it: an acquire of this value does not see theirs.
 void store_release(const void* p) {
   const uint32_t me = self().id;
   uint32_t* mine = clocks_of(me);

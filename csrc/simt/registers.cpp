@@ -1,8 +1,8 @@
 // sm_90a: setmaxnreg, by which a warpgroup that only fetches leaves registers to those that multiply.
 //
 // A kernel that uses it is compiled for __launch_bounds__(threads, 1), which gives each thread its part of
-// the multiprocessor's 65,536 registers.  What a warp gives back goes to the block; a warp that asks for more
-// waits until the block has it.
+// the multiprocessor's 65,536 registers.  What a warp gives back goes to the block; a warp that takes more
+// waits until the block has them.
 #include "hopper.h"
 #include "state.h"
 

@@ -1,4 +1,4 @@
-// Where in a kernel something happened, and how the executor reports that it should not have.
+// Where in a kernel something happened, and the executor's error.
 #pragma once
 #include <stdexcept>
 

@@ -108,7 +108,7 @@ struct MemoryBarrier {  // an mbarrier
   uint64_t landed = 0;  // as a Barrier's
   race::Sync sync;
   race::Sync remote;                 // arrivals of other blocks of the cluster
-  const Thread* unfenced = nullptr;  // who initialised it, until that thread's fence.mbarrier_init
+  const Thread* unfenced = nullptr;  // the thread that initialised it, until its fence.mbarrier_init
   std::vector<Thread*> waiting;      // for its phase: when it completes these look again, no others
 };
 

@@ -85,7 +85,7 @@ uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
 }
 
 // The operands as the thread finds them when it waits, decoded again only if they have changed since another
-// did.  For the race detector each lane of a warp answers for a 32nd of the reads, so that a warp may give a
+// did.  For the race detector each lane of a warp performs a 32nd of the reads, so that a warp may give a
 // stage back once its lanes have met after the wait.
 DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   DecodedProduct& decoded = t.block->products[key_of(t, w)];

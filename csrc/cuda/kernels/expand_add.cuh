@@ -10,7 +10,7 @@
 //
 // A lane owns what it copies: of a tile it holds the accumulators (g, 2q), (g, 2q + 1), (g + 8, ..) of each
 // of the 8-column products, and the columns of F are dealt to the products so that those are 16 bytes in a
-// row of y. So a warp shares nothing but its strip of u, and no warp waits for another:
+// row of y.  So lanes share only the warp's strip of u, and no warp waits for another:
 //
 // Timeline of a warp (tile t = strip i, column tile n; L copies in flight, P product, sum and store):
 //   y  stage t % STAGES   L L P |           a __syncwarp at |, for u
@@ -204,8 +204,9 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS_OF_REGISTERS)
       Chunk sum[2 * GROUPS];
 #pragma unroll
       for (int c = 0; c < 2 * GROUPS; ++c) {
-        // At a ragged edge only the elements that there are were copied here.  The others, which shared
-        // memory holds of some earlier use, are added to like these, each for itself, and not stored below.
+        // At a ragged edge only the elements inside the matrix were copied here.  The others hold old
+        // contents of shared memory.  They are added to as well, without effect on these, and are not stored
+        // below.
         sum[c] = ptx::load_shared(&y[c][lane]);
 #pragma unroll
         for (int e = 0; e < CHUNK; e += 2) {

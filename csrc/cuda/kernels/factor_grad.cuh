@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) factor_grad(c
     else
       __syncthreads();
     sums.each_sum_of_cluster(sm.partial, m_block, p.splits, cols, p.r, store);
-    if (cluster) ptx::cluster_sync();  // nobody leaves while others read its sums
+    if (cluster) ptx::cluster_sync();  // a block stays until the others have read its sums
   } else {
     const bool together = ptx::TOGETHER && p.together;
     sums.store_partials(p.sum, k_block, m_block, p.splits, cols, p.r, sm.parts);

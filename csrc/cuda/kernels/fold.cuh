@@ -1,5 +1,5 @@
 // fold:       F_l = s B G_l^T                          B [N, r_out], G_l [r_in, r_out], F_l [N, r_in]
-//             and for gemm_lotr F^T [r_in, N] and A^T [r_in, K], where they are asked for (one layer)
+//             and for gemm_lotr F^T [r_in, N] and A^T [r_in, K], where they are given (one layer)
 // fold_grad:  dB += s sum_l Q_l G_l,  dG_l = s Q_l^T B   Q_l [N, r_in] float32, dB [N, r_out],
 //                                                      dG_l [r_in, r_out]
 //

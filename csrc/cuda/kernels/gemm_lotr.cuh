@@ -21,15 +21,15 @@
 //   u                     a                  a: flag acquired and u loaded, while the last product runs
 //   y                         s s            s: stores, while the next tile's copies come
 //
-// No hang  Scouts wait for nobody; a tile waits for the scout of its band, a sum of Q for all scouts: their
-//          tickets were drawn before, by running blocks.  A block does its tickets in order.  So of all
-//          unfinished tickets the lowest can always go on, however many blocks the GPU holds at a time.  A
-//          test enumerates the tickets.
+// No hang  Scouts wait for no other block; a tile waits for the scout of its band, a sum of Q for all scouts.
+//          Running blocks have drawn their tickets before.  A block does its tickets in order.  So the lowest
+//          unfinished ticket can always go on, however many blocks the GPU holds at a time.  A test
+//          enumerates the tickets.
 // Replay   A flag holds the number of the launch that set it (epoch).  Each cluster draws one ticket too
-//          many; who draws the last of these resets the counter and stores the epoch.  So nothing is
+//          many; the one that draws the last resets the counter and stores the epoch.  So nothing is
 //          cleared between launches, and one with another M finds only flags of earlier epochs.  Launches
 //          on one workspace must follow one another.
-// Bits     Each element of u and y is summed by one thread in one order: the same whoever does it.
+// Bits     Each element of u and y is summed by one thread in one order, the same in every block.
 #pragma once
 #include "gemm_lotr_factor.cuh"
 
@@ -109,7 +109,7 @@ class Producer {
         ptx::store_cluster(&s_.slot[slot], to, piece);
       arrive<Traits>(&s_.slot_full[slot], to);
     }
-    // The last cluster has drawn its ticket too many: nobody will draw again, all have read the epoch.
+    // The last cluster has drawn its ticket too many: none will draw again, all have read the epoch.
     if (ticket == p_.tickets.count() + int(gridDim.x) / Traits::CLUSTER - 1) {
       ptx::store(p_.sync, 0);
       ptx::store(p_.sync + 1, int32_t(s_.epoch));
@@ -158,7 +158,7 @@ class Producer {
     }
   }
 
-  // The next stage, once all that read it have given it back; `bytes` will land there, by whomever fetched.
+  // The next stage, once all that read it have given it back; `bytes` will land there, from all blocks.
   LOTR_DEVICE Stage& next(uint32_t bytes, uint64_t*& full) {
     Stage& stage = s_.stage[at_.stage];
     s_.ring.wait_empty(at_);
@@ -233,7 +233,7 @@ class Multiplier {
   }
 
   // The same sums of u, and with them those of Q.  Two k-steps at a time, of which each warpgroup makes one's
-  // sums of Q: so all run the same products without a branch, as wgmma wants it.
+  // sums of Q: so all run the same products without a branch, as wgmma requires.
   LOTR_DEVICE void scout_with_factor(int tile_row, int slot, bool fresh, uint32_t epoch) {
     float u[Traits::R / 2];
     FactorSums<Traits> Q(p_, tile_row * Traits::BM, slot, fresh);

@@ -1,8 +1,8 @@
 // The two ways in which the warpgroups of gemm_lotr.cuh touch global memory: u from block to block, and y.
 //
 // Fragments: thread t of a warpgroup holds rows 16 (t / 32) + t % 32 / 4 and the one 8 further down, of each
-// 8 columns the two from 2 (t % 4) on.  The accumulators of u = x A are laid out as the first operand of a
-// product by u wants them, so u never passes through shared memory.
+// 8 columns the two from 2 (t % 4) on.  The accumulators of u = x A have the layout of the first operand
+// of a product by u, so u never passes through shared memory.
 #pragma once
 #include "gemm_lotr_traits.cuh"
 

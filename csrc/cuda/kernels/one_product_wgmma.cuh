@@ -3,9 +3,9 @@
 //   shrink        u = scale * x A      as in shrink.cuh, without a second product
 //   factor_grad   D (+)= x^T v         as in factor_grad.cuh
 //
-// A block owns 64 rows of u, or of D, which are those of 64 columns of x.  It makes them whole: it walks
-// along K, or down M, so there are no partial sums and nobody waits at the end.  Below, `factor` is A or v,
-// whose rows go with the steps.
+// A block computes 64 complete rows of u, or of D, which belong to 64 columns of x.  It walks along K, or
+// down M, so there are no partial sums and no reduction over blocks.  Below, `factor` is A or v; a step of
+// the walk takes 64 of its rows.
 //
 // Grid     x: tiles of x across the walk, in whole clusters: a block beyond the matrix multiplies zeros and
 //          fetches its share.

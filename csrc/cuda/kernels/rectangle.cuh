@@ -53,8 +53,8 @@ struct ColumnSums {
   static LOTR_DEVICE int warp() { return int(threadIdx.x) / 32; }
   static LOTR_DEVICE int i0() { return warp() % WARP_COLS * 16; }
   static LOTR_DEVICE int j0() { return warp() / WARP_COLS % WARP_RANKS * (8 * NJ); }
-  // f(sums of column tile n).  Registers want a constant index: one copy of f for each, where the compiler
-  // does not know n.
+  // f(sums of column tile n).  Registers need a constant index, so there is one copy of f for each tile where
+  // the compiler does not know n.
   template <class F>
   LOTR_DEVICE void at(int n, F f) {
 #pragma unroll
@@ -100,8 +100,8 @@ struct ColumnSums {
     for (int s = 0; s < SUBS; ++s) each_of(s, cols, r, f);
   }
 
-  // The same for sums of all warps; parts: shared memory that nobody reads any more, for those along the
-  // rows.  f hears at last which of the warp's fragments it is, where there are such warps.
+  // The same for the sums of all warps.  parts: shared memory that is no longer read, for the sums of warps
+  // along the rows; there f's last argument is the number of the warp's fragment.
   template <class F>
   LOTR_DEVICE void each_of_block(int64_t cols, int r, [[maybe_unused]] float* parts, F f) {
     if constexpr (WARP_ROWS == 1) {

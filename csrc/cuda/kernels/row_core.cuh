@@ -5,7 +5,7 @@
 // sum_rows:       du_t = sum of k_i over the rows of t                           k [rows, r_in], float32
 //
 // A row is r numbers that are multiplied with a core of r x r: float32 fused multiply-adds on the tiles of
-// small_product.cuh keep up with memory, and latency is what few rows wait for.
+// small_product.cuh keep up with memory; with few rows latency dominates.
 //
 // Grid     row_core       x: tiles of up to 32 rows that follow one another, y: tiles of r_out.  A block
 //                         goes through the runs of its rows that have the same core, which passes through
@@ -18,8 +18,8 @@
 //          sum_rows       k once, du once
 // Sums     float32, over the rows of a core or token in their order: no atomics, the same bits every time.
 //
-// Nothing waits for the values of an index.  A core below -1 or from `cores` on, or a token that does not
-// exist, is not followed: its row gets NaN in h, and is left out of every gradient.
+// The host does not read an index, so it cannot check one.  Where a core is below -1 or not below `cores`, or
+// a token does not exist, the row is NaN in h and is left out of every gradient.
 #pragma once
 #include "row_core_params.h"
 #include "small_product.cuh"

@@ -1,10 +1,10 @@
-// What the kernels of row_core.cuh are told.
+// The parameters of the kernels of row_core.cuh.
 #pragma once
 #include "../params.h"
 
 namespace lotr {
 
-// Whose core a row takes: by an index, or by the ends of each core's rows.
+// Which core a row takes: by an index, or by the ends of each core's rows.
 struct RowIndex {
   const int64_t* core;   // [rows], -1 for none, or null
   const int32_t* ends;   // [cores], ascending, where core is null
@@ -23,7 +23,7 @@ struct RowCoreParams {
   int32_t r_in, r_out;
   int32_t rows_of_block;  // at most kernels::FOLD_ROWS
   float scale;
-  float missing;  // what a row gets whose core or token does not exist
+  float missing;  // the value of a row if its core or token does not exist
 };
 
 // ends[c + 1] = the place after the last key <= c, for c = -1 .. bound - 1

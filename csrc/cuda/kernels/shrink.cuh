@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
   float d[SUBS][MI][NJ][4] = {};
   for (int i = 0; i < STAGES - 1; ++i) fetch();
   tile::with_dropout(p.dropout, [&](auto dropout) {
-    Place here;  // each loop's own: shared by both, it would take the sums to local memory
+    Place here;  // one in each loop: if they shared it, the compiler would keep the sums in local memory
     for (; here.step < steps; advance(here)) {
       auto& x = sm.stage[here.stage].x;
       ptx::cp_async_wait<STAGES - 2>();
@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(Traits::THREADS, Traits::BLOCKS) shrink(const 
         tile::drop<THREADS>(x, p.dropout, m0 + here.m * ROWS, int64_t(k_begin + here.step) * COLS, p.K);
       __syncthreads();
       fetch();
-      if (here.m * ROWS + i0 < rows) {  // a decoding step fills one warp in four
+      if (here.m * ROWS + i0 < rows) {  // with few tokens, as in decoding, one warp in four has rows
 #pragma unroll
-        for (int s = 0; s < SUBS; ++s)  // registers want a constant index: one copy of the product for each
+        for (int s = 0; s < SUBS; ++s)  // registers need a constant index: one copy of the product for each
           if (s == here.m)
             tile::warp_product<P, OWN_COLS, tile::Order::along_k, tile::Order::across_k>(
                 d[s], tile::columns_from<OWN_COLS>(x, part * OWN_COLS), i0, ROW_STEP,

@@ -174,7 +174,7 @@ class ShrinkGrad {
     return p_.sum_Q.partial + (int64_t(blockIdx.x) * p_.m_splits + m_block) * Q_FLOATS;
   }
 
-  // The sums of row tile m to memory.
+  // Stores the sums of row tile m.
   LOTR_DEVICE void store_k(const float (&k)[1][NJ][4], int m) {
     float* to = k_partials(m) + int64_t(blockIdx.x) * K_FLOATS;
 #pragma unroll
@@ -184,7 +184,7 @@ class ShrinkGrad {
     }
   }
 
-  // While the last row tile is multiplied, what it has sent of Q.
+  // While the last row tile is multiplied: sums the column tiles of Q that it has stored.
   LOTR_DEVICE void sum_sent_Q() {
 #pragma unroll 1
     for (int n = 0; n < walk_.n_tiles - 1; ++n) {
@@ -196,8 +196,8 @@ class ShrinkGrad {
     if (cluster_) ptx::cluster_sync();
   }
 
-  // Counts this block in at row tile m of k.  Of its sums over the blocks of the row the last to arrive makes
-  // all, or each its share.
+  // Counts this block in at row tile m of k.  The last block to arrive sums all of the tile over the blocks
+  // of the row; if they run together, each block sums a share.
   LOTR_DEVICE void sum_k(int m, bool together) {
     if (!tile::arrive_last<tile::Named<OF_SUM, SUM>>(p_.sum_k.arrived + m, p_.n_splits, s_.last_of_sum,
                                                      together))
@@ -243,7 +243,7 @@ class ShrinkGrad {
       ptx::barrier_sync(OF_TILE, MULTIPLY);
     Q.each_sum_of_cluster(s_.Q, int(blockIdx.y), p_.m_splits, cols(), p_.r,
                           [&](const float (&v)[4], int col, int rank) { store_Q(v, col, rank); });
-    if (cluster_) ptx::cluster_sync();  // nobody leaves while others read its sums
+    if (cluster_) ptx::cluster_sync();  // a block stays until the others have read its sums
   }
 
   Smem& s_;

@@ -1,11 +1,11 @@
-// What a rank and an element type imply, known to the kernels and to the planner alike.
+// What a rank and an element type imply, for the kernels and for the planner.
 #pragma once
 #include <cstddef>
 
 namespace lotr::kernels {
 
-// Shared memory of a block: what the smallest of the supported GPUs (sm_86, 89, 120) grants, less the 1 KB it
-// keeps; and what leaves room for a second block on an A100 and on all larger ones.
+// Shared memory of a block: what the smallest of the supported GPUs (sm_86, 89, 120) has, less 1 KB that the
+// system reserves; and what leaves room for a second block on an A100 and on all larger ones.
 constexpr size_t SHARED_BYTES = 99 * 1024, SHARED_BYTES_OF_TWO = 80 * 1024;
 
 // Blocks that a multiprocessor is to hold, by registers and shared memory: two where the sums are few, so

@@ -1,6 +1,6 @@
-// What blocks of a cluster share, in kernels that are compiled for cards without clusters too: there these do
-// nothing, and a kernel asks CLUSTERS first.  Cards that have none run cooperative launches instead:
-// TOGETHER. The executor plays both.
+// Clusters of blocks, for kernels that are compiled for cards without clusters too.  There these functions do
+// nothing, and a kernel tests CLUSTERS first.  Cards without clusters run cooperative launches instead
+// (TOGETHER).  The executor runs both.
 #pragma once
 #include "memory.cuh"
 

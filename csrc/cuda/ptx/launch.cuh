@@ -5,20 +5,20 @@
 // safe, in a stream and in a captured graph, whose edge to it becomes a programmatic one:
 //
 //   - Every thread calls griddepcontrol_wait before it reads or writes global memory, and before it ends.  So
-//     nothing is seen too early, and a kernel never ends before all those ahead of it have: who waits for the
-//     last one has waited for all.  The executor checks it.
+//     nothing is seen too early, and a kernel never ends before all those ahead of it have: a wait for the
+//     last one is a wait for all.  The executor checks it.
 //   - griddepcontrol_launch_dependents comes after that wait, so that no more than two kernels are under way.
 //   - What is ahead may be anything: a kernel that calls no launch_dependents, a memset or an event is
 //     waited for as ever, and a library's early kernels wait for what is ahead of them as ours do.
 //
-// Blocks that come early take the place of those that have left.  So a kernel that fills the multiprocessors
-// lets the next one in after its last product, when nearly all are empty again and that one's blocks spread
-// evenly; a small kernel leaves room and does it at once.
+// Early blocks run where blocks of the kernel ahead have ended.  So a kernel that fills the multiprocessors
+// lets the next one begin after its last product, when nearly all multiprocessors are free and the next one's
+// blocks spread evenly.  A small kernel leaves room and lets the next one begin at once.
 //
 // A cooperative launch begins when there is room for all of its blocks, so that they may wait for one
-// another. The device may have less room than its size says, under MPS or in a green context: then there is
-// no launch.  Of clusters the device is asked, once for a kernel and its shape, how many it holds: how they
-// lie in its GPCs is not said.
+// another.  Under MPS or in a green context the device may have less room than its size says: then nothing is
+// launched.  How many clusters fit depends on the device's GPCs, so the driver is queried, once for a kernel
+// and its shape.
 #pragma once
 #include "base.cuh"
 
@@ -78,7 +78,7 @@ LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
   using Key = std::tuple<int, const void*, unsigned, unsigned, unsigned, unsigned, size_t>;
-  static std::map<Key, int> known;  // the question takes the driver microseconds
+  static std::map<Key, int> known;  // the query takes microseconds
   static std::mutex mutex;
   int device = 0;
   if (cudaGetDevice(&device)) return 0;
@@ -96,7 +96,7 @@ inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_un
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(args.smem));
   if (!error) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-  if (error) cudaGetLastError();  // asked and answered: the next launch shall not find it
+  if (error) cudaGetLastError();  // clears the error, which the next launch would report
   return known[key] = error ? 0 : count;
 #else
   return 1;
@@ -147,21 +147,18 @@ bool launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params)
   config.attrs = attributes;
   config.numAttrs = count;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(params)...);
-  // not supported: what a virtual GPU may answer
+  // not supported: on some virtual GPUs
   if (args.cooperative && (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported)) {
-    cudaGetLastError();  // asked and answered: the next launch shall not find it
+    cudaGetLastError();  // clears the error, which the next launch would report
     return false;
   }
   check(error, "launch");
-#else
-  if (args.cooperative && !simt::finds_room(args.grid)) return false;
-  std::tuple<std::decay_t<Params>...> copies(std::forward<Args>(params)...);
-  auto thread = [&] { std::apply(kernel, copies); };
-  simt::run_grid(
-      {args.name, args.grid, args.block, args.cluster, args.smem, args.early, args.cooperative},
-      [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
-#endif
   return true;
+#else
+  return simt::launch(
+      {args.name, args.grid, args.block, args.cluster, args.smem, args.early, args.cooperative}, kernel,
+      std::forward<Args>(params)...);
+#endif
 }
 
 }  // namespace lotr::ptx

@@ -222,7 +222,7 @@ LOTR_DEVICE int32_t atomic_wrap(int32_t* p, int32_t limit LOTR_SITE) {
 #endif
 }
 
-// fence, atomic_add and fence in one: publishes what came before to whoever comes after.
+// fence, atomic_add and fence in one: what came before it is seen after a later one on the same word.
 LOTR_DEVICE int32_t atomic_add_acq_rel(int32_t* p, int32_t value LOTR_SITE) {
 #ifdef __CUDACC__
   int32_t old;

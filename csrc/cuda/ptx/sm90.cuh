@@ -252,7 +252,7 @@ LOTR_DEVICE T* cluster_map(T* p, uint32_t rank LOTR_SITE) {
 
 // ---- registers ----
 
-// All warps of a warpgroup: from here on N registers a thread, fewer or more than before.  Who asks for more
+// All warps of a warpgroup: from here on N registers a thread, fewer or more than before.  registers_more
 // waits until the block's other warpgroups have given as many back.
 template <int N>
 LOTR_DEVICE void registers_fewer(LOTR_SITE_ONLY) {

@@ -144,7 +144,7 @@ LOTR_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulat
 #endif
 }
 
-// The same with a in registers: each thread holds what mma_m16n8k16 wants of its warp's 16 rows.
+// The same with a in registers: each thread holds its fragment of its warp's 16 rows, as for mma_m16n8k16.
 template <class T, int N, bool B_MN = false>
 LOTR_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate LOTR_SITE) {
   static_assert(has_wgmma<T, N>, "T is __nv_bfloat16 or __half, N is 16, 32, 64, 128 or 256");

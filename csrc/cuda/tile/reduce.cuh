@@ -1,7 +1,7 @@
 // Sums over blocks without float atomics: every block of a group stores its partial sum, the block that
-// arrives last adds all of them in the order of their index.  Who is last does not change the result, so the
-// same inputs always give the same bits; nobody waits, so nothing depends on which blocks run at the same
-// time.
+// arrives last adds all of them in the order of their index.  Which block is last does not change the result,
+// so the same inputs always give the same bits.  No block waits, so nothing depends on which blocks run at
+// the same time.
 //
 // A partial sum is stored as the accumulators lie in registers: 32 lanes x 16 bytes for each 16 x 8 tile, a
 // fragment, so that both the store and the load are whole lines whatever the rank is.  Fragments go by rows,
@@ -129,15 +129,15 @@ LOTR_DEVICE void sum_of_cluster(const float* partial, int blocks, int begin, int
 }
 
 // Counts this block in; the number of those before it, so count - 1 for the last.  By one thread, after a
-// barrier behind the block's stores; whoever reads the others' partial sums needs a fence after it, and a
-// barrier.
+// barrier behind the block's stores; before the others' partial sums are read, a fence and a barrier must
+// follow.
 LOTR_DEVICE int arrive(int32_t* arrived, int count) {
   ptx::fence_device();
   return ptx::atomic_wrap(arrived, count - 1);
 }
 
-// The barrier of the whole block, and of some of its warps: THREADS of them, whose number the first one's is
-// a multiple of.
+// The barrier of the whole block, and of THREADS threads of it, the first of which has a multiple of THREADS
+// as its number.
 struct Block {
   static LOTR_DEVICE void sync() { __syncthreads(); }
   static LOTR_DEVICE bool first() { return threadIdx.x == 0; }
