@@ -3,6 +3,7 @@
     python -m bench.kernels                                  every kernel at the shapes of Llama-3-8B; needs a GPU
     python -m bench.kernels --kernels shrink,shrink_grad --shapes 8192x4096x16 --dtypes bf16
     python -m bench.kernels --autotune --shapes 8192x4096x16  a floor that torch.compile has searched for, too
+    python -m bench.kernels --plans --shapes 8192x4096x16     beside the chosen plan those that the estimate calls close
     python -m bench.kernels --device cpu                     the CPU operators instead
 
 A shape is tokens x width x rank (fold and fold_grad: layers x width x rank). Both sides are checked against float64 first; ours
@@ -14,9 +15,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
+
+from lotr_ext.ops import cuda_plans
 
 from .measure.names import chosen
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
@@ -27,12 +32,14 @@ from .rivals import operators as op
 from .rivals.library import autotuned
 
 FLOOR, TUNED, OURS = "library", "autotuned", "lotr_ext"
+CLOSE, MOST_PLANS = 1.1, 2  # with --plans: estimates of at most so much of the chosen plan's, and how many of them
 FEW = 128  # tokens below which the unfolded kernels run
 SHAPES = {
     "cuda": [(m, n, r) for m in (8192, 1, 16, 512, 2048, 16384) for n in (4096, 1024, 14336) for r in (16, 64, 8, 128)],
     "cpu": [(m, n, r) for m in (1, 16, 512, 2048) for n in (768, 2048) for r in (16, 64)],
 }
 QUICK = {"cuda": [(16, 4096, 16), (8192, 4096, 16)], "cpu": [(16, 768, 16), (2048, 768, 16)]}
+T = TypeVar("T")
 LAYERS = 32  # folded together, as in Llama-3-8B
 
 
@@ -43,12 +50,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two shapes, few rounds")
     parser.add_argument("--kernels", help=f"some of {', '.join(op.KERNELS)}")
     parser.add_argument("--shapes", help="MxNxR, comma-separated: tokens (layers for fold), width, rank")
+    parser.add_argument("--plans", action="store_true", help="on a GPU also the plans that the estimate calls close")
     parser.add_argument("--autotune", action="store_true", help="a GPU's library product after a search for the fastest, too")
     options = parser.parse_args(argv)
     if options.autotune and options.device != "cuda":
         raise ValueError("autotune: there is no search for the fastest product but on a GPU")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
+    if options.plans and options.device != "cuda":
+        raise ValueError("plans: only the CUDA kernels have plans; expected --device cuda")
     check_options(options, rounds=7 if options.quick else ROUNDS["kernels"], dtypes="bf16")
     options.kernels = chosen("kernels", options.kernels, op.KERNELS)
     options.given = options.shapes is not None
@@ -78,8 +88,28 @@ def cases_of(options: argparse.Namespace) -> list[op.KernelCase]:
     return list(dict.fromkeys(cases))  # all kernels at the first shape first: where time ends, each has been measured
 
 
+def close_plans(case: op.KernelCase, options: argparse.Namespace) -> list[str]:
+    """With --plans: those besides the chosen one that the estimate calls close, as rules."""
+    if not options.plans or case.kernel not in cuda_plans.KERNELS:
+        return []
+    first, *others = cuda_plans.plans(cuda_plans.Launch(*case[:4]), DTYPES[case.dtype], torch.device(options.device))
+    close = [other for other in others if other.microseconds <= CLOSE * first.microseconds]
+    return [f"{case.kernel} {other.plan}" for other in close[:MOST_PLANS]]
+
+
+def rivals_of(case: op.KernelCase, options: argparse.Namespace) -> list[str]:
+    return [FLOOR, *([TUNED] if options.autotune else []), OURS, *close_plans(case, options)]
+
+
+def under(rule: str, call: Callable[[], T]) -> T:
+    """The call under a forced plan."""
+    with cuda_plans.forced(rule):
+        return call()
+
+
 def measure(case: op.KernelCase, session: Session) -> list[dict]:
-    """The library's product, with --autotune the fastest that a search finds for it too, and our kernel."""
+    """The library's product, with --autotune the fastest that a search finds for it too, our kernel, and with --plans the
+    plans that are close."""
     operator = op.make(case, session.device)
     errors = op.errors(operator)
     limit = 2 * errors["library"] + torch.finfo(DTYPES[case.dtype]).eps
@@ -91,6 +121,11 @@ def measure(case: op.KernelCase, session: Session) -> list[dict]:
             tuned = autotuned(operator.library)
             tuned()
             sides.insert(1, (TUNED, "library products, autotuned", "library", tuned))
+    for rule in close_plans(case, session.options):
+        errors[rule] = under(rule, lambda: op.errors(operator))["ours"]
+        if not errors[rule] <= limit:
+            raise ArithmeticError(f"{rule}: relative error expected <= {limit:.1e}, got {errors[rule]:.1e}")
+        sides.append((rule, f"our kernel, {rule}", rule, partial(under, rule, operator.ours)))
     calls = [Timed([lambda _, call=call: call()]) for *_, call in sides]
     with session.watched(case.name()) as state:
         times = interleave(calls, session.clock, session.options.rounds, 0.01, settle=True)
@@ -107,7 +142,7 @@ def measure(case: op.KernelCase, session: Session) -> list[dict]:
 
 
 def add_row(table: Table, case: op.KernelCase, results: list[dict], session: Session) -> None:
-    library, ours = results[0], results[-1]
+    library, ours = results[0], next(r for r in results if r["rival"] == OURS)
     tuned = next((time_text(r["step"]["seconds"][1]) for r in results if r["rival"] == TUNED), "-")
     low, middle, high = (1 + value for value in ours["step"]["excess"])
     times = [time_text(library["step"]["seconds"][1]), tuned, time_text(ours["step"]["seconds"][1])]
@@ -141,8 +176,9 @@ def main(argv: list[str] | None = None) -> int:
         "of bound",
     )
     table = Table("Our kernels alone", *heads, "error", "library's")
-    rivals = (FLOOR, TUNED, OURS) if options.autotune else (FLOOR, OURS)
-    session.run(cases_of(options), lambda case: rivals, lambda case: measure(case, session), partial(add_row, table))
+    session.run(
+        cases_of(options), lambda case: rivals_of(case, options), lambda case: measure(case, session), partial(add_row, table)
+    )
     print(table)
     session.draw(lambda: draw(session))
     return session.finish()

@@ -10,7 +10,8 @@ import sys
 from .machine import HOPPER, NEEDED, sanitizer, tool
 
 TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
-FLOOR = ("--autotune", "--shapes", "8192x4096x16", "--kernels", "shrink,expand_add,factor_grad,shrink_grad")
+PLANNED = ("--kernels", "shrink,expand_add,factor_grad,shrink_grad", "--shapes")
+FLOOR, CLOSE = ("--autotune", *PLANNED, "8192x4096x16"), ("--plans", *PLANNED, "8192x4096x16,8192x4096x64,2048x4096x16")
 CALLS = {1: "right or wrong, and how fast", 2: "where the time goes", 3: "sanitizer, profiler, searched floors"}
 WITH_ALL = "with-all"  # the folder of the kernels that the switches' pairs start from
 
@@ -76,6 +77,7 @@ def _speed(module: tuple[str, ...], quick: tuple[str, ...]) -> list[Part]:
         Part("model", 2.0, (*module, "bench.model", *quick), ("transformers", "peft"), "a whole model with each method", (2,)),
         Part("experts", 1.0, experts, ("transformers", "peft"), "a mixture's experts against PEFT's LoRA", (2,)),
         Part("host", 1.0, (*module, "bench.host"), (), "host time of a layer", (2,)),
+        Part("plans", 1.5, (*module, "bench.kernels", *CLOSE), (), "each plan that the estimate calls close", (2,)),
         *switched(module),
     ]
 

@@ -6,11 +6,12 @@ import re
 import statistics
 from pathlib import Path
 
-from ..measure.store import RESULTS, Store, key_of, newest
+from ..measure.store import RESULTS, Store, case_of, key_of, newest
 from ..projection import predictions
 from .plan import WITH_ALL
 
 FLOOR, OURS = "frozen", "lotr_ext"
+BETTER = 0.97
 
 
 def summary(results: Path, outcome: dict[str, dict], predicted: Path = RESULTS) -> list[str]:
@@ -91,6 +92,19 @@ def tell_kernels(cells: list[dict]) -> list[str]:
             ratios = {shape_of(o["case"]): o["step"]["seconds"][1] / t["step"]["seconds"][1] for o, t in found}
             share = f"{statistics.median(bound):.0%} of the machine's bound (median)"
             lines.append(f"{kernel}: {share}; {losing(ratios, 'the library')}")
+    return lines + better_plans(cells)
+
+
+def better_plans(cells: list[dict]) -> list[str]:
+    """Plans that the estimate had called close and that take less than BETTER of the chosen one's time."""
+    chosen = {case_of(c): c["step"]["seconds"][1] for c in cells if c["rival"] == OURS}
+    lines = []
+    for c in cells:
+        if c["rival"].partition(" ")[0] == c["case"]["kernel"] and case_of(c) in chosen:
+            ratio = c["step"]["seconds"][1] / chosen[case_of(c)]
+            lines += [f"a better plan: {shape_of(c['case'])}: {c['rival']}, {ratio:.2f} x the chosen one's time"] * (
+                ratio < BETTER
+            )
     return lines
 
 

@@ -362,3 +362,14 @@ def test_a_profiler_sees_each_of_the_six_kernels_twice(monkeypatch):
     monkeypatch.setattr(each, "make", counted)
     assert each.main("cpu") == 0
     assert called == [kernel for kernel in each.KERNELS for _ in range(1 + each.TIMES)] and len(each.KERNELS) == 6
+
+
+def test_the_summary_names_a_plan_that_is_faster_than_the_chosen_one():
+    cells = [
+        cell("lotr_ext", 1.0, 1),
+        cell("shrink m_blocks=8", 0.9, 1),
+        cell("shrink m_blocks=4", 0.99, 1),
+        cell("library", 0.5, 1),
+    ]
+    lines = gpu_summary.better_plans([*cells, cell("shrink m_blocks=8", 0.1, 2)])
+    assert lines == ["a better plan: shrink 1: shrink m_blocks=8, 0.90 x the chosen one's time"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -88,3 +89,27 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):
 def test_it_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         kernels.arguments([*QUICK, *arguments])
+
+
+def test_plans_that_the_estimate_calls_close_are_measured_beside_the_chosen_one(tmp_path, monkeypatch, capsys):
+    """On a CPU, with plans as a GPU would have them: which are close, that each runs and is checked under its own rule."""
+    rules, made = [], [("a=1", 10.0), ("a=2", 10.5), ("a=3", 11.0), ("a=4", 10.9), ("a=5", 12.0)]
+    plans = [kernels.cuda_plans.CudaPlan(plan, 1, us) for plan, us in made]
+    monkeypatch.setattr(kernels.cuda_plans, "plans", lambda launch, dtype, device: plans)
+
+    @contextlib.contextmanager
+    def forced(rule):
+        rules.append(rule)
+        yield
+
+    monkeypatch.setattr(kernels.cuda_plans, "forced", forced)
+    given = ["--shapes", "8x16x2", "--kernels", "shrink,fold", "--results", str(tmp_path)]
+    with pytest.raises(ValueError, match="plans: only the CUDA kernels have plans"):
+        kernels.main([*QUICK, *given, "--plans"])
+    options = kernels.arguments([*QUICK, *given])
+    options.plans = True
+    monkeypatch.setattr(kernels, "arguments", lambda argv: options)
+    assert kernels.main([]) == 0
+    cells = Store(tmp_path / "kernels.jsonl").read()
+    assert [c["rival"] for c in cells] == ["library", "lotr_ext", "shrink a=2", "shrink a=3", "library", "lotr_ext"]
+    assert set(rules) == {"shrink a=2", "shrink a=3"} and "shrink" in capsys.readouterr().out
