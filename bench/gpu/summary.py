@@ -97,10 +97,10 @@ def tell_kernels(cells: list[dict]) -> list[str]:
 
 def better_plans(cells: list[dict]) -> list[str]:
     """Plans that the estimate had called close and that take less than BETTER of the chosen one's time."""
-    chosen = {case_of(c): c["step"]["seconds"][1] for c in cells if c["rival"] == OURS}
+    chosen = {case_of(c): c["step"]["seconds"][1] for c in cells if c["rival"] == OURS and "step" in c}
     lines = []
     for c in cells:
-        if c["rival"].partition(" ")[0] == c["case"]["kernel"] and case_of(c) in chosen:
+        if "step" in c and c["rival"].partition(" ")[0] == c["case"]["kernel"] and case_of(c) in chosen:
             ratio = c["step"]["seconds"][1] / chosen[case_of(c)]
             lines += [f"a better plan: {shape_of(c['case'])}: {c['rival']}, {ratio:.2f} x the chosen one's time"] * (
                 ratio < BETTER

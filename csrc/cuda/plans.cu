@@ -2,6 +2,7 @@
 #include "plans.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
 #include <mutex>
 #include <sstream>
@@ -116,7 +117,9 @@ Rule rule_of(const char* kind, const std::string& text) {
              "NAME=NUMBER with a name of " + names_of(words_of(Problem{})) + ", " +
                  names_of(words_of(plan::Plan{})),
              word);
-    (of_problem ? rule.problem : rule.plan).emplace_back(name, std::stoll(number));
+    int64_t value = 0;  // not by stoll, which would need the newest glibc
+    std::from_chars(number.data(), number.data() + number.size(), value);
+    (of_problem ? rule.problem : rule.plan).emplace_back(name, value);
   }
   return rule;
 }

@@ -109,7 +109,7 @@ def test_stages_are_captured_apart_and_replayed(gpu):
 def fake_session(monkeypatch, kind: str = "events"):
     """A session on the fake GPU, without its machine."""
     made = session.Session.__new__(session.Session)
-    made.device, made.options = GPU, types.SimpleNamespace(rounds=2)
+    made.device, made.options = GPU, types.SimpleNamespace(rounds=2, plans=False)
     made.clock, made.failures, made.said = types.SimpleNamespace(kind=kind), [], []
     made.say = made.said.append
     return made
