@@ -1,5 +1,5 @@
-// The CUDA operators without torch: raw pointers, a stream and a workspace.  csrc/torch/cuda_operators.cpp
-// calls them with tensors, csrc/simt/module/module.cpp with numpy arrays.  They check nothing but
+// The CUDA operators without torch: raw pointers, a stream and a workspace.  csrc/torch/products_cuda.h calls
+// them with tensors, csrc/simt/module/module.cpp with numpy arrays.  They check nothing but
 // ranks, allocate nothing and never synchronise; a launch that fails throws std::runtime_error naming the
 // kernel.
 #pragma once

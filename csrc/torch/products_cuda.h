@@ -1,6 +1,7 @@
 // The products of a layer on CUDA tensors (layer.h): the base product by the library, the others by the
 // launchers of cuda/. All run on the current stream of the operands' device; nothing synchronises.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 
 #include "cuda/counters.h"
 #include "cuda_args.h"
