@@ -24,7 +24,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import WorkerLoRAManager
 
-__all__ = ["LINEAR_LAYERS", "check_version", "linear_input", "path_of", "put_first", "refuse_first", "slots_of_tokens"]
+__all__ = ["LINEAR_LAYERS", "check_version", "empty_stack", "path_of", "put_first", "refuse_first", "slots_of_tokens"]
 
 TESTED = ("0.32.",)
 
@@ -74,11 +74,6 @@ def slots_of_tokens(layer: nn.Module) -> Tensor | None:
     """The slot [tokens] (int64) of each token's adapter, -1 for none; None where no token of the batch has one."""
     wrapper = layer.punica_wrapper
     return None if wrapper.no_lora else wrapper.token_lora_indices
-
-
-def linear_input(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y as [tokens, features]: some models have a batch dimension of 1 in front."""
-    return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
 
 
 def empty_stack(slots: int, *size: int, like: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops import planner
+from ...ops.composite import rows
 from . import engine
 from .files import Factors
 
@@ -74,19 +75,17 @@ class _Native:
 
     def _factor(self, key: str, side: str, place: int, dtype: torch.dtype) -> Tensor:
         """A [k, r_in] or B [n, r_out] of this process's part of the weight. place: of the packed module."""
-        whole, cut = self.lotr_factors.tensors[key], None
-        if self.tp_size > 1:
-            cut = self.slice_lora_a if side == "A" else self.slice_lora_b
-        rule = None if cut is None else (type(self).__name__, place, self.input_size, self.output_size)
-        of = (key, side, dtype, str(self.device), rule)
+        whole = self.lotr_factors.tensors[key]
+        own = whole if self.tp_size == 1 else self._own_rows(whole, side, place)
+        cut = None if own.shape == whole.shape else (type(self).__name__, place, self.input_size, self.output_size)
+        of = (key, dtype, str(self.device), cut)
         if of not in self.lotr_shared:
-            rows = whole if cut is None else self._own_rows(cut, whole, side, place)
-            self.lotr_shared[of] = rows.to(self.device, dtype).contiguous()
+            self.lotr_shared[of] = own.to(self.device, dtype).contiguous()
         return self.lotr_shared[of]
 
-    def _own_rows(self, cut: Any, whole: Tensor, side: str, place: int) -> Tensor:
+    def _own_rows(self, whole: Tensor, side: str, place: int) -> Tensor:
         """By vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
-        given = whole.T if side == "A" else whole
+        given, cut = (whole.T, self.slice_lora_a) if side == "A" else (whole, self.slice_lora_b)
         if self.n_slices > 1:
             packed: list[Tensor | None] = [None] * self.n_slices
             packed[place] = given
@@ -116,15 +115,15 @@ class _Native:
         slots = engine.slots_of_tokens(self)
         if slots is None or not any(self.lotr_parts):
             return output
-        rows, y = engine.linear_input(x, output)
+        tokens, y = rows(x), rows(output)
         shrunk: dict[int, Tensor] = {}
         for part in self.lotr_parts:
             if part is None:
                 continue
             u = shrunk.get(id(part.A))
             if u is None:
-                u = shrunk[id(part.A)] = ops.shrink(rows, part.A) if self.lotr_kernels else rows @ part.A
-            h = ops.row_core(u, part.cores, index=slots[: len(rows)])
+                u = shrunk[id(part.A)] = ops.shrink(tokens, part.A) if self.lotr_kernels else tokens @ part.A
+            h = ops.row_core(u, part.cores, index=slots[: len(tokens)])
             if self.lotr_kernels:
                 ops.expand_add_(y[:, part.columns], h, part.B)
             else:
