@@ -53,7 +53,7 @@ from .lora_files import LoRALayer
 __all__ = ["export_lora", "lora_factors", "lotr_to_lora"]
 
 _PREFIX = "base_model.model."
-_Any = TypeVar("_Any", LoRALayer, ExpertLoRA)
+_Layer = TypeVar("_Layer", LoRALayer, ExpertLoRA)
 
 
 def _pair(A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,8 +158,7 @@ def export_lora(
     """
     check_form(experts)
     model, directory = unwrapped(model), Path(directory)
-    shape = getattr(model, "config", None)
-    host = host_of(hosts, experts, getattr(shape, "model_type", None))
+    host = host_of(hosts, experts, getattr(getattr(model, "config", None), "model_type", None))
     if isinstance(model, nn.Module) and holds_parts(model):
         raise RuntimeError(
             f"model: expected whole tensors, got {type(model).__name__} held in parts; save_adapter in every process, then "
@@ -171,7 +170,7 @@ def export_lora(
     entries = {name: LoRALayer(*lora_factors(layer), layer.scaling) for name, layer in layers.items()}
     config: dict[str, Any] = {
         "task_type": task_type,
-        "base_model_name_or_path": _base_model(base_model or getattr(shape, "_name_or_path", None)),
+        "base_model_name_or_path": _base_model(base_model or loaded_from(model)),
         "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
         "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
         "target_modules": _exact_targets(layers, model) if layers else [],
@@ -257,6 +256,11 @@ def lora_of(
     return entries, stacked, {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
 
 
+def loaded_from(model: nn.Module) -> str | None:
+    """The path or name that transformers loaded a model from; None where it does not say."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
 def _base_model(name: str | None) -> str | None:
     if not name:
         warnings.warn(
@@ -278,7 +282,7 @@ class _Export(NamedTuple):
     pad_rank: int | None
 
 
-def _padded(name: str, one: _Any, rank: int | None) -> _Any:
+def _padded(name: str, one: _Layer, rank: int | None) -> _Layer:
     """A layer with zeros up to that rank: A in its next to last dimension, B in its last."""
     more = 0 if rank is None else rank - one.rank
     if more < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from ..layers.init import FOUND_INITS
 if TYPE_CHECKING:
     from .config import LoTRConfig
 
-__all__ = ["Owner", "SharedFactors", "counterpart", "factors_by_part", "width_names"]
+__all__ = ["Owner", "SharedFactors", "add_values", "counterpart", "factors_by_part", "width_names"]
 
 Owner = LoTRFactors | LoTRFactor  # what a model registers
 
@@ -72,6 +73,13 @@ def factors_by_part(owners: Mapping[str, Owner]) -> Iterator[tuple[str, nn.Modul
     """Each factor once: "A" or "B", the module that has it, and its name there. owners: as in SharedFactors."""
     for name, owner in owners.items():
         yield from _parts(name, owner)
+
+
+def add_values(digest: hashlib._Hash, name: str, factor: torch.Tensor) -> None:
+    """Adds a factor's name, shape, dtype and values to a checksum."""
+    values = factor.detach().cpu().contiguous()
+    digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+    digest.update(values.view(torch.uint8).numpy().tobytes())
 
 
 def counterpart(pair: LoTRFactors, old: Mapping[str, Owner], new: Mapping[str, Owner]) -> LoTRFactors:

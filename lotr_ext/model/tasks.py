@@ -25,7 +25,7 @@ from ..files import put_file
 from ..layers.checks import check_dimension
 from ..layers.mixture import Mixture
 from .adapted import adapted_layers
-from .shared_factors import Owner, SharedFactors, factors_by_part
+from .shared_factors import Owner, SharedFactors, add_values, factors_by_part
 
 __all__ = ["TaskBank", "bank_of"]
 
@@ -215,9 +215,7 @@ class TaskBank(nn.Module):
         """The checksum of the values of all factors."""
         digest = hashlib.sha256()
         for part, module, name in factors_by_part(self._owners):
-            values = getattr(module, name).detach().cpu().contiguous()
-            digest.update(f"{part} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            add_values(digest, part, getattr(module, name))
         return digest.hexdigest()
 
 

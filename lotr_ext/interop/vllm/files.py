@@ -17,15 +17,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from ...files import check_regular, folder, parse_json, placed, read_bytes, together
-from ...model.adapter_files import Manifest, serialized
+from ...files import folder, parse_json, placed, read_bytes, together
+from ...model.adapter_files import Manifest, serialized, tensors_of
 from ...model.peft_files import read_either
 from ...model.saving import contents, save_adapter, unwrapped
+from ...model.shared_factors import add_values
 from ...model.tasks import bank_of
+from ..lora import loaded_from
 
 __all__ = ["Factors", "check_task", "export_factors", "export_task", "read_factors"]
 
@@ -45,9 +46,7 @@ class Factors:
         """Of the layers' names and the factors' values."""
         digest = hashlib.sha256(json.dumps(sorted(self.layers.items())).encode())
         for name, tensor in sorted(self.tensors.items()):
-            values = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+            add_values(digest, name, tensor)
         return digest.hexdigest()
 
     def core_shape(self, layer: str) -> tuple[int, int]:
@@ -129,7 +128,7 @@ def export_task(
         "lora_alpha": rank,  # alpha / r = 1: the cores have their scaling in them
         "bias": "none",
         "target_modules": sorted({name.rpartition(".")[2] for name in factors.layers}),
-        "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base_model or loaded_from(model),
         CHECKSUM: factors.checksum,
     }
     text = (json.dumps(config, indent=2) + "\n").encode()
@@ -162,10 +161,8 @@ def check_task(directory: str | PathLike[str], factors: Factors, checksum: str) 
         )
     path = directory / TENSORS_NAME
     try:
-        check_regular(path)
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
+        tensors = tensors_of(path, read_bytes(path))
+    except (OSError, ValueError) as error:
         raise ValueError(f"adapter: expected a safetensors file, got {path} ({error})") from None
     wanted: dict[str, tuple[int, ...]] = {}
     for name in factors.layers:
