@@ -150,27 +150,28 @@ def toolkit_12() -> Path | None:
     return next((home for home in homes if (home / "bin" / "nvcc").is_file()), None)
 
 
-@pytest.mark.parametrize("source", ["one_product_sm90", "rows", "counters"])
-def test_cuda_12_compiles_the_launchers(tmp_path, source):
-    """Host code and sm_90a's: the runtime's functions that came after 12.0 are asked for only where they are."""
+def compiled_by_12(source: str, *options: object) -> str:
+    """What nvcc of CUDA 12 prints for csrc/cuda/<source>.cu and sm_90a; skips without one."""
     home = toolkit_12()
     if home is None:
         pytest.skip("no CUDA 12 toolkit: set LOTR_CUDA12_HOME to one")
-    command = [home / "bin" / "nvcc", "-std=c++17", "-c", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT}/csrc"]
-    command += ["-Xptxas", "-O0", ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", tmp_path / "object.o"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    command = [home / "bin" / "nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT}/csrc", *options]
+    done = subprocess.run(
+        [str(word) for word in (*command, ROOT / "csrc" / "cuda" / f"{source}.cu")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("source", ["one_product_sm90", "rows", "counters"])
+def test_cuda_12_compiles_the_launchers(tmp_path, source):
+    """Host code and sm_90a's: the runtime's functions that came after 12.0 are asked for only where they are."""
+    compiled_by_12(source, "-c", "-Xptxas", "-O0", "-o", tmp_path / "object.o")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("source", ["one_product_sm90", "shrink_grad_sm90"])
 def test_ptxas_of_cuda_12_lets_products_overlap(tmp_path, source):
     """C75xx: wgmma that ptxas runs one after another. 12.4 did so with sums that nothing had set, and does in gemm_lotr."""
-    home = toolkit_12()
-    if home is None:
-        pytest.skip("no CUDA 12 toolkit: set LOTR_CUDA12_HOME to one")
-    command = [home / "bin" / "nvcc", "-std=c++17", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT}/csrc"]
-    command += ["-Xptxas", "-v", ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", tmp_path / "kernels.cubin"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "registers" in done.stderr and "C75" not in done.stderr
+    said = compiled_by_12(source, "-cubin", "-Xptxas", "-v", "-o", tmp_path / "kernels.cubin")
+    assert "registers" in said and "C75" not in said

@@ -61,17 +61,12 @@ def banked(kind: str, folder: Path, tasks: int, **settings) -> nn.Module:
     bank = TaskBank(model, tasks)
     for i in range(tasks):
         g = torch.Generator().manual_seed(i)
-        bank.add(drawn(bank, g))
+        task = bank.add()
+        bank.replace(task, {name: torch.randn(core.shape, generator=g) * 0.7 for name, core in bank.cores_of(task).items()})
     export_factors(model, folder / "factors")
     for i in range(tasks):
         export_task(model, folder / f"task-{i}", task=i)
     return model
-
-
-def drawn(bank: TaskBank, g: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random cores for every layer of the bank."""
-    names = [f"{name}.core" for name in bank._layers]
-    return {name: torch.randn(core.shape[1:], generator=g) * 0.7 for name, core in zip(names, bank.cores, strict=True)}
 
 
 @torch.no_grad()
