@@ -10,18 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..measure.store import ROOT as ROOT
+from ..measure.store import write_whole
+
 NEEDED = ("torch", "numpy", "safetensors")
 OPTIONAL = ("matplotlib", "peft", "transformers", "hypothesis", "xdist", "pytest_timeout")
 HOPPER = "compute capability 9.0"
 
 
 def write(path: Path, value: object) -> None:
-    """As JSON, by way of a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    """As JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def sanitizer() -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lotr_ext import __version__
 
-from ..measure.store import RESULTS, Store
+from ..measure.store import RESULTS, Store, write_whole
 from ..measure.timing import slug
 from .machine import ROOT
 
@@ -54,10 +54,7 @@ def import_results(path: Path, into: Path = RESULTS) -> list[Path]:
         written = [_merge(file, folder / _name(file, folder.name)) for file in files]
         for extra in (unpacked / SUMMARY, unpacked / "smoke" / "smoke.json"):
             if extra.exists():
-                target = folder / f"gpu-{extra.name}"
-                draft = target.with_suffix(".tmp")
-                draft.write_bytes(extra.read_bytes())
-                written.append(draft.replace(target))
+                written.append(write_whole(folder / f"gpu-{extra.name}", extra.read_text(encoding="utf-8")))
     return written
 
 

@@ -102,9 +102,8 @@ def better_plans(cells: list[dict]) -> list[str]:
     for c in cells:
         if "step" in c and c["rival"].partition(" ")[0] == c["case"]["kernel"] and case_of(c) in chosen:
             ratio = c["step"]["seconds"][1] / chosen[case_of(c)]
-            lines += [f"a better plan: {shape_of(c['case'])}: {c['rival']}, {ratio:.2f} x the chosen one's time"] * (
-                ratio < BETTER
-            )
+            if ratio < BETTER:
+                lines.append(f"a better plan: {shape_of(c['case'])}: {c['rival']}, {ratio:.2f} x the chosen one's time")
     return lines
 
 

@@ -19,6 +19,14 @@ QUICK = ROOT / "demo_results" / "bench"  # of --quick: few rounds of few shapes 
 MACHINE = ("name", "torch", "peft", "transformers")  # another one of these makes other numbers
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Puts text in a file's place, by way of a temporary name: a kill leaves the old content or the new. Returns path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    return temporary.replace(path)
+
+
 def build_id() -> str:
     """Of the measured code: the compiled module, the Python around it, and the rivals. Another build is measured anew."""
     digest = hashlib.sha256()
@@ -62,9 +70,7 @@ class Store:
     def keep_only(self, build: str) -> None:
         """Drops the cells of other builds."""
         lines = [json.dumps(cell, allow_nan=False) + "\n" for cell in self.read() if cell["build"] == build]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(lines))
 
     def append(self, cell: dict) -> None:
         text = json.dumps(cell, allow_nan=False)

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..measure.bounds import kernel_work
 from ..measure.shapes import Shape
-from ..measure.store import RESULTS, ROOT, Store, of_build
+from ..measure.store import RESULTS, ROOT, Store, of_build, write_whole
 from .compiled import SOURCES, WGMMA
 from .sources import closure, cpp_id
 
@@ -134,9 +134,7 @@ def constants() -> dict[str, int]:
 def _keep_constants(lib: ModuleType) -> None:
     own = json.dumps(lib.constants(), indent=1) + "\n"
     if not CONSTANTS.exists() or CONSTANTS.read_text(encoding="utf-8") != own:
-        temporary = CONSTANTS.with_suffix(".tmp")
-        temporary.write_text(own, encoding="utf-8")
-        temporary.replace(CONSTANTS)
+        write_whole(CONSTANTS, own)
         constants.cache_clear()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..measure.store import RESULTS, ROOT, Store, newest
+from ..measure.store import RESULTS, ROOT, Store, newest, write_whole
 from .assumptions import Spread
 from .cards import card_called
 
@@ -72,9 +72,7 @@ def keep(made: list[Prediction], path: Path) -> bool:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     head = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": git.stdout.strip() if git.returncode == 0 else None}
     lines = ",\n".join(json.dumps(value) for value in values)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(f'{json.dumps(head)[:-1]}, "predictions": [\n{lines}\n]}}\n', encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, f'{json.dumps(head)[:-1]}, "predictions": [\n{lines}\n]}}\n')
     return True
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ..frontier import table as frontier
 from ..measure.names import renamed
 from ..measure.session import brief
-from ..measure.store import RESULTS, ROOT, Store, newest
+from ..measure.store import RESULTS, ROOT, Store, newest, write_whole
 from ..measure.timing import slug
 from ..projection import predictions
 from ..projection.predict import projections
@@ -119,10 +119,7 @@ def keep_demo(folder: Path) -> Path:
     count, start = len({run["settings"]["method"] for run in demo["runs"]}), _start(demo)
     name = f"demo-{count}-methods-{demo['rows'][-1]['runs']}-seeds{'-' * bool(start)}{start}.json"
     target = RESULTS / slug(demo["machine"].rsplit(",", 1)[0]) / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(demo, indent=1) + "\n")
-    return temporary.replace(target)
+    return write_whole(target, json.dumps(demo, indent=1) + "\n")
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
@@ -237,7 +234,5 @@ def main(argv: list[str] | None = None) -> int:
         if options.check:
             print(f"{page.name}: its tables are not those of bench/results; run python -m bench.report", file=sys.stderr)
         else:
-            temporary = page.path.with_suffix(".tmp")
-            temporary.write_text(new, encoding="utf-8")
-            temporary.replace(page.path)
+            write_whole(page.path, new)
     return int(options.check and bool(changed))
