@@ -35,6 +35,7 @@ from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, u
 from .model.config import LoTRConfig
 from .model.gradient import init_from_gradient
 from .model.groups import parameter_groups
+from .model.influence import influence
 from .model.loading import load_adapter
 from .model.per_example import per_example
 from .model.pretrained import from_pretrained
@@ -61,6 +62,7 @@ __all__ = [
     "disabled",
     "explain",
     "from_pretrained",
+    "influence",
     "init_from_gradient",
     "load_adapter",
     "lotr_grouped_linear",

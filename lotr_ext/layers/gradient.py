@@ -35,7 +35,7 @@ from .sharded import agreed, holds_parts
 from .tucker import leading, padded
 from .untouched import untouched
 
-__all__ = ["PASSES", "Key", "Loss", "Probed", "leading_directions", "write_factors"]
+__all__ = ["PASSES", "Key", "Loss", "Probed", "check_loss", "leading_directions", "write_factors"]
 
 PASSES, OVERSAMPLE = 3, 8
 _WHERE = "the start from the gradient"
@@ -239,7 +239,7 @@ def _look(
     with torch.enable_grad(), taps.on(layers):
         for i, batch in enumerate(batches, 1):
             value = loss(model, batch)
-            _check_loss(value, taps.reentrant)
+            check_loss(value, taps.reentrant)
             taps.backward(value, model)
             done(i)
 
@@ -262,7 +262,8 @@ def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None)
     return kept
 
 
-def _check_loss(value: object, reentrant: bool) -> None:
+def check_loss(value: object, reentrant: bool = False) -> None:
+    """TypeError or ValueError unless value is a scalar tensor with a graph. reentrant: for the hint."""
     if not isinstance(value, Tensor):
         raise TypeError(f"loss: expected a function that returns a tensor, got one that returns {type(value).__name__}")
     if value.numel() != 1:

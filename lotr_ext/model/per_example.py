@@ -84,16 +84,16 @@ def _norms(gradient: Tensor) -> Tensor:
 
 
 class _OneARow(torch.autograd.Function):
-    """core [...] -> [b, ...], every one the core itself. Its backward notes the gradient of each."""
+    """core [...] -> [b, ...], every one the core itself; one for an empty batch. Its backward notes the gradient of each."""
 
     @staticmethod
     def forward(ctx, core: Tensor, b: int, found: PerExampleGradients, layer: nn.Module) -> Tensor:
-        ctx.found, ctx.layer = found, layer
-        return core.expand(b, *core.shape)
+        ctx.found, ctx.layer, ctx.b = found, layer, b
+        return core.expand(max(1, b), *core.shape)  # row_core takes at least one core
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        ctx.found._add(ctx.layer, gradient.detach())
+        ctx.found._add(ctx.layer, gradient.detach()[: ctx.b])
         return gradient.sum(0), None, None, None
 
 

@@ -141,6 +141,15 @@ def test_tokens_in_one_list_need_the_batch() -> None:
     assert all(relative(gradients[name], want[name]) < 1e-12 for name in want)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3)], ids=str)
+def test_an_empty_batch_has_no_gradients(shape: tuple[int, ...]) -> None:
+    model = adapted()
+    with per_example(model) as gradients:
+        loss(model(batch(*shape))).backward()
+    assert all(gradient.shape == (0, 3, 5) for gradient in gradients.values()) and len(gradients) == 6
+    assert gradients.norms().shape == (0,) and not any(gradient.any() for gradient in of_all(model).values())
+
+
 def test_micro_batches_follow_one_another() -> None:
     model, x = adapted(), batch(5, 3)
     with per_example(model) as want:
