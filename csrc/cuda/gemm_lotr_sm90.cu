@@ -1,6 +1,4 @@
 // Launches kernels/gemm_lotr.cuh: checks, tensor maps, grid.
-#include <array>
-#include <atomic>
 
 #include "counters.h"
 #include "dispatch.h"
@@ -111,26 +109,13 @@ void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, vo
 
 std::string gemm_lotr_obstacle(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan) {
   if (call.off.fused || call.off.wgmma) return "switches: expected fused and wgmma, got LOTR_CUDA_WITHOUT";
-  int device = 0;
-#ifdef __CUDACC__
-  int major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error) throw std::runtime_error(std::string("gemm_lotr: ") + cudaGetErrorString(error));
-  if (major != 9 || minor != 0)
-    return "architecture: expected compute capability 9.0, got " + std::to_string(major) + "." +
-           std::to_string(minor);
-#endif
+  if (const int got = ptx::capability_of_device("gemm_lotr"); got != 90)
+    return "architecture: expected compute capability 9.0, got " + std::to_string(got / 10) + "." +
+           std::to_string(got % 10);
   std::string text;
   with_traits(call, q, plan, [&](auto traits) {
     using Traits = decltype(traits);
-    constexpr int DEVICES = 64;
-    static std::array<std::atomic<int>, DEVICES> known{};  // clusters + 1; 0: not asked yet
-    int found = device < DEVICES ? known[size_t(device)].load(std::memory_order_relaxed) : 0;
-    if (!found) found = 1 + resident_clusters<Traits>();
-    if (device < DEVICES) known[size_t(device)].store(found, std::memory_order_relaxed);
-    if (found == 1)
+    if (!resident_clusters<Traits>())
       text = "resources: expected room for " + std::to_string(Traits::CLUSTER) + " blocks of " +
              std::to_string(sizeof(typename Traits::Smem)) + " bytes of shared memory side by side, got none";
   });

@@ -2,9 +2,7 @@
 // it would take them seconds.
 #include "probe.h"
 
-#include <algorithm>
-
-#include "ptx/base.cuh"
+#include "ptx/launch.cuh"
 
 namespace lotr::cuda {
 namespace {
@@ -16,15 +14,7 @@ const void* probe_kernel() {
 }
 
 bool waits_in_kernels() {
-#ifdef __CUDACC__
-  cudaFuncAttributes code{};
-  if (!cudaFuncGetAttributes(&code, probe_kernel()))
-    return std::min(code.ptxVersion, code.binaryVersion) >= 90;
-  cudaGetLastError();  // clears the error, which the next launch would report
-  return false;
-#else
-  return true;
-#endif
+  return ptx::capability_of_code(probe_kernel()) >= 90;
 }
 
 }  // namespace lotr::cuda

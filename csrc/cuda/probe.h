@@ -1,4 +1,4 @@
-// What this build's code is on a card, asked of the driver by one kernel's name.
+// What this build's code is on a card: the driver says it of one kernel.
 #pragma once
 
 namespace lotr::cuda {

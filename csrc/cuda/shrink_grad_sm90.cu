@@ -40,14 +40,7 @@ void run(const Call& call, ShrinkGradParams p, dim3 grid) {
 }  // namespace
 
 bool runs_wgmma() {
-#ifdef __CUDACC__
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error) throw std::runtime_error(std::string("shrink_grad: ") + cudaGetErrorString(error));
-  if (major != 9 || minor != 0) return false;
-#endif
+  if (ptx::capability_of_device("shrink_grad") != 90) return false;
   using Traits = kernels::ShrinkGradWgmmaTraits<__nv_bfloat16, kernels::SHRINK_GRAD_WGMMA_RANK>;
   constexpr unsigned MOST = MOST_OF_CLUSTER;
   return ptx::resident_clusters(

@@ -23,6 +23,7 @@
 #include "base.cuh"
 
 #ifdef __CUDACC__
+#include <algorithm>
 #include <map>
 #include <mutex>
 #endif
@@ -70,6 +71,34 @@ LOTR_DEVICE void griddepcontrol_launch_dependents(LOTR_SITE_ONLY) {
 #endif
 #else
   simt::griddepcontrol_launch_dependents(site);
+#endif
+}
+
+// The compute capability of the current device, times ten; the executor runs code for 9.0.  Throws
+// std::runtime_error that begins with the kernel's name.
+inline int capability_of_device([[maybe_unused]] const char* name) {
+#ifdef __CUDACC__
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+  return 10 * major + minor;
+#else
+  return 90;
+#endif
+}
+
+// For which compute capability, times ten, the code of a kernel was written that the current device runs: of
+// the virtual and the real one the lower.  0 where no code is for the device.
+inline int capability_of_code([[maybe_unused]] const void* kernel) {
+#ifdef __CUDACC__
+  cudaFuncAttributes code{};
+  if (!cudaFuncGetAttributes(&code, kernel)) return std::min(code.ptxVersion, code.binaryVersion);
+  cudaGetLastError();  // clears the error, which the next launch would report
+  return 0;
+#else
+  return 90;
 #endif
 }
 

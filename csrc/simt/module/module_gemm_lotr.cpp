@@ -1,35 +1,15 @@
 // Python's view of csrc/cuda/gemm_lotr.h, a part of module.cpp's module: see there.
-#include "module_gemm_lotr.h"
-
-#include <pybind11/numpy.h>
-#include <pybind11/stl.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
 #include "cuda/gemm_lotr.h"
 #include "cuda/kernels/gemm_lotr_traits.cuh"
-#include "simt/api.h"
-
-namespace py = pybind11;
+#include "module.h"
 
 namespace lotr::simt {
 namespace {
 
-DType type_of(const py::array& a) {
-  if (a.itemsize() == 4) return DType::float32;
-  return a.dtype().kind() == 'f' ? DType::float16 : DType::bfloat16;
-}
-
-// Strides in elements; named, so that traffic is counted for it.
 Matrix matrix(const char* name, const py::array& a, DType type) {
-  if (a.ndim() != 2 || type_of(a) != type)
+  if (a.ndim() != 2 || dtype_of(name, a) != type)
     throw py::type_error(std::string(name) + ": expected a matrix of x's type");
-  const int64_t row = a.strides(0) / a.itemsize(), col = a.strides(1) / a.itemsize();
-  if (options().count_memory && a.size())
-    register_array(name, a.data(), size_t((a.shape(0) - 1) * a.strides(0) + a.shape(1) * a.itemsize()));
-  return {a.data(), row, col, cuda::access_of(a.data(), row, col, a.shape(0), type, type)};
+  return input(name, a, type, a.shape(0), a.shape(1));
 }
 
 MutableMatrix output(const char* name, py::array& a, DType type) {
@@ -43,7 +23,7 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
                std::optional<int> band_group, std::optional<py::array> u_forward, std::optional<py::array> Q,
                bool accumulate, std::optional<size_t> partial_bytes) {
   clear_arrays();
-  const DType type = type_of(x);
+  const DType type = dtype_of("x", x);
   cuda::Call call{};
   call.type = type, call.card.multiprocessors = multiprocessors, call.early = true;
   cuda::GemmLotr q{};
@@ -74,7 +54,8 @@ void fold_transposed(py::array B, py::array core, py::array A, double scaling, p
                      py::array At) {
   clear_arrays();
   FoldProblem p{};
-  p.B_type = type_of(B), p.core_type = type_of(core), p.A_type = type_of(A), p.F_type = type_of(F);
+  p.B_type = dtype_of("B", B), p.core_type = dtype_of("core", core), p.A_type = dtype_of("A", A),
+  p.F_type = dtype_of("F", F);
   p.B = matrix("B", B, p.B_type), p.cores = matrix("core", core, p.core_type);
   p.A = matrix("A", A, p.A_type);
   const MutableMatrix F_out = output("F", F, p.F_type);

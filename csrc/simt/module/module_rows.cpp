@@ -1,22 +1,12 @@
 // Python's view of the kernels of row_core, a part of module.cpp's module: see there.  What the library sorts
 // on a GPU is sorted here.
-#include "module_rows.h"
-
-#include <pybind11/numpy.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <limits>
 #include <new>
 #include <numeric>
-#include <optional>
-#include <string>
-#include <vector>
 
 #include "cuda/rows.h"
-#include "simt/api.h"
-
-namespace py = pybind11;
+#include "module.h"
 
 namespace lotr::simt {
 namespace {
@@ -39,19 +29,6 @@ struct Aligned {
 template <class T>
 using Array = std::vector<T, Aligned<T>>;
 
-DType type_of(const py::array& a) {
-  if (a.itemsize() == 4) return DType::float32;
-  return a.dtype().kind() == 'f' ? DType::float16 : DType::bfloat16;
-}
-
-// Named, so that traffic is counted for it.
-void name_array(const char* name, const py::array& a) {
-  if (!options().count_memory || a.size() == 0) return;
-  size_t bytes = size_t(a.itemsize());
-  for (int i = 0; i < a.ndim(); ++i) bytes += size_t(a.shape(i) - 1) * size_t(a.strides(i));
-  register_array(name, a.data(), bytes);
-}
-
 // The last two dimensions, strides in elements.
 Matrix view(const py::array& a) {
   const auto last = a.ndim() - 1;
@@ -72,7 +49,7 @@ struct Problem {
 
   Problem(const py::array& u, const py::array& cores, const Indices& core, const Ends& offs,
           const Indices& tokens, int64_t rows, int multiprocessors)
-      : call{type_of(u), Float32::exact, {multiprocessors}, nullptr, true} {
+      : call{dtype_of("u", u), Float32::exact, {multiprocessors}, nullptr, true} {
     if (core) index.core = core->data(), name_array("index", *core);
     if (offs) index.ends = offs->data(), name_array("offs", *offs);
     if (tokens) index.token = tokens->data(), name_array("tokens", *tokens);
@@ -87,7 +64,7 @@ void product(const Problem& problem, const RowIndex& index, MutableMatrix h, DTy
   q.core_stride = cores.strides(0) / cores.itemsize();
   q.r_in = int32_t(cores.shape(1)), q.r_out = int32_t(cores.shape(2));
   if (transposed) std::swap(q.cores.row, q.cores.col), std::swap(q.r_in, q.r_out);
-  q.h = h, q.a_type = type_of(a), q.core_type = type_of(cores), q.h_type = h_type;
+  q.h = h, q.a_type = dtype_of(name, a), q.core_type = dtype_of("cores", cores), q.h_type = h_type;
   q.scale = float(scaling), q.missing = missing;
   cuda::row_core(problem.call, q);
 }
@@ -96,7 +73,7 @@ void row_core(py::array u, py::array cores, Indices index, Ends offs, Indices to
               py::array h, int multiprocessors) {
   clear_arrays();
   const Problem problem(u, cores, index, offs, tokens, h.shape(0), multiprocessors);
-  product(problem, problem.index, output("h", h), type_of(h), "u", u, cores, false, scaling,
+  product(problem, problem.index, output("h", h), dtype_of("h", h), "u", u, cores, false, scaling,
           std::numeric_limits<float>::quiet_NaN());
 }
 
@@ -125,7 +102,7 @@ void row_core_backward(py::array g, py::array u, py::array cores, Indices index,
   RowIndex by_core = problem.index;
   by_core.token = nullptr, by_core.tokens = rows;
   if (!tokens) {
-    product(problem, by_core, output("du", du), type_of(du), "g", g, cores, true, scaling, 0.f);
+    product(problem, by_core, output("du", du), dtype_of("du", du), "g", g, cores, true, scaling, 0.f);
   } else {
     const Sorted by_token(problem, *tokens, u.shape(0));
     Array<float> k(size_t(rows * r_in) + 1, std::numeric_limits<float>::quiet_NaN());
@@ -133,14 +110,14 @@ void row_core_backward(py::array g, py::array u, py::array cores, Indices index,
             scaling, 0.f);
     SumRowsParams q{};
     q.of_token = by_token.segments(), q.k = k.data();
-    q.du = output("du", du), q.du_type = type_of(du), q.tokens = u.shape(0), q.r = int32_t(r_in);
+    q.du = output("du", du), q.du_type = dtype_of("du", du), q.tokens = u.shape(0), q.r = int32_t(r_in);
     cuda::sum_rows(problem.call, q);
   }
   std::optional<Sorted> sorted;
   if (index) sorted.emplace(problem, *index, cores.shape(0));
   RowCoreGradParams q{};
   q.of_core = sorted ? sorted->segments() : Segments{nullptr, problem.index.ends, 1};
-  q.token = problem.index.token, q.u = matrix("u", u), q.g = view(g), q.type = type_of(u);
+  q.token = problem.index.token, q.u = matrix("u", u), q.g = view(g), q.type = dtype_of("u", u);
   name_array("dcores", dcores);
   q.dcores = static_cast<float*>(dcores.mutable_data());
   q.tokens = u.shape(0), q.cores = cores.shape(0), q.r_in = int32_t(r_in);
