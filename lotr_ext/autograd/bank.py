@@ -116,10 +116,17 @@ def _shared_core(layer: nn.Module) -> Tensor | None:
 
 
 class Scope:
-    """One forward of a model. layers: the layers by their B. frame: of the function that runs the forward."""
+    """One forward of a model. layers: the layers by their B. frame: of the function that runs the forward. cached: where the
+    forward was given a cache, how many tokens a row that has, and how many the forward has; read only for `mixed`."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[SharedFactor, Sequence[nn.Module]], frame: FrameType):
-        self.model, self.layers, self.frame = weakref.ref(model), layers, frame
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[SharedFactor, Sequence[nn.Module]],
+        frame: FrameType,
+        cached: tuple[int | Tensor, int] | None = None,
+    ):
+        self.model, self.layers, self.frame, self.cached = weakref.ref(model), layers, frame, cached
         self.banks: dict[tuple, Bank] = {}
         self.casts: dict[tuple, Cast] = {}
         self.cores: dict[tuple, Made] = {}

@@ -227,15 +227,17 @@ def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tenso
 
 
 def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> Tensor:
-    """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], whose tokens all take its core; -1: none."""
+    """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], whose tokens all take its core; -1: none. index [b],
+    or of more of x's leading dimensions."""
     if call.dtype is None:
         if compute_dtype(x) is not None:
             return explicitly_cast(add_rows, x, y, A, B, cores, index, call)
         call.compute = x.dtype
     call.plan, compute = plan_call(x, A, call, None), call.compute
     index = index.to(x.device)
-    if tokens := x.dim() - 2:
-        index = index.view(-1, *(1 for _ in range(tokens))).expand(x.shape[:-1]).reshape(-1)
+    if index.dim() < x.dim() - 1:
+        index = index.view(*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim()))).expand(x.shape[:-1])
+    index = index.reshape(-1)
     cores = row_cores(cores, x, compute)
     if call.plan.nodes == 0:
         u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..autograd.call import compute_dtype
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_beside",
     "check_dimension",
     "check_dtype",
+    "check_index",
     "check_number",
     "check_probability",
     "check_rank",
@@ -48,6 +50,18 @@ def check_dtype(dtype: object, name: str = "dtype") -> None:
     """TypeError unless dtype is None or one in which layers compute."""
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def check_index(name: str, index: object, count: int) -> None:
+    """index must be an int64 tensor; on a CPU also of values in [-1, count), of which -1 stands for none."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+    if index.device.type != "cpu" or not index.numel() or is_compiling():
+        return
+    least, most = int(index.min()), int(index.max())
+    if least < -1 or most >= count:
+        raise ValueError(f"{name}: expected indices in [-1, {count}), got {least} to {most}")
 
 
 def check_number(name: str, value: object) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..autograd.call import Call, call_routed, compute_dtype
 from ..ops.grouped import expert_of_rows, grouped_linear, of_groups_alone
-from .checks import check_beside, check_dimension, check_dtype, check_number, check_tensor
+from .checks import check_beside, check_dimension, check_dtype, check_index, check_number, check_tensor
 from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .mixture import cores_of, cores_of_rows
@@ -48,6 +48,7 @@ def lotr_grouped_linear(
     *,
     bias: Tensor | None = None,
     tokens: Tensor | None = None,
+    core_index: Tensor | None = None,
 ) -> Tensor:
     """y_i = x_t(i) W_c(i)^T + bias_c(i) + scaling ((x_t(i) A) G_c(i)) B^T for rows sorted by expert: [rows, n].
 
@@ -56,6 +57,8 @@ def lotr_grouped_linear(
     offs[-1] on belong to no expert: they are not read, and are zero in y and in dx, as is a token in dx that no expert takes.
     tokens None: x [rows, k] is sorted by expert itself. tokens
     [rows] (int64): x [m, k] has one row a token, row i is that of token tokens[i], and x A is made once a token.
+    core_index (int64), one for each row of x: which task's core a row takes from cores [t, e, r_in, r_out], that of its expert;
+    -1: none.
     x, weight and bias share a dtype (or autocast is on), the adapter may be float32 beside a half-precision x. Differentiable
     in x, A, B and cores, and in weight and bias if they require grad.
     Raises TypeError or ValueError that says name, expected and got; on a GPU offs and tokens are not looked at.
@@ -65,14 +68,24 @@ def lotr_grouped_linear(
     _check_routing(x, e, k, offs, tokens)
     check_tensor("A", A, k, "r_in")
     check_tensor("B", B, n, "r_out")
-    check_tensor("cores", cores, e, A.shape[1], B.shape[1])
+    check_tensor("cores", cores, *(() if core_index is None else ("t",)), e, A.shape[1], B.shape[1])
+    if core_index is not None:
+        check_index("core_index", core_index, len(cores))
+        if core_index.shape != x.shape[:1]:
+            raise ValueError(f"core_index: expected one index a row of x {tuple(x.shape)}, got shape {tuple(core_index.shape)}")
+        core_index = core_index.to(x.device)
     if bias is not None:
         check_tensor("bias", bias, e, n)
     check_beside(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "cores": cores})
     check_number("scaling", scaling)
 
     def run(x: Tensor, tokens: Tensor | None) -> Tensor:
-        return call_routed(x, weight, bias, offs, tokens, None, A, B, cores, None, Call(cores, float(scaling)))
+        if core_index is None:
+            return call_routed(x, weight, bias, offs, tokens, None, A, B, cores, None, Call(cores, float(scaling)))
+        tasks = core_index[: x.shape[0]] if tokens is None else core_index[tokens]
+        index = cores_of_rows(tasks, expert_of_rows(offs, len(tasks)), e)
+        call = Call(cores[0], float(scaling))
+        return call_routed(x, weight, bias, offs, tokens, None, A, B, cores.flatten(0, 1), index, call)
 
     return of_groups_alone(run, x, offs, tokens)
 
@@ -161,15 +174,15 @@ class LoTRExperts(LoTRLayer):
         bias: Tensor | None,
         offs: Tensor,
         tokens: Tensor | None,
-        places: Tensor | None = None,
+        tasks: Tensor | None = None,
         padded: bool = True,
     ) -> Tensor:
         """forward with weight [e, n, k] and bias [e, n] as their owner has them now: whole, in the midst of its own forward.
-        places [rows]: while `mixed` is on, the row of the batch that each is in. padded: whether some rows may be of no expert,
-        or some tokens of no row."""
+        tasks [rows]: while `mixed` is on, the adapter that each row takes, -1 for none. padded: whether some rows may be of no
+        expert, or some tokens of no row."""
 
         def run(x: Tensor, tokens: Tensor | None) -> Tensor:
-            return self._run(x, weight, bias, offs, tokens, places)
+            return self._run(x, weight, bias, offs, tokens, tasks)
 
         _check_routing(x, self.num_experts, self.in_features, offs, tokens)
         if self.merged and self.notice is not None:
@@ -177,7 +190,7 @@ class LoTRExperts(LoTRLayer):
         return of_groups_alone(run, x, offs, tokens) if padded else run(x, tokens)
 
     def _run(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None, places: Tensor | None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None, tasks: Tensor | None
     ) -> Tensor:
         off, mixture = self._state()
         if self.merged or off:
@@ -185,10 +198,10 @@ class LoTRExperts(LoTRLayer):
         p, factors, core = self.dropout if self.training else 0.0, self.factors, self.core
         call, index = Call(core, self.scaling, p, factors._group, self, self.strategy), None
         if mixture is not None:
-            if places is None:
+            if tasks is None:
                 raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
-            places = places[: (x if tokens is None else tokens).shape[0]]
-            index = cores_of_rows(mixture, places, expert_of_rows(offs, len(places)), self.num_experts)
+            tasks = tasks[: (x if tokens is None else tokens).shape[0]]
+            index = cores_of_rows(tasks, expert_of_rows(offs, len(tasks)), self.num_experts)
             core, call.scaling = cores_of(mixture, core, len(mixture.index)).flatten(0, 1), mixture.scaling
         return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, index, call))
 

@@ -9,7 +9,7 @@ from torch.nn import functional as nnf
 from ..autograd.call import Call, call_linear, compute_dtype, plan_call
 from ..ops import cuda_plans, planner
 from ..ops.planner import Plan
-from .checks import check_beside, check_number, check_probability, check_tensor
+from .checks import check_beside, check_index, check_number, check_probability, check_tensor
 from .experts import LoTRExperts
 from .factors import LoTRFactors
 from .layer import LoTRLayer
@@ -37,8 +37,9 @@ def lotr_linear(
     (autocast's under autocast). x, weight and bias share a dtype, the adapter may be float32 beside a half-precision x.
     Differentiable in x, A, B and core, and in weight and bias if they require grad (library products).
     dropout_p in [0, 1) drops elements of x on the adapter's way when training. strategy forces one of
-    `planner.STRATEGIES`. core_index [b] (int64) picks a core for each row of x [b, ..., k] from core [t, r_in, r_out]: one
-    batch for several tasks, with one product with A and one with B for all of it.
+    `planner.STRATEGIES`. core_index (int64) picks from core [t, r_in, r_out] for each row of x, [b] of x [b, ..., k], or for
+    each token, [b, tokens] of x [b, tokens, ..., k]; -1: y is x W^T + bias there. One batch for several tasks, with one product
+    with A and one with B for all of it. On a GPU its values are not looked at, as in `ops.row_core`.
     Raises TypeError or ValueError that says name, expected and got, before anything runs.
     """
     check_tensor("weight", weight, "out_features", "in_features")
@@ -71,17 +72,11 @@ def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, 
     if not isinstance(core, Tensor) or core.dim() != 3 or tuple(core.shape[1:]) != ranks or core.shape[0] < 1:
         got = tuple(core.shape) if isinstance(core, Tensor) else type(core).__name__
         raise ValueError(f"core: expected shape (t, {ranks[0]}, {ranks[1]}) with core_index, got {got}")
-    if not isinstance(core_index, Tensor) or core_index.dtype != torch.int64:
-        got = core_index.dtype if isinstance(core_index, Tensor) else type(core_index).__name__
-        raise TypeError(f"core_index: expected an int64 tensor, got {got}")
-    if x.dim() < 2 or tuple(core_index.shape) != (x.shape[0],):
-        raise ValueError(f"core_index: expected one index a row of x {tuple(x.shape)}, got shape {tuple(core_index.shape)}")
-    if (
-        core_index.device.type == "cpu"
-        and core_index.numel()
-        and not 0 <= int(core_index.min()) <= int(core_index.max()) < len(core)
-    ):
-        raise ValueError(f"core_index: expected indices in [0, {len(core)}), got {core_index.tolist()}")
+    check_index("core_index", core_index, len(core))
+    if core_index.dim() not in (1, 2) or core_index.dim() >= x.dim() or core_index.shape != x.shape[: core_index.dim()]:
+        raise ValueError(
+            f"core_index: expected one index a row, or a token, of x {tuple(x.shape)}, got shape {tuple(core_index.shape)}"
+        )
 
 
 def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = None, plans: bool | str = False) -> Plan:

@@ -15,15 +15,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from ..autograd.bank import open_scope
 from ..autograd.call import Call, add_rows
 
 
 class Mixture(NamedTuple):
     """cores: [c, r_in, r_out], of experts [c, e, r_in, r_out], times scaling; or the parts that they are made of, a core and a
-    factor of scaling for each adapter; or a function that makes b of them from the layer's core. index [b] (int64): which of
-    them row i of the batch takes, -1 for none; None: row i takes the i-th, for any b. flat: whether a layer may get the tokens
-    of all rows in one list [m, k], as in a mixture beside its experts."""
+    factor of scaling for each adapter; or a function that makes b of them from the layer's core. index (int64): which of them
+    row i of the batch takes [b], or the token at position j of row i [b, t], -1 for none; None: row i takes the i-th, for any
+    b. flat: whether a layer may get the tokens of all rows in one list [m, k], as in a mixture beside its experts."""
 
     cores: Tensor | tuple[tuple[Tensor, float], ...] | Callable[[Tensor, int], Tensor]
     scaling: float
@@ -40,42 +42,82 @@ def cores_of(mixture: Mixture, core: Tensor, b: int) -> Tensor:
     return torch.stack([part.to(core.device) * scaling for part, scaling in mixture.cores])
 
 
-def places_in_batch(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
-    """For each of tokens [rows], the row of the batch that it is in. The m tokens of the batch lie row after row.
+def tasks_of_tokens(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
+    """For each of tokens [rows], its place in the index: the adapter that it takes. The m tokens of the batch lie row after
+    row.
 
     Raises ValueError unless all rows have the same number of tokens.
     """
-    if mixture.index is None:
+    index = mixture.index
+    if index is None:
         raise ValueError(
             "batch: expected the number of examples of a batch, which the experts of a mixture do not see, got None; "
             "per_example(model, batch=...)"
         )
-    b = mixture.index.shape[0]
+    b = index.shape[0]
     if m % b:
         raise ValueError(f"x: expected the tokens of a batch of {b} rows, as many in each, got {m}")
-    return tokens // max(1, m // b)
+    each = max(1, m // b)
+    if index.dim() == 1:
+        return index.to(tokens.device)[tokens // each]
+    return _of_this_forward(index, each).to(tokens.device).reshape(-1)[tokens]
+
+
+def _of_this_forward(index: Tensor, count: int) -> Tensor:
+    """The columns [b, count] of an index [b, t] for a layer's `count` tokens a row: those from the cache's length on, which the
+    model's forward was given. All tokens after the index take its last column.
+
+    Raises ValueError for a layer that has another number of tokens than the model's forward, or without a cache than the index.
+    """
+    scope, t = None if is_compiling() else open_scope(), index.shape[1]
+    if scope is None or scope.cached is None:
+        if count != t:
+            raise ValueError(
+                f"x: expected {t} tokens a row, as in the index of tasks, got {count}; give an index [b, {count}], or [b] for "
+                "one task a row. Steps after the index need a cache in the model's own forward"
+            )
+        return index
+    past, own = scope.cached
+    if count != own:
+        raise ValueError(
+            f"x: expected the {own} tokens a row that the model was called with, got {count}: an index a token does not say "
+            "which these are; give an index [b] of one task a row, or do not adapt this layer"
+        )
+    if isinstance(past, Tensor):
+        return index[:, (torch.arange(count, device=past.device) + past).clamp(max=t - 1).to(index.device)]
+    known = index[:, past : past + count]
+    after = index[:, -1:].expand(-1, count - known.shape[1])
+    return known if known.shape[1] == count else torch.cat((known, after), 1)
 
 
 def index_for(mixture: Mixture, x: Tensor) -> Tensor:
-    """An index for x's first dimension: that of the batch, or, for a flat x, the one of each token's row."""
-    if mixture.index is None:
+    """An index for x's first dimension, [b], or its first two, [b, t]; for a flat x [m, k] that of each token, [m]."""
+    index = mixture.index
+    if index is None:
         return torch.arange(len(x), device=x.device)
-    if not mixture.flat or x.dim() != 2:
-        return mixture.index
-    return mixture.index.to(x.device)[places_in_batch(mixture, torch.arange(len(x), device=x.device), len(x))]
+    if mixture.flat and x.dim() == 2:
+        return tasks_of_tokens(mixture, torch.arange(len(x), device=x.device), len(x))
+    if index.dim() == 1:
+        return index
+    if x.dim() != 3 or x.shape[0] != index.shape[0]:
+        raise ValueError(
+            f"x: expected shape [{index.shape[0]}, tokens, k] for an index [{index.shape[0]}, {index.shape[1]}] of a task a "
+            f"token, got {tuple(x.shape)}; give an index [b] of one task a row, or do not adapt this layer"
+        )
+    return _of_this_forward(index, x.shape[1])
 
 
-def cores_of_rows(mixture: Mixture, places: Tensor, experts: Tensor, e: int) -> Tensor:
-    """For each row, its index among the cores [c e, r_in, r_out]: that of (adapter, expert). -1 without an adapter, or for an
-    expert of another process (e and above). places: the rows' places in the batch; experts: theirs, of e."""
-    adapter = mixture.index.to(places.device)[places]
-    return torch.where((adapter == -1) | (experts >= e), -1, adapter * e + experts)
+def cores_of_rows(tasks: Tensor, experts: Tensor, e: int) -> Tensor:
+    """For each row, its index among the cores [c e, r_in, r_out]: that of (task, expert). -1 without a task, or for an expert
+    of another process (e and above). tasks and experts [rows]: the rows' own, -1 for no task."""
+    return torch.where((tasks == -1) | (experts >= e), -1, tasks * e + experts)
 
 
 def call_mixed(
     x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call
 ) -> Tensor:
-    """base(x) + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], s the call's scaling.
+    """base(x) + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], s the call's scaling. index [b], or [b, t] of
+    an x [b, t, ..., k].
 
     Raises ValueError for an x whose first dimension is not b.
     """

@@ -175,6 +175,10 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     names may be an index [b] (int64) of tasks in the model's `TaskBank` instead, -1 for none: then nothing is done by name, or
     by task, and there may be as many tasks as rows. The index is read while the context lasts.
 
+    An index [b, t] has a task for each token: column j is for position j of a row. All adapted layers must get as many tokens
+    as the model, [b, t, k]. With a cache (`generate`), columns count from the row's first token in the cache, and all tokens
+    after the index take its last column. `activated` makes such an index.
+
     All this holds for the thread or asyncio task that opened the context, and for what backward runs again of its forwards.
 
     One forward serves them all: x A and the product with B are taken once for the whole batch, and only the cores are picked by
@@ -186,7 +190,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     Raises:
         TypeError, ValueError: no names, an unknown adapter or task, or one with other factors. RuntimeError: as `set_adapter`,
             or an index where the model has no TaskBank. In a layer, ValueError: an input whose first dimension is not
-            len(names), or in experts no multiple of it.
+            len(names), or in experts no multiple of it; for an index [b, t] one with another number of tokens.
     """
     parked = parked_of(model, "mixed")
     layers = adapted_layers(model)

@@ -19,7 +19,7 @@ from ..autograd.call import compute_dtype
 from ..layers.checks import DTYPES
 from ..layers.factors import LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
-from ..layers.mixture import places_in_batch
+from ..layers.mixture import tasks_of_tokens
 from ..layers.quantized import is_plain
 from ..layers.settings import Settings
 from ..layers.sharded import whole_shape
@@ -125,11 +125,11 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     offs = torch.searchsorted(experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True)
     x, tokens = hidden_states, order // top_k
     mixture = next(iter(getattr(self, CHILD).values())).mixture  # the same batch for all
-    places = None if mixture is None else places_in_batch(mixture, tokens, m)
+    tasks = None if mixture is None else tasks_of_tokens(mixture, tokens, m)
     elsewhere = getattr(self, "_is_expert_parallel", False)  # some rows may be of experts elsewhere, and are zero here
-    y = _projected(self, first_projection(self), x, offs, tokens, places, elsewhere)
+    y = _projected(self, first_projection(self), x, offs, tokens, tasks, elsewhere)
     y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
-    y = _projected(self, "down_proj", y, offs, None, places, elsewhere)
+    y = _projected(self, "down_proj", y, offs, None, tasks, elsewhere)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -144,7 +144,7 @@ def _projected(
     x: Tensor,
     offs: Tensor,
     tokens: Tensor | None,
-    places: Tensor | None,
+    tasks: Tensor | None,
     padded: bool,
 ) -> Tensor:
     weight = getattr(module, parameter)
@@ -155,7 +155,7 @@ def _projected(
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     adapted = getattr(module, CHILD)
     if parameter in adapted:
-        return adapted[parameter].routed(x, weight, bias, offs, tokens, places, padded)
+        return adapted[parameter].routed(x, weight, bias, offs, tokens, tasks, padded)
 
     def run(x: Tensor, tokens: Tensor | None) -> Tensor:
         return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, dtype)

@@ -9,10 +9,11 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..autograd.bank import Scope, _open, open_scope
 from ..layers.placement import check_not_offloaded
+from ..layers.request import NOW
 
 if TYPE_CHECKING:
     from ..autograd.sharing import SharedFactor
@@ -45,10 +46,22 @@ class _Layers:
         return self.by_B
 
 
-def _enter(model: nn.Module, args) -> None:
+def _enter(model: nn.Module, args, kwargs) -> None:
     if not torch.compiler.is_compiling():
         open_scope()  # drops those that forwards have left which were killed before their last hook
-        _open.stack.append(Scope(model, model._lotr_layers.of(model), sys._getframe(1)))
+        cached = None if NOW.any is None else _cached(args, kwargs)
+        _open.stack.append(Scope(model, model._lotr_layers.of(model), sys._getframe(1), cached))
+
+
+def _cached(args, kwargs) -> tuple[int | Tensor, int] | None:
+    """How many tokens a row the cache of a transformers model's forward has, and how many the forward; None without a cache."""
+    cache = next((own for name in ("cache", "past_key_values") if (own := kwargs.get(name)) is not None), None)
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    tokens = next((t for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
+    if tokens is None or not hasattr(cache, "get_seq_length"):
+        return None
+    past = cache.get_seq_length()
+    return (past.clone() if isinstance(past, Tensor) else past), tokens.shape[1]  # a static cache writes its own in place
 
 
 def _leave(model: nn.Module, args, output) -> None:
@@ -65,7 +78,7 @@ def attach_scope(model: nn.Module) -> None:
     detach_scope(model)
     model._lotr_layers = _Layers()
     model._lotr_hooks = (
-        model.register_forward_pre_hook(_enter),
+        model.register_forward_pre_hook(_enter, with_kwargs=True),
         model.register_forward_hook(_leave, always_call=True),
     )
 

@@ -137,8 +137,14 @@ class TaskBank(nn.Module):
             raise TypeError(f"names: expected adapter names or an int64 index of tasks, got {index.dtype}")
         if index.is_meta and not self.taken.is_meta:
             raise ValueError("names: expected an index with values, got one on the meta device; make it where the model is")
-        if index.dim() != 1 or not len(index):
-            raise ValueError(f"names: expected an index [b] of one task a row, got shape {tuple(index.shape)}")
+        if index.dim() not in (1, 2) or not index.numel():
+            got = tuple(index.shape)
+            raise ValueError(f"names: expected an index [b] of one task a row, or [b, tokens] of one a token, got shape {got}")
+        if index.dim() == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"names: expected an index [b] for a model with an encoder and a decoder, whose tokens differ, got shape "
+                f"{tuple(index.shape)}"
+            )
         for group, owner in self._owners.items():
             if model.lotr_factors[group] is not owner:
                 raise ValueError(f"names: expected tasks of the active adapter's factors, got others in {group!r}")

@@ -254,7 +254,7 @@ def test_a_mixed_batch_shares_one_shrink_among_siblings(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_core_index_of_lotr_linear(dtype: torch.dtype) -> None:
-    """Against plain torch in float64, with gradients; no row, and rows of no tokens too."""
+    """Against plain torch in float64, with gradients; no row, and rows of no tokens too. -1: without the adapter."""
     torch.manual_seed(0)
     x, W, bias = torch.randn(5, 3, 12), torch.randn(7, 12), torch.randn(7)
     A, B, core = torch.randn(12, 4), torch.randn(7, 2), torch.randn(3, 4, 2)
@@ -312,8 +312,9 @@ def test_bad_input() -> None:
             "core_index: expected an int64 tensor, got torch.float32",
             lambda: linear(torch.zeros(4, 2, 2), torch.zeros(3)),
         ),
-        (ValueError, r"one index a row of x \(3, 5\)", lambda: linear(torch.zeros(4, 2, 2), torch.zeros(2).long())),
-        (ValueError, r"indices in \[0, 4\)", lambda: linear(torch.zeros(4, 2, 2), torch.tensor([0, 4, 1]))),
+        (ValueError, r"a row, or a token, of x \(3, 5\)", lambda: linear(torch.zeros(4, 2, 2), torch.zeros(2).long())),
+        (ValueError, r"indices in \[-1, 4\), got 0 to 4", lambda: linear(torch.zeros(4, 2, 2), torch.tensor([0, 4, 1]))),
+        (ValueError, r"indices in \[-1, 4\), got -2 to 1", lambda: linear(torch.zeros(4, 2, 2), torch.tensor([0, -2, 1]))),
     ]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for kind, message, call in cases:

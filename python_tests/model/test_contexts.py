@@ -23,7 +23,7 @@ from lotr_ext.layers.request import NOW
 from nets import relative
 
 ROWS, TOKENS, D, LAYERS = 4, 3, 8, 2
-# a state: the task or adapter of each row, "off", or None for the active adapter
+# a state: the task or adapter of each row, the tasks of each row's tokens, "off", or None for the active adapter
 NAMES = {0: "default", 1: "fr", -1: None}
 TRAINED = ("A", "B", "core")
 
@@ -59,9 +59,9 @@ class World:
                 core.normal_()
         self.by_index, layers = by_index, self.layers
         self.cores = [[layer.core for layer in layers], list(self.model.lotr_parked["fr"].cores)]
-        bank = TaskBank(self.model, 2)
+        self.bank = TaskBank(self.model, 2).requires_grad_()
         for cores in self.cores:
-            bank.add({f"layers.{i}.core": core.detach() for i, core in enumerate(cores)})
+            self.bank.add({f"layers.{i}.core": core.detach() for i, core in enumerate(cores)})
         self.x = torch.randn(ROWS, TOKENS, D, dtype=torch.float64)
 
     @property
@@ -73,7 +73,8 @@ class World:
             return contextlib.nullcontext()
         if state == "off":
             return disabled(self.model)
-        return mixed(self.model, torch.tensor(state) if self.by_index else [NAMES[task] for task in state])
+        by_index = self.by_index or isinstance(state[0], list)
+        return mixed(self.model, torch.tensor(state) if by_index else [NAMES[task] for task in state])
 
     def truth(self, state: object, x: Tensor | None = None) -> Tensor:
         """state: that of all layers, or a dictionary of each one's."""
@@ -81,9 +82,10 @@ class World:
         none = torch.zeros(4, 4, dtype=torch.float64)
         for i, layer in enumerate(self.layers):
             own, x = state[i] if isinstance(state, dict) else state, self.before(x)
-            rows = [-1] * ROWS if own == "off" else [0] * ROWS if own is None else own
-            cores = torch.stack([none if row < 0 else self.cores[row][i] for row in rows])
-            x = torch.tanh(x @ layer.weight.T + layer.bias + layer.scaling * (x @ factors.A @ cores @ factors.B.T))
+            index = torch.tensor([-1] * ROWS if own == "off" else [0] * ROWS if own is None else own)
+            cores = torch.stack([*(cores[i] for cores in self.cores), none])[index.view(ROWS, -1)]  # -1: the last
+            h = ((x @ factors.A).unsqueeze(-2) @ cores).squeeze(-2)
+            x = torch.tanh(x @ layer.weight.T + layer.bias + layer.scaling * (h @ factors.B.T))
         return x
 
     def check(self, state: object, x: Tensor | None = None) -> None:
@@ -91,9 +93,13 @@ class World:
         assert relative(got, self.truth(state, x)) < 1e-9, state
 
     def gradients(self, y: Tensor, x: Tensor) -> list[Tensor]:
-        """Of x and all that the adapters have."""
+        """Of x and all that the adapters have: "default" by its name, and as task 0."""
         y.square().sum().backward()
         found = []
+        for own, core in zip(self.cores[0], self.bank.cores, strict=True):
+            if core.grad is not None:
+                own.grad = core.grad[0] if own.grad is None else own.grad + core.grad[0]
+                core.grad = None
         for t in (x, *self.model.lotr_factors.parameters(), *self.cores[0]):
             found.append(torch.zeros_like(t) if t.grad is None else t.grad)
             t.grad = None
@@ -106,7 +112,8 @@ class World:
             assert (got - true).norm() <= 1e-9 * max(1.0, true.norm().item()), state
 
 
-STATES = {"disabled": ["off", "off"], "mixed": [[0, 1, -1, 1], [1, 1, 0, -1]]}
+BY_TOKEN = [[0, 1, -1], [-1, -1, 1], [0, 0, 0], [1, -1, 0]]
+STATES = {"disabled": ["off", "off"], "mixed": [[0, 1, -1, 1], [1, 1, 0, -1]], "by token": [BY_TOKEN, BY_TOKEN[::-1]]}
 
 
 @pytest.fixture(params=[False, True], ids=["by name", "by index"])
@@ -185,7 +192,8 @@ def test_a_context_may_close_in_another_thread(world: World, kind: str) -> None:
 @pytest.mark.parametrize("kind", [*STATES, "all"])
 def test_four_threads_on_one_model(world: World, kind: str) -> None:
     states = {"disabled": ["off", None, "off", None], "mixed": [*STATES["mixed"], None, [0, 0, 0, 1]]}
-    states["all"] = ["off", None, *STATES["mixed"]]
+    states["all"] = ["off", None, STATES["mixed"][0], BY_TOKEN]
+    states["by token"] = [*STATES["by token"], None, [0, 0, 0, 1]]
     together = threading.Barrier(4)
 
     def run(state: object) -> None:
@@ -242,7 +250,7 @@ def test_a_recomputation_has_the_state_of_its_forward(reentrant: bool, how: str)
         pytest.skip("torch has it for the other kind alone")
     world = World(before=torch.sigmoid)
     call = regions(reentrant, how, world.model)
-    for state in (None, "off", [0, 1, -1, 1]):
+    for state in (None, "off", [0, 1, -1, 1], BY_TOKEN):
         for around in (None, "off", [1, 0, 0, 0]):
             x = world.x.clone().requires_grad_()
             with world.open(state):
@@ -334,7 +342,7 @@ def fresh() -> Iterator[None]:
 
 def test_compiled_code_runs_by_the_state_of_each_call(fresh, world: World) -> None:
     compiled = torch.compile(world.model, backend="aot_eager", fullgraph=True)
-    states = [None, "off", *STATES["mixed"]]
+    states = [None, "off", *STATES["mixed"], *STATES["by token"]]
     with torch.no_grad():
         for again in range(2):
             with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
@@ -363,7 +371,7 @@ def test_compiled_code_in_four_threads(fresh, world: World) -> None:
             result.result()
 
 
-@pytest.mark.parametrize("state", ["off", [0, 1, -1, 1]], ids=str)
+@pytest.mark.parametrize("state", ["off", [0, 1, -1, 1], BY_TOKEN], ids=["off", "mixed", "by token"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_compiled_layers_recomputed_have_the_state_of_their_forward(fresh, reentrant: bool, state: object) -> None:
     world = World(before=torch.sigmoid)

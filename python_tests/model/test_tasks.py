@@ -216,8 +216,8 @@ def test_bad_input(tmp_path: Path) -> None:
         ),
         (
             ValueError,
-            r"one task a row, got shape \(1, 1\)",
-            lambda: enter(torch.tensor([[1]])),
+            r"one task a row, or \[b, tokens\] of one a token, got shape \(1, 1, 1\)",
+            lambda: enter(torch.tensor([[[1]]])),
         ),
         (ValueError, r"names: expected tasks in \[-1, 6\), got 0 to 6", lambda: enter(torch.tensor([0, 6]))),
         (ValueError, r"names: expected tasks in \[-1, 6\), got -2 to 0", lambda: enter(torch.tensor([0, -2]))),
