@@ -61,9 +61,10 @@ $(STAMPS)/quantized: $(STAMPS)/deps
 	  || { rm -rf $(VENV)/quantized; echo "setup: pip could not install torchao and bitsandbytes: their tests will be skipped" >&2; }
 	@touch $@
 
-# For python_tests/frameworks alone (DeepSpeed, sentence-transformers, TRL and what they need: half a minute, 500 MB).
+# For python_tests/frameworks and the examples of private training and influence (DeepSpeed, sentence-transformers, TRL, Opacus,
+# kronfluence and what they need: half a minute, 500 MB).
 $(STAMPS)/frameworks: $(STAMPS)/deps .ci/make_frameworks
-	@echo "setup: installing DeepSpeed, sentence-transformers and TRL into $(VENV)/frameworks"
+	@echo "setup: installing DeepSpeed, sentence-transformers, TRL, Opacus and kronfluence into $(VENV)/frameworks"
 	@sh .ci/make_frameworks $(PY) $(VENV)/frameworks $(PIP_ARGS) \
 	  || { rm -rf $(VENV)/frameworks; echo "setup: pip could not install the frameworks: their tests will be skipped" >&2; }
 	@touch $@

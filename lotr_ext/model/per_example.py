@@ -8,7 +8,7 @@ operator `row_core` computes the gradient of each, and the core's own gradient i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..compat import graph_task
+from ..layers.layer import LoTRLayer
 from ..layers.mixture import Mixture
 from ..layers.request import in_force
 from .adapted import adapted_layers, expect_merged
 from .saving import unwrapped
 
-__all__ = ["PerExampleGradients", "per_example"]
+__all__ = ["PerExampleGradients", "collecting", "layers_of", "per_example"]
+
+Add = Callable[[nn.Module, Tensor], None]  # takes the gradients [b, ...] of one call of a layer
 
 
 class PerExampleGradients(Mapping[str, Tensor]):
@@ -40,7 +43,8 @@ class PerExampleGradients(Mapping[str, Tensor]):
         self._task: dict[nn.Module, int] = {}  # the backward that the last of a layer's parts is from
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.cat([_norms(part) if self._norms_only else part for part in self._found[self._layers[name]]])
+        parts = self._found[self._layers[name]]
+        return torch.cat([_norms(part) for part in parts] if self._norms_only else parts)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, layer in self._layers.items() if layer in self._found)
@@ -66,7 +70,7 @@ class PerExampleGradients(Mapping[str, Tensor]):
             )
         return torch.stack([one.to(next(iter(squares.values())).device) for one in squares.values()]).sum(0).sqrt()
 
-    def _add(self, layer: nn.Module, gradient: Tensor) -> None:
+    def add(self, layer: nn.Module, gradient: Tensor) -> None:
         """Of one call of a layer, in its backward."""
         task, parts = graph_task(), self._found.setdefault(layer, [])
         if parts and self._task[layer] == task:
@@ -74,7 +78,7 @@ class PerExampleGradients(Mapping[str, Tensor]):
             return
         if parts and self._norms_only:
             parts[-1] = _norms(parts[-1])  # no gradient outlives the next backward
-        parts.append(gradient.clone())
+        parts.append(gradient)
         self._task[layer] = task
 
 
@@ -87,22 +91,44 @@ class _OneARow(torch.autograd.Function):
     """core [...] -> [b, ...], every one the core itself; one for an empty batch. Its backward notes the gradient of each."""
 
     @staticmethod
-    def forward(ctx, core: Tensor, b: int, found: PerExampleGradients, layer: nn.Module) -> Tensor:
-        ctx.found, ctx.layer, ctx.b = found, layer, b
+    def forward(ctx, core: Tensor, b: int, add: Add, layer: nn.Module) -> Tensor:
+        ctx.add, ctx.layer, ctx.b = add, layer, b
         return core.expand(max(1, b), *core.shape)  # row_core takes at least one core
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        ctx.found._add(ctx.layer, gradient.detach()[: ctx.b])
+        ctx.add(ctx.layer, gradient.detach()[: ctx.b])
         return gradient.sum(0), None, None, None
 
 
-def _cores(found: PerExampleGradients, layer: nn.Module, core: Tensor, b: int) -> Tensor:
+def _cores(add: Add, layer: nn.Module, core: Tensor, b: int) -> Tensor:
     if is_compiling():
         raise RuntimeError(
             "per_example: expected a model that runs eagerly, got one inside torch.compile; call the model itself"
         )
-    return _OneARow.apply(core, b, found, layer)
+    return _OneARow.apply(core, b, add, layer)
+
+
+def layers_of(model: nn.Module, where: str) -> dict[str, LoTRLayer]:
+    """The adapted layers, checked. where: the caller's name, for messages."""
+    layers = adapted_layers(unwrapped(model))
+    expect_merged(layers, False, where)
+    for name, layer in layers.items():
+        if not layer.core.requires_grad:
+            raise ValueError(
+                f"model: expected cores that require grad, got a frozen one in {name!r}; requires_grad_() it first"
+            )
+    return layers
+
+
+@contextmanager
+def collecting(layers: Mapping[str, LoTRLayer], add: Add, batch: int | None = None) -> Iterator[None]:
+    """Inside, each call of a layer computes its core's gradient for each of its rows, or of batch examples, and gives them to
+    add in backward."""
+    index = None if batch is None else torch.arange(batch, device="cpu")
+    flat = batch is not None
+    with in_force({layer: Mixture(partial(_cores, add, layer), layer.scaling, index, flat) for layer in layers.values()}):
+        yield
 
 
 @contextmanager
@@ -128,21 +154,11 @@ def per_example(model: nn.Module, *, batch: int | None = None, norms_only: bool 
         TypeError: model is no nn.Module, or batch no int. ValueError: batch is below 1, or a core is frozen. RuntimeError: no
             adapter, a merged one, or a call inside torch.compile.
     """
-    layers = adapted_layers(unwrapped(model))
-    expect_merged(layers, False, "per_example")
+    layers = layers_of(model, "per_example")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):
         raise TypeError(f"batch: expected an int or None, got {type(batch).__name__} {batch!r}")
     if batch is not None and batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
-    for name, layer in layers.items():
-        if not layer.core.requires_grad:
-            raise ValueError(
-                f"model: expected cores that require grad, got a frozen one in {name!r}; requires_grad_() it first"
-            )
     found = PerExampleGradients(layers, norms_only)
-    index = None if batch is None else torch.arange(batch, device="cpu")
-    said = {
-        layer: Mixture(partial(_cores, found, layer), layer.scaling, index, flat=batch is not None) for layer in layers.values()
-    }
-    with in_force(said):
+    with collecting(layers, found.add, batch):
         yield found
