@@ -120,7 +120,7 @@ def _with_launches(
     sizes = (tokens, layer.in_features, layer.out_features, *layer.core.shape[-2:])
     launches = cuda_plans.launches(assumed, *sizes, graph)
     card = plans if isinstance(plans, str) else "h100"
-    return plan._replace(launches=tuple(cuda_plans.told(one, call.compute, here, card) for one in launches))
+    return plan._replace(launches=tuple(cuda_plans.described(one, call.compute, here, card) for one in launches))
 
 
 def explain_call(

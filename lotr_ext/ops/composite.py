@@ -1,4 +1,7 @@
-"""The formulas of a layer in torch's own products: the `composite` strategy, and what a recorded backward runs."""
+"""The formulas of a layer as PyTorch operations.
+
+The `composite` strategy runs them, and so does a backward that autograd records (create_graph=True).
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ def rows(t: Tensor) -> Tensor:
 
 
 def to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t in dtype; t itself if it is."""
+    """t in dtype; t itself if it has that dtype."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def here(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """tensors on device: those of a group over several devices are copied."""
+    """The tensors on `device`. If a group's layers lie on several devices, its factors are copied."""
     for t in tensors:
         if t.device != device:
             return tuple(t.to(device) for t in tensors)
@@ -71,9 +74,9 @@ def expand_backward(
     need_B: bool,
     need_core: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backward of `expand` for g [m, n]: (k [m, r_in], dB, dG), each where it is asked for.
+    """Backward of `expand` for g [m, n]: (k [m, r_in], dB, dG), each only if it is needed.
 
-    k is made of B and core, dB of u and core, dG of u and B; what nothing is made of may be None.
+    k needs B and core, dB needs u and core, dG needs u and B. Other inputs may be None.
     """
     B, core = (None if t is None else t.to(g.device) for t in (B, core))
     if _is_unfolded(g):
@@ -94,12 +97,15 @@ def expand_backward(
 
 
 def _is_unfolded(t: Tensor) -> bool:
-    """Of u or g [m, ..]: few tokens, or float16, whose range F could leave."""
-    known = not is_compiling() and isinstance(t.shape[0], int)  # a size that a compiler traces would become a guard
+    """Whether t (u or g, [m, ..]) is multiplied with the core, which is then not folded into B: for few tokens, and for
+    float16, where F may overflow."""
+    known = not is_compiling() and isinstance(
+        t.shape[0], int
+    )  # comparing a traced size would add a guard to the compiled graph
     return t.dtype == torch.float16 or (known and t.shape[0] < planner.FEW_TOKENS)
 
 
-ROW_CORE_ELEMENTS = 2**20  # of the cores that are gathered at a time
+ROW_CORE_ELEMENTS = 2**20  # of cores that `row_core` gathers at a time
 
 
 def row_core(u: Tensor, cores: Tensor, index: Tensor, tokens: Tensor | None, scaling: float) -> Tensor:
@@ -108,7 +114,7 @@ def row_core(u: Tensor, cores: Tensor, index: Tensor, tokens: Tensor | None, sca
     Cores are gathered for some rows at a time, never for all of them.
     """
     wide, (_, r_in, r_out) = accumulate_dtype(u.dtype), cores.shape
-    if cores.dtype == wide:  # rounded to u's dtype, its gradient not: exact, for the two are close
+    if cores.dtype == wide:  # rounds the value to u's dtype, but not its gradient; the difference of two close numbers is exact
         cores = cores + (to(to(cores.detach(), u.dtype), wide) - cores.detach())
     cores = to(cores, wide)
     parts = []

@@ -20,7 +20,8 @@ from .planner import Plan
 
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 MOST_SHRINK_GRAD = 64  # ranks; beyond them shrink_grad is shrink and factor_grad: csrc/cuda/launchers.h
-# Cards that need not be here: multiprocessors, bytes of shared memory of one, MHz, MB/s of memory, early launches, wgmma.
+# Cards to plan for where they are not: multiprocessors, bytes of shared memory of one, MHz, MB/s of memory, early launches,
+# wgmma.
 CARDS = {
     "h100": (132, 233472, 1755, 3352320, 1, 1),
     "a100": (108, 167936, 1410, 2039040, 0, 0),
@@ -71,13 +72,15 @@ def is_plan(text: str) -> bool:
 
 
 def obstacle() -> str | None:
-    """Why there are no plans here; None if there are."""
+    """Why this build has no plans; None if it has."""
     return None if hasattr(torch.ops.lotr, "cuda_plans") else "lotr_ext was built without CUDA kernels"
 
 
 def plans(launch: Launch, dtype: torch.dtype, device: torch.device | None = None, card: str = "h100") -> list[CudaPlan]:
-    """The plan that a launch takes, then the others, the fastest by the estimate first. device: a GPU that is here; None: as
-    if card, one of CARDS, were here. ValueError for a forced rule that no plan fits."""
+    """The plan that a launch takes, then the others in the order of their estimated times.
+
+    device: a GPU of this machine. None: plans for `card`, one of CARDS. Raises ValueError for a forced rule that no plan fits.
+    """
     if card not in CARDS:
         raise ValueError(f"card: expected one of {', '.join(CARDS)}, got {card!r}")
     index = -1 if device is None else device.index if device.index is not None else torch.cuda.current_device()
@@ -85,8 +88,8 @@ def plans(launch: Launch, dtype: torch.dtype, device: torch.device | None = None
     return [CudaPlan(**one) for one in json.loads(found)]
 
 
-def told(launch: Launch, dtype: torch.dtype, device: torch.device | None, card: str) -> str:
-    """What a launch takes, in a line."""
+def described(launch: Launch, dtype: torch.dtype, device: torch.device | None, card: str) -> str:
+    """The plan that a launch takes, in one line."""
     plan = plans(launch, dtype, device, card)[0]
     where = "" if device is not None else f" on {card}"
     return f"{launch.kernel} [{launch.m}, {launch.n}], r {launch.r}{where}: {plan.plan}, {plan.microseconds:.1f} us by estimate"
@@ -94,9 +97,9 @@ def told(launch: Launch, dtype: torch.dtype, device: torch.device | None, card: 
 
 @contextlib.contextmanager
 def forced(rules: str) -> Iterator[None]:
-    """Rules for the plans of this process's CUDA kernels, of all threads, while the block lasts. For benchmarks.
+    """Forces plans of CUDA kernels by rules, in all threads of this process, while the block lasts. For benchmarks.
 
-    ValueError for what is no rule. A rule that no plan of a problem fits is an error of the call that meets it.
+    Raises ValueError for text that is no rule. If no plan of a problem fits a rule, the operator's call raises.
     """
     before = _checked(torch.ops.lotr.cuda_plan_rules, rules, True)
     try:
@@ -106,12 +109,12 @@ def forced(rules: str) -> Iterator[None]:
 
 
 def measured(rules: str) -> None:
-    """Rules from measured times; those that no plan fits are ignored. Forced ones come first."""
+    """Sets the rules that measured times gave. Forced rules come before them. Rules that no plan fits are ignored."""
     _checked(torch.ops.lotr.cuda_plan_rules, rules, False)
 
 
 def _checked(operator, *arguments):
-    """The operator's result; its error as a ValueError of one line."""
+    """The operator's result. Raises its error as a ValueError of one line."""
     try:
         return operator(*arguments)
     except RuntimeError as error:

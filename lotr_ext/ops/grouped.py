@@ -3,9 +3,10 @@
     grouped_mm      y_i = x_i W_c(i)^T      [rows, k], [e, n, k] -> [rows, n]
     grouped_outer   dW_c = sum over the rows of c of g_i^T x_i     [rows, n], [rows, k] -> [e, n, k]
 
-offs [e] (int32) says where each expert's rows end, as torch.nn.functional.grouped_mm takes them. Each is the other's gradient.
-On a GPU torch's grouped product runs where it takes the operands; else, and on a CPU, where it is a loop itself and refuses
-float64 and rows that are no multiple of 16 bytes, one product an expert. One operator each, so that compilers see no loop.
+offs [e] (int32) holds where each expert's rows end, as for torch.nn.functional.grouped_mm. Each operator is the other's
+gradient. On a GPU torch's grouped product runs if it supports the operands. Otherwise, and on a CPU, one product per expert
+runs: on a CPU torch's own is such a loop too, and refuses float64 and rows that are no multiple of 16 bytes. Both are
+operators, so that a compiled graph contains no loop.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CHUNK = 16  # bytes that a row must be a multiple of for torch's grouped produc
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes these: bfloat16 on a GPU, in rows or columns that start at 16 bytes."""
+    """Whether torch's grouped product supports these: bfloat16 on a GPU, with rows or columns aligned to 16 bytes."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or not x.shape[0]:
         return False
     if torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -36,7 +37,7 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def _ends(offs: Tensor, rows: int) -> list[int]:
-    """offs, if they ascend in [0, rows]."""
+    """offs as numbers. Raises ValueError unless they ascend in [0, rows]."""
     ends = offs.tolist()
     if any(a > b for a, b in pairwise([0, *ends, rows])):
         raise ValueError(f"offs: expected ascending ends in [0, {rows}], got {ends}")
@@ -124,9 +125,9 @@ def of_groups_alone(run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, o
     """run(x, tokens) [rows, n], in which rows from offs[-1] on, and rows of x that no other row is of, have no part: whatever
     they hold, NaN too, they are zero in the output and in the gradient of x, and change no other gradient of any order.
 
-    Products over all rows, as x^T k is one, would make NaN of NaN times zero. So on a CPU only the rows of experts are run on,
-    and x is copied where some of its rows are not read. Elsewhere, and in compiled graphs, offs is not looked at, which would
-    wait for the device: x and the output are copied, with zeros in place of such rows.
+    A product over all rows, such as x^T k, would turn zero times NaN into NaN. So on a CPU the products take only the rows of
+    experts, and x is copied if some of its rows are not read. On other devices and in compiled graphs the values of offs are
+    not read, because that would synchronise with the device: x and the output are copied, with zeros in place of such rows.
 
     Raises ValueError on a CPU for an offs that does not ascend in [0, rows] and for a token that does not exist.
     """
@@ -157,7 +158,7 @@ def _read(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_known(t: Tensor) -> bool:
-    """Whether a tensor's values can be looked at, at no cost."""
+    """Whether a tensor's values can be read without a synchronisation or a graph break."""
     return t.device.type == "cpu" and type(t) is Tensor and not is_compiling() and jit_tracing() is None and not transformed()
 
 

@@ -1,17 +1,17 @@
-"""The operators of a whole layer, one a direction: the base product by the library, the rest by our kernels.
+"""The operators of a whole layer, one per direction. The library computes the base product, our kernels the rest.
 
     forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
     backward   k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T k,  dB += s Q G,  dG = s Q^T B
 
 Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g B, k = h G^T, dB += s g^T (u G), dG = u^T h.
 
-The tensors that a backward operator adds to belong to its caller alone: it moves no version counter, and it has no layer in
-Python, which would cost a compiled graph 20 us a call, and over 100 us with cold caches. `.._owned_` is the same on a CPU with
-None for what was not asked for.
+A backward operator adds to tensors that only its caller holds. So it bumps no version counter and needs no Python kernel, which
+would cost a compiled graph 20 us a call, and over 100 us with cold caches. `.._owned_` is the same operator for a CPU; it
+returns None for results that were not requested.
 
-Where a dispatch mode is on (selective checkpointing, a counter of operators), it is shown the products that an operator is made
-of: `OpOverload.decompose` runs them, in C++. Compiled graphs have the operators whole, so their shapes are here and their
-products an overload: C++ reads sizes as numbers, which would make a graph for any length one for its first.
+Under a dispatch mode (selective checkpointing, an operator counter) the mode sees the products of an operator:
+`OpOverload.decompose` runs them in C++. Compiled graphs contain the whole operators. Therefore the products are an overload of
+their own, and the shapes are registered here: C++ code would read traced sizes as numbers and specialise the graph to them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _FORWARD, _FORWARD_PRODUCTS = straight(_lotr.layer_forward.default), _lotr.layer
 _BACKWARD, _BACKWARD_OWNED = straight(_lotr.layer_backward_.default), straight(_lotr.layer_backward_owned_.default)
 _SHRINK, _SHRINK_OWNED = straight(_lotr.shrink_backward_.default), straight(_lotr.shrink_backward_owned_.default)
 _BACKWARD_PRODUCTS, _SHRINK_PRODUCTS = _lotr.layer_backward_.products.decompose, _lotr.shrink_backward_.products.decompose
-_UNFOLDED = 4  # beside the order, check.h
+_UNFOLDED = 4  # is added to the order; check.h
 
 
 def _elsewhere(operator: Callable, products: Callable, arguments: tuple):
-    """On CUDA and in compiled graphs the operator; where a dispatch mode is on its products, which move no version counter."""
+    """Runs the operator, or under a dispatch mode its products, without bumping version counters."""
     if is_compiling() or not dispatch_modes():
         return operator(*arguments)
     with private_write():
@@ -43,7 +43,7 @@ def _elsewhere(operator: Callable, products: Callable, arguments: tuple):
 
 
 def _as_rows(t: Tensor) -> Tensor:
-    """t with leading dimensions that lie as one, t itself where they do."""
+    """t if its leading dimensions can be viewed as one, else a contiguous copy."""
     size, stride = t.shape, t.stride()
     for i in range(t.dim() - 2):
         if stride[i] != stride[i + 1] * size[i + 1]:
@@ -116,12 +116,12 @@ def layer_backward(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Backward of `layer_forward` for g [..., n]: (dx, k, dA, dB, dG), each new and only where it is asked for.
+    """Backward of `layer_forward` for g [..., n]: (dx, k, dA, dB, dG), each a new tensor, or None if it was not requested.
 
-    weight and x in g's dtype. dx with weight; dA with x; k [m, r_in] with F but no A; dB and dG as needed. k, dx: what siblings
-    bring; dx [..., k], Q [n, r_in], dA, dB are added to in place where given, by their only owner: no version counter moves.
-    With Q, dB and dG are left to whoever folds it. New dA, dB and dG are in the factors' dtype if they have one in common, else
-    in float32 (float64).
+    dx needs weight, dA needs x (both in g's dtype); k [m, r_in] is returned with F but without A; need_B and need_core request
+    dB and dG. k and dx: pending gradients of sibling layers. dx [..., k], Q [n, r_in], dA and dB are added to in place if
+    given; only the caller may hold them, because no version counter is bumped. With Q, dB and dG are not computed: `fold_grad`
+    makes them of Q later. New dA, dB and dG have the factors' dtype if the factors share one, else float32 (float64).
     """
     if is_grad_enabled():
         refuse_gradients("layer_backward", g, weight, x, u, A, F, B, core, k, dx, Q, dA, dB)
@@ -174,9 +174,10 @@ def shrink_backward(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Backward of u = drop(x) A for k [m, r_in]: dx + drop(k A^T) [..., k] with A, and a new dA = drop(x)^T k with x, or None.
+    """Backward of u = drop(x) A for k [m, r_in]: (dx + drop(k A^T) [..., k] if A is given, a new dA = drop(x)^T k if x is
+    given).
 
-    dx and dA are added to in place where given, by their only owner. shape: x's.
+    dx and dA are added to in place if given; only the caller may hold them. shape: x's.
     """
     if is_grad_enabled():
         refuse_gradients("shrink_backward", k, dx, x, A, dA)
@@ -200,7 +201,7 @@ def _(k, dx, x, A, dA, p=0.0, seed=None):
 for _name in ("layer_backward_", "shrink_backward_"):
     refuse_negative(_name), refuse_negative(f"{_name}.products")
     refuse_negative(f"{_name[:-1]}_owned_"), without_shapes(f"{_name[:-1]}_owned_")
-for _name in ("gemm_lotr", "gemm_lotr_refusal"):  # which builds with CUDA have
+for _name in ("gemm_lotr", "gemm_lotr_refusal"):  # builds with CUDA alone have them
     if hasattr(_lotr, _name):
         without_shapes(_name)
 if hasattr(_lotr, "gemm_lotr"):

@@ -1,4 +1,4 @@
-"""The compiled library, and what every operator of it needs from Python: the version bump of arguments that it writes."""
+"""Loads the compiled library, and adds to its operators what C++ cannot register: shapes, version counters, checks."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ lotr = torch.ops.lotr
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over tokens and layers are kept in: float64 for float64, else float32."""
+    """The dtype of sums over tokens and layers: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def refuse_gradients(name: str, *arguments, why: str = "") -> None:
-    """Of operators that autograd has no formula for."""
+    """Raises if an argument requires grad; for operators without a gradient formula."""
     if any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         raise RuntimeError(
             f"lotr::{name}: expected tensors that need no gradient{why}, got one that requires grad; call it under "
@@ -48,11 +48,12 @@ def refuse_gradients(name: str, *arguments, why: str = "") -> None:
 
 
 def check_tensors(name: str, args: tuple, kwargs: dict | None = None, *, values: bool = False, apart: bool = False) -> None:
-    """What every operator expects of its tensors, as `Check::arguments` of csrc/torch/arg.h does where C++ runs: each is there,
-    on the device of the first. The dispatcher calls the function of shapes where one argument of many is on meta.
+    """Checks that no tensor is missing and that all are on the device of the first. `Check::arguments` of csrc/torch/arg.h does
+    the same for kernels in C++; this one also serves the functions of shapes, which the dispatcher calls if any tensor is on
+    meta.
 
-    values: also that each has memory for all its elements; for operators that Python runs. apart: they may be on several
-    devices, if all or none are on meta.
+    values: also checks that each tensor has memory for all its elements; for kernels in Python. apart: the tensors may be on
+    several devices, if all or none are on meta.
     """
     first, packet = None, name.partition(".")[0]
     for i, argument in enumerate(_operator(name)._schema.arguments):
@@ -78,8 +79,8 @@ def _operator(name: str) -> torch._ops.OpOverload:
 
 
 def shapes(name: str) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as what gives an operator's shapes, for tensors without values; it may take it as given
-    that all of them are on one device."""
+    """Registers the decorated function as an operator's fake kernel, which gives shapes for tensors without values. The tensors
+    are checked first, so the function may assume that all are on one device."""
 
     def register(function: Callable) -> Callable:
         def checked(*args, **kwargs):
@@ -93,7 +94,7 @@ def shapes(name: str) -> Callable[[Callable], Callable]:
 
 
 def without_shapes(name: str) -> None:
-    """Of an operator that no compiler sees: tensors without values are an error by name."""
+    """Registers a fake kernel that raises; for operators that never appear in compiled graphs."""
 
     @shapes(name)
     def _(*args, **kwargs):
@@ -105,10 +106,10 @@ _registrations = torch.library.Library("lotr", "IMPL")
 
 
 def bump_versions(name: str) -> None:
-    """Registers the layer that autograd expects of an in-place operator.
+    """Registers the kernel that bumps the version counters of the arguments that an in-place operator writes.
 
-    The stable ABI does not bump the version of an argument that a kernel writes; without this, a tensor saved for backward
-    and then written through one of these operators would give a wrong gradient in silence.
+    The stable ABI does not bump them. Without this, a backward that saved a tensor before it was written would silently compute
+    a wrong gradient.
     """
     op = getattr(lotr, name).default
     written = _written(op)
@@ -129,15 +130,16 @@ def bump_versions(name: str) -> None:
 
 
 def _written(op: torch._ops.OpOverload) -> list[tuple[int, str]]:
-    """Place and name of the arguments that an operator writes."""
+    """Position and name of the arguments that an operator writes."""
     return [(i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
 def refuse_negative(name: str) -> None:
-    """Of an operator that writes: an argument that is negative only by a mark (`torch._neg_view`) is an error where it is
-    written, by name; others get their values. The dispatcher's own way serves operators alone that return what they write.
+    """Registers how an operator that writes handles views with the negative bit (`torch._neg_view`): an error by name for an
+    argument that it writes, a resolved copy for the others. The dispatcher's own fallback serves only operators that return
+    what they write.
 
-    `.products` overloads have their kernel at autograd's keys, which come before the one of negative views.
+    Of `.products` overloads the kernel is at autograd's keys, because those come before the key of negative views.
     """
     op = _operator(name)
     written = _written(op)

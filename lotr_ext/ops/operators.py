@@ -1,10 +1,10 @@
-"""The operators of `csrc/torch`, one product each, as typed functions; each with its shapes and its gradient beside it.
+"""The operators of `csrc/torch` that compute one product each, as typed functions with their shapes and gradients.
 
-Schemas, argument checks and kernels are C++ (one schema for CPU and CUDA). Here is what LibTorch's stable ABI has no call for:
-shapes for FakeTensor (torch.compile, torch.export), gradients, and (`library.py`) version counters.
+Schemas, argument checks and kernels are C++ (one schema for CPU and CUDA). This module registers what LibTorch's stable ABI
+cannot: shapes for FakeTensor (torch.compile, torch.export), gradients, and (`library.py`) version counters.
 
-T is float32, bfloat16, float16 or float64, the dtype of x and of what comes back; sums are float32 (float64 for float64).
-Factors may be float32 beside a half-precision x: they are rounded to T first, as autocast would.
+x and the results have one dtype: float32, bfloat16, float16 or float64. Sums are float32 (float64 for float64). Factors may be
+float32 beside a half-precision x; they are rounded to x's dtype first, as under autocast.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ def _(dx, g, x, u, A, core, B, scaling, dA, dB, need_core) -> Tensor:
 def dropout_mask(rows: int, cols: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask [rows, cols] that shrink, expand_add_ and factor_grad_ draw from (p, seed): 0, or 1 / (1 - p) where kept.
 
-    One operator to autograd and dispatch modes: of a write into new memory selective checkpointing, told to save what ours
-    give, would repeat the memory and not the write.
+    It is one operator for autograd and dispatch modes. If selective checkpointing saw the allocation and the in-place write
+    apart and saved only our operators, it would allocate again in the recomputation and not repeat the write.
     """
     check_tensors("dropout_mask", (rows, cols, p, seed, dtype), values=True)
     mask = torch.zeros(rows, cols, dtype=dtype, device=seed.device)

@@ -7,8 +7,8 @@
 
 Heuristic: our kernels run wherever they exist (CPU: all four dtypes; CUDA: float16, bfloat16 and float32 from sm_80 on, rank
 at most 256). On a CPU beta for float32 and float64, whose base product starts from a copy of the bias anyway; two_pass for
-half types, which are rounded where they are accumulated onto, and whose base product takes longer with a bias than without, so
-that our expand adds it. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start
+half types: accumulating onto them rounds once more, and their base product is slower with a bias than without, so our expand
+adds the bias. On CUDA beta from 1,024 tokens on, where the read of y that it saves outweighs a less favourable start
 (derived from bytes moved, DRAM-bound: 11.7 against 17.5 % of the base product on an H100). fused never: `lotr_ext.tune` may
 find it faster than beta, or it is forced.
 LOTR_STRATEGY, as the environment has it when lotr_ext is imported, or the argument `strategy` of `lotr_linear`, forces one;
@@ -45,10 +45,10 @@ ORDERS = {"composite": 0, "two_pass": 0, "beta": 1, "fused": 2}  # as the operat
 FUSED_MAX_RANK = 128
 BETA_TOKENS = 1024
 FEW_TOKENS = 129  # below, the unfolded form costs less than folding
-# One pass over x in multiplications, x.numel() (r + READING): to read an element takes as long as 16 of them. On a CPU less
-# than LITTLE_WORK is bound by the host, and one node for each sibling costs less than two that share u (Intel Xeon, AVX-512,
-# fp32, one thread, SmolLM2-135M, over the frozen model: 256 tokens 12.1 % against 15.4, 512 9.9 against 11.0, 1024 8.4 against
-# 7.1; `python -m bench.model --model smollm2-135m --sequence 256 --clock cpu --threads 1 --dtypes fp32`).
+# One pass over x in multiplications, x.numel() (r + READING): to read an element takes as long as 16 of them. On a CPU a
+# product of less than LITTLE_WORK is bound by host overhead, and one node per sibling costs less than two that share u (Intel
+# Xeon, AVX-512, fp32, one thread, SmolLM2-135M, over the frozen model: 256 tokens 12.1 % against 15.4, 512 9.9 against 11.0,
+# 1024 8.4 against 7.1; `python -m bench.model --model smollm2-135m --sequence 256 --clock cpu --threads 1 --dtypes fp32`).
 READING = 16
 LITTLE_WORK = 2**23
 CUDA_MAX_RANK = 256
@@ -59,11 +59,11 @@ _NO_CODE = ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction",
 
 
 class Plan(NamedTuple):
-    """What a call runs. str() gives it in words.
+    """What a call runs. str() describes it.
 
-    strategy: one of STRATEGIES, or "base" where no adapter runs; reason: what decided it. nodes: how many autograd nodes of
-    ours run (0: the composite), and why; unfolded: whether the core is multiplied with the tokens, not folded into B. order:
-    of strategy, in ORDERS. launches: the plans of its CUDA kernels, a line each, where `explain` was asked for them.
+    strategy: one of STRATEGIES, or "base" if no adapter runs; reason: why. nodes: the number of our autograd nodes (0: the
+    composite); why: why that many. unfolded: whether the tokens are multiplied with the core, which is then not folded into B.
+    order: the strategy's number in ORDERS. launches: the plans of its CUDA kernels, one line each, from `explain(plans=True)`.
     """
 
     strategy: str
@@ -105,7 +105,7 @@ _NODES = (
 
 @functools.cache
 def build_info() -> dict:
-    """What the compiled extension says of itself: `torch.ops.lotr.info()`, parsed."""
+    """How the extension was compiled: `torch.ops.lotr.info()`, parsed."""
     return json.loads(torch.ops.lotr.info())
 
 
@@ -119,7 +119,7 @@ def cuda_probe(device: int) -> dict:
 
 @functools.cache
 def cuda_obstacle(index: int) -> str | None:
-    """Why our CUDA kernels cannot run on device index; None if they can. Asked of the driver once, at the first use."""
+    """Why our CUDA kernels cannot run on device index; None if they can. The driver is queried once, at the first use."""
     built = build_info()["cuda"]
     if not built["built"]:
         return "lotr_ext was built without CUDA kernels (no nvcc at build time, or LOTR_CUDA=OFF)"
@@ -141,7 +141,7 @@ def cuda_obstacle(index: int) -> str | None:
 
 
 def driver_obstacle() -> str | None:
-    """Why the machine's driver runs no kernel of this build: there is none, or it is of an older major version of CUDA."""
+    """Why the machine's driver runs no kernel of this build: no driver, or one for an older major version of CUDA."""
     found = cuda_probe(-1)
     runtime, driver = found["runtime"], found["driver"]
     if not driver:
@@ -162,7 +162,7 @@ def cuda_version(number: int) -> str:
 
 
 def check_strategy(strategy: str, where: str) -> str:
-    """strategy, if it is one."""
+    """strategy. Raises ValueError unless it is one of STRATEGIES."""
     if strategy not in STRATEGIES:
         raise ValueError(f"{where}: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     return strategy
@@ -182,7 +182,7 @@ def forced_strategy(strategy: str | None, environment: str | None) -> tuple[str 
 
 
 def plan_function(x: Tensor, core: Tensor, graph: bool) -> Plan:
-    """The Plan of a LoTRFunction by itself; graph: whether it will go backward."""
+    """The Plan of a LoTRFunction by itself; graph: whether its backward will run."""
     tokens = x.numel() // x.shape[-1]
     return plan(tokens, max(core.shape), x.dtype, x.device)._replace(
         nodes=1, unfolded=is_unfolded(tokens, x.dtype, x.device, graph)
@@ -190,8 +190,8 @@ def plan_function(x: Tensor, core: Tensor, graph: bool) -> Plan:
 
 
 def is_unfolded(tokens: int, dtype: torch.dtype, device: torch.device, graph: bool) -> bool:
-    """Whether the core is multiplied with the tokens. Few tokens: that costs less than folding it into B; but on a GPU its
-    backward is six launches, and the folded one three. float16: F could leave its range where the layer's output does not."""
+    """Whether the tokens are multiplied with the core. With few tokens that costs less than folding it into B. On a GPU,
+    however, its backward takes six launches instead of three. In float16, F may overflow where the layer's output does not."""
     return dtype == torch.float16 or (tokens < FEW_TOKENS and not (graph and device.type == "cuda"))
 
 
@@ -199,7 +199,7 @@ def is_unfolded(tokens: int, dtype: torch.dtype, device: torch.device, graph: bo
 def plan_of(
     many: bool, rank: int, dtype: torch.dtype, device: torch.device, strategy: str | None, environment: str | None
 ) -> Plan:
-    """`plan`, remembered: these few answers come again in every call."""
+    """`plan`, cached: calls have few different arguments."""
     forced, where = forced_strategy(strategy, environment)
     obstacle = obstacle_to_kernels(rank, dtype, device)
     if forced is not None:
@@ -225,12 +225,12 @@ def plan_of(
 
 
 def without_text() -> str:
-    """What LOTR_CUDA_WITHOUT leaves out, as `explain` says it; "" where it is not set."""
+    """LOTR_CUDA_WITHOUT for `explain`; "" if it is not set."""
     return f"; LOTR_CUDA_WITHOUT={','.join(CUDA_WITHOUT)}" if CUDA_WITHOUT else ""
 
 
 def fused_obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why there is no fused strategy for any size there; None if there is. Of a device that kernels of ours run on."""
+    """Why the fused strategy runs for no size on a device that runs our kernels; None if it may."""
     if "fused" in CUDA_WITHOUT or "wgmma" in CUDA_WITHOUT:
         return f"LOTR_CUDA_WITHOUT: expected fused and wgmma to be left on, got {','.join(CUDA_WITHOUT)}"
     if device.type != "cuda":
@@ -248,8 +248,8 @@ def fused_obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str |
 
 
 def fused_refusal(x: Tensor, weight: Tensor, rank: int, dtype: torch.dtype) -> str | None:
-    """Why the fused strategy cannot take x [.., k] and weight [n, k] as they lie once they are in dtype, or not now: rows, room
-    on the device, a workspace of the current stream; None if it can. Not asked where `fused_obstacle` has something to say."""
+    """Why the fused strategy cannot take x [.., k] and weight [n, k] in dtype: their strides, the room on the device, the
+    workspace of the current stream; None if it can. Callers check `fused_obstacle` first."""
     like = [t if t.dtype == dtype else t.new_empty(t.shape, dtype=dtype) for t in (x, weight)]  # a cast one is new
     text = torch.ops.lotr.gemm_lotr_refusal(like[0].reshape(-1, x.shape[-1]), like[1], rank, False)
     n = weight.shape[0]
@@ -257,7 +257,7 @@ def fused_refusal(x: Tensor, weight: Tensor, rank: int, dtype: torch.dtype) -> s
 
 
 def obstacle_to_kernels(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why none of our kernels runs there; None if they do."""
+    """Why none of our kernels runs for these; None if they do."""
     if device.type == "cpu":
         return None if dtype in _CPU_DTYPES else f"no CPU kernels for {dtype}"
     if device.type != "cuda":

@@ -1,7 +1,7 @@
-"""A core a row: h_i = s u_t(i) G_c(i), the small product between the shrink and the expand of a mixture.
+"""One core per row: h_i = s u_t(i) G_c(i), the small product between shrink and expand.
 
-Rows are those of tokens that were sent to experts, or of a batch whose rows belong to different tasks. A and B stay dense
-products for all of them; only this one picks a core by row.
+The rows are tokens that a router sent to experts, or a batch with rows of different tasks. The products with A and B stay dense
+for all rows. Only this one depends on a row's core.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def row_core(
 ) -> Tensor:
     """h_i = scaling u_t(i) G_c(i): u [m, r_in] and cores [c, r_in, r_out] -> h [rows, r_out] in u's dtype.
 
-    Exactly one of index and offs says which core a row takes. index [rows] (int64): its core, or -1 for none: then h is zero.
-    offs [c] (int32): where the rows of each core end, as torch's grouped_mm takes them: core j has the rows from offs[j - 1]
-    (0) to offs[j]; rows from offs[-1] on have none, and h is zero. tokens [rows] (int64): row i reads u[tokens[i]]; None: u[i].
-    cores are of u's dtype, or float32 beside a half-precision u (rounded to it).
+    Exactly one of index and offs gives each row's core. index [rows] (int64): the core, or -1 for none, where h is zero.
+    offs [c] (int32): where the rows of each core end, as for torch's grouped_mm: core j has the rows from offs[j - 1] (0) to
+    offs[j]; rows from offs[-1] on have no core, and h is zero. tokens [rows] (int64): row i reads u[tokens[i]]; None: u[i].
+    cores have u's dtype, or float32 beside a half-precision u (they are rounded to it).
 
     Differentiable in u and cores: du_t = s sum over a token's rows of dh_i G_c(i)^T and dG_c = s sum over the rows of c of
     u_t(i)^T dh_i, summed in float32 (float64 for float64) in the order of the rows, rounded once: the same bits at any number
-    of threads. Under functorch, in a recorded backward and where there are no kernels the same in torch's own products.
+    of threads. Under functorch, in a recorded backward and without kernels, PyTorch operations compute the same.
 
-    Raises TypeError or ValueError that says name, expected and got. On a GPU the values of index, offs and tokens are not
-    looked at, which would wait for it: a row with a core below -1 or from c on, or a token that does not exist, gets NaN and
-    no gradient; offs have to ascend.
+    Raises TypeError or ValueError with name, expected and got. On a GPU the values of index, offs and tokens are not checked,
+    because that would synchronise: a row with a core outside [-1, c), or with a token that does not exist, gets NaN and no
+    gradient; offs must ascend.
     """
     _check(u, cores, index, offs, tokens)
     if _kernels(u, cores):
@@ -51,12 +51,14 @@ def row_core(
         except RuntimeError as error:
             if not str(error).startswith("lotr::row_core: "):
                 raise
-            raise ValueError(str(error).removeprefix("lotr::row_core: ")) from None  # of an index: all else was looked at
+            raise ValueError(
+                str(error).removeprefix("lotr::row_core: ")
+            ) from None  # a value of index, offs or tokens: `_check` has checked all else
     return composite.row_core(u, cores, _index(u, cores, index, offs, tokens), tokens, scaling)
 
 
 def _kernels(u: Tensor, cores: Tensor) -> bool:
-    """Whether there are kernels, and nothing that needs torch's own products instead."""
+    """Whether our kernels can run: they exist for u, and no tracer, functorch transform or tensor subclass is in the way."""
     if not is_compiling():
         if transformed() or jit_tracing() is not None:
             return False
@@ -65,7 +67,7 @@ def _kernels(u: Tensor, cores: Tensor) -> bool:
     return _obstacle(max(cores.shape[1:]), u.dtype, u.device) is None
 
 
-@torch.compiler.assume_constant_result  # a compiler need not look into what asks the driver
+@torch.compiler.assume_constant_result  # the driver is queried outside of the compiled graph
 def _obstacle(rank: int, dtype: torch.dtype, device: torch.device) -> str | None:
     return planner.obstacle_to_kernels(rank, dtype, device)
 

@@ -1,13 +1,12 @@
-"""Which strategy was the fastest where it was tried, and on a GPU which plan of each kernel: the answers of `lotr_ext.tune`,
-kept for later processes.
+"""The answers of `lotr_ext.tune`: the fastest strategy for a call, and on a GPU the fastest plan of each kernel.
 
-They lie in one JSON file, $XDG_CACHE_HOME/lotr_ext/tuned.json (~/.cache without that variable), by card or CPU, driver,
-threads, versions, dtypes, sizes, and what the call is (`Key`). It is read when the first answer is looked for, not when this
-module is imported. A file that cannot be read, or one of another kind, counts as empty and is written anew; what cannot be an
-answer is left out. Both give one warning.
+One JSON file keeps them for later processes: $XDG_CACHE_HOME/lotr_ext/tuned.json (~/.cache without that variable). The key of
+an answer is the card or CPU, driver, threads, versions, dtypes, sizes, and the kind of call (`Key`). The file is read when the
+first answer is looked up, not when this module is imported. An unreadable file, or one of another kind, counts as empty and is
+written anew; invalid answers in it are ignored. Both give one warning.
 
-`planner` decides without the file; `apply` puts an answer in its place. The code that times is above this room: it sets `ask`.
-LOTR_TUNE=0 in the environment leaves the file alone, LOTR_TUNE=1 times each shape when it comes for the first time.
+`planner` decides without the file, and `apply` replaces its choice by an answer. lotr_ext/layers/tuning.py measures; it sets
+`ask`. LOTR_TUNE=0 in the environment disables the file. LOTR_TUNE=1 measures each shape at its first call.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from .cuda_plans import KERNELS, Launch, is_plan
 from .planner import Plan
 
 FORMAT = 1
-STRATEGIES = ("two_pass", "beta", "fused")  # that are timed
-GAIN = 0.02  # what a strategy must be faster by than the one that it replaces
+STRATEGIES = ("two_pass", "beta", "fused")  # which `tune` measures
+GAIN = 0.02  # by how much a strategy must be faster than the one that it replaces
 
 
 class Problem(NamedTuple):
-    """A layer's call as it is timed: tokens rounded (`rounded`), x [tokens, k], W [n, k], core [r_in, r_out].
+    """A layer's call as `tune` measures it: tokens rounded (`rounded`), x [tokens, k], W [n, k], core [r_in, r_out].
 
-    form: "alone" (one node, folded), "siblings" (two nodes; u is there) or "unfolded" (one node, few tokens or float16); step:
-    forward and backward, else forward alone; usual: the planner's own strategy.
+    form: "alone" (one node, folded), "siblings" (two nodes; u exists) or "unfolded" (one node, few tokens or float16). step:
+    forward and backward; otherwise forward alone. usual: the strategy that the planner chooses.
 
-    A launch of a CUDA kernel is a problem too: form is the kernel, its large matrix is [tokens, k] and its rank r_in; usual:
-    the plan that it takes by estimate (`cuda_plans`).
+    A launch of a CUDA kernel is a problem too: form is the kernel, its large matrix is [tokens, k] and its rank r_in; usual is
+    the plan that its estimate chooses (`cuda_plans`).
     """
 
     device: torch.device
@@ -76,7 +75,7 @@ class Problem(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A problem on a machine, as the file has it. setting: what else decides there, see `setting_of`."""
+    """A problem on a machine, as the file keeps it. setting: see `setting_of`."""
 
     machine: str
     driver: str
@@ -97,16 +96,16 @@ _TYPES = (str, str, str, str, str, str, int, int, int, int, int, str, bool)
 
 
 class Answer(NamedTuple):
-    """The strategy to take (of a launch: the plan), and the median seconds of all that were tried."""
+    """The strategy to take (for a launch: the plan), and the median seconds of all that were measured."""
 
     strategy: str
     seconds: dict[str, float]
 
 
-on = os.environ.get("LOTR_TUNE") != "0"  # whether `apply` has anything to say: calls look at this alone
-ask: Callable[[Problem], None] | None = None  # times a problem that has no answer and calls `keep`
-plans: dict[tuple, Plan] = {}  # what `apply` gave, by all that a call's plan depends on: one look for a call
-_MOST_PLANS = 4096  # a run over batches of ever new lengths begins anew
+on = os.environ.get("LOTR_TUNE") != "0"  # whether `apply` can change a plan; the only check on the path of a call
+ask: Callable[[Problem], None] | None = None  # measures a problem without an answer and calls `keep`
+plans: dict[tuple, Plan] = {}  # results of `apply` by all that a plan depends on: one lookup per call
+_MOST_PLANS = 4096  # the cache is cleared then: batches may have ever new lengths
 _kept: dict[Key, Answer] = {}
 _unread = True  # whether the file is still to be read
 _warned: set[str] = set()
@@ -155,7 +154,7 @@ def read(path: Path) -> dict[Key, Answer]:
 
 
 def _row(row: object) -> tuple[Key, Answer] | None:
-    """An answer of the file; None for what cannot be one."""
+    """One answer of the file; None if it is invalid."""
     try:
         key, strategy = Key(*(row[name] for name in Key._fields)), row["strategy"]
         seconds = {name: float(t) for name, t in row["seconds"].items() if not isinstance(t, bool | str)}
@@ -170,9 +169,9 @@ def _row(row: object) -> tuple[Key, Answer] | None:
 
 
 def keep(found: Mapping[Problem, Answer]) -> None:
-    """Remembers answers, and writes them to the file beside what other processes have written there meanwhile.
+    """Keeps answers in this process, and merges them into the file, where other processes may have written meanwhile.
 
-    OSError where the folder cannot be written; the answers are remembered all the same.
+    Raises OSError if the folder cannot be written; the process keeps the answers all the same.
     """
     global on
     own = {key_of(problem): answer for problem, answer in found.items()}
@@ -188,7 +187,7 @@ def keep(found: Mapping[Problem, Answer]) -> None:
 
 
 def load() -> None:
-    """Reads the file, unless LOTR_TUNE=0; what was remembered before goes."""
+    """Reads the file, unless LOTR_TUNE=0, and forgets all other answers."""
     global _unread
     with _lock:
         _kept.clear()
@@ -197,7 +196,7 @@ def load() -> None:
 
 
 def _read_once() -> None:
-    """The file's answers, beside those that were kept meanwhile; once a process."""
+    """Adds the file's answers to those kept meanwhile; once per process."""
     global on, _unread
     with _lock:
         if not _unread:
@@ -216,7 +215,7 @@ def _read_once() -> None:
 
 
 def read_once() -> None:
-    """Has the file's answers in force; a call on a GPU needs them before its first launch."""
+    """Reads the file if this process has not; a call on a GPU needs the plans before its first launch."""
     if _unread:
         _read_once()
 
@@ -237,14 +236,14 @@ def _take_measured_plans() -> None:
 
 
 def rounded(tokens: int) -> int:
-    """Tokens up to the next of four numbers an octave: 1, 2, 3, .. 8, 10, 12, 14, 16, 20, .. One answer serves all between."""
+    """tokens rounded up to one of four numbers per octave: 1, 2, 3, .. 8, 10, 12, 14, 16, 20, .. They share one answer."""
     step = 1 << max(0, (tokens - 1).bit_length() - 3)
     return -(-tokens // step) * step
 
 
 @functools.cache
 def machine(device: torch.device) -> tuple[str, str]:
-    """(the card or CPU, its driver or the instruction set that our kernels take there)."""
+    """(the card, its driver) or (the CPU, the instruction set that our kernels use)."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), _driver()
     return _cpu(), planner.build_info()["cpu"]["isa"]
@@ -267,7 +266,7 @@ def _driver() -> str:
 
 
 def key_of(problem: Problem) -> Key:
-    """What a problem is called in the file, here and now."""
+    """The key of a problem on this machine with these versions."""
     names = [str(t).removeprefix("torch.") for t in (problem.dtype, problem.factors)]
     return Key(*machine(problem.device), setting_of(problem), _versions(), *names, *problem[3:-1])
 
@@ -277,7 +276,7 @@ def _versions() -> str:
 
 
 def setting_of(problem: Problem) -> str:
-    """On a CPU the threads, on CUDA how products of float32 are rounded."""
+    """On a CPU the number of threads, on CUDA how float32 products are rounded."""
     if problem.device.type == "cpu":
         return f"threads {torch.get_num_threads()}"
     return float32_setting(problem.dtype)
@@ -289,7 +288,7 @@ def float32_setting(dtype: torch.dtype) -> str:
 
 
 def known(problem: Problem) -> Answer | None:
-    """What was found for it, here or by an earlier process, if it can run."""
+    """The answer that this or an earlier process found, if it can run."""
     if _unread:
         _read_once()
     answer = _kept.get(key_of(problem)) if _kept else None
@@ -300,7 +299,7 @@ def known(problem: Problem) -> Answer | None:
 
 
 def _obstacle(problem: Problem, answer: Answer) -> str | None:
-    """Why no tuner can have found the answer for this problem; None if one can."""
+    """Why the answer cannot be valid for this problem; None if it can."""
     if answer.strategy != "fused":
         return None
     if problem.form == "unfolded":
@@ -309,10 +308,10 @@ def _obstacle(problem: Problem, answer: Answer) -> str | None:
 
 
 def apply(plan: Plan, problem: Problem, may_ask: bool, key: tuple) -> Plan:
-    """plan with the strategy that was the fastest for problem, if that is known; may_ask: it may be timed now. The result is
-    kept in `plans` under key, unless a later call may time the problem."""
+    """plan with the fastest strategy for problem, if an answer exists. may_ask: the problem may be measured now. The result is
+    cached in `plans` under key, unless a later call may measure the problem."""
     if problem.device.type == "cuda" and not torch.cuda.is_available():
-        return plan  # asked by explain, as if it were there
+        return plan  # `explain` for a GPU that this machine lacks
     answer = known(problem)
     if answer is None and ask is not None and may_ask:
         ask(problem)
@@ -333,7 +332,7 @@ def _taking(plan: Plan, problem: Problem, answer: Answer) -> Plan:
 
 
 def choose(seconds: Mapping[str, float], usual: str) -> str:
-    """The fastest, if it is faster than the usual one by GAIN, and than beta if it is the fused one."""
+    """The fastest strategy if it is faster than the usual one by GAIN (fused: also than beta), else the usual one."""
     best = min(seconds, key=lambda name: seconds[name])
     rivals = {usual, "beta"} if best == "fused" else {usual}
     return best if all(seconds[best] <= (1 - GAIN) * seconds[name] for name in rivals - {best}) else usual
