@@ -34,6 +34,7 @@ from .model.activated import activated
 from .model.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
 from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
 from .model.config import LoTRConfig
+from .model.evolution import CoreES
 from .model.gradient import init_from_gradient
 from .model.groups import parameter_groups
 from .model.influence import influence
@@ -45,6 +46,7 @@ from .model.summary import trainable_summary
 from .model.tasks import TaskBank
 
 __all__ = [
+    "CoreES",
     "LoTRConfig",
     "LoTRConv1D",
     "LoTRExperts",

@@ -15,7 +15,19 @@ import torch
 from torch import Tensor, nn
 from toys import IDS, Toy, adapted, loss, plain, randomize, toy
 
-from lotr_ext import LoTRConfig, LoTRLinear, LoTRWrapped, load_adapter, merge, save_adapter, unload, unmerge
+from lotr_ext import (
+    CoreES,
+    LoTRConfig,
+    LoTRLinear,
+    LoTRWrapped,
+    TaskBank,
+    load_adapter,
+    merge,
+    mixed,
+    save_adapter,
+    unload,
+    unmerge,
+)
 from lotr_ext.model.apply import adapted_layers, apply_lotr
 from nets import relative
 
@@ -202,6 +214,22 @@ def test_trains_saves_and_merges_on_request(name: str, either_path: str, tmp_pat
 
     unload(model, merge=True, dequantize=True)
     assert type(model.blocks[0].q) is nn.Linear and relative(model(IDS), trained.double()) < tolerance
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_evolves_by_forwards_alone(name: str) -> None:
+    """An accuracy over a base of which no gradient is taken."""
+    model = apply_lotr(QUANTISED[name](toy(d=64)).eval(), LoTRConfig(rank=4, scaling=16.0, target_modules=TARGETS))
+    es = CoreES(TaskBank(model, 16), 16, 0.3, lr=0.1)
+    ids = torch.randint(0, 29, (24, 5), generator=torch.Generator().manual_seed(0))
+    labels, seen = (ids[:, 0] + ids[:, 1]) % 3, []
+    for _ in range(20):
+        index = es.ask()
+        with torch.inference_mode(), mixed(model, index.repeat_interleave(24)):
+            right = model(ids.repeat(16, 1)).argmax(1) == labels.repeat(16)
+        es.tell(right.view(16, 24).sum(1))
+        seen.append(right.double().mean().item())
+    assert seen[-1] > seen[0] + 0.1
 
 
 def test_the_dense_layer_takes_the_dtype_that_is_asked_for() -> None:
