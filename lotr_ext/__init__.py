@@ -33,6 +33,7 @@ from .layers.tuning import tune
 from .model.activated import activated
 from .model.adapters import active_adapter, adapter_names, add_adapter, delete_adapter, mixed, set_adapter
 from .model.apply import apply_lotr, disabled, lotr_parameters, merge, unload, unmerge
+from .model.combine import combine
 from .model.config import LoTRConfig
 from .model.evolution import CoreES
 from .model.gradient import init_from_gradient
@@ -62,6 +63,7 @@ __all__ = [
     "adapter_names",
     "add_adapter",
     "apply_lotr",
+    "combine",
     "delete_adapter",
     "disabled",
     "explain",

@@ -15,7 +15,7 @@ from ..layers.init import FOUND_INITS
 if TYPE_CHECKING:
     from .config import LoTRConfig
 
-__all__ = ["Owner", "SharedFactors", "add_values", "counterpart", "factors_by_part", "width_names"]
+__all__ = ["Owner", "SharedFactors", "add_values", "counterpart", "factors_by_part", "factors_checksum", "width_names"]
 
 Owner = LoTRFactors | LoTRFactor  # what a model registers
 
@@ -80,6 +80,14 @@ def add_values(digest: hashlib._Hash, name: str, factor: torch.Tensor) -> None:
     values = factor.detach().cpu().contiguous()
     digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
     digest.update(values.view(torch.uint8).numpy().tobytes())
+
+
+def factors_checksum(owners: Mapping[str, Owner]) -> str:
+    """A checksum of the values of all factors, in the order of owners."""
+    digest = hashlib.sha256()
+    for part, module, name in factors_by_part(owners):
+        add_values(digest, part, getattr(module, name))
+    return digest.hexdigest()
 
 
 def counterpart(pair: LoTRFactors, old: Mapping[str, Owner], new: Mapping[str, Owner]) -> LoTRFactors:

@@ -8,7 +8,6 @@ they belong to by a checksum of their values.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from ..files import put_file
 from ..layers.checks import check_dimension
 from ..layers.mixture import Mixture
+from ..layers.sums import Rule, check_weights
 from .adapted import adapted_layers
-from .shared_factors import Owner, SharedFactors, add_values, factors_by_part
+from .shared_factors import Owner, SharedFactors, factors_checksum
 
 __all__ = ["TaskBank", "bank_of"]
 
@@ -108,6 +108,23 @@ class TaskBank(nn.Module):
         """
         with _changes:
             self._write(self._place(task), self._values(None), taken=False)
+
+    def combine(
+        self, tasks: Mapping[int, float], method: str = "linear", *, density: float | None = None, seed: int = 0
+    ) -> int:
+        """Puts a weighted sum of tasks into the first free place, which it returns.
+
+        tasks: weights by task. method: "linear", the exact sum of the adapters; or "ties" (arXiv 2306.01708), "dare" (arXiv
+        2311.03099), "dare_ties" or "magnitude_prune", as PEFT defines them, of each core. density: the fraction of a core's
+        elements that these keep, in (0, 1]. seed: of the elements that "dare" and "dare_ties" drop. Summed in float64.
+
+        Raises:
+            TypeError, ValueError: no such task, no or no finite weights, an unknown method or density. RuntimeError: no place
+                is free. Nothing is changed then.
+        """
+        rule, weights = Rule(method, density, seed), check_weights("tasks", tasks)
+        with _changes:
+            return self.add(rule.sum_by_name([self.cores_of(task) for task in weights], list(weights.values())))
 
     def cores_of(self, task: int) -> dict[str, Tensor]:
         """The cores [r_in, r_out] of a task by layer name, views of the bank.
@@ -204,25 +221,26 @@ class TaskBank(nn.Module):
             with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 for key, want in self._metadata().items():
-                    if metadata.get(key) != want:
-                        got = f"{metadata.get(key)!s:.200} in {path}"
-                        raise ValueError(f"source: expected {key} {want:.200} as the model has, got {got}")
+                    got = metadata.get(key)
+                    if got != want and (key != "factors" or got != self._checksum()):
+                        raise ValueError(f"source: expected {key} {want:.200} as the model has, got {got!s:.200} in {path}")
                 return {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"source: expected a safetensors file, got {path} ({error})") from None
 
     def _metadata(self) -> dict[str, str]:
-        """The metadata of a task's file. scaling: one number, or a list if layers differ."""
-        one = len(set(self._scalings)) == 1
-        scaling = repr(self._scalings[0]) if one else json.dumps(self._scalings)
-        return _FORMAT | {"scaling": scaling, "factors": self._checksum()}
+        return task_metadata(self._scalings, self._owners)
 
     def _checksum(self) -> str:
-        """The checksum of the values of all factors."""
-        digest = hashlib.sha256()
-        for part, module, name in factors_by_part(self._owners):
-            add_values(digest, part, getattr(module, name))
-        return digest.hexdigest()
+        """The checksum of the factors that version 0.1.0 wrote: in the order of the model's groups."""
+        return factors_checksum(self._owners)
+
+
+def task_metadata(scalings: Sequence[float], owners: Mapping[str, Owner]) -> dict[str, str]:
+    """The metadata of a task's file: the layers' scaling, one number or a list if layers differ, and a checksum of the factors,
+    which does not depend on the order of the groups."""
+    scaling = repr(scalings[0]) if len(set(scalings)) == 1 else json.dumps(scalings)
+    return _FORMAT | {"scaling": scaling, "factors": factors_checksum(dict(sorted(owners.items())))}
 
 
 def bank_of(model: nn.Module, where: str) -> TaskBank:

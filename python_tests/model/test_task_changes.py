@@ -75,6 +75,23 @@ def test_a_file_that_an_older_version_wrote(tmp_path: Path) -> None:
     assert same(bank, bank.add(tmp_path / "old"), task(3))
 
 
+def test_a_file_fits_factors_whatever_the_order_of_their_groups(tmp_path: Path) -> None:
+    """Also one of version 0.1.0, whose checksum is in the order of the model's groups."""
+    torch.manual_seed(0)
+    model = apply_lotr(nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 9)), LoTRConfig(rank=R, scaling=0.5))
+    bank, cores = TaskBank(model, 3), {f"{i}.core": torch.randn(R, R) for i in range(2)}
+    assert list(model.lotr_factors) == ["9x8", "8x9"]
+    bank.save(bank.add(cores), tmp_path / "new")
+    metadata = {"format": "lotr_task", "version": "1", "factors": bank._checksum(), "scaling": "0.5"}
+    save_file(cores, tmp_path / "old", metadata)
+    bank._owners = dict(reversed(bank._owners.items()))
+    assert torch.equal(bank.cores_of(bank.add(tmp_path / "new"))["0.core"], cores["0.core"])
+    with pytest.raises(ValueError, match="source: expected factors"):
+        bank.add(tmp_path / "old")
+    bank._owners = dict(reversed(bank._owners.items()))
+    bank.add(tmp_path / "old")
+
+
 def test_four_threads_add_tasks() -> None:
     _, bank = with_bank(tasks=200)
     together = threading.Barrier(4)
