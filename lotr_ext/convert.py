@@ -1,6 +1,7 @@
 """`python -m lotr_ext.convert`: adapters of LoRA and of the original LoTR implementation to this package's, and back.
 
 lora-to-lotr SOURCE DESTINATION --rank 16        a PEFT LoRA adapter, by Tucker-2; or --error 0.1, or --parameters 100000
+loras-to-bank SOURCE... DESTINATION --rank 16    many of them, by Tucker-2: factors that all share, and a task for each
 lotr-to-lora SOURCE DESTINATION                  for PEFT and whatever else reads LoRA, exact
 lotr-to-gguf SOURCE FILE --base-model DIR        for llama.cpp, as a LoRA, exact
 lotr-to-peft SOURCE DESTINATION                  for PeftModel.from_pretrained, as LoTR; load_adapter reads what PEFT writes
@@ -24,6 +25,7 @@ from .interop.expert_lora import FORMS, HOSTS
 from .interop.from_lora import exact_rank
 from .interop.gguf import lotr_to_gguf
 from .interop.lora_files import LoRALayer
+from .interop.loras_to_bank import loras_to_bank, names_of
 from .layers.checks import DTYPES, check_rank
 from .layers.progress import progress_bar
 
@@ -48,9 +50,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m lotr_ext.convert", description="Convert adapters to LoTR and back.")
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, source: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, source: str, text: str, several: str | None = None) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
-        one.add_argument("source", help=source)
+        one.add_argument("source", help=source, nargs=several)
         what = "new file" if name == "lotr-to-gguf" else "directory for the new adapter, made if need be"
         one.add_argument("destination", help=what)
         return one
@@ -60,8 +62,12 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--rank", type=_rank, help="R, or R_IN,R_OUT")
     size.add_argument("--error", type=float, help="smallest rank with at most this relative error in each group")
     size.add_argument("--parameters", type=int, help="largest rank with at most so many parameters")
-    one.add_argument("--group-by", choices=("shape", "name"), default="shape", help="which layers share A and B")
-    one.add_argument("--dtype", choices=DTYPES, default="float32", help="of the new adapter")
+    text = "LoRAs of one model to factors that all share and a task for each, with each layer's error."
+    bank = command("loras-to-bank", "directories of PEFT LoRA adapters", text, "+")
+    bank.add_argument("--rank", type=_rank, required=True, help="R, or R_IN,R_OUT")
+    for own in (one, bank):
+        own.add_argument("--group-by", choices=("shape", "name"), default="shape", help="which layers share A and B")
+        own.add_argument("--dtype", choices=DTYPES, default="float32", help="of the new adapter")
     one = command("lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "LoTR to a PEFT LoRA adapter, exact.")
     one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")
     one.add_argument("--fan-in-fan-out", action="store_true", help="for GPT-2's Conv1D layers")
@@ -141,6 +147,30 @@ def _lora_to_lotr(arguments: argparse.Namespace, console: Console) -> str:
     )
 
 
+def _loras_to_bank(arguments: argparse.Namespace, console: Console) -> str:
+    with progress_bar("converts", 100) as show:
+        found = loras_to_bank(
+            names_of(arguments.source),
+            rank=arguments.rank,
+            group_by=arguments.group_by,
+            dtype=DTYPES[arguments.dtype],
+            report=lambda what, done: show(int(100 * done), what),
+        )
+    rows = [
+        (name, _sizes(found, name), *(f"{own[name]:.2e}" for own in found.errors.values()))
+        for names in found.groups.values()
+        for name in sorted(names, key=_natural)
+    ]
+    rows.append(("all layers", "", *(f"{error:.2e}" for error in found.task_errors.values())))
+    found.save(arguments.destination)
+    _table(console, rows, ("layer", "in x out", *found.tasks), "|D - B G^T A^T| / |D|, D a LoRA's delta")
+    groups = ", ".join(f"{group} {error:.2e}" for group, error in found.group_errors.items())
+    return (
+        f"{len(found.tasks)} tasks of {len(found.layers)} layers at rank {found.config.rank}; error over each group: {groups}; "
+        f"{found.parameters:,} parameters, the LoRAs have {found.lora_parameters:,}"
+    )
+
+
 def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:
     names = ("task_type", "fan_in_fan_out", "experts", "hosts", "base_model", "pad_rank")
     options = {name: getattr(arguments, name) for name in names}
@@ -211,6 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     run = {
         "lora-to-lotr": _lora_to_lotr,
+        "loras-to-bank": _loras_to_bank,
         "lotr-to-lora": _lotr_to_lora,
         "lotr-to-gguf": _lotr_to_gguf,
         "lotr-to-peft": _lotr_to_peft,

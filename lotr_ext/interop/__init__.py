@@ -11,9 +11,11 @@ from .from_lora import Conversion, lora_to_lotr
 from .gguf import lotr_to_gguf
 from .lora import export_lora, lora_factors, lotr_to_lora
 from .lora_files import LoRAAdapter, LoRALayer, read_lora
+from .loras_to_bank import BankConversion, loras_to_bank
 from .original import original_to_lotr
 
 __all__ = [
+    "BankConversion",
     "Conversion",
     "ExpertLoRA",
     "LoRAAdapter",
@@ -23,6 +25,7 @@ __all__ = [
     "export_lora",
     "lora_factors",
     "lora_to_lotr",
+    "loras_to_bank",
     "lotr_to_gguf",
     "lotr_to_lora",
     "lotr_to_peft",

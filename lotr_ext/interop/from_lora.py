@@ -23,7 +23,7 @@ from .adapter import LoTRAdapter, group_names
 from .lora_files import LoRAAdapter, LoRALayer, read_lora
 from .tucker import LowRankStack, Tucker2
 
-__all__ = ["Conversion", "exact_rank", "lora_to_lotr"]
+__all__ = ["Conversion", "Report", "exact_rank", "lora_to_lotr", "low_rank_pair"]
 
 Report = Callable[[str, float], None]  # (what is being done, the fraction of all that is done)
 _MOST = 0.5  # an error beyond which a layer has lost most of its adapter
@@ -112,7 +112,7 @@ def lora_to_lotr(
         rank = min(_rank_for(parameters, sizes, groups), bound)
     if rank is not None and max(check_rank(rank)) > bound:
         raise ValueError(f"rank: expected at most {bound}, beyond which no group can use any, got {rank}")
-    pairs = {group: [_pair(adapter.layers[name]) for name in names] for group, names in groups.items()}
+    pairs = {group: [low_rank_pair(adapter.layers[name]) for name in names] for group, names in groups.items()}
     found, rank = _factorised(pairs, rank, error, report)
     conversion = _conversion(adapter, groups, found, rank, group_by, dtype)
     for text in conversion.doubts():
@@ -138,7 +138,7 @@ def exact_rank(adapter: LoRAAdapter, group_by: str | Mapping[str, str]) -> int:
     return max(ranks.values())
 
 
-def _pair(layer: LoRALayer) -> tuple[Tensor, Tensor]:
+def low_rank_pair(layer: LoRALayer) -> tuple[Tensor, Tensor]:
     """U = s lora_B and V = lora_A^T, so that U V^T is what the layer adds to W."""
     return layer.scaling * layer.B.double(), layer.A.double().T
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ..layers.tucker import EXACT, hooi, leading, padded
 
-__all__ = ["LowRankStack", "Tucker2"]
+__all__ = ["LowRankStack", "Tucker2", "compressed", "fitted", "norms", "stacked"]
 
 _CORE, _CORE_POWERS = 4, 3  # a start for rank r is sought within the 4 r leading vectors, which need not be exact
 _MAX_ITERATIONS, _TOLERANCE = 100, 1e-6
@@ -41,11 +41,11 @@ class LowRankStack:
     """L matrices U_l V_l^T of one shape. pairs: (U_l [n, r_l], V_l [k, r_l]), any floating dtype; the work is in float64."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]):
-        # [L, q, r] and [L, p, r], narrower ones filled up with zeros: one product for all layers costs less than L small ones
+        # [L, q, r] and [L, p, r]
         self.U, self._left = _reduced([u.double() for u, _ in pairs])
         self.V, self._right = _reduced([v.double() for _, v in pairs])
         self.n, self.k = pairs[0][0].shape[0], pairs[0][1].shape[0]
-        self.norms = ((self.U.mT @ self.U) * (self.V.mT @ self.V)).sum((1, 2)).clamp(min=0).sqrt()
+        self.norms = norms(self.U, self.V)
 
     @property
     def full_rank(self) -> int:
@@ -58,7 +58,7 @@ class LowRankStack:
         total = float(self.norms.square().sum())
         tails = []
         for left, right in ((self.U, self.V), (self.V, self.U)):
-            side = _compressed(left, right.mT)
+            side = compressed(left, right.mT)
             values = torch.linalg.eigvalsh(side @ side.T).clamp(min=0)  # ascending
             lost = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)  # by number of vectors kept: 0, 1, ..
             tails.append(torch.cat([lost, lost.new_zeros(self.full_rank + 1 - len(lost))]))
@@ -82,23 +82,19 @@ class LowRankStack:
         r_in, r_out = min(rank[0], p), min(rank[1], q)
         A, B, iterations = self._improved(*self._start(r_in, r_out), (r_in, r_out), tolerance, enough, report)
         cores = torch.zeros(len(self.U), *rank, dtype=torch.float64, device=A.device)
-        inner_u, inner_v = B.T @ self.U, A.T @ self.V
-        cores[:, :r_in, :r_out] = inner_v @ inner_u.mT
-        # |D - P D Q|^2 = |(1 - P) D|^2 + |P D (1 - Q)|^2: no difference of large numbers
-        rest_u, rest_v = self.U - B @ inner_u, self.V - A @ inner_v
-        lost = (rest_u.mT @ rest_u) * (self.V.mT @ self.V) + (inner_u.mT @ inner_u) * (rest_v.mT @ rest_v)
+        cores[:, :r_in, :r_out], residuals = fitted(self.U, self.V, A, B)
         A, B = _lifted(self._right, A, self.k, rank[0]), _lifted(self._left, B, self.n, rank[1])
-        return Tucker2(A, B, cores, lost.sum((1, 2)).clamp(min=0).sqrt(), self.norms, iterations)
+        return Tucker2(A, B, cores, residuals, self.norms, iterations)
 
     def _start(self, r_in: int, r_out: int) -> tuple[Tensor, Tensor | None]:
         """Where HOOI begins: at low ranks with what it finds in the core of a few leading vectors of both sides, where it costs
         next to nothing; else with HOSVD's A."""
         p, q, wide = self.V[0].shape[0], self.U[0].shape[0], _CORE * max(r_in, r_out)
-        right = [_compressed(self.V, self.U.mT)]
+        right = [compressed(self.V, self.U.mT)]
         if max(p, q) <= EXACT or 2 * wide > min(p, q):
             return leading(right, r_in), None
         V = leading(right, wide, powers=_CORE_POWERS)
-        U = leading([_compressed(self.U, self.V.mT)], wide, powers=_CORE_POWERS)
+        U = leading([compressed(self.U, self.V.mT)], wide, powers=_CORE_POWERS)
         core = LowRankStack(list(zip(U.T @ self.U, V.T @ self.V)))
         A, B, _ = core._improved(*core._start(r_in, r_out), (r_in, r_out))
         return V @ _lifted(core._right, A, wide, r_in), U @ _lifted(core._left, B, wide, r_out)
@@ -114,8 +110,8 @@ class LowRankStack:
     ) -> tuple[Tensor, Tensor, int]:
         """`hooi` of the stack from A and B."""
         return hooi(
-            lambda A: [_compressed(self.U, self.V.mT @ A)],
-            lambda B: [_compressed(self.V, self.U.mT @ B)],
+            lambda A: [compressed(self.U, self.V.mT @ A)],
+            lambda B: [compressed(self.V, self.U.mT @ B)],
             (A, B),
             rank,
             float(self.norms.square().sum()),
@@ -126,6 +122,28 @@ class LowRankStack:
         )
 
 
+def norms(U: Tensor, V: Tensor) -> Tensor:
+    """|U_l V_l^T| [L] of stacks [L, n, r] and [L, k, r]."""
+    return ((U.mT @ U) * (V.mT @ V)).sum((1, 2)).clamp(min=0).sqrt()
+
+
+def fitted(U: Tensor, V: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The cores G_l = A^T D_l^T B [L, r_in, r_out] and |D_l - B G_l^T A^T| [L] of D_l = U_l V_l^T, A and B with orthonormal
+    columns."""
+    inner_u, inner_v = B.T @ U, A.T @ V
+    # |D - P D Q|^2 = |(1 - P) D|^2 + |P D (1 - Q)|^2: no difference of large numbers
+    rest_u, rest_v = U - B @ inner_u, V - A @ inner_v
+    lost = (rest_u.mT @ rest_u) * (V.mT @ V) + (inner_u.mT @ inner_u) * (rest_v.mT @ rest_v)
+    return inner_v @ inner_u.mT, lost.sum((1, 2)).clamp(min=0).sqrt()
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices [d, r_l] as one [L, d, r], narrower ones filled up with zeros: one product for all costs less than L small
+    ones."""
+    widest = max(t.shape[1] for t in parts)
+    return torch.stack([pad(t, (0, widest - t.shape[1])) for t in parts])
+
+
 def _reduced(parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """The parts [d, r_l] in an orthonormal basis of all their columns, one after the other, and the basis; as they are where
     that is no smaller."""
@@ -133,11 +151,10 @@ def _reduced(parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     if sum(widths) < parts[0].shape[0]:
         basis, upper = torch.linalg.qr(torch.cat(parts, 1))
         parts = list(upper.split(widths, 1))
-    widest = max(widths)
-    return torch.stack([pad(t, (0, widest - t.shape[1])) for t in parts]), basis
+    return stacked(parts), basis
 
 
-def _compressed(a: Tensor, b: Tensor) -> Tensor:
+def compressed(a: Tensor, b: Tensor) -> Tensor:
     """[d, L c] of the [d, c <= min] for each l, with the same columns' Gram matrix as a b: a [L, d, r] times the triangle of b
     [L, r, c]'s LQ. Side by side, for one product over all l costs less than L small ones."""
     product = a @ (b if b.shape[2] <= b.shape[1] else torch.linalg.qr(b.mT, mode="r")[1].mT)

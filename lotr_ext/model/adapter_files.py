@@ -143,9 +143,11 @@ def _check_whole(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{key}: expected a whole tensor, got a part of shape {list(tensor.shape)}; {_ALL_PROCESSES}")
 
 
-def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+def write(
+    directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor], beside: Mapping[str, bytes] | None = None
+) -> None:
     """Writes an adapter into directory, which is made if need be; other files in it are left alone. Others may save to it and
-    load from it meanwhile, in this process and in others.
+    load from it meanwhile, in this process and in others. beside: files that belong to it, by name.
 
     Raises:
         ValueError: directory is a file, or a tensor is a part of one. OSError: the disk; the directory is as it was then.
@@ -169,7 +171,7 @@ def write(directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with folder(directory):
         replaced = _named(directory)
-        with placed(directory, {tensors_name: data, JSON_NAME: text.encode()}):
+        with placed(directory, {**(beside or {}), tensors_name: data, JSON_NAME: text.encode()}):
             pass
     _remove_leftovers(directory, replaced)
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "lotr": ["lotr-to-lora"],
     "peft": ["lotr-to-peft"],
     "lora": ["lora-to-lotr", "--rank", "2"],
+    "bank": ["loras-to-bank", "--rank", "2"],
     "original": ["original-to-lotr", "--modules-to-save", "head"],
 }
 
@@ -43,6 +44,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = adapted(modules_to_save=["head"])
     save_adapter(model, folder / "lotr")
     export_lora(model, folder / "lora")
+    export_lora(adapted(), folder / "bank")
     lotr_to_peft(folder / "lotr", folder / "peft")
     state = {f"{name}.lotr.{part}": torch.randn(5, 5) for name in ("x.q", "y.q") for part in ("lhs", "mid", "rhs")}
     (folder / "original").mkdir()
@@ -96,13 +98,13 @@ def replaced(value: Any, at: tuple, new: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("kind", ["lotr", "peft", "lora"])
+@pytest.mark.parametrize("kind", ["lotr", "peft", "lora", "bank"])
 def test_any_value_in_the_place_of_another_in_the_configuration(kind, sources, run, tmp_path) -> None:
     folder, draw = copied(sources[kind], tmp_path), random.Random(0)
     path = next(folder.glob("*.json"))
     good = json.loads(path.read_text())
     more = dict.fromkeys(("rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "use_dora", "layers_pattern"))
-    good |= {k: v for k, v in more.items() if kind == "lora" and k not in good}
+    good |= {k: v for k, v in more.items() if kind in ("lora", "bank") and k not in good}
     assert run(kind, folder)[0] == 0
     codes = set()
     for at in places(good):
