@@ -13,8 +13,12 @@ import os
 import sys
 from pathlib import Path
 
+SETTINGS = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "enforce_eager": True}
+SETTINGS |= {"enable_prefix_caching": False, "enable_lora": True, "max_lora_rank": 8}
 
-def main(spec: dict) -> None:
+
+def environment(factors: str | None) -> None:
+    """One thread, one process, no network. Before vLLM is imported."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -23,14 +27,16 @@ def main(spec: dict) -> None:
     }
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_HOST_IP": "127.0.0.1"}
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    if spec["factors"]:
-        os.environ["LOTR_FACTORS"] = spec["factors"]
+    if factors:
+        os.environ["LOTR_FACTORS"] = factors
+
+
+def main(spec: dict) -> None:
+    environment(spec["factors"])
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    fixed = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "enforce_eager": True}
-    fixed |= {"enable_prefix_caching": False, "enable_lora": True, "max_lora_rank": 8}
-    llm = LLM(spec["model"], **{**fixed, **spec["options"]})
+    llm = LLM(spec["model"], **{**SETTINGS, **spec["options"]})
     loaded: dict[int, LoRARequest] = {}
 
     def step(one: dict) -> object:

@@ -44,20 +44,20 @@ IDS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(3))
 NEW = 10
 
 
-def base(kind: str, folder: Path) -> nn.Module:
+def base(kind: str, folder: Path, **sizes) -> nn.Module:
     """A tiny model with random weights, saved in folder/base."""
     of, shape, more = MODELS[kind]
     torch.manual_seed(0)
-    model = of(shape(**SIZES, **more)).eval()
+    model = of(shape(**{**SIZES, **more, **sizes})).eval()
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder / "base")
     return model
 
 
-def banked(kind: str, folder: Path, tasks: int, **settings) -> nn.Module:
+def banked(kind: str, folder: Path, tasks: int, sizes: dict[str, int] | None = None, **settings) -> nn.Module:
     """The model with a bank of random tasks; its factors and tasks are exported."""
     options = {"rank": (3, 5), "alpha": 6.0, "target_modules": "all-linear", "group_by": "width", **settings}
-    model = apply_lotr(base(kind, folder), LoTRConfig(**options))
+    model = apply_lotr(base(kind, folder, **(sizes or {})), LoTRConfig(**options))
     bank = TaskBank(model, tasks)
     for i in range(tasks):
         g = torch.Generator().manual_seed(i)
@@ -80,8 +80,9 @@ def greedy(model: nn.Module, tasks: list[int]) -> list[list[int]]:
     return found[:, rows.shape[1] :].tolist()
 
 
-def run(folder: Path, steps: list[dict], *, factors: bool = True, **options) -> list:
-    spec = {"model": str(folder / "base"), "factors": str(folder / "factors") if factors else None, "options": options}
+def run(folder: Path, steps: list[dict], *, factors: Path | bool = True, **options) -> list:
+    where = folder / "factors" if factors is True else factors
+    spec = {"model": str(folder / "base"), "factors": str(where) if where else None, "options": options}
     (folder / "spec.json").write_text(json.dumps({**spec, "steps": steps}))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LOTR_")} | {"PYTHONPATH": str(ROOT)}
     command = [PYTHON, Path(__file__).with_name("engine.py"), folder / "spec.json"]
@@ -103,7 +104,7 @@ def batch(numbers: list[int | None]) -> dict:
     [
         ("llama", {}),
         ("qwen3", {"group_by": "shape"}),
-        ("llama", {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 8}),
+        ("llama", {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 12}),  # over max_lora_rank
     ],
     ids=["llama-width", "qwen3-shape", "llama-name"],
 )
@@ -156,9 +157,9 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
         "expected a task by export_task, got an adapter of LORA",
         "expected a directory of export_task",
         "expected a task over the engine's factors",
-        "got values that are not finite",
-        "expected finite floating values (5, 3)",
-        "tensors, got ['base_model.model.model.layers.0.mlp.down_proj.lora_A.weight'] missing",
+        "expected finite values in model.layers.0.mlp.down_proj.core, got values that are not finite",
+        "expected floating values (3, 5)",
+        "cores, got ['model.layers.0.mlp.down_proj.core'] missing",
         "expected a safetensors file",
         "expected a directory of export_task",
     ]
@@ -167,13 +168,22 @@ def test_what_is_no_task_is_refused_and_the_engine_lives_on(tmp_path: Path) -> N
     assert found[-1] == greedy(model, [0, -1, 0, -1, 0])
 
 
+def test_factors_of_another_base_end_the_start(tmp_path: Path) -> None:
+    banked("llama", tmp_path, 1)
+    banked("llama", tmp_path / "wider", 1, {"intermediate_size": 160})
+    with pytest.raises(
+        AssertionError, match=r"LOTR_FACTORS: expected \(128, 96\) features at model.layers.0.mlp.gate_proj, got"
+    ):
+        run(tmp_path, [], factors=tmp_path / "wider" / "factors", max_loras=2)
+
+
 def spoil(folder: Path, how: str) -> Path:
     """A copy of task-0 with something wrong in its tensors."""
     target = folder / how
     shutil.copytree(folder / "task-0", target)
-    file = target / "adapter_model.safetensors"
+    file = target / "lotr_task.safetensors"
     tensors = load_file(file)
-    key = min(key for key in tensors if "lora_A" in key)
+    key = min(tensors)
     if how == "nan":
         tensors[key][0, 0] = float("nan")
     elif how == "shape":

@@ -9,11 +9,17 @@ The plugin (`vllm.general_plugins`, which vLLM calls in each of its processes) d
 every adapter that the engine loads has to be a task over these factors.
 
     files     what export_task writes and the engine checks; needs no vLLM
+    sync      CoreSync: new cores into an engine that runs; needs no vLLM for a server
+    message   what it sends
+    worker    what takes it in the engine's workers
+    server    what takes it in vLLM's HTTP server
     layers    vLLM's linear layers with cores in the place of LoRA's factors
+    loading   cores as one of vLLM's adapters
     engine    every private name of vLLM that this package uses
     plugin    the entry point
 """
 
 from .files import export_factors, export_task
+from .sync import CoreSync, Pushed
 
-__all__ = ["export_factors", "export_task"]
+__all__ = ["CoreSync", "Pushed", "export_factors", "export_task"]

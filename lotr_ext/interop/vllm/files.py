@@ -1,18 +1,21 @@
-"""Factors and tasks as vLLM loads them.
+"""Factors and tasks as the engine reads them.
 
 Factors are a folder of `save_adapter`, of which the engine reads A, B and the layers.
 
-A task is a folder that looks like a PEFT LoRA, so that vLLM's requests, cache and HTTP endpoints take it:
+A task is a folder that vLLM's requests, resolvers and HTTP endpoints take for an adapter's. Its tensors have no name that an
+engine without the plugin reads, so such an engine refuses it.
 
-    adapter_config.json           r, lora_alpha, target_modules, and lotr_factors: a checksum of the factors it belongs to
-    adapter_model.safetensors     <layer>.lora_A.weight = (s G)^T [r_out, r_in], <layer>.lora_B.weight = [[1]]
+    adapter_config.json       PEFT's, with lotr_factors: a checksum of the factors that the task belongs to
+    lotr_task.safetensors     <layer>.core = s G [r_in, r_out]
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...files import folder, parse_json, placed, read_bytes, together
+from ...model.adapted import adapted_layers
 from ...model.adapter_files import Manifest, serialized, tensors_of
 from ...model.peft_files import read_either
 from ...model.saving import contents, save_adapter, unwrapped
@@ -28,10 +32,17 @@ from ...model.shared_factors import add_values
 from ...model.tasks import bank_of
 from ..lora import loaded_from
 
-__all__ = ["Factors", "check_task", "export_factors", "export_task", "read_factors"]
+__all__ = [
+    "Factors",
+    "check_finite",
+    "export_factors",
+    "export_task",
+    "factors_of",
+    "read_factors",
+    "read_task",
+]
 
-PREFIX = "base_model.model."
-CONFIG_NAME, TENSORS_NAME, CHECKSUM = "adapter_config.json", "adapter_model.safetensors", "lotr_factors"
+CONFIG_NAME, TENSORS_NAME, CHECKSUM = "adapter_config.json", "lotr_task.safetensors", "lotr_factors"
 
 
 @dataclass(frozen=True)
@@ -54,8 +65,22 @@ class Factors:
         A, B = self.layers[layer]
         return self.tensors[A].shape[1], self.tensors[B].shape[1]
 
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """Where each layer's core lies in one vector of all cores, in the order of the layers' names."""
+        found, at = {}, 0
+        for layer in sorted(self.layers):
+            r_in, r_out = self.core_shape(layer)
+            found[layer] = slice(at, at := at + r_in * r_out)
+        return found
 
-def _factors(manifest: Manifest, tensors: dict[str, Tensor], where: str) -> Factors:
+    @property
+    def numbers(self) -> int:
+        """Of a task."""
+        return max((span.stop for span in self.spans.values()), default=0)
+
+
+def factors_of(manifest: Manifest, tensors: dict[str, Tensor], where: str) -> Factors:
     """Of an adapter's layers, where vLLM can hold them apart from the cores."""
     layers = {}
     for name, entry in manifest.layers.items():
@@ -81,7 +106,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
     Raises:
         ValueError: experts, init "svd" or modules_to_save, which the engine cannot hold. RuntimeError: no adapter.
     """
-    _factors(*contents(unwrapped(model)), "export_factors")
+    factors_of(*contents(unwrapped(model)), "export_factors")
     save_adapter(model, directory)
 
 
@@ -91,7 +116,7 @@ def read_factors(directory: str | PathLike[str]) -> Factors:
     Raises:
         ValueError: no such folder, or an adapter that the engine cannot hold.
     """
-    return _factors(*read_either(Path(directory)), "LOTR_FACTORS")
+    return factors_of(*read_either(Path(directory)), "LOTR_FACTORS")
 
 
 @torch.no_grad()
@@ -111,36 +136,55 @@ def export_task(
             cannot hold, or directory is a file.
     """
     model, directory = unwrapped(model), Path(directory)
-    manifest, tensors = contents(model)
-    factors = _factors(manifest, tensors, "export_task")
-    cores = tensors if task is None else bank_of(model, "export_task").cores_of(task)
-    found: dict[str, Tensor] = {}
-    for name, entry in manifest.layers.items():
-        core = cores[f"{name}.core"].detach()
-        found[f"{PREFIX}{name}.lora_A.weight"] = (entry.scaling * core).T.contiguous()
-        found[f"{PREFIX}{name}.lora_B.weight"] = core.new_ones(1, 1)
+    factors = factors_of(*contents(model), "export_task")
+    own = None if task is None else bank_of(model, "export_task").cores_of(task)
+    cores = {}
+    for name, layer in adapted_layers(model).items():
+        core = layer.core if own is None else own[f"{name}.core"]
+        cores[f"{name}.core"] = layer.scaling * core.detach()
     rank = max(max(factors.core_shape(name)) for name in factors.layers)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "inference_mode": True,
         "r": rank,
-        "lora_alpha": rank,  # alpha / r = 1: the cores have their scaling in them
-        "bias": "none",
+        "lora_alpha": rank,
         "target_modules": sorted({name.rpartition(".")[2] for name in factors.layers}),
         "base_model_name_or_path": base_model or loaded_from(model),
         CHECKSUM: factors.checksum,
     }
     text = (json.dumps(config, indent=2) + "\n").encode()
     with folder(directory), together(directory):
-        with placed(directory, {TENSORS_NAME: serialized(found), CONFIG_NAME: text}, apart=CONFIG_NAME):
+        with placed(directory, {TENSORS_NAME: serialized(cores), CONFIG_NAME: text}, apart=CONFIG_NAME):
             pass
 
 
-def check_task(directory: str | PathLike[str], factors: Factors, checksum: str) -> None:
-    """ValueError unless directory holds a complete task over these factors, finite and of their shapes.
+def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tensor:
+    """All cores in one vector, by `Factors.spans`. ValueError unless tensors are one core for each layer, of its shape."""
+    names = {f"{layer}.core": layer for layer in factors.layers}
+    if tensors.keys() != names.keys():
+        missing, extra = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
+        raise ValueError(f"{where}: expected {len(names)} cores, got {missing[:1]} missing and {extra[:1]} besides")
+    for name, layer in names.items():
+        core, shape = tensors[name], factors.core_shape(layer)
+        if tuple(core.shape) != shape or not core.is_floating_point():
+            raise ValueError(f"{where}: expected floating values {shape} in {name}, got {core.dtype} {tuple(core.shape)}")
+    return torch.cat([tensors[f"{layer}.core"].flatten() for layer in factors.spans])
+
+
+def check_finite(cores: Tensor, factors: Factors, where: str) -> None:
+    """ValueError, with a layer's name, for a vector of cores that is not finite."""
+    if not bool(cores.isfinite().all()):
+        layer = next(layer for layer, span in factors.spans.items() if not bool(cores[span].isfinite().all()))
+        raise ValueError(f"{where}: expected finite values in {layer}.core, got values that are not finite")
+
+
+def read_task(directory: str | PathLike[str], factors: Factors, checksum: str) -> Tensor:
+    """The cores in a folder of `export_task`, in one vector by `Factors.spans`.
 
     checksum: that of factors, which takes time to compute.
+
+    Raises:
+        ValueError: anything but a complete task over these factors, finite and of their shapes.
     """
     directory = Path(directory)
     path = directory / CONFIG_NAME
@@ -164,17 +208,6 @@ def check_task(directory: str | PathLike[str], factors: Factors, checksum: str) 
         tensors = tensors_of(path, read_bytes(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"adapter: expected a safetensors file, got {path} ({error})") from None
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name in factors.layers:
-        r_in, r_out = factors.core_shape(name)
-        wanted |= {f"{PREFIX}{name}.lora_A.weight": (r_out, r_in), f"{PREFIX}{name}.lora_B.weight": (1, 1)}
-    if tensors.keys() != wanted.keys():
-        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        raise ValueError(
-            f"adapter: expected {len(wanted)} tensors, got {missing[:1]} missing and {extra[:1]} besides in {path}"
-        )
-    for name, shape in wanted.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            what = f"{tensor.dtype} {tuple(tensor.shape)}" if tuple(tensor.shape) != shape else "values that are not finite"
-            raise ValueError(f"adapter: expected finite floating values {shape} in {name}, got {what} in {path}")
+    cores = _vector(tensors, factors, f"adapter {path}")
+    check_finite(cores, factors, f"adapter {path}")
+    return cores

@@ -25,10 +25,10 @@ __all__ = ["native_layers"]
 
 
 class Part(NamedTuple):
-    """One of the modules that a layer packs: its factors A [k, r_in] and B [n, r_out], cores [slots, r_in, r_out], and the
-    columns of the layer's output that are its own."""
+    """One of the modules that a layer packs: its factors A [k, r_in] and B [n, r_out], cores [slots, r_in, r_out], where its
+    core lies in a task's vector, and the columns of the layer's output that are its own."""
 
-    name: str
+    span: slice
     A: Tensor
     B: Tensor
     cores: Tensor
@@ -60,8 +60,13 @@ class _Native:
             part = None
             if name in factors.layers:
                 A, B = (self._factor(key, side, len(self.lotr_parts), dtype) for key, side in zip(factors.layers[name], "AB"))
+                if (len(A), len(B)) != (self.input_size, size):
+                    raise ValueError(
+                        f"LOTR_FACTORS: expected {(self.input_size, size)} features at {name}, got {(len(A), len(B))}; they "
+                        "belong to another base model"
+                    )
                 cores = torch.zeros(max_loras, *factors.core_shape(name), dtype=dtype, device=self.device)
-                part = Part(name, A, B, cores, slice(at, at + size))
+                part = Part(factors.spans[name], A, B, cores, slice(at, at + size))
             self.lotr_parts.append(part)
             at += size
         self.output_slices = tuple(sizes)
@@ -100,16 +105,12 @@ class _Native:
                 part.cores[index] = 0
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """lora_a: (s G)^T [r_out, r_in] of each packed module, or vLLM's own dummy, whose lora_b is zero."""
-        if not isinstance(lora_a, list):
-            lora_a, lora_b = [lora_a], [lora_b]
-        for part, core, one in zip(self.lotr_parts, lora_a, lora_b, strict=True):
-            if part is None:
-                continue
-            if core is None or not bool(one.any()):
-                part.cores[index] = 0
-            else:
-                part.cores[index].copy_(core.T)
+        """lora_a: a task's vector of cores, from `loading.native`; vLLM's own dummies, which are zero, have matrices."""
+        if not isinstance(lora_a, Tensor) or lora_a.dim() != 1:
+            return self.reset_lora(index)
+        for part in self.lotr_parts:
+            if part is not None:
+                part.cores[index].copy_(lora_a[part.span].view(part.cores.shape[1:]))
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
         slots = engine.slots_of_tokens(self)

@@ -15,15 +15,14 @@ def register() -> None:
     Raises:
         RuntimeError: a version of vLLM without tests. ValueError: no such folder.
     """
-    where = os.environ.get("LOTR_FACTORS")
-    if not where:
+    if not os.environ.get("LOTR_FACTORS"):
         return
     from . import engine
-    from .files import check_task, read_factors
     from .layers import native_layers
+    from .loading import load_task, served
 
     engine.check_version()
-    factors = read_factors(where)
-    checksum = factors.checksum
+    factors, _ = served()
+    engine.adapt_only({name.rpartition(".")[2] for name in factors.layers})
     engine.put_first(native_layers(factors))
-    engine.refuse_first(lambda path: check_task(path, factors, checksum))
+    engine.load_first(load_task)

@@ -1,0 +1,129 @@
+"""What CoreSync sends to an engine: one safetensors file in memory.
+
+Tensors: `cores`, the numbers s G of the layers that changed, one after another in the order of `Factors.spans`; for an engine
+that has no factors also `factor.<key>`. Metadata: the fields of `Message` as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ...files import parse_json
+from ...model.adapter_files import tensors_of
+from .files import Factors
+
+__all__ = [
+    "PATH",
+    "PREFIX",
+    "SIGNATURE",
+    "Message",
+    "checked_name",
+    "checked_secret",
+    "pack",
+    "signature",
+    "unpack",
+    "versioned",
+]
+
+PREFIX = "lotr:"  # of the path under which an engine knows a version that was pushed
+PATH, SIGNATURE = "/lotr/push", "x-lotr-signature"  # of a server: where messages go, and the header with their signature
+_FORMAT, _FACTOR = "lotr_push_1", "factor."
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One version of a task.
+
+    base: the version that the other layers are taken from; 0 where all are sent. checksum: of the factors. places: which layers
+    are sent, by their places in the order of `Factors.spans`. cores: their numbers, s G.
+    """
+
+    name: str
+    version: int
+    base: int
+    checksum: str
+    places: Sequence[int]
+    cores: Tensor
+    factors: Factors | None = None
+
+
+def checked_name(name: object) -> str:
+    """ValueError for a name that cannot stand in a request, a path and a URL."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"name: expected up to 128 letters, digits, '.', '_' and '-', the first a letter or digit, got {name!r:.150}"
+        )
+    return name
+
+
+def versioned(name: str, version: int) -> str:
+    """The name that a request gives."""
+    return f"{name}@{version}"
+
+
+def pack(message: Message) -> bytes:
+    """The bytes of a message."""
+    from safetensors.torch import save
+
+    tensors, layers = {"cores": message.cores}, ""
+    if message.factors is not None:
+        layers = json.dumps(message.factors.layers)
+        tensors |= {f"{_FACTOR}{key}": value.contiguous() for key, value in message.factors.tensors.items()}
+    fields = {"name": message.name, "version": str(message.version), "base": str(message.base), "checksum": message.checksum}
+    return save(tensors, {"format": _FORMAT, "layers": layers, "places": json.dumps(list(message.places)), **fields})
+
+
+def unpack(data: bytes) -> Message:
+    """The message in data.
+
+    Raises:
+        ValueError: no message, one that was cut, or a name that cannot be served.
+    """
+    metadata = _metadata(data)
+    tensors = tensors_of(Path("push"), data)
+    try:
+        version, base = int(metadata["version"]), int(metadata["base"])
+        factors = None
+        if metadata["layers"]:
+            layers = {str(name): (str(A), str(B)) for name, (A, B) in parse_json(metadata["layers"].encode()).items()}
+            factors = Factors(layers, {key: tensors[f"{_FACTOR}{key}"] for pair in layers.values() for key in pair})
+        places = [operator.index(place) for place in parse_json(metadata["places"].encode())]
+        name, checksum, cores = metadata["name"], metadata["checksum"], tensors["cores"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"push: expected the fields of a message by CoreSync, got {error!r} wrong") from None
+    if version < 1 or not 0 <= base < version:
+        raise ValueError(f"push: expected a version above its base, got {version} on {base}")
+    return Message(checked_name(name), version, base, checksum, places, cores, factors)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 + size:
+        raise ValueError(f"push: expected a whole message by CoreSync, got {len(data)} bytes of one that was cut, or of none")
+    header = parse_json(data[8 : 8 + size])
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+        raise ValueError(f"push: expected a message by CoreSync in the format {_FORMAT}, got another file; use CoreSync.push")
+    return metadata
+
+
+def checked_secret(secret: str | None, where: str) -> bytes:
+    """ValueError for a secret that is missing or short."""
+    if not secret or len(secret.encode()) < 16:
+        raise ValueError(f"{where}: expected a secret of at least 16 bytes, got {len((secret or '').encode())}")
+    return secret.encode()
+
+
+def signature(secret: bytes, data: bytes) -> str:
+    """What SIGNATURE says of data."""
+    return hmac.new(secret, data, hashlib.sha256).hexdigest()

@@ -1,0 +1,236 @@
+"""CoreSync: new cores into an engine that runs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+
+from ...model.adapted import adapted_layers
+from ...model.saving import contents, unwrapped
+from ...model.tasks import bank_of
+from .files import Factors, check_finite, factors_of
+from .message import PATH, SIGNATURE, Message, checked_name, checked_secret, pack, signature
+
+__all__ = ["CoreSync", "Pushed"]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `CoreSync.push` did.
+
+    name: what requests name, `task@version`. request: vLLM's LoRARequest of it, for an engine in this process; None for a
+    server. layers: how many cores were sent. bytes: of the messages. seconds: until the engine had taken them.
+    """
+
+    name: str
+    version: int
+    request: Any
+    layers: int
+    bytes: int
+    seconds: float
+
+
+@dataclass
+class _Sent:
+    """The last version of a task that the engine took, and its cores by `Factors.spans`."""
+
+    cores: Tensor
+    pushed: Pushed
+
+
+class CoreSync:
+    """Sends the cores of a model to a vLLM engine that runs, each time as a new version of a task.
+
+        sync = CoreSync(model, llm)                      an LLM, or a server's URL with secret=
+        request = sync.push(name="policy").request       for generate; a server's requests give the name "policy@1"
+
+    A version is an adapter of its own. Requests that run keep the version they began with, and the prefix cache keeps versions
+    apart. The engine takes a version whole, between two of its steps. Only layers whose cores have changed since the last push
+    are sent. The engine holds the last 4 versions of a task, and those of requests that run.
+
+    The engine has to be started with `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`. With LOTR_FACTORS (the
+    plugin) cores go into its bank. Without, A and B are sent once, and the workers make ordinary LoRA factors from them.
+
+    Args:
+        model: from `apply_lotr`. Its factors must stay as they are: train the cores alone (`train=("core",)`).
+        engine: a vllm.LLM, or the URL of a server with `--middleware lotr_ext.interop.vllm.server.CoreSyncEndpoint`.
+        secret: for a server, what its LOTR_SYNC_SECRET says, at least 16 bytes.
+        timeout: for a server, seconds for an answer.
+
+    Raises:
+        TypeError: an engine of another kind. ValueError: no http or https URL, a secret that is missing or short, or an adapter
+            that the engine cannot hold (experts, init "svd", modules_to_save). RuntimeError: no adapter.
+    """
+
+    def __init__(self, model: nn.Module, engine: Any, *, secret: str | None = None, timeout: float = 60.0):
+        self._model = unwrapped(model)
+        live = factors_of(*contents(self._model), "CoreSync")
+        self._live = live.tensors
+        self._factors = Factors(live.layers, {key: t.detach().cpu().clone() for key, t in live.tensors.items()})
+        self._checksum = self._factors.checksum
+        layers = adapted_layers(self._model)
+        self._layers = [layers[name] for name in self._factors.spans]
+        self._ends = torch.tensor([span.stop for span in self._factors.spans.values()])
+        self._channel = _Server(engine, secret, timeout) if isinstance(engine, str) else _Local(engine)
+        self._sent: dict[str, _Sent] = {}
+        self._versions: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def push(self, task: int | None = None, *, name: str | None = None) -> Pushed:
+        """Sends what changed of a task, as its next version.
+
+        task: of the model's TaskBank; None for the cores of the active adapter. name: of the task in the engine, "adapter" or
+        "task-<task>" by default. Nothing is sent where no core has changed; the last version stands.
+
+        Raises:
+            TypeError, ValueError: no such task, a name that cannot be served, cores that are not finite, factors that have
+                changed, a wrong secret, or what the engine refuses; it continues to serve. RuntimeError: a task of a model
+                without a bank. OSError: no connection.
+        """
+        began = time.perf_counter()
+        name = checked_name(name if name is not None else "adapter" if task is None else f"task-{task}")
+        with self._lock:
+            self._check_factors()
+            cores = self._cores(task)
+            check_finite(cores, self._factors, "push")
+            sent = self._sent.get(name)
+            places = range(len(self._layers)) if sent is None else self._changed(cores, sent.cores)
+            if sent is not None and not places:
+                last = sent.pushed
+                return Pushed(last.name, last.version, last.request, 0, 0, time.perf_counter() - began)
+            answer, layers, size = self._send(name, cores, places, sent)
+            took = time.perf_counter() - began
+            found = Pushed(answer["name"], self._versions[name], self._channel.request(answer), layers, size, took)
+            self._sent[name] = _Sent(cores, found)
+            return found
+
+    @torch.no_grad()
+    def _cores(self, task: int | None) -> Tensor:
+        """s G of all layers in one vector, by `Factors.spans`."""
+        if task is None:
+            cores = [layer.core for layer in self._layers]
+        else:
+            own = bank_of(self._model, "push").cores_of(task)
+            cores = [own[f"{layer}.core"] for layer in self._factors.spans]
+        scaled = torch._foreach_mul([core.detach() for core in cores], [layer.scaling for layer in self._layers])
+        return torch.cat([core.flatten() for core in scaled]).cpu()
+
+    def _changed(self, cores: Tensor, before: Tensor) -> list[int]:
+        """The places of the layers that differ."""
+        at = torch.bucketize((cores != before).nonzero()[:, 0], self._ends, right=True)
+        return torch.bincount(at).nonzero()[:, 0].tolist()
+
+    def _check_factors(self) -> None:
+        for key, value in self._factors.tensors.items():
+            if not torch.equal(self._live[key].detach().cpu(), value):
+                raise ValueError(
+                    f"model: expected the factors that it had when CoreSync was made, got others in {key}; train the cores "
+                    "alone, or make a new CoreSync (an engine with LOTR_FACTORS has to be started again)"
+                )
+
+    def _send(self, name: str, cores: Tensor, places: Sequence[int], sent: _Sent | None) -> tuple[dict[str, Any], int, int]:
+        """The engine's answer, and how many cores and bytes it took. The engine says what it lacks; each is sent once."""
+        size, base, factors = 0, 0 if sent is None else sent.pushed.version, None
+        spans = list(self._factors.spans.values())
+        for _ in range(3):
+            version = self._versions[name] = self._versions.get(name, 0) + 1  # a new one for each attempt
+            some = cores if len(places) == len(spans) else torch.cat([cores[spans[place]] for place in places])
+            data = pack(Message(name, version, base, self._checksum, places, some, factors))
+            size += len(data)
+            answer = self._channel.send(data)
+            need = answer.get("need")
+            if need is None:
+                return answer, len(places), size
+            if need == "factors":
+                factors = self._factors
+            self._versions[name] = max(version, answer.get("version", 0))
+            base, places = 0, range(len(spans))
+        raise ValueError(f"engine: expected an answer to a complete message, got {answer}")
+
+
+class _Local:
+    """An LLM of this process, whose workers may be in others."""
+
+    def __init__(self, engine: Any):
+        if not callable(getattr(engine, "collective_rpc", None)) or not hasattr(engine, "llm_engine"):
+            raise TypeError(f"engine: expected a vllm.LLM or a server's URL, got {type(engine).__name__}")
+        self.engine = engine
+
+    def send(self, data: bytes) -> dict[str, Any]:
+        from .engine import names_in_use
+
+        try:
+            answers = self.engine.collective_rpc("lotr_push", args=(data, sorted(names_in_use(self.engine.llm_engine))))
+        except Exception as error:
+            if "lotr_push" not in str(error):
+                raise
+            raise ValueError(
+                "engine: expected one with worker_extension_cls='lotr_ext.interop.vllm.worker.CoreWorker', got one without"
+            ) from error
+        found = next((answer for answer in answers if "error" in answer), answers[0])
+        if "error" in found:
+            raise ValueError(found["error"])
+        return found
+
+    def request(self, answer: Mapping[str, Any]) -> Any:
+        from .engine import LoRARequest
+
+        return LoRARequest(answer["name"], answer["number"], answer["path"])
+
+
+class _Server:
+    """A server's endpoint. No proxies, no redirects: one connection, kept open."""
+
+    def __init__(self, url: str, secret: str | None, timeout: float):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"engine: expected a URL as http://127.0.0.1:8000, got {url!r}")
+        self.secret = checked_secret(secret, "secret")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.connection = kind(parts.hostname, parts.port, timeout=timeout)
+        self.path = parts.path.rstrip("/")
+
+    def send(self, data: bytes) -> dict[str, Any]:
+        headers = {"content-type": "application/octet-stream", SIGNATURE: signature(self.secret, data)}
+        try:
+            status, body = self._post(self.path + PATH, data, headers)
+        except BaseException:
+            self.connection.close()
+            raise
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or status not in (200, 401, 403, 413, 422) or (status != 200 and "error" not in answer):
+            raise ValueError(
+                f"engine: expected a server with the middleware lotr_ext.interop.vllm.server.CoreSyncEndpoint, got the answer "
+                f"{status} {body[:200]!r}"
+            )
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+    def _post(self, path: str, data: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+        kept = self.connection.sock is not None
+        try:
+            self.connection.request("POST", path, data, headers)
+            answer = self.connection.getresponse()
+        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+            self.connection.close()
+            if not kept:
+                raise
+            self.connection.request("POST", path, data, headers)  # the server has closed a connection that was idle
+            answer = self.connection.getresponse()
+        return answer.status, answer.read()
+
+    def request(self, answer: Mapping[str, Any]) -> None:
+        return None

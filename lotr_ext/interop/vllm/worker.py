@@ -1,0 +1,142 @@
+"""The receiving end of CoreSync in each of vLLM's workers: `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`.
+
+A version that was pushed is an adapter of its own, `name@version`. Requests in flight keep the version that they began with;
+vLLM's slots and store hold versions as they hold any adapters. The cores of each version are kept here, because vLLM may drop
+an adapter from its store and load it again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from . import engine
+from .files import Factors, check_finite
+from .loading import check_layers, expanded, native, served
+from .message import PREFIX, Message, unpack, versioned
+
+__all__ = ["KEPT", "CoreWorker"]
+
+KEPT = 4  # versions of a task, besides those that requests in flight use
+_FIRST = 1 << 30  # of the numbers of pushed adapters, above those that users and the server give
+
+_versions: WeakKeyDictionary[engine.Adapters, _Versions] = WeakKeyDictionary()
+
+
+class CoreWorker:
+    """Methods that vLLM adds to its worker."""
+
+    def lotr_push(self, data: bytes, in_use: Iterable[str] = ()) -> dict[str, Any]:
+        """Adds a version of a task. data: of `message.pack`. in_use: the adapters of requests in flight.
+
+        Returns {"name", "number", "path", "dropped"}, or {"error": what was wrong}, or what the sender has to add:
+        {"need": "factors"}, or {"need": "cores", "version": the newest one of this name}.
+        """
+        try:
+            adapters = engine.adapters_of(self)
+            if adapters is None:
+                raise ValueError("engine: expected one with enable_lora=True and max_loras slots, got one without slots")
+            _install()
+            if adapters not in _versions:
+                _versions[adapters] = _Versions(adapters)
+            return _versions[adapters].push(unpack(data), frozenset(in_use))
+        except ValueError as error:
+            return {"error": str(error)}
+
+
+class _Versions:
+    """Of one worker. held: by task and version, oldest first, the checksum of the factors and the vector of the cores."""
+
+    def __init__(self, adapters: engine.Adapters):
+        own = served()
+        self.native = own is not None
+        self.adapters = adapters
+        self.factors: dict[str, Factors] = {} if own is None else {own[1]: own[0]}  # by checksum
+        self.held: defaultdict[str, dict[int, tuple[str, Tensor]]] = defaultdict(dict)
+        self.fitting: set[str] = set()  # of the factors that fit the model
+        self.numbers = _FIRST
+
+    def push(self, message: Message, in_use: frozenset[str]) -> dict[str, Any]:
+        if message.checksum not in self.factors:
+            if self.native:
+                raise ValueError(
+                    f"push: expected a task over the engine's factors {next(iter(self.factors))[:12]}, got one over "
+                    f"{message.checksum[:12]}; start the engine with LOTR_FACTORS from export_factors of this model"
+                )
+            if message.factors is None:
+                return {"need": "factors"}
+            if message.factors.checksum != message.checksum:
+                raise ValueError("push: expected factors with the checksum that the message says, got others")
+        factors = self.factors.get(message.checksum) or message.factors
+        own, name = self.held[message.name], versioned(message.name, message.version)
+        newest, before = max(own, default=0), own.get(message.base)
+        if message.version <= newest or (message.base and (before is None or before[0] != message.checksum)):
+            return {"need": "cores", "version": newest}
+        cores = _merged(message, factors, before[1] if message.base else None)
+        if message.checksum not in self.fitting:
+            check_layers(self.adapters, factors)
+            self.fitting.add(message.checksum)
+        request = engine.LoRARequest(name, self.numbers, f"{PREFIX}{name}")
+        self.factors[message.checksum] = factors
+        own[message.version] = (message.checksum, cores)
+        try:
+            self.adapters.add_adapter(request)
+        except BaseException:
+            del own[message.version]
+            raise
+        self.numbers += 1
+        dropped = [version for version in list(own)[:-KEPT] if versioned(message.name, version) not in in_use]
+        for version in dropped:
+            del own[version]
+        gone = [versioned(message.name, version) for version in dropped]
+        return {"name": name, "number": request.lora_int_id, "path": request.lora_path, "dropped": gone}
+
+    def load(self, request: engine.LoRARequest) -> engine.LoRAModel:
+        name, _, version = request.lora_path.removeprefix(PREFIX).rpartition("@")
+        found = self.held[name].get(int(version))
+        if found is None:
+            raise ValueError(
+                f"adapter: expected a version that the engine holds, got {request.lora_name}; use the request of the last push"
+            )
+        checksum, cores = found
+        if self.native:
+            return native(self.adapters, request.lora_int_id, cores)
+        return expanded(self.adapters, request.lora_int_id, self.factors[checksum], cores)
+
+
+def _merged(message: Message, factors: Factors, before: Tensor | None) -> Tensor:
+    """The vector of all cores. ValueError for places, numbers of values or values that are wrong."""
+    spans, cores = list(factors.spans.values()), message.cores
+    if before is None and list(message.places) != list(range(len(spans))):
+        raise ValueError(f"push: expected the cores of all {len(spans)} layers, got {len(message.places)}")
+    if sorted({*message.places}) != list(message.places) or not all(0 <= place < len(spans) for place in message.places):
+        raise ValueError(f"push: expected places below {len(spans)}, rising, got {list(message.places)[:5]}")
+    chosen = [spans[place] for place in message.places]
+    size = sum(span.stop - span.start for span in chosen)
+    if tuple(cores.shape) != (size,) or not cores.is_floating_point():
+        raise ValueError(f"push: expected {size} floating numbers in cores, got {cores.dtype} {tuple(cores.shape)}")
+    whole = cores
+    if before is not None and len(chosen) < len(spans):
+        whole = before.to(cores.dtype, copy=True)
+        for span, part in zip(chosen, cores.split([span.stop - span.start for span in chosen]), strict=True):
+            whole[span] = part
+    check_finite(whole, factors, "push")
+    return whole
+
+
+@cache
+def _install() -> None:
+    """Once in a process: the adapters of pushed versions come from `_versions`."""
+    engine.check_version()
+    engine.load_first(_load)
+
+
+def _load(adapters: engine.Adapters, request: engine.LoRARequest) -> engine.LoRAModel | None:
+    if not request.lora_path.startswith(PREFIX) or adapters not in _versions:
+        return None
+    return _versions[adapters].load(request)
