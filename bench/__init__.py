@@ -7,6 +7,7 @@ python -m bench.shared     the shared gradient against autograd's own sums
 python -m bench.model      a transformer trained with each method
 python -m bench.host       host time of a layer, and its counts of calls and operators
 python -m bench.kernels    each CUDA kernel alone against the library's product (needs a GPU)
+python -m bench.serving    adapters in servers: throughput kept, memory a task, time of a new version (needs vLLM)
 python -m bench.gpu        all that a GPU is for, within minutes (make gpu)
 python -m bench.traffic    bytes counted without a GPU, and what they would cost on one
 python -m bench.profile    where an adapted layer's time over the frozen layer goes

@@ -26,14 +26,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from causal_data import MODEL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's names of machines
 MOST = 4  # tokens of an answer
 STALE = 0.01  # nats by which trainer and engine may differ on a token; another version differs by more
 HELD_OUT = 200
@@ -241,6 +239,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         half = 1.96 * math.sqrt(mean * (1 - mean) / len(values))
         name = "held-out prompts, likeliest answer, 95 %" if part == "before" else None
         axis.errorbar(at, mean, half, fmt="o", capsize=4, color="tab:orange", label=name)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="step", ylabel="reward: share of right answers", ylim=(0, 1.02))
     axis.set_title(f"GRPO of cores alone, {results['trained']:,} numbers, answers by vLLM\n{results['machine']}", fontsize=10)
     axis.grid(alpha=0.3)
