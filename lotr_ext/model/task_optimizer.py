@@ -9,6 +9,7 @@ Which tasks had rows is noted in backward, by a node on the way to each core (`n
 
 from __future__ import annotations
 
+import inspect
 import json
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,14 +17,12 @@ from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from ..compat import graph_task, same_storage
-from ..files import put_file
 from ..layers.checks import check_index
 
 if TYPE_CHECKING:
@@ -48,15 +47,15 @@ class TaskOptimizer(torch.optim.Optimizer):
     param_groups: one group with the bank's cores and the settings, as schedulers, GradScaler and clipping expect.
     """
 
-    def __init__(self, bank: TaskBank, optimizer_class: Callable[..., torch.optim.Optimizer], **settings: Any):
+    def __init__(self, bank: TaskBank, optimizer_class: type[torch.optim.Optimizer], **settings: Any):
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise TypeError(f"optimizer_class: expected a class of torch.optim.Optimizer, got {optimizer_class!r:.80}")
-        takes = optimizer_class.__init__.__code__.co_varnames
-        if "foreach" in takes and not {"foreach", "fused"} & {name for name, value in settings.items() if value is not None}:
-            settings["foreach"] = not settings.get("differentiable", False)
+        given = {name for name, value in settings.items() if value is not None}
+        if "foreach" in inspect.signature(optimizer_class).parameters and not given & {"foreach", "fused"}:
+            settings["foreach"] = True
         self._class, self._settings = optimizer_class, settings
         self._inner = self._probe(bank)
-        self._bank, self._layers = bank, [f"{name}.core" for name in bank.layers]
+        self._bank, self._layers = bank, [f"{name}.core" for name in bank._layers]
         super().__init__(list(bank.cores), self._inner.defaults)
         self._storages = [core.untyped_storage() for core in bank.cores]
         self._tasks: dict[int, _Task] = {}
@@ -119,13 +118,14 @@ class TaskOptimizer(torch.optim.Optimizer):
                 loss = closure()
         tasks = self._tasks_of_layers(index)
         self._look_for_moves()
-        moving = [self._with_gradients(l, rows) for l, rows in enumerate(tasks) if rows]
-        parameters = [parameter for layer in moving for parameter in layer]
+        moving = {core: self._with_gradients(l, tasks[l]) for l, core in enumerate(self._bank.cores) if tasks[l]}
+        parameters = [parameter for layer in moving.values() for parameter in layer]
         settings = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         try:
             if parameters:
                 self._inner.param_groups = [settings | {"params": parameters}]
                 self._inner.step()
+                increment_version(tuple(moving))  # a backward through a forward of before raises
         finally:
             for parameter in parameters:
                 parameter.grad = None
@@ -248,12 +248,12 @@ class TaskOptimizer(torch.optim.Optimizer):
         for task, state in state_dict["tasks"].items():
             if not (0 <= task < len(self._bank.taken) and self._bank.taken[task]):
                 raise ValueError(f"state_dict: expected tasks of the bank, got {task}, which it does not have; load it first")
-            states[task] = self._loaded(task, state, "state_dict")
+            states[task] = self._loaded(state, "state_dict")
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         for task in list(self._tasks):
             self._forget(task)
-        for task, (own, state) in states.items():
-            self._take(task, own, state)
+        for task, own in states.items():
+            self._take(task, *own)
         self._forget_rows()
 
     def save(self, task: int, path: str | PathLike[str]) -> None:
@@ -262,12 +262,14 @@ class TaskOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: no path, no such task.
         """
-        values, tensors = {}, {}
-        for name, state in self.state_of(task).items():
-            for key, value in state.items():
-                kept = tensors if isinstance(value, Tensor) else values
-                kept[f"{STATE}{name}/{key}"] = value.detach().to("cpu", copy=True).contiguous() if kept is tensors else value
-        self._bank.save(task, path, tensors, {"optimizer": self._class.__name__, "values": json.dumps(values)})
+
+        def state() -> tuple[dict[str, Tensor], dict[str, str]]:
+            parts = {f"{STATE}{name}/{key}": value for name, own in self.state_of(task).items() for key, value in own.items()}
+            tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in parts.items() if isinstance(v, Tensor)}
+            others = {k: v for k, v in parts.items() if k not in tensors}
+            return tensors, {"optimizer": self._class.__name__, "values": json.dumps(others)}
+
+        self._bank._save(task, path, state)
 
     def add(self, path: str | PathLike[str]) -> int:
         """Puts a task and its state into the first free place of the bank, which it returns.
@@ -275,7 +277,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         Raises:
             As `TaskBank.add`; ValueError: a file without state, or with that of another class. Nothing is changed then.
         """
-        cores, tensors, metadata = self._bank.read(path)
+        cores, tensors, metadata = self._bank._read(path)
         if metadata.get("optimizer") != self._class.__name__:
             got = metadata.get("optimizer", "a file without state")
             raise ValueError(f"source: expected the state of {self._class.__name__}, got {got}; TaskBank.add takes the cores")
@@ -283,24 +285,23 @@ class TaskOptimizer(torch.optim.Optimizer):
         for key, value in (tensors | json.loads(metadata["values"])).items():
             name, _, what = key.removeprefix(STATE).rpartition("/")
             state.setdefault(name, {})[what] = value
-        own = self._loaded(None, state, "source")
+        own = self._loaded(state, "source")
         task = self._bank.add(cores)
         self._take(task, *own)
         return task
 
-    def _loaded(
-        self, task: int | None, state: Mapping[str, Mapping[str, Any]], where: str
-    ) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-        """New parameters and an optimizer that has their state, on the bank's device."""
+    def _loaded(self, state: Mapping[str, Mapping[str, Any]], where: str) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+        """Parameters like a task's, and an optimizer that has their state, on the bank's device."""
         if unknown := sorted(set(state) - set(self._layers)):
             raise ValueError(f"{where}: expected the state of layers of the bank, got that of {unknown[0]}")
-        parameters = [nn.Parameter(core.detach()[task or 0]) for core in self._bank.cores]
-        optimizer = self._make(parameters)
-        for parameter, name, core in zip(parameters, self._layers, self._bank.cores, strict=True):
+        parameters = [nn.Parameter(core.detach()[0]) for core in self._bank.cores]
+        for name, core in zip(self._layers, parameters, strict=True):
             for key, value in state.get(name, {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != core.shape[1:]:
-                    got = f"{key} of shape {tuple(value.shape)}"
-                    raise ValueError(f"{where}: expected state of {name} like {tuple(core.shape[1:])}, got {got}")
+                shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+                # one number, one a row or column, or one an element
+                if shape and (len(shape) != core.dim() or any(n not in (1, own) for n, own in zip(shape, core.shape))):
+                    raise ValueError(f"{where}: expected state of {name} like {tuple(core.shape)}, got {key} of shape {shape}")
+        optimizer = self._make(parameters)
         fresh = optimizer.state_dict()
         given = {i: dict(state[name]) for i, name in enumerate(self._layers) if name in state}
         optimizer.load_state_dict({"state": given, "param_groups": fresh["param_groups"]})
@@ -329,7 +330,7 @@ class _Noted(torch.autograd.Function):
 
     @staticmethod
     def forward(core: Tensor, index: Tensor, l: int, optimizer: TaskOptimizer) -> Tensor:
-        return core.view_as(core)
+        return core.detach()  # a view would say, of a write in place, that it is this Function's fault
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -26,6 +27,7 @@ from ..layers.mixture import Mixture
 from ..layers.sums import Rule, check_weights
 from .adapted import adapted_layers
 from .shared_factors import Owner, SharedFactors, factors_checksum
+from .task_optimizer import STATE, TaskOptimizer, noted_cores
 
 __all__ = ["TaskBank", "bank_of"]
 
@@ -61,6 +63,7 @@ class TaskBank(nn.Module):
         cores = (layer.core.detach().new_zeros(tasks, *layer.core.shape) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
+        self.writes = [0] * tasks  # into each place: a state that belongs to its task ends with one
         self._layers = tuple(layers)
         self._scalings = tuple(layer.scaling for layer in layers.values())
         self._owners: dict[str, Owner] = dict(model.lotr_factors.items())  # which the model registers
@@ -141,10 +144,31 @@ class TaskBank(nn.Module):
         Raises:
             TypeError, ValueError: no path, no such task.
         """
-        target = _path(path)
-        with _changes:
-            tensors = {name: core.to("cpu", copy=True).contiguous() for name, core in self.cores_of(task).items()}
-        put_file(target.parent, target.name, safetensors.torch.save(tensors, self._metadata()))
+        self._save(task, path, lambda: ({}, {}))
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def optimizer(self, optimizer_class: type[torch.optim.Optimizer], **settings: Any) -> TaskOptimizer:
+        """A torch optimizer with a state for each task: a step moves the tasks that had rows, and no others.
+
+            optimizer = bank.requires_grad_().optimizer(torch.optim.AdamW, lr=1e-3)
+            with mixed(model, index):
+                loss(model(x)).backward()
+            optimizer.step()
+
+        A task moves as it would alone, by a torch optimizer of its own that steps when it has rows: momentum, the step count of
+        a bias correction and weight decay are its own. State is made when a task is first trained, and ends when it is
+        dropped or replaced. foreach=True unless settings say foreach or fused; fused=True is the fastest where torch has it.
+        Make it after the model was moved. A second optimizer of a bank takes the first one's place.
+
+        optimizer_class: one whose state belongs to each parameter, as torch's own do but LBFGS and SparseAdam. settings: its
+        arguments.
+
+        Raises:
+            TypeError: no optimizer class, or one that keeps state for all parameters together or needs more than gradients; or
+                settings that it does not take.
+        """
+        return TaskOptimizer(self, optimizer_class, **settings)
 
     # ---- details -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +196,16 @@ class TaskBank(nn.Module):
                 raise ValueError(f"names: expected tasks in [-1, {len(self.taken)}), got {got}")
             if not bool(self.taken[own].all()):
                 raise ValueError(f"names: expected tasks of the bank, got {int(own[~self.taken[own]][0])}, a free place")
-        return [Mixture(core, scaling, index) for core, scaling in zip(self.cores, self._scalings, strict=True)]
+        cores = noted_cores(self, index)
+        return [Mixture(core, scaling, index) for core, scaling in zip(cores, self._scalings, strict=True)]
+
+    def _save(self, task: int, path: object, more: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> None:
+        """`save` with more tensors, by names that begin with STATE, and metadata, which are read at the same time."""
+        target = _path(path)
+        with _changes:
+            cores = {name: core.to("cpu", copy=True).contiguous() for name, core in self.cores_of(task).items()}
+            tensors, metadata = more()
+        put_file(target.parent, target.name, safetensors.torch.save(cores | tensors, self._metadata() | metadata))
 
     def _place(self, task: object) -> int:
         if isinstance(task, bool) or not isinstance(task, int):
@@ -189,6 +222,7 @@ class TaskBank(nn.Module):
         try:
             for part, value in zip(parts, (*values, torch.tensor(taken, device="cpu")), strict=True):
                 part.copy_(value)
+            self.writes[place] += 1
         except BaseException:
             for part, value in zip(parts, before, strict=True):
                 part.copy_(value)
@@ -198,7 +232,7 @@ class TaskBank(nn.Module):
         """The cores of a task, checked, as the bank's own are."""
         if source is None:
             return [core.new_zeros(core.shape[1:]) for core in self.cores]
-        tensors = source if isinstance(source, Mapping) else self._read(_path(source))
+        tensors = source if isinstance(source, Mapping) else self._read(source)[0]
         names = [f"{name}.core" for name in self._layers]
         if set(tensors) != set(names):
             missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
@@ -216,7 +250,9 @@ class TaskBank(nn.Module):
             values.append(value.detach().to(core.device, core.dtype))
         return values
 
-    def _read(self, path: Path) -> dict[str, Tensor]:
+    def _read(self, source: object) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+        """The cores of a file, its other tensors, and its metadata."""
+        path = _path(source)
         try:
             with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -224,7 +260,8 @@ class TaskBank(nn.Module):
                     got = metadata.get(key)
                     if got != want and (key != "factors" or got != self._checksum()):
                         raise ValueError(f"source: expected {key} {want:.200} as the model has, got {got!s:.200} in {path}")
-                return {name: file.get_tensor(name) for name in file.keys()}
+                cores, others = ([n for n in file.keys() if n.startswith(STATE) == state] for state in (False, True))
+                return {n: file.get_tensor(n) for n in cores}, {n: file.get_tensor(n) for n in others}, metadata
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"source: expected a safetensors file, got {path} ({error})") from None
 
