@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,11 @@ from torch.compiler import is_compiling
 from ..compat import graph_task, same_storage
 from ..layers.checks import check_index
 
-if TYPE_CHECKING:
-    from .tasks import TaskBank
-
 __all__ = ["TaskOptimizer"]
 
 STATE = "state/"  # in a file, before the names of what is no core
-_of_bank: weakref.WeakKeyDictionary[TaskBank, weakref.ref[TaskOptimizer]] = weakref.WeakKeyDictionary()
+Bank = nn.Module  # a TaskBank, whose module imports this one
+_of_bank: weakref.WeakKeyDictionary[Bank, weakref.ref[TaskOptimizer]] = weakref.WeakKeyDictionary()
 
 
 class _Task(NamedTuple):
@@ -47,7 +45,7 @@ class TaskOptimizer(torch.optim.Optimizer):
     param_groups: one group with the bank's cores and the settings, as schedulers, GradScaler and clipping expect.
     """
 
-    def __init__(self, bank: TaskBank, optimizer_class: type[torch.optim.Optimizer], **settings: Any):
+    def __init__(self, bank: Bank, optimizer_class: type[torch.optim.Optimizer], **settings: Any):
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise TypeError(f"optimizer_class: expected a class of torch.optim.Optimizer, got {optimizer_class!r:.80}")
         given = {name for name, value in settings.items() if value is not None}
@@ -66,7 +64,7 @@ class TaskOptimizer(torch.optim.Optimizer):
     def _make(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         return self._class(parameters, **self._settings)
 
-    def _probe(self, bank: TaskBank) -> torch.optim.Optimizer:
+    def _probe(self, bank: Bank) -> torch.optim.Optimizer:
         """A new optimizer, after a step of one zero parameter: TypeError if that step needs more than a gradient, or leaves
         state outside of its parameter's."""
         parameter = nn.Parameter(torch.zeros_like(bank.cores[0].detach()[0]))
@@ -355,7 +353,7 @@ class _Snapshots:
         return self.copy
 
 
-def noted_cores(bank: TaskBank, index: Tensor) -> list[Tensor | Callable[[Tensor, int], Tensor]]:
+def noted_cores(bank: Bank, index: Tensor) -> list[Tensor | Callable[[Tensor, int], Tensor]]:
     """What a Mixture takes the cores of each layer from: the bank's, by way of a node if an optimizer of the bank lives."""
     optimizer = _of_bank.get(bank, lambda: None)()
     if optimizer is None:
