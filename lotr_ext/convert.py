@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
     text = "LoRAs of one model to factors that all share and a task for each, with each layer's error."
     bank = command("loras-to-bank", "directories of PEFT LoRA adapters", text, "+")
     bank.add_argument("--rank", type=_rank, required=True, help="R, or R_IN,R_OUT")
-    for own in (one, bank):
-        own.add_argument("--group-by", choices=("shape", "name"), default="shape", help="which layers share A and B")
+    for own, more in ((one, ()), (bank, ("layer",))):
+        own.add_argument("--group-by", choices=("shape", "name", *more), default="shape", help="which layers share A and B")
         own.add_argument("--dtype", choices=DTYPES, default="float32", help="of the new adapter")
     one = command("lotr-to-lora", "directory of a LoTR adapter (save_adapter)", "LoTR to a PEFT LoRA adapter, exact.")
     one.add_argument("--task-type", help="PEFT's, such as SEQ_CLS or CAUSAL_LM")

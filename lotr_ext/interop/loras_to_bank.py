@@ -114,7 +114,8 @@ def loras_to_bank(
         sources: folders of LoRA adapters, or what `read_lora` gave, by the name of their task; or folders, whose tasks are
             called as they are (`names_of`). Adapters may differ in rank and scaling, not in their layers.
         rank: r, or (r_in, r_out), for all groups. Exact from the sum of a group's LoRA ranks on.
-        group_by: "shape", "name" or a mapping from layer names, as in LoTRConfig.
+        group_by: "shape", "name" or a mapping from layer names, as in LoTRConfig; or "layer": factors of its own for each
+            layer, which all tasks share.
         dtype: of the result. The work is done in float64.
         report: called with what is being done and the fraction of all that is done.
 
@@ -135,8 +136,7 @@ def loras_to_bank(
     most = max(max(stream.ranks[group], sum(stream.sizes[group])) for group in stream.groups)
     if max(ranks) > most:
         raise ValueError(f"rank: expected at most {most}, beyond which no group can use any, got {rank}")
-    factors = _factors(stream, ranks)
-    return _conversion(stream, factors, rank, group_by, dtype)
+    return _conversion(stream, _factors(stream, ranks), rank, stream.group_by, dtype)
 
 
 class _Stream:
@@ -155,6 +155,7 @@ class _Stream:
         self.groups: dict[str, list[str]] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
         self.ranks: dict[str, int] = {}
+        self.group_by: str | Mapping[str, str] = {}
         self.parameters, self.dropout = 0, 0.0
 
     def adapters(self, what: str) -> Iterator[tuple[str, LoRAAdapter]]:
@@ -188,7 +189,9 @@ class _Stream:
         """The first pass, over all adapters: refuses what cannot be converted, and finds the groups."""
         for _, adapter in self.adapters("reads"):
             if not self.groups:
-                for layer, group in group_names(self.layers, group_by).items():
+                own = {layer: f"{i}_{layer.replace('.', '_')}" for i, layer in enumerate(sorted(self.layers))}
+                self.group_by = own if group_by == "layer" else group_by
+                for layer, group in group_names(self.layers, self.group_by).items():
                     self.groups.setdefault(group, []).append(layer)
                     self.sizes[group], self.ranks[group] = self.layers[layer], 0
                 self.dropout = adapter.dropout

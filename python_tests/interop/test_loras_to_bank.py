@@ -75,6 +75,15 @@ def test_exact_from_the_sum_of_the_ranks_on(folders, rank) -> None:
             assert found.errors[folder.name][layer] < 1e-10
 
 
+def test_factors_for_each_layer(folders, tmp_path) -> None:
+    """Exact from the sum of the ranks of one layer's LoRAs on; saved and loaded as any grouping."""
+    found = loras_to_bank(folders, rank=2 + 3 + 1 + 2, group_by="layer", dtype=torch.float64)
+    assert len(found.groups) == 6 and max(found.task_errors.values()) < 1e-10
+    found.save(tmp_path)
+    bank = TaskBank(load_adapter(toy(), tmp_path), 4)
+    assert len(bank.cores_of(bank.add(tmp_path / "sea.task.safetensors"))) == 6
+
+
 def test_a_small_adapter_beside_large_ones_is_exact_too(folders) -> None:
     """A Gram matrix would have lost it: its singular values are 1e-9 of the others', their squares beyond float64."""
     adapters = {folder.name: read_lora(folder) for folder in folders}
