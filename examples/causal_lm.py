@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,14 +108,12 @@ def write(model: nn.Module, tokenizer, prompt: str, tokens: int) -> str:
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-def train(model: nn.Module, rows: Tensor, options: argparse.Namespace) -> list[float]:
-    """AdamW over the adapter, linear warm-up and decay; the losses by step."""
+def train(model: nn.Module, rows: Tensor, options: argparse.Namespace, parameters: Sequence[nn.Parameter]) -> list[float]:
+    """AdamW over the adapter's parameters, linear warm-up and decay; the losses by step."""
     import torch
 
-    from lotr_ext import lotr_parameters
-
     generator = torch.Generator().manual_seed(options.seed)
-    optimizer = torch.optim.AdamW(lotr_parameters(model), lr=options.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
     warm = max(1, options.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, max(0.0, (options.steps - step) / max(1, options.steps - warm)))
@@ -185,7 +184,16 @@ def main(argv: list[str] | None = None) -> int:
     words = read_text(Path(options.text))
     import torch
 
-    from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter, trainable_summary
+    from lotr_ext import (
+        LoTRConfig,
+        apply_lotr,
+        init_from_gradient,
+        load_adapter,
+        lotr_parameters,
+        merge,
+        save_adapter,
+        trainable_summary,
+    )
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -205,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     start = time.perf_counter()
-    train(model, text.train, options)
+    train(model, text.train, options, lotr_parameters(model))
     seconds = time.perf_counter() - start
     after = held_out_loss(model, text.held_out, options.batch)
     written = write(model, tokenizer, options.prompt, options.new_tokens)
