@@ -1,7 +1,7 @@
 """Eight LoRAs of a small language model as one bank of tasks, and a ninth task trained as cores alone.
 
     python examples/causal_data.py                     fetches SmolLM2-135M and the King James Bible, once
-    python examples/loras_to_bank.py                   eight books of it, about seven minutes of one core
+    python examples/loras_to_bank.py                   eight books of it, about five minutes of one core
     python examples/loras_to_bank.py --quick           three books and few steps: under a minute
     python examples/loras_to_bank.py --texts folder    each .txt in it is a task, the last one is the new task
 
@@ -60,12 +60,12 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, help="a folder of .txt files instead of the books")
     parser.add_argument("--quick", action="store_true", help="three tasks and the new one, few steps, one rank")
     parser.add_argument("--lora-rank", type=int, default=8, help="of the LoRAs (8)")
-    parser.add_argument("--ranks", default="layer:8,layer:16,layer:32,shape:16,shape:32,shape:64", help="grouping:rank, ..")
-    parser.add_argument("--steps", type=int, default=32, help="of a training (32)")
+    parser.add_argument("--ranks", default="layer:8,layer:16,layer:32,shape:16,shape:64", help="grouping:rank, ..")
+    parser.add_argument("--steps", type=int, default=16, help="of a training (16)")
     parser.add_argument("--batch", type=int, default=2, help="rows a step (2)")
     parser.add_argument("--length", type=int, default=64, help="tokens a row (64)")
-    parser.add_argument("--held-out", type=int, default=8, help="rows of each text that are not trained on (8)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the LoRAs (2e-3)")
+    parser.add_argument("--held-out", type=int, default=6, help="rows of each text that are not trained on (6)")
+    parser.add_argument("--lr", type=float, default=5e-3, help="of the LoRAs (5e-3)")
     parser.add_argument("--core-lr", type=float, default=2e-2, help="of the new task's cores (2e-2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one-start", action="store_true", help="all LoRAs start from the same A, as with one fixed seed")

@@ -55,6 +55,8 @@ class LoTRPeftConfig(PeftConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
             for target_modules: what PEFT has for LoRA and the model's type; with target_parameters no module.
         target_parameters: as in `lotr_ext.LoTRConfig`, the 3-D parameters of a transformers mixture's experts.
+        share_factors: the adapter of the model whose A and B this one uses; it then has only cores of its own, and train is
+            ["core"] unless given. Its files have A and B all the same. As the first adapter of a model it has its own.
         layers: what was adapted, as PEFT saves it with the adapter, for `lotr_ext.load_adapter`; nothing that is given.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
 
@@ -77,9 +79,12 @@ class LoTRPeftConfig(PeftConfig):
     init: str = field(default="orthonormal", metadata={"help": "how A and B start"})
     core_init: str = field(default="zero", metadata={"help": "how the cores start"})
     core: str = field(default="dense", metadata={"help": "a core a layer, or what makes them all of fewer numbers"})
-    train: list[str] = field(default_factory=lambda: ["A", "B", "core"], metadata={"help": "which parts are trained"})
+    train: list[str] | None = field(
+        default=None, metadata={"help": "which parts are trained; None: all that it does not share"}
+    )
     target_parameters: list[str] | None = field(default=None, metadata={"help": "3-D parameters of experts"})
     layers: list[dict[str, Any]] | None = field(default=None, metadata={"help": "written when layers are adapted"})
+    share_factors: str | None = field(default=None, metadata={"help": "the adapter whose A and B it uses"})
     r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank; None: rank, 16 by default"})
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
@@ -103,6 +108,10 @@ class LoTRPeftConfig(PeftConfig):
         if len(set(ranks)) > 1:
             raise ValueError(f"r: expected rank = {self.rank!r}, or one of them alone, got {self.r!r}")
         self.rank = ranks[0] if ranks else DEFAULT_RANK
+        if self.share_factors is not None and not isinstance(self.share_factors, str):
+            raise TypeError(f"share_factors: expected the name of an adapter or None, got {self.share_factors!r}")
+        if self.train is None:
+            self.train = ["A", "B", "core"] if self.share_factors is None else ["core"]
         checked = self.to_lotr(target_parameters=self.target_parameters)
         self.rank, self.train = checked.rank, list(checked.train)
         self.r = self.rank

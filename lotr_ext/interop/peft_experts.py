@@ -51,8 +51,6 @@ class LoTRPeftExperts(Hosted, LoTRPeftLinear):
         """As `lotr_grouped_linear`."""
         return self.routed(x, self.weight, self.bias, offs, tokens)
 
-    mixture = None  # PEFT's models have no batches of mixed adapters
-
     def routed(
         self,
         x: Tensor,

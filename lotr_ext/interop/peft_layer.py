@@ -26,8 +26,10 @@ from ..layers.functional import explain_call
 from ..layers.init import fill_core_
 from ..layers.linear import is_conv1d
 from ..layers.merging import Merges, check_is_parameter, plus
+from ..layers.mixture import Mixture, call_mixed, cores_of, index_for
 from ..layers.parametrized import parameters_of
 from ..layers.quantized import has_plain_weight
+from ..layers.request import NOW, InRequests
 from ..layers.settings import Settings
 from ..model.targets import features, needs_wrap
 from ..ops.composite import delta_weight
@@ -43,6 +45,7 @@ class LoTRCore(HasCore):
     """
 
     start_core = None
+    in_use = True  # whether a forward scope may fold it; of adapters that share B only the active ones
 
     def __init__(
         self, factors: LoTRFactors, config: LoTRPeftConfig, num_experts: int | None = None, form: CoreAt | None = None
@@ -94,7 +97,7 @@ def own_weight(base: nn.Module) -> Tensor | None:
     return base.weight.t() if is_conv1d(base) else None
 
 
-class LoTRPeftLinear(Merges, BaseTunerLayer):
+class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
     """A linear layer with LoTR adapters by name: x [..., in_features] -> [..., out_features].
 
     state_dict: the base's keys under `base_layer.`, and `lotr_adapter.<name>.core`. Merging sums in fp32 and casts once, from
@@ -130,7 +133,13 @@ class LoTRPeftLinear(Merges, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names: expected None (LoTR has no batches of mixed adapters), got a list of names")
+            raise ValueError("adapter_names: expected None in a call of a layer, got names; give them to the model")
+        if (NOW.any is not None or self.traced) and not self.disable_adapters:
+            off, mixture = self._state()
+            if off:
+                return self.base_layer(x, *args, **kwargs)
+            if mixture is not None:
+                return self._mixed(x, mixture, *args, **kwargs)
         cores = list(self._running(warn=True).values())
         if not cores:
             return self.base_layer(x, *args, **kwargs)
@@ -144,6 +153,16 @@ class LoTRPeftLinear(Merges, BaseTunerLayer):
         for core in cores:
             y = core(lambda A, B, call, y=y: add_adapter(x, y, A, B, call))
         return y
+
+    def _mixed(self, x: Tensor, mixture: Mixture, *args: Any, **kwargs: Any) -> Tensor:
+        """A batch whose rows have adapters of their own, over the same factors."""
+        held = self.lotr_adapter[mixture.adapter]
+
+        def run(A: Tensor, B: Tensor, call: Call) -> Tensor:
+            cores, call.scaling = cores_of(mixture, call.core, len(mixture.index)), mixture.scaling
+            return call_mixed(x, lambda x: self.base_layer(x, *args, **kwargs), A, B, cores, index_for(mixture, x), call)
+
+        return held(run)
 
     def _running(self, warn: bool = False) -> dict[str, LoTRCore]:
         """The adapters that a call runs, by name: the active ones, none if they are merged or disabled. warn: for a call, which
@@ -169,13 +188,19 @@ class LoTRPeftLinear(Merges, BaseTunerLayer):
     # ---- which adapters are active and trained -----------------------------------------------------------------------
 
     def _train_only(self, names: Sequence[str]) -> None:
+        trained = []
         for name, core in self.lotr_adapter.items():
             for part, parameter in core.parameters_by_part():
-                parameter.requires_grad_(name in names and part in core.trained)
+                parameter.requires_grad_(False)
+                trained += [parameter] * (name in names and part in core.trained)
+        for parameter in trained:  # last, for A and B may belong to several adapters
+            parameter.requires_grad_(True)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._train_only([] if inference_mode else names)
+        for name, core in self.lotr_adapter.items():
+            core.in_use = name in names
         self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:

@@ -10,9 +10,9 @@ On disk the adapter's name is left out, as PEFT does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -37,6 +37,7 @@ from ..model.targets import Target, can_be_child, features, name_ends_with, sele
 from .peft_config import LoTRPeftConfig
 from .peft_experts import LoTRPeftExperts, hosts
 from .peft_layer import LoTRCore, LoTRPeftLinear
+from .peft_shared import add_weighted, loaded_into_shared, mixed_batch, shared_factors
 
 
 def _entry(target: Target, config: LoTRPeftConfig) -> LayerEntry:
@@ -93,6 +94,7 @@ class LoTRPeftModel(BaseTuner):
         self._parameters_found: list[Target] = []
         self._owners: set[str] = set()
         self._cores: Cores | None = None
+        self._shared: SharedFactors | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As BaseTuner's. The factors and cores of other adapters keep their requires_grad."""
@@ -104,7 +106,7 @@ class LoTRPeftModel(BaseTuner):
             self._take_back(adapter_name, layers)
             raise
         finally:
-            self._groups, self._owners, self._cores = {}, set(), None
+            self._groups, self._owners, self._cores, self._shared = {}, set(), None, None
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         set_fast_paths(self.model, off=True, adapted=LoTRPeftLinear)
@@ -158,6 +160,7 @@ class LoTRPeftModel(BaseTuner):
         self._owners = set(self._groups.values())
         if config.group_by == "width":
             self._owners = {name for t in targets for name in width_names(t.in_features, t.out_features)}
+        self._shared = shared_factors(self, config, targets)
         self._cores = make_cores(config.to_lotr(), list(self._groups), "cpu")
         self._check_adapter_names(config)
 
@@ -235,7 +238,7 @@ class LoTRPeftModel(BaseTuner):
     def _factors(self, adapter_name: str, group: str, layer: LoTRPeftLinear, config: LoTRPeftConfig) -> LoTRFactors:
         """The adapter's pair for a group, whose factors are made for their first layer in that layer's dtype."""
         if adapter_name not in self.lotr_factors:
-            self.lotr_factors[adapter_name] = SharedFactors()
+            self.lotr_factors[adapter_name] = SharedFactors() if self._shared is None else self._shared
         device, dtype = layer.place()
         sizes, dtype = (layer.in_features, layer.out_features), dtype if dtype in DTYPES.values() else torch.float32
         return self.lotr_factors[adapter_name].pair(group, sizes, config.to_lotr(), device, dtype)
@@ -249,6 +252,10 @@ class LoTRPeftModel(BaseTuner):
         cores = self.lotr_cores[adapter_name] if autocast_adapter_dtype and adapter_name in self.lotr_cores else None
         if cores is not None and next(cores.parameters()).dtype in _HALVES:
             cores.float()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        attach_scope(self.model)  # which folds the active adapters' cores
 
     # ---- taking it out -----------------------------------------------------------------------------------------------
 
@@ -306,20 +313,39 @@ class LoTRPeftModel(BaseTuner):
         set_fast_paths(model, off=False)
         return model
 
-    # ---- what PEFT's LoRA has and LoTR has not -----------------------------------------------------------------------
+    # ---- several adapters over the same factors (`peft_shared.py`) ---------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names: expected None (LoTR has no batches of mixed adapters), got a list of names")
-        yield
+        if (names := kwargs.get("adapter_names")) is None:
+            yield
+            return
+        with mixed_batch(self, names, kwargs.get("num_beams")):
+            yield
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses: adapters have factors of their own, so a weighted sum of cores or factors is no sum of adapters."""
-        raise NotImplementedError(
-            "add_weighted_adapter: expected adapters of a method whose parameters add up, got LoTR; activate several at once "
-            "(model.base_model.set_adapter([...])), or convert them to LoRA (peft.convert_to_lora) and combine those"
-        )
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        svd_rank: int | None = None,
+        **svd: Any,
+    ) -> None:
+        """Adds an adapter that is a weighted sum of others over the same factors, by PEFT's combination types.
+
+        "linear", "cat" and "svd" are the exact sum, at the same rank; "ties", "dare_linear", "dare_ties" and
+        "magnitude_prune" work on the cores, with density; "dare" draws from torch's generator. svd: options of PEFT's svd,
+        without effect.
+
+        Raises:
+            TypeError, ValueError: no such adapters, ones with factors of their own, other weights than finite numbers, another
+                combination type, density or svd_rank, or several with modules_to_save. Nothing is changed then.
+        """
+        if adapter_name not in self.peft_config:  # as PEFT's
+            add_weighted(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method, svd_rank)
 
     # ---- what is on disk ---------------------------------------------------------------------------------------------
 
@@ -380,4 +406,4 @@ class LoTRPeftModel(BaseTuner):
                 f"adapter: expected the model's {len(want)} LoTR tensors, got {len(got)}: missing "
                 f"{', '.join(missing[:3]) or 'none'}; not in the model {', '.join(foreign[:3]) or 'none'}"
             )
-        return renamed
+        return renamed | loaded_into_shared(model, adapter_name, renamed)

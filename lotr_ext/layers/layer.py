@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +17,22 @@ from .factors import LoTRFactors
 from .merging import Merges, check_is_parameter, plus, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
-from .request import NOW, OFF, said_of
+from .request import NOW, InRequests
 from .settings import Settings
 
 DEFAULT_RANK = 8
 
 
-class LoTRLayer(HasCore, Merges):
+class LoTRLayer(InRequests, HasCore, Merges):
     """Base class of adapted layers. Subclasses give `_base` (the plain forward), `_matrix` (W [n, k], a view) and `to_base`.
 
     core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s.
     start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
-    traced: what contexts that compiled code opens change for the layer (`request.py`); () otherwise.
     """
 
     in_features: int
     out_features: int
     start_core: Tensor | None
-    traced: tuple[Mixture | Literal[False], ...] = ()
-    _off, _said = False, said_of
 
     @property
     def disabled(self) -> bool:
@@ -46,18 +42,6 @@ class LoTRLayer(HasCore, Merges):
     @disabled.setter
     def disabled(self, off: bool) -> None:
         self._off = off
-
-    @property
-    def mixture(self) -> Mixture | None:
-        """The cores of several adapters, one a row of the batch, in an open `mixed` context."""
-        return self._state()[1]
-
-    def _state(self) -> tuple[bool, Mixture | None]:
-        """(disabled, mixture)"""
-        off, mixture = self._said
-        for said in self.traced:
-            off, mixture = off or said is OFF, mixture if said is OFF else said
-        return off or self._off, mixture
 
     def _replicate_for_data_parallel(self) -> LoTRLayer:
         """A replica for nn.DataParallel, which calls it in another thread: there this thread's contexts are not open."""

@@ -10,7 +10,7 @@ and `per_example` one that gives each row the layer's own core (`model/per_examp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,12 +25,20 @@ class Mixture(NamedTuple):
     """cores: [c, r_in, r_out], of experts [c, e, r_in, r_out], times scaling; or the parts that they are made of, a core and a
     factor of scaling for each adapter; or a function that makes b of them from the layer's core. index (int64): which of them
     row i of the batch takes [b], or the token at position j of row i [b, t], -1 for none; None: row i takes the i-th, for any
-    b. flat: whether a layer may get the tokens of all rows in one list [m, k], as in a mixture beside its experts."""
+    b. flat: whether a layer may get the tokens of all rows in one list [m, k], as in a mixture beside its experts. adapter: one
+    with the factors of all, in a layer that has several."""
 
     cores: Tensor | tuple[tuple[Tensor, float], ...] | Callable[[Tensor, int], Tensor]
     scaling: float
     index: Tensor | None
     flat: bool = False
+    adapter: str | None = None
+
+
+def mixture_of(parts: Sequence[tuple[Tensor, float]], index: Tensor, adapter: str | None = None) -> Mixture:
+    """Of several adapters' (core, scaling). The largest scaling comes last: s G could leave float16's range."""
+    most = max(abs(scaling) for _, scaling in parts) or 1.0
+    return Mixture(tuple((core, scaling / most) for core, scaling in parts), most, index, adapter=adapter)
 
 
 def cores_of(mixture: Mixture, core: Tensor, b: int) -> Tensor:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Said = Mixture | Literal[False]
 
-__all__ = ["NOW", "OFF", "in_force", "said_of"]
+__all__ = ["NOW", "OFF", "InRequests", "in_force"]
 
 OFF: Literal[False] = False  # what a context says of a layer that it switches off
 
@@ -73,6 +73,26 @@ _answers = _Answers()
 # The getter is a C function. So Dynamo treats the property as an attribute and guards on its value at each call of compiled
 # code. While no context is open, NOW.any makes no Python call.
 said_of = property(_answers.__getitem__)
+
+
+class InRequests:
+    """Mixin of a layer that contexts switch off or give a mixture. traced: what contexts that compiled code opens change for
+    the layer; () otherwise. _off: whether an attribute of the layer switches it off."""
+
+    traced: tuple[Said, ...] = ()
+    _off, _said = False, said_of
+
+    def _state(self) -> tuple[bool, Mixture | None]:
+        """(whether the adapter is off, its mixture)"""
+        off, mixture = self._said
+        for said in self.traced:
+            off, mixture = off or said is OFF, mixture if said is OFF else said
+        return off or self._off, mixture
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The cores of several adapters, one a row of the batch, in an open context."""
+        return self._state()[1]
 
 
 class _Now:

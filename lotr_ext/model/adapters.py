@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from ..layers.experts import LoTRExperts
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer
-from ..layers.mixture import Mixture
+from ..layers.mixture import Mixture, mixture_of
 from ..layers.parametrized import parameters_of
 from ..layers.request import in_force
 from ..layers.settings import Settings
@@ -224,8 +224,7 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
             (layer.core, layer.scaling) if name == parked.active else (values[name][i], parked[name].settings[i][0])
             for name in kinds
         ]
-        most = max(abs(scaling) for _, scaling in parts) or 1.0  # comes last: s G could leave float16's range
-        mixtures.append(Mixture(tuple((core, scaling / most) for core, scaling in parts), most, index))
+        mixtures.append(mixture_of(parts, index))
     return mixtures
 
 

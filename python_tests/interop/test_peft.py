@@ -395,10 +395,12 @@ def test_loading_on_a_model_of_other_sizes(tmp_path):
 
 def test_what_lora_has_and_lotr_has_not():
     model = with_two()
-    with pytest.raises(ValueError, match="adapter_names: expected None"):
-        model(ids=IDS, adapter_names=["default"] * 4)
-    with pytest.raises(NotImplementedError, match="add_weighted_adapter: expected adapters of a method whose parameters add"):
-        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    for argument, refused in (  # of adapters with factors of their own; over the same factors: test_peft_shared.py
+        ("adapter_names", lambda: model(ids=IDS, adapter_names=["default", "other"] * 2)),
+        ("adapters", lambda: model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")),
+    ):
+        with pytest.raises(ValueError, match=f"{argument}: expected adapters over the same factors"):
+            refused()
     with pytest.raises(ValueError, match=r"does not support PeftType\.LOTR because it uses shared state"):
         peft.inject_adapter_in_model(config(), toy())
     with pytest.raises(ValueError, match="LOTR"):
