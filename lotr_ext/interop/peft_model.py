@@ -334,15 +334,11 @@ class LoTRPeftModel(BaseTuner):
         svd_rank: int | None = None,
         **svd: Any,
     ) -> None:
-        """Adds an adapter that is a weighted sum of others over the same factors, by PEFT's combination types.
-
-        "linear", "cat" and "svd" are the exact sum, at the same rank; "ties", "dare_linear", "dare_ties" and
-        "magnitude_prune" work on the cores, with density; "dare" draws from torch's generator. svd: options of PEFT's svd,
-        without effect.
+        """Adds a weighted sum of adapters over the same factors. "linear", "cat" and "svd" are the exact sum, at the same rank;
+        "ties", "dare_linear", "dare_ties" and "magnitude_prune" are PEFT's, of the cores. svd: without effect.
 
         Raises:
-            TypeError, ValueError: no such adapters, ones with factors of their own, other weights than finite numbers, another
-                combination type, density or svd_rank, or several with modules_to_save. Nothing is changed then.
+            TypeError, ValueError: an argument that does not fit, or adapters with factors of their own. Nothing is changed.
         """
         if adapter_name not in self.peft_config:  # as PEFT's
             add_weighted(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method, svd_rank)

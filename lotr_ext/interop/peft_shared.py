@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -26,15 +27,12 @@ from .peft_config import LoTRPeftConfig
 from .peft_experts import LoTRPeftExperts
 from .peft_layer import LoTRPeftLinear
 
-if TYPE_CHECKING:
-    from .peft_model import LoTRPeftModel
-
 BASE = "__base__"  # PEFT's name for rows without an adapter
 _EXACT = ("linear", "cat", "svd")  # of adapters over the same factors
 _METHODS = {"ties": "ties", "dare_linear": "dare", "dare_ties": "dare_ties", "magnitude_prune": "magnitude_prune"}
 
 
-def shared_factors(tuner: LoTRPeftModel, config: LoTRPeftConfig, targets: Sequence[Target]) -> SharedFactors | None:
+def shared_factors(tuner: BaseTuner, config: LoTRPeftConfig, targets: Sequence[Target]) -> SharedFactors | None:
     """The factors that a new adapter shares; None for its own.
 
     Raises:
@@ -85,7 +83,7 @@ def loaded_into_shared(model: nn.Module, adapter_name: str, tensors: Mapping[str
     return found
 
 
-def _same_factors(tuner: LoTRPeftModel, names: Sequence[str], argument: str) -> None:
+def _same_factors(tuner: BaseTuner, names: Sequence[str], argument: str) -> None:
     """ValueError for an adapter that does not exist, or with other factors than the first."""
     for name in names:
         if name not in tuner.lotr_factors:
@@ -101,7 +99,7 @@ def _same_factors(tuner: LoTRPeftModel, names: Sequence[str], argument: str) -> 
 
 
 @contextmanager
-def mixed_batch(tuner: LoTRPeftModel, names: object, num_beams: object = None) -> Iterator[None]:
+def mixed_batch(tuner: BaseTuner, names: object, num_beams: object = None) -> Iterator[None]:
     """Inside, row i of a batch has the adapter names[i], or none for "__base__", as in PEFT's LoRA. num_beams: of a beam
     search, which repeats the rows, but for an encoder.
 
@@ -161,7 +159,7 @@ def _said_of(layer: LoTRPeftLinear, kinds: Sequence[str], names: Sequence[str]) 
 
 @torch.no_grad()
 def add_weighted(
-    tuner: LoTRPeftModel,
+    tuner: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,

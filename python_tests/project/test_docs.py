@@ -107,7 +107,8 @@ def test_every_command_exists(command, capsys):
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         programs = {"demo": ["examples/finetune_text.py"], "many-tasks": ["examples/many_tasks.py"], "bench": ["-m", "bench"]}
-        programs |= {"causal-lm": ["examples/causal_lm.py"]} | {name: ["-m", f"bench.{name}"] for name in ("gpu", "frontier")}
+        programs |= {"causal-lm": ["examples/causal_lm.py"], "loras": ["examples/loras_to_bank.py"]}
+        programs |= {name: ["-m", f"bench.{name}"] for name in ("gpu", "frontier")}
         assert subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True).returncode == 0
         for word in words[2:]:
             assert word.startswith("ARGS="), command

@@ -254,6 +254,33 @@ def test_causal_lm_refuses_what_only_the_files_can_tell(tiny_lm, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_loras_to_bank_keeps_its_numbers_and_a_picture(tiny_lm, tmp_path):
+    """Three tasks and a new one on a tiny model. At the sum of the LoRAs' ranks a bank has their losses."""
+    model, _ = tiny_lm
+    for name, words in {
+        "a": "And it was so. ",
+        "b": "Let there be light: ",
+        "c": "My son, hear me. ",
+        "d": "Now these are ",
+    }.items():
+        (tmp_path / f"{name}.txt").write_text(words * 60)
+    options = (
+        "--steps 6 --batch 2 --length 16 --held-out 3 --lora-rank 2 --threads 1 --lr 1e-2 --ranks layer:6,shape:2 --results"
+    )
+    result = run("examples/loras_to_bank.py", "--model", str(model), "--texts", str(tmp_path), *options.split(), str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kept = json.loads((tmp_path / "loras-to-bank.json").read_text())
+    assert kept["tasks"] == ["a", "b", "c"] and kept["new"] == "d"
+    whole, small = kept["ways"]["layer, rank 6"], kept["ways"]["shape, rank 2"]
+    assert whole["error"] < 1e-5 and abs(whole["over_lora"]) < 1e-4 and 0.1 < small["error"] < 1
+    assert kept["lora"]["loss"] < kept["base"]["loss"] and kept["lora_numbers"] == 3 * 2 * (32 + 32 + 32 + 16)
+    assert kept["new_task"]["shape, rank 2"]["numbers"] == 2 * 2 * 2 and "cores, by layer, rank 6" in result.stdout
+    assert (tmp_path / "loras-to-bank.png").stat().st_size > 5000
+    (tmp_path / "short.txt").write_text("And")
+    result = run("examples/loras_to_bank.py", "--model", str(model), "--texts", str(tmp_path), *options.split(), str(tmp_path))
+    assert result.returncode == 1 and result.stderr.startswith("loras_to_bank: texts: expected 5 rows of 16 tokens, got 0")
+
+
 def test_the_text_is_read_from_the_package_without_running_it(tmp_path, monkeypatch):
     import causal_data
 
