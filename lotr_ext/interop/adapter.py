@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..model.adapter_files import LayerEntry, Manifest, write
@@ -14,7 +16,7 @@ from ..model.config import LoTRConfig
 from ..model.targets import can_be_child
 from .lora_files import modules_holding
 
-__all__ = ["LoTRAdapter", "group_names"]
+__all__ = ["LoTRAdapter", "assembled", "group_names"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,30 @@ class LoTRAdapter:
         endings = self.config.modules_to_save or ()
         modules = {name: None for key in self.saved for name in modules_holding(key, endings)}
         write(Path(directory), Manifest(self.config, self.layers, tuple(modules)), {**self.tensors, **self.saved})
+
+
+def assembled(
+    groups: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, tuple[int, int]],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    cores: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    **settings: Any,
+) -> tuple[LoTRConfig, dict[str, LayerEntry], dict[str, Tensor]]:
+    """config, layers and tensors of a LoTRAdapter with scaling 1.
+
+    groups: layer names by group; sizes: (in_features, out_features) by layer; factors: A and B by group; cores: by layer.
+    settings: others of the configuration.
+    """
+    layers, tensors = {}, {}
+    config = LoTRConfig(scaling=1.0, target_modules=sorted(sizes), adapter_dtype=dtype, **settings)
+    for group, names in groups.items():
+        prefix = f"lotr_factors.{group}"
+        tensors |= {f"{prefix}.{part}": factor.to(dtype).contiguous() for part, factor in zip("AB", factors[group])}
+        for name in names:
+            layers[name] = LayerEntry(prefix, *sizes[name], 1.0, config.dropout)
+            tensors[f"{name}.core"] = cores[name].to(dtype)
+    return config, layers, tensors
 
 
 def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[str, str]) -> dict[str, str]:

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from ..layers.checks import check_dtype, check_rank
-from ..model.adapter_files import LayerEntry
-from ..model.config import LoTRConfig
-from .adapter import LoTRAdapter, group_names
+from .adapter import LoTRAdapter, assembled, group_names
 from .lora_files import LoRAAdapter, LoRALayer, read_lora
 from .tucker import LowRankStack, Tucker2
 
@@ -202,22 +200,20 @@ def _conversion(
     group_by: str | Mapping[str, str],
     dtype: torch.dtype,
 ) -> Conversion:
-    layers, tensors, errors = {}, {}, {}
+    cores, errors = {}, {}
     for group, names in groups.items():
-        result, prefix = found[group], f"lotr_factors.{group}"
-        tensors |= {f"{prefix}.A": result.A.to(dtype), f"{prefix}.B": result.B.to(dtype)}
-        for name, core, error in zip(names, result.cores, result.errors, strict=True):
-            layers[name] = LayerEntry(prefix, *adapter.layers[name].sizes, 1.0, adapter.dropout)
-            tensors[f"{name}.core"] = core.to(dtype)
-            errors[name] = error
-    config = LoTRConfig(
+        cores |= dict(zip(names, found[group].cores, strict=True))
+        errors |= dict(zip(names, found[group].errors, strict=True))
+    config, layers, tensors = assembled(
+        groups,
+        {name: layer.sizes for name, layer in adapter.layers.items()},
+        {group: (result.A, result.B) for group, result in found.items()},
+        cores,
+        dtype,
         rank=rank,
-        scaling=1.0,
         dropout=adapter.dropout,
-        target_modules=sorted(layers),
         modules_to_save=adapter.modules_to_save or None,
         group_by=group_by,
-        adapter_dtype=dtype,
     )
     count = sum(layer.A.numel() + layer.B.numel() for layer in adapter.layers.values())
     overall = {group: result.error for group, result in found.items()}

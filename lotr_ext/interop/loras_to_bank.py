@@ -26,10 +26,9 @@ from torch import Tensor
 from ..layers.checks import check_dtype, check_rank
 from ..layers.factors import LoTRFactors
 from ..layers.tucker import POWERS, leading, padded
-from ..model.adapter_files import LayerEntry, Manifest, write
-from ..model.config import LoTRConfig
+from ..model.adapter_files import Manifest, write
 from ..model.tasks import task_metadata
-from .adapter import LoTRAdapter, group_names
+from .adapter import LoTRAdapter, assembled, group_names
 from .from_lora import Report, low_rank_pair
 from .lora_files import LoRAAdapter, read_lora
 from .tucker import compressed, fitted, norms, stacked
@@ -264,21 +263,15 @@ def _conversion(
         for layer, core, residual, norm in zip(stream.groups[group], cores, residuals, whole, strict=True):
             tasks[task][f"{layer}.core"] = core.clone()
             errors[task][layer] = float(residual / norm) if norm > 0 else 0.0
-    layers, tensors = {}, {}
-    for group, names in stream.groups.items():
-        prefix = f"lotr_factors.{group}"
-        parts = zip("AB", factors[group], ranks, strict=True)
-        tensors |= {f"{prefix}.{part}": padded(factor, r).to(dtype).contiguous() for part, factor, r in parts}
-        for name in names:
-            layers[name] = LayerEntry(prefix, *stream.layers[name], 1.0, stream.dropout)
-            tensors[f"{name}.core"] = torch.zeros(ranks, dtype=dtype)
-    config = LoTRConfig(
+    config, layers, tensors = assembled(
+        stream.groups,
+        stream.layers,
+        {group: (padded(A, ranks[0]), padded(B, ranks[1])) for group, (A, B) in factors.items()},
+        {layer: torch.zeros(ranks) for layer in stream.layers},
+        dtype,
         rank=rank,
-        scaling=1.0,
         dropout=stream.dropout,
-        target_modules=sorted(layers),
         group_by=group_by,
-        adapter_dtype=dtype,
         train=("core",),
     )
     by_task = {task: _relative([own for (name, _), own in lost.items() if name == task]) for task in tasks}
