@@ -226,12 +226,18 @@ def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tenso
     return expand(found, y, (None, None, None), B, call, in_graph)
 
 
-def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> Tensor:
+def add_rows(
+    x: Tensor, base: Callable[[Tensor], Tensor] | Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call
+) -> Tensor:
     """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], whose tokens all take its core; -1: none. index [b],
-    or of more of x's leading dimensions."""
+    or of more of x's leading dimensions. base(x) is y; or it is y itself.
+
+    base reads x as LoTRShrink's route, as in `call_routed`. call.owns_y: base takes rows [m, k] too, and no other code has a
+    reference to what it returns, which is then written in place.
+    """
     if call.dtype is None:
         if compute_dtype(x) is not None:
-            return explicitly_cast(add_rows, x, y, A, B, cores, index, call)
+            return explicitly_cast(add_rows, x, _base_product(x, base, call), A, B, cores, index, call)
         call.compute = x.dtype
     call.plan, compute = plan_call(x, A, call, None), call.compute
     index = index.to(x.device)
@@ -240,11 +246,24 @@ def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: T
     index = index.reshape(-1)
     cores = row_cores(cores, x, compute)
     if call.plan.nodes == 0:
-        u = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device)
-        return plus_unfolded(y, ops.row_core(rows(u), cores, index=index), B, call.scaling)
-    found = shared_u(x, A, B, call)
-    h = ops.row_core(found.u, cores, index=index, scaling=call.scaling)
-    return expand_rows(found, y, h, B, call)
+        u, call.owns_y = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device), False
+        y = plus_unfolded(_base_product(x, base, call), ops.row_core(rows(u), cores, index=index), B, call.scaling)
+    else:
+        found = shared_u(x, A, B, call)
+        y = _base_product(x if found.route is None or found.route.dtype != x.dtype else found.route, base, call)
+        call.owns_y = call.owns_y and y.dtype == found.u.dtype
+        y = expand_rows(found, y, ops.row_core(found.u, cores, index=index, scaling=call.scaling), B, call)
+    return y if y.shape[:-1] == x.shape[:-1] else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _base_product(x: Tensor, base: Callable[[Tensor], Tensor] | Tensor, call: Call) -> Tensor:
+    """The y of `add_rows`: [m, n] where the call owns it, because a product of x [b, ..., k] is a view of one of its rows, and
+    autograd copies what is written through a view."""
+    if isinstance(base, Tensor):
+        return base
+    # what selective checkpointing keeps may not change
+    call.owns_y = call.owns_y and not is_compiling() and not dispatch_modes()
+    return base(rows(x) if call.owns_y else x)
 
 
 def call_routed(

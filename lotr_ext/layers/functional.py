@@ -64,6 +64,7 @@ def lotr_linear(
     p = dropout_p if training else 0.0
     if core_index is not None:
         call = Call(core[0], float(scaling), p, strategy=strategy)
+        call.owns_y = True
         return call_mixed(x, lambda x: nnf.linear(x, weight, bias), A, B, core, core_index, call)
     return call_linear(x, weight, bias, A, B, Call(core, float(scaling), p, strategy=strategy))
 

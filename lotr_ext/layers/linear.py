@@ -99,6 +99,8 @@ class LoTRLinear(AdaptsModule, nn.Linear):
     state_dict: `weight`, `bias` (as nn.Linear), `core`; and `factors.A`, `factors.B` unless an owner registers the factors.
     """
 
+    base_is_product = True
+
     def __init__(
         self,
         in_features: int,
@@ -155,6 +157,8 @@ class LoTRConv1D(AdaptsModule):
 
     state_dict keys as the original's (`weight`, `bias`) and `core`; attributes nf, nx kept.
     """
+
+    base_is_product = True
 
     @classmethod
     def _sizes_of(cls, linear: nn.Module) -> tuple[int, int]:

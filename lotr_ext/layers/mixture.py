@@ -125,10 +125,10 @@ def call_mixed(
     x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call
 ) -> Tensor:
     """base(x) + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], s the call's scaling. index [b], or [b, t] of
-    an x [b, t, ..., k].
+    an x [b, t, ..., k]. call.owns_y as in `add_rows`.
 
     Raises ValueError for an x whose first dimension is not b.
     """
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
         raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one an adapter name, got shape {tuple(x.shape)}")
-    return add_rows(x, base(x), A, B, cores, index, call)
+    return add_rows(x, base, A, B, cores, index, call)
