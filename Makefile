@@ -28,13 +28,15 @@ NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \
 MORE_CXX := csrc/simt csrc/simt/module csrc/simt/torch docs/teaching
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))
 
-.PHONY: help setup check demo frontier many-tasks loras causal-lm test test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
+.PHONY: help setup check demo frontier many-tasks private influence loras causal-lm test test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
 	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: two minutes)"
 	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
 	@echo "make loras      eight LoRAs of a small language model as one bank, and a ninth task over it (five minutes)"
+	@echo "make private    training with differential privacy, LoTR and LoRA, at three epsilons (12 minutes of one core)"
+	@echo "make influence  finding wrong labels by influence, beside kronfluence (10 minutes of one core)"
 	@echo "make check      what one runs while working: operators, autograd, layers, a few kernels (3 minutes)"
 	@echo "make test       lint and what users meet (10 minutes)        make test-full   the long sweeps too (an hour or more)"
 	@echo "make bench      every benchmark that this machine can run    make test-gpu    the tests that need a GPU"
@@ -96,6 +98,12 @@ many-tasks: setup
 
 loras: setup
 	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/loras_to_bank.py $(ARGS)
+
+private: setup
+	@$(PY) examples/private_text.py $(ARGS)
+
+influence: setup
+	@$(PY) examples/influence_text.py $(ARGS)
 
 causal-lm: setup
 	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/causal_lm.py $(ARGS)

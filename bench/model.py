@@ -6,6 +6,7 @@
     python -m bench.model --model minilm --rank 8 --targets query,key,value --batch 16 --sequence 64
     python -m bench.model --model minilm --targets query,key,value,dense --batch 4 --sequence 128 --threads 1 --clock cpu \\
         --methods lotr_ext,frozen-compiled,lotr_ext-compiled
+    python -m bench.model --model minilm --dtypes fp32 --clock cpu --methods lotr_ext,lotr_ext-per-example
 
 Weights are random: times do not depend on them. One step is forward, a loss, backward, AdamW. The loss of a language model is
 its own, the cross-entropy of the next tokens; that of an encoder the mean square of the last hidden states less a fixed random
@@ -153,9 +154,12 @@ def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
     times = interleave([t.timed() for t in trainings], session.clock, session.options.rounds, 0.0)
     totals = [[*stages, [sum(t) for t in zip(*stages)]] for stages in times]
     floor = totals[names.index(mr.FLOOR)]
+    ours = totals[names.index(mr.OURS)] if mr.OURS in names else None
     for result, own, training in zip(results, totals, trainings):
         result |= {"last_loss": finite(training.loss), "optimizer_seconds": sorted(own[2])[len(own[2]) // 2]}
         result |= {stage: against(own[i], floor[i]) for i, stage in enumerate(STAGES) if stage != "optimizer"}
+        if result["rival"] == mr.PER_EXAMPLE and ours is not None:
+            result["over_ours"] = against(own[-1], ours[-1])["excess"]
         result["tokens_per_s"] = case.batch * case.sequence / result["step"]["seconds"][1]
     lost = [result["label"] for result in results if None in (result["first_loss"], result["last_loss"])]
     if lost:
@@ -184,6 +188,10 @@ def show(case: ModelCase, results: list[dict], session: Session) -> None:
         memory = [bytes_text(r["peak_bytes"]), peak, bytes_text(r["state_bytes"])]
         steps = [time_text(step), spread, over, ratio]
         table.add_row(r["label"], *sizes, *times, *steps, f"{r['tokens_per_s']:,.0f}", *memory)
+        if "over_ours" in r:
+            table.caption = "{label}: {0:.3f} x lotr_ext's step, per round ({1:.3f} to {2:.3f})".format(
+                *(1 + r["over_ours"][i] for i in (1, 0, 2)), label=r["label"]
+            )
     print(table)
 
 

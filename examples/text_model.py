@@ -93,6 +93,15 @@ class Batches:
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
+def padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(tokens [batch, longest], zero after each row's end, and the mask of what is no padding)."""
+    lengths = torch.tensor([len(row) for row in ids])
+    tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+    for row, target in zip(ids, tokens):
+        target[: len(row)] = torch.tensor(row)
+    return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+
+
 class TextClassifier(nn.Module):
     """A pretrained encoder, the mean of its last hidden states over the tokens, a linear head."""
 
@@ -101,13 +110,9 @@ class TextClassifier(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.hidden_size, classes)
 
-    def forward(self, ids: list[list[int]]) -> Tensor:
-        """[batch, classes] of a batch of token id lists."""
-        lengths = torch.tensor([len(row) for row in ids])
-        tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
-        for row, target in zip(ids, tokens):
-            target[: len(row)] = torch.tensor(row)
-        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+    def forward(self, ids: list[list[int]] | Tensor, mask: Tensor | None = None) -> Tensor:
+        """[batch, classes] of a batch of token id lists, or of what `padded` makes of one."""
+        tokens, mask = padded(ids) if mask is None else (ids, mask)
         hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
         mask = mask[..., None].to(hidden.dtype)
         return self.head((hidden * mask).sum(1) / mask.sum(1))

@@ -23,6 +23,7 @@ VARIANTS = {
     "-as-lora": ", size of LoRA",
     "-core": ", cores only",
     "-compiled": ", compiled",
+    "-per-example": ", per example",
 }  # model
 COLOURS = {
     "lotr_ext": "tab:blue",

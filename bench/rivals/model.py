@@ -177,6 +177,20 @@ def our_lotr(model: nn.Module, targets: tuple[str, ...], r: int, core_only: bool
     return apply_lotr(model, LoTRConfig(rank=r, target_modules=list(targets), train=train))
 
 
+class PerExample(nn.Module):
+    """An adapted model whose backward also gives the gradient of each sequence; that of the last step is kept."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **given: Tensor) -> object:
+        from lotr_ext import per_example
+
+        with per_example(self.model) as self.gradients:
+            return self.model(**given)
+
+
 def peft_lora(model: nn.Module, targets: tuple[str, ...], r: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
@@ -226,6 +240,8 @@ def _compiled(method: Method) -> Method:
 
 
 ON_REQUEST = {f"{name}-compiled": _compiled(METHODS[name]) for name in (FLOOR, "lotr-eager", OURS)}  # compiling takes a minute
+PER_EXAMPLE = f"{OURS}-per-example"
+ON_REQUEST[PER_EXAMPLE] = Method(named(PER_EXAMPLE), lambda *given: PerExample(our_lotr(*given)))
 KNOWN = METHODS | ON_REQUEST
 PEFTS = tuple(name for name, method in METHODS.items() if method.make in (peft_lora, peft_vera))
 QUICK = (FLOOR, LORA, "vera-peft", "lotr-eager", OURS, "lora-peft-as-lotr", "lotr_ext-as-lora")

@@ -49,6 +49,20 @@ def test_nearest_rank_is_nearest():
     assert mr.lotr_parameters([(384, 384)] * 12, 16) == 15360 and mr.lora_parameters([(384, 384)] * 12, 1) == 9216
 
 
+def test_gradients_of_each_sequence_are_compared_with_the_plain_step(tmp_path, capsys):
+    methods = ["--methods", "lotr_ext,lotr_ext-per-example"]
+    assert model.main([*QUICK, "--model", "tiny-bert", *methods, "--results", str(tmp_path)]) == 0
+    by = {cell["rival"]: cell for cell in Store(tmp_path / "model.jsonl").read()}
+    assert "lotr_ext, per example: " in capsys.readouterr().out and "over_ours" not in by["lotr_ext"]
+    assert by["lotr_ext-per-example"]["over_ours"][1] == pytest.approx(
+        by["lotr_ext-per-example"]["step"]["seconds"][1] / by["lotr_ext"]["step"]["seconds"][1] - 1  # of one round
+    )
+    base = mr.base_model("tiny-bert", torch.float32, CPU)
+    kept = mr.KNOWN[mr.PER_EXAMPLE].make(mr.twin(base), ("query", "value"), 4)
+    kept(input_ids=torch.zeros(3, 5, dtype=torch.long)).last_hidden_state.sum().backward()
+    assert [gradient.shape for gradient in kept.gradients.values()] == [(3, 4, 4)] * 4
+
+
 def test_it_measures_keeps_and_resumes(tmp_path, capsys):
     arguments = [*QUICK, "--model", "tiny-bert", "--results", str(tmp_path)]
     assert model.main(arguments) == 0

@@ -1,5 +1,5 @@
 """DDP, FSDP and tensor parallelism in two gloo processes, against one process with the whole batch (`gloo_checks`); each form
-of core in parts (`gloo_parts`); errors in one of the processes (`gloo_failures`)."""
+of core in parts (`gloo_parts`); gradients of each example (`gloo_per_example`); errors in one process (`gloo_failures`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHECKS = (
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
     *("tensor_parallel", "gloo_experts:experts", "gradient_start"),
     *("gloo_parts:fsdp1", "gloo_parts:fsdp2", "gloo_parts:fsdp1_ways", "gloo_parts:fsdp1_refuses"),
-    *("gloo_failures:gradient", "gloo_failures:saving"),
+    *("gloo_per_example:under_ddp", "gloo_failures:gradient", "gloo_failures:saving"),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINED = StateDictOptions(ignore_frozen_params=True)
@@ -183,6 +183,12 @@ def test_fsdp1_refuses_what_needs_whole_tensors(found: dict) -> None:
         assert "RuntimeError: model: expected what FullyShardedDataParallel returned, got Stack" in refused["inside"]
         assert "RuntimeError: merge: expected whole tensors, got 'blocks.0.q' held in parts" in refused["merge"]
         assert "TypeError: model: expected whole tensors" in refused["apply"]
+
+
+def test_each_process_of_ddp_has_the_gradients_of_its_own_examples(found: dict) -> None:
+    both = found["gloo_per_example:under_ddp"]
+    assert [len(one["rows"]) for one in both] == [5, 4] and both[0]["rows"][:4] != both[1]["rows"]
+    assert all(max(one["worst"], one["ordinary"], one["scores"]) < 1e-10 for one in both), both
 
 
 def test_an_error_in_one_process_ends_the_start_from_the_gradient_in_all(found: dict) -> None:

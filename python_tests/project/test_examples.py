@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import re
@@ -65,6 +66,66 @@ def tiny(tmp_path_factory) -> tuple[Path, Path]:
     with open(folder / "text.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("label", "text"), *rows])
     return folder / "model", folder / "text.csv"
+
+
+SNIPPETS = ROOT / "data" / "movie_snippets.tsv"
+needs_snippets = pytest.mark.skipif(not SNIPPETS.is_file(), reason="data/ is missing: run make setup")
+
+
+@needs_snippets
+@pytest.mark.skipif(not (Path(sys.prefix) / "frameworks" / "opacus").is_dir(), reason="opacus is missing: run make setup")
+def test_private_text_keeps_its_numbers_and_a_picture(tiny, tmp_path):
+    sizes = "--epsilons 8 --seeds 1 --steps 2 --batch 8 --rank 2 --tokens 8 --held-out 20"
+    result = run("examples/private_text.py", "--model", str(tiny[0]), *sizes.split(), "--results", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kept = json.loads((tmp_path / "private-text.json").read_text())
+    head, core, pair = 32 * 2 + 2, 2 * 2, 2 * 32 * 2
+    assert {method: row["numbers"] for method, row in kept["summary"]["cost"].items()} == {
+        "lotr": head + 2 * core,
+        "lora": head + 2 * pair,
+    }
+    assert len(kept["runs"]) == 2 and all(7 < one["epsilon"] < 8.01 for one in kept["runs"])
+    by_method = {m: [one["rows"] for one in kept["runs"] if one["settings"]["method"] == m] for m in ("lotr", "lora")}
+    assert by_method["lotr"] == by_method["lora"], "the same batches at equal seeds"
+    assert (tmp_path / "private-text.png").stat().st_size > 5000
+
+
+@needs_snippets
+def test_influence_text_keeps_its_numbers_and_a_picture(tiny, tmp_path):
+    sizes = "--texts 40 --held-out 5 --epochs 0.5 --seeds 1 --rank 2"
+    kron = [] if (Path(sys.prefix) / "frameworks" / "kronfluence").is_dir() else ["--without-kronfluence"]
+    result = run("examples/influence_text.py", "--model", str(tiny[0]), *sizes.split(), *kron, "--results", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kept = json.loads((tmp_path / "influence-text.json").read_text())
+    assert len(kept["ways"]) == 5 - bool(kron)
+    for way in kept["ways"].values():
+        assert 0 <= way["auroc"][0] <= 1 and way["curve"] == sorted(way["curve"]) and way["curve"][-1] == 1
+    assert (tmp_path / "influence-text.png").stat().st_size > 5000
+
+
+def test_auroc_and_the_curve_of_influence_text():
+    import influence_text
+
+    assert influence_text.auroc([3, 2, 1, 0], {0, 1}) == 1 and influence_text.auroc([0, 0, 0], {1}) == 0.5
+    assert influence_text.auroc([3, 1, 2], {1, 2}) == 0
+    curve = influence_text.found_curve([9.0, 8.0, 7.0, 6.0], {0, 3})
+    assert curve[24] == curve[49] == curve[74] == 0.5 and curve[99] == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        ("private_text", ["--epsilons", "1,x"], "--epsilons: expected numbers with commas, got '1,x'"),
+        ("private_text", ["--epsilons", "0"], "--epsilons: expected positive numbers"),
+        ("private_text", ["--seeds", "11"], "--seeds: expected at most 10, got 11"),
+        ("influence_text", ["--flipped", "1"], "--flipped: expected a share between 0 and 1, got 1.0"),
+        ("influence_text", ["--texts", "3"], "expected at least 10 texts"),
+    ],
+)
+def test_private_and_influence_text_refuse(program, arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(program).main(arguments)
+    assert words in capsys.readouterr().err
 
 
 def test_an_evaluation_shows_a_bar_on_a_terminal(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,23 @@
+"""Means over seeds with an interval."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, of 1, 2 .. 9 degrees
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of a few values, and half of its 95 % interval by Student's t; of differences at equal seeds it is the paired
+    interval. None for one value, which has none.
+
+    Raises:
+        ValueError: no value, or more than 10.
+    """
+    if not 1 <= len(values) <= len(_T95) + 1:
+        raise ValueError(f"values: expected 1 to {len(_T95) + 1}, got {len(values)}")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, _T95[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
