@@ -43,7 +43,8 @@ help:
 	@echo "make gpu        on a machine with a GPU, without network: build, tests, sanitizer, benchmarks within ARGS=\"--budget 540\" seconds"
 	@echo "make wheel      one wheel for every Python from 3.10 and torch from 2.10 on, CPU and GPUs, checked and tried, in dist/"
 	@echo "make docs       the documentation, to read in a browser      make lint, format, clean, distclean"
-	@echo "make serve-test adapters in a real vLLM on the CPU (2 GB are installed first)"
+	@echo "make serve      three tasks of SmolLM2 in vLLM's server on this machine (2 GB are installed first)"
+	@echo "make serve-test the tests that need vLLM     make rl         reinforcement learning of cores alone, answers by vLLM"
 	@echo "make setup      .venv, the build, model and data             make causal-lm   the same for a small language model"
 
 setup: $(STAMPS)/build $(STAMPS)/data $(STAMPS)/quantized $(STAMPS)/frameworks
@@ -72,9 +73,9 @@ $(STAMPS)/frameworks: $(STAMPS)/deps .ci/make_frameworks
 	  || { rm -rf $(VENV)/frameworks; echo "setup: pip could not install the frameworks: their tests will be skipped" >&2; }
 	@touch $@
 
-# For python_tests/serving alone (2 GB).
+# For serving alone (2 GB).
 $(STAMPS)/vllm: $(STAMPS)/build .ci/make_vllm
-	@echo "serve-test: installing vLLM for the CPU into $(VENV)/vllm (minutes)"
+	@echo "setup: installing vLLM for the CPU into $(VENV)/vllm (minutes)"
 	@sh .ci/make_vllm $(PY) $(VENV)/vllm $(PIP_ARGS) || { rm -rf $(VENV)/vllm; exit 1; }
 	@touch $@
 
@@ -127,7 +128,11 @@ test-full: setup lint
 
 # Adapters in a real vLLM, whose set-up is no part of make setup.
 serve-test: setup $(STAMPS)/vllm
-	@$(PY) -m pytest -q python_tests/serving $(ARGS)
+	@LOTR_VLLM_PYTHON=$(VENV)/vllm/bin/python $(PY) -m pytest -q python_tests/serving $(ARGS)
+
+.PHONY: serve rl
+serve rl: $(STAMPS)/vllm
+	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(VENV)/vllm/bin/python examples/$(if $(filter rl,$@),rl_cores,serve_tasks).py $(ARGS)
 
 test-gpu: setup
 	@$(PY) -m pytest -m cuda $(ARGS)

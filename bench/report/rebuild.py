@@ -23,6 +23,7 @@ from ..measure.store import RESULTS, ROOT, Store, newest, write_whole
 from ..measure.timing import slug
 from ..projection import predictions
 from ..projection.predict import projections
+from ..serving import table as serving
 from . import block_table, experts_table, host_table, rows_table, tables, tasks_table
 from .summary import Summary, summary
 
@@ -47,7 +48,8 @@ TABLES = tables.TABLES | {
 README = Page(ROOT / "README.md", ("summary", "accuracy"), "")
 CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "many-tasks", "traffic", "static"), "../")
-PAGES = (README, CHOOSING, BENCHMARKS)
+SERVING = Page(ROOT / "docs" / "serving.md", ("serving",), "../")
+PAGES = (README, CHOOSING, BENCHMARKS, SERVING)
 PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
     "demo": "make demo",
     "frontier": "make frontier",
@@ -160,6 +162,8 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
             if cells:
                 found[name].append(table(cells, _pictures(folder, up)))
         found["many-tasks"] += [tasks_table.tasks_table(run, _pictures(folder, up)) for run in tasks_table.task_runs(folder)]
+        if run := serving.kept(folder):
+            found["serving"].append(serving.page_table(run, _pictures(folder, up).get("serving")))
         cells = frontier.kept(folder)
         if cells:
             found["frontier"].append(frontier.page_table(cells, _pictures(folder, up)))
@@ -195,7 +199,7 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
-    from . import plots, plots_frontier, plots_more, plots_static, plots_tasks
+    from . import plots, plots_frontier, plots_more, plots_serving, plots_static, plots_tasks
 
     written = []
     for folder in _machines(results):
@@ -208,6 +212,8 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += experts_table.draw_experts(_read(folder / "experts.jsonl"), folder)
         written += plots_static.draw_predicted(predictions.compared_in(folder, predictions.kept(results)[1]), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
+        if run := serving.kept(folder):
+            written += plots_serving.draw_serving(run, folder)
         written += plots_frontier.draw_frontier(frontier.kept(folder), folder)
         written += [path for run in tasks_table.task_runs(folder) for path in plots_tasks.draw_tasks(run, folder)]
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"

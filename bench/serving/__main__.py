@@ -20,7 +20,7 @@ from ..measure.names import chosen
 from ..measure.store import QUICK, RESULTS, ROOT, build_id, write_whole
 from ..measure.terminal import bar
 from ..measure.timing import machine, slug
-from .table import LABELS, retention, terminal
+from .table import FILE, LABELS, retention, terminal
 from .work import Shape
 
 MODEL = ROOT / "data" / "smollm2-135m"
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     del results["shape"]["folder"]
     print(terminal(results))
     folder = options.results or RESULTS / slug(results["machine"]["name"])
-    path = write_whole(folder / "serving.json", json.dumps(results, indent=1) + "\n")
+    path = write_whole(folder / FILE, json.dumps(results, indent=1) + "\n")
     from ..report.plots_serving import draw_serving  # needs matplotlib
 
     draw_serving(results, folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..measure.session import bytes_text
@@ -20,7 +22,7 @@ LABELS = {
 }
 BASES = {"native": "off", "lora": "off"}  # the others are compared with themselves
 DECODE, PREFILL, PUSH_MS = 0.85, 0.90, 10.0  # the targets, with one task a row
-COMMAND = "python -m bench.serving"
+COMMAND, FILE = "python -m bench.serving", "serving.json"
 
 
 def retention(found: Mapping[str, Any], shape: Shape, clock: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -44,6 +46,12 @@ def retention(found: Mapping[str, Any], shape: Shape, clock: str) -> dict[str, d
                 if base is not None and n != "0":
                     row[part]["retention"] = statistics.median(a / b for a, b in zip(values, base[part]))
     return table
+
+
+def kept(folder: Path) -> dict[str, Any] | None:
+    """What a machine's folder has of bench.serving."""
+    path = folder / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -12,10 +12,13 @@ import torch
 from mixtures import IDS, adapted, mixture
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lotr_ext import save_adapter
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, save_adapter
 from lotr_ext.convert import main
 from lotr_ext.interop import export_lora, lotr_to_lora
+from lotr_ext.interop.vllm import export_factors, export_task
+from lotr_ext.interop.vllm.files import read_factors, read_task
 from lotr_ext.layers.experts import LoTRExperts
 from lotr_ext.model.apply import adapted_layers
 from lotr_ext.model.experts import parameter_name
@@ -42,6 +45,55 @@ def deltas(model) -> dict[str, Tensor]:
 
 def halves(delta: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return (delta[:, ::2], delta[:, 1::2]) if interleaved else delta.chunk(2, 1)
+
+
+def test_the_keys_of_pefts_form(tmp_path: Path) -> None:
+    """PEFT's names of experts: base_layer is the first parameter, gate_up_proj; the ranks of all experts stand in one."""
+    for tensors in exports(tmp_path, adapted(target_modules=["q_proj"]), "Mixtral", experts="peft"):
+        at = f"{_PREFIX}model.layers.0."
+        assert {key.removeprefix(at): tuple(t.shape) for key, t in tensors.items() if key.startswith(at)} == {
+            "mlp.experts.base_layer.lora_A.weight": (16, 32),
+            "mlp.experts.base_layer.lora_B.weight": (48, 16),
+            "mlp.experts.lora_A.weight": (16, 24),
+            "mlp.experts.lora_B.weight": (32, 16),
+            "self_attn.q_proj.lora_A.weight": (4, 32),
+            "self_attn.q_proj.lora_B.weight": (32, 4),
+        }
+
+
+def test_the_keys_of_a_task_for_vllms_plugin(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = apply_lotr(llama(), LoTRConfig(rank=(2, 3), alpha=6.0, target_modules=["q_proj", "down_proj"], group_by="width"))
+    bank = TaskBank(model, 2)
+    task = bank.add({name: torch.randn(2, 3) for name in bank.cores_of(bank.add())})
+    export_task(model, tmp_path / "task", task=task, base_model="base")
+    export_factors(model, tmp_path / "factors")
+    tensors = load_file(tmp_path / "task" / "lotr_task.safetensors")
+    names = [f"model.layers.{i}.{part}" for i in range(2) for part in ("mlp.down_proj", "self_attn.q_proj")]
+    assert {name: tuple(core.shape) for name, core in tensors.items()} == {f"{name}.core": (2, 3) for name in names}
+    layer = adapted_layers(model)[names[0]]
+    assert torch.equal(tensors[f"{names[0]}.core"], layer.scaling * bank.cores_of(task)[f"{names[0]}.core"])
+    config = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
+    factors = read_factors(tmp_path / "factors")
+    assert config == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 3,
+        "lora_alpha": 3,
+        "target_modules": ["down_proj", "q_proj"],
+        "base_model_name_or_path": "base",
+        "lotr_factors": factors.checksum,
+    }
+    cores = read_task(tmp_path / "task", factors, factors.checksum)
+    assert torch.equal(cores, torch.cat([tensors[f"{name}.core"].flatten() for name in sorted(names)]))
+    with pytest.raises(ValueError, match=r"adapter: expected a task over the engine's factors other, got one over"):
+        read_task(tmp_path / "task", factors, "other")
+    assert sorted(path.name for path in (tmp_path / "task").iterdir()) == ["adapter_config.json", "lotr_task.safetensors"]
+
+
+def llama() -> torch.nn.Module:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def test_the_keys_of_vllms_shared_form(tmp_path: Path) -> None:

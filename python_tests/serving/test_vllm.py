@@ -39,6 +39,11 @@ SIZES = {
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
     "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {"head_dim": 32}),
+    "qwen3-moe": (
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig,
+        {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    ),
 }
 IDS = torch.randint(3, 250, (5, 9), generator=torch.Generator().manual_seed(3))
 NEW = 10
@@ -105,8 +110,9 @@ def batch(numbers: list[int | None]) -> dict:
         ("llama", {}),
         ("qwen3", {"group_by": "shape"}),
         ("llama", {"group_by": "name", "target_modules": ["q_proj", "v_proj", "down_proj"], "rank": 12}),  # over max_lora_rank
+        ("qwen3-moe", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     ],
-    ids=["llama-width", "qwen3-shape", "llama-name"],
+    ids=["llama-width", "qwen3-shape", "llama-name", "qwen3-moe-attention"],
 )
 def test_tokens_are_the_models_own(tmp_path: Path, kind: str, settings: dict) -> None:
     model = banked(kind, tmp_path, 3, **settings)

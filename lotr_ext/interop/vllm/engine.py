@@ -28,6 +28,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.utils import get_packed_modules_mapping
 
@@ -41,6 +42,7 @@ __all__ = [
     "adapter_of_vector",
     "adapters_of",
     "check_version",
+    "client_and_names",
     "empty_stack",
     "has_all_blocks",
     "load_first",
@@ -78,8 +80,8 @@ def check_version() -> None:
 
 
 def adapt_only(names: Collection[str]) -> None:
-    """Lets vLLM wrap linear layers of these names alone. It would also hold slots for embeddings, the head and experts, and
-    compute with them."""
+    """Lets vLLM wrap linear layers of these names alone. Otherwise it holds slots for embeddings, the head and experts too, and
+    computes with them."""
     every = _manager.get_supported_lora_modules
 
     def supported(model: nn.Module) -> list[str]:
@@ -90,6 +92,13 @@ def adapt_only(names: Collection[str]) -> None:
         return found
 
     _manager.get_supported_lora_modules = supported
+    begin = FusedMoEConfig.__post_init__
+
+    def begin_plain(self: FusedMoEConfig) -> None:
+        self.is_lora_enabled = False  # with it, vLLM takes kernels for experts with LoRA, of which a CPU has none
+        begin(self)
+
+    FusedMoEConfig.__post_init__ = begin_plain
 
 
 def put_first(classes: tuple[type[nn.Module], ...]) -> None:
@@ -172,6 +181,11 @@ def max_rank(adapters: Adapters) -> int:
 def names_in_use(engine: Any) -> set[str]:
     """The adapters of unfinished requests, by name. engine: an LLMEngine or an AsyncLLM."""
     return {state.lora_name for state in engine.output_processor.request_states.values() if state.lora_name is not None}
+
+
+def client_and_names(state: Any) -> tuple[Any, dict[str, LoRARequest]]:
+    """Of an HTTP server's state: its engine, and the adapters by the names that requests give."""
+    return state.engine_client, state.openai_serving_models.lora_requests
 
 
 def slots_of_tokens(layer: nn.Module) -> Tensor | None:

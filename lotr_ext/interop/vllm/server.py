@@ -67,13 +67,12 @@ class CoreSyncEndpoint:
         return await self._push(scope["app"].state, data)
 
     async def _push(self, state: Any, data: bytes) -> tuple[int, dict[str, Any]]:
-        client = state.engine_client
+        client, served = engine.client_and_names(state)
         answers = await client.collective_rpc("lotr_push", args=(data, sorted(engine.names_in_use(client))))
         found = next((answer for answer in answers if "error" in answer), answers[0])
         if "error" in found:
             return 422, found
         if "name" in found:
-            served = state.openai_serving_models.lora_requests
             served[found["name"]] = engine.LoRARequest(found["name"], found["number"], found["path"])
             for name in found["dropped"]:
                 served.pop(name, None)
