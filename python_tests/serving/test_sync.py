@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -87,9 +88,9 @@ def server(folder: Path) -> Iterator[int]:
     command += ["--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "8", "--enable-lora", "--max-loras", "3"]
     command += ["--max-lora-rank", "8", "--worker-extension-cls", WORKER, "--middleware", ENDPOINT]
     with open(folder / "server.log", "w") as log:
-        process = subprocess.Popen(command, env=environment() | own, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment() | own, stdout=log, stderr=log, start_new_session=True)
     try:
-        for _ in range(600):
+        for _ in range(1500):
             if process.poll() is not None:
                 raise RuntimeError((folder / "server.log").read_text()[-3000:])
             if ask(port, "/health", None)[0] == 200:
@@ -97,8 +98,8 @@ def server(folder: Path) -> Iterator[int]:
             time.sleep(0.2)
         yield port
     finally:
-        process.terminate()
-        process.wait(60)
+        os.killpg(process.pid, signal.SIGKILL)  # the engine's process too; on a busy machine their own end takes minutes
+        process.wait()
 
 
 def ask(port: int, path: str, body: object, headers: dict[str, str] | None = None) -> tuple[int, str]:
