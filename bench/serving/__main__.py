@@ -61,13 +61,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"{name}: expected at least {2 if name == 'new' else 1}, got {getattr(options, name)}")
     if min(options.tasks) < 1:
         raise ValueError(f"tasks: expected numbers from 1, got {min(options.tasks)}")
+    options.vllm = options.vllm or Path(os.environ.get("LOTR_VLLM_PYTHON", ROOT / ".venv" / "vllm" / "bin" / "python"))
+    return options
+
+
+def check_there(options: argparse.Namespace) -> None:
+    """ValueError where the model or vLLM is missing."""
     if not (options.model / "config.json").exists():
         raise ValueError(f"model: expected a causal model's folder, got {options.model}; make causal-lm fetches SmolLM2")
-    own = os.environ.get("LOTR_VLLM_PYTHON", ROOT / ".venv" / "vllm" / "bin" / "python")
-    options.vllm = options.vllm or Path(own)
     if {*options.ways} & {*IN_VLLM} and not options.vllm.exists():
         raise ValueError(f"vllm: expected a Python with vLLM, got {options.vllm}; make serve-test installs one in .venv/vllm")
-    return options
 
 
 class Process:
@@ -146,6 +149,7 @@ def same_texts(found: dict, n: int) -> float | None:
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
+    check_there(options)
     began, load = time.monotonic(), os.getloadavg()[0]
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:

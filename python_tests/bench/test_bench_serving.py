@@ -104,13 +104,14 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = ["--model", str(make(tmp_path))]
     monkeypatch.setenv("LOTR_VLLM_PYTHON", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"vllm: expected a Python with vLLM, got .*nowhere"):
-        arguments(model)
+        main(model)
+    with pytest.raises(ValueError, match="model: expected a causal model's folder, got nowhere"):
+        main(["--model", "nowhere"])
     for words, text in {
         "--ways magic": "ways: expected some of off",
         "--tasks 0": "tasks: expected numbers from 1, got 0",
         "--rows 0": "rows: expected at least 1, got 0",
         "--new 1": "new: expected at least 2, got 1",
-        "--model nowhere": "model: expected a causal model's folder, got nowhere",
     }.items():
         with pytest.raises(ValueError, match=text):
             arguments([*model, *words.split()])
