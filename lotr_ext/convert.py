@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_COLUMNS = 8  # tasks that a table has beside each other
+
 
 def _rank(text: str) -> int | tuple[int, int]:
     try:
@@ -156,19 +158,27 @@ def _loras_to_bank(arguments: argparse.Namespace, console: Console) -> str:
             dtype=DTYPES[arguments.dtype],
             report=lambda what, done: show(int(100 * done), what),
         )
-    rows = [
-        (name, _sizes(found, name), *(f"{own[name]:.2e}" for own in found.errors.values()))
-        for names in found.groups.values()
-        for name in sorted(names, key=_natural)
-    ]
-    rows.append(("all layers", "", *(f"{error:.2e}" for error in found.task_errors.values())))
     found.save(arguments.destination)
-    _table(console, rows, ("layer", "in x out", *found.tasks), "|D - B G^T A^T| / |D|, D a LoRA's delta")
+    title = "|D - B G^T A^T| / |D|, D a LoRA's delta"
+    if len(found.tasks) <= _COLUMNS:
+        columns, of = [*found.tasks], lambda name: [f"{own[name]:.2e}" for own in found.errors.values()]
+        last = [("all layers", "", *(f"{error:.2e}" for error in found.task_errors.values()))]
+    else:
+        columns, of, last = ["mean", "highest", "task"], lambda name: _spread({t: e[name] for t, e in found.errors.items()}), []
+        _table(console, [(task, f"{error:.2e}") for task, error in found.task_errors.items()], ("task", "all layers"), title)
+    names = [name for own in found.groups.values() for name in sorted(own, key=_natural)]
+    _table(console, [(name, _sizes(found, name), *of(name)) for name in names] + last, ("layer", "in x out", *columns), title)
     groups = ", ".join(f"{group} {error:.2e}" for group, error in found.group_errors.items())
     return (
         f"{len(found.tasks)} tasks of {len(found.layers)} layers at rank {found.config.rank}; error over each group: {groups}; "
         f"{found.parameters:,} parameters, the LoRAs have {found.lora_parameters:,}"
     )
+
+
+def _spread(errors: Mapping[str, float]) -> list[str]:
+    """The mean of a layer's errors, the highest, and the task that has it."""
+    worst = max(errors, key=errors.__getitem__)
+    return [f"{sum(errors.values()) / len(errors):.2e}", f"{errors[worst]:.2e}", worst]
 
 
 def _lotr_to_lora(arguments: argparse.Namespace, console: Console) -> str:

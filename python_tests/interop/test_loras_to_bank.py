@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import weakref
 from pathlib import Path
@@ -273,3 +274,20 @@ def test_the_command(folders, tmp_path, capsys) -> None:
         (line,) = (line for line in told.splitlines() if line.split()[:1] == [layer])
         assert line.split()[-4:] == [f"{found.errors[folder.name][layer]:.2e}" for folder in folders]
     assert {path.name for path in (tmp_path / "out").glob("*.task.*")} == {f"{f.name}.task.safetensors" for f in folders}
+
+
+def test_the_command_with_more_adapters_than_a_table_has_columns(folders, tmp_path, capsys) -> None:
+    """Each layer's mean and highest error and the task that has it, and each task's error over all layers."""
+    copies = [tmp_path / "many" / f"{i}-{folder.name}" for i in range(3) for folder in folders]
+    for folder, copy in zip(folders * 3, copies):
+        shutil.copytree(folder, copy)
+    assert main(["loras-to-bank", *map(str, copies), str(tmp_path / "out"), "--rank", "4", "--dtype", "float64"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = loras_to_bank(copies, rank=4, dtype=torch.float64)
+    for task, error in found.task_errors.items():
+        assert [task, f"{error:.2e}"] in lines
+    for layer in found.layers:
+        own = {task: errors[layer] for task, errors in found.errors.items()}
+        (line,) = (line for line in lines if line[:1] == [layer])
+        assert line[-3:-1] == [f"{sum(own.values()) / 12:.2e}", f"{max(own.values()):.2e}"]
+        assert abs(own[line[-1]] - max(own.values())) < 1e-12
