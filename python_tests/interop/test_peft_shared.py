@@ -191,15 +191,26 @@ def test_two_threads_have_batches_of_their_own() -> None:
     assert not failed
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_with_names(beams: int) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def language_model(kind: str) -> tuple[torch.nn.Module, list[str]]:
+    """A model that generates, and the names of layers to adapt."""
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0, eos_token_id=None, bos_token_id=1)).eval()
-    model = peft.get_peft_model(llama, config(target_modules=["q_proj", "v_proj"], scaling=4.0)).eval()
-    model.add_adapter("fr", config(target_modules=["q_proj", "v_proj"], scaling=4.0, share_factors="default"))
+    special = {"pad_token_id": 0, "eos_token_id": None, "vocab_size": 50}
+    if kind == "decoder":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **special, bos_token_id=1)).eval(), ["q_proj", "v_proj"]
+    sizes = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, **special, decoder_start_token_id=1)).eval(), ["q", "v"]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["decoder", "encoder and decoder"])
+def test_generate_with_names(kind: str, beams: int) -> None:
+    """A beam search repeats the rows, but not those of an encoder."""
+    bare, targets = language_model(kind)
+    model = peft.get_peft_model(bare, config(target_modules=targets, scaling=4.0)).eval()
+    model.add_adapter("fr", config(target_modules=targets, scaling=4.0, share_factors="default"))
     for seed, name in enumerate(("default", "fr")):
         randomize(model, name, seed=seed, std=3.0)
     ids, names = torch.randint(2, 50, (3, 5)), ["fr", "__base__", "default"]
@@ -262,7 +273,7 @@ def test_a_weighted_sum_is_exact(kind: str) -> None:
 
 
 @pytest.mark.parametrize("majority", ["total", "frequency"])
-@pytest.mark.parametrize("kind", ["ties", "dare_ties", "magnitude_prune"])
+@pytest.mark.parametrize("kind", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
 def test_sums_by_pefts_definitions(kind: str, majority: str) -> None:
     model = with_shared()
     scaled = [[x.lotr_adapter[name].scaling * x.lotr_adapter[name].core.detach() for name in NAMES] for x in layers(model)]
