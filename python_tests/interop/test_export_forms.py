@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lotr_ext import LoTRConfig, TaskBank, apply_lotr, save_adapter
+from lotr_ext import LoTRConfig, TaskBank, apply_lotr, lotr_parameters, save_adapter
 from lotr_ext.convert import main
 from lotr_ext.interop import export_lora, lotr_to_lora
 from lotr_ext.interop.vllm import export_factors, export_task
@@ -89,6 +89,21 @@ def test_the_keys_of_a_task_for_vllms_plugin(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter: expected a task over the engine's factors other, got one over"):
         read_task(tmp_path / "task", factors, "other")
     assert sorted(path.name for path in (tmp_path / "task").iterdir()) == ["adapter_config.json", "lotr_task.safetensors"]
+
+
+@pytest.mark.parametrize("core", ["diagonal", "cp", "tucker", "train", "few"])
+def test_a_task_has_dense_cores_of_any_form(tmp_path: Path, core: str) -> None:
+    torch.manual_seed(0)
+    model = apply_lotr(llama(), LoTRConfig(rank=4, target_modules=["q_proj", "v_proj"], core=core))
+    with torch.no_grad():
+        for parameter in lotr_parameters(model):
+            parameter.normal_()
+    export_task(model, tmp_path / "task", base_model="base")
+    tensors = load_file(tmp_path / "task" / "lotr_task.safetensors")
+    assert len(tensors) == 4
+    for name, layer in adapted_layers(model).items():
+        torch.testing.assert_close(tensors[f"{name}.core"], layer.scaling * layer.core.detach(), atol=0, rtol=0)
+        assert tensors[f"{name}.core"].abs().max() > 0
 
 
 def llama() -> torch.nn.Module:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from engine import SETTINGS, environment
 
@@ -100,6 +101,7 @@ def main(folder: Path, way: str) -> dict:
         "slash": refused(sync.push, name="a/b"),
         "at": refused(sync.push, name="a@1"),
     }
+    errors |= around(llm, model, refused)
     with torch.no_grad():
         layers[first].core[0, 0] = float("nan")
     errors["nan"] = refused(sync.push, name="policy")
@@ -133,7 +135,53 @@ def main(folder: Path, way: str) -> dict:
         "fresh": fresh.version,
         "last": last.version,
     }
+    end["traced"] = way == "slots" or reads_no_values(llm)
     return {"layers": len(layers), "sent": sent, "rows": rows, "errors": errors, "end": end}
+
+
+def around(llm, model, refused) -> dict[str, str]:
+    """Engines that cannot take a push."""
+    from vllm.config import LoRAConfig
+
+    from lotr_ext.interop.vllm import CoreSync, engine
+    from lotr_ext.interop.vllm.worker import CoreWorker
+
+    def without_extension(method: str, **options):
+        return llm.collective_rpc(f"no_{method}", **options)
+
+    plain = SimpleNamespace(collective_rpc=without_extension, llm_engine=llm.llm_engine)
+    worker = SimpleNamespace(model_runner=SimpleNamespace())
+    found = {
+        "no extension": refused(CoreSync(model, plain).push),
+        "no adapters": CoreWorker.lotr_push(worker, b"")["error"],
+        "no slots": refused(LoRAConfig, max_loras=0).replace("\n", " "),
+    }
+    tested, engine.TESTED = engine.TESTED, ("0.1.", "0.2.")
+    found["version"] = refused(engine.check_version)
+    os.environ["LOTR_VLLM_ANY"] = "1"
+    found["any version"] = refused(engine.check_version)
+    engine.TESTED = tested
+    return found
+
+
+def reads_no_values(llm) -> bool:
+    """Whether the plugin's layers run on tensors without values, so that Python cannot have read the index of slots."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def run(model) -> bool:
+        layer = next(module for module in model.modules() if getattr(module, "lotr_parts", None))
+        wrapper, before = layer.punica_wrapper, layer.punica_wrapper.no_lora
+        wrapper.no_lora = False
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            index = mode.from_tensor(torch.zeros(5, dtype=torch.int64))
+            layer.punica_wrapper = SimpleNamespace(no_lora=False, token_lora_indices=index)
+            x, y = torch.zeros(5, layer.input_size), torch.zeros(5, sum(layer.output_slices))
+            done = layer._apply_lora_to_output(x, y)
+        layer.punica_wrapper, wrapper.no_lora = wrapper, before
+        return done.shape == y.shape
+
+    return llm.apply_model(run)[0]
 
 
 if __name__ == "__main__":
