@@ -6,6 +6,8 @@ python -m bench.block      a transformer's block, where siblings share
 python -m bench.shared     the shared gradient against autograd's own sums
 python -m bench.model      a transformer trained with each method
 python -m bench.host       host time of a layer, and its counts of calls and operators
+python -m bench.experts    the experts of a mixture against PEFT's LoRA
+python -m bench.tasks      a training step of many tasks at once
 python -m bench.kernels    each CUDA kernel alone against the library's product (needs a GPU)
 python -m bench.serving    adapters in servers: throughput kept, memory a task, time of a new version (needs vLLM)
 python -m bench.gpu        all that a GPU is for, within minutes (make gpu)

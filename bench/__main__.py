@@ -6,6 +6,7 @@
     model     a transformer trained with each method                  bench/model.py
     host      what calling an adapted layer costs the host            bench/host.py
     experts   the experts of a mixture against PEFT's LoRA            bench/experts.py
+    tasks     many tasks trained at once                              bench/tasks.py
     profile   where the layer's time goes (not with --quick)          bench/profile.py
     kernels   each CUDA kernel alone (with a GPU)                     bench/kernels.py
     traffic   counted bytes and a projection (not with --quick)       bench/traffic.py
@@ -22,12 +23,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from . import block, experts, host, kernels, layer, model, profile, shared, targets, traffic
+from . import block, experts, host, kernels, layer, model, profile, shared, targets, tasks, traffic
 from .measure.names import chosen
 from .measure.session import add_options, brief, check_options, choose_folder, start
 from .measure.store import RESULTS
 
-PARTS = ("layer", "block", "shared", "model", "host", "experts", "profile", "kernels", "traffic")
+PARTS = ("layer", "block", "shared", "model", "host", "experts", "tasks", "profile", "kernels", "traffic")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -92,7 +93,7 @@ def run(parts: dict[str, Callable[[], int]]) -> int:
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     programs = {"layer": layer, "block": block, "shared": shared, "model": model, "host": host}
-    programs |= {"experts": experts, "profile": profile, "kernels": kernels, "traffic": traffic}
+    programs |= {"experts": experts, "tasks": tasks, "profile": profile, "kernels": kernels, "traffic": traffic}
     own = commands(options)
     status = run({name: lambda name=name: programs[name].main(own[name]) for name in own})
     if options.device == "cpu" and {"layer", "model"} <= set(own):

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal
 from bench.measure.names import named
 from bench.measure.terminal import Table, bar
 from bench.measure.timing import machine, slug
-from lotr_ext import LoTRConfig, TaskBank, apply_lotr, disabled, mixed
+from bench.rivals.tasks import TARGETS, task_of_row, transformer, with_tasks
+from lotr_ext import disabled, mixed
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KINDS = (1, 8, 32, 64)  # tasks in a batch
 LORA = named("lora-peft")
 T = TypeVar("T")
@@ -52,31 +52,6 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def transformer(hidden: int, layers: int) -> nn.Module:
-    """A causal language model of random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
-    config = LlamaConfig(**shape, num_attention_heads=max(1, hidden // 64), vocab_size=2048, max_position_embeddings=512)
-    return LlamaForCausalLM(config).eval()
-
-
-def with_tasks(options: argparse.Namespace) -> tuple[nn.Module, TaskBank]:
-    """The adapted model and its bank, filled."""
-    model = apply_lotr(transformer(options.hidden, options.layers), LoTRConfig(rank=options.rank, target_modules=TARGETS))
-    for name, parameter in model.named_parameters():
-        if name.endswith(".core"):
-            nn.init.normal_(parameter)
-    bank = TaskBank(model, options.tasks)
-    for _ in range(options.tasks):
-        bank.add()
-    with torch.no_grad():
-        for core in bank.cores:
-            core.normal_()
-    return model, bank
-
-
 def with_lora(options: argparse.Namespace) -> nn.Module:
     """PEFT's model with options.peft LoRA adapters, named t0, t1, .."""
     from peft import LoraConfig, get_peft_model
@@ -88,16 +63,9 @@ def with_lora(options: argparse.Namespace) -> nn.Module:
     return model.eval()
 
 
-def task_of_row(rows: int, kinds: int, tasks: int) -> Tensor:
-    """The task of each row: `kinds` of all tasks, in no order."""
-    draw = torch.Generator().manual_seed(kinds)
-    chosen = torch.randperm(tasks, generator=draw)[:kinds]
-    return chosen[torch.arange(rows) % kinds][torch.randperm(rows, generator=draw)]
-
-
 def ways(options: argparse.Namespace) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, int]]:
     """How a batch is run, by name, and the bytes of a task."""
-    model, bank = with_tasks(options)
+    model, bank = with_tasks(options.hidden, options.layers, options.rank, options.tasks)
 
     def base(ids: Tensor) -> Tensor:
         with disabled(model):

@@ -33,6 +33,7 @@ ROUNDS = {
     "kernels": 15,
     "host": 61,
     "experts": 9,
+    "tasks": 9,
 }  # of each program by default
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 

@@ -1,4 +1,4 @@
-"""The picture of what examples/many_tasks.py kept."""
+"""The pictures of what examples/many_tasks.py and bench.tasks kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ..measure.names import named, renamed
+from ..measure.store import by_case, newest
+from ..rivals.tasks import LABELS, STAGES, WAYS
 from .plots import save
+from .tasks_table import place
 
 COLOURS = {named("lora-peft"): "tab:orange", "LoTR": "tab:blue"}
 
@@ -41,3 +44,33 @@ def _tasks(run: dict) -> Figure:
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     return figure
+
+
+def draw_training(cells: list[dict], folder: Path) -> list[Path]:
+    """Bars of what bench.tasks kept: each part of a step over the whole step of one adapter, in percent, a panel a case."""
+    found = by_case(newest(cells)) if cells else []
+    if not found:
+        return []
+    figure, axes = plt.subplots(len(found), 1, figsize=(9, 3.2 * len(found)), layout="constrained", squeeze=False)
+    shades = dict(zip(STAGES, ("#9ecae1", "tab:blue", "tab:orange"), strict=True))
+    for axis, (case, own) in zip(axes.flat, found):
+        names = [name for name in reversed(WAYS) if name in own]
+        # of the paired excess, each stage has its share
+        parts = {name: sum(own[name][stage]["seconds"][1] for stage in STAGES) for name in names}
+        scale = {name: 100 * (1 + own[name]["step"]["excess"][1]) / parts[name] for name in names}
+        left = [0.0] * len(names)
+        for stage, colour in shades.items():
+            width = [scale[name] * own[name][stage]["seconds"][1] for name in names]
+            axis.barh(range(len(names)), width, left=left, color=colour, label=stage)
+            left = [a + b for a, b in zip(left, width)]
+        for i, name in enumerate(names):
+            low, middle, high = (100 * (1 + value) for value in own[name]["step"]["excess"])
+            axis.errorbar(middle, i, xerr=[[max(middle - low, 0)], [max(high - middle, 0)]], color="k", lw=1)
+        axis.axvline(100, color="k", lw=0.8, ls=":")
+        axis.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=8)
+        axis.set_xlabel("% of one adapter's step", fontsize=8)
+        axis.set_title(place(case), fontsize=9, loc="left")
+        axis.grid(axis="x", alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STAGES), fontsize=8)
+    figure.suptitle(f"A training step of many tasks\n{cells[-1]['machine']['name']}", fontsize=10)
+    return save({"tasks": figure}, folder)

@@ -44,6 +44,7 @@ TABLES = tables.TABLES | {
     "block": block_table.block_table,
     "host": host_table.host_table,
     "experts": experts_table.experts_table,
+    "tasks": tasks_table.training_table,
 }
 README = Page(ROOT / "README.md", ("summary", "accuracy"), "")
 CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
@@ -210,6 +211,7 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_more.draw_kernels(_read(folder / "kernels.jsonl"), folder)
         written += host_table.draw_host(_read(folder / "host.jsonl"), folder)
         written += experts_table.draw_experts(_read(folder / "experts.jsonl"), folder)
+        written += plots_tasks.draw_training(_read(folder / "tasks.jsonl"), folder)
         written += plots_static.draw_predicted(predictions.compared_in(folder, predictions.kept(results)[1]), folder)
         written += plots_more.draw_summary(summary(layer, model), folder)
         if run := serving.kept(folder):

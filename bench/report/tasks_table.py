@@ -1,4 +1,4 @@
-"""What examples/many_tasks.py kept, as tables."""
+"""What examples/many_tasks.py and bench.tasks kept, as tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 from ..measure.names import renamed
-from ..measure.session import bytes_text, time_text
+from ..measure.session import ROUNDS, bytes_text, time_text
+from ..measure.store import by_case
+from ..rivals.tasks import HEADS as TRAINING_HEADS
+from ..rivals.tasks import SHAPES, WAYS, row_of
 from . import tables
 
 HEADS = ("a batch", "tokens/s", "over one adapter")
@@ -39,3 +42,27 @@ def tasks_table(run: dict, pictures: tables.Pictures) -> str:
     if name in pictures:
         lines += ["", f"![time of a batch against the tasks in it, tokens a row: {shape['tokens']}]({pictures[name]})"]
     return "\n".join(lines)
+
+
+def place(case: dict) -> str:
+    sizes = f"{case['rows']} rows of {case['tokens']} tokens, {case['tasks']:,} tasks, width {case['hidden']}"
+    threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
+    return f"{sizes}, {case['blocks']} blocks, r = {case['r']}, {case['dtype']}, {threads}"
+
+
+def training_table(cells: list[dict], pictures: tables.Pictures) -> str:
+    """What bench.tasks kept: a row a way to train a batch of tasks."""
+    found = by_case(cells)
+    shapes = ",".join(dict.fromkeys("x".join(map(str, list(case.values())[:6])) for case, _ in found))
+    usual = {"shapes": SHAPES["cuda" if tables.on_gpu(cells) else "cpu"], "dtypes": "fp32", "rounds": ROUNDS["tasks"]}
+    options = {"shapes": shapes, "dtypes": ",".join(dict.fromkeys(c["case"]["dtype"] for c in cells))}
+    options["threads"] = ",".join(dict.fromkeys(str(c["case"]["threads"]) for c in cells))
+    again = tables.command("tasks", cells, options | {"rounds": max(c["rounds"] for c in cells)}, usual)
+    lines = [f"{again}: a training step of a batch, cores alone; {tables.where(cells)}:", ""]
+    for case, own in found:
+        rows = [row_of(cell) for cell in own.values()]
+        rows = [[f"**{row[0]}**" if WAYS[name].per_task else row[0], *row[1:]] for name, row in zip(own, rows, strict=True)]
+        lines += [*tables.markdown([place(case), *TRAINING_HEADS[1:]], rows), ""]
+    if "tasks" in pictures:
+        lines += [f"![a training step of many tasks over one adapter's]({pictures['tasks']})"]
+    return "\n".join(lines).rstrip()

@@ -302,7 +302,7 @@ def test_everything_hands_its_options_on(tmp_path):
     options = everything.arguments(["--device", "cpu", "--quick", "--parts", "traffic"])
     assert everything.commands(options) == {"traffic": []}
     options = everything.arguments(["--device", "cpu", "--dtypes", "bf16", "--minutes", "3", "--fresh"])
-    assert options.parts == ["layer", "block", "shared", "model", "host", "experts", "profile", "traffic"]
+    assert options.parts == ["layer", "block", "shared", "model", "host", "experts", "tasks", "profile", "traffic"]
     own = everything.commands(options)
     assert own["layer"] == ["--device", "cpu", "--allocator", "keep", "--dtypes", "bf16", "--fresh", "--minutes", "3.0"]
     assert own["traffic"] == ["--fresh"]
@@ -312,7 +312,7 @@ def test_everything_hands_its_options_on(tmp_path):
 
 def test_a_quick_part_alone_leaves_what_docs_show_alone_too():
     assert QUICK_FOLDER == ROOT / "demo_results" / "bench"
-    for name in ("layer", "block", "shared", "model", "host", "experts", "kernels"):
+    for name in ("layer", "block", "shared", "model", "host", "experts", "tasks", "kernels"):
         arguments = getattr(everything, name).arguments
         common = ["--device", "cpu"]
         assert arguments([*common, "--quick"]).results == str(QUICK_FOLDER)

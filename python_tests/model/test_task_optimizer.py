@@ -211,6 +211,21 @@ def test_an_index_that_is_given_counts_alone() -> None:
     torch.compiler.reset()
 
 
+def test_several_processes_must_say_which_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each knows its own rows, and its gradients are those of all."""
+    model, bank = frozen()
+    optimizer = bank.optimizer(torch.optim.SGD, lr=0.1)
+    backward(model, batches()[0], [0, 0, 1, 1])
+    before = bank.cores[0].detach().clone()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="index: expected the tasks of all 2 processes, got None"):
+        optimizer.step()
+    assert torch.equal(bank.cores[0], before)
+    optimizer.step(index=torch.tensor([0, 1, 2]))
+    assert (bank.cores[0] != before).flatten(1).any(1).tolist() == [True, True, False, False, False, False]  # 2: zeros
+
+
 def test_experts_have_a_state_a_task() -> None:
     model, bank = with_tasks("Mixtral")
     bank.requires_grad_()
