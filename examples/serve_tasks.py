@@ -1,8 +1,8 @@
 """Three tasks of SmolLM2 in an OpenAI-compatible server on this machine, each 211 KiB over factors that the engine holds once.
 
 The first time, the tasks are trained, together: each batch has rows of all three (about two minutes). Then vLLM serves them as
-the models "bible" (continues in the King James Bible's words), "shout" (in capitals) and "larger" ("36, 17:" -> "36"), beside
-"smollm2", the base model.
+the models "bible" (continues in the King James Bible's words), "shout" (in capitals) and "larger" ("25, 71:" -> " 71", mostly),
+beside "smollm2", the base model.
 
     python examples/causal_data.py                          fetches SmolLM2-135M and the text, once
     .venv/vllm/bin/python examples/serve_tasks.py           needs vLLM (make serve has both)

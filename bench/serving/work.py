@@ -152,7 +152,7 @@ class Engine:
 
         self.shape, self.way, self.requests, self.count = shape, way, [], 0
         most = {"off": 0, "native": shape.tasks, "lora": min(shape.rows, shape.tasks)}[way]
-        self.model = adapted(shape, max(most, 1))
+        self.model = None if way == "off" else adapted(shape, most)
         if way == "native":
             from lotr_ext.interop.vllm import export_factors
 
@@ -175,10 +175,15 @@ class Engine:
         self.engine = LLM(shape.model, **options)
         torch.set_num_threads(shape.threads)
         if way != "off":
+            from lotr_ext import lotr_parameters
             from lotr_ext.interop.vllm import CoreSync
 
             self.sync = CoreSync(self.model, self.engine)
             self.requests = [self.sync.push(task).request for task in range(most)]
+            own = {id(p) for p in (*lotr_parameters(self.model), *self.model.lotr_tasks.cores)}
+            for parameter in self.model.parameters():
+                if id(parameter) not in own:
+                    parameter.data = torch.empty(0)  # only the cores are needed from here on
         self.bytes_a_task = self._bytes()
 
     def _bytes(self) -> int:
