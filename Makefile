@@ -28,12 +28,13 @@ NATIVE := $(shell find csrc -type f -not -path 'csrc/simt/*' \
 MORE_CXX := csrc/simt csrc/simt/module csrc/simt/torch docs/teaching
 CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX)) $(addsuffix /*.cpp,$(MORE_CXX)) $(addsuffix /*.cuh,$(MORE_CXX)))
 
-.PHONY: help setup check demo frontier many-tasks private influence loras causal-lm test test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
+.PHONY: help setup check demo frontier many-tasks evolve private influence loras causal-lm test test-full test-gpu serve-test gpu wheel bench docs lint format clean distclean
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
 	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: two minutes)"
 	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
+	@echo "make evolve     cores trained by forwards alone, for an accuracy and an exact match (ten minutes; ARGS=--quick: one)"
 	@echo "make loras      eight LoRAs of a small language model as one bank, and a ninth task over it (five minutes)"
 	@echo "make private    training with differential privacy, LoTR and LoRA, at three epsilons (12 minutes of one core)"
 	@echo "make influence  finding wrong labels by influence, beside kronfluence (10 minutes of one core)"
@@ -96,6 +97,9 @@ frontier: setup
 
 many-tasks: setup
 	@$(PY) examples/many_tasks.py $(ARGS)
+
+evolve: setup
+	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/evolve.py $(ARGS)
 
 loras: setup
 	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) examples/loras_to_bank.py $(ARGS)

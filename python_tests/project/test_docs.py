@@ -109,6 +109,7 @@ def test_every_command_exists(command, capsys):
         programs = {"demo": ["examples/finetune_text.py"], "many-tasks": ["examples/many_tasks.py"], "bench": ["-m", "bench"]}
         programs |= {name: [f"examples/{name}_text.py"] for name in ("private", "influence")}
         programs |= {"causal-lm": ["examples/causal_lm.py"], "loras": ["examples/loras_to_bank.py"]}
+        programs |= {"evolve": ["examples/evolve.py"]}
         programs |= {"serve": ["examples/serve_tasks.py"], "rl": ["examples/rl_cores.py"]}
         programs |= {name: ["-m", f"bench.{name}"] for name in ("gpu", "frontier")}
         assert subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], capture_output=True).returncode == 0

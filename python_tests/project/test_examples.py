@@ -142,6 +142,38 @@ def test_an_evaluation_shows_a_bar_on_a_terminal(tiny, tmp_path, monkeypatch):
         assert re.search(rf"{name}.*12/12", seen.getvalue())
 
 
+@pytest.fixture(scope="module")
+def tiny_writer(tmp_path_factory) -> Path:
+    """A one-layer language model whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("writer")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**size, vocab_size=len(letters))).save_pretrained(folder)
+    return folder
+
+
+@needs_data
+def test_evolve_keeps_its_numbers_and_a_picture(tiny, tiny_writer, tmp_path):
+    models = ("--model", str(tiny[0]), "--language-model", str(tiny_writer))
+    result = run("examples/evolve.py", "--quick", *models, "--threads", "1", "--results", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kept = json.loads((tmp_path / "evolve.json").read_text())
+    (accuracy,), (sums,) = kept["accuracy"], kept["sums"]
+    assert accuracy["numbers"] == 2 * 4 * 4 and len(accuracy["members"]) == 3  # query and value at rank 4
+    assert sums["numbers"] == 2 * 2 * 2 and len(sums["members"]) == 1
+    for run_of, ways in ((accuracy, ("start", "CoreES", "Adam")), (sums, ("start", "CoreES"))):
+        assert all(0 <= value <= 1 for way in ways for value in (run_of[way] if run_of is sums else [run_of[way]]))
+    assert kept["speed"]["by_members"]["64"]["over_base"] > 0 and kept["commit"]
+    assert (tmp_path / "evolve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_finetune_text_on_another_model_and_file(tiny, tmp_path):
     model, text = tiny
     result = run(
