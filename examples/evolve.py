@@ -55,9 +55,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), help="what is run (accuracy,sums,speed)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="the first one (0)")
-    parser.add_argument("--generations", type=int, default=40, help="of the accuracy (40)")
+    parser.add_argument("--generations", type=int, default=30, help="of the accuracy (30)")
     parser.add_argument("--population", type=int, default=256, help="members, a text each (256)")
-    parser.add_argument("--steps", type=int, default=60, help="of Adam, 32 texts each (60)")
+    parser.add_argument("--steps", type=int, default=40, help="of Adam, 32 texts each (40)")
     parser.add_argument("--held-out", type=int, default=1500, help="texts that measure the accuracy (1500)")
     parser.add_argument("--sum-generations", type=int, default=10, help="of the sums, 32 members with 8 sums each (10)")
     parser.add_argument("--members", default="64,256,1000", help="populations whose forward is timed (64,256,1000)")
@@ -161,7 +161,7 @@ def accuracy_run(options: argparse.Namespace, seed: int) -> dict:
             return (model([row for row in rows for _ in range(2)]).argmax(1) == target.repeat_interleave(2)).double()
 
     begun = time.process_time()
-    es = CoreES(bank, options.population, 0.01, lr=0.003, seed=seed)
+    es = CoreES(bank, options.population, 0.1, lr=0.01, seed=seed)
     found["members"] = evolve(es, options.generations, f"accuracy, {seed}", score)
     found["seconds"] = {"CoreES": time.process_time() - begun}
     use(model, es)
@@ -171,10 +171,10 @@ def accuracy_run(options: argparse.Namespace, seed: int) -> dict:
         cores = [model.get_parameter(name).zero_() for name in es.mean()]
     found["numbers"] = sum(core.numel() for core in cores)
     batches, begun = tm.Batches(ids, classes, 32, seed), time.process_time()
-    optimizer = torch.optim.Adam(cores, lr=0.003)
+    optimizer = torch.optim.Adam(cores, lr=0.005)
     with Bar(f"Adam, {seed}", options.steps, True) as bar:
         for step in range(options.steps):
-            optimizer.param_groups[0]["lr"] = 0.003 * (1 - step / options.steps)
+            optimizer.param_groups[0]["lr"] = 0.005 * (1 - step / options.steps)
             optimizer.zero_grad()
             cross_entropy(model, batches.next()).backward()
             optimizer.step()

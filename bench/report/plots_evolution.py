@@ -29,7 +29,8 @@ def _evolution(run: dict) -> Figure:
         {"accuracy": _accuracy, "sums": _sums, "speed": _speed}[part](axis, run)
         axis.grid(alpha=0.3, axis="y")
     seeds = run["shape"]["seeds"]
-    figure.suptitle(f"{seeds} seed{'s' * (seeds > 1)}, 95 % intervals over seeds; {run['machine']['name']}", fontsize=9)
+    error = "95 % intervals over seeds" if seeds > 1 else "no interval"
+    figure.suptitle(f"{seeds} seed{'s' * (seeds > 1)}, {error}\n{run['machine']['name']}", fontsize=9)
     return figure
 
 
