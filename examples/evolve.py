@@ -298,7 +298,7 @@ def show(results: dict) -> None:
     for what, rows in results["summary"].items():
         table = Table(what, "", "right, %", "95 % interval, +-")
         for way, (mean, half) in rows.items():
-            table.add_row(way, f"{100 * mean:.1f}", f"{100 * half:.1f}" if half < float("inf") else "one seed")
+            table.add_row(way, f"{100 * mean:.1f}", "one seed" if half is None else f"{100 * half:.1f}")
         print(table)
     if found := results.get("speed"):
         table = Table(f"one forward, {found['tokens']} tokens a row", "members", "rows/s", "over the base model")

@@ -34,10 +34,10 @@ def _evolution(run: dict) -> Figure:
     return figure
 
 
-def _points(axis: Axes, rows: dict[str, list[float]], ways: list[str], shift: float, marker: str, label: str) -> None:
+def _points(axis: Axes, rows: dict[str, list[float | None]], ways: list[str], shift: float, marker: str, label: str) -> None:
     for x, way in enumerate(ways):
         mean, half = rows[way]
-        error = 100 * half if half < float("inf") else 0
+        error = 0 if half is None else 100 * half
         first = label if x == 0 else None
         axis.errorbar(x + shift, 100 * mean, error, fmt=marker, color=WAYS[way][1], capsize=4, markersize=8, label=first)
         axis.annotate(f"{100 * mean:.1f}", (x + shift, 100 * mean), (8, 0), textcoords="offset points", va="center", fontsize=9)
