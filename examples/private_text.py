@@ -147,7 +147,7 @@ def run(job: Job) -> dict:
     logits = tm.predict(module.to_standard_module(), [ids for ids, _ in test])
     right = logits.argmax(1) == torch.tensor([label for _, label in test])
     return {
-        "settings": asdict(job),
+        "settings": asdict(job) | {"model": Path(job.model).name},
         "numbers": numbers,
         "noise": noise,
         "epsilon": spent,
