@@ -31,6 +31,7 @@ from .shared_gradient import LoTRShared, SharedGradient
 
 if TYPE_CHECKING:
     from .sharing import Call, SharedFactor
+    from .tensor_parallel import Replicas
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -76,8 +77,8 @@ class Bank:
 
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Computes F of all layers in one product, if their cores have one shape, dtype, device and scaling."""
-        # the tensors that the layers' calls will have; a core that is computed anew for each call is left out
-        own = [layer._parameters["core"] if "core" in layer._parameters else _shared_core(layer) for layer in layers]
+        # the tensors that the layers' calls will have
+        own = [core_of(layer) for layer in layers]
         found = [(layer, core) for layer, core in zip(layers, own) if core is not None]
         if len(found) < 2 or type(self.B) not in _PLAIN:
             return
@@ -109,9 +110,12 @@ class Bank:
         return l
 
 
-def _shared_core(layer: nn.Module) -> Tensor | None:
-    """The computed core of a layer, if it is one tensor for the whole forward; else None."""
-    shared = getattr(layer._modules.get("core_form"), "shared", None)  # of a CoreAt
+def core_of(layer: nn.Module) -> Tensor | None:
+    """The core of a layer, if it is one tensor for the whole forward; None if it is computed anew for each call."""
+    if "core" in layer._parameters:
+        return layer._parameters["core"]
+    form = layer._modules.get("core_form") or layer.__dict__.get("core_form")
+    shared = getattr(form, "shared", None)  # of a CoreAt
     return None if shared is None else shared()
 
 
@@ -130,6 +134,7 @@ class Scope:
         self.banks: dict[tuple, Bank] = {}
         self.casts: dict[tuple, Cast] = {}
         self.cores: dict[tuple, Made] = {}
+        self.replicas: dict[tuple, Replicas] = {}
 
     def bank(self, B_shared: SharedFactor, B: Tensor, dtype: torch.dtype) -> Bank | None:
         """B's bank in dtype, made at the first call. One for each grad mode: an F made without a graph cannot be used in

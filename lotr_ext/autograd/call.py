@@ -25,6 +25,7 @@ from ..ops.planner import Plan
 from . import traced
 from .one_node import LoTRFunction
 from .sharing import Call, SharedInput
+from .tensor_parallel import call_cut, is_dtensor
 from .two_nodes import expand, expand_rows, shared_u
 
 FUSED = planner.ORDERS["fused"]
@@ -188,6 +189,8 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
     plan = call.plan = plan_call(x, A, call, weight)
     nodes = plan.nodes
     if nodes == 0:
+        if is_dtensor(weight) and not is_dtensor(A):
+            return call_cut(call_linear, add_adapter, x, weight, bias, A, B, call)
         if plan is traced.PLAN:
             return traced.adapted(x, None, weight, bias, A, B, call)
         return _composite(x, base_linear(x, weight, bias, call.dtype), A, B, call)
@@ -233,8 +236,10 @@ def add_rows(
     or of more of x's leading dimensions. base(x) is y; or it is y itself.
 
     base reads x as LoTRShrink's route, as in `call_routed`. call.owns_y: base takes rows [m, k] too, and no other code has a
-    reference to what it returns, which is then written in place.
+    reference to what it returns, which is then written in place. TypeError for a DTensor.
     """
+    if is_dtensor(x):
+        raise TypeError("x: expected a plain tensor, got a DTensor; mixed and per_example take no tensor parallel layers")
     if call.dtype is None:
         if compute_dtype(x) is not None:
             return explicitly_cast(add_rows, x, _base_product(x, base, call), A, B, cores, index, call)

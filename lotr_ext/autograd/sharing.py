@@ -176,11 +176,20 @@ class SharedFactor(SharedGradient):
     def __init__(self) -> None:
         super().__init__()
         self.layers = 0
+        self.parts: dict[tuple, SharedFactor] = {}
         self._newest = _Newest()
         _steps.count()
 
     def __reduce__(self):
         return SharedFactor, ()
+
+    def part(self, *key: object) -> SharedFactor:
+        """The SharedFactor of some of its rows, which layers over a weight that is cut read (`tensor_parallel.py`)."""
+        found = self.parts.get(key)
+        if found is None:
+            found = self.parts.setdefault(key, SharedFactor())
+            found.layers = 2  # more than one, as far as is known
+        return found
 
     def find(self, x: Tensor, A: Tensor, user: object, how: tuple) -> SharedInput:
         """The SharedInput for user's call on x: a sibling's, in which u or seed is set, or a new one.

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..compat import any_autocast, saved_tensor_hook
 
-__all__ = ["HasCore", "made"]
+__all__ = ["HasCore", "core_form_of", "made"]
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -36,6 +36,11 @@ def made(form: nn.Module, *args) -> Tensor:
         return form(*args)
 
 
+def core_form_of(module: nn.Module) -> nn.Module | None:
+    """The module that makes a layer's core: a child, or a plain attribute where parallelize_module must not see it."""
+    return module._modules.get("core_form") or module.__dict__.get("core_form")
+
+
 class _Core:
     """`module.core`. No property: for a forward FSDP1 sets an attribute in a parameter's place, and a property would refuse."""
 
@@ -45,7 +50,7 @@ class _Core:
         core = module._parameters.get("core")
         if core is not None:
             return core
-        form = module._modules.get("core_form")
+        form = core_form_of(module)
         if form is None:
             raise AttributeError(f"{type(module).__name__} has no core yet")
         return made(form)
@@ -62,16 +67,21 @@ class HasCore(nn.Module):
     def held_core(self) -> nn.Parameter | nn.Module:
         """The parameter, or the module that makes it."""
         core = self._parameters.get("core")
-        return self._modules["core_form"] if core is None else core
+        return core_form_of(self) if core is None else core
 
     def hold_core(self, held: nn.Parameter | nn.Module) -> None:
         """Replaces the parameter, or the module that makes the core. Checks nothing."""
         if isinstance(held, nn.Parameter):
-            self._modules.pop("core_form", None)
+            self.release_core_form()
             self.core = held  # among the layer's parameters it stays where it is
         else:
             self._parameters.pop("core", None)
+            self.release_core_form()
             self.core_form = held
+
+    def release_core_form(self) -> nn.Module | None:
+        """Takes the module that makes the core out of the layer, and returns it."""
+        return self._modules.pop("core_form", None) or self.__dict__.pop("core_form", None)
 
     def use_core(self, form: nn.Module) -> None:
         """Replaces the core by a module: form() returns G [r_in, r_out], and its parameters are trained instead of G.

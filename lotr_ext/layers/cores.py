@@ -23,6 +23,7 @@ from torch.compiler import is_compiling
 from ..autograd.bank import open_scope
 from .checks import check_dimension, check_rank
 from .core import made
+from .sharded import StaysWhole
 
 __all__ = ["FORMS", "CPCores", "CoreAt", "Cores", "DiagonalCores", "FewCores", "TrainCores", "TuckerCores"]
 
@@ -56,7 +57,7 @@ class CoreAt(nn.Module):
         return f"index={self.index}"
 
 
-class Cores(nn.Module):
+class Cores(StaysWhole):
     """Base class: the cores of all places. A subclass has its parameters, at G = 0, and defines `make`.
 
     places: the places of the layers' cores, each once. rank: that of the factors, r or (r_in, r_out).

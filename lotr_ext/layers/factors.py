@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autograd.sharing import Group, SharedFactor
 from .checks import check_dimension, check_dtype, check_rank
 from .init import fill_factor_
-from .sharded import in_parts
+from .sharded import StaysWhole, in_parts
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
@@ -33,7 +33,7 @@ def _check_names_agree(module: nn.Module, names: tuple[str, ...], state_dict, pr
                 errors.append(f"{prefix}{part}: expected the values of {other}{part}, with which it is shared, got others")
 
 
-class LoTRFactor(nn.Module):
+class LoTRFactor(StaysWhole):
     """One factor [features, rank]: an A of layers with that many in_features, or a B of layers with that many out_features. It
     may be in several pairs: `LoTRFactors.of(A, B)`.
 
@@ -80,7 +80,7 @@ class LoTRFactor(nn.Module):
         return f"features={self.features}, rank={self.rank}"
 
 
-class LoTRFactors(nn.Module):
+class LoTRFactors(StaysWhole):
     """A [in_features, r_in] and B [out_features, r_out], one pair for a whole group of layers (arXiv 2402.01376).
 
     rank: an int, or (r_in, r_out). init: "orthonormal" (orthonormal columns; rows when the rank exceeds the width), "normal"

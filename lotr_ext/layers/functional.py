@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from ..autograd.call import Call, call_linear, compute_dtype, plan_call
+from ..autograd.tensor_parallel import cut_of, is_dtensor, local_operands
 from ..ops import cuda_plans, planner
 from ..ops.planner import Plan
 from .checks import check_beside, check_index, check_number, check_probability, check_tensor
@@ -139,7 +140,12 @@ def explain_call(
     found: list[Plan] = []
 
     def look(A: Tensor, B: Tensor) -> Tensor:
-        plan = plan_call(x, A, call, weight, where, "explain")
+        local, why = (x, A, weight), ""
+        if is_dtensor(weight) and not is_dtensor(A) and (cut := cut_of(weight)) is not None:
+            local = local_operands(cut, x, A, B, weight, call)
+            why = f"; on local tensors, of W {tuple(weight.shape)} here {tuple(local[2].shape)}"
+        plan = plan_call(local[0], local[1], call, local[2], where, "explain")
+        plan = plan._replace(why=plan.why + why)
         found.append(plan if plan.nodes else plan._replace(strategy="composite"))
         return x
 

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.call import Call, call_linear
+from ..autograd.tensor_parallel import cut_of, is_dtensor
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
 from .checks import check_rank
-from .core import HasCore
+from .core import HasCore, core_form_of
 from .factors import LoTRFactors
 from .merging import Merges, check_is_parameter, plus, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
 from .request import NOW, InRequests
 from .settings import Settings
+from .sharded import agree_over
 
 DEFAULT_RANK = 8
 
@@ -107,9 +109,25 @@ class LoTRLayer(InRequests, HasCore, Merges):
         self.register_buffer("weight_backup", None, persistent=False)
         factors._group.join()
         self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
+        agree_over(getattr(self, "weight", None), self.adapter_parameters())
 
     def _core_shape(self, factors: LoTRFactors) -> tuple[int, ...]:
         return factors.r_in, factors.r_out
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's. `parallelize_module` registers all parameters as DTensors: those of the adapter stay plain tensors
+        that all processes have, so the layer can run on local tensors."""
+        if is_dtensor(param):
+            if "." in name:  # of a child, which keeps its own
+                return
+            trained = param if self._parameters.get(name) is None else self._parameters[name]
+            kept = param.detach() if name in ("weight", "bias") else param.detach().full_tensor()
+            param = nn.Parameter(kept, requires_grad=trained.requires_grad)  # RowwiseParallel would train what was frozen
+        super().register_parameter(name, param)
+        if name == "weight" and is_dtensor(param) and "merged" in self.__dict__:
+            if (form := core_form_of(self)) is not None and not any(True for _ in form.parameters()):
+                self.__dict__["core_form"] = self.release_core_form()  # RowwiseParallel expects a weight of every child
+            agree_over(param, self.adapter_parameters())
 
     def leave_factors_to_owner(self) -> None:
         """Keeps a plain reference to the factors, which another module registers. So state_dict names them once, and a block
@@ -168,15 +186,30 @@ class LoTRLayer(InRequests, HasCore, Merges):
     @torch.no_grad()
     def _merged_weight(self) -> Tensor:
         """W + s B G^T A^T, summed in float32 (or wider) and cast once, W if merged already."""
-        weight = self._matrix().detach()
+        weight = self._local_matrix().detach()
         if self.merged:
             return weight
-        return plus(weight, self.delta_weight())
+        return plus(weight, self._local_delta())
+
+    def _local_matrix(self) -> Tensor:
+        """W [n, k], or this process's part of it."""
+        matrix = self._matrix()
+        return matrix.to_local() if is_dtensor(matrix) else matrix
+
+    def _local_delta(self) -> Tensor:
+        """What merge adds to `_local_matrix`."""
+        if not is_dtensor(matrix := self._matrix()):
+            return self.delta_weight()
+        cut = cut_of(matrix)
+        here = slice(cut.start, cut.stop)
+        A_rows, B_rows = (slice(None), here) if cut.dim == 0 else (here, slice(None))
+        return self.factors(lambda A, B: delta_weight(A[A_rows], B[B_rows], self.core, self.scaling))
 
     def _weight_to_write(self, where: str) -> Tensor:
-        """W [n, k], a view of the parameter that it is stored in. TypeError if it is stored in none."""
+        """W [n, k], or this process's part of it, a view of the parameter that it is stored in. TypeError if it is stored in
+        none."""
         self.check_parameter("weight", where)
-        return self._matrix()
+        return self._local_matrix()
 
     def _check_base(self) -> None:
         """TypeError unless the plain layer can take over weight and bias."""
@@ -215,7 +248,7 @@ class LoTRLayer(InRequests, HasCore, Merges):
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
         weight = self._weight_to_write("unmerge")
-        restored = plus(weight, self.delta_weight(), -1) if self.weight_backup is None else self.weight_backup
+        restored = plus(weight, self._local_delta(), -1) if self.weight_backup is None else self.weight_backup
         self._write_back(weight, restored)
         self.merged = False
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from .core import core_form_of
 from .cores import CoreAt
 
 __all__ = ["parameters_of", "state_for", "state_of", "value_with"]
@@ -28,7 +29,7 @@ class _Maker(NamedTuple):
 def _maker(module: nn.Module, name: str) -> _Maker | None:
     if parametrize.is_parametrized(module, name):
         return _Maker(f"parametrizations.{name}.", module.parametrizations[name])
-    form = module._modules.get("core_form") if name == "core" else None
+    form = core_form_of(module) if name == "core" else None
     if isinstance(form, CoreAt):
         return _Maker("core_form.cores.", form.cores, (form.index,))
     return None if form is None else _Maker("core_form.", form)

@@ -16,11 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..autograd.tensor_parallel import is_dtensor
 from .merging import write_
 
 __all__ = [
-    *("Slot", "agreed", "holds_parts", "in_parts", "inside_wrappers", "named_modules", "reshard", "whole", "whole_shape"),
-    "writing_rank",
+    *(
+        "Slot",
+        "StaysWhole",
+        "agree_over",
+        "agreed",
+        "holds_parts",
+        "in_parts",
+        "inside_wrappers",
+        "is_tensor_parallel",
+        "named_modules",
+    ),
+    *("reshard", "whole", "whole_shape", "writing_rank"),
 ]
 
 T = TypeVar("T")
@@ -30,10 +41,6 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod") 
 def _class(module: str, name: str) -> type | tuple[()]:
     """A class if its module was imported, else (): no object can be of it then, and the import takes a second."""
     return getattr(sys.modules.get(module), name, ())
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))
 
 
 def _is_zero(tensor: Tensor) -> bool:
@@ -50,7 +57,7 @@ def _engine() -> type | tuple[()]:
 
 def in_parts(tensor: Tensor) -> bool:
     """Whether a tensor is distributed over processes: a DTensor, or a parameter of ZeRO-3 or FSDP1."""
-    return _is_dtensor(tensor) or _is_zero(tensor) or getattr(tensor, "_fsdp_flattened", False)
+    return is_dtensor(tensor) or _is_zero(tensor) or getattr(tensor, "_fsdp_flattened", False)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -64,6 +71,14 @@ def holds_parts(model: nn.Module, *, zero: bool = True) -> bool:
     return any(isinstance(module, fsdp) for module in model.modules()) or any(
         in_parts(t) and (zero or not _is_zero(t)) for t in (*model.parameters(), *model.buffers())
     )
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether a model that is held in parts has DTensors alone, and none by FSDP2, which gathers parameters for a forward."""
+    fsdp = _class("torch.distributed.fsdp", "FSDPModule")
+    if any(isinstance(module, fsdp) for module in model.modules()):
+        return False
+    return all(is_dtensor(t) for t in (*model.parameters(), *model.buffers()) if in_parts(t))
 
 
 def reshard(model: nn.Module) -> None:
@@ -181,7 +196,7 @@ def _from_state(slots: Sequence[Slot], state: Mapping[str, Tensor]) -> dict[int,
 @torch.no_grad()
 def _gathered(model: nn.Module, slots: Sequence[Slot]) -> dict[int, Tensor]:
     """The whole tensors of slots that hold parts, by the parts' id."""
-    found = {id(slot.tensor): slot.tensor.full_tensor() for slot in slots if _is_dtensor(slot.tensor)}
+    found = {id(slot.tensor): slot.tensor.full_tensor() for slot in slots if is_dtensor(slot.tensor)}
     if zero := [slot.tensor for slot in slots if _is_zero(slot.tensor)]:
         with _zero_gathered(zero):
             found |= {id(t): t.detach().clone() for t in zero}
@@ -195,7 +210,7 @@ def _gathered(model: nn.Module, slots: Sequence[Slot]) -> dict[int, Tensor]:
 def _scattered(model: nn.Module, slots: Sequence[Slot], values: Mapping[int, Tensor]) -> None:
     """Each slot's part <- that of the whole value, by the part's id."""
     for slot in slots:
-        if _is_dtensor(target := slot.tensor):
+        if is_dtensor(target := slot.tensor):
             from torch.distributed.tensor import distribute_tensor
 
             # src_data_rank: every process has the value, so nothing is sent
@@ -254,6 +269,32 @@ def _summoned(model: nn.Module, slots: Sequence[Slot], *, writeback: bool) -> It
         if own or unit._is_root is None:  # before its first use; from an inner one it would take itself for the root
             with fsdp.summon_full_params(unit, recurse=False, writeback=writeback):
                 yield own
+
+
+# ---- tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+class StaysWhole(nn.Module):
+    """Base class of modules whose own parameters stay plain tensors, the same in all processes, when `parallelize_module` would
+    distribute them: they get rank 0's values."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if is_dtensor(param):
+            trained = param if self._parameters.get(name) is None else self._parameters[name]
+            param = nn.Parameter(param.detach().full_tensor(), requires_grad=trained.requires_grad)
+        super().register_parameter(name, param)
+
+
+@torch.no_grad()
+def agree_over(weight: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Broadcasts tensors from the first process of the mesh of weight, if it is a DTensor; each once for a mesh."""
+    for t in tensors if is_dtensor(weight) else ():
+        mesh = weight.device_mesh
+        if getattr(t, "_lotr_mesh", None) == mesh or t.is_meta or is_dtensor(t):
+            continue
+        for axis in range(mesh.ndim):
+            dist.broadcast(t.detach(), group=mesh.get_group(axis), group_src=0)
+        t._lotr_mesh = mesh
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..autograd.tensor_parallel import is_dtensor
 from ..layers.cores import Cores
 from ..layers.experts import LoTRExperts
 from ..layers.factors import LoTRFactors
@@ -30,7 +31,7 @@ from ..layers.placement import home
 from ..layers.quantized import has_plain_weight
 from ..layers.request import OFF, in_force
 from ..layers.settings import Settings
-from ..layers.sharded import holds_parts
+from ..layers.sharded import agree_over, holds_parts, is_tensor_parallel
 from .adapted import adapted_layers, expect_merged, lotr_parameters
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
@@ -140,6 +141,8 @@ def install(
                 write_(layer.core, layer.start_core)
     shared.set_trained(config.train)
     model.lotr_factors = shared
+    parts = (weight for t in selection.targets if is_dtensor(weight := getattr(t.module, "weight", None)))
+    agree_over(next(parts, None), (*shared.parameters(), *(() if cores is None else cores.parameters())))
     if cores is not None:
         model.lotr_cores = cores
     if callable(config.group_by):  # a callable can be neither pickled nor saved; what it decided can
@@ -205,7 +208,7 @@ def _check_mergeable(
         layer.check_parameter("weight", "merge", name)
         if others := tied.get(id(layer.holder)):
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}")
-        if holds_parts(layer.holder) or holds_parts(layer):
+        if (holds_parts(layer.holder) or holds_parts(layer)) and not is_tensor_parallel(layer):
             raise RuntimeError(
                 f"merge: expected whole tensors, got {name!r} held in parts; save_adapter, then load and merge in one process"
             )
@@ -349,7 +352,7 @@ def _check_unloadable(model: nn.Module, layers: dict[str, LoTRLayer], merge: boo
     for name, layer in layers.items():
         for part in () if isinstance(layer, LoTRWrapped) else ("weight", "bias"):
             layer.check_parameter(part, "unload", name)
-        if has_hooks(layer):
+        if has_hooks(layer) and not is_dtensor(getattr(layer, "weight", None)):
             raise RuntimeError(
                 f"unload: expected layers without hooks, which would be lost, got some on {name!r}; remove them first"
             )

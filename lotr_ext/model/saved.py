@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..layers.core import core_form_of
 from ..layers.cores import FORMS, CoreAt, Cores
 from ..layers.factors import LoTRFactor, LoTRFactors
 from ..layers.layer import LoTRLayer
@@ -94,7 +95,7 @@ def parts(layers: Layers, prefixes: Prefixes) -> Iterator[tuple[nn.Module, str, 
 def cores_of(layer: nn.Module) -> nn.Module | None:
     """The module that makes the layer's core, alone or with those of other layers; None for a parameter or a parametrized
     one."""
-    form = layer._modules.get("core_form")
+    form = core_form_of(layer)
     return form.cores if isinstance(form, CoreAt) else form
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from ..autograd.tensor_parallel import cut_of, is_dtensor
 from ..layers.layer import LoTRLayer
 from ..layers.linear import is_conv1d
 from ..layers.quantized import has_plain_weight, is_plain
-from ..layers.sharded import holds_parts, whole_shape
+from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
 from .config import LoTRConfig
 from .experts import CHILD, adapted_in, expert_sizes, why_not
 from .heads import output_layers
@@ -118,10 +119,8 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         raise TypeError(f"model: expected the plain model, before it is wrapped or compiled, got {type(model).__name__}")
-    if holds_parts(model, zero=False):
-        raise TypeError(
-            f"model: expected whole tensors, got {type(model).__name__} held in parts by FSDP or as DTensors; adapt it first"
-        )
+    if holds_parts(model, zero=False) and not is_tensor_parallel(model):
+        raise TypeError(f"model: expected whole tensors, got {type(model).__name__} held in parts by FSDP; adapt it first")
     adapted = next((name for name, m in model.named_modules() if isinstance(m, LoTRLayer)), None)
     if adapted is not None or hasattr(model, "lotr_factors"):
         raise RuntimeError(
@@ -172,6 +171,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
         if sizes is None and isinstance(config.target_modules, str):
             continue  # a regular expression is a filter over the layers that can be adapted
         _check_sizes(names[0], module, sizes)
+        _check_cut(names[0], module)
         readers = _readers(_parents(model, names))
         reader = readers.get(How.ONLY)
         if everything and (id(module) in tied or reader is not None or id(module) in outputs):
@@ -213,6 +213,15 @@ def _check_sizes(name: str, module: nn.Module, sizes: tuple[int, int] | None) ->
         )
     if min(sizes) < 1:
         raise ValueError(f"target_modules: expected layers with known sizes, got {name!r} with {sizes}; run it once first")
+
+
+def _check_cut(name: str, module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    if is_dtensor(weight) and (not isinstance(module, nn.Linear) or cut_of(weight) is None):
+        raise ValueError(
+            f"target_modules: expected tensor parallel layers cut by rows or by columns over one axis of their mesh, got "
+            f"{name!r} ({type(module).__name__}) with {tuple(weight.placements)}; exclude it"
+        )
 
 
 def _warn(hidden: list[str], doubtful: list[tuple[str, str]]) -> None:
@@ -371,4 +380,5 @@ def needs_wrap(module: nn.Module) -> bool:
     quantised weight."""
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     quantized = _is_linear(module) and not has_plain_weight(module)
-    return has_hooks(module) or own_forward or quantized or "forward" in vars(module) or parametrize.is_parametrized(module)
+    hooked = has_hooks(module) and not is_dtensor(getattr(module, "weight", None))  # of a tensor parallel layer they go along
+    return hooked or own_forward or quantized or "forward" in vars(module) or parametrize.is_parametrized(module)

@@ -1,0 +1,297 @@
+"""Layers whose frozen weight is a DTensor, cut over the processes of a mesh by its rows or its columns (tensor parallelism).
+
+    rows of W     (ColwiseParallel)   y_p = x W_p^T + bias_p + s ((x A) G) B_p^T        B_p: the same rows of B
+    columns of W  (RowwiseParallel)   y = sum_p x_p W_p^T + s ((x_p A_p) G) B^T, + bias  A_p: the rows of A for x_p
+
+Each process runs its layer on local tensors, by the nodes of any other layer. A, B and the cores are plain tensors with the
+same values in all processes. What a process computes of their gradients is a part of a sum:
+
+    A, B, G_1 .. G_L --> [LoTRReplicas, one a forward] --> layers 1 .. L
+    backward: LoTRReplicas adds the parts of all processes, in one all-reduce
+
+A layer that is whole in all processes does not read the replicas, so its gradient is not added p times.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
+
+from .. import ops
+from ..ops.composite import base_linear
+from .bank import Scope, core_of, open_scope
+from .sharing import Call, Group
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether tensor is a DTensor. Does not import torch.distributed.tensor, which takes a second."""
+    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+class Cut(NamedTuple):
+    """This process's part of a weight [n, k]: rows (dim 0) or columns (dim 1) start to stop. axis: of the mesh, None for a
+    weight that all processes have whole."""
+
+    mesh: DeviceMesh
+    axis: int | None
+    dim: int
+    start: int
+    stop: int
+
+
+def cut_of(weight: DTensor) -> Cut | None:
+    """How weight is cut; None for a layout in which the layer has no local form (cut over two axes, or a sum of parts)."""
+    from torch.distributed.tensor import Shard
+
+    mesh, axes = weight.device_mesh, [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    if not axes:
+        return Cut(mesh, None, 0, 0, weight.shape[0])
+    placement = weight.placements[axes[0]]
+    if len(axes) > 1 or type(placement) is not Shard:
+        return None
+    # as torch.chunk cuts, so the last parts may be shorter, or empty
+    size, processes = weight.shape[placement.dim], mesh.size(axes[0])
+    step = -(-size // processes)
+    start = min(size, mesh.get_local_rank(axes[0]) * step)
+    return Cut(mesh, axes[0], placement.dim, start, min(size, start + step))
+
+
+# ---- gradients that are parts of a sum -------------------------------------------------------------------------------
+
+
+class LoTRReplicas(torch.autograd.Function):
+    """Tensors that all processes have, for layers of which each process computes a part.   backward: the sum of all processes.
+
+    apply(groups, tensors ..) -> the same, as new tensors. groups: of processes, over each of which is summed.
+    """
+
+    @staticmethod
+    def forward(ctx, groups: Sequence[dist.ProcessGroup], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.groups = groups
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None):
+        if is_grad_enabled() and any(g is not None and g.requires_grad for g in gradients):
+            raise RuntimeError(
+                "tensor parallelism: expected a backward that is not itself recorded, got create_graph=True; the sum over the "
+                "processes has no gradient"
+            )
+        found: list[Tensor | None] = list(gradients)
+        for dtype in dict.fromkeys(g.dtype for g in gradients if g is not None):
+            own = [i for i, g in enumerate(gradients) if g is not None and g.dtype == dtype]
+            total = torch.cat([gradients[i].reshape(-1) for i in own])
+            for group in ctx.groups:
+                total = _summed(total, group)
+            for i, part in zip(own, total.split([gradients[i].numel() for i in own])):
+                found[i] = part.view(gradients[i].shape)
+        return None, *found
+
+
+def _summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.wait_tensor(collectives.all_reduce(part, "sum", group))
+
+
+class Replicas:
+    """The replicas that the layers of one forward read, and their parts."""
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup], tensors: Iterable[Tensor]):
+        own = list({id(t): t for t in tensors}.values())
+        made: Iterable[Tensor] = own
+        if is_grad_enabled():
+            trained = [t for t in own if t.requires_grad]
+            aliases = dict(zip(map(id, trained), LoTRReplicas.apply(groups, *trained))) if trained else {}
+            made = [aliases.get(id(t), t) for t in own]
+        self.held = {id(t): (t, t._version if not t.is_inference() else 0, alias) for t, alias in zip(own, made)}
+        self.parts: dict[tuple[int, int, int], Tensor] = {}
+
+    def add(self, more: Replicas) -> None:
+        self.held |= more.held
+
+    def has(self, t: Tensor) -> bool:
+        found = self.held.get(id(t))
+        return found is not None and found[0] is t and (t.is_inference() or found[1] == t._version)
+
+    def of(self, t: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """The replica of t, or its rows start to stop: one tensor for all layers that read them."""
+        replica = self.held[id(t)][2]
+        if start == 0 and stop in (None, len(t)):
+            return replica
+        key = (id(t), start, stop)
+        if key not in self.parts:
+            self.parts[key] = replica[start:stop]
+        return self.parts[key]
+
+
+def _replicas(groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call) -> Replicas:
+    """Those of the open forward scope, in which one node serves all layers, or new ones."""
+    scope = None if call.group is None else open_scope()
+    if scope is None:
+        return Replicas(groups, (A, B, call.core))
+    key = (tuple(map(id, groups)), is_grad_enabled(), torch.is_inference_mode_enabled())
+    found = scope.replicas.get(key)
+    if found is None or not (found.has(A) and found.has(B)):
+        found = scope.replicas[key] = Replicas(groups, (A, B, call.core, *_of_scope(scope)))
+    if not found.has(call.core):  # made for this call alone
+        found.add(Replicas(groups, (call.core,)))
+    return found
+
+
+def _of_scope(scope: Scope) -> list[Tensor]:
+    """A, B and cores of the layers of a forward that are cut, those that are plain tensors now."""
+    layers = [layer for same_B in scope.layers.values() for layer in same_B if is_dtensor(layer._parameters.get("weight"))]
+    found = [t for layer in layers for t in (layer.factors.A, layer.factors.B, core_of(layer))]
+    return [t for t in found if type(t) in _PLAIN]
+
+
+def localise(cut: Cut, groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The rows of A and B that a call on local tensors reads; they, and the core, go into the call."""
+    if not groups:
+        return A, B
+    here = cut.start, cut.stop
+    of_A = here if cut.axis is not None and cut.dim == 1 else (0, len(A))
+    of_B = here if cut.axis is not None and cut.dim == 0 else (0, len(B))
+    replicas = _replicas(groups, A, B, call)
+    call.core = replicas.of(call.core)
+    if call.group is not None:
+        own = tuple(map(id, groups))
+        call.group, call.shares = Group(call.group.A.part(*of_A, own), call.group.B.part(*of_B, own)), True
+    return replicas.of(A, *of_A), replicas.of(B, *of_B)
+
+
+def local_operands(cut: Cut, x: Tensor, A: Tensor, B: Tensor, weight: DTensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """x, A and weight of a call as `plan_call` would get them, for `explain`; x may be plain and whole."""
+    if is_dtensor(x):
+        x = x.full_tensor()
+    if cut.axis is not None and cut.dim == 1:
+        x, A = x[..., cut.start : cut.stop], A[cut.start : cut.stop]
+    call.shares = call.shares or cut.axis is not None
+    local = weight.to_local()
+    return x, A, local if local.requires_grad else local.detach()
+
+
+# ---- the input -------------------------------------------------------------------------------------------------------
+
+
+class _Newest(threading.local):
+    """A thread's newest local input, what it is an alias of, and the same with dropout."""
+
+    input: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    dropped: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    root: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    key: tuple | None = None
+
+
+_newest = _Newest()
+
+
+def _local_input(x: DTensor, gradient: Sequence[Placement]) -> Tensor:
+    """x's local tensor. The same object for layers that are called on one tensor, each through a DTensor of its own, as the
+    hooks of parallelize_module make them: so siblings share u, and their gradients of x travel together."""
+    local = x.to_local(grad_placements=gradient)
+    if local.is_inference():
+        return local
+    root = local if local._base is None else local._base
+    node, place = local.grad_fn, local.output_nr
+    while node is not None and type(node).__name__ in ("_ToTorchTensorBackward", "_FromTorchTensorBackward"):
+        node, place = node.next_functions[0]
+    of = None if node is None else (type(node).__name__, node._sequence_nr(), place)
+    shape = local.shape, local.stride(), local.storage_offset()
+    key = (local._version, *shape, local.requires_grad, of, tuple(gradient))
+    before = _newest.input()
+    if before is not None and _newest.root() is root and _newest.key == key:
+        return before
+    _newest.input, _newest.root, _newest.key = weakref.ref(local), weakref.ref(root), key
+    return local
+
+
+def _dropped(x: Tensor, cut: Cut, p: float, columns: int) -> Tensor:
+    """drop(x) with the mask of the whole x [.., columns], of which each process has its columns; siblings have one mask."""
+    import torch.distributed as dist
+
+    before = _newest.dropped()
+    if _newest.input() is x and before is not None and before.shape == x.shape:
+        return before
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+    if cut.axis is not None:
+        dist.broadcast(seed, group=cut.mesh.get_group(cut.axis), group_src=0)
+    mask = ops.dropout_mask(x.numel() // max(1, x.shape[-1]), columns, p, seed, x.dtype)
+    if cut.axis is not None and cut.dim == 1:
+        mask = mask[:, cut.start : cut.stop]
+    dropped = x * mask.reshape(x.shape)
+    _newest.dropped = weakref.ref(dropped)
+    return dropped
+
+
+# ---- one call --------------------------------------------------------------------------------------------------------
+
+
+def call_cut(
+    run: Callable[..., Tensor],
+    add: Callable[..., Tensor],
+    x: Tensor,
+    weight: DTensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    call: Call,
+) -> DTensor:
+    """The call of a layer over a weight that is a DTensor, on local tensors. Returns a DTensor.
+
+    run, add: `call_linear` and `add_adapter`, for local tensors.
+
+    Raises:
+        TypeError: x is no DTensor, or weight is cut in a way in which the layer has no local form. RuntimeError: inside
+            torch.compile.
+    """
+    if is_compiling():
+        raise RuntimeError("tensor parallelism: expected a layer that runs eagerly, got one inside torch.compile; leave it out")
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    cut = cut_of(weight)
+    if cut is None or not is_dtensor(x):
+        raise TypeError(
+            f"x, weight: expected DTensors, the weight cut by rows or by columns over one axis of its mesh, got "
+            f"{type(x).__name__} and a weight cut by {tuple(weight.placements)}; use ColwiseParallel or RowwiseParallel"
+        )
+    last, placements, of_y, gradient = Shard(x.dim() - 1), list(x.placements), list(x.placements), list(x.placements)
+    if cut.axis is not None:
+        rows = cut.dim == 0
+        placements[cut.axis] = Replicate() if rows else last
+        gradient[cut.axis], of_y[cut.axis] = (Partial(), last) if rows else (last, Partial())
+    if tuple(placements) != x.placements:
+        x = x.redistribute(cut.mesh, placements)
+    axes = [i for i, placement in enumerate(placements) if i == cut.axis or placement.is_shard()]
+    A_, B_ = localise(cut, [cut.mesh.get_group(i) for i in axes], A, B, call)
+    weight_, bias_ = (t.to_local() if is_dtensor(t) else t for t in (weight, bias))
+    if cut.axis is not None and cut.dim == 1 and cut.mesh.get_local_rank(cut.axis):
+        bias_ = None  # of the parts of a sum one has the bias
+    x_ = _local_input(x, gradient)
+    if 0 in weight_.shape:  # more processes than rows or columns: no part of y, but a part in the sums of gradients
+        nothing = 0 * sum(t.sum() for t in (A_, B_, call.core))
+        y = base_linear(x_, weight_, bias_, call.dtype)
+        y = y + nothing.to(y.dtype)
+    elif call.p:
+        p, call.p = call.p, 0.0
+        y = add(_dropped(x_, cut, p, x.shape[-1]), base_linear(x_, weight_, bias_, call.dtype), A_, B_, call)
+    else:
+        y = run(x_, weight_, bias_, A_, B_, call)
+    size = torch.Size((*x.shape[:-1], len(weight)))
+    return DTensor.from_local(y, cut.mesh, of_y, run_check=False, shape=size, stride=torch.empty(size, device="meta").stride())

@@ -1,0 +1,352 @@
+"""As `gloo_checks`, for tensor parallel models: the layers run on local tensors, and one all-reduce adds all gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gloo_checks import refusal
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
+
+from lotr_ext import (
+    LoTRConfig,
+    LoTRFactors,
+    LoTRLinear,
+    apply_lotr,
+    explain,
+    load_adapter,
+    merge,
+    per_example,
+    save_adapter,
+    unload,
+    unmerge,
+)
+from nets import relative
+
+D, HIDDEN = 12, 20
+KINDS = {"q": ColwiseParallel, "k": ColwiseParallel, "o": RowwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel}
+
+
+class Attention(nn.Module):
+    def __init__(self, d: int, bias: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.o = (nn.Linear(d, d, bias) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.q(x)) * self.k(x))
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.attention = Attention(d, bias)
+        self.up, self.down, self.whole = nn.Linear(d, hidden, bias), nn.Linear(hidden, d, bias), nn.Linear(d, d, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return self.whole(x + self.down(torch.tanh(self.up(x))))
+
+
+class Net(nn.Module):
+    """whole: a layer that no process cuts, in the group of those that are cut."""
+
+    def __init__(self, d: int = D, hidden: int = HIDDEN, layers: int = 2, bias: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(d, hidden, bias) for _ in range(layers))
+        self.checkpointed: bool | None = None  # reentrant or not; None: no checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.checkpointed is None else checkpoint(block, x, use_reentrant=self.checkpointed)
+        return x
+
+
+def plan(net: Net, prepare: bool = False, local: bool = True) -> dict[str, Any]:
+    """local: whether the layers in between get local tensors, which are of one size in all processes for RowwiseParallel."""
+    own: dict[str, Any] = {}
+    for i in range(len(net.blocks)):
+        at = f"blocks.{i}."
+        for name, kind in KINDS.items():
+            options = {} if local or kind is RowwiseParallel else {"use_local_output": False}
+            own[at + ("attention." if name in "qko" else "") + name] = kind(**options)
+        if prepare:
+            layouts = {"input_layouts": Replicate(), "desired_input_layouts": Replicate()}
+            own[at + "attention"] = PrepareModuleInput(**layouts)
+    return own
+
+
+def config(**options: Any) -> LoTRConfig:
+    return LoTRConfig(**{"rank": 4, "adapter_dtype": torch.float64} | options)
+
+
+def base(**options: Any) -> Net:
+    torch.manual_seed(0)
+    return Net(**options).double()
+
+
+def randomize(net: nn.Module, seed: int = 2) -> nn.Module:
+    """The adapter's parameters in all processes alike."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.requires_grad and "lotr_factors" not in name:
+                parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype))
+    return net
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return make()
+
+
+def pair(
+    mesh: DeviceMesh,
+    after: bool = False,
+    prepare: bool = False,
+    local: bool = True,
+    settings: dict | None = None,
+    **options: Any,
+) -> tuple[nn.Module, nn.Module]:
+    """(a model in one process, the same cut over mesh). after: apply_lotr comes after parallelize_module. The factors of the
+    cut one begin with other values in each process."""
+    settings, rank = settings or {}, mesh.get_local_rank()
+    single, cut = base(**options), base(**options)
+    alone = randomize(seeded(lambda: apply_lotr(single, config(**settings))))
+    if after:
+        parallelize_module(cut, mesh, plan(cut, prepare, local))
+    alike = rank == 0 or settings.get("group_by") == "name"  # else each pair of factors has a layer that is cut
+    seeded(lambda: apply_lotr(cut, config(**settings)), seed=1 if alike else 100 + rank)
+    if not after:
+        parallelize_module(cut, mesh, plan(cut, prepare, local))
+    return alone, randomize(cut)
+
+
+def trained(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def inputs(rows: int = 3) -> Tensor:
+    return torch.randn(rows, 5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def step(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, gradient of x)"""
+    x = x.clone().requires_grad_()
+    y = net(x)
+    y.square().sum().backward()
+    return y.detach(), x.grad
+
+
+def differences(alone: nn.Module, cut: nn.Module, x: Tensor | None = None) -> dict[str, float]:
+    """The largest relative differences of outputs, of the gradients of x, and of the adapter's gradients."""
+    x = inputs() if x is None else x
+    (y, dx), (y_cut, dx_cut) = step(alone, x), step(cut, x)
+    want, got = trained(alone), trained(cut)
+    assert want.keys() == got.keys()
+    assert all(type(p) is nn.Parameter and not isinstance(p.data, DTensor) for p in got.values())
+    assert all((p.grad is None) == (want[name].grad is None) for name, p in got.items())
+    gradients = max(relative(p.grad, want[name].grad) for name, p in got.items() if p.grad is not None)
+    return {"y": relative(y_cut, y), "x": relative(dx_cut, dx), "gradients": gradients}
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """How many collectives run, by name."""
+    found: dict[str, int] = {}
+    names = ("all_reduce", "all_gather_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all_single")
+    before = {name: getattr(collectives, name) for name in names}
+
+    def count(name: str, *args: Any, **kwargs: Any) -> Any:
+        found[name] = found.get(name, 0) + 1
+        return before[name](*args, **kwargs)
+
+    for name in names:
+        setattr(collectives, name, partial(count, name))
+    try:
+        yield found
+    finally:
+        for name in names:
+            setattr(collectives, name, before[name])
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, dict] = {
+    "before": {},
+    "after": {"after": True},
+    "without biases": {"bias": False},
+    "one x for siblings": {"prepare": True},
+    "uneven": {"hidden": 13, "local": False},
+    "by width": {"settings": {"group_by": "width"}},
+    "by name": {"settings": {"group_by": "name"}},
+    "two ranks": {"settings": {"rank": (3, 5)}},
+    "diagonal": {"settings": {"core": "diagonal"}},
+    "tucker": {"settings": {"core": "tucker"}},
+    "frozen factors": {"settings": {"train": ("core",)}},
+    "frozen cores": {"settings": {"train": ("A", "B"), "core_init": "identity"}},
+}
+
+
+def layouts(rank: int, folder: Path) -> dict:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {name: differences(*pair(mesh, **options)) for name, options in LAYOUTS.items()}
+
+
+def more_processes_than_rows(rank: int, folder: Path) -> dict:
+    """The last process has no row of the layers of 9 and 3 features."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {n: differences(*pair(mesh, hidden=n, local=False, settings={"rank": 2})) for n in (9, 3)}
+    return {f"{n} {name}": value for n, own in found.items() for name, value in own.items()}
+
+
+def checkpoints(rank: int, folder: Path) -> dict:
+    found, mesh = {}, init_device_mesh("cpu", (dist.get_world_size(),))
+    for reentrant in (False, True):
+        alone, cut = pair(mesh)
+        cut.checkpointed = reentrant
+        found[f"reentrant {reentrant}"] = differences(alone, cut)
+    alone, cut = pair(mesh)
+    for net in (alone, cut):  # two forwards, then two backwards; then a third step onto their gradients
+        losses = [net(inputs() * scale).square().sum() for scale in (1.0, 0.5)]
+        for loss in losses:
+            loss.backward()
+    return found | {"accumulated": differences(alone, cut)}
+
+
+def sums(rank: int, folder: Path) -> dict:
+    """Collectives of a step, of the base alone and adapted, at 2 and at 8 layers."""
+    found, mesh = {}, init_device_mesh("cpu", (dist.get_world_size(),))
+    for layers in (2, 8):
+        plain = base(layers=layers)
+        parallelize_module(plain, mesh, plan(plain))
+        _, cut = pair(mesh, layers=layers)
+        for name, net in (("base", plain), ("adapted", cut)):
+            with counted() as count:
+                step(net, inputs())
+            found[f"{name} {layers}"] = sum(count.values())
+    return found
+
+
+def told(rank: int, folder: Path) -> dict:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    _, cut = pair(mesh)
+    at = cut.blocks[0]
+    return {name: str(explain(layer, inputs())) for name, layer in (("up", at.up), ("whole", at.whole))} | {
+        "down": str(explain(at.down, torch.zeros(3, 5, HIDDEN, dtype=torch.float64)))
+    }
+
+
+def dropout(rank: int, folder: Path) -> dict:
+    """The mean over many masks is the output without; the processes have the same masks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    alone, cut = pair(mesh, settings={"dropout": 0.5}, layers=1)
+    torch.manual_seed(rank)  # the seeds of masks are rank 0's
+    layer, single, x = cut.blocks[0].down, alone.blocks[0].down, torch.ones(4, HIDDEN, dtype=torch.float64)
+    local = x.chunk(dist.get_world_size(), -1)[rank]
+    drawn = [layer(local).detach() for _ in range(1500)]
+    spread = torch.stack(drawn).std(0).max().item()
+    off = (torch.stack(drawn).mean(0) - single.eval()(x).detach()).abs().max().item()
+    alike = [torch.empty_like(drawn[0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(alike, drawn[0])
+    up = [torch.equal(a, alike[0]) for a in alike]
+    return {"spread": spread, "off": off, "alike": all(up)}
+
+
+def files(rank: int, folder: Path) -> dict:
+    """Saved, loaded by one process and into a cut model, merged and unmerged, and taken off."""
+    mesh, x, found = init_device_mesh("cpu", (dist.get_world_size(),)), inputs(), {}
+    alone, cut = pair(mesh)
+    want = alone(x)
+    save_adapter(cut, folder / "adapter")
+    found["in one"] = relative(load_adapter(base(), folder / "adapter")(x), want)
+    other = randomize(pair(mesh)[1], seed=9)
+    load_adapter(other, folder / "adapter")
+    found["in parts"] = relative(other(x), want)
+    later = base()
+    parallelize_module(later, mesh, plan(later))
+    found["onto parts"] = relative(load_adapter(later, folder / "adapter")(x), want)
+    before = [p.to_local().clone() for p in cut.parameters() if isinstance(p, DTensor)]
+    merge(cut)
+    found["merged"] = relative(cut(x), want)
+    unmerge(cut)
+    found["bits"] = all(
+        torch.equal(a, b.to_local()) for a, b in zip(before, (p for p in cut.parameters() if isinstance(p, DTensor)))
+    )
+    found["unmerged"] = relative(cut(x), want)
+    unload(cut, merge=True)
+    assert type(cut.blocks[0].up) is nn.Linear
+    found["taken off"] = relative(cut(x), want)
+    return found
+
+
+class ByHand(nn.Module):
+    """Without apply_lotr, so without a forward scope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        factors = LoTRFactors(D, D, 4, dtype=torch.float64)
+        self.factors = factors
+        self.up, self.down = (LoTRLinear(D, D, factors=factors, dtype=torch.float64) for _ in range(2))
+        self.up.leave_factors_to_owner()
+        self.down.leave_factors_to_owner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def by_hand(rank: int, folder: Path) -> dict:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    alone = randomize(seeded(ByHand))
+    cut = copy.deepcopy(alone)
+    return differences(alone, parallelize_module(cut, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}))
+
+
+def batch_in_parts(rank: int, folder: Path) -> dict:
+    """DDP over one dimension of a mesh, tensor parallelism over the other."""
+    size = dist.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (size, 2), mesh_dim_names=("dp", "tp"))
+    alone, cut = pair(mesh["tp"])
+    own = mesh.get_local_rank("dp")
+    x = inputs(2 * size)
+    net = nn.parallel.DistributedDataParallel(cut, process_group=mesh["dp"].get_group(), init_sync=False)
+    net(x[2 * own : 2 * own + 2]).square().sum().backward()
+    step(alone, x)
+    return {name: relative(p.grad * size, trained(alone)[name].grad) for name, p in trained(cut).items()}
+
+
+def refusals(rank: int, folder: Path) -> dict:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    _, cut = pair(mesh, layers=1)
+    up = cut.blocks[0].up
+    strange = base(layers=1)
+    parallelize_module(strange, mesh, {"blocks.0.up": ColwiseParallel()})
+    grid = init_device_mesh("cpu", (1, dist.get_world_size()))
+    from torch.distributed.tensor import distribute_tensor
+
+    twice = nn.Parameter(distribute_tensor(strange.blocks[0].down.weight.detach(), grid, [Shard(0), Shard(1)]))
+    strange.blocks[0].down.register_parameter("weight", twice)
+    hooks = up._forward_pre_hooks.copy()
+    up._forward_pre_hooks.clear()
+    plain = refusal(lambda: up(inputs()))
+    up._forward_pre_hooks.update(hooks)
+    y = cut(inputs())
+    twofold = refusal(lambda: torch.autograd.grad(torch.autograd.grad(y.sum(), up.core, create_graph=True)[0].sum(), up.core))
+    with per_example(cut):
+        examples = refusal(lambda: cut(inputs()))
+    return {
+        "examples": examples,
+        "plain x": plain,
+        "cut twice": refusal(lambda: apply_lotr(strange, config())),
+        "recorded": twofold,
+    }

@@ -1,0 +1,91 @@
+"""Tensor parallel models in gloo processes, against one process (`gloo_tensor_parallel`)."""
+
+from __future__ import annotations
+
+import pytest
+from gloo import values_of
+from gloo_tensor_parallel import LAYOUTS
+
+CHECKS = ("layouts", "checkpoints", "sums", "told", "dropout", "files", "by_hand", "refusals")
+MORE = ("more_processes_than_rows", "batch_in_parts")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+ROUNDING = 1e-13  # of float64
+
+
+def named(checks: tuple[str, ...]) -> list[str]:
+    return [f"gloo_tensor_parallel:{check}" for check in checks]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    """What each check returned in both processes."""
+    return {name.partition(":")[2]: own for name, own in values_of(named(CHECKS), tmp_path_factory.mktemp("two")).items()}
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    found = values_of(named(MORE), tmp_path_factory.mktemp("four"), world=4)
+    return {name.partition(":")[2]: own for name, own in found.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cut_model_is_one_process(found: dict, layout: str) -> None:
+    for by_rank in found["layouts"]:
+        assert max(by_rank[layout].values()) < ROUNDING, by_rank[layout]
+
+
+@pytest.mark.parametrize("way", ["reentrant False", "reentrant True", "accumulated"])
+def test_checkpointed_and_accumulated_steps(found: dict, way: str) -> None:
+    for by_rank in found["checkpoints"]:
+        assert max(by_rank[way].values()) < ROUNDING, by_rank[way]
+
+
+def test_layers_without_a_forward_scope(found: dict) -> None:
+    for by_rank in found["by_hand"]:
+        assert max(by_rank.values()) < ROUNDING
+
+
+def test_a_step_has_one_more_collective_at_any_number_of_layers(found: dict) -> None:
+    """And fewer of the base's: siblings send their gradients of x together."""
+    for by_rank in found["sums"]:
+        for layers in (2, 8):
+            assert by_rank[f"base {layers}"] == 5 * layers
+            assert by_rank[f"adapted {layers}"] == 4 * layers + 1
+
+
+def test_explain_says_that_kernels_run_on_local_tensors(found: dict) -> None:
+    for by_rank in found["told"]:
+        assert "(20, 12) here (10, 12)" in by_rank["up"] and "(12, 20) here (12, 10)" in by_rank["down"]
+        assert all("composite" not in plan for plan in by_rank.values())
+        assert "here" not in by_rank["whole"]
+
+
+def test_processes_draw_one_dropout_mask(found: dict) -> None:
+    for by_rank in found["dropout"]:
+        assert by_rank["alike"]
+        assert by_rank["off"] < 6 * by_rank["spread"] / 1500**0.5
+
+
+def test_files_and_merging(found: dict) -> None:
+    for by_rank in found["files"]:
+        assert by_rank.pop("bits")
+        assert max(by_rank.values()) < ROUNDING, by_rank
+
+
+@pytest.mark.parametrize("size", [9, 3])
+def test_processes_without_rows_take_part_in_the_sums(of_four: dict, size: int) -> None:
+    for by_rank in of_four["more_processes_than_rows"]:
+        assert max(value for name, value in by_rank.items() if name.startswith(str(size))) < ROUNDING
+
+
+def test_ddp_over_another_dimension_of_the_mesh(of_four: dict) -> None:
+    for by_rank in of_four["batch_in_parts"]:
+        assert max(by_rank.values()) < ROUNDING
+
+
+def test_refusals(found: dict) -> None:
+    for by_rank in found["refusals"]:
+        assert by_rank["examples"].startswith("TypeError: x: expected a plain tensor, got a DTensor")
+        assert by_rank["plain x"].startswith("TypeError: x, weight: expected DTensors")
+        assert by_rank["cut twice"].startswith("ValueError: target_modules: expected tensor parallel layers cut by rows or")
+        assert by_rank["recorded"].startswith("RuntimeError: tensor parallelism: expected a backward that is not itself")
