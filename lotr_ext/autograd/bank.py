@@ -20,7 +20,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from .shared_gradient import LoTRShared, SharedGradient
 
 if TYPE_CHECKING:
     from .sharing import Call, SharedFactor
-    from .tensor_parallel import Replicas
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -134,7 +133,7 @@ class Scope:
         self.banks: dict[tuple, Bank] = {}
         self.casts: dict[tuple, Cast] = {}
         self.cores: dict[tuple, Made] = {}
-        self.replicas: dict[tuple, Replicas] = {}
+        self.replicas: dict[tuple, Any] = {}  # `tensor_parallel.Replicas`, by process groups and grad mode
 
     def bank(self, B_shared: SharedFactor, B: Tensor, dtype: torch.dtype) -> Bank | None:
         """B's bank in dtype, made at the first call. One for each grad mode: an F made without a graph cannot be used in
