@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # bench's terminal and names of machines
 
 from bench.measure.paired import interval  # noqa: E402
-from bench.measure.store import QUICK, write_whole  # noqa: E402
+from bench.measure.store import QUICK, commit, write_whole  # noqa: E402
 from bench.measure.terminal import Table  # noqa: E402
 from bench.measure.timing import machine, slug  # noqa: E402
 from lotr_ext import CoreES, LoTRConfig, TaskBank, apply_lotr, disabled, init_from_gradient, mixed  # noqa: E402
@@ -307,12 +306,6 @@ def show(results: dict) -> None:
         print(table)
         around = found["around"]
         print(f"ask {1000 * around['ask']:.0f} ms and tell {1000 * around['tell']:.0f} ms for {around['members']} members")
-
-
-def commit() -> str:
-    """The commit of this source tree, "unknown" outside of one."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else "unknown"
 
 
 def main(words: list[str] | None = None) -> None:

@@ -23,7 +23,6 @@ import json
 import logging
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import data  # noqa: E402
 import text_model as tm  # noqa: E402
 from bench.measure.paired import interval  # noqa: E402
-from bench.measure.store import QUICK, write_whole  # noqa: E402
+from bench.measure.store import QUICK, commit, write_whole  # noqa: E402
 from bench.measure.timing import machine, slug  # noqa: E402
 from lotr_ext import influence, unload  # noqa: E402
 
@@ -293,11 +292,6 @@ def checked(parser: argparse.ArgumentParser, words: list[str] | None) -> argpars
     if not 0 < options.flipped < 1:
         parser.error(f"--flipped: expected a share between 0 and 1, got {options.flipped}")
     return options
-
-
-def commit() -> str | None:
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else None
 
 
 def main(words: list[str] | None = None) -> None:

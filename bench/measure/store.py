@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def write_whole(path: Path, text: str) -> Path:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     return temporary.replace(path)
+
+
+def commit() -> str | None:
+    """The commit of this source tree; None where it is not one of git."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() if git.returncode == 0 else None
 
 
 def build_id() -> str:

@@ -7,13 +7,12 @@ blocks and gemm_lotr the time over the frozen layer or the library's product, le
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..measure.store import RESULTS, ROOT, Store, newest, write_whole
+from ..measure.store import RESULTS, Store, commit, newest, write_whole
 from .assumptions import Spread
 from .cards import card_called
 
@@ -69,8 +68,7 @@ def keep(made: list[Prediction], path: Path) -> bool:
     values = [[*one[:4], [float(f"{value:.4g}") for value in one.value]] for one in made]
     if not values or (path.exists() and json.loads(path.read_text(encoding="utf-8"))["predictions"] == values):
         return False
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    head = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": git.stdout.strip() if git.returncode == 0 else None}
+    head = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": commit()}
     lines = ",\n".join(json.dumps(value) for value in values)
     write_whole(path, f'{json.dumps(head)[:-1]}, "predictions": [\n{lines}\n]}}\n')
     return True
