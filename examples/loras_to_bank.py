@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +38,7 @@ from bench.measure.timing import machine, slug
 from lotr_ext import TaskBank, load_adapter, lotr_parameters, mixed, unload
 from lotr_ext.interop import BankConversion, loras_to_bank
 
+ROOT = Path(__file__).resolve().parents[1]
 BOOKS = {  # how each begins; the last one is the new task
     "Genesis": "In the beginning God created",
     "Job": "There was a man in the land of Uz",
@@ -245,12 +248,11 @@ def main(words: list[str] | None = None) -> int:
     results["seconds"] = {"wall": time.perf_counter() - start, "cpu": time.process_time() - seconds}
     kept = ("lora_rank", "steps", "batch", "length", "held_out", "lr", "core_lr", "seed", "one_start", "threads")
     results["options"] = {name: getattr(options, name) for name in kept}
-    results["machine"] = machine(torch.device("cpu"))
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    results |= {"machine": machine(torch.device("cpu")), "commit": git.stdout.strip() or None}
     show(results)
-    folder = options.results or Path(__file__).resolve().parents[1] / "bench" / "results" / slug(results["machine"]["name"])
+    folder = options.results or ROOT / "bench" / "results" / slug(results["machine"]["name"])
     folder.mkdir(parents=True, exist_ok=True)
-    import json
-
     from bench.report.plots_combining import draw_loras  # needs matplotlib
 
     write_whole(folder / "loras-to-bank.json", json.dumps(results, indent=1) + "\n")

@@ -49,7 +49,7 @@ def _points(axis: Axes, rows: dict[str, dict], ways: dict[str, dict], value: str
 def _kept(axis: Axes, results: dict) -> None:
     axis.plot(results["lora_numbers"], 1.0, "s", color="tab:orange", label="the LoRAs")
     _points(axis, results["ways"], results["ways"], "kept", "kept_half")
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_xlabel(f"numbers of all {len(results['tasks'])} tasks")
     axis.set_ylabel("gain in held-out loss that is kept")
     axis.set_title("known tasks, converted", fontsize=10)
