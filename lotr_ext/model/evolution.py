@@ -113,6 +113,8 @@ class CoreES:
         kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
         self.optimizer = kind([self._mean], lr=lr, maximize=True)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def ask(self) -> Tensor:
         """Writes this process's members of the generation into the bank. Asked again before tell, it writes the same members.
 
@@ -125,10 +127,10 @@ class CoreES:
         if not bool(self.bank.taken[self._places].all()):
             raise RuntimeError("ask: expected the members' places in the bank, got one that was dropped; make another CoreES")
         at_once = max(1, _AT_ONCE // len(self._mean))
-        with torch.no_grad(), _changes:
+        with _changes:
             for first in range(0, len(self._members), at_once):
                 members, places = self._members[first : first + at_once], self._places[first : first + at_once]
-                values = torch.empty(len(members), len(self._mean), dtype=self._mean.dtype)
+                values = self._mean.new_empty(len(members), len(self._mean))
                 for member, value in zip(members, values, strict=True):
                     sign = -1 if self.antithetic and member % 2 else 1
                     torch.add(self._mean, self._direction(member), alpha=sign * self.sigma, out=value)
@@ -137,6 +139,7 @@ class CoreES:
         self._asked = True
         return self._places.clone()
 
+    @torch.inference_mode(False)  # a moment made inside could not be written outside
     def tell(self, rewards: Tensor | Sequence[float]) -> None:
         """A step of the mean core by the members' rewards.
 
@@ -152,7 +155,7 @@ class CoreES:
         weights = _centred_ranks(self._gathered(rewards))
         if self.antithetic:
             weights = weights[0::2] - weights[1::2]
-        total, step = torch.zeros(len(self._mean), dtype=torch.float64), 1 + self.antithetic
+        total, step = torch.zeros_like(self._mean, dtype=torch.float64), 1 + self.antithetic
         for pair, weight in enumerate(weights.tolist()):
             if weight:
                 total.add_(self._direction(step * pair).double(), alpha=weight)
@@ -227,7 +230,7 @@ class CoreES:
                 f"tell: expected the same seed, generation, sigma, population and mean in all processes, got others in process "
                 f"{others[0]}; give all processes the same arguments and state"
             )
-        return torch.tensor([reward for _, part in found for reward in part], dtype=torch.float64)
+        return torch.tensor([reward for _, part in found for reward in part], dtype=torch.float64, device="cpu")
 
     def _bank(self) -> dict[str, Any]:
         """What a bank must have in common with the one that a state is from."""

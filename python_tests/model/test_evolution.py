@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -185,6 +186,24 @@ def test_ask_again_writes_the_same_members_and_nothing_else() -> None:
     es.tell(torch.arange(6))
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert all(torch.equal(core[: other + 1], old) for core, old in zip(bank.cores, kept, strict=True))
+
+
+@pytest.mark.parametrize("where", ["inference mode", "a default device"])
+def test_the_state_of_the_caller_changes_no_bit(where: str) -> None:
+    """Two generations inside, then two outside: no tensor of the strategy belongs to the caller's mode or device."""
+    want, _ = evolve()
+    model, bank = bank_of_blocks(tasks=8)
+    es = CoreES(bank, 8, 0.3, lr=0.05, seed=7)
+    versions = [core._version for core in bank.cores]
+    for step in range(4):
+        mode = torch.inference_mode() if where == "inference mode" else torch.device("meta")
+        with mode if step < 2 else contextlib.nullcontext():
+            index = es.ask()
+        rewards = score(model, index)
+        with mode if step < 2 else contextlib.nullcontext():
+            es.tell(rewards)
+    assert torch.equal(flat(es), want)
+    assert all(core._version > before for core, before in zip(bank.cores, versions, strict=True))
 
 
 def test_a_generation_has_directions_of_its_own_and_of_the_scale_sigma() -> None:
