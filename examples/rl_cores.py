@@ -156,10 +156,28 @@ def update(model: nn.Module, optimizer: Any, answers: list[dict[str, Any]], grou
     return float(((ours - theirs).detach().abs() * tokens).max())
 
 
-def held_out(engine: Any, version: Any) -> list[float]:
-    """Rewards of the likeliest answers to prompts that no step has."""
+def held_out() -> list[tuple[str, str]]:
+    """Prompts that no step has, each once."""
     draw = random.Random("held out")
-    return [one["reward"] for one in write(engine, [task(draw) for _ in range(HELD_OUT)], version, 0)]
+    found: dict[str, str] = {}
+    while len(found) < HELD_OUT:
+        prompt, right = task(draw)
+        found[prompt] = right
+    return list(found.items())
+
+
+def likeliest(engine: Any, tasks: list[tuple[str, str]], version: Any) -> list[float]:
+    """Rewards of that version's likeliest answers."""
+    return [one["reward"] for one in write(engine, tasks, version, 0)]
+
+
+def trained_on(draw: random.Random, count: int, apart: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The prompts of a step, none of them apart."""
+    found: list[tuple[str, str]] = []
+    while len(found) < count:
+        if (one := task(draw)) not in apart:
+            found.append(one)
+    return found
 
 
 def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -171,13 +189,13 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, engine, sync = start(options, folder)
     optimizer = torch.optim.Adam(lotr_parameters(model), lr=options.lr)
     draw, steps = random.Random(options.seed), []
-    version = sync.push(name="policy")
-    before = held_out(engine, version.request)
+    apart, version = held_out(), sync.push(name="policy")
+    before = likeliest(engine, apart, version.request)
     with Progress(transient=True) as progress:
         line = progress.add_task("steps", total=options.steps)
         for _ in range(options.steps):
             clock = time.perf_counter()
-            answers = write(engine, [task(draw) for _ in range(options.prompts)], version.request, options.group)
+            answers = write(engine, trained_on(draw, options.prompts, set(apart)), version.request, options.group)
             wrote = time.perf_counter()
             gap = update(model, optimizer, answers, options.group)
             if not gap < STALE:
@@ -187,7 +205,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             steps.append({"reward": statistics.fmean(one["reward"] for one in answers), "gap": gap, "bytes": version.bytes})
             steps[-1] |= {"write_s": wrote - clock, "learn_s": learned - wrote, "push_ms": 1000 * version.seconds}
             progress.update(line, advance=1, description=f"reward {steps[-1]['reward']:.2f}")
-    after = held_out(engine, version.request)
+    after = likeliest(engine, apart, version.request)
     return {"steps": steps, "before": before, "after": after, "trained": sum(p.numel() for p in lotr_parameters(model))}
 
 
@@ -241,7 +259,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.errorbar(at, mean, half, fmt="o", capsize=4, color="tab:orange", label=name)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="step", ylabel="reward: share of right answers", ylim=(0, 1.02))
-    axis.set_title(f"GRPO of cores alone, {results['trained']:,} numbers, answers by vLLM\n{results['machine']}", fontsize=10)
+    mean, half = gained(results["before"], results["after"])
+    title = f"GRPO of cores alone, {results['trained']:,} numbers, answers by vLLM: {100 * mean:+.1f} ± {100 * half:.1f} points"
+    axis.set_title(f"{title}\n{len(results['before'])} held-out prompts, one seed, {results['machine']}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
@@ -267,7 +287,7 @@ def main(words: list[str] | None = None) -> None:
         results = train(options, Path(scratch))
     name = machine(torch.device("cpu"))["name"]
     settings = {key: value for key, value in vars(options).items() if key not in ("model", "results")}
-    results = {"settings": settings, "machine": name, **results}
+    results = {"settings": settings, "machine": name, "load": os.getloadavg()[0], **results}
     show(results)
     folder = options.results or (QUICK if options.quick else RESULTS / slug(name))
     path = write_whole(folder / "rl-cores.json", json.dumps(results, indent=1) + "\n")

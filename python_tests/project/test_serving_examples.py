@@ -60,6 +60,16 @@ def test_advantages_are_within_a_group():
     assert rl_cores.advantages([1, 0, 1, 1], 2)[2:] == [0, 0]
 
 
+def test_no_step_has_a_held_out_prompt():
+    apart = rl_cores.held_out()
+    assert len(set(apart)) == len(apart) == rl_cores.HELD_OUT and apart == rl_cores.held_out()
+    draw = rl_cores.random.Random(0)
+    steps = rl_cores.trained_on(draw, 2000, set(apart))
+    assert len(steps) == 2000 and not {*steps} & {*apart}
+    prompt, right = steps[0]
+    assert max(map(int, prompt.split("\n")[1].rstrip(":").split(", "))) == int(right)
+
+
 @pytest.mark.parametrize(
     ("text", "right", "value"),
     [(" 71\n", "71", 1), ("71", "71", 1), (" 711", "71", 0), (" 25", "71", 0), ("is 71", "71", 0), ("", "71", 0)],
