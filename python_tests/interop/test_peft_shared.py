@@ -204,6 +204,14 @@ def language_model(kind: str) -> tuple[torch.nn.Module, list[str]]:
     return T5ForConditionalGeneration(T5Config(**sizes, **special, decoder_start_token_id=1)).eval(), ["q", "v"]
 
 
+def test_a_compiled_model_reads_the_names_of_each_call() -> None:
+    model = with_shared()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for names in (["fr", "__base__", "de", "fr"], ["de"] * 4, None):
+            assert close(compiled(ids=IDS, adapter_names=names), model(ids=IDS, adapter_names=names)), names
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ["decoder", "encoder and decoder"])
 def test_generate_with_names(kind: str, beams: int) -> None:
