@@ -59,6 +59,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         self._tasks: dict[int, _Task] = {}
         self._noted: list[list[Tensor]] = [[] for _ in self._layers]  # by layer: the indices whose rows gave its gradient
         self._noted_in = [-1] * len(self._layers)  # the backward that the last of them is from
+        self._writes = list(bank.writes)  # into the bank's places, as of the first backward since the last step
         _of_bank[bank] = weakref.ref(self)
 
     def _make(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -107,8 +108,8 @@ class TaskOptimizer(torch.optim.Optimizer):
         in distributed training: the tasks of all processes together.
 
         Raises:
-            TypeError, ValueError: index of another dtype or with tasks that do not exist. RuntimeError: a gradient of which no
-                rows are known; a bank that was moved, cast or replaced. Nothing has moved then.
+            TypeError, ValueError: index of another dtype, or with tasks that the bank does not have. RuntimeError: a gradient
+                of which no rows are known; a bank that was moved, cast or replaced. Nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -144,7 +145,9 @@ class TaskOptimizer(torch.optim.Optimizer):
         trained = [core.grad is not None for core in self._bank.cores]
         if index is not None:
             check_index("index", index, len(self._bank.taken))
-            tasks = self._taken([index])
+            tasks, taken = _tasks_in([index]), self._bank.taken.tolist()
+            if free := [task for task in tasks if not taken[task]]:
+                raise ValueError(f"index: expected tasks of the bank, got {free[0]}, a free place")
             return [tasks if own else [] for own in trained]
         world = torch.distributed.get_world_size() if _distributed() else 1
         if world > 1 and any(trained):
@@ -161,21 +164,22 @@ class TaskOptimizer(torch.optim.Optimizer):
                 )
             key = tuple(id(one) for one in noted)  # most layers have the same
             if own and key not in found:
-                found[key] = self._taken(noted)
+                found[key] = self._unchanged(_tasks_in(noted))
             tasks.append(found[key] if own else [])
         return tasks
 
-    def _taken(self, indices: Iterable[Tensor]) -> list[int]:
-        """The tasks in some indices that are in the bank, in order."""
-        tasks = torch.cat([index.reshape(-1).cpu() for index in indices]).unique()
-        taken = self._bank.taken.cpu()
-        return [task for task in tasks.tolist() if task >= 0 and taken[task]]
+    def _unchanged(self, tasks: list[int]) -> list[int]:
+        """Those whose places have the tasks that they had when the gradients were made."""
+        taken, writes = self._bank.taken.tolist(), self._bank.writes
+        return [task for task in tasks if taken[task] and writes[task] == self._writes[task]]
 
     def _note(self, l: int, index: Tensor) -> None:
         """That rows of an index gave a gradient to layer l: called in backward, before the gradient is added."""
         if self._bank.cores[l].grad is None and self._noted_in[l] != graph_task():
             self._noted[l].clear()  # of a gradient that was thrown away
         self._noted_in[l] = graph_task()
+        if not any(self._noted):
+            self._writes = list(self._bank.writes)
         if all(one is not index for one in self._noted[l]):
             self._noted[l].append(index)
 
@@ -321,6 +325,12 @@ def _distributed() -> bool:
 
 
 # ---- which tasks had rows --------------------------------------------------------------------------------------------
+
+
+def _tasks_in(indices: Iterable[Tensor]) -> list[int]:
+    """The tasks in some indices, in order."""
+    found = torch.cat([index.reshape(-1).cpu() for index in indices]).unique().tolist()
+    return [task for task in found if task >= 0]
 
 
 class _Noted(torch.autograd.Function):

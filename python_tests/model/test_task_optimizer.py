@@ -260,9 +260,13 @@ def test_a_dropped_or_replaced_task_forgets_its_state() -> None:
     assert [int(optimizer.state_of(task)["0.q.core"]["step"]) for task in (0, 1, 3)] == [1, 1, 4]
     optimizer.zero_grad()
     backward(model, batches()[0], [0, 1, 1, 1])
-    bank.drop(1)  # between a backward and its step: what is gone is not moved
+    bank.drop(1)  # between a backward and its step: what is gone is not moved, nor what has its place now
+    bank.replace(0, None)
     optimizer.step()
-    assert not any(core[1].any() for core in bank.cores)
+    assert not any(core[:2].any() for core in bank.cores) and bank.add() == 1
+    backward(model, batches()[0], [1, -1, -1, -1])
+    optimizer.step()
+    assert all(core[1].any() and not core[0].any() for core in bank.cores)
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGD momentum", "Adagrad", "Adafactor"])
@@ -396,6 +400,7 @@ def test_bad_input(tmp_path: Path) -> None:
         (TypeError, "unexpected keyword argument 'rate'", lambda: bank.optimizer(torch.optim.SGD, rate=1)),
         (TypeError, "index: expected an int64 tensor, got torch.int32", lambda: optimizer.step(index=torch.zeros(1).int())),
         (ValueError, r"index: expected indices in \[-1, 6\), got 0 to 6", lambda: optimizer.step(index=torch.tensor([0, 6]))),
+        (ValueError, "index: expected tasks of the bank, got 5, a free place", lambda: optimizer.step(index=torch.tensor([5]))),
         (RuntimeError, "expected the bank's cores alone", lambda: optimizer.add_param_group({"params": [nn.Parameter()]})),
         (ValueError, "task: expected one that add has returned, got 5", lambda: optimizer.save(5, tmp_path / "x")),
         (ValueError, "task: expected one that add has returned, got 5", lambda: optimizer.state_of(5)),

@@ -167,6 +167,19 @@ def test_generation_with_a_cache_is_that_without(dtype: torch.dtype) -> None:
     assert relative(torch.stack(other.logits), logits) > 0.01
 
 
+def test_steps_of_several_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses of the next tokens run beside the prompt or the last token, and go out of the cache where they are wrong."""
+    model, _ = llama()
+    ids, steps, forward = PROMPTS[:1, :7], [], model.forward
+    index = activated(ids, 2, INVOCATION)
+    with torch.no_grad():
+        want, _ = uncached(model, ids, index, 6)
+    monkeypatch.setattr(model, "forward", lambda *args, **kw: steps.append(kw["input_ids"].shape[1]) or forward(*args, **kw))
+    with mixed(model, index):
+        got = model.generate(ids, **SETTINGS, prompt_lookup_num_tokens=2)
+    assert torch.equal(got, want) and steps[0] > ids.shape[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_base_models_cache_serves_an_activated_task(dtype: torch.dtype) -> None:
     """Bit for bit: the cache of the tokens before the invocation, and all that follows from it."""
