@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -300,11 +299,6 @@ def checked(parser: argparse.ArgumentParser, words: list[str] | None) -> argpars
     return options
 
 
-def commit() -> str | None:
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else None
-
-
 def main(words: list[str] | None = None) -> None:
     parser = arguments()
     options = checked(parser, words)
@@ -313,7 +307,7 @@ def main(words: list[str] | None = None) -> None:
     import torch
     from rich.progress import track
 
-    from bench.measure.store import QUICK, write_whole
+    from bench.measure.store import QUICK, commit, write_whole
     from bench.measure.timing import machine, slug
 
     found, runs = machine(torch.device("cpu")), []
