@@ -160,7 +160,7 @@ def accuracy_run(options: argparse.Namespace, seed: int) -> dict:
             return (model([row for row in rows for _ in range(2)]).argmax(1) == target.repeat_interleave(2)).double()
 
     begun = time.process_time()
-    es = CoreES(bank, options.population, 0.02, lr=0.002, seed=seed)
+    es = CoreES(bank, options.population, 0.005, lr=0.002, seed=seed)
     found["members"] = evolve(es, options.generations, f"accuracy, {seed}", score)
     found["seconds"] = {"CoreES": time.process_time() - begun}
     use(model, es)
