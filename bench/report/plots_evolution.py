@@ -56,7 +56,7 @@ def _sums(axis: Axes, run: dict) -> None:
         _points(axis, run["summary"][f"sums, {part}"], ["start", "CoreES"], shift, marker, f"sums {part}")
     axis.set_ylabel("sums written exactly right, %")
     axis.set_title("SmolLM2-135M: an exact match", fontsize=10)
-    axis.legend(fontsize=8, labelcolor="black")
+    axis.legend(fontsize=8, loc="upper left")
 
 
 def _speed(axis: Axes, run: dict) -> None:

@@ -109,11 +109,11 @@ class CoreES:
         self._shapes = {name: core.shape for name, core in bank.cores_of(int(self._places[0])).items()}
         parts = [core.detach().flatten().cpu() for core in bank.cores_of(int(self._places[0])).values()]
         wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        self._mean = torch.cat([part.to(wide) for part in parts])
+        with torch.inference_mode(False):  # tell may write it in either mode
+            self._mean = torch.cat([part.to(wide) for part in parts])
         kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
         self.optimizer = kind([self._mean], lr=lr, maximize=True)
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def ask(self) -> Tensor:
         """Writes this process's members of the generation into the bank. Asked again before tell, it writes the same members.
@@ -127,7 +127,7 @@ class CoreES:
         if not bool(self.bank.taken[self._places].all()):
             raise RuntimeError("ask: expected the members' places in the bank, got one that was dropped; make another CoreES")
         at_once = max(1, _AT_ONCE // len(self._mean))
-        with _changes:
+        with torch.inference_mode(self.bank.cores[0].is_inference()), _changes:  # else the write moves no version
             for first in range(0, len(self._members), at_once):
                 members, places = self._members[first : first + at_once], self._places[first : first + at_once]
                 values = self._mean.new_empty(len(members), len(self._mean))

@@ -206,6 +206,16 @@ def test_the_state_of_the_caller_changes_no_bit(where: str) -> None:
     assert all(core._version > before for core, before in zip(bank.cores, versions, strict=True))
 
 
+def test_a_bank_made_in_inference_mode_evolves_in_either_mode() -> None:
+    want, _ = evolve(generations=2)
+    with torch.inference_mode():
+        model, bank = bank_of_blocks(tasks=8)
+        es = CoreES(bank, 8, 0.3, lr=0.05, seed=7)
+    evolve(generations=1, es=es, model=model)
+    with torch.inference_mode():
+        assert torch.equal(evolve(generations=1, es=es, model=model)[0], want)
+
+
 def test_a_generation_has_directions_of_its_own_and_of_the_scale_sigma() -> None:
     model = apply_lotr(nn.Sequential(nn.Linear(40, 40)), LoTRConfig(rank=32, target_modules=["0"]))
     bank = TaskBank(model, 40)
