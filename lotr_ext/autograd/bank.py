@@ -77,7 +77,7 @@ class Bank:
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Computes F of all layers in one product, if their cores have one shape, dtype, device and scaling."""
         # the tensors that the layers' calls will have
-        own = [core_of(layer) for layer in layers]
+        own = [layer._parameters["core"] if "core" in layer._parameters else core_of(layer) for layer in layers]
         found = [(layer, core) for layer, core in zip(layers, own) if core is not None]
         if len(found) < 2 or type(self.B) not in _PLAIN:
             return
