@@ -2,7 +2,7 @@
 
 call_linear   over a frozen weight and bias: y = x W^T + bias + s ((drop(x) A) G) B^T
 add_adapter   onto the y of any other base
-add_rows      onto y, with a core for each row of the batch (`mixed`)
+add_rows      onto y, with a core for each row of the batch (`mixed`); linear_rows the same with the base product
 call_routed   the matrices of a mixture's experts
 """
 
@@ -229,46 +229,54 @@ def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tenso
     return expand(found, y, (None, None, None), B, call, in_graph)
 
 
-def add_rows(
-    x: Tensor, base: Callable[[Tensor], Tensor] | Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call
-) -> Tensor:
+def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> Tensor:
     """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], whose tokens all take its core; -1: none. index [b],
-    or of more of x's leading dimensions. base(x) is y; or it is y itself.
-
-    base reads x as LoTRShrink's route, as in `call_routed`. call.owns_y: base takes rows [m, k] too, and no other code has a
-    reference to what it returns, which is then written in place. TypeError for a DTensor.
-    """
+    or of more of x's leading dimensions. TypeError for a DTensor."""
     if is_dtensor(x):
         raise TypeError("x: expected a plain tensor, got a DTensor; mixed and per_example take no tensor parallel layers")
     if call.dtype is None:
         if compute_dtype(x) is not None:
-            return explicitly_cast(add_rows, x, _base_product(x, base, call), A, B, cores, index, call)
+            return explicitly_cast(add_rows, x, y, A, B, cores, index, call)
         call.compute = x.dtype
     call.plan, compute = plan_call(x, A, call, None), call.compute
+    if call.plan.nodes == 0:
+        u, index = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device), _index_of_tokens(x, index)
+        return plus_unfolded(y, ops.row_core(rows(u), row_cores(cores, x, compute), index=index), B, call.scaling)
+    return expand_rows(*_through_cores(x, A, B, cores, index, call), y, (None, None, None), B, call)
+
+
+def linear_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call
+) -> Tensor:
+    """x W^T + bias + s ((drop(x) A) cores[index[i]]) B^T, as `add_rows`. If weight or bias is trained, autograd differentiates
+    the base product."""
+    if is_dtensor(x):
+        return add_rows(x, x, A, B, cores, index, call)  # which refuses it
+    if call.dtype is None:
+        if compute_dtype(x) is not None:
+            return explicitly_cast(linear_rows, x, weight, bias, A, B, cores, index, call)
+        call.compute = x.dtype
+    call.plan = plan_call(x, A, call, None)
+    trained = is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    own = type(weight) in _PLAIN and type(bias) in _WEIGHTS and weight.dtype == x.dtype == call.compute
+    if call.plan.nodes == 0 or trained or not (own or call.dtype is not None):
+        return add_rows(x, base_linear(x, weight, bias, call.dtype), A, B, cores, index, call)
+    return expand_rows(*_through_cores(x, A, B, cores, index, call), None, (x, weight, bias), B, call)
+
+
+def _through_cores(x: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> tuple[SharedInput, Tensor]:
+    """(what siblings on x share, s u_i cores[index[i]])"""
+    found = shared_u(x, A, B, call)
+    index = _index_of_tokens(x, index)
+    return found, ops.row_core(found.u, row_cores(cores, x, call.compute), index=index, scaling=call.scaling)
+
+
+def _index_of_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """[m], of an index of x's rows or of more of its leading dimensions."""
     index = index.to(x.device)
     if index.dim() < x.dim() - 1:
         index = index.view(*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim()))).expand(x.shape[:-1])
-    index = index.reshape(-1)
-    cores = row_cores(cores, x, compute)
-    if call.plan.nodes == 0:
-        u, call.owns_y = to(dropped_input(x, A, call), compute) @ to(A, compute).to(x.device), False
-        y = plus_unfolded(_base_product(x, base, call), ops.row_core(rows(u), cores, index=index), B, call.scaling)
-    else:
-        found = shared_u(x, A, B, call)
-        y = _base_product(x if found.route is None or found.route.dtype != x.dtype else found.route, base, call)
-        call.owns_y = call.owns_y and y.dtype == found.u.dtype
-        y = expand_rows(found, y, ops.row_core(found.u, cores, index=index, scaling=call.scaling), B, call)
-    return y if y.shape[:-1] == x.shape[:-1] else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _base_product(x: Tensor, base: Callable[[Tensor], Tensor] | Tensor, call: Call) -> Tensor:
-    """The y of `add_rows`: [m, n] where the call owns it, because a product of x [b, ..., k] is a view of one of its rows, and
-    autograd copies what is written through a view."""
-    if isinstance(base, Tensor):
-        return base
-    # what selective checkpointing keeps may not change
-    call.owns_y = call.owns_y and not is_compiling() and not dispatch_modes()
-    return base(rows(x) if call.owns_y else x)
+    return index.reshape(-1)
 
 
 def call_routed(
@@ -321,7 +329,7 @@ def call_routed(
         call.owns_y = not last and y.dtype == u.dtype and not dispatch_modes()
     if last:
         return plus_unfolded(y, h, B, call.scaling)
-    return expand_rows(found, y, h, B, call)
+    return expand_rows(found, h, y, (None, None, None), B, call)
 
 
 def plus_unfolded(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
 
 from ..autograd.call import Call, call_linear, compute_dtype, plan_call
 from ..autograd.tensor_parallel import cut_of, is_dtensor, local_operands
@@ -65,8 +64,7 @@ def lotr_linear(
     p = dropout_p if training else 0.0
     if core_index is not None:
         call = Call(core[0], float(scaling), p, strategy=strategy)
-        call.owns_y = True
-        return call_mixed(x, lambda x: nnf.linear(x, weight, bias), A, B, core, core_index, call)
+        return call_mixed(x, (weight, bias), A, B, core, core_index, call)
     return call_linear(x, weight, bias, A, B, Call(core, float(scaling), p, strategy=strategy))
 
 

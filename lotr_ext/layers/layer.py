@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -30,13 +30,11 @@ class LoTRLayer(InRequests, HasCore, Merges):
 
     core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s.
     start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
-    base_is_product: whether `_base` is a product of the rows of x, in memory of its own, and not a module's forward.
     """
 
     in_features: int
     out_features: int
     start_core: Tensor | None
-    base_is_product = False
 
     @property
     def disabled(self) -> bool:
@@ -161,8 +159,12 @@ class LoTRLayer(InRequests, HasCore, Merges):
 
     def _call_mixed(self, x: Tensor, call: Call, mixture: Mixture, A: Tensor, B: Tensor) -> Tensor:
         b = x.shape[0] if mixture.index is None else len(mixture.index)
-        cores, call.scaling, call.owns_y = cores_of(mixture, call.core, b), mixture.scaling, self.base_is_product
-        return call_mixed(x, self._base, A, B, cores, index_for(mixture, x), call)
+        cores, call.scaling = cores_of(mixture, call.core, b), mixture.scaling
+        return call_mixed(x, self._mixed_base(), A, B, cores, index_for(mixture, x), call)
+
+    def _mixed_base(self) -> Callable[[Tensor], Tensor] | tuple[Tensor, Tensor | None]:
+        """The base of a call with a core for each row, as `call_mixed` takes it."""
+        return self._matrix(), self.bias
 
     def _base(self, x: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define _base")

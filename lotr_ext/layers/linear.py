@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -106,8 +107,6 @@ class LoTRLinear(AdaptsModule, nn.Linear):
     state_dict: `weight`, `bias` (as nn.Linear), `core`; and `factors.A`, `factors.B` unless an owner registers the factors.
     """
 
-    base_is_product = True
-
     def __init__(
         self,
         in_features: int,
@@ -166,8 +165,6 @@ class LoTRConv1D(AdaptsModule):
 
     state_dict keys as the original's (`weight`, `bias`) and `core`; attributes nf, nx kept.
     """
-
-    base_is_product = True
 
     @classmethod
     def _sizes_of(cls, linear: nn.Module) -> tuple[int, int]:
@@ -231,6 +228,9 @@ class LoTRWrapped(AdaptsModule):
 
     def _base(self, x: Tensor) -> Tensor:
         return self.base_layer(x)
+
+    def _mixed_base(self) -> Callable[[Tensor], Tensor]:
+        return self._base
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         return add_adapter(x, self.base_layer(x), A, B, call)

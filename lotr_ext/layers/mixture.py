@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..autograd.bank import open_scope
-from ..autograd.call import Call, add_rows
+from ..autograd.call import Call, add_rows, linear_rows
 
 
 class Mixture(NamedTuple):
@@ -122,13 +122,16 @@ def cores_of_rows(tasks: Tensor, experts: Tensor, e: int) -> Tensor:
 
 
 def call_mixed(
-    x: Tensor, base: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call
-) -> Tensor:
+    x: Tensor, base: Callable[[Tensor], Tensor] | tuple[Tensor, Tensor | None], A: Tensor, B: Tensor, cores: Tensor,
+    index: Tensor, call: Call,
+) -> Tensor:  # fmt: skip
     """base(x) + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], s the call's scaling. index [b], or [b, t] of
-    an x [b, t, ..., k]. call.owns_y as in `add_rows`.
+    an x [b, t, ..., k]. base: a function, or weight and bias of a linear layer.
 
     Raises ValueError for an x whose first dimension is not b.
     """
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
         raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one an adapter name, got shape {tuple(x.shape)}")
-    return add_rows(x, base, A, B, cores, index, call)
+    if isinstance(base, tuple):
+        return linear_rows(x, *base, A, B, cores, index, call)
+    return add_rows(x, base(x), A, B, cores, index, call)

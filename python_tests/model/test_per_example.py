@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -222,6 +223,16 @@ def test_experts_have_a_gradient_for_each_example_and_expert(name: str) -> None:
         assert gradient.shape == want[key].shape and relative(gradient, want[key]) < 1e-9
     with pytest.raises(ValueError, match=r"batch: expected the number of examples .* got None"), per_example(model):
         run(model, ids)
+
+
+def test_a_recorded_backward_is_that_without_it() -> None:
+    model, x = adapted(), batch(4, 3)
+    found = []
+    for inside in (False, True):
+        with per_example(model) if inside else contextlib.nullcontext():
+            (dx,) = torch.autograd.grad(loss(model(x)), x, create_graph=True)
+            found.append((dx.detach(), *torch.autograd.grad(dx.square().sum(), [x, model.q0.core, model.q0.factors.B])))
+    assert all(relative(got, want) < 1e-10 for want, got in zip(*found))
 
 
 def test_a_layer_that_is_switched_off_has_none() -> None:
