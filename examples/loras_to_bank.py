@@ -69,7 +69,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens a row (64)")
     parser.add_argument("--held-out", type=int, default=6, help="rows of each text that are not trained on (6)")
     parser.add_argument("--lr", type=float, default=5e-3, help="of the LoRAs (5e-3)")
-    parser.add_argument("--core-lr", type=float, default=2e-2, help="of the new task's cores (2e-2)")
+    parser.add_argument(
+        "--core-lr", type=float, default=2e-2, help="of the new task's cores at rank 8; it falls as 1 / rank (2e-2)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one-start", action="store_true", help="all LoRAs start from the same A, as with one fixed seed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -154,7 +156,8 @@ def task_losses(model: nn.Module, folder: Path, held_out: Rows) -> tuple[Rows, n
 def train_cores(model: nn.Module, rows: Tensor, held_out: Tensor, options: argparse.Namespace) -> tuple[Tensor, int]:
     """A new task over the factors that the model has: its losses on the held-out rows, and its numbers."""
     cores = [p for p in lotr_parameters(model) if p.requires_grad]
-    train(model, rows, argparse.Namespace(**{**vars(options), "lr": options.core_lr}), cores)
+    lr = options.core_lr * 8 / max(cores[0].shape)
+    train(model, rows, argparse.Namespace(**{**vars(options), "lr": lr}), cores)
     return losses(model, held_out), sum(p.numel() for p in cores)
 
 
