@@ -62,7 +62,8 @@ def influence(
     Args:
         model: a model from `apply_lotr` or built by hand, unmerged. A DistributedDataParallel is unwrapped: each process has
             the scores and the curvature of its own train.
-        train, query: batches, in the order that the scores have. query None: the influence of each example on itself.
+        train: batches, in the order that the scores have.
+        query: batches, too. None: the influence of each example on itself.
         loss: (model, batch) -> the loss, a scalar, summed over the examples of the batch.
         damping: d_l as a share of the mean eigenvalue of H_l, positive. None: the plain dot product.
         curvature: the loss of whose gradients H is made; None: `loss`, which gives the empirical Fisher matrix. A loss with
