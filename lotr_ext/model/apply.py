@@ -208,7 +208,8 @@ def _check_mergeable(
         layer.check_parameter("weight", "merge", name)
         if others := tied.get(id(layer.holder)):
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}")
-        if (holds_parts(layer.holder) or holds_parts(layer)) and not is_tensor_parallel(layer):
+        locally = is_tensor_parallel(model) and not isinstance(layer, LoTRExperts)
+        if (holds_parts(layer.holder) or holds_parts(layer)) and not locally:
             raise RuntimeError(
                 f"merge: expected whole tensors, got {name!r} held in parts; save_adapter, then load and merge in one process"
             )
