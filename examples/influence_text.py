@@ -230,10 +230,9 @@ def show(rows: dict[str, dict], title: str) -> None:
 
 
 def draw(rows: dict[str, dict], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from bench.report.plots import save  # which draws without a screen
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", width_ratios=(1.4, 1, 1))
     for name in rows:
@@ -254,10 +253,7 @@ def draw(rows: dict[str, dict], path: Path, title: str) -> None:
     right.set_yticks([])
     right.margins(x=0.15)
     figure.suptitle(title, fontsize=10)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.replace(path)
+    save({path.stem: figure}, path.parent, dpi=120)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal
 from causal_data import MODEL, TEXT
 from causal_lm import load, read_text, train
 
-from bench.measure.store import write_whole
+from bench.measure.paired import interval_of_many
+from bench.measure.store import commit, write_whole
 from bench.measure.terminal import Table, bar
 from bench.measure.timing import machine, slug
 from lotr_ext import TaskBank, load_adapter, lotr_parameters, mixed, unload
@@ -163,9 +163,7 @@ def train_cores(model: nn.Module, rows: Tensor, held_out: Tensor, options: argpa
 
 def interval(differences: Tensor | Sequence[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % interval over the rows."""
-    values = [float(v) for v in differences]
-    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.fmean(values), half
+    return interval_of_many([float(v) for v in differences])
 
 
 def compared(found: Rows, lora: Rows, base: Rows) -> dict:
@@ -251,8 +249,7 @@ def main(words: list[str] | None = None) -> int:
     results["seconds"] = {"wall": time.perf_counter() - start, "cpu": time.process_time() - seconds}
     kept = ("lora_rank", "steps", "batch", "length", "held_out", "lr", "core_lr", "seed", "one_start", "threads")
     results["options"] = {name: getattr(options, name) for name in kept}
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    results |= {"machine": machine(torch.device("cpu")), "commit": git.stdout.strip() or None}
+    results |= {"machine": machine(torch.device("cpu")), "commit": commit()}
     show(results)
     folder = options.results or ROOT / "bench" / "results" / slug(results["machine"]["name"])
     folder.mkdir(parents=True, exist_ok=True)

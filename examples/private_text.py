@@ -213,10 +213,9 @@ def show(found: dict, title: str) -> None:
 
 
 def draw(found: dict, path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from bench.report.plots import save  # which draws without a screen
 
     figure, (left, *others) = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained", width_ratios=(2.2, 1, 1))
     colours = {"lotr": "tab:blue", "lora": "tab:orange"}
@@ -238,10 +237,7 @@ def draw(found: dict, path: Path, title: str) -> None:
         axis.set_title(label, fontsize=10)
         axis.margins(y=0.15)
     figure.suptitle(title, fontsize=10)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.replace(path)
+    save({path.stem: figure}, path.parent, dpi=120)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's names of machines
+
+from bench.measure.paired import interval_of_many
+
 MOST = 4  # tokens of an answer
 STALE = 0.01  # nats by which trainer and engine may differ on a token; another version differs by more
 HELD_OUT = 200
@@ -211,8 +214,7 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def gained(before: list[float], after: list[float]) -> tuple[float, float]:
     """Mean difference and half of its 95 % interval, over the same prompts."""
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    return statistics.fmean(differences), 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+    return interval_of_many([b - a for a, b in zip(before, after, strict=True)])
 
 
 def show(results: dict[str, Any]) -> None:
@@ -241,10 +243,9 @@ def show(results: dict[str, Any]) -> None:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """The reward of each step, its mean over ten steps, and the held-out prompts before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from bench.report.plots import save  # which draws without a screen
 
     rewards = [one["reward"] for one in results["steps"]]
     smooth = [statistics.fmean(rewards[max(0, at - 9) : at + 1]) for at in range(len(rewards))]
@@ -264,7 +265,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axis.set_title(f"{title}\n{len(results['before'])} held-out prompts, one seed, {results['machine']}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
+    save({path.stem: figure}, path.parent, dpi=120)
 
 
 def main(words: list[str] | None = None) -> None:

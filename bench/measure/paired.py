@@ -1,4 +1,4 @@
-"""Means over seeds with an interval."""
+"""Means with an interval: over seeds, and over rows."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     if len(values) == 1:
         return mean, None
     return mean, _T95[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def interval_of_many(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of many values, over rows or prompts, and half of its 95 % interval by the normal distribution; NaN for one."""
+    half = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.fmean(values), half

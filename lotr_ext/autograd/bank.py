@@ -109,12 +109,16 @@ class Bank:
         return l
 
 
+def core_form_of(layer: nn.Module) -> nn.Module | None:
+    """The module that makes a layer's core: a child, or a plain attribute where parallelize_module must not see it."""
+    return layer._modules.get("core_form") or layer.__dict__.get("core_form")
+
+
 def core_of(layer: nn.Module) -> Tensor | None:
     """The core of a layer, if it is one tensor for the whole forward; None if it is computed anew for each call."""
     if "core" in layer._parameters:
         return layer._parameters["core"]
-    form = layer._modules.get("core_form") or layer.__dict__.get("core_form")
-    shared = getattr(form, "shared", None)  # of a CoreAt
+    shared = getattr(core_form_of(layer), "shared", None)  # of a CoreAt
     return None if shared is None else shared()
 
 

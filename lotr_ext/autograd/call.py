@@ -231,9 +231,7 @@ def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tenso
 
 def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> Tensor:
     """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], whose tokens all take its core; -1: none. index [b],
-    or of more of x's leading dimensions. TypeError for a DTensor."""
-    if is_dtensor(x):
-        raise TypeError("x: expected a plain tensor, got a DTensor; mixed and per_example take no tensor parallel layers")
+    or of more of x's leading dimensions."""
     if call.dtype is None:
         if compute_dtype(x) is not None:
             return explicitly_cast(add_rows, x, y, A, B, cores, index, call)
@@ -250,8 +248,6 @@ def linear_rows(
 ) -> Tensor:
     """x W^T + bias + s ((drop(x) A) cores[index[i]]) B^T, as `add_rows`. If weight or bias is trained, autograd differentiates
     the base product."""
-    if is_dtensor(x):
-        return add_rows(x, x, A, B, cores, index, call)  # which refuses it
     if call.dtype is None:
         if compute_dtype(x) is not None:
             return explicitly_cast(linear_rows, x, weight, bias, A, B, cores, index, call)

@@ -52,6 +52,12 @@ class Cut(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def rows(self) -> tuple[slice, slice]:
+        """The rows of A and of B that this process's part needs."""
+        here, every = slice(self.start, self.stop), slice(None)
+        return (every, here) if self.dim == 0 else (here, every)
+
 
 def cut_of(weight: DTensor) -> Cut | None:
     """How weight is cut; None for a layout in which the layer has no local form (cut over two axes, or a sum of parts)."""
@@ -165,9 +171,7 @@ def localise(cut: Cut, groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor
     """The rows of A and B that a call on local tensors reads; they, and the core, go into the call."""
     if not groups:
         return A, B
-    here = cut.start, cut.stop
-    of_A = here if cut.axis is not None and cut.dim == 1 else (0, len(A))
-    of_B = here if cut.axis is not None and cut.dim == 0 else (0, len(B))
+    of_A, of_B = (rows.indices(len(t))[:2] for rows, t in zip(cut.rows, (A, B)))
     replicas = _replicas(groups, A, B, call)
     call.core = replicas.of(call.core)
     if call.group is not None:
@@ -180,8 +184,7 @@ def local_operands(cut: Cut, x: Tensor, A: Tensor, B: Tensor, weight: DTensor, c
     """x, A and weight of a call as `plan_call` would get them, for `explain`; x may be plain and whole."""
     if is_dtensor(x):
         x = x.full_tensor()
-    if cut.axis is not None and cut.dim == 1:
-        x, A = x[..., cut.start : cut.stop], A[cut.start : cut.stop]
+    x, A = x[..., cut.rows[0]], A[cut.rows[0]]
     call.shares = call.shares or cut.axis is not None
     local = weight.to_local()
     return x, A, local if local.requires_grad else local.detach()

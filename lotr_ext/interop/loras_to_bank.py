@@ -124,7 +124,7 @@ def loras_to_bank(
 
     Raises:
         TypeError, ValueError: no sources; one that `read_lora` refuses, that has other layers than the first, or
-            modules_to_save, of which a bank has no one for each task; a name that no file can have; a rank beyond what any
+            modules_to_save, of which a bank keeps none for a task; a name that no file can have; a rank beyond what any
             group can use.
     """
     if dtype is None:
@@ -174,7 +174,9 @@ class _Stream:
     def _check(self, name: str, layers: dict[str, tuple[int, int]], adapter: LoRAAdapter) -> None:
         if adapter.saved or adapter.modules_to_save:
             found = ", ".join(adapter.modules_to_save or sorted(adapter.saved))
-            raise ValueError(f"{name}: expected a LoRA without modules_to_save, of which a bank has no one a task, got {found}")
+            raise ValueError(
+                f"{name}: expected a LoRA without modules_to_save, of which a bank keeps none for a task, got {found}"
+            )
         self.layers = self.layers or layers
         if layers != self.layers:
             first, differ = next(iter(self.sources)), set(layers.items()) ^ set(self.layers.items())

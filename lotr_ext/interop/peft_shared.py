@@ -192,11 +192,8 @@ def add_weighted(
     if any(name not in layer.lotr_adapter for layer in layers for name in adapters):
         raise ValueError(f"adapters: expected adapters of the same layers, got target_modules {' and '.join(sorted(targets))}")
     scaling = layers[0].lotr_adapter[adapters[0]].scaling
-    several = [
-        {str(i): own.core.double() * (own.scaling / scaling) for i, own in enumerate(x.lotr_adapter[name] for x in layers)}
-        for name in adapters
-    ]
-    summed = rule.sum_by_name(several, list(weights.values()))
+    several = [[(own.core, own.scaling) for own in (layer.lotr_adapter[name] for layer in layers)] for name in adapters]
+    summed = rule.sum_of_cores(several, list(weights.values()), [scaling] * len(layers))
     config = copy.deepcopy(first)
     config.share_factors, config.train, config.core, config.core_init = adapters[0], ["core"], "dense", "zero"
     config.alpha, config.rslora, config.scaling, config.inference_mode = None, False, scaling, True
@@ -206,7 +203,7 @@ def add_weighted(
     except BaseException:
         del tuner.peft_config[adapter_name]
         raise
-    for i, layer in enumerate(layers):
+    for layer, value in zip(layers, summed, strict=True):
         core = layer.lotr_adapter[adapter_name]
-        core.core.copy_(summed[str(i)])
+        core.core.copy_(value)
         core.requires_grad_(False)

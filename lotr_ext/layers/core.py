@@ -10,9 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
+from ..autograd.bank import core_form_of
 from ..compat import any_autocast, saved_tensor_hook
 
-__all__ = ["HasCore", "core_form_of", "made"]
+__all__ = ["HasCore", "made"]
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -34,11 +35,6 @@ def made(form: nn.Module, *args) -> Tensor:
             device = next((t.device.type for t in form.parameters()), "cpu")
             around.enter_context(torch.autocast(device, enabled=False))
         return form(*args)
-
-
-def core_form_of(module: nn.Module) -> nn.Module | None:
-    """The module that makes a layer's core: a child, or a plain attribute where parallelize_module must not see it."""
-    return module._modules.get("core_form") or module.__dict__.get("core_form")
 
 
 class _Core:

@@ -8,19 +8,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..autograd.bank import core_form_of
 from ..autograd.call import Call, call_linear
 from ..autograd.tensor_parallel import cut_of, is_dtensor
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
 from .checks import check_rank
-from .core import HasCore, core_form_of
+from .core import HasCore
 from .factors import LoTRFactors
 from .merging import Merges, check_is_parameter, plus, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
 from .request import NOW, InRequests
 from .settings import Settings
-from .sharded import agree_over
+from .sharded import agree_over, in_place_of
 
 DEFAULT_RANK = 8
 
@@ -118,9 +119,8 @@ class LoTRLayer(InRequests, HasCore, Merges):
         if is_dtensor(param):
             if "." in name:  # of a child, which keeps its own
                 return
-            trained = param if self._parameters.get(name) is None else self._parameters[name]
-            kept = param.detach() if name in ("weight", "bias") else param.detach().full_tensor()
-            param = nn.Parameter(kept, requires_grad=trained.requires_grad)  # RowwiseParallel would train what was frozen
+            value = param.detach() if name in ("weight", "bias") else param.detach().full_tensor()
+            param = in_place_of(self._parameters.get(name), param, value)
         super().register_parameter(name, param)
         if name == "weight" and is_dtensor(param) and "merged" in self.__dict__:
             if (form := core_form_of(self)) is not None and not any(True for _ in form.parameters()):
@@ -202,10 +202,8 @@ class LoTRLayer(InRequests, HasCore, Merges):
         """What merge adds to `_local_matrix`."""
         if not is_dtensor(matrix := self._matrix()):
             return self.delta_weight()
-        cut = cut_of(matrix)
-        here = slice(cut.start, cut.stop)
-        A_rows, B_rows = (slice(None), here) if cut.dim == 0 else (here, slice(None))
-        return self.factors(lambda A, B: delta_weight(A[A_rows], B[B_rows], self.core, self.scaling))
+        of_A, of_B = cut_of(matrix).rows
+        return self.factors(lambda A, B: delta_weight(A[of_A], B[of_B], self.core, self.scaling))
 
     def _weight_to_write(self, where: str) -> Tensor:
         """W [n, k], or this process's part of it, a view of the parameter that it is stored in. TypeError if it is stored in

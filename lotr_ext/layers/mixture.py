@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from ..autograd.bank import open_scope
 from ..autograd.call import Call, add_rows, linear_rows
+from ..autograd.tensor_parallel import is_dtensor
 
 
 class Mixture(NamedTuple):
@@ -128,8 +129,10 @@ def call_mixed(
     """base(x) + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], s the call's scaling. index [b], or [b, t] of
     an x [b, t, ..., k]. base: a function, or weight and bias of a linear layer.
 
-    Raises ValueError for an x whose first dimension is not b.
+    Raises ValueError for an x whose first dimension is not b, TypeError for a DTensor.
     """
+    if is_dtensor(x):
+        raise TypeError("x: expected a plain tensor, got a DTensor; mixed and per_example take no tensor parallel layers")
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
         raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one an adapter name, got shape {tuple(x.shape)}")
     if isinstance(base, tuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from .core import core_form_of
+from ..autograd.bank import core_form_of
 from .cores import CoreAt
 
 __all__ = ["parameters_of", "state_for", "state_of", "value_with"]

@@ -27,6 +27,7 @@ __all__ = [
         "agreed",
         "holds_parts",
         "in_parts",
+        "in_place_of",
         "inside_wrappers",
         "is_tensor_parallel",
         "named_modules",
@@ -280,9 +281,14 @@ class StaysWhole(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if is_dtensor(param):
-            trained = param if self._parameters.get(name) is None else self._parameters[name]
-            param = nn.Parameter(param.detach().full_tensor(), requires_grad=trained.requires_grad)
+            param = in_place_of(self._parameters.get(name), param, param.detach().full_tensor())
         super().register_parameter(name, param)
+
+
+def in_place_of(before: nn.Parameter | None, given: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """value as a parameter that is trained as the one before was, or else the given one: RowwiseParallel would train what was
+    frozen."""
+    return nn.Parameter(value, requires_grad=(given if before is None else before).requires_grad)
 
 
 @torch.no_grad()

@@ -83,6 +83,20 @@ class Rule:
         generator = torch.Generator().manual_seed(self.seed)
         return {name: self._sum([tensors[name] for tensors in several], weights, generator) for name in several[0]}
 
+    def sum_of_cores(
+        self, several: Sequence[Sequence[tuple[Tensor, float]]], weights: Sequence[float], scalings: Sequence[float]
+    ) -> list[Tensor]:
+        """The sum of several adapters' cores over the same factors, in float64. several: by adapter and layer a core and its
+        scaling. scalings: by layer, those that the sums will have."""
+        tensors = [
+            {
+                str(i): core.double() * (own / scaling)
+                for i, ((core, own), scaling) in enumerate(zip(one, scalings, strict=True))
+            }
+            for one in several
+        ]
+        return list(self.sum_by_name(tensors, weights).values())
+
     def _sum(self, tensors: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator) -> Tensor:
         stack = torch.stack([self._sparse(t.detach().double(), generator) for t in tensors])
         weighted = stack * torch.tensor(weights, dtype=stack.dtype).view(-1, *(1 for _ in stack.shape[1:])).to(stack.device)

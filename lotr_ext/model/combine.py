@@ -148,14 +148,8 @@ def _by_factors(found: Mapping[str, _Adapter]) -> list[list[str]]:
 
 def _summed(rule: Rule, adapters: Sequence[_Adapter], weights: Sequence[float], scalings: Sequence[float]) -> list[Tensor]:
     """The sum of the cores by layer, for a layer's scaling in scalings."""
-    several = [
-        {
-            str(i): core.double() * (own / scaling)
-            for i, (core, (own, _), scaling) in enumerate(zip(one.cores, one.settings, scalings))
-        }
-        for one in adapters
-    ]
-    return list(rule.sum_by_name(several, weights).values())
+    several = [[(core, scaling) for core, (scaling, _) in zip(one.cores, one.settings, strict=True)] for one in adapters]
+    return rule.sum_of_cores(several, weights, scalings)
 
 
 def _side_by_side(several: Sequence[Mapping[str, Owner]]) -> dict[tuple[str, str], Tensor]:

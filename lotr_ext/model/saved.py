@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..layers.core import core_form_of
+from ..autograd.bank import core_form_of
 from ..layers.cores import FORMS, CoreAt, Cores
 from ..layers.factors import LoTRFactor, LoTRFactors
 from ..layers.layer import LoTRLayer
