@@ -15,6 +15,7 @@ __all__ = ["parameter_groups"]
 
 def parameter_groups(
     model: nn.Module,
+    lr: float | None = None,
     *,
     core_lr: float | None = None,
     factor_lr: float | None = None,
@@ -22,14 +23,23 @@ def parameter_groups(
     weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """All trained parameters of an adapted model in up to three groups for an optimizer: "cores", "factors" (A and B), and
-    "other" (modules_to_save and what else requires a gradient). Each has its name under "name".
+    "other" (modules_to_save, such as a new head, and what else requires a gradient). Each has its name under "name".
 
-    core_lr, factor_lr, other_lr: the groups' learning rates; weight_decay: of all groups. None: the optimizer's own.
+    Any torch optimizer takes the list. transformers' Trainer and TRL's trainers take the optimizer, and scale the rates of all
+    groups by their own schedule: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
+
+    Args:
+        model: from `apply_lotr`, or built by hand of adapted layers.
+        lr: the learning rate of each group that is given none of its own. None: the optimizer's.
+        core_lr: of the cores.
+        factor_lr: of A and B.
+        other_lr: of the rest.
+        weight_decay: of all groups. None: the optimizer's.
 
     Raises:
         TypeError, ValueError: a rate that is no number or negative. TypeError, RuntimeError: as `lotr_parameters`.
     """
-    given = {"core_lr": core_lr, "factor_lr": factor_lr, "other_lr": other_lr, "weight_decay": weight_decay}
+    given = {"lr": lr, "core_lr": core_lr, "factor_lr": factor_lr, "other_lr": other_lr, "weight_decay": weight_decay}
     for name, value in given.items():
         if value is not None:
             check_number(name, value)
@@ -42,7 +52,8 @@ def parameter_groups(
     groups = []
     for kind, rate in (("cores", core_lr), ("factors", factor_lr), ("other", other_lr)):
         parameters = [p for p in model.parameters() if p.requires_grad and kinds.get(id(p), "other") == kind]
-        settings = {key: v for key, v in (("lr", rate), ("weight_decay", weight_decay)) if v is not None}
+        settings = {"lr": lr if rate is None else rate, "weight_decay": weight_decay}
+        settings = {name: value for name, value in settings.items() if value is not None}
         if parameters:
             groups.append({"params": parameters, "name": kind, **settings})
     return groups

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import lotr_ext.interop.peft as lotr_peft
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter
+from lotr_ext import LoTRConfig, apply_lotr, load_adapter, parameter_groups
 from lotr_ext.interop.trainer import AdapterCheckpoint
 
 WORDS = "a b c d e f g h i j k l".split()
@@ -69,6 +69,12 @@ def applied(rank: int, folder: Path) -> dict:
     loaded = load_adapter(tiny(), checkpoints[1] / "lotr_adapter")
     again = trainer(make(), folder / "again", callbacks=[AdapterCheckpoint(resume_from=checkpoints[0])])
     again.train(resume_from_checkpoint=str(checkpoints[0]))
+    grouped = make()
+    optimizer = torch.optim.AdamW(parameter_groups(grouped, core_lr=0.1, factor_lr=0.05))
+    with_rates = trainer(grouped, folder / "groups", optimizers=(optimizer, None))
+    seen: list[list[float]] = []
+    optimizer.register_step_pre_hook(lambda one, args, kwargs: seen.append([g["lr"] for g in one.param_groups]))
+    with_rates.train()
     frozen = {n: p for n, p in tiny().named_parameters() if n.split(".")[-2] not in TARGETS}
     same = all(torch.equal(p, dict(first.model.named_parameters())[n]) for n, p in frozen.items())
     return {
@@ -77,6 +83,8 @@ def applied(rank: int, folder: Path) -> dict:
         "resumed": float((logits(again.model) - want).abs().max()),
         "moved": float((want - logits(tiny())).abs().max()),
         "frozen": same,
+        "grouped losses": losses(with_rates),
+        "rates": seen,
     }
 
 

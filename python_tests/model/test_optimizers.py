@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
-from toys import adapted, loss, no_warnings, toy
+from toys import IDS, adapted, loss, no_warnings, randomize, toy
 
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr, lotr_parameters, parameter_groups
 from lotr_ext.model import first_step
@@ -116,6 +116,8 @@ def test_groups_hold_what_is_trained_once_with_their_rates() -> None:
     assert found[1] == ["lotr_factors.16x16.A", "lotr_factors.16x16.B"] and found[2] == ["head.weight", "head.bias"]
     optimizer = torch.optim.AdamW(groups, lr=1e-4)
     assert [g["lr"] for g in optimizer.param_groups] == [1e-2, 1e-3, 1e-4]
+    assert [g["lr"] for g in parameter_groups(model, 0.5, factor_lr=0.25)] == [0.5, 0.25, 0.5]
+    assert [g["lr"] for g in parameter_groups(model, 0.5, core_lr=0.0)] == [0.0, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("core", ["dense", "tucker", "cp"])
@@ -132,6 +134,44 @@ def test_a_step_moves_each_group_at_its_own_rate(core: str, group_by: str) -> No
     optimizer.step()
     for p, q in zip((p for g in groups for p in g["params"]), want):
         torch.testing.assert_close(p.detach(), q)
+
+
+def test_trainer_moves_each_group_at_its_rate_and_scales_all_by_its_schedule(tmp_path) -> None:
+    """Two steps of SGD under a linear decay, which halves the second, against the same steps by hand."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    class WithLoss(nn.Module):
+        def __init__(self, net: nn.Module):
+            super().__init__()
+            self.net = net
+
+        def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.net(ids).square().mean()}
+
+    def made() -> tuple[WithLoss, torch.optim.Optimizer]:
+        model = WithLoss(apply_lotr(toy(), QV))
+        randomize(model)
+        return model, torch.optim.SGD(parameter_groups(model, 0.1, core_lr=0.5, factor_lr=0.25))
+
+    trained, optimizer = made()
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=len(IDS), lr_scheduler_type="linear", use_cpu=True,
+        max_grad_norm=0.0, report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    rows = [{"ids": row} for row in IDS]
+    transformers.Trainer(trained, settings, train_dataset=rows, optimizers=(optimizer, None)).train()
+    by_hand, _ = made()
+    rates = {"core": 0.5, "A": 0.25, "B": 0.25}
+    for share in (1.0, 0.5):
+        by_hand.zero_grad()
+        by_hand(IDS)["loss"].backward()
+        with torch.no_grad():
+            for name, p in by_hand.named_parameters():
+                if p.requires_grad:
+                    p -= share * rates.get(name.rpartition(".")[2], 0.1) * p.grad
+    for (name, p), q in zip(trained.named_parameters(), by_hand.parameters()):
+        torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_groups_of_what_is_trained_only_and_of_models_built_by_hand() -> None:
