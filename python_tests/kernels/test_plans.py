@@ -220,3 +220,10 @@ def test_a_remembered_choice_is_the_one_made_anew(lib) -> None:
     for call, before in zip(calls, together, strict=True):
         lib.forget()
         assert launched(*call) == before, call
+
+
+def test_blocks_that_do_not_run_at_once_are_not_preferred_for_their_number(lib) -> None:
+    """On 108 multiprocessors 128 blocks of rank 128, one each, take two turns: 64 blocks of twice the rows are faster."""
+    lib.set_device(multiprocessors=108, shared=167936, clock=1410, memory=18.9e3, early=False)
+    first, second = lib.plans("shrink", 8192, 4096, 128, 2, 108)[:2]
+    assert (first["m_blocks"], second["m_blocks"]) == (64, 128) and first["microseconds"] < second["microseconds"]

@@ -30,6 +30,7 @@ struct Plan {
   bool wgmma = false;       // of the kernel by wgmma, else of the one by mma
   bool cluster = false;     // the blocks along M are one cluster
   bool together = false;    // all blocks run at the same time, and those along M wait for one another
+  bool at_once = false;     // the GPU holds all blocks at the same time
   int of_row = 1;           // blocks along N that are one cluster: shrink_grad by wgmma
 
   Pieces m_pieces() const { return pieces(m_tiles, m_blocks); }

@@ -47,19 +47,24 @@ void each_split(const Machine& machine, int64_t owned, int64_t split, int subs, 
 // Adds the plan with the time of `work`.
 inline void add(Plans& plans, const Machine& machine, Plan plan, const Work& work) {
   plan.extra_bytes = work.factors + work.partials;
+  plan.at_once = plan.m_blocks * plan.n_blocks <= machine.slots();
   plan.microseconds =
       microseconds(machine, work, plan.m_blocks * plan.n_blocks,
                    unevenness(plan.m_tiles, plan.m_blocks) * unevenness(plan.n_tiles, plan.n_blocks));
   plans.push_back(plan);
 }
 
-// The one to take first, then the others, the fastest first.  Plans of fewer than `fill` blocks come last:
-// few multiprocessors do not draw all of the memory's rate, which the roofline leaves out.  The kernels by
-// wgmma hold enough bytes in flight for that.  Of plans within 3 % of the fastest, which is less than the
-// estimate's error, one with at least a tenth more blocks is taken, if they run at the same time.
+// The one to take first, then the others, the fastest first.  Plans of fewer than `fill` blocks come last if
+// another has as many and runs them at once: few multiprocessors do not draw all of the memory's rate, which
+// the roofline leaves out.  The kernels by wgmma hold enough bytes in flight for that.  Of plans within 3 %
+// of the fastest, which is less than the estimate's error, one with at least a tenth more blocks is taken, if
+// they run at the same time.
 inline void sort(Plans& plans, const Machine& machine, int64_t fill) {
   const auto blocks = [](const Plan& plan) { return plan.m_blocks * plan.n_blocks; };
-  const auto few = [&](const Plan& plan) { return !plan.wgmma && blocks(plan) < fill; };
+  const bool filled = std::any_of(plans.begin(), plans.end(), [&](const Plan& plan) {
+    return plan.at_once && blocks(plan) >= fill;
+  });
+  const auto few = [&](const Plan& plan) { return filled && !plan.wgmma && blocks(plan) < fill; };
   std::stable_sort(plans.begin(), plans.end(), [&](const Plan& a, const Plan& b) {
     return std::pair(few(a), a.microseconds) < std::pair(few(b), b.microseconds);
   });
