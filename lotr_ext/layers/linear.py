@@ -10,22 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from ..autograd.call import Call, add_adapter, call_linear
-from ..autograd.tensor_parallel import is_dtensor
 from ..ops import accumulate_dtype
 from .checks import check_dtype
 from .factors import LoTRFactors
 from .layer import LoTRLayer
 from .merging import MergeNotice, plus
+from .parallel_styles import move_hooks
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight
 from .settings import Settings
 from .sharded import whole_shape
 
 Layer = TypeVar("Layer", bound="AdaptsModule")
-_FORWARD_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
 
 
 class AdaptsModule(LoTRLayer):
@@ -61,8 +57,7 @@ class AdaptsModule(LoTRLayer):
         device = cls._device_of(linear) or factors.A.device
         cls._check_device(factors, device)
         layer._take(linear)
-        if is_dtensor(getattr(linear, "weight", None)):
-            move_hooks(linear, layer)
+        move_hooks(linear, layer)
         layer._attach(factors, device, settings)
         return layer.train(linear.training)
 
@@ -154,8 +149,7 @@ class LoTRLinear(AdaptsModule, nn.Linear):
         self._check_base()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
-        if is_dtensor(self.weight):
-            move_hooks(self, linear)
+        move_hooks(self, linear)
         self._give_start_back()
         return linear.train(self.training)
 
@@ -307,13 +301,6 @@ class LoTRWrapped(AdaptsModule):
     def to_base(self) -> nn.Module:
         """The wrapped module; merged, the plain nn.Linear in its place."""
         return self.base_layer
-
-
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Makes the hooks around source's forward target's, as `parallelize_module` puts them around a layer."""
-    for name in _FORWARD_HOOKS:
-        getattr(target, name).update(getattr(source, name))
-        getattr(source, name).clear()
 
 
 def is_conv1d(module: nn.Module) -> bool:

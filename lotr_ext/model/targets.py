@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from ..autograd.tensor_parallel import cut_of, is_dtensor
 from ..layers.layer import LoTRLayer
 from ..layers.linear import is_conv1d
+from ..layers.parallel_styles import tp_style
 from ..layers.quantized import has_plain_weight, is_plain
 from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
 from .config import LoTRConfig
@@ -217,10 +218,12 @@ def _check_sizes(name: str, module: nn.Module, sizes: tuple[int, int] | None) ->
 
 def _check_cut(name: str, module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
-    if is_dtensor(weight) and (not isinstance(module, nn.Linear) or cut_of(weight) is None):
+    if not is_dtensor(weight) and tp_style(module) is None:
+        return
+    if not isinstance(module, nn.Linear) or needs_wrap(module) or (is_dtensor(weight) and cut_of(weight) is None):
         raise ValueError(
             f"target_modules: expected tensor parallel layers cut by rows or by columns over one axis of their mesh, got "
-            f"{name!r} ({type(module).__name__}) with {tuple(weight.placements)}; exclude it"
+            f"{name!r} ({type(module).__name__}) with {tuple(getattr(weight, 'placements', ()))}; exclude it"
         )
 
 
@@ -381,4 +384,5 @@ def needs_wrap(module: nn.Module) -> bool:
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     quantized = _is_linear(module) and not has_plain_weight(module)
     hooked = has_hooks(module) and not is_dtensor(getattr(module, "weight", None))  # of a tensor parallel layer they go along
-    return hooked or own_forward or quantized or "forward" in vars(module) or parametrize.is_parametrized(module)
+    replaced = "forward" in vars(module) and tp_style(module) is None
+    return hooked or own_forward or quantized or replaced or parametrize.is_parametrized(module)

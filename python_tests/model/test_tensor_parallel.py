@@ -5,21 +5,24 @@ from __future__ import annotations
 import pytest
 from gloo import values_of
 from gloo_tensor_parallel import LAYOUTS
+from gloo_tp_plan import KINDS
 
 CHECKS = ("layouts", "checkpoints", "sums", "told", "dropout", "files", "by_hand", "refusals")
+PLANS = ("plans", "plans_told")
 MORE = ("more_processes_than_rows", "batch_in_parts")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROUNDING = 1e-13  # of float64
 
 
-def named(checks: tuple[str, ...]) -> list[str]:
-    return [f"gloo_tensor_parallel:{check}" for check in checks]
+def named(checks: tuple[str, ...], module: str = "gloo_tensor_parallel") -> list[str]:
+    return [f"{module}:{check}" for check in checks]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     """What each check returned in both processes."""
-    return {name.partition(":")[2]: own for name, own in values_of(named(CHECKS), tmp_path_factory.mktemp("two")).items()}
+    checks = named(CHECKS) + named(PLANS, "gloo_tp_plan")
+    return {name.partition(":")[2]: own for name, own in values_of(checks, tmp_path_factory.mktemp("two")).items()}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_layers_without_a_forward_scope(found: dict) -> None:
 def test_a_step_has_one_more_collective_at_any_number_of_layers(found: dict) -> None:
     """And fewer of the base's: siblings send their gradients of x together."""
     for by_rank in found["sums"]:
-        for layers in (2, 8):
+        for layers in (4, 40):
             assert by_rank[f"base {layers}"] == 5 * layers
             assert by_rank[f"adapted {layers}"] == 4 * layers + 1
 
@@ -63,13 +66,26 @@ def test_explain_says_that_kernels_run_on_local_tensors(found: dict) -> None:
 def test_processes_draw_one_dropout_mask(found: dict) -> None:
     for by_rank in found["dropout"]:
         assert by_rank["alike"]
-        assert by_rank["off"] < 6 * by_rank["spread"] / 1500**0.5
+        assert by_rank["off"] < 6 * by_rank["spread"] / 400**0.5
 
 
 def test_files_and_merging(found: dict) -> None:
     for by_rank in found["files"]:
         assert by_rank.pop("bits")
         assert max(by_rank.values()) < ROUNDING, by_rank
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_cut_by_tp_plan_is_one_process(found: dict, kind: str) -> None:
+    """Mixtral's router and DeepseekV2's rotary embedding round to float32."""
+    for by_rank in found["plans"]:
+        assert max(by_rank[kind].values()) < (1e-6 if kind in ("Mixtral", "DeepseekV2") else 1e-11), by_rank[kind]
+
+
+def test_explain_gives_the_local_shapes_under_tp_plan(found: dict) -> None:
+    for by_rank in found["plans_told"]:
+        assert "(24, 16) here (12, 16)" in by_rank["up"] and "(16, 16) here (16, 8)" in by_rank["o"]
+        assert all("composite" not in plan for plan in by_rank.values())
 
 
 @pytest.mark.parametrize("size", [9, 3])
