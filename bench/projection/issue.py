@@ -11,9 +11,10 @@ kept. Copies from global memory are taken to have landed when they are waited fo
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .hot import MATRIX
 from .sass import Instruction
@@ -41,8 +42,12 @@ class Latencies:
 class _Warp:
     block: int
     scheduler: int
-    at: int = 0
+    at: int = 0  # its next step
     ready: float = 0.0
+    boards: list[float] = field(default_factory=lambda: [0.0] * 6)  # when its scoreboards are released
+    set_by: list[str] = field(default_factory=lambda: [""] * 6)  # and by which unit
+    open_group: float = 0.0  # when the products of its open group are done
+    groups: list[float] = field(default_factory=list)  # and of the groups before
 
 
 _MULTIPLY = ("IMAD", "IDP", "UIMAD")
@@ -133,7 +138,127 @@ class Run:
         return max(self.waits, key=self.waits.__getitem__)
 
 
-def run(  # noqa: C901  one loop over cycles; its parts share ten counters
+@dataclass(frozen=True)
+class _Step:
+    """An instruction of the trace and what it costs."""
+
+    instruction: Instruction
+    unit: str  # of `_unit`
+    turns: float  # cycles of that unit
+    stall: int  # until the warp may issue its next
+    latency: float
+    product: Product | None
+
+
+def _steps(trace: Sequence[Sequence[Instruction]], latencies: Latencies) -> list[_Step]:
+    code = [i for way in trace for i in way]
+    steps = []
+    for i, after in zip(code, [*code[1:], code[0]]):
+        unit, turns = _unit(i, latencies)
+        product = Product.of(i) if i.name == "HGMMA" else None
+        jump = latencies.taken if i.targets and after.address != i.address + 16 else 0
+        steps.append(_Step(i, unit, turns, max(1, i.stall, jump), _latency(i, latencies, turns), product))
+    return steps
+
+
+class _Multiprocessor:
+    """Its warps, units and queues while `steps` run. crowded: the shared-memory path takes so much longer."""
+
+    def __init__(self, steps: Sequence[_Step], warps: int, blocks: int, latencies: Latencies, crowded: float) -> None:
+        self.steps, self.warps, self.latencies, self.crowded = steps, warps, latencies, crowded
+        self.all = [_Warp(block, (block * warps + w) % SCHEDULERS) for block in range(blocks) for w in range(warps)]
+        self.free: dict[tuple[str, int], float] = {}  # when a unit is; 0: of the whole multiprocessor
+        self.arrived: list[list[int]] = [[] for _ in range(blocks)]  # warps at the block's barrier
+        self.waits: Counter[str] = Counter()
+        # at equal times the warp that has been ready longest goes first
+        self.queue = [(0.0, 0.0, n) for n in range(len(self.all))]
+
+    def run(self, marks: Sequence[int]) -> list[list[float]]:
+        """Issues every step of every warp; returns when each warp had issued the last step before each mark."""
+        row_of = {mark: row for row, mark in enumerate(marks)}
+        done_at = [[0.0] * len(self.all) for _ in marks]
+        while self.queue:
+            asked, _, n = heapq.heappop(self.queue)
+            warp = self.all[n]
+            step = self.steps[warp.at]
+            time, reason = self._earliest(warp, step)
+            if time > asked:
+                heapq.heappush(self.queue, (time, warp.ready, n))
+                self.waits[reason] += time - asked
+                continue
+            self._issue(warp, step, time)
+            if warp.at in row_of:
+                done_at[row_of[warp.at]][n] = time
+            if warp.at < len(self.steps):
+                self._go_on(n, step, time)
+        return done_at
+
+    def _unit_of(self, warp: _Warp, step: _Step) -> tuple[str, int]:
+        return step.unit, 0 if step.unit == "memory" else warp.scheduler
+
+    def _earliest(self, warp: _Warp, step: _Step) -> tuple[float, str]:
+        """When the warp may issue, and what it waits for until then."""
+        time, reason = warp.ready, "dependence"
+        if step.instruction.waits:
+            for board in range(6):
+                if step.instruction.waits >> board & 1 and warp.boards[board] > time:
+                    time, reason = warp.boards[board], warp.set_by[board]
+        if step.instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+            left = int(step.instruction.operands.split(",")[1], 16)
+            done = max(warp.groups[: len(warp.groups) - left], default=0.0)
+            if done > time:
+                time, reason = done, "products"
+        issue = self.free.get(("issue", warp.scheduler), 0.0)
+        if issue > time:
+            time, reason = issue, "issue"
+        if step.unit:
+            backlog = QUEUED if step.unit == "memory" or step.product else 0
+            free = self.free.get(self._unit_of(warp, step), 0.0) - backlog
+            if free > time:
+                time, reason = free, step.unit
+        return time, reason
+
+    def _issue(self, warp: _Warp, step: _Step, time: float) -> None:
+        self.free["issue", warp.scheduler] = time + 1
+        turns, begins = step.turns * (self.crowded if step.unit == "memory" else 1), time
+        if step.unit:
+            unit = self._unit_of(warp, step)
+            begins = max(self.free.get(unit, 0.0), time)
+            self.free[unit] = begins + turns
+        if step.product:
+            read = max(self.free.get(("memory", 0), 0.0), time) + step.product.operand_bytes / 128 * self.crowded
+            self.free["memory", 0] = read
+            warp.open_group = max(warp.open_group, begins + turns, read)
+            if step.product.ends_group:
+                warp.groups.append(warp.open_group)
+        self.waits["issue"] += 1
+        if step.stall > 1:
+            self.waits["dependence"] += step.stall - 1
+        for board in step.instruction.sets:
+            warp.boards[board] = max(warp.boards[board], begins + step.latency)
+            shared = step.instruction.name in ("LDS", "LDSM", "STS")
+            warp.set_by[board] = "shared" if shared else "constant" if step.unit == "" else step.unit
+        warp.at += 1
+        warp.ready = time + step.stall
+
+    def _go_on(self, n: int, step: _Step, time: float) -> None:
+        """Queues the warp for its next step, or at its block's barrier, which the last warp opens."""
+        warp = self.all[n]
+        if step.instruction.name != "BAR":
+            heapq.heappush(self.queue, (warp.ready, warp.ready, n))
+            return
+        arrived = self.arrived[warp.block]
+        arrived.append(n)
+        if len(arrived) == self.warps:
+            opens = time + self.latencies.barrier
+            for other in arrived:
+                self.waits["barrier"] += opens - self.all[other].ready
+                self.all[other].ready = opens
+                heapq.heappush(self.queue, (opens, opens, other))
+            arrived.clear()
+
+
+def run(
     trace: Sequence[Sequence[Instruction]],
     warps: int,
     blocks: int,
@@ -144,98 +269,13 @@ def run(  # noqa: C901  one loop over cycles; its parts share ten counters
     """`blocks` blocks of `warps` warps, each of which runs all iterations of the trace; the first `settle` are not timed.
     arriving: bytes that bulk copies write to shared memory in an iteration of a block, evenly beside what its warps do
     there."""
-    code = [i for way in trace for i in way]
-    marks = []  # ends of iterations
-    end = 0
-    for way in trace:
-        end += len(way)
-        marks.append(end)
-    facts = []
-    for i, after in zip(code, [*code[1:], code[0]]):
-        unit, turns = _unit(i, latencies)
-        product = Product.of(i) if i.name == "HGMMA" else None
-        jump = latencies.taken if i.targets and after.address != i.address + 16 else 0
-        facts.append((i, unit, turns, max(1, i.stall, jump), _latency(i, latencies, turns), product))
-    own = warps * sum(p.operand_bytes / 128 if p else turns * (unit == "memory") for _, unit, turns, _, _, p in facts)
+    steps = _steps(trace, latencies)
+    own = warps * sum(s.product.operand_bytes / 128 if s.product else s.turns * (s.unit == "memory") for s in steps)
     crowded = 1 + arriving / 128 * len(trace) / own if arriving else 1.0
-    everyone = [_Warp(block, (block * warps + w) % SCHEDULERS) for block in range(blocks) for w in range(warps)]
-    boards = [[0.0] * 6 for _ in everyone]
-    open_group, groups = [0.0] * len(everyone), [[] for _ in everyone]  # when their products are done
-    board_reason = [[""] * 6 for _ in everyone]
-    free: dict[tuple[str, int], float] = {}
-    arrived: list[list[int]] = [[] for _ in range(blocks)]
-    done_at = [[0.0] * len(everyone) for _ in marks]
-    waits: Counter[str] = Counter()
-    queue = [(0.0, 0.0, n) for n in range(len(everyone))]  # at equal times the warp that has been ready longest goes first
-    heapq.heapify(queue)
-    mark_of = {mark: i for i, mark in enumerate(marks)}
-    while queue:
-        asked, _, n = heapq.heappop(queue)
-        warp = everyone[n]
-        instruction, unit, turns, stall, latency, product = facts[warp.at]
-        if unit == "memory":
-            turns *= crowded
-        time, reason = warp.ready, "dependence"
-        if instruction.waits:
-            for board in range(6):
-                if instruction.waits >> board & 1 and boards[n][board] > time:
-                    time, reason = boards[n][board], board_reason[n][board]
-        if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
-            left = int(instruction.operands.split(",")[1], 16)
-            done = max(groups[n][: len(groups[n]) - left], default=0.0)
-            if done > time:
-                time, reason = done, "products"
-        issue = free.get(("issue", warp.scheduler), 0.0)
-        if issue > time:
-            time, reason = issue, "issue"
-        if unit:
-            key = (unit, 0 if unit == "memory" else warp.scheduler)
-            backlog = QUEUED if unit == "memory" or product else 0
-            if free.get(key, 0.0) - backlog > time:
-                time, reason = free[key] - backlog, unit
-        if time > asked:
-            heapq.heappush(queue, (time, warp.ready, n))
-            waits[reason] += time - asked
-            continue
-        free["issue", warp.scheduler] = time + 1
-        begins = time
-        if unit:
-            begins = max(free.get(key, 0.0), time)
-            free[key] = begins + turns
-        if product:
-            read = max(free.get(("memory", 0), 0.0), time) + product.operand_bytes / 128 * crowded
-            free["memory", 0] = read
-            open_group[n] = max(open_group[n], begins + turns, read)
-            if product.ends_group:
-                groups[n].append(open_group[n])
-        waits["issue"] += 1
-        if stall > 1:
-            waits["dependence"] += stall - 1
-        for board in instruction.sets:
-            boards[n][board] = max(boards[n][board], begins + latency)
-            board_reason[n][board] = (
-                "shared" if instruction.name in ("LDS", "LDSM", "STS") else "constant" if unit == "" else unit
-            )
-        warp.at += 1
-        warp.ready = time + stall
-        if warp.at in mark_of:
-            done_at[mark_of[warp.at]][n] = time
-        if warp.at == len(facts):
-            continue
-        if instruction.name == "BAR":
-            arrived[warp.block].append(n)
-            if len(arrived[warp.block]) == warps:
-                for other in arrived[warp.block]:
-                    opens = time + latencies.barrier
-                    waits["barrier"] += opens - everyone[other].ready
-                    everyone[other].ready = opens
-                    heapq.heappush(queue, (opens, opens, other))
-                arrived[warp.block] = []
-        else:
-            heapq.heappush(queue, (warp.ready, warp.ready, n))
+    multiprocessor = _Multiprocessor(steps, warps, blocks, latencies, crowded)
+    done_at = multiprocessor.run(list(itertools.accumulate(len(way) for way in trace)))
     ends = [sum(times) / len(times) for times in done_at]
     first = min(settle, len(ends) - 1)
-    timed = len(ends) - first
     begin = ends[first - 1] if first else 0.0
-    total = sum(waits.values()) or 1.0
-    return Run((ends[-1] - begin) / timed, {name: value / total for name, value in waits.items()})
+    total = sum(multiprocessor.waits.values()) or 1.0
+    return Run((ends[-1] - begin) / (len(ends) - first), {name: value / total for name, value in multiprocessor.waits.items()})
