@@ -78,7 +78,7 @@ class Bank:
         """Computes F of all layers in one product, if their cores have one shape, dtype, device and scaling."""
         # the tensors that the layers' calls will have
         own = [layer._parameters["core"] if "core" in layer._parameters else core_of(layer) for layer in layers]
-        found = [(layer, core) for layer, core in zip(layers, own) if core is not None]
+        found = [(layer, core) for layer, core in zip(layers, own) if core is not None and core.dim() == 2]  # no experts
         if len(found) < 2 or type(self.B) not in _PLAIN:
             return
         layers, cores = zip(*found)

@@ -146,38 +146,55 @@ class Replicas:
         return self.parts[key]
 
 
-def _replicas(groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call) -> Replicas:
-    """Those of the open forward scope, in which one node serves all layers, or new ones."""
+def _replicas(groups: Sequence[dist.ProcessGroup], ranks: tuple, A: Tensor, B: Tensor, call: Call) -> Replicas:
+    """Those of the open forward scope, in which one node serves all layers, or new ones. ranks: of the groups."""
     scope = None if call.group is None else open_scope()
+    own = () if is_dtensor(call.core) else (call.core,)  # a process has the whole gradient of its own experts' cores
     if scope is None:
-        return Replicas(groups, (A, B, call.core))
-    key = (tuple(map(id, groups)), is_grad_enabled(), torch.is_inference_mode_enabled())
+        return Replicas(groups, (A, B, *own))
+    key = (ranks, is_grad_enabled(), torch.is_inference_mode_enabled())
     found = scope.replicas.get(key)
     if found is None or not (found.has(A) and found.has(B)):
-        found = scope.replicas[key] = Replicas(groups, (A, B, call.core, *_of_scope(scope)))
-    if not found.has(call.core):  # made for this call alone
-        found.add(Replicas(groups, (call.core,)))
+        found = scope.replicas[key] = Replicas(groups, (A, B, *own, *_of_scope(scope)))
+    if own and not found.has(call.core):  # made for this call alone
+        found.add(Replicas(groups, own))
     return found
 
 
 def _of_scope(scope: Scope) -> list[Tensor]:
     """A, B and cores of the layers of a forward that are cut, those that are plain tensors now."""
-    layers = [layer for same_B in scope.layers.values() for layer in same_B if is_dtensor(layer._parameters.get("weight"))]
-    found = [t for layer in layers for t in (layer.factors.A, layer.factors.B, core_of(layer))]
+    found = []
+    for layer in (layer for same_B in scope.layers.values() for layer in same_B):
+        core = core_of(layer)
+        if is_dtensor(core) or is_dtensor(layer._parameters.get("weight")):
+            found += [layer.factors.A, layer.factors.B, core]
     return [t for t in found if type(t) in _PLAIN]
 
 
-def localise(cut: Cut, groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def localise(
+    rows: tuple[slice, slice], groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call
+) -> tuple[Tensor, Tensor]:
     """The rows of A and B that a call on local tensors reads; they, and the core, go into the call."""
     if not groups:
         return A, B
-    of_A, of_B = (rows.indices(len(t))[:2] for rows, t in zip(cut.rows, (A, B)))
-    replicas = _replicas(groups, A, B, call)
-    call.core = replicas.of(call.core)
+    import torch.distributed as dist
+
+    # equal for groups of the same processes: transformers makes two, of tensor and of expert parallelism
+    ranks = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
+    of_A, of_B = (own.indices(len(t))[:2] for own, t in zip(rows, (A, B)))
+    replicas = _replicas(groups, ranks, A, B, call)
+    call.core = call.core.to_local() if is_dtensor(call.core) else replicas.of(call.core)
     if call.group is not None:
-        own = tuple(map(id, groups))
-        call.group, call.shares = Group(call.group.A.part(*of_A, own), call.group.B.part(*of_B, own)), True
+        call.group, call.shares = Group(call.group.A.part(*of_A, ranks), call.group.B.part(*of_B, ranks)), True
     return replicas.of(A, *of_A), replicas.of(B, *of_B)
+
+
+def own_experts(A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """A and B of a call of experts of which each process has its own, with their cores: the call's core is a DTensor, cut by
+    experts, and becomes the local one."""
+    core = call.core
+    groups = [core.device_mesh.get_group(i) for i, placement in enumerate(core.placements) if placement.is_shard()]
+    return localise((slice(None), slice(None)), groups, A, B, call)
 
 
 def local_operands(cut: Cut, x: Tensor, A: Tensor, B: Tensor, weight: DTensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,7 +299,7 @@ def call_cut(
     if tuple(placements) != x.placements:
         x = x.redistribute(cut.mesh, placements)
     axes = [i for i, placement in enumerate(placements) if i == cut.axis or placement.is_shard()]
-    A_, B_ = localise(cut, [cut.mesh.get_group(i) for i in axes], A, B, call)
+    A_, B_ = localise(cut.rows, [cut.mesh.get_group(i) for i in axes], A, B, call)
     weight_, bias_ = (t.to_local() if is_dtensor(t) else t for t in (weight, bias))
     if cut.axis is not None and cut.dim == 1 and cut.mesh.get_local_rank(cut.axis):
         bias_ = None  # of the parts of a sum one has the bias

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.call import Call, call_routed, compute_dtype
+from ..autograd.tensor_parallel import is_dtensor, own_experts
+from ..ops.composite import delta_weight
 from ..ops.grouped import expert_of_rows, grouped_linear, of_groups_alone
 from .checks import check_beside, check_dimension, check_dtype, check_index, check_number, check_tensor
 from .factors import LoTRFactors
@@ -102,6 +104,7 @@ class LoTRExperts(LoTRLayer):
     """
 
     num_experts: int
+    _cut_with_base = ("weight", "bias", "core")
 
     def __init__(
         self,
@@ -161,11 +164,20 @@ class LoTRExperts(LoTRLayer):
         layer._attach(factors, weight.device, settings)
         return layer
 
-    def _core_shape(self, factors: LoTRFactors) -> tuple[int, ...]:
-        return self.num_experts, factors.r_in, factors.r_out
+    def _zero_core(self, factors: LoTRFactors, device: torch.device) -> Tensor:
+        core, weight = (
+            torch.zeros(self.num_experts, factors.r_in, factors.r_out, device=device, dtype=factors.A.dtype),
+            self.weight,
+        )
+        if not is_dtensor(weight):
+            return core
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(core, weight.device_mesh, weight.placements, src_data_rank=None)  # each with its experts
 
     def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
-        return self.routed(x, self._matrix(), self.bias, offs, tokens)
+        bias = self.bias.to_local() if is_dtensor(self.bias) else self.bias
+        return self.routed(x, self._local_matrix(), bias, offs, tokens)
 
     def routed(
         self,
@@ -184,7 +196,7 @@ class LoTRExperts(LoTRLayer):
         def run(x: Tensor, tokens: Tensor | None) -> Tensor:
             return self._run(x, weight, bias, offs, tokens, tasks)
 
-        _check_routing(x, self.num_experts, self.in_features, offs, tokens)
+        _check_routing(x, weight.shape[0], self.in_features, offs, tokens)
         if self.merged and self.notice is not None:
             self.notice.warn(self.adapter_parameters())
         return of_groups_alone(run, x, offs, tokens) if padded else run(x, tokens)
@@ -201,12 +213,23 @@ class LoTRExperts(LoTRLayer):
             if tasks is None:
                 raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
             tasks = tasks[: (x if tokens is None else tokens).shape[0]]
-            index = cores_of_rows(tasks, expert_of_rows(offs, len(tasks)), self.num_experts)
-            core, call.scaling = cores_of(mixture, core, len(mixture.index)).flatten(0, 1), mixture.scaling
-        return factors(lambda A, B: call_routed(x, weight, bias, offs, tokens, None, A, B, core, index, call))
+            index = cores_of_rows(tasks, expert_of_rows(offs, len(tasks)), weight.shape[0])
+            core, call.scaling = cores_of(mixture, core, len(mixture.index)), mixture.scaling
+            core = (core.to_local() if is_dtensor(core) else core).flatten(0, 1)
+
+        def routed(A: Tensor, B: Tensor) -> Tensor:
+            if is_dtensor(call.core):
+                A, B = own_experts(A, B, call)
+            return call_routed(x, weight, bias, offs, tokens, None, A, B, call.core if index is None else core, index, call)
+
+        return factors(routed)
 
     def _matrix(self) -> Tensor:
         return self.weight
+
+    def _local_delta(self) -> Tensor:
+        core = self.core.to_local() if is_dtensor(self.core) else self.core
+        return self.factors(lambda A, B: delta_weight(A, B, core, self.scaling))
 
     def to_base(self) -> nn.Module:
         """There is no plain module for a grouped product: TypeError. The weight, as it stands, is `weight`."""

@@ -36,6 +36,7 @@ class LoTRLayer(InRequests, HasCore, Merges):
     in_features: int
     out_features: int
     start_core: Tensor | None
+    _cut_with_base = ("weight", "bias")  # the parameters that stay DTensors
 
     @property
     def disabled(self) -> bool:
@@ -103,15 +104,15 @@ class LoTRLayer(InRequests, HasCore, Merges):
         self.scaling = settings.scale(factors.rank)
         self.dropout, self.merged = settings.dropout, False
         self.strategy: str | None = None
-        self.core = nn.Parameter(torch.zeros(self._core_shape(factors), device=device, dtype=factors.A.dtype))
+        self.core = nn.Parameter(self._zero_core(factors, device))
         self.register_buffer("start_core", None, persistent=False)
         self.register_buffer("weight_backup", None, persistent=False)
         factors._group.join()
         self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
         agree_over(getattr(self, "weight", None), self.adapter_parameters())
 
-    def _core_shape(self, factors: LoTRFactors) -> tuple[int, ...]:
-        return factors.r_in, factors.r_out
+    def _zero_core(self, factors: LoTRFactors, device: torch.device) -> Tensor:
+        return torch.zeros(factors.r_in, factors.r_out, device=device, dtype=factors.A.dtype)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's. `parallelize_module` registers all parameters as DTensors: those of the adapter stay plain tensors
@@ -119,7 +120,7 @@ class LoTRLayer(InRequests, HasCore, Merges):
         if is_dtensor(param):
             if "." in name:  # of a child, which keeps its own
                 return
-            value = param.detach() if name in ("weight", "bias") else param.detach().full_tensor()
+            value = param.detach() if name in self._cut_with_base else param.detach().full_tensor()
             param = in_place_of(self._parameters.get(name), param, value)
         super().register_parameter(name, param)
         if name == "weight" and is_dtensor(param) and "merged" in self.__dict__:

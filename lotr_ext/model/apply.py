@@ -141,7 +141,7 @@ def install(
                 write_(layer.core, layer.start_core)
     shared.set_trained(config.train)
     model.lotr_factors = shared
-    parts = (weight for t in selection.targets if is_dtensor(weight := getattr(t.module, "weight", None)))
+    parts = (w for t in selection.targets if is_dtensor(w := getattr(t.module, t.parameter or "weight", None)))
     agree_over(next(parts, None), (*shared.parameters(), *(() if cores is None else cores.parameters())))
     if cores is not None:
         model.lotr_cores = cores
@@ -208,8 +208,7 @@ def _check_mergeable(
         layer.check_parameter("weight", "merge", name)
         if others := tied.get(id(layer.holder)):
             raise RuntimeError(f"merge: expected a weight of its own, got {name!r}, tied to {', '.join(others)}")
-        locally = is_tensor_parallel(model) and not isinstance(layer, LoTRExperts)
-        if (holds_parts(layer.holder) or holds_parts(layer)) and not locally:
+        if (holds_parts(layer.holder) or holds_parts(layer)) and not is_tensor_parallel(model):
             raise RuntimeError(
                 f"merge: expected whole tensors, got {name!r} held in parts; save_adapter, then load and merge in one process"
             )

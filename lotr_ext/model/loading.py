@@ -95,7 +95,8 @@ def load_adapter(
     else:
         tensors = _fitted(target, manifest, tensors)
         _install(target, manifest.config, *_check_plain(target, manifest, tensors, cast))
-        _fill(target, manifest, tensors)
+        with whole(model, adapter_slots(target), write=True):
+            _fill(target, manifest, tensors)
     if name is not None:
         adapters.rename_active(target, name)
     return model

@@ -39,7 +39,7 @@ class _Layers:
                 if not hasattr(module, "start_core"):  # which an adapted layer has, PEFT's cores too
                     continue
                 self.parts |= dict.fromkeys((*module.factors.owners, (module, "core")))
-                if not hasattr(module, "num_experts") and getattr(module, "in_use", True):
+                if getattr(module, "in_use", True):
                     self.by_B.setdefault(module.factors._group.B, []).append(module)
         if torch.is_grad_enabled():
             check_not_offloaded(self.parts)
