@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gloo_checks import refusal, whole
+from gloo_checks import whole
 from mixtures import adapted, logits, loss, mixture
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers.distributed import DistributedConfig
@@ -100,3 +101,92 @@ def models(rank: int, folder: Path) -> dict:
     core, held = experts.lotr.down_proj.core, len(experts._parameters["down_proj"].to_local())
     sizes = [tuple(core.shape), tuple(core.to_local().shape), held]
     return found | {"experts alone": differences(alone, cut, steps=1), "sizes": sizes}
+
+
+def exchanges(rank: int, folder: Path) -> dict:
+    """Either way in which transformers brings tokens to their experts, in both modes: masked, and exchanged."""
+    return {how: differences(*pair(folder, "GptOss", how=how, **ATTENTION)) for how in ("all_reduce", "all_to_all")}
+
+
+def routes(rank: int, folder: Path) -> dict:
+    """The router's bias sends no token to some experts, or to any expert of the last processes."""
+    found = {}
+    for name, bias in {
+        "one without tokens": [0.0, 9.0, 9.0, -99.0],
+        "processes without tokens": [50.0, 50.0, 0.0, 0.0],
+    }.items():
+        for how in ("all_reduce", "all_to_all"):
+            alone, cut = pair(folder, "GptOss", how=how, **ATTENTION)
+            for model in (alone, cut):
+                for layer in model.model.layers:
+                    layer.mlp.router.bias.data.copy_(torch.tensor(bias))
+            found[f"{name}, {how}"] = differences(alone, cut)
+    idle = whole(cut.model.layers[0].mlp.experts.lotr.gate_up_proj.core.grad)
+    return found | {"idle": [bool(g.any()) for g in idle]}
+
+
+def checkpoints(rank: int, folder: Path) -> dict:
+    found = {}
+    for reentrant in (False, True):
+        alone, cut = pair(folder, "GptOss", **ATTENTION)
+        for model in (alone, cut):
+            model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        found[f"reentrant {reentrant}"] = gradients(alone, cut)
+    alone, cut = pair(folder, "GptOss", **ATTENTION)
+    gradients(alone, cut)
+    return found | {"accumulated": gradients(alone, cut)}
+
+
+def sent(model: nn.Module) -> tuple[dict[str, int], int]:
+    """Of one step: the collectives that gloo ran, by name, and how many numbers the exchanges of tokens sent."""
+    model.enable_input_require_grads()  # the frozen base has a backward, too
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        loss(model).backward()
+    events = profiled.events()
+    counts = Counter(event.name for event in events if event.name.startswith("gloo:"))
+    shapes = [event.input_shapes[1] for event in events if event.name == "c10d::alltoall_base_"]
+    return dict(counts), sum(math.prod(shape) for shape in shapes)
+
+
+def sums(rank: int, folder: Path) -> dict:
+    """Of the base alone and adapted, at 1 and at 3 layers."""
+    found = {}
+    for layers in (1, 3):
+        own = folder / str(layers)
+        _, cut = pair(own, "GptOss", sizes={"num_hidden_layers": layers}, **ATTENTION)
+        for parameter in trained(cut).values():
+            parameter.detach().zero_()  # or the router would take other experts than the base's
+        found[f"base {layers}"], found[f"adapted {layers}"] = sent(parted(own, "GptOss")), sent(cut)
+    return found
+
+
+def files(rank: int, folder: Path) -> dict:
+    """Saved, loaded by one process and into models in parts, merged and unmerged, and taken off."""
+    found = {}
+    for name, settings in {"Mixtral": {}, "GptOss": {"how": "all_to_all", **ATTENTION}}.items():  # transformers' eager needs it
+        alone, cut = pair(folder, name, **settings)
+        want = logits(alone)
+
+        def note(what: str, model: nn.Module) -> None:
+            found[f"{name} {what}"] = relative(logits(model), want)
+
+        save_adapter(cut, folder / f"{name}-adapter")
+        note("in one", load_adapter(base(folder, name), folder / f"{name}-adapter"))
+        save_adapter(alone, folder / f"{name}-of-one-{rank}")
+        note("in parts", load_adapter(fill(pair(folder, name, **settings)[1], 9), folder / f"{name}-of-one-{rank}"))
+        note("onto parts", load_adapter(parted(folder, name), folder / f"{name}-adapter"))
+        weights = {n: p for n, p in cut.named_parameters() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+        before = {n: p.to_local().clone() for n, p in weights.items()}
+        merge(cut)
+        note("merged", cut)
+        delta = alone.model.layers[1].mlp.experts.lotr.gate_up_proj.delta_weight()
+        if name == "GptOss":  # stores the transposed matrices
+            delta = delta.mT
+        at = "model.layers.1.mlp.experts.gate_up_proj"
+        found[f"{name} weight"] = relative(whole(cut.get_parameter(at).detach()), alone.get_parameter(at) + delta)
+        unmerge(cut)
+        found[f"{name} bits"] = all(torch.equal(p.to_local(), before[n]) for n, p in weights.items()) and len(before) == 4
+        note("unmerged", cut)
+        note("taken off", unload(cut, merge=True))
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from gloo import values_of
 
-CHECKS = ("models",)
+CHECKS = ("models", "exchanges", "routes", "checkpoints", "sums", "files")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROUNDING = 1e-11  # of float64, through AdamW
 
@@ -25,3 +25,36 @@ def test_experts_in_parts_are_one_process(found: dict) -> None:
         assert whole == [4, 4, 4] and own == [4 // world, 4, 4] and weights == 4 // world
         for name, values in by_rank.items():
             assert max(values.values()) < ROUNDING, (name, values)
+
+
+@pytest.mark.parametrize("how", ["all_reduce", "all_to_all"])
+def test_masked_and_exchanged_tokens(found: dict, how: str) -> None:
+    for by_rank in found["exchanges"]:
+        assert max(by_rank[how].values()) < ROUNDING, by_rank[how]
+
+
+def test_experts_and_processes_without_tokens(found: dict) -> None:
+    for by_rank in found["routes"]:
+        assert by_rank.pop("idle") == [True, True, False, False]
+        for name, values in by_rank.items():
+            assert max(values.values()) < ROUNDING, (name, values)
+
+
+def test_checkpointed_and_accumulated_steps(found: dict) -> None:
+    for by_rank in found["checkpoints"]:
+        assert max(by_rank.values()) < ROUNDING, by_rank
+
+
+def test_a_step_sends_one_sum_and_no_more_with_the_tokens(found: dict) -> None:
+    for by_rank in found["sums"]:
+        for layers in (1, 3):
+            (counts, numbers), (own, own_numbers) = by_rank[f"base {layers}"], by_rank[f"adapted {layers}"]
+            assert counts["gloo:all_to_all"] == 5 * layers and numbers > 0
+            assert own == counts | {"gloo:all_reduce": counts["gloo:all_reduce"] + 1}
+            assert own_numbers == numbers
+
+
+def test_files_and_merging(found: dict) -> None:
+    for by_rank in found["files"]:
+        assert by_rank.pop("Mixtral bits") and by_rank.pop("GptOss bits")
+        assert max(by_rank.values()) < ROUNDING, by_rank
