@@ -165,28 +165,31 @@ def files(rank: int, folder: Path) -> dict:
     """Saved, loaded by one process and into models in parts, merged and unmerged, and taken off."""
     found = {}
     for name, settings in {"Mixtral": {}, "GptOss": {"how": "all_to_all", **ATTENTION}}.items():  # transformers' eager needs it
-        alone, cut = pair(folder, name, **settings)
-        want = logits(alone)
-
-        def note(what: str, model: nn.Module) -> None:
-            found[f"{name} {what}"] = relative(logits(model), want)
-
-        save_adapter(cut, folder / f"{name}-adapter")
-        note("in one", load_adapter(base(folder, name), folder / f"{name}-adapter"))
-        save_adapter(alone, folder / f"{name}-of-one-{rank}")
-        note("in parts", load_adapter(fill(pair(folder, name, **settings)[1], 9), folder / f"{name}-of-one-{rank}"))
-        note("onto parts", load_adapter(parted(folder, name), folder / f"{name}-adapter"))
-        weights = {n: p for n, p in cut.named_parameters() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))}
-        before = {n: p.to_local().clone() for n, p in weights.items()}
-        merge(cut)
-        note("merged", cut)
-        delta = alone.model.layers[1].mlp.experts.lotr.gate_up_proj.delta_weight()
-        if name == "GptOss":  # stores the transposed matrices
-            delta = delta.mT
-        at = "model.layers.1.mlp.experts.gate_up_proj"
-        found[f"{name} weight"] = relative(whole(cut.get_parameter(at).detach()), alone.get_parameter(at) + delta)
-        unmerge(cut)
-        found[f"{name} bits"] = all(torch.equal(p.to_local(), before[n]) for n, p in weights.items()) and len(before) == 4
-        note("unmerged", cut)
-        note("taken off", unload(cut, merge=True))
+        found |= {f"{name}, {what}": value for what, value in _files(rank, folder, name, settings).items()}
     return found
+
+
+def _files(rank: int, folder: Path, name: str, settings: dict) -> dict:
+    alone, cut = pair(folder, name, **settings)
+    saved, of_one, want = folder / f"{name}-adapter", folder / f"{name}-of-one-{rank}", logits(alone)
+
+    def error(model: nn.Module) -> float:
+        return relative(logits(model), want)
+
+    save_adapter(cut, saved)
+    save_adapter(alone, of_one)
+    found = {
+        "in one": error(load_adapter(base(folder, name), saved)),
+        "in parts": error(load_adapter(fill(pair(folder, name, **settings)[1], 9), of_one)),
+        "onto parts": error(load_adapter(parted(folder, name), saved)),
+    }
+    weights = {n: p for n, p in cut.named_parameters() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+    before = {n: p.to_local().clone() for n, p in weights.items()}
+    merge(cut)
+    found["merged"] = error(cut)
+    at, layer = "model.layers.1.mlp.experts.gate_up_proj", alone.model.layers[1].mlp.experts.lotr.gate_up_proj
+    delta = layer.delta_weight().mT if layer.transposed else layer.delta_weight()
+    found["weight"] = relative(whole(cut.get_parameter(at).detach()), alone.get_parameter(at) + delta)
+    unmerge(cut)
+    found["bits"] = all(torch.equal(p.to_local(), before[n]) for n, p in weights.items()) and len(before) == 4
+    return found | {"unmerged": error(cut), "taken off": error(unload(cut, merge=True))}
