@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.distributed import DistributedConfig
 
 from lotr_ext import load_adapter, merge, save_adapter, unload, unmerge
+from lotr_ext.interop import export_lora
 from nets import relative
 
 FOUR = {"num_experts": 4}
@@ -183,6 +184,12 @@ def _files(rank: int, folder: Path, name: str, settings: dict) -> dict:
         "in parts": error(load_adapter(fill(pair(folder, name, **settings)[1], 9), of_one)),
         "onto parts": error(load_adapter(parted(folder, name), saved)),
     }
+    for form in ("peft", "vllm-shared"):
+        exported = [folder / f"{name}-{form}-{model}" for model in ("cut", rank)]
+        for model, to in zip((cut, alone), exported):
+            export_lora(model, to, experts=form, base_model="base")
+        one, other = ((to / "adapter_model.safetensors").read_bytes() for to in exported)
+        found[form] = one == other
     weights = {n: p for n, p in cut.named_parameters() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))}
     before = {n: p.to_local().clone() for n, p in weights.items()}
     merge(cut)

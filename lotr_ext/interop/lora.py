@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
@@ -29,13 +30,13 @@ from ..layers.experts import LoTRExperts
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.layer import LoTRLayer
 from ..layers.linear import LoTRConv1D
-from ..layers.sharded import holds_parts
+from ..layers.sharded import Slot, agreed, holds_parts, whole, writing_rank
 from ..model.adapted import adapted_layers
 from ..model.adapter_files import Manifest, serialized
 from ..model.core_forms import CORES
 from ..model.experts import parameter_name
 from ..model.peft_files import read_either
-from ..model.saved import saved_modules, saved_tensors
+from ..model.saved import adapter_slots, saved_modules, saved_tensors
 from ..model.saving import unwrapped
 from ..ops import accumulate_dtype
 from .expert_lora import (
@@ -138,6 +139,8 @@ def export_lora(
     `peft.PeftModel.from_pretrained(base, directory)` then gives the same outputs up to rounding, for the base model that
     `apply_lotr` was given. modules_to_save go along. lora_alpha = s r, with rank and alpha patterns where layers differ.
 
+    All processes together export a model that is held in parts, as `save_adapter` saves it.
+
     Args:
         model: an adapted model, merged or not, from `apply_lotr` or built by hand.
         directory: made if need be.
@@ -150,33 +153,42 @@ def export_lora(
         pad_rank: pads all factors with zeros to this rank. None: each layer keeps its own.
 
     Raises:
-        TypeError: no nn.Module, or experts of a mixture built by hand. RuntimeError: no adapter, or one on the meta device.
-            ValueError: directory is a file, experts is no form, or a layer has a rank above pad_rank.
+        TypeError: no nn.Module, or experts of a mixture built by hand. RuntimeError: no adapter, or one on the meta device; of
+            a model in parts an error in another process. ValueError: directory is a file, experts is no form, or a layer has a
+            rank above pad_rank.
 
     Warns:
         UserWarning: base_model is not known. PEFT and vLLM's resolver of folders need it to find the base by themselves.
     """
     check_form(experts)
-    model, directory = unwrapped(model), Path(directory)
-    host = host_of(hosts, experts, getattr(getattr(model, "config", None), "model_type", None))
-    if isinstance(model, nn.Module) and holds_parts(model):
-        raise RuntimeError(
-            f"model: expected whole tensors, got {type(model).__name__} held in parts; save_adapter in every process, then "
-            "load and export in one"
-        )
-    layers, saved = adapted_layers(model), saved_modules(model)
-    stacked = _stacked(layers, experts)
-    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
-    entries = {name: LoRALayer(*lora_factors(layer), layer.scaling) for name, layer in layers.items()}
-    config: dict[str, Any] = {
-        "task_type": task_type,
-        "base_model_name_or_path": _base_model(base_model or loaded_from(model)),
-        "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
-        "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
-        "target_modules": _exact_targets(layers, model) if layers else [],
-        "modules_to_save": _outermost(saved) or None,
-    }
-    _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved_tensors(saved), config)
+    inner, directory = unwrapped(model), Path(directory)
+    host = host_of(hosts, experts, getattr(getattr(inner, "config", None), "model_type", None))
+    together = isinstance(inner, nn.Module) and holds_parts(inner)
+
+    def check() -> list[Slot]:
+        adapted_layers(inner)  # says so where there are none
+        return adapter_slots(inner)
+
+    def write() -> None:
+        layers, saved = adapted_layers(inner), saved_modules(inner)
+        stacked = _stacked(layers, experts)
+        layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
+        entries = {name: LoRALayer(*lora_factors(layer), layer.scaling) for name, layer in layers.items()}
+        config: dict[str, Any] = {
+            "task_type": task_type,
+            "base_model_name_or_path": base,
+            "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
+            "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
+            "target_modules": _exact_targets(layers, inner) if layers else [],
+            "modules_to_save": _outermost(saved) or None,
+        }
+        if dist.get_rank() == 0 if together else writing_rank(model):
+            _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved_tensors(saved), config)
+
+    slots = agreed("export_lora", check, together=together)
+    base = _base_model(base_model or loaded_from(inner))
+    with whole(model, slots):
+        agreed("export_lora", write, together=together)
 
 
 def _stacked(layers: Mapping[str, LoTRLayer], form: str) -> dict[str, ExpertLoRA]:
