@@ -20,7 +20,7 @@ from .. import ops
 from ..compat import any_autocast, dispatch_modes, jit_tracing, transformed
 from ..ops import composite, planner, tuned
 from ..ops.composite import base_linear, here, rows, to
-from ..ops.grouped import grouped_linear
+from ..ops.grouped import Packed, grouped_linear
 from ..ops.planner import Plan
 from . import traced
 from .one_node import LoTRFunction
@@ -277,7 +277,7 @@ def _index_of_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def call_routed(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None,
     offs: Tensor,
     tokens: Tensor | None,
@@ -304,7 +304,7 @@ def call_routed(
         if any_autocast() and compute_dtype(x) is not None:
             return explicitly_cast(call_routed, x, weight, bias, offs, tokens, y, A, B, cores, index, call)
         call.compute = x.dtype
-        if x.dtype != weight.dtype:
+        if weight.dtype not in (x.dtype, None):
             raise TypeError(f"x: expected dtype {weight.dtype}, as the weight has, got {x.dtype}")
     call.plan, compute = plan_call(x, A, call, None), call.compute
     cores = row_cores(cores, x, compute)

@@ -18,7 +18,7 @@ from ..layers.factors import LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.hosted import Hosted
 from ..model.experts import expert_sizes
-from ..ops.grouped import grouped_linear, of_groups_alone
+from ..ops.grouped import Packed, grouped_linear, of_groups_alone
 from ..ops.planner import Plan
 from .peft_config import LoTRPeftConfig
 from .peft_layer import LoTRCore, LoTRPeftLinear
@@ -54,7 +54,7 @@ class LoTRPeftExperts(Hosted, LoTRPeftLinear):
     def routed(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Packed,
         bias: Tensor | None,
         offs: Tensor,
         tokens: Tensor | None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..autograd.call import Call, call_routed, compute_dtype
 from ..autograd.tensor_parallel import is_dtensor, own_experts
 from ..ops.composite import delta_weight
-from ..ops.grouped import expert_of_rows, grouped_linear, of_groups_alone
+from ..ops.grouped import Packed, expert_of_rows, grouped_linear, of_groups_alone
 from .checks import check_beside, check_dimension, check_dtype, check_index, check_number, check_tensor
 from .factors import LoTRFactors
 from .layer import LoTRLayer
@@ -182,7 +182,7 @@ class LoTRExperts(LoTRLayer):
     def routed(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Packed,
         bias: Tensor | None,
         offs: Tensor,
         tokens: Tensor | None,
@@ -202,7 +202,7 @@ class LoTRExperts(LoTRLayer):
         return of_groups_alone(run, x, offs, tokens) if padded else run(x, tokens)
 
     def _run(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor, tokens: Tensor | None, tasks: Tensor | None
+        self, x: Tensor, weight: Tensor | Packed, bias: Tensor | None, offs: Tensor, tokens: Tensor | None, tasks: Tensor | None
     ) -> Tensor:
         off, mixture = self._state()
         if self.merged or off:

@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.grouped import Packed
 from .experts import LoTRExperts
 from .factors import LoTRFactors
 from .merging import check_is_parameter
+from .packed import weight_of
 from .settings import Settings
 
 __all__ = ["Host", "Hosted", "LoTRHostedExperts"]
@@ -41,7 +43,8 @@ class Host:
 class Hosted:
     """Mixin of adapters of a 3-D parameter of their host: its weight and bias as they are now.
 
-    `weight` [e, n, k] is a transposed view if the host stores [e, k, n]. `bias` [e, n] is None without one.
+    `weight` [e, n, k] is a transposed view if the host stores [e, k, n], and a `Packed` if its experts are quantised. `bias`
+    [e, n] is None without one.
     """
 
     host: Host
@@ -55,10 +58,9 @@ class Hosted:
         return self.host()
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor | Packed:
         """W [e, n, k]."""
-        stored = getattr(self.holder, self.parameter)
-        return stored.mT if self.transposed else stored
+        return weight_of(self.holder, self.parameter, self.transposed)
 
     @property
     def bias(self) -> Tensor | None:
@@ -66,8 +68,13 @@ class Hosted:
         return None if self.bias_name is None else getattr(self.holder, self.bias_name)
 
     def check_parameter(self, part: str, where: str, name: str = "") -> None:
-        """TypeError unless the host's weight or bias is a parameter."""
+        """TypeError unless the host's weight or bias is a dense parameter."""
         own = self.parameter if part == "weight" else self.bias_name
+        if part == "weight" and isinstance(weight := self.weight, Packed):
+            if where == "unload":  # which leaves the weight as it is
+                return
+            got = f"{name or self.parameter!r} packed as {weight.format}"
+            raise TypeError(f"{where}: expected dense experts, got {got}; use it unmerged, or load it dequantised")
         if own is not None:
             check_is_parameter(self.holder, own, where, name)
 
@@ -93,9 +100,9 @@ class LoTRHostedExperts(Hosted, LoTRExperts):
         e, n, k = self.weight.shape
         self._check_factors(factors, k, n)
         self._check_device(factors, self.weight.device)
-        for own in (parameter, bias):
-            if own is not None:
-                getattr(host, own).requires_grad_(False)
+        for own, tensor in host.named_parameters(recurse=False):
+            if own.startswith(parameter):  # the weight or the tensors that it is packed in, and the bias
+                tensor.requires_grad_(False)
         self.num_experts, self.in_features, self.out_features = e, k, n
         self._attach(factors, self.weight.device, settings or Settings())
         self.train(host.training)

@@ -15,13 +15,26 @@ from torch import Tensor, nn
 from ..compat import FakeTensor
 from .sharded import in_parts
 
-__all__ = ["dense_weight", "dequantizer", "has_plain_weight", "is_plain"]
+__all__ = ["base_format", "dense_weight", "dequantizer", "has_plain_weight", "is_plain"]
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Whether products may read module.weight: a floating tensor that holds its own values."""
+    """Whether products may read module.weight: a floating tensor that holds its own values, and no codes of one byte."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and is_plain(weight) and weight.is_floating_point()
+    return isinstance(weight, Tensor) and is_plain(weight) and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def base_format(module: nn.Module) -> str | None:
+    """The name of a module's quantised format; None for a plain weight."""
+    if has_plain_weight(module):
+        return None
+    weight = getattr(module, "weight", None)
+    library, kind = type(weight).__module__.partition(".")[0], type(weight).__name__
+    if kind in ("Params4bit", "Int8Params"):
+        return f"bitsandbytes {weight.quant_type if kind == 'Params4bit' else 'int8'}"
+    if isinstance(weight, Tensor) and not is_plain(weight):
+        return f"{library} {kind}"
+    return type(module).__name__
 
 
 def is_plain(tensor: Tensor) -> bool:

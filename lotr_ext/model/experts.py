@@ -9,6 +9,7 @@ model, or for decoding, cannot leave the adapter out in silence.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..layers.checks import DTYPES
 from ..layers.factors import LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.mixture import tasks_of_tokens
+from ..layers.packed import packed, weight_of
 from ..layers.quantized import is_plain
 from ..layers.settings import Settings
 from ..layers.sharded import whole_shape
@@ -48,6 +50,8 @@ def _register() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, experts_forward)
+    if (fp8 := sys.modules.get("transformers.integrations.finegrained_fp8")) is not None:  # which has an interface of its own
+        fp8.ALL_FP8_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, experts_forward)
 
 
 def first_projection(module: nn.Module) -> str:
@@ -55,12 +59,17 @@ def first_projection(module: nn.Module) -> str:
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
 
 
-def why_not(module: nn.Module, parameter: str) -> str | None:
-    """Why a parameter cannot be adapted as experts' matrices, worded as what was got; None if it can."""
-    kind, tensor = type(module).__name__, module._parameters[parameter]
-    if tensor.dim() != 3:
+def why_not(module: nn.Module, parameter: str, where: str = "") -> str | None:
+    """Why a parameter cannot be adapted as experts' matrices, worded as what was got; None if it can. where: the module's name.
+
+    Raises:
+        TypeError, ValueError: packed experts in a format that is known, with tensors that do not fit together.
+    """
+    kind, tensor = type(module).__name__, module._parameters.get(parameter)
+    known = packed(module, parameter, getattr(module, "is_transposed", False), where)
+    if known is None and tensor.dim() != 3:
         return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
-    if not is_plain(tensor) or tensor.dtype not in DTYPES.values():
+    if known is None and (not is_plain(tensor) or tensor.dtype not in DTYPES.values()):
         how = type(tensor).__name__ if not is_plain(tensor) else str(tensor.dtype)
         return f"quantised experts of {kind} ({how})"
     takes = all(hasattr(module, name) for name in _SAYS) and hasattr(type(module).forward, "__wrapped__")
@@ -73,6 +82,9 @@ def why_not(module: nn.Module, parameter: str) -> str | None:
 
 def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
     """(experts, in_features, out_features) of a parameter that can be adapted."""
+    if (known := packed(module, parameter, module.is_transposed)) is not None:
+        e, n, k = known.shape
+        return e, k, n
     e, n, k = whole_shape(getattr(module, parameter))
     return (e, n, k) if module.is_transposed else (e, k, n)
 
@@ -147,11 +159,10 @@ def _projected(
     tasks: Tensor | None,
     padded: bool,
 ) -> Tensor:
-    weight = getattr(module, parameter)
-    weight = weight.mT if module.is_transposed else weight
+    weight = weight_of(module, parameter, module.is_transposed)
     bias = getattr(module, f"{parameter}_bias") if module.has_bias else None
     dtype = compute_dtype(x)
-    if dtype is None:
+    if dtype is None and weight.dtype is not None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
     adapted = getattr(module, CHILD)
     if parameter in adapted:

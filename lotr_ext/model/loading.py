@@ -15,6 +15,7 @@ from ..layers.cores import FORMS, Cores
 from ..layers.factors import LoTRFactor, LoTRFactors, same_values
 from ..layers.layer import LoTRLayer
 from ..layers.merging import write_
+from ..layers.packed import expert_parameters
 from ..layers.parametrized import state_of
 from ..layers.placement import home
 from ..layers.sharded import agreed, holds_parts, named_modules, whole
@@ -279,8 +280,9 @@ def _check_sizes(name: str, entry: LayerEntry, module: nn.Module) -> None:
         want, found, what = (entry.in_features, entry.out_features), features(module), "(in_features, out_features)"
     else:
         own = name.rpartition(".")[2]
-        if own not in module._parameters or (got := why_not(module, own)) is not None:
-            got = "no such parameter" if own not in module._parameters else got
+        there = own in expert_parameters(module)
+        if not there or (got := why_not(module, own)) is not None:
+            got = got if there else "no such parameter"
             raise ValueError(f"{name}: expected experts with a parameter {own}, got {got}")
         want, found = (entry.experts, entry.in_features, entry.out_features), expert_sizes(module, own)
         what = "(experts, in_features, out_features)"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from torch import nn
 
+from ..layers.hosted import LoTRHostedExperts
+from ..layers.linear import LoTRWrapped
+from ..layers.quantized import base_format
+from ..ops.grouped import Packed
 from .adapted import adapted_layers
 from .config import LoTRConfig
 from .stages import inner_model
@@ -18,7 +23,8 @@ class TrainableSummary(NamedTuple):
     """Counts of parameters. adapter: A, B and cores; trained: all that require grad; total: the model with its adapter.
 
     layers: adapted layers; groups: (in_features, out_features, rank) of each pair of factors; left_out: what "all-linear" or a
-    regular expression reached and left as it is, by name, and why. str() of it is the report for people.
+    regular expression reached and left as it is, by name, and why; formats: the quantised format of each adapted layer that has
+    one, by name. str() of it is the report for people.
     """
 
     adapter: int
@@ -27,6 +33,7 @@ class TrainableSummary(NamedTuple):
     layers: int
     groups: tuple[tuple[int, int, int | tuple[int, int]], ...]
     left_out: tuple[tuple[str, str], ...] = ()
+    formats: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         pairs = ", ".join(f"{k}x{n} at rank {rank}" for k, n, rank in self.groups)
@@ -37,10 +44,12 @@ class TrainableSummary(NamedTuple):
             f"\nleft out: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
             for reason, names in reasons.items()
         )
+        counts = Counter(format for _, format in self.formats)
+        quantised = f"\nquantised: {', '.join(f'{count} x {name}' for name, count in counts.items())}" if counts else ""
         return (
             f"LoTR: {self.layers} layers, {len(self.groups)} pair{'s' * (len(self.groups) != 1)} of factors ({pairs}), "
             f"{self.adapter:,} adapter parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})"
-        ) + "".join(lines)
+        ) + "".join((quantised, *lines))
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
@@ -51,7 +60,8 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     Raises:
         TypeError: no nn.Module. RuntimeError: a model with no adapter.
     """
-    layers = adapted_layers(model).values()
+    named = adapted_layers(model)
+    layers = named.values()
     factors = {id(layer.factors): layer.factors for layer in layers}
     adapter = {id(p): p.numel() for layer in layers for p in layer.adapter_parameters()}
     parameters = {id(p): p for p in model.parameters()}
@@ -64,4 +74,11 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         layers=len(layers),
         groups=tuple((f.in_features, f.out_features, f.rank) for f in factors.values()),
         left_out=tuple(left_out(inner, config).items()) if isinstance(config, LoTRConfig) else (),
+        formats=tuple((name, found) for name, layer in named.items() if (found := _format(layer)) is not None),
     )
+
+
+def _format(layer: nn.Module) -> str | None:
+    if isinstance(layer, LoTRHostedExperts):
+        return weight.format if isinstance(weight := layer.weight, Packed) else None
+    return base_format(layer.base_layer) if isinstance(layer, LoTRWrapped) else None

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from ..autograd.tensor_parallel import cut_of, is_dtensor
 from ..layers.layer import LoTRLayer
 from ..layers.linear import is_conv1d
+from ..layers.packed import expert_parameters
 from ..layers.parallel_styles import tp_style
 from ..layers.quantized import has_plain_weight, is_plain
 from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
@@ -139,7 +140,8 @@ def _saved(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
         for name, module in found.items():
             if next(module.parameters(), None) is None:
                 raise ValueError(f"modules_to_save: expected modules with parameters, got {name!r} ({type(module).__name__})")
-            quantised = next((n for n, p in module.named_parameters() if not is_plain(p)), None)
+            one_byte = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+            quantised = next((n for n, p in module.named_parameters() if not is_plain(p) or p.dtype in one_byte), None)
             if quantised is not None:
                 raise ValueError(f"modules_to_save: expected parameters that can be trained, got {name}.{quantised}, quantised")
         saved.update(found)
@@ -251,13 +253,13 @@ def parameter_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[in
     for name, module in model.named_modules() if unused else ():
         if id(module) in inside_saved or (config.exclude_modules and _matches(name, config.exclude_modules)):
             continue
-        for own, _ in module.named_parameters(recurse=False):
+        for own in expert_parameters(module):
             full = f"{name}.{own}" if name else own
             found = [ending for ending in config.target_parameters if name_ends_with(full, ending)]
             if not found:
                 continue
             unused.difference_update(found)
-            if (got := why_not(module, own)) is not None:
+            if (got := why_not(module, own, name)) is not None:
                 raise TypeError(
                     f"target_parameters: expected the 3-D weights of experts of a transformers mixture, got {full!r}, {got}"
                 )
@@ -307,7 +309,7 @@ def _why_not_linear(module: nn.Module, everything: bool) -> str | None:
     if isinstance(module, _ConvNd):
         return None
     for own, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() > 2 and own not in adapted_in(module):
+        if parameter.dim() > 2 and not own.startswith(tuple(adapted_in(module))):  # of packed experts several tensors
             return f"{own} is a {parameter.dim()}-D parameter, not a linear layer; target_parameters takes experts"
     return f"a {type(module).__name__}: name it to adapt it" if everything and features(module) is not None else None
 

@@ -7,11 +7,14 @@ offs [e] (int32) holds where each expert's rows end, as for torch.nn.functional.
 gradient. On a GPU torch's grouped product runs if it supports the operands. Otherwise, and on a CPU, one product per expert
 runs: on a CPU torch's own is such a loop too, and refuses float64 and rows that are no multiple of 16 bytes. Both are
 operators, so that a compiled graph contains no loop.
+
+Of a packed (quantised) weight, `GroupedPacked` makes a few experts at a time dense, in the forward and again in the backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -23,6 +26,7 @@ from ..compat import jit_tracing, transformed
 from .library import check_tensors, shapes
 
 _CHUNK = 16  # bytes that a row must be a multiple of for torch's grouped product
+_DENSE = 2**24  # bytes of experts that are made dense at once, unless one expert has more
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
@@ -61,13 +65,17 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     _check("grouped_mm", x, weight, offs)
     if _takes(x, weight):
         return nnf.grouped_mm(x, weight.mT, offs=offs)
-    y, start = x.new_empty(x.shape[0], weight.shape[1]), 0
-    for expert, end in enumerate(_ends(offs, x.shape[0])):
-        if end > start:
-            torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
-        start = end
-    y[start:].zero_()
+    y, ends = x.new_empty(x.shape[0], weight.shape[1]), _ends(offs, x.shape[0])
+    _products(x, weight, [0, *ends], y)
+    y[ends[-1] :].zero_()
     return y
+
+
+def _products(x: Tensor, weight: Tensor, bounds: Sequence[int], y: Tensor) -> None:
+    """y_i <- x_i W_c^T for the rows i of expert c, which are bounds[c] to bounds[c + 1]."""
+    for c, (start, end) in enumerate(pairwise(bounds)):
+        if end > start:
+            torch.mm(x[start:end], weight[c].t(), out=y[start:end])
 
 
 @shapes("grouped_mm")
@@ -116,6 +124,103 @@ grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_setup)
 grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_setup)
 
 
+# ---- packed weights ----------------------------------------------------------------------------------------------------
+
+
+class Packed(ABC):
+    """Frozen matrices of experts W [e, n, k] in a quantised format, of which a few at a time are made dense.
+
+    format: its name. shape: (e, n, k). dtype: in which the format itself gives W; None if it gives it in any. A reader of a
+    weight can use `shape`, `dtype`, `device`, `is_meta`, `requires_grad` and `mT` as those of a tensor.
+    """
+
+    format: str
+    shape: tuple[int, int, int]
+    dtype: torch.dtype | None = None
+    device: torch.device
+    requires_grad = False
+
+    @abstractmethod
+    def dense(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        """W of the experts first to end - 1: [end - first, n, k] in dtype, in any layout, that the caller may keep."""
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
+
+    @property
+    def mT(self) -> Packed:  # as torch names it
+        """The transposed matrices."""
+        return _Transposed(self)
+
+
+class _Transposed(Packed):
+    def __init__(self, of: Packed):
+        e, n, k = of.shape
+        self.of, self.format, self.shape, self.dtype, self.device = of, of.format, (e, k, n), of.dtype, of.device
+
+    def dense(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        return self.of.dense(first, end, dtype).mT
+
+    @property
+    def mT(self) -> Packed:
+        return self.of
+
+
+def _chunks(bounds: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Runs of at most `most` experts [first, end) that all have rows; expert c has those of bounds[c] to bounds[c + 1]."""
+    first = None
+    for expert, (start, end) in enumerate([*pairwise(bounds), (0, 0)]):
+        if first is not None and (start == end or expert - first == most):
+            yield first, expert
+            first = None
+        if first is None and end > start:
+            first = expert
+
+
+class GroupedPacked(torch.autograd.Function):
+    """grouped_mm over a packed weight: y_i = x_i W_c(i)^T.   backward: dx = g W, from the packed weight again.
+
+    apply(x [rows, k], weight, offs [e]) -> [rows, n]. No dense matrix is saved. The matrices of one chunk are dense at a time,
+    at most 16 MiB or one expert's, beside what the format's library takes. Experts without rows are not made dense.
+    Differentiable in x, any number of times. Rows from offs[-1] on are zero.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Packed, offs: Tensor) -> Tensor:
+        _, n, k = weight.shape
+        most, (rows, _) = max(1, _DENSE // (n * k * x.element_size())), x.shape
+        y, bounds = x.new_empty(rows, n), [0, *_ends(offs, rows)]
+        for first, end in _chunks(bounds, most):
+            part, (start, stop) = weight.dense(first, end, x.dtype), (bounds[first], bounds[end])
+            if _takes(x, part):
+                y[start:stop] = nnf.grouped_mm(x[start:stop], part.mT, offs=offs[first:end] - start)
+            else:
+                _products(x, part, bounds[first : end + 1], y)
+            del part  # before the next one is made
+        y[bounds[-1] :].zero_()
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.weight, offs = inputs
+        ctx.save_for_backward(offs)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        (offs,) = ctx.saved_tensors
+        return GroupedPacked.apply(g.contiguous(), ctx.weight.mT, offs), None, None
+
+
+@torch.compiler.disable  # which experts have rows decides what is made dense
+def grouped_packed(x: Tensor, weight: Packed, offs: Tensor) -> Tensor:
+    """`GroupedPacked`, with checks."""
+    if x.shape[1] != weight.shape[2] or offs.shape[0] != weight.shape[0]:
+        e, _, k = weight.shape
+        raise ValueError(f"x: expected [rows, {k}] of {e} experts, got {tuple(x.shape)} and {offs.shape[0]} ends")
+    return GroupedPacked.apply(x, weight, offs)
+
+
 def expert_of_rows(offs: Tensor, rows: int) -> Tensor:
     """The expert of each row [rows] (int64); the number of experts for rows from offs[-1] on. rows may exceed int32."""
     return torch.searchsorted(offs.long(), torch.arange(rows, device=offs.device), right=True)
@@ -162,11 +267,14 @@ def _is_known(t: Tensor) -> bool:
     return t.device.type == "cpu" and type(t) is Tensor and not is_compiling() and jit_tracing() is None and not transformed()
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor | Packed, offs: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """x_i W_c(i)^T + bias_c(i) [rows, n] for rows sorted by expert; bias [e, n]. dtype: what autocast casts to, or None."""
     if dtype is not None:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    y = grouped_mm(x, weight, offs)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if isinstance(weight, Packed):
+        y = grouped_packed(x, weight, offs)
+    else:
+        y = grouped_mm(x, weight if dtype is None else weight.to(dtype), offs)
     if bias is None:
         return y
     experts = expert_of_rows(offs, x.shape[0]).clamp(max=bias.shape[0] - 1)

@@ -165,7 +165,7 @@ def test_with_the_real_libraries() -> None:
     path = os.pathsep.join(filter(None, [str(here.parent), str(LIBRARIES), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "torchao or bitsandbytes"]
     run = subprocess.run(
-        [*command, __file__, str(here.parent / "interop" / "test_peft.py")],
+        [*command, __file__, *(str(here.parent / other) for other in ("interop/test_peft.py", "model/test_packed_experts.py"))],
         env=dict(os.environ, PYTHONPATH=path),
         cwd=here.parent,
         capture_output=True,
@@ -173,7 +173,8 @@ def test_with_the_real_libraries() -> None:
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout.splitlines()[-1]
-    for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao_base"):
+    experts = ("[torchao Int8Tensor", "[torchao Float8Tensor", "[bitsandbytes nf4", "[bitsandbytes nf4 nested")
+    for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao_base", *experts):
         assert any(name in line and "PASSED" in line for line in run.stdout.splitlines()), name
 
 
