@@ -41,6 +41,7 @@ from .model.groups import parameter_groups
 from .model.influence import influence
 from .model.loading import load_adapter
 from .model.per_example import per_example
+from .model.pipeline import PipelineStages
 from .model.pretrained import from_pretrained
 from .model.saving import save_adapter
 from .model.summary import trainable_summary
@@ -56,6 +57,7 @@ __all__ = [
     "LoTRFunction",
     "LoTRLinear",
     "LoTRWrapped",
+    "PipelineStages",
     "TaskBank",
     "activated",
     "active_adapter",

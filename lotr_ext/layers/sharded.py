@@ -25,6 +25,7 @@ __all__ = [
         "StaysWhole",
         "agree_over",
         "agreed",
+        "all_results",
         "holds_parts",
         "in_parts",
         "in_place_of",
@@ -108,8 +109,10 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
 
 
-def writing_rank(model: nn.Module) -> bool:
-    """Whether this process writes the files of a replicated model."""
+def writing_rank(model: nn.Module, together: bool = False) -> bool:
+    """Whether this process writes the files of a replicated model. together: of one that all processes save together."""
+    if together:
+        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     model = getattr(model, "_orig_mod", model)  # a compiled one
     if isinstance(model, _engine()):
         return dist.get_rank() == 0
@@ -314,19 +317,36 @@ def agreed(where: str, work: Callable[[], T], *, together: bool = True) -> T:
     Raises:
         Where work failed what it raised, whatever it is; elsewhere RuntimeError, with its message and the process's rank.
     """
-    if not (together and dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return work()
+    found: list[T] = []
+    if together:
+        all_results(where, lambda: found.append(work()))
+    return found[0] if together else work()
+
+
+def all_results(where: str, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """What work() returned in each process of a group, None: of all. If it fails in one it fails in all.
+
+    Raises:
+        As `agreed`; RuntimeError also if a process does not call this: after the group's timeout, or at once if it has ended.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return [work()]
     result: T | None = None
     error: BaseException | None = None
     try:
         result = work()
     except BaseException as caught:  # of any kind, KeyboardInterrupt too: the others are waiting
         error = caught
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
+    found: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(found, (result, None if error is None else f"{type(error).__name__}: {error}"), group)
+    except RuntimeError as lost:
+        raise RuntimeError(
+            f"{where}: expected all processes to call it together, got no answer from another ({lost})"
+        ) from lost
     if error is not None:
         raise error
-    for rank, failure in enumerate(failures):
+    for rank, (_, failure) in zip(dist.get_process_group_ranks(group), found):
         if failure is not None:
             raise RuntimeError(f"{where}: expected all processes to succeed, got an error in process {rank}: {failure}")
-    return result
+    return [result for result, _ in found]

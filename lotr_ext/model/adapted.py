@@ -9,7 +9,12 @@ from torch import nn
 from ..layers.layer import LoTRLayer
 from ..layers.sharded import named_modules
 
-__all__ = ["adapted_layers", "expect_merged", "lotr_parameters"]
+__all__ = ["adapted_layers", "expect_merged", "layers_in", "lotr_parameters"]
+
+
+def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
+    """As `adapted_layers`, of a model that may have none, like a stage of a pipeline."""
+    return {name: m for name, m in named_modules(model) if isinstance(m, LoTRLayer)}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
@@ -20,7 +25,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoTRLayer)}
+    layers = layers_in(model)
     if not layers:
         raise RuntimeError(f"model: expected one with a LoTR adapter, got {type(model).__name__} without; apply_lotr adds one")
     return layers

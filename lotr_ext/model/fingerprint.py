@@ -46,7 +46,7 @@ def _of_weight(module: nn.Module) -> str | None:
 def fingerprint(layers: Mapping[str, LoTRLayer]) -> dict[str, str]:
     """What identifies the base weights of a few of the layers, by name; empty where they cannot be read."""
     named = list(layers.items())
-    chosen = {i * (len(named) - 1) // max(LAYERS - 1, 1) for i in range(LAYERS)}
+    chosen = {i * (len(named) - 1) // max(LAYERS - 1, 1) for i in range(LAYERS) if named}
     found = {named[i][0]: _of_weight(named[i][1]) for i in sorted(chosen)}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
 from typing import TypeVar
@@ -18,9 +19,9 @@ from ..layers.merging import write_
 from ..layers.packed import expert_parameters
 from ..layers.parametrized import state_of
 from ..layers.placement import home
-from ..layers.sharded import agreed, holds_parts, named_modules, whole
+from ..layers.sharded import agreed, holds_parts, whole
 from . import adapters
-from .adapted import adapted_layers, expect_merged
+from .adapted import adapted_layers, expect_merged, layers_in
 from .adapter_files import LayerEntry, Manifest, describe, empty
 from .apply import install
 from .config import LoTRConfig
@@ -28,6 +29,7 @@ from .core_forms import CORES, make_cores
 from .experts import CHILD, expert_sizes, why_not
 from .fingerprint import warn_of_another_base
 from .peft_files import read_either
+from .pipeline import PipelineStages, expect_whole_model, part_of
 from .saved import adapter_slots, computed_tensors, fitted_to_parametrizations, parts, saved_modules, saved_tensors
 from .saving import checked_path, factor_prefix, module_prefixes, unwrapped
 from .shared_factors import factors_by_part, width_names
@@ -81,9 +83,13 @@ def load_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    target = unwrapped(model)
-    together = holds_parts(target)
+    expect_whole_model(model, "load_adapter")
+    target, stages = unwrapped(model), model if isinstance(model, PipelineStages) else None
+    together = stages is not None or holds_parts(target)
     manifest, tensors = agreed("load_adapter", lambda: read_either(checked_path(directory)), together=together)
+    if stages is not None:
+        _fill_stages(stages, manifest, tensors, cast)
+        return model
     if name is not None and any(isinstance(m, LoTRLayer) for m in target.modules()):
         if name != adapters.active_adapter(target):
             _load_parked(target, manifest, tensors, cast, name, share_factors)
@@ -101,6 +107,28 @@ def load_adapter(
     if name is not None:
         adapters.rename_active(target, name)
     return model
+
+
+def _fill_stages(stages: PipelineStages, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
+    """Each stage of a pipeline takes its part of the file."""
+
+    def checked() -> list[tuple[Manifest, dict[str, Tensor]]]:
+        _check_names(stages.layers, set(manifest.layers))
+        if stages.saved != set(manifest.modules_to_save):
+            want, got = sorted(stages.saved), sorted(manifest.modules_to_save)
+            raise ValueError(f"modules_to_save: expected {want} as in the model, got {got}")
+        own = [part_of(manifest, tensors, one) for one in inner]
+        own = [(part, _fitted(one, part, values)) for one, (part, values) in zip(inner, own)]
+        for one, (part, values) in zip(inner, own):
+            _check_adapted(one, part, values, cast)
+        return own
+
+    inner = [unwrapped(stage) for stage in stages]
+    with ExitStack() as gathered:
+        for stage, one in zip(stages, inner):
+            gathered.enter_context(whole(stage, adapter_slots(one), write=True))
+        for one, own in zip(inner, agreed("load_adapter", checked)):
+            _fill(one, *own)
 
 
 def _fill_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
@@ -141,7 +169,7 @@ def _load_parked(
 
 def _fitted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors as the model's parametrizations need them."""
-    layers = {name: m for name, m in named_modules(model) if isinstance(m, LoTRLayer)}
+    layers = layers_in(model)
     return fitted_to_parametrizations(layers, module_prefixes(model, layers), manifest, tensors)
 
 
@@ -183,7 +211,7 @@ def _expected(
 
 
 def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
-    layers = adapted_layers(model)
+    layers = layers_in(model)
     prefixes = module_prefixes(model, layers)
     _check_names(set(layers), set(manifest.layers))
     expect_merged(layers, False, "load_adapter")
@@ -326,7 +354,7 @@ def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: 
 
 @torch.no_grad()
 def _fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
-    layers = adapted_layers(model)
+    layers = layers_in(model)
     warn_of_another_base(model, manifest.base)
     for names in _groups(manifest.layers).values():
         group, start = [layers[name] for name in names], None

@@ -8,11 +8,11 @@ layer, the parameters and buffers of modules_to_save, and, where init "svd" move
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..layers.cores import Cores
@@ -21,12 +21,13 @@ from ..layers.layer import LoTRLayer
 from ..layers.sharded import Slot, agreed, holds_parts, inside_wrappers, named_modules, whole, writing_rank
 from . import adapter_files as files
 from . import adapters
-from .adapted import adapted_layers
+from .adapted import adapted_layers, layers_in
 from .adapter_files import LayerEntry, Manifest
 from .config import LoTRConfig
 from .core_forms import CORES
 from .fingerprint import fingerprint
 from .parked import parked_adapter, parked_layers
+from .pipeline import PipelineStages, expect_whole_model
 from .saved import adapter_slots, computed_tensors, cores_of, saved_modules, saved_tensors
 from .stages import inner_model
 
@@ -73,26 +74,33 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
 
     DistributedDataParallel models are unwrapped too; called in several processes, only process 0 writes. A model that FSDP,
     ZeRO-3 or tensor parallelism holds in parts must be saved by all processes together, of FSDP1 what FullyShardedDataParallel
-    returned: they gather its tensors, process 0 writes, and all wait for it.
+    returned, and of a pipeline its `PipelineStages`: they gather its tensors, process 0 writes, and all wait for it.
 
     Raises:
         TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; of a model in parts an error
             in another process. ValueError: directory is a file.
     """
-    inner = unwrapped(model)
-    together = isinstance(inner, nn.Module) and holds_parts(inner)
+    stages = model if isinstance(model, PipelineStages) else [model]
+    inner = [unwrapped(stage) for stage in stages]
+    joined = stages is model
+    together = joined or (isinstance(model, nn.Module) and holds_parts(inner[0]))
 
-    def check() -> tuple[Path, list[Slot]]:
-        adapted_layers(inner)  # says so where there are none
-        return checked_path(directory), adapter_slots(inner)
+    def check() -> tuple[Path, list[list[Slot]]]:
+        if not joined:
+            expect_whole_model(model, "save_adapter")
+            adapted_layers(inner[0])  # says so where there are none
+        return checked_path(directory), [adapter_slots(one) for one in inner]
 
     def write() -> None:
-        manifest, tensors = contents(inner, name)
-        if dist.get_rank() == 0 if together else writing_rank(model):
+        manifest, tensors = contents(inner[0], name) if found is None else found
+        if writing_rank(model, together):
             files.write(path, manifest, tensors)
 
     path, slots = agreed("save_adapter", check, together=together)
-    with whole(model, slots):
+    with ExitStack() as gathered:
+        for stage, own in zip(stages, slots):
+            gathered.enter_context(whole(stage, own))
+        found = stages.gathered("save_adapter", lambda: [_contents(one, name) for one in inner]) if joined else None
         agreed("save_adapter", write, together=together)
 
 
@@ -103,7 +111,12 @@ def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[
     Raises:
         RuntimeError: no adapter, or one on the meta device. TypeError, ValueError: none of that name.
     """
-    layers = adapted_layers(model)
+    adapted_layers(model)  # says so where there are none
+    return _contents(model, name)
+
+
+def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
+    layers = layers_in(model)
     prefixes, saved = module_prefixes(model, layers), saved_modules(model)
     config, beside = getattr(model, "lotr_config", None), saved_tensors(saved)
     tensors: dict[str, Tensor] = {}
