@@ -23,12 +23,16 @@ from lotr_ext import (
     LoTRConfig,
     LoTRFactors,
     LoTRLinear,
+    TaskBank,
+    add_adapter,
     apply_lotr,
     explain,
     load_adapter,
     merge,
+    mixed,
     per_example,
     save_adapter,
+    set_adapter,
     unload,
     unmerge,
 )
@@ -290,6 +294,45 @@ def files(rank: int, folder: Path) -> dict:
     return found
 
 
+def rows_apart(rank: int, folder: Path) -> dict:
+    """A core for each row or token: named adapters, a bank of tasks, the gradients of each example."""
+    mesh, x, found, sums = init_device_mesh("cpu", (dist.get_world_size(),)), inputs(), {}, {}
+    for prepare in (False, True):
+        alone, cut = pair(mesh, prepare=prepare)
+        banks = []
+        for net, seed in ((alone, 1), (cut, 1 + rank)):
+            seeded(lambda: add_adapter(net, "fresh"), seed=seed)  # noqa: B023  called at once
+            add_adapter(net, "other", share_factors="default")
+            banks.append(TaskBank(net, tasks=3))
+            torch.manual_seed(6)
+            for core in (*(c for c in net.lotr_parked["other"].values), *banks[-1].requires_grad_().cores):
+                core.data.copy_(torch.randn(core.shape, dtype=core.dtype))
+            banks[-1].taken.fill_(True)
+        want, got = (list(m.lotr_parked["fresh"].factors.values()) for m in (alone, cut))
+        found["agreed"] = max(relative(b.A, a.A.detach()) for a, b in zip(want, got))
+        of_tokens = torch.tensor([[0, 1, 2, -1, 1], [2, 2, 0, 1, 1], [-1, 0, 0, 2, 0]])
+        ways = {"names": ["other", None, "default"], "tasks": torch.tensor([2, 0, 2]), "tokens": of_tokens}
+        for name, way in ways.items():
+            with mixed(alone, way), mixed(cut, way):
+                own = differences(alone, cut)
+                if name != "names":
+                    own["bank"] = max(relative(b.grad, a.grad) for a, b in zip(*(m.cores for m in banks)))
+                with counted() as count:
+                    step(cut, x)
+            for net in (alone, cut):
+                net.zero_grad()
+            found |= {f"{name} {key} {prepare}": value for key, value in own.items()}
+            sums[f"{name} {prepare}"] = sum(count.values())
+        with per_example(alone) as of_alone, per_example(cut) as of_cut:
+            own = differences(alone, cut)
+        own["each"] = max(relative(of_cut[name], of_alone[name]) for name in of_alone)
+        found |= {f"examples {key} {prepare}": value for key, value in own.items()}
+        for net in (alone, cut):
+            randomize(set_adapter(net, "fresh"), seed=8)
+        found |= {f"another {key} {prepare}": value for key, value in differences(alone, cut).items()}
+    return {"off": found, "sums": sums}
+
+
 class ByHand(nn.Module):
     """Without apply_lotr, so without a forward scope."""
 
@@ -342,10 +385,7 @@ def refusals(rank: int, folder: Path) -> dict:
     up._forward_pre_hooks.update(hooks)
     y = cut(inputs())
     twofold = refusal(lambda: torch.autograd.grad(torch.autograd.grad(y.sum(), up.core, create_graph=True)[0].sum(), up.core))
-    with per_example(cut):
-        examples = refusal(lambda: cut(inputs()))
     return {
-        "examples": examples,
         "plain x": plain,
         "cut twice": refusal(lambda: apply_lotr(strange, config())),
         "recorded": twofold,

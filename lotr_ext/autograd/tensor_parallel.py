@@ -167,7 +167,9 @@ def _of_scope(scope: Scope) -> list[Tensor]:
     for layer in (layer for same_B in scope.layers.values() for layer in same_B):
         core = core_of(layer)
         if is_dtensor(core) or is_dtensor(layer._parameters.get("weight")):
-            found += [layer.factors.A, layer.factors.B, core]
+            mixture = layer.mixture  # a bank has the cores of all tasks in one tensor
+            of_bank = mixture is not None and isinstance(mixture.cores, Tensor)
+            found += [layer.factors.A, layer.factors.B, mixture.cores if of_bank else core]
     return [t for t in found if type(t) in _PLAIN]
 
 

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from ..autograd.bank import open_scope
 from ..autograd.call import Call, add_rows, linear_rows
-from ..autograd.tensor_parallel import is_dtensor
+from ..autograd.tensor_parallel import call_cut, is_dtensor
 
 
 class Mixture(NamedTuple):
@@ -129,12 +129,33 @@ def call_mixed(
     """base(x) + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], s the call's scaling. index [b], or [b, t] of
     an x [b, t, ..., k]. base: a function, or weight and bias of a linear layer.
 
-    Raises ValueError for an x whose first dimension is not b, TypeError for a DTensor.
+    Raises ValueError for an x whose first dimension is not b, or of which a process has fewer rows.
     """
-    if is_dtensor(x):
-        raise TypeError("x: expected a plain tensor, got a DTensor; mixed and per_example take no tensor parallel layers")
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
         raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one an adapter name, got shape {tuple(x.shape)}")
+    if is_dtensor(x):
+        return _call_in_part(x, *base, A, B, cores, index, call)
     if isinstance(base, tuple):
         return linear_rows(x, *base, A, B, cores, index, call)
     return add_rows(x, base(x), A, B, cores, index, call)
+
+
+def _call_in_part(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call
+) -> Tensor:
+    """`call_mixed` of a tensor parallel layer. The cores take the core's place in the call, so their gradients are summed."""
+
+    def rows(x: Tensor) -> None:
+        if len(x) != len(index):
+            raise ValueError(f"x: expected all {len(index)} rows of the batch in each process, got {len(x)} here")
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, call: Call) -> Tensor:
+        rows(x)
+        return linear_rows(x, weight, bias, A, B, call.core, index, call)
+
+    def add(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor:
+        rows(x)
+        return add_rows(x, y, A, B, call.core, index, call)
+
+    call.core = cores
+    return call_cut(run, add, x, weight, bias, A, B, call)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
+from ..autograd.tensor_parallel import is_dtensor
 from ..layers.experts import LoTRExperts
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer
@@ -24,6 +25,7 @@ from ..layers.mixture import Mixture, mixture_of
 from ..layers.parametrized import parameters_of
 from ..layers.request import in_force
 from ..layers.settings import Settings
+from ..layers.sharded import agree_over
 from .adapted import adapted_layers, expect_merged
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
@@ -94,6 +96,8 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     factors = _new_factors(model, config) if owner is None else _factors_of(model, parked, owner, config)
     cores = make_cores(config, list(layers), next(iter(layers.values())).core.device)
     held = [form_at(cores, at) for at in layers] if cores is not None else _new_cores(model, config, factors)
+    made = (*(t for owner in factors.values() for t in owner.parameters()), *(held if cores is None else cores.parameters()))
+    agree_over(next(filter(is_dtensor, (layer._parameters.get("weight") for layer in layers.values())), None), made)
     settings = (Settings.of(config).scale(config.rank), config.dropout)
     saved = [t.detach().clone() for t in saved_tensors(saved_modules(model)).values()]
     parked[name] = ParkedAdapter(config, factors, held, cores, [settings] * len(held), saved)

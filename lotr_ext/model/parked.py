@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from ..layers.core import made
 from ..layers.cores import Cores
 from ..layers.factors import LoTRFactors
-from ..layers.sharded import holds_parts
+from ..layers.sharded import holds_parts, in_parts, is_tensor_parallel
 from .adapted import adapted_layers
 from .config import LoTRConfig
+from .saved import adapter_slots
 from .shared_factors import Owner, SharedFactors, counterpart
 
 __all__ = ["DEFAULT", "ParkedAdapter", "ParkedAdapters", "find_name", "parked_adapter", "parked_layers", "parked_of"]
@@ -69,7 +70,8 @@ def parked_of(model: nn.Module, name: str) -> ParkedAdapters:
     adapted_layers(model)
     if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
         raise RuntimeError(f"{name}: expected a model from apply_lotr, got one whose layers were built by hand")
-    if holds_parts(model):
+    whole = is_tensor_parallel(model) and not any(in_parts(slot.tensor) for slot in adapter_slots(model))
+    if holds_parts(model) and not whole:
         raise RuntimeError(f"{name}: expected whole tensors, got a model held in parts; shard it with one adapter")
     parked = getattr(model, "lotr_parked", None)
     return parked if isinstance(parked, ParkedAdapters) else ParkedAdapters()

@@ -7,7 +7,7 @@ from gloo import values_of
 from gloo_tensor_parallel import LAYOUTS
 from gloo_tp_plan import KINDS
 
-CHECKS = ("layouts", "checkpoints", "sums", "told", "dropout", "files", "by_hand", "refusals")
+CHECKS = ("layouts", "checkpoints", "sums", "told", "dropout", "files", "by_hand", "rows_apart", "refusals")
 PLANS = ("plans", "plans_told")
 MORE = ("more_processes_than_rows", "batch_in_parts")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -75,6 +75,20 @@ def test_files_and_merging(found: dict) -> None:
         assert max(by_rank.values()) < ROUNDING, by_rank
 
 
+@pytest.mark.parametrize("way", ["names", "tasks", "tokens", "examples", "another"])
+def test_a_core_a_row_and_several_adapters(found: dict, way: str) -> None:
+    for by_rank in found["rows_apart"]:
+        own = {name: value for name, value in by_rank["off"].items() if name.startswith(way)}
+        assert len(own) >= 6 and max(own.values()) < ROUNDING, own
+        assert by_rank["off"]["agreed"] == 0
+
+
+def test_a_bank_of_tasks_adds_one_collective(found: dict) -> None:
+    for by_rank in found["rows_apart"]:
+        assert by_rank["sums"]["tasks False"] == by_rank["sums"]["tokens False"] == 4 * 2 + 1
+        assert by_rank["sums"]["names False"] == 4 * 2 + 10  # the cores of the other 9 cut layers by themselves
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_cut_by_tp_plan_is_one_process(found: dict, kind: str) -> None:
     """Mixtral's router and DeepseekV2's rotary embedding round to float32."""
@@ -101,7 +115,6 @@ def test_ddp_over_another_dimension_of_the_mesh(of_four: dict) -> None:
 
 def test_refusals(found: dict) -> None:
     for by_rank in found["refusals"]:
-        assert by_rank["examples"].startswith("TypeError: x: expected a plain tensor, got a DTensor")
         assert by_rank["plain x"].startswith("TypeError: x, weight: expected DTensors")
         assert by_rank["cut twice"].startswith("ValueError: target_modules: expected tensor parallel layers cut by rows or")
         assert by_rank["recorded"].startswith("RuntimeError: tensor parallelism: expected a backward that is not itself")
