@@ -355,19 +355,6 @@ def by_hand(rank: int, folder: Path) -> dict:
     return differences(alone, parallelize_module(cut, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}))
 
 
-def batch_in_parts(rank: int, folder: Path) -> dict:
-    """DDP over one dimension of a mesh, tensor parallelism over the other."""
-    size = dist.get_world_size() // 2
-    mesh = init_device_mesh("cpu", (size, 2), mesh_dim_names=("dp", "tp"))
-    alone, cut = pair(mesh["tp"])
-    own = mesh.get_local_rank("dp")
-    x = inputs(2 * size)
-    net = nn.parallel.DistributedDataParallel(cut, process_group=mesh["dp"].get_group(), init_sync=False)
-    net(x[2 * own : 2 * own + 2]).square().sum().backward()
-    step(alone, x)
-    return {name: relative(p.grad * size, trained(alone)[name].grad) for name, p in trained(cut).items()}
-
-
 def refusals(rank: int, folder: Path) -> dict:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     _, cut = pair(mesh, layers=1)

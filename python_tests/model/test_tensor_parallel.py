@@ -9,7 +9,8 @@ from gloo_tp_plan import KINDS
 
 CHECKS = ("layouts", "checkpoints", "sums", "told", "dropout", "files", "by_hand", "rows_apart", "refusals")
 PLANS = ("plans", "plans_told")
-MORE = ("more_processes_than_rows", "batch_in_parts")
+MORE = ("more_processes_than_rows",)
+MESHES = ("sequences", "batch_in_parts")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROUNDING = 1e-13  # of float64
 
@@ -27,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
-    found = values_of(named(MORE), tmp_path_factory.mktemp("four"), world=4)
+    found = values_of(named(MORE) + named(MESHES, "gloo_tp_meshes"), tmp_path_factory.mktemp("four"), world=4)
     return {name.partition(":")[2]: own for name, own in found.items()}
 
 
@@ -108,9 +109,16 @@ def test_processes_without_rows_take_part_in_the_sums(of_four: dict, size: int) 
         assert max(value for name, value in by_rank.items() if name.startswith(str(size))) < ROUNDING
 
 
-def test_ddp_over_another_dimension_of_the_mesh(of_four: dict) -> None:
+@pytest.mark.parametrize("way", ["DDP", "FSDP2", "FSDP2, parallelize_module first"])
+def test_a_batch_in_parts_over_another_dimension_of_the_mesh(of_four: dict, way: str) -> None:
     for by_rank in of_four["batch_in_parts"]:
-        assert max(by_rank.values()) < ROUNDING
+        assert max(by_rank[way].values()) < ROUNDING, by_rank[way]
+
+
+@pytest.mark.parametrize("way", ["before", "after", "uneven"])
+def test_sequence_parallel_is_one_process(of_four: dict, way: str) -> None:
+    for by_rank in of_four["sequences"]:
+        assert max(by_rank[way].values()) < ROUNDING, by_rank[way]
 
 
 def test_refusals(found: dict) -> None:

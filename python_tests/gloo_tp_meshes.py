@@ -1,0 +1,146 @@
+"""As `gloo_tensor_parallel`, for a sequence in parts, for a batch in parts, and for weights and gradients in parts by FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gloo_tensor_parallel import Attention, D, base, config, differences, inputs, pair, randomize, seeded, step, trained
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from lotr_ext import apply_lotr, load_adapter, save_adapter
+from nets import relative
+
+
+class Normed(nn.Module):
+    """whole: a layer that no process cuts, on the part of the sequence that each process has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attention, self.up, self.down = Attention(D, True), nn.Linear(D, 20), nn.Linear(20, D)
+        self.whole = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first(x))
+        return self.whole(x + self.down(torch.tanh(self.up(self.second(x)))))
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(Normed(), Normed()).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+def sequence_plan(local: bool) -> dict[str, Any]:
+    """As torch's tutorial: norms and residual on a part of the sequence. local: whether parts travel as plain tensors."""
+    use, part = {"use_local_output": local}, Shard(1)
+    found: dict[str, Any] = {}
+    for i in range(2):
+        found |= {
+            f"{i}.first": SequenceParallel(**use),
+            f"{i}.attention": PrepareModuleInput(input_layouts=(part,), desired_input_layouts=(Replicate(),)),
+            f"{i}.attention.q": ColwiseParallel(**use),
+            f"{i}.attention.k": ColwiseParallel(**use),
+            f"{i}.attention.o": RowwiseParallel(output_layouts=part, **use),
+            f"{i}.second": SequenceParallel(**use),
+            f"{i}.up": ColwiseParallel(input_layouts=part, **use),
+            f"{i}.down": RowwiseParallel(output_layouts=part, **use),
+            f"{i}.whole": SequenceParallel(**use),
+        }
+    first = {"input_layouts": (Replicate(),), "desired_input_layouts": (part,), "use_local_output": local}
+    found["0"] = PrepareModuleInput(**first)
+    found["1"] = PrepareModuleOutput(output_layouts=(part,), desired_output_layouts=(Replicate(),))
+    return found
+
+
+def sequences(rank: int, folder: Path) -> dict:
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), {}
+    for name, after, local, tokens in (("before", False, True, 8), ("after", True, True, 8), ("uneven", False, False, 7)):
+        alone, cut = normed(), normed()
+        randomize(seeded(partial(apply_lotr, alone, config())))
+        if after:
+            parallelize_module(cut, mesh, sequence_plan(local))
+        seeded(partial(apply_lotr, cut, config()), seed=1 + rank)
+        if not after:
+            parallelize_module(cut, mesh, sequence_plan(local))
+        for norm in (m for m in cut.modules() if isinstance(m, nn.LayerNorm)):
+            norm.requires_grad_(False)  # SequenceParallel makes its parameters trainable
+        x = torch.randn(3, tokens, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        found[name] = differences(alone, randomize(cut), x)
+    return found
+
+
+def two_by_two(cut: Callable[[DeviceMesh], nn.Module], shard: bool) -> tuple[nn.Module, nn.Module, Tensor, int]:
+    """(the wrapped model, the model inside, this process's part of a batch, how many parts there are)"""
+    size = dist.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (size, 2), mesh_dim_names=("dp", "tp"))
+    net, own = cut(mesh["tp"]), mesh.get_local_rank("dp")
+    x = inputs(2 * size)[2 * own : 2 * own + 2]
+    if shard:
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh["dp"])
+        return fully_shard(net, mesh=mesh["dp"]), net, x, size
+    group = mesh["dp"].get_group()
+    return nn.parallel.DistributedDataParallel(net, process_group=group, init_sync=False), net, x, size
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def train(net: nn.Module, x: Tensor, scale: float, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (net(x).square().sum() * scale).backward()
+        optimizer.step()
+
+
+def batch_in_parts(rank: int, folder: Path) -> dict:
+    """DDP or FSDP2 over one dimension of a mesh, tensor parallelism over the other: trained, saved, loaded."""
+    found = {}
+    for way, shard, after in (("DDP", False, False), ("FSDP2", True, False), ("FSDP2, parallelize_module first", True, True)):
+        alone: list[nn.Module] = []
+
+        def cut(mesh: DeviceMesh) -> nn.Module:
+            single, parts = pair(mesh, after=after)  # noqa: B023  called at once
+            alone.append(single)  # noqa: B023
+            return parts
+
+        net, inside, x, size = two_by_two(cut, shard)
+        whole_x = inputs(2 * size)
+        step(alone[0], whole_x)
+        net(x).square().sum().backward()
+        own = {"gradients": 0.0}
+        for name, p in trained(inside).items():
+            own["gradients"] = max(own["gradients"], relative(whole(p.grad) * size, trained(alone[0])[name].grad))
+        train(alone[0], whole_x, 1.0), train(net, x, size)
+        with torch.no_grad():
+            want = alone[0](whole_x)
+            own["steps"] = relative(net(x), want[2 * (rank // 2) : 2 * (rank // 2) + 2])
+            save_adapter(net, folder / way)
+            dist.barrier()
+            own["in one"] = relative(load_adapter(base(), folder / way)(whole_x), want)
+            other, _, _, _ = two_by_two(lambda mesh: randomize(pair(mesh)[1], seed=9), shard)
+            own["in parts"] = relative(load_adapter(other, folder / way)(x), want[2 * (rank // 2) : 2 * (rank // 2) + 2])
+        found[way] = own
+    return found
