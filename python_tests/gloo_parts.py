@@ -10,6 +10,8 @@ import torch
 from gloo_checks import adam, batch, loss, on_both_paths, output, randomize_parts, refusal, shard, train, truth
 from stacks import SmoothBlock, Stack, base, make
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -71,6 +73,24 @@ def fsdp1(rank: int, folder: Path) -> dict:
 
 def fsdp2(rank: int, folder: Path) -> dict:
     return around(shard, fsdp2_gradients, rank, folder / "fsdp2")
+
+
+def fsdp1_resumes(rank: int, folder: Path) -> dict[str, list[list[float]]]:
+    """Losses of a run that goes on, and of another model that goes on from its torch.distributed.checkpoint."""
+    found = {}
+    trained, loose = (StateDictOptions(ignore_frozen_params=True, strict=strict) for strict in (True, False))
+    for core in ("dense", "tucker"):
+        model, other = (fsdp1_shard(make(core=core)) for _ in range(2))
+        optimizer, later, at = adam(model), adam(other), folder / f"fsdp1-{core}"
+        train(model, optimizer, STEPS, rank)
+        state, moments = get_state_dict(model, optimizer, options=trained)
+        dcp.save({"model": state, "optimizer": moments}, checkpoint_id=at)
+        randomize_parts(other)
+        state, moments = get_state_dict(other, later, options=trained)
+        dcp.load({"model": state, "optimizer": moments}, checkpoint_id=at)
+        set_state_dict(other, later, model_state_dict=state, optim_state_dict=moments, options=loose)
+        found[core] = [train(net, own, range(3, 5), rank) for net, own in ((model, optimizer), (other, later))]
+    return found
 
 
 def fsdp1_ways(rank: int, folder: Path) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ import pytest
 from beside import needs, values_of
 
 pytestmark = needs("deepspeed")
-CHECKS = ("stages", "through_peft", "partitioned_first", "refusals")
+CHECKS = ("stages", "through_peft", "resumes", "partitioned_first", "refusals")
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.full), 2])
@@ -20,10 +20,15 @@ def test_zero_trains_saves_loads_and_goes_on(world: int, tmp_path: Path) -> None
             assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["trained"] < 1e-5, name
             assert entry["other"] > 1e-3 and max(entry["saved"], entry["loaded"]) < 1e-6 and entry["whole"], name
             assert entry["goes on"][0] == pytest.approx(entry["goes on"][1], rel=1e-5), name
-    for rank, by_core in enumerate(found["zero_checks:through_peft"]):
-        for core, entry in by_core.items():
-            assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["left"] == [], core
-            assert rank or entry["saved"] < 1e-6, core
+    for by_stage in found["zero_checks:through_peft"]:
+        assert {name[0] for name in by_stage} == set("0123")
+        for name, entry in by_stage.items():
+            assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["left"] == [], name
+            assert entry["saved"] < 1e-6 and entry["goes on"][0] == pytest.approx(entry["goes on"][1], rel=1e-5), name
+    for by_stage in found["zero_checks:resumes"]:
+        assert len(by_stage) == (8 if world == 1 else 5)
+        for name, entry in by_stage.items():
+            assert entry["goes on"][0] == pytest.approx(entry["goes on"][1], rel=1e-6) and entry["resumed"] < 1e-6, name
     for entry in found["zero_checks:partitioned_first"]:
         assert entry["losses"] == pytest.approx(entry["alone"], rel=1e-5) and entry["loaded"] < 1e-6
     for refused in found["zero_checks:refusals"]:

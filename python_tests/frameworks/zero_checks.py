@@ -57,8 +57,8 @@ def settings_of(stage: int) -> dict[str, Any]:
     }
 
 
-def engine_of(model: nn.Module, stage: int) -> Any:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+def engine_of(model: nn.Module, stage: int, kind: type[torch.optim.Optimizer] = torch.optim.SGD) -> Any:
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=RATE)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings_of(stage))[0]
 
 
@@ -116,16 +116,21 @@ def stages(rank: int, folder: Path) -> dict[str, dict]:
     return found
 
 
+def by_peft(core: str = "dense") -> nn.Module:
+    config = lotr_peft.LoTRPeftConfig(rank=4, target_modules=["q", "k", "v", "up"], modules_to_save=["head"], core=core)
+    model = peft.get_peft_model(base(), config)
+    randomize(model)
+    return model
+
+
 def through_peft(rank: int, folder: Path) -> dict[str, dict]:
-    """LoTRPeftConfig under ZeRO-3, by form of core, against SGD in one process."""
+    """LoTRPeftConfig by stage and form of core, against SGD in one process; saved, loaded into one process, and continued."""
     world, found = joined(), {}
-    for core in ("dense", "tucker"):
-        config = lotr_peft.LoTRPeftConfig(rank=4, target_modules=["q", "k", "v", "up"], modules_to_save=["head"], core=core)
-        model, alone = (peft.get_peft_model(base(), config) for _ in range(2))
-        for one in (model, alone):
-            randomize(one)
-        engine = engine_of(model, 3)
-        entry = found[core] = {"losses": train(engine, rank, 0, STEPS), "alone": []}
+    for stage, core in ((3, "dense"), (3, "tucker"), (2, "dense"), (1, "dense"), (0, "tucker")):
+        name = f"{stage}, {core}"
+        model, alone = by_peft(core), by_peft(core)
+        engine = engine_of(model, stage)
+        entry = found[name] = {"losses": train(engine, rank, 0, STEPS), "alone": []}
         optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=RATE)
         for i in range(STEPS):
             optimizer.zero_grad()
@@ -133,15 +138,39 @@ def through_peft(rank: int, folder: Path) -> dict[str, dict]:
             mean.backward()
             optimizer.step()
             entry["alone"].append(mean.item())
-        at, trained = folder / f"peft {core} {rank}", output(engine)
-        state = engine._zero3_consolidated_16bit_state_dict()  # as Trainer does, and accelerate's get_state_dict; in process 0
+        at, trained, parts = folder / f"peft {name}", output(engine), folder / f"parts {name} {rank}"
+        # as Trainer does, and accelerate's get_state_dict; in process 0
+        state = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else None
         if rank == 0:
             model.save_pretrained(at, state_dict=state)
-            loaded = peft.PeftModel.from_pretrained(base(), at)
-            entry["saved"] = relative(output(loaded), trained.double())
-        with pytest.raises(RuntimeError, match="save_pretrained: expected whole tensors, got"):
-            model.save_pretrained(folder / f"parts {core} {rank}")
-        entry["left"] = [path.name for path in (folder / f"parts {core} {rank}").glob("*.safetensors")]
+        dist.barrier()
+        loaded = peft.PeftModel.from_pretrained(base(), at, is_trainable=True)
+        entry["saved"] = relative(output(loaded), trained.double())
+        entry["goes on"] = [train(net, rank, STEPS, 2) for net in (engine, engine_of(loaded, stage))]
+        if stage == 3:
+            with pytest.raises(RuntimeError, match="save_pretrained: expected whole tensors, got"):
+                model.save_pretrained(parts)
+        entry["left"] = [path.name for path in parts.glob("*.safetensors")]
+    return found
+
+
+def resumes(rank: int, folder: Path) -> dict[str, dict]:
+    """DeepSpeed's own checkpoint, with the moments of the optimizer, by stage and method: the losses of a run that goes
+    on, and of a new engine that goes on from the checkpoint."""
+    world, found = joined(), {}
+    for stage in range(4):
+        for name, made in (("apply_lotr", make), ("peft", by_peft)):
+            if world > 1 and stage < 3 and (stage % 2 == 1) == (name == "apply_lotr"):
+                continue  # for time: one process does all
+            at = folder / f"checkpoint {stage} {name}"
+            engine = engine_of(made(), stage, torch.optim.AdamW)
+            train(engine, rank, 0, STEPS)
+            engine.save_checkpoint(str(at), exclude_frozen_parameters=True)
+            other = engine_of(made(), stage, torch.optim.AdamW)
+            train(other, rank, STEPS, 1)
+            other.load_checkpoint(str(at), load_module_strict=False)
+            losses = [train(net, rank, STEPS, 2) for net in (engine, other)]
+            found[f"{stage} {name}"] = {"goes on": losses, "resumed": relative(output(other), output(engine).double())}
     return found
 
 

@@ -18,7 +18,7 @@ CHECKS = (
     *("ddp", "ddp_reductions", "ddp_saves_once"),
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
     *("tensor_parallel", "gloo_experts:experts", "gradient_start"),
-    *("gloo_parts:fsdp1", "gloo_parts:fsdp2", "gloo_parts:fsdp1_ways", "gloo_parts:fsdp1_refuses"),
+    *("gloo_parts:fsdp1", "gloo_parts:fsdp2", "gloo_parts:fsdp1_resumes", "gloo_parts:fsdp1_ways", "gloo_parts:fsdp1_refuses"),
     *("gloo_per_example:under_ddp", "gloo_failures:gradient", "gloo_failures:saving"),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -176,6 +176,13 @@ def test_gradients_under_fsdp1_are_those_of_one_process(found: dict) -> None:
         assert len(by_rank) == 6
         for case, errors in by_rank.items():
             assert max(errors.values()) < 2e-6, (case, errors)
+
+
+def test_fsdp1_goes_on_from_a_checkpoint(found: dict) -> None:
+    for by_core in found["gloo_parts:fsdp1_resumes"]:
+        assert by_core.keys() == {"dense", "tucker"}
+        for going_on, resumed in by_core.values():
+            assert resumed == pytest.approx(going_on, rel=1e-6)
 
 
 def test_fsdp1_refuses_what_needs_whole_tensors(found: dict) -> None:
