@@ -28,6 +28,7 @@ from .quantized import is_plain
 __all__ = ["expert_parameters", "packed", "weight_of"]
 
 _BLOCKS, _SCALES, _INVERSE = "_blocks", "_scales", "_scale_inv"
+_KERNEL = "_precision_config"  # beside a weight in the layout of transformers' mxfp4 kernels
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -37,6 +38,8 @@ def expert_parameters(module: nn.Module) -> Iterator[str]:
         yield name
         if name.endswith(_BLOCKS):
             yield name.removesuffix(_BLOCKS)
+    kernels = (name.removesuffix(_KERNEL) for name in vars(module) if name.endswith(_KERNEL))
+    yield from (name for name in kernels if name not in module._parameters)
     yield from (name for name in getattr(module, "parametrizations", ()) if _state_of(module, name) is not None)
 
 

@@ -27,7 +27,17 @@ from ..layers.settings import Settings
 from ..layers.sharded import whole_shape
 from ..ops.grouped import grouped_linear, of_groups_alone
 
-__all__ = ["CHILD", "adapt_parameter", "adapted_in", "expert_sizes", "parameter_name", "place", "release", "why_not"]
+__all__ = [
+    "CHILD",
+    "adapt_parameter",
+    "adapted_in",
+    "expert_sizes",
+    "parameter_name",
+    "place",
+    "release",
+    "take_forward",
+    "why_not",
+]
 
 CHILD = "lotr"  # an experts module's child that has the adapters of its parameters, by their names
 _IMPLEMENTATION = "lotr"  # the name in transformers' interface
@@ -67,6 +77,8 @@ def why_not(module: nn.Module, parameter: str, where: str = "") -> str | None:
     """
     kind, tensor = type(module).__name__, module._parameters.get(parameter)
     known = packed(module, parameter, getattr(module, "is_transposed", False), where)
+    if hasattr(module, f"{parameter}_precision_config"):
+        return f"quantised experts of {kind} for kernels without a gradient; load the model with interop.packed.keep_packed"
     if known is None and tensor.dim() != 3:
         return f"a {tensor.dim()}-D parameter of {kind}; target_modules adapts linear layers"
     if known is None and (not is_plain(tensor) or tensor.dtype not in DTYPES.values()):
@@ -102,13 +114,18 @@ def adapt_parameter(
 def place(module: nn.Module) -> AdaptedExperts:
     """The ModuleDict with the adapters of an experts module, by parameter; made if it is not there."""
     if CHILD not in module._modules:
-        _register()
         adapted = AdaptedExperts(module.config)
-        config = copy.copy(module.config)
-        config._experts_implementation_internal = _IMPLEMENTATION  # the property would change the parts of config, too
-        module.config = config
+        take_forward(module)
         setattr(module, CHILD, adapted)
     return getattr(module, CHILD)
+
+
+def take_forward(module: nn.Module) -> None:
+    """Makes `experts_forward` the forward of an experts module."""
+    _register()
+    config = copy.copy(module.config)
+    config._experts_implementation_internal = _IMPLEMENTATION  # the property would change the parts of config, too
+    module.config = config
 
 
 def adapted_in(module: nn.Module) -> Iterable[str]:
@@ -130,13 +147,13 @@ def release(module: nn.Module) -> None:
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of an adapted experts module: hidden_states [m, hidden], top_k_index and top_k_weights [m, top_k] -> as
+    """The forward of adapted or packed experts: hidden_states [m, hidden], top_k_index and top_k_weights [m, top_k] -> as
     hidden_states. An index of num_experts or above, with expert parallelism, is that of an expert elsewhere."""
     (m, top_k), e = top_k_index.shape, self.num_experts
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offs = torch.searchsorted(experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True)
     x, tokens = hidden_states, order // top_k
-    mixture = next(iter(getattr(self, CHILD).values())).mixture  # the same batch for all
+    mixture = next((layer.mixture for layer in getattr(self, CHILD, {}).values()), None)  # the same batch for all
     tasks = None if mixture is None else tasks_of_tokens(mixture, tokens, m)
     elsewhere = getattr(self, "_is_expert_parallel", False)  # some rows may be of experts elsewhere, and are zero here
     y = _projected(self, first_projection(self), x, offs, tokens, tasks, elsewhere)
@@ -164,7 +181,7 @@ def _projected(
     dtype = compute_dtype(x)
     if dtype is None and weight.dtype is not None:
         x = x.to(weight.dtype)  # as transformers' own grouped products do
-    adapted = getattr(module, CHILD)
+    adapted = getattr(module, CHILD, {})
     if parameter in adapted:
         return adapted[parameter].routed(x, weight, bias, offs, tokens, tasks, padded)
 

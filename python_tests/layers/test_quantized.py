@@ -162,10 +162,11 @@ if importlib.util.find_spec("bitsandbytes"):
 def test_with_the_real_libraries() -> None:
     """In a process of its own: wherever transformers finds torchao it imports it, loudly, at each from_pretrained."""
     here = Path(__file__).resolve().parent
+    others = ("interop/test_peft.py", "model/test_packed_experts.py", "model/test_packed_loading.py")
     path = os.pathsep.join(filter(None, [str(here.parent), str(LIBRARIES), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "torchao or bitsandbytes"]
     run = subprocess.run(
-        [*command, __file__, *(str(here.parent / other) for other in ("interop/test_peft.py", "model/test_packed_experts.py"))],
+        [*command, __file__, *(str(here.parent / other) for other in others)],
         env=dict(os.environ, PYTHONPATH=path),
         cwd=here.parent,
         capture_output=True,
@@ -173,7 +174,13 @@ def test_with_the_real_libraries() -> None:
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout.splitlines()[-1]
-    experts = ("[torchao Int8Tensor", "[torchao Float8Tensor", "[bitsandbytes nf4", "[bitsandbytes nf4 nested")
+    experts = (
+        "[torchao Int8Tensor",
+        "[torchao Float8Tensor",
+        "[bitsandbytes nf4",
+        "[bitsandbytes nf4 nested",
+        "_checkpoint_with",
+    )
     for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao_base", *experts):
         assert any(name in line and "PASSED" in line for line in run.stdout.splitlines()), name
 
