@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lotr_ext
-from lotr_ext import ops
+from lotr_ext import ops, reference
 
 
 class Block(nn.Module):
@@ -173,3 +173,19 @@ class OpCounter(Counter):
         counts = dict(self)
         self.clear()
         return counts
+
+
+class Boom(torch.autograd.Function):
+    """Identity whose backward fails."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("boom")
+
+
+def dropped(t: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    return t.double() * reference.dropout_mask(*t.shape, p, int(seed))
