@@ -19,7 +19,7 @@ CHECKS = (
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
     *("tensor_parallel", "gloo_experts:experts", "gradient_start"),
     *("gloo_parts:fsdp1", "gloo_parts:fsdp2", "gloo_parts:fsdp1_resumes", "gloo_parts:fsdp1_ways", "gloo_parts:fsdp1_refuses"),
-    *("gloo_per_example:under_ddp", "gloo_failures:gradient", "gloo_failures:saving"),
+    *("gloo_context_parallel:sequences", "gloo_per_example:under_ddp", "gloo_failures:gradient", "gloo_failures:saving"),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TRAINED = StateDictOptions(ignore_frozen_params=True)
@@ -137,6 +137,12 @@ def test_what_needs_whole_tensors_is_refused(found: dict) -> None:
     assert first["an error of another kind"].startswith("RuntimeError: saving: ")
     assert "in process 1: KeyError" in first["an error of another kind"]
     assert second["an error of another kind"].startswith("KeyError")
+
+
+def test_context_parallelism_needs_nothing(found: dict) -> None:
+    """Each process has half of each sequence."""
+    for by_rank in found["gloo_context_parallel:sequences"]:
+        assert by_rank.keys() == {"y", "gradients", "saved"} and max(by_rank.values()) < 1e-13, by_rank
 
 
 def test_tensor_parallel_replicas(found: dict) -> None:
