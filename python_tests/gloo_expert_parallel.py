@@ -35,10 +35,13 @@ def base(folder: Path, name: str, **settings) -> nn.Module:
 
 
 def parted(folder: Path, name: str, *, attention: bool = False, how: str = "auto") -> nn.Module:
-    """The checkpoint, its experts in parts. attention: whether transformers' own plan cuts that, too."""
+    """The checkpoint, its experts in parts. attention: whether transformers' own plan cuts that, too. how: as transformers'
+    ep_implementation, or "tensor" for a part of each expert."""
     size = dist.get_world_size()
     plan = None if attention or name == "GptOss" else WHOLE  # which has no plan for attention
-    config = DistributedConfig(tp_size=size, ep_size=size, tp_plan=plan, ep_implementation=how)
+    config = DistributedConfig(tp_size=size, tp_plan=plan)
+    if how != "tensor":
+        config = DistributedConfig(tp_size=size, ep_size=size, tp_plan=plan, ep_implementation=how)
     kind = type(mixture(name, **MODELS[name]))
     model = kind.from_pretrained(folder / name, distributed_config=config, dtype=torch.float64).eval()
     model.set_experts_implementation("eager")
@@ -107,6 +110,12 @@ def models(rank: int, folder: Path) -> dict:
 def exchanges(rank: int, folder: Path) -> dict:
     """Either way in which transformers brings tokens to their experts, in both modes: masked, and exchanged."""
     return {how: differences(*pair(folder, "GptOss", how=how, **ATTENTION)) for how in ("all_reduce", "all_to_all")}
+
+
+def tensors(rank: int, folder: Path) -> dict:
+    """Each process has a part of each expert: of gate, up and down."""
+    found = {name: differences(*pair(folder, name, how="tensor", **ATTENTION)) for name in ("Mixtral", "Qwen3Moe")}
+    return {"models": found} | _files(rank, folder, "Mixtral", {"how": "tensor"})
 
 
 def routes(rank: int, folder: Path) -> dict:

@@ -76,6 +76,44 @@ def cut_of(weight: DTensor) -> Cut | None:
     return Cut(mesh, axes[0], placement.dim, start, min(size, start + step))
 
 
+class ExpertsCut(NamedTuple):
+    """This process's part of a mixture's matrices [e, n, k], cut over an axis of a mesh. by: "experts", "rows" or "columns".
+    of_A, of_B: the rows of A and B that it needs, as `rows_of` takes them."""
+
+    mesh: DeviceMesh
+    axis: int
+    by: str
+    of_A: tuple[int, ...] = (0, None)
+    of_B: tuple[int, ...] = (0, None)
+
+    def localise(self, A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """The rows of A and B that a call on local tensors reads; they, and the core, go into the call."""
+        return localise(self.of_A, self.of_B, [self.mesh.get_group(self.axis)], A, B, call)
+
+
+def experts_cut(stored: DTensor, transposed: bool = False) -> ExpertsCut | None:
+    """How experts' matrices are cut. stored: [e, n, k], or transposed [e, k, n]. None for a layout in which they have no local
+    form."""
+    mesh, axes = stored.device_mesh, [i for i, placement in enumerate(stored.placements) if not placement.is_replicate()]
+    if len(axes) != 1 or not hasattr(placement := stored.placements[axes[0]], "dim"):
+        return None
+    dim, split = placement.dim % 3, getattr(placement, "split_factor", 1)
+    if dim == 0:
+        return ExpertsCut(mesh, axes[0], "experts") if split == 1 else None
+    size = stored.shape[dim] // split
+    step = -(-size // mesh.size(axes[0]))  # as torch.chunk cuts
+    start = min(size, mesh.get_local_rank(axes[0]) * step)
+    rows = start, min(size, start + step), split
+    if (dim == 1) != transposed:
+        return ExpertsCut(mesh, axes[0], "rows", of_B=rows)
+    return ExpertsCut(mesh, axes[0], "columns", of_A=rows)
+
+
+def rows_of(t: Tensor, start: int = 0, stop: int | None = None, split: int = 1) -> Tensor:
+    """Rows start to stop of each of split equal parts of t, one after the other."""
+    return t[start:stop] if split == 1 else t.unflatten(0, (split, -1))[:, start:stop].flatten(0, 1)
+
+
 # ---- gradients that are parts of a sum -------------------------------------------------------------------------------
 
 
@@ -126,7 +164,7 @@ class Replicas:
             aliases = dict(zip(map(id, trained), LoTRReplicas.apply(groups, *trained))) if trained else {}
             made = [aliases.get(id(t), t) for t in own]
         self.held = {id(t): (t, t._version if not t.is_inference() else 0, alias) for t, alias in zip(own, made)}
-        self.parts: dict[tuple[int, int, int], Tensor] = {}
+        self.parts: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, more: Replicas) -> None:
         self.held |= more.held
@@ -135,14 +173,15 @@ class Replicas:
         found = self.held.get(id(t))
         return found is not None and found[0] is t and (t.is_inference() or found[1] == t._version)
 
-    def of(self, t: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """The replica of t, or its rows start to stop: one tensor for all layers that read them."""
+    def of(self, t: Tensor, start: int = 0, stop: int | None = None, split: int = 1) -> Tensor:
+        """The replica of t, or its rows start to stop: one tensor for all layers that read them. split: of how many equal parts
+        of t, one after the other, these are the rows."""
         replica = self.held[id(t)][2]
-        if start == 0 and stop in (None, len(t)):
+        if start == 0 and stop in (None, len(t) // split):
             return replica
-        key = (id(t), start, stop)
+        key = (id(t), start, stop, split)
         if key not in self.parts:
-            self.parts[key] = replica[start:stop]
+            self.parts[key] = rows_of(replica, start, stop, split)
         return self.parts[key]
 
 
@@ -166,7 +205,7 @@ def _of_scope(scope: Scope) -> list[Tensor]:
     found = []
     for layer in (layer for same_B in scope.layers.values() for layer in same_B):
         core = core_of(layer)
-        if is_dtensor(core) or is_dtensor(layer._parameters.get("weight")):
+        if is_dtensor(layer._parameters.get("weight")) or getattr(layer, "cut", None) is not None:
             mixture = layer.mixture  # a bank has the cores of all tasks in one tensor
             of_bank = mixture is not None and isinstance(mixture.cores, Tensor)
             found += [layer.factors.A, layer.factors.B, mixture.cores if of_bank else core]
@@ -174,29 +213,21 @@ def _of_scope(scope: Scope) -> list[Tensor]:
 
 
 def localise(
-    rows: tuple[slice, slice], groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call
+    of_A: tuple[int, ...], of_B: tuple[int, ...], groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """The rows of A and B that a call on local tensors reads; they, and the core, go into the call."""
+    """The rows of A and B that a call on local tensors reads, as `Replicas.of` names them; they, and the core, go into the
+    call."""
     if not groups:
         return A, B
     import torch.distributed as dist
 
     # equal for groups of the same processes: transformers makes two, of tensor and of expert parallelism
     ranks = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
-    of_A, of_B = (own.indices(len(t))[:2] for own, t in zip(rows, (A, B)))
     replicas = _replicas(groups, ranks, A, B, call)
     call.core = call.core.to_local() if is_dtensor(call.core) else replicas.of(call.core)
     if call.group is not None:
         call.group, call.shares = Group(call.group.A.part(*of_A, ranks), call.group.B.part(*of_B, ranks)), True
     return replicas.of(A, *of_A), replicas.of(B, *of_B)
-
-
-def own_experts(A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """A and B of a call of experts of which each process has its own, with their cores: the call's core is a DTensor, cut by
-    experts, and becomes the local one."""
-    core = call.core
-    groups = [core.device_mesh.get_group(i) for i, placement in enumerate(core.placements) if placement.is_shard()]
-    return localise((slice(None), slice(None)), groups, A, B, call)
 
 
 def local_operands(cut: Cut, x: Tensor, A: Tensor, B: Tensor, weight: DTensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,7 +332,8 @@ def call_cut(
     if tuple(placements) != x.placements:
         x = x.redistribute(cut.mesh, placements)
     axes = [i for i, placement in enumerate(placements) if i == cut.axis or placement.is_shard()]
-    A_, B_ = localise(cut.rows, [cut.mesh.get_group(i) for i in axes], A, B, call)
+    of_A, of_B = (rows.indices(len(t))[:2] for rows, t in zip(cut.rows, (A, B)))
+    A_, B_ = localise(of_A, of_B, [cut.mesh.get_group(i) for i in axes], A, B, call)
     weight_, bias_ = (t.to_local() if is_dtensor(t) else t for t in (weight, bias))
     if cut.axis is not None and cut.dim == 1 and cut.mesh.get_local_rank(cut.axis):
         bias_ = None  # of the parts of a sum one has the bias

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.call import Call, call_routed, compute_dtype
-from ..autograd.tensor_parallel import is_dtensor, own_experts
+from ..autograd.tensor_parallel import ExpertsCut, experts_cut, is_dtensor, rows_of
 from ..ops.composite import delta_weight
 from ..ops.grouped import Packed, expert_of_rows, grouped_linear, of_groups_alone
 from .checks import check_beside, check_dimension, check_dtype, check_index, check_number, check_tensor
@@ -165,14 +165,12 @@ class LoTRExperts(LoTRLayer):
         return layer
 
     def _zero_core(self, factors: LoTRFactors, device: torch.device) -> Tensor:
-        core, weight = (
-            torch.zeros(self.num_experts, factors.r_in, factors.r_out, device=device, dtype=factors.A.dtype),
-            self.weight,
-        )
-        if not is_dtensor(weight):
+        core = torch.zeros(self.num_experts, factors.r_in, factors.r_out, device=device, dtype=factors.A.dtype)
+        if self.cut is None or self.cut.by != "experts":
             return core
         from torch.distributed.tensor import distribute_tensor
 
+        weight = self.weight
         return distribute_tensor(core, weight.device_mesh, weight.placements, src_data_rank=None)  # each with its experts
 
     def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -196,7 +194,7 @@ class LoTRExperts(LoTRLayer):
         def run(x: Tensor, tokens: Tensor | None) -> Tensor:
             return self._run(x, weight, bias, offs, tokens, tasks)
 
-        _check_routing(x, weight.shape[0], self.in_features, offs, tokens)
+        _check_routing(x, weight.shape[0], weight.shape[2], offs, tokens)
         if self.merged and self.notice is not None:
             self.notice.warn(self.adapter_parameters())
         return of_groups_alone(run, x, offs, tokens) if padded else run(x, tokens)
@@ -207,7 +205,7 @@ class LoTRExperts(LoTRLayer):
         off, mixture = self._state()
         if self.merged or off:
             return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x))
-        p, factors, core = self.dropout if self.training else 0.0, self.factors, self.core
+        p, factors, core, cut = self.dropout if self.training else 0.0, self.factors, self.core, self.cut
         call, index = Call(core, self.scaling, p, factors._group, self, self.strategy), None
         if mixture is not None:
             if tasks is None:
@@ -218,8 +216,8 @@ class LoTRExperts(LoTRLayer):
             core = (core.to_local() if is_dtensor(core) else core).flatten(0, 1)
 
         def routed(A: Tensor, B: Tensor) -> Tensor:
-            if is_dtensor(call.core):
-                A, B = own_experts(A, B, call)
+            if cut is not None:
+                A, B = cut.localise(A, B, call)
             return call_routed(x, weight, bias, offs, tokens, None, A, B, call.core if index is None else core, index, call)
 
         return factors(routed)
@@ -227,9 +225,16 @@ class LoTRExperts(LoTRLayer):
     def _matrix(self) -> Tensor:
         return self.weight
 
+    @property
+    def cut(self) -> ExpertsCut | None:
+        """How the matrices are cut over processes; None if each has them whole."""
+        return experts_cut(self.weight) if is_dtensor(self.weight) else None
+
     def _local_delta(self) -> Tensor:
+        if (cut := self.cut) is None:
+            return self.delta_weight()
         core = self.core.to_local() if is_dtensor(self.core) else self.core
-        return self.factors(lambda A, B: delta_weight(A, B, core, self.scaling))
+        return self.factors(lambda A, B: delta_weight(rows_of(A, *cut.of_A), rows_of(B, *cut.of_B), core, self.scaling))
 
     def to_base(self) -> nn.Module:
         """There is no plain module for a grouped product: TypeError. The weight, as it stands, is `weight`."""

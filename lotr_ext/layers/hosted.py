@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..autograd.tensor_parallel import ExpertsCut, experts_cut, is_dtensor
 from ..ops.grouped import Packed
 from .experts import LoTRExperts
 from .factors import LoTRFactors
@@ -104,5 +105,12 @@ class LoTRHostedExperts(Hosted, LoTRExperts):
             if own.startswith(parameter):  # the weight or the tensors that it is packed in, and the bias
                 tensor.requires_grad_(False)
         self.num_experts, self.in_features, self.out_features = e, k, n
+        stored = host._parameters.get(parameter)
+        self._cut = experts_cut(stored, transposed) if is_dtensor(stored) else None
         self._attach(factors, self.weight.device, settings or Settings())
         self.train(host.training)
+
+    @property
+    def cut(self) -> ExpertsCut | None:
+        """How the host's matrices are cut over processes, also in the midst of its forward, which has local ones."""
+        return self._cut

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from ..autograd.tensor_parallel import cut_of, is_dtensor
+from ..autograd.tensor_parallel import cut_of, experts_cut, is_dtensor
 from ..layers.layer import LoTRLayer
 from ..layers.linear import is_conv1d
-from ..layers.packed import expert_parameters
+from ..layers.packed import expert_parameters, packed
 from ..layers.parallel_styles import tp_style
 from ..layers.quantized import has_plain_weight, is_plain
 from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
@@ -229,6 +229,17 @@ def _check_cut(name: str, module: nn.Module) -> None:
         )
 
 
+def _check_experts_cut(full: str, module: nn.Module, own: str) -> None:
+    parts = {name: t for name, t in module.named_parameters(recurse=False) if name.startswith(own) and is_dtensor(t)}
+    if parts and packed(module, own, module.is_transposed) is not None:
+        raise ValueError(f"target_parameters: expected dense experts in parts, got {full!r}, quantised; leave it out")
+    if own in parts and experts_cut(parts[own], module.is_transposed) is None:
+        raise ValueError(
+            "target_parameters: expected experts cut by experts, rows or columns over one axis of their mesh, got "
+            f"{full!r} with {tuple(parts[own].placements)}; leave it out"
+        )
+
+
 def _warn(hidden: list[str], doubtful: list[tuple[str, str]]) -> None:
     """One warning of what was left out since its weight is read, and one of what may be. doubtful: with the reading class."""
     if hidden:
@@ -263,6 +274,7 @@ def parameter_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[in
                 raise TypeError(
                     f"target_parameters: expected the 3-D weights of experts of a transformers mixture, got {full!r}, {got}"
                 )
+            _check_experts_cut(full, module, own)
             _, k, n = expert_sizes(module, own)
             at = f"{name}.{CHILD}.{own}" if name else f"{CHILD}.{own}"
             targets.append(Target((at,), module, k, n, _group(at, module, (k, n), config), False, own))
