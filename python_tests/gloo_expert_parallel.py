@@ -107,6 +107,18 @@ def models(rank: int, folder: Path) -> dict:
     return found | {"experts alone": differences(alone, cut, steps=1), "sizes": sizes}
 
 
+def both(rank: int, folder: Path) -> dict:
+    """Attention in parts by transformers' tensor parallelism, the experts by experts."""
+    own = folder / "both"
+    settings = {"attention": True, "sizes": {"num_key_value_heads": 4}, **ATTENTION}  # no fewer heads than processes
+    found = {name: differences(*pair(own, name, **settings)) for name in ("Mixtral", "Qwen3Moe", "Olmoe")}
+    _, cut = pair(own, "Mixtral", **settings)
+    for parameter in trained(cut).values():
+        parameter.detach().zero_()
+    counts = [sent(model)[0] for model in (parted(own, "Mixtral", attention=True), cut)]
+    return {"models": found, "counts": counts} | _files(rank, own, "Mixtral", settings)
+
+
 def exchanges(rank: int, folder: Path) -> dict:
     """Either way in which transformers brings tokens to their experts, in both modes: masked, and exchanged."""
     return {how: differences(*pair(folder, "GptOss", how=how, **ATTENTION)) for how in ("all_reduce", "all_to_all")}
@@ -188,10 +200,11 @@ def _files(rank: int, folder: Path, name: str, settings: dict) -> dict:
 
     save_adapter(cut, saved)
     save_adapter(alone, of_one)
+    sizes, attention = settings.get("sizes", {}), settings.get("attention", False)
     found = {
-        "in one": error(load_adapter(base(folder, name), saved)),
+        "in one": error(load_adapter(base(folder, name, **sizes), saved)),
         "in parts": error(load_adapter(fill(pair(folder, name, **settings)[1], 9), of_one)),
-        "onto parts": error(load_adapter(parted(folder, name), saved)),
+        "onto parts": error(load_adapter(parted(folder, name, attention=attention), saved)),
     }
     for form in ("peft", "vllm-shared"):
         exported = [folder / f"{name}-{form}-{model}" for model in ("cut", rank)]

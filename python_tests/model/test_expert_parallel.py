@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from gloo import values_of
 
-CHECKS = ("models", "tensors", "exchanges", "routes", "checkpoints", "sums", "files")
+CHECKS = ("models", "tensors", "both", "exchanges", "routes", "checkpoints", "sums", "files")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROUNDING = 1e-11  # of float64, through AdamW
 FLOAT32 = 2e-6  # where sums in another order reach transformers' norms and routers, which are float32
@@ -56,14 +56,22 @@ def test_a_step_sends_one_sum_and_no_more_with_the_tokens(found: dict) -> None:
 
 
 def test_files_and_merging(found: dict) -> None:
-    for by_rank in (*found["files"], *found["tensors"]):
-        by_rank = {what: value for what, value in by_rank.items() if what != "models"}
+    for by_rank in (*found["files"], *found["tensors"], *found["both"]):
+        by_rank = {what: value for what, value in by_rank.items() if what not in ("models", "counts")}
         same = [what for what in by_rank if what.endswith(("bits", "peft", "vllm-shared"))]
         assert len(same) in (3, 6) and all(by_rank.pop(what) for what in same)
         assert max(by_rank.values()) < FLOAT32, by_rank
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
-def test_a_part_of_each_expert(found: dict, name: str) -> None:
-    for by_rank in found["tensors"]:
-        assert max(by_rank["models"][name].values()) < FLOAT32, by_rank["models"][name]
+@pytest.mark.parametrize("way", ["tensors", "both"])
+def test_a_part_of_each_expert_and_attention_in_parts_beside_experts(found: dict, way: str) -> None:
+    for by_rank in found[way]:
+        for name, values in by_rank["models"].items():
+            assert max(values.values()) < FLOAT32, (name, values)
+
+
+def test_tensor_and_expert_parallelism_have_one_sum_together(found: dict) -> None:
+    """A step of two blocks sends no more than the base's and one sum: q and k send their gradient of x together."""
+    for by_rank in found["both"]:
+        base, own = by_rank["counts"]
+        assert own == base | {"gloo:all_reduce": base["gloo:all_reduce"] - 2 + 1}
