@@ -83,8 +83,8 @@ class ExpertsCut(NamedTuple):
     mesh: DeviceMesh
     axis: int
     by: str
-    of_A: tuple[int, ...] = (0, None)
-    of_B: tuple[int, ...] = (0, None)
+    of_A: tuple[int, ...]
+    of_B: tuple[int, ...]
 
     def localise(self, A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The rows of A and B that a call on local tensors reads; they, and the core, go into the call."""
@@ -98,15 +98,16 @@ def experts_cut(stored: DTensor, transposed: bool = False) -> ExpertsCut | None:
     if len(axes) != 1 or not hasattr(placement := stored.placements[axes[0]], "dim"):
         return None
     dim, split = placement.dim % 3, getattr(placement, "split_factor", 1)
+    of_B, of_A = ((0, size) for size in (stored.shape[1:] if not transposed else stored.shape[:0:-1]))
     if dim == 0:
-        return ExpertsCut(mesh, axes[0], "experts") if split == 1 else None
+        return ExpertsCut(mesh, axes[0], "experts", of_A, of_B) if split == 1 else None
     size = stored.shape[dim] // split
     step = -(-size // mesh.size(axes[0]))  # as torch.chunk cuts
     start = min(size, mesh.get_local_rank(axes[0]) * step)
-    rows = start, min(size, start + step), split
+    own = (start, min(size, start + step), *((split,) if split > 1 else ()))
     if (dim == 1) != transposed:
-        return ExpertsCut(mesh, axes[0], "rows", of_B=rows)
-    return ExpertsCut(mesh, axes[0], "columns", of_A=rows)
+        return ExpertsCut(mesh, axes[0], "rows", of_A, own)
+    return ExpertsCut(mesh, axes[0], "columns", own, of_B)
 
 
 def rows_of(t: Tensor, start: int = 0, stop: int | None = None, split: int = 1) -> Tensor:
@@ -185,13 +186,13 @@ class Replicas:
         return self.parts[key]
 
 
-def _replicas(groups: Sequence[dist.ProcessGroup], ranks: tuple, A: Tensor, B: Tensor, call: Call) -> Replicas:
-    """Those of the open forward scope, in which one node serves all layers, or new ones. ranks: of the groups."""
+def _replicas(groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call) -> Replicas:
+    """Those of the open forward scope, in which one node serves all layers, or new ones."""
     scope = None if call.group is None else open_scope()
     own = () if is_dtensor(call.core) else (call.core,)  # a process has the whole gradient of its own experts' cores
     if scope is None:
         return Replicas(groups, (A, B, *own))
-    key = (ranks, is_grad_enabled(), torch.is_inference_mode_enabled())
+    key = (tuple(map(id, groups)), is_grad_enabled(), torch.is_inference_mode_enabled())
     found = scope.replicas.get(key)
     if found is None or not (found.has(A) and found.has(B)):
         found = scope.replicas[key] = Replicas(groups, (A, B, *own, *_of_scope(scope)))
@@ -219,14 +220,11 @@ def localise(
     call."""
     if not groups:
         return A, B
-    import torch.distributed as dist
-
-    # equal for groups of the same processes: transformers makes two, of tensor and of expert parallelism
-    ranks = tuple(tuple(dist.get_process_group_ranks(group)) for group in groups)
-    replicas = _replicas(groups, ranks, A, B, call)
+    replicas = _replicas(groups, A, B, call)
     call.core = call.core.to_local() if is_dtensor(call.core) else replicas.of(call.core)
     if call.group is not None:
-        call.group, call.shares = Group(call.group.A.part(*of_A, ranks), call.group.B.part(*of_B, ranks)), True
+        own = tuple(map(id, groups))
+        call.group, call.shares = Group(call.group.A.part(*of_A, own), call.group.B.part(*of_B, own)), True
     return replicas.of(A, *of_A), replicas.of(B, *of_B)
 
 
