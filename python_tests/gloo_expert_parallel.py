@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from gloo_checks import whole
-from mixtures import adapted, logits, loss, mixture
+from mixtures import IDS, adapted, logits, loss, mixture
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers.distributed import DistributedConfig
 
-from lotr_ext import load_adapter, merge, save_adapter, unload, unmerge
+from lotr_ext import TaskBank, load_adapter, merge, mixed, save_adapter, unload, unmerge
 from lotr_ext.interop import export_lora
 from nets import relative
 
@@ -180,6 +180,38 @@ def sums(rank: int, folder: Path) -> dict:
         for parameter in trained(cut).values():
             parameter.detach().zero_()  # or the router would take other experts than the base's
         found[f"base {layers}"], found[f"adapted {layers}"] = sent(parted(own, "GptOss")), sent(cut)
+    return found
+
+
+def tasks(rank: int, folder: Path) -> dict:
+    """A bank of tasks over experts in parts, each row of the batch and each token of its own task, masked and exchanged."""
+    found, row, gen = {}, torch.tensor([1, -1, 0]), torch.Generator().manual_seed(3)
+    token = torch.randint(-1, 2, IDS.shape, generator=gen)
+    for how in ("auto", "tensor"):
+        name = "Mixtral" if how == "tensor" else "GptOss"
+        alone, cut = pair(folder, name, how=how, **ATTENTION)
+        banks = [TaskBank(model, 3) for model in (alone, cut)]
+        shapes = {n: core.shape[1:] for n, core in zip(banks[0]._layers, banks[0].cores)}
+        for _ in range(2):
+            one = {f"{n}.core": torch.randn(shape, generator=gen, dtype=torch.float64) for n, shape in shapes.items()}
+            for bank in banks:
+                bank.add(one)
+        for what, index in {"rows": row, "tokens": token}.items():
+            for model in (alone, cut):
+                model.lotr_tasks.requires_grad_().zero_grad()
+                with mixed(model, index):
+                    found[f"{how} {what} {model is cut}"] = logits(model)
+                    loss(model).backward()
+            apart, here = found.pop(f"{how} {what} True"), found.pop(f"{how} {what} False")
+            found[f"{how} {what}"] = relative(apart, here)
+            grads = [relative(whole(a.grad), b.grad) for a, b in zip(banks[1].cores, banks[0].cores)]
+            found[f"{how} {what}, gradients"] = max(grads)
+        combined = [bank.combine({0: 0.5, 1: 2.0}) for bank in banks]
+        banks[1].save(combined[1], folder / f"{how}.safetensors")
+        banks[0].replace(0, folder / f"{how}.safetensors")
+        banks[1].replace(0, banks[1].cores_of(combined[1]))
+        same = zip(banks[0].cores_of(0).values(), banks[1].cores_of(0).values())
+        found[f"{how} moved"] = max(relative(whole(b), a) for a, b in same)
     return found
 
 

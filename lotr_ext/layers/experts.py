@@ -20,6 +20,7 @@ from .layer import LoTRLayer
 from .mixture import cores_of, cores_of_rows
 from .quantized import is_plain
 from .settings import Settings
+from .sharded import parted_as
 
 __all__ = ["LoTRExperts", "lotr_grouped_linear"]
 
@@ -166,12 +167,7 @@ class LoTRExperts(LoTRLayer):
 
     def _zero_core(self, factors: LoTRFactors, device: torch.device) -> Tensor:
         core = torch.zeros(self.num_experts, factors.r_in, factors.r_out, device=device, dtype=factors.A.dtype)
-        if self.cut is None or self.cut.by != "experts":
-            return core
-        from torch.distributed.tensor import distribute_tensor
-
-        weight = self.weight
-        return distribute_tensor(core, weight.device_mesh, weight.placements, src_data_rank=None)  # each with its experts
+        return core if self.cut is None or self.cut.by != "experts" else parted_as(core, self.weight)
 
     def forward(self, x: Tensor, offs: Tensor, tokens: Tensor | None = None) -> Tensor:
         bias = self.bias.to_local() if is_dtensor(self.bias) else self.bias
@@ -205,20 +201,22 @@ class LoTRExperts(LoTRLayer):
         off, mixture = self._state()
         if self.merged or off:
             return grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, compute_dtype(x))
-        p, factors, core, cut = self.dropout if self.training else 0.0, self.factors, self.core, self.cut
-        call, index = Call(core, self.scaling, p, factors._group, self, self.strategy), None
+        p, factors, cut = self.dropout if self.training else 0.0, self.factors, self.cut
+        call, index = Call(self.core, self.scaling, p, factors._group, self, self.strategy), None
         if mixture is not None:
             if tasks is None:
                 raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
+            if callable(mixture.cores) and is_dtensor(self.core):
+                raise TypeError("per_example: expected experts that each process has whole, got experts in parts")
             tasks = tasks[: (x if tokens is None else tokens).shape[0]]
             index = cores_of_rows(tasks, expert_of_rows(offs, len(tasks)), weight.shape[0])
-            core, call.scaling = cores_of(mixture, core, len(mixture.index)), mixture.scaling
-            core = (core.to_local() if is_dtensor(core) else core).flatten(0, 1)
+            call.core, call.scaling = cores_of(mixture, self.core, len(mixture.index)), mixture.scaling
 
         def routed(A: Tensor, B: Tensor) -> Tensor:
             if cut is not None:
                 A, B = cut.localise(A, B, call)
-            return call_routed(x, weight, bias, offs, tokens, None, A, B, call.core if index is None else core, index, call)
+            cores = call.core if index is None else call.core.flatten(0, 1)
+            return call_routed(x, weight, bias, offs, tokens, None, A, B, cores, index, call)
 
         return factors(routed)
 

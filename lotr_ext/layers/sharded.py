@@ -25,6 +25,7 @@ __all__ = [
         "StaysWhole",
         "agree_over",
         "agreed",
+        "gathered",
         "all_results",
         "holds_parts",
         "in_parts",
@@ -32,6 +33,7 @@ __all__ = [
         "inside_wrappers",
         "is_tensor_parallel",
         "named_modules",
+        "parted_as",
     ),
     *("reshard", "whole", "whole_shape", "writing_rank"),
 ]
@@ -175,6 +177,20 @@ def whole(
         _write_masters({id(t): (t, values.get(id(t), t)) for t in (slot.tensor for slot in every)}.values())
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, which all processes of its mesh call together; any other tensor as it is."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def parted_as(value: Tensor, like: Tensor) -> Tensor:
+    """value, which all processes have whole, distributed as like is, if that is a DTensor. Nothing is sent."""
+    if not is_dtensor(like) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
     """Inside, modules are called without their hooks: sharded training's would look for its own parameters."""
@@ -200,7 +216,7 @@ def _from_state(slots: Sequence[Slot], state: Mapping[str, Tensor]) -> dict[int,
 @torch.no_grad()
 def _gathered(model: nn.Module, slots: Sequence[Slot]) -> dict[int, Tensor]:
     """The whole tensors of slots that hold parts, by the parts' id."""
-    found = {id(slot.tensor): slot.tensor.full_tensor() for slot in slots if is_dtensor(slot.tensor)}
+    found = {id(slot.tensor): gathered(slot.tensor) for slot in slots if is_dtensor(slot.tensor)}
     if zero := [slot.tensor for slot in slots if _is_zero(slot.tensor)]:
         with _zero_gathered(zero):
             found |= {id(t): t.detach().clone() for t in zero}
@@ -215,11 +231,7 @@ def _scattered(model: nn.Module, slots: Sequence[Slot], values: Mapping[int, Ten
     """Each slot's part <- that of the whole value, by the part's id."""
     for slot in slots:
         if is_dtensor(target := slot.tensor):
-            from torch.distributed.tensor import distribute_tensor
-
-            # src_data_rank: every process has the value, so nothing is sent
-            value = distribute_tensor(values[id(target)], target.device_mesh, target.placements, src_data_rank=None)
-            write_(target, value)
+            write_(target, parted_as(values[id(target)], target))
     if zero := {id(slot.tensor): slot.tensor for slot in slots if _is_zero(slot.tensor)}:
         with _zero_gathered(list(zero.values()), modifier_rank=0):
             for key, target in zero.items():

@@ -196,7 +196,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
             or an index where the model has no TaskBank. In a layer, ValueError: an input whose first dimension is not
             len(names), or in experts no multiple of it; for an index [b, t] one with another number of tokens.
     """
-    parked = parked_of(model, "mixed")
+    parked = parked_of(model, "mixed", in_parts_too=isinstance(names, Tensor))
     layers = adapted_layers(model)
     expect_merged(layers, False, "mixed")
     _check_parameters(layers, "mixed")

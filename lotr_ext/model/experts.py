@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..autograd.call import compute_dtype
+from ..autograd.tensor_parallel import is_dtensor
 from ..layers.checks import DTYPES
 from ..layers.factors import LoTRFactors
 from ..layers.hosted import LoTRHostedExperts
-from ..layers.mixture import tasks_of_tokens
+from ..layers.mixture import Mixture, tasks_of_tokens
 from ..layers.packed import packed, weight_of
 from ..layers.quantized import is_plain
 from ..layers.settings import Settings
@@ -45,7 +47,10 @@ _SAYS = ("is_transposed", "has_bias", "num_experts", "config")  # attributes of 
 
 
 class AdaptedExperts(nn.ModuleDict):
-    """The adapters of an experts module, by parameter. config: the module's configuration as it was."""
+    """The adapters of an experts module, by parameter. config: the module's configuration as it was. hook: what sends the tasks
+    of tokens along, where each process has experts of its own."""
+
+    hook: RemovableHandle | None = None
 
     def __init__(self, config: Any):
         super().__init__()
@@ -107,7 +112,10 @@ def adapt_parameter(
     """Puts an adapter beside a parameter for which `why_not` is None."""
     bias = f"{parameter}_bias" if module.has_bias else None
     layer = LoTRHostedExperts(module, parameter, factors, transposed=module.is_transposed, bias=bias, settings=settings)
-    place(module)[parameter] = layer
+    adapted = place(module)
+    adapted[parameter] = layer
+    if adapted.hook is None and layer.cut is not None and layer.cut.by == "experts":
+        adapted.hook = module.register_forward_pre_hook(_send_tasks)
     return layer
 
 
@@ -143,6 +151,8 @@ def parameter_name(name: str) -> str:
 def release(module: nn.Module) -> None:
     """Takes all adapters off an experts module."""
     module.config = getattr(module, CHILD).config
+    if (hook := getattr(module, CHILD).hook) is not None:
+        hook.remove()
     delattr(module, CHILD)
 
 
@@ -153,8 +163,12 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offs = torch.searchsorted(experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True)
     x, tokens = hidden_states, order // top_k
-    mixture = next((layer.mixture for layer in getattr(self, CHILD, {}).values()), None)  # the same batch for all
-    tasks = None if mixture is None else tasks_of_tokens(mixture, tokens, m)
+    tasks = None
+    if (mixture := _mixture(self)) is not None and getattr(self, CHILD).hook is not None:
+        x, tasks = without_tasks(x)
+        tasks = tasks[tokens]
+    elif mixture is not None:
+        tasks = tasks_of_tokens(mixture, tokens, m)
     elsewhere = getattr(self, "_is_expert_parallel", False)  # some rows may be of experts elsewhere, and are zero here
     y = _projected(self, first_projection(self), x, offs, tokens, tasks, elsewhere)
     y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
@@ -165,6 +179,37 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
     return y[back].view(m, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)  # in the order of top_k: the same bits every time
+
+
+# ---- tasks of tokens that go to other processes -----------------------------------------------------------------------
+
+_BASE, _DIGITS = 128, 3  # bfloat16 has every integer up to 256
+
+
+def _mixture(module: nn.Module) -> Mixture | None:
+    return next((layer.mixture for layer in getattr(module, CHILD, {}).values()), None)  # the same batch for all
+
+
+def _send_tasks(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """A hook before the forward of experts of which each process has its own. While `mixed` is on, each token takes its task
+    along, wherever transformers sends it, and in whatever order."""
+    if (mixture := _mixture(module)) is None:
+        return None
+    x, *rest = args
+    x = x.to_local() if is_dtensor(x) else x
+    return with_tasks(x, tasks_of_tokens(mixture, torch.arange(len(x), device=x.device), len(x))), *rest
+
+
+def with_tasks(x: Tensor, tasks: Tensor) -> Tensor:
+    """x [m, k] and the tasks [m] of its rows, -1 for none, as digits in further columns."""
+    digits = torch.stack([(1 + tasks) // _BASE**i % _BASE for i in range(_DIGITS)], 1)
+    return torch.cat((x, digits.to(x.dtype)), 1)
+
+
+def without_tasks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, tasks), as `with_tasks` was given them."""
+    digits = x[:, -_DIGITS:].detach().long()
+    return x[:, :-_DIGITS].contiguous(), sum(digits[:, i] * _BASE**i for i in range(_DIGITS)) - 1
 
 
 def _projected(

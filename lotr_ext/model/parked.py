@@ -65,13 +65,14 @@ class ParkedAdapters(nn.ModuleDict):
         return x
 
 
-def parked_of(model: nn.Module, name: str) -> ParkedAdapters:
-    """The model's parked adapters, none at first; name is the caller's, for the message."""
+def parked_of(model: nn.Module, name: str, *, in_parts_too: bool = False) -> ParkedAdapters:
+    """The model's parked adapters, none at first; name is the caller's, for the message. in_parts_too: also of a model whose
+    experts' cores are in parts."""
     adapted_layers(model)
     if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
         raise RuntimeError(f"{name}: expected a model from apply_lotr, got one whose layers were built by hand")
-    whole = is_tensor_parallel(model) and not any(in_parts(slot.tensor) for slot in adapter_slots(model))
-    if holds_parts(model) and not whole:
+    whole = in_parts_too or not any(in_parts(slot.tensor) for slot in adapter_slots(model))
+    if holds_parts(model) and not (whole and is_tensor_parallel(model)):
         raise RuntimeError(f"{name}: expected whole tensors, got a model held in parts; shard it with one adapter")
     parked = getattr(model, "lotr_parked", None)
     return parked if isinstance(parked, ParkedAdapters) else ParkedAdapters()

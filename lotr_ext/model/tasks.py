@@ -19,11 +19,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..autograd.tensor_parallel import is_dtensor
 from ..files import put_file
 from ..layers.checks import check_dimension
 from ..layers.mixture import Mixture
+from ..layers.sharded import agreed, gathered, parted_as
 from ..layers.sums import Rule, check_weights
 from .adapted import adapted_layers
 from .shared_factors import Owner, SharedFactors, factors_checksum
@@ -43,6 +46,9 @@ class TaskBank(nn.Module):
     of the dtype and on the device of its core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which places
     hold a task; a free place is zero.
 
+    Where each process has experts of its own, it has their cores of all tasks, and all processes call the bank's methods
+    together.
+
     `mixed(model, index)` runs batches whose row i is of task index[i], with the scaling that each layer had when the bank was
     made. Tasks may come and go, in any thread, at any time between two forwards without a graph; a backward whose forward came
     before one raises, as after any write in place.
@@ -60,7 +66,7 @@ class TaskBank(nn.Module):
         if hasattr(model, "lotr_tasks"):
             raise RuntimeError("TaskBank: expected a model without a bank, got one with; del model.lotr_tasks first")
         check_dimension("tasks", tasks)
-        cores = (layer.core.detach().new_zeros(tasks, *layer.core.shape) for layer in layers.values())
+        cores = (_places(layer.core.detach(), tasks) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
         self.writes = [0] * tasks  # into each place: a state that belongs to its task ends with one
@@ -127,7 +133,8 @@ class TaskBank(nn.Module):
         """
         rule, weights = Rule(method, density, seed), check_weights("tasks", tasks)
         with _changes:
-            return self.add(rule.sum_by_name([self.cores_of(task) for task in weights], list(weights.values())))
+            cores = [{name: gathered(core) for name, core in self.cores_of(task).items()} for task in weights]
+            return self.add(rule.sum_by_name(cores, list(weights.values())))
 
     def cores_of(self, task: int) -> dict[str, Tensor]:
         """The cores [r_in, r_out] of a task by layer name, views of the bank.
@@ -166,8 +173,13 @@ class TaskBank(nn.Module):
 
         Raises:
             TypeError: no optimizer class, or one that keeps state for all parameters together or needs more than gradients; or
-                settings that it does not take.
+                settings that it does not take; or a bank whose experts are in parts.
         """
+        if any(map(is_dtensor, self.cores)):
+            raise TypeError(
+                "optimizer: expected cores that each process has whole, got experts in parts; use a torch optimizer over the "
+                "bank's parameters"
+            )
         return TaskOptimizer(self, optimizer_class, **settings)
 
     # ---- details -----------------------------------------------------------------------------------------------------
@@ -201,11 +213,16 @@ class TaskBank(nn.Module):
 
     def _save(self, task: int, path: object, more: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> None:
         """`save` with more tensors, by names that begin with STATE, and metadata, which are read at the same time."""
-        target = _path(path)
+        target, together = _path(path), any(map(is_dtensor, self.cores))
+
+        def write() -> None:
+            if not together or dist.get_rank() == 0:
+                put_file(target.parent, target.name, safetensors.torch.save(cores | tensors, self._metadata() | metadata))
+
         with _changes:
-            cores = {name: core.to("cpu", copy=True).contiguous() for name, core in self.cores_of(task).items()}
+            cores = {name: gathered(core).to("cpu", copy=True).contiguous() for name, core in self.cores_of(task).items()}
             tensors, metadata = more()
-        put_file(target.parent, target.name, safetensors.torch.save(cores | tensors, self._metadata() | metadata))
+        agreed("save", write, together=together)
 
     def _place(self, task: object) -> int:
         if isinstance(task, bool) or not isinstance(task, int):
@@ -231,7 +248,7 @@ class TaskBank(nn.Module):
     def _values(self, source: Source | None) -> list[Tensor]:
         """The cores of a task, checked, as the bank's own are."""
         if source is None:
-            return [core.new_zeros(core.shape[1:]) for core in self.cores]
+            return [torch.zeros_like(core.detach()[0]) for core in self.cores]
         tensors = source if isinstance(source, Mapping) else self._read(source)[0]
         names = [f"{name}.core" for name in self._layers]
         if set(tensors) != set(names):
@@ -247,7 +264,7 @@ class TaskBank(nn.Module):
                 raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
             if value.is_meta and not core.is_meta:
                 raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
-            values.append(value.detach().to(core.device, core.dtype))
+            values.append(parted_as(value.detach().to(core.device, core.dtype), core.detach()[0]))
         return values
 
     def _read(self, source: object) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
@@ -278,6 +295,16 @@ def task_metadata(scalings: Sequence[float], owners: Mapping[str, Owner]) -> dic
     which does not depend on the order of the groups."""
     scaling = repr(scalings[0]) if len(set(scalings)) == 1 else json.dumps(scalings)
     return _FORMAT | {"scaling": scaling, "factors": factors_checksum(dict(sorted(owners.items())))}
+
+
+def _places(core: Tensor, tasks: int) -> Tensor:
+    """Zeros [tasks, *core.shape], in parts as core is."""
+    if not is_dtensor(core):
+        return core.new_zeros(tasks, *core.shape)
+    from torch.distributed.tensor import Shard, zeros
+
+    cut = [Shard(placement.dim + 1) if placement.is_shard() else placement for placement in core.placements]
+    return zeros(tasks, *core.shape, dtype=core.dtype, device_mesh=core.device_mesh, placements=cut)
 
 
 def bank_of(model: nn.Module, where: str) -> TaskBank:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from gloo import values_of
 
-CHECKS = ("models", "tensors", "both", "exchanges", "routes", "checkpoints", "sums", "files")
+from lotr_ext.model.experts import with_tasks, without_tasks
+
+CHECKS = ("models", "tensors", "both", "exchanges", "routes", "checkpoints", "sums", "files", "tasks")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROUNDING = 1e-11  # of float64, through AdamW
 FLOAT32 = 2e-6  # where sums in another order reach transformers' norms and routers, which are float32
@@ -75,3 +78,15 @@ def test_tensor_and_expert_parallelism_have_one_sum_together(found: dict) -> Non
     for by_rank in found["both"]:
         base, own = by_rank["counts"]
         assert own == base | {"gloo:all_reduce": base["gloo:all_reduce"] - 2 + 1}
+
+
+def test_a_task_of_each_row_and_of_each_token(found: dict) -> None:
+    for by_rank in found["tasks"]:
+        assert len(by_rank) == 10 and max(by_rank.values()) < FLOAT32, by_rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tasks_travel_with_tokens_in_any_dtype(dtype: torch.dtype) -> None:
+    tasks, x = torch.tensor([-1, 0, 126, 127, 128, 20_000, 2_000_000]), torch.randn(7, 5).to(dtype)
+    again, found = without_tasks(with_tasks(x, tasks))
+    assert torch.equal(again, x) and torch.equal(found, tasks)
