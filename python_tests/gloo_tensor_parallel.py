@@ -15,8 +15,9 @@ from gloo_checks import refusal
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import (
@@ -356,24 +357,31 @@ def by_hand(rank: int, folder: Path) -> dict:
 
 
 def refusals(rank: int, folder: Path) -> dict:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    """Each process raises, before it waits for another: the barrier at the end is reached by all."""
+    size = dist.get_world_size()
+    mesh, grid = init_device_mesh("cpu", (size,)), init_device_mesh("cpu", (1, size))
     _, cut = pair(mesh, layers=1)
-    up = cut.blocks[0].up
-    strange = base(layers=1)
-    parallelize_module(strange, mesh, {"blocks.0.up": ColwiseParallel()})
-    grid = init_device_mesh("cpu", (1, dist.get_world_size()))
-    from torch.distributed.tensor import distribute_tensor
-
-    twice = nn.Parameter(distribute_tensor(strange.blocks[0].down.weight.detach(), grid, [Shard(0), Shard(1)]))
-    strange.blocks[0].down.register_parameter("weight", twice)
+    up, found = cut.blocks[0].up, {"mesh": refusal(lambda: init_device_mesh("cpu", (size + 1,)))}
+    weight = base(layers=1).blocks[0].down.weight.detach()
+    strange = {
+        "cut twice": distribute_tensor(weight, grid, [Shard(0), Shard(1)]),
+        "a sum": DTensor.from_local(weight / size, mesh, [Partial()]),
+        "in two pieces": DTensor.from_local(weight[::size], mesh, [_StridedShard(0, split_factor=2)], run_check=False),
+    }
+    for name, one in strange.items():
+        net = base(layers=1)
+        net.blocks[0].down.register_parameter("weight", nn.Parameter(one))
+        found[name] = refusal(partial(apply_lotr, net, config()))
+        found[name] += "" if all(type(m) is not LoTRLinear for m in net.modules()) else ", but it was changed"
+    _, later = pair(mesh, layers=1)
+    later.blocks[0].up.register_parameter("weight", nn.Parameter(DTensor.from_local(up.weight.to_local(), mesh, [Partial()])))
+    found["a sum, later"] = refusal(lambda: later(inputs()))
     hooks = up._forward_pre_hooks.copy()
     up._forward_pre_hooks.clear()
-    plain = refusal(lambda: up(inputs()))
+    found["plain x"] = refusal(lambda: up(inputs()))
+    found["another mesh"] = refusal(lambda: up(distribute_tensor(inputs(), grid, [Replicate(), Replicate()])))
     up._forward_pre_hooks.update(hooks)
     y = cut(inputs())
-    twofold = refusal(lambda: torch.autograd.grad(torch.autograd.grad(y.sum(), up.core, create_graph=True)[0].sum(), up.core))
-    return {
-        "plain x": plain,
-        "cut twice": refusal(lambda: apply_lotr(strange, config())),
-        "recorded": twofold,
-    }
+    found["recorded"] = refusal(lambda: torch.autograd.grad(y.sum(), up.core, create_graph=True)[0].sum().backward())
+    dist.barrier()
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gloo_checks import refusal
 from gloo_tensor_parallel import Attention, D, base, config, differences, inputs, pair, randomize, seeded, step, trained
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -144,3 +147,35 @@ def batch_in_parts(rank: int, folder: Path) -> dict:
             own["in parts"] = relative(load_adapter(other, folder / way)(x), want[2 * (rank // 2) : 2 * (rank // 2) + 2])
         found[way] = own
     return found
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, D)).double()
+
+
+def compiled(rank: int, folder: Path, backend: str = "eager") -> dict:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    alone, cut = (randomize(seeded(partial(apply_lotr, two_layers(), config()))) for _ in range(2))
+    parallelize_module(cut, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    x = inputs().requires_grad_()
+    y = torch.compile(cut, backend=backend, fullgraph=True)(x)
+    y.square().sum().backward()
+    want, dx = step(alone, inputs())
+    gradients = max(relative(p.grad, trained(alone)[name].grad) for name, p in trained(cut).items())
+    masked = randomize(seeded(partial(apply_lotr, two_layers(), config(dropout=0.5))))
+    parallelize_module(masked, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    said = refusal(lambda: torch.compile(masked, backend="eager", fullgraph=True)(inputs()))
+    return {"off": max(relative(y, want), relative(x.grad, dx), gradients), "dropout": said}
+
+
+def compiled_by_aot(rank: int, folder: Path) -> dict:
+    return compiled(rank, folder, "aot_eager")
+
+
+def saves_alone(rank: int, folder: Path) -> dict:
+    """Process 0 saves by itself. The processes cannot talk to each other after this."""
+    _, cut = pair(init_device_mesh("cpu", (dist.get_world_size(),)))
+    _set_pg_timeout(datetime.timedelta(seconds=1), dist.group.WORLD)
+    said = "" if rank else refusal(lambda: save_adapter(cut, folder / "alone"))
+    return {"said": said, "left": (folder / "alone").exists()}

@@ -228,6 +228,20 @@ def localise(
     return replicas.of(A, *of_A), replicas.of(B, *of_B)
 
 
+def _traced(cut: Cut, axes: Sequence[int], A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """As `localise`, for Dynamo: DTensor adds up the gradients of a layer, in one all-reduce."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    tensors = A, B, call.core
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    flat = DTensor.from_local(flat, cut.mesh, [Replicate()] * cut.mesh.ndim, run_check=False)
+    flat = flat.to_local(grad_placements=[Partial() if i in axes else Replicate() for i in range(cut.mesh.ndim)])
+    parts = flat.split([t.numel() for t in tensors])
+    A, B, call.core = (part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors))
+    of_A, of_B = cut.rows
+    return A[of_A], B[of_B]
+
+
 def local_operands(cut: Cut, x: Tensor, A: Tensor, B: Tensor, weight: DTensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """x, A and weight of a call as `plan_call` would get them, for `explain`; x may be plain and whole."""
     if is_dtensor(x):
@@ -309,20 +323,25 @@ def call_cut(
     run, add: `call_linear` and `add_adapter`, for local tensors.
 
     Raises:
-        TypeError: x is no DTensor, or weight is cut in a way in which the layer has no local form. RuntimeError: inside
+        TypeError: x is no DTensor, or weight is cut in a way in which the layer has no local form. RuntimeError: dropout inside
             torch.compile.
     """
-    if is_compiling():
-        raise RuntimeError("tensor parallelism: expected a layer that runs eagerly, got one inside torch.compile; leave it out")
+    tracing = is_compiling()
+    if tracing and call.p:
+        raise RuntimeError(
+            f"dropout: expected 0 for a tensor parallel layer inside torch.compile, got {call.p}: all processes draw one mask"
+        )
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     cut = cut_of(weight)
-    if cut is None or not is_dtensor(x):
+    if cut is None or not is_dtensor(x) or x.device_mesh != cut.mesh:
+        got = f"a DTensor over {x.device_mesh}" if is_dtensor(x) else type(x).__name__
         raise TypeError(
-            f"x, weight: expected DTensors, the weight cut by rows or by columns over one axis of its mesh, got "
-            f"{type(x).__name__} and a weight cut by {tuple(weight.placements)}; use ColwiseParallel or RowwiseParallel"
+            f"x, weight: expected DTensors over one mesh, the weight cut by rows or by columns over one axis of it, got {got} "
+            f"and a weight cut by {tuple(weight.placements)} over {weight.device_mesh}; use ColwiseParallel or RowwiseParallel"
         )
-    last, placements, of_y, gradient = Shard(x.dim() - 1), list(x.placements), list(x.placements), list(x.placements)
+    last, placements = Shard(x.dim() - 1), [Replicate() if one.is_partial() else one for one in x.placements]
+    of_y, gradient = placements.copy(), placements.copy()
     if cut.axis is not None:
         rows = cut.dim == 0
         placements[cut.axis] = Replicate() if rows else last
@@ -330,12 +349,15 @@ def call_cut(
     if tuple(placements) != x.placements:
         x = x.redistribute(cut.mesh, placements)
     axes = [i for i, placement in enumerate(placements) if i == cut.axis or placement.is_shard()]
-    of_A, of_B = (rows.indices(len(t))[:2] for rows, t in zip(cut.rows, (A, B)))
-    A_, B_ = localise(of_A, of_B, [cut.mesh.get_group(i) for i in axes], A, B, call)
+    if tracing:
+        A_, B_ = _traced(cut, axes, A, B, call)
+    else:
+        of_A, of_B = (rows.indices(len(t))[:2] for rows, t in zip(cut.rows, (A, B)))
+        A_, B_ = localise(of_A, of_B, [cut.mesh.get_group(i) for i in axes], A, B, call)
     weight_, bias_ = (t.to_local() if is_dtensor(t) else t for t in (weight, bias))
     if cut.axis is not None and cut.dim == 1 and cut.mesh.get_local_rank(cut.axis):
         bias_ = None  # of the parts of a sum one has the bias
-    x_ = _local_input(x, gradient)
+    x_ = x.to_local(grad_placements=gradient) if tracing else _local_input(x, gradient)
     if 0 in weight_.shape:  # more processes than rows or columns: no part of y, but a part in the sums of gradients
         nothing = 0 * sum(t.sum() for t in (A_, B_, call.core))
         y = base_linear(x_, weight_, bias_, call.dtype)
@@ -346,4 +368,5 @@ def call_cut(
     else:
         y = run(x_, weight_, bias_, A_, B_, call)
     size = torch.Size((*x.shape[:-1], len(weight)))
-    return DTensor.from_local(y, cut.mesh, of_y, run_check=False, shape=size, stride=torch.empty(size, device="meta").stride())
+    stride = tuple(size[i + 1 :].numel() for i in range(len(size)))
+    return DTensor.from_local(y, cut.mesh, of_y, run_check=False, shape=size, stride=stride)
