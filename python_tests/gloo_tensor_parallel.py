@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from gloo_checks import refusal
+from gloo_checks import few_tokens, on_both_paths, refusal
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -34,10 +35,11 @@ from lotr_ext import (
     per_example,
     save_adapter,
     set_adapter,
+    trainable_summary,
     unload,
     unmerge,
 )
-from nets import relative
+from nets import OpCounter, relative
 
 D, HIDDEN = 12, 20
 KINDS = {"q": ColwiseParallel, "k": ColwiseParallel, "o": RowwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel}
@@ -197,7 +199,7 @@ LAYOUTS: dict[str, dict] = {
     "by name": {"settings": {"group_by": "name"}},
     "two ranks": {"settings": {"rank": (3, 5)}},
     "diagonal": {"settings": {"core": "diagonal"}},
-    "tucker": {"settings": {"core": "tucker"}},
+    **{core: {"settings": {"core": core}} for core in ("cp", "few", "train", "tucker")},
     "frozen factors": {"settings": {"train": ("core",)}},
     "frozen cores": {"settings": {"train": ("A", "B"), "core_init": "identity"}},
 }
@@ -205,7 +207,22 @@ LAYOUTS: dict[str, dict] = {
 
 def layouts(rank: int, folder: Path) -> dict:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return {name: differences(*pair(mesh, **options)) for name, options in LAYOUTS.items()}
+    found = {name: differences(*pair(mesh, **options)) for name, options in LAYOUTS.items()}
+    for path, own in on_both_paths(lambda: differences(*pair(mesh, prepare=True))).items():
+        found[path] = own
+    return found
+
+
+def shared_u(rank: int, folder: Path) -> dict:
+    """Calls of our operators in a step of one block: q and k share one u = x A on local tensors."""
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), {}
+    for prepare in (False, True):
+        _, cut = pair(mesh, prepare=prepare, layers=1)
+        with few_tokens(0), pytest.MonkeyPatch.context() as patch:
+            calls = OpCounter(patch)
+            step(cut, inputs())
+        found[str(prepare)] = calls.take()
+    return found
 
 
 def more_processes_than_rows(rank: int, folder: Path) -> dict:
@@ -248,7 +265,8 @@ def told(rank: int, folder: Path) -> dict:
     _, cut = pair(mesh)
     at = cut.blocks[0]
     return {name: str(explain(layer, inputs())) for name, layer in (("up", at.up), ("whole", at.whole))} | {
-        "down": str(explain(at.down, torch.zeros(3, 5, HIDDEN, dtype=torch.float64)))
+        "down": str(explain(at.down, torch.zeros(3, 5, HIDDEN, dtype=torch.float64))),
+        "summary": str(trainable_summary(cut)),
     }
 
 

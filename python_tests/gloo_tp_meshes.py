@@ -11,7 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gloo_checks import refusal
-from gloo_tensor_parallel import Attention, D, base, config, differences, inputs, pair, randomize, seeded, step, trained
+from gloo_tensor_parallel import (
+    Attention,
+    D,
+    base,
+    config,
+    counted,
+    differences,
+    inputs,
+    pair,
+    randomize,
+    seeded,
+    step,
+    trained,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -132,8 +145,9 @@ def batch_in_parts(rank: int, folder: Path) -> dict:
         net, inside, x, size = two_by_two(cut, shard)
         whole_x = inputs(2 * size)
         step(alone[0], whole_x)
-        net(x).square().sum().backward()
-        own = {"gradients": 0.0}
+        with counted() as count:
+            net(x).square().sum().backward()
+        own = {"gradients": 0.0, "sums": float(count["all_reduce"] - (4 * 2 + (1 if way == "DDP" else 2)))}
         for name, p in trained(inside).items():
             own["gradients"] = max(own["gradients"], relative(whole(p.grad) * size, trained(alone[0])[name].grad))
         train(alone[0], whole_x, 1.0), train(net, x, size)
@@ -166,7 +180,9 @@ def compiled(rank: int, folder: Path, backend: str = "eager") -> dict:
     masked = randomize(seeded(partial(apply_lotr, two_layers(), config(dropout=0.5))))
     parallelize_module(masked, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     said = refusal(lambda: torch.compile(masked, backend="eager", fullgraph=True)(inputs()))
-    return {"off": max(relative(y, want), relative(x.grad, dx), gradients), "dropout": said}
+    eager = seeded(lambda: masked(inputs()), seed=3)
+    same = relative(seeded(lambda: torch.compile(masked, backend="eager")(inputs()), seed=3), eager.detach())
+    return {"off": max(relative(y, want), relative(x.grad, dx), gradients, same), "dropout": said}
 
 
 def compiled_by_aot(rank: int, folder: Path) -> dict:

@@ -196,8 +196,9 @@ def _replicas(groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: C
     found = scope.replicas.get(key)
     if found is None or not (found.has(A) and found.has(B)):
         found = scope.replicas[key] = Replicas(groups, (A, B, *own, *_of_scope(scope)))
-    if own and not found.has(call.core):  # made for this call alone
-        found.add(Replicas(groups, own))
+    if own and not found.has(call.core):  # one that FSDP2 gathered with its block's, or made for this call alone
+        gathered = call.owner._parameters.get("core") is call.core
+        found.add(Replicas(groups, own if not gathered else (*own, *(t for t in _of_scope(scope) if not found.has(t)))))
     return found
 
 
@@ -327,9 +328,10 @@ def call_cut(
             torch.compile.
     """
     tracing = is_compiling()
-    if tracing and call.p:
+    if tracing and call.p:  # Dynamo ends its graph here, and runs the layer eagerly
         raise RuntimeError(
-            f"dropout: expected 0 for a tensor parallel layer inside torch.compile, got {call.p}: all processes draw one mask"
+            "dropout: expected 0 for a tensor parallel layer inside a graph of torch.compile, got more: all processes draw one "
+            "mask; compile without fullgraph=True"
         )
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..autograd.tensor_parallel import is_dtensor
 from ..layers.hosted import LoTRHostedExperts
 from ..layers.linear import LoTRWrapped
 from ..layers.quantized import base_format
@@ -24,7 +25,8 @@ class TrainableSummary(NamedTuple):
 
     layers: adapted layers; groups: (in_features, out_features, rank) of each pair of factors; left_out: what "all-linear" or a
     regular expression reached and left as it is, by name, and why; formats: the quantised format of each adapted layer that has
-    one, by name. str() of it is the report for people.
+    one, by name; parts: (name, shape, shape in this process) of each adapted DTensor weight. str() of it is the report
+    for people.
     """
 
     adapter: int
@@ -34,6 +36,7 @@ class TrainableSummary(NamedTuple):
     groups: tuple[tuple[int, int, int | tuple[int, int]], ...]
     left_out: tuple[tuple[str, str], ...] = ()
     formats: tuple[tuple[str, str], ...] = ()
+    parts: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
 
     def __str__(self) -> str:
         pairs = ", ".join(f"{k}x{n} at rank {rank}" for k, n, rank in self.groups)
@@ -46,10 +49,12 @@ class TrainableSummary(NamedTuple):
         )
         counts = Counter(format for _, format in self.formats)
         quantised = f"\nquantised: {', '.join(f'{count} x {name}' for name, count in counts.items())}" if counts else ""
+        cuts = Counter(f"W {whole} here {here}" for _, whole, here in self.parts)
+        parts = f"\nin parts: {', '.join(f'{count} x {name}' for name, count in cuts.items())}" if cuts else ""
         return (
             f"LoTR: {self.layers} layers, {len(self.groups)} pair{'s' * (len(self.groups) != 1)} of factors ({pairs}), "
             f"{self.adapter:,} adapter parameters; trained {self.trained:,} of {self.total:,} ({self.trained / self.total:.4%})"
-        ) + "".join((quantised, *lines))
+        ) + "".join((quantised, parts, *lines))
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
@@ -75,6 +80,11 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         groups=tuple((f.in_features, f.out_features, f.rank) for f in factors.values()),
         left_out=tuple(left_out(inner, config).items()) if isinstance(config, LoTRConfig) else (),
         formats=tuple((name, found) for name, layer in named.items() if (found := _format(layer)) is not None),
+        parts=tuple(
+            (name, tuple(weight.shape), tuple(weight.to_local().shape))
+            for name, layer in named.items()
+            if is_dtensor(weight := getattr(layer, "weight", None))
+        ),
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from gloo import values_of
 from gloo_tensor_parallel import LAYOUTS
 from gloo_tp_plan import KINDS
 
-CHECKS = ("layouts", "checkpoints", "sums", "told", "dropout", "files", "by_hand", "rows_apart", "refusals")
+CHECKS = ("layouts", "checkpoints", "sums", "told", "shared_u", "dropout", "files", "by_hand", "rows_apart", "refusals")
 PLANS = ("plans", "plans_told")
 MORE = ("more_processes_than_rows",)
-MESHES = ("sequences", "batch_in_parts")
+MESHES = ("sequences", "batch_in_parts", "saves_alone")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROUNDING = 1e-13  # of float64
 
@@ -22,7 +24,7 @@ def named(checks: tuple[str, ...], module: str = "gloo_tensor_parallel") -> list
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     """What each check returned in both processes."""
-    checks = named(CHECKS) + named(PLANS, "gloo_tp_plan")
+    checks = named(CHECKS) + named(PLANS, "gloo_tp_plan") + named(("compiled",), "gloo_tp_meshes")
     return {name.partition(":")[2]: own for name, own in values_of(checks, tmp_path_factory.mktemp("two")).items()}
 
 
@@ -32,7 +34,7 @@ def of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     return {name.partition(":")[2]: own for name, own in found.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "two nodes", "one node", "one folded node"])
 def test_a_cut_model_is_one_process(found: dict, layout: str) -> None:
     for by_rank in found["layouts"]:
         assert max(by_rank[layout].values()) < ROUNDING, by_rank[layout]
@@ -62,6 +64,7 @@ def test_explain_says_that_kernels_run_on_local_tensors(found: dict) -> None:
         assert "(20, 12) here (10, 12)" in by_rank["up"] and "(12, 20) here (12, 10)" in by_rank["down"]
         assert all("composite" not in plan for plan in by_rank.values())
         assert "here" not in by_rank["whole"]
+        assert "2 x W (20, 12) here (10, 12), 2 x W (12, 20) here (12, 10)" in by_rank["summary"]
 
 
 def test_processes_draw_one_dropout_mask(found: dict) -> None:
@@ -121,8 +124,30 @@ def test_sequence_parallel_is_one_process(of_four: dict, way: str) -> None:
         assert max(by_rank[way].values()) < ROUNDING, by_rank[way]
 
 
+def test_a_save_by_one_process_ends_with_an_error(of_four: dict) -> None:
+    said = of_four["saves_alone"]
+    assert said[0]["said"].startswith("RuntimeError: save_adapter: expected all processes to call it together")
+    assert not any(by_rank["left"] for by_rank in said)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
+def test_compiled_in_one_graph(found: dict, tmp_path: Path, backend: str) -> None:
+    """A layer with dropout runs beside the graph, and is refused where there must be one."""
+    if backend != "eager":
+        found = {
+            "compiled": values_of(named(("compiled_by_aot",), "gloo_tp_meshes"), tmp_path)["gloo_tp_meshes:compiled_by_aot"]
+        }
+    for by_rank in found["compiled"]:
+        assert by_rank["off"] < ROUNDING
+        assert "dropout: expected 0 for a tensor parallel layer inside a graph" in by_rank["dropout"]
+
+
 def test_refusals(found: dict) -> None:
     for by_rank in found["refusals"]:
-        assert by_rank["plain x"].startswith("TypeError: x, weight: expected DTensors")
-        assert by_rank["cut twice"].startswith("ValueError: target_modules: expected tensor parallel layers cut by rows or")
+        assert by_rank["mesh"].startswith("RuntimeError: Mesh should not be bigger")  # torch's own
+        for name in ("plain x", "another mesh", "a sum, later"):
+            assert by_rank[name].startswith("TypeError: x, weight: expected DTensors over one mesh"), name
+        for name in ("cut twice", "a sum", "in two pieces"):
+            assert by_rank[name].startswith("ValueError: target_modules: expected tensor parallel layers cut by rows or"), name
+            assert by_rank[name].endswith("exclude it"), name
         assert by_rank["recorded"].startswith("RuntimeError: tensor parallelism: expected a backward that is not itself")
