@@ -67,6 +67,13 @@ def test_explain_says_that_kernels_run_on_local_tensors(found: dict) -> None:
         assert "2 x W (20, 12) here (10, 12), 2 x W (12, 20) here (12, 10)" in by_rank["summary"]
 
 
+def test_siblings_share_u_on_local_tensors(found: dict) -> None:
+    """Of the 6 layers of a block two read one x."""
+    for by_rank in found["shared_u"]:
+        for counts in by_rank.values():
+            assert counts["shrink"] == counts["factor_grad_"] == 5 and counts["fold"] == 6, counts
+
+
 def test_processes_draw_one_dropout_mask(found: dict) -> None:
     for by_rank in found["dropout"]:
         assert by_rank["alike"]
