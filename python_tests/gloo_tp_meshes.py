@@ -133,7 +133,9 @@ def train(net: nn.Module, x: Tensor, scale: float, steps: int = 3) -> None:
 
 def batch_in_parts(rank: int, folder: Path) -> dict:
     """DDP or FSDP2 over one dimension of a mesh, tensor parallelism over the other: trained, saved, loaded."""
-    found = {}
+    found: dict[str, Any] = {}
+    of_base = 2 * 4 - 1  # x has no gradient
+    own_sums = {"DDP": of_base + 1, "FSDP2": of_base + 2, "FSDP2, parallelize_module first": of_base + 2}  # one a block
     for way, shard, after in (("DDP", False, False), ("FSDP2", True, False), ("FSDP2, parallelize_module first", True, True)):
         alone: list[nn.Module] = []
 
@@ -147,7 +149,7 @@ def batch_in_parts(rank: int, folder: Path) -> dict:
         step(alone[0], whole_x)
         with counted() as count:
             net(x).square().sum().backward()
-        own = {"gradients": 0.0, "sums": float(count["all_reduce"] - (4 * 2 + (1 if way == "DDP" else 2)))}
+        own = {"gradients": 0.0, "sums": abs(count["all_reduce"] - own_sums[way])}
         for name, p in trained(inside).items():
             own["gradients"] = max(own["gradients"], relative(whole(p.grad) * size, trained(alone[0])[name].grad))
         train(alone[0], whole_x, 1.0), train(net, x, size)
@@ -180,9 +182,7 @@ def compiled(rank: int, folder: Path, backend: str = "eager") -> dict:
     masked = randomize(seeded(partial(apply_lotr, two_layers(), config(dropout=0.5))))
     parallelize_module(masked, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     said = refusal(lambda: torch.compile(masked, backend="eager", fullgraph=True)(inputs()))
-    eager = seeded(lambda: masked(inputs()), seed=3)
-    same = relative(seeded(lambda: torch.compile(masked, backend="eager")(inputs()), seed=3), eager.detach())
-    return {"off": max(relative(y, want), relative(x.grad, dx), gradients, same), "dropout": said}
+    return {"off": max(relative(y, want), relative(x.grad, dx), gradients), "dropout": said}
 
 
 def compiled_by_aot(rank: int, folder: Path) -> dict:

@@ -328,10 +328,10 @@ def call_cut(
             torch.compile.
     """
     tracing = is_compiling()
-    if tracing and call.p:  # Dynamo ends its graph here, and runs the layer eagerly
+    if tracing and call.p:
         raise RuntimeError(
-            "dropout: expected 0 for a tensor parallel layer inside a graph of torch.compile, got more: all processes draw one "
-            "mask; compile without fullgraph=True"
+            "dropout: expected 0 for a tensor parallel layer inside torch.compile, got more, since all processes draw one "
+            "mask; train without dropout, or without torch.compile"
         )
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 

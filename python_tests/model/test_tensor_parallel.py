@@ -139,14 +139,13 @@ def test_a_save_by_one_process_ends_with_an_error(of_four: dict) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
 def test_compiled_in_one_graph(found: dict, tmp_path: Path, backend: str) -> None:
-    """A layer with dropout runs beside the graph, and is refused where there must be one."""
     if backend != "eager":
         found = {
             "compiled": values_of(named(("compiled_by_aot",), "gloo_tp_meshes"), tmp_path)["gloo_tp_meshes:compiled_by_aot"]
         }
     for by_rank in found["compiled"]:
         assert by_rank["off"] < ROUNDING
-        assert "dropout: expected 0 for a tensor parallel layer inside a graph" in by_rank["dropout"]
+        assert "dropout: expected 0 for a tensor parallel layer inside torch.compile" in by_rank["dropout"]
 
 
 def test_refusals(found: dict) -> None:
