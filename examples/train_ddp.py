@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune_text import Bar, check_folder, check_seed
@@ -21,32 +22,42 @@ from finetune_text import Bar, check_folder, check_seed
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DistributedDataParallel")
+def common_options(description: str, batch: str, out: str) -> argparse.ArgumentParser:
+    """Of this program and of train_pp.py. batch: what --batch counts; out: the folder's name."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (16)")
     parser.add_argument("--targets", default="query,value", help="names of the adapted layers (query,value)")
     parser.add_argument("--steps", type=int, default=100, help="training steps (100)")
-    parser.add_argument("--batch", type=int, default=16, help="examples a step and process (16)")
+    parser.add_argument("--batch", type=int, default=16, help=f"examples a {batch} (16)")
     parser.add_argument("--seed", type=int, default=0, help="seed (0)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads a process (1)")
     parser.add_argument("--model", default=str(ROOT / "data" / "all-minilm-l6-v2"), help="a Hugging Face model folder")
     parser.add_argument("--text", help="a .tsv or .csv file of label and text, instead of the movie snippets")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out examples (1000, with --text a fifth at most)")
-    parser.add_argument("--out", default=str(ROOT / "demo_results" / "ddp"), help="folder for the adapter")
+    parser.add_argument("--out", default=str(ROOT / "demo_results" / out), help="folder for the adapter")
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    options = parser.parse_args(argv)
-    for name in ("rank", "steps", "batch", "threads", "held_out"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    return parser
+
+
+def check_options(options: argparse.Namespace, program: str) -> argparse.Namespace:
+    """ValueError for one that cannot be, or if torchrun did not start the program."""
+    for name, value in vars(options).items():
+        if type(value) is int and name != "seed" and value < 1:
+            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
     check_seed(options.seed)
     check_folder(options.out)
     options.targets = [t for t in options.targets.split(",") if t]
     if not options.targets:
         raise ValueError("targets: expected names of layers, got none")
     if "RANK" not in os.environ:
-        raise ValueError("processes: expected to be started by torchrun: torchrun --nproc-per-node 2 examples/train_ddp.py")
+        raise ValueError(f"processes: expected to be started by torchrun: torchrun --nproc-per-node 2 examples/{program}.py")
     return options
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = common_options(__doc__.split("\n")[0], "step and process", "ddp")
+    parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DistributedDataParallel")
+    return check_options(parser.parse_args(argv), "train_ddp")
 
 
 def build(options: argparse.Namespace, classes: int, seed: int):
@@ -138,8 +149,8 @@ def run(options: argparse.Namespace) -> None:
         raise RuntimeError(f"saved adapter: expected an accuracy of {reached}, got {loaded}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = arguments(argv)
+def start(options: argparse.Namespace, run: Callable[[argparse.Namespace], None]) -> int:
+    """run(options) in a process that torchrun has started."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch.distributed as dist
 
@@ -151,10 +162,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    return start(arguments(argv), run)
+
+
+def end(main: Callable[[], int], program: str) -> None:
+    """The end of the process, with one line on an error."""
     try:
         sys.exit(main())
     except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"train_ddp: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"{program}: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     except KeyboardInterrupt:
-        sys.exit("train_ddp: interrupted; nothing was saved")
+        sys.exit(f"{program}: interrupted; nothing was saved")
+
+
+if __name__ == "__main__":
+    end(main, "train_ddp")

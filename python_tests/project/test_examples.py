@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -271,6 +272,41 @@ def test_train_ddp_refuses(arguments, words, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match=words):
         train_ddp.main(arguments)
+
+
+# ---- train_pp --------------------------------------------------------------------------------------------------------
+
+
+def test_train_pp_in_two_processes(tiny, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    shutil.copytree(tiny[0], model := tmp_path / "model")
+    BertModel(BertConfig.from_pretrained(model, num_hidden_layers=2)).save_pretrained(model)
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1", "examples/train_pp.py")
+    options = ("--text", str(tiny[1]), "--steps", "3", "--batch", "4", "--tokens", "8", "--rank", "2", "--out")
+    result = run(*command, "--model", str(model), *options, str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "1F1B, 2 stages, 3 steps of 4" in result.stdout and "held-out accuracy of a whole model" in result.stdout
+    saved = json.loads((tmp_path / "out" / "lotr_adapter.json").read_text())
+    assert {name.split(".")[3] for name in saved["layers"]} == {"0", "1"} and saved["modules_to_save"] == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--micro-batches", "0"], "micro-batches: expected at least 1"),
+        (["--batch", "6"], "batch: expected a multiple of 4 micro-batches, got 6"),
+        ([], "torchrun --nproc-per-node 2 examples/train_pp.py"),
+    ],
+)
+def test_train_pp_refuses(arguments, words, monkeypatch):
+    import train_pp
+
+    monkeypatch.delenv("RANK", raising=False)
+    if "6" in arguments:
+        monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=words):
+        train_pp.main(arguments)
 
 
 # ---- causal_lm -------------------------------------------------------------------------------------------------------
