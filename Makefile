@@ -32,7 +32,7 @@ CXX_FILES := $(filter csrc/%,$(NATIVE)) $(wildcard $(addsuffix /*.h,$(MORE_CXX))
 
 help:
 	@echo "make demo       fine-tune a pretrained transformer on real text with LoTR (about 5 minutes on two cores)"
-	@echo "make frontier   accuracy against trained parameters, about an hour, goes on where it was (ARGS=--quick: two minutes)"
+	@echo "make frontier   loss against trained parameters, LoTR and LoRA, hours, goes on where it was (ARGS=--quick: three minutes)"
 	@echo "make many-tasks 1,000 tasks over one model, 64 of them in a batch (three minutes)"
 	@echo "make evolve     cores trained by forwards alone, for an accuracy and an exact match (ten minutes; ARGS=--quick: one)"
 	@echo "make loras      eight LoRAs of a small language model as one bank, and a ninth task over it (five minutes)"
@@ -93,7 +93,7 @@ demo: setup
 	@$(PY) examples/finetune_text.py $(ARGS)
 
 frontier: setup
-	@$(PY) -m bench.frontier $(ARGS)
+	@$(PY) examples/causal_data.py $(PIP_ARGS) && $(PY) -m bench.evidence $(ARGS)
 
 many-tasks: setup
 	@$(PY) examples/many_tasks.py $(ARGS)

@@ -112,12 +112,11 @@ def train(model: nn.Module, rows: Tensor, options: argparse.Namespace, parameter
     """AdamW over the adapter's parameters, linear warm-up and decay; the losses by step."""
     import torch
 
+    from text_model import linear_decay
+
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
-    warm = max(1, options.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, max(0.0, (options.steps - step) / max(1, options.steps - warm)))
-    )
+    schedule = linear_decay(optimizer, options.steps, max(1, options.steps // 10))
     losses: list[float] = []
     model.train()
     with Bar("LoTR", options.steps, not options.quiet) as bar:
@@ -126,7 +125,7 @@ def train(model: nn.Module, rows: Tensor, options: argparse.Namespace, parameter
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
+            schedule()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"loss is {losses[-1]} at step {len(losses)}; lower --lr or --scaling")

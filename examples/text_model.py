@@ -202,11 +202,15 @@ def optimizer_for(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.o
     adapter = [p for name, p in trained.items() if "head." not in name]
     groups = [{"params": head, "lr": recipe.head_lr}, {"params": adapter, "lr": recipe.lr}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
-    warm = max(1, round(recipe.warmup * steps))
+    return optimizer, linear_decay(optimizer, steps, max(1, round(recipe.warmup * steps)))
+
+
+def linear_decay(optimizer: torch.optim.Optimizer, steps: int, warm: int) -> Callable[[], None]:
+    """What is called after each step: rates rise over the first `warm` steps and then fall to zero at the last."""
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, max(0.0, (steps - step) / max(1, steps - warm)))
     )
-    return optimizer, schedule.step
+    return schedule.step
 
 
 def start_from_gradient(model: nn.Module, batches: Batches, head_lr: float, steps: int, looked_at: int = 8) -> int:

@@ -33,13 +33,14 @@ class Table:
 
 
 @contextlib.contextmanager
-def bar(total: int) -> Iterator[Callable[[str], None]]:
+def bar(cases: int) -> Iterator[Callable[..., None]]:
     """A line on stderr that counts the cases, a line a case where that is no terminal; what it yields names the case that
-    begins, which ends the one before."""
-    begun, start, alone = 0, time.monotonic(), sys.stderr.isatty()
+    begins, which ends the one before. Its `total` is the number of cases, where that has changed."""
+    begun, start, alone, all_cases = 0, time.monotonic(), sys.stderr.isatty(), cases
 
-    def begin(name: str) -> None:
-        nonlocal begun
+    def begin(name: str, total: int | None = None) -> None:
+        nonlocal begun, all_cases
+        total = all_cases = all_cases if total is None else total
         left = f", {(time.monotonic() - start) / begun * (total - begun) / 60:.1f} min left" if begun else ""
         begun += 1
         if alone:

@@ -16,7 +16,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ..frontier import table as frontier
+from ..evidence import digest as evidence
+from ..evidence import sweep as evidence_sweep
+from ..evidence import table as evidence_table
+from ..evidence.tasks import ALL as EVIDENCE_TASKS
 from ..measure.names import renamed
 from ..measure.session import brief
 from ..measure.store import RESULTS, ROOT, Store, newest, write_whole
@@ -47,17 +50,19 @@ TABLES = tables.TABLES | {
     "tasks": tasks_table.training_table,
 }
 README = Page(ROOT / "README.md", ("summary", "accuracy"), "")
-CHOOSING = Page(ROOT / "docs" / "choosing.md", ("frontier",), "../")
+CHOOSING = Page(ROOT / "docs" / "choosing.md", ("evidence",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "many-tasks", "traffic", "static"), "../")
 SERVING = Page(ROOT / "docs" / "serving.md", ("serving",), "../")
 PAGES = (README, CHOOSING, BENCHMARKS, SERVING)
 PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
     "demo": "make demo",
-    "frontier": "make frontier",
+    "evidence": "make frontier",
     "many-tasks": "make many-tasks",
     "accuracy": "make frontier",
     "summary": "make bench",
 }
+
+EARLIER = ("accuracy",)  # keeps what it shows, an earlier program's numbers, until there is a result
 
 
 def _read(path: Path) -> list[dict]:
@@ -165,10 +170,6 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
         found["many-tasks"] += [tasks_table.tasks_table(run, _pictures(folder, up)) for run in tasks_table.task_runs(folder)]
         if run := serving.kept(folder):
             found["serving"].append(serving.page_table(run, _pictures(folder, up).get("serving")))
-        cells = frontier.kept(folder)
-        if cells:
-            found["frontier"].append(frontier.page_table(cells, _pictures(folder, up)))
-            found["accuracy"].append(frontier.short_text(cells))
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if rows:
         found["traffic"].append(tables.traffic_table(rows, estimates, _pictures(folder, up)))
@@ -182,7 +183,17 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
     if text := rows_table.static_rows_table(results):
         found["static"].append(text)
     found["summary"] = _summary_section(results, up)
-    return found
+    return found | _evidence_sections(results / evidence.FOLDER.name, up)
+
+
+def _evidence_sections(folder: Path, up: str) -> dict[str, list[str]]:
+    """What to take, in full and in short."""
+    found, pictures = evidence.digests(folder), _pictures(folder, up)
+    swept = {task.name: evidence_sweep.transfers(evidence.kept(folder, task.name, True)) for task in EVIDENCE_TASKS}
+    swept = {name: transfers for name, transfers in swept.items() if transfers}
+    short = evidence_table.short_text(found, pictures)
+    whole = [evidence_table.page_table(found, pictures, swept)] if found or swept else []
+    return {"evidence": whole, "accuracy": [short] if short else []}
 
 
 def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
@@ -192,6 +203,8 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
         pattern = re.compile(rf"(<!-- {name}:begin [^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page.name}: expected the markers {name}:begin and {name}:end, found none")
+        if not found[name] and name in EARLIER:
+            continue
         nothing = f"No result of `{PROGRAMS.get(name, f'python -m bench.{name}')}` is kept yet."
         body = "\n\n".join(found[name] or [nothing])
         text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
@@ -200,7 +213,7 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS) -> list[Path]:
     """All pictures, from the same cells as the tables."""
-    from . import plots, plots_frontier, plots_more, plots_serving, plots_static, plots_tasks
+    from . import plots, plots_evidence, plots_more, plots_serving, plots_static, plots_tasks
 
     written = []
     for folder in _machines(results):
@@ -216,8 +229,8 @@ def draw(results: Path = RESULTS) -> list[Path]:
         written += plots_more.draw_summary(summary(layer, model), folder)
         if run := serving.kept(folder):
             written += plots_serving.draw_serving(run, folder)
-        written += plots_frontier.draw_frontier(frontier.kept(folder), folder)
         written += [path for run in tasks_table.task_runs(folder) for path in plots_tasks.draw_tasks(run, folder)]
+    written += plots_evidence.draw_evidence(results / evidence.FOLDER.name)
     rows, estimates, folder = tables.traffic_rows(results), tables.static_found(results), results / "simt-executor"
     if levels := projections([tables.PROJECTED_SHAPE], rows, estimates):
         written += plots_more.draw_projection(tables.PROJECTED_SHAPE, rows, levels, folder)

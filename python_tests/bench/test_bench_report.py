@@ -10,7 +10,7 @@ import torch
 
 import bench.__main__ as everything
 from bench import layer, shared, targets
-from bench.frontier.ways import WAYS
+from bench.evidence.methods import METHODS as EVIDENCE
 from bench.measure import names
 from bench.measure.shapes import QUICK, TARGETS, Case
 from bench.measure.store import QUICK as QUICK_FOLDER
@@ -122,7 +122,7 @@ def test_programs_and_kept_results_have_the_same_names():
     assert all(block.RIVALS[name][0] == names.NAMES[name] for name in block.RIVALS if name in names.NAMES)
     own = [name for name in host.RIVALS if name in names.NAMES]
     assert len(own) == 4 and all(host.RIVALS[name].label.split(", ")[0] == names.NAMES[name] for name in own)
-    assert WAYS["lora"].label == RECIPES["lora"].name == names.NAMES["lora-peft"] and WAYS["vera"].label == "VeRA PEFT"
+    assert EVIDENCE["lora"].label == RECIPES["lora"].name == names.NAMES["lora-peft"] and EVIDENCE["vera"].label == "VeRA PEFT"
     assert names.renamed("LoRA (PEFT)") == "LoRA PEFT" and names.renamed("LoTR") == "LoTR"
     assert names.renamed("PEFT LoRA, 8 tasks in the batch") == "LoRA PEFT, 8 tasks in the batch"
     shown = "".join(text for texts in report.sections().values() for text in texts)

@@ -1,0 +1,223 @@
+"""What a task's kept runs say: a point a method and rank with intervals, and LoTR against LoRA at each size."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..measure.paired import interval
+from ..measure.store import RESULTS, Store, latest
+from .intervals import Draws, Interval, too_few, verdict
+from .methods import BASE, METHODS, reference
+from .packing import unpacked
+from .plan import MOST, Place, best_at_end, best_rate, tried_rates
+from .tasks import ALL, Task
+
+FOLDER = RESULTS / "evidence"  # of all machines: a search that one began another goes on with
+OURS = tuple(name for name in METHODS if name.startswith("lotr"))
+THEIRS = ("lora", "lora-qv")
+FALLING = 0.05  # of its whole fall, in the last tenth of a run: it has not reached a plateau
+
+
+class Point(NamedTuple):
+    """One method at one rank and its rate. loss, share: with intervals where there are seeds enough; share is None without a
+    reference or full fine-tuning. end: the rate is at the end of those tried. falling: the part of the training loss's fall in
+    the last tenth of the run. losses: [seeds, items] of held-out items."""
+
+    method: str
+    rank: int
+    parameters: int
+    lr: float
+    tried: int
+    end: int
+    seeds: tuple[int, ...]
+    validation: float
+    loss: Interval
+    share: Interval | None
+    accuracy: tuple[float, float | None] | None
+    falling: float
+    losses: Tensor
+
+    @property
+    def label(self) -> str:
+        return METHODS[self.method].label
+
+    @property
+    def name(self) -> str:
+        return self.label + (f", r = {self.rank}" if self.rank else "")
+
+
+class Digest(NamedTuple):
+    """Of one task. unfinished: places whose runs are still missing or diverged, and why."""
+
+    task: Task
+    cells: list[dict]
+    points: list[Point]
+    seeds: int
+    unfinished: list[str]
+
+    def of(self, *methods: str) -> list[Point]:
+        return [point for point in self.points if point.method in methods]
+
+    def draws(self) -> Draws:
+        return Draws(self.seeds, self.points[0].losses.shape[1])
+
+
+def file_of(task: str, sweep: bool = False) -> str:
+    return f"{task}{'-sweep' if sweep else ''}.jsonl"
+
+
+def kept(folder: Path, task: str, sweep: bool = False) -> list[dict]:
+    """The last run of each case, of methods that are known."""
+    cells = Store(folder / file_of(task, sweep)).read()
+    return latest([cell for cell in cells if cell["rival"] in METHODS and "setting" in cell])
+
+
+def _own(cells: list[dict], place: Place) -> list[dict]:
+    return [cell for cell in cells if (cell["case"]["method"], cell["case"]["rank"]) == place]
+
+
+def _falling(cell: dict) -> float:
+    curve = cell["curve"]
+    return (curve[-2] - curve[-1]) / (curve[0] - curve[-1]) if len(curve) > 2 and curve[0] > curve[-1] else 0.0
+
+
+def _at_rate(cells: list[dict], place: Place) -> list[dict]:
+    """A place's runs at the rate that has the most seeds; of two, the one that the search chose."""
+    own = _own(cells, place)
+    counts, chosen = Counter(cell["case"]["lr"] for cell in own), best_rate(tried_rates(own, place) or {0.0: None})
+    lr = max(counts, key=lambda lr: (counts[lr], lr == chosen))
+    return sorted((cell for cell in own if cell["case"]["lr"] == lr), key=lambda cell: cell["case"]["seed"])
+
+
+def digest(task: Task, cells: list[dict]) -> Digest:
+    """Points are compared over the seeds that most of them have. A point without all of these stands under `unfinished`."""
+    places = list(dict.fromkeys((cell["case"]["method"], cell["case"]["rank"]) for cell in cells))
+    places.sort(key=lambda place: (list(METHODS).index(place[0]), place[1]))
+    runs = {place: _at_rate(cells, place) for place in places}
+    whole = {p: [c for c in own if c["losses"] is not None] for p, own in runs.items()}
+    counts = Counter(tuple(c["case"]["seed"] for c in own) for p, own in whole.items() if p[0] != BASE and own)
+    seeds = max(counts, key=lambda s: (counts[s], len(s)), default=(0,))
+    unfinished, points, losses = [], [], {}
+    for place, own in whole.items():
+        have = {c["case"]["seed"]: c for c in own}
+        kept = [have[s] for s in seeds if s in have]
+        if place[0] == BASE and have:  # the same for all seeds
+            kept = [next(iter(have.values()))] * len(seeds)
+        if len(kept) < len(seeds):
+            diverged = sum(c["losses"] is None for c in runs[place])
+            why = f"{diverged} runs diverged" if diverged else f"{len(kept)} of {len(seeds)} seeds"
+            unfinished.append(f"{METHODS[place[0]].label}{f', r = {place[1]}' if place[1] else ''}: {why}")
+        else:
+            losses[place] = torch.stack([unpacked(c["losses"]) for c in kept]), kept
+    draws = Draws(len(seeds), next(iter(losses.values()))[0].shape[1]) if losses else None
+    base, full = ((losses[p][0] if p in losses else None) for p in ((reference(task), 0), ("full", 0)))
+    for place, (own, kept) in losses.items():
+        tried = tried_rates(cells, place)
+        share = draws.share(base, own, full) if base is not None and full is not None else None
+        right = [c["accuracy"] for c in kept if c["accuracy"] is not None]
+        points.append(
+            Point(
+                *place, kept[0]["parameters"], kept[0]["case"]["lr"], len(tried), best_at_end(tried) if len(tried) > 1 else 0,
+                seeds, sum(c["validation"] for c in kept) / len(kept), draws.mean(own), share,
+                interval(right[:10]) if right else None, _falling(kept[0]), own,
+            )
+        )  # fmt: skip
+    return Digest(task, cells, points, len(seeds), unfinished)
+
+
+def digests(folder: Path = FOLDER) -> list[Digest]:
+    """Of all tasks that have runs."""
+    found = [(task, kept(folder, task.name)) for task in ALL]
+    return [digest(task, cells) for task, cells in found if cells]
+
+
+# ---- LoTR against LoRA -----------------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """LoRA at one size, and the LoTR that validation prefers among those that are no larger. difference: LoTR's held-out loss
+    less LoRA's."""
+
+    task: Task
+    lora: Point
+    lotr: Point
+    difference: Interval
+    seeds: int
+
+    @property
+    def words(self) -> str:
+        names = (f"{point.name} ({point.parameters:,} numbers)" for point in (self.lotr, self.lora))
+        return verdict(self.difference, *names, self.seeds)
+
+
+def compared(one: Digest) -> list[Comparison]:
+    found = []
+    for lora in sorted(one.of(*THEIRS), key=lambda p: p.parameters):
+        no_larger = [p for p in one.of(*OURS) if p.parameters <= lora.parameters]
+        if no_larger:
+            lotr = min(no_larger, key=lambda p: p.validation)
+            found.append(Comparison(one.task, lora, lotr, one.draws().difference(lotr.losses, lora.losses), one.seeds))
+    return found
+
+
+def below(one: Digest) -> Point | None:
+    """The LoTR that validation prefers among those smaller than every LoRA that was measured."""
+    least = min((p.parameters for p in one.of(*THEIRS)), default=0)
+    return min((p for p in one.of(*OURS) if p.parameters < least), key=lambda p: p.validation, default=None)
+
+
+SIZES = (("as LoRA of rank 1 or 2", range(1, 3)), ("as LoRA of rank 4 or 8", range(3, 9)), ("as larger LoRA", range(9, 10**6)))
+
+
+class Advice(NamedTuple):
+    """A row of the table of what to take. lower, none, higher: of so many comparisons LoTR's loss is that."""
+
+    size: str
+    lower: int
+    none: int
+    higher: int
+    take: str
+
+
+def advice(found: list[Digest]) -> list[Advice]:
+    """What to take at which size, from all tasks that have intervals."""
+    found = [one for one in found if not too_few(one.seeds)]
+    rows = []
+    small = [(one, point) for one in found if (point := below(one)) is not None]
+    shares = sorted(point.share.value for _, point in small if point.share is not None)
+    if small:
+        ends = dict.fromkeys(f"{share:.0%}" for share in (shares[0], shares[-1])) if shares else ()
+        reach = f" ({' to '.join(ends)} of full fine-tuning's gain)" if shares else ""
+        rows.append(Advice("smaller than any LoRA", 0, 0, 0, f"LoTR: LoRA has none as small{reach}"))
+    for size, ranks in SIZES:
+        own = [c for one in found for c in compared(one) if c.lora.rank in ranks]
+        if not own:
+            continue
+        lower, higher = ([c for c in own if c.difference.sign == sign] for sign in (-1, 1))
+        rows.append(Advice(size, len(lower), len(own) - len(lower) - len(higher), len(higher), _take(lower, higher)))
+    return rows
+
+
+def _take(lower: list[Comparison], higher: list[Comparison]) -> str:
+    if not lower and not higher:
+        return "either: no difference; LoTR trains no more numbers"
+    if not higher:
+        return "LoTR"
+    if not lower:
+        return "LoRA"
+    tasks = {name: dict.fromkeys(c.task.name for c in own) for name, own in (("LoTR", lower), ("LoRA", higher))}
+    return "; ".join(f"{name} for {', '.join(own)}" for name, own in tasks.items())
+
+
+def at_the_end(one: Digest) -> list[str]:
+    """Names the points whose best rate is the last one tried, which the search could not widen further."""
+    return [
+        f"{p.name}: the best rate, {p.lr:g}, is the {'lowest' if p.end < 0 else 'highest'} of {p.tried} tried"
+        for p in one.points
+        if p.end and p.tried >= MOST
+    ]

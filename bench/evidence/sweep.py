@@ -1,0 +1,170 @@
+"""The sweep: which scaling makes one learning rate right for every rank. docs/choosing.md derives the candidates.
+
+Scalings are s(r) = 4 (8 / r)^p, equal at rank 8, where s is the demo's, so that p alone is compared. Some move A and B at
+another rate than the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .intervals import Draws, Interval, verdict
+from .packing import unpacked
+
+RANKS = (2, 4, 8, 16, 32, 64)
+AROUND = range(-3, 4)  # rates, counted from where the search of the method begins
+METHODS = ("lotr", "lotr-width")
+EQUAL_AT, AT_EQUAL, WIDTH = (
+    8,
+    4.0,
+    384,
+)  # the rank, s there, and the out_features at which a scaling by width is like the others
+WITHIN = 0.10  # what one rate may lose at any rank
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """power: p; factors: the rate of A and B over that of the cores; by_width: s also grows with sqrt(out_features)."""
+
+    label: str
+    power: float
+    factors: float = 1.0
+    by_width: bool = False
+
+    def s(self, rank: int, out_features: int) -> float:
+        wide = (out_features / WIDTH) ** 0.5 if self.by_width else 1.0
+        return AT_EQUAL * (EQUAL_AT / rank) ** self.power * wide
+
+
+TODAY = "constant"
+SCALINGS = {
+    TODAY: Scaling("s constant", 0.0),
+    "root": Scaling("s as 1 / sqrt(r)", 0.5),
+    "rank": Scaling("s as 1 / r", 1.0),
+    "steep": Scaling("s as r^-1.5", 1.5),
+    "rank-width": Scaling("s as sqrt(N) / r", 1.0, by_width=True),
+    "rank-slow": Scaling("s as 1 / r, factors at a third", 1.0, 1 / 3),
+    "rank-fast": Scaling("s as 1 / r, factors at three times", 1.0, 3.0),
+}
+
+
+def scale(model: nn.Module, scaling: str) -> None:
+    """Gives every adapted layer its s."""
+    from lotr_ext.model.adapted import adapted_layers
+
+    for layer in adapted_layers(model).values():
+        layer.scaling = SCALINGS[scaling].s(layer.factors.A.shape[1], layer.out_features)
+
+
+def groups(model: nn.Module, scaling: str, lr: float, head_lr: float) -> list[dict[str, Any]]:
+    """An optimizer's groups: cores at lr, factors as the scaling says, a new head at its own rate."""
+    from lotr_ext import parameter_groups
+
+    return parameter_groups(model, lr, factor_lr=lr * SCALINGS[scaling].factors, other_lr=head_lr)
+
+
+class Transfer(NamedTuple):
+    """One method with one scaling: the one rate that loses least at its worst rank, chosen on validation; there, the held-out
+    loss over the best that any scaling and rate has at this rank, less one; the best rate at each rank; the mean held-out loss
+    over ranks at the one rate, [seeds, items]."""
+
+    method: str
+    scaling: str
+    lr: float
+    rank: int
+    excess: Interval
+    best: dict[int, float]
+    losses: Tensor
+    seeds: int
+
+
+Key = tuple[str, str, int, float]  # method, scaling, rank, rate
+
+
+def _losses(cells: Iterable[dict]) -> tuple[dict[Key, float], dict[Key, Tensor]]:
+    """Mean validation losses and held-out losses [seeds, items]; of runs one of whose seeds diverged, infinite ones."""
+    found: dict[Key, dict[int, dict]] = {}
+    for cell in cells:
+        case = cell["case"]
+        found.setdefault((case["method"], case["scaling"], case["rank"], case["lr"]), {})[case["seed"]] = cell
+    seeds = set.intersection(*(set(own) for own in found.values())) if found else set()
+    items = max((len(unpacked(one["losses"])) for own in found.values() for one in own.values() if one["losses"]), default=1)
+    validation, held_out = {}, {}
+    for key, own in found.items():
+        kept = [own[seed] for seed in sorted(seeds)]
+        whole = all(cell["losses"] is not None for cell in kept)
+        validation[key] = sum(cell["validation"] for cell in kept) / len(kept) if whole and kept else float("inf")
+        rows = [unpacked(cell["losses"]) for cell in kept] if whole else [torch.full((items,), torch.inf).double()] * len(kept)
+        held_out[key] = torch.stack(rows) if rows else torch.empty(0, items).double()
+    return validation, held_out
+
+
+def transfers(cells: list[dict]) -> list[Transfer]:
+    """By method and scaling, of the seeds that all runs have."""
+    validation, held_out = _losses(cells)
+    found: list[Transfer] = []
+    for method in dict.fromkeys(key[0] for key in validation):
+        own = {key: loss for key, loss in validation.items() if key[0] == method}
+        ranks = sorted({key[2] for key in own})
+        best = {rank: min((key for key in own if key[2] == rank), key=own.__getitem__) for rank in ranks}
+        for scaling in dict.fromkeys(key[1] for key in own):
+            here = {(rank, lr): loss for (_, name, rank, lr), loss in own.items() if name == scaling}
+            rates = [lr for lr in sorted({lr for _, lr in here}) if all((rank, lr) in here for rank in ranks)]
+            if not rates or not len(next(iter(held_out.values()))):
+                continue
+
+            def over(lr: float, rank: int, here: dict = here, best: dict = best, own: dict = own) -> float:
+                return here[rank, lr] / own[best[rank]] - 1
+
+            lr = min(rates, key=lambda lr: (max(over(lr, rank) for rank in ranks), lr))
+            rank = max(ranks, key=lambda rank: over(lr, rank))
+            one, least = held_out[method, scaling, rank, lr], held_out[best[rank]]
+            seeds, items = one.shape
+            whole = torch.isfinite(one).all()
+            excess = Draws(seeds, items).interval(lambda a, b: a / b - 1, one, least) if whole else Interval(float("inf"))
+            mean = torch.stack([held_out[method, scaling, rank, lr] for rank in ranks]).mean(0)
+            by_rank = {rank: min(rates, key=lambda lr: here[rank, lr]) for rank in ranks}
+            found.append(Transfer(method, scaling, lr, rank, excess, by_rank, mean, seeds))
+    return found
+
+
+def rows(found: list[Transfer], label: dict[str, str]) -> list[list[str]]:
+    """A row a method and scaling: the one rate, the worst rank there and what it loses, the best rate at each rank."""
+    return [
+        [
+            f"{label[one.method]}, {SCALINGS[one.scaling].label}",
+            f"{one.lr:g}",
+            str(one.rank),
+            one.excess.text(".1%"),
+            ", ".join(f"{rank}: {lr:g}" for rank, lr in one.best.items()),
+        ]
+        for one in found
+    ]
+
+
+HEADS = ("", "one rate", "worst rank", "loss over the best there", "best rate by rank")
+
+
+def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
+    """For each method: whether a scaling keeps within WITHIN at every rank, and how each compares with today's."""
+    lines = []
+    for method in dict.fromkeys(one.method for one in found):
+        own = {one.scaling: one for one in found if one.method == method}
+        good = [SCALINGS[name].label for name, one in own.items() if one.excess.value <= WITHIN]
+        reach = f"within {WITHIN:.0%} of the best loss at every rank with one rate: {'; '.join(good) or 'no scaling'}"
+        lines.append(f"{label[method]}: {reach}.")
+        if (today := own.get(TODAY)) is None or not torch.isfinite(today.losses).all():
+            continue
+        draws = Draws(*today.losses.shape)
+        for name, one in own.items():
+            if name != TODAY and torch.isfinite(one.losses).all():
+                said = verdict(
+                    draws.difference(one.losses, today.losses), SCALINGS[name].label, SCALINGS[TODAY].label, one.seeds
+                )
+                lines.append(f"{label[method]}, mean loss over ranks, each at its one rate: {said}.")
+    return lines

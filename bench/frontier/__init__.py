@@ -1,1 +1,0 @@
-"""Accuracy against trained parameters: LoTR, its relatives, LoRA and VeRA on the demo's task."""
