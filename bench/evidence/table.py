@@ -123,9 +123,9 @@ DIFFERENCE = (
 
 
 def short_text(found: list[Digest], pictures: dict[str, str]) -> str:
-    """README's; "" where no task has intervals."""
+    """README's; "" where no main task has intervals."""
     table = page_advice(found)
-    if not table:
+    if not any(one.task.main and not too_few(one.seeds) for one in found):
         return ""
     tasks = [one.task.name for one in found if not too_few(one.seeds)]
     lines = [f"`{COMMAND}`, {len(tasks)} tasks ({', '.join(tasks)}). {DIFFERENCE}", "", *table]

@@ -104,7 +104,8 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
     """Trains and measures with one thread.
 
     Returns: the trained numbers, the mean validation loss that chooses rates, the mean held-out loss, that of each held-out
-    item (`packed`), the held-out accuracy, the curve, wall seconds. A diverged run has None for all that it did not reach.
+    item (`packed`), the held-out accuracy, the curve, wall seconds. A diverged run, also one with a loss that half precision
+    cannot hold, has None for these.
     """
     start = time.perf_counter()
     torch.set_num_threads(1)
@@ -122,7 +123,7 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
     if not losses or math.isfinite(losses[-1]):
         validation = problem.measure(model, "validation")[0]
         held_out, accuracy = problem.measure(model, "held_out")
-        if torch.isfinite(validation).all() and torch.isfinite(held_out).all():
+        if torch.isfinite(validation).all() and torch.isfinite(held_out.half()).all():  # as it is kept
             found |= {"validation": validation.mean().item(), "loss": held_out.mean().item()}
             found |= {"losses": packed(held_out), "accuracy": accuracy}
     return found | {"seconds": time.perf_counter() - start}

@@ -62,8 +62,6 @@ PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
     "summary": "make bench",
 }
 
-EARLIER = ("accuracy",)  # keeps what it shows, an earlier program's numbers, until there is a result
-
 
 def _read(path: Path) -> list[dict]:
     return newest(Store(path).read())
@@ -203,8 +201,6 @@ def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
         pattern = re.compile(rf"(<!-- {name}:begin [^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page.name}: expected the markers {name}:begin and {name}:end, found none")
-        if not found[name] and name in EARLIER:
-            continue
         nothing = f"No result of `{PROGRAMS.get(name, f'python -m bench.{name}')}` is kept yet."
         body = "\n\n".join(found[name] or [nothing])
         text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
