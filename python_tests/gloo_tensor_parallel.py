@@ -28,6 +28,7 @@ from lotr_ext import (
     TaskBank,
     add_adapter,
     apply_lotr,
+    disabled,
     explain,
     load_adapter,
     merge,
@@ -200,6 +201,7 @@ LAYOUTS: dict[str, dict] = {
     "two ranks": {"settings": {"rank": (3, 5)}},
     "diagonal": {"settings": {"core": "diagonal"}},
     **{core: {"settings": {"core": core}} for core in ("cp", "few", "train", "tucker")},
+    "svd": {"settings": {"init": "svd"}},
     "frozen factors": {"settings": {"train": ("core",)}},
     "frozen cores": {"settings": {"train": ("A", "B"), "core_init": "identity"}},
 }
@@ -310,6 +312,11 @@ def files(rank: int, folder: Path) -> dict:
     unload(cut, merge=True)
     assert type(cut.blocks[0].up) is nn.Linear
     found["taken off"] = relative(cut(x), want)
+    alone, cut = pair(mesh, settings={"init": "svd"})
+    save_adapter(cut, folder / "svd")
+    found["svd"] = relative(load_adapter(base(), folder / "svd")(x), alone(x))
+    with disabled(alone), disabled(cut):
+        found["svd, disabled"] = relative(cut(x), alone(x))
     return found
 
 

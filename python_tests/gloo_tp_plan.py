@@ -11,7 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lotr_ext import LoTRConfig, apply_lotr, disabled, explain, load_adapter, merge, save_adapter, unload, unmerge
+from lotr_ext import (
+    LoTRConfig,
+    TaskBank,
+    apply_lotr,
+    disabled,
+    explain,
+    load_adapter,
+    merge,
+    mixed,
+    save_adapter,
+    unload,
+    unmerge,
+)
 from nets import relative
 
 KINDS = ("Llama", "Qwen3", "Mixtral", "Phi3", "DeepseekV2")  # Phi3 gathers in between, DeepseekV2 has latent attention
@@ -118,6 +130,15 @@ def plans(rank: int, folder: Path) -> dict:
         own["inference"] = off(cut, want_y)
         with disabled(cut):
             own["disabled"] = off(cut, base)
+        tasks = [TaskBank(m, tasks=2) for m in (alone, cut)]
+        for bank in tasks:
+            bank.taken.fill_(True)
+            torch.manual_seed(5)
+            for core in bank.cores:
+                core.copy_(torch.randn(core.shape, dtype=core.dtype))
+        index = torch.tensor([1, 0])
+        with mixed(alone, index), mixed(cut, index):
+            own["mixed"] = off(cut, logits(alone))
         own["generated"] = float(not torch.equal(*(m.generate(IDS, max_new_tokens=4, do_sample=False) for m in (alone, cut))))
         save_adapter(cut, folder / f"{kind}-adapter")
         if kind == "Llama":

@@ -59,8 +59,8 @@ def load_adapter(
 ) -> Model:
     """Loads a saved adapter into a model, which is adapted first if it is not yet.
 
-    A model that FSDP, ZeRO-3 or tensor parallelism holds in parts must be adapted already; every process calls this, reads the
-    files and keeps its own parts.
+    A model that FSDP or ZeRO-3 holds in parts must be adapted already, one that tensor parallelism does need not; every process
+    calls this, reads the files and keeps its own parts.
 
     A plain base model becomes what `apply_lotr` made of it when the adapter was saved. A model that is adapted already, by
     `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes; its values are replaced in place (and with

@@ -71,7 +71,8 @@ def adapter_slots(model: nn.Module) -> list[Slot]:
         if module in own:
             names = (*module._parameters, *module._buffers)
         else:  # an adapted layer's weights are not its adapter's
-            names = ("core",) if isinstance(module, LoTRLayer) and "core" in module._parameters else ()
+            kept = (*module._parameters, *module._buffers)
+            names = tuple(n for n in ("core", "start_core") if n in kept) if isinstance(module, LoTRLayer) else ()
         slots += [Slot(f"{at}.{name}", module, name) for name in names]
     return slots
 

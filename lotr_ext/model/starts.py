@@ -58,7 +58,7 @@ def svd_starts(selection: Selection, config: LoTRConfig) -> dict[str, Start]:
         weights = [t.module.weight if isinstance(t.module, nn.Linear) else t.module.weight.T for t in targets]
         for target, weight in zip(targets, weights, strict=True):
             if in_parts(target.module.weight):
-                raise ValueError(f'init: expected whole weights for "svd", got {target.name!r} held in parts by ZeRO-3')
+                raise ValueError(f'init: expected whole weights for "svd", got {target.name!r} held in parts; adapt it first')
             if not torch.isfinite(weight).all():
                 raise ValueError(f'init: expected finite weights for "svd", got NaN or infinity in {target.name!r}')
         A, B, cores = tucker2(weights, config.ranks)

@@ -274,6 +274,20 @@ def test_train_ddp_refuses(arguments, words, monkeypatch):
         train_ddp.main(arguments)
 
 
+# ---- train_tp --------------------------------------------------------------------------------------------------------
+
+
+def test_train_tp_in_two_processes(tiny, tmp_path):
+    model, text = tiny
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1", "examples/train_tp.py")
+    options = ("--model", str(model), "--text", str(text), "--steps", "3", "--batch", "4", "--rank", "2", "--out")
+    result = run(*command, *options, str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "2 x W (32, 32) here (16, 32)" in result.stdout and "tensor parallel, 2 processes, 3 steps of 4" in result.stdout
+    reached, loaded = re.search(r"accuracy ([\d.]+%); a whole model with the saved adapter: ([\d.]+%)", result.stdout).groups()
+    assert reached == loaded and (tmp_path / "lotr_adapter.json").is_file()
+
+
 # ---- train_pp --------------------------------------------------------------------------------------------------------
 
 

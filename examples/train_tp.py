@@ -1,0 +1,99 @@
+"""Fine-tune the demo's text encoder with LoTR, the weights of each block cut over all processes (tensor parallelism).
+
+    torchrun --nproc-per-node 2 examples/train_tp.py                 half of each weight in each process, on the CPU
+    torchrun --nproc-per-node 2 examples/train_tp.py --text mine.tsv --model folder --targets query,value
+
+All processes have A, B and the cores whole, and see the same batches. One all-reduce a step adds the gradients of the adapter,
+however many layers there are. Process 0 writes the adapter, and every process loads it into a whole model, which has to be as
+accurate. No network is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from finetune_text import Bar
+from train_ddp import build, check_options, common_options, end, start
+
+ROWS, COLUMNS = ("query", "key", "value", "intermediate.dense"), ("attention.output.dense", "output.dense")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    return check_options(common_options(__doc__.split("\n")[0], "step", "tp").parse_args(argv), "train_tp")
+
+
+def plan(encoder, processes: int) -> dict:
+    """How `parallelize_module` cuts the blocks of a BERT-like encoder, by the names of its layers."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    if (heads := encoder.config.num_attention_heads) % processes:
+        raise ValueError(f"processes: expected a divisor of {heads} attention heads, got {processes}")
+    found = {}
+    for name, _ in encoder.named_modules():
+        if name.startswith("encoder.layer.") and name.endswith(ROWS):
+            found[name] = ColwiseParallel()
+        elif name.startswith("encoder.layer.") and name.endswith(COLUMNS):
+            found[name] = RowwiseParallel()
+    return found
+
+
+def run(options: argparse.Namespace) -> None:
+    """What each process does."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    import data
+    import text_model as tm
+    from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, trainable_summary
+
+    torch.set_num_threads(options.threads)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    examples, names = tm.read_labelled(Path(options.text)) if options.text else tm.movie_snippets(data.SNIPPETS)
+    train, test = tm.split(examples, min(options.held_out, len(examples) // 5) if options.text else options.held_out)
+    model, tokenize = build(options, len(names), options.seed)
+    recipe = tm.RECIPES["lotr"]
+    config = LoTRConfig(rank=options.rank, scaling=recipe.scaling, target_modules=options.targets, modules_to_save=["head"])
+    apply_lotr(model, config)
+    parallelize_module(model.encoder, init_device_mesh("cpu", (world,)), plan(model.encoder, world))
+    if rank == 0:
+        print(trainable_summary(model))
+    optimizer, schedule = tm.optimizer_for(model, recipe, options.steps)
+    batches = tm.Batches(tokenize([t for t, _ in train]), [c for _, c in train], options.batch, options.seed)  # in all alike
+
+    losses, start_s = [], time.perf_counter()
+    with Bar("LoTR", options.steps, rank == 0 and not options.quiet) as bar:
+        for _ in range(options.steps):
+            ids, target = batches.next()
+            loss = F.cross_entropy(model(ids), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule()
+            losses.append(loss.item())
+            bar.step(losses)
+    seconds = (time.perf_counter() - start_s) / options.steps
+
+    ids, labels = tokenize([t for t, _ in test]), torch.tensor([c for _, c in test])
+    reached = (tm.predict(model, ids).argmax(1) == labels).float().mean().item()
+    save_adapter(model, options.out)  # all processes call it, process 0 writes
+    dist.barrier()
+    whole, _ = build(options, len(names), options.seed + 1)
+    loaded = (tm.predict(load_adapter(whole, options.out), ids).argmax(1) == labels).float().mean().item()
+    if rank == 0:
+        print(f"tensor parallel, {world} processes, {options.steps} steps of {options.batch}: {seconds:.3f} s a step")
+        print(f"held-out accuracy {reached:.2%}; a whole model with the saved adapter: {loaded:.2%}; wrote {options.out}")
+    if abs(loaded - reached) > 2 / len(test):
+        raise RuntimeError(f"saved adapter: expected an accuracy of {reached}, got {loaded}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return start(arguments(argv), run)
+
+
+if __name__ == "__main__":
+    end(main, "train_tp")
