@@ -1,6 +1,7 @@
 """One call of one adapted layer: what runs (`plan_call`), and running it.
 
 call_linear   over a frozen weight and bias: y = x W^T + bias + s ((drop(x) A) G) B^T
+call_packed   over a frozen weight that is made dense for each product
 add_adapter   onto the y of any other base
 add_rows      onto y, with a core for each row of the batch (`mixed`); linear_rows the same with the base product
 call_routed   the matrices of a mixture's experts
@@ -204,6 +205,26 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
         return LoTRFunction.run(x, weight, bias, A, B, call.core, call)
     factors, operands = here(x.device, A, B, call.core), call.cast(x, weight, bias)
     return ops.layer_forward(*operands, *factors, call.scaling, plan.order, plan.unfolded)[0]
+
+
+def call_packed(
+    x: Tensor,
+    dense: Callable[[], Tensor],
+    bias: Tensor | None,
+    base: Callable[[Tensor], Tensor],
+    A: Tensor,
+    B: Tensor,
+    call: Call,
+) -> Tensor:
+    """`call_linear` over the frozen weight that dense() makes in x's dtype, in the forward and again in the backward. It is not
+    kept in between. Where no kernels run, the adapter is added to base(x)."""
+    call.compute = x.dtype
+    call.plan = plan_call(x, A, call, None)
+    if call.plan.nodes == 0:
+        return add_adapter(x, base(x), A, B, call)
+    call.dense = dense
+    in_graph = is_grad_enabled() and any(t.requires_grad for t in (x, A, B, call.core))
+    return expand(shared_u(x, A, B, call), None, (x, dense(), bias), B, call, in_graph)
 
 
 def explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:

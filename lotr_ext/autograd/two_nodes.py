@@ -167,7 +167,7 @@ class LoTRExpand(Node):
             if call.owns_y:
                 ctx.mark_dirty(y)
         ctx.save_for_backward(
-            base[1] if need_x else None,  # the weight
+            base[1] if need_x and call.dense is None else None,  # the weight
             F_l if need_u else None,
             u if need_B or need_core else None,
             B if need_u or need_core else None,
@@ -193,6 +193,8 @@ class LoTRExpand(Node):
             need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
         except RuntimeError:  # freed, or changed
             (need_x, need_u, need_B, need_core, need_F, need_y), (weight, F_l, u, B, core) = LoTRExpand._read(ctx)
+        if call.dense is not None and need_x:
+            weight = call.dense()
         if call.read is not None:
             call.refuse_changed(B=need_u or need_core, core=need_u or need_B)
         if recorded(g):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ..autograd.call import Call, add_adapter, call_linear
+from ..autograd.call import Call, add_adapter, call_linear, call_packed, compute_dtype
 from ..ops import accumulate_dtype
 from .checks import check_dtype
 from .factors import LoTRFactors
@@ -17,7 +17,7 @@ from .layer import LoTRLayer
 from .merging import MergeNotice, plus
 from .parallel_styles import move_hooks
 from .placement import home
-from .quantized import dense_weight, dequantizer, has_plain_weight
+from .quantized import dense_weight, dequantizer, has_plain_weight, one_layer, ready_to_train
 from .settings import Settings
 from .sharded import whole_shape
 
@@ -187,10 +187,11 @@ class LoTRConv1D(AdaptsModule):
 
 
 class LoTRWrapped(AdaptsModule):
-    """Any module with in_features and out_features, adapted: its own forward is called, its weight never read.
+    """Any module with in_features and out_features, adapted: its own forward is called.
 
-    For quantised (torchao, bitsandbytes) and other special linear layers. state_dict: the base's keys under `base_layer.`, and
-    `core`.
+    For quantised (torchao, bitsandbytes) and other special linear layers. In training with many tokens, the product of a base
+    whose weight can be made dense and the adapter run as one layer (`quantized.one_layer`). state_dict: the base's keys under
+    `base_layer.`, and `core`.
     """
 
     quantized_base: nn.Module | None
@@ -227,7 +228,13 @@ class LoTRWrapped(AdaptsModule):
         return self._base
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
-        return add_adapter(x, self.base_layer(x), A, B, call)
+        base = self.base_layer
+        if torch.is_grad_enabled():
+            ready_to_train(base)
+            dense = one_layer(base, x) if compute_dtype(x) is None else None
+            if dense is not None:
+                return call_packed(x, dense, base.bias, base, A, B, call)
+        return add_adapter(x, base(x), A, B, call)
 
     def _matrix(self) -> Tensor:
         if self.merged:

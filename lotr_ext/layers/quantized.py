@@ -8,6 +8,7 @@ HQQ and others            a module with a dequantize() of its own, which returns
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 from ..compat import FakeTensor
 from .sharded import in_parts
 
-__all__ = ["base_format", "dense_weight", "dequantizer", "has_plain_weight", "is_plain"]
+__all__ = ["base_format", "dense_weight", "dequantizer", "has_plain_weight", "is_plain", "one_layer", "ready_to_train"]
+
+
+# From so many tokens on, a weight that is made dense twice and one pass over y less cost no more than the base's own forward
+# and backward, measured on a CPU (docs/experts.md). torchao's own keep a dense weight until the backward.
+_ONE_LAYER = {"Params4bit": 1024, "Int8Tensor": 1024, "IntxUnpackedToInt8Tensor": 1024, "Float8Tensor": 2048}
 
 
 def has_plain_weight(module: nn.Module) -> bool:
@@ -52,7 +58,8 @@ def _from_bitsandbytes(module: nn.Module) -> Callable[[], Tensor] | None:
         from bitsandbytes.functional import dequantize_4bit
 
         def dense() -> Tensor:
-            module.state_dict()  # evaluation on a CPU packs the codes for its kernels; this brings them back in order
+            if _is_packed_for_cpu(weight):
+                module.state_dict()  # brings the codes back in order
             return dequantize_4bit(weight.data, weight.quant_state)
 
         return dense
@@ -62,6 +69,42 @@ def _from_bitsandbytes(module: nn.Module) -> Callable[[], Tensor] | None:
         scales = weight.SCB if weight.SCB is not None else module.state.SCB
         return None if scales is None else lambda: int8_vectorwise_dequant(weight.data, scales)
     return None
+
+
+def _is_packed_for_cpu(weight: Any) -> bool:
+    """Whether bitsandbytes has packed the codes for its CPU kernels, as an evaluation does."""
+    return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+
+
+def ready_to_train(module: nn.Module) -> None:
+    """Brings back what an evaluation changed, before a forward with gradients: bitsandbytes' CPU kernels have none."""
+    if _is_packed_for_cpu(getattr(module, "weight", None)):
+        module.state_dict()
+
+
+def one_layer(module: nn.Module, x: Tensor) -> Callable[[], Tensor] | None:
+    """What makes W of a quantised module in x's dtype, if its own forward is x W^T + bias and takes longer in training.
+
+    None for few tokens, hooks, quantised activations, a bias or a product in another dtype, and other formats.
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    least = _ONE_LAYER.get(type(weight).__name__)
+    if least is None or x.numel() < least * x.shape[-1] or (bias is not None and bias.dtype != x.dtype):
+        return None
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return None
+    if any(
+        getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "activation_quantization", "act_pre_scale")
+    ):
+        return None
+    own = module.compute_dtype or x.dtype if type(weight).__name__ == "Params4bit" else weight.dtype
+    make = dequantizer(module) if own == x.dtype else None
+
+    def dense() -> Tensor:
+        with torch.no_grad():
+            return make().detach().to(x.dtype)
+
+    return None if make is None else dense
 
 
 def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from lotr_ext import (
     unload,
     unmerge,
 )
+from lotr_ext.layers import linear, quantized
 from lotr_ext.model.apply import adapted_layers, apply_lotr
 from nets import relative
 
@@ -222,6 +224,65 @@ def test_trains_saves_and_merges_on_request(name: str, either_path: str, tmp_pat
 
     unload(model, merge=True, dequantize=True)
     assert type(model.blocks[0].q) is nn.Linear and relative(model(IDS), trained.double()) < tolerance
+
+
+MANY = torch.randint(0, 29, (110, 20), generator=torch.Generator().manual_seed(1))  # 2,200 tokens
+ONE_LAYER = {name: make for name, make in QUANTISED.items() if "torchao" in name or name == "bitsandbytes 4 bit"}
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_many_tokens_run_as_one_layer_that_keeps_no_dense_weight(name: str, monkeypatch) -> None:
+    model = apply_lotr(QUANTISED[name](toy(d=64)), LoTRConfig(rank=4, target_modules=TARGETS))
+    randomize(model)
+    alive, counts = [], []
+
+    def watched(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+        def dense() -> Tensor:
+            alive.append(weakref.ref(W := make()))
+            counts.append(sum(ref() is not None for ref in alive))
+            return W
+
+        make = quantized.one_layer(module, x)
+        return dense
+
+    monkeypatch.setattr(linear, "one_layer", watched)
+    total = model(MANY).square().sum()
+    assert len(counts) == 6 and not any(ref() is not None for ref in alive)
+    total.backward()
+    # again for the gradients of x, which q and v of the first block do not need
+    assert len(counts) == 6 + 4 and max(counts) == 1 and not any(ref() is not None for ref in alive)
+    got = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    monkeypatch.setattr(linear, "one_layer", lambda *_: None)  # the base's own forward, and the adapter onto it
+    model.zero_grad()
+    want = model(MANY).square().sum()
+    want.backward()
+    assert relative(total.detach(), want.double()) < 1e-5
+    for key, p in model.named_parameters():
+        assert not p.requires_grad or relative(got[key], p.grad.double()) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_hooks_of_the_base_are_called_with_many_tokens(name: str) -> None:
+    model, called = QUANTISED[name](toy(d=64)), []
+    model.blocks[0].q.register_forward_hook(lambda module, args, y: called.append(y.shape))
+    apply_lotr(model, LoTRConfig(rank=4, target_modules=TARGETS))(MANY)
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_gradients_after_an_evaluation_are_those_before_it(name: str) -> None:
+    """bitsandbytes' 4 bits have kernels without a gradient of x on some CPUs, which an evaluation selects for good."""
+    model = apply_lotr(QUANTISED[name](toy(d=64)), LoTRConfig(rank=4, target_modules=TARGETS))
+    randomize(model)
+    grads = []
+    for train in (True, True, False):  # the last one without model.train() after the evaluation
+        loss(model.train(train)).backward()
+        grads.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+        with torch.no_grad():
+            model.eval()(IDS)
+    for got in grads[1:]:
+        assert all(relative(got[key], grads[0][key].double()) < 0.02 for key in got)
 
 
 @pytest.mark.parametrize("name", QUANTISED)
