@@ -48,7 +48,7 @@ help:
 	@echo "make serve-test the tests that need vLLM     make rl         reinforcement learning of cores alone, answers by vLLM"
 	@echo "make setup      .venv, the build, model and data             make causal-lm   the same for a small language model"
 
-setup: $(STAMPS)/build $(STAMPS)/data $(STAMPS)/quantized $(STAMPS)/frameworks
+setup: $(STAMPS)/build $(STAMPS)/data $(STAMPS)/quantized_libraries $(STAMPS)/frameworks
 
 $(STAMPS)/venv: .ci/make_venv
 	@sh .ci/make_venv $(VENV) $(PYTHON)
@@ -61,9 +61,10 @@ $(STAMPS)/deps: $(STAMPS)/venv requirements-dev.txt
 	@touch $@
 
 # For the tests of quantised bases alone, in a folder of their own: transformers imports torchao, loudly, wherever it finds it.
-$(STAMPS)/quantized: $(STAMPS)/deps
-	@$(PIP) install --quiet $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/quantized "torchao>=0.18" "bitsandbytes>=0.45" \
-	  || { rm -rf $(VENV)/quantized; echo "setup: pip could not install torchao and bitsandbytes: their tests will be skipped" >&2; }
+$(STAMPS)/quantized_libraries: $(STAMPS)/deps
+	@$(PIP) install --quiet $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/quantized \
+	  "torchao>=0.18" "bitsandbytes>=0.47" "compressed-tensors>=0.15" loguru \
+	  || { rm -rf $(VENV)/quantized; echo "setup: pip could not install torchao, bitsandbytes and compressed-tensors" >&2; }
 	@touch $@
 
 # For python_tests/frameworks and the examples of private training and influence (DeepSpeed, sentence-transformers, TRL, Opacus,

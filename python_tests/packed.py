@@ -77,6 +77,31 @@ def fp8(dtype: torch.dtype = torch.float32, name: str = "Qwen3Moe", block: int =
     return model, dense
 
 
+def nvfp4(dtype: torch.dtype = torch.float32, *, divide: bool = True) -> tuple[nn.Module, nn.Module]:
+    """Random bytes and scales, as compressed-tensors (divide) or modelopt name them; wide scales for a gate and an up part.
+
+    The scale of a block is made in float32, as by both, and the number times it is rounded once.
+    """
+    gen = torch.Generator().manual_seed(1)
+
+    def make(module: nn.Module, name: str, W: Tensor) -> Tensor:
+        e, n, k = W.shape
+        codes = torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, generator=gen)
+        scales = torch.rand(e, n, k // 16, generator=gen).mul_(200).to(torch.float8_e4m3fn)
+        halves = 2 if name == "gate_up_proj" else 1
+        wide = torch.rand(e, halves, generator=gen) * 100 + 1000
+        wide = wide if divide else 1 / wide
+        delattr(module, name)
+        parts = {"_packed": codes, "_scale": scales, "_global_scale": wide}
+        for part, tensor in (parts if divide else {"": codes, "_scale": scales, "_scale_2": wide}).items():
+            module.register_parameter(f"{name}{part}", nn.Parameter(tensor, requires_grad=False))
+        rows = wide.repeat_interleave(n // halves, 1).unsqueeze(2)
+        scale = scales.float().repeat_interleave(16, 2)
+        return (e2m1(nibbles(codes)) * (scale / rows if divide else scale * rows).double()).float()
+
+    return in_pairs(make, mixture("Mixtral", dtype, intermediate_size=32))
+
+
 def bitsandbytes(dtype: torch.dtype = torch.float32, *, nested: bool = False, **settings) -> tuple[nn.Module, nn.Module]:
     """nf4, through bitsandbytes' own parametrization of a parameter."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
@@ -102,7 +127,12 @@ def torchao(config: str, dtype: torch.dtype = torch.float32, **settings) -> tupl
     return in_pairs(make, mixture("Mixtral", dtype, **settings))
 
 
-FORMATS: dict[str, Callable[..., tuple[nn.Module, nn.Module]]] = {"mxfp4": mxfp4, "fp8 by blocks": fp8}
+FORMATS: dict[str, Callable[..., tuple[nn.Module, nn.Module]]] = {
+    "mxfp4": mxfp4,
+    "fp8 by blocks": fp8,
+    "nvfp4": nvfp4,
+    "nvfp4 of modelopt": lambda *a: nvfp4(*a, divide=False),
+}
 if importlib.util.find_spec("bitsandbytes"):
     FORMATS |= {"bitsandbytes nf4": bitsandbytes, "bitsandbytes nf4 nested": lambda *a, **k: bitsandbytes(*a, nested=True, **k)}
 if importlib.util.find_spec("torchao"):

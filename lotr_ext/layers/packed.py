@@ -5,6 +5,8 @@
 | mxfp4 | p_blocks [e, n, k / 32, 16], p_scales [e, n, k / 32], bytes, as GPT-OSS is stored | transformers |
 | fp8, by blocks | p [e, n, k] float8, p_scale_inv: a scale a block of `block_size` | transformers |
 | fp4, by 32 | p [e, n, k / 2] int8, p_scale_inv [e, n, k / 32] (DeepSeek-V4) | transformers |
+| nvfp4 | p_packed [e, n, k / 2] bytes, p_scale [e, n, k / 16] float8, p_global_scale [e, 1 or 2], a divisor, as \
+compressed-tensors stores them; or p, p_scale, p_scale_2, a factor, as modelopt does | transformers |
 | nf4, fp4 | p with bitsandbytes' parametrization (`bitsandbytes.nn.parametrize`) | bitsandbytes |
 | a tensor subclass | p with slices and `dequantize()`: torchao's | torchao |
 
@@ -28,6 +30,7 @@ from .quantized import is_plain
 __all__ = ["expert_parameters", "packed", "weight_of"]
 
 _BLOCKS, _SCALES, _INVERSE = "_blocks", "_scales", "_scale_inv"
+_PACKED, _SCALE, _DIVISOR, _FACTOR = "_packed", "_scale", "_global_scale", "_scale_2"
 _KERNEL = "_precision_config"  # beside a weight in the layout of transformers' mxfp4 kernels
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -36,8 +39,9 @@ def expert_parameters(module: nn.Module) -> Iterator[str]:
     """The names of a module's own parameters, and of those that it has in a packed form instead."""
     for name, _ in module.named_parameters(recurse=False):
         yield name
-        if name.endswith(_BLOCKS):
-            yield name.removesuffix(_BLOCKS)
+        for suffix in (_BLOCKS, _PACKED):
+            if name.endswith(suffix):
+                yield name.removesuffix(suffix)
     kernels = (name.removesuffix(_KERNEL) for name in vars(module) if name.endswith(_KERNEL))
     yield from (name for name in kernels if name not in module._parameters)
     yield from (name for name in getattr(module, "parametrizations", ()) if _state_of(module, name) is not None)
@@ -73,8 +77,14 @@ def packed(module: nn.Module, parameter: str, transposed: bool = False, where: s
     blocks, tensor = getattr(module, f"{parameter}{_BLOCKS}", None), module._parameters.get(parameter)
     if blocks is not None:
         return Mxfp4(name, blocks, getattr(module, f"{parameter}{_SCALES}", None))
+    if (codes := module._parameters.get(f"{parameter}{_PACKED}")) is not None:
+        parts = (getattr(module, f"{parameter}{part}", None) for part in (_SCALE, _DIVISOR))
+        return NVFP4((f"{name}{_PACKED}", f"{name}{_SCALE}", f"{name}{_DIVISOR}"), codes, *parts, divide=True)
     if tensor is None or tensor.dim() != 3:
         return None
+    if tensor.dtype == torch.uint8 and hasattr(module, f"{parameter}{_FACTOR}"):
+        parts = (getattr(module, f"{parameter}{part}", None) for part in (_SCALE, _FACTOR))
+        return NVFP4((name, f"{name}{_SCALE}", f"{name}{_FACTOR}"), tensor, *parts, divide=False)
     if is_plain(tensor):
         if tensor.dtype not in (*_FP8, torch.int8):
             return None
@@ -139,6 +149,35 @@ class ByBlocks(Packed):
         if codes.dtype == torch.int8:
             return Fp8Dequantize(None)._dequantize_one(codes, scales, dtype)
         return _dequantize_fp8_weight(codes, scales, self.block, torch.float32).to(dtype)
+
+
+class NVFP4(Packed):
+    """16 numbers of 4 bits (E2M1) share a scale of 8 (E4M3), and a matrix, or each half of its rows, a scale in float32.
+
+    names: of the codes, the scales and the scales of matrices, which divide (compressed-tensors) or multiply (modelopt). The
+    scale is made in float32, and number times scale is rounded once.
+    """
+
+    format = "nvfp4"
+
+    def __init__(self, names: tuple[str, str, str], codes: Tensor, scales: Tensor | None, wide: Tensor | None, *, divide: bool):
+        if codes.dim() != 3:
+            raise ValueError(f"{names[0]}: expected shape (e, n, k / 2), got {tuple(codes.shape)}")
+        _check(names[0], codes, (torch.uint8,), (tuple(codes.shape),))
+        e, n, half = codes.shape
+        _check(names[1], scales, (torch.float8_e4m3fn,), ((e, n, half // 8),))
+        _check(names[2], wide, (torch.float32,), ((e,), (e, 1), (e, 2)))
+        self.codes, self.scales, self.wide, self.divide = codes, scales, wide, divide
+        self.shape, self.device = (e, n, 2 * half), codes.device
+
+    def dense(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+        n, wide = self.shape[1], self.wide[first:end].view(end - first, -1)
+        wide = wide.repeat_interleave(n // wide.shape[1], 1).unsqueeze(2)
+        scales = self.scales[first:end].float()
+        scales = scales / wide if self.divide else scales * wide
+        return Fp8Dequantize(None)._dequantize_one(self.codes[first:end].view(torch.int8), scales, dtype)
 
 
 class Subclass(Packed):

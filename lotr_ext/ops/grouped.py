@@ -26,7 +26,7 @@ from ..compat import jit_tracing, transformed
 from .library import check_tensors, shapes
 
 _CHUNK = 16  # bytes that a row must be a multiple of for torch's grouped product
-_DENSE = 2**24  # bytes of experts that are made dense at once, unless one expert has more
+_DENSE = {"cpu": 2**21, "cuda": 2**26}  # bytes of experts that are made dense at once, unless one expert has more
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
@@ -181,15 +181,15 @@ def _chunks(bounds: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
 class GroupedPacked(torch.autograd.Function):
     """grouped_mm over a packed weight: y_i = x_i W_c(i)^T.   backward: dx = g W, from the packed weight again.
 
-    apply(x [rows, k], weight, offs [e]) -> [rows, n]. No dense matrix is saved. The matrices of one chunk are dense at a time,
-    at most 16 MiB or one expert's, beside what the format's library takes. Experts without rows are not made dense.
+    apply(x [rows, k], weight, offs [e]) -> [rows, n]. No dense matrix is saved. The matrices of one chunk are dense at a time:
+    at most 2 MiB (64 on a GPU) or one expert's, beside what the format's library takes. Experts without rows stay packed.
     Differentiable in x, any number of times. Rows from offs[-1] on are zero.
     """
 
     @staticmethod
     def forward(x: Tensor, weight: Packed, offs: Tensor) -> Tensor:
         _, n, k = weight.shape
-        most, (rows, _) = max(1, _DENSE // (n * k * x.element_size())), x.shape
+        most, (rows, _) = max(1, _DENSE.get(x.device.type, 2**26) // (n * k * x.element_size())), x.shape
         y, bounds = x.new_empty(rows, n), [0, *_ends(offs, rows)]
         for first, end in _chunks(bounds, most):
             part, (start, stop) = weight.dense(first, end, x.dtype), (bounds[first], bounds[end])

@@ -166,7 +166,16 @@ def test_with_the_real_libraries() -> None:
     here = Path(__file__).resolve().parent
     others = ("interop/test_peft.py", "model/test_packed_experts.py", "model/test_packed_loading.py")
     path = os.pathsep.join(filter(None, [str(here.parent), str(LIBRARIES), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "torchao or bitsandbytes"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "torchao or bitsandbytes or compressed_tensors",
+    ]
     run = subprocess.run(
         [*command, __file__, *(str(here.parent / other) for other in others)],
         env=dict(os.environ, PYTHONPATH=path),
@@ -182,6 +191,7 @@ def test_with_the_real_libraries() -> None:
         "[bitsandbytes nf4",
         "[bitsandbytes nf4 nested",
         "_checkpoint_with",
+        "of_compressed_tensors",
     )
     for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao_base", *experts):
         assert any(name in line and "PASSED" in line for line in run.stdout.splitlines()), name

@@ -6,6 +6,7 @@ The formats of torchao and bitsandbytes are tested in the process of layers/test
 from __future__ import annotations
 
 import copy
+import importlib.util
 import weakref
 
 import mixtures
@@ -77,7 +78,7 @@ def test_saved_loaded_disabled_and_taken_off(name, tmp_path):
         assert relative(logits(model), before) < 1e-6
     assert relative(logits(model), before) > 1e-3
     found = dict(trainable_summary(model).formats)
-    want = name.removesuffix(" nested")
+    want = name.removesuffix(" nested").removesuffix(" of modelopt")
     assert len(found) == 4 and set(found.values()) == {want} and f"4 x {want}" in str(trainable_summary(model))
     parts = [(key, id(m)) for key, m in model.named_modules()]
     for call in (merge, lambda m: unload(m, merge=True)):
@@ -171,7 +172,7 @@ def operands(dtype: torch.dtype = torch.float64, rows: int = 11) -> tuple[Tensor
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 100])
 def test_few_experts_are_dense_at_a_time_and_none_after_the_call(experts, monkeypatch):
-    monkeypatch.setattr(grouped, "_DENSE", experts * N * K * 8)
+    monkeypatch.setitem(grouped._DENSE, "cpu", experts * N * K * 8)
     x, weight = operands()
     y = grouped.grouped_packed(x, weight, OFFS)
     want = grouped.grouped_mm(x, weight.W, OFFS)
@@ -256,6 +257,21 @@ def test_fp4_by_32_of_deepseek_v4():
     assert torch.equal(weight.dense(1, 3, torch.float32).double(), want[1:])
 
 
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="tested where it is on the path")
+def test_nvfp4_is_that_of_compressed_tensors():
+    """Which makes weights dense in bfloat16. (Its name is in the -k of layers/test_quantized.py.)"""
+    from compressed_tensors.compressors import NVFP4PackedCompressor
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    model, _ = FORMATS["nvfp4"]()
+    scheme, module = preset_name_to_scheme("NVFP4A16", ["Linear"]), next(packed.experts_of(model))
+    stored = {name: getattr(module, f"down_proj_{name}").detach() for name in ("packed", "scale", "global_scale")}
+    got = find(module, "down_proj").dense(0, 4, torch.float32)
+    for c in range(4):
+        parts = {f"weight_{name}": tensor[c] for name, tensor in stored.items()}
+        assert relative(NVFP4PackedCompressor.decompress(parts, scheme)["weight"].float(), got[c].double()) < 4e-3
+
+
 @pytest.mark.skipif("bitsandbytes nf4" not in FORMATS, reason="tested where it is on the path")
 @pytest.mark.parametrize("nested", [False, True])
 def test_bitsandbytes_blocks_that_lie_in_two_experts(nested):
@@ -305,6 +321,13 @@ def with_scales_of_other_blocks() -> nn.Module:
     return model
 
 
+def with_half_the_scales_of_nvfp4() -> nn.Module:
+    model, _ = FORMATS["nvfp4"]()
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj_scale = nn.Parameter(experts.down_proj_scale[..., :1].clone(), requires_grad=False)
+    return model
+
+
 def of_bytes_alone() -> nn.Module:
     model = mixture("Mixtral")
     experts = model.model.layers[0].mlp.experts
@@ -332,6 +355,11 @@ REFUSED = {
         with_scales_of_other_blocks,
         ValueError,
         r"layers\.1\.mlp\.experts\.down_proj_scale_inv: expected shape \(5, 4, 3\).*got \(5, 4, 2\)",
+    ),
+    "nvfp4 with scales of blocks of 32": (
+        with_half_the_scales_of_nvfp4,
+        ValueError,
+        r"layers\.0\.mlp\.experts\.down_proj_scale: expected shape \(4, 32, 2\).*got \(4, 32, 1\)",
     ),
     "a format that is not known": (
         of_bytes_alone,
