@@ -1,4 +1,4 @@
-"""Rebuilds the tables of README and docs/benchmarks.md, and the pictures, from bench/results/: no number is typed by hand.
+"""Rebuilds the tables of README and docs, and the pictures, from bench/results/: no number is typed by hand.
 
 python -m bench.report                              redraw the pictures, rewrite the tables
 python -m bench.report --keep-demo demo_results     first keep a demo run's table in bench/results/<machine>/
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import memory
 from ..evidence import digest as evidence
 from ..evidence import sweep as evidence_sweep
 from ..evidence import table as evidence_table
@@ -27,7 +28,7 @@ from ..measure.timing import slug
 from ..projection import predictions
 from ..projection.predict import projections
 from ..serving import table as serving
-from . import block_table, experts_table, host_table, rows_table, tables, tasks_table
+from . import block_table, experts_table, host_table, memory_table, rows_table, tables, tasks_table
 from .summary import Summary, summary
 
 
@@ -53,7 +54,8 @@ README = Page(ROOT / "README.md", ("summary", "accuracy"), "")
 CHOOSING = Page(ROOT / "docs" / "choosing.md", ("evidence",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "many-tasks", "traffic", "static"), "../")
 SERVING = Page(ROOT / "docs" / "serving.md", ("serving",), "../")
-PAGES = (README, CHOOSING, BENCHMARKS, SERVING)
+DISTRIBUTED = Page(ROOT / "docs" / "distributed.md", ("memory",), "../")
+PAGES = (README, CHOOSING, BENCHMARKS, SERVING, DISTRIBUTED)
 PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
     "demo": "make demo",
     "evidence": "make frontier",
@@ -180,6 +182,7 @@ def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
             found["static"].append(text)
     if text := rows_table.static_rows_table(results):
         found["static"].append(text)
+    found["memory"] = [] if (counts := memory.kept(results)) is None else [memory_table.page_table(counts)]
     found["summary"] = _summary_section(results, up)
     return found | _evidence_sections(results / evidence.FOLDER.name, up)
 
