@@ -23,6 +23,7 @@ STYLES = {  # colour and line; the first SERIES that a task has are drawn, the t
     "lotr-core": ("tab:olive", "x:"),
     "dora": ("tab:pink", "P-"),
 }
+CORNERS = {"lotr": (4, -11), "lora": (-4, 7)}  # where a point's rank stands; of all lines the figures would overlap
 
 
 def draw_evidence(folder: Path) -> list[Path]:
@@ -84,11 +85,11 @@ def _panel(axis: Axes, one: Digest, drawn: list[str]) -> None:
         axis.errorbar(
             sizes, middle, spread, fmt=line, color=colour, label=own[0].label, ms=5, capsize=3, lw=1.4, elinewidth=0.9
         )
-        offset = (4, -11) if STYLES[method][1].startswith("o") and method == "lotr" else (-4, 6)
-        for size, value, p in zip(sizes, middle, own):
-            axis.annotate(str(p.rank), (size, value), offset, textcoords="offset points", fontsize=7, color=colour)
+        for size, value, p in zip(sizes, middle, own) if method in CORNERS else ():
+            axis.annotate(str(p.rank), (size, value), CORNERS[method], textcoords="offset points", fontsize=8, color=colour)
     if _shares(one):
         axis.axhline(100, color="0.6", lw=1, ls="--")
+    axis.margins(y=0.1)
     axis.set(xscale="log", xlabel="trained numbers (small figures: rank)")
     axis.grid(alpha=0.3)
 
