@@ -9,6 +9,7 @@ functional.py      lotr_linear, explain
 request.py         the state of `disabled` and `mixed`;  mixture.py: a core for each row
 merging.py         what merging writes;  quantized.py: bases with a quantised weight
 tuning.py          tune
+parallel_styles.py what tensor parallelism puts around a layer's forward
 sharded.py         FSDP, ZeRO-3, tensor parallelism;  placement.py: accelerate's offloading;  parametrized.py: computed
 parts
 """
