@@ -26,7 +26,8 @@ from lotr_ext import (
 )
 from nets import relative
 
-KINDS = ("Llama", "Qwen3", "Mixtral", "Phi3", "DeepseekV2")  # Phi3 gathers in between, DeepseekV2 has latent attention
+KINDS = ("Llama", "Qwen3", "Mixtral")
+MORE = ("Phi3", "DeepseekV2")  # Phi3 gathers in between, DeepseekV2 has latent attention
 IDS = torch.arange(12).view(2, 6) % 30
 
 
@@ -111,9 +112,13 @@ def off(model: nn.Module, want: Tensor) -> float:
     return relative(logits(model), want)
 
 
-def plans(rank: int, folder: Path) -> dict:
+def more_plans(rank: int, folder: Path) -> dict:
+    return plans(rank, folder, MORE)
+
+
+def plans(rank: int, folder: Path, kinds: tuple[str, ...] = KINDS) -> dict:
     found = {}
-    for kind in KINDS:
+    for kind in kinds:
         written(folder, kind)
         alone, cut = loaded(folder, kind, False), loaded(folder, kind, True)
         base = logits(cut)
