@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from ..autograd.call import Call, add_adapter, call_linear, call_packed, compute_dtype
@@ -229,7 +230,7 @@ class LoTRWrapped(AdaptsModule):
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         base = self.base_layer
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_compiling():  # a graph would be specialised to the number of tokens
             ready_to_train(base)
             dense = one_layer(base, x) if compute_dtype(x) is None else None
             if dense is not None:

@@ -271,7 +271,7 @@ def test_many_tokens_run_as_one_layer_that_keeps_no_dense_weight(name: str, monk
         assert not p.requires_grad or relative(got[key], p.grad.double()) < 1e-5, key
 
 
-@pytest.mark.parametrize("name", ONE_LAYER)
+@pytest.mark.parametrize("name", [name for name in ONE_LAYER if "int8" in name])
 def test_hooks_of_the_base_are_called_with_many_tokens(name: str) -> None:
     model, called = QUANTISED[name](toy(d=64)), []
     model.blocks[0].q.register_forward_hook(lambda module, args, y: called.append(y.shape))
@@ -279,7 +279,7 @@ def test_hooks_of_the_base_are_called_with_many_tokens(name: str) -> None:
     assert len(called) == 1
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", [name for name in QUANTISED if "bitsandbytes" in name])
 def test_gradients_after_an_evaluation_are_those_before_it(name: str) -> None:
     """bitsandbytes' 4 bits have kernels without a gradient of x on some CPUs, which an evaluation selects for good."""
     model = apply_lotr(QUANTISED[name](toy(d=64)), LoTRConfig(rank=4, target_modules=TARGETS))

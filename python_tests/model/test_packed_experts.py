@@ -52,8 +52,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((name, torch.float32) for name in FORMATS), ("mxfp4", torch.bfloat16), ("fp8 by blocks", torch.bfloat16)],
+)
 def test_values_and_gradients_are_those_over_dense_experts(name, dtype):
     model, dense, base = pair(name, dtype)
     for each in (model, dense):
