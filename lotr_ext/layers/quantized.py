@@ -2,6 +2,7 @@
 
 torchao, optimum-quanto   nn.Linear whose weight is a tensor subclass with dequantize()
 bitsandbytes              Linear4bit, Linear8bitLt: its functional.dequantize_4bit, functional.int8_vectorwise_dequant
+transformers              FP8Linear: its scales by blocks
 HQQ and others            a module with a dequantize() of its own, which returns W [out_features, in_features]
 """
 
@@ -40,6 +41,8 @@ def base_format(module: nn.Module) -> str | None:
         return f"bitsandbytes {weight.quant_type if kind == 'Params4bit' else 'int8'}"
     if isinstance(weight, Tensor) and not is_plain(weight):
         return f"{library} {kind}"
+    if hasattr(module, "weight_scale_inv"):
+        return "fp8 by blocks"
     return type(module).__name__
 
 
@@ -107,12 +110,20 @@ def one_layer(module: nn.Module, x: Tensor) -> Callable[[], Tensor] | None:
     return None if make is None else dense
 
 
+def _from_blocks(weight: Tensor, scales: Tensor, block: list[int] | None) -> Tensor:
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+    return _dequantize_fp8_weight(weight, scales, block, torch.float32)
+
+
 def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
     """A function that returns W [out_features, in_features] of a quantised module; None if there is none."""
     found = _from_bitsandbytes(module)
     if found is not None:
         return found
-    weight = getattr(module, "weight", None)
+    weight, scales = (getattr(module, name, None) for name in ("weight", "weight_scale_inv"))
+    if isinstance(scales, Tensor) and is_plain(weight) and weight.dtype == torch.float8_e4m3fn:
+        return lambda: _from_blocks(weight.detach(), scales.detach(), module.block_size)
     if isinstance(weight, Tensor) and not has_plain_weight(module) and type(weight).dequantize is not Tensor.dequantize:
         return weight.dequantize
     own = getattr(module, "dequantize", None)

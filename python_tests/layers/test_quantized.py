@@ -26,6 +26,7 @@ from lotr_ext import (
     merge,
     mixed,
     save_adapter,
+    trainable_summary,
     unload,
     unmerge,
 )
@@ -309,6 +310,31 @@ def test_evolves_by_forwards_alone(name: str) -> None:
         es.tell(right.view(16, 24).sum(1))
         seen.append(right.double().mean().item())
     assert seen[-1] > seen[0] + 0.1
+
+
+def test_transformers_fp8_layers_are_merged_on_request() -> None:
+    """Their own forward needs a GPU's kernels."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    def converted(linear: nn.Linear) -> nn.Module:
+        layer = FP8Linear(linear.in_features, linear.out_features, block_size=(16, 12))
+        layer.weight.data = (linear.weight * 100).to(torch.float8_e4m3fn)
+        layer.weight_scale_inv.data = torch.rand(layer.weight_scale_inv.shape) + 0.5
+        return layer
+
+    model = apply_lotr(with_layers(converted), LoTRConfig(rank=4, target_modules=TARGETS))
+    randomize(model)
+    assert dict(trainable_summary(model).formats).keys() == adapted_layers(model).keys()
+    layer = model.blocks[1].down
+    base, parts = layer.base_layer, parts_of(model)
+    scales = base.weight_scale_inv.repeat_interleave(16, 0)[:16].repeat_interleave(12, 1)[:, :32]
+    with pytest.raises(TypeError, match="dequantize=True"):
+        merge(model)
+    merge(model, dequantize=True)
+    want = base.weight.double() * scales.double() + layer.delta_weight().double()
+    assert relative(layer.base_layer.weight, want) < 1e-6
+    unmerge(model)
+    assert parts_of(model) == parts
 
 
 def test_the_dense_layer_takes_the_dtype_that_is_asked_for() -> None:
