@@ -83,7 +83,7 @@ def apply_lotr(
     Raises:
         TypeError, ValueError, RuntimeError: a model that is adapted already, wrapped or compiled; targets, exclusions or
             modules_to_save that match nothing; a target that is not linear, that shares its weight with another module, or
-            whose weight is read without it being called (nn.MultiheadAttention.out_proj); experts that are quantised, or of a
+            whose weight is read without it being called (nn.MultiheadAttention.out_proj); experts of an unknown format, or of a
             class that takes no implementations of experts; groups of mixed shapes; "svd" on weights that cannot be read;
             "gradient" without batches and loss, or what `init_from_gradient` refuses. All of it before anything is changed.
     """
