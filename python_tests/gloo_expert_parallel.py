@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gloo_checks import whole
+from gloo_checks import refusal, whole
 from mixtures import IDS, adapted, logits, loss, mixture
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers.distributed import DistributedConfig
 
-from lotr_ext import TaskBank, load_adapter, merge, mixed, save_adapter, unload, unmerge
+from lotr_ext import TaskBank, add_adapter, load_adapter, merge, mixed, per_example, save_adapter, unload, unmerge
 from lotr_ext.interop import export_lora
 from nets import relative
 
@@ -99,65 +100,57 @@ def differences(alone: nn.Module, cut: nn.Module, steps: int = 3) -> dict[str, f
 
 
 def models(rank: int, folder: Path) -> dict:
-    found = {name: differences(*pair(folder, name, **ATTENTION)) for name in MODELS}
+    found = {"GptOss": differences(*pair(folder, "GptOss", **ATTENTION))}
     alone, cut = pair(folder, "Mixtral")
     experts = cut.model.layers[0].mlp.experts
     core, held = experts.lotr.down_proj.core, len(experts._parameters["down_proj"].to_local())
     sizes = [tuple(core.shape), tuple(core.to_local().shape), held]
-    return found | {"experts alone": differences(alone, cut, steps=1), "sizes": sizes}
+    return found | {"Mixtral, experts alone": differences(alone, cut), "sizes": sizes}
 
 
 def both(rank: int, folder: Path) -> dict:
     """Attention in parts by transformers' tensor parallelism, the experts by experts."""
     own = folder / "both"
     settings = {"attention": True, "sizes": {"num_key_value_heads": 4}, **ATTENTION}  # no fewer heads than processes
-    found = {name: differences(*pair(own, name, **settings)) for name in ("Mixtral", "Qwen3Moe", "Olmoe")}
-    _, cut = pair(own, "Mixtral", **settings)
+    names = ("Mixtral", "Qwen3Moe", "Olmoe")[: dist.get_world_size()]
+    found = {name: differences(*pair(own, name, **settings)) for name in names}
+    _, cut = pair(own, "Qwen3Moe", **settings)
     for parameter in trained(cut).values():
         parameter.detach().zero_()
-    counts = [sent(model)[0] for model in (parted(own, "Mixtral", attention=True), cut)]
-    return {"models": found, "counts": counts} | _files(rank, own, "Mixtral", settings)
-
-
-def exchanges(rank: int, folder: Path) -> dict:
-    """Either way in which transformers brings tokens to their experts, in both modes: masked, and exchanged."""
-    return {how: differences(*pair(folder, "GptOss", how=how, **ATTENTION)) for how in ("all_reduce", "all_to_all")}
+    counts = [sent(model)[0] for model in (parted(own, "Qwen3Moe", attention=True), cut)]
+    return {"models": found, "counts": counts} | _files(rank, own, "Qwen3Moe", settings)
 
 
 def tensors(rank: int, folder: Path) -> dict:
     """Each process has a part of each expert: of gate, up and down."""
-    found = {name: differences(*pair(folder, name, how="tensor", **ATTENTION)) for name in ("Mixtral", "Qwen3Moe")}
+    found = {"Mixtral": differences(*pair(folder, "Mixtral", how="tensor", **ATTENTION))}
     return {"models": found} | _files(rank, folder, "Mixtral", {"how": "tensor"})
 
 
 def routes(rank: int, folder: Path) -> dict:
-    """The router's bias sends no token to some experts, or to any expert of the last processes."""
+    """Either way in which transformers brings tokens to their experts, masked and exchanged. The router's bias sends no token
+    to some experts, or to any expert of the last processes."""
     found = {}
-    for name, bias in {
-        "one without tokens": [0.0, 9.0, 9.0, -99.0],
-        "processes without tokens": [50.0, 50.0, 0.0, 0.0],
-    }.items():
-        for how in ("all_reduce", "all_to_all"):
+    biases = {"one without tokens": [0.0, 9.0, 9.0, -99.0], "processes without tokens": [50.0, 50.0, 0.0, 0.0]}
+    for how in ("all_reduce", "all_to_all"):
+        for name, bias in biases.items():
             alone, cut = pair(folder, "GptOss", how=how, **ATTENTION)
             for model in (alone, cut):
                 for layer in model.model.layers:
                     layer.mlp.router.bias.data.copy_(torch.tensor(bias))
-            found[f"{name}, {how}"] = differences(alone, cut)
-    idle = whole(cut.model.layers[0].mlp.experts.lotr.gate_up_proj.core.grad)
+            found[f"{name}, {how}"] = gradients(alone, cut)
+            idle = whole(cut.model.layers[0].mlp.experts.lotr.gate_up_proj.core.grad)
     return found | {"idle": [bool(g.any()) for g in idle]}
 
 
 def checkpoints(rank: int, folder: Path) -> dict:
-    found = {}
-    for reentrant in (False, True):
-        alone, cut = pair(folder, "GptOss", **ATTENTION)
+    found, (alone, cut) = {}, pair(folder, "GptOss", **ATTENTION)
+    for reentrant in (False, True):  # the second onto the gradients of the first
         for model in (alone, cut):
             model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         found[f"reentrant {reentrant}"] = gradients(alone, cut)
-    alone, cut = pair(folder, "GptOss", **ATTENTION)
-    gradients(alone, cut)
-    return found | {"accumulated": gradients(alone, cut)}
+    return found
 
 
 def sent(model: nn.Module) -> tuple[dict[str, int], int]:
@@ -165,9 +158,9 @@ def sent(model: nn.Module) -> tuple[dict[str, int], int]:
     model.enable_input_require_grads()  # the frozen base has a backward, too
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         loss(model).backward()
-    events = profiled.events()
-    counts = Counter(event.name for event in events if event.name.startswith("gloo:"))
-    shapes = [event.input_shapes[1] for event in events if event.name == "c10d::alltoall_base_"]
+    events = profiled.profiler.kineto_results.events()
+    counts = Counter(event.name() for event in events if event.name().startswith("gloo:"))
+    shapes = [event.shapes()[1] for event in events if event.name() == "c10d::alltoall_base_"]
     return dict(counts), sum(math.prod(shape) for shape in shapes)
 
 
@@ -217,10 +210,7 @@ def tasks(rank: int, folder: Path) -> dict:
 
 def files(rank: int, folder: Path) -> dict:
     """Saved, loaded by one process and into models in parts, merged and unmerged, and taken off."""
-    found = {}
-    for name, settings in {"Mixtral": {}, "GptOss": {"how": "all_to_all", **ATTENTION}}.items():  # transformers' eager needs it
-        found |= {f"{name}, {what}": value for what, value in _files(rank, folder, name, settings).items()}
-    return found
+    return _files(rank, folder, "GptOss", {"how": "all_to_all", **ATTENTION})  # transformers' eager needs it without an adapter
 
 
 def _files(rank: int, folder: Path, name: str, settings: dict) -> dict:
@@ -254,3 +244,32 @@ def _files(rank: int, folder: Path, name: str, settings: dict) -> dict:
     unmerge(cut)
     found["bits"] = all(torch.equal(p.to_local(), before[n]) for n, p in weights.items()) and len(before) == 4
     return found | {"unmerged": error(cut), "taken off": error(unload(cut, merge=True))}
+
+
+def refusals(rank: int, folder: Path) -> dict:
+    """Each raises in all processes; the last is called by one alone, whose partners end."""
+    uneven = mixture("Qwen3Moe", torch.float64)  # of 5 experts
+    uneven.save_pretrained(folder / "uneven")  # process 0 alone writes
+    dist.barrier()
+    size = dist.get_world_size()
+    config = DistributedConfig(tp_size=size, ep_size=size, tp_plan=WHOLE)
+    found = {"uneven": refusal(lambda: type(uneven).from_pretrained(folder / "uneven", distributed_config=config))}
+    _, cut = pair(folder, "Mixtral")
+    eight = adapted("Mixtral", torch.float64, model=mixture("Mixtral", torch.float64, num_local_experts=8))
+    save_adapter(eight, folder / f"8-{rank}")
+    before = [whole(p.detach()).clone() for p in trained(cut).values()]
+    found["others, in parts"] = refusal(lambda: load_adapter(cut, folder / f"8-{rank}"))
+    found["unchanged"] = all(torch.equal(whole(p.detach()), old) for p, old in zip(trained(cut).values(), before))
+    found["others, onto parts"] = refusal(lambda: load_adapter(parted(folder, "Mixtral"), folder / f"8-{rank}"))
+    found["named"] = refusal(lambda: add_adapter(cut, "other", share_factors="default"))
+    with per_example(cut, batch=len(IDS)):
+        found["per_example"] = refusal(lambda: loss(cut))
+    found["optimizer"] = refusal(lambda: TaskBank(cut, 1).optimizer(torch.optim.AdamW))
+    strange = parted(folder, "Mixtral")
+    experts = strange.model.layers[0].mlp.experts
+    grid = init_device_mesh("cpu", (1, size))
+    twice = distribute_tensor(experts.down_proj.detach().full_tensor(), grid, [Shard(0), Shard(1)])
+    experts.down_proj = nn.Parameter(twice)
+    found["cut twice"] = refusal(lambda: adapted("Mixtral", torch.float64, model=strange))
+    found["alone"] = refusal(lambda: save_adapter(cut, folder / "alone")) if rank == 0 else ""
+    return found
