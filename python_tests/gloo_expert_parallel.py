@@ -117,7 +117,7 @@ def both(rank: int, folder: Path) -> dict:
     _, cut = pair(own, "Qwen3Moe", **settings)
     for parameter in trained(cut).values():
         parameter.detach().zero_()
-    counts = [sent(model)[0] for model in (parted(own, "Qwen3Moe", attention=True), cut)]
+    counts = [sent(model)[0] for model in (parted(own, "Qwen3Moe", attention=True).requires_grad_(False), cut)]
     return {"models": found, "counts": counts} | _files(rank, own, "Qwen3Moe", settings)
 
 
@@ -172,7 +172,7 @@ def sums(rank: int, folder: Path) -> dict:
         _, cut = pair(own, "GptOss", sizes={"num_hidden_layers": layers}, **ATTENTION)
         for parameter in trained(cut).values():
             parameter.detach().zero_()  # or the router would take other experts than the base's
-        found[f"base {layers}"], found[f"adapted {layers}"] = sent(parted(own, "GptOss")), sent(cut)
+        found[f"base {layers}"], found[f"adapted {layers}"] = sent(parted(own, "GptOss").requires_grad_(False)), sent(cut)
     return found
 
 
