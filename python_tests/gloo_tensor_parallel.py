@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_checks import few_tokens, on_both_paths, refusal
+from gloo_checks import few_tokens, on_both_paths
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import (
@@ -377,34 +376,3 @@ def by_hand(rank: int, folder: Path) -> dict:
     alone = randomize(seeded(ByHand))
     cut = copy.deepcopy(alone)
     return differences(alone, parallelize_module(cut, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}))
-
-
-def refusals(rank: int, folder: Path) -> dict:
-    """Each process raises, before it waits for another: the barrier at the end is reached by all."""
-    size = dist.get_world_size()
-    mesh, grid = init_device_mesh("cpu", (size,)), init_device_mesh("cpu", (1, size))
-    _, cut = pair(mesh, layers=1)
-    up, found = cut.blocks[0].up, {"mesh": refusal(lambda: init_device_mesh("cpu", (size + 1,)))}
-    weight = base(layers=1).blocks[0].down.weight.detach()
-    strange = {
-        "cut twice": distribute_tensor(weight, grid, [Shard(0), Shard(1)]),
-        "a sum": DTensor.from_local(weight / size, mesh, [Partial()]),
-        "in two pieces": DTensor.from_local(weight[::size], mesh, [_StridedShard(0, split_factor=2)], run_check=False),
-    }
-    for name, one in strange.items():
-        net = base(layers=1)
-        net.blocks[0].down.register_parameter("weight", nn.Parameter(one))
-        found[name] = refusal(partial(apply_lotr, net, config()))
-        found[name] += "" if all(type(m) is not LoTRLinear for m in net.modules()) else ", but it was changed"
-    _, later = pair(mesh, layers=1)
-    later.blocks[0].up.register_parameter("weight", nn.Parameter(DTensor.from_local(up.weight.to_local(), mesh, [Partial()])))
-    found["a sum, later"] = refusal(lambda: later(inputs()))
-    hooks = up._forward_pre_hooks.copy()
-    up._forward_pre_hooks.clear()
-    found["plain x"] = refusal(lambda: up(inputs()))
-    found["another mesh"] = refusal(lambda: up(distribute_tensor(inputs(), grid, [Replicate(), Replicate()])))
-    up._forward_pre_hooks.update(hooks)
-    y = cut(inputs())
-    found["recorded"] = refusal(lambda: torch.autograd.grad(y.sum(), up.core, create_graph=True)[0].sum().backward())
-    dist.barrier()
-    return found

@@ -1,4 +1,5 @@
-"""As `gloo_tensor_parallel`, for a sequence in parts, for a batch in parts, and for weights and gradients in parts by FSDP2."""
+"""As `gloo_tensor_parallel`, for a sequence in parts, a batch in parts, weights in parts by FSDP2, compiled models, and
+refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -38,8 +39,9 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from lotr_ext import apply_lotr, load_adapter, save_adapter
+from lotr_ext import LoTRLinear, apply_lotr, load_adapter, save_adapter
 from nets import relative
 
 
@@ -187,6 +189,37 @@ def compiled(rank: int, folder: Path, backend: str = "eager") -> dict:
 
 def compiled_by_aot(rank: int, folder: Path) -> dict:
     return compiled(rank, folder, "aot_eager")
+
+
+def refusals(rank: int, folder: Path) -> dict:
+    """Each process raises, before it waits for another: the barrier at the end is reached by all."""
+    size = dist.get_world_size()
+    mesh, grid = init_device_mesh("cpu", (size,)), init_device_mesh("cpu", (1, size))
+    _, cut = pair(mesh, layers=1)
+    up, found = cut.blocks[0].up, {"mesh": refusal(lambda: init_device_mesh("cpu", (size + 1,)))}
+    weight = base(layers=1).blocks[0].down.weight.detach()
+    strange = {
+        "cut twice": distribute_tensor(weight, grid, [Shard(0), Shard(1)]),
+        "a sum": DTensor.from_local(weight / size, mesh, [Partial()]),
+        "in two pieces": DTensor.from_local(weight[::size], mesh, [_StridedShard(0, split_factor=2)], run_check=False),
+    }
+    for name, one in strange.items():
+        net = base(layers=1)
+        net.blocks[0].down.register_parameter("weight", nn.Parameter(one))
+        found[name] = refusal(partial(apply_lotr, net, config()))
+        found[name] += "" if all(type(m) is not LoTRLinear for m in net.modules()) else ", but it was changed"
+    _, later = pair(mesh, layers=1)
+    later.blocks[0].up.register_parameter("weight", nn.Parameter(DTensor.from_local(up.weight.to_local(), mesh, [Partial()])))
+    found["a sum, later"] = refusal(lambda: later(inputs()))
+    hooks = up._forward_pre_hooks.copy()
+    up._forward_pre_hooks.clear()
+    found["plain x"] = refusal(lambda: up(inputs()))
+    found["another mesh"] = refusal(lambda: up(distribute_tensor(inputs(), grid, [Replicate(), Replicate()])))
+    up._forward_pre_hooks.update(hooks)
+    y = cut(inputs())
+    found["recorded"] = refusal(lambda: torch.autograd.grad(y.sum(), up.core, create_graph=True)[0].sum().backward())
+    dist.barrier()
+    return found
 
 
 def saves_alone(rank: int, folder: Path) -> dict:

@@ -9,7 +9,7 @@ from gloo import values_of
 from gloo_tensor_parallel import LAYOUTS
 from gloo_tp_plan import KINDS
 
-CHECKS = ("layouts", "checkpoints", "sums", "told", "shared_u", "dropout", "files", "by_hand", "rows_apart", "refusals")
+CHECKS = ("layouts", "checkpoints", "sums", "told", "shared_u", "dropout", "files", "by_hand", "rows_apart")
 PLANS = ("plans", "plans_told")
 MORE = ("more_processes_than_rows",)
 MESHES = ("sequences", "batch_in_parts", "saves_alone")
@@ -24,7 +24,7 @@ def named(checks: tuple[str, ...], module: str = "gloo_tensor_parallel") -> list
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     """What each check returned in both processes."""
-    checks = named(CHECKS) + named(PLANS, "gloo_tp_plan") + named(("compiled",), "gloo_tp_meshes")
+    checks = named(CHECKS) + named(PLANS, "gloo_tp_plan") + named(("compiled", "refusals"), "gloo_tp_meshes")
     return {name.partition(":")[2]: own for name, own in values_of(checks, tmp_path_factory.mktemp("two")).items()}
 
 
