@@ -6,9 +6,12 @@ A problem makes fresh models, endless training batches, the loss of a batch, and
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import random
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +22,13 @@ from ..measure.store import ROOT
 DATA = ROOT / "data"
 ENCODER, LANGUAGE_MODEL = DATA / "all-minilm-l6-v2", DATA / "smollm2-135m"
 PARTS = ("validation", "held_out")
+
+
+def example(name: str) -> ModuleType:
+    """A module of examples/, where modules import each other by their bare names."""
+    if (folder := str(ROOT / "examples")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 class Setting(NamedTuple):
@@ -167,7 +177,7 @@ class Classified:
     head = True
 
     def __init__(self, corpus: Path, setting: Setting, encoder: Path = ENCODER):
-        from examples import text_model as tm
+        tm = example("text_model")
 
         self.encoder, tokenize = tm.load_encoder(encoder)
         examples, _ = tm.movie_snippets(corpus)
@@ -179,12 +189,12 @@ class Classified:
         }
 
     def model(self, seed: int) -> nn.Module:
-        from examples import text_model as tm
+        tm = example("text_model")
 
         return tm.build(copy.deepcopy(self.encoder), 2, seed)
 
     def batches(self, seed: int, size: int) -> Batches:
-        from examples import text_model as tm
+        tm = example("text_model")
 
         return tm.Batches(*self.parts["training"], size, seed)
 
@@ -192,7 +202,7 @@ class Classified:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     def measure(self, model: nn.Module, part: str) -> tuple[Tensor, float]:
-        from examples import text_model as tm
+        tm = example("text_model")
 
         ids, classes = self.parts[part][0], torch.tensor(self.parts[part][1])
         logits = tm.predict(model, ids)
@@ -211,7 +221,7 @@ class Written:
     head = False
 
     def __init__(self, text: Path, setting: Setting, folder: Path = LANGUAGE_MODEL):
-        import causal_lm
+        causal_lm = example("causal_lm")
 
         words = causal_lm.read_text(text)
         self.base, tokenizer = causal_lm.load(folder, "float32")

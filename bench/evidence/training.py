@@ -15,7 +15,7 @@ from torch import nn
 from . import sweep
 from .methods import BASE, HEAD_LR, METHODS, adapt
 from .packing import packed
-from .problems import Problem, Setting
+from .problems import Problem, Setting, example
 from .tasks import TASKS, problem_of
 
 WARM = 0.06  # part of the steps in which rates rise
@@ -54,26 +54,23 @@ def optimizer_for(model: nn.Module, run: Run, problem: Problem) -> torch.optim.O
 
 def start_from_gradient(model: nn.Module, problem: Problem, batches: Any, steps: int) -> int:
     """A and B from the gradients of a few batches, after a tenth of the steps for a new head; returns these steps."""
-    from examples import text_model as tm
     from lotr_ext import init_from_gradient
 
     if problem.head:
-        return tm.start_from_gradient(model, batches, HEAD_LR, steps // 10, LOOKED_AT)
+        return example("text_model").start_from_gradient(model, batches, HEAD_LR, steps // 10, LOOKED_AT)
     init_from_gradient(model, [batches.next() for _ in range(LOOKED_AT)], problem.loss, progress=False)
     return 0
 
 
 def fit(model: nn.Module, run: Run, problem: Problem, setting: Setting) -> list[float]:
     """Trains the model. Returns the losses by step, the last of which is not finite if the run diverged."""
-    from examples import text_model as tm
-
     if run.method == BASE:
         return []
     parent, batches, steps = os.getppid(), problem.batches(run.seed, setting.batch), setting.steps
     if METHODS[run.method].from_gradient:
         steps -= start_from_gradient(model, problem, batches, steps)
     optimizer = optimizer_for(model, run, problem)
-    schedule = tm.linear_decay(optimizer, steps, max(1, round(WARM * steps)))
+    schedule = example("text_model").linear_decay(optimizer, steps, max(1, round(WARM * steps)))
     losses: list[float] = []
     for _ in range(steps):
         loss = problem.loss(model, batches.next())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -351,6 +352,14 @@ def tiny(tmp_path: Path, monkeypatch) -> Path:
     problem_of.cache_clear()
     yield tmp_path
     problem_of.cache_clear()
+
+
+def test_the_examples_are_found_where_their_folder_is_not_on_the_path(monkeypatch) -> None:
+    """As in `python -m bench.evidence`; pytest puts the folder there."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name != "examples"])
+    for name in ("causal_lm", "causal_data", "data", "finetune_text", "text_model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert problems.example("causal_lm").next_token_loss and problems.example("text_model").linear_decay
 
 
 def count(shapes: list[tuple[int, int]], method: str, r: int) -> int:
