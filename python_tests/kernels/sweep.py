@@ -38,6 +38,9 @@ PIPELINE = [
     Shape(1700, 40, 16, ODD, 0.1, 4, early=False),
     Shape(1700, 72, 16, ALIGNED, sms=3),
     Shape(130, 1700, 16, ALIGNED, sms=6),  # of shrink, whose warps share a tile's columns
+    # of the kernels by wgmma, at ranks 16 and 31: swizzles of 32 and 64 bytes
+    Shape(330, 200, 5, ALIGNED, sms=4),
+    Shape(200, 330, 10, ALIGNED, sms=4),
     Shape(200, 400, 100, PACKED, sms=5, layers=2),
     Shape(150, 300, 200, PACKED, 0.5, 6),
 ]

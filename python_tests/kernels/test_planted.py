@@ -145,7 +145,7 @@ SHRINK_GRAD: dict[str, tuple[str, str, str]] = {
     "the_first_block_sums_for_all": ("int(ptx::cluster_rank()) * share", "0", ": k: "),
     "sums_of_clusters_in_one_place": ("int(blockIdx.x) / p_.cluster", "0", ": k: "),
     "the_rows_of_the_other_group": ("+ 4 * group_ + warp_]", "+ 4 * (1 - group_) + warp_]", ": k: "),
-    "a_block_of_the_cluster_forgotten": ("first * tile::FRAGMENT, splits,", "first * tile::FRAGMENT, splits - 1,", ": Q: "),
+    "a_piece_of_M_forgotten": ("Q_partial(0), splits, own", "Q_partial(0), splits - 1, own", ": Q: "),
     "bytes_of_F_forgotten": ("with_F * uint32_t(sizeof(Smem::F[0]))", "0", "in flight|deadlock"),
     "released_before_the_wait": (
         "release<GROUPS>(LAST ? first : last)",
