@@ -21,8 +21,8 @@ __all__ = ["base_format", "dense_weight", "dequantizer", "has_plain_weight", "is
 
 
 # From so many tokens on, a weight that is made dense twice and one pass over y less cost no more than the base's own forward
-# and backward, measured on a CPU (docs/experts.md). torchao's own keep a dense weight until the backward.
-_ONE_LAYER = {"Params4bit": 1024, "Int8Tensor": 1024, "IntxUnpackedToInt8Tensor": 1024, "Float8Tensor": 2048}
+# and backward, measured on a CPU (bench.quantised). torchao's own keep a dense weight until the backward.
+_ONE_LAYER = {"Params4bit": 1024, "Int8Tensor": 2048, "IntxUnpackedToInt8Tensor": 1024, "Float8Tensor": 2048}
 
 
 def has_plain_weight(module: nn.Module) -> bool:

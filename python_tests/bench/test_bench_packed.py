@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import packed
+from bench import packed, quantised
 
 
 def test_packed_experts_hold_less_than_dense_ones(tmp_path, capsys):
@@ -20,6 +20,11 @@ def test_packed_experts_hold_less_than_dense_ones(tmp_path, capsys):
         assert dense["weight_bytes"] == 8 * 3 * 256 * 256 * 2 and small["weight_bytes"] < 0.6 * dense["weight_bytes"]
         assert small["weight_bytes"] + small["peak_bytes"] > small["weight_bytes"] > 0
     assert "packed" in capsys.readouterr().out
+
+
+def test_unknown_formats_of_layers():
+    with pytest.raises(ValueError, match="formats: expected some of nf4, int8, int4, fp8, got 'gguf'"):
+        quantised.main(["--formats", "gguf"])
 
 
 @pytest.mark.parametrize("argument", [["--shape", "8x256"], ["--formats", "gguf"]])
