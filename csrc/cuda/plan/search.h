@@ -61,9 +61,8 @@ inline void add(Plans& plans, const Machine& machine, Plan plan, const Work& wor
 // they run at the same time.
 inline void sort(Plans& plans, const Machine& machine, int64_t fill) {
   const auto blocks = [](const Plan& plan) { return plan.m_blocks * plan.n_blocks; };
-  const bool filled = std::any_of(plans.begin(), plans.end(), [&](const Plan& plan) {
-    return plan.at_once && blocks(plan) >= fill;
-  });
+  const bool filled = std::any_of(plans.begin(), plans.end(),
+                                  [&](const Plan& plan) { return plan.at_once && blocks(plan) >= fill; });
   const auto few = [&](const Plan& plan) { return filled && !plan.wgmma && blocks(plan) < fill; };
   std::stable_sort(plans.begin(), plans.end(), [&](const Plan& a, const Plan& b) {
     return std::pair(few(a), a.microseconds) < std::pair(few(b), b.microseconds);
