@@ -167,6 +167,26 @@ def batch_in_parts(rank: int, folder: Path) -> dict:
     return found
 
 
+def factors_in_parts(rank: int, folder: Path) -> dict:
+    """A and B in parts over the mesh that cuts the layers too."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    alone, cut = pair(mesh, settings={"group_by": "width"})
+    for factors in cut.lotr_factors.values():
+        fully_shard(factors, mesh=mesh)
+    x, want = inputs(), trained(alone)
+    (y, dx), (y_cut, dx_cut) = step(alone, x), step(cut, x)
+    found = {"y": relative(y_cut, y), "x": relative(dx_cut, dx)}
+    found["gradients"] = max(relative(whole(p.grad), want[name].grad) for name, p in trained(cut).items())
+    found["parts"] = abs(sum(isinstance(p, DTensor) for p in cut.lotr_factors.parameters()) - 4)  # widths 12 and 20
+    train(alone, x, 1.0), train(cut, x, 1.0)
+    save_adapter(cut, folder / "factors in parts")
+    dist.barrier()
+    with torch.no_grad():
+        found["steps"] = relative(cut(x), alone(x))
+        found["in one"] = relative(load_adapter(base(), folder / "factors in parts")(x), alone(x))
+    return found
+
+
 def two_layers() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, D)).double()

@@ -3,6 +3,7 @@
 torchao, optimum-quanto   nn.Linear whose weight is a tensor subclass with dequantize()
 bitsandbytes              Linear4bit, Linear8bitLt: its functional.dequantize_4bit, functional.int8_vectorwise_dequant
 transformers              FP8Linear: its scales by blocks
+compressed-tensors        nn.Linear with a forward of its own, which makes the weight dense; merging is refused
 HQQ and others            a module with a dequantize() of its own, which returns W [out_features, in_features]
 """
 
@@ -43,6 +44,8 @@ def base_format(module: nn.Module) -> str | None:
         return f"{library} {kind}"
     if hasattr(module, "weight_scale_inv"):
         return "fp8 by blocks"
+    if (scheme := getattr(module, "quantization_scheme", None)) is not None:
+        return f"compressed-tensors {getattr(scheme.format, 'value', scheme.format)}"
     return type(module).__name__
 
 

@@ -193,9 +193,45 @@ def test_with_the_real_libraries() -> None:
         "[bitsandbytes nf4 nested",
         "_checkpoint_with",
         "of_compressed_tensors",
+        "layers_of_compressed_tensors[nvfp4-pack-quantized",
     )
     for name in ("torchao int8", "torchao int4", "bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao_base", *experts):
         assert any(name in line and "PASSED" in line for line in run.stdout.splitlines()), name
+
+
+SCHEMES = {"nvfp4-pack-quantized": "NVFP4A16", "mxfp4-pack-quantized": "MXFP4A16", "float-quantized": "FP8_DYNAMIC"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="tested where it is on the path")
+@pytest.mark.parametrize("format", SCHEMES)
+def test_layers_of_compressed_tensors(format: str) -> None:
+    """They stay nn.Linear, and a forward of their own makes the weight dense when it first runs; FP8_DYNAMIC rounds x too."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    base = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64)).bfloat16()
+    config = QuantizationConfig(config_groups={"all": preset_name_to_scheme(SCHEMES[format], ["Linear"])}, format=format)
+    apply_quantization_config(base, config)
+    for layer in base[::2]:
+        if hasattr(layer, "weight_global_scale"):
+            layer.weight_global_scale.data.fill_(100)
+        layer.weight_scale.data = torch.full_like(layer.weight_scale, 8 if format.startswith("nvfp4") else 0.03)
+    ModelCompressor(quantization_config=config).compress_model(base)
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    model = apply_lotr(copy.deepcopy(base), LoTRConfig(rank=4, target_modules=["0", "2"]))
+    assert {name for _, name in trainable_summary(model).formats} == {f"compressed-tensors {format}"}
+    assert torch.equal(model(x), base(x))
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.core.normal_()
+    first = model[0]
+    update = x.float() @ first.factors.A @ first.core @ first.factors.B.T
+    assert relative(first(x).float() - base[0](x).float(), update.double()) < 2e-2  # bfloat16
+    model(x).square().sum().backward()
+    assert all(layer.core.grad.abs().sum() > 0 for layer in adapted_layers(model).values())
+    with pytest.raises(TypeError, match="merge: expected a base whose dense weight can be read"):
+        merge(model, dequantize=True)
 
 
 @pytest.mark.parametrize("name", QUANTISED)

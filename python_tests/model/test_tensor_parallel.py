@@ -11,6 +11,7 @@ from gloo_tp_plan import KINDS
 
 CHECKS = ("layouts", "checkpoints", "sums", "told", "shared_u", "dropout", "files", "by_hand", "rows_apart")
 PLANS = ("plans", "plans_told")
+TWO = ("compiled", "refusals", "factors_in_parts")
 MORE = ("more_processes_than_rows",)
 MESHES = ("sequences", "batch_in_parts", "saves_alone")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -24,7 +25,9 @@ def named(checks: tuple[str, ...], module: str = "gloo_tensor_parallel") -> list
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     """What each check returned in both processes."""
-    checks = named(CHECKS) + named(PLANS, "gloo_tp_plan") + named(("compiled", "refusals"), "gloo_tp_meshes")
+    checks = (
+        named(CHECKS) + named(PLANS, "gloo_tp_plan") + named(("compiled", "refusals", "factors_in_parts"), "gloo_tp_meshes")
+    )
     return {name.partition(":")[2]: own for name, own in values_of(checks, tmp_path_factory.mktemp("two")).items()}
 
 
@@ -49,6 +52,11 @@ def test_checkpointed_and_accumulated_steps(found: dict, way: str) -> None:
 def test_layers_without_a_forward_scope(found: dict) -> None:
     for by_rank in found["by_hand"]:
         assert max(by_rank.values()) < ROUNDING
+
+
+def test_factors_in_parts_over_the_same_mesh(found: dict) -> None:
+    for by_rank in found["factors_in_parts"]:
+        assert max(by_rank.values()) < ROUNDING, by_rank
 
 
 def test_a_step_has_one_more_collective_at_any_number_of_layers(found: dict) -> None:
