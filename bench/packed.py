@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .measure.counted import peak_bytes
+from .measure.names import chosen
 from .measure.session import Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.timing import Timed, against, interleave
 
-FORMATS = ("mxfp4", "fp8", "nf4", "int8")
 RIVALS = ("packed", "dense")
 SHAPE = "256x1024x1024x32x4x16"
 
@@ -198,16 +198,14 @@ def show(case: PackedCase, results: list[dict], session: Session) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.packed", description=__doc__.split("\n")[0])
     add_options(parser, dtypes="bf16")
-    parser.add_argument("--formats", default="mxfp4,fp8", help=f"some of {','.join(FORMATS)} (mxfp4,fp8)")
+    parser.add_argument("--formats", default="mxfp4,fp8", help=f"some of {','.join(MAKE)} (mxfp4,fp8)")
     parser.add_argument("--shape", default=SHAPE, help=f"tokens x hidden x intermediate x experts x top k x rank ({SHAPE})")
     options = parser.parse_args(argv)
     check_options(options, rounds=5, dtypes="bf16")
     shape = options.shape.split("x")
     if len(shape) != 6 or not all(part.isdigit() and int(part) > 0 for part in shape):
         raise ValueError(f"shape: expected six numbers with x between them, got {options.shape!r}")
-    formats = options.formats.split(",")
-    if not set(formats) <= set(FORMATS):
-        raise ValueError(f"formats: expected some of {FORMATS}, got {options.formats!r}")
+    formats = chosen("formats", options.formats, MAKE)
     session = Session(options, "packed.jsonl")
     session.introduce()
     cases = [PackedCase(*map(int, shape), each, "bf16", t) for t in options.threads for each in formats]

@@ -18,6 +18,7 @@ from statistics import quantiles
 import torch
 from torch import nn
 
+from .measure.names import chosen, numbers
 from .measure.session import Table, start, time_text
 from .measure.shapes import DTYPES
 
@@ -79,17 +80,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", default="bf16,fp32", help="some of fp32, bf16, fp16 (bf16,fp32)")
     parser.add_argument("--rounds", type=int, default=21, help="rounds (21)")
     options = parser.parse_args(argv)
-    formats = options.formats.split(",")
-    if not set(formats) <= FORMATS.keys():
-        raise ValueError(f"formats: expected some of {', '.join(FORMATS)}, got {options.formats!r}")
+    formats, dtypes = chosen("formats", options.formats, FORMATS), chosen("dtypes", options.dtypes, DTYPES)
+    counts = numbers("tokens", options.tokens, ())
     missing = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"PYTHONPATH: expected {' and '.join(missing)}; make setup puts them into .venv/quantized")
     torch.set_num_threads(1)
     table = Table("one layer, 768x768 r16", "format", "dtype", "tokens", "base and adapter", "one layer", "ratio (quartiles)")
     for name in formats:
-        for dtype in options.dtypes.split(","):
-            for tokens in map(int, options.tokens.split(",")):
+        for dtype in dtypes:
+            for tokens in counts:
                 torch.manual_seed(0)
                 linear = nn.Linear(768, 768).to(DTYPES[dtype]).requires_grad_(False)
                 two, one = measure(FORMATS[name](linear), tokens, DTYPES[dtype], options.rounds)

@@ -68,6 +68,36 @@ def build(options: argparse.Namespace, classes: int, seed: int):
     return tm.build(encoder, classes, seed), tokenize
 
 
+def labelled(options: argparse.Namespace) -> tuple[list, list[str], int]:
+    """(examples, names of the labels, how many examples to hold out)"""
+    import data
+    import text_model as tm
+
+    examples, names = tm.read_labelled(Path(options.text)) if options.text else tm.movie_snippets(data.SNIPPETS)
+    return examples, names, min(options.held_out, len(examples) // 5) if options.text else options.held_out
+
+
+def fit(net, options: argparse.Namespace, recipe, batches, show: bool, mean: Callable = lambda loss: loss) -> float:
+    """Trains net on this process's batches; seconds a step. show: a bar; mean: makes a loss that of all processes."""
+    import torch.nn.functional as F
+
+    import text_model as tm
+
+    optimizer, schedule = tm.optimizer_for(net, recipe, options.steps)
+    losses, start = [], time.perf_counter()
+    with Bar("LoTR", options.steps, show) as bar:
+        for _ in range(options.steps):
+            ids, target = batches.next()
+            loss = F.cross_entropy(net(ids), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule()
+            losses.append(mean(loss.detach()).item())
+            bar.step(losses)
+    return (time.perf_counter() - start) / options.steps
+
+
 def distribute(model, shard: bool):
     """The adapted model over all processes, by torch.distributed's own means."""
     from torch import nn
@@ -98,16 +128,13 @@ def run(options: argparse.Namespace) -> None:
     """What each process does."""
     import torch
     import torch.distributed as dist
-    import torch.nn.functional as F
 
-    import data
     import text_model as tm
     from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, trainable_summary
 
     torch.set_num_threads(options.threads)
     rank, world = dist.get_rank(), dist.get_world_size()
-    examples, names = tm.read_labelled(Path(options.text)) if options.text else tm.movie_snippets(data.SNIPPETS)
-    wanted = min(options.held_out, len(examples) // 5) if options.text else options.held_out
+    examples, names, wanted = labelled(options)
     train, test = tm.split(examples, max(world, wanted // world * world))  # as many in each process: FSDP2 goes in step
     model, tokenize = build(options, len(names), options.seed)
     recipe = tm.RECIPES["lotr"]
@@ -116,23 +143,14 @@ def run(options: argparse.Namespace) -> None:
     if rank == 0:
         print(trainable_summary(model))
     net = distribute(model, options.shard)
-    optimizer, schedule = tm.optimizer_for(net, recipe, options.steps)
     mine = train[rank::world]
     batches = tm.Batches(tokenize([t for t, _ in mine]), [c for _, c in mine], options.batch, options.seed)
 
-    losses, start = [], time.perf_counter()
-    with Bar("LoTR", options.steps, rank == 0 and not options.quiet) as bar:
-        for _ in range(options.steps):
-            ids, target = batches.next()
-            loss = F.cross_entropy(net(ids), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule()
-            dist.all_reduce(mean := loss.detach() / world)
-            losses.append(mean.item())
-            bar.step(losses)
-    seconds = (time.perf_counter() - start) / options.steps
+    def mean(loss: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(loss := loss / world)
+        return loss
+
+    seconds = fit(net, options, recipe, batches, rank == 0 and not options.quiet, mean)
 
     own = test[rank::world]
     ids, labels = tokenize([t for t, _ in own]), torch.tensor([c for _, c in own])

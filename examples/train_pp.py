@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from finetune_text import Bar
-from train_ddp import build, check_options, common_options, end, start
+from train_ddp import build, check_options, common_options, end, labelled, start
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -76,15 +75,13 @@ def run(options: argparse.Namespace) -> None:
     import torch.nn.functional as F
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-    import data
     import text_model as tm
     from lotr_ext import LoTRConfig, PipelineStages, apply_lotr, load_adapter, save_adapter, trainable_summary
 
     torch.set_num_threads(options.threads)
     rank, world = dist.get_rank(), dist.get_world_size()
     last = rank == world - 1
-    examples, names = tm.read_labelled(Path(options.text)) if options.text else tm.movie_snippets(data.SNIPPETS)
-    wanted = min(options.held_out, len(examples) // 5) if options.text else options.held_out
+    examples, names, wanted = labelled(options)
     train, test = tm.split(examples, wanted)
     model, tokenize = build(options, len(names), options.seed)
     recipe = tm.RECIPES["lotr"]

@@ -11,11 +11,8 @@ accurate. No network is used.
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
 
-from finetune_text import Bar
-from train_ddp import build, check_options, common_options, end, start
+from train_ddp import build, check_options, common_options, end, fit, labelled, start
 
 ROWS, COLUMNS = ("query", "key", "value", "intermediate.dense"), ("attention.output.dense", "output.dense")
 
@@ -43,18 +40,16 @@ def run(options: argparse.Namespace) -> None:
     """What each process does."""
     import torch
     import torch.distributed as dist
-    import torch.nn.functional as F
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import parallelize_module
 
-    import data
     import text_model as tm
     from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter, trainable_summary
 
     torch.set_num_threads(options.threads)
     rank, world = dist.get_rank(), dist.get_world_size()
-    examples, names = tm.read_labelled(Path(options.text)) if options.text else tm.movie_snippets(data.SNIPPETS)
-    train, test = tm.split(examples, min(options.held_out, len(examples) // 5) if options.text else options.held_out)
+    examples, names, wanted = labelled(options)
+    train, test = tm.split(examples, wanted)
     model, tokenize = build(options, len(names), options.seed)
     recipe = tm.RECIPES["lotr"]
     config = LoTRConfig(rank=options.rank, scaling=recipe.scaling, target_modules=options.targets, modules_to_save=["head"])
@@ -62,21 +57,8 @@ def run(options: argparse.Namespace) -> None:
     parallelize_module(model.encoder, init_device_mesh("cpu", (world,)), plan(model.encoder, world))
     if rank == 0:
         print(trainable_summary(model))
-    optimizer, schedule = tm.optimizer_for(model, recipe, options.steps)
     batches = tm.Batches(tokenize([t for t, _ in train]), [c for _, c in train], options.batch, options.seed)  # in all alike
-
-    losses, start_s = [], time.perf_counter()
-    with Bar("LoTR", options.steps, rank == 0 and not options.quiet) as bar:
-        for _ in range(options.steps):
-            ids, target = batches.next()
-            loss = F.cross_entropy(model(ids), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule()
-            losses.append(loss.item())
-            bar.step(losses)
-    seconds = (time.perf_counter() - start_s) / options.steps
+    seconds = fit(model, options, recipe, batches, rank == 0 and not options.quiet)
 
     ids, labels = tokenize([t for t, _ in test]), torch.tensor([c for _, c in test])
     reached = (tm.predict(model, ids).argmax(1) == labels).float().mean().item()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gloo_checks import Collectives, refusal
+from gloo_checks import whole as full
 from stacks import trained_grads
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,7 +25,6 @@ from torch.distributed.pipelining import (
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
 )
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from toys import plain
 
@@ -258,10 +258,6 @@ def meshes(rank: int, folder: Path) -> dict:
         entry["saved"] = relative(load_adapter(base(), folder / kind)(x), alone(x))
         load_adapter(pipe.stages, folder / kind)
     return found
-
-
-def full(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gloo_checks import refusal
+from gloo_checks import refusal, whole
 from gloo_tensor_parallel import (
     Attention,
     D,
@@ -119,10 +119,6 @@ def two_by_two(cut: Callable[[DeviceMesh], nn.Module], shard: bool) -> tuple[nn.
         return fully_shard(net, mesh=mesh["dp"]), net, x, size
     group = mesh["dp"].get_group()
     return nn.parallel.DistributedDataParallel(net, process_group=group, init_sync=False), net, x, size
-
-
-def whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def train(net: nn.Module, x: Tensor, scale: float, steps: int = 3) -> None:

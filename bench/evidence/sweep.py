@@ -19,11 +19,8 @@ from .packing import unpacked
 RANKS = (2, 4, 8, 16, 32, 64)
 AROUND = range(-3, 4)  # rates, counted from where the search of the method begins
 METHODS = ("lotr", "lotr-width")
-EQUAL_AT, AT_EQUAL, WIDTH = (
-    8,
-    4.0,
-    384,
-)  # the rank, s there, and the out_features at which a scaling by width is like the others
+EQUAL_AT, AT_EQUAL = 8, 4.0  # the rank at which all scalings are equal, and s there
+WIDTH = 384  # the out_features at which a scaling by width is like the others
 WITHIN = 0.10  # what one rate may lose at any rank
 
 

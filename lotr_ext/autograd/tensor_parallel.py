@@ -309,6 +309,23 @@ def _dropped(x: Tensor, cut: Cut, p: float, columns: int) -> Tensor:
 # ---- one call --------------------------------------------------------------------------------------------------------
 
 
+def _checked_cut(x: Tensor, weight: DTensor, call: Call) -> Cut:
+    """How weight is cut, for an x and a call that `call_cut` takes."""
+    if is_compiling() and call.p:
+        raise RuntimeError(
+            "dropout: expected 0 for a tensor parallel layer inside torch.compile, got more, since all processes draw one "
+            "mask; train without dropout, or without torch.compile"
+        )
+    cut = cut_of(weight)
+    if cut is None or not is_dtensor(x) or x.device_mesh != cut.mesh:
+        got = f"a DTensor over {x.device_mesh}" if is_dtensor(x) else type(x).__name__
+        raise TypeError(
+            f"x, weight: expected DTensors over one mesh, the weight cut by rows or by columns over one axis of it, got {got} "
+            f"and a weight cut by {tuple(weight.placements)} over {weight.device_mesh}; use ColwiseParallel or RowwiseParallel"
+        )
+    return cut
+
+
 def call_cut(
     run: Callable[..., Tensor],
     add: Callable[..., Tensor],
@@ -327,21 +344,9 @@ def call_cut(
         TypeError: x is no DTensor, or weight is cut in a way in which the layer has no local form. RuntimeError: dropout inside
             torch.compile.
     """
-    tracing = is_compiling()
-    if tracing and call.p:
-        raise RuntimeError(
-            "dropout: expected 0 for a tensor parallel layer inside torch.compile, got more, since all processes draw one "
-            "mask; train without dropout, or without torch.compile"
-        )
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    cut = cut_of(weight)
-    if cut is None or not is_dtensor(x) or x.device_mesh != cut.mesh:
-        got = f"a DTensor over {x.device_mesh}" if is_dtensor(x) else type(x).__name__
-        raise TypeError(
-            f"x, weight: expected DTensors over one mesh, the weight cut by rows or by columns over one axis of it, got {got} "
-            f"and a weight cut by {tuple(weight.placements)} over {weight.device_mesh}; use ColwiseParallel or RowwiseParallel"
-        )
+    tracing, cut = is_compiling(), _checked_cut(x, weight, call)
     last, placements = Shard(x.dim() - 1), [Replicate() if one.is_partial() else one for one in x.placements]
     of_y, gradient = placements.copy(), placements.copy()
     if cut.axis is not None:

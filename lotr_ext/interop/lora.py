@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
@@ -182,7 +181,7 @@ def export_lora(
             "target_modules": _exact_targets(layers, inner) if layers else [],
             "modules_to_save": _outermost(saved) or None,
         }
-        if dist.get_rank() == 0 if together else writing_rank(model):
+        if writing_rank(model, together):
             _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved_tensors(saved), config)
 
     slots = agreed("export_lora", check, together=together)

@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..autograd.tensor_parallel import is_dtensor
 from ..layers.cores import Cores
 from ..layers.factors import LoTRFactor, LoTRFactors, same_values
 from ..layers.merging import write_
-from ..layers.sharded import Slot, all_results, in_parts, inside_wrappers, named_modules
+from ..layers.sharded import Slot, all_results, gathered, in_parts, inside_wrappers, named_modules, parted_as
 from ..ops import accumulate_dtype
 from .adapted import layers_in
 from .adapter_files import LayerEntry, Manifest
@@ -137,7 +136,7 @@ class PipelineStages(nn.ModuleList):
             return
         own, there = [], []
         for key, one in self._summed.items():
-            gradients = [_whole(s.tensor.grad).to(wide) for s in self._slots[key] if s.tensor.grad is not None]
+            gradients = [gathered(s.tensor.grad).to(wide) for s in self._slots[key] if s.tensor.grad is not None]
             there.append(len(gradients))
             own.append(sum(gradients) if gradients else torch.zeros(one.shape, dtype=wide, device=self._device))
         total = torch.cat([torch.tensor(there, dtype=wide, device=self._device), *(t.reshape(-1) for t in own)])
@@ -146,7 +145,7 @@ class PipelineStages(nn.ModuleList):
         counts, *sums = total.split([len(own), *(t.numel() for t in own)])
         for (key, one), count, value in zip(self._summed.items(), counts.tolist(), sums):
             for slot in self._slots[key] if count else ():  # a factor that no layer has read has no gradient
-                slot.tensor.grad = _as_part(value.view(one.shape).to(one.dtype, copy=True), slot.tensor)
+                slot.tensor.grad = parted_as(value.view(one.shape).to(one.dtype, copy=True), slot.tensor)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -160,7 +159,7 @@ class PipelineStages(nn.ModuleList):
             if i or self._first(key) != self.rank
         }
         parameters = [p for p in self.parameters() if p.grad is not None]
-        counted = [_whole(p.grad) for p in parameters if id(p) not in elsewhere]
+        counted = [gathered(p.grad) for p in parameters if id(p) not in elsewhere]
         norm = torch.nn.utils.get_total_norm(counted, norm_type).to(self._device, torch.float64)
         power = norm if norm_type == float("inf") else norm**norm_type
         if len(self.parts) > 1:
@@ -183,18 +182,6 @@ def expect_whole_model(model: nn.Module, where: str) -> None:
             f"{where}: expected a whole model or a PipelineStages, got a stage of a pipeline; give the PipelineStages, in "
             "every process"
         )
-
-
-def _whole(gradient: Tensor) -> Tensor:
-    return gradient.full_tensor() if is_dtensor(gradient) else gradient
-
-
-def _as_part(value: Tensor, parameter: Tensor) -> Tensor:
-    if not is_dtensor(parameter):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 # ---- what the processes must agree on --------------------------------------------------------------------------------
