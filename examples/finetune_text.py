@@ -61,7 +61,6 @@ def load_text(job: Job) -> tuple[list, list, list[str]]:
 def run(job: Job) -> dict:
     """Trains one method and measures it. Runs in its own process."""
     import torch
-    import torch.nn.functional as F
 
     import text_model as tm
 
@@ -82,25 +81,7 @@ def run(job: Job) -> dict:
     steps = job.steps
     if job.method == "lotr" and job.init == "gradient":
         steps -= tm.start_from_gradient(model, batches, recipe.head_lr, steps // 10)
-    optimizer, schedule = tm.optimizer_for(model, recipe, steps)
-
-    losses, seconds, parent = [], [], os.getppid()
-    with Bar(recipe.name, steps, job.show) as bar:
-        for _ in range(steps):
-            start = time.perf_counter()
-            ids, target = batches.next()
-            loss = F.cross_entropy(model(ids), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule()
-            seconds.append(time.perf_counter() - start)
-            losses.append(loss.item())
-            if not losses[-1] < float("inf"):
-                raise ValueError(f"{recipe.name}: loss is {losses[-1]} at step {len(losses)}; lower --lr or --scaling")
-            bar.step(losses)
-            if os.getppid() != parent:  # the parent was ended from outside, so this run's result would be lost
-                sys.exit(1)
+    losses, seconds = train_steps(model, recipe, batches, steps, job.show)
     peak = tm.peak_memory()
 
     with Bar(f"{recipe.name}, held out", len(test_ids), job.show) as bar:
@@ -120,6 +101,33 @@ def run(job: Job) -> dict:
     if job.method == "lotr":
         result["reload"] = check_reload(job, len(names), test_ids, logits, folder)
     return result
+
+
+def train_steps(model, recipe, batches, steps: int, show: bool) -> tuple[list[float], list[float]]:
+    """(losses, seconds) by step"""
+    import torch.nn.functional as F
+
+    import text_model as tm
+
+    optimizer, schedule = tm.optimizer_for(model, recipe, steps)
+    losses, seconds, parent = [], [], os.getppid()
+    with Bar(recipe.name, steps, show) as bar:
+        for _ in range(steps):
+            start = time.perf_counter()
+            ids, target = batches.next()
+            loss = F.cross_entropy(model(ids), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule()
+            seconds.append(time.perf_counter() - start)
+            losses.append(loss.item())
+            if not losses[-1] < float("inf"):
+                raise ValueError(f"{recipe.name}: loss is {losses[-1]} at step {len(losses)}; lower --lr or --scaling")
+            bar.step(losses)
+            if os.getppid() != parent:  # the parent was ended from outside, so this run's result would be lost
+                sys.exit(1)
+    return losses, seconds
 
 
 def check_reload(job: Job, classes: int, test_ids: list, logits, folder: Path) -> dict:

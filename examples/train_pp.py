@@ -92,8 +92,7 @@ def run(options: argparse.Namespace) -> None:
     if rank == 0:
         print(f"stage 0 of {world}: {trainable_summary(stage)}")
     kind = {"1F1B": Schedule1F1B, "GPipe": ScheduleGPipe}[options.schedule]
-    piece = PipelineStage(stage, rank, world, torch.device("cpu"))
-    pipeline = kind(piece, options.micro_batches, loss_fn=F.cross_entropy)
+    pipeline = kind(PipelineStage(stage, rank, world, torch.device("cpu")), options.micro_batches, loss_fn=F.cross_entropy)
     optimizer, schedule = tm.optimizer_for(stage, recipe, options.steps)
     batches = tm.Batches(tokenize([t for t, _ in train]), [c for _, c in train], options.batch, options.seed)  # in all alike
 

@@ -24,7 +24,7 @@ from ..layers.tucker import tucker2
 from .adapted import adapted_layers
 from .adapters import add_adapter
 from .config import LoTRConfig
-from .parked import ParkedAdapters, find_name, parked_of
+from .parked import ParkedAdapter, ParkedAdapters, find_name, parked_of
 from .saved import saved_modules, saved_tensors
 from .shared_factors import Owner, factors_by_part
 
@@ -81,12 +81,7 @@ def combine(
     rule, weights = Rule(method, density, seed), check_weights("adapters", adapters)
     found = {one: _adapter(model, parked, find_name(parked, one, "adapters")) for one in weights}
     _check_saved(found)
-    sets = _by_factors(found)
-    if (len(sets) > 1 or rank is not None) and method != "linear":
-        raise ValueError(
-            f'method: expected "linear" for adapters with different factors or with rank, got {method!r}: elements of cores '
-            "mean the same only over the same factors"
-        )
+    sets = _by_factors(found, method, rank is not None)
     first, names = next(iter(found.values())), list(adapted_layers(model))
     scalings = [scaling or 1.0 for scaling, _ in first.settings]
     summed = [_summed(rule, [found[one] for one in own], [weights[one] for one in own], scalings) for own in sets]
@@ -104,12 +99,7 @@ def combine(
         dtype = max((one.config.adapter_dtype for one in found.values()), key=lambda dtype: torch.finfo(dtype).bits)
         config = replace(config, rank=r_in if r_in == r_out else (r_in, r_out), adapter_dtype=dtype)
     add_adapter(model, name, config, share_factors=shared)
-    new = model.lotr_parked[name]
-    new.settings = [(scaling, dropout) for scaling, (_, dropout) in zip(scalings, first.settings, strict=True)]
-    values = [*((getattr(new.factors[group], part), value) for (group, part), value in factors.items())]
-    values += [*zip(new.cores, cores, strict=True), *zip(new.saved, first.saved, strict=True)]
-    for tensor, value in values:
-        tensor.copy_(value)
+    _write(model.lotr_parked[name], factors, cores, scalings, first)
     return errors
 
 
@@ -120,6 +110,21 @@ def _adapter(model: nn.Module, parked: ParkedAdapters, name: str) -> _Adapter:
     layers, saved = adapted_layers(model).values(), saved_tensors(saved_modules(model)).values()
     settings = [(layer.scaling, layer.dropout) for layer in layers]
     return _Adapter(model.lotr_config, dict(model.lotr_factors.items()), [x.core for x in layers], settings, list(saved))
+
+
+def _write(
+    new: ParkedAdapter,
+    factors: Mapping[tuple[str, str], Tensor],
+    cores: Sequence[Tensor],
+    scalings: Sequence[float],
+    first: _Adapter,
+) -> None:
+    """The new adapter's values; its dropout and modules_to_save are those of the first."""
+    new.settings = [(scaling, dropout) for scaling, (_, dropout) in zip(scalings, first.settings, strict=True)]
+    values = [(getattr(new.factors[group], part), value) for (group, part), value in factors.items()]
+    values += [*zip(new.cores, cores, strict=True), *zip(new.saved, first.saved, strict=True)]
+    for tensor, value in values:
+        tensor.copy_(value)
 
 
 def _check_saved(found: Mapping[str, _Adapter]) -> None:
@@ -133,8 +138,8 @@ def _check_saved(found: Mapping[str, _Adapter]) -> None:
                 )
 
 
-def _by_factors(found: Mapping[str, _Adapter]) -> list[list[str]]:
-    """The names, those with the same factors together."""
+def _by_factors(found: Mapping[str, _Adapter], method: str, compresses: bool) -> list[list[str]]:
+    """The names, those with the same factors together: the one set that a method needs that works on elements of cores."""
     sets: list[list[str]] = []
     for name, one in found.items():
         same = (own for own in sets if all(one.factors[group] is owner for group, owner in found[own[0]].factors.items()))
@@ -143,6 +148,11 @@ def _by_factors(found: Mapping[str, _Adapter]) -> list[list[str]]:
             sets.append([name])
         else:
             own.append(name)
+    if (len(sets) > 1 or compresses) and method != "linear":
+        raise ValueError(
+            f'method: expected "linear" for adapters with different factors or with rank, got {method!r}: elements of cores '
+            "mean the same only over the same factors"
+        )
     return sets
 
 

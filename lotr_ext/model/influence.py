@@ -82,10 +82,7 @@ def influence(
     model = unwrapped(model)
     layers = _checked(model, loss, damping, curvature)
     once = damping is None
-    _check_batches("train", train, once)
-    if query is not None:
-        _check_batches("query", query, True)
-    total = (1 if once else 2) * _length(train) + (0 if query is None else _length(query))
+    total = (1 if once else 2) * _length("train", train, once) + (0 if query is None else _length("query", query, True))
     with _cores_alone(model, layers), progress_bar("influence", max(1, total), progress and total > 0) as report:
         steps = iter(range(1, 1 + max(total, 1)))
         gradients = partial(_gradients, model, layers, rows, lambda: report(next(steps, total)))
@@ -95,12 +92,7 @@ def influence(
         else:
             projected = _projected(gradients("query", query, loss), layers, roots)
             parts = [_scores(projected, found) for found in gradients("train", train, loss)]
-    if not parts:
-        raise ValueError("train: expected at least one example, got none")
-    scores = torch.cat(parts, -1)
-    if n is not None and scores.shape[-1] != n:
-        raise ValueError(f"train: expected the same examples at each reading, got {n} and then {scores.shape[-1]}")
-    return scores
+    return _joined(parts, n)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -189,6 +181,16 @@ def _scores(projected: list[Tensor], found: list[Tensor]) -> Tensor:
     return sum((g @ p).sum(0).t().cpu() for g, p in zip(found, projected))
 
 
+def _joined(parts: list[Tensor], n: int | None) -> Tensor:
+    """[queries, examples] of all batches. n: how many examples the first reading of train had, if there was one."""
+    if not parts:
+        raise ValueError("train: expected at least one example, got none")
+    scores = torch.cat(parts, -1)
+    if n is not None and scores.shape[-1] != n:
+        raise ValueError(f"train: expected the same examples at each reading, got {n} and then {scores.shape[-1]}")
+    return scores
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +225,8 @@ def _checked(model: nn.Module, loss: object, damping: object, curvature: object)
     return layers
 
 
-def _check_batches(name: str, batches: object, once: bool) -> None:
+def _length(name: str, batches: Iterable[Any], once: bool) -> int:
+    """How many batches there are; 0 if unknown. once: they are read once, so an iterator will do."""
     if not isinstance(batches, Iterable):
         raise TypeError(f"{name}: expected batches, got {type(batches).__name__}")
     if not once and isinstance(batches, Iterator):
@@ -232,10 +235,6 @@ def _check_batches(name: str, batches: object, once: bool) -> None:
         )
     if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
         raise ValueError(f"{name}: expected batches in an order that you know, got a DataLoader with shuffle=True")
-
-
-def _length(batches: Iterable[Any]) -> int:
-    """How many batches there are; 0 if unknown."""
     try:
         return len(batches)
     except TypeError:

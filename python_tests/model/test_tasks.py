@@ -209,19 +209,6 @@ def test_bad_input(tmp_path: Path) -> None:
         (ValueError, "tasks: expected at least 1, got 0", lambda: TaskBank(scaled, 0)),
         (RuntimeError, "built by hand", lambda: TaskBank(nn.Sequential(lotr_ext.LoTRLinear(4, 4)), 3)),
         (RuntimeError, "mixed: expected a model with a TaskBank", lambda: mixed(scaled, torch.tensor([0])).__enter__()),
-        (
-            TypeError,
-            r"names: expected adapter names or an int64 index of tasks, got torch\.float32",
-            lambda: enter(torch.ones(1)),
-        ),
-        (
-            ValueError,
-            r"one task a row, or \[b, tokens\] of one a token, got shape \(1, 1, 1\)",
-            lambda: enter(torch.tensor([[[1]]])),
-        ),
-        (ValueError, r"names: expected tasks in \[-1, 6\), got 0 to 6", lambda: enter(torch.tensor([0, 6]))),
-        (ValueError, r"names: expected tasks in \[-1, 6\), got -2 to 0", lambda: enter(torch.tensor([0, -2]))),
-        (ValueError, "names: expected tasks of the bank, got 5, a free place", lambda: enter(torch.tensor([0, 5, -1]))),
         (TypeError, "task: expected an int, got str 'a'", lambda: bank.drop("a")),
         (ValueError, "task: expected one that add has returned, got 5", lambda: bank.save(5, tmp_path / "x")),
         (ValueError, "task: expected one that add has returned, got -1", lambda: bank.replace(-1, None)),
@@ -240,16 +227,30 @@ def test_bad_input(tmp_path: Path) -> None:
         ),
         (ValueError, "source: expected format lotr_task as the model has, got None", lambda: bank.add(tmp_path / "no task")),
     ]
-
-    def enter(index: Tensor) -> None:
-        mixed(model, index).__enter__()
-
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(foreign) == 0 and not foreign.cores[0].any()
+
+
+def test_an_index_of_other_tasks_is_refused() -> None:
+    model, _ = adapted()
+    add_adapter(model, "own factors")
+
+    def enter(index: Tensor) -> None:
+        mixed(model, index).__enter__()
+
+    for index, kind, message in (
+        (torch.ones(1), TypeError, r"names: expected adapter names or an int64 index of tasks, got torch\.float32"),
+        (torch.tensor([[[1]]]), ValueError, r"one task a row, or \[b, tokens\] of one a token, got shape \(1, 1, 1\)"),
+        (torch.tensor([0, 6]), ValueError, r"names: expected tasks in \[-1, 6\), got 0 to 6"),
+        (torch.tensor([0, -2]), ValueError, r"names: expected tasks in \[-1, 6\), got -2 to 0"),
+        (torch.tensor([0, 5, -1]), ValueError, "names: expected tasks of the bank, got 5, a free place"),
+    ):
+        with pytest.raises(kind, match=message):
+            enter(index)
     with mixed(model, torch.tensor([0, 1])), pytest.raises(ValueError, match="a batch of 2 rows"):
         model(torch.randn(3, 12))
     set_adapter(model, "own factors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -10,6 +12,7 @@ from lotr_ext import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 lotr = torch.ops.lotr
+SIZES = 9, 24, 17, 4, 3  # m, k, n, r_in, r_out
 
 
 def matrix(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
@@ -18,13 +21,13 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) 
 
 def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
     """Arguments for opcheck: full, with the optional ones, empty."""
-    m, k, n, r_in, r_out = 9, 24, 17, 4, 3
+    m, k, n, r_in, r_out = SIZES
     acc = ops.accumulate_dtype(dtype)
     seed = torch.tensor([5])
     t = lambda *shape, grad=grad: matrix(*shape, dtype=dtype, grad=grad)  # noqa: E731
     a = lambda *shape: matrix(*shape, dtype=acc)  # noqa: E731
     w = lambda *shape: t(*shape, grad=False)  # noqa: E731
-    return {
+    both = {
         "shrink": [(t(m, k), t(k, r_in)), (t(m, k), t(k, r_in), 0.5, seed), (t(0, k), t(k, r_in))],
         "shrink_grad": [(t(m, n), t(n, r_in), t(m, r_in)), (t(0, n), t(n, r_in), t(0, r_in))],
         "fold": [(t(n, r_out), t(2, r_in, r_out), 0.7, dtype), (t(n, r_out), t(1, r_in, r_out), 1.0, dtype)],
@@ -49,20 +52,19 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
         ],
         "small_backward_": [
             (
-                w(m, k),
-                w(m, n),
-                w(m, k),
-                w(m, r_in),
-                w(k, r_in),
-                w(r_in, r_out),
-                w(n, r_out),
-                0.7,
-                a(k, r_in),
-                a(n, r_out),
-                True,
+                *(w(m, k), w(m, n), w(m, k), w(m, r_in), w(k, r_in), w(r_in, r_out), w(n, r_out), 0.7),
+                *(a(k, r_in), a(n, r_out), True),
             ),
             (None, w(m, n), None, w(m, r_in), w(k, r_in), w(r_in, r_out), w(n, r_out), 0.7, None, None, True),
         ],
+    } | layer_samples(w, a, seed)
+    return both[name]
+
+
+def layer_samples(w: Callable[..., torch.Tensor], a: Callable[..., torch.Tensor], seed: torch.Tensor) -> dict[str, list[tuple]]:
+    """Of the operators that are a direction of a whole layer."""
+    m, k, n, r_in, r_out = SIZES
+    return {
         "layer_forward": [
             (w(3, 3, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True, None, None, 0.5, seed),
             (w(m, k), w(n, k), None, None, w(n, r_out), w(r_in, r_out), 0.7, False, w(m, r_in), w(n, r_in)),
@@ -88,7 +90,7 @@ def samples(name: str, dtype: torch.dtype, grad: bool) -> list[tuple]:
                 *(None, None, None, a(k, r_in), a(n, r_out), True, False),
             ),
         ],
-    }[name]
+    }
 
 
 UNFOLDED = 4  # of strategy: the core multiplied with the tokens
