@@ -1,10 +1,14 @@
-"""Runs checks of `gloo_checks`, or "module:check", in processes joined by gloo: one start for all, which costs seconds."""
+"""Runs checks of `gloo_checks`, or "module:check", in processes joined by gloo.
+
+They are forks of one process that has imported torch: an import takes two seconds of each process that is spawned.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -17,6 +21,7 @@ from typing import Any
 import pytest
 
 WORLD = 2
+IMPORTED = ["gloo_checks", "torch.distributed.pipelining"]  # before the forks; no package that others have to precede
 COLLECTIVE_S = 300  # a collective that a failed partner never joins ends after so long; on a loaded machine one may be late
 
 
@@ -56,6 +61,13 @@ def _worker(rank: int, folder: str, names: Sequence[str], world: int, port: int,
     os._exit(0)  # gloo's threads abort now and then when the interpreter takes them down
 
 
+def forks() -> multiprocessing.context.BaseContext:
+    """The processes of this context are forks of one process, which has imported IMPORTED."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
 def values_of(
     names: Sequence[str], folder: Path, timeout: float = 1500, *, world: int = WORLD, packages: Path | None = None
 ) -> dict[str, list[Any]]:
@@ -70,7 +82,7 @@ def values_of(
         pytest.skip("this torch has no gloo")
 
     arguments = (str(folder), list(names), world, _free_port(), None if packages is None else str(packages))
-    context = mp.start_processes(_worker, arguments, nprocs=world, join=False, start_method="spawn")
+    context = mp.start_processes(_worker, arguments, nprocs=world, join=False, start_method=forks().get_start_method())
     deadline = time.monotonic() + timeout
     try:
         while not context.join(timeout=5):

