@@ -5,7 +5,6 @@ Every check takes (rank, folder), is called in both processes in the same order,
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import plain, randomize
+from toys import plain
 
 from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, merge, save_adapter
 from lotr_ext.layers.sharded import agreed
@@ -422,55 +420,3 @@ def fsdp_refuses(rank: int, folder: Path) -> dict:
     assert all(torch.equal(p.to_local(), cores[n]) for n, p in sharded.named_parameters())
     assert not any(layer.merged for layer in adapted_layers(sharded).values()) and not hasattr(plain_base, "lotr_factors")
     return found
-
-
-# ---- tensor parallelism ----------------------------------------------------------------------------------------------
-
-
-class Pairs(nn.Module):
-    """Layers that are split by columns, then by rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ups = nn.ModuleList(nn.Linear(D, 2 * D) for _ in range(2))
-        self.downs = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for up, down in zip(self.ups, self.downs):
-            x = x + down(torch.tanh(up(x)))
-        return x
-
-
-def pairs() -> Pairs:
-    torch.manual_seed(0)
-    return Pairs()
-
-
-def tensor_parallel(rank: int, folder: Path) -> dict:
-    """The recipe of docs/distributed.md: gradients, a step of AdamW, and a saved adapter, against one process."""
-    mesh, config, x = init_device_mesh("cpu", (2,)), LoTRConfig(rank=4), batch(0)
-    alone, model = apply_lotr(pairs(), config), apply_lotr(pairs(), config)
-    randomize(alone)
-    randomize(model)
-    parallelize_module(model, mesh, {"ups.*": ColwiseParallel(), "downs.*": RowwiseParallel()})
-    for factors in model.lotr_factors.values():
-        distribute_module(factors, mesh)
-    for layer in adapted_layers(model).values():
-        core = layer.core
-        here = core.redistribute(mesh, [Replicate()]) if isinstance(core, DTensor) else distribute_tensor(core, mesh)
-        layer.core = nn.Parameter(here.detach())
-    reference = plain(copy.deepcopy(alone).double())
-    loss(reference, x.double()).backward()
-    want = trained_grads(reference)
-    steps = {}
-    for name, net in (("alone", alone), ("parallel", model)):
-        optimizer = adam(net)
-        loss(net, x).backward()
-        if net is model:
-            found = {"error": error(net, want)}
-        optimizer.step()
-        steps[name] = loss(net, x).item()
-    save_adapter(model, folder / "parallel")
-    with torch.no_grad():
-        steps["loaded"] = loss(load_adapter(pairs(), folder / "parallel"), x).item()
-    return found | steps

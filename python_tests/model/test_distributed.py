@@ -1,4 +1,4 @@
-"""DDP, FSDP and tensor parallelism in two gloo processes, against one process with the whole batch (`gloo_checks`); each form
+"""DDP and FSDP in two gloo processes, against one process with the whole batch (`gloo_checks`); each form
 of core in parts (`gloo_parts`); gradients of each example (`gloo_per_example`); errors in one process (`gloo_failures`)."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, s
 CHECKS = (
     *("ddp", "ddp_reductions", "ddp_saves_once"),
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
-    *("tensor_parallel", "gloo_experts:experts", "gradient_start"),
+    *("gloo_experts:experts", "gradient_start"),
     *("gloo_parts:fsdp1", "gloo_parts:fsdp2", "gloo_parts:fsdp1_resumes", "gloo_parts:fsdp1_ways", "gloo_parts:fsdp1_refuses"),
     *("gloo_context_parallel:sequences", "gloo_per_example:under_ddp", "gloo_failures:gradient", "gloo_failures:saving"),
 )
@@ -143,13 +143,6 @@ def test_context_parallelism_needs_nothing(found: dict) -> None:
     """Each process has half of each sequence."""
     for by_rank in found["gloo_context_parallel:sequences"]:
         assert by_rank.keys() == {"y", "gradients", "saved"} and max(by_rank.values()) < 1e-13, by_rank
-
-
-def test_tensor_parallel_replicas(found: dict) -> None:
-    for by_rank in found["tensor_parallel"]:
-        assert by_rank["error"] < 2e-6
-        assert by_rank["parallel"] == pytest.approx(by_rank["alone"], rel=1e-5)
-        assert by_rank["loaded"] == pytest.approx(by_rank["parallel"], rel=1e-6)
 
 
 def test_the_start_from_the_gradient_is_that_of_one_process(found: dict, folder: Path) -> None:

@@ -25,9 +25,7 @@ def named(checks: tuple[str, ...], module: str = "gloo_tensor_parallel") -> list
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     """What each check returned in both processes."""
-    checks = (
-        named(CHECKS) + named(PLANS, "gloo_tp_plan") + named(("compiled", "refusals", "factors_in_parts"), "gloo_tp_meshes")
-    )
+    checks = named(CHECKS) + named(PLANS, "gloo_tp_plan") + named(TWO, "gloo_tp_meshes")
     return {name.partition(":")[2]: own for name, own in values_of(checks, tmp_path_factory.mktemp("two")).items()}
 
 
