@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import plain
 
@@ -105,94 +104,6 @@ def step(model: nn.Module, *inputs: Tensor) -> None:
             parameter.grad = None
         for x in inputs:
             loss(model, x).backward()
-
-
-# ---- DistributedDataParallel -----------------------------------------------------------------------------------------
-
-
-def ddp(rank: int, folder: Path) -> dict:
-    """Relative errors by case and path."""
-    one, two, x = truth(), truth(2), batch(rank)
-    found = {}
-
-    def case(name: str, reentrant: bool | None = None, settings: dict[str, str] | None = None, **options) -> None:
-        want = truth(**settings) if settings else one
-
-        def check() -> float:
-            model = DistributedDataParallel(make(reentrant=reentrant, **settings or {}), **options)
-            step(model, x.clone().requires_grad_(reentrant is not None))
-            return error(model, want)
-
-        found[name] = on_both_paths(check)
-
-    case("plain")
-    case("find_unused_parameters", find_unused_parameters=True)
-    case("static_graph", static_graph=True)
-    case("non-reentrant checkpointing", reentrant=False)
-    case("non-reentrant checkpointing, find_unused_parameters", reentrant=False, find_unused_parameters=True)
-    case("reentrant checkpointing, static_graph", reentrant=True, static_graph=True)
-    case("gradients as views of buckets", gradient_as_bucket_view=True)
-    for what, settings in OTHERS.items():
-        case(what, settings=settings)
-        case(f"{what}, non-reentrant checkpointing", reentrant=False, settings=settings)
-
-    def accumulated() -> float:
-        model = DistributedDataParallel(make())
-        with model.no_sync():
-            loss(model, x).backward()
-        loss(model, batch(rank, 1)).backward()
-        return error(model, two)
-
-    found["no_sync accumulation"] = on_both_paths(accumulated)
-
-    def compiled() -> float:
-        torch.compiler.reset()
-        model = torch.compile(DistributedDataParallel(make()), backend="aot_eager")
-        step(model, x)
-        return error(model._orig_mod, one)
-
-    found["torch.compile around DDP"] = {"composite": compiled()}
-
-    def compiled_inside() -> float:
-        torch.compiler.reset()
-        model = DistributedDataParallel(torch.compile(make(), fullgraph=True, backend="aot_eager"))
-        step(model, x)
-        return error(model.module._orig_mod, one)
-
-    found["DDP around torch.compile"] = {"composite": compiled_inside()}
-    return found
-
-
-def ddp_reductions(rank: int, folder: Path) -> dict:
-    """How often A of the larger group came into a bucket that was reduced in one step, by number of layers."""
-    found = {}
-    for layers in (1, 4):
-        for below in (0, 128):
-            model = DistributedDataParallel(make(layers), bucket_cap_mb=1e-4)  # a bucket for each parameter
-            seen: list[int] = []
-
-            def hook(state, bucket, seen=seen):
-                seen += [id(p) for p in bucket.parameters()]
-                work = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
-                return work.then(lambda future: future.value()[0])
-
-            model.register_comm_hook(None, hook)
-            with few_tokens(below), Collectives() as collectives:
-                loss(model, batch(rank)).backward()
-            factors = model.module.lotr_factors["16x16"]
-            trained = sum(p.requires_grad for p in model.parameters())
-            counts = [seen.count(id(factors.A)), seen.count(id(factors.B)), len(seen) - trained]
-            found[f"{layers} blocks, {below}"] = [*counts, collectives.calls["allreduce"] <= trained]
-    return found
-
-
-def ddp_saves_once(rank: int, folder: Path) -> bool:
-    """Only process 0 writes, whether the model is compiled around DDP or not; each may call."""
-    model = DistributedDataParallel(make())
-    own = folder / f"ddp-{rank}"
-    save_adapter(model, own)
-    save_adapter(torch.compile(model), own)
-    return own.exists()
 
 
 # ---- FSDP2 -----------------------------------------------------------------------------------------------------------

@@ -70,7 +70,9 @@ def check(variant: Variant, device: str) -> None:
     sys.path[:0] = [str(ROOT / "python_tests" / name) for name in ("cuda", "kernels", "bench")]
     if variant.operator == "fused":
         return check_fused(variant, device)
-    from cases import KERNELS, ODD, PACKED, Shape
+    from arrays import ODD, PACKED
+    from cases import KERNELS
+    from shapes import Shape
 
     if device == "fake":
         from fake_gpu import FakeGpu

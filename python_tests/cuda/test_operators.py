@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from arrays import TYPES
-from cases import KERNELS, SHAPES
+from cases import KERNELS
+from shapes import SHAPES
 from torch_backend import TorchLibrary
 
 # without small_forward_'s inner part, and what runs on Hopper alone (test_fused_layer.py)

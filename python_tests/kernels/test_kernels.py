@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 from arrays import ALIGNED, COLUMNS, ODD, PACKED, TYPES
-from cases import KERNELS, SHAPES, Problem, Shape
+from cases import KERNELS, Problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shapes import SHAPES, Shape
 
 LAYOUTS = [PACKED, ALIGNED, ODD, COLUMNS]
 SCHEDULES = [{"order": "forward"}, {"order": "reverse"}, *({"order": "random", "seed": s} for s in range(1, 6))]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from arrays import ALIGNED, ODD, PACKED, Layout
-from cases import Shape, factor_grad, filled, shrink, shrink_core, shrink_grad
+from cases import factor_grad, filled, shrink, shrink_core, shrink_grad
+from shapes import Shape
 from test_kernels import bits
 
 from bench.projection import counts

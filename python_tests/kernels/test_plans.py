@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 from arrays import ALIGNED, ODD
-from cases import KERNELS, Shape
+from cases import KERNELS
+from shapes import Shape
 
 LISTED = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 # What the model before this one chose on an H100 in bfloat16: kernel, M, N, r: wgmma, rows, cols, m_blocks, n_blocks, of_row.

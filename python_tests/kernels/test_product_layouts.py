@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from cases import Shape, factor_grad, filled, shrink, shrink_grad
+from cases import factor_grad, filled, shrink, shrink_grad
 from gemm_lotr_cases import Case, Inputs, new_workspace
+from shapes import Shape
 
 K, MN, REGISTERS = (128, False), (128, True), (0, False)  # bytes of the swizzle, whether MN-major
 MN16, MN32 = (32, True), (64, True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import Shape, shrink_grad
+from cases import shrink_grad
+from shapes import Shape
 from test_kernels import bits
 
 from bench.projection import counts

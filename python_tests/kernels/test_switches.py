@@ -10,7 +10,8 @@ from itertools import combinations
 
 import pytest
 from arrays import ALIGNED, ODD
-from cases import KERNELS, Shape, filled
+from cases import KERNELS, filled
+from shapes import Shape
 
 from lotr_ext.ops import planner
 

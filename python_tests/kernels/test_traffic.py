@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from arrays import ODD
-from cases import KERNELS, Shape
+from cases import KERNELS
+from shapes import Shape
 
 from bench.projection import counts as traffic
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, save_adapter
 
 CHECKS = (
-    *("ddp", "ddp_reductions", "ddp_saves_once"),
+    *("gloo_ddp:ddp", "gloo_ddp:ddp_reductions", "gloo_ddp:ddp_saves_once"),
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
     *("gloo_experts:experts", "gradient_start"),
     *("gloo_parts:fsdp1", "gloo_parts:fsdp2", "gloo_parts:fsdp1_resumes", "gloo_parts:fsdp1_ways", "gloo_parts:fsdp1_refuses"),
@@ -56,7 +56,7 @@ def found(folder: Path, alone: dict) -> dict[str, list]:
 
 
 def test_gradients_under_ddp_are_those_of_one_process(found: dict) -> None:
-    for by_rank in found["ddp"]:
+    for by_rank in found["gloo_ddp:ddp"]:
         assert len(by_rank) == 14
         for case, errors in by_rank.items():
             assert max(errors.values()) < 2e-6, (case, errors)
@@ -78,7 +78,7 @@ def test_fsdp2_with_mixed_precision(found: dict) -> None:
 
 
 def test_a_and_b_are_reduced_once_a_step_however_many_layers(found: dict) -> None:
-    for by_rank in found["ddp_reductions"]:
+    for by_rank in found["gloo_ddp:ddp_reductions"]:
         assert len(by_rank) == 4
         assert all(counts == [1, 1, 0, True] for counts in by_rank.values()), by_rank
     for by_rank in found["fsdp_reductions"]:
@@ -98,7 +98,7 @@ def test_experts_under_ddp_and_fsdp2(found: dict) -> None:
 
 
 def test_only_process_0_saves_for_ddp(found: dict) -> None:
-    assert found["ddp_saves_once"] == [True, False]
+    assert found["gloo_ddp:ddp_saves_once"] == [True, False]
 
 
 def test_fsdp2_saves_and_one_process_goes_on(found: dict, alone: dict, folder: Path) -> None:
