@@ -160,7 +160,7 @@ inline void shrink_in_tiles(float* c, int64_t ldc, const Mat& x, const typename 
 
 // Rows of y[rows][64] = u f plus start_of (block.h), all of y there and side by side, as expand_whole_rows
 // (products.h). `units` of u and f are whole steps.
-template <typename K, typename T, bool kOnto, bool kBias>
+template <typename K, typename T, Form form>
 inline void expand_in_tiles(T* y, int64_t ldy, int64_t rows, const char* u, int64_t u_step,
                             const typename K::Unit* panel, int64_t units, const float* bias) {
   constexpr int64_t kUnit = sizeof(typename K::Unit), kWidth = kMaxVectors * K::kLanes;
@@ -185,8 +185,11 @@ inline void expand_in_tiles(T* y, int64_t ldy, int64_t rows, const char* u, int6
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kWidth; v += 2 * K::kLanes) {
         const float* from = sums + j * kWidth + v;
-        store(to + v, start_of<kOnto, kBias>(to + v, bias + v) + load(from),
-              start_of<kOnto, kBias>(to + v + K::kLanes, bias + v + K::kLanes) + load(from + K::kLanes));
+        const auto sum = [&](int64_t w) {
+          return end_of<form, kWidth>(start_of<form>(to + v + w, bias + v + w) + load(from + w),
+                                      bias + v + w);
+        };
+        store(to + v, sum(0), sum(K::kLanes));
       }
     }
   });

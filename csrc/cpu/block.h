@@ -164,16 +164,26 @@ inline void sum_rows(typename K::Acc* c, int64_t ldc, bool fresh, const char* a,
   }
 }
 
-// What u f is added to: y's own elements (kOnto), and a row of biases that all rows share (kBias).
-template <bool kOnto, bool kBias, typename A, typename T>
+// What an expand makes of u f: y + u f, bias + u f, (y + bias) + u f or bias + scale (y + u f). Bias and
+// scale are rows that all tokens share; where there is a scale, it lies `width` behind the bias.
+enum class Form { onto, fresh, onto_biased, scaled };
+
+// What u f is added to.
+template <Form form, typename A, typename T>
 LOTR_INLINE auto start_of(const T* y, const A* bias) {
-  if constexpr (!kBias) return load(y);
-  if constexpr (!kOnto) return load(bias);
+  if constexpr (form == Form::onto || form == Form::scaled) return load(y);
+  if constexpr (form == Form::fresh) return load(bias);
   return load(y) + load(bias);
+}
+// What becomes of the sum.
+template <Form form, int64_t width, typename A, typename V>
+LOTR_INLINE V end_of(V sum, const A* bias) {
+  if constexpr (form == Form::scaled) return load(bias) + load(bias + width) * sum;
+  return sum;
 }
 
 // y[MR][RV vectors] = u f plus start_of, all of it there and side by side. Rows of y are `ldy` apart.
-template <typename K, typename T, int MR, int RV, bool kOnto, bool kBias>
+template <typename K, typename T, int MR, int RV, Form form>
 LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_step,
                                     const typename K::Unit* f, int64_t n, const T* ahead,
                                     const typename K::Acc* bias) {
@@ -193,7 +203,7 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       if constexpr (kStartsAtY) {
-        acc[i][v] = start_of<kOnto, kBias>(y + i * ldy + v * kLanes, bias + v * kLanes);
+        acc[i][v] = start_of<form>(y + i * ldy + v * kLanes, bias + v * kLanes);
       } else {
         acc[i][v] = typename K::Vec{};
       }
@@ -205,12 +215,15 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
 #pragma GCC unroll 8
     for (int v = 0; v < RV; ++v) {
       T* at = y + i * ldy + v * kLanes;
+      const auto end = [&](typename K::Vec sum, int w) {
+        return end_of<form, kPanel>(sum, bias + w * kLanes);
+      };
       if constexpr (kStartsAtY && RV % 2 == 0) {
-        if (v % 2 == 0) store(at, acc[i][v], acc[i][v + 1]);
+        if (v % 2 == 0) store(at, end(acc[i][v], v), end(acc[i][v + 1], v + 1));
       } else if constexpr (kStartsAtY) {
-        store(at, acc[i][v]);
+        store(at, end(acc[i][v], v));
       } else {
-        store(at, start_of<kOnto, kBias>(at, bias + v * kLanes) + acc[i][v]);
+        store(at, end(start_of<form>(at, bias + v * kLanes) + acc[i][v], v));
       }
     }
   }
@@ -218,11 +231,11 @@ LOTR_INLINE void expand_whole_block(T* y, int64_t ldy, const char* u, int64_t u_
 
 // y[MR][cols] += scale * (mask applied to u f), where f is a panel of RV vectors of n, for a panel cut short,
 // a strided y, a scale or dropout. Columns of y are `cs` apart; `keep` (row stride RV vectors) is null
-// without dropout.
+// without dropout. scaled: y = bias + row_scale (y + that), row_scale RV vectors behind the bias.
 template <typename K, typename T, int MR, int RV>
 inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, const char* u, int64_t u_step,
                                 const typename K::Unit* f, int64_t n, const uint32_t* keep,
-                                typename K::Acc scale, bool onto, const typename K::Acc* bias) {
+                                typename K::Acc scale, bool onto, const typename K::Acc* bias, bool scaled) {
   constexpr int kLanes = K::kLanes, kPanel = RV * kLanes;
   typename K::Vec acc[MR][RV];
 #pragma GCC unroll 16
@@ -240,6 +253,11 @@ inline void expand_ragged_block(T* y, int64_t ldy, int64_t cs, int64_t cols, con
         sums[j] = keep[i * kPanel + j] ? sums[j] * scale : typename K::Acc(0);
     } else if (scale != 1) {
       for (int64_t j = 0; j < cols; ++j) sums[j] *= scale;
+    }
+    if (scaled) {
+      for (int64_t j = 0; j < cols; ++j)
+        row[j * cs] = Narrow<T>::from(bias[j] + bias[kPanel + j] * (to_float(row[j * cs]) + sums[j]));
+      continue;
     }
     if (bias) {
       for (int64_t j = 0; j < cols; ++j) sums[j] += bias[j];

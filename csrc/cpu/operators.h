@@ -295,6 +295,46 @@ struct Operators {
     }
   }
 
+  // g and y are read row by row, once. The sums of each chunk of rows lie in L1 and are added in order.
+  static void scale_backward(const Mat& g0, const Mat& dscale, const Mat& g, const Mat& y, const Mat& bias,
+                             const Mat& scale) {
+    constexpr int kLanes = K::kLanes;
+    const Chunks chunks(g.rows);
+    const int64_t n = g.cols, whole = g.cs == 1 && y.cs == 1 ? n / kLanes * kLanes : 0;
+    Scratch memory(size_t((chunks.count + 2) * n) * sizeof(Acc));
+    Acc *const factor = memory.get<Acc>(), *const start = factor + n, *const sums = start + n;
+    for (int64_t j = 0; j < n; ++j) {
+      factor[j] = static_cast<const Acc*>(scale.data)[j * scale.cs];
+      start[j] = bias.data ? to_float(static_cast<const T*>(bias.data)[j * bias.cs]) : Acc(0);
+    }
+    run_tasks(chunks.count, 4 * g.rows * n, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        Acc* sum = sums + chunk * n;
+        std::memset(sum, 0, size_t(n) * sizeof(Acc));
+        for (int64_t i = chunk * chunks.rows; i < smaller((chunk + 1) * chunks.rows, g.rows); ++i) {
+          const T *from = static_cast<const T*>(g.data) + i * g.rs,
+                  *out = static_cast<const T*>(y.data) + i * y.rs;
+          T* to = static_cast<T*>(g0.data) + i * n;
+          for (int64_t j = 0; j < whole; j += kLanes) {
+            const auto v = load(from + j);
+            store(to + j, v * load(factor + j));
+            store(sum + j, load(sum + j) + v * (load(out + j) - load(start + j)));
+          }
+          for (int64_t j = whole; j < n; ++j) {
+            const Acc v = to_float(from[j * g.cs]);
+            to[j] = Narrow<T>::from(v * factor[j]);
+            sum[j] += v * (to_float(out[j * y.cs]) - start[j]);
+          }
+        }
+      }
+    });
+    for (int64_t j = 0; j < n; ++j) {
+      Acc sum = 0;
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) sum += sums[chunk * n + j];
+      static_cast<Acc*>(dscale.data)[j] = factor[j] == 0 ? Acc(0) : sum / factor[j];
+    }
+  }
+
   // A tile of g is read once from memory and used twice in cache, where it and what it is multiplied with fit
   // there.
   static void shrink_grad(const Mat& k, const Mat& Q, const Mat& g, const Mat& F, const Mat& u, bool add) {

@@ -274,7 +274,7 @@ constexpr int64_t kPanel = kMaxVectors * K::kLanes;
 constexpr int64_t kExpandRows = LOTR_VB == 64 ? 2 : kRows[kMaxVectors];
 
 // All of a panel's columns are there, side by side, and none is masked. `y` is at the first of `rows` rows.
-template <typename K, typename T, bool kOnto, bool kBias>
+template <typename K, typename T, Form form>
 inline void expand_whole_rows(T* y, int64_t ldy, int64_t rows, const char* u, int64_t u_step,
                               const typename K::Unit* panel, int64_t units, const typename K::Acc* bias) {
   // About 1000 cycles, which memory takes to answer.
@@ -284,8 +284,8 @@ inline void expand_whole_rows(T* y, int64_t ldy, int64_t rows, const char* u, in
     // Down this panel, then from the top of the next one.
     const int64_t to = i + kExpandRows * blocks_ahead;
     const T* later = y + (to < rows ? to * ldy : (to - rows) * ldy + kPanel<K>);
-    expand_whole_block<K, T, MR, kMaxVectors, kOnto, kBias>(y + i * ldy, ldy, u + i * u_step, u_step, panel,
-                                                            units, later, bias);
+    expand_whole_block<K, T, MR, kMaxVectors, form>(y + i * ldy, ldy, u + i * u_step, u_step, panel, units,
+                                                    later, bias);
   });
 }
 
@@ -294,29 +294,30 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
                          const typename K::Unit* panel, int64_t i0, int64_t i1, const Drop& drop,
                          const Start& start, uint32_t* mask) {
   const int64_t cols = smaller(kPanel<K>, y.cols - n0);
-  // The bias, widened once a panel.
-  typename K::Acc bias[kPanel<K>];
+  // The bias, widened once a panel, and behind it the scale.
+  typename K::Acc bias[2 * kPanel<K>];
   const T* given = static_cast<const T*>(start.bias.data);
+  const auto* scale = static_cast<const typename K::Acc*>(start.scale.data);
   if (given && start.bias.cs == 1 && cols == kPanel<K>) {
     for (int64_t j = 0; j < kPanel<K>; j += K::kLanes) store(bias + j, load(given + n0 + j));
-  } else if (given || start.fresh) {
+  } else if (given || start.fresh || scale) {
     for (int64_t j = 0; j < kPanel<K>; ++j)
       bias[j] = given && j < cols ? to_float(given[(n0 + j) * start.bias.cs]) : typename K::Acc(0);
   }
+  for (int64_t j = 0; scale && j < cols; ++j) bias[kPanel<K> + j] = scale[(n0 + j) * start.scale.cs];
   const bool add_bias = given || start.fresh;
   T* const top = static_cast<T*>(y.data) + i0 * y.rs + n0 * y.cs;
   if (y.cs == 1 && cols == kPanel<K> && !drop.on && drop.scale == 1.0) {
-    if constexpr (in_tiles<K>) {
-      const auto whole = !add_bias     ? &expand_in_tiles<K, T, true, false>
-                         : start.fresh ? &expand_in_tiles<K, T, false, true>
-                                       : &expand_in_tiles<K, T, true, true>;
-      return whole(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
-    }
-    const auto whole = !add_bias     ? &expand_whole_rows<K, T, true, false>
-                       : start.fresh ? &expand_whole_rows<K, T, false, true>
-                                     : &expand_whole_rows<K, T, true, true>;
-    whole(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
-    return;
+    const auto run = [&](auto form) {
+      constexpr Form kForm = Form(decltype(form)::value);
+      if constexpr (in_tiles<K>)
+        expand_in_tiles<K, T, kForm>(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
+      else
+        expand_whole_rows<K, T, kForm>(top, y.rs, i1 - i0, u, u_step, panel, units, bias);
+    };
+    if (scale) return run(Int<int(Form::scaled)>{});
+    if (!add_bias) return run(Int<int(Form::onto)>{});
+    return start.fresh ? run(Int<int(Form::fresh)>{}) : run(Int<int(Form::onto_biased)>{});
   }
   row_blocks<kExpandRows>(i1 - i0, [&](auto mr, int64_t i) {
     constexpr int MR = decltype(mr)::value;
@@ -332,7 +333,7 @@ inline void expand_panel(const Mat& y, int64_t n0, const char* u, int64_t u_step
     }
     expand_ragged_block<K, T, MR, kMaxVectors>(top + i * y.rs, y.rs, y.cs, cols, u + i * u_step, u_step,
                                                panel, units, keep, typename K::Acc(drop.scale), !start.fresh,
-                                               add_bias ? bias : nullptr);
+                                               add_bias || scale ? bias : nullptr, scale);
   });
 }
 

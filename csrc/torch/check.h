@@ -213,17 +213,35 @@ inline void check_folded(const Check& c, const Arg& F, const Arg& like, const Si
   c.size(F, 0, s.n, "N, as in B"), c.size(F, 1, s.r_in, "r_in, as in core");
 }
 // x or dx [.., K] beside g or k.
-inline void check_activations(const Check& c, const Arg& a, const Arg& g, int64_t m, int64_t k) {
-  const int64_t rows = c.rows(a, "[.., K]");
-  c.dtype(a, g.dtype), c.size(a, a.dim - 1, k, "K, as in A");
+inline void check_activations(const Check& c, const Arg& a, const Arg& g, int64_t m, int64_t k,
+                              const char* shape = "[.., K]", const char* what = "K, as in A") {
+  const int64_t rows = c.rows(a, shape);
+  c.dtype(a, g.dtype), c.size(a, a.dim - 1, k, what);
   if (rows != m) fail(c.op, ": ", a.name, ": expected ", m, " tokens, as in g, got shape ", a.shape());
 }
 
+// What y of activations `like` is made with, [N] each: the bias, and the scale of its rows of W.
+inline void check_bias_and_scale(const Check& c, const Arg& bias, const Arg& scale, const Arg& like,
+                                 int64_t n, const char* what) {
+  if (bias) c.dims(bias, 1, "[N]"), c.dtype(bias, like.dtype), c.size(bias, 0, n, what);
+  if (scale) c.dims(scale, 1, "[N]"), c.dtype(scale, acc_dtype(like.dtype)), c.size(scale, 0, n, what);
+}
+
+inline void check_scale_backward(const Check& c, const Arg& g, const Arg& y, const Arg& bias,
+                                 const Arg& scale) {
+  c.arguments({&g, &y, &bias, &scale});
+  c.supported(g);
+  const int64_t m = c.rows(g, "[.., N]");
+  c.positive(g, g.dim - 1, "N");
+  check_activations(c, y, g, m, g.flat.cols, "[.., N]", "N, as in g");
+  check_bias_and_scale(c, bias, scale, g, g.flat.cols, "N, as in g");
+}
+
 struct ForwardArgs {
-  Arg x, weight, bias, A, B, core, u, F, seed;
+  Arg x, weight, bias, A, B, core, u, F, seed, scale;
 
   Sizes check(const Check& c, double scaling, double p, bool unfolded) const {
-    c.arguments({&x, &weight, &bias, &A, &B, &core, &u, &F, &seed});
+    c.arguments({&x, &weight, &bias, &A, &B, &core, &u, &F, &seed, &scale});
     c.supported(x);
     if (bool(A) == bool(u))
       fail(c.op, ": A: expected a tensor or None, with u the other, got ", A ? "both" : "neither");
@@ -234,7 +252,7 @@ struct ForwardArgs {
       c.size(x, x.dim - 1, A.size[0], "K, as in A");
     }
     check_weight(c, weight, x, s.n, s.k);
-    if (bias) c.dims(bias, 1, "[N]"), c.dtype(bias, x.dtype), c.size(bias, 0, s.n, "N, as in B");
+    check_bias_and_scale(c, bias, scale, x, s.n, "N, as in B");
     if (u) check_rank_rows(c, u, x, s);
     if (F) check_folded(c, F, x, s);
     c.dropout(p, seed);

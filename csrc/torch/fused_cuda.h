@@ -161,7 +161,8 @@ inline std::tuple<Tensor, Tensor> gemm_lotr(const Tensor& x, const Tensor& weigh
   const Tensor packed_bias = bias ? torch::stable::contiguous(*bias) : At;
   if (bias) q.bias = packed_bias.const_data_ptr();
   OptionalTensor u;
-  auto y = p.output(ax, q.N, Arg("bias", OptionalTensor()));
+  const Arg none("bias", OptionalTensor());
+  auto y = p.output(ax, q.N, none, none);
   q.At = p.in(p.read(aAt)), q.F = p.in(p.read(aF)), q.y = p.out(y.value);
   q.u = p.out(p.rank_rows(u, q.M, q.r));
   if (bool(u_forward) != bool(Q)) fail(c.op, ": u_forward and Q: expected both or none, got one");

@@ -4,7 +4,7 @@
 //   CudaProducts    products_cuda.h    the same with the launchers of cuda/
 //   TracedProducts  products_traced.h  each product as an operator of its own, which a dispatch mode sees
 //
-//   layer_forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
+//   layer_forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T, or bias + scale (x W^T + u F^T)
 //   layer_backward_  k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T k,
 //                                                   dB += s Q G,  dG = s Q^T B
 //   unfolded, for few tokens: h = s u G,  y = x W^T + bias + h B^T;   h = s g B,  k = h G^T,
@@ -18,7 +18,8 @@
 // torch's own linear starts in this way from a copy of the bias, so the expand's pass over y replaces that
 // copy, and nothing runs with cold caches after the product. TWO_PASS: the product first, then the adapter's
 // part is added to it. On a CPU that pass adds the bias too, at no cost, where the library's bfloat16 product
-// with a bias takes up to 7 % longer than without.
+// with a bias takes up to 7 % longer than without. With a scale the order is always TWO_PASS, and that pass
+// scales y too.
 #pragma once
 
 #include <tuple>
@@ -47,19 +48,20 @@ template <class Products>
 Forward layer_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& A, const Tensor& B, const Tensor& core, double scaling,
                       int64_t strategy, const OptionalTensor& u, const OptionalTensor& F, double p,
-                      const OptionalTensor& seed) {
+                      const OptionalTensor& seed, const OptionalTensor& scale) {
   const Check c{"lotr::layer_forward", Products::decomposed, Products::max_rank};
-  const int64_t order = Products::order_of(c, strategy);
+  int64_t order = Products::order_of(c, strategy);
   const bool unfolded = strategy & UNFOLDED;
-  const ForwardArgs a{{"x", x},       {"weight", weight}, {"bias", bias}, {"A", A},      {"B", B},
-                      {"core", core}, {"u", u},           {"F", F},       {"seed", seed}};
+  const ForwardArgs a{{"x", x},       {"weight", weight}, {"bias", bias}, {"A", A},       {"B", B},
+                      {"core", core}, {"u", u},           {"F", F},       {"seed", seed}, {"scale", scale}};
+  if (a.scale) order = TWO_PASS;
   const Sizes s = a.check(c, scaling, p, unfolded);
   Products products(c, a.x, p, a.seed);
   if constexpr (Products::fuses) {
     if (order == FUSED) return products.fused_forward(c, a, s, scaling, p);
   }
   OptionalTensor new_u, new_F;
-  auto y = products.output(a.x, s.n, a.bias);
+  auto y = products.output(a.x, s.n, a.bias, a.scale);
   // add(fresh) adds the adapter's part to y, or starts y with it and the bias.
   const auto with_base = [&](bool adapter_first, auto add) {
     if (adapter_first) {

@@ -119,13 +119,23 @@ Tensor small_forward_(const Tensor& y, const Tensor& x, const Tensor& A, const T
                       {"core", core},
                       none("u"),
                       none("F"),
-                      none("seed")};
+                      none("seed"),
+                      none("scale")};
   const Sizes s = check_small_forward(c, ay, a.x, a.A, a.core, a.B, scaling);
   const Products products(c, a.x, 0.0, a.seed);
   auto out = products.gradient(ay, ay, 0);
   OptionalTensor u;
   products.small_forward(u, out, a, s, scaling, false);
   return *u;
+}
+
+template <class Products>
+std::tuple<Tensor, Tensor> scale_backward(const Tensor& g, const Tensor& y, const OptionalTensor& bias,
+                                          const Tensor& scale) {
+  const Check c{"lotr::scale_backward", false, Products::max_rank};
+  const Arg ag("g", g), ay("y", y), abias("bias", bias), ascale("scale", scale);
+  check_scale_backward(c, ag, ay, abias, ascale);
+  return Products(c, ag, 0.0, none("seed")).scale_backward(ag, ay, abias, ascale);
 }
 
 // dx, dA and dB are added to where they are given.

@@ -77,10 +77,10 @@ class CpuProducts {
   static constexpr bool decomposed = false, fuses = false, folded_first = true, unfolded_first = true;
   static constexpr int64_t max_rank = 0;
 
-  // y or dx: the tensor, the same as a matrix for the library and for the kernels, and the bias of y.
+  // y or dx: the tensor, the same as a matrix for the library and for the kernels, and y's bias and scale.
   struct Output {
     Tensor tensor, matrix;
-    Value mat, bias;
+    Value mat, bias, scale;
   };
   // Q: a given sum, which is added to, or own memory; of rows 0 where it is neither.
   struct Sum {
@@ -120,20 +120,20 @@ class CpuProducts {
   Value first(const Arg& a) const { return layer_mat(a, read_data(a)); }
 
   // y, new, with x's leading dimensions.
-  Output output(const Arg& x, int64_t cols, const Arg& bias) const {
+  Output output(const Arg& x, int64_t cols, const Arg& bias, const Arg& scale) const {
     Output y = new_output(x, cols);
-    if (bias) y.bias = {read_data(bias), 1, bias.size[0], 0, bias.stride[0], cpu_dtype(bias.dtype)};
+    y.bias = line(bias), y.scale = line(scale);
     return y;
   }
   // dx: the given one, or new with g's leading dimensions.
   Output gradient(const Arg& given, const Arg& g, int64_t cols) const {
     if (!given) return new_output(g, cols);
-    return {*given.tensor, matrix_view(given), mat_of(given, written_data(given)), {}};
+    return {*given.tensor, matrix_view(given), mat_of(given, written_data(given)), {}, {}};
   }
   Tensor result(Output& y) const { return std::move(y.tensor); }
   static Tensor nothing(const Tensor&, ScalarType dtype) { return empty_of<1>({0}, dtype); }
 
-  // The base product. y's bias comes with the adapter's part.
+  // The base product. y's bias and scale come with the adapter's part.
   void base(Output& y, const Arg& x, const Arg& weight) const {
     mm(y.matrix, matrix_view(x), transposed_view(weight), true);
   }
@@ -158,7 +158,14 @@ class CpuProducts {
     return F;
   }
   void expand(Output& y, const Value& u, const Value& F, bool fresh, bool dropped) const {
-    cpu::expand_add(y.mat, u, F, drop(dropped), {fresh, y.bias});
+    cpu::expand_add(y.mat, u, F, drop(dropped), {fresh, y.bias, y.scale});
+  }
+  std::tuple<Tensor, Tensor> scale_backward(const Arg& g, const Arg& y, const Arg& bias,
+                                            const Arg& scale) const {
+    Output g0 = new_output(g, g.flat.cols);
+    Tensor dscale = empty_of<1>({g.flat.cols}, sums_);
+    cpu::scale_backward(g0.mat, line(Arg("dscale", dscale)), read(g), read(y), line(bias), line(scale));
+    return {std::move(g0.tensor), std::move(dscale)};
   }
   Value shrink_grad(OptionalTensor& made, const Sum& Q, const Value& g, const Arg& F, const Arg& u) const {
     const Value k = make(made, g.rows, F.size[1], dtype_);
@@ -192,7 +199,8 @@ class CpuProducts {
   void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, const Sizes& s, double scaling,
                      bool fresh) const {
     const Value u = make(made, s.m, s.r_in, dtype_);
-    cpu::small_forward(u, y.mat, read(a.x), read(a.A), read(a.core), read(a.B), scaling, {fresh, y.bias});
+    cpu::small_forward(u, y.mat, read(a.x), read(a.A), read(a.core), read(a.B), scaling,
+                       {fresh, y.bias, y.scale});
   }
   // dx: null, or the output that is written (fresh) or added to.
   void small_backward(Made& made, Output* dx, const BackwardArgs& a, const Sizes& s, double scaling,
@@ -211,13 +219,17 @@ class CpuProducts {
   }
 
  private:
+  // [n] as a matrix [1, n].
+  static Value line(const Arg& a) {
+    return a ? Value{read_data(a), 1, a.size[0], 0, a.stride[0], cpu_dtype(a.dtype)} : Value{};
+  }
   Output new_output(const Arg& like, int64_t cols) const {
     const int64_t rows = like.flat.rows;
     const bool flat = like.dim == 2;  // then no memory is needed for the sizes
     Tensor t = flat ? empty_of<2>({rows, cols}, dtype_) : empty(size_like(like, cols), dtype_);
     Tensor matrix = flat ? t : matrix_view(t.get(), rows, cols, cols, 1);
     const Value mat{t.mutable_data_ptr(), rows, cols, cols, 1, cpu_dtype(dtype_)};
-    return {std::move(t), std::move(matrix), mat, {}};
+    return {std::move(t), std::move(matrix), mat, {}, {}};
   }
   static Value sum_or_new(const Arg& given, OptionalTensor& made, int64_t rows, int64_t cols,
                           ScalarType dtype) {

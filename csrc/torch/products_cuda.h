@@ -1,8 +1,7 @@
 // The products of a layer on CUDA tensors (layer.h): the base product by the library, the others by the
 // launchers of cuda/. All run on the current stream of the operands' device; nothing synchronises.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
+#include "composite.h"
 #include "cuda/counters.h"
 #include "cuda_args.h"
 #include "layer.h"
@@ -55,11 +54,13 @@ class CudaProducts {
   static constexpr bool fuses = false;
 #endif
 
-  // y or dx: the tensor, the same as a matrix for the library and for the kernels, and the bias of y.
+  // y or dx: the tensor, the same as a matrix for the library and for the kernels, and the bias of y: of the
+  // base product, or where there is a scale, of what is scaled.
   struct Output {
     Tensor tensor, matrix;
     Value value;
     AtenTensorHandle bias = nullptr;
+    OptionalTensor scale, scaled_bias;
   };
   // Q: a given sum, which is added to, or a new one, which is written.
   struct Sum {
@@ -95,16 +96,20 @@ class CudaProducts {
     return {read_data(a), size[0], size[1], stride[0], stride[1], dtype_of(context_.op(), a), a.handle};
   }
 
-  Output output(const Arg& x, int64_t cols, const Arg& bias) const {
+  Output output(const Arg& x, int64_t cols, const Arg& bias, const Arg& scale) const {
     Output y = new_output(x, cols);
-    if (bias) y.bias = bias.handle;
+    if (scale) y.scale = *scale.tensor;
+    if (bias && scale) y.scaled_bias = *bias.tensor;
+    if (bias && !scale) y.bias = bias.handle;
     return y;
   }
   Output gradient(const Arg& given, const Arg& g, int64_t cols) const {
     if (!given) return new_output(g, cols);
-    return {*given.tensor, matrix_view(given), written(given), nullptr};
+    return {*given.tensor, matrix_view(given), written(given), nullptr, {}, {}};
   }
-  Tensor result(Output& y) const { return std::move(y.tensor); }
+  Tensor result(Output& y) const {
+    return y.scale ? scaled(y.tensor, *y.scale, y.scaled_bias) : std::move(y.tensor);
+  }
   static Tensor nothing(const Tensor& like, ScalarType dtype) {
     return torch::stable::new_empty(like, {0}, dtype);
   }
@@ -205,6 +210,11 @@ class CudaProducts {
     if (total) made.dB = in_dtype(*total, narrow);
     if (need_core) made.dcore = in_dtype(dcores, narrow);
   }
+  std::tuple<Tensor, Tensor> scale_backward(const Arg& g, const Arg& y, const Arg& bias,
+                                            const Arg& scale) const {
+    return scaled_backward(*g.tensor, *y.tensor, bias ? OptionalTensor(*bias.tensor) : std::nullopt,
+                           *scale.tensor);
+  }
   // sum += drop(x)^T k, or a new tensor where none is given.
   void factor_grad(OptionalTensor& made, const Arg& sum, int64_t rows, int64_t cols, ScalarType narrow,
                    const Arg& x, const Value& k) const {
@@ -278,8 +288,8 @@ class CudaProducts {
     const int64_t rows = like.flat.rows;
     Tensor matrix = context_.empty<2>({rows, cols});
     const Value value{matrix.mutable_data_ptr(), rows, cols, cols, 1, context_.call().type, matrix.get()};
-    if (like.dim == 2) return {matrix, matrix, value, nullptr};
-    return {contiguous_view(matrix, size_like(like, cols)), matrix, value, nullptr};
+    if (like.dim == 2) return {matrix, matrix, value, nullptr, {}, {}};
+    return {contiguous_view(matrix, size_like(like, cols)), matrix, value, nullptr, {}, {}};
   }
   Value floats(OptionalTensor& made, int64_t rows, int64_t cols) const {
     made = context_.empty_float<2>({rows, cols});
@@ -297,9 +307,6 @@ class CudaProducts {
     q.x = in(x), q.v = in(v), q.D = static_cast<float*>(D.data), q.D_row = D.row, q.D_col = D.col;
     q.M = x.rows, q.K = x.cols, q.r = int32_t(v.cols), q.accumulate = add, q.dropout = mask(dropped);
     context_.run(q);
-  }
-  static Tensor in_dtype(const Tensor& t, ScalarType dtype) {
-    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
   }
   Dropout mask(bool dropped) const { return dropped ? dropout_ : Dropout{nullptr, 0, 1.f}; }
 

@@ -3,28 +3,12 @@
 // returned.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
 #include <vector>
 
+#include "composite.h"
 #include "layer.h"
 
 namespace lotr {
-
-// Calls an operator; returns its results as they lie on the stack.
-template <size_t results, typename... Args>
-std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> dispatch(
-    const char* op, const Args&... args) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, (sizeof...(Args) > results ? sizeof...(Args) : results)> stack{from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  return stack;
-}
-template <typename... Args>
-Tensor one(const char* op, const Args&... args) {
-  return torch::stable::detail::to<Tensor>(dispatch<1>(op, args...)[0]);
-}
 
 class TracedProducts {
  public:
@@ -35,7 +19,7 @@ class TracedProducts {
   struct Output {
     Tensor value;  // y in the shape that is returned; dx [m, k]
     const Arg& like;
-    OptionalTensor bias;
+    OptionalTensor bias, scale;
   };
   // Q: a given sum, which is added to, or a new one.
   struct Sum {
@@ -55,17 +39,21 @@ class TracedProducts {
   Value read(const Arg& a) const {
     return a.dim == 2 ? *a.tensor : torch::stable::reshape(*a.tensor, {-1, a.flat.cols});
   }
-  Output output(const Arg& x, int64_t, const Arg& bias) const { return {like_, x, tensor(bias)}; }
-  Output gradient(const Arg& given, const Arg& g, int64_t) const {
-    return {given ? read(given) : like_, g, std::nullopt};
+  Output output(const Arg& x, int64_t, const Arg& bias, const Arg& scale) const {
+    return {like_, x, tensor(bias), tensor(scale)};
   }
-  Tensor result(Output& out) const { return shaped(out.value, out.like); }
+  Output gradient(const Arg& given, const Arg& g, int64_t) const {
+    return {given ? read(given) : like_, g, std::nullopt, std::nullopt};
+  }
+  Tensor result(Output& out) const {
+    return shaped(out.scale ? scaled(out.value, *out.scale, out.bias) : out.value, out.like);
+  }
   static Tensor nothing(const Tensor& like, ScalarType dtype) {
     return torch::stable::new_zeros(like, {0}, dtype);
   }
 
   void base(Output& y, const Arg& x, const Arg& weight) const {
-    y.value = shaped(one("aten::linear", read(x), *weight.tensor, y.bias), x);
+    y.value = shaped(one("aten::linear", read(x), *weight.tensor, y.scale ? std::nullopt : y.bias), x);
   }
   void base_onto(Output&, const Arg&, const Arg&) const {}  // no part of an adapter is first
   void base_gradient(Output& dx, const Arg& g, const Arg& weight, bool fresh) const {
@@ -110,21 +98,21 @@ class TracedProducts {
     if (need_B && !dB) total = zeros({B.size[0], B.size[1]}, acc_dtype(dtype_));
     const Tensor cores = one("lotr::fold_grad", torch::stable::unsqueeze(*Q, 0), *B.tensor,
                              torch::stable::unsqueeze(*core.tensor, 0), scaling, total);
-    if (need_core) made.dcore = in(torch::stable::squeeze(cores, 0), narrow);
-    if (need_B && !dB) made.dB = in(*total, narrow);
+    if (need_core) made.dcore = in_dtype(torch::stable::squeeze(cores, 0), narrow);
+    if (need_B && !dB) made.dB = in_dtype(*total, narrow);
   }
   void factor_grad(OptionalTensor& made, const Arg& given, int64_t rows, int64_t cols, ScalarType narrow,
                    const Arg& x, const Value& k) const {
     const Tensor total = given ? *given.tensor : zeros({rows, cols}, acc_dtype(dtype_));
     dispatch<0>("lotr::factor_grad_", total, read(x), k, p_, seed_);
-    if (!given) made = in(total, narrow);
+    if (!given) made = in_dtype(total, narrow);
   }
 
   // y + s ((x A) G) B^T by torch's own products: forward writes into nothing.
   void small_forward(OptionalTensor& made, Output& y, const ForwardArgs& a, const Sizes&, double scaling,
                      bool) const {
-    const Tensor u = shrink(made, read(a.x), a.A, false), core = in(*a.core.tensor, dtype_),
-                 B = in(*a.B.tensor, dtype_);
+    const Tensor u = shrink(made, read(a.x), a.A, false), core = in_dtype(*a.core.tensor, dtype_),
+                 B = in_dtype(*a.B.tensor, dtype_);
     const Tensor part = one("aten::mm", one("aten::mm", u, core), torch::stable::transpose(B, 0, 1));
     y.value = sum(y.value, shaped(part, a.x), scaling);
   }
@@ -139,9 +127,9 @@ class TracedProducts {
     const Tensor u = a.u ? *a.u.tensor : zeros({s.m, s.r_in}, dtype_);  // read for dB and dG alone
     const Tensor dcore = one("lotr::small_backward_", out, read(a.g), x, u, *a.A.tensor, *a.core.tensor,
                              *a.B.tensor, scaling, sum_A, sum_B, need_core);
-    if (x && !a.dA) made.dA = in(*sum_A, narrow);
-    if (need_B && !a.dB) made.dB = in(*sum_B, narrow);
-    if (need_core) made.dcore = in(dcore, narrow);
+    if (x && !a.dA) made.dA = in_dtype(*sum_A, narrow);
+    if (need_B && !a.dB) made.dB = in_dtype(*sum_B, narrow);
+    if (need_core) made.dcore = in_dtype(dcore, narrow);
   }
 
  private:
@@ -149,9 +137,6 @@ class TracedProducts {
   OptionalTensor seed_of(bool dropped) const { return dropped ? seed_ : std::nullopt; }
   Tensor zeros(std::vector<int64_t> size, ScalarType dtype) const {
     return torch::stable::new_zeros(like_, size, dtype);
-  }
-  static Tensor in(const Tensor& t, ScalarType dtype) {
-    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
   }
   // a + scale b; the stable interface has the difference alone.
   static Tensor sum(const Tensor& a, const Tensor& b, double scale = 1.0) {

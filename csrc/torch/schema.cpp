@@ -10,6 +10,8 @@
 //   fold_grad     dB += scaling sum_l Q_l G_l, l = 0 .. L-1 in this order; dG_l = scaling Q_l^T B
 //   small_*       the unfolded form, for few tokens        u = x A, y += s (u G) B^T, and its gradients
 //   layer_*, shrink_backward_                              a direction of a layer, see layer.h
+//   scale_backward  g0 = scale g, dscale = sum over tokens of g (y - bias) / scale, 0 where scale is 0
+//                                                          y, bias and scale as in layer_forward
 //   row_core            h_i = scaling u_t(i) G_c(i)
 //   row_core_backward   du_t = scaling sum over the rows of t of g_i G_c(i)^T
 //                       dG_c = scaling sum over the rows of c of u_t(i)^T g_i, in acc(T)
@@ -40,6 +42,7 @@ STABLE_TORCH_LIBRARY(lotr, m)
   m.def(
       "small_backward_(Tensor(a!)? dx, Tensor g, Tensor? x, Tensor u, Tensor A, Tensor core, Tensor B, float "
       "scaling, Tensor(b!)? dA, Tensor(c!)? dB, bool need_core) -> Tensor");
+  m.def("scale_backward(Tensor g, Tensor y, Tensor? bias, Tensor scale) -> (Tensor g0, Tensor dscale)");
   m.def(
       "row_core(Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, float scaling) -> "
       "Tensor");
@@ -51,7 +54,7 @@ STABLE_TORCH_LIBRARY(lotr, m)
   // is an overload, since a compiler would take an operator apart that has such a kernel itself.
   const std::string layer_forward =
       "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
-      "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None) "
+      "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None, Tensor? scale=None) "
       "-> (Tensor y, Tensor? u, Tensor? F)";
   const std::string layer_backward =
       "(Tensor g, Tensor? weight, Tensor? x, Tensor? u, Tensor? A, Tensor? F, Tensor B, Tensor core, "

@@ -1,6 +1,6 @@
 """The operators of lotr_ext, the planner that chooses among them, and their formulas in torch's own products."""
 
-from .layer import layer_backward, layer_forward, shrink_backward
+from .layer import layer_backward, layer_forward, scale_backward, shrink_backward
 from .library import accumulate_dtype
 from .operators import (
     dropout_mask,
@@ -28,6 +28,7 @@ __all__ = [
     "layer_backward",
     "layer_forward",
     "row_core",
+    "scale_backward",
     "shrink",
     "shrink_backward",
     "shrink_grad",

@@ -1,6 +1,6 @@
 """The operators of a whole layer, one per direction. The library computes the base product, our kernels the rest.
 
-    forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T
+    forward    u = drop(x) A,  F = s B G^T;   y = x W^T + bias + u F^T, or bias + scale (x W^T + u F^T)
     backward   k = g F + k',   Q = g^T u;     dx = dx' + g W + drop(k A^T),  dA += drop(x)^T k,  dB += s Q G,  dG = s Q^T B
 
 Unfolded, for few tokens: h = s u G, y = x W^T + bias + h B^T; backward h = s g B, k = h G^T, dB += s g^T (u G), dG = u^T h.
@@ -29,6 +29,7 @@ from .operators import rank_rows
 
 _FORWARD, _FORWARD_PRODUCTS = straight(_lotr.layer_forward.default), _lotr.layer_forward.products.decompose
 _BACKWARD, _BACKWARD_OWNED = straight(_lotr.layer_backward_.default), straight(_lotr.layer_backward_owned_.default)
+_SCALE_BACKWARD = straight(_lotr.scale_backward.default)
 _SHRINK, _SHRINK_OWNED = straight(_lotr.shrink_backward_.default), straight(_lotr.shrink_backward_owned_.default)
 _BACKWARD_PRODUCTS, _SHRINK_PRODUCTS = _lotr.layer_backward_.products.decompose, _lotr.shrink_backward_.products.decompose
 _UNFOLDED = 4  # is added to the order; check.h
@@ -66,31 +67,55 @@ def layer_forward(
     F: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y = x W^T + bias + u F^T [..., n] with u = drop(x) A [m, r_in] and F = s B G^T [n, r_in], each new unless given.
 
     x [..., k]; A is None where u is given. order (`planner.ORDERS`): 0 the base product first; 1 bias + u F^T first, onto which
     the base product accumulates; 2 all in one launch, on CUDA alone, with neither u, F nor dropout. unfolded: y = x W^T + bias
     + s (u G) B^T; neither u, F nor dropout then. Returns (y, u, F); F is None unfolded.
+
+    scale [n], float32 (float64 for float64): y = bias + scale (x W^T + u F^T); the bias is not scaled. The base product comes
+    first then, whatever the order is. `scale_backward` is the gradient.
     """
     if is_grad_enabled():
-        refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F)
+        refuse_gradients("layer_forward", x, weight, bias, A, B, core, u, F, scale)
     if x.dim() > 2 and not x.is_contiguous():
         x = _as_rows(x)
     operator = _FORWARD_PRODUCTS if dispatch_modes() and not is_compiling() else _FORWARD
     if unfolded:
-        return operator(x, weight, bias, A, B, core, scaling, (order == 1) + _UNFOLDED)
-    y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, order, u, F, p, seed)
+        return operator(x, weight, bias, A, B, core, scaling, (order == 1) + _UNFOLDED, None, None, 0.0, None, scale)
+    y, new_u, new_F = operator(x, weight, bias, A, B, core, scaling, order, u, F, p, seed, scale)
     return y, new_u if u is None else u, new_F if F is None else F
 
 
 @shapes("layer_forward")
-def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, seed=None):
+def _(x, weight, bias, A, B, core, scaling, strategy, u=None, F=None, p=0.0, seed=None, scale=None):
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"layer_forward: x: expected {weight.shape[1]} columns, got {x.shape}")
     r_in = core.shape[0]
     new_u = rank_rows(x, x.numel() // x.shape[-1], r_in) if u is None else None
     new_F = rank_rows(x, B.shape[0], r_in) if F is None and strategy < _UNFOLDED else None
     return x.new_empty(*x.shape[:-1], B.shape[0]), new_u, new_F
+
+
+def scale_backward(g: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Backward of the scale [n] of `layer_forward` for g and its y [..., n]: (g0 [..., n] in g's dtype, dscale [n] in scale's).
+
+    g0 = scale g is the gradient of x W^T + u F^T: `layer_backward` of g0 gives the other gradients. dscale = sum over tokens of
+    g (y - bias) / scale. It is 0 where scale is 0: y equals the bias there, which does not tell the gradient.
+    """
+    if is_grad_enabled():
+        refuse_gradients("scale_backward", g, y, bias, scale)
+    if g.dim() > 2 and not g.is_contiguous():
+        g = _as_rows(g)
+    if y.dim() > 2 and not y.is_contiguous():
+        y = _as_rows(y)
+    return _SCALE_BACKWARD(g, y, bias, scale)
+
+
+@shapes("scale_backward")
+def _(g, y, bias, scale):
+    return g.new_empty(g.shape), scale.new_empty(scale.shape)
 
 
 def layer_backward(

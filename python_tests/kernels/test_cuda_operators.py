@@ -141,6 +141,28 @@ def test_unfolded_step(call: Callable, dtype: torch.dtype) -> None:
         layer.close(new_dB if dB is None else dB - 1, layer.dB, "dB")
 
 
+@pytest.mark.parametrize("strategy", [0, 1, FUSED, UNFOLDED])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_step_with_a_scale(call: Callable, dtype: torch.dtype, strategy: int) -> None:
+    layer = Layer(dtype, (6, K, N, R, Q), leading=(2, 3))
+    scale = (torch.rand(N) + 0.5) * torch.randn(N).sign()
+    for bias in (layer.bias, None):
+        operands = (layer.x, layer.weight, bias, layer.A, layer.B, layer.core, S, strategy, None, None, 0.0, None)
+        y, u, _ = call("layer_forward", *operands, scale)
+        own = layer.y - layer.bias.double()
+        layer.close(y, scale.double() * own + (0 if bias is None else bias.double()), "y")
+        layer.close(u, layer.u, "u")
+        assert y.dtype == dtype
+        zero = torch.cat([torch.zeros(1), scale[1:]])
+        for g in (layer.g, layer.g.transpose(0, 1).contiguous().transpose(0, 1).contiguous(), layer.g[:, :0]):
+            g0, dscale = call("scale_backward", g, y[:, : g.shape[1]], bias, zero)
+            assert torch.equal(g0, (g * zero).to(dtype)) and g0.is_contiguous() and dscale.dtype == torch.float32
+            products = g.double() * (y[:, : g.shape[1]].double() - (0 if bias is None else bias.double()))
+            want = products.sum((0, 1)) / scale
+            assert dscale[0] == 0
+            assert torch.allclose(dscale[1:].double(), want[1:], rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_shrink_backward(call: Callable, p: float) -> None:
     layer = Layer(torch.bfloat16, p=p)

@@ -263,6 +263,41 @@ def test_small_backward(case: Case) -> None:
     assert nothing.numel() == 0
 
 
+def test_forward_with_a_scale(case: Case) -> None:
+    (bias,), scale = case.make(1, case.n), scales(case)
+    x, weight, u, F = dense(case.x, case.make(case.n, case.k), case.u, case.F)
+    given = (x, weight, bias, None, case.B, case.cores[0], SCALING, 0, case.u, case.F, 0.0, None, scale)
+    y, *_ = ops.layer_forward(*given)
+    eager = bias + (scale * (x @ weight.t() + u @ F.t())).to(case.dtype)
+    x, weight, u, F, wide_bias, wide_scale = wide(x, weight, u, F, bias, scale)
+    size = x.abs() @ weight.abs().t() + u.abs() @ F.abs().t()
+    truth = wide_bias + wide_scale * (x @ weight.t() + u @ F.t())
+    close(y, truth, eager, wide_bias.abs() + wide_scale.abs() * size)
+    without, *_ = ops.layer_forward(*given[:2], None, *given[3:])
+    close(without, truth - wide_bias, eager - bias, wide_bias.abs() + wide_scale.abs() * size)
+
+
+def test_scale_backward(case: Case) -> None:
+    y, (bias,), scale = case.make(case.m, case.n), case.make(1, case.n), scales(case)
+    g0, dscale = ops.scale_backward(case.g, y, bias, scale)
+    assert dscale.dtype == case.acc and torch.equal(g0, (scale * case.g.to(case.acc)).to(case.dtype))
+    g, wide_y, wide_bias, wide_scale = wide(case.g, y, bias, scale)
+    size = ((wide_y.abs() + wide_bias.abs()) * g.abs()).sum(0) / wide_scale.abs()
+    eager = (case.g.to(case.acc) * (y.to(case.acc) - bias.to(case.acc))).sum(0) / scale
+    close(dscale, (g * (wide_y - wide_bias)).sum(0) / wide_scale, eager, size)
+    without = ops.scale_backward(case.g, y + bias if case.m else y, None, scale)
+    assert torch.equal(without[0], g0)
+    zero = scale.clone()
+    zero[0] = 0
+    again = ops.scale_backward(case.g, y, bias, zero)[1]
+    assert again[0] == 0 and torch.equal(again[1:], dscale[1:])
+
+
+def scales(case: Case) -> Tensor:
+    """[n] of both signs, none close to 0."""
+    return (case.sums(1, case.n)[0].sign() * (0.5 + torch.rand(case.n))).to(case.acc)
+
+
 def close_to_rounded_operand(got: Tensor, before: Tensor | None, a: Tensor, b: Tensor, b_rounded: Tensor, size: Tensor) -> None:
     """got = before + a b, where the right operand was rounded to T on the way, here as in the eager form."""
     start = torch.zeros((), dtype=torch.float64) if before is None else before.double()
@@ -304,6 +339,13 @@ def every_operator(c: Case) -> Iterator[Tensor]:
     y, dx, dA, dB = c.g.clone(), c.x.clone(), c.sums(c.k, c.r), c.sums(c.n, c.r_out)
     u = ops.small_forward_(y, c.x, c.A, c.cores[0], c.B, SCALING)
     yield from (y, u, ops.small_backward_(dx, c.g, c.x, u, c.A, c.cores[0], c.B, SCALING, dA, dB, True), dx, dA, dB)
+    zeros, bias, scale = (
+        torch.zeros(c.n, c.k, dtype=c.dtype),
+        c.make(1, c.n)[0],
+        scales(c),
+    )  # the library's product has its own bits
+    y, *_ = ops.layer_forward(c.x, zeros, bias, None, c.B, c.cores[0], SCALING, 0, c.u, c.F, 0.0, None, scale)
+    yield from (y, *ops.scale_backward(c.g, y, bias, scale))
 
 
 # Also odd numbers of tokens: their last pair has one row, and is summed with the tile that it ends.

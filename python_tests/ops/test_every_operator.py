@@ -52,10 +52,11 @@ def arguments(operator: str) -> list[tuple]:
             (t(M, K), t(M, N), t(M, K), t(M, R), t(K, R), t(R, Q), t(N, Q), 0.7, t(K, R), t(N, Q), True),
         ],
         "layer_forward": [
-            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed),
-            (*layer, None, t(N, Q), t(R, Q), 0.7, 0, t(M, R), None, 0.0, None),
-            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, UNFOLDED, None, None, 0.0, None),
+            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed, t(N)),
+            (*layer, None, t(N, Q), t(R, Q), 0.7, 0, t(M, R), None, 0.0, None, None),
+            (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, UNFOLDED, None, None, 0.0, None, t(N)),
         ],
+        "scale_backward": [(t(M, N), t(M, N), t(N), t(N))],
         "layer_backward_": [
             (
                 *(t(M, N), t(N, K), t(M, K), t(M, R), t(K, R), t(N, R), t(N, Q), t(R, Q), 0.7, 0),

@@ -71,6 +71,12 @@ def layer_samples(w: Callable[..., torch.Tensor], a: Callable[..., torch.Tensor]
             (w(0, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True),
             (w(m, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, UNFOLDED + 1),
             (w(3, 3, k), w(n, k), None, w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, UNFOLDED),
+            (w(3, 3, k), w(n, k), w(n), w(k, r_in), w(n, r_out), w(r_in, r_out), 0.7, True, None, None, 0.0, None, a(n)),
+        ],
+        "scale_backward": [
+            (w(3, 3, n), w(n, m).t().reshape(3, 3, n), w(n), a(n)),
+            (w(n, m).t(), w(m, n), None, a(n)),
+            (w(0, n), w(0, n), w(n), a(n)),
         ],
         "layer_backward_": [
             (
@@ -97,7 +103,7 @@ UNFOLDED = 4  # of strategy: the core multiplied with the tokens
 FUNCTIONAL = ("shrink", "shrink_grad", "fold")
 WRITING = ("expand_add_", "factor_grad_", "shrink_grad_", "fold_grad", "small_forward_", "small_backward_")
 DIRECTIONS = ("layer_forward", "layer_backward_", "shrink_backward_")  # of a layer
-ALL = (*FUNCTIONAL, *WRITING, *DIRECTIONS, "expand")
+ALL = (*FUNCTIONAL, *WRITING, *DIRECTIONS, "expand", "scale_backward")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
