@@ -147,6 +147,7 @@ class _Steps(threading.local):
     """taken: the steps of all optimizers in this thread, since a fused optimizer changes A and moves no version counter."""
 
     taken = 0
+    everywhere = 0  # in all threads
     hook: RemovableHandle | None = None  # of the process
 
     def count(self) -> None:
@@ -156,9 +157,15 @@ class _Steps(threading.local):
 
     def _take(self, *_: object) -> None:
         self.taken += 1
+        _Steps.everywhere += 1
 
 
 _steps = _Steps()
+
+
+def steps_taken() -> int:
+    """The steps of all optimizers in all threads."""
+    return _Steps.everywhere
 
 
 class _Newest(threading.local):

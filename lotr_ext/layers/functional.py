@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..autograd.call import Call, call_linear, compute_dtype, plan_call
+from ..autograd.magnitude import Norms, scaled_linear
 from ..autograd.tensor_parallel import cut_of, is_dtensor, local_operands
 from ..ops import cuda_plans, planner
 from ..ops.planner import Plan
@@ -30,6 +31,7 @@ def lotr_linear(
     training: bool = False,
     strategy: str | None = None,
     core_index: Tensor | None = None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias + scaling ((drop(x) A) core) B^T  (arXiv 2402.01376).
 
@@ -40,6 +42,9 @@ def lotr_linear(
     `planner.STRATEGIES`. core_index (int64) picks from core [t, r_in, r_out] for each row of x, [b] of x [b, ..., k], or for
     each token, [b, tokens] of x [b, tokens, ..., k]; -1: y is x W^T + bias there. One batch for several tasks, with one product
     with A and one with B for all of it. On a GPU its values are not looked at, as in `ops.row_core`.
+    magnitude [n]: m of y = bias + (m / c) (x W^T + scaling ((drop(x) A) core) B^T), c_n = |W_n + scaling B_n core^T A^T| (DoRA,
+    arXiv 2402.09353); differentiable, with c constant. Each call computes c with one product W A; LoTRLinear keeps that. Not
+    with core_index.
     Raises TypeError or ValueError that says name, expected and got, before anything runs.
     """
     check_tensor("weight", weight, "out_features", "in_features")
@@ -58,14 +63,24 @@ def lotr_linear(
         check_tensor("core", core, A.shape[1], B.shape[1])
     else:
         _check_cores(x, core, core_index, (A.shape[1], B.shape[1]))
-    check_beside(x, {"weight": weight, "bias": bias}, {"A": A, "B": B, "core": core})
+    adapter = {"A": A, "B": B, "core": core}
+    if magnitude is not None:
+        check_tensor("magnitude", magnitude, n)
+        adapter["magnitude"] = magnitude
+        if core_index is not None:
+            raise ValueError("magnitude: expected None with core_index, for each core has lengths c of its own, got a tensor")
+    check_beside(x, {"weight": weight, "bias": bias}, adapter)
     check_number("scaling", scaling)
     check_probability("dropout_p", dropout_p)
     p = dropout_p if training else 0.0
     if core_index is not None:
         call = Call(core[0], float(scaling), p, strategy=strategy)
         return call_mixed(x, (weight, bias), A, B, core, core_index, call)
-    return call_linear(x, weight, bias, A, B, Call(core, float(scaling), p, strategy=strategy))
+    call = Call(core, float(scaling), p, strategy=strategy)
+    if magnitude is not None:
+        made = Norms().rows(magnitude, weight, lambda: weight, A, B, core, call.scaling)
+        return scaled_linear(x, weight, bias, A, B, call, made)
+    return call_linear(x, weight, bias, A, B, call)
 
 
 def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, int]) -> None:
@@ -99,6 +114,8 @@ def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = 
     other = isinstance(layer, LoTRWrapped | LoTRExperts) or layer.mixture is not None
     base = None if other else (layer.weight, layer.bias)
     plan = explain_call(x, layer.factors, call, base, device)
+    if layer.norms is not None:
+        plan = plan._replace(why=f"{plan.why}; LoTRMagnitude scales the rows by m / c")
     return _with_launches(plan, layer, x, call, device, plans) if plans else plan
 
 

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from ..autograd.bank import core_form_of
 from ..autograd.call import Call, call_linear
+from ..autograd.magnitude import scaled_linear
 from ..autograd.tensor_parallel import cut_of, is_dtensor
 from ..ops import accumulate_dtype
 from ..ops.composite import delta_weight
 from .checks import check_rank
 from .core import HasCore
 from .factors import LoTRFactors
+from .magnitude import HasMagnitude, with_lengths
 from .merging import Merges, check_is_parameter, plus, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
@@ -26,10 +28,11 @@ from .sharded import agree_over, in_place_of
 DEFAULT_RANK = 8
 
 
-class LoTRLayer(InRequests, HasCore, Merges):
+class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
     """Base class of adapted layers. Subclasses give `_base` (the plain forward), `_matrix` (W [n, k], a view) and `to_base`.
 
-    core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s.
+    core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s. magnitude
+    [n]: the length of each row of W + s B G^T A^T, or None.
     start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
     """
 
@@ -109,6 +112,10 @@ class LoTRLayer(InRequests, HasCore, Merges):
         self.register_buffer("weight_backup", None, persistent=False)
         factors._group.join()
         self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
+        self.register_parameter("magnitude", None)
+        if settings.magnitude:
+            self.hold_magnitude(nn.Parameter(torch.empty(self.out_features, device=device, dtype=factors.A.dtype)))
+            self.reset_magnitude()
         agree_over(getattr(self, "weight", None), self.adapter_parameters())
 
     def _zero_core(self, factors: LoTRFactors, device: torch.device) -> Tensor:
@@ -124,6 +131,8 @@ class LoTRLayer(InRequests, HasCore, Merges):
             param = in_place_of(self._parameters.get(name), param, value)
         super().register_parameter(name, param)
         if name == "weight" and is_dtensor(param) and "merged" in self.__dict__:
+            if self.norms is not None:
+                raise ValueError(f"magnitude: expected whole weights, got a DTensor {tuple(param.shape)}; adapt without")
             if (form := core_form_of(self)) is not None and not any(True for _ in form.parameters()):
                 self.__dict__["core_form"] = self.release_core_form()  # RowwiseParallel expects a weight of every child
             agree_over(param, self.adapter_parameters())
@@ -153,14 +162,25 @@ class LoTRLayer(InRequests, HasCore, Merges):
         core = parameters["core"] if "core" in parameters else self.core
         factors = modules["factors"] if "factors" in modules else self.factors
         call = Call(core, self.scaling, self.dropout if self.training else 0.0, factors._group, self, self.strategy)
-        return factors(partial(self._call, x, call) if mixture is None else partial(self._call_mixed, x, call, mixture))
+        run = self._call if self.norms is None else self._call_scaled
+        return factors(partial(run, x, call) if mixture is None else partial(self._call_mixed, x, call, mixture))
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         return call_linear(x, self._matrix(), self.bias, A, B, call)
 
+    def _call_scaled(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
+        return scaled_linear(x, self._matrix(), self.bias, A, B, call, self._rows(A, B, call.core, call.scaling))
+
+    def _stored(self) -> tuple[Tensor, Callable[[], Tensor]]:
+        return self.weight, self._matrix
+
     def _call_mixed(self, x: Tensor, call: Call, mixture: Mixture, A: Tensor, B: Tensor) -> Tensor:
         b = x.shape[0] if mixture.index is None else len(mixture.index)
         cores, call.scaling = cores_of(mixture, call.core, b), mixture.scaling
+        if self.norms is not None:
+            raise ValueError(
+                "model: expected adapters without magnitudes where rows have cores of their own, got magnitude=True"
+            )
         return call_mixed(x, self._mixed_base(), A, B, cores, index_for(mixture, x), call)
 
     def _mixed_base(self) -> Callable[[Tensor], Tensor] | tuple[Tensor, Tensor | None]:
@@ -174,25 +194,35 @@ class LoTRLayer(InRequests, HasCore, Merges):
         raise TypeError(f"{type(self).__name__} must define _matrix")
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of A, B and the core; of a parametrized one those that it is computed from."""
+        """The parameters of A, B, the core and the magnitudes; of a parametrized one those that it is computed from."""
         for module, name in self.factors.owners:
             yield from parameters_of(module, name)
         yield from parameters_of(self, "core")
+        yield from parameters_of(self, "magnitude")
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """s B G^T A^T [.., out_features, in_features] in float32 (float64 for float64 factors), what merge adds to W."""
+        """s B G^T A^T [.., out_features, in_features] in float32 (float64 for float64 factors), what merge adds to W before
+        magnitudes scale the rows of the sum."""
         return self.factors(lambda A, B: delta_weight(A, B, self.core, self.scaling))
 
     @torch.no_grad()
     def _merged_weight(self) -> Tensor:
-        """W + s B G^T A^T, summed in float32 (or wider) and cast once, W if merged already."""
+        """W + s B G^T A^T, with magnitudes (m / c) of it, in float32 (or wider) and cast once; W if merged already."""
         weight = self._local_matrix().detach()
         if self.merged:
             return weight
-        return plus(weight, self._local_delta())
+        return self._joined(weight, self._local_delta())
+
+    def _joined(self, weight: Tensor, delta: Tensor) -> Tensor:
+        return plus(weight, delta) if self.norms is None else with_lengths(weight, delta, self.magnitude)
+
+    @property
+    def unmerges_by_backup(self) -> bool:
+        """Whether only a copy of the base brings it back after a merge."""
+        return self.norms is not None
 
     def _local_matrix(self) -> Tensor:
         """W [n, k], or this process's part of it."""
@@ -231,7 +261,7 @@ class LoTRLayer(InRequests, HasCore, Merges):
         """Adds the adapter into the weight: delta and sum in float32, cast once. The layer then runs as a plain linear one.
 
         safe: refuse (ValueError, nothing changed) if the result has a non-finite element. keep_backup: keep a copy of W, so
-        that unmerge restores its very bits; without, unmerge subtracts.
+        that unmerge restores its very bits; without, unmerge subtracts, and of a layer with magnitudes raises.
         RuntimeError if merged already; TypeError over a base that cannot be merged into, and for a weight that is no parameter
         any more (weight_norm, spectral_norm, parametrizations, pruning). A backward through an earlier forward then raises.
         """
@@ -245,9 +275,13 @@ class LoTRLayer(InRequests, HasCore, Merges):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the adapter out of the weight again. RuntimeError if it is not merged."""
+        """Takes the adapter out of the weight again. RuntimeError if it is not merged, or has magnitudes and no backup."""
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
+        if self.unmerges_by_backup and self.weight_backup is None:
+            raise RuntimeError(
+                "unmerge: expected a copy of the weight, got a layer with magnitudes merged with keep_backup=False"
+            )
         weight = self._weight_to_write("unmerge")
         restored = plus(weight, self._local_delta(), -1) if self.weight_backup is None else self.weight_backup
         self._write_back(weight, restored)
@@ -280,7 +314,7 @@ class LoTRLayer(InRequests, HasCore, Merges):
 
     def extra_repr(self) -> str:
         parts = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.factors.rank}"
-        parts += f", scaling={self.scaling:g}"
+        parts += f", scaling={self.scaling:g}" + (", magnitude=True" if self.norms is not None else "")
         if self.dropout:
             parts += f", dropout={self.dropout}"
         return parts + (", merged" if self.merged else "") + (", disabled" if self.disabled else "")

@@ -11,11 +11,13 @@ from torch.compiler import is_compiling
 from torch.nn import functional as nnf
 
 from ..autograd.call import Call, add_adapter, call_linear, call_packed, compute_dtype
+from ..autograd.magnitude import scaled
 from ..ops import accumulate_dtype
 from .checks import check_dtype
 from .factors import LoTRFactors
 from .layer import LoTRLayer
-from .merging import MergeNotice, plus
+from .magnitude import no_magnitude
+from .merging import MergeNotice
 from .parallel_styles import move_hooks
 from .placement import home
 from .quantized import dense_weight, dequantizer, has_plain_weight, one_layer, ready_to_train
@@ -38,6 +40,7 @@ class AdaptsModule(LoTRLayer):
         rslora: bool = False,
         scaling: float | None = None,
         dropout: float = 0.0,
+        magnitude: bool = False,
     ) -> Layer:
         """Adapts linear: takes over its weight and bias, the very tensors (LoTRWrapped: the module), and freezes them.
 
@@ -45,7 +48,7 @@ class AdaptsModule(LoTRLayer):
             TypeError, ValueError: a module of another kind, one that is adapted already, factors of other sizes, or an argument
                 of the wrong type or value.
         """
-        return cls.adapting(linear, factors, Settings(alpha, rslora, scaling, dropout))
+        return cls.adapting(linear, factors, Settings(alpha, rslora, scaling, dropout, magnitude))
 
     @classmethod
     def adapting(cls: type[Layer], linear: nn.Module, factors: LoTRFactors, settings: Settings) -> Layer:
@@ -57,6 +60,8 @@ class AdaptsModule(LoTRLayer):
         cls._check_factors(factors, layer.in_features, layer.out_features)
         device = cls._device_of(linear) or factors.A.device
         cls._check_device(factors, device)
+        if settings.magnitude and (why := no_magnitude(linear)) is not None:
+            raise ValueError(f"magnitude: expected a layer whose rows can be measured, got {why}; adapt it without")
         layer._take(linear)
         move_hooks(linear, layer)
         layer._attach(factors, device, settings)
@@ -97,10 +102,13 @@ class LoTRLinear(AdaptsModule, nn.Linear):
     probability of dropping an element of x on the adapter's way, in [0, 1), in training.
     dtype: that of weight and bias, float32, float64, bfloat16 or float16, torch's default if None; a new pair of factors and
     the core are float32 (float64 beside float64 weights).
+    magnitude: whether the layer trains a length for each row of W + s B G^T A^T (DoRA, arXiv 2402.09353); after the weight has
+    got other values, call `reset_magnitude`.
     The core starts at zero, so the layer starts as the plain linear layer. Equation and shapes: arXiv 2402.01376, section 3.
     Raises TypeError or ValueError naming the argument, expected and got.
 
-    state_dict: `weight`, `bias` (as nn.Linear), `core`; and `factors.A`, `factors.B` unless an owner registers the factors.
+    state_dict: `weight`, `bias` (as nn.Linear), `core`, with magnitudes `magnitude`; and `factors.A`, `factors.B` unless an
+    owner registers the factors.
     """
 
     def __init__(
@@ -115,10 +123,11 @@ class LoTRLinear(AdaptsModule, nn.Linear):
         rslora: bool = False,
         scaling: float | None = None,
         dropout: float = 0.0,
+        magnitude: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        settings = Settings(alpha, rslora, scaling, dropout)
+        settings = Settings(alpha, rslora, scaling, dropout, magnitude)
         check_dtype(dtype)
         factors = self._factors_for(factors, rank, (in_features, out_features), device, dtype)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
@@ -237,12 +246,24 @@ class LoTRWrapped(AdaptsModule):
                 return call_packed(x, dense, base.bias, base, A, B, call)
         return add_adapter(x, base(x), A, B, call)
 
+    def _call_scaled(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
+        y = self._call(x, call, A, B)
+        return scaled(y, self.bias, self._rows(A, B, call.core, call.scaling), call)
+
+    def _stored(self) -> tuple[Tensor, Callable[[], Tensor]]:
+        base = self.base_layer
+        if has_plain_weight(base):
+            return base.weight, lambda: base.weight
+        return base.weight, lambda: dense_weight(base, self.in_features, self.out_features)
+
     def _matrix(self) -> Tensor:
         if self.merged:
             return self.base_layer.weight
         raise TypeError(self.why_not_mergeable(False))
 
     # ---- merging: only through a dense layer in the base's place --------------------------------------------------------
+
+    unmerges_by_backup = True
 
     def why_not_mergeable(self, dequantize: bool | torch.dtype, name: str = "a layer") -> str | None:
         """What stands in the way of a merge, None if nothing does."""
@@ -267,7 +288,7 @@ class LoTRWrapped(AdaptsModule):
         """
         weight, bias = dense_weight(self.base_layer, self.in_features, self.out_features), self.bias
         dtype = dtype or (weight if bias is None else bias).dtype
-        merged = plus(weight.to(accumulate_dtype(weight.dtype)), self.delta_weight()).to(dtype)
+        merged = self._joined(weight.to(accumulate_dtype(weight.dtype)), self.delta_weight()).to(dtype)
         return self._plain(merged, None if bias is None else bias.detach().to(dtype, copy=True))
 
     @torch.no_grad()
@@ -324,9 +345,10 @@ def adapt(
     rslora: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
+    magnitude: bool = False,
 ) -> LoTRLayer:
     """module as an adapted layer of the class that fits it (`layer_class`). Arguments as for `LoTRLinear.from_linear`."""
-    return layer_class(module).adapting(module, factors, Settings(alpha, rslora, scaling, dropout))
+    return layer_class(module).adapting(module, factors, Settings(alpha, rslora, scaling, dropout, magnitude))
 
 
 def layer_class(module: nn.Module) -> type[AdaptsModule]:

@@ -1,4 +1,4 @@
-"""The numbers of an adapter that are no tensors: Settings."""
+"""What an adapter has besides its factors and cores: Settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """The scaling and the dropout of an adapter, as users give them.
+    """The scaling and the dropout of an adapter, and whether it has magnitudes, as users give them.
 
     s is `scaling` if given, else alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. dropout: the
-    probability of dropping an element of the adapter's x in training, in [0, 1).
+    probability of dropping an element of the adapter's x in training, in [0, 1). magnitude: a trained length of each row of W
+    (DoRA).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, or scaling together with alpha or rslora.
@@ -26,14 +27,16 @@ class Settings:
     rslora: bool = False
     scaling: float | None = None
     dropout: float = 0.0
+    magnitude: bool = False
 
     def __post_init__(self) -> None:
         for name in ("alpha", "scaling"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
         check_probability("dropout", self.dropout)
-        if not isinstance(self.rslora, bool):
-            raise TypeError(f"rslora: expected a bool, got {type(self.rslora).__name__} {self.rslora!r}")
+        for name in ("rslora", "magnitude"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
         if self.scaling is not None and (self.alpha is not None or self.rslora):
             raise ValueError(f"scaling: expected it alone, got {self.scaling} with alpha={self.alpha}, rslora={self.rslora}")
         object.__setattr__(self, "dropout", float(self.dropout))
@@ -41,7 +44,7 @@ class Settings:
     @classmethod
     def of(cls, config: Any) -> Settings:
         """Those of a LoTRConfig or a LoTRPeftConfig."""
-        return cls(config.alpha, config.rslora, config.scaling, config.dropout)
+        return cls(config.alpha, config.rslora, config.scaling, config.dropout, config.magnitude)
 
     def scale(self, rank: int | tuple[int, int]) -> float:
         """s at this rank, r or (r_in, r_out), of which the larger counts."""

@@ -1,0 +1,242 @@
+"""Magnitudes (DoRA, arXiv 2402.09353): a trained length m_n for each row of W + F A^T, with F = s B G^T.
+
+    c_n = |W_n + F_n A^T|,  c_n^2 = |W_n|^2 + 2 F_n (W A)_n + F_n (A^T A) F_n^T
+    y = bias + (m / c) z,   z = x W^T + u F^T
+    backward                g0 = (m / c) g is the gradient of z,  dm_n = sum_t g_tn z_tn / c_n
+
+c is constant for the gradient, as in the paper and in PEFT. z is taken from the output, z = (y - bias) c / m: the next product
+usually keeps y anyway, so no second activation is kept. An in-place change of y before backward raises torch's error.
+
+Norms            c of one layer, and what is kept of it between calls
+LoTRMagnitude    y of z, as an autograd node behind those of the layer
+scaled_linear    a layer over a frozen weight;  scaled: over any other base
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
+
+from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, saved_if, transformed, wants
+from ..ops import accumulate_dtype
+from ..ops.composite import row_norms, rows, to
+from .call import call_linear
+from .sharing import Call, steps_taken
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Rows(NamedTuple):
+    """Of one call: m, c and m / c [n], the last two without a graph."""
+
+    magnitude: Tensor
+    norm: Tensor
+    scale: Tensor
+
+
+# ---- c ---------------------------------------------------------------------------------------------------------------
+
+
+class _Seen(NamedTuple):
+    """A tensor as it was: the object, its version, its memory, and whether an optimizer may change it."""
+
+    ref: weakref.ref
+    version: int
+    address: int
+    trained: bool
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Seen:
+        return cls(weakref.ref(t), t._version, t.data_ptr() if type(t) in _PLAIN else 0, t.requires_grad)
+
+    def is_still(self, t: Tensor, steps: bool) -> bool:
+        """steps: whether an optimizer has stepped since. A fused one moves no version counter."""
+        return self.ref() is t and self[1:] == _Seen.of(t)[1:] and not (steps and self.trained)
+
+
+class _Kept(NamedTuple):
+    """What was made of weight, A, B, core and magnitude as seen, when so many steps had been taken."""
+
+    seen: tuple[_Seen, _Seen, _Seen, _Seen, _Seen]
+    scaling: float
+    steps: int
+    square: Tensor
+    WA: Tensor
+    norm: Tensor
+    scale: Tensor
+
+
+class Norms:
+    """c [n] of one layer. Kept between calls: |W_n|^2 while W stays, W A while W and A stay, c and m / c while all stay.
+
+    Nothing is kept where a change cannot be seen: under torch.compile, functorch and dispatch modes, of inference tensors,
+    while a CUDA graph is captured, and in processes with FSDP or DeepSpeed. A write through `.data` that keeps the memory is
+    missed. Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+
+    def __reduce__(self):
+        return Norms, ()
+
+    def rows(
+        self, m: Tensor, weight: Tensor, matrix: Callable[[], Tensor], A: Tensor, B: Tensor, core: Tensor, scaling: float
+    ) -> Rows:
+        """weight: the tensor in which W is stored, of any format; matrix: returns W [n, k] of it."""
+        tensors = (weight, A, B, core, m)
+        if is_compiling() or not all(map(_can_be_seen, tensors)) or _changes_unseen(weight):
+            with _without_autocast(weight.device):
+                square, WA = _products(matrix().detach(), A.detach())
+                norm = row_norms(square, WA, A.detach(), B.detach(), core.detach(), scaling)
+                return Rows(m, norm, m.detach().to(norm) / norm)
+        kept, steps = self._kept, steps_taken()
+        if kept is None:
+            same = [False] * 5
+        else:
+            same = [seen.is_still(t, kept.steps != steps) for seen, t in zip(kept.seen, tensors)]
+            if all(same) and kept.scaling == scaling:
+                return Rows(m, kept.norm, kept.scale)
+        with torch.inference_mode(False), torch.no_grad(), _without_autocast(weight.device):
+            if same[0] and same[1]:
+                square, WA = kept.square, kept.WA
+            else:
+                square, WA = _products(matrix(), A, kept.square if same[0] else None)
+            norm = row_norms(square, WA, A, B, core, scaling)
+            scale = m.to(norm) / norm
+        self._kept = _Kept(tuple(map(_Seen.of, tensors)), scaling, steps, square, WA, norm, scale)
+        return Rows(m, norm, scale)
+
+
+def _can_be_seen(t: Tensor) -> bool:
+    return not (t.is_inference() or t.is_meta)
+
+
+def _changes_unseen(weight: Tensor) -> bool:
+    """Whether tensors may change without a sign of it, or what is kept would be replayed or counted wrongly."""
+    if dispatch_modes() or transformed() or jit_tracing() is not None:
+        return True
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    in_parts = "torch.distributed.fsdp" in sys.modules or "deepspeed" in sys.modules
+    return in_parts and dist.is_available() and dist.is_initialized()
+
+
+def _without_autocast(device: torch.device) -> torch.autocast | nullcontext:
+    return torch.autocast(device.type, enabled=False) if any_autocast() else nullcontext()
+
+
+_ROWS = 1024  # of a half-precision W that are cast at a time
+
+
+def _products(W: Tensor, A: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """|W_n|^2 [n], unless given, and W A [n, r_in], in float32 (float64 for float64)."""
+    wide = torch.promote_types(accumulate_dtype(W.dtype), accumulate_dtype(A.dtype))
+    A = A.to(W.device, wide)
+    if W.dtype == wide:
+        WA = W @ A
+    else:
+        WA = torch.cat([to(part, wide) @ A for part in W.split(_ROWS)])
+    return torch.linalg.vector_norm(W, dim=1, dtype=wide).square() if square is None else square, WA
+
+
+# ---- y ---------------------------------------------------------------------------------------------------------------
+
+
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, call: Call, made: Rows) -> Tensor:
+    """y = bias + (m / c) (x W^T + u F^T). If weight or bias is trained, autograd differentiates the base product."""
+    return _scaled(call_linear(x, weight, None, A, B, call), bias, made, call, inside=False)
+
+
+def scaled(y: Tensor, bias: Tensor | None, made: Rows, call: Call) -> Tensor:
+    """bias + (m / c) (y - bias) of the y [..., n] that a call has made."""
+    return _scaled(y, bias, made, call, inside=bias is not None)
+
+
+def _scaled(z: Tensor, bias: Tensor | None, made: Rows, call: Call, inside: bool) -> Tensor:
+    """inside: whether z contains bias."""
+    graph = is_grad_enabled()
+    if call.plan.nodes == 0 or dispatch_modes() or (graph and bias is not None and bias.requires_grad):
+        scale = made.magnitude.to(made.norm) / made.norm
+        return to(_shifted(z, bias, to_device(scale, z), inside), z.dtype)
+    bias = None if bias is None else bias.detach()
+    base = (bias, made.norm, to_device(made.scale, z), inside)
+    if graph and (z.requires_grad or made.magnitude.requires_grad):
+        return LoTRMagnitude.run(z, made.magnitude, base)
+    return _shifted(z, bias, base[2], inside, in_place=True)
+
+
+def to_device(t: Tensor, like: Tensor) -> Tensor:
+    return t if t.device == like.device else t.to(like.device)
+
+
+def _shifted(z: Tensor, bias: Tensor | None, scale: Tensor, inside: bool, in_place: bool = False) -> Tensor:
+    """scale z + bias, or scale (z - bias) + bias; rounded once."""
+    if bias is None:
+        return z.mul_(scale) if in_place else z * scale
+    shift = bias - bias * scale if inside else bias
+    return torch.addcmul(shift, z, scale, out=z) if in_place else torch.addcmul(shift, z, scale)
+
+
+class LoTRMagnitude(Node):
+    """y = bias + (m / c) z in the memory of z.   backward: g0 = (m / c) g for z,  dm_n = sum_t g_tn (y_tn - bias_n) / m_n.
+
+    apply(z [..., n], m [n], (bias, norm, scale, inside)): z is the output of the layer's nodes, which save nothing of it.
+    """
+
+    @staticmethod
+    def forward(ctx, z, magnitude, base):
+        ctx.set_materialize_grads(False)
+        bias, _, scale, inside = base
+        y = _shifted(z, bias, scale, inside, in_place=True)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, magnitude)
+        ctx.base = base
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        if g is None:
+            return None, None, None
+        need_z, need_m = ctx.needs_input_grad[:2]
+        try:
+            y, magnitude = ctx.saved_tensors
+        except RuntimeError:  # freed, or changed
+            if need_m and wants(ctx, 1):
+                raise
+            need_m, (y, magnitude) = False, saved_if(ctx, False, True)
+        bias, norm, scale, _ = ctx.base
+        if recorded(g):
+            own = to_device(magnitude.to(norm) / norm, g)
+            z = None if y is None else _unscaled(y, bias, own)
+            dm = _row_sums(g, z) / norm.to(g.device) if need_m else None
+            g0 = to(g * own, g.dtype) if need_z else None
+        else:
+            g0, dscale = scale_backward(g, y if need_m else None, bias, scale)
+            dm = dscale / norm.to(g.device) if need_m else None
+        return g0 if need_z else None, None if dm is None else dm.to(ctx.base[1].device, magnitude.dtype), None
+
+
+def _unscaled(y: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """z in scale's dtype."""
+    y = to(y, scale.dtype)
+    return (y if bias is None else y - to(bias, scale.dtype)) / scale
+
+
+def _row_sums(g: Tensor, z: Tensor) -> Tensor:
+    """sum_t g_tn z_tn [n]."""
+    return (rows(to(g, z.dtype)) * rows(z)).sum(0)
+
+
+def scale_backward(g: Tensor, y: Tensor | None, bias: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of y = bias + scale z, for g [..., n]: (g0 = scale g, dscale_n = sum_t g_tn z_tn, None without y)."""
+    dscale = None if y is None else _row_sums(g, _unscaled(y, bias, scale))
+    return to(g * scale, g.dtype), dscale

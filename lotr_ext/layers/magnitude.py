@@ -1,0 +1,76 @@
+"""The magnitudes m [out_features] of a layer (DoRA): where they are held, how they start, and what merging makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..autograd.magnitude import Norms, Rows
+from ..ops import accumulate_dtype
+from .quantized import dequantizer, has_plain_weight
+from .sharded import in_parts
+
+__all__ = ["HasMagnitude", "no_magnitude", "with_lengths"]
+
+
+def no_magnitude(module: nn.Module) -> str | None:
+    """Why a layer's rows cannot be measured, for a message; None if they can."""
+    weight, kind = getattr(module, "weight", None), type(module).__name__
+    if not isinstance(weight, Tensor):
+        return f"{kind} without a weight"
+    if in_parts(weight):
+        return f"{kind} whose weight is in parts"
+    if weight.is_meta:
+        return f"{kind} on the meta device"
+    if not has_plain_weight(module):
+        return None if dequantizer(module) is not None else f"{kind} whose weight cannot be made dense"
+    return None if weight.dim() == 2 else f"{kind} with a weight of shape {tuple(weight.shape)}"
+
+
+class HasMagnitude(nn.Module):
+    """Base class of modules that may have magnitudes: LoTRLayer, and LoTRCore, an adapter of PEFT's layers.
+
+    magnitude: m, a parameter in the dtype of the factors, or None. norms: what computes c for it, None without.
+    """
+
+    magnitude: nn.Parameter | None
+    norms: Norms | None = None
+
+    def hold_magnitude(self, held: nn.Parameter | None) -> None:
+        """Replaces the parameter. Checks nothing."""
+        self.magnitude = held
+        self.norms = None if held is None else Norms()
+
+    def _stored(self) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The tensor that W is stored in, and a function that returns W [n, k] of it."""
+        raise TypeError(f"{type(self).__name__} must define _stored")
+
+    def _rows(self, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Rows:
+        """m, c and m / c of a call."""
+        return self.norms.rows(self.magnitude, *self._stored(), A, B, core, scaling)
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """m <- |W_n + F_n A^T|, with which the layer computes what it does without magnitudes. Call it after the weight of a
+        layer that was built by hand has got its values.
+
+        RuntimeError for a layer without magnitudes.
+        """
+        if self.norms is None:
+            raise RuntimeError("reset_magnitude: expected a layer with magnitudes, got one without; give magnitude=True")
+        m = self.magnitude
+
+        def of(A: Tensor, B: Tensor) -> Tensor:
+            return self._rows(A, B, self.core, self.scaling).norm
+
+        m.copy_(self.factors(of))
+
+
+def with_lengths(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """(m / c) (W + delta), c_n = |W_n + delta_n|: rows of length m. In float32 (or wider), cast once."""
+    wide = torch.promote_types(accumulate_dtype(weight.dtype), delta.dtype)
+    rows = weight.to(wide) + delta.to(weight.device, wide)
+    c = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    return (rows * (magnitude.detach().to(weight.device, wide).unsqueeze(1) / c)).to(weight.dtype)

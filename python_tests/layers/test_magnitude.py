@@ -1,0 +1,391 @@
+"""Magnitudes (DoRA): numbers and gradients against the reference and plain autograd, what is kept of c, and merging."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from lotr_ext import LoTRConv1D, LoTRFactors, LoTRLinear, LoTRWrapped, explain, lotr_linear, reference
+from lotr_ext.autograd import magnitude as of_rows
+from nets import relative
+
+EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def layer_of(k: int = 20, n: int = 14, rank=3, dtype: torch.dtype = torch.float32, **settings) -> LoTRLinear:
+    """A layer with magnitudes, all of whose parts differ from where they start."""
+    layer = LoTRLinear(k, n, None if "factors" in settings else rank, dtype=dtype, magnitude=True, **settings)
+    return moved(layer)
+
+
+def moved(layer: LoTRLinear) -> LoTRLinear:
+    nn.init.normal_(layer.core, 0, 0.5)
+    with torch.no_grad():
+        layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
+    return layer
+
+
+def dense(layer: LoTRLinear, x: Tensor) -> Tensor:
+    """The layer by plain autograd."""
+    full = layer.weight + layer.scaling * layer.factors.B @ layer.core.T @ layer.factors.A.T
+    y = x @ (full * (layer.magnitude / full.norm(dim=1).detach()).unsqueeze(1)).T
+    plain = x @ layer.weight.T + layer.scaling * x @ layer.factors.A @ layer.core @ layer.factors.B.T
+    y = plain * (layer.magnitude / full.norm(dim=1).detach())
+    return y if layer.bias is None else y + layer.bias
+
+
+def parameters_of(*layers: LoTRLinear) -> list[Tensor]:
+    return list(dict.fromkeys(p for layer in layers for p in layer.adapter_parameters()))
+
+
+@pytest.mark.parametrize("rank", [3, (17, 2)], ids=str)
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (), (0,), (200,)], ids=str)
+def test_forward_and_backward(either_path, shape, bias, dtype, rank):
+    layer = layer_of(rank=rank, dtype=dtype, bias=bias, scaling=0.7)
+    x = torch.randn(*shape, 20, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert y.dtype == dtype and y.shape == (*shape, 14)
+    g = torch.randn_like(y)
+    y.backward(g)
+    W, A, B, core, m = (
+        t.detach().double() for t in (layer.weight, layer.factors.A, layer.factors.B, layer.core, layer.magnitude)
+    )
+    wide, flat = x.detach().double().reshape(-1, 20), g.double().reshape(-1, 14)
+    want = reference.forward(wide, W, layer.bias.detach().double() if bias else None, A, B, core, 0.7, magnitude=m)
+    gradients, dm = reference.backward_with_magnitude(flat, wide, W, A, B, core, 0.7, m)
+    assert relative(y, want.view(y.shape)) < EPSILON[dtype]
+    assert relative(x.grad, gradients.dx.view(x.shape)) < EPSILON[dtype]
+    got = (layer.factors.A, layer.factors.B, layer.core, layer.magnitude)
+    for parameter, gradient in zip(got, (*gradients[1:4], dm), strict=True):
+        assert parameter.grad.dtype == parameter.dtype and relative(parameter.grad, gradient) < 4 * EPSILON[dtype]
+
+
+def test_the_reference_is_the_gradient_of_its_forward():
+    x, W, A, B, core, m = (torch.rand(*s, dtype=torch.float64) for s in ((5, 7), (6, 7), (7, 2), (6, 3), (2, 3), (6,)))
+    tensors = [t.requires_grad_() for t in (x, A, B, core, m)]
+    y = reference.forward(x, W, None, A, B, core, 0.5, magnitude=m)
+    g = torch.randn_like(y)
+    with torch.no_grad():
+        want, dm = reference.backward_with_magnitude(g, x, W, A, B, core, 0.5, m)
+    for got, gradient in zip(torch.autograd.grad(y, tensors, g), (*want[:4], dm), strict=True):
+        assert relative(got, gradient) < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [4, 200])
+@pytest.mark.parametrize("frozen", ["", "A", "B", "core", "magnitude", "x", "all but magnitude"])
+def test_each_part_may_be_frozen(tokens, frozen):
+    layer = layer_of(dtype=torch.float64)
+    parts = {"A": layer.factors.A, "B": layer.factors.B, "core": layer.core, "magnitude": layer.magnitude}
+    parts["x"] = torch.randn(tokens, 20, dtype=torch.float64)
+    for name, part in parts.items():
+        part.requires_grad_(name == "magnitude" if frozen == "all but magnitude" else name != frozen)
+    wanted = [part for part in parts.values() if part.requires_grad]
+    got, want = (torch.autograd.grad(f(parts["x"]).sin().sum(), wanted) for f in (layer, lambda x: dense(layer, x)))
+    assert all(relative(a, b) < 1e-12 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [4, 200])
+@pytest.mark.parametrize("around", ["nothing", "checkpoint", "selective checkpoint", "twice"])
+def test_siblings_against_plain_autograd(tokens, around):
+    """Two layers on one pair and one x, also recomputed, or differentiated twice."""
+    twice = around == "twice"
+    factors = LoTRFactors(20, 14, 3, dtype=torch.float64)
+    layers = [layer_of(dtype=torch.float64, factors=factors, scaling=0.7) for _ in range(2)]
+    x = torch.randn(tokens, 20, dtype=torch.float64, requires_grad=True)
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    how = {"context_fn": lambda: create_selective_checkpoint_contexts(kept)} if around.startswith("selective") else {}
+    inputs = [*parameters_of(*layers), x]
+
+    def gradients(call) -> list[Tensor]:
+        first = torch.autograd.grad(sum(call(layer).sin().sum() for layer in layers), inputs, create_graph=twice)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), inputs) if twice else first
+
+    again = "checkpoint" in around
+    got = gradients(lambda layer: checkpoint(layer, x, use_reentrant=False, **how) if again else layer(x))
+    for a, b in zip(got, gradients(lambda layer: dense(layer, x)), strict=True):
+        assert relative(a, b) < 1e-11
+
+
+def test_reentrant_checkpoint():
+    layer = layer_of(dtype=torch.float64)
+    x = torch.randn(200, 20, dtype=torch.float64, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=True).sin().sum().backward()
+    for t, want in zip(
+        (*parameters_of(layer), x), torch.autograd.grad(dense(layer, x).sin().sum(), [*parameters_of(layer), x])
+    ):
+        assert relative(t.grad, want) < 1e-12
+
+
+def test_functorch_and_forward_mode():
+    layer = layer_of(dtype=torch.float64)
+    x, v = torch.randn(2, 5, 20, dtype=torch.float64).unbind()
+    got, want = (torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (layer, lambda x: dense(layer, x)))
+    assert relative(got, want) < 1e-12
+    got, want = (torch.func.jvp(f, (x,), (v,))[1] for f in (layer, lambda x: dense(layer, x)))
+    assert relative(got, want) < 1e-12
+
+
+def test_compiled_whole():
+    layer, x = layer_of(), torch.randn(200, 20, requires_grad=True)
+    got, want = (
+        torch.autograd.grad(f(x).float().sin().sum(), [*parameters_of(layer), x])
+        for f in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer)
+    )
+    assert all(relative(a, b) < 4e-6 for a, b in zip(got, want, strict=True))
+
+
+def test_autocast():
+    layer = layer_of()
+    x = torch.randn(200, 20, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and relative(y, dense(layer, x)) < 2e-2
+    y.float().sin().sum().backward()
+    assert relative(layer.magnitude.grad, torch.autograd.grad(dense(layer, x).sin().sum(), layer.magnitude)[0]) < 2e-2
+
+
+def test_a_changed_output_raises_where_its_gradient_needs_it():
+    layer, x = layer_of(), torch.randn(4, 20, requires_grad=True)
+    y = layer(x)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        y.sum().backward()
+    layer.magnitude.requires_grad_(False)
+    y = layer(x)
+    y.mul_(2)
+    y.sum().backward()
+    assert relative(x.grad, torch.autograd.grad(2 * dense(layer, x).sum(), x)[0]) < 1e-6
+
+
+# ---- the start -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_first_output_is_that_of_the_base(tokens):
+    layer = LoTRLinear(20, 14, 3, magnitude=True)
+    x = torch.randn(tokens, 20)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight) + layer.bias)
+    assert relative(layer.magnitude, layer.weight.norm(dim=1)) < 1e-6
+
+
+def test_reset_magnitude_gives_the_layer_without_magnitudes():
+    layer = layer_of(dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.normal_()
+    layer.reset_magnitude()
+    assert relative(layer.magnitude, layer.weight.add(layer.delta_weight()).norm(dim=1)) < 1e-12
+    with pytest.raises(RuntimeError, match="reset_magnitude: expected"):
+        LoTRLinear(4, 4, 2).reset_magnitude()
+
+
+def test_rows_of_zeros_are_finite():
+    linear = nn.Linear(20, 14)
+    nn.init.zeros_(linear.weight[3])
+    layer = LoTRLinear.from_linear(linear, LoTRFactors(20, 14, 3), magnitude=True)
+    x = torch.randn(5, 20)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.isfinite(y).all() and all(torch.isfinite(p.grad).all() for p in parameters_of(layer))
+
+
+def test_layers_of_other_kinds():
+    """Around another module, and in a Conv1D's place."""
+    from transformers.pytorch_utils import Conv1D
+
+    x, factors = torch.randn(6, 20), LoTRFactors(20, 14, 3)
+    linear, conv = nn.Linear(20, 14), Conv1D(14, 20)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.t())
+        conv.bias.copy_(linear.bias)
+    layers = [
+        moved(kind.from_linear(copy.deepcopy(base), factors, magnitude=True))
+        for kind, base in ((LoTRLinear, linear), (LoTRWrapped, linear), (LoTRConv1D, conv))
+    ]
+    for layer in layers[1:]:
+        layer.core.data.copy_(layers[0].core)
+        layer.magnitude.data.copy_(layers[0].magnitude)
+        got, want = (torch.autograd.grad(f(x).sin().sum(), f.magnitude)[0] for f in (layer, layers[0]))
+        assert relative(layer(x), layers[0](x)) < 2e-6 and relative(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("base", [nn.Linear(20, 14, device="meta"), nn.Identity()], ids=["meta", "no weight"])
+def test_layers_whose_rows_cannot_be_measured_are_refused(base):
+    base.in_features, base.out_features = 20, 14
+    with pytest.raises(ValueError, match="magnitude: expected"):
+        LoTRWrapped.from_linear(base, LoTRFactors(20, 14, 3, device="meta"), magnitude=True)
+
+
+# ---- lotr_linear -----------------------------------------------------------------------------------------------------
+
+
+def test_lotr_linear_with_magnitude():
+    layer = layer_of(dtype=torch.float64)
+    x = torch.randn(5, 20, dtype=torch.float64)
+    parts = (layer.weight, layer.bias, layer.factors.A, layer.factors.B, layer.core, layer.scaling)
+    assert relative(lotr_linear(x, *parts, magnitude=layer.magnitude), dense(layer, x)) < 1e-12
+    with pytest.raises(ValueError, match="magnitude: expected shape"):
+        lotr_linear(x, *parts, magnitude=layer.magnitude[:-1])
+    cores = layer.core.unsqueeze(0)
+    with pytest.raises(ValueError, match="magnitude: expected None with core_index"):
+        lotr_linear(x, *parts[:4], cores, 1.0, core_index=torch.zeros(5, dtype=torch.int64), magnitude=layer.magnitude)
+
+
+def test_explain_names_the_scaling():
+    x = torch.randn(5, 20)
+    assert "LoTRMagnitude" in explain(layer_of(), x).why and "LoTRMagnitude" not in explain(LoTRLinear(20, 14, 3), x).why
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each product W A that is made, whether |W_n|^2 was made with it."""
+    made, own = [], of_rows._products
+
+    def seen(W, A, square=None):
+        made.append(square is None)
+        return own(W, A, square)
+
+    monkeypatch.setattr(of_rows, "_products", seen)
+    return made
+
+
+def test_norms_are_made_once_a_step(products):
+    """And |W_n|^2 once for all."""
+    layer = layer_of()
+    optimizer = torch.optim.SGD(layer.adapter_parameters(), lr=0.1)
+    x = torch.randn(6, 20)
+    products.clear()
+    for _ in range(3):
+        layer(x).sum().backward()
+        layer(x).sum().backward()
+        optimizer.step()
+    assert products == [False] * 2  # the first step has that of the start
+
+
+def test_frozen_factors_keep_W_A(products):
+    layer = layer_of()
+    layer.factors.requires_grad_(False)
+    optimizer = torch.optim.SGD([layer.core, layer.magnitude], lr=0.1)
+    x = torch.randn(6, 20)
+    layer(x)
+    products.clear()
+    for _ in range(3):
+        layer(x).sum().backward()
+        optimizer.step()
+    assert products == [] and relative(layer(x), dense(layer, x)) < 2e-6
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+def test_steps_of_an_optimizer_are_seen(fused):
+    """A fused one moves no version counter."""
+    layer = layer_of()
+    optimizer = torch.optim.AdamW(layer.adapter_parameters(), lr=0.1, fused=fused)
+    x = torch.randn(6, 20)
+    for _ in range(2):
+        layer(x).sum().backward()
+        optimizer.step()
+        assert relative(layer(x), dense(layer, x)) < 2e-6
+
+
+@pytest.mark.parametrize("change", ["weight", "A", "B", "core", "magnitude", "scaling", "data", "dtype", "new core"])
+def test_changes_are_seen(change):
+    layer, x = layer_of(), torch.randn(6, 20)
+    with torch.no_grad():
+        layer(x)
+        if change == "scaling":
+            layer.scaling *= 2
+        elif change == "data":
+            layer.factors.A.data = torch.randn(20, 3)
+        elif change == "dtype":
+            layer, x = layer.double(), x.double()
+        elif change == "new core":
+            layer.core = nn.Parameter(torch.randn(3, 3))
+        else:
+            {"weight": layer.weight, "A": layer.factors.A, "B": layer.factors.B}.get(change, getattr(layer, change, None)).add_(
+                1.0
+            )
+        assert relative(layer(x), dense(layer, x)) < 2e-6
+
+
+def test_copies_and_modes_have_norms_of_their_own():
+    layer, x = layer_of(), torch.randn(6, 20, requires_grad=True)
+    with torch.inference_mode():
+        want = layer(x).clone()
+    layer(x).sum().backward()  # what inference mode kept must not be saved for backward
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with torch.no_grad():
+            assert torch.equal(other(x), want)
+            other.factors.A.mul_(3)
+            assert relative(other(x), dense(other, x)) < 2e-6 and torch.equal(layer(x), want)
+
+
+# ---- state, merging --------------------------------------------------------------------------------------------------
+
+
+def test_state_dict():
+    layer, other = layer_of(), LoTRLinear(20, 14, 3, magnitude=True)
+    assert set(layer.state_dict()) == {"weight", "bias", "core", "magnitude", "factors.A", "factors.B"}
+    assert "magnitude" not in LoTRLinear(20, 14, 3).state_dict()
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    x = torch.randn(5, 20)
+    assert relative(other(x), layer(x)) < 1e-6 and "magnitude=True" in repr(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_merge_and_unmerge(dtype):
+    layer, x = layer_of(dtype=dtype), torch.randn(9, 20, dtype=dtype)
+    before, want = layer.weight.detach().clone(), layer(x).detach()
+    layer.merge()
+    assert relative(layer.weight.norm(dim=1), layer.magnitude) < EPSILON[dtype] and relative(layer(x), want) < EPSILON[dtype]
+    layer.unmerge()
+    assert torch.equal(layer.weight, before) and relative(layer(x), want) < EPSILON[dtype]
+    assert relative(layer.to_linear()(x), want) < EPSILON[dtype]
+
+
+def test_unmerge_without_a_copy_is_refused():
+    layer = layer_of()
+    layer.merge(keep_backup=False)
+    with pytest.raises(RuntimeError, match="unmerge: expected a copy of the weight"):
+        layer.unmerge()
+
+
+def test_merge_of_a_wrapped_base():
+    class Quantized(nn.Module):
+        """A base that only its own code reads."""
+
+        in_features, out_features = 20, 14
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randint(-9, 9, (14, 20), dtype=torch.int8), requires_grad=False)
+            self.bias = nn.Parameter(torch.randn(14))
+
+        def dequantize(self) -> Tensor:
+            return self.weight.float() / 16
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.dequantize(), self.bias)
+
+    layer = moved(LoTRWrapped.from_linear(Quantized(), LoTRFactors(20, 14, 3), magnitude=True))
+    x = torch.randn(5, 20)
+    W = layer.base_layer.dequantize()
+    parts = (layer.bias, layer.factors.A, layer.factors.B, layer.core, layer.scaling)
+    want = reference.forward(x, W, *parts, magnitude=layer.magnitude)
+    assert relative(layer(x), want) < 2e-6
+    layer.merge(dequantize=True)
+    assert relative(layer(x), want) < 2e-6
+    layer.unmerge()
+    assert relative(layer(x), want) < 2e-6
