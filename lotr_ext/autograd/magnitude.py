@@ -95,8 +95,7 @@ class Norms:
         tensors = (weight, A, B, core, m)
         if is_compiling() or not all(map(_can_be_seen, tensors)) or _changes_unseen(weight):
             with _without_autocast(weight.device):
-                square, WA = _products(matrix().detach(), A.detach())
-                norm = row_norms(square, WA, A.detach(), B.detach(), core.detach(), scaling)
+                norm = row_lengths(matrix().detach(), A.detach(), B.detach(), core.detach(), scaling)
                 return Rows(m, norm, m.detach().to(norm) / norm)
         kept, steps = self._kept, steps_taken()
         if kept is None:
@@ -146,6 +145,11 @@ def _products(W: Tensor, A: Tensor, square: Tensor | None = None) -> tuple[Tenso
     else:
         WA = torch.cat([to(part, wide) @ A for part in W.split(_ROWS)])
     return torch.linalg.vector_norm(W, dim=1, dtype=wide).square() if square is None else square, WA
+
+
+def row_lengths(W: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
+    """c [n] in float32 (float64 for float64)."""
+    return row_norms(*_products(W, A), A, B, core, scaling)
 
 
 # ---- y ---------------------------------------------------------------------------------------------------------------

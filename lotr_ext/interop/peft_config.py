@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from ..files import put_file
 from ..layers.cores import FORMS
 from ..model.config import LoTRConfig, check_names
+from ..model.peft_files import SAME
 
 DEFAULT_RANK = LoTRConfig().rank
 _BIASES = ("none", "all", "lotr_only")
@@ -49,14 +50,16 @@ class LoTRPeftConfig(PeftConfig):
 
     Attributes:
         rank, or r as PEFT's other methods call it: 16 where neither is given; r is rank afterwards.
-        alpha, rslora, scaling, dropout, group_by, init, core, core_init, train: as in `lotr_ext.LoTRConfig`; group_by is
-            "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the base
-            weights, which other adapters share) or "gradient" (which needs batches).
+        alpha, rslora, scaling, dropout, group_by, init, core, core_init, train, magnitude: as in `lotr_ext.LoTRConfig`;
+            group_by is "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the
+            base weights, which other adapters share) or "gradient" (which needs batches).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
             for target_modules: what PEFT has for LoRA and the model's type; with target_parameters no module.
         target_parameters: as in `lotr_ext.LoTRConfig`, the 3-D parameters of a transformers mixture's experts.
-        share_factors: the adapter of the model whose A and B this one uses; it then has only cores of its own, and train is
-            ["core"] unless given. Its files have A and B all the same. As the first adapter of a model it has its own.
+        use_dora: PEFT's name for magnitude; either may be given.
+        share_factors: the adapter of the model whose A and B this one uses; it then has only cores (and magnitudes) of its
+            own, and train is those unless given. Its files have A and B all the same. As the first adapter of a model it has
+            its own.
         layers: what was adapted, as PEFT saves it with the adapter, for `lotr_ext.load_adapter`; nothing that is given.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
 
@@ -85,10 +88,12 @@ class LoTRPeftConfig(PeftConfig):
     target_parameters: list[str] | None = field(default=None, metadata={"help": "3-D parameters of experts"})
     layers: list[dict[str, Any]] | None = field(default=None, metadata={"help": "written when layers are adapted"})
     share_factors: str | None = field(default=None, metadata={"help": "the adapter whose A and B it uses"})
+    magnitude: bool = field(default=False, metadata={"help": "a trained length of each row (DoRA)"})
+    use_dora: bool = field(default=False, metadata={"help": "another name for magnitude"})
     r: int | tuple[int, int] | None = field(default=None, metadata={"help": "another name for rank; None: rank, 16 by default"})
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRPeftConfig:
-        check_names((name for name in given if name != "r"), "LoTRPeftConfig")
+        check_names((name for name in given if name not in ("r", "use_dora")), "LoTRPeftConfig")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -110,8 +115,10 @@ class LoTRPeftConfig(PeftConfig):
         self.rank = ranks[0] if ranks else DEFAULT_RANK
         if self.share_factors is not None and not isinstance(self.share_factors, str):
             raise TypeError(f"share_factors: expected the name of an adapter or None, got {self.share_factors!r}")
+        self.magnitude = self.use_dora = self.magnitude or self.use_dora
         if self.train is None:
-            self.train = ["A", "B", "core"] if self.share_factors is None else ["core"]
+            own = ["core", "magnitude"] if self.magnitude else ["core"]
+            self.train = ["A", "B", *own] if self.share_factors is None else own
         checked = self.to_lotr(target_parameters=self.target_parameters)
         self.rank, self.train = checked.rank, list(checked.train)
         self.r = self.rank
@@ -135,6 +142,5 @@ class LoTRPeftConfig(PeftConfig):
 
     def to_lotr(self, target_modules: str | None = None, target_parameters: list[str] | None = None) -> LoTRConfig:
         """The same settings for `apply_lotr`, with targets as given and without modules_to_save."""
-        same = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train")
         targets = {"target_modules": target_modules, "target_parameters": target_parameters}
-        return LoTRConfig(**targets, **{name: getattr(self, name) for name in same})
+        return LoTRConfig(**targets, **{name: getattr(self, name) for name in SAME})

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..autograd.call import Call, add_adapter, call_linear
+from ..autograd.magnitude import row_lengths, scaled, scaled_linear
 from ..layers.core import HasCore
 from ..layers.cores import CoreAt
 from ..layers.factors import LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.init import fill_core_
-from ..layers.linear import is_conv1d
+from ..layers.magnitude import HasMagnitude, Stored, stored_in, with_lengths
 from ..layers.merging import Merges, check_is_parameter, plus
 from ..layers.mixture import Mixture, call_mixed, cores_of, index_for
 from ..layers.parametrized import parameters_of
-from ..layers.quantized import has_plain_weight
+from ..layers.quantized import has_plain_weight, is_conv1d
 from ..layers.request import NOW, InRequests
 from ..layers.settings import Settings
 from ..model.targets import features, needs_wrap
@@ -37,8 +39,9 @@ from ..ops.planner import Plan
 from .peft_config import LoTRPeftConfig
 
 
-class LoTRCore(HasCore):
-    """One adapter in one layer: its core [r_in, r_out], of experts [e, r_in, r_out], its factors, scaling and dropout.
+class LoTRCore(HasCore, HasMagnitude):
+    """One adapter in one layer: its core [r_in, r_out], of experts [e, r_in, r_out], its magnitudes, factors, scaling and
+    dropout.
     `scope.py` recognises it by start_core.
 
     form: what makes the core, where it is not a parameter.
@@ -61,11 +64,21 @@ class LoTRCore(HasCore):
             held = nn.Parameter(torch.empty(shape, device=factors.A.device, dtype=factors.A.dtype))
             fill_core_(held, config.core_init)
         self.hold_core(held)
+        self.register_parameter("magnitude", None)
         self.__dict__["factors"] = factors  # the tuner registers it
 
+    @torch.no_grad()
+    def measure(self, stored: Stored) -> None:
+        """Adds magnitudes, at least in float32: the lengths that the rows of W have with the adapter."""
+        device = torch.device("meta") if self.factors.A.is_meta else stored[0].device
+        weight = stored[1]().to(device)
+        lengths = self(lambda A, B, call: row_lengths(weight, A, B, call.core, call.scaling))
+        self.hold_magnitude(nn.Parameter(lengths))
+
     def parameters_by_part(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of A, B and the core by part; of a parametrized part those of which it is computed."""
-        for part, (owner, name) in zip(("A", "B", "core"), (*self.factors.owners, (self, "core"))):
+        """The parameters of A, B, the core and the magnitudes by part; of a parametrized part those of which it is computed."""
+        own = (self, "core"), (self, "magnitude")
+        for part, (owner, name) in zip(("A", "B", "core", "magnitude"), (*self.factors.owners, *own)):
             yield from ((part, parameter) for parameter in parameters_of(owner, name))
 
     def forward(self, operation: Callable[[Tensor, Tensor, Call], Tensor]) -> Tensor:
@@ -100,8 +113,9 @@ def own_weight(base: nn.Module) -> Tensor | None:
 class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
     """A linear layer with LoTR adapters by name: x [..., in_features] -> [..., out_features].
 
-    state_dict: the base's keys under `base_layer.`, and `lotr_adapter.<name>.core`. Merging sums in fp32 and casts once, from
-    the weight as it was before the first merge, which is kept so that unmerge gives its very bits back.
+    state_dict: the base's keys under `base_layer.`, `lotr_adapter.<name>.core`, and with magnitudes `.magnitude`. Merging sums
+    in fp32 and casts once, from the weight as it was before the first merge, which is kept so that unmerge gives its very bits
+    back.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
@@ -123,6 +137,8 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         """Puts a new adapter of that name into the layer. form: as for LoTRCore."""
         self.lotr_adapter[adapter_name] = self._core(factors, config, form).train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.magnitude:
+            self.lotr_adapter[adapter_name].measure(stored_in(self.base_layer))
 
     def _core(self, factors: LoTRFactors, config: LoTRPeftConfig, form: CoreAt | None) -> LoTRCore:
         return LoTRCore(factors, config, form=form)
@@ -147,12 +163,25 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         plain = not (args or kwargs) and not needs_wrap(base)
         if plain and (weight := own_weight(base)) is not None:
             core = cores.pop(0)
-            y = core(lambda A, B, call: call_linear(x, weight, base.bias, A, B, call))
+            y = core(partial(self._call, x, weight, core))
         else:
             y = base(x, *args, **kwargs)
         for core in cores:
-            y = core(lambda A, B, call, y=y: add_adapter(x, y, A, B, call))
+            y = core(partial(self._add, x, y, core))
         return y
+
+    def _call(self, x: Tensor, weight: Tensor, core: LoTRCore, A: Tensor, B: Tensor, call: Call) -> Tensor:
+        bias = self.base_layer.bias
+        if core.norms is None:
+            return call_linear(x, weight, bias, A, B, call)
+        return scaled_linear(x, weight, bias, A, B, call, core.rows_of(stored_in(self.base_layer), A, B, call))
+
+    def _add(self, x: Tensor, y: Tensor, core: LoTRCore, A: Tensor, B: Tensor, call: Call) -> Tensor:
+        y = add_adapter(x, y, A, B, call)
+        if core.norms is None:
+            return y
+        bias = getattr(self.base_layer, "bias", None)
+        return scaled(y, bias, core.rows_of(stored_in(self.base_layer), A, B, call), call)
 
     def _mixed(self, x: Tensor, mixture: Mixture, *args: Any, **kwargs: Any) -> Tensor:
         """A batch whose rows have adapters of their own, over the same factors."""
@@ -198,10 +227,17 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_alone(names, "set_adapter")
         self._train_only([] if inference_mode else names)
         for name, core in self.lotr_adapter.items():
             core.in_use = name in names
         self._active_adapter = names
+
+    def _check_alone(self, names: Sequence[str], where: str) -> None:
+        """ValueError for several adapters of which one has magnitudes: they scale the sum of W and one adapter."""
+        own = [name for name in names if name in self.lotr_adapter]
+        if len(own) > 1 and (one := next((n for n in own if self.lotr_adapter[n].norms is not None), None)) is not None:
+            raise ValueError(f"{where}: expected an adapter with magnitudes alone, got {one!r} among {', '.join(own)}")
 
     def enable_adapters(self, enabled: bool) -> None:
         self._disable_adapters = not enabled
@@ -238,7 +274,8 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         delta, merged = 0.0, start
         for name in names:
             delta = delta + self.lotr_adapter[name].delta()
-            merged = plus(start, delta)
+            m = self.lotr_adapter[name].magnitude
+            merged = plus(start, delta) if m is None else with_lengths(start, delta, m)
             if safe and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return merged
@@ -248,6 +285,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotr_adapter]
         if not names:
             return
+        self._check_alone([*self.merged_adapters, *names], "merge")
         self._write_merged(self.mergeable_weight(), self.merged_weight([*self.merged_adapters, *names], safe_merge))
         self.merged_adapters.extend(names)
 
@@ -260,8 +298,14 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """s B G^T A^T in the layout and dtype of the base's weight: [n, k], or [k, n] for Conv1D."""
-        delta = self.lotr_adapter[adapter_name].delta().to(self.weight.dtype)
+        """What merging adds, s B G^T A^T without magnitudes, in the layout and dtype of the base's weight: [n, k], or [k, n]
+        for Conv1D."""
+        core = self.lotr_adapter[adapter_name]
+        delta = core.delta()
+        if core.norms is not None:
+            W = stored_in(self.base_layer)[1]().detach().to(delta.dtype)
+            delta = with_lengths(W, delta, core.magnitude) - W
+        delta = delta.to(self.weight.dtype)
         return delta.mT.contiguous() if is_conv1d(self.base_layer) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -1,7 +1,7 @@
 """The tuner that PEFT makes for a LoTRPeftConfig. Imported by `lotr_ext.interop.peft`.
 
     lotr_factors.<adapter>.<group>.A, .B       owned here, once a group; with group_by="width" .A_<in_features>.value, ..
-    model.<layer>.lotr_adapter.<adapter>.core  owned by the layers (`peft_layer.py`)
+    model.<layer>.lotr_adapter.<adapter>.core  owned by the layers (`peft_layer.py`), and .magnitude
     lotr_cores.<adapter>.<parameter>           instead of those, what makes the cores of all layers, where they are not dense
 
 On disk the adapter's name is left out, as PEFT does.
@@ -62,7 +62,7 @@ def _check_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
     for key, tensor in state.items():
         owner, _, name = key.rpartition(".")
         module = modules.get(owner)
-        matrix = isinstance(module, (LoTRFactors, LoTRFactor, LoTRCore, Cores))
+        matrix = isinstance(module, (LoTRFactors, LoTRFactor, LoTRCore, Cores)) and name != "magnitude"
         matrix = matrix or (name == "weight" and module is not None and features(module) is not None)
         if in_parts(tensor) or 0 in tensor.shape or (matrix and tensor.ndim < 2):
             raise RuntimeError(

@@ -95,6 +95,12 @@ def _same_factors(tuner: BaseTuner, names: Sequence[str], argument: str) -> None
             )
 
 
+def _no_magnitudes(tuner: BaseTuner, names: Sequence[str], argument: str) -> None:
+    for name in names:
+        if tuner.peft_config[name].magnitude:
+            raise ValueError(f"{argument}: expected adapters without magnitudes, got {name!r} with; make it the active one")
+
+
 # ---- mixed batches ---------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +121,7 @@ def mixed_batch(tuner: BaseTuner, names: object, num_beams: object = None) -> It
         raise ValueError("adapter_names: expected a model in eval mode, as PEFT does, got one in training mode")
     kinds = [name for name in dict.fromkeys(names) if name != BASE]
     _same_factors(tuner, kinds, "adapter_names")
+    _no_magnitudes(tuner, kinds, "adapter_names")
     layers = tuner._adapted()
     for name, layer in layers.items():
         if layer.merged:
@@ -175,6 +182,7 @@ def add_weighted(
         raise ValueError(f"adapters: expected each once, got {adapters!r}")
     weights = check_weights("weights", dict(zip(adapters, weights, strict=True)))
     _same_factors(tuner, list(adapters), "adapters")
+    _no_magnitudes(tuner, adapters, "adapters")
     if combination_type not in (*_EXACT, *_METHODS):
         raise ValueError(f"combination_type: expected one of {', '.join((*_EXACT, *_METHODS))}, got {combination_type!r}")
     rule = Rule(density=None)

@@ -3,6 +3,7 @@
 layer.py           LoTRLayer: the forward of every adapted layer, merging, state
   linear.py          LoTRLinear, LoTRConv1D, LoTRWrapped;  experts.py, hosted.py: experts of mixtures
   factors.py         A and B;  core.py, cores.py: G, and cores made of fewer numbers
+  magnitude.py       a trained length of each row
   settings.py        scaling and dropout;  checks.py: of arguments
   init.py            how factors and cores start;  tucker.py: Tucker-2;  gradient.py: from gradients of weights
 functional.py      lotr_linear, explain

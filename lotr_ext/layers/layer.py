@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from ..ops.composite import delta_weight
 from .checks import check_rank
 from .core import HasCore
 from .factors import LoTRFactors
-from .magnitude import HasMagnitude, with_lengths
+from .magnitude import HasMagnitude, Stored, with_lengths
 from .merging import Merges, check_is_parameter, plus, write_
 from .mixture import Mixture, call_mixed, cores_of, index_for
 from .parametrized import parameters_of
@@ -169,10 +169,23 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         return call_linear(x, self._matrix(), self.bias, A, B, call)
 
     def _call_scaled(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
-        return scaled_linear(x, self._matrix(), self.bias, A, B, call, self._rows(A, B, call.core, call.scaling))
+        return scaled_linear(x, self._matrix(), self.bias, A, B, call, self.rows_of(self.stored(), A, B, call))
 
-    def _stored(self) -> tuple[Tensor, Callable[[], Tensor]]:
+    def stored(self) -> Stored:
+        """The base's weight, as `HasMagnitude.rows_of` takes it."""
         return self.weight, self._matrix
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """m <- |W_n + F_n A^T|, with which the layer computes what it does without magnitudes. Call it after the weight of a
+        layer that was built by hand has got its values.
+
+        RuntimeError for a layer without magnitudes.
+        """
+        if self.norms is None:
+            raise RuntimeError("reset_magnitude: expected a layer with magnitudes, got one without; give magnitude=True")
+        call = Call(self.core, self.scaling)
+        self.magnitude.copy_(self.factors(lambda A, B: self.rows_of(self.stored(), A, B, call).norm))
 
     def _call_mixed(self, x: Tensor, call: Call, mixture: Mixture, A: Tensor, B: Tensor) -> Tensor:
         b = x.shape[0] if mixture.index is None else len(mixture.index)
@@ -199,6 +212,12 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
             yield from parameters_of(module, name)
         yield from parameters_of(self, "core")
         yield from parameters_of(self, "magnitude")
+
+    def set_trained(self, train: Collection[str]) -> None:
+        """Whether "core" and "magnitude", those that are parameters of the layer, require gradients."""
+        for part in ("core", "magnitude"):
+            for parameter in parameters_of(self, part):
+                parameter.requires_grad_(part in train)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 

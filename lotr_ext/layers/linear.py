@@ -16,11 +16,11 @@ from ..ops import accumulate_dtype
 from .checks import check_dtype
 from .factors import LoTRFactors
 from .layer import LoTRLayer
-from .magnitude import no_magnitude
+from .magnitude import Stored, no_magnitude, stored_in
 from .merging import MergeNotice
 from .parallel_styles import move_hooks
 from .placement import home
-from .quantized import dense_weight, dequantizer, has_plain_weight, one_layer, ready_to_train
+from .quantized import dense_weight, dequantizer, has_plain_weight, is_conv1d, one_layer, ready_to_train
 from .settings import Settings
 from .sharded import whole_shape
 
@@ -248,13 +248,10 @@ class LoTRWrapped(AdaptsModule):
 
     def _call_scaled(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         y = self._call(x, call, A, B)
-        return scaled(y, self.bias, self._rows(A, B, call.core, call.scaling), call)
+        return scaled(y, self.bias, self.rows_of(stored_in(self.base_layer), A, B, call), call)
 
-    def _stored(self) -> tuple[Tensor, Callable[[], Tensor]]:
-        base = self.base_layer
-        if has_plain_weight(base):
-            return base.weight, lambda: base.weight
-        return base.weight, lambda: dense_weight(base, self.in_features, self.out_features)
+    def stored(self) -> Stored:
+        return stored_in(self.base_layer)
 
     def _matrix(self) -> Tensor:
         if self.merged:
@@ -330,11 +327,6 @@ class LoTRWrapped(AdaptsModule):
     def to_base(self) -> nn.Module:
         """The wrapped module; merged, the plain nn.Linear in its place."""
         return self.base_layer
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether module is transformers' Conv1D, told by its form: transformers need not be installed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
 
 
 def adapt(

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.magnitude import Norms, Rows
+from ..autograd.sharing import Call
 from ..ops import accumulate_dtype
-from .quantized import dequantizer, has_plain_weight
+from .quantized import dense_weight, dequantizer, has_plain_weight, is_conv1d
 from .sharded import in_parts
 
-__all__ = ["HasMagnitude", "no_magnitude", "with_lengths"]
+__all__ = ["HasMagnitude", "Stored", "no_magnitude", "stored_in", "with_lengths"]
+
+Stored = tuple[Tensor, Callable[[], Tensor]]  # the tensor that W is stored in, and what returns W [n, k] of it
 
 
 def no_magnitude(module: nn.Module) -> str | None:
@@ -43,29 +46,17 @@ class HasMagnitude(nn.Module):
         self.magnitude = held
         self.norms = None if held is None else Norms()
 
-    def _stored(self) -> tuple[Tensor, Callable[[], Tensor]]:
-        """The tensor that W is stored in, and a function that returns W [n, k] of it."""
-        raise TypeError(f"{type(self).__name__} must define _stored")
-
-    def _rows(self, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Rows:
+    def rows_of(self, stored: Stored, A: Tensor, B: Tensor, call: Call) -> Rows:
         """m, c and m / c of a call."""
-        return self.norms.rows(self.magnitude, *self._stored(), A, B, core, scaling)
+        return self.norms.rows(self.magnitude, *stored, A, B, call.core, call.scaling)
 
-    @torch.no_grad()
-    def reset_magnitude(self) -> None:
-        """m <- |W_n + F_n A^T|, with which the layer computes what it does without magnitudes. Call it after the weight of a
-        layer that was built by hand has got its values.
 
-        RuntimeError for a layer without magnitudes.
-        """
-        if self.norms is None:
-            raise RuntimeError("reset_magnitude: expected a layer with magnitudes, got one without; give magnitude=True")
-        m = self.magnitude
-
-        def of(A: Tensor, B: Tensor) -> Tensor:
-            return self._rows(A, B, self.core, self.scaling).norm
-
-        m.copy_(self.factors(of))
+def stored_in(module: nn.Module) -> Stored:
+    """Of a layer that `no_magnitude` lets pass."""
+    weight = module.weight
+    if not has_plain_weight(module):
+        return weight, lambda: dense_weight(module, module.in_features, module.out_features)
+    return weight, lambda: weight.t() if is_conv1d(module) else weight
 
 
 def with_lengths(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:

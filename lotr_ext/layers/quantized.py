@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from ..compat import FakeTensor
 from .sharded import in_parts
 
-__all__ = ["base_format", "dense_weight", "dequantizer", "has_plain_weight", "is_plain", "one_layer", "ready_to_train"]
+__all__ = [
+    *("base_format", "dense_weight", "dequantizer", "has_plain_weight", "is_conv1d", "is_plain", "one_layer"),
+    "ready_to_train",
+]
 
 
 # From so many tokens on, a weight that is made dense twice and one pass over y less cost no more than the base's own forward
@@ -30,6 +33,11 @@ def has_plain_weight(module: nn.Module) -> bool:
     """Whether products may read module.weight: a floating tensor that holds its own values, and no codes of one byte."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and is_plain(weight) and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether module is transformers' Conv1D, told by its form: transformers need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
 
 
 def base_format(module: nn.Module) -> str | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from ..layers.layer import LoTRLayer
 from ..layers.sharded import named_modules
 
-__all__ = ["adapted_layers", "expect_merged", "layers_in", "lotr_parameters"]
+__all__ = ["adapted_layers", "expect_merged", "layers_in", "lotr_parameters", "refuse_magnitudes"]
 
 
 def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
@@ -32,8 +32,8 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
 
 
 def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The adapter's trained parameters, for an optimizer: each A, B and core once, those that require grad; of a parametrized
-    one (torch.nn.utils.parametrize) the parameters that it is computed from.
+    """The adapter's trained parameters, for an optimizer: each A, B, core and magnitude once, those that require grad; of a
+    parametrized one (torch.nn.utils.parametrize) the parameters that it is computed from.
 
     modules_to_save are not among them: `[p for p in model.parameters() if p.requires_grad]` has both.
 
@@ -54,3 +54,13 @@ def expect_merged(layers: dict[str, LoTRLayer], merged: bool, name: str) -> None
         if layer.merged != merged:
             states = ("unmerged", "merged")
             raise RuntimeError(f"{name}: expected {states[merged]} layers, got {layer_name!r}, which is {states[layer.merged]}")
+
+
+def refuse_magnitudes(layers: Mapping[str, LoTRLayer], name: str) -> None:
+    """ValueError for an adapter with magnitudes, where rows have cores, and so lengths, of their own. name: the caller's."""
+    for layer_name, layer in layers.items():
+        if layer.norms is not None:
+            raise ValueError(
+                f"{name}: expected an adapter without magnitudes, for rows with cores of their own have lengths of their own, "
+                f"got {layer_name!r} with; adapt with magnitude=False"
+            )

@@ -135,6 +135,8 @@ def _check_whole(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
         r_in, r_out = (*A, *B) if manifest.config is None else manifest.config.ranks
         core = (entry.experts, r_in, r_out) if entry.experts else (r_in, r_out)
         wanted = {entry.tensor("A"): (entry.in_features, r_in), entry.tensor("B"): (entry.out_features, r_out)}
+        if f"{name}.magnitude" in tensors:
+            wanted[f"{name}.magnitude"] = (entry.out_features,)
         for key, want in (wanted | {f"{name}.core": core}).items():
             if tuple(tensors[key].shape) != want or 0 in want:
                 raise ValueError(f"{key}: expected shape {list(want)}, got {list(tensors[key].shape)}; {_ALL_PROCESSES}")
@@ -229,6 +231,8 @@ def check_shapes(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, entry in manifest.layers.items():
+        if (manifest.config is not None and manifest.config.magnitude) or f"{name}.magnitude" in tensors:
+            shapes[f"{name}.magnitude"] = (entry.out_features,)
         for start in ("", "start_"):
             keys = [entry.tensor(f"{start}A"), entry.tensor(f"{start}B"), f"{name}.{start}core"]
             if not start or any(key in tensors for key in keys):

@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
+from ..autograd.magnitude import row_lengths
 from ..autograd.tensor_parallel import is_dtensor
+from ..layers.core import made
 from ..layers.experts import LoTRExperts
 from ..layers.init import fill_core_
 from ..layers.layer import LoTRLayer
+from ..layers.magnitude import no_magnitude
 from ..layers.mixture import Mixture, mixture_of
-from ..layers.parametrized import parameters_of
 from ..layers.request import in_force
 from ..layers.settings import Settings
 from ..layers.sharded import agree_over
-from .adapted import adapted_layers, expect_merged
+from .adapted import adapted_layers, expect_merged, refuse_magnitudes
 from .config import LoTRConfig
 from .core_forms import form_at, make_cores
 from .parked import DEFAULT, ParkedAdapter, ParkedAdapters, find_name, parked_of
@@ -98,9 +100,10 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     held = [form_at(cores, at) for at in layers] if cores is not None else _new_cores(model, config, factors)
     made = (*(t for owner in factors.values() for t in owner.parameters()), *(held if cores is None else cores.parameters()))
     agree_over(next(filter(is_dtensor, (layer._parameters.get("weight") for layer in layers.values())), None), made)
+    magnitudes = _new_magnitudes(model, config, factors, held) if config.magnitude else None
     settings = (Settings.of(config).scale(config.rank), config.dropout)
     saved = [t.detach().clone() for t in saved_tensors(saved_modules(model)).values()]
-    parked[name] = ParkedAdapter(config, factors, held, cores, [settings] * len(held), saved)
+    parked[name] = ParkedAdapter(config, factors, held, magnitudes, cores, [settings] * len(held), saved)
     model.lotr_parked = parked
     _register_once(model)
     return model
@@ -133,6 +136,21 @@ def _new_cores(model: nn.Module, config: LoTRConfig, factors: dict[str, Owner]) 
         cores.append(nn.Parameter(torch.empty(*old.shape[:-2], *config.ranks, device=old.device, dtype=dtype)))
         fill_core_(cores[-1], config.core_init)
     return cores
+
+
+def _new_magnitudes(
+    model: nn.Module, config: LoTRConfig, factors: dict[str, Owner], held: Sequence[nn.Parameter | nn.Module]
+) -> list[nn.Parameter]:
+    """For each layer the lengths of its rows with the new adapter."""
+    scaling, magnitudes = Settings.of(config).scale(config.rank), []
+    for (name, layer), own in zip(adapted_layers(model).items(), held, strict=True):
+        if (why := no_magnitude(getattr(layer, "base_layer", layer))) is not None:
+            raise ValueError(f"magnitude: expected layers whose rows can be measured, got {name!r}, {why}")
+        pair, core = counterpart(layer.factors, model.lotr_factors, factors), own if isinstance(own, Tensor) else made(own)
+        with torch.no_grad():
+            lengths = row_lengths(layer.stored()[1](), pair.A, pair.B, core, scaling)
+        magnitudes.append(nn.Parameter(lengths.to(core)))
+    return magnitudes
 
 
 def set_adapter(model: Model, name: str) -> Model:
@@ -204,6 +222,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
         mixtures = bank_of(model, "mixed").mixtures(model, names)
     else:
         mixtures = _mixtures(model, parked, names)
+    refuse_magnitudes(layers, "mixed")
     flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # and with them, say, a shared expert
     with in_force({layer: own._replace(flat=flat) for layer, own in zip(layers.values(), mixtures, strict=True)}):
         yield model
@@ -216,6 +235,8 @@ def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | No
     kinds = list(dict.fromkeys(name for name in names if name is not None)) or [parked.active]
     for name in kinds:
         if find_name(parked, name, "names") != parked.active:
+            if parked[name].magnitudes is not None:
+                raise ValueError(f"names: expected adapters without magnitudes, got {name!r} with; call set_adapter for it")
             for group, factors in parked[name].factors.items():
                 if factors is not model.lotr_factors[group]:
                     raise ValueError(
@@ -266,7 +287,7 @@ def _check_new_name(parked: ParkedAdapters, name: object) -> None:
 def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:
     """RuntimeError for parametrized cores or factors: a parametrization stays where it was registered, but an adapter moves."""
     for name, layer in layers.items():
-        for owner, part in (*layer.factors.owners, (layer, "core")):
+        for owner, part in (*layer.factors.owners, (layer, "core"), (layer, "magnitude")):
             if parametrize.is_parametrized(owner, part):
                 raise RuntimeError(
                     f"{where}: expected cores and factors that are parameters, got {name!r}, whose {part} has a "
@@ -278,7 +299,8 @@ def _fitting_config(model: nn.Module, config: LoTRConfig | None, *, shared: bool
     """config with the active adapter's targets, groups and modules_to_save, which it must not contradict."""
     active: LoTRConfig = model.lotr_config
     if config is None:
-        config = replace(active, train=("core",), core_init="zero", init="orthonormal") if shared else active
+        own = ("core", "magnitude") if "magnitude" in active.train else ("core",)
+        config = replace(active, train=own, core_init="zero", init="orthonormal") if shared else active
     if not isinstance(config, LoTRConfig):
         raise TypeError(f"config: expected a LoTRConfig, got {type(config).__name__}")
     default = LoTRConfig()
@@ -299,6 +321,7 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
         model.lotr_config,
         dict(model.lotr_factors.items()),
         [layer.held_core() for layer in layers.values()],
+        [layer.magnitude for layer in layers.values()] if model.lotr_config.magnitude else None,
         getattr(model, CORES, None),
         [(layer.scaling, layer.dropout) for layer in layers.values()],
         [t.data for t in live.values()],
@@ -306,12 +329,13 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
     for part in (old, *old.factors.values()):  # a gradient that stayed would be added to when it is active again
         part.requires_grad_(False).zero_grad()
     pairs = {id(layer.factors): counterpart(layer.factors, old.factors, new.factors) for layer in layers.values()}
-    for layer, held, (scaling, dropout) in zip(layers.values(), new.held, new.settings, strict=True):
+    magnitudes = new.magnitudes or [None] * len(layers)
+    for layer, held, magnitude, (scaling, dropout) in zip(layers.values(), new.held, magnitudes, new.settings, strict=True):
         layer.__dict__["factors"] = pairs[id(layer.factors)]
         layer.hold_core(held)
+        layer.hold_magnitude(magnitude)
         layer.scaling, layer.dropout = scaling, dropout
-        for parameter in parameters_of(layer, "core"):
-            parameter.requires_grad_("core" in new.config.train)
+        layer.set_trained(new.config.train)
     if hasattr(model, CORES):
         delattr(model, CORES)
     if new.made is not None:

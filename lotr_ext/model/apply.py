@@ -139,6 +139,8 @@ def install(
             write_(factors.B, factors.start_B)
             for layer in layers:
                 write_(layer.core, layer.start_core)
+                if config.magnitude:
+                    layer.reset_magnitude()
     shared.set_trained(config.train)
     model.lotr_factors = shared
     parts = (w for t in selection.targets if is_dtensor(w := getattr(t.module, t.parameter or "weight", None)))
@@ -165,7 +167,7 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
         layer = kind.adapting(target.module, factors, settings)
     layer.leave_factors_to_owner()
     fill_core_(layer.core, config.core_init)
-    layer.core.requires_grad_("core" in config.train)
+    layer.set_trained(config.train)
     for name in target.names if target.parameter is None else ():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -230,8 +232,9 @@ def _check_unmergeable(layers: dict[str, LoTRLayer]) -> None:
     for name, layer in layers.items():
         if layer.merged and not isinstance(layer, LoTRWrapped):
             layer.check_parameter("weight", "unmerge", name)
-        if layer.merged and isinstance(layer, LoTRWrapped) and layer.quantized_base is None:
-            raise RuntimeError(f"unmerge: expected the quantised base of {name!r}, got a layer merged with keep_backup=False")
+        kept = layer.quantized_base if isinstance(layer, LoTRWrapped) else layer.weight_backup
+        if layer.merged and layer.unmerges_by_backup and kept is None:
+            raise RuntimeError(f"unmerge: expected a copy of the base of {name!r}, got a layer merged with keep_backup=False")
 
 
 def _merge_layer(layer: LoTRLayer, safe: bool, keep_backup: bool, dequantize: bool | torch.dtype) -> None:
@@ -242,11 +245,13 @@ def _merge_layer(layer: LoTRLayer, safe: bool, keep_backup: bool, dequantize: bo
 
 
 def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> Model:
-    """Adds every layer's s B G^T A^T into its weight (sum in fp32, cast once): all layers, or none on an error.
+    """Adds every layer's s B G^T A^T into its weight, and with magnitudes gives each row its length (in fp32, cast once): all
+    layers, or none on an error.
 
     safe: refuse results that are not finite. keep_backup: keep the weights, so that `unmerge` restores the very bits; else it
-    subtracts, which is exact only up to rounding. dequantize: put a plain nn.Linear, of this dtype if one is given, in the
-    place of each quantised layer (torchao, bitsandbytes), which is refused otherwise; `unmerge` puts back what was backed up.
+    subtracts, which is exact only up to rounding, and with magnitudes raises. dequantize: put a plain nn.Linear, of this dtype
+    if one is given, in the place of each quantised layer (torchao, bitsandbytes), which is refused otherwise; `unmerge` puts
+    back what was backed up.
 
     Raises:
         TypeError: no nn.Module, a base that cannot be merged into, or a weight that is no parameter any more (weight_norm,
@@ -265,7 +270,7 @@ def _merge_all(layers: Iterable[LoTRLayer], safe: bool, keep_backup: bool, dequa
     done: list[LoTRLayer] = []
     try:
         for layer in layers:
-            _merge_layer(layer, safe, keep_backup or isinstance(layer, LoTRWrapped), dequantize)
+            _merge_layer(layer, safe, keep_backup or layer.unmerges_by_backup, dequantize)
             done.append(layer)
     except BaseException:
         for layer in done:
@@ -274,8 +279,10 @@ def _merge_all(layers: Iterable[LoTRLayer], safe: bool, keep_backup: bool, dequa
     notice = MergeNotice()
     for layer in done:
         layer.notice = notice
-        if isinstance(layer, LoTRWrapped) and not keep_backup:  # kept so far for the way back
-            layer.quantized_base = None
+        if not keep_backup:  # of some it was kept so far for the way back
+            layer.weight_backup = None
+            if isinstance(layer, LoTRWrapped):
+                layer.quantized_base = None
 
 
 def unmerge(model: Model) -> Model:

@@ -80,6 +80,9 @@ def combine(
     parked = parked_of(model, "combine")
     rule, weights = Rule(method, density, seed), check_weights("adapters", adapters)
     found = {one: _adapter(model, parked, find_name(parked, one, "adapters")) for one in weights}
+    for one, own in found.items():
+        if own.config.magnitude:
+            raise ValueError(f"adapters: expected adapters without magnitudes, of which no sum is defined, got {one!r} with")
     _check_saved(found)
     sets = _by_factors(found, method, rank is not None)
     first, names = next(iter(found.values())), list(adapted_layers(model))

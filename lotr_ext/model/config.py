@@ -25,12 +25,12 @@ _NAMES_HERE = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "use_rslora": "rslora",
+    "use_dora": "magnitude",
     "init_lora_weights": "init",
 }
 _NOT_HERE = {
     "rank_pattern": "the layers of a group share A and B, and with them the rank",
     "alpha_pattern": "one scaling a configuration",
-    "use_dora": "no norms (DoRA)",
     "lora_bias": "no biases inside of the adapter",
     "trainable_token_indices": "no trained rows of an embedding",
     "layer_replication": "no repeated layers",
@@ -54,7 +54,7 @@ def check_names(given: Iterable[str], of: str) -> None:
 
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names
 TASKS = (*HEADED_TASKS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
-_PARTS = ("A", "B", "core")
+_PARTS = ("A", "B", "core", "magnitude")
 
 
 def _names(value: object, name: str) -> tuple[str, ...] | None:
@@ -96,7 +96,11 @@ class LoTRConfig:
             over all adapted layers; a mapping from layer name to group; or a callable (name, module) -> group.
         init: "orthonormal", "normal", "kaiming", "svd" (lotr_ext.init), or "gradient", for which `apply_lotr` needs batches and
             a loss (`init_from_gradient`).
-        train: which of "A", "B" and "core" are trained; the rest stays as it starts.
+        train: which of "A", "B", "core" and "magnitude" are trained; the rest stays as it starts. By default all that there
+        are.
+        magnitude: whether each layer has a trained length m_n for each row of W + s B G^T A^T, which starts at the row's own
+            (DoRA, arXiv 2402.09353): y = bias + (m / c) (x W^T + s ((x A) G) B^T), c the lengths, without a gradient. Not for
+            target_parameters.
         adapter_dtype: of A, B and the cores: float32, float64, bfloat16 or float16.
         core_init: "zero", or "identity" (then B starts at zero).
         core: "dense", a core of its own for each layer; or what makes the cores of fewer numbers that layers share
@@ -120,12 +124,13 @@ class LoTRConfig:
     modules_to_save: Sequence[str] | None = None
     group_by: GroupBy = "shape"
     init: str = "orthonormal"
-    train: Sequence[str] = ("A", "B", "core")
+    train: Sequence[str] = _PARTS
     adapter_dtype: torch.dtype = torch.float32
     core_init: str = "zero"
     target_parameters: Sequence[str] | None = None
     core: str | Callable[..., Cores] = "dense"
     task_type: str | None = None
+    magnitude: bool = False
 
     def __new__(cls, *_: Any, **given: Any) -> LoTRConfig:
         check_names(given, "LoTRConfig")
@@ -173,6 +178,8 @@ class LoTRConfig:
             put("task_type", str.__str__(self.task_type))  # PEFT's own is an enumeration of strings
         self._check_train()
         self._check_core()
+        if self.magnitude and self.target_parameters is not None:
+            raise ValueError("magnitude: expected False with target_parameters, whose experts have none, got True")
 
     def _check_core(self) -> None:
         known = ("dense", *FORMS)
@@ -205,6 +212,10 @@ class LoTRConfig:
         train = _names(self.train, "train")
         if train is None or len(set(train)) != len(train) or not set(train) <= set(_PARTS):
             raise ValueError(f"train: expected some of {_PARTS}, each once, got {self.train!r}")
+        if not self.magnitude and "magnitude" in train:
+            if set(train) != set(_PARTS):
+                raise ValueError(f'train: expected "magnitude" only with magnitude=True, got {self.train!r} without')
+            train = _PARTS[:-1]
         object.__setattr__(self, "train", tuple(part for part in _PARTS if part in train))
         if self.init == "svd":
             if self.group_by == "width":
@@ -217,7 +228,7 @@ class LoTRConfig:
         if self.init == "gradient" and self.target_parameters is not None:
             raise ValueError('init: expected another with target_parameters (it looks at linear layers), got "gradient"')
         moves = "core" if self.core_init == "zero" else "B"  # the one part that has a gradient at the start
-        if moves not in self.train:
+        if moves not in self.train and self.train != ("magnitude",):
             raise ValueError(
                 f"train: expected {moves!r} among the trained parts with core_init {self.core_init!r} (all other gradients are "
                 f"zero while it is), got {self.train!r}"

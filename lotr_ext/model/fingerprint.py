@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..layers.layer import LoTRLayer
-from ..layers.linear import LoTRConv1D, LoTRWrapped, is_conv1d
-from ..layers.quantized import has_plain_weight
+from ..layers.linear import LoTRConv1D, LoTRWrapped
+from ..layers.quantized import has_plain_weight, is_conv1d
 from ..layers.sharded import in_parts
 
 __all__ = ["fingerprint", "warn_of_another_base"]

@@ -19,11 +19,13 @@ def parameter_groups(
     *,
     core_lr: float | None = None,
     factor_lr: float | None = None,
+    magnitude_lr: float | None = None,
     other_lr: float | None = None,
     weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """All trained parameters of an adapted model in up to three groups for an optimizer: "cores", "factors" (A and B), and
-    "other" (modules_to_save, such as a new head, and what else requires a gradient). Each has its name under "name".
+    """All trained parameters of an adapted model in up to four groups for an optimizer: "cores", "factors" (A and B),
+    "magnitudes", and "other" (modules_to_save, such as a new head, and what else requires a gradient). Each has its name under
+    "name". Magnitudes have no weight decay, which would shrink the frozen weight.
 
     Any torch optimizer takes the list. transformers' Trainer and TRL's trainers take the optimizer, and scale the rates of all
     groups by their own schedule: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
@@ -33,13 +35,15 @@ def parameter_groups(
         lr: the learning rate of each group that is given none of its own. None: the optimizer's.
         core_lr: of the cores.
         factor_lr: of A and B.
+        magnitude_lr: of the magnitudes. None: that of the cores.
         other_lr: of the rest.
-        weight_decay: of all groups. None: the optimizer's.
+        weight_decay: of all groups but the magnitudes. None: the optimizer's.
 
     Raises:
         TypeError, ValueError: a rate that is no number or negative. TypeError, RuntimeError: as `lotr_parameters`.
     """
-    given = {"lr": lr, "core_lr": core_lr, "factor_lr": factor_lr, "other_lr": other_lr, "weight_decay": weight_decay}
+    rates = {"lr": lr, "core_lr": core_lr, "factor_lr": factor_lr, "magnitude_lr": magnitude_lr, "other_lr": other_lr}
+    given = {**rates, "weight_decay": weight_decay}
     for name, value in given.items():
         if value is not None:
             check_number(name, value)
@@ -48,11 +52,12 @@ def parameter_groups(
     kinds: dict[int, str] = {}
     for layer in adapted_layers(model).values():
         kinds |= {id(p): "cores" for p in parameters_of(layer, "core")}
+        kinds |= {id(p): "magnitudes" for p in parameters_of(layer, "magnitude")}
         kinds |= {id(p): "factors" for module, part in layer.factors.owners for p in parameters_of(module, part)}
-    groups = []
-    for kind, rate in (("cores", core_lr), ("factors", factor_lr), ("other", other_lr)):
+    groups, of_m = [], core_lr if magnitude_lr is None else magnitude_lr
+    for kind, rate in (("cores", core_lr), ("factors", factor_lr), ("magnitudes", of_m), ("other", other_lr)):
         parameters = [p for p in model.parameters() if p.requires_grad and kinds.get(id(p), "other") == kind]
-        settings = {"lr": lr if rate is None else rate, "weight_decay": weight_decay}
+        settings = {"lr": lr if rate is None else rate, "weight_decay": 0.0 if kind == "magnitudes" else weight_decay}
         settings = {name: value for name, value in settings.items() if value is not None}
         if parameters:
             groups.append({"params": parameters, "name": kind, **settings})

@@ -196,17 +196,20 @@ def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], cast
 
 
 def _expected(
-    manifest: Manifest, like: Callable[[str], tuple[Tensor, Tensor, Tensor]], tensors: dict[str, Tensor]
+    manifest: Manifest, like: Callable[[str], tuple[Tensor | None, ...]], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors that the file must contain. like: a layer's A, B and core, or empty ones of their shapes."""
+    """The tensors that the file must contain. like: a layer's A, B, core and magnitude (None without), or empty ones of their
+    shapes."""
     expected: dict[str, Tensor] = {}
     for names in _groups(manifest.layers).values():
         starts = (*(manifest.layers[names[0]].tensor(f"start_{part}") for part in "AB"), *(f"{n}.start_core" for n in names))
         start = any(key in tensors for key in starts)
         for name in names:
-            (A, B, core), entry = like(name), manifest.layers[name]
+            (A, B, core, magnitude), entry = like(name), manifest.layers[name]
             for part in ("", "start_") if start else ("",):
                 expected |= {entry.tensor(f"{part}A"): A, entry.tensor(f"{part}B"): B, f"{name}.{part}core": core}
+            if magnitude is not None:
+                expected[f"{name}.magnitude"] = magnitude
     return expected
 
 
@@ -230,7 +233,8 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
     saved = saved_modules(model)
     if set(saved) != set(manifest.modules_to_save):
         raise ValueError(f"modules_to_save: expected {sorted(saved)} as in the model, got {sorted(manifest.modules_to_save)}")
-    expected = _expected(manifest, lambda n: (layers[n].factors.A, layers[n].factors.B, layers[n].core), tensors)
+    own = {name: (layer.factors.A, layer.factors.B, layer.core, layer.magnitude) for name, layer in layers.items()}
+    expected = _expected(manifest, own.__getitem__, tensors)
     _check_tensors(expected | computed_tensors(layers, prefixes) | saved_tensors(saved), tensors, cast)
     for names in _groups(manifest.layers).values():
         if manifest.layers[names[0]].tensor("start_A") in tensors or layers[names[0]].start_core is not None:
@@ -284,11 +288,12 @@ def _check_plain(
         raise ValueError(f"modules_to_save: expected {want} in the model, got {got}")
     r_in, r_out = config.ranks
 
-    def like(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def like(name: str) -> tuple[Tensor | None, ...]:
         entry = manifest.layers[name]
         core = (entry.experts, r_in, r_out) if entry.experts else (r_in, r_out)
         shapes = (entry.in_features, r_in), (entry.out_features, r_out), core
-        return tuple(empty(shape, config.adapter_dtype) for shape in shapes)
+        magnitude = empty((entry.out_features,), config.adapter_dtype) if config.magnitude else None
+        return *(empty(shape, config.adapter_dtype) for shape in shapes), magnitude
 
     cores = make_cores(config, [t.name for t in selection.targets], "meta") if config.core in FORMS else None
     expected = _expected(manifest, like, tensors)
@@ -348,8 +353,7 @@ def _install(model: nn.Module, config: LoTRConfig, selection: Selection, cores: 
     model.lotr_config = config if config.core in FORMS else replace(config, core="dense")
     model.lotr_factors.set_trained(config.train)
     for layer in adapted_layers(model).values():
-        if cores is None:
-            layer.core.requires_grad_("core" in config.train)
+        layer.set_trained(config.train)
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ DEFAULT = "default"  # the name of the adapter that apply_lotr made
 class ParkedAdapter(nn.Module):
     """An adapter that is not active.
 
-    held, settings: for each layer, in the model's order, the core or the module that makes it, and (scaling, dropout). made:
-    the Cores that make the cores of all layers, None for dense ones. saved: its modules_to_save, by tensor.
+    held, magnitudes, settings: for each layer, in the model's order, the core or the module that makes it, the magnitudes (None
+    without), and (scaling, dropout). made: the Cores that make the cores of all layers, None for dense ones. saved: its
+    modules_to_save, by tensor.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ParkedAdapter(nn.Module):
         config: LoTRConfig,
         factors: dict[str, Owner],
         held: Sequence[nn.Parameter | nn.Module],
+        magnitudes: Sequence[nn.Parameter] | None,
         made: Cores | None,
         settings: Sequence[tuple[float, float]],
         saved: Sequence[Tensor],
@@ -41,6 +43,7 @@ class ParkedAdapter(nn.Module):
         self.__dict__["factors"] = factors  # registered by `_register_once`, here or where they are shared from
         self.cores = nn.ParameterList(one for one in held if isinstance(one, nn.Parameter))
         self.forms = nn.ModuleList(one for one in held if not isinstance(one, nn.Parameter))
+        self.magnitudes = None if magnitudes is None else nn.ParameterList(magnitudes)
         self.dense, self.made = [isinstance(one, nn.Parameter) for one in held], made
         self.saved = nn.ParameterList(nn.Parameter(t.detach(), requires_grad=False) for t in saved)
         self.requires_grad_(False)
@@ -93,10 +96,11 @@ def parked_adapter(model: nn.Module, name: str) -> ParkedAdapter:
     return parked[find_name(parked, name, "name")]
 
 
-def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, Tensor, float, float]]:
-    """(factors, core, scaling, dropout) of a parked adapter for each layer, in the model's order."""
+def parked_layers(model: nn.Module, parked: ParkedAdapter) -> list[tuple[LoTRFactors, Tensor, Tensor | None, float, float]]:
+    """(factors, core, magnitude, scaling, dropout) of a parked adapter for each layer, in the model's order."""
     layers = adapted_layers(model).values()
+    magnitudes = parked.magnitudes or [None] * len(layers)
     return [
-        (counterpart(layer.factors, model.lotr_factors, parked.factors), core, *settings)
-        for layer, core, settings in zip(layers, parked.values, parked.settings, strict=True)
+        (counterpart(layer.factors, model.lotr_factors, parked.factors), core, magnitude, *settings)
+        for layer, core, magnitude, settings in zip(layers, parked.values, magnitudes, parked.settings, strict=True)
     ]

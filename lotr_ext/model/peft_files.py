@@ -2,7 +2,8 @@
 
 adapter_config.json          the configuration, and `layers`: each layer's factors and sizes, in the model's order
 adapter_model.safetensors    base_model.lotr_factors.<group>.A, .B; base_model.lotr_cores.<parameter>;
-                             base_model.model.<layer>.lotr_adapter.core; base_model.model.<module of modules_to_save>...
+                             base_model.model.<layer>.lotr_adapter.core, .magnitude; base_model.model.<module of
+                             modules_to_save>...
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from .names import name_ends_with
 __all__ = ["described_layers", "lotr_to_peft", "read_either"]
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_CORE = re.compile(r"base_model\.model\.(?P<layer>.+)\.lotr_adapter\.core")
+_OWN = re.compile(r"base_model\.model\.(?P<layer>.+)\.lotr_adapter\.(?P<part>core|magnitude)")
 _SHARED = re.compile(r"base_model\.(?P<name>lotr_(?:factors|cores)\..+)")
-_SAME = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train")
+SAME = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "core_init", "core", "train", "magnitude")
 
 
 def described_layers(layers: Mapping[str, LayerEntry]) -> list[dict[str, Any]]:
@@ -81,11 +82,11 @@ def _adapter(path: Path, content: Mapping[str, Any], stored: Mapping[str, Tensor
             "it again"
         )
     tensors = {_name(key): tensor for key, tensor in stored.items()}
-    settings = {name: content[name] for name in _SAME if name in content}
+    settings = {name: content[name] for name in SAME if name in content}
     checked = LoTRConfig(**{name: tuple(v) if name == "rank" and isinstance(v, list) else v for name, v in settings.items()})
     own = {"scaling": Settings.of(checked).scale(checked.rank), "dropout": checked.dropout}
     layers = {str(one.get("name")): {**one, **own} for one in content["layers"]}
-    known = {f"{name}.core" for name in layers}
+    known = {f"{name}.{part}" for name in layers for part in ("core", "magnitude")}
     saved = [key for key in tensors if key not in known and not key.startswith(("lotr_factors.", f"{CORES}."))]
     modules = _modules(saved, content.get("modules_to_save"))
     adapters = [t for key, t in tensors.items() if key.startswith("lotr_factors.")]
@@ -105,8 +106,8 @@ def _adapter(path: Path, content: Mapping[str, Any], stored: Mapping[str, Tensor
 
 def _name(key: str) -> str:
     """What `save_adapter` calls a tensor of PEFT's."""
-    if (found := _CORE.fullmatch(key)) is not None:
-        return f"{found['layer']}.core"
+    if (found := _OWN.fullmatch(key)) is not None:
+        return f"{found['layer']}.{found['part']}"
     if (found := _SHARED.fullmatch(key)) is not None:
         return found["name"]
     if not key.startswith("base_model.model.") or ".lotr_adapter." in key:
@@ -170,7 +171,7 @@ def lotr_to_peft(
     if len(same) > 1:
         raise ValueError(f"source: expected one scaling and dropout for all layers, got {sorted(same)}")
     (scaling, dropout), experts = same.pop(), [n for n, entry in manifest.layers.items() if entry.experts]
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name in _SAME}
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name in SAME}
     linear = [name for name in manifest.layers if name not in experts]
     content = {
         "peft_type": "LOTR",
@@ -208,5 +209,7 @@ def _stored(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     stored = {f"base_model.{key}": t for key, t in tensors.items() if key in shared or (made and key.startswith(f"{CORES}."))}
     if not made:
         stored |= {f"base_model.model.{name}.lotr_adapter.core": tensors[f"{name}.core"] for name in manifest.layers}
+    if manifest.config.magnitude:
+        stored |= {f"base_model.model.{name}.lotr_adapter.magnitude": tensors[f"{name}.magnitude"] for name in manifest.layers}
     saved = tuple(f"{name}." for name in manifest.modules_to_save)
     return stored | {f"base_model.model.{key}": t for key, t in tensors.items() if saved and key.startswith(saved)}

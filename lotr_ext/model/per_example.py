@@ -20,7 +20,7 @@ from ..compat import graph_task
 from ..layers.layer import LoTRLayer
 from ..layers.mixture import Mixture
 from ..layers.request import in_force
-from .adapted import adapted_layers, expect_merged
+from .adapted import adapted_layers, expect_merged, refuse_magnitudes
 from .saving import unwrapped
 
 __all__ = ["PerExampleGradients", "collecting", "layers_of", "per_example"]
@@ -113,6 +113,7 @@ def layers_of(model: nn.Module, where: str) -> dict[str, LoTRLayer]:
     """The adapted layers, checked. where: the caller's name, for messages."""
     layers = adapted_layers(unwrapped(model))
     expect_merged(layers, False, where)
+    refuse_magnitudes(layers, where)
     for name, layer in layers.items():
         if not layer.core.requires_grad:
             raise ValueError(

@@ -72,7 +72,8 @@ def adapter_slots(model: nn.Module) -> list[Slot]:
             names = (*module._parameters, *module._buffers)
         else:  # an adapted layer's weights are not its adapter's
             kept = (*module._parameters, *module._buffers)
-            names = tuple(n for n in ("core", "start_core") if n in kept) if isinstance(module, LoTRLayer) else ()
+            own_parts = ("core", "start_core", "magnitude") if isinstance(module, LoTRLayer) else ()
+            names = tuple(n for n in own_parts if n in kept)
         slots += [Slot(f"{at}.{name}", module, name) for name in names]
     return slots
 
@@ -81,7 +82,7 @@ def adapter_slots(model: nn.Module) -> list[Slot]:
 
 
 def parts(layers: Layers, prefixes: Prefixes) -> Iterator[tuple[nn.Module, str, str]]:
-    """Each A, B and core once: its module, the module's name and the part's."""
+    """Each A, B, core and magnitude once: its module, the module's name and the part's."""
     seen: set[int | tuple[int, str]] = set()
     for name, layer in layers.items():
         if id(layer.factors) not in seen:
@@ -91,6 +92,8 @@ def parts(layers: Layers, prefixes: Prefixes) -> Iterator[tuple[nn.Module, str, 
                     seen.add((id(module), part))
                     yield module, prefixes[id(module)], part
         yield layer, name, "core"
+        if layer.norms is not None:
+            yield layer, name, "magnitude"
 
 
 def cores_of(layer: nn.Module) -> nn.Module | None:
@@ -172,7 +175,7 @@ def _without_foreign(
     kept = will_be or any(key.startswith(f"{CORES}.") for key in own)
     foreign = () if kept else (f"{CORES}.",)
     factors = {entry.tensor(part) for entry in manifest.layers.values() for part in "AB"}
-    for full in (*factors, *(f"{name}.core" for name in manifest.layers)):
+    for full in (*factors, *(f"{name}.{part}" for name in manifest.layers for part in ("core", "magnitude"))):
         if full not in names:
             owner, _, part = full.rpartition(".")
             foreign += (f"{owner}.parametrizations.{part}.", f"{owner}.core_form.")

@@ -2,8 +2,8 @@
 
 Tensors are named as in the adapted model's state_dict: `lotr_factors.<group>.A` and `.B` once per group, `<layer>.core` per
 layer, the parameters and buffers of modules_to_save, and, where init "svd" moved part of the weights into the adapter,
-`lotr_factors.<group>.start_A`, `.start_B` and `<layer>.start_core`. Format and writing: `adapter_files.py`; reading:
-`loading.py`.
+`lotr_factors.<group>.start_A`, `.start_B` and `<layer>.start_core`; with magnitudes `<layer>.magnitude`. Format and writing:
+`adapter_files.py`; reading: `loading.py`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict
     config, beside = getattr(model, "lotr_config", None), saved_tensors(saved)
     tensors: dict[str, Tensor] = {}
     if name is None or name == adapters.active_adapter(model):
-        held = [(m.factors, m.core, m.scaling, m.dropout) for m in layers.values()]
+        held = [(m.factors, m.core, m.magnitude, m.scaling, m.dropout) for m in layers.values()]
         tensors |= computed_tensors(layers, prefixes)
     else:
         parked = parked_adapter(model, name)
@@ -130,7 +130,7 @@ def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict
             tensors |= {f"{CORES}.{key}": t for key, t in parked.made.state_dict(keep_vars=True).items()}
         config, beside = parked.config, dict(zip(beside, parked.saved, strict=True))
     entries = {}
-    for (at, layer), (factors, core, scaling, dropout) in zip(layers.items(), held, strict=True):
+    for (at, layer), (factors, core, magnitude, scaling, dropout) in zip(layers.items(), held, strict=True):
         prefix = factor_prefix(prefixes, layer.factors)
         entry = entries[at] = LayerEntry(
             prefix, layer.in_features, layer.out_features, float(scaling), dropout, getattr(layer, "num_experts", 0)
@@ -139,6 +139,8 @@ def _contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict
             if entry.tensor(part) not in tensors and (value := getattr(factors, part)) is not None:
                 tensors[entry.tensor(part)] = value
         tensors[f"{at}.core"] = core
+        if magnitude is not None:
+            tensors[f"{at}.magnitude"] = magnitude
         if layer.start_core is not None:
             tensors[f"{at}.start_core"] = layer.start_core
     tensors |= beside

@@ -34,6 +34,7 @@ def check_memory(targets: Sequence[Target], config: LoTRConfig) -> None:
             numbers[device] += 0 if owner in seen else features * rank
             seen.add(owner)
         experts = expert_sizes(target.module, target.parameter)[0] if target.parameter is not None else 1
+        numbers[device] += target.out_features * config.magnitude
         numbers[device] += experts * r_in * r_out  # of a core that is made of fewer numbers too: a forward makes it
     for device, count in numbers.items():
         _check(device, count, config)

@@ -21,7 +21,8 @@ __all__ = ["TrainableSummary", "trainable_summary"]
 
 
 class TrainableSummary(NamedTuple):
-    """Counts of parameters. adapter: A, B and cores; trained: all that require grad; total: the model with its adapter.
+    """Counts of parameters. adapter: A, B, cores and magnitudes; trained: all that require grad; total: the model with its
+    adapter.
 
     layers: adapted layers; groups: (in_features, out_features, rank) of each pair of factors; left_out: what "all-linear" or a
     regular expression reached and left as it is, by name, and why; formats: the quantised format of each adapted layer that has

@@ -14,10 +14,10 @@ from torch.nn.utils import parametrize
 
 from ..autograd.tensor_parallel import cut_of, experts_cut, is_dtensor
 from ..layers.layer import LoTRLayer
-from ..layers.linear import is_conv1d
+from ..layers.magnitude import no_magnitude
 from ..layers.packed import expert_parameters, packed
 from ..layers.parallel_styles import tp_style
-from ..layers.quantized import has_plain_weight, is_plain
+from ..layers.quantized import has_plain_weight, is_conv1d, is_plain
 from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
 from .config import LoTRConfig
 from .experts import CHILD, adapted_in, expert_sizes, why_not
@@ -366,6 +366,9 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
                 raise ValueError(f'init: expected weights that "svd" can read and write, got {t.name!r} ({kind})')
             if t.module.weight.is_meta:
                 raise ValueError(f'init: expected weights with values for "svd", got {t.name!r} on the meta device')
+    for t in targets if config.magnitude else ():
+        if (why := no_magnitude(t.module)) is not None:
+            raise ValueError(f"magnitude: expected layers whose rows can be measured, got {t.name!r}, {why}; exclude it")
 
 
 def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRConfig) -> str:

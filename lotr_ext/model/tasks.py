@@ -28,7 +28,7 @@ from ..layers.checks import check_dimension
 from ..layers.mixture import Mixture
 from ..layers.sharded import agreed, gathered, parted_as
 from ..layers.sums import Rule, check_weights
-from .adapted import adapted_layers
+from .adapted import adapted_layers, refuse_magnitudes
 from .shared_factors import Owner, SharedFactors, factors_checksum
 from .task_optimizer import STATE, TaskOptimizer, noted_cores
 
@@ -66,6 +66,7 @@ class TaskBank(nn.Module):
         if hasattr(model, "lotr_tasks"):
             raise RuntimeError("TaskBank: expected a model without a bank, got one with; del model.lotr_tasks first")
         check_dimension("tasks", tasks)
+        refuse_magnitudes(layers, "TaskBank")
         cores = (_places(layer.core.detach(), tasks) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
