@@ -115,7 +115,7 @@ class Sweep:
     """The runs of a sweep, in passes that are fair to all: every rank, scaling and method with one seed before the next."""
 
     def __init__(self, task: Task, options: argparse.Namespace):
-        methods = options.methods or sweep.METHODS
+        methods = options.methods or [name for name in sweep.METHODS if METHODS[name].ranks[task.kind]]
         ranks = options.ranks or [rank for rank in sweep.RANKS if rank <= task.most]
         if foreign := [name for name in methods if METHODS[name].family != "lotr" or name == "lora-xs"]:
             raise ValueError(f"method: expected kinds of LoTR for a sweep, got {foreign[0]!r}")

@@ -20,6 +20,7 @@ from .tasks import ALL, Task
 FOLDER = RESULTS / "evidence"  # of all machines: a search that one began another goes on with
 OURS = tuple(name for name in METHODS if name.startswith("lotr"))
 THEIRS = ("lora", "lora-qv")
+PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("dora", "lora"))  # one change, at the same rank
 FALLING = 0.05  # of its whole fall, in the last tenth of a run: it has not reached a plateau
 
 
@@ -163,6 +164,18 @@ def compared(one: Digest) -> list[Comparison]:
             lotr = min(no_larger, key=lambda p: p.validation)
             found.append(Comparison(one.task, lora, lotr, one.draws().difference(lotr.losses, lora.losses), one.seeds))
     return found
+
+
+def changed(one: Digest) -> list[str]:
+    """What a change of a method does at the same rank, in words, a line each of PAIRS and rank."""
+    if too_few(one.seeds):
+        return []
+    lines = []
+    for new, usual in PAIRS:
+        by_rank = {point.rank: point for point in one.of(usual)}
+        pairs = [(point, by_rank[point.rank]) for point in one.of(new) if point.rank in by_rank]
+        lines += [verdict(one.draws().difference(a.losses, b.losses), a.name, b.name, one.seeds) for a, b in pairs]
+    return lines
 
 
 def below(one: Digest) -> Point | None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .intervals import Draws, Interval, verdict
+from .intervals import Draws, Interval, too_few, verdict
 from .packing import unpacked
 
 RANKS = (2, 4, 8, 16, 32, 64)
@@ -156,6 +156,9 @@ def words(found: list[Transfer], label: dict[str, str]) -> list[str]:
         reach = f"within {WITHIN:.0%} of the best loss at every rank with one rate: {'; '.join(good) or 'no scaling'}"
         lines.append(f"{label[method]}: {reach}.")
         if (today := own.get(TODAY)) is None or not torch.isfinite(today.losses).all():
+            continue
+        if lacking := too_few(today.seeds):
+            lines.append(f"{label[method]}: no intervals, {lacking}.")
             continue
         draws = Draws(*today.losses.shape)
         for name, one in own.items():

@@ -1,13 +1,14 @@
-"""Tables and sentences from the digests: for the terminal, for docs/choosing.md and for README."""
+"""Tables and sentences from the digests: for the terminal, for docs/evidence.md, docs/choosing.md and README."""
 
 from __future__ import annotations
 
 from ..measure.terminal import Table
 from . import sweep
-from .digest import FALLING, Advice, Digest, Point, advice, at_the_end, compared
+from .digest import FALLING, Advice, Digest, Point, advice, at_the_end, changed, compared
 from .intervals import too_few
 from .methods import METHODS
 from .plan import SEEDS
+from .tasks import TASKS
 
 HEADS = ("", "rank", "trained numbers", "held-out loss", "share of full's gain", "accuracy", "rate")
 COMMAND = "make frontier"
@@ -47,13 +48,19 @@ def setting_text(one: Digest) -> str:
     return "{steps} steps of {batch}, {held_out:,} held-out items".format(**setting) + f", {one.seeds} seeds"
 
 
+def measure(one: Digest) -> str:
+    return f"{setting_text(one)}; loss in {one.task.unit}"
+
+
 def title(one: Digest) -> str:
-    return f"{one.task.title}: {setting_text(one)}; loss in {one.task.unit}"
+    return f"{one.task.title}: {measure(one)}"
 
 
 def sentences(one: Digest) -> list[str]:
-    """What follows from the numbers: LoTR against LoRA at each size of LoRA, then what is to be known of the runs."""
+    """What follows from the numbers: LoTR against LoRA at each size of LoRA, one change of a method at the same rank, then what
+    is to be known of the runs."""
     lines = [f"{comparison.words}." for comparison in compared(one)] if not too_few(one.seeds) else []
+    lines += [f"{line}." for line in changed(one)]
     if lacking := too_few(one.seeds):
         lines.append(f"No intervals: {lacking}.")
     lines += [f"{line}." for line in at_the_end(one)]
@@ -96,23 +103,39 @@ def _markdown(heads: tuple[str, ...], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)]
 
 
-def page_advice(found: list[Digest]) -> list[str]:
+def page_advice(found: list[Digest]) -> str:
+    """What to take, in Markdown; "" where no task has intervals."""
     rows = advice(found)
-    return _markdown(ADVICE_HEADS, [_advice_row(row) for row in rows]) if rows else []
+    tasks = [one.task.name for one in found if not too_few(one.seeds)]
+    lines = [f"`{COMMAND}`, {len(tasks)} tasks ({', '.join(tasks)}). {DIFFERENCE}", ""]
+    return "\n".join([*lines, *_markdown(ADVICE_HEADS, [_advice_row(row) for row in rows])]) if rows else ""
 
 
-def page_table(found: list[Digest], pictures: dict[str, str], sweeps: dict[str, list[sweep.Transfer]]) -> str:
-    """All tasks in Markdown: what to take, then a table, a picture and the sentences a task, then the sweeps."""
-    lines = [f"`{COMMAND}`. {DIFFERENCE}", "", *page_advice(found)]
+def page_tables(found: list[Digest], pictures: dict[str, str]) -> str:
+    """All tasks in Markdown: a table, a picture and the sentences each."""
+    lines = []
     for one in found:
-        lines += ["", f"**{title(one)}**", "", *_markdown(HEADS, rows(one)), ""]
+        lines += [
+            f"### {one.task.title[0].upper()}{one.task.title[1:]}",
+            "",
+            f"{measure(one)}.",
+            "",
+            *_markdown(HEADS, rows(one)),
+            "",
+        ]
         if one.task.name in pictures:
             lines += [f"![share of full fine-tuning's gain against trained numbers]({pictures[one.task.name]})", ""]
-        lines += [f"- {line}" for line in sentences(one)]
+        lines += [*(f"- {line}" for line in sentences(one)), ""]
+    return "\n".join(lines).strip()
+
+
+def page_sweeps(sweeps: dict[str, list[sweep.Transfer]]) -> str:
+    """All sweeps in Markdown."""
+    lines = []
     for task, transfers in sweeps.items():
-        lines += ["", f'**One learning rate for all ranks: {task}** (`{COMMAND} ARGS="--sweep --task {task}"`)', ""]
+        lines += [f'**{TASKS[task].title}** (`{COMMAND} ARGS="--sweep --task {task}"`)', ""]
         lines += [*_markdown(sweep.HEADS, sweep.rows(transfers, labels())), ""]
-        lines += [f"- {line}" for line in sweep.words(transfers, labels())]
+        lines += [*(f"- {line}" for line in sweep.words(transfers, labels())), ""]
     return "\n".join(lines).strip()
 
 
@@ -124,13 +147,10 @@ DIFFERENCE = (
 
 def short_text(found: list[Digest], pictures: dict[str, str]) -> str:
     """README's; "" where no main task has intervals."""
-    table = page_advice(found)
     if not any(one.task.main and not too_few(one.seeds) for one in found):
         return ""
-    tasks = [one.task.name for one in found if not too_few(one.seeds)]
-    lines = [f"`{COMMAND}`, {len(tasks)} tasks ({', '.join(tasks)}). {DIFFERENCE}", "", *table]
     picture = ["", f"![share of full fine-tuning's gain against trained numbers]({pictures['evidence']})"]
-    return "\n".join(lines + (picture if "evidence" in pictures else []))
+    return "\n".join([page_advice(found), *(picture if "evidence" in pictures else [])])
 
 
 def sweep_table(task: str, found: list[sweep.Transfer]) -> Table:

@@ -51,13 +51,16 @@ TABLES = tables.TABLES | {
     "tasks": tasks_table.training_table,
 }
 README = Page(ROOT / "README.md", ("summary", "accuracy"), "")
-CHOOSING = Page(ROOT / "docs" / "choosing.md", ("evidence",), "../")
+CHOOSING = Page(ROOT / "docs" / "choosing.md", ("advice", "recipe"), "../")
+EVIDENCE = Page(ROOT / "docs" / "evidence.md", ("evidence",), "../")
 BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "many-tasks", "traffic", "static"), "../")
 SERVING = Page(ROOT / "docs" / "serving.md", ("serving",), "../")
 DISTRIBUTED = Page(ROOT / "docs" / "distributed.md", ("memory",), "../")
-PAGES = (README, CHOOSING, BENCHMARKS, SERVING, DISTRIBUTED)
+PAGES = (README, CHOOSING, EVIDENCE, BENCHMARKS, SERVING, DISTRIBUTED)
 PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
     "demo": "make demo",
+    "advice": "make frontier",
+    "recipe": "make frontier ARGS=--sweep",
     "evidence": "make frontier",
     "many-tasks": "make many-tasks",
     "accuracy": "make frontier",
@@ -192,9 +195,13 @@ def _evidence_sections(folder: Path, up: str) -> dict[str, list[str]]:
     found, pictures = evidence.digests(folder), _pictures(folder, up)
     swept = {task.name: evidence_sweep.transfers(evidence.kept(folder, task.name, True)) for task in EVIDENCE_TASKS}
     swept = {name: transfers for name, transfers in swept.items() if transfers}
-    short = evidence_table.short_text(found, pictures)
-    whole = [evidence_table.page_table(found, pictures, swept)] if found or swept else []
-    return {"evidence": whole, "accuracy": [short] if short else []}
+    texts = {
+        "advice": evidence_table.page_advice(found),
+        "accuracy": evidence_table.short_text(found, pictures),
+        "evidence": evidence_table.page_tables(found, pictures),
+        "recipe": evidence_table.page_sweeps(swept),
+    }
+    return {name: [text] if text else [] for name, text in texts.items()}
 
 
 def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:

@@ -196,6 +196,13 @@ def test_lotr_is_chosen_by_validation_among_those_no_larger() -> None:
     assert comparison.words.startswith("LoRA PEFT, r = 1 (500 numbers) is lower than LoTR, r = 8 (400 numbers) by 0.0200")
 
 
+def test_a_change_of_a_method_is_compared_at_the_same_rank() -> None:
+    changed = [one for rank in (4, 8) for one in runs("minilm-movies", "lotr-gradient", rank, 0.3, 400)]
+    (line,) = digest.changed(digest.digest(MOVIES, [*task_cells(), *changed]))
+    assert line.startswith("LoTR, from the gradient, r = 8 is lower than LoTR, r = 8 by 0.")
+    assert digest.changed(digest.digest(MOVIES, task_cells(seeds=2))) == []
+
+
 @pytest.mark.parametrize(
     ("first", "second", "take"),
     [
@@ -232,9 +239,11 @@ def test_pages_and_pictures_come_from_the_files(tmp_path: Path) -> None:
         and "| as LoRA of rank 1 or 2 | 0 | 0 | 2 | LoRA |" in readme
         and "(bench/results/evidence/evidence.png)" in readme
     )
-    page = report.rebuild(report.CHOOSING, "<!-- evidence:begin made -->\n<!-- evidence:end -->", tmp_path)
+    page = report.rebuild(report.EVIDENCE, "<!-- evidence:begin made -->\n<!-- evidence:end -->", tmp_path)
     assert "(../bench/results/evidence/teacher-half.png)" in page and "| LoTR | 2 | 60 | 0.5" in page
     assert "- LoRA PEFT, r = 1 (500 numbers) is lower than LoTR, r = 8" in page
+    marked = "".join(f"<!-- {name}:begin made -->\n<!-- {name}:end -->" for name in ("advice", "recipe"))
+    assert "| as LoRA of rank 1 or 2 | 0 | 0 | 2 | LoRA |" in report.rebuild(report.CHOOSING, marked, tmp_path)
 
 
 # ---- the sweep -------------------------------------------------------------------------------------------------------
