@@ -6,6 +6,7 @@ They are forks of one process that has imported torch: an import takes two secon
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -33,6 +34,7 @@ def _free_port() -> int:
 
 def _worker(rank: int, folder: str, names: Sequence[str], world: int, port: int, packages: str | None) -> None:
     """One process: each check's result, or its traceback, into a file of its own."""
+    faulthandler.enable()  # a process that a signal ends says where
     if packages is not None:
         sys.path.append(packages)
     import torch
