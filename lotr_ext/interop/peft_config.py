@@ -70,7 +70,7 @@ class LoTRPeftConfig(PeftConfig):
     rank: int | tuple[int, int] | None = field(default=None, metadata={"help": "r, or (r_in, r_out); None: r"})
     alpha: float | None = field(default=None, metadata={"help": "the adapter is scaled by alpha / r; None: alpha = r"})
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r)"})
-    scaling: float | None = field(default=None, metadata={"help": "the scaling itself, instead of alpha"})
+    scaling: float | str | None = field(default=None, metadata={"help": "the scaling itself, or auto, instead of alpha"})
     dropout: float = field(default=0.0, metadata={"help": "on the adapter's x"})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regular expression"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regular expression"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class AdaptsModule(LoTRLayer):
         *,
         alpha: float | None = None,
         rslora: bool = False,
-        scaling: float | None = None,
+        scaling: float | Literal["auto"] | None = None,
         dropout: float = 0.0,
         magnitude: bool = False,
     ) -> Layer:
@@ -98,8 +98,8 @@ class LoTRLinear(AdaptsModule, nn.Linear):
     """y = x W^T + bias + s ((drop(x) A) G) B^T with W and bias frozen: x [..., in_features] -> [..., out_features].
 
     rank: that of the factors, or of a new pair (8 by default) where factors is None. alpha, rslora, scaling: s is scaling if
-    given, else alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. r is max(r_in, r_out). dropout: the
-    probability of dropping an element of x on the adapter's way, in [0, 1), in training.
+    given ("auto": 4 (8 / r)^1.5), else alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. r is
+    max(r_in, r_out). dropout: the probability of dropping an element of x on the adapter's way, in [0, 1), in training.
     dtype: that of weight and bias, float32, float64, bfloat16 or float16, torch's default if None; a new pair of factors and
     the core are float32 (float64 beside float64 weights).
     magnitude: whether the layer trains a length for each row of W + s B G^T A^T (DoRA, arXiv 2402.09353); after the weight has
@@ -121,7 +121,7 @@ class LoTRLinear(AdaptsModule, nn.Linear):
         factors: LoTRFactors | None = None,
         alpha: float | None = None,
         rslora: bool = False,
-        scaling: float | None = None,
+        scaling: float | Literal["auto"] | None = None,
         dropout: float = 0.0,
         magnitude: bool = False,
         device: torch.device | str | None = None,
@@ -335,7 +335,7 @@ def adapt(
     *,
     alpha: float | None = None,
     rslora: bool = False,
-    scaling: float | None = None,
+    scaling: float | Literal["auto"] | None = None,
     dropout: float = 0.0,
     magnitude: bool = False,
 ) -> LoTRLayer:

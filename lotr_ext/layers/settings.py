@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .checks import check_number, check_probability
 
 __all__ = ["Settings"]
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Settings:
     """The scaling and the dropout of an adapter, and whether it has magnitudes, as users give them.
 
-    s is `scaling` if given, else alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. dropout: the
+    s is `scaling` if given, else alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. scaling = "auto" is
+    4 (8 / r)^1.5, which lets one learning rate serve every rank (docs/choosing.md, One rate for every rank). dropout: the
     probability of dropping an element of the adapter's x in training, in [0, 1). magnitude: a trained length of each row of W
     (DoRA).
 
@@ -25,14 +28,17 @@ class Settings:
 
     alpha: float | None = None
     rslora: bool = False
-    scaling: float | None = None
+    scaling: float | Literal["auto"] | None = None
     dropout: float = 0.0
     magnitude: bool = False
 
     def __post_init__(self) -> None:
         for name in ("alpha", "scaling"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name))
+            value = getattr(self, name)
+            if name == "scaling" and isinstance(value, str) and value != AUTO:
+                raise ValueError(f'scaling: expected a number or "{AUTO}", got {value!r}')
+            if value is not None and (name, value) != ("scaling", AUTO):
+                check_number(name, value)
         check_probability("dropout", self.dropout)
         for name in ("rslora", "magnitude"):
             if not isinstance(value := getattr(self, name), bool):
@@ -48,7 +54,9 @@ class Settings:
 
     def scale(self, rank: int | tuple[int, int]) -> float:
         """s at this rank, r or (r_in, r_out), of which the larger counts."""
+        r = rank if isinstance(rank, int) else max(rank)
+        if self.scaling == AUTO:
+            return 4.0 * (8 / r) ** 1.5
         if self.scaling is not None:
             return float(self.scaling)
-        r = rank if isinstance(rank, int) else max(rank)
         return (r if self.alpha is None else self.alpha) / (math.sqrt(r) if self.rslora else r)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -79,7 +79,7 @@ class LoTRConfig:
         rank: r, or (r_in, r_out) for A [K, r_in], B [N, r_out] and cores [r_in, r_out].
         alpha: the adapter is scaled by alpha / r (alpha / sqrt(r) with rslora), r = max(r_in, r_out). None: alpha = r.
         rslora: divide by sqrt(r) instead of r (arXiv 2312.03732).
-        scaling: s itself, instead of alpha.
+        scaling: s itself, instead of alpha; "auto": 4 (8 / r)^1.5, for one learning rate at every rank (docs/choosing.md).
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
             name, or "all-linear" (also for None): every linear layer but those that no adapter can reach or that share their
@@ -117,7 +117,7 @@ class LoTRConfig:
     rank: int | tuple[int, int] = 16
     alpha: float | None = None
     rslora: bool = False
-    scaling: float | None = None
+    scaling: float | Literal["auto"] | None = None
     dropout: float = 0.0
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None
@@ -151,7 +151,8 @@ class LoTRConfig:
         put("rank", self._checked_rank())
         settings = Settings.of(self)
         for name in ("alpha", "scaling"):
-            put(name, None if getattr(settings, name) is None else float(getattr(settings, name)))
+            value = getattr(settings, name)
+            put(name, value if value is None or isinstance(value, str) else float(value))
         put("dropout", settings.dropout)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

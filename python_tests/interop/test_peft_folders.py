@@ -24,6 +24,7 @@ KINDS = {
     "by width": {"group_by": "width", "target_modules": ["q", "up", "down"]},
     "a pair of ranks": {"rank": (2, 3), "alpha": 6.0, "rslora": True},
     "a head": {"modules_to_save": ["head"], "scaling": 0.7, "dropout": 0.1},
+    "a scaling that follows the rank": {"scaling": "auto"},
     **{core: {"core": core, "target_modules": ["q", "down"] if core != "dense" else ["q"]} for core in FORMS},
 }
 EACH = pytest.mark.parametrize("kind", KINDS)

@@ -139,6 +139,7 @@ def test_scaling():
     assert LoTRLinear(4, 4, 4, alpha=8, rslora=True).scaling == 8 / math.sqrt(4)
     assert LoTRLinear(4, 4, (2, 4), alpha=8).scaling == 2.0
     assert LoTRLinear(4, 4, 2, scaling=0.25).scaling == 0.25
+    assert [LoTRLinear(4, 4, r, scaling="auto").scaling for r in (2, 8, (8, 32))] == [32.0, 4.0, 0.5]
     assert LoTRLinear(4, 4, (2, 9), rslora=True).scaling == 3.0  # alpha = r by default
     assert LoTRLinear(4, 4).factors.rank == 8
 

@@ -127,7 +127,8 @@ def test_hooks_and_parametrizations_of_a_layer_are_kept() -> None:
 def test_settings_reach_the_layers() -> None:
     model = adapted(rank=(2, 8), alpha=4.0, rslora=True, dropout=0.25)
     assert {(layer.scaling, layer.dropout) for layer in adapted_layers(model).values()} == {(4.0 / 8**0.5, 0.25)}
-    assert {layer.scaling for layer in adapted_layers(adapted(scaling=0.7)).values()} == {0.7}
+    for scaling, expected in ((0.7, 0.7), ("auto", 4.0 * (8 / 2) ** 1.5)):
+        assert {layer.scaling for layer in adapted_layers(adapted(scaling=scaling, rank=2)).values()} == {expected}
     assert not torch.equal(model.train()(IDS), model(IDS)) and torch.equal(model.eval()(IDS), model(IDS))
     assert all(layer.training == (i < 1) for i, layer in enumerate([adapted().train().blocks[0].q, model.blocks[0].q]))
 
