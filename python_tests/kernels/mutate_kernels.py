@@ -66,12 +66,11 @@ def worker(mode: str, todo: list[list]) -> None:
     for number, file, line, kernels in todo:
         print(json.dumps(["start", number]), flush=True)
         lib.skip_synchronisation(file.removeprefix("csrc/cuda"), line)  # compilers spell the rest of the path differently
-        found: list[str] = []
-        if kernels == ["gemm_lotr"]:  # all schedules of a case before the next one: a failure may be other bits
-            found = failures(lib, gemm_lotr_problems("gemm_lotr_small"), SCHEDULES["gemm_lotr"][mode], first=True)
-        else:
-            for name in SCHEDULES["kernels"][mode]:
-                found = found or failures(lib, problems(PIPELINE, [KIND], kernels), [name], first=True)
+        fused = kernels == ["gemm_lotr"]
+        small_first = sorted(PIPELINE, key=lambda shape: shape.m * shape.k)
+        cases = gemm_lotr_problems("gemm_lotr_small") if fused else problems(small_first, [KIND], kernels)
+        # all schedules of a case before the next one: a failure may be other bits
+        found = failures(lib, cases, SCHEDULES["gemm_lotr" if fused else "kernels"][mode], first=True)
         print(json.dumps(["done", number, found[0] if found else None]), flush=True)
 
 

@@ -20,6 +20,12 @@ def bits(a: np.ndarray) -> bytes:
     return np.ascontiguousarray(a).tobytes()
 
 
+def in_turn(grids: list[tuple], values: list[tuple], quick: int) -> list:
+    """Each of grids with each of values; `make test` has one for each grid, the first `quick` values in turn."""
+    every = [(i, v, (*grid, *value)) for i, grid in enumerate(grids) for v, value in enumerate(values)]
+    return [pytest.param(*case, marks=[pytest.mark.full] * (v != i % quick)) for i, v, case in every]
+
+
 def run_all(lib, problem: Problem, schedules: list[dict]) -> None:
     """Checks the first schedule's outputs, and that the others give the same bits."""
     first: dict[str, np.ndarray] = {}
@@ -110,7 +116,8 @@ def test_the_shapes_have_splits_of_every_kind(lib) -> None:
         assert {("memory", 3), ("memory", 5), ("together", 2), ("together", 5)} | clusters <= seen, (kernel, seen)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+# of the types of a size, one in `make test`: test_kernel has all, some of them without clusters
+@pytest.mark.parametrize("kind", [t if t in ("bf16", "fp32") else pytest.param(t, marks=pytest.mark.full) for t in TYPES])
 @pytest.mark.parametrize("kernel", ["factor_grad", "shrink_grad"])
 def test_without_clusters_all_blocks_sum_or_the_last(lib, kernel: str, kind: str) -> None:
     """A cooperative launch where the plan says so, of no more blocks than the GPU holds; where it finds no room, as under MPS,

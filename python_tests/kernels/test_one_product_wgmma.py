@@ -11,7 +11,7 @@ import pytest
 from arrays import ALIGNED, ODD, PACKED, Layout
 from cases import factor_grad, filled, shrink, shrink_core, shrink_grad
 from shapes import Shape
-from test_kernels import bits
+from test_kernels import bits, in_turn
 
 from bench.projection import counts
 
@@ -33,31 +33,24 @@ def launched(lib, shape: Shape, kind: str = "bf16", make=shrink) -> tuple[int, i
     return launch["grid"][0], launch["cluster"][0], launch["block"][0]
 
 
-@pytest.mark.parametrize(
-    "kind, layout",
-    [
-        *(("bf16", ALIGNED), ("fp16", PACKED), ("bf16", ODD)),
-        *(pytest.param(*pair, marks=pytest.mark.full) for pair in (("fp16", ALIGNED), ("bf16", PACKED), ("fp16", ODD))),
-    ],
-    ids=["bf16-aligned", "fp16-packed", "bf16-odd", "fp16-aligned", "bf16-packed", "fp16-odd"],
-)
-@pytest.mark.parametrize(
-    "m, k, r, blocks, cluster",
-    [
-        (64, 500, 64, 4, 4),  # three blocks of the cluster have no token
-        (300, 500, 64, 8, 4),
-        (257, 1100, 33, 8, 4),
-        (700, 65, 1, 12, 4),
-        (129, 900, 16, 4, 4),
-        (190, 31, 24, 4, 4),
-        (200, 70, 48, 4, 4),
-        (64, 300, 128, 2, 2),
-        (300, 1300, 128, 6, 2),
-        (321, 129, 65, 6, 2),
-        (128, 200, 100, 2, 2),
-    ],
-)
-def test_clusters(lib, m: int, k: int, r: int, blocks: int, cluster: int, layout: Layout, kind: str) -> None:
+GRIDS = [  # m, k, r, blocks, cluster
+    (64, 500, 64, 4, 4),  # three blocks of the cluster have no token
+    (300, 500, 64, 8, 4),
+    (257, 1100, 33, 8, 4),
+    (700, 65, 1, 12, 4),
+    (129, 900, 16, 4, 4),
+    (190, 31, 24, 4, 4),
+    (200, 70, 48, 4, 4),
+    (64, 300, 128, 2, 2),
+    (300, 1300, 128, 6, 2),
+    (321, 129, 65, 6, 2),
+    (128, 200, 100, 2, 2),
+]
+VALUES = [("bf16", ALIGNED), ("fp16", PACKED), ("bf16", ODD), ("fp16", ALIGNED), ("bf16", PACKED), ("fp16", ODD)]
+
+
+@pytest.mark.parametrize("m, k, r, blocks, cluster, kind, layout", in_turn(GRIDS, VALUES, 3))
+def test_clusters(lib, m: int, k: int, r: int, blocks: int, cluster: int, kind: str, layout: Layout) -> None:
     """Whole clusters, and the same bits whichever blocks run together."""
     across = Shape(max(k, 500), m, r, layout, sms=filled(m), wgmma=True)  # as many columns as shrink has tokens
     for make, out, shape in ((shrink, "u", Shape(m, k, r, layout, sms=filled(m), wgmma=True)), (factor_grad, "D", across)):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cases import shrink_grad
 from shapes import Shape
-from test_kernels import bits
+from test_kernels import bits, in_turn
 
 from bench.projection import counts
 
@@ -32,26 +32,21 @@ def launched(lib, shape: Shape, kind: str = "bf16") -> dict:
     return launch | {"bulk": lib.counters()["bulk_bytes"] > 0}
 
 
+GRIDS = [  # m, n, r, sms, grid, cluster
+    (300, 500, 64, 132, (4, 3), 1),
+    (1100, 700, 33, 132, (6, 9), 2),
+    (257, 500, 40, 18, (4, 3), 4),
+    (700, 1000, 16, 132, (8, 6), 8),
+    (513, 2000, 64, 36, (16, 2), 8),
+    (128, 1300, 16, 18, (6, 1), 2),
+    (700, 300, 9, 18, (2, 6), 2),
+    (900, 1300, 48, 2, (3, 1), 1),
+    (1500, 90, 50, 132, (1, 12), 1),
+]
+
+
 @pytest.mark.parametrize(
-    "kind, p",
-    [
-        *(("bf16", 0.0), ("fp16", 0.5)),
-        *(pytest.param(*pair, marks=pytest.mark.full) for pair in (("fp16", 0.0), ("bf16", 0.5))),
-    ],
-)
-@pytest.mark.parametrize(
-    "m, n, r, sms, grid, cluster",
-    [
-        (300, 500, 64, 132, (4, 3), 1),
-        (1100, 700, 33, 132, (6, 9), 2),
-        (257, 500, 40, 18, (4, 3), 4),
-        (700, 1000, 16, 132, (8, 6), 8),
-        (513, 2000, 64, 36, (16, 2), 8),
-        (128, 1300, 16, 18, (6, 1), 2),
-        (700, 300, 9, 18, (2, 6), 2),
-        (900, 1300, 48, 2, (3, 1), 1),
-        (1500, 90, 50, 132, (1, 12), 1),
-    ],
+    "m, n, r, sms, grid, cluster, kind, p", in_turn(GRIDS, [("bf16", 0.0), ("fp16", 0.5), ("fp16", 0.0), ("bf16", 0.5)], 2)
 )
 def test_clusters(
     lib, plan, m: int, n: int, r: int, sms: int, grid: tuple[int, int], cluster: int, kind: str, p: float

@@ -64,7 +64,8 @@ def test_all_blocks_of_a_cooperative_launch_run_at_the_same_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "mode, defines", [("plain", ()), pytest.param("plain", UCONTEXT, marks=pytest.mark.full), ("asan", ())]
+    "mode, defines",
+    [("plain", ()), *(pytest.param(*more, marks=pytest.mark.full) for more in (("plain", UCONTEXT), ("asan", ())))],
 )
 def test_deadlock_names_the_line(mode: str, defines: tuple[str, ...]) -> None:
     report = run("deadlock", mode=mode, defines=defines)
@@ -74,7 +75,7 @@ def test_deadlock_names_the_line(mode: str, defines: tuple[str, ...]) -> None:
     assert "block (0,0,0): 64 threads from 64 on have exited" in report
 
 
-@pytest.mark.parametrize("mode", ["plain", "asan"])
+@pytest.mark.parametrize("mode", ["plain", pytest.param("asan", marks=pytest.mark.full)])
 def test_a_failed_launch_leaves_nothing_behind(mode: str) -> None:
     assert threads(run("again", mode=mode)) == list(range(192))
 

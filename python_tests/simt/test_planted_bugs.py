@@ -108,6 +108,8 @@ BUGS: dict[tuple[str, str], dict[str, str]] = {
     },
 }
 NAMES = sorted({program for program, _ in BUGS})
+# AddressSanitizer is left to make test-full: six of its eight bugs are noticed in another mode too, two wild accesses not
+MODES = ["plain", "race", pytest.param("asan", marks=pytest.mark.full)]
 CHECKS = [(program, bug, mode) for (program, bug), modes in BUGS.items() for mode in modes]
 
 
@@ -127,13 +129,16 @@ def verdicts(program: str, bug: str, mode: str, schedules: str) -> list[str]:
     return done.stdout.splitlines() + reports
 
 
-@pytest.mark.parametrize("mode", ["plain", "asan", "race"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("program", NAMES)
 def test_no_false_alarm(program: str, mode: str) -> None:
     assert verdicts(program, "none", mode, "all") == ["ok"] * 22
 
 
-@pytest.mark.parametrize("program, bug, mode", CHECKS, ids=["-".join(check) for check in CHECKS])
+@pytest.mark.parametrize(
+    "program, bug, mode",
+    [pytest.param(*check, id="-".join(check), marks=[pytest.mark.full] * (check[2] == "asan")) for check in CHECKS],
+)
 def test_noticed(program: str, bug: str, mode: str) -> None:
     # who draws which ticket depends on the schedule, even for the race detector
     found = verdicts(program, bug, mode, "all" if mode == "plain" or program in ("handoff", "together") else "one")

@@ -17,7 +17,7 @@ def table(mode: str) -> str:
     return run_steps.table(mode)
 
 
-@pytest.mark.parametrize("mode", ["race", "asan"])
+@pytest.mark.parametrize("mode", ["race", pytest.param("asan", marks=pytest.mark.full)])
 def test_every_step_is_right_and_clean(mode: str) -> None:
     assert len(table(mode).splitlines()) == 6  # the program checks the values, and stops at the first step that is wrong
 
