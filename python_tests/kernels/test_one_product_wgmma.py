@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import ALIGNED, ODD, PACKED, Layout
+from arrays import ALIGNED, ODD, PACKED
 from cases import factor_grad, filled, shrink, shrink_core, shrink_grad
 from shapes import Shape
 from test_kernels import bits, in_turn
@@ -46,14 +46,16 @@ GRIDS = [  # m, k, r, blocks, cluster
     (321, 129, 65, 6, 2),
     (128, 200, 100, 2, 2),
 ]
-VALUES = [("bf16", ALIGNED), ("fp16", PACKED), ("bf16", ODD), ("fp16", ALIGNED), ("bf16", PACKED), ("fp16", ODD)]
+LAYOUTS = {"aligned": ALIGNED, "packed": PACKED, "odd": ODD}
+VALUES = [("bf16", "aligned"), ("fp16", "packed"), ("bf16", "odd"), ("fp16", "aligned"), ("bf16", "packed"), ("fp16", "odd")]
 
 
 @pytest.mark.parametrize("m, k, r, blocks, cluster, kind, layout", in_turn(GRIDS, VALUES, 3))
-def test_clusters(lib, m: int, k: int, r: int, blocks: int, cluster: int, kind: str, layout: Layout) -> None:
+def test_clusters(lib, m: int, k: int, r: int, blocks: int, cluster: int, kind: str, layout: str) -> None:
     """Whole clusters, and the same bits whichever blocks run together."""
-    across = Shape(max(k, 500), m, r, layout, sms=filled(m), wgmma=True)  # as many columns as shrink has tokens
-    for make, out, shape in ((shrink, "u", Shape(m, k, r, layout, sms=filled(m), wgmma=True)), (factor_grad, "D", across)):
+    own = LAYOUTS[layout]
+    across = Shape(max(k, 500), m, r, own, sms=filled(m), wgmma=True)  # as many columns as shrink has tokens
+    for make, out, shape in ((shrink, "u", Shape(m, k, r, own, sms=filled(m), wgmma=True)), (factor_grad, "D", across)):
         assert launched(lib, shape, kind, make) == (blocks, cluster, THREADS)
         problem, first = make(shape, kind), b""
         for schedule in SCHEDULES:
