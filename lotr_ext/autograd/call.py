@@ -113,6 +113,8 @@ def _fused(plan: Plan, tokens: int, x: Tensor, call: Call, weight: Tensor | None
         why = "the base is no product of ours"
     elif call.p:
         why = "dropout"
+    elif call.scale is not None:
+        why = "magnitudes"
     elif not one:
         why = "A is frozen and x is trained: u and x would both be kept"
     else:
@@ -204,7 +206,7 @@ def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
             A, B = call.group.A.view(A, call.owner), call.group.B.view(B, call.owner)
         return LoTRFunction.run(x, weight, bias, A, B, call.core, call)
     factors, operands = here(x.device, A, B, call.core), call.cast(x, weight, bias)
-    return ops.layer_forward(*operands, *factors, call.scaling, plan.order, plan.unfolded)[0]
+    return ops.layer_forward(*operands, *factors, call.scaling, plan.order, plan.unfolded, scale=call.scale)[0]
 
 
 def call_packed(

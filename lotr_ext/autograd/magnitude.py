@@ -25,10 +25,11 @@ import torch.distributed as dist
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
+from .. import ops
 from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, saved_if, transformed, wants
 from ..ops import accumulate_dtype
 from ..ops.composite import row_norms, rows, to
-from .call import call_linear
+from .call import call_linear, compute_dtype
 from .sharing import Call, steps_taken
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -157,90 +158,79 @@ def row_lengths(W: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -
 
 def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, call: Call, made: Rows) -> Tensor:
     """y = bias + (m / c) (x W^T + u F^T). If weight or bias is trained, autograd differentiates the base product."""
-    return _scaled(call_linear(x, weight, None, A, B, call), bias, made, call, inside=False)
+    trained = is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    # what selective checkpointing keeps may not change, and LoTRMagnitude marks y as changed
+    if not (trained or is_compiling() or dispatch_modes()):
+        call.scale = to(made.scale, accumulate_dtype(compute_dtype(x) or x.dtype))
+    return scaled(call_linear(x, weight, bias, A, B, call), bias, made, call)
 
 
 def scaled(y: Tensor, bias: Tensor | None, made: Rows, call: Call) -> Tensor:
-    """bias + (m / c) (y - bias) of the y [..., n] that a call has made."""
-    return _scaled(y, bias, made, call, inside=bias is not None)
-
-
-def _scaled(z: Tensor, bias: Tensor | None, made: Rows, call: Call, inside: bool) -> Tensor:
-    """inside: whether z contains bias."""
+    """bias + (m / c) (y - bias) of the y [..., n] that a call has made, or y where the call's nodes have scaled it."""
     graph = is_grad_enabled()
     if call.plan.nodes == 0 or dispatch_modes() or (graph and bias is not None and bias.requires_grad):
-        scale = made.magnitude.to(made.norm) / made.norm
-        return to(_shifted(z, bias, to_device(scale, z), inside), z.dtype)
-    bias = None if bias is None else bias.detach()
-    base = (bias, made.norm, to_device(made.scale, z), inside)
-    if graph and (z.requires_grad or made.magnitude.requires_grad):
-        return LoTRMagnitude.run(z, made.magnitude, base)
-    return _shifted(z, bias, base[2], inside, in_place=True)
+        scale = (made.magnitude.to(made.norm) / made.norm).to(y.device)
+        return to(y * scale if bias is None else torch.addcmul(bias - bias * scale, y, scale), y.dtype)
+    applied = call.scale is not None
+    scale = call.scale if applied else made.scale.to(y.device, accumulate_dtype(y.dtype))
+    bias = None if bias is None else to(bias.detach(), y.dtype)
+    if graph and (y.requires_grad or made.magnitude.requires_grad):
+        return LoTRMagnitude.run(y, made.magnitude, (bias, made.norm, scale, applied))
+    return y if applied else _scale_(y, bias, scale)
 
 
-def to_device(t: Tensor, like: Tensor) -> Tensor:
-    return t if t.device == like.device else t.to(like.device)
-
-
-def _shifted(z: Tensor, bias: Tensor | None, scale: Tensor, inside: bool, in_place: bool = False) -> Tensor:
-    """scale z + bias, or scale (z - bias) + bias; rounded once."""
-    if bias is None:
-        return z.mul_(scale) if in_place else z * scale
-    shift = bias - bias * scale if inside else bias
-    return torch.addcmul(shift, z, scale, out=z) if in_place else torch.addcmul(shift, z, scale)
+def _scale_(y: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """y <- bias + scale (y - bias), rounded once."""
+    return y.mul_(scale) if bias is None else torch.addcmul(bias - bias * scale, y, scale, out=y)
 
 
 class LoTRMagnitude(Node):
-    """y = bias + (m / c) z in the memory of z.   backward: g0 = (m / c) g for z,  dm_n = sum_t g_tn (y_tn - bias_n) / m_n.
+    """y = bias + (m / c) z in the memory of the output of the layer's nodes, which save nothing of it.
 
-    apply(z [..., n], m [n], (bias, norm, scale, inside)): z is the output of the layer's nodes, which save nothing of it.
+    backward: g0 = (m / c) g for z,  dm_n = sum_t g_tn z_tn / c_n.
+
+    apply(y [..., n], m [n], (bias, norm, scale, applied)): y is bias + z, or where the scale is applied the result.
     """
 
     @staticmethod
-    def forward(ctx, z, magnitude, base):
+    def forward(ctx, y, magnitude, rows):
         ctx.set_materialize_grads(False)
-        bias, _, scale, inside = base
-        y = _shifted(z, bias, scale, inside, in_place=True)
+        bias, _, scale, applied = rows
+        if not applied:
+            _scale_(y, bias, scale)
         ctx.mark_dirty(y)
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, magnitude)
-        ctx.base = base
+        ctx.rows = rows
         return y
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
             return None, None, None
-        need_z, need_m = ctx.needs_input_grad[:2]
+        need_y, need_m = ctx.needs_input_grad[:2]
         try:
             y, magnitude = ctx.saved_tensors
         except RuntimeError:  # freed, or changed
             if need_m and wants(ctx, 1):
                 raise
             need_m, (y, magnitude) = False, saved_if(ctx, False, True)
-        bias, norm, scale, _ = ctx.base
+        bias, norm, scale, _ = ctx.rows
         if recorded(g):
-            own = to_device(magnitude.to(norm) / norm, g)
-            z = None if y is None else _unscaled(y, bias, own)
-            dm = _row_sums(g, z) / norm.to(g.device) if need_m else None
-            g0 = to(g * own, g.dtype) if need_z else None
-        else:
-            g0, dscale = scale_backward(g, y if need_m else None, bias, scale)
-            dm = dscale / norm.to(g.device) if need_m else None
-        return g0 if need_z else None, None if dm is None else dm.to(ctx.base[1].device, magnitude.dtype), None
+            return *LoTRMagnitude._recorded(g, y if need_m else None, magnitude, bias, norm), None
+        if not need_m:
+            return torch.mul(g, scale, out=torch.empty_like(g)), None, None
+        g0, dscale = ops.scale_backward(g, y, bias, scale)
+        return g0 if need_y else None, (dscale.to(norm) / norm).to(magnitude), None
 
-
-def _unscaled(y: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """z in scale's dtype."""
-    y = to(y, scale.dtype)
-    return (y if bias is None else y - to(bias, scale.dtype)) / scale
-
-
-def _row_sums(g: Tensor, z: Tensor) -> Tensor:
-    """sum_t g_tn z_tn [n]."""
-    return (rows(to(g, z.dtype)) * rows(z)).sum(0)
-
-
-def scale_backward(g: Tensor, y: Tensor | None, bias: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of y = bias + scale z, for g [..., n]: (g0 = scale g, dscale_n = sum_t g_tn z_tn, None without y)."""
-    dscale = None if y is None else _row_sums(g, _unscaled(y, bias, scale))
-    return to(g * scale, g.dtype), dscale
+    @staticmethod
+    def _recorded(
+        g: Tensor, y: Tensor | None, magnitude: Tensor, bias: Tensor | None, norm: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        scale = (magnitude.to(norm) / norm).to(g.device)
+        g0 = to(g * scale, g.dtype)
+        if y is None:
+            return g0, None
+        wide = to(y, scale.dtype)
+        z = (wide if bias is None else wide - to(bias, scale.dtype)) / scale
+        dm = (rows(to(g, z.dtype)) * rows(z)).sum(0).to(norm.device) / norm
+        return g0, dm.to(magnitude)

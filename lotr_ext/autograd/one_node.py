@@ -50,7 +50,8 @@ class LoTRFunction(Node):
         call.apart = not ((x.is_cpu and A.is_cpu and core.is_cpu) or A.device == x.device == core.device)
         if call.apart:
             A_, B_, core_ = here(x.device, A, B, core)
-        y, u, F = ops.layer_forward(x_, weight_, bias_, A_, B_, core_, call.scaling, plan.order, plan.unfolded)
+        factors = (A_, B_, core_, call.scaling)
+        y, u, F = ops.layer_forward(x_, weight_, bias_, *factors, plan.order, plan.unfolded, scale=call.scale)
         ctx.save_for_backward(
             x if need_x or need_weight or need_A else None,  # with x: for kept_u, which layers avoid where A is frozen
             weight if need_x else None,

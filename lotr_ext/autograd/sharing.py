@@ -256,6 +256,7 @@ class Call:
         layer has one of its factors
     dtype: autocast's, None outside of it; compute: the dtype to compute in; plan: what runs
     bank, l: the forward scope's Bank and the layer's place in it (`bank.py`)
+    scale: m / c [n], if the product with the base is to be scaled; the nodes do it where they compute that product
     dense: makes the weight of the base product, which is then not saved; None where the weight itself is given
     first: weight, bias and B, if LoTRShrink may compute y with u in one operator; made: that y and its F, for LoTRExpand
     owns_y: whether no other code has a reference to the y to which the adapter is added
@@ -265,7 +266,7 @@ class Call:
 
     __slots__ = (
         *("apart", "bank", "compute", "core", "dense", "dtype", "factors", "first", "group", "l", "made", "owner", "owns_y"),
-        *("p", "plan", "read", "scaling", "shares", "strategy"),
+        *("p", "plan", "read", "scale", "scaling", "shares", "strategy"),
     )
 
     def __init__(
@@ -282,6 +283,7 @@ class Call:
         self.dtype: torch.dtype | None = None
         self.bank: Any = None  # a Bank, whose module imports this one
         self.l: int | None = None
+        self.scale: Tensor | None = None
         self.dense: Callable[[], Tensor] | None = None
         self.first: tuple[Tensor, Tensor | None, Tensor] | None = None
         self.made: tuple[Tensor, Tensor] | None = None

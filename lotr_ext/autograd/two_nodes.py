@@ -158,7 +158,7 @@ class LoTRExpand(Node):
             call.made = None
         elif y is None:
             operands, order = base if call.dtype is None else call.cast(*base), call.plan.order
-            y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, order, False, u=u, F=F_l)
+            y, _, F_l = ops.layer_forward(*operands, None, *values, call.scaling, order, False, u=u, F=F_l, scale=call.scale)
         else:
             if F_l is None:
                 with private_write():
@@ -400,7 +400,8 @@ def expand(found: SharedInput, y: Tensor | None, base: tuple, B: Tensor, call: C
     values = here(u.device, B, core)
     if y is None:
         operands = call.cast(*base)
-        return ops.layer_forward(*operands, None, *values, call.scaling, call.plan.order, False, u=u, F=F_l)[0]
+        order, made = call.plan.order, {"u": u, "F": F_l, "scale": call.scale}
+        return ops.layer_forward(*operands, None, *values, call.scaling, order, **made)[0]
     if F_l is None:
         F_l = ops.fold(values[0], values[1].unsqueeze(0), call.scaling, u.dtype).squeeze(0)
     return add_expand(y, u, F_l)
