@@ -104,7 +104,7 @@ def relative(got: Tensor | None, want: Tensor) -> float:
 
 
 def _parts_forward(
-    x, weight, bias, A, B, core, scaling, order=0, unfolded=False, *, u=None, F=None, p=0.0, seed=None
+    x, weight, bias, A, B, core, scaling, order=0, unfolded=False, *, u=None, F=None, p=0.0, seed=None, scale=None
 ) -> list[str]:
     return ["small_forward_"] if unfolded else ["expand_add_"] + ["shrink"] * (u is None) + ["fold"] * (F is None)
 

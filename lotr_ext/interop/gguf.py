@@ -69,6 +69,10 @@ def lotr_to_gguf(
             raise ValueError(
                 f"source: expected linear layers alone, got {what} ({min(names)}), which a GGUF LoRA does not hold"
             )
+    if dora := [name for name, layer in layers.items() if layer.magnitude is not None]:
+        raise ValueError(
+            f"source: expected no magnitudes, which a GGUF LoRA does not hold, got some in {dora[0]!r}; merge them"
+        )
     arch = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     table = gguf.get_tensor_name_map(arch, depth)
     alpha = float(max(layer.rank for layer in layers.values()))

@@ -6,6 +6,8 @@
 So a LoTR of rank r on a layer is a LoRA of rank r on it, and whatever takes LoRA takes it; what is lost is only the size, for
 a LoRA stores its factors for each layer. After init "svd" the base weights are W less the start adapter; a LoRA for the
 unchanged W has to carry both, at twice the rank: [lora_B, -start_B] [lora_A; start_A].
+
+Magnitudes make it a DoRA of PEFT's: W + s lora_B lora_A, and with it c, is the same in both.
 """
 
 from __future__ import annotations
@@ -136,7 +138,8 @@ def export_lora(
     """Writes the model's adapter as a PEFT LoRA adapter: adapter_config.json and adapter_model.safetensors in a directory.
 
     `peft.PeftModel.from_pretrained(base, directory)` then gives the same outputs up to rounding, for the base model that
-    `apply_lotr` was given. modules_to_save go along. lora_alpha = s r, with rank and alpha patterns where layers differ.
+    `apply_lotr` was given. modules_to_save go along. lora_alpha = s r, with rank and alpha patterns where layers differ. An
+    adapter with magnitudes becomes a DoRA (use_dora), which PEFT reads and most servers do not.
 
     All processes together export a model that is held in parts, as `save_adapter` saves it.
 
@@ -153,8 +156,8 @@ def export_lora(
 
     Raises:
         TypeError: no nn.Module, or experts of a mixture built by hand. RuntimeError: no adapter, or one on the meta device; of
-            a model in parts an error in another process. ValueError: directory is a file, experts is no form, or a layer has a
-            rank above pad_rank.
+            a model in parts an error in another process. ValueError: directory is a file, experts is no form, a layer has a
+            rank above pad_rank, or some layers have magnitudes and others none.
 
     Warns:
         UserWarning: base_model is not known. PEFT and vLLM's resolver of folders need it to find the base by themselves.
@@ -172,7 +175,7 @@ def export_lora(
         layers, saved = adapted_layers(inner), saved_modules(inner)
         stacked = _stacked(layers, experts)
         layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
-        entries = {name: LoRALayer(*lora_factors(layer), layer.scaling) for name, layer in layers.items()}
+        entries = {name: LoRALayer(*lora_factors(layer), layer.scaling, layer.magnitude) for name, layer in layers.items()}
         config: dict[str, Any] = {
             "task_type": task_type,
             "base_model_name_or_path": base,
@@ -260,8 +263,9 @@ def lora_of(
             stacked[at] = expert_lora(*parts, entry.scaling, core_side(at.rpartition(".")[2], experts))
             continue
         start = [tensors.get(k) for k in (entry.tensor("start_A"), entry.tensor("start_B"), f"{name}.start_core")]
-        entries[name] = LoRALayer(*_lora_pair(*parts, None if start[0] is None else tuple(start)), entry.scaling)
-    known = {key for name, e in manifest.layers.items() for key in (f"{name}.core", f"{name}.start_core")}
+        pair = _lora_pair(*parts, None if start[0] is None else tuple(start))
+        entries[name] = LoRALayer(*pair, entry.scaling, tensors.get(f"{name}.magnitude"))
+    known = {f"{name}.{part}" for name in manifest.layers for part in ("core", "start_core", "magnitude")}
     own = {f"{e.tensor(part).rpartition('.')[0]}." for e in manifest.layers.values() for part in "AB"}
     own |= {f"{name}.{made}." for name in manifest.layers for made in ("parametrizations.core", "core_form")} | {f"{CORES}."}
     return entries, stacked, {k: v for k, v in tensors.items() if k not in known and not k.startswith(tuple(own))}
@@ -306,8 +310,13 @@ def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: d
         {name: _padded(name, one, export.pad_rank) for name, one in part.items()} for part in (export.layers, export.experts)
     )
     tensors: dict[str, Tensor] = {}
+    plain = [name for name, layer in layers.items() if layer.magnitude is None]
+    if 0 < len(plain) < len(layers):
+        raise ValueError(f"model: expected magnitudes in all layers or in none, got {plain[0]!r} without, which DoRA has not")
     for name, layer in layers.items():
         tensors |= {f"{_PREFIX}{name}.lora_A.weight": layer.A, f"{_PREFIX}{name}.lora_B.weight": layer.B}
+        if layer.magnitude is not None:
+            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude
     beside = expert_tensors(stacked, export.form, export.host) | saved
     tensors |= {f"{_PREFIX}{key}": value for key, value in beside.items()}
     everything = layers | stacked
@@ -325,6 +334,7 @@ def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: d
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
+        **({"use_dora": True} if layers and not plain else {}),
         **config,
     }
     data, text = serialized(tensors), (json.dumps(config, indent=2) + "\n").encode()

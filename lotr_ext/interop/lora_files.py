@@ -40,11 +40,13 @@ _MOVED_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
 @dataclass(frozen=True)
 class LoRALayer:
-    """One layer's factors: A [r, K], B [N, r]; scaling * B @ A is added to W [N, K]."""
+    """One layer's factors: A [r, K], B [N, r]; scaling * B @ A is added to W [N, K]. magnitude [N]: the lengths that the rows
+    of the sum get (DoRA), None for LoRA."""
 
     A: Tensor
     B: Tensor
     scaling: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -10,10 +10,13 @@ from peft_toys import Conv1D, base, config, peft, tuned
 from torch import Tensor, nn
 from toys import IDS
 
-from lotr_ext import LoTRConfig, apply_lotr, load_adapter
+from lotr_ext import LoTRConfig, apply_lotr, load_adapter, save_adapter
+from lotr_ext.interop import export_lora, lora_to_lotr, lotr_to_lora
 from lotr_ext.interop.peft import LoTRPeftLinear
+from lotr_ext.interop.vllm.files import export_factors
 from lotr_ext.layers.magnitude import stored_in
 from lotr_ext.model.adapted import adapted_layers
+from lotr_ext.model.peft_files import lotr_to_peft
 from nets import relative
 
 
@@ -137,3 +140,50 @@ def test_several_adapters():
     with pytest.raises(ValueError, match="adapters: expected adapters without magnitudes"):
         model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "sum")
     assert relative(model(IDS), first) < 1e-6
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, targets", [("toy", ["q", "up"]), ("conv", ["up", "down"])])
+@pytest.mark.parametrize("way", ["export_lora", "lotr_to_lora", "svd"])
+def test_exported_as_a_dora_of_peft(kind, targets, way, tmp_path):
+    settings = LoTRConfig(rank=3, scaling=0.7, target_modules=targets, magnitude=True, init="svd" if way == "svd" else "normal")
+    model = apply_lotr(base(kind), settings).eval()
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.core.normal_()
+            layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
+    want = model(IDS)
+    if way == "lotr_to_lora":
+        save_adapter(model, tmp_path / "own")
+        lotr_to_lora(tmp_path / "own", tmp_path / "lora", base_model="here", fan_in_fan_out=kind == "conv")
+    else:
+        export_lora(model, tmp_path / "lora", base_model="here")
+    again = peft.PeftModel.from_pretrained(base(kind), tmp_path / "lora").eval()
+    assert relative(again(IDS), want) < 1e-5
+    assert again.peft_config["default"].use_dora
+    with pytest.raises(ValueError, match="use_dora: expected a LoRA of two factors"):
+        lora_to_lotr(tmp_path / "lora", rank=3)
+
+
+def test_lotr_to_peft(tmp_path):
+    model = apply_lotr(base(), LoTRConfig(rank=3, target_modules=["q"], magnitude=True)).eval()
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.core.normal_()
+            layer.magnitude.mul_(1.5)
+    save_adapter(model, tmp_path / "own")
+    lotr_to_peft(tmp_path / "own", tmp_path / "peft")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "peft").eval()
+    assert relative(again(IDS), model(IDS)) < 1e-5
+
+
+def test_what_servers_cannot_hold_is_refused(tmp_path):
+    model = apply_lotr(base(), LoTRConfig(rank=3, target_modules=["q"], magnitude=True))
+    with pytest.raises(ValueError, match="export_factors: expected an adapter without magnitudes"):
+        export_factors(model, tmp_path / "vllm")
+    model.blocks[0].q.hold_magnitude(None)
+    with pytest.raises(ValueError, match="model: expected magnitudes in all layers or in none"):
+        export_lora(model, tmp_path / "lora", base_model="here")
+    assert not (tmp_path / "lora").exists()

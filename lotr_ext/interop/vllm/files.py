@@ -94,6 +94,8 @@ def factors_of(manifest: Manifest, tensors: dict[str, Tensor], where: str) -> Fa
                 f"{where}: expected an adapter that changes no base weight, got init 'svd' at {name}; export_lora writes it "
                 "for vLLM's own LoRA, at twice the rank"
             )
+        if f"{name}.magnitude" in tensors:
+            raise ValueError(f"{where}: expected an adapter without magnitudes, got {name} with; merge it into the base model")
         layers[name] = (entry.tensor("A"), entry.tensor("B"))
     if manifest.modules_to_save:
         raise ValueError(f"{where}: expected an adapter alone, got modules_to_save {manifest.modules_to_save[0]!r}")
@@ -104,7 +106,7 @@ def export_factors(model: nn.Module, directory: str | PathLike[str]) -> None:
     """Writes the folder that LOTR_FACTORS names: the model's active adapter, as `save_adapter` does.
 
     Raises:
-        ValueError: experts, init "svd" or modules_to_save, which the engine cannot hold. RuntimeError: no adapter.
+        ValueError: experts, init "svd", magnitudes or modules_to_save, which the engine cannot hold. RuntimeError: no adapter.
     """
     factors_of(*contents(unwrapped(model)), "export_factors")
     save_adapter(model, directory)
