@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_layer_operators import CLOSE, SHAPES, Layer, S, Seen, poisoned  # noqa: F401
 
-from lotr_ext import ops
+from lotr_ext import ops, reference
 from nets import relative
 
 
@@ -49,10 +49,8 @@ def test_gradients_are_those_of_autograd(unfolded, dtype):
     factors = (layer.weight, layer.x, u, layer.A, F, layer.B, layer.core)
     dx, _, *rest = ops.layer_backward(g0, *factors, S, 1, unfolded, need_B=True, need_core=True, p=p, seed=seed)
 
-    g, x, weight, A, B, core = (t.requires_grad_() for t in layer.wide())
-    wide_scale = scale.double().requires_grad_()
-    dropped = x if layer.mask is None else x * layer.mask
-    truth = layer.bias.double() + wide_scale * (x @ weight.T + S * (dropped @ A) @ core @ B.T)
+    g, x, weight, A, B, core, wide_scale = (t.requires_grad_() for t in (*layer.wide(), scale.double()))
+    truth = layer.bias.double() + wide_scale * reference.forward(x, weight, None, A, B, core, S, layer.mask)
     wanted = torch.autograd.grad((g.detach() * truth).sum(), (x, A, B, core, wide_scale))
     assert dscale.dtype == scale.dtype
     for got, want in zip((dx.view_as(wanted[0]), *rest, dscale), wanted):
@@ -80,10 +78,10 @@ def test_layouts(layout):
         "one token": lambda: torch.randn(18),
     }[layout]()
     other, bias, scale = torch.randn(t.shape), torch.randn(36)[::2], torch.rand(54)[::3] + 0.5
-    for g, y in ((t, other), (other, t), (t, t)):
-        g0, dscale = ops.scale_backward(g, y, bias, scale)
+    for g, y, b in ((t, other, bias), (other, t, bias), (t, t, None)):
+        g0, dscale = ops.scale_backward(g, y, b, scale)
         assert g0.is_contiguous() and torch.equal(g0, g * scale)
-        products = (g.double() * (y.double() - bias.double())).reshape(-1, 18)
+        products = (g.double() * (y.double() - (0 if b is None else b.double()))).reshape(-1, 18)
         assert relative(dscale, products.sum(0) / scale.double()) < 2e-6
 
 
