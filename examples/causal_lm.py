@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from causal_data import MODEL, TEXT
-from finetune_text import INITS, Bar, check_folder, check_seed, machine
+from finetune_text import INITS, Bar, check_folder, check_seed, end, machine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -231,9 +230,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"causal_lm: {error}")
-    except KeyboardInterrupt:
-        sys.exit("causal_lm: interrupted; nothing was saved")
+    end(main, "causal_lm")

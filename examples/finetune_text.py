@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -383,10 +384,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def end(main: Callable[[], int], program: str, interrupted: str = "nothing was saved") -> None:
+    """The end of the process, with one line on an error; of several processes the first one prints it."""
     try:
         sys.exit(main())
     except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"finetune_text: {error}")
+        sys.exit(f"{program}: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     except KeyboardInterrupt:
-        sys.exit("finetune_text: interrupted; the methods that had finished are in table.json")
+        sys.exit(f"{program}: interrupted; {interrupted}")
+
+
+if __name__ == "__main__":
+    end(main, "finetune_text", "the methods that had finished are in table.json")

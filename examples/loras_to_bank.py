@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench's terminal
 
 from causal_data import MODEL, TEXT
 from causal_lm import load, read_text, train
+from finetune_text import end
 
 from bench.measure.paired import interval_of_many
 from bench.measure.store import commit, write_whole
@@ -262,9 +263,4 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"loras_to_bank: {error}")
-    except KeyboardInterrupt:
-        sys.exit("loras_to_bank: interrupted; nothing was kept")
+    end(main, "loras_to_bank")

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_text import Bar, check_folder, check_seed
+from finetune_text import Bar, check_folder, check_seed, end
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -182,16 +181,6 @@ def start(options: argparse.Namespace, run: Callable[[argparse.Namespace], None]
 
 def main(argv: list[str] | None = None) -> int:
     return start(arguments(argv), run)
-
-
-def end(main: Callable[[], int], program: str) -> None:
-    """The end of the process, with one line on an error."""
-    try:
-        sys.exit(main())
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"{program}: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    except KeyboardInterrupt:
-        sys.exit(f"{program}: interrupted; nothing was saved")
 
 
 if __name__ == "__main__":

@@ -46,10 +46,6 @@ def trained(**settings) -> Toy:
     return model
 
 
-def trained_names(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("onto", ["base", "adapted"])
 def test_round_trip(tmp_path: Path, settings: dict, onto: str) -> None:
