@@ -5,7 +5,9 @@ python python_tests/kernels/mutate_kernels.py --every 8  each eighth of them (ma
 
 The executor skips the operation at one source line of csrc/cuda/kernels, csrc/cuda/tile or csrc/cuda/ptx/pipeline.cuh, so
 nothing is compiled again. Tried in this order until something fails: the plain build in several orders of threads and blocks,
-then the race detector. The shapes fill every pipeline stage more than once and have at least two blocks in each dimension.
+then the race detector, at first on two shapes, then on all. What the plain build does not notice soon it seldom notices at
+all, and the race detector at once. The shapes fill every pipeline stage more than once and have at least two blocks in each
+dimension.
 A line that nothing notices is either not needed or not tested: the exit status is 1.
 """
 
@@ -56,8 +58,8 @@ def find_sites(lib) -> dict[Site, list[str]]:
     return sites
 
 
-def worker(mode: str, todo: list[list]) -> None:
-    """Prints a JSON line for each site: its number and what noticed, or null."""
+def worker(mode: str, todo: list[list], shapes: int) -> None:
+    """Prints a JSON line for each site: its number and what noticed, or null. shapes: how many are tried."""
     from sweep import PIPELINE, failures, gemm_lotr_problems, problems
 
     from csrc.simt import build
@@ -67,19 +69,18 @@ def worker(mode: str, todo: list[list]) -> None:
         print(json.dumps(["start", number]), flush=True)
         lib.skip_synchronisation(file.removeprefix("csrc/cuda"), line)  # compilers spell the rest of the path differently
         fused = kernels == ["gemm_lotr"]
-        small_first = sorted(PIPELINE, key=lambda shape: shape.m * shape.k)
-        cases = gemm_lotr_problems("gemm_lotr_small") if fused else problems(small_first, [KIND], kernels)
+        cases = gemm_lotr_problems("gemm_lotr_small") if fused else problems(PIPELINE[:shapes], [KIND], kernels)
         # all schedules of a case before the next one: a failure may be other bits
         found = failures(lib, cases, SCHEDULES["gemm_lotr" if fused else "kernels"][mode], first=True)
         print(json.dumps(["done", number, found[0] if found else None]), flush=True)
 
 
-def try_sites(mode: str, todo: list[list], timeout: float = 900) -> dict[int, str | None]:
+def try_sites(mode: str, todo: list[list], shapes: int, timeout: float = 900) -> dict[int, str | None]:
     """What noticed each site in this build, by --worker in a process. One that dies has noticed; the next goes on after it."""
     verdicts: dict[int, str | None] = {}
     while todo:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", mode],
+            [sys.executable, __file__, "--worker", mode, "--shapes", str(shapes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -108,9 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="each so-manieth place (default all)")
     parser.add_argument("--worker", choices=("plain", "race"), help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        worker(options.worker, json.load(sys.stdin))
+        worker(options.worker, json.load(sys.stdin), options.shapes)
         return 0
 
     from csrc.simt import build
@@ -118,11 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
     sites = sorted(find_sites(build.load("plain")).items(), key=lambda item: item[0][1:])
     chosen = list(enumerate(sites))[:: options.every]
     verdicts: dict[int, tuple[str, str]] = {}
-    for mode in ("plain", "race"):
+    for mode, shapes in (("plain", 2), ("race", 2), ("plain", 100), ("race", 100)):
         todo = [[n, file, line, kernels] for n, ((_, file, line), kernels) in chosen if n not in verdicts]
         if todo:
             build.module(mode)
-        verdicts |= {n: (mode, text) for n, text in try_sites(mode, todo).items() if text}
+        verdicts |= {n: (mode, text) for n, text in try_sites(mode, todo, shapes).items() if text}
     print(f"{'operation':<24}{'place':<40}{'build':<8}noticed by")
     for n, ((op, file, line), _) in chosen:
         mode, text = verdicts.get(n, ("-", "NOTHING"))
