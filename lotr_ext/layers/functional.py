@@ -49,12 +49,7 @@ def lotr_linear(
     """
     check_tensor("weight", weight, "out_features", "in_features")
     n, k = weight.shape
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x: expected a last dimension of in_features = {k}, got shape {tuple(x.shape)}")
+    _check_input(x, k)
     if bias is not None:
         check_tensor("bias", bias, n)
     check_tensor("A", A, k, "r_in")
@@ -81,6 +76,15 @@ def lotr_linear(
         made = Norms().rows(magnitude, weight, lambda: weight, A, B, core, call.scaling)
         return scaled_linear(x, weight, bias, A, B, call, made)
     return call_linear(x, weight, bias, A, B, call)
+
+
+def _check_input(x: object, k: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x: expected a last dimension of in_features = {k}, got shape {tuple(x.shape)}")
 
 
 def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, int]) -> None:

@@ -80,10 +80,7 @@ def combine(
     parked = parked_of(model, "combine")
     rule, weights = Rule(method, density, seed), check_weights("adapters", adapters)
     found = {one: _adapter(model, parked, find_name(parked, one, "adapters")) for one in weights}
-    for one, own in found.items():
-        if own.config.magnitude:
-            raise ValueError(f"adapters: expected adapters without magnitudes, of which no sum is defined, got {one!r} with")
-    _check_saved(found)
+    _check_sum(found)
     sets = _by_factors(found, method, rank is not None)
     first, names = next(iter(found.values())), list(adapted_layers(model))
     scalings = [scaling or 1.0 for scaling, _ in first.settings]
@@ -130,7 +127,10 @@ def _write(
         tensor.copy_(value)
 
 
-def _check_saved(found: Mapping[str, _Adapter]) -> None:
+def _check_sum(found: Mapping[str, _Adapter]) -> None:
+    for one, own in found.items():
+        if own.config.magnitude:
+            raise ValueError(f"adapters: expected adapters without magnitudes, of which no sum is defined, got {one!r} with")
     (first, one), *others = found.items()
     for name, other in others:
         for mine, its in zip(one.saved, other.saved, strict=True):

@@ -54,9 +54,15 @@ def test_a_missing_package_is_an_error_in_an_ordinary_run(without):
 @pytest.mark.parametrize(
     ("program", "arguments", "row"),
     [
-        ("bench.kernels", ["--shapes", "8x16x2", "--kernels", "shrink"], r"^ ?shrink +8 x 16, 2 +fp32, 1 "),
         ("bench.layer", ["--shapes", "8x16x16x2", "--rivals", "lora-eager,lotr_ext"], r"^ ?lotr_ext +\d+ us "),
-        ("bench.shared", ["--shape", "8x16x2", "--layers", "2"], r"^ ?lotr_ext, layers by hand +\d+ us "),
+        # their tables are printed by the same code
+        *(
+            pytest.param(*more, marks=pytest.mark.full)
+            for more in (
+                ("bench.kernels", ["--shapes", "8x16x2", "--kernels", "shrink"], r"^ ?shrink +8 x 16, 2 +fp32, 1 "),
+                ("bench.shared", ["--shape", "8x16x2", "--layers", "2"], r"^ ?lotr_ext, layers by hand +\d+ us "),
+            )
+        ),
     ],
 )
 def test_benchmarks_print_plain_tables(without, tmp_path, program, arguments, row):

@@ -16,9 +16,9 @@ import lotr_ext
 from lotr_ext.info import collect, main
 
 
-def test_text_says_what_was_built_and_what_runs() -> None:
-    text = subprocess.run([sys.executable, "-m", "lotr_ext.info"], capture_output=True, text=True, check=True).stdout
-    facts = collect()
+def test_text_says_what_was_built_and_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    text, facts = capsys.readouterr().out, collect()
     for piece in (lotr_ext.__version__, torch.__version__, facts["built"]["cpu"]["isa"], "cpu:", "two_pass", "bfloat16"):
         assert piece in text, piece
     assert ("no kernels built" in text) == (not facts["built"]["cuda"]["built"])
