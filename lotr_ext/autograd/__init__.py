@@ -2,7 +2,8 @@
 
 call.py              what a call runs, and running it
   one_node.py          LoTRFunction: a layer as one node
-  two_nodes.py         LoTRShrink, LoTRExpand, LoTRExpandRows: siblings share u = x A
+  two_nodes.py         LoTRShrink, LoTRExpand: siblings share u = x A
+  row_nodes.py         LoTRExpandRows: a core for each row or token
   traced.py            the same under torch.compile
 sharing.py           one u for siblings and the pending gradients of u and x; the Call
 shared_gradient.py   one sum for the gradient of a factor

@@ -25,9 +25,10 @@ from ..ops.grouped import Packed, grouped_linear
 from ..ops.planner import Plan
 from . import traced
 from .one_node import LoTRFunction
+from .row_nodes import expand_rows
 from .sharing import Call, SharedInput
 from .tensor_parallel import call_cut, is_dtensor
-from .two_nodes import expand, expand_rows, shared_u
+from .two_nodes import expand, shared_u
 
 FUSED = planner.ORDERS["fused"]
 _CPU = torch.device("cpu")  # the same object each time: 0.1 us less to look a plan up by

@@ -22,8 +22,8 @@ from torch.nn.utils import parametrize
 from ..autograd.call import Call, add_adapter, call_linear
 from ..autograd.magnitude import row_lengths, scaled, scaled_linear
 from ..layers.core import HasCore
-from ..layers.cores import CoreAt
-from ..layers.factors import LoTRFactors
+from ..layers.cores import CoreAt, Cores
+from ..layers.factors import LoTRFactor, LoTRFactors
 from ..layers.functional import explain_call
 from ..layers.init import fill_core_
 from ..layers.magnitude import HasMagnitude, Stored, stored_in, with_lengths
@@ -33,6 +33,7 @@ from ..layers.parametrized import parameters_of
 from ..layers.quantized import has_plain_weight, is_conv1d
 from ..layers.request import NOW, InRequests
 from ..layers.settings import Settings
+from ..layers.sharded import in_parts, named_modules
 from ..model.targets import features, needs_wrap
 from ..ops.composite import delta_weight
 from ..ops.planner import Plan
@@ -313,3 +314,19 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lotr." + super().__repr__()
+
+
+def check_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """RuntimeError if a tensor to be saved is a part: of ZeRO-3, which leaves shape (0,), or of FSDP1, which leaves no shape of
+    more than one dimension. A model inside of FSDP1's wrapper cannot gather what that wrapper holds."""
+    modules = dict(named_modules(model))
+    for key, tensor in state.items():
+        owner, _, name = key.rpartition(".")
+        module = modules.get(owner)
+        matrix = isinstance(module, (LoTRFactors, LoTRFactor, LoTRCore, Cores)) and name != "magnitude"
+        matrix = matrix or (name == "weight" and module is not None and features(module) is not None)
+        if in_parts(tensor) or 0 in tensor.shape or (matrix and tensor.ndim < 2):
+            raise RuntimeError(
+                f"save_pretrained: expected whole tensors, got {key} of shape {list(tensor.shape)}; gather a model in parts "
+                "(ZeRO-3, FSDP) in every process, as accelerate's get_state_dict does, and give the result as state_dict"
+            )

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..layers.checks import DTYPES
 from ..layers.cores import Cores
-from ..layers.factors import LoTRFactor, LoTRFactors
+from ..layers.factors import LoTRFactors
 from ..layers.merging import MergeNotice
-from ..layers.sharded import in_parts, named_modules
+from ..layers.sharded import named_modules
 from ..model.adapter_files import LayerEntry
 from ..model.core_forms import form_at, make_cores
 from ..model.experts import expert_sizes, parameter_name, place, release
@@ -36,7 +36,7 @@ from ..model.starts import set_fast_paths
 from ..model.targets import Target, can_be_child, features, name_ends_with, select
 from .peft_config import LoTRPeftConfig
 from .peft_experts import LoTRPeftExperts, hosts
-from .peft_layer import LoTRCore, LoTRPeftLinear
+from .peft_layer import LoTRPeftLinear, check_whole
 from .peft_shared import add_weighted, loaded_into_shared, mixed_batch, shared_factors
 
 
@@ -53,22 +53,6 @@ def _keys_of(adapter_name: str) -> re.Pattern[str]:
     """A pattern that matches the names of an adapter's tensors in the model's state_dict, and no other names."""
     name = re.escape(adapter_name)
     return re.compile(rf"lotr_(factors|cores)\.{name}\.|\.lotr_adapter\.{name}\.")
-
-
-def _check_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """RuntimeError if a tensor to be saved is a part: of ZeRO-3, which leaves shape (0,), or of FSDP1, which leaves no shape of
-    more than one dimension. A model inside of FSDP1's wrapper cannot gather what that wrapper holds."""
-    modules = dict(named_modules(model))
-    for key, tensor in state.items():
-        owner, _, name = key.rpartition(".")
-        module = modules.get(owner)
-        matrix = isinstance(module, (LoTRFactors, LoTRFactor, LoTRCore, Cores)) and name != "magnitude"
-        matrix = matrix or (name == "weight" and module is not None and features(module) is not None)
-        if in_parts(tensor) or 0 in tensor.shape or (matrix and tensor.ndim < 2):
-            raise RuntimeError(
-                f"save_pretrained: expected whole tensors, got {key} of shape {list(tensor.shape)}; gather a model in parts "
-                "(ZeRO-3, FSDP) in every process, as accelerate's get_state_dict does, and give the result as state_dict"
-            )
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -362,7 +346,7 @@ class LoTRPeftModel(BaseTuner):
         ours = _keys_of(adapter_name)
         found = {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
         copies = {key: tensor for key, tensor in state_dict.items() if f".modules_to_save.{adapter_name}." in key}
-        _check_whole(model, {**found, **copies})
+        check_whole(model, {**found, **copies})
         every = (f"{name}.{own}" for name, m in named_modules(model) for own, p in m._parameters.items() if p is not None)
         missing = sorted(key for key in every if ours.search(key) and key not in found)
         if found and missing:  # nothing at all is what processes have that do not write

@@ -38,6 +38,7 @@ from .core_forms import form_at, make_cores
 from .experts import adapt_parameter, release
 from .first_step import expect_training
 from .heads import warn_of_frozen_heads, with_head
+from .names import tied_names
 from .readers import hook_fusing, unhook_fusing
 from .save_hook import hook_saving, name_loader, unhook_saving
 from .scope import attach_scope, detach_scope
@@ -45,7 +46,7 @@ from .shared_factors import SharedFactors
 from .sizes import check_memory
 from .stages import inner_model
 from .starts import Start, directions, probed_layers, set_fast_paths, set_start, svd_starts
-from .targets import Selection, Target, has_hooks, select, tied_names
+from .targets import Selection, Target, has_hooks, select
 
 __all__ = ["SharedFactors", "adapted_layers", "apply_lotr", "disabled", "lotr_parameters", "merge", "unload", "unmerge"]
 

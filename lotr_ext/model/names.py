@@ -1,11 +1,13 @@
-"""Names of modules and parameters: whether one ends with another, and which ones a misspelt one may have meant."""
+"""Names of modules and parameters: those that end with another, that a misspelt one may mean, or that share memory."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["closest", "name_ends_with"]
+from torch import Tensor, nn
+
+__all__ = ["closest", "name_ends_with", "tied_names"]
 
 
 def name_ends_with(name: str, ending: str) -> bool:
@@ -20,3 +22,24 @@ def closest(wanted: str, names: Iterable[str], at_most: int = 3) -> str:
     endings = sorted(ending for ending in endings if ending and not ending.isdigit())
     found = difflib.get_close_matches(wanted, endings, at_most, cutoff=0.6)
     return f"; the closest {'is' if len(found) == 1 else 'are'} {', '.join(map(repr, found))}" if found else ""
+
+
+def _identity(parameter: Tensor) -> object:
+    """Equal for parameters that share memory, also as different objects. Meta tensors and subclasses go by object."""
+    plain = type(parameter) in (Tensor, nn.Parameter) and not parameter.is_meta and parameter.numel() > 0
+    return ("memory", parameter.device, parameter.data_ptr()) if plain else id(parameter)
+
+
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """For each module that shares a parameter with another one, by id(module): the other owners' parameter names."""
+    owners: dict[object, list[tuple[nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(_identity(parameter), []).append((module, f"{name}.{own}" if name else own))
+    tied: dict[int, list[str]] = {}
+    for shared in owners.values():
+        for module, _ in shared:
+            others = [name for other, name in shared if other is not module]
+            if others:
+                tied.setdefault(id(module), []).extend(others)
+    return tied

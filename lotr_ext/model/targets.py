@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
@@ -22,10 +22,10 @@ from ..layers.sharded import holds_parts, is_tensor_parallel, whole_shape
 from .config import LoTRConfig
 from .experts import CHILD, adapted_in, expert_sizes, why_not
 from .heads import output_layers
-from .names import closest, name_ends_with
+from .names import closest, name_ends_with, tied_names
 from .readers import How, how_read
 
-__all__ = ["Selection", "Target", "can_be_child", "features", "left_out", "name_ends_with", "select", "tied_names"]
+__all__ = ["Selection", "Target", "can_be_child", "features", "left_out", "name_ends_with", "select"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -84,27 +84,6 @@ def features(module: nn.Module) -> tuple[int, int] | None:
         return tuple(whole_shape(module.weight))
     found = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return found if all(isinstance(n, int) for n in found) else None
-
-
-def _identity(parameter: Tensor) -> object:
-    """Equal for parameters that share memory, also as different objects. Meta tensors and subclasses go by object."""
-    plain = type(parameter) in (Tensor, nn.Parameter) and not parameter.is_meta and parameter.numel() > 0
-    return ("memory", parameter.device, parameter.data_ptr()) if plain else id(parameter)
-
-
-def tied_names(model: nn.Module) -> dict[int, list[str]]:
-    """For each module that shares a parameter with another one, by id(module): the other owners' parameter names."""
-    owners: dict[object, list[tuple[nn.Module, str]]] = {}
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(_identity(parameter), []).append((module, f"{name}.{own}" if name else own))
-    tied: dict[int, list[str]] = {}
-    for shared in owners.values():
-        for module, _ in shared:
-            others = [name for other, name in shared if other is not module]
-            if others:
-                tied.setdefault(id(module), []).extend(others)
-    return tied
 
 
 def _parents(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str]]:
