@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lotr_ext import _C  # noqa: F401  (registers the operators)
+from lotr_ext.ops import accumulate_dtype
 from lotr_ext.reference import dropout_mask, philox_4x32_10  # held to published numbers by test_ops.py
 
 Shape = tuple[int, int, int, int]
@@ -23,29 +24,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2e-15}
 # M, K, N, r: every kernel's full blocks, their remainders, and panels cut short.
 SHAPES = [
-    (0, 5, 3, 2),
-    (1, 1, 1, 1),
-    (1, 64, 48, 16),
-    (5, 7, 9, 3),
-    (7, 129, 31, 8),
-    (16, 64, 64, 16),
-    (97, 77, 130, 17),
-    (130, 200, 96, 64),
-    (257, 65, 67, 33),
-    (29, 31, 70, 100),
-    (33, 300, 129, 256),
-    (3, 600, 5, 5),
-]
+    (0, 5, 3, 2), (1, 1, 1, 1), (1, 64, 48, 16), (5, 7, 9, 3), (7, 129, 31, 8), (16, 64, 64, 16),
+    (97, 77, 130, 17), (130, 200, 96, 64), (257, 65, 67, 33), (29, 31, 70, 100), (33, 300, 129, 256), (3, 600, 5, 5),
+]  # fmt: skip
 LAYOUTS = ["contiguous", "rows apart", "columns apart", "transposed"]
 ONE_ISA = "LOTR_CPU_ISA" in os.environ  # a run for one instruction set, started by test_cpu_isa.py
 # Every shape contiguous and in one other layout, in turn; a third of them for each lower instruction set.
 SHAPES_AND_LAYOUTS = [(s, layout) for i, s in enumerate(SHAPES) for layout in (LAYOUTS[0], LAYOUTS[1 + i % 3])]
 SHAPES_AND_LAYOUTS = [s for i, s in enumerate(SHAPES_AND_LAYOUTS) if not ONE_ISA or i % 6 in (0, 3)]
 SCALING = 0.37
-
-
-def acc_of(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -89,7 +76,7 @@ class Case:
         torch.manual_seed(sum(shape))
         self.m, self.k, self.n, self.r = shape
         self.r_out = self.r + 1
-        self.dtype, self.layout, self.acc = dtype, layout, acc_of(dtype)
+        self.dtype, self.layout, self.acc = dtype, layout, accumulate_dtype(dtype)
         factors = factor_dtype or dtype
         self.x, self.g = self.make(self.m, self.k), self.make(self.m, self.n)
         self.u = self.make(self.m, self.r)
