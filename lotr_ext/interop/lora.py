@@ -172,25 +172,31 @@ def export_lora(
         return adapter_slots(inner)
 
     def write() -> None:
-        layers, saved = adapted_layers(inner), saved_modules(inner)
-        stacked = _stacked(layers, experts)
-        layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
-        entries = {name: LoRALayer(*lora_factors(layer), layer.scaling, layer.magnitude) for name, layer in layers.items()}
-        config: dict[str, Any] = {
-            "task_type": task_type,
-            "base_model_name_or_path": base,
-            "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
-            "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
-            "target_modules": _exact_targets(layers, inner) if layers else [],
-            "modules_to_save": _outermost(saved) or None,
-        }
+        entries, stacked, config = _as_lora(inner, experts)
+        config |= {"task_type": task_type, "base_model_name_or_path": base}
         if writing_rank(model, together):
-            _write(directory, _Export(entries, stacked, experts, host, pad_rank), saved_tensors(saved), config)
+            export = _Export(entries, stacked, experts, host, pad_rank)
+            _write(directory, export, saved_tensors(saved_modules(inner)), config)
 
     slots = agreed("export_lora", check, together=together)
     base = _base_model(base_model or loaded_from(inner))
     with whole(model, slots):
         agreed("export_lora", write, together=together)
+
+
+def _as_lora(model: nn.Module, form: str) -> tuple[dict[str, LoRALayer], dict[str, ExpertLoRA], dict[str, Any]]:
+    """The adapted layers of a model, its experts, and what adapter_config.json says of them."""
+    layers, saved = adapted_layers(model), saved_modules(model)
+    stacked = _stacked(layers, form)
+    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
+    entries = {name: LoRALayer(*lora_factors(layer), layer.scaling, layer.magnitude) for name, layer in layers.items()}
+    config = {
+        "lora_dropout": 0.0 if stacked else max(layer.dropout for layer in layers.values()),
+        "fan_in_fan_out": bool(layers) and all(isinstance(layer, LoTRConv1D) for layer in layers.values()),
+        "target_modules": _exact_targets(layers, model) if layers else [],
+        "modules_to_save": _outermost(saved) or None,
+    }
+    return entries, stacked, config
 
 
 def _stacked(layers: Mapping[str, LoTRLayer], form: str) -> dict[str, ExpertLoRA]:
