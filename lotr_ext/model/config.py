@@ -96,8 +96,7 @@ class LoTRConfig:
             over all adapted layers; a mapping from layer name to group; or a callable (name, module) -> group.
         init: "orthonormal", "normal", "kaiming", "svd" (lotr_ext.init), or "gradient", for which `apply_lotr` needs batches and
             a loss (`init_from_gradient`).
-        train: which of "A", "B", "core" and "magnitude" are trained; the rest stays as it starts. By default all that there
-        are.
+        train: which of "A", "B", "core" and "magnitude" are trained, by default all; the rest stays as it starts.
         magnitude: whether each layer has a trained length m_n for each row of W + s B G^T A^T, which starts at the row's own
             (DoRA, arXiv 2402.09353): y = bias + (m / c) (x W^T + s ((x A) G) B^T), c the lengths, without a gradient. Not for
             target_parameters.
