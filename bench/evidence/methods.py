@@ -89,7 +89,7 @@ METHODS = {
     "lotr-few": _lotr("LoTR, few numbers a core", _ranks((8,), (32,), (32,)), core="few", train=CORES),
     "lora": Method(LORA, "peft", _ranks((1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 4, 16)), quick=2),
     "lora-qv": Method(f"{LORA}, query and value", "peft", _ranks((), (1, 2, 4, 8), (1, 4)), few=True),
-    "dora": Method("DoRA PEFT", "peft", _ranks((1, 4), (1, 4), (1,)), {"use_dora": True}),
+    "dora": Method(named("dora-peft"), "peft", _ranks((1, 4), (1, 4), (1,)), {"use_dora": True}),
     "lotr-magnitude": _lotr("LoTR with magnitudes", _ranks((4, 8), (8, 16), (16,)), magnitude=True),
     "lora-xs": _lotr("LoRA-XS", _ranks((8,), (8, 32), (32,)), init="svd", group_by=OWN_GROUP, train=CORES),
     "vera": Method(named("vera-peft"), "peft", _ranks((64,), (256,), (256,)), {"vera": True}),

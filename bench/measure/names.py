@@ -11,6 +11,7 @@ NAMES = {
     "lora-in-place-beta": "LoRA in-place, beta",
     "lora-compiled": "LoRA compiled",
     "lora-peft": "LoRA PEFT",
+    "dora-peft": "DoRA PEFT",
     "lora-unsloth": "LoRA Unsloth",
     "lora-lorafusion": "LoRA LoRAFusion",
     "vera-peft": "VeRA PEFT",
@@ -22,6 +23,7 @@ VARIANTS = {
     "-as-lotr": ", size of LoTR",
     "-as-lora": ", size of LoRA",
     "-core": ", cores only",
+    "-magnitude": ", with magnitudes",
     "-compiled": ", compiled",
     "-per-example": ", per example",
 }  # model
@@ -32,6 +34,7 @@ COLOURS = {
     "lora-in-place-beta": "tab:olive",
     "lora-compiled": "tab:cyan",
     "lora-peft": "tab:red",
+    "dora-peft": "tab:gray",
     "vera-peft": "tab:pink",
     "lotr-eager": "0.55",
     "lora-unsloth": "tab:brown",

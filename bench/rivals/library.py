@@ -1,4 +1,4 @@
-"""Rivals from other packages: torch.compile, PEFT's LoRA and VeRA, and where installed Unsloth's and LoRAFusion's kernels."""
+"""Rivals from other packages: torch.compile, PEFT's LoRA, DoRA and VeRA, and kernels of Unsloth and LoRAFusion if installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from ..measure.names import named
 from ..measure.shapes import DTYPES, Case
 from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, parameter
 
-_PACKAGES = {"lora-peft": "peft", "vera-peft": "peft", "lora-unsloth": "unsloth", "lora-lorafusion": "lorafusion"}
+_PACKAGES = {
+    **dict.fromkeys(("lora-peft", "dora-peft", "vera-peft"), "peft"),
+    "lora-unsloth": "unsloth",
+    "lora-lorafusion": "lorafusion",
+}
 
 
 def missing_package(rival: str) -> str | None:
@@ -73,13 +77,20 @@ def _with_peft(t: Tensors, config) -> nn.Module:
     return get_peft_model(model, config).base_model.model.layer
 
 
-def lora_peft(t: Tensors, case: Case) -> Rival:
+def lora_peft(t: Tensors, case: Case, dora: bool = False) -> Rival:
     from peft import LoraConfig
 
-    layer = _with_peft(t, LoraConfig(r=case.r, lora_alpha=SCALING * case.r, target_modules=["layer"]))
+    layer = _with_peft(t, LoraConfig(r=case.r, lora_alpha=SCALING * case.r, target_modules=["layer"], use_dora=dora))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     A.data, B.data = t.A.T.contiguous().clone(), t.B.clone()
-    return Rival(named("lora-peft"), layer, {"A": (A, True), "B": (B, False)})
+    parameters = {"A": (A, True), "B": (B, False)}
+    if dora:
+        parameters["magnitude"] = layer.lora_magnitude_vector["default"].weight, False
+    return Rival(named("dora-peft" if dora else "lora-peft"), layer, parameters)
+
+
+def dora_peft(t: Tensors, case: Case) -> Rival:
+    return lora_peft(t, case, dora=True)
 
 
 def vera_peft(t: Tensors, case: Case) -> Rival:

@@ -170,11 +170,10 @@ def eager_lotr(model: nn.Module, targets: tuple[str, ...], r: int, core_only: bo
     return model
 
 
-def our_lotr(model: nn.Module, targets: tuple[str, ...], r: int, core_only: bool = False) -> nn.Module:
+def our_lotr(model: nn.Module, targets: tuple[str, ...], r: int, **settings: object) -> nn.Module:
     from lotr_ext import LoTRConfig, apply_lotr
 
-    train = ("core",) if core_only else ("A", "B", "core")
-    return apply_lotr(model, LoTRConfig(rank=r, target_modules=list(targets), train=train))
+    return apply_lotr(model, LoTRConfig(rank=r, target_modules=list(targets), **settings))
 
 
 class PerExample(nn.Module):
@@ -191,10 +190,10 @@ class PerExample(nn.Module):
             return self.model(**given)
 
 
-def peft_lora(model: nn.Module, targets: tuple[str, ...], r: int) -> nn.Module:
+def peft_lora(model: nn.Module, targets: tuple[str, ...], r: int, dora: bool = False) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=list(targets)))
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=list(targets), use_dora=dora))
 
 
 def peft_vera(model: nn.Module, targets: tuple[str, ...], r: int) -> nn.Module:
@@ -228,7 +227,7 @@ METHODS = {
         named("lotr_ext-as-lora"), our_lotr, lambda widths, r: nearest_rank(lotr_parameters, widths, lora_parameters(widths, r))
     ),
     "lotr-eager-core": Method(named("lotr-eager-core"), partial(eager_lotr, core_only=True)),
-    "lotr_ext-core": Method(named("lotr_ext-core"), partial(our_lotr, core_only=True)),
+    "lotr_ext-core": Method(named("lotr_ext-core"), partial(our_lotr, train=("core",))),
 }
 
 
@@ -242,6 +241,8 @@ def _compiled(method: Method) -> Method:
 ON_REQUEST = {f"{name}-compiled": _compiled(METHODS[name]) for name in (FLOOR, "lotr-eager", OURS)}  # compiling takes a minute
 PER_EXAMPLE = f"{OURS}-per-example"
 ON_REQUEST[PER_EXAMPLE] = Method(named(PER_EXAMPLE), lambda *given: PerExample(our_lotr(*given)))
+ON_REQUEST["dora-peft"] = Method(named("dora-peft"), partial(peft_lora, dora=True))
+ON_REQUEST[f"{OURS}-magnitude"] = Method(named(f"{OURS}-magnitude"), partial(our_lotr, magnitude=True))
 KNOWN = METHODS | ON_REQUEST
-PEFTS = tuple(name for name, method in METHODS.items() if method.make in (peft_lora, peft_vera))
+PEFTS = tuple(name for name in KNOWN if "-peft" in name)
 QUICK = (FLOOR, LORA, "vera-peft", "lotr-eager", OURS, "lora-peft-as-lotr", "lotr_ext-as-lora")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import increment_version
 
 from ..measure.names import named
 from ..measure.shapes import Case
@@ -79,17 +80,21 @@ def _lora_in_place(rival: str, expand_first: bool) -> Make:
     return make
 
 
-def _ours(strategy: str | None) -> Make:
+def _ours(strategy: str | None, magnitude: bool = False) -> Make:
     def make(t: Tensors, case: Case) -> Rival:
         from lotr_ext import LoTRFactors, LoTRLinear
 
         factors = LoTRFactors(case.k, case.n, case.r, dtype=t.A.dtype, device=t.A.device)
-        layer = LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING)
+        layer = LoTRLinear.from_linear(frozen_linear(t), factors, scaling=SCALING, magnitude=magnitude)
         layer.strategy = strategy
         parameters = {"core": layer.core, **{name: dict(factors.named_parameters())[name] for name in ("A", "B")}}
         for name, value in parameters.items():
             value.data = getattr(t, name).clone()
         name = f"{named(OURS)} {strategy}" if strategy else named(OURS)
+        if magnitude:
+            # as after an optimizer's step: W A, and with it the norms, are made in each call
+            layer.register_forward_pre_hook(lambda *_: increment_version(factors.A))
+            parameters["magnitude"], name = layer.magnitude, named(MAGNITUDE)
         return Rival(name, layer, {n: (p, False) for n, p in parameters.items()})
 
     return make
@@ -107,7 +112,7 @@ def _compiled(make: Make) -> Make:
     return compiled
 
 
-FLOOR, LORA_EAGER, OURS = "frozen", "lora-eager", "lotr_ext"
+FLOOR, LORA_EAGER, OURS, MAGNITUDE = "frozen", "lora-eager", "lotr_ext", "lotr_ext-magnitude"
 RIVALS: dict[str, Make] = {
     FLOOR: _frozen,
     "frozen-autotuned": library.frozen_autotuned,
@@ -118,10 +123,12 @@ RIVALS: dict[str, Make] = {
     "lora-compiled": library.lora_compiled,
     "lora-autotuned": library.lora_autotuned,
     "lora-peft": library.lora_peft,
+    "dora-peft": library.dora_peft,
     "vera-peft": library.vera_peft,
     "lora-unsloth": library.lora_unsloth,
     "lora-lorafusion": library.lora_lorafusion,
     OURS: _ours(None),
+    MAGNITUDE: _ours(None, magnitude=True),
     "lotr_ext-two_pass": _ours("two_pass"),
     "lotr_ext-beta": _ours("beta"),
     "lotr_ext-fused": _ours("fused"),
@@ -135,7 +142,8 @@ LIBRARY_ONLY = (LORA_EAGER, "lora-in-place", "lora-in-place-beta", "lora-peft", 
 EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion", "lotr_ext-fused")  # compiling takes seconds; the others need a GPU
 AUTOTUNED = ("frozen-autotuned", "lora-autotuned")  # on request: a search of most of a minute a case
 COMPILED = ("lotr_ext-compiled", "lotr_ext-two_pass-compiled", "lotr_ext-composite-compiled")  # on request as well
-DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED, *COMPILED)]
+MAGNITUDES = ("dora-peft", MAGNITUDE)  # on request
+DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED, *COMPILED, *MAGNITUDES)]
 
 
 def available(names: list[str]) -> list[str]:

@@ -46,9 +46,21 @@ class Truth:
         values = {
             n: (p.T if transposed else p).detach().double().requires_grad_() for n, (p, transposed) in rival.parameters.items()
         }
+        magnitude = values.pop("magnitude", None)
         delta = adapter(x, self.t, values)
+        if magnitude is not None:
+            return self._with_magnitude(x, delta, values, magnitude)
         delta.backward(self.g.double())
         return {"y": self.y + delta.detach(), "dx": self.dx + x.grad} | {f"d{n}": v.grad for n, v in values.items()}
+
+    def _with_magnitude(self, x: Tensor, delta: Tensor, values: dict[str, Tensor], magnitude: Tensor) -> dict[str, Tensor]:
+        """y = bias + (m / c) (x W^T + delta), c the lengths of the rows of W with the adapter, constant for gradients."""
+        weight, bias = self.t.weight.double(), 0 if self.t.bias is None else self.t.bias.double()
+        with torch.no_grad():
+            columns = weight.T + adapter(torch.eye(weight.shape[1], dtype=x.dtype, device=x.device), self.t, values)
+        y = bias + (magnitude / columns.norm(dim=0)) * (x @ weight.T + delta)
+        y.backward(self.g.double())
+        return {"y": y.detach(), "dx": x.grad} | {f"d{n}": v.grad for n, v in (values | {"magnitude": magnitude}).items()}
 
 
 def check(rival: Rival, truth: Truth) -> float:

@@ -54,6 +54,16 @@ def test_every_rival_equals_the_formula(name, case):
         truth.check(wrong, expected)
 
 
+@pytest.mark.parametrize("case", [CASE, NO_BIAS], ids=lambda case: case.name())
+@pytest.mark.parametrize("name", rivals.MAGNITUDES)
+def test_rivals_with_magnitudes_equal_the_formula(name, case):
+    rival, expected = made(name, case)
+    assert "magnitude" in rival.parameters and 0 < truth.check(rival, expected) <= truth.TOLERANCE["fp32"]
+    rival.parameters["magnitude"][0].register_hook(lambda grad: grad * 1.01)
+    with pytest.raises(ValueError, match="dmagnitude: relative error"):
+        truth.check(rival, expected)
+
+
 def test_a_wrong_gradient_alone_is_noticed():
     rival, expected = made("lora-in-place", CASE)
     rival.parameters["B"][0].register_hook(lambda grad: grad * 1.01)
