@@ -46,33 +46,23 @@ class Rows(NamedTuple):
 # ---- c ---------------------------------------------------------------------------------------------------------------
 
 
-class _Seen(NamedTuple):
-    """A tensor as it was: the object, its version, its memory, and whether an optimizer may change it."""
-
-    ref: weakref.ref
-    version: int
-    address: int
-    trained: bool
-
-    @classmethod
-    def of(cls, t: Tensor) -> _Seen:
-        return cls(weakref.ref(t), t._version, t.data_ptr() if type(t) in _PLAIN else 0, t.requires_grad)
-
-    def is_still(self, t: Tensor, steps: bool) -> bool:
-        """steps: whether an optimizer has stepped since. A fused one moves no version counter."""
-        return self.ref() is t and self[1:] == _Seen.of(t)[1:] and not (steps and self.trained)
-
-
 class _Kept(NamedTuple):
-    """What was made of weight, A, B, core and magnitude as seen, when so many steps had been taken."""
+    """What was made of weight, A, B, core and magnitude. marks: as these tensors were (`_mark`), when so many steps had been
+    taken."""
 
-    seen: tuple[_Seen, _Seen, _Seen, _Seen, _Seen]
+    refs: tuple[weakref.ref, ...]
+    marks: list[tuple[int, int, bool]]
     scaling: float
     steps: int
     square: Tensor
     WA: Tensor
     norm: Tensor
     scale: Tensor
+
+
+def _mark(t: Tensor) -> tuple[int, int, bool]:
+    """A tensor's version, its memory, and whether an optimizer may change it."""
+    return t._version, t.data_ptr() if type(t) in _PLAIN else 0, t.requires_grad
 
 
 class Norms:
@@ -98,11 +88,15 @@ class Norms:
             with _without_autocast(weight.device):
                 norm = row_lengths(matrix().detach(), A.detach(), B.detach(), core.detach(), scaling)
                 return Rows(m, norm, m.detach().to(norm) / norm)
-        kept, steps = self._kept, steps_taken()
+        kept, steps, marks = self._kept, steps_taken(), list(map(_mark, tensors))
         if kept is None:
             same = [False] * 5
         else:
-            same = [seen.is_still(t, kept.steps != steps) for seen, t in zip(kept.seen, tensors)]
+            stepped = kept.steps != steps  # a fused optimizer moves no version counter
+            same = [
+                ref() is t and old == mark and not (stepped and mark[2])
+                for ref, old, t, mark in zip(kept.refs, kept.marks, tensors, marks)
+            ]
             if all(same) and kept.scaling == scaling:
                 return Rows(m, kept.norm, kept.scale)
         with torch.inference_mode(False), torch.no_grad(), _without_autocast(weight.device):
@@ -112,7 +106,7 @@ class Norms:
                 square, WA = _products(matrix(), A, kept.square if same[0] else None)
             norm = row_norms(square, WA, A, B, core, scaling)
             scale = m.to(norm) / norm
-        self._kept = _Kept(tuple(map(_Seen.of, tensors)), scaling, steps, square, WA, norm, scale)
+        self._kept = _Kept(tuple(map(weakref.ref, tensors)), marks, scaling, steps, square, WA, norm, scale)
         return Rows(m, norm, scale)
 
 

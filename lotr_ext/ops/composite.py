@@ -47,7 +47,7 @@ def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
 def row_norms(square: Tensor, WA: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
     """c_n = |W_n + F_n A^T| [n] in WA's dtype, from |W_n|^2 [n] and W A [n, r_in]. Rows of zeros have the smallest number."""
     A, F = A.to(WA.device, WA.dtype), fold(B, core, scaling, WA.dtype).to(WA.device)
-    squares = square + ((2 * WA + F @ (A.t() @ A)) * F).sum(-1)
+    squares = square + (torch.addmm(WA, F, A.t() @ A, beta=2) * F).sum(-1)
     return squares.clamp(min=torch.finfo(WA.dtype).tiny).sqrt()
 
 
