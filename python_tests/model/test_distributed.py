@@ -17,7 +17,7 @@ from lotr_ext import LoTRConfig, apply_lotr, init_from_gradient, load_adapter, s
 CHECKS = (
     *("gloo_ddp:ddp", "gloo_ddp:ddp_reductions", "gloo_ddp:ddp_saves_once"),
     *("fsdp", "fsdp_mixed_precision", "fsdp_shares", "fsdp_reductions", "fsdp_saves", "fsdp_resumes", "fsdp_refuses"),
-    *("gloo_experts:experts", "gradient_start"),
+    *("gloo_experts:experts", "gradient_start", "gloo_magnitudes:magnitudes"),
     *("gloo_parts:fsdp1", "gloo_parts:fsdp2", "gloo_parts:fsdp1_resumes", "gloo_parts:fsdp1_ways", "gloo_parts:fsdp1_refuses"),
     *("gloo_context_parallel:sequences", "gloo_per_example:under_ddp", "gloo_failures:gradient", "gloo_failures:saving"),
 )
@@ -67,6 +67,13 @@ def test_gradients_under_fsdp2_are_those_of_one_process(found: dict) -> None:
         assert len(by_rank) == 26
         for case, errors in by_rank.items():
             assert max(errors.values()) < 2e-6, (case, errors)
+
+
+def test_magnitudes_under_ddp_and_fsdp2(found: dict) -> None:
+    for by_rank in found["gloo_magnitudes:magnitudes"]:
+        for name in ("cut later", "cut before"):
+            assert "magnitude: expected" in by_rank.pop(name)
+        assert len(by_rank) == 3 and max(by_rank.values()) < 1e-10, by_rank
 
 
 def test_fsdp2_with_mixed_precision(found: dict) -> None:
