@@ -47,11 +47,7 @@ def parts(case: Case, t: Tensors, x: Tensor, g: Tensor, few: bool) -> list[Part]
         forward, backward = (kernel_work(f"small_{name}", m, (k + n) // 2, r, element) for name in ("forward", "backward"))
         return [
             ("small_forward_", forward, lambda: ops.small_forward_(y, x, t.A, t.core, t.B, SCALING)),
-            (
-                "small_backward_",
-                backward,
-                lambda: ops.small_backward_(dx, g, x, u, t.A, t.core, t.B, SCALING, dA, dB, True),
-            ),
+            ("small_backward_", backward, lambda: ops.small_backward_(dx, g, x, u, t.A, t.core, t.B, SCALING, dA, dB, True)),
         ]
     return [
         part("shrink: u = x A", "shrink", m, k, lambda: ops.shrink(x, t.A)),

@@ -134,11 +134,7 @@ class OpCounter(Counter):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         super().__init__()
-        parts = {
-            "layer_forward": _parts_forward,
-            "layer_backward": _parts_backward,
-            "shrink_backward": _parts_shrink_backward,
-        }
+        parts = {"layer_forward": _parts_forward, "layer_backward": _parts_backward, "shrink_backward": _parts_shrink_backward}
         for name, of in parts.items():
             monkeypatch.setattr(ops, name, self._counted_parts(of, getattr(ops, name)))
         names = (

@@ -70,11 +70,7 @@ def run_part(part: Part, tree: Path, log: Path, limit: float, without: Iterable[
     """("done", "failed (status)" or "stopped", seconds). Its output goes to log as it comes. without: features of the hardware
     that are at fault here, besides those that are switched off already and the part's own."""
     begin = time.monotonic()
-    environment = os.environ | {
-        "LOTR_BUILD_DIR": str(tree.parent / "cmake"),
-        "LOTR_CUDA": "ON",
-        "PYTHONPATH": str(tree),
-    }
+    environment = os.environ | {"LOTR_BUILD_DIR": str(tree.parent / "cmake"), "LOTR_CUDA": "ON", "PYTHONPATH": str(tree)}
     off = [*environment.get("LOTR_CUDA_WITHOUT", "").split(","), *without, part.without]
     if off := ",".join(dict.fromkeys(filter(None, off))):
         environment["LOTR_CUDA_WITHOUT"] = off

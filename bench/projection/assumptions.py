@@ -72,9 +72,7 @@ RANGES = {
         f"{REVIEW}: about 1 us; 2 us was assumed before",
     ),
     "main_loop": Range(
-        *(1.0, 0.96, 0.94, "%"),
-        "speed of gemm_lotr's main loop, of the library's",
-        f"{REVIEW}: 94-98%; equal at best",
+        *(1.0, 0.96, 0.94, "%"), "speed of gemm_lotr's main loop, of the library's", f"{REVIEW}: 94-98%; equal at best"
     ),
     "scouts": Range(
         *(1.0, 1.25, 1.65, " x"),
@@ -164,10 +162,7 @@ SOURCES = [
     ),
     ("a barrier of a cluster takes as long as a load from L2", "assumed"),
     ("shared-memory and load path: 128 bytes a cycle and multiprocessor", "CUDA programming guide (32 banks of 4 bytes)"),
-    (
-        "latency of memory under load 600 ns (B200, RTX 4090: 700)",
-        "assumed: about twice an idle GPU's",
-    ),
+    ("latency of memory under load 600 ns (B200, RTX 4090: 700)", "assumed: about twice an idle GPU's"),
     (
         "factor_grad's rows of 64 bytes at rank 16 reach the bandwidth of longer ones",
         "assumed: they are whole sectors, and blocks with the other half of a line walk the same rows at the same time",

@@ -156,13 +156,7 @@ def model(
 
 
 def makespan(
-    tickets: Tickets,
-    workers: int,
-    steps: int,
-    rank: float,
-    scout: float | None,
-    last: float = 0.0,
-    main_loop: float = 1.0,
+    tickets: Tickets, workers: int, steps: int, rank: float, scout: float | None, last: float = 0.0, main_loop: float = 1.0
 ) -> tuple[float, float]:
     """(k-steps of the library until all is done, those waited); rank: k-steps of the adapter; scout: of a scout's k-step,
     None: none; last: of one of Q's sums; main_loop: of the library's speed."""

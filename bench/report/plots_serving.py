@@ -13,12 +13,7 @@ from ..measure.names import COLOURS
 from ..serving.table import DECODE, LABELS, PREFILL
 from .plots import save
 
-WAYS = {
-    "native": COLOURS["lotr_ext"],
-    "own": "tab:cyan",
-    "lora": COLOURS["lora-eager"],
-    "peft": COLOURS["lora-peft"],
-}
+WAYS = {"native": COLOURS["lotr_ext"], "own": "tab:cyan", "lora": COLOURS["lora-eager"], "peft": COLOURS["lora-peft"]}
 
 
 def draw_serving(results: Mapping[str, Any], folder: Path) -> list[Path]:

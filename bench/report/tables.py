@@ -235,14 +235,7 @@ def kernels_table(cells: list[dict], pictures: Pictures) -> str:
     ]
     again = command("kernels", cells, {"rounds": _rounds(cells)}, {"rounds": ROUNDS["kernels"]})
     title = f"{again}, each kernel alone; {where(cells)}:"
-    return "\n".join(
-        [
-            title,
-            "",
-            *markdown(heads, rows, 3),
-            *_images(pictures, {"kernels": "each kernel over the library"}),
-        ]
-    )
+    return "\n".join([title, "", *markdown(heads, rows, 3), *_images(pictures, {"kernels": "each kernel over the library"})])
 
 
 TABLES: dict[str, Callable[[list[dict], Pictures], str]] = {

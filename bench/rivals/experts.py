@@ -23,10 +23,7 @@ LABELS = {
 PARAMETERS = ("gate_up_proj", "down_proj")
 HEADS = ("", *DIRECTIONS, "over frozen", "of PEFT's", "peak", "parameters")
 # of two layers that a user would meet, Qwen3-30B-A3B's and Mixtral's, the GPU's; tokens x hidden x intermediate x e x top k x r
-SHAPES = {
-    "cpu": "2048x512x256x32x4x16,2048x1024x512x32x4x16",
-    "cuda": "8192x2048x768x128x8x16,8192x4096x14336x8x2x16",
-}
+SHAPES = {"cpu": "2048x512x256x32x4x16,2048x1024x512x32x4x16", "cuda": "8192x2048x768x128x8x16,8192x4096x14336x8x2x16"}
 
 
 class Mixture(nn.Module):

@@ -159,10 +159,7 @@ def _fold_grad(i: Inputs) -> Operator:
         return {"dG": call(), "dB": dB}
 
     def truth() -> Results:
-        return {
-            "dG": SCALING * (Q.double().mT @ B.double()),
-            "dB": SCALING * (Q.double() @ cores.double()).sum(0),
-        }
+        return {"dG": SCALING * (Q.double().mT @ B.double()), "dB": SCALING * (Q.double() @ cores.double()).sum(0)}
 
     return Operator(ours, products, _pair(lambda: once(ours, ours_dB), lambda: once(products, library_dB)), truth, i.work)
 

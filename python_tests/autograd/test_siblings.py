@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    checkpoint,
-    set_checkpoint_early_stop,
-)
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lotr_ext.autograd.call import Call, call_linear
 from nets import Truth, dropped, relative, right

@@ -136,9 +136,7 @@ def test_forms_are_measured_beside_the_devices_own_time(gpu, monkeypatch):
     assert set(found["frozen"]) == set(found["ours"]) == {"eager", "graph"} and set(found["bad"]) == {"eager"}
     assert found["ours"]["eager"]["step"]["seconds"] == (7.0, 7.0, 7.0)
     assert found["ours"]["graph"]["step"]["excess"] == pytest.approx((5 / 3 - 1,) * 3)
-    assert made.failures == [
-        "bad as a CUDA graph: RuntimeError: operation not permitted when stream is capturing",
-    ]
+    assert made.failures == ["bad as a CUDA graph: RuntimeError: operation not permitted when stream is capturing"]
     assert forms.more_forms(fake_session(monkeypatch, "wall"), ["frozen"], ["a"], "frozen", 0.01) == {"frozen": {}}
 
 

@@ -297,36 +297,12 @@ def test_dropout_is_drawn_once_a_token_and_copies_stand_alone():
 
 
 BAD = {
-    "offs that do not ascend": (
-        {"offs": [10, 9, 130, 201, 260]},
-        ValueError,
-        r"offs: expected ascending ends in \[0, 260\]",
-    ),
-    "offs beyond the rows": (
-        {"offs": [10, 10, 130, 201, 261]},
-        ValueError,
-        r"offs: expected ascending ends in \[0, 260\]",
-    ),
-    "other offs": (
-        {"offs": [10, 10, 260]},
-        ValueError,
-        r"offs: expected one end an expert, shape \(5,\), got \(3,\)",
-    ),
-    "offs of int64": (
-        {"offs": OFFS.long()},
-        TypeError,
-        r"offs: expected a tensor of torch\.int32, got torch\.int64",
-    ),
-    "tokens of int32": (
-        {"tokens": torch.zeros(260, dtype=torch.int32)},
-        TypeError,
-        "tokens: expected a tensor of torch.int64",
-    ),
-    "a token too many": (
-        {"tokens": torch.full((260,), 150)},
-        ValueError,
-        r"tokens: expected rows of x in \[0, 150\), got 150",
-    ),
+    "offs that do not ascend": ({"offs": [10, 9, 130, 201, 260]}, ValueError, r"offs: expected ascending ends in \[0, 260\]"),
+    "offs beyond the rows": ({"offs": [10, 10, 130, 201, 261]}, ValueError, r"offs: expected ascending ends in \[0, 260\]"),
+    "other offs": ({"offs": [10, 10, 260]}, ValueError, r"offs: expected one end an expert, shape \(5,\), got \(3,\)"),
+    "offs of int64": ({"offs": OFFS.long()}, TypeError, r"offs: expected a tensor of torch\.int32, got torch\.int64"),
+    "tokens of int32": ({"tokens": torch.zeros(260, dtype=torch.int32)}, TypeError, "tokens: expected a tensor of torch.int64"),
+    "a token too many": ({"tokens": torch.full((260,), 150)}, ValueError, r"tokens: expected rows of x in \[0, 150\), got 150"),
     "cores of another rank": (
         {"cores": torch.ones(5, 4, 4)},
         ValueError,
@@ -337,41 +313,17 @@ BAD = {
         ValueError,
         r"cores: expected shape \[5, 4, 3\], got \(4, 4, 3\)",
     ),
-    "a bias of other experts": (
-        {"bias": torch.ones(4, N)},
-        ValueError,
-        r"bias: expected shape \[5, 9\], got \(4, 9\)",
-    ),
-    "a weight of another width": (
-        {"weight": torch.ones(5, N, 7)},
-        ValueError,
-        r"x: expected shape \[m, 7\], got \(150, 13\)",
-    ),
-    "a matrix for a weight": (
-        {"weight": torch.ones(N, K)},
-        ValueError,
-        r"weight: expected shape \[e, n, k\], got \(9, 13\)",
-    ),
-    "a weight of bytes": (
-        {"weight": torch.ones(5, N, K, dtype=torch.uint8)},
-        TypeError,
-        "weight: expected a floating dtype",
-    ),
+    "a bias of other experts": ({"bias": torch.ones(4, N)}, ValueError, r"bias: expected shape \[5, 9\], got \(4, 9\)"),
+    "a weight of another width": ({"weight": torch.ones(5, N, 7)}, ValueError, r"x: expected shape \[m, 7\], got \(150, 13\)"),
+    "a matrix for a weight": ({"weight": torch.ones(N, K)}, ValueError, r"weight: expected shape \[e, n, k\], got \(9, 13\)"),
+    "a weight of bytes": ({"weight": torch.ones(5, N, K, dtype=torch.uint8)}, TypeError, "weight: expected a floating dtype"),
     "a half weight": (
         {"weight": torch.ones(5, N, K).half()},
         TypeError,
         r"weight: expected x's dtype torch.float32, got torch.float16",
     ),
-    "no tensor": (
-        {"x": [1.0]},
-        TypeError,
-        "x: expected a tensor, got list",
-    ),
-    "a scaling that is none": (
-        {"scaling": float("nan")},
-        ValueError,
-        "scaling: expected a finite number",
-    ),
+    "no tensor": ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+    "a scaling that is none": ({"scaling": float("nan")}, ValueError, "scaling: expected a finite number"),
 }
 
 

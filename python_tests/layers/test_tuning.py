@@ -29,10 +29,7 @@ def test_by_the_clock(cache: Path) -> None:
     assert {(p.form, p.step, p.tokens, p.n) for p in found} == {
         (form, step, tokens, n)
         for step in (True, False)
-        for form, tokens, n in [
-            *(("unfolded", 3, n) for n in (24, 40)),
-            *(("siblings", TOKENS, 24), ("alone", TOKENS, 40)),
-        ]
+        for form, tokens, n in [*(("unfolded", 3, n) for n in (24, 40)), *(("siblings", TOKENS, 24), ("alone", TOKENS, 40))]
     }
     for problem, answer in found.items():
         assert set(answer.seconds) == {"two_pass", "beta"} and min(answer.seconds.values()) > 0

@@ -53,8 +53,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name, dtype",
-    [*((name, torch.float32) for name in FORMATS), ("mxfp4", torch.bfloat16), ("fp8 by blocks", torch.bfloat16)],
+    "name, dtype", [*((name, torch.float32) for name in FORMATS), ("mxfp4", torch.bfloat16), ("fp8 by blocks", torch.bfloat16)]
 )
 def test_values_and_gradients_are_those_over_dense_experts(name, dtype):
     model, dense, base = pair(name, dtype)

@@ -335,11 +335,7 @@ def test_bad_input(tmp_path: Path) -> None:
         (ValueError, "task: expected one that add has returned, got 5", lambda: optimizer.save(5, tmp_path / "x")),
         (ValueError, "task: expected one that add has returned, got 5", lambda: optimizer.state_of(5)),
         (ValueError, "source: expected the state of SGD, got AdamW", lambda: sgd.add(tmp_path / "adamw")),
-        (
-            ValueError,
-            "expected the state of AdamW, got a file without state",
-            lambda: optimizer.add(tmp_path / "cores"),
-        ),
+        (ValueError, "expected the state of AdamW, got a file without state", lambda: optimizer.add(tmp_path / "cores")),
         (RuntimeError, "add: expected a free place", lambda: its.add(tmp_path / "adamw")),
         (ValueError, "state_dict: expected one of SGD, got 'AdamW'", lambda: sgd.load_state_dict(state)),
         (ValueError, "expected tasks of the bank, got 5", lambda: optimizer.load_state_dict(state | {"tasks": {5: {}}})),

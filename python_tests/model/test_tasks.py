@@ -220,11 +220,7 @@ def test_bad_input(tmp_path: Path) -> None:
             lambda: bank.replace(0, cores | {first: cores[first].mT}),
         ),
         (ValueError, "source: expected factors .* as the model has, got", lambda: foreign.add(tmp_path / "zero")),
-        (
-            ValueError,
-            "expected scaling 3.0 as the model has, got 0.5",
-            lambda: TaskBank(scaled, 1).add(tmp_path / "zero"),
-        ),
+        (ValueError, "expected scaling 3.0 as the model has, got 0.5", lambda: TaskBank(scaled, 1).add(tmp_path / "zero")),
         (ValueError, "source: expected format lotr_task as the model has, got None", lambda: bank.add(tmp_path / "no task")),
     ]
     before = {name: value.clone() for name, value in model.state_dict().items()}

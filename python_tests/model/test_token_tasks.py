@@ -11,16 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from lotr_ext import (
-    LoTRConfig,
-    TaskBank,
-    activated,
-    apply_lotr,
-    disabled,
-    lotr_grouped_linear,
-    lotr_linear,
-    mixed,
-)
+from lotr_ext import LoTRConfig, TaskBank, activated, apply_lotr, disabled, lotr_grouped_linear, lotr_linear, mixed
 from nets import relative
 
 B, T, TASKS = 3, 7, 3

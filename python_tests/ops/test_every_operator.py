@@ -48,9 +48,7 @@ def arguments(operator: str) -> list[tuple]:
         "fold_grad": [(t(2, N, R), t(N, Q), t(2, R, Q), 0.7, t(N, Q))],
         "expand": [(t(M, N), t(M, R), t(N, R))],
         "small_forward_": [small],
-        "small_backward_": [
-            (t(M, K), t(M, N), t(M, K), t(M, R), t(K, R), t(R, Q), t(N, Q), 0.7, t(K, R), t(N, Q), True),
-        ],
+        "small_backward_": [(t(M, K), t(M, N), t(M, K), t(M, R), t(K, R), t(R, Q), t(N, Q), 0.7, t(K, R), t(N, Q), True)],
         "layer_forward": [
             (*layer, t(K, R), t(N, Q), t(R, Q), 0.7, 0, None, t(N, R), 0.5, seed, t(N)),
             (*layer, None, t(N, Q), t(R, Q), 0.7, 0, t(M, R), None, 0.0, None, None),

@@ -31,16 +31,7 @@ from programs.changes import (
 )
 from programs.contexts import bank, in_threads, mixed, nested, threaded
 from programs.experts import experts, long_groups
-from programs.forwards import (
-    bare,
-    checkpointed,
-    forward,
-    functional,
-    kept_elsewhere,
-    siblings,
-    unrecorded,
-    view,
-)
+from programs.forwards import bare, checkpointed, forward, functional, kept_elsewhere, siblings, unrecorded, view
 from programs.making import make_layers, make_net
 from programs.rare import gradient_start, interrupted, made_cores, refused
 

@@ -146,14 +146,8 @@ exec {sys.executable} "$@"
 @pytest.mark.parametrize(
     ("patch", "words"),
     [
-        (
-            "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)",
-            ["torch >= 2.10", "got none"],
-        ),
-        (
-            "m.version = lambda name: '2.9.1' if name == 'torch' else version(name)",
-            ["torch >= 2.10", "got 2.9.1"],
-        ),
+        ("u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)", ["torch >= 2.10", "got none"]),
+        ("m.version = lambda name: '2.9.1' if name == 'torch' else version(name)", ["torch >= 2.10", "got 2.9.1"]),
         ("s.which = lambda name, **k: None", ["C++17 compiler", "got none"]),
         (
             "s.which = lambda name, **k: None if name == 'cmake' else which(name, **k)",

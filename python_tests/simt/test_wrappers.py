@@ -84,17 +84,7 @@ SM90 = EARLY | {
 def compile_ptx(text: str, target: str, folder: Path) -> str:
     source, ptx = folder / "kernel.cu", folder / "kernel.ptx"
     source.write_text(text)
-    command = [
-        NVCC,
-        "-std=c++17",
-        f"-arch={target}",
-        f"-I{build.CSRC}",
-        f"-I{PROGRAMS}",
-        "-ptx",
-        str(source),
-        "-o",
-        str(ptx),
-    ]
+    command = [NVCC, "-std=c++17", f"-arch={target}", f"-I{build.CSRC}", f"-I{PROGRAMS}", "-ptx", str(source), "-o", str(ptx)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return ptx.read_text()
