@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lotr_ext
 from lotr_ext import ops, reference
+from lotr_ext.autograd import shared_gradient
 
 
 class Block(nn.Module):
@@ -169,6 +170,20 @@ class OpCounter(Counter):
         counts = dict(self)
         self.clear()
         return counts
+
+
+def shapes_of_sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shape of each sum of gradients, as it is made."""
+    made: list[torch.Size] = []
+
+    class Counted(shared_gradient.TaskSum):
+        def __setattr__(self, name, value):
+            if name == "value" and isinstance(value, torch.Tensor):
+                made.append(value.shape)
+            super().__setattr__(name, value)
+
+    monkeypatch.setattr(shared_gradient, "TaskSum", Counted)
+    return made
 
 
 class Boom(torch.autograd.Function):

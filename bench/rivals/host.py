@@ -38,12 +38,8 @@ class Chain(nn.Module):
         return x
 
 
-class Siblings(nn.Module):
+class Siblings(Chain):
     """x_{b+1} = q_b(x_b) + k_b(x_b) + v_b(x_b)"""
-
-    def __init__(self, layers: Sequence[nn.Module]):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         layers = iter(self.layers)

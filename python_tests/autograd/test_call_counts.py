@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lotr_ext
+from bench.rivals.host import Chain, Siblings
 from lotr_ext import LoTRConfig, LoTRFactors, LoTRLinear, apply_lotr
 from lotr_ext.layers import tuning
 from lotr_ext.ops import planner, tuned
@@ -28,29 +29,6 @@ TOKENS = (1, 16, 160)  # the unfolded form, and the one where siblings share
 def node_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens take the nodes that those of wide layers do, or one each."""
     monkeypatch.setattr(planner, "LITTLE_WORK", request.param)
-
-
-class Chain(nn.Module):
-    """x_{l+1} = layer_l(x_l)"""
-
-    def __init__(self, layers: list[nn.Module]):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Branches(Chain):
-    """x_{b+1} = q_b(x_b) + k_b(x_b) + v_b(x_b)"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers = iter(self.layers)
-        for q, k, v in zip(layers, layers, layers):
-            x = q(x) + k(x) + v(x)
-        return x
 
 
 def on_one_pair(count: int, kind: type[Chain] = Chain) -> Chain:
@@ -156,7 +134,7 @@ def test_chained_layers_on_a_shared_pair(make, tokens):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("make", [on_one_pair, in_a_model])
 def test_siblings_cost_no_more_than_chained_layers(make, tokens):
-    forward, backward = a_layer(lambda count: make(count, Branches), tokens)
+    forward, backward = a_layer(lambda count: make(count, Siblings), tokens)
     assert sum(forward.values()) <= 20, most_called(forward)
     assert sum(backward.values()) <= 14, most_called(backward)
 

@@ -13,10 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lotr_ext import ops
-from lotr_ext.autograd import shared_gradient as hub
 from lotr_ext.model import scope
 from lotr_ext.model.scope import attach_scope, detach_scope
-from nets import Net, Truth, plain, relative
+from nets import Net, Truth, plain, relative, shapes_of_sums
 
 pytestmark = pytest.mark.usefixtures("two_nodes")
 CLOSE = 5e-6
@@ -46,15 +45,7 @@ def test_one_fold_and_one_fold_grad_a_step(net, x, counter):
 
 
 def test_one_bank_and_one_accumulator_a_factor(net, x, monkeypatch):
-    made: list[torch.Size] = []
-
-    class Counted(hub.TaskSum):
-        def __setattr__(self, name, value):
-            if name == "value" and isinstance(value, torch.Tensor):
-                made.append(value.shape)
-            super().__setattr__(name, value)
-
-    monkeypatch.setattr(hub, "TaskSum", Counted)
+    made = shapes_of_sums(monkeypatch)
     net(x).square().sum().backward()
     assert sorted(made) == sorted([torch.Size([12, 24, 4]), net.factors.A.shape])
 

@@ -14,7 +14,7 @@ from toys import at_once
 
 import lotr_ext
 from lotr_ext.autograd import shared_gradient as hub
-from nets import Boom, Net, Truth, plain, relative
+from nets import Boom, Net, Truth, plain, relative, shapes_of_sums
 
 CLOSE = 5e-6  # relative, float32 against float64
 CHECKPOINTS = pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpoint", "reentrant"])
@@ -198,15 +198,7 @@ def test_x_is_not_kept_when_A_is_frozen(either_path, net):
 
 def test_a_32_layer_backward_makes_one_accumulator_a_factor(two_nodes, x, monkeypatch):
     net = Net(d=24, rank=4, n=8)
-    made: list[torch.Size] = []
-
-    class Counted(hub.TaskSum):
-        def __setattr__(self, name, value):
-            if name == "value" and isinstance(value, torch.Tensor):
-                made.append(value.shape)
-            super().__setattr__(name, value)
-
-    monkeypatch.setattr(hub, "TaskSum", Counted)
+    made = shapes_of_sums(monkeypatch)
     net(x).square().sum().backward()
     assert made == [net.factors.B.shape, net.factors.A.shape]
 
