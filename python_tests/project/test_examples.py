@@ -46,6 +46,13 @@ def printed(capsys, monkeypatch) -> Callable[..., tuple[str, str]]:
     return of
 
 
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Each process that a program starts for a run is a fork of one that has torch."""
+    context = forks()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 
@@ -107,10 +114,9 @@ needs_snippets = pytest.mark.skipif(not SNIPPETS.is_file(), reason="data/ is mis
 
 @needs_snippets
 @pytest.mark.skipif(not (Path(sys.prefix) / "frameworks" / "opacus").is_dir(), reason="opacus is missing: run make setup")
-def test_private_text_keeps_its_numbers_and_a_picture(tiny, tmp_path):
+def test_private_text_keeps_its_numbers_and_a_picture(tiny, tmp_path, printed, forked):
     sizes = "--epsilons 8 --seeds 1 --steps 2 --batch 8 --rank 2 --tokens 8 --held-out 20"
-    result = run("examples/private_text.py", "--model", str(tiny[0]), *sizes.split(), "--results", str(tmp_path))
-    assert result.returncode == 0, result.stderr
+    printed("private_text", "--model", str(tiny[0]), *sizes.split(), "--results", str(tmp_path))
     kept = json.loads((tmp_path / "private-text.json").read_text())
     head, core, pair = 32 * 2 + 2, 2 * 2, 2 * 32 * 2
     assert {method: row["numbers"] for method, row in kept["summary"]["cost"].items()} == {
@@ -164,9 +170,8 @@ def test_evolve_keeps_its_numbers_and_a_picture(tiny, tiny_lm, tmp_path, printed
     assert (tmp_path / "evolve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finetune_text_on_another_model_and_file(tiny, tmp_path, printed, monkeypatch):
-    context, (model, text) = forks(), tiny
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)  # a process a method all the same
+def test_finetune_text_on_another_model_and_file(tiny, tmp_path, printed, forked):
+    model, text = tiny
     options = "--steps 3 --batch 8 --rank 2 --threads 1 --init gradient --out".split()
     out, _ = printed("finetune_text", "--model", str(model), "--text", str(text), *options, str(tmp_path))
     assert "the same 12 predictions" in out
