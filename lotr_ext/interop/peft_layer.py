@@ -65,7 +65,6 @@ class LoTRCore(HasCore, HasMagnitude):
             held = nn.Parameter(torch.empty(shape, device=factors.A.device, dtype=factors.A.dtype))
             fill_core_(held, config.core_init)
         self.hold_core(held)
-        self.register_parameter("magnitude", None)
         self.__dict__["factors"] = factors  # the tuner registers it
 
     @torch.no_grad()

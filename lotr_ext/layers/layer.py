@@ -112,7 +112,6 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         self.register_buffer("weight_backup", None, persistent=False)
         factors._group.join()
         self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
-        self.register_parameter("magnitude", None)
         if settings.magnitude:
             self.hold_magnitude(nn.Parameter(torch.empty(self.out_features, device=device, dtype=factors.A.dtype)))
             self.reset_magnitude()

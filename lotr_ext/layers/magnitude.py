@@ -32,18 +32,27 @@ def no_magnitude(module: nn.Module) -> str | None:
     return None if weight.dim() == 2 else f"{kind} with a weight of shape {tuple(weight.shape)}"
 
 
+class _Magnitude:
+    """`module.magnitude`: None where there is no such parameter. No property, as for `_Core`."""
+
+    def __get__(self, module: HasMagnitude | None, owner: type | None = None) -> nn.Parameter | None:
+        return self if module is None else module._parameters.get("magnitude")
+
+
 class HasMagnitude(nn.Module):
     """Base class of modules that may have magnitudes: LoTRLayer, and LoTRCore, an adapter of PEFT's layers.
 
     magnitude: m, a parameter in the dtype of the factors, or None. norms: what computes c for it, None without.
     """
 
-    magnitude: nn.Parameter | None
+    magnitude = _Magnitude()
     norms: Norms | None = None
 
     def hold_magnitude(self, held: nn.Parameter | None) -> None:
         """Replaces the parameter. Checks nothing."""
-        self.magnitude = held
+        self._parameters.pop("magnitude", None)
+        if held is not None:
+            self._parameters["magnitude"] = held  # register_parameter refuses a name that the class has
         self.norms = None if held is None else Norms()
 
     def rows_of(self, stored: Stored, A: Tensor, B: Tensor, call: Call) -> Rows:

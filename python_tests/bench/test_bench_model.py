@@ -190,7 +190,7 @@ def test_without_peft_the_rest_is_measured(monkeypatch):
     options = model.arguments(QUICK)
     methods = model.methods_of("minilm", options)
     assert not set(methods) & set(mr.PEFTS) and {mr.FLOOR, mr.OURS, "lotr-eager"} <= set(methods)
-    assert set(options.without) == {"lora-peft", "vera-peft", "lora-peft-as-lotr", "vera-peft-as-lotr"}
+    assert set(options.without) == {"lora-peft", "dora-peft", "vera-peft", "lora-peft-as-lotr", "vera-peft-as-lotr"}
     with pytest.raises(ValueError, match="methods: lora-peft needs the package peft, which is not installed"):
         model.arguments([*QUICK, "--methods", "lora-peft,lotr_ext"])
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
