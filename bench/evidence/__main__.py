@@ -139,7 +139,13 @@ class Sweep:
         return sum(tuple(run) not in known for runs in self.passes for run in runs)
 
 
-def check_kept(cells: list[dict], task: Task, setting: Setting, path: Path) -> None:
+def definition_of(method: str, task: Task, swept: bool) -> dict[str, Any]:
+    """What a kept run must have been made with. A sweep's scalings are part of its cases."""
+    found = METHODS[method].definition(task)
+    return {name: value for name, value in found.items() if not (swept and name == "scaling")}
+
+
+def check_kept(cells: list[dict], task: Task, setting: Setting, path: Path, swept: bool = False) -> None:
     """Refuses to mix runs of different settings in one file.
 
     Raises:
@@ -147,7 +153,7 @@ def check_kept(cells: list[dict], task: Task, setting: Setting, path: Path) -> N
     """
     for cell in cells:
         method = cell["case"]["method"]
-        for name, value in (setting._asdict() | METHODS[method].definition(task)).items():
+        for name, value in (setting._asdict() | definition_of(method, task, swept)).items():
             of = f"{name} of {method}" if name not in Setting._fields else name
             held = (cell["setting"] | cell["definition"]).get(name)
             if held != value:
@@ -187,7 +193,7 @@ def work(task: Task, options: argparse.Namespace, facts: dict[str, str], workers
     def cells() -> list[dict]:
         return kept(options.folder, name, options.sweep)
 
-    check_kept(cells(), task, setting, store.path)
+    check_kept(cells(), task, setting, store.path, options.sweep)
     plan = Sweep(task, options) if options.sweep else search(task, options)
     shared = {"setting": setting._asdict(), "machine": facts, "build": build_id(), "commit": commit()}
     done = 0
@@ -197,7 +203,7 @@ def work(task: Task, options: argparse.Namespace, facts: dict[str, str], workers
             left = plan.estimate(cells())
             for run, found in workers(runs, setting):
                 about = {"case": run._asdict(), "rival": run.method, "label": METHODS[run.method].label}
-                definition = {"definition": METHODS[run.method].definition(task)}
+                definition = {"definition": definition_of(run.method, task, options.sweep)}
                 store.append(about | shared | definition | found | {"when": time.time(), "load": os.getloadavg()[0]})
                 done, left = done + 1, max(0, left - 1)
                 reached = "diverged" if found["loss"] is None else f"loss {found['loss']:.4f}"

@@ -13,7 +13,7 @@ from ..measure.names import named
 from .tasks import Task
 
 HEAD_LR = 1e-2
-LOTR_SCALING, LORA_SCALING = 4.0, 2.0  # s, as in the demo
+LOTR_SCALING, LORA_SCALING = "auto", 2.0  # s; LoRA's as in the demo
 BASE = "base"  # the frozen model as it is
 Ranks = Mapping[str, tuple[int, ...]]  # by kind of task; none: not measured there; 0: has no rank
 
