@@ -20,7 +20,8 @@ from .tasks import ALL, Task
 FOLDER = RESULTS / "evidence"  # of all machines: a search that one began another goes on with
 OURS = tuple(name for name in METHODS if name.startswith("lotr"))
 THEIRS = ("lora", "lora-qv")
-PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("dora", "lora"))  # one change, at the same rank
+# one change of a method, at the same rank
+PAIRS = (("lotr-gradient", "lotr"), ("lotr-core-gradient", "lotr-core"), ("lotr-magnitude", "lotr"), ("dora", "lora"))
 FALLING = 0.05  # of its whole fall, in the last tenth of a run: it has not reached a plateau
 
 

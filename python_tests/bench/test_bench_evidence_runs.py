@@ -113,6 +113,7 @@ def count(shapes: list[tuple[int, int]], method: str, r: int) -> int:
         "lotr-core": kinds * r * r, "lotr-core-gradient": kinds * r * r, "lotr-gradient": pairs + kinds * r * r,
         "lotr-diagonal": pairs + kinds * r, "lotr-tucker": pairs + kinds * r + r**3, "lotr-train": pairs + (kinds + 1) * r * r,
         "lotr-few": kinds * 13, "vera": sum(r + n for _, n in shapes),
+        "lotr-magnitude": pairs + kinds * r * r + sum(n for _, n in shapes),
     }  # fmt: skip
     return formulas[method]
 
@@ -176,7 +177,7 @@ def test_a_command_that_was_cut_off_is_gone_on_with_and_not_with_other_settings(
     with pytest.raises(ValueError, match=r"steps: expected 3, with which .*teacher-half.jsonl was begun, got 4; .*--results"):
         program.main([*given, "--steps", "4"])
     monkeypatch.setitem(METHODS, "lotr", dataclasses.replace(METHODS["lotr"], settings={"scaling": 8.0}))
-    with pytest.raises(ValueError, match=r"scaling of lotr: expected 4.0, with which .* was begun, got 8.0"):
+    with pytest.raises(ValueError, match=r"scaling of lotr: expected 'auto', with which .* was begun, got 8.0"):
         program.main(given)
 
 
