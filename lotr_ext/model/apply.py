@@ -74,9 +74,10 @@ def apply_lotr(
             wrapped too. A layer that is registered in several places stays one layer. Of a SentenceTransformer the
             transformers model inside is adapted, and the names are that model's.
         config: what to adapt and how.
-        batches: for init "gradient" only, as in `init_from_gradient`.
-        loss: for init "gradient" only, as in `init_from_gradient`.
-        progress: whether init "gradient" shows a bar.
+        batches: for the start from the gradient only, as in `init_from_gradient`. With them a pair A, B that is not trained
+            starts from the gradient, unless init names another start than the default one.
+        loss: for the start from the gradient only, as in `init_from_gradient`.
+        progress: whether the start from the gradient shows a bar.
 
     Returns:
         The same model, for chaining.
@@ -97,6 +98,8 @@ def apply_lotr(
             name_loader(inner, module)
         return model
     config = with_head(model, config)
+    if batches is not None and config.init == "orthonormal" and not {"A", "B"} & set(config.train):
+        config = replace(config, init="gradient")
     selection = select(model, config)
     probed = probed_layers(selection, config) if config.init == "gradient" else {}
     for name, given in (("batches", batches), ("loss", loss)):
@@ -233,9 +236,10 @@ def _check_unmergeable(layers: dict[str, LoTRLayer]) -> None:
     for name, layer in layers.items():
         if layer.merged and not isinstance(layer, LoTRWrapped):
             layer.check_parameter("weight", "unmerge", name)
-        kept = layer.quantized_base if isinstance(layer, LoTRWrapped) else layer.weight_backup
+        wrapped = isinstance(layer, LoTRWrapped)
+        kept, what = (layer.quantized_base, "the quantised base") if wrapped else (layer.weight_backup, "a copy of the base")
         if layer.merged and layer.unmerges_by_backup and kept is None:
-            raise RuntimeError(f"unmerge: expected a copy of the base of {name!r}, got a layer merged with keep_backup=False")
+            raise RuntimeError(f"unmerge: expected {what} of {name!r}, got a layer merged with keep_backup=False")
 
 
 def _merge_layer(layer: LoTRLayer, safe: bool, keep_backup: bool, dequantize: bool | torch.dtype) -> None:

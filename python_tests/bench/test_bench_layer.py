@@ -158,7 +158,7 @@ def test_it_refuses_what_is_not_here(monkeypatch):
     with pytest.raises(ValueError, match="lora-peft needs the package peft, which is not installed"):
         rivals.available(["lora-peft"])
     there, lines = rivals.installed(list(rivals.RIVALS))
-    assert {"lora-peft", "vera-peft", "lora-unsloth", "lora-lorafusion"} == set(rivals.RIVALS) - set(there)
+    assert {"lora-peft", "dora-peft", "vera-peft", "lora-unsloth", "lora-lorafusion"} == set(rivals.RIVALS) - set(there)
     assert "vera-peft: left out, the package peft is not installed" in lines
 
 

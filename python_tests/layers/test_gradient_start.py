@@ -193,6 +193,20 @@ def test_the_function_stays_to_the_bit_and_nothing_is_left_behind(tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("train", [("core",), ("core", "magnitude")])
+def test_a_frozen_pair_starts_from_the_gradient_where_batches_are_given(train):
+    seen, settings = batches(), {"rank": 4, "target_modules": TARGETS, "train": train, "magnitude": len(train) == 2}
+    models = [
+        apply_lotr(net(), LoTRConfig(**settings, init=init), batches=seen, loss=loss) for init in ("orthonormal", "gradient")
+    ]
+    assert [model.lotr_config.init for model in models] == ["gradient"] * 2
+    for one, other in zip(*(model.lotr_factors.parameters() for model in models)):
+        assert torch.equal(one, other)
+    for changed in ({"init": "normal"}, {"train": ("A", "core")}):
+        with pytest.raises(ValueError, match='batches: expected none but for init "gradient"'):
+            apply_lotr(net(), LoTRConfig(**settings | changed), batches=seen, loss=loss)
+
+
 def test_an_adapted_model_a_new_one_and_one_built_by_hand_start_alike():
     seen = batches()
     new = apply_lotr(net(), LoTRConfig(rank=4, target_modules=TARGETS, init="gradient"), batches=seen, loss=loss)
