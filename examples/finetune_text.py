@@ -49,14 +49,21 @@ class Job:
     show: bool
 
 
-def load_text(job: Job) -> tuple[list, list, list[str]]:
-    """(training, held out, class names)"""
+def labelled(options: Job | argparse.Namespace) -> tuple[list, list[str], int]:
+    """(examples, names of the labels, how many examples to hold out)"""
     import data
     import text_model as tm
 
-    examples, names = tm.read_labelled(Path(job.text)) if job.text else tm.movie_snippets(data.SNIPPETS)
-    train, test = tm.split(examples, min(job.held_out, len(examples) // 5) if job.text else job.held_out)
-    return train, test, names
+    examples, names = tm.read_labelled(Path(options.text)) if options.text else tm.movie_snippets(data.SNIPPETS)
+    return examples, names, min(options.held_out, len(examples) // 5) if options.text else options.held_out
+
+
+def load_text(job: Job) -> tuple[list, list, list[str]]:
+    """(training, held out, class names)"""
+    import text_model as tm
+
+    examples, names, wanted = labelled(job)
+    return *tm.split(examples, wanted), names
 
 
 def run(job: Job) -> dict:
@@ -106,8 +113,6 @@ def run(job: Job) -> dict:
 
 def train_steps(model, recipe, batches, steps: int, show: bool) -> tuple[list[float], list[float]]:
     """(losses, seconds) by step"""
-    import torch.nn.functional as F
-
     import text_model as tm
 
     optimizer, schedule = tm.optimizer_for(model, recipe, steps)
@@ -115,12 +120,7 @@ def train_steps(model, recipe, batches, steps: int, show: bool) -> tuple[list[fl
     with Bar(recipe.name, steps, show) as bar:
         for _ in range(steps):
             start = time.perf_counter()
-            ids, target = batches.next()
-            loss = F.cross_entropy(model(ids), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule()
+            loss = tm.train_step(model, batches, optimizer, schedule)
             seconds.append(time.perf_counter() - start)
             losses.append(loss.item())
             if not losses[-1] < float("inf"):

@@ -76,11 +76,7 @@ def trained(model: nn.Module, ids: list[list[int]], labels: list[int], options: 
     optimizer, schedule = tm.optimizer_for(model, recipe, steps)
     batches = tm.Batches(ids, labels, options.batch, seed)
     for _ in range(steps):
-        row, target = batches.next()
-        optimizer.zero_grad()
-        F.cross_entropy(model(row), target).backward()
-        optimizer.step()
-        schedule()
+        tm.train_step(model, batches, optimizer, schedule)
     return model.eval()
 
 

@@ -205,6 +205,17 @@ def optimizer_for(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.o
     return optimizer, linear_decay(optimizer, steps, max(1, round(recipe.warmup * steps)))
 
 
+def train_step(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, schedule: Callable[[], None]) -> Tensor:
+    """One step on the next batch; its loss."""
+    ids, target = batches.next()
+    loss = nn.functional.cross_entropy(model(ids), target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule()
+    return loss
+
+
 def linear_decay(optimizer: torch.optim.Optimizer, steps: int, warm: int) -> Callable[[], None]:
     """What is called after each step: rates rise over the first `warm` steps and then fall to zero at the last."""
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_text import Bar, check_folder, check_seed, end
+from finetune_text import Bar, check_folder, check_seed, end, labelled
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,31 +67,15 @@ def build(options: argparse.Namespace, classes: int, seed: int):
     return tm.build(encoder, classes, seed), tokenize
 
 
-def labelled(options: argparse.Namespace) -> tuple[list, list[str], int]:
-    """(examples, names of the labels, how many examples to hold out)"""
-    import data
-    import text_model as tm
-
-    examples, names = tm.read_labelled(Path(options.text)) if options.text else tm.movie_snippets(data.SNIPPETS)
-    return examples, names, min(options.held_out, len(examples) // 5) if options.text else options.held_out
-
-
 def fit(net, options: argparse.Namespace, recipe, batches, show: bool, mean: Callable = lambda loss: loss) -> float:
     """Trains net on this process's batches; seconds a step. show: a bar; mean: makes a loss that of all processes."""
-    import torch.nn.functional as F
-
     import text_model as tm
 
     optimizer, schedule = tm.optimizer_for(net, recipe, options.steps)
     losses, start = [], time.perf_counter()
     with Bar("LoTR", options.steps, show) as bar:
         for _ in range(options.steps):
-            ids, target = batches.next()
-            loss = F.cross_entropy(net(ids), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule()
+            loss = tm.train_step(net, batches, optimizer, schedule)
             losses.append(mean(loss.detach()).item())
             bar.step(losses)
     return (time.perf_counter() - start) / options.steps

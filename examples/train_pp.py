@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from finetune_text import Bar, end
-from train_ddp import build, check_options, common_options, labelled, start
+from finetune_text import Bar, end, labelled
+from train_ddp import build, check_options, common_options, start
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from finetune_text import end
-from train_ddp import build, check_options, common_options, fit, labelled, start
+from finetune_text import end, labelled
+from train_ddp import build, check_options, common_options, fit, start
 
 ROWS, COLUMNS = ("query", "key", "value", "intermediate.dense"), ("attention.output.dense", "output.dense")
 

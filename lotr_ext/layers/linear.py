@@ -248,7 +248,7 @@ class LoTRWrapped(AdaptsModule):
 
     def _call_scaled(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         y = self._call(x, call, A, B)
-        return scaled(y, self.bias, self.rows_of(stored_in(self.base_layer), A, B, call), call)
+        return scaled(y, self.bias, self.rows_of(self.stored(), A, B, call), call)
 
     def stored(self) -> Stored:
         return stored_in(self.base_layer)

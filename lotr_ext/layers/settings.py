@@ -33,12 +33,13 @@ class Settings:
     magnitude: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "scaling"):
-            value = getattr(self, name)
-            if name == "scaling" and isinstance(value, str) and value != AUTO:
-                raise ValueError(f'scaling: expected a number or "{AUTO}", got {value!r}')
-            if value is not None and (name, value) != ("scaling", AUTO):
-                check_number(name, value)
+        if self.alpha is not None:
+            check_number("alpha", self.alpha)
+        if isinstance(self.scaling, str):
+            if self.scaling != AUTO:
+                raise ValueError(f'scaling: expected a number or "{AUTO}", got {self.scaling!r}')
+        elif self.scaling is not None:
+            check_number("scaling", self.scaling)
         check_probability("dropout", self.dropout)
         for name in ("rslora", "magnitude"):
             if not isinstance(value := getattr(self, name), bool):
