@@ -74,8 +74,8 @@ METHODS = {
     "head": Method("head only", "head", _ranks((), (0,), ()), quick=0),
     "full": Method("full fine-tuning", "full", _ranks((0,), (0,), (0,)), quick=0),
     "norm": Method("norms only", "norm", _ranks((), (0,), (0,))),
-    "lotr": _lotr("LoTR", _ranks((1, 2, 4, 8, 16), (2, 4, 8, 16, 32), (4, 16, 32)), quick=8),
-    "lotr-width": _lotr("LoTR, by width", _ranks((), (4, 16, 32), (16, 32)), group_by="width"),
+    "lotr": _lotr("LoTR", _ranks((1, 2, 4, 8, 16), (2, 4, 8, 16, 32), (4, 24, 60)), quick=8),
+    "lotr-width": _lotr("LoTR, by width", _ranks((), (4, 16, 32), (16, 28)), group_by="width"),
     "lotr-name": _lotr("LoTR, by name", _ranks((), (4, 16), (16,)), group_by="name"),
     "lotr-qv": _lotr("LoTR, query and value", _ranks((), (2, 8, 32), (8, 32)), few=True),
     "lotr-core": _lotr("LoTR, cores only", _ranks((8, 16), (16, 64), (32,)), train=CORES),
@@ -148,4 +148,6 @@ def adapt(model: nn.Module, task: Task, name: str, rank: int) -> nn.Module:
         for parameter in module.parameters(recurse=False):
             whole = trained is not None and re.fullmatch(trained, module_name) is not None
             parameter.requires_grad_(whole or (save is not None and module_name == "head"))
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # bfloat16 would round Adam's small steps away
     return model

@@ -216,7 +216,8 @@ LENGTH = 64  # tokens a row
 
 
 class Written:
-    """A language model on rows of a text. Cross-entropy in nats a token, of each row's tokens after its first."""
+    """A language model on rows of a text. Cross-entropy in nats a token, of each row's tokens after its first. It computes in
+    bfloat16: the frozen weights are bfloat16, and under autocast so are the products of the trained ones, which are float32."""
 
     head = False
 
@@ -224,7 +225,8 @@ class Written:
         causal_lm = example("causal_lm")
 
         words = causal_lm.read_text(text)
-        self.base, tokenizer = causal_lm.load(folder, "float32")
+        self.base, tokenizer = causal_lm.load(folder, "bfloat16")
+        self.base.set_attn_implementation("eager")  # on rows this short torch's fused attention takes longer in backward
         held, training = setting.validation + setting.held_out, setting.steps * setting.batch
         few = 16 * LENGTH * (held + training)  # characters: a short run reads the beginning alone
         ids = tokenizer(words[:few] if training < 100 else words, verbose=False)["input_ids"]
@@ -248,15 +250,17 @@ class Written:
     def batches(self, seed: int, size: int) -> Rows:
         return Rows((self.parts["training"],), size, seed)
 
+    @torch.autocast("cpu", torch.bfloat16)
     def loss(self, model: nn.Module, batch: tuple[Tensor]) -> Tensor:
         (ids,) = batch
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     @torch.no_grad()
+    @torch.autocast("cpu", torch.bfloat16)
     def measure(self, model: nn.Module, part: str) -> tuple[Tensor, float]:
         losses, right = [], []
         for ids in self.parts[part].split(8):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             wanted = ids[:, 1:]
             losses.append(nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").double().mean(1))
             right.append((logits.argmax(-1) == wanted).double().mean(1))

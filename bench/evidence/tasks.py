@@ -81,7 +81,7 @@ def _written(name: str, title: str, file: str, **further: bool) -> Task:
         layers=r".*\.layers\.\d+\..*_proj",
         few=r".*\.(q_proj|v_proj)",
         norms=r".*(norm|layernorm)",
-        setting=Setting(80, 4, 32, 96),
+        setting=Setting(60, 4, 32, 96),
         quick=Setting(2, 2, 4, 4),
         make=lambda setting: Written(DATA / file, setting),
         needs=(LANGUAGE_MODEL, DATA / file),
