@@ -1,7 +1,7 @@
 """The sweep: which scaling makes one learning rate right for every rank. docs/choosing.md derives the candidates.
 
-Scalings are s(r) = 4 (8 / r)^p, equal at rank 8, where s is the demo's, so that p alone is compared. Some move A and B at
-another rate than the cores.
+Scalings are s(r) = 4 (8 / r)^p, equal at rank 8, where s is the demo's, so that p alone is compared. Some change one more thing
+of the training.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ METHODS = ("lotr", "lotr-width")
 EQUAL_AT, AT_EQUAL = 8, 4.0  # the rank at which all scalings are equal, and s there
 WIDTH = 384  # the out_features at which a scaling by width is like the others
 WITHIN = 0.10  # what one rate may lose at any rank
+WARM = 0.06  # the part of every run's steps in which rates rise
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """power: p; factors: the rate of A and B over that of the cores; by_width: s also grows with sqrt(out_features)."""
+    """power: p; factors: the rate of A and B over that of the cores; by_width: s also grows with sqrt(out_features); warm: the
+    part of the steps in which rates rise; decay: the weight decay of AdamW; retract: A and B keep orthonormal columns."""
 
     label: str
     power: float
     factors: float = 1.0
     by_width: bool = False
+    warm: float = WARM
+    decay: float = 0.0
+    retract: bool = False
 
     def s(self, rank: int, out_features: int) -> float:
         wide = (out_features / WIDTH) ** 0.5 if self.by_width else 1.0
@@ -47,6 +52,9 @@ SCALINGS = {
     "rank-width": Scaling("s as sqrt(N) / r", 1.0, by_width=True),
     "rank-slow": Scaling("s as 1 / r, factors at a third", 1.0, 1 / 3),
     "rank-fast": Scaling("s as 1 / r, factors at three times", 1.0, 3.0),
+    "steep-retract": Scaling("s as r^-1.5, A and B orthonormal after each step", 1.5, retract=True),
+    "steep-decay": Scaling("s as r^-1.5, weight decay 0.1", 1.5, decay=0.1),
+    "steep-warm": Scaling("s as r^-1.5, warm-up of a third", 1.5, warm=1 / 3),
 }
 
 
@@ -62,7 +70,26 @@ def groups(model: nn.Module, scaling: str, lr: float, head_lr: float) -> list[di
     """An optimizer's groups: cores at lr, factors as the scaling says, a new head at its own rate."""
     from lotr_ext import parameter_groups
 
-    return parameter_groups(model, lr, factor_lr=lr * SCALINGS[scaling].factors, other_lr=head_lr)
+    own = SCALINGS[scaling]
+    return parameter_groups(model, lr, factor_lr=lr * own.factors, other_lr=head_lr, weight_decay=own.decay)
+
+
+@torch.no_grad()
+def retract(model: nn.Module) -> None:
+    """Gives A and B orthonormal columns, A = Q R. The cores take R_A G R_B^T, so the model computes what it did."""
+    from lotr_ext.model.adapted import adapted_layers
+
+    layers = adapted_layers(model).values()
+    factors = {id(t): t for layer in layers for t in (layer.factors.A, layer.factors.B)}
+    upper = {}
+    for key, factor in factors.items():
+        Q, R = torch.linalg.qr(factor)
+        signs = R.diagonal().sign()  # columns that turned round would not fit Adam's means
+        factor.copy_(Q * signs)
+        upper[key] = signs[:, None] * R
+    for layer in layers:
+        of_a, of_b = (upper[id(t)] for t in (layer.factors.A, layer.factors.B))
+        layer.core.copy_(of_a @ layer.core @ of_b.T)
 
 
 class Transfer(NamedTuple):

@@ -18,7 +18,6 @@ from .packing import packed
 from .problems import Problem, Setting, example
 from .tasks import TASKS, problem_of
 
-WARM = 0.06  # part of the steps in which rates rise
 LOOKED_AT = 8  # batches, by a start from the gradient
 POINTS = 10  # of a run's curve
 
@@ -69,14 +68,17 @@ def fit(model: nn.Module, run: Run, problem: Problem, setting: Setting) -> list[
     parent, batches, steps = os.getppid(), problem.batches(run.seed, setting.batch), setting.steps
     if METHODS[run.method].from_gradient:
         steps -= start_from_gradient(model, problem, batches, steps)
-    optimizer = optimizer_for(model, run, problem)
-    schedule = example("text_model").linear_decay(optimizer, steps, max(1, round(WARM * steps)))
+    optimizer, scaling = optimizer_for(model, run, problem), sweep.SCALINGS.get(run.scaling)
+    warm = round((scaling.warm if scaling else sweep.WARM) * steps)
+    schedule = example("text_model").linear_decay(optimizer, steps, max(1, warm))
     losses: list[float] = []
     for _ in range(steps):
         loss = problem.loss(model, batches.next())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if scaling and scaling.retract:
+            sweep.retract(model)
         schedule()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):

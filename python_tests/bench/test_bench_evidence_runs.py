@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from bench.evidence import __main__ as program
-from bench.evidence import problems
-from bench.evidence.methods import METHODS, measured
+from bench.evidence import problems, sweep
+from bench.evidence.methods import METHODS, adapt, measured
 from bench.evidence.packing import unpacked
 from bench.evidence.tasks import TASKS, problem_of
 from bench.evidence.training import Run, train
+from lotr_ext import lotr_parameters
 
 TEACHER, MOVIES = TASKS["teacher-half"], TASKS["minilm-movies"]
 
@@ -59,6 +60,23 @@ def test_a_run_is_the_same_each_time_and_a_diverged_one_has_no_loss() -> None:
     scaled = train(run._replace(scaling="rank"), setting)
     same = train(run._replace(rank=8, scaling="rank"), setting), train(run._replace(rank=8), setting)
     assert scaled["loss"] != one["loss"] and same[0]["loss"] == same[1]["loss"]  # at rank 8 s is the method's own
+
+
+def test_what_a_scaling_changes_besides_s() -> None:
+    run, setting = Run("teacher-half", "lotr", 4, 0.05, 1, "steep"), problems.Setting(12, 16, 50, 60)
+    losses = {name: train(run._replace(scaling=name), setting)["loss"] for name in sweep.SCALINGS if name.startswith("steep")}
+    assert len(set(losses.values())) == len(losses) == 4
+    problem = problem_of("teacher-half", setting)
+    model = adapt(problem.model(0), TEACHER, "lotr", 3)
+    with torch.no_grad():
+        for p in lotr_parameters(model):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    before = problem.measure(model, "held_out")[0]
+    sweep.retract(model)
+    torch.testing.assert_close(problem.measure(model, "held_out")[0], before, rtol=1e-3, atol=0)
+    for pair in model.lotr_factors.values():
+        for factor in (pair.A, pair.B):
+            torch.testing.assert_close(factor.T @ factor, torch.eye(3), rtol=0, atol=1e-5)
 
 
 @pytest.fixture
