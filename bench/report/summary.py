@@ -19,12 +19,13 @@ Bars = dict[str, tuple[float, str]]  # a value and its text, by rival
 
 class Summary(NamedTuple):
     """rows: of the table, a quantity and its value for each of COLUMNS ("-" where it was not measured); panels: of the picture,
-    by title; case: of the model; model, layers: our cells."""
+    by title; case: of the model; model, others, layers: our cells of the model, of the other models, of the layers."""
 
     rows: list[tuple[str, ...]]
     panels: dict[str, Bars]
     case: dict
     model: dict
+    others: list[dict]
     layers: list[dict]
 
     @property
@@ -65,6 +66,7 @@ def summary(layer: list[dict], model: list[dict]) -> Summary | None:
     case = models[0][OURS]["case"] | {"threads": min(own[OURS]["case"]["threads"] for own in models)}
     dtypes = {own[OURS]["case"]["dtype"]: own for own in models if own[OURS]["case"] | {"dtype": case["dtype"]} == case}
     of_layer = {tuple(own[OURS]["case"].values()): own for _, own in by_case(layer) if {LORA, OURS} <= set(own)}
+    others = [own for own in models if (c := own[OURS]["case"])["model"] != case["model"] and c["threads"] == case["threads"]]
     keys = [(*shape, "fp32", case["threads"]) for shape in LAYERS]
     layers = [of_layer[key] for key in keys if key in of_layer]
     if not dtypes or not layers:
@@ -77,6 +79,7 @@ def summary(layer: list[dict], model: list[dict]) -> Summary | None:
     rows = [row("adapter: trained numbers", first, parameters), row("adapter: bytes", first, size)]
     rows += [row(f"training step: peak memory, {dtype}", own, peak) for dtype, own in dtypes.items()]
     rows += [row(f"training step: time, {dtype}", own, step) for dtype, own in dtypes.items()]
+    rows += [row(f"{_wider(own)}: time, {own[OURS]['case']['dtype']}", own, step) for own in others]
     rows += [row(f"one layer, {_tokens(own)}: time over the frozen layer, fp32", own, excess) for own in layers]
     dtype, drawn = (PICTURED, dtypes[PICTURED]) if PICTURED in dtypes else next(iter(dtypes.items()))
     panels = {
@@ -85,7 +88,12 @@ def summary(layer: list[dict], model: list[dict]) -> Summary | None:
         f"training step: time, {dtype}": _bars(drawn, step),
         f"one layer, {_tokens(layers[0])}:\ntime over the frozen layer, fp32": _bars(layers[0], excess),
     }
-    return Summary(rows, panels, case, first[OURS], [own[OURS] for own in layers])
+    return Summary(rows, panels, case, first[OURS], [own[OURS] for own in others], [own[OURS] for own in layers])
+
+
+def _wider(own: Cells) -> str:
+    c = own[OURS]["case"]
+    return f"{c['model']}, {len(c['targets'].split(','))} layers of every block, {c['batch']} x {c['sequence']} tokens"
 
 
 def _tokens(own: Cells) -> str:

@@ -81,6 +81,9 @@ def test_readme_shows_few_rows_about_size_memory_and_cost(tmp_path):
         for rival, peak in (("frozen", 2**19), ("lora-peft", 2**21), ("lotr-eager", 2**22), ("lotr_ext", 2**20)):
             cell = model_cell(rival, seconds, peak)
             models.append(cell | {"case": cell["case"] | {"dtype": dtype, "threads": threads}})
+            if rival != "frozen" and dtype == "bf16":
+                other = {"model": "another", "targets": "q,k,v", "dtype": dtype}
+                models.append(cell | {"case": cell["case"] | other, "step": stage(0.1, 0.4)})
     write(folder, "model.jsonl", models)
     assert "kept yet" in report.rebuild(report.README, marked(report.README), tmp_path)  # no layer yet
     layers = [layer_cell("lora-peft", 0.2, shape), layer_cell("lotr_ext", 0.1, shape)]
@@ -96,6 +99,7 @@ def test_readme_shows_few_rows_about_size_memory_and_cost(tmp_path):
         "| training step: peak memory, bf16 | 2.0 MiB | 4.0 MiB | 1.0 MiB |",
         "| training step: time, fp32 | 200.00 ms | 200.00 ms | 200.00 ms |",
         "| training step: time, bf16 | 100.00 ms | 100.00 ms | 100.00 ms |",
+        "| another, 3 layers of every block, 2 x 8 tokens: time, bf16 | 400.00 ms | 400.00 ms | 400.00 ms |",
         "| one layer, 2048 tokens: time over the frozen layer, fp32 | 20.0% | - | 10.0% |",
     ]
     assert "a machine, 1 thread (`python -m bench.model" in text and "(bench/results/a-machine/summary.png)" in text
