@@ -1,5 +1,5 @@
-// Where threads meet: block barriers, named barriers, and warp collectives that need no data but the lanes'
-// own.
+// Block barriers, named barriers, and the warp collectives that exchange only register values: shuffle,
+// ballot, __syncwarp.
 #include <cstring>
 
 #include "state.h"
@@ -37,19 +37,12 @@ void open_barrier(Block& block, int id) {
   progress();
 }
 
-// Part of a warp waits in a collective: a barrier is for whole warps.
-void check_converged(const Thread& t, const char* op, Site site) {
-  if (!t.warp->arrived) return;
-  const Thread& other = t.warp->thread[__builtin_ctz(t.warp->arrived)];
-  fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, op, site.file,
-       site.line, other.lane, other.op, other.site.file, other.site.line);
-}
-
 void meet(int id, uint32_t threads, const char* op, Site site) {
   Thread& t = enter(op, site);
   Block& block = *t.block;
   Barrier& b = block.barriers[id];
-  check_converged(t, op, site);
+  // a barrier is for whole warps: no lane may wait in a collective
+  if (t.warp->arrived) fail_diverged(t, t.warp->thread[__builtin_ctz(t.warp->arrived)]);
   expect(b, id, threads, op, site);
   if (id == 0 && !same(b.site, site))
     fail("divergent barrier: thread %u reached %s at %s:%d while others wait at %s:%d", t.linear, op,
@@ -119,7 +112,7 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
          mask & ~warp.alive);
   t.mask = mask;
   t.operand = operand;
-  if (const uint32_t met = warp.arrived & mask) {  // those were compared with each other when they came
+  if (const uint32_t met = warp.arrived & mask) {  // these lanes were compared with each other on arrival
     const Thread& other = warp.thread[__builtin_ctz(met)];
     if (other.op != op || other.mask != mask || !same(other.site, site))
       fail("divergent warp: lane %u is at %s mask %08x, %s:%d, while lane %u is at %s mask %08x, %s:%d",
@@ -129,9 +122,7 @@ void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Le
   if (!(warp.arrived & mask))
     for (uint32_t lanes = mask & ~me; lanes; lanes &= lanes - 1) {
       const Thread& other = warp.thread[__builtin_ctz(lanes)];
-      if (other.state == State::at_barrier)
-        fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, op, site.file,
-             site.line, other.lane, other.op, other.site.file, other.site.line);
+      if (other.state == State::at_barrier) fail_diverged(t, other);
     }
   warp.arrived |= me;
   race::Sync& sync = warp.sync[warp.generation % 2];

@@ -1,4 +1,4 @@
-// sm_90: what blocks of a cluster do to each other: its barrier, arrivals, loads and stores in other shared
+// sm_90 clusters: the cluster barrier, and loads, stores and mbarrier arrivals in other blocks' shared
 // memory.
 #include <algorithm>
 #include <cstring>
@@ -56,7 +56,7 @@ void load_cluster(void* value, const void* p, uint32_t bytes, uint32_t rank, Sit
 
 namespace {
 
-// relaxed: what others did before is not seen after it, but for mbarriers (fence.mbarrier_init).
+// relaxed: orders no memory accesses, except mbarrier.init before fence.mbarrier_init.
 void cluster_barrier(bool relaxed, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("barrier.cluster", site);

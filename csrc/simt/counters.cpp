@@ -1,5 +1,5 @@
-// What a launch moves.  Each lane logs its accesses; when the lanes of a warp are at one point again, the log
-// is cut into instructions: the n-th time that each lane passed a call site belongs together.
+// Counts the traffic of a launch.  Each lane logs its accesses. When the warp converges, the log is cut into
+// instructions: the lanes' n-th accesses at one call site are one instruction.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -287,21 +287,15 @@ const Options& options() {
   return machine.options;
 }
 
+Order order_of(const std::string& argument, const std::string& name) {
+  const char* const names[] = {"forward", "reverse", "random", "in_turn"};
+  for (int i = 0; i < 4; ++i)
+    if (name == names[i]) return Order(i);
+  throw std::invalid_argument(argument + ": expected forward, reverse, random or in_turn, got " + name);
+}
+
 Options options_from_environment(Options options) {
-  if (const char* order = getenv("LOTR_SIMT_ORDER")) {
-    const std::string name = order;
-    if (name == "forward")
-      options.order = Order::forward;
-    else if (name == "reverse")
-      options.order = Order::reverse;
-    else if (name == "random")
-      options.order = Order::random;
-    else if (name == "in_turn")
-      options.order = Order::in_turn;
-    else
-      throw std::invalid_argument("LOTR_SIMT_ORDER is " + name +
-                                  ", expected forward, reverse, random or in_turn");
-  }
+  if (const char* order = getenv("LOTR_SIMT_ORDER")) options.order = order_of("LOTR_SIMT_ORDER", order);
   if (const char* seed = getenv("LOTR_SIMT_SEED")) options.seed = strtoull(seed, nullptr, 10);
   if (const char* preempt = getenv("LOTR_SIMT_PREEMPT"))
     options.preempt = unsigned(strtoul(preempt, nullptr, 10));

@@ -1,6 +1,6 @@
-// What a kernel sees when a host compiler compiles it: the executor's side of every wrapper in csrc/cuda/ptx,
-// and the CUDA built-ins.  Everything is out of line, in files that are never compiled with
-// -fsanitize=thread, so that the race detector sees the kernel's accesses and not the executor's own.
+// What kernels include when a host compiler compiles them: the functions that csrc/cuda/ptx calls, and the
+// CUDA built-ins.  Their code is in files that are never compiled with -fsanitize=thread, so that the race
+// detector sees the kernel's accesses and not the executor's own.
 #pragma once
 #ifdef __CUDACC__
 #error "csrc/simt is for host compilers; nvcc must not see it"
@@ -36,8 +36,8 @@ struct Launch {
 bool finds_room(dim3 grid);  // as a cooperative launch
 void run_grid(const Launch& launch, void (*thread)(void*), void* context, const void* kernel);
 
-// False where a cooperative launch finds no room.  The kernel's address tells which instance of a template
-// ran: the benchmarks look it up among the module's symbols.
+// False if a cooperative launch has more blocks than Options::room.  The kernel's address identifies the
+// template instance: the benchmarks look it up among the module's symbols.
 template <class... Params, class... Args>
 bool launch(const Launch& launch, void (*kernel)(Params...), Args&&... params) {
   if (launch.cooperative && !finds_room(launch.grid)) return false;

@@ -1,6 +1,6 @@
-// Early launches (csrc/cuda/ptx/launch.cuh).  Grids run one after another here; what would go wrong if they
-// overlapped is an error instead: a thread that has not waited for what is ahead may neither touch global
-// memory nor end, nor let the next launch begin.
+// Programmatic dependent launches (csrc/cuda/ptx/launch.cuh).  Grids run one after another here. An error
+// shows what would go wrong if they overlapped: before griddepcontrol.wait, a thread may not touch global
+// memory, exit, or let the next launch begin.
 #include "state.h"
 
 namespace lotr::simt {
@@ -16,9 +16,9 @@ void check_early(const char* op, Site site) {
 void check_early_end(const Thread& t) {
   if (!t.may_touch_global)
     fail(
-        "thread exits from an early launch without griddepcontrol.wait (latest: %s at %s:%d): what comes "
-        "next would not "
-        "wait for what was ahead",
+        "thread exits from an early launch without griddepcontrol.wait (latest: %s at %s:%d): the next "
+        "launch "
+        "would not wait for the one before",
         t.op, t.site.file, t.site.line);
 }
 

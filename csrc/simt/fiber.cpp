@@ -23,8 +23,8 @@ namespace {
 constexpr size_t PAGE = 4096;
 
 #if LOTR_SIMT_ASAN
-Fiber* previous = nullptr;  // the fiber that was left by the latest switch
-// The bounds of the process's own stack, learnt when it is first left.
+Fiber* previous = nullptr;  // the fiber before the latest switch
+// The bounds of the process's own stack, known after the first switch.
 const void* process_stack = nullptr;
 size_t process_stack_bytes = 0;
 
@@ -79,7 +79,7 @@ void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)()) {
   fiber.stack_bytes = bytes;
   fiber.fake_stack = nullptr;
 #if LOTR_SIMT_ASAN
-  // the frames of the last thread's outermost functions, which never returned
+  // the outermost functions of this stack's last thread never returned: their frames are still poisoned
   const size_t outer = bytes < 4 * PAGE ? bytes : 4 * PAGE;
   __asan_unpoison_memory_region(stack + bytes - outer, outer);
 #endif
@@ -141,7 +141,7 @@ void FiberStacks::reserve(size_t count, size_t bytes) {
     throw std::runtime_error("no memory for the stacks of " + std::to_string(count) + " threads");
   }
   base_ = static_cast<char*>(p);
-  // A process may have 65530 mappings, and each page that is guarded makes two: of many stacks, only some.
+  // A process may have 65,530 mappings and each guard page makes two, so with many stacks only some get one.
   const size_t step = 1 + count_ / 16384;
   for (size_t i = 0; i < count_; i += step) mprotect(base_ + i * stride_, PAGE, PROT_NONE);
 #if LOTR_SIMT_ASAN

@@ -1,5 +1,4 @@
-// Runs a grid: blocks (clusters of blocks) one after another, or `resident` of them at a time, each from
-// shared memory full of NaN to its last thread's exit.
+// Runs a grid: clusters of blocks one after another, or `resident` of them at a time.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -47,7 +46,7 @@ void check_launch(const Launch& launch) {
                 ": a GPU would refuse this launch: grid is no multiple of the cluster");
 }
 
-// Every block starts with shared memory full of NaN.
+// Every block starts with shared memory full of NaN, so that a read before the first write shows.
 void give_shared_memory(Block& block, size_t i) {
   const size_t bytes = machine.launch.smem;
   if (bytes != machine.shared_pool_bytes) {
@@ -161,7 +160,7 @@ void run_clusters(const std::vector<uint3>& corners) {
   race::leave_kernel();
 }
 
-// The i-th cluster of n to run.  Random: i -> (a i + b) mod n with a prime to n, so that no list is needed.
+// The i-th cluster of n to run.  Random: i -> (a i + b) mod n with a coprime to n, so that no list is needed.
 struct ClusterOrder {
   uint64_t count, step = 1, start = 0;
   bool reverse;

@@ -4,8 +4,8 @@
 
 namespace lotr::simt {
 
-// A row-major matrix of 2-byte elements and the box that a copy moves, whose rows are as long as its swizzle:
-// 16, 32 or 64 columns.
+// A row-major matrix of 2-byte elements and the box of a copy. A row of the box is one swizzle: 16, 32 or 64
+// columns.
 struct alignas(64) TensorMap {
   const unsigned char* base;
   uint32_t rows, cols, row_stride, box_rows, box_cols;  // stride in elements
@@ -15,23 +15,23 @@ TensorMap tensor_map_2d(const void* base, uint32_t rows, uint32_t cols, uint32_t
 
 void mbarrier_init(void* barrier, uint32_t arrivals, Site site);
 void fence_mbarrier_init(Site site);
-void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);  // bytes: more that the phase will wait for
-// cluster: with acquire.cluster, for what threads of other blocks arrived with.
+void mbarrier_arrive(void* barrier, uint32_t bytes, Site site);  // bytes: added to what the phase waits for
+// cluster: acquire.cluster, needed where threads of other blocks arrive.
 void mbarrier_wait(void* barrier, uint32_t parity, bool cluster, Site site);
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, Site site);
 
-// To the same place in each block of the cluster named in `blocks`, counted at each one's own mbarrier.
+// Writes to the same offset in each block of the mask `blocks` and counts at that block's mbarrier.
 void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row, void* barrier,
                            uint16_t blocks, Site site);
-// release: of cluster scope, so that the wait must be too.  Without it a waiting thread still comes after
-// this one: the arrival says that reads are over.
+// release: of cluster scope, so the wait needs cluster scope too.  Without it the arrival still orders this
+// thread's reads before the waiting thread.
 void mbarrier_arrive_cluster(void* barrier, uint32_t rank, bool release, Site site);
 void store_cluster(void* p, uint32_t rank, const void* value, uint32_t bytes, Site site);
 
 void set_registers(int n, bool more, Site site);  // setmaxnreg
 
 void wgmma_fence(Site site);
-// a: a descriptor, or four registers of each thread.  trans: the tile is MN-major.
+// a: a descriptor, or each thread's four registers.  trans: the tile is MN-major.
 struct WgmmaOperands {
   uint64_t a;
   const uint32_t* a_registers;

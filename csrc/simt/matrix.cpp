@@ -57,7 +57,7 @@ struct Words {
   uint32_t in, out;
 };
 
-// Lane 4 i + j holds elements 2 j and 2 j + 1 of row i, before and after.
+// Lane 4 i + j holds elements 2 j and 2 j + 1 of row i.
 void transpose_tile(Warp& warp, uint32_t, void*) {
   uint16_t tile[8][8];
   const auto words = [&](int lane) { return static_cast<Words*>(warp.thread[lane].operand); };
@@ -101,26 +101,26 @@ struct Fragments {
 
 // Sums in float along k; the hardware's own order and truncation are not specified.
 template <int K>
-void multiply(const float (&A)[16][K], const float (&B)[K][8], float (&D)[16][8]) {
+void multiply_add(Warp& warp, Fragments* const* f, const float (&A)[16][K], const float (&B)[K][8]) {
+  float D[16][8];
+  const auto of_lane = [&](int lane, int e) -> float& {
+    return D[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
+  };
+  for (int lane = 0; lane < 32; ++lane)
+    for (int e = 0; e < 4; ++e) of_lane(lane, e) = f[lane]->d[e];
   for (int i = 0; i < 16; ++i)
     for (int k = 0; k < K; ++k)
       for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
-}
-
-void move_accumulators(Fragments* const* f, float (&D)[16][8], bool back) {
-  for (int lane = 0; lane < 32; ++lane)
-    for (int e = 0; e < 4; ++e) {
-      float& in_matrix = D[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
-      if (back)
-        f[lane]->d[e] = in_matrix;
-      else
-        in_matrix = f[lane]->d[e];
-    }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int e = 0; e < 4; ++e) f[lane]->d[e] = of_lane(lane, e);
+    begin_late(warp.thread[lane]);
+  }
+  ++totals.mma;
 }
 
 template <float (*Convert)(uint32_t)>
 void multiply_half(Warp& warp, uint32_t, void*) {
-  float A[16][16], B[16][8], D[16][8];
+  float A[16][16], B[16][8];
   Fragments* f[32];
   for (int lane = 0; lane < 32; ++lane) {
     f[lane] = static_cast<Fragments*>(warp.thread[lane].operand);
@@ -135,15 +135,11 @@ void multiply_half(Warp& warp, uint32_t, void*) {
       B[q + 8 + h][g] = half(f[lane]->b[1]);
     }
   }
-  move_accumulators(f, D, false);
-  multiply(A, B, D);
-  move_accumulators(f, D, true);
-  ++totals.mma;
-  for (int lane = 0; lane < 32; ++lane) begin_late(warp.thread[lane]);
+  multiply_add(warp, f, A, B);
 }
 
 void multiply_tf32(Warp& warp, uint32_t, void*) {
-  float A[16][8], B[8][8], D[16][8];
+  float A[16][8], B[8][8];
   Fragments* f[32];
   for (int lane = 0; lane < 32; ++lane) {
     f[lane] = static_cast<Fragments*>(warp.thread[lane].operand);
@@ -155,17 +151,17 @@ void multiply_tf32(Warp& warp, uint32_t, void*) {
     B[q][g] = from_tf32(f[lane]->b[0]);
     B[q + 4][g] = from_tf32(f[lane]->b[1]);
   }
-  move_accumulators(f, D, false);
-  multiply(A, B, D);
-  move_accumulators(f, D, true);
-  ++totals.mma;
-  for (int lane = 0; lane < 32; ++lane) begin_late(warp.thread[lane]);
+  multiply_add(warp, f, A, B);
+}
+
+void check_whole_warp(const char* op, Site site) {
+  if (self().warp->present != WARP)
+    fail("%s at %s:%d: the warp has fewer than 32 threads", op, site.file, site.line);
 }
 
 void mma(const char* op, Leader leader, float* d, const uint32_t* a, const uint32_t* b, Site site) {
   race::ExecutorScope scope;
-  if (self().warp->present != WARP)
-    fail("%s at %s:%d: the warp has fewer than 32 threads", op, site.file, site.line);
+  check_whole_warp(op, site);
   note_multiply(self());
   Fragments f{d, a, b};
   warp_collective(op, WARP, site, &f, leader, nullptr, false);
@@ -180,8 +176,7 @@ float half_to_float(uint32_t bits, bool is_bf16) {
 void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter(trans ? "ldmatrix.trans" : "ldmatrix", site);
-  if (t.warp->present != WARP)
-    fail("%s at %s:%d: the warp has fewer than 32 threads", t.op, site.file, site.line);
+  check_whole_warp(t.op, site);
   Rows rows{};
   if (t.lane < uint32_t(8 * tiles)) {  // the other lanes' addresses are ignored
     check_shared(row, 16, 16, t.op, site);
@@ -197,9 +192,7 @@ void ldmatrix(uint32_t* r, const void* row, int tiles, bool trans, Site site) {
 
 uint32_t movmatrix_trans(uint32_t a, Site site) {
   race::ExecutorScope scope;
-  Thread& t = enter("movmatrix.trans", site);
-  if (t.warp->present != WARP)
-    fail("%s at %s:%d: the warp has fewer than 32 threads", t.op, site.file, site.line);
+  check_whole_warp("movmatrix.trans", site);
   Words words{a, 0};
   warp_collective("movmatrix.trans", WARP, site, &words, transpose_tile, nullptr, false);
   return words.out;

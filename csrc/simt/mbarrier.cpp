@@ -1,4 +1,4 @@
-// sm_90: mbarriers and the copies that count at them.
+// sm_90: mbarriers, and the TMA copies that complete at them.
 #include <cstring>
 
 #include "hopper.h"
@@ -7,14 +7,14 @@
 namespace lotr::simt {
 namespace {
 
-constexpr char MARK[] = "mbarrier";  // its 8 bytes in shared memory: overwriting them is noticed
+constexpr char MARK[] = "mbarrier";  // stored as its 8 bytes of shared memory, so that overwriting it shows
 constexpr uint32_t CHUNK = 16;
 
 uint32_t row_bytes(const TensorMap& map) {
   return map.box_cols * 2;
 }
 
-// Two bytes of a box: zero outside the matrix.
+// One element of a box: zero outside the matrix.
 void copy_element(unsigned char* to, const TensorMap& map, int64_t row, int64_t col) {
   if (row >= 0 && row < map.rows && col >= 0 && col < map.cols)
     memcpy(to, map.base + (size_t(row) * map.row_stride + size_t(col)) * 2, 2);
@@ -146,11 +146,11 @@ void mbarrier_wait(void* barrier, uint32_t parity, bool cluster, Site site) {
   maybe_preempt();
 }
 
-// The tile turns to NaN at issue; the engine writes it later and then counts the bytes at the mbarrier.
 void tma_load_2d(void* shared, const TensorMap& map, int col, int row, void* barrier, Site site) {
   tma_load_2d_multicast(shared, map, col, row, barrier, uint16_t(1u << self().block->rank), site);
 }
 
+// The tile becomes NaN at issue. The engine writes it later and then counts the bytes at the mbarrier.
 void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row, void* barrier,
                            uint16_t blocks, Site site) {
   race::ExecutorScope scope;
@@ -178,10 +178,10 @@ void tma_load_2d_multicast(void* shared, const TensorMap& map, int col, int row,
     touch_fill(tile, 0xFF, bytes);
     MemoryBarrier& counts = memory_barrier(block.shared + barrier_offset, site);
     check_fenced(counts, site);
-    race::release(counts.sync);  // a thread that waits there comes after this write
+    race::release(counts.sync);  // orders this write before a thread that waits there
     poison(tile, bytes);
     ++block.copies_in_flight;
-    // by value: the issuing thread may be gone when it lands; the blocks' copies land one by one
+    // captured by value: the issuing thread may have exited when the copy lands
     machine.engine.push_back([&block, offset, bytes, map, col, row, barrier_offset] {
       unpoison(block.shared + offset, bytes);
       land(block.shared, offset, map, col, row);

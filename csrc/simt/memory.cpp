@@ -26,7 +26,7 @@ uintptr_t offset(const void* p) {
   return uintptr_t(static_cast<const unsigned char*>(p) - self().block->shared);
 }
 
-// A size known to the compiler becomes one move, which AddressSanitizer checks.
+// With a constant size, memcpy is one instruction, which AddressSanitizer instruments.
 void move(void* to, const void* from, uint32_t bytes) {
   switch (bytes) {
     case 16:
@@ -208,8 +208,7 @@ int32_t atomic_wrap(int32_t* p, int32_t limit, Site site) {
                 [&](int32_t old) { return uint32_t(old) >= uint32_t(limit) ? 0 : old + 1; });
 }
 
-// At issue the destination turns to NaN (under AddressSanitizer: may not be touched); the data lands at the
-// wait.
+// At issue the destination becomes NaN (poisoned under AddressSanitizer). The data is written at the wait.
 void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, Site site) {
   race::ExecutorScope scope;
   Thread& t = enter("cp.async", site);
@@ -220,7 +219,7 @@ void cp_async(void* shared, const void* global, uint32_t bytes, int src_bytes, S
   const uint32_t source = uint32_t(src_bytes);
   if (source) {
     alignas(16) unsigned char seen[16];
-    move(seen, global, source);  // a bad address shows here, at the kernel's line
+    move(seen, global, source);  // so that a bad address fails here and not at the wait
     record(Space::global_read, global, source, site);
   }
   record(Space::shared, shared, bytes, site);

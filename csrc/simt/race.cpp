@@ -23,7 +23,7 @@ constexpr int MOST_REPORTS = 4, READERS = 4;
 constexpr uintptr_t GRANULE = 2;  // bytes: the smallest element a kernel touches
 constexpr uintptr_t PAGE = 4096;
 
-// A place in the source: a wrapper's op and site, or the address of an instruction.
+// A place in the kernel: a wrapper's op and site, or the address of an instruction.
 struct Place {
   void* pc;
   const char* op;
@@ -45,7 +45,7 @@ struct Cell {  // the latest accesses to a granule of memory
 };
 using Page = std::unique_ptr<Cell[]>;
 
-// What a thread of this block has acquired from others by an atomic and a fence.
+// A thread's acquisition from other blocks: an atomic and a fence after it.
 struct Acquisition {
   uint32_t thread, clock;
   uintptr_t address;
@@ -164,7 +164,7 @@ void add_report(const char* kind, uintptr_t address, const Event& before, bool w
   detector.reports.push_back(text);
 }
 
-// Does `before` come before what the running thread does now?
+// Whether `before` happens before the running thread's current access.
 bool ordered(const Event& before, uint32_t me, const uint32_t* clocks, uintptr_t address) {
   if (!before.clock) return true;
   if (before.block == detector.block) return before.thread == me || clocks[before.thread] >= before.clock;
@@ -305,7 +305,7 @@ void acquire(const Sync& sync) {
 
 namespace {
 
-// What the atomics since the latest fence saw now comes before what follows.
+// The fence after the atomics: what they saw happens before what follows.
 void take() {
   const uint32_t me = self().id;
   uint32_t* mine = clocks_of(me);
@@ -346,7 +346,7 @@ void fence() {
   ++mine[me];
 }
 
-// A store ends the release sequence of the stores before it: an acquire of this value does not see theirs.
+// A store ends the release sequence before it: an acquire of this value does not see the earlier stores.
 void store_release(const void* p) {
   const uint32_t me = self().id;
   uint32_t* mine = clocks_of(me);

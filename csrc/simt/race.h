@@ -10,10 +10,10 @@
 //                             Not: shuffles, ldmatrix, mma.
 //   between blocks            a fence, then an atomic; and in the thread of a later atomic on the same word,
 //   a
-//                             fence after it; carried on inside the blocks by the above.  st.release and
-//                             ld.acquire are such an atomic with its fence inside; a st.release forgets what
-//                             others had released at its word.  Handed on to a third word only among blocks
-//                             that run at the same time (Options::resident).
+//                             fence after it; extended inside the blocks by the above.  st.release and
+//                             ld.acquire are such an atomic and fence; a st.release ends what others had
+//                             released at its word.  Transitive over a second word only among blocks that run
+//                             at the same time (Options::resident).
 //   between blocks of a       mbarriers, if the wait is acquire.cluster; a bulk copy orders at any wait.
 //   cluster
 //   launches                  one after the other
@@ -60,9 +60,9 @@ struct KernelScope {
   KernelScope() { kernel_code = true; }
   ~KernelScope() { kernel_code = false; }
 };
-inline void leave_kernel() {
+inline void leave_kernel() {  // a failed thread does not unwind its scopes
   kernel_code = false;
-}  // a failed thread does not unwind its scopes
+}
 
 #else
 

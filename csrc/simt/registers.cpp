@@ -1,8 +1,8 @@
-// sm_90a: setmaxnreg, by which a warpgroup that only fetches leaves registers to those that multiply.
+// sm_90a: setmaxnreg. A warpgroup that only loads gives registers to the warpgroups that multiply.
 //
-// A kernel that uses it is compiled for __launch_bounds__(threads, 1), which gives each thread its part of
-// the multiprocessor's 65,536 registers.  What a warp gives back goes to the block; a warp that takes more
-// waits until the block has them.
+// A kernel that uses it is compiled with __launch_bounds__(threads, 1), so each thread starts with an equal
+// part of the multiprocessor's 65,536 registers.  setmaxnreg.dec returns registers to the block;
+// setmaxnreg.inc waits until the block has enough.
 #include "hopper.h"
 #include "state.h"
 
@@ -39,7 +39,7 @@ void set_registers(int n, bool more, Site site) {
   const uint32_t wanted = uint32_t(n);
   if (more ? wanted < warp.registers : wanted > warp.registers)
     fail("%s at %s:%d: to %d registers, the warp has %u", op, site.file, site.line, n, warp.registers);
-  if (!more) {  // the first lane to go on does it for its warp
+  if (!more) {  // the first lane that runs does it for its warp
     block.registers_free += (warp.registers - wanted) * WARP;
     warp.registers = wanted;
     progress();

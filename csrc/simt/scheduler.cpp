@@ -1,4 +1,5 @@
-// Which thread runs next, and how the running one gives way: where it waits, or at random at memory accesses.
+// Chooses the thread that runs next, and switches: where the running thread waits, or at random memory
+// accesses.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -27,7 +28,7 @@ int nth(uint64_t bits, size_t n) {
   return __builtin_ctzll(bits);
 }
 
-// Where every thread that runs now is, threads at the same place together.
+// The place of every running thread, one line per place, for the message of a deadlock.
 std::string whereabouts() {
   const auto same = [](const Thread& a, const Thread& b) {
     if ((a.state == State::exited) != (b.state == State::exited)) return false;
@@ -55,7 +56,8 @@ std::string whereabouts() {
   return text;
 }
 
-// The oldest of the asynchronous works, the newest or any, as the order is: bulk copies land in no order.
+// Completes one asynchronous copy: the oldest, the newest or a random one, by Options::order. A GPU does not
+// order them either.
 void run_engine() {
   const size_t count = machine.engine.size();
   const Order order = machine.options.order;
@@ -68,8 +70,8 @@ void run_engine() {
 
 Warp* choose_warp() {
   Warp* now = machine.warps[machine.current_warp];
-  if (now->ready) return now;    // a warp goes on until all its lanes wait
-  size_t count = 0, before = 0;  // those before this warp
+  if (now->ready) return now;    // a warp runs until all its lanes wait
+  size_t count = 0, before = 0;  // ready warps: all, and those before this one
   for (size_t i = 0; i < machine.ready_warps.size(); ++i) {
     const uint64_t bits = machine.ready_warps[i];
     count += __builtin_popcountll(bits);
@@ -100,12 +102,11 @@ void check_aligned(const Thread& t, State state) {
     if (state == State::spinning ? other.state != State::at_cluster_barrier
                                  : state != State::at_cluster_barrier || other.state != State::spinning)
       continue;
-    fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, t.op, t.site.file,
-         t.site.line, other.lane, other.op, other.site.file, other.site.line);
+    fail_diverged(t, other);
   }
 }
 
-// What a block must not leave behind.
+// Checks that nothing of the block is still in flight, and adds its late traffic to the totals.
 void leave_block(const Block& block) {
   if (block.copies_in_flight)
     fail("the block exits while %u bulk copies to its shared memory are in flight", block.copies_in_flight);
@@ -160,7 +161,7 @@ Thread* choose_thread() {
       run_engine();
       continue;
     }
-    // Threads that poll may look once more; if then nothing at all has moved, nothing ever will.
+    // Every polling thread polls once more. If nothing has changed after that, this is a deadlock.
     if (machine.idle_rounds++ < 2) {
       wake_spinners();
       if (choose_warp()) continue;
@@ -258,6 +259,11 @@ void fail(const char* format, ...) {
            t.block->index.y, t.block->index.z, t.linear, t.warp->index, t.lane);
   machine.error = std::string(text) + who;
   fiber_leave(self().fiber, machine.process);
+}
+
+void fail_diverged(const Thread& t, const Thread& other) {
+  fail("divergent warp: lane %u is at %s, %s:%d, while lane %u is at %s, %s:%d", t.lane, t.op, t.site.file,
+       t.site.line, other.lane, other.op, other.site.file, other.site.line);
 }
 
 void trap(const char* message, Site site) {

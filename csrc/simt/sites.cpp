@@ -1,4 +1,4 @@
-// The places in kernels where threads synchronise, and leaving one of them out.
+// Counts the calls at each place where threads synchronise, and skips one of them.
 #include <cstring>
 #include <map>
 #include <utility>
@@ -26,7 +26,7 @@ bool ends_with(const char* text, const std::string& end) {
 bool left_out(const char* op, Site site) {
   static Calls* latest = nullptr;
   static Site where{nullptr, 0};
-  if (where.line != site.line || where.file != site.file || sites.empty()) {  // not where it was last time
+  if (where.line != site.line || where.file != site.file || sites.empty()) {  // another place than last time
     where = site;
     latest = &sites[{site.file, site.line}];
     latest->op = op;

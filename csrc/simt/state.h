@@ -23,7 +23,7 @@ struct AsyncCopy {
   void* to;
   const void* from;
   uint32_t bytes, source_bytes;
-  bool commit;  // not a copy but the end of a group
+  bool commit;  // the end of a group instead of a copy
 };
 
 struct WarpgroupProduct {
@@ -32,8 +32,8 @@ struct WarpgroupProduct {
   const uint32_t* a_registers;  // instead of a descriptor; read when the product is waited for
   int n;
   bool overwrite, is_bf16, trans_a, trans_b;
-  bool commit;              // not a product but the end of a group
-  uint64_t number;          // of the thread's products: the same in all threads of the warpgroup
+  bool commit;              // the end of a group instead of a product
+  uint64_t number;          // counts the thread's products: equal in all threads of the warpgroup
   std::vector<float> held;  // the accumulators before, unless an earlier product in flight owns them
 };
 
@@ -60,22 +60,22 @@ struct Thread {
   uint32_t lane = 0, linear = 0;  // in the warp, in the block
   uint32_t id = 0;                // among all that run now
   State state = State::ready;
-  const char* op = "";  // what it waits for, or did last, and where
+  const char* op = "";  // the operation it waits in or did last, and its place
   Site site{"", 0};
   uint32_t mask = 0;        // of the warp collective it is in
-  int barrier = 0;          // that it waits at
+  int barrier = 0;          // the barrier it waits at
   void* operand = nullptr;  // of the warp collective
   std::vector<AsyncCopy> copies;
   std::vector<WarpgroupProduct> products;
   uint64_t products_issued = 0;
   bool wgmma_fenced = false;
-  bool may_touch_global = true;  // false in an early launch, until it has waited for what is ahead
+  bool may_touch_global = true;  // false in an early launch, until griddepcontrol.wait
   uint64_t late_loads = 0;       // global loads since the block's first atomic or load from the cluster
   uint64_t cluster_loads = 0;
   Last last;
   bool multiplies = false;  // has issued a product
-  // Of a thread that does not: the products of the block that it has waited for, and which of them these
-  // counts come after.
+  // For a thread that issues no products: how many products of the block it has waited for (seen), and at
+  // which of them its late counts last began anew (since).
   uint64_t seen = 0, since = 0;
   std::vector<Access> log;
 };
@@ -109,10 +109,10 @@ struct MemoryBarrier {  // an mbarrier
   race::Sync sync;
   race::Sync remote;                 // arrivals of other blocks of the cluster
   const Thread* unfenced = nullptr;  // the thread that initialised it, until its fence.mbarrier_init
-  std::vector<Thread*> waiting;      // for its phase: when it completes these look again, no others
+  std::vector<Thread*> waiting;      // threads to wake when the phase completes
 };
 
-// Operands of a product that a warpgroup has in flight, as they were when a thread last waited for it.
+// Operands of a warpgroup's product in flight, as a thread last read them at its wait.
 struct DecodedProduct {
   std::vector<unsigned char> raw_a[4], raw_b;
   std::vector<float> a[4], b;           // a: of each warp, [16][16]; b: [n][16]
@@ -133,13 +133,13 @@ struct Block {
   bool let_next = false;    // has called griddepcontrol.launch_dependents
   uint64_t late_bytes = 0;  // read since
   uint64_t cluster_bytes = 0;
-  uint64_t landed = 0;  // products, a thread's each: what is late begins anew with each of them
+  uint64_t landed = 0;  // completed products of all threads; each one restarts the late counts
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::unordered_map<uint64_t, DecodedProduct> products;
 };
 
-// A product of the thread is done: what it and its block do late begins after it.
+// A product of the thread is done: the late counts of the thread and its block restart.
 inline void begin_late(Thread& t) {
   t.last = {};
   t.late_loads = t.cluster_loads = 0;
@@ -149,7 +149,7 @@ inline void begin_late(Thread& t) {
   block.late_bytes = block.cluster_bytes = 0;
 }
 
-// What a thread hands on by arriving at a barrier, and takes over by waiting there.
+// A thread that arrives at a barrier publishes how many products it knows of; one that waits there reads it.
 inline void pass_on(const Thread& t, uint64_t& landed) {
   landed = std::max(landed, t.multiplies ? t.block->landed : t.seen);
 }
@@ -157,12 +157,12 @@ inline void take_over(Thread& t, uint64_t landed) {
   t.seen = std::max(t.seen, landed);
 }
 
-// Whether what the thread does now comes after the last product of its block so far.
+// Whether the thread runs after the last product of its block so far.
 inline bool is_late(const Thread& t) {
   return t.multiplies || t.seen == t.block->landed;
 }
 
-// A thread that does not multiply itself counts from the products that it knows of.
+// A thread that issues no products restarts its late counts when it learns of a new product.
 inline Thread& count_anew(Thread& t) {
   if (t.multiplies || t.since == t.seen) return t;
   t.since = t.seen;
@@ -190,10 +190,10 @@ struct Machine {
   size_t shared_pool_bytes = 0;
 
   uint64_t random = 1;
-  int idle_rounds = 0;  // times that only spinning threads were left, since anything happened
+  int idle_rounds = 0;  // rounds without progress in which only polling threads were left
   std::string error;
 
-  std::deque<std::function<void()>> engine;  // asynchronous work: done when nothing else can, or at random
+  std::deque<std::function<void()>> engine;  // bulk copies: done when no thread is ready, or at random
   std::unordered_map<const void*, MemoryBarrier> memory_barriers;
 };
 extern Machine machine;
@@ -205,7 +205,7 @@ void run_thread();  // where a thread's fiber starts
 uint64_t next_random();
 void set_ready(Warp& warp, uint32_t lanes);
 void clear_ready(Warp& warp, uint32_t lanes);
-void wait_here(State state, const char* op, Site site);  // until someone calls set_ready
+void wait_here(State state, const char* op, Site site);  // until set_ready
 void wake_spinners();
 void maybe_preempt();
 inline void progress() {
@@ -213,6 +213,7 @@ inline void progress() {
 }
 // Ends the launch with an Error: the message, then the running thread.
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
+[[noreturn]] void fail_diverged(const Thread& t, const Thread& other);  // two lanes of a warp
 
 inline Thread& self() {
   return *machine.current;
@@ -225,8 +226,8 @@ inline Thread& enter(const char* op, Site site) {
 }
 
 // ---- barrier.cpp ----
-// Every lane named in mask must come with the same op from the same place; the last to come runs `leader`,
-// which finds the others' operands in warp.thread[lane].operand.
+// Every lane of the mask must call with the same op from the same place. The last one runs `leader`, which
+// reads the lanes' operands from warp.thread[lane].operand.
 using Leader = void (*)(Warp& warp, uint32_t mask, void* context);
 void warp_collective(const char* op, uint32_t mask, Site site, void* operand, Leader leader, void* context,
                      bool orders_memory);
@@ -244,12 +245,12 @@ void check_early(const char* op, Site site);  // before the running thread touch
 void check_early_end(const Thread& thread);   // before it ends
 
 // ---- sites.cpp ----
-// Notes the call; true: it is to be left out.
+// Counts the call. True: skip_synchronisation names this place.
 bool left_out(const char* op, Site site);
 void forget_sites();
 
 // ---- mbarrier.cpp ----
-MemoryBarrier& memory_barrier(const void* barrier, Site site);  // that was initialised there
+MemoryBarrier& memory_barrier(const void* barrier, Site site);  // fails if it was not initialised
 void arrive(MemoryBarrier& b, Site site);
 void complete_if_done(MemoryBarrier& b);
 void check_fenced(const MemoryBarrier& b, Site site);  // for bulk copies and other blocks
@@ -273,7 +274,7 @@ inline void note_multiply(Thread& t) {
   totals.multiply = std::max<uint64_t>(totals.multiply, t.warp->index + 1);
 }
 void record(Space space, const void* address, uint32_t bytes, Site site);
-void flush_log(Warp& warp);  // the warp's lanes are at one point again
+void flush_log(Warp& warp);  // called when the warp has converged
 void count_shared_phase(int wavefronts);
 void count_global(Space space, uintptr_t address, uint64_t bytes);  // a contiguous run
 void count_unwrapped(uintptr_t address, size_t bytes);

@@ -1,6 +1,6 @@
 // sm_90a: wgmma.mma_async m64nNk16, operands in shared memory with 32-, 64- or 128-byte swizzle, K-major or
-// MN-major, the first also in registers.  Layouts:
-// PTX ISA, "Asynchronous warpgroup-level matrix instructions", D fragment and matrix descriptor.
+// MN-major, the first also in registers.  Layouts: PTX ISA, "Asynchronous warpgroup-level matrix
+// instructions", D fragment and matrix descriptor.
 //
 // A product reads its operands and writes its accumulators only when the thread waits for it; until then the
 // accumulators are NaN.  Each thread computes its own elements.
@@ -37,7 +37,7 @@ struct Operand {
   const unsigned char* chunk(int row, int k) const {
     uint32_t at = start;
     const uint32_t i = uint32_t(row), width = row_bytes / 2;
-    if (mn_major)  // so many rows lie side by side, the next are `leading` further on
+    if (mn_major)  // `width` rows lie side by side, the next `width` are `leading` bytes further on
       at +=
           i / width * leading + i % width * 2 + uint32_t(k / 8) * group_stride + uint32_t(k % 8) * row_bytes;
     else
@@ -84,9 +84,9 @@ uint64_t key_of(const Thread& t, const WarpgroupProduct& w) {
   return w.number * 8 + t.linear / WARPGROUP;
 }
 
-// The operands as the thread finds them when it waits, decoded again only if they have changed since another
-// did.  For the race detector each lane of a warp performs a 32nd of the reads, so that a warp may give a
-// stage back once its lanes have met after the wait.
+// The operands at the thread's wait, decoded again only if they have changed since another thread's wait. For
+// the race detector each lane of a warp performs a 32nd of the reads, so that a warp may release a stage
+// after a warp collective that follows the wait.
 DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   DecodedProduct& decoded = t.block->products[key_of(t, w)];
   const uint32_t warp = t.linear % WARPGROUP / 32;
@@ -102,7 +102,7 @@ DecodedProduct& operands(const Thread& t, const WarpgroupProduct& w) {
   return decoded;
 }
 
-// First operands in registers, as the lanes of a warp hold them when all have come to the wait.
+// Reads first operands in registers when all lanes of a warp have reached the wait.
 void read_registers(Warp& warp, uint32_t, void* done) {
   const Thread& last = self();
   const uint32_t first = warp.thread->linear % WARPGROUP;
@@ -148,7 +148,7 @@ void note_registers(Warp& warp, uint32_t, void*) {
     decoded.registers[first % WARPGROUP + lane] = static_cast<const uint32_t*>(warp.thread[lane].operand);
 }
 
-// The manual's canonical layouts: a swizzle, and of a MN-major operand whole rows of the swizzle.
+// The PTX manual's canonical layouts: a swizzle, and for an MN-major operand whole rows of the swizzle.
 void check_layouts(const WgmmaOperands& of, int n, Site site) {
   const auto check = [&](uint64_t descriptor, bool mn_major, int rows) {
     const int bytes = int(swizzle_bytes(descriptor));
@@ -227,7 +227,7 @@ void wgmma_wait(int keep, Site site) {
     multiply(t, product);
   }
   t.products.erase(t.products.begin(), t.products.begin() + std::ptrdiff_t(done));
-  // sums that products still in flight go on with are theirs again
+  // accumulators that products in flight continue with are hidden (NaN) again
   for (size_t i = 0; i < t.products.size() && done; ++i) {
     WarpgroupProduct& product = t.products[i];
     const bool first = std::none_of(t.products.begin(), t.products.begin() + std::ptrdiff_t(i),

@@ -133,7 +133,7 @@ def test_thousands_of_blocks() -> None:
 def test_bad_options() -> None:
     assert run("schedule", preempt=256) == "error: set_options: preempt is 256, expected 0 to 255"
     assert run("schedule", resident=0) == "error: set_options: resident is 0, expected 1 to 128"
-    assert "LOTR_SIMT_ORDER is sideways, expected forward, reverse, random or in_turn" in run("schedule", order="sideways")
+    assert "LOTR_SIMT_ORDER: expected forward, reverse, random or in_turn, got sideways" in run("schedule", order="sideways")
 
 
 def test_leaving_out_a_barrier() -> None:

@@ -1,5 +1,4 @@
-// Python's view of the executor: a module of the launchers of csrc/cuda (module_*.cpp), and here the
-// executor's own controls.
+// The Python module lotr_simt: the executor's controls here, the launchers of csrc/cuda in module_*.cpp.
 #include "module.h"
 
 #include <dlfcn.h>
@@ -17,7 +16,7 @@
 namespace lotr::simt {
 namespace {
 
-// The counters of the one stream that all calls here have.
+// The arrival counters of the one stream that all calls here use.
 int32_t* arrived() {
   return cuda::counters(nullptr, cuda::COUNTERS_EACH);
 }
@@ -70,14 +69,7 @@ py::dict counters_dict() {
 void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, bool count_memory,
                     std::optional<size_t> shared_limit, unsigned resident, std::optional<uint64_t> room) {
   Options o;
-  const std::map<std::string, Order> orders{{"forward", Order::forward},
-                                            {"reverse", Order::reverse},
-                                            {"random", Order::random},
-                                            {"in_turn", Order::in_turn}};
-  const auto found = orders.find(order);
-  if (found == orders.end())
-    throw py::value_error("order: expected forward, reverse, random or in_turn, got " + order);
-  o.order = found->second;
+  o.order = order_of("order", order);
   o.seed = seed, o.preempt = preempt, o.count_memory = count_memory;
   o.shared_limit = shared_limit.value_or(settings.shared_limit());
   o.resident = resident;
@@ -85,7 +77,6 @@ void set_options_py(const std::string& order, uint64_t seed, unsigned preempt, b
   set_options(o);
 }
 
-// What takes a plan's place in Python.
 py::dict dict_of(const plan::Plan& p) {
   using namespace pybind11::literals;
   return py::dict("m_blocks"_a = p.m_blocks, "n_blocks"_a = p.n_blocks, "cluster"_a = p.cluster,
@@ -141,14 +132,14 @@ PYBIND11_MODULE(lotr_simt, m) {
   m.def(
       "skip_synchronisation",
       [](const std::string& file, int line) {
-        std::fill_n(arrived(), cuda::COUNTERS_EACH, 0);  // what an earlier line's absence has left
+        std::fill_n(arrived(), cuda::COUNTERS_EACH, 0);  // an earlier mutation may have left counts
         skip_synchronisation({file, line});
       },
       "file"_a, "line"_a,
       "Such calls at this line do nothing from now on, as if it were deleted; ('', 0) ends it");
   m.def(
       "arrivals", [] { return std::accumulate(arrived(), arrived() + cuda::COUNTERS_EACH, int64_t(0)); },
-      "Of blocks that were counted in and not taken back: 0 between launches");
+      "Sum of the arrival counters: 0 between launches");
   define_operators(m);
   m.def(
       "set_device",
@@ -197,15 +188,15 @@ PYBIND11_MODULE(lotr_simt, m) {
             {"SHRINK_GRAD_WGMMA_STAGES", kernels::SHRINK_GRAD_WGMMA_STAGES},
         };
       },
-      "Those of the sources that bench/projection needs");
+      "Constants of the C++ sources that bench/projection reads");
   m.def(
       "plan",
       [](const std::string& kernel, int64_t M, int64_t N, int64_t r, int element, int multiprocessors)
           -> py::object { return plans_of(kernel, M, N, r, element, multiprocessors)[0]; },
       "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
-      "How a kernel would cut the large matrix [M, N], and the bytes it moves besides that matrix.");
+      "The kernel's plan for the large matrix [M, N], and the bytes it moves besides that matrix.");
   m.def("plans", &plans_of, "kernel"_a, "M"_a, "N"_a, "r"_a, "element"_a = 2, "multiprocessors"_a = 132,
-        "That plan, then the others, the fastest first.");
+        "All plans, the fastest first.");
   m.def(
       "set_rules",
       [](const std::string& forced, const std::string& measured) {

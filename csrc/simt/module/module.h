@@ -1,5 +1,5 @@
-// What the parts of the module share: the device that they play, and numpy arrays as the launchers' matrices.
-// bfloat16 travels as uint16.
+// Shared by the module's files: the simulated device, and numpy arrays as the launchers' matrices. bfloat16
+// arrays have the dtype uint16.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -16,7 +16,7 @@ namespace lotr::simt {
 
 namespace py = pybind11;
 
-// What a block may ask for: on the smallest of the supported GPUs, and where kernels run by wgmma.
+// Bytes of shared memory per block: on the smallest supported GPU (sm_86), and where kernels use wgmma.
 constexpr size_t SHARED_LIMIT = 101376, SHARED_LIMIT_SM90 = 232448;
 
 struct Settings {
@@ -83,7 +83,6 @@ inline cuda::Call call(DType type) {
   return {type, settings.float32, settings.card, nullptr, settings.early, settings.wgmma, settings.off};
 }
 
-// Each defines functions of the module.
 void define_operators(py::module_& m);
 void define_gemm_lotr(py::module_& m);
 void define_rows(py::module_& m);

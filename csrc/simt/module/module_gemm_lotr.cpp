@@ -1,4 +1,4 @@
-// Python's view of csrc/cuda/gemm_lotr.h, a part of module.cpp's module: see there.
+// The launchers of csrc/cuda/gemm_lotr.h in Python.
 #include "cuda/gemm_lotr.h"
 #include "cuda/kernels/gemm_lotr_traits.cuh"
 #include "module.h"
@@ -40,7 +40,7 @@ void gemm_lotr(py::array y, py::array x, py::array W, py::array At, py::array F,
   plan.cluster = cluster.value_or(plan.cluster);
   plan.scouts = scouts.value_or(plan.scouts);
   plan.band_group = band_group.value_or(plan.band_group);
-  // What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
+  // memory as torch's allocator gives it on a GPU: aligned, of unknown content (here NaN)
   const size_t bytes = partial_bytes.value_or(cuda::gemm_lotr_partial(q, plan));
   std::vector<uint32_t> memory(bytes / 4 + 64, 0xFFFFFFFFu);
   void* partial = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) % 256) / 4;

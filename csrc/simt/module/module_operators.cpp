@@ -1,12 +1,12 @@
-// Python's view of the launchers of csrc/cuda/launch.h, a part of module.cpp's module.  Outputs are the
-// caller's arrays, so that a test may poison, pad or stride them.
+// The launchers of csrc/cuda/launch.h in Python.  Outputs are the caller's arrays, so that a test may poison,
+// pad or stride them.
 #include "cuda/launchers.h"
 #include "module.h"
 
 namespace lotr::simt {
 namespace {
 
-// What torch's allocator gives on a GPU: aligned memory full of rubbish, here NaN.
+// Memory as torch's allocator gives it on a GPU: aligned, of unknown content (here NaN).
 class Workspace {
  public:
   explicit Workspace(size_t bytes) : memory_(bytes / 4 + 1024, 0xFFFFFFFFu) {
@@ -21,7 +21,7 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() { watch(nullptr, 0); }
   void* get() { return base_; }
-  // Nothing was written behind it.
+  // Throws if a kernel wrote behind it.
   void check() const {
     for (const uint32_t* word = behind_; word < memory_.data() + memory_.size(); ++word)
       if (*word != 0xFFFFFFFFu) throw std::runtime_error("workspace: a kernel has written behind its end");
@@ -41,14 +41,9 @@ void run(const cuda::Call& call, const Problem& problem) {
   workspace.check();
 }
 
-// One operator call: its arrays keep their names until it ends.
-struct Scope {
-  Scope() { clear_arrays(); }
-};
-
 void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py::array_t<int64_t>> seed,
                double scale, std::optional<py::array> core, std::optional<py::array> h, double core_scale) {
-  Scope scope;
+  clear_arrays();
   const DType type = dtype_of("x", x);
   ShrinkProblem params{};
   params.M = x.shape(0);
@@ -70,7 +65,7 @@ void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py
 
 void py_expand_add(py::array y, py::array u, py::array F, double p,
                    std::optional<py::array_t<int64_t>> seed) {
-  Scope scope;
+  clear_arrays();
   const DType type = dtype_of("y", y);
   ExpandProblem params{};
   params.M = y.shape(0);
@@ -85,7 +80,7 @@ void py_expand_add(py::array y, py::array u, py::array F, double p,
 
 void py_factor_grad(py::array D, py::array x, py::array k, double p,
                     std::optional<py::array_t<int64_t>> seed) {
-  Scope scope;
+  clear_arrays();
   const DType type = dtype_of("x", x);
   FactorGradProblem params{};
   params.M = x.shape(0);
@@ -103,7 +98,7 @@ void py_factor_grad(py::array D, py::array x, py::array k, double p,
 }
 
 void py_shrink_grad(py::array g, py::array F, py::array u, py::array k, py::array Q, bool accumulate) {
-  Scope scope;
+  clear_arrays();
   const DType type = dtype_of("g", g);
   ShrinkGradProblem params{};
   params.M = g.shape(0);
@@ -122,7 +117,7 @@ void py_shrink_grad(py::array g, py::array F, py::array u, py::array k, py::arra
 }
 
 void py_fold(py::array B, py::array cores, double scaling, py::array F) {
-  Scope scope;
+  clear_arrays();
   FoldProblem params{};
   params.N = B.shape(0);
   params.r_out = int32_t(B.shape(1));
@@ -146,7 +141,7 @@ void py_fold(py::array B, py::array cores, double scaling, py::array F) {
 
 void py_fold_grad(py::array Q, py::array B, py::array cores, double scaling, std::optional<py::array> dB,
                   py::array dcores) {
-  Scope scope;
+  clear_arrays();
   FoldGradProblem params{};
   params.N = B.shape(0);
   params.r_out = int32_t(B.shape(1));
@@ -175,7 +170,7 @@ void py_fold_grad(py::array Q, py::array B, py::array cores, double scaling, std
 
 void py_small_forward(py::array y, py::array x, py::array A, py::array core, py::array B, double scaling,
                       py::array u) {
-  Scope scope;
+  clear_arrays();
   const DType type = dtype_of("x", x);
   SmallForwardProblem p{};
   p.M = x.shape(0), p.K = A.shape(0), p.N = B.shape(0);
@@ -193,7 +188,7 @@ void py_small_forward(py::array y, py::array x, py::array A, py::array core, py:
 void py_small_backward(std::optional<py::array> dx, py::array g, std::optional<py::array> x, py::array u,
                        py::array A, py::array core, py::array B, double scaling, std::optional<py::array> dA,
                        std::optional<py::array> dB, std::optional<py::array> dcore) {
-  Scope scope;
+  clear_arrays();
   const DType type = dtype_of("g", g);
   SmallBackwardProblem p{};
   p.M = g.shape(0), p.K = A.shape(0), p.N = B.shape(0);

@@ -1,5 +1,4 @@
-// Python's view of the kernels of row_core, a part of module.cpp's module: see there.  What the library sorts
-// on a GPU is sorted here.
+// The kernels of row_core in Python.  csrc/torch sorts the rows with torch; here std::stable_sort does.
 #include <algorithm>
 #include <limits>
 #include <new>
@@ -14,7 +13,7 @@ namespace {
 using Indices = std::optional<py::array_t<int64_t>>;
 using Ends = std::optional<py::array_t<int32_t>>;
 
-// As torch's allocator gives memory on a GPU: where an array begins decides how many sectors it takes.
+// Aligned as by torch's allocator on a GPU: an array's start decides how many sectors it takes.
 template <class T>
 struct Aligned {
   using value_type = T;
