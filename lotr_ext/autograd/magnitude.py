@@ -26,7 +26,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, saved_if, transformed, wants
+from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, transformed, wants
 from ..ops import accumulate_dtype
 from ..ops.composite import row_norms, rows, to
 from .call import call_linear, compute_dtype
@@ -193,8 +193,10 @@ class LoTRMagnitude(Node):
         if not applied:
             _scale_(y, bias, scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, magnitude)
-        ctx.rows = rows
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None)
+        # not saved: no gradient depends on its value, so an optimizer's step before backward must not raise
+        ctx.rows, ctx.magnitude = rows, magnitude
+        ctx.version = None if magnitude.grad_fn is None else magnitude._version
         return y
 
     @staticmethod
@@ -203,28 +205,32 @@ class LoTRMagnitude(Node):
             return None, None, None
         need_y, need_m = ctx.needs_input_grad[:2]
         try:
-            y, magnitude = ctx.saved_tensors
+            (y,) = ctx.saved_tensors
         except RuntimeError:  # freed, or changed
             if need_m and wants(ctx, 1):
                 raise
-            need_m, (y, magnitude) = False, saved_if(ctx, False, True)
-        bias, norm, scale, _ = ctx.rows
+            need_m, y = False, None
         if recorded(g):
-            return *LoTRMagnitude._recorded(g, y if need_m else None, magnitude, bias, norm), None
+            return *LoTRMagnitude._recorded(ctx, g, y if need_m else None), None
+        bias, norm, scale, _ = ctx.rows
         if not need_m:
             return torch.mul(g, scale, out=torch.empty_like(g)), None, None
         g0, dscale = ops.scale_backward(g, y, bias, scale)
-        return g0 if need_y else None, (dscale.to(norm) / norm).to(magnitude), None
+        return g0 if need_y else None, (dscale.to(norm) / norm).to(ctx.magnitude), None
 
     @staticmethod
-    def _recorded(
-        g: Tensor, y: Tensor | None, magnitude: Tensor, bias: Tensor | None, norm: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        scale = (magnitude.to(norm) / norm).to(g.device)
+    def _recorded(ctx, g: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        (bias, norm, applied, _), magnitude = ctx.rows, ctx.magnitude
+        if ctx.version is not None and magnitude._version != ctx.version:  # its graph is now that of the change
+            raise RuntimeError("magnitude: expected it as it was in the forward, got one changed by an inplace operation")
+        scale = (magnitude.to(norm) / norm).to(applied)
+        scale = scale + (applied - scale).detach()  # the forward's value, whatever the parameter is now
         g0 = to(g * scale, g.dtype)
         if y is None:
             return g0, None
         wide = to(y, scale.dtype)
-        z = (wide if bias is None else wide - to(bias, scale.dtype)) / scale
+        dead = scale == 0  # y is the bias there; dm is 0, as `ops.scale_backward` has it
+        z = (wide if bias is None else wide - to(bias, scale.dtype)) / torch.where(dead, 1, scale)
+        z = torch.where(dead, 0, z)
         dm = (rows(to(g, z.dtype)) * rows(z)).sum(0).to(norm.device) / norm
         return g0, dm.to(magnitude)

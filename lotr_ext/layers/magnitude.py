@@ -33,10 +33,15 @@ def no_magnitude(module: nn.Module) -> str | None:
 
 
 class _Magnitude:
-    """`module.magnitude`: None where there is no such parameter. No property, as for `_Core`."""
+    """`module.magnitude`: None for a module without. No property, as for `_Core`."""
 
     def __get__(self, module: HasMagnitude | None, owner: type | None = None) -> nn.Parameter | None:
-        return self if module is None else module._parameters.get("magnitude")
+        if module is None:
+            return self
+        magnitude = module._parameters.get("magnitude")
+        if magnitude is None and module.norms is not None:  # `parametrize` has taken it, and puts a property in its place
+            raise AttributeError(f"{type(module).__name__} has no parameter magnitude")
+        return magnitude
 
 
 class HasMagnitude(nn.Module):

@@ -114,6 +114,65 @@ def test_siblings_against_plain_autograd(tokens, around):
         assert relative(a, b) < 1e-11
 
 
+def test_twice_where_a_magnitude_is_zero():
+    """That row's gradients are those of the formula, but that of its magnitude, which is defined as zero."""
+    layer = layer_of(dtype=torch.float64)
+    live = torch.ones(14, dtype=torch.bool)
+    live[[3, 13]] = False
+    with torch.no_grad():
+        layer.magnitude[~live] = 0.0
+    x = torch.randn(5, 20, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 14, dtype=torch.float64, requires_grad=True)
+    inputs = [*parameters_of(layer), x]
+
+    def gradients(call) -> list[Tensor]:
+        first = dict(zip(inputs, torch.autograd.grad(call(x).sin(), inputs, g, create_graph=True)))
+        first[layer.magnitude] = first[layer.magnitude] * live
+        second = torch.autograd.grad(sum(t.sin().sum() for t in first.values()), [*inputs, g])
+        return [*first.values(), *second]
+
+    for got, want in zip(gradients(layer), gradients(lambda x: dense(layer, x)), strict=True):
+        assert relative(got, want) < 1e-11
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_a_magnitude_may_change_before_backward(twice):
+    """No gradient depends on its value, as none does in plain torch."""
+    layer, x = layer_of(dtype=torch.float64), torch.randn(5, 20, dtype=torch.float64, requires_grad=True)
+    inputs = [*parameters_of(layer), x]
+
+    def gradients(call, change: bool) -> list[Tensor]:
+        y = call(x).sin().sum()
+        with torch.no_grad():
+            layer.magnitude.add_(1.0 if change else 0.0)
+        first = torch.autograd.grad(y, inputs, create_graph=twice)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), inputs) if twice else first
+
+    wanted = gradients(lambda x: dense(layer, x), False)
+    for got, want in zip(gradients(layer, True), wanted, strict=True):
+        assert relative(got, want) < 1e-11
+
+
+def test_a_made_magnitude_that_changes_raises_twice():
+    layer, x = layer_of(dtype=torch.float64), torch.randn(5, 20, dtype=torch.float64, requires_grad=True)
+    m = layer.magnitude * 2
+    parts = (layer.weight, layer.bias, layer.factors.A, layer.factors.B, layer.core, layer.scaling)
+    y = lotr_linear(x, *parts, magnitude=m)
+    m.mul_(2)
+    torch.autograd.grad(y.sum(), layer.magnitude, retain_graph=True)
+    with pytest.raises(RuntimeError, match="magnitude: expected it as it was"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_parametrized():
+    layer, x = layer_of(dtype=torch.float64), torch.randn(5, 20, dtype=torch.float64)
+    torch.nn.utils.parametrize.register_parametrization(layer, "magnitude", nn.Softplus())
+    inputs = parameters_of(layer)
+    assert len(inputs) == 4 and any(p is layer.parametrizations.magnitude.original for p in inputs)
+    got, want = (torch.autograd.grad(f(x).sin().sum(), inputs) for f in (layer, lambda x: dense(layer, x)))
+    assert all(relative(a, b) < 1e-12 for a, b in zip(got, want, strict=True))
+
+
 def test_reentrant_checkpoint():
     layer = layer_of(dtype=torch.float64)
     x = torch.randn(200, 20, dtype=torch.float64, requires_grad=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from programs.builder import Builder
-from programs.forwards import parameter
+from programs.forwards import parameter, parts
 
 
 def inputs(b: Builder) -> str:
     """Some of what gradients can be asked for."""
     layer = b.one_of(*b.layers)
-    options = [parameter(b, layer, part) for part in ("A", "B", "core")]
+    options = [parameter(b, layer, part) for part in parts(layer)]
     options += [value.name for value in b.values if value.name.startswith("x")]
     return f"[{', '.join(b.some(options))}]"
 

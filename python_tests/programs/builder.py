@@ -42,6 +42,7 @@ class Layer(NamedTuple):
     k: int
     n: int
     wrapped: bool = False
+    magnitude: bool = False
 
 
 class Builder:
@@ -65,6 +66,8 @@ class Builder:
         self.many = self.chance(0.4)  # at least 128 tokens, where other paths are taken
         self.dropout = self.one_of(0.3, 0.5) if self.chance(0.15) else 0.0
         self.large = self.compute == torch.float16 and self.chance(0.3)  # a scaling and cores whose product leaves float16
+        # not beside large cores: z = x W^T + .. is taken from y, of which the bias then leaves nothing
+        self.magnitude = not self.large and self.chance(0.25)  # whether layers have some
         self.net: str | None = None
         self.outputs = 0  # of the model
         self.net_replaces = False  # whether its forward makes parameters

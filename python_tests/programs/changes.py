@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from programs.backwards import backward, losses
 from programs.builder import Builder, Layer
-from programs.forwards import forward_net, parameter, unrecorded
+from programs.forwards import forward_net, parameter, parts, unrecorded
 
 
 def in_place(b: Builder) -> None:
@@ -24,8 +24,15 @@ def in_place(b: Builder) -> None:
 
 def change_parameter(b: Builder) -> None:
     layer = b.one_of(*b.layers)
-    part = b.one_of("A", "B", "core")
-    if b.chance(0.25):  # without a trace: plain torch goes wrong in a backward through what was before, and so may we
+    part = b.one_of(*parts(layer))
+    if layer.magnitude and b.chance(0.1):
+        b.line(f"{layer.name}.reset_magnitude()")
+        b.forget()
+        return
+    # lengths c that were kept would be wrong, as the documentation says
+    if not b.magnitude and b.chance(
+        0.25
+    ):  # without a trace: plain torch goes wrong in a backward through what was before, and so may we
         b.line(f"{parameter(b, layer, part)}.data.mul_({b.one_of(0.5, -1.25)})")
         b.forget()
         b.values.clear()
@@ -50,7 +57,7 @@ def replace(b: Builder) -> None:
 def freeze(b: Builder) -> None:
     b.changed()
     layer = b.one_of(*b.layers)
-    name = parameter(b, layer, b.one_of("A", "B", "core"))
+    name = parameter(b, layer, b.one_of(*parts(layer)))
     b.line(f"{name}.requires_grad_(not {name}.requires_grad)")
     b.flipped = True
 
@@ -146,7 +153,7 @@ def hook(b: Builder) -> None:
     elif kind == "backward":
         b.line(f"{layer.name}.register_full_backward_hook(lambda m, gi, go: tuple(None if g is None else g * 2 for g in gi))")
     elif kind == "parameter":
-        name = parameter(b, layer, b.one_of("A", "B", "core"))
+        name = parameter(b, layer, b.one_of(*parts(layer)))
         b.line(f"if {name}.requires_grad: {name}.register_hook(lambda g: None if g is None else g * 3)")
 
 
@@ -163,7 +170,7 @@ def failing(b: Builder) -> None:
     if b.autocast is not None:
         b.line(f"    with w.autocast({b.dtype(b.autocast)}):")
         b.indent += 1
-    where = "forward" if whole else b.one_of("forward", "x", "A", "B", "core")
+    where = "forward" if whole else b.one_of("forward", "x", *parts(layer))
     if whole:
         b.line(f"    handle = {layer.name}.register_forward_hook(stop)")
         b.line(f"    try: net({x.name}, w)")
@@ -184,18 +191,20 @@ def failing(b: Builder) -> None:
 
 
 def parametrized(b: Builder) -> None:
-    """A, B or a core that is made of another parameter, as for orthogonal or bounded factors."""
+    """A, B, a core or magnitudes that are made of another parameter, as for orthogonal or bounded factors."""
     b.changed()
-    part, how = b.one_of("A", "B", *(() if b.made_cores else ("core",))), b.one_of("nn.Tanh()", "nn.Tanh()", "Doubled()")
+    scaled = [layer for layer in b.layers if layer.magnitude]
+    options = ("A", "B", *(() if b.made_cores else ("core",)), *(("magnitude",) if scaled else ()))
+    part, how = b.one_of(*options), b.one_of("nn.Tanh()", "nn.Tanh()", "Doubled()")
     if how == "Doubled()" and b.unwatched:  # it gives the parameter other memory, which views of it do not see
         b.forget()
-    if b.net is not None and part != "core" and b.chance(0.5):
+    if b.net is not None and part in ("A", "B") and b.chance(0.5):
         b.line("for factors in net.lotr_factors.values():")
         b.line(f'    if not parametrize.is_parametrized(factors, "{part}"):')
         b.line(f'        parametrize.register_parametrization(factors, "{part}", {how})')
     else:
-        layer = b.one_of(*b.layers)
-        owner = layer.name if part == "core" else f"{layer.name}.factors"
+        layer = b.one_of(*(scaled if part == "magnitude" else b.layers))
+        owner = f"{layer.name}.factors" if part in ("A", "B") else layer.name
         b.line(f'if not parametrize.is_parametrized({owner}, "{part}"):')
         b.line(f'    parametrize.register_parametrization({owner}, "{part}", {how})')
     if b.chance(0.5):

@@ -11,7 +11,7 @@ TASKS = 3  # places of a bank
 def mixed(b: Builder) -> None:
     """Rows of one batch for several adapters that share their factors."""
     x = b.input_for(b.widths[0])
-    if not b.shared or b.dropout or len(x.shape) < 2 or not 0 < x.shape[0] < 9:
+    if not b.shared or b.dropout or b.magnitude or len(x.shape) < 2 or not 0 < x.shape[0] < 9:
         return forward(b)
     names = names_of_rows(b, x.shape[0])
     b.line(f"if w.mixes(net, {names}):")
@@ -25,7 +25,7 @@ def mixed(b: Builder) -> None:
 
 def bank(b: Builder) -> None:
     """A bank, or what becomes of its tasks."""
-    if b.frozen:
+    if b.frozen or b.magnitude:  # rows with cores of their own have no magnitudes
         return
     b.forget()
     if b.tasks is None:
@@ -79,7 +79,7 @@ def names_of_rows(b: Builder, rows: int) -> list[str | None]:
 
 def context(b: Builder, rows: int) -> tuple[str, str | None]:
     """The call that opens one, and what it mixes, None for nothing."""
-    kinds = ["names"] * bool(b.shared) + ["tasks"] * bool(b.tasks) if not b.dropout else []
+    kinds = ["names"] * bool(b.shared) + ["tasks"] * bool(b.tasks) if not (b.dropout or b.magnitude) else []
     kind = b.one_of(*kinds, *kinds, "disabled")
     if kind == "disabled":
         return "w.disabled(net)", None

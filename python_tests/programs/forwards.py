@@ -154,6 +154,7 @@ def bare(b: Builder) -> None:
     if len(x.shape) > 1 and 0 < x.shape[0] < 9 and b.chance(0.3):  # a core for each row
         cores = (b.number(1, 3),)
         rows = f", {[b.number(0, cores[0] - 1) for _ in range(x.shape[0])]}"
+    scaled = b.magnitude and not rows and b.chance(0.7)
     parts += [("A", (k, r_in), b.adapter), ("B", (n, r_out), b.adapter), ("G", (*cores, r_in, r_out), b.adapter)]
     names = []
     for letter, shape, dtype in parts:
@@ -163,15 +164,23 @@ def bare(b: Builder) -> None:
         name, sizes = b.name(letter), ", ".join(map(str, shape))
         b.line(f"{name} = w.tensor({sizes}, seed={b.seed()}, dtype={b.dtype(dtype)}, scale=0.4{extra})")
         names.append(name)
+    if scaled:
+        rows = f", magnitude={(name := b.name('m'))}"
+        grad = "" if b.chance(0.8) else ", grad=False"
+        b.line(f"{name} = w.tensor({n}, seed={b.seed()}, dtype={b.dtype(b.adapter)}, scale=0.5, least=0.5{grad})")
     y = b.made((*x.shape[:-1], n))
     run_line(b, f"{y.name} = w.linear({x.name}, {', '.join(names)}, {b.one_of(1.0, -0.5)}{rows})")
     show(b, y)
 
 
+def parts(layer: Layer) -> tuple[str, ...]:
+    return ("A", "B", "core", *(("magnitude",) if layer.magnitude else ()))
+
+
 def parameter(b: Builder, layer: Layer, part: str) -> str:
     if part == "core" and b.made_cores:
         return f"net.lotr_cores.{b.one_of('left', 'right')}"
-    return f"{layer.name}.core" if part == "core" else f"{layer.name}.factors.{part}"
+    return f"{layer.name}.factors.{part}" if part in ("A", "B") else f"{layer.name}.{part}"
 
 
 def kept_elsewhere(b: Builder) -> None:

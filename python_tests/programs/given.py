@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.checkpoint import CheckpointPolicy
 
-ADAPTER = {"A", "B", "core"}
+ADAPTER = {"A", "B", "core", "magnitude"}
 
 
 class Planned(Exception):
@@ -63,7 +63,7 @@ def invertible(model: nn.Module) -> bool:
 
 
 def is_generated(model: nn.Module) -> bool:
-    """Whether a factor or core is made by parametrizations: it cannot be parked."""
+    """Whether a factor, a core or the magnitudes are made by parametrizations: they cannot be parked."""
     return any(parametrize.is_parametrized(module, name) for module in model.modules() for name in ADAPTER)
 
 

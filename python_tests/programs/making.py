@@ -38,6 +38,9 @@ def make_layers(b: Builder) -> None:
             extra = ", wrapped=True" if layer.wrapped else ""
             extra += "" if b.chance(0.7) else ", bias=False"
             extra += ", train=False" if b.frozen or b.chance(0.15) else ""
+            if b.magnitude and b.chance(0.8):
+                layer = layer._replace(magnitude=True)
+                extra += f', magnitude="{"frozen" if b.frozen or b.chance(0.2) else "trained"}"'
             kind = b.kind(0.1)
             extra += "" if kind in ("plain", "expanded") else f', weight_kind="{kind}"'
             b.line(f"{layer.name} = w.layer({factors}, seed={b.seed()}, dtype={b.dtype()}, {settings(b)}{extra})")
@@ -71,19 +74,22 @@ def make_net(b: Builder) -> None:
     splits = b.chance(0.3)  # two groups of one shape
     groups = {name: f"g{k}x{n}" + (f"_{i % 2}" if splits else "") for i, (name, (k, n)) in enumerate(zip(names, sizes))}
     train = b.one_of("A B core", "A B core", "A B core", "core", "A core", "B core", *(() if b.made_cores else ("A B", "B")))
+    if b.magnitude:
+        train = b.one_of(f"{train} magnitude", f"{train} magnitude", train, "magnitude")
     r, adapter = rank(b), b.dtype(b.adapter)
     if b.frozen:
         b.line("with torch.inference_mode():")
         b.indent += 1
     b.line(f"net = w.apply(Net(), {groups}, {r}, seed={b.seed()}, dtype={b.dtype()}, adapter_dtype={adapter},")
     form = ', form="product"' if b.made_cores else ""
+    form += ", magnitude=True" if b.magnitude else ""
     b.line(f'              {settings(b)}, train="{train}"{form})')
     if b.frozen:
         b.line("net.requires_grad_(False)")
         b.indent -= 1
     b.net = "net"
     b.outputs = len(outputs)
-    b.layers += [Layer(f"net.{name}", groups[name], k, n, name in wrapped) for name, (k, n) in zip(names, sizes)]
+    b.layers += [Layer(f"net.{name}", groups[name], k, n, name in wrapped, b.magnitude) for name, (k, n) in zip(names, sizes)]
 
 
 def forward_lines(b: Builder, layers: list[Layer]) -> list[str]:

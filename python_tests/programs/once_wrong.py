@@ -72,6 +72,7 @@ MERGED = "w.may_refuse(lambda: w.merge(l0))\n"
 UNMERGED = "if l0.merged: w.unmerge(l0)\n"
 DX = "w.grad('p', w.loss(3, y), [x])\n"
 WRAPPED = ", wrapped=True"
+LENGTHS = ", magnitude='trained'"
 MIXED = """
 l2 = w.layer(f, seed=30, dtype=torch.float32)
 h = l0(x)
@@ -371,6 +372,18 @@ PROGRAMS: dict[str, str] = {
         )
         for operator in OPERATORS
         for written in argument_names(operator, written=True)
+    },
+    "parametrized magnitudes": pair(
+        "parametrize.register_parametrization(l0, 'magnitude', nn.Tanh())\n" + SHOWN + "w.backward('b', w.loss(3, l0(x)))\n",
+        settings=LENGTHS,
+    ),
+    **{
+        f"magnitudes changed before the backward, {tokens} tokens": pair(
+            "y = l0(x)\nwith torch.no_grad(): l0.magnitude.mul_(0.5)\n" + TWICE.format("x, l0.magnitude", "x, f.A"),
+            settings=LENGTHS,
+            tokens=tokens,
+        )
+        for tokens in ("5", "130")
     },
     "a wrapped and a plain layer on one x": pair(MIXED, settings=WRAPPED),
     "double backward of a wrapped layer": pair(DOUBLE, settings=WRAPPED, tokens="127"),

@@ -51,9 +51,9 @@ class Ours(World):
     def _factors(self, k, n, rank, dtype):
         return lotr_ext.LoTRFactors(k, n, rank, dtype=dtype)
 
-    def _layer(self, base, factors, scaling, dropout, wrapped):
+    def _layer(self, base, factors, wrapped, **settings):
         make = lotr_ext.LoTRWrapped if wrapped else lotr_ext.LoTRLinear
-        return make.from_linear(base, factors, scaling=scaling, dropout=dropout)
+        return make.from_linear(base, factors, **settings)
 
     def _apply(self, model, groups, rank, settings):
         dtype, init = settings.pop("dtype"), "zero" if "core" in settings["train"] else "identity"
@@ -125,9 +125,9 @@ class Ours(World):
         layer.register_forward_hook(after)
         form.register_forward_hook(read)
 
-    def linear(self, x, weight, bias, A, B, core, scaling, rows=None):
+    def linear(self, x, weight, bias, A, B, core, scaling, rows=None, magnitude=None):
         index = None if rows is None else torch.tensor(rows)
-        return lotr_ext.lotr_linear(x, weight, bias, A, B, core, scaling, core_index=index)
+        return lotr_ext.lotr_linear(x, weight, bias, A, B, core, scaling, core_index=index, magnitude=magnitude)
 
     def grouped(self, *tensors, **options):
         return lotr_ext.lotr_grouped_linear(*tensors, **options)

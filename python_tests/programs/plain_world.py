@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from programs.given import Decisions, Undecided, invertible
-from programs.twin import OPEN, LoTRExperts, LoTRFactors, LoTRLinear, dropout_mask, grouped_linear, read
+from programs.twin import OPEN, LoTRExperts, LoTRFactors, LoTRLinear, Output, dropout_mask, grouped_linear, lengths, read
 from programs.twin_model import TaskBank, apply_lotr, disabled, layers_of, mixed
 from programs.worlds import World
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class Plain(World):
     def _factors(self, k, n, rank, dtype):
         return LoTRFactors(k, n, rank, dtype=dtype)
 
-    def _layer(self, base, factors, scaling, dropout, wrapped):
-        return LoTRLinear(base, factors, scaling=scaling, dropout=dropout, wrapped=wrapped)
+    def _layer(self, base, factors, **settings):
+        return LoTRLinear(base, factors, **settings)
 
     def _apply(self, model, groups, rank, settings):
         apply_lotr(model, groups, rank, **settings)
@@ -75,16 +75,21 @@ class Plain(World):
         self.reads += 1
         return self.decisions.noises[self.reads - 1]
 
-    def linear(self, x, weight, bias, A, B, core, scaling, rows=None):
+    def linear(self, x, weight, bias, A, B, core, scaling, rows=None, magnitude=None):
         own = (lambda t: t.clone()) if self.keep else (lambda t: t)
         x, weight, A, B, core = (own(t) for t in (x, weight, A, B, core))
-        y = nnf.linear(x, weight, None if bias is None else own(bias))
+        bias = None if bias is None else own(bias)
+        y = nnf.linear(x, weight, bias if magnitude is None else None)
         if rows is not None:  # a core for each row of x
             core = core[torch.tensor(rows)].view(len(rows), *(1,) * (x.dim() - 3), *core.shape[1:])
             x = x.unsqueeze(1) if x.dim() == 2 else x
         x, A, B, core = read(x, A, B, core) if self.strict else (x, A, B, core)
         delta = ((x @ A.to(x.dtype)) @ core.to(x.dtype)) @ B.to(x.dtype).mT * scaling
         y = y + delta.view(y.shape)
+        if magnitude is not None:
+            y = y * (own(magnitude).double() / lengths(weight, A, B, core, scaling)).to(y.dtype)
+            y = y if bias is None else y + bias.to(y.dtype)
+            y = Output.apply(y) if self.strict and magnitude.requires_grad else y
         self._look(y)
         return y
 
@@ -127,7 +132,7 @@ class Plain(World):
     def saved(self, model):
         """Inside, the adapter may change; after it, it is what it was."""
         named = [item for part in (model.lotr_factors, *layers_of(model)) for item in part.named_parameters()]
-        parts = [p for name, p in named if name.split(".")[-1] in ("A", "B", "core", "original")]
+        parts = [p for name, p in named if name.split(".")[-1] in ("A", "B", "core", "magnitude", "original")]
         parts += model.lotr_cores.parameters() if hasattr(model, "lotr_cores") else ()
         before = [p.detach().clone() for p in parts]
         yield

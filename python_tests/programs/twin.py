@@ -1,6 +1,7 @@
 """LoTR in plain torch: the specification of behaviour that random programs are compared with. Shares no code with the package.
 
     y = x W^T + bias + s ((drop(x) A) G) B^T
+    y = bias + (m / c) (x W^T + s ((drop(x) A) G) B^T)      with magnitudes m; c_n = |W_n + s B_n G^T A^T| is a constant
 
 A few lines of autograd, run in float64 (the truth) and in the program's own dtype (what plain torch reaches). Names of classes,
 parameters and methods are those of lotr_ext, so that the same program runs on either.
@@ -84,6 +85,27 @@ def read(x: Tensor, A: Tensor, B: Tensor, core: Tensor, others: Sequence[Tensor]
     return x, A, Reads.apply(B, core, True), Linked.apply(Reads.apply(core, B, True), *others)
 
 
+class Output(torch.autograd.Function):
+    """y, which the gradient of magnitudes needs as it is."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor) -> Tensor:
+        out = y.detach()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.saved_tensors  # noqa: B018
+        return grad
+
+
+def lengths(weight: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
+    """c [n] in float64, whatever the others are in."""
+    W, A, B, core = (t.detach().double() for t in (weight, A, B, core))
+    return (W + scaling * B @ core.mT @ A.mT).norm(dim=1)
+
+
 class LoTRFactors(nn.Module):
     """A [k, r_in] and B [n, r_out]."""
 
@@ -105,7 +127,16 @@ class LoTRLinear(nn.Module):
     keep = strict = False
     siblings: Sequence[LoTRLinear] = ()  # in a model the layers that have B
 
-    def __init__(self, base: nn.Module, factors: LoTRFactors, *, scaling: float, dropout: float, wrapped: bool = False):
+    def __init__(
+        self,
+        base: nn.Module,
+        factors: LoTRFactors,
+        *,
+        scaling: float,
+        dropout: float,
+        wrapped: bool = False,
+        magnitude: bool = False,
+    ):
         super().__init__()
         if wrapped:
             self.base_layer = base
@@ -113,6 +144,7 @@ class LoTRLinear(nn.Module):
             self.weight, self.bias = base.weight, base.bias
         self.requires_grad_(False)
         self.core = nn.Parameter(factors.A.new_zeros(factors.A.shape[1], factors.B.shape[1]))
+        self.register_parameter("magnitude", nn.Parameter(factors.A.new_zeros(len(base.weight))) if magnitude else None)
         self.factors = factors
         self.wrapped, self.scaling, self.dropout = wrapped, scaling, dropout
         self.disabled = self.merged = False
@@ -139,12 +171,29 @@ class LoTRLinear(nn.Module):
             y = nnf.linear(x, own(self.weight), None if self.bias is None else own(self.bias))
         mixtures = [context[self] for context in OPEN if self in context]
         if self.merged or self.disabled or None in mixtures:
-            return y + self.delta(x).detach() if self.merged and self.backup is None else y
+            if not self.merged or self.backup is not None:
+                return y
+            return y + (self.delta(x) if self.magnitude is None else self._scaled(x, x, own) - y).detach()
         if mixtures:
             return y + self._mixed(x, mixtures[-1]).to(y.dtype)
-        if self.dropout and self.training:
-            x = x * self.next_mask(self, x).to(x.dtype)
-        return y + self.delta(x, own).to(y.dtype)
+        dropped = x * self.next_mask(self, x).to(x.dtype) if self.dropout and self.training else x
+        return y + self.delta(dropped, own).to(y.dtype) if self.magnitude is None else self._scaled(x, dropped, own)
+
+    def _scaled(self, x: Tensor, dropped: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        base = self.base_layer if self.wrapped else self
+        z = nnf.linear(x, own(base.weight))
+        y = (z + self.delta(dropped, own).to(z.dtype)) * (own(self.magnitude).double() / self.lengths()).to(z.dtype)
+        y = y if base.bias is None else y + own(base.bias).to(y.dtype)
+        return Output.apply(y) if self.strict and self.magnitude.requires_grad else y
+
+    def lengths(self) -> Tensor:
+        """c [n] in float64."""
+        base = self.base_layer if self.wrapped else self
+        return lengths(base.weight, self.factors.A, self.factors.B, self.core, self.scaling)
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        self.magnitude.copy_(self.lengths())
 
     def delta(self, x: Tensor, own: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
         """s ((x A) G) B^T in x's dtype."""
@@ -167,14 +216,18 @@ class LoTRLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W += s B G^T A^T, seen by autograd as any change in place; a weight that is made of others is left as it is."""
+        """W += s B G^T A^T, with magnitudes (m / c) of that sum, seen by autograd as any change in place; a weight that is made
+        of others is left as it is."""
         self.merged = True
         if "weight" not in self._parameters:
             return
         self.backup = self.weight.clone()
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         A, B, core = (t.to(wide) for t in (self.factors.A, self.factors.B, self.core))
-        self.weight.copy_((self.weight.to(wide) + self.scaling * B @ core.mT @ A.mT).to(self.weight.dtype))
+        rows = self.weight.to(wide) + self.scaling * B @ core.mT @ A.mT
+        if self.magnitude is not None:
+            rows = rows * (self.magnitude.double() / self.lengths()).to(wide).unsqueeze(1)
+        self.weight.copy_(rows.to(self.weight.dtype))
 
     @torch.no_grad()
     def unmerge(self) -> None:

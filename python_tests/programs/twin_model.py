@@ -11,6 +11,8 @@ from programs.given import Product
 from programs.twin import OPEN, LoTRFactors, LoTRLinear, Mixing, Ranks
 from torch import Tensor, nn
 
+Parts = tuple[LoTRFactors, Tensor, float, Tensor | None]  # a layer's factors, core, scaling and magnitudes
+
 
 def layers_of(model: nn.Module) -> Iterator[LoTRLinear]:
     return (module for module in model.modules() if isinstance(module, LoTRLinear))
@@ -34,6 +36,7 @@ def apply_lotr(
     dropout: float,
     train: Sequence[str],
     form: str | None,
+    magnitude: bool,
 ) -> None:
     """Adapts the layers that `groups` names, in place, with one pair of factors a group; all else is frozen.
 
@@ -47,9 +50,12 @@ def apply_lotr(
         linear = model.get_submodule(name)
         if group not in shared:
             shared[group] = LoTRFactors(linear.in_features, linear.out_features, rank, dtype=dtype)
-        layer = LoTRLinear(linear, shared[group], scaling=scaling, dropout=dropout, wrapped=type(linear) is not nn.Linear)
+        wrapped = type(linear) is not nn.Linear
+        layer = LoTRLinear(linear, shared[group], scaling=scaling, dropout=dropout, wrapped=wrapped, magnitude=magnitude)
         layer.__dict__["factors"] = layer._modules.pop("factors")
         layer.core.requires_grad_("core" in train)
+        if magnitude:
+            layer.magnitude.requires_grad_("magnitude" in train)
         of_group.setdefault(group, []).append(layer)
         layer.__dict__["siblings"] = of_group[group]
         if cores is not None:
@@ -71,26 +77,32 @@ def made_core(layer: LoTRLinear) -> Tensor:
 
 
 class Adapters:
-    """A model's adapters by name, of which one is active: what is trained, and each layer's factors, core and scaling."""
+    """A model's adapters by name, of which one is active: what is trained, and each layer's factors, core, scaling and
+    magnitudes."""
 
     def __init__(self, model: nn.Module, name: str, train: Sequence[str], scaling: float):
         self.scaling = scaling  # as configured; a layer's may be set to another
         self.active, self.parked = name, {name: (tuple(train), [])}
 
     @staticmethod
-    def _present(model: nn.Module) -> list[tuple[LoTRFactors, Tensor, float]]:
-        return [(layer.factors, layer.core, layer.scaling) for layer in layers_of(model)]
+    def _present(model: nn.Module) -> list[Parts]:
+        return [(layer.factors, layer.core, layer.scaling, layer.magnitude) for layer in layers_of(model)]
 
-    def parts(self, model: nn.Module, name: str) -> list[tuple[LoTRFactors, Tensor, float]]:
+    def parts(self, model: nn.Module, name: str) -> list[Parts]:
         """What the layers have of an adapter now."""
         return self._present(model) if name == self.active else self.parked[name][1]
 
     def add(self, model: nn.Module, name: str, *, shared: bool) -> None:
-        """As the active one, with cores at zero; shared: over its factors, which the new one does not train."""
+        """As the active one, with cores at zero and magnitudes at the lengths that rows have then; shared: over its factors,
+        which the new one does not train."""
         train, layers = self.parked[self.active][0], self._present(model)
-        new = {id(factors): factors if shared else copy.deepcopy(factors) for factors, _, _ in layers}
-        cores = [(new[id(f)], nn.Parameter(torch.zeros_like(core), requires_grad=False), self.scaling) for f, core, _ in layers]
-        self.parked[name] = (("core",) if shared else train), cores
+        new = {id(factors): factors if shared else copy.deepcopy(factors) for factors, *_ in layers}
+        parts = []
+        for layer, (f, core, _, m) in zip(layers_of(model), layers):
+            weight = (layer.base_layer if layer.wrapped else layer).weight.detach()
+            m = None if m is None else nn.Parameter(weight.double().norm(dim=1).to(m.dtype), requires_grad=False)
+            parts.append((new[id(f)], nn.Parameter(torch.zeros_like(core), requires_grad=False), self.scaling, m))
+        self.parked[name] = tuple(t for t in ("core", "magnitude") if t in train or t == "core") if shared else train, parts
 
     def use(self, model: nn.Module, name: str) -> None:
         """Makes an adapter the active one, trained as it says; what it replaces is parked, frozen and without gradients."""
@@ -98,17 +110,19 @@ class Adapters:
             return
         self.parked[self.active] = self.parked[self.active][0], self._present(model)
         groups = {id(factors): group for group, factors in model.lotr_factors.items()}
-        for factors, core, _ in self.parked[self.active][1]:
-            for parameter in (factors.A, factors.B, core):
+        for factors, core, _, magnitude in self.parked[self.active][1]:
+            for parameter in (factors.A, factors.B, core, *([] if magnitude is None else [magnitude])):
                 parameter.requires_grad_(False).grad = None
         train, layers = self.parked[name]
-        for layer, (factors, core, scaling) in zip(list(layers_of(model)), layers):
+        for layer, (factors, core, scaling, magnitude) in zip(list(layers_of(model)), layers):
             if id(layer.factors) in groups:
                 model.lotr_factors[groups[id(layer.factors)]] = factors
-            layer.__dict__["factors"], layer.core, layer.scaling = factors, core, scaling
+            layer.__dict__["factors"], layer.core, layer.scaling, layer.magnitude = factors, core, scaling, magnitude
             factors.A.requires_grad_("A" in train)
             factors.B.requires_grad_("B" in train)
             core.requires_grad_("core" in train)
+            if magnitude is not None:
+                magnitude.requires_grad_("magnitude" in train)
         self.active = name
 
 
@@ -171,7 +185,7 @@ def mixed(model: nn.Module, names: Sequence[str | None] | Tensor):
     def by_name() -> dict[nn.Module, Mixing | None]:
         parts = {name: None if name is None else model.adapters.parts(model, name) for name in names}
         return {
-            layer: [None if parts[name] is None else parts[name][i][1:] for name in names]
+            layer: [None if parts[name] is None else parts[name][i][1:3] for name in names]
             for i, layer in enumerate(layers_of(model))
         }
 

@@ -44,9 +44,12 @@ class World:
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if self.exact else dtype
 
-    def values(self, shape: Sequence[int], seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """Normal numbers as dtype rounds them: the same in every world."""
-        t = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).mul_(scale).to(dtype)
+    def values(
+        self, shape: Sequence[int], seed: int, dtype: torch.dtype, scale: float = 1.0, least: float | None = None
+    ) -> Tensor:
+        """Normal numbers as dtype rounds them: the same in every world. least: their absolute values plus this."""
+        t = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).mul_(scale)
+        t = (t if least is None else t.abs_().add_(least)).to(dtype)
         return self.moved(t.double() if self.exact else t)
 
     def moved(self, t: Tensor) -> Tensor:
@@ -54,10 +57,17 @@ class World:
         return t * (1 + self.jitter * (2 * torch.rand(t.shape, dtype=t.dtype, generator=self.noise) - 1)) if self.jitter else t
 
     def tensor(
-        self, *shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0, grad: bool = True, kind: str = "plain"
+        self,
+        *shape: int,
+        seed: int,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        grad: bool = True,
+        kind: str = "plain",
+        least: float | None = None,
     ) -> Tensor:
         """A leaf with a layout of its own; its gradient is compared."""
-        t = layout(self.values(shape, seed, dtype, scale), kind).detach().requires_grad_(grad)
+        t = layout(self.values(shape, seed, dtype, scale, least), kind).detach().requires_grad_(grad)
         self.known.append((f"x{len(self.known)}", t))
         return t
 
@@ -83,7 +93,7 @@ class World:
                 scale *= core_scale if name.endswith("core") else 1.0
                 base = name.endswith(("weight", "bias")) or ".weight." in name
                 store = dtype if base else adapter_dtype
-                p.copy_(self.values(p.shape, seed * 1000 + i, store, scale))
+                p.copy_(self.values(p.shape, seed * 1000 + i, store, scale, 0.5 if name.endswith("magnitude") else None))
 
     def factors(self, k: int, n: int, rank: tuple[int, int], *, seed: int, dtype: torch.dtype, train: str = "AB") -> nn.Module:
         factors = self._factors(k, n, rank, self.dtype(dtype))
@@ -116,14 +126,18 @@ class World:
         wrapped: bool = False,
         core_scale: float = 1.0,
         weight_kind: str = "plain",
+        magnitude: str | None = None,
     ) -> nn.Module:
-        """An adapted layer over shared factors; wrapped: over a base that has no dense weight to read."""
+        """An adapted layer over shared factors; wrapped: around its base as another module. magnitude: "trained", "frozen" or
+        None for none."""
         base = self._base(factors.A.shape[0], factors.B.shape[0], bias, seed, dtype, weight_kind)
-        layer = self._layer(base, factors, scaling, dropout, wrapped)
+        settings = {"scaling": scaling, "dropout": dropout, "wrapped": wrapped, "magnitude": magnitude is not None}
+        layer, store = self._layer(base, factors, **settings), self.stored[factors]
         with torch.no_grad():
-            layer.core.copy_(
-                self.values(layer.core.shape, seed + 2, self.stored[factors], core_scale * layer.core.shape[0] ** -0.5)
-            )
+            layer.core.copy_(self.values(layer.core.shape, seed + 2, store, core_scale * layer.core.shape[0] ** -0.5))
+            if magnitude is not None:
+                layer.magnitude.copy_(self.values(layer.magnitude.shape, seed + 3, store, 0.5, 0.5))
+                layer.magnitude.requires_grad_(magnitude == "trained")
         layer.core.requires_grad_(train)
         self.known.append((f"l{len(self.known)}", layer))
         self.watch(layer)
@@ -143,11 +157,12 @@ class World:
         train: str = "A B core",
         core_scale: float = 1.0,
         form: str | None = None,
+        magnitude: bool = False,
     ) -> nn.Module:
         """The model adapted as a whole, with a forward scope. form: of cores that a module makes (`twin_model.apply_lotr`)."""
         model.to(self.dtype(dtype))
         settings = {"dtype": self.dtype(adapter_dtype), "scaling": scaling, "dropout": dropout, "train": train.split()}
-        settings["form"] = form
+        settings.update(form=form, magnitude=magnitude)
         self._apply(model, groups, rank, settings)
         self.fill(model, seed, dtype, adapter_dtype, core_scale)
         self.known.append(("net", model))
