@@ -28,7 +28,7 @@ from torch.compiler import is_compiling
 from .. import ops
 from ..compat import Node, any_autocast, dispatch_modes, jit_tracing, recorded, transformed, wants
 from ..ops import accumulate_dtype
-from ..ops.composite import row_norms, rows, to
+from ..ops.composite import delta_weight, row_norms, rows, to
 from .call import call_linear, compute_dtype
 from .sharing import Call, steps_taken
 
@@ -104,7 +104,8 @@ class Norms:
                 square, WA = kept.square, kept.WA
             else:
                 square, WA = _products(matrix(), A, kept.square if same[0] else None)
-            norm = row_norms(square, WA, A, B, core, scaling)
+            # to look at values would make a GPU wait
+            norm = row_norms(square, WA, A, B, core, scaling, matrix if WA.is_cpu else None)
             scale = m.to(norm) / norm
         self._kept = _Kept(tuple(map(weakref.ref, tensors)), marks, scaling, steps, square, WA, norm, scale)
         return Rows(m, norm, scale)
@@ -131,9 +132,13 @@ def _without_autocast(device: torch.device) -> torch.autocast | nullcontext:
 _ROWS = 1024  # of a half-precision W that are cast at a time
 
 
+def _wide(W: Tensor, A: Tensor) -> torch.dtype:
+    return torch.promote_types(accumulate_dtype(W.dtype), accumulate_dtype(A.dtype))
+
+
 def _products(W: Tensor, A: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """|W_n|^2 [n], unless given, and W A [n, r_in], in float32 (float64 for float64)."""
-    wide = torch.promote_types(accumulate_dtype(W.dtype), accumulate_dtype(A.dtype))
+    wide = _wide(W, A)
     A = A.to(W.device, wide)
     if W.dtype == wide:
         WA = W @ A
@@ -143,7 +148,11 @@ def _products(W: Tensor, A: Tensor, square: Tensor | None = None) -> tuple[Tenso
 
 
 def row_lengths(W: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """c [n] in float32 (float64 for float64)."""
+    """c [n] in float32 (float64 for float64). Looks at no values."""
+    if W.shape[1] <= 2 * A.shape[1]:  # any such row can be near one that F A^T makes
+        wide = _wide(W, A)
+        full = to(W, wide) + delta_weight(A, B, core, scaling).to(W.device, wide)
+        return torch.linalg.vector_norm(full, dim=1).clamp(min=torch.finfo(wide).tiny ** 0.5)
     return row_norms(*_products(W, A), A, B, core, scaling)
 
 

@@ -54,9 +54,10 @@ class HasMagnitude(nn.Module):
     norms: Norms | None = None
 
     def hold_magnitude(self, held: nn.Parameter | None) -> None:
-        """Replaces the parameter. Checks nothing."""
-        self._parameters.pop("magnitude", None)
-        if held is not None:
+        """Replaces the parameter, which keeps its place among the layer's. Checks nothing."""
+        if held is None:
+            self._parameters.pop("magnitude", None)
+        else:
             self._parameters["magnitude"] = held  # register_parameter refuses a name that the class has
         self.norms = None if held is None else Norms()
 

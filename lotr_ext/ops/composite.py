@@ -5,6 +5,8 @@ The `composite` strategy runs them, and so does a backward that autograd records
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -44,10 +46,26 @@ def delta_weight(A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
     return fold(B, core, scaling, wide) @ to(A, wide).t()
 
 
-def row_norms(square: Tensor, WA: Tensor, A: Tensor, B: Tensor, core: Tensor, scaling: float) -> Tensor:
-    """c_n = |W_n + F_n A^T| [n] in WA's dtype, from |W_n|^2 [n] and W A [n, r_in]. Rows of zeros have the smallest number."""
+def row_norms(
+    square: Tensor,
+    WA: Tensor,
+    A: Tensor,
+    B: Tensor,
+    core: Tensor,
+    scaling: float,
+    matrix: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """c_n = |W_n + F_n A^T| [n] in WA's dtype, from |W_n|^2 [n] and W A [n, r_in]. Rows of zeros have the smallest number.
+
+    matrix: returns W [n, k], for rows whose two parts nearly cancel: a difference of squares has lost their digits, so these
+    few rows are measured themselves. It takes a look at values. Without it c_n is at least |W_n| times the root of a rounding.
+    """
     A, F = A.to(WA.device, WA.dtype), fold(B, core, scaling, WA.dtype).to(WA.device)
     squares = square + (torch.addmm(WA, F, A.t() @ A, beta=2) * F).sum(-1)
+    if matrix is None:
+        squares = torch.maximum(squares, square * torch.finfo(WA.dtype).eps)
+    elif (low := (squares < square / 16).nonzero().squeeze(1)).numel():
+        squares[low] = (to(matrix()[low], WA.dtype) + F[low] @ A.t()).square().sum(1)
     return squares.clamp(min=torch.finfo(WA.dtype).tiny).sqrt()
 
 

@@ -217,6 +217,16 @@ def test_each_named_adapter_has_its_own(base, ids, tmp_path):
     assert relative(set_adapter(model, "again")(ids), second) < 1e-12
 
 
+def test_parameters_keep_their_order(base):
+    """As optimizers save their state by it."""
+    model = adapted(base)
+    names = [name for name, _ in model.blocks[0].q.named_parameters()]
+    add_adapter(model, "second")
+    model.blocks[0].q.register_parameter("later", nn.Parameter(torch.zeros(1)))
+    set_adapter(model, "second")
+    assert [name for name, _ in model.blocks[0].q.named_parameters()] == [*names, "later"]
+
+
 def test_shared_factors_begin_with_lengths_of_their_own(base, ids):
     model = moved(adapted(base))
     add_adapter(model, "cores", share_factors="default")
