@@ -28,7 +28,7 @@ from lotr_ext.ops.planner import CUDA_SWITCHES
 
 from .machine import ROOT, write
 
-OPERATORS = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "fold_grad", "small", "rows")
+OPERATORS = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "fold_grad", "small", "rows", "scale_backward")
 TYPES = ("bf16", "fp16", "fp32", "tf32")
 RANKS = (16, 32, 64, 128)  # the classes that are compiled
 WATCHDOG_S = 20

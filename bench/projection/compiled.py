@@ -23,7 +23,9 @@ from .sources import closure, cpp_id
 CSRC = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "static"
 WGMMA = [CSRC / "one_product_sm90.cu", CSRC / "shrink_grad_sm90.cu"]  # of bf16 and fp16 for sm_90a, besides the others
-SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")} | {"rows": CSRC / "rows.cu"}
+SOURCES = {name: CSRC / f"kernels_{name}.cu" for name in ("bf16", "fp16", "tf32", "fp32")} | {
+    name: CSRC / f"{name}.cu" for name in ("rows", "scale_backward")
+}
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ def _resources(report: str) -> dict[str, tuple[int, int, int]]:
 
 
 def compile_kernels(dtype: str, architecture: str, cache: Path = CACHE) -> dict[str, Compiled]:
-    """Every kernel of an element type, or of row_core ("rows"), by symbol, compiled for "80", "90a" ... unless the same sources
-    were before."""
+    """Every kernel of an element type, or of a file of all types ("rows", "scale_backward"), by symbol, compiled for "80",
+    "90a" ... unless the same sources were before."""
     if dtype not in SOURCES:
         raise ValueError(f"dtype: expected one of {', '.join(SOURCES)}, got {dtype!r}")
     target = cache / f"{dtype}-sm{architecture}-{cpp_id(closure(sources_of(dtype, architecture), [CSRC.parent]))}.sass"

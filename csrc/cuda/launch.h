@@ -50,6 +50,8 @@ constexpr int64_t row_elements(DType type) {
 // callers need do nothing, and pay for it once a call.  What is written may lie anywhere; rows of 16 bytes
 // are faster.
 //
+// expand_add and SmallForwardProblem's operator take a scale of y's columns with a bias (of_rows).
+//
 // shrink writes u (and h), shrink_grad writes k; Q is written, not added to, where accumulate is 0, so it
 // needs no zeros.  expand_add adds to y, factor_grad to D unless its accumulate is 0, and fold_grad adds to
 // dB and writes dcores.  No launch clears anything.
@@ -72,6 +74,10 @@ void run(const Call& call, const FoldProblem& p, const Prepared& prepared, void*
 
 Prepared prepare(const Call& call, const FoldGradProblem& p);
 void run(const Call& call, const FoldGradProblem& p, const Prepared& prepared, void* workspace);
+
+// What a scale of y's columns has as gradients.  g and y in the call's type, of any strides.
+Prepared prepare(const Call& call, const ScaleBackwardProblem& p);
+void run(const Call& call, const ScaleBackwardProblem& p, const Prepared& prepared, void* workspace);
 
 // The unfolded form, for few tokens, made of the operators above.
 Prepared prepare(const Call& call, const SmallForwardProblem& p);

@@ -65,11 +65,19 @@ void Launchers<P>::shrink(const Call& call, const ShrinkProblem& problem, const 
 
 template <class P>
 void Launchers<P>::expand_add(const Call& call, const ExpandProblem& problem, const plan::Plan& plan) {
-  auto p = params_of<ExpandParams>(problem);
+  ScaledExpandParams scaled{};
+  ExpandParams& p = scaled;
+  static_cast<ExpandOperands&>(p) = problem;
+  p.n_pieces = plan.n_pieces();
+  scaled.of_rows = problem.of_rows;
+  const dim3 grid = grid_of(plan.n_blocks, plan.m_blocks);
   dispatch_rank<MAX<P>>(p.r, [&](auto rank) {
     using Traits = kernels::ExpandTraits<P, decltype(rank)::value>;
-    p.n_pieces = plan.n_pieces();
-    launch<Traits>(call, kernels::expand_add<Traits>, grid_of(plan.n_blocks, plan.m_blocks), p, "expand_add");
+    using Scaled = kernels::ScaledExpandTraits<P, decltype(rank)::value>;
+    if (problem.of_rows.scale)
+      launch<Scaled>(call, kernels::expand_add<Scaled>, grid, scaled, "expand_add");
+    else
+      launch<Traits>(call, kernels::expand_add<Traits>, grid, p, "expand_add");
   });
 }
 

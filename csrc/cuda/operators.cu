@@ -220,6 +220,8 @@ void run(const Call& call, const ShrinkProblem& problem, const Prepared& prepare
 Prepared prepare(const Call& call, const ExpandProblem& problem) {
   ExpandProblem p = problem;
   check_rank("expand_add", "F", p.r);
+  if (p.of_rows.scale && p.dropout.seed)
+    throw std::invalid_argument("expand_add: scale: expected none with dropout, got both");
   if (p.M == 0) return {};
   const Key key = key_of(Operator::expand_add, call, p.M, p.N, p.r, 0, {packs(problem.u), packs(problem.F)});
   return remembered()(key, [&] {
@@ -244,6 +246,7 @@ void run(const Call& call, const ExpandProblem& problem, const Prepared& prepare
     piece.r = ranks;
     piece.u = columns(p.u, first, call.type);
     piece.F = columns(p.F, first, call.type);
+    if (first + ranks < p.r) piece.of_rows = {};  // the last launch scales the whole sum
     dispatch_policy(call,
                     [&](auto launchers) { launchers.expand_add(call, piece, prepared.plans[size_t(i)]); });
   });

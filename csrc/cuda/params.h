@@ -26,8 +26,17 @@ struct ShrinkParams : ShrinkProblem {
   Reduction sum;              // partial [m blocks, splits, row tiles of a block, ROWS, R]
 };
 
-struct ExpandParams : ExpandProblem {
+struct ExpandParams : ExpandOperands {
   Pieces n_pieces;  // of the column tiles
+};
+struct ScaledExpandParams : ExpandParams {
+  RowScale of_rows;
+};
+
+struct ScaleBackwardParams : ScaleBackwardProblem {
+  Pieces m_pieces;  // of the row tiles
+  int32_t splits;   // blocks along M that share a column tile
+  Reduction sum;    // partial [column tiles, splits, COLS]
 };
 
 struct FactorGradParams : FactorGradProblem {

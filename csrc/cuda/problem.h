@@ -48,14 +48,36 @@ struct ShrinkProblem {
   float core_scale;
 };
 
+// Factors of the rows of a weight (a magnitude each, DoRA) are factors of y's columns.
+struct RowScale {
+  const float* scale;  // [N], null: no scale and no bias
+  int64_t scale_stride;
+  const void* bias;  // [N] of y's type, or null
+  int64_t bias_stride;
+};
+
 // y += drop(u F^T)
-struct ExpandProblem {
+struct ExpandOperands {
   MutableMatrix y;  // [M, N]
   Matrix u;         // [M, r]
   Matrix F;         // [N, r]
   int64_t M, N;
   int32_t r;
   Dropout dropout;
+};
+// The same, or with a scale y = bias + scale (y + u F^T), without dropout.
+struct ExpandProblem : ExpandOperands {
+  RowScale of_rows;
+};
+
+// g0 = scale g and dscale = sum over the rows of g (y - bias) / scale, 0 where the scale is 0
+struct ScaleBackwardProblem {
+  Matrix g;          // [M, N]
+  Matrix y;          // [M, N], in the same type
+  MutableMatrix g0;  // [M, N]
+  RowScale of_rows;  // its scale is not null
+  float* dscale;     // [N]
+  int64_t M, N;
 };
 
 // D += drop(x)^T v
@@ -117,7 +139,8 @@ struct FoldGradProblem {
   float scale;
 };
 
-// u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not
+// u = x A, y += scale (u core) B^T: in float16 scale u core could leave the range where y does not.  With a
+// scale of the rows, y = bias + that scale times this sum.
 struct SmallForwardProblem {
   MutableMatrix y;  // [M, N]
   Matrix x;         // [M, K]
@@ -128,6 +151,7 @@ struct SmallForwardProblem {
   int64_t M, K, N;
   int32_t r_in, r_out;
   float scale;
+  RowScale of_rows;
 };
 
 // h = g B, k = scale h core^T, dx += k A^T, dA += x^T k, dB += scale g^T (u core), dcore = scale u^T h

@@ -94,6 +94,7 @@ struct Forward {
     u = shrink_params(p.x, p.A, p.u, p.M, p.K, p.r_in);
     add_core(u, p.core, h, p.r_out, 1.f);
     y = expand_params(p.y, read_only(h), p.B, p.M, p.N, p.r_out, p.scale);
+    y.of_rows = p.of_rows;
   }
   template <class F>
   void each(F f) const {

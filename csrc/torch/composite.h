@@ -5,7 +5,6 @@
 
 #include <array>
 #include <string>
-#include <tuple>
 
 #include "arg.h"
 
@@ -37,19 +36,6 @@ inline Tensor scaled(const Tensor& y, const Tensor& scale, const OptionalTensor&
   Tensor out = one("aten::mul.Tensor", y, scale);
   if (bias) out = torch::stable::subtract(out, *bias, -1.0);  // the stable interface has no sum of tensors
   return in_dtype(out, y.scalar_type());
-}
-
-// The operator scale_backward.
-inline std::tuple<Tensor, Tensor> scaled_backward(const Tensor& g, const Tensor& y,
-                                                  const OptionalTensor& bias, const Tensor& scale) {
-  const int64_t n = scale.size(0);
-  Tensor z = in_dtype(y, scale.scalar_type());
-  if (bias) z = torch::stable::subtract(z, *bias);
-  const Tensor products = torch::stable::reshape(one("aten::mul.Tensor", g, z), {-1, n});
-  const Tensor sums = torch::stable::sum(products, std::array<int64_t, 1>{0});
-  const Tensor dscale = one("aten::where.self", one("aten::logical_not", scale),
-                            torch::stable::new_zeros(scale, {n}), one("aten::div.Tensor", sums, scale));
-  return {torch::stable::contiguous(in_dtype(one("aten::mul.Tensor", g, scale), g.scalar_type())), dscale};
 }
 
 }  // namespace lotr

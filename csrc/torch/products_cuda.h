@@ -54,13 +54,13 @@ class CudaProducts {
   static constexpr bool fuses = false;
 #endif
 
-  // y or dx: the tensor, the same as a matrix for the library and for the kernels, and the bias of y: of the
-  // base product, or where there is a scale, of what is scaled.
+  // y or dx: the tensor, the same as a matrix for the library and for the kernels; of y the bias of the base
+  // product, or the scale of its columns, with a bias that is not scaled.
   struct Output {
     Tensor tensor, matrix;
     Value value;
     AtenTensorHandle bias = nullptr;
-    OptionalTensor scale, scaled_bias;
+    RowScale of_rows{};
   };
   // Q: a given sum, which is added to, or a new one, which is written.
   struct Sum {
@@ -98,18 +98,17 @@ class CudaProducts {
 
   Output output(const Arg& x, int64_t cols, const Arg& bias, const Arg& scale) const {
     Output y = new_output(x, cols);
-    if (scale) y.scale = *scale.tensor;
-    if (bias && scale) y.scaled_bias = *bias.tensor;
-    if (bias && !scale) y.bias = bias.handle;
+    if (scale)
+      y.of_rows = row_scale(scale, bias);
+    else if (bias)
+      y.bias = bias.handle;
     return y;
   }
   Output gradient(const Arg& given, const Arg& g, int64_t cols) const {
     if (!given) return new_output(g, cols);
-    return {*given.tensor, matrix_view(given), written(given), nullptr, {}, {}};
+    return {*given.tensor, matrix_view(given), written(given)};
   }
-  Tensor result(Output& y) const {
-    return y.scale ? scaled(y.tensor, *y.scale, y.scaled_bias) : std::move(y.tensor);
-  }
+  Tensor result(Output& y) const { return std::move(y.tensor); }
   static Tensor nothing(const Tensor& like, ScalarType dtype) {
     return torch::stable::new_empty(like, {0}, dtype);
   }
@@ -168,6 +167,7 @@ class CudaProducts {
     ExpandProblem q{};
     q.y = out(y.value), q.u = in(u), q.F = in(F);
     q.M = y.value.rows, q.N = y.value.cols, q.r = int32_t(u.cols), q.dropout = drop;
+    q.of_rows = y.of_rows;
     context_.run(q);
   }
   Value shrink_grad(OptionalTensor& made, const Sum& Q, const Value& g, const Arg& F, const Arg& u) const {
@@ -212,8 +212,15 @@ class CudaProducts {
   }
   std::tuple<Tensor, Tensor> scale_backward(const Arg& g, const Arg& y, const Arg& bias,
                                             const Arg& scale) const {
-    return scaled_backward(*g.tensor, *y.tensor, bias ? OptionalTensor(*bias.tensor) : std::nullopt,
-                           *scale.tensor);
+    const int64_t n = g.flat.cols;
+    Output g0 = new_output(g, n);
+    Tensor dscale = context_.empty_float<1>({n});
+    ScaleBackwardProblem q{};
+    q.g = in(read(g)), q.y = in(read(y)), q.g0 = out(g0.value), q.of_rows = row_scale(scale, bias);
+    q.dscale = static_cast<float*>(dscale.mutable_data_ptr());
+    q.M = g.flat.rows, q.N = n;
+    context_.run(q);
+    return {std::move(g0.tensor), std::move(dscale)};
   }
   // sum += drop(x)^T k, or a new tensor where none is given.
   void factor_grad(OptionalTensor& made, const Arg& sum, int64_t rows, int64_t cols, ScalarType narrow,
@@ -231,6 +238,7 @@ class CudaProducts {
     q.B = in(read(a.B)), q.u = out(rank_rows(made, s.m, s.r_in));
     q.M = s.m, q.K = s.k, q.N = s.n;
     q.r_in = int32_t(s.r_in), q.r_out = int32_t(s.r_out), q.scale = float(scaling);
+    q.of_rows = y.of_rows;
     context_.run(q);
   }
   void small_backward(Made& made, Output* dx, const BackwardArgs& a, const Sizes& s, double scaling, bool,
@@ -283,13 +291,19 @@ class CudaProducts {
     const DType type = dtype_of(context_.op(), a);
     return {data, a.flat.rows, a.flat.cols, a.flat.row_stride, a.flat.col_stride, type, a.handle};
   }
+  static RowScale row_scale(const Arg& scale, const Arg& bias) {
+    RowScale row{};
+    row.scale = static_cast<const float*>(read_data(scale)), row.scale_stride = scale.stride[0];
+    if (bias) row.bias = read_data(bias), row.bias_stride = bias.stride[0];
+    return row;
+  }
   Value written(const Arg& a) const { return value_of(a, written_data(a)); }
   Output new_output(const Arg& like, int64_t cols) const {
     const int64_t rows = like.flat.rows;
     Tensor matrix = context_.empty<2>({rows, cols});
     const Value value{matrix.mutable_data_ptr(), rows, cols, cols, 1, context_.call().type, matrix.get()};
-    if (like.dim == 2) return {matrix, matrix, value, nullptr, {}, {}};
-    return {contiguous_view(matrix, size_like(like, cols)), matrix, value, nullptr, {}, {}};
+    if (like.dim == 2) return {matrix, matrix, value};
+    return {contiguous_view(matrix, size_like(like, cols)), matrix, value};
   }
   Value floats(OptionalTensor& made, int64_t rows, int64_t cols) const {
     made = context_.empty_float<2>({rows, cols});

@@ -73,6 +73,9 @@ class TorchLibrary:
     def expand_add_(self, y, u, F, *, p=0.0, seed=None) -> None:
         self._call("expand_add_", y, u, F, p, seed=seed)
 
+    def scale_backward(self, g, y, bias, scale, g0, dscale) -> None:
+        self._call("scale_backward", g, y, bias, scale, out=(g0, dscale))
+
     def factor_grad_(self, acc, x, k, *, p=0.0, seed=None) -> None:
         self._call("factor_grad_", acc, x, k, p, seed=seed)
 

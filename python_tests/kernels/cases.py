@@ -2,109 +2,37 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
-from arrays import DTYPE, PACKED, Layout, Output, check_close, narrow, operand, philox_keep, place, wide
+from arrays import PACKED, Layout, Output, check_close, narrow, operand, wide
+from problem import Maker, Problem, finish
 from shapes import Shape
-
-SEED = -0x123456789ABCDEF  # negative: all 64 bits matter
-
-
-def schedule(name: str) -> dict:
-    """forward, reverse, or the seed of a random order, above 100 with switches at memory accesses; after a slash, for gemm_lotr
-    on a Hopper GPU's shared memory, how many clusters run at the same time."""
-    order, _, resident = name.partition("/")
-    options = {"order": order} if order in ("forward", "reverse") else {"order": "random", "seed": int(order)}
-    if order.isdigit() and int(order) > 100:
-        options["preempt"] = 24
-    return {**options, "resident": int(resident), "shared_limit": 232448} if resident else options
-
-
-class Problem:
-    """Inputs and truth of one call. `run` makes fresh poisoned outputs, calls the kernel and returns them by name."""
-
-    def __init__(self, run: Callable[[ModuleType], dict[str, np.ndarray]], check: Callable[[dict[str, np.ndarray]], None]):
-        self.run, self.check = run, check
-
-    def checked(self, lib: ModuleType) -> list[bytes]:
-        """Runs once and checks; the bits of the outputs."""
-        outputs = self.run(lib)
-        self.check(outputs)
-        return [np.ascontiguousarray(a).tobytes() for a in outputs.values()]
-
-
-class _Maker:
-    def __init__(self, shape: Shape, kind: str, name: str):
-        self.shape, self.kind, self.name = shape, kind, name
-        self.rng = np.random.default_rng(zlib.crc32(f"{shape}{kind}{name}".encode()))
-        self.dtype = DTYPE[kind]
-        self.seed = np.array([SEED], np.int64) if shape.p else None
-
-    def values(self, rows: int, cols: int, scale: float = 1.0) -> np.ndarray:
-        return self.rng.standard_normal((rows, cols)) * scale
-
-    def large(self, rows: int, cols: int) -> np.ndarray:
-        return place(narrow(self.values(rows, cols), self.kind), self.dtype, self.shape.layout)
-
-    def factor(self, rows: int, cols: int) -> np.ndarray:
-        values = self.values(rows, cols)
-        if self.shape.float_factors:
-            return place(values.astype(np.float32), np.float32, self.shape.layout)
-        return place(narrow(values, self.kind), self.dtype, self.shape.layout)
-
-    def mask(self, rows: int, cols: int) -> np.ndarray | float:
-        """What drop() multiplies by."""
-        return philox_keep(SEED, rows, cols, self.shape.p) / (1 - self.shape.p) if self.shape.p else 1.0
-
-    def prepare(self, lib: ModuleType) -> dict:
-        float32 = "tf32" if self.kind == "tf32" else "exact"
-        on = {"wgmma": self.shape.wgmma, "early": self.shape.early, "without": self.shape.without}
-        lib.set_device(multiprocessors=self.shape.sms, float32=float32, **on)
-        return {"p": self.shape.p, "seed": self.seed}
-
-    def close(self, got, left, right, what, add=0.0, mask=1.0, kind=None, scale=1.0) -> None:
-        """got = add + mask * scale * left right, in float64 and as float32 arithmetic has it."""
-        kind = kind or self.kind
-        truth = add + mask * scale * (left @ right)
-        eager = add + mask * scale * (left.astype(np.float32) @ right.astype(np.float32))
-        size = np.abs(add) + np.abs(mask * scale) * (np.abs(left) @ np.abs(right))
-        check_close(got, truth, narrow(eager, kind), size, kind, f"{self.name} {kind} {self.shape}: {what}")
-
-    def op(self, a: np.ndarray) -> np.ndarray:
-        return operand(a, self.kind)
-
-
-def _finish(**outputs: Output) -> dict[str, np.ndarray]:
-    for output in outputs.values():
-        output.check_outside()
-    return {name: output.view for name, output in outputs.items()}
 
 
 def shrink(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "shrink")
+    t = Maker(shape, kind, "shrink")
     x, A = t.large(shape.m, shape.k), t.factor(shape.k, shape.r)
 
     def run(lib: ModuleType) -> dict[str, np.ndarray]:
         u = Output((shape.m, shape.r), t.dtype, shape.layout)
         lib.shrink(x, A, u.view, **t.prepare(lib))
-        return _finish(u=u)
+        return finish(u=u)
 
     return Problem(run, lambda out: t.close(out["u"], t.op(x) * t.mask(shape.m, shape.k), t.op(A), "u"))
 
 
 def shrink_core(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "shrink_core")
+    t = Maker(shape, kind, "shrink_core")
     x, A, core = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.factor(shape.r, shape.other)
 
     def run(lib: ModuleType) -> dict[str, np.ndarray]:
         u = Output((shape.m, shape.r), t.dtype, shape.layout)
         h = Output((shape.m, shape.other), t.dtype, shape.layout)
         lib.shrink(x, A, u.view, scale=0.5, core=core, h=h.view, core_scale=3.0, **{**t.prepare(lib), "p": 0.0})
-        return _finish(u=u, h=h)
+        return finish(u=u, h=h)
 
     def check(out: dict[str, np.ndarray]) -> None:
         t.close(out["u"], t.op(x), t.op(A), "u", scale=0.5)
@@ -116,34 +44,76 @@ def shrink_core(shape: Shape, kind: str) -> Problem:
 
 
 def expand_add(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "expand_add")
+    t = Maker(shape, kind, "expand_add")
     u, F = t.large(shape.m, shape.r), t.factor(shape.k, shape.r)
     y0 = narrow(t.values(shape.m, shape.k), kind)
 
     def run(lib: ModuleType) -> dict[str, np.ndarray]:
         y = Output((shape.m, shape.k), t.dtype, shape.layout, y0)
         lib.expand_add_(y.view, u, F, **t.prepare(lib))
-        return _finish(y=y)
+        return finish(y=y)
 
     return Problem(run, lambda out: t.close(out["y"], t.op(u), t.op(F).T, "y", wide(y0), t.mask(shape.m, shape.k)))
 
 
+def expand_scaled(shape: Shape, kind: str) -> Problem:
+    """y = bias + c (y + u F^T), or without a bias."""
+    t = Maker(shape, kind, "expand_scaled")
+    u, F = t.large(shape.m, shape.r), t.factor(shape.k, shape.r)
+    y0, (c, bias) = narrow(t.values(shape.m, shape.k), kind), t.scale_and_bias(shape.k)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        t.prepare(lib)
+        y = Output((shape.m, shape.k), t.dtype, shape.layout, y0)
+        lib.expand_add_(y.view, u, F, scale=c, bias=bias)
+        return finish(y=y)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        left, right, b = t.op(u), t.op(F).T, 0.0 if bias is None else wide(bias)
+        truth, eager = (b + wide(c) * (wide(y0) + np.matmul(*(a.astype(as_) for a in (left, right)))) for as_ in ("f8", "f4"))
+        size = np.abs(b) + np.abs(wide(c)) * (np.abs(wide(y0)) + np.abs(left) @ np.abs(right))
+        check_close(out["y"], truth, narrow(eager, kind), size, kind, f"expand_scaled {kind} {shape}: y")
+
+    return Problem(run, check)
+
+
+def scale_backward(shape: Shape, kind: str) -> Problem:
+    t = Maker(shape, kind, "scale_backward")
+    g, y, (c, bias) = t.large(shape.m, shape.k), t.large(shape.m, shape.k), t.scale_and_bias(shape.k)
+
+    def run(lib: ModuleType) -> dict[str, np.ndarray]:
+        t.prepare(lib)
+        g0, dc = Output(g.shape, t.dtype, shape.layout), Output((1, shape.k), np.float32, PACKED)
+        lib.scale_backward(g, y, bias, c, g0.view, dc.view[0])
+        return finish(g0=g0, dc=dc)
+
+    def check(out: dict[str, np.ndarray]) -> None:
+        b = np.zeros(shape.k) if bias is None else wide(bias)
+        product = wide(g).astype(np.float32) * c
+        assert np.array_equal(wide(out["g0"]), wide(narrow(product, kind))), f"{kind} {shape}: g0 is not c g, rounded"
+        by = np.divide(1.0, wide(c), out=np.zeros(shape.k), where=c != 0)
+        truth, size = ((a(g) * (a(y) + sign * a(b))).sum(0) * a(by) for a, sign in ((wide, -1), (lambda v: np.abs(wide(v)), 1)))
+        check_close(out["dc"][0], truth, truth, size, "fp32", f"scale_backward {kind} {shape}: dc")
+
+    return Problem(run, check)
+
+
 def factor_grad(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "factor_grad")
+    t = Maker(shape, kind, "factor_grad")
     x, k = t.large(shape.m, shape.k), t.large(shape.m, shape.r)
     D0 = t.values(shape.k, shape.r).astype(np.float32)
 
     def run(lib: ModuleType) -> dict[str, np.ndarray]:
         D = Output((shape.k, shape.r), np.float32, shape.layout, D0)
         lib.factor_grad_(D.view, x, k, **t.prepare(lib))
-        return _finish(D=D)
+        return finish(D=D)
 
     left = (t.op(x) * t.mask(shape.m, shape.k)).T
     return Problem(run, lambda out: t.close(out["D"], left, t.op(k), "D", wide(D0), kind="fp32"))
 
 
 def shrink_grad(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "shrink_grad")
+    t = Maker(shape, kind, "shrink_grad")
     g, F, u = t.large(shape.m, shape.k), t.factor(shape.k, shape.r), t.large(shape.m, shape.r)
     Q0 = t.values(shape.k, shape.r).astype(np.float32) if shape.p else None  # some of the shapes accumulate
 
@@ -152,7 +122,7 @@ def shrink_grad(shape: Shape, kind: str) -> Problem:
         Q = Output((shape.k, shape.r), np.float32, shape.layout if shape.p else PACKED, Q0)
         t.prepare(lib)
         lib.shrink_grad(g, F, u, k.view, Q.view, accumulate=bool(shape.p))
-        return _finish(k=k, Q=Q)
+        return finish(k=k, Q=Q)
 
     def check(out: dict[str, np.ndarray]) -> None:
         t.close(out["k"], t.op(g), t.op(F), "k")
@@ -184,19 +154,19 @@ def factor_grad_wgmma(shape: Shape, kind: str) -> Problem:
     return factor_grad(replace(shape, r=1 + 3 * shape.r % 128, sms=filled(shape.k), wgmma=True, p=0.0), kind)
 
 
-def _cores(t: _Maker) -> np.ndarray:
+def _cores(t: Maker) -> np.ndarray:
     return np.stack([t.factor(t.shape.r, t.shape.other) for _ in range(t.shape.layers)])
 
 
 def fold(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "fold")
+    t = Maker(shape, kind, "fold")
     B, cores = t.factor(shape.k, shape.other), _cores(t)
 
     def run(lib: ModuleType) -> dict[str, np.ndarray]:
         t.prepare(lib)
         out = Output((shape.layers * shape.k, shape.r), t.dtype, PACKED)
         lib.fold(B, cores, 0.25, out.view.reshape(shape.layers, shape.k, shape.r))
-        return _finish(F=out)
+        return finish(F=out)
 
     def check(out: dict[str, np.ndarray]) -> None:
         F = out["F"].reshape(shape.layers, shape.k, shape.r)
@@ -207,7 +177,7 @@ def fold(shape: Shape, kind: str) -> Problem:
 
 
 def fold_transposed(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "fold_transposed")
+    t = Maker(shape, kind, "fold_transposed")
     rows_of_A = shape.m
     B, core, A = t.factor(shape.k, shape.other), t.factor(shape.r, shape.other), t.factor(rows_of_A, shape.r)
 
@@ -219,7 +189,7 @@ def fold_transposed(shape: Shape, kind: str) -> Problem:
         alone = Output(sizes["F"], t.dtype, PACKED)
         lib.fold(B, core[None], 0.25, alone.view[None])
         assert np.array_equal(alone.view, out["F"].view), "F has other bits than fold's"
-        return _finish(**out)
+        return finish(**out)
 
     def check(out: dict[str, np.ndarray]) -> None:
         t.close(out["F"], wide(B), wide(core).T, "F", scale=0.25)
@@ -230,7 +200,7 @@ def fold_transposed(shape: Shape, kind: str) -> Problem:
 
 
 def fold_grad(shape: Shape, kind: str) -> Problem:
-    t = _Maker(shape, kind, "fold_grad")
+    t = Maker(shape, kind, "fold_grad")
     B, cores = t.factor(shape.k, shape.other), _cores(t)
     Q = np.stack([t.values(shape.k, shape.r).astype(np.float32) for _ in range(shape.layers)])
     dB0 = t.values(shape.k, shape.other).astype(np.float32)
@@ -241,7 +211,7 @@ def fold_grad(shape: Shape, kind: str) -> Problem:
         dB = Output((shape.k, shape.other), np.float32, shape.layout, dB0)
         dcores = Output((shape.layers * shape.r, shape.other), np.float32, PACKED)
         lib.fold_grad(Q, B, cores, 0.25, dB.view if with_dB else None, dcores.view.reshape(-1, shape.r, shape.other))
-        return _finish(dB=dB, dcores=dcores)
+        return finish(dB=dB, dcores=dcores)
 
     def check(out: dict[str, np.ndarray]) -> None:
         dcores = out["dcores"].reshape(shape.layers, shape.r, shape.other)
@@ -256,7 +226,7 @@ def fold_grad(shape: Shape, kind: str) -> Problem:
 
 def small(shape: Shape, kind: str) -> Problem:
     """The unfolded form, forward and backward, against the layer's own formulas."""
-    t = _Maker(shape, kind, "small")
+    t = Maker(shape, kind, "small")
     m, k, n, r, q, s = shape.m, shape.k, max(1, shape.k // 2), shape.r, shape.other, 0.125
     x, g, A = t.large(m, k), t.large(m, n), t.factor(k, r)
     core, B = t.factor(r, q), t.factor(n, q)
@@ -272,7 +242,7 @@ def small(shape: Shape, kind: str) -> Problem:
         dB, dcore = Output((n, q), np.float32, shape.layout, dB0), Output((r, q), np.float32, PACKED)
         some = {"dx": dx.view, "x": x, "dA": dA.view} if wanted else {"dx": None, "x": None, "dA": None}
         lib.small_backward_(g=g, u=u.view, A=A, core=core, B=B, scaling=s, dB=dB.view, dcore=dcore.view, **some)
-        return _finish(y=y, u=u, dx=dx, dA=dA, dB=dB, dcore=dcore)
+        return finish(y=y, u=u, dx=dx, dA=dA, dB=dB, dcore=dcore)
 
     def check(out: dict[str, np.ndarray]) -> None:
         t.close(out["u"], t.op(x), t.op(A), "u")
@@ -310,7 +280,7 @@ def small(shape: Shape, kind: str) -> Problem:
 
 def rows(shape: Shape, kind: str) -> Problem:
     """row_core and its backward: rows of tokens by index in any order, some without a core; or (p) by ends, a row a token."""
-    t = _Maker(shape, kind, "rows")
+    t = Maker(shape, kind, "rows")
     m, r, q, s, c = shape.m, shape.r, shape.other, 0.5, 1 + shape.k % 9
     cores = np.stack([t.factor(r, q) for _ in range(c)])
     g, u = t.large(m, q), t.large(m if shape.p else m // 3 + 1, r)
@@ -329,7 +299,7 @@ def rows(shape: Shape, kind: str) -> Problem:
         lib.row_core(u, *given, h.view, multiprocessors=shape.sms)
         into = du.view, dcores.view.reshape(c, r, q)
         lib.row_core_backward(g, u, *given, *into, multiprocessors=shape.sms)
-        return _finish(h=h, du=du, dcores=dcores)
+        return finish(h=h, du=du, dcores=dcores)
 
     def check(out: dict[str, np.ndarray]) -> None:
         exact = "fp32" if kind == "tf32" else kind  # float32 is multiplied as such
@@ -352,6 +322,8 @@ _ALL = (
     shrink,
     shrink_core,
     expand_add,
+    expand_scaled,
+    scale_backward,
     factor_grad,
     shrink_grad,
     shrink_grad_wgmma,

@@ -19,7 +19,7 @@ from bench.projection.sass import blocks_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(s for s in (ROOT / "csrc" / "cuda").glob("*.cu") if "sm90" not in s.stem)  # those: below
-QUICK = ("operators", "rows", "small")  # make test-full compiles all of them
+QUICK = ("operators", "rows", "scale_backward", "small")  # make test-full compiles all of them
 MATRIX = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
 KERNELS = ("shrink", "expand_add", "factor_grad", "shrink_grad")
 
@@ -144,7 +144,7 @@ def too_early(kernel: Compiled) -> list[str]:
 
 
 @pytest.mark.skipif(tool("nvdisasm") is None, reason="no nvdisasm")
-@pytest.mark.parametrize("source", ["bf16", "rows"])
+@pytest.mark.parametrize("source", ["bf16", "rows", "scale_backward"])
 def test_hopper_kernels_wait_first_and_let_the_next_begin(source: str) -> None:
     for kernel in kept_code(source, "90a").values():
         assert too_early(kernel) == [], kernel.symbol

@@ -163,6 +163,19 @@ def test_step_with_a_scale(call: Callable, dtype: torch.dtype, strategy: int) ->
             assert torch.allclose(dscale[1:].double(), want[1:], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_scale_backward_of_strided_operands(call: Callable, dtype: torch.dtype) -> None:
+    """So many tokens that several blocks sum a column; the same bits as of packed operands."""
+    g, y = torch.randn(600, 2 * N).to(dtype)[:, ::2], torch.randn(N, 600).to(dtype).T
+    bias, scale = torch.randn(N, 2).to(dtype)[:, 1], torch.randn(N, 3)[:, 2]
+    g0, dscale = call("scale_backward", g, y, bias, scale)
+    assert torch.equal(g0, (g * scale).to(dtype))
+    want = (g.double() * (y.double() - bias.double())).sum(0) / scale
+    assert torch.allclose(dscale.double(), want, rtol=1e-5, atol=1e-4 / scale.abs().min().item())
+    packed = call("scale_backward", *(t.contiguous() for t in (g, y, bias, scale)))
+    assert all(map(torch.equal, packed, (g0, dscale)))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_shrink_backward(call: Callable, p: float) -> None:
     layer = Layer(torch.bfloat16, p=p)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import gemm_lotr_cases as gemm
 import numpy as np
 import pytest
-from cases import schedule
 from gemm_lotr_cases import Case, Inputs, new_workspace
+from problem import schedule
 
 SCHEDULES = ["forward/1", "reverse/3", "103/4"]
 

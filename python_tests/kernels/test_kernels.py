@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 from arrays import ALIGNED, COLUMNS, ODD, PACKED, TYPES
-from cases import KERNELS, Problem
+from cases import KERNELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from problem import Problem
 from shapes import SHAPES, Shape
 
 LAYOUTS = [PACKED, ALIGNED, ODD, COLUMNS]

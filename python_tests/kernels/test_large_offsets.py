@@ -47,3 +47,10 @@ def test_rows_beyond_31_bits(lib, values: dict[str, np.ndarray]) -> None:
     y = far_rows(lib, K)
     lib.expand_add_(y, narrow_u, narrow_A)
     assert (wide(y) == wide(narrow(u @ A.T, "bf16"))).all()
+    two = np.full(K, 2, np.float32)
+    lib.expand_add_(y, narrow_u, narrow_A, scale=two)
+    assert (wide(y) == 2 * wide(narrow(wide(narrow(u @ A.T, "bf16")) + u @ A.T, "bf16"))).all()
+
+    g0, dscale = far_rows(lib, K), np.ones(K, np.float32)
+    lib.scale_backward(big, big, None, two, g0, dscale)
+    assert (wide(g0) == 2 * x).all() and (dscale == np.square(x).sum(0) / 2).all()

@@ -1,4 +1,4 @@
-"""Bugs planted into copies of the kernels that use wgmma, one at a time: each is noticed by the means named here.
+"""Bugs planted into copies of kernels, one at a time: each is noticed by the means named here.
 
 mutate_kernels.py leaves out barriers and waits; these are the mistakes that it cannot make."""
 
@@ -162,6 +162,20 @@ SHRINK_GRAD: dict[str, tuple[str, str, str]] = {
     "a_slot_taken_too_early": ("(i / K_SLOTS & 1) ^ 1);\n    put_k", "i / K_SLOTS & 1);\n    put_k", "deadlock|: k: "),
     "the_swizzle_of_a_whole_panel": ("swizzled_descriptor_mn<R>(", "swizzled_descriptor_mn<64>(", "no canonical layout"),
 }
+# Of magnitudes. Unit and file of kernels, text, what stands there instead, what a failure must say
+BACKWARD, EXPAND = ("scale_backward.cu", "kernels/scale_backward.cuh"), ("kernels_bf16.cu", "kernels/expand_add.cuh")
+MAGNITUDES: dict[str, tuple[tuple[str, str], str, str, str]] = {
+    "bias_not_subtracted": (BACKWARD, "sum[e] += g_e * (y_e - bias[e])", "sum[e] += g_e * y_e", ": dc: "),
+    "rows_ahead_forgotten": (BACKWARD, "    walk(std::integral_constant<int, 1>{});\n", "", ": g0 is not|: dc: "),
+    "last_row_forgotten": (BACKWARD, "? begin + rows : p.M;", "? begin + rows : p.M - 1;", ": g0 is not|: dc: "),
+    "a_zero_divides": (BACKWARD, "c == 0.f ? 0.f : total / c", "total / c", "not finite"),
+    "a_partial_sum_twice": (BACKWARD, "      if (s + i < splits) sum += in[i];", "      sum += in[i];", ": dc: "),
+    "all_partials_in_one_place": (BACKWARD, "partial + int64_t(blockIdx.y) * COLS", "partial", ": dc: "),
+    "columns_beyond_n": (BACKWARD, "own < COLS && tile_col + own < p.N", "own < COLS", "wrote outside"),
+    "a_tile_takes_the_first_ones_scale": (EXPAND, "here.n * COLS + c / 2 * GROUP", "c / 2 * GROUP", ": y: "),
+    "scaled_before_the_sum": (EXPAND, "scale[e / 4].v[e % 4] * y0,", "y0,", ": y: "),
+    "both_rows_of_the_first_group": (EXPAND, "if (c % 2 == 0) {", "if (c == 0) {", ": y: "),
+}
 
 
 def sweep_planted(unit: str, file: str, text: str, instead: str, folder: Path, mode: str, *sweep: str) -> str:
@@ -196,4 +210,14 @@ def test_products_by_wgmma(unit: str, file: str, kernels: str, bug: tuple[str, s
     text, instead, message = bug
     sweep = ("--shapes", "pipeline", "--kinds", "bf16", "--kernels", kernels)
     output = sweep_planted(f"{unit}_sm90.cu", file, text, instead, tmp_path, "plain", *sweep)
+    assert any(re.search(message, line) for line in output.splitlines()), output
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", MAGNITUDES)
+def test_magnitudes(name: str, tmp_path: Path) -> None:
+    (unit, file), text, instead, message = MAGNITUDES[name]
+    kernel = "scale_backward" if unit == BACKWARD[0] else "expand_scaled"
+    sweep = ("--shapes", "all", "--kinds", "bf16", "--kernels", kernel, "--schedules", "forward")
+    output = sweep_planted(unit, file, text, instead, tmp_path, "plain", *sweep)
     assert any(re.search(message, line) for line in output.splitlines()), output

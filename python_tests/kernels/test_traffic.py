@@ -164,7 +164,7 @@ def test_every_launch_is_early_and_lets_the_next_begin(lib) -> None:
                 assert launch["early"] != launch["cooperative"], (shape, launch)  # with all blocks at the same time
                 assert launch["let_next"] == np.prod(launch["grid"]), (shape, launch)
     large = {"shrink", "expand_add", "factor_grad", "shrink_grad", "pack"}
-    assert seen == large | {"fold", "fold_grad", "row_core", "row_core_grad", "row_ends", "sum_rows"}
+    assert seen == large | {"fold", "fold_grad", "row_core", "row_core_grad", "row_ends", "sum_rows", "scale_backward"}
 
 
 def test_bad_ranks_are_named(lib) -> None:

@@ -85,6 +85,12 @@ constexpr int one_product_wgmma_cluster(int R) {
   return R <= 64 ? 4 : 2;
 }
 
+// Tiles of scale_backward: rows of 128 bytes.
+constexpr int SCALE_BACKWARD_ROWS = 32;
+constexpr int scale_backward_cols(size_t element) {
+  return int(128 / element);
+}
+
 // Output tiles of fold and fold_grad.
 constexpr int FOLD_ROWS = 32, FOLD_COLS = 16;
 

@@ -63,8 +63,24 @@ void py_shrink(py::array x, py::array A, py::array u, double p, std::optional<py
   run(call(type), params);
 }
 
-void py_expand_add(py::array y, py::array u, py::array F, double p,
-                   std::optional<py::array_t<int64_t>> seed) {
+// scale: float32 [N]; bias: [N] of `type`, any strides.
+RowScale of_rows(const std::optional<py::array>& scale, const std::optional<py::array>& bias, DType type,
+                 int64_t N) {
+  RowScale row{};
+  if (!scale) return row;
+  expect_shape("scale", *scale, {N});
+  name_array("scale", *scale);
+  row.scale = static_cast<const float*>(scale->data()), row.scale_stride = stride(*scale, 0);
+  if (!bias) return row;
+  expect_shape("bias", *bias, {N});
+  name_array("bias", *bias);
+  if (dtype_of("bias", *bias) != type) throw py::type_error("bias: expected the element type of y");
+  row.bias = bias->data(), row.bias_stride = stride(*bias, 0);
+  return row;
+}
+
+void py_expand_add(py::array y, py::array u, py::array F, double p, std::optional<py::array_t<int64_t>> seed,
+                   std::optional<py::array> scale, std::optional<py::array> bias) {
   clear_arrays();
   const DType type = dtype_of("y", y);
   ExpandProblem params{};
@@ -75,6 +91,23 @@ void py_expand_add(py::array y, py::array u, py::array F, double p,
   params.u = input("u", u, type, params.M, params.r);
   params.F = input("F", F, type, params.N, params.r);
   params.dropout = dropout(p, seed);
+  params.of_rows = of_rows(scale, bias, type, params.N);
+  run(call(type), params);
+}
+
+void py_scale_backward(py::array g, py::array y, std::optional<py::array> bias, py::array scale, py::array g0,
+                       py::array dscale) {
+  clear_arrays();
+  const DType type = dtype_of("g", g);
+  ScaleBackwardProblem params{};
+  params.M = g.shape(0);
+  params.N = g.shape(1);
+  params.g = input("g", g, type, params.M, params.N);
+  params.y = input("y", y, type, params.M, params.N);
+  params.g0 = output("g0", g0, type, params.M, params.N);
+  params.of_rows = of_rows(scale, bias, type, params.N);
+  expect_shape("dscale", dscale, {params.N});
+  params.dscale = floats("dscale", dscale);
   run(call(type), params);
 }
 
@@ -169,7 +202,7 @@ void py_fold_grad(py::array Q, py::array B, py::array cores, double scaling, std
 }
 
 void py_small_forward(py::array y, py::array x, py::array A, py::array core, py::array B, double scaling,
-                      py::array u) {
+                      py::array u, std::optional<py::array> scale, std::optional<py::array> bias) {
   clear_arrays();
   const DType type = dtype_of("x", x);
   SmallForwardProblem p{};
@@ -182,6 +215,7 @@ void py_small_forward(py::array y, py::array x, py::array A, py::array core, py:
   p.B = input("B", B, type, p.N, p.r_out);
   p.u = output("u", u, type, p.M, p.r_in);
   p.scale = float(scaling);
+  p.of_rows = of_rows(scale, bias, type, p.N);
   run(call(type), p);
 }
 
@@ -213,14 +247,16 @@ void define_operators(py::module_& m) {
   using namespace pybind11::literals;
   m.def("shrink", &py_shrink, "x"_a, "A"_a, "u"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
         "scale"_a = 1.0, "core"_a = py::none(), "h"_a = py::none(), "core_scale"_a = 1.0);
-  m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0,
-        "seed"_a = py::none());
+  m.def("expand_add_", &py_expand_add, "y"_a, "u"_a, "F"_a, py::kw_only(), "p"_a = 0.0, "seed"_a = py::none(),
+        "scale"_a = py::none(), "bias"_a = py::none());
+  m.def("scale_backward", &py_scale_backward, "g"_a, "y"_a, "bias"_a, "scale"_a, "g0"_a, "dscale"_a);
   m.def("factor_grad_", &py_factor_grad, "acc"_a, "x"_a, "k"_a, py::kw_only(), "p"_a = 0.0,
         "seed"_a = py::none());
   m.def("shrink_grad", &py_shrink_grad, "g"_a, "F"_a, "u"_a, "k"_a, "Q"_a, "accumulate"_a = false);
   m.def("fold", &py_fold, "B"_a, "cores"_a, "scaling"_a, "F"_a);
   m.def("fold_grad", &py_fold_grad, "Q"_a, "B"_a, "cores"_a, "scaling"_a, "dB"_a, "dcores"_a);
-  m.def("small_forward_", &py_small_forward, "y"_a, "x"_a, "A"_a, "core"_a, "B"_a, "scaling"_a, "u"_a);
+  m.def("small_forward_", &py_small_forward, "y"_a, "x"_a, "A"_a, "core"_a, "B"_a, "scaling"_a, "u"_a,
+        py::kw_only(), "scale"_a = py::none(), "bias"_a = py::none());
   m.def("small_backward_", &py_small_backward, "dx"_a, "g"_a, "x"_a, "u"_a, "A"_a, "core"_a, "B"_a,
         "scaling"_a, "dA"_a, "dB"_a, "dcore"_a);
 }
