@@ -1,7 +1,8 @@
-// csrc/cuda/counters.h, and the workspaces of gemm_lotr.h: of each one array a device, cut into places.
+// The arrival counters of counters.h and the workspaces of gemm_lotr.h: one array of each per device, cut
+// into places.
 //
-// Kernels of one stream run one after another and may share a place.  A captured kernel runs whenever and
-// wherever its graph is replayed, so each stream of a capture gets a place that no other launch ever has.
+// Kernels of one stream run one after another and may share a place.  A captured kernel runs when its graph
+// is replayed, on any stream, so each stream of a capture gets a place that no other launch uses.
 #include "counters.h"
 
 #include <array>
@@ -28,8 +29,8 @@ struct Owner {
 template <int PLACES, int EACH>
 class Places {
  public:
-  // The place of a stream, its own from the first call on; null where all are taken.  find(): the array on
-  // the current device.
+  // The place of a stream, the same at each call; null if all are taken.  find(): the array on the current
+  // device.
   template <class Find>
   int32_t* of(void* stream, Find find) {
     const Owner owner{stream, ptx::capture_of(stream)};

@@ -1,5 +1,5 @@
-// Counters of arrival that outlive a launch.  They are zero before it and zero after it (tile/reduce.cuh), so
-// no launch has to clear them.
+// Arrival counters that outlive a launch.  They are zero before and after it (tile/reduce.cuh), so no launch
+// has to clear them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,8 +8,8 @@ namespace lotr::cuda {
 
 constexpr int COUNTERS_EACH = 8192;  // of a stream
 
-// `count` zeros on the current device that no other launch uses at the same time as those of `stream`; during
-// a capture, none but the graph's.  Null where there are no more of them: then clear(), in the workspace.
+// `count` zeros on the current device, used only by launches of `stream`, or during a capture only by those
+// of its graph.  Null if all are taken: the caller then clears counters in the workspace.
 int32_t* counters(void* stream, int64_t count);
 
 void clear(void* data, size_t bytes, void* stream);

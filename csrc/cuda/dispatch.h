@@ -1,4 +1,4 @@
-// From run-time values to compile-time ones, by lambda; a value that no kernel exists for throws.
+// Calls a lambda with the compile-time constant of a run-time value; throws for values without a kernel.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

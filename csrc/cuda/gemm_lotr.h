@@ -30,7 +30,7 @@ struct GemmLotr {
   bool accumulate;   // else Q = instead of Q +=; then Q is contiguous
 };
 
-// How a launch is cut; the numbers are the same bit for bit, whatever it is.
+// How a launch is cut. The results have the same bits for every plan.
 struct GemmLotrPlan {
   int cluster;     // 1 or 2 blocks: two share W's tiles
   int scouts;      // tickets that the bands' scouts are dealt to
@@ -41,10 +41,9 @@ inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
   const int64_t columns = q.r <= 64 ? 256 : 128;  // of a tile, gemm_lotr_columns
   const int64_t bands = (q.M + 128 * cluster - 1) / (128 * cluster),
                 clusters = call.card.multiprocessors / cluster;
-  // A quarter of the clusters make u, so that it is there before the first tiles want it and x is not asked
-  // for by all at once; no more of them than have no tile in the last wave, where these can do it in the time
-  // of a tile (a scout takes a third of one).  1,024 rows make a group: its x and the columns of W that it
-  // walks stay in L2.
+  // A quarter of the clusters compute u, so that u is ready when the first tiles need it and not all clusters
+  // read x at once; fewer if the clusters without a tile in the last wave suffice (a scout takes a third of
+  // the time of a tile).  1,024 rows make a band group: its x and the columns of W that it reads stay in L2.
   int64_t scouts = bands < clusters / 4 ? bands : clusters / 4;
   const int64_t last = clusters ? bands * ((q.N + columns - 1) / columns) % clusters : 0;
   const int64_t idle = last ? clusters - last : 0;
@@ -52,7 +51,7 @@ inline GemmLotrPlan gemm_lotr_plan(const Call& call, const GemmLotr& q) {
   return {cluster, int(scouts < 1 ? 1 : scouts), 8 / cluster};
 }
 
-// Why the kernel cannot do it (name, expected, got), or nothing.
+// Why the kernel cannot run it (name, expected, got), or nothing.
 inline std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
   if (call.type == DType::float32) return "dtype: expected bfloat16 or float16, got float32";
   if (q.r < 1 || q.r > GEMM_LOTR_MAX_RANK)
@@ -64,7 +63,7 @@ inline std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
   for (const auto& text : {extent("M", 0, q.M), extent("N", 1, q.N), extent("K", 1, q.K)})
     if (!text.empty()) return text;
   if (q.M * q.N > int64_t(1) << 44) return "M x N: expected at most 2^44, got " + std::to_string(q.M * q.N);
-  // What tensor maps demand: rows start at multiples of 16 bytes, less than 2^32 elements apart.
+  // The requirements of tensor maps: rows start at multiples of 16 bytes, less than 2^32 elements apart.
   const auto rows = [](const char* name, const void* data, int64_t row, int64_t col, int64_t least) {
     const std::string what = std::string(name) + ": expected ";
     if (col != 1) return what + "a column stride of 1, got " + std::to_string(col);
@@ -91,23 +90,21 @@ inline std::string gemm_lotr_refusal(const Call& call, const GemmLotr& q) {
   return {};
 }
 
-// Why the current device cannot run it (architecture, room for a cluster), or nothing.  Asked of the driver
-// once for a device and an instance; to be asked before what gemm_lotr_refusal lets through is launched.
+// Why the current device cannot run it (architecture, room for a cluster), or nothing.  Call it after
+// gemm_lotr_refusal and before the launch; it queries the driver once per device and kernel instance.
 std::string gemm_lotr_obstacle(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan);
 
-// Bytes of the workspace of calls with up to M tokens.  It is filled with zeros before the first, and then
-// belongs to the calls of one stream, of whatever shapes: each leaves in it what the next one needs.
+// Bytes of the workspace of calls with up to M tokens.  Fill it with zeros before the first call; then only
+// the calls of one stream may use it, of any shapes: each leaves state that the next one reads.
 inline size_t gemm_lotr_workspace(int64_t M) {
   return size_t(2 + 2 * ((M + 127) / 128 + 1)) * sizeof(int32_t);
 }
 
-// A workspace on the current device that only the launches of `stream` have, or during a capture those of its
-// graph; zeros before the first.  Null where there are no more of them, or none of so many bytes
-// (counters.cu).
+// A workspace on the current device, used only by launches of `stream`, or during a capture only by those of
+// its graph; zeros before the first.  Null if all are taken or `bytes` is too large (counters.cu).
 void* gemm_lotr_workspace_of(void* stream, size_t bytes);
 
-// Bytes of `partial`, which holds Q's partial sums for one call: none where Q is not wanted.  Its contents do
-// not matter.
+// Bytes of `partial`, which holds Q's partial sums for one call; 0 without Q.  Its contents do not matter.
 inline size_t gemm_lotr_partial(const GemmLotr& q, const GemmLotrPlan& plan) {
   if (!q.Q.data) return 0;
   const int64_t height = 128 * plan.cluster, bands = (q.M + height - 1) / height,
@@ -115,8 +112,8 @@ inline size_t gemm_lotr_partial(const GemmLotr& q, const GemmLotrPlan& plan) {
   return size_t(scouts * plan.cluster * ((q.K + 63) / 64) * 64 * GEMM_LOTR_FACTOR_RANK) * sizeof(float);
 }
 
-// Throws std::invalid_argument for what gemm_lotr_refusal names, a plan out of range, too small a workspace
-// or partial.
+// Throws std::invalid_argument where gemm_lotr_refusal gives a reason, and for a plan out of range or too
+// small a workspace or partial.
 void gemm_lotr(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* workspace, size_t bytes,
                void* partial = nullptr, size_t partial_bytes = 0);
 

@@ -37,7 +37,7 @@ void run(const Call& call, const GemmLotr& q, const GemmLotrPlan& plan, void* wo
   const int64_t tickets = scouts + int64_t(bands) * columns + sums;
   int64_t clusters = call.card.multiprocessors / Traits::CLUSTER;
   if (clusters > tickets) clusters = tickets;
-  // Not early: its blocks want whole multiprocessors, and it is never short.
+  // Not early: its blocks need whole multiprocessors, and launch latency is small beside its run time.
   ptx::launch(
       {dim3(unsigned(clusters * Traits::CLUSTER)), dim3(Traits::THREADS), sizeof(typename Traits::Smem),
        static_cast<ptx::stream_t>(call.stream), dim3(Traits::CLUSTER), "gemm_lotr"},

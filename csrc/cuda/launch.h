@@ -26,8 +26,8 @@ struct Call {
   bool in_clusters() const { return early && !off.cluster; }
 };
 
-// Whether the current device is of compute capability 9.0, this build has code for it (sm_90a), and the
-// largest cluster of the kernels' blocks finds room, which a slice of a device may not have.
+// Whether the current device has compute capability 9.0, this build has code for it (sm_90a), and the
+// kernels' largest cluster fits, which a MIG slice may not have room for.
 bool runs_wgmma();
 
 // Elements of 16 bytes.  A matrix whose rows start at a multiple of it, in aligned memory, is read 16 bytes
@@ -43,12 +43,11 @@ constexpr int64_t row_elements(DType type) {
 //   const Prepared prepared = prepare(call, problem);
 //   run(call, problem, prepared, workspace);  // of prepared.workspace bytes on the device, 256-byte aligned
 //
-// The contents of the workspace do not matter; it is free again, in stream order, when run() returns.
+// The contents of the workspace do not matter. It may be freed, in stream order, when run() returns.
 //
 // An input that cannot be read 16 bytes at a time (float32 factors beside half activations, strides that are
-// no multiple of 16 bytes, a transposed g) is first cast or packed into the workspace, by one launch more:
-// callers need do nothing, and pay for it once a call.  What is written may lie anywhere; rows of 16 bytes
-// are faster.
+// no multiple of 16 bytes, a transposed g) is first cast or packed into the workspace, with one more launch
+// per call.  Outputs may have any strides; rows at multiples of 16 bytes are faster.
 //
 // expand_add and SmallForwardProblem's operator take a scale of y's columns with a bias (of_rows).
 //

@@ -4,9 +4,9 @@
 
 namespace lotr::cuda {
 
-// Whether the kernel by wgmma can run, of matrices that can be read 16 bytes at a time: the device, the type
-// and the rank, as many tokens as a tile has rows, what bulk copies read, no dropout.  factor: A or v
-// [length, r].
+// Whether the wgmma kernel can run, given matrices that can be read 16 bytes at a time: checks the device,
+// the type, the rank, that there are at least a tile's rows of tokens, that bulk copies can read the
+// matrices, and that there is no dropout.  factor: A or v [length, r].
 template <class Problem>
 bool one_product_wgmma_takes(const Call& call, const Problem& p, const Matrix& factor, int64_t length) {
   return wgmma_takes(call, p.r, kernels::ONE_PRODUCT_WGMMA_RANK, p.M, kernels::ONE_PRODUCT_WGMMA_ROWS) &&

@@ -1,18 +1,18 @@
-// What a kernel is told: the problem and how it is cut, in structs that are passed by value.
+// Kernel parameters: the problem and its plan, in structs that are passed by value.
 #pragma once
 #include "problem.h"
 
 namespace lotr {
 
-// Partial sums of the blocks that share an output tile, added in a fixed order by the last to arrive, or by
-// all of them, each a share, where they run together.
+// Partial sums of the blocks that share an output tile. The last block to arrive adds them in a fixed order;
+// where the blocks run at the same time, each adds a share of the tile.
 struct Reduction {
   float* partial;    // kernel's own layout, see its file
   int32_t* arrived;  // [tiles], zero before the launch and after it
 };
 
-// Or they are one cluster, where the GPU has such, and sum through each other's shared memory; of 2, 4 or 8
-// blocks, which find a place on any card.
+// On GPUs with clusters the blocks may form one and sum through each other's shared memory. 2, 4 or 8 blocks
+// fit on every such GPU.
 constexpr int MOST_OF_CLUSTER = 8;
 
 // A row of tiles cut into pieces of `whole` tiles, the first `longer` of them one tile longer.
@@ -62,7 +62,7 @@ struct FoldGradParams : FoldGradProblem {
   Reduction sum;  // partial [L, tiles of a core, splits, tile]
 };
 
-// A problem as a kernel takes it, still without a plan.
+// The kernel's parameters of a problem, without its plan.
 template <class Params, class Problem>
 Params params_of(const Problem& problem) {
   Params params{};

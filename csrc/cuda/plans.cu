@@ -28,7 +28,7 @@ struct Problem {
   int32_t r;
   int element, multiprocessors;
 };
-// M up to the next of four numbers an octave, as lotr_ext.tune rounds it: a measured rule serves all between.
+// M rounded up to four values per octave, as in lotr_ext.tune: a measured rule applies to all M in between.
 int64_t rounded(int64_t M) {
   int64_t step = 1;
   while (M > 8 * step) step *= 2;
@@ -72,7 +72,7 @@ struct Rule {
   std::vector<std::pair<std::string, int64_t>> problem, plan;
 };
 
-// Whether all that is asked for is among the words.
+// Whether the words contain all that is required.
 template <class Words>
 bool fits(const std::vector<std::pair<std::string, int64_t>>& asked, const Words& words) {
   return std::all_of(asked.begin(), asked.end(), [&](const auto& one) {
@@ -149,7 +149,7 @@ AllRules& all_rules() {
   return rules;
 }
 
-// Moves the plan that the rules take to the front.
+// Moves the plan that the rules choose to the front.
 void apply_rules(const Problem& problem, plan::Plans& plans) {
   AllRules& all = all_rules();
   const std::lock_guard<std::mutex> lock(all.mutex);

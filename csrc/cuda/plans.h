@@ -9,8 +9,8 @@ namespace lotr::cuda {
 enum class Operator : uint32_t { shrink, expand_add, factor_grad, shrink_grad };
 constexpr const char* OPERATOR_NAMES[] = {"shrink", "expand_add", "factor_grad", "shrink_grad"};
 
-// The plans of one launch with a large matrix [M, N] and rank r, the one that is taken first, then the others
-// with the fastest first.  wgmma: whether the kernel by wgmma may run.
+// The plans of one launch with a large matrix [M, N] and rank r: the chosen one, then the others, the fastest
+// first.  wgmma: whether the wgmma kernel may run.
 plan::Plans plans_of(const Call& call, Operator op, int64_t M, int64_t N, int32_t r, bool wgmma);
 // The same for matrices with aligned rows and no dropout, named as in OPERATOR_NAMES.
 plan::Plans plans_of(const Call& call, const std::string& op, int64_t M, int64_t N, int32_t r);
@@ -20,8 +20,8 @@ plan::Plans plans_of(const Call& call, const std::string& op, int64_t M, int64_t
 // rows, cols, m_blocks, n_blocks, of_row and cluster say which plan it takes, the fastest of those that fit.
 // "shrink M=8192 m_blocks=64; factor_grad wgmma=0"
 //
-// forced: by LOTR_CUDA_PLAN or a benchmark; a rule that no plan fits is an error when its problem comes.
-// measured: by lotr_ext.tune; a rule that no plan fits is ignored.  Forced rules come first.
+// forced: from LOTR_CUDA_PLAN or a benchmark; if no plan fits, the call that the rule matches fails.
+// measured: from lotr_ext.tune; a rule that no plan fits is ignored.  Forced rules come first.
 enum class Rules { forced, measured };
 // Replaces the rules of a kind and forgets all choices; returns the old ones.  Throws std::invalid_argument.
 std::string set_rules(Rules kind, const std::string& text);

@@ -1,4 +1,4 @@
-// What an operator runs for a problem: chosen once, then remembered.
+// The launches of an operator for a problem: chosen once, then cached.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -16,7 +16,7 @@ struct Prepared {
   std::array<plan::Plan, 2> plans{};
 };
 
-// What the choice depends on: the same key gives the same Prepared.  No padding: it is compared by its bytes.
+// All that the choice depends on.  No padding, since keys are compared by their bytes.
 struct Key {
   int64_t M, N;  // extents of the large matrix
   int32_t r, r_core;

@@ -1,5 +1,5 @@
-// An empty kernel: the driver can load it where it can load the others, and makes it from PTX at once where
-// it would take them seconds.
+// An empty kernel: the driver can load it exactly if it can load the others. Compiling it from PTX takes no
+// time, where the others would take seconds.
 #include "probe.h"
 
 #include "ptx/launch.cuh"

@@ -1,14 +1,14 @@
-// What this build's code is on a card: the driver says it of one kernel.
+// Queries the driver, with one kernel, for the code of this build that a device runs.
 #pragma once
 
 namespace lotr::cuda {
 
-// Of a kernel that is never launched, compiled for the same architectures as all others.
+// A kernel that is never launched, compiled for the same architectures as all others.
 const void* probe_kernel();
 
-// Whether the code that the current device runs is of compute capability 9.0 or later, so that its kernels
-// wait for what is ahead and may be launched early (ptx/launch.cuh).  Code for an older one, which the driver
-// translates for a newer card, does not.
+// Whether the current device runs code of compute capability 9.0 or later, whose kernels call
+// griddepcontrol_wait and may be launched early (ptx/launch.cuh).  Code for an older capability, which the
+// driver translates for a newer card, does not.
 bool waits_in_kernels();
 
 }  // namespace lotr::cuda

@@ -1,4 +1,4 @@
-// What an operator computes: POD structs without a plan, and with no CUDA or torch type in them.
+// The problems that operators compute: POD structs without a plan and without CUDA or torch types.
 // m tokens, k in, n out, r rank, l layer.  Strides count elements, not bytes.
 #pragma once
 #include <cstdint>

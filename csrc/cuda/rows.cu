@@ -12,7 +12,7 @@ namespace {
 using kernels::FoldTraits;
 using kernels::Order;
 
-// Rows of a block of row_core: as many as a tile has, but blocks for all multiprocessors first.
+// Rows of a block of row_core: a tile's, or fewer so that every multiprocessor has a block.
 int rows_of_block(int64_t rows, int64_t cols, int multiprocessors) {
   int most = kernels::FOLD_ROWS;
   while (most > 1 && plan::ceil_div(rows, most) * cols < 4 * int64_t(multiprocessors)) most /= 2;
@@ -24,7 +24,8 @@ struct GradPlan {
   int splits;
 };
 
-// Split the rows of a core until its tiles fill the GPU, but not below 64 rows a block of a mean core.
+// Splits the rows of a core until the tiles fill the GPU, but not below 64 rows a block for a core of mean
+// size.
 GradPlan plan_grad(int64_t rows, int64_t cores, int64_t r_in, int64_t r_out, int multiprocessors) {
   const int64_t tiles =
       cores * plan::ceil_div(r_in, kernels::FOLD_ROWS) * plan::ceil_div(r_out, kernels::FOLD_COLS);

@@ -1,6 +1,5 @@
-// A core a row (kernels/row_core.cuh) without torch, as launch.h is: what its kernels are told, and their
-// launches. Operands may have any strides; the types are in the parameters.  There are fewer than 2^31 rows,
-// tokens and cores.
+// Launchers of kernels/row_core.cuh without torch, as launch.h is.  Operands may have any strides; the types
+// are in the parameters.  There must be fewer than 2^31 rows, tokens and cores.
 #pragma once
 #include "kernels/row_core_params.h"
 #include "launch.h"

@@ -25,7 +25,7 @@ struct Sums {
 template <class T, int R>
 void run(const Call& call, ShrinkGradParams p, dim3 grid) {
   using Traits = kernels::ShrinkGradWgmmaTraits<T, R>;
-  // Early or with all blocks at the same time: nothing says that a launch may be both.
+  // Early or cooperative: CUDA does not document that a launch may be both.
   const auto launch = [&](bool together) {
     p.together = together;
     return ptx::launch(

@@ -4,8 +4,9 @@
 
 namespace lotr::cuda {
 
-// Whether the kernel by wgmma can run, of matrices that can be read 16 bytes at a time: the device, the type
-// and the rank, as many tokens as a row tile has, what bulk copies read.
+// Whether the wgmma kernel can run, given matrices that can be read 16 bytes at a time: checks the device,
+// the type, the rank, that there are at least a row tile's tokens, and that bulk copies can read the
+// matrices.
 inline bool shrink_grad_wgmma_takes(const Call& call, const ShrinkGradProblem& p) {
   return wgmma_takes(call, p.r, kernels::SHRINK_GRAD_WGMMA_RANK, p.M, kernels::SHRINK_GRAD_WGMMA_ROWS) &&
          bulk_copies_read(p.g, p.M, p.N) && bulk_copies_read(p.F, p.N, p.r) &&

@@ -6,8 +6,7 @@
 namespace lotr::cuda {
 namespace {
 
-// An [M, r] matrix of the call's type, rows of whole 16 bytes, at the start of the workspace, which it
-// shortens.
+// Takes an [M, r] matrix of the call's type, with rows of whole 16 bytes, off the front of the workspace.
 MutableMatrix take_matrix(const Call& call, char*& workspace, int64_t M, int64_t r) {
   void* data = workspace;
   const int64_t chunk = row_elements(call.type), row = (r + chunk - 1) / chunk * chunk;

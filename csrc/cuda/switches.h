@@ -1,6 +1,5 @@
-// What LOTR_CUDA_WITHOUT turns off, to find out on a GPU which way of launching or multiplying is at fault.
-// Each of these has its counterpart that runs on all cards; with all of them off the kernels are those of
-// sm_80.
+// The features that LOTR_CUDA_WITHOUT turns off, to find out on a GPU which one is at fault.  Each has a
+// fallback that runs on all cards; with all of them off, the kernels are those of sm_80.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -18,7 +17,7 @@ struct Switches {
   bool fused = false;     // gemm_lotr
 };
 
-// Of words separated by commas.  Throws std::invalid_argument for one that is not known.
+// From words separated by commas.  Throws std::invalid_argument for an unknown one.
 inline Switches switches_of(const std::string& words) {
   Switches off;
   for (size_t begin = 0; begin <= words.size();) {
@@ -44,8 +43,7 @@ inline Switches switches_of(const std::string& words) {
   return off;
 }
 
-// The environment's, read once.  lotr_ext/ops/planner.py reads it too, when it is imported, for info and
-// explain.
+// LOTR_CUDA_WITHOUT, read once.  lotr_ext/ops/planner.py reads it too, at import, for info and explain.
 inline const Switches& switches() {
   static const Switches off = [] {
     const char* words = std::getenv("LOTR_CUDA_WITHOUT");

@@ -5,7 +5,7 @@
 
 namespace lotr::cuda {
 
-// Of m [rows, cols], whose rows start at multiples of 16 bytes: boxes of box_cols x box_rows.
+// The map of m [rows, cols], whose rows start at multiples of 16 bytes, with boxes of box_cols x box_rows.
 template <class T>
 ptx::TensorMap tensor_map(const Matrix& m, int64_t rows, int64_t cols, int box_rows, int box_cols = 64) {
   const int64_t row = rows > 1 ? m.row : (cols + 7) / 8 * 8;  // the stride of a single row is anything

@@ -1,5 +1,5 @@
-// One argument of an operator: what the checks and the kernels read of a tensor, and the checks that every
-// operator makes of it. An error names the operator, the argument, what was expected and what was got.
+// One argument of an operator: the properties of a tensor that checks and kernels read, and the checks that
+// every operator makes. An error names the operator, the argument, what was expected and what was given.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -69,13 +69,13 @@ inline int64_t item_size(ScalarType t) {
          : is_half(t) ? 2
                       : int64_t(aoti_torch_dtype_element_size(int32_t(t)));
 }
-// The type sums are kept in: float32, and float64 for float64.
+// The dtype of sums: float32, or float64 for float64.
 inline ScalarType acc_dtype(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The dtype of a tensor. Unlike Tensor::scalar_type it takes any: a dtype that the operators have no kernel
-// for needs a name in the error.
+// The dtype of a tensor. Unlike Tensor::scalar_type it accepts every dtype, since an error must name one that
+// the operators have no kernel for.
 inline ScalarType scalar_type_of(AtenTensorHandle t) {
   static const std::pair<int32_t, ScalarType> known[] = {
       {aoti_torch_dtype_float32(), ScalarType::Float}, {aoti_torch_dtype_bfloat16(), ScalarType::BFloat16},
@@ -158,7 +158,7 @@ struct Check {
   bool decomposed = false;  // tensors may have no memory that can be seen, as those of compilers have none
   int64_t max_rank = 0;     // of the kernels of a device; 0: any
 
-  // What every operator expects of its tensors, whatever it computes, and checks before anything else: each
+  // What every operator expects of its tensors and checks first: each
   // is there, on the device of the first, with memory for all its elements. A tensor that is written has no
   // element twice, and shares none with another argument: kernels read and write in no particular order.
   void arguments(std::initializer_list<const Arg*> all,
@@ -261,7 +261,7 @@ struct Check {
   }
 
  private:
-  // The addresses of a tensor's first byte and of the one behind its last; both 0 where they are not known.
+  // The addresses of a tensor's first byte and of the byte after its last; both 0 if unknown.
   struct Bytes {
     uintptr_t first = 0, last = 0;
   };
@@ -285,8 +285,8 @@ struct Check {
     const auto first = reinterpret_cast<uintptr_t>(data);
     return {first, first + uintptr_t(reach * item)};
   }
-  // A tensor that is written must not visit one element twice, as an expanded or overlapping one does: each
-  // dimension has to step over all that the ones with smaller strides reach.
+  // A tensor that is written must not contain one element twice, as an expanded or overlapping one does: the
+  // stride of each dimension must exceed the reach of all dimensions with smaller strides.
   void writable(const Arg& a) const {
     int64_t reach = 0, last = 0;
     for (int64_t i = 0; i < a.dim; ++i)
@@ -308,8 +308,8 @@ struct Check {
       last = a.stride[next], reach += (a.size[next] - 1) * last;
     }
   }
-  // Whether two tensors whose memory overlaps share no element all the same, as the columns of one buffer: if
-  // for some distance of rows each has, within a row, columns of its own.
+  // Whether two tensors with overlapping memory still share no element, as two sets of columns of one buffer
+  // do: true if within a row of some length each has columns of its own.
   static bool interleaved(const Arg& a, const Bytes& of_a, const Arg& b, const Bytes& of_b) {
     const auto width = [](const Arg& t, int64_t row) -> int64_t {  // 0: its rows are not that far apart
       const int64_t item = item_size(t.dtype);

@@ -1,12 +1,13 @@
-// What each operator expects of its arguments, on CPU and CUDA alike: the single products, row_core, then the
-// directions of a layer. Every check runs before anything is written. m tokens, k in, n out, r rank, l layer.
+// The checks of each operator's arguments, the same on CPU and CUDA: the single products, row_core, then the
+// forward and backward of a layer. They run before anything is written. m tokens, k in, n out, r rank, l
+// layer.
 #pragma once
 
 #include "arg.h"
 
 namespace lotr {
 
-// Sizes of a checked call. What an operator does not have stays 0.
+// Sizes of a checked call; 0 for those that the operator does not have.
 struct Sizes {
   int64_t m = 0, k = 0, n = 0, r = 0, r_in = 0, r_out = 0, l = 0;
 };
@@ -106,7 +107,7 @@ inline Sizes check_fold_grad(const Check& c, const Arg& Q, const Arg& B, const A
   return s;
 }
 
-// ---- a core a row: what the indices hold is checked on a CPU only, since on a GPU that would synchronise
+// ---- row_core: the values of the indices are checked on a CPU only, since on a GPU that would synchronise
 // ----
 
 struct RowSizes {
@@ -220,7 +221,7 @@ inline void check_activations(const Check& c, const Arg& a, const Arg& g, int64_
   if (rows != m) fail(c.op, ": ", a.name, ": expected ", m, " tokens, as in g, got shape ", a.shape());
 }
 
-// What y of activations `like` is made with, [N] each: the bias, and the scale of its rows of W.
+// The bias and the scale of W's rows, [N] each, for activations `like`.
 inline void check_bias_and_scale(const Check& c, const Arg& bias, const Arg& scale, const Arg& like,
                                  int64_t n, const char* what) {
   if (bias) c.dims(bias, 1, "[N]"), c.dtype(bias, like.dtype), c.size(bias, 0, n, what);
@@ -266,7 +267,7 @@ struct ForwardArgs {
 struct BackwardArgs {
   Arg g, weight, x, u, A, F, B, core, k, dx, Q, dA, dB, seed;
 
-  // need_u: whether a gradient is asked for that is made of u.
+  // need_u: whether a gradient that depends on u is needed.
   Sizes check(const Check& c, double scaling, double p, bool unfolded, bool need_u) const {
     c.arguments({&g, &weight, &x, &u, &A, &F, &B, &core, &k, &dx, &Q, &dA, &dB, &seed}, {&dx, &Q, &dA, &dB});
     c.supported(g);

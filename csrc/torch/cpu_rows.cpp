@@ -38,7 +38,7 @@ class Grouping {
       if (i == 0 || key[size_t(row_[i])] != key_.back()) add(key[size_t(row_[i])], int64_t(i));
     first_.push_back(int64_t(row_.size()));
   }
-  // By the ends of their rows.
+  // Rows grouped by the ends of each core's rows.
   Grouping(const char* op, const Arg& offs, int64_t rows) : bound_(offs.size[0]) {
     const auto* data = static_cast<const int32_t*>(read_data(offs));
     int64_t begin = 0;

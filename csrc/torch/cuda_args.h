@@ -1,10 +1,9 @@
 // What a call on CUDA tensors needs besides its operands: the stream, workspaces, new outputs, matrices for
 // the launchers of cuda/launch.h.
 //
-// Compiled by the host compiler and linked into the one extension module, which must import under a torch
-// without CUDA: so nothing of libtorch_cuda is linked, and the current stream is found when it is first asked
-// for.  Nothing here synchronises, and all memory comes from torch's allocator on the current stream, so a
-// call may be captured in a graph.
+// The extension module must import under a torch without CUDA. So it does not link libtorch_cuda, and looks
+// up the functions that it needs at their first use.  Nothing here synchronises, and all memory comes from
+// torch's allocator on the current stream, so a CUDA graph may capture a call.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -37,7 +36,7 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// What plans are made from.
+// The properties of a device that plans are made from.
 struct Device {
   plan::Card card;
   bool early, wgmma;  // as in Call
@@ -68,7 +67,7 @@ inline Device ask_driver(const char* op, int32_t device) {
   return d;
 }
 
-// The same, asked once a device.
+// The same, read once per device.
 inline Device device_of(const char* op, int32_t device) {
   static std::array<Device, MAX_DEVICES> known;
   static std::array<std::atomic<bool>, MAX_DEVICES> asked;
@@ -97,7 +96,7 @@ inline DType dtype_of(const char* op, const Arg& a) {
   }
 }
 
-// Everything a call needs besides its operands.  Its device is the current one while this lives.
+// Everything a call needs besides its operands.  Its device is current during its lifetime.
 class Context {
  public:
   Context(const char* op, const Arg& like) : op_(op), device_(like.device_index), guard_(like.device_index) {
@@ -152,7 +151,7 @@ class Context {
                                   : aoti_torch_dtype_float16();
   }
 
-  // Runs f(workspace) on `bytes` of memory that goes back to the allocator afterwards, in stream order.
+  // Runs f(workspace) with `bytes` of memory, freed afterwards in stream order.
   template <class F>
   void with_workspace(size_t bytes, F f) const {
     if (bytes == 0) return f(nullptr);

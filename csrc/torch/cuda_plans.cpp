@@ -11,8 +11,8 @@
 namespace lotr {
 namespace {
 
-// The current setting of a device; device < 0: of a card that is not here, by {multiprocessors, bytes of
-// shared memory of one, MHz, MB/s of memory, early launches, wgmma}.
+// The properties of a device; device < 0: of a GPU that this machine does not have, given as
+// {multiprocessors, bytes of shared memory per multiprocessor, MHz, MB/s of memory, early launches, wgmma}.
 cuda::Call call_of(const char* op, ScalarType dtype, int64_t device, const std::vector<int64_t>& card) {
   cuda::Call call{};
   call.type = dtype == ScalarType::Float      ? DType::float32
@@ -36,7 +36,7 @@ cuda::Call call_of(const char* op, ScalarType dtype, int64_t device, const std::
   return call;
 }
 
-// JSON: a list of {"plan": the words of a rule, "blocks", "microseconds"}, the plan that is taken first.
+// JSON: a list of {"plan": the words of a rule, "blocks", "microseconds"}, the chosen plan first.
 std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, ScalarType dtype, int64_t device,
                        std::vector<int64_t> card) {
   constexpr const char* name = "lotr::cuda_plans";
@@ -56,7 +56,7 @@ std::string cuda_plans(std::string op, int64_t M, int64_t N, int64_t r, ScalarTy
   return s.str();
 }
 
-// Replaces the forced rules, else the measured ones; returns the old ones.
+// Replaces the forced or the measured rules and returns the old ones.
 std::string cuda_plan_rules(std::string rules, bool forced) {
   return cuda::set_rules(forced ? cuda::Rules::forced : cuda::Rules::measured, rules);
 }

@@ -1,6 +1,6 @@
-// What the CUDA runtime in this module finds on this machine, asked without a launch: the driver's and its
-// own version, and whether the driver can load a kernel of ours on a device.  lotr_ext/ops/planner.py asks
-// once a device and takes the composite where the answer is no, so that no step ends in the middle of it.
+// The versions of the driver and of this module's CUDA runtime, and whether the driver can load this module's
+// kernels on a device, without a launch.  lotr_ext/ops/planner.py calls it once per device and uses the
+// composite if it cannot, so that no training step fails halfway.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
@@ -13,8 +13,8 @@
 namespace lotr {
 namespace {
 
-// "" where the driver can load our kernel on the device, otherwise its error's name.  The current device is
-// as before.
+// "" if the driver can load this module's kernels on the device, else the error's name.  Restores the current
+// device.
 std::string load_error(int device) {
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
@@ -25,14 +25,14 @@ std::string load_error(int device) {
     const cudaError_t back = cudaSetDevice(before);
     if (!error) error = back;
   }
-  cudaGetLastError();  // asked and answered: the next launch shall not find it
+  cudaGetLastError();  // clears the error, which the next launch would report otherwise
   return error ? cudaGetErrorName(error) : "";
 }
 
 // JSON: {"runtime": 13000, "driver": 12080, "float32": "exact", "float32_from": "torch", "error":
 // "cudaErrorNoKernelImageForDevice"}.  Versions are 1000 x major + 10 x minor; driver 0: there is none.
-// float32: how its products are rounded now, "exact" or "tf32", and where that was read, in "torch" or
-// "python". device < 0: error is empty.
+// float32: the current precision of float32 products, "exact" or "tf32"; float32_from: how it was read, from
+// libtorch ("torch") or through Python ("python"). device < 0: error is empty.
 std::string cuda_probe(int64_t device) {
   int runtime = 0, driver = 0;
   cudaRuntimeGetVersion(&runtime);

@@ -1,6 +1,5 @@
-// row_core and its backward (schema.cpp) on CUDA tensors: a launch for each of the kernels of
-// cuda/kernels/row_core.cuh.  Indices that are not sorted are sorted by the library, stably.  Nothing
-// synchronises.
+// row_core and its backward (schema.cpp) on CUDA tensors: one launch for each of the kernels of
+// cuda/kernels/row_core.cuh.  Indices are sorted by torch, stably.  Nothing synchronises.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -13,7 +12,7 @@
 namespace lotr {
 namespace {
 
-// The indices of a call, packed as the kernels read them.
+// The indices of a call, contiguous for the kernels.
 struct Rows {
   OptionalTensor index, offs, tokens;
 

@@ -10,8 +10,8 @@
 namespace lotr {
 
 // The setting in torch's C++ library, read without the GIL: at::Context::float32Precision.  The stable ABI
-// does not have it, so its symbols are looked up, and the values of its enums are taken from their names.  A
-// torch without these symbols is read through Python.
+// does not have it, so its symbols and the values of its enums are looked up by name.  Without these symbols
+// float32_products reads it through Python.
 class Float32Setting {
  public:
   static const Float32Setting& of_torch() {

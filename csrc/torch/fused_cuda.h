@@ -1,10 +1,9 @@
 // The adapter inside the base product (cuda/gemm_lotr.h), for sm_90a:
 //
-//   forward    y = x W^T + bias + u F^T,  u = x A       one launch, after one of fold that makes F, F^T and
-//   A^T backward   dx = g W + k A^T,  k = g F               and up to rank FUSED_Q_RANK Q = g^T u in the same
-//   launch
+//   forward    y = x W^T + bias + u F^T,  u = x A       one launch, after fold's, which makes F, F^T and A^T
+//   backward   dx = g W + k A^T,  k = g F               one launch, with Q = g^T u up to rank FUSED_Q_RANK
 //
-// gemm_lotr and gemm_lotr_refusal are the launch and the reason against it as operators, for tests,
+// gemm_lotr and gemm_lotr_refusal expose the launch and the reason against it as operators, for tests,
 // benchmarks and the planner.
 #pragma once
 
@@ -20,7 +19,7 @@ namespace lotr {
 
 constexpr int64_t FUSED_Q_RANK = cuda::GEMM_LOTR_FACTOR_RANK;
 
-// "" if q can run: its matrices are there or lie as they should.
+// "" if q can run, else the reason: a missing matrix or an unsupported layout.
 inline std::string fused_obstacle(const Context& c, const cuda::GemmLotr& q) {
   std::string text = cuda::gemm_lotr_refusal(c.call(), q);
   if (text.empty()) text = cuda::gemm_lotr_obstacle(c.call(), q, cuda::gemm_lotr_plan(c.call(), q));
@@ -42,7 +41,7 @@ inline void fused_launch(const Context& c, const cuda::GemmLotr& q) {
   });
 }
 
-// The matrices that are always there: x [M, K], weight [N, K]; backward: g [M, K], weight [K, N].
+// The required matrices: x [M, K], weight [N, K]; backward: g [M, K], weight [K, N].
 inline cuda::GemmLotr fused_base(const CudaProducts& p, const Arg& x, const Arg& weight, int64_t r,
                                  bool backward) {
   cuda::GemmLotr q{};
@@ -52,7 +51,7 @@ inline cuda::GemmLotr fused_base(const CudaProducts& p, const Arg& x, const Arg&
   return q;
 }
 
-// Whether dx and k come from one launch for this g, whose rows may lie as they like.
+// Whether one launch can compute dx and k for this g, which may have any strides.
 inline std::string fused_refusal(const CudaProducts& p, const Arg& x, const Arg& weight, int64_t r,
                                  bool backward) {
   cuda::GemmLotr q = fused_base(p, x, weight, r, backward);
@@ -98,7 +97,7 @@ inline bool CudaProducts::fused_backward(Made& made, Value& k, const Sum& Q, con
                                          const Sizes& s) const {
   if (!a.weight || !a.A || !a.F || a.k || a.dx) return false;
   if (!fused_refusal(*this, a.g, a.weight, s.r_in, true).empty()) return false;
-  // v in g's dtype with rows at multiples of 16 bytes, as tensor maps need them: itself where it is so
+  // v in g's dtype with rows at multiples of 16 bytes, as tensor maps need them; no copy if it is so
   const auto in_rows = [&](const Value& v, OptionalTensor& copy) {
     const bool fits = v.type == context_.call().type && v.col == 1 && v.row % 8 == 0 && v.row >= v.cols &&
                       reinterpret_cast<uintptr_t>(v.data) % 16 == 0;

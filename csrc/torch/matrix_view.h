@@ -1,4 +1,4 @@
-// Tensors of torch's library that lie as a checked argument does: no copy, no pass through the dispatcher.
+// Views of a checked argument as torch tensors, without a copy or a call of the dispatcher.
 #pragma once
 
 #include <vector>
@@ -24,7 +24,7 @@ inline Tensor transposed_view(const Arg& a) {
   return matrix_view(a.handle, a.size[1], a.size[0], a.stride[1], a.stride[0]);
 }
 
-// A contiguous tensor in another size. It is no view to autograd, which would let no user write into it.
+// A contiguous tensor in another size. Autograd does not see a view, which users could not write into.
 inline Tensor contiguous_view(const Tensor& of, const std::vector<int64_t>& size) {
   std::vector<int64_t> stride(size.size(), 1);
   for (size_t i = size.size() - 1; i-- > 0;) stride[i] = stride[i + 1] * size[i + 1];

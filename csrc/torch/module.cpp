@@ -1,5 +1,5 @@
-// The Python module, which has no functions: importing it registers the operators. And what it says of
-// itself.
+// The Python module. It has no functions: importing it registers the operators. The operator info describes
+// the build.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 

@@ -34,8 +34,8 @@ void expand_add_(const Tensor& y, const Tensor& u, const Tensor& F, double p, co
   products.expand(out, products.read(au), products.read(aF), false, true);
 }
 
-// expand_add_ onto a copy of y, since y's maker may need y, and users may write into what an operator
-// returns.
+// expand_add_ onto a copy of y: the operator that made y may have saved it for its backward, and users may
+// write into a result.
 template <class Products>
 Tensor expand(const Tensor& y, const Tensor& u, const Tensor& F) {
   const Check c{"lotr::expand", false, Products::max_rank};
@@ -160,8 +160,8 @@ Tensor small_backward_(const OptionalTensor& dx, const Tensor& g, const Optional
   return need_core ? *made.dcore : Products::nothing(g, sums);
 }
 
-// The results of layer_backward and shrink_backward for torch.compile, which takes no operator that writes
-// and returns "Tensor?": what was not asked for has no element.
+// The results of layer_backward and shrink_backward for torch.compile, which has no support for operators
+// that write and return "Tensor?": a gradient that was not requested is an empty tensor.
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dx, k, dA, dB, dcore
 
 template <class Products>

@@ -82,7 +82,7 @@ class CpuProducts {
     Tensor tensor, matrix;
     Value mat, bias, scale;
   };
-  // Q: a given sum, which is added to, or own memory; of rows 0 where it is neither.
+  // Q: a given sum to add to, or new memory; with 0 rows if there is neither.
   struct Sum {
     cpu::Scratch memory;
     Value value;
@@ -225,7 +225,7 @@ class CpuProducts {
   }
   Output new_output(const Arg& like, int64_t cols) const {
     const int64_t rows = like.flat.rows;
-    const bool flat = like.dim == 2;  // then no memory is needed for the sizes
+    const bool flat = like.dim == 2;  // then sizes need no heap memory
     Tensor t = flat ? empty_of<2>({rows, cols}, dtype_) : empty(size_like(like, cols), dtype_);
     Tensor matrix = flat ? t : matrix_view(t.get(), rows, cols, cols, 1);
     const Value mat{t.mutable_data_ptr(), rows, cols, cols, 1, cpu_dtype(dtype_)};

@@ -9,8 +9,8 @@
 
 namespace lotr {
 
-// The matrix products of the library that torch has loaded: the dispatcher's stable interface takes no alpha
-// and beta, and this module must load under a torch without CUDA.
+// The matrix products of libtorch_cuda, looked up by name: the dispatcher's stable interface has no alpha and
+// beta, and this module must load under a torch without CUDA.
 struct CudaLibrary {
   int32_t (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle) = nullptr;
   int32_t (*addmm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
@@ -267,8 +267,7 @@ class CudaProducts {
 
   // ---- the adapter inside the base product: fused_cuda.h ----
   Forward fused_forward(const Check& c, const ForwardArgs& a, const Sizes& s, double scaling, double p) const;
-  // dx and k from one launch, and up to rank FUSED_Q_RANK Q from the same; false where it cannot run for this
-  // g.
+  // dx, k and up to rank FUSED_Q_RANK Q from one launch; false if it cannot run for this g.
   bool fused_backward(Made& made, Value& k, const Sum& Q, const BackwardArgs& a, const Sizes& s) const;
 
   const Context& context() const { return context_; }

@@ -1,6 +1,5 @@
-// The products of a layer as operators of their own (layer.h), for a dispatch mode such as selective
-// checkpointing, which keeps what it likes of their results: so forward writes nothing that an operator
-// returned.
+// The products of a layer as separate operators (layer.h), for a dispatch mode such as selective
+// checkpointing. Such a mode may keep any operator's result, so the forward never writes into one.
 #pragma once
 
 #include <vector>
@@ -55,7 +54,7 @@ class TracedProducts {
   void base(Output& y, const Arg& x, const Arg& weight) const {
     y.value = shaped(one("aten::linear", read(x), *weight.tensor, y.scale ? std::nullopt : y.bias), x);
   }
-  void base_onto(Output&, const Arg&, const Arg&) const {}  // no part of an adapter is first
+  void base_onto(Output&, const Arg&, const Arg&) const {}  // not called: the base product is always first
   void base_gradient(Output& dx, const Arg& g, const Arg& weight, bool fresh) const {
     const Tensor own = one("aten::mm", read(g), *weight.tensor);
     dx.value = fresh ? own : torch::stable::copy_(dx.value, sum(dx.value, own));

@@ -50,8 +50,8 @@ STABLE_TORCH_LIBRARY(lotr, m)
       "row_core_backward(Tensor g, Tensor u, Tensor cores, Tensor? index, Tensor? offs, Tensor? tokens, "
       "float scaling, bool need_u, bool need_cores) -> (Tensor du, Tensor dcores)");
 
-  // A direction of a layer. `.products`: the same by the products that it is made of, for dispatch modes. It
-  // is an overload, since a compiler would take an operator apart that has such a kernel itself.
+  // The forward and backward of a layer. `.products`: the same as separate products, for dispatch modes. It
+  // is an overload, since torch.compile would decompose an operator that had such a kernel itself.
   const std::string layer_forward =
       "(Tensor x, Tensor weight, Tensor? bias, Tensor? A, Tensor B, Tensor core, float scaling, "
       "int strategy, Tensor? u=None, Tensor? F=None, float p=0.0, Tensor? seed=None, Tensor? scale=None) "
@@ -69,8 +69,8 @@ STABLE_TORCH_LIBRARY(lotr, m)
               .c_str());
     m.def(("shrink_backward_" + overload + shrink_backward + "Tensor dA").c_str());
   }
-  // On a CPU, with None for what was not asked for. It takes 1.1 us less a call than layer_backward_ (thread
-  // time of ops.layer_backward with one token), 3 % of a layer's step.
+  // On a CPU, with None for gradients that were not requested. A call takes 1.1 us less than layer_backward_
+  // (thread time of ops.layer_backward with one token), 3 % of a layer's step.
   m.def(("layer_backward_owned_" + layer_backward +
          "(Tensor? dx, Tensor? k, Tensor? dA, Tensor? dB, Tensor? dcore)")
             .c_str());

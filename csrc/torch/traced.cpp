@@ -1,5 +1,5 @@
-// The directions of a layer by operators that a dispatch mode sees: layer.h over products_traced.h.
-// lotr_ext/ops/layer.py calls them by OpOverload.decompose.
+// The forward and backward of a layer as operators that a dispatch mode sees: layer.h over products_traced.h.
+// lotr_ext/ops/layer.py calls them through OpOverload.decompose.
 #include <torch/csrc/stable/library.h>
 
 #include "operators.h"

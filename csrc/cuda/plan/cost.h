@@ -1,4 +1,5 @@
-// How long a launch takes: a roofline of device memory, L2 and the multiprocessors' own rate, then the sums.
+// Estimates the time of a launch: a roofline of device memory, L2 and the multiprocessors' own rate, then the
+// time of the reduction over blocks.
 #pragma once
 #include <cmath>
 
@@ -8,9 +9,9 @@ namespace lotr::plan {
 
 // The same on every card, from published microbenchmarks of Hopper unless another origin is named.
 struct Rates {
-  double l2 = 30;         // bytes a clock that a multiprocessor gets from L2 while all of them read
-  double l2_alone = 63;   // and while it is the only one: the width of its port
-  double l2_sums = 23;    // while all of them read partial sums, in short runs
+  double l2 = 30;         // bytes a clock that a multiprocessor reads from L2 while all of them read
+  double l2_alone = 63;   // the same while it is the only one: the width of its port
+  double l2_sums = 23;    // the same while all of them read partial sums, in short runs
   double cluster = 14;    // bytes a clock from the shared memory of another block of the cluster
   double handover = 0.5;  // microseconds from a block's last store of a partial sum to the load by another
 };
@@ -28,16 +29,16 @@ struct Work {
   double together = 0;   // that all blocks add at the same time, all of them together
 };
 
-// A block's rate by its rank: up to 32 it waits for the same loads, above the products count.
+// A block's rate by its rank: up to 32 the loads limit it, above that the products.
 constexpr double block_rate(int R, double up_to_32, double at_64) {
   return R <= 32 ? up_to_32 : at_64 * 64 / R;
 }
 
-// Throughput of two blocks of a multiprocessor over one's: one computes while the other waits.  bench.static
-// gives 1.3 to 1.9.
+// Throughput of two resident blocks over one: one computes while the other waits.  bench.static gives 1.3 to
+// 1.9.
 constexpr double TWO_BLOCK_SPEEDUP = 1.5;
 
-// Times that overlap; where they are equal, not quite.
+// The time of two overlapping activities: the longer one, and more if both take equally long.
 inline double overlapped(double a, double b, double c, double d) {
   return std::pow(std::pow(a, 8) + std::pow(b, 8) + std::pow(c, 8) + std::pow(d, 8), 1 / 8.);
 }
@@ -46,7 +47,7 @@ inline double overlapped(double a, double b, double c, double d) {
 inline double microseconds(const Machine& machine, const Work& work, int64_t blocks, double uneven) {
   const Card& card = machine.card;
   const double all = card.multiprocessors, clock = card.clock;
-  // Blocks of the busiest multiprocessor, as many as run one after another: two at a time where it holds two.
+  // Waves of blocks on the busiest multiprocessor: two blocks at a time where it holds two.
   const int64_t mine = ceil_div(blocks, card.multiprocessors);
   const double turns =
       machine.blocks == 2 ? double(mine / 2) * 2 / TWO_BLOCK_SPEEDUP + double(mine % 2) : double(mine);

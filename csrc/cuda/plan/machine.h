@@ -7,7 +7,7 @@
 
 namespace lotr::plan {
 
-// What the driver says of a card.  The defaults are an H100 SXM's.
+// Properties of a card, as the driver reports them.  The defaults are an H100 SXM's.
 struct Card {
   int32_t multiprocessors = 132;
   int32_t shared = 233472;  // bytes of shared memory of a multiprocessor
@@ -23,18 +23,18 @@ struct Machine {
   bool cooperative = true;  // all blocks may be launched to run at the same time
   int blocks = 1;           // of this kernel that a multiprocessor holds
 
-  // For a kernel that has registers for so many blocks, of so many bytes of shared memory each.
+  // For a kernel whose registers allow that many blocks per multiprocessor, of that much shared memory each.
   Machine with(int at_most, size_t bytes = kernels::SHARED_BYTES_OF_TWO) const {
     Machine machine = *this;
     machine.blocks = std::min(size_t(card.shared) >= 2 * (bytes + 1024) ? 2 : 1, at_most);
     return machine;
   }
-  // whether so many splits are to be one cluster
+  // whether that many splits form one cluster
   bool cluster(int64_t splits) const {
     return clusters && splits > 1 && splits <= std::min<int>(MOST_OF_CLUSTER, card.multiprocessors) &&
            (splits & (splits - 1)) == 0;
   }
-  // whether the splits may wait for one another without a cluster: the whole grid is there at once
+  // whether the splits may wait for each other without a cluster: the whole grid runs at the same time
   bool together(int64_t owners, int64_t splits) const {
     return cooperative && !has_clusters && splits > 1 && owners * splits <= slots();
   }

@@ -1,4 +1,4 @@
-// How a problem is cut into blocks: the plan of a launch.
+// The plan of a launch: how the problem is cut into blocks.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -16,7 +16,7 @@ constexpr int padded_rank(int64_t r) {
   return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : r <= 128 ? 128 : 256;
 }
 
-// `tiles` in `count` pieces as equal as can be.
+// `tiles` cut into `count` pieces that differ by at most one tile.
 inline Pieces pieces(int64_t tiles, int64_t count) {
   return {int32_t(tiles / count), int32_t(tiles % count)};
 }

@@ -27,7 +27,7 @@ void each_split(const Machine& machine, int64_t owned, int64_t split, int subs, 
     tried.clear();
     const auto attempt = [&](int64_t splits) {
       splits = std::clamp<int64_t>(splits, 1, split);
-      // As many as it takes for the longest piece to be as long; and the next number that makes it shorter.
+      // the fewest splits with this longest piece, then the next count that makes it shorter
       for (const int64_t even : {ceil_div(split, ceil_div(split, splits)), ceil_div(split, split / splits)}) {
         if (even > 1 && owners * even > machine.slots()) continue;
         if (std::find(tried.begin(), tried.end(), even) != tried.end()) continue;
@@ -54,11 +54,11 @@ inline void add(Plans& plans, const Machine& machine, Plan plan, const Work& wor
   plans.push_back(plan);
 }
 
-// The one to take first, then the others, the fastest first.  Plans of fewer than `fill` blocks come last if
-// another has as many and runs them at once: few multiprocessors do not draw all of the memory's rate, which
-// the roofline leaves out.  The kernels by wgmma hold enough bytes in flight for that.  Of plans within 3 %
-// of the fastest, which is less than the estimate's error, one with at least a tenth more blocks is taken, if
-// they run at the same time.
+// Sorts the plans: the chosen one first, then the fastest first.  Plans of fewer than `fill` blocks come last
+// if another plan has as many and runs them at once: few multiprocessors do not use the full memory
+// bandwidth, which the roofline ignores.  This does not apply to the wgmma kernels, which keep enough bytes
+// in flight.  Of plans within 3 % of the fastest (less than the estimate's error), one with at least 10 %
+// more blocks is chosen, if they run at the same time.
 inline void sort(Plans& plans, const Machine& machine, int64_t fill) {
   const auto blocks = [](const Plan& plan) { return plan.m_blocks * plan.n_blocks; };
   const bool filled = std::any_of(plans.begin(), plans.end(),

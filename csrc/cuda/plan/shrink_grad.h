@@ -10,8 +10,8 @@ inline int64_t clusters_held(int multiprocessors, int64_t cluster) {
   return cluster == 1 ? multiprocessors : multiprocessors / 18 * 16 / cluster;
 }
 
-// What blocks of a cluster sum costs no time in memory, but passes from one to another; several pieces of M
-// have to run at the same time.
+// Sums within a cluster pass from block to block and cause no memory traffic.  Several pieces of M must run
+// at the same time.
 inline void add_shrink_grad_wgmma(Plans& found, const Machine& machine, int64_t M, int64_t N, int64_t r) {
   constexpr int ROWS = kernels::SHRINK_GRAD_WGMMA_ROWS, COLS = kernels::SHRINK_GRAD_WGMMA_COLS;
   const double rate = r <= 16 ? 36 : r <= 32 ? 34 : 29.6;  // bytes of g a clock, by bench.static

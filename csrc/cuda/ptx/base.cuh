@@ -1,5 +1,5 @@
-// What every wrapper needs: the spelling of a function that is PTX under nvcc and C++ under the SIMT
-// executor, the kernel's shared memory, and bit casts.
+// Used by every wrapper: macros for a function that is PTX under nvcc and C++ under the SIMT executor, the
+// kernel's shared memory, and bit casts.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -113,7 +113,7 @@ LOTR_DEVICE void from_floats(__half* to, float a, float b) {
   to[0] = pair.x, to[1] = pair.y;
 }
 
-// The same value, which the compiler keeps in a register: it would compute it anew in every turn of a loop.
+// Returns the same value in a register: otherwise the compiler would compute it again in every iteration.
 LOTR_DEVICE int held(int value) {
 #ifdef __CUDACC__
   asm volatile("mov.b32 %0, %0;" : "+r"(value));

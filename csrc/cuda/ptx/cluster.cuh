@@ -17,7 +17,8 @@ constexpr bool TOGETHER = false;
 constexpr bool TOGETHER = true;
 #endif
 
-// All threads of all blocks of the cluster: what each did before it, in shared memory too, is seen after it.
+// A barrier of all threads of the cluster: memory accesses before it, shared memory included, are visible
+// after it.
 LOTR_DEVICE void cluster_sync(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
@@ -28,8 +29,8 @@ LOTR_DEVICE void cluster_sync(LOTR_SITE_ONLY) {
 #endif
 }
 
-// The same for what needs no memory of others to be seen but mbarriers, which fence_mbarrier_init has made
-// visible: at a kernel's start.  cluster_sync is a fence of the whole GPU there, and empties L1.
+// The same, but only mbarriers after fence_mbarrier_init become visible: for a kernel's start.  cluster_sync
+// is also a fence of the whole GPU, which empties L1.
 LOTR_DEVICE void cluster_sync_relaxed(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900

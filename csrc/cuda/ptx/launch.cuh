@@ -1,24 +1,23 @@
 // In place of kernel<<<grid, block>>>(...): one checked launch, on a stream of the device or in the executor.
 //
-// An early launch (programmatic dependent launch, compute capability 9.0 and later) may begin while the
-// kernel ahead of it in the stream still ends: its launch is hidden behind that one's sums.  What makes it
-// safe, in a stream and in a captured graph, whose edge to it becomes a programmatic one:
+// An early launch (programmatic dependent launch, compute capability 9.0 and later) may begin before the
+// previous kernel of the stream has ended, which hides the launch latency.  It is safe, in a stream and in a
+// captured graph, for these reasons:
 //
-//   - Every thread calls griddepcontrol_wait before it reads or writes global memory, and before it ends.  So
-//     nothing is seen too early, and a kernel never ends before all those ahead of it have: a wait for the
-//     last one is a wait for all.  The executor checks it.
-//   - griddepcontrol_launch_dependents comes after that wait, so that no more than two kernels are under way.
-//   - What is ahead may be anything: a kernel that calls no launch_dependents, a memset or an event is
-//     waited for as ever, and a library's early kernels wait for what is ahead of them as ours do.
+//   - Every thread calls griddepcontrol_wait before it reads or writes global memory, and before it exits. So
+//     no thread reads too early, and a kernel never ends before all previous ones: a wait for the last one is
+//     a wait for all.  The executor checks it.
+//   - griddepcontrol_launch_dependents comes after that wait, so at most two kernels run at a time.
+//   - The previous operation may be anything: a kernel without launch_dependents, a memset or an event is
+//     waited for as usual, and a library's early kernels wait for theirs as these do.
 //
 // Early blocks run where blocks of the kernel ahead have ended.  So a kernel that fills the multiprocessors
 // lets the next one begin after its last product, when nearly all multiprocessors are free and the next one's
 // blocks spread evenly.  A small kernel leaves room and lets the next one begin at once.
 //
-// A cooperative launch begins when there is room for all of its blocks, so that they may wait for one
-// another.  Under MPS or in a green context the device may have less room than its size says: then nothing is
-// launched.  How many clusters fit depends on the device's GPCs, so the driver is queried, once for a kernel
-// and its shape.
+// A cooperative launch begins when all of its blocks fit on the device, so that they may wait for each other.
+// Under MPS or in a green context fewer blocks may fit than on the whole device: then nothing is launched.
+// How many clusters fit depends on the device's GPCs, so the driver is queried, once per kernel and shape.
 #pragma once
 #include "base.cuh"
 
@@ -50,7 +49,7 @@ struct LaunchArgs {
   bool cooperative = false;     // see above
 };
 
-// Until what is ahead in the stream has ended and its stores are seen.
+// Waits until the previous operations of the stream have ended and their stores are visible.
 LOTR_DEVICE void griddepcontrol_wait(LOTR_SITE_ONLY) {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
@@ -89,8 +88,8 @@ inline int capability_of_device([[maybe_unused]] const char* name) {
 #endif
 }
 
-// For which compute capability, times ten, the code of a kernel was written that the current device runs: of
-// the virtual and the real one the lower.  0 where no code is for the device.
+// The compute capability, times ten, of the kernel's code that the current device runs: the lower of the
+// virtual and the real one.  0 if there is no code for the device.
 inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
   cudaFuncAttributes code{};
@@ -102,8 +101,8 @@ inline int capability_of_code([[maybe_unused]] const void* kernel) {
 #endif
 }
 
-// How many clusters of such a launch the current device holds at a time: 0 where a block needs more than
-// there is, or no code is for the device.
+// How many clusters of such a launch the current device holds at a time: 0 if a block needs more than the
+// device has, or there is no code for the device.
 inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_unused]] const void* kernel) {
 #ifdef __CUDACC__
   using Key = std::tuple<int, const void*, unsigned, unsigned, unsigned, unsigned, size_t>;
@@ -132,9 +131,9 @@ inline int resident_clusters([[maybe_unused]] const LaunchArgs& args, [[maybe_un
 #endif
 }
 
-// False where a cooperative launch finds no room: nothing has happened.  Throws std::runtime_error naming the
-// kernel.  Errors inside the kernel: on the device at a later call, under the executor (lotr::simt::Error)
-// here.
+// False if the blocks of a cooperative launch do not fit: nothing was launched.  Throws std::runtime_error
+// naming the kernel.  Errors inside the kernel show at a later call on the device, and here under the
+// executor (lotr::simt::Error).
 template <class... Params, class... Args>
 bool launch(const LaunchArgs& args, void (*kernel)(Params...), Args&&... params) {
 #ifdef __CUDACC__

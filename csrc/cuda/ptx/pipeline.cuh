@@ -43,8 +43,8 @@ struct Pipeline {
     mbarrier_arrive_expect_tx(&full[at.stage], bytes LOTR_PASS_SITE);
     return &full[at.stage];
   }
-  // The fetching thread of a cluster, at its end: until all stages are given back.  A block that left earlier
-  // would take the mbarriers with it at which other blocks still arrive.
+  // The fetching thread of a cluster, at its end: waits until all stages are released.  If a block exited
+  // earlier, other blocks would arrive at mbarriers that no longer exist.
   LOTR_DEVICE void drain(Place at LOTR_SITE) {
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i, at.advance()) wait_empty(at LOTR_PASS_SITE);

@@ -177,8 +177,8 @@ LOTR_DEVICE void tma_load_2d_multicast(void* shared, const TensorMap* map, int c
 #endif
 }
 
-// At the same mbarrier of block `rank`, with what this thread has done before, for a mbarrier_wait_cluster
-// there. A fence of the whole GPU: not for inner loops.
+// Arrives at the same mbarrier of block `rank` and releases this thread's earlier accesses to a
+// mbarrier_wait_cluster there. A fence of the whole GPU: not for inner loops.
 LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
@@ -192,8 +192,8 @@ LOTR_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank LOTR_S
 #endif
 }
 
-// At the same mbarrier of block `rank`, to give back what products or loads that are over have read there;
-// stores of this thread are not handed over.  No fence.  (The executor takes it for a full release.)
+// Arrives at the same mbarrier of block `rank`, to release memory that finished products or loads have read;
+// this thread's stores are not released.  No fence.  (The executor treats it as a full release.)
 LOTR_DEVICE void mbarrier_give_back(uint64_t* barrier, uint32_t rank LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(
@@ -207,7 +207,7 @@ LOTR_DEVICE void mbarrier_give_back(uint64_t* barrier, uint32_t rank LOTR_SITE) 
 #endif
 }
 
-// mbarrier_wait, also for what threads of other blocks arrived with.  Empties L1: not for inner loops.
+// mbarrier_wait that also acquires the accesses of other blocks' threads.  Empties L1: not for inner loops.
 LOTR_DEVICE void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity LOTR_SITE) {
 #ifdef __CUDACC__
   asm volatile(

@@ -1,5 +1,5 @@
-// What launchers take from the runtime besides launches: memory of the device that outlives a launch, the
-// device and the capture that a stream belongs to.  Under the executor there is one device and no capture.
+// Runtime functions of the launchers besides launches: device memory that outlives a launch, the current
+// device, and the capture of a stream.  Under the executor there is one device and no capture.
 #pragma once
 #include "launch.cuh"
 
@@ -26,7 +26,7 @@ inline int current_device() {
   return device;
 }
 
-// The number of the capture that the stream takes part in, 0: none.
+// The id of the capture that the stream belongs to, 0: none.
 inline unsigned long long capture_of([[maybe_unused]] void* stream) {
   unsigned long long capture = 0;
 #ifdef __CUDACC__

@@ -88,9 +88,9 @@ LOTR_DEVICE uint4 kept(uint4 value, uint32_t keep) {
   return value;
 }
 
-// f(true or false as a type): a kernel's loop, once with dropout and once without.  A test in every step
-// would cost the loop without dropout up to 30 % more instructions, because the masks take registers from
-// addresses.
+// f(true or false as a type): compiles a kernel's loop once with dropout and once without.  A test in every
+// step would cost the loop without dropout up to 30 % more instructions, because the masks take registers
+// from addresses.
 template <class F>
 LOTR_DEVICE void with_dropout(const Dropout& dropout, F f) {
   if (dropout.seed)

@@ -43,7 +43,7 @@ LOTR_DEVICE void add_in_order(float (&v)[4], const float4 (&in)[N]) {
 // done(fragment, its sum) for the fragments of a partial sum, of which split i's begins at from + i * STRIDE.
 // WARPS warps of the block share them, all or neighbours, FRAGMENTS at a time.  Splits outside and fragments
 // inside: every element is added in the order of the splits, but the loads need not wait for one another.
-// What is not there any more is zero, which changes no bit of a sum.
+// Splits beyond the last are read as zero, which changes no bit of a sum.
 template <int WARPS, int FRAGMENTS, int STRIDE, int LOADS = IN_FLIGHT, class Done>
 LOTR_DEVICE void sum_together(const float* from, int splits, int total, Done done) {
   constexpr int AHEAD = LOADS / FRAGMENTS;
@@ -148,10 +148,9 @@ struct Named {
   static LOTR_DEVICE bool first() { return threadIdx.x % THREADS == 0; }
 };
 
-// Called after its partial stores by the whole block, or by the warps of it that a barrier of their own
-// joins. True in the block that comes last of `count`, or in all of them, after the last has come, if they
-// run together; it then sees the stores of all the others.  `last` is a word of shared memory for the block's
-// use.
+// Called after the partial stores, by the whole block or by warps of it with a barrier of their own.  Returns
+// true in the last of `count` blocks to arrive, or in all of them after the last arrival if they run at the
+// same time; the stores of all others are then visible.  `last` is a word of shared memory for this function.
 template <class Barrier = Block>
 LOTR_DEVICE bool arrive_last(int32_t* arrived, int count, int& last, bool together = false) {
   Barrier::sync();
