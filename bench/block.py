@@ -1,9 +1,9 @@
-"""A transformer's block with all its linear layers adapted: what do the adapters cost together, and what does sharing save?
+"""A transformer's block with all its linear layers adapted: the time of all adapters together, and what sharing u saves.
 
     python -m bench.block                                     Llama-3-8B's and Qwen3-8B's block; on a CPU SmolLM2-135M's
     python -m bench.block --models qwen3-0.6b --tokens 512,2048 --ranks 8,16 --dtypes bf16
 
-Only in a block do siblings show: k and v, and gate and up, read one input and have one A, so that u = x A is made once.
+A block has siblings: k and v, and gate and up, read one input and have one A, so that u = x A is computed once.
 Rivals: the frozen block (q, k, v apart and stacked), LoRA a layer (eager, in place, PEFT), LoRA with q, k, v and gate, up
 stacked, LoTR in three lines, and lotr_ext with its siblings on and off. Each is checked against float64 first: it may have at
 most twice the error of the plain formula in the same dtype. On a GPU: the device's own time, eager, and as CUDA graphs, with a
@@ -23,14 +23,14 @@ from .measure.forms import FORMS, more_forms, stages
 from .measure.names import chosen, numbers
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
-from .measure.timing import Timed, interleave
+from .measure.timing import Timed, check_error, interleave, training
 from .rivals import block as rb
-from .rivals.library import missing_package
+from .rivals.library import missing_package, require
 
 MODELS = {"cuda": ("llama-3-8b", "qwen3-8b"), "cpu": ("smollm2-135m",)}
 TOKENS = {"cuda": (2048, 8192, 512, 16), "cpu": (512,)}
 RANKS = {"cuda": (16, 64, 8, 128), "cpu": (16,)}
-CHECKED = 2048  # tokens of the check: all paths begin below, and float64 takes its time
+CHECKED = 2048  # tokens of the check, since float64 is slow; every kernel path runs with fewer tokens
 SLICE = 0.03
 
 
@@ -52,30 +52,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if m > rb.SEQUENCE and m % rb.SEQUENCE:
             raise ValueError(f"tokens: expected a multiple of {rb.SEQUENCE} above it, got {m}")
     options.ranks = numbers("ranks", options.ranks, RANKS[options.device][:few])
-    options.chosen = options.rivals is not None
-    options.rivals = chosen("rivals", options.rivals, rb.RIVALS)
-    for rival in options.rivals:
-        missing = missing_package(rival)
-        if missing is not None and options.chosen:
-            raise ValueError(f"rivals: {rival} needs the package {missing}, which is not installed (pip install {missing})")
-    options.rivals = [r for r in rb.RIVALS if (r in options.rivals or r == rb.FLOOR) and missing_package(r) is None]
+    names = chosen("rivals", options.rivals, rb.RIVALS)
+    if options.rivals is not None:
+        require("rivals", names)
+    options.rivals = [r for r in rb.RIVALS if (r in names or r == rb.FLOOR) and missing_package(r) is None]
     return options
 
 
 def timed(block: rb.Block, x: Tensor, g: Tensor) -> Timed:
-    """Forward and backward as inside a model: x requires grad; gradients are dropped between steps."""
     leaf = x.clone().requires_grad_()
-
-    def drop_gradients() -> None:
-        leaf.grad = None
-        for p in block.trained.values():
-            p.grad = None
-
-    return Timed((lambda _: block(leaf), lambda y: y.backward(g)), drop_gradients)
+    return training(lambda: block(leaf), g, (leaf, *block.trained.values()))
 
 
 def measure(case: rb.BlockCase, session: Session) -> list[dict]:
-    """One result a rival that passes its check."""
+    """One result for each rival that passes its check."""
     device, options = session.device, session.options
     generator = torch.Generator().manual_seed(1)
     shape = (case.m, case.sizes.hidden)
@@ -83,15 +73,13 @@ def measure(case: rb.BlockCase, session: Session) -> list[dict]:
     values, results, calls = rb.Values(case, device), [], []
     for rival in options.rivals:
         label, make = rb.RIVALS[rival]
-        with session.attempt(f"{rival}, {case.name()}", ends=()):  # a package's ValueError is no bad input of ours
+        with session.attempt(f"{rival}, {case.name()}", ends=()):  # a ValueError from a rival's package is no bad option
             error, plain = rb.errors(rival, case._replace(m=min(case.m, CHECKED)), device)
-            limit = 2 * plain + torch.finfo(DTYPES[case.dtype]).eps
-            if not error <= limit:
-                raise ArithmeticError(f"relative error expected <= {limit:.1e}, got {error:.1e}")
+            check_error("", error, 2 * plain + torch.finfo(DTYPES[case.dtype]).eps)
             block = make(case, values)
             call = timed(block, x, g)
             call.prepare()
-            peak = peak_bytes(lambda call=call: call.stages[1](call.stages[0](None)), device)
+            peak = peak_bytes(call.run, device)
             trained = sum(p.numel() for p in block.trained.values())
             results.append({"rival": rival, "label": label, "error": error, "peak_bytes": peak, "parameters": trained})
             calls.append(call)
@@ -108,7 +96,6 @@ def measure(case: rb.BlockCase, session: Session) -> list[dict]:
 
 
 def show(case: rb.BlockCase, results: list[dict], session: Session) -> None:
-    """A table of one case."""
     forms = [form for form in FORMS if any(form in result for result in results)]
     heads = [head for direction in DIRECTIONS for head in (direction if direction != "step" else "both", "excess")]
     heads += ["(quartiles)", *(head for form in forms for head in (form, "excess"))]

@@ -1,4 +1,4 @@
-"""A mixture's experts: what an adapter adds to the frozen ones in time and memory, forward and backward.
+"""A mixture's experts: the time and memory that an adapter adds to the frozen ones, forward and backward.
 
     python -m bench.experts                      2048 tokens; 32 experts H 512, I 256 and H 1024, I 512; top 4, r = 16
     python -m bench.experts --shapes 4096x2048x768x128x8x16 --dtypes bf16 --device cuda
@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .measure.bounds import DIRECTIONS
 from .measure.counted import peak_bytes
+from .measure.forms import stages
+from .measure.names import sizes
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start
 from .measure.shapes import DTYPES
-from .measure.timing import Timed, against, interleave
+from .measure.timing import check_error, interleave, training
 from .rivals.experts import HEADS, LABELS, OURS, SHAPES, frozen, rivals, row_of
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2}  # of the adapter's gradients against float64
@@ -46,7 +47,7 @@ class ExpertsCase(NamedTuple):
 
 
 def routing(case: ExpertsCase, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """top_k different experts a token, and their weights."""
+    """top_k different experts per token, and their weights."""
     gen = torch.Generator().manual_seed(1)
     scores, index = torch.rand(case.m, case.e, generator=gen).topk(case.top_k)
     return index.to(device), (scores / scores.sum(1, keepdim=True)).to(device, dtype)
@@ -58,7 +59,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Values that matter for what starts at zero, so that all gradients are there to be compared."""
+    """Random values for parameters that start at zero, so that no gradient vanishes."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.any():
             parameter.normal_(0, 0.5 if name.endswith(".core") else 0.02)
@@ -80,7 +81,7 @@ def gradient_error(model: nn.Module, case: ExpertsCase, x: Tensor, g: Tensor) ->
 
 
 def measure(case: ExpertsCase, session: Session) -> list[dict]:
-    """One result a rival."""
+    """One result per rival."""
     device, dtype = session.device, DTYPES[case.dtype]
     torch.manual_seed(0)
     made = rivals(frozen(case.h, case.i, case.e, dtype, device), case.r)
@@ -90,27 +91,19 @@ def measure(case: ExpertsCase, session: Session) -> list[dict]:
     for rival, model in made.items():
         randomize(model)
         parameters = trained(model)
-
-        def drop(parameters=parameters) -> None:
-            for t in (x, *parameters):
-                t.grad = None
-
-        timed = Timed((lambda _, model=model: model(x, index, weights), lambda y: y.backward(g)), drop)
+        timed = training(lambda model=model: model(x, index, weights), g, (x, *parameters))
         result = {"rival": rival, "label": LABELS[rival], "parameters": sum(p.numel() for p in parameters)}
         if rival == OURS:
             result["error"] = gradient_error(model, case, x, g)
-            if not result["error"] <= TOLERANCE[case.dtype]:
-                limit = TOLERANCE[case.dtype]
-                raise ArithmeticError(f"{rival}: relative error of gradients expected <= {limit}, got {result['error']:.1e}")
-        timed.stages[1](timed.stages[0](None))
+            check_error(f"{rival}: gradients: ", result["error"], TOLERANCE[case.dtype])
+        timed.run()
         timed.prepare()
-        result["peak_bytes"] = peak_bytes(lambda timed=timed: timed.stages[1](timed.stages[0](None)), device)
+        result["peak_bytes"] = peak_bytes(timed.run, device)
         results.append(result)
         calls.append(timed)
     times = interleave(calls, session.clock, session.options.rounds, 0.0)
-    totals = [[*stages, [sum(t) for t in zip(*stages)]] for stages in times]
-    for result, own in zip(results, totals):
-        result |= {direction: against(own[i], totals[0][i]) for i, direction in enumerate(DIRECTIONS)}
+    for result, own in zip(results, times):
+        result |= stages(own, times[0])
     return results
 
 
@@ -130,13 +123,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     check_options(options, rounds=3 if options.quick else ROUNDS["experts"], dtypes="fp32")
     usual = SHAPES[options.device].split(",")
     text = ",".join(usual[: 1 if options.quick else None]) if options.shapes is None else options.shapes
-    shapes = [shape.split("x") for shape in text.split(",")]
-    if not all(len(shape) == 6 and all(part.isdigit() and int(part) > 0 for part in shape) for shape in shapes):
-        raise ValueError(f"shapes: expected MxHxIxExKxR, got {options.shapes!r}")
-    options.shapes = [[int(part) for part in shape] for shape in shapes]
-    for shape in options.shapes:
-        if shape[4] > shape[3]:
-            raise ValueError(f"shapes: expected at most as many experts a token as there are, {shape[3]}, got {shape[4]}")
+    options.shapes = sizes("shapes", text, "MxHxIxExKxR")
+    for _, _, _, experts, top_k, _ in options.shapes:
+        if top_k > experts:
+            raise ValueError(f"shapes: expected a top k of at most the {experts} experts, got {top_k}")
     return options
 
 

@@ -1,9 +1,8 @@
-"""The base product with the adapter inside (docs/hopper.md) on a Hopper GPU: everything hangs on how its bare product compares
-with the library's.
+"""The base product with the adapter inside (docs/hopper.md) on a Hopper GPU, beside the library's product.
 
     python -m bench.fused                     the four shapes of the model and their dx; needs a GPU of compute capability 9.0
     python -m bench.fused --shapes 4096x4096x4096x16 --dtypes bf16
-    python -m bench.fused --dry-run           what would be measured, and what the model asks of it; needs no GPU
+    python -m bench.fused --dry-run           the cases, with the times that the model predicts; needs no GPU
 
 A shape is tokens x in x out x rank. Of each, y = x W^T and dx = g W: the library's product; the kernel at rank 1, which is its
 bare product (the rank's k-step and the scouts are a hundredth of it); the kernel at the rank; and the beta strategy's launches.
@@ -25,7 +24,7 @@ from lotr_ext.ops import planner
 from .measure.bounds import Work
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, Shape, parse_shapes
-from .measure.timing import Timed, against, interleave
+from .measure.timing import Timed, against, check_error, interleave
 from .projection import fused as static
 from .projection.cards import CARDS
 
@@ -145,10 +144,8 @@ def measure(case: FusedCase, session: Session) -> list[dict]:
     sides = {FLOOR: problem.library, BARE: partial(problem.own, 1), FUSED: partial(problem.own, case.r), BETA: problem.beta}
     ranks = {FLOOR: 0, BARE: 1, FUSED: case.r, BETA: case.r}
     errors = {name: problem.error(call(), ranks[name]) for name, call in sides.items()}
-    limit = 2 * errors[FLOOR] + torch.finfo(DTYPES[case.dtype]).eps
     for name, error in errors.items():
-        if not error <= limit:
-            raise ArithmeticError(f"{name}: relative error expected <= {limit:.1e}, got {error:.1e}")
+        check_error(f"{name}: ", error, 2 * errors[FLOOR] + torch.finfo(DTYPES[case.dtype]).eps)
     with session.watched(case.name()) as state:
         calls = [Timed([lambda _, call=call: call()]) for call in sides.values()]
         times = interleave(calls, session.clock, session.options.rounds, 0.01, settle=True)

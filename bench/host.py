@@ -1,16 +1,16 @@
-"""Host time: what calling an adapted layer costs where its products cost nothing, forward and backward, in us a layer.
+"""Host overhead of an adapted layer, forward and backward, in us a layer: its products are so small that they take no time.
 
     python -m bench.host                      24 layers of width 32; 1, 16, 160 tokens; chained and as q, k, v; fp32, 1 thread
     python -m bench.host --tokens 1,2048 --layers 96 --clock wall
 
-At this width the time is Python's, the dispatcher's and autograd's, as it is around every layer of a small model or a short
-batch. chained: x of a layer is y of the one before. siblings: three layers on one x, as q, k and v of a block. Every rival has
-the same weights; the LoTR ones are compared with the formula in float64 first. All of a case are interleaved; a time is the
+At this width Python, the dispatcher and autograd take nearly all of the time, as in a small model or with few tokens. chained:
+the x of a layer is the y of the one before. siblings: three layers on one x, as q, k and v of a block. Every rival has the same
+weights; the LoTR ones are compared with the formula in float64 first. All rivals of a case are interleaved; a time is the
 median over rounds, a ratio the median of per-round ratios to the formula in three lines of torch on as many factors.
 
-Beside the times stand counts a layer, which no load on the machine moves: Python calls in lotr_ext's files (sys.setprofile),
-operators that Python and autograd dispatch, and the products that a dispatch mode is shown, of which a fused operator is made.
-The same counts of the path on CUDA are of tensors that only look like CUDA tensors, so they need no GPU. Results go to
+The table also has counts per layer, which do not depend on the machine's load: Python calls in lotr_ext's files
+(sys.setprofile), operators that Python and autograd dispatch, and the products of which a fused operator consists. The same
+counts for the CUDA path use tensors that look like CUDA tensors to Python, so they need no GPU. Results go to
 bench/results/<machine>/host.jsonl.
 """
 
@@ -31,7 +31,7 @@ from .measure.names import chosen, named, numbers
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, Case
 from .measure.store import newest
-from .measure.timing import Timed, against, interleave, quartiles
+from .measure.timing import Timed, against, check_error, interleave, quartiles, training, with_sum
 from .rivals import host as rh
 from .rivals.host import LAYERS, RANK, TOKENS, WIDTH
 
@@ -62,15 +62,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def step_of(stack: nn.Module, x: Tensor, g: Tensor) -> Timed:
-    """Forward and backward as inside a model: x requires grad; gradients are dropped between steps."""
-    parameters = [p for p in stack.parameters() if p.requires_grad]
-
-    def drop_gradients() -> None:
-        x.grad = None
-        for p in parameters:
-            p.grad = None
-
-    return Timed((lambda _: stack(x), lambda y: y.backward(g)), drop_gradients)
+    return training(lambda: stack(x), g, (x, *(p for p in stack.parameters() if p.requires_grad)))
 
 
 def check(stacks: dict[str, nn.Module], truth: nn.Module, x: Tensor, g: Tensor, dtype: str) -> dict[str, float]:
@@ -87,8 +79,7 @@ def check(stacks: dict[str, nn.Module], truth: nn.Module, x: Tensor, g: Tensor, 
         y = stack(x)
         y.backward(g)
         errors[name] = max(relative(y.detach(), expected.detach()), relative(x.grad, wide.grad))
-        if not errors[name] <= TOLERANCE[dtype]:
-            raise ArithmeticError(f"{name}: y, dx: relative error expected <= {TOLERANCE[dtype]}, got {errors[name]:.1e}")
+        check_error(f"{name}: y, dx: ", errors[name], TOLERANCE[dtype])
     return errors
 
 
@@ -102,7 +93,7 @@ def counts_on_cuda(case: HostCase, names: list[str]) -> dict[str, dict]:
     for name in names:
         call = step_of(rh.stack(name, tensors, layer, case.form), x, g)
         with as_cuda():
-            call.stages[1](call.stages[0](None))
+            call.run()
             found[name] = count_step(call, case.layers)
     return found
 
@@ -124,7 +115,7 @@ def measure(case: HostCase, names: list[str], session: Session) -> list[dict]:
         results.append(result | counts)
     times = interleave(calls, session.clock, session.options.rounds, 0.0, settle=True)
     seconds = {
-        name: {d: [t / case.layers for t in own] for d, own in zip(DIRECTIONS, [*stages, [sum(t) for t in zip(*stages)]])}
+        name: {d: [t / case.layers for t in own] for d, own in zip(DIRECTIONS, with_sum(stages))}
         for name, stages in zip(stacks, times)
     }
     for result in results:
@@ -164,7 +155,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rivals", help=f"some of {', '.join(rh.RIVALS)}")
     options = parser.parse_args(argv)
     options.threads = options.threads or "1"
-    # a thread's own seconds, which no other program's load is in; on a GPU the wall's, for launches are what is measured here
+    # CPU seconds of the thread, without other programs' load; on a GPU wall time, since launches are measured here
     options.clock = options.clock or ("cpu" if (options.device, options.threads) == ("cpu", "1") else "wall")
     check_options(options, rounds=9 if options.quick else ROUNDS["host"], dtypes="fp32")
     options.tokens = numbers("tokens", options.tokens, TOKENS)

@@ -14,7 +14,6 @@ throttling before and after are kept. Results go to bench/results/<machine>/kern
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -23,16 +22,16 @@ import torch
 
 from lotr_ext.ops import cuda_plans
 
-from .measure.names import chosen
+from .measure.names import chosen, sizes
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
-from .measure.timing import Timed, against, interleave
+from .measure.timing import Timed, against, check_error, interleave
 from .rivals import operators as op
 from .rivals.library import autotuned
 
 FLOOR, TUNED, OURS = "library", "autotuned", "lotr_ext"
-CLOSE, MOST_PLANS = 1.1, 2  # with --plans: estimates of at most so much of the chosen plan's, and how many of them
+CLOSE, MOST_PLANS = 1.1, 2  # with --plans: the largest estimate over the chosen plan's, and the most plans
 FEW = 128  # tokens below which the unfolded kernels run
 SHAPES = {
     "cuda": [(m, n, r) for m in (8192, 1, 16, 512, 2048, 16384) for n in (4096, 1024, 14336) for r in (16, 64, 8, 128)],
@@ -54,7 +53,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--autotune", action="store_true", help="a GPU's library product after a search for the fastest, too")
     options = parser.parse_args(argv)
     if options.autotune and options.device != "cuda":
-        raise ValueError("autotune: there is no search for the fastest product but on a GPU")
+        raise ValueError("autotune: expected --device cuda; only there a search for the fastest product exists")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for the CUDA kernels, found none; --device cpu times the CPU operators")
     if options.plans and options.device != "cuda":
@@ -62,13 +61,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     check_options(options, rounds=7 if options.quick else ROUNDS["kernels"], dtypes="bf16")
     options.kernels = chosen("kernels", options.kernels, op.KERNELS)
     options.given = options.shapes is not None
-    if options.given:
-        found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", part) for part in options.shapes.split(",")]
-        if not all(found):
-            raise ValueError(f"shapes: expected MxNxR, comma-separated, got {options.shapes!r}")
-        options.shapes = [tuple(int(part) for part in match.groups()) for match in found]
-    else:
-        options.shapes = (QUICK if options.quick else SHAPES)[options.device]
+    usual = (QUICK if options.quick else SHAPES)[options.device]
+    options.shapes = sizes("shapes", options.shapes, "MxNxR") if options.given else usual
     return options
 
 
@@ -85,11 +79,11 @@ def cases_of(options: argparse.Namespace) -> list[op.KernelCase]:
                         cases.append(op.KernelCase(kernel, LAYERS, n, r, dtype, threads))
                     elif (m < FEW) == kernel.startswith("small"):
                         cases.append(op.KernelCase(kernel, m, n, r, dtype, threads))
-    return list(dict.fromkeys(cases))  # all kernels at the first shape first: where time ends, each has been measured
+    return list(dict.fromkeys(cases))  # all kernels at the first shape first, so that each is measured if the time ends
 
 
 def close_plans(case: op.KernelCase, options: argparse.Namespace) -> list[str]:
-    """With --plans: those besides the chosen one that the estimate calls close, as rules."""
+    """With --plans: the plans besides the chosen one whose estimated time is close to its own, as rules."""
     if not options.plans or case.kernel not in cuda_plans.KERNELS:
         return []
     first, *others = cuda_plans.plans(cuda_plans.Launch(*case[:4]), DTYPES[case.dtype], torch.device(options.device))
@@ -108,13 +102,12 @@ def under(rule: str, call: Callable[[], T]) -> T:
 
 
 def measure(case: op.KernelCase, session: Session) -> list[dict]:
-    """The library's product, with --autotune the fastest that a search finds for it too, our kernel, and with --plans the
-    plans that are close."""
+    """Results of the library's product, with --autotune of the fastest one that a search finds, of our kernel, and with --plans
+    of the close plans."""
     operator = op.make(case, session.device)
     errors = op.errors(operator)
     limit = 2 * errors["library"] + torch.finfo(DTYPES[case.dtype]).eps
-    if not errors["ours"] <= limit:
-        raise ArithmeticError(f"relative error expected <= {limit:.1e}, got {errors['ours']:.1e}")
+    check_error("", errors["ours"], limit)
     sides = [(FLOOR, "library products", "library", operator.library), (OURS, "our kernel", "ours", operator.ours)]
     if session.options.autotune:
         with session.attempt(f"{case.name()}, autotuned", ends=()):
@@ -123,8 +116,7 @@ def measure(case: op.KernelCase, session: Session) -> list[dict]:
             sides.insert(1, (TUNED, "library products, autotuned", "library", tuned))
     for rule in close_plans(case, session.options):
         errors[rule] = under(rule, lambda: op.errors(operator))["ours"]
-        if not errors[rule] <= limit:
-            raise ArithmeticError(f"{rule}: relative error expected <= {limit:.1e}, got {errors[rule]:.1e}")
+        check_error(f"{rule}: ", errors[rule], limit)
         sides.append((rule, f"our kernel, {rule}", rule, partial(under, rule, operator.ours)))
     calls = [Timed([lambda _, call=call: call()]) for *_, call in sides]
     with session.watched(case.name()) as state:
@@ -163,19 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     session = Session(options, "kernels.jsonl")
     session.introduce()
-    heads = (
-        "kernel",
-        "M x N, r",
-        "dtype, threads",
-        "library",
-        "autotuned",
-        "ours",
-        "x library (quartiles)",
-        "TFLOP/s",
-        "GB/s",
-        "of bound",
-    )
-    table = Table("Our kernels alone", *heads, "error", "library's")
+    heads = ("kernel", "M x N, r", "dtype, threads", FLOOR, TUNED, "ours", "x library (quartiles)", "TFLOP/s", "GB/s")
+    table = Table("Our kernels alone", *heads, "of bound", "error", "library's")
     session.run(
         cases_of(options), lambda case: rivals_of(case, options), lambda case: measure(case, session), partial(add_row, table)
     )

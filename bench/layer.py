@@ -1,4 +1,4 @@
-"""One adapted layer, forward and backward, against its rivals: what does the adapter cost over the frozen layer?
+"""One adapted layer, forward and backward, against its rivals: the adapter's time over the frozen layer's.
 
     python -m bench.layer                     shapes of known models, as many as fit --minutes; fp32 and bf16; 1 and all threads
     python -m bench.layer --quick             two shapes, under a minute
@@ -64,7 +64,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     check_options(options, rounds=7 if options.quick else ROUNDS["layer"])
     if options.autotune and options.device != "cuda":
-        raise ValueError("autotune: there is no search for the fastest product but on a GPU")
+        raise ValueError("autotune: expected --device cuda; only there a search for the fastest product exists")
     if not (math.isfinite(options.slice) and options.slice > 0 and math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"slice, minutes: expected positive numbers, got {options.slice}, {options.minutes}")
     options.chosen = options.rivals is not None
@@ -76,7 +76,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def rivals_of(case: Case, options: argparse.Namespace) -> list[str]:
-    """The rivals of a case: those asked for, or the default ones, and at the targets (on a GPU everywhere) all that can run."""
+    """The rivals of a case: the chosen ones, or the default ones; at the targets (on a GPU everywhere) all that can run."""
     names = list(options.rivals)
     if not options.chosen and not options.quick and (options.device == "cuda" or case[:4] in TARGETS):
         names += rv.EXTRA
@@ -86,14 +86,14 @@ def rivals_of(case: Case, options: argparse.Namespace) -> list[str]:
 
 
 def refused(cases: list[Case], options: argparse.Namespace) -> list[str]:
-    """A line on each rival that was asked for by name and cannot run a case, once a reason."""
+    """A line for each rival that was chosen by name and cannot run a case, once per reason."""
     device, names = torch.device(options.device), options.rivals if options.chosen else ()
     found = [(name, obstacle(name, case, device)) for case in cases for name in names]
     return list(dict.fromkeys(f"{name}: {reason}" for name, reason in found if reason is not None))
 
 
 def cost_seconds(case: Case, options: argparse.Namespace, ceilings: dict[str, float]) -> float:
-    """About how long measuring a case takes: the rounds, the checks, and compiling where it is a rival."""
+    """About how long measuring a case takes: the rounds, the checks, and torch.compile if it is a rival."""
     step = max(work(case, "step", True).least_seconds(ceilings), 50e-6)
     names = rivals_of(case, options)
     once = 1.3 * step + (AROUND_S if options.clock == "events" else 0.0)
@@ -104,13 +104,13 @@ def cost_seconds(case: Case, options: argparse.Namespace, ceilings: dict[str, fl
 
 
 def needed_bytes(case: Case) -> int:
-    """About what a case and its float64 check take."""
+    """About the memory of a case and its float64 check."""
     m, k, n, r, element = *case[:4], DTYPES[case.dtype].itemsize
     return m * (k + n) * (4 * 8 + 4 * element) + n * k * (8 + 2 * element) + 20 * r * (k + n) * 8
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of memory, as the kernel estimates what a new program could take; all of it where it does not say."""
+    """The memory that a new program could use, as the operating system estimates it; all memory if there is no estimate."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -119,7 +119,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose(options: argparse.Namespace, session: Session) -> list[Case]:
-    """What to measure: the shapes asked for, or in the order of `candidates` what fits the time and the memory."""
+    """The cases to measure: the chosen shapes, or in the order of `candidates` those that fit the time and the memory."""
     groups = [(dtype, threads) for threads in options.threads for dtype in options.dtypes]
     given = options.shapes or (QUICK[options.device] if options.quick else None)
     shapes = given or candidates(options.device)
@@ -145,7 +145,7 @@ def choose(options: argparse.Namespace, session: Session) -> list[Case]:
 
 
 class Inputs:
-    """Copies of an x, one a rival, dealt anew each round: in which memory an x lies is worth up to 2 % of a layer on a CPU."""
+    """Copies of x, one per rival, shuffled each round: on a CPU the address of x changes a layer's time by up to 2 %."""
 
     def __init__(self, x: torch.Tensor, count: int):
         self.copies = [x.clone().requires_grad_() for _ in range(count)]
@@ -157,13 +157,11 @@ class Inputs:
 
 
 def timed(rivals: list[Rival], x: torch.Tensor, g: torch.Tensor) -> tuple[list[Timed], Inputs]:
-    """Forward and backward of each as inside a model: x requires grad; gradients are dropped between steps."""
     inputs = Inputs(x, len(rivals))
 
     def drop_gradients(i: int, parameters: list[torch.Tensor]) -> None:
-        inputs.copies[i].grad = None
-        for p in parameters:
-            p.grad = None
+        for leaf in (inputs.copies[i], *parameters):
+            leaf.grad = None
 
     def call(i: int, rival: Rival) -> Timed:
         stages = (lambda _: rival.layer(inputs.copies[i]), lambda y: y.backward(g))
@@ -173,12 +171,12 @@ def timed(rivals: list[Rival], x: torch.Tensor, g: torch.Tensor) -> tuple[list[T
 
 
 def build(case: Case, names: list[str], session: Session, x: torch.Tensor, g: torch.Tensor) -> list[tuple[dict, Rival]]:
-    """The rivals that pass their check, each with its first result; the others are named."""
+    """The rivals that pass their check, each with its first results; prints a line for each other one."""
     tensors = Tensors.random(case, session.device)
     truth = Truth(tensors, case, x, g)
     found = []
     for name in names:
-        with session.attempt(f"{name}, {case.name()}", ends=()):  # a package's ValueError is no bad input of ours
+        with session.attempt(f"{name}, {case.name()}", ends=()):  # a ValueError from a rival's package is no bad option
             rival = rv.RIVALS[name](tensors, case)
             result = {"rival": name, "label": rival.name, "error": check(rival, truth)}
             result["saved_bytes"] = saved_bytes(rival, tensors, x)
@@ -187,7 +185,7 @@ def build(case: Case, names: list[str], session: Session, x: torch.Tensor, g: to
 
 
 def measure(case: Case, names: list[str], session: Session) -> list[dict]:
-    """One result a rival: forward, backward, and both ("step")."""
+    """One result per rival: forward, backward, and both ("step")."""
     options, device, dtype = session.options, session.device, DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(case.m, case.k, generator=generator).to(device, dtype)
@@ -198,7 +196,7 @@ def measure(case: Case, names: list[str], session: Session) -> list[dict]:
     calls, inputs = timed([rival for _, rival in group], x, g)
     for (result, _), call in zip(group, calls):
         call.prepare()
-        result["peak_bytes"] = peak_bytes(lambda call=call: call.stages[1](call.stages[0](None)), device)
+        result["peak_bytes"] = peak_bytes(call.run, device)
     kept = [result["rival"] for result, _ in group]
     with session.watched(case.name()) as state:
         times = interleave(calls, session.clock, options.rounds, options.slice, True, inputs.deal)
@@ -216,7 +214,6 @@ def measure(case: Case, names: list[str], session: Session) -> list[dict]:
 
 
 def show(case: Case, results: list[dict], session: Session) -> None:
-    """A table of one case."""
     eager = next((r for r in results if r["rival"] == rv.LORA_EAGER), None)
     name = layer_name(case.k, case.n)
     title = f"{case.name()}{f', {name}' if name else ''}   extra FLOPs {case.extra_flops():.1%}"

@@ -31,7 +31,7 @@ from .measure.names import chosen
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
-from .measure.timing import Timed, against, interleave
+from .measure.timing import Timed, against, check_error, interleave, with_sum
 from .rivals import model as mr
 
 RANK = 16
@@ -120,7 +120,7 @@ def gradient_error(eager: Training, ours: Training) -> float:
 
 
 def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
-    """One result a method."""
+    """One result per method."""
     device, dtype = session.device, DTYPES[case.dtype]
     base = mr.base_model(case.model, dtype, device)
     widths = mr.adapted_widths(base, tuple(case.targets.split(",")))
@@ -136,9 +136,7 @@ def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
     error = None
     if mr.OURS in group and "lotr-eager" in group:
         error = gradient_error(group["lotr-eager"][0], group[mr.OURS][0])
-        if not error <= TOLERANCE[case.dtype]:
-            limit = TOLERANCE[case.dtype]
-            raise ArithmeticError(f"lotr_ext's gradient of the cores: relative error expected <= {limit}, got {error:.1e}")
+        check_error("lotr_ext's gradient of the cores: ", error, TOLERANCE[case.dtype])
     results = []
     for name, (training, rank) in group.items():
         training.step()
@@ -152,7 +150,7 @@ def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
         results.append(result | ({"error": error} if name == mr.OURS else {}))
     trainings = [training for training, _ in group.values()]
     times = interleave([t.timed() for t in trainings], session.clock, session.options.rounds, 0.0)
-    totals = [[*stages, [sum(t) for t in zip(*stages)]] for stages in times]
+    totals = [with_sum(stages) for stages in times]
     floor = totals[names.index(mr.FLOOR)]
     ours = totals[names.index(mr.OURS)] if mr.OURS in names else None
     for result, own, training in zip(results, totals, trainings):
@@ -168,7 +166,7 @@ def measure(case: ModelCase, names: list[str], session: Session) -> list[dict]:
 
 
 def finite(loss: Tensor) -> float | None:
-    """None where it is not: JSON has no NaN. It happens where AdamW's eps of 1e-8 is 0 in fp16; times do not depend on it."""
+    """The value, or None if it is not finite, since JSON has no NaN. That happens in fp16, where AdamW's eps of 1e-8 is 0."""
     value = loss.item()
     return value if math.isfinite(value) else None
 
@@ -241,14 +239,14 @@ def draw(session: Session) -> None:
 
 
 def methods_of(model: str, options: argparse.Namespace) -> list[str]:
-    """Those asked for, or a model's usual ones, that can run here; the frozen model always."""
+    """The chosen methods, or the model's default ones, that can run here; always the frozen model."""
     usual = mr.SHAPES[model].methods or (mr.QUICK if options.quick else tuple(mr.METHODS))
     names = options.methods or usual
     return [name for name in mr.KNOWN if (name in names or name == mr.FLOOR) and name not in options.without]
 
 
 def case_of(model: str, dtype: str, threads: int, options: argparse.Namespace) -> ModelCase:
-    """With what was asked for, and the rest as is usual for the model."""
+    """The case of a model, with its defaults for the options that are not given."""
     shape = mr.SHAPES[model]
     targets = ",".join(shape.targets) if options.targets is None else options.targets
     batch = shape.batch if options.batch is None else options.batch

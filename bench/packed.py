@@ -1,4 +1,4 @@
-"""A mixture's quantised experts: what a training step holds at most, beside the same experts dense.
+"""A mixture's quantised experts: the peak memory of a training step, beside the same experts dense.
 
     python -m bench.packed                        mxfp4, fp8; 256 tokens, 32 experts H 1024, I 1024, top 4, r = 16
     PYTHONPATH=.venv/quantized python -m bench.packed --formats mxfp4,fp8,nf4,int8
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .measure.counted import peak_bytes
-from .measure.names import chosen
+from .measure.names import chosen, sizes
 from .measure.session import Session, Table, add_options, bytes_text, check_options, start, time_text
-from .measure.timing import Timed, against, interleave
+from .measure.timing import against, interleave, training, with_sum
 
 RIVALS = ("packed", "dense")
 SHAPE = "256x1024x1024x32x4x16"
@@ -163,23 +163,18 @@ def measure(case: PackedCase, session: Session) -> list[dict]:
     index, weights = torch.rand(case.m, case.e).topk(case.top_k)[1], torch.rand(case.m, case.top_k, dtype=torch.bfloat16)
     g, grads, results, calls = torch.randn(case.m, case.h, dtype=torch.bfloat16), {}, [], []
     for rival, one in modules.items():
-
-        def clear(one: nn.Module = one) -> None:
-            x.grad = None
-            one.zero_grad()
-
-        timed = Timed((lambda _, one=one: one(x, index, weights), lambda y: y.backward(g)), clear)
-        clear()
-        timed.stages[1](timed.stages[0](None))
+        timed = training(lambda one=one: one(x, index, weights), g, (x, *one.parameters()))
+        timed.prepare()
+        timed.run()
         grads[rival] = [t.grad.clone() for t in (x, *one.parameters()) if t.requires_grad]
-        clear()
-        peak = peak_bytes(lambda timed=timed: timed.stages[1](timed.stages[0](None)), session.device)
+        timed.prepare()
+        peak = peak_bytes(timed.run, session.device)
         results.append({"rival": rival, "label": rival, "weight_bytes": weight_bytes(one), "peak_bytes": peak})
         calls.append(timed)
     if not all(torch.equal(a, b) for a, b in zip(*grads.values(), strict=True)):
         raise ArithmeticError(f"{case.format}: expected the gradients over dense experts, got others")
     times = interleave(calls, session.clock, session.options.rounds, 0.0)
-    steps = [[sum(t) for t in zip(*stages)] for stages in times]
+    steps = [with_sum(stages)[-1] for stages in times]
     for result, step in zip(results, steps):
         result["step"] = against(step, steps[1])
         result["one_expert_bytes"] = 2 * case.i * case.h * 2
@@ -202,13 +197,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", default=SHAPE, help=f"tokens x hidden x intermediate x experts x top k x rank ({SHAPE})")
     options = parser.parse_args(argv)
     check_options(options, rounds=5, dtypes="bf16")
-    shape = options.shape.split("x")
-    if len(shape) != 6 or not all(part.isdigit() and int(part) > 0 for part in shape):
-        raise ValueError(f"shape: expected six numbers with x between them, got {options.shape!r}")
+    (shape,) = sizes("shape", options.shape, "MxHxIxExKxR")
     formats = chosen("formats", options.formats, MAKE)
     session = Session(options, "packed.jsonl")
     session.introduce()
-    cases = [PackedCase(*map(int, shape), each, "bf16", t) for t in options.threads for each in formats]
+    cases = [PackedCase(*shape, each, "bf16", t) for t in options.threads for each in formats]
     session.run(cases, lambda case: RIVALS, lambda case: measure(case, session), show)
     return session.finish()
 

@@ -1,12 +1,12 @@
-"""Where an adapted layer's time over the frozen layer goes: each product alone, and what is left for Python, autograd, memory.
+"""An adapted layer's time over the frozen layer by product, and the rest, for Python, autograd and memory.
 
     python -m bench.profile                                   the targets on a CPU; GPU: 8192 x 4096 x 4096, r = 16
     python -m bench.profile --shapes 16x768x768x16 --dtypes fp32 --threads 1
 
-In turns, in one process: the frozen layer and lotr_ext's layer (forward + backward, under autograd), and each product that the
-layer makes, by the operator that makes only that one, on the same tensors. The rest is the layer's time less the frozen layer's
-and the products'. A rest below zero means that products cost less inside the layer: on a CPU they are parts of one operator a
-direction, and the expand writes what the base product starts from instead of adding to what it left. Results go to
+Interleaved in one process: the frozen layer and lotr_ext's layer (forward + backward, under autograd), and each product of the
+layer as an operator of its own, on the same tensors. The rest is the layer's time less the frozen layer's and the products'. A
+rest below zero means that products take less time inside the layer: on a CPU each direction is one operator, and the expand
+writes the start of the base product instead of reading and writing its result. Results go to
 bench/results/<machine>/profile.jsonl.
 """
 
@@ -24,7 +24,7 @@ from .layer import timed
 from .measure.bounds import Work, kernel_work
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start, time_text
 from .measure.shapes import DTYPES, QUICK, TARGETS, Case, parse_shapes
-from .measure.timing import Timed, against, interleave
+from .measure.timing import Timed, against, interleave, with_sum
 from .rivals import registry as rv
 from .rivals.base import SCALING, Tensors
 
@@ -73,8 +73,7 @@ def measure(case: Case, session: Session) -> list[dict]:
     calls, inputs = timed(layers, x, g)
     calls += [Timed([lambda _, call=call: call()]) for _, _, call in found]
     times = interleave(calls, session.clock, session.options.rounds, session.options.slice, True, inputs.deal)
-    totals = [[sum(t) for t in zip(*stages)] for stages in times]
-    floor, ours, *alone = totals
+    floor, ours, *alone = [with_sum(stages)[-1] for stages in times]
     ceilings = session.ceilings(case.dtype, case.threads)
     results = [
         {"rival": rv.FLOOR, "label": "frozen layer", "step": against(floor, floor)},

@@ -1,4 +1,4 @@
-"""The cost of the shared gradient: L layers on one A and B, autograd's own summing against one sum.
+"""The gradient of L layers that share A and B: one sum in place, against autograd's own sums.
 
     python -m bench.shared                    L = 4, 16, 64 at M x K x N, r = 256 x 768 x 768, 16 (GPU: 4096 x 4096 x 4096)
     python -m bench.shared --dtypes bf16 --layers 8,32
@@ -22,11 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .measure.bounds import DIRECTIONS
 from .measure.counted import allocated_bytes, launches
-from .measure.names import numbers
+from .measure.forms import stages
+from .measure.names import numbers, sizes
 from .measure.session import ROUNDS, Session, Table, add_options, bytes_text, check_options, start, time_text
 from .measure.shapes import DTYPES
 from .measure.store import newest
-from .measure.timing import Timed, against, interleave
+from .measure.timing import check_error, interleave, training
 from .rivals.shared import FLOOR, LABELS
 
 LAYERS = (4, 16, 64)
@@ -122,17 +123,15 @@ def measure(case: SharedCase, session: Session) -> list[dict]:
     expected = truth.factor_parameters()[0].grad
     results, calls = [], []
     for rival, stack in made.items():
-        timed = Timed((lambda _, stack=stack: stack(x), lambda y: y.backward(g)), lambda stack=stack: stack.zero_grad())
+        timed = training(lambda stack=stack: stack(x), g, stack.parameters())
         result = {"rival": rival, "label": LABELS[rival]}
-        timed.stages[1](timed.stages[0](None))
+        timed.run()
         grad = stack.factor_parameters()[0].grad
         result["error"] = ((grad.double() - expected).norm() / expected.norm()).item()
-        if not result["error"] <= TOLERANCE[case.dtype]:
-            limit = TOLERANCE[case.dtype]
-            raise ArithmeticError(f"{rival}: dA: relative error expected <= {limit}, got {result['error']:.1e}")
+        check_error(f"{rival}: dA: ", result["error"], TOLERANCE[case.dtype])
         for name, count in (("allocated_bytes", allocated_bytes), ("launches", launches)):
             timed.prepare()
-            step = count(lambda timed=timed: timed.stages[1](timed.stages[0](None)), device)
+            step = count(timed.run, device)
             result[name] = step - count(lambda timed=timed: timed.stages[0](None), device)
         timed.prepare()
         y = timed.stages[0](None)
@@ -142,9 +141,8 @@ def measure(case: SharedCase, session: Session) -> list[dict]:
         results.append(result | {"tensors": new.count, "tensor_bytes": new.bytes})
         calls.append(timed)
     times = interleave(calls, session.clock, session.options.rounds, 0.0)
-    totals = [[*stages, [sum(t) for t in zip(*stages)]] for stages in times]
-    for result, own in zip(results, totals):
-        result |= {direction: against(own[i], totals[0][i]) for i, direction in enumerate(DIRECTIONS)}
+    for result, own in zip(results, times):
+        result |= stages(own, times[0])
     return results
 
 
@@ -172,10 +170,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     check_options(options, rounds=5 if options.quick else ROUNDS["shared"], dtypes="fp32")
     options.layers = numbers("layers", options.layers, (4, 16) if options.quick else LAYERS)
-    shape = (SHAPES[options.device] if options.shape is None else options.shape).split("x")
-    if len(shape) != 3 or not all(part.isdigit() and int(part) > 0 for part in shape):
-        raise ValueError(f"shape: expected MxKxR, got {options.shape!r}")
-    options.shape = [int(part) for part in shape]
+    (options.shape,) = sizes("shape", SHAPES[options.device] if options.shape is None else options.shape, "MxKxR")
     return options
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
-from .measure.names import chosen, numbers
+from .measure.names import chosen, numbers, sizes
 from .measure.session import progress, start
 from .measure.store import Store
 from .projection import assumptions, fused, row_model
@@ -42,10 +41,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options.ranks = numbers("ranks", options.ranks, RANKS)
     if max(options.ranks) > 256:
         raise ValueError(f"ranks: expected at most 256, what the CUDA kernels take, got {max(options.ranks)}")
-    shapes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in options.shapes.split(",")]
-    if not all(shapes):
-        raise ValueError(f"shapes: expected MxN, comma-separated, got {options.shapes!r}")
-    options.shapes = [tuple(int(n) for n in match.groups()) for match in shapes]
+    options.shapes = sizes("shapes", options.shapes, "MxN")
     options.rows = row_traffic.parse(options.rows) if options.rows else []
     return options
 

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from lotr_ext import mixed
 
+from .measure.forms import stages as stages_against
+from .measure.names import sizes
 from .measure.session import ROUNDS, Session, Table, add_options, check_options, start
 from .measure.shapes import DTYPES
-from .measure.timing import Timed, against, interleave
+from .measure.timing import Timed, interleave
 from .rivals.tasks import (
     HEADS,
     LABELS,
@@ -87,9 +89,7 @@ def check(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer, batch: B
     bank, timed = model.lotr_tasks, stages(way, model, optimizer, batch)
     before = [core.detach().clone() for core in bank.cores]
     timed.prepare()
-    state = None
-    for stage in timed.stages:
-        state = stage(state)
+    timed.run()
     moved = torch.stack([(core != old).flatten(1).any(1) for core, old in zip(bank.cores, before)]).any(0)
     want = torch.zeros_like(moved)
     if way.index is not None:
@@ -109,9 +109,8 @@ def measure(case: TasksCase, session: Session) -> list[dict]:
         results.append({"rival": name, "label": LABELS[name], "state_bytes": state_bytes(optimizer)})
         calls.append(stages(way, model, optimizer, batch))
     times = interleave(calls, session.clock, session.options.rounds, 0.0, deal=batch.deal)
-    totals = [[*own, [sum(t) for t in zip(*own)]] for own in times]
-    for result, own in zip(results, totals):
-        result |= {stage: against(own[i], totals[0][i]) for i, stage in enumerate((*STAGES, "step"))}
+    for result, own in zip(results, times):
+        result |= stages_against(own, times[0], (*STAGES, "step"))
     return results
 
 
@@ -130,10 +129,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     check_options(options, rounds=3 if options.quick else ROUNDS["tasks"], dtypes="fp32")
     text = SHAPES[options.device] if options.shapes is None else options.shapes
-    shapes = [shape.split("x") for shape in text.split(",")]
-    if not all(len(shape) == 6 and all(part.isdigit() and int(part) > 0 for part in shape) for shape in shapes):
-        raise ValueError(f"shapes: expected TOKENSxROWSxTASKSxWIDTHxBLOCKSxRANK, got {text!r}")
-    options.shapes = [[int(part) for part in shape] for shape in shapes]
+    options.shapes = sizes("shapes", text, "TOKENSxROWSxTASKSxWIDTHxBLOCKSxRANK")
     return options
 
 

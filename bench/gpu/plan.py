@@ -61,19 +61,13 @@ def _speed(module: tuple[str, ...], quick: tuple[str, ...]) -> list[Part]:
     """The measurements."""
     layer = (*module, "bench.layer", "--dtypes", "bf16", *(quick or ("--minutes", "{minutes}")))
     experts = (*module, "bench.experts", "--dtypes", "bf16", *quick)
+    shared = (*module, "bench.shared", "--dtypes", "bf16")
     return [
         Part("kernels", 4.0, (*module, "bench.kernels", *quick), (), "each kernel against the library's product"),
         Part("fused", 1.5, (*module, "bench.fused"), (HOPPER,), "the adapter inside the base product, on Hopper"),
         Part("layer", 5.0, layer, (), "a layer against its rivals"),
         Part("block", 2.0, (*module, "bench.block", *quick), (), "the layers of a transformer's block together", (2,)),
-        Part(
-            "shared",
-            1.0,
-            (*module, "bench.shared", "--dtypes", "bf16"),
-            (),
-            "the shared gradient against autograd's sums",
-            (2,),
-        ),
+        Part("shared", 1.0, shared, (), "the shared gradient against autograd's sums", (2,)),
         Part("model", 2.0, (*module, "bench.model", *quick), ("transformers", "peft"), "a whole model with each method", (2,)),
         Part("experts", 1.0, experts, ("transformers", "peft"), "a mixture's experts against PEFT's LoRA", (2,)),
         Part("host", 1.0, (*module, "bench.host"), (), "host time of a layer", (2,)),

@@ -1,4 +1,4 @@
-"""What a call allocates and runs, counted by torch's profiler and allocators rather than sampled."""
+"""Counts the memory that a call allocates and the operators it runs, by torch's profiler and allocators."""
 
 from __future__ import annotations
 
@@ -7,33 +7,10 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# operators that make a tensor or look at one in another way, and compute nothing
-_NO_WORK = {
-    "empty",
-    "empty_strided",
-    "empty_like",
-    "resize_",
-    "view",
-    "t",
-    "transpose",
-    "as_strided",
-    "detach",
-    "expand",
-    "alias",
-}
-_NO_WORK |= {
-    "select",
-    "slice",
-    "reshape",
-    "unsqueeze",
-    "squeeze",
-    "permute",
-    "detach_",
-    "_unsafe_view",
-    "narrow",
-    "split",
-    "mT",
-}
+# operators that allocate a tensor or make a view, and compute nothing
+_NO_WORK = {"empty", "empty_strided", "empty_like", "resize_", "view", "t", "transpose", "as_strided", "detach", "expand"}
+_NO_WORK |= {"alias", "select", "slice", "reshape", "unsqueeze", "squeeze", "permute", "detach_", "_unsafe_view", "narrow"}
+_NO_WORK |= {"split", "mT"}
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""A layer or block on a GPU in the forms that people run it: by the device's own clock, eagerly, and as CUDA graphs."""
+"""A layer or block on a GPU in three forms: timed by the device's clock, eagerly, and as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 
 from .bounds import DIRECTIONS
 from .session import Session
-from .timing import Clock, Timed, against, captured, interleave
+from .timing import Clock, Timed, against, captured, interleave, with_sum
 
 Stages = dict[str, dict]  # of each direction: quartiles of seconds, and of the ratio to the floor
 FORMS = {"eager": "with Python and launches", "graph": "as CUDA graphs"}
 
 
-def stages(own: Sequence[Sequence[float]], floor: Sequence[Sequence[float]]) -> Stages:
-    """forward, backward and both ("step") of one rival, from times[stage][round] of two stages."""
-    both = [[*times, [sum(t) for t in zip(*times)]] for times in (own, floor)]
-    return {direction: against(both[0][i], both[1][i]) for i, direction in enumerate(DIRECTIONS)}
+def stages(own: Sequence[Sequence[float]], floor: Sequence[Sequence[float]], names: Sequence[str] = DIRECTIONS) -> Stages:
+    """Each stage of one rival and their sum ("step") against the floor, from times[stage][round]; names: of them all."""
+    return {name: against(*times) for name, *times in zip(names, with_sum(own), with_sum(floor))}
 
 
 def more_forms(

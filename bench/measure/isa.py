@@ -1,7 +1,7 @@
-"""A lower instruction set than the machine's own, for our kernels and for the libraries that they are compared with alike.
+"""Limits our kernels, and the libraries that they are compared with, to a lower instruction set than the machine's own.
 
-All of them choose once, when they are loaded or first run, by variables of the environment. So a program that is told to use a
-lower one starts itself again with these set.
+Each of them reads an environment variable once, when it is loaded or first run. So a program with --isa starts itself again
+with these variables set.
 """
 
 from __future__ import annotations
@@ -13,19 +13,10 @@ import sys
 import torch
 
 # ours, torch's own operators, MKL, oneDNN
+_VARIABLES = ("LOTR_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 ISAS = {
-    "avx2": {
-        "LOTR_CPU_ISA": "avx2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-    },
-    "avx512": {
-        "LOTR_CPU_ISA": "avx512",
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
-    },
+    "avx2": dict(zip(_VARIABLES, ("avx2", "avx2", "AVX2", "AVX2"))),
+    "avx512": dict(zip(_VARIABLES, ("avx512", "avx512", "AVX512", "AVX512_CORE"))),
 }
 
 

@@ -68,6 +68,15 @@ def numbers(option: str, text: str | None, usual: Iterable[int]) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def sizes(option: str, text: str, form: str) -> list[tuple[int, ...]]:
+    """Groups of positive numbers as "8x16,4x16", comma-separated; form: their names, as "MxN". ValueError for another form."""
+    groups = [part.split("x") for part in text.split(",")]
+    count = len(form.split("x"))
+    if not all(len(group) == count and all(part.isdigit() and int(part) > 0 for part in group) for group in groups):
+        raise ValueError(f"{option}: expected {form}, comma-separated, got {text!r}")
+    return [tuple(map(int, group)) for group in groups]
+
+
 def _parts(rival: str) -> tuple[str, str]:
     """A method and, in the model benchmark, what is varied of it."""
     if rival in NAMES:

@@ -1,4 +1,4 @@
-"""What all measuring programs share: options, the machine, a result file that is gone on with, progress, one-line errors."""
+"""Shared by all measuring programs: options, facts of the machine, a result file that a later run continues, progress."""
 
 from __future__ import annotations
 
@@ -25,21 +25,13 @@ from .timing import CLOCKS, Clock, ceilings, gpu_state, machine, slug, throttled
 T = TypeVar("T")
 Show = Callable[[T, list[dict], "Session"], None]  # of a program: prints the results of one case
 ALLOCATORS = ("keep", "system")
-ROUNDS = {
-    "layer": 11,
-    "shared": 9,
-    "model": 7,
-    "profile": 11,
-    "kernels": 15,
-    "host": 61,
-    "experts": 9,
-    "tasks": 9,
-}  # of each program by default
+# of each program by default
+ROUNDS = {"layer": 11, "shared": 9, "model": 7, "profile": 11, "kernels": 15, "host": 61, "experts": 9, "tasks": 9}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def add_options(parser: argparse.ArgumentParser, dtypes: str = "fp32,bf16") -> None:
-    """Those that every program has; dtypes: the default, for --help (`check_options` fills it in)."""
+    """Adds the options of every program. dtypes: the default, for --help (`check_options` fills it in)."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (a GPU if any)")
     parser.add_argument("--dtypes", help=f"some of fp32, bf16, fp16 ({dtypes})")
     parser.add_argument("--threads", help="CPU thread counts, comma-separated (1 and all; 1 beside a GPU)")
@@ -55,10 +47,10 @@ def add_options(parser: argparse.ArgumentParser, dtypes: str = "fp32,bf16") -> N
 
 
 def keep_memory() -> bool:
-    """Lets glibc's malloc keep what is freed for the rest of this process; False where malloc is another.
+    """Makes glibc's malloc keep freed memory for the rest of this process. Returns False with another malloc.
 
-    By default it returns a large block to the system as soon as it happens to lie at the end of the heap, and the next one
-    costs a page fault every 4 KiB: a tenth of a layer's time, for one rival and not for the next, by the order of their frees.
+    By default malloc returns a freed block at the end of the heap to the system, and the next allocation has a page fault every
+    4 KiB: a tenth of a layer's time, for some rivals and not for others, depending on the order of their frees.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -68,13 +60,13 @@ def keep_memory() -> bool:
 
 
 def choose_folder(options: argparse.Namespace) -> None:
-    """Of a quick run, where none was named."""
+    """Sets the results folder of a quick run that names none."""
     if getattr(options, "quick", False) and not options.keep and options.results is None:
         options.results = str(QUICK)
 
 
 def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,bf16") -> argparse.Namespace:
-    """options with lists for text; rounds, dtypes: the defaults. Raises ValueError that says which, expected and got."""
+    """Checks the options and replaces text by lists. rounds, dtypes: the defaults. Raises ValueError for a bad option."""
     if options.device not in ("cuda", "cpu"):
         raise ValueError(f"device: expected cpu or cuda, got {options.device!r}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -88,9 +80,9 @@ def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,
     options.threads = sorted({int(part) for part in text.split(",")})
     options.clock = options.clock or ("events" if options.device == "cuda" else "wall")
     if options.clock == "cpu" and (options.threads != [1] or options.device == "cuda"):
-        raise ValueError("clock: cpu seconds mean something on one CPU thread only; add --threads 1 --device cpu")
+        raise ValueError("clock: expected one CPU thread for cpu seconds; add --threads 1 --device cpu")
     if options.clock == "events" and options.device == "cpu":
-        raise ValueError("clock: events are a GPU's; expected wall or cpu on a CPU")
+        raise ValueError("clock: expected wall or cpu on a CPU, got events, which need a GPU")
     options.rounds = rounds if options.rounds is None else options.rounds
     if options.rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {options.rounds}")
@@ -101,7 +93,7 @@ def check_options(options: argparse.Namespace, rounds: int, dtypes: str = "fp32,
 
 
 def brief(error: BaseException) -> str:
-    """Its type and the first line of what it says."""
+    """The error's type and the first line of its message."""
     text = str(error).strip() or "no message"
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
 
@@ -126,41 +118,41 @@ class Session:
         self._kept = [] if options.fresh else runs(same)
 
     def introduce(self) -> None:
-        """Prints what runs where."""
+        """Prints the machine, the build and the settings."""
         facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
         build, clock, allocator = (self.settings[name] for name in ("build", "clock", "allocator"))
         self.say(f"{facts}, build {build}, clock {clock}, allocator {allocator}")
         load = os.getloadavg()[0]
         if load > 0.5 * (os.cpu_count() or 1):
-            self.say(f"load average {load:.1f}: other programs run here, so times will spread")
+            self.say(f"load average {load:.1f}: other programs run here, so times will vary")
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
     def fail(self, text: str) -> None:
-        """One line on what could not be measured; the run goes on."""
+        """Prints and keeps one line on what could not be measured; the run continues."""
         self.failures.append(text)
         self.say(f"not measured: {text}")
 
     @contextlib.contextmanager
     def attempt(self, name: str, ends: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-        """Of one case or rival: an error in it is one line and the run goes on, unless it is bad input or a full disk."""
+        """For one case or rival: an exception becomes one line and the run continues, except those of `ends`."""
         try:
             yield
         except ends:
             raise
-        except Exception as error:  # other packages raise what they like; the rest is still worth measuring
+        except Exception as error:  # other packages may raise anything; the other cases are still measured
             self.fail(f"{name}: {brief(error)}")
 
     def kept(self, case: tuple, rivals: Iterable[str]) -> list[dict]:
-        """The last run of a case in the result file that has all rivals and these settings; none: []."""
+        """The case's last run in the result file with all rivals and these settings; [] if there is none."""
         for run in reversed(self._kept):
             if case_of(run[0]) == tuple(case) and set(rivals) <= {cell["rival"] for cell in run}:
                 return run
         return []
 
     def todo(self, cases: list[T], rivals: Callable[[T], Iterable[str]], show: Show) -> list[T]:
-        """The cases that are still to be measured; what is kept of the others is shown."""
+        """The cases without kept results. Shows the results of the others."""
         found = [(case, self.kept(case, rivals(case))) for case in cases]
         left = [case for case, results in found if not results]
         if len(left) < len(cases):
@@ -171,7 +163,7 @@ class Session:
         return left
 
     def run(self, cases: list[T], rivals: Callable[[T], Iterable[str]], measure: Callable[[T], list[dict]], show: Show) -> None:
-        """Measures the cases that are still to be measured; keeps and shows each as it ends."""
+        """Measures the cases without kept results; keeps and shows each as it ends."""
         left = self.todo(cases, rivals, show)
         with progress(len(left)) as begin:
             for case in left:
@@ -183,14 +175,14 @@ class Session:
                     show(case, results, self)
 
     def first_ceilings(self, dtype: str, threads: int) -> dict[str, float]:
-        """Of the first kept cell, so that a run that goes on chooses what the one before chose; none kept: measured now."""
+        """The ceilings of the first kept cell, so that a continued run chooses the same cases; measured now if none is kept."""
         for cell in self._of_setting:
             if (cell["case"].get("dtype"), cell["case"].get("threads")) == (dtype, threads) and "ceilings" in cell:
                 return cell["ceilings"]
         return self.ceilings(dtype, threads)
 
     def ceilings(self, dtype: str, threads: int) -> dict[str, float]:
-        """This machine's own, measured once a run for each dtype and thread count."""
+        """This machine's ceilings, measured once a run for each dtype and thread count."""
         key = (dtype, threads)
         if key not in self._ceilings:
             torch.set_num_threads(threads)
@@ -198,7 +190,7 @@ class Session:
         return self._ceilings[key]
 
     def keep(self, case, results: list[dict]) -> None:
-        """Appends one cell a rival; from here on an interruption cannot lose them."""
+        """Appends one cell per rival to the result file."""
         shared = {"case": case._asdict(), **self.settings, "machine": self.facts, "when": time.time()}
         shared["load"] = os.getloadavg()[0]  # above the thread count, other programs ran too
         for result in results:
@@ -206,7 +198,7 @@ class Session:
 
     @contextlib.contextmanager
     def watched(self, name: str) -> Iterator[dict[str, dict[str, str]]]:
-        """Yields {"before", "after"}, the GPU's clocks and what held them down around a case; says so where something did."""
+        """Yields {"before", "after"}: the GPU's clocks and throttle reasons. Prints a line if it was throttled."""
         state = {"before": gpu_state(self.device)}
         yield state
         state["after"] = gpu_state(self.device)
@@ -216,7 +208,7 @@ class Session:
                 self.say(f"{name}: the GPU was throttled {when} it: {facts}")
 
     def draw(self, pictures: Callable[[], object]) -> None:
-        """Pictures of what is kept; without matplotlib a line that says so."""
+        """Draws the pictures; prints a line instead if matplotlib is not installed."""
         try:
             pictures()
         except ModuleNotFoundError as error:
@@ -225,7 +217,7 @@ class Session:
             self.say("no pictures: matplotlib is not installed; python -m bench.report draws them where it is")
 
     def finish(self) -> int:
-        """Says where the results are. 1 if something could not be measured."""
+        """Prints where the results are. Returns 1 if something could not be measured."""
         self.say(f"results in {self.store.path}")
         if self.failures:
             self.say(f"not measured, {len(self.failures)}: " + "; ".join(self.failures))
@@ -234,7 +226,7 @@ class Session:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of as many cases; what it yields names the one that begins. Restores torch's thread count."""
+    """A progress bar of `total` cases. Call the yielded function with each case's name. Restores torch's thread count."""
     threads = torch.get_num_threads()
     try:
         with bar(total) as begin:
@@ -244,7 +236,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def start(program: str, main: Callable[[], int]) -> None:
-    """Runs main and exits: its status, or one line on an error that a user can mend."""
+    """Runs main and exits with its status, or with one line for an error that a user can correct."""
     restart_if_asked(sys.argv[1:])
     try:
         sys.exit(main())

@@ -1,4 +1,4 @@
-"""Interleaved timing: every rival once a round, in an order drawn for each, so that drift and neighbours hit all alike."""
+"""Interleaved timing: every rival once a round, in a random order, so that drift and other load affect all rivals alike."""
 
 from __future__ import annotations
 
@@ -23,33 +23,58 @@ from .isa import held_to
 
 CLOCKS = ("wall", "cpu", "events")
 FLUSH_BYTES = 256 << 20  # at least, and at least four times the L2
-QUEUE_CYCLES = 6_000_000  # a few milliseconds of waiting on the GPU, in which the CPU queues a whole step
-CEILING_S = 0.5  # seconds that a ceiling is measured for: another program's moment of work must not pass for the best
+QUEUE_CYCLES = 6_000_000  # the GPU waits a few milliseconds, in which the CPU queues a whole step
+CEILING_S = 0.5  # seconds of measuring a ceiling, so that a short burst of other load does not lower it
 
 
 @dataclass
 class Timed:
-    """What is timed: stages run one after the other, each given what the one before returned; prepare runs before, untimed."""
+    """Stages that are timed one after the other; each gets the result of the one before. prepare runs before them, untimed."""
 
     stages: Sequence[Callable[[object], object]]
     prepare: Callable[[], None] = lambda: None
+
+    def run(self) -> object:
+        """All stages once. Returns what the last one returns."""
+        state = None
+        for stage in self.stages:
+            state = stage(state)
+        return state
+
+
+def training(forward: Callable[[], torch.Tensor], g: torch.Tensor, leaves: Iterable[torch.Tensor]) -> Timed:
+    """Forward and backward as inside a model. Before each step the gradients of `leaves` are dropped."""
+    leaves = list(leaves)
+
+    def drop_gradients() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    return Timed((lambda _: forward(), lambda y: y.backward(g)), drop_gradients)
+
+
+def with_sum(stages: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """times[stage][round] of each stage, then of all stages together."""
+    return [*stages, [sum(times) for times in zip(*stages)]]
+
+
+def check_error(what: str, error: float, limit: float) -> None:
+    """Raises ArithmeticError if a relative error is NaN or above its limit."""
+    if not error <= limit:
+        raise ArithmeticError(f"{what}relative error expected <= {limit:.2g}, got {error:.1e}")
 
 
 def captured(timed: Timed, device: torch.device) -> Timed:
     """The same with each stage a CUDA graph that is replayed: no Python and one launch a stage.
 
-    What the stages hold on to (inputs, gradients) is what they had when they were captured. RuntimeError where a stage
-    synchronises, which no graph can.
+    The graphs read and write the tensors (inputs, gradients) of the capture. Raises RuntimeError if a stage synchronises.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # as torch asks: everything is made once before, off the default stream
+    with torch.cuda.stream(side):  # torch requires a warm-up on a side stream before a capture
         for _ in range(3):
             timed.prepare()
-            state = None
-            for stage in timed.stages:
-                state = stage(state)
-        del state
+            timed.run()
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
     timed.prepare()
@@ -70,8 +95,8 @@ class Clock:
     events   GPU only: the device's own time. The device waits while the CPU queues the stages, so that launches are hidden and
              nothing synchronises between them
 
-    On a GPU what is timed finds a cold L2: a large buffer has been read before. Read, not written: lines that were written
-    would go back to memory within the time of what follows.
+    On a GPU each measurement starts with a cold L2: a large buffer is read before. It is not written, since dirty lines would
+    be written back during the measurement.
     """
 
     def __init__(self, device: torch.device, kind: str):
@@ -153,8 +178,8 @@ def interleave(
     """times[call][stage][round] in seconds. slice_s: about how long one measurement of a call takes, with all around it.
 
     deal: called before each round, to draw what the calls are given in it.
-    settle: each measurement is of a call that has just run, as a layer in training has, not of one that finds the allocator and
-    the caches as another rival left them. The order is the same in every run, and no rival always follows the same one.
+    settle: runs each call once before it is measured, so that caches and allocator are as this call leaves them, not as another
+    rival does. The order is the same in every run of the program, and no rival always follows the same one.
     """
     repeats = []
     for call in calls:
@@ -190,7 +215,7 @@ def against(times: Sequence[float], floor: Sequence[float]) -> dict[str, tuple[f
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock) -> dict[str, float]:
-    """What this machine does at its best at the present thread count: a large product and a large addition."""
+    """This machine's best rates at the current thread count: of a large product and of a large addition."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
@@ -245,7 +270,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def gpu_state(device: torch.device) -> dict[str, str]:
-    """Clocks, heat, power and what holds the clocks down right now; {} on a CPU, or where nvidia-smi is not there to tell."""
+    """Current clocks, temperature, power and throttle reasons; {} on a CPU or without nvidia-smi."""
     if device.type != "cuda":
         return {}
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -253,7 +278,7 @@ def gpu_state(device: torch.device) -> dict[str, str]:
 
 
 def throttled(state: dict[str, str]) -> bool:
-    """Whether more than idleness or a setting of its user's holds the clocks down: power, heat, the board."""
+    """Whether power, heat or the board limits the clocks, rather than idleness or the user's setting."""
     reasons = state.get("clocks_throttle_reasons.active", "0")
     return bool(int(reasons, 16) & ~_HARMLESS) if re.fullmatch(r"0[xX][0-9a-fA-F]+", reasons) else False
 
@@ -265,7 +290,7 @@ _HARMLESS = 0x1 | 0x2 | 0x10 | 0x100
 def _nvidia_smi(
     index: int, names: Sequence[str] = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
 ) -> dict[str, str]:
-    """Driver and clocks as they are now, where the tool is there to tell."""
+    """The values of these names now; {} without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]

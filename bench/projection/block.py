@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..measure.bounds import Work
 from ..measure.shapes import Case, Shape
-from ..rivals.block import GATE_UP, MODELS, QKV, RIVALS, Sizes, stacked_lora, trained
+from ..rivals.base import parameter
+from ..rivals.block import GATE_UP, MODELS, QKV, RIVALS, Sizes, stacked_lora
 from .cards import CARDS, Card
 from .counts import ELEMENT, Key, Row
 from .layer import (
@@ -95,7 +96,7 @@ def _stacked(sizes: Sizes, m: int, r: int) -> Steps:
             return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
         call = stacked_lora(
-            empty(sum(widths), k), [trained(empty(r, k)) for _ in names], [trained(empty(n, r)) for n in widths]
+            empty(sum(widths), k), [parameter(empty(r, k)) for _ in names], [parameter(empty(n, r)) for n in widths]
         )
         x = empty(m, k).requires_grad_()
         with CountedOperators() as forward:

@@ -8,7 +8,6 @@ operands: "order, k". Counts are kept in bench/results/simt-executor/rows.jsonl.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..measure.names import sizes
 from ..measure.session import Table
 from ..measure.store import Store, of_build
 from .counts import ELEMENT, aligned, executor, sources_id, symbols
@@ -73,10 +73,8 @@ class RowCounts:
 def parse(text: str) -> list[Mixture]:
     """Cases from TOKENSxTOPxCORESxRANK, comma-separated."""
     found = []
-    for part in text.split(","):
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", part):
-            raise ValueError(f"rows: expected TOKENSxTOPxCORESxRANK, comma-separated, got {text!r}")
-        case = Mixture(*map(int, part.split("x")))
+    for numbers in sizes("rows", text, "TOKENSxTOPxCORESxRANK"):
+        case = Mixture(*numbers)
         if case.r > 256:
             raise ValueError(f"rows: expected ranks up to 256, what the CUDA kernels take, got {case.r}")
         if case.top > case.cores:

@@ -1,4 +1,4 @@
-"""What every rival is built from: the tensors of a case, and what a rival is."""
+"""The tensors of a case, and the class of rivals that are built from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LORA, LOTR, VERA = ("A", "B"), ("A", "B", "core"), ("b", "d")
 
 
 class Written(nn.Module):
-    """A formula as the layer that it is in a model, so that every rival pays for the call of a module."""
+    """A formula as a module, so that every rival's time contains the call of a module."""
 
     def __init__(self, formula: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -85,5 +85,11 @@ def frozen_linear(t: Tensors) -> nn.Linear:
 
 
 def lora_forward(t: Tensors, A: Tensor, B: Tensor) -> Callable[[Tensor], Tensor]:
-    """LoRA as one writes it: A [r, k], B [n, r]."""
+    """Plain LoRA: A [r, k], B [n, r]."""
     return lambda x: F.linear(x, t.weight, t.bias) + SCALING * F.linear(F.linear(x, A), B)
+
+
+def lora_rival(name: str, t: Tensors, layer: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]) -> Rival:
+    """A rival of LoRA's parameters: layer(A [r, k], B [n, r]) is x -> y."""
+    A, B = parameter(t.A.T), parameter(t.B)
+    return Rival(name, layer(A, B), {"A": (A, True), "B": (B, False)})

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ..measure.names import named
 from ..measure.shapes import DTYPES
-from .base import SCALING
+from .base import SCALING, parameter
 from .registry import InPlaceLoRA
 
 FLOOR, LORA_EAGER, LOTR_EAGER, OURS = "frozen", "lora-eager", "lotr-eager", "lotr_ext"
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 QKV, GATE_UP = NAMES[:3], NAMES[4:6]
+STACKED = (QKV, ("o",), GATE_UP, ("down",))  # layers that read one h are one product
 SEQUENCE = 2048  # tokens that attend to each other, at most
 
 
@@ -153,10 +154,6 @@ class Stacked(Block):
         return self.linear("".join(names))(h).split([self.sizes.of(name)[1] for name in names], -1)
 
 
-def trained(t: Tensor) -> nn.Parameter:
-    return nn.Parameter(t.clone().contiguous())
-
-
 def frozen_linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -168,8 +165,7 @@ def _frozen(case: BlockCase, v: Values) -> Block:
 
 
 def _stacked_weights(v: Values) -> dict[str, Tensor]:
-    parts = [QKV, ("o",), GATE_UP, ("down",)]
-    return {"".join(names): torch.cat([v.weight[name] for name in names]) for names in parts}
+    return {"".join(names): torch.cat([v.weight[name] for name in names]) for names in STACKED}
 
 
 def _frozen_stacked(case: BlockCase, v: Values) -> Block:
@@ -180,29 +176,24 @@ def lora_parameters(v: Values) -> dict[str, nn.Parameter]:
     """Under names like "q.A" [r, k] and "q.B" [n, r]."""
     found = {}
     for name, (A, B) in v.lora.items():
-        found |= {f"{name}.A": trained(A.T), f"{name}.B": trained(B)}
+        found |= {f"{name}.A": parameter(A.T), f"{name}.B": parameter(B)}
     return found
 
 
-def _lora_eager(case: BlockCase, v: Values) -> Block:
-    p = lora_parameters(v)
+def _lora(layer: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[BlockCase, Values], Block]:
+    """A LoRA for each layer: layer(x, weight, A [r, k], B [n, r]) -> y."""
 
-    def layer(name: str) -> Callable[[Tensor], Tensor]:
-        w, A, B = v.weight[name], p[f"{name}.A"], p[f"{name}.B"]
-        return lambda x: F.linear(x, w) + SCALING * F.linear(F.linear(x, A), B)
+    def make(case: BlockCase, v: Values) -> Block:
+        p = lora_parameters(v)
+        own = {name: (v.weight[name], p[f"{name}.A"], p[f"{name}.B"]) for name in NAMES}
+        return Block(case, {name: lambda x, own=own[name]: layer(x, *own) for name in NAMES}, p)
 
-    return Block(case, {name: layer(name) for name in NAMES}, p)
+    return make
 
 
-def _lora_in_place(case: BlockCase, v: Values) -> Block:
-    """The best form a layer that library products allow: expand first, the base product accumulates, backward by hand."""
-    p = lora_parameters(v)
-
-    def layer(name: str) -> Callable[[Tensor], Tensor]:
-        w, A, B = v.weight[name], p[f"{name}.A"], p[f"{name}.B"]
-        return lambda x: InPlaceLoRA.apply(x, w, None, A, B, True)
-
-    return Block(case, {name: layer(name) for name in NAMES}, p)
+_lora_eager = _lora(lambda x, w, A, B: F.linear(x, w) + SCALING * F.linear(F.linear(x, A), B))
+# the fastest form of library products: expand first, the base product accumulates, the backward is written by hand
+_lora_in_place = _lora(lambda x, w, A, B: InPlaceLoRA.apply(x, w, None, A, B, True))
 
 
 def stacked_lora(weight: Tensor, As: list[Tensor], Bs: list[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -224,8 +215,7 @@ def _lora_stacked(case: BlockCase, v: Values) -> Block:
         w = weights["".join(names)]
         return stacked_lora(w, [p[f"{name}.A"] for name in names], [p[f"{name}.B"] for name in names])
 
-    parts = [QKV, ("o",), GATE_UP, ("down",)]
-    return Stacked(case, {"".join(names): layer(names) for names in parts}, p)
+    return Stacked(case, {"".join(names): layer(names) for names in STACKED}, p)
 
 
 def _lora_peft(case: BlockCase, v: Values) -> Block:
@@ -244,8 +234,8 @@ def _lora_peft(case: BlockCase, v: Values) -> Block:
 
 def _lotr_eager(case: BlockCase, v: Values) -> Block:
     """As the original computes it."""
-    pairs = {shape: (trained(A), trained(B)) for shape, (A, B) in v.pairs.items()}
-    cores = {name: trained(core) for name, core in v.cores.items()}
+    pairs = {shape: (parameter(A), parameter(B)) for shape, (A, B) in v.pairs.items()}
+    cores = {name: parameter(core) for name, core in v.cores.items()}
 
     def layer(name: str) -> Callable[[Tensor], Tensor]:
         (A, B), core, w = pairs[case.sizes.of(name)], cores[name], v.weight[name]

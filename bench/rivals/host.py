@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..measure.names import named
+from ..measure.names import chosen, named
 from ..measure.shapes import DTYPES, Case
 from . import registry
 from .base import SCALING, Rival, Tensors, Written, frozen_linear, parameter
+from .library import missing_package, require
 
 TOKENS, LAYERS, WIDTH, RANK = (1, 16, 160), 24, 32, 8
 
@@ -149,14 +149,11 @@ NEEDED = (FLOOR, LORA, LOTR, LOTR_OWN)  # what every ratio is to
 
 def available(names: list[str] | None) -> list[str]:
     """names (None: all that can run), checked, and those that ratios are to. Raises ValueError for one that cannot run."""
-    peft = importlib.util.find_spec("peft") is not None
-    for name in names or ():
-        if name not in RIVALS:
-            raise ValueError(f"rivals: expected some of {', '.join(RIVALS)}, got {name!r}")
-        if name == "lora-peft" and not peft:
-            raise ValueError("rivals: lora-peft needs the package peft, which is not installed (pip install peft)")
-    wanted = [name for name in RIVALS if name != "lora-peft" or peft] if names is None else [*names, *NEEDED]
-    return [name for name in RIVALS if name in wanted]
+    if names is None:
+        return [name for name in RIVALS if missing_package(name) is None]
+    chosen("rivals", ",".join(names), RIVALS)
+    require("rivals", names)
+    return [name for name in RIVALS if name in (*names, *NEEDED)]
 
 
 def of_form(names: list[str], form: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..measure.names import named
 from ..measure.shapes import DTYPES, Case
-from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, parameter
+from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, lora_rival
 
 _PACKAGES = {
     **dict.fromkeys(("lora-peft", "dora-peft", "vera-peft"), "peft"),
@@ -25,6 +25,14 @@ def missing_package(rival: str) -> str | None:
     """The package that a rival needs and that is not installed."""
     package = _PACKAGES.get(rival)
     return package if package is not None and importlib.util.find_spec(package) is None else None
+
+
+def require(option: str, rivals: Iterable[str]) -> None:
+    """Raises ValueError for the first rival whose package is not installed."""
+    for rival in rivals:
+        missing = missing_package(rival)
+        if missing is not None:
+            raise ValueError(f"{option}: {rival} needs the package {missing}, which is not installed (pip install {missing})")
 
 
 def obstacle(rival: str, case: Case, device: torch.device) -> str | None:
@@ -46,27 +54,25 @@ def obstacle(rival: str, case: Case, device: torch.device) -> str | None:
 
 
 def lora_compiled(t: Tensors, case: Case) -> Rival:
-    """LoRA as one writes it, by torch.compile for this very shape."""
-    A, B = parameter(t.A.T), parameter(t.B)
+    """Plain LoRA, compiled by torch.compile for this shape."""
     torch._dynamo.reset()  # else the compiler generalises over the cases before
-    return Rival(named("lora-compiled"), torch.compile(lora_forward(t, A, B), dynamic=False), {"A": (A, True), "B": (B, False)})
+    return lora_rival(named("lora-compiled"), t, lambda A, B: torch.compile(lora_forward(t, A, B), dynamic=False))
 
 
 def autotuned(call: Callable) -> Callable:
-    """By torch.compile for the very shape it meets, with a search for the fastest product, fused or the library's."""
+    """Compiled by torch.compile for the first shape, with a search for the fastest product, generated or the library's."""
     return torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
 def frozen_autotuned(t: Tensors, case: Case) -> Rival:
-    """The floor that a sceptic asks for: the library's own choice of a product is not always its fastest."""
+    """The frozen layer after a search: the library's default choice of a product is not always its fastest."""
     torch._dynamo.reset()
     return Rival("frozen autotuned", autotuned(lambda x: F.linear(x, t.weight, t.bias)), {})
 
 
 def lora_autotuned(t: Tensors, case: Case) -> Rival:
-    A, B = parameter(t.A.T), parameter(t.B)
     torch._dynamo.reset()
-    return Rival("LoRA autotuned", autotuned(lora_forward(t, A, B)), {"A": (A, True), "B": (B, False)})
+    return lora_rival("LoRA autotuned", t, lambda A, B: autotuned(lora_forward(t, A, B)))
 
 
 def _with_peft(t: Tensors, config) -> nn.Module:
@@ -108,20 +114,10 @@ def vera_peft(t: Tensors, case: Case) -> Rival:
 def lora_unsloth(t: Tensors, case: Case) -> Rival:
     """LoRA_W of unsloth.kernels.fast_lora: library products with a backward written by hand, no bias."""
     LoRA_W = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
-    A, B = parameter(t.A.T), parameter(t.B)
-    return Rival(
-        named("lora-unsloth"),
-        lambda x: LoRA_W.apply(x[None], t.weight, None, A, B, SCALING)[0],
-        {"A": (A, True), "B": (B, False)},
-    )
+    return lora_rival(named("lora-unsloth"), t, lambda A, B: lambda x: LoRA_W.apply(x[None], t.weight, None, A, B, SCALING)[0])
 
 
 def lora_lorafusion(t: Tensors, case: Case) -> Rival:
     """fused_linear_lora of lorafusion.ops.lora_v1: the rank fused into a Triton product."""
     fused = importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
-    A, B = parameter(t.A.T), parameter(t.B)
-    return Rival(
-        named("lora-lorafusion"),
-        lambda x: fused(x, t.weight, A, B, SCALING, linear_bias=t.bias),
-        {"A": (A, True), "B": (B, False)},
-    )
+    return lora_rival(named("lora-lorafusion"), t, lambda A, B: lambda x: fused(x, t.weight, A, B, SCALING, linear_bias=t.bias))

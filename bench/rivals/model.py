@@ -40,25 +40,14 @@ def _bert(hidden: int, layers: int, heads: int, vocabulary: int) -> dict:
 
 def _llama(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: int, groups: int = 4) -> dict:
     """groups: how many heads share a key and a value."""
-    sizes = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": intermediate,
-    }
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes |= {"intermediate_size": intermediate}
     return sizes | {"num_key_value_heads": heads // groups, "vocab_size": vocabulary, "use_cache": False}
 
 
 _QV, _LLAMA_QV = ("query", "value"), ("q_proj", "v_proj")
-_LLAMA_ALL = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)  # not the head, tied to the embedding
+# not the head, which is tied to the embedding
+_LLAMA_ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FOUR = (FLOOR, LORA, "lotr-eager", OURS)
 _SMOLLM2 = _llama(576, 30, 9, 1536, 49152, groups=3) | {"tie_word_embeddings": True, "max_position_embeddings": 8192}
 _TIED = {"tie_word_embeddings": True}

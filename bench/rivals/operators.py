@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -34,17 +34,27 @@ class KernelCase(NamedTuple):
 
 @dataclass
 class Operator:
-    """ours() and library() are what is timed; results(side) runs one of them on fresh tensors; truth(): the same in float64."""
+    """ours() and library() are timed. returned: the name of their return value, "" if they only write. written: by name, the
+    tensors that ours and library write, and their values before. truth(): all results by name, in float64."""
 
     ours: Callable[[], object]
     library: Callable[[], object]
-    results: Callable[[str], Results]
     truth: Callable[[], Results]
     work: Work
+    returned: str = ""
+    written: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def results(self, side: str) -> Results:
+        """The results of one side ("ours" or "library"), after the written tensors are reset."""
+        written = {name: own if side == "ours" else library for name, (own, library, _) in self.written.items()}
+        for name, tensor in written.items():
+            tensor.copy_(self.written[name][2])
+        value = self.ours() if side == "ours" else self.library()
+        return written | ({self.returned: value} if self.returned else {})
 
 
 class Inputs:
-    """Tensors of a case; `large` [m, n] is what the kernel is about."""
+    """Makes the tensors of a case."""
 
     def __init__(self, case: KernelCase, device: torch.device):
         self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
@@ -54,23 +64,17 @@ class Inputs:
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, dtype or self.dtype)
 
-    def zeros(self, *shape: int) -> Tensor:
-        """Of what sums are kept in."""
-        return torch.zeros(*shape, device=self.device)
-
-
-def _pair(call_ours: Callable[[], Results], call_library: Callable[[], Results]) -> Callable[[str], Results]:
-    return lambda side: call_ours() if side == "ours" else call_library()
+    def sums(self, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of ours and of the library, in float32, and their values before: zero."""
+        ours, library, before = torch.zeros(3, *shape, device=self.device)
+        return ours, library, before
 
 
 def _shrink(i: Inputs) -> Operator:
     """u = x A"""
     m, n, r = i.case[1:4]
     x, A = i.normal(m, n), i.normal(n, r, scale=n**-0.5)
-    ours, library = lambda: ops.shrink(x, A), lambda: x @ A
-    return Operator(
-        ours, library, _pair(lambda: {"u": ours()}, lambda: {"u": library()}), lambda: {"u": x.double() @ A.double()}, i.work
-    )
+    return Operator(lambda: ops.shrink(x, A), lambda: x @ A, lambda: {"u": x.double() @ A.double()}, i.work, "u")
 
 
 def _expand_add(i: Inputs) -> Operator:
@@ -79,57 +83,37 @@ def _expand_add(i: Inputs) -> Operator:
     start, u, F = i.normal(m, n), i.normal(m, r), i.normal(n, r, scale=r**-0.5)
     y, z = start.clone(), start.clone()
 
-    def once(call: Callable[[], object], target: Tensor) -> Results:
-        target.copy_(start)
-        call()
-        return {"y": target}
+    def truth() -> Results:
+        return {"y": start.double() + u.double() @ F.double().T}
 
-    ours, library = lambda: ops.expand_add_(y, u, F), lambda: z.addmm_(u, F.T)
-    return Operator(
-        ours,
-        library,
-        _pair(lambda: once(ours, y), lambda: once(library, z)),
-        lambda: {"y": start.double() + u.double() @ F.double().T},
-        i.work,
-    )
+    written = {"y": (y, z, start)}
+    return Operator(lambda: ops.expand_add_(y, u, F), lambda: z.addmm_(u, F.T), truth, i.work, written=written)
 
 
 def _factor_grad(i: Inputs) -> Operator:
     """D += x^T k"""
     m, n, r = i.case[1:4]
     x, k = i.normal(m, n), i.normal(m, r, scale=m**-0.5)
-    ours_sum, library_sum = i.zeros(n, r), i.zeros(n, r)
-
-    def once(call: Callable[[], object], target: Tensor) -> Results:
-        target.zero_()
-        call()
-        return {"D": target}
-
-    ours, library = lambda: ops.factor_grad_(ours_sum, x, k), lambda: library_sum.add_(x.T @ k)
-    results = _pair(lambda: once(ours, ours_sum), lambda: once(library, library_sum))
-    return Operator(ours, library, results, lambda: {"D": x.double().T @ k.double()}, i.work)
+    sums = i.sums(n, r)
+    ours, library = lambda: ops.factor_grad_(sums[0], x, k), lambda: sums[1].add_(x.T @ k)
+    return Operator(ours, library, lambda: {"D": x.double().T @ k.double()}, i.work, written={"D": sums})
 
 
 def _shrink_grad(i: Inputs) -> Operator:
     """k = g F and Q += g^T u"""
     m, n, r = i.case[1:4]
     g, F, u = i.normal(m, n), i.normal(n, r, scale=n**-0.5), i.normal(m, r, scale=m**-0.5)
-    ours_Q, library_Q = i.zeros(n, r), i.zeros(n, r)
+    Q = i.sums(n, r)
 
-    def products() -> Tensor:
+    def library() -> Tensor:
         k = g @ F
-        library_Q.add_(g.T @ u)
+        Q[1].add_(g.T @ u)
         return k
 
-    def once(call: Callable[[], Tensor], Q: Tensor) -> Results:
-        Q.zero_()
-        return {"k": call(), "Q": Q}
+    def truth() -> Results:
+        return {"k": g.double() @ F.double(), "Q": g.double().T @ u.double()}
 
-    def ours() -> Tensor:
-        return ops.shrink_grad_(ours_Q, g, F, u)
-
-    results = _pair(lambda: once(ours, ours_Q), lambda: once(products, library_Q))
-    return Operator(ours, products, results, lambda: {"k": g.double() @ F.double(), "Q": g.double().T @ u.double()}, i.work)
+    return Operator(lambda: ops.shrink_grad_(Q[0], g, F, u), library, truth, i.work, "k", {"Q": Q})
 
 
 def _fold(i: Inputs) -> Operator:
@@ -137,31 +121,23 @@ def _fold(i: Inputs) -> Operator:
     layers, n, r = i.case[1:4]
     B, cores = i.normal(n, r, scale=r**-0.5), i.normal(layers, r, r)
     ours, library = lambda: ops.fold(B, cores, SCALING, i.dtype), lambda: (B * SCALING) @ cores.mT
-    results = _pair(lambda: {"F": ours()}, lambda: {"F": library()})
-    return Operator(ours, library, results, lambda: {"F": SCALING * (B.double() @ cores.double().mT)}, i.work)
+    return Operator(ours, library, lambda: {"F": SCALING * (B.double() @ cores.double().mT)}, i.work, "F")
 
 
 def _fold_grad(i: Inputs) -> Operator:
     """dB += s sum_l Q_l G_l, dG_l = s Q_l^T B"""
     layers, n, r = i.case[1:4]
     Q, B, cores = i.normal(layers, n, r, dtype=torch.float32), i.normal(n, r, scale=r**-0.5), i.normal(layers, r, r)
-    ours_dB, library_dB = i.zeros(n, r), i.zeros(n, r)
+    dB = i.sums(n, r)
 
-    def products() -> Tensor:
-        library_dB.add_((Q @ cores.float()).sum(0), alpha=SCALING)
+    def library() -> Tensor:
+        dB[1].add_((Q @ cores.float()).sum(0), alpha=SCALING)
         return SCALING * (Q.mT @ B.float())
-
-    def ours() -> Tensor:
-        return ops.fold_grad(Q, B, cores, SCALING, ours_dB)
-
-    def once(call: Callable[[], Tensor], dB: Tensor) -> Results:
-        dB.zero_()
-        return {"dG": call(), "dB": dB}
 
     def truth() -> Results:
         return {"dG": SCALING * (Q.double().mT @ B.double()), "dB": SCALING * (Q.double() @ cores.double()).sum(0)}
 
-    return Operator(ours, products, _pair(lambda: once(ours, ours_dB), lambda: once(products, library_dB)), truth, i.work)
+    return Operator(lambda: ops.fold_grad(Q, B, cores, SCALING, dB[0]), library, truth, i.work, "dG", {"dB": dB})
 
 
 def _small_forward(i: Inputs) -> Operator:
@@ -170,11 +146,6 @@ def _small_forward(i: Inputs) -> Operator:
     start, x, A = i.normal(m, n), i.normal(m, n), i.normal(n, r, scale=n**-0.5)
     core, B = i.normal(r, r, scale=r**-0.5), i.normal(n, r, scale=r**-0.5)
     y, z = start.clone(), start.clone()
-
-    def once(call: Callable[[], object], target: Tensor) -> Results:
-        target.copy_(start)
-        call()
-        return {"y": target}
 
     def ours() -> Tensor:
         return ops.small_forward_(y, x, A, core, B, SCALING)
@@ -185,7 +156,7 @@ def _small_forward(i: Inputs) -> Operator:
     def truth() -> Results:
         return {"y": start.double() + SCALING * ((x.double() @ A.double()) @ core.double()) @ B.double().T}
 
-    return Operator(ours, library, _pair(lambda: once(ours, y), lambda: once(library, z)), truth, i.work)
+    return Operator(ours, library, truth, i.work, written={"y": (y, z, start)})
 
 
 def _small_backward(i: Inputs) -> Operator:
@@ -195,34 +166,26 @@ def _small_backward(i: Inputs) -> Operator:
     core, B = i.normal(r, r, scale=r**-0.5), i.normal(n, r, scale=r**-0.5)
     u = x @ A
     dx, dz = start.clone(), start.clone()
-    sums = {side: (i.zeros(n, r), i.zeros(n, r)) for side in ("ours", "library")}
+    dA, dB = i.sums(n, r), i.sums(n, r)
 
     def ours() -> Tensor:
-        return ops.small_backward_(dx, g, x, u, A, core, B, SCALING, *sums["ours"], True)
+        return ops.small_backward_(dx, g, x, u, A, core, B, SCALING, dA[0], dB[0], True)
 
     def library() -> Tensor:
         h = (g @ B).mul_(SCALING)
         k = h @ core.T
         dz.addmm_(k, A.T)
-        sums["library"][0].add_(x.T @ k)
-        sums["library"][1].add_(g.T @ (u @ core), alpha=SCALING)
+        dA[1].add_(x.T @ k)
+        dB[1].add_(g.T @ (u @ core), alpha=SCALING)
         return u.T @ h
-
-    def once(side: str) -> Results:
-        target = dx if side == "ours" else dz
-        target.copy_(start)
-        for total in sums[side]:
-            total.zero_()
-        dG = ours() if side == "ours" else library()
-        return {"dx": target, "dA": sums[side][0], "dB": sums[side][1], "dG": dG}
 
     def truth() -> Results:
         h = SCALING * (g.double() @ B.double())
         k = h @ core.double().T
-        dB = SCALING * g.double().T @ (u.double() @ core.double())
-        return {"dx": start.double() + k @ A.double().T, "dA": x.double().T @ k, "dB": dB, "dG": u.double().T @ h}
+        of_B = SCALING * g.double().T @ (u.double() @ core.double())
+        return {"dx": start.double() + k @ A.double().T, "dA": x.double().T @ k, "dB": of_B, "dG": u.double().T @ h}
 
-    return Operator(ours, library, once, truth, i.work)
+    return Operator(ours, library, truth, i.work, "dG", {"dx": (dx, dz, start), "dA": dA, "dB": dB})
 
 
 KERNELS: dict[str, Callable[[Inputs], Operator]] = {

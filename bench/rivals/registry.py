@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import increment_version
 
-from ..measure.names import named
+from ..measure.names import chosen, named
 from ..measure.shapes import Case
 from . import library
-from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, parameter
+from .base import SCALING, Rival, Tensors, frozen_linear, lora_forward, lora_rival, parameter
 
 Make = Callable[[Tensors, Case], Rival]
 
@@ -35,9 +35,8 @@ def _lotr_eager(t: Tensors, case: Case) -> Rival:
 
 
 def _lora_eager(t: Tensors, case: Case) -> Rival:
-    """Two linear layers, a scaling and a sum in torch operations: on a GPU, cuBLAS's LoRA."""
-    A, B = parameter(t.A.T), parameter(t.B)
-    return Rival(named(LORA_EAGER), lora_forward(t, A, B), {"A": (A, True), "B": (B, False)})
+    """Two linear layers, a scaling and a sum in torch operations."""
+    return lora_rival(named(LORA_EAGER), t, lambda A, B: lora_forward(t, A, B))
 
 
 class InPlaceLoRA(torch.autograd.Function):
@@ -71,11 +70,8 @@ class InPlaceLoRA(torch.autograd.Function):
 
 def _lora_in_place(rival: str, expand_first: bool) -> Make:
     def make(t: Tensors, case: Case) -> Rival:
-        A, B = parameter(t.A.T), parameter(t.B)
         forward = InPlaceLoRA.apply
-        return Rival(
-            named(rival), lambda x: forward(x, t.weight, t.bias, A, B, expand_first), {"A": (A, True), "B": (B, False)}
-        )
+        return lora_rival(named(rival), t, lambda A, B: lambda x: forward(x, t.weight, t.bias, A, B, expand_first))
 
     return make
 
@@ -148,12 +144,8 @@ DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED, *COMPILED
 
 def available(names: list[str]) -> list[str]:
     """names, checked. Raises ValueError for an unknown rival or one whose package is not installed."""
-    for name in names:
-        if name not in RIVALS:
-            raise ValueError(f"rivals: expected some of {', '.join(RIVALS)}, got {name!r}")
-        missing = library.missing_package(name)
-        if missing is not None:
-            raise ValueError(f"rivals: {name} needs the package {missing}, which is not installed (pip install {missing})")
+    chosen("rivals", ",".join(names), RIVALS)
+    library.require("rivals", names)
     return names
 
 

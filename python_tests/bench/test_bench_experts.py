@@ -52,9 +52,9 @@ def test_rivals_add_nothing_at_the_start_and_what_they_say_later():
 
 @pytest.mark.parametrize("text", ["48x16x8x4x2", "48x16x8x4x2x0", "a"])
 def test_bad_shapes(text):
-    with pytest.raises(ValueError, match="shapes: expected MxHxIxExKxR, got"):
+    with pytest.raises(ValueError, match="shapes: expected MxHxIxExKxR, comma-separated, got"):
         experts.arguments([*QUICK, "--shapes", text])
-    with pytest.raises(ValueError, match="shapes: expected at most as many experts a token as there are, 4, got 5"):
+    with pytest.raises(ValueError, match="shapes: expected a top k of at most the 4 experts, got 5"):
         experts.arguments([*QUICK, "--shapes", "48x16x8x4x5x2"])
 
 
@@ -79,4 +79,4 @@ def test_the_targets(tmp_path, ours, peft, peaks, met):
 
 def test_quick_is_the_first_shape():
     options = experts.arguments(["--device", "cpu", "--quick"])
-    assert options.shapes == [[2048, 512, 256, 32, 4, 16]] and options.rounds == 3
+    assert options.shapes == [(2048, 512, 256, 32, 4, 16)] and options.rounds == 3

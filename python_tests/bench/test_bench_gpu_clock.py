@@ -194,7 +194,7 @@ def test_kernels_get_the_autotuned_product_as_another_floor(gpu, monkeypatch):
     made = fake_session(monkeypatch)
     made.ceilings = lambda dtype, threads: {"flops_per_s": 1e12, "bytes_per_s": 1e12}
     monkeypatch.setattr(session, "gpu_state", lambda device: {})
-    monkeypatch.setattr(operators, "make", lambda case, device: operators.Operator(int, int, None, None, operators.Work(1, 1)))
+    monkeypatch.setattr(operators, "make", lambda case, device: operators.Operator(int, int, None, operators.Work(1, 1)))
     monkeypatch.setattr(operators, "errors", lambda operator: {"ours": 0.0, "library": 0.0})
     monkeypatch.setattr(kernels, "autotuned", lambda call: lambda: "tuned")
     monkeypatch.setattr(kernels, "interleave", lambda calls, *a, **k: [[[3.0 - i]] for i, _ in enumerate(calls)])
@@ -205,5 +205,5 @@ def test_kernels_get_the_autotuned_product_as_another_floor(gpu, monkeypatch):
     assert [r["step"]["seconds"][1] for r in results] == [3.0, 2.0, 1.0] and results[0]["gpu"].keys() == {"before", "after"}
     made.options.autotune = False
     assert len(kernels.measure(case, made)) == 2
-    with pytest.raises(ValueError, match="autotune: there is no search"):
+    with pytest.raises(ValueError, match="autotune: expected --device cuda"):
         kernels.arguments(["--device", "cpu", "--autotune"])

@@ -135,12 +135,12 @@ def test_a_rival_that_fails_is_named_and_the_others_are_measured(tmp_path, monke
         (["--threads", "0"], "threads: expected numbers"),
         (["--rivals", "magic"], "rivals: expected some of"),
         (["--device", "tpu"], "device: expected cpu or cuda"),
-        (["--clock", "cpu", "--device", "cpu", "--threads", f"{os.cpu_count()}"], "clock: cpu seconds"),
-        (["--clock", "events", "--device", "cpu"], "clock: events are a GPU's"),
+        (["--clock", "cpu", "--device", "cpu", "--threads", f"{os.cpu_count()}"], "clock: expected one CPU thread"),
+        (["--clock", "events", "--device", "cpu"], "clock: expected wall or cpu on a CPU"),
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["--slice", "nan"], "slice, minutes"),
         (["--minutes", "-1"], "slice, minutes"),
-        (["--autotune", "--device", "cpu"], "autotune: there is no search"),
+        (["--autotune", "--device", "cpu"], "autotune: expected --device cuda"),
     ],
 )
 def test_it_refuses(arguments, message):

@@ -64,5 +64,5 @@ def test_the_index_of_a_way():
 
 @pytest.mark.parametrize("text", ["4x3x7x16x1", "4x3x7x16x1x0", "a"])
 def test_bad_shapes(text):
-    with pytest.raises(ValueError, match="shapes: expected TOKENSxROWSxTASKSxWIDTHxBLOCKSxRANK, got"):
+    with pytest.raises(ValueError, match="shapes: expected TOKENSxROWSxTASKSxWIDTHxBLOCKSxRANK, comma-separated, got"):
         tasks.arguments([*QUICK, "--shapes", text])
