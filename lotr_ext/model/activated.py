@@ -1,4 +1,4 @@
-"""`activated`: the index of tasks a token for adapters that begin within a row (activated LoRA, arXiv 2504.12397)."""
+"""`activated`: an index with a task per token, for adapters that begin within a row (activated LoRA, arXiv 2504.12397)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ __all__ = ["activated"]
 
 
 def activated(input_ids: Tensor, tasks: Tensor | int, invocation: Sequence[int] | Mapping[int, Sequence[int]]) -> Tensor:
-    """An index [b, t] for `mixed`: the tokens of row i before the last occurrence of its invocation take no task, those from
-    its first token on tasks[i]. A row without the invocation takes none.
+    """Returns an index [b, t] for `mixed`: in row i the tokens before the last occurrence of the invocation have no task, the
+    tokens from its first token on have tasks[i]. A row without the invocation has no task.
 
         with mixed(model, activated(input_ids, task, invocation)):
             model.generate(input_ids)
 
-    input_ids [b, t] (integers): all tokens of each row, also those in a cache. tasks: one for all rows, or [b] (int64), -1 for
-    none. invocation: the tokens that begin a task, of all tasks or by task. The index is on the device of input_ids, int64.
+    input_ids [b, t] (integers): all tokens of each row, including those in a cache. tasks: one for all rows, or [b] (int64), -1
+    for none. invocation: the tokens that begin a task: one sequence for all tasks, or a mapping from task to sequence. The
+    index is int64, on the device of input_ids.
 
     Raises:
-        TypeError: input_ids or tasks of another kind, or an invocation that is no sequence of ints. ValueError: other shapes,
+        TypeError: input_ids or tasks of another type, or an invocation that is no sequence of ints. ValueError: other shapes,
             an empty invocation, or a task without one.
     """
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
@@ -36,7 +37,7 @@ def activated(input_ids: Tensor, tasks: Tensor | int, invocation: Sequence[int] 
         got = tasks.dtype if isinstance(tasks, Tensor) else type(tasks).__name__
         raise TypeError(f"tasks: expected an int or an int64 tensor, got {got}")
     if tasks.shape != (b,):
-        raise ValueError(f"tasks: expected one a row, shape ({b},), got {tuple(tasks.shape)}")
+        raise ValueError(f"tasks: expected one per row, shape ({b},), got {tuple(tasks.shape)}")
     tasks = tasks.to(device)
     position, index = torch.arange(t, device=device), torch.full((b, t), -1, device=device)
     for task, tokens in _by_task(tasks, invocation).items():
@@ -48,7 +49,7 @@ def activated(input_ids: Tensor, tasks: Tensor | int, invocation: Sequence[int] 
 
 
 def _by_task(tasks: Tensor, invocation: object) -> dict[int | None, list[int]]:
-    """The invocation of each task, or that of all under None."""
+    """The invocation of each task, or under None the one of all tasks."""
     given = invocation if isinstance(invocation, Mapping) else {None: invocation}
     found = {}
     for task, tokens in given.items():
@@ -63,7 +64,7 @@ def _by_task(tasks: Tensor, invocation: object) -> dict[int | None, list[int]]:
 
 
 def _starts(input_ids: Tensor, tokens: Tensor) -> Tensor:
-    """[b, starts]: whether the tokens lie at each place where they could begin."""
+    """[b, starts]: whether the tokens begin at each position."""
     if input_ids.shape[1] < len(tokens):
         return input_ids.new_zeros(len(input_ids), 0, dtype=torch.bool)
     return (input_ids.unfold(1, len(tokens), 1) == tokens).all(-1)

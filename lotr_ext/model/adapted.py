@@ -13,7 +13,7 @@ __all__ = ["adapted_layers", "expect_merged", "layers_in", "lotr_parameters", "r
 
 
 def layers_in(model: nn.Module) -> dict[str, LoTRLayer]:
-    """As `adapted_layers`, of a model that may have none, like a stage of a pipeline."""
+    """As `adapted_layers`, but the result may be empty, as for a stage of a pipeline."""
     return {name: m for name, m in named_modules(model) if isinstance(m, LoTRLayer)}
 
 
@@ -32,10 +32,10 @@ def adapted_layers(model: nn.Module) -> dict[str, LoTRLayer]:
 
 
 def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The adapter's trained parameters, for an optimizer: each A, B, core and magnitude once, those that require grad; of a
-    parametrized one (torch.nn.utils.parametrize) the parameters that it is computed from.
+    """The adapter's trained parameters, for an optimizer: each A, B, core and magnitude that requires grad, once. For a
+    parametrized one (torch.nn.utils.parametrize), the parameters that it is computed from.
 
-    modules_to_save are not among them: `[p for p in model.parameters() if p.requires_grad]` has both.
+    Does not contain modules_to_save: `[p for p in model.parameters() if p.requires_grad]` contains both.
 
     Raises:
         TypeError, RuntimeError: as `adapted_layers`.
@@ -49,7 +49,7 @@ def lotr_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def expect_merged(layers: dict[str, LoTRLayer], merged: bool, name: str) -> None:
-    """RuntimeError unless all layers are merged, or none is. name: the caller's, for the message."""
+    """Raises RuntimeError unless the `merged` of every layer is as given. name: the caller, for the message."""
     for layer_name, layer in layers.items():
         if layer.merged != merged:
             states = ("unmerged", "merged")
@@ -57,10 +57,10 @@ def expect_merged(layers: dict[str, LoTRLayer], merged: bool, name: str) -> None
 
 
 def refuse_magnitudes(layers: Mapping[str, LoTRLayer], name: str) -> None:
-    """ValueError for an adapter with magnitudes, where rows have cores, and so lengths, of their own. name: the caller's."""
+    """Raises ValueError for an adapter with magnitudes: with a core per row, each row's lengths differ. name: the caller."""
     for layer_name, layer in layers.items():
         if layer.norms is not None:
             raise ValueError(
-                f"{name}: expected an adapter without magnitudes, for rows with cores of their own have lengths of their own, "
-                f"got {layer_name!r} with; adapt with magnitude=False"
+                f"{name}: expected an adapter without magnitudes, since rows with different cores have different lengths, "
+                f"got {layer_name!r} with magnitudes; adapt with magnitude=False"
             )

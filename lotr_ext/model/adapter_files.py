@@ -1,14 +1,14 @@
-"""An adapter on disk: one directory with a JSON file and a safetensors file, replaced as a whole.
+"""An adapter on disk: one directory with a JSON file and a safetensors file, replaced atomically.
 
     lotr_adapter.json                   format version, configuration, layers, tensors, the other file's name and checksum
-    lotr_adapter.<digits>.safetensors   the tensors, under a name that no other save has: 16 random digits
+    lotr_adapter.<digits>.safetensors   the tensors, under a unique name: 16 random digits
 
-The tensors are written first; then the JSON is written under a temporary name and renamed over the old one. That rename is the
-one moment at which the new adapter takes the old one's place: a kill before it leaves the old adapter whole, a kill after it
-the new one; of several savers the last to rename wins. A reader reads the JSON again where the tensors that it named are gone.
+A save writes the tensors first, then the JSON under a temporary name, and renames it over the old one. This rename is atomic: a
+process killed before it leaves the old adapter, one killed after it the new one. Of several saves, the last rename wins. If the
+tensors that a JSON names are gone, a reader reads the JSON again.
 
-A saver removes files that no JSON names and no saver is writing: each saver holds a lock (flock) on its files until it is done,
-and the kernel takes the lock from one that is killed. Where a file system has no locks, what a kill leaves stays.
+A save also removes tensors that no JSON names and no other save is writing. Each save locks its files (flock) until it is done,
+and the kernel releases the lock of a killed process. On a file system without locks, the files of a killed save remain.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _ALL_PROCESSES = "of a model in parts call save_adapter in every process, with w
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One adapted layer. factors: the state_dict prefix of its LoTRFactors, or of the two LoTRFactor that make it. experts: how
-    many, 0 for a layer that is none."""
+    """One adapted layer. factors: the state_dict prefix of its LoTRFactors, or of the two LoTRFactor that it consists of.
+    experts: their number, 0 for a linear layer."""
 
     factors: str | tuple[str, str]
     in_features: int
@@ -74,8 +74,8 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the JSON file says. config: None for a model that was built by hand. modules_to_save: full names. base: what
-    identifies the base weights of a few layers, by name (`lotr_ext.model.fingerprint`)."""
+    """The content of the JSON file. config: None for a model that was built by hand. modules_to_save: full names. base: by
+    layer name, a fingerprint of the base weights of a few layers (`lotr_ext.model.fingerprint`)."""
 
     config: LoTRConfig | None
     layers: dict[str, LayerEntry]
@@ -96,7 +96,7 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 
 def _named(directory: Path) -> str | None:
-    """The tensors' file that the JSON in directory names, if there is one."""
+    """The name of the tensors' file in the directory's JSON, or None."""
     try:
         return parse_json(read_bytes(directory / JSON_NAME)).get("tensors_file")
     except (OSError, ValueError, AttributeError):
@@ -104,18 +104,18 @@ def _named(directory: Path) -> str | None:
 
 
 def _remove_leftovers(directory: Path, replaced: str | None) -> None:
-    """Removes tensors that no JSON names and no saver is writing. replaced: what a JSON named that is there no longer."""
+    """Removes tensors that no JSON names and no save is writing. replaced: the file that the replaced JSON named."""
     for path in directory.iterdir():
         if not _TENSORS_NAME.fullmatch(path.name):
             continue
         with suppress(OSError), open(path, "r+b") as file:
-            # its saver is done or dead once the lock is free, so a JSON that does not name it now never will
+            # once the lock is free, the save is done or killed, so no JSON will name the file later
             if (lock(file, wait=False) or path.name == replaced) and path.name != _named(directory):
                 path.unlink()
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file of tensors, wherever they are; several may be views of one memory."""
+    """The bytes of a safetensors file of tensors, on any device; several may be views of one storage."""
     from safetensors.torch import save
 
     stored, seen = {}, set()
@@ -128,8 +128,8 @@ def serialized(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _check_whole(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses tensors of other shapes than the layers' and the configuration's: sharded training keeps parts of them, and
-    tensors without elements."""
+    """Raises ValueError for tensors of other shapes than the layers and the configuration have: sharded training keeps only
+    parts of them, or empty tensors."""
     for name, entry in manifest.layers.items():
         A, B = (tensors[entry.tensor(part)].shape[-1:] for part in "AB")
         r_in, r_out = (*A, *B) if manifest.config is None else manifest.config.ranks
@@ -148,16 +148,16 @@ def _check_whole(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
 def write(
     directory: Path, manifest: Manifest, tensors: Mapping[str, Tensor], beside: Mapping[str, bytes] | None = None
 ) -> None:
-    """Writes an adapter into directory, which is made if need be; other files in it are left alone. Others may save to it and
-    load from it meanwhile, in this process and in others. beside: files that belong to it, by name.
+    """Writes an adapter into directory and creates it if needed; other files in it stay. Other threads and processes may save
+    to it and load from it at the same time. beside: content of additional files, by name.
 
     Raises:
-        ValueError: directory is a file, or a tensor is a part of one. OSError: the disk; the directory is as it was then.
+        ValueError: directory is a file, or a tensor is only a part. OSError: the disk; the directory is then unchanged.
     """
     _check_whole(manifest, tensors)
     data = serialized(tensors)
     digest = hashlib.sha256(data).hexdigest()
-    tensors_name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # by checksum two savers of equal tensors would share it
+    tensors_name = f"lotr_adapter.{secrets.token_hex(8)}.safetensors"  # random: two saves of equal tensors must not share it
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -182,7 +182,7 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
     """The adapter in directory, checked: format and version, each entry's type, the tensors' checksum, shapes and dtypes.
 
     Raises:
-        ValueError: saying which file, what was expected and what came. Nothing in the files is ever executed.
+        ValueError: names the file, what was expected and what was found. Nothing in the files is ever executed.
     """
     path, missing = directory / JSON_NAME, None
     while True:
@@ -197,7 +197,7 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
         except OSError as error:
             if name == missing or not isinstance(error, FileNotFoundError):
                 raise ValueError(f"{path}: expected {name} beside it, got {_found(directory)} ({error.strerror})") from None
-            missing = name  # unless a save has taken its place since: then the JSON names another one now
+            missing = name  # a save may have replaced it meanwhile: then the JSON now names another file
     digest, want = hashlib.sha256(data).hexdigest(), _entry(path, content, "tensors_sha256", str)
     if digest != want:
         raise ValueError(f"{file}: expected sha256 {want}, got {digest} ({len(data)} bytes): truncated, or another file")
@@ -213,7 +213,7 @@ def read(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
 
 
 def tensors_of(file: Path, data: bytes) -> dict[str, Tensor]:
-    """The tensors in the content of a safetensors file. ValueError for what is none."""
+    """The tensors in the content of a safetensors file. Raises ValueError for other content."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -224,10 +224,10 @@ def tensors_of(file: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def check_shapes(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Whether a saved adapter's tensors are there and have the shapes that its configuration and its layers say.
+    """Checks that a saved adapter has all tensors, in the shapes of its configuration and layers.
 
     Raises:
-        ValueError: which tensors are missing, or what shape or dtype one has.
+        ValueError: names the missing tensors, or the wrong shape or dtype.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, entry in manifest.layers.items():
@@ -250,7 +250,7 @@ def check_shapes(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _shapes_of(config: LoTRConfig | None, entry: LayerEntry, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
-    """Of a layer's A, B and core; of a model built by hand the ranks are those of its A and B."""
+    """The shapes of a layer's A, B and core. In a model built by hand, A and B have the ranks."""
     if config is not None:
         r_in, r_out = config.ranks
     else:
@@ -261,7 +261,7 @@ def _shapes_of(config: LoTRConfig | None, entry: LayerEntry, tensors: Mapping[st
 
 
 def _content(directory: Path) -> dict[str, Any]:
-    """What the JSON file says, of this format and version."""
+    """The content of the JSON file, checked for format and version."""
     path = directory / JSON_NAME
     try:
         content = parse_json(read_bytes(path))
@@ -341,5 +341,5 @@ def describe(tensor: Tensor) -> str:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of that form without memory: what a checkpoint is compared with before a model has the real one."""
+    """A tensor without memory, to compare a checkpoint with before the model has the real tensor."""
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,8 +1,8 @@
 """Several named adapters on one model: add_adapter, set_adapter, delete_adapter, adapter_names, active_adapter, mixed.
 
-One adapter is active: its factors are `model.lotr_factors`, its cores the layers' `core`. The others are parked, as
-`model.lotr_parked.<name>`, with everything they are made of, so that .to() and state_dict reach them. All adapt the same layers
-in the same groups. An adapter has factors of its own, or shares another's and has only cores (r_in r_out numbers a layer).
+One adapter is active: its factors are `model.lotr_factors`, its cores the layers' `core`. The others are parked as
+`model.lotr_parked.<name>` with all their tensors, so that .to() and state_dict include them. All adapt the same layers in the
+same groups. An adapter has its own factors, or shares another adapter's and has only cores (r_in r_out numbers per layer).
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, share_factors: str | None = None) -> Model:
-    """Adds an adapter, parked, on the same layers and in the same groups as the active one: the model's function stays.
+    """Adds a parked adapter on the same layers and in the same groups as the active one. The model's output does not change.
 
     Args:
         model: from `apply_lotr`.
         name: a new name, without dots.
-        config: its rank, scaling, dropout, init, train, adapter_dtype and core_init; what it says of targets, groups and
-            modules_to_save must be as in the active adapter's or left out. None: as the active adapter.
-        share_factors: the adapter whose A and B it uses; it then has only cores of its own, which alone are trained
-            unless config.train says otherwise. None: factors of its own.
+        config: its rank, scaling, dropout, init, train, adapter_dtype and core_init. Its targets, groups and modules_to_save
+            must equal those of the active adapter or be left out. None: the active adapter's config.
+        share_factors: the adapter whose A and B it uses. It then has only cores of its own, and only these are trained
+            unless config.train says otherwise. None: its own factors.
 
-    Its modules_to_save start as they are now and are its own from then on.
+    Its modules_to_save are copies of the current ones.
 
     Raises:
         TypeError, ValueError: a name that is taken, an adapter that does not exist, a config that does not fit, or one with
@@ -89,7 +89,7 @@ def add_adapter(model: Model, name: str, config: LoTRConfig | None = None, *, sh
     owner = None if share_factors is None else find_name(parked, share_factors, "share_factors")
     config = _fitting_config(model, config, shared=owner is not None)
     if config.init == "svd" or any(layer.start_core is not None for layer in layers.values()):
-        raise RuntimeError('add_adapter: expected another init than "svd", whose start is part of the base weights, got "svd"')
+        raise RuntimeError('add_adapter: expected an init other than "svd", whose start is part of the base weights, got "svd"')
     if config.init == "gradient":
         raise ValueError(
             'add_adapter: expected an init without batches, got "gradient"; give another one, and call init_from_gradient when '
@@ -120,7 +120,7 @@ def _new_factors(model: nn.Module, config: LoTRConfig) -> dict[str, Owner]:
 
 
 def _factors_of(model: nn.Module, parked: ParkedAdapters, owner: str, config: LoTRConfig) -> dict[str, Owner]:
-    """The factors of the adapter `owner`. ValueError unless they have config's ranks."""
+    """The factors of the adapter `owner`. Raises ValueError unless they have config's ranks."""
     factors = dict(model.lotr_factors.items() if owner == parked.active else parked[owner].factors.items())
     ranks = {part: getattr(module, attribute).shape[1] for part, module, attribute in factors_by_part(factors)}
     if (got := (ranks["A"], ranks["B"])) != config.ranks:
@@ -141,7 +141,7 @@ def _new_cores(model: nn.Module, config: LoTRConfig, factors: dict[str, Owner]) 
 def _new_magnitudes(
     model: nn.Module, config: LoTRConfig, factors: dict[str, Owner], held: Sequence[nn.Parameter | nn.Module]
 ) -> list[nn.Parameter]:
-    """For each layer the lengths of its rows with the new adapter."""
+    """For each layer, the lengths of its rows with the new adapter."""
     scaling, magnitudes = Settings.of(config).scale(config.rank), []
     for (name, layer), own in zip(adapted_layers(model).items(), held, strict=True):
         if (why := no_magnitude(getattr(layer, "base_layer", layer))) is not None:
@@ -154,9 +154,9 @@ def _new_magnitudes(
 
 
 def set_adapter(model: Model, name: str) -> Model:
-    """Makes the adapter `name` the active one, trained as its config says; the one before is parked, with no gradients.
+    """Makes the adapter `name` active, trained as its config says. The previous one is parked, and its gradients are dropped.
 
-    Make the optimizer after it: the parameters of the layers are others now.
+    Create the optimizer afterwards, since the layers now have other parameters.
 
     Raises:
         TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`, a merged adapter, or a parametrized core or
@@ -172,11 +172,11 @@ def set_adapter(model: Model, name: str) -> Model:
 
 
 def delete_adapter(model: Model, name: str) -> Model:
-    """Removes a parked adapter. Factors that others share stay with them.
+    """Removes a parked adapter. Factors that other adapters share stay.
 
     Raises:
-        TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`; the active adapter, merged or not (make
-            another one active first, or take it off with `unload`).
+        TypeError, ValueError: no such adapter. RuntimeError: as `active_adapter`; the active adapter, merged or not (activate
+            another one first, or call `unload`).
     """
     parked = parked_of(model, "delete_adapter")
     name = find_name(parked, name, "name")
@@ -192,22 +192,22 @@ def delete_adapter(model: Model, name: str) -> Model:
 
 @contextmanager
 def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]:
-    """Inside the context, row i of a batch is adapted by the adapter names[i]; None leaves a row to the base model.
+    """Inside the context, row i of a batch uses the adapter names[i]; None: the base model.
 
-    names may be an index [b] (int64) of tasks in the model's `TaskBank` instead, -1 for none: then nothing is done by name, or
-    by task, and there may be as many tasks as rows. The index is read while the context lasts.
+    names may instead be an index [b] (int64) of tasks in the model's `TaskBank`, -1 for none. The time then does not depend on
+    the number of tasks in the batch. Do not change the index inside the context.
 
-    An index [b, t] has a task for each token: column j is for position j of a row. All adapted layers must get as many tokens
-    as the model, [b, t, k]. With a cache (`generate`), columns count from the row's first token in the cache, and all tokens
-    after the index take its last column. `activated` makes such an index.
+    An index [b, t] has a task per token: column j is for position j of a row. All adapted layers must get as many tokens as the
+    model, [b, t, k]. With a cache (`generate`), columns count from the row's first token in the cache, and tokens after the
+    last column use the last column. `activated` makes such an index.
 
-    All this holds for the thread or asyncio task that opened the context, and for what backward runs again of its forwards.
+    The context applies to the thread or asyncio task that opened it, and to checkpoint recomputation of its forwards.
 
-    One forward serves them all: x A and the product with B are taken once for the whole batch, and only the cores are picked by
-    row, y_i = x_i W^T + bias + s_i ((x_i A) G_names[i]) B^T. The adapters must share the active one's factors. Each input of an
-    adapted layer must have the batch as its first dimension; experts, and in their model a layer with a 2-D input, get the
-    tokens of all rows, row after row, as many of each (as transformers flattens them). Experts take a core by row and expert.
-    Differentiable; cores that require grad get theirs, parked ones by default do not.
+    One forward computes the whole batch: x A and the product with B are one product each, and only the core is chosen per row,
+    y_i = x_i W^T + bias + s_i ((x_i A) G_names[i]) B^T. The adapters must share the active one's factors. Each input of an
+    adapted layer must have the batch as its first dimension. Experts, and in their model a layer with a 2-D input, get the
+    tokens of all rows, row after row, equally many of each (as transformers flattens them). Experts choose a core by row and
+    expert. Differentiable; cores that require grad get gradients, parked ones by default do not.
 
     Raises:
         TypeError, ValueError: no names, an unknown adapter or task, or one with other factors. RuntimeError: as `set_adapter`,
@@ -223,7 +223,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
     else:
         mixtures = _mixtures(model, parked, names)
     refuse_magnitudes(layers, "mixed")
-    flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # and with them, say, a shared expert
+    flat = any(isinstance(layer, LoTRExperts) for layer in layers.values())  # a shared expert beside them gets 2-D inputs too
     with in_force({layer: own._replace(flat=flat) for layer, own in zip(layers.values(), mixtures, strict=True)}):
         yield model
 
@@ -231,7 +231,7 @@ def mixed(model: Model, names: Sequence[str | None] | Tensor) -> Iterator[Model]
 def _mixtures(model: nn.Module, parked: ParkedAdapters, names: Sequence[str | None]) -> list[Mixture]:
     """A Mixture of named adapters for each layer, in the model's order."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise TypeError(f"names: expected a sequence of adapter names, one a row, or an index of tasks, got {names!r}")
+        raise TypeError(f"names: expected a sequence of adapter names, one per row, or an index of tasks, got {names!r}")
     kinds = list(dict.fromkeys(name for name in names if name is not None)) or [parked.active]
     for name in kinds:
         if find_name(parked, name, "names") != parked.active:
@@ -285,7 +285,7 @@ def _check_new_name(parked: ParkedAdapters, name: object) -> None:
 
 
 def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:
-    """RuntimeError for parametrized cores or factors: a parametrization stays where it was registered, but an adapter moves."""
+    """Raises RuntimeError for parametrized cores or factors: a parametrization stays on its module when an adapter moves."""
     for name, layer in layers.items():
         for owner, part in (*layer.factors.owners, (layer, "core"), (layer, "magnitude")):
             if parametrize.is_parametrized(owner, part):
@@ -296,7 +296,7 @@ def _check_parameters(layers: dict[str, LoTRLayer], where: str) -> None:
 
 
 def _fitting_config(model: nn.Module, config: LoTRConfig | None, *, shared: bool) -> LoTRConfig:
-    """config with the active adapter's targets, groups and modules_to_save, which it must not contradict."""
+    """config with the active adapter's targets, groups and modules_to_save. Raises ValueError if it contradicts them."""
     active: LoTRConfig = model.lotr_config
     if config is None:
         own = ("core", "magnitude") if "magnitude" in active.train else ("core",)
@@ -326,7 +326,7 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
         [(layer.scaling, layer.dropout) for layer in layers.values()],
         [t.data for t in live.values()],
     )
-    for part in (old, *old.factors.values()):  # a gradient that stayed would be added to when it is active again
+    for part in (old, *old.factors.values()):  # else the next backward after a switch back would add to old gradients
         part.requires_grad_(False).zero_grad()
     pairs = {id(layer.factors): counterpart(layer.factors, old.factors, new.factors) for layer in layers.values()}
     magnitudes = new.magnitudes or [None] * len(layers)
@@ -344,7 +344,7 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
     model.lotr_factors.set_trained(new.config.train)
     for tensor, value in zip(live.values(), new.saved, strict=True):
         tensor.data = value.data
-        increment_version(tensor)  # a backward through the one that was there raises
+        increment_version(tensor)  # so that a backward through the previous values raises
     del parked[name]
     parked[parked.active], parked.active = old, name
     model.lotr_config = new.config
@@ -352,10 +352,10 @@ def _swap(model: nn.Module, parked: ParkedAdapters, name: str) -> None:
 
 
 def _register_once(model: nn.Module) -> None:
-    """Registers each factor once: in lotr_factors if it is active, else with the first adapter it belongs to."""
+    """Registers each factor once: in lotr_factors if it is active, else in the first adapter that has it."""
     seen = {id(factors) for factors in model.lotr_factors.values()}
     for adapter in model.lotr_parked.values():
         own = {group: f for group, f in adapter.factors.items() if id(f) not in seen}
         adapter.own_factors = SharedFactors(own).requires_grad_(False)
         seen.update(id(f) for f in own.values())
-    attach_scope(model)  # finds the layers of each group anew
+    attach_scope(model)  # the layers of each group have changed

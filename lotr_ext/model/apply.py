@@ -1,10 +1,10 @@
-"""Adapters into whole models and out of them: apply_lotr, disabled, merge, unmerge, unload.
+"""Puts adapters into whole models and takes them out: apply_lotr, disabled, merge, unmerge, unload.
 
 After `apply_lotr(model, config)` every targeted layer is a `LoTRLayer` in its old place, with its old state_dict keys and
-`core`; the factors of all groups are registered once, as `model.lotr_factors[group]`, and the layers only refer to them. So
-state_dict has `lotr_factors.<group>.A`, `lotr_factors.<group>.B` and `<layer>.core` beside the base model's own keys; with
-group_by="width" `lotr_factors.A_<in_features>.value` and `lotr_factors.B_<out_features>.value`. Where the cores are made of
-fewer numbers (LoTRConfig.core), these are registered as `model.lotr_cores`, and the layers only refer to them.
+`core`. The factors of all groups are registered once, as `model.lotr_factors[group]`; the layers hold unregistered references.
+So state_dict has `lotr_factors.<group>.A`, `lotr_factors.<group>.B` and `<layer>.core` beside the base model's keys; with
+group_by="width" `lotr_factors.A_<in_features>.value` and `lotr_factors.B_<out_features>.value`. Parameters that make the cores
+of several layers (LoTRConfig.core) are registered once, as `model.lotr_cores`.
 """
 
 from __future__ import annotations
@@ -64,30 +64,30 @@ def apply_lotr(
     """Adapts a model in place: y = x W^T + bias + s ((x A) G_l) B^T for each targeted layer l (arXiv 2402.01376), and with
     target_parameters for each expert of a transformers mixture.
 
-    The layers' weights and all other parameters are frozen, except for modules_to_save. One pair A [K, r_in], B [N, r_out] a
-    group and a core [r_in, r_out] a layer are added in config.adapter_dtype. At first the model's function is unchanged (with
-    init "svd": but for one rounding of each weight).
+    The layers' weights and all other parameters are frozen, except modules_to_save. Each group gets one pair A [K, r_in],
+    B [N, r_out] and each layer a core [r_in, r_out], in config.adapter_dtype. The model's output does not change at first (with
+    init "svd" except for one rounding of each weight).
 
     Args:
         model: any nn.Module with nn.Linear layers, transformers' Conv1D, or named modules that have in_features and
             out_features (those are wrapped, and their own forward is called). Layers with hooks or parametrizations are
-            wrapped too. A layer that is registered in several places stays one layer. Of a SentenceTransformer the
-            transformers model inside is adapted, and the names are that model's.
+            wrapped too. A layer that is registered in several places stays one layer. In a SentenceTransformer the
+            transformers model inside is adapted, and names are relative to it.
         config: what to adapt and how.
-        batches: for the start from the gradient only, as in `init_from_gradient`. With them a pair A, B that is not trained
-            starts from the gradient, unless init names another start than the default one.
-        loss: for the start from the gradient only, as in `init_from_gradient`.
-        progress: whether the start from the gradient shows a bar.
+        batches: for a start from the gradient only, as in `init_from_gradient`. If they are given and neither A nor B is
+            trained, the default init becomes "gradient".
+        loss: for a start from the gradient only, as in `init_from_gradient`.
+        progress: whether a start from the gradient shows a progress bar.
 
     Returns:
-        The same model, for chaining.
+        The same model.
 
     Raises:
         TypeError, ValueError, RuntimeError: a model that is adapted already, wrapped or compiled; targets, exclusions or
             modules_to_save that match nothing; a target that is not linear, that shares its weight with another module, or
             whose weight is read without it being called (nn.MultiheadAttention.out_proj); experts of an unknown format, or of a
             class that takes no implementations of experts; groups of mixed shapes; "svd" on weights that cannot be read;
-            "gradient" without batches and loss, or what `init_from_gradient` refuses. All of it before anything is changed.
+            "gradient" without batches and loss, or an error of `init_from_gradient`. The model is unchanged then.
     """
     if (inner := inner_model(model)) is not model:
         apply_lotr(inner, config, batches=batches, loss=loss, progress=progress)
@@ -104,7 +104,7 @@ def apply_lotr(
     probed = probed_layers(selection, config) if config.init == "gradient" else {}
     for name, given in (("batches", batches), ("loss", loss)):
         if given is not None and not probed:
-            raise ValueError(f'{name}: expected none but for init "gradient", got {type(given).__name__} with {config.init!r}')
+            raise ValueError(f'{name}: expected None without init "gradient", got {type(given).__name__} with {config.init!r}')
     check_memory(selection.targets, config)
     cores = make_cores(config, [t.name for t in selection.targets], home(selection.targets[0].module))
     found = directions(model, probed, batches, loss, progress) if probed else {}
@@ -122,8 +122,8 @@ def install(
     starts: dict[str, Start] | None,
     cores: Cores | None = None,
 ) -> Model:
-    """Adapts the layers of a selection. starts: with init "svd" the adapters that are subtracted from the weights. cores: what
-    makes the cores, None for dense ones."""
+    """Adapts the layers of a selection. starts: with init "svd" the adapters that are subtracted from the weights. cores: None
+    for dense ones."""
     model.requires_grad_(False)
     for module in selection.saved.values():
         for parameter in module.parameters():
@@ -151,7 +151,7 @@ def install(
     agree_over(next(parts, None), (*shared.parameters(), *(() if cores is None else cores.parameters())))
     if cores is not None:
         model.lotr_cores = cores
-    if callable(config.group_by):  # a callable can be neither pickled nor saved; what it decided can
+    if callable(config.group_by):  # a callable cannot be pickled or saved; the groups that it returned can
         config = replace(config, group_by={t.name: t.group for t in selection.targets})
     model.lotr_config = config
     set_fast_paths(model, off=True)
@@ -183,9 +183,9 @@ def _replace(model: nn.Module, target: Target, factors: LoTRFactors, config: LoT
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Inside the context the model computes what it did without the adapter (modules_to_save stay as they are now).
+    """Inside the context the model computes without the adapter (modules_to_save stay as they are now).
 
-    That holds for the thread or asyncio task that opened it, and for what backward runs again of its forwards.
+    The context applies to the thread or asyncio task that opened it, and to checkpoint recomputation of its forwards.
 
     Raises:
         TypeError, RuntimeError: no adapter, or a merged one (unmerge it first).
@@ -250,16 +250,16 @@ def _merge_layer(layer: LoTRLayer, safe: bool, keep_backup: bool, dequantize: bo
 
 
 def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> Model:
-    """Adds every layer's s B G^T A^T into its weight, and with magnitudes gives each row its length (in fp32, cast once): all
-    layers, or none on an error.
+    """Adds every layer's s B G^T A^T to its weight, and with magnitudes scales each row to its length (in fp32, cast once). On
+    an error no layer is merged.
 
-    safe: refuse results that are not finite. keep_backup: keep the weights, so that `unmerge` restores the very bits; else it
-    subtracts, which is exact only up to rounding, and with magnitudes raises. dequantize: put a plain nn.Linear, of this dtype
-    if one is given, in the place of each quantised layer (torchao, bitsandbytes), which is refused otherwise; `unmerge` puts
-    back what was backed up.
+    safe: raise if a result is not finite. keep_backup: keep the weights, so that `unmerge` restores the same bits. Without
+    them it subtracts, which is exact only up to rounding, and raises with magnitudes. dequantize: replace each quantised layer
+    (torchao, bitsandbytes) by a plain nn.Linear, of this dtype if one is given; without it they raise. `unmerge` restores the
+    quantised layers from the backup.
 
     Raises:
-        TypeError: no nn.Module, a base that cannot be merged into, or a weight that is no parameter any more (weight_norm,
+        TypeError: no nn.Module, a base that cannot be merged into, or a weight that is no longer a parameter (weight_norm,
             spectral_norm, parametrizations, pruning). ValueError: safe, and a result is not finite.
         RuntimeError: no adapter, one that is merged already, on the meta device, in parts, or a weight tied to another module.
     """
@@ -271,7 +271,7 @@ def merge(model: Model, *, safe: bool = False, keep_backup: bool = True, dequant
 
 
 def _merge_all(layers: Iterable[LoTRLayer], safe: bool, keep_backup: bool, dequantize: bool | torch.dtype) -> None:
-    """Merges them all; where one fails, those before it are unmerged."""
+    """Merges all layers; if one fails, unmerges those before it."""
     done: list[LoTRLayer] = []
     try:
         for layer in layers:
@@ -284,14 +284,14 @@ def _merge_all(layers: Iterable[LoTRLayer], safe: bool, keep_backup: bool, dequa
     notice = MergeNotice()
     for layer in done:
         layer.notice = notice
-        if not keep_backup:  # of some it was kept so far for the way back
+        if not keep_backup:  # some layers needed it until here, for an unmerge after an error
             layer.weight_backup = None
             if isinstance(layer, LoTRWrapped):
                 layer.quantized_base = None
 
 
 def unmerge(model: Model) -> Model:
-    """Takes the adapter out of the weights again.
+    """Removes the adapter from the weights.
 
     Raises:
         TypeError, RuntimeError: no adapter, one that is not merged, or a dequantised one without a backup.
@@ -305,15 +305,15 @@ def unmerge(model: Model) -> Model:
 
 
 def unload(model: Model, *, merge: bool, dequantize: bool | torch.dtype = False) -> Model:
-    """Takes all adapters off: plain layers in their old places, no factors, no cores. Parameters stay frozen as they are.
+    """Removes all adapters: plain layers in their old places, no factors, no cores. Frozen parameters stay frozen.
 
-    merge: True leaves the active one in the weights, False leaves the base weights (those of before "svd", up to one rounding).
-    modules_to_save stay as they are now. dequantize: as in `merge`. Returns the same model; where the model is itself an
-    adapted layer, the plain layer of its very weight and bias.
+    merge: True merges the active adapter into the weights, False restores the base weights (with "svd" up to one rounding).
+    modules_to_save stay as they are now. dequantize: as in `merge`. Returns the same model; if the model is itself an adapted
+    layer, returns the plain layer with the same weight and bias.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `merge` and `unmerge`, and for a bias that is no parameter or adapted layers
-            with hooks; nothing is changed then.
+            with hooks. The model is unchanged then.
     """
     if not isinstance(merge, bool):
         raise TypeError(f"merge: expected True or False, got {merge!r}")
@@ -360,7 +360,7 @@ def _check_unloadable(model: nn.Module, layers: dict[str, LoTRLayer], merge: boo
     else:
         _check_unmergeable(layers)
     if not merge and any(layer.start_core is not None for layer in layers.values()):
-        _check_mergeable(model, layers, safe=False)  # the start goes back into the weight
+        _check_mergeable(model, layers, safe=False)  # the start is added back to the weight
     for name, layer in layers.items():
         for part in () if isinstance(layer, LoTRWrapped) else ("weight", "bias"):
             layer.check_parameter(part, "unload", name)

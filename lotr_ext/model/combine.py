@@ -1,11 +1,11 @@
 """Weighted sums of the named adapters of a model, as a new adapter.
 
-Over the same factors the sum of the adapters is the sum of their cores, at the same rank:
+With the same factors, the sum of the adapters is the sum of their cores, at the same rank:
 
     sum_i w_i s_i B G_i^T A^T = s B (sum_i w_i (s_i / s) G_i)^T A^T
 
-Over different factors it has them side by side and a core of blocks, [A_1 A_2], [B_1 B_2], diag(G_1, G_2), of rank r_1 + r_2.
-Tucker-2 compresses that to a rank that is given.
+With different factors it concatenates them and has a block-diagonal core, [A_1 A_2], [B_1 B_2], diag(G_1, G_2), of rank
+r_1 + r_2. Tucker-2 compresses that to a given rank.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["combine"]
 
 
 class _Adapter(NamedTuple):
-    """An adapter as it stands. cores, settings: by layer, with its (scaling, dropout). saved: its modules_to_save."""
+    """An adapter's values. cores, settings: per layer; settings are (scaling, dropout). saved: its modules_to_save."""
 
     config: LoTRConfig
     factors: dict[str, Owner]
@@ -52,22 +52,22 @@ def combine(
     seed: int = 0,
     rank: int | tuple[int, int] | None = None,
 ) -> dict[str, float]:
-    """Adds the adapter `name`, parked: the weighted sum of others. The model's function stays.
+    """Adds the parked adapter `name`, the weighted sum of others. The model's output does not change.
 
-    Over the same factors it shares them and has only cores. Over different ones it has factors of its own, those of the others
-    side by side, and is exact at the sum of their ranks. Its scaling and dropout are the first one's, its cores dense; other
-    scalings are folded into the cores. Sums are made in float64 and cast once.
+    If the adapters share their factors, the new one shares them too and has only cores. Otherwise it has its own factors, the
+    others' concatenated, and is exact at the sum of their ranks. Its scaling and dropout are the first adapter's, its cores
+    dense; other scalings are multiplied into the cores. Sums are computed in float64 and cast once.
 
     Args:
         model: from `apply_lotr`.
         adapters: weights by name.
         name: a new name, without dots.
-        method: "linear", the sum of the adapters; or of adapters over the same factors "ties", "dare", "dare_ties" or
-            "magnitude_prune", of each core, as `TaskBank.combine`.
-        density: the fraction of a core's elements that these keep, in (0, 1].
+        method: "linear", the sum of the adapters; or for adapters that share their factors "ties", "dare", "dare_ties" or
+            "magnitude_prune" of each core, as in `TaskBank.combine`.
+        density: the fraction of a core's elements that these methods keep, in (0, 1].
         seed: of the elements that "dare" and "dare_ties" drop.
-        rank: r, or (r_in, r_out), for a linear sum that is compressed to it, with factors of its own: least squares over
-            the layers of a group, by Tucker-2.
+        rank: r, or (r_in, r_out): compresses a linear sum to this rank, with its own factors, by Tucker-2 (least squares over
+            the layers of a group).
 
     Returns:
         |D - D'| / |D| by layer, D the sum of the adapters and D' the new one; 0 without rank.
@@ -130,19 +130,19 @@ def _write(
 def _check_sum(found: Mapping[str, _Adapter]) -> None:
     for one, own in found.items():
         if own.config.magnitude:
-            raise ValueError(f"adapters: expected adapters without magnitudes, of which no sum is defined, got {one!r} with")
+            raise ValueError(f"adapters: expected adapters without magnitudes, which have no sum, got {one!r} with magnitudes")
     (first, one), *others = found.items()
     for name, other in others:
         for mine, its in zip(one.saved, other.saved, strict=True):
             if not same_values(mine, its.to(mine.device)):
                 raise ValueError(
-                    f"adapters: expected modules_to_save with the same values, for which no sum is defined, got others in "
-                    f"{first!r} and {name!r}"
+                    f"adapters: expected modules_to_save with the same values, since they are not summed, got different ones "
+                    f"in {first!r} and {name!r}"
                 )
 
 
 def _by_factors(found: Mapping[str, _Adapter], method: str, compresses: bool) -> list[list[str]]:
-    """The names, those with the same factors together: the one set that a method needs that works on elements of cores."""
+    """The names, grouped by equal factors. Raises ValueError if a method other than "linear" gets more than one group."""
     sets: list[list[str]] = []
     for name, one in found.items():
         same = (own for own in sets if all(one.factors[group] is owner for group, owner in found[own[0]].factors.items()))
@@ -154,13 +154,13 @@ def _by_factors(found: Mapping[str, _Adapter], method: str, compresses: bool) ->
     if (len(sets) > 1 or compresses) and method != "linear":
         raise ValueError(
             f'method: expected "linear" for adapters with different factors or with rank, got {method!r}: elements of cores '
-            "mean the same only over the same factors"
+            "can be compared only over the same factors"
         )
     return sets
 
 
 def _summed(rule: Rule, adapters: Sequence[_Adapter], weights: Sequence[float], scalings: Sequence[float]) -> list[Tensor]:
-    """The sum of the cores by layer, for a layer's scaling in scalings."""
+    """The sum of the cores for each layer, at the layer's scaling in scalings."""
     several = [[(core, scaling) for core, (scaling, _) in zip(one.cores, one.settings, strict=True)] for one in adapters]
     return rule.sum_of_cores(several, weights, scalings)
 
@@ -176,7 +176,7 @@ def _side_by_side(several: Sequence[Mapping[str, Owner]]) -> dict[tuple[str, str
 
 
 def _blocks(summed: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """For each layer, its cores as the blocks of one [.., r_in, r_out]."""
+    """For each layer, its cores as the diagonal blocks of one [.., r_in, r_out]."""
     found = []
     for cores in zip(*summed, strict=True):
         whole = cores[0].new_zeros(*cores[0].shape[:-2], *(sum(core.shape[d] for core in cores) for d in (-2, -1)))
@@ -198,7 +198,7 @@ def _compressed(
 ) -> tuple[dict[tuple[str, str], Tensor], list[Tensor], list[float]]:
     """Factors and cores of this rank for each group's layers, and the relative error of each layer.
 
-    With A = Q_A R_A and B = Q_B R_B, the layers' sums are Q_B (R_B G_l^T R_A^T) Q_A^T: Tucker-2 of what is between.
+    With A = Q_A R_A and B = Q_B R_B, the layers' sums are Q_B (R_B G_l^T R_A^T) Q_A^T: Tucker-2 of the middle matrices.
     """
     ranks, most = check_rank(rank), tuple(cores[0].shape[-2:])
     if config.group_by == "width":

@@ -1,4 +1,4 @@
-"""What to adapt and how: LoTRConfig, checked when it is made, and its JSON form."""
+"""LoTRConfig, the configuration of an adapter, and its JSON form."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _NAMES_HERE = {
     "init_lora_weights": "init",
 }
 _NOT_HERE = {
-    "rank_pattern": "the layers of a group share A and B, and with them the rank",
-    "alpha_pattern": "one scaling a configuration",
-    "lora_bias": "no biases inside of the adapter",
-    "trainable_token_indices": "no trained rows of an embedding",
-    "layer_replication": "no repeated layers",
-    "fan_in_fan_out": "a Conv1D is known by its form",
+    "rank_pattern": "the layers of a group share A and B, and so the rank",
+    "alpha_pattern": "a configuration has one scaling",
+    "lora_bias": "the adapter has no biases",
+    "trainable_token_indices": "rows of an embedding cannot be trained",
+    "layer_replication": "layers cannot be repeated",
+    "fan_in_fan_out": "a Conv1D is detected by its class",
     "loftq_config": "quantise the model first",
 }
 
@@ -49,7 +49,7 @@ def check_names(given: Iterable[str], of: str) -> None:
         if name in _NAMES_HERE:
             raise TypeError(f"{name}: expected a field of {of}, got LoRA's name for it; here it is {_NAMES_HERE[name]!r}")
         if name in _NOT_HERE:
-            raise TypeError(f"{name}: expected a field of {of}, got one of LoRA's that LoTR has not: {_NOT_HERE[name]}")
+            raise TypeError(f"{name}: expected a field of {of}, got one that only LoRA has: {_NOT_HERE[name]}")
 
 
 HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names
@@ -82,11 +82,9 @@ class LoTRConfig:
         scaling: s itself, instead of alpha; "auto": 4 (8 / r)^1.5, for one learning rate at every rank (docs/choosing.md).
         dropout: on the adapter's x, in [0, 1).
         target_modules: name endings (["query", "value"]: whole dotted parts), a regular expression that matches the full
-            name, or "all-linear" (also for None): every linear layer but those that no adapter can reach or that share their
-            weight with another module, and of a transformers model the output layer, or without one the head, as PEFT does; of
-            a timm model its classifier.
-            `trainable_summary` says what was left out.
-            With target_parameters, None: no linear layer.
+            name, or "all-linear" (also for None): every linear layer except those that cannot be adapted or share their weight
+            with another module, and, as in PEFT, a transformers model's output layer (or its head) and a timm model's
+            classifier. `trainable_summary` lists the layers that were left out. With target_parameters, None: no linear layer.
         target_parameters: name endings of the 3-D parameters of a transformers mixture's experts, as PEFT matches them:
             ["experts.gate_up_proj", "experts.down_proj"].
         exclude_modules: name endings, or a regular expression, to leave out.
@@ -102,15 +100,15 @@ class LoTRConfig:
             target_parameters.
         adapter_dtype: of A, B and the cores: float32, float64, bfloat16 or float16.
         core_init: "zero", or "identity" (then B starts at zero).
-        core: "dense", a core of its own for each layer; or what makes the cores of fewer numbers that layers share
-            (`lotr_ext.cores`): "diagonal", "cp", "tucker", "train" or "few", or a callable (places, rank) -> Cores, where a
-            place is a layer's (layer, kind), ("model.layers.3", "self_attn.q_proj"). "custom" in a saved adapter's: a callable.
-        task_type: what the model is trained for, by PEFT's name. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" `apply_lotr`
-            adds the model's head to modules_to_save; "CAUSAL_LM", "SEQ_2_SEQ_LM" and "FEATURE_EXTRACTION" change nothing.
+        core: "dense", each layer has its own core; or cores made of fewer numbers that layers share (`lotr_ext.cores`):
+            "diagonal", "cp", "tucker", "train" or "few", or a callable (places, rank) -> Cores, where a place is a layer's
+            (layer, kind), ("model.layers.3", "self_attn.q_proj"). A saved adapter's config has "custom" for a callable.
+        task_type: PEFT's name of the task. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" `apply_lotr` adds the model's head
+            to modules_to_save; "CAUSAL_LM", "SEQ_2_SEQ_LM" and "FEATURE_EXTRACTION" change nothing.
 
     Raises:
-        TypeError, ValueError: a field of the wrong type or value; the message says which, what was expected, what came. LoRA's
-            names for these settings (r, lora_alpha, ..) are refused with the name that they have here.
+        TypeError, ValueError: a field of the wrong type or value. For LoRA's names of these settings (r, lora_alpha, ..) the
+            message gives the name used here.
     """
 
     rank: int | tuple[int, int] = 16
@@ -136,7 +134,7 @@ class LoTRConfig:
         return super().__new__(cls)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base_model_name_or_path":  # the first that peft.get_peft_model reads
+        if name == "base_model_name_or_path":  # the first attribute that peft.get_peft_model reads
             raise AttributeError(
                 "peft_config: expected lotr_ext.interop.peft.LoTRPeftConfig, which has the same fields, got LoTRConfig, which "
                 "is for lotr_ext.apply_lotr"
@@ -219,15 +217,15 @@ class LoTRConfig:
         object.__setattr__(self, "train", tuple(part for part in _PARTS if part in train))
         if self.init == "svd":
             if self.group_by == "width":
-                raise ValueError('init: expected another with group_by "width" (a start of layers of one shape), got "svd"')
+                raise ValueError('init: expected another one with group_by "width", got "svd", which needs layers of one shape')
             if self.core_init != "zero":
                 raise ValueError(f'core_init: expected "zero" with init "svd", which sets the cores, got {self.core_init!r}')
             return
         if self.init == "gradient" and self.core_init != "zero":
             raise ValueError(f'core_init: expected "zero" with init "gradient", got {self.core_init!r}')
         if self.init == "gradient" and self.target_parameters is not None:
-            raise ValueError('init: expected another with target_parameters (it looks at linear layers), got "gradient"')
-        moves = "core" if self.core_init == "zero" else "B"  # the one part that has a gradient at the start
+            raise ValueError('init: expected another one with target_parameters, got "gradient", which needs linear layers')
+        moves = "core" if self.core_init == "zero" else "B"  # the only part with a nonzero gradient at the start
         if moves not in self.train and self.train != ("magnitude",):
             raise ValueError(
                 f"train: expected {moves!r} among the trained parts with core_init {self.core_init!r} (all other gradients are "
@@ -240,8 +238,7 @@ class LoTRConfig:
         return (self.rank, self.rank) if isinstance(self.rank, int) else self.rank
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that json can write. A callable group_by cannot be written (ValueError): give the mapping instead;
-        a callable core is "custom"."""
+        """A dictionary for JSON; a callable core is "custom". Raises ValueError for a callable group_by: use a mapping."""
         if callable(self.group_by):
             raise ValueError('group_by: expected "shape", "name", "width" or a mapping for JSON, got a callable')
         values = {f.name: getattr(self, f.name) for f in fields(self)}

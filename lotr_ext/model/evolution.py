@@ -1,9 +1,9 @@
-"""CoreES: evolution strategies over cores, which train an adapter by forwards alone.
+"""CoreES: evolution strategies over cores, which train an adapter with forward passes only.
 
     g = 1 / (p s) sum_i w_i e_i      members G + s e_i, i = 1 .. p; w_i: the centred rank of member i's reward
 
-g estimates the gradient of the expected reward with respect to the mean core G. Source of the estimate, the ranks, the pairs
-G + s e, G - s e and of processes that exchange rewards only: Salimans et al. 2017, arXiv 1703.03864.
+g estimates the gradient of the expected reward with respect to the mean core G. The estimate, the ranks, the pairs G + s e,
+G - s e and the exchange of rewards only between processes are from Salimans et al. 2017, arXiv 1703.03864.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .tasks import Source, TaskBank, _changes
 
 __all__ = ["CoreES"]
 
-_AT_ONCE = 1 << 20  # numbers of members that lie outside of the bank while ask writes
+_AT_ONCE = 1 << 20  # numbers in the buffer that ask fills before it writes to the bank
 
 
 class CoreES:
-    """An evolution strategy whose members are tasks of a bank: one forward evaluates as many of them as a batch has rows.
+    """An evolution strategy whose members are tasks of a bank: one forward evaluates one member per row.
 
         es = CoreES(TaskBank(model, 256), population=256, sigma=0.05, lr=0.02)
         for _ in range(generations):
@@ -36,24 +36,24 @@ class CoreES:
             es.tell(rewards)
         bank.replace(int(index[0]), es.mean())            # a task of its own, for bank.save
 
-    Only the order of the rewards counts, so any number will do: an accuracy, an exact match, a preference. The model may be
-    quantised, compiled or not differentiable. A, B and the other tasks of the bank stay as they are.
+    Only the order of the rewards matters, so a reward may be any number: an accuracy, an exact match, a preference. The model
+    may be quantised, compiled or not differentiable. A, B and the other tasks of the bank do not change.
 
-    The bank's places are the members' only copy. `tell` draws their directions again: those of generation t and pair j are
-    standard normal numbers of numpy's Philox with the key (seed, t 2^32 + j), in the order of the bank's layers. Sums are
-    taken in float64 in the order of the pairs, so the update has the same bits at any number of threads and processes.
+    The members are stored only in the bank. `tell` draws their directions again: those of generation t and pair j are standard
+    normal numbers of numpy's Philox with the key (seed, t 2^32 + j), in the order of the bank's layers. Sums are computed in
+    float64 in the order of the pairs, so the update has the same bits with any number of threads and processes.
 
-    Several processes, each with a bank and a copy of the model, evaluate a part of the population each. `tell` then takes the
-    rewards of this process's members, gathers all of them, and every process makes the same step.
+    With several processes, each has a bank and a copy of the model and evaluates a part of the population. `tell` takes the
+    rewards of this process's members, gathers those of all, and every process makes the same step.
 
     Attributes:
-        generation (int): how many steps were made.
+        generation (int): the number of steps so far.
         optimizer (torch.optim.Optimizer): of the mean core, for a schedule of its learning rate.
         sigma (float): the standard deviation of the perturbations. It may be changed between tell and ask.
 
     Args:
-        bank: the members take places that are free. Its cores [tasks, r_in, r_out] may be of experts, and the model's own cores
-            of any form: the bank's are dense.
+        bank: the members take free places. Its cores [tasks, r_in, r_out] may be of experts, and the model's own cores of any
+            form: the bank's are dense.
         population: members, at least 2; an even number if antithetic.
         sigma: above 0.
         lr: the optimizer's learning rate.
@@ -61,12 +61,12 @@ class CoreES:
         antithetic: members 2 j and 2 j + 1 are G + sigma e_j and G - sigma e_j.
         seed: from 0 to 2^64 - 1, the same in all processes.
         start: the mean core at the beginning, a task as `TaskBank.add` takes it. None: zero, the base model.
-        processes: (number of this process, how many), where rewards are gathered by other means: `tell` then takes those of all
-            members. None: torch.distributed's default group, if it is initialised, else one process.
+        processes: (number of this process, how many), if the caller gathers the rewards: `tell` then takes those of all
+            members. None: torch.distributed's default group if it is initialised, else one process.
 
     Raises:
-        TypeError, ValueError: an argument that is not as above, more members than the bank has free places, or a start that
-            is no task of the bank. Nothing is changed then.
+        TypeError, ValueError: an invalid argument, more members than the bank has free places, or a start that does not fit the
+            bank. The bank is unchanged then.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class CoreES:
         self._gathers = processes is None and dist.is_available() and dist.is_initialized()
         rank, world = _processes(processes)
         if population < world:
-            raise ValueError(f"population: expected at least a member for each of {world} processes, got {population}")
+            raise ValueError(f"population: expected at least one member for each of {world} processes, got {population}")
         self.bank, self.population, self.sigma = bank, population, float(sigma)
         self.antithetic, self.seed, self.generation = antithetic, seed, 0
         self._members = range(rank * population // world, (rank + 1) * population // world)
@@ -109,25 +109,25 @@ class CoreES:
         self._shapes = {name: core.shape for name, core in bank.cores_of(int(self._places[0])).items()}
         parts = [core.detach().flatten().cpu() for core in bank.cores_of(int(self._places[0])).values()]
         wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        with torch.inference_mode(False):  # tell may write it in either mode
+        with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
             self._mean = torch.cat([part.to(wide) for part in parts])
         kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
         self.optimizer = kind([self._mean], lr=lr, maximize=True)
 
     @torch.no_grad()
     def ask(self) -> Tensor:
-        """Writes this process's members of the generation into the bank. Asked again before tell, it writes the same members.
+        """Writes this process's members of the generation into the bank. A second call before tell writes the same members.
 
-        Returns their places [members] (int64), in the order of the members: the index for `mixed`. Of n rows a member,
+        Returns their places [members] (int64), in the order of the members: the index for `mixed`. With n rows per member, use
         `index.repeat_interleave(n)`.
 
         Raises:
             RuntimeError: a member's place was dropped from the bank.
         """
         if not bool(self.bank.taken[self._places].all()):
-            raise RuntimeError("ask: expected the members' places in the bank, got one that was dropped; make another CoreES")
+            raise RuntimeError("ask: expected the members' places in the bank, got one that was dropped; create a new CoreES")
         at_once = max(1, _AT_ONCE // len(self._mean))
-        with torch.inference_mode(self.bank.cores[0].is_inference()), _changes:  # else the write moves no version
+        with torch.inference_mode(self.bank.cores[0].is_inference()), _changes:  # else the version counter would not change
             for first in range(0, len(self._members), at_once):
                 members, places = self._members[first : first + at_once], self._places[first : first + at_once]
                 values = self._mean.new_empty(len(members), len(self._mean))
@@ -139,19 +139,19 @@ class CoreES:
         self._asked = True
         return self._places.clone()
 
-    @torch.inference_mode(False)  # a moment made inside could not be written outside
+    @torch.inference_mode(False)  # optimizer state made in inference mode could not be written outside of it
     def tell(self, rewards: Tensor | Sequence[float]) -> None:
-        """A step of the mean core by the members' rewards.
+        """Moves the mean core by one step, from the members' rewards.
 
-        rewards: [members], a number for each member of the last `ask`, in its order; higher is better. -inf is a reward, for a
-        member that failed. Equal rewards share the mean of their ranks. Where `processes` was given: [population].
+        rewards: [members], a number for each member of the last `ask`, in its order; higher is better. Use -inf for a member
+        that failed. Equal rewards share the mean of their ranks. If `processes` was given: [population].
 
         Raises:
-            RuntimeError: no ask since the last tell, or processes with other seeds, settings or means. TypeError, ValueError:
-                no numbers, NaN among them, or another shape. Nothing is changed then, in any process.
+            RuntimeError: no ask since the last tell, or processes with different seeds, settings or means. TypeError,
+                ValueError: no numbers, NaN among them, or another shape. No process changes anything then.
         """
         if not self._asked:
-            raise RuntimeError("tell: expected rewards of members, got some before ask; call ask and evaluate its members")
+            raise RuntimeError("tell: expected a call of ask before it, got none; call ask and evaluate its members")
         weights = _centred_ranks(self._gathered(rewards))
         if self.antithetic:
             weights = weights[0::2] - weights[1::2]
@@ -165,20 +165,20 @@ class CoreES:
         self.generation, self._asked = self.generation + 1, False
 
     def mean(self) -> dict[str, Tensor]:
-        """The mean core [r_in, r_out] of each layer (of experts [e, r_in, r_out]) in float32 or float64, a copy, by names that
-        `TaskBank.add` and `replace` take."""
+        """A copy of the mean core [r_in, r_out] of each layer (experts: [e, r_in, r_out]) in float32 or float64, by the names
+        that `TaskBank.add` and `replace` take."""
         return dict(zip(self._shapes, self._by_layer(self._mean.clone()), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on, for torch.save: numbers, strings and tensors. A resumed run goes on at `ask`."""
+        """The state for torch.save: numbers, strings and tensors. A resumed run continues with `ask`."""
         same = {"population": self.population, "antithetic": self.antithetic, "optimizer": type(self.optimizer).__name__}
         moving = {"seed": self.seed, "sigma": self.sigma, "generation": self.generation, "mean": self._mean.clone()}
         return same | moving | {"moments": self.optimizer.state_dict(), "bank": self._bank()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was called: the run then equals one that was never interrupted, bit for bit.
+        """Restores a state: the run continues with the same bits as one that was never interrupted.
 
-        The number of processes may be another one. seed, sigma and the learning rate are the state's.
+        The number of processes may differ. seed, sigma and the learning rate are taken from the state.
 
         Raises:
             TypeError, ValueError: no state of a CoreES, or one of another population, optimizer, or bank (other layers, shapes,
@@ -186,7 +186,7 @@ class CoreES:
         """
         own = self.state_dict()
         if not isinstance(state, Mapping) or set(state) != set(own):
-            raise TypeError(f"state: expected what CoreES.state_dict returned, got {type(state).__name__}")
+            raise TypeError(f"state: expected a dictionary from CoreES.state_dict, got {type(state).__name__}")
         for name in ("population", "antithetic", "optimizer", "bank"):
             if state[name] != own[name]:
                 raise ValueError(f"state: expected {name} {own[name]!s:.200}, got {state[name]!s:.200}")
@@ -198,18 +198,18 @@ class CoreES:
     # ---- details -----------------------------------------------------------------------------------------------------
 
     def _direction(self, member: int) -> Tensor:
-        """e of a member [numbers of a task], without its sign."""
+        """The direction e of a member [numbers of a task], without its sign."""
         pair = member // 2 if self.antithetic else member
         draw = np.random.Generator(np.random.Philox(key=np.array([self.seed, (self.generation << 32) + pair], dtype=np.uint64)))
         return torch.from_numpy(draw.standard_normal(len(self._mean), dtype=np.float32)).to(self._mean.dtype)
 
     def _by_layer(self, values: Tensor) -> Iterator[Tensor]:
-        """[..., numbers of a task] as [..., r_in, r_out] of each layer."""
+        """Splits [..., numbers of a task] into [..., r_in, r_out] for each layer."""
         parts = values.split([shape.numel() for shape in self._shapes.values()], dim=-1)
         return (part.unflatten(-1, shape) for part, shape in zip(parts, self._shapes.values(), strict=True))
 
     def _gathered(self, rewards: Tensor | Sequence[float]) -> Tensor:
-        """The rewards [population] of all members in float64. No process raises before all have sent theirs."""
+        """The rewards [population] of all members in float64. An error is raised only after all processes have sent."""
         if not self._gathers:
             return _checked(rewards, self.population)
         wrong, own = None, []
@@ -224,21 +224,21 @@ class CoreES:
         if wrong is not None:
             raise wrong
         if bad := [rank for rank, (_, part) in enumerate(found) if not part]:
-            raise ValueError(f"rewards: expected those of all processes, got a failure in process {bad[0]}; see its error")
+            raise ValueError(f"rewards: expected rewards of all processes, got an error in process {bad[0]}; see its message")
         if others := [rank for rank, (settings, _) in enumerate(found) if settings != sent[0]]:
             raise RuntimeError(
-                f"tell: expected the same seed, generation, sigma, population and mean in all processes, got others in process "
-                f"{others[0]}; give all processes the same arguments and state"
+                f"tell: expected the same seed, generation, sigma, population and mean in all processes, got different ones in "
+                f"process {others[0]}; give all processes the same arguments and state"
             )
         return torch.tensor([reward for _, part in found for reward in part], dtype=torch.float64, device="cpu")
 
     def _bank(self) -> dict[str, Any]:
-        """What a bank must have in common with the one that a state is from."""
+        """The properties of the bank that must equal those of a state's bank."""
         return {**self.bank._metadata(), "shapes": {name: tuple(shape) for name, shape in self._shapes.items()}}
 
 
 def _take(bank: TaskBank, members: int, start: Source | None) -> Tensor:
-    """Takes a place for each member, the first of which holds the start."""
+    """Takes a place for each member; the first one gets the start."""
     with _changes:
         free = int((~bank.taken).sum())
         if members > free:
@@ -268,10 +268,10 @@ def _checked(rewards: Tensor | Sequence[float], members: int) -> Tensor:
     if found.is_complex():
         raise TypeError(f"rewards: expected real numbers, got {found.dtype}")
     if found.shape != (members,):
-        raise ValueError(f"rewards: expected shape ({members},), one a member, got {tuple(found.shape)}")
+        raise ValueError(f"rewards: expected shape ({members},), one per member, got {tuple(found.shape)}")
     found = found.double()
     if bool(found.isnan().any()):
-        raise ValueError(f"rewards: expected numbers, got nan for member {int(found.isnan().nonzero()[0])}; a failure is -inf")
+        raise ValueError(f"rewards: expected numbers, got nan for member {int(found.isnan().nonzero()[0])}; use -inf instead")
     return found
 
 

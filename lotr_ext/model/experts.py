@@ -1,9 +1,9 @@
-"""Adapted experts in transformers' mixtures, through its own interface for implementations of experts.
+"""Adapted experts in transformers' mixtures, through transformers' interface for implementations of experts.
 
-Its experts classes have their matrices as 3-D parameters, say how they are laid out (`is_transposed`, `has_bias`, `has_gate`,
-`has_post_expert_norm`), and hand their forward to a function that is registered under the name in their configuration. One
-function serves all of them here. An adapted module has a configuration of its own that names it, so that another choice for the
-model, or for decoding, cannot leave the adapter out in silence.
+These classes have their matrices as 3-D parameters, describe the layout (`is_transposed`, `has_bias`, `has_gate`,
+`has_post_expert_norm`), and call the function that is registered under the name in their configuration. Here one function,
+`experts_forward`, is registered for all classes. An adapted module has a copy of the configuration that names it: otherwise
+another choice for the model, or for decoding, would silently skip the adapter.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ __all__ = [
     "why_not",
 ]
 
-CHILD = "lotr"  # an experts module's child that has the adapters of its parameters, by their names
+CHILD = "lotr"  # the child of an experts module that holds the adapters of its parameters, by their names
 _IMPLEMENTATION = "lotr"  # the name in transformers' interface
-_SAYS = ("is_transposed", "has_bias", "num_experts", "config")  # attributes of every class that takes implementations
+_ATTRIBUTES = ("is_transposed", "has_bias", "num_experts", "config")  # of every class that takes implementations
 
 
 class AdaptedExperts(nn.ModuleDict):
-    """The adapters of an experts module, by parameter. config: the module's configuration as it was. hook: what sends the tasks
-    of tokens along, where each process has experts of its own."""
+    """The adapters of an experts module, by parameter. config: the module's original configuration. hook: with expert
+    parallelism, the hook that sends tokens' tasks to other processes."""
 
     hook: RemovableHandle | None = None
 
@@ -58,14 +58,14 @@ class AdaptedExperts(nn.ModuleDict):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _register()  # a pickle may come into a process in which nothing was adapted
+        _register()  # in case a pickle is loaded in a process in which nothing was adapted
 
 
 def _register() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, experts_forward)
-    if (fp8 := sys.modules.get("transformers.integrations.finegrained_fp8")) is not None:  # which has an interface of its own
+    if (fp8 := sys.modules.get("transformers.integrations.finegrained_fp8")) is not None:  # it has its own interface
         fp8.ALL_FP8_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, experts_forward)
 
 
@@ -75,10 +75,11 @@ def first_projection(module: nn.Module) -> str:
 
 
 def why_not(module: nn.Module, parameter: str, where: str = "") -> str | None:
-    """Why a parameter cannot be adapted as experts' matrices, worded as what was got; None if it can. where: the module's name.
+    """Why a parameter cannot be adapted as experts' matrices, for the "got" of an error; None if it can. where: the module's
+    name.
 
     Raises:
-        TypeError, ValueError: packed experts in a format that is known, with tensors that do not fit together.
+        TypeError, ValueError: packed experts in a known format whose tensors do not fit together.
     """
     kind, tensor = type(module).__name__, module._parameters.get(parameter)
     known = packed(module, parameter, getattr(module, "is_transposed", False), where)
@@ -89,7 +90,7 @@ def why_not(module: nn.Module, parameter: str, where: str = "") -> str | None:
     if known is None and (not is_plain(tensor) or tensor.dtype not in DTYPES.values()):
         how = type(tensor).__name__ if not is_plain(tensor) else str(tensor.dtype)
         return f"quantised experts of {kind} ({how})"
-    takes = all(hasattr(module, name) for name in _SAYS) and hasattr(type(module).forward, "__wrapped__")
+    takes = all(hasattr(module, name) for name in _ATTRIBUTES) and hasattr(type(module).forward, "__wrapped__")
     if not takes or not hasattr(getattr(module, "config", None), "_experts_implementation"):
         return f"a parameter of {kind}, whose class takes no implementations of experts (use_experts_implementation)"
     if parameter not in (first_projection(module), "down_proj"):
@@ -109,7 +110,7 @@ def expert_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
 def adapt_parameter(
     module: nn.Module, parameter: str, factors: LoTRFactors, settings: Settings | None = None
 ) -> LoTRHostedExperts:
-    """Puts an adapter beside a parameter for which `why_not` is None."""
+    """Adds an adapter for a parameter for which `why_not` is None."""
     bias = f"{parameter}_bias" if module.has_bias else None
     layer = LoTRHostedExperts(module, parameter, factors, transposed=module.is_transposed, bias=bias, settings=settings)
     adapted = place(module)
@@ -120,7 +121,7 @@ def adapt_parameter(
 
 
 def place(module: nn.Module) -> AdaptedExperts:
-    """The ModuleDict with the adapters of an experts module, by parameter; made if it is not there."""
+    """The ModuleDict with the adapters of an experts module, by parameter; created if needed."""
     if CHILD not in module._modules:
         adapted = AdaptedExperts(module.config)
         take_forward(module)
@@ -132,7 +133,7 @@ def take_forward(module: nn.Module) -> None:
     """Makes `experts_forward` the forward of an experts module."""
     _register()
     config = copy.copy(module.config)
-    config._experts_implementation_internal = _IMPLEMENTATION  # the property would change the parts of config, too
+    config._experts_implementation_internal = _IMPLEMENTATION  # the property would also change the sub-configurations
     module.config = config
 
 
@@ -143,13 +144,13 @@ def adapted_in(module: nn.Module) -> Iterable[str]:
 
 
 def parameter_name(name: str) -> str:
-    """The full name of the parameter whose adapter has that name in an adapted model."""
+    """The full name of the parameter that an adapter of this name adapts."""
     host, _, own = name.rpartition(".")
     return f"{host.removesuffix(CHILD)}{own}"
 
 
 def release(module: nn.Module) -> None:
-    """Takes all adapters off an experts module."""
+    """Removes all adapters from an experts module."""
     module.config = getattr(module, CHILD).config
     if (hook := getattr(module, CHILD).hook) is not None:
         hook.remove()
@@ -158,7 +159,7 @@ def release(module: nn.Module) -> None:
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of adapted or packed experts: hidden_states [m, hidden], top_k_index and top_k_weights [m, top_k] -> as
-    hidden_states. An index of num_experts or above, with expert parallelism, is that of an expert elsewhere."""
+    hidden_states. With expert parallelism, an index of num_experts or above is an expert of another process."""
     (m, top_k), e = top_k_index.shape, self.num_experts
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offs = torch.searchsorted(experts, torch.arange(1, e + 1, device=experts.device, dtype=experts.dtype), out_int32=True)
@@ -169,7 +170,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         tasks = tasks[tokens]
     elif mixture is not None:
         tasks = tasks_of_tokens(mixture, tokens, m)
-    elsewhere = getattr(self, "_is_expert_parallel", False)  # some rows may be of experts elsewhere, and are zero here
+    elsewhere = getattr(self, "_is_expert_parallel", False)  # rows of other processes' experts are zero here
     y = _projected(self, first_projection(self), x, offs, tokens, tasks, elsewhere)
     y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
     y = _projected(self, "down_proj", y, offs, None, tasks, elsewhere)
@@ -178,12 +179,12 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
-    return y[back].view(m, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)  # in the order of top_k: the same bits every time
+    return y[back].view(m, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)  # a fixed order of sums: deterministic
 
 
 # ---- tasks of tokens that go to other processes -----------------------------------------------------------------------
 
-_BASE, _DIGITS = 128, 3  # bfloat16 has every integer up to 256
+_BASE, _DIGITS = 128, 3  # a task as digits: bfloat16 represents every integer up to 256
 
 
 def _mixture(module: nn.Module) -> Mixture | None:
@@ -191,8 +192,8 @@ def _mixture(module: nn.Module) -> Mixture | None:
 
 
 def _send_tasks(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """A hook before the forward of experts of which each process has its own. While `mixed` is on, each token takes its task
-    along, wherever transformers sends it, and in whatever order."""
+    """A pre-forward hook with expert parallelism. Inside `mixed`, it appends each token's task to the token, so that the task
+    arrives wherever transformers sends the token, in any order."""
     if (mixture := _mixture(module)) is None:
         return None
     x, *rest = args
@@ -201,13 +202,13 @@ def _send_tasks(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def with_tasks(x: Tensor, tasks: Tensor) -> Tensor:
-    """x [m, k] and the tasks [m] of its rows, -1 for none, as digits in further columns."""
+    """x [m, k] with the tasks [m] of its rows, -1 for none, as digits in additional columns."""
     digits = torch.stack([(1 + tasks) // _BASE**i % _BASE for i in range(_DIGITS)], 1)
     return torch.cat((x, digits.to(x.dtype)), 1)
 
 
 def without_tasks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x, tasks), as `with_tasks` was given them."""
+    """(x, tasks): the inverse of `with_tasks`."""
     digits = x[:, -_DIGITS:].detach().long()
     return x[:, :-_DIGITS].contiguous(), sum(digits[:, i] * _BASE**i for i in range(_DIGITS)) - 1
 

@@ -1,4 +1,4 @@
-"""A fingerprint of the weights that an adapter was trained on, in its file: loading onto other weights is warned of."""
+"""A fingerprint of the weights that an adapter was trained on. Its file contains it, and loading onto other weights warns."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..layers.sharded import in_parts
 
 __all__ = ["fingerprint", "warn_of_another_base"]
 
-LAYERS, NUMBERS = 4, 1024  # how many layers are looked at, and how many elements of each
+LAYERS, NUMBERS = 4, 1024  # how many layers are hashed, and how many elements of each
 
 
 @torch.no_grad()
 def _of_weight(module: nn.Module) -> str | None:
-    """The dtype and a hash of elements of a layer's base weight, "float32:1f0c..."; None where it is not whole and plain here:
-    quantised, in parts, trained, computed, without values, or changed by init "svd"."""
+    """The dtype and a hash of elements of a layer's base weight, "float32:1f0c..."; None if the weight is quantised, in parts,
+    trained, computed, on the meta device, or changed by init "svd"."""
     backup, base = None, module
     if isinstance(module, LoTRLayer):
         if module.start_core is not None or (module.merged and (backup := module.weight_backup) is None):
@@ -44,7 +44,7 @@ def _of_weight(module: nn.Module) -> str | None:
 
 
 def fingerprint(layers: Mapping[str, LoTRLayer]) -> dict[str, str]:
-    """What identifies the base weights of a few of the layers, by name; empty where they cannot be read."""
+    """Hashes of the base weights of a few of the layers, by name; empty if they cannot be read."""
     named = list(layers.items())
     chosen = {i * (len(named) - 1) // max(LAYERS - 1, 1) for i in range(LAYERS) if named}
     found = {named[i][0]: _of_weight(named[i][1]) for i in sorted(chosen)}
@@ -52,14 +52,14 @@ def fingerprint(layers: Mapping[str, LoTRLayer]) -> dict[str, str]:
 
 
 def warn_of_another_base(model: nn.Module, saved: Mapping[str, str]) -> None:
-    """One warning if the model's weights are not those of a saved fingerprint. Weights of another dtype are not compared."""
+    """Warns once if the model's weights differ from a saved fingerprint. Weights of another dtype are not compared."""
     modules = dict(model.named_modules())
     for name, want in saved.items():
         got = None if name not in modules else _of_weight(modules[name])
         if got is not None and got.partition(":")[0] == want.partition(":")[0] and got != want:
             warnings.warn(
-                f"lotr_ext: the adapter was trained on other base weights than the model has in {name!r}: its results will "
-                "differ; load the base model that it was trained on",
+                f"lotr_ext: the adapter was trained on other base weights than those of {name!r} in this model, so its results "
+                "will differ; load the base model that it was trained on",
                 stacklevel=5,
             )
             return

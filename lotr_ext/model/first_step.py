@@ -1,4 +1,4 @@
-"""A warning of an optimizer that holds parameters of an adapted model and none of its adapter: made before apply_lotr."""
+"""Warns about an optimizer with parameters of an adapted model but none of its adapter, as one made before apply_lotr."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..layers.layer import LoTRLayer
 
 __all__ = ["expect_training"]
 
-_waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # adapted models whose adapter no optimizer has held yet
-_seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # optimizers that have nothing to do with them
+_waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # adapted models whose adapter no optimizer has stepped yet
+_seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # optimizers that were checked
 _handle: RemovableHandle | None = None
 
 
 def expect_training(model: nn.Module) -> None:
-    """Looks at the first steps of all optimizers until one holds parameters of the model's adapter; one that holds only frozen
-    parameters of the model is warned of, once. Then the hook on torch's optimizers is removed."""
+    """Checks the first step of each optimizer until one holds parameters of the model's adapter. Warns once about one that
+    holds only frozen parameters of the model. Then removes the hook on torch's optimizers."""
     global _handle
     _waiting.add(model)
     _seen.clear()
@@ -44,8 +44,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         if frozen and trained and not trained & held:
             warnings.warn(
                 f"lotr_ext: this {type(optimizer).__name__} holds {frozen} frozen parameters of the adapted "
-                f"{type(model).__name__} and none of its adapter, as one made before apply_lotr does: its steps do not train "
-                "the adapter; make the optimizer after apply_lotr, of lotr_parameters(model)",
+                f"{type(model).__name__} and none of its adapter, like one made before apply_lotr: its steps do not train the "
+                "adapter; create the optimizer after apply_lotr, with lotr_parameters(model)",
                 stacklevel=3,
             )
     _seen.add(optimizer)

@@ -1,4 +1,4 @@
-"""init_from_gradient, for a model that is adapted already. For a new adapter it is the init "gradient" of `apply_lotr`."""
+"""init_from_gradient, for a model that is adapted already. For a new adapter use init "gradient" of `apply_lotr`."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def init_from_gradient(model: Model, batches: Iterable[Any], loss: Loss, *, progress: bool = True) -> Model:
-    """Starts A and B of an adapted model from the gradients of its weights; its function stays, for its cores are zero.
+    """Starts A and B of an adapted model from the gradients of its weights. The cores are zero, so its output does not change.
 
-    A and B get orthonormal columns that span the leading directions of the gradients of all layers that share them. Those are
-    never made: three passes over the batches, each with two skinny products a layer and side beside forward and backward. All
-    else is afterwards as it was, also where a batch fails: buffers (BatchNorm's statistics), modes, requires_grad and .grad of
-    the parameters, and the generators of torch, Python and NumPy. `apply_lotr` does the same with init "gradient".
+    A and B get orthonormal columns that span the leading directions of the gradients of all layers that share them. The
+    gradients themselves are never formed: three passes over the batches compute two skinny products per layer and side in
+    addition to forward and backward. Everything else is restored, also if a batch fails: buffers (BatchNorm's statistics),
+    modes, requires_grad and .grad of the parameters, and the generators of torch, Python and NumPy. `apply_lotr` does the same
+    with init "gradient".
 
     Args:
-        model: from `apply_lotr` or built by hand, in train or eval mode, whichever it is to be looked at in.
-        batches: a few, kept while this runs; each is used three times.
+        model: from `apply_lotr` or built by hand, in the mode (train or eval) in which the gradients are to be computed.
+        batches: a few batches, each used three times.
         loss: (model, batch) -> the loss, a scalar.
-        progress: show a bar in the terminal.
+        progress: show a progress bar in the terminal.
 
-    Where torch.distributed runs, every process must call this, each with its own batches: the gradients of all are summed, and
-    all get the same A and B. An error in one process ends the call in all.
+    With torch.distributed, every process must call this with its own batches: the gradients are summed over processes, and all
+    get the same A and B. An error in one process ends the call in all.
 
     Raises:
-        TypeError, ValueError, RuntimeError: no adapter, or experts'; a model that is merged, wrapped, compiled or in parts;
-            a core that is not zero; a factor that is no parameter; no batches; a loss that is no scalar or in which no adapted
-            layer has a part; gradients that are not finite, or zero for all layers of a factor. All of it before anything is
-            changed.
+        TypeError, ValueError, RuntimeError: no adapter, or one of experts; a model that is merged, wrapped, compiled or in
+            parts; a core that is not zero; a factor that is no parameter; no batches; a loss that is no scalar or does not
+            depend on any adapted layer; gradients that are not finite, or zero for all layers of a factor. The model is
+            unchanged then.
     """
     layers, probed = agreed("init_from_gradient", lambda: _probed(model))
     with disabled(model):

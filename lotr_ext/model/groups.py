@@ -24,20 +24,20 @@ def parameter_groups(
     weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """All trained parameters of an adapted model in up to four groups for an optimizer: "cores", "factors" (A and B),
-    "magnitudes", and "other" (modules_to_save, such as a new head, and what else requires a gradient). Each has its name under
-    "name". Magnitudes have no weight decay, which would shrink the frozen weight.
+    "magnitudes", and "other" (modules_to_save, such as a new head, and all else that requires grad). Each group has its name
+    under "name". Magnitudes get no weight decay, which would shrink the frozen weight.
 
-    Any torch optimizer takes the list. transformers' Trainer and TRL's trainers take the optimizer, and scale the rates of all
-    groups by their own schedule: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
+    Pass the list to any torch optimizer. transformers' Trainer and TRL's trainers accept the optimizer and apply their schedule
+    to all groups: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 1e-3)), None))`.
 
     Args:
-        model: from `apply_lotr`, or built by hand of adapted layers.
-        lr: the learning rate of each group that is given none of its own. None: the optimizer's.
+        model: from `apply_lotr`, or built by hand from adapted layers.
+        lr: the learning rate of each group without its own. None: the optimizer's.
         core_lr: of the cores.
         factor_lr: of A and B.
         magnitude_lr: of the magnitudes. None: that of the cores.
         other_lr: of the rest.
-        weight_decay: of all groups but the magnitudes. None: the optimizer's.
+        weight_decay: of all groups except the magnitudes. None: the optimizer's.
 
     Raises:
         TypeError, ValueError: a rate that is no number or negative. TypeError, RuntimeError: as `lotr_parameters`.

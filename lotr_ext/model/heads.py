@@ -1,4 +1,4 @@
-"""Output layers and heads: what "all-linear" leaves out, what a task trains, and what is warned of when it stays frozen."""
+"""Output layers and heads: "all-linear" leaves them out, a task_type trains them, and a frozen head causes a warning."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _IS_HEAD = "a head: name it to adapt it, or train it whole (modules_to_save)"
 
 
 def _outputs_of(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The output layer of a transformers model, or where there is none its heads; a timm model's classifier."""
+    """The output layer of a transformers model, or its heads if it has none; a timm model's classifier."""
     if callable(classifier := getattr(module, "get_classifier", None)):
         try:
             found = classifier()
-        except (NotImplementedError, AttributeError, TypeError):  # a method of that name, and another meaning
+        except (NotImplementedError, AttributeError, TypeError):  # a method of that name with another meaning
             found = None
         yield from ((one, _IS_HEAD) for one in (found if isinstance(found, tuple | list) else (found,)))
     if callable(own := getattr(module, "get_output_embeddings", None)):
         try:
             output = own()
-        except (NotImplementedError, AttributeError):  # a model without
+        except (NotImplementedError, AttributeError):  # a model without an output layer
             output = None
         if isinstance(output, nn.Module):
             yield output, _IS_OUTPUT
@@ -42,7 +42,7 @@ def _outputs_of(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def output_layers(model: nn.Module) -> dict[int, str]:
-    """The layers that "all-linear" leaves out, as PEFT's does, by id(module). The texts say which they are."""
+    """The layers that "all-linear" leaves out, as in PEFT, by id(module), each with a description."""
     found: dict[int, str] = {}
     for module in model.modules():
         for head, what in _outputs_of(module):
@@ -57,29 +57,29 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def with_head(model: nn.Module, config: LoTRConfig) -> LoTRConfig:
-    """config with the model's heads among modules_to_save, where its task_type is one that has a head.
+    """config with the model's heads in modules_to_save, if its task_type has a head.
 
     Raises:
-        ValueError: such a task, and a model without a head that is known.
+        ValueError: such a task_type, and a model without a known head.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, LoTRConfig) or config.task_type not in HEADED_TASKS:
-        return config  # what is wrong here, `select` says
+        return config  # `select` raises for wrong types
     found, saved = heads(model), config.modules_to_save or ()
     if not found and not saved:
         raise ValueError(
-            f"task_type: expected a model with a head for {config.task_type!r}, got {type(model).__name__}, which has none by "
-            f"a known name ({', '.join(_HEADS)}); name it in modules_to_save"
+            f"task_type: expected a model with a head for {config.task_type!r}, got {type(model).__name__} without one of the "
+            f"known names ({', '.join(_HEADS)}); name its head in modules_to_save"
         )
     new = [name for name in found if not any(name_ends_with(name, ending) for ending in saved)]
     return replace(config, modules_to_save=(*saved, *new))
 
 
 def warn_of_frozen_heads(model: nn.Module) -> None:
-    """One warning of the heads of an adapted model that are neither trained nor adapted."""
+    """Warns once about heads of an adapted model that are neither trained nor adapted."""
     frozen = [name for name, head in heads(model).items() if not any(p.requires_grad for p in head.parameters())]
     if frozen:
         warnings.warn(
-            f"lotr_ext: {', '.join(frozen)} stays frozen: a new head would stay as it was initialised; train it with "
+            f"lotr_ext: {', '.join(frozen)} stays frozen, so a new head keeps its initial values; train it with "
             f"modules_to_save={frozen}",
             stacklevel=3,
         )

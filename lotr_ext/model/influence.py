@@ -1,10 +1,10 @@
-"""`influence`: what each training example contributes to the loss of a query, from the gradients of the cores.
+"""`influence`: how each training example changes the loss of a query, from the gradients of the cores.
 
     score[q, i] = sum over layers l of  g_l(q)^T (H_l + d_l I)^-1 g_l(i)        H_l = 1/n sum_i g_l(i) g_l(i)^T
 
-g_l(i) is the gradient of example i with respect to core l, r_in r_out numbers (`per_example`), so H_l is small enough to be
-inverted exactly. That is LoGra (arXiv 2405.13954) with LoTR's own A and B as the projections. d_l is a share of H_l's mean
-eigenvalue. Without damping H_l + d_l I is left out: the plain dot product.
+g_l(i) is the gradient of example i with respect to core l, r_in r_out numbers (`per_example`), so H_l is small enough to
+invert exactly. This is LoGra (arXiv 2405.13954) with LoTR's A and B as the projections. d_l is a share of H_l's mean
+eigenvalue. Without damping, the score is the plain dot product.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .saving import unwrapped
 __all__ = ["influence"]
 
 _CASTS = ("ToCopyBackward", "ViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward")
-_MEAN = 1  # of at::Reduction, as losses save it
+_MEAN = 1  # at::Reduction::Mean, as losses save it
 Rows = Callable[[Any], int]
 
 
@@ -54,30 +54,30 @@ def influence(
         suspicious = influence(model, train, loss=loss_sum)         # [examples]: each one's influence on itself
 
     A positive score means that a step on the example lowers the query's loss. The cores may be zero, as after `apply_lotr`. The
-    model runs in its current mode, so call `model.eval()` first. Afterwards it is as it was, gradients included.
+    model runs in its current mode, so call `model.eval()` first. Its state is restored afterwards, gradients included.
 
-    Train is read twice (once without damping), a batch at a time. What is kept is (r_in r_out)^2 numbers a layer, the
-    gradients of the queries, r_in r_out numbers a query and layer, and the scores. All of it is float64.
+    Reads train twice (once without damping), batch by batch. Memory: (r_in r_out)^2 numbers per layer, r_in r_out numbers per
+    query and layer, and the scores, all in float64.
 
     Args:
-        model: a model from `apply_lotr` or built by hand, unmerged. A DistributedDataParallel is unwrapped: each process has
+        model: a model from `apply_lotr` or built by hand, unmerged. A DistributedDataParallel is unwrapped: each process gets
             the scores and the curvature of its own train.
-        train: batches, in the order that the scores have.
-        query: batches, too. None: the influence of each example on itself.
+        train: batches. The scores are in their order.
+        query: batches. None: the influence of each example on itself.
         loss: (model, batch) -> the loss, a scalar, summed over the examples of the batch.
         damping: d_l as a share of the mean eigenvalue of H_l, positive. None: the plain dot product.
-        curvature: the loss of whose gradients H is made; None: `loss`, which gives the empirical Fisher matrix. A loss with
-            labels drawn from the model's own prediction gives an estimate of the Gauss-Newton matrix.
+        curvature: the loss whose gradients form H. None: `loss`, which gives the empirical Fisher matrix. A loss with labels
+            sampled from the model's own prediction gives an estimate of the Gauss-Newton matrix.
         rows: batch -> the number of its examples, for a model that flattens its batch or has adapted experts.
-        progress: show a bar in the terminal, if the lengths of train and query are known.
+        progress: show a progress bar in the terminal, if the lengths of train and query are known.
 
     Returns:
         float64, on the CPU.
 
     Raises:
-        TypeError, ValueError, RuntimeError: no adapter, a merged one, or one held in parts; train and query that are no
-            batches, are shuffled, have no example, or can be read only once; a loss that is no scalar, in which no core has a
-            part, or whose gradients are not finite. A loss that is visibly a mean is warned of.
+        TypeError, ValueError, RuntimeError: no adapter, a merged one, or one held in parts; train or query that are no
+            batches, are shuffled, have no example, or can be read only once; a loss that is no scalar, does not depend on any
+            core, or has gradients that are not finite. Warns about a loss that is a mean, where this is visible.
     """
     model = unwrapped(model)
     layers = _checked(model, loss, damping, curvature)
@@ -110,7 +110,7 @@ def _gradients(
             value.backward()
         model.zero_grad(set_to_none=True)
         if not found:
-            raise ValueError("loss: expected one that depends on the adapted layers, got one in which none has a part")
+            raise ValueError("loss: expected one that depends on the adapted layers, got one that does not")
         norms = found.norms()
         if not bool(norms.isfinite().all()):
             raise ValueError(f"loss: expected finite gradients, got NaN or infinity in batch {i} of {name}")
@@ -122,12 +122,12 @@ def _gradients(
 
 
 def _flat(gradient: Tensor) -> Tensor:
-    """[e, b, r_in r_out] in float64, of [b, r_in, r_out] or [b, e, r_in, r_out]."""
+    """[e, b, r_in r_out] in float64, from [b, r_in, r_out] or [b, e, r_in, r_out]."""
     return gradient.double().flatten(-2).reshape(len(gradient), -1, gradient.shape[-2:].numel()).transpose(0, 1)
 
 
 def _none(layer: LoTRLayer, b: int) -> Tensor:
-    """The gradients of a layer that has no part in a batch."""
+    """Zero gradients, for a layer that the loss of a batch does not depend on."""
     core = layer.core
     return core.new_zeros(core.shape[:-2].numel(), b, core.shape[-2:].numel(), dtype=torch.float64)
 
@@ -148,10 +148,10 @@ def _roots(batches: Iterator[list[Tensor]], layers: dict[str, LoTRLayer], dampin
         total.div_(n)
         diagonal = total.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1, keepdim=True)
-        diagonal += torch.where(mean > 0, damping * mean, 1.0)  # of experts without a token, whose gradients are all zero
+        diagonal += torch.where(mean > 0, damping * mean, 1.0)  # 1: experts without a token, whose gradients are all zero
         root, failed = torch.linalg.cholesky_ex(total)
         if bool(failed.any()):
-            raise ValueError(f"damping: expected enough to invert the curvature of {name!r}, got {damping}; take more")
+            raise ValueError(f"damping: expected enough to invert the curvature of {name!r}, got {damping}; increase it")
         roots.append(root)
     return roots, n
 
@@ -182,7 +182,7 @@ def _scores(projected: list[Tensor], found: list[Tensor]) -> Tensor:
 
 
 def _joined(parts: list[Tensor], n: int | None) -> Tensor:
-    """[queries, examples] of all batches. n: how many examples the first reading of train had, if there was one."""
+    """[queries, examples] of all batches. n: the number of examples in the first reading of train, or None."""
     if not parts:
         raise ValueError("train: expected at least one example, got none")
     scores = torch.cat(parts, -1)
@@ -196,7 +196,7 @@ def _joined(parts: list[Tensor], n: int | None) -> Tensor:
 
 @contextmanager
 def _cores_alone(model: nn.Module, layers: dict[str, LoTRLayer]) -> Iterator[None]:
-    """Inside, only the cores require grad. Afterwards the model is as it was."""
+    """Inside the context only the cores require grad. Restores the model afterwards."""
     cores = {p for layer in layers.values() for p in parameters_of(layer, "core")}
     with untouched(model), torch.enable_grad():
         for p in model.parameters():
@@ -226,7 +226,7 @@ def _checked(model: nn.Module, loss: object, damping: object, curvature: object)
 
 
 def _length(name: str, batches: Iterable[Any], once: bool) -> int:
-    """How many batches there are; 0 if unknown. once: they are read once, so an iterator will do."""
+    """The number of batches; 0 if unknown. once: they are read once, so an iterator is enough."""
     if not isinstance(batches, Iterable):
         raise TypeError(f"{name}: expected batches, got {type(batches).__name__}")
     if not once and isinstance(batches, Iterator):
@@ -234,7 +234,7 @@ def _length(name: str, batches: Iterable[Any], once: bool) -> int:
             f"{name}: expected batches that can be read twice, such as a list or a DataLoader, got {type(batches).__name__}"
         )
     if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
-        raise ValueError(f"{name}: expected batches in an order that you know, got a DataLoader with shuffle=True")
+        raise ValueError(f"{name}: expected batches in a fixed order, got a DataLoader with shuffle=True")
     try:
         return len(batches)
     except TypeError:
@@ -242,7 +242,7 @@ def _length(name: str, batches: Iterable[Any], once: bool) -> int:
 
 
 def _mean(value: Tensor) -> str | None:
-    """The name of the operator by which value is a mean over what it was computed from; None if it is none, or hidden."""
+    """The name of the operator that made value as a mean; None if it is no mean, or this cannot be seen."""
     node = value.grad_fn
     while node is not None and node.name().startswith(_CASTS):
         node = node.next_functions[0][0]

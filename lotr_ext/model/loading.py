@@ -1,4 +1,4 @@
-"""load_adapter: what `save_adapter` wrote, or PEFT for a LoTRPeftConfig, into a plain model or into an adapted one."""
+"""load_adapter: loads an adapter written by `save_adapter`, or by PEFT for a LoTRPeftConfig, into a plain or adapted model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def _groups(entries: dict[str, LayerEntry]) -> dict[str | tuple[str, str], list[str]]:
-    """Layer names by their factors."""
+    """Layer names, grouped by factors."""
     groups: dict[str | tuple[str, str], list[str]] = {}
     for name, entry in entries.items():
         groups.setdefault(entry.factors, []).append(name)
@@ -57,29 +57,29 @@ def load_adapter(
     name: str | None = None,
     share_factors: str | None = None,
 ) -> Model:
-    """Loads a saved adapter into a model, which is adapted first if it is not yet.
+    """Loads a saved adapter into a model, and adapts the model first if needed.
 
-    A model that FSDP or ZeRO-3 holds in parts must be adapted already, one that tensor parallelism does need not; every process
-    calls this, reads the files and keeps its own parts.
+    A plain base model is adapted as it was by `apply_lotr` when the adapter was saved. A model that is adapted already, by
+    `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes. Its values are replaced in place (and with
+    init "svd" the loaded start is subtracted from its base weights instead of its own).
 
-    A plain base model becomes what `apply_lotr` made of it when the adapter was saved. A model that is adapted already, by
-    `apply_lotr` or by hand, must have the same layers, groups, shapes and dtypes; its values are replaced in place (and with
-    init "svd" its weights moved to what the loaded start leaves of them).
+    With FSDP or ZeRO-3 the model must be adapted already; with tensor parallelism it need not be. Every process calls this,
+    reads the files and keeps its own parts.
 
     Args:
         model: the base model, on any device.
-        directory: what `save_adapter` wrote, or PEFT for a LoTRPeftConfig.
+        directory: a folder written by `save_adapter`, or by PEFT for a LoTRPeftConfig.
         cast: accept tensors of another dtype than the model's, and cast them.
-        name: which of several adapters (`add_adapter`) to load into, added if there is none of that name; the active
-            one by default. A plain model's first adapter gets this name.
-        share_factors: for a name that is added, the adapter whose A and B it shares; the file must hold those very values.
+        name: which of several adapters (`add_adapter`) to load into; it is added if it does not exist. None: the active one.
+            A plain model's first adapter gets this name.
+        share_factors: for a name that is added, the adapter whose A and B it shares. The file must contain the same values.
 
     Returns:
         The same model.
 
     Raises:
         TypeError, ValueError, RuntimeError: no such adapter; a truncated, foreign or newer file; layers, shapes or dtypes that
-            do not fit the model; a merged model. All of it before the model is touched.
+            do not fit the model; a merged model. The model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -95,7 +95,7 @@ def load_adapter(
             _load_parked(target, manifest, tensors, cast, name, share_factors)
             return model
     if share_factors is not None:
-        raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
+        raise ValueError(f"share_factors: expected the name of a new adapter with it, got name={name!r}")
     if any(isinstance(m, LoTRLayer) for m in target.modules()):
         with whole(model, adapter_slots(target), write=True):
             agreed("load_adapter", lambda: _fill_adapted(target, manifest, tensors, cast), together=together)
@@ -110,7 +110,7 @@ def load_adapter(
 
 
 def _fill_stages(stages: PipelineStages, manifest: Manifest, tensors: dict[str, Tensor], cast: bool) -> None:
-    """Each stage of a pipeline takes its part of the file."""
+    """Loads each stage's part of the file."""
 
     def checked() -> list[tuple[Manifest, dict[str, Tensor]]]:
         _check_names(stages.layers, set(manifest.layers))
@@ -155,7 +155,7 @@ def _load_parked(
         config = replace(manifest.config, **{field: getattr(model.lotr_config, field) for field in fields})
         adapters.add_adapter(model, name, config, share_factors=share_factors)
     elif share_factors is not None:
-        raise ValueError(f"share_factors: expected a name that is not there yet beside it, got name={name!r}")
+        raise ValueError(f"share_factors: expected the name of a new adapter with it, got name={name!r}")
     try:
         with adapters.in_use(model, name):
             if share_factors is not None:
@@ -168,7 +168,7 @@ def _load_parked(
 
 
 def _fitted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors as the model's parametrizations need them."""
+    """The file's tensors in the form that the model's parametrizations need."""
     layers = layers_in(model)
     return fitted_to_parametrizations(layers, module_prefixes(model, layers), manifest, tensors)
 
@@ -198,7 +198,7 @@ def _check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], cast
 def _expected(
     manifest: Manifest, like: Callable[[str], tuple[Tensor | None, ...]], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors that the file must contain. like: a layer's A, B, core and magnitude (None without), or empty ones of their
+    """The tensors that the file must contain. like: a layer's A, B, core and magnitude (or None), or empty ones of their
     shapes."""
     expected: dict[str, Tensor] = {}
     for names in _groups(manifest.layers).values():
@@ -242,8 +242,8 @@ def _check_adapted(model: nn.Module, manifest: Manifest, tensors: dict[str, Tens
                 layers[name].check_parameter("weight", "load_adapter", name)
                 if holds_parts(layers[name].holder):
                     raise RuntimeError(
-                        f'load_adapter: expected whole weights, for init "svd" changes them, got {name!r} held in parts; load '
-                        "the adapter first, then shard the model"
+                        f'load_adapter: expected whole weights, since init "svd" changes them, got {name!r} held in parts; '
+                        "load the adapter first, then shard the model"
                     )
 
 
@@ -264,7 +264,7 @@ def _check_names(have: set[str], want: set[str]) -> None:
 def _check_plain(
     model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor], cast: bool
 ) -> tuple[Selection, Cores | None]:
-    """What `install` needs to put the adapter onto a plain model: its layers, and what makes their cores.
+    """The arguments of `install` for a plain model: the selected layers, and the Cores that make their cores.
 
     Raises:
         ValueError: an adapter that does not fit the model.
@@ -304,7 +304,7 @@ def _check_plain(
 
 
 def _module_name(name: str, entry: LayerEntry) -> str:
-    """The module that a layer adapts: of experts the one whose parameter it is, inside of which the adapter has its place."""
+    """The name of the module that a layer adapts; for experts, the module that has the parameter and contains the adapter."""
     return name if not entry.experts else name.rpartition(f"{CHILD}.")[0].rstrip(".")
 
 
@@ -324,7 +324,7 @@ def _check_sizes(name: str, entry: LayerEntry, module: nn.Module) -> None:
 
 
 def _selection(model: nn.Module, manifest: Manifest, config: LoTRConfig) -> Selection:
-    """`select` for the very layers and groups of a file."""
+    """`select` for exactly the layers and groups of a file."""
     groups: dict[str, str] = {}
     for name, entry in manifest.layers.items():
         if config.group_by == "width":

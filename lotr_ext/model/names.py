@@ -1,4 +1,4 @@
-"""Names of modules and parameters: those that end with another, that a misspelt one may mean, or that share memory."""
+"""Names of modules and parameters: matching by endings, suggestions for misspelt names, and parameters that share memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def name_ends_with(name: str, ending: str) -> bool:
 
 
 def closest(wanted: str, names: Iterable[str], at_most: int = 3) -> str:
-    """For messages: which endings of the names are the most like wanted, "; the closest are 'q_proj', 'k_proj'", or nothing."""
+    """For messages: the endings most similar to wanted, as "; the closest are 'q_proj', 'k_proj'", or ""."""
     parts = wanted.count(".") + 1
     endings = {".".join(name.split(".")[-parts:]) for name in names}
     endings = sorted(ending for ending in endings if ending and not ending.isdigit())
@@ -25,7 +25,7 @@ def closest(wanted: str, names: Iterable[str], at_most: int = 3) -> str:
 
 
 def _identity(parameter: Tensor) -> object:
-    """Equal for parameters that share memory, also as different objects. Meta tensors and subclasses go by object."""
+    """A key that is equal for parameters that share memory. Meta tensors and subclasses are compared as objects."""
     plain = type(parameter) in (Tensor, nn.Parameter) and not parameter.is_meta and parameter.numel() > 0
     return ("memory", parameter.device, parameter.data_ptr()) if plain else id(parameter)
 

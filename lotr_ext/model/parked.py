@@ -23,9 +23,9 @@ DEFAULT = "default"  # the name of the adapter that apply_lotr made
 class ParkedAdapter(nn.Module):
     """An adapter that is not active.
 
-    held, magnitudes, settings: for each layer, in the model's order, the core or the module that makes it, the magnitudes (None
-    without), and (scaling, dropout). made: the Cores that make the cores of all layers, None for dense ones. saved: its
-    modules_to_save, by tensor.
+    held, magnitudes, settings: for each layer, in the model's order, the core or the module that makes it, the magnitudes (or
+    None), and (scaling, dropout). made: the Cores that make the cores of all layers, None for dense ones. saved: the tensors of
+    its modules_to_save.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ParkedAdapter(nn.Module):
     ):
         super().__init__()
         self.config, self.settings = config, list(settings)
-        self.__dict__["factors"] = factors  # registered by `_register_once`, here or where they are shared from
+        self.__dict__["factors"] = factors  # `_register_once` registers them, here or in an adapter that shares them
         self.cores = nn.ParameterList(one for one in held if isinstance(one, nn.Parameter))
         self.forms = nn.ModuleList(one for one in held if not isinstance(one, nn.Parameter))
         self.magnitudes = None if magnitudes is None else nn.ParameterList(magnitudes)
@@ -60,7 +60,7 @@ class ParkedAdapter(nn.Module):
 
 
 class ParkedAdapters(nn.ModuleDict):
-    """The parked adapters by name. Called, it returns its input: nn.Sequential calls all it registers."""
+    """The parked adapters by name. Its forward returns the input, since nn.Sequential calls all its children."""
 
     active = DEFAULT
 
@@ -69,8 +69,8 @@ class ParkedAdapters(nn.ModuleDict):
 
 
 def parked_of(model: nn.Module, name: str, *, in_parts_too: bool = False) -> ParkedAdapters:
-    """The model's parked adapters, none at first; name is the caller's, for the message. in_parts_too: also of a model whose
-    experts' cores are in parts."""
+    """The model's parked adapters. name: the caller, for messages. in_parts_too: allows a model whose experts' cores are in
+    parts."""
     adapted_layers(model)
     if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
         raise RuntimeError(f"{name}: expected a model from apply_lotr, got one whose layers were built by hand")
@@ -82,7 +82,7 @@ def parked_of(model: nn.Module, name: str, *, in_parts_too: bool = False) -> Par
 
 
 def find_name(parked: ParkedAdapters, name: object, argument: str) -> str:
-    """name, if there is an adapter of that name. argument: for the message."""
+    """Returns name if there is an adapter of that name, else raises. argument: for messages."""
     if not isinstance(name, str):
         raise TypeError(f"{argument}: expected the name of an adapter, got {type(name).__name__} {name!r}")
     if name != parked.active and name not in parked:

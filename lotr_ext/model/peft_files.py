@@ -1,4 +1,4 @@
-"""The folder that PEFT writes for a LoTRPeftConfig, read and written without PEFT, as what `adapter_files` has.
+"""Reads and writes, without PEFT, the folder that PEFT writes for a LoTRPeftConfig. Uses the Manifest of `adapter_files`.
 
 adapter_config.json          the configuration, and `layers`: each layer's factors and sizes, in the model's order
 adapter_model.safetensors    base_model.lotr_factors.<group>.A, .B; base_model.lotr_cores.<parameter>;
@@ -38,16 +38,16 @@ SAME = ("rank", "alpha", "rslora", "scaling", "dropout", "group_by", "init", "co
 
 
 def described_layers(layers: Mapping[str, LayerEntry]) -> list[dict[str, Any]]:
-    """For `layers` in the configuration: PEFT sorts the keys of objects, and cores that layers share have an order."""
+    """The list `layers` of the configuration: a list, since PEFT sorts keys, and cores that layers share need their order."""
     told = ("factors", "in_features", "out_features", "experts")
     return [{"name": name, **{key: getattr(entry, key) for key in told}} for name, entry in layers.items()]
 
 
 def read_either(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
-    """The adapter in directory, whether `save_adapter` or PEFT has written it.
+    """The adapter in directory, written by `save_adapter` or by PEFT.
 
     Raises:
-        ValueError: as `adapter_files.read`; a folder of PEFT's with another method, or with what LoTR's own files have not.
+        ValueError: as `adapter_files.read`; a PEFT folder of another method, or with biases.
     """
     if (directory / JSON_NAME).exists() or not (directory / CONFIG_NAME).exists():
         return adapter_files.read(directory)
@@ -60,8 +60,8 @@ def read_either(directory: Path) -> tuple[Manifest, dict[str, Tensor]]:
         kind = content.get("peft_type") if isinstance(content, dict) else None
         if kind != "LOTR":
             raise ValueError(
-                f"{path}: expected peft_type 'LOTR', got {kind!r}; python -m lotr_ext.convert lora-to-lotr {directory} "
-                "DESTINATION makes a LoTR adapter of a LoRA"
+                f"{path}: expected peft_type 'LOTR', got {kind!r}; convert a LoRA with python -m lotr_ext.convert "
+                f"lora-to-lotr {directory} DESTINATION"
             )
         try:
             stored = tensors_of(directory / TENSORS_NAME, read_bytes(directory / TENSORS_NAME))
@@ -78,8 +78,8 @@ def _adapter(path: Path, content: Mapping[str, Any], stored: Mapping[str, Tensor
         raise ValueError(f"bias: expected 'none', got {content['bias']!r}: the files of save_adapter have no biases")
     if not isinstance(content.get("layers"), list) or not all(isinstance(one, dict) for one in content["layers"]):
         raise ValueError(
-            "layers: expected the adapted layers, got none: the folder is of an earlier version; load it with PEFT, and save "
-            "it again"
+            "layers: expected the adapted layers, got none: the folder was written by an earlier version; load it with PEFT "
+            "and save it again"
         )
     tensors = {_name(key): tensor for key, tensor in stored.items()}
     settings = {name: content[name] for name in SAME if name in content}
@@ -105,7 +105,7 @@ def _adapter(path: Path, content: Mapping[str, Any], stored: Mapping[str, Tensor
 
 
 def _name(key: str) -> str:
-    """What `save_adapter` calls a tensor of PEFT's."""
+    """The name in `save_adapter`'s files of a tensor of PEFT's file."""
     if (found := _OWN.fullmatch(key)) is not None:
         return f"{found['layer']}.{found['part']}"
     if (found := _SHARED.fullmatch(key)) is not None:
@@ -116,7 +116,7 @@ def _name(key: str) -> str:
 
 
 def _modules(saved: list[str], endings: object) -> list[str]:
-    """The modules of modules_to_save that have the tensors of these names."""
+    """The modules of modules_to_save that own the tensors of these names."""
     if not isinstance(endings or [], list) or not all(isinstance(ending, str) for ending in endings or []):
         raise ValueError(f"modules_to_save: expected a list of names, got {endings!r}")
     modules = []
@@ -149,24 +149,24 @@ def _made(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 def lotr_to_peft(
     source: str | PathLike[str], directory: str | PathLike[str], *, task_type: str | None = None
 ) -> dict[str, LayerEntry]:
-    """Writes the adapter in `source` as PEFT does, for `PeftModel.from_pretrained`; no model is needed.
+    """Writes the adapter in `source` in PEFT's format, for `PeftModel.from_pretrained`. Needs no model.
 
     Returns:
         The layers, by name.
 
     Raises:
-        ValueError: no such adapter; directory is a file; an adapter that PEFT cannot have: of a model built by hand, with a
-            start in the base weights (init "svd"), with cores by a callable, or with several scalings or dropouts.
+        ValueError: no such adapter; directory is a file; an adapter that PEFT does not support: of a model built by hand, with
+            a start in the base weights (init "svd"), with cores from a callable, or with several scalings or dropouts.
         OSError: the disk.
     """
     manifest, tensors = read_either(Path(source))
     config = manifest.config
     if config is None:
-        raise ValueError("source: expected an adapter of apply_lotr, got one of a model built by hand, which PEFT cannot make")
+        raise ValueError("source: expected an adapter from apply_lotr, got one of a model built by hand")
     if any(key.endswith((".start_core", ".start_A", ".start_B", ".start")) for key in tensors):
-        raise ValueError('source: expected base weights as they were, got init "svd", whose start is part of them')
+        raise ValueError('source: expected another init than "svd", whose start is part of the base weights, got "svd"')
     if config.core == "custom":
-        raise ValueError('source: expected cores that a name says, got "custom"')
+        raise ValueError('source: expected cores of a named form, got "custom"')
     same = {(entry.scaling, entry.dropout) for entry in manifest.layers.values()}
     if len(same) > 1:
         raise ValueError(f"source: expected one scaling and dropout for all layers, got {sorted(same)}")

@@ -1,9 +1,9 @@
-"""PipelineStages: the stages of a pipeline that one process has, and the replicas of A and B in them.
+"""PipelineStages: the pipeline stages of one process, and the replicas of A and B in them.
 
     gradient of A = sum over the stages of the gradients of their replicas, each of which is a sum over micro-batches
 
-A layer and its core belong to one stage. A and B belong to all stages with layers that read them, and so do the numbers of
-which several cores are made (LoTRConfig.core). Their replicas start equal, and one sum over the stages a step keeps them equal.
+A layer and its core belong to one stage. A, B and parameters that make several cores (LoTRConfig.core) belong to every stage
+with layers that read them. Their replicas start equal, and summing their gradients over the stages each step keeps them equal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Contents = tuple[Manifest, dict[str, Tensor]]
 
 
 class _Replica(NamedTuple):
-    """The replicas of one tensor in a process. checksums: of their values. copies: how many there are."""
+    """The replicas of one tensor in a process. checksums: of their values. copies: their number."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -49,8 +49,8 @@ class _Replica(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a process says of its stages. fresh: whether their adapters are zero. cores: by the name of a Cores, for how many
-    layers it is made and how many of them are here."""
+    """A process's description of its stages. fresh: whether their adapters are zero. cores: by the name of a Cores, for how
+    many layers it was made and how many of them are in this process."""
 
     layers: list[str]
     saved: list[str]
@@ -60,20 +60,20 @@ class _Part(NamedTuple):
 
 
 class PipelineStages(nn.ModuleList):
-    """The stages of a pipeline (`torch.distributed.pipelining`) that this process has. `save_adapter`, `load_adapter`,
-    `lotr_parameters` and `parameter_groups` take it as the model.
+    """The stages of a pipeline (`torch.distributed.pipelining`) in this process. Pass it as the model to `save_adapter`,
+    `load_adapter`, `lotr_parameters` and `parameter_groups`.
 
-    Every process of the pipeline makes one, after `apply_lotr` and before DistributedDataParallel or `fully_shard`. The layers
-    have the names that they have in the whole model. While all adapters are zero, as `apply_lotr` makes them, factors that
-    differ get the values of the first process that has them. Factors that no layer of a stage reads are frozen there.
+    Every process of the pipeline creates one, after `apply_lotr` and before DistributedDataParallel or `fully_shard`. Layers
+    must have the same names as in the whole model. If all adapters are zero, as after `apply_lotr`, factors that differ get the
+    values of the first process that has them. Factors that no layer of a stage reads are frozen in that stage.
 
     Args:
-        stages: the modules of the stages, several for an interleaved schedule; a stage without adapted layers too.
-        group: the processes that have the stages of one pipeline; None: all.
+        stages: the modules of the stages, several for an interleaved schedule; also those without adapted layers.
+        group: the processes with the stages of one pipeline; None: all.
 
     Raises:
         TypeError, ValueError, RuntimeError: no modules; a layer in two stages; factors of other shapes, dtypes or values than
-            in another stage; tensors in parts or on the meta device. In all processes.
+            in another stage; tensors in parts or on the meta device. The error is raised in all processes.
     """
 
     def __init__(self, *stages: nn.Module, group: dist.ProcessGroup | None = None):
@@ -129,8 +129,8 @@ class PipelineStages(nn.ModuleList):
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Adds the gradients of the replicas of each factor, all in one all-reduce over the group. Every process calls it once
-        a step: after the schedule's last micro-batch, before `clip_grad_norm_` and the optimizer."""
+        """Sums the gradients of each factor's replicas, in one all-reduce over the group for all factors. Every process must
+        call it once a step: after the schedule's last micro-batch, before `clip_grad_norm_` and the optimizer."""
         wide = max((accumulate_dtype(one.dtype) for one in self._summed.values()), key=lambda t: t.itemsize, default=None)
         if wide is None:
             return
@@ -144,13 +144,14 @@ class PipelineStages(nn.ModuleList):
             dist.all_reduce(total, group=self.group)
         counts, *sums = total.split([len(own), *(t.numel() for t in own)])
         for (key, one), count, value in zip(self._summed.items(), counts.tolist(), sums):
-            for slot in self._slots[key] if count else ():  # a factor that no layer has read has no gradient
+            for slot in self._slots[key] if count else ():  # a factor that no layer has read keeps no gradient
                 slot.tensor.grad = parted_as(value.view(one.shape).to(one.dtype, copy=True), slot.tensor)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scales the gradients so that their norm over all stages, each factor once, is max_norm at most. Returns the norm, in
-        every process. After `reduce_gradients`; as torch.nn.utils.clip_grad_norm_, which would see one stage alone."""
+        """Scales the gradients so that their norm over all stages, each factor counted once, is at most max_norm. Returns the
+        norm, in every process. Call it after `reduce_gradients`, instead of torch.nn.utils.clip_grad_norm_, which only
+        includes one stage."""
         norm_type = float(norm_type)
         elsewhere = {
             id(slot.tensor)
@@ -169,17 +170,17 @@ class PipelineStages(nn.ModuleList):
         return norm
 
     def gathered(self, where: str, own: Callable[[], Sequence[Contents]]) -> Contents:
-        """The contents of the file of the whole model, in every process. own: makes those of this process's stages."""
+        """The file contents of the whole model, in every process. own: returns those of this process's stages."""
         found = all_results(where, lambda: [(m, {k: t.detach().cpu() for k, t in ts.items()}) for m, ts in own()], self.group)
         most = max(map(len, found))
         return _joined([one[i] for i in range(most) for one in found if i < len(one)])
 
 
 def expect_whole_model(model: nn.Module, where: str) -> None:
-    """RuntimeError for a stage of a pipeline by itself."""
+    """Raises RuntimeError for a single stage of a pipeline."""
     if hasattr(inside_wrappers(model), "_lotr_is_stage"):
         raise RuntimeError(
-            f"{where}: expected a whole model or a PipelineStages, got a stage of a pipeline; give the PipelineStages, in "
+            f"{where}: expected a whole model or a PipelineStages, got a stage of a pipeline; pass the PipelineStages, in "
             "every process"
         )
 
@@ -188,8 +189,8 @@ def expect_whole_model(model: nn.Module, where: str) -> None:
 
 
 def _shared(stage: nn.Module, *, read: bool = True) -> Iterator[Slot]:
-    """The factors of a stage, and the numbers of which several of its cores are made: each tensor once. read: those that its
-    layers read, or the others."""
+    """The factors of a stage and the parameters that make several of its cores, each tensor once. read: those that its layers
+    read, or the others."""
     layers, seen = layers_in(stage).values(), set()
     of_layers = {
         id(module) for layer in layers for module in (*(module for module, _ in layer.factors.owners), cores_of(layer))
@@ -213,13 +214,13 @@ def _described(stages: Sequence[nn.Module]) -> _Part:
     fresh = True
     for stage in stages:
         if not isinstance(stage, nn.Module):
-            raise TypeError(f"stages: expected modules, got {type(stage).__name__}; of torch's PipelineStage give the submod")
+            raise TypeError(f"stages: expected modules, got {type(stage).__name__}; for a PipelineStage pass its submod")
         inner = inside_wrappers(stage)
         for name, tensor in inner.named_parameters():
             if tensor.requires_grad and (tensor.is_meta or in_parts(tensor)):
                 got = "on the meta device" if tensor.is_meta else "held in parts"
                 raise RuntimeError(
-                    f"stages: expected whole tensors with values, got {name} {got}; make PipelineStages after they have "
+                    f"stages: expected whole tensors with values, got {name} {got}; create PipelineStages after they have "
                     "values and before they are sharded"
                 )
         own = layers_in(inner)
@@ -252,7 +253,7 @@ def _differ(key: str, want: str, got: str, where: str) -> str:
 
 
 def _check(parts: Sequence[_Part]) -> None:
-    """The same error in all processes, which have the same parts."""
+    """Raises the same error in all processes, since all have the same parts."""
     at: dict[str, int] = {}
     known: dict[str, tuple[int, _Replica]] = {}
     fresh = all(part.fresh for part in parts)
@@ -260,8 +261,8 @@ def _check(parts: Sequence[_Part]) -> None:
         for name in (*part.layers, *part.saved):
             if name in at:
                 raise ValueError(
-                    f"stages: expected each layer in one stage, got {name!r} in processes {at[name]} and {rank}; let the "
-                    "layers of a stage have the names that they have in the whole model"
+                    f"stages: expected each layer in one stage, got {name!r} in processes {at[name]} and {rank}; give the "
+                    "layers of a stage the names that they have in the whole model"
                 )
             at[name] = rank
         for key, one in part.replicas.items():
@@ -275,8 +276,8 @@ def _check(parts: Sequence[_Part]) -> None:
         layers = sum(part.cores[name][1] for part in parts if name in part.cores)
         if layers > places:
             raise ValueError(
-                f"stages: expected {name} to make the cores of all {layers} layers, got some for {places}; apply_lotr to the "
-                "whole model and take the stages out of it"
+                f"stages: expected {name} to make the cores of all {layers} layers, got one for {places} layers; call "
+                "apply_lotr on the whole model, then split it into stages"
             )
 
 
@@ -284,7 +285,7 @@ def _check(parts: Sequence[_Part]) -> None:
 
 
 def _joined_config(configs: Sequence[LoTRConfig], layers: Mapping[str, LayerEntry]) -> LoTRConfig | None:
-    """That of the whole model: stages that were adapted one by one name their own layers."""
+    """The config of the whole model. The configs of stages that were adapted separately name only their own layers."""
     if not configs or configs.count(configs[0]) == len(configs):
         return configs[0] if configs else None
     saved = tuple(dict.fromkeys(name for config in configs for name in config.modules_to_save or ())) or None
@@ -296,18 +297,18 @@ def _joined_config(configs: Sequence[LoTRConfig], layers: Mapping[str, LayerEntr
 
 
 def _joined(found: Sequence[Contents]) -> Contents:
-    """The contents of the file of the whole model from those of all stages.
+    """The file contents of the whole model, joined from those of all stages.
 
     Raises:
-        ValueError: a factor with other values in another stage.
+        ValueError: a factor with different values in two stages.
     """
     layers, tensors, saved, base = {}, {}, (), {}
     for manifest, own in found:
         for key, tensor in own.items():
             if key in tensors and not same_values(tensors[key], tensor):
                 raise ValueError(
-                    f"save_adapter: expected the same {key} in all stages, got other values; call reduce_gradients before each "
-                    "step of the optimizer, which must have the same settings in all processes"
+                    f"save_adapter: expected the same {key} in all stages, got different values; call reduce_gradients before "
+                    "each optimizer step, and use the same optimizer settings in all processes"
                 )
             tensors.setdefault(key, tensor)
         layers, saved, base = layers | manifest.layers, saved + manifest.modules_to_save, {**base, **manifest.base}
@@ -316,7 +317,7 @@ def _joined(found: Sequence[Contents]) -> Contents:
 
 
 def part_of(manifest: Manifest, tensors: Mapping[str, Tensor], stage: nn.Module) -> Contents:
-    """What a stage needs of the contents of the file of the whole model."""
+    """The part of the whole model's file contents that a stage needs."""
     own, beside = layers_in(stage), saved_modules(stage)
     layers = {name: entry for name, entry in manifest.layers.items() if name in own}
     saved = tuple(name for name in manifest.modules_to_save if name in beside)

@@ -1,4 +1,4 @@
-"""Adapted transformers models from what save_pretrained or Trainer wrote: the weights, and the adapter beside them."""
+"""Loads adapted transformers models that save_pretrained or Trainer wrote: the weights, and the adapter beside them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["from_pretrained", "key_mapping", "put_on"]
 
 
 def from_pretrained(model_class: type, directory: str | PathLike[str], *args: Any, **kwargs: Any) -> nn.Module:
-    """An adapted model that save_pretrained or Trainer has written: model_class.from_pretrained, then the adapter beside it.
+    """Loads an adapted model that save_pretrained or Trainer wrote: calls model_class.from_pretrained, then loads the adapter.
 
     Args:
-        model_class: of transformers, an Auto class too.
+        model_class: a class of transformers, or one of its Auto classes.
         directory: with the weights and the adapter.
         *args: for model_class.from_pretrained.
-        **kwargs: the same. It reports the adapter's own tensors among the weights as unexpected.
+        **kwargs: for model_class.from_pretrained, which reports the adapter's tensors in the weights as unexpected.
 
     Raises:
-        ValueError: no adapter there, or weights that were saved without one after it. Else as `load_adapter`, and what
-            model_class.from_pretrained raises.
+        ValueError: no adapter in the directory, or weights that were later saved without one. Otherwise as `load_adapter` and
+            model_class.from_pretrained.
     """
     path = Path(directory)
-    files.read(path)  # says what is wrong with the adapter before anything is loaded
+    files.read(path)  # raises for an invalid adapter before anything is loaded
     kwargs = key_mapping(path, kwargs)
     return put_on(model_class.from_pretrained(directory, *args, **kwargs), path)
 
@@ -49,8 +49,8 @@ def key_mapping(path: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
                 keys.update(weights.keys())
     if not any(".core" in key or ".parametrizations.core." in key for key in keys):
         raise ValueError(
-            f"directory: expected weights saved together with their adapter, got {path}, whose weights have none of its "
-            "tensors: they were saved without it, perhaps merged; load_adapter(model, directory) puts it onto a base model"
+            f"directory: expected weights saved together with their adapter, got {path}, whose weights contain none of its "
+            "tensors, as after a merge; load the base model and call load_adapter(model, directory)"
         )
     if any(".base_layer." in key for key in keys):  # wrapped layers
         return kwargs | {"key_mapping": {**(kwargs.get("key_mapping") or {}), r"\.base_layer\.": "."}}
@@ -58,12 +58,12 @@ def key_mapping(path: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def put_on(model: nn.Module, path: Path) -> nn.Module:
-    """Puts the adapter in path onto a model with the weights in path. Returns the model."""
+    """Loads the adapter in path into a model with the weights in path. Returns the model."""
     manifest, tensors = files.read(path)
     layers = dict(model.named_modules())
     started = [name for name in manifest.layers if f"{name}.start_core" in tensors]
     kept = {name: layers[name].weight.detach().clone() for name in started if name in layers}
     load_adapter(model, path)
-    for name, weight in kept.items():  # which had lost the start when it was saved, and need not lose it again
+    for name, weight in kept.items():  # the start was subtracted before they were saved, and load_adapter subtracts it again
         write_(model.get_submodule(name).weight, weight)
     return model

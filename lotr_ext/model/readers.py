@@ -1,7 +1,7 @@
-"""Code that reads a layer's weight instead of calling the layer: an adapter in such a layer would be ignored.
+"""Finds code that reads a layer's weight instead of calling the layer: it would ignore an adapter in the layer.
 
-`how_read` finds it by the source of the class that has the layer. `hook_fusing` refuses methods that copy the weights of
-adapted layers into new layers (diffusers' fuse_qkv_projections): the new layers would have no adapter.
+`how_read` reads the source of the class that has the layer. `hook_fusing` disables methods that copy the weights of adapted
+layers into new layers (diffusers' fuse_qkv_projections), since the new layers would have no adapter.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..layers.layer import LoTRLayer
 
 __all__ = ["How", "hook_fusing", "how_read", "unhook_fusing"]
 
-# Classes that read a weight in one of two ways through their forward, or whose source is not always there.
+# Classes that read a weight on one of two paths of their forward, or whose source may be missing.
 _MAMBAS = (
     *("MambaMixer", "Mamba2Mixer", "FalconMambaMixer", "FalconH1Mixer", "BambaMixer", "JambaMambaMixer"),
     *("ZambaMambaMixer", "Zamba2MambaMixer", "NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"),
 )
 _READERS = {"MultiheadAttention": {"out_proj"}, **{name: {"x_proj", "dt_proj", "out_proj"} for name in _MAMBAS}}
 _HARMLESS = {"dtype", "device", "shape", "ndim", "size", "requires_grad", "is_meta", "is_cuda"}
-_AT_THE_START = ("init", "reset", "load", "save", "convert")  # in the names of methods that no forward calls
+_NOT_IN_FORWARD = ("init", "reset", "load", "save", "convert")  # in the names of methods that no forward calls
 
 
 class How(Enum):
@@ -42,8 +42,8 @@ class How(Enum):
 
 @dataclass
 class _Method:
-    """What a method does with the children of self: reads `self.<child>.weight`, uses `self.<child>` in another way; and all
-    attribute names that it uses, of any object."""
+    """A method's uses of self's children. reads: of `self.<child>.weight`; uses: other uses of `self.<child>`; names: all
+    attribute names, of any object."""
 
     reads: set[str] = field(default_factory=set)
     uses: set[str] = field(default_factory=set)
@@ -58,7 +58,7 @@ def _method(function: FunctionType) -> _Method:
     """The _Method of a function, by its source; an empty one if it has no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError, TokenError):  # no source, or no Python around it, as in a page of docs
+    except (OSError, TypeError, SyntaxError, TokenError):  # no source, or text that is no Python, as in a notebook
         return _Method()
     found, me = _Method(), next(iter(inspect.unwrap(function).__code__.co_varnames), "self")  # unwrapped, as its source is
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
@@ -70,13 +70,13 @@ def _method(function: FunctionType) -> _Method:
         above = parents.get(node)
         if not isinstance(above, ast.Attribute):
             found.uses.add(node.attr)
-        elif above.attr == "weight" and isinstance(above.ctx, ast.Load) and not _asks_for_its_kind(above, parents):
+        elif above.attr == "weight" and isinstance(above.ctx, ast.Load) and not _reads_metadata(above, parents):
             found.reads.add(node.attr)
     return found
 
 
-def _asks_for_its_kind(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a weight is read for its dtype and the like, or to be compared or initialised."""
+def _reads_metadata(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether code reads only properties of a weight, such as its dtype, or compares it."""
     above = parents.get(node)
     while isinstance(above, ast.Attribute) and above.attr == "data":
         node, above = above, parents.get(above)
@@ -89,7 +89,7 @@ def _asks_for_its_kind(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
 
 @functools.cache
 def _methods(cls: type) -> dict[str, _Method]:
-    """The class's methods, inherited ones too, without nn.Module's."""
+    """The class's own and inherited methods, except nn.Module's."""
     found: dict[str, FunctionType] = {}
     for base in cls.__mro__:
         if base not in (nn.Module, object):
@@ -101,7 +101,7 @@ def _methods(cls: type) -> dict[str, _Method]:
 
 @functools.cache
 def _called_by_forward(cls: type) -> frozenset[str]:
-    """The methods that a forward runs: itself, and those of the class that it names, and so on."""
+    """forward and all methods of the class that it calls, directly or not."""
     methods, found, left = _methods(cls), set(), ["forward"]
     while left:
         name = left.pop()
@@ -112,13 +112,13 @@ def _called_by_forward(cls: type) -> frozenset[str]:
 
 
 def how_read(parent: nn.Module, child: str) -> tuple[str, How] | None:
-    """Whether the parent's class reads the weight of its child without calling it: the class's name, and how surely."""
+    """The name of the parent's class, and how certainly it reads its child's weight without calling it; None if it does not."""
     cls = type(parent)
     known = next((base.__name__ for base in cls.__mro__ if child in _READERS.get(base.__name__, ())), None)
     if known is not None:
         return known, How.ONLY
     methods = _methods(cls)
-    readers = {name for name, m in methods.items() if child in m.reads and not any(part in name for part in _AT_THE_START)}
+    readers = {name for name, m in methods.items() if child in m.reads and not any(part in name for part in _NOT_IN_FORWARD)}
     if readers & _called_by_forward(cls) and not any(child in m.uses for m in methods.values()):
         return cls.__name__, How.ONLY
     if isinstance(parent, nn.TransformerEncoderLayer):
@@ -134,7 +134,7 @@ def _is_fusing(name: str) -> bool:
 
 
 class Refused:
-    """Stands for a method that would copy the weights of adapted layers without their adapters; raises when it is called."""
+    """Replaces a method that would copy the weights of adapted layers without their adapters; raises when called."""
 
     def __init__(self, name: str, layer: str):
         self.name, self.layer = name, layer
@@ -142,13 +142,13 @@ class Refused:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(
             f"{self.name}: expected layers without an adapter, which would be lost, got {self.layer!r} with one; call "
-            "unload(model, merge=True) first, which puts the adapter into the weights"
+            "unload(model, merge=True) first, which merges the adapter into the weights"
         )
 
 
 def _fusing(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Each module with a method that fuses adapted layers, the method's name, and one of the layers. A method fuses them if it
-    reads the weight of an adapted child, or calls a method of that kind of a module inside."""
+    """Each module with a method that fuses adapted layers, the method's name, and one of the layers. Such a method reads the
+    weight of an adapted child, or calls such a method of an inner module."""
     named, below = dict(model.named_modules()), {}
     for name, module in named.items():
         for method, uses in _methods(type(module)).items() if _has_fusing(type(module)) else ():
@@ -175,7 +175,7 @@ def _has_fusing(cls: type) -> bool:
 
 
 def hook_fusing(model: nn.Module) -> None:
-    """Puts Refused in the place of methods that would leave the adapter out."""
+    """Replaces methods that would drop the adapter by Refused."""
     for module, method, layer in list(_fusing(model)):
         module.__dict__[method] = Refused(method, layer)
 

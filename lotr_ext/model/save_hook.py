@@ -1,7 +1,7 @@
-"""save_pretrained of adapted transformers models: the adapter goes beside the weights, for `pretrained.from_pretrained`.
+"""save_pretrained of adapted transformers models: also writes the adapter, for `pretrained.from_pretrained`.
 
-The weights' file has all of an adapted model's tensors, so that Trainer resumes from it; transformers' own from_pretrained
-takes the base model's from it and leaves the adapter's out.
+The weights' file contains all tensors of the adapted model, so that Trainer can resume from it. transformers' own
+from_pretrained reads the base model's tensors from it and ignores the adapter's.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _NAME = "save_pretrained"
 
 
 class SavePretrained:
-    """In the place of save_pretrained of an adapted model, or of its part. owner: the whole model, which has the factors.
+    """Replaces save_pretrained of an adapted model, or of a part of it. owner: the whole model, which has the factors.
 
-    It keeps no model alive: in a circle of references a model and its memory would wait for the garbage collector.
+    Holds weak references: in a reference cycle the model's memory would be freed only by the garbage collector.
     """
 
     def __init__(self, model: nn.Module, owner: nn.Module):
@@ -46,25 +46,25 @@ class SavePretrained:
         return SavePretrained(*(memo.get(id(m), m) for m in (self.model(), self.owner())))
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """As the model's class's; then the adapter, in the same directory.
+        """Calls save_pretrained of the model's class, then writes the adapter into the same directory.
 
         Raises:
-            RuntimeError: tensors in parts that state_dict lacks; a copied part, which its owner does
-                not have; a part whose cores are made of what all layers share.
-            ValueError: push_to_hub, which would leave the adapter behind: model.push_to_hub does not.
+            RuntimeError: tensors in parts without a state_dict; a copied part that is not in its owner; a part whose cores are
+                made from parameters that all layers share.
+            ValueError: push_to_hub, which would upload no adapter; model.push_to_hub uploads it.
         """
         model, owner = self.model(), self.owner()
         if model is None:
-            raise RuntimeError("save_pretrained: expected a model that is held in a variable, got one that is gone by now")
+            raise RuntimeError("save_pretrained: expected a model that is still referenced, got one that was freed")
         if owner is None or all(module is not model for module in owner.modules()):
             raise RuntimeError(
                 f"save_pretrained: expected a part of the model that has the factors, got a {type(model).__name__} outside of "
-                "it; copy and save the whole model"
+                "it; save the whole model instead"
             )
         if model is not owner and hasattr(owner, "lotr_cores"):
             raise RuntimeError(
-                f"save_pretrained: expected cores of their own in the part {type(model).__name__}, got some that are made of "
-                "what all layers share; save the whole model"
+                f"save_pretrained: expected dense cores in the part {type(model).__name__}, got cores made from parameters "
+                "that all layers share; save the whole model"
             )
         original = getattr(type(model), _NAME)
         given = inspect.signature(original).bind(model, *args, **kwargs)
@@ -72,11 +72,11 @@ class SavePretrained:
         settings = given.arguments
         if settings.get("push_to_hub"):
             raise ValueError(
-                "push_to_hub: expected False for a model with a LoTR adapter, which would not go along, got True; call "
-                "model.push_to_hub(...), which takes it"
+                "push_to_hub: expected False for a model with a LoTR adapter, which would not be uploaded, got True; call "
+                "model.push_to_hub(...), which uploads it"
             )
         state = settings.get("state_dict")
-        state = None if state is None else dict(state)  # transformers takes out what it leaves out
+        state = None if state is None else dict(state)  # a copy: transformers removes entries from it
         original(model, *args, **kwargs)
         if settings.get("is_main_process", True):
             _save_beside(owner, model, Path(settings["save_directory"]), state)
@@ -86,19 +86,19 @@ class SavePretrained:
 
 
 def _save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dict[str, Any] | None) -> None:
-    """Writes an adapted model's adapter, or that of a part of owner, beside the weights that transformers has saved. state: the
-    whole tensors."""
+    """Writes the adapter of owner, or of its part `model`, beside the weights that transformers has saved. state: the whole
+    tensors."""
     sharded, part = holds_parts(owner), model is not owner
     if sharded and part:
         raise RuntimeError(
             f"save_pretrained: expected whole tensors or the whole model, got its part {type(model).__name__}, held in parts; "
-            "call save_adapter for the whole one in every process"
+            "call save_adapter for the whole model in every process"
         )
     if sharded and state is None:
-        save_adapter(owner, directory)  # every process is here
-    elif sharded and not state:  # Trainer's, in process 0 alone, where DeepSpeed writes a checkpoint of its own instead
+        save_adapter(owner, directory)  # without a state_dict every process calls save_pretrained
+    elif sharded and not state:  # Trainer with DeepSpeed: an empty state_dict, in process 0 only
         warnings.warn(
-            "lotr_ext: save_pretrained wrote no adapter, for state_dict is empty and the model is held in parts: add "
+            "lotr_ext: save_pretrained wrote no adapter, since state_dict is empty and the model is held in parts: add "
             "AdapterCheckpoint() to Trainer's callbacks, or call save_adapter in every process",
             stacklevel=4,
         )
@@ -110,15 +110,14 @@ def _save_beside(owner: nn.Module, model: nn.Module, directory: Path, state: dic
             files.write(directory, manifest, tensors)
     if hasattr(owner, "lotr_parked") and len(names := adapters.adapter_names(owner)) > 1:
         warnings.warn(
-            f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, and not {', '.join(names[1:])}: "
-            "save_adapter(model, directory, name=...) writes each",
+            f"lotr_ext: save_pretrained wrote the adapter {names[0]!r} beside the weights, but not {', '.join(names[1:])}: "
+            "call save_adapter(model, directory, name=...) for each",
             stacklevel=4,
         )
 
 
 def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) -> tuple[files.Manifest, dict[str, Tensor]]:
-    """The manifest and tensors of a part of the model, whose names begin with prefix: its layers, and the factors that they
-    use."""
+    """The manifest and tensors of the part of the model whose names begin with prefix: its layers and their factors."""
 
     def inside(named: Mapping[str, Any]) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
@@ -135,9 +134,8 @@ def _of_part(manifest: files.Manifest, tensors: dict[str, Tensor], prefix: str) 
 
 
 def name_loader(model: nn.Module, holder: nn.Module) -> None:
-    """Gives a module of sentence-transformers the class that loads its adapter, if `model` is its adapted model. A
-    SentenceTransformer writes the class of each module into its folder.
-    """
+    """Changes the class of a sentence-transformers module that holds the adapted `model` to one that loads the adapter: a
+    SentenceTransformer writes the class of each module into its folder."""
     if is_of_sentence_transformers(holder) and any(child is model for child in holder.children()):
         from .sentence_transformers import load_with_adapter
 
@@ -145,7 +143,7 @@ def name_loader(model: nn.Module, holder: nn.Module) -> None:
 
 
 def hook_saving(model: nn.Module) -> None:
-    """Puts SavePretrained into an adapted model, and into its parts that hold adapted layers."""
+    """Installs SavePretrained in an adapted model and in its parts with adapted layers."""
     for module in model.modules():
         savable = all(callable(getattr(type(module), name, None)) for name in (_NAME, "from_pretrained"))
         if savable and any(isinstance(m, LoTRLayer) for m in module.modules()):

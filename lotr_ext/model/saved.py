@@ -1,4 +1,4 @@
-"""Tensors that a saved adapter contains besides A, B and cores: modules_to_save, and those of which computed parts are made."""
+"""The tensors of a saved adapter besides A, B and cores: modules_to_save, and tensors from which cores are computed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Prefixes = Mapping[int, str]  # of LoTRFactors, LoTRFactor and Cores in the mode
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are trained whole beside the adapter, by name."""
+    """The modules_to_save, by name."""
     config = getattr(model, "lotr_config", None)
     endings = config.modules_to_save if isinstance(config, LoTRConfig) and config.modules_to_save else ()
     beside = ("lotr_factors", "lotr_parked", "lotr_tasks", CORES)
@@ -42,7 +42,7 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def saved_tensors(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers by full name; tied ones under their first name only."""
+    """Parameters and buffers by full name; tied ones only under their first name."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, module in modules.items():
@@ -70,7 +70,7 @@ def adapter_slots(model: nn.Module) -> list[Slot]:
     for at, module in named_modules(model):
         if module in own:
             names = (*module._parameters, *module._buffers)
-        else:  # an adapted layer's weights are not its adapter's
+        else:  # an adapted layer's weight and bias do not belong to the adapter
             kept = (*module._parameters, *module._buffers)
             own_parts = ("core", "start_core", "magnitude") if isinstance(module, LoTRLayer) else ()
             names = tuple(n for n in own_parts if n in kept)
@@ -97,16 +97,16 @@ def parts(layers: Layers, prefixes: Prefixes) -> Iterator[tuple[nn.Module, str, 
 
 
 def cores_of(layer: nn.Module) -> nn.Module | None:
-    """The module that makes the layer's core, alone or with those of other layers; None for a parameter or a parametrized
-    one."""
+    """The module that makes the layer's core, or the cores of several layers; None if the core is a parameter or
+    parametrized."""
     form = core_form_of(layer)
     return form.cores if isinstance(form, CoreAt) else form
 
 
 def computed_parts(layers: Layers, prefixes: Prefixes) -> dict[str, dict[str, str]]:
-    """For each computed part, by full name, the full names of the tensors of which it is computed, by `state_of`'s keys.
+    """For each computed part, by full name: the full names of the tensors that it is computed from, by `state_of`'s keys.
 
-    A tensor that several parts share has one name in all of them: the one in their Cores, else its first.
+    A tensor that several parts share has the same name in all of them: its name in their Cores, else its first name.
     """
     first: dict[int, str] = {}
     for cores in {id(c): c for layer in layers.values() if isinstance(c := cores_of(layer), Cores)}.values():
@@ -119,7 +119,7 @@ def computed_parts(layers: Layers, prefixes: Prefixes) -> dict[str, dict[str, st
 
 
 def computed_tensors(layers: Layers, prefixes: Prefixes) -> dict[str, Tensor]:
-    """The tensors of which computed cores and factors are made, by the names of `computed_parts`."""
+    """The tensors that computed cores and factors are computed from, by the names of `computed_parts`."""
     names, found = computed_parts(layers, prefixes), {}
     for module, name, part in parts(layers, prefixes):
         found |= {names[f"{name}.{part}"][key]: t for key, t in state_of(module, part).items()}
@@ -129,23 +129,23 @@ def computed_tensors(layers: Layers, prefixes: Prefixes) -> dict[str, Tensor]:
 def fitted_to_parametrizations(
     layers: Layers, prefixes: Prefixes, manifest: Manifest, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A saved adapter's tensors as a model needs them.
+    """A saved adapter's tensors in the form that a model needs.
 
-    If a part is computed here but was not in the saved model, the tensors of which it is computed are derived from its value.
-    Tensors of which only the saved model computed a part are left out.
+    If a part is computed in this model but was not in the saved one, derives the tensors that it is computed from. Leaves out
+    tensors from which only the saved model computed a part.
 
-    layers: none for a plain model, which gets the cores that the adapter's configuration names.
+    layers: empty for a plain model, which will get the cores that the adapter's configuration names.
 
     Raises:
-        ValueError: a part that cannot be made to have the file's value. What does not fit otherwise is left to the caller.
+        ValueError: a part that cannot have the file's value. The caller checks everything else.
     """
     names = computed_parts(layers, prefixes)
     found = _without_foreign(names, bool(layers), manifest, tensors)
     if len(found) < len(tensors):
         warnings.warn(
-            "lotr_ext: some of this adapter's parts had parametrizations where it was saved, or cores made of fewer numbers, "
-            "that they do not have here; their values are loaded: register the parametrizations, or apply_lotr with the same "
-            "core, before loading to go on training with them",
+            "lotr_ext: the saved model had parametrizations, or cores made of fewer numbers, that this model does not have; "
+            "their current values are loaded. To continue training with them, register the parametrizations, or call "
+            "apply_lotr with the same core, before loading",
             stacklevel=4,
         )
     computed = [one for one in parts(layers, prefixes) if f"{one[1]}.{one[2]}" in names]
@@ -168,8 +168,8 @@ def fitted_to_parametrizations(
 def _without_foreign(
     names: Mapping[str, Mapping[str, str]], adapted: bool, manifest: Manifest, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors but for those from which the saved model computed parts that this one does not compute. names: as of
-    `computed_parts`. adapted: whether the model has adapted layers already."""
+    """The tensors without those from which only the saved model computed a part. names: as from `computed_parts`. adapted:
+    whether the model has adapted layers already."""
     own = {key for keys in names.values() for key in keys.values()}
     will_be = not adapted and manifest.config is not None and manifest.config.core in FORMS  # by load_adapter
     kept = will_be or any(key.startswith(f"{CORES}.") for key in own)
@@ -187,6 +187,6 @@ def _check_value(name: str, got: Tensor, want: Tensor) -> None:
     bound = torch.finfo(got.dtype).eps ** 0.5 * float(want.abs().max())
     if got.shape == want.shape and not float((got - want).abs().max()) <= bound:
         raise ValueError(
-            f"{name}: expected values that the model's parametrization of it can have, got others: it makes "
-            f"{float((got - want).abs().max()):.2g} of difference"
+            f"{name}: expected values that the model's parametrization can represent, got values that differ from it by "
+            f"{float((got - want).abs().max()):.2g}"
         )

@@ -1,9 +1,8 @@
-"""save_adapter: everything that was trained, once, as safetensors and JSON in one directory.
+"""save_adapter: writes everything that was trained as safetensors and JSON into one directory.
 
-Tensors are named as in the adapted model's state_dict: `lotr_factors.<group>.A` and `.B` once per group, `<layer>.core` per
-layer, the parameters and buffers of modules_to_save, and, where init "svd" moved part of the weights into the adapter,
-`lotr_factors.<group>.start_A`, `.start_B` and `<layer>.start_core`; with magnitudes `<layer>.magnitude`. Format and writing:
-`adapter_files.py`; reading: `loading.py`.
+Tensors have their names in the adapted model's state_dict: `lotr_factors.<group>.A` and `.B` per group, `<layer>.core` per
+layer, with magnitudes `<layer>.magnitude`, with init "svd" `lotr_factors.<group>.start_A`, `.start_B` and `<layer>.start_core`,
+and the parameters and buffers of modules_to_save. Format and writing: `adapter_files.py`; reading: `loading.py`.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ __all__ = ["checked_path", "contents", "factor_prefix", "module_prefixes", "save
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers (DistributedDataParallel, FSDP1, DeepSpeed's engine, torch.compile) and a
-    SentenceTransformer, whose names go without prefixes."""
+    """The model without its wrappers (DistributedDataParallel, FSDP1, DeepSpeed's engine, torch.compile) and without a
+    SentenceTransformer around it, so that names have no prefixes."""
     return inner_model(inside_wrappers(model))
 
 
@@ -52,7 +51,7 @@ def module_prefixes(model: nn.Module, layers: dict[str, LoTRLayer]) -> dict[int,
     found = {id(m): name for name, m in named_modules(model) if isinstance(m, LoTRFactors | LoTRFactor | Cores)}
     for name, layer in layers.items():
         if isinstance(cores_of(layer), Cores) and id(cores_of(layer)) not in found:
-            raise RuntimeError(f"model: expected it to register what makes the core of {name!r}, got one that no module owns")
+            raise RuntimeError(f"model: expected it to register the Cores of {name!r}, got one that no module owns")
         if any(id(module) not in found for module, _ in layer.factors.owners):
             raise RuntimeError(f"model: expected it to register the factors of {name!r}, got factors that no module owns")
     return found
@@ -65,19 +64,19 @@ def factor_prefix(prefixes: dict[int, str], factors: LoTRFactors) -> str | tuple
 
 
 def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str | None = None) -> None:
-    """Writes the model's adapter and its modules_to_save into a directory, in place of an adapter that is there already.
+    """Writes the model's adapter and its modules_to_save into a directory, and replaces an adapter that is there already.
 
-    name: which of several adapters (`add_adapter`), the active one by default.
+    name: which of several adapters (`add_adapter`); None: the active one.
 
-    A kill at any moment leaves the old or the new adapter, whole. Models from `apply_lotr` and models built by hand alike;
-    compiled models are unwrapped. A merged adapter is saved as if it were not merged.
+    The model may be from `apply_lotr` or built by hand; compiled models are unwrapped. A merged adapter is saved as if it were
+    not merged. A process that is killed during the save leaves the old or the new adapter, complete.
 
-    DistributedDataParallel models are unwrapped too; called in several processes, only process 0 writes. A model that FSDP,
-    ZeRO-3 or tensor parallelism holds in parts must be saved by all processes together, of FSDP1 what FullyShardedDataParallel
-    returned, and of a pipeline its `PipelineStages`: they gather its tensors, process 0 writes, and all wait for it.
+    DistributedDataParallel models are unwrapped too; if several processes call this, only process 0 writes. With FSDP, ZeRO-3
+    or tensor parallelism all processes must call it (with FSDP1 for the FullyShardedDataParallel, with a pipeline for the
+    `PipelineStages`): they gather the tensors, process 0 writes, and all wait for it.
 
     Raises:
-        TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; of a model in parts an error
+        TypeError: no nn.Module, or no path. RuntimeError: no adapter, or one on the meta device; for a model in parts, an error
             in another process. ValueError: directory is a file.
     """
     stages = model if isinstance(model, PipelineStages) else [model]
@@ -88,7 +87,7 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
     def check() -> tuple[Path, list[list[Slot]]]:
         if not joined:
             expect_whole_model(model, "save_adapter")
-            adapted_layers(inner[0])  # says so where there are none
+            adapted_layers(inner[0])  # raises if there are none
         return checked_path(directory), [adapter_slots(one) for one in inner]
 
     def write() -> None:
@@ -106,12 +105,12 @@ def save_adapter(model: nn.Module, directory: str | PathLike[str], *, name: str 
 
 @torch.no_grad()
 def contents(model: nn.Module, name: str | None = None) -> tuple[Manifest, dict[str, Tensor]]:
-    """The manifest and tensors of the file of an adapter, the active one by default. The tensors are the model's own.
+    """The manifest and tensors of an adapter's file. name: None for the active one. The tensors are not copied.
 
     Raises:
-        RuntimeError: no adapter, or one on the meta device. TypeError, ValueError: none of that name.
+        RuntimeError: no adapter, or one on the meta device. TypeError, ValueError: no adapter of that name.
     """
-    adapted_layers(model)  # says so where there are none
+    adapted_layers(model)  # raises if there are none
     return _contents(model, name)
 
 

@@ -1,6 +1,6 @@
 """The hooks that open and close the forward scope (`autograd.bank`) around each forward of an adapted model.
 
-A scope that was not closed, because the forward ended by a KeyboardInterrupt, is dropped by the next `open_scope`.
+If a KeyboardInterrupt ends a forward, its scope stays open; the next `open_scope` drops it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class _Layers:
-    """The adapted layers of a model by the B that they have, found at its first forward. Copies and pickles start empty.
+    """The adapted layers of a model by their B, found at the first forward. Copies and pickles start empty.
 
-    parts: each A, B and core once: the module that has it, and its name there.
+    parts: for each A, B and core once, the module that has it and its name there.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class _Layers:
         if self.by_B is None:
             self.by_B = {}
             for module in model.modules():
-                if not hasattr(module, "start_core"):  # which an adapted layer has, PEFT's cores too
+                if not hasattr(module, "start_core"):  # an attribute of adapted layers, and of the cores under PEFT
                     continue
                 self.parts |= dict.fromkeys((*module.factors.owners, (module, "core")))
                 if getattr(module, "in_use", True):
@@ -48,20 +48,20 @@ class _Layers:
 
 def _enter(model: nn.Module, args, kwargs) -> None:
     if not torch.compiler.is_compiling():
-        open_scope()  # drops those that forwards have left which were killed before their last hook
+        open_scope()  # drops scopes of forwards that ended before their last hook
         cached = None if NOW.any is None else _cached(args, kwargs)
         _open.stack.append(Scope(model, model._lotr_layers.of(model), sys._getframe(1), cached))
 
 
 def _cached(args, kwargs) -> tuple[int | Tensor, int] | None:
-    """How many tokens a row the cache of a transformers model's forward has, and how many the forward; None without a cache."""
+    """The tokens per row in the cache of a transformers model's forward, and in the forward itself; None without a cache."""
     cache = next((own for name in ("cache", "past_key_values") if (own := kwargs.get(name)) is not None), None)
     given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
     tokens = next((t for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
     if tokens is None or not hasattr(cache, "get_seq_length"):
         return None
     past = cache.get_seq_length()
-    return (past.clone() if isinstance(past, Tensor) else past), tokens.shape[1]  # a static cache writes its own in place
+    return (past.clone() if isinstance(past, Tensor) else past), tokens.shape[1]  # a static cache changes its count in place
 
 
 def _leave(model: nn.Module, args, output) -> None:
@@ -74,7 +74,7 @@ def _leave(model: nn.Module, args, output) -> None:
 
 
 def attach_scope(model: nn.Module) -> None:
-    """Opens a scope around each forward of model; again after layers were added or removed, to find them anew."""
+    """Opens a scope around each forward of model. Call it again after layers were added or removed."""
     detach_scope(model)
     model._lotr_layers = _Layers()
     model._lotr_hooks = (

@@ -1,7 +1,7 @@
-"""sentence-transformers' module around a transformers model, which loads the adapter that lies beside the weights too.
+"""A subclass of sentence-transformers' Transformer that also loads the adapter beside the weights.
 
-`modules.json` of a saved SentenceTransformer names the class of each module. It names this one where the model is adapted, and
-`SentenceTransformer(folder, trust_remote_code=True)` imports it: the package asks for that flag before any class but its own.
+`modules.json` of a saved SentenceTransformer names the class of each module. For an adapted model it names this class, and
+`SentenceTransformer(folder, trust_remote_code=True)` imports it: the package requires that flag for classes of other packages.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["Transformer", "load_with_adapter"]
 
 
 class Transformer(Plain):
-    """sentence-transformers' Transformer, whose `load` puts the adapter that lies beside the weights onto the model."""
+    """sentence-transformers' Transformer, whose `load` also loads the adapter beside the weights."""
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Transformer:
-        """As the class of sentence-transformers; then the adapter. Raises as `lotr_ext.from_pretrained`."""
+        """Loads as the base class does, then loads the adapter. Raises as `lotr_ext.from_pretrained`."""
         where = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
         found = load_dir_path(model_name_or_path, subfolder, **where)
         if found is None or not Path(found, JSON_NAME).is_file():
@@ -38,19 +38,19 @@ class Transformer(Plain):
         return module
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """As the class of sentence-transformers; without an adapter the module is of that class again."""
+        """Saves as the base class does. Without an adapter, the module becomes one of the base class again."""
         if not any(isinstance(m, LoTRLayer) for m in self.modules()):
             self.__class__ = Plain
         Plain.save(self, output_path, *args, **kwargs)
 
 
 def load_with_adapter(module: nn.Module) -> None:
-    """Makes a module that holds an adapted model one that loads its adapter."""
+    """Changes the class of a module with an adapted model, so that loading it also loads the adapter."""
     if type(module) is Plain:
         module.__class__ = Transformer
     elif not isinstance(module, Transformer):
         warnings.warn(
             f"lotr_ext: SentenceTransformer(folder) will load this {type(module).__name__} without its adapter; call "
-            "load_adapter(model, folder) after it",
+            "load_adapter(model, folder) afterwards",
             stacklevel=5,
         )

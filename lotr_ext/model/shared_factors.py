@@ -1,4 +1,4 @@
-"""The factors of a model, each registered once: a pair a group, or one A and one B a width."""
+"""The factors of a model, each registered once: a pair per group, or one A and one B per width."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Owner", "SharedFactors", "add_values", "counterpart", "factors_by_part", "factors_checksum", "width_names"]
 
-Owner = LoTRFactors | LoTRFactor  # what a model registers
+Owner = LoTRFactors | LoTRFactor  # the modules that a model registers
 
 
 def width_names(in_features: int, out_features: int) -> tuple[str, str]:
-    """What the A and the B of such layers are called with group_by="width"."""
+    """The names of A and B of such layers with group_by="width"."""
     return f"A_{in_features}", f"B_{out_features}"
 
 
 class SharedFactors(nn.ModuleDict):
-    """A pair by its group's name; with group_by="width" a LoTRFactor by `width_names`. Called, it returns its input:
-    nn.Sequential calls all it registers."""
+    """The pairs by group name; with group_by="width" a LoTRFactor by `width_names`. Its forward returns the input, since
+    nn.Sequential calls all its children."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -35,8 +35,8 @@ class SharedFactors(nn.ModuleDict):
     def pair(
         self, group: str, sizes: tuple[int, int], config: LoTRConfig, device: torch.device, dtype: torch.dtype
     ) -> LoTRFactors:
-        """The pair of a group of layers of these (in_features, out_features); what of it is not there yet is made."""
-        init = "kaiming" if config.init in FOUND_INITS else config.init  # until they are written
+        """The pair of a group of layers of these (in_features, out_features); creates what is missing."""
+        init = "kaiming" if config.init in FOUND_INITS else config.init  # these inits are written later
         if config.group_by == "width":
             names, (r_in, r_out) = width_names(*sizes), config.ranks
             for name, features, rank in zip(names, sizes, (r_in, r_out), strict=True):
@@ -57,7 +57,7 @@ class SharedFactors(nn.ModuleDict):
                     nn.init.zeros_(getattr(module, attribute))
 
     def set_trained(self, train: Collection[str]) -> None:
-        """Which of "A" and "B" require gradients."""
+        """Sets which of "A" and "B" require gradients."""
         for part, module, name in factors_by_part(self):
             getattr(module, name).requires_grad_(part in train)
 
@@ -91,7 +91,7 @@ def factors_checksum(owners: Mapping[str, Owner]) -> str:
 
 
 def counterpart(pair: LoTRFactors, old: Mapping[str, Owner], new: Mapping[str, Owner]) -> LoTRFactors:
-    """The pair that is among new what `pair` is among old."""
+    """The pair in `new` with the same names as `pair` in `old`."""
     names = {id(owner): name for name, owner in old.items()}
     if id(pair) in names:
         return new[names[id(pair)]]

@@ -1,4 +1,4 @@
-"""How much memory an adapter takes, before anything of it is made."""
+"""Checks that an adapter fits into memory, before it is created."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["check_memory"]
 
 
 def check_memory(targets: Sequence[Target], config: LoTRConfig) -> None:
-    """Refuses an adapter that would take more memory than the devices of its layers have.
+    """Checks that an adapter takes no more memory than the devices of its layers have.
 
     Raises:
-        ValueError: for the rank, with both sizes. TypeError, ValueError: as `make_cores`.
+        ValueError: the rank is too large; the message has both sizes. TypeError, ValueError: as `make_cores`.
     """
     r_in, r_out = config.ranks
     numbers: Counter[torch.device] = Counter()
@@ -35,7 +35,7 @@ def check_memory(targets: Sequence[Target], config: LoTRConfig) -> None:
             seen.add(owner)
         experts = expert_sizes(target.module, target.parameter)[0] if target.parameter is not None else 1
         numbers[device] += target.out_features * config.magnitude
-        numbers[device] += experts * r_in * r_out  # of a core that is made of fewer numbers too: a forward makes it
+        numbers[device] += experts * r_in * r_out  # also for a core made of fewer numbers, since the forward makes it
     for device, count in numbers.items():
         _check(device, count, config)
     if config.core in FORMS:
@@ -47,13 +47,13 @@ def _check(device: torch.device, numbers: int, config: LoTRConfig) -> None:
     needed, there = numbers * config.adapter_dtype.itemsize, _memory(device)
     if needed > there:
         raise ValueError(
-            f"rank: expected one whose adapter fits into the {there / 2**30:.3g} GiB of {device}, got {config.rank}, with "
-            f"which it takes {needed / 2**30:.3g} GiB; give a smaller rank"
+            f"rank: expected one whose adapter fits into the {there / 2**30:.3g} GiB of {device}, got {config.rank}, which "
+            f"takes {needed / 2**30:.3g} GiB; use a smaller rank"
         )
 
 
 def _memory(device: torch.device) -> int:
-    """The bytes of a device; of one without any, what a tensor can describe."""
+    """The bytes of memory of a device; for a device without memory (meta), the largest size of a tensor."""
     if device.type == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**63 - 1

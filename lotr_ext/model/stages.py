@@ -1,4 +1,4 @@
-"""SentenceTransformers, which save their modules one by one: the adapter belongs to the transformers model inside."""
+"""SentenceTransformers save their modules one by one, so the adapter belongs to the transformers model inside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["inner_model", "is_of_sentence_transformers"]
 
 
 def is_of_sentence_transformers(model: object) -> bool:
-    """Whether model is of a class of sentence-transformers, or of one that inherits from it."""
+    """Whether model's class is from sentence-transformers, or inherits from one."""
     return any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
 
 

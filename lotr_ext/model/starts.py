@@ -1,5 +1,5 @@
-"""Adapters that do not start from noise: from the SVD of the weights (`svd_starts`, `set_start`), or from the leading
-directions of their gradients (`probed_layers`, `directions`)."""
+"""Starts of adapters from the SVD of the weights (`svd_starts`, `set_start`), or from the leading directions of their gradients
+(`probed_layers`, `directions`)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Start = tuple[Tensor, Tensor, Tensor]  # A, B, cores
 @torch.no_grad()
 def set_start(layers: Sequence[LoTRLayer], start: Start | None, scalings: Sequence[float] | None = None) -> None:
     """Sets the start adapter of the layers of one group: subtracts its delta from their weights and adds the delta of their
-    former start, in fp32, cast once. It takes all layers of the group, because they share start_A and start_B.
+    former start, in fp32, cast once. layers: all of the group, since they share start_A and start_B.
 
-    scalings: the layers' new scalings where they are not those of before; they are left to the caller to set.
+    scalings: the layers' new scalings if they change; the caller sets them.
     """
     factors, weights, new = layers[0].factors, [], None
     scalings = scalings or [layer.scaling for layer in layers]
-    if start is not None:  # as rounded and placed as the parameters are, so that a reload subtracts the very same numbers
+    if start is not None:  # in the parameters' dtype and device, so that a reload subtracts exactly the same numbers
         A, B = start[0].to(factors.A), start[1].to(factors.B)
         new = [core.to(layer.core) for core, layer in zip(start[2], layers, strict=True)]
     for i, layer in enumerate(layers):
@@ -79,7 +79,7 @@ def directions(
     model: nn.Module, probed: dict[str, Probed], batches: Iterable[Any] | None, loss: Loss | None, progress: bool
 ) -> dict[Key, Tensor]:
     """`leading_directions` of a model that is not adapted yet."""
-    set_fast_paths(model, off=True, adapted=nn.Module)  # which would call no layer
+    set_fast_paths(model, off=True, adapted=nn.Module)  # a fast path would not call the layers
     try:
         return leading_directions(model, probed, batches, loss, progress)
     finally:
@@ -87,8 +87,9 @@ def directions(
 
 
 def set_fast_paths(model: nn.Module, *, off: bool, adapted: type[nn.Module] = LoTRLayer) -> None:
-    """nn.TransformerEncoderLayer's fast path reads its linears' weights without calling them, and nn.TransformerEncoder makes
-    nested tensors for it. Both go by attributes that nothing else reads, which are set aside while an adapted layer is in them.
+    """Turns fast paths off or on again in modules with adapted layers. nn.TransformerEncoderLayer's reads the weights of its
+    linear layers without calling them, and nn.TransformerEncoder makes nested tensors for it. Both depend on attributes that
+    nothing else reads.
     """
     for module in model.modules():
         attribute = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}

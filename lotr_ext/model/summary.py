@@ -1,4 +1,4 @@
-"""How much of a model is adapted and trained."""
+"""Counts the adapted and trained parameters of a model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ class TrainableSummary(NamedTuple):
     """Counts of parameters. adapter: A, B, cores and magnitudes; trained: all that require grad; total: the model with its
     adapter.
 
-    layers: adapted layers; groups: (in_features, out_features, rank) of each pair of factors; left_out: what "all-linear" or a
-    regular expression reached and left as it is, by name, and why; formats: the quantised format of each adapted layer that has
-    one, by name; parts: (name, shape, shape in this process) of each adapted DTensor weight. str() of it is the report
-    for people.
+    layers: adapted layers; groups: (in_features, out_features, rank) of each pair of factors; left_out: (name, reason) of each
+    layer that "all-linear" or a regular expression matched but that was not adapted; formats: (name, format) of each adapted
+    quantised layer; parts: (name, shape, shape in this process) of each adapted DTensor weight. str() gives a readable report.
     """
 
     adapter: int
@@ -59,9 +58,9 @@ class TrainableSummary(NamedTuple):
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """How much is adapted and trained, and what was left out, for `print`.
+    """Counts adapted and trained parameters and lists the layers that were left out; print it for a report.
 
-    An adapter of S layers of width d has S r^2 + 2 r d parameters a group.
+    An adapter of S layers of width d has S r^2 + 2 r d parameters per group.
 
     Raises:
         TypeError: no nn.Module. RuntimeError: a model with no adapter.

@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter goes into: everything `apply_lotr` has to know and refuse before it changes anything."""
+"""Selects the layers that `apply_lotr` adapts, and checks them before anything is changed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to be adapted. names: all its places in the model, the first one names it. wrap: keep the module and call it.
-    parameter: of module, where experts are adapted; the names are those that the adapters will have."""
+    """A layer to be adapted. names: all its names in the model; the first one is used. wrap: keep the module and call it.
+    parameter: the parameter of module if experts are adapted; names are then those of the adapters."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -91,7 +91,7 @@ def _parents(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, st
 
 
 def _readers(parents: list[tuple[nn.Module, str]]) -> dict[How, str]:
-    """The classes of parents that read the weight of their child without calling it, by how surely they do."""
+    """The classes of parents that read the weight of their child without calling it, by how certain that is."""
     return {found[1]: found[0] for parent, child in parents if (found := how_read(parent, child)) is not None}
 
 
@@ -128,9 +128,9 @@ def _saved(model: nn.Module, config: LoTRConfig) -> dict[str, nn.Module]:
 
 
 def select(model: nn.Module, config: LoTRConfig) -> Selection:
-    """The layers of `model` that `config` adapts, grouped, and the modules it saves. Changes nothing.
+    """The layers of `model` that `config` adapts, with their groups, and the modules to save. Changes nothing.
 
-    Raises TypeError, ValueError or RuntimeError for all that `apply_lotr` refuses.
+    Raises TypeError, ValueError or RuntimeError as `apply_lotr` documents.
     """
     _check_model(model)
     if not isinstance(config, LoTRConfig):
@@ -171,7 +171,7 @@ def select(model: nn.Module, config: LoTRConfig) -> Selection:
 
 
 def _is_wanted(module: nn.Module, names: list[str], config: LoTRConfig) -> bool:
-    """Whether config names a module, or any linear layer, and does not exclude it. names: all its places in the model."""
+    """Whether config includes a module and does not exclude it. names: all its names in the model."""
     if config.exclude_modules and any(_matches(name, config.exclude_modules) for name in names):
         return False
     return _is_linear(module) if wants_everything(config) else any(_matches(n, config.target_modules or ()) for n in names)
@@ -180,8 +180,8 @@ def _is_wanted(module: nn.Module, names: list[str], config: LoTRConfig) -> bool:
 def _check_reachable(name: str, reader: str | None, tied: list[str]) -> None:
     if reader is not None:
         raise ValueError(
-            f"target_modules: expected layers that are called, got {name!r}, whose weight {reader} reads without calling it: "
-            "an adapter there would be ignored"
+            f"target_modules: expected layers that are called, got {name!r}, whose weight {reader} reads without calling it, "
+            "which would ignore the adapter"
         )
     if tied:
         raise ValueError(f"target_modules: expected layers with a weight of their own, got {name!r}, tied to {', '.join(tied)}")
@@ -220,25 +220,26 @@ def _check_experts_cut(full: str, module: nn.Module, own: str) -> None:
 
 
 def _warn(hidden: list[str], doubtful: list[tuple[str, str]]) -> None:
-    """One warning of what was left out since its weight is read, and one of what may be. doubtful: with the reading class."""
+    """Warns once about layers that were left out because their weight is read, and once about layers whose weight may be read.
+    doubtful: (layer, reading class)."""
     if hidden:
         warnings.warn(f"lotr_ext: left out {', '.join(hidden)}: their parents read the weight without calling it", stacklevel=4)
     if doubtful:
         (first, reader), more = doubtful[0], len(doubtful) - 1
         warnings.warn(
-            f"lotr_ext: {reader} reads {first}.weight{f', and so do parents of {more} other layers' if more else ''}; where it "
-            "does so without calling the layer, the adapter is ignored",
+            f"lotr_ext: {reader} reads {first}.weight{f', and so do parents of {more} other layers' if more else ''}; if it "
+            "does not call the layer, the adapter is ignored",
             stacklevel=4,
         )
 
 
 def wants_everything(config: LoTRConfig) -> bool:
-    """Whether all linear layers are meant."""
+    """Whether config selects all linear layers."""
     return config.target_modules == "all-linear" or (config.target_modules is None and config.target_parameters is None)
 
 
 def parameter_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[int]) -> list[Target]:
-    """The experts' parameters that config adapts, by PEFT's rule: a full name, or whole dotted parts at its end."""
+    """The experts' parameters that config adapts, matched as in PEFT: by the full name, or by whole dotted parts at its end."""
     targets, unused = [], set(config.target_parameters or ())
     for name, module in model.named_modules() if unused else ():
         if id(module) in inside_saved or (config.exclude_modules and _matches(name, config.exclude_modules)):
@@ -264,10 +265,11 @@ def parameter_targets(model: nn.Module, config: LoTRConfig, inside_saved: set[in
 
 
 def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
-    """What config's "all-linear" or regular expression reaches in an adapted model, but no adapter is in: by name, and why."""
+    """The layers of an adapted model that config's "all-linear" or regular expression matches but that have no adapter:
+    {name: reason}."""
     everything = wants_everything(config)
     if not everything and not isinstance(config.target_modules, str):
-        return {}  # of named layers each is adapted, or was an error
+        return {}  # each named layer was adapted, or caused an error
     tied, outputs, found = tied_names(model), output_layers(model) if everything else {}, {}
     saved = {id(m) for top in _saved(model, config).values() for m in top.modules()}
     inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoTRLayer))
@@ -296,17 +298,17 @@ def left_out(model: nn.Module, config: LoTRConfig) -> dict[str, str]:
 
 
 def _why_not_linear(module: nn.Module, everything: bool) -> str | None:
-    """Why a module that may be expected to be adapted is not: it has weights, but is no linear layer."""
+    """Why a module with weights that is no linear layer was not adapted; None if no reason needs to be given."""
     if isinstance(module, _ConvNd):
         return None
     for own, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() > 2 and not own.startswith(tuple(adapted_in(module))):  # of packed experts several tensors
+        if parameter.dim() > 2 and not own.startswith(tuple(adapted_in(module))):  # packed experts have several tensors
             return f"{own} is a {parameter.dim()}-D parameter, not a linear layer; target_parameters takes experts"
     return f"a {type(module).__name__}: name it to adapt it" if everything and features(module) is not None else None
 
 
 def _check_endings(config: LoTRConfig, places: Iterable[tuple[nn.Module, list[str]]]) -> None:
-    """Each single ending has to match something: a misspelt one would otherwise go unnoticed."""
+    """Raises ValueError for an ending that matches nothing, such as a misspelt one."""
     names = [name for _, several in places for name in several]
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field)
@@ -316,7 +318,7 @@ def _check_endings(config: LoTRConfig, places: Iterable[tuple[nn.Module, list[st
             if not any(_matches(name, one if isinstance(pattern, str) else (one,)) for name in names):
                 hint = closest(one, names)
                 if isinstance(pattern, str) and any(name_ends_with(name, one) for name in names):
-                    hint = f"; a string is a regular expression for the full name: for all names that end so give [{one!r}]"
+                    hint = f"; a string is a regular expression for the full name: to match name endings pass [{one!r}]"
                 raise ValueError(f"{field}: expected names of modules, got {one!r}, which matches none{hint}")
 
 
@@ -352,7 +354,7 @@ def _check_targets(targets: list[Target], config: LoTRConfig) -> None:
 
 def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRConfig) -> str:
     shape = f"{sizes[0]}x{sizes[1]}"
-    if config.group_by in ("shape", "width"):  # "width" makes the pair of each shape from two factors
+    if config.group_by in ("shape", "width"):  # with "width", two shared factors form the pair of each shape
         return shape
     if config.group_by == "name":
         return f"{name.rpartition('.')[2]}_{shape}"
@@ -370,15 +372,14 @@ def _group(name: str, module: nn.Module, sizes: tuple[int, int], config: LoTRCon
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks are registered that a module in its place would not have."""
+    """Whether the module has hooks, which a replacement would not have."""
     return any(getattr(module, hooks, None) for hooks in _HOOKS)
 
 
 def needs_wrap(module: nn.Module) -> bool:
-    """Whether replacing the module would lose what is attached to it: hooks, parametrizations, a forward of its own, a
-    quantised weight."""
+    """Whether replacing the module would lose hooks, parametrizations, a forward of its own or a quantised weight."""
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     quantized = _is_linear(module) and not has_plain_weight(module)
-    hooked = has_hooks(module) and not is_dtensor(getattr(module, "weight", None))  # of a tensor parallel layer they go along
+    hooked = has_hooks(module) and not is_dtensor(getattr(module, "weight", None))  # tensor parallelism's hooks are kept
     replaced = "forward" in vars(module) and tp_style(module) is None
     return hooked or own_forward or quantized or replaced or parametrize.is_parametrized(module)

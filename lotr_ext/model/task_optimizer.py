@@ -1,10 +1,11 @@
-"""`TaskOptimizer`: an optimizer state for each task of a bank. A step moves the tasks that had rows, and no others.
+"""`TaskOptimizer`: an optimizer with a state per task of a bank. A step changes only the tasks that had rows in the batch.
 
 Each (task, layer) is a parameter of one torch optimizer: a view [r_in, r_out] of the bank's core, made when the task is first
-trained. A step gives this optimizer the views of the tasks that had rows, each with its row of the bank's gradient. So a task's
-momentum, step count and weight decay are those of the task trained alone.
+trained. A step passes to this optimizer the views of the tasks that had rows, each with its part of the bank's gradient. So a
+task's momentum, step count and weight decay are the same as if it were trained alone.
 
-Which tasks had rows is noted in backward, by a node on the way to each core (`noted_cores`): a row's gradient may be zero.
+An autograd node before each core (`noted_cores`) records the tasks that had rows: their gradients may be zero, so the gradient
+does not show it.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from ..layers.checks import check_index
 
 __all__ = ["TaskOptimizer"]
 
-STATE = "state/"  # in a file, before the names of what is no core
+STATE = "state/"  # in a file, the prefix of the names of tensors that are no cores
 Bank = nn.Module  # a TaskBank, whose module imports this one
 _of_bank: weakref.WeakKeyDictionary[Bank, weakref.ref[TaskOptimizer]] = weakref.WeakKeyDictionary()
 
 
 class _Task(NamedTuple):
-    """The parameters of a task, one a layer, and the count of its place's writes when they were made."""
+    """The parameters of a task, one per layer, and the write count of its place when they were created."""
 
     parameters: list[nn.Parameter]
     writes: int
 
 
 class TaskOptimizer(torch.optim.Optimizer):
-    """A torch optimizer with a state for each task of a bank; made by `TaskBank.optimizer`, where its arguments are described.
+    """A torch optimizer with a state per task of a bank. Created by `TaskBank.optimizer`, which describes the arguments.
 
-    param_groups: one group with the bank's cores and the settings, as schedulers, GradScaler and clipping expect.
+    param_groups: one group with the bank's cores and the settings, for schedulers, GradScaler and clipping.
     """
 
     def __init__(self, bank: Bank, optimizer_class: type[torch.optim.Optimizer], **settings: Any):
@@ -57,59 +58,59 @@ class TaskOptimizer(torch.optim.Optimizer):
         super().__init__(list(bank.cores), self._inner.defaults)
         self._storages = [core.untyped_storage() for core in bank.cores]
         self._tasks: dict[int, _Task] = {}
-        self._noted: list[list[Tensor]] = [[] for _ in self._layers]  # by layer: the indices whose rows gave its gradient
-        self._noted_in = [-1] * len(self._layers)  # the backward that the last of them is from
-        self._writes = list(bank.writes)  # into the bank's places, as of the first backward since the last step
+        self._noted: list[list[Tensor]] = [[] for _ in self._layers]  # by layer: the indices whose rows made its gradient
+        self._noted_in = [-1] * len(self._layers)  # the backward that the last of them was noted in
+        self._writes = list(bank.writes)  # the places' write counts at the first backward since the last step
         _of_bank[bank] = weakref.ref(self)
 
     def _make(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         return self._class(parameters, **self._settings)
 
     def _probe(self, bank: Bank) -> torch.optim.Optimizer:
-        """A new optimizer, after a step of one zero parameter: TypeError if that step needs more than a gradient, or leaves
-        state outside of its parameter's."""
+        """A new optimizer. Tests a step with one zero parameter first: raises TypeError if the step needs more than a gradient,
+        or keeps state that does not belong to a parameter."""
         parameter = nn.Parameter(torch.zeros_like(bank.cores[0].detach()[0]))
         parameter.grad = torch.zeros_like(parameter)
         inner, name = self._make([parameter]), self._class.__name__
         before = {key: value for key, value in inner.param_groups[0].items() if key != "params"}
         try:
             inner.step()
-        except Exception as error:  # of any package's optimizer
+        except Exception as error:  # another package's optimizer may raise anything
             raise TypeError(
-                f"optimizer_class: expected an optimizer that steps by dense gradients alone, got {name} "
-                f"({type(error).__name__}: {error!s:.100}); take another one, such as AdamW or SGD"
+                f"optimizer_class: expected an optimizer that needs only dense gradients, got {name} "
+                f"({type(error).__name__}: {error!s:.100}); use another one, such as AdamW or SGD"
             ) from None
         changed = [key for key, value in inner.param_groups[0].items() if key != "params" and before.get(key, ...) is not value]
         if changed or set(inner.state) - {parameter}:
             raise TypeError(
                 f"optimizer_class: expected an optimizer whose state belongs to each parameter, got {name}, which keeps "
-                f"{changed or 'state'} for all together; take another one, such as AdamW or SGD"
+                f"{changed or 'state'} for all together; use another one, such as AdamW or SGD"
             )
         return self._make([parameter])
 
     def add_param_group(self, param_group: dict) -> None:
-        """Called once, by the constructor. Raises RuntimeError later: other parameters need an optimizer of their own."""
+        """Raises RuntimeError except in the constructor: other parameters need another optimizer."""
         if self.param_groups:
-            raise RuntimeError("add_param_group: expected the bank's cores alone, got more; give them another optimizer")
+            raise RuntimeError("add_param_group: expected only the bank's cores, got more; use another optimizer for them")
         super().add_param_group(param_group)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Also forgets which tasks had rows."""
+        """Drops the gradients, and forgets which tasks had rows."""
         super().zero_grad(set_to_none)
         self._forget_rows()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, *, index: Tensor | None = None) -> float | None:
-        """Moves the tasks that had rows in the backwards since the last step or zero_grad; others keep values and state.
+        """Updates the tasks that had rows in the backwards since the last step or zero_grad; others keep values and state.
 
-        index: the tasks of the step instead, an int64 tensor of any shape, -1 for none. Needed where backward is compiled, and
-        in distributed training: the tasks of all processes together.
+        index: the tasks to update instead, an int64 tensor of any shape, -1 for none. Needed with a compiled backward, and in
+        distributed training, where it has the tasks of all processes.
 
         Raises:
             TypeError, ValueError: index of another dtype, or with tasks that the bank does not have. RuntimeError: a gradient
-                of which no rows are known; a bank that was moved, cast or replaced. Nothing has moved then.
+                without known rows; a bank that was moved, cast or replaced. Nothing is updated then.
         """
         loss = None
         if closure is not None:
@@ -124,7 +125,7 @@ class TaskOptimizer(torch.optim.Optimizer):
             if parameters:
                 self._inner.param_groups = [settings | {"params": parameters}]
                 self._inner.step()
-                increment_version(tuple(moving))  # a backward through a forward of before raises
+                increment_version(tuple(moving))  # so that a backward through an earlier forward raises
         finally:
             for parameter in parameters:
                 parameter.grad = None
@@ -133,7 +134,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         return loss
 
     def _with_gradients(self, l: int, tasks: list[int]) -> list[nn.Parameter]:
-        """The parameters of tasks in layer l, each with its gradient."""
+        """The parameters of the tasks in layer l, each with its gradient set."""
         gradient, parameters = self._bank.cores[l].grad, [self._parameters(task)[l] for task in tasks]
         rows = gradient[torch.tensor(tasks, device=gradient.device)].unbind(0)
         for parameter, row in zip(parameters, rows, strict=True):
@@ -141,7 +142,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         return parameters
 
     def _tasks_of_layers(self, index: Tensor | None) -> list[list[int]]:
-        """The tasks to move in each layer; none in one without a gradient."""
+        """The tasks to update in each layer; none in a layer without a gradient."""
         trained = [core.grad is not None for core in self._bank.cores]
         if index is not None:
             check_index("index", index, len(self._bank.taken))
@@ -152,31 +153,31 @@ class TaskOptimizer(torch.optim.Optimizer):
         world = torch.distributed.get_world_size() if _distributed() else 1
         if world > 1 and any(trained):
             raise RuntimeError(
-                f"index: expected the tasks of all {world} processes, got None; gather their indices, step(index=...)"
+                f"index: expected the tasks of all {world} processes, got None; gather their indices and call step(index=...)"
             )
         found: dict[tuple[int, ...], list[int]] = {}
         tasks = []
         for own, noted, name in zip(trained, self._noted, self._layers, strict=True):
             if own and not noted:
                 raise RuntimeError(
-                    f"step: expected tasks with rows in {name}, got a gradient and no rows: its backward was compiled, or ran "
-                    "before this optimizer was made or after its last step; give step(index=...)"
+                    f"step: expected tasks with rows in {name}, got a gradient without rows: its backward was compiled, or ran "
+                    "before this optimizer was created or its last step; call step(index=...)"
                 )
-            key = tuple(id(one) for one in noted)  # most layers have the same
+            key = tuple(id(one) for one in noted)  # most layers have the same indices
             if own and key not in found:
                 found[key] = self._unchanged(_tasks_in(noted))
             tasks.append(found[key] if own else [])
         return tasks
 
     def _unchanged(self, tasks: list[int]) -> list[int]:
-        """Those whose places have the tasks that they had when the gradients were made."""
+        """The tasks whose places were not written since the gradients were computed."""
         taken, writes = self._bank.taken.tolist(), self._bank.writes
         return [task for task in tasks if taken[task] and writes[task] == self._writes[task]]
 
     def _note(self, l: int, index: Tensor) -> None:
-        """That rows of an index gave a gradient to layer l: called in backward, before the gradient is added."""
+        """Records that rows of an index gave layer l a gradient. Called in backward, before the gradient is added."""
         if self._bank.cores[l].grad is None and self._noted_in[l] != graph_task():
-            self._noted[l].clear()  # of a gradient that was thrown away
+            self._noted[l].clear()  # they belong to a gradient that was dropped
         self._noted_in[l] = graph_task()
         if not any(self._noted):
             self._writes = list(self._bank.writes)
@@ -190,13 +191,13 @@ class TaskOptimizer(torch.optim.Optimizer):
     # ---- parameters of tasks -----------------------------------------------------------------------------------------
 
     def _parameters(self, task: int) -> list[nn.Parameter]:
-        """Those of a task, with the state that a new optimizer begins with if it has none."""
+        """The parameters of a task; created, with a new optimizer's initial state, if it has none."""
         found, writes = self._tasks.get(task), self._bank.writes[task]
         if found is not None and found.writes == writes:
             return found.parameters
-        self._forget(task)  # the place has another task now
+        self._forget(task)  # the place now holds another task
         parameters = [nn.Parameter(core.detach()[task]) for core in self._bank.cores]
-        self._inner.state.update(self._make(parameters).state)  # some have a state from the start, as Adagrad's
+        self._inner.state.update(self._make(parameters).state)  # some optimizers, such as Adagrad, create state at once
         self._tasks[task] = _Task(parameters, writes)
         return parameters
 
@@ -205,7 +206,7 @@ class TaskOptimizer(torch.optim.Optimizer):
             self._inner.state.pop(parameter, None)
 
     def _look_for_moves(self) -> None:
-        """Finds the views anew where a core has other memory; RuntimeError for another dtype, device or parameter."""
+        """Updates the views of cores whose memory has moved. Raises RuntimeError for another dtype, device or parameter."""
         held = self.param_groups[0]["params"]
         for l, core in enumerate(self._bank.cores):
             if core is not held[l]:
@@ -223,7 +224,7 @@ class TaskOptimizer(torch.optim.Optimizer):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def state_of(self, task: int) -> dict[str, dict[str, Any]]:
-        """The state of a task by layer name: that of a torch optimizer's parameter. {} if it was never trained."""
+        """The state of a task by layer name, as a torch optimizer has it per parameter. {} if the task was never trained."""
         self._bank.cores_of(task)
         found = self._tasks.get(task)
         if found is None or found.writes != self._bank.writes[task]:
@@ -232,13 +233,13 @@ class TaskOptimizer(torch.optim.Optimizer):
         return {name: dict(state) for name, parameter in named if (state := self._inner.state.get(parameter))}
 
     def state_dict(self) -> dict[str, Any]:
-        """That of a torch optimizer, and `tasks`: {task: {layer name: state}} of those that were trained."""
+        """A torch optimizer's state_dict, with `tasks`: {task: {layer name: state}} of the tasks that were trained."""
         taken = self._bank.taken.tolist()
         tasks = {task: state for task in sorted(self._tasks) if taken[task] and (state := self.state_of(task))}
         return super().state_dict() | {"class": self._class.__name__, "tasks": tasks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Settings and all tasks' states from `state_dict`. Load the bank first.
+        """Loads settings and the states of all tasks. Load the bank first.
 
         Raises:
             ValueError: the state of another class, of other layers, or of a task that the bank does not have. Nothing is
@@ -259,7 +260,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         self._forget_rows()
 
     def save(self, task: int, path: str | PathLike[str]) -> None:
-        """`TaskBank.save` with the task's state: `add` reads it, and so does `TaskBank.add`, which leaves the state out.
+        """Writes a task as `TaskBank.save` does, with its state. `add` reads both, `TaskBank.add` only the cores.
 
         Raises:
             TypeError, ValueError: no path, no such task.
@@ -274,7 +275,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         self._bank._save(task, path, state)
 
     def add(self, path: str | PathLike[str]) -> int:
-        """Puts a task and its state into the first free place of the bank, which it returns.
+        """Adds a task and its state from a file in the first free place of the bank. Returns the place.
 
         Raises:
             As `TaskBank.add`; ValueError: a file without state, or with that of another class. Nothing is changed then.
@@ -282,7 +283,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         cores, tensors, metadata = self._bank._read(path)
         if metadata.get("optimizer") != self._class.__name__:
             got = metadata.get("optimizer", "a file without state")
-            raise ValueError(f"source: expected the state of {self._class.__name__}, got {got}; TaskBank.add takes the cores")
+            raise ValueError(f"source: expected the state of {self._class.__name__}, got {got}; TaskBank.add reads the cores")
         state: dict[str, dict[str, Any]] = {}
         for key, value in (tensors | json.loads(metadata["values"])).items():
             name, _, what = key.removeprefix(STATE).rpartition("/")
@@ -293,14 +294,14 @@ class TaskOptimizer(torch.optim.Optimizer):
         return task
 
     def _loaded(self, state: Mapping[str, Mapping[str, Any]], where: str) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-        """Parameters like a task's, and an optimizer that has their state, on the bank's device."""
+        """Parameters of a task's shapes, and an optimizer with their state, on the bank's device."""
         if unknown := sorted(set(state) - set(self._layers)):
             raise ValueError(f"{where}: expected the state of layers of the bank, got that of {unknown[0]}")
         parameters = [nn.Parameter(core.detach()[0]) for core in self._bank.cores]
         for name, core in zip(self._layers, parameters, strict=True):
             for key, value in state.get(name, {}).items():
                 shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-                # one number, one a row or column, or one an element
+                # one number, one per row or column, or one per element
                 if shape and (len(shape) != core.dim() or any(n not in (1, own) for n, own in zip(shape, core.shape))):
                     raise ValueError(f"{where}: expected state of {name} like {tuple(core.shape)}, got {key} of shape {shape}")
         optimizer = self._make(parameters)
@@ -317,7 +318,7 @@ class TaskOptimizer(torch.optim.Optimizer):
         self._tasks[task] = _Task(parameters, self._bank.writes[task])
 
 
-_ADVICE = "make the optimizer after the model was moved, and load its state_dict"
+_ADVICE = "create the optimizer after the model was moved, and load its state_dict"
 
 
 def _distributed() -> bool:
@@ -334,11 +335,11 @@ def _tasks_in(indices: Iterable[Tensor]) -> list[int]:
 
 
 class _Noted(torch.autograd.Function):
-    """A core, as it is. Its backward notes that rows of index gave it a gradient."""
+    """The identity on a core. Its backward records that rows of index gave it a gradient."""
 
     @staticmethod
     def forward(core: Tensor, index: Tensor, l: int, optimizer: TaskOptimizer) -> Tensor:
-        return core.detach()  # a view would say, of a write in place, that it is this Function's fault
+        return core.detach()  # for a view, autograd's error about an in-place write would blame this Function
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -351,7 +352,7 @@ class _Noted(torch.autograd.Function):
 
 
 class _Snapshots:
-    """Copies of an index that its owner may write to, one a version."""
+    """Copies of an index, one per version, since the user may write to the index."""
 
     def __init__(self, index: Tensor):
         self.index, self.version, self.copy = index, -2, index
@@ -364,7 +365,7 @@ class _Snapshots:
 
 
 def noted_cores(bank: Bank, index: Tensor) -> list[Tensor | Callable[[Tensor, int], Tensor]]:
-    """What a Mixture takes the cores of each layer from: the bank's, by way of a node if an optimizer of the bank lives."""
+    """The sources of each layer's cores for a Mixture: the bank's cores, through a node if the bank has an optimizer."""
     optimizer = _of_bank.get(bank, lambda: None)()
     if optimizer is None:
         return list(bank.cores)

@@ -1,9 +1,9 @@
-"""Many tasks over one model: TaskBank, the cores of all of them in one parameter a layer, which `mixed` picks from by row.
+"""Many tasks over one model: TaskBank holds the cores of all tasks in one parameter per layer; `mixed` chooses by row.
 
     y_i = x_i W^T + bias + s ((x_i A) G_task(i)) B^T
 
-A task is r_in r_out numbers a layer over factors that all share; a file of a task holds just these. It names the factors that
-they belong to by a checksum of their values.
+A task is r_in r_out numbers per layer over factors that all tasks share. A task's file contains only these numbers, and a
+checksum of the factors.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ __all__ = ["TaskBank", "bank_of"]
 
 Source = Mapping[str, Tensor] | str | PathLike[str]
 _FORMAT = {"format": "lotr_task", "version": "1"}
-_changes = threading.RLock()  # of all banks, one at a time; none has its own, for banks are copied and pickled
+_changes = threading.RLock()  # one lock for all banks, since a bank with its own lock could not be copied or pickled
 
 
 class TaskBank(nn.Module):
     """Places for `tasks` tasks over the factors of model's active adapter; registered as `model.lotr_tasks`.
 
-    cores: for each adapted layer, in the model's order, a parameter [tasks, r_in, r_out], of experts [tasks, e, r_in, r_out],
-    of the dtype and on the device of its core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which places
-    hold a task; a free place is zero.
+    cores: for each adapted layer, in the model's order, a parameter [tasks, r_in, r_out] (experts: [tasks, e, r_in, r_out]) of
+    the dtype and on the device of its core, frozen until `requires_grad_()` is called. taken [tasks] (bool): which places hold
+    a task; a free place is zero.
 
-    Where each process has experts of its own, it has their cores of all tasks, and all processes call the bank's methods
-    together.
+    With expert parallelism each process has the cores of its experts for all tasks, and all processes must call the bank's
+    methods together.
 
     `mixed(model, index)` runs batches whose row i is of task index[i], with the scaling that each layer had when the bank was
-    made. Tasks may come and go, in any thread, at any time between two forwards without a graph; a backward whose forward came
-    before one raises, as after any write in place.
+    created. Tasks may be added and removed in any thread between two forwards without a graph. A backward whose forward came
+    before such a change raises, as after any in-place write.
 
     Raises:
         TypeError: tasks is no int. ValueError: fewer than one. RuntimeError: no adapter, layers built by hand, or a
-            bank that is there already.
+            bank that exists already.
     """
 
     def __init__(self, model: nn.Module, tasks: int):
@@ -64,20 +64,20 @@ class TaskBank(nn.Module):
         if not isinstance(getattr(model, "lotr_factors", None), SharedFactors):
             raise RuntimeError("TaskBank: expected a model from apply_lotr, got one whose layers were built by hand")
         if hasattr(model, "lotr_tasks"):
-            raise RuntimeError("TaskBank: expected a model without a bank, got one with; del model.lotr_tasks first")
+            raise RuntimeError("TaskBank: expected a model without a bank, got one with a bank; del model.lotr_tasks first")
         check_dimension("tasks", tasks)
         refuse_magnitudes(layers, "TaskBank")
         cores = (_places(layer.core.detach(), tasks) for layer in layers.values())
         self.cores = nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
         self.register_buffer("taken", torch.zeros(tasks, dtype=torch.bool, device="cpu"))
-        self.writes = [0] * tasks  # into each place: a state that belongs to its task ends with one
+        self.writes = [0] * tasks  # write counts of the places: a write ends a task's optimizer state
         self._layers = tuple(layers)
         self._scalings = tuple(layer.scaling for layer in layers.values())
-        self._owners: dict[str, Owner] = dict(model.lotr_factors.items())  # which the model registers
+        self._owners: dict[str, Owner] = dict(model.lotr_factors.items())  # the model registers them
         model.lotr_tasks = self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns its input: nn.Sequential calls all it registers."""
+        """Returns its input, since nn.Sequential calls all its children."""
         return x
 
     def __len__(self) -> int:
@@ -86,13 +86,13 @@ class TaskBank(nn.Module):
     # ---- tasks, one by one -------------------------------------------------------------------------------------------
 
     def add(self, source: Source | None = None) -> int:
-        """Puts a task into the first free place, which it returns.
+        """Adds a task in the first free place. Returns the place.
 
-        source: its cores [r_in, r_out] (of experts [e, r_in, r_out]) by layer name, a file that `save` wrote, or None for a
-        task that starts as the base model does, at zero.
+        source: its cores [r_in, r_out] (experts: [e, r_in, r_out]) by layer name, a file that `save` wrote, or None for a task
+        with zero cores, equal to the base model.
 
         Raises:
-            RuntimeError: no place is free. TypeError, ValueError: no file of a task; other layers, shapes, factors or scalings,
+            RuntimeError: no place is free. TypeError, ValueError: no task's file; other layers, shapes, factors or scalings,
                 or no floating dtype. Nothing is changed then.
         """
         values = self._values(source)
@@ -105,13 +105,13 @@ class TaskBank(nn.Module):
         return place
 
     def replace(self, task: int, source: Source | None) -> None:
-        """Another task in the place of `task`. source and errors as in `add`."""
+        """Replaces `task` by another task. source and errors as in `add`."""
         values = self._values(source)
         with _changes:
             self._write(self._place(task), values, taken=True)
 
     def drop(self, task: int) -> None:
-        """Takes a task out: its place is zero, and free.
+        """Removes a task: its place becomes zero and free.
 
         Raises:
             TypeError, ValueError: no such task.
@@ -122,11 +122,11 @@ class TaskBank(nn.Module):
     def combine(
         self, tasks: Mapping[int, float], method: str = "linear", *, density: float | None = None, seed: int = 0
     ) -> int:
-        """Puts a weighted sum of tasks into the first free place, which it returns.
+        """Adds a weighted sum of tasks in the first free place. Returns the place.
 
         tasks: weights by task. method: "linear", the exact sum of the adapters; or "ties" (arXiv 2306.01708), "dare" (arXiv
-        2311.03099), "dare_ties" or "magnitude_prune", as PEFT defines them, of each core. density: the fraction of a core's
-        elements that these keep, in (0, 1]. seed: of the elements that "dare" and "dare_ties" drop. Summed in float64.
+        2311.03099), "dare_ties" or "magnitude_prune" of each core, as PEFT defines them. density: the fraction of a core's
+        elements that these methods keep, in (0, 1]. seed: of the elements that "dare" and "dare_ties" drop. Sums in float64.
 
         Raises:
             TypeError, ValueError: no such task, no or no finite weights, an unknown method or density. RuntimeError: no place
@@ -138,7 +138,7 @@ class TaskBank(nn.Module):
             return self.add(rule.sum_by_name(cores, list(weights.values())))
 
     def cores_of(self, task: int) -> dict[str, Tensor]:
-        """The cores [r_in, r_out] of a task by layer name, views of the bank.
+        """The cores [r_in, r_out] of a task by layer name, as views of the bank.
 
         Raises:
             TypeError, ValueError: no such task.
@@ -147,7 +147,7 @@ class TaskBank(nn.Module):
         return {f"{name}.core": core.detach()[place] for name, core in zip(self._layers, self.cores, strict=True)}
 
     def save(self, task: int, path: str | PathLike[str]) -> None:
-        """Writes a task into a safetensors file, whole or not at all: `<layer>.core` [r_in, r_out] a layer.
+        """Writes a task into a safetensors file, atomically: `<layer>.core` [r_in, r_out] for each layer.
 
         Raises:
             TypeError, ValueError: no path, no such task.
@@ -157,29 +157,30 @@ class TaskBank(nn.Module):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def optimizer(self, optimizer_class: type[torch.optim.Optimizer], **settings: Any) -> TaskOptimizer:
-        """A torch optimizer with a state for each task: a step moves the tasks that had rows, and no others.
+        """A torch optimizer with a state per task: a step changes only the tasks that had rows in the batch.
 
             optimizer = bank.requires_grad_().optimizer(torch.optim.AdamW, lr=1e-3)
             with mixed(model, index):
                 loss(model(x)).backward()
             optimizer.step()
 
-        A task moves as it would alone, by a torch optimizer of its own that steps when it has rows: momentum, the step count of
-        a bias correction and weight decay are its own. State is made when a task is first trained, and ends when it is
-        dropped or replaced. foreach=True unless settings say foreach or fused; fused=True is the fastest where torch has it.
-        Make it after the model was moved. A second optimizer of a bank takes the first one's place.
+        Each task is updated as by its own torch optimizer that steps only when the task has rows: momentum, the step count of a
+        bias correction and weight decay are per task. A task's state is created when it is first trained, and dropped when the
+        task is dropped or replaced. The default is foreach=True unless settings contain foreach or fused; fused=True is the
+        fastest if torch supports it. Create the optimizer after the model was moved. A second optimizer of a bank replaces the
+        first one.
 
-        optimizer_class: one whose state belongs to each parameter, as torch's own do but LBFGS and SparseAdam. settings: its
-        arguments.
+        optimizer_class: one whose state belongs to each parameter, such as all of torch's except LBFGS and SparseAdam.
+        settings: its arguments.
 
         Raises:
             TypeError: no optimizer class, or one that keeps state for all parameters together or needs more than gradients; or
-                settings that it does not take; or a bank whose experts are in parts.
+                settings that it does not accept; or a bank whose experts are in parts.
         """
         if any(map(is_dtensor, self.cores)):
             raise TypeError(
-                "optimizer: expected cores that each process has whole, got experts in parts; use a torch optimizer over the "
-                "bank's parameters"
+                "optimizer: expected whole cores in each process, got experts in parts; use a torch optimizer over the bank's "
+                "parameters"
             )
         return TaskOptimizer(self, optimizer_class, **settings)
 
@@ -190,10 +191,10 @@ class TaskBank(nn.Module):
         if index.dtype != torch.int64:
             raise TypeError(f"names: expected adapter names or an int64 index of tasks, got {index.dtype}")
         if index.is_meta and not self.taken.is_meta:
-            raise ValueError("names: expected an index with values, got one on the meta device; make it where the model is")
+            raise ValueError("names: expected an index with values, got one on the meta device; create it on another device")
         if index.dim() not in (1, 2) or not index.numel():
             got = tuple(index.shape)
-            raise ValueError(f"names: expected an index [b] of one task a row, or [b, tokens] of one a token, got shape {got}")
+            raise ValueError(f"names: expected an index [b], a task per row, or [b, tokens], one per token, got shape {got}")
         if index.dim() == 2 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 f"names: expected an index [b] for a model with an encoder and a decoder, whose tokens differ, got shape "
@@ -213,7 +214,7 @@ class TaskBank(nn.Module):
         return [Mixture(core, scaling, index) for core, scaling in zip(cores, self._scalings, strict=True)]
 
     def _save(self, task: int, path: object, more: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> None:
-        """`save` with more tensors, by names that begin with STATE, and metadata, which are read at the same time."""
+        """`save` with more tensors, whose names begin with STATE, and metadata; `more` is called under the same lock."""
         target, together = _path(path), any(map(is_dtensor, self.cores))
 
         def write() -> None:
@@ -229,12 +230,12 @@ class TaskBank(nn.Module):
         if isinstance(task, bool) or not isinstance(task, int):
             raise TypeError(f"task: expected an int, got {type(task).__name__} {task!r}")
         if not 0 <= task < len(self.taken) or not self.taken[task]:
-            raise ValueError(f"task: expected one that add has returned, got {task}")
+            raise ValueError(f"task: expected a task of the bank, as add returned it, got {task}")
         return task
 
     @torch.no_grad()
     def _write(self, place: int, values: Sequence[Tensor], *, taken: bool) -> None:
-        """Writes a task into a place: all of it or, on any exception, nothing."""
+        """Writes a task into a place; on an exception the place keeps its old values."""
         parts = [*(core[place] for core in self.cores), self.taken[place]]
         before = [part.clone() for part in parts]
         try:
@@ -247,14 +248,14 @@ class TaskBank(nn.Module):
             raise
 
     def _values(self, source: Source | None) -> list[Tensor]:
-        """The cores of a task, checked, as the bank's own are."""
+        """The cores of a task, checked, in the dtype and on the device of the bank."""
         if source is None:
             return [torch.zeros_like(core.detach()[0]) for core in self.cores]
         tensors = source if isinstance(source, Mapping) else self._read(source)[0]
         names = [f"{name}.core" for name in self._layers]
         if set(tensors) != set(names):
             missing, extra = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
-            raise ValueError(f"source: expected {len(names)} cores, got {missing[:1]} missing, {extra[:1]} of no layer here")
+            raise ValueError(f"source: expected {len(names)} cores, got {missing[:1]} missing, {extra[:1]} of no layer")
         values = []
         for name, core in zip(names, self.cores, strict=True):
             value = tensors[name]
@@ -287,19 +288,19 @@ class TaskBank(nn.Module):
         return task_metadata(self._scalings, self._owners)
 
     def _checksum(self) -> str:
-        """The checksum of the factors that version 0.1.0 wrote: in the order of the model's groups."""
+        """The checksum of the factors in the form that version 0.1.0 wrote: in the order of the model's groups."""
         return factors_checksum(self._owners)
 
 
 def task_metadata(scalings: Sequence[float], owners: Mapping[str, Owner]) -> dict[str, str]:
-    """The metadata of a task's file: the layers' scaling, one number or a list if layers differ, and a checksum of the factors,
-    which does not depend on the order of the groups."""
+    """The metadata of a task's file: the layers' scaling (a list if layers differ), and a checksum of the factors that does not
+    depend on the order of the groups."""
     scaling = repr(scalings[0]) if len(set(scalings)) == 1 else json.dumps(scalings)
     return _FORMAT | {"scaling": scaling, "factors": factors_checksum(dict(sorted(owners.items())))}
 
 
 def _places(core: Tensor, tasks: int) -> Tensor:
-    """Zeros [tasks, *core.shape], in parts as core is."""
+    """Zeros [tasks, *core.shape], sharded as core is."""
     if not is_dtensor(core):
         return core.new_zeros(tasks, *core.shape)
     from torch.distributed.tensor import Shard, zeros
@@ -309,7 +310,7 @@ def _places(core: Tensor, tasks: int) -> Tensor:
 
 
 def bank_of(model: nn.Module, where: str) -> TaskBank:
-    """The model's bank; RuntimeError without one."""
+    """The model's bank. Raises RuntimeError if it has none."""
     bank = getattr(model, "lotr_tasks", None)
     if not isinstance(bank, TaskBank):
         raise RuntimeError(f"{where}: expected a model with a TaskBank for an index of tasks, got one without")

@@ -55,7 +55,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
             ["lotr-to-lora", "lora", "/proc/none"],
             "destination: expected a directory that can be written, got /proc/none, in /proc: ",
         ),
-        (["lotr-to-lora", "lora", "new"], "expected peft_type 'LOTR', got 'LORA'; python -m lotr_ext.convert lora-to-lotr"),
+        (
+            ["lotr-to-lora", "lora", "new"],
+            "expected peft_type 'LOTR', got 'LORA'; convert a LoRA with python -m lotr_ext.convert lora-to-lotr",
+        ),
         (["original-to-lotr", "none.pt", "new"], "source: expected a file that can be read"),
         (["original-to-lotr", "file", "new"], "expected tensors by safetensors or torch.save"),
     ],

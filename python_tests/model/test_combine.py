@@ -148,7 +148,7 @@ def test_tasks_over_experts_are_summed() -> None:
         ([0, 1], {}, TypeError, "tasks: expected a mapping to weights, got list"),
         ({0: float("nan")}, {}, ValueError, r"tasks\[0\]: expected a finite number, got nan"),
         ({0: "1"}, {}, TypeError, r"tasks\[0\]: expected a number, got str"),
-        ({0: 1.0, 3: 1.0}, {}, ValueError, "task: expected one that add has returned, got 3"),
+        ({0: 1.0, 3: 1.0}, {}, ValueError, "task: expected a task of the bank, as add returned it, got 3"),
         ({"a": 1.0}, {}, TypeError, "task: expected an int, got str 'a'"),
         ({0: 1.0}, {"method": "mean"}, ValueError, "method: expected one of linear, ties, .*, got 'mean'"),
         ({0: 1.0}, {"density": 0.5}, ValueError, 'density: expected None with "linear"'),

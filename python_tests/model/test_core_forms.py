@@ -329,7 +329,7 @@ def test_flora_is_a_group_a_layer() -> None:
         (
             {"core": lambda places, rank: nn.Linear(2, 2)},
             TypeError,
-            r"core: expected a callable that makes lotr_ext\.cores\.Cores, got",
+            r"core: expected a callable that returns lotr_ext\.cores\.Cores, got",
         ),
         (
             {"core": lambda places, rank: cores.TuckerCores(places, 3)},

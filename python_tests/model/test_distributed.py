@@ -137,7 +137,7 @@ def test_what_needs_whole_tensors_is_refused(found: dict) -> None:
     for refused in (first, second):
         assert "RuntimeError: merge: expected whole tensors, got 'blocks.0.q' held in parts" in refused["merge"]
         assert "TypeError: model: expected whole tensors, got FSDPStack held in parts" in refused["apply"]
-        assert 'RuntimeError: load_adapter: expected whole weights, for init "svd" changes them' in refused["svd"]
+        assert 'RuntimeError: load_adapter: expected whole weights, since init "svd" changes them' in refused["svd"]
         assert "ValueError" in refused["other rank"] and "expected float32 [16, 4]" in refused["other rank"]
     assert first["a file in the way"].startswith("ValueError: directory: expected a directory")
     assert "expected all processes to succeed, got an error in process 0: ValueError: directory" in second["a file in the way"]

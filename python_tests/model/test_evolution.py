@@ -144,7 +144,7 @@ def test_a_resumed_run_is_bit_for_bit_that_of_one_piece(tmp_path: Path) -> None:
     again = CoreES(bank, 8, 9.0, lr=9.0)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.generation == 3 and torch.equal(flat(again), first)
-    with pytest.raises(RuntimeError, match="tell: expected rewards of members"):
+    with pytest.raises(RuntimeError, match="tell: expected a call of ask before it"):
         again.tell([0.0] * 8)
     resumed, _ = evolve(generations=3, es=again, model=model)
     assert torch.equal(resumed, whole) and not torch.equal(first, whole)
@@ -302,7 +302,7 @@ def test_a_bank_in_half_precision_has_a_mean_in_float32() -> None:
         ({"start": {"0.q.core": torch.zeros(4, 3)}}, ValueError, "source: expected 8 cores"),
         ({"processes": (2, 2)}, ValueError, "processes: expected a number below 2"),
         ({"processes": 2}, TypeError, "processes: expected"),
-        ({"processes": (0, 9)}, ValueError, "population: expected at least a member for each of 9"),
+        ({"processes": (0, 9)}, ValueError, "population: expected at least one member for each of 9"),
         ({"bank": nn.Linear(2, 2)}, TypeError, "bank: expected a TaskBank, got Linear"),
     ],
 )
@@ -318,7 +318,7 @@ def test_refuses_an_argument_and_takes_no_place(settings: dict, error: type[Exce
     ("rewards", "error", "message"),
     [
         ([0.0, float("nan"), *[1.0] * 6], ValueError, "rewards: expected numbers, got nan for member 1"),
-        (torch.zeros(7), ValueError, r"rewards: expected shape \(8,\), one a member, got \(7,\)"),
+        (torch.zeros(7), ValueError, r"rewards: expected shape \(8,\), one per member, got \(7,\)"),
         (torch.zeros(8, 1), ValueError, r"got \(8, 1\)"),
         (["good"] * 8, TypeError, "rewards: expected a tensor or a list of numbers, got list"),
         (torch.zeros(8, dtype=torch.complex64), TypeError, "rewards: expected real numbers"),
@@ -338,7 +338,7 @@ def test_refuses_rewards_and_stays_where_it_is(rewards: object, error: type[Exce
 
 def test_refuses_a_tell_before_ask_and_a_member_that_was_dropped() -> None:
     _, es = evolve(generations=1)
-    with pytest.raises(RuntimeError, match="tell: expected rewards of members, got some before ask"):
+    with pytest.raises(RuntimeError, match="tell: expected a call of ask before it"):
         es.tell([0.0] * 8)
     es.bank.drop(int(es.ask()[3]))
     with pytest.raises(RuntimeError, match="ask: expected the members' places in the bank"):
@@ -362,7 +362,7 @@ def test_refuses_the_state_of_another_bank_or_population() -> None:
         assert other.generation == 0 and not flat(other).any()
     with pytest.raises(ValueError, match="state: expected optimizer SGD, got Adam"):
         CoreES(bank_of_blocks(tasks=8)[1], 8, 0.1, lr=0.1, optimizer="sgd").load_state_dict(state)
-    with pytest.raises(TypeError, match="state: expected what CoreES"):
+    with pytest.raises(TypeError, match="state: expected a dictionary from CoreES"):
         es.load_state_dict({"mean": state["mean"]})
 
 

@@ -45,7 +45,7 @@ def test_two_processes_equal_one_bit_for_bit(found: dict) -> None:
 
 def test_a_failure_in_one_process_is_raised_in_both(found: dict) -> None:
     first, second = found["gloo_evolution:failures"]
-    assert first["nan"].startswith("ValueError: rewards: expected those of all processes")
+    assert first["nan"].startswith("ValueError: rewards: expected rewards of all processes")
     assert second["nan"].startswith("ValueError: rewards: expected numbers, got nan for member 2")
     assert second["shape"].startswith("ValueError: rewards: expected shape (4,)") and first["shape"].startswith("ValueError")
     for one in (first, second):

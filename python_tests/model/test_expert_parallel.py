@@ -92,8 +92,8 @@ def test_refusals_in_all_processes(found: dict) -> None:
         assert "expected (experts, in_features, out_features) (8, 32, 48) as in the adapter" in by_rank["others, onto parts"]
         assert by_rank["unchanged"]
         assert by_rank["named"].startswith("RuntimeError: add_adapter: expected whole tensors")
-        assert by_rank["per_example"].startswith("TypeError: per_example: expected experts that each process has whole")
-        assert by_rank["optimizer"].startswith("TypeError: optimizer: expected cores that each process has whole")
+        assert by_rank["per_example"].startswith("TypeError: per_example: expected whole experts in each process")
+        assert by_rank["optimizer"].startswith("TypeError: optimizer: expected whole cores in each process")
         assert by_rank["cut twice"].startswith(
             "ValueError: target_parameters: expected experts cut by experts, rows or columns over one axis"
         )

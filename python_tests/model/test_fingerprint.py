@@ -13,7 +13,7 @@ from toys import adapted, no_warnings, toy
 
 from lotr_ext import LoTRConfig, add_adapter, apply_lotr, load_adapter, merge, save_adapter
 
-OTHER = "the adapter was trained on other base weights than the model has in 'blocks.0.q'"
+OTHER = "the adapter was trained on other base weights than those of 'blocks.0.q'"
 
 
 def file(folder: Path) -> Path:
@@ -29,7 +29,7 @@ def test_another_base_is_warned_of_once(tmp_path: Path) -> None:
     one = toy()
     with torch.no_grad():
         one.blocks[1].v.weight.mul_(1.01)  # the last adapted layer alone
-    with pytest.warns(UserWarning, match="other base weights than the model has in 'blocks.1.v'"):
+    with pytest.warns(UserWarning, match="other base weights than those of 'blocks.1.v'"):
         load_adapter(one, tmp_path)
     two = add_adapter(adapted(seed=1), "two")
     with pytest.warns(UserWarning, match=OTHER):

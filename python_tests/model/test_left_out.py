@@ -112,7 +112,7 @@ def test_named_layers_leave_nothing_out() -> None:
 
 
 def test_a_name_given_as_a_string_is_hinted_at() -> None:
-    with pytest.raises(ValueError, match=r"got 'q', which matches none; a string is a regular expression.* give \['q'\]"):
+    with pytest.raises(ValueError, match=r"got 'q', which matches none; a string is a regular expression.* pass \['q'\]"):
         apply_lotr(toy(), LoTRConfig(target_modules="q"))
     with pytest.raises(ValueError, match=r"got 'qq', which matches none; the closest is 'q'$"):
         apply_lotr(toy(), LoTRConfig(target_modules="qq"))

@@ -350,7 +350,12 @@ REFUSED = {
         "target_parameters: expected a list of name endings",
     ),
     "svd": (mixture, {"init": "svd"}, ValueError, r"init: expected weights that \"svd\" can read and write, got 'model"),
-    "a start from the gradient": (mixture, {"init": "gradient"}, ValueError, "init: expected another with target_parameters"),
+    "a start from the gradient": (
+        mixture,
+        {"init": "gradient"},
+        ValueError,
+        "init: expected another one with target_parameters",
+    ),
     "a group of two shapes": (
         mixture,
         {"group_by": lambda name, module: "one"},

@@ -85,7 +85,7 @@ def test_onto_a_model_with_the_same_parametrizations(kind: str, tmp_path: Path) 
 def test_onto_a_plain_model_the_values_are_loaded_with_a_warning(kind: str, onto: str, tmp_path: Path) -> None:
     model = trained(kind)
     save_adapter(model, tmp_path)
-    with pytest.warns(UserWarning, match="had parametrizations where it was saved"):
+    with pytest.warns(UserWarning, match="the saved model had parametrizations"):
         other = load_adapter(toy() if onto == "base" else adapted(random=False), tmp_path).eval()
     assert torch.equal(out(other), out(model))
     assert all("parametrizations" not in name for name in other.state_dict())
@@ -109,7 +109,7 @@ def test_a_plain_adapter_onto_a_parametrized_model(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("kind", "value", "message"),
     [
-        ("tanh cores", 3.0, r"core: expected values that the model's parametrization of it can have"),
+        ("tanh cores", 3.0, r"core: expected values that the model's parametrization can represent"),
         ("orthogonal factors", 3.0, r"lotr_factors.16x16.A: expected .*(values that|that can be set)"),
         ("a generator shared by the cores", 0.5, r"q.core: expected a parametrization that can be set to a value, got Scale"),
     ],
@@ -133,7 +133,7 @@ def test_originals_of_another_parametrization_are_refused(tmp_path: Path) -> Non
     for layer in adapted_layers(model).values():
         parametrize.register_parametrization(layer, "core", nn.Identity())
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"core: expected values that the model's parametrization of it can have"):
+    with pytest.raises(ValueError, match=r"core: expected values that the model's parametrization can represent"):
         load_adapter(model, tmp_path)
     assert_unchanged(model, before)
 

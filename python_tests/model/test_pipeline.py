@@ -69,7 +69,7 @@ def test_stages_that_do_not_fit_are_refused_in_all_processes(found: dict) -> Non
         assert "got float32 [12, 4], trained in process 1" in refused["other dtype"]
         assert "got other values in process 1" in refused["other values"]
         assert "got 'blocks.0.up' in processes 0 and 1" in refused["one stage twice"]
-        assert "lotr_cores to make the cores of all 12 layers, got some for 6" in refused["cores of each stage"]
+        assert "lotr_cores to make the cores of all 12 layers, got one for 6 layers" in refused["cores of each stage"]
     assert second["no module"].startswith("TypeError: stages: expected modules, got str")
     assert "in process 1: TypeError: stages: expected modules, got str" in first["no module"]
     assert second["without values"].startswith("RuntimeError: stages: expected whole tensors with values, got blocks.2.up.core")
@@ -79,8 +79,8 @@ def test_stages_that_do_not_fit_are_refused_in_all_processes(found: dict) -> Non
 def test_files_of_stages_that_do_not_fit_are_refused_in_all_processes(found: dict) -> None:
     first, second = found["refusals"]
     for refused in (first, second):
-        assert "got a stage of a pipeline; give the PipelineStages" in refused["a stage saved"]
-        assert "got a stage of a pipeline; give the PipelineStages" in refused["a stage loaded"]
+        assert "got a stage of a pipeline; pass the PipelineStages" in refused["a stage saved"]
+        assert "got a stage of a pipeline; pass the PipelineStages" in refused["a stage loaded"]
         assert refused["other layers"].startswith("ValueError: layers: expected the adapter's 4 layers")
         assert refused["apart"].startswith("ValueError: save_adapter: expected the same lotr_factors.12x12.A in all stages")
         assert refused["unchanged"] and refused["left"] == []

@@ -187,7 +187,7 @@ def test_what_is_refused() -> None:
     model, bank = with_tasks("Mixtral", torch.float32)
     host, (index, weights) = host_of(model), routing(21, 4)
     with mixed(model, torch.tensor([0, 1])):
-        with pytest.raises(ValueError, match="x: expected the tokens of a batch of 2 rows, as many in each, got 21"):
+        with pytest.raises(ValueError, match="x: expected the tokens of a batch of 2 rows of equal length, got 21"):
             host(torch.randn(21, 32), index, weights)
         with pytest.raises(RuntimeError, match="mixed: expected experts that their transformers module calls"):
             host.lotr.gate_up_proj(torch.randn(4, 32), torch.tensor([1, 2, 3, 4], dtype=torch.int32))

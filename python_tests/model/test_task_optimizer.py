@@ -202,7 +202,7 @@ def test_an_index_that_is_given_counts_alone() -> None:
     compiled = torch.compile(model, backend="eager")
     with mixed(model, torch.tensor([0, 1, -1, 2])):
         compiled(batches()[0]).sum().backward()
-    with pytest.raises(RuntimeError, match=r"step: expected tasks with rows in 0\.q\.core, got a gradient and no rows"):
+    with pytest.raises(RuntimeError, match=r"step: expected tasks with rows in 0\.q\.core, got a gradient without rows"):
         optimizer.step()
     before = bank.cores[0].detach().clone()
     optimizer.step(index=torch.tensor([[0, -1], [2, 0]]))
@@ -324,16 +324,16 @@ def test_bad_input(tmp_path: Path) -> None:
     wrong = {0: {"0.q.core": {"step": torch.tensor(1.0), "exp_avg": torch.zeros(5, 3)}}}
     cases = [
         (TypeError, "optimizer_class: expected a class of torch.optim.Optimizer, got 'AdamW'", lambda: bank.optimizer("AdamW")),
-        (TypeError, "steps by dense gradients alone, got LBFGS", lambda: bank.optimizer(torch.optim.LBFGS)),
-        (TypeError, "steps by dense gradients alone, got SparseAdam", lambda: bank.optimizer(torch.optim.SparseAdam)),
+        (TypeError, "needs only dense gradients, got LBFGS", lambda: bank.optimizer(torch.optim.LBFGS)),
+        (TypeError, "needs only dense gradients, got SparseAdam", lambda: bank.optimizer(torch.optim.SparseAdam)),
         (TypeError, r"belongs to each parameter, got Together, which keeps \['k'\]", lambda: bank.optimizer(Together, lr=0.1)),
         (TypeError, "unexpected keyword argument 'rate'", lambda: bank.optimizer(torch.optim.SGD, rate=1)),
         (TypeError, "index: expected an int64 tensor, got torch.int32", lambda: optimizer.step(index=torch.zeros(1).int())),
         (ValueError, r"index: expected indices in \[-1, 6\), got 0 to 6", lambda: optimizer.step(index=torch.tensor([0, 6]))),
         (ValueError, "index: expected tasks of the bank, got 5, a free place", lambda: optimizer.step(index=torch.tensor([5]))),
-        (RuntimeError, "expected the bank's cores alone", lambda: optimizer.add_param_group({"params": [nn.Parameter()]})),
-        (ValueError, "task: expected one that add has returned, got 5", lambda: optimizer.save(5, tmp_path / "x")),
-        (ValueError, "task: expected one that add has returned, got 5", lambda: optimizer.state_of(5)),
+        (RuntimeError, "expected only the bank's cores", lambda: optimizer.add_param_group({"params": [nn.Parameter()]})),
+        (ValueError, "task: expected a task of the bank, as add returned it, got 5", lambda: optimizer.save(5, tmp_path / "x")),
+        (ValueError, "task: expected a task of the bank, as add returned it, got 5", lambda: optimizer.state_of(5)),
         (ValueError, "source: expected the state of SGD, got AdamW", lambda: sgd.add(tmp_path / "adamw")),
         (ValueError, "expected the state of AdamW, got a file without state", lambda: optimizer.add(tmp_path / "cores")),
         (RuntimeError, "add: expected a free place", lambda: its.add(tmp_path / "adamw")),

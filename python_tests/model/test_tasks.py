@@ -210,8 +210,8 @@ def test_bad_input(tmp_path: Path) -> None:
         (RuntimeError, "built by hand", lambda: TaskBank(nn.Sequential(lotr_ext.LoTRLinear(4, 4)), 3)),
         (RuntimeError, "mixed: expected a model with a TaskBank", lambda: mixed(scaled, torch.tensor([0])).__enter__()),
         (TypeError, "task: expected an int, got str 'a'", lambda: bank.drop("a")),
-        (ValueError, "task: expected one that add has returned, got 5", lambda: bank.save(5, tmp_path / "x")),
-        (ValueError, "task: expected one that add has returned, got -1", lambda: bank.replace(-1, None)),
+        (ValueError, "task: expected a task of the bank, as add returned it, got 5", lambda: bank.save(5, tmp_path / "x")),
+        (ValueError, "task: expected a task of the bank, as add returned it, got -1", lambda: bank.replace(-1, None)),
         (TypeError, "source: expected cores by layer name or a path, got int", lambda: bank.replace(0, 3)),
         (ValueError, "source: expected 8 cores, got .* missing", lambda: bank.replace(0, {first: cores[first]})),
         (
@@ -240,7 +240,7 @@ def test_an_index_of_other_tasks_is_refused() -> None:
 
     for index, kind, message in (
         (torch.ones(1), TypeError, r"names: expected adapter names or an int64 index of tasks, got torch\.float32"),
-        (torch.tensor([[[1]]]), ValueError, r"one task a row, or \[b, tokens\] of one a token, got shape \(1, 1, 1\)"),
+        (torch.tensor([[[1]]]), ValueError, r"a task per row, or \[b, tokens\], one per token, got shape \(1, 1, 1\)"),
         (torch.tensor([0, 6]), ValueError, r"names: expected tasks in \[-1, 6\), got 0 to 6"),
         (torch.tensor([0, -2]), ValueError, r"names: expected tasks in \[-1, 6\), got -2 to 0"),
         (torch.tensor([0, 5, -1]), ValueError, "names: expected tasks of the bank, got 5, a free place"),

@@ -334,7 +334,7 @@ def test_bad_input() -> None:
         (TypeError, "input_ids: expected a tensor of integers, got torch.float32", lambda: activated(IDS.float(), 0, [1])),
         (ValueError, r"input_ids: expected shape \[b, t\], got \(7,\)", lambda: activated(IDS[0], 0, [1])),
         (TypeError, "tasks: expected an int or an int64 tensor, got torch.int32", lambda: activated(IDS, ROWS.int(), [1])),
-        (ValueError, r"tasks: expected one a row, shape \(3,\), got \(2,\)", lambda: activated(IDS, ROWS[:2], [1])),
+        (ValueError, r"tasks: expected one per row, shape \(3,\), got \(2,\)", lambda: activated(IDS, ROWS[:2], [1])),
         (TypeError, "invocation: expected a sequence of token ids, got str", lambda: activated(IDS, 0, "go")),
         (ValueError, "invocation: expected at least one token", lambda: activated(IDS, 0, [])),
         (ValueError, "invocation: expected one for each task, got none for 1", lambda: activated(IDS, ROWS, {0: [1], 2: [3]})),

@@ -273,7 +273,7 @@ def test_factors_that_make_no_pair_are_refused() -> None:
 
 
 def test_svd_is_refused() -> None:
-    with pytest.raises(ValueError, match='init: expected another with group_by "width"'):
+    with pytest.raises(ValueError, match='init: expected another one with group_by "width"'):
         LoTRConfig(group_by="width", init="svd")
 
 
