@@ -1,7 +1,7 @@
 """LoTR and other tools: PEFT, transformers' Trainer, Opacus, LoRA adapters, the original implementation's checkpoints.
 
-`lotr_ext.interop.peft` imports PEFT, `lotr_ext.interop.trainer` transformers and `lotr_ext.interop.opacus` Opacus. All else
-here reads and writes files, as the command `python -m lotr_ext.convert` does.
+`lotr_ext.interop.peft` imports PEFT, `lotr_ext.interop.trainer` transformers and `lotr_ext.interop.opacus` Opacus. All other
+modules here read and write files, as the command `python -m lotr_ext.convert` does.
 """
 
 from ..model.peft_files import lotr_to_peft

@@ -1,4 +1,4 @@
-"""A LoTR adapter made from something else: what `save_adapter` would write, without a model."""
+"""A LoTR adapter that was converted from another format: what `save_adapter` would write, without a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LoTRAdapter:
         return groups
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Writes the adapter where `load_adapter` finds it, in place of one that is there already.
+        """Writes the adapter for `load_adapter`; replaces one that is already in the directory.
 
         Raises:
             ValueError: directory is a file. OSError: the disk.
@@ -60,10 +60,10 @@ def assembled(
     dtype: torch.dtype,
     **settings: Any,
 ) -> tuple[LoTRConfig, dict[str, LayerEntry], dict[str, Tensor]]:
-    """config, layers and tensors of a LoTRAdapter with scaling 1.
+    """The config, layers and tensors of a LoTRAdapter with scaling 1.
 
     groups: layer names by group; sizes: (in_features, out_features) by layer; factors: A and B by group; cores: by layer.
-    settings: others of the configuration.
+    settings: other fields of the configuration.
     """
     layers, tensors = {}, {}
     config = LoTRConfig(scaling=1.0, target_modules=sorted(sizes), adapter_dtype=dtype, **settings)
@@ -80,7 +80,7 @@ def group_names(sizes: Mapping[str, tuple[int, int]], group_by: str | Mapping[st
     """Each layer's group, as `apply_lotr` makes them. sizes: (in_features, out_features) by layer.
 
     Raises:
-        TypeError, ValueError: group_by is no "shape", "name" or mapping of exactly these layers to names that modules can
+        TypeError, ValueError: group_by is not "shape", "name" or a mapping of exactly these layers to names that modules can
             have, or it puts layers of different shapes into one group.
     """
     group_by = LoTRConfig(group_by=group_by).group_by

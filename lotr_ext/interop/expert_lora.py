@@ -3,14 +3,14 @@
 s B G_c^T A^T = s lora_B_c lora_A_c    with the core in lora_A: lora_A_c = (A G_c)^T [r_out, k], lora_B = B [n, r_out] for all c
                                        or in lora_B: lora_A = A^T [r_in, k] for all c, lora_B_c = B G_c^T [n, r_in]
 
-"peft"          PEFT's target_parameters. Its wrappers of one experts module lie one in another, the last parameter's outermost:
+"peft"          PEFT's target_parameters. Its wrappers of one experts module are nested; the last parameter's is the outermost:
                     <experts>.base_layer.lora_A.weight  [e r, k]   of gate_up_proj, beside down_proj's <experts>.lora_A.weight
                     <experts>.base_layer.lora_B.weight  [n, r e]   where the expert is the last index
 "shared-outer"  gate_up shares lora_A over the experts and down shares lora_B; the shared one has one expert:
                     <experts>.gate_up_proj.lora_A.weight  [1, r, k]      .lora_B.weight  [e, n, r]
                     <experts>.down_proj.lora_A.weight     [e, r, k]      .lora_B.weight  [1, n, r]
-                as SGLang's --experts-shared-outer-loras and Megatron-Bridge have it (by the texts of their pull requests).
-"vllm-shared"   The same factors with gate and up apart, as vLLM reads them with enable_moe_shared_loras. i: intermediate size.
+                the layout of SGLang's --experts-shared-outer-loras and Megatron-Bridge (by the texts of their pull requests).
+"vllm-shared"   The same factors with gate and up separate, as vLLM with enable_moe_shared_loras reads. i: intermediate size.
                     <experts>.w1.lora_A.weight  [1, r, k]      .lora_B.weight  [e, i, r]   gate
                     <experts>.w3.lora_A.weight  [1, r, k]      .lora_B.weight  [e, i, r]   up
                     <experts>.w2.lora_A.weight  [e, r, i]      .lora_B.weight  [1, k, r]   down
@@ -37,10 +37,10 @@ FORMS = ("peft", "shared-outer", "vllm-shared", "per-expert")
 
 @dataclass(frozen=True)
 class Host:
-    """How a server names the experts of a model class, where that differs from transformers' names.
+    """A server's names for the experts of a model class, where they differ from transformers' names.
 
-    rename: a dotted part of module names, and what replaces it. projections: gate, up and down of one expert. interleaved:
-    gate and up take turns in the rows of gate_up_proj; otherwise gate is its first half.
+    rename: a dotted part of module names, and its replacement. projections: gate, up and down of one expert. interleaved:
+    the rows of gate_up_proj alternate between gate and up; otherwise gate is its first half.
     """
 
     rename: Mapping[str, str] = field(default_factory=dict)
@@ -62,8 +62,8 @@ HOSTS: Mapping[str, Host] = {  # by transformers' model_type
 
 @dataclass(frozen=True)
 class ExpertLoRA:
-    """One parameter's factors: A [e, r, k] and B [e, n, r], of which one may have one expert for all; scaling * B_c @ A_c is
-    added to W_c [n, k]. experts: e."""
+    """One parameter's factors: A [e, r, k] and B [e, n, r], one of which may have a single expert for all;
+    scaling * B_c @ A_c is added to W_c [n, k]. experts: e."""
 
     A: Tensor
     B: Tensor
@@ -80,14 +80,14 @@ class ExpertLoRA:
         return self.A.shape[2], self.B.shape[1]
 
     def delta(self) -> Tensor:
-        """What is added to the weight, [e, n, k]."""
+        """The change of the weight, [e, n, k]."""
         return (self.scaling * self.B @ self.A).expand(self.experts, -1, -1)
 
 
 def expert_lora(A: Tensor, B: Tensor, cores: Tensor, scaling: float, core: str | None = None) -> ExpertLoRA:
     """A [k, r_in], B [n, r_out], cores [e, r_in, r_out] as LoRA, made in float32 (float64 for float64), in the cores' dtype.
 
-    core: "A" or "B", the side that takes the cores; None: the one with which the rank is the smaller.
+    core: "A" or "B", the side into which the cores are multiplied; None: the side that gives the smaller rank.
     """
     if core not in ("A", "B", None):
         raise ValueError(f"core: expected 'A', 'B' or None, got {core!r}")
@@ -114,14 +114,14 @@ def expert_lora_factors(layer: LoTRExperts, core: str | None = None) -> ExpertLo
 
 
 def check_form(form: str) -> str:
-    """form, if it is one."""
+    """Returns form, or raises ValueError for an unknown one."""
     if form not in FORMS:
         raise ValueError(f"experts: expected one of {', '.join(FORMS)}, got {form!r}")
     return form
 
 
 def host_of(hosts: str | Mapping[str, str] | None, form: str, model_type: str | None) -> Host:
-    """The names to write. hosts: a model_type, parts of module names and what replaces them, or None for the model's own where
+    """The names to write. hosts: a model_type, {part of module names: replacement}, or None for the model's own names where
     a form is for servers alone."""
     if hosts is None:
         return HOSTS.get(model_type or "", Host()) if form in ("vllm-shared", "per-expert") else Host()
@@ -135,12 +135,12 @@ def host_of(hosts: str | Mapping[str, str] | None, form: str, model_type: str | 
 
 
 def core_side(parameter: str, form: str) -> str | None:
-    """Where the cores go: with shared outer factors the side that meets the intermediate size, else the smaller one."""
+    """The side of the cores: with shared outer factors the one of the intermediate size, otherwise the smaller one."""
     return None if form in ("peft", "per-expert") else "A" if parameter == "down_proj" else "B"
 
 
 def expert_tensors(layers: Mapping[str, ExpertLoRA], form: str, host: Host) -> dict[str, Tensor]:
-    """The tensors by their keys. layers: by the full name of the parameter, those of a module in the order that it has them."""
+    """The tensors by their keys. layers: by the parameter's full name, those of a module in the module's order."""
     modules: dict[str, dict[str, ExpertLoRA]] = {}
     for name, one in layers.items():
         experts, _, parameter = name.rpartition(".")
@@ -167,7 +167,7 @@ _Pair = tuple[Tensor, Tensor]
 
 
 def _flat(one: ExpertLoRA) -> _Pair:
-    """PEFT's layout: A [e r, k] and B [n, r e]."""
+    """The factors in PEFT's layout: A [e r, k] and B [n, r e]."""
     A, B = one.A.expand(one.experts, -1, -1), one.B.expand(one.experts, -1, -1)
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 

@@ -1,7 +1,7 @@
 """LoRA adapters as LoTR: the layers' deltas s_l lora_B lora_A, stacked by group, factorised by Tucker-2 (`tucker.py`).
 
 S adapters of rank r in a group are exact at rank S r (arXiv 2402.01376 calls LoTR a generalisation of LoRA in this sense);
-below that the result is the least-squares approximation that HOOI finds. No delta is ever formed.
+at a lower rank the result is the least-squares approximation that HOOI finds. No delta is formed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .tucker import LowRankStack, Tucker2
 
 __all__ = ["Conversion", "Report", "exact_rank", "lora_to_lotr", "low_rank_pair"]
 
-Report = Callable[[str, float], None]  # (what is being done, the fraction of all that is done)
-_MOST = 0.5  # an error beyond which a layer has lost most of its adapter
-_SEARCH_TOLERANCE = 5e-6  # a rank is given up when an iteration gains less
+Report = Callable[[str, float], None]  # (the current step, the fraction of the work that is done)
+_MOST = 0.5  # above this relative error a layer has lost most of its adapter
+_SEARCH_TOLERANCE = 5e-6  # the search rejects a rank when an iteration reduces the error by less
 
 
 @dataclass(frozen=True)
 class Conversion(LoTRAdapter):
-    """A LoTR adapter, and how far it is from the LoRA: relative errors in the Frobenius norm.
+    """A LoTR adapter, and its distance from the LoRA: relative errors in the Frobenius norm.
 
-    errors: |D_l - s B G_l^T A^T| / |D_l| by layer; group_errors: the same over each group's stack; lora_parameters: those of
-    the LoRA factors.
+    errors: |D_l - s B G_l^T A^T| / |D_l| by layer; group_errors: the same over each group's stack; lora_parameters: the
+    number in the LoRA factors.
     """
 
     errors: dict[str, float]
@@ -73,28 +73,28 @@ def lora_to_lotr(
     dtype: torch.dtype = torch.float32,
     report: Report = lambda what, done: None,
 ) -> Conversion:
-    """A PEFT LoRA adapter as a LoTR adapter. Exactly one of rank, error and parameters says how large it gets.
+    """A PEFT LoRA adapter as a LoTR adapter. Exactly one of rank, error and parameters sets its size.
 
     Args:
-        source: a directory, a state dict (with config), or what `read_lora` gave. modules_to_save go along.
+        source: a directory, a state dict (with config), or the result of `read_lora`. modules_to_save are copied.
         rank: r, or (r_in, r_out), for all groups.
         error: the smallest rank at which each group's relative error is at most this, in (0, 1).
-        parameters: the largest rank with which the adapter has at most so many (A, B and cores; not modules_to_save).
+        parameters: the largest rank at which the adapter has at most this many (A, B and cores; not modules_to_save).
         group_by: "shape", "name" or a mapping from layer names, as in LoTRConfig.
         config: see `read_lora`.
         dtype: of the result. The work is done in float64.
-        report: called with what is being done and the fraction of all that is done.
+        report: called with the current step and the fraction of the work that is done.
 
     Returns:
         The adapter: `.save(directory)`, then `lotr_ext.load_adapter(model, directory)`. Scaling 1: the LoRA's own scalings are
         in the cores.
 
-    Warns of layers that keep less than half of their adapter (an error above 0.5), and of a result with more parameters than
-    the LoRA.
+    Warns about layers that keep less than half of their adapter (an error above 0.5), and about a result with more parameters
+    than the LoRA.
 
     Raises:
-        TypeError, ValueError: a source that `read_lora` refuses; not exactly one size; a rank, error or budget that cannot
-            be, or a rank beyond what any group can use (the sum of its LoRA ranks, or its two widths); groups of mixed shapes.
+        TypeError, ValueError: a source that `read_lora` refuses; not exactly one size; an impossible rank, error or
+            budget; a rank above what any group can use (the sum of its LoRA ranks, or its two widths); groups of mixed shapes.
     """
     if dtype is None:
         raise TypeError("dtype: expected that of the new adapter, got None")
@@ -129,7 +129,7 @@ def _check_size(rank: int | tuple[int, int] | None, error: float | None, paramet
 
 
 def exact_rank(adapter: LoRAAdapter, group_by: str | Mapping[str, str]) -> int:
-    """The rank from which on the conversion is exact: the largest sum of LoRA ranks in a group."""
+    """The lowest rank at which the conversion is always exact: the largest sum of LoRA ranks in a group."""
     ranks: dict[str, int] = {}
     for name, group in group_names({name: layer.sizes for name, layer in adapter.layers.items()}, group_by).items():
         ranks[group] = ranks.get(group, 0) + adapter.layers[name].rank
@@ -137,7 +137,7 @@ def exact_rank(adapter: LoRAAdapter, group_by: str | Mapping[str, str]) -> int:
 
 
 def low_rank_pair(layer: LoRALayer) -> tuple[Tensor, Tensor]:
-    """U = s lora_B and V = lora_A^T, so that U V^T is what the layer adds to W."""
+    """U = s lora_B and V = lora_A^T, so that U V^T is the layer's change of W."""
     return layer.scaling * layer.B.double(), layer.A.double().T
 
 
@@ -157,7 +157,7 @@ def _rank_for(budget: int, sizes: Mapping[str, tuple[int, int]], groups: Mapping
 
 
 def _smallest_rank(stack: LowRankStack, error: float, at_least: int, report: Callable[[int], None]) -> int:
-    """The smallest rank with this error, by bisection between `rank_bounds`. at_least: the rank that another group needs."""
+    """The smallest rank with this error, by bisection between `rank_bounds`. at_least: a rank that another group needs."""
     low, high = stack.rank_bounds(error)
     while max(low, at_least) < high:
         middle = (max(low, at_least) + high) // 2
@@ -175,7 +175,7 @@ def _factorised(
     error: float | None,
     report: Report,
 ) -> tuple[dict[str, Tucker2], int | tuple[int, int]]:
-    """The factorisation of each group, and the rank: as given, or the smallest at which each group has at most this error."""
+    """The factorisation of each group, and the rank: as given, or the smallest with at most this error in each group."""
     stacks, found = {}, {}
     share = 0.4 / len(pairs)
     for i, (group, several) in enumerate(pairs.items()):

@@ -26,7 +26,7 @@ __all__ = ["ARCHITECTURES", "lotr_to_gguf"]
 
 
 class Architecture(NamedTuple):
-    """name: llama.cpp's. interleaved: whether q and k have the halves of each head interleaved."""
+    """name: in llama.cpp. interleaved: whether the two halves of each head are interleaved in q and k."""
 
     name: str
     interleaved: bool
@@ -48,7 +48,7 @@ def lotr_to_gguf(
     Args:
         source: a directory with a LoTR adapter, by `save_adapter` or by PEFT.
         path: the file, written whole or not at all.
-        base_model: the directory of the base model; its config.json says the architecture and the numbers of heads.
+        base_model: the directory of the base model; its config.json has the architecture and the numbers of heads.
 
     Returns:
         The LoRA layers by name, as `lotr_to_lora` returns them.
@@ -66,9 +66,7 @@ def lotr_to_gguf(
     layers, experts, saved = lora_of(*read_either(Path(source)), "peft")
     for what, names in (("experts", experts), ("modules_to_save", saved)):
         if names:
-            raise ValueError(
-                f"source: expected linear layers alone, got {what} ({min(names)}), which a GGUF LoRA does not hold"
-            )
+            raise ValueError(f"source: expected only linear layers, got {what} ({min(names)}), which a GGUF LoRA does not hold")
     if dora := [name for name, layer in layers.items() if layer.magnitude is not None]:
         raise ValueError(
             f"source: expected no magnitudes, which a GGUF LoRA does not hold, got some in {dora[0]!r}; merge them"
@@ -98,7 +96,7 @@ def lotr_to_gguf(
 
 
 def interleave_halves(rows: Tensor, heads: int) -> Tensor:
-    """rows [heads d, ...] with rows 0, d/2, 1, d/2 + 1, ... of each head."""
+    """Returns rows [heads d, ...] in the order 0, d/2, 1, d/2 + 1, ... within each head."""
     if rows.shape[0] % (2 * heads):
         raise ValueError(f"base_model: expected {heads} heads of an even size, got {rows.shape[0]} rows of q or k")
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)

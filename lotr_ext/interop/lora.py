@@ -3,11 +3,11 @@
     s B G_l^T A^T = s lora_B lora_A    with lora_A = (A G_l)^T [r_out, K], lora_B = B [N, r_out]
                                        or   lora_A = A^T [r_in, K],        lora_B = B G_l^T [N, r_in], whichever is smaller
 
-So a LoTR of rank r on a layer is a LoRA of rank r on it, and whatever takes LoRA takes it; what is lost is only the size, for
-a LoRA stores its factors for each layer. After init "svd" the base weights are W less the start adapter; a LoRA for the
+So a LoTR of rank r on a layer is a LoRA of rank r, and every program that reads LoRA can read it. Only the size grows, because
+a LoRA stores its factors for each layer. After init "svd" the base weights are W minus the start adapter; a LoRA for the
 unchanged W has to carry both, at twice the rank: [lora_B, -start_B] [lora_A; start_A].
 
-Magnitudes make it a DoRA of PEFT's: W + s lora_B lora_A, and with it c, is the same in both.
+With magnitudes the result is a DoRA of PEFT: W + s lora_B lora_A, and therefore c, is the same in both.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _Layer = TypeVar("_Layer", LoRALayer, ExpertLoRA)
 
 
 def _pair(A: Tensor, B: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    """(lora_A [r, K], lora_B [N, r]) of the smaller of the two ranks."""
+    """(lora_A [r, K], lora_B [N, r]) in the form with the smaller rank."""
     r_in, r_out = core.shape
     return ((A @ core).T, B) if r_out <= r_in else (A.T, B @ core.T)
 
 
 def _lora_pair(A: Tensor, B: Tensor, core: Tensor, start: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """lora_A and lora_B of a layer, contiguous, in core's dtype and on its device. start: A, B and core that it began with."""
+    """lora_A and lora_B of a layer, contiguous, in core's dtype and on its device. start: the initial A, B and core."""
     wide = accumulate_dtype(core.dtype)
     lora_A, lora_B = _pair(*(t.detach().to(core.device, wide) for t in (A, B, core)))
     if start is not None:
@@ -77,7 +77,7 @@ def _lora_pair(A: Tensor, B: Tensor, core: Tensor, start: tuple[Tensor, Tensor, 
 
 @torch.no_grad()
 def lora_factors(layer: LoTRLayer) -> tuple[Tensor, Tensor]:
-    """A layer's adapter as LoRA factors: scaling * lora_B @ lora_A is what it adds to the weight that it was made from.
+    """A layer's adapter as LoRA factors: scaling * lora_B @ lora_A is its change of the original weight.
 
     Returns:
         lora_A [r, K] and lora_B [N, r], contiguous, in the adapter's dtype (products are made in fp32, fp64 for fp64);
@@ -168,7 +168,7 @@ def export_lora(
     together = isinstance(inner, nn.Module) and holds_parts(inner)
 
     def check() -> list[Slot]:
-        adapted_layers(inner)  # says so where there are none
+        adapted_layers(inner)  # raises an error without any
         return adapter_slots(inner)
 
     def write() -> None:
@@ -185,7 +185,7 @@ def export_lora(
 
 
 def _as_lora(model: nn.Module, form: str) -> tuple[dict[str, LoRALayer], dict[str, ExpertLoRA], dict[str, Any]]:
-    """The adapted layers of a model, its experts, and what adapter_config.json says of them."""
+    """The adapted layers of a model, its experts, and their entries for adapter_config.json."""
     layers, saved = adapted_layers(model), saved_modules(model)
     stacked = _stacked(layers, form)
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, LoTRExperts)}
@@ -227,9 +227,9 @@ def lotr_to_lora(
 
     Args:
         source: a directory with a LoTR adapter.
-        directory: made if need be.
+        directory: created if it does not exist.
         task_type: as in `export_lora`.
-        fan_in_fan_out: what the LoRA's configuration says of the weights; PEFT corrects it where it is wrong, with a warning.
+        fan_in_fan_out: the value in the LoRA's configuration; PEFT corrects a wrong one, with a warning.
         experts: as in `export_lora`.
         hosts: as in `export_lora`; without a model, None changes no name.
         base_model: as in `export_lora`.
@@ -250,7 +250,7 @@ def lotr_to_lora(
         "base_model_name_or_path": _base_model(base_model),
         "lora_dropout": 0.0 if stacked else max(entry.dropout for entry in manifest.layers.values()),
         "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": "|".join(map(re.escape, sorted(entries))) if entries else [],  # full names, whatever the model has
+        "target_modules": "|".join(map(re.escape, sorted(entries))) if entries else [],  # full names
         "modules_to_save": _outermost(manifest.modules_to_save) or None,
     }
     _write(Path(directory), _Export(entries, stacked, experts, host, pad_rank), saved, config)
@@ -278,7 +278,7 @@ def lora_of(
 
 
 def loaded_from(model: nn.Module) -> str | None:
-    """The path or name that transformers loaded a model from; None where it does not say."""
+    """The path or name from which transformers loaded a model; None if it is not recorded."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
@@ -294,7 +294,7 @@ def _base_model(name: str | None) -> str | None:
 
 
 class _Export(NamedTuple):
-    """What is written: LoRA layers by name, of experts by the parameter's name, in a form and under a server's names."""
+    """The LoRA layers to write, by name (experts by the parameter's name), in a form and under a server's names."""
 
     layers: dict[str, LoRALayer]
     experts: dict[str, ExpertLoRA]
@@ -304,7 +304,7 @@ class _Export(NamedTuple):
 
 
 def _padded(name: str, one: _Layer, rank: int | None) -> _Layer:
-    """A layer with zeros up to that rank: A in its next to last dimension, B in its last."""
+    """A layer padded with zeros to that rank: A in its second to last dimension, B in its last."""
     more = 0 if rank is None else rank - one.rank
     if more < 0:
         raise ValueError(f"pad_rank: expected at least {one.rank}, the rank of {name}, got {rank}")
@@ -318,7 +318,7 @@ def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: d
     tensors: dict[str, Tensor] = {}
     plain = [name for name, layer in layers.items() if layer.magnitude is None]
     if 0 < len(plain) < len(layers):
-        raise ValueError(f"model: expected magnitudes in all layers or in none, got {plain[0]!r} without, which DoRA has not")
+        raise ValueError(f"model: expected magnitudes in all layers or in none, got {plain[0]!r} without, impossible in DoRA")
     for name, layer in layers.items():
         tensors |= {f"{_PREFIX}{name}.lora_A.weight": layer.A, f"{_PREFIX}{name}.lora_B.weight": layer.B}
         if layer.magnitude is not None:
@@ -330,7 +330,7 @@ def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: d
     alpha, alpha_pattern = _patterns({name: _number(layer.scaling * layer.rank) for name, layer in everything.items()})
     if stacked and export.form == "peft":
         config["target_parameters"] = sorted(stacked)
-    elif stacked:  # servers read names of modules
+    elif stacked:  # servers expect names of modules
         config["target_modules"] = _with_names(config["target_modules"], {name.rpartition(".")[2] for name in stacked})
     config = {
         "peft_type": "LORA",
@@ -347,7 +347,7 @@ def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: d
     with folder(directory), together(directory):
         path = directory / "adapter_config.json"
         try:
-            apart = None if read_bytes(path) == text else path.name  # one adapter's tensors must not meet another's scaling
+            apart = None if read_bytes(path) == text else path.name  # never one's tensors with another's scaling
         except OSError:
             apart = path.name
         with placed(directory, {"adapter_model.safetensors": data, path.name: text}, apart=apart):
@@ -355,12 +355,12 @@ def _write(directory: Path, export: _Export, saved: dict[str, Tensor], config: d
 
 
 def _with_names(targets: list[str] | str, names: set[str]) -> list[str] | str:
-    """target_modules that match modules of these names besides."""
+    """target_modules that also match modules of these names."""
     if isinstance(targets, str):
         return "|".join([targets, *(rf".*\.{re.escape(name)}" for name in sorted(names))])
     return sorted({*targets, *names})
 
 
 def _number(value: float) -> float:
-    """An int where it is one: some readers of LoRA expect it."""
+    """value as an int if it is whole: some readers of LoRA expect an int."""
     return int(value) if float(value).is_integer() else float(value)

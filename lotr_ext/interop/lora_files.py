@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them, read: the two factors and the scaling of each layer, and what was trained beside them.
+"""Reads LoRA adapters that PEFT saved: the two factors and the scaling of each layer, and modules_to_save.
 
 y = x W^T + scaling (x A^T) B^T      A [r, K], B [N, r], scaling = lora_alpha / r  (or / sqrt(r) with use_rslora)
 """
@@ -26,7 +26,7 @@ __all__ = ["LoRAAdapter", "LoRALayer", "read_lora"]
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-# What makes a LoRA more than the sum of x W^T and the two factors: nothing that LoTR could hold.
+# Features of a LoRA beyond x W^T plus the two factors; a LoTR adapter cannot hold them.
 _NOT_PLAIN = {
     "use_dora": "a norm for each output feature (DoRA)",
     "lora_bias": "a trained bias in lora_B",
@@ -40,8 +40,8 @@ _MOVED_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
 @dataclass(frozen=True)
 class LoRALayer:
-    """One layer's factors: A [r, K], B [N, r]; scaling * B @ A is added to W [N, K]. magnitude [N]: the lengths that the rows
-    of the sum get (DoRA), None for LoRA."""
+    """One layer's factors: A [r, K], B [N, r]; scaling * B @ A is added to W [N, K]. magnitude [N]: the lengths of the rows
+    of the sum (DoRA), None for LoRA."""
 
     A: Tensor
     B: Tensor
@@ -69,12 +69,12 @@ class LoRAAdapter:
 
 
 def read_lora(source: str | PathLike[str] | Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> LoRAAdapter:
-    """A PEFT LoRA adapter, checked.
+    """Reads and checks a PEFT LoRA adapter.
 
     Args:
         source: a directory with adapter_config.json and adapter_model.safetensors (or .bin), or the tensors themselves, as
             `peft.get_peft_model_state_dict` gives them.
-        config: the content of adapter_config.json; needed with tensors (r, lora_alpha and what else is not the default).
+        config: the content of adapter_config.json; needed with tensors (r, lora_alpha and all fields that are not the default).
 
     Raises:
         ValueError: no such adapter; another method than LoRA; a LoRA with more than its two factors (DoRA, biases, embeddings,
@@ -86,7 +86,7 @@ def read_lora(source: str | PathLike[str] | Mapping[str, Tensor], config: Mappin
         tensors = dict(source)
     else:
         directory = Path(source)
-        with together(directory) if directory.is_dir() else nullcontext():  # an export may be at work
+        with together(directory) if directory.is_dir() else nullcontext():  # an export may be writing it
             if config is None:
                 config = _read_config(directory)
             _check_config(config)
@@ -113,7 +113,7 @@ def read_lora(source: str | PathLike[str] | Mapping[str, Tensor], config: Mappin
 
 
 def modules_holding(key: str, endings: tuple[str, ...]) -> list[str]:
-    """The modules around a tensor of that name that are named by one of the endings."""
+    """The modules that contain a tensor of that name and that one of the endings matches."""
     parts = key.split(".")
     names = [".".join(parts[:i]) for i in range(1, len(parts))]
     return [name for name in names if any(name_ends_with(name, ending) for ending in endings)]
@@ -140,7 +140,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name in a .safetensors file or one of torch.save; nothing in it is executed.
+    """The tensors by name in a file of safetensors or torch.save; no code in it is executed.
 
     Raises:
         ValueError: another kind of file.
@@ -206,7 +206,7 @@ def _layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 
 
 def _setting(name: str, field: str, patterns: str, config: Mapping[str, Any]) -> float | None:
-    """A layer's value: that of the first pattern that matches the end of its name, else the common one."""
+    """A layer's value: that of the first pattern that matches the end of its name, otherwise the common one."""
     for pattern, value in (config.get(patterns) or {}).items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", name)

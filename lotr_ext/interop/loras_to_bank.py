@@ -1,13 +1,13 @@
-"""Many LoRA adapters as one pair of factors a group and a task for each (after Share, arXiv 2602.06043).
+"""Converts many LoRA adapters to one pair of factors per group and one task per adapter (after Share, arXiv 2602.06043).
 
     D_il = s_il lora_B_il lora_A_il = U_il V_il^T ~= B G_il^T A^T      adapter i, layer l; least squares over all i and l
 
-The deltas of all adapters in a group are one stack, factorised by Tucker-2 (`layers/tucker.py`) without forming one of them.
-Adapters are read one at a time, several times. Between two of them stay A and B, and square roots of the two Gram matrices
+The deltas of all adapters in a group are one stack, factorised by Tucker-2 (`layers/tucker.py`) without forming a delta.
+Adapters are read one at a time, several times. Only A, B and square roots of the two Gram matrices stay in memory:
 
     sum_il D_il^T D_il [k, k]      sum_il D_il D_il^T [n, n]
 
-as matrices of at most 2 k and 2 n columns, which a QR cuts down: a root has twice the digits of its Gram matrix.
+The roots have at most 2 k and 2 n columns; a QR reduces them. A root has twice the digits of its Gram matrix.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _TASK = re.compile(r"[^/\x00-\x1f]{1,200}")
 
 @dataclass(frozen=True)
 class BankConversion(LoTRAdapter):
-    """The factors, as an adapter that starts as the base model does and trains cores only; and the tasks over them.
+    """The factors, as an adapter that starts as the base model and trains only cores; and the tasks over them.
 
     tasks: `<layer>.core` [r_in, r_out] by name. errors: |D_il - B G_il^T A^T| / |D_il| by task and layer; task_errors and
-    group_errors: the same over all layers of a task, and over a group's stack. lora_parameters: those of all LoRAs.
+    group_errors: the same over all layers of a task, and over a group's stack. lora_parameters: the number in all LoRAs.
     """
 
     tasks: dict[str, dict[str, Tensor]]
@@ -56,7 +56,7 @@ class BankConversion(LoTRAdapter):
 
     @property
     def parameters(self) -> int:
-        """Of the factors and the tasks' cores."""
+        """The number in the factors and the tasks' cores."""
         factors = sum(t.numel() for name, t in self.tensors.items() if name.startswith("lotr_factors."))
         return factors + sum(t.numel() for cores in self.tasks.values() for t in cores.values())
 
@@ -77,7 +77,7 @@ class BankConversion(LoTRAdapter):
 
 
 def names_of(folders: Sequence[str | PathLike[str]]) -> dict[str, Path]:
-    """A name for each folder: what is left of its path without the parts that all have at the start and at the end.
+    """A name for each folder: its path without the leading and trailing parts that all folders share.
 
     Raises:
         ValueError: no folders, or the same one twice.
@@ -107,16 +107,16 @@ def loras_to_bank(
     dtype: torch.dtype = torch.float32,
     report: Report = lambda what, done: None,
 ) -> BankConversion:
-    """PEFT LoRA adapters of one base model as factors that all share, and a task of `r_in r_out` numbers a layer for each.
+    """PEFT LoRA adapters of one base model as shared factors, and for each a task of `r_in r_out` numbers per layer.
 
     Args:
-        sources: folders of LoRA adapters, or what `read_lora` gave, by the name of their task; or folders, whose tasks are
-            called as they are (`names_of`). Adapters may differ in rank and scaling, not in their layers.
-        rank: r, or (r_in, r_out), for all groups. Exact from the sum of a group's LoRA ranks on.
-        group_by: "shape", "name" or a mapping from layer names, as in LoTRConfig; or "layer": factors of its own for each
+        sources: folders of LoRA adapters, or results of `read_lora`, by the name of their task; or folders, whose tasks are
+            named after them (`names_of`). Adapters may differ in rank and scaling, not in their layers.
+        rank: r, or (r_in, r_out), for all groups. Exact if at least the sum of a group's LoRA ranks.
+        group_by: "shape", "name" or a mapping from layer names, as in LoTRConfig; or "layer": separate factors for each
             layer, which all tasks share.
         dtype: of the result. The work is done in float64.
-        report: called with what is being done and the fraction of all that is done.
+        report: called with the current step and the fraction of the work that is done.
 
     Returns:
         The factors and tasks: `.save(directory)`, then `lotr_ext.load_adapter(model, directory)`, `bank = TaskBank(model, n)`
@@ -124,7 +124,7 @@ def loras_to_bank(
 
     Raises:
         TypeError, ValueError: no sources; one that `read_lora` refuses, that has other layers than the first, or
-            modules_to_save, of which a bank keeps none for a task; a name that no file can have; a rank beyond what any
+            modules_to_save, which a bank does not keep per task; a name that no file can have; a rank above what any
             group can use.
     """
     if dtype is None:
@@ -139,7 +139,7 @@ def loras_to_bank(
 
 
 class _Stream:
-    """The adapters, read one after the other as often as they are needed.
+    """The adapters, read one after the other, as often as needed.
 
     groups: layer names; sizes: (k, n); ranks: the sum of the LoRA ranks; by group, after `look`."""
 
@@ -158,7 +158,7 @@ class _Stream:
         self.parameters, self.dropout = 0, 0.0
 
     def adapters(self, what: str) -> Iterator[tuple[str, LoRAAdapter]]:
-        """Each adapter by the name of its task, checked. what is done with it, for the report."""
+        """Yields each adapter, checked, with the name of its task. what: the step, for the report."""
         for i, (name, source) in enumerate(self.sources.items()):
             self.report(f"{what}: {name}", (self.passes + i / len(self.sources)) / (2 * _MOST_SWEEPS + 3))
             try:
@@ -175,7 +175,7 @@ class _Stream:
         if adapter.saved or adapter.modules_to_save:
             found = ", ".join(adapter.modules_to_save or sorted(adapter.saved))
             raise ValueError(
-                f"{name}: expected a LoRA without modules_to_save, of which a bank keeps none for a task, got {found}"
+                f"{name}: expected a LoRA without modules_to_save, which a bank does not keep per task, got {found}"
             )
         self.layers = self.layers or layers
         if layers != self.layers:
@@ -187,7 +187,7 @@ class _Stream:
             )
 
     def look(self, group_by: str | Mapping[str, str]) -> None:
-        """The first pass, over all adapters: refuses what cannot be converted, and finds the groups."""
+        """The first pass over all adapters: raises for adapters that cannot be converted, and finds the groups."""
         for _, adapter in self.adapters("reads"):
             if not self.groups:
                 own = {layer: f"{i}_{layer.replace('.', '_')}" for i, layer in enumerate(sorted(self.layers))}
@@ -255,7 +255,7 @@ def _conversion(
     dtype: torch.dtype,
 ) -> BankConversion:
     ranks, tasks, errors = check_rank(rank), {name: {} for name in stream.sources}, {name: {} for name in stream.sources}
-    lost: dict[tuple[str, str], tuple[float, float]] = {}  # squared, and of how much, by task and group
+    lost: dict[tuple[str, str], tuple[float, float]] = {}  # squared error and squared norm, by task and group
     for task, group, U, V in stream.stacks("cores"):
         own, residuals = fitted(U, V, *factors[group])
         whole = norms(U, V)

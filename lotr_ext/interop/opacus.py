@@ -1,6 +1,6 @@
-"""Private training of cores with Opacus: clipping, noise, Poisson sampling and accounting are Opacus' own.
+"""Private training of cores with Opacus, which does the clipping, noise, Poisson sampling and accounting.
 
-    from lotr_ext.interop.opacus import PrivacyEngine       # in the place of opacus.PrivacyEngine
+    from lotr_ext.interop.opacus import PrivacyEngine       # instead of opacus.PrivacyEngine
 
     model = apply_lotr(model, LoTRConfig(rank=16, train=["core"]))
     engine = PrivacyEngine()
@@ -8,7 +8,7 @@
         module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0)
 
 The gradient of each example with respect to the cores comes from the backward that runs anyway (`per_example`). Opacus' hooks
-compute those of other trained modules, such as a head.
+compute the gradients of other trained modules, such as a head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["LoTRGradSampleModule", "PrivacyEngine"]
 
 class PrivacyEngine(opacus.PrivacyEngine):
     """opacus.PrivacyEngine for models with LoTR adapters, whose `make_private` and `make_private_with_epsilon` wrap them in a
-    `LoTRGradSampleModule`. All else, BatchMemoryManager included, is as Opacus documents it.
+    `LoTRGradSampleModule`. Everything else, including BatchMemoryManager, works as Opacus documents it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `LoTRGradSampleModule`; grad_sample_mode or wrap_model that are not the
@@ -47,7 +47,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
     ) -> LoTRGradSampleModule:  # fmt: skip
         if grad_sample_mode != "hooks" or not wrap_model:
             got = f"{grad_sample_mode!r}, wrap_model={wrap_model}"
-            raise ValueError(f"grad_sample_mode: expected 'hooks' and a model that is wrapped, got {got}; leave them out")
+            raise ValueError(f"grad_sample_mode: expected 'hooks' and a model that is wrapped, got {got}; omit them")
         self.validate(module=module, optimizer=None, data_loader=None)
         return LoTRGradSampleModule(module, batch_first=batch_first, loss_reduction=loss_reduction)
 
@@ -56,8 +56,8 @@ class LoTRGradSampleModule(GradSampleModule):
     """opacus.GradSampleModule of a model with LoTR adapters: backward puts the gradient of each example [b, r_in, r_out] into
     `core.grad_sample`, and those of other trained modules as Opacus' hooks do.
 
-    The first dimension of the model's first tensor, if it has one, is the batch, and must be that of each adapted layer's
-    input. Gradients of several forwards are kept one after another, as Opacus does, where it allows that.
+    The first dimension of the model's first tensor argument is the batch, and must equal that of each adapted layer's
+    input. Where Opacus allows several forwards, their gradients are kept one after another, as in Opacus.
 
     Args:
         m: a model from `apply_lotr` or built by hand. The factors are frozen, and the cores are trained parameters.
@@ -77,7 +77,7 @@ class LoTRGradSampleModule(GradSampleModule):
 
     @classmethod
     def validate(cls, module: nn.Module, *, strict: bool = False) -> list[NotImplementedError]:
-        """Opacus' check, of the modules that its hooks are for."""
+        """Opacus' check of the modules that get its hooks."""
         own = [part for part in module.modules() if not isinstance(part, (LoTRLayer, LoTRFactors)) and _trained(part)]
         return [error for part in own for error in super(LoTRGradSampleModule, cls).validate(part, strict=strict)]
 
@@ -113,12 +113,12 @@ class LoTRGradSampleModule(GradSampleModule):
 
 
 def _trained(module: nn.Module) -> bool:
-    """Whether it has a trained parameter itself."""
+    """Whether the module itself has a trained parameter."""
     return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def _checked(model: nn.Module) -> dict[str, LoTRLayer]:
-    """The adapted layers of a model all of whose trained parameters will have gradients for each example."""
+    """The adapted layers of a model. Raises unless all its trained parameters will have gradients for each example."""
     layers = layers_of(model, "PrivacyEngine")
     names = {p: name for name, p in model.named_parameters()}
     for name, layer in layers.items():
@@ -139,7 +139,7 @@ def _checked(model: nn.Module) -> dict[str, LoTRLayer]:
             own = next(own for own, p in module.named_parameters(recurse=False) if p.requires_grad)
             raise ValueError(
                 f"model: expected trained parameters in modules without adapted layers, got {own!r} in "
-                f"{name or 'the model'!r}; freeze it, or move it into a module of its own"
+                f"{name or 'the model'!r}; freeze it, or move it into a separate module"
             )
     return layers
 

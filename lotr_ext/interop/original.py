@@ -1,13 +1,13 @@
 """Checkpoints of the original LoTR implementation (github.com/daskol/lotr) as adapters of this package.
 
-There an adapted layer keeps its frozen layer as `linear` and, repeated in every layer, the transposed factors:
+An adapted layer there has its frozen layer as `linear` and, repeated in every layer, the transposed factors:
 
     <layer>.linear.weight, .linear.bias     the base layer: not part of an adapter
     <layer>.lotr.rhs [in_features, r]       A, one tensor for all layers made from one container
     <layer>.lotr.mid [r, r]                 the layer's core
     <layer>.lotr.lhs [r, out_features]      B^T, shared like rhs
 
-    y = linear(x) + (scale / r) x rhs mid lhs        scale is an argument of its layers and not in the checkpoint
+    y = linear(x) + (scale / r) x rhs mid lhs        scale is an argument of the layers, not in the checkpoint
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def original_to_lotr(
 
     Args:
         source: a file of torch.save or safetensors, or the state dict.
-        scale: what its LoTRLinear were made with; their default is 1. The adapter's scaling is scale / r.
-        modules_to_save: endings of names of modules that were trained whole (a head): taken along.
+        scale: the argument of its LoTRLinear; their default is 1. The adapter's scaling is scale / r.
+        modules_to_save: endings of names of modules that were trained whole (a head): copied.
 
     Returns:
         The adapter: `.save(directory)`, then `lotr_ext.load_adapter(model, directory)`.
 
     Raises:
         ValueError: no such layers; parts missing or of shapes that do not fit; layers of several ranks; no such
-            modules_to_save; a scale that is not finite. TypeError: a scale that is no number.
+            modules_to_save; a scale that is not finite. TypeError: a scale that is not a number.
     """
     check_number("scale", scale)
     state = dict(source) if isinstance(source, Mapping) else read_tensors(Path(source))
@@ -101,7 +101,7 @@ def _check(name: str, layer: Mapping[str, Tensor]) -> None:
 
 
 def _groups(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
-    """Layers with equal factors are of one group: named by shape, and numbered where several groups have one shape."""
+    """Groups of layers with equal factors: named by shape, and numbered if several groups have the same shape."""
     groups: dict[str, str] = {}
     firsts: dict[str, Mapping[str, Tensor]] = {}
     for name, layer in parts.items():

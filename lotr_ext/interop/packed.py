@@ -1,4 +1,4 @@
-"""Loading a transformers mixture whose experts stay in the quantised format of its checkpoint, on every device."""
+"""Loads a transformers mixture and keeps its experts in the quantised format of the checkpoint, on every device."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _OURS = {"mxfp4": "lotr_mxfp4", "fp8": "lotr_fp8"}
 
 
 def keep_packed(model: str | PathLike[str] | PreTrainedConfig, **kwargs: Any) -> PreTrainedConfig:
-    """A configuration with which from_pretrained leaves experts packed: mxfp4 (GPT-OSS) or fp8 by blocks (DeepSeek-V3, Qwen3).
+    """A configuration with which from_pretrained keeps experts packed: mxfp4 (GPT-OSS) or fp8 by blocks (DeepSeek-V3, Qwen3).
 
-    `AutoModelForCausalLM.from_pretrained(path, config=keep_packed(path))`, then `apply_lotr` with target_parameters. By itself
-    transformers makes such experts dense where its kernels do not run, and its mxfp4 kernels have no gradient. All other
-    layers are made dense, as with `dequantize=True`. The model runs with and without an adapter. Save the
-    adapter alone (`save_adapter`): save_pretrained would write the packed experts under names that no other program reads.
+    `AutoModelForCausalLM.from_pretrained(path, config=keep_packed(path))`, then `apply_lotr` with target_parameters. Without
+    it, transformers makes such experts dense where its kernels do not run, and its mxfp4 kernels have no gradient. All other
+    layers are made dense, as with `dequantize=True`. The model runs with and without an adapter. Save only
+    the adapter (`save_adapter`): save_pretrained would write the packed experts under names that no other program reads.
 
     Args:
         model: a folder or a name, as from_pretrained takes it, or its configuration, which is not changed.
@@ -37,7 +37,7 @@ def keep_packed(model: str | PathLike[str] | PreTrainedConfig, **kwargs: Any) ->
         The configuration, for from_pretrained's config.
 
     Raises:
-        ValueError: a checkpoint that is in no format, or in another one.
+        ValueError: a checkpoint that is not quantised, or in another format.
     """
     given = model if isinstance(model, PreTrainedConfig) else AutoConfig.from_pretrained(model, **kwargs)
     config = type(given).from_dict(given.to_dict())
@@ -65,13 +65,13 @@ class _FP8Config(FineGrainedFP8Config):
 
 
 def _experts(model: nn.Module, skipped: list[str] | None) -> list[tuple[str, nn.Module]]:
-    """The experts modules of a model, by name, that are not skipped."""
+    """The experts modules of a model that are not skipped, by name."""
     found = [(name, m) for name, m in model.named_modules() if hasattr(m, "is_transposed") and hasattr(m, "num_experts")]
     return [(name, m) for name, m in found if should_convert_module(name, skipped)]
 
 
 class _Packed:
-    """What the two quantizers have in common: they run on every device, and so does the forward of their experts."""
+    """The common part of the two quantizers: they and the forward of their experts run on every device."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -84,7 +84,7 @@ class _Packed:
 
 @register_quantizer("lotr_mxfp4")
 class _Mxfp4(_Packed, Mxfp4HfQuantizer):
-    """Experts get parameters for the checkpoint's blocks and scales, which are then loaded as they are."""
+    """Experts get parameters for the checkpoint's blocks and scales, which are loaded unchanged."""
 
     serialized_names: ClassVar[dict[str, list[str]]] = {}
 
@@ -96,7 +96,7 @@ class _Mxfp4(_Packed, Mxfp4HfQuantizer):
                 for part, shape in (("blocks", (e, n, k // 32, 16)), ("scales", (e, n, k // 32))):
                     empty = torch.empty(shape, dtype=torch.uint8, device="meta")
                     module.register_parameter(f"{name}_{part}", nn.Parameter(empty, requires_grad=False))
-            module._is_hf_initialized = True  # the model's own start of weights would look for the dense ones
+            module._is_hf_initialized = True  # the model's init would look for the dense weights
 
     def get_load_operations(self) -> dict[str, type]:
         return {}
@@ -104,7 +104,7 @@ class _Mxfp4(_Packed, Mxfp4HfQuantizer):
 
 @register_quantizer("lotr_fp8")
 class _FP8(_Packed, FineGrainedFP8HfQuantizer):
-    """Experts are FP8Experts, all else is made dense."""
+    """Experts become FP8Experts; all other layers become dense."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear

@@ -6,7 +6,7 @@
 and get_peft_model, save_pretrained, from_pretrained, add_adapter, set_adapter, disable_adapter, merge_adapter,
 merge_and_unload, modules_to_save and get_model_status work as for PEFT's own methods, on this package's operators: the shared
 gradient, one u = x A for siblings, the kernels. A and B are saved once for each group. A process that loads such an adapter
-has to import this module first. docs/peft.md says what is checked and what PEFT cannot do here.
+must import this module first. docs/peft.md lists what is checked and what PEFT cannot do here.
 
 PEFT's registry is a closed enum, so `register_peft_method` refuses "lotr"; the mappings behind it take any string.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 __all__ = ["MINIMUM_PEFT", "LoTRPeftConfig", "LoTRPeftLinear", "LoTRPeftModel"]
 
-MINIMUM_PEFT = (0, 21)  # the first whose tuners say how their tensors are named on disk
+MINIMUM_PEFT = (0, 21)  # the first whose tuners define the names of their tensors on disk
 
 
 def _check_version() -> None:
@@ -59,14 +59,14 @@ def _register() -> None:
 
 
 def _naming_our_folders(get_peft_type: Callable[..., str]) -> Callable[..., str]:
-    """PEFT's function that reads a folder's configuration, with an error that explains a folder of `lotr_ext.save_adapter`."""
+    """Wraps PEFT's reader of a folder's configuration: its error explains a folder of `lotr_ext.save_adapter`."""
 
     @functools.wraps(get_peft_type)
     def look(cls: type, model_id: str, **options: Any) -> str:
         directory = Path(model_id, options.get("subfolder") or "")
         if (directory / JSON_NAME).is_file() and not (directory / CONFIG_NAME).is_file():
             raise ValueError(
-                f"model_id: expected a folder that PEFT has saved, got {directory}, by lotr_ext.save_adapter; "
+                f"model_id: expected a folder that PEFT has saved, got {directory}, saved by lotr_ext.save_adapter; "
                 f"python -m lotr_ext.convert lotr-to-peft {directory} DESTINATION makes one of it, and "
                 "lotr_ext.load_adapter(model, directory) loads it without PEFT"
             )

@@ -29,7 +29,7 @@ model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
 
 
 class _PeftType(str):
-    """A string in a place where PEFT has members of an enum: it is printed as one, and has a value."""
+    """A string that replaces a member of PEFT's enum: it prints like one, and has a value."""
 
     __slots__ = ()
 
@@ -46,21 +46,20 @@ LOTR = _PeftType("LOTR")
 
 @dataclass
 class LoTRPeftConfig(PeftConfig):
-    """What to adapt and how, for `peft.get_peft_model`. Checked when it is made.
+    """What to adapt and how, for `peft.get_peft_model`. Checked at construction.
 
     Attributes:
-        rank, or r as PEFT's other methods call it: 16 where neither is given; r is rank afterwards.
+        rank, or r as PEFT's other methods call it: 16 if neither is given; afterwards r equals rank.
         alpha, rslora, scaling, dropout, group_by, init, core, core_init, train, magnitude: as in `lotr_ext.LoTRConfig`;
             group_by is "shape", "name", "width" or a mapping (a callable cannot be saved), and init not "svd" (it changes the
             base weights, which other adapters share) or "gradient" (which needs batches).
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`. None
-            for target_modules: what PEFT has for LoRA and the model's type; with target_parameters no module.
+            for target_modules: PEFT's default for LoRA and the model's type; with target_parameters no module.
         target_parameters: as in `lotr_ext.LoTRConfig`, the 3-D parameters of a transformers mixture's experts.
         use_dora: PEFT's name for magnitude; either may be given.
-        share_factors: the adapter of the model whose A and B this one uses; it then has only cores (and magnitudes) of its
-            own, and train is those unless given. Its files have A and B all the same. As the first adapter of a model it has
-            its own.
-        layers: what was adapted, as PEFT saves it with the adapter, for `lotr_ext.load_adapter`; nothing that is given.
+        share_factors: the adapter of the model whose A and B this one uses. This one then owns only cores (and magnitudes), and
+            by default trains only those. Its files still contain A and B. The first adapter of a model owns its factors.
+        layers: the adapted layers, which PEFT saves with the adapter for `lotr_ext.load_adapter`; not to be given.
         bias: "none", "all", or "lotr_only" to train the adapted layers' biases.
 
     Raises:
@@ -100,9 +99,9 @@ class LoTRPeftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = LOTR
         if self.init == "svd":
-            raise ValueError('init: expected one that leaves the base weights as they are, got "svd"; apply_lotr has it')
+            raise ValueError('init: expected one that does not change the base weights, got "svd"; use apply_lotr for it')
         if self.init == "gradient":
-            raise ValueError('init: expected one that needs no batches, got "gradient"; apply_lotr has it')
+            raise ValueError('init: expected one that needs no batches, got "gradient"; use apply_lotr for it')
         if callable(self.group_by):
             raise ValueError('group_by: expected "shape", "name", "width" or a mapping, got a callable, which cannot be saved')
         if not isinstance(self.core, str) or self.core == "custom":
@@ -132,7 +131,7 @@ class LoTRPeftConfig(PeftConfig):
             raise ValueError(f"layers_pattern: expected it with layers_to_transform, got {self.layers_pattern!r} alone")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; the model card beside it says what to import before the adapter is loaded."""
+        """As PEFT's; the model card names the import that loading the adapter needs."""
         super().save_pretrained(save_directory, **kwargs)
         for card in (Path(save_directory) / "README.md", Path(save_directory).parent / "README.md"):
             if card.is_file() and "library_name: peft" in (text := card.read_text(encoding="utf-8")):

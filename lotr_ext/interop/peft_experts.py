@@ -1,7 +1,7 @@
-"""Experts of a transformers mixture under PEFT's tuner: what `peft_layer.py` is for linear layers. Imported by
+"""Experts of a transformers mixture under PEFT's tuner: the counterpart of `peft_layer.py`. Imported by
 `lotr_ext.interop.peft`.
 
-The adapter lies beside the parameter that it adapts, as with `apply_lotr` (`model.experts`). The experts module stays in its
+The adapter is a sibling of the parameter that it adapts, as with `apply_lotr` (`model.experts`). The experts module stays in
 place, and its forward calls the adapters.
 """
 
@@ -25,7 +25,7 @@ from .peft_layer import LoTRCore, LoTRPeftLinear
 
 
 def hosts(layers: Iterable[LoTRPeftLinear]) -> list[nn.Module]:
-    """The experts modules that have those of the layers that are experts', each once."""
+    """The experts modules of the layers that adapt experts, each once."""
     return list({id(host): host for host in (layer.host() for layer in layers if isinstance(layer, LoTRPeftExperts))}.values())
 
 
@@ -61,7 +61,7 @@ class LoTRPeftExperts(Hosted, LoTRPeftLinear):
         places: None = None,
         padded: bool = True,
     ) -> Tensor:
-        """forward with weight and bias as the host has them now. places: as in LoTRExperts, where `mixed` is on: never here."""
+        """forward with the host's current weight and bias. places: as in LoTRExperts under `mixed`; always None here."""
 
         cores = self._running(warn=True).values()
 

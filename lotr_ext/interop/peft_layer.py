@@ -2,7 +2,7 @@
 
     y = base(x) + sum over active adapters a of  s_a ((drop(x) A_a) G_a) B_a^T
 
-The layer owns a core for each adapter; A and B of a group are owned once by the tuner, and a core refers to its pair. The
+The layer owns a core for each adapter. The tuner owns A and B of each group, and a core refers to its pair. The
 first active adapter runs with the base product (`call.call_linear`) where the base is a plain nn.Linear or Conv1D; more
 adapters, and adapters over other bases, are added to the base's output (`call.add_adapter`).
 """
@@ -43,9 +43,9 @@ from .peft_config import LoTRPeftConfig
 class LoTRCore(HasCore, HasMagnitude):
     """One adapter in one layer: its core [r_in, r_out], of experts [e, r_in, r_out], its magnitudes, factors, scaling and
     dropout.
-    `scope.py` recognises it by start_core.
+    `scope.py` recognises it by its attribute start_core.
 
-    form: what makes the core, where it is not a parameter.
+    form: the module that computes the core, if the core is not a parameter.
     """
 
     start_core = None
@@ -65,18 +65,18 @@ class LoTRCore(HasCore, HasMagnitude):
             held = nn.Parameter(torch.empty(shape, device=factors.A.device, dtype=factors.A.dtype))
             fill_core_(held, config.core_init)
         self.hold_core(held)
-        self.__dict__["factors"] = factors  # the tuner registers it
+        self.__dict__["factors"] = factors  # not registered here: the tuner registers it
 
     @torch.no_grad()
     def measure(self, stored: Stored) -> None:
-        """Adds magnitudes, at least in float32: the lengths that the rows of W have with the adapter."""
+        """Adds magnitudes, at least in float32: the lengths of W's rows with the adapter."""
         device = torch.device("meta") if self.factors.A.is_meta else stored[0].device
         weight = stored[1]().to(device)
         lengths = self(lambda A, B, call: row_lengths(weight, A, B, call.core, call.scaling))
         self.hold_magnitude(nn.Parameter(lengths))
 
     def parameters_by_part(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of A, B, the core and the magnitudes by part; of a parametrized part those of which it is computed."""
+        """The parameters of A, B, the core and the magnitudes by part; for a parametrized part those that compute it."""
         own = (self, "core"), (self, "magnitude")
         for part, (owner, name) in zip(("A", "B", "core", "magnitude"), (*self.factors.owners, *own)):
             yield from ((part, parameter) for parameter in parameters_of(owner, name))
@@ -86,7 +86,7 @@ class LoTRCore(HasCore, HasMagnitude):
         return self.factors(lambda A, B: operation(A, B, self.call()))
 
     def call(self) -> Call:
-        """The Call of this adapter now."""
+        """The current Call of this adapter."""
         p = self.dropout if self.training else 0.0
         return Call(self.core, self.scaling, p, self.factors._group, self)
 
@@ -101,7 +101,7 @@ class LoTRCore(HasCore, HasMagnitude):
 
 
 def own_weight(base: nn.Module) -> Tensor | None:
-    """W [n, k] of a base that computes x W^T + bias and nothing else. None if only its forward may read the weight: a
+    """W [n, k] of a base that computes x W^T + bias and nothing else. None if only its forward can read the weight: a
     quantised one, or one that ZeRO-3 gathers for the forward."""
     if not has_plain_weight(base) or parametrize.is_parametrized(base) or hasattr(base.weight, "ds_id"):
         return None
@@ -114,8 +114,8 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
     """A linear layer with LoTR adapters by name: x [..., in_features] -> [..., out_features].
 
     state_dict: the base's keys under `base_layer.`, `lotr_adapter.<name>.core`, and with magnitudes `.magnitude`. Merging sums
-    in fp32 and casts once, from the weight as it was before the first merge, which is kept so that unmerge gives its very bits
-    back.
+    in fp32 and casts once, from the weight as it was before the first merge, which is kept so that unmerge restores it bit for
+    bit.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lotr_adapter",)
@@ -127,14 +127,14 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         self._start()
 
     def _start(self) -> None:
-        """Without an adapter."""
+        """Initial attributes, without an adapter."""
         self.lotr_adapter = nn.ModuleDict()
         self._disable_adapters, self._active_adapter = False, []
         self.merged_adapters: list[str] = []
         self.register_buffer("weight_backup", None, persistent=False)
 
     def add(self, adapter_name: str, factors: LoTRFactors, config: LoTRPeftConfig, form: CoreAt | None = None) -> None:
-        """Puts a new adapter of that name into the layer. form: as for LoTRCore."""
+        """Adds a new adapter of that name. form: as for LoTRCore."""
         self.lotr_adapter[adapter_name] = self._core(factors, config, form).train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if config.magnitude:
@@ -144,7 +144,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         return LoTRCore(factors, config, form=form)
 
     def place(self) -> tuple[torch.device, torch.dtype]:
-        """Where the base layer is, and in which dtype."""
+        """The base layer's device and dtype."""
         return self._get_base_layer_device_and_dtype(self.base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -184,7 +184,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         return scaled(y, bias, core.rows_of(stored_in(self.base_layer), A, B, call), call)
 
     def _mixed(self, x: Tensor, mixture: Mixture, *args: Any, **kwargs: Any) -> Tensor:
-        """A batch whose rows have adapters of their own, over the same factors."""
+        """The forward of a batch with an adapter per row, over the same factors."""
         held = self.lotr_adapter[mixture.adapter]
 
         def run(A: Tensor, B: Tensor, call: Call) -> Tensor:
@@ -194,7 +194,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         return held(run)
 
     def _running(self, warn: bool = False) -> dict[str, LoTRCore]:
-        """The adapters that a call runs, by name: the active ones, none if they are merged or disabled. warn: for a call, which
+        """The adapters that a call runs, by name: the active ones; none if they are merged or disabled. warn: for a call, which
         unmerges what is disabled, and warns of a merged adapter that is not trained."""
         if warn and self.disable_adapters and self.merged:
             self.unmerge()
@@ -206,7 +206,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         return {name: self.lotr_adapter[name] for name in self.active_adapters if name in self.lotr_adapter}
 
     def explain(self, x: Tensor, device: torch.device | str | None = None) -> dict[str, Plan]:
-        """What each active adapter runs for x and why, in order: as `lotr_ext.explain`. Empty where only the base runs."""
+        """What each active adapter runs for x and why, in order, as `lotr_ext.explain`. Empty if only the base runs."""
         weight = None if needs_wrap(self.base_layer) else own_weight(self.base_layer)
         base = None if weight is None else (weight, self.base_layer.bias)
         found = {}
@@ -222,7 +222,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
             for part, parameter in core.parameters_by_part():
                 parameter.requires_grad_(False)
                 trained += [parameter] * (name in names and part in core.trained)
-        for parameter in trained:  # last, for A and B may belong to several adapters
+        for parameter in trained:  # last: A and B may belong to several adapters
             parameter.requires_grad_(True)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -234,7 +234,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         self._active_adapter = names
 
     def _check_alone(self, names: Sequence[str], where: str) -> None:
-        """ValueError for several adapters of which one has magnitudes: they scale the sum of W and one adapter."""
+        """Raises ValueError if one of several adapters has magnitudes: they scale the sum of W and one adapter."""
         own = [name for name in names if name in self.lotr_adapter]
         if len(own) > 1 and (one := next((n for n in own if self.lotr_adapter[n].norms is not None), None)) is not None:
             raise ValueError(f"{where}: expected an adapter with magnitudes alone, got {one!r} among {', '.join(own)}")
@@ -257,7 +257,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
     # ---- merging -----------------------------------------------------------------------------------------------------
 
     def mergeable_weight(self) -> Tensor:
-        """The base's W [n, k], a view. TypeError if it cannot be merged into."""
+        """A view of the base's W [n, k]. Raises TypeError if the base cannot be merged into."""
         weight, base = own_weight(self.base_layer), type(self.base_layer).__name__
         if weight is None:
             raise TypeError(
@@ -265,11 +265,11 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
                 "model without merging"
             )
         check_is_parameter(self.base_layer, "weight", "merge")
-        return weight.detach()  # which shares the parameter's count of changes, so that autograd sees them
+        return weight.detach()  # shares the parameter's version counter, so that autograd sees a change
 
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str], safe: bool) -> Tensor:
-        """W [n, k] with the adapters of these names in it. safe: ValueError if that is not finite."""
+        """W [n, k] plus the adapters of these names. safe: raises ValueError if the result is not finite."""
         start = self.mergeable_weight() if self.weight_backup is None else self.weight_backup
         delta, merged = 0.0, start
         for name in names:
@@ -298,7 +298,7 @@ class LoTRPeftLinear(InRequests, Merges, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What merging adds, s B G^T A^T without magnitudes, in the layout and dtype of the base's weight: [n, k], or [k, n]
+        """What merging adds without magnitudes, s B G^T A^T, in the layout and dtype of the base's weight: [n, k], or [k, n]
         for Conv1D."""
         core = self.lotr_adapter[adapter_name]
         delta = core.delta()

@@ -1,8 +1,8 @@
-"""The tuner that PEFT makes for a LoTRPeftConfig. Imported by `lotr_ext.interop.peft`.
+"""The tuner that PEFT creates for a LoTRPeftConfig. Imported by `lotr_ext.interop.peft`.
 
-    lotr_factors.<adapter>.<group>.A, .B       owned here, once a group; with group_by="width" .A_<in_features>.value, ..
+    lotr_factors.<adapter>.<group>.A, .B       owned here, once per group; with group_by="width" .A_<in_features>.value, ..
     model.<layer>.lotr_adapter.<adapter>.core  owned by the layers (`peft_layer.py`), and .magnitude
-    lotr_cores.<adapter>.<parameter>           instead of those, what makes the cores of all layers, where they are not dense
+    lotr_cores.<adapter>.<parameter>           instead of those, if the cores are not dense: the parameters of all cores
 
 On disk the adapter's name is left out, as PEFT does.
 """
@@ -59,7 +59,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 class LoTRPeftModel(BaseTuner):
-    """PEFT's tuner for LoTR. All that `apply_lotr` refuses in a model is refused here too, before the model is changed."""
+    """PEFT's tuner for LoTR. A model that `apply_lotr` refuses is refused here too, before any change."""
 
     uses_shared_state: bool = True
     prefix: str = "lotr_"
@@ -67,10 +67,10 @@ class LoTRPeftModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _adapted(self) -> dict[str, LoTRPeftLinear]:
-        """The adapted layers by their name in the base model. Private, for other attributes are looked up in the model."""
+        """The adapted layers by their name in the base model. Private, because other attributes are looked up in the model."""
         return {name: m for name, m in self.model.named_modules() if isinstance(m, LoTRPeftLinear)}
 
-    # ---- putting an adapter in ---------------------------------------------------------------------------------------
+    # ---- adding an adapter -------------------------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.lotr_factors, self.lotr_cores = nn.ModuleDict(), nn.ModuleDict()
@@ -97,7 +97,7 @@ class LoTRPeftModel(BaseTuner):
         attach_scope(self.model)
 
     def _take_back(self, adapter_name: str, layers: set[str]) -> None:
-        """Undoes an injection that failed half-way. layers: those that were adapted before it."""
+        """Undoes an injection that failed halfway. layers: those that were adapted before it."""
         for shared in (self.lotr_factors, self.lotr_cores):
             if adapter_name in shared:
                 del shared[adapter_name]
@@ -124,13 +124,13 @@ class LoTRPeftModel(BaseTuner):
             ) from None
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Finds the targets' groups and refuses what cannot be adapted: PEFT has not touched the model yet."""
+        """Finds the targets' groups and raises for layers that cannot be adapted, before PEFT changes the model."""
         if not isinstance(peft_config, LoTRPeftConfig):
             raise TypeError(f"peft_config: expected LoTRPeftConfig, got {type(peft_config).__name__}")
         config = _maybe_include_all_linear_layers(peft_config, model)
         names = self._matching(config, dict(model.named_modules()))
         if not names and not config.target_parameters:
-            return  # PEFT says so in detail
+            return  # PEFT raises a detailed error
         patterns = "|".join(map(re.escape, names)) or None
         lotr = config.to_lotr(patterns, config.target_parameters)
         targets = select(model, lotr).targets
@@ -149,7 +149,7 @@ class LoTRPeftModel(BaseTuner):
         self._check_adapter_names(config)
 
     def _matching(self, config: LoTRPeftConfig, modules: dict[str, nn.Module]) -> list[str]:
-        """The names of the modules that config targets, checked."""
+        """The checked names of the modules that config targets."""
         inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, BaseTunerLayer))
         names = [
             name for name in modules if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
@@ -173,7 +173,7 @@ class LoTRPeftModel(BaseTuner):
         return names
 
     def _check_adapter_names(self, config: LoTRPeftConfig) -> None:
-        """When PEFT saves an adapter it drops all keys that have another adapter's name among their parts."""
+        """Refuses ambiguous names: PEFT drops keys from an adapter's file that contain another adapter's name as a part."""
         for name in self.peft_config:
             if not can_be_child(name):
                 raise ValueError(
@@ -210,7 +210,7 @@ class LoTRPeftModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: LoTRPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """The adapters of experts' parameters, as `_prepare_model` has found them. Returns the parameters' names."""
+        """Adapts the experts' parameters that `_prepare_model` has found. Returns their names."""
         for target in self._parameters_found:
             experts, own = place(target.module), target.parameter
             if own not in experts:
@@ -220,7 +220,7 @@ class LoTRPeftModel(BaseTuner):
         return [parameter_name(target.name) for target in self._parameters_found]
 
     def _factors(self, adapter_name: str, group: str, layer: LoTRPeftLinear, config: LoTRPeftConfig) -> LoTRFactors:
-        """The adapter's pair for a group, whose factors are made for their first layer in that layer's dtype."""
+        """The adapter's pair of factors for a group, created with its first layer in that layer's dtype."""
         if adapter_name not in self.lotr_factors:
             self.lotr_factors[adapter_name] = SharedFactors() if self._shared is None else self._shared
         device, dtype = layer.place()
@@ -239,9 +239,9 @@ class LoTRPeftModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
-        attach_scope(self.model)  # which folds the active adapters' cores
+        attach_scope(self.model)  # it folds the active adapters' cores
 
-    # ---- taking it out -----------------------------------------------------------------------------------------------
+    # ---- removing it -------------------------------------------------------------------------------------------------
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -283,7 +283,7 @@ class LoTRPeftModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-            for layer in self._adapted().values() if safe_merge else ():  # all of them before the first is taken out
+            for layer in self._adapted().values() if safe_merge else ():  # check all before the first is removed
                 wanted = layer.active_adapters if adapter_names is None else adapter_names
                 names = [name for name in wanted if name in layer.lotr_adapter and name not in layer.merged_adapters]
                 layer.merged_weight([*layer.merged_adapters, *names], safe=True)
@@ -319,10 +319,10 @@ class LoTRPeftModel(BaseTuner):
         **svd: Any,
     ) -> None:
         """Adds a weighted sum of adapters over the same factors. "linear", "cat" and "svd" are the exact sum, at the same rank;
-        "ties", "dare_linear", "dare_ties" and "magnitude_prune" are PEFT's, of the cores. svd: without effect.
+        "ties", "dare_linear", "dare_ties" and "magnitude_prune" are PEFT's methods, applied to the cores. svd: without effect.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit, or adapters with factors of their own. Nothing is changed.
+            TypeError, ValueError: an argument that does not fit, or adapters with different factors. Nothing is changed then.
         """
         if adapter_name not in self.peft_config:  # as PEFT's
             add_weighted(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method, svd_rank)
@@ -338,10 +338,10 @@ class LoTRPeftModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The adapter's tensors in a state_dict of the whole model. PEFT calls this in every process, before it writes.
+        """The adapter's tensors in a state_dict of the whole model. PEFT calls this in every process before it writes.
 
-        BaseTuner's looks for the modules' names, which have FSDP1's wrappers in them. The state_dict's names do not, so it
-        finds nothing in a wrapped block and says nothing.
+        BaseTuner's method searches for the modules' names, which contain FSDP1's wrappers. The state_dict's names do not, so
+        it would silently find nothing in a wrapped block.
         """
         ours = _keys_of(adapter_name)
         found = {key: tensor for key, tensor in state_dict.items() if ours.search(key)}
@@ -349,7 +349,7 @@ class LoTRPeftModel(BaseTuner):
         check_whole(model, {**found, **copies})
         every = (f"{name}.{own}" for name, m in named_modules(model) for own, p in m._parameters.items() if p is not None)
         missing = sorted(key for key in every if ours.search(key) and key not in found)
-        if found and missing:  # nothing at all is what processes have that do not write
+        if found and missing:  # processes that do not write have none at all
             raise RuntimeError(
                 f"state_dict: expected all of the adapter's tensors, got {len(found)} without {missing[0]}; frozen ones belong "
                 "to it too, so gather them as well"
@@ -366,7 +366,7 @@ class LoTRPeftModel(BaseTuner):
             head, found, tail = key.partition(f"{shared}.{adapter_name}.")
             if found and head in ("", "base_model."):
                 return f"{head}{shared}.{tail}"
-        head, found, tail = key.rpartition(f".lotr_adapter.{adapter_name}.")  # a parametrized core's are further down
+        head, found, tail = key.rpartition(f".lotr_adapter.{adapter_name}.")  # a parametrized core has longer keys
         if found:
             return f"{head}.lotr_adapter.{tail}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
@@ -375,7 +375,7 @@ class LoTRPeftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """BaseTuner's renaming; besides, PEFT only warns of an adapter for other layers, which here is an error."""
+        """BaseTuner's renaming. Also raises for an adapter of other layers, where PEFT only warns."""
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         ours = _keys_of(adapter_name)
         want = {key for key in model.state_dict() if ours.search(key)}

@@ -33,7 +33,7 @@ _METHODS = {"ties": "ties", "dare_linear": "dare", "dare_ties": "dare_ties", "ma
 
 
 def shared_factors(tuner: BaseTuner, config: LoTRPeftConfig, targets: Sequence[Target]) -> SharedFactors | None:
-    """The factors that a new adapter shares; None for its own.
+    """The factors that a new adapter shares; None if it has its own.
 
     Raises:
         ValueError: no such adapter, or one without the new one's groups or rank.
@@ -62,7 +62,7 @@ def shared_factors(tuner: BaseTuner, config: LoTRPeftConfig, targets: Sequence[T
 
 
 def loaded_into_shared(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The model's own factors for the tensors of an adapter that shares them. model: PEFT's, with the adapter put in.
+    """Replaces the tensors of an adapter that shares factors by the model's factors. model: PEFT's, with the adapter added.
 
     Raises:
         ValueError: other values than the model's.
@@ -84,7 +84,7 @@ def loaded_into_shared(model: nn.Module, adapter_name: str, tensors: Mapping[str
 
 
 def _same_factors(tuner: BaseTuner, names: Sequence[str], argument: str) -> None:
-    """ValueError for an adapter that does not exist, or with other factors than the first."""
+    """Raises ValueError for an adapter that does not exist or has other factors than the first."""
     for name in names:
         if name not in tuner.lotr_factors:
             raise ValueError(f"{argument}: expected some of {', '.join(tuner.lotr_factors)}, got {name!r}")
@@ -107,14 +107,14 @@ def _no_magnitudes(tuner: BaseTuner, names: Sequence[str], argument: str) -> Non
 @contextmanager
 def mixed_batch(tuner: BaseTuner, names: object, num_beams: object = None) -> Iterator[None]:
     """Inside, row i of a batch has the adapter names[i], or none for "__base__", as in PEFT's LoRA. num_beams: of a beam
-    search, which repeats the rows, but for an encoder.
+    search, which repeats the rows, except in an encoder.
 
     Raises:
-        TypeError, ValueError: no list of names, one of no adapter or with other factors than the first, a model in training, or
-            a merged one.
+        TypeError, ValueError: no list of names, an adapter that is unknown or has other factors than the first, training mode,
+            or a merged model.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"adapter_names: expected a list of names, one a row, got {names!r}")
+        raise TypeError(f"adapter_names: expected a list of names, one per row, got {names!r}")
     if not names:
         raise ValueError("adapter_names: expected a name for each row of the batch, got none")
     if tuner.training:
@@ -152,7 +152,7 @@ def _naming(names: list[str]) -> Any:
 
 
 def _said_of(layer: LoTRPeftLinear, kinds: Sequence[str], names: Sequence[str]) -> Mixture | Any:
-    """The mixture of a layer, in which adapters that it has not are the base; OFF if it has none of them."""
+    """The mixture of a layer, in which adapters that the layer lacks count as the base; OFF if it lacks all."""
     own = [name for name in kinds if name in layer.lotr_adapter]
     if not own:
         return OFF
@@ -175,7 +175,7 @@ def add_weighted(
     majority: str,
     svd_rank: int | None,
 ) -> None:
-    """Adds the weighted sum of adapters, as `LoTRPeftModel.add_weighted_adapter` says."""
+    """Adds the weighted sum of adapters; see `LoTRPeftModel.add_weighted_adapter`."""
     if isinstance(adapters, str) or not adapters or len(adapters) != len(weights):
         raise ValueError(f"weights: expected one for each of the adapters {adapters!r}, got {weights!r}")
     if len(set(adapters)) < len(adapters):

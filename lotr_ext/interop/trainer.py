@@ -1,10 +1,10 @@
-"""transformers' Trainer with adapters: checkpoints of the adapter alone, or the adapter beside the whole weights.
+"""transformers' Trainer with adapters: checkpoints of only the adapter, or of the whole weights and the adapter.
 
     trainer = AdapterTrainer(model, arguments, ...)                             # checkpoints without the base model
     trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()], ...)   # whole checkpoints, and the adapter in each
 
 Trainer's own checkpoints hold the adapter among all weights, under the names that the model has on the Hub. Where these are
-not the names of its modules (ViT in transformers 5), resuming finds no core in the file, warns, and goes on without. Both
+not the names of its modules (ViT in transformers 5), resuming finds no core in the file, warns, and continues without. Both
 classes here save and load the adapter by its own names.
 """
 
@@ -35,12 +35,12 @@ FOLDER = "lotr_adapter"
 
 class AdapterCheckpoint(TrainerCallback):
     """Writes `<output_dir>/checkpoint-<step>/lotr_adapter` with each checkpoint and loads it when training resumes from there,
-    and that of the best checkpoint at the end with load_best_model_at_end.
+    and at the end that of the best checkpoint, with load_best_model_at_end.
 
-    resume_from: the checkpoint that `Trainer.train(resume_from_checkpoint=...)` was given, if it is not in output_dir.
+    resume_from: the argument of `Trainer.train(resume_from_checkpoint=...)`, if that checkpoint is not in output_dir.
 
     Raises:
-        FileNotFoundError: training resumes from a checkpoint without an adapter. Else as `save_adapter` and `load_adapter`.
+        FileNotFoundError: training resumes from a checkpoint without an adapter. Also as `save_adapter` and `load_adapter`.
     """
 
     def __init__(self, resume_from: str | PathLike[str] | None = None):
@@ -49,7 +49,7 @@ class AdapterCheckpoint(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_
     ) -> None:
-        """Called in every process once Trainer has written a checkpoint."""
+        """Called in every process after Trainer has written a checkpoint."""
         if (together := holds_parts(model)) or state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
             save_adapter(model if together else unwrapped(model), folder)
@@ -57,14 +57,14 @@ class AdapterCheckpoint(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_
     ) -> None:
-        """Called after Trainer has loaded what it resumes from."""
+        """Called after Trainer has loaded the checkpoint from which it resumes."""
         if state.global_step:
             self._load(model, self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_
     ) -> None:
-        """Called after Trainer has loaded the best checkpoint, where it is to."""
+        """Called after Trainer has loaded the best checkpoint, if it does."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(model, Path(state.best_model_checkpoint))
 
@@ -79,19 +79,19 @@ class AdapterCheckpoint(TrainerCallback):
 
 
 class AdapterTrainer(Trainer):
-    """Trainer whose checkpoints, and what `save_model` writes, hold the adapter and not the base model.
+    """Trainer whose checkpoints and `save_model` contain the adapter and not the base model.
 
     A checkpoint has the adapter as `save_adapter` writes it, in `lotr_rest.safetensors` what else training changes (other
-    trained parameters, and buffers such as BatchNorm's), and Trainer's own state of the optimizer, the scheduler and the random
+    trained parameters, and buffers such as BatchNorm's), and Trainer's state of the optimizer, the scheduler and the random
     generators. Training resumes from it exactly, onto a model that was made and adapted as before, and load_best_model_at_end
-    works. It also resumes from whole checkpoints. `load_adapter(base, checkpoint)` takes the adapter alone.
+    works. It also resumes from whole checkpoints. `load_adapter(base, checkpoint)` loads only the adapter.
 
-    Another trainer gets it by inheritance: `class AdapterSFTTrainer(AdapterTrainer, SFTTrainer): pass`. Under FSDP,
-    DeepSpeed and tensor parallelism its checkpoints are Trainer's own, of the whole model.
+    For another trainer, inherit from both: `class AdapterSFTTrainer(AdapterTrainer, SFTTrainer): pass`. Under FSDP,
+    DeepSpeed and tensor parallelism it writes Trainer's checkpoints of the whole model.
 
     Raises:
-        TypeError, RuntimeError: a model without an adapter. On resuming as `load_adapter`, and ValueError: other parameters or
-            buffers than the checkpoint has.
+        TypeError, RuntimeError: a model without an adapter. When resuming as `load_adapter`, and ValueError: other
+            parameters or buffers than the checkpoint has.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -128,7 +128,7 @@ class AdapterTrainer(Trainer):
             super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer uploads output_dir, into which it copies files of the names that it knows from the checkpoint."""
+        """Trainer uploads output_dir; it copies only files with names that it knows from the checkpoint to it."""
         if (Path(checkpoint_folder) / REST).is_file() and self.is_world_process_zero():
             save_adapter(self.model, self.args.output_dir)
             _save_rest(self.model, Path(self.args.output_dir))
@@ -143,7 +143,7 @@ class AdapterTrainer(Trainer):
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes and an adapter's file does not have, by its name in state_dict, the very tensors: other trained
+    """The tensors (not copies) that training changes and an adapter's file lacks, by their names in state_dict: other trained
     parameters, and the buffers of all modules but linear layers, whose buffers are quantised weights."""
     seen = {id(tensor) for tensor in contents(unwrapped(model))[1].values()}
     changing = {id(p) for p in model.parameters() if p.requires_grad}
@@ -176,7 +176,7 @@ def _read_rest(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     if want != got:
         other = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
         raise ValueError(
-            f"{path}: expected the model's trained parameters and buffers outside of the adapter, got others at "
+            f"{path}: expected the model's trained parameters and buffers outside the adapter, got others at "
             f"{', '.join(other[:5])}; make and adapt the model as it was when the checkpoint was written"
         )
     return tensors

@@ -1,10 +1,10 @@
-"""Tucker-2 of a stack of low-rank matrices, without ever forming one of them.
+"""Tucker-2 of a stack of low-rank matrices, without forming any of them.
 
     D_l = U_l V_l^T [n, k], U_l [n, r_l], V_l [k, r_l]      D_l ~= B G_l^T A^T, least squares over all l at once
 
-Every V_l lies in the span of [V_1 .. V_L], so one QR of these (and one of the U_l) leaves the same problem in R = sum r_l
-dimensions instead of k and n, still in factored form: what HOSVD and HOOI (`layers/tucker.py`) need of D_l are its products
-with a thin matrix. General Tucker routines (tensorly's partial_tucker) want a dense core tensor [L, R, R], which
+Every V_l lies in the span of [V_1 .. V_L], so one QR of these (and one of the U_l) reduces the problem to R = sum r_l
+dimensions instead of k and n, still in factored form: HOSVD and HOOI (`layers/tucker.py`) need only products of D_l
+and a thin matrix. General Tucker routines (tensorly's partial_tucker) want a dense core tensor [L, R, R], which
 would have 2.9e9 elements for 224 layers of rank 16.
 """
 
@@ -20,7 +20,7 @@ from ..layers.tucker import EXACT, hooi, leading, padded
 
 __all__ = ["LowRankStack", "Tucker2", "compressed", "fitted", "norms", "stacked"]
 
-_CORE, _CORE_POWERS = 4, 3  # a start for rank r is sought within the 4 r leading vectors, which need not be exact
+_CORE, _CORE_POWERS = 4, 3  # a start for rank r is searched within the 4 r leading vectors, which may be approximate
 _MAX_ITERATIONS, _TOLERANCE = 100, 1e-6
 
 
@@ -54,7 +54,7 @@ class LowRankStack:
 
     def rank_bounds(self, error: float) -> tuple[int, int]:
         """(low, high): no rank below low reaches this relative error, and high does: the tails of the two unfoldings' singular
-        values bound the error of the best factorisation from both sides."""
+        values give a lower and an upper bound of the best factorisation's error."""
         total = float(self.norms.square().sum())
         tails = []
         for left, right in ((self.U, self.V), (self.V, self.U)):
@@ -76,8 +76,8 @@ class LowRankStack:
         enough: float = 0.0,
         report: Callable[[float], None] = lambda done: None,
     ) -> Tucker2:
-        """The factorisation at rank (r_in, r_out). A and B are improved in turn until the relative error falls by less than
-        tolerance, or is no more than `enough`. report: called with the fraction of the most iterations that there can be."""
+        """The factorisation at rank (r_in, r_out). Improves A and B alternately until the relative error falls by less than
+        tolerance, or is at most `enough`. report: called with the iterations done as a fraction of the maximum."""
         p, q = self.V[0].shape[0], self.U[0].shape[0]
         r_in, r_out = min(rank[0], p), min(rank[1], q)
         A, B, iterations = self._improved(*self._start(r_in, r_out), (r_in, r_out), tolerance, enough, report)
@@ -87,8 +87,8 @@ class LowRankStack:
         return Tucker2(A, B, cores, residuals, self.norms, iterations)
 
     def _start(self, r_in: int, r_out: int) -> tuple[Tensor, Tensor | None]:
-        """Where HOOI begins: at low ranks with what it finds in the core of a few leading vectors of both sides, where it costs
-        next to nothing; else with HOSVD's A."""
+        """The start of HOOI: at low ranks the result of HOOI in the core of a few leading vectors of both sides, which costs
+        almost nothing; otherwise HOSVD's A."""
         p, q, wide = self.V[0].shape[0], self.U[0].shape[0], _CORE * max(r_in, r_out)
         right = [compressed(self.V, self.U.mT)]
         if max(p, q) <= EXACT or 2 * wide > min(p, q):
@@ -131,21 +131,21 @@ def fitted(U: Tensor, V: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """The cores G_l = A^T D_l^T B [L, r_in, r_out] and |D_l - B G_l^T A^T| [L] of D_l = U_l V_l^T, A and B with orthonormal
     columns."""
     inner_u, inner_v = B.T @ U, A.T @ V
-    # |D - P D Q|^2 = |(1 - P) D|^2 + |P D (1 - Q)|^2: no difference of large numbers
+    # |D - P D Q|^2 = |(1 - P) D|^2 + |P D (1 - Q)|^2: avoids the difference of large numbers
     rest_u, rest_v = U - B @ inner_u, V - A @ inner_v
     lost = (rest_u.mT @ rest_u) * (V.mT @ V) + (inner_u.mT @ inner_u) * (rest_v.mT @ rest_v)
     return inner_v @ inner_u.mT, lost.sum((1, 2)).clamp(min=0).sqrt()
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Matrices [d, r_l] as one [L, d, r], narrower ones filled up with zeros: one product for all costs less than L small
+    """Matrices [d, r_l] as one [L, d, r], narrower ones padded with zeros: one product for all costs less than L small
     ones."""
     widest = max(t.shape[1] for t in parts)
     return torch.stack([pad(t, (0, widest - t.shape[1])) for t in parts])
 
 
 def _reduced(parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The parts [d, r_l] in an orthonormal basis of all their columns, one after the other, and the basis; as they are where
+    """The parts [d, r_l] in an orthonormal basis of all their columns, one after the other, and the basis; unchanged if
     that is no smaller."""
     widths, basis = [t.shape[1] for t in parts], None
     if sum(widths) < parts[0].shape[0]:
@@ -162,7 +162,7 @@ def compressed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _lifted(basis: Tensor | None, vectors: Tensor, d: int, r: int) -> Tensor:
-    """The vectors in the full space, [d, r]. Columns that the stack cannot fill are orthonormal to the rest (their core rows
+    """The vectors in the full space, [d, r]. Columns beyond the stack's rank are orthonormal to the rest (their core rows
     are zero, and can learn); beyond d they are unit vectors."""
     full = vectors if basis is None else basis @ vectors
     have = full.shape[1]

@@ -108,7 +108,7 @@ def test_a_task_of_the_bank_is_sent(server: ThreadingHTTPServer, dtype: torch.dt
     layers, message = adapted_layers(net), sent(server)
     wanted = torch.cat([(layers[name].scaling * bank.cores_of(task)[f"{name}.core"]).flatten() for name in "abc"])
     assert pushed.name == f"task-{task}@1" and message.cores.dtype == dtype and torch.equal(message.cores, wanted)
-    with pytest.raises(ValueError, match="task: expected one that add has returned, got 2"):
+    with pytest.raises(ValueError, match="task: expected a task of the bank, as add returned it, got 2"):
         CoreSync(net, server.url, secret=SECRET).push(2)
 
 

@@ -149,6 +149,6 @@ def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path, capsys: pytest.Ca
     refused("base_model: expected a directory with config.json")
     (base / "config.json").write_text(json.dumps(config))
     source = saved(tmp_path, adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    refused(r"source: expected linear layers alone, got modules_to_save \(lm_head.weight\)")
+    refused(r"source: expected only linear layers, got modules_to_save \(lm_head.weight\)")
     assert main(["lotr-to-gguf", str(source), str(tmp_path), "--base-model", str(base)]) == 2
     assert "destination: expected a file, got the directory" in capsys.readouterr().err

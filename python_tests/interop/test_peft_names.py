@@ -43,7 +43,7 @@ def test_loras_names_are_refused_with_ours(kind: type) -> None:
         with pytest.raises(TypeError, match=rf"{name}: expected a field of {kind.__name__}, got LoRA's name .*{ours}"):
             kind(**{name: 1})
     for name in NOT_HERE:
-        with pytest.raises(TypeError, match=rf"{name}: expected a field of {kind.__name__}, got one of LoRA's"):
+        with pytest.raises(TypeError, match=rf"{name}: expected a field of {kind.__name__}, got one that only LoRA has"):
             kind(**{name: {}})
     with pytest.raises(TypeError, match="nonsense"):
         kind(nonsense=1)

@@ -40,7 +40,7 @@ def test_another_method_of_that_name_is_not_overwritten(monkeypatch):
     [
         ({"rank": 0}, ValueError, "rank: expected at least 1"),
         ({"rank": 2.5}, TypeError, "rank: expected an int"),
-        ({"init": "svd"}, ValueError, "init: expected one that leaves the base weights"),
+        ({"init": "svd"}, ValueError, "init: expected one that does not change the base weights"),
         ({"init": "zeros"}, ValueError, "init: expected one of"),
         ({"alpha": 2, "scaling": 1.0}, ValueError, "scaling: expected it alone"),
         ({"dropout": 1.0}, ValueError, "dropout: expected a number"),

@@ -1,6 +1,6 @@
-"""The private names of vLLM that this package uses, under names that say what for.
+"""The private names of vLLM that this package uses, under descriptive names.
 
-`python_tests/serving` uses each of them: a vLLM that moves or drops one fails there first, by name.
+`python_tests/serving` uses each of them: if a vLLM version moves or drops one, these tests name it.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ __all__ = [
     "slots_of_tokens",
 ]
 
-Adapters = WorkerLoRAManager  # what holds a worker's adapters
+Adapters = WorkerLoRAManager  # holds a worker's adapters
 
 TESTED = ("0.32.",)
 
-# vLLM's wrappers of linear layers: one LoRA for the layer, or one for each of the modules that vLLM has packed into it
+# vLLM's wrappers of linear layers: one LoRA for the layer, or one for each module that vLLM packs into it
 LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
     MergedQKVParallelLinearWithLoRA,
     QKVParallelLinearWithLoRA,
@@ -70,17 +70,17 @@ LINEAR_LAYERS: tuple[type[nn.Module], ...] = (
 
 
 def check_version() -> None:
-    """RuntimeError for a version that the tests have not run, unless LOTR_VLLM_ANY=1."""
+    """Raises RuntimeError for a version of vLLM that is not tested, unless LOTR_VLLM_ANY=1."""
     if not vllm.__version__.startswith(TESTED) and os.environ.get("LOTR_VLLM_ANY") != "1":
         tested = ", ".join(f"{version}*" for version in TESTED)
         raise RuntimeError(
             f"vllm: expected version {tested}, which lotr_ext is tested with, got {vllm.__version__}; "
-            "LOTR_VLLM_ANY=1 tries another version"
+            "set LOTR_VLLM_ANY=1 to try another version"
         )
 
 
 def adapt_only(names: Collection[str]) -> None:
-    """Lets vLLM wrap linear layers of these names alone. Otherwise it holds slots for embeddings, the head and experts too, and
+    """Restricts vLLM to linear layers of these names. Otherwise it has slots for embeddings, the head and experts too, and
     computes with them."""
     every = _manager.get_supported_lora_modules
 
@@ -95,19 +95,19 @@ def adapt_only(names: Collection[str]) -> None:
     begin = FusedMoEConfig.__post_init__
 
     def begin_plain(self: FusedMoEConfig) -> None:
-        self.is_lora_enabled = False  # with it, vLLM takes kernels for experts with LoRA, of which a CPU has none
+        self.is_lora_enabled = False  # if True, vLLM selects kernels for experts with LoRA, which do not exist on a CPU
         begin(self)
 
     FusedMoEConfig.__post_init__ = begin_plain
 
 
 def put_first(classes: tuple[type[nn.Module], ...]) -> None:
-    """Lets vLLM's search for a layer's wrapper try these first."""
+    """Makes vLLM's search for a layer's wrapper try these first."""
     _utils._all_lora_classes = (*classes, *_utils._all_lora_classes)
 
 
 def load_first(load: Callable[[Adapters, LoRARequest], LoRAModel | None]) -> None:
-    """Lets load make an adapter in place of vLLM; where it returns None, whatever came before is used. What load raises is the
+    """Makes vLLM load adapters by `load`; if it returns None, the previous loader is used. An error of load is the
     answer to the request."""
     before = WorkerLoRAManager._load_adapter
 
@@ -124,12 +124,12 @@ def path_of(request: LoRARequest) -> str:
 
 
 def adapters_of(worker: Any) -> Adapters | None:
-    """Of one of vLLM's workers; None without enable_lora."""
+    """The adapters of one of vLLM's workers; None without enable_lora."""
     return getattr(worker.model_runner, "lora_manager", None)
 
 
 def adapter(adapters: Adapters, number: int, layers: Mapping[str, tuple[Tensor, Tensor]], rank: int) -> LoRAModel:
-    """An adapter of that number with alpha / r = 1. layers: lora_A and lora_B by the names of transformers."""
+    """An adapter of that number with alpha / r = 1. layers: lora_A and lora_B by transformers' names."""
     mapper = getattr(adapters._adapter_manager.model, "hf_to_vllm_mapper", None)
     mapper = None if mapper is None else mapper.get_rename_mapper()
     dtype, made = adapters.lora_config.lora_dtype, {}
@@ -140,7 +140,7 @@ def adapter(adapters: Adapters, number: int, layers: Mapping[str, tuple[Tensor, 
 
 
 def adapter_of_vector(adapters: Adapters, number: int, vector: Tensor) -> LoRAModel:
-    """An adapter of that number that gives the vector to each of `layers.native_layers`, as its lora_A."""
+    """An adapter of that number that passes the vector as lora_A to each of `layers.native_layers`."""
     vector = vector.to(adapters.lora_config.lora_dtype)
     same = LoRALayerWeights("all", 1, 1, vector, vector, scaling=1.0)
     own = [name for name, module in adapters._adapter_manager.modules.items() if hasattr(module, "lotr_parts")]
@@ -148,7 +148,7 @@ def adapter_of_vector(adapters: Adapters, number: int, vector: Tensor) -> LoRAMo
 
 
 def sizes_of_layers(adapters: Adapters) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of the layers that take adapters, whole, by name."""
+    """(in_features, out_features), of the unsharded layer, by name, of the layers that take adapters."""
     manager = adapters._adapter_manager
     found = {}
     for name, module in manager.modules.items():
@@ -162,38 +162,38 @@ def sizes_of_layers(adapters: Adapters) -> dict[str, tuple[int, int]]:
 def _outputs(base: nn.Module, packed: bool) -> list[int]:
     if not packed:
         return [base.output_size]
-    if isinstance(base, QKVParallelLinear):  # output_sizes counts keys and values that processes repeat
+    if isinstance(base, QKVParallelLinear):  # output_sizes counts replicated keys and values
         heads = (base.total_num_heads * base.head_size, base.total_num_kv_heads * base.head_size)
         return [*heads, base.total_num_kv_heads * base.v_head_size]
     return base.output_sizes
 
 
 def has_all_blocks() -> bool:
-    """False where the model's blocks are spread over processes."""
+    """False under pipeline parallelism."""
     return get_pp_group().world_size == 1
 
 
 def max_rank(adapters: Adapters) -> int:
-    """Of vLLM's own LoRA slots."""
+    """The maximal rank of vLLM's own LoRA slots."""
     return adapters.lora_config.max_lora_rank
 
 
 def names_in_use(engine: Any) -> set[str]:
-    """The adapters of unfinished requests, by name. engine: an LLMEngine or an AsyncLLM."""
+    """The names of the adapters of unfinished requests. engine: an LLMEngine or an AsyncLLM."""
     return {state.lora_name for state in engine.output_processor.request_states.values() if state.lora_name is not None}
 
 
 def client_and_names(state: Any) -> tuple[Any, dict[str, LoRARequest]]:
-    """Of an HTTP server's state: its engine, and the adapters by the names that requests give."""
+    """From an HTTP server's state: its engine, and the adapters by the names in requests."""
     return state.engine_client, state.openai_serving_models.lora_requests
 
 
 def slots_of_tokens(layer: nn.Module) -> Tensor | None:
-    """The slot [tokens] (int64) of each token's adapter, -1 for none; None where no token of the batch has one."""
+    """The slot [tokens] (int64) of each token's adapter, -1 for none; None if no token of the batch has one."""
     wrapper = layer.punica_wrapper
     return None if wrapper.no_lora else wrapper.token_lora_indices
 
 
 def empty_stack(slots: int, *size: int, like: Tensor) -> Tensor:
-    """A tensor [slots, 1, ...] of that size in one element's memory: vLLM reads the shapes of its stacks, ours hold nothing."""
+    """A tensor [slots, 1, ...] of that size in one element's memory: vLLM reads only the shapes of these stacks."""
     return torch.zeros(1, dtype=like.dtype, device=like.device).expand(slots, 1, *size)

@@ -1,11 +1,11 @@
-"""Factors and tasks as the engine reads them.
+"""Files of factors and tasks for the engine.
 
 Factors are a folder of `save_adapter`, of which the engine reads A, B and the layers.
 
-A task is a folder that vLLM's requests, resolvers and HTTP endpoints take for an adapter's. Its tensors have no name that an
-engine without the plugin reads, so such an engine refuses it.
+A task is a folder that vLLM's requests, resolvers and HTTP endpoints take for an adapter's. An engine without
+the plugin refuses it, because it does not know the names of the tensors.
 
-    adapter_config.json       PEFT's, with lotr_factors: a checksum of the factors that the task belongs to
+    adapter_config.json       PEFT's, with lotr_factors: a checksum of the task's factors
     lotr_task.safetensors     <layer>.core = s G [r_in, r_out]
 """
 
@@ -47,14 +47,14 @@ CONFIG_NAME, TENSORS_NAME, CHECKSUM = "adapter_config.json", "lotr_task.safetens
 
 @dataclass(frozen=True)
 class Factors:
-    """layers: for each adapted layer the names of its A [k, r_in] and B [n, r_out] in tensors."""
+    """layers: {adapted layer: the names of its A [k, r_in] and B [n, r_out] in tensors}."""
 
     layers: dict[str, tuple[str, str]]
     tensors: dict[str, Tensor]
 
     @property
     def checksum(self) -> str:
-        """Of the layers' names and the factors' values."""
+        """SHA-256 of the layers' names and the factors' values."""
         digest = hashlib.sha256(json.dumps(sorted(self.layers.items())).encode())
         for name, tensor in sorted(self.tensors.items()):
             add_values(digest, name, tensor)
@@ -67,7 +67,7 @@ class Factors:
 
     @cached_property
     def spans(self) -> dict[str, slice]:
-        """Where each layer's core lies in one vector of all cores, in the order of the layers' names."""
+        """Each layer's slice of one vector with all cores, in the order of the layers' names."""
         found, at = {}, 0
         for layer in sorted(self.layers):
             r_in, r_out = self.core_shape(layer)
@@ -76,12 +76,12 @@ class Factors:
 
     @property
     def numbers(self) -> int:
-        """Of a task."""
+        """The number of elements in a task."""
         return max((span.stop for span in self.spans.values()), default=0)
 
 
 def factors_of(manifest: Manifest, tensors: dict[str, Tensor], where: str) -> Factors:
-    """Of an adapter's layers, where vLLM can hold them apart from the cores."""
+    """The factors of an adapter's layers. Raises ValueError for an adapter that vLLM cannot split into factors and cores."""
     layers = {}
     for name, entry in manifest.layers.items():
         if entry.experts:
@@ -98,7 +98,7 @@ def factors_of(manifest: Manifest, tensors: dict[str, Tensor], where: str) -> Fa
             raise ValueError(f"{where}: expected an adapter without magnitudes, got {name} with; merge it into the base model")
         layers[name] = (entry.tensor("A"), entry.tensor("B"))
     if manifest.modules_to_save:
-        raise ValueError(f"{where}: expected an adapter alone, got modules_to_save {manifest.modules_to_save[0]!r}")
+        raise ValueError(f"{where}: expected an adapter without modules_to_save, got {manifest.modules_to_save[0]!r}")
     return Factors(layers, {key: tensors[key] for pair in layers.values() for key in pair})
 
 
@@ -129,9 +129,9 @@ def export_task(
 
     Args:
         model: a model from `apply_lotr`.
-        directory: made if need be. Its name may be the adapter's name in the engine.
+        directory: created if it does not exist. Its name can serve as the adapter's name in the engine.
         task: a task of the model's TaskBank; None for the cores of the model's active adapter.
-        base_model: where the base model is, which vLLM's resolver of folders needs. None: where the model was loaded from.
+        base_model: the base model's path or name, which vLLM's resolver of folders needs. None: as the model was loaded.
 
     Raises:
         RuntimeError: no adapter, or a task of a model without a bank. ValueError: no such task, an adapter that the engine
@@ -161,7 +161,7 @@ def export_task(
 
 
 def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tensor:
-    """All cores in one vector, by `Factors.spans`. ValueError unless tensors are one core for each layer, of its shape."""
+    """All cores in one vector, by `Factors.spans`. ValueError unless tensors are one core of the right shape per layer."""
     names = {f"{layer}.core": layer for layer in factors.layers}
     if tensors.keys() != names.keys():
         missing, extra = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
@@ -174,7 +174,7 @@ def _vector(tensors: Mapping[str, Tensor], factors: Factors, where: str) -> Tens
 
 
 def check_finite(cores: Tensor, factors: Factors, where: str) -> None:
-    """ValueError, with a layer's name, for a vector of cores that is not finite."""
+    """Raises ValueError with a layer's name if the vector of cores is not finite."""
     if not bool(cores.isfinite().all()):
         layer = next(layer for layer, span in factors.spans.items() if not bool(cores[span].isfinite().all()))
         raise ValueError(f"{where}: expected finite values in {layer}.core, got values that are not finite")
@@ -183,7 +183,7 @@ def check_finite(cores: Tensor, factors: Factors, where: str) -> None:
 def read_task(directory: str | PathLike[str], factors: Factors, checksum: str) -> Tensor:
     """The cores in a folder of `export_task`, in one vector by `Factors.spans`.
 
-    checksum: that of factors, which takes time to compute.
+    checksum: that of factors, given because computing it takes time.
 
     Raises:
         ValueError: anything but a complete task over these factors, finite and of their shapes.
@@ -198,7 +198,7 @@ def read_task(directory: str | PathLike[str], factors: Factors, checksum: str) -
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ValueError(
             f"adapter: expected a task by export_task, got an adapter of {kind} in {directory}; an engine with LOTR_FACTORS "
-            "serves tasks alone"
+            "serves only tasks"
         )
     if config[CHECKSUM] != checksum:
         raise ValueError(

@@ -1,7 +1,7 @@
 """vLLM's linear layers with cores in the slots: y_i += ((x_i A) G_slot(i)) B^T.
 
-Layers that share A or B hold one tensor. A layer's slots are `cores` [slots, r_in, r_out], with the scaling in them. x A is
-computed once for the modules that vLLM has packed into one layer, as far as they share A. Under tensor parallelism each
+Layers that share A or B hold one tensor. A layer's slots are `cores` [slots, r_in, r_out], which include the scaling. x A is
+computed once for modules that share A and that vLLM has packed into one layer. Under tensor parallelism each
 process has the rows of A or B that belong to its part of the weight, cut by vLLM's own rules for LoRA. The sum over processes
 that the base layer needs serves the adapter too.
 
@@ -25,8 +25,8 @@ __all__ = ["native_layers"]
 
 
 class Part(NamedTuple):
-    """One of the modules that a layer packs: its factors A [k, r_in] and B [n, r_out], cores [slots, r_in, r_out], where its
-    core lies in a task's vector, and the columns of the layer's output that are its own."""
+    """One module of a packed layer: its factors A [k, r_in] and B [n, r_out], cores [slots, r_in, r_out], the slice
+    of its core in a task's vector, and its columns of the layer's output."""
 
     span: slice
     A: Tensor
@@ -36,10 +36,10 @@ class Part(NamedTuple):
 
 
 class _Native:
-    """What one of vLLM's wrappers does about adapters, replaced. `native_layers` sets the class's two attributes.
+    """Replaces the adapter code of one of vLLM's wrappers. `native_layers` sets the class's two attributes.
 
-    lotr_shared: A and B by name, dtype, device and part of the weight. lotr_kernels: whether there are kernels for the ranks;
-    otherwise torch's own products.
+    lotr_shared: A and B by name, dtype, device and part of the weight. lotr_kernels: whether kernels for the ranks exist;
+    otherwise torch's products are used.
     """
 
     lotr_factors: Factors
@@ -48,7 +48,7 @@ class _Native:
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         if lora_config.fully_sharded_loras:
             raise ValueError(
-                "fully_sharded_loras: expected False with LOTR_FACTORS, got True; A and B are small enough to hold"
+                "fully_sharded_loras: expected False with LOTR_FACTORS, got True; each process holds A and B whole"
             )
         self.lora_config = lora_config
         factors, dtype = self.lotr_factors, lora_config.lora_dtype
@@ -79,7 +79,7 @@ class _Native:
         self.lora_b_stacked = tuple(engine.empty_stack(max_loras, 1, rank, like=like) for _ in ranks)
 
     def _factor(self, key: str, side: str, place: int, dtype: torch.dtype) -> Tensor:
-        """A [k, r_in] or B [n, r_out] of this process's part of the weight. place: of the packed module."""
+        """A [k, r_in] or B [n, r_out] for this process's part of the weight. place: index of the packed module."""
         whole = self.lotr_factors.tensors[key]
         own = whole if self.tp_size == 1 else self._own_rows(whole, side, place)
         cut = None if own.shape == whole.shape else (type(self).__name__, place, self.input_size, self.output_size)
@@ -89,7 +89,7 @@ class _Native:
         return self.lotr_shared[of]
 
     def _own_rows(self, whole: Tensor, side: str, place: int) -> Tensor:
-        """By vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
+        """This process's rows, by vLLM's rule for lora_A [r, k] or lora_B [n, r]."""
         given, cut = (whole.T, self.slice_lora_a) if side == "A" else (whole, self.slice_lora_b)
         if self.n_slices > 1:
             packed: list[Tensor | None] = [None] * self.n_slices
@@ -105,7 +105,7 @@ class _Native:
                 part.cores[index] = 0
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """lora_a: a task's vector of cores, from `loading.native`; vLLM's own dummies, which are zero, have matrices."""
+        """lora_a: a task's vector of cores, from `loading.native`; vLLM's dummy adapters, which are zero, pass matrices."""
         if not isinstance(lora_a, Tensor) or lora_a.dim() != 1:
             return self.reset_lora(index)
         for part in self.lotr_parts:
@@ -149,4 +149,4 @@ def _native(base: type[nn.Module], factors: Factors, shared: dict[tuple[Any, ...
         return True
 
     body = {"can_replace_layer": classmethod(can_replace_layer), "lotr_factors": factors, "lotr_shared": shared}
-    return type(base.__name__, (_Native, base), body)  # under vLLM's name: it compares names of some classes
+    return type(base.__name__, (_Native, base), body)  # vLLM compares the names of some classes

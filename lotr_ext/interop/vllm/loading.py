@@ -1,4 +1,4 @@
-"""Cores as one of vLLM's adapters, in an engine with the plugin and in one without."""
+"""Cores as a vLLM adapter, for engines with and without the plugin."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_layers", "expanded", "load_task", "native", "served"]
 
 @cache
 def served() -> tuple[Factors, str] | None:
-    """The factors in the folder that LOTR_FACTORS names and their checksum; None without it."""
+    """The factors in the folder LOTR_FACTORS, and their checksum; None if it is not set."""
     where = os.environ.get("LOTR_FACTORS")
     if not where:
         return None
@@ -25,7 +25,7 @@ def served() -> tuple[Factors, str] | None:
 
 
 def check_layers(adapters: engine.Adapters, factors: Factors) -> None:
-    """ValueError unless the engine's model has the layers of factors, of their sizes, and adapts them."""
+    """Raises ValueError unless the engine's model has the layers of factors, of the same sizes, and adapts them."""
     sizes, complete = engine.sizes_of_layers(adapters), engine.has_all_blocks()
     for name, (A, B) in factors.layers.items():
         if name not in sizes and not complete:
@@ -33,7 +33,7 @@ def check_layers(adapters: engine.Adapters, factors: Factors) -> None:
         if name not in sizes:
             raise ValueError(
                 f"factors: expected layers of the engine's model that take adapters, got {name!r}; they belong to another "
-                "base model, or the engine's lora_target_modules leave it out"
+                "base model, or the engine's lora_target_modules exclude it"
             )
         want, got = sizes[name], (factors.tensors[A].shape[0], factors.tensors[B].shape[0])
         if want != got:
@@ -41,12 +41,12 @@ def check_layers(adapters: engine.Adapters, factors: Factors) -> None:
 
 
 def native(adapters: engine.Adapters, number: int, cores: Tensor) -> engine.LoRAModel:
-    """For the plugin's layers. cores: one vector, by `Factors.spans`."""
+    """An adapter for the plugin's layers. cores: one vector, by `Factors.spans`."""
     return engine.adapter_of_vector(adapters, number, cores)
 
 
 def expanded(adapters: engine.Adapters, number: int, factors: Factors, cores: Tensor) -> engine.LoRAModel:
-    """For vLLM's own layers: lora_A = A^T [r_in, k], lora_B = B (s G)^T [n, r_in]."""
+    """An adapter for vLLM's own layers: lora_A = A^T [r_in, k], lora_B = B (s G)^T [n, r_in]."""
     rank = max(factors.core_shape(name)[0] for name in factors.layers)
     if rank > engine.max_rank(adapters):
         raise ValueError(f"max_lora_rank: expected at least {rank}, the factors' r_in, got {engine.max_rank(adapters)}")

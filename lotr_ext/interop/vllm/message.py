@@ -1,4 +1,4 @@
-"""What CoreSync sends to an engine: one safetensors file in memory.
+"""The message from CoreSync to an engine: one safetensors file in memory.
 
 Tensors: `cores`, the numbers s G of the layers that changed, one after another in the order of `Factors.spans`; for an engine
 that has no factors also `factor.<key>`. Metadata: the fields of `Message` as text.
@@ -34,8 +34,8 @@ __all__ = [
     "versioned",
 ]
 
-PREFIX = "lotr:"  # of the path under which an engine knows a version that was pushed
-PATH, SIGNATURE = "/lotr/push", "x-lotr-signature"  # of a server: where messages go, and the header with their signature
+PREFIX = "lotr:"  # of the path by which an engine identifies a pushed version
+PATH, SIGNATURE = "/lotr/push", "x-lotr-signature"  # of a server: the path for messages, and the header with their signature
 _FORMAT, _FACTOR = "lotr_push_1", "factor."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -44,8 +44,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Message:
     """One version of a task.
 
-    base: the version that the other layers are taken from; 0 where all are sent. checksum: of the factors. places: which layers
-    are sent, by their places in the order of `Factors.spans`. cores: their numbers, s G.
+    base: the version from which the other layers are taken; 0 if all are sent. checksum: of the factors. places: indices of
+    the sent layers in the order of `Factors.spans`. cores: their numbers, s G.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Message:
 
 
 def checked_name(name: object) -> str:
-    """ValueError for a name that cannot stand in a request, a path and a URL."""
+    """Raises ValueError for a name that cannot be used in a request, a path and a URL."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             f"name: expected up to 128 letters, digits, '.', '_' and '-', the first a letter or digit, got {name!r:.150}"
@@ -67,12 +67,12 @@ def checked_name(name: object) -> str:
 
 
 def versioned(name: str, version: int) -> str:
-    """The name that a request gives."""
+    """The adapter's name in requests."""
     return f"{name}@{version}"
 
 
 def pack(message: Message) -> bytes:
-    """The bytes of a message."""
+    """The message as bytes."""
     from safetensors.torch import save
 
     tensors, layers = {"cores": message.cores}, ""
@@ -87,7 +87,7 @@ def unpack(data: bytes) -> Message:
     """The message in data.
 
     Raises:
-        ValueError: no message, one that was cut, or a name that cannot be served.
+        ValueError: not a message, a truncated one, or a name that cannot be served.
     """
     metadata = _metadata(data)
     tensors = tensors_of(Path("push"), data)
@@ -118,12 +118,12 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 
 def checked_secret(secret: str | None, where: str) -> bytes:
-    """ValueError for a secret that is missing or short."""
+    """Raises ValueError for a secret that is missing or too short."""
     if not secret or len(secret.encode()) < 16:
         raise ValueError(f"{where}: expected a secret of at least 16 bytes, got {len((secret or '').encode())}")
     return secret.encode()
 
 
 def signature(secret: bytes, data: bytes) -> str:
-    """What SIGNATURE says of data."""
+    """The value of the header SIGNATURE for data."""
     return hmac.new(secret, data, hashlib.sha256).hexdigest()

@@ -10,10 +10,10 @@ __all__ = ["register"]
 
 @cache
 def register() -> None:
-    """Serves tasks over the factors in the folder that LOTR_FACTORS names; without it, vLLM stays as it is.
+    """Serves tasks over the factors in the folder LOTR_FACTORS; if it is not set, vLLM is not changed.
 
     Raises:
-        RuntimeError: a version of vLLM without tests. ValueError: no such folder.
+        RuntimeError: a version of vLLM that is not tested. ValueError: no such folder.
     """
     if not os.environ.get("LOTR_FACTORS"):
         return

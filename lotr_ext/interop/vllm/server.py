@@ -1,4 +1,4 @@
-"""The receiving end of CoreSync in vLLM's HTTP server: `--middleware lotr_ext.interop.vllm.server.CoreSyncEndpoint`.
+"""Receives CoreSync's messages in vLLM's HTTP server: `--middleware lotr_ext.interop.vllm.server.CoreSyncEndpoint`.
 
 `POST /lotr/push` takes the bytes of `message.pack`. The header X-Lotr-Signature is their HMAC-SHA256 under the secret in
 LOTR_SYNC_SECRET, so the secret is never sent, and a message that was cut or changed on its way is refused. A message that is
@@ -19,19 +19,19 @@ from .message import PATH, SIGNATURE, checked_secret, signature
 
 __all__ = ["LIMIT", "CoreSyncEndpoint"]
 
-LIMIT = 1 << 28  # bytes of a message
+LIMIT = 1 << 28  # maximal bytes of a message
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class CoreSyncEndpoint:
-    """ASGI middleware that answers PATH and passes all else on.
+    """ASGI middleware that answers requests to PATH and passes on all others.
 
-    Only this machine may push, unless LOTR_SYNC_REMOTE=1.
+    Accepts only messages from this machine, unless LOTR_SYNC_REMOTE=1.
 
     Raises:
-        ValueError: LOTR_SYNC_SECRET is missing or shorter than 16 bytes. RuntimeError: a version of vLLM without tests.
+        ValueError: LOTR_SYNC_SECRET is missing or shorter than 16 bytes. RuntimeError: a version of vLLM that is not tested.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]):

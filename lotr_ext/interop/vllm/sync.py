@@ -1,4 +1,4 @@
-"""CoreSync: new cores into an engine that runs."""
+"""CoreSync: sends new cores to a running engine."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["CoreSync", "Pushed"]
 
 @dataclass(frozen=True)
 class Pushed:
-    """What `CoreSync.push` did.
+    """The result of `CoreSync.push`.
 
-    name: what requests name, `task@version`. request: vLLM's LoRARequest of it, for an engine in this process; None for a
-    server. layers: how many cores were sent. bytes: of the messages. seconds: until the engine had taken them.
+    name: the adapter's name for requests, `task@version`. request: its LoRARequest for an engine in this process; None for a
+    server. layers: how many cores were sent. bytes: of the messages. seconds: until the engine had loaded them.
     """
 
     name: str
@@ -41,33 +41,33 @@ class Pushed:
 
 @dataclass
 class _Sent:
-    """The last version of a task that the engine took, and its cores by `Factors.spans`."""
+    """The last version of a task that the engine loaded, and its cores by `Factors.spans`."""
 
     cores: Tensor
     pushed: Pushed
 
 
 class CoreSync:
-    """Sends the cores of a model to a vLLM engine that runs, each time as a new version of a task.
+    """Sends the cores of a model to a running vLLM engine, each time as a new version of a task.
 
         sync = CoreSync(model, llm)                      an LLM, or a server's URL with secret=
         request = sync.push(name="policy").request       for generate; a server's requests give the name "policy@1"
 
-    A version is an adapter of its own. Requests that run keep the version they began with, and the prefix cache keeps versions
-    apart. The engine takes a version whole, between two of its steps. Only layers whose cores have changed since the last push
-    are sent. The engine holds the last 4 versions of a task, and those of requests that run.
+    Each version is a separate adapter. Running requests keep the version they started with, and the prefix cache separates
+    versions. The engine loads a version whole, between two steps. Only layers whose cores have changed since the last push
+    are sent. The engine holds the last 4 versions of a task, and those of running requests.
 
-    The engine has to be started with `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`. With LOTR_FACTORS (the
-    plugin) cores go into its bank. Without, A and B are sent once, and the workers make ordinary LoRA factors from them.
+    Start the engine with `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`. With LOTR_FACTORS (the
+    plugin) cores go into its bank. Without it, A and B are sent once, and the workers compute ordinary LoRA factors from them.
 
     Args:
-        model: from `apply_lotr`. Its factors must stay as they are: train the cores alone (`train=("core",)`).
+        model: from `apply_lotr`. Its factors must not change: train only the cores (`train=("core",)`).
         engine: a vllm.LLM, or the URL of a server with `--middleware lotr_ext.interop.vllm.server.CoreSyncEndpoint`.
-        secret: for a server, what its LOTR_SYNC_SECRET says, at least 16 bytes.
-        timeout: for a server, seconds for an answer.
+        secret: for a server, its LOTR_SYNC_SECRET, at least 16 bytes.
+        timeout: for a server, seconds to wait for an answer.
 
     Raises:
-        TypeError: an engine of another kind. ValueError: no http or https URL, a secret that is missing or short, or an adapter
+        TypeError: an engine of another kind. ValueError: no http or https URL, a missing or short secret, or an adapter
             that the engine cannot hold (experts, init "svd", modules_to_save). RuntimeError: no adapter.
     """
 
@@ -86,14 +86,14 @@ class CoreSync:
         self._lock = threading.Lock()
 
     def push(self, task: int | None = None, *, name: str | None = None) -> Pushed:
-        """Sends what changed of a task, as its next version.
+        """Sends the changed cores of a task as its next version.
 
         task: of the model's TaskBank; None for the cores of the active adapter. name: of the task in the engine, "adapter" or
-        "task-<task>" by default. Nothing is sent where no core has changed; the last version stands.
+        "task-<task>" by default. Nothing is sent if no core has changed; the last version stays valid.
 
         Raises:
             TypeError, ValueError: no such task, a name that cannot be served, cores that are not finite, factors that have
-                changed, a wrong secret, or what the engine refuses; it continues to serve. RuntimeError: a task of a model
+                changed, a wrong secret, or a refusal by the engine, which continues to serve. RuntimeError: a task of a model
                 without a bank. OSError: no connection.
         """
         began = time.perf_counter()
@@ -125,7 +125,7 @@ class CoreSync:
         return torch.cat([core.flatten() for core in scaled]).cpu()
 
     def _changed(self, cores: Tensor, before: Tensor) -> list[int]:
-        """The places of the layers that differ."""
+        """The indices of the layers that differ."""
         at = torch.bucketize((cores != before).nonzero()[:, 0], self._ends, right=True)
         return torch.bincount(at).nonzero()[:, 0].tolist()
 
@@ -138,11 +138,11 @@ class CoreSync:
                 )
 
     def _send(self, name: str, cores: Tensor, places: Sequence[int], sent: _Sent | None) -> tuple[dict[str, Any], int, int]:
-        """The engine's answer, and how many cores and bytes it took. The engine says what it lacks; each is sent once."""
+        """The engine's answer, and the numbers of cores and bytes sent. What it lacks is sent once."""
         size, base, factors = 0, 0 if sent is None else sent.pushed.version, None
         spans = list(self._factors.spans.values())
         for _ in range(3):
-            version = self._versions[name] = self._versions.get(name, 0) + 1  # a new one for each attempt
+            version = self._versions[name] = self._versions.get(name, 0) + 1  # each attempt gets a new version
             some = cores if len(places) == len(spans) else torch.cat([cores[spans[place]] for place in places])
             data = pack(Message(name, version, base, self._checksum, places, some, factors))
             size += len(data)
@@ -158,7 +158,7 @@ class CoreSync:
 
 
 class _Local:
-    """An LLM of this process, whose workers may be in others."""
+    """An LLM of this process; its workers may be other processes."""
 
     def __init__(self, engine: Any):
         if not callable(getattr(engine, "collective_rpc", None)) or not hasattr(engine, "llm_engine"):
@@ -188,7 +188,7 @@ class _Local:
 
 
 class _Server:
-    """A server's endpoint. No proxies, no redirects: one connection, kept open."""
+    """A server's endpoint over one connection that stays open, without proxies and redirects."""
 
     def __init__(self, url: str, secret: str | None, timeout: float):
         parts = urlsplit(url)
@@ -228,7 +228,7 @@ class _Server:
             self.connection.close()
             if not kept:
                 raise
-            self.connection.request("POST", path, data, headers)  # the server has closed a connection that was idle
+            self.connection.request("POST", path, data, headers)  # the server had closed the idle connection
             answer = self.connection.getresponse()
         return answer.status, answer.read()
 

@@ -1,7 +1,7 @@
-"""The receiving end of CoreSync in each of vLLM's workers: `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`.
+"""Receives CoreSync's messages in each of vLLM's workers: `worker_extension_cls="lotr_ext.interop.vllm.worker.CoreWorker"`.
 
-A version that was pushed is an adapter of its own, `name@version`. Requests in flight keep the version that they began with;
-vLLM's slots and store hold versions as they hold any adapters. The cores of each version are kept here, because vLLM may drop
+Each pushed version is a separate adapter, `name@version`. Requests in flight keep the version that they started with;
+vLLM's slots and store hold versions like any adapters. The cores of each version are kept here, because vLLM may drop
 an adapter from its store and load it again.
 """
 
@@ -22,8 +22,8 @@ from .message import PREFIX, Message, unpack, versioned
 
 __all__ = ["KEPT", "CoreWorker"]
 
-KEPT = 4  # versions of a task, besides those that requests in flight use
-_FIRST = 1 << 30  # of the numbers of pushed adapters, above those that users and the server give
+KEPT = 4  # newest versions of a task to keep, in addition to those of requests in flight
+_FIRST = 1 << 30  # lowest number of pushed adapters, above the numbers from users and the server
 
 _versions: WeakKeyDictionary[engine.Adapters, _Versions] = WeakKeyDictionary()
 
@@ -34,7 +34,7 @@ class CoreWorker:
     def lotr_push(self, data: bytes, in_use: Iterable[str] = ()) -> dict[str, Any]:
         """Adds a version of a task. data: of `message.pack`. in_use: the adapters of requests in flight.
 
-        Returns {"name", "number", "path", "dropped"}, or {"error": what was wrong}, or what the sender has to add:
+        Returns {"name", "number", "path", "dropped"}, or {"error": message}, or what the sender must add:
         {"need": "factors"}, or {"need": "cores", "version": the newest one of this name}.
         """
         try:
@@ -50,7 +50,7 @@ class CoreWorker:
 
 
 class _Versions:
-    """Of one worker. held: by task and version, oldest first, the checksum of the factors and the vector of the cores."""
+    """The versions in one worker. held: {task: {version: (checksum of the factors, vector of the cores)}}, oldest first."""
 
     def __init__(self, adapters: engine.Adapters):
         own = served()
@@ -58,7 +58,7 @@ class _Versions:
         self.adapters = adapters
         self.factors: dict[str, Factors] = {} if own is None else {own[1]: own[0]}  # by checksum
         self.held: defaultdict[str, dict[int, tuple[str, Tensor]]] = defaultdict(dict)
-        self.fitting: set[str] = set()  # of the factors that fit the model
+        self.fitting: set[str] = set()  # checksums of the factors that match the model
         self.numbers = _FIRST
 
     def push(self, message: Message, in_use: frozenset[str]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class _Versions:
 
 
 def _merged(message: Message, factors: Factors, before: Tensor | None) -> Tensor:
-    """The vector of all cores. ValueError for places, numbers of values or values that are wrong."""
+    """The vector of all cores. Raises ValueError for wrong places, counts or values."""
     spans, cores = list(factors.spans.values()), message.cores
     if before is None and list(message.places) != list(range(len(spans))):
         raise ValueError(f"push: expected the cores of all {len(spans)} layers, got {len(message.places)}")
@@ -131,7 +131,7 @@ def _merged(message: Message, factors: Factors, before: Tensor | None) -> Tensor
 
 @cache
 def _install() -> None:
-    """Once in a process: the adapters of pushed versions come from `_versions`."""
+    """Makes vLLM load the adapters of pushed versions from `_versions`; called once per process."""
     engine.check_version()
     engine.load_first(_load)
 
