@@ -1,4 +1,4 @@
-"""The forward scope: the work that one forward of a model does once for all layers that have a factor.
+"""The forward scope: the work that one forward of a model does once for all layers of a factor.
 
 It casts A to the compute dtype, and computes F_l = s B G_l^T of all layers that have B in one product. Backward computes dB and
 all dG_l in one product of the Q_l [l, n, r_in]:
@@ -7,9 +7,9 @@ all dG_l in one product of the Q_l [l, n, r_in]:
     backward: the node of layer l adds Q_l = g^T u to the sum and returns None for F;
     the flush of this shared gradient is fold_grad: dB = s sum_l Q_l G_l, dG_l = s Q_l^T B.
 
-No folded value outlives its scope: writes through `.data`, sharded training and swapped parameters move no version counter.
-Within the scope a layer takes F_l only if its B, core and scaling are the objects and versions of which F_l was made.
-Otherwise it folds for itself, as it does outside of a scope, in a recomputation, and with sharded or computed cores or
+No folded value outlives its scope, because writes through `.data`, sharded training and swapped parameters do not change
+version counters. In the scope a layer uses F_l only if its B, core and scaling are the objects and versions that made F_l.
+Otherwise it folds by itself, as outside a scope, in a recomputation, and with sharded or computed cores or
 different scalings.
 """
 
@@ -36,13 +36,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class FoldedGradient(SharedGradient):
-    """The gradient of F of all layers that have B. Its sum is Q [l, n, r_in]; `flush` makes the gradients of B and all cores
-    of it."""
+    """The gradient of F of all layers that have B. Its sum is Q [l, n, r_in]; `flush` computes the gradients of B and all cores
+    from it."""
 
     def __init__(self, scaling: float):
         super().__init__()
         self.scaling = scaling
-        # the layers that have added to the sum, by running backward: the cores of the others get None instead of zeros
+        # by running backward, the layers that have added to the sum: the cores of the others get None instead of zeros
         self.came: defaultdict[int, set[int]] = defaultdict(set)
 
     def flush(self, Q: Tensor | None, dF: Tensor | None, B: Tensor, *cores: Tensor) -> tuple[Tensor | None, ...]:
@@ -58,25 +58,25 @@ class FoldedGradient(SharedGradient):
 
 
 class Cast:
-    """A in one dtype, for one forward, and the tensor and version of which it was made."""
+    """A in one dtype, for one forward, and the tensor and version from which it was cast."""
 
     def __init__(self, A: Tensor, dtype: torch.dtype):
         self.A, self.value, self.version = A, A.detach().to(dtype), 0 if A.is_inference() else A._version
 
     def of(self, A: Tensor) -> Tensor:
-        """The cast, if A is the tensor that was cast, unchanged. Else A itself, which the operators round as they read it."""
+        """The cast, if A is the tensor that was cast, unchanged. Otherwise A itself, which the operators round on reading."""
         return self.value if self.A is A and (A.is_inference() or self.version == A._version) else A
 
 
 class Bank:
-    """F of the layers that have B, for one forward, and the tensors and versions of which it was made."""
+    """F of the layers that have B, for one forward, and the tensors and versions from which it was computed."""
 
     def __init__(self, B: Tensor):
         self.B, self.F, self.index = B, None, {}
 
     def fold(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         """Computes F of all layers in one product, if their cores have one shape, dtype, device and scaling."""
-        # the tensors that the layers' calls will have
+        # the same tensors as in the layers' calls
         own = [layer._parameters["core"] if "core" in layer._parameters else core_of(layer) for layer in layers]
         found = [(layer, core) for layer, core in zip(layers, own) if core is not None and core.dim() == 2]  # no experts
         if len(found) < 2 or type(self.B) not in _PLAIN:
@@ -100,7 +100,7 @@ class Bank:
         self.B_version = self.B._version if self.marked else 0
 
     def serves(self, call: Call, B: Tensor) -> int | None:
-        """The index l of the F_l that a call can take; None if F was made of another B, core or scaling."""
+        """The index l of the F_l that a call can use; None if F was made from another B, core or scaling."""
         l = self.index.get(call.owner)
         if l is None or self.cores[l] is not call.core or self.B is not B or self.scaling != call.scaling:
             return None
@@ -110,12 +110,12 @@ class Bank:
 
 
 def core_form_of(layer: nn.Module) -> nn.Module | None:
-    """The module that makes a layer's core: a child, or a plain attribute where parallelize_module must not see it."""
+    """The module that computes a layer's core: a child, or a plain attribute if parallelize_module must not see it."""
     return layer._modules.get("core_form") or layer.__dict__.get("core_form")
 
 
 def core_of(layer: nn.Module) -> Tensor | None:
-    """The core of a layer, if it is one tensor for the whole forward; None if it is computed anew for each call."""
+    """The core of a layer, if it is one tensor for the whole forward; None if each call computes it."""
     if "core" in layer._parameters:
         return layer._parameters["core"]
     shared = getattr(core_form_of(layer), "shared", None)  # of a CoreAt
@@ -123,8 +123,8 @@ def core_of(layer: nn.Module) -> Tensor | None:
 
 
 class Scope:
-    """One forward of a model. layers: the layers by their B. frame: of the function that runs the forward. cached: where the
-    forward was given a cache, how many tokens a row that has, and how many the forward has; read only for `mixed`."""
+    """One forward of a model. layers: the layers by their B. frame: of the function that runs the forward. cached: if the
+    forward has a cache, the tokens per row in the cache and in the forward; read only for `mixed`."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Scope:
         self.replicas: dict[tuple, Any] = {}  # `tensor_parallel.Replicas`, by process groups and grad mode
 
     def bank(self, B_shared: SharedFactor, B: Tensor, dtype: torch.dtype) -> Bank | None:
-        """B's bank in dtype, made at the first call. One for each grad mode: an F made without a graph cannot be used in
+        """B's bank in dtype, created at the first call. One for each grad mode: an F without a graph cannot be used in
         one."""
         key = (B_shared, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         found = self.banks.get(key)
@@ -161,7 +161,7 @@ class Scope:
 
     def made(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]) -> tuple[Tensor, ...] | None:
         """All cores [r_in, r_out] that a module makes, made at the first call in each grad mode, and again if its tensors have
-        changed. None if it draws random numbers: a recomputation makes the cores one by one and must draw the same."""
+        changed. None if it draws random numbers: a recomputation computes the cores one by one and must draw the same."""
         key = (cores, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         found = self.cores.get(key)
         if found is None or not found.is_of(cores):
@@ -170,8 +170,8 @@ class Scope:
 
 
 class Made:
-    """All cores that a module makes, and the tensors and versions of which they were made. values is None if the module drew
-    random numbers; the generators are then set back, as if it had not been called."""
+    """All cores from a module, and the tensors and versions that made them. values is None if the module drew
+    random numbers; the generators are then reset to their state before the call."""
 
     def __init__(self, cores: nn.Module, make: Callable[[nn.Module], Tensor]):
         self.training, self.tensors = cores.training, _tensors(cores)
@@ -186,14 +186,14 @@ class Made:
         self.values = None if made is None else made.unbind()
 
     def is_of(self, cores: nn.Module) -> bool:
-        """Whether the module's tensors and mode are those of which the cores were made."""
+        """Whether the module's tensors and mode are those that made the cores."""
         now = _tensors(cores)
         same = len(now) == len(self.tensors) and all(t is own for t, own in zip(now, self.tensors))
         return same and cores.training == self.training and _versions(now) == self.versions
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Its parameters and buffers."""
+    """The module's parameters and buffers."""
     return [t for m in module.modules() for own in (m._parameters, m._buffers) for t in own.values() if t is not None]
 
 
@@ -202,7 +202,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _generators(tensors: Sequence[Tensor]) -> list[torch.Generator] | None:
-    """The global generators from which a module with these tensors may draw. None while a CUDA graph is captured, because their
+    """The global generators that a module with these tensors can use. None while a CUDA graph is captured, because their
     state cannot be read then."""
     indices = {t.device.index for t in tensors if t.is_cuda}
     if indices and torch.cuda.is_current_stream_capturing():
@@ -211,7 +211,7 @@ def _generators(tensors: Sequence[Tensor]) -> list[torch.Generator] | None:
 
 
 class _Open(threading.local):
-    """The scopes that are open in a thread, the innermost last."""
+    """The open scopes of a thread, the innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[Scope] = []
@@ -221,7 +221,7 @@ _open = _Open()
 
 
 def open_scope() -> Scope | None:
-    """The innermost open scope. None under a dispatch mode: selective checkpointing runs a region's operators again outside of
+    """The innermost open scope. None under a dispatch mode: selective checkpointing recomputes a region's operators outside
     the scope, and must run the same ones."""
     stack = _open.stack
     while stack:
@@ -229,5 +229,5 @@ def open_scope() -> Scope | None:
             stack[-1].frame.clear()
         except RuntimeError:  # it runs
             return None if dispatch_modes() else stack[-1]
-        stack.pop()  # no hook has closed it: torch calls none after a KeyboardInterrupt, or another BaseException
+        stack.pop()  # not closed by a hook: torch calls none after a KeyboardInterrupt or another BaseException
     return None

@@ -1,9 +1,9 @@
-"""One call of one adapted layer: what runs (`plan_call`), and running it.
+"""Plans (`plan_call`) and runs one call of one adapted layer.
 
 call_linear   over a frozen weight and bias: y = x W^T + bias + s ((drop(x) A) G) B^T
-call_packed   over a frozen weight that is made dense for each product
-add_adapter   onto the y of any other base
-add_rows      onto y, with a core for each row of the batch (`mixed`); linear_rows the same with the base product
+call_packed   over a frozen quantised weight that is dequantised for each product
+add_adapter   adds to the y of any other base
+add_rows      adds to y, with a core for each row of the batch (`mixed`); linear_rows: the same with the base product
 call_routed   the matrices of a mixture's experts
 """
 
@@ -31,7 +31,7 @@ from .tensor_parallel import call_cut, is_dtensor
 from .two_nodes import expand, shared_u
 
 FUSED = planner.ORDERS["fused"]
-_CPU = torch.device("cpu")  # the same object each time: 0.1 us less to look a plan up by
+_CPU = torch.device("cpu")  # one object: saves 0.1 us in the look-up of a plan
 _PLAIN = (Tensor, nn.Parameter)
 _WEIGHTS = (nn.Parameter, Tensor, type(None))
 _INTEGERS_AND_COMPLEX = (t for t in vars(torch).values() if isinstance(t, torch.dtype) and not t.is_floating_point)
@@ -39,26 +39,26 @@ _NOT_CAST = frozenset((torch.float64, *_INTEGERS_AND_COMPLEX))  # by autocast
 
 
 def compute_dtype(x: Tensor) -> torch.dtype | None:
-    """autocast's dtype for x, None where it does not apply."""
+    """autocast's dtype for x; None if it does not apply."""
     if not any_autocast():
         return None
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype not in _NOT_CAST else None
 
 
-# ---- what runs -------------------------------------------------------------------------------------------------------
+# ---- planning --------------------------------------------------------------------------------------------------------
 
 
 def plan_call(
     x: Tensor, A: Tensor, call: Call, weight: Tensor | None, device: torch.device | None = None, purpose: str = "run"
 ) -> Plan:
-    """What a call runs. A real call and `explain` both use this function, so they agree.
+    """The plan of a call. A real call and `explain` both use this function, so they agree.
 
-    weight: of a frozen product x W^T that the nodes compute, None over another base. device: as if x were there. purpose:
+    weight: of a frozen product x W^T that the nodes compute, None for another base. device: assumed for x. purpose:
     "run", "explain" (times nothing) or "tune" (ignores measured choices).
     """
     if is_compiling() or jit_tracing() is not None:
-        return traced.plan(x, A, weight)  # before any look at sizes, which would become guards
+        return traced.plan(x, A, weight)  # before any read of sizes, which would become guards
     if transformed():
         why = "under a functorch transform or forward AD: the composite is differentiable by any of them"
     elif type(x) not in _PLAIN or type(A) not in _PLAIN or type(weight) not in _WEIGHTS:
@@ -70,7 +70,7 @@ def plan_call(
     shape, core = x.shape, call.core.shape
     elements, r_in, r_out = shape.numel(), core[-2], core[-1]
     tokens = elements // shape[-1]
-    # where A is frozen, one node would keep x for a double backward
+    # with a frozen A, one node would keep x for a double backward
     one = weight is not None and not call.p and (A.requires_grad or not x.requires_grad)
     graph, where = is_grad_enabled(), device or (_CPU if x.is_cpu else x.device)
     plan = _plan(
@@ -92,18 +92,18 @@ def plan_call(
         if call.strategy is None and not planner.LOTR_STRATEGY:
             setting = get_num_threads() if where.type == "cpu" else tuned.float32_setting(call.compute)
             key = (plan, tokens, shape[-1], weight.shape[0], r_in, r_out, A.dtype, call.compute, where, graph, setting)
-            found = tuned.plans.get(key)  # enters no Python, with an answer or without
+            found = tuned.plans.get(key)  # runs no Python code, with or without an answer
             plan = found or tuned.apply(plan, problem_of(plan, x, A, call, weight, device), purpose == "run", key)
     return plan if plan.order != FUSED else _fused(plan, tokens, x, call, weight, one)
 
 
 def _forced(call: Call) -> tuple[str | None, str]:
-    """(the strategy that is forced, or None; what forces it)"""
+    """(the forced strategy, or None; the source of it)"""
     return planner.forced_strategy(call.strategy, planner.LOTR_STRATEGY)
 
 
 def _fused(plan: Plan, tokens: int, x: Tensor, call: Call, weight: Tensor | None, one: bool) -> Plan:
-    """The plan of a call whose strategy is fused: one node, since the launch computes u. Strategy beta if fused cannot run."""
+    """The plan of a call with strategy fused: one node, because the launch computes u. Strategy beta if fused cannot run."""
     if not plan.nodes:
         return plan
     if plan.unfolded:
@@ -131,13 +131,13 @@ def _fused(plan: Plan, tokens: int, x: Tensor, call: Call, weight: Tensor | None
 def problem_of(
     plan: Plan, x: Tensor, A: Tensor, call: Call, weight: Tensor, device: torch.device | None = None
 ) -> tuned.Problem:
-    """What a call that runs plan is called among the answers of the tuner."""
+    """The key, among the tuner's answers, of a call that runs plan."""
     form = "unfolded" if plan.unfolded else "alone" if plan.nodes == 1 else "siblings"
     sizes = (tuned.rounded(x.numel() // x.shape[-1]), x.shape[-1], weight.shape[0], *call.core.shape[-2:])
     return tuned.Problem(device or x.device, call.compute, A.dtype, *sizes, form, is_grad_enabled(), plan.strategy)
 
 
-@functools.lru_cache(maxsize=1024)  # these few answers come again in every call
+@functools.lru_cache(maxsize=1024)  # every call needs one of these few answers
 def _plan(
     many: bool,
     few: bool,
@@ -174,7 +174,7 @@ def _plan(
     return plan._replace(nodes=2, why="siblings on the same x share one u = x A")
 
 
-# ---- running it ------------------------------------------------------------------------------------------------------
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, call: Call) -> Tensor:
@@ -219,8 +219,8 @@ def call_packed(
     B: Tensor,
     call: Call,
 ) -> Tensor:
-    """`call_linear` over the frozen weight that dense() makes in x's dtype, in the forward and again in the backward. It is not
-    kept in between. Where no kernels run, the adapter is added to base(x)."""
+    """`call_linear` over the frozen weight that dense() returns in x's dtype, in the forward and again in the backward; not
+    kept in between. Without kernels, the adapter is added to base(x)."""
     call.compute = x.dtype
     call.plan = plan_call(x, A, call, None)
     if call.plan.nodes == 0:
@@ -231,7 +231,7 @@ def call_packed(
 
 
 def explicitly_cast(run: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
-    """run(x, .., call) with autocast off and its dtype in the call, which casts explicitly."""
+    """Runs run(x, .., call) with autocast off and its dtype in the call, which casts explicitly."""
     rest[-1].dtype = rest[-1].compute = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         return run(x, *rest)
@@ -254,7 +254,7 @@ def add_adapter(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tenso
 
 
 def add_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> Tensor:
-    """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], whose tokens all take its core; -1: none. index [b],
+    """y + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], one core for all its tokens; -1: none. index [b],
     or of more of x's leading dimensions."""
     if call.dtype is None:
         if compute_dtype(x) is not None:
@@ -285,14 +285,14 @@ def linear_rows(
 
 
 def _through_cores(x: Tensor, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call) -> tuple[SharedInput, Tensor]:
-    """(what siblings on x share, s u_i cores[index[i]])"""
+    """(the SharedInput of x, s u_i cores[index[i]])"""
     found = shared_u(x, A, B, call)
     index = _index_of_tokens(x, index)
     return found, ops.row_core(found.u, row_cores(cores, x, call.compute), index=index, scaling=call.scaling)
 
 
 def _index_of_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """[m], of an index of x's rows or of more of its leading dimensions."""
+    """The index [m] of all tokens, from an index of x's rows or of more of its leading dimensions."""
     index = index.to(x.device)
     if index.dim() < x.dim() - 1:
         index = index.view(*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim()))).expand(x.shape[:-1])
@@ -314,15 +314,15 @@ def call_routed(
 ) -> Tensor:
     """y_i = x_t(i) W_c(i)^T + bias_c(i) + s ((drop(x) A)_t(i) G_c(i)) B^T for the rows i of a mixture's experts c(i).
 
-        x [m, k], A --> LoTRShrink: u, once a token --> row_core: a row's own core --> h --+
+        x [m, k], A --> LoTRShrink: u, per token    --> row_core: each row's core    --> h --+
         x [m, k]    --> the rows of each expert     --> grouped_mm: the frozen product y --+--> LoTRExpandRows: y + h B^T
 
     x [m, k], weight [e, n, k], bias [e, n], offs [e], tokens [rows], cores [e, r_in, r_out] -> [rows, n]. weight and bias may
-    be trained: autograd differentiates their product. y [rows, n]: what the adapter is added to instead of that product.
-    index [rows]: which of cores [c, r_in, r_out] a row takes, -1 for none, if that is not its expert's.
+    be trained: autograd differentiates their product. y [rows, n]: the adapter is added to it instead of that product.
+    index [rows]: which of cores [c, r_in, r_out] a row uses, -1 for none; None: its expert's.
 
     The frozen product reads x as LoTRShrink's route, so that its gradient of x arrives at LoTRShrink, which adds k A^T to it in
-    place. The products with A and B are those of any layer: siblings share u, and the factors have their shared gradients.
+    place. The products with A and B are the same as in other layers: siblings share u, and factors have their shared gradients.
     """
     if call.dtype is None:
         if any_autocast() and compute_dtype(x) is not None:
@@ -341,11 +341,11 @@ def call_routed(
             x = found.route
     last = call.plan.nodes == 0  # the scaling, as in `plus_unfolded`
     which = {"offs": offs} if index is None else {"index": index}
-    # first: it looks at offs and tokens
+    # first: it checks offs and tokens
     h = ops.row_core(u, cores, **which, tokens=tokens, scaling=1.0 if last else call.scaling)
     if y is None:
         y = grouped_linear(x if tokens is None else x[tokens], weight, offs, bias, call.dtype)
-        # what selective checkpointing keeps may not change
+        # tensors that selective checkpointing keeps must not change
         call.owns_y = not last and y.dtype == u.dtype and not dispatch_modes()
     if last:
         return plus_unfolded(y, h, B, call.scaling)
@@ -359,7 +359,7 @@ def plus_unfolded(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 def row_cores(cores: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
-    """cores on x's device, in a dtype that row_core takes: it rounds float32 ones itself, those of the rows alone."""
+    """cores on x's device, in a dtype that row_core accepts: it rounds float32 ones itself, only those of the rows."""
     cores = cores.to(x.device)
     return cores if cores.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16) else to(cores, compute)
 
@@ -370,7 +370,7 @@ def _composite(x: Tensor, y: Tensor, A: Tensor, B: Tensor, call: Call) -> Tensor
 
 
 def dropped_input(x: Tensor, A: Tensor, call: Call) -> Tensor:
-    """drop(x) for the composite. It uses the siblings' mask if a kernel can draw it from their seed, else torch's dropout."""
+    """drop(x) for the composite. Uses the siblings' mask if a kernel can draw it from their seed, otherwise torch's dropout."""
     if not call.p:
         return x
     eager = not (is_compiling() or jit_tracing() is not None or transformed()) and type(x) in _PLAIN

@@ -1,4 +1,4 @@
-"""LoTRFunction: an adapted layer as one autograd node (`Plan.nodes` 1). Equations: `reference.py`; which runs when: `call.py`.
+"""LoTRFunction: an adapted layer as one autograd node (`Plan.nodes` 1). Equations: `reference.py`; choice of nodes: `call.py`.
 
 It runs one operator a direction. A factor's gradient is added to its `SharedGradient` if another layer has the factor, else it
 is returned to autograd. A backward that is itself recorded (create_graph=True) or batched runs torch's own products instead,
@@ -34,7 +34,7 @@ class LoTRFunction(Node):
     """y = x W^T + bias + s ((x A) G) B^T as one node.
 
     apply(x [..., k], weight [n, k], bias [n] or None, A [k, r_in], B [n, r_out], core [r_in, r_out], scaling) -> [..., n].
-    Differentiable, also twice, in all six tensors. Layers pass their `Call` in scaling's place: it has the scaling, the dtype,
+    Differentiable, also twice, in all six tensors. Layers pass their `Call` as scaling: it has the scaling, the dtype,
     the plan, and the sums of A's and B's gradients.
     """
 
@@ -46,14 +46,14 @@ class LoTRFunction(Node):
         x_, weight_, bias_, A_, B_, core_, plan = x, weight, bias, A, B, core, call.plan
         if call.dtype is not None:
             x_, weight_, bias_ = call.cast(x, weight, bias)
-        # three device objects less, 0.1 us, where all are on the CPU
+        # on the CPU: three device objects less, 0.1 us
         call.apart = not ((x.is_cpu and A.is_cpu and core.is_cpu) or A.device == x.device == core.device)
         if call.apart:
             A_, B_, core_ = here(x.device, A, B, core)
         factors = (A_, B_, core_, call.scaling)
         y, u, F = ops.layer_forward(x_, weight_, bias_, *factors, plan.order, plan.unfolded, scale=call.scale)
         ctx.save_for_backward(
-            x if need_x or need_weight or need_A else None,  # with x: for kept_u, which layers avoid where A is frozen
+            x if need_x or need_weight or need_A else None,  # with x: for kept_u, which layers with a frozen A avoid
             weight if need_x else None,
             A if need_x else None,
             B if need_x or need_A or need_core else None,
@@ -62,7 +62,7 @@ class LoTRFunction(Node):
             F if need_x or need_A else None,
         )
         # A, B and core are kept here too: a gradient that does not need their saved copy must not raise when they were changed
-        # in place, and a checkpoint's forward saves no tensor, yet its next layers must find the same A and B
+        # in place, and a checkpoint's forward saves no tensor, but its next layers must find the same A and B
         ctx.call, call.factors = call, (A, B, core)
         if dispatch_modes():
             call.note_versions(B=B, core=core)
@@ -102,9 +102,9 @@ class LoTRFunction(Node):
 
     @staticmethod
     def _read(ctx) -> tuple[Sequence[bool], Sequence[Tensor | None]]:
-        """The gradients that the running backward needs, and the saved tensors that these are made of: the others may have
+        """The gradients that the running backward needs, and the saved tensors that they depend on: the others may have
         changed."""
-        end = len(ctx.next_functions)  # a bias of None has no place among them
+        end = len(ctx.next_functions)  # a bias of None is not among them
         wanted = [need and wants(ctx, i if i < 3 else end - 6 + i) for i, need in enumerate(ctx.needs_input_grad[:6])]
         x, weight, _, A, B, core = wanted
         return wanted, saved_if(ctx, weight or A, x, x, x or A or core, x or A or B, B or core, x or A)
@@ -117,7 +117,7 @@ class LoTRFunction(Node):
         if ctx.call.read is not None:
             ctx.call.refuse_changed(B=want_x or want_A or want_core, core=want_x or want_A or want_B)
         x, weight, A, B, core, u, _ = saved
-        core = None if core is None else ctx.call.factors[2]  # hooks are given a copy, which has no graph
+        core = None if core is None else ctx.call.factors[2]  # hooks get a copy, which has no graph
         if u is not None and is_grad_enabled() and not compiled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
             u = kept_u(ctx, u, x, A)
         shape, g = g.shape, rows(g)
@@ -136,8 +136,8 @@ def kept_u(node, u: Tensor, x: Tensor | None, A: Tensor | None) -> Tensor:
     """u = x A with the value that a LoTRFunction saved, as a differentiable function of x and A: dB and dG depend on it, so a
     double backward needs its gradient.
 
-    x and A: as they were unpacked of node, None if they were not yet; a checkpoint lets a tensor be unpacked only once. If x
-    or A was changed in place since the forward, a gradient that reaches u raises, as it does at a product of torch's.
+    x and A: as unpacked from node, None if not unpacked yet; a checkpoint allows only one unpacking of a tensor. If x
+    or A was changed in place since the forward, a gradient that reaches u raises, as in torch's products.
     """
     of_x = of_A = None
     if x is None:
@@ -147,7 +147,7 @@ def kept_u(node, u: Tensor, x: Tensor | None, A: Tensor | None) -> Tensor:
     error = of_x or of_A
     made = rows(to(x, u.dtype)) @ to(A, u.dtype).to(u.device)
     if error is None:
-        return made + (u - made).detach()  # u's own value: A may be another where only x was read
+        return made + (u - made).detach()  # u's saved value: A may have changed if only x was read
     if functorch_active():
         raise error
 

@@ -15,11 +15,11 @@ from .two_nodes import add_expand
 
 
 class LoTRExpandRows(Node):
-    """x W^T + bias + h B^T, or y + h B^T in y's dtype.   backward: dx = g W,  dh = g B,  dB += g^T h, where dx goes to the
-    siblings' sum.
+    """x W^T + bias + h B^T, or y + h B^T in y's dtype.   backward: dx = g W,  dh = g B,  dB += g^T h, where dx is added
+    to the siblings' sum.
 
-    apply(route, h [m, r_out], B [n, r_out], y [..., n], (x, weight, bias), call, shared_input): h was made of shared_input's u,
-    with a core for each row. route and the base are those of LoTRExpand, with h in the place of u and B in that of F. y is
+    apply(route, h [m, r_out], B [n, r_out], y [..., n], (x, weight, bias), call, shared_input): h is made of shared_input's u,
+    with a core for each row. route and the base are those of LoTRExpand, with h instead of u and B instead of F. y is
     written in place if call.owns_y.
     """
 
@@ -38,7 +38,7 @@ class LoTRExpandRows(Node):
         if dispatch_modes():
             call.note_versions(B=B)
         ctx.own = weakref.ref(ctx, shared_input.waiting.discard)
-        shared_input.waiting.add(ctx.own)  # so that LoTRShrink keeps what it saved, if it goes backward without this node
+        shared_input.waiting.add(ctx.own)  # so that LoTRShrink keeps its saved tensors, if it runs backward without this node
         return y
 
     @staticmethod
@@ -88,7 +88,7 @@ def _linear_rows(h: Tensor, B: Tensor, base: tuple, call: Call) -> Tensor:
 
 
 def _square(B: Tensor) -> tuple[Tensor, Tensor]:
-    """B and a core of the shape that the operators of a layer expect where h is u and B is F. They do not read it."""
+    """B and a core of the shape that the layer operators expect for u = h and F = B. They do not read the core."""
     return B, B.new_empty(B.shape[1], B.shape[1])
 
 
@@ -104,7 +104,7 @@ def _shrink_grad(g: Tensor, B: Tensor | None, h: Tensor | None, sum_B: Tensor | 
 
 
 def expand_rows(found: SharedInput, h: Tensor, y: Tensor | None, base: tuple, B: Tensor, call: Call) -> Tensor:
-    """y + h B^T for h [rows, r_out], which was made of found.u; without y, x W^T + bias + h B^T for base = (x, W, bias)."""
+    """y + h B^T for h [rows, r_out], computed from found.u; without y, x W^T + bias + h B^T for base = (x, W, bias)."""
     tensors = (h, B, base[0] if y is None else y)
     if not (is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return _linear_rows(h, B, base, call) if y is None else add_expand(y, h, *here(h.device, B), call.owns_y)

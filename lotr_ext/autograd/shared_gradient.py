@@ -2,10 +2,10 @@
 
     A --> [LoTRShared: identity, one a forward] --> layer 1 .. layer L
     backward: layer L .. layer 1 add into one sum (float32; float64 for float64) and return None for A;
-    autograd runs LoTRShared's backward once all its users have run; it returns what `flush` makes of the sum.
+    autograd runs LoTRShared's backward once all its users have run; it returns `flush` of the sum.
 
-So autograd, hooks, DDP's buckets and optimizers see one ordinary gradient per backward, and a backward makes one temporary of
-A's size for any number of layers. A layer that shares its factors with no other layer uses no such node. For a factor flush is
+So autograd, hooks, DDP's buckets and optimizers see one ordinary gradient per backward, and a backward needs one temporary of
+A's size for any number of layers. Layers that share their factors with no other layer do not use it. For a factor, flush is
 a cast; for the folded factors of a group it is `fold_grad` (`bank.py`).
 """
 
@@ -29,7 +29,7 @@ def _nothing() -> None:
 
 
 class TaskSum:
-    """The sum of one running backward, and the CUDA stream that wrote it last. key: the backward's id, and what is summed;
+    """The sum of one running backward, and the last CUDA stream that wrote it. key: the backward's id, and the summed object;
     cuda: whether it is on a GPU."""
 
     key: tuple[int, Any]
@@ -49,7 +49,7 @@ class TaskSum:
 
 
 class TaskSums:
-    """Sums by the id of the running backward and by what is summed, so that nested (reentrant checkpointing), partial, failed
+    """Sums by the id of the running backward and by summed object, so that nested (reentrant checkpointing), partial, failed
     and concurrent backwards have separate sums."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class TaskSums:
         self._lock = threading.Lock()
 
     def of_task(self, of: Any, device: torch.device) -> TaskSum | None:
-        """The running backward's sum; its value is None when it is new. None outside of a backward. device: of the sum."""
+        """The running backward's sum; its value is None when new. None outside a backward. device: of the sum."""
         key, total = (graph_task(), of), self._last()
         if total is None or total.key != key:
             if key[0] < 0:
@@ -79,7 +79,7 @@ class TaskSums:
         return total
 
     def pending(self) -> int:
-        """How many sums are alive: 0 whenever no backward is running."""
+        """How many sums are alive: 0 if no backward is running."""
         return len(self.sums)
 
 
@@ -100,16 +100,16 @@ class SharedGradient(TaskSums):
         self._users: set[int] = set()
 
     def view(self, param: Tensor, user: object) -> Tensor:
-        """param for a user: behind a LoTRShared node if it gets a gradient.
+        """param for a user: the output of a LoTRShared node if it gets a gradient.
 
-        All users of a round share one node. A user that calls again begins a new round, which is a new forward: the older node
+        All users of a round share one node. A second call by a user starts a new round, which is a new forward: the older node
         would flush after the last reduction of a sharded forward. Only graphs hold a strong reference to a node.
         """
         if not (param.requires_grad and is_grad_enabled()):
             return param
         user_id, address = id(user), self.address(param)
         if self._param is not param or user_id in self._users or self._data != address:
-            # param itself is held strongly, for torch.utils.swap_tensors refuses tensors with weak references
+            # a strong reference, because torch.utils.swap_tensors refuses tensors with weak references
             self._view, self._param, self._data, self._users = _nothing, param, address, {user_id}
         else:
             self._users.add(user_id)
@@ -120,7 +120,7 @@ class SharedGradient(TaskSums):
         return view
 
     def accumulator(self, like: Tensor) -> Tensor | None:
-        """The running backward's sum on like's device, zero when new, for the caller to add to in place. None outside of a
+        """The running backward's sum on like's device, zero when new, for the caller to add to in place. None outside a
         backward."""
         device = like.device
         total = self.of_task(device, device)
@@ -131,7 +131,7 @@ class SharedGradient(TaskSums):
         return total.value
 
     def take(self, device: torch.device) -> Tensor | None:
-        """Takes the running backward's whole sum out, as one tensor on device; None if nothing was added to it."""
+        """Removes and returns the running backward's whole sum, as one tensor on device; None if nothing was added."""
         task, parts = graph_task(), []
         with self._lock:
             self._last = _nothing
@@ -149,7 +149,7 @@ class SharedGradient(TaskSums):
         return total
 
     def flush(self, total: Tensor | None, grad: Tensor | None, param: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of param: the sum, cast, plus grad, which autograd brings in a recorded backward."""
+        """The gradient of param: the sum, cast, plus grad, which autograd passes in a recorded backward."""
         self.renew()
         if total is not None:
             total = total.to(param.dtype)
@@ -158,7 +158,7 @@ class SharedGradient(TaskSums):
 
 
 class LoTRShared(Node):
-    """The node of a shared gradient: value, or params' only one, stands for params in the graph.
+    """The node of a shared gradient: value, or the only one of params, represents params in the graph.
 
     backward: `SharedGradient.flush` of the sum.
     """
@@ -167,11 +167,11 @@ class LoTRShared(Node):
     def forward(ctx, shared: SharedGradient, value: Tensor | None, *params: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         # not save_for_backward: a checkpoint around the first user would miss them in its recomputation; a change of params is
-        # noticed all the same, since each user saves what it reads
+        # still detected, because each user saves the tensors that it reads
         ctx.shared, ctx.params = shared, params
         return (
             params[0] if value is None else value
-        ).detach()  # shares the version counter, yet is no view, whose graph an optimizer step would void
+        ).detach()  # shares the version counter, but is not a view, whose graph an optimizer step would invalidate
 
     @staticmethod
     def backward(ctx, grad: Tensor | None):

@@ -1,25 +1,25 @@
-"""What the layers of a group share while they run: one u = x A for all that are called on the same x, and the record of a call.
+"""The state that layers of a group share in a step: one u = x A for all layers called on the same x; and the record of a call.
 
     x, A --> LoTRShrink (u, route) --+--> LoTRExpand (route, u, B, G_q, W_q -> y_q)
                                      +--> LoTRExpand (route, u, B, G_k, W_k -> y_k)
                                      +--> LoTRExpand (route, u, B, G_v, W_v -> y_v)
 
-Such layers are siblings, whatever their B. Four objects hold the state:
+Such layers are siblings, also with different B. Four objects hold the state:
 
     Group          of one LoTRFactors: the SharedFactor of A and that of B
     SharedFactor   of one factor: its gradient (`shared_gradient.py`), and each thread's newest SharedInput
-    SharedInput    of one x: u, route, and the siblings whose backward is still to come
+    SharedInput    of one x: u, route, and the siblings whose backward has not run yet
     _pending       the pending gradients (k, dx) of u and x, one pair for each SharedInput and running backward
 
-`route` stands for x in the graph. In backward each sibling adds its k = g F and dx = g W to the pending gradients
+`route` represents x in the graph. In backward each sibling adds its k = g F and dx = g W to the pending gradients
 (`SharedInput.pending`) and returns None for them. The last sibling computes dA in one pass over x, and adds k A^T before its
-own g W. If no sibling can know that it is the last (retain_graph, a sibling that is not in the loss), LoTRShrink's backward
-takes the pending gradients (`SharedInput.take`) and does both. Autograd runs it after theirs.
+own g W. If the last sibling cannot be determined (retain_graph, a sibling that is not in the loss), LoTRShrink's backward
+takes the pending gradients (`SharedInput.take`) and does both. Autograd runs it after the siblings.
 
 A call reuses u only for the same x object, unchanged, in the same grad mode, dtype, autocast state, dropout and checkpoint
-region, with no optimizer step between, and only once for each layer: a layer that comes again starts a new round. One kind of
-change is missed: a write to x or A through `.data` or a NumPy view, which moves no version counter, between two siblings'
-calls. No activation is kept alive.
+region, with no optimizer step between, and only once for each layer: a second call of a layer starts a new round. One kind of
+change is not detected: a write to x or A between two siblings' calls through `.data` or a NumPy view, which does not change
+version counters. No activation is kept alive.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
     from ..ops.planner import Plan
 
 _pending = TaskSums()  # (k, dx) of each SharedInput in a running backward
-_REGIONS = (types.FunctionType, BackwardCFunction, types.NoneType)  # checkpoint regions that a weak reference can tell apart
+_REGIONS = (types.FunctionType, BackwardCFunction, types.NoneType)  # checkpoint regions that a weak reference can identify
 
 
 class SharedInput:
-    """u = x A of one x, for the siblings that will be called on it, and the pending gradients of both.
+    """u = x A of one x, for the siblings called on it, and the pending gradients of both.
 
     Only the siblings' autograd nodes hold a strong reference: u's graph references x, so a strong reference from the factor
     would leak the activation. u is cleared when x is freed, because under checkpointing x is freed before the nodes are.
@@ -80,7 +80,7 @@ class SharedInput:
         self.x, self.key, self.region = weakref.ref(x, forget), key, None if region is None else weakref.ref(region)
         self.A = None if key is None else (A, A.untyped_storage())
         self.users: set[int] = set()
-        self.waiting: set[weakref.ref] = set()  # the siblings' nodes whose backward is to come
+        self.waiting: set[weakref.ref] = set()  # the siblings' nodes whose backward has not run
 
     def drawn(self, device: torch.device) -> Tensor:
         """The seed of all siblings' dropout mask (int64, one element), drawn at the first call."""
@@ -89,7 +89,7 @@ class SharedInput:
         return self.seed
 
     def serves(self, A: Tensor, key: tuple, region: object | None, user: object) -> bool:
-        """Whether user, called on this x, may take u, or the seed if u is not there yet."""
+        """Whether user, called on this x, may use u, or the seed if u is not computed yet."""
         if (self.u is None and self.seed is None) or self.key != key or id(user) in self.users:
             return False
         if self.A[0] is not A or not same_storage(self.A[1], A.untyped_storage()):
@@ -99,10 +99,10 @@ class SharedInput:
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def pending(self, node: weakref.ref, device: torch.device) -> tuple[TaskSum, object | None]:
-        """The running backward's pending gradients (k, dx), to which a sibling's node adds; their value is None when new. And
+        """The running backward's pending gradients (k, dx), to which a sibling's node adds; their value is None when new. Also
         LoTRShrink's node if this sibling is the last.
 
-        Later calls do not reuse u: an optimizer step may follow, and a fused optimizer moves no version counter.
+        Later calls do not reuse u: an optimizer step may follow, and a fused optimizer does not change version counters.
         """
         self.u = self.route = self.seed = None
         if not keeps_graph():
@@ -111,7 +111,7 @@ class SharedInput:
         return _pending.of_task(self, device), last
 
     def take(self, device: torch.device, k: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The running backward's pending gradients plus k and dx, which autograd brought itself. Nothing is pending then."""
+        """The running backward's pending gradients plus k and dx from autograd. Afterwards nothing is pending."""
         total = _pending.sums.get((graph_task(), self))
         if total is None or total.value is None:
             return k, dx
@@ -123,11 +123,11 @@ class SharedInput:
         return tuple(b if a is None else a if b is None else a + b for a, b in zip((k, dx), found))
 
     def keep(self, *saved: Tensor | None) -> None:
-        """Keeps what LoTRShrink saved while a sibling's backward is still to come: autograd frees it after the first."""
+        """Keeps LoTRShrink's saved tensors while a sibling's backward has not run: autograd frees them after the first."""
         self.kept = tuple((t, None if t is None else t._version) for t in saved) if self.waiting else None
 
     def kept_if(self, *wanted: bool) -> list[Tensor | None]:
-        """What was kept, None where it is not wanted. If nothing was kept, raises the error that is being handled; if a wanted
+        """The kept tensors, None for unwanted ones. If nothing was kept, raises the error that is being handled; if a wanted
         tensor has changed, raises autograd's error for that."""
         if self.kept is None:
             raise
@@ -144,14 +144,14 @@ class SharedInput:
 
 
 class _Steps(threading.local):
-    """taken: the steps of all optimizers in this thread, since a fused optimizer changes A and moves no version counter."""
+    """taken: the steps of all optimizers in this thread, needed because a fused optimizer does not change version counters."""
 
     taken = 0
     everywhere = 0  # in all threads
     hook: RemovableHandle | None = None  # of the process
 
     def count(self) -> None:
-        """Counts from now on: no hook is registered before the first factor is made."""
+        """Starts to count: no hook is registered before the first factor is created."""
         if _Steps.hook is None:
             _Steps.hook = register_optimizer_step_post_hook(self._take)
 
@@ -169,7 +169,7 @@ def steps_taken() -> int:
 
 
 class _Newest(threading.local):
-    """A factor's newest SharedInput in this thread. Per thread, so that a recomputation decides as its forward did."""
+    """A factor's newest SharedInput in this thread. Per thread, so that a recomputation chooses as its forward did."""
 
     input: Callable[[], SharedInput | None] = staticmethod(lambda: None)
 
@@ -177,7 +177,7 @@ class _Newest(threading.local):
 class SharedFactor(SharedGradient):
     """One factor's gradient and, for an A, each thread's newest SharedInput. Copies and pickles of it start empty.
 
-    layers: how many layers have the factor, in any pair; 0 where they were not counted.
+    layers: how many layers have the factor, in any pair; 0 if not counted.
     """
 
     def __init__(self) -> None:
@@ -191,24 +191,24 @@ class SharedFactor(SharedGradient):
         return SharedFactor, ()
 
     def part(self, *key: object) -> SharedFactor:
-        """The SharedFactor of some of its rows, which layers over a weight that is cut read (`tensor_parallel.py`)."""
+        """The SharedFactor of some of its rows, which layers with a sharded weight read (`tensor_parallel.py`)."""
         found = self.parts.get(key)
         if found is None:
             found = self.parts.setdefault(key, SharedFactor())
-            found.layers = 2  # more than one, as far as is known
+            found.layers = 2  # assume more than one
         return found
 
     def find(self, x: Tensor, A: Tensor, user: object, how: tuple) -> SharedInput:
         """The SharedInput for user's call on x: a sibling's, in which u or seed is set, or a new one.
 
-        how: what else u depends on, the dropout in force last. With a new one the caller sets u (and route, in a graph),
+        how: all else that u depends on, with the dropout last. For a new one the caller sets u (and route, in a graph),
         or draws the seed, and then calls `offer`.
         """
         # The innermost saved-tensor hook identifies a checkpoint's forward, its recomputation and the code around it. Forward
-        # and recomputation must save the same tensors: they must decide alike, and never share with each other.
+        # and recomputation must save the same tensors: they must choose alike, and never share with each other.
         region = (saved_tensor_hook(False) or (None,))[0]
         if how[-1]:
-            # a reentrant checkpoint draws its masks again from its start on; a module with backward hooks gets an x of its own
+            # a reentrant checkpoint draws its masks again from its start; a module with backward hooks gets its own x
             if wraps_inputs(user):
                 return SharedInput(x, A, None, None)
             if not torch.is_grad_enabled():
@@ -227,7 +227,7 @@ class SharedFactor(SharedGradient):
         return found
 
     def offer(self, shared_input: SharedInput) -> None:
-        """Makes shared_input the newest, if it may be shared. Without a graph u cannot hold x, so the factor may own it."""
+        """Makes shared_input the newest, if it may be shared. Without a graph u does not hold x, so the factor may own it."""
         if shared_input.key is not None:
             in_graph = shared_input.route is not None
             self._newest.input = weakref.ref(shared_input) if in_graph else lambda: shared_input
@@ -249,18 +249,18 @@ class Group:
 
 
 class Call:
-    """One call of one layer: what the layer brings, and what was decided for it.
+    """One call of one layer: the layer's inputs, and the choices for it.
 
-    core: [r_in, r_out]; scaling: s; p: the dropout in force; group: None for a layer that shares nothing; owner: the module
-        with the core, known to a forward scope; strategy: one of planner.STRATEGIES if it is forced; shares: whether another
+    core: [r_in, r_out]; scaling: s; p: the dropout; group: None for a layer that shares nothing; owner: the module
+        with the core, known to a forward scope; strategy: the forced one of STRATEGIES, or None; shares: whether another
         layer has one of its factors
-    dtype: autocast's, None outside of it; compute: the dtype to compute in; plan: what runs
-    bank, l: the forward scope's Bank and the layer's place in it (`bank.py`)
-    scale: m / c [n], if the product with the base is to be scaled; the nodes do it where they compute that product
-    dense: makes the weight of the base product, which is then not saved; None where the weight itself is given
-    first: weight, bias and B, if LoTRShrink may compute y with u in one operator; made: that y and its F, for LoTRExpand
+    dtype: autocast's, or None; compute: the dtype to compute in; plan: of the call
+    bank, l: the forward scope's Bank and the layer's index in it (`bank.py`)
+    scale: m / c [n], if the product with the base must be scaled; the nodes do it if they compute that product
+    dense: returns the weight of the base product, which is then not saved; None if the weight itself is given
+    first: weight, bias and B, if LoTRShrink may compute y and u in one operator; made: that y and its F, for LoTRExpand
     owns_y: whether no other code has a reference to the y to which the adapter is added
-    factors: A, B and core as LoTRFunction got them; apart: whether these are on another device than x
+    factors: A, B and core as passed to LoTRFunction; apart: whether they are on another device than x
     read: tensors and their versions at the forward, under a dispatch mode (`note_versions`)
     """
 
@@ -296,7 +296,7 @@ class Call:
 
     @classmethod
     def of_function(cls, x: Tensor, core: Tensor, scaling: float, graph: bool) -> Call:
-        """The call of a LoTRFunction that is applied without a layer."""
+        """The call of a LoTRFunction without a layer."""
         call = cls(core, float(scaling))
         call.compute = x.dtype
         call.plan = planner.plan_function(x, core, graph)
@@ -308,13 +308,13 @@ class Call:
         return tensors if dtype is None else tuple(None if t is None else to(t, dtype) for t in tensors)
 
     def note_versions(self, **tensors: Tensor) -> None:
-        """Notes the version counters of tensors under a dispatch mode: selective checkpointing keeps what was made of them, and
+        """Notes the version counters of tensors under a dispatch mode: selective checkpointing keeps results of them, and
         autograd then does not check whether they were changed in place."""
         if not (torch.compiler.is_compiling() or any(t.is_inference() for t in tensors.values())):
             self.read = {name: (t, t._version) for name, t in tensors.items()}
 
     def refuse_changed(self, **wanted: bool) -> None:
-        """RuntimeError if a tensor that `note_versions` saw was changed since, and a wanted gradient is made of it."""
+        """Raises RuntimeError if a tensor of `note_versions` was changed since, and a wanted gradient depends on it."""
         for name, (t, before) in self.read.items():
             if wanted[name] and t._version != before:
                 raise RuntimeError(

@@ -1,13 +1,13 @@
-"""Layers whose frozen weight is a DTensor, cut over the processes of a mesh by its rows or its columns (tensor parallelism).
+"""Layers whose frozen weight is a DTensor, sharded over the processes of a mesh by rows or by columns (tensor parallelism).
 
     rows of W     (ColwiseParallel)   y_p = x W_p^T + bias_p + s ((x A) G) B_p^T        B_p: the same rows of B
     columns of W  (RowwiseParallel)   y = sum_p x_p W_p^T + s ((x_p A_p) G) B^T, + bias  A_p: the rows of A for x_p
 
-Each process runs its layer on local tensors, by the nodes of any other layer. A, B and the cores are plain tensors with the
-same values in all processes. What a process computes of their gradients is a part of a sum:
+Each process runs its layer on local tensors, with the same nodes as other layers. A, B and the cores are plain tensors with the
+same values in all processes. Each process computes one term of their gradients:
 
     A, B, G_1 .. G_L --> [LoTRReplicas, one a forward] --> layers 1 .. L
-    backward: LoTRReplicas adds the parts of all processes, in one all-reduce
+    backward: LoTRReplicas adds the terms of all processes, in one all-reduce
 
 A layer that is whole in all processes does not read the replicas, so its gradient is not added p times.
 """
@@ -44,7 +44,7 @@ def is_dtensor(tensor: object) -> bool:
 
 class Cut(NamedTuple):
     """This process's part of a weight [n, k]: rows (dim 0) or columns (dim 1) start to stop. axis: of the mesh, None for a
-    weight that all processes have whole."""
+    weight that is whole in all processes."""
 
     mesh: DeviceMesh
     axis: int | None
@@ -54,13 +54,13 @@ class Cut(NamedTuple):
 
     @property
     def rows(self) -> tuple[slice, slice]:
-        """The rows of A and of B that this process's part needs."""
+        """The rows of A and B that this process's part needs."""
         here, every = slice(self.start, self.stop), slice(None)
         return (every, here) if self.dim == 0 else (here, every)
 
 
 def cut_of(weight: DTensor) -> Cut | None:
-    """How weight is cut; None for a layout in which the layer has no local form (cut over two axes, or a sum of parts)."""
+    """How weight is sharded; None for a layout without a local form of the layer (sharded over two axes, or a partial sum)."""
     from torch.distributed.tensor import Shard
 
     mesh, axes = weight.device_mesh, [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
@@ -69,7 +69,7 @@ def cut_of(weight: DTensor) -> Cut | None:
     placement = weight.placements[axes[0]]
     if len(axes) > 1 or type(placement) is not Shard:
         return None
-    # as torch.chunk cuts, so the last parts may be shorter, or empty
+    # as in torch.chunk: the last parts may be shorter or empty
     size, processes = weight.shape[placement.dim], mesh.size(axes[0])
     step = -(-size // processes)
     start = min(size, mesh.get_local_rank(axes[0]) * step)
@@ -77,8 +77,8 @@ def cut_of(weight: DTensor) -> Cut | None:
 
 
 class ExpertsCut(NamedTuple):
-    """This process's part of a mixture's matrices [e, n, k], cut over an axis of a mesh. by: "experts", "rows" or "columns".
-    of_A, of_B: the rows of A and B that it needs, as `rows_of` takes them."""
+    """This process's part of a mixture's matrices [e, n, k], sharded over a mesh axis. by: "experts", "rows" or "columns".
+    of_A, of_B: the rows of A and B that it needs, as arguments of `rows_of`."""
 
     mesh: DeviceMesh
     axis: int
@@ -87,13 +87,13 @@ class ExpertsCut(NamedTuple):
     of_B: tuple[int, ...]
 
     def localise(self, A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """The rows of A and B that a call on local tensors reads; they, and the core, go into the call."""
+        """Stores the rows of A and B that a call on local tensors reads, and the core, in the call."""
         return localise(self.of_A, self.of_B, [self.mesh.get_group(self.axis)], A, B, call)
 
 
 def experts_cut(stored: DTensor, transposed: bool = False) -> ExpertsCut | None:
-    """How experts' matrices are cut. stored: [e, n, k], or transposed [e, k, n]. None for a layout in which they have no local
-    form."""
+    """How experts' matrices are sharded. stored: [e, n, k], or transposed [e, k, n]. None for a layout without a
+    local form."""
     mesh, axes = stored.device_mesh, [i for i, placement in enumerate(stored.placements) if not placement.is_replicate()]
     if len(axes) != 1 or not hasattr(placement := stored.placements[axes[0]], "dim"):
         return None
@@ -102,7 +102,7 @@ def experts_cut(stored: DTensor, transposed: bool = False) -> ExpertsCut | None:
     if dim == 0:
         return ExpertsCut(mesh, axes[0], "experts", of_A, of_B) if split == 1 else None
     size = stored.shape[dim] // split
-    step = -(-size // mesh.size(axes[0]))  # as torch.chunk cuts
+    step = -(-size // mesh.size(axes[0]))  # as in torch.chunk
     start = min(size, mesh.get_local_rank(axes[0]) * step)
     own = (start, min(size, start + step), *((split,) if split > 1 else ()))
     if (dim == 1) != transposed:
@@ -115,13 +115,13 @@ def rows_of(t: Tensor, start: int = 0, stop: int | None = None, split: int = 1) 
     return t[start:stop] if split == 1 else t.unflatten(0, (split, -1))[:, start:stop].flatten(0, 1)
 
 
-# ---- gradients that are parts of a sum -------------------------------------------------------------------------------
+# ---- gradients summed over processes ---------------------------------------------------------------------------------
 
 
 class LoTRReplicas(torch.autograd.Function):
-    """Tensors that all processes have, for layers of which each process computes a part.   backward: the sum of all processes.
+    """Tensors that all processes have, for layers of which each process computes a part.   backward: sums over processes.
 
-    apply(groups, tensors ..) -> the same, as new tensors. groups: of processes, over each of which is summed.
+    apply(groups, tensors ..) -> the same values as new tensors. groups: the process groups over which to sum.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ def _summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class Replicas:
-    """The replicas that the layers of one forward read, and their parts."""
+    """The replicas that the layers of one forward read, and their rows."""
 
     def __init__(self, groups: Sequence[dist.ProcessGroup], tensors: Iterable[Tensor]):
         own = list({id(t): t for t in tensors}.values())
@@ -175,7 +175,7 @@ class Replicas:
         return found is not None and found[0] is t and (t.is_inference() or found[1] == t._version)
 
     def of(self, t: Tensor, start: int = 0, stop: int | None = None, split: int = 1) -> Tensor:
-        """The replica of t, or its rows start to stop: one tensor for all layers that read them. split: of how many equal parts
+        """The replica of t, or its rows start to stop: one tensor for all layers that read them. split: how many equal parts
         of t, one after the other, these are the rows."""
         replica = self.held[id(t)][2]
         if start == 0 and stop in (None, len(t) // split):
@@ -187,23 +187,23 @@ class Replicas:
 
 
 def _replicas(groups: Sequence[dist.ProcessGroup], A: Tensor, B: Tensor, call: Call) -> Replicas:
-    """Those of the open forward scope, in which one node serves all layers, or new ones."""
+    """The Replicas of the open forward scope, in which one node serves all layers, or new ones."""
     scope = None if call.group is None else open_scope()
-    own = () if is_dtensor(call.core) else (call.core,)  # a process has the whole gradient of its own experts' cores
+    own = () if is_dtensor(call.core) else (call.core,)  # a process computes the whole gradient of its experts' cores
     if scope is None:
         return Replicas(groups, (A, B, *own))
     key = (tuple(map(id, groups)), is_grad_enabled(), torch.is_inference_mode_enabled())
     found = scope.replicas.get(key)
     if found is None or not (found.has(A) and found.has(B)):
         found = scope.replicas[key] = Replicas(groups, (A, B, *own, *_of_scope(scope)))
-    if own and not found.has(call.core):  # one that FSDP2 gathered with its block's, or made for this call alone
+    if own and not found.has(call.core):  # a core that FSDP2 gathered with its block, or that exists only in this call
         gathered = call.owner._parameters.get("core") is call.core
         found.add(Replicas(groups, own if not gathered else (*own, *(t for t in _of_scope(scope) if not found.has(t)))))
     return found
 
 
 def _of_scope(scope: Scope) -> list[Tensor]:
-    """A, B and cores of the layers of a forward that are cut, those that are plain tensors now."""
+    """The A, B and cores, if currently plain tensors, of the sharded layers of a forward."""
     found = []
     for layer in (layer for same_B in scope.layers.values() for layer in same_B):
         core = core_of(layer)
@@ -230,7 +230,7 @@ def localise(
 
 
 def _traced(cut: Cut, axes: Sequence[int], A: Tensor, B: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """As `localise`, for Dynamo: DTensor adds up the gradients of a layer, in one all-reduce."""
+    """As `localise`, for Dynamo: DTensor sums the gradients of a layer, in one all-reduce."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     tensors = A, B, call.core
@@ -244,7 +244,7 @@ def _traced(cut: Cut, axes: Sequence[int], A: Tensor, B: Tensor, call: Call) -> 
 
 
 def local_operands(cut: Cut, x: Tensor, A: Tensor, B: Tensor, weight: DTensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """x, A and weight of a call as `plan_call` would get them, for `explain`; x may be plain and whole."""
+    """The x, A and weight that `plan_call` would get, for `explain`; x may be plain and whole."""
     if is_dtensor(x):
         x = x.full_tensor()
     x, A = x[..., cut.rows[0]], A[cut.rows[0]]
@@ -257,7 +257,7 @@ def local_operands(cut: Cut, x: Tensor, A: Tensor, B: Tensor, weight: DTensor, c
 
 
 class _Newest(threading.local):
-    """A thread's newest local input, what it is an alias of, and the same with dropout."""
+    """A thread's newest local input, the tensor that it aliases, and the same with dropout."""
 
     input: Callable[[], Tensor | None] = staticmethod(lambda: None)
     dropped: Callable[[], Tensor | None] = staticmethod(lambda: None)
@@ -269,8 +269,8 @@ _newest = _Newest()
 
 
 def _local_input(x: DTensor, gradient: Sequence[Placement]) -> Tensor:
-    """x's local tensor. The same object for layers that are called on one tensor, each through a DTensor of its own, as the
-    hooks of parallelize_module make them: so siblings share u, and their gradients of x travel together."""
+    """x's local tensor. The same object for layers that are called on one tensor, each through its own DTensor, as the
+    hooks of parallelize_module create them: so siblings share u and the pending gradient of x."""
     local = x.to_local(grad_placements=gradient)
     if local.is_inference():
         return local
@@ -289,7 +289,7 @@ def _local_input(x: DTensor, gradient: Sequence[Placement]) -> Tensor:
 
 
 def _dropped(x: Tensor, cut: Cut, p: float, columns: int) -> Tensor:
-    """drop(x) with the mask of the whole x [.., columns], of which each process has its columns; siblings have one mask."""
+    """drop(x) with this process's columns of the mask of the whole x [.., columns]; siblings share the mask."""
     import torch.distributed as dist
 
     before = _newest.dropped()
@@ -310,7 +310,7 @@ def _dropped(x: Tensor, cut: Cut, p: float, columns: int) -> Tensor:
 
 
 def _checked_cut(x: Tensor, weight: DTensor, call: Call) -> Cut:
-    """How weight is cut, for an x and a call that `call_cut` takes."""
+    """How weight is sharded. Raises for an x or a call that `call_cut` cannot run."""
     if is_compiling() and call.p:
         raise RuntimeError(
             "dropout: expected 0 for a tensor parallel layer inside torch.compile, got more, since all processes draw one "
@@ -341,7 +341,7 @@ def call_cut(
     run, add: `call_linear` and `add_adapter`, for local tensors.
 
     Raises:
-        TypeError: x is no DTensor, or weight is cut in a way in which the layer has no local form. RuntimeError: dropout inside
+        TypeError: x is not a DTensor, or weight has a layout in which the layer has no local form. RuntimeError: dropout inside
             torch.compile.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -363,9 +363,9 @@ def call_cut(
         A_, B_ = localise(of_A, of_B, [cut.mesh.get_group(i) for i in axes], A, B, call)
     weight_, bias_ = (t.to_local() if is_dtensor(t) else t for t in (weight, bias))
     if cut.axis is not None and cut.dim == 1 and cut.mesh.get_local_rank(cut.axis):
-        bias_ = None  # of the parts of a sum one has the bias
+        bias_ = None  # only one term of the sum includes the bias
     x_ = x.to_local(grad_placements=gradient) if tracing else _local_input(x, gradient)
-    if 0 in weight_.shape:  # more processes than rows or columns: no part of y, but a part in the sums of gradients
+    if 0 in weight_.shape:  # more processes than rows or columns: no part of y, but a term in the sums of gradients
         nothing = 0 * sum(t.sum() for t in (A_, B_, call.core))
         y = base_linear(x_, weight_, bias_, call.dtype)
         y = y + nothing.to(y.dtype)

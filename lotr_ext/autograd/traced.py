@@ -1,13 +1,13 @@
-"""What an adapted layer is to torch.compile: one operator to Dynamo, the usual nodes to AOTAutograd, kernels in the graph.
+"""An adapted layer in torch.compile: one operator for Dynamo, the usual nodes for AOTAutograd, kernels in the graph.
 
-    Dynamo         y = lotr::adapted(x, y or W and bias, A, B, G, ..), into which it does not look
-    AOTAutograd    calls `_adapted`, that operator's only implementation, above autograd and on the tensors that it traces with;
-                   the nodes made here go backward once, by autograd's own engine, while it traces
+    Dynamo         y = lotr::adapted(x, y or W and bias, A, B, G, ..), which it does not trace into
+    AOTAutograd    calls `_adapted`, that operator's only implementation, above autograd, on its tracing tensors;
+                   the nodes created here run backward once, by autograd's engine, during tracing
     the graph      layer_forward; layer_backward_
 
-So plain Python decides at compile time what is shared, and a step pays nothing for it. What the calls of a trace share hangs on
-the tensors that they are traced with, which no step sees. A and B have one sum each, in float32, to which the operator of every
-layer adds in place: the graph says so in its functional form, and the compiler drops the copies.
+So plain Python decides at compile time what is shared, without cost in a step. The shared state of a trace is stored on the
+tracing tensors, which no step uses. A and B have one sum each, in float32, to which the operator of every
+layer adds in place: the graph has this in functional form, and the compiler removes the copies.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def plan(x: Tensor, A: Tensor, weight: Tensor | None) -> Plan:
-    """PLAN for a call that torch.compile traces, the composite's for one that is exported or has a tensor subclass."""
+    """PLAN for a call traced by torch.compile, the composite's for an exported call or one with a tensor subclass."""
     exported = is_exporting() or jit_tracing() is not None
     plain = type(x) in _PLAIN and type(A) in _PLAIN and (weight is None or type(weight) in _PLAIN)
     return PLAN if plain and not exported else _COMPOSITE
@@ -51,7 +51,7 @@ class TracedFactor(SharedFactor):
 
     @classmethod
     def of(cls, t: Tensor) -> TracedFactor:
-        """The one of a tensor that is traced with, new at its first call. It hangs on t, so that the trace's end is its own."""
+        """The TracedFactor of a tracing tensor, created at its first call. Stored on t, so that it ends with the trace."""
         if not hasattr(t, "_lotr_factor"):
             t._lotr_factor = cls()
         return t._lotr_factor
@@ -59,18 +59,18 @@ class TracedFactor(SharedFactor):
 
 def _plan(x: Tensor, A: Tensor, B: Tensor, core: Tensor, compute: torch.dtype, strategy: str | None) -> Plan:
     tokens = x.numel() // x.shape[-1]
-    known = isinstance(tokens, int)  # else any: no guard on how many
+    known = isinstance(tokens, int)  # otherwise symbolic: no guard on the number
     many, forced = not known or tokens >= planner.BETA_TOKENS, (strategy, planner.LOTR_STRATEGY)
     found = planner.plan_of(many, max(core.shape), compute, x.device, *forced)
     if found.strategy == "composite" or type(x) in _PLAIN or transformed():
         return _COMPOSITE
     if known and tokens < planner.FEW_TOKENS and x.device.type == "cpu" and not any(forced):  # the fold takes longer than x A
         return _COMPOSITE
-    if compute == torch.float16:  # whose range F could leave, and s u G
+    if compute == torch.float16:  # F, and s u G, could overflow
         return _COMPOSITE
     if not all(t.dtype == compute or (compute == torch.bfloat16 and t.dtype == torch.float32) for t in (A, B, core)):
         return _COMPOSITE
-    return found.taking("beta", "traced") if found.strategy == "fused" else found  # which would make u anew for each sibling
+    return found.taking("beta", "traced") if found.strategy == "fused" else found  # it would compute u again for each sibling
 
 
 def _adapted(x, y, weight, bias, A, B, core, scaling, dtype, p, strategy, decided_by) -> Tensor:
@@ -107,8 +107,8 @@ def _code() -> str:
 
 @torch.compiler.assume_constant_result
 def decided_by() -> str:
-    """What a trace decides by that it is not given: this code, the environment and the driver. As a constant of Dynamo's graph
-    it is in the key by which AOTAutograd keeps graphs on disk, where another version's or strategy's would be taken else."""
+    """What a trace's choices depend on besides arguments: this code, the environment and the driver. As a constant of Dynamo's
+    graph it is in the key of AOTAutograd's cache on disk, so that no graph of another version or strategy is used."""
     built = planner.build_info()["cuda"]["built"] and planner.driver_obstacle() is None
     return f"lotr_ext {_code()}, LOTR_STRATEGY={planner.LOTR_STRATEGY}, CUDA kernels: {built}"
 
@@ -116,6 +116,6 @@ def decided_by() -> str:
 def adapted(
     x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, call: Call
 ) -> Tensor:
-    """What Dynamo takes up: y + s ((drop(x) A) G) B^T, with y = x W^T + bias where it is None."""
+    """The operator that Dynamo records: y + s ((drop(x) A) G) B^T, with y = x W^T + bias if y is None."""
     values = (call.core, call.scaling, call.dtype, call.p, call.strategy, decided_by())
     return lotr.adapted.default(x, y, weight, bias, A, B, *values)

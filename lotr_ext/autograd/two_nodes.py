@@ -1,10 +1,10 @@
-"""The two autograd nodes that siblings use (`Plan.nodes` 2), and the functions that run them. What they share: `sharing.py`.
+"""The two autograd nodes that siblings use (`Plan.nodes` 2), and the functions that run them. Their shared state: `sharing.py`.
 Nodes with a core for each row: `row_nodes.py`.
 
-LoTRShrink      u = drop(x) A, and x's place in the graph (route), once for all layers on x
-LoTRExpand      y = x W^T + bias + u F^T, or onto a given y, with F = s B G^T: one layer
+LoTRShrink      u = drop(x) A, and route, which represents x in the graph, once for all layers on x
+LoTRExpand      y = x W^T + bias + u F^T, or added to a given y, with F = s B G^T: one layer
 
-shared_u        u for a call: a sibling's, or new by LoTRShrink
+shared_u        u for a call: a sibling's, or a new one from LoTRShrink
 expand          y of it
 """
 
@@ -38,8 +38,8 @@ from .sharing import Call, SharedInput
 class LoTRShrink(Node):
     """u = drop(x) A and route.   backward: dx += drop(k A^T),  dA += drop(x)^T k, from the pending gradients k and dx.
 
-    apply(x [..., k], A [k, r_in], call, shared_input, A_cast, seed) -> u [m, r_in], route [..., k], in the dtype to compute in.
-    A_cast: A as a forward scope cast it, or A. shared_input: a weak reference to the siblings' SharedInput.
+    apply(x [..., k], A [k, r_in], call, shared_input, A_cast, seed) -> u [m, r_in], route [..., k], in the compute dtype.
+    A_cast: A, or its cast in a forward scope. shared_input: a weak reference to the siblings' SharedInput.
     """
 
     @staticmethod
@@ -51,15 +51,15 @@ class LoTRShrink(Node):
         shared_input().node = weakref.ref(ctx)
         flat = x if x.dim() == 2 else rows(x)
         values = A_cast if A_cast.device == x.device else A_cast.to(x.device)
-        if call.first is not None:  # traced: the layer's own operator makes u too, one call less in the graph
+        if call.first is not None:  # traced: the layer's operator also computes u, one call less in the graph
             *base, B = call.first
             operands, factors = call.cast(x, *base), (values, B, call.core, call.scaling)
             y, u, F = ops.layer_forward(*operands, *factors, call.plan.order, p=call.p, seed=seed)
             call.made = y, F
         else:
-            with private_write():  # past the operator's own formula, which is Python
+            with private_write():  # bypasses the operator's autograd formula, which is Python
                 u = ops.shrink(flat if x.dtype == call.compute else flat.to(call.compute), values, p=call.p, seed=seed)
-        # route is x itself if a product outside of the nodes may read it (experts): its gradient of x then arrives here
+        # route is x itself if a product outside the nodes may read it (experts): its gradient of x then arrives here
         own = x.dtype == call.compute
         route = x.detach() if own else torch.empty_strided(x.shape, (0,) * x.dim(), dtype=call.compute, device=x.device)
         if not need_x:
@@ -72,7 +72,7 @@ class LoTRShrink(Node):
         if shared_input is not None:
             k, dx = shared_input.take(ctx.device, k, dx)
         waits = shared_input is not None and (shared_input.waiting or shared_input.kept is not None)
-        if k is None and not waits:  # the last sibling has done the rest
+        if k is None and not waits:  # the last sibling did the rest
             return dx, None, None, None, None, None
         try:
             x, A, seed = ctx.saved_tensors
@@ -97,14 +97,14 @@ class LoTRShrink(Node):
 
     @staticmethod
     def rest(ctx) -> tuple[Tensor | None, ...] | None:
-        """(x, A, seed, sum of A's gradient) for the last sibling, which then does this node's work with its own products: k A^T
+        """(x, A, seed, sum of A's gradient) for the last sibling, which then does this node's work with its products: k A^T
         comes before g W, so dx is not read again. None if this node must do it."""
         need_A, call = ctx.needs_input_grad[1], ctx.call
-        if need_A and not call.shares:  # A's gradient goes back to autograd from here
+        if need_A and not call.shares:  # this node returns A's gradient to autograd
             return None
         try:
             x, A, seed = ctx.saved_tensors
-        except RuntimeError:  # freed, or changed: this node knows what to do
+        except RuntimeError:  # freed, or changed: left to this node
             return None
         A, view, there = ctx.A_cast, ctx.view, ctx.device
         A = A if A.device == there else A.to(there)
@@ -112,11 +112,11 @@ class LoTRShrink(Node):
 
     @staticmethod
     def _read(ctx, shared_input: SharedInput | None) -> Sequence[Tensor | None]:
-        """The saved tensors of which the gradients are made that the running backward needs: the others may have changed."""
+        """The saved tensors that the needed gradients depend on: the others may have changed."""
         need_x, need_A = (need and wants(ctx, i) for i, need in enumerate(ctx.needs_input_grad[:2]))
         try:
             return saved_if(ctx, need_A, need_x, True)
-        except RuntimeError:  # freed, if a sibling's backward has come before by itself
+        except RuntimeError:  # freed, if a sibling's backward ran earlier alone
             if shared_input is None:
                 raise
             return shared_input.kept_if(need_A, need_x, True)
@@ -138,12 +138,12 @@ class LoTRShrink(Node):
 class LoTRExpand(Node):
     """y = x W^T + bias + u F^T, or y + u F^T, with F = s B G^T.
 
-    backward: dx = g W,  k = g F,  Q = g^T u,  dB += s Q G,  dG = s Q^T B, where dx and k go to the siblings' sums.
+    backward: dx = g W,  k = g F,  Q = g^T u,  dB += s Q G,  dG = s Q^T B, where dx and k are added to the siblings' sums.
 
-    apply(route, u, B, core, F, y, (x, weight, bias), call, shared_input): route stands for x, which comes in a tuple so that
-    autograd does not see it. F [l, n, r_in]: the call's bank has it in a forward scope, where its gradient is Q and stands for
-    those of B and core; else None. y is left alone, since its maker may need it for its own backward, unless call.owns_y;
-    without y the base product is made here.
+    apply(route, u, B, core, F, y, (x, weight, bias), call, shared_input): route represents x, which is in a tuple so that
+    autograd does not see it. F [l, n, r_in]: from the call's bank in a forward scope, where its gradient Q replaces
+    those of B and core; otherwise None. y is not overwritten, because its backward may need it, unless call.owns_y;
+    without y the base product is computed here.
     """
 
     @staticmethod
@@ -176,7 +176,7 @@ class LoTRExpand(Node):
         ctx.device = u.device
         if dispatch_modes():
             call.note_versions(B=B, core=core)
-        ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; else k goes back the way that u came
+        ctx.summed = u is shared_input.u and route is not None  # for LoTRShrink; otherwise autograd passes k to u
         ctx.own = weakref.ref(ctx, shared_input.waiting.discard)  # an output that was freed gets no backward
         shared_input.waiting.add(ctx.own)
         return y
@@ -208,7 +208,7 @@ class LoTRExpand(Node):
         Q = sum_B = x = A = seed = sum_A = None
         if ctx.F is None:
             sum_B = call.group.B.accumulator(values[0]) if need_B and call.shares else None
-        else:  # the shared gradient of F makes dB and dG of Q
+        else:  # the shared gradient of F computes dB and dG from Q
             need_B = need_core = False
             if need_F:
                 call.bank.gradient.came[graph_task()].add(call.l)
@@ -225,7 +225,7 @@ class LoTRExpand(Node):
         )
         if ctx.summed:
             if A is not None:
-                k = None  # has gone into dx and dA
+                k = None  # used in dx and dA
             elif need_u:
                 k = new_k
             total.value = k, new_dx if dx is None else dx
@@ -234,10 +234,10 @@ class LoTRExpand(Node):
 
     @staticmethod
     def _read(ctx) -> tuple[Sequence[bool], Sequence[Tensor | None]]:
-        """The gradients that the running backward needs, and the saved tensors that these are made of: the others may have
+        """The gradients that the running backward needs, and the saved tensors that they depend on: the others may have
         changed."""
         need_x, need_u, need_B, need_core, need_F, need_y = ctx.needs_input_grad[:6]
-        first = int(ctx.summed)  # a route of None has no place among the edges; behind it is LoTRShrink, and x
+        first = int(ctx.summed)  # a route of None is not among the edges; it leads to LoTRShrink, and to x
         need_x = need_x and wants(ctx, 0) and wants(ctx.next_functions[0][0], 0)
         need_u, need_B, need_core = (need and wants(ctx, first + i) for i, need in enumerate((need_u, need_B, need_core)))
         needs = need_x, need_u, need_B, need_core, need_F and (need_B or need_core), need_y
@@ -245,7 +245,7 @@ class LoTRExpand(Node):
 
     @staticmethod
     def _recorded(ctx, g, needs, weight, u, B, core) -> tuple[Tensor | None, ...]:
-        """Past F, in whose graph are the cores of other layers too."""
+        """Bypasses F, whose graph also contains the cores of other layers."""
         need_x, need_u, need_B, need_core = needs
         dy, g = g if ctx.needs_input_grad[5] else None, to(g, ctx.call.compute)
         dx = g @ to(weight, g.dtype) if need_x and weight is not None else None
@@ -255,9 +255,9 @@ class LoTRExpand(Node):
 
 
 def add_expand(y: Tensor, u: Tensor, F: Tensor, in_place: bool = False) -> Tensor:
-    """y [..., n] + u F^T in y's dtype, in memory of its own or in place, where y [m, n] has u's dtype."""
+    """y [..., n] + u F^T in y's dtype, in new memory, or in place if y [m, n] has u's dtype."""
     if in_place:
-        with private_write():  # its version moves by mark_dirty
+        with private_write():  # mark_dirty changes its version
             ops.expand_add_(y, u, F)
         return y
     if y.dtype == u.dtype:
@@ -265,12 +265,12 @@ def add_expand(y: Tensor, u: Tensor, F: Tensor, in_place: bool = False) -> Tenso
     return y + to(ops.expand(u.new_zeros(y.shape), u, F), y.dtype)
 
 
-# ---- running them ----------------------------------------------------------------------------------------------------
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
-    """u and route for a call: those of a sibling that was called on this x, else new ones."""
-    # Under hooks that pack what is saved autograd does not check B and the cores: each node then saves its own, without a bank.
+    """u and route for a call: from a sibling that was called on this x, otherwise new."""
+    # With saved-tensor hooks autograd does not check B and the cores: each node then saves its own, without a bank.
     watched = saved_tensor_hook(False) is None or keeps_all_by_itself()
     scope = open_scope() if call.group is not None and watched else None
     call.bank = None if scope is None else scope.bank(call.group.B, B, call.compute)
@@ -279,7 +279,7 @@ def shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
     found = SharedInput(x, A, None, None) if group is None else group.A.find(x, A, call.owner, how)
     if found.u is not None:
         if call.shares:
-            group.A.view(A, call.owner)  # notes the owner: its next call begins a new round
+            group.A.view(A, call.owner)  # notes the owner: its next call starts a new round
         return found
     seed = found.drawn(x.device) if call.p else None
     values = A if call.bank is None or A.dtype == call.compute else scope.cast(group.A, A, call.compute)
@@ -296,13 +296,13 @@ def shared_u(x: Tensor, A: Tensor, B: Tensor, call: Call) -> SharedInput:
 
 
 def expand(found: SharedInput, y: Tensor | None, base: tuple, B: Tensor, call: Call, in_graph: bool) -> Tensor:
-    """y = x W^T + bias + u F^T for base = (x, W, bias), or onto a given y."""
+    """y = x W^T + bias + u F^T for base = (x, W, bias), or added to a given y."""
     bank, F, core, u = call.bank, None, call.core, found.u
     if bank is not None and bank.F is not None:
         call.l = bank.serves(call, B)
         trained = in_graph and (B.requires_grad or core.requires_grad)
         if call.l is not None and (bank.F.requires_grad or not trained):
-            F = bank.F if trained or not bank.F.requires_grad else bank.F.detach()  # another layer's core may be trained alone
+            F = bank.F if trained or not bank.F.requires_grad else bank.F.detach()  # for other layers' cores
     if in_graph:
         view = B if F is not None or not call.shares else call.group.B.view(B, call.owner)
         return LoTRExpand.run(found.route, u, view, core, F, y, base, call, found)

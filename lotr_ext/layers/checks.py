@@ -1,4 +1,4 @@
-"""Checks of arguments. Each raises TypeError or ValueError that says name, expected and got."""
+"""Checks of arguments. Each raises TypeError or ValueError with the argument's name, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LARGEST = 2**31 - 1  # of a dimension
 
 
 def check_dimension(name: str, value: object) -> int:
-    """value, if it is an int of at least 1."""
+    """Returns value if it is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     if value < 1:
@@ -47,13 +47,13 @@ def check_rank(rank: object) -> tuple[int, int]:
 
 
 def check_dtype(dtype: object, name: str = "dtype") -> None:
-    """TypeError unless dtype is None or one in which layers compute."""
+    """Raises TypeError unless dtype is None or one in which layers compute."""
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def check_index(name: str, index: object, count: int) -> None:
-    """index must be an int64 tensor; on a CPU also of values in [-1, count), of which -1 stands for none."""
+    """index must be an int64 tensor; on a CPU also with values in [-1, count), where -1 means none."""
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{name}: expected an int64 tensor, got {got}")
@@ -70,7 +70,7 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
     try:
         finite = math.isfinite(value)
-    except OverflowError:  # an int beyond any float
+    except OverflowError:  # an int larger than any float
         raise ValueError(f"{name}: expected a finite number, got an int of {value.bit_length()} bits") from None
     if not finite:
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -84,7 +84,7 @@ def check_probability(name: str, value: object) -> None:
 
 
 def check_tensor(name: str, tensor: object, *shape: int | str) -> None:
-    """tensor must be a floating one of this shape, in which a string stands for any size."""
+    """tensor must be floating and have this shape, in which a string means any size."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():

@@ -21,10 +21,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def made(form: nn.Module, *args) -> Tensor:
-    """form(*args), in the dtype of its parameters, and by autograd alone.
+    """Returns form(*args), in the dtype of its parameters, without saved-tensor hooks.
 
-    A checkpoint's hook must not see what making a core saves: in a forward scope all cores are made at once and outside of the
-    regions, in a recomputation one by one, and each region has to save as much as before.
+    The hook of a checkpoint must not see tensors that computing a core saves. A forward scope computes all cores at once,
+    outside the regions, but a recomputation computes them one by one, and must save as many tensors as the first run.
     """
     if is_compiling():
         return form(*args)
@@ -38,7 +38,7 @@ def made(form: nn.Module, *args) -> Tensor:
 
 
 class _Core:
-    """`module.core`. No property: for a forward FSDP1 sets an attribute in a parameter's place, and a property would refuse."""
+    """`module.core`. Not a property: for a forward FSDP1 sets an attribute in a parameter's place, which a property rejects."""
 
     def __get__(self, module: HasCore | None, owner: type | None = None) -> Tensor:
         if module is None:
@@ -55,28 +55,28 @@ class _Core:
 class HasCore(nn.Module):
     """Base class of modules with a core G [r_in, r_out]: LoTRLayer, and LoTRCore, an adapter of PEFT's layers.
 
-    core: G, the parameter, or what `core_form` makes now.
+    core: G: the parameter, or the current output of `core_form`.
     """
 
     core = _Core()
 
     def held_core(self) -> nn.Parameter | nn.Module:
-        """The parameter, or the module that makes it."""
+        """The parameter, or the module that computes the core."""
         core = self._parameters.get("core")
         return core_form_of(self) if core is None else core
 
     def hold_core(self, held: nn.Parameter | nn.Module) -> None:
-        """Replaces the parameter, or the module that makes the core. Checks nothing."""
+        """Replaces the parameter or the module that computes the core, without checks."""
         if isinstance(held, nn.Parameter):
             self.release_core_form()
-            self.core = held  # among the layer's parameters it stays where it is
+            self.core = held  # keeps its position among the layer's parameters
         else:
             self._parameters.pop("core", None)
             self.release_core_form()
             self.core_form = held
 
     def release_core_form(self) -> nn.Module | None:
-        """Takes the module that makes the core out of the layer, and returns it."""
+        """Removes the module that computes the core from the layer, and returns it."""
         return self._modules.pop("core_form", None) or self.__dict__.pop("core_form", None)
 
     def use_core(self, form: nn.Module) -> None:
@@ -85,15 +85,15 @@ class HasCore(nn.Module):
         They get their gradients from G's through autograd. `lotr_ext.cores` has forms that share parameters over layers.
 
         Raises:
-            TypeError, ValueError: no module; one that makes no tensor, or one of another shape, dtype or device; a layer with a
-                parametrized core, or one that an init began with part of the weight in. Nothing is changed then.
+            TypeError, ValueError: no module; one that returns no tensor, or another shape, dtype or device; a layer with a
+                parametrized core, or with a core that contains part of the weight (init "svd"). Nothing is changed then.
         """
         if not isinstance(form, nn.Module):
-            raise TypeError(f"core: expected a module whose forward gives it, got {type(form).__name__}")
+            raise TypeError(f"core: expected a module whose forward returns it, got {type(form).__name__}")
         if parametrize.is_parametrized(self, "core"):
-            raise TypeError("core: expected a parameter to take the place of, got a parametrized core")
+            raise TypeError("core: expected a layer whose core is a parameter, got a parametrized core")
         if self.start_core is not None:
-            raise ValueError('core: expected a layer that begins as its base, got one of init "svd"')
+            raise ValueError('core: expected a layer that starts as its base, got one of init "svd"')
         with torch.no_grad():
             before, new = self.core, made(form)
         if not isinstance(new, Tensor):

@@ -1,4 +1,4 @@
-"""Cores that are computed from fewer numbers, shared over layers. Most relatives of LoTR differ in this.
+"""Cores that are computed from fewer numbers, shared over layers. Most methods related to LoTR differ in this.
 
     class           G of place p, in layer l and of kind k     parameters (L layers, K kinds, P places)   relatives
     DiagonalCores   diag(d[p])                                 P r                                        VeRA's d
@@ -7,7 +7,7 @@
     TrainCores      G2[l] G3[k]                                (L + K) r^2                                MetaTT-4D
     FewCores        sum_j v[p, j] R[j], R fixed and random     P u, or u if tied                          TinyLoRA
 
-All of them begin at G = 0 with a gradient, so that the model's function begins unchanged. A place identifies a layer's core:
+All of them start at G = 0 with a nonzero gradient, so the model's function starts unchanged. A place identifies a layer's core:
 (layer, kind), or any name for the forms that use neither. docs/relatives.md has the sources.
 """
 
@@ -29,9 +29,9 @@ __all__ = ["FORMS", "CPCores", "CoreAt", "Cores", "DiagonalCores", "FewCores", "
 
 
 class CoreAt(nn.Module):
-    """The core [r_in, r_out] of one place. In a forward of a model from `apply_lotr` those of all places are made at once.
+    """The core [r_in, r_out] of one place. A forward of a model from `apply_lotr` computes those of all places at once.
 
-    They then have one graph in common: of several backwards through one forward all but the last need `retain_graph=True`.
+    They then share one graph: if one forward has several backwards, all but the last need `retain_graph=True`.
     """
 
     def __init__(self, cores: Cores, index: int):
@@ -47,7 +47,7 @@ class CoreAt(nn.Module):
         return self.cores(self.index) if shared is None else shared
 
     def shared(self) -> Tensor | None:
-        """The core, if the running forward has made those of all places at once; None outside of a forward, and for random
+        """The core, if the running forward has computed those of all places at once; None outside a forward, and for random
         cores."""
         scope = open_scope()
         all_cores = None if scope is None else scope.made(self.cores, made)
@@ -60,7 +60,7 @@ class CoreAt(nn.Module):
 class Cores(StaysWhole):
     """Base class: the cores of all places. A subclass has its parameters, at G = 0, and defines `make`.
 
-    places: the places of the layers' cores, each once. rank: that of the factors, r or (r_in, r_out).
+    places: the places of the layers' cores, each once. rank: the factors' rank, r or (r_in, r_out).
     """
 
     def __init__(self, places: Sequence[Hashable], rank: int | tuple[int, int]):
@@ -71,25 +71,25 @@ class Cores(StaysWhole):
             raise ValueError(f"places: expected at least one, each once, got {self.places!r:.200}")
 
     def make(self, index: int | None = None) -> Tensor:
-        """G [r_in, r_out] of the place of that index, None: [places, r_in, r_out] of all of them."""
+        """G [r_in, r_out] of the place with that index; None: [places, r_in, r_out] of all places."""
         raise TypeError(f"{type(self).__name__} must define make")
 
     def forward(self, index: int | Tensor | None = None) -> Tensor:
-        """make(index). A tensor is returned as it is: nn.Sequential calls all that is registered in it."""
+        """Returns make(index). Returns a tensor unchanged, because nn.Sequential calls all modules registered in it."""
         return index if isinstance(index, Tensor) else self.make(index)
 
     def index(self, place: Hashable) -> int:
-        """A place's index. Raises ValueError for one that is not known."""
+        """A place's index. Raises ValueError for an unknown place."""
         if place not in self.places:
             raise ValueError(f"place: expected one of {self.places!r:.200}, got {place!r}")
         return self.places.index(place)
 
     def at(self, place: Hashable) -> CoreAt:
-        """What makes the core of one place, for a layer's `use_core`. Raises ValueError for a place that is not known."""
+        """The module that returns the core of one place, for a layer's `use_core`. Raises ValueError for an unknown place."""
         return CoreAt(self, self.index(place))
 
     def begin_as_identity(self) -> None:
-        """G = I, for core_init="identity". Raises ValueError where the form cannot."""
+        """Sets G = I, for core_init="identity". Raises ValueError if the form cannot represent it."""
         raise ValueError(f'core_init: expected "zero" with {type(self).__name__}, got "identity"')
 
     def extra_repr(self) -> str:
@@ -102,7 +102,7 @@ class Cores(StaysWhole):
 
 
 class LayersAndKinds(Cores):
-    """Cores of a grid: any of the layers with any of the kinds that occur in places, [(layer, kind), ..]."""
+    """Cores of a grid: the layers times the kinds that occur in places, [(layer, kind), ..]."""
 
     def __init__(self, places: Sequence[tuple[Hashable, Hashable]], rank: int | tuple[int, int]):
         super().__init__(places, rank)
@@ -121,7 +121,7 @@ class LayersAndKinds(Cores):
 
 
 class DiagonalCores(Cores):
-    """G_p = diag(d[p]): r numbers a layer. State: `diagonal` [places, r]."""
+    """G_p = diag(d[p]): r numbers per layer. State: `diagonal` [places, r]."""
 
     def __init__(self, places: Sequence[Hashable], rank: int):
         super().__init__(places, rank)
@@ -201,10 +201,10 @@ class TrainCores(LayersAndKinds):
 
 
 class FewCores(Cores):
-    """G_p = sum_j v[p, j] R[j] with R fixed and random: few numbers a layer, or in all (TinyLoRA, arXiv 2602.04118, with frozen
-    factors from each layer's own SVD).
+    """G_p = sum_j v[p, j] R[j] with R fixed and random: few numbers per layer or in all
+    (TinyLoRA, arXiv 2602.04118, with frozen factors from each layer's own SVD).
 
-    numbers: how many a place; tied: whether all places share them. seed: of R ~ N(0, 1 / r). State: `numbers` [places or 1,
+    numbers: how many per place; tied: whether all places share them. seed: of R ~ N(0, 1 / r). State: `numbers` [places or 1,
     numbers], and the buffer `random` [numbers, r_in, r_out].
     """
 

@@ -1,8 +1,8 @@
 """Experts of a mixture, adapted: lotr_grouped_linear, the functional form, and LoTRExperts, the module.
 
-    y_i = x_t(i) W_c(i)^T + bias_c(i) + s ((x_t(i) A) G_c(i)) B^T      row i of token t(i), sent to expert c(i)
+    y_i = x_t(i) W_c(i)^T + bias_c(i) + s ((x_t(i) A) G_c(i)) B^T      row i is token t(i), routed to expert c(i)
 
-A and B are shared by all experts (and by any other layer of their shape), a core G_c is an expert's own.
+All experts (and any other layer of the same shape) share A and B; each expert has its own core G_c.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def lotr_grouped_linear(
 ) -> Tensor:
     """y_i = x_t(i) W_c(i)^T + bias_c(i) + scaling ((x_t(i) A) G_c(i)) B^T for rows sorted by expert: [rows, n].
 
-    weight [e, n, k] (any layout: a transposed view will do), bias [e, n] or None, A [k, r_in], B [n, r_out], cores
-    [e, r_in, r_out]. offs [e] (int32): where each expert's rows end, as torch.nn.functional.grouped_mm takes it. Rows from
-    offs[-1] on belong to no expert: they are not read, and are zero in y and in dx, as is a token in dx that no expert takes.
-    tokens None: x [rows, k] is sorted by expert itself. tokens
-    [rows] (int64): x [m, k] has one row a token, row i is that of token tokens[i], and x A is made once a token.
-    core_index (int64), one for each row of x: which task's core a row takes from cores [t, e, r_in, r_out], that of its expert;
+    weight [e, n, k] (any layout, also a transposed view), bias [e, n] or None, A [k, r_in], B [n, r_out], cores
+    [e, r_in, r_out]. offs [e] (int32): the end of each expert's rows, as in torch.nn.functional.grouped_mm. Rows from
+    offs[-1] on belong to no expert: they are not read, and are zero in y and in dx. A token without an expert is zero in dx.
+    tokens None: x [rows, k] is already sorted by expert. tokens
+    [rows] (int64): x [m, k] has one row per token, row i is token tokens[i], and x A is computed once per token.
+    core_index (int64), one for each row of x: the task whose core for the row's expert is used, from cores [t, e, r_in, r_out];
     -1: none.
     x, weight and bias share a dtype (or autocast is on), the adapter may be float32 beside a half-precision x. Differentiable
     in x, A, B and cores, and in weight and bias if they require grad.
-    Raises TypeError or ValueError that says name, expected and got; on a GPU offs and tokens are not looked at.
+    Raises TypeError or ValueError that names the argument; on a GPU the values of offs and tokens are not checked.
     """
     check_tensor("weight", weight, "e", "n", "k")
     e, n, k = weight.shape
@@ -94,7 +94,7 @@ def lotr_grouped_linear(
 
 
 class LoTRExperts(LoTRLayer):
-    """One matrix of each expert of a mixture, W [e, n, k] frozen, adapted by shared factors and a core an expert.
+    """One matrix of each expert of a mixture, W [e, n, k] frozen, adapted by shared factors and a core per expert.
 
     forward(x, offs, tokens=None) -> [rows, out_features], as `lotr_grouped_linear`. Arguments as LoTRLinear's; the adapter
     starts at zero, so the module starts as the plain grouped product. factors may be those of other LoTRExperts and of
@@ -148,7 +148,7 @@ class LoTRExperts(LoTRLayer):
         scaling: float | None = None,
         dropout: float = 0.0,
     ) -> LoTRExperts:
-        """Adapts weight [e, n, k] and bias [e, n]: takes over the very tensors, and freezes them."""
+        """Adapts weight [e, n, k] and bias [e, n]: uses the tensors themselves, not copies, and freezes them."""
         settings = Settings(alpha, rslora, scaling, dropout)
         for name, parameter, shape in (("weight", weight, ("e", "n", "k")), ("bias", bias, tuple(weight.shape[:2]))):
             if parameter is not None:
@@ -183,8 +183,8 @@ class LoTRExperts(LoTRLayer):
         tasks: Tensor | None = None,
         padded: bool = True,
     ) -> Tensor:
-        """forward with weight [e, n, k] and bias [e, n] as their owner has them now: whole, in the midst of its own forward.
-        tasks [rows]: while `mixed` is on, the adapter that each row takes, -1 for none. padded: whether some rows may be of no
+        """forward with the owner's current weight [e, n, k] and bias [e, n], which are whole during the owner's forward.
+        tasks [rows]: while `mixed` is on, the adapter of each row, -1 for none. padded: whether some rows may be of no
         expert, or some tokens of no row."""
 
         def run(x: Tensor, tokens: Tensor | None) -> Tensor:
@@ -207,7 +207,7 @@ class LoTRExperts(LoTRLayer):
             if tasks is None:
                 raise RuntimeError("mixed: expected experts that their transformers module calls, got a call by hand")
             if callable(mixture.cores) and is_dtensor(self.core):
-                raise TypeError("per_example: expected experts that each process has whole, got experts in parts")
+                raise TypeError("per_example: expected whole experts in each process, got experts in parts")
             tasks = tasks[: (x if tokens is None else tokens).shape[0]]
             index = cores_of_rows(tasks, expert_of_rows(offs, len(tasks)), weight.shape[0])
             call.core, call.scaling = cores_of(mixture, self.core, len(mixture.index)), mixture.scaling
@@ -225,7 +225,7 @@ class LoTRExperts(LoTRLayer):
 
     @property
     def cut(self) -> ExpertsCut | None:
-        """How the matrices are cut over processes; None if each has them whole."""
+        """How the matrices are sharded over processes; None if each process has them whole."""
         return experts_cut(self.weight) if is_dtensor(self.weight) else None
 
     def _local_delta(self) -> Tensor:
@@ -235,7 +235,7 @@ class LoTRExperts(LoTRLayer):
         return self.factors(lambda A, B: delta_weight(rows_of(A, *cut.of_A), rows_of(B, *cut.of_B), core, self.scaling))
 
     def to_base(self) -> nn.Module:
-        """There is no plain module for a grouped product: TypeError. The weight, as it stands, is `weight`."""
+        """Raises TypeError: no plain module computes a grouped product. `weight` is the current weight."""
         raise TypeError("to_base: expected a layer with a plain form, got LoTRExperts; take its weight")
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""LoTRFactors: the pair A, B that layers share. LoTRFactor: one of the two by itself, for several pairs."""
+"""LoTRFactors: the pair A, B that layers share. LoTRFactor: one of the two alone, for several pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sharded import StaysWhole, in_parts
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values, NaN being the same as NaN: what a diverged run saved can be loaded too."""
+    """Whether two tensors hold the same values, where NaN equals NaN, so that files of a diverged run can be loaded."""
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
@@ -38,7 +38,7 @@ class LoTRFactor(StaysWhole):
     may be in several pairs: `LoTRFactors.of(A, B)`.
 
     Its gradient is one float32 sum (float64 for float64) over the layers of all its pairs, and autograd sees one gradient a
-    backward. Layers with the same A share u = x A, also if their B differ.
+    backward. Layers with the same A share u = x A, even if their B differ.
     init, device, dtype, errors and warnings: as for LoTRFactors. State: `value`.
     """
 
@@ -68,7 +68,7 @@ class LoTRFactor(StaysWhole):
         fill_factor_(self.value, init)
 
     def forward(self, operation: Callable[[Tensor], Tensor]) -> Tensor:
-        """operation(value): the only way to read it, as for LoTRFactors."""
+        """Returns operation(value): the only way to read the value, as for LoTRFactors."""
         return operation(self.value)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
@@ -88,7 +88,7 @@ class LoTRFactors(StaysWhole):
     None.
     Every layer's gradient of A and B is added into one accumulator each, in float32 (float64 for float64), and autograd sees
     one gradient a backward (`lotr_ext.autograd.shared_gradient`).
-    Raises TypeError or ValueError naming the argument; warns of a rank beyond the widths.
+    Raises TypeError or ValueError naming the argument; warns about a rank above the widths.
 
     State: `A`, `B`; with an init that changed the base weights also the buffers `start_A`, `start_B`, which are not part of
     state_dict (`save_adapter` keeps them).
@@ -130,14 +130,14 @@ class LoTRFactors(StaysWhole):
 
     @staticmethod
     def of(A: LoTRFactor, B: LoTRFactor, rank: int | tuple[int, int] | None = None) -> LoTRFactors:
-        """The pair of two factors that exist, and that other pairs may have too.
+        """A pair of two existing factors, which may also be in other pairs.
 
-        rank: what the two must have, (r_in, r_out); None: one rank.
+        rank: the required ranks, (r_in, r_out); None: the same rank for both.
 
         State: `factor_A.value`, `factor_B.value`.
 
         Raises:
-            TypeError, ValueError: no LoTRFactor, one twice, two of different dtypes, or of other ranks.
+            TypeError, ValueError: not a LoTRFactor, the same one twice, different dtypes, or other ranks.
         """
         return FactorPair(A, B, rank)
 
@@ -148,11 +148,11 @@ class LoTRFactors(StaysWhole):
 
     @property
     def rank(self) -> int | tuple[int, int]:
-        """The rank as it was given: an int where r_in = r_out."""
+        """The rank as given: an int if r_in = r_out."""
         return self.r_in if self.r_in == self.r_out else (self.r_in, self.r_out)
 
     def forward(self, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """operation(A, B): the only way to read A and B, so that sharded training gathers them around this call.
+        """Returns operation(A, B): the only way to read A and B, so that sharded training gathers them around this call.
 
         The operation holds x and its other tensors itself. If they were arguments, FSDP2 would wrap each x in a new tensor, so
         that siblings could not recognise it. It would also gather and reduce A around each layer's backward, before the shared

@@ -1,4 +1,4 @@
-"""lotr_linear, the functional form of an adapted layer, and explain, which says what a layer would run."""
+"""lotr_linear, the functional form of an adapted layer, and explain, which reports what a layer would run."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def lotr_linear(
     x [..., k], weight [n, k], bias [n] or None, A [k, r_in], B [n, r_out], core [r_in, r_out] -> [..., n] in x's dtype
     (autocast's under autocast). x, weight and bias share a dtype, the adapter may be float32 beside a half-precision x.
     Differentiable in x, A, B and core, and in weight and bias if they require grad (library products).
-    dropout_p in [0, 1) drops elements of x on the adapter's way when training. strategy forces one of
+    dropout_p in [0, 1): dropout of the adapter's x when training. strategy forces one of
     `planner.STRATEGIES`. core_index (int64) picks from core [t, r_in, r_out] for each row of x, [b] of x [b, ..., k], or for
-    each token, [b, tokens] of x [b, tokens, ..., k]; -1: y is x W^T + bias there. One batch for several tasks, with one product
-    with A and one with B for all of it. On a GPU its values are not looked at, as in `ops.row_core`.
+    each token, [b, tokens] of x [b, tokens, ..., k]; -1: y is x W^T + bias there. One batch serves several tasks, with one
+    product with A and one with B for the whole batch. On a GPU its values are not checked, as in `ops.row_core`.
     magnitude [n]: m of y = bias + (m / c) (x W^T + scaling ((drop(x) A) core) B^T), c_n = |W_n + scaling B_n core^T A^T| (DoRA,
-    arXiv 2402.09353); differentiable, with c constant. Each call computes c with one product W A; LoTRLinear keeps that. Not
+    arXiv 2402.09353); differentiable, with c constant. Each call computes c with one product W A, which LoTRLinear caches. Not
     with core_index.
-    Raises TypeError or ValueError that says name, expected and got, before anything runs.
+    Raises TypeError or ValueError with the argument's name, what was expected and what was given, before anything runs.
     """
     check_tensor("weight", weight, "out_features", "in_features")
     n, k = weight.shape
@@ -63,7 +63,7 @@ def lotr_linear(
         check_tensor("magnitude", magnitude, n)
         adapter["magnitude"] = magnitude
         if core_index is not None:
-            raise ValueError("magnitude: expected None with core_index, for each core has lengths c of its own, got a tensor")
+            raise ValueError("magnitude: expected None with core_index, because each core has its own lengths c, got a tensor")
     check_beside(x, {"weight": weight, "bias": bias}, adapter)
     check_number("scaling", scaling)
     check_probability("dropout_p", dropout_p)
@@ -99,11 +99,11 @@ def _check_cores(x: Tensor, core: object, core_index: object, ranks: tuple[int, 
 
 
 def explain(layer: LoTRLayer, x: Tensor, *, device: torch.device | str | None = None, plans: bool | str = False) -> Plan:
-    """Which path layer(x) takes and why, decided by the code that runs it; nothing is computed. x [..., in_features].
+    """Which path layer(x) takes and why, decided by the same code as a call; nothing is computed. x [..., in_features].
 
-    device: as if layer and x were there ("cuda", say), instead of where they are. plans: also how the CUDA kernels of a step
-    cut their matrices into blocks, a line each; the name of a card ("h100", "a100", "b200"): as if it were here. True: the GPU
-    that is here, else an h100. Raises ValueError for plans without CUDA kernels in this build, or on another device.
+    device: the device to assume for layer and x, such as "cuda". plans: also how the CUDA kernels of a step
+    cut their matrices into blocks, one line each; the name of a GPU ("h100", "a100", "b200"): for that GPU. True: this
+    machine's GPU, otherwise an h100. Raises ValueError for plans without CUDA kernels in this build, or on another device.
     """
     if not isinstance(layer, LoTRLayer):
         raise TypeError(f"layer: expected an adapted layer (LoTRLinear, ...), got {type(layer).__name__}")
@@ -131,11 +131,11 @@ def _with_launches(
         raise ValueError(f"plans: expected a build with CUDA kernels, got one without ({missing}). Leave plans out.")
     where = x.device if device is None else torch.device(device)
     if where.type != "cuda":
-        raise ValueError(f"plans: expected a GPU, got device {where}. Pass device='cuda'; no GPU need be here.")
+        raise ValueError(f"plans: expected a GPU, got device {where}. Pass device='cuda'; no GPU is needed.")
     here = where if torch.cuda.is_available() and not isinstance(plans, str) else None
     tokens, graph = x.numel() // x.shape[-1], torch.is_grad_enabled()
     assumed = plan
-    if not plan.nodes:  # no GPU here: what the heuristic takes where there is one
+    if not plan.nodes:  # without a GPU: the choice of the heuristic
         assumed = Plan.of("beta" if tokens >= planner.BETA_TOKENS else "two_pass", "")
         assumed = assumed._replace(unfolded=planner.is_unfolded(tokens, call.compute, where, graph))
     sizes = (tokens, layer.in_features, layer.out_features, *layer.core.shape[-2:])
@@ -151,7 +151,7 @@ def explain_call(
     base: tuple[Tensor, Tensor | None] | None,
     device: torch.device | str | None,
 ) -> Plan:
-    """The Plan of one adapter's call on x. base: weight and bias of a base product of ours, None for another base."""
+    """The Plan of one adapter's call on x. base: weight and bias if we compute the base product, None for another base."""
     trained = torch.is_grad_enabled() and base is not None and any(p.requires_grad for p in base if p is not None)
     weight = None if base is None or trained else base[0]
     where = None if device is None else torch.device(device)

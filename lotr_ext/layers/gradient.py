@@ -1,13 +1,13 @@
 """Factors from the gradients of the layers' weights, without computing one of these gradients.
 
 With x [m, k] a layer's input and g [m, n] the gradient of its output, dW_l = g^T x [n, k] is summed over batches and processes.
-A and B that many layers share are to span the leading directions of all their dW_l side by side (HOSVD, De Lathauwer et al.,
-2000a), and a look at dW_l from either side needs the adapter's own products only:
+Shared A and B should span the leading directions of all their layers' dW_l side by side (HOSVD, De Lathauwer et al.,
+2000a). The products of dW_l with thin matrices from either side need only the adapter's own products:
 
     P_l = dW_l A = g^T (x A)    [n, q_in]        B <- leading left singular vectors of [P_1 .. P_L]
     T_l = dW_l^T B = x^T (g B)  [k, q_out]       A <- leading left singular vectors of [T_1 .. T_L]
 
-It begins with random A and B and is done three times, as subspace iteration is; q = r + 8 columns, of which the first r are
+It starts with random A and B and repeats this three times (subspace iteration) with q = r + 8 columns, of which the first r are
 kept.
 """
 
@@ -44,7 +44,7 @@ Key = tuple[str, Hashable]  # of a factor: "A" or "B", and its name
 
 
 class Probed(NamedTuple):
-    """A layer for which factors are computed from the gradient of its weight. A, B: names of its factors; ranks: theirs."""
+    """A layer for which factors are computed from the gradient of its weight. A, B: names of its factors, with these ranks."""
 
     module: nn.Module
     in_features: int
@@ -83,7 +83,7 @@ def _projected(x: Tensor, A: Tensor) -> Tensor:
 
 
 def _added(total: Tensor, x: Tensor, u: Tensor) -> Tensor:
-    """total + x^T u, in place where our kernel runs."""
+    """total + x^T u, in place if our kernel runs."""
     if not _kernels(x, u.shape[1]) or total.dtype != accumulate_dtype(x.dtype):
         return total + to(x.t() @ u, total.dtype)
     ops.factor_grad_(total, x, u)
@@ -91,13 +91,13 @@ def _added(total: Tensor, x: Tensor, u: Tensor) -> Tensor:
 
 
 class Tap(Function):
-    """y, through which a layer's gradient is seen: in backward looks.add(x, g). anchor: what makes y part of a graph, though
-    nothing in the model may require a gradient; its own is 0."""
+    """Returns y and records the layer's gradient: backward calls looks.add(x, g). anchor: makes y part of a graph even if
+    nothing in the model requires a gradient; its gradient is 0."""
 
     @staticmethod
     def forward(ctx, anchor: Tensor, y: Tensor, x: Tensor, looks: Looks) -> Tensor:
         ctx.x, ctx.looks = x.detach(), looks
-        return y.detach()  # no view: models add to a layer's output in place
+        return y.detach()  # not a view: models add to a layer's output in place
 
     @staticmethod
     def backward(ctx, g: Tensor):
@@ -106,10 +106,10 @@ class Tap(Function):
 
 
 class Taps:
-    """The hooks by which each call of a layer goes through a Tap.
+    """The hooks that pass each call of a layer through a Tap.
 
     reentrant: whether a layer was called inside a Function's forward, as by reentrant checkpointing. The layer's graph is then
-    made in that Function's backward, by an inner backward that torch allows in `.backward()` alone.
+    built in that Function's backward, by an inner backward that torch allows only in `.backward()`.
     """
 
     def __init__(self, looks: Mapping[str, Looks]):
@@ -134,7 +134,7 @@ class Taps:
         return hook
 
     def backward(self, value: Tensor, model: nn.Module) -> None:
-        """From the loss `value` to all taps. No parameter, and no batch, gets a gradient that stays."""
+        """Backward from the loss `value` to all taps. No parameter and no batch keeps a gradient."""
         if not self.reentrant:
             torch.autograd.grad(value, self.anchor, allow_unused=True)
             return
@@ -172,7 +172,7 @@ def _drop_gradient(p: Tensor) -> None:
 
 
 def _freeze(model: nn.Module, layers: Mapping[str, Probed]) -> None:
-    """Freezes the parameters that only these layers have, so that backward does not compute their gradients."""
+    """Freezes parameters that only these layers have, so that backward does not compute their gradients."""
     own = {module for layer in layers.values() for module in layer.module.modules()}
     read_elsewhere = {p for module in model.modules() if module not in own for p in module._parameters.values()}
     for module in own:
@@ -182,7 +182,7 @@ def _freeze(model: nn.Module, layers: Mapping[str, Probed]) -> None:
 
 
 def _random(layers: Mapping[str, Probed]) -> dict[Key, Tensor]:
-    """A start for every factor, the same in all processes, in float32 (float64 beside float64 weights), where its layer is."""
+    """A random start of every factor, equal in all processes, in float32 (float64 for float64), on its layer's device."""
     found: dict[Key, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for layer in layers.values():
@@ -200,11 +200,11 @@ def leading_directions(
 ) -> dict[Key, Tensor]:
     """A [k, r_in] and B [n, r_out] with orthonormal columns for every factor of the model's layers, float64.
 
-    Where torch.distributed runs, every process calls this with batches of its own, and all get the same.
+    With torch.distributed, every process calls this with its own batches, and all get the same result.
 
     Raises:
-        TypeError, ValueError: a model that is held in parts or wrapped; no batches; a loss that is no function, or returns no
-            scalar, or one in which no layer has a part; a gradient that is not finite, or zero for all layers of a factor.
+        TypeError, ValueError: a sharded or wrapped model; no batches; a loss that is not a function, returns no
+            scalar, or does not depend on any layer; a gradient that is not finite, or zero for all layers of a factor.
     """
     with untouched(model):
         kept = agreed(_WHERE, lambda: _checked(model, batches, loss))
@@ -234,7 +234,7 @@ def _look(
     loss: Loss,
     done: Callable[[int], None],
 ) -> None:
-    """One pass over this process's batches. done: called with how many of them are done."""
+    """One pass over this process's batches. done: called with the number of batches done."""
     taps = Taps(looks)
     with torch.enable_grad(), taps.on(layers):
         for i, batch in enumerate(batches, 1):
@@ -263,18 +263,18 @@ def _checked(model: nn.Module, batches: Iterable[Any] | None, loss: Loss | None)
 
 
 def check_loss(value: object, reentrant: bool = False) -> None:
-    """TypeError or ValueError unless value is a scalar tensor with a graph. reentrant: for the hint."""
+    """Raises TypeError or ValueError unless value is a scalar tensor with a graph. reentrant: for the hint."""
     if not isinstance(value, Tensor):
         raise TypeError(f"loss: expected a function that returns a tensor, got one that returns {type(value).__name__}")
     if value.numel() != 1:
-        raise ValueError(f"loss: expected one number a batch, got shape {tuple(value.shape)}")
+        raise ValueError(f"loss: expected one number per batch, got shape {tuple(value.shape)}")
     if not value.requires_grad:
         hint = "; reentrant checkpointing needs an input that requires grad, or use_reentrant=False" if reentrant else ""
         raise ValueError(f"loss: expected one that depends on the adapted layers, got one in which none has a part{hint}")
 
 
 def _directions(layers: Mapping[str, Probed], looks: Mapping[str, Looks], old: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
-    """For each factor the leading left singular vectors of its sums, as many as before and on the same device."""
+    """For each factor the leading left singular vectors of its sums, with the same number and device as before."""
     seen: dict[Key, dict[str, Tensor]] = {key: {} for key in old}
     for name, layer in layers.items():
         for (key, _, _), sums in zip(layer.sides, (looks[name].T, looks[name].P)):

@@ -1,6 +1,6 @@
-"""The adapter of experts in a transformers mixture, beside the module that has their weights.
+"""The adapter of experts in a transformers mixture, next to the module that has their weights.
 
-That module, the host, keeps the weights under their own names. Its forward passes them to the adapter, so that they are whole
+That module, the host, keeps the weights under their names. Its forward passes them to the adapter, so that they are whole
 also in sharded training.
 """
 
@@ -31,7 +31,7 @@ class Host:
     def __call__(self) -> nn.Module:
         found = self.module()
         if found is None:
-            raise RuntimeError("host: expected the module that has the adapted parameter, got one that is gone by now")
+            raise RuntimeError("host: expected the module that has the adapted parameter, got one that was deleted")
         return found
 
     def __reduce__(self):
@@ -42,7 +42,7 @@ class Host:
 
 
 class Hosted:
-    """Mixin of adapters of a 3-D parameter of their host: its weight and bias as they are now.
+    """Mixin of adapters of a 3-D parameter of their host: gives the host's current weight and bias.
 
     `weight` [e, n, k] is a transposed view if the host stores [e, k, n], and a `Packed` if its experts are quantised. `bias`
     [e, n] is None without one.
@@ -69,10 +69,10 @@ class Hosted:
         return None if self.bias_name is None else getattr(self.holder, self.bias_name)
 
     def check_parameter(self, part: str, where: str, name: str = "") -> None:
-        """TypeError unless the host's weight or bias is a dense parameter."""
+        """Raises TypeError unless the host's weight or bias is a dense parameter."""
         own = self.parameter if part == "weight" else self.bias_name
         if part == "weight" and isinstance(weight := self.weight, Packed):
-            if where == "unload":  # which leaves the weight as it is
+            if where == "unload":  # unload does not change the weight
                 return
             got = f"{name or self.parameter!r} packed as {weight.format}"
             raise TypeError(f"{where}: expected dense experts, got {got}; use it unmerged, or load it dequantised")
@@ -102,7 +102,7 @@ class LoTRHostedExperts(Hosted, LoTRExperts):
         self._check_factors(factors, k, n)
         self._check_device(factors, self.weight.device)
         for own, tensor in host.named_parameters(recurse=False):
-            if own.startswith(parameter):  # the weight or the tensors that it is packed in, and the bias
+            if own.startswith(parameter):  # the weight or its packed tensors, and the bias
                 tensor.requires_grad_(False)
         self.num_experts, self.in_features, self.out_features = e, k, n
         stored = host._parameters.get(parameter)
@@ -112,5 +112,5 @@ class LoTRHostedExperts(Hosted, LoTRExperts):
 
     @property
     def cut(self) -> ExpertsCut | None:
-        """How the host's matrices are cut over processes, also in the midst of its forward, which has local ones."""
+        """How the host's matrices are sharded over processes, also during its forward, which has local tensors."""
         return self._cut

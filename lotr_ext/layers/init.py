@@ -1,8 +1,8 @@
-"""How factors and cores start.
+"""Initial values of factors and cores.
 
 factors   orthonormal   A^T A = I (or A A^T = I when r > d): the core's gradient does not grow with the width
-          normal        N(0, 1), what the paper's own code draws
-          kaiming       U(-1/sqrt(d), 1/sqrt(d)), as LoRA draws its A
+          normal        N(0, 1), as in the paper's code
+          kaiming       U(-1/sqrt(d), 1/sqrt(d)), as LoRA's A
           svd           from the weights themselves (`tucker2`); subtracted from them by `apply_lotr`
           gradient      from the weights' gradients on a few batches (`lotr_ext.init_from_gradient`)
 cores     zero          delta W = 0, so the model starts unchanged
@@ -22,7 +22,7 @@ from .tucker import tucker2
 __all__ = ["CORE_INITS", "FACTOR_INITS", "fill_core_", "fill_factor_", "tucker2"]
 
 CORE_INITS = ("zero", "identity")
-FOUND_INITS = ("svd", "gradient")  # of factors that apply_lotr finds in the model
+FOUND_INITS = ("svd", "gradient")  # apply_lotr computes these factors from the model
 
 
 def _orthonormal(d: int, r: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all adapted layers have in common: settings, the forward pass, merging."""
+"""The common part of all adapted layers: settings, the forward pass, merging."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ DEFAULT_RANK = 8
 
 
 class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
-    """Base class of adapted layers. Subclasses give `_base` (the plain forward), `_matrix` (W [n, k], a view) and `to_base`.
+    """Base class of adapted layers. Subclasses define `_base` (the plain forward), `_matrix` (W [n, k], a view) and `to_base`.
 
-    core [r_in, r_out]: the layer's own parameter, or what `core_form` makes. factors: the shared pair. scaling: s. magnitude
+    core [r_in, r_out]: the layer's own parameter, or the output of `core_form`. factors: the shared pair. scaling: s. magnitude
     [n]: the length of each row of W + s B G^T A^T, or None.
-    start_core: where an init moved part of W into the adapter, the core it began with (a buffer outside of state_dict).
+    start_core: if an init moved part of W into the adapter, the initial core (a buffer outside state_dict).
     """
 
     in_features: int
@@ -43,7 +43,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
 
     @property
     def disabled(self) -> bool:
-        """Whether the adapter is off, because this attribute was set or because of an open `disabled` context."""
+        """Whether the adapter is off, by this attribute or by an open `disabled` context."""
         return self._state()[0]
 
     @disabled.setter
@@ -51,7 +51,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         self._off = off
 
     def _replicate_for_data_parallel(self) -> LoTRLayer:
-        """A replica for nn.DataParallel, which calls it in another thread: there this thread's contexts are not open."""
+        """A replica for nn.DataParallel. It stores whether the adapter is off: its thread does not have this one's contexts."""
         replica, (off, mixture) = super()._replicate_for_data_parallel(), self._state()
         if mixture is not None:
             raise RuntimeError("model: expected one that is called as it is, got nn.DataParallel, which cuts the batch up")
@@ -65,7 +65,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         if not isinstance(linear, nn.Module):
             raise TypeError(f"linear: expected an nn.Module, got {type(linear).__name__}")
         for module in linear.modules():
-            if isinstance(module, LoTRFactors) or hasattr(module, "start_core"):  # which PEFT's cores have too
+            if isinstance(module, LoTRFactors) or hasattr(module, "start_core"):  # also PEFT's cores
                 raise TypeError(f"linear: expected a plain layer, got {type(linear).__name__}, which is adapted already")
 
     @classmethod
@@ -77,7 +77,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> LoTRFactors:
-        """The factors of a new layer of sizes (in_features, out_features): those given, or new ones in float32 (float64)."""
+        """The factors of a new layer of sizes (in_features, out_features): the given ones, or new ones in float32 (float64)."""
         if factors is None:
             wide = accumulate_dtype(dtype or torch.get_default_dtype())
             factors = LoTRFactors(*sizes, DEFAULT_RANK if rank is None else rank, device=device, dtype=wide)
@@ -96,7 +96,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
 
     @staticmethod
     def _check_device(factors: LoTRFactors, device: torch.device) -> None:
-        """ValueError for factors on the meta device beside a layer with values. Other devices may differ."""
+        """Raises ValueError for factors on the meta device for a layer with values. Other devices may differ."""
         if factors.A.is_meta and device.type != "meta":
             raise ValueError(f"factors: expected values, as the layer has on {device}, got factors on the meta device")
 
@@ -111,7 +111,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         self.register_buffer("start_core", None, persistent=False)
         self.register_buffer("weight_backup", None, persistent=False)
         factors._group.join()
-        self.factors = factors  # registered: a model built by hand owns A and B through any of its layers
+        self.factors = factors  # registered, so that a model built by hand owns A and B
         if settings.magnitude:
             self.hold_magnitude(nn.Parameter(torch.empty(self.out_features, device=device, dtype=factors.A.dtype)))
             self.reset_magnitude()
@@ -124,20 +124,20 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         """As nn.Module's. `parallelize_module` registers all parameters as DTensors: those of the adapter stay plain tensors
         that all processes have, so the layer can run on local tensors."""
         if is_dtensor(param):
-            if "." in name:  # of a child, which keeps its own
+            if "." in name:  # of a child module
                 return
             value = param.detach() if name in self._cut_with_base else param.detach().full_tensor()
             param = in_place_of(self._parameters.get(name), param, value)
         super().register_parameter(name, param)
         if name == "weight" and is_dtensor(param) and "merged" in self.__dict__:
             if self.norms is not None:
-                raise ValueError(f"magnitude: expected whole weights, got a DTensor {tuple(param.shape)}; adapt without")
+                raise ValueError(f"magnitude: expected whole weights, got a DTensor {tuple(param.shape)}; use magnitude=False")
             if (form := core_form_of(self)) is not None and not any(True for _ in form.parameters()):
-                self.__dict__["core_form"] = self.release_core_form()  # RowwiseParallel expects a weight of every child
+                self.__dict__["core_form"] = self.release_core_form()  # RowwiseParallel expects a weight in every child
             agree_over(param, self.adapter_parameters())
 
     def leave_factors_to_owner(self) -> None:
-        """Keeps a plain reference to the factors, which another module registers. So state_dict names them once, and a block
+        """Keeps a plain reference to the factors, which another module registers. Then state_dict names them once, and a block
         can be sharded without them."""
         if "factors" in self._modules:
             self.__dict__["factors"] = self._modules.pop("factors")
@@ -155,8 +155,8 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
             if self.start_core is None:
                 return self._base(x)
             return self._call(x, Call(self.start_core, self.scaling), self.factors.start_A, self.factors.start_B)
-        # Parameters are read from nn.Module's dictionaries, here, in factors and in _call: its __getattr__ costs 11 us a layer
-        # and step (bench.host, one token).
+        # Parameters are read from nn.Module's dictionaries, here, in factors and in _call: its __getattr__ costs 11 us per
+        # layer and step (bench.host, one token).
         parameters, modules = self._parameters, self._modules
         core = parameters["core"] if "core" in parameters else self.core
         factors = modules["factors"] if "factors" in modules else self.factors
@@ -176,8 +176,8 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """m <- |W_n + F_n A^T|, with which the layer computes what it does without magnitudes. Call it after the weight of a
-        layer that was built by hand has got its values.
+        """m <- |W_n + F_n A^T|, so that the layer computes the same as without magnitudes. Call it after the weight of a
+        layer that was built by hand is loaded.
 
         RuntimeError for a layer without magnitudes.
         """
@@ -190,9 +190,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         b = x.shape[0] if mixture.index is None else len(mixture.index)
         cores, call.scaling = cores_of(mixture, call.core, b), mixture.scaling
         if self.norms is not None:
-            raise ValueError(
-                "model: expected adapters without magnitudes where rows have cores of their own, got magnitude=True"
-            )
+            raise ValueError("model: expected adapters without magnitudes for a batch of several adapters, got magnitude=True")
         return call_mixed(x, self._mixed_base(), A, B, cores, index_for(mixture, x), call)
 
     def _mixed_base(self) -> Callable[[Tensor], Tensor] | tuple[Tensor, Tensor | None]:
@@ -206,14 +204,14 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         raise TypeError(f"{type(self).__name__} must define _matrix")
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of A, B, the core and the magnitudes; of a parametrized one those that it is computed from."""
+        """The parameters of A, B, the core and the magnitudes; for a computed part those that compute it."""
         for module, name in self.factors.owners:
             yield from parameters_of(module, name)
         yield from parameters_of(self, "core")
         yield from parameters_of(self, "magnitude")
 
     def set_trained(self, train: Collection[str]) -> None:
-        """Whether "core" and "magnitude", those that are parameters of the layer, require gradients."""
+        """Sets requires_grad of "core" and "magnitude", if they are parameters of the layer."""
         for part in ("core", "magnitude"):
             for parameter in parameters_of(self, part):
                 parameter.requires_grad_(part in train)
@@ -222,7 +220,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """s B G^T A^T [.., out_features, in_features] in float32 (float64 for float64 factors), what merge adds to W before
+        """s B G^T A^T [.., out_features, in_features] in float32 (float64 for float64 factors), which merge adds to W before
         magnitudes scale the rows of the sum."""
         return self.factors(lambda A, B: delta_weight(A, B, self.core, self.scaling))
 
@@ -239,7 +237,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
 
     @property
     def unmerges_by_backup(self) -> bool:
-        """Whether only a copy of the base brings it back after a merge."""
+        """Whether unmerge needs a copy of the base."""
         return self.norms is not None
 
     def _local_matrix(self) -> Tensor:
@@ -248,20 +246,19 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
         return matrix.to_local() if is_dtensor(matrix) else matrix
 
     def _local_delta(self) -> Tensor:
-        """What merge adds to `_local_matrix`."""
+        """The delta that merge adds to `_local_matrix`."""
         if not is_dtensor(matrix := self._matrix()):
             return self.delta_weight()
         of_A, of_B = cut_of(matrix).rows
         return self.factors(lambda A, B: delta_weight(A[of_A], B[of_B], self.core, self.scaling))
 
     def _weight_to_write(self, where: str) -> Tensor:
-        """W [n, k], or this process's part of it, a view of the parameter that it is stored in. TypeError if it is stored in
-        none."""
+        """W [n, k], or this process's part of it, as a view of its parameter. Raises TypeError if it is not a parameter."""
         self.check_parameter("weight", where)
         return self._local_matrix()
 
     def _check_base(self) -> None:
-        """TypeError unless the plain layer can take over weight and bias."""
+        """Raises TypeError unless the plain layer can take over weight and bias."""
         for name in ("weight", "bias"):
             self.check_parameter(name, "to_base")
 
@@ -278,10 +275,10 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
     def merge(self, safe: bool = False, keep_backup: bool = True) -> None:
         """Adds the adapter into the weight: delta and sum in float32, cast once. The layer then runs as a plain linear one.
 
-        safe: refuse (ValueError, nothing changed) if the result has a non-finite element. keep_backup: keep a copy of W, so
-        that unmerge restores its very bits; without, unmerge subtracts, and of a layer with magnitudes raises.
-        RuntimeError if merged already; TypeError over a base that cannot be merged into, and for a weight that is no parameter
-        any more (weight_norm, spectral_norm, parametrizations, pruning). A backward through an earlier forward then raises.
+        safe: raise ValueError, without a change, if the result has a non-finite element. keep_backup: keep a copy of W, so
+        that unmerge restores it bit for bit; without, unmerge subtracts, and raises for a layer with magnitudes.
+        RuntimeError if merged already; TypeError for a base that cannot be merged into, and for a weight that is no longer a
+        parameter (weight_norm, spectral_norm, parametrizations, pruning). A backward through an earlier forward then raises.
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
@@ -293,7 +290,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the adapter out of the weight again. RuntimeError if it is not merged, or has magnitudes and no backup."""
+        """Removes the adapter from the weight. RuntimeError if it is not merged, or has magnitudes and no backup."""
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not merged")
         if self.unmerges_by_backup and self.weight_backup is None:
@@ -307,7 +304,7 @@ class LoTRLayer(InRequests, HasCore, HasMagnitude, Merges):
 
     @torch.no_grad()
     def _give_start_back(self) -> None:
-        """Returns to W what an init moved into the start adapter, before the adapter goes."""
+        """Adds the part of W that an init moved into the start adapter back to W, before the adapter is removed."""
         if self.start_core is None or self.merged:
             return
         start = delta_weight(self.factors.start_A, self.factors.start_B, self.start_core, self.scaling)

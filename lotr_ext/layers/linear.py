@@ -1,4 +1,4 @@
-"""Adapted layers: LoTRLinear in nn.Linear's place, LoTRConv1D in transformers' Conv1D's, LoTRWrapped around anything else."""
+"""Adapted layers: LoTRLinear replaces nn.Linear, LoTRConv1D transformers' Conv1D, and LoTRWrapped wraps all other layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Layer = TypeVar("Layer", bound="AdaptsModule")
 
 
 class AdaptsModule(LoTRLayer):
-    """Base class of the layers that are made of one existing module."""
+    """Base class of layers that adapt one existing module."""
 
     @classmethod
     def from_linear(
@@ -42,17 +42,17 @@ class AdaptsModule(LoTRLayer):
         dropout: float = 0.0,
         magnitude: bool = False,
     ) -> Layer:
-        """Adapts linear: takes over its weight and bias, the very tensors (LoTRWrapped: the module), and freezes them.
+        """Adapts linear: uses its weight and bias themselves, not copies (LoTRWrapped: the module), and freezes them.
 
         Raises:
-            TypeError, ValueError: a module of another kind, one that is adapted already, factors of other sizes, or an argument
+            TypeError, ValueError: another kind of module, one that is adapted already, factors of other sizes, or an argument
                 of the wrong type or value.
         """
         return cls.adapting(linear, factors, Settings(alpha, rslora, scaling, dropout, magnitude))
 
     @classmethod
     def adapting(cls: type[Layer], linear: nn.Module, factors: LoTRFactors, settings: Settings) -> Layer:
-        """`from_linear` with settings that are checked."""
+        """`from_linear` with checked settings."""
         cls._check_unadapted(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -69,25 +69,25 @@ class AdaptsModule(LoTRLayer):
 
     @classmethod
     def _sizes_of(cls, linear: nn.Module) -> tuple[int, int]:
-        """(in_features, out_features). TypeError for a module of another kind."""
+        """(in_features, out_features). Raises TypeError for another kind of module."""
         raise TypeError(f"{cls.__name__} must define _sizes_of")
 
     @staticmethod
     def _device_of(linear: nn.Module) -> torch.device | None:
-        """Where linear computes; None for a module without tensors."""
+        """The device of linear's tensors; None for a module without tensors."""
         return linear.weight.device
 
     def _take(self, linear: nn.Module) -> None:
-        """Takes over what linear computes with."""
+        """Takes over linear's weight and bias, or the module."""
         self.weight, self.bias = linear.weight, linear.bias
 
     def to_linear(self) -> nn.Linear:
-        """A plain nn.Linear that computes what this layer computes in eval mode; shares nothing with it."""
+        """A plain nn.Linear that computes the same as this layer in eval mode, and shares no tensor with it."""
         weight = self._merged_weight().clone(memory_format=torch.contiguous_format)
         return self._plain(weight, None if self.bias is None else self.bias.detach().clone())
 
     def _plain(self, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-        """A frozen nn.Linear of these very tensors."""
+        """A frozen nn.Linear with these tensors, not copies."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -97,13 +97,13 @@ class AdaptsModule(LoTRLayer):
 class LoTRLinear(AdaptsModule, nn.Linear):
     """y = x W^T + bias + s ((drop(x) A) G) B^T with W and bias frozen: x [..., in_features] -> [..., out_features].
 
-    rank: that of the factors, or of a new pair (8 by default) where factors is None. alpha, rslora, scaling: s is scaling if
-    given ("auto": 4 (8 / r)^1.5), else alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. r is
-    max(r_in, r_out). dropout: the probability of dropping an element of x on the adapter's way, in [0, 1), in training.
+    rank: of the factors, or of a new pair (8 by default) if factors is None. alpha, rslora, scaling: s is scaling if
+    given ("auto": 4 (8 / r)^1.5), otherwise alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. r is
+    max(r_in, r_out). dropout: the probability of dropping an element of the adapter's x in training, in [0, 1).
     dtype: that of weight and bias, float32, float64, bfloat16 or float16, torch's default if None; a new pair of factors and
     the core are float32 (float64 beside float64 weights).
-    magnitude: whether the layer trains a length for each row of W + s B G^T A^T (DoRA, arXiv 2402.09353); after the weight has
-    got other values, call `reset_magnitude`.
+    magnitude: whether the layer trains a length for each row of W + s B G^T A^T (DoRA, arXiv 2402.09353). After the weight has
+    changed, call `reset_magnitude`.
     The core starts at zero, so the layer starts as the plain linear layer. Equation and shapes: arXiv 2402.01376, section 3.
     Raises TypeError or ValueError naming the argument, expected and got.
 
@@ -152,9 +152,9 @@ class LoTRLinear(AdaptsModule, nn.Linear):
         return self.weight
 
     def to_base(self) -> nn.Linear:
-        """A plain nn.Linear of the base weight and bias as they stand (with the adapter in them if merged).
+        """A plain nn.Linear with the current base weight and bias (which include the adapter if merged).
 
-        TypeError for a weight or bias that is no parameter any more (weight_norm, spectral_norm, parametrizations, pruning).
+        TypeError for a weight or bias that is no longer a parameter (weight_norm, spectral_norm, parametrizations, pruning).
         """
         self._check_base()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -187,7 +187,7 @@ class LoTRConv1D(AdaptsModule):
         return self.weight.t()
 
     def to_base(self) -> nn.Module:
-        """The plain Conv1D again, of the base weight and bias as they stand. TypeError as `LoTRLinear.to_base`."""
+        """A plain Conv1D with the current base weight and bias. TypeError as `LoTRLinear.to_base`."""
         self._check_base()
         layer = self._base_class.__new__(self._base_class)
         nn.Module.__init__(layer)
@@ -219,7 +219,7 @@ class LoTRWrapped(AdaptsModule):
 
     def _take(self, linear: nn.Module) -> None:
         self.base_layer = linear.requires_grad_(False)
-        self.__dict__["quantized_base"] = None  # the base while it is merged: no child, so it is in no state_dict
+        self.__dict__["quantized_base"] = None  # the base while merged; not a child, so not in the state_dict
 
     @property
     def weight(self) -> Tensor:
@@ -239,7 +239,7 @@ class LoTRWrapped(AdaptsModule):
 
     def _call(self, x: Tensor, call: Call, A: Tensor, B: Tensor) -> Tensor:
         base = self.base_layer
-        if torch.is_grad_enabled() and not is_compiling():  # a graph would be specialised to the number of tokens
+        if torch.is_grad_enabled() and not is_compiling():  # a compiled graph would specialise on the number of tokens
             ready_to_train(base)
             dense = one_layer(base, x) if compute_dtype(x) is None else None
             if dense is not None:
@@ -258,12 +258,12 @@ class LoTRWrapped(AdaptsModule):
             return self.base_layer.weight
         raise TypeError(self.why_not_mergeable(False))
 
-    # ---- merging: only through a dense layer in the base's place --------------------------------------------------------
+    # ---- merging: only into a dense layer that replaces the base --------------------------------------------------------
 
     unmerges_by_backup = True
 
     def why_not_mergeable(self, dequantize: bool | torch.dtype, name: str = "a layer") -> str | None:
-        """What stands in the way of a merge, None if nothing does."""
+        """Why the layer cannot be merged; None if it can."""
         got = f"{name} over {type(self.base_layer).__name__}"
         if dequantizer(self.base_layer) is None:
             return (
@@ -281,7 +281,7 @@ class LoTRWrapped(AdaptsModule):
     def merged_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain frozen nn.Linear: the base's dequantised weight plus the adapter, summed in float32 and cast once.
 
-        dtype: of weight and bias; None for the bias's dtype, or without a bias that in which the quantiser gives W.
+        dtype: of weight and bias; None for the bias's dtype, or without a bias the dtype in which the quantiser returns W.
         """
         weight, bias = dense_weight(self.base_layer, self.in_features, self.out_features), self.bias
         dtype = dtype or (weight if bias is None else bias).dtype
@@ -290,10 +290,10 @@ class LoTRWrapped(AdaptsModule):
 
     @torch.no_grad()
     def merge(self, safe: bool = False, keep_backup: bool = True, dequantize: bool | torch.dtype = False) -> None:
-        """Puts a plain nn.Linear of the dequantised weight and the adapter in the base's place, where `dequantize` asks for it.
+        """Replaces the base by a plain nn.Linear of the dequantised weight and the adapter, if `dequantize` is set.
 
-        dequantize: True, or the dtype of the nn.Linear. keep_backup: keep the quantised base, which unmerge puts back.
-        RuntimeError if merged already; TypeError without dequantize, or over a base that cannot be made dense; ValueError with
+        dequantize: True, or the dtype of the nn.Linear. keep_backup: keep the quantised base, so that unmerge can restore it.
+        RuntimeError if merged already; TypeError without dequantize, or for a base that cannot be made dense; ValueError with
         safe, if the result has a non-finite element. Nothing is changed then.
         """
         if self.merged:
@@ -309,7 +309,7 @@ class LoTRWrapped(AdaptsModule):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the quantised base back, on the device and in the mode in which the layer is now.
+        """Restores the quantised base, on the layer's current device and in its current mode.
 
         RuntimeError if it is not merged, or was merged without a backup.
         """
@@ -318,14 +318,14 @@ class LoTRWrapped(AdaptsModule):
         if self.quantized_base is None:
             raise RuntimeError("unmerge: expected the quantised base, got a layer merged with keep_backup=False")
         base, device = self.quantized_base, self.base_layer.weight.device
-        if home(base) != device:  # the model has moved since
+        if home(base) != device:  # the model has been moved since
             base = base.to(device)
         self.base_layer, self.merged = base.train(self.training), False
         self.quantized_base = None
         self.__dict__.pop("notice", None)
 
     def to_base(self) -> nn.Module:
-        """The wrapped module; merged, the plain nn.Linear in its place."""
+        """The wrapped module, or if merged, the plain nn.Linear that replaces it."""
         return self.base_layer
 
 
@@ -339,13 +339,13 @@ def adapt(
     dropout: float = 0.0,
     magnitude: bool = False,
 ) -> LoTRLayer:
-    """module as an adapted layer of the class that fits it (`layer_class`). Arguments as for `LoTRLinear.from_linear`."""
+    """Adapts module with the class that fits it (`layer_class`). Arguments as for `LoTRLinear.from_linear`."""
     return layer_class(module).adapting(module, factors, Settings(alpha, rslora, scaling, dropout, magnitude))
 
 
 def layer_class(module: nn.Module) -> type[AdaptsModule]:
-    """LoTRLinear for an nn.Linear, LoTRConv1D for a Conv1D, else LoTRWrapped: also for a subclass of nn.Linear with a forward
-    of its own, and for a quantised weight."""
+    """LoTRLinear for an nn.Linear, LoTRConv1D for a Conv1D, otherwise LoTRWrapped: also for a quantised weight and for a
+    subclass of nn.Linear with another forward."""
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     known = LoTRLinear if linear else LoTRConv1D if is_conv1d(module) else None
     return LoTRWrapped if known is None or not has_plain_weight(module) else known

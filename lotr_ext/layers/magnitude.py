@@ -1,4 +1,4 @@
-"""The magnitudes m [out_features] of a layer (DoRA): where they are held, how they start, and what merging makes of them."""
+"""The magnitudes m [out_features] of a layer (DoRA): their storage, initial values and merging."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .sharded import in_parts
 
 __all__ = ["HasMagnitude", "Stored", "no_magnitude", "stored_in", "with_lengths"]
 
-Stored = tuple[Tensor, Callable[[], Tensor]]  # the tensor that W is stored in, and what returns W [n, k] of it
+Stored = tuple[Tensor, Callable[[], Tensor]]  # the tensor that stores W, and a function that returns W [n, k]
 
 
 def no_magnitude(module: nn.Module) -> str | None:
-    """Why a layer's rows cannot be measured, for a message; None if they can."""
+    """Why the lengths of a layer's rows cannot be computed, for a message; None if they can."""
     weight, kind = getattr(module, "weight", None), type(module).__name__
     if not isinstance(weight, Tensor):
         return f"{kind} without a weight"
@@ -33,7 +33,7 @@ def no_magnitude(module: nn.Module) -> str | None:
 
 
 class _Magnitude:
-    """`module.magnitude`: None for a module without. No property, as for `_Core`."""
+    """`module.magnitude`: None for a module without. Not a property, as for `_Core`."""
 
     def __get__(self, module: HasMagnitude | None, owner: type | None = None) -> nn.Parameter | None:
         if module is None:
@@ -47,27 +47,27 @@ class _Magnitude:
 class HasMagnitude(nn.Module):
     """Base class of modules that may have magnitudes: LoTRLayer, and LoTRCore, an adapter of PEFT's layers.
 
-    magnitude: m, a parameter in the dtype of the factors, or None. norms: what computes c for it, None without.
+    magnitude: m, a parameter in the dtype of the factors, or None. norms: computes c; None without magnitudes.
     """
 
     magnitude = _Magnitude()
     norms: Norms | None = None
 
     def hold_magnitude(self, held: nn.Parameter | None) -> None:
-        """Replaces the parameter, which keeps its place among the layer's. Checks nothing."""
+        """Replaces the parameter, at the same position among the layer's parameters, without checks."""
         if held is None:
             self._parameters.pop("magnitude", None)
         else:
-            self._parameters["magnitude"] = held  # register_parameter refuses a name that the class has
+            self._parameters["magnitude"] = held  # register_parameter rejects a name that the class has
         self.norms = None if held is None else Norms()
 
     def rows_of(self, stored: Stored, A: Tensor, B: Tensor, call: Call) -> Rows:
-        """m, c and m / c of a call."""
+        """m, c and m / c for a call."""
         return self.norms.rows(self.magnitude, *stored, A, B, call.core, call.scaling)
 
 
 def stored_in(module: nn.Module) -> Stored:
-    """Of a layer that `no_magnitude` lets pass."""
+    """The Stored of a layer that `no_magnitude` accepts."""
     weight = module.weight
     if not has_plain_weight(module):
         return weight, lambda: dense_weight(module, module.in_features, module.out_features)

@@ -1,4 +1,4 @@
-"""What merging needs: writes that autograd sees, weights that are parameters, a warning when a merged model is trained."""
+"""Helpers of merging: writes that autograd sees, a check that weights are parameters, a warning if a merged model trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["MergeNotice", "Merges", "check_is_parameter", "plus", "write_"]
 def write_(target: Tensor, value: Tensor) -> None:
     """target <- value, counted as a change: a backward that needs the old values raises instead of using the new ones.
 
-    A tensor made under inference_mode counts no changes and is in no graph; only that mode may write to it.
+    A tensor created under inference_mode has no version counter and no graph; only that mode may write to it.
     """
     if target.is_inference():
         with torch.inference_mode():
@@ -28,7 +28,7 @@ def write_(target: Tensor, value: Tensor) -> None:
 
 
 def check_is_parameter(module: nn.Module, name: str, where: str, layer: str = "") -> None:
-    """Refuses a weight or bias that is computed at each forward, which would undo what is written to it, or leave it behind.
+    """Refuses a weight or bias that is computed in each forward, which would overwrite or ignore a merged value.
 
     where: the caller's name; layer: the module's name in the model.
 
@@ -46,13 +46,13 @@ def check_is_parameter(module: nn.Module, name: str, where: str, layer: str = ""
 
 
 class MergeNotice:
-    """One merge of a layer, or of all layers of a model: warns once of forwards with gradients, which train no adapter."""
+    """One merge of a layer, or of all layers of a model: warns once about a forward with gradients, which trains no adapter."""
 
     def __init__(self) -> None:
         self.given = False
 
     def warn(self, adapter: Iterable[nn.Parameter], stacklevel: int = 5) -> None:
-        """Called in each forward of a merged layer. adapter: its parameters; stacklevel: of its caller's caller."""
+        """Called in each forward of a merged layer. adapter: its parameters; stacklevel: that of the caller's caller."""
         if self.given or is_compiling() or not torch.is_grad_enabled() or not any(p.requires_grad for p in adapter):
             return
         self.given = True
@@ -70,9 +70,9 @@ def plus(weight: Tensor, delta: Tensor, sign: int = 1) -> Tensor:
 
 
 class Merges(nn.Module):
-    """Base class of layers that add their adapters into a weight: the backup of the weight, and the notice of the merge.
+    """Base class of layers that merge adapters into a weight: holds the backup of the weight and the notice of the merge.
 
-    weight_backup: W as it was before the first merge, a buffer outside of state_dict; None without a merge or a backup.
+    weight_backup: W before the first merge, a buffer outside state_dict; None without a merge or a backup.
     """
 
     weight_backup: Tensor | None
@@ -86,7 +86,7 @@ class Merges(nn.Module):
         self.notice = MergeNotice()
 
     def _write_back(self, weight: Tensor, value: Tensor) -> None:
-        """weight <- value, which is what it was before the merge."""
+        """weight <- value, the weight before the merge."""
         write_(weight, value)
         self.weight_backup = None
-        self.__dict__.pop("notice", None)  # the class has None
+        self.__dict__.pop("notice", None)  # the class attribute is None

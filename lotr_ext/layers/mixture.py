@@ -1,10 +1,10 @@
-"""One forward for rows of many adapters that share their factors: y_i = x_i W^T + bias + s ((x_i A) G_c(i)) B^T.
+"""One forward for rows of different adapters over the same factors: y_i = x_i W^T + bias + s ((x_i A) G_c(i)) B^T.
 
-The products with A and B are computed for the whole batch by the nodes of any other call, so that siblings share x A and the
-factors have their shared gradients. Only the small product with each row's core is added, unfolded.
+The products with A and B are computed for the whole batch by the same nodes as in any other call, so that siblings share x A
+and factors have their shared gradients. Only the small product with each row's core is added, unfolded.
 
 `mixed` makes a Mixture for each layer, of named adapters (`model/adapters.py`) or of a TaskBank's tasks (`model/tasks.py`),
-and `per_example` one that gives each row the layer's own core (`model/per_example.py`). The request holds it
+and `per_example` one in which each row has the layer's own core (`model/per_example.py`). The request holds it
 (`request.py`), and the layer reads its cores by `cores_of`.
 """
 
@@ -23,8 +23,8 @@ from ..autograd.tensor_parallel import call_cut, is_dtensor
 
 
 class Mixture(NamedTuple):
-    """cores: [c, r_in, r_out], of experts [c, e, r_in, r_out], times scaling; or the parts that they are made of, a core and a
-    factor of scaling for each adapter; or a function that makes b of them from the layer's core. index (int64): which of them
+    """cores: [c, r_in, r_out], of experts [c, e, r_in, r_out], times scaling; or their parts, a core and a
+    factor of scaling for each adapter; or a function that returns b of them from the layer's core. index (int64): which of them
     row i of the batch takes [b], or the token at position j of row i [b, t], -1 for none; None: row i takes the i-th, for any
     b. flat: whether a layer may get the tokens of all rows in one list [m, k], as in a mixture beside its experts. adapter: one
     with the factors of all, in a layer that has several."""
@@ -37,13 +37,13 @@ class Mixture(NamedTuple):
 
 
 def mixture_of(parts: Sequence[tuple[Tensor, float]], index: Tensor, adapter: str | None = None) -> Mixture:
-    """Of several adapters' (core, scaling). The largest scaling comes last: s G could leave float16's range."""
+    """The Mixture of several adapters' (core, scaling). The largest scaling is applied last: s G could overflow in float16."""
     most = max(abs(scaling) for _, scaling in parts) or 1.0
     return Mixture(tuple((core, scaling / most) for core, scaling in parts), most, index, adapter=adapter)
 
 
 def cores_of(mixture: Mixture, core: Tensor, b: int) -> Tensor:
-    """[c, r_in, r_out], of experts [c, e, r_in, r_out], on the device of core, the layer's own. b: rows of the batch."""
+    """[c, r_in, r_out], of experts [c, e, r_in, r_out], on the device of the layer's core. b: rows of the batch."""
     if isinstance(mixture.cores, Tensor):
         return mixture.cores
     if callable(mixture.cores):
@@ -52,7 +52,7 @@ def cores_of(mixture: Mixture, core: Tensor, b: int) -> Tensor:
 
 
 def tasks_of_tokens(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
-    """For each of tokens [rows], its place in the index: the adapter that it takes. The m tokens of the batch lie row after
+    """The adapter of each of tokens [rows], from the index. The m tokens of the batch lie row after
     row.
 
     Raises ValueError unless all rows have the same number of tokens.
@@ -65,7 +65,7 @@ def tasks_of_tokens(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
         )
     b = index.shape[0]
     if m % b:
-        raise ValueError(f"x: expected the tokens of a batch of {b} rows, as many in each, got {m}")
+        raise ValueError(f"x: expected the tokens of a batch of {b} rows of equal length, got {m}")
     each = max(1, m // b)
     if index.dim() == 1:
         return index.to(tokens.device)[tokens // each]
@@ -73,10 +73,10 @@ def tasks_of_tokens(mixture: Mixture, tokens: Tensor, m: int) -> Tensor:
 
 
 def _of_this_forward(index: Tensor, count: int) -> Tensor:
-    """The columns [b, count] of an index [b, t] for a layer's `count` tokens a row: those from the cache's length on, which the
-    model's forward was given. All tokens after the index take its last column.
+    """The columns [b, count] of an index [b, t] for a layer's `count` tokens per row: those after the cached tokens, which the
+    model's forward was given. All tokens after the index use its last column.
 
-    Raises ValueError for a layer that has another number of tokens than the model's forward, or without a cache than the index.
+    Raises ValueError if a layer has another number of tokens than the model's forward, or without a cache than the index.
     """
     scope, t = None if is_compiling() else open_scope(), index.shape[1]
     if scope is None or scope.cached is None:
@@ -117,7 +117,7 @@ def index_for(mixture: Mixture, x: Tensor) -> Tensor:
 
 
 def cores_of_rows(tasks: Tensor, experts: Tensor, e: int) -> Tensor:
-    """For each row, its index among the cores [c e, r_in, r_out]: that of (task, expert). -1 without a task, or for an expert
+    """For each row, the index of (task, expert) among the cores [c e, r_in, r_out]. -1 without a task, or for an expert
     of another process (e and above). tasks and experts [rows]: the rows' own, -1 for no task."""
     return torch.where((tasks == -1) | (experts >= e), -1, tasks * e + experts)
 
@@ -129,7 +129,7 @@ def call_mixed(
     """base(x) + s ((drop(x) A) cores[index[i]]) B^T for row i of x [b, ..., k], s the call's scaling. index [b], or [b, t] of
     an x [b, t, ..., k]. base: a function, or weight and bias of a linear layer.
 
-    Raises ValueError for an x whose first dimension is not b, or of which a process has fewer rows.
+    Raises ValueError if x's first dimension is not b, or if a process has fewer rows.
     """
     if x.dim() < 2 or x.shape[0] != index.shape[0]:
         raise ValueError(f"x: expected a batch of {index.shape[0]} rows, one an adapter name, got shape {tuple(x.shape)}")
@@ -143,7 +143,7 @@ def call_mixed(
 def _call_in_part(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, cores: Tensor, index: Tensor, call: Call
 ) -> Tensor:
-    """`call_mixed` of a tensor parallel layer. The cores take the core's place in the call, so their gradients are summed."""
+    """`call_mixed` of a tensor parallel layer. The cores replace the core in the call, so their gradients are summed."""
 
     def rows(x: Tensor) -> None:
         if len(x) != len(index):

@@ -1,4 +1,4 @@
-"""Quantised experts: which formats are known, what a module's packed tensors are, and how the formats' own libraries read them.
+"""Quantised experts: the supported formats, a module's packed tensors, and reading them by the formats' own libraries.
 
 | format | tensors of an experts module, for its parameter p | made dense by |
 |---|---|---|
@@ -36,7 +36,7 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def expert_parameters(module: nn.Module) -> Iterator[str]:
-    """The names of a module's own parameters, and of those that it has in a packed form instead."""
+    """The names of a module's own parameters, and of those that it has in packed form."""
     for name, _ in module.named_parameters(recurse=False):
         yield name
         for suffix in (_BLOCKS, _PACKED):
@@ -48,7 +48,7 @@ def expert_parameters(module: nn.Module) -> Iterator[str]:
 
 
 def weight_of(module: nn.Module, parameter: str, transposed: bool) -> Tensor | Packed:
-    """W [e, n, k] of an experts module as it is now, dense or packed. transposed: whether its class stores [e, k, n]."""
+    """The current W [e, n, k] of an experts module, dense or packed. transposed: whether its class stores [e, k, n]."""
     tensor = module._parameters.get(parameter)
     if tensor is None or not is_plain(tensor) or tensor.dtype.itemsize == 1:
         found = packed(module, parameter, transposed)
@@ -61,11 +61,11 @@ def weight_of(module: nn.Module, parameter: str, transposed: bool) -> Tensor | P
 def packed(module: nn.Module, parameter: str, transposed: bool = False, where: str = "") -> Packed | None:
     """The packed weight [e, n, k] of an experts module; None if the parameter is a plain floating tensor or unknown.
 
-    transposed: whether the class stores dense experts as [e, k, n], which a tensor subclass then is. where: the module's name,
+    transposed: whether the class stores dense experts as [e, k, n]; so is a tensor subclass. where: the module's name,
     for errors.
 
     Raises:
-        ValueError: scales of another shape than the packed tensor needs. TypeError: tensors of other dtypes.
+        ValueError: scales of a wrong shape. TypeError: tensors of wrong dtypes.
     """
     name = f"{where}.{parameter}" if where else parameter
     if parametrize.is_parametrized(module, parameter):
@@ -127,7 +127,7 @@ class Mxfp4(Packed):
 class ByBlocks(Packed):
     """transformers' FP8Experts: a scale for each block of numbers, which are float8, or two of 4 bits (E2M1) in a byte.
 
-    Number times scale is made in float32 and rounded once, as transformers does where it makes a checkpoint dense.
+    Number times scale is made in float32 and rounded once, as transformers does when it makes a checkpoint dense.
     """
 
     def __init__(self, name: str, codes: Tensor, scales: Tensor, block: tuple[int, int] | None):
@@ -137,7 +137,7 @@ class ByBlocks(Packed):
             k, block = 2 * k, (1, 32)
         rows, columns = (n, k) if block is None else block
         grid = math.ceil(n / rows), math.ceil(k / columns)
-        shapes = ((e, *grid), (e, max(2, grid[0]), grid[1]))  # a gate and an up projection never share a scale
+        shapes = ((e, *grid), (e, max(2, grid[0]), grid[1]))  # gate and up projections never share a scale
         _check(f"{name}{_INVERSE}", scales, (torch.float32, torch.float8_e8m0fnu, torch.bfloat16), shapes)
         rows = rows if scales.shape[1] == grid[0] else n // 2
         self.codes, self.scales, self.block, self.shape, self.device = codes, scales, [rows, columns], (e, n, k), codes.device
@@ -193,7 +193,7 @@ class Subclass(Packed):
 
 
 def _state_of(module: nn.Module, parameter: str) -> Any:
-    """bitsandbytes' description of a parametrized parameter; None if it has another parametrization."""
+    """bitsandbytes' QuantState of a parametrized parameter; None for another parametrization."""
     first, *others = module.parametrizations[parameter]
     ours = not others and type(first).__module__ == "bitsandbytes.nn.parametrize"
     return getattr(first, "quant_state", None) if ours else None
@@ -217,7 +217,7 @@ class Bitsandbytes(Packed):
 
         (e, n, k), state, size = self.shape, self.state, self.state.blocksize
         start, stop = first * n * k, end * n * k
-        low, high = start // size * size, min(math.ceil(stop / size) * size, e * n * k)  # a block may lie in two experts
+        low, high = start // size * size, min(math.ceil(stop / size) * size, e * n * k)  # a block may span two experts
         part = copy.copy(state)
         part.shape, blocks = torch.Size((high - low,)), slice(low // size, math.ceil(high / size))
         part.absmax = state.absmax[blocks]

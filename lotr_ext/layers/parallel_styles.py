@@ -1,5 +1,5 @@
-"""What tensor parallelism puts around a layer's forward: hooks by torch's `parallelize_module`, a style by transformers'
-`tp_plan`. They move to the adapted layer, and back to the plain one."""
+"""Tensor parallelism around a layer's forward: the hooks of torch's `parallelize_module`, the style of transformers'
+`tp_plan`. Both are moved to the adapted layer, and back to the plain one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FORWARD_HOOKS = (
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Makes what tensor parallelism puts around source's forward target's: the hooks of `parallelize_module`, or the style of
+    """Moves tensor parallelism from source's forward to target's: the hooks of `parallelize_module`, or the style of
     transformers' `tp_plan`."""
     if is_dtensor(getattr(source, "weight", None)):
         for name in _FORWARD_HOOKS:
@@ -32,7 +32,7 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
     del source.forward
     if isinstance(target, LoTRLayer) and is_dtensor(target.weight):
         target.forward = partial(_forward_in_part, target, cut_of(target.weight))
-    if hasattr(source, "config"):  # which a style for latent attention reads
+    if hasattr(source, "config"):  # a style for latent attention reads it
         target.config = source.config
     style.install_forward(target, mesh)
 

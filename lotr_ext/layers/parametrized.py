@@ -1,5 +1,5 @@
-"""Cores and factors that are computed, by torch.nn.utils.parametrize or by a layer's core_form: the tensors of which they are
-made, the value for given tensors, and the tensors for a given value."""
+"""Cores and factors that are computed by torch.nn.utils.parametrize or by a layer's core_form: the tensors that compute them,
+the value for given tensors, and the tensors for a given value."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _maker(module: nn.Module, name: str) -> _Maker | None:
 
 
 def parameters_of(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """module.<name> if it is a parameter, else the parameters of which it is computed."""
+    """module.<name> if it is a parameter, otherwise the parameters that compute it."""
     if (maker := _maker(module, name)) is not None:
         yield from maker.module.parameters()
     elif module._parameters.get(name) is not None:
@@ -44,7 +44,7 @@ def parameters_of(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
 
 
 def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
-    """What module.<name> is computed from, the very tensors, by their keys in module's state_dict; empty for a parameter."""
+    """The tensors (not copies) that compute module.<name>, by their keys in module's state_dict; empty for a parameter."""
     if (maker := _maker(module, name)) is None:
         return {}
     return {maker.prefix + key: t for key, t in maker.module.state_dict(keep_vars=True).items()}
@@ -52,7 +52,7 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def value_with(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> Tensor:
-    """What the computed module.<name> would be with these tensors, as `state_of` names them. Changes nothing."""
+    """The value of the computed module.<name> for these tensors, named as by `state_of`. Changes nothing."""
     maker = _maker(module, name)
     made = {
         key.removeprefix(maker.prefix): state[key].detach().to(t.device, t.dtype, copy=True)
@@ -63,10 +63,10 @@ def value_with(module: nn.Module, name: str, state: Mapping[str, Tensor]) -> Ten
 
 @torch.no_grad()
 def state_for(module: nn.Module, name: str, value: Tensor) -> dict[str, Tensor]:
-    """The tensors, as `state_of` names them, that make module.<name> this value. Changes nothing.
+    """The tensors, named as by `state_of`, for which module.<name> has this value. Changes nothing.
 
     Raises:
-        ValueError: what makes it has no right_inverse, or that refuses the value.
+        ValueError: the parametrization has no right_inverse, or it refuses the value.
     """
     maker = _maker(module, name)
     made = copy.deepcopy(maker.module)

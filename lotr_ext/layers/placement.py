@@ -1,4 +1,4 @@
-"""The device of a layer's tensors: their own, or, with accelerate's offloading, the one to which they are moved for a
+"""The device of a layer's tensors: where they are, or with accelerate's offloading, where they are moved for a
 forward."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["check_not_offloaded", "home"]
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:
-    """accelerate's hooks of a module: it keeps one, which may be a sequence."""
+    """accelerate's hooks of a module: one hook, which may be a sequence."""
     hook = getattr(module, "_hf_hook", None)
     yield from () if hook is None else getattr(hook, "hooks", (hook,))
 
@@ -27,16 +27,16 @@ def home(module: nn.Module) -> torch.device:
 
 
 def check_not_offloaded(parts: Iterable[tuple[nn.Module, str]]) -> None:
-    """Refuses to train parameters that accelerate offloads: each forward makes new ones, and their gradients would be lost.
+    """Refuses to train parameters that accelerate offloads: each forward creates new ones, and their gradients would be lost.
 
-    parts: the modules that have A, B and the cores, and their names there.
+    parts: the modules that have A, B and the cores, and the names in them.
 
     Raises:
         RuntimeError: a trained parameter on the meta device in a module with accelerate's offloading hook.
     """
     trained = [module._parameters.get(name) for module, name in parts]
     if True not in [t is not None and t.is_meta for t in trained]:
-        return  # this runs at each forward; a computed core is no parameter, and is never offloaded
+        return  # this runs in each forward; a computed core is not a parameter, and is never offloaded
     for module, _ in parts:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and parameter.requires_grad and any(getattr(h, "offload", False) for h in _hooks(module)):

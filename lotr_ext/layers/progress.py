@@ -1,4 +1,4 @@
-"""The progress bar of work that takes long."""
+"""A progress bar for long work."""
 
 from __future__ import annotations
 

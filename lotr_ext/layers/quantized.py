@@ -3,8 +3,8 @@
 torchao, optimum-quanto   nn.Linear whose weight is a tensor subclass with dequantize()
 bitsandbytes              Linear4bit, Linear8bitLt: its functional.dequantize_4bit, functional.int8_vectorwise_dequant
 transformers              FP8Linear: its scales by blocks
-compressed-tensors        nn.Linear with a forward of its own, which makes the weight dense; merging is refused
-HQQ and others            a module with a dequantize() of its own, which returns W [out_features, in_features]
+compressed-tensors        nn.Linear with its own forward, which makes the weight dense; merging is refused
+HQQ and others            a module with dequantize(), which returns W [out_features, in_features]
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _ONE_LAYER = {"Params4bit": 1024, "Int8Tensor": 2048, "IntxUnpackedToInt8Tensor"
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Whether products may read module.weight: a floating tensor that holds its own values, and no codes of one byte."""
+    """Whether products may read module.weight: a floating tensor that holds its values, and not codes of one byte."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and is_plain(weight) and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether module is transformers' Conv1D, told by its form: transformers need not be installed."""
+    """Whether module is transformers' Conv1D, by its attributes: transformers may not be installed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
 
 
@@ -58,7 +58,7 @@ def base_format(module: nn.Module) -> str | None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds its own values: of no subclass but torch's own for parts, for tracing and for lazy modules."""
+    """Whether a tensor holds its values: not a subclass, except torch's own for sharding, tracing and lazy modules."""
     kinds = (FakeTensor, nn.parameter.UninitializedTensorMixin)
     return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, kinds) or in_parts(tensor)
 
@@ -73,7 +73,7 @@ def _from_bitsandbytes(module: nn.Module) -> Callable[[], Tensor] | None:
 
         def dense() -> Tensor:
             if _is_packed_for_cpu(weight):
-                module.state_dict()  # brings the codes back in order
+                module.state_dict()  # restores the order of the codes
             return dequantize_4bit(weight.data, weight.quant_state)
 
         return dense
@@ -86,18 +86,18 @@ def _from_bitsandbytes(module: nn.Module) -> Callable[[], Tensor] | None:
 
 
 def _is_packed_for_cpu(weight: Any) -> bool:
-    """Whether bitsandbytes has packed the codes for its CPU kernels, as an evaluation does."""
+    """Whether bitsandbytes has packed the codes for its CPU kernels, which it does in an evaluation."""
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def ready_to_train(module: nn.Module) -> None:
-    """Brings back what an evaluation changed, before a forward with gradients: bitsandbytes' CPU kernels have none."""
+    """Undoes the packing of an evaluation before a forward with gradients: bitsandbytes' CPU kernels have no backward."""
     if _is_packed_for_cpu(getattr(module, "weight", None)):
         module.state_dict()
 
 
 def one_layer(module: nn.Module, x: Tensor) -> Callable[[], Tensor] | None:
-    """What makes W of a quantised module in x's dtype, if its own forward is x W^T + bias and takes longer in training.
+    """A function that returns W of a quantised module in x's dtype, if its own forward is x W^T + bias and slower in training.
 
     None for few tokens, hooks, quantised activations, a bias or a product in another dtype, and other formats.
     """
@@ -128,7 +128,7 @@ def _from_blocks(weight: Tensor, scales: Tensor, block: list[int] | None) -> Ten
 
 
 def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
-    """A function that returns W [out_features, in_features] of a quantised module; None if there is none."""
+    """A function that returns W [out_features, in_features] of a quantised module; None if none is known."""
     found = _from_bitsandbytes(module)
     if found is not None:
         return found
@@ -142,10 +142,10 @@ def dequantizer(module: nn.Module) -> Callable[[], Tensor] | None:
 
 
 def dense_weight(module: nn.Module, in_features: int, out_features: int) -> Tensor:
-    """W [out_features, in_features] of a quantised module, in the dtype in which the quantiser gives it.
+    """W [out_features, in_features] of a quantised module, in the dtype of the quantiser's result.
 
     Raises:
-        TypeError: nothing dequantises the module. ValueError: it gave another shape, or no floating tensor.
+        TypeError: no known way to dequantise the module. ValueError: the result has another shape or is not floating.
     """
     make, kind = dequantizer(module), type(module).__name__
     if make is None:

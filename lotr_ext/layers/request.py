@@ -1,13 +1,13 @@
-"""State of a request: the contexts `disabled` and `mixed`, and what they change for the calls that are made inside of them.
+"""State of a request: the contexts `disabled` and `mixed`, and their effect on calls inside them.
 
 No module holds this state, so threads and asyncio tasks that share a model do not see each other's contexts. Each open context
 is an `Opened`. The contexts in force for a call are
 
-    in forward                     those that this thread or task has open
-    in a hook of backward          the same, also in a thread of autograd's own: those of the thread that called backward
-    in a checkpoint's region,      those that were in force where the region began in forward, and those that its own code
-    run again in backward          opens: the context may be left by then, and autograd may run it in another thread
-    under torch.compile            the same, found anew at each call of compiled code
+    in forward                     those open in this thread or task
+    in a hook of backward          those of the thread that called backward, also in autograd's own threads
+    in a checkpoint's region,      those in force when the region began in forward, and those that its own code
+    run again in backward          opens: the context may be closed by then, and autograd may use another thread
+    under torch.compile            the same, determined at each call of compiled code
 
 Contexts may be closed in any order, also by another thread: each removes itself, and restores no earlier state.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NOW", "OFF", "InRequests", "in_force"]
 
-OFF: Literal[False] = False  # what a context says of a layer that it switches off
+OFF: Literal[False] = False  # the entry for a layer whose adapter a context switches off
 
 
 class Opened:
@@ -44,7 +44,7 @@ class Opened:
         self.regions = [weakref.ref(region) for region, _ in checkpoint_regions()]
 
     def inside(self, region: object) -> bool:
-        """Whether the code of region opened it."""
+        """Whether it was opened by the code of region."""
         return any(ref() is region for ref in self.regions)
 
 
@@ -55,8 +55,8 @@ _lock = threading.RLock()
 
 
 class _Answers(dict):
-    """For a layer: (whether its adapter is off, its mixture), as the contexts in force say. For NOW: whether any context may
-    be in force, True or None. That None is stored here while no context is open anywhere and no region can need one again."""
+    """For a layer: (whether its adapter is off, its mixture) by the contexts in force. For NOW: whether any context may
+    be in force, True or None. None is stored here while no context is open in any thread and no region can need one."""
 
     def __missing__(self, asked: object) -> tuple[bool, Mixture | None] | bool | None:
         if isinstance(asked, nn.Module):
@@ -76,7 +76,7 @@ said_of = property(_answers.__getitem__)
 
 
 class InRequests:
-    """Mixin of a layer that contexts switch off or give a mixture. traced: what contexts that compiled code opens change for
+    """Mixin of layers that contexts switch off or give a mixture. traced: the state from contexts that compiled code opens, for
     the layer; () otherwise. _off: whether an attribute of the layer switches it off."""
 
     traced: tuple[Said, ...] = ()
@@ -91,7 +91,7 @@ class InRequests:
 
     @property
     def mixture(self) -> Mixture | None:
-        """The cores of several adapters, one a row of the batch, in an open context."""
+        """The cores of several adapters, one per row of the batch, in an open context."""
         return self._state()[1]
 
 
@@ -104,14 +104,14 @@ _answers[NOW] = None
 
 
 def _settle() -> None:
-    """Makes the answer None again where it can only be that."""
+    """Stores None as the answer again if no context can be in force."""
     with _lock:
         if not _all and not _kept:
             _answers[NOW] = None
 
 
 def _here() -> tuple[Opened, ...]:
-    """What is open in this thread or task."""
+    """The contexts open in this thread or task."""
     opened = _opened.get()
     if not opened and graph_task() >= 0:
         thread, opened = carried() or (0, ())
@@ -120,11 +120,11 @@ def _here() -> tuple[Opened, ...]:
 
 
 def _in_force() -> tuple[Opened, ...]:
-    """The contexts that are in force for a call made now, the innermost last."""
+    """The contexts in force for a call, the innermost last."""
     here = _here()
     if not here and not _kept:
         return ()
-    regions = [] if is_inference_mode_enabled() else checkpoint_regions()  # without a graph nothing is run again
+    regions = [] if is_inference_mode_enabled() else checkpoint_regions()  # without a graph there is no recomputation
     again = next((i for i, (_, recomputed) in enumerate(regions) if recomputed), len(regions))
     if again < len(regions):
         region = regions[again][0]
@@ -136,7 +136,7 @@ def _in_force() -> tuple[Opened, ...]:
 
 
 def _state_of(opened: tuple[Opened, ...], layer: nn.Module) -> tuple[bool, Mixture | None]:
-    """Off if any context says so, and the innermost mixture."""
+    """Whether any context switches the adapter off, and the innermost mixture."""
     off, mixture = False, None
     for one in opened:
         said = one.layers.get(layer)
@@ -149,7 +149,7 @@ def _state_of(opened: tuple[Opened, ...], layer: nn.Module) -> tuple[bool, Mixtu
 
 @contextmanager
 def in_force(layers: Mapping[nn.Module, Said]) -> Iterator[None]:
-    """Inside, each of these layers is called without its adapter (OFF) or with the cores of a Mixture."""
+    """Context in which each of these layers runs without its adapter (OFF) or with the cores of a Mixture."""
     if is_compiling():  # opened and closed inside of compiled code: Dynamo traces attributes of modules, not these tables
         with _traced(layers):
             yield

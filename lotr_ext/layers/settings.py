@@ -1,4 +1,4 @@
-"""What an adapter has besides its factors and cores: Settings."""
+"""Settings: the options of an adapter."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Settings:
-    """The scaling and the dropout of an adapter, and whether it has magnitudes, as users give them.
+    """The scaling and the dropout of an adapter, and whether it has magnitudes, as given by users.
 
-    s is `scaling` if given, else alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. scaling = "auto" is
+    s is `scaling` if given, otherwise alpha / r, with rslora alpha / sqrt(r); alpha = None means alpha = r. scaling = "auto" is
     4 (8 / r)^1.5, which lets one learning rate serve every rank (docs/choosing.md, One rate for every rank). dropout: the
     probability of dropping an element of the adapter's x in training, in [0, 1). magnitude: a trained length of each row of W
     (DoRA).
@@ -50,11 +50,11 @@ class Settings:
 
     @classmethod
     def of(cls, config: Any) -> Settings:
-        """Those of a LoTRConfig or a LoTRPeftConfig."""
+        """The Settings of a LoTRConfig or a LoTRPeftConfig."""
         return cls(config.alpha, config.rslora, config.scaling, config.dropout, config.magnitude)
 
     def scale(self, rank: int | tuple[int, int]) -> float:
-        """s at this rank, r or (r_in, r_out), of which the larger counts."""
+        """s at this rank: r, or the larger of (r_in, r_out)."""
         r = rank if isinstance(rank, int) else max(rank)
         if self.scaling == AUTO:
             return 4.0 * (8 / r) ** 1.5

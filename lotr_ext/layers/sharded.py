@@ -1,6 +1,6 @@
-"""Models of which each process holds a part: FSDP2 and tensor parallelism (DTensors), FSDP1, DeepSpeed's ZeRO-3.
+"""Sharded models, of which each process holds a part: FSDP2 and tensor parallelism (DTensors), FSDP1, DeepSpeed's ZeRO-3.
 
-`whole` gathers whole tensors and writes changed ones back, by the functions of those libraries. It does nothing for a plain
+`whole` gathers whole tensors and writes changed ones back, with the functions of those libraries. It does nothing for a plain
 model.
 """
 
@@ -39,16 +39,16 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")  # what wrappers call the module inside
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")  # the wrappers' names for the wrapped module
 
 
 def _class(module: str, name: str) -> type | tuple[()]:
-    """A class if its module was imported, else (): no object can be of it then, and the import takes a second."""
+    """A class if its module was imported, otherwise (): then no object has this class, and the import would take a second."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def _is_zero(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_id")  # of ZeRO-3; DeepSpeed tells them by it
+    return hasattr(tensor, "ds_id")  # ZeRO-3's mark of its parameters
 
 
 def _fsdp1() -> type | tuple[()]:
@@ -65,12 +65,12 @@ def in_parts(tensor: Tensor) -> bool:
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of the whole tensor. Not for a parameter of FSDP1, which does not say it."""
+    """The shape of the whole tensor. Not for a parameter of FSDP1, which does not store it."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def holds_parts(model: nn.Module, *, zero: bool = True) -> bool:
-    """Whether any tensor of the model is held in parts. zero: whether those of ZeRO-3 count, which new parameters may join."""
+    """Whether any tensor of the model is held in parts. zero: whether ZeRO-3 counts, to which new parameters can be added."""
     fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     return any(isinstance(module, fsdp) for module in model.modules()) or any(
         in_parts(t) and (zero or not _is_zero(t)) for t in (*model.parameters(), *model.buffers())
@@ -78,7 +78,7 @@ def holds_parts(model: nn.Module, *, zero: bool = True) -> bool:
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether a model that is held in parts has DTensors alone, and none by FSDP2, which gathers parameters for a forward."""
+    """Whether all parts of a sharded model are DTensors, and none is of FSDP2, which gathers parameters for a forward."""
     fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     if any(isinstance(module, fsdp) for module in model.modules()):
         return False
@@ -86,7 +86,7 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees what FSDP2 gathered for a forward, so that the parameters are the parts that the optimizer holds."""
+    """Frees the tensors that FSDP2 gathered for a forward, so that the parameters are the optimizer's parts again."""
     fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, fsdp):
@@ -105,17 +105,17 @@ def inside_wrappers(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As model.named_modules(), by the names that modules have without the wrappers inside of the model (FSDP1's, activation
-    checkpointing's, torch.compile's). A wrapper comes before the module in it, by the same name."""
+    """As model.named_modules(), by names without the wrappers inside the model (FSDP1's, activation
+    checkpointing's, torch.compile's). A wrapper comes before its module, under the same name."""
     for name, module in model.named_modules():
         yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
 
 
 def writing_rank(model: nn.Module, together: bool = False) -> bool:
-    """Whether this process writes the files of a replicated model. together: of one that all processes save together."""
+    """Whether this process writes the files of a replicated model. together: whether all processes save it together."""
     if together:
         return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    model = getattr(model, "_orig_mod", model)  # a compiled one
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
     if isinstance(model, _engine()):
         return dist.get_rank() == 0
     return not isinstance(model, nn.parallel.DistributedDataParallel) or dist.get_rank(model.process_group) == 0
@@ -125,7 +125,7 @@ def writing_rank(model: nn.Module, together: bool = False) -> bool:
 
 
 class Slot(NamedTuple):
-    """Where a module has a parameter or buffer. full: its name in the model's state_dict."""
+    """A module's parameter or buffer. full: its name in the model's state_dict."""
 
     full: str
     module: nn.Module
@@ -144,20 +144,20 @@ class Slot(NamedTuple):
 def whole(
     model: nn.Module, slots: Iterable[Slot], state: Mapping[str, Tensor] | None = None, *, write: bool = False
 ) -> Iterator[None]:
-    """Inside, each of the slots has a whole, plain tensor, with the values of those that this process has a part of.
+    """Context in which each of the slots holds a whole, plain tensor, gathered from the parts of all processes.
 
-    model: with the wrapper around it. A collective, which every process must call, unless there is a state. state: whole
+    model: with its wrapper. A collective, which every process must call, unless state is given. state: whole
     tensors by full name, to be taken instead. write: what the tensors are at the end becomes the model's, in every process,
     which must all have the same; not after an error.
 
     Raises:
-        RuntimeError: a tensor that state lacks; a parameter of FSDP1 without the FullyShardedDataParallel that has it.
+        RuntimeError: a tensor is missing in state; a parameter of FSDP1 without its FullyShardedDataParallel.
     """
     if state is None:
         reshard(model)
     every = [slot for slot in slots if slot.tensor is not None]
     parts = [slot for slot in every if in_parts(slot.tensor)]
-    held = {id(slot.tensor): slot.tensor for slot in parts}  # a shared one once
+    held = {id(slot.tensor): slot.tensor for slot in parts}  # shared tensors once
     values = _gathered(model, parts) if state is None else _from_state(parts, state)
     inside = {
         key: nn.Parameter(value, requires_grad=held[key].requires_grad) if isinstance(held[key], nn.Parameter) else value
@@ -167,7 +167,7 @@ def whole(
     for place, name, tensor in before:
         place[name] = inside[id(tensor)]
     try:
-        with _without_hooks(model):  # what makes cores is called inside, and needs nothing gathered
+        with _without_hooks(model):  # the modules that compute cores run inside, and need no gathering
             yield
     finally:
         for place, name, tensor in before:
@@ -178,12 +178,12 @@ def whole(
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, which all processes of its mesh call together; any other tensor as it is."""
+    """The whole of a DTensor, which all processes of its mesh must call together; any other tensor unchanged."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def parted_as(value: Tensor, like: Tensor) -> Tensor:
-    """value, which all processes have whole, distributed as like is, if that is a DTensor. Nothing is sent."""
+    """value, whole in all processes, distributed as like, if that is a DTensor. Nothing is sent."""
     if not is_dtensor(like) or is_dtensor(value):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -193,7 +193,7 @@ def parted_as(value: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Inside, modules are called without their hooks: sharded training's would look for its own parameters."""
+    """Context without the modules' hooks: those of sharded training would look for its own parameters."""
     before = [(m, m._forward_pre_hooks, m._forward_hooks) for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
     for module, _, _ in before:
         module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
@@ -228,7 +228,7 @@ def _gathered(model: nn.Module, slots: Sequence[Slot]) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def _scattered(model: nn.Module, slots: Sequence[Slot], values: Mapping[int, Tensor]) -> None:
-    """Each slot's part <- that of the whole value, by the part's id."""
+    """Writes each slot's part of the whole value, by the part's id."""
     for slot in slots:
         if is_dtensor(target := slot.tensor):
             write_(target, parted_as(values[id(target)], target))
@@ -243,18 +243,18 @@ def _scattered(model: nn.Module, slots: Sequence[Slot], values: Mapping[int, Ten
 
 
 def _zero_gathered(parameters: Sequence[Tensor], **settings: Any) -> Any:
-    import deepspeed  # which has made them, so it is there
+    import deepspeed  # already imported: it created the parts
 
     return deepspeed.zero.GatheredParameters(parameters, **settings)
 
 
 def _write_masters(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Writes new values into the float32 copies of DeepSpeed's optimizers, from which the next step would restore the old
-    values. A copy that rounds to the new value stays. pairs: a parameter and its new value."""
+    """Writes new values into the float32 copies of DeepSpeed's optimizers, because the next step would restore the old
+    values. A copy that rounds to the new value is kept. pairs: (parameter, new value)."""
     if (fragments := sys.modules.get("deepspeed.utils.tensor_fragment")) is None:
         return
     for parameter, value in pairs:
-        if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:  # its own part of it: nothing is sent
+        if hasattr(parameter, "_z3_optimizer") and parameter.requires_grad:  # this process's part: nothing is sent
             get, put, value = fragments.safe_get_local_fp32_param, fragments.safe_set_local_fp32_param, parameter.ds_tensor
         elif hasattr(parameter, "_hp_mapping"):
             get, put = fragments.safe_get_full_fp32_param, fragments.safe_set_full_fp32_param
@@ -266,13 +266,13 @@ def _write_masters(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _summoned(model: nn.Module, slots: Sequence[Slot], *, writeback: bool) -> Iterator[list[Slot]]:
-    """The slots of each of FSDP1's units, while its parameters are whole: one unit at a time, for memory."""
+    """Yields the slots of each FSDP1 unit while its parameters are whole: one unit at a time, to save memory."""
     wanted = [slot for slot in slots if getattr(slot.tensor, "_fsdp_flattened", False)]
     if not wanted:
         return
     fsdp, unit_of = _fsdp1(), {}
     units = fsdp.fsdp_modules(model)
-    for unit in units:  # an outer one first
+    for unit in units:  # outer units first
         unit_of |= dict.fromkeys(unit.modules(), unit)
     for slot in wanted:
         if slot.module not in unit_of:
@@ -282,7 +282,7 @@ def _summoned(model: nn.Module, slots: Sequence[Slot], *, writeback: bool) -> It
             )
     for unit in units:
         own = [slot for slot in wanted if unit_of[slot.module] is unit]
-        if own or unit._is_root is None:  # before its first use; from an inner one it would take itself for the root
+        if own or unit._is_root is None:  # before its first use; otherwise an inner unit would become the root
             with fsdp.summon_full_params(unit, recurse=False, writeback=writeback):
                 yield own
 
@@ -301,14 +301,14 @@ class StaysWhole(nn.Module):
 
 
 def in_place_of(before: nn.Parameter | None, given: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """value as a parameter that is trained as the one before was, or else the given one: RowwiseParallel would train what was
+    """value as a parameter with the requires_grad of the previous or given one: RowwiseParallel would train what was
     frozen."""
     return nn.Parameter(value, requires_grad=(given if before is None else before).requires_grad)
 
 
 @torch.no_grad()
 def agree_over(weight: Tensor, tensors: Iterable[Tensor]) -> None:
-    """Broadcasts tensors from the first process of the mesh of weight, if it is a DTensor; each once for a mesh."""
+    """Broadcasts tensors from the first process of weight's mesh, if it is a DTensor; each tensor once per mesh."""
     for t in tensors if is_dtensor(weight) else ():
         mesh = weight.device_mesh
         if getattr(t, "_lotr_mesh", None) == mesh or t.is_meta or is_dtensor(t):
@@ -322,12 +322,12 @@ def agree_over(weight: Tensor, tensors: Iterable[Tensor]) -> None:
 
 
 def agreed(where: str, work: Callable[[], T], *, together: bool = True) -> T:
-    """work() in every process. If it fails in one process it fails in all, so that no process waits for one that has ended.
+    """Runs work() in every process. If it fails in one process it fails in all, so that no process waits for a failed one.
 
     together: whether the other processes call this too.
 
     Raises:
-        Where work failed what it raised, whatever it is; elsewhere RuntimeError, with its message and the process's rank.
+        In the failed process its own exception; in the others RuntimeError, with its message and the process's rank.
     """
     found: list[T] = []
     if together:
@@ -336,7 +336,7 @@ def agreed(where: str, work: Callable[[], T], *, together: bool = True) -> T:
 
 
 def all_results(where: str, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """What work() returned in each process of a group, None: of all. If it fails in one it fails in all.
+    """The results of work() in each process of a group (None: all processes). If it fails in one it fails in all.
 
     Raises:
         As `agreed`; RuntimeError also if a process does not call this: after the group's timeout, or at once if it has ended.
@@ -347,7 +347,7 @@ def all_results(where: str, work: Callable[[], T], group: dist.ProcessGroup | No
     error: BaseException | None = None
     try:
         result = work()
-    except BaseException as caught:  # of any kind, KeyboardInterrupt too: the others are waiting
+    except BaseException as caught:  # also KeyboardInterrupt: the other processes wait for an answer
         error = caught
     found: list[Any] = [None] * dist.get_world_size(group)
     try:

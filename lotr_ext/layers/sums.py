@@ -1,4 +1,4 @@
-"""Weighted sums of adapters' tensors: linear, TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), as PEFT's merge_utils has them.
+"""Weighted sums of adapters' tensors: linear, TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), as in PEFT's merge_utils.
 
 linear            sum_i w_i T_i
 magnitude_prune   sum_i w_i keep(T_i)      keep: the int(density numel) largest magnitudes, zero elsewhere
@@ -24,10 +24,10 @@ _MAJORITIES = ("total", "frequency")
 
 
 def check_weights(name: str, weights: object) -> dict[object, float]:
-    """The weights by what they belong to. name: the argument, for the message.
+    """Returns the checked weights. name: the argument, for the message.
 
     Raises:
-        TypeError: no mapping, or a weight that is no number. ValueError: an empty one, or a weight that is not finite.
+        TypeError: not a mapping, or a weight that is not a number. ValueError: an empty mapping, or a weight not finite.
     """
     if not isinstance(weights, Mapping):
         raise TypeError(f"{name}: expected a mapping to weights, got {type(weights).__name__}")
@@ -40,16 +40,16 @@ def check_weights(name: str, weights: object) -> dict[object, float]:
 
 @dataclass(frozen=True)
 class Rule:
-    """How tensors are summed. Checked when it is made.
+    """The rule for summing tensors. Checked at construction.
 
     Attributes:
         method: one of METHODS.
-        density: the fraction of elements that stay, in (0, 1]; None for "linear", which keeps all.
-        seed: of what "dare" and "dare_ties" drop: the same elements on every device.
-        majority: how TIES finds the sign of an element: by the "total" of the tensors or the "frequency" of their signs.
+        density: the fraction of elements that are kept, in (0, 1]; None for "linear", which keeps all.
+        seed: of the random drops of "dare" and "dare_ties": the same elements on every device.
+        majority: how TIES elects the sign of an element: by the "total" of the tensors or the "frequency" of their signs.
 
     Raises:
-        TypeError, ValueError: a value that is none of these.
+        TypeError, ValueError: a value that is not one of these.
     """
 
     method: str = "linear"
@@ -78,8 +78,8 @@ class Rule:
 
     @torch.no_grad()
     def sum_by_name(self, several: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-        """The sum of several adapters' tensors of one shape each, by name, in float64. Names are taken in their order, and
-        for each the adapters in theirs."""
+        """The sum of several adapters' tensors by name, in float64. Names are processed in order, and
+        for each name the adapters in order."""
         generator = torch.Generator().manual_seed(self.seed)
         return {name: self._sum([tensors[name] for tensors in several], weights, generator) for name in several[0]}
 
@@ -87,7 +87,7 @@ class Rule:
         self, several: Sequence[Sequence[tuple[Tensor, float]]], weights: Sequence[float], scalings: Sequence[float]
     ) -> list[Tensor]:
         """The sum of several adapters' cores over the same factors, in float64. several: by adapter and layer a core and its
-        scaling. scalings: by layer, those that the sums will have."""
+        scaling. scalings: by layer, the scalings of the sums."""
         tensors = [
             {
                 str(i): core.double() * (own / scaling)

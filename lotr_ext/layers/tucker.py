@@ -1,4 +1,4 @@
-"""Tucker-2: a stack of matrices D_l [n, k] as B G_l^T A^T with A and B in common, least squares over all l at once.
+"""Tucker-2: a stack of matrices D_l [n, k] as B G_l^T A^T with common A and B, least squares over all l at once.
 
 HOSVD gives a start (De Lathauwer et al., 2000a): the leading left singular vectors of all D_l^T side by side. HOOI, alternating
 least squares, improves it (De Lathauwer et al., 2000b). Both need only products of D_l with thin matrices, so the D_l may be
@@ -16,21 +16,21 @@ from torch import Tensor
 __all__ = ["EXACT", "POWERS", "hooi", "leading", "padded", "tucker2"]
 
 EXACT = 640  # up to this size a dense decomposition takes a fraction of a second
-POWERS = 9  # of a subspace that nothing is known of; from one iteration of HOOI to the next one power is enough
+POWERS = 9  # from a random subspace; between two iterations of HOOI one power is enough
 _OVERSAMPLE = 10
 
 
 def leading(side: Sequence[Tensor], r: int, start: Tensor | None = None, powers: int = POWERS) -> Tensor:
-    """The r leading left singular vectors [d, r] of all of `side` ([d, c_l] each, float64) next to each other.
+    """The r leading left singular vectors [d, r] of all of `side` ([d, c_l] each, float64) side by side.
 
-    Dense where one dimension is small. Else `powers` steps of subspace iteration from start, or from a fixed random block,
+    Dense if one dimension is small. Otherwise `powers` steps of subspace iteration from start, or from a fixed random block,
     which are exact on stacks of rank <= r + 10.
     """
     d, columns = side[0].shape[0], sum(t.shape[1] for t in side)
     if r <= columns < d and columns <= EXACT:
         q, upper = torch.linalg.qr(torch.cat(list(side), 1))
         return q @ torch.linalg.svd(upper)[0][:, :r]
-    if d <= EXACT or 8 * (r + _OVERSAMPLE) >= d:  # iterating on so wide a block would cost more
+    if d <= EXACT or 8 * (r + _OVERSAMPLE) >= d:  # iterating on such a wide block would cost more
         gram = torch.zeros(d, d, dtype=side[0].dtype, device=side[0].device)
         for t in side:
             gram.addmm_(t, t.T)
@@ -57,16 +57,16 @@ def hooi(
     enough: float = 0.0,
     report: Callable[[float], None] = lambda done: None,
 ) -> tuple[Tensor, Tensor, int]:
-    """A [k, r_in] and B [n, r_out] with orthonormal columns, improved in turn, and the number of iterations.
+    """A [k, r_in] and B [n, r_out] with orthonormal columns, improved alternately, and the number of iterations.
 
     Args:
-        to_left, to_right: A -> [D_l A], B -> [D_l^T B], or others with the same columns' Gram matrices.
+        to_left, to_right: A -> [D_l A], B -> [D_l^T B], or other matrices with the same Gram matrices of columns.
         start: A, and B if it is known.
         rank: (r_in, r_out).
         total: the stack's squared norm.
         max_iterations: at least 1.
-        tolerance: it ends when the relative error falls by less.
-        enough: it ends when the relative error is less.
+        tolerance: stops when the relative error falls by less.
+        enough: stops when the relative error is less.
         report: called with the fraction of max_iterations that is done.
     """
     (A, B), error = start, math.inf
@@ -83,7 +83,7 @@ def hooi(
 
 
 def padded(vectors: Tensor, r: int) -> Tensor:
-    """[d, r] from [d, d]: the columns beyond d are unit vectors, so that they can learn (their core rows start at zero)."""
+    """[d, r] from [d, d]: the columns beyond d are unit vectors, which can be trained (their core rows start at zero)."""
     d, have = vectors.shape
     if r <= have:
         return vectors
@@ -96,7 +96,7 @@ def tucker2(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Tucker-2 factorisation of a stack of weights: W_l ~= B G_l^T A^T, least squares over all l at once.
 
-    A and B have orthonormal columns and G_l = A^T W_l^T B. HOSVD gives the start; then `hooi` improves A and B in turn. Exact
+    A and B have orthonormal columns and G_l = A^T W_l^T B. HOSVD gives the start; `hooi` improves A and B alternately. Exact
     when the stack has that multilinear rank.
 
     Args:

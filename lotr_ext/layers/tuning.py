@@ -1,4 +1,4 @@
-"""`tune`: times the strategies of a model's layers on this machine, and keeps the fastest of each problem for `plan_call`.
+"""`tune`: times the strategies of a model's layers on this machine, and keeps the fastest one of each problem for `plan_call`.
 On a GPU it first times the best few plans of each kernel that the layers launch (`ops.cuda_plans`), and keeps the fastest.
 
 It times the operators of a layer in its dtype, at its sizes, forward alone and forward with backward. The strategies take
@@ -30,21 +30,21 @@ from .progress import progress_bar
 
 ROUNDS, LEAST, SECONDS, SAMPLE = 15, 5, 1.0, 1e-3  # of a problem: rounds, at least; about how long; least time of a sample
 _lock = threading.Lock()
-_refused: set[Problem] = set()  # in this process: there was no memory for them
+_refused: set[Problem] = set()  # in this process: out of memory
 
 
 def tune(model: nn.Module, tokens: int | Iterable[int], *, again: bool = False) -> dict[Problem, Answer]:
-    """Times the strategies of model's adapted layers at so many tokens, and keeps the answers for this and later processes.
+    """Times the strategies of model's adapted layers for this many tokens, and keeps the answers for this and later processes.
 
-    tokens: rows of x as a layer sees them, batch times sequence; several numbers for several sizes. A layer is timed as it
-    would run now (device, dtype, autocast, training or not), with gradients and without. What is known is timed again only if
-    again is set. A bar on a terminal's standard error shows how far it is. Returns all answers; the model and the random number
+    tokens: rows of a layer's x, batch times sequence; several numbers for several sizes. A layer is timed as it
+    would run now (device, dtype, autocast, training or not), with gradients and without. Known problems are timed again only if
+    again is set. In a terminal, standard error shows a progress bar. Returns all answers; the model and the random number
     generators stay as they are.
 
-    A strategy other than the usual one is taken only if it was 2 % faster; `explain` then says so, and where it is kept
+    A strategy other than the default is used only if it was 2 % faster; `explain` then shows it, and the file
     (`lotr_ext.ops.tuned.file()`). On a GPU the three best plans of each kernel are timed first, by the same rules. A plan
-    decides the order of sums: with the same answers, a card gives the same bits. Raises TypeError or ValueError for bad
-    arguments, RuntimeError under a compiler or while a CUDA graph is captured, OSError where the file cannot be written.
+    determines the order of sums: with the same answers, a GPU computes the same bits. Raises TypeError or ValueError for bad
+    arguments, RuntimeError under a compiler or while a CUDA graph is captured, OSError if the file cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -60,13 +60,13 @@ def tune(model: nn.Module, tokens: int | Iterable[int], *, again: bool = False) 
             raise ValueError(f"tokens: expected 1 or more, got {size}")
     layers = [layer for layer in model.modules() if isinstance(layer, LoTRLayer) and not isinstance(layer, LoTRWrapped)]
     if not layers:
-        raise ValueError(f"model: expected adapted layers with a base of their own, got none in {type(model).__name__}")
+        raise ValueError(f"model: expected adapted layers with their own base, got none in {type(model).__name__}")
     problems = dict.fromkeys(problem for layer in layers for size in sizes for problem in problems_of(layer, size))
     return _answers(list(problems), again)
 
 
 def problems_of(layer: LoTRLayer, tokens: int) -> Iterator[Problem]:
-    """The problems that a layer poses with so many tokens, with gradients and without; none if there is no choice of
+    """The problems of a layer with this many tokens, with gradients and without; none if there is no choice of
     strategy."""
     weight = layer._matrix()
     call = Call(layer.core, layer.scaling, layer.dropout if layer.training else 0.0, layer.factors._group)
@@ -86,7 +86,7 @@ def problems_of(layer: LoTRLayer, tokens: int) -> Iterator[Problem]:
     yield from found
 
 
-PLANS = 3  # of a launch, the best by estimate, that are timed
+PLANS = 3  # of a launch: how many plans are timed, the best by estimate
 
 
 def launches_of(problem: Problem) -> list[Problem]:
@@ -110,14 +110,14 @@ def _answers(problems: list[Problem], again: bool) -> dict[Problem, Answer]:
             for i, problem in enumerate(todo):
                 report(i, str(problem))
                 fresh[problem] = measure(problem)
-    finally:  # what was measured before an interrupt is kept
+    finally:  # keeps the results from before an interrupt
         if fresh:
             tuned.keep(fresh)
     return {p: found.get(p) or fresh[p] for p in problems}
 
 
 def _untimeable(device: torch.device) -> str | None:
-    """Why nothing can be timed now; None if it can."""
+    """Why timing is impossible now; None if it is possible."""
     if torch.compiler.is_compiling():
         return "under a compiler"
     if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -126,7 +126,7 @@ def _untimeable(device: torch.device) -> str | None:
 
 
 def _at_first_use(problem: Problem) -> None:
-    """tuned.ask: measures a new problem at its first call, if it can be measured. If the file cannot be written it warns."""
+    """tuned.ask: measures a new problem at its first call, if possible. Warns if the file cannot be written."""
     if problem.tokens == 0 or _untimeable(problem.device) is not None:
         return
     with _lock:
@@ -159,7 +159,7 @@ def candidates(problem: Problem) -> list[str]:
 
 @torch.no_grad()
 def measure(problem: Problem) -> Answer:
-    """Times the strategies in turns: the median seconds of each, and the strategy to take."""
+    """Times the strategies in turns. Returns the median seconds of each, and the strategy to use."""
     with torch.autocast(problem.device.type, enabled=False):
         runs = {name: run_of(problem, name) for name in candidates(problem)}
         samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -173,7 +173,7 @@ def measure(problem: Problem) -> Answer:
             for name in list(runs)[:: 1 if i % 2 else -1]:
                 with _taking(problem, name):
                     if problem.launch is not None:
-                        runs[name]()  # whose plan is chosen anew
+                        runs[name]()  # its plan is chosen again
                     samples[name].append(_seconds(problem.device, runs[name], lengths[name]))
             if i + 1 >= LEAST and time.perf_counter() - begin > SECONDS:
                 break
@@ -182,14 +182,14 @@ def measure(problem: Problem) -> Answer:
 
 
 def _taking(problem: Problem, name: str) -> AbstractContextManager[None]:
-    """In which a launch takes the plan `name`."""
+    """Context in which a launch uses the plan `name`."""
     if problem.launch is None:
         return contextlib.nullcontext()
     return cuda_plans.forced(f"{problem.form} {name}")
 
 
 def _seconds(device: torch.device, run: Callable[[], None], repeats: int) -> float:
-    """The seconds of one run, from `repeats` runs in a row."""
+    """The seconds per run, from `repeats` runs in a row."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(device):
@@ -206,7 +206,7 @@ def _seconds(device: torch.device, run: Callable[[], None], repeats: int) -> flo
 
 
 def run_of(problem: Problem, strategy: str) -> Callable[[], None]:
-    """A function that calls a layer's operators on random values, or that of a launch."""
+    """A function that calls the operators of a layer or a launch on random values."""
     if problem.launch is not None:
         return _run_of_launch(problem)
     device, dtype, factors, m, k, n, r_in, r_out, form, step, _ = problem

@@ -1,4 +1,4 @@
-"""Passes over a model that leave no trace in it."""
+"""Runs passes over a model and restores its state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["untouched"]
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Inside, passes may run over model. Afterwards, also after an exception of any kind, all but the values of its parameters
+    """Context for passes over model. Afterwards, also after any exception, everything except the values of its parameters
     is as it was: its buffers, the mode (train or eval) of each module, requires_grad and .grad of each parameter, and the
     states of the global generators of torch (CPU, and the GPUs in use), Python and NumPy. Inside no parameter has a .grad."""
     with ExitStack() as stack:
@@ -25,7 +25,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             if api.is_available() and api.is_initialized():
                 stack.enter_context(torch.random.fork_rng(devices=range(api.device_count()), device_type=kind))
         stack.callback(random.setstate, random.getstate())
-        if (numpy := sys.modules.get("numpy")) is not None:  # a first import inside leaves a generator that nothing has used
+        if (numpy := sys.modules.get("numpy")) is not None:  # if first imported inside, its generator is unused
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         _keep_modules(model, stack)
         _keep_parameters(model, stack)
@@ -38,7 +38,7 @@ def _keep_modules(model: nn.Module, stack: ExitStack) -> None:
     values = [(t, t.detach().clone()) for t in tensors.values()]
 
     def restore() -> None:
-        with torch.inference_mode():  # in which buffers that are inference tensors can be written too
+        with torch.inference_mode():  # allows writes to buffers that are inference tensors
             for t, value in values:
                 t.copy_(value)
         for module, training, buffers in modules:
@@ -51,7 +51,7 @@ def _keep_modules(model: nn.Module, stack: ExitStack) -> None:
 
 
 def _writable(t: Tensor) -> bool:
-    """Whether an in-place operator could have written t: it has memory, one element each."""
+    """Whether an in-place operator could have written t: its elements have distinct memory."""
     return not (t.is_meta or (t.layout == torch.strided and 0 in t.stride() and t.numel() > 1))
 
 

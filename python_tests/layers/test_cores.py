@@ -148,7 +148,7 @@ def test_what_makes_no_core_is_refused() -> None:
     layer = LoTRLinear(8, 6, R)
     before = dict(layer.named_parameters())
     cases = (
-        (torch.zeros(R, R), TypeError, "core: expected a module whose forward gives it, got Tensor"),
+        (torch.zeros(R, R), TypeError, "core: expected a module whose forward returns it, got Tensor"),
         (cores.DiagonalCores([0], 3).at(0), ValueError, r"core: expected shape \(4, 4\), got \(3, 3\) of CoreAt"),
         (cores.DiagonalCores([0], R).double().at(0), ValueError, "core: expected dtype torch.float32, got torch.float64"),
         (cores.DiagonalCores([0], R).to("meta").at(0), ValueError, "core: expected device cpu, got meta"),

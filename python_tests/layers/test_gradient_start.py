@@ -203,7 +203,7 @@ def test_a_frozen_pair_starts_from_the_gradient_where_batches_are_given(train):
     for one, other in zip(*(model.lotr_factors.parameters() for model in models)):
         assert torch.equal(one, other)
     for changed in ({"init": "normal"}, {"train": ("A", "core")}):
-        with pytest.raises(ValueError, match='batches: expected none but for init "gradient"'):
+        with pytest.raises(ValueError, match='batches: expected None without init "gradient"'):
             apply_lotr(net(), LoTRConfig(**settings | changed), batches=seen, loss=loss)
 
 
@@ -312,5 +312,5 @@ def test_models_that_cannot_start_so_are_refused():
         lotr_ext.add_adapter(model, "second", LoTRConfig(rank=4, init="gradient"))
     with pytest.raises(ValueError, match='core_init: expected "zero" with init "gradient"'):
         LoTRConfig(init="gradient", core_init="identity")
-    with pytest.raises(ValueError, match="batches: expected none but for init \"gradient\", got list with 'orthonormal'"):
+    with pytest.raises(ValueError, match="batches: expected None without init \"gradient\", got list with 'orthonormal'"):
         apply_lotr(net(), LoTRConfig(target_modules=TARGETS), batches=seen)
