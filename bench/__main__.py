@@ -4,16 +4,16 @@
     block     a transformer's block, its linear layers together       bench/block.py
     shared    the shared gradient against autograd's own sums         bench/shared.py
     model     a transformer trained with each method                  bench/model.py
-    host      what calling an adapted layer costs the host            bench/host.py
+    host      host overhead of calling an adapted layer            bench/host.py
     experts   the experts of a mixture against PEFT's LoRA            bench/experts.py
     tasks     many tasks trained at once                              bench/tasks.py
-    profile   where the layer's time goes (not with --quick)          bench/profile.py
+    profile   a breakdown of the layer's time (not with --quick)          bench/profile.py
     kernels   each CUDA kernel alone (with a GPU)                     bench/kernels.py
     traffic   counted bytes and a projection (not with --quick)       bench/traffic.py
 
-Results, tables and pictures go to bench/results/<machine>/, those of --quick, here and of a part alone, to demo_results/bench/:
-few rounds of few shapes would stand in the place of what README and docs show. What is interrupted is gone on with by the same
-command; a part that fails is named and the others run.
+Results, tables and pictures go to bench/results/<machine>/. Those of --quick, also of a single part, go to demo_results/bench/:
+few rounds of few shapes must not replace the numbers in README and docs. After an interruption the same command continues; a
+part that fails is named, and the others run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=layer.MINUTES, help="about how long the layer's shapes may take")
     parser.add_argument("--parts", help=f"some of {', '.join(PARTS)} (all that this machine can run)")
     options = parser.parse_args(argv)
-    options.counted = options.results  # where what --quick does not change is looked up: counts of the kernels
+    options.counted = options.results  # the folder for results that do not depend on --quick: counts of the kernels
     choose_folder(options)
     options.given = {
         n: getattr(options, n)
@@ -52,7 +52,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def default_parts(options: argparse.Namespace) -> list[str]:
-    """With --quick those that answer what LoTR costs; kernels where there is a GPU."""
+    """The parts to run. With --quick: those that measure LoTR's cost; kernels only with a GPU."""
     quick = ("layer", "shared", "model", "host") if options.quick else PARTS
     return [part for part in quick if part != "kernels" or options.device == "cuda"]
 
@@ -74,7 +74,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def run(parts: dict[str, Callable[[], int]]) -> int:
-    """Runs each; one that fails is named and the others run. 0 if all went well."""
+    """Runs each part; one that fails is named, and the others run. Returns 0 if none failed."""
     worst = 0
     for name, part in parts.items():
         print(f"\n==== {name} ====", flush=True)
@@ -83,7 +83,7 @@ def run(parts: dict[str, Callable[[], int]]) -> int:
         except (ValueError, OSError, ModuleNotFoundError) as error:
             print(f"bench.{name}: {error}", flush=True)
             worst = 1
-        except Exception as error:  # a bug of the part: where, for whoever mends it
+        except Exception as error:  # a bug in the part: print its traceback
             traceback.print_exc()
             print(f"bench.{name}: {brief(error)}", flush=True)
             worst = 1
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show_targets(results: str | None) -> int:
-    """0 also where one is not met: that is a result, not a failure of the run."""
+    """Returns 0 also if a target is missed: that is a result, not a failure of the run."""
     targets.main([results] if results else [])
     return 0
 

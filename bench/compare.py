@@ -1,11 +1,11 @@
-"""Compares two result files and names what became slower by more than the spread.
+"""Compares two result files and names the cells that became slower by more than the spread.
 
     python -m bench.compare old.jsonl new.jsonl
 
-Of any of the programs: layer.jsonl, model.jsonl, shared.jsonl, kernels.jsonl. A cell is slower (faster) when its excess over
-the floor moved, and the quartile ranges of the two do not meet. The floor (the frozen layer or model, autograd's own sums, the
-library's product) is part of every excess, so two machines, or a busy and an idle hour, compare better than by seconds.
-Cells that only one of the files has are counted. Exit 1 if any cell of lotr_ext is slower.
+For layer.jsonl, model.jsonl, shared.jsonl and kernels.jsonl. A cell is slower (faster) if its excess over
+the floor changed and the two quartile ranges do not overlap. The floor (the frozen layer or model, autograd's own sums, the
+library's product) is part of every excess, so results of two machines, or under different load, compare better than seconds.
+Cells in only one of the files are counted. Exit 1 if any cell of lotr_ext is slower.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def compare(old: list[dict], new: list[dict]) -> list[tuple[str, str, str, float
 
 
 def only(cells: list[dict], others: list[dict]) -> str:
-    """How many cells the others do not have."""
+    """How many cells are not in others."""
     found = {key_of(c) for c in cells} - {key_of(c) for c in others}
     return f"{len(found)} cells, {sum(rival.startswith(OURS) for _, rival in found)} of {OURS}"
 
 
 def case_name(case: dict) -> str:
-    """A case of any program in words."""
+    """A readable name for a case of any program."""
     return " ".join(f"{name} {value}" if isinstance(value, int) else str(value) for name, value in case.items())
 
 

@@ -1,7 +1,7 @@
 """Memory of weights, adapter, gradients and optimizer of three large models, counted on the meta device: python -m bench.memory
 
-transformers makes each model without memory, apply_lotr adapts all linear layers of its blocks and its experts at rank 16, and
-the elements of its tensors are counted. Bytes an element, and what p processes of tensor and expert parallelism hold each:
+transformers builds each model without memory, apply_lotr adapts all linear layers of its blocks and its experts at rank 16, and
+the elements of its tensors are counted. Bytes per element, and the share of each of p tensor and expert parallel processes:
 
     adapted weights       bf16 2; fp8 1, and a float32 for 128 x 128; 4 bits 1/2, and a byte for 32 (mxfp4)      1 / p
     embedding, head, biases of experts    bf16 2                                                                 1 / p
@@ -9,7 +9,7 @@ the elements of its tensors are counted. Bytes an element, and what p processes 
     A, B, cores of linear layers          float32 4, their gradients 4, AdamW's two moments 8                    all
     cores of experts                      likewise                                                               1 / p
 
-Activations are not among them. LoRA of that rank, a pair for each linear layer and each expert, is counted beside it.
+Activations are not counted. For comparison, LoRA of that rank is counted, with a pair for each linear layer and each expert.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .measure.session import start
 from .measure.store import RESULTS, commit, write_whole
 
 RANK, PROCESSES = 16, (1, 2, 8)
-FORMATS = {"bf16": 2.0, "fp8": 1 + 4 / 128**2, "4-bit": 1 / 2 + 1 / 32}  # bytes an element of an adapted weight
+FORMATS = {"bf16": 2.0, "fp8": 1 + 4 / 128**2, "4-bit": 1 / 2 + 1 / 32}  # bytes per element of an adapted weight
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 class Shape(NamedTuple):
-    """A model's config in transformers, whose config.json on the Hugging Face hub is the source of the numbers."""
+    """A model's config in transformers; the numbers are from its config.json on the Hugging Face hub."""
 
     source: str
     kind: str
@@ -69,7 +69,7 @@ MODELS = {
 
 
 def counted(shape: Shape) -> dict[str, int]:
-    """Elements of a model's tensors by kind."""
+    """The number of elements of a model's tensors by kind."""
     import torch
     import transformers
 
@@ -99,12 +99,12 @@ def counted(shape: Shape) -> dict[str, int]:
 
 
 def base_bytes(count: Mapping[str, int], form: str, processes: int) -> float:
-    """Of the frozen weights, in each of the processes."""
+    """The bytes of the frozen weights in each process."""
     return (FORMATS[form] * count["adapted"] + 2 * count["cut"]) / processes + 2 * count["whole"]
 
 
 def trained(count: Mapping[str, int], processes: int, adapter: str = "adapter", experts: str = "expert_cores") -> float:
-    """Elements that are trained in each of the processes."""
+    """The number of trained elements in each process."""
     return count[adapter] - count[experts] + count[experts] / processes
 
 

@@ -1,9 +1,9 @@
-"""Quantised linear layers in training: one layer over the weight made dense, beside the base's own forward and the adapter.
+"""Quantised linear layers in training: one layer over the dequantised weight, against the base's own forward plus the adapter.
 
     PYTHONPATH=.venv/quantized python -m bench.quantised --tokens 16,512,1024,2048
 
 CPU seconds of one thread for forward and backward of one layer, 768 x 768 and rank 16: medians over interleaved rounds, and the
-quartiles of the ratio in a round. `lotr_ext.layers.quantized` has the counts of tokens from which one layer runs.
+quartiles of the ratio in a round. `lotr_ext.layers.quantized` has the numbers of tokens from which it runs one layer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def measure(base: nn.Module, tokens: int, dtype: torch.dtype, rounds: int) -> li
     finally:
         linear.one_layer = chosen
         quantized._ONE_LAYER.update(least)
-    return [own[1:] for own in times]  # the first round warms up
+    return [own[1:] for own in times]  # the first round is warm-up
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""python -m bench.static: how fast each kernel would be on known GPUs, by its machine code: a model, no measurement."""
+"""python -m bench.static: estimates each kernel's speed on known GPUs from its machine code: a model, not a measurement."""
 
 from __future__ import annotations
 

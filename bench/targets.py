@@ -1,17 +1,17 @@
-"""Which of the targets on a CPU the kept results meet: python -m bench.targets [folder of results]
+"""Checks which targets on a CPU the kept results meet: python -m bench.targets [folder of results]
 
 On one and all threads, fp32 and bf16, one adapted layer's time over the frozen layer, forward + backward: at most half of eager
 LoRA's at (512, 768, 768, 16), (2048, 768, 768, 16) and (1024, 2048, 2048, 16), at most 0.9 of it at 1 and 16 tokens, at
 most 1.25 x the extra FLOPs (the adapter's multiplications over the frozen layer's, 3 r / K) at (2048, 768, 768, 64); and at
-the target shapes less than every form of LoRA made of library products (eager, in-place in both orders, compiled, PEFT's).
+the target shapes less than every form of LoRA from library products (eager, in-place in both orders, compiled, PEFT's).
 A step of the model bench at equal rank takes no longer than PEFT LoRA's and allocates less at its peak; that of a language
-model with all linear layers adapted takes at most 0.97 x of PEFT LoRA's, and no longer than the formula's in three lines
+model with all linear layers adapted takes at most 0.97 x of PEFT LoRA's, and no longer than that of the formula in three lines
 beyond the spread. Host time (python -m bench.host): a layer in a model and on a shared pair takes no longer than the
-formula in three lines of torch, one alone at most 0.7 x of it, and with few tokens at most 0.9 x of what eager LoRA adds to
-the frozen layer. Experts of a mixture (python -m bench.experts): over the frozen ones at most 0.4 x what PEFT's LoRA by
-target_parameters takes at equal rank, and less at the peak.
+formula in three lines of torch, a single layer at most 0.7 x of it, and with few tokens at most 0.9 x of eager LoRA's
+excess over the frozen layer. Experts of a mixture (python -m bench.experts): over the frozen ones at most 0.4 x the
+time of PEFT's LoRA by target_parameters at equal rank, and less at the peak.
 
-"within the spread": the medians differ by less than the quartile ranges overlap. "under the extra FLOPs": only who
+"within the spread": the medians differ by less than the quartile ranges overlap. "under the extra FLOPs": only code that
 multiplies faster than the base product, or saves it some work, meets that limit. Exit 1 unless all that was measured is met.
 """
 
@@ -30,7 +30,7 @@ from .rivals import experts, host
 from .rivals.model import CAUSAL
 from .rivals.registry import LIBRARY_ONLY, LORA_EAGER, OURS
 
-# Our excess over eager LoRA's at most, and over the extra FLOPs.
+# Limits of our excess over eager LoRA's, and over the extra FLOPs.
 OF_EAGER: dict[Shape, float] = {
     (512, 768, 768, 16): 0.5,
     (2048, 768, 768, 16): 0.5,
@@ -41,14 +41,14 @@ OF_EAGER: dict[Shape, float] = {
 UNDER = ", under the extra FLOPs"
 OF_EXTRA: dict[Shape, float] = {(2048, 768, 768, 64): 1.25}
 OF_PEFT = 0.97  # of its LoRA's step, in a language model
-# Host time over the formula in three lines, on as many factors; and with few tokens our excess over eager LoRA's.
+# Limits of the host time over the formula in three lines with as many factors; and with few tokens of our excess over LoRA's.
 OF_THREE_LINES = {host.ALONE: 0.7, host.SHARED: 1.0, host.IN_MODEL: 1.0}
 FEW, FEW_OF_EAGER = 16, 0.9
 OF_PEFT_EXPERTS = 0.4  # of its LoRA's excess over the frozen experts
 
 
 class Verdict(NamedTuple):
-    """what: the case; ours, best: the numbers compared; rival: whose best; met: "yes", "within the spread" or "no"."""
+    """what: the case; ours, best: the numbers compared; rival: of best; met: "yes", "within the spread" or "no"."""
 
     what: str
     ours: str
@@ -58,7 +58,7 @@ class Verdict(NamedTuple):
 
 
 def _met(ours: list[float], best: list[float], equal_is_met: bool) -> str:
-    """Of two (25 %, median, 75 %)."""
+    """The verdict on two (25 %, median, 75 %)."""
     if ours[1] < best[1] or (equal_is_met and ours[1] == best[1]):
         return "yes" if ours[2] < best[0] or equal_is_met else "yes, within the spread"
     return "within the spread" if ours[0] <= best[2] else "no"
@@ -73,7 +73,7 @@ def _of_shapes(cells: list[dict], shapes: Iterable[Shape]) -> list[tuple[Case, d
 
 
 def limit_verdicts(cells: list[dict]) -> list[Verdict]:
-    """Against eager LoRA's excess, or the extra FLOPs, times what the shape allows."""
+    """Verdicts against eager LoRA's excess, or the extra FLOPs, times the shape's limit."""
     found = []
     for case, own in _of_shapes(cells, {**OF_EAGER, **OF_EXTRA}):
         if OURS not in own:
@@ -93,7 +93,7 @@ def limit_verdicts(cells: list[dict]) -> list[Verdict]:
 
 
 def layer_verdicts(cells: list[dict]) -> list[Verdict]:
-    """One a target shape, dtype and thread count."""
+    """One verdict per target shape, dtype and thread count."""
     found = []
     for case, own in _of_shapes(cells, TARGETS):
         rivals = [own[rival] for rival in LIBRARY_ONLY if rival in own]
@@ -117,7 +117,7 @@ def _peak_verdict(name: str, ours: dict, lora: dict) -> Verdict:
 
 
 def model_verdicts(cells: list[dict]) -> list[Verdict]:
-    """A case's step time, of a language model twice, and its peak memory."""
+    """Verdicts on a case's step time (two for a language model) and its peak memory."""
     found = []
     for c, own in by_case(cells):
         if not {OURS, "lora-peft"} <= set(own):
@@ -138,7 +138,7 @@ def model_verdicts(cells: list[dict]) -> list[Verdict]:
 
 
 def host_verdicts(cells: list[dict]) -> list[Verdict]:
-    """One a case and way of ours: over three lines of torch; with few tokens another one over eager LoRA's excess."""
+    """One verdict per case and form of ours, over three lines of torch; with few tokens also over eager LoRA's excess."""
     found = []
     for cell in cells:
         if cell["rival"] not in OF_THREE_LINES:
@@ -156,7 +156,7 @@ def host_verdicts(cells: list[dict]) -> list[Verdict]:
 
 
 def experts_verdicts(cells: list[dict]) -> list[Verdict]:
-    """A case's excess over the frozen experts, and its peak."""
+    """Verdicts on a case's excess over the frozen experts, and on its peak."""
     found = []
     for c, own in by_case(cells):
         if not {experts.OURS, experts.PEFT} <= set(own):
@@ -171,7 +171,7 @@ def experts_verdicts(cells: list[dict]) -> list[Verdict]:
 
 
 def verdicts(folder: Path) -> list[Verdict]:
-    """All that the results in a folder say."""
+    """All verdicts from the results in a folder."""
     read = {name: newest(Store(folder / f"{name}.jsonl").read()) for name in ("layer", "model", "host", "experts")}
     found = limit_verdicts(read["layer"]) + layer_verdicts(read["layer"])
     found += model_verdicts(read["model"]) + host_verdicts(read["host"])
@@ -179,7 +179,7 @@ def verdicts(folder: Path) -> list[Verdict]:
 
 
 def summary(found: list[Verdict]) -> str:
-    """A sentence: how many are met by their medians, and each that is not."""
+    """A sentence: how many targets the medians meet, and each that they miss."""
     missed = [verdict for verdict in found if not verdict.met.startswith("yes")]
     text = (
         f"{len(found) - len(missed)} of the {len(found)} limits and comparisons of `python -m bench.targets` are met by medians"
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     found = [verdict for folder in folders for verdict in verdicts(folder)]
     if not found:
         raise ValueError(
-            "no kept result is of a target: run python -m bench.layer, bench.model, bench.host or bench.experts first"
+            "no kept result belongs to a target: run python -m bench.layer, bench.model, bench.host or bench.experts first"
         )
     table = Table("Targets on a CPU: lotr_ext against the best of library products", "", "lotr_ext", "best rival", "", "met")
     for verdict in found:

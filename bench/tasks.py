@@ -1,14 +1,14 @@
-"""A training step of many tasks at once: 1,000 tasks in a bank, 64 of them in a batch; what it costs over one adapter.
+"""A training step of many tasks at once: 1,000 tasks in a bank, 64 of them in a batch; its cost over one adapter.
 
     python -m bench.tasks                        16 tokens a row, 64 rows, 1,000 tasks, width 512, 4 blocks, r = 16
     python -m bench.tasks --shapes 64x64x1000x512x4x16 --threads 1
 
-A shape is tokens a row x rows x tasks x width x blocks x rank. The model is a small Llama of random weights, whose q, k, v
-and o are adapted; the cores are trained, A and B are frozen. All train the same model, with the rows' tasks drawn anew each
-round. They differ in the index that `mixed` gets (none, a task a row, a task a token) and in the optimizer: torch's AdamW
+A shape is tokens per row x rows x tasks x width x blocks x rank. The model is a small Llama of random weights, whose q, k, v
+and o are adapted; the cores are trained, A and B are frozen. All ways train the same model; each round draws the rows'
+tasks again. They differ in the index for `mixed` (none, a task per row, a task per token) and in the optimizer: torch's AdamW
 over the whole bank, which moves all tasks, or `bank.optimizer`, which moves those of the batch. Every task has been trained
-before. Times are medians over interleaved rounds; the excess is over one adapter in the same round. Results go to
-bench/results/<machine>/tasks.jsonl.
+before, so that it has a state. Times are medians over interleaved rounds; the excess is over one adapter in the same round.
+Results go to bench/results/<machine>/tasks.jsonl.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TasksCase(NamedTuple):
 
 
 class Batch:
-    """The tasks of the rows, drawn anew by `deal` for each round, and the tokens."""
+    """The tasks of the rows, drawn by `deal` for each round, and the tokens."""
 
     def __init__(self, case: TasksCase, device: torch.device):
         self.case = case
@@ -74,7 +74,7 @@ class Batch:
 
 
 def stages(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Timed:
-    """A training step in its three parts."""
+    """The three parts of a training step."""
 
     def forward(_: object) -> Tensor:
         index = None if way.index is None else index_of(way, batch.tasks, batch.case.tokens)
@@ -85,7 +85,7 @@ def stages(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer, batch: 
 
 
 def check(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    """ArithmeticError unless a step moves what its way says: one adapter, all tasks, or those of the batch."""
+    """Raises ArithmeticError unless a step changes the right parameters: one adapter, all tasks, or those of the batch."""
     bank, timed = model.lotr_tasks, stages(way, model, optimizer, batch)
     before = [core.detach().clone() for core in bank.cores]
     timed.prepare()
@@ -99,7 +99,7 @@ def check(way: Way, model: nn.Module, optimizer: torch.optim.Optimizer, batch: B
 
 
 def measure(case: TasksCase, session: Session) -> list[dict]:
-    """One result a way."""
+    """One result per way."""
     batch, results, calls = Batch(case, session.device), [], []
     for name, way in WAYS.items():
         model, bank = with_tasks(case.hidden, case.blocks, case.r, case.tasks)

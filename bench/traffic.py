@@ -1,4 +1,4 @@
-"""python -m bench.traffic: counted bytes of the kernels and of whole layers, and what they would take on known GPUs."""
+"""python -m bench.traffic: counts the bytes that kernels and whole layers move, and projects their time on known GPUs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         with progress(len(wanted)) as begin:
             found = predict(wanted, options.results, begin, options.fresh)
         levels = {gpu: layer_levels(shapes, gpu, found) for gpu in options.gpus}
-    except FileNotFoundError as error:  # bytes need no compiler
+    except FileNotFoundError as error:  # counting bytes needs no compiler
         print(f"no projection: {error}")
     for shape in options.shapes:
         print(layer_traffic.table(shape, rows, multiprocessors[0]))

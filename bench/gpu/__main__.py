@@ -1,18 +1,18 @@
-"""One run on a machine with a GPU: build, tests, sanitizer, measurements, each kept as it ends, within a time (make gpu).
+"""One run on a machine with a GPU: build, tests, sanitizer, measurements, each saved when it ends, in a time budget (make gpu).
 
     python -m bench.gpu                       about nine minutes; python -m bench.gpu --budget 1800 for half an hour
     python -m bench.gpu --call 2              the second of three calls that together run everything
-    python -m bench.gpu --dry-run             what is here, what is missing, and the plan of each call; changes nothing
+    python -m bench.gpu --dry-run             what is found, what is missing, and the plan of each call; changes nothing
     python -m bench.gpu --import-results FILE a run's results.tar.gz into bench/results, with tables and pictures redrawn
-    python -m bench.gpu --parts kernels,layer some of the parts; what an earlier run measured is gone on with
+    python -m bench.gpu --parts kernels,layer some of the parts; continues from an earlier run's measurements
     python -m bench.gpu --wheel FILE          kernels from a wheel of ours (make wheel) instead of a build
 
-The first call tells right from wrong: each kernel against float64 in a process of its own (`python -m bench.gpu.smoke`). A
-hardware feature that is at fault there is switched off for all later parts. It works in build-gpu, on a copy of the sources,
-so the checkout and what is installed stay as they are. Results are in build-gpu/results (a log a part, summary.json, a folder
-of the card), and packed in build-gpu/results.tar.gz. The machine needs torch with CUDA and numpy, safetensors, pytest; a
-compiler, nvcc, cmake and ninja, or a wheel. No network. A part that something is missing for is left out by name, and so is
-one that no time is left for.
+The first call checks results: each kernel against float64 in its own process (`python -m bench.gpu.smoke`). A
+hardware feature that fails there is switched off for all later parts. The run works in build-gpu, on a copy of the sources,
+so the checkout and the installed packages do not change. Results are in build-gpu/results (a log per part, summary.json, a
+folder for the GPU), and packed in build-gpu/results.tar.gz. The machine needs torch with CUDA and numpy, safetensors, pytest; a
+compiler, nvcc, cmake and ninja, or a wheel. It needs no network. Parts with missing requirements, or without time left, are
+skipped and named.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Raises ValueError where it is none of ours, or one for another platform."""
+    """Raises ValueError unless it is a wheel of lotr_ext for this platform."""
     if not (wheel.is_file() and zipfile.is_zipfile(wheel)):
         raise ValueError(f"wheel: expected a wheel of lotr_ext, got {wheel}")
     with zipfile.ZipFile(wheel) as archive:

@@ -1,4 +1,4 @@
-"""Runs each of the six kernels twice at one size and nothing else of ours, for a profiler: python -m bench.gpu.each."""
+"""Runs each of the six kernels twice at one size, and no other kernel of ours, for a profiler: python -m bench.gpu.each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine has of what the parts of a run need."""
+"""Finds on a machine what the parts of a run need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOPPER = "compute capability 9.0"
 
 
 def write(path: Path, value: object) -> None:
-    """As JSON, whole or not at all."""
+    """Writes JSON atomically."""
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -29,7 +29,7 @@ def sanitizer() -> str | None:
 
 
 def nvcc() -> str | None:
-    """As CMakeLists.txt looks for it."""
+    """Finds nvcc as CMakeLists.txt does."""
     folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     for folder in (*folders, Path("/usr/local/cuda/bin")):
         if (folder / "nvcc").is_file():
@@ -42,7 +42,7 @@ def tool(name: str) -> str | None:
 
 
 def gpu() -> str | None:
-    """The first card and its driver, as torch will see them; None without one."""
+    """The first GPU and its driver, as seen by torch; None without one."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -52,7 +52,7 @@ def gpu() -> str | None:
 
 
 def look() -> dict[str, str | None]:
-    """What this machine has of what the parts want: where it is, or None."""
+    """The path of each requirement of the parts on this machine, or None."""
     found = {"gpu": gpu(), "nvcc": nvcc(), "c++": shutil.which(os.environ.get("CXX", "c++").split()[0])}
     found |= {name: tool(name) for name in ("cmake", "ninja", "ncu")} | {"compute-sanitizer": sanitizer()}
     for package in (*NEEDED, "pytest", *OPTIONAL):

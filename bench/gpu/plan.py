@@ -1,4 +1,4 @@
-"""The parts of a run, in three calls of about nine minutes each, and how the time is shared among them."""
+"""The parts of a run, in three calls of about nine minutes each, and the time for each part."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
 PLANNED = ("--kernels", "shrink,expand_add,factor_grad,shrink_grad", "--shapes")
 FLOOR, CLOSE = ("--autotune", *PLANNED, "8192x4096x16"), ("--plans", *PLANNED, "8192x4096x16,8192x4096x64,2048x4096x16")
 CALLS = {1: "right or wrong, and how fast", 2: "where the time goes", 3: "sanitizer, profiler, searched floors"}
-WITH_ALL = "with-all"  # the folder of the kernels that the switches' pairs start from
+WITH_ALL = "with-all"  # the folder of kernel results without a switch, for comparison
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A command of the plan, in which {minutes} or {seconds} stands for the time it gets. weight: its share of the time that is
-    left; needs: names of `look` that must be there; calls: those of CALLS it belongs to; without: a feature that is switched
+    """A command of the plan, in which {minutes} or {seconds} is replaced by its time. weight: its share of the time that is
+    left; needs: required names of `look`; calls: those of CALLS to which it belongs; without: a feature that is switched
     off (LOTR_CUDA_WITHOUT)."""
 
     name: str
@@ -35,7 +35,7 @@ ALWAYS = tuple(CALLS)
 
 
 def plan(options: argparse.Namespace) -> list[Part]:
-    """All parts in their order: what the others stand on first, then what says most."""
+    """All parts in order: first those that others need, then the most important."""
     python, module = sys.executable, (sys.executable, "-m")
     compiled = ("nvcc", "c++", "cmake") if options.wheel is None else ()
     build = (python, "setup.py", "build_ext", "--inplace") if options.wheel is None else ()
@@ -51,7 +51,7 @@ def plan(options: argparse.Namespace) -> list[Part]:
 
 
 def tests() -> tuple[str, ...]:
-    """pytest on the tests of a GPU; side by side and each with a limit where the plugins for that are installed."""
+    """pytest on the GPU tests; in parallel and with time limits if the plugins for that are installed."""
     command = (sys.executable, "-m", "pytest", "python_tests/cuda", "-m", "cuda and not full", "-v", "--maxfail=20")
     plugins = {"xdist": ("-n", "4", "--dist", "worksteal"), "pytest_timeout": ("--timeout", "300")}
     return (*command, *(word for name, words in plugins.items() if importlib.util.find_spec(name) for word in words))
@@ -77,7 +77,7 @@ def _speed(module: tuple[str, ...], quick: tuple[str, ...]) -> list[Part]:
 
 
 def _thorough(module: tuple[str, ...]) -> list[Part]:
-    """What finds rarer faults, and what the measurements are compared with."""
+    """Parts that find rarer faults, and measurements for comparison."""
     ncu = (tool("ncu") or "ncu", "--clock-control", "none", "--kernel-name-base", "demangled", "-k", "regex:lotr::kernels")
     floor_layer = (*module, "bench.layer", "--quick", "--keep", "--autotune", "--dtypes", "bf16")
     return [
@@ -89,28 +89,28 @@ def _thorough(module: tuple[str, ...]) -> list[Part]:
 
 
 def switched(module: tuple[str, ...]) -> list[Part]:
-    """The kernels as they are, and with one of the hardware's features switched off: what that feature is worth."""
+    """The kernels unchanged, and with one hardware feature switched off at a time, to measure the feature's benefit."""
     quick = (*module, "bench.kernels", "--quick", "--results")
     pairs = [
         Part(
             WITH_ALL, 0.7, (*quick, f"bench/results/{WITH_ALL}"), (), "the kernels that the next parts are compared with", (2,)
         )
     ]
-    for switch in ("wgmma", "early", "cluster", "together"):  # fused: bench.fused has its rival beside it
+    for switch in ("wgmma", "early", "cluster", "together"):  # fused: bench.fused has its own comparison
         name = f"without-{switch}"
         pairs.append(Part(name, 0.7, (*quick, f"bench/results/{name}"), (), f"the same without {switch}", (2,), switch))
     return pairs
 
 
 def sanitize(tool: str) -> tuple[str, ...]:
-    """initcheck is left to make test-full: it also reports what torch's allocator left in reused blocks."""
+    """initcheck runs only in make test-full: it also reports stale data in blocks that torch's allocator reuses."""
     found = sanitizer() or "compute-sanitizer"
     checked = (sys.executable, "python_tests/cuda/sanitize.py", "--small")
     return (found, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=lotr", *checked)
 
 
 def seconds_of(parts: list[Part], left: float) -> list[float]:
-    """How long each may take if all before it take as long as they may. What one leaves over goes to those after it."""
+    """The time limit of each part if all earlier parts use theirs fully. Unused time goes to later parts."""
     total = sum(part.weight for part in parts)
     return [left * part.weight / total for part in parts]
 

@@ -1,4 +1,4 @@
-"""The results of a run as one file, and how they come back into a checkout: bench/results/<card>/."""
+"""Packs the results of a run into one file, and imports them into a checkout: bench/results/<GPU>/."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..measure.timing import slug
 from .machine import ROOT
 
 SUMMARY = "summary.json"
-MOST_BYTES = 256 * 2**20  # that a run may hold unpacked
+MOST_BYTES = 256 * 2**20  # limit of the unpacked size
 
 
 def pack(folder: Path) -> Path:
-    """Everything under folder/results as folder/results.tar.gz, by way of a temporary name."""
+    """Packs folder/results as folder/results.tar.gz, by way of a temporary name."""
     target = folder / "results.tar.gz"
     temporary = target.with_name("results.tmp")
     with tarfile.open(temporary, "w:gz") as archive:
@@ -29,11 +29,11 @@ def pack(folder: Path) -> Path:
 
 
 def import_results(path: Path, into: Path = RESULTS) -> list[Path]:
-    """Puts what a run has measured under into/<card>: the cells of each program added to what is there, the smoke table and
-    the summary. Returns the files it has written, and redraws nothing.
+    """Adds a run's measurements to into/<GPU>: adds the cells of each program to the existing ones, the smoke table and
+    the summary. Returns the written files; redraws nothing.
 
     Raises:
-        ValueError: no packed results, results of another version, of no card or of several, or an unsafe archive. Nothing is
+        ValueError: no packed results, results of another version, without a GPU or of several, or an unsafe archive. Nothing is
             written then.
     """
     with tempfile.TemporaryDirectory() as temporary:
@@ -59,7 +59,7 @@ def import_results(path: Path, into: Path = RESULTS) -> list[Path]:
 
 
 def redraw() -> int:
-    """The tables and pictures, from all kept results."""
+    """Redraws the tables and pictures from all kept results."""
     return subprocess.run([sys.executable, "-m", "bench.report"], cwd=ROOT).returncode
 
 
@@ -76,12 +76,12 @@ def _unpack(path: Path, into: Path) -> Path:
 
 
 def _name(file: Path, card: str) -> str:
-    """kernels.jsonl of the card itself; without-wgmma.jsonl of a run with a feature switched off."""
+    """kernels.jsonl, or without-wgmma.jsonl for a run with a feature switched off."""
     return file.name if file.parent.name == card else f"{file.parent.name}.jsonl"
 
 
 def _merge(source: Path, target: Path) -> Path:
-    """Adds the cells that target does not have yet."""
+    """Adds the cells that are missing in target."""
     store = Store(target)
     known = {json.dumps(cell, sort_keys=True) for cell in store.read()}
     for cell in Store(source).read():

@@ -1,12 +1,12 @@
-"""Does each kernel give the right numbers on this card? Every variant runs in a process of its own, under a watchdog.
+"""Checks each kernel's numbers on this GPU. Every variant runs in its own process, under a watchdog.
 
     python -m bench.gpu.smoke                    all variants, at most 90 s
     python -m bench.gpu.smoke --one shrink-bf16-16
 
-A variant is an operator, an element type and a rank. It is compared with float64, twice, with the same bits. CUDA errors are
-sticky: after one, nothing else in that process can be trusted, so no process runs two variants. A variant that fails is run
-again with one of the hardware's features switched off at a time (LOTR_CUDA_WITHOUT); the feature without which it passes is
-switched off for the variants that follow, and `python -m bench.gpu` leaves it off for all later parts.
+A variant is an operator, an element type and a rank. It runs twice, must give the same bits, and is compared with float64. CUDA
+errors are sticky: after one, no result of that process can be trusted, so no process runs two variants. A failed one is run
+again with one hardware feature switched off at a time (LOTR_CUDA_WITHOUT). The feature without which it passes is
+switched off for the next variants, and `python -m bench.gpu` keeps it off for all later parts.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .machine import ROOT, write
 
 OPERATORS = ("shrink", "expand_add", "factor_grad", "shrink_grad", "fold", "fold_grad", "small", "rows", "scale_backward")
 TYPES = ("bf16", "fp16", "fp32", "tf32")
-RANKS = (16, 32, 64, 128)  # the classes that are compiled
+RANKS = (16, 32, 64, 128)  # the compiled rank classes
 WATCHDOG_S = 20
 SECONDS = 90
-JOBS = min(16, os.cpu_count() or 1)  # processes at a time: each is mostly start-up
-DEVICES = ("cuda", "cpu", "fake")  # fake: python_tests/bench/fake_gpu.py, which proves this program without a GPU
+JOBS = min(16, os.cpu_count() or 1)  # concurrent processes: each spends most of its time in start-up
+DEVICES = ("cuda", "cpu", "fake")  # fake: python_tests/bench/fake_gpu.py, to test this program without a GPU
 
 
 class Variant(NamedTuple):
@@ -47,7 +47,7 @@ class Variant(NamedTuple):
 
 
 class Result(NamedTuple):
-    """outcome: passed, wrong, crashed, hung or not run. detail: the worst error and where, or what was raised."""
+    """outcome: passed, wrong, crashed, hung or not run. detail: the worst error and its place, or the exception."""
 
     variant: Variant
     without: tuple[str, ...]
@@ -57,7 +57,7 @@ class Result(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    """The types and ranks that run by default on Hopper come first."""
+    """All variants; first the types and ranks that run by default on Hopper."""
     plain = [Variant(name, kind, rank) for kind in TYPES for rank in RANKS for name in OPERATORS]
     return [*plain, *(Variant("fused", kind, rank) for kind in TYPES[:2] for rank in RANKS)]
 
@@ -66,7 +66,7 @@ def variants() -> list[Variant]:
 
 
 def check(variant: Variant, device: str) -> None:
-    """AssertionError where a number is wrong."""
+    """Raises AssertionError if a number is wrong."""
     sys.path[:0] = [str(ROOT / "python_tests" / name) for name in ("cuda", "kernels", "bench")]
     if variant.operator == "fused":
         return check_fused(variant, device)
@@ -83,7 +83,7 @@ def check(variant: Variant, device: str) -> None:
 
         library = TorchLibrary(device)
     shapes = [Shape(333, 200, variant.rank - 3, ODD, layers=2), Shape(300, 264, variant.rank, PACKED, layers=3)]
-    if device == "cuda":  # enough tiles for every multiprocessor: what takes wgmma, clusters and a cooperative launch
+    if device == "cuda":  # enough tiles for every SM, so that wgmma, clusters and a cooperative launch are used
         shapes += [Shape(8448, 1032, variant.rank), Shape(1032, 8448, variant.rank)]
     for shape in shapes:
         problem = KERNELS[variant.operator](shape, variant.kind)
@@ -94,7 +94,7 @@ def check(variant: Variant, device: str) -> None:
 
 
 def check_fused(variant: Variant, device: str) -> None:
-    """The base product with the adapter inside, through a layer."""
+    """Checks the fused base product with the adapter, through a layer."""
     import torch
     from fused_checks import adapted, far, step, truth
 
@@ -112,7 +112,7 @@ def check_fused(variant: Variant, device: str) -> None:
 
 
 def run_one(text: str, device: str) -> int:
-    """Prints one line of JSON. 1 where a number is wrong; any other exception goes on to the interpreter's own."""
+    """Prints one line of JSON. Returns 1 if a number is wrong; other exceptions end the process."""
     operator, kind, rank = text.rsplit("-", 2)
     try:
         check(Variant(operator, kind, int(rank)), device)
@@ -123,11 +123,11 @@ def run_one(text: str, device: str) -> int:
     return 0
 
 
-# ---- a process a variant ---------------------------------------------------------------------------------------------
+# ---- a process per variant--------------------------------------------------------------------------------------------
 
 
 def run(variant: Variant, device: str, without: Sequence[str], limit: float) -> Result:
-    """What became of it."""
+    """The outcome of one variant in its process."""
     begin = time.monotonic()
     places = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": places, "LOTR_CUDA_WITHOUT": ",".join(without)}
@@ -149,7 +149,7 @@ def run(variant: Variant, device: str, without: Sequence[str], limit: float) -> 
 
 
 def outcome_of(status: int, out: str, err: str) -> tuple[str, str]:
-    """From the exit status and the last lines of a process."""
+    """The outcome by the exit status and the last lines of a process."""
     if status < 0:
         return "crashed", f"signal {signal.Signals(-status).name}"
     try:
@@ -161,7 +161,7 @@ def outcome_of(status: int, out: str, err: str) -> tuple[str, str]:
 
 
 class Smoke:
-    """The whole run: results so far, and the features that are switched off by now."""
+    """The whole run: results so far, and the features that are switched off."""
 
     def __init__(self, device: str, seconds: float, jobs: int = JOBS, watchdog: float = WATCHDOG_S):
         self.device, self.jobs, self.watchdog = device, jobs, watchdog
@@ -176,12 +176,12 @@ class Smoke:
         if self.left() < 1:
             return Result(variant, tuple(without), "not run", "no time left", 0.0)
         result = run(variant, self.device, without, min(self.watchdog, self.left()))
-        if result.outcome == "hung" and result.seconds < self.watchdog - 1:  # the time was over, not the variant's patience
+        if result.outcome == "hung" and result.seconds < self.watchdog - 1:  # the whole run's time was over, not the watchdog's
             return result._replace(outcome="not run", detail="no time left")
         return result
 
     def go(self, chosen: Iterable[Variant]) -> None:
-        """All variants side by side; then, of those that failed, which feature is at fault."""
+        """Runs all variants in parallel; then finds, for those that failed, the feature at fault."""
         with ThreadPoolExecutor(self.jobs) as pool:
             for result in pool.map(lambda variant: self.try_one(variant, self.without), chosen):
                 self.results.append(result)
@@ -193,9 +193,9 @@ class Smoke:
             self.find_fault(failed.variant)
 
     def find_fault(self, variant: Variant) -> None:
-        """Adds to `without` the feature without which the variant passes; all of them where no single one does."""
+        """Adds to `without` the feature without which the variant passes, or all features if no single one suffices."""
         attempts = self.attempts()
-        with ThreadPoolExecutor(self.jobs) as pool:  # side by side: a kernel that hangs takes the watchdog's whole time
+        with ThreadPoolExecutor(self.jobs) as pool:  # in parallel: a kernel that hangs uses the watchdog's whole time
             results = list(pool.map(lambda more: self.try_one(variant, [*self.without, *more]), attempts))
         for more, result in zip(attempts, results, strict=True):
             if result.outcome == "passed":
@@ -204,17 +204,17 @@ class Smoke:
                 return
 
     def attempts(self) -> list[list[str]]:
-        """What is off already, then each feature, then all."""
+        """Sets of features to switch off: those already off, then each one in addition, then all."""
         others = [name for name in CUDA_SWITCHES if name not in self.without]
         return [[], *([name] for name in others), *([others] if len(others) > 1 else [])]
 
     def unmended(self) -> list[Result]:
-        """Failed, and not passed with what is switched off."""
+        """Variants that failed and do not pass with the switched-off features."""
         passed = {result.variant for result in self.results if result.outcome == "passed"}
         return [r for r in self.results if r.outcome not in ("passed", "not run") and r.variant not in passed]
 
     def report(self) -> list[str]:
-        """A table, a row an operator and type, a column a rank; below it a line a failure."""
+        """A table with a row per operator and type and a column per rank; below it a line per failure."""
         first = {result.variant: result for result in reversed(self.results)}
         lines = [f"{'':18}" + "".join(f"{f'r = {rank}':>10}" for rank in RANKS)]
         for operator, kind in dict.fromkeys((v.operator, v.kind) for v in first):
@@ -250,7 +250,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 where a variant fails with every switch."""
+    """Returns 1 if a variant fails with every switch."""
     options = arguments(argv)
     if options.one:
         return run_one(options.one, options.device)

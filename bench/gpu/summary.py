@@ -1,4 +1,4 @@
-"""What a run of bench.gpu found, in few lines: tests, sanitizer, and of each measurement the cells that win and that lose."""
+"""Summarises a run of bench.gpu: tests, sanitizer, and for each measurement the cells that win and lose."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BETTER = 0.97
 
 
 def summary(results: Path, outcome: dict[str, dict], predicted: Path = RESULTS) -> list[str]:
-    """A line a part, and below it what its results say. results: the folder of logs and of the card's own folder;
-    predicted: that has the predictions."""
+    """A line per part, and below it its results. results: the folder of logs and of the GPU's folder;
+    predicted: the folder with the predictions."""
     lines = ["", "summary"]
     for name, part in outcome.items():
         lines.append(f"  {name:18} {part['status']}" + (f", {part['seconds']:.0f} s" if part["seconds"] else ""))
@@ -38,7 +38,7 @@ def summary(results: Path, outcome: dict[str, dict], predicted: Path = RESULTS) 
 
 
 def worth_of_switches(results: Path) -> list[str]:
-    """Of each feature that was switched off: the time of each kernel over that with all of them."""
+    """For each switched-off feature: the time of each kernel over its time with all features."""
     lines = []
     base = {key_of(c): c for c in newest(Store(results / WITH_ALL / "kernels.jsonl").read())}
     for folder in sorted(results.glob("without-*/")):
@@ -53,7 +53,7 @@ def worth_of_switches(results: Path) -> list[str]:
 
 
 def beside_predicted(results: Path, predicted: Path) -> list[str]:
-    """Every measured value that was predicted for this card, with the ratio of the two."""
+    """Every measured value that was predicted for this GPU, with the ratio of the two."""
     made_on, made = predictions.kept(predicted)
     found = [one for folder in sorted(results.glob("*/")) for one in predictions.compared_in(folder, made)]
     if not found:
@@ -67,7 +67,7 @@ def beside_predicted(results: Path, predicted: Path) -> list[str]:
 
 
 def pairs(cells: list[dict], floor: str) -> list[tuple[dict, dict]]:
-    """(our cell, the cell of `floor`) of each case that has both."""
+    """(our cell, the cell of `floor`) for each case that has both."""
     theirs = {tuple(c["case"].values()): c for c in cells if c["rival"] == floor}
     return [(c, theirs[key]) for c in cells if c["rival"] == OURS and (key := tuple(c["case"].values())) in theirs]
 
@@ -96,7 +96,7 @@ def tell_kernels(cells: list[dict]) -> list[str]:
 
 
 def better_plans(cells: list[dict]) -> list[str]:
-    """Plans that the estimate had called close and that take less than BETTER of the chosen one's time."""
+    """Plans close to the best by estimate that take less than BETTER of the chosen plan's time."""
     chosen = {case_of(c): c["step"]["seconds"][1] for c in cells if c["rival"] == OURS and "step" in c}
     lines = []
     for c in cells:
@@ -108,7 +108,7 @@ def better_plans(cells: list[dict]) -> list[str]:
 
 
 def tell_layer(cells: list[dict]) -> list[str]:
-    """Against each rival that adapts: the time of a step, and the cells where ours takes longer."""
+    """For each adapting rival: the time of a step, and the cells in which ours takes longer."""
     lines = []
     rivals = [r for r in dict.fromkeys(c["rival"] for c in cells) if not r.startswith((FLOOR, OURS))]
     for rival in rivals:

@@ -1,4 +1,4 @@
-"""Runs the parts, each as a process with a limit and a log, and keeps what each has measured as it ends."""
+"""Runs the parts, each as a process with a time limit and a log, and saves the measurements of each when it ends."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .summary import summary
 COPIED = ("csrc", "lotr_ext", "bench", "python_tests")
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 MODULE = "lotr_ext/_C.abi3.so"
-GRACE_S = 10  # a part that is told to stop writes what it has
+GRACE_S = 10  # time for a stopped part to write its results
 
 
 def copy_sources(folder: Path) -> Path:
-    """A fresh copy of the sources, older than nothing that was built from them; kept results come back into it."""
+    """Makes a fresh copy of the sources, with their modification times, and copies kept results back into it."""
     tree = folder / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
@@ -54,21 +54,21 @@ def folders(where: Path) -> list[Path]:
 
 
 def keep_results(folder: Path) -> None:
-    """What the parts have measured so far, out of the copy."""
+    """Copies the parts' measurements so far out of the copy of the sources."""
     for measured in folders(folder / "tree" / "bench" / "results"):
         if measured.name != "simt-executor":
             shutil.copytree(measured, folder / "results" / measured.name, dirs_exist_ok=True)
 
 
 def take_wheel(wheel: Path, tree: Path) -> None:
-    """The compiled module out of a wheel that `check_wheel` has seen."""
+    """Extracts the compiled module from a wheel that `check_wheel` accepted."""
     with zipfile.ZipFile(wheel) as archive:
         (tree / MODULE).write_bytes(archive.read(MODULE))
 
 
 def run_part(part: Part, tree: Path, log: Path, limit: float, without: Iterable[str] = ()) -> tuple[str, float]:
-    """("done", "failed (status)" or "stopped", seconds). Its output goes to log as it comes. without: features of the hardware
-    that are at fault here, besides those that are switched off already and the part's own."""
+    """("done", "failed (status)" or "stopped", seconds). Its output is written to log as it comes. without: hardware features
+    at fault here, in addition to those already switched off and the part's own."""
     begin = time.monotonic()
     environment = os.environ | {"LOTR_BUILD_DIR": str(tree.parent / "cmake"), "LOTR_CUDA": "ON", "PYTHONPATH": str(tree)}
     off = [*environment.get("LOTR_CUDA_WITHOUT", "").split(","), *without, part.without]
@@ -77,7 +77,7 @@ def run_part(part: Part, tree: Path, log: Path, limit: float, without: Iterable[
     environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     times = {"{minutes}": f"{0.8 * limit / 60:.2f}", "{seconds}": f"{min(SECONDS, 0.9 * limit):.0f}"}
     command = [times.get(word, word) for word in part.command]
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` leaves it, and then no part would hear `stop`
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` sets this, and then parts would ignore `stop`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w") as kept:
         process = subprocess.Popen(
@@ -91,14 +91,14 @@ def run_part(part: Part, tree: Path, log: Path, limit: float, without: Iterable[
                 if sys.stdout.isatty():
                     print(f"\r{part.name}: {passed:.0f} of at most {limit:.0f} s", end="\r", flush=True)
                 time.sleep(min(0.2, limit))
-        finally:  # out of time, or interrupted: the part goes with us
+        finally:  # out of time, or interrupted: stop the part
             stop(process)
     seconds = time.monotonic() - begin
     return "stopped" if stopped else "done" if process.returncode == 0 else f"failed ({process.returncode})", seconds
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends it if it runs: as Ctrl-C would, so that it keeps what it has; then for good. The whole group, which is its own."""
+    """Ends the process group of a running part: first by SIGINT, so that it saves its results; then by SIGKILL."""
     if process.poll() is not None:
         return
     for sign in (signal.SIGINT, signal.SIGKILL):
@@ -114,7 +114,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def work(options: argparse.Namespace, found: dict[str, str | None], run: Callable = run_part) -> int:
-    """Runs what can run, in order. 1 if a part failed or the build could not be made."""
+    """Runs all parts that can run, in order. Returns 1 if a part or the build failed."""
     end = time.monotonic() + options.budget - min(GRACE_S, 0.1 * options.budget)
     results = options.folder / "results"
     try:
@@ -125,7 +125,7 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
     built = options.folder / "_C.abi3.so"
     if "build" not in options.parts:
         if not built.exists():
-            raise ValueError(f"parts: expected build among them, {built} is not there yet; got {', '.join(options.parts)}")
+            raise ValueError(f"parts: expected build among them, {built} does not exist yet; got {', '.join(options.parts)}")
         shutil.copy2(built, tree / MODULE)
     outcome: dict[str, dict] = {}
     left = [part for part in options.plan if part.name in options.parts]
@@ -134,7 +134,7 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
         lacks = missing(part, found)
         limit = seconds_of([p for p in left if not missing(p, found)], remaining)[0] if not lacks else 0.0
         if part.name == "build":
-            limit = remaining  # all others stand on it
+            limit = remaining  # all others need it
         left = left[1:]
         if lacks:
             status, seconds = f"left out: needs {', '.join(lacks)}", 0.0
@@ -167,13 +167,13 @@ def work(options: argparse.Namespace, found: dict[str, str | None], run: Callabl
 
 
 def at_fault(results: Path) -> list[str]:
-    """The features that the smoke part found to be at fault on this card."""
+    """The features that the smoke part found to be at fault on this GPU."""
     found = results / "smoke" / "smoke.json"
     return json.loads(found.read_text())["without"] if found.exists() else []
 
 
 def obstacle_in(log: Path) -> str | None:
-    """Why lotr_ext.info says that the kernels cannot run; None if they do."""
+    """Why the kernels cannot run, by lotr_ext.info; None if they can."""
     found = re.search(r"they cannot run: (.*)", log.read_text(errors="replace")) if log.exists() else None
     return found[1] if found else None
 

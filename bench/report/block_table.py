@@ -19,7 +19,7 @@ def place(case: dict) -> str:
 
 
 def block_table(cells: list[dict], pictures: dict[str, str]) -> str:
-    """A table in Markdown for each case, a row a rival; on a GPU also eagerly and as CUDA graphs, over the frozen block so."""
+    """A Markdown table for each case, a row per rival; on a GPU also eager and as CUDA graphs."""
     device = "cuda" if tables.on_gpu(cells) else "cpu"
     usual = {name: ",".join(map(str, of[device])) for name, of in (("models", MODELS), ("tokens", TOKENS), ("ranks", RANKS))}
     fields = (("models", "model"), ("tokens", "m"), ("ranks", "r"), ("dtypes", "dtype"))

@@ -39,7 +39,7 @@ def experts_table(cells: list[dict], pictures: dict[str, str]) -> str:
 
 
 def draw_experts(cells: list[dict], folder: Path) -> list[Path]:
-    """Bars of the excess over the frozen experts, and of the peak beyond theirs, a pair of panels a case."""
+    """Bars of the excess over the frozen experts, and of the peak above theirs, two panels per case."""
     found = by_case(newest(cells))
     if not found:
         return []

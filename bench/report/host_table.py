@@ -31,7 +31,7 @@ def place(case: dict) -> str:
 
 
 def host_rows(cells: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """(heads, rows): a row a rival, a column a case: us a layer, forward + backward, and the ratio to three lines of torch."""
+    """(heads, rows): a row per rival, a column per case: us per layer, forward + backward, and over three lines of torch."""
     cases = by_case(cells)
     rows = []
     for name, rival in rh.RIVALS.items():
@@ -50,7 +50,7 @@ def host_rows(cells: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def count_rows(cells: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """(heads, rows): a row a rival of the chained case with most tokens: calls and operators a layer, forward + backward, and
+    """(heads, rows): a row per rival in the chained case with most tokens: calls, operators per layer, forward + backward, and
     the same of the path on CUDA."""
     case, own = max(by_case(cells), key=lambda item: (item[0]["form"] == "chained", item[0]["m"]))
     rows = []
@@ -67,7 +67,7 @@ def host_table(cells: list[dict], pictures: dict[str, str]) -> str:
     """Both tables in Markdown; pictures: name -> link."""
     case, usual = cells[-1]["case"], {"layers": rh.LAYERS, "width": rh.WIDTH, "rank": rh.RANK, "rounds": ROUNDS["host"]}
     tokens = ",".join(dict.fromkeys(str(c["case"]["m"]) for c in cells))
-    usual |= {"tokens": ",".join(map(str, rh.TOKENS)), "clock": cells[-1]["clock"]}  # which is usual depends on the machine
+    usual |= {"tokens": ",".join(map(str, rh.TOKENS)), "clock": cells[-1]["clock"]}  # the default depends on the machine
     options = {"tokens": tokens, "layers": case["layers"], "width": case["k"], "rank": case["r"]}
     again = tables.command("host", cells, options | {"rounds": max(c["rounds"] for c in cells)}, usual)
     what = "a layer, forward + backward; in brackets over LoTR in three lines of torch on as many factors"
@@ -79,13 +79,13 @@ def host_table(cells: list[dict], pictures: dict[str, str]) -> str:
 
 
 def draw_host(cells: list[dict], folder: Path) -> list[Path]:
-    """Bars of us a layer, forward and backward (lighter), a panel a case."""
+    """Bars of us per layer, forward and backward (lighter), a panel per case."""
     cases = by_case(cells)
     if not cases:
         return []
     columns = min(3, len(cases))
     rows = -(-len(cases) // columns)
-    names = [name for name in rh.RIVALS if all(name in own for _, own in cases)]  # the table has the others
+    names = [name for name in rh.RIVALS if all(name in own for _, own in cases)]  # the others are only in the table
     size = (4.2 * columns + 1.6, (0.3 * len(names) + 0.9) * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axis in axes.flat[len(cases) :]:
@@ -98,7 +98,7 @@ def draw_host(cells: list[dict], folder: Path) -> list[Path]:
             axis.barh(where, forward, color=COLOURS[name])
             axis.barh(where, backward, left=forward, color=COLOURS[name], alpha=0.55)
             axis.errorbar(middle, where, xerr=[[max(middle - low, 0)], [max(high - middle, 0)]], color="k", lw=1)
-        axis.set_xlim(0, 1.2 * max(1e6 * own[name]["step"]["seconds"][1] for name in names))  # a spread may leave the panel
+        axis.set_xlim(0, 1.2 * max(1e6 * own[name]["step"]["seconds"][1] for name in names))  # error bars may exceed the panel
         axis.set_title(place(case), fontsize=9)
         axis.set_xlabel("us a layer: forward, backward (lighter)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)

@@ -16,11 +16,11 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator
 from ..measure.names import COLOURS, EXTRA_FLOPS, name_of
 from ..measure.shapes import Case
 
-FEW = 128  # tokens; below, an excess is several hundred per cent, which would dwarf every other bar
-LEAST_POINTS = 3  # of a line: two tell no shape
-LEAST_INCHES, AROUND_INCHES = 8.0, 0.9  # width of a title, or of a legend of five columns; height of the two
+FEW = 128  # tokens; below, an excess is several hundred per cent, far above all other bars
+LEAST_POINTS = 3  # of a line: two do not show a shape
+LEAST_INCHES, AROUND_INCHES = 8.0, 0.9  # width of a title or of a legend with five columns; height of the two
 Panel = tuple[int, str]  # threads, dtype
-# of those that were measured, the first five are drawn, and the extra FLOPs; the tables have all
+# the first five of the measured ones are drawn, and the extra FLOPs; the tables have all
 DRAWN = ("lotr_ext", "lora-lorafusion", "lora-unsloth", "lora-peft", "lora-eager", "lora-in-place-beta", "lotr-eager", *COLOURS)
 
 
@@ -53,7 +53,7 @@ def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure
 
 
 def _finish(figure: Figure, axes: list[Axes], title: str, cells: list[dict], columns: int = 5) -> Figure:
-    """A legend below, of every label once, and a title that names the machine."""
+    """Adds a legend below with every label once, and a title with the machine."""
     handles: dict[str, object] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
@@ -64,7 +64,7 @@ def _finish(figure: Figure, axes: list[Axes], title: str, cells: list[dict], col
 
 
 def _bars(axis: Axes, cells: list[dict], value: Callable[[dict], tuple[float, float, float]]) -> list[str]:
-    """Groups of bars, a group a shape and a bar a rival, with quartiles; returns the groups' names."""
+    """Draws groups of bars, a group per shape and a bar per rival, with quartiles; returns the groups' names."""
     names = list(dict.fromkeys(_place(c) for c in cells))
     rivals = [r for r in COLOURS if any(c["rival"] == r for c in cells)]
     for i, rival in enumerate(rivals):
@@ -84,7 +84,7 @@ def _bars(axis: Axes, cells: list[dict], value: Callable[[dict], tuple[float, fl
 
 
 def _excess(cells: list[dict]) -> Figure | None:
-    """Bars: what every rival adds to the frozen layer at the shapes where most of them were measured."""
+    """Bars of every rival's excess over the frozen layer, at the shapes at which most rivals were measured."""
     counts: dict[str, int] = {}
     for c in cells:
         counts[_place(c)] = counts.get(_place(c), 0) + 1
@@ -106,7 +106,7 @@ def _excess(cells: list[dict]) -> Figure | None:
 
 
 def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
-    """Lines of excess against tokens ("m") or rank ("r"), at the (K, N) and the other that were measured at most points; none
+    """Lines of excess against tokens ("m") or rank ("r"), at the (K, N) and the other one with most measured points; none
     of fewer than LEAST_POINTS."""
     other = {"m": "r", "r": "m"}[axis_of]
     points: dict[tuple, set[int]] = {}
@@ -131,7 +131,7 @@ def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
         axis.plot(list(extra), list(extra.values()), "k--", lw=1, label=EXTRA_FLOPS)
         axis.set(xscale="log", yscale="log", ylabel="over the frozen layer, % (log)", title=_title(panel, cells))
         axis.set_xlabel("tokens M (log)" if axis_of == "m" else "rank r (log)")
-        axis.set_xticks(list(extra), [str(v) for v in extra], fontsize=8, rotation=45)  # neighbours are a factor of 2 apart
+        axis.set_xticks(list(extra), [str(v) for v in extra], fontsize=8, rotation=45)  # neighbours differ by a factor of 2
         axis.minorticks_off()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # most are within one decade
         axis.tick_params(axis="y", labelsize=8)
@@ -142,7 +142,7 @@ def _sweep(cells: list[dict], axis_of: str, title: str) -> Figure | None:
 
 
 def _memory(cells: list[dict]) -> Figure | None:
-    """Bars of the bytes kept for backward and of the peak; the same at any thread count."""
+    """Bars of the bytes kept for backward and of the peak, which do not depend on threads."""
     cells = [c for c in cells if "peak_bytes" in c and c["case"]["m"] >= FEW]
     if not cells:
         return None
@@ -159,7 +159,7 @@ def _memory(cells: list[dict]) -> Figure | None:
 
 
 def save(figures: dict[str, Figure | None], folder: Path, dpi: int = 100) -> list[Path]:
-    """Writes <name>.png of each figure that is one, by way of a temporary name; one that is none leaves no old picture."""
+    """Writes <name>.png of each figure by way of a temporary name; for None, removes the old picture."""
     written = []
     for name, figure in figures.items():
         if figure is None:
@@ -173,7 +173,7 @@ def save(figures: dict[str, Figure | None], folder: Path, dpi: int = 100) -> lis
 
 
 def draw(cells: list[dict], folder: Path) -> list[Path]:
-    """The pictures of layer.jsonl; what cannot be drawn from the cells is left out."""
+    """The pictures of layer.jsonl that can be drawn from the cells."""
     drawn = [rival for rival in dict.fromkeys(DRAWN) if any(c["rival"] == rival for c in cells)][:5]
     cells = [c for c in cells if c["rival"] in drawn]
     figures = {

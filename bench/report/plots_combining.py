@@ -1,4 +1,4 @@
-"""The picture of what examples/loras_to_bank.py kept."""
+"""The picture of the results of examples/loras_to_bank.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = {"layer": "bank, factors of each layer", "shape": "bank, one pair for a
 
 
 def draw_loras(results: dict, folder: Path) -> list[Path]:
-    """Of one run: what of the LoRAs' gain a bank keeps against its size, and a new task's loss against its numbers."""
+    """For one run: the share of the LoRAs' gain that a bank keeps against its size; a new task's loss against its size."""
     return save({"loras-to-bank": _figure(results)}, folder, dpi=120)
 
 

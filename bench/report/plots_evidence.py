@@ -1,4 +1,4 @@
-"""Pictures of bench.evidence: the share of full fine-tuning's gain against trained numbers, one a task and one for README."""
+"""Pictures of bench.evidence: the share of full fine-tuning's gain against parameters, one per task and one for README."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STYLES = {  # colour and line; the first SERIES that a task has are drawn, the t
     "lotr-core": ("tab:olive", "x:"),
     "dora": ("tab:pink", "P-"),
 }
-CORNERS = {"lotr": (4, -11), "lora": (-4, 7)}  # where a point's rank stands; of all lines the figures would overlap
+CORNERS = {"lotr": (4, -11), "lora": (-4, 7)}  # the offset of a point's rank label; labels on all lines would overlap
 
 
 def draw_evidence(folder: Path) -> list[Path]:
@@ -40,7 +40,7 @@ def _task(one: Digest) -> Figure:
     figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
     _panel(axis, one, _drawn([one]))
     axis.set_ylabel(_measure(one))
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside it: inside it would hide points
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # outside, because inside it would hide points
     axis.set_title(f"{one.task.title}\n{setting_text(one)}", fontsize=10)
     return figure
 
@@ -73,7 +73,7 @@ def _shares(one: Digest) -> bool:
 
 
 def _panel(axis: Axes, one: Digest, drawn: list[str]) -> None:
-    """A line a method, with 95 % intervals where there are any; full fine-tuning as a level."""
+    """A line per method, with 95 % intervals if known; full fine-tuning as a horizontal line."""
     for method in drawn:
         own = sorted(one.of(method), key=lambda p: p.parameters)
         if not own:
@@ -95,7 +95,7 @@ def _panel(axis: Axes, one: Digest, drawn: list[str]) -> None:
 
 
 def _value(one: Digest, point: Point) -> tuple[float, float, float]:
-    """The middle and both ends, in per cent where they are shares."""
+    """The middle and both ends, in per cent if they are shares."""
     shown, unit = (point.share, 100.0) if _shares(one) else (point.loss, 1.0)
     low, high = (shown.value if end is None else end for end in (shown.low, shown.high))
     return unit * shown.value, unit * min(low, shown.value), unit * max(high, shown.value)

@@ -1,4 +1,4 @@
-"""The picture of what examples/evolve.py kept."""
+"""The picture of the results of examples/evolve.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WAYS = {
 
 
 def draw_evolution(run: dict, folder: Path) -> list[Path]:
-    """Of one run: the accuracy, the sums, and the throughput of a population."""
+    """For one run: the accuracy, the sums, and the throughput of a population."""
     return save({"evolve": _evolution(run)}, folder, dpi=120)
 
 

@@ -17,11 +17,11 @@ from .plots import save
 from .summary import METHODS, Summary
 
 BAR = 0.8 / len(PROJECTED_COLOURS)
-NOT_DRAWN = ("lora-peft-as-lotr", "vera-peft-as-lotr", "lotr_ext-as-lora", "lotr-eager-core")  # of a model: the table has them
+NOT_DRAWN = ("lora-peft-as-lotr", "vera-peft-as-lotr", "lotr_ext-as-lora", "lotr-eager-core")  # of a model; only in the table
 
 
 def draw_model(cells: list[dict], folder: Path) -> list[Path]:
-    """A picture a model, of its first case; that of the first model is model.png."""
+    """A picture per model, of its first case; that of the first model is model.png."""
     models = list(dict.fromkeys(c["case"]["model"] for c in cells))
     figures = {}
     for name in models:
@@ -95,7 +95,7 @@ def draw_shared(cells: list[dict], folder: Path) -> list[Path]:
 
 
 def draw_kernels(cells: list[dict], folder: Path) -> list[Path]:
-    """Our time over the library's, a panel a kernel, a bar a shape."""
+    """Our time over the library's, a panel per kernel, a bar per shape."""
     ours = [c for c in cells if c["rival"] == "lotr_ext"]
     if not ours:
         return []
@@ -140,7 +140,7 @@ def draw_projection(shape: Shape, rows: dict[Key, Row], levels: dict[str, Levels
 
 
 def draw_summary(found: Summary | None, folder: Path) -> list[Path]:
-    """README's picture: size, memory and time of each method, a panel a quantity."""
+    """README's picture: size, memory and time of each method, a panel per quantity."""
     if found is None:
         return save({"summary": None}, folder)
     figure, axes = plt.subplots(1, len(found.panels), figsize=(11, 2.4), layout="constrained", sharey=True)

@@ -1,4 +1,4 @@
-"""The picture of what bench.serving kept."""
+"""The picture of the results of bench.serving."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAYS = {"native": COLOURS["lotr_ext"], "own": "tab:cyan", "lora": COLOURS["lora-
 
 
 def draw_serving(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Of one run: throughput kept against the tasks that rows take turns with."""
+    """For one run: relative throughput against the number of tasks in the batch."""
     return save({"serving": _kept(results)}, folder, dpi=120)
 
 

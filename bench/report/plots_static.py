@@ -1,4 +1,4 @@
-"""Picture of what the model of the machine code says: a kernel's share of bandwidth, and where its time goes."""
+"""The picture of the model of the machine code: each kernel's share of bandwidth, and a breakdown of its time."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _stack(e: Estimate) -> list[float]:
 
 
 def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
-    """A panel a GPU, a bar a kernel and rank: shares of its time, of the first shape and dtype there is."""
+    """A panel per GPU, a bar per kernel and rank: shares of its time, for the first shape and dtype."""
     if not found:
         return []
     first = next(iter(found))
     own = {key: e for key, e in found.items() if (key[1], key[2], key[4]) == (first[1], first[2], first[4])}
     gpus = list(dict.fromkeys(key[5] for key in own))
-    names = list(dict.fromkeys((key[3], key[0]) for key in own))[::-1]  # from below; a GPU may lack some
+    names = list(dict.fromkeys((key[3], key[0]) for key in own))[::-1]  # from bottom to top; a GPU may lack some
     figure, axes = plt.subplots(
         1, len(gpus), figsize=(max(3.1 * len(gpus), 8), 5.2), layout="constrained", squeeze=False, sharey=True
     )
@@ -61,7 +61,7 @@ def draw_static(found: dict[Key, Estimate], folder: Path) -> list[Path]:
 
 
 def draw_predicted(found: list[Compared], folder: Path) -> list[Path]:
-    """Measured over the likely prediction, a point a value, in its interval."""
+    """Measured over the likely prediction, a point per value, with the prediction's interval."""
     if not found:
         return save({"predicted": None}, folder)
     figure, axis = plt.subplots(figsize=(8, 0.26 * len(found) + 1.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""The pictures of what examples/many_tasks.py and bench.tasks kept."""
+"""The pictures of the results of examples/many_tasks.py and bench.tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = {named("lora-peft"): "tab:orange", "LoTR": "tab:blue"}
 
 
 def draw_tasks(run: dict, folder: Path) -> list[Path]:
-    """Of one run: time of a batch against the tasks in it."""
+    """For one run: time of a batch against the number of its tasks."""
     return save({f"many-tasks-{run['shape']['tokens']}-tokens": _tasks(run)}, folder, dpi=120)
 
 
@@ -47,7 +47,7 @@ def _tasks(run: dict) -> Figure:
 
 
 def draw_training(cells: list[dict], folder: Path) -> list[Path]:
-    """Bars of what bench.tasks kept: each part of a step over the whole step of one adapter, in percent, a panel a case."""
+    """Bars of the results of bench.tasks: each part of a step over the whole step of one adapter, a panel per case."""
     found = by_case(newest(cells)) if cells else []
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""Rebuilds the tables of README and docs, and the pictures, from bench/results/: no number is typed by hand.
+"""Rebuilds the tables of README and docs, and the pictures, from bench/results/.
 
 python -m bench.report                              redraw the pictures, rewrite the tables
 python -m bench.report --keep-demo demo_results     first keep a demo run's table in bench/results/<machine>/
@@ -33,7 +33,7 @@ from .summary import Summary, summary
 
 
 class Page(NamedTuple):
-    """A page with tables; up: the way from its folder to the root."""
+    """A page with tables; up: the relative path from its folder to the root."""
 
     path: Path
     sections: tuple[str, ...]
@@ -57,7 +57,7 @@ BENCHMARKS = Page(ROOT / "docs" / "benchmarks.md", ("demo", *TABLES, "many-tasks
 SERVING = Page(ROOT / "docs" / "serving.md", ("serving",), "../")
 DISTRIBUTED = Page(ROOT / "docs" / "distributed.md", ("memory",), "../")
 PAGES = (README, CHOOSING, EVIDENCE, BENCHMARKS, SERVING, DISTRIBUTED)
-PROGRAMS = {  # whose results a section shows, where it is not bench.<section>
+PROGRAMS = {  # the program whose results a section shows, if it is not bench.<section>
     "demo": "make demo",
     "advice": "make frontier",
     "recipe": "make frontier ARGS=--sweep",
@@ -76,7 +76,7 @@ def _read(path: Path) -> list[dict]:
 
 
 def demo_command(demo: dict) -> str:
-    """What reproduces a demo run."""
+    """The command that reproduces a demo run."""
     settings = [run["settings"] for run in demo["runs"]]
     methods, seeds = dict.fromkeys(s["method"] for s in settings), {s["seed"] for s in settings}
     flags = [] if len(methods) == 3 else [f"--methods {','.join(methods)}"]
@@ -87,13 +87,13 @@ def demo_command(demo: dict) -> str:
 
 
 def _start(demo: dict) -> str:
-    """How LoTR's factors began, where it was not as usual."""
+    """The init of LoTR's factors, if it was not the default."""
     start = demo["runs"][0]["settings"].get("init", "orthonormal")
     return "" if start == "orthonormal" else start
 
 
 def demo_table(demo: dict) -> str:
-    """The fine-tuning run, a row a method."""
+    """The fine-tuning run, a row per method."""
     row = demo["rows"][-1]
     busy = tables.busy(demo["load"], demo["runs"][0]["settings"]["threads"])
     where = demo["machine"] + ("; the machine was busy, so no times" if busy else "")
@@ -107,14 +107,14 @@ def demo_table(demo: dict) -> str:
         low, high = row["accuracy_range"]
         accuracy = f"{row['accuracy']:.2%}" + (f" ({low:.2%} to {high:.2%})" if row["runs"] > 1 else "")
         disk, memory = f"{row['adapter_bytes'] / 1024:,.1f} KiB", f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"
-        seconds = "-" if busy else f"{row['seconds_per_step']:.3f}"  # runs follow one another, so load hits each differently
+        seconds = "-" if busy else f"{row['seconds_per_step']:.3f}"  # runs are sequential, so load affects each differently
         numbers = [f"{row['trained_parameters']:,}", disk, accuracy, seconds, memory]
         lines.append(f"| {renamed(row['method'])} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
 
 
 def keep_demo(folder: Path) -> Path:
-    """Copies a demo run's table, without its loss curves. ValueError where it is none."""
+    """Copies a demo run's table, without its loss curves. Raises ValueError for another file."""
     source = folder / "table.json"
     if not source.is_file():
         raise FileNotFoundError(f"keep-demo: expected {source}, found none; run make demo first")
@@ -125,7 +125,7 @@ def keep_demo(folder: Path) -> Path:
         raise ValueError(f"keep-demo: expected the table of a demo run in {source}, got {brief(error)}") from None
     for run in demo["runs"]:
         run.pop("losses", None)
-        for name in ("model", "out", "text"):  # paths of the machine it ran on
+        for name in ("model", "out", "text"):  # local paths
             run["settings"].pop(name, None)
     count, start = len({run["settings"]["method"] for run in demo["runs"]}), _start(demo)
     name = f"demo-{count}-methods-{demo['rows'][-1]['runs']}-seeds{'-' * bool(start)}{start}.json"
@@ -149,7 +149,7 @@ def _demos(folder: Path) -> list[dict]:
 
 
 def newest_summary(results: Path) -> tuple[Summary, Path] | None:
-    """What README shows, and the folder that it is from: of several machines the one that was measured last."""
+    """README's summary and its folder: that of the machine measured last."""
     found = [(summary(_read(path / "layer.jsonl"), _read(path / "model.jsonl")), path) for path in _machines(results)]
     return max((one for one in found if one[0] is not None), key=lambda one: one[0].model.get("when", 0), default=None)
 
@@ -162,7 +162,7 @@ def _summary_section(results: Path, up: str) -> list[str]:
 
 
 def sections(results: Path = RESULTS, up: str = "") -> dict[str, list[str]]:
-    """The generated text of each section, from the results of every machine. up: from the page's folder to the root."""
+    """The generated text of each section, from the results of all machines. up: the path from the page's folder to the root."""
     found: dict[str, list[str]] = {name: [] for page in PAGES for name in page.sections}
     for folder in _machines(results):
         found["demo"] += [demo_table(demo) for demo in _demos(folder)]
@@ -205,7 +205,7 @@ def _evidence_sections(folder: Path, up: str) -> dict[str, list[str]]:
 
 
 def rebuild(page: Page, text: str, results: Path = RESULTS) -> str:
-    """A page's text with its tables made anew. ValueError where a table's two lines are missing."""
+    """A page's text with its tables regenerated. Raises ValueError if a table's two marker lines are missing."""
     found = sections(results, page.up)
     for name in page.sections:
         pattern = re.compile(rf"(<!-- {name}:begin [^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""The counts of row_core, and what the model of its machine code makes of them, as tables."""
+"""Tables of row_core: its counts, and the estimates by the model of its machine code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def row_counts(results: Path) -> dict[Key, RowCounts]:
 
 
 def rows_table(found: dict[Key, RowCounts]) -> str:
-    """Counted bytes of row_core and its backward: a row an operator and case."""
+    """Counted bytes of row_core and its backward: a row per operator and case."""
     title = (
         f"`python -m bench.traffic`, no GPU: row_core, the product with a core a row, bf16, planned for {MULTIPROCESSORS} "
         "multiprocessors. Least: every operand once, of the cores those that have rows; the backward adds k in float32, "

@@ -1,4 +1,4 @@
-"""What README shows of the results: a small table about size, memory and cost, and the picture of the same numbers."""
+"""README's excerpt of the results: a small table about size, memory and cost, and the picture of the same numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..measure.store import by_case
 METHODS = ("lora-peft", "vera-peft", "lotr-eager", "lotr_ext")  # of the picture
 COLUMNS = LORA, EAGER, OURS = "lora-peft", "lotr-eager", "lotr_ext"  # of the table
 LAYERS: tuple[Shape, ...] = ((2048, 768, 768, 16), (16, 768, 768, 16))
-PICTURED = "bf16"  # where the picture takes the model's numbers from, if it was measured
+PICTURED = "bf16"  # the dtype of the model in the picture, if it was measured
 Cells = dict[str, dict]  # of one case, by rival
 Bars = dict[str, tuple[float, str]]  # a value and its text, by rival
 
@@ -58,7 +58,7 @@ def excess(cell: dict) -> tuple[float, str]:
 
 
 def summary(layer: list[dict], model: list[dict]) -> Summary | None:
-    """Of one machine's newest results, at its least number of threads; None where the model or the layers were not measured
+    """The Summary of one machine's newest results, at its least number of threads; None if model or layers were not measured
     with LoRA and with lotr_ext."""
     models = [own for _, own in by_case(model) if {LORA, OURS} <= set(own)]
     if not models:

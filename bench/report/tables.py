@@ -29,19 +29,19 @@ from ..projection.table import markdown_rows
 from ..rivals.model import SHAPES as MODELS
 from .summary import EAGER, LORA, OURS, Summary
 
-# The table shows these shapes of those that were measured; all are in the result files and pictures.
+# The shapes in the table; the result files and pictures have all measured shapes.
 SHOWN_SHAPES = [(1, 768, 768, 16), (16, 768, 768, 16), *TARGETS, *((m, 4096, 4096, 16) for m in TOKENS)]
 SHOWN_SHAPES += [(8192, 4096, 4096, r) for r in RANKS] + [
     (8192, k, n, 16) for k, n in ((4096, 14336), (14336, 4096), (4096, 1024))
 ]
-MOST_SHAPES = 8  # that a table's command names
+MOST_SHAPES = 8  # in a table's command
 PROJECTED_SHAPE: Shape = (8192, 4096, 4096, 16)
 BEST_LORA = "lora-in-place-beta"
 Pictures = dict[str, str]  # name -> link
 
 
 def busy(load: float, threads: int) -> str:
-    """A warning where other programs ran beside the measurement."""
+    """A warning if other programs ran during the measurement."""
     return f"; load average {load:.1f}: the machine was busy, so read times with care" if load > threads + 1 else ""
 
 
@@ -56,7 +56,7 @@ def where(cells: list[dict]) -> str:
 
 
 def command(program: str, cells: list[dict], options: dict[str, object], usual: dict[str, object]) -> str:
-    """What measures the cells again: options by name, less those that are as usual, and how the times are taken."""
+    """The command that measures the cells again: options by name without defaults, and the options of timing."""
     last = cells[-1]
     options = options | {"clock": last["clock"], "allocator": last.get("allocator", "keep"), "isa": last.get("isa")}
     usual = usual | {"clock": "events" if on_gpu(cells) else "wall", "allocator": "keep"}
@@ -88,7 +88,7 @@ def _images(pictures: Pictures, shown: dict[str, str]) -> list[str]:
 
 
 def layer_table(cells: list[dict], pictures: Pictures) -> str:
-    """Excess over the frozen layer, forward + backward, a row a case; ours first, since a phone shows the first columns."""
+    """Excess over the frozen layer, forward + backward, a row per case; ours first, for narrow screens."""
     cases: dict[Case, dict[str, dict]] = {}
     for cell in cells:
         cases.setdefault(Case(**cell["case"]), {})[cell["rival"]] = cell
@@ -127,7 +127,7 @@ def layer_table(cells: list[dict], pictures: Pictures) -> str:
 
 
 def layer_command(cells: list[dict]) -> str:
-    """Names the shapes where they are few; otherwise they are as many as the program measures by itself."""
+    """The command, with shapes if they are few; otherwise they are the program's default."""
     shapes = list(dict.fromkeys("x".join(str(c["case"][size]) for size in "mknr") for c in cells))
     options = {"shapes": ",".join(shapes)} if len(shapes) <= MOST_SHAPES else {}
     options |= {"dtypes": _all(cells, "dtype"), "threads": _all(cells, "threads"), "rounds": _rounds(cells)}
@@ -135,7 +135,7 @@ def layer_command(cells: list[dict]) -> str:
 
 
 def shared_table(cells: list[dict], pictures: Pictures) -> str:
-    """L layers on one A and B, a row a way of summing."""
+    """L layers on one A and B, a row per way of summing."""
     rows = []
     for c in cells:
         case, label = c["case"], bold(shared.LABELS[c["rival"]])
@@ -159,7 +159,7 @@ def shared_command(cells: list[dict]) -> str:
 
 
 def model_table(cells: list[dict], pictures: Pictures) -> str:
-    """A row a method; a pair of columns a (dtype, threads): step and peak memory over LoRA PEFT's."""
+    """A row per method; two columns per (dtype, threads): step and peak memory over LoRA PEFT's."""
     groups: dict[tuple, dict[str, dict]] = {}
     for cell in cells:
         c = cell["case"]
@@ -193,7 +193,7 @@ def model_command(cells: list[dict]) -> str:
     if case["model"] in MODELS:
         shape = MODELS[case["model"]]
         usual |= {"targets": ",".join(shape.targets), "batch": shape.batch, "sequence": shape.sequence}
-    usual |= {} if on_gpu(cells) else {"model": "minilm"}  # a GPU's memory decides which is usual
+    usual |= {} if on_gpu(cells) else {"model": "minilm"}  # the default depends on the GPU's memory
     options = {name: case[name] for name in names} | {"rank": case["r"], "rounds": _rounds(cells)}
     return command("model", cells, options, usual)
 
@@ -208,7 +208,7 @@ def _against_lora(cell: dict | None, lora: dict | None) -> list[str]:
 
 
 def kernels_table(cells: list[dict], pictures: Pictures) -> str:
-    """Each kernel alone, a row a shape, all of a GPU's that were measured at 16 tokens and from 8,192 on."""
+    """Each kernel alone, a row per shape: on a GPU all shapes with 16 tokens, or with 8,192 and more."""
     ours = [c for c in cells if c["rival"] == "lotr_ext"]
     library, tuned = ({tuple(c["case"].values()): c for c in cells if c["rival"] == rival} for rival in (FLOOR, TUNED))
     main = [c for c in ours if c["case"]["m"] in (16, 32, 8192) and c["case"]["n"] == 4096] or ours
@@ -252,7 +252,7 @@ def static_found(results: Path) -> dict[StaticKey, Estimate]:
 
 
 def static_table(found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
-    """What each kernel's machine code says of its speed: a row a kernel and size, a column a GPU."""
+    """Estimates of each kernel's speed from its machine code: a row per kernel and size, a column per GPU."""
     gpus = sorted({key[5] for key in found}, key=lambda gpu: (gpu != "h100", list(CARDS).index(gpu)))
     heads, rows = markdown_rows({key: e for key, e in found.items() if key[4] == "bf16"}, gpus)
     title = f"`python -m bench.static`, no GPU, bf16: {STATIC_LABEL}. First the likely time and its share of the data sheet's "
@@ -262,7 +262,7 @@ def static_table(found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
 
 
 def fused_lines() -> list[str]:
-    """What the model of gemm_lotr says, beside beta."""
+    """The estimates for gemm_lotr next to those for beta."""
     title = (
         f"`gemm_lotr`, the base product with the adapter inside ([how it works](hopper.md)), {CARDS['h100'].name}, bf16: a "
         f"model of its tickets, not measured, by the same command. Also assumed: {'; '.join(fused.ASSUMED)}."
@@ -271,7 +271,7 @@ def fused_lines() -> list[str]:
 
 
 def predicted_table(folder: Path, pictures: Pictures) -> str:
-    """What a card measured beside what was predicted for it; empty without any."""
+    """Measurements on a GPU next to the predictions for it; empty without any."""
     made_on, made = predictions.kept(folder.parent)
     found = predictions.compared_in(folder, made)
     if not found:
@@ -289,7 +289,7 @@ def traffic_rows(results: Path) -> dict[Key, Row]:
 
 
 def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictures: Pictures) -> str:
-    """Counted bytes of a whole layer beyond the frozen one's, and what they would cost: a projection."""
+    """Counted bytes of a whole layer in excess of the frozen one's, and their projected time."""
     m, k, n, r = shape = PROJECTED_SHAPE
     levels = projections([shape], rows, found)
     counted = [card for card in CARDS.values() if all(key in rows for key in needed([shape], [card.multiprocessors]))]
@@ -317,7 +317,7 @@ def traffic_table(rows: dict[Key, Row], found: dict[StaticKey, Estimate], pictur
 
 
 def layer_parts(rows: dict[Key, Row], levels: dict[str, Levels]) -> list[str]:
-    """What beta's time over the frozen layer is made of."""
+    """The parts of beta's time over the frozen layer."""
     if "h100" not in levels:
         return []
     says = f"Where {BETA}'s time over the frozen layer goes, the same layer on an {CARDS['h100'].name} ({LABEL}):"
@@ -326,7 +326,7 @@ def layer_parts(rows: dict[Key, Row], levels: dict[str, Levels]) -> list[str]:
 
 
 def other_layers(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
-    """The best forms of LoRA and of ours for every layer that is counted, a column a GPU."""
+    """The best forms of LoRA and of ours for every layer that is counted, a column per GPU."""
     every = {shape: projections([shape], rows, found) for shape in LAYER_SHAPES}
     columns = [gpu for gpu in CARDS if any(gpu in levels for levels in every.values())]
     names, lines = {name: NAMES.get(name, name) for name in (BEST_LORA, BETA, FUSED)}, []
@@ -341,7 +341,7 @@ def other_layers(rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list
 
 
 def projected_block(block: block_traffic.Block, rows: dict[Key, Row], found: dict[StaticKey, Estimate]) -> list[str]:
-    """Every way of a transformer's block, a column a GPU that has all counts and estimates of its layers."""
+    """Every way of a transformer's block, a column per GPU with all counts and estimates of its layers."""
     levels = projections(block_traffic.shapes(block), rows, found)
     if not levels:
         return []

@@ -1,4 +1,4 @@
-"""What examples/many_tasks.py and bench.tasks kept, as tables."""
+"""Tables of the results of examples/many_tasks.py and bench.tasks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HEADS = ("a batch", "tokens/s", "over one adapter")
 
 
 def task_runs(folder: Path) -> list[dict]:
-    """What `make many-tasks` kept in a machine's folder, fewest tokens first."""
+    """The results of `make many-tasks` in a machine's folder, fewest tokens first."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("many-tasks-*.json")]
     return sorted(runs, key=lambda run: run["shape"]["tokens"])
 
 
 def tasks_table(run: dict, pictures: tables.Pictures) -> str:
-    """One run of examples/many_tasks.py: a row a way to run the same batch."""
+    """One run of examples/many_tasks.py: a row per way to run the same batch."""
     shape, machine = run["shape"], run["machine"]
     usual = {"tasks": 1000, "rows": 64, "tokens": 16, "hidden": 512, "layers": 4, "rank": 16, "rounds": 15, "peft": 64}
     flags = " ".join(f"--{name} {value}" for name, value in shape.items() if value != usual.get(name))
@@ -51,7 +51,7 @@ def place(case: dict) -> str:
 
 
 def training_table(cells: list[dict], pictures: tables.Pictures) -> str:
-    """What bench.tasks kept: a row a way to train a batch of tasks."""
+    """The results of bench.tasks: a row per way to train a batch of tasks."""
     found = by_case(cells)
     shapes = ",".join(dict.fromkeys("x".join(map(str, list(case.values())[:6])) for case, _ in found))
     usual = {"shapes": SHAPES["cuda" if tables.on_gpu(cells) else "cpu"], "dtypes": "fp32", "rounds": ROUNDS["tasks"]}

@@ -1,1 +1,1 @@
-"""What is measured: a layer and a model adapted in every way one might, and single operators."""
+"""The measured objects: layers, blocks and models with all methods of adaptation, and single operators."""

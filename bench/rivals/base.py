@@ -1,4 +1,4 @@
-"""The tensors of a case, and the class of rivals that are built from them."""
+"""The tensors of a case, and the class of the rivals built from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LORA, LOTR, VERA = ("A", "B"), ("A", "B", "core"), ("b", "d")
 
 
 class Written(nn.Module):
-    """A formula as a module, so that every rival's time contains the call of a module."""
+    """A formula as a module, so that every rival's time includes a module call."""
 
     def __init__(self, formula: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -26,8 +26,8 @@ class Written(nn.Module):
 @dataclass
 class Rival:
     """layer(x [m, k]) -> y [m, n], a module or a formula; parameters: the trained tensors by their name in the formula, each
-    with whether it is stored transposed (LoRA's modules keep A and B as nn.Linear weights); frozen: tensors of its own that are
-    not trained."""
+    with whether it is stored transposed (LoRA's modules keep A and B as nn.Linear weights); frozen: its other tensors,
+    which are not trained."""
 
     name: str
     layer: Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Rival:
 
 @dataclass
 class Tensors:
-    """Of a case: A [k, r], B [n, r], core [r, r], weight [n, k], bias [n] or None, and VeRA's vectors d [r], b [n]."""
+    """A case's tensors: A [k, r], B [n, r], core [r, r], weight [n, k], bias [n] or None, and VeRA's vectors d [r], b [n]."""
 
     weight: Tensor
     bias: Tensor | None
@@ -76,7 +76,7 @@ def parameter(t: Tensor) -> nn.Parameter:
 
 
 def frozen_linear(t: Tensors) -> nn.Linear:
-    """The base layer as a module, on the tensors themselves."""
+    """The base layer as a module that uses these tensors, not copies."""
     linear = nn.Linear(t.weight.shape[1], t.weight.shape[0], bias=t.bias is not None, device="meta")
     linear.weight = nn.Parameter(t.weight, requires_grad=False)
     if t.bias is not None:

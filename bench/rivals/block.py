@@ -1,8 +1,8 @@
-"""A block of a transformer, its seven linear layers adapted in every way one might; all have the same weights and adapters.
+"""A block of a transformer, its seven linear layers adapted by each rival, with the same weights and adapters.
 
     h = norm(x);  q, k, v = h W^T;  x += attention(q, k, v) W_o^T;  h = norm(x);  x += (silu(h W_gate^T) * (h W_up^T)) W_down^T
 
-Only here do siblings show: q, k and v read one h, gate and up another.
+Of the benchmarks, only this one has siblings: q, k and v read one h, gate and up another.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .registry import InPlaceLoRA
 FLOOR, LORA_EAGER, LOTR_EAGER, OURS = "frozen", "lora-eager", "lotr-eager", "lotr_ext"
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")
 QKV, GATE_UP = NAMES[:3], NAMES[4:6]
-STACKED = (QKV, ("o",), GATE_UP, ("down",))  # layers that read one h are one product
-SEQUENCE = 2048  # tokens that attend to each other, at most
+STACKED = (QKV, ("o",), GATE_UP, ("down",))  # layers that read one h become one product
+SEQUENCE = 2048  # maximal length of a sequence, in tokens
 
 
 class Sizes(NamedTuple):
-    """Of a model: width, widths of q and of k and v, of the feed-forward part; heads of q, and of k and v."""
+    """A model's sizes: its width, the widths of q, of k and v, and of the feed-forward part; the heads of q, and of k and v."""
 
     hidden: int
     q: int
@@ -76,7 +76,7 @@ class BlockCase(NamedTuple):
 
 
 class Values:
-    """Weights of a case, and the values of its adapters: LoRA's A and B a layer, LoTR's A and B a shape and a core a layer."""
+    """Weights and adapter values of a case: LoRA's A and B per layer, LoTR's A and B per shape and a core per layer."""
 
     def __init__(self, case: BlockCase, device: torch.device, dtype: torch.dtype | None = None):
         g, dtype = torch.Generator().manual_seed(0), dtype or DTYPES[case.dtype]
@@ -101,7 +101,7 @@ Linears = dict[str, Callable[[Tensor], Tensor]]
 
 
 class Block(nn.Module):
-    """The block over `linears`, one callable a name; parameters: what is trained, by its name in the formula."""
+    """The block over `linears`, one callable per name; parameters: the trained tensors by their names in the formula."""
 
     def __init__(self, case: BlockCase, linears: Linears, parameters: dict[str, Tensor]):
         super().__init__()
@@ -115,7 +115,7 @@ class Block(nn.Module):
         return self.layers[key] if key in self.layers else self.linears[name]
 
     def together(self, names: tuple[str, ...], h: Tensor) -> tuple[Tensor, ...]:
-        """The layers that read one h."""
+        """Runs the layers that read one h."""
         return tuple(self.linear(name)(h) for name in names)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Block(nn.Module):
 
 
 class Aliased(Block):
-    """Each sibling gets an h object of its own, so that none finds another's u."""
+    """Each sibling gets its own h object, so that u is not shared."""
 
     def together(self, names: tuple[str, ...], h: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.linear(name)(h.view(h.shape)) for name in names)
@@ -197,7 +197,7 @@ _lora_in_place = _lora(lambda x, w, A, B: InPlaceLoRA.apply(x, w, None, A, B, Tr
 
 
 def stacked_lora(weight: Tensor, As: list[Tensor], Bs: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """One product with the stacked weights, one with the stacked A, one with the B's on the diagonal."""
+    """Three products: with the stacked weights, with the stacked A, and with a block diagonal of the B."""
 
     def call(x: Tensor) -> Tensor:
         if len(As) == 1:
@@ -284,7 +284,7 @@ TRUTHS = {"lora": _lora_eager, "lotr": _lotr_eager, "frozen": _frozen}  # in flo
 
 
 def gradients(block: Block, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """y, dx and the gradients of all that is trained, by name."""
+    """y, dx and the gradients of all trained tensors, by name."""
     leaf = x.detach().clone().requires_grad_()
     for p in block.trained.values():
         p.grad = None
@@ -299,7 +299,7 @@ def errors(rival: str, case: BlockCase, device: torch.device) -> tuple[float, fl
     x, dy = (torch.randn(case.m, case.sizes.hidden, generator=g).to(DTYPES[case.dtype]).to(device) for _ in range(2))
     plain = TRUTHS[rival[:4] if rival[:4] in TRUTHS else "frozen"]
     truth = gradients(plain(case, Values(case, device, torch.float64)), x.double(), dy.double())
-    # q's and k's where there is one token to attend to: what rounding leaves of them says nothing
+    # with one token the gradients of q and k are zero up to rounding
     vanishing = [n for n, t in truth.items() if t.norm() < 1e-12 * truth["dx"].norm()]
     found = []
     for make in (RIVALS[rival][1], plain):

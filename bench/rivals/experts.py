@@ -1,4 +1,4 @@
-"""The experts of one mixture layer, by what adapts them: transformers' module with one set of weights for all rivals."""
+"""The experts of one mixture layer with each rival's adapters: transformers' module with one set of weights for all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Mixture(nn.Module):
 
 
 def frozen(hidden: int, intermediate: int, experts: int, dtype: torch.dtype, device: torch.device) -> Mixture:
-    """Experts of Qwen3-MoE, with transformers' grouped products, or one product an expert where those do not run (float64)."""
+    """Experts of Qwen3-MoE, with transformers' grouped products, or one product per expert where those do not run (float64)."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -52,7 +52,7 @@ def frozen(hidden: int, intermediate: int, experts: int, dtype: torch.dtype, dev
 
 
 class GroupedLoRA(nn.Module):
-    """y = experts(x) with a LoRA an expert and matrix, both of its products grouped as the base's are. A is random, B given."""
+    """y = experts(x) with a LoRA per expert and matrix; both products are grouped like the base's. A is random, B given."""
 
     def __init__(self, experts: nn.Module, rank: int):
         super().__init__()
@@ -80,12 +80,12 @@ class GroupedLoRA(nn.Module):
 
 
 def shared_copy(first: Mixture) -> Mixture:
-    """Another module of the very same weights."""
+    """Another module with the same weights, not copies."""
     return Mixture(copy.deepcopy(first.experts, {id(p): p for p in first.experts.parameters()}))
 
 
 def rivals(first: Mixture, rank: int) -> dict[str, nn.Module]:
-    """All of them at one rank, on first's weights; their adapters' start is that of their own package."""
+    """All rivals at one rank, on first's weights; each package initialises its adapters."""
     import peft
 
     from lotr_ext import LoTRConfig, apply_lotr

@@ -1,4 +1,4 @@
-"""Stacks of small layers, adapted in every way whose host time bench.host compares. All have the same weights and values."""
+"""Stacks of small layers with the rivals whose host time bench.host compares. All have the same weights and values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Siblings(Chain):
 
 
 def values(case: Case, count: int, device: torch.device) -> list[Tensors]:
-    """Of each layer; A and B are the same for all. Scaled so that nothing grows through many layers."""
+    """The tensors of each layer; A and B are shared. Scaled so that values do not grow through many layers."""
     first, made = Tensors.random(case, device), []
     for index in range(count):
         generator = torch.Generator().manual_seed(index)
@@ -61,17 +61,17 @@ def values(case: Case, count: int, device: torch.device) -> list[Tensors]:
 
 
 def wide(tensors: list[Tensors]) -> list[Tensors]:
-    """The same in float64."""
+    """The tensors in float64."""
     return [Tensors(**{name: None if t is None else t.double() for name, t in vars(own).items()}) for own in tensors]
 
 
 def _single(name: str) -> Callable[[list[Tensors], Case], Layers]:
-    """Each layer as bench.layer has it, with factors of its own."""
+    """Layers as in bench.layer, each with its own factors."""
     return lambda tensors, case: [_registered(registry.RIVALS[name](t, case)) for t in tensors]
 
 
 def _registered(rival: Rival) -> nn.Module:
-    """Its layer, whose parameters a written formula alone does not name."""
+    """The rival's layer, with the parameters registered that a plain formula does not name."""
     if isinstance(rival.layer, Written):
         for name, (value, _) in rival.parameters.items():
             rival.layer.register_parameter(name, value)
@@ -124,8 +124,8 @@ def _in_model(stack: nn.Module, tensors: list[Tensors], case: Case) -> nn.Module
 
 @dataclass(frozen=True)
 class HostRival:
-    """layers(tensors, case): of a stack, None where the whole model is adapted; like: the formula in three lines on as many
-    factors, with which ours is compared; forms: which stacks it is of interest in."""
+    """layers(tensors, case): of a stack, None if the whole model is adapted; like: the formula in three lines with as many
+    factors, for comparison with ours; forms: the stacks in which it is measured."""
 
     label: str
     layers: Callable[[list[Tensors], Case], Layers] | None
@@ -144,11 +144,11 @@ RIVALS = {
     SHARED: HostRival(f"{named(SHARED)}, one pair", _shared, is_lotr=True),
     IN_MODEL: HostRival(f"{named(SHARED)}, in a model", None, is_lotr=True),
 }
-NEEDED = (FLOOR, LORA, LOTR, LOTR_OWN)  # what every ratio is to
+NEEDED = (FLOOR, LORA, LOTR, LOTR_OWN)  # the denominators of ratios
 
 
 def available(names: list[str] | None) -> list[str]:
-    """names (None: all that can run), checked, and those that ratios are to. Raises ValueError for one that cannot run."""
+    """The checked names (None: all that can run), plus NEEDED. Raises ValueError for one that cannot run."""
     if names is None:
         return [name for name in RIVALS if missing_package(name) is None]
     chosen("rivals", ",".join(names), RIVALS)
@@ -161,7 +161,7 @@ def of_form(names: list[str], form: str) -> list[str]:
 
 
 def stack(name: str, tensors: list[Tensors], case: Case, form: str) -> nn.Module:
-    """A layer of a rival for each of `tensors`, chained or as siblings."""
+    """A rival's layer for each of `tensors`, chained or as siblings."""
     kind, make = {"chained": Chain, "siblings": Siblings}[form], RIVALS[name].layers
     if make is None:
         return _in_model(kind([frozen_linear(t) for t in tensors]), tensors, case)

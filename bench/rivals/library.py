@@ -22,7 +22,7 @@ _PACKAGES = {
 
 
 def missing_package(rival: str) -> str | None:
-    """The package that a rival needs and that is not installed."""
+    """The missing package of a rival; None if it is installed."""
     package = _PACKAGES.get(rival)
     return package if package is not None and importlib.util.find_spec(package) is None else None
 
@@ -36,7 +36,7 @@ def require(option: str, rivals: Iterable[str]) -> None:
 
 
 def obstacle(rival: str, case: Case, device: torch.device) -> str | None:
-    """Why a rival cannot run a case, None if it can."""
+    """Why a rival cannot run a case; None if it can."""
     if rival in ("frozen-autotuned", "lora-autotuned") and device.type != "cuda":
         return "there is no search for the fastest product but on a GPU"
     if rival == "lotr_ext-fused":
@@ -65,7 +65,7 @@ def autotuned(call: Callable) -> Callable:
 
 
 def frozen_autotuned(t: Tensors, case: Case) -> Rival:
-    """The frozen layer after a search: the library's default choice of a product is not always its fastest."""
+    """The frozen layer after a search: the library's default choice of an algorithm is not always the fastest."""
     torch._dynamo.reset()
     return Rival("frozen autotuned", autotuned(lambda x: F.linear(x, t.weight, t.bias)), {})
 

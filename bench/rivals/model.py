@@ -1,4 +1,4 @@
-"""A transformer, and every way to adapt it that the model benchmark compares. All copies share the frozen weights.
+"""A transformer and the methods of adaptation that the model benchmark compares. All copies share the frozen weights.
 
 "equal rank": every method at rank r. "equal size": LoRA and VeRA at the rank whose parameters come nearest to those of LoTR at
 rank r (LoRA has a floor: rank 1), and LoTR at the rank whose parameters come nearest to those of LoRA at rank r.
@@ -23,7 +23,7 @@ Widths = list[tuple[int, int]]  # (in, out) of each adapted layer
 @dataclass(frozen=True)
 class Shape:
     """A transformers configuration: family, its arguments, which layers are adapted, the default batch x sequence, and the
-    methods it is trained with by default (none named: all)."""
+    methods that train it by default (empty: all)."""
 
     family: str
     settings: dict = field(hash=False)
@@ -66,7 +66,7 @@ CAUSAL = tuple(name for name, shape in SHAPES.items() if shape.family == "causal
 
 
 def base_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model of SHAPES[name] with random weights, frozen. Its embeddings' output asks for a gradient, so that every method,
+    """The model of SHAPES[name] with random weights, frozen. Its embeddings' output requires a gradient, so that every method,
     and the frozen model too, goes backward through all layers."""
     import transformers
 
@@ -89,7 +89,7 @@ def _ask_for_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tenso
 
 
 def twin(base: nn.Module) -> nn.Module:
-    """A copy of base's modules on the very same parameters and buffers."""
+    """A copy of base's modules that uses the same parameter and buffer objects."""
     shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
     return copy.deepcopy(base, shared)
 
@@ -120,7 +120,7 @@ def vera_parameters(widths: Widths, r: int) -> int:
 
 
 def nearest_rank(count: Callable[[Widths, int], int], widths: Widths, budget: int) -> int:
-    """The rank of at least 1 whose parameters come nearest to budget."""
+    """The rank, at least 1, whose number of parameters is nearest to budget."""
     r = 1
     while count(widths, r + 1) <= budget:
         r += 1
@@ -131,7 +131,7 @@ def nearest_rank(count: Callable[[Widths, int], int], widths: Widths, budget: in
 
 
 class EagerLoTR(nn.Module):
-    """y = x W^T + bias + ((x A) G) B^T as the original implementation computes it; A and B belong to all layers of a shape."""
+    """y = x W^T + bias + ((x A) G) B^T as the original implementation computes it; all layers of a shape share A and B."""
 
     def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter):
         super().__init__()
@@ -143,7 +143,7 @@ class EagerLoTR(nn.Module):
 
 
 def eager_lotr(model: nn.Module, targets: tuple[str, ...], r: int, core_only: bool = False) -> nn.Module:
-    """model with EagerLoTR around its targets, in the weights' dtype: the original cannot mix dtypes."""
+    """Puts EagerLoTR around the model's targets, in the weights' dtype: the original cannot mix dtypes."""
     factors: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
     for name, module in list(model.named_modules()):
         if name.rsplit(".", 1)[-1] not in targets:
@@ -166,7 +166,7 @@ def our_lotr(model: nn.Module, targets: tuple[str, ...], r: int, **settings: obj
 
 
 class PerExample(nn.Module):
-    """An adapted model whose backward also gives the gradient of each sequence; that of the last step is kept."""
+    """An adapted model whose backward also computes the gradient of each sequence; the last step's is kept."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -193,7 +193,7 @@ def peft_vera(model: nn.Module, targets: tuple[str, ...], r: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """label for people; make(model, targets, rank) -> model; rank(widths, r) -> the method's own rank."""
+    """label: for tables; make(model, targets, rank) -> model; rank(widths, r) -> the method's rank."""
 
     label: str
     make: Callable[[nn.Module, tuple[str, ...], int], nn.Module]

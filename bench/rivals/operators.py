@@ -1,4 +1,4 @@
-"""Our operators one by one, each with the library products that do the same and the least work there is in it."""
+"""Our operators, each with library products that compute the same, and with its minimal work."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Inputs:
         return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, dtype or self.dtype)
 
     def sums(self, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of ours and of the library, in float32, and their values before: zero."""
+        """The sums of ours and of the library, in float32, and their initial values: zero."""
         ours, library, before = torch.zeros(3, *shape, device=self.device)
         return ours, library, before
 

@@ -1,4 +1,4 @@
-"""The rivals: one frozen linear layer, adapted in every way one might. Each is built from the same tensors.
+"""The rivals: one frozen linear layer with each method of adaptation, all built from the same tensors.
 
 A rival is made by `RIVALS[name](tensors, case)`: a callable x -> y and its trained parameters. `truth.check` compares it with
 its formula in float64 before it is timed. Those that come from other packages are in `library.py`.
@@ -88,7 +88,7 @@ def _ours(strategy: str | None, magnitude: bool = False) -> Make:
             value.data = getattr(t, name).clone()
         name = f"{named(OURS)} {strategy}" if strategy else named(OURS)
         if magnitude:
-            # as after an optimizer's step: W A, and with it the norms, are made in each call
+            # as after an optimizer's step: each call computes W A and the norms
             layer.register_forward_pre_hook(lambda *_: increment_version(factors.A))
             parameters["magnitude"], name = layer.magnitude, named(MAGNITUDE)
         return Rival(name, layer, {n: (p, False) for n, p in parameters.items()})
@@ -97,7 +97,7 @@ def _ours(strategy: str | None, magnitude: bool = False) -> Make:
 
 
 def _compiled(make: Make) -> Make:
-    """By torch.compile for the very shape."""
+    """Compiled by torch.compile for this shape."""
 
     def compiled(t: Tensors, case: Case) -> Rival:
         rival = make(t, case)
@@ -133,7 +133,7 @@ RIVALS: dict[str, Make] = {
     "lotr_ext-two_pass-compiled": _compiled(_ours("two_pass")),
     "lotr_ext-composite-compiled": _compiled(_ours("composite")),
 }
-# What a library's own products can do for LoRA, without a kernel written for it.
+# LoRA from library products, without a special kernel.
 LIBRARY_ONLY = (LORA_EAGER, "lora-in-place", "lora-in-place-beta", "lora-peft", "lora-compiled")
 EXTRA = ("lora-compiled", "lora-unsloth", "lora-lorafusion", "lotr_ext-fused")  # compiling takes seconds; the others need a GPU
 AUTOTUNED = ("frozen-autotuned", "lora-autotuned")  # on request: a search of most of a minute a case
@@ -143,13 +143,13 @@ DEFAULT = [name for name in RIVALS if name not in (*EXTRA, *AUTOTUNED, *COMPILED
 
 
 def available(names: list[str]) -> list[str]:
-    """names, checked. Raises ValueError for an unknown rival or one whose package is not installed."""
+    """The checked names. Raises ValueError for an unknown rival or one whose package is not installed."""
     chosen("rivals", ",".join(names), RIVALS)
     library.require("rivals", names)
     return names
 
 
 def installed(names: list[str]) -> tuple[list[str], list[str]]:
-    """(those of names whose packages are there, a line on each of the others)."""
+    """(the names whose packages are installed, a line about each of the others)."""
     there = [name for name in names if library.missing_package(name) is None]
     return there, [f"{n}: left out, the package {library.missing_package(n)} is not installed" for n in names if n not in there]

@@ -1,4 +1,4 @@
-"""Whom the shared gradient is measured against: autograd's own summing, under the names that its results show."""
+"""The rivals of the shared gradient: autograd's own summing, under the names in the results."""
 
 FLOOR = "autograd"
 LABELS = {FLOOR: "autograd's own sums", "lotr_ext": "lotr_ext, layers by hand", "lotr_ext-scope": "lotr_ext, in a model"}

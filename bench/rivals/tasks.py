@@ -14,13 +14,13 @@ from ..measure.session import bytes_text, time_text
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 STAGES = ("forward", "backward", "optimizer")
 HEADS = ("", *STAGES, "step", "over one adapter", "optimizer's state")
-# tokens a row x rows x tasks in the bank x width x blocks x rank
+# tokens per row x rows x tasks in the bank x width x blocks x rank
 SHAPES = {"cpu": "16x64x1000x512x4x16", "cuda": "64x64x1000x2048x8x16"}
 
 
 class Way(NamedTuple):
-    """How a batch is trained. index: of a task a "row", a "token", or a token of the second half of each row ("activated");
-    None: one adapter. per_task: whether its optimizer is that of the bank."""
+    """How a batch is trained. index: a task per "row", per "token", or per token of the second half of each row ("activated");
+    None: one adapter. per_task: whether it uses the bank's optimizer."""
 
     label: str
     index: str | None
@@ -42,7 +42,7 @@ LABELS = {name: way.label for name, way in WAYS.items()}
 
 
 def transformer(hidden: int, layers: int) -> nn.Module:
-    """A causal language model of random weights, the same each time."""
+    """A causal language model with fixed random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def transformer(hidden: int, layers: int) -> nn.Module:
 
 
 def with_tasks(hidden: int, layers: int, rank: int, tasks: int) -> tuple[nn.Module, TaskBank]:
-    """The adapted model and its bank, filled."""
+    """The adapted model and its full bank."""
     model = apply_lotr(transformer(hidden, layers), LoTRConfig(rank=rank, target_modules=TARGETS))
     for name, parameter in model.named_parameters():
         if name.endswith(".core"):
@@ -67,14 +67,14 @@ def with_tasks(hidden: int, layers: int, rank: int, tasks: int) -> tuple[nn.Modu
 
 
 def task_of_row(rows: int, kinds: int, tasks: int, seed: int | None = None) -> Tensor:
-    """The task of each row: `kinds` of all tasks, in no order."""
+    """The task of each row: `kinds` of all tasks, in random order."""
     draw = torch.Generator().manual_seed(kinds if seed is None else seed)
     chosen = torch.randperm(tasks, generator=draw)[:kinds]
     return chosen[torch.arange(rows) % len(chosen)][torch.randperm(rows, generator=draw)]
 
 
 def index_of(way: Way, rows: Tensor, tokens: int) -> Tensor:
-    """The index that a way gives `mixed` for the tasks [b] of the rows. "token": each token of a row has another row's task."""
+    """The index of a way for `mixed`, from the tasks [b] of the rows. "token": each token of a row has another row's task."""
     if way.index == "row":
         return rows
     if way.index == "token":
@@ -83,7 +83,7 @@ def index_of(way: Way, rows: Tensor, tokens: int) -> Tensor:
 
 
 def optimizer_of(way: Way, model: nn.Module, bank: TaskBank) -> torch.optim.Optimizer:
-    """Of the cores alone: those of one adapter, or the bank's. Every task has a state, as after long training."""
+    """The optimizer of only the cores: one adapter's, or the bank's. Every task has a state, as after long training."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     settings = {"lr": 1e-3, "weight_decay": 0.0, **({"fused": True} if way.fused else {})}
@@ -92,7 +92,7 @@ def optimizer_of(way: Way, model: nn.Module, bank: TaskBank) -> torch.optim.Opti
         return torch.optim.AdamW([core.requires_grad_() for core in cores], **settings)
     bank.requires_grad_()
     for core in bank.cores:
-        core.grad = torch.zeros_like(core)  # so the steps move nothing
+        core.grad = torch.zeros_like(core)  # so the steps change nothing
     if not way.per_task:
         optimizer = torch.optim.AdamW(bank.parameters(), **settings)
         optimizer.step()
@@ -103,7 +103,7 @@ def optimizer_of(way: Way, model: nn.Module, bank: TaskBank) -> torch.optim.Opti
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What an optimizer keeps."""
+    """The bytes of an optimizer's state."""
 
     def size(value: object) -> int:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a rival's numbers must be, in float64, and what it keeps in memory."""
+"""The correct results of a rival in float64, and the memory that it keeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 2e-3}
 
 
 def adapter(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
-    """What a rival adds to the frozen layer, by the names of its parameters.
+    """The output that a rival adds to the frozen layer, by the names of its parameters.
 
     LoRA   s x A B^T        LoTR   s x A G B^T        VeRA   b * (((x A) * d) B^T)
     """
@@ -29,7 +29,7 @@ def adapter(x: Tensor, t: Tensors, values: dict[str, Tensor]) -> Tensor:
 
 
 class Truth:
-    """A case in float64: the frozen layer's y and dx once, each rival's own part on demand."""
+    """A case in float64: the frozen layer's y and dx are computed once, each rival's part on demand."""
 
     def __init__(self, t: Tensors, case: Case, x: Tensor, g: Tensor):
         self.t, self.case, self.x, self.g = t, case, x, g
@@ -84,7 +84,7 @@ def check(rival: Rival, truth: Truth) -> float:
 
 
 def saved_bytes(rival: Rival, t: Tensors, x: Tensor) -> int:
-    """Bytes that a forward keeps alive for backward: storages saved in the graph, parameters and base weights left out."""
+    """Bytes that a forward keeps alive for backward: storages saved in the graph, without parameters and base weights."""
     own = {p.untyped_storage().data_ptr() for p, _ in rival.parameters.values()}
     own |= {v.untyped_storage().data_ptr() for v in (*vars(t).values(), *rival.frozen) if v is not None}
     kept: dict[int, int] = {}

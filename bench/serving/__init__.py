@@ -1,1 +1,1 @@
-"""Adapters in servers: throughput kept, memory a task, and how long a new version takes."""
+"""Adapters in servers: relative throughput, memory per task, and the time to push a new version."""

@@ -1,4 +1,4 @@
-"""python -m bench.serving: what adapters cost a server, on this machine's CPU."""
+"""python -m bench.serving: measures the cost of adapters in a server, on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .table import FILE, LABELS, retention, terminal
 from .work import Shape
 
 MODEL = ROOT / "data" / "smollm2-135m"
-ROUNDS = {"off": 3, "native": 3, "own": 2, "lora": 1, "peft": 1}  # the slow ones once
+ROUNDS = {"off": 3, "native": 3, "own": 2, "lora": 1, "peft": 1}  # the slow ways run once
 IN_VLLM = ("off", "native", "lora")
 ABOUT = """Throughput of a batch whose rows have adapters, over the same batch without (retention), prefill and decode apart:
 vLLM with this package's plugin, vLLM with LoRA adapters of the same rank, lotr_ext's own `mixed`, PEFT's `adapter_names`. All
@@ -66,7 +66,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_there(options: argparse.Namespace) -> None:
-    """ValueError where the model or vLLM is missing."""
+    """Raises ValueError if the model or vLLM is missing."""
     if not (options.model / "config.json").exists():
         raise ValueError(f"model: expected a causal model's folder, got {options.model}; make causal-lm fetches SmolLM2")
     if {*options.ways} & {*IN_VLLM} and not options.vllm.exists():
@@ -74,7 +74,7 @@ def check_there(options: argparse.Namespace) -> None:
 
 
 class Process:
-    """One of `work`'s processes."""
+    """One process of `bench.serving.work`."""
 
     def __init__(self, way: str, shape: Shape, python: Path, log: Path):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("LOTR_")}
@@ -103,7 +103,7 @@ class Process:
 
 
 def cases(way: str, options: argparse.Namespace) -> Iterable[int]:
-    """The numbers of tasks that a way is measured with; 0: without adapters. More LoRA adapters than rows would take
+    """The numbers of tasks for a way; 0: without adapters. More LoRA adapters than rows would take
     gigabytes."""
     if way == "off":
         return [0]
@@ -112,7 +112,7 @@ def cases(way: str, options: argparse.Namespace) -> Iterable[int]:
 
 
 def measure(options: argparse.Namespace, shape: Shape, folder: Path) -> dict:
-    """By way: bytes a task, and by the number of tasks a list of rounds."""
+    """{way: bytes per task, and a list of rounds for each number of tasks}."""
     rounds = {way: options.rounds or ROUNDS[way] for way in options.ways}
     work = [(turn, way, n) for turn in range(max(rounds.values())) for way in options.ways for n in cases(way, options)]
     work = [one for one in work if one[0] < rounds[one[1]]]
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace, shape: Shape, folder: Path) -> dict:
                 python = options.vllm if way in IN_VLLM else Path(sys.executable)
                 processes[way] = Process(way, shape, python, folder / f"{way}.log")
                 found[way] |= processes[way].facts
-                processes[way].ask(tasks=max(cases(way, options)), turn=0)  # once for nothing
+                processes[way].ask(tasks=max(cases(way, options)), turn=0)  # warm-up
             for turn, way, n in work:
                 begin(f"round {turn + 1}: {LABELS[way]}, {n} tasks")
                 found[way]["rounds"].setdefault(str(n), []).append(processes[way].ask(tasks=n, turn=turn))
@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace, shape: Shape, folder: Path) -> dict:
 
 
 def same_texts(found: dict, n: int) -> float | None:
-    """The share of rows for which vLLM with the plugin gave the tokens of `mixed`."""
+    """The share of rows for which vLLM with the plugin generated the same tokens as `mixed`."""
     if not all(str(n) in found.get(way, {}).get("rounds", {}) for way in ("native", "own")):
         return None
     ours, theirs = (found[way]["rounds"][str(n)][0]["tokens"] for way in ("native", "own"))

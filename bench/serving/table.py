@@ -1,4 +1,4 @@
-"""What bench.serving kept: retention, the targets, and the tables."""
+"""Retention, targets and tables from the results of bench.serving."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LABELS = {
     "own": "lotr_ext, mixed",
     "peft": "PEFT, adapter_names",
 }
-BASES = {"native": "off", "lora": "off"}  # the others are compared with themselves
+BASES = {"native": "off", "lora": "off"}  # the floor of each way; the others use their own run without adapters
 DECODE, PREFILL, PUSH_MS = 0.85, 0.90, 10.0  # the targets, with one task a row
 COMMAND, FILE = "python -m bench.serving", "serving.json"
 
 
 def retention(found: Mapping[str, Any], shape: Shape, clock: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """By way and number of tasks: tokens a second, medians, and their ratio to the same batch without adapters in the same
-    round, medians too."""
+    """By way and number of tasks: median tokens per second, and their ratio to the same batch without adapters in the same
+    round, also as medians."""
     tokens = {"prefill": shape.rows * shape.prompt, "decode": shape.rows * (shape.new - 1)}
     rates = {
         way: {
@@ -49,18 +49,18 @@ def retention(found: Mapping[str, Any], shape: Shape, clock: str) -> dict[str, d
 
 
 def kept(folder: Path) -> dict[str, Any] | None:
-    """What a machine's folder has of bench.serving."""
+    """The results of bench.serving in a machine's folder."""
     path = folder / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The smallest value that at least this share is not above."""
+    """The smallest value such that at least this share of the values is not above it."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def checks(results: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """Each target: what, how it came out, and whether it is met."""
+    """For each target: its text, the result, and whether it is met."""
     found = []
     shape, native = results["shape"], results["retention"].get("native", {})
     row = native.get(str(min(shape["rows"], max(shape["counts"]))))
@@ -75,7 +75,7 @@ def checks(results: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
 
 
 def rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row a way and number of tasks."""
+    """A row per way and number of tasks."""
     found = []
     for way, own in results["retention"].items():
         for n, parts in own.items():
@@ -91,7 +91,7 @@ HEADS = ("tasks", "decode, tokens/s", "kept", "prefill, tokens/s", "kept")
 
 
 def lines(results: Mapping[str, Any]) -> list[str]:
-    """What stands below the table."""
+    """The lines below the table."""
     found = [f"A task's memory: {', '.join(f'{LABELS[way]} {bytes_text(n)}' for way, n in results['bytes_a_task'].items())}."]
     for way, push in results["push"].items():
         p50, p99 = (percentile(push["milliseconds"], share) for share in (0.5, 0.99))

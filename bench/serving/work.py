@@ -1,6 +1,6 @@
-"""One way to serve, in a process of its own: reads requests as JSON lines, answers each with a line.
+"""Runs one way to serve in its own process: reads requests as JSON lines, and answers each with a line.
 
-    python -m bench.serving.work WAY SHAPE        SHAPE: the JSON of `Shape`; run by the Python that has what the way needs
+    python -m bench.serving.work WAY SHAPE        SHAPE: the JSON of `Shape`; run by a Python with the way's packages
 
 Requests: {"tasks": n, "turn": i} measures a batch, {"pushes": n} pushes versions into an engine that decodes.
 """
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 SIGMA = 0.06  # of random cores: enough to change texts, not to break them
-SWAP_ROWS = 16  # that decode while versions are pushed
+SWAP_ROWS = 16  # rows that decode while versions are pushed
 WORKER = "lotr_ext.interop.vllm.worker.CoreWorker"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured. folder: for the factors. slots: tasks that an engine holds ready, one more than rows, because vLLM's
-    CPU path gives the last slot's adapter to rows without one where all slots are taken."""
+    """The sizes of the measurement. folder: for the factors. slots: tasks in an engine, one more than rows, because vLLM's
+    CPU path applies the last slot's adapter to rows without an adapter if all slots are used."""
 
     model: str
     folder: str
@@ -42,7 +42,7 @@ class Shape:
 
 
 def task_of_row(shape: Shape, tasks: int, turn: int) -> list[int]:
-    """Of each row: all tasks take their turn; -1 for none where tasks is 0."""
+    """The task of each row, in rotation; -1 for none if tasks is 0."""
     if not tasks:
         return [-1] * shape.rows
     return [(turn * shape.rows + row) % tasks for row in range(shape.rows)]
@@ -53,7 +53,7 @@ def prompts(shape: Shape) -> list[list[int]]:
 
 
 def adapted(shape: Shape, tasks: int) -> Any:
-    """The model with a bank of random tasks, over factors that are the same in each process."""
+    """The model with a bank of random tasks; the factors are the same in each process."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +73,7 @@ def adapted(shape: Shape, tasks: int) -> Any:
 
 
 class Clock:
-    """Wall and CPU seconds since it was made."""
+    """Wall and CPU seconds since its construction."""
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
@@ -83,7 +83,7 @@ class Clock:
 
 
 class Eager:
-    """transformers' model, prefill and decode as generate does them."""
+    """transformers' model; prefill and decode as in generate."""
 
     def __init__(self, shape: Shape):
         self.shape = shape
@@ -183,11 +183,11 @@ class Engine:
             own = {id(p) for p in (*lotr_parameters(self.model), *self.model.lotr_tasks.cores)}
             for parameter in self.model.parameters():
                 if id(parameter) not in own:
-                    parameter.data = torch.empty(0)  # only the cores are needed from here on
+                    parameter.data = torch.empty(0)  # only the cores are needed from here
         self.bytes_a_task = self._bytes()
 
     def _bytes(self) -> int:
-        """Of a slot: the engine's tensors that grow with max_loras, over max_loras."""
+        """The bytes per slot: the engine's tensors that grow with max_loras, over max_loras."""
         if self.way == "off":
             return 0
 
@@ -221,7 +221,7 @@ class Engine:
         return {"prefill": prefill, "decode": clock.read(), "tokens": [found[first + row] for row in range(self.shape.rows)]}
 
     def push(self, count: int) -> dict[str, Any]:
-        """Milliseconds of each push, all cores new, between two steps of an engine that decodes; one row has a new version."""
+        """Milliseconds of each push of all cores, between two steps of a decoding engine; one row uses the new version."""
         import torch
 
         from lotr_ext.model.adapted import adapted_layers
@@ -245,7 +245,7 @@ class Engine:
 
 def main(way: str, shape: Shape) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
     os.environ |= {"OMP_NUM_THREADS": str(shape.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_HOST_IP": "127.0.0.1"}
@@ -260,7 +260,7 @@ def main(way: str, shape: Shape) -> None:
         request = json.loads(line)
         found = server.push(request["pushes"]) if "pushes" in request else server.run(request["tasks"], request["turn"])
         print(json.dumps(found), file=answers, flush=True)
-    os._exit(0)  # vLLM's own end can wait for ever
+    os._exit(0)  # vLLM's shutdown can hang
 
 
 if __name__ == "__main__":
